@@ -1,0 +1,85 @@
+"""Connecting to Ray: a running cluster where there is one, else a local one that ends with the job."""
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+# A user can do nothing about what these would print, and nothing leaves the machine unasked.
+QUIET_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",  # only for a local cluster of this job's own; a real one sets its mode
+    "RAY_enable_metrics_collection": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every worker's print appears twice
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a worker's end is seen; the default is 2 s
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+
+# What every worker needs of the driver's environment. Values travel inside the cluster only.
+FORWARDED_PREFIXES = ("AWS_", "ADMIRAL_", "OMP_NUM_THREADS", "PYTHONPATH", "PYTHONWARNINGS")
+
+
+def is_submitted() -> bool:
+    """True inside a job that `ray job submit` started: its directory is a copy that goes away."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+@contextlib.contextmanager
+def session(num_cpus: int | None = None, object_store_memory: int = 300 << 20) -> Iterator[None]:
+    """Be connected to Ray.
+
+    Uses the cluster that `RAY_ADDRESS` names (a submitted job has it set), else starts a local one with
+    `num_cpus` logical CPUs (None: all) and `object_store_memory` bytes, and shuts it down at the end. A
+    session inside a session joins it.
+    """
+    for name, value in QUIET_ENVIRONMENT.items():
+        if not (name == "RAY_AUTH_MODE" and "RAY_ADDRESS" in os.environ):
+            os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    options: dict = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if not os.environ.get("RAY_ADDRESS"):
+        options |= {
+            "num_cpus": num_cpus,
+            "object_store_memory": object_store_memory,
+            "include_dashboard": False,
+        }
+    ray.init(runtime_env={"env_vars": _forwarded_environment()}, **options)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def describe() -> dict[str, str | float]:
+    """What the cluster is: Ray version, nodes, CPUs, GPUs."""
+    import ray
+
+    resources = ray.cluster_resources()
+    return {
+        "ray_version": importlib.metadata.version("ray"),
+        "nodes": float(sum(node["Alive"] for node in ray.nodes())),
+        "cpus": resources.get("CPU", 0.0),
+        "gpus": resources.get("GPU", 0.0),
+    }
+
+
+def _forwarded_environment() -> dict[str, str]:
+    """The checkout's root on the workers' path, and the driver's storage settings."""
+    checkout = str(Path(__file__).resolve().parents[1])
+    forwarded = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED_PREFIXES)}
+    paths = [checkout, *filter(None, forwarded.get("PYTHONPATH", "").split(os.pathsep))]
+    forwarded["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    return forwarded
