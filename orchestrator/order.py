@@ -1,0 +1,213 @@
+"""The order of training samples, and the keys of all randomness: pure arithmetic (numpy only).
+
+Row groups are permuted by (seed, epoch) and dealt round-robin to P canonical streams. Each stream is cut
+into windows of consecutive row groups, and the rows of a window are shuffled together. A global batch of B
+takes B/P rows from every stream, in stream order; worker r of W owns the streams [rP/W, (r+1)P/W). So nothing
+depends on W, no row group belongs to two streams, and one integer, the images seen, says where a run stands.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, Field
+
+
+class Purpose(IntEnum):
+    """What a random draw is for. The numbers are part of every key: never change one, never use one twice."""
+
+    ROW_GROUPS = 1  # the epoch's permutation of row groups
+    WINDOW = 2  # the shuffle inside a window
+    FLIP = 3
+    CROP = 4
+    TIMESTEP = 5
+    NOISE = 6  # training noise of a sample
+    DROPOUT = 7
+    SHARDS = 8  # the shuffle of all keys when a dataset is prepared
+    SPLIT = 9  # training against validation
+    LABEL = 10  # generation: the class of an index
+    START = 11  # generation: x_T of an index
+    STEP = 12  # generation: the noise of an index at an original timestep
+    WEIGHTS = 13  # initial parameters
+
+
+def keyed_rng(purpose: Purpose, seed: int, *key: int) -> np.random.Generator:
+    """The generator that belongs to a purpose, a seed and up to two further integers, all in [0, 2**64).
+
+    The key is laid out in words of fixed width: numpy's SeedSequence packs integers into as many 32-bit words
+    as each needs and pads with zeros, so that bare lists such as [1, 2**32] and [1, 0, 1], or [1] and [1, 0],
+    collide.
+    """
+    parts = (seed, *key, *([0] * (2 - len(key))))
+    if len(parts) != 3 or not all(0 <= part < 2**64 for part in parts):
+        raise ValueError(f"key {(seed, *key)} must be a seed and at most two integers, each in [0, 2**64)")
+    words = [int(purpose)]
+    for part in parts:
+        words += [part & 0xFFFFFFFF, part >> 32]
+    return np.random.default_rng(np.array(words, dtype=np.uint32))
+
+
+def sample_rng(seed: int, epoch: int, sample: int, purpose: Purpose) -> np.random.Generator:
+    """Randomness of one training sample (its global row number) in one epoch."""
+    return keyed_rng(purpose, seed, epoch, sample)
+
+
+def index_rng(seed: int, index: int, purpose: Purpose, timestep: int = 0) -> np.random.Generator:
+    """Randomness of one generated image.
+
+    Step noise is keyed by the original timestep: chains of other lengths share noise where they share times.
+    """
+    return keyed_rng(purpose, seed, index, timestep)
+
+
+class OrderConfig(BaseModel, frozen=True, extra="forbid"):
+    """How samples are ordered; any change gives another sequence of batches."""
+
+    seed: int = Field(0, ge=0, lt=2**64)  # order, flips, crops, timesteps and noise all follow from it
+    num_streams: int = Field(4, gt=0)  # canonical streams P, a power of two; the worker count must divide it
+    window: int = Field(4, gt=0)  # row groups of a stream that are shuffled together
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """The rows of one window that are still to come: what one read task fetches.
+
+    `first` is the offset of its first row in the stream's order of the epoch; `rows` int64 [n, 2] holds
+    (row group of the manifest, row inside it), in the order in which they are consumed.
+    """
+
+    epoch: int
+    stream: int
+    first: int
+    rows: np.ndarray
+
+    @property
+    def row_groups(self) -> tuple[int, ...]:
+        """The row groups that must be read, in ascending order."""
+        return tuple(np.unique(self.rows[:, 0]).tolist())
+
+
+class _Window(NamedTuple):
+    stream: int
+    first: int  # offset of its first row in the stream's epoch
+    number: int
+    rows: int  # how many of its rows the epoch's batches reach
+
+
+class OrderPlan:
+    """Which sample comes when, for any worker count, from any position.
+
+    An epoch has the same number of batches every time: floor(R_min / (B/P)), where R_min, the sum of the
+    floor(G/P) smallest of the G row groups, is what every stream surely holds. Where row groups are of one
+    size and P divides G, this is floor(N/B); `prepare` makes them so, within one row each. In general
+    floor(N/B) is out of reach, since a row group is owned whole by one stream. What is left out differs by
+    epoch; no sample comes twice in one.
+
+    Attributes: num_samples; rows_per_stream (B/P); batches_per_epoch; images_per_epoch; first_samples
+    int64 [G], the global row number (the sample id) of each row group's first row.
+    """
+
+    def __init__(self, row_group_sizes: tuple[int, ...], batch_size: int, config: OrderConfig) -> None:
+        streams, groups = config.num_streams, len(row_group_sizes)
+        if streams & (streams - 1):
+            raise ValueError(f"num_streams={streams} is not a power of two")
+        if batch_size <= 0 or batch_size % streams:
+            raise ValueError(f"batch_size={batch_size} must be a positive multiple of num_streams={streams}")
+        if groups < streams:
+            raise ValueError(
+                f"num_streams={streams} is more than the {groups} row groups; "
+                "use fewer streams or prepare the dataset with more row groups"
+            )
+        self.config = config
+        self.batch_size = batch_size
+        self.rows_per_stream = batch_size // streams
+        self.sizes = np.array(row_group_sizes, dtype=np.int64)
+        self.num_samples = int(self.sizes.sum())
+        self.first_samples = np.cumsum(self.sizes) - self.sizes
+        sure = int(np.sort(self.sizes)[: groups // streams].sum())
+        self.batches_per_epoch = sure // self.rows_per_stream
+        if self.batches_per_epoch == 0:
+            raise ValueError(
+                f"batch_size={batch_size} takes {self.rows_per_stream} rows of each stream, but a stream may "
+                f"hold only {sure}; use batch_size <= {sure * streams}"
+            )
+        self.images_per_epoch = self.batches_per_epoch * batch_size
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """(epoch, step within it) after `position` images seen; a multiple of the batch size."""
+        if position < 0 or position % self.batch_size:
+            raise ValueError(f"position={position} is not a multiple of batch_size={self.batch_size}")
+        epoch, images = divmod(position, self.images_per_epoch)
+        return epoch, images // self.batch_size
+
+    def streams(self, rank: int, world_size: int) -> range:
+        """The contiguous streams that worker `rank` of `world_size` owns."""
+        if world_size <= 0 or self.config.num_streams % world_size:
+            raise ValueError(f"world_size={world_size} does not divide num_streams={self.config.num_streams}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank} is not in [0, world_size={world_size})")
+        share = self.config.num_streams // world_size
+        return range(rank * share, (rank + 1) * share)
+
+    def steps(self, position: int) -> Iterator[tuple[int, int]]:
+        """(epoch, images seen before the step) of each global step from `position` on, without end."""
+        self.locate(position)
+        while True:
+            yield self.locate(position)[0], position
+            position += self.batch_size
+
+    def units(self, rank: int, world_size: int, position: int = 0) -> Iterator[Unit]:
+        """The worker's reads from `position` on, without end, in the order in which they are first needed.
+
+        Rows before the position are dropped already, and so is what the epoch's batches never reach.
+        """
+        streams = self.streams(rank, world_size)
+        epoch, step = self.locate(position)
+        while True:
+            order = keyed_rng(Purpose.ROW_GROUPS, self.config.seed, epoch).permutation(len(self.sizes))
+            begin = step * self.rows_per_stream
+            windows = [
+                window
+                for stream in streams
+                for window in self._windows(order, stream)
+                if window.first + window.rows > begin
+            ]
+            windows.sort(key=lambda window: (max(window.first, begin) // self.rows_per_stream, window.stream))
+            for window in windows:
+                yield self._unit(epoch, order, window, begin)
+            epoch, step = epoch + 1, 0
+
+    def sample_ids(self, rows: np.ndarray) -> np.ndarray:
+        """Global row numbers int64 [n] of `rows` int64 [n, 2] as in `Unit.rows`."""
+        return self.first_samples[rows[:, 0]] + rows[:, 1]
+
+    def open_bytes(self, world_size: int, bytes_per_row: int) -> int:
+        """Bytes that a worker may hold in open windows: (P/W) x window x rows of a row group x bytes."""
+        open_groups = len(self.streams(0, world_size)) * self.config.window
+        return open_groups * int(self.sizes.max()) * bytes_per_row
+
+    def _windows(self, order: np.ndarray, stream: int) -> Iterator[_Window]:
+        """The windows of a stream that the epoch's batches reach."""
+        dealt, end, first = order[stream :: self.config.num_streams], self._stream_rows, 0
+        for number, start in enumerate(range(0, len(dealt), self.config.window)):
+            rows = int(self.sizes[dealt[start : start + self.config.window]].sum())
+            if first < end:
+                yield _Window(stream, first, number, min(rows, end - first))
+            first += rows
+
+    def _unit(self, epoch: int, order: np.ndarray, window: _Window, begin: int) -> Unit:
+        """The rows of a window from the stream's row `begin` on, as far as the epoch's batches reach."""
+        start = window.number * self.config.window
+        groups = order[window.stream :: self.config.num_streams][start : start + self.config.window]
+        pairs = zip(groups, self.sizes[groups], strict=True)
+        rows = np.concatenate([np.stack([np.full(n, group), np.arange(n)], 1) for group, n in pairs])
+        key = epoch * self.config.num_streams + window.stream
+        rows = rows[keyed_rng(Purpose.WINDOW, self.config.seed, key, window.number).permutation(len(rows))]
+        skipped = max(begin - window.first, 0)
+        return Unit(epoch, window.stream, window.first + skipped, rows[skipped : window.rows])
+
+    @property
+    def _stream_rows(self) -> int:
+        return self.batches_per_epoch * self.rows_per_stream
