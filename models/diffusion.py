@@ -1,0 +1,519 @@
+"""Gaussian diffusion: schedules, respacing, the processes q and p, the losses and the sampling of timesteps.
+
+Sources: DDPM (Ho et al. 2020, arXiv 2006.11239), IDDPM (Nichol & Dhariwal 2021, arXiv 2102.09672), ADM
+(Dhariwal & Nichol 2021, arXiv 2105.05233). Timesteps count from 0 (almost clean) to T - 1 (almost noise);
+images are [B, C, H, W] in [-1, 1]. Tables are float64 numpy; look-ups and arithmetic on images are float32.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+Model = Callable[..., Tensor]  # (x_t [B, C, H, W], timesteps [B], **kwargs) -> [B, out, H, W]
+Timestep = int | Tensor  # chain index: one for the whole batch, or int64 [B]
+
+
+class DiffusionConfig(BaseModel, frozen=True, extra="forbid"):
+    """The process and what the network predicts of it."""
+
+    schedule: Literal["linear", "cosine", "quad", "warmup10", "warmup50", "const", "jsd"] = "linear"  # betas
+    num_timesteps: int = Field(1000, ge=2)  # T, steps of the training process
+    prediction: Literal["eps", "x_start", "previous_x"] = "eps"  # what the first channels of the output mean
+    variance: Literal["fixed_small", "fixed_large", "learned", "learned_range"] = (
+        "learned_range"  # of p(x_t-1|x_t)
+    )
+    loss: Literal["simple", "rescaled_simple", "kl", "rescaled_kl"] = "simple"  # training objective
+    rescale_timesteps: bool = False  # give the network t * 1000 / T instead of t
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network has a second half of output channels."""
+        return self.variance in ("learned", "learned_range")
+
+
+# Schedules and respacing
+
+
+def ddpm_betas(schedule: str, beta_start: float, beta_end: float, num_timesteps: int) -> NDArray[np.float64]:
+    """DDPM's schedules, float64 [T]; unlike `betas_for` the end points are not scaled with T."""
+
+    def warmup(fraction: float) -> NDArray[np.float64]:
+        betas = np.full(num_timesteps, beta_end, dtype=np.float64)
+        rising = int(num_timesteps * fraction)
+        betas[:rising] = np.linspace(beta_start, beta_end, rising, dtype=np.float64)
+        return betas
+
+    match schedule:
+        case "linear":
+            return np.linspace(beta_start, beta_end, num_timesteps, dtype=np.float64)
+        case "quad":
+            return np.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=np.float64) ** 2
+        case "warmup10":
+            return warmup(0.1)
+        case "warmup50":
+            return warmup(0.5)
+        case "const":
+            return np.full(num_timesteps, beta_end, dtype=np.float64)
+        case "jsd":
+            return 1.0 / np.linspace(num_timesteps, 1, num_timesteps, dtype=np.float64)
+    raise ValueError(
+        f"schedule={schedule!r} is unknown; use linear, quad, warmup10, warmup50, const, jsd or cosine"
+    )
+
+
+def cosine_betas(num_timesteps: int) -> NDArray[np.float64]:
+    """IDDPM eq. 17: betas of a squared-cosine alphas_cumprod, each at most 0.999."""
+
+    def alphas_cumprod(u: float) -> float:
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    steps = range(num_timesteps)
+    ratios = [alphas_cumprod((i + 1) / num_timesteps) / alphas_cumprod(i / num_timesteps) for i in steps]
+    return np.minimum(1.0 - np.array(ratios), 0.999)
+
+
+def betas_for(schedule: str, num_timesteps: int) -> NDArray[np.float64]:
+    """Betas of the full process, float64 [T]: 1e-4 to 0.02; the linear ones are scaled by 1000 / T."""
+    if schedule == "cosine":
+        return cosine_betas(num_timesteps)
+    scale = 1000 / num_timesteps if schedule == "linear" else 1.0
+    return ddpm_betas(schedule, scale * 1e-4, scale * 0.02, num_timesteps)
+
+
+def space_timesteps(num_timesteps: int, spec: str | Sequence[int]) -> NDArray[np.int64]:
+    """The original timesteps that a shorter chain keeps, sorted int64 (IDDPM section 4, DDIM section 4.2).
+
+    `spec` is "ddimN" (N steps at one integer stride, from 0), or the numbers of steps to keep in equal sections
+    of the process, as "10,20,30" or a sequence; "250" is one section. ValueError where that is impossible.
+    """
+    if isinstance(spec, str) and spec.startswith("ddim"):
+        (count,) = _step_counts(spec[4:], spec)
+        for stride in range(1, num_timesteps):
+            if len(range(0, num_timesteps, stride)) == count:
+                return np.arange(0, num_timesteps, stride, dtype=np.int64)
+        possible = {-(-num_timesteps // stride) for stride in range(1, num_timesteps)}
+        near = sorted(sorted(possible, key=lambda n: abs(n - count))[:2])
+        raise ValueError(
+            f"respacing {spec!r}: no integer stride keeps {count} of {num_timesteps} steps; near are {near}"
+        )
+    counts = _step_counts(spec, spec) if isinstance(spec, str) else list(spec)
+    if not counts:
+        raise ValueError(f"respacing {spec!r} has no sections; write step counts such as '250' or '10,20'")
+    size_each, longer = divmod(num_timesteps, len(counts))
+    kept: set[int] = set()
+    start = 0
+    for section, count in enumerate(counts):
+        size = size_each + (section < longer)
+        if size < count:
+            raise ValueError(f"respacing {spec!r}: section {section} has {size} steps, fewer than {count}")
+        stride_ = (size - 1) / (count - 1) if count > 1 else 1.0
+        position = 0.0  # summed in floating point and rounded half to even, as the published code does
+        for _ in range(count):
+            kept.add(start + round(position))
+            position += stride_
+        start += size
+    return np.array(sorted(kept), dtype=np.int64)
+
+
+def _step_counts(text: str, spec: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"respacing {spec!r}: {text!r} is not an integer or a comma-separated list of them"
+        ) from None
+
+
+# The process
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says at x_t: all float32, log_variance broadcasts against the others [B, C, H, W]."""
+
+    eps: Tensor  # the noise that agrees with pred_x_start
+    pred_x_start: Tensor
+    mean: Tensor  # of p(x_{t-1} | x_t)
+    log_variance: Tensor  # of p(x_{t-1} | x_t)
+
+    def with_mean(self, mean: Tensor) -> "Prediction":
+        """The same prediction with another mean of the reverse step."""
+        return replace(self, mean=mean)
+
+
+Denoise = Callable[[Tensor, Timestep], Prediction]
+
+
+class Diffusion:
+    """The (possibly respaced) process: float64 tables [T'], and q, p and the losses over them.
+
+    `num_timesteps` is T', the steps of this chain; `timestep_map` [T'] int64 holds their original timesteps.
+    Raises ValueError for impossible respacings, betas outside (0, 1] and chains of fewer than two steps.
+    """
+
+    def __init__(self, config: DiffusionConfig, respacing: str | Sequence[int] = "") -> None:
+        self.config = config
+        betas = betas_for(config.schedule, config.num_timesteps)
+        if not ((betas > 0) & (betas <= 1)).all():
+            raise ValueError(
+                f"schedule={config.schedule!r} with num_timesteps={config.num_timesteps} has betas outside "
+                "(0, 1]; use more timesteps"
+            )
+        if respacing == "":
+            self.timestep_map = np.arange(config.num_timesteps, dtype=np.int64)
+        else:
+            self.timestep_map = space_timesteps(config.num_timesteps, respacing)
+            kept = np.cumprod(1.0 - betas)[self.timestep_map]
+            betas = 1.0 - kept / np.append(1.0, kept[:-1])
+        self.num_timesteps = len(betas)
+        if self.num_timesteps < 2:
+            raise ValueError(
+                f"respacing {respacing!r} keeps {self.num_timesteps} steps; a chain needs at least 2"
+            )
+        self._make_tables(betas)
+        self._tensors: dict[tuple[str, torch.device], Tensor] = {}
+
+    def _make_tables(self, betas: NDArray[np.float64]) -> None:
+        self.betas = betas
+        self.alphas_cumprod = np.cumprod(1.0 - betas)
+        self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
+        self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
+        with np.errstate(divide="ignore", invalid="ignore"):  # beta = 1 at the last step is allowed
+            self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
+            self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
+            self.log_one_minus_alphas_cumprod = np.log(1.0 - self.alphas_cumprod)
+            self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
+            self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1.0)
+            # q(x_{t-1} | x_t, x_0), DDPM eqs. 6-7
+            self.posterior_variance = betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+            # zero at t = 0, where the published code uses the value of t = 1 for its logarithm
+            self.posterior_log_variance_clipped = np.log(
+                np.append(self.posterior_variance[1], self.posterior_variance[1:])
+            )
+            self.posterior_mean_coef1 = (
+                betas * np.sqrt(self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+            )
+            self.posterior_mean_coef2 = (
+                (1.0 - self.alphas_cumprod_prev) * np.sqrt(1.0 - betas) / (1.0 - self.alphas_cumprod)
+            )
+            self.previous_x_coef1 = 1.0 / self.posterior_mean_coef1
+            self.previous_x_coef2 = self.posterior_mean_coef2 / self.posterior_mean_coef1
+            self.log_betas = np.log(betas)
+            self.fixed_large_log_variance = np.log(np.append(self.posterior_variance[1], betas[1:]))
+
+    def at(self, table: str, t: Timestep, like: Tensor) -> Tensor:
+        """Entries of a table as float32 on `like`'s device: 0-dim for an int t, [B, 1, ...] for t int64 [B].
+
+        No host synchronisation: the whole table lies on the device from its first use on.
+        """
+        key = (table, like.device)
+        if key not in self._tensors:
+            with torch.inference_mode(False):  # these live on, and may be saved for a backward pass
+                values = getattr(self, table)
+                self._tensors[key] = torch.tensor(values, dtype=torch.float32, device=like.device)
+        entries = self._tensors[key][t]
+        return entries if isinstance(t, int) else entries.view(-1, *[1] * (like.ndim - 1))
+
+    def model_timesteps(self, t: Timestep, like: Tensor) -> Tensor:
+        """What the network is told at chain indices t, float32 [B]; see `model_timestep_map`."""
+        timesteps = self.at("model_timestep_map", t, like)
+        return timesteps.expand(len(like)) if isinstance(t, int) else timesteps.view(-1)
+
+    @property
+    def model_timestep_map(self) -> NDArray[np.float64]:
+        """The number that the network is given at each step of the chain, float64 [T']."""
+        scale = 1000.0 / self.config.num_timesteps if self.config.rescale_timesteps else 1.0
+        return np.float64(scale) * self.timestep_map
+
+    def q_sample(self, x_start: Tensor, t: Timestep, noise: Tensor) -> Tensor:
+        """x_t ~ q(x_t | x_0) from standard normal `noise`; DDPM eq. 4."""
+        return (
+            self.at("sqrt_alphas_cumprod", t, x_start) * x_start
+            + self.at("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
+        )
+
+    def q_posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
+        """Mean of q(x_{t-1} | x_t, x_0); DDPM eq. 7."""
+        return (
+            self.at("posterior_mean_coef1", t, x_t) * x_start + self.at("posterior_mean_coef2", t, x_t) * x_t
+        )
+
+    def x_start_from_eps(self, x_t: Tensor, t: Timestep, eps: Tensor) -> Tensor:
+        """DDPM eq. 4 solved for x_0."""
+        return (
+            self.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
+            - self.at("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
+        )
+
+    def eps_from_x_start(self, x_t: Tensor, t: Timestep, x_start: Tensor) -> Tensor:
+        """DDPM eq. 4 solved for the noise."""
+        recip = self.at("sqrt_recip_alphas_cumprod", t, x_t)
+        return (recip * x_t - x_start) / self.at("sqrt_recipm1_alphas_cumprod", t, x_t)
+
+    def log_variance(self, values: Tensor | None, t: Timestep, like: Tensor) -> Tensor:
+        """Log variance of p(x_{t-1} | x_t); `values` is the second half of the output, None if fixed."""
+        if values is None:
+            fixed_small = self.config.variance == "fixed_small"
+            table = "posterior_log_variance_clipped" if fixed_small else "fixed_large_log_variance"
+            return self.at(table, t, like)
+        if self.config.variance == "learned":
+            return values
+        low = self.at("posterior_log_variance_clipped", t, like)
+        high = self.at("log_betas", t, like)
+        fraction = (values + 1) / 2  # IDDPM eq. 15; not clamped
+        return fraction * high + (1 - fraction) * low
+
+    def split_output(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+        """The network's output as (mean part, variance part or None), float32; ValueError on other widths."""
+        wanted = channels * (2 if self.config.learns_variance else 1)
+        if output.shape[1] != wanted:
+            raise ValueError(
+                f"the network has {output.shape[1]} output channels; variance={self.config.variance!r} over "
+                f"{channels} image channels needs {wanted}"
+            )
+        output = output.float()
+        return (output[:, :channels], output[:, channels:]) if self.config.learns_variance else (output, None)
+
+    def predict(self, output: Tensor, x_t: Tensor, t: Timestep, clip: bool = True) -> Prediction:
+        """Read the network's `output` [B, C or 2C, H, W] at x_t; `clip` clamps pred_x_start to [-1, 1]."""
+        value, variance_values = self.split_output(output, x_t.shape[1])
+        match self.config.prediction:
+            case "eps":
+                x_start = self.x_start_from_eps(x_t, t, value)
+            case "x_start":
+                x_start = value
+            case "previous_x":
+                x_start = (
+                    self.at("previous_x_coef1", t, x_t) * value - self.at("previous_x_coef2", t, x_t) * x_t
+                )
+        if clip:
+            x_start = x_start.clamp(-1, 1)
+        previous = self.config.prediction == "previous_x"
+        return Prediction(
+            eps=self.eps_from_x_start(x_t, t, x_start),
+            pred_x_start=x_start,
+            mean=value if previous else self.q_posterior_mean(x_start, x_t, t),
+            log_variance=self.log_variance(variance_values, t, x_t),
+        )
+
+    def with_eps(self, prediction: Prediction, x_t: Tensor, t: Timestep, eps: Tensor) -> Prediction:
+        """`prediction` at x_t with other noise; pred_x_start (not clipped again) and mean follow it."""
+        x_start = self.x_start_from_eps(x_t, t, eps)
+        mean = self.q_posterior_mean(x_start, x_t, t)
+        return replace(prediction, eps=eps, pred_x_start=x_start, mean=mean)
+
+    def on_chain(self, model: Model) -> Model:
+        """`model` called with a chain index, (x_t, t, **kwargs), instead of its own timesteps.
+
+        For an int t the time embeddings of the whole chain are computed once, at the first call, and without
+        their gradients (an int t means sampling). Models without `embed_timesteps` are called as they are.
+        """
+        embed = getattr(model, "embed_timesteps", None)
+        embeddings: Tensor | None = None
+
+        def call(x_t: Tensor, t: Timestep, **kwargs: Any) -> Tensor:
+            nonlocal embeddings
+            timesteps = self.model_timesteps(t, x_t)
+            if isinstance(t, int) and embed is not None:
+                if embeddings is None:
+                    with torch.inference_mode(False), torch.no_grad():
+                        chain = torch.arange(self.num_timesteps, device=x_t.device)
+                        embeddings = embed(self.at("model_timestep_map", chain, chain))
+                kwargs["time_embedding"] = embeddings[t].expand(len(x_t), -1)
+            return model(x_t, timesteps, **kwargs)
+
+        return call
+
+    def denoiser(
+        self, model: Model, y: Tensor | None = None, low_res: Tensor | None = None, clip: bool = True
+    ) -> Denoise:
+        """The seam of all samplers: (x_t, t) -> Prediction, for labels y [B] and low-resolution images."""
+        call = self.on_chain(model)
+        inputs = {"y": y, "low_res": low_res}
+        kwargs = {name: value for name, value in inputs.items() if value is not None}
+
+        def denoise(x_t: Tensor, t: Timestep) -> Prediction:
+            return self.predict(call(x_t, t, **kwargs), x_t, t, clip)
+
+        return denoise
+
+    # Losses
+
+    def vb_term(self, x_start: Tensor, x_t: Tensor, t: Timestep, prediction: Prediction) -> Tensor:
+        """A term of the variational bound in bits per dimension [B] (DDPM eq. 5, IDDPM eqs. 4-6).
+
+        KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), or at t = 0 the decoder's negative log-likelihood.
+        """
+        kl = normal_kl(
+            self.q_posterior_mean(x_start, x_t, t),
+            self.at("posterior_log_variance_clipped", t, x_t),
+            prediction.mean,
+            prediction.log_variance,
+        )
+        nll = -discretized_gaussian_log_likelihood(x_start, prediction.mean, 0.5 * prediction.log_variance)
+        if isinstance(t, int):
+            return mean_flat(nll if t == 0 else kl) / math.log(2)
+        return torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2)
+
+    def losses(
+        self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor, **model_kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Loss terms [B] at timesteps t int64 [B]: "loss" and, where it has parts, "mse" and "vb".
+
+        simple: DDPM eq. 14; with learned variance IDDPM eq. 16, where the bound sees a detached mean and so
+        trains the variance only. rescaled_simple weighs that bound by T / 1000. kl: the bound's term in bits
+        per dimension; rescaled_kl: times T. T is the length of this chain.
+        """
+        x_t = self.q_sample(x_start, t, noise)
+        output = model(x_t, self.model_timesteps(t, x_t), **model_kwargs)
+        if self.config.loss in ("kl", "rescaled_kl"):
+            vb = self.vb_term(x_start, x_t, t, self.predict(output, x_t, t, clip=False))
+            return {"loss": vb * self.num_timesteps if self.config.loss == "rescaled_kl" else vb}
+        value, variance_values = self.split_output(output, x_t.shape[1])
+        match self.config.prediction:
+            case "eps":
+                target = noise
+            case "x_start":
+                target = x_start
+            case "previous_x":
+                target = self.q_posterior_mean(x_start, x_t, t)
+        mse = mean_flat((target - value) ** 2)
+        if variance_values is None:
+            return {"loss": mse, "mse": mse}
+        frozen = torch.cat([value.detach(), variance_values], dim=1)
+        vb = self.vb_term(x_start, x_t, t, self.predict(frozen, x_t, t, clip=False))
+        if self.config.loss == "rescaled_simple":
+            vb = vb * (self.num_timesteps / 1000.0)
+        return {"loss": mse + vb, "mse": mse, "vb": vb}
+
+
+def mean_flat(x: Tensor) -> Tensor:
+    """Mean over all but the first dimension: [B, ...] -> [B]."""
+    return x.flatten(1).mean(dim=1)
+
+
+def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL(N(mean1, var1) || N(mean2, var2)) in nats, elementwise; arguments broadcast."""
+    return 0.5 * (
+        log_variance2
+        - log_variance1
+        - 1.0
+        + torch.exp(log_variance1 - log_variance2)
+        + (mean1 - mean2) ** 2 * torch.exp(-log_variance2)
+    )
+
+
+def approx_standard_normal_cdf(x: Tensor) -> Tensor:
+    """The tanh approximation of the standard normal CDF that the published likelihoods were computed with."""
+    return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Tensor) -> Tensor:
+    """Log-probability (nats, elementwise) of 8-bit images x in [-1, 1] under a Gaussian; DDPM eq. 13.
+
+    A grey level's bin is +-1/255 about it; the bins of 0 and 255 reach to infinity. Probabilities below 1e-12
+    count as 1e-12.
+    """
+    centred = x - means
+    inverse_scale = torch.exp(-log_scales)
+    upper = approx_standard_normal_cdf(inverse_scale * (centred + 1.0 / 255.0))
+    lower = approx_standard_normal_cdf(inverse_scale * (centred - 1.0 / 255.0))
+    log_upper = upper.clamp(min=1e-12).log()
+    log_one_minus_lower = (1.0 - lower).clamp(min=1e-12).log()
+    log_between = (upper - lower).clamp(min=1e-12).log()
+    return torch.where(x < -0.999, log_upper, torch.where(x > 0.999, log_one_minus_lower, log_between))
+
+
+# Timestep sampling
+
+
+def _draw(
+    probabilities: NDArray[np.float64], u: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Inverse-CDF draws t [B] for u [B] in [0, 1), and weights 1 / (T p(t)) that keep the loss unbiased."""
+    cdf = np.cumsum(probabilities)
+    t = np.searchsorted(cdf / cdf[-1], u, side="right").astype(np.int64)
+    return t, (1.0 / (len(probabilities) * probabilities[t])).astype(np.float32)
+
+
+class UniformTimesteps:
+    """Every timestep equally often, weight 1."""
+
+    def __init__(self, num_timesteps: int) -> None:
+        self.num_timesteps = num_timesteps
+
+    def draw(self, u: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Timesteps int64 [B] and loss weights float32 [B] for uniforms u [B] in [0, 1)."""
+        return _draw(np.full(self.num_timesteps, 1.0 / self.num_timesteps), u)
+
+    def update(self, t: NDArray[np.int64], losses: NDArray[np.float64]) -> None:
+        """Learns nothing."""
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """No state."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, NDArray[Any]]) -> None:
+        """Raises ValueError if `state` is another sampler's."""
+        if state:
+            raise ValueError(f"uniform timestep sampling has no state, but was given {sorted(state)}")
+
+
+class LossSecondMomentTimesteps:
+    """Importance sampling with p(t) proportional to sqrt(E[L_t^2]) over the latest losses; IDDPM eq. 18.
+
+    Uniform until every timestep has a full history. `uniform_prob` is the share that stays uniform. With
+    several workers each has a copy; all must `update` with the gathered losses of all, in one fixed order.
+    """
+
+    def __init__(self, num_timesteps: int, history_per_term: int = 10, uniform_prob: float = 0.001) -> None:
+        self.num_timesteps = num_timesteps
+        self.history_per_term = history_per_term
+        self.uniform_prob = uniform_prob
+        self.history = np.zeros((num_timesteps, history_per_term), dtype=np.float64)  # oldest first
+        self.counts = np.zeros(num_timesteps, dtype=np.int64)
+
+    def weights(self) -> NDArray[np.float64]:
+        """Unnormalised probabilities, float64 [T]; ones while the history is filling."""
+        if (self.counts < self.history_per_term).any():
+            return np.ones(self.num_timesteps)
+        moments = np.sqrt(np.mean(self.history**2, axis=1))
+        return moments / moments.sum() * (1 - self.uniform_prob) + self.uniform_prob / self.num_timesteps
+
+    def draw(self, u: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Timesteps int64 [B] and loss weights float32 [B] for uniforms u [B] in [0, 1)."""
+        weights = self.weights()
+        return _draw(weights / weights.sum(), u)
+
+    def update(self, t: NDArray[np.int64], losses: NDArray[np.float64]) -> None:
+        """Record unweighted losses [N] at timesteps [N], in the order given."""
+        for step, loss in zip(t, losses, strict=True):
+            if self.counts[step] == self.history_per_term:
+                self.history[step, :-1] = self.history[step, 1:]
+                self.history[step, -1] = loss
+            else:
+                self.history[step, self.counts[step]] = loss
+                self.counts[step] += 1
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """Copies of the history (float64 [T, H]) and its counts (int64 [T])."""
+        return {"history": self.history.copy(), "counts": self.counts.copy()}
+
+    def load_state_dict(self, state: dict[str, NDArray[Any]]) -> None:
+        """Raises ValueError if names or shapes differ."""
+        wanted = {"history": self.history.shape, "counts": self.counts.shape}
+        given = {name: np.shape(array) for name, array in state.items()}
+        if given != wanted:
+            raise ValueError(f"timestep sampler state has {given}; wanted {wanted}")
+        self.history = np.array(state["history"], dtype=np.float64)
+        self.counts = np.array(state["counts"], dtype=np.int64)
+
+
+TimestepSampler = UniformTimesteps | LossSecondMomentTimesteps

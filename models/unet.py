@@ -1,0 +1,459 @@
+"""The networks of ADM (Dhariwal & Nichol 2021): U-Net, super-resolution U-Net and the noisy classifier.
+
+Every switch of the paper's ablations is a field of a config; module names are those of the released
+checkpoints, so their state dicts load with `strict=True`. DDPM's and IDDPM's networks are configurations too.
+
+Parameters are float32. For bf16 or fp16 run the forward pass under `torch.autocast`: normalisation, softmax,
+the time embedding and the output layers stay in float32, as in the published code.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Literal, Self, cast
+
+import torch
+from pydantic import BaseModel, Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+NORM_GROUPS = 32  # every feature map's width must be a multiple of it
+
+
+class EncoderConfig(BaseModel, frozen=True, extra="forbid"):
+    """What the U-Net and the noisy classifier share: the shape of the down-sampling half."""
+
+    image_size: int = Field(64, gt=0)  # height and width of the input, pixels
+    in_channels: int = Field(3, gt=0)  # channels of the image
+    model_channels: int = Field(128, gt=0)  # width that channel_mult multiplies
+    num_res_blocks: int = Field(2, gt=0)  # residual blocks per resolution
+    channel_mult: tuple[float, ...] = Field(
+        (1, 2, 3, 4), min_length=1
+    )  # width of each resolution / model_channels
+    attention_resolutions: tuple[int, ...] = (32, 16, 8)  # feature map sizes with attention, pixels
+    num_heads: int = Field(4, gt=0)  # attention heads where num_head_channels is None
+    num_head_channels: int | None = Field(None, gt=0)  # channels per attention head; None = num_heads heads
+    dropout: float = Field(0.0, ge=0, lt=1)  # inside residual blocks, training only
+    use_scale_shift_norm: bool = (
+        True  # AdaGN: embeddings scale and shift the normalised map; False = are added
+    )
+    resblock_updown: bool = True  # BigGAN residual blocks change the resolution; False = plain layers
+    conv_resample: bool = True  # plain resolution changes use a convolution; False = pooling and nearest
+    use_new_attention_order: bool = False  # qkv channels as [qkv][head][c]; False = [head][qkv][c]
+    rescale_residual: bool = False  # scale residual sums by 1/sqrt(2)
+    gradient_checkpointing: bool = False  # recompute blocks in the backward pass to save memory
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each resolution, finest first."""
+        return tuple(int(mult * self.model_channels) for mult in self.channel_mult)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Feature map size of each resolution in pixels, finest first."""
+        return tuple(self.image_size >> level for level in range(len(self.channel_mult)))
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> Self:
+        if self.image_size % (1 << (len(self.channel_mult) - 1)):
+            raise ValueError(
+                f"image_size={self.image_size} cannot be halved {len(self.channel_mult) - 1} times "
+                f"for the {len(self.channel_mult)} resolutions of channel_mult"
+            )
+        for width in self.widths:
+            if width <= 0 or width % NORM_GROUPS:
+                raise ValueError(
+                    f"channel_mult={self.channel_mult} x model_channels={self.model_channels} gives {width} "
+                    f"channels; widths must be multiples of {NORM_GROUPS}"
+                )
+        for size in self.attention_resolutions:
+            if size not in self.sizes:
+                raise ValueError(
+                    f"attention_resolutions has {size}; the feature maps have sizes {self.sizes}"
+                )
+        attended = [
+            w for w, s in zip(self.widths, self.sizes, strict=True) if s in self.attention_resolutions
+        ]
+        for width in {*attended, self.widths[-1]}:
+            if width % (self.num_head_channels or self.num_heads):
+                raise ValueError(
+                    f"{width} channels cannot be split into heads by num_heads={self.num_heads}, "
+                    f"num_head_channels={self.num_head_channels}"
+                )
+        return self
+
+
+class UNetConfig(EncoderConfig, frozen=True, extra="forbid"):
+    """The ADM U-Net; with low_res_size the super-resolution U-Net."""
+
+    out_channels: int = Field(6, gt=0)  # 3 = mean only, 6 = mean and learned variance
+    num_classes: int | None = Field(None, gt=0)  # None = not conditioned on classes
+    low_res_size: int | None = Field(
+        None, gt=0
+    )  # size of the image to upsample, pixels; None = not an upsampler
+
+
+class ClassifierConfig(EncoderConfig, frozen=True, extra="forbid"):
+    """The noisy classifier: encoder half, middle block and a pool."""
+
+    num_classes: int = Field(1000, gt=0)  # number of logits
+    pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = (
+        "attention"  # how the logits see the map
+    )
+
+    @model_validator(mode="after")
+    def _check_pool(self) -> Self:
+        if self.pool == "attention" and self.num_head_channels is None:
+            raise ValueError("pool='attention' needs num_head_channels (the released classifiers have 64)")
+        return self
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoidal embedding of `timesteps` [B] (integer or fractional) -> float32 [B, dim], cosines first.
+
+    Transformer frequencies max_period^(-i / (dim // 2)); an odd `dim` ends with a zero column.
+    """
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    frequencies = torch.exp(-math.log(max_period) * exponents / half)
+    angles = timesteps[:, None].float() * frequencies[None]
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation with 32 groups, computed in float32 and returned in the input's dtype."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(NORM_GROUPS, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps).to(x.dtype)
+
+
+class PointwiseConv(nn.Conv1d):
+    """A 1x1 convolution (and its parameter shapes) applied to tokens [B, N, C] as a matrix product."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(tokens, self.weight.squeeze(-1), self.bias)
+
+
+def zero_init(module: nn.Module) -> nn.Module:
+    """Set all parameters of `module` to zero: its branch starts by adding nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def in_float32(module: nn.Module, x: Tensor) -> Tensor:
+    """`module` applied to `x` in float32, also inside an autocast region."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return module(x.float())
+    with torch.autocast(x.device.type, enabled=False):
+        return module(x.float())
+
+
+def attend(qkv: Tensor, num_heads: int, new_order: bool) -> Tensor:
+    """Multi-head self-attention of packed `qkv` [B, N, 3C] -> [B, N, C]; softmax in float32.
+
+    Packed channels are [qkv][head][c] in the new order and [head][qkv][c] in the legacy one. Both have the
+    same shapes, so only the flag tells them apart.
+    """
+    batch, length, channels = qkv.shape
+    if new_order:
+        q, k, v = qkv.view(batch, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B, heads, N, c]
+    else:
+        q, k, v = qkv.view(batch, length, num_heads, 3, -1).permute(3, 0, 2, 1, 4)
+    out = F.scaled_dot_product_attention(q, k, v)
+    return out.transpose(1, 2).reshape(batch, length, channels // 3)
+
+
+def num_attention_heads(config: EncoderConfig, channels: int) -> int:
+    """Heads of an attention layer over `channels`: num_head_channels, where given, overrides num_heads."""
+    return channels // config.num_head_channels if config.num_head_channels else config.num_heads
+
+
+class AttentionBlock(nn.Module):
+    """Residual self-attention over the positions of a feature map [B, C, H, W]."""
+
+    def __init__(self, config: EncoderConfig, channels: int) -> None:
+        super().__init__()
+        self.num_heads = num_attention_heads(config, channels)
+        self.new_order = config.use_new_attention_order
+        self.residual_scale = math.sqrt(0.5) if config.rescale_residual else 1.0
+        self.norm = GroupNorm(channels)
+        self.qkv = PointwiseConv(channels, 3 * channels)
+        self.proj_out = zero_init(PointwiseConv(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]; no copy where x is channels_last
+        h = self.proj_out(attend(self.qkv(tokens), self.num_heads, self.new_order))
+        return _residual(x, h.transpose(1, 2).reshape(x.shape), self.residual_scale)
+
+
+def _residual(x: Tensor, h: Tensor, scale: float) -> Tensor:
+    return x + h if scale == 1.0 else (x + h) * scale
+
+
+class Upsample(nn.Module):
+    """Doubles height and width: nearest neighbour, then a 3x3 convolution if `use_conv`."""
+
+    def __init__(self, channels: int, use_conv: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Downsample(nn.Module):
+    """Halves height and width: a strided 3x3 convolution if `use_conv`, else 2x2 means."""
+
+    def __init__(self, channels: int, use_conv: bool) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class ResBlock(nn.Module):
+    """Residual block conditioned on an embedding [B, 4 * model_channels]; can change the resolution."""
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        in_channels: int,
+        out_channels: int,
+        resample: Literal["up", "down"] | None = None,
+    ) -> None:
+        super().__init__()
+        self.scale_shift = config.use_scale_shift_norm
+        self.residual_scale = math.sqrt(0.5) if config.rescale_residual else 1.0
+        self.resample: nn.Module = nn.Identity()  # without parameters: it adds no name to the state dict
+        if resample == "up":
+            self.resample = Upsample(in_channels, use_conv=False)
+        elif resample == "down":
+            self.resample = Downsample(in_channels, use_conv=False)
+        self.in_layers = nn.Sequential(
+            GroupNorm(in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(4 * config.model_channels, (1 + self.scale_shift) * out_channels)
+        )
+        self.out_layers = nn.Sequential(
+            GroupNorm(out_channels),
+            nn.SiLU(),
+            nn.Dropout(config.dropout),
+            zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        same = in_channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        norm, silu, conv = self.in_layers
+        h = conv(self.resample(silu(norm(x))))
+        emb = self.emb_layers(emb)[:, :, None, None].to(h.dtype)
+        norm, *rest = self.out_layers
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = norm(h) * (1 + scale) + shift
+        else:
+            h = norm(h + emb)
+        for layer in rest:
+            h = layer(h)
+        return _residual(self.skip_connection(self.resample(x)), h, self.residual_scale)
+
+
+class Stage(nn.Sequential):
+    """Layers in sequence; residual blocks among them also take the embedding."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+def _encoder_stages(config: EncoderConfig, in_channels: int) -> Iterator[tuple[Stage, int]]:
+    """The stages of the down-sampling half, each with its number of output channels."""
+    width = config.widths[0]
+    yield Stage(nn.Conv2d(in_channels, width, 3, padding=1)), width
+    for level, (out_width, size) in enumerate(zip(config.widths, config.sizes, strict=True)):
+        for _ in range(config.num_res_blocks):
+            layers: list[nn.Module] = [ResBlock(config, width, out_width)]
+            width = out_width
+            if size in config.attention_resolutions:
+                layers.append(AttentionBlock(config, width))
+            yield Stage(*layers), width
+        if level < len(config.widths) - 1:
+            down = ResBlock(config, width, width, "down") if config.resblock_updown else None
+            yield Stage(down or Downsample(width, config.conv_resample)), width
+
+
+def _decoder_stages(config: EncoderConfig, skip_widths: list[int]) -> Iterator[Stage]:
+    """The stages of the up-sampling half; each takes the running map joined with one skip connection."""
+    width = config.widths[-1]
+    for level in reversed(range(len(config.widths))):
+        for index in range(config.num_res_blocks + 1):
+            layers: list[nn.Module] = [ResBlock(config, width + skip_widths.pop(), config.widths[level])]
+            width = config.widths[level]
+            if config.sizes[level] in config.attention_resolutions:
+                layers.append(AttentionBlock(config, width))
+            if level and index == config.num_res_blocks:
+                up = ResBlock(config, width, width, "up") if config.resblock_updown else None
+                layers.append(up or Upsample(width, config.conv_resample))
+            yield Stage(*layers)
+
+
+class Encoder(nn.Module):
+    """Time embedding, down-sampling half and middle block: what U-Net and classifier have in common."""
+
+    def __init__(self, config: EncoderConfig, in_channels: int) -> None:
+        super().__init__()
+        self.model_channels = config.model_channels
+        self.gradient_checkpointing = config.gradient_checkpointing
+        emb_channels = 4 * config.model_channels
+        self.time_embed = nn.Sequential(
+            nn.Linear(config.model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+        stages, widths = zip(*_encoder_stages(config, in_channels), strict=True)
+        self.input_blocks = nn.ModuleList(stages)
+        self.input_widths: list[int] = list(widths)
+        width = self.input_widths[-1]
+        self.middle_block = Stage(
+            ResBlock(config, width, width), AttentionBlock(config, width), ResBlock(config, width, width)
+        )
+
+    def embed_timesteps(self, timesteps: Tensor) -> Tensor:
+        """The part of the forward pass that depends on `timesteps` [B] alone -> [B, 4 * model_channels]."""
+        return in_float32(self.time_embed, timestep_embedding(timesteps, self.model_channels))
+
+    def run(self, stage: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+        """One stage, recomputed in the backward pass (same dropout) where gradient checkpointing is on."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(stage, x, emb, use_reentrant=False))
+        return stage(x, emb)
+
+
+class UNet(Encoder):
+    """The ADM U-Net: predicts noise (or x_start) and, with twice the channels, the reverse variance."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        low_res_channels = config.in_channels if config.low_res_size else 0
+        super().__init__(config, config.in_channels + low_res_channels)
+        self.config = config
+        if config.num_classes is not None:
+            self.label_emb = nn.Embedding(config.num_classes, 4 * config.model_channels)
+        self.output_blocks = nn.ModuleList(_decoder_stages(config, list(self.input_widths)))
+        self.out = nn.Sequential(
+            GroupNorm(config.widths[0]),
+            nn.SiLU(),
+            zero_init(nn.Conv2d(config.widths[0], config.out_channels, 3, padding=1)),
+        )
+
+    def forward(
+        self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, time_embedding: Tensor | None = None
+    ) -> Tensor:
+        """x [B, C, H, W] (noised), timesteps [B] (original indices), y int64 [B] -> float32 [B, out, H, W].
+
+        `time_embedding` [B, 4 * model_channels] stands in for `embed_timesteps(timesteps)`: a sampler, whose
+        timesteps are known beforehand, computes it once. Raises ValueError if y is missing or unexpected.
+        """
+        if (y is not None) != (self.config.num_classes is not None):
+            raise ValueError(
+                f"y is {'given' if y is not None else 'None'} but num_classes={self.config.num_classes}; "
+                "give labels exactly to class-conditional networks"
+            )
+        emb = self.embed_timesteps(timesteps) if time_embedding is None else time_embedding
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        h, skips = x, []
+        for stage in self.input_blocks:
+            h = self.run(stage, h, emb)
+            skips.append(h)
+        h = self.run(self.middle_block, h, emb)
+        for stage in self.output_blocks:
+            h = self.run(stage, torch.cat([h, skips.pop()], dim=1), emb)
+        return in_float32(self.out, h)
+
+
+class SuperResUNet(UNet):
+    """A U-Net that also sees a low-resolution image, upsampled bilinearly and joined after x."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        if config.low_res_size is None:
+            raise ValueError(
+                "low_res_size=None; a super-resolution network needs the size of its input images"
+            )
+        super().__init__(config)
+
+    def forward(  # type: ignore[override]  # the low-resolution image is not optional here
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None = None,
+        time_embedding: Tensor | None = None,
+        *,
+        low_res: Tensor,
+    ) -> Tensor:
+        """As `UNet.forward`, with `low_res` [B, C, h, w] in [-1, 1]."""
+        upsampled = F.interpolate(low_res, x.shape[-2:], mode="bilinear")
+        return super().forward(torch.cat([x, upsampled], dim=1), timesteps, y, time_embedding)
+
+
+def make_unet(config: UNetConfig) -> UNet:
+    """The network that `config` describes: a super-resolution one if it has a low_res_size."""
+    return UNet(config) if config.low_res_size is None else SuperResUNet(config)
+
+
+class AttentionPool(nn.Module):
+    """CLIP's pool: a token of means attends to all positions; [B, C, H, W] -> [B, out_channels]."""
+
+    def __init__(self, size: int, channels: int, head_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.positional_embedding = nn.Parameter(torch.randn(channels, size**2 + 1) / channels**0.5)
+        self.qkv_proj = PointwiseConv(channels, 3 * channels)
+        self.c_proj = PointwiseConv(channels, out_channels)
+        self.num_heads = channels // head_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2)  # [B, C, HW]
+        tokens = torch.cat([tokens.mean(dim=-1, keepdim=True), tokens], dim=-1)
+        tokens = (tokens + self.positional_embedding).transpose(1, 2)
+        h = attend(self.qkv_proj(tokens), self.num_heads, new_order=True)
+        return self.c_proj(h[:, :1])[:, 0]
+
+
+class NoisyClassifier(Encoder):
+    """Classifies noised images: p(y | x_t), whose gradient guides a diffusion model."""
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        super().__init__(config, config.in_channels)
+        self.config = config
+        width, size = config.widths[-1], config.sizes[-1]
+        if config.pool == "adaptive":
+            head = zero_init(nn.Conv2d(width, config.num_classes, 1))
+            self.out = nn.Sequential(GroupNorm(width), nn.SiLU(), nn.AdaptiveAvgPool2d(1), head, nn.Flatten())
+        elif config.pool == "attention":
+            assert config.num_head_channels is not None  # the config has checked it
+            pool = AttentionPool(size, width, config.num_head_channels, config.num_classes)
+            self.out = nn.Sequential(GroupNorm(width), nn.SiLU(), pool)
+        else:
+            features = sum(self.input_widths) + width
+            between = [nn.ReLU()] if config.pool == "spatial" else [GroupNorm(2048), nn.SiLU()]
+            self.out = nn.Sequential(nn.Linear(features, 2048), *between, nn.Linear(2048, config.num_classes))
+
+    def forward(self, x: Tensor, timesteps: Tensor, time_embedding: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W], timesteps [B] (original indices) -> logits [B, num_classes].
+
+        `time_embedding` as in `UNet.forward`. The attention pool fixes the size of the input.
+        """
+        emb = self.embed_timesteps(timesteps) if time_embedding is None else time_embedding
+        h, means = x, []
+        for stage in (*self.input_blocks, self.middle_block):
+            h = self.run(stage, h, emb)
+            if self.config.pool.startswith("spatial"):
+                means.append(h.float().mean(dim=(2, 3)))
+        return in_float32(self.out, torch.cat(means, dim=1) if means else h)
