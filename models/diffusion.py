@@ -90,8 +90,8 @@ def betas_for(schedule: str, num_timesteps: int) -> NDArray[np.float64]:
 def space_timesteps(num_timesteps: int, spec: str | Sequence[int]) -> NDArray[np.int64]:
     """The original timesteps that a shorter chain keeps, sorted int64 (IDDPM section 4, DDIM section 4.2).
 
-    `spec` is "ddimN" (N steps at one integer stride, from 0), or the numbers of steps to keep in equal sections
-    of the process, as "10,20,30" or a sequence; "250" is one section. ValueError where that is impossible.
+    `spec` is "ddimN" (N steps at one integer stride, from 0), or the numbers of steps to keep in equal
+    sections of the process, as "10,20,30" or a sequence. Raises ValueError where that is impossible.
     """
     if isinstance(spec, str) and spec.startswith("ddim"):
         (count,) = _step_counts(spec[4:], spec)
@@ -182,13 +182,14 @@ class Diffusion:
 
     def _make_tables(self, betas: NDArray[np.float64]) -> None:
         self.betas = betas
+        self.adds_noise = np.arange(len(betas)) > 0  # whether the reverse step at t draws noise
         self.alphas_cumprod = np.cumprod(1.0 - betas)
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
+        self.one_minus_alphas_cumprod_prev = 1.0 - self.alphas_cumprod_prev
         self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
         with np.errstate(divide="ignore", invalid="ignore"):  # beta = 1 at the last step is allowed
             self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
             self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
-            self.log_one_minus_alphas_cumprod = np.log(1.0 - self.alphas_cumprod)
             self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
             self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1.0)
             # q(x_{t-1} | x_t, x_0), DDPM eqs. 6-7

@@ -1,0 +1,120 @@
+"""Classifier guidance (Dhariwal & Nichol 2021, section 4): wrappers from denoise to denoise.
+
+A gradient function gives scale * grad log p(y | x_t) at a step's own input and timestep, or None where guidance
+is off; the two wrappers put it into the mean (algorithm 1) or into the predicted noise (algorithm 2).
+"""
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from pydantic import BaseModel, Field, model_validator
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.diffusion import Denoise, Diffusion, Model, Prediction, Timestep
+
+Gradient = Callable[[Tensor, Timestep], Tensor | None]
+
+GRADIENT_NORM = 2.0**8  # of a sample's gradient at the logits, as it enters the backward pass
+
+
+class GuidanceConfig(BaseModel, frozen=True, extra="forbid"):
+    """How strongly, and where in the chain, the classifier guides."""
+
+    scale: float = Field(0.0, ge=0)  # multiplies grad log p(y | x_t); 0 = unguided
+    interval: tuple[int, int] | None = None  # first and last original timestep with guidance; None = all
+
+    @model_validator(mode="after")
+    def _check_interval(self) -> Self:
+        if self.interval is not None and not 0 <= self.interval[0] <= self.interval[1]:
+            raise ValueError(f"interval={self.interval} must be two timesteps, 0 <= first <= last")
+        return self
+
+
+def log_prob_gradient(classifier: Model, x: Tensor, t: Timestep, y: Tensor) -> Tensor:
+    """grad_x log p(y | x), float32 [B, C, H, W], for `classifier(x, t)` -> logits [B, K] and labels y [B].
+
+    The classifier may run in fp16 or bf16 and its parameters need no gradients. Each sample's log p is scaled
+    by a power of two, so that its gradient enters the backward pass with a norm near 256 however sure the
+    classifier is, and unscaled in float32: small gradients do not vanish, and float32 results do not change.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        logits = classifier(x, t).float()
+        log_prob = F.log_softmax(logits, dim=-1).gather(1, y.clone()[:, None])[:, 0]
+        with torch.no_grad():
+            at_logits = F.one_hot(y, logits.shape[1]) - F.softmax(logits, dim=-1)
+            exponent = torch.frexp(at_logits.norm(dim=1)).exponent
+            scale = torch.ldexp(torch.full_like(log_prob, GRADIENT_NORM), -exponent)
+        gradient = torch.autograd.grad((log_prob * scale).sum(), x)[0]
+    return gradient.float() / scale.view(-1, *[1] * (x.ndim - 1))
+
+
+def classifier_gradient(
+    classifier: Model,
+    diffusion: Diffusion,
+    y: Tensor,
+    scale: float,
+    interval: tuple[int, int] | None = None,
+) -> Gradient:
+    """(x_t, t) -> scale * grad log p(y | x_t); None where the original timestep is outside `interval`.
+
+    Only an int t can be inside or outside: with timesteps [B] and an interval it raises ValueError.
+    """
+    on_chain = diffusion.on_chain(classifier)
+
+    def gradient(x_t: Tensor, t: Timestep) -> Tensor | None:
+        if interval is not None:
+            if not isinstance(t, int):
+                raise ValueError("guidance in an interval needs one timestep for the batch, not a tensor")
+            if not interval[0] <= diffusion.timestep_map[t] <= interval[1]:
+                return None
+        return scale * log_prob_gradient(on_chain, x_t, t, y)
+
+    return gradient
+
+
+def mean_shift(denoise: Denoise, gradient: Gradient) -> Denoise:
+    """ADM algorithm 1: mean + variance * gradient. pred_x_start and eps stay the unguided ones."""
+
+    def guided_denoise(x_t: Tensor, t: Timestep) -> Prediction:
+        prediction, g = denoise(x_t, t), gradient(x_t, t)
+        if g is None:
+            return prediction
+        return prediction.with_mean(prediction.mean + torch.exp(prediction.log_variance) * g)
+
+    return guided_denoise
+
+
+def score_shift(denoise: Denoise, gradient: Gradient, diffusion: Diffusion) -> Denoise:
+    """ADM algorithm 2: eps - sqrt(1 - abar_t) * gradient; pred_x_start follows and is not clipped again."""
+
+    def guided_denoise(x_t: Tensor, t: Timestep) -> Prediction:
+        prediction, g = denoise(x_t, t), gradient(x_t, t)
+        if g is None:
+            return prediction
+        eps = prediction.eps - diffusion.at("sqrt_one_minus_alphas_cumprod", t, x_t) * g
+        return diffusion.with_eps(prediction, x_t, t, eps)
+
+    return guided_denoise
+
+
+def guided(
+    denoise: Denoise,
+    sampler_name: str,
+    classifier: Model,
+    diffusion: Diffusion,
+    y: Tensor,
+    config: GuidanceConfig,
+) -> Denoise:
+    """`denoise` guided towards labels y [B]: by the mean for "ddpm", by the score for all other samplers.
+
+    At scale 0 it is `denoise` itself.
+    """
+    if config.scale == 0:
+        return denoise
+    gradient = classifier_gradient(classifier, diffusion, y, config.scale, config.interval)
+    if sampler_name == "ddpm":
+        return mean_shift(denoise, gradient)
+    return score_shift(denoise, gradient, diffusion)

@@ -1,0 +1,196 @@
+"""Samplers: each one a generator over `denoise`, yielding a Step after every step of the chain.
+
+Chain indices run from T' - 1 down to 0. Randomness comes from outside: `noise(t)` gives standard normal noise
+shaped like x for the *original* timestep t, so that chains of different lengths can share it. It is asked for
+noise only where that is used: never at the last step, never by deterministic samplers.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field, model_validator
+from torch import Tensor
+
+from models.diffusion import Denoise, Diffusion, Prediction, Timestep, space_timesteps
+
+Noise = Callable[[int], Tensor]  # original timestep -> standard normal noise, shaped like x
+
+
+class SamplerConfig(BaseModel, frozen=True, extra="forbid"):
+    """Which sampler, over which steps."""
+
+    name: Literal["ddpm", "ddim", "dpm_solver", "heun"] = "ddpm"  # dpm_solver is DPM-Solver++(2M)
+    num_steps: int = Field(250, ge=2)  # steps of the chain; heun evaluates the network twice in each
+    eta: float = Field(0.0, ge=0, le=1)  # ddim only: 0 = deterministic, 1 = ancestral; DDIM eq. 16
+    respacing: str | None = None  # published syntax, e.g. "90,60,60,20,20"; None = made from num_steps
+
+    @model_validator(mode="after")
+    def _check_eta(self) -> Self:
+        if self.eta and self.name != "ddim":
+            raise ValueError(
+                f"eta={self.eta} has no meaning for name={self.name!r}; use name='ddim' or eta=0"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Step:
+    """One executed step: its chain index, the x that it led to and the x_0 predicted on the way."""
+
+    t: int
+    x: Tensor
+    pred_x_start: Tensor
+
+
+def respacing_for(config: SamplerConfig, num_timesteps: int) -> str:
+    """The respacing of `config`: an integer stride ("ddim25") for ddim, even spacing ("250") for the others.
+
+    Raises ValueError where num_timesteps has no such spacing, or where config.respacing contradicts num_steps.
+    """
+    if config.respacing is not None:
+        spec = config.respacing
+        kept = len(space_timesteps(num_timesteps, spec))
+        if kept != config.num_steps:
+            raise ValueError(f"respacing={spec!r} keeps {kept} steps but num_steps={config.num_steps}")
+        return spec
+    spec = f"ddim{config.num_steps}" if config.name == "ddim" else str(config.num_steps)
+    space_timesteps(num_timesteps, spec)
+    return spec
+
+
+# Single steps at t, one chain index or int64 [B]
+
+
+def ddpm_step(
+    diffusion: Diffusion, prediction: Prediction, x_t: Tensor, t: Timestep, noise: Tensor
+) -> Tensor:
+    """x_{t-1} by ancestral sampling, DDPM algorithm 2; no noise is added at t = 0."""
+    sigma = torch.exp(0.5 * prediction.log_variance)
+    return prediction.mean + diffusion.at("adds_noise", t, x_t) * sigma * noise
+
+
+def ddim_step(
+    diffusion: Diffusion, prediction: Prediction, x_t: Tensor, t: Timestep, noise: Tensor | None, eta: float
+) -> Tensor:
+    """x_{t-1} by DDIM eq. 12 with eta^2 times the posterior variance (eq. 16); None is right for eta = 0."""
+    variance = eta**2 * diffusion.at("posterior_variance", t, x_t)  # 0 at t = 0
+    direction = torch.sqrt(diffusion.at("one_minus_alphas_cumprod_prev", t, x_t) - variance)
+    x = torch.sqrt(diffusion.at("alphas_cumprod_prev", t, x_t)) * prediction.pred_x_start
+    x = x + direction * prediction.eps
+    return x if noise is None else x + torch.sqrt(variance) * noise
+
+
+def ddim_reverse_step(diffusion: Diffusion, prediction: Prediction, x_t: Tensor, t: Timestep) -> Tensor:
+    """x_{t+1} by the deterministic DDIM run backwards (DDIM section 4.3); pure noise at the last index."""
+    alphas_cumprod_next = diffusion.at("alphas_cumprod_next", t, x_t)
+    return (
+        torch.sqrt(alphas_cumprod_next) * prediction.pred_x_start
+        + torch.sqrt(1 - alphas_cumprod_next) * prediction.eps
+    )
+
+
+# Whole chains
+
+
+def ddpm(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise) -> Iterator[Step]:
+    """Ancestral sampling; DDPM algorithm 2. Also yields DDPM's progressive generation as pred_x_start."""
+    x = x_T
+    for t in reversed(range(diffusion.num_timesteps)):
+        prediction = denoise(x, t)
+        original = int(diffusion.timestep_map[t])
+        x = ddpm_step(diffusion, prediction, x, t, noise(original)) if t > 0 else prediction.mean
+        yield Step(t, x, prediction.pred_x_start)
+
+
+def ddim(
+    denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise, eta: float = 0.0
+) -> Iterator[Step]:
+    """DDIM eq. 12; eta = 0 is deterministic, eta = 1 has the posterior variance of DDPM."""
+    x = x_T
+    for t in reversed(range(diffusion.num_timesteps)):
+        prediction = denoise(x, t)
+        z = noise(int(diffusion.timestep_map[t])) if eta > 0 and t > 0 else None
+        x = ddim_step(diffusion, prediction, x, t, z, eta)
+        yield Step(t, x, prediction.pred_x_start)
+
+
+def ddim_reverse(denoise: Denoise, diffusion: Diffusion, x_0: Tensor) -> Iterator[Step]:
+    """Encodes x_0 by the DDIM ODE run backwards, indices 0 to T' - 1; the last x is the latent x_T."""
+    x = x_0
+    for t in range(diffusion.num_timesteps):
+        prediction = denoise(x, t)
+        x = ddim_reverse_step(diffusion, prediction, x, t)
+        yield Step(t, x, prediction.pred_x_start)
+
+
+def dpm_solver(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise) -> Iterator[Step]:
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2), ending with the predicted x_0.
+
+    Second order in the log signal-to-noise ratio, one network evaluation a step; deterministic. The first
+    step has no history and the last no finite end point: both are of first order.
+    """
+    alpha, sigma = diffusion.sqrt_alphas_cumprod, diffusion.sqrt_one_minus_alphas_cumprod
+    lam = np.log(alpha / sigma)
+    x, previous = x_T, None
+    for t in reversed(range(diffusion.num_timesteps)):
+        x_start = denoise(x, t).pred_x_start
+        if t == 0:
+            x = x_start
+        else:
+            h = lam[t - 1] - lam[t]
+            d = x_start
+            if previous is not None:
+                extrapolation = float(h / (lam[t] - lam[t + 1])) / 2  # 1 / (2 r)
+                d = x_start + extrapolation * (x_start - previous)
+            x = float(sigma[t - 1] / sigma[t]) * x - float(alpha[t - 1] * np.expm1(-h)) * d
+        yield Step(t, x, x_start)
+        previous = x_start
+
+
+def heun(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise) -> Iterator[Step]:
+    """Heun's second-order method on the DDIM ODE (DDIM eq. 14; Karras et al. 2022, algorithm 1).
+
+    With s = sqrt((1 - abar) / abar) the ODE is d(x / sqrt(abar)) / ds = eps, so an Euler step is a DDIM step;
+    here its slope is averaged over both ends. Two network evaluations a step, one at the last.
+    """
+    alpha, s = diffusion.sqrt_alphas_cumprod, diffusion.sqrt_recipm1_alphas_cumprod
+    x = x_T
+    for t in reversed(range(diffusion.num_timesteps)):
+        prediction = denoise(x, t)
+        if t == 0:
+            x = prediction.pred_x_start
+        else:
+            scale, shift = float(alpha[t - 1] / alpha[t]), float(alpha[t - 1] * (s[t - 1] - s[t]))
+            euler = scale * x + shift * prediction.eps
+            slope = (prediction.eps + denoise(euler, t - 1).eps) / 2
+            x = scale * x + shift * slope
+        yield Step(t, x, prediction.pred_x_start)
+
+
+SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpm_solver": dpm_solver,
+    "heun": heun,
+}
+
+
+def sample(
+    config: SamplerConfig, denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise
+) -> Iterator[Step]:
+    """The sampler that `config` names, over `diffusion` respaced by `respacing_for(config, ...)`."""
+    options = {"eta": config.eta} if config.name == "ddim" else {}
+    return SAMPLERS[config.name](denoise, diffusion, x_T, noise, **options)
+
+
+def last(steps: Iterable[Step]) -> Tensor:
+    """Run a chain to its end and return its final x; ValueError if it has no steps."""
+    step = None
+    for step in steps:  # noqa: B007
+        pass
+    if step is None:
+        raise ValueError("the chain has no steps")
+    return step.x
