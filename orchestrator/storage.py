@@ -1,0 +1,311 @@
+"""The one door to storage: plain paths, file://, s3:// and whatever else fsspec opens.
+
+An object is either whole or absent: local files are written beside their place and renamed into it, objects
+are one PUT or one completed multipart upload. Transient faults (503, resets, stalls) are retried with jitter
+for a bounded time; what is missing or forbidden is an immediate error that names the URI. Credentials and
+endpoints come from the standard environment (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL, ...) and are
+never printed.
+"""
+
+import errno
+import io
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, ParamSpec, TypeVar, cast
+
+import botocore.exceptions
+import botocore.parsers
+import fsspec
+import tenacity
+from fsspec.implementations.local import LocalFileSystem
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_S3_OPTIONS: dict[str, Any] = {
+    "use_listings_cache": False,  # other processes write here: a listing must show what is there now
+    "config_kwargs": {
+        "connect_timeout": 5,  # seconds
+        "read_timeout": 15,  # seconds without a byte: a stalled server is left and asked again
+        "retries": {"mode": "standard", "total_max_attempts": 3},  # of one request, with jitter
+    },
+}
+_TRANSIENT_ERRNOS = {errno.EBUSY, errno.EREMOTEIO, errno.ECONNRESET, errno.ETIMEDOUT}
+_TRANSIENT_CODES = {"SlowDown", "RequestTimeout", "ConditionalRequestConflict", "OperationAborted"}
+_TRANSIENT_TYPES = (
+    ConnectionError,
+    TimeoutError,
+    botocore.exceptions.ConnectionError,
+    botocore.exceptions.HTTPClientError,
+    botocore.exceptions.IncompleteReadError,
+    botocore.parsers.ResponseParserError,
+)
+_PART = ".part"  # ending of a local file that is still being written; never listed
+
+
+def resolve(uri: str) -> str:
+    """The URI without a trailing slash; a plain relative path is made absolute."""
+    return uri.rstrip("/") if "://" in uri else os.path.abspath(uri)
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` with further path parts, each relative."""
+    for part in parts:
+        if part.startswith("/") or "://" in part:
+            raise ValueError(f"cannot join {part!r} to {uri!r}: it is not a relative name")
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole object; FileNotFoundError or PermissionError names the URI."""
+    fs, path = _locate(uri)
+    return _attempt("read", uri, fs.cat_file, path)
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Put the object whole, in place of any older one."""
+    fs, path = _locate(uri)
+    if isinstance(fs, LocalFileSystem):
+        with _local_part(path, uri) as part:
+            part.write_bytes(data)
+    else:
+        _attempt("write", uri, fs.pipe_file, path, data)
+
+
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Put the object whole if there is none yet; False, and nothing changed, where there is.
+
+    A create whose answer was lost and that finds its own bytes on the retry counts as done: let `data` name
+    its writer where two writers must not both believe that they were first.
+    """
+    fs, path = _locate(uri)
+    if isinstance(fs, LocalFileSystem):
+        return _create_local(path, uri, data)
+    failed_before = False
+
+    def create() -> bool:
+        nonlocal failed_before
+        try:
+            fs.pipe_file(path, data, mode="create")
+        except FileExistsError as error:
+            retried = _response(error).get("ResponseMetadata", {}).get("RetryAttempts", 0) > 0
+            return (failed_before or retried) and fs.cat_file(path) == data
+        except BaseException:
+            failed_before = True
+            raise
+        return True
+
+    return _attempt("create", uri, create)
+
+
+def open_input(uri: str) -> BinaryIO:
+    """A seekable binary file; of a remote object, ranges are fetched as they are read, each with retries."""
+    fs, path = _locate(uri)
+    if isinstance(fs, LocalFileSystem):
+        return cast(BinaryIO, _attempt("open", uri, open, path, "rb"))
+    size = _attempt("open", uri, fs.info, path)["size"]
+    return cast(BinaryIO, io.BufferedReader(_RemoteFile(fs, path, uri, size), buffer_size=1 << 20))
+
+
+@contextmanager
+def open_output(uri: str) -> Iterator[BinaryIO]:
+    """A binary file to stream into: the object appears, whole, when the block ends, and not if it raises."""
+    fs, path = _locate(uri)
+    if isinstance(fs, LocalFileSystem):
+        with _local_part(path, uri) as part, part.open("wb") as local_file:
+            yield local_file
+        return
+    file: Any = _attempt("open", uri, fs.open, path, "wb", block_size=16 << 20, autocommit=False)
+    try:
+        yield file
+        _attempt("write", uri, file.close)
+    except BaseException:
+        file.discard()
+        raise
+    _attempt("write", uri, file.commit)
+
+
+def exists(uri: str) -> bool:
+    """Whether there is an object (or a folder that holds one) of this name."""
+    fs, path = _locate(uri)
+    return bool(_attempt("look up", uri, fs.exists, path))
+
+
+def list_names(uri: str, recursive: bool = False) -> list[str]:
+    """Sorted names under a prefix, relative to it; empty where there is nothing.
+
+    Direct children by default, with sub-folders ending in "/"; with `recursive` all objects beneath, and no
+    folders.
+    """
+    fs, path = _locate(uri)
+    try:
+        if recursive:
+            found = _attempt("list", uri, fs.find, path, detail=True).values()
+        else:
+            found = _attempt("list", uri, fs.ls, path, detail=True)
+    except FileNotFoundError:
+        return []
+    prefix = path.rstrip("/") + "/"
+    names = []
+    for entry in found:
+        name = entry["name"].rstrip("/")
+        if name.startswith(prefix) and not name.endswith(_PART):
+            names.append(name.removeprefix(prefix) + ("/" if entry["type"] == "directory" else ""))
+    return sorted(names)
+
+
+def delete(uri: str) -> None:
+    """Remove an object or, where the URI ends in "/", all beneath it; what is absent already is fine."""
+    fs, path = _locate(uri)
+    try:
+        _attempt("delete", uri, fs.rm, path, recursive=uri.endswith("/"))
+    except FileNotFoundError:
+        return
+
+
+def read_json(uri: str) -> Any:
+    """The parsed object; ValueError naming the URI where it is not JSON."""
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise ValueError(f"{uri} is not valid JSON: {error}") from error
+
+
+def write_json(uri: str, value: Any) -> None:
+    """Put `value` as indented JSON, whole."""
+    write_bytes(uri, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """The one JSON form used on disk: indented, UTF-8, NaN refused."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+class _RemoteFile(io.RawIOBase):
+    """Ranged reads of one object."""
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, path: str, uri: str, size: int) -> None:
+        self._fs, self._path, self._uri, self._size, self._position = fs, path, uri, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = (
+            offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        )
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._position + len(buffer), self._size)
+        if end <= self._position:
+            return 0
+        data = _attempt("read", self._uri, self._fs.cat_file, self._path, start=self._position, end=end)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+def _locate(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The filesystem of a URI (fsspec keeps one for each process and thread) and the path in it."""
+    protocol = uri.split("://", 1)[0] if "://" in uri else "file"
+    options: dict[str, Any] = {}
+    if protocol in ("s3", "s3a"):
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        options = {**_S3_OPTIONS, "endpoint_url": endpoint}
+    try:
+        fs, path = fsspec.core.url_to_fs(uri, **options)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"cannot open {uri!r}: {error}") from error
+    if options:
+        fs.retries = 1  # requests are retried by the client, whole operations by `_attempt`: not a third time
+    return fs, path
+
+
+def _attempt(action: str, uri: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """`function(...)` with retries on transient faults; errors name the action and the URI."""
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_is_transient),
+        wait=tenacity.wait_random_exponential(multiplier=0.25, max=8),  # seconds
+        stop=tenacity.stop_after_attempt(6) | tenacity.stop_after_delay(240),  # seconds
+        reraise=True,
+    )
+    try:
+        return retrying(function, *args, **kwargs)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, f"cannot {action}: there is no such object", uri) from error
+    except (PermissionError, botocore.exceptions.NoCredentialsError) as error:
+        raise PermissionError(errno.EACCES, f"cannot {action}: access denied ({error})", uri) from error
+    except (OSError, botocore.exceptions.BotoCoreError) as error:
+        raise OSError(
+            getattr(error, "errno", None) or errno.EIO, f"cannot {action} ({error})", uri
+        ) from error
+
+
+def _is_transient(error: BaseException) -> bool:
+    """Whether asking again may help: connection faults, timeouts, server errors, throttling."""
+    if response := _response(error):
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status >= 500 or status == 429 or response["Error"].get("Code") in _TRANSIENT_CODES
+    if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS:
+        return True
+    return isinstance(error, _TRANSIENT_TYPES) or type(error).__module__.startswith("aiohttp.")
+
+
+def _response(error: BaseException) -> dict[str, Any]:
+    """The server's answer, which s3fs keeps beneath the OSError that it makes of it; empty if none."""
+    response = getattr(error.__cause__, "response", None)
+    return response if isinstance(response, dict) else {}
+
+
+@contextmanager
+def _local_part(path: str, uri: str) -> Iterator[Path]:
+    """A file beside `path` to write; it takes the place of `path`, on disk, when the block ends well."""
+    part = _part_of(path)
+    try:
+        _attempt("write", uri, part.parent.mkdir, parents=True, exist_ok=True)
+        yield part
+        _flush_to_disk(part)
+        part.replace(path)
+        _flush_to_disk(part.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _create_local(path: str, uri: str, data: bytes) -> bool:
+    """A hard link appears whole and only where nothing is."""
+    part = _part_of(path)
+    try:
+        _attempt("create", uri, part.parent.mkdir, parents=True, exist_ok=True)
+        part.write_bytes(data)
+        _flush_to_disk(part)
+        os.link(part, path)
+        _flush_to_disk(part.parent)
+    except FileExistsError:
+        return False
+    finally:
+        part.unlink(missing_ok=True)
+    return True
+
+
+def _part_of(path: str) -> Path:
+    target = Path(path)
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex}{_PART}")
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
