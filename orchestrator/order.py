@@ -105,7 +105,7 @@ class OrderPlan:
     floor(N/B) is out of reach, since a row group is owned whole by one stream. What is left out differs by
     epoch; no sample comes twice in one.
 
-    Attributes: num_samples; rows_per_stream (B/P); batches_per_epoch; images_per_epoch; first_samples
+    Attributes: row_group_sizes; num_samples; rows_per_stream (B/P); batches_per_epoch; images_per_epoch; first_samples
     int64 [G], the global row number (the sample id) of each row group's first row.
     """
 
@@ -121,12 +121,13 @@ class OrderPlan:
                 "use fewer streams or prepare the dataset with more row groups"
             )
         self.config = config
+        self.row_group_sizes = row_group_sizes
         self.batch_size = batch_size
         self.rows_per_stream = batch_size // streams
-        self.sizes = np.array(row_group_sizes, dtype=np.int64)
-        self.num_samples = int(self.sizes.sum())
-        self.first_samples = np.cumsum(self.sizes) - self.sizes
-        sure = int(np.sort(self.sizes)[: groups // streams].sum())
+        self._sizes = np.array(row_group_sizes, dtype=np.int64)
+        self.num_samples = int(self._sizes.sum())
+        self.first_samples = np.cumsum(self._sizes) - self._sizes
+        sure = int(np.sort(self._sizes)[: groups // streams].sum())
         self.batches_per_epoch = sure // self.rows_per_stream
         if self.batches_per_epoch == 0:
             raise ValueError(
@@ -166,7 +167,7 @@ class OrderPlan:
         streams = self.streams(rank, world_size)
         epoch, step = self.locate(position)
         while True:
-            order = keyed_rng(Purpose.ROW_GROUPS, self.config.seed, epoch).permutation(len(self.sizes))
+            order = keyed_rng(Purpose.ROW_GROUPS, self.config.seed, epoch).permutation(len(self._sizes))
             begin = step * self.rows_per_stream
             windows = [
                 window
@@ -186,13 +187,13 @@ class OrderPlan:
     def open_bytes(self, world_size: int, bytes_per_row: int) -> int:
         """Bytes that a worker may hold in open windows: (P/W) x window x rows of a row group x bytes."""
         open_groups = len(self.streams(0, world_size)) * self.config.window
-        return open_groups * int(self.sizes.max()) * bytes_per_row
+        return open_groups * int(self._sizes.max()) * bytes_per_row
 
     def _windows(self, order: np.ndarray, stream: int) -> Iterator[_Window]:
         """The windows of a stream that the epoch's batches reach."""
         dealt, end, first = order[stream :: self.config.num_streams], self._stream_rows, 0
         for number, start in enumerate(range(0, len(dealt), self.config.window)):
-            rows = int(self.sizes[dealt[start : start + self.config.window]].sum())
+            rows = int(self._sizes[dealt[start : start + self.config.window]].sum())
             if first < end:
                 yield _Window(stream, first, number, min(rows, end - first))
             first += rows
@@ -201,7 +202,7 @@ class OrderPlan:
         """The rows of a window from the stream's row `begin` on, as far as the epoch's batches reach."""
         start = window.number * self.config.window
         groups = order[window.stream :: self.config.num_streams][start : start + self.config.window]
-        pairs = zip(groups, self.sizes[groups], strict=True)
+        pairs = zip(groups, self._sizes[groups], strict=True)
         rows = np.concatenate([np.stack([np.full(n, group), np.arange(n)], 1) for group, n in pairs])
         key = epoch * self.config.num_streams + window.stream
         rows = rows[keyed_rng(Purpose.WINDOW, self.config.seed, key, window.number).permutation(len(rows))]

@@ -52,6 +52,11 @@ def resolve(uri: str) -> str:
     return uri.rstrip("/") if "://" in uri else os.path.abspath(uri)
 
 
+def is_absolute(uri: str) -> bool:
+    """Whether it names the same place from everywhere: a URI or an absolute path."""
+    return "://" in uri or os.path.isabs(uri)
+
+
 def join(uri: str, *parts: str) -> str:
     """`uri` with further path parts, each relative."""
     for part in parts:

@@ -106,7 +106,7 @@ def test_resuming_reads_only_open_windows() -> None:
         firsts.setdefault(unit.stream, unit)
     assert sorted(firsts) == [0, 1, 2, 3]
     assert {unit.first for unit in firsts.values()} == {plan.rows_per_stream * step}
-    assert all(len(unit.rows) <= 2 * plan.sizes.max() for unit in firsts.values())
+    assert all(len(unit.rows) <= 2 * max(plan.row_group_sizes) for unit in firsts.values())
 
 
 def test_a_window_mixes_its_row_groups_only() -> None:

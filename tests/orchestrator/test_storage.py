@@ -126,6 +126,7 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         storage.join("s3://bucket", "/etc")
     monkeypatch.chdir(tmp_path)
     assert storage.resolve("runs/x") == str(tmp_path / "runs/x")
+    assert storage.is_absolute("s3://bucket/x") and storage.is_absolute("/x") and not storage.is_absolute("x")
     assert storage.resolve("s3://bucket/x/") == "s3://bucket/x"
     with pytest.raises(ValueError, match="nosuch://x"):
         storage.read_bytes("nosuch://x")
