@@ -1,0 +1,486 @@
+"""Statistics of features -> numbers with intervals: Frechet distance, Inception Score, kernel distance.
+
+Everything is float64 and pure. Conventions that hold for the whole module:
+
+- the reference set (or its published mean and covariance) is fixed; only the samples are random;
+- a 95% interval holds the value that the same protocol, at the same n, gives on average over sets of n
+samples;
+- `*_scores` are one number for each sample whose mean is the metric and whose spread is its sampling error,
+so two models run on the same indices are compared by `paired_difference` of their scores;
+- nothing is bootstrapped: resampling adds the bias of these metrics a second time.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.floating]
+T = TypeVar("T")
+
+BLOCK = 512  # rows: consecutive indices whose statistics are formed at once, whatever the shards are
+Z95 = 1.959963984540054  # 97.5% point of the standard normal
+MIN_INTERVAL_RATIO = 2  # n / D at or below which the influence function of the Frechet distance is refused
+MIN_CORRECTED_RATIO = 16  # n / D below which the bias correction leaves more bias than the interval is wide
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric, the number of samples behind it and its 95% interval (None with a `note` where none is
+    sound).
+    """
+
+    value: float
+    n: int
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
+
+
+def mean_estimate(scores: Array, note: str = "") -> Estimate:
+    """The mean of scores [n] of independent samples with its normal interval. Raises ValueError for n < 2."""
+    if scores.ndim != 1 or len(scores) < 2:
+        raise ValueError(
+            f"scores have shape {scores.shape}; an interval needs at least two of them in one axis"
+        )
+    value = float(scores.mean(dtype=np.float64))
+    return _interval(value, len(scores), float(scores.var(ddof=1, dtype=np.float64)) / len(scores), note)
+
+
+def paired_difference(scores_a: Array, scores_b: Array) -> Estimate:
+    """Metric of a minus metric of b, from the scores [n] of the same n indices in the same order.
+
+    Common noise cancels in the differences, so this resolves far more than two separate intervals do. Raises
+    ValueError where the lengths differ.
+    """
+    if scores_a.shape != scores_b.shape:
+        raise ValueError(
+            f"paired scores must cover the same indices: shapes {scores_a.shape}, {scores_b.shape}"
+        )
+    return mean_estimate(np.asarray(scores_a, np.float64) - np.asarray(scores_b, np.float64))
+
+
+def proportion_estimate(hits: NDArray[np.bool_]) -> Estimate:
+    """The share of hits [n] with Wilson's score interval, which holds near 0 and 1 too (Wilson 1927)."""
+    n, p = len(hits), float(hits.mean())
+    centre, half = p + Z95**2 / (2 * n), Z95 * np.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
+    scale = 1 + Z95**2 / n
+    return Estimate(p, n, float((centre - half) / scale), float((centre + half) / scale))
+
+
+def by_class(
+    metric: Callable[[Array, Array], T],
+    reference: Array,
+    reference_labels: NDArray[np.integer],
+    samples: Array,
+    sample_labels: NDArray[np.integer],
+) -> dict[int, T]:
+    """metric(reference rows, sample rows) within every class that both sets hold."""
+    if len(reference_labels) != len(reference) or len(sample_labels) != len(samples):
+        raise ValueError("labels and features must have the same number of rows in both sets")
+    classes = np.intersect1d(reference_labels, sample_labels)
+    return {int(c): metric(reference[reference_labels == c], samples[sample_labels == c]) for c in classes}
+
+
+def _interval(value: float, n: int, variance: float, note: str = "") -> Estimate:
+    half = Z95 * float(np.sqrt(variance))
+    return Estimate(value, n, value - half, value + half, note)
+
+
+# --- Moments ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """All that the Frechet distance asks of a set; published reference files hold just this.
+
+    mean [D], covariance [D, D] with divisor n - 1, kept as float64. Raises ValueError on wrong shapes, values
+    that are not finite and a covariance that is not symmetric.
+    """
+
+    mean: Array
+    covariance: Array
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "covariance"):  # published files hold float32 means
+            object.__setattr__(self, name, np.asarray(getattr(self, name), np.float64))
+        dimension = self.mean.shape[0] if self.mean.ndim == 1 else -1
+        if dimension < 1 or self.covariance.shape != (dimension, dimension):
+            raise ValueError(
+                f"mean has shape {self.mean.shape}, covariance {self.covariance.shape}; wanted [D] and [D, D]"
+            )
+        if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
+            raise ValueError("mean or covariance holds values that are not finite")
+        if not np.allclose(
+            self.covariance, self.covariance.T, rtol=1e-4, atol=1e-6 * np.abs(self.covariance).max()
+        ):
+            raise ValueError("covariance is not symmetric")
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean [D] and sum of centred outer products m2 [D, D] of n feature rows, float64."""
+
+    n: int
+    mean: Array
+    m2: Array
+
+    @property
+    def gaussian(self) -> Gaussian:
+        """Mean and covariance with divisor n - 1. Raises ValueError for fewer than two rows."""
+        if self.n < 2:
+            raise ValueError(f"the covariance of n={self.n} rows is not defined; at least 2 are needed")
+        return Gaussian(self.mean, self.m2 / (self.n - 1))
+
+
+def block_moments(features: Array, block: int = BLOCK) -> Iterator[Moments]:
+    """Moments of each `block` consecutive rows of features [N, D], the last one perhaps shorter.
+
+    Shards that are cut at multiples of `block` give the same blocks, hence the same bits. Raises ValueError
+    on a wrong shape and on values that are not finite.
+    """
+    check_features(features)
+    for start in range(0, len(features), block):
+        rows = np.array(features[start : start + block], dtype=np.float64, order="C")
+        mean = rows.mean(axis=0)
+        centred = rows - mean
+        yield Moments(len(rows), mean, centred.T @ centred)
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """Moments of both sets together (Chan, Golub & LeVeque 1979); the order of the two shows in last bits."""
+    n, delta = a.n + b.n, b.mean - a.mean
+    m2 = a.m2 + b.m2 + np.outer(delta, delta) * (a.n * b.n / n)
+    return Moments(n, a.mean + delta * (b.n / n), m2)
+
+
+def merge_in_order(blocks: Iterable[Moments]) -> Moments:
+    """Folds blocks given in index order. Raises ValueError where there is none."""
+    total: Moments | None = None
+    for block in blocks:
+        total = block if total is None else merge(total, block)
+    if total is None:
+        raise ValueError("no features: statistics need at least one row")
+    return total
+
+
+def moments(features: Array) -> Moments:
+    """Moments of features [N, D] by blocks of 512 rows, bit-equal to any sharding by whole blocks."""
+    return merge_in_order(block_moments(features))
+
+
+def check_features(*arrays: Array) -> None:
+    """Raises ValueError unless all are non-empty, finite [N, D] arrays with one D."""
+    for array in arrays:
+        if array.ndim != 2 or 0 in array.shape:
+            raise ValueError(f"features have shape {array.shape}; wanted [N, D] with N, D > 0")
+        if array.shape[1] != arrays[0].shape[1]:
+            raise ValueError(
+                f"features of {arrays[0].shape[1]} and {array.shape[1]} dimensions do not compare"
+            )
+        if not np.isfinite(array).all():
+            raise ValueError("features hold values that are not finite")
+
+
+# --- Frechet distance ---------------------------------------------------------------------------------------
+
+
+def frechet_distance(a: Moments | Gaussian, b: Moments | Gaussian) -> float:
+    """|m_a - m_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2), never below 0 (Heusel et al. 2017, eq. 6).
+
+    The trace comes from the eigenvalues of L' S_b L with S_a = L L', which are real and stay meaningful where
+    n < D. Raises ValueError on different dimensions and on a covariance with negative eigenvalues.
+    """
+    a, b = (s.gaussian if isinstance(s, Moments) else s for s in (a, b))
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"sets of {len(a.mean)} and {len(b.mean)} dimensions do not compare")
+    factor = _factor(a.covariance)
+    overlap = np.sqrt(_nonnegative(np.linalg.eigvalsh(factor.T @ b.covariance @ factor))).sum()
+    delta = a.mean - b.mean
+    distance = delta @ delta + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap
+    return max(float(distance), 0.0)
+
+
+def _factor(covariance: Array) -> Array:
+    """L with L L' = covariance: Cholesky, or the symmetric root where the covariance is singular."""
+    try:
+        return np.linalg.cholesky(covariance)
+    except np.linalg.LinAlgError:
+        return _symmetric_root(covariance)
+
+
+def _symmetric_root(covariance: Array) -> Array:
+    values, vectors = np.linalg.eigh(covariance)
+    return (vectors * np.sqrt(_nonnegative(values))) @ vectors.T
+
+
+def _nonnegative(eigenvalues: Array) -> Array:
+    """Clips rounding below zero; a truly negative eigenvalue is an error, since no root is meant then."""
+    largest = max(float(np.abs(eigenvalues).max()), np.finfo(np.float64).tiny)
+    smallest = float(eigenvalues.min())
+    if smallest < -1e-5 * largest:
+        raise ValueError(
+            f"covariance is not positive semi-definite: eigenvalues {smallest:.3g} to {largest:.3g}"
+        )
+    return eigenvalues.clip(0)
+
+
+@dataclass(frozen=True)
+class FrechetExpansion:
+    """A Frechet distance to a fixed reference, expanded to second order around the samples' distribution."""
+
+    distance: float  # as everybody reports it, biased upwards at small n
+    bias: float  # its excess over the distance at infinite n, to order 1/n
+    influence: Array  # [n] first-order influence of each sample, mean 0
+    variance: float  # of the distance over sets of n samples
+    dimension: int
+
+    @property
+    def estimate(self) -> Estimate:
+        """The plain distance; its interval holds what n samples of this model give on average."""
+        return _interval(self.distance, len(self.influence), self.variance)
+
+    @property
+    def corrected(self) -> Estimate:
+        """The distance at infinite n; without an interval below n = 16 D, where bias of order (D/n)^2
+        remains.
+        """
+        n, value = len(self.influence), self.distance - self.bias
+        if n >= MIN_CORRECTED_RATIO * self.dimension:
+            return _interval(value, n, self.variance)
+        return Estimate(
+            value, n, note=f"no interval: n={n} is below {MIN_CORRECTED_RATIO} D, D={self.dimension}"
+        )
+
+    @property
+    def scores(self) -> Array:
+        """[n] numbers whose mean is the corrected distance: what paired comparisons of two models take."""
+        return self.influence + (self.distance - self.bias)
+
+
+def expand_frechet(features: Array, reference: Moments | Gaussian) -> FrechetExpansion:
+    """Distance of features [n, D] to a fixed reference (mean m_r, covariance R) with its bias and sampling
+    error.
+
+    With T the symmetric transport map from S to R, the influence of a sample is s(x) = 2 (m - m_r)'(x - m) +
+    (x - m)'(I - T)(x - m) - tr((I - T) S), whose spread gives the standard error. The second derivative of
+    the distance gives the bias: in the eigenbasis of R^(1/2) S R^(1/2) = U diag(l) U', a change E costs
+    sum_ij E_ij^2 K_ij with K_ij = 1 / (sqrt(l_i l_j) (sqrt(l_i) + sqrt(l_j))), and E is known sample by
+    sample. The same derivative over pairs of samples is the part of the variance that the estimated influence
+    counts twice (where the model is close to the reference it is all of the variance). Raises ValueError
+    where n <= 2 D.
+    """
+    check_features(features)
+    n, dimension = features.shape
+    if n <= MIN_INTERVAL_RATIO * dimension:
+        raise ValueError(
+            f"n={n} samples, D={dimension}: an influence function needs n > {MIN_INTERVAL_RATIO} D"
+        )
+    own = moments(features)
+    target = reference.gaussian if isinstance(reference, Moments) else reference
+    distance = frechet_distance(own, target)
+    covariance = own.gaussian.covariance
+    root = _symmetric_root(target.covariance)
+    values, vectors = np.linalg.eigh(root @ covariance @ root)
+    keep = values > dimension * np.finfo(np.float64).eps * values.max()  # elsewhere neither S nor T moves
+    values, basis = values[keep], root @ vectors[:, keep]
+    roots = np.sqrt(values)
+    curvature = 1 / (np.outer(roots, roots) * (roots[:, None] + roots))
+
+    influence, fourth = np.empty(n), np.zeros_like(curvature)
+    for start in range(0, n, 8 * BLOCK):
+        centred = features[start : start + 8 * BLOCK] - own.mean
+        squares = (centred @ basis) ** 2
+        influence[start : start + len(centred)] = (
+            2 * centred @ (own.mean - target.mean) + (centred**2).sum(1) - squares @ (1 / roots)
+        )
+        fourth += squares.T @ squares
+    influence -= influence.mean()
+    fourth = fourth / n - np.diag(values**2)
+    bias = (np.trace(covariance) + 0.5 * float((curvature * fourth).sum())) / n
+
+    second_order = 2 * _pair_curvature(features, own.mean, basis, values, curvature) / n**2
+    # This term is itself unsure near the limit n = 2 D, where it fades out and leaves the wider interval.
+    doubled = second_order * (1 - MIN_INTERVAL_RATIO * dimension / n)
+    variance = max(float(influence.var(ddof=1)) / n - doubled, second_order)
+    return FrechetExpansion(distance, float(bias), influence, variance, dimension)
+
+
+def _pair_curvature(
+    features: Array, mean: Array, basis: Array, values: Array, curvature: Array, num_pairs: int = 2000
+) -> float:
+    """Mean square, over pairs of samples, of half the mixed second derivative of the Frechet distance."""
+    order = np.random.default_rng([len(features)]).permutation(len(features))  # any fixed pairing will do
+    pairs = order[: 2 * min(num_pairs, len(features) // 2)].reshape(2, -1)
+    first, second = (features[rows] - mean for rows in pairs)
+    y, z = first @ basis, second @ basis
+    diagonal = np.diag(curvature) * values
+    mixed = ((y * z) @ curvature * (y * z)).sum(1) - (y**2 + z**2) @ diagonal + diagonal @ values
+    return float((((first * second).sum(1) + 0.5 * mixed) ** 2).mean())
+
+
+def influence_scores(features: Array, reference: Moments | Gaussian) -> Array:
+    """[n] scores with the bias-corrected Frechet distance as their mean; see `expand_frechet`, which may
+    raise.
+    """
+    return expand_frechet(features, reference).scores
+
+
+def frechet_estimate(features: Array, reference: Moments | Gaussian) -> Estimate:
+    """Frechet distance of features [n, D] with its interval, or with none and a note where n <= 2 D."""
+    n, dimension = features.shape
+    if n > MIN_INTERVAL_RATIO * dimension:
+        return expand_frechet(features, reference).estimate
+    note = f"no interval: n={n} is not above {MIN_INTERVAL_RATIO} D, D={dimension}"
+    return Estimate(frechet_distance(moments(features), reference), n, note=note)
+
+
+# --- Inception Score ----------------------------------------------------------------------------------------
+
+
+def softmax(logits: Array) -> Array:
+    """Class probabilities [N, K] in float64 of logits [N, K]."""
+    shifted = np.asarray(logits, np.float64)
+    exponentials = np.exp(shifted - shifted.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def inception_score(probabilities: Array, split_size: int = 5000) -> Estimate:
+    """exp of the mean KL(p(y|x) || p(y)), averaged over splits as by ADM's evaluator (Salimans et al. 2016).
+
+    probabilities [N, K] in sample order: consecutive splits of `split_size` rows, a short last one weighing
+    as much as the others. Samples sorted by class would lower it. 0 log 0 counts as 0.
+    """
+    starts = np.arange(0, len(probabilities), split_size)
+    return _inception_score(probabilities, np.append(starts, len(probabilities)))
+
+
+def inception_score_classic(
+    probabilities: Array, num_splits: int = 10, shuffle_seed: int | None = 2020
+) -> Estimate:
+    """The same over `num_splits` equal parts, by default of rows shuffled as torch-fidelity shuffles them."""
+    n = len(probabilities)
+    if n < num_splits:
+        raise ValueError(f"n={n} samples cannot be cut into num_splits={num_splits}")
+    if shuffle_seed is not None:  # numpy's old generator, since the published protocol is defined by it
+        probabilities = probabilities[np.random.RandomState(shuffle_seed).permutation(n)]
+    return _inception_score(probabilities, np.arange(num_splits + 1) * n // num_splits)
+
+
+def _inception_score(probabilities: Array, bounds: NDArray[np.integer]) -> Estimate:
+    check_features(probabilities)
+    if probabilities.min() < 0 or not np.allclose(probabilities.sum(1), 1, atol=1e-4):
+        raise ValueError(
+            "probabilities must be at least 0 and sum to 1 in each row; pass logits through softmax"
+        )
+    scores, variances = [], []
+    for start, stop in pairwise(bounds):
+        p = np.asarray(probabilities[start:stop], np.float64)
+        marginal = p.mean(axis=0)
+        ratio = np.divide(p, marginal, out=np.ones_like(p), where=p > 0)
+        divergence = (p * np.log(ratio)).sum(axis=1)  # KL of each row: its own influence, up to a constant
+        scores.append(float(np.exp(divergence.mean())))
+        variances.append(scores[-1] ** 2 * divergence.var() / len(p))
+    return _interval(float(np.mean(scores)), len(probabilities), float(np.sum(variances)) / len(scores) ** 2)
+
+
+# --- Kernel distance ----------------------------------------------------------------------------------------
+
+
+def kid(reference: Array, samples: Array) -> Estimate:
+    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 over the full sets (Binkowski et al. 2018, eq. 4).
+
+    No subsets, hence no subset noise. It is unbiased at any n, so it can be slightly negative.
+    """
+    scores, canonical = _kernel_scores(reference, samples)
+    n, second_order = len(scores), 2 * canonical / len(scores) ** 2
+    variance = max(float(scores.var(ddof=1)) / n - second_order, second_order)
+    return _interval(float(scores.mean()), n, variance)
+
+
+def kid_scores(reference: Array, samples: Array) -> Array:
+    """[n] scores of the samples with `kid` as their mean, for `paired_difference`."""
+    return _kernel_scores(reference, samples)[0]
+
+
+def _kernel_scores(reference: Array, samples: Array) -> tuple[Array, float]:
+    """Scores [n] and the mean square of the kernel's part that neither sample of a pair explains alone."""
+    check_features(reference, samples)
+    n, m = len(samples), len(reference)
+    if min(n, m) < 2:
+        raise ValueError(
+            f"the unbiased kernel distance needs two rows of each set; got {n} samples, {m} references"
+        )
+    within = sum(_kernel(r, reference).sum() - _kernel_diagonal(r).sum() for r in _row_blocks(reference))
+    across = np.concatenate([_kernel(rows, reference).mean(axis=1) for rows in _row_blocks(samples)])
+    own, squares, start = [], 0.0, 0
+    for rows in _row_blocks(samples):
+        part = _kernel(rows, samples)
+        diagonal = np.arange(len(rows))
+        part[diagonal, start + diagonal] = 0
+        own.append(part.sum(axis=1) / (n - 1))
+        part -= across[start : start + len(rows), None] + across
+        part[diagonal, start + diagonal] = 0
+        squares += float((part**2).sum())
+        start += len(rows)
+    witness = np.concatenate(own) - across
+    value = witness.mean() - across.mean() + within / (m * (m - 1))
+    centre = np.concatenate(own).mean() - 2 * across.mean()
+    canonical = squares / (n * (n - 1)) - centre**2 - 2 * float(witness.var())
+    return value + 2 * (witness - witness.mean()), max(canonical, 0.0)
+
+
+def kid_subsets(
+    reference: Array,
+    samples: Array,
+    num_subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 2020,
+) -> tuple[float, float]:
+    """Mean and standard deviation over random subsets, as torch-fidelity defines KID; for parity only.
+
+    The deviation is that of single subsets, not the error of the mean. Raises ValueError where a set is
+    smaller than a subset.
+    """
+    check_features(reference, samples)
+    if min(len(samples), len(reference)) < subset_size:
+        raise ValueError(
+            f"subset_size={subset_size} exceeds {len(samples)} samples or {len(reference)} references"
+        )
+    rng = np.random.RandomState(seed)  # numpy's old generator, since the published protocol is defined by it
+    values = []
+    for _ in range(num_subsets):
+        x = np.asarray(samples[rng.choice(len(samples), subset_size, replace=False)], np.float64)
+        y = np.asarray(reference[rng.choice(len(reference), subset_size, replace=False)], np.float64)
+        own = sum(_kernel(z, z).sum() - _kernel_diagonal(z).sum() for z in (x, y)) / (subset_size - 1)
+        values.append((own - 2 * _kernel(x, y).sum() / subset_size) / subset_size)
+    return float(np.mean(values)), float(np.std(values))
+
+
+def _row_blocks(features: Array) -> Iterator[Array]:
+    for start in range(0, len(features), BLOCK):
+        yield np.asarray(features[start : start + BLOCK], np.float64)
+
+
+def _kernel(x: Array, y: Array) -> Array:
+    linear = np.asarray(x, np.float64) @ np.asarray(y, np.float64).T / x.shape[1] + 1
+    return linear * linear * linear
+
+
+def _kernel_diagonal(x: Array) -> Array:
+    return ((x * x).sum(axis=1) / x.shape[1] + 1) ** 3
+
+
+def vendi_score(samples: Array) -> float:
+    """Effective number of distinct samples: exp of the cosine kernel's entropy (Friedman & Dieng 2023, q =
+    1).
+    """
+    check_features(samples)
+    unit = np.asarray(samples, np.float64)
+    unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
+    eigenvalues = np.linalg.eigvalsh(unit.T @ unit / len(unit))
+    positive = eigenvalues[eigenvalues > 0]
+    return float(np.exp(-(positive * np.log(positive)).sum()))
