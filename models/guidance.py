@@ -1,6 +1,6 @@
 """Classifier guidance (Dhariwal & Nichol 2021, section 4): wrappers from denoise to denoise.
 
-A gradient function gives scale * grad log p(y | x_t) at a step's own input and timestep, or None where guidance
+A gradient function gives scale * grad log p(y | x_t) at a step's own input and timestep, or None where it
 is off; the two wrappers put it into the mean (algorithm 1) or into the predicted noise (algorithm 2).
 """
 

@@ -46,7 +46,7 @@ class Step:
 
 
 def respacing_for(config: SamplerConfig, num_timesteps: int) -> str:
-    """The respacing of `config`: an integer stride ("ddim25") for ddim, even spacing ("250") for the others.
+    """The respacing of `config`: a stride ("ddim25") for ddim, even spacing ("250") for others.
 
     Raises ValueError where num_timesteps has no such spacing, or where config.respacing contradicts num_steps.
     """
