@@ -68,7 +68,8 @@ def proportion_estimate(hits: NDArray[np.bool_]) -> Estimate:
     n, p = len(hits), float(hits.mean())
     centre, half = p + Z95**2 / (2 * n), Z95 * np.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
     scale = 1 + Z95**2 / n
-    return Estimate(p, n, float((centre - half) / scale), float((centre + half) / scale))
+    low, high = float((centre - half) / scale), float((centre + half) / scale)
+    return Estimate(p, n, min(low, p), max(high, p))  # rounding alone could leave p outside at 0 and 1
 
 
 def by_class(
