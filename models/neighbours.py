@@ -64,7 +64,7 @@ def nearest(queries: Array, targets: Array, k: int, weights: Array | None = None
         index[rows], squared[rows] = _first(weight[candidates] * exact, candidates, k)
         if kept == len(targets) - same:
             continue
-        # Every other target lies at or beyond the last bound: only where that is nearer is more to be measured.
+        # Other targets lie at or beyond the last bound: only where that is nearer is more to be measured.
         for row in rows[bounds[:, -1] <= squared[rows, -1]]:
             full = weight * _squares(queries, np.full(len(targets), row), targets, np.arange(len(targets)))
             if same:
