@@ -83,3 +83,10 @@ def _forwarded_environment() -> dict[str, str]:
     paths = [checkout, *filter(None, forwarded.get("PYTHONPATH", "").split(os.pathsep))]
     forwarded["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     return forwarded
+
+
+def address() -> str:
+    """The address by which other processes of this machine join the session."""
+    import ray
+
+    return ray.get_runtime_context().gcs_address

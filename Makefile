@@ -1,0 +1,38 @@
+# `make quickstart` and `make test` set up what they need; nothing else is asked for but Python 3.11, pip and make.
+.DEFAULT_GOAL := help
+PYTHON ?= python3.11
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+STORE ?= local
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup quickstart test test-all lint clean
+
+help:  ## the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: $(INSTALLED)  ## the virtual environment .venv with the pinned packages
+
+# torch first: a later package must find it there, or it would take another build.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: $(INSTALLED)  ## prepare, train, search, generate and evaluate scanned digits; STORE=s3 does it on S3
+	$(BIN)/python jobs/quickstart.py digits --storage $(STORE)
+
+test: $(INSTALLED) lint  ## the tests that CI runs
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: $(INSTALLED) lint  ## every test
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy models orchestrator cluster jobs tests
+
+clean:  ## remove the virtual environment and caches; what was made in runs/ stays
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache build *.egg-info

@@ -1,0 +1,82 @@
+"""argv -> config -> one call: what all jobs share."""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import tyro
+
+from orchestrator.config import JobConfig
+
+Config = TypeVar("Config", bound=JobConfig)
+Presets = Mapping[str, tuple[str, Config]]  # name -> (one line of description, config)
+
+
+def main(
+    description: str | None, presets: Presets[Config], run: Callable[[Config], None], plan: Callable[[Config], str]
+) -> None:
+    """Parse the command line, then `run(config)`; with --dry-run print the config and `plan(config)` instead.
+
+    Exit codes: 0 done, 1 the job failed, 2 the command line or the config is wrong. Errors are one line on
+    stderr; with ADMIRAL_DEBUG=1 the traceback comes first.
+    """
+    config = parse(description, presets, sys.argv[1:])
+    try:
+        if config.dry_run:
+            print(config.model_dump_json(indent=2))
+            print(plan(config))
+        else:
+            run(config)
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("ADMIRAL_DEBUG"):
+            raise
+        _fail(1, " ".join(str(error).split()))
+
+
+def parse(description: str | None, presets: Presets[Config], argv: list[str]) -> Config:
+    """The config that `argv` asks for: a preset's name first, then overrides of its fields.
+
+    Raises:
+        SystemExit: 0 after printing help, 2 after one line about what is wrong.
+    """
+    summary = (description or "").strip()
+    captured = io.StringIO()
+    os.environ.setdefault("COLUMNS", "120")
+    try:
+        with contextlib.redirect_stderr(captured):
+            if argv and argv[0] in presets:
+                about, preset = presets[argv[0]]
+                return tyro.cli(
+                    type(preset),
+                    default=preset,
+                    args=argv[1:],
+                    prog=f"{Path(sys.argv[0]).name} {argv[0]}",
+                    description=f"{summary}\n\nPreset {argv[0]}: {about}",
+                )
+            return tyro.extras.overridable_config_cli(
+                dict(presets), args=argv, prog=Path(sys.argv[0]).name, description=summary
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        _fail(2, _one_line(captured.getvalue()))
+
+
+def _one_line(box: str) -> str:
+    """The message out of the box that the parser drew around it."""
+    lines = [line.strip(" │╭╮╰╯─") for line in box.splitlines()]
+    text = " ".join(line for line in lines if line and line != "Value error")
+    text = re.sub(r"For further information visit \S+|\[type=.*?input_type=\w+\]", "", text)
+    text = re.sub(r"Error parsing (?!--)\S+ 1 validation error for \w+|Value error, ", "", text)
+    text = re.sub(r"in \S+ \S+ --help|For full helptext.*|Argument helptext:", "", text)
+    return " ".join(text.split())
+
+
+def _fail(code: int, message: str) -> NoReturn:
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(code)

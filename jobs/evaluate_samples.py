@@ -1,0 +1,8 @@
+"""Measure samples against a dataset: a preset's name first, then overrides."""
+
+from jobs.command_line import main
+from orchestrator.evaluation import evaluate, plan
+from orchestrator.presets import evaluation_presets
+
+if __name__ == "__main__":
+    main(__doc__, evaluation_presets(), evaluate, plan)

@@ -1,0 +1,8 @@
+"""Search guidance scale and number of steps: a preset's name first, then overrides."""
+
+from jobs.command_line import main
+from orchestrator.presets import search_presets
+from orchestrator.search import plan, search
+
+if __name__ == "__main__":
+    main(__doc__, search_presets(), search, plan)

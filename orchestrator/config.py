@@ -1,0 +1,68 @@
+"""What every job's config has, and how a folder is held to one config."""
+
+import json
+import os
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from cluster.session import is_submitted
+from orchestrator import storage
+
+
+class JobConfig(BaseModel, frozen=True, extra="forbid"):
+    store: str = Field(
+        default_factory=lambda: os.environ.get("ADMIRAL_STORE", "runs")
+    )  # folder or URI under which all relative paths of this job lie; the environment's ADMIRAL_STORE, else runs
+    dry_run: bool = False  # print the resolved config and what would be read and written, then stop
+
+    def path(self, path: str) -> str:
+        """A URI or absolute path as it is; a relative one under the store.
+
+        Raises:
+            ValueError: the path is relative, the store too, and this is a submitted job, whose folder is a
+                temporary copy of the checkout.
+        """
+        if storage.is_absolute(path):
+            return path
+        if not storage.is_absolute(self.store):
+            if is_submitted():
+                raise ValueError(
+                    f"store={self.store!r} is relative, and this job runs in a temporary copy of the checkout: "
+                    "set ADMIRAL_STORE (or pass --store) to a URI or an absolute path that all nodes see"
+                )
+            return storage.join(os.path.abspath(self.store), path)
+        return storage.join(self.store, path)
+
+
+# Where a thing lies, and how many hands make it, does not change what comes out.
+_WITHOUT_EFFECT = {"store", "dry_run", "output", "num_workers"}
+
+
+def claim(folder: str, config: JobConfig, **facts: Any) -> None:
+    """Record `config` and `facts` as the folder's own in its config.json, or check that they are what it holds already.
+
+    Facts are what else changes results, such as hashes; one may replace a field, as a hash its file's path.
+
+    Raises:
+        ValueError: the folder was made with another config; the message names the fields that differ.
+    """
+    wanted = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT) | facts
+    uri = storage.join(folder, "config.json")
+    if storage.create_bytes(uri, json.dumps(wanted, indent=2).encode()):
+        return
+    found = storage.read_json(uri)
+    differing = sorted(
+        name for name in {**_flat(found), **_flat(wanted)} if _flat(found).get(name) != _flat(wanted).get(name)
+    )
+    if differing:
+        changes = ", ".join(f"{name}: {_flat(found).get(name)} there, {_flat(wanted).get(name)} here" for name in differing)
+        raise ValueError(f"{folder} was made with another config ({changes}); choose another --output or the same config")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict with its paths as keys: {"a": {"b": 1}} -> {"a.b": 1}."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return leaves

@@ -1,0 +1,278 @@
+"""Generation: samples that are functions of (config, seed, index), written as finished shards by a pool of workers."""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from cluster.session import session
+from cluster.workers import map_items
+from models.diffusion import Diffusion, DiffusionConfig
+from models.guidance import GuidanceConfig, guided
+from models.samplers import SamplerConfig, last, respacing_for, sample
+from orchestrator import storage
+from orchestrator.checkpoints import Network, load_network
+from orchestrator.config import JobConfig, claim
+from orchestrator.order import Purpose, index_rng
+from orchestrator.pictures import grid_png, png
+from orchestrator.progress import progress_line
+from orchestrator.tracking import tracked
+
+NUMERICS_VERSION = 1  # raised by hand when the same config begins to give other samples
+
+
+class GenerationConfig(JobConfig):
+    """What decides the samples, and where they go."""
+
+    weights: str  # the diffusion model: a training run's folder, or a .safetensors file
+    classifier: str | None = None  # the noisy classifier that guides, likewise
+    output: str  # the samples' folder
+    num_samples: int = Field(50_000, gt=0)  # images
+    seed: int = Field(0, ge=0)  # label, x_T and every step's noise of an index follow from it
+    labels: Literal["balanced", "uniform"] = "balanced"  # index modulo classes, or drawn by seed
+    sampler: SamplerConfig = SamplerConfig()
+    guidance: GuidanceConfig = GuidanceConfig()
+    batch_size: int = Field(64, gt=0)  # canonical batch B: index i always runs in batch floor(i/B)
+    shard_batches: int = Field(8, gt=0)  # batches in a shard
+    num_workers: int = Field(1, ge=0)  # sampling workers; 0 = in this process, without Ray
+    num_gpus: float = Field(0.0, ge=0)  # GPUs for each worker
+
+    @model_validator(mode="after")
+    def _has_guide(self) -> "GenerationConfig":
+        if self.guidance.scale and self.classifier is None:
+            raise ValueError(f"guidance.scale={self.guidance.scale} needs a classifier")
+        return self
+
+
+class Shard(NamedTuple):
+    """The indices [begin, end) of one object."""
+
+    begin: int
+    end: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.begin:06d}-{self.end:06d}.parquet"
+
+
+# ------------------------------------------------------------------------------------------------ in the driver
+
+
+def generate(config: GenerationConfig) -> str:
+    """Make the samples that are still missing; answer their folder's URI.
+
+    Raises:
+        ValueError: weights, classifier and output folder do not fit each other.
+        ItemsFailed: some shards failed; all others are written.
+    """
+    output = config.path(config.output)
+    networks = load_networks(config, "cpu")
+    claim(output, config, weights=networks.model.sha256, numerics_version=NUMERICS_VERSION,
+          classifier=networks.classifier.sha256 if networks.classifier else None)  # fmt: skip
+    todo = missing_shards(config)
+    if not todo and storage.exists(storage.join(output, "manifest.json")):
+        print(f"{output} is complete: {config.num_samples:,} samples")
+        return output
+    with session(), tracked("generate", config, output) as tracker, progress_line(config.num_samples, "samples") as progress:
+        done = config.num_samples - sum(shard.end - shard.begin for shard in todo)
+        progress.update_to(done)
+        for shard, _ in map_items(partial(make_generator, config), todo, config.num_workers, num_gpus=config.num_gpus):
+            done += shard.end - shard.begin
+            progress.update_to(done)
+            tracker.metrics({"samples": done}, step=done)
+        first, _ = read_range(output, 0, min(100, config.num_samples))
+        tracker.picture("samples.png", grid_png(first, columns=10))
+    shards = [{"name": shard.name, "rows": shard.end - shard.begin} for shard in _shards(config)]
+    storage.create_bytes(
+        storage.join(output, "manifest.json"),
+        json.dumps({"num_samples": config.num_samples, "shards": shards}, indent=2).encode(),
+    )
+    return output
+
+
+def plan(config: GenerationConfig) -> str:
+    """What a generation would read and write."""
+    todo = missing_shards(config)
+    per_image = evaluations(config.sampler, config.guidance)
+    return "\n".join(
+        [
+            f"reads   {config.path(config.weights)}" + (f", {config.path(config.classifier)}" if config.classifier else ""),
+            f"writes  {config.path(config.output)}: {len(todo)} of {len(_shards(config))} shards are missing",
+            f"work    {config.num_samples:,} images x {per_image} network evaluations",
+        ]
+    )
+
+
+def evaluations(sampler: SamplerConfig, guidance: GuidanceConfig) -> int:
+    """Network evaluations that one image takes, those of the classifier counted too."""
+    network = 2 * sampler.num_steps - 1 if sampler.name == "heun" else sampler.num_steps
+    return network * 2 if guidance.scale else network
+
+
+def _shards(config: GenerationConfig) -> list[Shard]:
+    size = config.batch_size * config.shard_batches
+    return [Shard(begin, min(begin + size, config.num_samples)) for begin in range(0, config.num_samples, size)]
+
+
+def missing_shards(config: GenerationConfig) -> list[Shard]:
+    """The shards that are not there yet: a shard is whole or absent, so its name is enough."""
+    there = set(storage.list_names(storage.join(config.path(config.output), "shards")))
+    return [shard for shard in _shards(config) if shard.name not in there]
+
+
+# ------------------------------------------------------------------------------------------------ in every worker
+
+
+class Networks(NamedTuple):
+    """What sampling needs."""
+
+    model: Network
+    classifier: Network | None
+
+
+def load_networks(config: GenerationConfig, device: torch.device | str) -> Networks:
+    """Read and check them.
+
+    Raises:
+        FileNotFoundError: no weights there.
+        ValueError: they do not fit each other.
+    """
+    model = load_network(config.path(config.weights), device)
+    classifier = load_network(config.path(config.classifier), device) if config.classifier else None
+    if classifier and classifier.architecture.image_size != model.architecture.image_size:
+        raise ValueError(
+            f"the classifier sees {classifier.architecture.image_size} pixels, the diffusion model makes "
+            f"{model.architecture.image_size}; they must be equal"
+        )
+    if classifier and classifier.classes != model.classes:
+        raise ValueError(f"{config.classifier} and {config.weights} were trained on different classes")
+    return Networks(model, classifier)
+
+
+def make_generator(config: GenerationConfig) -> Callable[[Shard], None]:
+    """A worker: networks loaded once, then shards."""
+    device = torch.device("cuda" if config.num_gpus and torch.cuda.is_available() else "cpu")
+    networks = load_networks(config, device)
+
+    def make_shard(shard: Shard) -> None:
+        batches = [
+            make_batch(networks, config, number, config.sampler, config.guidance)
+            for number in range(shard.begin // config.batch_size, -(-shard.end // config.batch_size))
+        ]
+        images = np.concatenate([batch.images for batch in batches])[: shard.end - shard.begin]
+        labels = np.concatenate([batch.labels for batch in batches])[: shard.end - shard.begin]
+        data = _encode_shard(Samples(np.arange(shard.begin, shard.end), labels, images))
+        storage.create_bytes(storage.join(config.path(config.output), "shards", shard.name), data)
+
+    return make_shard
+
+
+class Samples(NamedTuple):
+    """Consecutive samples: index int64 [n], label int64 [n] (-1 = none), images uint8 [n, H, W, 3]."""
+
+    indices: np.ndarray
+    labels: np.ndarray
+    images: np.ndarray
+
+
+def make_batch(
+    networks: Networks, config: GenerationConfig, number: int, sampler: SamplerConfig, guidance: GuidanceConfig
+) -> Samples:
+    """The canonical batch `number`: always B whole indices, so that an index never sees another batch shape."""
+    indices = np.arange(number * config.batch_size, (number + 1) * config.batch_size)
+    classes = len(networks.model.classes)
+    if config.labels == "balanced":
+        labels = indices % classes
+    else:
+        labels = np.array([index_rng(config.seed, index, Purpose.LABEL).integers(classes) for index in indices])
+    images = sample_batch(
+        networks.model.module, networks.model.diffusion, sampler, indices, labels, config.seed,
+        networks.classifier, guidance,
+    )  # fmt: skip
+    return Samples(indices, labels, images)
+
+
+@torch.no_grad()
+def sample_batch(
+    model: nn.Module,
+    diffusion_config: DiffusionConfig,
+    sampler: SamplerConfig,
+    indices: np.ndarray,
+    labels: np.ndarray | None,
+    seed: int,
+    classifier: Network | None = None,
+    guidance: GuidanceConfig | None = None,
+) -> np.ndarray:
+    """Sample the images of `indices` int64 [n] with `labels` int64 [n]; uint8 [n, H, W, 3].
+
+    x_T and step noise of an image depend on (seed, index, original timestep) only. Pixels are (x + 1) * 127.5,
+    clamped and truncated, as in the published code.
+    """
+    architecture = model.config
+    device = next(model.parameters()).device
+    shape = (architecture.in_channels, architecture.image_size, architecture.image_size)
+
+    def draw(purpose: Purpose, timestep: int = 0) -> Tensor:
+        rows = [index_rng(seed, int(i), purpose, timestep).standard_normal(shape, np.float32) for i in indices]
+        return torch.from_numpy(np.stack(rows)).to(device)
+
+    diffusion = Diffusion(diffusion_config, respacing_for(sampler, diffusion_config.num_timesteps))
+    y = torch.from_numpy(labels).to(device) if labels is not None else None
+    denoise = diffusion.denoiser(model, y=y if architecture.num_classes else None)
+    if classifier is not None and guidance is not None and guidance.scale:
+        assert y is not None
+        denoise = guided(denoise, sampler.name, classifier.module, diffusion, y, guidance)
+    x = last(sample(sampler, denoise, diffusion, draw(Purpose.START), partial(draw, Purpose.STEP)))
+    pixels = ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+# ------------------------------------------------------------------------------------------------ on disk
+
+
+def _encode_shard(samples: Samples) -> bytes:
+    """A Parquet file with index, label and the image as PNG."""
+    table = pa.table(
+        {
+            "index": pa.array(samples.indices, pa.int64()),
+            "label": pa.array(samples.labels, pa.int64()),
+            "image": pa.array([png(image) for image in samples.images], pa.binary()),
+        }
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="none")  # PNG does not compress again
+    return buffer.getvalue()
+
+
+def _decode_shard(data: bytes) -> Samples:
+    table = pq.read_table(io.BytesIO(data))
+    images = [np.asarray(Image.open(io.BytesIO(image)).convert("RGB")) for image in table["image"].to_pylist()]
+    return Samples(table["index"].to_numpy(), table["label"].to_numpy(), np.stack(images))
+
+
+def read_range(folder: str, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [n, H, W, 3] and labels int64 [n] of the indices [begin, end) of a samples folder."""
+    shards = storage.join(folder, "shards")
+    parts = [
+        _decode_shard(storage.read_bytes(storage.join(shards, name)))
+        for name in storage.list_names(shards)
+        if int(name.split("-")[0]) < end and int(name.split("-")[1].split(".")[0]) > begin
+    ]
+    indices = np.concatenate([part.indices for part in parts])
+    wanted = (indices >= begin) & (indices < end)
+    return np.concatenate([p.images for p in parts])[wanted], np.concatenate([p.labels for p in parts])[wanted]
+
+
+def pixel_hashes(samples: Samples) -> list[str]:
+    """SHA-256 of each image's raw pixels."""
+    return [hashlib.sha256(image.tobytes()).hexdigest() for image in samples.images]

@@ -1,0 +1,158 @@
+"""Named starting points of the jobs: presets are data, overrides come from the command line."""
+
+from models.diffusion import DiffusionConfig
+from models.guidance import GuidanceConfig
+from models.samplers import SamplerConfig
+from models.unet import ClassifierConfig, UNetConfig
+from orchestrator.dataset import PrepareConfig
+from orchestrator.evaluation import EvaluationConfig
+from orchestrator.generation import GenerationConfig
+from orchestrator.order import OrderConfig
+from orchestrator.quickstart import QuickstartConfig
+from orchestrator.search import SearchConfig
+from orchestrator.training import AdmConfig, NoisyClassifierConfig
+
+DIGITS = "the quickstart's 1,797 scanned digits, small enough for two cores"
+
+_COSINE = DiffusionConfig(schedule="cosine", loss="simple")
+_LINEAR = DiffusionConfig(schedule="linear", loss="simple")
+
+
+def _digits_diffusion() -> AdmConfig:
+    return AdmConfig(
+        dataset="datasets/digits",
+        output="digits/diffusion",
+        model=UNetConfig(
+            image_size=16,
+            model_channels=32,
+            num_res_blocks=1,
+            channel_mult=(1, 1, 1),
+            attention_resolutions=(8, 4),
+            num_head_channels=16,
+            num_classes=10,
+        ),
+        diffusion=_COSINE,
+        order=OrderConfig(num_streams=4, window=4),
+        flip=False,  # a mirrored digit is none
+        images=64_000,
+        batch_size=64,
+        learning_rate=2e-3,
+        warmup_images=3_200,
+        anneal=True,
+        clip_norm=1.0,
+        ema_rates=(0.995,),
+        checkpoint_images=16_000,
+        log_images=1_280,
+        preview_images=16_000,
+        preview=SamplerConfig(name="ddim", num_steps=25),
+        num_workers=2,
+    )
+
+
+def _digits_classifier() -> NoisyClassifierConfig:
+    return NoisyClassifierConfig(
+        dataset="datasets/digits",
+        output="digits/classifier",
+        model=ClassifierConfig(
+            image_size=16,
+            model_channels=32,
+            num_res_blocks=1,
+            channel_mult=(1, 1, 1),
+            attention_resolutions=(8, 4),
+            num_head_channels=16,
+            num_classes=10,
+        ),
+        diffusion=_COSINE,
+        order=OrderConfig(num_streams=4, window=4),
+        crop="random",
+        flip=False,
+        images=32_000,
+        batch_size=64,
+        learning_rate=1e-3,
+        anneal=True,
+        checkpoint_images=16_000,
+        log_images=1_280,
+        num_workers=2,
+    )
+
+
+def adm_presets() -> dict[str, tuple[str, AdmConfig]]:
+    """Diffusion models to train."""
+    return {"digits": (DIGITS, _digits_diffusion()), "imagenet64": ("ADM on ImageNet 64x64", _imagenet64())}
+
+
+def classifier_presets() -> dict[str, tuple[str, NoisyClassifierConfig]]:
+    """Noisy classifiers to train."""
+    return {"digits": (DIGITS, _digits_classifier())}
+
+
+def _imagenet64() -> AdmConfig:
+    """The released 64x64 model's recipe (ADM table 11): batch 2048, 3e-4, 540K iterations, dropout 0.1."""
+    return AdmConfig(
+        dataset="datasets/imagenet",
+        output="imagenet64/diffusion",
+        model=UNetConfig(
+            image_size=64,
+            model_channels=192,
+            num_res_blocks=3,
+            channel_mult=(1, 2, 3, 4),
+            attention_resolutions=(32, 16, 8),
+            num_head_channels=64,
+            num_classes=1000,
+            dropout=0.1,
+            use_new_attention_order=True,
+        ),
+        diffusion=_COSINE,
+        order=OrderConfig(num_streams=64, window=8),
+        images=540_000 * 2048,
+        batch_size=2048,
+        learning_rate=3e-4,
+        ema_rates=(0.9999,),
+        num_workers=8,
+        use_gpu=True,
+    )
+
+
+def generation_presets() -> dict[str, tuple[str, GenerationConfig]]:
+    """Samples to generate."""
+    digits = GenerationConfig(
+        weights="digits/diffusion",
+        classifier="digits/classifier",
+        output="digits/samples",
+        num_samples=1_000,
+        sampler=SamplerConfig(name="ddim", num_steps=25),
+        guidance=GuidanceConfig(scale=1.0),
+        num_workers=2,
+    )
+    return {"digits": (DIGITS, digits)}
+
+
+def evaluation_presets() -> dict[str, tuple[str, EvaluationConfig]]:
+    """Samples to measure."""
+    digits = EvaluationConfig(
+        samples="digits/samples", reference="datasets/digits", output="digits/evaluation", image_size=16, num_workers=2
+    )
+    return {"digits": (DIGITS, digits)}
+
+
+def search_presets() -> dict[str, tuple[str, SearchConfig]]:
+    """Searches of guidance scale and steps."""
+    digits = SearchConfig(
+        weights="digits/diffusion",
+        classifier="digits/classifier",
+        reference="datasets/digits",
+        output="digits/search",
+        num_workers=2,
+    )
+    return {"digits": (DIGITS, digits)}
+
+
+def dataset_presets() -> dict[str, tuple[str, PrepareConfig]]:
+    """Datasets to prepare."""
+    digits = PrepareConfig(source="digits", output="datasets/digits")
+    return {"digits": (DIGITS, digits)}
+
+
+def quickstart_presets() -> dict[str, tuple[str, QuickstartConfig]]:
+    """Ways through the quickstart."""
+    return {"digits": (DIGITS, QuickstartConfig())}

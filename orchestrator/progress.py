@@ -1,0 +1,33 @@
+"""One progress line: done, total, rate, time left."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from tqdm import tqdm
+
+
+class Progress:
+    """A line that is told how far the work is."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self._bar = bar
+
+    def update_to(self, done: int, **numbers: float) -> None:
+        """Show `done`, and the numbers beside it."""
+        if not self._bar.n:
+            self._bar.initial = self._bar.n = 0
+        if numbers:
+            self._bar.set_postfix({name: f"{value:.4g}" for name, value in numbers.items()}, refresh=False)
+        self._bar.update(done - self._bar.n)
+
+
+@contextlib.contextmanager
+def progress_line(total: int, unit: str, description: str = "") -> Iterator[Progress]:
+    """A progress line on stderr while inside; where that is no terminal, a line only every 30 seconds."""
+    interval = 0.5 if sys.stderr.isatty() else 30.0
+    with tqdm(
+        total=total, unit=f" {unit}", desc=description or None, mininterval=interval, maxinterval=interval,
+        dynamic_ncols=True, smoothing=0.1, unit_scale=False,
+    ) as bar:
+        yield Progress(bar)

@@ -1,0 +1,191 @@
+"""The quickstart's page: one self-contained HTML file, and the same numbers as JSON."""
+
+import base64
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import numpy as np
+
+from orchestrator import storage
+from orchestrator.generation import read_range
+from orchestrator.pictures import grid_png
+from orchestrator.tracking import metric_history
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt  # noqa: E402 - the backend comes first
+
+matplotlib.rcParams |= {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.constrained_layout.use": True,
+}
+COLOURS = ("#1b6ca8", "#d1603d", "#3f7d4e", "#8a4f9e")
+PER_CLASS = 10  # samples of each class in the grids
+
+# The order of the table: name, what more of it means, and one line on what it is.
+METRICS = {
+    "accuracy": ("higher", "share that an independent digit classifier takes for the class asked for"),
+    "fd_digits": ("lower", "Fréchet distance between features of samples and of training images"),
+    "kid_digits": ("lower", "kernel distance between the same features, unbiased at any n"),
+    "inception_score_digits": ("higher", "exp of the mean KL(p(y|x) ‖ p(y)) by the digit classifier; 10 at most"),
+    "precision": ("higher", "share of samples inside the training images' neighbourhoods, k = 3"),
+    "recall": ("higher", "share of training images inside the samples' neighbourhoods, k = 3"),
+}
+
+
+def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> str:
+    """Write report.html and report.json into the local `folder` from what the jobs left in `store`; answer the page's path."""
+    digits = storage.join(store, "digits")
+    evaluations = {
+        name: storage.read_json(storage.join(digits, f"{name}-evaluation", "report.json")) for name in ("guided", "unguided")
+    }
+    search = storage.read_json(storage.join(digits, "search", "search.json"))
+    numbers = {
+        "seconds_by_stage": {name: stage["seconds"] for name, stage in stages.items()},
+        "seconds": sum(stage["seconds"] for stage in stages.values()),
+        "peak_rss_bytes": max(stage["peak_rss_bytes"] for stage in stages.values()),
+        "num_samples": storage.read_json(storage.join(digits, "guided", "manifest.json"))["num_samples"],
+        "accuracy_guided": evaluations["guided"]["metrics"]["accuracy"]["value"],
+        "accuracy_unguided": evaluations["unguided"]["metrics"]["accuracy"]["value"],
+        "metrics_guided": evaluations["guided"]["metrics"],
+        "metrics_unguided": evaluations["unguided"]["metrics"],
+        "extractor": evaluations["guided"]["extractor"],
+        "search": {"winner": search["winner"]["setting"], "objective": search["objective"], "trials": search["trials"]},
+        "trade_off": trade_off(search["trials"], search["winner"]["setting"]["steps"]),
+        "copies": copies(evaluations["guided"]["nearest_training_image"]),
+    }
+    pictures = {
+        "guided": class_grid(storage.join(digits, "guided")),
+        "unguided": class_grid(storage.join(digits, "unguided")),
+        "trade_off": trade_off_figure(search["trials"]),
+        "losses": loss_figure(digits),
+        "copies": copies_figure(evaluations["guided"]["nearest_training_image"]),
+    }
+    settings = {
+        name: storage.read_json(storage.join(digits, name, "config.json"))
+        for name in ("diffusion", "classifier", "search", "guided")
+    }
+    page = _template().render(
+        numbers=numbers,
+        pictures={name: base64.b64encode(data).decode() for name, data in pictures.items()},
+        stages=stages,
+        settings={name: storage.json_bytes(config).decode() for name, config in settings.items()},
+        metrics=METRICS,
+        tracking_uri=os.environ["MLFLOW_TRACKING_URI"],
+    )
+    Path(folder, "report.json").write_bytes(storage.json_bytes(numbers))
+    path = Path(folder, "report.html")
+    path.write_text(page, encoding="utf-8")
+    return str(path)
+
+
+def _template() -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template("report.html")
+
+
+# ------------------------------------------------------------------------------------------------ what the numbers say
+
+
+def trade_off(trials: list[dict[str, Any]], steps: int) -> dict[str, Any]:
+    """Whether precision rises and recall falls along the scale, from least to most, beyond their intervals."""
+    along = sorted((t for t in trials if t["setting"]["steps"] == steps), key=lambda t: t["setting"]["scale"])
+
+    def ends(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        return along[0]["metrics"][name], along[-1]["metrics"][name]
+
+    def change(name: str) -> float:
+        first, final = ends(name)
+        return final["value"] - first["value"]
+
+    return {
+        "steps": steps,
+        "scales": [trial["setting"]["scale"] for trial in along],
+        "precision": [trial["metrics"]["precision"]["value"] for trial in along],
+        "recall": [trial["metrics"]["recall"]["value"] for trial in along],
+        "precision_rises": change("precision") > 0,
+        "recall_falls": change("recall") < 0,
+    }
+
+
+def copies(distances: dict[str, list[float]]) -> dict[str, Any]:
+    """Whether samples lie nearer to training images than held-out real images do, by the lower quantiles.
+
+    Copies would pull the low end of the samples' distances towards 0.
+    """
+    quantiles = (0.01, 0.05, 0.25, 0.5)
+    made, held_out = (np.quantile(distances[name], quantiles) for name in ("samples", "held_out"))
+    return {
+        "quantiles": list(quantiles),
+        "samples": made.tolist(),
+        "held_out": held_out.tolist(),
+        "smallest_sample": min(distances["samples"]),
+        "smallest_held_out": min(distances["held_out"]),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ the pictures
+
+
+def class_grid(samples: str) -> bytes:
+    """One row for each class, ten samples each: the first of the folder."""
+    images, labels = read_range(samples, 0, 512)
+    rows = [images[labels == label][:PER_CLASS] for label in np.unique(labels)]
+    return grid_png(np.concatenate(rows), columns=PER_CLASS, scale=2)
+
+
+def trade_off_figure(trials: list[dict[str, Any]]) -> bytes:
+    """Fidelity and diversity along the guidance scale, as in ADM's figure 4, with 95% intervals."""
+    figure, axes = plt.subplots(2, 2, figsize=(8.6, 5.2))
+    names = ("precision", "recall", "fd_digits", "inception_score_digits")
+    for axis, name in zip(axes.flat, names, strict=True):
+        for colour, steps in zip(COLOURS, sorted({t["setting"]["steps"] for t in trials}), strict=False):
+            along = [t for t in trials if t["setting"]["steps"] == steps]
+            x = np.array([t["setting"]["scale"] for t in along])
+            found = [t["metrics"][name] for t in along]
+            y = np.array([metric["value"] for metric in found])
+            axis.plot(x, y, "o-", color=colour, markersize=3.5, linewidth=1.2, label=f"{steps} steps")
+            if all(metric["interval"] for metric in found):
+                low, high = np.array([metric["interval"] for metric in found]).T
+                axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.set(xlabel="guidance scale", title=name.replace("_", " "), xscale="symlog")
+        axis.set_xticks(x, [f"{value:g}" for value in x])
+        axis.minorticks_off()
+    axes.flat[0].legend(frameon=False)
+    return _png(figure)
+
+
+def loss_figure(digits: str) -> bytes:
+    """The training losses over images seen."""
+    figure, axes = plt.subplots(1, 2, figsize=(8.6, 2.8))
+    curves = (("train", "diffusion", "loss", "hybrid loss"), ("train classifier", "classifier", "loss", "cross entropy"))
+    for axis, (job, run, name, label) in zip(axes, curves, strict=True):
+        history = metric_history(f"{job} {storage.join(digits, run)}", name)
+        axis.plot([step / 1000 for step, _ in history], [value for _, value in history], color=COLOURS[0], linewidth=1.2)
+        axis.set(xlabel="thousand images", title=f"{run}: {label}", yscale="log")
+    return _png(figure)
+
+
+def copies_figure(distances: dict[str, list[float]]) -> bytes:
+    """Two histograms: how far samples, and held-out real images, are from their nearest training image."""
+    figure, axis = plt.subplots(figsize=(8.6, 2.6))
+    bins = np.linspace(0, max(map(max, distances.values())), 50).tolist()
+    for colour, (name, label) in zip(
+        COLOURS, (("samples", "guided samples"), ("held_out", "held-out real digits")), strict=False
+    ):
+        axis.hist(distances[name], bins=bins, density=True, alpha=0.55, color=colour, label=label)
+    axis.set(xlabel="root mean square distance to the nearest training image, grey levels of 255", yticks=[])
+    axis.legend(frameon=False)
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    plt.close(figure)
+    return buffer.getvalue()
