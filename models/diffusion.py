@@ -26,9 +26,7 @@ class DiffusionConfig(BaseModel, frozen=True, extra="forbid"):
     schedule: Literal["linear", "cosine", "quad", "warmup10", "warmup50", "const", "jsd"] = "linear"  # betas
     num_timesteps: int = Field(1000, ge=2)  # T, steps of the training process
     prediction: Literal["eps", "x_start", "previous_x"] = "eps"  # what the first channels of the output mean
-    variance: Literal["fixed_small", "fixed_large", "learned", "learned_range"] = (
-        "learned_range"  # of p(x_t-1|x_t)
-    )
+    variance: Literal["fixed_small", "fixed_large", "learned", "learned_range"] = "learned_range"  # of p(x_t-1|x_t)
     loss: Literal["simple", "rescaled_simple", "kl", "rescaled_kl"] = "simple"  # training objective
     rescale_timesteps: bool = False  # give the network t * 1000 / T instead of t
 
@@ -63,9 +61,7 @@ def ddpm_betas(schedule: str, beta_start: float, beta_end: float, num_timesteps:
             return np.full(num_timesteps, beta_end, dtype=np.float64)
         case "jsd":
             return 1.0 / np.linspace(num_timesteps, 1, num_timesteps, dtype=np.float64)
-    raise ValueError(
-        f"schedule={schedule!r} is unknown; use linear, quad, warmup10, warmup50, const, jsd or cosine"
-    )
+    raise ValueError(f"schedule={schedule!r} is unknown; use linear, quad, warmup10, warmup50, const, jsd or cosine")
 
 
 def cosine_betas(num_timesteps: int) -> NDArray[np.float64]:
@@ -126,9 +122,7 @@ def _step_counts(text: str, spec: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(
-            f"respacing {spec!r}: {text!r} is not an integer or a comma-separated list of them"
-        ) from None
+        raise ValueError(f"respacing {spec!r}: {text!r} is not an integer or a comma-separated list of them") from None
 
 
 # The process
@@ -174,9 +168,7 @@ class Diffusion:
             betas = 1.0 - kept / np.append(1.0, kept[:-1])
         self.num_timesteps = len(betas)
         if self.num_timesteps < 2:
-            raise ValueError(
-                f"respacing {respacing!r} keeps {self.num_timesteps} steps; a chain needs at least 2"
-            )
+            raise ValueError(f"respacing {respacing!r} keeps {self.num_timesteps} steps; a chain needs at least 2")
         self._make_tables(betas)
         self._tensors: dict[tuple[str, torch.device], Tensor] = {}
 
@@ -190,6 +182,7 @@ class Diffusion:
         with np.errstate(divide="ignore", invalid="ignore"):  # beta = 1 at the last step is allowed
             self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
             self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
+            self.log_one_minus_alphas_cumprod = np.log(1.0 - self.alphas_cumprod)
             self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
             self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1.0)
             # q(x_{t-1} | x_t, x_0), DDPM eqs. 6-7
@@ -198,9 +191,7 @@ class Diffusion:
             self.posterior_log_variance_clipped = np.log(
                 np.append(self.posterior_variance[1], self.posterior_variance[1:])
             )
-            self.posterior_mean_coef1 = (
-                betas * np.sqrt(self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
-            )
+            self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
             self.posterior_mean_coef2 = (
                 (1.0 - self.alphas_cumprod_prev) * np.sqrt(1.0 - betas) / (1.0 - self.alphas_cumprod)
             )
@@ -242,16 +233,11 @@ class Diffusion:
 
     def q_posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
         """Mean of q(x_{t-1} | x_t, x_0); DDPM eq. 7."""
-        return (
-            self.at("posterior_mean_coef1", t, x_t) * x_start + self.at("posterior_mean_coef2", t, x_t) * x_t
-        )
+        return self.at("posterior_mean_coef1", t, x_t) * x_start + self.at("posterior_mean_coef2", t, x_t) * x_t
 
     def x_start_from_eps(self, x_t: Tensor, t: Timestep, eps: Tensor) -> Tensor:
         """DDPM eq. 4 solved for x_0."""
-        return (
-            self.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
-            - self.at("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
-        )
+        return self.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - self.at("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
 
     def eps_from_x_start(self, x_t: Tensor, t: Timestep, x_start: Tensor) -> Tensor:
         """DDPM eq. 4 solved for the noise."""
@@ -291,9 +277,7 @@ class Diffusion:
             case "x_start":
                 x_start = value
             case "previous_x":
-                x_start = (
-                    self.at("previous_x_coef1", t, x_t) * value - self.at("previous_x_coef2", t, x_t) * x_t
-                )
+                x_start = self.at("previous_x_coef1", t, x_t) * value - self.at("previous_x_coef2", t, x_t) * x_t
         if clip:
             x_start = x_start.clamp(-1, 1)
         previous = self.config.prediction == "previous_x"
@@ -363,9 +347,7 @@ class Diffusion:
             return mean_flat(nll if t == 0 else kl) / math.log(2)
         return torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2)
 
-    def losses(
-        self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor, **model_kwargs: Any
-    ) -> dict[str, Tensor]:
+    def losses(self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor, **model_kwargs: Any) -> dict[str, Tensor]:
         """Loss terms [B] at timesteps t int64 [B]: "loss" and, where it has parts, "mse" and "vb".
 
         simple: DDPM eq. 14; with learned variance IDDPM eq. 16, where the bound sees a detached mean and so
@@ -403,9 +385,9 @@ def mean_flat(x: Tensor) -> Tensor:
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
     """KL(N(mean1, var1) || N(mean2, var2)) in nats, elementwise; arguments broadcast."""
     return 0.5 * (
-        log_variance2
+        -1.0
+        + log_variance2
         - log_variance1
-        - 1.0
         + torch.exp(log_variance1 - log_variance2)
         + (mean1 - mean2) ** 2 * torch.exp(-log_variance2)
     )
@@ -435,9 +417,7 @@ def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Te
 # Timestep sampling
 
 
-def _draw(
-    probabilities: NDArray[np.float64], u: NDArray[np.float64]
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def _draw(probabilities: NDArray[np.float64], u: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Inverse-CDF draws t [B] for u [B] in [0, 1), and weights 1 / (T p(t)) that keep the loss unbiased."""
     cdf = np.cumsum(probabilities)
     t = np.searchsorted(cdf / cdf[-1], u, side="right").astype(np.int64)

@@ -1,8 +1,9 @@
 """Samplers: each one a generator over `denoise`, yielding a Step after every step of the chain.
 
-Chain indices run from T' - 1 down to 0. Randomness comes from outside: `noise(t)` gives standard normal noise
-shaped like x for the *original* timestep t, so that chains of different lengths can share it. It is asked for
-noise only where that is used: never at the last step, never by deterministic samplers.
+Chain indices run from `start` (where not given, the last) down to 0. Randomness comes from outside:
+`noise(t)` gives standard normal noise shaped like x for the *original* timestep t, so that chains of different
+lengths can share it. It is asked for noise only where that is used: not at t = 0, and never by deterministic
+samplers.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -30,9 +31,7 @@ class SamplerConfig(BaseModel, frozen=True, extra="forbid"):
     @model_validator(mode="after")
     def _check_eta(self) -> Self:
         if self.eta and self.name != "ddim":
-            raise ValueError(
-                f"eta={self.eta} has no meaning for name={self.name!r}; use name='ddim' or eta=0"
-            )
+            raise ValueError(f"eta={self.eta} has no meaning for name={self.name!r}; use name='ddim' or eta=0")
         return self
 
 
@@ -48,7 +47,7 @@ class Step:
 def respacing_for(config: SamplerConfig, num_timesteps: int) -> str:
     """The respacing of `config`: a stride ("ddim25") for ddim, even spacing ("250") for others.
 
-    Raises ValueError where num_timesteps has no such spacing, or where config.respacing contradicts num_steps.
+    Raises ValueError where num_timesteps has no such spacing, or config.respacing contradicts num_steps.
     """
     if config.respacing is not None:
         spec = config.respacing
@@ -64,9 +63,7 @@ def respacing_for(config: SamplerConfig, num_timesteps: int) -> str:
 # Single steps at t, one chain index or int64 [B]
 
 
-def ddpm_step(
-    diffusion: Diffusion, prediction: Prediction, x_t: Tensor, t: Timestep, noise: Tensor
-) -> Tensor:
+def ddpm_step(diffusion: Diffusion, prediction: Prediction, x_t: Tensor, t: Timestep, noise: Tensor) -> Tensor:
     """x_{t-1} by ancestral sampling, DDPM algorithm 2; no noise is added at t = 0."""
     sigma = torch.exp(0.5 * prediction.log_variance)
     return prediction.mean + diffusion.at("adds_noise", t, x_t) * sigma * noise
@@ -87,18 +84,22 @@ def ddim_reverse_step(diffusion: Diffusion, prediction: Prediction, x_t: Tensor,
     """x_{t+1} by the deterministic DDIM run backwards (DDIM section 4.3); pure noise at the last index."""
     alphas_cumprod_next = diffusion.at("alphas_cumprod_next", t, x_t)
     return (
-        torch.sqrt(alphas_cumprod_next) * prediction.pred_x_start
-        + torch.sqrt(1 - alphas_cumprod_next) * prediction.eps
+        torch.sqrt(alphas_cumprod_next) * prediction.pred_x_start + torch.sqrt(1 - alphas_cumprod_next) * prediction.eps
     )
 
 
 # Whole chains
 
 
-def ddpm(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise) -> Iterator[Step]:
-    """Ancestral sampling; DDPM algorithm 2. Also yields DDPM's progressive generation as pred_x_start."""
+def _descending(diffusion: Diffusion, start: int | None) -> range:
+    """Chain indices from `start` (None = the last) down to 0."""
+    return range(diffusion.num_timesteps - 1 if start is None else start, -1, -1)
+
+
+def ddpm(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise, start: int | None = None) -> Iterator[Step]:
+    """Ancestral sampling; DDPM algorithm 2."""
     x = x_T
-    for t in reversed(range(diffusion.num_timesteps)):
+    for t in _descending(diffusion, start):
         prediction = denoise(x, t)
         original = int(diffusion.timestep_map[t])
         x = ddpm_step(diffusion, prediction, x, t, noise(original)) if t > 0 else prediction.mean
@@ -106,11 +107,16 @@ def ddpm(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise) -> I
 
 
 def ddim(
-    denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise, eta: float = 0.0
+    denoise: Denoise,
+    diffusion: Diffusion,
+    x_T: Tensor,
+    noise: Noise,
+    start: int | None = None,
+    eta: float = 0.0,
 ) -> Iterator[Step]:
     """DDIM eq. 12; eta = 0 is deterministic, eta = 1 has the posterior variance of DDPM."""
     x = x_T
-    for t in reversed(range(diffusion.num_timesteps)):
+    for t in _descending(diffusion, start):
         prediction = denoise(x, t)
         z = noise(int(diffusion.timestep_map[t])) if eta > 0 and t > 0 else None
         x = ddim_step(diffusion, prediction, x, t, z, eta)
@@ -126,7 +132,9 @@ def ddim_reverse(denoise: Denoise, diffusion: Diffusion, x_0: Tensor) -> Iterato
         yield Step(t, x, prediction.pred_x_start)
 
 
-def dpm_solver(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise) -> Iterator[Step]:
+def dpm_solver(
+    denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise, start: int | None = None
+) -> Iterator[Step]:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2), ending with the predicted x_0.
 
     Second order in the log signal-to-noise ratio, one network evaluation a step; deterministic. The first
@@ -135,7 +143,7 @@ def dpm_solver(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise
     alpha, sigma = diffusion.sqrt_alphas_cumprod, diffusion.sqrt_one_minus_alphas_cumprod
     lam = np.log(alpha / sigma)
     x, previous = x_T, None
-    for t in reversed(range(diffusion.num_timesteps)):
+    for t in _descending(diffusion, start):
         x_start = denoise(x, t).pred_x_start
         if t == 0:
             x = x_start
@@ -150,7 +158,7 @@ def dpm_solver(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise
         previous = x_start
 
 
-def heun(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise) -> Iterator[Step]:
+def heun(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise, start: int | None = None) -> Iterator[Step]:
     """Heun's second-order method on the DDIM ODE (DDIM eq. 14; Karras et al. 2022, algorithm 1).
 
     With s = sqrt((1 - abar) / abar) the ODE is d(x / sqrt(abar)) / ds = eps, so an Euler step is a DDIM step;
@@ -158,7 +166,7 @@ def heun(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise) -> I
     """
     alpha, s = diffusion.sqrt_alphas_cumprod, diffusion.sqrt_recipm1_alphas_cumprod
     x = x_T
-    for t in reversed(range(diffusion.num_timesteps)):
+    for t in _descending(diffusion, start):
         prediction = denoise(x, t)
         if t == 0:
             x = prediction.pred_x_start
@@ -178,10 +186,8 @@ SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {
 }
 
 
-def sample(
-    config: SamplerConfig, denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise
-) -> Iterator[Step]:
-    """The sampler that `config` names, over `diffusion` respaced by `respacing_for(config, ...)`."""
+def sample(config: SamplerConfig, denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise) -> Iterator[Step]:
+    """The whole chain of the sampler that `config` names; `diffusion` is respaced by `respacing_for`."""
     options = {"eta": config.eta} if config.name == "ddim" else {}
     return SAMPLERS[config.name](denoise, diffusion, x_T, noise, **options)
 

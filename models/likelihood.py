@@ -1,0 +1,123 @@
+"""What a diffusion model says about given images: bits per dimension, progressive coding, interpolation.
+
+Sources: DDPM (Ho et al. 2020) sections 4.3 and 4.4, IDDPM (Nichol & Dhariwal 2021) section 3, DDIM (Song et
+al. 2021) section 5.4. Images are [B, C, H, W] in [-1, 1]. Arrays over the chain are [B, T'] in the order in
+which images are generated: column i belongs to chain index T' - 1 - i.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.diffusion import Denoise, Diffusion, mean_flat, normal_kl
+from models.samplers import Noise, Step, ddim, ddim_reverse, ddpm, last
+
+
+@dataclass(frozen=True)
+class BitsPerDim:
+    """The variational bound, term by term: float32, in bits per dimension where not said otherwise."""
+
+    total: Tensor  # [B], prior + sum of vb
+    prior: Tensor  # [B], KL(q(x_T | x_0) || N(0, 1))
+    vb: Tensor  # [B, T'], the terms of the chain; the last one is the decoder's
+    x_start_mse: Tensor  # [B, T'], mean squared error of the predicted x_0, images in [-1, 1]
+    mse: Tensor  # [B, T'], mean squared error of the predicted noise
+
+
+def prior_bits_per_dim(diffusion: Diffusion, x_start: Tensor) -> Tensor:
+    """KL(q(x_T | x_0) || N(0, 1)) in bits per dimension [B]: small where the schedule ends in noise."""
+    t = diffusion.num_timesteps - 1
+    mean = diffusion.at("sqrt_alphas_cumprod", t, x_start) * x_start
+    log_variance = diffusion.at("log_one_minus_alphas_cumprod", t, x_start)
+    zero = torch.zeros((), device=x_start.device)
+    return mean_flat(normal_kl(mean, log_variance, zero, zero)) / math.log(2)
+
+
+def bits_per_dim(denoise: Denoise, diffusion: Diffusion, x_start: Tensor, noise: Noise) -> BitsPerDim:
+    """The bound on -log2 p(x_0) per dimension (DDPM eq. 5), one noise and one evaluation for each step.
+
+    `x_start` must be 8-bit images scaled to [-1, 1]: the decoder term counts grey levels. `noise(t)` is given
+    original timesteps, t = 0 included.
+    """
+    vb, x_start_mse, mse = [], [], []
+    for t in reversed(range(diffusion.num_timesteps)):
+        z = noise(int(diffusion.timestep_map[t]))
+        x_t = diffusion.q_sample(x_start, t, z)
+        prediction = denoise(x_t, t)
+        vb.append(diffusion.vb_term(x_start, x_t, t, prediction))
+        x_start_mse.append(mean_flat((prediction.pred_x_start - x_start) ** 2))
+        mse.append(mean_flat((prediction.eps - z) ** 2))
+    prior = prior_bits_per_dim(diffusion, x_start)
+    terms = torch.stack(vb, dim=1)
+    return BitsPerDim(
+        total=terms.sum(dim=1) + prior,
+        prior=prior,
+        vb=terms,
+        x_start_mse=torch.stack(x_start_mse, dim=1),
+        mse=torch.stack(mse, dim=1),
+    )
+
+
+def progressive_coding(bits: BitsPerDim) -> tuple[Tensor, Tensor]:
+    """DDPM's rate-distortion curve (figure 5): rate and distortion, float64 [B, T'].
+
+    Column i: bits per dimension received before step i (the prior and the vb terms before it), and the root
+    mean squared error, in grey levels of 255, of the x_0 that the receiver predicts then.
+    """
+    received = torch.cat([bits.prior[:, None], bits.vb[:, :-1]], dim=1).double()
+    return received.cumsum(dim=1), 127.5 * bits.x_start_mse.double().sqrt()
+
+
+def progressive_generation(steps: Iterable[Step], every: int) -> Tensor:
+    """The x_0 predicted along a chain, [B, slots, C, H, W], noisiest first (DDPM figure 6).
+
+    One prediction per `every` chain indices, the last one made among them, as in the published code.
+    """
+    slots = {step.t // every: step.pred_x_start for step in steps}
+    return torch.stack([slots[slot] for slot in sorted(slots, reverse=True)], dim=1)
+
+
+def decode(denoise: Denoise, diffusion: Diffusion, x_t: Tensor, t: int, noise: Noise) -> Tensor:
+    """An image from the stochastic encoding x_t ~ q(x_t | x_0): ancestral sampling from chain index t on."""
+    return last(ddpm(denoise, diffusion, x_t, noise, start=t))
+
+
+def interpolate(
+    denoise: Denoise,
+    diffusion: Diffusion,
+    x_starts: tuple[Tensor, Tensor],
+    noises: tuple[Tensor, Tensor],
+    lam: float,
+    t: int,
+    noise: Noise,
+) -> Tensor:
+    """DDPM section 4.4: decodes (1 - lam) x_t + lam x_t' of two images encoded with independent noise.
+
+    t is the chain index of the encodings; `noise(t)` is for the way back, and can be one for all values of lam.
+    """
+    return decode(denoise, diffusion, interpolated_latent(diffusion, x_starts, noises, lam, t), t, noise)
+
+
+def interpolated_latent(
+    diffusion: Diffusion, x_starts: tuple[Tensor, Tensor], noises: tuple[Tensor, Tensor], lam: float, t: int
+) -> Tensor:
+    """(1 - lam) x_t + lam x_t' with x_t ~ q(x_t | x_0): linear, so the variance is smaller in the middle."""
+    first, second = (diffusion.q_sample(x, t, z) for x, z in zip(x_starts, noises, strict=True))
+    return (1 - lam) * first + lam * second
+
+
+def ddim_encode(denoise: Denoise, diffusion: Diffusion, x_start: Tensor) -> Tensor:
+    """The latent x_T that the deterministic DDIM decodes to about `x_start`; `denoise` should not clip."""
+    return last(ddim_reverse(denoise, diffusion, x_start))
+
+
+def ddim_decode(denoise: Denoise, diffusion: Diffusion, x_T: Tensor) -> Tensor:
+    """The image of latent x_T by the deterministic DDIM."""
+
+    def no_noise(t: int) -> Tensor:
+        raise AssertionError("the deterministic DDIM draws no noise")
+
+    return last(ddim(denoise, diffusion, x_T, no_noise))
