@@ -105,8 +105,8 @@ class OrderPlan:
     floor(N/B) is out of reach, since a row group is owned whole by one stream. What is left out differs by
     epoch; no sample comes twice in one.
 
-    Attributes: row_group_sizes; num_samples; rows_per_stream (B/P); batches_per_epoch; images_per_epoch; first_samples
-    int64 [G], the global row number (the sample id) of each row group's first row.
+    Attributes: row_group_sizes; num_samples; rows_per_stream (B/P); batches_per_epoch; images_per_epoch;
+    first_samples int64 [G], the global row number (the sample id) of each row group's first row.
     """
 
     def __init__(self, row_group_sizes: tuple[int, ...], batch_size: int, config: OrderConfig) -> None:

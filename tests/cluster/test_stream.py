@@ -1,0 +1,62 @@
+"""Ray Data keeps the units' order, copies out of the object store, and names what failed."""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster import stream as module
+from cluster.stream import stream
+
+pytestmark = pytest.mark.ray
+
+
+def read_unit(unit: int) -> Iterator[dict[str, np.ndarray]]:
+    """A unit of `unit % 7 + 1` rows in blocks of at most three."""
+    rows = np.arange(unit % 7 + 1)
+    for start in range(0, len(rows), 3):
+        row = rows[start : start + 3]
+        yield {
+            "unit": np.full(len(row), unit),
+            "row": row,
+            "image": np.full((len(row), 4, 4, 3), unit, np.uint8),
+        }
+
+
+def rows_of(blocks: Iterator[dict[str, np.ndarray]]) -> np.ndarray:
+    return np.concatenate([np.stack([block["unit"], block["row"]], 1) for block in blocks])
+
+
+def test_order_over_several_pipelines(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 8)
+    units = range(20)
+    expected = rows_of(block for unit in units for block in read_unit(unit))
+    blocks = list(stream(units, read_unit))
+    assert np.array_equal(rows_of(iter(blocks)), expected)
+    assert all(len(set(block["unit"].tolist())) == 1 for block in blocks), "never across units"
+    for block in blocks:
+        assert block["image"].dtype == np.uint8 and block["image"].shape[1:] == (4, 4, 3)
+        assert block["image"].flags.writeable and block["image"].base is None, "the caller's own memory"
+
+
+def test_endless_units_are_read_lazily(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 4)
+    units = count()
+    blocks = stream(units, read_unit)
+    assert [int(block["unit"][0]) for block in islice(blocks, 3)] == [0, 1, 2]
+    blocks.close()  # type: ignore[attr-defined]
+    assert next(units) < 100
+
+
+def broken_unit(folder: str, unit: int) -> Iterator[dict[str, np.ndarray]]:
+    if unit == 2:
+        Path(folder, "shard-2").read_bytes()
+    yield from read_unit(unit)
+
+
+def test_a_failing_read_raises_its_own_message(ray_session: None, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"reading data failed: FileNotFoundError: .*shard-2"):
+        list(stream(range(4), partial(broken_unit, str(tmp_path))))
