@@ -27,16 +27,12 @@ class EncoderConfig(BaseModel, frozen=True, extra="forbid"):
     in_channels: int = Field(3, gt=0)  # channels of the image
     model_channels: int = Field(128, gt=0)  # width that channel_mult multiplies
     num_res_blocks: int = Field(2, gt=0)  # residual blocks per resolution
-    channel_mult: tuple[float, ...] = Field(
-        (1, 2, 3, 4), min_length=1
-    )  # width of each resolution / model_channels
+    channel_mult: tuple[float, ...] = Field((1, 2, 3, 4), min_length=1)  # width of each resolution / model_channels
     attention_resolutions: tuple[int, ...] = (32, 16, 8)  # feature map sizes with attention, pixels
     num_heads: int = Field(4, gt=0)  # attention heads where num_head_channels is None
     num_head_channels: int | None = Field(None, gt=0)  # channels per attention head; None = num_heads heads
     dropout: float = Field(0.0, ge=0, lt=1)  # inside residual blocks, training only
-    use_scale_shift_norm: bool = (
-        True  # AdaGN: embeddings scale and shift the normalised map; False = are added
-    )
+    use_scale_shift_norm: bool = True  # AdaGN: embeddings scale and shift the normalised map; False = are added
     resblock_updown: bool = True  # BigGAN residual blocks change the resolution; False = plain layers
     conv_resample: bool = True  # plain resolution changes use a convolution; False = pooling and nearest
     use_new_attention_order: bool = False  # qkv channels as [qkv][head][c]; False = [head][qkv][c]
@@ -68,12 +64,8 @@ class EncoderConfig(BaseModel, frozen=True, extra="forbid"):
                 )
         for size in self.attention_resolutions:
             if size not in self.sizes:
-                raise ValueError(
-                    f"attention_resolutions has {size}; the feature maps have sizes {self.sizes}"
-                )
-        attended = [
-            w for w, s in zip(self.widths, self.sizes, strict=True) if s in self.attention_resolutions
-        ]
+                raise ValueError(f"attention_resolutions has {size}; the feature maps have sizes {self.sizes}")
+        attended = [w for w, s in zip(self.widths, self.sizes, strict=True) if s in self.attention_resolutions]
         for width in {*attended, self.widths[-1]}:
             if width % (self.num_head_channels or self.num_heads):
                 raise ValueError(
@@ -88,18 +80,25 @@ class UNetConfig(EncoderConfig, frozen=True, extra="forbid"):
 
     out_channels: int = Field(6, gt=0)  # 3 = mean only, 6 = mean and learned variance
     num_classes: int | None = Field(None, gt=0)  # None = not conditioned on classes
-    low_res_size: int | None = Field(
-        None, gt=0
-    )  # size of the image to upsample, pixels; None = not an upsampler
+    num_heads_upsample: int | None = Field(None, gt=0)  # heads in the decoder; None = num_heads
+    low_res_size: int | None = Field(None, gt=0)  # size of the image to upsample, pixels; None = not an upsampler
+
+    @model_validator(mode="after")
+    def _check_decoder_heads(self) -> Self:
+        if self.num_heads_upsample is not None and self.num_head_channels is None:
+            for width, size in zip(self.widths, self.sizes, strict=True):
+                if size in self.attention_resolutions and width % self.num_heads_upsample:
+                    raise ValueError(
+                        f"{width} channels cannot be split into num_heads_upsample={self.num_heads_upsample}"
+                    )
+        return self
 
 
 class ClassifierConfig(EncoderConfig, frozen=True, extra="forbid"):
     """The noisy classifier: encoder half, middle block and a pool."""
 
     num_classes: int = Field(1000, gt=0)  # number of logits
-    pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = (
-        "attention"  # how the logits see the map
-    )
+    pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = "attention"  # how the logits see the map
 
     @model_validator(mode="after")
     def _check_pool(self) -> Self:
@@ -170,17 +169,12 @@ def attend(qkv: Tensor, num_heads: int, new_order: bool) -> Tensor:
     return out.transpose(1, 2).reshape(batch, length, channels // 3)
 
 
-def num_attention_heads(config: EncoderConfig, channels: int) -> int:
-    """Heads of an attention layer over `channels`: num_head_channels, where given, overrides num_heads."""
-    return channels // config.num_head_channels if config.num_head_channels else config.num_heads
-
-
 class AttentionBlock(nn.Module):
     """Residual self-attention over the positions of a feature map [B, C, H, W]."""
 
-    def __init__(self, config: EncoderConfig, channels: int) -> None:
+    def __init__(self, config: EncoderConfig, channels: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads = num_attention_heads(config, channels)
+        self.num_heads = channels // config.num_head_channels if config.num_head_channels else num_heads
         self.new_order = config.use_new_attention_order
         self.residual_scale = math.sqrt(0.5) if config.rescale_residual else 1.0
         self.norm = GroupNorm(channels)
@@ -285,14 +279,14 @@ def _encoder_stages(config: EncoderConfig, in_channels: int) -> Iterator[tuple[S
             layers: list[nn.Module] = [ResBlock(config, width, out_width)]
             width = out_width
             if size in config.attention_resolutions:
-                layers.append(AttentionBlock(config, width))
+                layers.append(AttentionBlock(config, width, config.num_heads))
             yield Stage(*layers), width
         if level < len(config.widths) - 1:
             down = ResBlock(config, width, width, "down") if config.resblock_updown else None
             yield Stage(down or Downsample(width, config.conv_resample)), width
 
 
-def _decoder_stages(config: EncoderConfig, skip_widths: list[int]) -> Iterator[Stage]:
+def _decoder_stages(config: UNetConfig, skip_widths: list[int]) -> Iterator[Stage]:
     """The stages of the up-sampling half; each takes the running map joined with one skip connection."""
     width = config.widths[-1]
     for level in reversed(range(len(config.widths))):
@@ -300,7 +294,7 @@ def _decoder_stages(config: EncoderConfig, skip_widths: list[int]) -> Iterator[S
             layers: list[nn.Module] = [ResBlock(config, width + skip_widths.pop(), config.widths[level])]
             width = config.widths[level]
             if config.sizes[level] in config.attention_resolutions:
-                layers.append(AttentionBlock(config, width))
+                layers.append(AttentionBlock(config, width, config.num_heads_upsample or config.num_heads))
             if level and index == config.num_res_blocks:
                 up = ResBlock(config, width, width, "up") if config.resblock_updown else None
                 layers.append(up or Upsample(width, config.conv_resample))
@@ -323,7 +317,9 @@ class Encoder(nn.Module):
         self.input_widths: list[int] = list(widths)
         width = self.input_widths[-1]
         self.middle_block = Stage(
-            ResBlock(config, width, width), AttentionBlock(config, width), ResBlock(config, width, width)
+            ResBlock(config, width, width),
+            AttentionBlock(config, width, config.num_heads),
+            ResBlock(config, width, width),
         )
 
     def embed_timesteps(self, timesteps: Tensor) -> Tensor:
@@ -384,9 +380,7 @@ class SuperResUNet(UNet):
 
     def __init__(self, config: UNetConfig) -> None:
         if config.low_res_size is None:
-            raise ValueError(
-                "low_res_size=None; a super-resolution network needs the size of its input images"
-            )
+            raise ValueError("low_res_size=None; a super-resolution network needs the size of its input images")
         super().__init__(config)
 
     def forward(  # type: ignore[override]  # the low-resolution image is not optional here
