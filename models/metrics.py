@@ -43,9 +43,7 @@ class Estimate:
 def mean_estimate(scores: Array, note: str = "") -> Estimate:
     """The mean of scores [n] of independent samples with its normal interval. Raises ValueError for n < 2."""
     if scores.ndim != 1 or len(scores) < 2:
-        raise ValueError(
-            f"scores have shape {scores.shape}; an interval needs at least two of them in one axis"
-        )
+        raise ValueError(f"scores have shape {scores.shape}; an interval needs at least two of them in one axis")
     value = float(scores.mean(dtype=np.float64))
     return _interval(value, len(scores), float(scores.var(ddof=1, dtype=np.float64)) / len(scores), note)
 
@@ -57,9 +55,7 @@ def paired_difference(scores_a: Array, scores_b: Array) -> Estimate:
     ValueError where the lengths differ.
     """
     if scores_a.shape != scores_b.shape:
-        raise ValueError(
-            f"paired scores must cover the same indices: shapes {scores_a.shape}, {scores_b.shape}"
-        )
+        raise ValueError(f"paired scores must cover the same indices: shapes {scores_a.shape}, {scores_b.shape}")
     return mean_estimate(np.asarray(scores_a, np.float64) - np.asarray(scores_b, np.float64))
 
 
@@ -115,9 +111,7 @@ class Gaussian:
             )
         if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
             raise ValueError("mean or covariance holds values that are not finite")
-        if not np.allclose(
-            self.covariance, self.covariance.T, rtol=1e-4, atol=1e-6 * np.abs(self.covariance).max()
-        ):
+        if not np.allclose(self.covariance, self.covariance.T, rtol=1e-4, atol=1e-6 * np.abs(self.covariance).max()):
             raise ValueError("covariance is not symmetric")
 
 
@@ -179,9 +173,7 @@ def check_features(*arrays: Array) -> None:
         if array.ndim != 2 or 0 in array.shape:
             raise ValueError(f"features have shape {array.shape}; wanted [N, D] with N, D > 0")
         if array.shape[1] != arrays[0].shape[1]:
-            raise ValueError(
-                f"features of {arrays[0].shape[1]} and {array.shape[1]} dimensions do not compare"
-            )
+            raise ValueError(f"features of {arrays[0].shape[1]} and {array.shape[1]} dimensions do not compare")
         if not np.isfinite(array).all():
             raise ValueError("features hold values that are not finite")
 
@@ -223,9 +215,7 @@ def _nonnegative(eigenvalues: Array) -> Array:
     largest = max(float(np.abs(eigenvalues).max()), np.finfo(np.float64).tiny)
     smallest = float(eigenvalues.min())
     if smallest < -1e-5 * largest:
-        raise ValueError(
-            f"covariance is not positive semi-definite: eigenvalues {smallest:.3g} to {largest:.3g}"
-        )
+        raise ValueError(f"covariance is not positive semi-definite: eigenvalues {smallest:.3g} to {largest:.3g}")
     return eigenvalues.clip(0)
 
 
@@ -236,13 +226,21 @@ class FrechetExpansion:
     distance: float  # as everybody reports it, biased upwards at small n
     bias: float  # its excess over the distance at infinite n, to order 1/n
     influence: Array  # [n] first-order influence of each sample, mean 0
-    variance: float  # of the distance over sets of n samples
     dimension: int
+
+    @property
+    def variance(self) -> float:
+        """Of the distance over sets of n samples. For a perfect model, whose influence is all noise, it is up
+        to twice too large: there the interval is wide, never narrow.
+        """
+        return float(self.influence.var(ddof=1)) / len(self.influence)
 
     @property
     def estimate(self) -> Estimate:
         """The plain distance; its interval holds what n samples of this model give on average."""
-        return _interval(self.distance, len(self.influence), self.variance)
+        n, fewest = len(self.influence), MIN_CORRECTED_RATIO * self.dimension
+        note = f"biased upwards: n={n} is below {MIN_CORRECTED_RATIO} D, D={self.dimension}" if n < fewest else ""
+        return _interval(self.distance, n, self.variance, note)
 
     @property
     def corrected(self) -> Estimate:
@@ -252,9 +250,7 @@ class FrechetExpansion:
         n, value = len(self.influence), self.distance - self.bias
         if n >= MIN_CORRECTED_RATIO * self.dimension:
             return _interval(value, n, self.variance)
-        return Estimate(
-            value, n, note=f"no interval: n={n} is below {MIN_CORRECTED_RATIO} D, D={self.dimension}"
-        )
+        return Estimate(value, n, note=f"no interval: n={n} is below {MIN_CORRECTED_RATIO} D, D={self.dimension}")
 
     @property
     def scores(self) -> Array:
@@ -263,23 +259,18 @@ class FrechetExpansion:
 
 
 def expand_frechet(features: Array, reference: Moments | Gaussian) -> FrechetExpansion:
-    """Distance of features [n, D] to a fixed reference (mean m_r, covariance R) with its bias and sampling
-    error.
+    """Distance of features [n, D] to a fixed reference (mean m_r, covariance R), its bias and sampling error.
 
     With T the symmetric transport map from S to R, the influence of a sample is s(x) = 2 (m - m_r)'(x - m) +
-    (x - m)'(I - T)(x - m) - tr((I - T) S), whose spread gives the standard error. The second derivative of
-    the distance gives the bias: in the eigenbasis of R^(1/2) S R^(1/2) = U diag(l) U', a change E costs
-    sum_ij E_ij^2 K_ij with K_ij = 1 / (sqrt(l_i l_j) (sqrt(l_i) + sqrt(l_j))), and E is known sample by
-    sample. The same derivative over pairs of samples is the part of the variance that the estimated influence
-    counts twice (where the model is close to the reference it is all of the variance). Raises ValueError
-    where n <= 2 D.
+    (x - m)'(I - T)(x - m) - tr((I - T) S); its spread gives the standard error. The second derivative gives
+    the bias: in the eigenbasis of R^(1/2) S R^(1/2) = U diag(l) U' a change E costs sum_ij E_ij^2 / (2
+    sqrt(l_i l_j) (sqrt(l_i) + sqrt(l_j))), and the mean of E_ij^2 is known from the samples. Raises
+    ValueError where n <= 2 D.
     """
     check_features(features)
     n, dimension = features.shape
     if n <= MIN_INTERVAL_RATIO * dimension:
-        raise ValueError(
-            f"n={n} samples, D={dimension}: an influence function needs n > {MIN_INTERVAL_RATIO} D"
-        )
+        raise ValueError(f"n={n} samples, D={dimension}: an influence function needs n > {MIN_INTERVAL_RATIO} D")
     own = moments(features)
     target = reference.gaussian if isinstance(reference, Moments) else reference
     distance = frechet_distance(own, target)
@@ -303,24 +294,7 @@ def expand_frechet(features: Array, reference: Moments | Gaussian) -> FrechetExp
     fourth = fourth / n - np.diag(values**2)
     bias = (np.trace(covariance) + 0.5 * float((curvature * fourth).sum())) / n
 
-    second_order = 2 * _pair_curvature(features, own.mean, basis, values, curvature) / n**2
-    # This term is itself unsure near the limit n = 2 D, where it fades out and leaves the wider interval.
-    doubled = second_order * (1 - MIN_INTERVAL_RATIO * dimension / n)
-    variance = max(float(influence.var(ddof=1)) / n - doubled, second_order)
-    return FrechetExpansion(distance, float(bias), influence, variance, dimension)
-
-
-def _pair_curvature(
-    features: Array, mean: Array, basis: Array, values: Array, curvature: Array, num_pairs: int = 2000
-) -> float:
-    """Mean square, over pairs of samples, of half the mixed second derivative of the Frechet distance."""
-    order = np.random.default_rng([len(features)]).permutation(len(features))  # any fixed pairing will do
-    pairs = order[: 2 * min(num_pairs, len(features) // 2)].reshape(2, -1)
-    first, second = (features[rows] - mean for rows in pairs)
-    y, z = first @ basis, second @ basis
-    diagonal = np.diag(curvature) * values
-    mixed = ((y * z) @ curvature * (y * z)).sum(1) - (y**2 + z**2) @ diagonal + diagonal @ values
-    return float((((first * second).sum(1) + 0.5 * mixed) ** 2).mean())
+    return FrechetExpansion(distance, float(bias), influence, dimension)
 
 
 def influence_scores(features: Array, reference: Moments | Gaussian) -> Array:
@@ -359,9 +333,7 @@ def inception_score(probabilities: Array, split_size: int = 5000) -> Estimate:
     return _inception_score(probabilities, np.append(starts, len(probabilities)))
 
 
-def inception_score_classic(
-    probabilities: Array, num_splits: int = 10, shuffle_seed: int | None = 2020
-) -> Estimate:
+def inception_score_classic(probabilities: Array, num_splits: int = 10, shuffle_seed: int | None = 2020) -> Estimate:
     """The same over `num_splits` equal parts, by default of rows shuffled as torch-fidelity shuffles them."""
     n = len(probabilities)
     if n < num_splits:
@@ -374,9 +346,7 @@ def inception_score_classic(
 def _inception_score(probabilities: Array, bounds: NDArray[np.integer]) -> Estimate:
     check_features(probabilities)
     if probabilities.min() < 0 or not np.allclose(probabilities.sum(1), 1, atol=1e-4):
-        raise ValueError(
-            "probabilities must be at least 0 and sum to 1 in each row; pass logits through softmax"
-        )
+        raise ValueError("probabilities must be at least 0 and sum to 1 in each row; pass logits through softmax")
     scores, variances = [], []
     for start, stop in pairwise(bounds):
         p = np.asarray(probabilities[start:stop], np.float64)
@@ -407,9 +377,7 @@ def kid_scores(reference: Array, samples: Array) -> Array:
     check_features(reference, samples)
     n, m = len(samples), len(reference)
     if min(n, m) < 2:
-        raise ValueError(
-            f"the unbiased kernel distance needs two rows of each set; got {n} samples, {m} references"
-        )
+        raise ValueError(f"the unbiased kernel distance needs two rows of each set; got {n} samples, {m} references")
     within = sum(_kernel(r, reference).sum() - _kernel_diagonal(r).sum() for r in _row_blocks(reference))
     across = np.concatenate([_kernel(r, reference).mean(axis=1) for r in _row_blocks(samples)])
     own = [(_kernel(r, samples).sum(axis=1) - _kernel_diagonal(r)) / (n - 1) for r in _row_blocks(samples)]
@@ -432,9 +400,7 @@ def kid_subsets(
     """
     check_features(reference, samples)
     if min(len(samples), len(reference)) < subset_size:
-        raise ValueError(
-            f"subset_size={subset_size} exceeds {len(samples)} samples or {len(reference)} references"
-        )
+        raise ValueError(f"subset_size={subset_size} exceeds {len(samples)} samples or {len(reference)} references")
     rng = np.random.RandomState(seed)  # numpy's old generator, since the published protocol is defined by it
     values = []
     for _ in range(num_subsets):

@@ -58,9 +58,7 @@ def nearest(queries: Array, targets: Array, k: int, weights: Array | None = None
         if same:
             lower[torch.arange(len(rows)), torch.from_numpy(rows)] = torch.inf
         bounds, candidates = (t.numpy() for t in lower.topk(kept, dim=1, largest=False))
-        exact = _squares(queries, np.repeat(rows, kept), targets, candidates.ravel()).reshape(
-            candidates.shape
-        )
+        exact = _squares(queries, np.repeat(rows, kept), targets, candidates.ravel()).reshape(candidates.shape)
         index[rows], squared[rows] = _first(weight[candidates] * exact, candidates, k)
         if kept == len(targets) - same:
             continue
@@ -104,9 +102,7 @@ def any_ball_holds(points: Array, centres: Array, radii: Array) -> Mask:
     for start, sure, unsure in _inside(points, centres, radii):
         hit[start : start + len(sure)] = sure.any(1).numpy()
         left = start + np.flatnonzero(~hit[start : start + len(sure)])
-        rows, columns = (
-            i.numpy() for i in torch.nonzero(unsure[torch.from_numpy(left - start)], as_tuple=True)
-        )
+        rows, columns = (i.numpy() for i in torch.nonzero(unsure[torch.from_numpy(left - start)], as_tuple=True))
         hit[left[rows[_squares(points, left[rows], centres, columns) <= radii[columns]]]] = True
     return hit
 
@@ -137,9 +133,7 @@ def _bounded_squares(points: Array, centres: Array) -> Iterator[tuple[int, Tenso
     size = max(1, BLOCK_BYTES // (4 * len(centres)))
     for start in range(0, len(points), size):
         u, u_squares = _centred(points[start : start + size], mean)
-        lower = torch.addmm(v_squares * (1 - slack), u, v.T, alpha=-2).add_(
-            u_squares[:, None], alpha=1 - slack
-        )
+        lower = torch.addmm(v_squares * (1 - slack), u, v.T, alpha=-2).add_(u_squares[:, None], alpha=1 - slack)
         yield start, lower, 2 * slack * u_squares, 2 * slack * v_squares
 
 

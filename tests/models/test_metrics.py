@@ -1,0 +1,385 @@
+"""Closed forms, conventions, sharding, and the proof that each interval holds the truth as often as it says.
+
+The golden data of the public implementations are compared in `tests/test_reference_metrics.py`.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import scipy.linalg
+from numpy.typing import NDArray
+
+from models.metrics import (
+    BLOCK,
+    Estimate,
+    Gaussian,
+    Moments,
+    block_moments,
+    by_class,
+    expand_frechet,
+    frechet_distance,
+    frechet_estimate,
+    inception_score,
+    inception_score_classic,
+    influence_scores,
+    kid,
+    kid_scores,
+    kid_subsets,
+    mean_estimate,
+    merge,
+    merge_in_order,
+    moments,
+    paired_difference,
+    proportion_estimate,
+    softmax,
+    vendi_score,
+)
+
+Array = NDArray[np.float64]
+SEED = 20
+
+
+def generator(*key: int) -> np.random.Generator:
+    print("seed", SEED, key)
+    return np.random.default_rng([SEED, *key])
+
+
+def covariance(rng: np.random.Generator, dimension: int) -> Array:
+    factor = rng.standard_normal((dimension, dimension))
+    return factor @ factor.T / dimension + 0.1 * np.eye(dimension)
+
+
+# --- Moments ------------------------------------------------------------------------------------------------
+
+
+def test_moments_are_those_of_numpy() -> None:
+    features = generator(1).standard_normal((1300, 7)).astype(np.float32) * 0.05 + 100
+    total = moments(features)
+    assert total.n == 1300
+    np.testing.assert_allclose(total.mean, features.mean(0, dtype=np.float64), rtol=1e-13)
+    np.testing.assert_allclose(total.gaussian.covariance, np.cov(features, rowvar=False, dtype=np.float64), rtol=1e-9)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 5])
+def test_any_sharding_by_whole_blocks_gives_the_same_bits(num_shards: int) -> None:
+    features = generator(2).standard_normal((5 * BLOCK + 100, 9)).astype(np.float32)
+    cuts = [BLOCK * (6 * i // num_shards) for i in range(1, num_shards)]
+    shards = np.split(features, cuts)
+    answered_out_of_order = {i: list(block_moments(shards[i])) for i in reversed(range(num_shards))}
+    sharded = merge_in_order(b for i in range(num_shards) for b in answered_out_of_order[i])
+    whole = moments(features)
+    assert sharded.n == whole.n
+    assert sharded.mean.tobytes() == whole.mean.tobytes()
+    assert sharded.m2.tobytes() == whole.m2.tobytes()
+
+
+def test_merging_uneven_shards_loses_nothing() -> None:
+    features = generator(3).standard_normal((40, 5)) + 1e6
+    merged = merge(moments(features[:3]), moments(features[3:]))
+    np.testing.assert_allclose(merged.m2, moments(features).m2, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (np.zeros((0, 4)), r"\(0, 4\)"),
+        (np.zeros(4), r"\(4,\)"),
+        (np.full((3, 4), np.nan), "not finite"),
+    ],
+)
+def test_features_that_cannot_be_measured_are_refused(features: Array, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        moments(features)
+
+
+def test_a_single_row_has_no_covariance() -> None:
+    with pytest.raises(ValueError, match="n=1"):
+        frechet_distance(moments(np.ones((1, 3))), moments(np.ones((5, 3))))
+
+
+# --- Frechet distance ---------------------------------------------------------------------------------------
+
+
+def test_equal_covariances_leave_the_squared_distance_of_the_means() -> None:
+    rng = generator(4)
+    shape = covariance(rng, 6)
+    a, b = rng.standard_normal((2, 6))
+    assert frechet_distance(Gaussian(a, shape), Gaussian(b, shape)) == pytest.approx(((a - b) ** 2).sum(), rel=1e-12)
+
+
+def test_diagonal_covariances_leave_the_distance_of_standard_deviations() -> None:
+    a, b = np.array([1.0, 4.0, 0.0]), np.array([9.0, 0.25, 1.0])
+    distance = frechet_distance(Gaussian(np.zeros(3), np.diag(a)), Gaussian(np.zeros(3), np.diag(b)))
+    assert distance == pytest.approx(((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), rel=1e-12)
+
+
+def test_agrees_with_the_matrix_square_root() -> None:
+    rng = generator(5)
+    a, b = Gaussian(rng.standard_normal(8), covariance(rng, 8)), Gaussian(rng.standard_normal(8), covariance(rng, 8))
+    root = scipy.linalg.sqrtm(a.covariance @ b.covariance)
+    expected = ((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance + b.covariance - 2 * root.real)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-10)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-10)
+
+
+def test_fewer_rows_than_dimensions_give_a_finite_distance_that_is_zero_to_itself() -> None:
+    features = generator(6).standard_normal((12, 40))
+    total = moments(features)
+    assert 0 <= frechet_distance(total, total) < 1e-5
+    assert frechet_distance(total, moments(features + 1)) == pytest.approx(40, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mean", "shape", "message"),
+    [
+        (np.zeros(3), np.eye(2), r"\(3,\).*\(2, 2\)"),
+        (np.array([0, np.inf]), np.eye(2), "not finite"),
+        (np.zeros(2), np.array([[1.0, 0.5], [0.1, 1.0]]), "not symmetric"),
+        (np.zeros(2), np.diag([1.0, -0.5]), "positive semi-definite"),
+    ],
+)
+def test_statistics_that_mean_nothing_are_refused(mean: Array, shape: Array, message: str) -> None:
+    good = Gaussian(np.zeros(2), np.eye(2))
+    with pytest.raises(ValueError, match=message):
+        frechet_distance(good, Gaussian(mean, shape))
+    with pytest.raises(ValueError, match=message):
+        frechet_distance(Gaussian(mean, shape), good)
+
+
+def test_other_dimensions_do_not_compare() -> None:
+    with pytest.raises(ValueError, match="2 and 3 dimensions"):
+        frechet_distance(Gaussian(np.zeros(2), np.eye(2)), Gaussian(np.zeros(3), np.eye(3)))
+
+
+# --- The sampling error of the Frechet distance -------------------------------------------------------------
+
+
+def test_influence_is_the_derivative_of_the_distance() -> None:
+    """Giving one sample a little more weight moves the distance by its influence (a finite difference)."""
+    rng = generator(7)
+    reference = Gaussian(rng.standard_normal(3), covariance(rng, 3))
+    features = rng.standard_normal((60, 3)) @ np.diag([1, 2, 0.5])
+    own, n = moments(features), len(features)
+
+    def tilted(row: int, eps: float) -> float:
+        weight = np.full(n, (1 - eps) / n)
+        weight[row] += eps
+        mean = weight @ features
+        centred = features - mean
+        shape = centred.T @ (centred * weight[:, None]) * (n / (n - 1))
+        return frechet_distance(Gaussian(mean, shape), reference)
+
+    assert tilted(0, 0) == pytest.approx(frechet_distance(own, reference), rel=1e-12)
+    influence = expand_frechet(features, reference).influence
+    for row in range(5):
+        derivative = (tilted(row, 1e-5) - tilted(row, -1e-5)) / 2e-5
+        assert derivative == pytest.approx(influence[row], abs=0.03 * np.abs(influence).max())  # ddof = 1
+
+
+def test_bias_of_a_perfect_model_is_the_known_one() -> None:
+    """S = R = I: to first order in 1/n the distance exceeds 0 by (D + D (D + 1) / 4) / n."""
+    dimension, n = 6, 4000
+    rng = generator(8)
+    reference = Gaussian(np.zeros(dimension), np.eye(dimension))
+    bias = np.mean([expand_frechet(rng.standard_normal((n, dimension)), reference).bias for _ in range(20)])
+    assert bias == pytest.approx((dimension + dimension * (dimension + 1) / 4) / n, rel=0.02)
+
+
+def test_dead_features_do_no_harm() -> None:
+    rng = generator(9)
+    alive = rng.standard_normal((200, 3))
+    reference = moments(rng.standard_normal((300, 3)) * 1.1)
+    padded = Gaussian(np.append(reference.mean, 0), np.pad(reference.gaussian.covariance, (0, 1)))
+    plain, with_dead = expand_frechet(alive, reference), expand_frechet(np.pad(alive, ((0, 0), (0, 1))), padded)
+    assert with_dead.distance == pytest.approx(plain.distance, abs=1e-7)
+    np.testing.assert_allclose(with_dead.influence, plain.influence, atol=1e-6)
+
+
+def test_small_n_is_said_and_refused() -> None:
+    features, reference = generator(10).standard_normal((20, 10)), Gaussian(np.zeros(10), np.eye(10))
+    estimate = frechet_estimate(features, reference)
+    assert estimate.value > 0 and estimate.low is None and estimate.high is None and "n=20" in estimate.note
+    with pytest.raises(ValueError, match="n=20"):
+        influence_scores(features, reference)
+    few = expand_frechet(generator(11).standard_normal((100, 10)), reference)
+    assert "16 D" in few.estimate.note and few.estimate.low is not None
+    assert few.corrected.low is None and "16 D" in few.corrected.note
+
+
+def two_models(n: int, num_runs: int) -> tuple[float, float]:
+    """Over runs with common noise: how often the plain distance, and a paired test of it, prefer the
+    collapsed model.
+
+    64 dimensions, a perfect model (true distance 0) and one with 0.95 of the spread (true distance 0.16).
+    """
+    dimension, rng = 64, generator(12, n)
+    reference = Gaussian(np.zeros(dimension), np.eye(dimension))
+    preferred = significant = 0
+    for _ in range(num_runs):
+        noise = rng.standard_normal((n, dimension))
+        perfect, collapsed = (expand_frechet(scale * noise, reference) for scale in (1.0, 0.95))
+        difference = perfect.distance - collapsed.distance
+        error = mean_estimate(perfect.influence - collapsed.influence)
+        assert error.low is not None
+        preferred += difference > 0
+        significant += difference + error.low > 0
+    return preferred / num_runs, significant / num_runs
+
+
+def test_small_n_rewards_collapse_and_enough_samples_do_not() -> None:
+    """The plain distance at n = 4 D calls the better model worse; at n = 16 D it does not. Hence the limit."""
+    assert two_models(n=250, num_runs=10)[0] > 0.5
+    assert two_models(n=1024, num_runs=10) == (0.0, 0.0)
+
+
+def coverage(draw: Callable[[], Estimate], truth: float | None, num_runs: int = 400) -> float:
+    """Share of runs whose interval holds the truth, or where None is given the mean value of all runs."""
+    runs = [draw() for _ in range(num_runs)]
+    target = float(np.mean([r.value for r in runs])) if truth is None else truth
+    return float(np.mean([r.low is not None and r.high is not None and r.low <= target <= r.high for r in runs]))
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (0.95, 0.05), (0.8, 0.2)])
+def test_intervals_of_the_frechet_distance_hold(scale: float, shift: float) -> None:
+    rng = generator(13)
+    dimension, n = 6, 200
+    reference = Gaussian(np.zeros(dimension), covariance(rng, dimension))
+    factor = np.linalg.cholesky(reference.covariance)
+    truth = dimension * shift**2 + (1 - scale) ** 2 * float(np.trace(reference.covariance))
+
+    def draw() -> Array:
+        return rng.standard_normal((n, dimension)) @ factor.T * scale + shift
+
+    plain = coverage(lambda: frechet_estimate(draw(), reference), None)
+    corrected = coverage(lambda: expand_frechet(draw(), reference).corrected, truth)
+    print("scale", scale, "shift", shift, "coverage: plain", plain, "corrected", corrected)
+    assert 0.90 <= plain <= 0.98 and 0.90 <= corrected <= 0.98
+
+
+def test_intervals_of_paired_differences_hold() -> None:
+    rng = generator(14)
+    dimension, n = 6, 200
+    reference = Gaussian(np.zeros(dimension), covariance(rng, dimension))
+    factor = np.linalg.cholesky(reference.covariance)
+
+    def difference() -> Estimate:
+        noise = rng.standard_normal((n, dimension)) @ factor.T
+        other = rng.standard_normal((n, dimension)) * 0.2
+        return paired_difference(
+            influence_scores(0.9 * noise, reference), influence_scores(0.8 * noise + other + 0.1, reference)
+        )
+
+    truth_a = 0.01 * float(np.trace(reference.covariance))
+    shape_b = 0.64 * reference.covariance + 0.04 * np.eye(dimension)
+    truth_b = frechet_distance(Gaussian(np.full(dimension, 0.1), shape_b), reference)
+    held = coverage(difference, truth_a - truth_b)
+    print("coverage of a paired difference", held)
+    assert 0.90 <= held <= 0.98
+
+
+def test_intervals_of_the_kernel_distance_hold() -> None:
+    rng = generator(15)
+    reference = rng.standard_normal((150, 4))
+    held = coverage(lambda: kid(reference, 0.8 * rng.standard_normal((200, 4)) + 0.3), None)
+    print("coverage of the kernel distance", held)
+    assert 0.90 <= held <= 0.98
+
+
+def test_intervals_of_the_inception_score_hold() -> None:
+    rng = generator(16)
+    directions = rng.standard_normal((4, 10))
+    held = coverage(lambda: inception_score(softmax(rng.standard_normal((600, 4)) @ directions), 200), None)
+    print("coverage of the Inception Score", held)
+    assert 0.90 <= held <= 0.98
+
+
+def test_intervals_of_proportions_and_means_hold() -> None:
+    rng = generator(17)
+    rare = coverage(lambda: proportion_estimate(rng.random(100) < 0.03), 0.03)
+    mean = coverage(lambda: mean_estimate(rng.exponential(size=100)), 1.0)
+    print("coverage of a proportion", rare, "of a mean", mean)
+    assert 0.90 <= rare <= 0.98 and 0.90 <= mean <= 0.98
+
+
+def test_proportions_at_the_ends_keep_their_value_inside() -> None:
+    for p in (0, 1):
+        estimate = proportion_estimate(np.full(50, p, np.bool_))
+        assert estimate.low is not None and estimate.high is not None
+        assert estimate.low <= estimate.value == p <= estimate.high
+        assert estimate.high - estimate.low > 0.05
+
+
+def test_pairs_must_cover_the_same_indices() -> None:
+    with pytest.raises(ValueError, match="same indices"):
+        paired_difference(np.zeros(5), np.zeros(6))
+
+
+# --- Inception Score and kernel distance --------------------------------------------------------------------
+
+
+def test_inception_score_of_even_and_of_collapsed_classes() -> None:
+    onehot = np.eye(8)[np.arange(64) % 8]
+    assert inception_score(onehot).value == pytest.approx(8, rel=1e-12)
+    assert inception_score(np.full((50, 8), 1 / 8)).value == pytest.approx(1, rel=1e-12)
+    assert inception_score(onehot[np.zeros(64, int)]).value == pytest.approx(1, rel=1e-12)
+
+
+def test_a_short_last_split_weighs_as_much_as_the_others() -> None:
+    probabilities = softmax(generator(18).standard_normal((250, 5)) * 3)
+    parts = [inception_score(probabilities[s]).value for s in (slice(0, 100), slice(100, 200), slice(200, 250))]
+    assert inception_score(probabilities, 100).value == pytest.approx(np.mean(parts), rel=1e-12)
+
+
+def test_sorting_by_class_lowers_the_score_unless_shuffled() -> None:
+    probabilities = softmax(np.repeat(np.eye(10) * 5, 50, axis=0))
+    in_order, shuffled = (inception_score_classic(probabilities, 10, seed).value for seed in (None, 2020))
+    assert in_order < 1.01 < 4 < shuffled
+
+
+def test_logits_are_not_taken_for_probabilities() -> None:
+    with pytest.raises(ValueError, match="softmax"):
+        inception_score(generator(19).standard_normal((20, 5)))
+    with pytest.raises(ValueError, match="num_splits=10"):
+        inception_score_classic(np.ones((5, 1)))
+
+
+def test_kernel_distance_is_the_mean_over_all_pairs() -> None:
+    rng = generator(20)
+    x, y = rng.standard_normal((9, 4)), rng.standard_normal((7, 4))
+
+    def kernel(a: Array, b: Array) -> float:
+        return float((a @ b / 4 + 1) ** 3)
+
+    within = [np.mean([kernel(a, b) for i, a in enumerate(s) for j, b in enumerate(s) if i != j]) for s in (x, y)]
+    expected = sum(within) - 2 * np.mean([kernel(a, b) for a in x for b in y])
+    assert kid(y, x).value == pytest.approx(expected, rel=1e-12)
+    assert kid_scores(y, x).mean() == pytest.approx(expected, rel=1e-12)
+
+
+def test_kernel_distance_says_what_is_too_small() -> None:
+    with pytest.raises(ValueError, match="1 samples"):
+        kid(np.zeros((5, 2)), np.zeros((1, 2)))
+    with pytest.raises(ValueError, match="subset_size=1000"):
+        kid_subsets(np.zeros((50, 2)), np.zeros((50, 2)))
+
+
+def test_vendi_counts_distinct_samples() -> None:
+    assert vendi_score(np.repeat(np.eye(5), 4, axis=0)) == pytest.approx(5, rel=1e-9)
+    assert vendi_score(np.ones((20, 5))) == pytest.approx(1, rel=1e-9)
+
+
+def test_by_class_pairs_the_classes_that_both_sets_hold() -> None:
+    reference, samples = np.array([[0.0], [1.0], [1.0]]), np.array([[5.0], [7.0], [9.0]])
+    result = by_class(
+        lambda r, s: float(s.mean() - r.mean()), reference, np.array([3, 4, 4]), samples, np.array([4, 4, 8])
+    )
+    assert result == {4: 5.0}
+    with pytest.raises(ValueError, match="labels"):
+        by_class(lambda r, s: 0, reference, np.array([1]), samples, np.array([4, 4, 8]))
+
+
+def test_empty_sets_have_no_moments() -> None:
+    blocks: list[Moments] = []
+    with pytest.raises(ValueError, match="no features"):
+        merge_in_order(blocks)
