@@ -419,11 +419,12 @@ def batches(
     decodes ahead; without, the same happens in this process.
 
     Raises:
-        ValueError: the plan was not made for this split.
+        ValueError: the plan was not made for this split, or rank, world_size or position do not fit it.
         RuntimeError, OSError: data could not be read; the message names the shard.
     """
     if order.row_group_sizes != manifest.row_group_sizes(split):
         raise ValueError(f"the order plan was made for other row groups than those of split={split!r}")
+    order.locate(position)  # refuse it here rather than at the first batch
     read = _Reader(manifest, split, order.config.seed, image_size, crop, flip)
     units = order.units(rank, world_size, position)
     blocks = stream(units, read) if use_ray else (block for unit in units for block in read(unit))
@@ -454,16 +455,25 @@ def _assemble(blocks: Iterator[Block], order: OrderPlan, streams: range, positio
         yield microbatches
 
 
-def read_split(manifest: Manifest, split: str, image_size: int) -> Iterator[Block]:
-    """All images of a split once, centre-cropped, in the manifest's order, in blocks of up to 64 rows.
+def read_images(manifest: Manifest, split: str, begin: int, end: int, image_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows [begin, end) of a split, centre-cropped: uint8 [n, H, W, 3], and their labels int64 [n].
 
-    Each block has image uint8 [n, H, W, 3], label int64 [n] and sample int64 [n].
+    Raises:
+        ValueError: the split has no such rows.
     """
+    if not 0 <= begin < end <= manifest.num_samples(split):
+        raise ValueError(f"split {split!r} has {manifest.num_samples(split)} rows, and no range [{begin}, {end})")
     read = _Reader(manifest, split, seed=0, image_size=image_size, crop="center", flip=False)
+    blocks: list[Block] = []
+    first = 0
     for group, size in enumerate(manifest.row_group_sizes(split)):
-        rows = np.stack([np.full(size, group), np.arange(size)], axis=1)
-        for block in read(Unit(epoch=0, stream=0, first=0, rows=rows)):
-            yield {name: block[name] for name in ("image", "label", "sample")}
+        rows = np.arange(max(begin - first, 0), min(end - first, size))
+        if len(rows):
+            pairs = np.stack([np.full(len(rows), group), rows], axis=1)
+            blocks += read(Unit(epoch=0, stream=0, first=0, rows=pairs))
+        first += size
+    images, labels = (np.concatenate([block[name] for block in blocks]) for name in ("image", "label"))
+    return images, labels
 
 
 class _Waiting:
