@@ -1,0 +1,190 @@
+"""The Inception-v3 of 2015-12-05 that FID is defined by, in plain torch, fed as TensorFlow fed it.
+
+It is not torchvision's: 1008 classes, batch norm eps 1e-3, average pools that leave padding out of the
+divisor, a maximum pool in the last block, and TensorFlow 1's resize inside the graph. The weights come from
+outside as the state dict of the public port (names such as `Mixed_5b.branch1x1.conv.weight`).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.features import Features, check_images
+
+SIZE = 299  # pixels: the input of the network
+NUM_CLASSES = 1008
+DIMENSION = 2048
+SPATIAL_CHANNELS = 7  # first channels of Mixed_6d.branch1x1 (17x17): the 2,023 features of sFID
+EPS = 1e-3  # of batch norm
+
+Units = Mapping[str, tuple[Tensor, Tensor]]  # name -> weight [O, I, h, w] and bias [O] of a convolution
+
+STEM = ["Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2"]
+FIVE = ["branch1x1", "branch5x5_1 branch5x5_2", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3", "average branch_pool"]
+SIX = [
+    "branch1x1",
+    "branch7x7_1 branch7x7_2 branch7x7_3",
+    "branch7x7dbl_1 branch7x7dbl_2 branch7x7dbl_3 branch7x7dbl_4 branch7x7dbl_5",
+    "average branch_pool",
+]
+SEVEN = [
+    "branch1x1",
+    "branch3x3_1 branch3x3_2a|branch3x3_2b",
+    "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3a|branch3x3dbl_3b",
+]
+# Each block joins its branches' channels in this order; a branch is a chain of units, and a|b are two side by side.
+BLOCKS: dict[str, list[str]] = {
+    "Mixed_5b": FIVE,
+    "Mixed_5c": FIVE,
+    "Mixed_5d": FIVE,
+    "Mixed_6a": ["branch3x3", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3", "shrink"],
+    "Mixed_6b": SIX,
+    "Mixed_6c": SIX,
+    "Mixed_6d": SIX,
+    "Mixed_6e": SIX,
+    "Mixed_7a": [
+        "branch3x3_1 branch3x3_2",
+        "branch7x7x3_1 branch7x7x3_2 branch7x7x3_3 branch7x7x3_4",
+        "shrink",
+    ],
+    "Mixed_7b": [*SEVEN, "average branch_pool"],
+    "Mixed_7c": [*SEVEN, "maximum branch_pool"],
+}
+STRIDE_2 = {
+    "Conv2d_1a_3x3",
+    "Mixed_6a.branch3x3",
+    "Mixed_6a.branch3x3dbl_3",
+    "Mixed_7a.branch3x3_2",
+    "Mixed_7a.branch7x7x3_4",
+}
+UNPADDED = STRIDE_2 | {"Conv2d_2a_3x3", "Conv2d_4a_3x3"}  # every other convolution keeps height and width
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "MaxPool_1": lambda x: F.max_pool2d(x, 3, 2),
+    "MaxPool_2": lambda x: F.max_pool2d(x, 3, 2),
+    "shrink": lambda x: F.max_pool2d(x, 3, 2),
+    "maximum": lambda x: F.max_pool2d(x, 3, 1, 1),
+    "average": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
+}
+
+
+def unit_names() -> list[str]:
+    """Names of the 94 convolutions with batch norm and ReLU, as the state dict has them."""
+    inside = [f"{b}.{u}" for b, branches in BLOCKS.items() for u in " ".join(branches).replace("|", " ").split()]
+    return [name for name in STEM + inside if name.split(".")[-1] not in POOLS]
+
+
+class InceptionNetwork:
+    """Extractor with `pool` [B, 2048], `spatial` [B, 2023] and `logits` [B, 1008] without the bias (the
+    score's).
+
+    Whether a distance of these features may be called FID is for the caller to say, who knows whether the
+    weights are the published ones. Batch norm is folded into the convolutions once, in float64.
+    """
+
+    name = "inception"
+    dimension = DIMENSION
+    num_classes = NUM_CLASSES
+
+    def __init__(
+        self, state: Mapping[str, Tensor], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        """state: the port's 472 tensors; float64 is slow and free of the device's rounding.
+
+        Raises ValueError naming the first tensor that is missing, unknown or of a wrong shape.
+        """
+        parts = ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
+        wanted = {f"{unit}.{part}" for unit in unit_names() for part in parts} | {"fc.weight", "fc.bias"}
+        if missing := sorted(wanted - set(state)):
+            raise ValueError(f"Inception weights lack {len(missing)} tensors, first {missing[0]!r}")
+        if unknown := sorted(set(state) - wanted):
+            raise ValueError(f"Inception weights hold {len(unknown)} unknown tensors, first {unknown[0]!r}")
+        if state["fc.weight"].shape != (NUM_CLASSES, DIMENSION):
+            shape = tuple(state["fc.weight"].shape)
+            raise ValueError(f"fc.weight has shape {shape}; wanted {(NUM_CLASSES, DIMENSION)}")
+        self.device, self.dtype = torch.device(device), dtype
+        folded = {u: _fold(u, *(state[f"{u}.{part}"].double() for part in parts)) for u in unit_names()}
+        _check_shapes(folded)
+        self.units = {
+            u: (w.to(self.device, dtype).contiguous(memory_format=torch.channels_last), b.to(self.device, dtype))
+            for u, (w, b) in folded.items()
+        }
+        self.fc_weight = state["fc.weight"].to(self.device, dtype)
+
+    @torch.inference_mode()
+    def __call__(self, images: NDArray[np.uint8]) -> Features:
+        """images uint8 [B, H, W, 3] -> Features."""
+        check_images(images)
+        pixels = resize(torch.from_numpy(np.ascontiguousarray(images)).to(self.device, self.dtype))
+        x = ((pixels - 128) / 128).permute(0, 3, 1, 2)
+        # TF32 and a free choice of algorithms would make features depend on the card and on the batches before.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            for name, layer in activations(self.units, x):
+                if name == "Mixed_6d":  # begins with branch1x1, TensorFlow's mixed_6/conv
+                    spatial = layer[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        pool = layer.mean((2, 3))
+        return Features(*(t.float().cpu().numpy() for t in (pool, spatial, pool @ self.fc_weight.T)))
+
+
+def activations(units: Units, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """x [B, 3, 299, 299] in [-1, 1) -> (name, output) of every layer of the stem, then of every block."""
+    for name in STEM:
+        x = _step(units, name, x)
+        yield name, x
+    for block, branches in BLOCKS.items():
+        outputs = []
+        for branch in branches:
+            y = x
+            for step in branch.split():
+                forks = [_step(units, name if name in POOLS else f"{block}.{name}", y) for name in step.split("|")]
+                y = torch.cat(forks, dim=1) if len(forks) > 1 else forks[0]
+            outputs.append(y)
+        x = torch.cat(outputs, dim=1)
+        yield block, x
+
+
+def _step(units: Units, name: str, x: Tensor) -> Tensor:
+    if name in POOLS:
+        return POOLS[name](x)
+    weight, bias = units[name]
+    padding = (0, 0) if name in UNPADDED else (weight.shape[2] // 2, weight.shape[3] // 2)
+    return F.relu_(F.conv2d(x, weight, bias, stride=2 if name in STRIDE_2 else 1, padding=padding))
+
+
+def _fold(unit: str, weight: Tensor, gain: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that does what convolution and batch norm did one after the other."""
+    if weight.ndim != 4 or any(v.shape != weight.shape[:1] for v in (gain, bias, mean, var)):
+        raise ValueError(f"{unit}: batch norm does not fit a convolution of shape {tuple(weight.shape)}")
+    scale = gain / torch.sqrt(var + EPS)
+    return weight * scale[:, None, None, None], bias - mean * scale
+
+
+def _check_shapes(units: Units) -> None:
+    """Runs the network on tensors without storage, so that a wrong shape is found before the first image."""
+    shadow = {name: (weight.to("meta"), bias.to("meta")) for name, (weight, bias) in units.items()}
+    layers = [("the input", torch.empty(1, 3, SIZE, SIZE, device="meta", dtype=torch.float64))]
+    try:
+        layers.extend(activations(shadow, layers[0][1]))
+    except RuntimeError as error:
+        raise ValueError(f"Inception weights do not fit together after {layers[-1][0]}: {error}") from error
+    if (shape := tuple(layers[-1][1].shape)) != (1, DIMENSION, 8, 8):
+        raise ValueError(f"Inception weights give {shape} at the end; wanted {(1, DIMENSION, 8, 8)}")
+
+
+def resize(images: Tensor) -> Tensor:
+    """float [B, H, W, 3] -> [B, 299, 299, 3] as TensorFlow 1's ResizeBilinear does it, without rounding.
+
+    The source of pixel i is i * H / 299 in float32: corners aligned on neither side, no half-pixel centres,
+    and no smoothing when it shrinks. Images of 299x299 pass unchanged.
+    """
+    for axis in (2, 1):  # along rows first: the order shows in last bits
+        length = images.shape[axis]
+        source = torch.arange(SIZE, dtype=torch.float32) * torch.tensor(length / SIZE, dtype=torch.float32)
+        low = source.long()
+        fraction = (source - low).to(images).view(-1, *([1] * (3 - axis)))
+        left, right = (images.index_select(axis, i.to(images.device)) for i in (low, (low + 1).clamp(max=length - 1)))
+        images = left + (right - left) * fraction
+    return images
