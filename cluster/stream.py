@@ -1,7 +1,7 @@
 """Ray Data as an ordered, prefetching reader: units of work in, blocks of arrays out, in the units' order."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
 from queue import Full, Queue
 from threading import Event, Thread
@@ -40,7 +40,9 @@ def stream(
         raise RuntimeError(f"reading data failed: {first_line}") from error
 
 
-def _blocks(units: Iterator[Unit], read_unit: Callable[[Unit], Iterator[Block]], num_cpus: float) -> Iterator[Block]:
+def _blocks(
+    units: Iterator[Unit], read_unit: Callable[[Unit], Iterator[Block]], num_cpus: float
+) -> Generator[Block, None, None]:
     """The blocks of one pipeline after the other."""
     import ray
     from ray.data import DataContext, TaskPoolStrategy
@@ -67,7 +69,7 @@ def _blocks(units: Iterator[Unit], read_unit: Callable[[Unit], Iterator[Block]],
             yield {name: np.array(column) for name, column in block.items()}
 
 
-def _ahead(blocks: Iterator[Block]) -> Iterator[Block]:
+def _ahead(blocks: Generator[Block, None, None]) -> Iterator[Block]:
     """Draw `blocks` in a thread, at most AHEAD of them ahead of the caller."""
     queue: Queue[Block | BaseException | None] = Queue(maxsize=AHEAD)
     closed = Event()
@@ -89,6 +91,8 @@ def _ahead(blocks: Iterator[Block]) -> Iterator[Block]:
             put(None)
         except BaseException as error:  # noqa: BLE001 - it is raised in the caller's thread
             put(error)
+        finally:
+            blocks.close()  # ends the pipeline
 
     thread = Thread(target=draw, name="stream", daemon=True)
     thread.start()
