@@ -197,6 +197,11 @@ def frechet_distance(a: Moments | Gaussian, b: Moments | Gaussian) -> float:
     return max(float(distance), 0.0)
 
 
+def check_semidefinite(statistics: Gaussian) -> None:
+    """Raises ValueError where the covariance has an eigenvalue that is negative beyond rounding."""
+    _nonnegative(np.linalg.eigvalsh(statistics.covariance))
+
+
 def _factor(covariance: Array) -> Array:
     """L with L L' = covariance: Cholesky, or the symmetric root where the covariance is singular."""
     try:
