@@ -206,9 +206,7 @@ class _RemoteFile(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._position = (
-            offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        )
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         return self._position
 
     def readinto(self, buffer: Any) -> int:
@@ -252,9 +250,7 @@ def _attempt(action: str, uri: str, function: Callable[P, T], *args: P.args, **k
     except (PermissionError, botocore.exceptions.NoCredentialsError) as error:
         raise PermissionError(errno.EACCES, f"cannot {action}: access denied ({error})", uri) from error
     except (OSError, botocore.exceptions.BotoCoreError) as error:
-        raise OSError(
-            getattr(error, "errno", None) or errno.EIO, f"cannot {action} ({error})", uri
-        ) from error
+        raise OSError(getattr(error, "errno", None) or errno.EIO, f"cannot {action} ({error})", uri) from error
 
 
 def _is_transient(error: BaseException) -> bool:

@@ -57,7 +57,7 @@ def ray_session(s3_server: str) -> Iterator[None]:
     """One local Ray for all tests marked `ray`; its workers see the S3 server."""
     from cluster.session import session
 
-    with session(num_cpus=4):
+    with session(4):
         yield
 
 
