@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ QUIET_ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
 }
 
+log = logging.getLogger(__name__)
+
 # What every worker needs of the driver's environment. Values travel inside the cluster only.
 FORWARDED_PREFIXES = ("AWS_", "ADMIRAL_", "OMP_NUM_THREADS", "PYTHONPATH", "PYTHONWARNINGS")
 
@@ -30,12 +33,13 @@ def is_submitted() -> bool:
 
 
 @contextlib.contextmanager
-def session(num_cpus: int | None = None, object_store_memory: int = 300 << 20) -> Iterator[None]:
-    """Be connected to Ray.
+def session(wanted_cpus: float = 0, object_store_memory: int = 300 << 20) -> Iterator[None]:
+    """Be connected to Ray, for a job that wants `wanted_cpus` CPUs at once.
 
-    Uses the cluster that `RAY_ADDRESS` names (a submitted job has it set), else starts a local one with
-    `num_cpus` logical CPUs (None: all) and `object_store_memory` bytes, and shuts it down at the end. A
-    session inside a session joins it.
+    Uses the cluster that `RAY_ADDRESS` names (a submitted job has it set), and says so where it is smaller: the job
+    then waits for the autoscaler. Without one, starts a local Ray and shuts it down at the end: its logical CPUs are
+    the machine's, or as many as are wanted, and its object store has `object_store_memory` bytes. A session inside a
+    session joins it.
     """
     for name, value in QUIET_ENVIRONMENT.items():
         if not (name == "RAY_AUTH_MODE" and "RAY_ADDRESS" in os.environ):
@@ -49,11 +53,13 @@ def session(num_cpus: int | None = None, object_store_memory: int = 300 << 20) -
     options: dict = {"logging_level": logging.ERROR, "log_to_driver": False}
     if not os.environ.get("RAY_ADDRESS"):
         options |= {
-            "num_cpus": num_cpus,
+            "num_cpus": max(math.ceil(wanted_cpus), os.cpu_count() or 1),
             "object_store_memory": object_store_memory,
             "include_dashboard": False,
         }
     ray.init(runtime_env={"env_vars": _forwarded_environment()}, **options)
+    if (there := ray.cluster_resources().get("CPU", 0)) < wanted_cpus:
+        log.warning("the cluster has %g CPUs and this job wants %g: it waits until more nodes come", there, wanted_cpus)
     ray.data.DataContext.get_current().enable_progress_bars = False
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)

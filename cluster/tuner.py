@@ -35,7 +35,7 @@ def run_trials(
             tune_config=tune.TuneConfig(max_concurrent_trials=max_concurrent),
             run_config=tune.RunConfig(storage_path=folder, verbose=0, callbacks=[Listener()]),
         )
-        grid = tuner.fit()
+        grid: Any = tuner.fit()
         outcomes = {
             _key(result.config["setting"]): result.metrics["metrics"]
             if result.error is None and result.metrics

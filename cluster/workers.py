@@ -46,7 +46,7 @@ def pool(
     import ray
 
     options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_restarts": -1}
-    actors = [ray.remote(_Worker).options(**options).remote(make_worker) for _ in range(num_workers)]
+    actors: list[Any] = [ray.remote(_Worker).options(**options).remote(make_worker) for _ in range(num_workers)]
     try:
         yield Pool(actors)
     finally:
@@ -120,7 +120,8 @@ class _Worker:
     """What runs in an actor. The worker is made in `ready`, so that its errors come back as errors of a call."""
 
     def __init__(self, make_worker: MakeWorker[Any, Any]) -> None:
-        self._make_worker, self._work = make_worker, None
+        self._make_worker = make_worker
+        self._work: Work[Any, Any] | None = None
 
     def ready(self) -> None:
         if self._work is None:

@@ -18,7 +18,10 @@ Presets = Mapping[str, tuple[str, Config]]  # name -> (one line of description, 
 
 
 def main(
-    description: str | None, presets: Presets[Config], run: Callable[[Config], None], plan: Callable[[Config], str]
+    description: str | None,
+    presets: Presets[Config],
+    run: Callable[[Config], object],
+    plan: Callable[[Config], str],
 ) -> None:
     """Parse the command line, then `run(config)`; with --dry-run print the config and `plan(config)` instead.
 
@@ -28,8 +31,9 @@ def main(
     config = parse(description, presets, sys.argv[1:])
     try:
         if config.dry_run:
+            described = plan(config)
             print(config.model_dump_json(indent=2))
-            print(plan(config))
+            print(described)
         else:
             run(config)
     except (ValueError, OSError, RuntimeError) as error:
@@ -70,7 +74,7 @@ def parse(description: str | None, presets: Presets[Config], argv: list[str]) ->
 def _one_line(box: str) -> str:
     """The message out of the box that the parser drew around it."""
     lines = [line.strip(" │╭╮╰╯─") for line in box.splitlines()]
-    text = " ".join(line for line in lines if line and line != "Value error")
+    text = " ".join(line for line in lines[1:] if line)  # the first is the box's title
     text = re.sub(r"For further information visit \S+|\[type=.*?input_type=\w+\]", "", text)
     text = re.sub(r"Error parsing (?!--)\S+ 1 validation error for \w+|Value error, ", "", text)
     text = re.sub(r"in \S+ \S+ --help|For full helptext.*|Argument helptext:", "", text)

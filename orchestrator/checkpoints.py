@@ -51,9 +51,9 @@ def save_checkpoint(run: str, checkpoint: Checkpoint) -> str:
 
 
 def latest_checkpoint(run: str) -> Checkpoint | None:
-    """The newest committed checkpoint of `run` whose checksums hold; damaged ones are named in the log and passed over."""
+    """The newest committed checkpoint of `run` whose checksums hold; damaged ones are logged and passed over."""
     folder = storage.join(run, "checkpoints")
-    commits = [name for name in storage.list_names(folder) if name.endswith("/commit.json")]
+    commits = [name for name in storage.list_names(folder, recursive=True) if name.endswith("/commit.json")]
     for name in sorted(commits, reverse=True):
         uri = storage.join(folder, name)
         try:

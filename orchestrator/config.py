@@ -56,8 +56,12 @@ def claim(folder: str, config: JobConfig, **facts: Any) -> None:
         name for name in {**_flat(found), **_flat(wanted)} if _flat(found).get(name) != _flat(wanted).get(name)
     )
     if differing:
-        changes = ", ".join(f"{name}: {_flat(found).get(name)} there, {_flat(wanted).get(name)} here" for name in differing)
-        raise ValueError(f"{folder} was made with another config ({changes}); choose another --output or the same config")
+        changes = ", ".join(
+            f"{name}: {_flat(found).get(name)} there, {_flat(wanted).get(name)} here" for name in differing
+        )
+        raise ValueError(
+            f"{folder} was made with another config ({changes}); choose another --output or the same config"
+        )
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Evaluation: features shard by shard over a pool, then the metrics, each with its count and interval."""
 
-import functools
 import hashlib
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -16,8 +15,8 @@ from cluster.workers import map_items
 from models.features import DigitsNetwork, Extractor, Features, extract, train_digits_network
 from models.metrics import (
     Estimate,
+    frechet_estimate,
     inception_score,
-    influence_estimate,
     kid,
     moments,
     proportion_estimate,
@@ -66,9 +65,14 @@ def digits_extractor(reference: str, folder: str, seed: int, image_size: int) ->
     uri = storage.join(folder, f"digits-{image_size}-seed{seed}.safetensors")
     if not storage.exists(uri):
         manifest = load_manifest(reference)
-        parts = [read_images(manifest, split, 0, manifest.rows(split), image_size) for split in ("train", "validation")]
+        parts = [
+            read_images(manifest, split, 0, manifest.num_samples(split), image_size)
+            for split in ("train", "validation")
+        ]
         network = train_digits_network(
-            np.concatenate([images for images, _ in parts]), np.concatenate([labels for _, labels in parts]), seed
+            np.concatenate([images for images, _ in parts]),
+            np.concatenate([labels for _, labels in parts]),
+            seed,
         )
         storage.create_bytes(uri, safetensors.torch.save(dict(network.state_dict())))
     data = storage.read_bytes(uri)
@@ -87,7 +91,12 @@ ReadImages = Callable[[int, int], tuple[np.ndarray, np.ndarray]]  # rows [begin,
 
 
 def extract_all(
-    source: str, read: ReadImages, count: int, folder: str, extractor: Callable[[], LoadedExtractor], num_workers: int
+    source: str,
+    read: ReadImages,
+    count: int,
+    folder: str,
+    extractor: Callable[[], LoadedExtractor],
+    num_workers: int,
 ) -> Labelled:
     """Features of `count` images of `source`, by blocks of 512 in index order; finished blocks are kept in `folder`."""
     fingerprint = extractor().fingerprint
@@ -150,7 +159,7 @@ def reference_features(
     manifest = load_manifest(dataset)
     folder = storage.join(dataset, "features", f"{split}-{image_size}")
     read = partial(read_images, manifest, split, image_size=image_size)
-    return extract_all(f"{dataset} {split}", read, manifest.rows(split), folder, extractor, num_workers)
+    return extract_all(f"{dataset} {split}", read, manifest.num_samples(split), folder, extractor, num_workers)
 
 
 # ------------------------------------------------------------------------------------------------ the metrics
@@ -166,8 +175,9 @@ def measure(samples: Labelled, reference: Labelled, name: str) -> dict[str, Esti
     found = {
         f"fd_{name}": frechet_estimate(made.pool, moments(real.pool)),
         f"kid_{name}": kid(real.pool, made.pool),
-        **neighbour_estimates(real.pool, made.pool),
     }
+    found["precision"], found["recall"] = precision_recall(real.pool, made.pool)
+    found["density"], found["coverage"] = density_coverage(real.pool, made.pool)
     if made.logits is not None:
         found[f"inception_score_{name}"] = inception_score(softmax(made.logits))
         found["accuracy"] = proportion_estimate(made.logits.argmax(axis=1) == samples.labels)
@@ -197,15 +207,13 @@ def evaluate(config: EvaluationConfig) -> str:
     if storage.exists(report_uri):
         print(f"{output} is complete: {count:,} samples measured")
         return report_uri
-    with session(), tracked("evaluate", config, output) as tracker:
+    with session(config.num_workers), tracked("evaluate", config, output) as tracker:
         seed, size = config.extractor_seed, config.image_size
         extractor = partial(digits_extractor, reference, config.path("extractors"), seed, size)
         loaded = extractor()
         features_folder = storage.join(samples, "features")
         made = extract_all(samples, partial(read_range, samples), count, features_folder, extractor, config.num_workers)
-        real, held_out = (
-            reference_features(reference, split, extractor, size, config.num_workers) for split in ("train", "validation")
-        )
+        real = reference_features(reference, "train", extractor, size, config.num_workers)
         estimates = measure(made, real, config.extractor)
         report = {
             "samples": samples,
@@ -241,15 +249,15 @@ def nearest_pixel_distances(config: EvaluationConfig, count: int) -> dict[str, l
     held-out ones.
     """
     manifest = load_manifest(config.path(config.reference))
-    real = read_images(manifest, "train", 0, manifest.rows("train"), config.image_size)[0]
-    held_out = read_images(manifest, "validation", 0, manifest.rows("validation"), config.image_size)[0]
+    real = read_images(manifest, "train", 0, manifest.num_samples("train"), config.image_size)[0]
+    held_out = read_images(manifest, "validation", 0, manifest.num_samples("validation"), config.image_size)[0]
     made = read_range(config.path(config.samples), 0, count)[0]
 
     def flat(images: np.ndarray) -> np.ndarray:
         return images.reshape(len(images), -1).astype(np.float32)
 
     def distances(images: np.ndarray) -> list[float]:
-        _, found = nearest_neighbours(flat(real), flat(images))
-        return [float(value) for value in found / np.sqrt(real[0].size)]
+        squares = nearest(flat(images), flat(real), k=1).squared[:, 0]
+        return [float(distance) for distance in np.sqrt(squares / real[0].size)]
 
     return {"samples": distances(made), "held_out": distances(held_out)}

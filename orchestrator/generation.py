@@ -13,12 +13,13 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from cluster.session import session
 from cluster.workers import map_items
-from models.diffusion import Diffusion, DiffusionConfig
+from models.diffusion import Diffusion
 from models.guidance import GuidanceConfig, guided
+from models.images import to_uint8
 from models.samplers import SamplerConfig, last, respacing_for, sample
 from orchestrator import storage
 from orchestrator.checkpoints import Network, load_network
@@ -83,7 +84,11 @@ def generate(config: GenerationConfig) -> str:
     if not todo and storage.exists(storage.join(output, "manifest.json")):
         print(f"{output} is complete: {config.num_samples:,} samples")
         return output
-    with session(), tracked("generate", config, output) as tracker, progress_line(config.num_samples, "samples") as progress:
+    with (
+        session(),
+        tracked("generate", config, output) as tracker,
+        progress_line(config.num_samples, "samples") as progress,
+    ):
         done = config.num_samples - sum(shard.end - shard.begin for shard in todo)
         progress.update_to(done)
         for shard, _ in map_items(partial(make_generator, config), todo, config.num_workers, num_gpus=config.num_gpus):
@@ -106,7 +111,8 @@ def plan(config: GenerationConfig) -> str:
     per_image = evaluations(config.sampler, config.guidance)
     return "\n".join(
         [
-            f"reads   {config.path(config.weights)}" + (f", {config.path(config.classifier)}" if config.classifier else ""),
+            f"reads   {config.path(config.weights)}"
+            + (f", {config.path(config.classifier)}" if config.classifier else ""),
             f"writes  {config.path(config.output)}: {len(todo)} of {len(_shards(config))} shards are missing",
             f"work    {config.num_samples:,} images x {per_image} network evaluations",
         ]
@@ -186,7 +192,11 @@ class Samples(NamedTuple):
 
 
 def make_batch(
-    networks: Networks, config: GenerationConfig, number: int, sampler: SamplerConfig, guidance: GuidanceConfig
+    networks: Networks,
+    config: GenerationConfig,
+    number: int,
+    sampler: SamplerConfig,
+    guidance: GuidanceConfig,
 ) -> Samples:
     """The canonical batch `number`: always B whole indices, so that an index never sees another batch shape."""
     indices = np.arange(number * config.batch_size, (number + 1) * config.batch_size)
@@ -194,47 +204,41 @@ def make_batch(
     if config.labels == "balanced":
         labels = indices % classes
     else:
-        labels = np.array([index_rng(config.seed, index, Purpose.LABEL).integers(classes) for index in indices])
-    images = sample_batch(
-        networks.model.module, networks.model.diffusion, sampler, indices, labels, config.seed,
-        networks.classifier, guidance,
-    )  # fmt: skip
+        labels = np.array([index_rng(config.seed, int(index), Purpose.LABEL).integers(classes) for index in indices])
+    images = sample_batch(networks.model, sampler, indices, labels, config.seed, networks.classifier, guidance)
     return Samples(indices, labels, images)
 
 
 @torch.no_grad()
 def sample_batch(
-    model: nn.Module,
-    diffusion_config: DiffusionConfig,
+    network: Network,
     sampler: SamplerConfig,
     indices: np.ndarray,
-    labels: np.ndarray | None,
+    labels: np.ndarray,
     seed: int,
     classifier: Network | None = None,
     guidance: GuidanceConfig | None = None,
 ) -> np.ndarray:
-    """Sample the images of `indices` int64 [n] with `labels` int64 [n]; uint8 [n, H, W, 3].
+    """Sample the images of `indices` int64 [n] towards `labels` int64 [n]; uint8 [n, H, W, 3].
 
-    x_T and step noise of an image depend on (seed, index, original timestep) only. Pixels are (x + 1) * 127.5,
-    clamped and truncated, as in the published code.
+    x_T and step noise of an image depend on (seed, index, original timestep) only. Labels count where the network is
+    conditional, or guided by `classifier`.
     """
-    architecture = model.config
-    device = next(model.parameters()).device
+    architecture = network.architecture
+    device = next(network.module.parameters()).device
     shape = (architecture.in_channels, architecture.image_size, architecture.image_size)
 
     def draw(purpose: Purpose, timestep: int = 0) -> Tensor:
         rows = [index_rng(seed, int(i), purpose, timestep).standard_normal(shape, np.float32) for i in indices]
         return torch.from_numpy(np.stack(rows)).to(device)
 
-    diffusion = Diffusion(diffusion_config, respacing_for(sampler, diffusion_config.num_timesteps))
-    y = torch.from_numpy(labels).to(device) if labels is not None else None
-    denoise = diffusion.denoiser(model, y=y if architecture.num_classes else None)
-    if classifier is not None and guidance is not None and guidance.scale:
-        assert y is not None
+    diffusion = Diffusion(network.diffusion, respacing_for(sampler, network.diffusion.num_timesteps))
+    y = torch.from_numpy(labels).to(device)
+    denoise = diffusion.denoiser(network.module, y=y if architecture.num_classes else None)
+    if classifier is not None and guidance is not None:
         denoise = guided(denoise, sampler.name, classifier.module, diffusion, y, guidance)
     x = last(sample(sampler, denoise, diffusion, draw(Purpose.START), partial(draw, Purpose.STEP)))
-    pixels = ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return to_uint8(x).cpu().numpy()
 
 
 # ------------------------------------------------------------------------------------------------ on disk

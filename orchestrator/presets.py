@@ -24,6 +24,8 @@ def _digits_diffusion() -> AdmConfig:
         output="digits/diffusion",
         model=UNetConfig(
             image_size=16,
+            in_channels=1,  # scans are grey
+            out_channels=2,
             model_channels=32,
             num_res_blocks=1,
             channel_mult=(1, 1, 1),
@@ -34,7 +36,7 @@ def _digits_diffusion() -> AdmConfig:
         diffusion=_COSINE,
         order=OrderConfig(num_streams=4, window=4),
         flip=False,  # a mirrored digit is none
-        images=64_000,
+        images=51_200,
         batch_size=64,
         learning_rate=2e-3,
         warmup_images=3_200,
@@ -55,6 +57,7 @@ def _digits_classifier() -> NoisyClassifierConfig:
         output="digits/classifier",
         model=ClassifierConfig(
             image_size=16,
+            in_channels=1,
             model_channels=32,
             num_res_blocks=1,
             channel_mult=(1, 1, 1),
@@ -130,7 +133,11 @@ def generation_presets() -> dict[str, tuple[str, GenerationConfig]]:
 def evaluation_presets() -> dict[str, tuple[str, EvaluationConfig]]:
     """Samples to measure."""
     digits = EvaluationConfig(
-        samples="digits/samples", reference="datasets/digits", output="digits/evaluation", image_size=16, num_workers=2
+        samples="digits/samples",
+        reference="datasets/digits",
+        output="digits/evaluation",
+        image_size=16,
+        num_workers=2,
     )
     return {"digits": (DIGITS, digits)}
 
@@ -149,7 +156,7 @@ def search_presets() -> dict[str, tuple[str, SearchConfig]]:
 
 def dataset_presets() -> dict[str, tuple[str, PrepareConfig]]:
     """Datasets to prepare."""
-    digits = PrepareConfig(source="digits", output="datasets/digits")
+    digits = PrepareConfig(source="digits", output="datasets/digits", name="digits", validation_fraction=0.2)
     return {"digits": (DIGITS, digits)}
 
 

@@ -13,10 +13,13 @@ class Progress:
     def __init__(self, bar: tqdm) -> None:
         self._bar = bar
 
+    @property
+    def done(self) -> int:
+        """How far it is."""
+        return int(self._bar.n)
+
     def update_to(self, done: int, **numbers: float) -> None:
         """Show `done`, and the numbers beside it."""
-        if not self._bar.n:
-            self._bar.initial = self._bar.n = 0
         if numbers:
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in numbers.items()}, refresh=False)
         self._bar.update(done - self._bar.n)
@@ -27,7 +30,13 @@ def progress_line(total: int, unit: str, description: str = "") -> Iterator[Prog
     """A progress line on stderr while inside; where that is no terminal, a line only every 30 seconds."""
     interval = 0.5 if sys.stderr.isatty() else 30.0
     with tqdm(
-        total=total, unit=f" {unit}", desc=description or None, mininterval=interval, maxinterval=interval,
-        dynamic_ncols=True, smoothing=0.1, unit_scale=False,
+        total=total,
+        unit=f" {unit}",
+        desc=description or None,
+        mininterval=interval,
+        maxinterval=interval,
+        dynamic_ncols=True,
+        smoothing=0.1,
+        unit_scale=False,
     ) as bar:
         yield Progress(bar)

@@ -53,7 +53,7 @@ def quickstart(config: QuickstartConfig) -> None:
         store = stack.enter_context(_local_s3()) if config.storage == "s3" else folder
         os.environ["ADMIRAL_STORE"] = store
         done = _Stages(store)
-        with session(num_cpus=2 * config.num_workers):
+        with session(2 * config.num_workers):
             os.environ["RAY_ADDRESS"] = address()
             for name, command in _stages(config):
                 done.run(name, command)
@@ -110,8 +110,14 @@ class _Stages:
             script, *arguments = command
             process = subprocess.run([sys.executable, str(JOBS.parent / script), *arguments], check=False)
         if process.returncode:
-            raise RuntimeError(f"stage {name} failed with exit code {process.returncode}; the same command goes on from here")
-        self.record[name] = {"seconds": time.perf_counter() - begin, "peak_rss_bytes": peak[0], "command": command}
+            raise RuntimeError(
+                f"stage {name} failed with exit code {process.returncode}; the same command goes on from here"
+            )
+        self.record[name] = {
+            "seconds": time.perf_counter() - begin,
+            "peak_rss_bytes": peak[0],
+            "command": command,
+        }
         storage.write_json(self._uri, self.record)
 
 

@@ -16,7 +16,7 @@ from orchestrator.pictures import grid_png
 from orchestrator.tracking import metric_history
 
 matplotlib.use("agg")
-from matplotlib import pyplot as plt  # noqa: E402 - the backend comes first
+from matplotlib import pyplot as plt
 
 matplotlib.rcParams |= {
     "font.size": 9,
@@ -32,17 +32,21 @@ METRICS = {
     "accuracy": ("higher", "share that an independent digit classifier takes for the class asked for"),
     "fd_digits": ("lower", "Fréchet distance between features of samples and of training images"),
     "kid_digits": ("lower", "kernel distance between the same features, unbiased at any n"),
-    "inception_score_digits": ("higher", "exp of the mean KL(p(y|x) ‖ p(y)) by the digit classifier; 10 at most"),
+    "inception_score_digits": (
+        "higher",
+        "exp of the mean KL(p(y|x) ‖ p(y)) by the digit classifier; 10 at most",
+    ),
     "precision": ("higher", "share of samples inside the training images' neighbourhoods, k = 3"),
     "recall": ("higher", "share of training images inside the samples' neighbourhoods, k = 3"),
 }
 
 
 def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> str:
-    """Write report.html and report.json into the local `folder` from what the jobs left in `store`; answer the page's path."""
+    """Write report.html and report.json into the local `folder` from what the jobs left in `store`; answer the page."""
     digits = storage.join(store, "digits")
     evaluations = {
-        name: storage.read_json(storage.join(digits, f"{name}-evaluation", "report.json")) for name in ("guided", "unguided")
+        name: storage.read_json(storage.join(digits, f"{name}-evaluation", "report.json"))
+        for name in ("guided", "unguided")
     }
     search = storage.read_json(storage.join(digits, "search", "search.json"))
     numbers = {
@@ -55,7 +59,11 @@ def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> 
         "metrics_guided": evaluations["guided"]["metrics"],
         "metrics_unguided": evaluations["unguided"]["metrics"],
         "extractor": evaluations["guided"]["extractor"],
-        "search": {"winner": search["winner"]["setting"], "objective": search["objective"], "trials": search["trials"]},
+        "search": {
+            "winner": search["winner"]["setting"],
+            "objective": search["objective"],
+            "trials": search["trials"],
+        },
         "trade_off": trade_off(search["trials"], search["winner"]["setting"]["steps"]),
         "copies": copies(evaluations["guided"]["nearest_training_image"]),
     }
@@ -86,7 +94,9 @@ def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> 
 
 def _template() -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template("report.html")
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(
+        "report.html"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ what the numbers say
@@ -163,10 +173,18 @@ def trade_off_figure(trials: list[dict[str, Any]]) -> bytes:
 def loss_figure(digits: str) -> bytes:
     """The training losses over images seen."""
     figure, axes = plt.subplots(1, 2, figsize=(8.6, 2.8))
-    curves = (("train", "diffusion", "loss", "hybrid loss"), ("train classifier", "classifier", "loss", "cross entropy"))
+    curves = (
+        ("train", "diffusion", "loss", "hybrid loss"),
+        ("train classifier", "classifier", "loss", "cross entropy"),
+    )
     for axis, (job, run, name, label) in zip(axes, curves, strict=True):
         history = metric_history(f"{job} {storage.join(digits, run)}", name)
-        axis.plot([step / 1000 for step, _ in history], [value for _, value in history], color=COLOURS[0], linewidth=1.2)
+        axis.plot(
+            [step / 1000 for step, _ in history],
+            [value for _, value in history],
+            color=COLOURS[0],
+            linewidth=1.2,
+        )
         axis.set(xlabel="thousand images", title=f"{run}: {label}", yscale="log")
     return _png(figure)
 

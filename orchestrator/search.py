@@ -101,7 +101,11 @@ def search(config: SearchConfig) -> str:
     settings = settings_of(config)
     there = set(storage.list_names(storage.join(output, "trials")))
     todo = [setting for setting in settings if _trial_name(setting) not in there]
-    with session(), tracked("search", config, output) as tracker, progress_line(len(settings), "trials") as progress:
+    with (
+        session(),
+        tracked("search", config, output) as tracker,
+        progress_line(len(settings), "trials") as progress,
+    ):
         image_size = networks.model.architecture.image_size
         extractor = _extractor(config, image_size)
         reference_features(config.path(config.reference), "train", extractor, image_size, config.num_workers)
@@ -130,11 +134,12 @@ def plan(config: SearchConfig) -> str:
         evaluations(SamplerConfig(name=config.sampler, num_steps=s["steps"]), GuidanceConfig(scale=s["scale"]))
         for s in settings
     ]
+    images = len(settings) * config.num_samples
     return "\n".join(
         [
             f"reads   {config.path(config.weights)}, {config.path(config.classifier)}, {config.path(config.reference)}",
             f"writes  {config.path(config.output)}: a record for each of {len(settings)} trials, search.json",
-            f"work    {len(settings) * config.num_samples:,} images, {sum(each) * config.num_samples:,} network evaluations",
+            f"work    {images:,} images, {sum(each) * config.num_samples:,} network evaluations",
         ]
     )
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from cluster.session import is_submitted
-from orchestrator import storage
 from orchestrator.config import JobConfig
 
 EXPERIMENT = "admiral"  # the MLflow experiment of all jobs
@@ -154,7 +153,7 @@ def tracking_uri(config: JobConfig) -> str:
     given = os.environ.get("MLFLOW_TRACKING_URI")
     if not given:
         root = config.path("")
-        if not storage.is_local(root):
+        if "://" in root:
             raise ValueError(f"store={config.store} is not a local folder, so MLFLOW_TRACKING_URI must be set")
         os.makedirs(root, exist_ok=True)
         return f"sqlite:///{os.path.join(root, 'mlflow.db')}"
@@ -183,7 +182,9 @@ def metric_history(identity: str, name: str) -> list[tuple[int, float]]:
 def _artifact_root(config: JobConfig) -> str | None:
     """Where pictures go: beside the SQLite file, or (None) where the server puts them."""
     uri = tracking_uri(config)
-    return os.path.join(os.path.dirname(uri.removeprefix("sqlite:///")), "mlflow") if uri.startswith("sqlite:") else None
+    return (
+        os.path.join(os.path.dirname(uri.removeprefix("sqlite:///")), "mlflow") if uri.startswith("sqlite:") else None
+    )
 
 
 def _quiet_mlflow() -> None:

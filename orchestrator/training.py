@@ -21,15 +21,20 @@ from torch.nn.parallel import DistributedDataParallel
 from cluster.session import session
 from cluster.trainer import WorkerContext, run_workers
 from models.diffusion import Diffusion, DiffusionConfig
+from models.images import from_uint8
 from models.samplers import SamplerConfig
 from models.unet import ClassifierConfig, UNetConfig
 from orchestrator import checkpoints, storage
 from orchestrator.config import JobConfig, claim
 from orchestrator.dataset import Manifest, Microbatch, batches, load_manifest
+from orchestrator.generation import sample_batch
 from orchestrator.order import OrderConfig, OrderPlan, Purpose, keyed_rng, sample_rng
 from orchestrator.pictures import grid_png
 from orchestrator.progress import progress_line
 from orchestrator.tracking import tracked
+
+CPUS_OF_WORKER = 2  # one for the training process, one for the tasks that read its data
+PREVIEW_SAMPLES = 40  # images in a picture of samples
 
 log = logging.getLogger(__name__)
 
@@ -88,19 +93,19 @@ class NoisyClassifierConfig(TrainingConfig):
 class Batch:
     """One worker's share of a step, on its device: what the losses look at.
 
-    x_start float32 [n, 3, H, W] in [-1, 1]; labels int64 [n]; u float64 [n] uniform in [0, 1), which becomes the
+    x_start float32 [n, C, H, W] in [-1, 1]; labels int64 [n]; u float64 [n] uniform in [0, 1), which becomes the
     timestep; noise float32 like x_start. Each row's u and noise depend on (seed, epoch, sample) alone.
     """
 
-    def __init__(self, microbatches: list[Microbatch], seed: int, device: torch.device) -> None:
-        images = np.concatenate([m.images for m in microbatches])  # uint8 [n, H, W, 3]
-        self.samples = [(m.epoch, int(sample)) for m in microbatches for sample in m.samples]
-        pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float()
-        self.x_start = pixels / 127.5 - 1
+    def __init__(self, microbatches: list[Microbatch], channels: int, seed: int, device: torch.device) -> None:
+        images = torch.from_numpy(np.concatenate([m.images for m in microbatches]))
+        keys = [(m.epoch, int(sample)) for m in microbatches for sample in m.samples]
+        self.x_start = from_uint8(images.to(device), channels)
         self.labels = torch.from_numpy(np.concatenate([m.labels for m in microbatches])).to(device)
-        draws = [sample_rng(seed, *sample, Purpose.NOISE).standard_normal(self.x_start.shape[1:], np.float32) for sample in self.samples]
-        self.noise = torch.from_numpy(np.stack(draws)).to(device)
-        self.u = np.array([sample_rng(seed, *sample, Purpose.TIMESTEP).random() for sample in self.samples])
+        shape = self.x_start.shape[1:]
+        noise = [sample_rng(seed, *key, Purpose.NOISE).standard_normal(shape, np.float32) for key in keys]
+        self.noise = torch.from_numpy(np.stack(noise)).to(device)
+        self.u = np.array([sample_rng(seed, *key, Purpose.TIMESTEP).random() for key in keys])
 
 
 # ------------------------------------------------------------------------------------------------ what is learnt
@@ -124,7 +129,7 @@ def classifier_losses(config: NoisyClassifierConfig, diffusion: Diffusion) -> Lo
     def losses(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         t = _uniform_timesteps(batch, diffusion)
         x_t = diffusion.q_sample(batch.x_start, t, batch.noise)
-        logits = model(x_t, diffusion.model_timesteps(t))
+        logits = model(x_t, diffusion.model_timesteps(t, x_t))
         right = (logits.argmax(dim=1) == batch.labels).float()
         return {"loss": cross_entropy(logits, batch.labels, reduction="none"), "accuracy": right, "t": t}
 
@@ -154,7 +159,11 @@ def train(config: AdmConfig | NoisyClassifierConfig) -> str:
         print(f"{run} is trained already: {config.images:,} images")
         return run
     job = "train classifier" if isinstance(config, NoisyClassifierConfig) else "train"
-    with session(), tracked(job, config, run) as tracker, progress_line(config.images, "images") as progress:
+    with (
+        session(config.num_workers * CPUS_OF_WORKER),
+        tracked(job, config, run) as tracker,
+        progress_line(config.images, "images") as progress,
+    ):
 
         def on_record(record: dict[str, Any]) -> None:
             if "picture" in record:
@@ -179,8 +188,8 @@ def plan(config: AdmConfig | NoisyClassifierConfig) -> str:
     open_bytes = order.open_bytes(max(config.num_workers, 1), bytes_per_image)
     return "\n".join(
         [
-            f"reads   {config.path(config.dataset)}: {sum(order.row_group_sizes):,} images in {len(order.row_group_sizes)} row groups",
-            f"writes  {config.path(config.output)}: checkpoints every {config.checkpoint_images:,} images, weights at the end",
+            f"reads   {config.path(config.dataset)}: {manifest.num_samples('train'):,} images",
+            f"writes  {config.path(config.output)}: checkpoints every {config.checkpoint_images:,} images, weights",
             f"network {parameters:,} parameters",
             f"length  {config.images:,} images = {config.images // config.batch_size:,} steps of {config.batch_size}, "
             f"{config.images / order.images_per_epoch:.1f} epochs of {order.images_per_epoch:,}",
@@ -300,7 +309,7 @@ def train_loop(config: AdmConfig | NoisyClassifierConfig, context: WorkerContext
     while state.position < _length(config):
         # One step: this worker's images, their losses, one update.
         with meter.waiting():
-            batch = Batch(next(stream), config.order.seed, context.device)
+            batch = Batch(next(stream), config.model.in_channels, config.order.seed, context.device)
         torch.manual_seed(_dropout_seed(config, state.position, context.rank))
         terms = losses(model, batch)
         state.optimizer.zero_grad(set_to_none=True)
@@ -312,7 +321,7 @@ def train_loop(config: AdmConfig | NoisyClassifierConfig, context: WorkerContext
         # Pictures and checkpoints at their marks; stopping at a step's end, all workers together.
         stopping = _agreed(context, context.stopping())
         if isinstance(config, AdmConfig) and context.rank == 0 and _passed(config.preview_images, config, state):
-            context.report(_preview(config, state, diffusion, context.device))
+            context.report(_preview(config, state, manifest, context.device))
         if stopping or _passed(config.checkpoint_images, config, state) or state.position >= _length(config):
             if context.rank == 0:
                 facts = {"bad_steps": state.bad_steps}
@@ -383,17 +392,13 @@ def _write_weights(
         checkpoints.save_weights(uri, weights, config.model, config.diffusion, manifest.classes)
 
 
-def _preview(
-    config: AdmConfig, state: TrainingState, diffusion: Diffusion, device: torch.device
-) -> dict[str, Any]:
+def _preview(config: AdmConfig, state: TrainingState, manifest: Manifest, device: torch.device) -> dict[str, Any]:
     """A picture of samples by the last average, on noise and labels that are the same every time."""
-    from orchestrator.generation import sample_batch
-
-    model = checkpoints.build(config.model).to(device).eval().requires_grad_(False)
-    model.load_state_dict(state.averages[config.ema_rates[-1]])
-    classes = config.model.num_classes
-    labels = np.arange(40) % classes if classes else None
-    images = sample_batch(model, config.diffusion, config.preview, np.arange(40), labels, config.order.seed)
+    module = checkpoints.build(config.model).to(device).eval()
+    module.load_state_dict(state.averages[config.ema_rates[-1]])
+    network = checkpoints.Network(module, config.model, config.diffusion, manifest.classes, sha256="")
+    indices = np.arange(PREVIEW_SAMPLES)
+    images = sample_batch(network, config.preview, indices, indices % max(1, len(manifest.classes)), config.order.seed)
     return {"picture": f"samples/images-{state.position:012d}.png", "png": grid_png(images, columns=10)}
 
 
