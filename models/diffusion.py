@@ -130,12 +130,13 @@ def _step_counts(text: str, spec: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says at x_t: all float32, log_variance broadcasts against the others [B, C, H, W]."""
+    """What the model says at x_t: float32 [B, C, H, W]; fixed variances only broadcast to that."""
 
     eps: Tensor  # the noise that agrees with pred_x_start
     pred_x_start: Tensor
     mean: Tensor  # of p(x_{t-1} | x_t)
-    log_variance: Tensor  # of p(x_{t-1} | x_t)
+    variance: Tensor  # of p(x_{t-1} | x_t)
+    log_variance: Tensor  # its logarithm, finite also where a fixed variance is 0 (at t = 0)
 
     def with_mean(self, mean: Tensor) -> "Prediction":
         """The same prediction with another mean of the reverse step."""
@@ -244,18 +245,24 @@ class Diffusion:
         recip = self.at("sqrt_recip_alphas_cumprod", t, x_t)
         return (recip * x_t - x_start) / self.at("sqrt_recipm1_alphas_cumprod", t, x_t)
 
-    def log_variance(self, values: Tensor | None, t: Timestep, like: Tensor) -> Tensor:
-        """Log variance of p(x_{t-1} | x_t); `values` is the second half of the output, None if fixed."""
+    def variance(self, values: Tensor | None, t: Timestep, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Variance of p(x_{t-1} | x_t) and its logarithm; `values` is the second half of the output.
+
+        `values` is None for fixed variances, which are then 0-dim for an int t or [B, 1, 1, 1].
+        """
+        if values is None and self.config.variance == "fixed_small":
+            # the published logarithm at t = 0 is that of t = 1, not of the variance there, which is 0
+            return self.at("posterior_variance", t, like), self.at("posterior_log_variance_clipped", t, like)
         if values is None:
-            fixed_small = self.config.variance == "fixed_small"
-            table = "posterior_log_variance_clipped" if fixed_small else "fixed_large_log_variance"
-            return self.at(table, t, like)
-        if self.config.variance == "learned":
-            return values
-        low = self.at("posterior_log_variance_clipped", t, like)
-        high = self.at("log_betas", t, like)
-        fraction = (values + 1) / 2  # IDDPM eq. 15; not clamped
-        return fraction * high + (1 - fraction) * low
+            log_variance = self.at("fixed_large_log_variance", t, like)
+        elif self.config.variance == "learned":
+            log_variance = values
+        else:
+            low = self.at("posterior_log_variance_clipped", t, like)
+            high = self.at("log_betas", t, like)
+            fraction = (values + 1) / 2  # IDDPM eq. 15; not clamped
+            log_variance = fraction * high + (1 - fraction) * low
+        return torch.exp(log_variance), log_variance
 
     def split_output(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
         """The network's output as (mean part, variance part or None), float32; ValueError on other widths."""
@@ -281,11 +288,13 @@ class Diffusion:
         if clip:
             x_start = x_start.clamp(-1, 1)
         previous = self.config.prediction == "previous_x"
+        variance, log_variance = self.variance(variance_values, t, x_t)
         return Prediction(
             eps=self.eps_from_x_start(x_t, t, x_start),
             pred_x_start=x_start,
             mean=value if previous else self.q_posterior_mean(x_start, x_t, t),
-            log_variance=self.log_variance(variance_values, t, x_t),
+            variance=variance,
+            log_variance=log_variance,
         )
 
     def with_eps(self, prediction: Prediction, x_t: Tensor, t: Timestep, eps: Tensor) -> Prediction:

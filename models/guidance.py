@@ -82,7 +82,7 @@ def mean_shift(denoise: Denoise, gradient: Gradient) -> Denoise:
         prediction, g = denoise(x_t, t), gradient(x_t, t)
         if g is None:
             return prediction
-        return prediction.with_mean(prediction.mean + torch.exp(prediction.log_variance) * g)
+        return prediction.with_mean(prediction.mean + prediction.variance * g)
 
     return guided_denoise
 

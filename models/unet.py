@@ -114,7 +114,9 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
     """
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device)
-    frequencies = torch.exp(-math.log(max_period) * exponents / half)
+    # float32 arguments, as published; exp in float64, because its last bit in float32 differs between processors
+    # and is multiplied by t
+    frequencies = torch.exp((-math.log(max_period) * exponents / half).double()).float()
     angles = timesteps[:, None].float() * frequencies[None]
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
 

@@ -1,0 +1,752 @@
+"""Golden comparisons of networks, diffusion, samplers, guidance, losses and likelihoods.
+
+A folder of this kind holds cases.json: its networks, the diffusion of its files and the tolerance of every array.
+Which check a file gets is decided by the arrays in it; what a check computes is decided by the arrays' names.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from models.diffusion import (
+    Denoise,
+    Diffusion,
+    DiffusionConfig,
+    LossSecondMomentTimesteps,
+    Prediction,
+    ddpm_betas,
+    discretized_gaussian_log_likelihood,
+    normal_kl,
+    space_timesteps,
+)
+from models.guidance import classifier_gradient, log_prob_gradient, mean_shift, score_shift
+from models.likelihood import bits_per_dim, interpolate, interpolated_latent, progressive_coding
+from models.samplers import Noise, Step, ddim, ddim_reverse, ddim_reverse_step, ddim_step, ddpm, ddpm_step
+from models.unet import ClassifierConfig, NoisyClassifier, UNet, UNetConfig, make_unet, timestep_embedding
+from tests.comparison import Compute, GoldenFile, Row
+
+LOSSES = {"MSE": "simple", "RESCALED_MSE": "rescaled_simple", "KL": "kl", "RESCALED_KL": "rescaled_kl"}
+PREDICTIONS = {"EPSILON": "eps", "START_X": "x_start", "PREVIOUS_X": "previous_x"}
+CHANNEL_MULT = {  # the published scripts' widths where --channel_mult is empty
+    64: (1, 2, 3, 4),
+    128: (1, 1, 2, 3, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+}
+
+
+def recognises(folder: Path) -> bool:
+    """Whether the folder states networks and a diffusion."""
+    cases = folder / "cases.json"
+    return cases.is_file() and {"networks", "diffusion"} <= set(json.loads(cases.read_text()))
+
+
+# Published names of settings -> our configs
+
+
+def network_config(kind: str, arguments: dict[str, Any]) -> UNetConfig | ClassifierConfig:
+    """The config for arguments of the published constructors, whose defaults differ from ours."""
+    given: dict[str, Any] = {
+        "num_heads": 1,
+        "channel_mult": (1, 2, 4, 8),
+        "use_scale_shift_norm": False,
+        "resblock_updown": False,
+    }
+    given |= arguments
+    factors = given.pop("attention_resolutions")
+    reached = [factor for factor in factors if factor < 2 ** len(given["channel_mult"])]  # others have no effect
+    given["attention_resolutions"] = tuple(given["image_size"] // factor for factor in reached)
+    for name in ("num_head_channels", "num_heads_upsample"):
+        if given.get(name) == -1:
+            del given[name]
+    given["gradient_checkpointing"] = given.pop("use_checkpoint", False)
+    if given.pop("use_fp16", False) or given.pop("dims", 2) != 2:
+        raise ValueError(f"cannot compare a network with use_fp16 or dims other than 2: {arguments}")
+    if kind == "classifier":
+        given["num_classes"] = given.pop("out_channels")
+        return ClassifierConfig(**{"pool": "adaptive", **given})
+    if kind == "super_resolution_unet":
+        given["low_res_size"] = given["image_size"] // 2  # any size: the images are upsampled to image_size
+    elif kind != "unet":
+        raise ValueError(f"unknown kind of network {kind!r}")
+    return UNetConfig(**given)
+
+
+def config_from_flags(kind: str, flags: dict[str, Any]) -> UNetConfig | ClassifierConfig:
+    """The config for flags of the published command lines."""
+    prefix = "classifier_" if kind == "classifier" else ""
+    size = flags["large_size"] if kind == "superres" else flags["image_size"]
+    mult = flags.get("channel_mult") or ""
+    widths = tuple(float(part) for part in mult.split(",")) if mult else CHANNEL_MULT[size]
+    if kind == "superres" and size == 512:
+        widths = CHANNEL_MULT[256]
+    common = {
+        "image_size": size,
+        "channel_mult": widths,
+        "attention_resolutions": tuple(map(int, flags[f"{prefix}attention_resolutions"].split(","))),
+        "use_scale_shift_norm": flags[f"{prefix}use_scale_shift_norm"],
+        "resblock_updown": flags[f"{prefix}resblock_updown"],
+    }
+    if kind == "classifier":
+        return ClassifierConfig(
+            model_channels=flags["classifier_width"],
+            num_res_blocks=flags["classifier_depth"],
+            pool=flags["classifier_pool"],
+            num_head_channels=64,
+            num_classes=1000,
+            **common,
+        )
+    return UNetConfig(
+        model_channels=flags["num_channels"],
+        num_res_blocks=flags["num_res_blocks"],
+        num_heads=flags["num_heads"],
+        num_head_channels=None if flags["num_head_channels"] == -1 else flags["num_head_channels"],
+        use_new_attention_order=flags.get("use_new_attention_order", False),
+        num_classes=1000 if flags["class_cond"] else None,
+        out_channels=6 if flags["learn_sigma"] else 3,
+        dropout=flags["dropout"],
+        low_res_size=flags["small_size"] if kind == "superres" else None,
+        **common,
+    )
+
+
+class Folder:
+    """The settings, networks and processes of one folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cases: dict[str, Any] = json.loads((path / "cases.json").read_text())
+        self.networks: dict[str, dict[str, Any]] = self.cases["networks"]
+        self.network = cache(self._load_network)
+
+    def _load_network(self, name: str) -> UNet | NoisyClassifier:
+        entry = self.networks[name]
+        config = network_config(entry["kind"], entry["arguments"])
+        network = NoisyClassifier(config) if isinstance(config, ClassifierConfig) else make_unet(config)
+        weights = load_file(self.path / entry["weights"])
+        network.load_state_dict({key: value.float() for key, value in weights.items()}, strict=True)
+        return network.eval()
+
+    def settings(self, stem: str) -> dict[str, Any]:
+        """The diffusion of a file: the folder's, with what cases.json says for this file alone."""
+        own = self.cases.get(stem, {})
+        return {**self.cases["diffusion"], **(own if isinstance(own, dict) else {})}
+
+    def diffusion(self, stem: str, respacing: str = "", **changes: Any) -> Diffusion:
+        """The process of a file; `changes` overrides fields of its config."""
+        fields = {k: v for k, v in self.settings(stem).items() if k in DiffusionConfig.model_fields}
+        return Diffusion(DiffusionConfig(**{**fields, **changes}), respacing)
+
+    def unet(self, stem: str, role: str = "model") -> UNet:
+        """The U-Net that plays `role` in a file."""
+        network = self.network(self.settings(stem)[role])
+        assert isinstance(network, UNet)
+        return network
+
+    def classifier(self, stem: str) -> NoisyClassifier:
+        """The classifier of a file."""
+        network = self.network(self.settings(stem)["classifier"])
+        assert isinstance(network, NoisyClassifier)
+        return network
+
+
+def labels(network: UNet, y: Tensor | None) -> Tensor | None:
+    """Labels for networks that take them: golden files hold some for their classifiers too."""
+    return None if network.config.num_classes is None else y
+
+
+# The kinds of files: each function gives, for the arrays of one file, what an array should equal
+
+
+def of_network(folder: Folder, golden: GoldenFile) -> Compute:
+    """A network's output at stored inputs, and its gradients."""
+    network = folder.network(golden.path.stem)
+    if isinstance(network, NoisyClassifier):
+        return of_classifier(golden, network)
+    x = golden.tensor("x").requires_grad_()
+    y, low_res = golden.optional("y"), golden.optional("low_res")
+    extra = {} if low_res is None else {"low_res": low_res}
+
+    @cache
+    def forward(timesteps: str) -> Tensor:
+        return network(x, golden.tensor(timesteps), y, **extra)
+
+    @cache
+    def gradients() -> dict[str, Tensor]:
+        x.grad = None
+        network.zero_grad()
+        (network(x, golden.tensor("t"), y, **extra) * golden.tensor("grad_w")).sum().backward()
+        parameters = {f"grad_param.{k}": p.grad for k, p in network.named_parameters() if p.grad is not None}
+        norm = torch.stack([grad.double().norm() for grad in parameters.values()]).norm()
+        return {"grad_norm_all_params": norm, **parameters, **({} if x.grad is None else {"grad_x": x.grad})}
+
+    def upsampled_low_res() -> Tensor:
+        inputs: list[Tensor] = []
+        hook = network.input_blocks[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        with hook:
+            network(x, golden.tensor("t"), y, **extra)
+        return inputs[0][:, x.shape[1] :]
+
+    def compute(name: str) -> Any:
+        if name == "out":
+            return forward("t")
+        if name.startswith("out_"):
+            return forward(name.removeprefix("out_"))
+        if name == "upsampled_low_res":
+            return upsampled_low_res()
+        return gradients().get(name) if name.startswith("grad_") and name != "grad_w" else None
+
+    return compute
+
+
+def of_classifier(golden: GoldenFile, classifier: NoisyClassifier) -> Compute:
+    """Logits, the label's log-probability and its gradient with respect to the image."""
+    x, t = golden.tensor("x"), golden.tensor("t")
+
+    @torch.no_grad()
+    def compute(name: str) -> Any:
+        if name == "logits":
+            return classifier(x, t)
+        if name == "log_prob_y":
+            return classifier(x, t).log_softmax(dim=1).gather(1, golden.tensor("y")[:, None])[:, 0]
+        if name == "grad_log_prob_x":
+            return log_prob_gradient(classifier, x, t, golden.tensor("y"))
+        return None
+
+    return compute
+
+
+def of_schedules(folder: Folder, golden: GoldenFile) -> Compute:
+    """Tables of whole processes."""
+
+    @cache
+    def process(schedule: str, num_timesteps: int) -> Diffusion:
+        return Diffusion(DiffusionConfig.model_validate({"schedule": schedule, "num_timesteps": num_timesteps}))
+
+    def compute(name: str) -> Any:
+        if match := re.fullmatch(r"ddpm_(\w+)_([\d.e+-]+)_([\d.e+-]+)_(\d+)\.betas", name):
+            return ddpm_betas(match[1], float(match[2]), float(match[3]), int(match[4]))
+        if match := re.fullmatch(r"(\w+)_(\d+)\.(\w+)", name):
+            return getattr(process(match[1], int(match[2])), match[3], None)
+        return None
+
+    return compute
+
+
+def of_respacing(folder: Folder, golden: GoldenFile) -> Compute:
+    """Kept timesteps and tables of the cases in respacing_cases.json."""
+    cases = {case["id"]: case for case in respacing_cases(folder)["cases"]}
+
+    @cache
+    def process(case_id: str) -> Diffusion:
+        case = cases[case_id]
+        fields = {"schedule": case["schedule"], "num_timesteps": case["num_timesteps"]}
+        return Diffusion(DiffusionConfig.model_validate(fields), case["spec"])
+
+    def compute(name: str) -> Any:
+        case_id, _, table = name.rpartition(".")
+        return getattr(process(case_id), table, None) if case_id in cases else None
+
+    return compute
+
+
+def of_timestep_embedding(folder: Folder, golden: GoldenFile) -> Compute:
+    """Sinusoidal embeddings of several sizes."""
+
+    def compute(name: str) -> Any:
+        match = re.fullmatch(r"emb_dim(\d+)_max([\d.]+)", name)
+        return match and timestep_embedding(golden.tensor("t"), int(match[1]), float(match[2]))
+
+    return compute
+
+
+STEP = re.compile(
+    r"step\.clip(?P<clip>[01])\.(?:"
+    r"p_mean_variance\.(?P<field>mean|variance|log_variance|pred_xstart)"
+    r"|condition_mean_s(?P<mean_scale>[\d.]+)"
+    r"|condition_score_s(?P<score_scale>[\d.]+)\.(?P<score_field>mean|pred_xstart)"
+    r"|p_sample(?:_guided_s(?P<ddpm_scale>[\d.]+))?\.sample"
+    r"|ddim(?:_guided_s(?P<ddim_scale>[\d.]+))?_eta(?P<eta>[\d.]+)\.sample"
+    r"|(?P<reverse>ddim_reverse)\.sample)"
+)
+
+
+def of_sampler_steps(folder: Folder, golden: GoldenFile) -> Compute:
+    """One step of each sampler, guided or not, with every element of the batch at its own timestep."""
+    stem = golden.path.stem
+    settings = folder.settings(stem)
+    diffusion = folder.diffusion(stem, settings["respacing_ddpm"])
+    unet, classifier = folder.unet(stem), folder.classifier(stem)
+    x, t, y = golden.tensor("step.x"), golden.tensor("step.t"), golden.tensor("y")
+
+    def denoiser(clip: bool, mean_scale: float = 0.0, score_scale: float = 0.0) -> Denoise:
+        denoise = diffusion.denoiser(unet, labels(unet, y), clip=clip)
+        if mean_scale:
+            return mean_shift(denoise, classifier_gradient(classifier, diffusion, y, mean_scale))
+        if score_scale:
+            return score_shift(denoise, classifier_gradient(classifier, diffusion, y, score_scale), diffusion)
+        return denoise
+
+    @torch.no_grad()
+    def compute(name: str) -> Any:
+        if name == "timestep_map":
+            return diffusion.timestep_map
+        if name in ("step.model_t", "step.classifier_t"):
+            return diffusion.model_timesteps(t, x)
+        if match := re.fullmatch(r"step\.grad_s([\d.]+)", name):
+            return classifier_gradient(classifier, diffusion, y, float(match[1]))(x, t)
+        match = STEP.fullmatch(name)
+        if match is None:
+            return None
+        found = {key: value for key, value in match.groupdict().items() if value is not None}
+        mean_scale = float(found.get("mean_scale", found.get("ddpm_scale", 0)))
+        score_scale = float(found.get("score_scale", found.get("ddim_scale", 0)))
+        prediction = denoiser(found["clip"] == "1", mean_scale, score_scale)(x, t)
+        if "field" in found or "score_field" in found:
+            return prediction_field(prediction, found.get("field") or found["score_field"])
+        if "mean_scale" in found:
+            return prediction.mean
+        if "reverse" in found:
+            return ddim_reverse_step(diffusion, prediction, x, t)
+        noise = golden.tensor("step.noise")
+        if "eta" in found:
+            return ddim_step(diffusion, prediction, x, t, noise, float(found["eta"]))
+        return ddpm_step(diffusion, prediction, x, t, noise)
+
+    return compute
+
+
+def prediction_field(prediction: Prediction, name: str) -> Tensor:
+    """A field under its published name; fixed variances are [B] there."""
+    value: Tensor = getattr(prediction, "pred_x_start" if name == "pred_xstart" else name)
+    return value.flatten() if value.shape[1:].numel() == 1 else value
+
+
+def of_sampler_trajectories(folder: Folder, golden: GoldenFile) -> Compute:
+    """Whole chains, guided or not; the deterministic encoding; an interpolation."""
+    stem = golden.path.stem
+    settings = folder.settings(stem)
+    chains = {name: folder.diffusion(stem, settings[f"respacing_{name}"]) for name in ("ddpm", "ddim")}
+    unet, classifier = folder.unet(stem), folder.classifier(stem)
+    y = golden.tensor("y")
+
+    def stored_noise(diffusion: Diffusion, noises: Tensor, first_is_last: bool) -> Noise:
+        chain = diffusion.timestep_map.tolist()
+        order = chain[::-1] if first_is_last else chain
+        return lambda original: noises[order.index(original)]
+
+    @cache
+    def run(sampler: str, scale: float, eta: float) -> list[Step]:
+        diffusion = chains[sampler]
+        denoise = diffusion.denoiser(unet, labels(unet, y))
+        noise = stored_noise(diffusion, golden.tensor("noise"), first_is_last=True)
+        x_T = golden.tensor("x_T")
+        if sampler == "ddpm":
+            if scale:
+                denoise = mean_shift(denoise, classifier_gradient(classifier, diffusion, y, scale))
+            return list(ddpm(denoise, diffusion, x_T, noise))
+        if scale:
+            denoise = score_shift(denoise, classifier_gradient(classifier, diffusion, y, scale), diffusion)
+        return list(ddim(denoise, diffusion, x_T, noise, eta=eta))
+
+    @cache
+    def encoded() -> list[Step]:
+        diffusion = chains["ddim"]
+        denoise = diffusion.denoiser(unet, labels(unet, y), clip=False)
+        return list(ddim_reverse(denoise, diffusion, golden.tensor("reverse.x0")))
+
+    def interpolation(name: str) -> Any:
+        if name not in ("x_t", "out"):
+            return None
+        first, second, noise1, noise2 = (golden.tensor(f"interpolate.{k}") for k in ("x1", "x2", "noise1", "noise2"))
+        t, lam = int(golden.array("interpolate.t")), float(golden.array("interpolate.lam"))
+        diffusion = chains["ddpm"]
+        if name == "x_t":
+            return interpolated_latent(diffusion, (first, second), (noise1, noise2), lam, t)
+        # the way back took noise[0] at its first step, at index t
+        noise = stored_noise(diffusion, golden.tensor("noise")[: t + 1].flip(0), first_is_last=False)
+        denoise = diffusion.denoiser(unet, labels(unet, y))
+        return interpolate(denoise, diffusion, (first, second), (noise1, noise2), lam, t, noise)
+
+    @torch.no_grad()
+    def compute(name: str) -> Any:
+        group, _, array = name.rpartition(".")
+        if array == "timestep_map" and group in chains:
+            return chains[group].timestep_map
+        if group == "interpolate":
+            return interpolation(array)
+        if group == "reverse":
+            after = re.fullmatch(r"after_(\d+)_steps?", array)
+            return encoded()[int(after[1]) - 1].x if after else encoded()[-1].x if array == "final" else None
+        match = re.fullmatch(r"(ddpm|ddim)(?:_guided_s([\d.]+))?(?:_eta([\d.]+))?", group)
+        if match is None or array not in ("samples", "pred_xstart", "final"):
+            return None
+        steps = run(match[1], float(match[2] or 0), float(match[3] or 0))
+        if array == "final":
+            return steps[-1].x
+        return torch.stack([step.x if array == "samples" else step.pred_x_start for step in steps])
+
+    return compute
+
+
+def of_parameterisations(folder: Folder, golden: GoldenFile) -> Compute:
+    """Means and variances of p for every reading of a network's output, timesteps not rescaled."""
+    stem = golden.path.stem
+    t = golden.tensor("t")
+
+    def predict(prediction: str, variance: str) -> Prediction:
+        learned = variance.startswith("LEARNED")
+        unet = folder.unet(stem, "learned_model" if learned else "model")
+        x = golden.tensor("LEARNED.x" if learned else "x")
+        y = golden.optional("LEARNED.y" if learned else "y")
+        diffusion = folder.diffusion(
+            stem, prediction=PREDICTIONS[prediction], variance=variance.lower(), rescale_timesteps=False
+        )
+        return diffusion.denoiser(unet, labels(unet, y))(x, t)
+
+    @torch.no_grad()
+    def compute(name: str) -> Any:
+        if name == "model_out":
+            unet = folder.unet(stem)
+            return unet(golden.tensor("x"), t, labels(unet, golden.optional("y")))
+        match = re.fullmatch(
+            rf"(?:({'|'.join(PREDICTIONS)})\.)?(?:(FIXED_SMALL|FIXED_LARGE|LEARNED|LEARNED_RANGE)\.)?"
+            r"(mean|variance|log_variance|pred_xstart)",
+            name,
+        )
+        if match is None or not (match[1] or match[2]):
+            return None
+        return prediction_field(predict(match[1] or "EPSILON", match[2] or "FIXED_LARGE"), match[3])
+
+    return compute
+
+
+def of_losses(folder: Folder, golden: GoldenFile) -> Compute:
+    """Loss terms of every objective, their gradients, on the whole and on the respaced chain."""
+    stem = golden.path.stem
+    settings = folder.settings(stem)
+    unet = folder.unet(stem)
+    loss_names = "|".join(sorted(LOSSES, key=len, reverse=True))
+
+    @cache
+    def terms(loss: str, respaced: bool) -> dict[str, Tensor]:
+        diffusion = folder.diffusion(stem, settings["respacing_ddpm"] if respaced else "", loss=LOSSES[loss])
+        x_start, noise = golden.tensor("x_start"), golden.tensor("noise")
+        t = golden.tensor("respaced.t" if respaced else "t")
+        return diffusion.losses(unet, x_start, t, noise, **label_kwargs(unet, golden.optional("y")))
+
+    @cache
+    def gradients(loss: str, term: str) -> dict[str, Tensor]:
+        unet.zero_grad()
+        terms(loss, False)[term].mean().backward(retain_graph=True)
+        return {name: p.grad.clone() for name, p in unet.named_parameters() if p.grad is not None}
+
+    def fixed(prediction: str, variance: str, loss: str, term: str) -> Tensor:
+        network = folder.unet("sampler_parameterisations")
+        diffusion = folder.diffusion(
+            stem,
+            prediction=PREDICTIONS[prediction],
+            variance=variance.lower(),
+            loss=LOSSES[loss],
+            rescale_timesteps=False,
+        )
+        kwargs = label_kwargs(network, golden.optional("fixed.y"))
+        x_start, noise = golden.tensor("fixed.x_start"), golden.tensor("fixed.noise")
+        with torch.no_grad():
+            return diffusion.losses(network, x_start, golden.tensor("t"), noise, **kwargs)[term]
+
+    def compute(name: str) -> Any:
+        pattern = rf"fixed\.({'|'.join(PREDICTIONS)})\.(FIXED_SMALL|FIXED_LARGE)\.({loss_names})\.(loss|mse|vb)"
+        if match := re.fullmatch(pattern, name):
+            return fixed(match[1], match[2], match[3], match[4])
+        if match := re.fullmatch(rf"(respaced\.)?({loss_names})\.(loss|mse|vb)", name):
+            return terms(match[2], match[1] is not None)[match[3]]
+        if match := re.fullmatch(rf"({loss_names})\.grad_norm", name):
+            return torch.stack([g.double().norm() for g in gradients(match[1], "loss").values()]).norm()
+        if match := re.fullmatch(rf"({loss_names})\.grad(?:_of_(vb)_only)?\.(.+)", name):
+            return gradients(match[1], match[2] or "loss")[match[3]]
+        return None
+
+    return compute
+
+
+def label_kwargs(network: UNet, y: Tensor | None) -> dict[str, Tensor]:
+    """Keyword arguments that give a network its labels."""
+    y = labels(network, y)
+    return {} if y is None else {"y": y}
+
+
+def of_likelihood(folder: Folder, golden: GoldenFile) -> Compute:
+    """The decoder's log-likelihood and divergences of Gaussians, elementwise in nats."""
+
+    def compute(name: str) -> Any:
+        if name == "dgll.log_probs":
+            x, means, log_scales = (golden.tensor(f"dgll.{k}") for k in ("x", "means", "log_scales"))
+            return discretized_gaussian_log_likelihood(x, means, log_scales)
+        if name in ("kl.out", "kl.out_vs_standard"):
+            mean1, logvar1 = golden.tensor("kl.mean1"), golden.tensor("kl.logvar1")
+            if name == "kl.out":
+                return normal_kl(mean1, logvar1, golden.tensor("kl.mean2"), golden.tensor("kl.logvar2"))
+            return normal_kl(mean1, logvar1, torch.zeros(()), torch.zeros(()))
+        return None
+
+    return compute
+
+
+def of_bits_per_dim(folder: Folder, golden: GoldenFile) -> Compute:
+    """The bound, term by term, and the progressive coding curve."""
+    stem = golden.path.stem
+    unet = folder.unet(stem)
+    kept = golden.array("timestep_map")
+    specs = (str(len(kept)), f"ddim{len(kept)}")  # the file states its chain by the timesteps that it keeps
+    num_timesteps = folder.settings(stem)["num_timesteps"]
+    spec = next((s for s in specs if np.array_equal(possible_timesteps(num_timesteps, s), kept)), specs[0])
+    diffusion = folder.diffusion(stem, spec)
+
+    @cache
+    def arrays(clip: bool) -> dict[str, Tensor]:
+        noises, chain = golden.tensor("noise_in_call_order"), diffusion.timestep_map.tolist()[::-1]
+        denoise = diffusion.denoiser(unet, labels(unet, golden.optional("y")), clip=clip)
+        bits = bits_per_dim(denoise, diffusion, golden.tensor("x_start"), lambda t: noises[chain.index(t)])
+        rate, distortion = progressive_coding(bits)
+        return {
+            "total_bpd": bits.total,
+            "prior_bpd": bits.prior,
+            "vb": bits.vb,
+            "xstart_mse": bits.x_start_mse,
+            "mse": bits.mse,
+            "progressive.rate_bpd": rate,
+            "progressive.rmse_255": distortion,
+        }
+
+    @torch.no_grad()
+    def compute(name: str) -> Any:
+        if name == "timestep_map":
+            return diffusion.timestep_map
+        match = re.fullmatch(r"clip([01])\.(.+)", name)
+        return match and arrays(match[1] == "1").get(match[2])
+
+    return compute
+
+
+def possible_timesteps(num_timesteps: int, spec: str) -> Any:
+    """The timesteps that `spec` keeps, None if it is impossible."""
+    try:
+        return space_timesteps(num_timesteps, spec)
+    except ValueError:
+        return None
+
+
+def of_resampler(folder: Folder, golden: GoldenFile) -> Compute:
+    """The loss-aware timestep sampler after each of many updates."""
+    num_timesteps = int(golden.array("num_timesteps"))
+    sampler = LossSecondMomentTimesteps(
+        num_timesteps, int(golden.array("history_per_term")), float(golden.array("uniform_prob"))
+    )
+    weights = []
+    for t, loss in zip(golden.array("ts"), golden.array("losses"), strict=True):
+        sampler.update(np.array([t]), np.array([loss]))
+        weights.append(sampler.weights())
+    probabilities = weights[-1] / weights[-1].sum()
+    middles = np.cumsum(probabilities) - probabilities / 2  # uniforms that draw every timestep once
+    drawn, importance = sampler.draw(middles)
+    values = {
+        "weights_after_each_update": np.stack(weights),
+        "final_history": sampler.history,
+        "final_counts": sampler.counts,
+        "importance_weight_per_timestep": importance[np.argsort(drawn)],
+    }
+    return values.get
+
+
+def of_training(folder: Folder, golden: GoldenFile) -> Compute:
+    """A few steps of AdamW with the published learning rates, and the moving averages."""
+    stem = golden.path.stem
+    network = folder.unet(stem)
+    diffusion = folder.diffusion(stem, loss="rescaled_simple")
+    weights = copy.deepcopy(network.state_dict())
+    rates = golden.array("ema_rates").tolist()
+    first_lr, anneal_steps = float(golden.array("lr")), int(golden.array("lr_anneal_steps"))
+    weight_decay = float(golden.array("weight_decay"))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=first_lr, weight_decay=weight_decay)
+    emas = {rate: {name: p.detach().clone() for name, p in network.named_parameters()} for rate in rates}
+    values: dict[str, Any] = {"loss": [], "grad_norm": [], "param_norm": [], "lr_used": []}
+    x_start, noise, t = golden.tensor("x_start"), golden.tensor("noise"), golden.tensor("t")
+    y = golden.optional("y")
+    for step in range(len(x_start)):
+        kwargs = label_kwargs(network, None if y is None else y[step])
+        loss = diffusion.losses(network, x_start[step], t[step], noise[step], **kwargs)["loss"].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        values["loss"].append(loss.item())
+        values["lr_used"].append(optimizer.param_groups[0]["lr"])
+        grads = [p.grad.double().norm() for p in network.parameters() if p.grad is not None]
+        values["grad_norm"].append(torch.stack(grads).norm().item())
+        values["param_norm"].append(torch.stack([p.double().norm() for p in network.parameters()]).norm().item())
+        optimizer.step()
+        for rate, ema in emas.items():
+            for name, parameter in network.named_parameters():
+                ema[name].mul_(rate).add_(parameter.detach(), alpha=1 - rate)
+        if anneal_steps:
+            optimizer.param_groups[0]["lr"] = first_lr * (1 - step / anneal_steps)
+    for name, parameter in network.named_parameters():
+        values[f"final.{name}"] = parameter.detach().clone()
+        for rate, ema in emas.items():
+            values[f"ema{rate}.{name}"] = ema[name]
+    for name in values.keys() & golden.arrays.keys():
+        if name.startswith(("final.", "ema")):  # Adam turns the rounding of tiny gradients into whole steps
+            golden.floors[name] = 2e-4 * sum(values["lr_used"])
+    network.load_state_dict(weights)
+    return values.get
+
+
+# Which kind a file is, by the arrays in it; networks go by their names in cases.json
+Kind = Callable[[Folder, GoldenFile], Compute]
+KINDS: list[tuple[str, Kind]] = [
+    (r"emb_dim\d+_max.*", of_timestep_embedding),
+    (r"step\.x", of_sampler_steps),
+    (r"x_T", of_sampler_trajectories),
+    (rf"({'|'.join(PREDICTIONS)})\.(mean|pred_xstart)", of_parameterisations),
+    (r"lr_used", of_training),
+    (r"(RESCALED_)?(MSE|KL)\.loss", of_losses),
+    (r"(dgll|kl)\..*", of_likelihood),
+    (r"noise_in_call_order", of_bits_per_dim),
+    (r"weights_after_each_update", of_resampler),
+    (r"\w+\.timestep_map", of_respacing),
+    (r"[\w.]+\.betas", of_schedules),
+]
+
+
+def compare_arrays(folder: Folder, path: Path) -> list[Row]:
+    """All rows of one .npz file."""
+    golden = GoldenFile(path, folder.cases["tolerances"].get(path.name))
+    kind: Kind | None = of_network if path.stem in folder.networks else None
+    for pattern, candidate in KINDS:
+        if kind is None and any(re.fullmatch(pattern, name) for name in golden.arrays):
+            kind = candidate
+    if kind is None:
+        return golden.compare(lambda name: None)
+    try:
+        compute = kind(folder, golden)
+    except Exception as error:  # noqa: BLE001  # reported as this file's failure
+        return [Row(path.name, "*", "FAIL", note=f"{type(error).__name__}: {error}")]
+    return golden.compare(compute)
+
+
+# What is not an array
+
+
+def respacing_cases(folder: Folder) -> dict[str, Any]:
+    """Contents of respacing_cases.json, empty where the folder has none."""
+    path = folder.path / "respacing_cases.json"
+    return json.loads(path.read_text()) if path.is_file() else {"cases": []}
+
+
+def exact_row(file: str, case: str, value: Any, expected: Any) -> Row:
+    """A row for two values that must be equal."""
+    if value == expected:
+        return Row(file, case, "pass", 0.0, 0.0)
+    return Row(file, case, "FAIL", note=f"{value!r}, golden {expected!r}"[:200])
+
+
+def compare_respacing_cases(folder: Folder) -> list[Row]:
+    """Lengths of valid chains, and refusals (ValueError) of the others."""
+    file = "respacing_cases.json"
+    content = respacing_cases(folder)
+    rows = []
+    for case in content["cases"]:
+        spec, num_timesteps = case["spec"], case["num_timesteps"]
+        name = f"{case['id']} {case['schedule']} {num_timesteps} {spec!r}"
+        if case["raises"] is None:
+            outcome = attempt(case["schedule"], num_timesteps, spec)
+            rows.append(exact_row(file, name, outcome, f"{case['num_kept']} steps"))
+        else:
+            parse = case["stage"] == "parse"
+            outcome = attempt(case["schedule"], num_timesteps, spec, parse_only=parse)
+            rows.append(exact_row(file, f"{name} is refused", outcome, "refused"))
+    for case in content.get("schedule_errors", []):
+        outcome = attempt(case["schedule"], case["num_timesteps"], None)
+        wanted = "refused" if case["raises"] else f"{case['num_timesteps']} steps"
+        name = f"schedule {case['schedule']} {case['num_timesteps']} -> {wanted}"
+        rows.append(exact_row(file, name, outcome, wanted))
+    return rows
+
+
+def attempt(schedule: str, num_timesteps: int, spec: Any, parse_only: bool = False) -> str:
+    """What comes of a schedule and a respacing (None = the whole chain): "N steps" or "refused"."""
+    try:
+        if spec is not None and parse_only:
+            return f"{len(space_timesteps(num_timesteps, spec))} steps"
+        config = DiffusionConfig.model_validate({"schedule": schedule, "num_timesteps": num_timesteps})
+        return f"{Diffusion(config, '' if spec is None else spec).num_timesteps} steps"
+    except ValueError:
+        return "refused"
+
+
+def compare_checkpoint(path: Path) -> list[Row]:
+    """Names and shapes of a published checkpoint against the network that its flags describe."""
+    content = json.loads(path.read_text())
+    file = f"checkpoints/{path.name}"
+    try:
+        config = config_from_flags(content["kind"], content["all_flags"])
+        with torch.device("meta"):
+            network = NoisyClassifier(config) if isinstance(config, ClassifierConfig) else make_unet(config)
+    except Exception as error:  # noqa: BLE001  # reported as this file's failure
+        return [Row(file, "*", "FAIL", note=f"{type(error).__name__}: {error}")]
+    shapes = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    wrong = {
+        name: (shapes.get(name), content["shapes"].get(name))
+        for name in shapes.keys() | content["shapes"].keys()
+        if shapes.get(name) != content["shapes"].get(name)
+    }
+    return [
+        exact_row(file, "names and shapes", wrong, {}),
+        exact_row(file, "num_tensors", len(shapes), content["num_tensors"]),
+        exact_row(file, "num_parameters", count_parameters(network), content["num_parameters"]),
+    ]
+
+
+def count_parameters(network: torch.nn.Module) -> int:
+    """Number of trained values."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def compare_weights(folder: Folder, name: str) -> Row:
+    """Loads a network's weights, strictly, and compares its number of parameters."""
+    entry = folder.networks[name]
+    try:
+        return exact_row(
+            entry["weights"], "num_parameters", count_parameters(folder.network(name)), entry["num_parameters"]
+        )
+    except Exception as error:  # noqa: BLE001  # reported as this network's failure
+        return Row(entry.get("weights", name), "num_parameters", "FAIL", note=f"{type(error).__name__}: {error}")
+
+
+def compare(path: Path) -> list[Row]:
+    """All rows of a folder; files that no check reads are "not covered", files that are absent fail."""
+    folder = Folder(path)
+    rows = [compare_weights(folder, name) for name in folder.networks]
+    rows += compare_respacing_cases(folder)
+    known = {"README.md", "cases.json", "respacing_cases.json"}
+    known |= {entry["weights"] for entry in folder.networks.values()}
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        name = file.relative_to(path).as_posix()
+        if file.suffix == ".npz":
+            rows += compare_arrays(folder, file)
+        elif name.startswith("checkpoints/") and file.suffix == ".json":
+            rows += compare_checkpoint(file)
+        elif name not in known:
+            rows.append(Row(name, "*", "not covered"))
+    for name in folder.cases["tolerances"]:
+        if not (path / name).is_file():
+            rows.append(Row(name, "*", "FAIL", note="has tolerances but is not in the folder"))
+    return rows
