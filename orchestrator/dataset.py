@@ -10,6 +10,7 @@ import io
 import json
 import math
 import struct
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ ROW_GROUP_IMAGES = 128  # at most, at least half of it
 SHARD_BYTES = 64 << 20  # at least where there is so much, at most twice
 MIN_ROW_GROUPS = 16  # of a split with that many images: four for each of four streams
 BLOCK_ROWS = 64  # decoded at a time
+
+# Odd EXIF blocks and palettes: the image decodes all the same, and a user can do nothing about it.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 _SCHEMA = pa.schema(
     [

@@ -39,9 +39,7 @@ def test_write_read_list_delete(root: str) -> None:
     assert storage.read_bytes(storage.join(root, "a.json")) == b"again"
     storage.delete(storage.join(root, "a.json"))
     storage.delete(storage.join(root, "a.json"))
-    assert not storage.exists(storage.join(root, "a.json")) and storage.exists(
-        storage.join(root, "deep/b.bin")
-    )
+    assert not storage.exists(storage.join(root, "a.json")) and storage.exists(storage.join(root, "deep/b.bin"))
     storage.delete(storage.join(root, "deep") + "/")
     storage.delete(storage.join(root, "deep") + "/")
     assert storage.list_names(root, recursive=True) == []
@@ -57,9 +55,7 @@ def test_create_only(root: str) -> None:
     uri = storage.join(root, "deep", "commit.json")
     assert storage.create_bytes(uri, b"first")
     assert not storage.create_bytes(uri, b"second")
-    assert not storage.create_bytes(uri, b"first"), (
-        "the same bytes of another writer are still another writer's"
-    )
+    assert not storage.create_bytes(uri, b"first"), "the same bytes of another writer are still another writer's"
     assert storage.read_bytes(uri) == b"first"
     assert storage.list_names(storage.join(root, "deep")) == ["commit.json"]
 
@@ -132,9 +128,7 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         storage.read_bytes("nosuch://x")
 
 
-def test_a_local_write_that_fails_leaves_the_old_object(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_local_write_that_fails_leaves_the_old_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = str(tmp_path / "x")
     storage.write_bytes(uri, b"old")
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
@@ -145,8 +139,8 @@ def test_a_local_write_that_fails_leaves_the_old_object(
 
 
 class FaultProxy:
-    """Stands before the S3 server and spoils the next connections: "503", "reset", "cut" (half an answer) or
-    "swallow" (the server acts, its answer is lost). One request a connection."""
+    """Stands before the S3 server and spoils the next connections: "503", "reset", "stall" (no answer for long),
+    "cut" (half an answer) or "swallow" (the server acts, its answer is lost). One request a connection."""
 
     def __init__(self, endpoint: str) -> None:
         self.target = ("127.0.0.1", int(endpoint.rsplit(":", 1)[1]))
@@ -173,10 +167,10 @@ class FaultProxy:
             fault = self.faults.pop(0) if self.faults else ""
             if fault == "503":
                 body = b"<Error><Code>SlowDown</Code><Message>slow down</Message></Error>"
-                head = b"HTTP/1.1 503 Slow Down\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(
-                    body
-                )
+                head = b"HTTP/1.1 503 Slow Down\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
                 client.sendall(head if request.startswith(b"HEAD") else head + body)
+            elif fault == "stall":
+                time.sleep(5)
             elif fault != "reset":
                 server.sendall(_closing(request))
                 answer = b"".join(iter(lambda: server.recv(1 << 16), b""))
@@ -215,8 +209,11 @@ def faulty(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultPro
     proxy.server.close()
 
 
-@pytest.mark.parametrize("fault", ["503", "reset", "cut"])
-def test_transient_faults_are_retried(fault: str, s3_bucket: str, faulty: FaultProxy) -> None:
+@pytest.mark.parametrize("fault", ["503", "reset", "cut", "stall"])
+def test_transient_faults_are_retried(
+    fault: str, s3_bucket: str, faulty: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(storage._S3_OPTIONS["config_kwargs"], "read_timeout", 1.0)  # seconds
     uri, data = f"{s3_bucket}/x", bytes(range(256)) * 1000
     for operation in (
         lambda: storage.write_bytes(uri, data),
@@ -225,7 +222,7 @@ def test_transient_faults_are_retried(fault: str, s3_bucket: str, faulty: FaultP
         lambda: storage.list_names(s3_bucket) == ["x"] or pytest.fail("not listed"),
         lambda: storage.create_bytes(f"{s3_bucket}/{fault}", data),
     ):
-        faulty.faults = [fault] * 2
+        faulty.faults = [fault]
         operation()
 
 
