@@ -335,7 +335,7 @@ def inception_score(probabilities: Array, split_size: int = 5000) -> Estimate:
     as much as the others. Samples sorted by class would lower it. 0 log 0 counts as 0.
     """
     starts = np.arange(0, len(probabilities), split_size)
-    return _inception_score(probabilities, np.append(starts, len(probabilities)))
+    return _mean_of_splits(probabilities, np.append(starts, len(probabilities)))
 
 
 def inception_score_classic(probabilities: Array, num_splits: int = 10, shuffle_seed: int | None = 2020) -> Estimate:
@@ -345,22 +345,30 @@ def inception_score_classic(probabilities: Array, num_splits: int = 10, shuffle_
         raise ValueError(f"n={n} samples cannot be cut into num_splits={num_splits}")
     if shuffle_seed is not None:  # numpy's old generator, since the published protocol is defined by it
         probabilities = probabilities[np.random.RandomState(shuffle_seed).permutation(n)]
-    return _inception_score(probabilities, np.arange(num_splits + 1) * n // num_splits)
+    return _mean_of_splits(probabilities, np.arange(num_splits + 1) * n // num_splits)
 
 
-def _inception_score(probabilities: Array, bounds: NDArray[np.integer]) -> Estimate:
+def split_scores(probabilities: Array, bounds: NDArray[np.integer]) -> tuple[Array, Array]:
+    """Inception Score [S] of the consecutive rows between `bounds` [S + 1], and the variance [S] of each.
+
+    Raises ValueError where rows are not probabilities.
+    """
     check_features(probabilities)
     if probabilities.min() < 0 or not np.allclose(probabilities.sum(1), 1, atol=1e-4):
         raise ValueError("probabilities must be at least 0 and sum to 1 in each row; pass logits through softmax")
-    scores, variances = [], []
-    for start, stop in pairwise(bounds):
+    scores, variances = np.empty(len(bounds) - 1), np.empty(len(bounds) - 1)
+    for i, (start, stop) in enumerate(pairwise(bounds)):
         p = np.asarray(probabilities[start:stop], np.float64)
-        marginal = p.mean(axis=0)
-        ratio = np.divide(p, marginal, out=np.ones_like(p), where=p > 0)
+        ratio = np.divide(p, p.mean(axis=0), out=np.ones_like(p), where=p > 0)
         divergence = (p * np.log(ratio)).sum(axis=1)  # KL of each row: its own influence, up to a constant
-        scores.append(float(np.exp(divergence.mean())))
-        variances.append(scores[-1] ** 2 * divergence.var() / len(p))
-    return _interval(float(np.mean(scores)), len(probabilities), float(np.sum(variances)) / len(scores) ** 2)
+        scores[i] = np.exp(divergence.mean())
+        variances[i] = scores[i] ** 2 * divergence.var() / len(p)
+    return scores, variances
+
+
+def _mean_of_splits(probabilities: Array, bounds: NDArray[np.integer]) -> Estimate:
+    scores, variances = split_scores(probabilities, bounds)
+    return _interval(float(scores.mean()), len(probabilities), float(variances.sum()) / len(scores) ** 2)
 
 
 # --- Kernel distance ----------------------------------------------------------------------------------------
@@ -383,9 +391,9 @@ def kid_scores(reference: Array, samples: Array) -> Array:
     n, m = len(samples), len(reference)
     if min(n, m) < 2:
         raise ValueError(f"the unbiased kernel distance needs two rows of each set; got {n} samples, {m} references")
-    within = sum(_kernel(r, reference).sum() - _kernel_diagonal(r).sum() for r in _row_blocks(reference))
-    across = np.concatenate([_kernel(r, reference).mean(axis=1) for r in _row_blocks(samples)])
-    own = [(_kernel(r, samples).sum(axis=1) - _kernel_diagonal(r)) / (n - 1) for r in _row_blocks(samples)]
+    within = sum(polynomial_kernel(r, reference).sum() - _kernel_diagonal(r).sum() for r in _row_blocks(reference))
+    across = np.concatenate([polynomial_kernel(r, reference).mean(axis=1) for r in _row_blocks(samples)])
+    own = [(polynomial_kernel(r, samples).sum(axis=1) - _kernel_diagonal(r)) / (n - 1) for r in _row_blocks(samples)]
     witness = np.concatenate(own) - across
     value = witness.mean() - across.mean() + within / (m * (m - 1))
     return value + 2 * (witness - witness.mean())
@@ -411,9 +419,15 @@ def kid_subsets(
     for _ in range(num_subsets):
         x = np.asarray(samples[rng.choice(len(samples), subset_size, replace=False)], np.float64)
         y = np.asarray(reference[rng.choice(len(reference), subset_size, replace=False)], np.float64)
-        own = sum(_kernel(z, z).sum() - _kernel_diagonal(z).sum() for z in (x, y)) / (subset_size - 1)
-        values.append((own - 2 * _kernel(x, y).sum() / subset_size) / subset_size)
+        within = sum((k.sum(1) - np.diagonal(k)).sum() for k in (_published_kernel(x, x), _published_kernel(y, y)))
+        across = _published_kernel(x, y).sum(0).sum()
+        values.append(within / (subset_size * (subset_size - 1)) - 2 * across / subset_size**2)
     return float(np.mean(values)), float(np.std(values))
+
+
+def _published_kernel(x: Array, y: Array) -> Array:
+    """`polynomial_kernel` rounded as torch-fidelity rounds it: where features are large the last bits matter."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
 
 
 def _row_blocks(features: Array) -> Iterator[Array]:
@@ -421,7 +435,8 @@ def _row_blocks(features: Array) -> Iterator[Array]:
         yield np.asarray(features[start : start + BLOCK], np.float64)
 
 
-def _kernel(x: Array, y: Array) -> Array:
+def polynomial_kernel(x: Array, y: Array) -> Array:
+    """(x.y / D + 1)^3 of all pairs of rows, float64."""
     linear = np.asarray(x, np.float64) @ np.asarray(y, np.float64).T / x.shape[1] + 1
     return linear * linear * linear
 

@@ -1,8 +1,8 @@
 """Compares Admiral with golden data: `python -m tests.reference [DIR]`, DIR defaulting to tests/golden.
 
 DIR is a folder of golden data or holds several. What is compared, with which settings and tolerances, is read
-from the folders; a kind of folder is recognised by what it holds. Prints a row for every comparison and exits with
-1 if one fails or if there is an array (or file) that no check knows.
+from the folders; a kind of folder is recognised by what it holds. Prints a row for every comparison and exits
+with 1 if one fails or if there is an array (or file) that no check knows.
 """
 
 import argparse
@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from tests import reference_diffusion
+from tests import reference_diffusion, reference_metrics
 from tests.comparison import Row
 
 # Kinds of folders: (does a folder hold this kind?, all of its rows)
 KINDS: list[tuple[Callable[[Path], bool], Callable[[Path], list[Row]]]] = [
     (reference_diffusion.recognises, reference_diffusion.compare),
+    (reference_metrics.recognises, reference_metrics.compare),
 ]
 
 
