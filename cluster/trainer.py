@@ -139,15 +139,26 @@ def _relayed(relay: Any, on_record: Callable[[Record], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stop_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM and Ctrl-C call `stop` while inside; elsewhere than in the main thread signals are left alone."""
+    """While inside, the first SIGTERM or Ctrl-C calls `stop`, and the next does what it did before.
+
+    Elsewhere than in the main thread signals are left alone.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def put_back() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def first(*_: object) -> None:
+        put_back()
+        stop()
+
     for number in previous:
-        signal.signal(number, lambda *_: stop())
+        signal.signal(number, first)
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        put_back()

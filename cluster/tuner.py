@@ -4,6 +4,8 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+from ray import tune
+
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -18,11 +20,6 @@ def run_trials(
     A trial that fails is answered as {"error": reason}; the others go on. `on_report(setting, metrics)` is called
     in this process at each report.
     """
-    import ray.tune as tune
-
-    class Listener(tune.Callback):
-        def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **_: Any) -> None:
-            on_report(trial.config["setting"], result["metrics"])
 
     def run(config: dict[str, Any]) -> None:
         trial(config["setting"], lambda metrics: tune.report({"metrics": metrics}))
@@ -33,7 +30,7 @@ def run_trials(
             tune.with_resources(run, {"CPU": 0.01}),
             param_space={"setting": tune.grid_search(settings)},
             tune_config=tune.TuneConfig(max_concurrent_trials=max_concurrent),
-            run_config=tune.RunConfig(storage_path=folder, verbose=0, callbacks=[Listener()]),
+            run_config=tune.RunConfig(storage_path=folder, verbose=0, callbacks=[_Listener(on_report)]),
         )
         grid: Any = tuner.fit()
         outcomes = {
@@ -44,6 +41,19 @@ def run_trials(
             if result.config
         }
     return [outcomes.get(_key(setting), {"error": "the trial did not start"}) for setting in settings]
+
+
+class _Listener(tune.Callback):
+    """Tells of each report. Tune saves its callbacks as it goes on; this one has nothing to save."""
+
+    def __init__(self, on_report: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
+        self._on_report = on_report
+
+    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **_: Any) -> None:
+        self._on_report(trial.config["setting"], result["metrics"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
 
 
 def _key(setting: dict[str, Any]) -> str:

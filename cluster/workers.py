@@ -74,14 +74,14 @@ class Pool(Generic[Item, Result]):
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
-        waiting, failures, errors = deque(items), Counter[int](), {}
+        waiting, failures, errors = deque(enumerate(items)), Counter[int](), {}
         starting = {actor.ready.remote(): actor for actor in self._actors}
-        running: dict[Any, tuple[Any, Item]] = {}
+        running: dict[Any, tuple[Any, int, Item]] = {}
         idle: list[Any] = []
         while waiting or running:
             while waiting and idle:
-                actor, item = idle.pop(), waiting.popleft()
-                running[actor.work.remote(item)] = (actor, item)
+                actor, (number, item) = idle.pop(), waiting.popleft()
+                running[actor.work.remote(item)] = (actor, number, item)
             if not running and not starting:
                 raise RuntimeError(f"no worker is left; {len(waiting)} items are not done")
             done, _ = ray.wait([*running, *starting], num_returns=1)
@@ -95,7 +95,7 @@ class Pool(Generic[Item, Result]):
                 except RayTaskError as error:
                     raise RuntimeError(f"a worker could not be made: {_reason(error)}") from error
                 continue
-            actor, item = running.pop(reference)
+            actor, number, item = running.pop(reference)
             try:
                 result = ray.get(reference)
             except (RayActorError, RayTaskError) as error:
@@ -103,11 +103,11 @@ class Pool(Generic[Item, Result]):
                     idle.append(actor)
                 else:
                     starting[actor.ready.remote()] = actor
-                failures[id(item)] += 1
-                if failures[id(item)] < tries:
-                    waiting.append(item)
+                failures[number] += 1
+                if failures[number] < tries:
+                    waiting.append((number, item))
                 else:
-                    errors[id(item)] = (item, _reason(error))
+                    errors[number] = (item, _reason(error))
                 continue
             idle.append(actor)
             yield item, result

@@ -85,7 +85,7 @@ def generate(config: GenerationConfig) -> str:
         print(f"{output} is complete: {config.num_samples:,} samples")
         return output
     with (
-        session(),
+        session(config.num_workers),
         tracked("generate", config, output) as tracker,
         progress_line(config.num_samples, "samples") as progress,
     ):

@@ -102,7 +102,7 @@ def search(config: SearchConfig) -> str:
     there = set(storage.list_names(storage.join(output, "trials")))
     todo = [setting for setting in settings if _trial_name(setting) not in there]
     with (
-        session(),
+        session(config.num_workers + 1),  # one for the trials, which only wait and measure
         tracked("search", config, output) as tracker,
         progress_line(len(settings), "trials") as progress,
     ):

@@ -172,6 +172,12 @@ def delete(uri: str) -> None:
         return
 
 
+def make_bucket(uri: str) -> None:
+    """Make sure that the bucket (or local folder) of this URI is there."""
+    fs, path = _locate(uri)
+    _attempt("make", uri, fs.makedirs, path, exist_ok=True)
+
+
 def read_json(uri: str) -> Any:
     """The parsed object; ValueError naming the URI where it is not JSON."""
     try:

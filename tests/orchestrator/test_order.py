@@ -16,9 +16,7 @@ GOLDEN_PERMUTATION = [5, 4, 7, 3, 1, 6, 2, 0]
 GOLDEN_ORDER = [[21, 0, 11, 3], [23, 2, 10, 4], [22, 1, 5, 9]]
 
 
-def make_plan(
-    num_groups: int, batch_size: int, num_streams: int, window: int = 4, seed: int = 0
-) -> OrderPlan:
+def make_plan(num_groups: int, batch_size: int, num_streams: int, window: int = 4, seed: int = 0) -> OrderPlan:
     sizes = tuple(int(n) for n in np.random.default_rng(1).integers(5, 9, num_groups))
     return OrderPlan(sizes, batch_size, OrderConfig(seed=seed, num_streams=num_streams, window=window))
 
@@ -91,10 +89,7 @@ def test_no_row_group_in_two_streams_or_windows() -> None:
 
 def test_units_come_in_the_order_of_first_need() -> None:
     plan = make_plan(64, 16, 4, window=2)
-    needs = [
-        (unit.epoch, unit.first // plan.rows_per_stream, unit.stream)
-        for unit in islice(plan.units(0, 1), 100)
-    ]
+    needs = [(unit.epoch, unit.first // plan.rows_per_stream, unit.stream) for unit in islice(plan.units(0, 1), 100)]
     assert needs == sorted(needs)
 
 
