@@ -35,13 +35,16 @@ def is_submitted() -> bool:
 
 @contextlib.contextmanager
 def session(wanted_cpus: float = 0, object_store_memory: int = 300 << 20) -> Iterator[None]:
-    """Be connected to Ray, for a job that wants `wanted_cpus` CPUs at once.
+    """Be connected to Ray, for a job that wants `wanted_cpus` CPUs at once; 0: it works without Ray, none is started.
 
     Uses the cluster that `RAY_ADDRESS` names (a submitted job has it set), and says so where it is smaller: the job
     then waits for the autoscaler. Without one, starts a local Ray and shuts it down at the end: its logical CPUs are
     the machine's, or as many as are wanted, and its object store has `object_store_memory` bytes. A session inside a
     session joins it.
     """
+    if not wanted_cpus:
+        yield
+        return
     for name, value in QUIET_ENVIRONMENT.items():
         if not (name == "RAY_AUTH_MODE" and "RAY_ADDRESS" in os.environ):
             os.environ.setdefault(name, value)

@@ -1,0 +1,93 @@
+"""Checkpoints count when committed and whole; weights carry their architecture."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.diffusion import DiffusionConfig
+from models.unet import UNetConfig
+from orchestrator import storage
+from orchestrator.checkpoints import (
+    Checkpoint,
+    build,
+    latest_checkpoint,
+    latest_weights,
+    load_network,
+    save_checkpoint,
+    save_weights,
+)
+
+TINY = UNetConfig(
+    image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1,), attention_resolutions=(), num_classes=3
+)
+
+
+def checkpoint(position: int) -> Checkpoint:
+    return Checkpoint(position, {"model.weight": torch.full((2, 3), float(position))}, {"bad_steps": 1})
+
+
+def test_the_newest_committed_checkpoint_comes_back(tmp_path: Path) -> None:
+    assert latest_checkpoint(str(tmp_path)) is None
+    for position in (64, 128):
+        save_checkpoint(str(tmp_path), checkpoint(position))
+    found = latest_checkpoint(str(tmp_path))
+    assert found is not None and found.position == 128 and found.facts == {"bad_steps": 1}
+    assert torch.equal(found.tensors["model.weight"], torch.full((2, 3), 128.0))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "uncommitted"])
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
+    save_checkpoint(str(tmp_path), checkpoint(64))
+    newest = Path(save_checkpoint(str(tmp_path), checkpoint(128)))
+    (state,) = newest.glob("state-*.safetensors")
+    data = state.read_bytes()
+    if damage == "truncated":
+        state.write_bytes(data[:-1])
+    elif damage == "flipped":
+        state.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif damage == "missing":
+        state.unlink()
+    else:
+        (newest / "commit.json").unlink()
+    found = latest_checkpoint(str(tmp_path))
+    assert found is not None and found.position == 64
+
+
+def test_a_late_writer_of_an_earlier_attempt_changes_nothing(tmp_path: Path) -> None:
+    folder = Path(save_checkpoint(str(tmp_path), checkpoint(64)))
+    commit = (folder / "commit.json").read_bytes()
+    save_checkpoint(str(tmp_path), Checkpoint(64, {"model.weight": torch.zeros(1)}, {}))
+    assert (folder / "commit.json").read_bytes() == commit
+    found = latest_checkpoint(str(tmp_path))
+    assert found is not None and found.tensors["model.weight"].shape == (2, 3)
+
+
+def test_weights_come_back_with_their_architecture(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, uri = build(TINY), str(tmp_path / "weights" / "images-64-ema.safetensors")
+    save_weights(uri, module.state_dict(), TINY, DiffusionConfig(schedule="cosine"), ("a", "b", "c"))
+    assert latest_weights(str(tmp_path)) == uri
+    network = load_network(str(tmp_path))
+    assert (
+        network.architecture == TINY and network.diffusion.schedule == "cosine" and network.classes == ("a", "b", "c")
+    )
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, network.module.state_dict()[name])
+
+
+def test_a_wrong_tensor_is_named(tmp_path: Path) -> None:
+    weights, uri = dict(build(TINY).state_dict()), str(tmp_path / "w.safetensors")
+    weights["out.2.bias"] = torch.zeros(5)
+    save_weights(uri, weights, TINY, DiffusionConfig(), ())
+    with pytest.raises(ValueError, match=r"out\.2\.bias has shape \(5,\), the architecture wants \(6,\)"):
+        load_network(uri)
+
+
+def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
+    uri = str(tmp_path / "w.safetensors")
+    storage.write_bytes(uri, b"not safetensors at all")
+    with pytest.raises(ValueError, match="is not a weights file"):
+        load_network(uri)
+    with pytest.raises(FileNotFoundError, match="has the training finished"):
+        load_network(str(tmp_path / "empty"))

@@ -1,0 +1,38 @@
+"""Folders are held to one config, and submitted jobs to absolute places."""
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.config import JobConfig, claim
+
+
+class Config(JobConfig):
+    """A config with a field that changes results and one that does not."""
+
+    seed: int = 0
+    num_workers: int = 1
+
+
+def test_the_same_config_claims_a_folder_again_and_another_is_refused(tmp_path: Path) -> None:
+    claim(str(tmp_path), Config(seed=1), weights="abc")
+    claim(str(tmp_path), Config(seed=1, num_workers=8, store="/elsewhere"), weights="abc")
+    with pytest.raises(ValueError, match=r"seed: 1 there, 2 here"):
+        claim(str(tmp_path), Config(seed=2), weights="abc")
+    with pytest.raises(ValueError, match=r"weights: abc there, def here"):
+        claim(str(tmp_path), Config(seed=1), weights="def")
+
+
+def test_relative_paths_lie_under_the_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ADMIRAL_STORE", "s3://bucket/root")
+    assert JobConfig().path("digits/run") == "s3://bucket/root/digits/run"
+    assert JobConfig().path("s3://other/run") == "s3://other/run"
+    monkeypatch.chdir(tmp_path)
+    assert JobConfig(store="runs").path("digits") == f"{tmp_path}/runs/digits"
+
+
+def test_a_submitted_job_refuses_a_relative_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert JobConfig(store="/shared").path("digits") == "/shared/digits"
+    with pytest.raises(ValueError, match="set ADMIRAL_STORE"):
+        JobConfig(store="runs").path("digits")
