@@ -157,7 +157,8 @@ def search_presets() -> dict[str, tuple[str, SearchConfig]]:
 def dataset_presets() -> dict[str, tuple[str, PrepareConfig]]:
     """Datasets to prepare."""
     digits = PrepareConfig(source="digits", output="datasets/digits", name="digits", validation_fraction=0.2)
-    return {"digits": (DIGITS, digits)}
+    folder = PrepareConfig(source="images", output="datasets/images", name="images", validation_fraction=0.02)
+    return {"digits": (DIGITS, digits), "folder": ("one's own images, a folder for each class", folder)}
 
 
 def quickstart_presets() -> dict[str, tuple[str, QuickstartConfig]]:
