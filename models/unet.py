@@ -150,10 +150,11 @@ def zero_init(module: nn.Module) -> nn.Module:
 
 def in_float32(module: nn.Module, x: Tensor) -> Tensor:
     """`module` applied to `x` in float32, also inside an autocast region."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return module(x.float())
-    with torch.autocast(x.device.type, enabled=False):
-        return module(x.float())
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return module(x.float())
+    return module(x.float())
 
 
 def attend(qkv: Tensor, num_heads: int, new_order: bool) -> Tensor:
