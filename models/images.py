@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 
 def from_uint8(images: Tensor, channels: int = 3) -> Tensor:
@@ -19,3 +20,8 @@ def to_uint8(x: Tensor) -> Tensor:
     """
     pixels = ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous()
+
+
+def shrink(x: Tensor, size: int) -> Tensor:
+    """[n, C, H, W] -> [n, C, size, size] by means over areas: what the published upsamplers were trained to undo."""
+    return interpolate(x, (size, size), mode="area")

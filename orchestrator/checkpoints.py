@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.diffusion import DiffusionConfig
-from models.unet import ClassifierConfig, NoisyClassifier, SuperResUNet, UNet, UNetConfig
+from models.unet import ClassifierConfig, NoisyClassifier, UNetConfig, make_unet
 from orchestrator import storage
 
 FORMAT_VERSION = 1
@@ -150,7 +150,7 @@ def build(architecture: UNetConfig | ClassifierConfig) -> nn.Module:
     """The network that a config describes, with fresh weights."""
     if isinstance(architecture, ClassifierConfig):
         return NoisyClassifier(architecture)
-    return UNet(architecture) if architecture.low_res_size is None else SuperResUNet(architecture)
+    return make_unet(architecture)
 
 
 def _check_names(uri: str, module: nn.Module, weights: dict[str, Tensor]) -> None:

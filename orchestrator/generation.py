@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
@@ -19,7 +18,7 @@ from cluster.session import session
 from cluster.workers import map_items
 from models.diffusion import Diffusion
 from models.guidance import GuidanceConfig, guided
-from models.images import to_uint8
+from models.images import from_uint8, to_uint8
 from models.samplers import SamplerConfig, last, respacing_for, sample
 from orchestrator import storage
 from orchestrator.checkpoints import Network, load_network
@@ -37,12 +36,14 @@ class GenerationConfig(JobConfig):
 
     weights: str  # the diffusion model: a training run's folder, or a .safetensors file
     classifier: str | None = None  # the noisy classifier that guides, likewise
-    output: str  # the samples' folder
+    upsampler: str | None = None  # a second stage that enlarges the samples (ADM-U), likewise; both are kept
+    output: str  # the samples' folder; enlarged ones lie in upsampled/ beneath it
     num_samples: int = Field(50_000, gt=0)  # images
     seed: int = Field(0, ge=0)  # label, x_T and every step's noise of an index follow from it
     labels: Literal["balanced", "uniform"] = "balanced"  # index modulo classes, or drawn by seed
     sampler: SamplerConfig = SamplerConfig()
     guidance: GuidanceConfig = GuidanceConfig()
+    upsampling: SamplerConfig = SamplerConfig()  # how the second stage is drawn, unguided as published
     batch_size: int = Field(64, gt=0)  # canonical batch B: index i always runs in batch floor(i/B)
     shard_batches: int = Field(8, gt=0)  # batches in a shard
     num_workers: int = Field(1, ge=0)  # sampling workers; 0 = in this process, without Ray
@@ -76,12 +77,13 @@ def generate(config: GenerationConfig) -> str:
         ValueError: weights, classifier and output folder do not fit each other.
         ItemsFailed: some shards failed; all others are written.
     """
-    output = config.path(config.output)
-    networks = load_networks(config, "cpu")
-    claim(output, config, weights=networks.model.sha256, numerics_version=NUMERICS_VERSION,
-          classifier=networks.classifier.sha256 if networks.classifier else None)  # fmt: skip
+    output, folders = config.path(config.output), _folders(config)
+    networks = load_networks(config, "cpu")._asdict()
+    hashes = {name: network.sha256 if network else None for name, network in networks.items()}
+    for folder in folders:
+        claim(folder, config, **hashes, numerics_version=NUMERICS_VERSION)
     todo = missing_shards(config)
-    if not todo and storage.exists(storage.join(output, "manifest.json")):
+    if not todo and all(storage.exists(storage.join(folder, "manifest.json")) for folder in folders):
         print(f"{output} is complete: {config.num_samples:,} samples")
         return output
     with (
@@ -95,13 +97,12 @@ def generate(config: GenerationConfig) -> str:
             done += shard.end - shard.begin
             progress.update_to(done)
             tracker.metrics({"samples": done}, step=done)
-        first, _ = read_range(output, 0, min(100, config.num_samples))
-        tracker.picture("samples.png", grid_png(first, columns=10))
-    shards = [{"name": shard.name, "rows": shard.end - shard.begin} for shard in _shards(config)]
-    storage.create_bytes(
-        storage.join(output, "manifest.json"),
-        json.dumps({"num_samples": config.num_samples, "shards": shards}, indent=2).encode(),
-    )
+        shards = [{"name": shard.name, "rows": shard.end - shard.begin} for shard in _shards(config)]
+        manifest = storage.json_bytes({"num_samples": config.num_samples, "shards": shards})
+        for folder in folders:
+            first, _ = read_range(folder, 0, min(100, config.num_samples))
+            tracker.picture(f"{folder.rsplit('/', 1)[-1]}.png", grid_png(first, columns=10))
+            storage.create_bytes(storage.join(folder, "manifest.json"), manifest)
     return output
 
 
@@ -109,10 +110,12 @@ def plan(config: GenerationConfig) -> str:
     """What a generation would read and write."""
     todo = missing_shards(config)
     per_image = evaluations(config.sampler, config.guidance)
+    if config.upsampler:
+        per_image += evaluations(config.upsampling, GuidanceConfig())
+    inputs = [config.path(path) for path in (config.weights, config.classifier, config.upsampler) if path]
     return "\n".join(
         [
-            f"reads   {config.path(config.weights)}"
-            + (f", {config.path(config.classifier)}" if config.classifier else ""),
+            f"reads   {', '.join(inputs)}",
             f"writes  {config.path(config.output)}: {len(todo)} of {len(_shards(config))} shards are missing",
             f"work    {config.num_samples:,} images x {per_image} network evaluations",
         ]
@@ -132,8 +135,14 @@ def _shards(config: GenerationConfig) -> list[Shard]:
 
 def missing_shards(config: GenerationConfig) -> list[Shard]:
     """The shards that are not there yet: a shard is whole or absent, so its name is enough."""
-    there = set(storage.list_names(storage.join(config.path(config.output), "shards")))
-    return [shard for shard in _shards(config) if shard.name not in there]
+    there = [set(storage.list_names(storage.join(folder, "shards"))) for folder in _folders(config)]
+    return [shard for shard in _shards(config) if not all(shard.name in names for names in there)]
+
+
+def _folders(config: GenerationConfig) -> list[str]:
+    """The folder of the samples and, in a cascade, of the enlarged ones."""
+    output = config.path(config.output)
+    return [output, storage.join(output, "upsampled")] if config.upsampler else [output]
 
 
 # ------------------------------------------------------------------------------------------------ in every worker
@@ -142,8 +151,14 @@ def missing_shards(config: GenerationConfig) -> list[Shard]:
 class Networks(NamedTuple):
     """What sampling needs."""
 
-    model: Network
+    weights: Network
     classifier: Network | None
+    upsampler: Network | None
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that a sample can be of; 0 where nothing conditions it."""
+        return len(self.classifier.classes if self.classifier else self.weights.classes)
 
 
 def load_networks(config: GenerationConfig, device: torch.device | str) -> Networks:
@@ -155,14 +170,18 @@ def load_networks(config: GenerationConfig, device: torch.device | str) -> Netwo
     """
     model = load_network(config.path(config.weights), device)
     classifier = load_network(config.path(config.classifier), device) if config.classifier else None
-    if classifier and classifier.architecture.image_size != model.architecture.image_size:
+    upsampler = load_network(config.path(config.upsampler), device) if config.upsampler else None
+    size = model.architecture.image_size
+    if classifier and classifier.architecture.image_size != size:
         raise ValueError(
-            f"the classifier sees {classifier.architecture.image_size} pixels, the diffusion model makes "
-            f"{model.architecture.image_size}; they must be equal"
+            f"{config.classifier} sees {classifier.architecture.image_size} pixels, but samples have {size}"
         )
-    if classifier and classifier.classes != model.classes:
-        raise ValueError(f"{config.classifier} and {config.weights} were trained on different classes")
-    return Networks(model, classifier)
+    if upsampler and getattr(upsampler.architecture, "low_res_size", None) != size:
+        raise ValueError(f"{config.upsampler} is no upsampler of images of {size} pixels, which the samples have")
+    for other, path in ((classifier, config.classifier), (upsampler, config.upsampler)):
+        if other and other.classes and model.architecture.num_classes and other.classes != model.classes:
+            raise ValueError(f"{path} and {config.weights} were trained on different classes")
+    return Networks(model, classifier, upsampler)
 
 
 def make_generator(config: GenerationConfig) -> Callable[[Shard], None]:
@@ -171,14 +190,14 @@ def make_generator(config: GenerationConfig) -> Callable[[Shard], None]:
     networks = load_networks(config, device)
 
     def make_shard(shard: Shard) -> None:
-        batches = [
-            make_batch(networks, config, number, config.sampler, config.guidance)
-            for number in range(shard.begin // config.batch_size, -(-shard.end // config.batch_size))
-        ]
-        images = np.concatenate([batch.images for batch in batches])[: shard.end - shard.begin]
-        labels = np.concatenate([batch.labels for batch in batches])[: shard.end - shard.begin]
-        data = _encode_shard(Samples(np.arange(shard.begin, shard.end), labels, images))
-        storage.create_bytes(storage.join(config.path(config.output), "shards", shard.name), data)
+        numbers = range(shard.begin // config.batch_size, -(-shard.end // config.batch_size))
+        stages = [[make_batch(networks, config, number, config.sampler, config.guidance) for number in numbers]]
+        if networks.upsampler is not None:
+            stages.append([upsample_batch(networks.upsampler, config, batch) for batch in stages[0]])
+        for folder, batches in zip(_folders(config), stages, strict=True):
+            whole = Samples(*map(np.concatenate, zip(*batches, strict=True)))
+            kept = Samples(*(column[: shard.end - shard.begin] for column in whole))
+            storage.create_bytes(storage.join(folder, "shards", shard.name), _encode_shard(kept))
 
     return make_shard
 
@@ -200,13 +219,21 @@ def make_batch(
 ) -> Samples:
     """The canonical batch `number`: always B whole indices, so that an index never sees another batch shape."""
     indices = np.arange(number * config.batch_size, (number + 1) * config.batch_size)
-    classes = len(networks.model.classes)
-    if config.labels == "balanced":
+    classes = networks.num_classes
+    if not classes:
+        labels = np.full(len(indices), -1)
+    elif config.labels == "balanced":
         labels = indices % classes
     else:
         labels = np.array([index_rng(config.seed, int(index), Purpose.LABEL).integers(classes) for index in indices])
-    images = sample_batch(networks.model, sampler, indices, labels, config.seed, networks.classifier, guidance)
+    images = sample_batch(networks.weights, sampler, indices, labels, config.seed, networks.classifier, guidance)
     return Samples(indices, labels, images)
+
+
+def upsample_batch(upsampler: Network, config: GenerationConfig, batch: Samples) -> Samples:
+    """The second stage of a cascade (ADM section 5): a canonical batch of samples enlarged, with noise of its own."""
+    images = sample_batch(upsampler, config.upsampling, batch.indices, batch.labels, config.seed, low_res=batch.images)
+    return Samples(batch.indices, batch.labels, images)
 
 
 @torch.no_grad()
@@ -218,11 +245,12 @@ def sample_batch(
     seed: int,
     classifier: Network | None = None,
     guidance: GuidanceConfig | None = None,
+    low_res: np.ndarray | None = None,
 ) -> np.ndarray:
     """Sample the images of `indices` int64 [n] towards `labels` int64 [n]; uint8 [n, H, W, 3].
 
     x_T and step noise of an image depend on (seed, index, original timestep) only. Labels count where the network is
-    conditional, or guided by `classifier`.
+    conditional, or guided by `classifier`; `low_res` uint8 [n, h, w, 3] is what an upsampler enlarges.
     """
     architecture = network.architecture
     device = next(network.module.parameters()).device
@@ -234,10 +262,12 @@ def sample_batch(
 
     diffusion = Diffusion(network.diffusion, respacing_for(sampler, network.diffusion.num_timesteps))
     y = torch.from_numpy(labels).to(device)
-    denoise = diffusion.denoiser(network.module, y=y if architecture.num_classes else None)
+    small = None if low_res is None else from_uint8(torch.from_numpy(low_res).to(device), architecture.in_channels)
+    denoise = diffusion.denoiser(network.module, y=y if architecture.num_classes else None, low_res=small)
     if classifier is not None and guidance is not None:
         denoise = guided(denoise, sampler.name, classifier.module, diffusion, y, guidance)
-    x = last(sample(sampler, denoise, diffusion, draw(Purpose.START), partial(draw, Purpose.STEP)))
+    start, step = (Purpose.START, Purpose.STEP) if small is None else (Purpose.UPSAMPLE_START, Purpose.UPSAMPLE_STEP)
+    x = last(sample(sampler, denoise, diffusion, draw(start), partial(draw, step)))
     return to_uint8(x).cpu().numpy()
 
 
@@ -277,6 +307,6 @@ def read_range(folder: str, begin: int, end: int) -> tuple[np.ndarray, np.ndarra
     return np.concatenate([p.images for p in parts])[wanted], np.concatenate([p.labels for p in parts])[wanted]
 
 
-def pixel_hashes(samples: Samples) -> list[str]:
-    """SHA-256 of each image's raw pixels."""
-    return [hashlib.sha256(image.tobytes()).hexdigest() for image in samples.images]
+def pixel_hashes(images: np.ndarray) -> list[str]:
+    """SHA-256 of the raw pixels of each of uint8 [n, H, W, 3] images."""
+    return [hashlib.sha256(image.tobytes()).hexdigest() for image in images]

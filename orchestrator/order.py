@@ -31,6 +31,9 @@ class Purpose(IntEnum):
     START = 11  # generation: x_T of an index
     STEP = 12  # generation: the noise of an index at an original timestep
     WEIGHTS = 13  # initial parameters
+    LIKELIHOOD = 14  # the noise of the variational bound
+    UPSAMPLE_START = 15  # a cascade's second stage: x_T of an index
+    UPSAMPLE_STEP = 16  # and its noise at an original timestep
 
 
 def keyed_rng(purpose: Purpose, seed: int, *key: int) -> np.random.Generator:

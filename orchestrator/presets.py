@@ -7,6 +7,7 @@ from models.unet import ClassifierConfig, UNetConfig
 from orchestrator.dataset import PrepareConfig
 from orchestrator.evaluation import EvaluationConfig
 from orchestrator.generation import GenerationConfig
+from orchestrator.likelihood import LikelihoodConfig
 from orchestrator.order import OrderConfig
 from orchestrator.quickstart import QuickstartConfig
 from orchestrator.search import SearchConfig
@@ -114,6 +115,27 @@ def _imagenet64() -> AdmConfig:
         num_workers=8,
         use_gpu=True,
     )
+
+
+def upsampler_presets() -> dict[str, tuple[str, AdmConfig]]:
+    """Upsamplers to train: second stages of a cascade."""
+    digits = _digits_diffusion()
+    model = digits.model.model_copy(update={"low_res_size": 8, "channel_mult": (1, 1), "attention_resolutions": (8,)})
+    changes = {
+        "output": "digits/upsampler",
+        "model": model,
+        "images": 25_600,
+        "diffusion": _LINEAR,
+    }
+    return {"digits": ("scanned digits, 8 to 16 pixels", digits.model_copy(update=changes))}
+
+
+def likelihood_presets() -> dict[str, tuple[str, LikelihoodConfig]]:
+    """Likelihoods to estimate."""
+    digits = LikelihoodConfig(
+        weights="digits/diffusion", dataset="datasets/digits", output="digits/likelihood", num_workers=2
+    )
+    return {"digits": (DIGITS, digits)}
 
 
 def generation_presets() -> dict[str, tuple[str, GenerationConfig]]:

@@ -93,7 +93,7 @@ def search(config: SearchConfig) -> str:
     output = config.path(config.output)
     networks = load_networks(config.generation(), "cpu")
     assert networks.classifier is not None
-    claim(output, config, weights=networks.model.sha256, classifier=networks.classifier.sha256)
+    claim(output, config, weights=networks.weights.sha256, classifier=networks.classifier.sha256)
     answer_uri = storage.join(output, "search.json")
     if storage.exists(answer_uri):
         print(f"{output} is complete: the winner is {storage.read_json(answer_uri)['winner']['setting']}")
@@ -106,7 +106,7 @@ def search(config: SearchConfig) -> str:
         tracked("search", config, output) as tracker,
         progress_line(len(settings), "trials") as progress,
     ):
-        image_size = networks.model.architecture.image_size
+        image_size = networks.weights.architecture.image_size
         extractor = _extractor(config, image_size)
         reference_features(config.path(config.reference), "train", extractor, image_size, config.num_workers)
         progress.update_to(len(settings) - len(todo))
@@ -203,7 +203,7 @@ def _make_worker(config: SearchConfig) -> Callable[[Work], Sampled]:
     """A sampling worker: networks and extractor loaded once, then batches of any trial."""
     generation = config.generation()
     networks = load_networks(generation, "cpu")
-    extractor = _extractor(config, networks.model.architecture.image_size)().network
+    extractor = _extractor(config, networks.weights.architecture.image_size)().network
 
     def work(item: Work) -> Sampled:
         batch = make_batch(networks, generation, item.number, item.sampler, item.guidance)

@@ -21,12 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 from cluster.session import session
 from cluster.trainer import WorkerContext, run_workers
 from models.diffusion import Diffusion, DiffusionConfig
-from models.images import from_uint8
+from models.images import from_uint8, shrink, to_uint8
 from models.samplers import SamplerConfig
 from models.unet import ClassifierConfig, UNetConfig
 from orchestrator import checkpoints, storage
 from orchestrator.config import JobConfig, claim
-from orchestrator.dataset import Manifest, Microbatch, batches, load_manifest
+from orchestrator.dataset import Manifest, Microbatch, batches, load_manifest, read_images
 from orchestrator.generation import sample_batch
 from orchestrator.order import OrderConfig, OrderPlan, Purpose, keyed_rng, sample_rng
 from orchestrator.pictures import grid_png
@@ -112,11 +112,13 @@ class Batch:
 
 
 def adm_losses(config: AdmConfig, diffusion: Diffusion) -> Losses:
-    """The diffusion model's loss terms [n] for each image; conditional where the model is."""
+    """The diffusion model's loss terms [n] for each image, given its class and its small version where the model is."""
 
     def losses(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         t = _uniform_timesteps(batch, diffusion)
         condition = {"y": batch.labels} if config.model.num_classes else {}
+        if config.model.low_res_size:
+            condition["low_res"] = shrink(batch.x_start, config.model.low_res_size)
         terms = diffusion.losses(model, batch.x_start, t, batch.noise, **condition)
         return terms | {"t": t}
 
@@ -398,7 +400,11 @@ def _preview(config: AdmConfig, state: TrainingState, manifest: Manifest, device
     module.load_state_dict(state.averages[config.ema_rates[-1]])
     network = checkpoints.Network(module, config.model, config.diffusion, manifest.classes, sha256="")
     indices = np.arange(PREVIEW_SAMPLES)
-    images = sample_batch(network, config.preview, indices, indices % max(1, len(manifest.classes)), config.order.seed)
+    labels, small = indices % max(1, len(manifest.classes)), None
+    if config.model.low_res_size:  # an upsampler is shown on real images, made small
+        pixels, labels = read_images(manifest, "train", 0, PREVIEW_SAMPLES, config.model.image_size)
+        small = to_uint8(shrink(from_uint8(torch.from_numpy(pixels)), config.model.low_res_size)).numpy()
+    images = sample_batch(network, config.preview, indices, labels, config.order.seed, low_res=small)
     return {"picture": f"samples/images-{state.position:012d}.png", "png": grid_png(images, columns=10)}
 
 

@@ -15,6 +15,8 @@ ALL_PRESETS = {
     "tune_guidance": presets.search_presets,
     "generate_samples": presets.generation_presets,
     "evaluate_samples": presets.evaluation_presets,
+    "train_upsampler": presets.upsampler_presets,
+    "estimate_likelihood": presets.likelihood_presets,
     "quickstart": presets.quickstart_presets,
 }
 

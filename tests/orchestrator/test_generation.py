@@ -94,3 +94,20 @@ def test_uniform_labels_are_drawn_by_seed(store: str) -> None:
     first = read_range(generate(config(store, "uniform", labels="uniform")), 0, 21)[1]
     again = read_range(generate(config(store, "again", labels="uniform", num_samples=8)), 0, 8)[1]
     assert np.array_equal(first[:8], again) and set(first) <= set(range(10)) and len(set(first)) > 3
+
+
+def test_a_cascade_keeps_both_stages(store: str) -> None:
+    upsampler = UNET.model_copy(update={"image_size": 16, "low_res_size": 8})
+    torch.manual_seed(2)
+    weights = {key: tensor + 0.02 * torch.randn_like(tensor) for key, tensor in build(upsampler).state_dict().items()}
+    save_weights(storage.join(store, "upsampler.safetensors"), weights, upsampler, DiffusionConfig(), CLASSES)
+    cascade = {"upsampler": "upsampler.safetensors", "upsampling": SamplerConfig(name="ddpm", num_steps=3)}
+    folder = generate(config(store, "cascade", num_samples=10, **cascade))
+    base, labels = read_range(folder, 0, 10)
+    large, large_labels = read_range(storage.join(folder, "upsampled"), 0, 10)
+    assert large.shape == (10, 16, 16, 3) and np.array_equal(labels, large_labels)
+    assert np.array_equal(base, read_range(generate(config(store, "whole")), 0, 10)[0]), "the base samples changed"
+    assert storage.read_json(storage.join(folder, "upsampled", "manifest.json"))["num_samples"] == 10
+
+    with pytest.raises(ValueError, match="is no upsampler of images of 8 pixels"):
+        generate(config(store, "wrong", upsampler="unet.safetensors"))
