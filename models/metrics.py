@@ -184,17 +184,25 @@ def check_features(*arrays: Array) -> None:
 def frechet_distance(a: Moments | Gaussian, b: Moments | Gaussian) -> float:
     """|m_a - m_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2), never below 0 (Heusel et al. 2017, eq. 6).
 
-    The trace comes from the eigenvalues of L' S_b L with S_a = L L', which are real and stay meaningful where
+    The trace comes from the eigenvalues of L' S_a L with S_b = L L', which are real and stay meaningful where
     n < D. Raises ValueError on different dimensions and on a covariance with negative eigenvalues.
     """
+    a, b = _gaussians(a, b)
+    factor = _factor(b.covariance)
+    return _distance(a, b, np.linalg.eigvalsh(factor.T @ a.covariance @ factor))
+
+
+def _gaussians(a: Moments | Gaussian, b: Moments | Gaussian) -> tuple[Gaussian, Gaussian]:
     a, b = (s.gaussian if isinstance(s, Moments) else s for s in (a, b))
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"sets of {len(a.mean)} and {len(b.mean)} dimensions do not compare")
-    factor = _factor(a.covariance)
-    overlap = np.sqrt(_nonnegative(np.linalg.eigvalsh(factor.T @ b.covariance @ factor))).sum()
+    return a, b
+
+
+def _distance(a: Gaussian, b: Gaussian, eigenvalues: Array) -> float:
+    overlap = np.sqrt(_nonnegative(eigenvalues)).sum()
     delta = a.mean - b.mean
-    distance = delta @ delta + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap
-    return max(float(distance), 0.0)
+    return max(float(delta @ delta + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap), 0.0)
 
 
 def check_semidefinite(statistics: Gaussian) -> None:
@@ -207,12 +215,8 @@ def _factor(covariance: Array) -> Array:
     try:
         return np.linalg.cholesky(covariance)
     except np.linalg.LinAlgError:
-        return _symmetric_root(covariance)
-
-
-def _symmetric_root(covariance: Array) -> Array:
-    values, vectors = np.linalg.eigh(covariance)
-    return (vectors * np.sqrt(_nonnegative(values))) @ vectors.T
+        values, vectors = np.linalg.eigh(covariance)
+        return (vectors * np.sqrt(_nonnegative(values))) @ vectors.T
 
 
 def _nonnegative(eigenvalues: Array) -> Array:
@@ -268,7 +272,7 @@ def expand_frechet(features: Array, reference: Moments | Gaussian) -> FrechetExp
 
     With T the symmetric transport map from S to R, the influence of a sample is s(x) = 2 (m - m_r)'(x - m) +
     (x - m)'(I - T)(x - m) - tr((I - T) S); its spread gives the standard error. The second derivative gives
-    the bias: in the eigenbasis of R^(1/2) S R^(1/2) = U diag(l) U' a change E costs sum_ij E_ij^2 / (2
+    the bias: in the eigenbasis of L' S L with R = L L' a change E costs sum_ij E_ij^2 / (2
     sqrt(l_i l_j) (sqrt(l_i) + sqrt(l_j))), and the mean of E_ij^2 is known from the samples. Raises
     ValueError where n <= 2 D.
     """
@@ -276,14 +280,12 @@ def expand_frechet(features: Array, reference: Moments | Gaussian) -> FrechetExp
     n, dimension = features.shape
     if n <= MIN_INTERVAL_RATIO * dimension:
         raise ValueError(f"n={n} samples, D={dimension}: an influence function needs n > {MIN_INTERVAL_RATIO} D")
-    own = moments(features)
-    target = reference.gaussian if isinstance(reference, Moments) else reference
-    distance = frechet_distance(own, target)
-    covariance = own.gaussian.covariance
-    root = _symmetric_root(target.covariance)
-    values, vectors = np.linalg.eigh(root @ covariance @ root)
+    own, target = _gaussians(moments(features), reference)
+    factor = _factor(target.covariance)
+    values, vectors = np.linalg.eigh(factor.T @ own.covariance @ factor)
+    distance = _distance(own, target, values)
     keep = values > dimension * np.finfo(np.float64).eps * values.max()  # elsewhere neither S nor T moves
-    values, basis = values[keep], root @ vectors[:, keep]
+    values, basis = values[keep], factor @ vectors[:, keep]
     roots = np.sqrt(values)
     curvature = 1 / (np.outer(roots, roots) * (roots[:, None] + roots))
 
@@ -297,15 +299,12 @@ def expand_frechet(features: Array, reference: Moments | Gaussian) -> FrechetExp
         fourth += squares.T @ squares
     influence -= influence.mean()
     fourth = fourth / n - np.diag(values**2)
-    bias = (np.trace(covariance) + 0.5 * float((curvature * fourth).sum())) / n
-
+    bias = (np.trace(own.covariance) + 0.5 * float((curvature * fourth).sum())) / n
     return FrechetExpansion(distance, float(bias), influence, dimension)
 
 
 def influence_scores(features: Array, reference: Moments | Gaussian) -> Array:
-    """[n] scores with the bias-corrected Frechet distance as their mean; see `expand_frechet`, which may
-    raise.
-    """
+    """[n] scores with the bias-corrected Frechet distance as their mean; raises as `expand_frechet` does."""
     return expand_frechet(features, reference).scores
 
 

@@ -10,9 +10,8 @@ samples has the interval of a mean; one that depends on the set of samples (reca
 random halves.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -25,7 +24,8 @@ Indices = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 BLOCK_BYTES = 128 * 2**20  # of one float32 block of distances
-SPARE = 8  # candidates beyond k that are measured exactly, so that rounding rarely hides a true neighbour
+MAX_ROWS = 1024  # of one block: small, so that one triangle of a set's own distances is little more than half
+SPARE = 3  # candidates beyond k that are measured exactly, so that rounding rarely hides a true neighbour
 OPENAI_BLOCK = 10_000  # rows and columns of one block in the published evaluator
 NUM_HALVES = 50  # random halves behind the interval of a metric of the whole set
 
@@ -45,29 +45,63 @@ def nearest(queries: Array, targets: Array, k: int, weights: Array | None = None
     With weights [M], squared distances to target j are multiplied by weights[j] first. Raises ValueError on
     shapes, values that are not finite, and where there are not k targets.
     """
-    check_features(queries, targets)
-    same = queries is targets
-    if len(targets) - same < k:
+    others = len(targets) - (queries is targets)
+    if others < k:
         raise ValueError(f"k={k} neighbours of each row need more than the {len(targets)} rows given")
     weight = np.ones(len(targets)) if weights is None else np.asarray(weights, np.float64)
-    kept = min(k + SPARE, len(targets) - same)
-    index, squared = np.empty((len(queries), k), np.int64), np.empty((len(queries), k))
-    for start, lower, *_ in _bounded_squares(queries, targets):
-        lower *= torch.from_numpy(weight).float()
-        rows = np.arange(start, start + len(lower))
+    return _measured(queries, targets, _shortlist(queries, targets, min(k + SPARE, others), weight), k, weight)
+
+
+@dataclass(frozen=True)
+class _Shortlist:
+    """The targets with the smallest lower bounds of (weighted) squared distance to each query, smallest
+    first.
+    """
+
+    bounds: Tensor  # [N, kept] float32; every other target's bound is at least the last
+    index: Tensor  # [N, kept]
+
+    def offer(self, rows: slice, bounds: Tensor, first: int) -> None:
+        """Lets bounds [rows, c] of the targets from `first` on compete with those that are listed."""
+        kept = self.bounds.shape[1]
+        values, columns = bounds.topk(min(kept, bounds.shape[1]), dim=1, largest=False)
+        values, columns = torch.cat([self.bounds[rows], values], 1), torch.cat([self.index[rows], columns + first], 1)
+        self.bounds[rows], order = values.topk(kept, dim=1, largest=False)
+        self.index[rows] = columns.gather(1, order)
+
+
+def _shortlist(queries: Array, targets: Array, kept: int, weight: Array) -> _Shortlist:
+    check_features(queries, targets)
+    same = queries is targets  # then one triangle of the distances says all
+    shortlist = _Shortlist(
+        torch.full((len(queries), kept), torch.inf), torch.zeros(len(queries), kept, dtype=torch.long)
+    )
+    factors = torch.from_numpy(weight).float()
+    for block in _bounded_squares(queries, targets, triangle=same):
         if same:
-            lower[torch.arange(len(rows)), torch.from_numpy(rows)] = torch.inf
-        bounds, candidates = (t.numpy() for t in lower.topk(kept, dim=1, largest=False))
-        exact = _squares(queries, np.repeat(rows, kept), targets, candidates.ravel()).reshape(candidates.shape)
-        index[rows], squared[rows] = _first(weight[candidates] * exact, candidates, k)
-        if kept == len(targets) - same:
-            continue
-        # Other targets lie at or beyond the last bound: only where that is nearer is more to be measured.
-        for row in rows[bounds[:, -1] <= squared[rows, -1]]:
-            full = weight * _squares(queries, np.full(len(targets), row), targets, np.arange(len(targets)))
-            if same:
-                full[row] = np.inf
-            index[row], squared[row] = _first(full[None], np.arange(len(targets))[None], k)
+            shortlist.offer(block.rows, block.lower.fill_diagonal_(torch.inf), block.columns.start)
+            below, beside = slice(block.rows.stop, len(queries)), block.lower[:, len(block.lower) :]
+            if beside.numel():
+                shortlist.offer(below, beside.T.contiguous(), block.rows.start)
+        else:
+            shortlist.offer(block.rows, block.lower.mul_(factors), 0)
+    return shortlist
+
+
+def _measured(queries: Array, targets: Array, shortlist: _Shortlist, k: int, weight: Array) -> Neighbours:
+    """The k nearest in truth: those of the shortlist are measured, and all where it could have missed one."""
+    kept = min(k + SPARE, shortlist.index.shape[1])
+    bounds, candidates = shortlist.bounds[:, :kept].numpy(), shortlist.index[:, :kept].numpy()
+    rows = np.repeat(np.arange(len(queries)), kept)
+    exact = _squares(queries, rows, targets, candidates.ravel()).reshape(candidates.shape)
+    index, squared = _first(weight[candidates] * exact, candidates, k)
+    if kept == len(targets) - (queries is targets):
+        return Neighbours(index, squared)
+    for row in np.flatnonzero(bounds[:, -1] <= squared[:, -1]):
+        full = weight * _squares(queries, np.full(len(targets), row), targets, np.arange(len(targets)))
+        if queries is targets:
+            full[row] = np.inf
+        index[row], squared[row] = _first(full[None], np.arange(len(targets))[None], k)
     return Neighbours(index, squared)
 
 
@@ -86,42 +120,58 @@ def balls_holding(points: Array, centres: Array, radii: Array, strict: bool = Fa
 
     A point on the surface is held, or is not with strict=True.
     """
+    _check_balls(points, centres, radii)
     counts = np.zeros(len(points), np.int64)
-    for start, sure, unsure in _inside(points, centres, radii):
-        counts[start : start + len(sure)] = sure.sum(1).numpy()
-        rows, columns = (i.numpy() for i in torch.nonzero(unsure, as_tuple=True))
-        squares = _squares(points, start + rows, centres, columns)
-        held = squares < radii[columns] if strict else squares <= radii[columns]
-        np.add.at(counts, start + rows[held], 1)
+    for block in _bounded_squares(points, centres):
+        counts[block.rows] = _held(points, centres, block, radii, strict).sum(1).numpy()
     return counts
 
 
 def any_ball_holds(points: Array, centres: Array, radii: Array) -> Mask:
-    """[N] whether at least one ball holds each point, surface included: `balls_holding(...) > 0`, sooner."""
-    hit = np.zeros(len(points), np.bool_)
-    for start, sure, unsure in _inside(points, centres, radii):
-        hit[start : start + len(sure)] = sure.any(1).numpy()
-        left = start + np.flatnonzero(~hit[start : start + len(sure)])
-        rows, columns = (i.numpy() for i in torch.nonzero(unsure[torch.from_numpy(left - start)], as_tuple=True))
-        hit[left[rows[_squares(points, left[rows], centres, columns) <= radii[columns]]]] = True
-    return hit
+    """[N] whether at least one ball holds each point, its surface included."""
+    return balls_holding(points, centres, radii) > 0
 
 
-def _inside(points: Array, centres: Array, radii: Array) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Blocks of rows: start, which pairs [b, M] surely lie inside, and which the bounds leave open."""
+def _held(points: Array, centres: Array, block: "_Block", radii: Array, strict: bool = False) -> Tensor:
+    """[b, M] which balls around centres hold the block's points: by the bounds, and measured where they are
+    open.
+    """
+    threshold = torch.from_numpy(np.asarray(radii, np.float32))
+    possible = block.lower <= threshold
+    held = block.lower + block.row_slack[:, None] < threshold - block.column_slack
+    rows, columns = (i.numpy() for i in torch.nonzero(possible.logical_and_(~held), as_tuple=True))
+    squares = _squares(points, rows + block.rows.start, centres, columns + block.columns.start)
+    inside = squares < radii[columns] if strict else squares <= radii[columns]
+    held[rows[inside], columns[inside]] = True
+    return held
+
+
+def _check_balls(points: Array, centres: Array, radii: Array) -> None:
     check_features(points, centres)
     if radii.shape != (len(centres),):
         raise ValueError(f"radii have shape {radii.shape}; wanted one for each of {len(centres)} centres")
-    threshold = torch.from_numpy(np.asarray(radii, np.float64)).float()
-    for start, lower, row_slack, column_slack in _bounded_squares(points, centres):
-        possible = lower <= threshold
-        sure = lower.add_(row_slack[:, None]) < threshold - column_slack
-        yield start, sure, possible.logical_and_(~sure)
 
 
-def _bounded_squares(points: Array, centres: Array) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Blocks of rows: start, lower bounds [b, M] of squared distances, and the width of the bounds by row and
-    column.
+@dataclass(frozen=True)
+class _Block:
+    """Lower bounds of the squared distances between some points and some centres, and the width of the
+    bounds.
+    """
+
+    rows: slice  # of the points
+    columns: slice  # of the centres
+    lower: Tensor  # [b, c] float32; the distance is at most lower + row_slack + column_slack
+    row_slack: Tensor  # [b]
+    column_slack: Tensor  # [c]
+
+    @property
+    def transposed(self) -> "_Block":
+        return _Block(self.columns, self.rows, self.lower.T, self.column_slack, self.row_slack)
+
+
+def _bounded_squares(points: Array, centres: Array, triangle: bool = False) -> Iterator[_Block]:
+    """Blocks of rows; with `triangle` (points and centres being one set) without the columns before the first
+    row.
 
     |u|^2 - 2 u.v + |v|^2 in float32 errs by a multiple of eps (|u|^2 + |v|^2): a few roundings, and those of
     a sum of D products, which stay below 8 sqrt(D) eps but for a chance of 1e-13 (Higham & Mary 2019, theorem
@@ -130,11 +180,14 @@ def _bounded_squares(points: Array, centres: Array) -> Iterator[tuple[int, Tenso
     mean = centres.mean(axis=0, dtype=np.float64)
     v, v_squares = _centred(centres, mean)
     slack = (32 + 8 * np.sqrt(points.shape[1])) * 2.0**-24
-    size = max(1, BLOCK_BYTES // (4 * len(centres)))
+    size = min(max(1, BLOCK_BYTES // (4 * len(centres))), MAX_ROWS)
     for start in range(0, len(points), size):
-        u, u_squares = _centred(points[start : start + size], mean)
-        lower = torch.addmm(v_squares * (1 - slack), u, v.T, alpha=-2).add_(u_squares[:, None], alpha=1 - slack)
-        yield start, lower, 2 * slack * u_squares, 2 * slack * v_squares
+        rows = slice(start, min(start + size, len(points)))
+        columns = slice(start if triangle else 0, len(centres))
+        u, u_squares = (v[rows], v_squares[rows]) if triangle else _centred(points[rows], mean)
+        lower = torch.addmm(v_squares[columns] * (1 - slack), u, v[columns].T, alpha=-2)
+        lower.add_(u_squares[:, None], alpha=1 - slack)
+        yield _Block(rows, columns, lower, 2 * slack * u_squares, 2 * slack * v_squares[columns])
 
 
 def _centred(features: Array, mean: Array) -> tuple[Tensor, Tensor]:
@@ -173,11 +226,22 @@ def precision_recall(reference: Array, samples: Array, k: int = 3) -> tuple[Esti
     k-th neighbour; recall: the share of reference rows inside such a ball around a sample. Collapsed samples
     have high precision and low recall. Raises ValueError where a set has not more than k rows.
     """
-    precision = proportion_estimate(any_ball_holds(samples, reference, squared_radii(reference, k)))
-    lists = nearest(samples, samples, min(4 * k + 16, len(samples) - 1))
-    recall = float(any_ball_holds(reference, samples, lists.squared[:, k - 1]).mean())
-    by_halves = partial(_recall_of_halves, reference, samples, lists, k)
-    return precision, _halves_estimate(recall, len(samples), k, by_halves)
+    check_features(reference, samples)
+    real_radii = squared_radii(reference, k)
+    if len(samples) <= k:
+        raise ValueError(f"k={k} neighbours of each row need more than the {len(samples)} samples given")
+    unweighted = np.ones(len(samples))
+    shortlist = _shortlist(samples, samples, min(4 * k + 16, len(samples) - 1), unweighted)
+    radii = _measured(samples, samples, shortlist, k, unweighted).squared[:, -1]
+    half_radii = _radii_of_halves(samples, shortlist, k, _random_halves(len(samples), k))
+
+    precise, recalled = np.zeros(len(samples), np.bool_), np.zeros(len(reference), np.bool_)
+    recalled_by = np.zeros((len(half_radii), len(reference)), np.bool_)
+    for block in _bounded_squares(samples, reference):
+        precise[block.rows] = _held(samples, reference, block, real_radii).any(1).numpy()
+        recalled |= _held(reference, samples, block.transposed, radii[block.rows]).any(1).numpy()
+        _recall_by_halves(recalled_by, block, half_radii[:, block.rows])
+    return proportion_estimate(precise), _halves_estimate(recalled, recalled_by, len(samples))
 
 
 def density_coverage(reference: Array, samples: Array, k: int = 5) -> tuple[Estimate, Estimate]:
@@ -186,12 +250,18 @@ def density_coverage(reference: Array, samples: Array, k: int = 5) -> tuple[Esti
     Density: in how many of the reference's k-neighbour balls a sample lies, over k; it can exceed 1.
     Coverage: the share of those balls that hold a sample.
     """
-    radii = squared_radii(reference, k)
-    density = mean_estimate(balls_holding(samples, reference, radii, strict=True) / k)
-    covered = nearest(reference, samples, 1).squared[:, 0] < radii
-    coverage = float(covered.mean())
-    by_halves = partial(_coverage_of_halves, reference, samples, radii)
-    return density, _halves_estimate(coverage, len(samples), 1, by_halves)
+    check_features(reference, samples)
+    radii, halves = squared_radii(reference, k), _random_halves(len(samples), k)
+    counts, covered = np.zeros(len(samples), np.int64), np.zeros(len(reference), np.bool_)
+    covered_by = np.zeros((len(halves), len(reference)), np.bool_)
+    for block in _bounded_squares(samples, reference):
+        held = _held(samples, reference, block, radii, strict=True)
+        counts[block.rows] = held.sum(1).numpy()
+        covered |= held.any(0).numpy()
+        rows, columns = (i.numpy() for i in torch.nonzero(held, as_tuple=True))
+        for half, covered_by_half in zip(halves[:, block.rows], covered_by, strict=True):
+            covered_by_half[columns[half[rows]]] = True
+    return mean_estimate(counts / k), _halves_estimate(covered, covered_by, len(samples))
 
 
 def realism(reference: Array, samples: Array, k: int = 3) -> Array:
@@ -223,52 +293,56 @@ def authenticity(reference: Array, samples: Array) -> Estimate:
 # --- Intervals from random halves ---------------------------------------------------------------------------
 
 
-def _halves_estimate(value: float, n: int, k: int, of_halves: Callable[[Mask], Array]) -> Estimate:
-    """The interval of a metric of the whole set from its values on random halves of it, each without
-    replacement.
+def _random_halves(n: int, k: int) -> Mask:
+    """[H, n] random halves of n samples, each without replacement; none where they would be too few for k."""
+    rng = np.random.default_rng([n])
+    halves = np.zeros((NUM_HALVES if n >= 4 * (k + 1) else 0, n), np.bool_)
+    for half in halves:
+        half[rng.choice(n, n // 2, replace=False)] = True
+    return halves
+
+
+def _halves_estimate(hits: Mask, hits_by: Mask, n: int) -> Estimate:
+    """The share of hits [M] by all n samples; its interval from the hits [H, M] by random halves of them.
 
     Halves of n vary around the whole as the whole varies around its mean (the jackknife that deletes n/2),
     and hold no duplicates, which would enter each other's balls.
     """
-    if n < 4 * (k + 1):
-        return Estimate(value, n, note=f"no interval: halves of n={n} samples are too few for k={k}")
-    rng = np.random.default_rng([n])
-    halves = np.zeros((NUM_HALVES, n), np.bool_)
-    for half in halves:
-        half[rng.choice(n, n // 2, replace=False)] = True
-    spread = float(of_halves(halves).std(ddof=1)) * float(np.sqrt((n // 2) / (n - n // 2)))
+    value = float(hits.mean())
+    if not len(hits_by):
+        return Estimate(value, n, note=f"no interval: n={n} samples are too few to halve")
+    spread = float(hits_by.mean(axis=1).std(ddof=1)) * float(np.sqrt((n // 2) / (n - n // 2)))
     if spread == 0:
         return Estimate(value, n, note="no interval: the value is the same in every random half")
-    error = Z95 * spread
-    return Estimate(value, n, max(value - error, 0.0), min(value + error, 1.0))
+    return Estimate(value, n, max(value - Z95 * spread, 0.0), min(value + Z95 * spread, 1.0))
 
 
-def _coverage_of_halves(reference: Array, samples: Array, radii: Array, halves: Mask) -> Array:
-    """[H] coverage by each half of the samples; pairs left open do not matter to its spread."""
-    members = torch.from_numpy(halves.astype(np.float32))
-    held = torch.zeros(len(halves), len(reference))
-    for start, sure, _ in _inside(samples, reference, radii):
-        held += members[:, start : start + len(sure)] @ sure.float()
-    return (held > 0).double().mean(1).numpy()
-
-
-def _recall_of_halves(reference: Array, samples: Array, lists: Neighbours, k: int, halves: Mask) -> Array:
-    """[H] recall by each half of the samples, whose balls reach to the k-th neighbour within that half."""
+def _radii_of_halves(samples: Array, shortlist: _Shortlist, k: int, halves: Mask) -> NDArray[np.float32]:
+    """[H, N] squared radii to the k-th neighbour within each half, -inf for samples outside it; rounding is
+    left in.
+    """
+    bounds, index = shortlist.bounds.numpy(), shortlist.index.numpy()
     radii = np.full(halves.shape, -np.inf, np.float32)
     for half, reach in zip(halves, radii, strict=True):
         members = np.flatnonzero(half)
-        rank = half[lists.index[members]].cumsum(axis=1)
-        found = rank[:, -1] >= k
-        reach[members] = lists.squared[members, (rank >= k).argmax(axis=1)]
-        lost = members[~found]  # all but never: fewer than k of the listed neighbours are in this half
+        rank = half[index[members]].cumsum(axis=1)
+        reach[members] = bounds[members, (rank >= k).argmax(axis=1)]
+        lost = members[rank[:, -1] < k]  # all but never: fewer than k of the listed neighbours are in this half
         if len(lost):
             reach[lost] = nearest(samples[lost], samples[half], k + 1).squared[:, -1]  # itself is the first
-    recalled = torch.zeros(len(halves))
-    thresholds = torch.from_numpy(radii)
-    for _, lower, *_ in _bounded_squares(reference, samples):
-        for i, threshold in enumerate(thresholds):
-            recalled[i] += (lower <= threshold).any(1).sum()
-    return (recalled / len(reference)).double().numpy()
+    return radii
+
+
+def _recall_by_halves(recalled_by: Mask, block: _Block, half_radii: NDArray[np.float32]) -> None:
+    """Marks in recalled_by [H, M] what the block's samples recall in the halves [H, b] that they belong to."""
+    if not len(half_radii):
+        return
+    widest = torch.from_numpy(half_radii.max(axis=0))
+    near = block.lower <= widest[:, None]
+    rows, columns = (i.numpy() for i in torch.nonzero(near, as_tuple=True))
+    squares = block.lower[near].numpy()
+    for radii, recalled in zip(half_radii, recalled_by, strict=True):
+        recalled[columns[squares <= radii[rows]]] = True
 
 
 # --- The published evaluator's arithmetic -------------------------------------------------------------------
