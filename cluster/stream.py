@@ -1,10 +1,10 @@
 """Ray Data as an ordered, prefetching reader: units of work in, blocks of arrays out, in the units' order."""
 
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from queue import Full, Queue
-from threading import Event, Thread
+from queue import Queue
+from threading import Event, Semaphore, Thread
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,20 +12,21 @@ import numpy as np
 Unit = TypeVar("Unit")
 Block = dict[str, np.ndarray]
 
-CHUNK = 256  # units in one pipeline
 TASKS = 2  # reads of one caller that run at a time
 BLOCK_BYTES = 4 << 20  # what a task hands over at once: small blocks keep the object store small
-AHEAD = 4  # blocks that wait in this process; they also bridge the start of the next pipeline
+CHUNKS_AHEAD = 2  # chunks in this process: one that is consumed, one that is read meanwhile
 
 
 def stream(
-    units: Iterable[Unit], read_unit: Callable[[Unit], Iterator[Block]], num_cpus: float = 0.25
+    units: Iterable[Unit], read_unit: Callable[[Unit], Iterator[Block]], chunk: int, num_cpus: float = 0.25
 ) -> Iterator[Block]:
     """Read every unit in tasks of `num_cpus` CPUs, ahead of the caller; yield the rows in the units' order.
 
-    `units` may be endless. `read_unit` runs in Ray tasks and yields dicts of arrays with one row for each
-    sample; it should yield uint8 rather than float, a few megabytes at a time, and hold locations, not data.
-    Blocks may be cut elsewhere than `read_unit` cut them, never across units. The arrays are the caller's.
+    `units` may be endless. Each `chunk` of them is a Ray Data pipeline of its own, drained at once into this process,
+    which so holds at most two chunks: an executor that waits for a slow consumer keeps polling, in this process, and
+    would take half a core from the training step. `read_unit` runs in Ray tasks and yields dicts of arrays with one row
+    for each sample; it should yield uint8 rather than float, a few megabytes at a time, and hold locations, not data.
+    Blocks may be cut elsewhere than `read_unit` cut them, never across units. The arrays are the caller's own.
 
     Raises:
         RuntimeError: a unit could not be read; the message is the original error's.
@@ -33,17 +34,49 @@ def stream(
     from ray.exceptions import RayError, RayTaskError
 
     try:
-        yield from _ahead(_blocks(iter(units), read_unit, num_cpus))
+        yield from _ahead(iter(units), read_unit, chunk, num_cpus)
     except RayError as error:
         reason = str(error.cause if isinstance(error, RayTaskError) else error)
         first_line = reason.strip().split("\n", 1)[0]  # Ray adds advice beneath
         raise RuntimeError(f"reading data failed: {first_line}") from error
 
 
-def _blocks(
-    units: Iterator[Unit], read_unit: Callable[[Unit], Iterator[Block]], num_cpus: float
-) -> Generator[Block, None, None]:
-    """The blocks of one pipeline after the other."""
+def _ahead(
+    units: Iterator[Unit], read_unit: Callable[[Unit], Iterator[Block]], chunk: int, num_cpus: float
+) -> Iterator[Block]:
+    """Read chunk after chunk in a thread, while there is room for another."""
+    blocks: Queue[Block | BaseException | str] = Queue()
+    room, closed = Semaphore(CHUNKS_AHEAD), Event()
+
+    def read() -> None:
+        try:
+            while not closed.is_set() and (taken := list(islice(units, chunk))):
+                room.acquire()
+                for block in _pipeline(taken, read_unit, num_cpus):
+                    if closed.is_set():
+                        return
+                    blocks.put(block)
+                blocks.put("end of chunk")
+            blocks.put("end")
+        except BaseException as error:  # noqa: BLE001 - it is raised in the caller's thread
+            blocks.put(error)
+
+    Thread(target=read, name="stream", daemon=True).start()
+    try:
+        while (item := blocks.get()) != "end":
+            if isinstance(item, BaseException):
+                raise item
+            if isinstance(item, str):
+                room.release()
+            else:
+                yield item
+    finally:
+        closed.set()
+        room.release()
+
+
+def _pipeline(units: list[Unit], read_unit: Callable[[Unit], Iterator[Block]], num_cpus: float) -> Iterator[Block]:
+    """The blocks of some units, by one Ray Data execution."""
     import ray
     from ray.data import DataContext, TaskPoolStrategy
 
@@ -52,54 +85,17 @@ def _blocks(
     context.execution_options.preserve_order = True
     context.target_max_block_size = BLOCK_BYTES
     context.enable_progress_bars = False
-    while chunk := list(islice(units, CHUNK)):
-        reference = ray.put(chunk)  # once, rather than a block of its own for each unit
+    reference = ray.put(units)  # once, rather than a block of its own for each unit
 
-        def read(batch: dict[str, np.ndarray], reference: Any = reference) -> Iterator[Block]:
-            try:
-                yield from read_unit(ray.get(reference)[int(batch["item"][0])])
-            except Exception as error:  # Ray would put its advice in the place of an OSError's file name
-                raise RuntimeError(f"{type(error).__name__}: {error}".replace("\n", " ")) from error
-
-        with DataContext.current(context):
-            numbers = ray.data.from_items(list(range(len(chunk))), override_num_blocks=len(chunk))
-            dataset = numbers.map_batches(read, batch_size=1, num_cpus=num_cpus, compute=TaskPoolStrategy(size=TASKS))
-        for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
-            # A copy frees the object store at once; a view would pin it for as long as rows wait their turn.
-            yield {name: np.array(column) for name, column in block.items()}
-
-
-def _ahead(blocks: Generator[Block, None, None]) -> Iterator[Block]:
-    """Draw `blocks` in a thread, at most AHEAD of them ahead of the caller."""
-    queue: Queue[Block | BaseException | None] = Queue(maxsize=AHEAD)
-    closed = Event()
-
-    def put(item: Block | BaseException | None) -> None:
-        while not closed.is_set():
-            try:
-                queue.put(item, timeout=0.2)
-                return
-            except Full:
-                continue
-
-    def draw() -> None:
+    def read(batch: dict[str, np.ndarray], reference: Any = reference) -> Iterator[Block]:
         try:
-            for block in blocks:
-                put(block)
-                if closed.is_set():
-                    return
-            put(None)
-        except BaseException as error:  # noqa: BLE001 - it is raised in the caller's thread
-            put(error)
-        finally:
-            blocks.close()  # ends the pipeline
+            yield from read_unit(ray.get(reference)[int(batch["item"][0])])
+        except Exception as error:  # Ray would put its advice in the place of an OSError's file name
+            raise RuntimeError(f"{type(error).__name__}: {error}".replace("\n", " ")) from error
 
-    thread = Thread(target=draw, name="stream", daemon=True)
-    thread.start()
-    try:
-        while (item := queue.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        closed.set()
+    with DataContext.current(context):
+        numbers = ray.data.from_items(list(range(len(units))), override_num_blocks=len(units))
+        dataset = numbers.map_batches(read, batch_size=1, num_cpus=num_cpus, compute=TaskPoolStrategy(size=TASKS))
+    for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
+        # A copy frees the object store at once; a view would pin it for as long as rows wait their turn.
+        yield {name: np.array(column) for name, column in block.items()}

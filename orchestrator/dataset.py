@@ -33,6 +33,7 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 ROW_GROUP_IMAGES = 128  # at most, at least half of it
 SHARD_BYTES = 64 << 20  # at least where there is so much, at most twice
 MIN_ROW_GROUPS = 16  # of a split with that many images: four for each of four streams
+READ_AHEAD_BYTES = 32 << 20  # decoded images that one pipeline reads; a worker holds two such
 BLOCK_ROWS = 64  # decoded at a time
 
 # Odd EXIF blocks and palettes: the image decodes all the same, and a user can do nothing about it.
@@ -431,7 +432,11 @@ def batches(
     order.locate(position)  # refuse it here rather than at the first batch
     read = _Reader(manifest, split, order.config.seed, image_size, crop, flip)
     units = order.units(rank, world_size, position)
-    blocks = stream(units, read) if use_ray else (block for unit in units for block in read(unit))
+    if use_ray:
+        rows_of_unit = order.config.window * max(order.row_group_sizes)
+        blocks = stream(units, read, chunk=max(2, READ_AHEAD_BYTES // (rows_of_unit * image_size**2 * 3)))
+    else:
+        blocks = (block for unit in units for block in read(unit))
     return _assemble(blocks, order, order.streams(rank, world_size), position)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster import stream as module
 from cluster.stream import stream
 
 pytestmark = pytest.mark.ray
@@ -30,11 +29,10 @@ def rows_of(blocks: Iterator[dict[str, np.ndarray]]) -> np.ndarray:
     return np.concatenate([np.stack([block["unit"], block["row"]], 1) for block in blocks])
 
 
-def test_order_over_several_pipelines(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK", 8)
+def test_order_over_several_pipelines(ray_session: None) -> None:
     units = range(20)
     expected = rows_of(block for unit in units for block in read_unit(unit))
-    blocks = list(stream(units, read_unit))
+    blocks = list(stream(units, read_unit, chunk=8))
     assert np.array_equal(rows_of(iter(blocks)), expected)
     assert all(len(set(block["unit"].tolist())) == 1 for block in blocks), "never across units"
     for block in blocks:
@@ -42,13 +40,12 @@ def test_order_over_several_pipelines(ray_session: None, monkeypatch: pytest.Mon
         assert block["image"].flags.writeable and block["image"].base is None, "the caller's own memory"
 
 
-def test_endless_units_are_read_lazily(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK", 4)
+def test_endless_units_are_read_lazily(ray_session: None) -> None:
     units = count()
-    blocks = stream(units, read_unit)
+    blocks = stream(units, read_unit, chunk=4)
     assert [int(block["unit"][0]) for block in islice(blocks, 3)] == [0, 1, 2]
     blocks.close()  # type: ignore[attr-defined]
-    assert next(units) < 100
+    assert next(units) <= 3 * 4, "more than the two chunks that it may hold, and the one in its hand"
 
 
 def broken_unit(folder: str, unit: int) -> Iterator[dict[str, np.ndarray]]:
@@ -59,4 +56,4 @@ def broken_unit(folder: str, unit: int) -> Iterator[dict[str, np.ndarray]]:
 
 def test_a_failing_read_raises_its_own_message(ray_session: None, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"reading data failed: FileNotFoundError: .*shard-2"):
-        list(stream(range(4), partial(broken_unit, str(tmp_path))))
+        list(stream(range(4), partial(broken_unit, str(tmp_path)), chunk=4))
