@@ -65,9 +65,7 @@ def extract(extractor: Extractor, images: NDArray[np.uint8], batch_size: int) ->
     def rows(name: str) -> list[NDArray[np.float32]]:
         return [array[:n] for n, f in parts if (array := getattr(f, name)) is not None]
 
-    pool, spatial, logits = (
-        np.concatenate(r) if (r := rows(n)) else None for n in ("pool", "spatial", "logits")
-    )
+    pool, spatial, logits = (np.concatenate(r) if (r := rows(n)) else None for n in ("pool", "spatial", "logits"))
     if pool is None or not np.isfinite(pool).all():
         raise ValueError(f"extractor {extractor.name!r} gave features that are not finite")
     return Features(pool, spatial, logits)
@@ -186,6 +184,4 @@ def _shifted(x: Tensor, rng: np.random.Generator) -> Tensor:
     padded = F.pad(x, (reach,) * 4, value=-1.0)
     corners = rng.integers(0, 2 * reach + 1, (len(x), 2))
     height, width = x.shape[-2:]
-    return torch.stack(
-        [p[:, i : i + height, j : j + width] for p, (i, j) in zip(padded, corners, strict=True)]
-    )
+    return torch.stack([p[:, i : i + height, j : j + width] for p, (i, j) in zip(padded, corners, strict=True)])

@@ -78,8 +78,7 @@ def unit_names() -> list[str]:
 
 
 class InceptionNetwork:
-    """Extractor with `pool` [B, 2048], `spatial` [B, 2023] and `logits` [B, 1008] without the bias (the
-    score's).
+    """Extractor with `pool` [B, 2048], `spatial` [B, 2023] and `logits` [B, 1008] without the bias (the score's).
 
     Whether a distance of these features may be called FID is for the caller to say, who knows whether the
     weights are the published ones. Batch norm is folded into the convolutions once, in float64.

@@ -29,9 +29,7 @@ MIN_CORRECTED_RATIO = 16  # n / D below which the bias correction leaves more bi
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric, the number of samples behind it and its 95% interval (None with a `note` where none is
-    sound).
-    """
+    """A metric, the number of samples behind it and its 95% interval (None with a `note` where none is sound)."""
 
     value: float
     n: int
@@ -239,9 +237,7 @@ class FrechetExpansion:
 
     @property
     def variance(self) -> float:
-        """Of the distance over sets of n samples. For a perfect model, whose influence is all noise, it is up
-        to twice too large: there the interval is wide, never narrow.
-        """
+        """Of the distance over sets of n; up to twice too large for a perfect model, whose influence is all noise."""
         return float(self.influence.var(ddof=1)) / len(self.influence)
 
     @property
@@ -253,9 +249,7 @@ class FrechetExpansion:
 
     @property
     def corrected(self) -> Estimate:
-        """The distance at infinite n; without an interval below n = 16 D, where bias of order (D/n)^2
-        remains.
-        """
+        """The distance at infinite n; without an interval below n = 16 D, where bias of order (D/n)^2 remains."""
         n, value = len(self.influence), self.distance - self.bias
         if n >= MIN_CORRECTED_RATIO * self.dimension:
             return _interval(value, n, self.variance)
@@ -272,9 +266,9 @@ def expand_frechet(features: Array, reference: Moments | Gaussian) -> FrechetExp
 
     With T the symmetric transport map from S to R, the influence of a sample is s(x) = 2 (m - m_r)'(x - m) +
     (x - m)'(I - T)(x - m) - tr((I - T) S); its spread gives the standard error. The second derivative gives
-    the bias: in the eigenbasis of L' S L with R = L L' a change E costs sum_ij E_ij^2 / (2
-    sqrt(l_i l_j) (sqrt(l_i) + sqrt(l_j))), and the mean of E_ij^2 is known from the samples. Raises
-    ValueError where n <= 2 D.
+    the bias: in the eigenbasis of L' S L with R = L L' a change E costs
+    sum_ij E_ij^2 / (2 sqrt(l_i l_j) (sqrt(l_i) + sqrt(l_j))), and the mean of E_ij^2 is known from the samples.
+    Raises ValueError where n <= 2 D.
     """
     check_features(features)
     n, dimension = features.shape
@@ -445,9 +439,7 @@ def _kernel_diagonal(x: Array) -> Array:
 
 
 def vendi_score(samples: Array) -> float:
-    """Effective number of distinct samples: exp of the cosine kernel's entropy (Friedman & Dieng 2023, q =
-    1).
-    """
+    """Effective number of distinct samples: exp of the cosine kernel's entropy (Friedman & Dieng 2023, q = 1)."""
     check_features(samples)
     unit = np.asarray(samples, np.float64)
     unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)

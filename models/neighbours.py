@@ -39,8 +39,7 @@ class Neighbours:
 
 
 def nearest(queries: Array, targets: Array, k: int, weights: Array | None = None) -> Neighbours:
-    """The k targets [M, D] nearest to each query [N, D]; with `queries is targets` a row is not its own
-    neighbour.
+    """The k targets [M, D] nearest to each query [N, D]; with `queries is targets` a row is not its own neighbour.
 
     With weights [M], squared distances to target j are multiplied by weights[j] first. Raises ValueError on
     shapes, values that are not finite, and where there are not k targets.
@@ -54,9 +53,7 @@ def nearest(queries: Array, targets: Array, k: int, weights: Array | None = None
 
 @dataclass(frozen=True)
 class _Shortlist:
-    """The targets with the smallest lower bounds of (weighted) squared distance to each query, smallest
-    first.
-    """
+    """The targets with the smallest lower bounds of (weighted) squared distance to each query, smallest first."""
 
     bounds: Tensor  # [N, kept] float32; every other target's bound is at least the last
     index: Tensor  # [N, kept]
@@ -133,9 +130,7 @@ def any_ball_holds(points: Array, centres: Array, radii: Array) -> Mask:
 
 
 def _held(points: Array, centres: Array, block: "_Block", radii: Array, strict: bool = False) -> Tensor:
-    """[b, M] which balls around centres hold the block's points: by the bounds, and measured where they are
-    open.
-    """
+    """[b, M] which balls around centres hold the block's points: by the bounds, and measured where they are open."""
     threshold = torch.from_numpy(np.asarray(radii, np.float32))
     possible = block.lower <= threshold
     held = block.lower + block.row_slack[:, None] < threshold - block.column_slack
@@ -154,9 +149,7 @@ def _check_balls(points: Array, centres: Array, radii: Array) -> None:
 
 @dataclass(frozen=True)
 class _Block:
-    """Lower bounds of the squared distances between some points and some centres, and the width of the
-    bounds.
-    """
+    """Lower bounds of the squared distances between some points and some centres, and the width of the bounds."""
 
     rows: slice  # of the points
     columns: slice  # of the centres
@@ -170,8 +163,7 @@ class _Block:
 
 
 def _bounded_squares(points: Array, centres: Array, triangle: bool = False) -> Iterator[_Block]:
-    """Blocks of rows; with `triangle` (points and centres being one set) without the columns before the first
-    row.
+    """Blocks of rows; with `triangle` (points and centres being one set) without the columns before the first row.
 
     |u|^2 - 2 u.v + |v|^2 in float32 errs by a multiple of eps (|u|^2 + |v|^2): a few roundings, and those of
     a sum of D products, which stay below 8 sqrt(D) eps but for a chance of 1e-13 (Higham & Mary 2019, theorem
@@ -203,9 +195,7 @@ def _centred(features: Array, mean: Array) -> tuple[Tensor, Tensor]:
 
 
 def _squares(queries: Array, rows: Indices, targets: Array, columns: Indices) -> Array:
-    """Squared distances of the pairs (rows[p], columns[p]), summed directly in float64: equal pairs tie
-    exactly.
-    """
+    """Squared distances of the pairs (rows[p], columns[p]), summed directly in float64: equal pairs tie exactly."""
     squares = np.empty(len(rows))
     size = max(1, BLOCK_BYTES // (16 * queries.shape[1]))
     for start in range(0, len(rows), size):
@@ -219,8 +209,7 @@ def _squares(queries: Array, rows: Indices, targets: Array, columns: Indices) ->
 
 
 def precision_recall(reference: Array, samples: Array, k: int = 3) -> tuple[Estimate, Estimate]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1-2): in this order, each with its
-    interval.
+    """Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1-2): in this order, each with its interval.
 
     Precision: the share of samples [N, D] inside a ball around a reference row [M, D] that reaches to its
     k-th neighbour; recall: the share of reference rows inside such a ball around a sample. Collapsed samples
@@ -265,8 +254,7 @@ def density_coverage(reference: Array, samples: Array, k: int = 5) -> tuple[Esti
 
 
 def realism(reference: Array, samples: Array, k: int = 3) -> Array:
-    """[N] largest ratio of a reference ball's radius to its distance from the sample (Kynkaanniemi et al.
-    2019, eq. 3).
+    """[N] largest ratio of a reference ball's radius to its distance from the sample (Kynkaanniemi et al. 2019, eq. 3).
 
     At least 1 means inside the reference's manifold; infinite for an exact copy. All balls are kept, also the
     widest; those of radius 0 (rows with k copies) can realise nothing but their copies and are left out.
@@ -318,9 +306,7 @@ def _halves_estimate(hits: Mask, hits_by: Mask, n: int) -> Estimate:
 
 
 def _radii_of_halves(samples: Array, shortlist: _Shortlist, k: int, halves: Mask) -> NDArray[np.float32]:
-    """[H, N] squared radii to the k-th neighbour within each half, -inf for samples outside it; rounding is
-    left in.
-    """
+    """[H, N] squared radii to the k-th neighbour within each half, -inf for samples outside it; roughly rounded."""
     bounds, index = shortlist.bounds.numpy(), shortlist.index.numpy()
     radii = np.full(halves.shape, -np.inf, np.float32)
     for half, reach in zip(halves, radii, strict=True):
@@ -349,8 +335,7 @@ def _recall_by_halves(recalled_by: Mask, block: _Block, half_radii: NDArray[np.f
 
 
 def precision_recall_openai(reference: Array, samples: Array, k: int = 3) -> tuple[float, float]:
-    """Precision and recall as ADM's evaluator computes them, in float16: for parity with published numbers
-    only.
+    """Precision and recall as ADM's evaluator computes them, in float16: for parity with published numbers only.
 
     Squared distances |u|^2 - 2 u.v + |v|^2 are formed in float16 from features, norms and products in
     float16, in blocks of 10,000 rows; a block that overflows is formed again in float32.

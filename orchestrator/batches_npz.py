@@ -1,5 +1,4 @@
-"""Sample and reference batches in the published layout: an .npz with `arr_0` (images), `arr_1` (labels),
-`mu`, `sigma`.
+"""Sample and reference batches in the published layout: an .npz with `arr_0` (images), `arr_1` (labels), `mu`, `sigma`.
 
 Files of tens of gigabytes are streamed. Nothing of a file is believed before it is checked: sizes that
 headers claim against sizes that are there, checksums, dtypes, shapes and the statistics' own sense. Nothing
@@ -184,9 +183,7 @@ def _header(data: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype
 
 
 def _data_offset(file: IO[bytes], info: zipfile.ZipInfo) -> int:
-    """Where a stored member's bytes begin: after its local header, whose two last fields are variable
-    lengths.
-    """
+    """Where a stored member's bytes begin: after its local header, whose two last fields are variable lengths."""
     file.seek(info.header_offset + 26)
     name, extra = struct.unpack("<HH", _read_exactly(file, 4))
     return int(info.header_offset + 30 + name + extra)

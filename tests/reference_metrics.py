@@ -1,5 +1,4 @@
-"""The golden comparison of a folder of metrics: features, Inception Scores, the Inception network, published
-batches.
+"""The golden comparison of a folder of metrics: features, Inception Scores, the Inception network, published batches.
 
 What is compared follows from the folder: the arrays that a file holds decide its kind, and an array's name
 decides what is computed for it and how close it has to be (the tolerances are those that the folder's README

@@ -1,6 +1,4 @@
-"""The Inception network: whose names it takes, what it refuses, TensorFlow's resize. Values:
-`test_reference_metrics`.
-"""
+"""The Inception network: whose names it takes, what it refuses, TensorFlow's resize; values are golden data."""
 
 import json
 from pathlib import Path

@@ -208,8 +208,7 @@ def test_small_n_is_said_and_refused() -> None:
 
 
 def two_models(n: int, num_runs: int) -> tuple[float, float]:
-    """Over runs with common noise: how often the plain distance, and a paired test of it, prefer the
-    collapsed model.
+    """Over runs with common noise: how often the plain distance, and a paired test of it, prefer the collapsed model.
 
     64 dimensions, a perfect model (true distance 0) and one with 0.95 of the spread (true distance 0.16).
     """

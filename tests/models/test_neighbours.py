@@ -1,6 +1,4 @@
-"""Neighbour metrics: exact decisions whatever the blocks, conventions that catch swapped sets, intervals that
-hold.
-"""
+"""Neighbour metrics: exact decisions whatever the blocks, conventions that catch swapped sets, intervals that hold."""
 
 import numpy as np
 import pytest
