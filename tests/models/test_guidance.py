@@ -1,0 +1,207 @@
+"""Guidance: closed forms of both algorithms, the interval, small gradients in low precision."""
+
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from models.diffusion import Denoise, Diffusion, DiffusionConfig, Prediction, Timestep
+from models.guidance import (
+    GuidanceConfig,
+    classifier_gradient,
+    guided,
+    log_prob_gradient,
+    mean_shift,
+    score_shift,
+)
+from models.samplers import ddim, ddpm, last
+from models.unet import ClassifierConfig, NoisyClassifier
+
+CENTRE, STD = 0.4, 0.3  # pixels of class 0 ~ N(-CENTRE, STD^2), of class 1 ~ N(CENTRE, STD^2), equally likely
+
+
+def process(respacing: str = "20") -> Diffusion:
+    return Diffusion(DiffusionConfig(variance="fixed_small"), respacing)
+
+
+def noise(t: int) -> Tensor:
+    return torch.randn(6, 1, 1, 1, generator=torch.Generator().manual_seed(t))
+
+
+class ExactClassifier(nn.Module):
+    """log p(x_t | class), up to a constant: its softmax is p(class | x_t)."""
+
+    def __init__(self, diffusion: Diffusion) -> None:
+        super().__init__()
+        self.abar = torch.from_numpy(diffusion.alphas_cumprod)
+        self.original = diffusion.timestep_map.tolist()
+        self.calls = 0
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        self.calls += 1
+        abar = self.abar[[self.original.index(int(t)) for t in timesteps]].view(-1, 1)
+        means = abar.sqrt() * torch.tensor([[-CENTRE, CENTRE]])
+        return -((x.flatten(1).double() - means) ** 2) / (2 * (abar * STD**2 + 1 - abar))
+
+
+def exact_denoiser(diffusion: Diffusion, label: int | None) -> Denoise:
+    """The exact denoiser of one class, or of both."""
+    classifier = ExactClassifier(diffusion)
+
+    def denoise(x_t: Tensor, t: Timestep) -> Prediction:
+        assert isinstance(t, int)
+        abar = diffusion.alphas_cumprod[t]
+        gain = STD**2 * math.sqrt(abar) / (abar * STD**2 + 1 - abar)
+        x_starts = [c + gain * (x_t - math.sqrt(abar) * c) for c in (-CENTRE, CENTRE)]
+        if label is None:
+            p = classifier(x_t, diffusion.model_timesteps(t, x_t)).softmax(dim=1).float()
+            x_start = sum(p[:, i].view(-1, 1, 1, 1) * x_starts[i] for i in range(2))
+        else:
+            x_start = x_starts[label]
+        assert isinstance(x_start, Tensor)
+        mean = diffusion.q_posterior_mean(x_start, x_t, t)
+        variance, log_variance = diffusion.variance(None, t, x_t)
+        return Prediction(diffusion.eps_from_x_start(x_t, t, x_start), x_start, mean, variance, log_variance)
+
+    return denoise
+
+
+@pytest.mark.parametrize("t", [0, 5, 19])
+def test_the_exact_classifier_turns_the_unconditional_score_into_the_conditional_one(t: int) -> None:
+    diffusion = process()
+    x_t, y = torch.linspace(-1.5, 1.5, 6).view(6, 1, 1, 1), torch.tensor([0, 1, 0, 1, 0, 1])
+    gradient = classifier_gradient(ExactClassifier(diffusion), diffusion, y, scale=1.0)
+    got = score_shift(exact_denoiser(diffusion, None), gradient, diffusion)(x_t, t)
+    for label in (0, 1):
+        rows, expected = y == label, exact_denoiser(diffusion, label)(x_t, t)
+        for field in ("eps", "pred_x_start", "mean"):
+            a, b = getattr(got, field)[rows], getattr(expected, field)[rows]
+            torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
+
+
+def test_the_mean_moves_by_variance_times_gradient_and_nothing_else_does() -> None:
+    diffusion = process()
+    x_t, y, t = torch.linspace(-1.5, 1.5, 6).view(6, 1, 1, 1), torch.zeros(6, dtype=torch.int64), 7
+    denoise, scale = exact_denoiser(diffusion, None), 3.0
+    gradient = classifier_gradient(ExactClassifier(diffusion), diffusion, y, scale)
+    plain, shifted = denoise(x_t, t), mean_shift(denoise, gradient)(x_t, t)
+    abar = diffusion.alphas_cumprod[t]
+    posterior = ExactClassifier(diffusion)(x_t, diffusion.model_timesteps(t, x_t)).softmax(dim=1)[:, 1]
+    # d/dx log p(0 | x) of two Gaussians of one variance
+    slope = -posterior * 2 * CENTRE * math.sqrt(abar) / (abar * STD**2 + 1 - abar)
+    expected = scale * slope.float().view(6, 1, 1, 1) * diffusion.posterior_variance[t]
+    torch.testing.assert_close(shifted.mean - plain.mean, expected.float(), atol=1e-6, rtol=1e-3)
+    for field in ("eps", "pred_x_start", "variance", "log_variance"):
+        assert torch.equal(getattr(shifted, field), getattr(plain, field))
+
+
+@pytest.mark.parametrize("sampler_name", ["ddpm", "ddim"])
+def test_scale_0_is_the_unguided_sampler_to_the_bit(sampler_name: str) -> None:
+    diffusion = process()
+    classifier = ExactClassifier(diffusion)
+    denoise = exact_denoiser(diffusion, None)
+    y = torch.ones(6, dtype=torch.int64)
+    unguided = guided(denoise, sampler_name, classifier, diffusion, y, GuidanceConfig(scale=0))
+    sampler = {"ddpm": ddpm, "ddim": ddim}[sampler_name]
+    results = [last(sampler(d, diffusion, noise(0), noise)) for d in (denoise, unguided)]
+    assert torch.equal(*results)
+    assert classifier.calls == 0
+
+
+@pytest.mark.parametrize("sampler_name", ["ddpm", "ddim"])
+def test_guided_samples_follow_their_labels(sampler_name: str) -> None:
+    diffusion = process()
+    y = torch.tensor([0, 1] * 3)
+    classifier = ExactClassifier(diffusion)
+    denoise = guided(exact_denoiser(diffusion, None), sampler_name, classifier, diffusion, y, GuidanceConfig(scale=8))
+    sampler = {"ddpm": ddpm, "ddim": ddim}[sampler_name]
+    x = last(sampler(denoise, diffusion, noise(0), noise)).flatten()
+    assert ((x > 0) == (y == 1)).all(), x
+
+
+def test_outside_its_interval_the_classifier_is_not_called() -> None:
+    diffusion = process("10")  # 0, 111, ..., 999
+    y = torch.ones(6, dtype=torch.int64)
+    denoise = exact_denoiser(diffusion, None)
+    for interval, calls in (((222, 555), 4), ((0, 0), 1), ((112, 221), 0), (None, 10)):
+        classifier = ExactClassifier(diffusion)
+        config = GuidanceConfig(scale=1, interval=interval)
+        x = last(ddim(guided(denoise, "ddim", classifier, diffusion, y, config), diffusion, noise(0), noise))
+        assert classifier.calls == calls
+        assert torch.equal(x, last(ddim(denoise, diffusion, noise(0), noise))) == (calls == 0)
+    gradient = classifier_gradient(ExactClassifier(diffusion), diffusion, y, 1.0, (0, 500))
+    with pytest.raises(ValueError, match="one timestep"):
+        gradient(noise(0), torch.zeros(6, dtype=torch.int64))
+    with pytest.raises(ValidationError, match="first <= last"):
+        GuidanceConfig(scale=1, interval=(500, 100))
+
+
+def classifier_with_logits_times(factor: float) -> NoisyClassifier:
+    torch.manual_seed(0)
+    network = NoisyClassifier(
+        ClassifierConfig(
+            image_size=16,
+            model_channels=32,
+            num_res_blocks=1,
+            channel_mult=(1, 2),
+            attention_resolutions=(8,),
+            num_head_channels=16,
+            num_classes=5,
+        )
+    )
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        head = network.out[2].c_proj
+        assert isinstance(head, nn.Conv1d) and head.bias is not None
+        head.weight.mul_(factor)
+        head.bias.copy_(torch.tensor([factor, 0, 0, 0, 0]))
+    return network.eval().requires_grad_(False)
+
+
+def plain_gradient(classifier: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    log_prob = classifier(x, t).float().log_softmax(dim=1).gather(1, y[:, None])
+    return torch.autograd.grad(log_prob.sum(), x)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_tiny_gradient_does_not_vanish_in_low_precision(dtype: torch.dtype) -> None:
+    classifier = classifier_with_logits_times(16.0)  # so sure of class 0 that its log p hardly has a slope
+    x, t = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(2)), torch.full((4,), 300)
+    y = torch.zeros(4, dtype=torch.int64)
+    exact = plain_gradient(classifier, x, t, y)
+    with torch.autocast("cpu", dtype=dtype):
+        scaled, naive = log_prob_gradient(classifier, x, t, y), plain_gradient(classifier, x, t, y)
+
+    def error(gradient: Tensor) -> float:
+        return ((gradient - exact).norm() / exact.norm()).item()
+
+    assert 0 < exact.abs().max() < 1e-5, exact.abs().max()
+    assert scaled.dtype == torch.float32
+    assert error(scaled) < 0.05, (error(scaled), error(naive))
+    if dtype == torch.float16:  # bf16 has the range of float32 and loses less
+        assert error(naive) > 0.3, (error(scaled), error(naive))
+
+
+def test_scaling_changes_no_bit_in_float32() -> None:
+    classifier = classifier_with_logits_times(1.0)
+    x, t = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(2)), torch.full((4,), 300)
+    y = torch.tensor([0, 1, 2, 3])
+    assert torch.equal(log_prob_gradient(classifier, x, t, y), plain_gradient(classifier, x, t, y))
+
+
+def test_guidance_works_where_gradients_are_off() -> None:
+    diffusion = Diffusion(DiffusionConfig(), "10")
+    classifier = classifier_with_logits_times(1.0)
+    with torch.no_grad():
+        y = torch.tensor([0, 1])
+        x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+        expected = classifier_gradient(classifier, diffusion, y, 2.0)(x, 5)
+    with torch.inference_mode():
+        got = classifier_gradient(classifier, diffusion, y.clone(), 2.0)(x.clone(), 5)
+    assert expected is not None and got is not None
+    assert expected.abs().max() > 0 and not expected.requires_grad
+    assert torch.equal(got, expected)

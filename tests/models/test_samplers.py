@@ -1,0 +1,191 @@
+"""Samplers against closed forms: on Gaussian data the exact denoiser, marginals and ODE are known."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from models.diffusion import Diffusion, DiffusionConfig
+from models.samplers import (
+    SAMPLERS,
+    SamplerConfig,
+    ddim,
+    ddim_reverse,
+    ddim_step,
+    ddpm,
+    ddpm_step,
+    last,
+    respacing_for,
+    sample,
+)
+from tests.models.gaussian import Gaussian
+
+DATA = Gaussian()
+X_T = torch.tensor([-2.0, -0.5, 1.0, 2.0]).view(4, 1, 1, 1)
+
+
+def process(respacing: str = "", **fields: Any) -> Diffusion:
+    return Diffusion(DiffusionConfig(**fields), respacing)
+
+
+def no_noise(t: int) -> Tensor:
+    raise AssertionError(f"noise was asked for at {t}")
+
+
+def keyed_noise(like: Tensor, asked: list[int] | None = None) -> Callable[[int], Tensor]:
+    def noise(t: int) -> Tensor:
+        if asked is not None:
+            asked.append(t)
+        values = np.random.default_rng([11, t]).standard_normal(like.shape)
+        return torch.from_numpy(values).to(like)
+
+    return noise
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("respacing", ["", "50"])
+def test_ddpm_with_the_exact_reverse_step_has_the_exact_marginals(schedule: str, respacing: str) -> None:
+    diffusion = process(respacing, schedule=schedule)
+    denoise = DATA.denoiser(diffusion)
+    # a step is affine in x and in the noise: three probes tell its coefficients, which carry mean and variance on
+    probes = torch.tensor([0.0, 1.0, 0.0]).view(3, 1, 1, 1)
+    noise = torch.tensor([0.0, 0.0, 1.0]).view(3, 1, 1, 1)
+    abar = diffusion.alphas_cumprod
+    mean, variance = abar[-1] ** 0.5 * DATA.mean, DATA.marginal_variance(abar)[-1]
+    for t in reversed(range(1, diffusion.num_timesteps)):
+        out = ddpm_step(diffusion, denoise(probes, t), probes, t, noise).flatten().double()
+        offset, slope, sigma = out[0], out[1] - out[0], out[2] - out[0]
+        mean, variance = offset + slope * mean, slope**2 * variance + sigma**2
+        assert float(mean) == pytest.approx(abar[t - 1] ** 0.5 * DATA.mean, abs=2e-5)
+        assert float(variance) == pytest.approx(DATA.marginal_variance(abar)[t - 1], abs=2e-5)
+
+
+def test_ddpm_samples_have_the_data_distribution() -> None:
+    diffusion = process("100")
+    x_T = keyed_noise(torch.empty(1, 1, 150, 150))(1000)
+    x = last(ddpm(DATA.denoiser(diffusion), diffusion, x_T, keyed_noise(x_T)))
+    assert x.mean().item() == pytest.approx(DATA.mean, abs=4 * DATA.std / 150)
+    assert x.std().item() == pytest.approx(DATA.std, rel=4 / (2**0.5 * 150))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "schedule", "order"),
+    [
+        ("ddim", "linear", 1),
+        ("ddim", "cosine", 1),
+        ("dpm_solver", "linear", 2),
+        ("dpm_solver", "cosine", 2),
+        ("heun", "linear", 2),
+        ("heun", "cosine", 2),
+    ],
+)
+def test_solvers_converge_to_the_ode_with_their_order(sampler: str, schedule: str, order: int) -> None:
+    errors = []
+    for steps in (40, 80, 160):
+        diffusion = process(str(steps), schedule=schedule)
+        chain = list(SAMPLERS[sampler](DATA.denoiser(diffusion), diffusion, X_T, no_noise))
+        abar = diffusion.alphas_cumprod
+        # the last step leaves the ODE: it answers with the predicted x_0
+        errors.append((chain[-2].x - DATA.ode(X_T, abar[-1], abar[0])).abs().max().item())
+    orders = [float(np.log2(a / b)) for a, b in itertools.pairwise(errors)]
+    assert orders == pytest.approx([order, order], abs=0.15), errors
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_second_order_beats_first(schedule: str) -> None:
+    diffusion = process("50", schedule=schedule)
+    abar = diffusion.alphas_cumprod
+    exact = DATA.ode(X_T, abar[-1], abar[0])
+    chains = {
+        name: list(f(DATA.denoiser(diffusion), diffusion, X_T, no_noise))
+        for name, f in SAMPLERS.items()
+        if name != "ddpm"
+    }
+    error = {name: (chain[-2].x - exact).abs().max() for name, chain in chains.items()}
+    assert error["heun"] < error["ddim"] / 10
+
+
+def test_ddim_with_eta_1_over_all_steps_is_ddpm_with_the_posterior_variance() -> None:
+    diffusion = process(variance="fixed_small")
+    x_t, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    for t in (0, 1, 2, 10, 500, 999):
+        prediction = diffusion.predict(0.5 * x_t, x_t, t)
+        ancestral = ddpm_step(diffusion, prediction, x_t, t, noise)
+        implicit = ddim_step(diffusion, prediction, x_t, t, noise, eta=1.0)
+        assert (implicit - ancestral).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("respacing", ["20", "ddim25"])
+def test_ddim_noise_has_eta_squared_times_the_posterior_variance(respacing: str) -> None:
+    diffusion = process(respacing)
+    prediction = DATA.denoiser(diffusion)
+    for t, eta in ((0, 1.0), (1, 1.0), (7, 0.5), (19, 1.0)):
+        with_noise = ddim_step(diffusion, prediction(X_T, t), X_T, t, torch.ones_like(X_T), eta)
+        without = ddim_step(diffusion, prediction(X_T, t), X_T, t, torch.zeros_like(X_T), eta)
+        sigma = (with_noise - without).double()
+        expected = eta * diffusion.posterior_variance[t] ** 0.5
+        torch.testing.assert_close(sigma, torch.full_like(sigma, expected), atol=1e-6, rtol=1e-5)
+
+
+def test_ddim_encoding_and_decoding_return_the_image_as_steps_grow() -> None:
+    images = torch.tensor([-0.6, 0.1, 0.3, 0.9]).view(4, 1, 1, 1)
+    errors = []
+    for steps in (20, 40, 100, 200, 500):
+        diffusion = process(f"ddim{steps}")
+        denoise = DATA.denoiser(diffusion)
+        latent = last(ddim_reverse(denoise, diffusion, images))
+        errors.append((last(ddim(denoise, diffusion, latent, no_noise)) - images).abs().max().item())
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.02 < errors[0]
+
+
+def test_noise_is_keyed_by_original_timesteps_and_asked_only_where_used() -> None:
+    diffusion = process("5")
+    denoise = DATA.denoiser(diffusion)
+    for name, eta, expected in (
+        ("ddpm", 0.0, [999, 749, 500, 250]),
+        ("ddim", 0.7, [999, 749, 500, 250]),
+        ("ddim", 0.0, []),
+        ("dpm_solver", 0.0, []),
+        ("heun", 0.0, []),
+    ):
+        asked: list[int] = []
+        config = SamplerConfig(name=name, num_steps=5, eta=eta, respacing="5")
+        steps = list(sample(config, denoise, diffusion, X_T, keyed_noise(X_T, asked)))
+        assert [step.t for step in steps] == [4, 3, 2, 1, 0]
+        assert asked == expected, name
+        assert all(step.x.shape == X_T.shape == step.pred_x_start.shape for step in steps)
+
+
+def test_a_chain_can_start_anywhere() -> None:
+    diffusion = process("20")
+    denoise = DATA.denoiser(diffusion)
+    for name in ("ddpm", "ddim", "heun"):
+        whole = list(SAMPLERS[name](denoise, diffusion, X_T, keyed_noise(X_T)))
+        rest = list(SAMPLERS[name](denoise, diffusion, whole[9].x, keyed_noise(X_T), start=9))
+        assert torch.equal(rest[-1].x, whole[-1].x)
+
+
+def test_respacing_belongs_to_the_sampler() -> None:
+    assert respacing_for(SamplerConfig(name="ddpm", num_steps=250), 1000) == "250"
+    assert respacing_for(SamplerConfig(name="ddim", num_steps=25), 1000) == "ddim25"
+    lsun = SamplerConfig(num_steps=250, respacing="90,60,60,20,20")
+    assert respacing_for(lsun, 1000) == "90,60,60,20,20"
+    with pytest.raises(ValueError, match="no integer stride"):
+        respacing_for(SamplerConfig(name="ddim", num_steps=300), 1000)
+    with pytest.raises(ValueError, match="fewer than 250"):
+        respacing_for(SamplerConfig(num_steps=250), 100)
+    with pytest.raises(ValueError, match="keeps 250 steps but"):
+        respacing_for(SamplerConfig(num_steps=100, respacing="90,60,60,20,20"), 1000)
+    with pytest.raises(ValidationError, match="eta=0"):
+        SamplerConfig(name="ddpm", eta=0.5)
+
+
+def test_an_empty_chain_has_no_last_image() -> None:
+    with pytest.raises(ValueError, match="no steps"):
+        last([])
