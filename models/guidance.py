@@ -44,7 +44,8 @@ def log_prob_gradient(classifier: Model, x: Tensor, t: Timestep, y: Tensor) -> T
         logits = classifier(x, t).float()
         log_prob = F.log_softmax(logits, dim=-1).gather(1, y.clone()[:, None])[:, 0]
         with torch.no_grad():
-            at_logits = F.one_hot(y, logits.shape[1]) - F.softmax(logits, dim=-1)
+            # grad log p with respect to the logits: one-hot of y minus the probabilities
+            at_logits = (-F.softmax(logits, dim=-1)).scatter_add(1, y[:, None], torch.ones_like(logits))
             exponent = torch.frexp(at_logits.norm(dim=1)).exponent
             scale = torch.ldexp(torch.full_like(log_prob, GRADIENT_NORM), -exponent)
         gradient = torch.autograd.grad((log_prob * scale).sum(), x)[0]

@@ -36,7 +36,8 @@ from tests.comparison import Compute, GoldenFile, Row
 
 LOSSES = {"MSE": "simple", "RESCALED_MSE": "rescaled_simple", "KL": "kl", "RESCALED_KL": "rescaled_kl"}
 PREDICTIONS = {"EPSILON": "eps", "START_X": "x_start", "PREVIOUS_X": "previous_x"}
-CHANNEL_MULT = {  # the published scripts' widths where --channel_mult is empty
+CHANNEL_MULT: dict[int, tuple[float, ...]] = {  # the published scripts' widths where --channel_mult is empty
+    32: (1, 2, 2, 2),
     64: (1, 2, 3, 4),
     128: (1, 1, 2, 3, 4),
     256: (1, 1, 2, 2, 4, 4),
@@ -461,8 +462,9 @@ def of_losses(folder: Folder, golden: GoldenFile) -> Compute:
         )
         kwargs = label_kwargs(network, golden.optional("fixed.y"))
         x_start, noise = golden.tensor("fixed.x_start"), golden.tensor("fixed.noise")
+        t = golden.tensor("fixed.t" if "fixed.t" in golden else "t")
         with torch.no_grad():
-            return diffusion.losses(network, x_start, golden.tensor("t"), noise, **kwargs)[term]
+            return diffusion.losses(network, x_start, t, noise, **kwargs)[term]
 
     def compute(name: str) -> Any:
         pattern = rf"fixed\.({'|'.join(PREDICTIONS)})\.(FIXED_SMALL|FIXED_LARGE)\.({loss_names})\.(loss|mse|vb)"
@@ -507,8 +509,11 @@ def of_bits_per_dim(folder: Folder, golden: GoldenFile) -> Compute:
     stem = golden.path.stem
     unet = folder.unet(stem)
     kept = golden.array("timestep_map")
-    specs = (str(len(kept)), f"ddim{len(kept)}")  # the file states its chain by the timesteps that it keeps
-    num_timesteps = folder.settings(stem)["num_timesteps"]
+    settings = folder.settings(stem)
+    # the file states its chain by the timesteps that it keeps
+    stated = [spec for key, spec in settings.items() if key.startswith("respacing")]
+    specs = [str(len(kept)), f"ddim{len(kept)}", *stated]
+    num_timesteps = settings["num_timesteps"]
     spec = next((s for s in specs if np.array_equal(possible_timesteps(num_timesteps, s), kept)), specs[0])
     diffusion = folder.diffusion(stem, spec)
 
