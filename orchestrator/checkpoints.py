@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from models.diffusion import DiffusionConfig
 from models.unet import ClassifierConfig, NoisyClassifier, UNetConfig, make_unet
 from orchestrator import storage
+from orchestrator.state_dicts import check_tensors, decode_state_dict, released_entry
 
 FORMAT_VERSION = 1
 
@@ -95,6 +96,16 @@ def save_weights(
     classes: tuple[str, ...],
 ) -> None:
     """Write a safetensors file that carries its architecture; an existing one is left as it is."""
+    storage.create_bytes(uri, encode_weights(weights, architecture, diffusion, classes))
+
+
+def encode_weights(
+    weights: dict[str, Tensor],
+    architecture: UNetConfig | ClassifierConfig,
+    diffusion: DiffusionConfig,
+    classes: tuple[str, ...],
+) -> bytes:
+    """The bytes of such a file."""
     about = {
         "format_version": FORMAT_VERSION,
         "kind": "classifier" if isinstance(architecture, ClassifierConfig) else "unet",
@@ -103,7 +114,7 @@ def save_weights(
         "classes": list(classes),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    storage.create_bytes(uri, safetensors.torch.save(tensors, metadata={"admiral": json.dumps(about)}))
+    return safetensors.torch.save(tensors, metadata={"admiral": json.dumps(about)})
 
 
 def latest_weights(run: str) -> str:
@@ -119,31 +130,56 @@ def latest_weights(run: str) -> str:
     return storage.join(folder, names[-1])
 
 
-def load_network(uri: str, device: torch.device | str = "cpu") -> Network:
-    """Read a network from a safetensors file, or the newest of a training run, in evaluation mode.
+def load_network(uri: str, device: torch.device | str = "cpu", like: str | None = None) -> Network:
+    """Read a network in evaluation mode: a safetensors file, the newest of a training run, or a released `.pt` file.
+
+    A `.pt` file (float32, or float16 which is widened) does not tell its architecture: its name must be that of a
+    released one, or `like` be the zoo's name for it. Its classes have no names but their indices.
 
     Raises:
         FileNotFoundError: nothing there.
         ValueError: not such a file, or a tensor is missing, extra or misshapen; the message names it.
     """
+    if uri.endswith(".pt"):
+        return _load_released(uri, device, like)
+    if like is not None:
+        raise ValueError(f"like={like!r} is for .pt files; {uri} carries its architecture")
     uri = uri if uri.endswith(".safetensors") else latest_weights(uri)
     data = storage.read_bytes(uri)
     try:
         weights = safetensors.torch.load(data)
         about = json.loads(_metadata(data)["admiral"])
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        if about["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format_version={about['format_version']} is not {FORMAT_VERSION}")
+        kind = ClassifierConfig if about["kind"] == "classifier" else UNetConfig
+        architecture = kind.model_validate(about["architecture"])
+        diffusion = DiffusionConfig.model_validate(about["diffusion"])
+        classes = tuple(about["classes"])
+    except KeyError as error:
+        raise ValueError(f"{uri} is not a weights file of Admiral's: its header has no {error}") from error
+    except (safetensors.SafetensorError, ValueError) as error:
         raise ValueError(f"{uri} is not a weights file of Admiral's: {error}") from error
-    architecture: UNetConfig | ClassifierConfig
-    if about["kind"] == "classifier":
-        architecture = ClassifierConfig.model_validate(about["architecture"])
-    else:
-        architecture = UNetConfig.model_validate(about["architecture"])
-    module = build(architecture)
-    _check_names(uri, module, weights)
-    module.load_state_dict(weights)
-    module.to(device).eval().requires_grad_(False)
-    diffusion = DiffusionConfig.model_validate(about["diffusion"])
-    return Network(module, architecture, diffusion, tuple(about["classes"]), hashlib.sha256(data).hexdigest())
+    module = _filled(uri, architecture, weights, device)
+    return Network(module, architecture, diffusion, classes, hashlib.sha256(data).hexdigest())
+
+
+def _load_released(uri: str, device: torch.device | str, like: str | None) -> Network:
+    entry = released_entry(uri, like)
+    data = storage.read_bytes(uri)
+    module = _filled(uri, entry.network, decode_state_dict(uri, data), device)
+    classes = tuple(str(index) for index in range(entry.network.num_classes or 0))
+    return Network(module, entry.network, entry.diffusion, classes, hashlib.sha256(data).hexdigest())
+
+
+def _filled(
+    uri: str, architecture: UNetConfig | ClassifierConfig, weights: dict[str, Tensor], device: torch.device | str
+) -> nn.Module:
+    """The network with these weights as float32, in evaluation mode, on `device`."""
+    with torch.device("meta"):  # shapes only: weights that are replaced at once need not be drawn
+        module = build(architecture)
+    check_tensors(uri, module.state_dict(), weights)
+    module.to_empty(device=device).load_state_dict(weights)
+    return module.eval().requires_grad_(False)
 
 
 def build(architecture: UNetConfig | ClassifierConfig) -> nn.Module:
@@ -151,18 +187,6 @@ def build(architecture: UNetConfig | ClassifierConfig) -> nn.Module:
     if isinstance(architecture, ClassifierConfig):
         return NoisyClassifier(architecture)
     return make_unet(architecture)
-
-
-def _check_names(uri: str, module: nn.Module, weights: dict[str, Tensor]) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in found:
-            raise ValueError(f"{uri}: tensor {name} {wanted[name]} is missing")
-        if name not in wanted:
-            raise ValueError(f"{uri}: tensor {name} {found[name]} does not belong to this architecture")
-        if wanted[name] != found[name]:
-            raise ValueError(f"{uri}: tensor {name} has shape {found[name]}, the architecture wants {wanted[name]}")
 
 
 def _metadata(data: bytes) -> dict[str, str]:

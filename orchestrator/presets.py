@@ -4,6 +4,7 @@ from models.diffusion import DiffusionConfig
 from models.guidance import GuidanceConfig
 from models.samplers import SamplerConfig
 from models.unet import ClassifierConfig, UNetConfig
+from orchestrator.conversion import ConversionConfig
 from orchestrator.dataset import PrepareConfig
 from orchestrator.evaluation import EvaluationConfig
 from orchestrator.generation import GenerationConfig
@@ -181,6 +182,16 @@ def dataset_presets() -> dict[str, tuple[str, PrepareConfig]]:
     digits = PrepareConfig(source="digits", output="datasets/digits", name="digits", validation_fraction=0.2)
     folder = PrepareConfig(source="images", output="datasets/images", name="images", validation_fraction=0.02)
     return {"digits": (DIGITS, digits), "folder": ("one's own images, a folder for each class", folder)}
+
+
+def conversion_presets() -> dict[str, tuple[str, ConversionConfig]]:
+    """Weights to convert."""
+    digits = ConversionConfig(source="digits/diffusion", output="digits/diffusion.pt")
+    released = ConversionConfig(source="64x64_diffusion.pt", output="64x64_diffusion.safetensors")
+    return {
+        "digits": ("the quickstart's diffusion model, for the published code", digits),
+        "released": ("a released .pt file, to one that carries its architecture", released),
+    }
 
 
 def quickstart_presets() -> dict[str, tuple[str, QuickstartConfig]]:

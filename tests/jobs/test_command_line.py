@@ -17,6 +17,7 @@ ALL_PRESETS = {
     "evaluate_samples": presets.evaluation_presets,
     "train_upsampler": presets.upsampler_presets,
     "estimate_likelihood": presets.likelihood_presets,
+    "convert_weights": presets.conversion_presets,
     "quickstart": presets.quickstart_presets,
 }
 
