@@ -146,7 +146,7 @@ def class_grid(samples: str) -> bytes:
     """One row for each class, ten samples each: the first of the folder."""
     images, labels = read_range(samples, 0, 512)
     rows = [images[labels == label][:PER_CLASS] for label in np.unique(labels)]
-    return grid_png(np.concatenate(rows), columns=PER_CLASS, scale=2)
+    return grid_png(np.concatenate(rows), columns=PER_CLASS, scale=4, gap=2)
 
 
 def trade_off_figure(trials: list[dict[str, Any]]) -> bytes:
