@@ -34,7 +34,7 @@ NUMERICS_VERSION = 1  # raised by hand when the same config begins to give other
 class GenerationConfig(JobConfig):
     """What decides the samples, and where they go."""
 
-    weights: str  # the diffusion model: a training run's folder, or a .safetensors file
+    weights: str  # the diffusion model: a training run's folder, a .safetensors file or a released .pt file
     classifier: str | None = None  # the noisy classifier that guides, likewise
     upsampler: str | None = None  # a second stage that enlarges the samples (ADM-U), likewise; both are kept
     output: str  # the samples' folder; enlarged ones lie in upsampled/ beneath it

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from models.diffusion import DiffusionConfig
@@ -82,6 +83,36 @@ def test_a_wrong_tensor_is_named(tmp_path: Path) -> None:
     save_weights(uri, weights, TINY, DiffusionConfig(), ())
     with pytest.raises(ValueError, match=r"out\.2\.bias has shape \(5,\), the architecture wants \(6,\)"):
         load_network(uri)
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("out.2.bias", r"\(6,\) is missing"), ("new", r"\(2,\) does not belong")])
+def test_a_missing_or_extra_tensor_is_named(tmp_path: Path, name: str, wanted: str) -> None:
+    weights, uri = dict(build(TINY).state_dict()), str(tmp_path / "w.safetensors")
+    if weights.pop(name, None) is None:
+        weights[name] = torch.zeros(2)
+    save_weights(uri, weights, TINY, DiffusionConfig(), ())
+    with pytest.raises(ValueError, match=f"tensor {name} {wanted}"):
+        load_network(uri)
+
+
+def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path: Path) -> None:
+    uri = tmp_path / "w.safetensors"
+    save_weights(str(uri), dict(build(TINY).state_dict()), TINY, DiffusionConfig(), ())
+    data = uri.read_bytes()
+    for length in (0, 7, 8, 100, len(data) // 2, len(data) - 1):
+        uri.write_bytes(data[:length])
+        with pytest.raises(ValueError, match=r"w\.safetensors is not a weights file of Admiral's"):
+            load_network(str(uri))
+
+
+def test_a_file_without_architecture_or_of_another_format_is_refused(tmp_path: Path) -> None:
+    uri = tmp_path / "w.safetensors"
+    uri.write_bytes(safetensors.torch.save(dict(build(TINY).state_dict())))
+    with pytest.raises(ValueError, match="its header has no 'admiral'"):
+        load_network(str(uri))
+    uri.write_bytes(safetensors.torch.save({}, metadata={"admiral": '{"format_version": 99}'}))
+    with pytest.raises(ValueError, match="format_version=99 is not 1"):
+        load_network(str(uri))
 
 
 def test_a_foreign_file_is_refused(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def weights(tmp_path: Path) -> dict[str, Tensor]:
 
 
 def assert_same_bits(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert list(found) == list(wanted)
+    assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert torch.equal(found[name].view(torch.int32), tensor.view(torch.int32)), f"{name} differs"
 
