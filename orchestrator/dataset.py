@@ -14,7 +14,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any, Literal
 
 import numpy as np
@@ -33,7 +33,8 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 ROW_GROUP_IMAGES = 128  # at most, at least half of it
 SHARD_BYTES = 64 << 20  # at least where there is so much, at most twice
 MIN_ROW_GROUPS = 16  # of a split with that many images: four for each of four streams
-READ_AHEAD_BYTES = 32 << 20  # decoded images that one pipeline reads; a worker holds two such
+READ_AHEAD_BYTES = 64 << 20  # decoded images that one pipeline reads; a worker holds two such
+READ_AHEAD_ROWS = 8192  # and no more of them: what is read further ahead only takes CPUs from the training
 BLOCK_ROWS = 64  # decoded at a time
 
 # Odd EXIF blocks and palettes: the image decodes all the same, and a user can do nothing about it.
@@ -416,8 +417,9 @@ def batches(
     flip: bool = False,
     split: str = "train",
     use_ray: bool = True,
+    end: int | None = None,
 ) -> Iterator[list[Microbatch]]:
-    """This worker's share of every global batch from `position` (images seen) on, without end.
+    """This worker's share of every global batch from `position` (images seen) to `end` (None: without end).
 
     Each list holds one microbatch for each of the worker's streams, in stream order. `flip` mirrors half of the
     images. Flips and crops depend on (seed, epoch, sample) alone. With `use_ray` a Ray Data pipeline fetches and
@@ -432,18 +434,24 @@ def batches(
     order.locate(position)  # refuse it here rather than at the first batch
     read = _Reader(manifest, split, order.config.seed, image_size, crop, flip)
     units = order.units(rank, world_size, position)
+    if end is not None:
+        last_epoch, _ = order.locate(end)
+        units = takewhile(lambda unit: unit.epoch <= last_epoch, units)
     if use_ray:
-        rows_of_unit = order.config.window * max(order.row_group_sizes)
-        blocks = stream(units, read, chunk=max(2, READ_AHEAD_BYTES // (rows_of_unit * image_size**2 * 3)))
+        rows = min(READ_AHEAD_ROWS, READ_AHEAD_BYTES // (image_size**2 * 3))
+        blocks = stream(units, read, chunk=max(2, rows // (order.config.window * max(order.row_group_sizes))))
     else:
         blocks = (block for unit in units for block in read(unit))
-    return _assemble(blocks, order, order.streams(rank, world_size), position)
+    steps = takewhile(lambda step: end is None or step[1] < end, order.steps(position))
+    return _assemble(blocks, order, order.streams(rank, world_size), steps)
 
 
-def _assemble(blocks: Iterator[Block], order: OrderPlan, streams: range, position: int) -> Iterator[list[Microbatch]]:
-    """Deal blocks to their streams, and take every step's rows from each."""
+def _assemble(
+    blocks: Iterator[Block], order: OrderPlan, streams: range, steps: Iterator[tuple[int, int]]
+) -> Iterator[list[Microbatch]]:
+    """Deal blocks to their streams, and take every step's rows from each; `steps` gives their epochs."""
     waiting = {number: _Waiting() for number in streams}
-    for epoch, _ in order.steps(position):
+    for epoch, _ in steps:
         microbatches = []
         for number, rows in waiting.items():
             while rows.count < order.rows_per_stream:

@@ -305,6 +305,7 @@ def train_loop(config: AdmConfig | NoisyClassifierConfig, context: WorkerContext
         image_size=config.model.image_size,
         crop=config.crop,
         flip=config.flip,
+        end=_length(config),
         use_ray=context.streams_on_cluster,
     )
     meter = Meter(config, context)

@@ -343,6 +343,12 @@ def test_read_images_is_the_manifests_order(prepared: Manifest) -> None:
         read_images(prepared, "validation", 350, 361, 8)
 
 
+def test_batches_end_where_they_are_told(prepared: Manifest) -> None:
+    order = make_order(prepared)
+    found = list(batches(prepared, order, 0, 1, 64, 16, use_ray=False, end=64 * 30))
+    assert len(found) == 29, "from the second step into the second epoch"
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_ray_gives_the_same_batches(prepared: Manifest, ray_session: None, world_size: int) -> None:
