@@ -41,4 +41,7 @@ def test_models_touch_no_files() -> None:
 
 
 def test_the_rule_sees_imports_inside_functions() -> None:
-    assert set(imported_names("def f():\n    import ray.train\n    from cluster.workers import pool")) == {"ray", "cluster"}
+    assert set(imported_names("def f():\n    import ray.train\n    from cluster.workers import pool")) == {
+        "ray",
+        "cluster",
+    }
