@@ -44,6 +44,8 @@ class GenerationConfig(JobConfig):
     sampler: SamplerConfig = SamplerConfig()
     guidance: GuidanceConfig = GuidanceConfig()
     upsampling: SamplerConfig = SamplerConfig()  # how the second stage is drawn, unguided as published
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention, by autocast
+    compile: bool = False  # torch.compile the networks: slower to start, faster on long runs
     batch_size: int = Field(64, gt=0)  # canonical batch B: index i always runs in batch floor(i/B)
     shard_batches: int = Field(8, gt=0)  # batches in a shard
     num_workers: int = Field(1, ge=0)  # sampling workers; 0 = in this process, without Ray
@@ -188,6 +190,9 @@ def make_generator(config: GenerationConfig) -> Callable[[Shard], None]:
     """A worker: networks loaded once, then shards."""
     device = torch.device("cuda" if config.num_gpus and torch.cuda.is_available() else "cpu")
     networks = load_networks(config, device)
+    for network in networks:
+        if network is not None and config.compile:
+            network.module.compile()
 
     def make_shard(shard: Shard) -> None:
         numbers = range(shard.begin // config.batch_size, -(-shard.end // config.batch_size))
@@ -226,14 +231,24 @@ def make_batch(
         labels = indices % classes
     else:
         labels = np.array([index_rng(config.seed, int(index), Purpose.LABEL).integers(classes) for index in indices])
-    images = sample_batch(networks.weights, sampler, indices, labels, config.seed, networks.classifier, guidance)
+    with autocast(networks.weights, config.dtype):
+        images = sample_batch(networks.weights, sampler, indices, labels, config.seed, networks.classifier, guidance)
     return Samples(indices, labels, images)
 
 
 def upsample_batch(upsampler: Network, config: GenerationConfig, batch: Samples) -> Samples:
     """The second stage of a cascade (ADM section 5): a canonical batch of samples enlarged, with noise of its own."""
-    images = sample_batch(upsampler, config.upsampling, batch.indices, batch.labels, config.seed, low_res=batch.images)
+    with autocast(upsampler, config.dtype):
+        images = sample_batch(
+            upsampler, config.upsampling, batch.indices, batch.labels, config.seed, low_res=batch.images
+        )
     return Samples(batch.indices, batch.labels, images)
+
+
+def autocast(network: Network, dtype: str) -> torch.autocast:
+    """A region in which the network's convolutions and attention run in `dtype`; the chain itself stays float32."""
+    device = next(network.module.parameters()).device
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
 @torch.no_grad()

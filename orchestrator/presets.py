@@ -38,7 +38,7 @@ def _digits_diffusion() -> AdmConfig:
         ),
         diffusion=_COSINE,
         flip=False,  # a mirrored digit is none
-        images=112_000,
+        images=89_600,
         batch_size=64,
         learning_rate=2e-3,
         warmup_images=3_200,

@@ -29,7 +29,7 @@ class QuickstartConfig(JobConfig):
     storage: Literal["local", "s3"] = "local"  # a folder, or s3:// on a local server that is started for this
     folder: str = "runs/quickstart"  # local folder of the page, the tracking file and (storage=local) everything else
     num_workers: int = Field(2, ge=1)  # training, sampling and feature workers
-    images: int = Field(112_000, gt=0)  # length of the diffusion model's training
+    images: int = Field(89_600, gt=0)  # length of the diffusion model's training
     classifier_images: int = Field(32_000, gt=0)  # length of the classifier's training
     num_samples: int = Field(1_000, gt=0)  # images to generate, guided and again unguided
     trial_samples: int = Field(512, gt=0)  # images of each trial of the search
