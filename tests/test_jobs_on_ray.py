@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -63,9 +64,10 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     }
     short = Path("/tmp") / f"admiral-{ports['port']}"  # sockets beneath it must have short paths
     short.mkdir()
-    command = [BIN / "ray", "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--num-cpus", "4",
-               "--include-dashboard", "true", "--disable-usage-stats", "--object-store-memory", "100000000",
-               "--temp-dir", short, *(f"--{name}={port}" for name, port in ports.items())]  # fmt: skip
+    options = {"node-ip-address": "127.0.0.1", "num-cpus": 4, "include-dashboard": "true", "temp-dir": short}
+    options |= {"object-store-memory": 100_000_000, **ports}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    command = [str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", *flags]
     environment = quiet_environment(RAY_AUTH_MODE="disabled", PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}")
     head = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE, text=True)
     try:
@@ -77,13 +79,15 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         head.terminate()
         head.wait(timeout=60)
+        shutil.rmtree(short, ignore_errors=True)
 
 
 @pytest.mark.ray
 def test_a_submitted_job_leaves_its_outputs_in_the_store(ray_head: str, tmp_path: Path) -> None:
     def submit(settings: dict[str, str], *job: str) -> subprocess.CompletedProcess:
-        command = [BIN / "ray", "job", "submit", "--address", ray_head, "--working-dir", ".",
-                   "--runtime-env-json", json.dumps({"env_vars": settings}), "--", "python", *job]  # fmt: skip
+        runtime_env = json.dumps({"env_vars": settings})
+        where = ["--address", ray_head, "--working-dir", ".", "--runtime-env-json", runtime_env]
+        command = [str(BIN / "ray"), "job", "submit", *where, "--", "python", *job]
         environment = quiet_environment(RAY_AUTH_MODE="disabled")
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 

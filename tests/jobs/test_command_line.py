@@ -1,6 +1,8 @@
 """Command lines: a preset first, then overrides; what is wrong is one line."""
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -8,7 +10,7 @@ from jobs.command_line import main, parse
 from orchestrator import presets
 from orchestrator.config import JobConfig
 
-ALL_PRESETS = {
+ALL_PRESETS: dict[str, Callable[[], Any]] = {
     "prepare_dataset": presets.dataset_presets,
     "train_adm": presets.adm_presets,
     "train_classifier": presets.classifier_presets,
@@ -30,13 +32,13 @@ def _program_name(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("job", ALL_PRESETS)
 def test_every_preset_parses_to_itself(job: str) -> None:
     for name, (_, preset) in ALL_PRESETS[job]().items():
-        assert parse("A job.", ALL_PRESETS[job](), [name]) == preset  # type: ignore[type-var]
+        assert parse("A job.", ALL_PRESETS[job](), [name]) == preset
 
 
 @pytest.mark.parametrize("job", ALL_PRESETS)
 def test_help_explains_every_option(job: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        parse("A job.", ALL_PRESETS[job](), ["digits", "--help"])  # type: ignore[type-var]
+        parse("A job.", ALL_PRESETS[job](), ["digits", "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
     _, preset = ALL_PRESETS[job]()["digits"]

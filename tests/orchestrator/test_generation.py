@@ -115,7 +115,7 @@ def test_a_cascade_keeps_both_stages(store: str) -> None:
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_half_precision_draws_nearly_the_same_images(store: str, sampler: str) -> None:
-    chain = SamplerConfig(name=sampler, num_steps=4)  # type: ignore[arg-type]
+    chain = SamplerConfig(name=sampler, num_steps=4)
     exact = read_range(generate(config(store, f"{sampler}-float32", num_samples=8, sampler=chain)), 0, 8)[0]
     half = generate(config(store, f"{sampler}-bfloat16", num_samples=8, sampler=chain, dtype="bfloat16"))
     difference = np.abs(exact.astype(int) - read_range(half, 0, 8)[0])
