@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import json
 import logging
 import math
 import os
@@ -87,9 +88,16 @@ def describe() -> dict[str, str | float]:
 
 
 def _forwarded_environment() -> dict[str, str]:
-    """The checkout's root on the workers' path, and the driver's storage settings."""
-    checkout = str(Path(__file__).resolve().parents[1])
+    """The checkout's root on the workers' path, and the driver's storage settings.
+
+    A submitted job has its working directory there already, and what its submission set travels by itself: Ray
+    refuses to be told it twice.
+    """
     forwarded = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED_PREFIXES)}
+    if is_submitted():
+        told = json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"]).get("runtime_env", {}).get("env_vars", {})
+        return {name: value for name, value in forwarded.items() if name not in told and name != "PYTHONPATH"}
+    checkout = str(Path(__file__).resolve().parents[1])
     paths = [checkout, *filter(None, forwarded.get("PYTHONPATH", "").split(os.pathsep))]
     forwarded["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     return forwarded
