@@ -144,7 +144,15 @@ def generation_presets() -> dict[str, tuple[str, GenerationConfig]]:
         guidance=GuidanceConfig(scale=1.0),
         num_workers=2,
     )
-    return {"digits": (DIGITS, digits)}
+    released = GenerationConfig(
+        weights="64x64_diffusion.pt",
+        classifier="64x64_classifier.pt",
+        output="adm64/samples",
+        sampler=SamplerConfig(name="ddpm", num_steps=250),
+        guidance=GuidanceConfig(scale=1.0),
+        labels="uniform",
+    )
+    return {"digits": (DIGITS, digits), "released": ("the released ADM-G on ImageNet 64x64, as recommended", released)}
 
 
 def evaluation_presets() -> dict[str, tuple[str, EvaluationConfig]]:
