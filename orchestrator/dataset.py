@@ -27,13 +27,16 @@ from cluster.stream import Block, stream
 from orchestrator import storage
 from orchestrator.config import JobConfig, claim
 from orchestrator.order import OrderPlan, Purpose, Unit, keyed_rng, sample_rng
+from orchestrator.pictures import grid_png
 from orchestrator.progress import progress_line
+from orchestrator.tracking import tracked
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 ROW_GROUP_IMAGES = 128  # at most, at least half of it
 SHARD_BYTES = 64 << 20  # at least where there is so much, at most twice
 MIN_ROW_GROUPS = 16  # of a split with that many images: four for each of four streams
 READ_AHEAD_BYTES = 64 << 20  # decoded images that one pipeline reads; a worker holds two such
+CONTACT_SHEET_PIXELS = 64  # largest size of an image on the sheet that shows a prepared dataset
 READ_AHEAD_ROWS = 8192  # and no more of them: what is read further ahead only takes CPUs from the training
 BLOCK_ROWS = 64  # decoded at a time
 
@@ -192,6 +195,21 @@ def prepare(config: PrepareConfig) -> Manifest:
     )
     storage.create_bytes(storage.join(output, "manifest.json"), storage.json_bytes(manifest.model_dump(mode="json")))
     return load_manifest(output)
+
+
+def prepare_and_track(config: PrepareConfig) -> str:
+    """`prepare` with its MLflow run and a contact sheet; answer the dataset's URI. Raises what `prepare` does."""
+    output = config.path(config.output)
+    with tracked("prepare", config, output) as tracker:
+        manifest = prepare(config)
+        counts = {split: manifest.num_samples(split) for split in manifest.splits}
+        tracker.metrics({**counts, "quarantined": manifest.quarantined})
+        size = min(CONTACT_SHEET_PIXELS, manifest.width[0], manifest.height[0])
+        images, _ = read_images(manifest, "train", 0, min(100, counts["train"]), size)
+        tracker.picture("contact-sheet.png", grid_png(images, columns=10))
+    described = ", ".join(f"{split} {count:,}" for split, count in counts.items())
+    print(f"{output}: {described} images of {len(manifest.classes)} classes, {manifest.quarantined} quarantined")
+    return output
 
 
 def plan(config: PrepareConfig) -> str:

@@ -229,6 +229,10 @@ def evaluate(config: EvaluationConfig) -> str:
         tracker.metrics({name: estimate.value for name, estimate in estimates.items()})
         tracker.record("report.json", report)
     storage.create_bytes(report_uri, storage.json_bytes(report))
+    for name, estimate in estimates.items():
+        interval = estimate.note if estimate.low is None else f"{estimate.low:.4g} to {estimate.high:.4g}"
+        print(f"{name:24} {estimate.value:10.4g}   95%: {interval}")
+    print(report_uri)
     return report_uri
 
 

@@ -105,6 +105,7 @@ def generate(config: GenerationConfig) -> str:
             first, _ = read_range(folder, 0, min(100, config.num_samples))
             tracker.picture(f"{folder.rsplit('/', 1)[-1]}.png", grid_png(first, columns=10))
             storage.create_bytes(storage.join(folder, "manifest.json"), manifest)
+    print(f"{output}: {config.num_samples:,} samples")
     return output
 
 

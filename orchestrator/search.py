@@ -124,6 +124,10 @@ def search(config: SearchConfig) -> str:
         tracker.record("search.json", answer)
         tracker.metrics({f"winner_{name}": float(value) for name, value in answer["winner"]["setting"].items()})
     storage.create_bytes(answer_uri, storage.json_bytes(answer))
+    winner, best = answer["winner"]["setting"], answer["winner"]["metrics"][config.objective]
+    print(
+        f"{answer_uri}: scale {winner['scale']:g} and {winner['steps']} steps, {config.objective} {best['value']:.4g}"
+    )
     return answer_uri
 
 

@@ -177,6 +177,7 @@ def train(config: AdmConfig | NoisyClassifierConfig) -> str:
         stopped = run_workers(partial(train_loop, config), config.num_workers, on_record, use_gpu=config.use_gpu)
     if stopped and not storage.exists(_final_weights(run, config)):
         raise RuntimeError(f"stopped before its end; the same command goes on from the last checkpoint in {run}")
+    print(f"{run} is trained: {config.images:,} images, weights in {storage.join(run, 'weights')}")
     return run
 
 
