@@ -25,7 +25,7 @@ def main(
 ) -> None:
     """Parse the command line, then `run(config)`; with --dry-run print the config and `plan(config)` instead.
 
-    Exit codes: 0 done, 1 the job failed, 2 the command line or the config is wrong. Errors are one line on
+    Exit codes: 0 done, 1 the job failed, 2 the command line or the config is wrong, 130 interrupted. Errors are one line on
     stderr; with ADMIRAL_DEBUG=1 the traceback comes first.
     """
     config = parse(description, presets, sys.argv[1:])
@@ -40,6 +40,8 @@ def main(
         if os.environ.get("ADMIRAL_DEBUG"):
             raise
         _fail(1, " ".join(str(error).split()))
+    except KeyboardInterrupt:
+        _fail(130, "interrupted; the same command goes on from here")
 
 
 def parse(description: str | None, presets: Presets[Config], argv: list[str]) -> Config:

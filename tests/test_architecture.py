@@ -1,6 +1,9 @@
 """The house's one rule: which room may import which (imports inside functions included)."""
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,3 +48,13 @@ def test_the_rule_sees_imports_inside_functions() -> None:
         "ray",
         "cluster",
     }
+
+
+def test_dependencies_are_what_is_imported() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split(r"[\[<>=]", requirement)[0] for requirement in declared}
+    modules = {{"pillow": "PIL", "scikit-learn": "sklearn"}.get(name, name) for name in names}
+    rooms = [module for room in FORBIDDEN for module in (ROOT / room).rglob("*.py")]
+    imported = {name for module in rooms for name in imported_names(module.read_text())}
+    behind = {"s3fs"}  # fsspec imports it for s3://
+    assert modules - behind == imported - set(sys.stdlib_module_names) - set(FORBIDDEN)

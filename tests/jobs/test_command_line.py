@@ -85,6 +85,17 @@ def test_a_failing_job_is_one_line_and_exit_code_1(
     assert capsys.readouterr().err == "job.py: error: dataset=x is not there; prepare it first\n"
 
 
+def test_an_interrupted_job_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(config: JobConfig) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["job.py", "plain"])
+    with pytest.raises(SystemExit) as end:
+        main("A job.", {"plain": ("nothing", JobConfig())}, run, lambda config: "")
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "job.py: error: interrupted; the same command goes on from here\n"
+
+
 def test_a_dry_run_prints_config_and_plan_and_runs_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
