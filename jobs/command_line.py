@@ -25,8 +25,8 @@ def main(
 ) -> None:
     """Parse the command line, then `run(config)`; with --dry-run print the config and `plan(config)` instead.
 
-    Exit codes: 0 done, 1 the job failed, 2 the command line or the config is wrong, 130 interrupted. Errors are one line on
-    stderr; with ADMIRAL_DEBUG=1 the traceback comes first.
+    Exit codes: 0 done, 1 the job failed, 2 the command line or the config is wrong, 130 interrupted. Errors are one
+    line on stderr; with ADMIRAL_DEBUG=1 the traceback comes instead.
     """
     config = parse(description, presets, sys.argv[1:])
     try:
