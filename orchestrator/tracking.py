@@ -96,14 +96,20 @@ class Tracker:
 
     def _drain(self) -> None:
         while (send := self._queue.get()) is not None:
-            while True:
-                try:
-                    client, run = self._connect()
-                    send(client, run)
-                    break
-                except Exception as error:  # noqa: BLE001 - whatever tracking does, the work goes on
-                    log.warning("MLflow: %s; trying again in %.0f s", str(error).splitlines()[0], RETRY_SECONDS)
-                    time.sleep(RETRY_SECONDS)
+            tries = 0
+            while not self._sent(send, warn=tries == 0):
+                tries += 1
+                time.sleep(RETRY_SECONDS)
+
+    def _sent(self, send: Callable[[Any, str], None], warn: bool) -> bool:
+        try:
+            client, run = self._connect()
+            send(client, run)
+        except Exception as error:  # noqa: BLE001 - whatever tracking does, the work goes on
+            if warn:
+                log.warning("MLflow is away, and is tried again until the end: %s", str(error).splitlines()[0])
+            return False
+        return True
 
     def _connect(self) -> tuple[Any, str]:
         """The client and this job's run: the one that an earlier attempt opened, or a new one."""
@@ -191,5 +197,5 @@ def _quiet_mlflow() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    for name in ("alembic", "mlflow", "mlflow.store.db.utils"):
+    for name in ("alembic", "mlflow", "mlflow.store.db.utils", "urllib3.connectionpool"):
         logging.getLogger(name).setLevel(logging.ERROR)
