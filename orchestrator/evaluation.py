@@ -26,7 +26,7 @@ from models.neighbours import density_coverage, nearest, precision_recall
 from orchestrator import storage
 from orchestrator.config import JobConfig, claim
 from orchestrator.dataset import load_manifest, read_images
-from orchestrator.generation import read_range
+from orchestrator.generation import count_samples, read_range
 from orchestrator.progress import progress_line
 from orchestrator.tracking import tracked
 
@@ -201,7 +201,7 @@ def evaluate(config: EvaluationConfig) -> str:
         FileNotFoundError: samples or reference are not there, or not finished.
     """
     output, samples, reference = (config.path(path) for path in (config.output, config.samples, config.reference))
-    count = storage.read_json(storage.join(samples, "manifest.json"))["num_samples"]
+    count = count_samples(samples)
     claim(output, config, made_by=storage.read_json(storage.join(samples, "config.json")))
     report_uri = storage.join(output, "report.json")
     if storage.exists(report_uri):

@@ -310,6 +310,18 @@ def _decode_shard(data: bytes) -> Samples:
     return Samples(table["index"].to_numpy(), table["label"].to_numpy(), np.stack(images))
 
 
+def count_samples(folder: str) -> int:
+    """How many samples a finished folder holds.
+
+    Raises:
+        FileNotFoundError: none were generated there, or not to their end.
+    """
+    uri = storage.join(folder, "manifest.json")
+    if not storage.exists(uri):
+        raise FileNotFoundError(f"{folder} holds no finished samples: generate them first")
+    return storage.read_json(uri)["num_samples"]
+
+
 def read_range(folder: str, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [n, H, W, 3] and labels int64 [n] of the indices [begin, end) of a samples folder."""
     shards = storage.join(folder, "shards")

@@ -9,7 +9,16 @@ import pytest
 from models.features import Features
 from orchestrator import storage
 from orchestrator.dataset import PrepareConfig, load_manifest, prepare, read_images
-from orchestrator.evaluation import BLOCK, Labelled, concatenate, digits_extractor, extract_all, measure
+from orchestrator.evaluation import (
+    BLOCK,
+    EvaluationConfig,
+    Labelled,
+    concatenate,
+    digits_extractor,
+    evaluate,
+    extract_all,
+    measure,
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +43,12 @@ def test_features_do_not_depend_on_how_they_were_cut_or_resumed(dataset: str, tm
     storage.delete(storage.join(folder, "00000000-00000512.safetensors"))
     again = extract_all("digits", read, count, str(tmp_path / "features"), extractor, num_workers=0)
     assert np.array_equal(whole.features.pool, again.features.pool)
+
+
+def test_samples_that_are_not_there_are_an_error(tmp_path: Path) -> None:
+    config = EvaluationConfig(store=str(tmp_path), samples="none", reference="digits", output="evaluation")
+    with pytest.raises(FileNotFoundError, match="none holds no finished samples: generate them first"):
+        evaluate(config)
 
 
 def labelled(rng: np.random.Generator, spread: float, n: int = 600) -> Labelled:
