@@ -37,7 +37,7 @@ def save_checkpoint(run: str, checkpoint: Checkpoint) -> str:
     The tensors lie under a name of this attempt's own, so a dying writer of an earlier attempt cannot touch them;
     only the commit object, created once, makes the checkpoint count.
     """
-    folder = storage.join(run, "checkpoints", f"images-{checkpoint.position:012d}")
+    folder = _folder(run, checkpoint.position)
     name = f"state-{uuid.uuid4().hex[:12]}.safetensors"
     data = safetensors.torch.save({key: tensor.contiguous() for key, tensor in checkpoint.tensors.items()})
     storage.write_bytes(storage.join(folder, name), data)
@@ -62,6 +62,20 @@ def latest_checkpoint(run: str) -> Checkpoint | None:
         except (ValueError, KeyError, FileNotFoundError, safetensors.SafetensorError) as error:
             log.warning("checkpoint %s is damaged (%s); using the one before", uri, error)
     return None
+
+
+def read_checkpoint(run: str, position: int) -> Checkpoint:
+    """The checkpoint of `run` at `position` images.
+
+    Raises:
+        FileNotFoundError: none was committed there, or a file of it is missing.
+        ValueError: it is damaged.
+    """
+    return _read_checkpoint(storage.join(_folder(run, position), "commit.json"))
+
+
+def _folder(run: str, position: int) -> str:
+    return storage.join(run, "checkpoints", f"images-{position:012d}")
 
 
 def _read_checkpoint(commit_uri: str) -> Checkpoint:

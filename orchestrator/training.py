@@ -276,7 +276,7 @@ class TrainingState:
                 key: tensors[f"optimizer.{key}.{name}"].clone().to("cpu" if key == "step" else parameter.device)
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }
-        self.position = checkpoint.position
+        self.position, self.bad_steps = checkpoint.position, checkpoint.facts["bad_steps"]
 
 
 def train_loop(config: AdmConfig | NoisyClassifierConfig, context: WorkerContext) -> None:
@@ -289,7 +289,7 @@ def train_loop(config: AdmConfig | NoisyClassifierConfig, context: WorkerContext
 
     # Go on from the newest sound checkpoint.
     state = TrainingState(config, context.device)
-    if (checkpoint := checkpoints.latest_checkpoint(run)) is not None:
+    if (checkpoint := _agreed_checkpoint(run, context)) is not None:
         state.restore(checkpoint)
         log.info("resuming at %d images", state.position)
     model: nn.Module = state.model
@@ -379,6 +379,18 @@ def _agreed(context: WorkerContext, wish: bool) -> bool:
     flag = torch.tensor(float(wish), device=context.device)
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
     return bool(flag)
+
+
+def _agreed_checkpoint(run: str, context: WorkerContext) -> checkpoints.Checkpoint | None:
+    """The checkpoint to go on from. Rank 0 chooses for all: a dying writer may commit another one meanwhile."""
+    found = checkpoints.latest_checkpoint(run) if context.rank == 0 else None
+    if context.world_size == 1:
+        return found
+    position = torch.tensor(found.position if found else -1, device=context.device)
+    torch.distributed.broadcast(position, src=0)
+    if context.rank == 0 or position < 0:
+        return found
+    return checkpoints.read_checkpoint(run, int(position))
 
 
 def _passed(every: int, config: TrainingConfig, state: TrainingState) -> bool:

@@ -15,6 +15,7 @@ from orchestrator.checkpoints import (
     latest_checkpoint,
     latest_weights,
     load_network,
+    read_checkpoint,
     save_checkpoint,
     save_weights,
 )
@@ -35,6 +36,9 @@ def test_the_newest_committed_checkpoint_comes_back(tmp_path: Path) -> None:
     found = latest_checkpoint(str(tmp_path))
     assert found is not None and found.position == 128 and found.facts == {"bad_steps": 1}
     assert torch.equal(found.tensors["model.weight"], torch.full((2, 3), 128.0))
+    assert read_checkpoint(str(tmp_path), 64).position == 64
+    with pytest.raises(FileNotFoundError):
+        read_checkpoint(str(tmp_path), 192)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "uncommitted"])
