@@ -33,6 +33,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 STRIP_LENGTH = 10  # predictions of x_0 along a chain that a strip shows
+SHOWN_PIXELS = 48  # small images are enlarged to about this size in pictures
 INTERPOLATION_STEPS = 9  # images between two real ones, both ends counted
 
 
@@ -195,6 +196,7 @@ def make_worker(config: LikelihoodConfig) -> Callable[[Bound | Picture], None]:
     diffusion = Diffusion(network.diffusion, config.respacing)
     output, architecture = config.path(config.output), network.architecture
     shape = (architecture.in_channels, architecture.image_size, architecture.image_size)
+    scale = max(1, SHOWN_PIXELS // architecture.image_size)
 
     def images(begin: int, end: int) -> tuple[Tensor, Tensor]:
         pixels, labels = read_images(manifest, config.split, begin, end, architecture.image_size)
@@ -220,7 +222,7 @@ def make_worker(config: LikelihoodConfig) -> Callable[[Bound | Picture], None]:
         x_T = noise(indices, 0, Purpose.START)
         steps = ddpm(denoiser(labels), diffusion, x_T, lambda t: noise(indices, t, Purpose.STEP))
         strips = progressive_generation(steps, every=-(-diffusion.num_timesteps // STRIP_LENGTH))
-        return grid_png(to_uint8(strips.flatten(0, 1)).cpu().numpy(), columns=strips.shape[1], scale=2)
+        return grid_png(to_uint8(strips.flatten(0, 1)).cpu().numpy(), columns=strips.shape[1], scale=scale)
 
     def interpolation(item: Picture) -> bytes:
         pixels, labels = images(0, 2)
@@ -231,7 +233,7 @@ def make_worker(config: LikelihoodConfig) -> Callable[[Bound | Picture], None]:
             denoise = denoiser(labels[:1] if lam < 0.5 else labels[1:])
             on_the_way = partial(noise, range(1), purpose=Purpose.STEP)
             row.append(interpolate(denoise, diffusion, ends, noises, float(lam), item.depth, on_the_way))
-        return grid_png(to_uint8(torch.cat([*row, ends[1]])).cpu().numpy(), columns=len(row) + 1, scale=4)
+        return grid_png(to_uint8(torch.cat([*row, ends[1]])).cpu().numpy(), columns=len(row) + 1, scale=scale)
 
     @torch.inference_mode()
     def work(item: Bound | Picture) -> None:
