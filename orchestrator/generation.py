@@ -193,7 +193,7 @@ def make_generator(config: GenerationConfig) -> Callable[[Shard], None]:
     networks = load_networks(config, device)
     for network in filter(None, networks):
         if device.type == "cuda":  # on CPUs it makes GroupNorm slower
-            network.module.to(memory_format=torch.channels_last)
+            network.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.compile:
             network.module.compile()
 
