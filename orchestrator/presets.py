@@ -121,7 +121,14 @@ def upsampler_presets() -> dict[str, tuple[str, AdmConfig]]:
     """Upsamplers to train: second stages of a cascade."""
     digits = _digits_diffusion()
     model = digits.model.model_copy(update={"image_size": 16, "low_res_size": 8, "attention_resolutions": (8,)})
-    changes = {"output": "digits/upsampler", "model": model, "images": 25_600, "diffusion": _LINEAR}
+    changes = {
+        "output": "digits/upsampler",
+        "model": model,
+        "images": 38_400,
+        "learning_rate": 1e-3,
+        "ema_rates": (0.98,),  # a longer average would still hold the fresh weights after so short a training
+        "diffusion": _LINEAR,
+    }
     return {"digits": ("scanned digits, 8 to 16 pixels", digits.model_copy(update=changes))}
 
 
