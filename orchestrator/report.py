@@ -106,20 +106,19 @@ def trade_off(trials: list[dict[str, Any]], steps: int) -> dict[str, Any]:
     """Whether precision rises and recall falls along the scale, from least to most, beyond their intervals."""
     along = sorted((t for t in trials if t["setting"]["steps"] == steps), key=lambda t: t["setting"]["scale"])
 
-    def ends(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        return along[0]["metrics"][name], along[-1]["metrics"][name]
-
-    def change(name: str) -> float:
-        first, final = ends(name)
-        return final["value"] - first["value"]
+    def moved(name: str, up: bool) -> bool:
+        first, final = (trial["metrics"][name]["interval"] for trial in (along[0], along[-1]))
+        if first is None or final is None:
+            return False
+        return final[0] > first[1] if up else final[1] < first[0]
 
     return {
         "steps": steps,
         "scales": [trial["setting"]["scale"] for trial in along],
         "precision": [trial["metrics"]["precision"]["value"] for trial in along],
         "recall": [trial["metrics"]["recall"]["value"] for trial in along],
-        "precision_rises": change("precision") > 0,
-        "recall_falls": change("recall") < 0,
+        "precision_rises": moved("precision", up=True),
+        "recall_falls": moved("recall", up=False),
     }
 
 
