@@ -8,7 +8,7 @@ import pytest
 
 from models.features import Features
 from orchestrator import storage
-from orchestrator.dataset import PrepareConfig, load_manifest, prepare, read_images
+from orchestrator.dataset import load_manifest, read_images
 from orchestrator.evaluation import (
     BLOCK,
     EvaluationConfig,
@@ -19,6 +19,7 @@ from orchestrator.evaluation import (
     extract_all,
     measure,
 )
+from orchestrator.preparation import PrepareConfig, prepare
 
 
 @pytest.fixture(scope="module")

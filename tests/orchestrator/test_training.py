@@ -9,8 +9,8 @@ from models.diffusion import DiffusionConfig
 from models.unet import ClassifierConfig, UNetConfig
 from orchestrator import checkpoints, storage
 from orchestrator.checkpoints import load_network
-from orchestrator.dataset import PrepareConfig, prepare
 from orchestrator.order import OrderConfig
+from orchestrator.preparation import PrepareConfig, prepare
 from orchestrator.training import AdmConfig, NoisyClassifierConfig, TrainingState, learning_rate, train, train_loop
 
 UNET = UNetConfig(
