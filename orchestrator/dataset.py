@@ -1,7 +1,8 @@
 """Datasets: what their manifest says, and from shards to microbatches.
 
-On disk a dataset is `manifest.json` and Parquet shards with the columns `key`, `label`, `image` (the encoded bytes
-as they were), `width` and `height`. A sample's id is its global row number in its split.
+On disk a dataset is `manifest.json` and Parquet shards with the columns `key`, `label`, `image` (the encoded bytes as
+they were), `width` and `height`; adopted shards have `label` and `image.bytes`, and lie where they were. A sample's id
+is its global row number in its split.
 """
 
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ SCHEMA = pa.schema(
 class Shard(BaseModel, frozen=True, extra="forbid"):
     """One Parquet object of a dataset."""
 
-    path: str  # relative to the manifest's folder
+    path: str  # relative to the manifest's root
     bytes: int
     rows: int
     row_groups: tuple[int, ...]  # rows of each
@@ -53,10 +54,38 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     name: str
     classes: tuple[str, ...]  # names in the order of the labels; none: the labels are -1
     splits: dict[str, tuple[Shard, ...]]
-    width: tuple[int, int]  # smallest and largest, pixels
-    height: tuple[int, int]  # smallest and largest, pixels
+    unlabelled: tuple[str, ...] = ()  # splits whose labels are all -1 although there are classes
+    width: tuple[int, int] | None  # smallest and largest, pixels; None: not looked at
+    height: tuple[int, int] | None  # likewise
     quarantined: int  # images that could not be decoded and were left out
+    resolution: int | None = None  # the images are ADM's centre crops of this size; None: they are whole
+    adopted: str | None = None  # where the shards lie, if they were adopted; None: beside the manifest
+    image_column: str = "image"  # of the shards, the encoded bytes
     folder: str = Field("", exclude=True)
+
+    @property
+    def root(self) -> str:
+        """The folder of the shards."""
+        return self.adopted or self.folder
+
+    def check(self, split: str, image_size: int, crop: Literal["center", "random"], conditional: bool = False) -> None:
+        """Refuse a use that these images do not allow: other crops than those stored, classes that are not known.
+
+        Raises:
+            ValueError: the message says which other dataset is wanted.
+        """
+        self.shards(split)
+        if self.resolution is not None and (crop != "center" or image_size != self.resolution):
+            raise ValueError(
+                f"dataset {self.name!r} holds centre crops of {self.resolution} pixels (resolution={self.resolution}), "
+                f"which give no crop={crop!r} of image_size={image_size}: prepare one from the same source without "
+                "resolution" + (f", or with --resolution {image_size}" if crop == "center" else "")
+            )
+        if conditional and (split in self.unlabelled or not self.classes):
+            raise ValueError(
+                f"split {split!r} of dataset {self.name!r} has no labels (-1), and this needs every image's class: "
+                "choose a labelled split, or a network without classes"
+            )
 
     def shards(self, split: str) -> tuple[Shard, ...]:
         """The shards of a split; ValueError where there is no such split."""
@@ -233,12 +262,14 @@ class _Reader:
         crop: Literal["center", "random"],
         flip: bool,
     ) -> None:
+        manifest.check(split, image_size, crop)
         shards = manifest.shards(split)
         sizes = np.array(manifest.row_group_sizes(split), dtype=np.int64)
-        self._uris = [storage.join(manifest.folder, shard.path) for shard in shards]
+        self._uris = [storage.join(manifest.root, shard.path) for shard in shards]
+        self._image_column = manifest.image_column
         self._places = np.array([(i, j) for i, shard in enumerate(shards) for j in range(len(shard.row_groups))])
         self._first_samples = np.cumsum(sizes) - sizes
-        self._num_classes = len(manifest.classes)
+        self._num_classes = 0 if split in manifest.unlabelled else len(manifest.classes)
         self._seed, self._image_size, self._crop, self._flip = seed, image_size, crop, flip
 
     def __call__(self, unit: Unit) -> Iterator[Block]:
@@ -258,7 +289,9 @@ class _Reader:
         uri = self._uris[shard]
         try:
             with storage.open_input(uri) as file:
-                return pq.ParquetFile(file, pre_buffer=True).read_row_group(int(place), columns=["label", "image"])
+                shard_file = pq.ParquetFile(file, pre_buffer=True)
+                table = shard_file.read_row_group(int(place), columns=["label", self._image_column])
+                return table.flatten().rename_columns({self._image_column: "image"})
         except pa.ArrowInvalid as error:
             raise ValueError(f"{uri} is not a sound Parquet shard: {error}") from error
 

@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 
 def grid_png(images: np.ndarray, columns: int, scale: int = 1, gap: int = 1) -> bytes:
@@ -17,6 +17,19 @@ def grid_png(images: np.ndarray, columns: int, scale: int = 1, gap: int = 1) -> 
         top, left = gap + index // columns * (height + gap), gap + index % columns * (width + gap)
         canvas[top : top + height, left : left + width] = image
     return png(canvas.repeat(scale, axis=0).repeat(scale, axis=1))
+
+
+def captioned_grid_png(images: np.ndarray, captions: list[str], columns: int) -> bytes:
+    """A grid of uint8 [N, H, W, 3] images, each with its caption beneath, cut to its width."""
+    count, height, width, _ = images.shape
+    line = 14  # pixels
+    cells = np.full((count, height + line, width, 3), 255, np.uint8)
+    for cell, image, caption in zip(cells, images, captions, strict=True):
+        cell[:height] = image
+        text = Image.new("RGB", (width, line), "white")
+        ImageDraw.Draw(text).text((1, 1), caption, fill="black")
+        cell[height:] = np.asarray(text)
+    return grid_png(cells, columns, gap=2)
 
 
 def png(image: np.ndarray) -> bytes:

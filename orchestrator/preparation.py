@@ -1,109 +1,89 @@
 """Preparing: from images as people have them to shuffled Parquet shards and a manifest.
 
-All keys are shuffled by seed before they are dealt to shards, so that any row group is a fair sample.
+All keys are shuffled by seed before they are dealt to shards, so that any row group is a fair sample. Parquet in the
+public ImageNet layout may instead be adopted: it stays where it is, and only gets a manifest.
 """
 
-import hashlib
-import io
-import json
+import logging
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from cluster.session import session
+from cluster.workers import map_items
 from orchestrator import storage
 from orchestrator.config import JobConfig, claim
-from orchestrator.dataset import SCHEMA, Manifest, Shard, load_manifest, read_images
-from orchestrator.images import decode
+from orchestrator.dataset import Manifest, load_manifest
+from orchestrator.images import center_crop, decode
 from orchestrator.order import Purpose, keyed_rng
-from orchestrator.pictures import grid_png
+from orchestrator.pictures import captioned_grid_png
 from orchestrator.progress import progress_line
-from orchestrator.sources import Source, digits_source, folder_source
+from orchestrator.shards import Facts, Plan, make_plan, make_shard_writer, read_plan, write_plan
+from orchestrator.sources import (
+    Findings,
+    Layout,
+    Listing,
+    Source,
+    detect,
+    finding,
+    list_source,
+    open_source,
+    read_label_map,
+)
+from orchestrator.sources.adoption import adopt
 from orchestrator.tracking import tracked
 
-ROW_GROUP_IMAGES = 128  # at most, at least half of it
-SHARD_BYTES = 64 << 20  # at least where there is so much, at most twice
-MIN_ROW_GROUPS = 16  # of a split with that many images: four for each of four streams
-CONTACT_SHEET_PIXELS = 64  # largest size of an image on the sheet that shows a prepared dataset
-_METADATA_KEY = b"admiral"  # in a shard's footer: what the manifest gathers from it
+CONTACT_SHEET_IMAGES = 100  # of the picture that shows a prepared dataset
+CONTACT_SHEET_PIXELS = 64  # of each
+
+log = logging.getLogger(__name__)
 
 
 class PrepareConfig(JobConfig):
     """Preparing a dataset."""
 
-    source: str  # folder or URI of a tree <class>/<image>; or digits, scikit-learn's 1,797 scanned digits
+    source: str  # URI or path of a folder, a tar or an archive; or digits, scikit-learn's 1,797 scanned digits
     output: str  # the dataset's folder
     name: str  # what reports call the dataset
+    layout: Layout = "auto"  # how the source holds its images; auto: told from its names
+    labels: str | None = None  # a label map, CSV or JSON, for images whose names do not say their class
+    resolution: int | None = Field(None, gt=0)  # store ADM's centre crops of this size, as PNGs, not whole images
     seed: int = Field(0, ge=0, lt=2**64)  # of the shuffle and of the split
-    validation_fraction: float = Field(0.0, ge=0, lt=1)  # share of the images kept from training
+    validation_fraction: float = Field(0.0, ge=0, lt=1)  # share of the training images kept as the split validation
     max_corrupt_fraction: float = Field(0.001, ge=0, le=1)  # stop where a larger share cannot be decoded
-
-
-@dataclass(frozen=True)
-class _ShardPlan:
-    """One shard to write: a run of keys, cut into row groups."""
-
-    path: str
-    row_groups: list[list[str]]
-
-    @property
-    def num_keys(self) -> int:
-        return sum(map(len, self.row_groups))
+    num_workers: int = Field(0, ge=0)  # workers that read and write; 0 = in this process, without Ray
 
 
 def prepare(config: PrepareConfig) -> Manifest:
-    """Shuffle, split and shard the source; answer the manifest, which is written last.
+    """Shuffle, split and shard the source, or adopt it; answer the manifest, which is written last.
 
     Finished shards are kept and a finished dataset is found, so that the same command goes on where it stopped.
-    Images that cannot be decoded go to `quarantine.json` with their key and the reason.
+    Images that cannot be decoded go to `quarantine.json` with their key and the reason; what else is odd about the
+    source, and what came of it, to `report.json`.
 
     Raises:
         ValueError: the source is unfit, or the folder holds another dataset.
         RuntimeError: more than `max_corrupt_fraction` of the images cannot be decoded.
+        ItemsFailed: some shards failed on workers; all others are written.
     """
     output = config.path(config.output)
     if storage.exists(storage.join(output, "manifest.json")):
         claim(output, config)
         return load_manifest(output)
-    source = _open_source(config)
-    claim(output, config)
-    _hold_source(output, source)
-    splits = {split: _plan_shards(split, keys, source) for split, keys in _split(source, config).items()}
-
-    there = set(storage.list_names(output))
-    allowed = math.floor(config.max_corrupt_fraction * len(source.labels))
-    shards: dict[str, list[Shard]] = {split: [] for split in splits}
-    facts: list[dict[str, Any]] = []
-    done = 0
-    with progress_line(len(source.labels), "images") as progress:
-        for split, plans in splits.items():
-            for shard_plan in plans:
-                if shard_plan.path not in there:
-                    _write_shard(output, shard_plan, source)
-                shard, shard_facts = _read_footer(output, shard_plan.path)
-                shards[split].append(shard)
-                facts.append(shard_facts)
-                _check_quarantine([entry for fact in facts for entry in fact["quarantine"]], allowed)
-                done += shard_plan.num_keys
-                progress.update_to(done)
-
-    quarantine = [entry for fact in facts for entry in fact["quarantine"]]
-    storage.write_json(storage.join(output, "quarantine.json"), quarantine)
-    manifest = Manifest(
-        name=config.name,
-        classes=source.classes,
-        splits={split: tuple(found) for split, found in shards.items()},
-        width=_span(fact["width"] for fact in facts),
-        height=_span(fact["height"] for fact in facts),
-        quarantined=len(quarantine),
-    )
-    storage.create_bytes(storage.join(output, "manifest.json"), storage.json_bytes(manifest.model_dump(mode="json")))
-    return load_manifest(output)
+    listing, layout = _find(config)
+    if layout == "parquet":
+        manifest, findings = adopt(listing, config.name)
+        claim(output, config)
+        return _finish(output, manifest, {"findings": _plain(findings)})
+    with session(config.num_workers):
+        plan = _agree_on_plan(config, output, listing, layout)
+        facts = _write_shards(config, output, plan)
+    return _summarize(config, output, plan, facts)
 
 
 def prepare_and_track(config: PrepareConfig) -> str:
@@ -113,11 +93,13 @@ def prepare_and_track(config: PrepareConfig) -> str:
         manifest = prepare(config)
         counts = {split: manifest.num_samples(split) for split in manifest.splits}
         tracker.metrics({**counts, "quarantined": manifest.quarantined})
-        size = min(CONTACT_SHEET_PIXELS, manifest.width[0], manifest.height[0])
-        images, _ = read_images(manifest, "train", 0, min(100, counts["train"]), size)
-        tracker.picture("contact-sheet.png", grid_png(images, columns=10))
+        sheet = contact_sheet(manifest)
+        storage.write_bytes(storage.join(output, "contact-sheet.png"), sheet)
+        tracker.picture("contact-sheet.png", sheet)
     described = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     print(f"{output}: {described} images of {len(manifest.classes)} classes, {manifest.quarantined} quarantined")
+    for kind, found in storage.read_json(storage.join(output, "report.json"))["findings"].items():
+        print(f"  {kind}: {found['count']:,} ({', '.join(found['examples'])})")
     return output
 
 
@@ -126,113 +108,198 @@ def plan(config: PrepareConfig) -> str:
     output = config.path(config.output)
     if storage.exists(storage.join(output, "manifest.json")):
         return f"{output} is prepared already"
-    source = _open_source(config)
-    lines = [f"reads   {config.source}: {len(source.labels):,} images in {len(source.classes)} classes"]
-    for split, keys in _split(source, config).items():
-        plans = _plan_shards(split, keys, source)
-        groups = sum(len(shard.row_groups) for shard in plans)
-        lines.append(f"writes  {output}: {split}: {len(keys):,} images, {groups} row groups, {len(plans)} shards")
+    listing, layout = _find(config)
+    if layout == "parquet":
+        manifest, _ = adopt(listing, config.name)
+        counts = ", ".join(f"{split} {manifest.num_samples(split):,}" for split in manifest.splits)
+        adopted = f"{manifest.adopted}: {counts} images in {len(manifest.classes)} classes"
+        return f"adopts  {adopted}\nwrites  {output}: a manifest"
+    source = _open_source(config, listing, layout)
+    size = int(source.index["size"].to_numpy().sum())
+    images = f"{len(source.index):,} images in {len(source.classes)} classes"
+    lines = [f"reads   {config.source} ({layout}): {images}, {size / 2**20:,.1f} MiB in at most as many requests"]
+    order = _order(source, config)
+    planned = make_plan(source, listing.digest(), order, config.resolution)
+    for split, rows in order.items():
+        shards = [shard for shard in planned.shards if shard.split == split]
+        groups = sum(len(shard.row_groups) for shard in shards)
+        lines.append(f"writes  {output}: {split}: {len(rows):,} images, {groups} row groups, {len(shards)} shards")
     return "\n".join(lines)
 
 
-def _open_source(config: PrepareConfig) -> Source:
-    source = digits_source() if config.source == "digits" else folder_source(config.path(config.source))
-    empty = set(range(len(source.classes))) - set(source.labels.values())
-    if empty or not source.labels:
-        named = ", ".join(source.classes[label] for label in sorted(empty)[:5]) or "all"
-        raise ValueError(f"source={config.source} has no images of some classes: {named}")
+# ------------------------------------------------------------------------------------------------- what to write
+
+
+def _find(config: PrepareConfig) -> tuple[Listing, Layout]:
+    """The source's objects and its layout."""
+    if config.source == "digits":
+        return Listing("digits", pa.array([], pa.string()), np.array([], np.int64)), "digits"
+    listing = list_source(config.path(config.source))
+    layout = detect(listing, labelled=config.labels is not None) if config.layout == "auto" else config.layout
+    return listing, layout
+
+
+def _open_source(config: PrepareConfig, listing: Listing, layout: Layout) -> Source:
+    labels = read_label_map(config.path(config.labels)) if config.labels else None
+    source = open_source(layout, listing, labels, config.num_workers)
+    present = set(np.unique(source.index["label"].to_numpy()).tolist())
+    if empty := [name for label, name in enumerate(source.classes) if label not in present]:
+        source.findings["classes without images"] = finding(empty)
     return source
 
 
-def _hold_source(output: str, source: Source) -> None:
-    """Shards of an earlier attempt fit only if the source still holds the same keys and labels."""
-    digest = hashlib.sha256(json.dumps([source.classes, source.labels]).encode()).hexdigest()
-    record = {"images": len(source.labels), "sha256": digest}
-    uri = storage.join(output, "source.json")
-    if not storage.create_bytes(uri, storage.json_bytes(record)) and (held := storage.read_json(uri)) != record:
+def _agree_on_plan(config: PrepareConfig, output: str, listing: Listing, layout: Layout) -> Plan:
+    """The plan of an earlier attempt, if the source is still what it was; else a new one."""
+    digest = listing.digest()
+    if (found := read_plan(output)) is None:
+        source = _open_source(config, listing, layout)
+        claim(output, config)
+        order = _order(source, config)
+        found = make_plan(source, digest, order, config.resolution)
+        write_plan(output, found, source, order)
+    claim(output, config)
+    if found.digest != digest:
         raise ValueError(
-            f"{output} was begun from a source of {held['images']} images; it has changed (now {len(source.labels)} "
-            "images, or other names or classes): choose another output"
+            f"{output} was begun from a source that has changed since ({len(listing.names):,} objects now, of other "
+            "names or sizes): choose another output"
         )
+    return found
 
 
-def _split(source: Source, config: PrepareConfig) -> dict[str, list[str]]:
-    """All keys in their shuffled order, the validation images first cut off."""
-    keys = sorted(source.labels)
-    keys = [keys[i] for i in keyed_rng(Purpose.SHARDS, config.seed).permutation(len(keys))]
-    held_out = math.ceil(round(config.validation_fraction * len(keys), 6))
-    splits = {"train": keys[held_out:], "validation": keys[:held_out]}
-    return {split: part for split, part in splits.items() if part}
+def _order(source: Source, config: PrepareConfig) -> dict[str, np.ndarray]:
+    """Rows of the source's index in their shuffled order, by split.
 
-
-def _plan_shards(split: str, keys: list[str], source: Source) -> list[_ShardPlan]:
-    """Cut a split's keys into row groups and those into shards, powers of two of each.
-
-    Row groups that are a power of two in number, and equal within one row, deal evenly to any number of streams.
+    Where the source has no validation images of its own, the first of its training images become these.
     """
-    num_groups = MIN_ROW_GROUPS
-    while len(keys) > ROW_GROUP_IMAGES * num_groups:
-        num_groups *= 2
-    num_groups = min(num_groups, 2 ** int(math.log2(len(keys))))
-    bounds = [index * len(keys) // num_groups for index in range(num_groups + 1)]
-    groups = [keys[start:end] for start, end in pairwise(bounds)]
-
-    probe = [len(source.read(key)) for key in keys[:32]]  # shuffled, hence a fair sample
-    num_shards = 1
-    while num_shards < num_groups and sum(probe) / len(probe) * len(keys) >= 2 * SHARD_BYTES * num_shards:
-        num_shards *= 2
-    share = num_groups // num_shards
-    return [
-        _ShardPlan(f"{split}-{i:05d}-of-{num_shards:05d}.parquet", groups[i * share : (i + 1) * share])
-        for i in range(num_shards)
-    ]
+    shuffled = keyed_rng(Purpose.SHARDS, config.seed).permutation(len(source.index))
+    given = np.array([split or "train" for split in source.index["split"].to_pylist()])[shuffled]
+    order = {split: shuffled[given == split] for split in ("train", "validation", "test")}
+    if config.validation_fraction:
+        if len(order["validation"]):
+            raise ValueError(
+                f"validation_fraction={config.validation_fraction}, but source={config.source} has validation images "
+                "of its own: pass 0"
+            )
+        held_out = math.ceil(round(config.validation_fraction * len(order["train"]), 6))
+        order |= {"train": order["train"][held_out:], "validation": order["train"][:held_out]}
+    return {split: rows for split, rows in order.items() if len(rows)}
 
 
-def _write_shard(output: str, shard: _ShardPlan, source: Source) -> None:
-    """Write one shard, the same bytes every time; what cannot be decoded goes into its footer's quarantine."""
+# ------------------------------------------------------------------------------------------------- what was written
+
+
+def _write_shards(config: PrepareConfig, output: str, plan: Plan) -> list[Facts]:
+    """Write the shards that are missing; the facts of all, in the plan's order."""
+    allowed = math.floor(config.max_corrupt_fraction * plan.num_images)
+    found: dict[int, Facts] = {}
     quarantine: list[dict[str, str]] = []
-    sizes: list[tuple[int, int]] = []
-    with storage.open_output(storage.join(output, shard.path)) as file:
-        writer = pq.ParquetWriter(file, SCHEMA, compression="none", use_dictionary=False)
-        for keys in shard.row_groups:
-            rows = []
-            for key in keys:
-                data = source.read(key)
-                try:
-                    width, height = decode(data).size
-                except ValueError as error:
-                    quarantine.append({"key": key, "reason": str(error)})
-                    continue
-                sizes.append((width, height))
-                rows.append({"key": key, "label": source.labels[key], "image": data, "width": width, "height": height})
-            if rows:
-                writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), row_group_size=len(rows))
-        widths, heights = zip(*sizes, strict=True) if sizes else ((), ())
-        facts = {"quarantine": quarantine, "width": _span([widths]), "height": _span([heights])}
-        writer.add_key_value_metadata({_METADATA_KEY.decode(): json.dumps(facts)})
-        writer.close()
+    done = 0
+    with progress_line(plan.num_images, "images") as progress:
+        make_writer = partial(make_shard_writer, output, config.resolution)
+        for number, facts in map_items(make_writer, range(len(plan.shards)), config.num_workers):
+            found[number] = facts
+            quarantine += facts.quarantine
+            if len(quarantine) > allowed:
+                named = "; ".join(f"{entry['key']}: {entry['reason']}" for entry in quarantine[:3])
+                raise RuntimeError(
+                    f"{len(quarantine)} images cannot be decoded, more than the {allowed} that max_corrupt_fraction="
+                    f"{config.max_corrupt_fraction} allows: {named}"
+                )
+            done += plan.shards[number].num_images
+            progress.update_to(done, quarantined=len(quarantine))
+    return [found[number] for number in range(len(plan.shards))]
 
 
-def _read_footer(output: str, path: str) -> tuple[Shard, dict[str, Any]]:
-    """What a finished shard says of itself."""
-    with storage.open_input(storage.join(output, path)) as file:
-        footer = pq.read_metadata(file)
-        size = file.seek(0, io.SEEK_END)
-    row_groups = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
-    shard = Shard(path=path, bytes=size, rows=footer.num_rows, row_groups=row_groups)
-    return shard, json.loads(footer.metadata[_METADATA_KEY])
+def _summarize(config: PrepareConfig, output: str, plan: Plan, facts: list[Facts]) -> Manifest:
+    """Quarantine, report and manifest out of the shards' facts."""
+    by_split = {
+        split: [fact for shard, fact in zip(plan.shards, facts, strict=True) if shard.split == split]
+        for split in plan.splits
+    }
+    quarantine = [entry for fact in facts for entry in fact.quarantine]
+    storage.write_json(storage.join(output, "quarantine.json"), quarantine)
+    findings = dict(plan.findings)
+    if quarantine:
+        findings["quarantined images"] = finding([f"{entry['key']}: {entry['reason']}" for entry in quarantine])
+    findings |= _copies(by_split)
+    manifest = Manifest(
+        name=config.name,
+        classes=plan.classes,
+        splits={split: tuple(fact.shard for fact in found) for split, found in by_split.items()},
+        width=_span([fact.width for fact in facts]),
+        height=_span([fact.height for fact in facts]),
+        quarantined=len(quarantine),
+        resolution=config.resolution,
+    )
+    splits = {split: _class_counts(plan.classes, found) for split, found in by_split.items()}
+    return _finish(output, manifest, {"splits": splits, "findings": _plain(findings)})
 
 
-def _check_quarantine(quarantine: list[dict[str, str]], allowed: int) -> None:
-    if len(quarantine) > allowed:
-        named = "; ".join(f"{entry['key']}: {entry['reason']}" for entry in quarantine[:3])
-        raise RuntimeError(
-            f"{len(quarantine)} images cannot be decoded, more than the {allowed} that max_corrupt_fraction allows: "
-            f"{named}"
-        )
+def _copies(by_split: dict[str, list[Facts]]) -> Findings:
+    """Images of the same bytes as an earlier one, told apart by whether that lies in the same split."""
+    rows = pa.concat_tables(fact.rows for found in by_split.values() for fact in found)
+    counts = [sum(fact.shard.rows for fact in found) for found in by_split.values()]
+    split = np.repeat(np.arange(len(counts)), counts)
+    digests = np.frombuffer(b"".join(rows["sha256"].to_pylist()), "S32")
+    _, first, group = np.unique(digests, return_index=True, return_inverse=True)
+    original = first[group]
+    copies = np.flatnonzero(original != np.arange(len(digests)))
+    across = copies[split[copies] != split[original[copies]]]
+    within = copies[split[copies] == split[original[copies]]]
+    findings = {}
+    for kind, which in (("duplicate images", within), ("duplicate images over two splits", across)):
+        if len(which):
+            shown = which[:5]
+            pairs = zip(rows["key"].take(shown).to_pylist(), rows["key"].take(original[shown]).to_pylist(), strict=True)
+            cases = [f"{key} = {earlier}" for key, earlier in pairs]
+            findings[kind] = finding(cases).model_copy(update={"count": len(which)})
+    return findings
 
 
-def _span(values: Iterable[Iterable[int]]) -> tuple[int, int]:
+def _class_counts(classes: tuple[str, ...], facts: list[Facts]) -> dict[str, Any]:
+    """Images of a split, and of its smallest and largest class."""
+    labels = np.concatenate([fact.rows["label"].to_numpy() for fact in facts])
+    if not classes:
+        return {"images": len(labels)}
+    counts = np.bincount(labels, minlength=len(classes))
+    smallest, largest = int(counts.argmin()), int(counts.argmax())
+    return {
+        "images": len(labels),
+        "smallest class": {"name": classes[smallest], "images": int(counts[smallest])},
+        "largest class": {"name": classes[largest], "images": int(counts[largest])},
+    }
+
+
+def _finish(output: str, manifest: Manifest, report: dict[str, Any]) -> Manifest:
+    storage.write_json(storage.join(output, "report.json"), report)
+    storage.create_bytes(storage.join(output, "manifest.json"), storage.json_bytes(manifest.model_dump(mode="json")))
+    return load_manifest(output)
+
+
+def _plain(findings: Findings) -> dict[str, Any]:
+    return {kind: found.model_dump(mode="json") for kind, found in findings.items()}
+
+
+def _span(spans: list[tuple[int, int]]) -> tuple[int, int]:
     """Smallest and largest of all; (0, 0) of nothing."""
-    found = [value for part in values for value in part if value]
-    return (min(found), max(found)) if found else (0, 0)
+    found = [span for span in spans if span != (0, 0)]
+    return (min(low for low, _ in found), max(high for _, high in found)) if found else (0, 0)
+
+
+def contact_sheet(manifest: Manifest) -> bytes:
+    """The first training images by class, each with its class's name: a PNG."""
+    split = "train" if "train" in manifest.splits else next(iter(manifest.splits))
+    shard = manifest.shards(split)[0]
+    with storage.open_input(storage.join(manifest.root, shard.path)) as file:
+        groups = pq.ParquetFile(file).iter_batches(CONTACT_SHEET_IMAGES, columns=["label", manifest.image_column])
+        batch = pa.Table.from_batches([next(groups)]).flatten()
+    rows = []
+    for label, data in zip(batch["label"].to_pylist(), batch[manifest.image_column].to_pylist(), strict=True):
+        try:
+            image = decode(data)
+        except ValueError:  # only in what was adopted
+            continue
+        caption = manifest.classes[label] if 0 <= label < len(manifest.classes) else ""
+        rows.append((label, caption, center_crop(image, CONTACT_SHEET_PIXELS)))
+    rows.sort(key=lambda row: row[0])
+    return captioned_grid_png(np.stack([row[2] for row in rows]), [row[1] for row in rows], columns=10)

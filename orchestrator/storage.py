@@ -12,10 +12,11 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, ParamSpec, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, ParamSpec, TypeVar, cast
 
 import botocore.exceptions
 import botocore.parsers
@@ -44,6 +45,9 @@ _TRANSIENT_TYPES = (
     botocore.exceptions.IncompleteReadError,
     botocore.parsers.ResponseParserError,
 )
+_REQUESTS = 16  # at a time, where many are asked for at once
+_MERGE_GAP = 256 << 10  # bytes between two ranges below which one request for both is cheaper
+_MERGED_BYTES = 16 << 20  # of such a request, at most: what is read twice over is bounded
 _PART = ".part"  # ending of a local file that is still being written; never listed
 
 
@@ -107,13 +111,14 @@ def create_bytes(uri: str, data: bytes) -> bool:
     return _attempt("create", uri, create)
 
 
-def open_input(uri: str) -> BinaryIO:
-    """A seekable binary file; of a remote object, ranges are fetched as they are read, each with retries."""
+def open_input(uri: str, buffer_size: int = 1 << 20) -> BinaryIO:
+    """A seekable binary file; of a remote object, ranges of at least `buffer_size` bytes are fetched as they are read,
+    each with retries."""
     fs, path = _locate(uri)
     if isinstance(fs, LocalFileSystem):
         return cast(BinaryIO, _attempt("open", uri, open, path, "rb"))
     size = _attempt("open", uri, fs.info, path)["size"]
-    return cast(BinaryIO, io.BufferedReader(_RemoteFile(fs, path, uri, size), buffer_size=1 << 20))
+    return cast(BinaryIO, io.BufferedReader(_RemoteFile(fs, path, uri, size), buffer_size))
 
 
 @contextmanager
@@ -161,6 +166,92 @@ def list_names(uri: str, recursive: bool = False) -> list[str]:
         if name.startswith(prefix) and not name.endswith(_PART):
             names.append(name.removeprefix(prefix) + ("/" if entry["type"] == "directory" else ""))
     return sorted(names)
+
+
+def size_of(uri: str) -> int | None:
+    """The bytes of an object; None of a folder. FileNotFoundError where there is nothing."""
+    fs, path = _locate(uri)
+    found = _attempt("look up", uri, fs.info, path)
+    return None if found["type"] == "directory" else found["size"]
+
+
+def list_tree(uri: str) -> Iterator[list[tuple[str, int]]]:
+    """Folder by folder, (name, bytes) of all objects beneath a prefix; names are relative to it.
+
+    Several folders are listed at a time, and no more is held than these.
+    """
+    fs, root = _locate(uri)
+    prefix = root.rstrip("/") + "/"
+    with ThreadPoolExecutor(_REQUESTS) as threads:
+        pending = {threads.submit(_attempt, "list", uri, fs.ls, root, detail=True)}
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for listing in done:
+                files = []
+                for entry in listing.result():
+                    name = entry["name"].rstrip("/")
+                    if not name.startswith(prefix) or name.endswith(_PART):
+                        continue
+                    if entry["type"] == "directory":
+                        pending.add(threads.submit(_attempt, "list", uri, fs.ls, name, detail=True))
+                    else:
+                        files.append((name.removeprefix(prefix), entry["size"]))
+                yield files
+
+
+class Range(NamedTuple):
+    """Bytes [start, start + size) of an object."""
+
+    name: str  # relative
+    start: int
+    size: int
+
+
+def read_ranges(uri: str, ranges: Sequence[Range]) -> list[bytes]:
+    """Many ranges of the objects beneath `uri`, in their order; several requests at a time, each with retries.
+
+    Ranges of one object that lie close together share a request.
+
+    Raises:
+        FileNotFoundError, PermissionError: an object cannot be read; the message names it.
+        ValueError: an object ends before a range does.
+    """
+    fs, root = _locate(uri)
+    found: dict[int, bytes] = {index: b"" for index, wanted in enumerate(ranges) if not wanted.size}
+
+    def read(group: list[int]) -> None:
+        first, last = ranges[group[0]], ranges[group[-1]]
+        place = join(uri, first.name)
+        path = f"{root.rstrip('/')}/{first.name}"
+        end = max(ranges[index].start + ranges[index].size for index in group)
+        data = memoryview(_attempt("read", place, fs.cat_file, path, start=first.start, end=end))
+        if len(data) < end - first.start:
+            raise ValueError(
+                f"{place} ends at byte {first.start + len(data)}; wanted {last.size} bytes at {last.start}"
+            )
+        for index in group:
+            begin = ranges[index].start - first.start
+            found[index] = bytes(data[begin : begin + ranges[index].size])
+
+    with ThreadPoolExecutor(_REQUESTS) as threads:
+        list(threads.map(read, _merged(ranges)))
+    return [found[index] for index in range(len(ranges))]
+
+
+def _merged(ranges: Sequence[Range]) -> list[list[int]]:
+    """Numbers of the ranges that one request fetches together, in the order of their places."""
+    groups: list[list[int]] = []
+    begin = end = 0
+    for index in sorted((i for i, wanted in enumerate(ranges) if wanted.size), key=lambda i: ranges[i]):
+        name, start, size = ranges[index]
+        same = groups and ranges[groups[-1][0]].name == name
+        if same and start <= end + _MERGE_GAP and start + size <= begin + _MERGED_BYTES:
+            groups[-1].append(index)
+            end = max(end, start + size)
+        else:
+            groups.append([index])
+            begin, end = start, start + size
+    return groups
 
 
 def delete(uri: str) -> None:

@@ -203,6 +203,7 @@ def plan(config: AdmConfig | NoisyClassifierConfig) -> str:
 
 def _check_classes(config: AdmConfig | NoisyClassifierConfig, manifest: Manifest) -> None:
     wanted = config.model.num_classes
+    manifest.check("train", config.model.image_size, config.crop, conditional=bool(wanted))
     if wanted and wanted != len(manifest.classes):
         raise ValueError(
             f"model.num_classes={wanted}, but {config.dataset} has {len(manifest.classes)} classes; "
