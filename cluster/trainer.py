@@ -1,9 +1,11 @@
 """Ray Train: the same loop on every worker of a process group, or in this process."""
 
 import contextlib
+import logging
 import signal
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,8 +15,16 @@ import torch
 
 PROCESS_GROUP_TIMEOUT_S = 300  # a hung collective ends the attempt after this
 POLL_SECONDS = 0.5
+PREEMPTION_SECONDS = 1.0  # between two looks for a notice that a node goes away
+
+# A worker's error of these kinds would come again: no other attempt is made.
+LASTING_ERRORS = (
+    ValueError, TypeError, ArithmeticError, LookupError, FileNotFoundError, PermissionError, torch.OutOfMemoryError,
+)  # fmt: skip
 
 Record = dict[str, Any]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,7 @@ class WorkerContext:
     report: Callable[[Record], None]  # hands numbers and pictures to the driver; never waits
     stopping: Callable[[], bool]  # whether the driver wants to stop; never waits
     streams_on_cluster: bool  # decode in the cluster's data tasks, or in this process
+    preempted: Callable[[], bool] = lambda: False  # whether notice came that a node goes away, said once; never waits
 
 
 def run_workers(
@@ -38,8 +49,10 @@ def run_workers(
 ) -> bool:
     """Run `loop` on `num_workers` workers (0: in this process) until it returns; True if it was asked to stop.
 
-    A worker that dies takes its group with it; the group starts again, at most `max_failures` times, and `loop`
-    finds its own place to go on from. SIGTERM and Ctrl-C ask all workers to stop at their next step.
+    A worker that dies takes its group with it; the group starts again, and `loop` finds its own place to go on from.
+    It gives up after more than `max_failures` attempts in a row that reported no record with a larger "saved" number,
+    and at once where another attempt would fail alike (LASTING_ERRORS). A node that announces its end does not count.
+    SIGTERM and Ctrl-C ask all workers to stop at their next step.
 
     Raises:
         RuntimeError: the loop failed; the message is the worker's own error.
@@ -53,7 +66,10 @@ def _run_here(loop: Callable[[WorkerContext], None], on_record: Callable[[Record
     wanted = threading.Event()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with _stop_signals(wanted.set):
-        loop(WorkerContext(0, 1, device, on_record, wanted.is_set, streams_on_cluster=False))
+        try:
+            loop(WorkerContext(0, 1, device, on_record, wanted.is_set, streams_on_cluster=False))
+        except ArithmeticError as error:
+            raise RuntimeError(str(error)) from error
     return wanted.is_set()
 
 
@@ -64,37 +80,76 @@ def _run_on_ray(
     max_failures: int,
     use_gpu: bool,
 ) -> bool:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train import TrainingFailedError
 
     from cluster.relay import Relay
 
     relay, wanted = Relay(), threading.Event()
+    saved, failures = -1, 0
 
     def stop() -> None:
         wanted.set()
         threading.Thread(target=relay.stop, daemon=True).start()  # a signal handler must not wait on Ray
 
+    with _stop_signals(stop):
+        while not wanted.is_set():
+            news = _News()
+            try:
+                with _relayed(relay, news.around(on_record)):
+                    _attempt(loop, relay, num_workers, use_gpu)
+                break
+            except TrainingFailedError as error:
+                reason = news.reason or _first_reason(error)
+                failures = 1 if news.saved > saved else failures + 1
+                saved = max(saved, news.saved)
+                if news.lasting or failures > max_failures:
+                    raise RuntimeError(f"training failed: {reason}") from error
+                log.warning("an attempt failed, going on from the last checkpoint: %s", reason)
+    return wanted.is_set()
+
+
+def _attempt(loop: Callable[[WorkerContext], None], relay: Any, num_workers: int, use_gpu: bool) -> None:
+    """One run of Ray Train."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
     with tempfile.TemporaryDirectory(prefix="admiral-train-") as folder:
-        trainer = TorchTrainer(
+        TorchTrainer(
             _enter,
             train_loop_config={"loop": loop, "relay": relay},
             torch_config=TorchConfig(timeout_s=PROCESS_GROUP_TIMEOUT_S),
             scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
             # Ray Train keeps no state of ours, so each call is a run of its own name in a folder of its own.
             run_config=RunConfig(
-                name=uuid.uuid4().hex,
-                storage_path=folder,
-                failure_config=FailureConfig(max_failures=max_failures),
+                name=uuid.uuid4().hex, storage_path=folder, failure_config=FailureConfig(max_failures=0)
             ),
-        )
-        with _stop_signals(stop), _relayed(relay, on_record):
-            try:
-                trainer.fit()
-            except WorkerGroupError as error:
-                reasons = {str(reason).strip().splitlines()[-1] for reason in error.worker_failures.values()}
-                raise RuntimeError(f"training failed: {'; '.join(sorted(reasons))}") from error
-    return wanted.is_set()
+        ).fit()
+
+
+class _News:
+    """What the records of one attempt tell of its progress and its end."""
+
+    def __init__(self) -> None:
+        self.saved = -1
+        self.reason = ""
+        self.lasting = False
+
+    def around(self, on_record: Callable[[Record], None]) -> Callable[[Record], None]:
+        """`on_record`, listening."""
+
+        def heard(record: Record) -> None:
+            self.saved = max(self.saved, record.get("saved", -1))
+            if "failure" in record and not self.lasting:
+                self.reason, self.lasting = record["failure"], record["lasting"]
+            on_record(record)
+
+        return heard
+
+
+def _first_reason(error: Exception) -> str:
+    """What Ray says of the workers' ends, in one line."""
+    failures = getattr(error, "worker_failures", {0: error})
+    return "; ".join(f"worker {rank}: {str(reason).strip().splitlines()[-1]}" for rank, reason in failures.items())
 
 
 def _enter(config: dict[str, Any]) -> None:
@@ -104,16 +159,44 @@ def _enter(config: dict[str, Any]) -> None:
 
     context = ray.train.get_context()
     relay = config["relay"]
-    config["loop"](
-        WorkerContext(
-            context.get_world_rank(),
-            context.get_world_size(),
-            ray.train.torch.get_device(),
-            relay.push,
-            relay.stopping,
-            streams_on_cluster=True,
+    try:
+        config["loop"](
+            WorkerContext(
+                context.get_world_rank(),
+                context.get_world_size(),
+                ray.train.torch.get_device(),
+                relay.push,
+                relay.stopping,
+                streams_on_cluster=True,
+                preempted=_PreemptionNotice(ray.train.get_preemption_info),
+            )
         )
-    )
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        relay.push({"failure": reason, "lasting": isinstance(error, LASTING_ERRORS)})
+        raise
+
+
+class _PreemptionNotice:
+    """Asks `get_info`, which waits for all workers, in a thread; tells every new answer once."""
+
+    def __init__(self, get_info: Callable[[], Any]) -> None:
+        self._get_info, self._new = get_info, threading.Event()
+        threading.Thread(target=self._watch, name="preemption", daemon=True).start()
+
+    def _watch(self) -> None:
+        seen = None
+        while True:
+            if (info := self._get_info()) != seen:
+                seen = info
+                log.warning("notice came that a node goes away: %s", info)
+                self._new.set()
+            time.sleep(PREEMPTION_SECONDS)
+
+    def __call__(self) -> bool:
+        said = self._new.is_set()
+        self._new.clear()
+        return said
 
 
 @contextlib.contextmanager

@@ -1,9 +1,13 @@
 """What a training state and a network's weights are on disk."""
 
 import hashlib
+import itertools
 import json
 import logging
+import re
+import sys
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +22,7 @@ from orchestrator import storage
 from orchestrator.state_dicts import check_tensors, decode_state_dict, released_entry
 
 FORMAT_VERSION = 1
+FILE_BYTES = 1 << 30  # of a checkpoint's files: what reading holds beside the state itself
 
 log = logging.getLogger(__name__)
 
@@ -31,64 +36,155 @@ class Checkpoint:
     facts: dict[str, Any]  # small JSON: skipped steps and the like
 
 
-def save_checkpoint(run: str, checkpoint: Checkpoint) -> str:
-    """Write `run`/checkpoints/images-N/, committed by its last object; answer its URI.
+def save_checkpoint(run: str, checkpoint: Checkpoint, attempt: str = "") -> str:
+    """Write `run`/checkpoints/images-N/, committed by its last object; answer that object's URI.
 
-    The tensors lie under a name of this attempt's own, so a dying writer of an earlier attempt cannot touch them;
-    only the commit object, created once, makes the checkpoint count.
+    The tensors are streamed into a few files. All names hold `attempt` (by default a fresh one), so a dying writer of
+    an earlier attempt cannot touch them, nor they its; only the commit object makes a checkpoint count.
     """
-    folder = _folder(run, checkpoint.position)
-    name = f"state-{uuid.uuid4().hex[:12]}.safetensors"
-    data = safetensors.torch.save({key: tensor.contiguous() for key, tensor in checkpoint.tensors.items()})
-    storage.write_bytes(storage.join(folder, name), data)
+    folder, attempt = _folder(run, checkpoint.position), attempt or new_attempt()
+    files = {}
+    for number, tensors in enumerate(shared_out(checkpoint.tensors, FILE_BYTES)):
+        name = f"state-{attempt}-{number:03d}.safetensors"
+        files[name] = _write_tensors(storage.join(folder, name), tensors, {})
     commit = {
         "format_version": FORMAT_VERSION,
         "position": checkpoint.position,
         "facts": checkpoint.facts,
-        "files": {name: hashlib.sha256(data).hexdigest()},
+        "files": files,  # SHA-256 of each
     }
-    storage.create_bytes(storage.join(folder, "commit.json"), json.dumps(commit, indent=2).encode())
-    return folder
+    uri = storage.join(folder, f"commit-{attempt}.json")
+    storage.create_bytes(uri, storage.json_bytes(commit))
+    return uri
+
+
+def new_attempt() -> str:
+    """A name that no other attempt at a training has."""
+    return uuid.uuid4().hex[:12]
 
 
 def latest_checkpoint(run: str) -> Checkpoint | None:
     """The newest committed checkpoint of `run` whose checksums hold; damaged ones are logged and passed over."""
-    folder = storage.join(run, "checkpoints")
-    commits = [name for name in storage.list_names(folder, recursive=True) if name.endswith("/commit.json")]
-    for name in sorted(commits, reverse=True):
-        uri = storage.join(folder, name)
+    *_, found = [None, *read_newest(run)]
+    return found
+
+
+def read_newest(run: str) -> Iterator[Checkpoint | None]:
+    """Read the latest checkpoint: None after each of its files, and at last the checkpoint, if there is one."""
+    for uri in _commits(run):
+        tensors: dict[str, Tensor] = {}
         try:
-            return _read_checkpoint(uri)
+            commit = _read_commit(uri)
+            for name, digest in commit["files"].items():
+                tensors |= _read_tensors(storage.join(uri.rpartition("/")[0], name), digest)
+                yield None
         except (ValueError, KeyError, FileNotFoundError, safetensors.SafetensorError) as error:
             log.warning("checkpoint %s is damaged (%s); using the one before", uri, error)
-    return None
+            continue
+        yield Checkpoint(commit["position"], tensors, commit["facts"])
+        return
 
 
-def read_checkpoint(run: str, position: int) -> Checkpoint:
-    """The checkpoint of `run` at `position` images.
+def prune_checkpoints(run: str, newest: int, keep: int, keep_every: int | None = None) -> None:
+    """Remove what the checkpoint at `newest` images, just written by the caller, makes superfluous.
 
-    Raises:
-        FileNotFoundError: none was committed there, or a file of it is missing.
-        ValueError: it is damaged.
+    The `keep` newest stay, and those at multiples of `keep_every`. Files that no commit names are what dead attempts
+    left. A commit goes before its files, so that no committed checkpoint ever lacks one; what is beyond `newest` is
+    not touched.
     """
-    return _read_checkpoint(storage.join(_folder(run, position), "commit.json"))
+    folder = storage.join(run, "checkpoints")
+    names = storage.list_names(folder, recursive=True)
+    committed = {(_position(name), _attempt(name)) for name in names if _is_commit(name)}
+    positions = sorted({position for position, _ in committed if position <= newest}, reverse=True)
+    kept = set(positions[:keep]) | {position for position in positions if keep_every and position % keep_every == 0}
+    for name in sorted(names, key=_is_commit, reverse=True):
+        position = _position(name)
+        if position <= newest and not (position in kept and (position, _attempt(name)) in committed):
+            storage.delete(storage.join(folder, name))
+
+
+def shared_out(tensors: dict[str, Tensor], most: int) -> Iterator[dict[str, Tensor]]:
+    """The tensors in parts of at most `most` bytes, or one tensor."""
+    part: dict[str, Tensor] = {}
+    room = most
+    for name, tensor in tensors.items():
+        if part and tensor.nbytes > room:
+            yield part
+            part, room = {}, most
+        part[name] = tensor
+        room -= tensor.nbytes
+    yield part
 
 
 def _folder(run: str, position: int) -> str:
     return storage.join(run, "checkpoints", f"images-{position:012d}")
 
 
-def _read_checkpoint(commit_uri: str) -> Checkpoint:
-    commit = storage.read_json(commit_uri)
+def _commits(run: str) -> list[str]:
+    """URIs of all commit objects, those with most images first."""
+    folder = storage.join(run, "checkpoints")
+    names = [name for name in storage.list_names(folder, recursive=True) if _is_commit(name)]
+    return [storage.join(folder, name) for name in sorted(names, reverse=True)]
+
+
+def _is_commit(name: str) -> bool:
+    return re.fullmatch(r"images-\d+/commit-\w+\.json", name) is not None
+
+
+def _position(name: str) -> int:
+    """The images in images-N/file; those of a foreign name are beyond all others, and so left alone."""
+    found = re.match(r"images-(\d+)/(?:commit|state)-", name)
+    return int(found[1]) if found else sys.maxsize
+
+
+def _attempt(name: str) -> str:
+    """The attempt in images-N/state-ATTEMPT-000.safetensors or images-N/commit-ATTEMPT.json."""
+    return name.rpartition("/")[2].removesuffix(".json").split("-")[1]
+
+
+def _read_commit(uri: str) -> dict[str, Any]:
+    commit = storage.read_json(uri)
     if commit["format_version"] != FORMAT_VERSION:
         raise ValueError(f"format_version={commit['format_version']} is not the {FORMAT_VERSION} that this code reads")
-    tensors: dict[str, Tensor] = {}
-    for name, digest in commit["files"].items():
-        data = storage.read_bytes(storage.join(commit_uri.removesuffix("commit.json"), name))
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise ValueError(f"{name} has another SHA-256 than its commit object says")
-        tensors |= safetensors.torch.load(data)
-    return Checkpoint(commit["position"], tensors, commit["facts"])
+    return commit
+
+
+def _read_tensors(uri: str, digest: str) -> dict[str, Tensor]:
+    data = storage.read_bytes(uri)
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise ValueError(f"{uri} has another SHA-256 than its commit object says")
+    return safetensors.torch.load(data)
+
+
+_SAFETENSORS_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+}  # fmt: skip
+
+
+def _write_tensors(uri: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """Stream a safetensors file, one tensor after the other; answer its SHA-256.
+
+    The library's own writers take a local path or make one bytes object of everything.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        kind = _SAFETENSORS_NAMES[tensor.dtype]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with storage.open_output(uri) as file:
+        part: Any  # bytes, or memory of a tensor
+        for part in itertools.chain([len(text).to_bytes(8, "little") + text], map(_raw, tensors.values())):
+            digest.update(part)
+            file.write(part)
+    return digest.hexdigest()
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 @dataclass(frozen=True)
@@ -109,8 +205,9 @@ def save_weights(
     diffusion: DiffusionConfig,
     classes: tuple[str, ...],
 ) -> None:
-    """Write a safetensors file that carries its architecture; an existing one is left as it is."""
-    storage.create_bytes(uri, encode_weights(weights, architecture, diffusion, classes))
+    """Stream a safetensors file that carries its architecture; an existing one is left as it is."""
+    if not storage.exists(uri):
+        _write_tensors(uri, weights, _about(architecture, diffusion, classes))
 
 
 def encode_weights(
@@ -120,6 +217,14 @@ def encode_weights(
     classes: tuple[str, ...],
 ) -> bytes:
     """The bytes of such a file."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    return safetensors.torch.save(tensors, metadata=_about(architecture, diffusion, classes))
+
+
+def _about(
+    architecture: UNetConfig | ClassifierConfig, diffusion: DiffusionConfig, classes: tuple[str, ...]
+) -> dict[str, str]:
+    """What a weights file says of itself, in the header."""
     about = {
         "format_version": FORMAT_VERSION,
         "kind": "classifier" if isinstance(architecture, ClassifierConfig) else "unet",
@@ -127,8 +232,7 @@ def encode_weights(
         "diffusion": diffusion.model_dump(mode="json"),
         "classes": list(classes),
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    return safetensors.torch.save(tensors, metadata={"admiral": json.dumps(about)})
+    return {"admiral": json.dumps(about)}
 
 
 def latest_weights(run: str) -> str:

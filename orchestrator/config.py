@@ -2,7 +2,7 @@
 
 import json
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, Field
 
@@ -11,6 +11,8 @@ from orchestrator import storage
 
 
 class JobConfig(BaseModel, frozen=True, extra="forbid"):
+    WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset()  # fields of a job's own that do not change what comes out
+
     store: str = Field(
         default_factory=lambda: os.environ.get("ADMIRAL_STORE", "runs")
     )  # folder or URI under which all relative paths of this job lie; the environment's ADMIRAL_STORE, else runs
@@ -47,7 +49,7 @@ def claim(folder: str, config: JobConfig, **facts: Any) -> None:
     Raises:
         ValueError: the folder was made with another config; the message names the fields that differ.
     """
-    wanted = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT) | facts
+    wanted = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT | config.WITHOUT_EFFECT) | facts
     uri = storage.join(folder, "config.json")
     if storage.create_bytes(uri, json.dumps(wanted, indent=2).encode()):
         return

@@ -12,7 +12,7 @@ from orchestrator.order import OrderConfig
 from orchestrator.preparation import PrepareConfig
 from orchestrator.quickstart import QuickstartConfig
 from orchestrator.search import SearchConfig
-from orchestrator.training import AdmConfig, NoisyClassifierConfig
+from orchestrator.training_config import AdmConfig, NoisyClassifierConfig
 
 DIGITS = "the quickstart's 1,797 scanned digits, small enough for two cores"
 

@@ -15,7 +15,7 @@ from orchestrator.checkpoints import (
     latest_checkpoint,
     latest_weights,
     load_network,
-    read_checkpoint,
+    prune_checkpoints,
     save_checkpoint,
     save_weights,
 )
@@ -36,15 +36,12 @@ def test_the_newest_committed_checkpoint_comes_back(tmp_path: Path) -> None:
     found = latest_checkpoint(str(tmp_path))
     assert found is not None and found.position == 128 and found.facts == {"bad_steps": 1}
     assert torch.equal(found.tensors["model.weight"], torch.full((2, 3), 128.0))
-    assert read_checkpoint(str(tmp_path), 64).position == 64
-    with pytest.raises(FileNotFoundError):
-        read_checkpoint(str(tmp_path), 192)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "uncommitted"])
 def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
     save_checkpoint(str(tmp_path), checkpoint(64))
-    newest = Path(save_checkpoint(str(tmp_path), checkpoint(128)))
+    newest = Path(save_checkpoint(str(tmp_path), checkpoint(128))).parent
     (state,) = newest.glob("state-*.safetensors")
     data = state.read_bytes()
     if damage == "truncated":
@@ -54,18 +51,66 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, damage: str)
     elif damage == "missing":
         state.unlink()
     else:
-        (newest / "commit.json").unlink()
+        (commit,) = newest.glob("commit-*.json")
+        commit.unlink()
     found = latest_checkpoint(str(tmp_path))
     assert found is not None and found.position == 64
 
 
 def test_a_late_writer_of_an_earlier_attempt_changes_nothing(tmp_path: Path) -> None:
-    folder = Path(save_checkpoint(str(tmp_path), checkpoint(64)))
-    commit = (folder / "commit.json").read_bytes()
-    save_checkpoint(str(tmp_path), Checkpoint(64, {"model.weight": torch.zeros(1)}, {}))
-    assert (folder / "commit.json").read_bytes() == commit
+    run = str(tmp_path)
+    save_checkpoint(run, checkpoint(64))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    save_checkpoint(run, checkpoint(64))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_damaged_checkpoint_does_not_keep_a_sound_one_from_its_place(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    save_checkpoint(run, checkpoint(64))
+    damaged = Path(save_checkpoint(run, checkpoint(128), attempt="zzz"))  # the first that a reader would try
+    (damaged.parent / "state-zzz-000.safetensors").unlink()
+    save_checkpoint(run, checkpoint(128), attempt="aaa")
+    found = latest_checkpoint(run)
+    assert found is not None and found.position == 128
+
+
+def test_large_states_lie_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.checkpoints.FILE_BYTES", 100)
+    tensors = {
+        "a": torch.arange(30.0), "b": torch.tensor(1.5), "c": torch.zeros(2, 3, dtype=torch.float64),
+        "d": torch.arange(5), "e": torch.ones(3, 2, dtype=torch.bfloat16), "f": torch.zeros(0),
+    }  # fmt: skip
+    folder = Path(save_checkpoint(str(tmp_path), Checkpoint(7, tensors, {}))).parent
+    assert len(list(folder.glob("state-*.safetensors"))) == 3
+    for path in folder.glob("state-*.safetensors"):
+        safetensors.torch.load_file(path)  # the library's own reader takes what we stream
     found = latest_checkpoint(str(tmp_path))
-    assert found is not None and found.tensors["model.weight"].shape == (2, 3)
+    assert found is not None and found.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found.tensors[name].dtype == tensor.dtype and torch.equal(found.tensors[name], tensor)
+
+
+def test_pruning_keeps_the_newest_and_the_marked_and_clears_up_after_the_dead(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    for position in (64, 128, 192, 256, 320):
+        save_checkpoint(run, checkpoint(position), attempt="old")
+    for position in (256, 300):  # uploads that a kill cut off
+        (tmp_path / f"checkpoints/images-{position:012d}").mkdir(exist_ok=True)
+        (tmp_path / f"checkpoints/images-{position:012d}/state-dead-000.safetensors").write_bytes(b"half")
+    save_checkpoint(run, checkpoint(384), attempt="new")
+    foreign = tmp_path / "checkpoints" / "README.txt"
+    foreign.write_bytes(b"not ours")
+    prune_checkpoints(run, newest=320, keep=2, keep_every=128)
+    left = sorted(str(path.relative_to(tmp_path / "checkpoints")) for path in tmp_path.rglob("*.*"))
+    wanted = [
+        f"images-{position:012d}/{name}"
+        for position, attempt in ((128, "old"), (256, "old"), (320, "old"), (384, "new"))
+        for name in (f"commit-{attempt}.json", f"state-{attempt}-000.safetensors")
+    ]
+    assert left == ["README.txt", *wanted]
+    found = latest_checkpoint(run)
+    assert found is not None and found.position == 384
 
 
 def test_weights_come_back_with_their_architecture(tmp_path: Path) -> None:

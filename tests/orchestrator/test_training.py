@@ -11,7 +11,9 @@ from orchestrator import checkpoints, storage
 from orchestrator.checkpoints import load_network
 from orchestrator.order import OrderConfig
 from orchestrator.preparation import PrepareConfig, prepare
-from orchestrator.training import AdmConfig, NoisyClassifierConfig, TrainingState, learning_rate, train, train_loop
+from orchestrator.training import train, train_loop
+from orchestrator.training_config import AdmConfig, NoisyClassifierConfig
+from orchestrator.training_state import TrainingState, learning_rate
 
 UNET = UNetConfig(
     image_size=8,
@@ -101,8 +103,8 @@ def test_gradients_that_are_not_finite_are_skipped_then_end_the_run(
 ) -> None:
     config = adm(store, "poisoned", max_bad_steps=2)
     fresh = TrainingState(config, torch.device("cpu")).tensors()
-    monkeypatch.setattr("orchestrator.training.from_uint8", lambda images, channels: _poison(images, channels))
-    with pytest.raises(RuntimeError, match="not finite in 3 steps in a row"):
+    monkeypatch.setattr("orchestrator.losses.from_uint8", lambda images, channels: _poison(images, channels))
+    with pytest.raises(ArithmeticError, match="not finite in 3 steps in a row"):
         train_loop(config, context())
     found = checkpoints.latest_checkpoint(config.path(config.output))
     assert found is not None
@@ -142,5 +144,7 @@ def test_previews_show_samples(store: str) -> None:
     config = adm(store, "previews", preview_images=48)
     train_loop(config, context(records=records))
     pictures = {record["picture"]: record["png"] for record in records if "picture" in record}
-    assert sorted(pictures) == ["samples/images-000000000048.png", "samples/images-000000000096.png"]
+    assert sorted(pictures) == [
+        f"samples/{name}/images-0000000000{at}.png" for name in ("ema-0.5", "ema-0.9") for at in (48, 96)
+    ]
     assert all(png.startswith(b"\x89PNG") for png in pictures.values())

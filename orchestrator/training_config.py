@@ -1,0 +1,111 @@
+"""What decides a training: one config for the diffusion models, one for the noisy classifier."""
+
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+from models.diffusion import DiffusionConfig
+from models.samplers import SamplerConfig
+from models.unet import ClassifierConfig, UNetConfig
+from orchestrator.config import JobConfig
+from orchestrator.order import OrderConfig
+
+
+class LossScaleConfig(BaseModel, frozen=True, extra="forbid"):
+    """The factor that keeps float16 gradients from vanishing, as a power of two; other dtypes go without."""
+
+    initial: float = 20.0  # its logarithm to base 2 at the start
+    growth: float = Field(1e-3, ge=0)  # added to the logarithm by a good step
+    backoff: float = Field(1.0, gt=0)  # taken from the logarithm by a step whose gradient is not finite
+    floor: float = 0.0  # the logarithm never falls below
+
+
+class TrainingConfig(JobConfig):
+    """What training a network takes, whichever it is. Lengths are counted in images, not in steps."""
+
+    WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset(  # on the weights: another value may be given on a resume
+        {"checkpoint_images", "keep_checkpoints", "keep_every_images", "log_images", "max_bad_steps", "max_failures"}
+    )
+
+    dataset: str  # a prepared dataset's folder
+    output: str  # the run's folder
+    diffusion: DiffusionConfig
+    classes: Literal["model", "dataset"] = "model"  # dataset = model.num_classes becomes what the dataset has
+    order: OrderConfig = OrderConfig()
+    crop: Literal["center", "random"] = "center"  # ADM's centre crop, or its classifier's random crop
+    flip: bool = True  # mirror half of the images
+    images: int = Field(gt=0)  # length of the training
+    batch_size: int = Field(256, gt=0)  # images in a step, over all workers
+    microbatch_size: int | None = Field(None, gt=0)  # images that a worker has in memory; None = its whole share
+    reduction: Literal["fast", "exact"] = "fast"  # exact = weights equal to the bit on any number of workers; slower
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention, by autocast
+    loss_scale: LossScaleConfig = LossScaleConfig()
+    threads: int = Field(1, gt=0)  # CPU threads of each worker's arithmetic; another number gives other last bits
+    compile: bool = False  # torch.compile the network: slower to start, faster on long runs
+    init_from: str | None = None  # start from these weights: a run's folder, a .safetensors or a released .pt file
+    learning_rate: float = Field(1e-4, gt=0)  # AdamW's
+    weight_decay: float = Field(0.0, ge=0)  # AdamW's
+    warmup_images: int = Field(0, ge=0)  # the learning rate rises linearly over these
+    anneal: bool = False  # then falls linearly to zero at the end
+    clip_norm: float | None = Field(None, gt=0)  # largest norm of the gradient
+    max_bad_steps: int = Field(20, ge=0)  # steps in a row that may be skipped for a gradient that is not finite
+    checkpoint_images: int = Field(1_000_000, gt=0)  # images from one checkpoint to the next
+    keep_checkpoints: int = Field(3, gt=0)  # newest checkpoints that are kept
+    keep_every_images: int | None = Field(None, gt=0)  # keep those at multiples of this for ever, too
+    log_images: int = Field(10_000, gt=0)  # images from one line of numbers to the next
+    num_workers: int = Field(1, ge=0)  # training workers; 0 = in this process, without Ray
+    use_gpu: bool = False  # one GPU for each worker
+    max_failures: int = Field(3, ge=0)  # attempts in a row that may fail without a new checkpoint
+
+    @property
+    def length(self) -> int:
+        """Images of the training in whole steps."""
+        return -(-self.images // self.batch_size) * self.batch_size
+
+    @model_validator(mode="after")
+    def _splits_evenly(self) -> "TrainingConfig":
+        streams, batch, workers = self.order.num_streams, self.batch_size, max(self.num_workers, 1)
+        if streams & (streams - 1):
+            raise ValueError(f"order.num_streams={streams} is not a power of two")
+        if batch % streams:
+            near = f"{max(batch // streams, 1) * streams} or {(batch // streams + 1) * streams}"
+            raise ValueError(f"batch_size={batch} is not a multiple of order.num_streams={streams}; use {near}")
+        if streams % workers:
+            raise ValueError(
+                f"num_workers={workers} does not divide order.num_streams={streams}; use a power of two up to {streams}"
+            )
+        if self.microbatch_size is not None and self.reduction == "exact":
+            raise ValueError(
+                f"microbatch_size={self.microbatch_size} has no place in reduction=exact, whose microbatches are one "
+                f"stream's share, {batch // streams} images; raise order.num_streams to make them smaller"
+            )
+        if self.microbatch_size is not None and self.microbatch_size > batch // workers:
+            raise ValueError(
+                f"microbatch_size={self.microbatch_size} is more than a worker's share, "
+                f"batch_size / num_workers = {batch // workers} images"
+            )
+        return self
+
+
+class AdmConfig(TrainingConfig):
+    """Training a diffusion model."""
+
+    WITHOUT_EFFECT: ClassVar[frozenset[str]] = TrainingConfig.WITHOUT_EFFECT | {"preview_images", "preview"}
+
+    model: UNetConfig
+    timesteps: Literal["uniform", "loss_second_moment"] = "uniform"  # how often each is trained; IDDPM section 3.3
+    ema_rates: tuple[float, ...] = Field((0.9999,), min_length=1)  # one average of the weights for each rate
+    preview_images: int = Field(10_000_000, gt=0)  # images from one picture of samples to the next
+    preview: SamplerConfig = SamplerConfig(name="ddim", num_steps=25)  # how those samples are drawn
+
+
+class NoisyClassifierConfig(TrainingConfig):
+    """Training the noisy classifier."""
+
+    model: ClassifierConfig
+    weight_decay: float = Field(0.05, ge=0)  # AdamW's
+    crop: Literal["center", "random"] = "random"  # ADM's centre crop, or its classifier's random crop
+    loss_scale: LossScaleConfig = LossScaleConfig(initial=16.0)
+
+
+Config = AdmConfig | NoisyClassifierConfig
