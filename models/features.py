@@ -72,6 +72,19 @@ def extract(extractor: Extractor, images: NDArray[np.uint8], batch_size: int) ->
     return Features(pool, spatial, logits)
 
 
+def fold_batch_norm(
+    unit: str, eps: float, weight: Tensor, gain: Tensor, bias: Tensor, mean: Tensor, var: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that does what convolution `unit` and its batch norm did one after the other.
+
+    Raises ValueError where the shapes do not fit.
+    """
+    if weight.ndim != 4 or any(v.shape != weight.shape[:1] for v in (gain, bias, mean, var)):
+        raise ValueError(f"{unit}: batch norm does not fit a convolution of shape {tuple(weight.shape)}")
+    scale = gain / torch.sqrt(var + eps)
+    return weight * scale[:, None, None, None], bias - mean * scale
+
+
 class DigitsNetwork(nn.Module):
     """A small convolutional network for handwritten digits: 32 pooled features and ten logits.
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.features import Features, check_images
+from models.features import Features, check_images, fold_batch_norm
 
 SIZE = 299  # pixels: the input of the network
 NUM_CLASSES = 1008
@@ -105,7 +105,7 @@ class InceptionNetwork:
             shape = tuple(state["fc.weight"].shape)
             raise ValueError(f"fc.weight has shape {shape}; wanted {(NUM_CLASSES, DIMENSION)}")
         self.device, self.dtype = torch.device(device), dtype
-        folded = {u: _fold(u, *(state[f"{u}.{part}"].double() for part in parts)) for u in unit_names()}
+        folded = {u: fold_batch_norm(u, EPS, *(state[f"{u}.{part}"].double() for part in parts)) for u in unit_names()}
         _check_shapes(folded)
         self.units = {
             u: (w.to(self.device, dtype).contiguous(memory_format=torch.channels_last), b.to(self.device, dtype))
@@ -151,14 +151,6 @@ def _step(units: Units, name: str, x: Tensor) -> Tensor:
     weight, bias = units[name]
     padding = (0, 0) if name in UNPADDED else (weight.shape[2] // 2, weight.shape[3] // 2)
     return F.relu_(F.conv2d(x, weight, bias, stride=2 if name in STRIDE_2 else 1, padding=padding))
-
-
-def _fold(unit: str, weight: Tensor, gain: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that does what convolution and batch norm did one after the other."""
-    if weight.ndim != 4 or any(v.shape != weight.shape[:1] for v in (gain, bias, mean, var)):
-        raise ValueError(f"{unit}: batch norm does not fit a convolution of shape {tuple(weight.shape)}")
-    scale = gain / torch.sqrt(var + EPS)
-    return weight * scale[:, None, None, None], bias - mean * scale
 
 
 def _check_shapes(units: Units) -> None:

@@ -3,15 +3,18 @@
 Distances are decided exactly: a float32 matrix product of centred features gives each squared distance with a
 bound on its error, and only what the bound leaves open (ties, mostly) is decided by summing squared
 differences in float64. So the answers depend neither on block sizes nor on the device, a large mean does no
-harm, and rows may be shared out among workers. Memory beyond the features is a few blocks of `BLOCK_BYTES`.
+harm, and rows may be shared out among workers: a `Run` does the shares, in this process or on a pool, and the
+numbers are the same to the bit. Memory beyond the features and one centred copy of them is a few blocks of
+`BLOCK_BYTES`.
 
 As in `models.metrics`, the reference is fixed and only the samples are random. A metric that is a mean over
 samples has the interval of a mean; one that depends on the set of samples (recall, coverage) has one from
 random halves.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +31,10 @@ MAX_ROWS = 1024  # of one block: small, so that one triangle of a set's own dist
 SPARE = 3  # candidates beyond k that are measured exactly, so that rounding rarely hides a true neighbour
 OPENAI_BLOCK = 10_000  # rows and columns of one block in the published evaluator
 NUM_HALVES = 50  # random halves behind the interval of a metric of the whole set
+SHARE_BLOCKS = 8  # blocks of rows in one share of the work
+
+# Does step(reference, samples, *task) for every task, and answers in any order.
+Run = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -44,11 +51,23 @@ def nearest(queries: Array, targets: Array, k: int, weights: Array | None = None
     With weights [M], squared distances to target j are multiplied by weights[j] first. Raises ValueError on
     shapes, values that are not finite, and where there are not k targets.
     """
-    others = len(targets) - (queries is targets)
-    if others < k:
+    check_features(queries, targets)
+    if queries is targets:
+        return _measured(queries, queries, _own_shortlist(queries, _kept(len(queries), k, k + SPARE)), k, own=True)
+    if len(targets) < k:
         raise ValueError(f"k={k} neighbours of each row need more than the {len(targets)} rows given")
     weight = np.ones(len(targets)) if weights is None else np.asarray(weights, np.float64)
-    return _measured(queries, targets, _shortlist(queries, targets, min(k + SPARE, others), weight), k, weight)
+    shortlist, factors = _Shortlist.empty(len(queries), min(k + SPARE, len(targets))), torch.from_numpy(weight).float()
+    for block in _bounded_squares(queries, targets):
+        shortlist.offer(block.rows, block.lower.mul_(factors), 0)
+    return _measured(queries, targets, shortlist, k, weight)
+
+
+def _kept(num_rows: int, k: int, wanted: int) -> int:
+    """Length of a shortlist of a set's own rows, which are at most one fewer than it has."""
+    if num_rows <= k:
+        raise ValueError(f"k={k} neighbours of each row need more than the {num_rows} rows given")
+    return min(wanted, num_rows - 1)
 
 
 @dataclass(frozen=True)
@@ -56,47 +75,67 @@ class _Shortlist:
     """The targets with the smallest lower bounds of (weighted) squared distance to each query, smallest first."""
 
     bounds: Tensor  # [N, kept] float32; every other target's bound is at least the last
-    index: Tensor  # [N, kept]
+    index: Tensor  # [N, kept] int32
+
+    @classmethod
+    def empty(cls, num_rows: int, kept: int) -> "_Shortlist":
+        """One on which every target will find a place."""
+        return cls(torch.full((num_rows, kept), torch.inf), torch.zeros(num_rows, kept, dtype=torch.int32))
 
     def offer(self, rows: slice, bounds: Tensor, first: int) -> None:
         """Lets bounds [rows, c] of the targets from `first` on compete with those that are listed."""
-        kept = self.bounds.shape[1]
-        values, columns = bounds.topk(min(kept, bounds.shape[1]), dim=1, largest=False)
-        values, columns = torch.cat([self.bounds[rows], values], 1), torch.cat([self.index[rows], columns + first], 1)
-        self.bounds[rows], order = values.topk(kept, dim=1, largest=False)
-        self.index[rows] = columns.gather(1, order)
+        values, columns = bounds.topk(min(self.bounds.shape[1], bounds.shape[1]), dim=1, largest=False)
+        self._compete(rows, values, (columns + first).to(torch.int32))
+
+    def merge(self, rows: slice, other: "_Shortlist") -> None:
+        """Takes in another shortlist of these rows, over other targets."""
+        self._compete(rows, other.bounds, other.index)
+
+    def _compete(self, rows: slice, bounds: Tensor, index: Tensor) -> None:
+        bounds, index = torch.cat([self.bounds[rows], bounds], 1), torch.cat([self.index[rows], index], 1)
+        self.bounds[rows], order = bounds.topk(self.bounds.shape[1], dim=1, largest=False)
+        self.index[rows] = index.gather(1, order)
 
 
-def _shortlist(queries: Array, targets: Array, kept: int, weight: Array) -> _Shortlist:
-    check_features(queries, targets)
-    same = queries is targets  # then one triangle of the distances says all
-    shortlist = _Shortlist(
-        torch.full((len(queries), kept), torch.inf), torch.zeros(len(queries), kept, dtype=torch.long)
-    )
-    factors = torch.from_numpy(weight).float()
-    for block in _bounded_squares(queries, targets, triangle=same):
-        if same:
-            shortlist.offer(block.rows, block.lower.fill_diagonal_(torch.inf), block.columns.start)
-            below, beside = slice(block.rows.stop, len(queries)), block.lower[:, len(block.lower) :]
-            if beside.numel():
-                shortlist.offer(below, beside.T.contiguous(), block.rows.start)
-        else:
-            shortlist.offer(block.rows, block.lower.mul_(factors), 0)
+def _own_shortlist(features: Array, kept: int, share: slice | None = None) -> _Shortlist:
+    """The nearest other rows of each row, from one triangle of the distances.
+
+    With `share`, only what these rows say: of the rows from share.start on, since earlier ones have met them.
+    """
+    begin = share.start if share else 0
+    shortlist = _Shortlist.empty(len(features) - begin, kept)
+    for block in _bounded_squares(features, features, triangle=True, share=share):
+        rows, height = slice(block.rows.start - begin, block.rows.stop - begin), len(block.lower)
+        shortlist.offer(rows, block.lower.fill_diagonal_(torch.inf), block.columns.start)
+        if block.lower.shape[1] > height:
+            beside = block.lower[:, height:].T.contiguous()
+            shortlist.offer(slice(rows.stop, None), beside, block.rows.start)
     return shortlist
 
 
-def _measured(queries: Array, targets: Array, shortlist: _Shortlist, k: int, weight: Array) -> Neighbours:
-    """The k nearest in truth: those of the shortlist are measured, and all where it could have missed one."""
+def _measured(
+    queries: Array,
+    targets: Array,
+    shortlist: _Shortlist,
+    k: int,
+    weight: Array | None = None,
+    own: bool = False,
+) -> Neighbours:
+    """The k nearest in truth: those of the shortlist are measured, and all where it could have missed one.
+
+    own: the two are one set, of whose rows none is its own neighbour.
+    """
+    weight = np.ones(len(targets)) if weight is None else weight
     kept = min(k + SPARE, shortlist.index.shape[1])
-    bounds, candidates = shortlist.bounds[:, :kept].numpy(), shortlist.index[:, :kept].numpy()
+    bounds, candidates = shortlist.bounds[:, :kept].numpy(), shortlist.index[:, :kept].numpy().astype(np.int64)
     rows = np.repeat(np.arange(len(queries)), kept)
     exact = _squares(queries, rows, targets, candidates.ravel()).reshape(candidates.shape)
     index, squared = _first(weight[candidates] * exact, candidates, k)
-    if kept == len(targets) - (queries is targets):
+    if kept == len(targets) - own:
         return Neighbours(index, squared)
     for row in np.flatnonzero(bounds[:, -1] <= squared[:, -1]):
         full = weight * _squares(queries, np.full(len(targets), row), targets, np.arange(len(targets)))
-        if queries is targets:
+        if own:
             full[row] = np.inf
         index[row], squared[row] = _first(full[None], np.arange(len(targets))[None], k)
     return Neighbours(index, squared)
@@ -162,8 +201,11 @@ class _Block:
         return _Block(self.columns, self.rows, self.lower.T, self.column_slack, self.row_slack)
 
 
-def _bounded_squares(points: Array, centres: Array, triangle: bool = False) -> Iterator[_Block]:
-    """Blocks of rows; with `triangle` (points and centres being one set) without the columns before the first row.
+def _bounded_squares(
+    points: Array, centres: Array, triangle: bool = False, share: slice | None = None
+) -> Iterator[_Block]:
+    """Blocks of rows (those of `share`); with `triangle` (points and centres being one set) only the columns from
+    the block's first row on. Shares begin at multiples of `_block_rows`, so that all blocks are as without them.
 
     |u|^2 - 2 u.v + |v|^2 in float32 errs by a multiple of eps (|u|^2 + |v|^2): a few roundings, and those of
     a sum of D products, which stay below 8 sqrt(D) eps but for a chance of 1e-13 (Higham & Mary 2019, theorem
@@ -172,14 +214,25 @@ def _bounded_squares(points: Array, centres: Array, triangle: bool = False) -> I
     mean = centres.mean(axis=0, dtype=np.float64)
     v, v_squares = _centred(centres, mean)
     slack = (32 + 8 * np.sqrt(points.shape[1])) * 2.0**-24
-    size = min(max(1, BLOCK_BYTES // (4 * len(centres))), MAX_ROWS)
-    for start in range(0, len(points), size):
-        rows = slice(start, min(start + size, len(points)))
+    size = _block_rows(len(centres))
+    begin, end = (share.start, share.stop) if share else (0, len(points))
+    for start in range(begin, end, size):
+        rows = slice(start, min(start + size, end))
         columns = slice(start if triangle else 0, len(centres))
         u, u_squares = (v[rows], v_squares[rows]) if triangle else _centred(points[rows], mean)
         lower = torch.addmm(v_squares[columns] * (1 - slack), u, v[columns].T, alpha=-2)
         lower.add_(u_squares[:, None], alpha=1 - slack)
         yield _Block(rows, columns, lower, 2 * slack * u_squares, 2 * slack * v_squares[columns])
+
+
+def _block_rows(num_centres: int) -> int:
+    return min(max(1, BLOCK_BYTES // (4 * num_centres)), MAX_ROWS)
+
+
+def shares(num_rows: int, num_centres: int) -> list[slice]:
+    """All rows, cut where blocks begin: the shares in which a `Run` gets them."""
+    size = SHARE_BLOCKS * _block_rows(num_centres)
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 
 def _centred(features: Array, mean: Array) -> tuple[Tensor, Tensor]:
@@ -208,7 +261,33 @@ def _squares(queries: Array, rows: Indices, targets: Array, columns: Indices) ->
 # --- Fidelity and diversity ---------------------------------------------------------------------------------
 
 
-def precision_recall(reference: Array, samples: Array, k: int = 3) -> tuple[Estimate, Estimate]:
+@dataclass(frozen=True)
+class Manifolds:
+    """What balls around neighbours say of samples against a reference, each number with its interval."""
+
+    precision: Estimate
+    recall: Estimate
+    density: Estimate
+    coverage: Estimate
+
+
+def here(reference: Array, samples: Array) -> Run:
+    """Does the shares one after another in this process."""
+    return lambda step, tasks: (step(reference, samples, *task) for task in tasks)
+
+
+def manifolds(reference: Array, samples: Array, k: int = 3, strict_k: int = 5, run: Run | None = None) -> Manifolds:
+    """`precision_recall` (of k neighbours) and `density_coverage` (of strict_k), from one pass over all pairs."""
+    check_features(reference, samples)
+    run = run or here(reference, samples)
+    radii = _own_neighbours(reference, max(k, strict_k), run).squared
+    fidelity = _Fidelity.of(samples, radii[:, k - 1], k, run)
+    density = _Density.of(radii[:, strict_k - 1], strict_k, _random_halves(len(samples), strict_k))
+    fidelity_shares, density_shares = _count(reference, samples, [fidelity, density], run)
+    return Manifolds(*_Fidelity.estimates(fidelity_shares), *_Density.estimates(density_shares))
+
+
+def precision_recall(reference: Array, samples: Array, k: int = 3, run: Run | None = None) -> tuple[Estimate, Estimate]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1-2): in this order, each with its interval.
 
     Precision: the share of samples [N, D] inside a ball around a reference row [M, D] that reaches to its
@@ -216,55 +295,166 @@ def precision_recall(reference: Array, samples: Array, k: int = 3) -> tuple[Esti
     have high precision and low recall. Raises ValueError where a set has not more than k rows.
     """
     check_features(reference, samples)
-    real_radii = squared_radii(reference, k)
-    if len(samples) <= k:
-        raise ValueError(f"k={k} neighbours of each row need more than the {len(samples)} samples given")
-    unweighted = np.ones(len(samples))
-    shortlist = _shortlist(samples, samples, min(4 * k + 16, len(samples) - 1), unweighted)
-    radii = _measured(samples, samples, shortlist, k, unweighted).squared[:, -1]
-    half_radii = _radii_of_halves(samples, shortlist, k, _random_halves(len(samples), k))
-
-    precise, recalled = np.zeros(len(samples), np.bool_), np.zeros(len(reference), np.bool_)
-    recalled_by = np.zeros((len(half_radii), len(reference)), np.bool_)
-    for block in _bounded_squares(samples, reference):
-        precise[block.rows] = _held(samples, reference, block, real_radii).any(1).numpy()
-        recalled |= _held(reference, samples, block.transposed, radii[block.rows]).any(1).numpy()
-        _recall_by_halves(recalled_by, block, half_radii[:, block.rows])
-    return proportion_estimate(precise), _halves_estimate(recalled, recalled_by, len(samples))
+    run = run or here(reference, samples)
+    fidelity = _Fidelity.of(samples, _own_neighbours(reference, k, run).squared[:, -1], k, run)
+    return _Fidelity.estimates(_count(reference, samples, [fidelity], run)[0])
 
 
-def density_coverage(reference: Array, samples: Array, k: int = 5) -> tuple[Estimate, Estimate]:
+def density_coverage(reference: Array, samples: Array, k: int = 5, run: Run | None = None) -> tuple[Estimate, Estimate]:
     """Density and coverage (Naeem et al. 2020, eq. 4-5), with the strict comparison of their code.
 
     Density: in how many of the reference's k-neighbour balls a sample lies, over k; it can exceed 1.
     Coverage: the share of those balls that hold a sample.
     """
     check_features(reference, samples)
-    radii, halves = squared_radii(reference, k), _random_halves(len(samples), k)
-    counts, covered = np.zeros(len(samples), np.int64), np.zeros(len(reference), np.bool_)
-    covered_by = np.zeros((len(halves), len(reference)), np.bool_)
-    for block in _bounded_squares(samples, reference):
-        held = _held(samples, reference, block, radii, strict=True)
-        counts[block.rows] = held.sum(1).numpy()
-        covered |= held.any(0).numpy()
-        rows, columns = (i.numpy() for i in torch.nonzero(held, as_tuple=True))
-        for half, covered_by_half in zip(halves[:, block.rows], covered_by, strict=True):
-            covered_by_half[columns[half[rows]]] = True
-    return mean_estimate(counts / k), _halves_estimate(covered, covered_by, len(samples))
+    run = run or here(reference, samples)
+    radii = _own_neighbours(reference, k, run).squared[:, -1]
+    density = _Density.of(radii, k, _random_halves(len(samples), k))
+    return _Density.estimates(_count(reference, samples, [density], run)[0])
 
 
-def realism(reference: Array, samples: Array, k: int = 3) -> Array:
+def _own_neighbours(reference: Array, k: int, run: Run) -> Neighbours:
+    kept = _kept(len(reference), k, k + SPARE)
+    return _measured(reference, reference, _shared_shortlist(reference, kept, run, 0), k, own=True)
+
+
+def _shared_shortlist(features: Array, kept: int, run: Run, which: int) -> _Shortlist:
+    """`_own_shortlist` of the reference (which = 0) or the samples (1), its rows shared out."""
+    tasks = [(which, kept, share) for share in shares(len(features), len(features))]
+    shortlist = _Shortlist.empty(len(features), kept)
+    for begin, part in run(_shortlist_step, tasks):
+        shortlist.merge(slice(begin, None), part)
+    return shortlist
+
+
+def _shortlist_step(reference: Array, samples: Array, which: int, kept: int, share: slice) -> tuple[int, _Shortlist]:
+    return share.start, _own_shortlist((reference, samples)[which], kept, share)
+
+
+class _Count(Protocol):
+    """What a pass over all pairs of samples and reference rows adds up, for all samples or a share of them."""
+
+    def share(self, rows: slice) -> "_Count": ...
+
+    def add(self, reference: Array, samples: Array, block: "_Block", rows: slice) -> None: ...
+
+
+def _count(reference: Array, samples: Array, counts: "Sequence[_Fidelity | _Density]", run: Run) -> list[list[Any]]:
+    """For each of the counts its shares, filled, in the order of their rows."""
+    tasks = [([count.share(rows) for count in counts], rows) for rows in shares(len(samples), len(reference))]
+    answers = sorted(run(_count_step, tasks), key=lambda answer: answer[0])
+    return [list(parts) for parts in zip(*(counts for _, counts in answers), strict=True)]
+
+
+def _count_step(reference: Array, samples: Array, counts: "list[_Count]", share: slice) -> tuple[int, "list[_Count]"]:
+    for block in _bounded_squares(samples, reference, share=share):
+        rows = slice(block.rows.start - share.start, block.rows.stop - share.start)
+        for count in counts:
+            count.add(reference, samples, block, rows)
+    return share.start, counts
+
+
+@dataclass(frozen=True)
+class _Fidelity:
+    """Which samples lie in balls of the reference, and which reference rows in balls of samples or of half of them."""
+
+    real_radii: Array  # [M] squared, as all radii here
+    radii: Array  # [N]
+    half_radii: NDArray[np.float32]  # [H, N] within each half, -inf for samples outside it; roughly rounded
+    precise: Mask  # [N]
+    recalled: Mask  # [M]
+    recalled_by: Mask  # [H, M]
+
+    @classmethod
+    def of(cls, samples: Array, real_radii: Array, k: int, run: Run) -> "_Fidelity":
+        """The balls of all samples, with nothing counted."""
+        n = len(samples)
+        shortlist = _shared_shortlist(samples, _kept(n, k, 4 * k + 16), run, 1)
+        radii = _measured(samples, samples, shortlist, k, own=True).squared[:, -1]
+        half_radii = _radii_of_halves(samples, shortlist, k, _random_halves(n, k))
+        return cls._empty(real_radii, radii, half_radii)
+
+    @classmethod
+    def _empty(cls, real_radii: Array, radii: Array, half_radii: NDArray[np.float32]) -> "_Fidelity":
+        n, m, halves = len(radii), len(real_radii), len(half_radii)
+        nothing = (np.zeros(shape, np.bool_) for shape in (n, m, (halves, m)))
+        return cls(real_radii, radii, half_radii, *nothing)
+
+    def share(self, rows: slice) -> "_Fidelity":
+        return self._empty(self.real_radii, self.radii[rows], self.half_radii[:, rows])
+
+    def add(self, reference: Array, samples: Array, block: "_Block", rows: slice) -> None:
+        self.precise[rows] = _held(samples, reference, block, self.real_radii).any(1).numpy()
+        self.recalled[:] |= _held(reference, samples, block.transposed, self.radii[rows]).any(1).numpy()
+        _recall_by_halves(self.recalled_by, block, self.half_radii[:, rows])
+
+    @staticmethod
+    def estimates(shares: "list[_Fidelity]") -> tuple[Estimate, Estimate]:
+        """Precision and recall."""
+        precise = np.concatenate([share.precise for share in shares])
+        recalled = np.any([share.recalled for share in shares], axis=0)
+        recalled_by = np.any([share.recalled_by for share in shares], axis=0)
+        return proportion_estimate(precise), _halves_estimate(recalled, recalled_by, len(precise))
+
+
+@dataclass(frozen=True)
+class _Density:
+    """In how many balls of the reference each sample lies, and which balls hold a sample, of all or of half of them."""
+
+    k: int
+    radii: Array  # [M] squared, of the reference's balls
+    halves: Mask  # [H, N]
+    counts: Indices  # [N]
+    covered: Mask  # [M]
+    covered_by: Mask  # [H, M]
+
+    @classmethod
+    def of(cls, radii: Array, k: int, halves: Mask) -> "_Density":
+        """Nothing counted yet."""
+        num_halves, n = halves.shape
+        nothing = (np.zeros(shape, np.bool_) for shape in (len(radii), (num_halves, len(radii))))
+        return cls(k, radii, halves, np.zeros(n, np.int64), *nothing)
+
+    def share(self, rows: slice) -> "_Density":
+        return self.of(self.radii, self.k, self.halves[:, rows])
+
+    def add(self, reference: Array, samples: Array, block: "_Block", rows: slice) -> None:
+        held = _held(samples, reference, block, self.radii, strict=True)
+        self.counts[rows] = held.sum(1).numpy()
+        self.covered[:] |= held.any(0).numpy()
+        inside, balls = (i.numpy() for i in torch.nonzero(held, as_tuple=True))
+        for half, covered_by_half in zip(self.halves[:, rows], self.covered_by, strict=True):
+            covered_by_half[balls[half[inside]]] = True
+
+    @staticmethod
+    def estimates(shares: "list[_Density]") -> tuple[Estimate, Estimate]:
+        """Density and coverage."""
+        counts = np.concatenate([share.counts for share in shares])
+        covered = np.any([share.covered for share in shares], axis=0)
+        covered_by = np.any([share.covered_by for share in shares], axis=0)
+        return mean_estimate(counts / shares[0].k), _halves_estimate(covered, covered_by, len(counts))
+
+
+def realism(reference: Array, samples: Array, k: int = 3, run: Run | None = None) -> Array:
     """[N] largest ratio of a reference ball's radius to its distance from the sample (Kynkaanniemi et al. 2019, eq. 3).
 
     At least 1 means inside the reference's manifold; infinite for an exact copy. All balls are kept, also the
     widest; those of radius 0 (rows with k copies) can realise nothing but their copies and are left out.
     """
-    radii = squared_radii(reference, k)
-    wide = radii > 0
-    if not wide.any():
+    check_features(reference, samples)
+    run = run or here(reference, samples)
+    radii = _own_neighbours(reference, k, run).squared[:, -1]
+    if not (radii > 0).any():
         raise ValueError(f"every reference row has {k} exact copies; realism is not defined")
+    found = dict(run(_realism_step, [(radii, rows) for rows in shares(len(samples), len(reference))]))
+    return np.concatenate([found[begin] for begin in sorted(found)])
+
+
+def _realism_step(reference: Array, samples: Array, radii: Array, rows: slice) -> tuple[int, Array]:
+    wide = radii > 0
     with np.errstate(divide="ignore"):
-        return 1 / np.sqrt(nearest(samples, reference[wide], 1, weights=1 / radii[wide]).squared[:, 0])
+        squared = nearest(samples[rows], reference[wide], 1, weights=1 / radii[wide]).squared[:, 0]
+        return rows.start, 1 / np.sqrt(squared)
 
 
 def authenticity(reference: Array, samples: Array) -> Estimate:
@@ -273,7 +463,12 @@ def authenticity(reference: Array, samples: Array) -> Estimate:
     Copies pull it down (Alaa et al. 2022). Value and interval are percentages, 0..100.
     """
     own = nearest(samples, reference, 1)
-    share = proportion_estimate(own.squared[:, 0] > squared_radii(reference, 1)[own.index[:, 0]])
+    return authentic_share(own.squared[:, 0], squared_radii(reference, 1)[own.index[:, 0]])
+
+
+def authentic_share(squared: Array, own_squared: Array) -> Estimate:
+    """AuthPct from squared distances: of each sample to its nearest reference row, of that row to its own nearest."""
+    share = proportion_estimate(squared > own_squared)
     low, high = (None if x is None else 100 * x for x in (share.low, share.high))
     return Estimate(100 * share.value, share.n, low, high)
 

@@ -47,6 +47,7 @@ class _Member:
     fortran: bool
     header: int  # bytes before its data
     offset: int | None  # of its data in the file, where it is stored plainly
+    checksum: int  # CRC-32 of header and data
 
     @property
     def size(self) -> int:
@@ -69,6 +70,16 @@ class PublishedBatch:
     pool: Gaussian | None
     spatial: Gaussian | None
     images: _Member | None
+
+    @property
+    def by_range(self) -> bool:
+        """Whether `rows` reads no more than it answers; otherwise the file can only be read from its start."""
+        return self.images is not None and self.images.offset is not None and not self.images.fortran
+
+    @property
+    def checksum(self) -> int:
+        """CRC-32 of the images as they are stored; 0 where there are none."""
+        return self.images.checksum if self.images else 0
 
     def rows(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Images uint8 [stop - start, H, W, 3] of an index range.
@@ -160,7 +171,7 @@ def _members(archive: zipfile.ZipFile, file: IO[bytes]) -> dict[str, _Member]:
             shape, fortran, dtype = _header(data, name)
             header = data.tell()
         offset = _data_offset(file, info) + header if info.compress_type == zipfile.ZIP_STORED else None
-        member = _Member(name, shape, dtype, fortran, header, offset)
+        member = _Member(name, shape, dtype, fortran, header, offset, info.CRC)
         if header + member.size != info.file_size:
             stored = info.file_size - header
             raise ValueError(f"{name}: {shape} of {dtype} are {member.size} bytes, but {stored} bytes are stored")

@@ -1,267 +1,185 @@
-"""Evaluation: features shard by shard over a pool, then the metrics, each with its count and interval."""
+"""Evaluation: features block by block over a pool, then the metrics, each with its count and interval, and a page."""
 
-import hashlib
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any, Literal, NamedTuple
+import importlib.metadata
+import shlex
+import sys
+from typing import Any
 
-import numpy as np
-import safetensors.numpy
-import safetensors.torch
 from pydantic import Field
 
 from cluster.session import session
-from cluster.workers import map_items
-from models.features import DigitsNetwork, Extractor, Features, extract, train_digits_network
-from models.metrics import (
-    Estimate,
-    frechet_estimate,
-    inception_score,
-    kid,
-    moments,
-    proportion_estimate,
-    softmax,
-)
-from models.neighbours import density_coverage, nearest, precision_recall
 from orchestrator import storage
 from orchestrator.config import JobConfig, claim
-from orchestrator.dataset import load_manifest, read_images
-from orchestrator.generation import count_samples, read_range
-from orchestrator.progress import progress_line
+from orchestrator.copies import nearest_training_pixels
+from orchestrator.dataset import load_manifest
+from orchestrator.evaluation_page import evaluation_page
+from orchestrator.extraction import extract_all
+from orchestrator.extractors import LoadedExtractor, LoadExtractor, extractor_loader
+from orchestrator.inputs import ImageSet, image_size_of, open_images, split_images
+from orchestrator.measurement import Limits, Measurement, describe, measure_files
+from orchestrator.references import Reference, open_reference
 from orchestrator.tracking import tracked
 
-BLOCK = 512  # rows in a block of features: blocks are cut alike whatever the shards were
-EXTRACTOR_BATCH = 64  # images in a batch of the extractor, the last one padded
+CLOSEST_PAIRS = 10  # samples nearest to training images, in the report and on the page
 
 
 class EvaluationConfig(JobConfig):
     """What is measured, against what, by which features."""
 
-    samples: str  # a samples folder
-    reference: str  # a prepared dataset: its training split is the reference, its validation split held out
+    samples: str  # a samples folder, an .npz in the published format, a .tar or a folder of images
+    reference: str  # a prepared dataset (its training split), or a published reference batch (.npz)
     output: str  # the evaluation's folder
-    extractor: Literal["digits"] = "digits"  # feature network
+    extractor: str = "digits"  # inception, efficientnet, digits, or one's own as package.module.name
+    extractor_weights: str | None = None  # inception's file; None: its released name in the store's extractors/
     extractor_seed: int = Field(7, ge=0)  # of the digits network: its weights and its own split
-    image_size: int = Field(16, gt=0)  # of samples and reference, pixels
+    image_size: int | None = Field(None, gt=0)  # pixels of the reference's images, and of image files; None: samples'
+    neighbour_samples: int = Field(50_000, gt=3)  # at most so many serve precision and the like, as in ADM
+    neighbour_references: int = Field(10_000, gt=5)  # at most so many reference images likewise
+    copies: int = Field(1_000, ge=0)  # samples compared with every training image pixel by pixel; 0 = none
     num_workers: int = Field(1, ge=0)  # feature workers; 0 = in this process, without Ray
-
-
-class LoadedExtractor(NamedTuple):
-    """A feature network and what tells it from all others."""
-
-    network: Extractor
-    fingerprint: str  # its name and the first digits of its weights' SHA-256
-    held_out_accuracy: float
-
-
-# ------------------------------------------------------------------------------------------------ features
-
-
-def digits_extractor(reference: str, folder: str, seed: int, image_size: int) -> LoadedExtractor:
-    """The digits network of `seed`: read from `folder`, or trained on all splits of `reference` and kept there.
-
-    Its own split decides which images it learns from; the guiding classifier is another network altogether.
-    """
-    uri = storage.join(folder, f"digits-{image_size}-seed{seed}.safetensors")
-    if not storage.exists(uri):
-        manifest = load_manifest(reference)
-        parts = [
-            read_images(manifest, split, 0, manifest.num_samples(split), image_size)
-            for split in ("train", "validation")
-        ]
-        network = train_digits_network(
-            np.concatenate([images for images, _ in parts]),
-            np.concatenate([labels for _, labels in parts]),
-            seed,
-        )
-        storage.create_bytes(uri, safetensors.torch.save(dict(network.state_dict())))
-    data = storage.read_bytes(uri)
-    network = DigitsNetwork.from_state_dict(safetensors.torch.load(data))
-    return LoadedExtractor(network, f"digits-{hashlib.sha256(data).hexdigest()[:12]}", network.held_out_accuracy)
-
-
-class Labelled(NamedTuple):
-    """Features of n images beside their labels int64 [n]."""
-
-    features: Features
-    labels: np.ndarray
-
-
-ReadImages = Callable[[int, int], tuple[np.ndarray, np.ndarray]]  # rows [begin, end) -> images, labels
-
-
-def extract_all(
-    source: str,
-    read: ReadImages,
-    count: int,
-    folder: str,
-    extractor: Callable[[], LoadedExtractor],
-    num_workers: int,
-) -> Labelled:
-    """Features of `count` images of `source`, by blocks of 512 in index order; finished blocks are kept in `folder`."""
-    fingerprint = extractor().fingerprint
-    target = storage.join(folder, fingerprint)
-    blocks = [(begin, min(begin + BLOCK, count)) for begin in range(0, count, BLOCK)]
-    there = set(storage.list_names(target))
-    todo = [block for block in blocks if _block_name(block) not in there]
-    with progress_line(len(blocks), "blocks", f"features of {source}") as progress:
-        done = len(blocks) - len(todo)
-        progress.update_to(done)
-        for _ in map_items(partial(_make_extraction, read, target, extractor), todo, num_workers if todo else 0):
-            done += 1
-            progress.update_to(done)
-    return concatenate(_read_block(storage.join(target, _block_name(block))) for block in blocks)
-
-
-def _make_extraction(
-    read: ReadImages, target: str, extractor: Callable[[], LoadedExtractor]
-) -> Callable[[tuple[int, int]], None]:
-    """A worker: the extractor loaded once, then blocks."""
-    network = extractor().network
-
-    def work(block: tuple[int, int]) -> None:
-        images, labels = read(*block)
-        features = extract(network, images, EXTRACTOR_BATCH)
-        arrays = {"pool": features.pool, "spatial": features.spatial, "logits": features.logits}
-        found = {name: array for name, array in arrays.items() if array is not None}
-        data = safetensors.numpy.save(found | {"labels": labels})
-        storage.create_bytes(storage.join(target, _block_name(block)), data)
-
-    return work
-
-
-def _block_name(block: tuple[int, int]) -> str:
-    return f"{block[0]:08d}-{block[1]:08d}.safetensors"
-
-
-def _read_block(uri: str) -> Labelled:
-    arrays = safetensors.numpy.load(storage.read_bytes(uri))
-    features = Features(arrays["pool"], arrays.get("spatial"), arrays.get("logits"))
-    return Labelled(features, arrays["labels"])
-
-
-def concatenate(blocks: Iterable[Labelled]) -> Labelled:
-    """Blocks, given in index order, as one."""
-    parts = list(blocks)
-
-    def rows(name: str) -> Any:
-        arrays = [getattr(part.features, name) for part in parts]
-        return None if arrays[0] is None else np.concatenate(arrays)
-
-    features = Features(rows("pool"), rows("spatial"), rows("logits"))
-    return Labelled(features, np.concatenate([part.labels for part in parts]))
-
-
-def reference_features(
-    dataset: str, split: str, extractor: Callable[[], LoadedExtractor], image_size: int, num_workers: int
-) -> Labelled:
-    """Features of a whole split of a dataset, extracted once and kept beside it."""
-    manifest = load_manifest(dataset)
-    folder = storage.join(dataset, "features", f"{split}-{image_size}")
-    read = partial(read_images, manifest, split, image_size=image_size)
-    return extract_all(f"{dataset} {split}", read, manifest.num_samples(split), folder, extractor, num_workers)
-
-
-# ------------------------------------------------------------------------------------------------ the metrics
-
-
-def measure(samples: Labelled, reference: Labelled, name: str) -> dict[str, Estimate]:
-    """Every metric of `samples` against `reference`, whose features are those of the extractor called `name`.
-
-    Precision is the share of samples near the reference, recall the share of the reference near samples; accuracy
-    is the share of samples that the extractor takes for the class that was asked for.
-    """
-    made, real = samples.features, reference.features
-    found = {
-        f"fd_{name}": frechet_estimate(made.pool, moments(real.pool)),
-        f"kid_{name}": kid(real.pool, made.pool),
-    }
-    found["precision"], found["recall"] = precision_recall(real.pool, made.pool)
-    found["density"], found["coverage"] = density_coverage(real.pool, made.pool)
-    if made.logits is not None:
-        found[f"inception_score_{name}"] = inception_score(softmax(made.logits))
-        found["accuracy"] = proportion_estimate(made.logits.argmax(axis=1) == samples.labels)
-    return found
-
-
-def describe(estimate: Estimate) -> dict[str, Any]:
-    """An estimate as JSON: value, n, interval (null where none is sound) and why."""
-    interval = None if estimate.low is None else [estimate.low, estimate.high]
-    return {"value": estimate.value, "n": estimate.n, "interval": interval, "note": estimate.note}
-
-
-# ------------------------------------------------------------------------------------------------ in the driver
+    num_gpus: float = Field(0.0, ge=0)  # GPUs for each feature worker
 
 
 def evaluate(config: EvaluationConfig) -> str:
-    """Measure the samples; answer the URI of report.json.
+    """Measure the samples; answer the URI of report.json, beside which report.html lies.
 
     Raises:
-        ValueError: samples, reference and output folder do not fit each other.
-        FileNotFoundError: samples or reference are not there, or not finished.
+        ValueError: samples, reference, extractor and output folder do not fit each other.
+        FileNotFoundError: samples, reference or the extractor's weights are not there, or not finished.
     """
-    output, samples, reference = (config.path(path) for path in (config.output, config.samples, config.reference))
-    count = count_samples(samples)
-    claim(output, config, made_by=storage.read_json(storage.join(samples, "config.json")))
+    output = config.path(config.output)
+    images = _samples(config)
+    loader = _loader(config, images)
+    loaded = loader()
+    claim(output, config, samples=images.identity, extractor=loaded.fingerprint)
     report_uri = storage.join(output, "report.json")
     if storage.exists(report_uri):
-        print(f"{output} is complete: {count:,} samples measured")
+        print(f"{output} is complete: {images.count:,} samples measured")
         return report_uri
     with session(config.num_workers), tracked("evaluate", config, output) as tracker:
-        seed, size = config.extractor_seed, config.image_size
-        extractor = partial(digits_extractor, reference, config.path("extractors"), seed, size)
-        loaded = extractor()
-        features_folder = storage.join(samples, "features")
-        made = extract_all(samples, partial(read_range, samples), count, features_folder, extractor, config.num_workers)
-        real = reference_features(reference, "train", extractor, size, config.num_workers)
-        estimates = measure(made, real, config.extractor)
-        report = {
-            "samples": samples,
-            "reference": {"dataset": reference, "split": "train", "n": len(real.labels)},
-            "extractor": {
-                "name": config.extractor,
-                "fingerprint": loaded.fingerprint,
-                "held_out_accuracy": loaded.held_out_accuracy,
-            },
-            "metrics": {name: describe(estimate) for name, estimate in estimates.items()},
-            "nearest_training_image": nearest_pixel_distances(config, count),
-        }
-        tracker.metrics({name: estimate.value for name, estimate in estimates.items()})
+        folder = storage.join(output if images.kind != "samples" else images.uri, "features")
+        if images.kind != "samples":  # others' files are only read
+            folder = storage.join(folder, images.identity)
+        made = extract_all(images, folder, loader, config.num_workers, config.num_gpus)
+        reference = _reference(config, images, loader, loaded)
+        limits = Limits(config.neighbour_samples, config.neighbour_references)
+        measured = measure_files(made, reference, loaded.network.name, limits, config.num_workers)
+        report = _report(config, images, reference, loaded, measured)
+        page, pictures = evaluation_page(report, images, reference, measured, made.labels())
+        tracker.metrics({name: estimate.value for name, estimate in measured.estimates.items()})
         tracker.record("report.json", report)
+        for name, picture in pictures.items():
+            tracker.picture(f"{name}.png", picture)
+    storage.write_bytes(storage.join(output, "report.html"), page.encode())
     storage.create_bytes(report_uri, storage.json_bytes(report))
-    for name, estimate in estimates.items():
-        interval = estimate.note if estimate.low is None else f"{estimate.low:.4g} to {estimate.high:.4g}"
-        print(f"{name:24} {estimate.value:10.4g}   95%: {interval}")
+    _print(measured)
     print(report_uri)
     return report_uri
 
 
 def plan(config: EvaluationConfig) -> str:
-    """What an evaluation would read and write."""
+    """What an evaluation would read, write and hold."""
+    images = _samples(config)
+    network = _loader(config, images)().network
+    held = [min(images.count, config.neighbour_samples), config.neighbour_references, images.count]
+    size = sum(held) * network.dimension * 4 / 2**30
+    reference = config.path(config.reference)
     return "\n".join(
         [
-            f"reads   {config.path(config.samples)} and {config.path(config.reference)}",
-            f"writes  {config.path(config.output)}: report.json; features beside samples and dataset",
+            f"reads   {images.uri} ({images.kind}, {images.count:,} images) and {reference}",
+            f"writes  {config.path(config.output)}: report.json, report.html; features beside samples and dataset",
+            f"work    {network.name}: {images.count:,} images, and those of the reference that have no features yet",
+            f"memory  at most {size:.2f} GiB of features here ({network.dimension} float32 each), and as much again",
         ]
     )
 
 
-def nearest_pixel_distances(config: EvaluationConfig, count: int) -> dict[str, list[float]]:
-    """Distance of each sample, and of each held-out real image, to the nearest training image.
+def _samples(config: EvaluationConfig) -> ImageSet:
+    reference = config.path(config.reference)
+    known = not reference.endswith(".npz") and storage.exists(storage.join(reference, "manifest.json"))
+    classes = load_manifest(reference).classes if known else ()
+    return open_images(config.path(config.samples), classes, config.image_size)
 
-    Root mean square over pixels, in grey levels 0..255. Copies of training images would lie near 0, far below the
-    held-out ones.
-    """
-    manifest = load_manifest(config.path(config.reference))
-    real = read_images(manifest, "train", 0, manifest.num_samples("train"), config.image_size)[0]
-    held_out = read_images(manifest, "validation", 0, manifest.num_samples("validation"), config.image_size)[0]
-    made = read_range(config.path(config.samples), 0, count)[0]
 
-    def flat(images: np.ndarray) -> np.ndarray:
-        return images.reshape(len(images), -1).astype(np.float32)
+def _loader(config: EvaluationConfig, images: ImageSet) -> LoadExtractor:
+    reference = config.path(config.reference)
+    return extractor_loader(
+        config.extractor,
+        config.path(config.extractor_weights) if config.extractor_weights else None,
+        None if reference.endswith(".npz") else reference,
+        config.path("extractors"),
+        config.extractor_seed,
+        _image_size(config, images) if config.extractor == "digits" else 0,
+    )
 
-    def distances(images: np.ndarray) -> list[float]:
-        squares = nearest(flat(images), flat(real), k=1).squared[:, 0]
-        return [float(distance) for distance in np.sqrt(squares / real[0].size)]
 
-    return {"samples": distances(made), "held_out": distances(held_out)}
+def _image_size(config: EvaluationConfig, images: ImageSet) -> int:
+    found = image_size_of(images)
+    if config.image_size not in (None, found):
+        raise ValueError(f"image_size={config.image_size}, but the samples in {images.uri} have {found} pixels")
+    return found
+
+
+def _reference(config: EvaluationConfig, images: ImageSet, loader: LoadExtractor, loaded: LoadedExtractor) -> Reference:
+    uri = config.path(config.reference)
+    size = 0 if uri.endswith(".npz") else _image_size(config, images)
+    folder = storage.join(config.path(config.output), "reference-features")
+    return open_reference(uri, loader, loaded, folder, size, config.num_workers, config.num_gpus)
+
+
+def _report(
+    config: EvaluationConfig, images: ImageSet, reference: Reference, loaded: LoadedExtractor, measured: Measurement
+) -> dict[str, Any]:
+    """All numbers with what stands behind them."""
+    seeds = {"seed": images.seed, "indices": [0, images.count]}
+    accuracy = loaded.held_out_accuracy
+    return {
+        "samples": {"uri": images.uri, "kind": images.kind, "identity": images.identity, "n": images.count, **seeds},
+        "reference": {"uri": reference.uri, "n": reference.count},
+        "extractor": {
+            "name": loaded.network.name,
+            "fingerprint": loaded.fingerprint,
+            "held_out_accuracy": accuracy,
+        },
+        "metrics": {
+            name: describe(estimate) | {"seeds": seeds, "extractor": loaded.fingerprint}
+            for name, estimate in measured.estimates.items()
+        },
+        "per_class": {
+            reference.classes[label] if reference.classes else str(label): {
+                name: describe(estimate) for name, estimate in estimates.items()
+            }
+            for label, estimates in measured.per_class.items()
+        },
+        "not_available": measured.missing,
+        "closest_pairs": [] if measured.closest is None else measured.closest.first(CLOSEST_PAIRS),
+        "nearest_training_image": _pixel_distances(config, images),
+        "reproduce": {
+            "command": shlex.join(["python", *sys.argv]),
+            "config": config.model_dump(mode="json"),
+            "versions": {name: importlib.metadata.version(name) for name in ("numpy", "torch")},
+        },
+    }
+
+
+def _pixel_distances(config: EvaluationConfig, images: ImageSet) -> dict[str, list[float]]:
+    """For samples, and for held-out real images where there are some: the distance to the nearest training image."""
+    uri = config.path(config.reference)
+    if uri.endswith(".npz") or not config.copies:
+        return {}
+    size = _image_size(config, images)
+    training = split_images(uri, "train", size)
+    asked = {"samples": images}
+    if "validation" in load_manifest(uri).splits:
+        asked["held_out"] = split_images(uri, "validation", size)
+    return {
+        name: nearest_training_pixels(some, config.copies, training, config.num_workers) for name, some in asked.items()
+    }
+
+
+def _print(measured: Measurement) -> None:
+    for name, estimate in measured.estimates.items():
+        interval = estimate.note if estimate.low is None else f"{estimate.low:.4g} to {estimate.high:.4g}"
+        print(f"{name:30} {estimate.value:10.4g}   n={estimate.n:<7} 95%: {interval}")
+    for name, reason in measured.missing.items():
+        print(f"{name:30} {'-':>10}   {reason}")

@@ -23,7 +23,7 @@ from orchestrator import storage
 from orchestrator.checkpoints import Network, load_network
 from orchestrator.config import JobConfig, claim
 from orchestrator.dataset import Manifest, load_manifest, read_images
-from orchestrator.evaluation import describe
+from orchestrator.measurement import describe
 from orchestrator.order import Purpose, index_rng
 from orchestrator.pictures import grid_png
 from orchestrator.progress import progress_line

@@ -168,7 +168,6 @@ def evaluation_presets() -> dict[str, tuple[str, EvaluationConfig]]:
         samples="digits/samples",
         reference="datasets/digits",
         output="digits/evaluation",
-        image_size=8,
         num_workers=2,
     )
     return {"digits": (DIGITS, digits)}

@@ -1,30 +1,20 @@
 """The quickstart's page: one self-contained HTML file, and the same numbers as JSON."""
 
 import base64
-import io
 import os
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import matplotlib
 import numpy as np
+from matplotlib import pyplot as plt
 
 from orchestrator import storage
+from orchestrator.evaluation_page import template
+from orchestrator.figures import COLOURS, copies_figure, figure_png
 from orchestrator.generation import read_range
 from orchestrator.pictures import grid_png
 from orchestrator.tracking import metric_history
 
-matplotlib.use("agg")
-from matplotlib import pyplot as plt
-
-matplotlib.rcParams |= {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.constrained_layout.use": True,
-}
-COLOURS = ("#1b6ca8", "#d1603d", "#3f7d4e", "#8a4f9e")
 PER_CLASS = 10  # samples of each class in the grids
 
 # The order of the table: name, what more of it means, and one line on what it is.
@@ -78,7 +68,7 @@ def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> 
         name: storage.read_json(storage.join(digits, name, "config.json"))
         for name in ("diffusion", "classifier", "search", "guided")
     }
-    page = _template().render(
+    page = template("report.html").render(
         numbers=numbers,
         pictures={name: base64.b64encode(data).decode() for name, data in pictures.items()},
         stages=stages,
@@ -90,13 +80,6 @@ def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> 
     path = Path(folder, "report.html")
     path.write_text(page, encoding="utf-8")
     return str(path)
-
-
-def _template() -> jinja2.Template:
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(
-        "report.html"
-    )
 
 
 # ------------------------------------------------------------------------------------------------ what the numbers say
@@ -166,7 +149,7 @@ def trade_off_figure(trials: list[dict[str, Any]]) -> bytes:
         axis.set_xticks(x, [f"{value:g}" for value in x])
         axis.minorticks_off()
     axes.flat[0].legend(frameon=False)
-    return _png(figure)
+    return figure_png(figure)
 
 
 def loss_figure(digits: str) -> bytes:
@@ -185,24 +168,4 @@ def loss_figure(digits: str) -> bytes:
             linewidth=1.2,
         )
         axis.set(xlabel="thousand images", title=f"{run}: {label}", yscale="log")
-    return _png(figure)
-
-
-def copies_figure(distances: dict[str, list[float]]) -> bytes:
-    """Two histograms: how far samples, and held-out real images, are from their nearest training image."""
-    figure, axis = plt.subplots(figsize=(8.6, 2.6))
-    bins = np.linspace(0, max(map(max, distances.values())), 50).tolist()
-    for colour, (name, label) in zip(
-        COLOURS, (("samples", "guided samples"), ("held_out", "held-out real digits")), strict=False
-    ):
-        axis.hist(distances[name], bins=bins, density=True, alpha=0.55, color=colour, label=label)
-    axis.set(xlabel="root mean square distance to the nearest training image, grey levels of 255", yticks=[])
-    axis.legend(frameon=False)
-    return _png(figure)
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return figure_png(figure)

@@ -17,17 +17,10 @@ from models.guidance import GuidanceConfig
 from models.samplers import SamplerConfig
 from orchestrator import storage
 from orchestrator.config import JobConfig, claim
-from orchestrator.evaluation import (
-    EXTRACTOR_BATCH,
-    Labelled,
-    LoadedExtractor,
-    concatenate,
-    describe,
-    digits_extractor,
-    measure,
-    reference_features,
-)
+from orchestrator.extraction import EXTRACTOR_BATCH, Labelled, concatenate, reference_features
+from orchestrator.extractors import LoadedExtractor, digits_extractor
 from orchestrator.generation import GenerationConfig, evaluations, load_networks, make_batch
+from orchestrator.measurement import describe, measure
 from orchestrator.pictures import grid_png
 from orchestrator.progress import progress_line
 from orchestrator.tracking import tracked

@@ -1,0 +1,85 @@
+"""EfficientNet-Lite0 (Tan & Le 2019, without squeeze and swish): features of real photographs, small enough for a CPU.
+
+The weights come from outside as the state dict of the PyTorch port (names such as
+`_blocks.3._depthwise_conv.weight`); they were trained in TensorFlow on ImageNet, whose padding they need.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.features import Features, check_images, fold_batch_norm
+
+SIZE = 224  # pixels: the input of the network
+NUM_CLASSES = 1000
+DIMENSION = 1280
+NUM_BLOCKS = 16
+STRIDE_2 = {1, 3, 5, 11}  # blocks that halve height and width
+EPS = 1e-3  # of batch norm
+
+# Convolution -> its batch norm, within a block.
+_NORMS = {"_expand_conv": "_bn0", "_depthwise_conv": "_bn1", "_project_conv": "_bn2"}
+
+
+class EfficientNetLite0:
+    """Extractor with `pool` [B, 1280] and `logits` [B, 1000] of ImageNet's classes."""
+
+    name = "efficientnet_lite0"
+    dimension = DIMENSION
+    num_classes = NUM_CLASSES
+
+    def __init__(self, state: Mapping[str, Tensor], device: str | torch.device = "cpu") -> None:
+        """state: the port's tensors. Raises ValueError naming the tensors that are missing."""
+        norms = {"_conv_stem": "_bn0", "_conv_head": "_bn1"} | {
+            f"_blocks.{block}.{conv}": f"_blocks.{block}.{norm}"
+            for block in range(NUM_BLOCKS)
+            for conv, norm in _NORMS.items()
+            if block or conv != "_expand_conv"  # the first block does not expand
+        }
+        parts = ("weight", "bias", "running_mean", "running_var")
+        wanted = {f"{conv}.weight" for conv in norms} | {f"{norm}.{part}" for norm in norms.values() for part in parts}
+        if missing := sorted((wanted | {"_fc.weight", "_fc.bias"}) - set(state)):
+            raise ValueError(f"EfficientNet-Lite0 weights lack {len(missing)} tensors, first {missing[0]!r}")
+        self.device = torch.device(device)
+        self.units = {}
+        for conv, norm in norms.items():
+            tensors = (state[name].double() for name in (f"{conv}.weight", *(f"{norm}.{part}" for part in parts)))
+            weight, bias = fold_batch_norm(conv, EPS, *tensors)
+            on_device = weight.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
+            self.units[conv] = on_device, bias.to(self.device, torch.float32)
+        self.fc = [state[name].to(self.device, torch.float32) for name in ("_fc.weight", "_fc.bias")]
+
+    @torch.inference_mode()
+    def __call__(self, images: NDArray[np.uint8]) -> Features:
+        """images uint8 [B, H, W, 3], resized to 224x224 (bilinear, smoothed where it shrinks) -> Features."""
+        check_images(images)
+        x = torch.from_numpy(np.ascontiguousarray(images)).to(self.device).permute(0, 3, 1, 2).float()
+        if x.shape[-2:] != (SIZE, SIZE):
+            x = F.interpolate(x, (SIZE, SIZE), mode="bilinear", antialias=True)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            x = self._unit("_conv_stem", (x - 127) / 128, stride=2).clamp_(0, 6)
+            for block in range(NUM_BLOCKS):
+                x = self._block(f"_blocks.{block}", x, stride=2 if block in STRIDE_2 else 1)
+            pool = self._unit("_conv_head", x).clamp_(0, 6).mean((2, 3))
+        logits = F.linear(pool, *self.fc)
+        return Features(pool.cpu().numpy(), None, logits.cpu().numpy())
+
+    def _block(self, name: str, x: Tensor, stride: int) -> Tensor:
+        """Inverted residual: widen, filter each channel, narrow; added to the input where the shapes agree."""
+        y = self._unit(f"{name}._expand_conv", x).clamp_(0, 6) if f"{name}._expand_conv" in self.units else x
+        y = self._unit(f"{name}._depthwise_conv", y, stride, groups=y.shape[1]).clamp_(0, 6)
+        y = self._unit(f"{name}._project_conv", y)
+        return x + y if x.shape == y.shape else y
+
+    def _unit(self, name: str, x: Tensor, stride: int = 1, groups: int = 1) -> Tensor:
+        """Convolution with TensorFlow's SAME padding: what is odd goes to the right and to the bottom."""
+        weight, bias = self.units[name]
+        sizes = zip(x.shape[2:], weight.shape[2:], strict=True)
+        needed = [max((-(-n // stride) - 1) * stride + kernel - n, 0) for n, kernel in sizes]
+        top, left = (n // 2 for n in needed)
+        x = F.pad(x, (left, needed[1] - left, top, needed[0] - top))
+        return F.conv2d(x, weight, bias, stride, groups=groups)

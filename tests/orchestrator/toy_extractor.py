@@ -1,0 +1,19 @@
+"""An extractor of one's own, by dotted name: the means of the four quarters of an image, in three colours."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.features import Features
+
+
+class ToyExtractor:
+    name = "toy"
+    dimension = 12
+    num_classes = 3
+    fingerprint = "quarters"
+
+    def __call__(self, images: NDArray[np.uint8]) -> Features:
+        n, height, width, _ = images.shape
+        quarters = images.reshape(n, 2, height // 2, 2, width // 2, 3).mean((2, 4), dtype=np.float64)
+        pool = (quarters / 32).reshape(n, 12).astype(np.float32)
+        return Features(pool, pool[:, :4].copy(), pool[:, :3].copy())
