@@ -26,8 +26,8 @@ from models.neighbours import density_coverage, nearest, precision_recall
 from orchestrator import storage
 from orchestrator.config import JobConfig, claim
 from orchestrator.dataset import load_manifest, read_images
-from orchestrator.generation import count_samples, read_range
 from orchestrator.progress import progress_line
+from orchestrator.samples import count_samples, read_range
 from orchestrator.tracking import tracked
 
 BLOCK = 512  # rows in a block of features: blocks are cut alike whatever the shards were

@@ -11,8 +11,8 @@ import matplotlib
 import numpy as np
 
 from orchestrator import storage
-from orchestrator.generation import read_range
 from orchestrator.pictures import grid_png
+from orchestrator.samples import read_range
 from orchestrator.tracking import metric_history
 
 matplotlib.use("agg")

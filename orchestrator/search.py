@@ -27,9 +27,9 @@ from orchestrator.evaluation import (
     measure,
     reference_features,
 )
-from orchestrator.generation import GenerationConfig, evaluations, load_networks, make_batch
 from orchestrator.pictures import grid_png
 from orchestrator.progress import progress_line
+from orchestrator.sampling import GenerationConfig, evaluations, load_networks, make_batch
 from orchestrator.tracking import tracked
 
 

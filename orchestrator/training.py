@@ -27,10 +27,10 @@ from models.unet import ClassifierConfig, UNetConfig
 from orchestrator import checkpoints, storage
 from orchestrator.config import JobConfig, claim
 from orchestrator.dataset import Manifest, Microbatch, batches, load_manifest, read_images
-from orchestrator.generation import sample_batch
 from orchestrator.order import OrderConfig, OrderPlan, Purpose, keyed_rng, sample_rng
 from orchestrator.pictures import grid_png
 from orchestrator.progress import progress_line
+from orchestrator.sampling import sample_batch
 from orchestrator.tracking import tracked
 
 CPUS_OF_WORKER = 2  # one for the training process, one for the tasks that read its data
