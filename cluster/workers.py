@@ -1,15 +1,23 @@
-"""A pool of warm workers: items in, results as they complete; any worker may die at any time."""
+"""A pool of warm workers: items in, results as they complete; workers may come, go and die at any time."""
 
 import contextlib
 import logging
-from collections import Counter, deque
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Work = Callable[[Item], Result]
 MakeWorker = Callable[[], Work[Item, Result]]
+
+START_TRIES = 5  # how often a worker may die while it is made, in a row, before it is given up
+STRAGGLING = 3.0  # times the mean duration: an item that takes longer is given to an idle worker as well
+LOOK_SECONDS = 1.0  # between two looks for such items
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +50,14 @@ def map_items(
 def pool(
     make_worker: MakeWorker[Item, Result], num_workers: int, num_cpus: float = 1.0, num_gpus: float = 0.0
 ) -> Iterator["Pool[Item, Result]"]:
-    """`num_workers` actors, each of which calls `make_worker` once; they end with the context."""
+    """`num_workers` actors, each of which calls `make_worker` once; they end with the context.
+
+    Where the cluster is too small for all of them now, the others join when it has grown.
+    """
     import ray
 
-    options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_restarts": -1}
-    actors: list[Any] = [ray.remote(_Worker).options(**options).remote(make_worker) for _ in range(num_workers)]
+    remote = ray.remote(_Worker).options(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=-1)
+    actors: list[Any] = [remote.remote(make_worker) for _ in range(num_workers)]
     try:
         yield Pool(actors)
     finally:
@@ -62,58 +73,142 @@ class Pool(Generic[Item, Result]):
         self._actors = actors
 
     def map(self, items: Iterable[Item], tries: int = 3) -> Iterator[tuple[Item, Result]]:
-        """Yield (item, result) as they complete, in no particular order.
+        """Yield (item, result) as they complete, each item once, in no particular order.
 
-        Work is handed out only to workers that have answered. A worker that dies is started again by Ray, and its
-        item goes to another; results may therefore be computed twice, never lost.
+        Work is handed out only to workers that have answered. A worker that dies is started again by Ray, where
+        there is room, and its item goes to another. An item that hangs somewhere is given to an idle worker too. So
+        results may be computed twice, never lost. Memory does not grow with the number of items.
 
         Raises:
             ItemsFailed: some items raised an error, or lost their worker, `tries` times; all others are done.
             RuntimeError: a worker could not be made, or none is left.
         """
-        import ray
-        from ray.exceptions import RayActorError, RayTaskError
+        yield from _Mapping[Item, Result](self._actors, items, tries).results()
 
-        waiting, failures, errors = deque(enumerate(items)), Counter[int](), {}
-        starting = {actor.ready.remote(): actor for actor in self._actors}
-        running: dict[Any, tuple[Any, int, Item]] = {}
-        idle: list[Any] = []
-        while waiting or running:
-            while waiting and idle:
-                actor, (number, item) = idle.pop(), waiting.popleft()
-                running[actor.work.remote(item)] = (actor, number, item)
-            if not running and not starting:
-                raise RuntimeError(f"no worker is left; {len(waiting)} items are not done")
-            done, _ = ray.wait([*running, *starting], num_returns=1)
-            if (reference := done[0]) in starting:
-                actor = starting.pop(reference)
-                try:
-                    ray.get(reference)
-                    idle.append(actor)
-                except RayActorError as error:
-                    log.warning("a worker ended for good: %s", _reason(error))
-                except RayTaskError as error:
-                    raise RuntimeError(f"a worker could not be made: {_reason(error)}") from error
-                continue
-            actor, number, item = running.pop(reference)
+
+@dataclass(eq=False)
+class _Task(Generic[Item]):
+    """An item on its way."""
+
+    item: Item
+    failures: int = 0
+    copies: int = 0  # workers that have it at this moment
+    begun: float = 0.0  # when it was handed out first since it last failed, in seconds
+
+
+class _Mapping(Generic[Item, Result]):
+    """One `map` over a pool. Answers come to a queue as they are there, so that an item costs the same time
+    whether ten workers run or a thousand."""
+
+    def __init__(self, actors: list[Any], items: Iterable[Item], tries: int) -> None:
+        self._actors, self._tries = actors, tries
+        self._fresh = (_Task(item) for item in items)
+        self._waiting: deque[_Task[Item]] = deque()  # the next fresh one, and those that failed
+        self._running: dict[_Task[Item], None] = {}  # in the order in which they were handed out
+        self._idle: deque[Any] = deque()
+        self._answers: SimpleQueue[tuple[Any, _Task[Item] | None, Any]] = SimpleQueue()  # no task: a worker is ready
+        self._lost = 0  # workers given up
+        self._seconds, self._done = 0.0, 0  # of all done items
+        self._failed, self._reasons = 0, list[str]()
+
+    def results(self) -> Iterator[tuple[Item, Result]]:
+        """What `Pool.map` yields."""
+        for actor in self._actors:
+            self._start(actor)
+        while self._is_waiting() or self._running:
+            self._hand_out()
+            if self._lost == len(self._actors):
+                raise RuntimeError("no worker is left, and not all items are done")
             try:
-                result = ray.get(reference)
-            except (RayActorError, RayTaskError) as error:
-                if isinstance(error, RayTaskError):
-                    idle.append(actor)
-                else:
-                    starting[actor.ready.remote()] = actor
-                failures[number] += 1
-                if failures[number] < tries:
-                    waiting.append((number, item))
-                else:
-                    errors[number] = (item, _reason(error))
+                idle_hands = bool(self._idle and self._running)
+                actor, task, future = self._answers.get(timeout=LOOK_SECONDS if idle_hands else None)
+            except Empty:
                 continue
-            idle.append(actor)
-            yield item, result
-        if errors:
-            reasons = "; ".join(f"{item}: {reason}" for item, reason in list(errors.values())[:5])
-            raise ItemsFailed(f"{len(errors)} items failed {tries} times each, the others are done: {reasons}")
+            if task is None:
+                self._greet(actor, future.exception())
+            elif (error := future.exception()) is not None:
+                self._failure(actor, task, error)
+            else:
+                self._idle.append(actor)
+                if self._finish(task):
+                    yield task.item, future.result()
+        if self._failed:
+            raise ItemsFailed(
+                f"{self._failed} items failed {self._tries} times each, the others are done: {'; '.join(self._reasons)}"
+            )
+
+    def _is_waiting(self) -> bool:
+        if not self._waiting:
+            self._waiting.extend(islice(self._fresh, 1))
+        return bool(self._waiting)
+
+    def _start(self, actor: Any) -> None:
+        """Ask a worker to be ready; Ray repeats the question while the worker dies over it."""
+        self._call(actor, None, actor.ready.options(max_task_retries=START_TRIES).remote())
+
+    def _call(self, actor: Any, task: _Task[Item] | None, reference: Any) -> None:
+        reference.future().add_done_callback(lambda future: self._answers.put((actor, task, future)))
+
+    def _hand_out(self) -> None:
+        while self._idle:
+            task = self._waiting.popleft() if self._is_waiting() else self._straggler()
+            if task is None:
+                return
+            if not task.copies:
+                task.begun = time.monotonic()
+                self._running[task] = None
+            task.copies += 1
+            actor = self._idle.popleft()
+            self._call(actor, task, actor.work.remote(task.item))
+
+    def _straggler(self) -> _Task[Item] | None:
+        """The item that has run longest and far longer than items do, if only one worker has it."""
+        task = next((task for task in self._running if task.copies == 1), None)
+        if task is None or not self._done:
+            return None
+        limit = max(LOOK_SECONDS, STRAGGLING * self._seconds / self._done)
+        return task if time.monotonic() - task.begun > limit else None
+
+    def _greet(self, actor: Any, error: BaseException | None) -> None:
+        from ray.exceptions import RayTaskError
+
+        if error is None:
+            self._idle.append(actor)
+        elif isinstance(error, RayTaskError):
+            raise RuntimeError(f"a worker could not be made: {_reason(error)}") from error
+        else:
+            self._lost += 1
+            log.warning("a worker ended for good: %s", _reason(error))
+
+    def _failure(self, actor: Any, task: _Task[Item], error: BaseException) -> None:
+        from ray.exceptions import RayTaskError
+
+        if isinstance(error, RayTaskError):
+            self._idle.append(actor)
+        else:  # its process is gone
+            self._start(actor)
+        task.copies -= 1
+        task.failures += 1
+        if task.copies or task not in self._running:  # another worker has it, or had it and has answered
+            return
+        del self._running[task]
+        if task.failures < self._tries:
+            self._waiting.append(task)
+            return
+        self._failed += 1
+        if len(self._reasons) < 5:
+            self._reasons.append(f"{task.item}: {_reason(error)}")
+        log.warning("%s failed %d times, the last time by %s", task.item, task.failures, _reason(error))
+
+    def _finish(self, task: _Task[Item]) -> bool:
+        """Whether this answer to `task` is the first one."""
+        task.copies -= 1
+        if task not in self._running:
+            return False
+        del self._running[task]
+        self._seconds += time.monotonic() - task.begun
+        self._done += 1
+        return True
 
 
 class _Worker:
@@ -134,7 +229,7 @@ class _Worker:
         return self._work(item)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """The last line of a remote error: its type and message, without the remote traceback."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__

@@ -47,9 +47,23 @@ def main(
 def parse(description: str | None, presets: Presets[Config], argv: list[str]) -> Config:
     """The config that `argv` asks for: a preset's name first, then overrides of its fields.
 
+    Where the config refers to other settings (`JobConfig.starting_from`), the overrides apply to those.
+
     Raises:
         SystemExit: 0 after printing help, 2 after one line about what is wrong.
     """
+    config = _parse(description, presets, argv)
+    if not argv or argv[0] not in presets:
+        return config
+    about, preset = presets[argv[0]]
+    try:
+        start = config.starting_from(preset)
+    except (ValueError, OSError) as error:
+        _fail(2, " ".join(str(error).split()))
+    return config if start == preset else _parse(description, {argv[0]: (about, start)}, argv)
+
+
+def _parse(description: str | None, presets: Presets[Config], argv: list[str]) -> Config:
     summary = (description or "").strip()
     captured = io.StringIO()
     os.environ.setdefault("COLUMNS", "120")

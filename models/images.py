@@ -1,5 +1,7 @@
 """Between pictures, uint8 [n, H, W, 3], and what networks see, float32 [n, C, H, W] in [-1, 1]."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -13,12 +15,16 @@ def from_uint8(images: Tensor, channels: int = 3) -> Tensor:
     return images[..., :channels].permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def to_uint8(x: Tensor) -> Tensor:
+Rounding = Literal["truncate", "nearest"]
+
+
+def to_uint8(x: Tensor, rounding: Rounding = "truncate") -> Tensor:
     """float [n, C, H, W] -> uint8 [n, H, W, 3]: (x + 1) * 127.5, clamped and truncated as in the published code.
 
     A single channel is shown as grey.
     """
-    pixels = ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+    scaled = ((x + 1) * 127.5).clamp(0, 255)
+    pixels = (scaled.round() if rounding == "nearest" else scaled).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous()
 
 

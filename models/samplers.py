@@ -197,6 +197,12 @@ def sample(config: SamplerConfig, denoise: Denoise, diffusion: Diffusion, x_T: T
     return SAMPLERS[config.name](denoise, diffusion, x_T, noise, **options)
 
 
+def noise_timesteps(config: SamplerConfig, diffusion: Diffusion) -> list[int]:
+    """The original timesteps for which `sample` asks for noise, in that order; empty for deterministic samplers."""
+    draws = config.name == "ddpm" or config.eta > 0
+    return [int(t) for t in diffusion.timestep_map[:0:-1]] if draws else []
+
+
 def last(steps: Iterable[Step]) -> Tensor:
     """Run a chain to its end and return its final x; ValueError if it has no steps."""
     step = None

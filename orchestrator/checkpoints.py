@@ -235,17 +235,23 @@ def _about(
     return {"admiral": json.dumps(about)}
 
 
-def latest_weights(run: str) -> str:
-    """The URI of the newest weights of a training run.
+def latest_weights(run: str, kind: str | None = None) -> str:
+    """The URI of the newest weights of a training run; of `kind` ("ema-0.9999", "raw"), or of the last kind by name.
 
     Raises:
         FileNotFoundError: the run has no weights.
+        ValueError: it has none of this kind.
     """
     folder = storage.join(run, "weights")
     names = sorted(name for name in storage.list_names(folder) if name.endswith(".safetensors"))
     if not names:
         raise FileNotFoundError(f"{run}: no weights there; has the training finished?")
-    return storage.join(folder, names[-1])
+    if kind is None:
+        return storage.join(folder, names[-1])
+    kinds = {name.removesuffix(".safetensors").split("-", 2)[-1]: name for name in names}  # the newest of each
+    if kind not in kinds:
+        raise ValueError(f"{run} has no weights {kind!r}; it has {', '.join(kinds)}")
+    return storage.join(folder, kinds[kind])
 
 
 def load_network(uri: str, device: torch.device | str = "cpu", like: str | None = None) -> Network:

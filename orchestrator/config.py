@@ -2,7 +2,7 @@
 
 import json
 import os
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, Field
 
@@ -17,6 +17,10 @@ class JobConfig(BaseModel, frozen=True, extra="forbid"):
         default_factory=lambda: os.environ.get("ADMIRAL_STORE", "runs")
     )  # folder or URI under which all relative paths of this job lie; the environment's ADMIRAL_STORE, else runs
     dry_run: bool = False  # print the resolved config and what would be read and written, then stop
+
+    def starting_from(self, preset: Self) -> Self:
+        """`preset` as it is changed by what this config refers to: where the command line starts from instead."""
+        return preset
 
     def path(self, path: str) -> str:
         """A URI or absolute path as it is; a relative one under the store.
@@ -53,17 +57,17 @@ def claim(folder: str, config: JobConfig, **facts: Any) -> None:
     uri = storage.join(folder, "config.json")
     if storage.create_bytes(uri, json.dumps(wanted, indent=2).encode()):
         return
-    found = storage.read_json(uri)
-    differing = sorted(
-        name for name in {**_flat(found), **_flat(wanted)} if _flat(found).get(name) != _flat(wanted).get(name)
-    )
-    if differing:
-        changes = ", ".join(
-            f"{name}: {_flat(found).get(name)} there, {_flat(wanted).get(name)} here" for name in differing
-        )
+    if changes := differences(storage.read_json(uri), wanted):
         raise ValueError(
             f"{folder} was made with another config ({changes}); choose another --output or the same config"
         )
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """The leaves in which two nested dictionaries differ, in words; empty where they are equal."""
+    there, here = _flat(found), _flat(wanted)
+    differing = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+    return ", ".join(f"{name}: {there.get(name)} there, {here.get(name)} here" for name in differing)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,342 +1,364 @@
 """Generation: samples that are functions of (config, seed, index), written as finished shards by a pool of workers."""
 
-import hashlib
-import io
-from collections.abc import Callable
+import importlib.metadata
+import logging
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from PIL import Image
-from pydantic import Field, model_validator
-from torch import Tensor
 
 from cluster.session import session
 from cluster.workers import map_items
-from models.diffusion import Diffusion
-from models.guidance import GuidanceConfig, guided
-from models.images import from_uint8, to_uint8
-from models.samplers import SamplerConfig, last, respacing_for, sample
+from models.guidance import GuidanceConfig
+from models.unet import UNetConfig
+from models.zoo import count_parameters, forward_multiply_adds
 from orchestrator import storage
-from orchestrator.checkpoints import Network, load_network
-from orchestrator.config import JobConfig, claim
-from orchestrator.order import Purpose, index_rng
+from orchestrator.exports import export_npz, export_png
+from orchestrator.noise import NoiseAhead
 from orchestrator.pictures import grid_png, png
-from orchestrator.progress import progress_line
-from orchestrator.tracking import tracked
+from orchestrator.progress import Progress, progress_line
+from orchestrator.samples import (
+    DamagedShard,
+    Shard,
+    check_run,
+    check_shard,
+    claim_run,
+    encode_rows,
+    is_finished,
+    list_shards,
+    pixel_hashes,
+    put_shard,
+    read_range,
+    set_aside,
+    shards_of,
+    write_manifest,
+)
+from orchestrator.sampling import (
+    GenerationConfig,
+    Networks,
+    canonical_batch,
+    decisive,
+    evaluations,
+    load_networks,
+    make_batch,
+    noise_plan,
+    platform,
+    prepare_device,
+    upsample_batch,
+)
+from orchestrator.tracking import Tracker, tracked
 
-NUMERICS_VERSION = 1  # raised by hand when the same config begins to give other samples
+METRICS_SECONDS = 5.0  # between two reports to MLflow
+PICTURE_SECONDS = 30.0  # between two contact sheets
+SHEET = 100  # images of a contact sheet
+PEAK_FLOPS = {"V100": 125e12, "A100": 312e12, "H100": 989e12}  # dense 16 bit, by the makers' data sheets
+UTILIZATION = 0.4  # of the peak, which good code reaches; the published code reached 0.14 (guided, A100)
 
-
-class GenerationConfig(JobConfig):
-    """What decides the samples, and where they go."""
-
-    weights: str  # the diffusion model: a training run's folder, a .safetensors file or a released .pt file
-    classifier: str | None = None  # the noisy classifier that guides, likewise
-    upsampler: str | None = None  # a second stage that enlarges the samples (ADM-U), likewise; both are kept
-    output: str  # the samples' folder; enlarged ones lie in upsampled/ beneath it
-    num_samples: int = Field(50_000, gt=0)  # images
-    seed: int = Field(0, ge=0)  # label, x_T and every step's noise of an index follow from it
-    labels: Literal["balanced", "uniform"] = "balanced"  # index modulo classes, or drawn by seed
-    sampler: SamplerConfig = SamplerConfig()
-    guidance: GuidanceConfig = GuidanceConfig()
-    upsampling: SamplerConfig = SamplerConfig()  # how the second stage is drawn, unguided as published
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention, by autocast
-    compile: bool = False  # torch.compile the networks: slower to start, faster on long runs
-    batch_size: int = Field(64, gt=0)  # canonical batch B: index i always runs in batch floor(i/B)
-    shard_batches: int = Field(8, gt=0)  # batches in a shard
-    num_workers: int = Field(1, ge=0)  # sampling workers; 0 = in this process, without Ray
-    num_gpus: float = Field(0.0, ge=0)  # GPUs for each worker
-
-    @model_validator(mode="after")
-    def _has_guide(self) -> "GenerationConfig":
-        if self.guidance.scale and self.classifier is None:
-            raise ValueError(f"guidance.scale={self.guidance.scale} needs a classifier")
-        return self
-
-
-class Shard(NamedTuple):
-    """The indices [begin, end) of one object."""
-
-    begin: int
-    end: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.begin:06d}-{self.end:06d}.parquet"
+log = logging.getLogger(__name__)
 
 
 # ------------------------------------------------------------------------------------------------ in the driver
 
 
 def generate(config: GenerationConfig) -> str:
-    """Make the samples that are still missing; answer their folder's URI.
+    """Make the samples that are still missing, export them if asked to; answer their folder's URI.
 
     Raises:
         ValueError: weights, classifier and output folder do not fit each other.
         ItemsFailed: some shards failed; all others are written.
     """
-    output, folders = config.path(config.output), _folders(config)
-    networks = load_networks(config, "cpu")._asdict()
-    hashes = {name: network.sha256 if network else None for name, network in networks.items()}
+    output, folders = config.path(config.output), folders_of(config)
+    wanted = decisive(config, load_networks(config, "cpu"))
     for folder in folders:
-        claim(folder, config, **hashes, numerics_version=NUMERICS_VERSION)
-    todo = missing_shards(config)
-    if not todo and all(storage.exists(storage.join(folder, "manifest.json")) for folder in folders):
-        print(f"{output} is complete: {config.num_samples:,} samples")
+        check_run(folder, wanted)
+    if config.indices:
+        remake(config)
         return output
-    with (
-        session(config.num_workers),
-        tracked("generate", config, output) as tracker,
-        progress_line(config.num_samples, "samples") as progress,
-    ):
-        done = config.num_samples - sum(shard.end - shard.begin for shard in todo)
-        progress.update_to(done)
-        for shard, _ in map_items(partial(make_generator, config), todo, config.num_workers, num_gpus=config.num_gpus):
-            done += shard.end - shard.begin
-            progress.update_to(done)
-            tracker.metrics({"samples": done}, step=done)
-        shards = [{"name": shard.name, "rows": shard.end - shard.begin} for shard in _shards(config)]
-        manifest = storage.json_bytes({"num_samples": config.num_samples, "shards": shards})
+    if all(map(is_finished, folders)):
+        print(f"{output} is complete: {config.num_samples:,} samples")
+    else:
+        _make_missing(config, folders)
+        print(f"{output}: {config.num_samples:,} samples")
+    if config.export:
         for folder in folders:
-            first, _ = read_range(folder, 0, min(100, config.num_samples))
-            tracker.picture(f"{folder.rsplit('/', 1)[-1]}.png", grid_png(first, columns=10))
-            storage.create_bytes(storage.join(folder, "manifest.json"), manifest)
-    print(f"{output}: {config.num_samples:,} samples")
+            print(f"exported to {_export(config, folder)}")
     return output
 
 
-def plan(config: GenerationConfig) -> str:
-    """What a generation would read and write."""
-    todo = missing_shards(config)
-    per_image = evaluations(config.sampler, config.guidance)
-    if config.upsampler:
-        per_image += evaluations(config.upsampling, GuidanceConfig())
-    inputs = [config.path(path) for path in (config.weights, config.classifier, config.upsampler) if path]
-    return "\n".join(
-        [
-            f"reads   {', '.join(inputs)}",
-            f"writes  {config.path(config.output)}: {len(todo)} of {len(_shards(config))} shards are missing",
-            f"work    {config.num_samples:,} images x {per_image} network evaluations",
-        ]
-    )
+def _make_missing(config: GenerationConfig, folders: list[str]) -> None:
+    """Hand every shard to the pool: those that are there are verified, the others made; then declare them finished."""
+    digests: dict[str, dict[Shard, str]] = {folder: {} for folder in folders}
+    with (
+        session(config.num_workers * config.num_threads),
+        tracked("generate", config, folders[0]) as tracker,
+        progress_line(config.num_samples, "samples") as progress,
+    ):
+        live = _Live(tracker, progress, folders[-1])
+        finished = map_items(
+            partial(make_generator, config),
+            shards_of(config.num_samples, config.shard_size),
+            config.num_workers,
+            num_cpus=config.num_threads,
+            num_gpus=config.num_gpus,
+        )
+        for shard, made in finished:
+            live.update(shard, made)
+            for folder, digest in zip(folders, made.digests, strict=True):
+                digests[folder][shard] = digest
+        for folder in folders:
+            first, _ = read_range(folder, 0, min(SHEET, config.num_samples))
+            tracker.picture(f"{folder.rsplit('/', 1)[-1]}.png", _sheet(first))
+            write_manifest(folder, digests[folder])
 
 
-def evaluations(sampler: SamplerConfig, guidance: GuidanceConfig) -> int:
-    """Network evaluations that one image takes, those of the classifier counted too."""
-    network = 2 * sampler.num_steps - 1 if sampler.name == "heun" else sampler.num_steps
-    return network * 2 if guidance.scale else network
+class _Live:
+    """What one sees while shards come in: the line, and now and then numbers and the newest pictures in MLflow."""
+
+    def __init__(self, tracker: Tracker, progress: Progress, folder: str) -> None:
+        self._tracker, self._progress, self._folder = tracker, progress, folder
+        self._made, self._begun = 0, time.monotonic()
+        self._numbers_at = self._picture_at = self._begun
+
+    def update(self, shard: Shard, made: "Finished") -> None:
+        """Count a shard."""
+        count, now = shard.end - shard.begin, time.monotonic()
+        for reason in made.damaged:
+            log.warning("made again, its old bytes are kept under damaged/: %s", reason)
+        if not made.drawn:
+            self._progress.skip(count)
+            return
+        self._progress.update_to(self._progress.done + count)
+        self._made += count
+        if now - self._numbers_at > METRICS_SECONDS:
+            rate = self._made / (now - self._begun)
+            self._tracker.metrics({"samples": self._progress.done, "samples_per_second": rate}, self._progress.done)
+            self._numbers_at = now
+        if now - self._picture_at > PICTURE_SECONDS:
+            newest, _ = read_range(self._folder, shard.begin, min(shard.end, shard.begin + SHEET))
+            self._tracker.picture("newest.png", _sheet(newest))
+            self._picture_at = now
 
 
-def _shards(config: GenerationConfig) -> list[Shard]:
-    size = config.batch_size * config.shard_batches
-    return [Shard(begin, min(begin + size, config.num_samples)) for begin in range(0, config.num_samples, size)]
+def _sheet(images: np.ndarray) -> bytes:
+    return grid_png(images, columns=10, scale=max(1, 48 // images.shape[1]))
 
 
-def missing_shards(config: GenerationConfig) -> list[Shard]:
-    """The shards that are not there yet: a shard is whole or absent, so its name is enough."""
-    there = [set(storage.list_names(storage.join(folder, "shards"))) for folder in _folders(config)]
-    return [shard for shard in _shards(config) if not all(shard.name in names for names in there)]
+def remake(config: GenerationConfig) -> None:
+    """Make `indices` again by their canonical batches, keep their pictures under remade/ and compare their pixels.
+
+    Raises:
+        RuntimeError: some differ from those in the folder.
+    """
+    wanted = sorted(set(config.indices))
+    differing: list[str] = []
+    shards = [Shard(index, index + 1) for index in wanted]
+    with session(config.num_workers * config.num_threads):
+        work = map_items(
+            partial(make_index_maker, config), wanted, config.num_workers, config.num_threads, config.num_gpus
+        )
+        made = dict(work)
+    for stage, folder in enumerate(folders_of(config)):
+        there = list_shards(folder)
+        for shard in shards:
+            image = made[shard.begin][stage]
+            storage.write_bytes(storage.join(folder, "remade", f"{shard.begin:06d}.png"), png(image))
+            found = "is not there to be compared"
+            if any(other.begin <= shard.begin < other.end for other in there):
+                stored = read_range(folder, *shard)[0][0].astype(int)
+                found = (
+                    "equal" if np.array_equal(stored, image) else f"differs by {np.abs(stored - image).max()} levels"
+                )
+            print(f"{folder} index {shard.begin}: {pixel_hashes(image[None])[0]} {found}")
+            differing += [f"{shard.begin} in {folder}"] if "differs" in found else []
+    if differing:
+        raise RuntimeError(f"{len(differing)} remade samples differ from the stored ones: {', '.join(differing)}")
 
 
-def _folders(config: GenerationConfig) -> list[str]:
+def _export(config: GenerationConfig, folder: str) -> str:
+    name = "samples.npz" if config.export == "npz" else "png"
+    target = config.path(config.export_to) if config.export_to else storage.join(folder, name)
+    if config.export_to and folder != folders_of(config)[0]:  # the second stage's beside the first's
+        target = f"{target.removesuffix('.npz')}-upsampled{'.npz' if config.export == 'npz' else ''}"
+    (export_npz if config.export == "npz" else export_png)(folder, target)
+    return target
+
+
+def folders_of(config: GenerationConfig) -> list[str]:
     """The folder of the samples and, in a cascade, of the enlarged ones."""
     output = config.path(config.output)
     return [output, storage.join(output, "upsampled")] if config.upsampler else [output]
 
 
+# ------------------------------------------------------------------------------------------------ its price
+
+
+def missing_shards(config: GenerationConfig) -> list[Shard]:
+    """The shards that are not there yet, by their names."""
+    there = [set(list_shards(folder)) for folder in folders_of(config)]
+    shards = shards_of(config.num_samples, config.shard_size)
+    return [shard for shard in shards if not all(shard in found for found in there)]
+
+
+def plan(config: GenerationConfig) -> str:
+    """What a generation would read, write and cost."""
+    networks, todo = load_networks(config, "cpu"), missing_shards(config)
+    images = sum(shard.end - shard.begin for shard in todo)
+    inputs = [config.path(path) for path in (config.weights, config.classifier, config.upsampler) if path]
+    per_image = evaluations(config.sampler, config.guidance)
+    if networks.upsampler:
+        per_image += evaluations(config.upsampling, GuidanceConfig())
+    work, parameters = flops(networks, config), [count_parameters(n.architecture) for n in _stages(networks)]
+    pixels = [3 * n.architecture.image_size**2 for n in _stages(networks) if isinstance(n.architecture, UNetConfig)]
+    hours = ", ".join(f"{gpu} {images * work / (peak * UTILIZATION) / 3600:,.3g}" for gpu, peak in PEAK_FLOPS.items())
+    shards = -(-config.num_samples // config.shard_size)
+    return "\n".join(
+        [
+            f"reads   {', '.join(inputs)}: {sum(parameters) / 1e6:,.1f} M parameters",
+            f"        {4 * sum(parameters) / 2**30:,.2f} GiB of them on each worker, beside the activations of a batch",
+            f"writes  {config.path(config.output)}: {len(todo)} of {shards} shards are missing, "
+            f"at most {images * sum(pixels) / 1e9:,.3g} GB",
+            f"work    {images:,} images x {per_image} network evaluations = {images * work / 1e15:,.4g} PFLOP",
+            f"        GPU-hours at {UTILIZATION:.0%} of the 16-bit peak: {hours}",
+        ]
+    )
+
+
+def flops(networks: Networks, config: GenerationConfig) -> float:
+    """Floating-point operations of one image, 2 for each multiply-add; a guided step adds the classifier twice."""
+    steps = guided = evaluations(config.sampler, GuidanceConfig())
+    total = forward_multiply_adds(networks.weights.architecture) * steps
+    if networks.classifier and config.guidance.scale:
+        if config.guidance.interval is not None:
+            first, last = config.guidance.interval
+            guided = round(guided * min(1.0, (last - first + 1) / networks.weights.diffusion.num_timesteps))
+        total += 2 * forward_multiply_adds(networks.classifier.architecture) * guided
+    if networks.upsampler:
+        total += forward_multiply_adds(networks.upsampler.architecture) * evaluations(
+            config.upsampling, GuidanceConfig()
+        )
+    return 2.0 * total
+
+
+def _stages(networks: Networks) -> list[Any]:
+    return [network for network in (networks.weights, networks.classifier, networks.upsampler) if network]
+
+
 # ------------------------------------------------------------------------------------------------ in every worker
 
 
-class Networks(NamedTuple):
-    """What sampling needs."""
+class Finished(NamedTuple):
+    """What a worker tells of a shard: its digest in each folder, whether it drew it, what it found damaged."""
 
-    weights: Network
-    classifier: Network | None
-    upsampler: Network | None
-
-    @property
-    def num_classes(self) -> int:
-        """Classes that a sample can be of; 0 where nothing conditions it."""
-        return len(self.classifier.classes if self.classifier else self.weights.classes)
+    digests: tuple[str, ...]
+    drawn: bool
+    damaged: tuple[str, ...] = ()
 
 
-def load_networks(config: GenerationConfig, device: torch.device | str) -> Networks:
-    """Read and check them.
+class _Sampler(NamedTuple):
+    """A worker's networks, ready on its device, and the config with B in it."""
+
+    config: GenerationConfig
+    networks: Networks
+    device: torch.device
+
+    def batches(self, numbers: range) -> Iterator[tuple[Any, ...]]:
+        """The canonical batches `numbers`, one Samples for each stage."""
+        plan = noise_plan(self.networks, self.config, numbers)
+        with NoiseAhead(self.config.seed, plan, pin=self.device.type == "cuda") as draw:
+            for number in numbers:
+                batch = make_batch(self.networks, self.config, number, self.config.sampler, self.config.guidance, draw)
+                upsampler = self.networks.upsampler
+                yield (batch,) if upsampler is None else (batch, upsample_batch(upsampler, self.config, batch, draw))
+
+
+def _make_sampler(config: GenerationConfig) -> _Sampler:
+    """Load the networks, settle B, and hold the folder to this config and platform, or claim it for them.
 
     Raises:
-        FileNotFoundError: no weights there.
-        ValueError: they do not fit each other.
+        ValueError: the folder belongs to another config, or to another platform.
     """
-    model = load_network(config.path(config.weights), device)
-    classifier = load_network(config.path(config.classifier), device) if config.classifier else None
-    upsampler = load_network(config.path(config.upsampler), device) if config.upsampler else None
-    size = model.architecture.image_size
-    if classifier and classifier.architecture.image_size != size:
-        raise ValueError(
-            f"{config.classifier} sees {classifier.architecture.image_size} pixels, but samples have {size}"
-        )
-    if upsampler and getattr(upsampler.architecture, "low_res_size", None) != size:
-        raise ValueError(f"{config.upsampler} is no upsampler of images of {size} pixels, which the samples have")
-    for other, path in ((classifier, config.classifier), (upsampler, config.upsampler)):
-        if other and other.classes and model.architecture.num_classes and other.classes != model.classes:
-            raise ValueError(f"{path} and {config.weights} were trained on different classes")
-    return Networks(model, classifier, upsampler)
-
-
-def make_generator(config: GenerationConfig) -> Callable[[Shard], None]:
-    """A worker: networks loaded once, then shards."""
-    device = torch.device("cuda" if config.num_gpus and torch.cuda.is_available() else "cpu")
+    device = prepare_device(config)
     networks = load_networks(config, device)
-    for network in filter(None, networks):
+    here, wanted = platform(device), decisive(config, networks)
+    for network in _stages(networks):
         if device.type == "cuda":  # on CPUs it makes GroupNorm slower
-            network.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if config.compile:
+            network.module.to(memory_format=torch.channels_last)
+    for folder in folders_of(config):
+        if check_run(folder, wanted) is None:
+            chosen = config.batch_size or canonical_batch(config, networks, device)
+            claim_run(folder, wanted | {"batch_size": chosen}, here, _record(config))
+        run = check_run(folder, wanted, None if config.mixed_platforms else here)  # perhaps another worker's
+        assert run is not None
+        config = config.model_copy(update={"batch_size": run["config"]["batch_size"]})
+        wanted = decisive(config, networks)
+    if config.compile:
+        for network in _stages(networks):
             network.module.compile()
+    return _Sampler(config, networks, device)
 
-    def make_shard(shard: Shard) -> None:
-        numbers = range(shard.begin // config.batch_size, -(-shard.end // config.batch_size))
-        stages = [[make_batch(networks, config, number, config.sampler, config.guidance) for number in numbers]]
-        if networks.upsampler is not None:
-            stages.append([upsample_batch(networks.upsampler, config, batch) for batch in stages[0]])
-        for folder, batches in zip(_folders(config), stages, strict=True):
-            whole = Samples(*map(np.concatenate, zip(*batches, strict=True)))
-            kept = Samples(*(column[: shard.end - shard.begin] for column in whole))
-            storage.create_bytes(storage.join(folder, "shards", shard.name), _encode_shard(kept))
+
+def _record(config: GenerationConfig) -> dict[str, Any]:
+    """What is noted in run.json and never compared."""
+    checkout = Path(__file__).resolve().parents[1]
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True, check=False)
+    return {
+        "version": importlib.metadata.version("admiral"),
+        "commit": git.stdout.strip() or None,
+        "begun": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **config.model_dump(mode="json", include={"weights", "classifier", "upsampler", "num_workers"}),
+    }
+
+
+def make_generator(config: GenerationConfig) -> Callable[[Shard], Finished]:
+    """A worker: networks loaded once, then shards, each verified where it is there and drawn where it is not."""
+    sampler, folders = _make_sampler(config), folders_of(config)
+    encoder = ThreadPoolExecutor(1, "encoder")  # pictures are encoded while the next batch is drawn
+
+    def make_shard(shard: Shard) -> Finished:
+        found, damaged = zip(*(_verify(folder, shard) for folder in folders), strict=True)
+        if all(found):
+            return Finished(found, drawn=False)
+        size = sampler.config.batch_size
+        encoded: list[list[Any]] = [[] for _ in folders]
+        for stages in sampler.batches(range(shard.begin // size, -(-shard.end // size))):
+            for rows, samples in zip(encoded, stages, strict=True):
+                rows.append(encoder.submit(encode_rows, samples))
+        digests = []
+        for folder, rows, digest, reason in zip(folders, encoded, found, damaged, strict=True):
+            whole = pa.concat_tables([part.result() for part in rows]).slice(0, shard.end - shard.begin)
+            digests.append(digest or put_shard(folder, shard, whole, replace=bool(reason)))
+        return Finished(tuple(digests), drawn=True, damaged=tuple(filter(None, damaged)))
 
     return make_shard
 
 
-class Samples(NamedTuple):
-    """Consecutive samples: index int64 [n], label int64 [n] (-1 = none), images uint8 [n, H, W, 3]."""
-
-    indices: np.ndarray
-    labels: np.ndarray
-    images: np.ndarray
-
-
-def make_batch(
-    networks: Networks,
-    config: GenerationConfig,
-    number: int,
-    sampler: SamplerConfig,
-    guidance: GuidanceConfig,
-) -> Samples:
-    """The canonical batch `number`: always B whole indices, so that an index never sees another batch shape."""
-    indices = np.arange(number * config.batch_size, (number + 1) * config.batch_size)
-    classes = networks.num_classes
-    if not classes:
-        labels = np.full(len(indices), -1)
-    elif config.labels == "balanced":
-        labels = indices % classes
-    else:
-        labels = np.array([index_rng(config.seed, int(index), Purpose.LABEL).integers(classes) for index in indices])
-    with autocast(networks.weights, config.dtype):
-        images = sample_batch(networks.weights, sampler, indices, labels, config.seed, networks.classifier, guidance)
-    return Samples(indices, labels, images)
+def _verify(folder: str, shard: Shard) -> tuple[str | None, str]:
+    """(digest, "") of a whole shard, (None, "") of an absent one, (None, reason) of one found damaged twice."""
+    try:
+        return check_shard(folder, shard), ""
+    except DamagedShard:
+        pass
+    try:
+        return check_shard(folder, shard), ""
+    except DamagedShard as error:
+        set_aside(folder, shard)
+        return None, str(error)
 
 
-def upsample_batch(upsampler: Network, config: GenerationConfig, batch: Samples) -> Samples:
-    """The second stage of a cascade (ADM section 5): a canonical batch of samples enlarged, with noise of its own."""
-    with autocast(upsampler, config.dtype):
-        images = sample_batch(
-            upsampler, config.upsampling, batch.indices, batch.labels, config.seed, low_res=batch.images
-        )
-    return Samples(batch.indices, batch.labels, images)
+def make_index_maker(config: GenerationConfig) -> Callable[[int], tuple[np.ndarray, ...]]:
+    """A worker that draws one index by its canonical batch: uint8 [H, W, 3] of each stage."""
+    sampler = _make_sampler(config)
 
+    def make_index(index: int) -> tuple[np.ndarray, ...]:
+        number, place = divmod(index, sampler.config.batch_size)
+        (stages,) = sampler.batches(range(number, number + 1))
+        return tuple(samples.images[place] for samples in stages)
 
-def autocast(network: Network, dtype: str) -> torch.autocast:
-    """A region in which the network's convolutions and attention run in `dtype`; the chain itself stays float32."""
-    device = next(network.module.parameters()).device
-    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-
-
-@torch.no_grad()
-def sample_batch(
-    network: Network,
-    sampler: SamplerConfig,
-    indices: np.ndarray,
-    labels: np.ndarray,
-    seed: int,
-    classifier: Network | None = None,
-    guidance: GuidanceConfig | None = None,
-    low_res: np.ndarray | None = None,
-) -> np.ndarray:
-    """Sample the images of `indices` int64 [n] towards `labels` int64 [n]; uint8 [n, H, W, 3].
-
-    x_T and step noise of an image depend on (seed, index, original timestep) only. Labels count where the network is
-    conditional, or guided by `classifier`; `low_res` uint8 [n, h, w, 3] is what an upsampler enlarges.
-    """
-    architecture = network.architecture
-    device = next(network.module.parameters()).device
-    shape = (architecture.in_channels, architecture.image_size, architecture.image_size)
-
-    def draw(purpose: Purpose, timestep: int = 0) -> Tensor:
-        rows = [index_rng(seed, int(i), purpose, timestep).standard_normal(shape, np.float32) for i in indices]
-        return torch.from_numpy(np.stack(rows)).to(device)
-
-    diffusion = Diffusion(network.diffusion, respacing_for(sampler, network.diffusion.num_timesteps))
-    y = torch.from_numpy(labels).to(device)
-    small = None if low_res is None else from_uint8(torch.from_numpy(low_res).to(device), architecture.in_channels)
-    denoise = diffusion.denoiser(network.module, y=y if architecture.num_classes else None, low_res=small)
-    if classifier is not None and guidance is not None:
-        denoise = guided(denoise, sampler.name, classifier.module, diffusion, y, guidance)
-    start, step = (Purpose.START, Purpose.STEP) if small is None else (Purpose.UPSAMPLE_START, Purpose.UPSAMPLE_STEP)
-    x = last(sample(sampler, denoise, diffusion, draw(start), partial(draw, step)))
-    return to_uint8(x).cpu().numpy()
-
-
-# ------------------------------------------------------------------------------------------------ on disk
-
-
-def _encode_shard(samples: Samples) -> bytes:
-    """A Parquet file with index, label and the image as PNG."""
-    table = pa.table(
-        {
-            "index": pa.array(samples.indices, pa.int64()),
-            "label": pa.array(samples.labels, pa.int64()),
-            "image": pa.array([png(image) for image in samples.images], pa.binary()),
-        }
-    )
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="none")  # PNG does not compress again
-    return buffer.getvalue()
-
-
-def _decode_shard(data: bytes) -> Samples:
-    table = pq.read_table(io.BytesIO(data))
-    images = [np.asarray(Image.open(io.BytesIO(image)).convert("RGB")) for image in table["image"].to_pylist()]
-    return Samples(table["index"].to_numpy(), table["label"].to_numpy(), np.stack(images))
-
-
-def count_samples(folder: str) -> int:
-    """How many samples a finished folder holds.
-
-    Raises:
-        FileNotFoundError: none were generated there, or not to their end.
-    """
-    uri = storage.join(folder, "manifest.json")
-    if not storage.exists(uri):
-        raise FileNotFoundError(f"{folder} holds no finished samples: generate them first")
-    return storage.read_json(uri)["num_samples"]
-
-
-def read_range(folder: str, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [n, H, W, 3] and labels int64 [n] of the indices [begin, end) of a samples folder."""
-    shards = storage.join(folder, "shards")
-    parts = [
-        _decode_shard(storage.read_bytes(storage.join(shards, name)))
-        for name in storage.list_names(shards)
-        if int(name.split("-")[0]) < end and int(name.split("-")[1].split(".")[0]) > begin
-    ]
-    indices = np.concatenate([part.indices for part in parts])
-    wanted = (indices >= begin) & (indices < end)
-    return np.concatenate([p.images for p in parts])[wanted], np.concatenate([p.labels for p in parts])[wanted]
-
-
-def pixel_hashes(images: np.ndarray) -> list[str]:
-    """SHA-256 of the raw pixels of each of uint8 [n, H, W, 3] images."""
-    return [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
+    return make_index

@@ -12,6 +12,8 @@ from PIL import Image
 # Odd EXIF blocks and palettes: the image decodes all the same, and a user can do nothing about it.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # of files that are taken for images
+
 
 def decode(data: bytes) -> Image.Image:
     """Encoded bytes -> RGB image, by the published code's rule: Pillow's conversion.

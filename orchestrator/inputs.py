@@ -14,9 +14,8 @@ from PIL import Image
 from orchestrator import storage
 from orchestrator.batches_npz import PublishedBatch, open_batch
 from orchestrator.dataset import load_manifest, read_images
-from orchestrator.generation import count_samples, read_range
-from orchestrator.images import center_crop, decode
-from orchestrator.sources import IMAGE_ENDINGS
+from orchestrator.images import IMAGE_ENDINGS, center_crop, decode
+from orchestrator.samples import count_samples, read_range
 
 _RECORDS = {"run.json", "config.json"}  # what a samples folder says of how it was made
 

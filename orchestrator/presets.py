@@ -6,11 +6,11 @@ from models.samplers import SamplerConfig
 from models.unet import ClassifierConfig, UNetConfig
 from orchestrator.conversion import ConversionConfig
 from orchestrator.evaluation import EvaluationConfig
-from orchestrator.generation import GenerationConfig
 from orchestrator.likelihood import LikelihoodConfig
 from orchestrator.order import OrderConfig
 from orchestrator.preparation import PrepareConfig
 from orchestrator.quickstart import QuickstartConfig
+from orchestrator.sampling import GenerationConfig
 from orchestrator.search import SearchConfig
 from orchestrator.training_config import AdmConfig, NoisyClassifierConfig
 

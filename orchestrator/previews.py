@@ -9,8 +9,8 @@ import torch
 from models.images import from_uint8, shrink, to_uint8
 from orchestrator import checkpoints
 from orchestrator.dataset import Manifest, read_images
-from orchestrator.generation import sample_batch
 from orchestrator.pictures import grid_png
+from orchestrator.sampling import sample_batch
 from orchestrator.training_config import AdmConfig
 from orchestrator.training_state import TrainingState
 

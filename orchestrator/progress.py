@@ -18,6 +18,12 @@ class Progress:
         """How far it is."""
         return int(self._bar.n)
 
+    def skip(self, count: int) -> None:
+        """Count what was done before: it is no part of the rate."""
+        self._bar.initial += count
+        self._bar.last_print_n += count
+        self._bar.n += count
+
     def update_to(self, done: int, **numbers: float) -> None:
         """Show `done`, and the numbers beside it."""
         if numbers:

@@ -11,8 +11,8 @@ from matplotlib import pyplot as plt
 from orchestrator import storage
 from orchestrator.evaluation_page import template
 from orchestrator.figures import COLOURS, copies_figure, figure_png
-from orchestrator.generation import read_range
 from orchestrator.pictures import grid_png
+from orchestrator.samples import read_range
 from orchestrator.tracking import metric_history
 
 PER_CLASS = 10  # samples of each class in the grids

@@ -19,10 +19,10 @@ from orchestrator import storage
 from orchestrator.config import JobConfig, claim
 from orchestrator.extraction import EXTRACTOR_BATCH, Labelled, concatenate, reference_features
 from orchestrator.extractors import LoadedExtractor, digits_extractor
-from orchestrator.generation import GenerationConfig, evaluations, load_networks, make_batch
 from orchestrator.measurement import describe, measure
 from orchestrator.pictures import grid_png
 from orchestrator.progress import progress_line
+from orchestrator.sampling import GenerationConfig, evaluations, load_networks, make_batch
 from orchestrator.tracking import tracked
 
 

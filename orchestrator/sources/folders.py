@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from orchestrator.images import IMAGE_ENDINGS
 from orchestrator.sources.index import (
     IMAGE_NAME,
     Listing,
@@ -73,7 +74,7 @@ def labelled_source(listing: Listing, labels: LabelMap) -> Source:
 def _images(listing: Listing) -> Listing:
     images = listing.matching(IMAGE_NAME)
     if not len(images.names):
-        raise ValueError(f"source={listing.uri} holds no images (.jpg, .jpeg, .png, .webp, .gif, .bmp)")
+        raise ValueError(f"source={listing.uri} holds no images ({', '.join(IMAGE_ENDINGS)})")
     return images
 
 

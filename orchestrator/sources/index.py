@@ -11,9 +11,10 @@ import pyarrow.compute as pc
 from pydantic import BaseModel
 
 from orchestrator import storage
+from orchestrator.images import IMAGE_ENDINGS
 
 EXAMPLES = 5  # of a finding that are named
-IMAGE_NAME = r"(?i)(^|/)[^./][^/]*\.(jpe?g|png|webp|gif|bmp)$"  # a leading dot hides a file
+IMAGE_NAME = rf"(?i)(^|/)[^./][^/]*({'|'.join(map(re.escape, IMAGE_ENDINGS))})$"  # a leading dot hides a file
 _SPLIT_WORDS = {
     "train": "train",
     "training": "train",

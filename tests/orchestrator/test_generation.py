@@ -10,7 +10,9 @@ from models.samplers import SamplerConfig
 from models.unet import ClassifierConfig, UNetConfig
 from orchestrator import storage
 from orchestrator.checkpoints import build, save_weights
-from orchestrator.generation import GenerationConfig, generate, missing_shards, pixel_hashes, plan, read_range
+from orchestrator.generation import generate, missing_shards, plan
+from orchestrator.samples import pixel_hashes, read_range
+from orchestrator.sampling import GenerationConfig
 
 UNET = UNetConfig(
     image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1,), attention_resolutions=(), num_classes=10
@@ -40,7 +42,7 @@ def config(store: str, output: str, **changes: object) -> GenerationConfig:
     settings: dict = {
         "store": store, "weights": "unet.safetensors", "classifier": "classifier.safetensors", "output": output,
         "num_samples": 21, "sampler": SamplerConfig(name="ddpm", num_steps=4), "guidance": GuidanceConfig(scale=2.0),
-        "batch_size": 4, "shard_batches": 2, "num_workers": 0,
+        "batch_size": 4, "shard_size": 8, "num_workers": 0,
     }  # fmt: skip
     return GenerationConfig(**settings | changes)
 
@@ -59,7 +61,7 @@ def test_an_index_depends_on_seed_and_index_only(store: str) -> None:
     whole = read_range(generate(config(store, "whole")), 0, 21)[0]
     fewer = read_range(generate(config(store, "fewer", num_samples=6)), 0, 6)[0]
     assert np.array_equal(whole[:6], fewer), "the number of samples changed one of them"
-    shards = read_range(generate(config(store, "shards", shard_batches=1)), 0, 21)[0]
+    shards = read_range(generate(config(store, "shards", shard_size=4)), 0, 21)[0]
     assert np.array_equal(whole, shards), "the size of shards changed a sample"
     other = read_range(generate(config(store, "other", seed=1)), 0, 21)[0]
     assert not np.array_equal(whole, other)

@@ -1,0 +1,86 @@
+"""Which class each sample shall be of: a pure function of the policy, the seed and the index."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from orchestrator import storage
+from orchestrator.order import Purpose, index_rng
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A policy, read and checked. Called with indices int64 [n] it answers their labels int64 [n], -1 = no class."""
+
+    num_classes: int  # 0 where nothing conditions the samples
+    seed: int
+    balanced: bool = False  # index modulo classes
+    in_turn: tuple[int, ...] = ()  # index i is of in_turn[i mod its length]
+    cumulative: tuple[float, ...] = ()  # drawn by seed: label = the first with cumulative > u, u uniform in [0, 1)
+    sha256: str | None = None  # of the file that it was read from
+
+    def __call__(self, indices: np.ndarray) -> np.ndarray:
+        if not self.num_classes:
+            return np.full(len(indices), -1)
+        if self.balanced:
+            return indices % self.num_classes
+        if self.in_turn:
+            return np.array(self.in_turn)[indices % len(self.in_turn)]
+        draws = [index_rng(self.seed, int(index), Purpose.LABEL) for index in indices]
+        if self.cumulative:
+            return np.searchsorted(self.cumulative, [draw.random() for draw in draws], side="right")
+        return np.array([draw.integers(self.num_classes) for draw in draws], np.int64)
+
+
+def read_labels(policy: str, classes: tuple[str, ...], seed: int, path: Callable[[str], str]) -> Labels:
+    """The policy that a config names.
+
+    "balanced"; "uniform" (drawn by seed); classes in turn, by name or number, as "3,7"; or a .json file, in which a
+    list is taken in turn and an object gives each class the weight with which it is drawn. `path` makes a URI of it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a class that the network does not know, or weights that are no distribution.
+    """
+    if policy in ("balanced", "uniform"):
+        return Labels(len(classes), seed, balanced=policy == "balanced")
+    if not classes:
+        raise ValueError(f"labels={policy!r}: nothing conditions these samples; leave labels at 'balanced'")
+    if not policy.endswith(".json"):
+        return Labels(len(classes), seed, in_turn=_numbers(policy, policy.split(","), classes))
+    data = storage.read_bytes(path(policy))
+    wanted, sha256 = storage.read_json(path(policy)), hashlib.sha256(data).hexdigest()
+    if isinstance(wanted, list) and wanted:
+        return Labels(len(classes), seed, in_turn=_numbers(policy, wanted, classes), sha256=sha256)
+    if isinstance(wanted, dict) and wanted:
+        weights = np.zeros(len(classes))
+        weights[list(_numbers(policy, list(wanted), classes))] = _weights(policy, list(wanted.values()))
+        cumulative = np.cumsum(weights / weights.sum())
+        cumulative[np.flatnonzero(weights)[-1] :] = 1.0  # rounding must not leave a gap below 1
+        return Labels(len(classes), seed, cumulative=tuple(cumulative.tolist()), sha256=sha256)
+    raise ValueError(f"labels={policy!r} holds neither a list of classes nor an object of their weights")
+
+
+def _numbers(policy: str, wanted: list[Any], classes: tuple[str, ...]) -> tuple[int, ...]:
+    """The labels of classes given by name, or else by number."""
+    by_name = {name: number for number, name in enumerate(classes)}
+    by_number = {str(number): number for number in range(len(classes))}
+    names = [str(name).strip() for name in wanted]
+    unknown = [name for name in names if name not in by_name and name not in by_number]
+    if unknown:
+        raise ValueError(
+            f"labels={policy!r}: no class {unknown[0]!r}; the network knows {len(classes)}, from {classes[0]!r} to "
+            f"{classes[-1]!r}"
+        )
+    numbers = [by_name.get(name, by_number.get(name, -1)) for name in names]
+    return tuple(numbers)
+
+
+def _weights(policy: str, values: list[Any]) -> list[float]:
+    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    if not numeric or not np.isfinite(values).all() or min(values) < 0 or not sum(values):
+        raise ValueError(f"labels={policy!r}: the weights must be numbers of 0 or more, not all 0")
+    return values

@@ -1,0 +1,72 @@
+"""Where a generation's settings come from, if not from its own options: a published recommendation, or a search."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from models import zoo
+from models.guidance import GuidanceConfig
+from models.samplers import SamplerConfig
+from models.unet import ClassifierConfig, UNetConfig
+from orchestrator import storage
+
+
+def recommended(name: str) -> dict[str, Any]:
+    """Fields of a generation's config as published for the zoo's model `name`: its first recipe.
+
+    Raises:
+        ValueError: the zoo has no such model, or knows no recommendation for it.
+    """
+    entry = zoo.entry(name)
+    if not entry.recipes or entry.checkpoint is None or isinstance(entry.network, ClassifierConfig):
+        known = [other for other, found in zoo.ZOO.items() if found.recipes and found.checkpoint]
+        raise ValueError(f"like={name!r}: nothing is published on how to sample it; there is for {', '.join(known)}")
+    assert isinstance(entry.network, UNetConfig)
+    if entry.network.low_res_size:
+        raise ValueError(f"like={name!r} is an upsampler: name the model whose samples it enlarges")
+    recipe = entry.recipes[0]
+    return {
+        "weights": entry.checkpoint,
+        "classifier": zoo.entry(recipe.classifier).checkpoint if recipe.classifier else None,
+        "sampler": recipe.sampler,
+        "guidance": recipe.guidance,
+    }
+
+
+class _Setting(BaseModel, extra="forbid"):
+    """What a search can choose. A key that is not here is refused: half a setting would give other samples."""
+
+    scale: float = Field(ge=0)
+    steps: int = Field(ge=2)
+    sampler: Literal["ddpm", "ddim", "dpm_solver", "heun"] | None = None
+    eta: float = Field(0.0, ge=0, le=1)
+    interval: tuple[int, int] | None = None
+
+
+class _Winner(BaseModel):
+    setting: _Setting
+
+
+class _Answer(BaseModel):
+    winner: _Winner
+
+
+def winner(uri: str) -> tuple[SamplerConfig, GuidanceConfig]:
+    """The sampler and guidance that a search found best; `uri` is its search.json, or the folder that holds it.
+
+    A search over scale and steps alone has its sampler in its config.json.
+
+    Raises:
+        FileNotFoundError: no answer there.
+        ValueError: it is none, or has a setting that a generation does not know.
+    """
+    uri = uri if uri.endswith(".json") else storage.join(uri, "search.json")
+    try:
+        setting = _Answer.model_validate(storage.read_json(uri)).winner.setting
+    except ValueError as error:
+        raise ValueError(f"{uri} is not the answer of a search: {error}") from error
+    name = setting.sampler
+    if name is None:
+        name = storage.read_json(storage.join(uri.rsplit("/", 1)[0], "config.json"))["sampler"]
+    sampler = SamplerConfig(name=name, num_steps=setting.steps, eta=setting.eta)
+    return sampler, GuidanceConfig(scale=setting.scale, interval=setting.interval)
