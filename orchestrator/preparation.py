@@ -36,6 +36,7 @@ from orchestrator.sources import (
     read_label_map,
 )
 from orchestrator.sources.adoption import adopt
+from orchestrator.sources.staging import staged_source
 from orchestrator.tracking import tracked
 
 CONTACT_SHEET_IMAGES = 100  # of the picture that shows a prepared dataset
@@ -52,11 +53,25 @@ class PrepareConfig(JobConfig):
     name: str  # what reports call the dataset
     layout: Layout = "auto"  # how the source holds its images; auto: told from its names
     labels: str | None = None  # a label map, CSV or JSON, for images whose names do not say their class
+    copy_parquet: bool = False  # shuffle Parquet into shards of the dataset's own; False: adopt it where it lies
     resolution: int | None = Field(None, gt=0)  # store ADM's centre crops of this size, as PNGs, not whole images
     seed: int = Field(0, ge=0, lt=2**64)  # of the shuffle and of the split
     validation_fraction: float = Field(0.0, ge=0, lt=1)  # share of the training images kept as the split validation
     max_corrupt_fraction: float = Field(0.001, ge=0, le=1)  # stop where a larger share cannot be decoded
     num_workers: int = Field(0, ge=0)  # workers that read and write; 0 = in this process, without Ray
+
+    def adopts(self, layout: Layout) -> bool:
+        """Whether the source stays where it lies.
+
+        Raises:
+            ValueError: it would, but what is asked for needs a copy.
+        """
+        if layout != "parquet" or self.copy_parquet or self.labels:
+            return False
+        for name in ("resolution", "validation_fraction"):
+            if value := getattr(self, name):
+                raise ValueError(f"{name}={value} needs a copy of source={self.source}: pass --copy-parquet")
+        return True
 
 
 def prepare(config: PrepareConfig) -> Manifest:
@@ -72,18 +87,21 @@ def prepare(config: PrepareConfig) -> Manifest:
         ItemsFailed: some shards failed on workers; all others are written.
     """
     output = config.path(config.output)
-    if storage.exists(storage.join(output, "manifest.json")):
-        claim(output, config)
-        return load_manifest(output)
-    listing, layout = _find(config)
-    if layout == "parquet":
-        manifest, findings = adopt(listing, config.name)
-        claim(output, config)
-        return _finish(output, manifest, {"findings": _plain(findings)})
-    with session(config.num_workers):
-        plan = _agree_on_plan(config, output, listing, layout)
-        facts = _write_shards(config, output, plan)
-    return _summarize(config, output, plan, facts)
+    if not storage.exists(storage.join(output, "manifest.json")):
+        listing, layout = _find(config)
+        if config.adopts(layout):
+            manifest, findings = adopt(listing, config.name)
+            claim(output, config)
+            _finish(output, manifest, {"findings": _plain(findings)})
+        else:
+            with session(config.num_workers):
+                plan = _agree_on_plan(config, output, listing, layout)
+                facts = _write_shards(config, output, plan)
+            _summarize(config, output, plan, facts)
+    claim(output, config)
+    if storage.exists(staged := storage.join(output, "staged")):
+        storage.delete(f"{staged}/")
+    return load_manifest(output)
 
 
 def prepare_and_track(config: PrepareConfig) -> str:
@@ -112,9 +130,11 @@ def plan(config: PrepareConfig) -> str:
     if layout == "parquet":
         manifest, _ = adopt(listing, config.name)
         counts = ", ".join(f"{split} {manifest.num_samples(split):,}" for split in manifest.splits)
-        adopted = f"{manifest.adopted}: {counts} images in {len(manifest.classes)} classes"
-        return f"adopts  {adopted}\nwrites  {output}: a manifest"
-    source = _open_source(config, listing, layout)
+        found = f"{manifest.adopted}: {counts} images in {len(manifest.classes)} classes"
+        if config.adopts(layout):
+            return f"adopts  {found}\nwrites  {output}: a manifest"
+        return f"reads   {found}\nwrites  {output}: all of them, shuffled; for the time being, a copy in order"
+    source = _open_source(config, listing, layout, output)
     size = int(source.index["size"].to_numpy().sum())
     images = f"{len(source.index):,} images in {len(source.classes)} classes"
     lines = [f"reads   {config.source} ({layout}): {images}, {size / 2**20:,.1f} MiB in at most as many requests"]
@@ -139,9 +159,14 @@ def _find(config: PrepareConfig) -> tuple[Listing, Layout]:
     return listing, layout
 
 
-def _open_source(config: PrepareConfig, listing: Listing, layout: Layout) -> Source:
+def _open_source(config: PrepareConfig, listing: Listing, layout: Layout, output: str) -> Source:
     labels = read_label_map(config.path(config.labels)) if config.labels else None
-    source = open_source(layout, listing, labels, config.num_workers)
+    if layout == "parquet" and not labels:
+        manifest, _ = adopt(listing, config.name)
+        claim(output, config)
+        source = staged_source(listing, manifest, storage.join(output, "staged"), config.num_workers)
+    else:
+        source = open_source(layout, listing, labels, config.num_workers)
     present = set(np.unique(source.index["label"].to_numpy()).tolist())
     if empty := [name for label, name in enumerate(source.classes) if label not in present]:
         source.findings["classes without images"] = finding(empty)
@@ -152,7 +177,7 @@ def _agree_on_plan(config: PrepareConfig, output: str, listing: Listing, layout:
     """The plan of an earlier attempt, if the source is still what it was; else a new one."""
     digest = listing.digest()
     if (found := read_plan(output)) is None:
-        source = _open_source(config, listing, layout)
+        source = _open_source(config, listing, layout, output)
         claim(output, config)
         order = _order(source, config)
         found = make_plan(source, digest, order, config.resolution)
@@ -210,7 +235,7 @@ def _write_shards(config: PrepareConfig, output: str, plan: Plan) -> list[Facts]
     return [found[number] for number in range(len(plan.shards))]
 
 
-def _summarize(config: PrepareConfig, output: str, plan: Plan, facts: list[Facts]) -> Manifest:
+def _summarize(config: PrepareConfig, output: str, plan: Plan, facts: list[Facts]) -> None:
     """Quarantine, report and manifest out of the shards' facts."""
     by_split = {
         split: [fact for shard, fact in zip(plan.shards, facts, strict=True) if shard.split == split]
@@ -232,7 +257,7 @@ def _summarize(config: PrepareConfig, output: str, plan: Plan, facts: list[Facts
         resolution=config.resolution,
     )
     splits = {split: _class_counts(plan.classes, found) for split, found in by_split.items()}
-    return _finish(output, manifest, {"splits": splits, "findings": _plain(findings)})
+    _finish(output, manifest, {"splits": splits, "findings": _plain(findings)})
 
 
 def _copies(by_split: dict[str, list[Facts]]) -> Findings:
@@ -270,10 +295,10 @@ def _class_counts(classes: tuple[str, ...], facts: list[Facts]) -> dict[str, Any
     }
 
 
-def _finish(output: str, manifest: Manifest, report: dict[str, Any]) -> Manifest:
+def _finish(output: str, manifest: Manifest, report: dict[str, Any]) -> None:
+    """The manifest comes last."""
     storage.write_json(storage.join(output, "report.json"), report)
     storage.create_bytes(storage.join(output, "manifest.json"), storage.json_bytes(manifest.model_dump(mode="json")))
-    return load_manifest(output)
 
 
 def _plain(findings: Findings) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def adopt(listing: Listing, name: str) -> tuple[Manifest, Findings]:
             kind = f"row groups of {split} that are sorted by class"
             findings[kind] = finding(odd)
             log.warning(
-                "%s of %d: batches would hold few classes, whatever the seed; prepare a shuffled copy (copy=True), "
+                "%s of %d: batches would hold few classes, whatever the seed; pass --copy-parquet, which shuffles, "
                 "or train with a larger order.window",
                 f"{len(odd)} {kind}",
                 len(manifest.row_group_sizes(split)),
