@@ -139,6 +139,9 @@ class _News:
 
         def heard(record: Record) -> None:
             self.saved = max(self.saved, record.get("saved", -1))
+            if "warning" in record:
+                log.warning(record["warning"])
+                return
             if "failure" in record and not self.lasting:
                 self.reason, self.lasting = record["failure"], record["lasting"]
             on_record(record)
@@ -159,6 +162,8 @@ def _enter(config: dict[str, Any]) -> None:
 
     context = ray.train.get_context()
     relay = config["relay"]
+    for room in ("cluster", "orchestrator"):
+        logging.getLogger(room).addHandler(_ToDriver(relay))
     try:
         config["loop"](
             WorkerContext(
@@ -175,6 +180,17 @@ def _enter(config: dict[str, Any]) -> None:
         reason = f"{type(error).__name__}: {error}"
         relay.push({"failure": reason, "lasting": isinstance(error, LASTING_ERRORS)})
         raise
+
+
+class _ToDriver(logging.Handler):
+    """Hands warnings to the driver, where somebody sees them."""
+
+    def __init__(self, relay: Any) -> None:
+        super().__init__(logging.WARNING)
+        self._relay = relay
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._relay.push({"warning": record.getMessage()})
 
 
 class _PreemptionNotice:

@@ -1,6 +1,7 @@
 """Checkpoints beside the training: staged at a step's end, written by a thread, old ones removed."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from orchestrator import checkpoints
+from orchestrator.checkpoints import Checkpoint
 from orchestrator.training_config import TrainingConfig
 from orchestrator.training_state import TrainingState
 
@@ -26,8 +28,8 @@ class CheckpointWriter:
     storage fails the training goes on, saying so, and tries again at the next mark; MAX_LOST failures in a row end it.
     """
 
-    def __init__(self, run: str, config: TrainingConfig, on_saved: Callable[[int], None]) -> None:
-        self._run, self._config, self._on_saved = run, config, on_saved
+    def __init__(self, run: str, config: TrainingConfig, after: Callable[[Checkpoint], None]) -> None:
+        self._run, self._config, self._after = run, config, after
         self._attempt = checkpoints.new_attempt()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -40,13 +42,13 @@ class CheckpointWriter:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=True)
 
-    def save(self, state: TrainingState) -> None:
-        """Stage the state and have it written.
+    def save(self, state: TrainingState, wait: bool = False) -> None:
+        """Stage the state and have it written; with `wait`, as at the end, see to it that it is.
 
         Raises:
-            RuntimeError: MAX_LOST checkpoints in a row could not be written; the last error is its cause.
+            RuntimeError: MAX_LOST checkpoints in a row could not be written, or this one with `wait`.
         """
-        if not self._settled(PATIENCE_SECONDS):
+        if not self._settled(math.inf if wait else PATIENCE_SECONDS):
             log.warning(
                 "no checkpoint at %d images: the one before is still being written after %g s; "
                 "raise checkpoint_images, or look at the storage",
@@ -55,18 +57,10 @@ class CheckpointWriter:
             )
             return
         self._stage(state)
-        found = checkpoints.Checkpoint(state.position, self._staged, state.facts())
-        self._pending = self._thread.submit(self._write, found)
-
-    def finish(self) -> None:
-        """Wait until everything is written.
-
-        Raises:
-            Exception: what kept the last checkpoint from being written.
-        """
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+        self._pending = self._thread.submit(self._write, Checkpoint(state.position, self._staged, state.facts()))
+        if wait:
+            self._lost = MAX_LOST - 1  # nobody tries again later
+            self._settled(math.inf)
 
     def poll(self) -> None:
         """Look, without waiting, whether the last checkpoint is written. Raises as `save` does."""
@@ -84,9 +78,9 @@ class CheckpointWriter:
             self._lost = 0
             return True
         self._lost += 1
-        log.warning("a checkpoint could not be written, the training goes on without it: %s", error)
         if self._lost >= MAX_LOST:
-            raise RuntimeError(f"{MAX_LOST} checkpoints in a row could not be written: {error}") from error
+            raise RuntimeError(f"the last checkpoints could not be written: {error}") from error
+        log.warning("a checkpoint could not be written, the training goes on without it: %s", error)
         return True
 
     def _stage(self, state: TrainingState) -> None:
@@ -100,8 +94,8 @@ class CheckpointWriter:
         if on_gpu:
             torch.cuda.synchronize()
 
-    def _write(self, checkpoint: checkpoints.Checkpoint) -> None:
+    def _write(self, checkpoint: Checkpoint) -> None:
         checkpoints.save_checkpoint(self._run, checkpoint, self._attempt)
-        self._on_saved(checkpoint.position)
+        self._after(checkpoint)
         keep, keep_every = self._config.keep_checkpoints, self._config.keep_every_images
         checkpoints.prune_checkpoints(self._run, checkpoint.position, keep, keep_every)

@@ -204,10 +204,14 @@ def save_weights(
     architecture: UNetConfig | ClassifierConfig,
     diffusion: DiffusionConfig,
     classes: tuple[str, ...],
+    training: dict[str, Any] | None = None,
 ) -> None:
-    """Stream a safetensors file that carries its architecture; an existing one is left as it is."""
+    """Stream a safetensors file that carries its architecture; an existing one is left as it is.
+
+    `training` is small JSON on where the weights come from, such as the images seen.
+    """
     if not storage.exists(uri):
-        _write_tensors(uri, weights, _about(architecture, diffusion, classes))
+        _write_tensors(uri, weights, _about(architecture, diffusion, classes, training))
 
 
 def encode_weights(
@@ -222,7 +226,10 @@ def encode_weights(
 
 
 def _about(
-    architecture: UNetConfig | ClassifierConfig, diffusion: DiffusionConfig, classes: tuple[str, ...]
+    architecture: UNetConfig | ClassifierConfig,
+    diffusion: DiffusionConfig,
+    classes: tuple[str, ...],
+    training: dict[str, Any] | None = None,
 ) -> dict[str, str]:
     """What a weights file says of itself, in the header."""
     about = {
@@ -231,8 +238,23 @@ def _about(
         "architecture": architecture.model_dump(mode="json"),
         "diffusion": diffusion.model_dump(mode="json"),
         "classes": list(classes),
+        "training": training or {},
     }
     return {"admiral": json.dumps(about)}
+
+
+def weights_about(uri: str) -> dict[str, Any]:
+    """What a weights file says of itself, without reading its tensors.
+
+    Raises:
+        ValueError: it is not a weights file of Admiral's.
+    """
+    with storage.open_input(uri) as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            return json.loads(json.loads(file.read(length))["__metadata__"]["admiral"])
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{uri} is not a weights file of Admiral's: its header has no {error}") from error
 
 
 def latest_weights(run: str, kind: str | None = None) -> str:

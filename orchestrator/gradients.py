@@ -2,10 +2,9 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.collectives import Group
@@ -32,15 +31,10 @@ def make_reduction(
     if not exact and context.world_size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     images = config.batch_size if exact else config.batch_size // context.world_size  # the tree sums, DDP averages
-    dtype = getattr(torch, config.dtype)
 
     def backward(model: nn.Module, batch: Batch) -> Terms:
-        def network(*args: Any, **inputs: Any) -> Tensor:
-            with torch.autocast(context.device.type, dtype, enabled=dtype != torch.float32):
-                return model(*args, **inputs)
-
         torch.manual_seed(_dropout_seed(config, state.position, batch))
-        terms = losses(network, batch)
+        terms = losses(config.in_dtype(model), batch)
         (terms["loss"].sum() * (state.loss_scale / images)).backward()
         return {name: values.detach() for name, values in terms.items()}
 

@@ -12,7 +12,7 @@ from models.diffusion import Diffusion, TimestepSampler
 from models.images import from_uint8, shrink
 from orchestrator.dataset import Microbatch
 from orchestrator.order import Purpose, sample_rng
-from orchestrator.training_config import AdmConfig, NoisyClassifierConfig
+from orchestrator.training_config import AdmConfig, Config, NoisyClassifierConfig
 
 Terms = dict[str, Tensor]  # float [n] by name; "loss" is minimised, "t" int64 [n] are the timesteps
 Network = Callable[..., Tensor]
@@ -61,6 +61,14 @@ def make_batches(
         )
         batches.append(Batch(x_start, y, noises, u, *places[begin]))
     return batches
+
+
+def make_losses(config: Config, timesteps: TimestepSampler) -> Losses:
+    """The loss terms of a diffusion model or a noisy classifier, at timesteps that `timesteps` draws."""
+    diffusion = Diffusion(config.diffusion)
+    if isinstance(config, AdmConfig):
+        return adm_losses(config, diffusion, timesteps)
+    return classifier_losses(config, diffusion, timesteps)
 
 
 def adm_losses(config: AdmConfig, diffusion: Diffusion, timesteps: TimestepSampler) -> Losses:

@@ -18,20 +18,23 @@ from cluster.session import session
 from cluster.trainer import WorkerContext, run_workers
 from cluster.watchdog import Watchdog
 from models import zoo
-from models.diffusion import Diffusion, LossSecondMomentTimesteps
+from models.diffusion import LossSecondMomentTimesteps
 from orchestrator import checkpoints, storage
 from orchestrator.checkpoint_writer import CheckpointWriter
 from orchestrator.config import claim
 from orchestrator.dataset import Manifest, batches, load_manifest
 from orchestrator.gradients import fixed_arithmetic, make_reduction
-from orchestrator.losses import Batch, Losses, Terms, adm_losses, classifier_losses, make_batches
+from orchestrator.initial_weights import begin_with
+from orchestrator.losses import Batch, Terms, make_batches, make_losses
 from orchestrator.meter import Meter
 from orchestrator.order import OrderPlan
 from orchestrator.previews import previews
 from orchestrator.progress import progress_line
+from orchestrator.snapshots import final_weights, is_due, write_snapshots
 from orchestrator.tracking import tracked
 from orchestrator.training_config import AdmConfig, Config, NoisyClassifierConfig, TrainingConfig
 from orchestrator.training_state import TrainingState, take_step
+from orchestrator.validation import Validation, validation_count
 
 CPUS_OF_WORKER = 2  # one for the training process, one for the tasks that read its data
 
@@ -53,7 +56,7 @@ def train(config: Config) -> str:
     run = config.path(config.output)
     config = _with_classes(config, load_manifest(config.path(config.dataset)))
     claim(run, config)
-    if storage.exists(_final_weights(run, config)):
+    if storage.exists(final_weights(run, config)):
         print(f"{run} is trained already: {config.images:,} images")
         return run
     job = "train classifier" if isinstance(config, NoisyClassifierConfig) else "train"
@@ -66,8 +69,11 @@ def train(config: Config) -> str:
         def on_record(record: dict[str, Any]) -> None:
             if "picture" in record:
                 tracker.picture(record["picture"], record["png"])
+            if "resumed" in record:
+                progress.update_to(record["resumed"])
             if "metrics" in record:
-                progress.update_to(record["images"], loss=record["metrics"]["loss"])
+                shown = {name: value for name, value in record["metrics"].items() if name in ("loss", "accuracy")}
+                progress.update_to(record["images"], **shown)
                 tracker.metrics(record["metrics"], step=record["images"])
             if "stacks" in record:
                 name = f"stacks/images-{progress.done:012d}-rank-{record['rank']}.txt"
@@ -81,7 +87,7 @@ def train(config: Config) -> str:
             max_failures=config.max_failures,
             use_gpu=config.use_gpu,
         )
-    if stopped and not storage.exists(_final_weights(run, config)):
+    if stopped and not storage.exists(final_weights(run, config)):
         raise RuntimeError(f"stopped before its end; the same command goes on from the last checkpoint in {run}")
     print(f"{run} is trained: {config.images:,} images, weights in {storage.join(run, 'weights')}")
     return run
@@ -131,16 +137,6 @@ def _with_classes(config: Config, manifest: Manifest) -> Config:
     return config
 
 
-def _final_weights(run: str, config: Config) -> str:
-    """The last object that a training writes."""
-    name = f"ema-{config.ema_rates[-1]}" if isinstance(config, AdmConfig) else "raw"
-    return _weights(run, config.length, name)
-
-
-def _weights(run: str, position: int, name: str) -> str:
-    return storage.join(run, "weights", f"images-{position:012d}-{name}.safetensors")
-
-
 def _order(config: TrainingConfig, manifest: Manifest) -> OrderPlan:
     return OrderPlan(manifest.row_group_sizes("train"), config.batch_size, config.order)
 
@@ -153,16 +149,27 @@ def train_loop(config: Config, context: WorkerContext) -> None:
     run = config.path(config.output)
     manifest = load_manifest(config.path(config.dataset))
     group = Group(context.rank, context.world_size)
-    state = TrainingState(config, context.device)
+    state = TrainingState(config, context.device, _validation_count(config, manifest))
+
+    def after_saving(checkpoint: checkpoints.Checkpoint) -> None:
+        context.report({"saved": checkpoint.position})
+        if is_due(config, checkpoint.position):
+            write_snapshots(run, config, manifest.classes, checkpoint)
+
     with (
         fixed_arithmetic(config),
-        CheckpointWriter(run, config, lambda position: context.report({"saved": position})) as writer,
+        CheckpointWriter(run, config, after_saving) as writer,
         Watchdog(context.rank, context.report) as watchdog,
     ):
-        # Go on from the newest sound checkpoint.
+        # Go on from the newest sound checkpoint; what a kill kept it from leaving behind is made up for.
         if state.restore(run, group):
-            log.info("resuming at %d images", state.position)
-        reduced_gradients = make_reduction(config, context, group, state, _losses(config, state))
+            if context.rank == 0:
+                context.report({"resumed": state.position})
+                after_saving(checkpoints.Checkpoint(state.position, state.tensors(), state.facts()))
+        else:
+            begin_with(config, state, group)
+        reduced_gradients = make_reduction(config, context, group, state, make_losses(config, state.timesteps))
+        validation = Validation(config, manifest, group) if config.validation_images else None
         meter = Meter(config, context, group)
         stream = _ahead(_shares(config, context, manifest, state.position))
 
@@ -179,23 +186,27 @@ def train_loop(config: Config, context: WorkerContext) -> None:
             meter.add(terms, norm, replaced)
 
             # Numbers, pictures and checkpoints at their marks; stopping at a step's end, all workers together.
-            if _passed(config.log_images, config, state):
+            at, ended = state.position, state.position >= config.length
+            if config.passes(config.log_images, at):
                 meter.report(state)
+            if validation and config.validation_images and (ended or config.passes(config.validation_images, at)):
+                metrics = validation.look(state)
+                if context.rank == 0:
+                    context.report({"images": at, "metrics": metrics})
+            if isinstance(config, AdmConfig) and context.rank == 0 and config.passes(config.preview_images, at):
+                for picture in previews(config, state, manifest):
+                    context.report(picture)
             if context.rank == 0:
-                if isinstance(config, AdmConfig) and _passed(config.preview_images, config, state):
-                    for picture in previews(config, state, manifest):
-                        context.report(picture)
-                if stopping or preempted or _passed(config.checkpoint_images, config, state):
-                    writer.save(state)
+                last, marked = stopping or ended, config.passes(config.checkpoint_images, at)
+                if last or marked or preempted or is_due(config, at):
+                    writer.save(state, wait=last)
                 writer.poll()
             if stopping:
                 break
-        if context.rank == 0:
-            if state.position >= config.length:
-                writer.save(state)
-            writer.finish()
-    if context.rank == 0 and state.position >= config.length:
-        _write_weights(config, run, state, manifest)
+
+
+def _validation_count(config: Config, manifest: Manifest) -> int:
+    return validation_count(config, manifest) if config.validation_images else 0
 
 
 def _shares(
@@ -214,11 +225,7 @@ def _shares(
         end=config.length,
         use_ray=context.streams_on_cluster,
     )
-    rows = config.batch_size // context.world_size
-    if config.reduction == "exact":
-        rows = config.batch_size // config.order.num_streams
-    elif config.microbatch_size:
-        rows = config.microbatch_size
+    rows = config.microbatch_rows(context.world_size)
     for microbatches in stream:
         replaced = sum(int(m.replaced.sum()) for m in microbatches)
         pinned = context.device.type == "cuda"
@@ -234,28 +241,9 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def _losses(config: Config, state: TrainingState) -> Losses:
-    diffusion = Diffusion(config.diffusion)
-    if isinstance(config, AdmConfig):
-        return adm_losses(config, diffusion, state.timesteps)
-    return classifier_losses(config, diffusion, state.timesteps)
-
-
 def _learn_timesteps(state: TrainingState, group: Group, found: list[Terms]) -> None:
     """Tell the loss-aware timestep sampler of all workers' losses, in the canonical order of the streams."""
     if isinstance(state.timesteps, LossSecondMomentTimesteps):
         t, losses = (torch.cat([terms[name] for terms in found]).cpu().numpy() for name in ("t", "unweighted_loss"))
         for pair in group.gather((t, losses)):
             state.timesteps.update(*pair)
-
-
-def _passed(every: int, config: TrainingConfig, state: TrainingState) -> bool:
-    """Whether the step just done went over a multiple of `every` images."""
-    return state.position // every > (state.position - config.batch_size) // every
-
-
-def _write_weights(config: Config, run: str, state: TrainingState, manifest: Manifest) -> None:
-    """Every average of the weights (or, where there is none, the weights) as a file that carries its architecture."""
-    for name, weights in (state.averages or {"raw": dict(state.model.state_dict())}).items():
-        uri = _weights(run, state.position, name)
-        checkpoints.save_weights(uri, weights, config.model, config.diffusion, manifest.classes)

@@ -1,10 +1,14 @@
 """What decides a training: one config for the diffusion models, one for the noisy classifier."""
 
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import BaseModel, Field, model_validator
+from torch import Tensor
 
 from models.diffusion import DiffusionConfig
+from models.ema import gamma_of
 from models.samplers import SamplerConfig
 from models.unet import ClassifierConfig, UNetConfig
 from orchestrator.config import JobConfig
@@ -52,6 +56,9 @@ class TrainingConfig(JobConfig):
     checkpoint_images: int = Field(1_000_000, gt=0)  # images from one checkpoint to the next
     keep_checkpoints: int = Field(3, gt=0)  # newest checkpoints that are kept
     keep_every_images: int | None = Field(None, gt=0)  # keep those at multiples of this for ever, too
+    snapshot_images: int | None = Field(None, gt=0)  # images from one set of weights to the next; None = at the end
+    validation_images: int | None = Field(None, gt=0)  # images from one look at the validation split to the next
+    validation_samples: int = Field(1_000, gt=1)  # images of that split that are looked at
     log_images: int = Field(10_000, gt=0)  # images from one line of numbers to the next
     num_workers: int = Field(1, ge=0)  # training workers; 0 = in this process, without Ray
     use_gpu: bool = False  # one GPU for each worker
@@ -61,6 +68,26 @@ class TrainingConfig(JobConfig):
     def length(self) -> int:
         """Images of the training in whole steps."""
         return -(-self.images // self.batch_size) * self.batch_size
+
+    def passes(self, every: int, position: int) -> bool:
+        """Whether the step that ended at `position` images went over a multiple of `every` images."""
+        return position // every > (position - self.batch_size) // every
+
+    def microbatch_rows(self, world_size: int) -> int:
+        """Images of a forward pass: a worker's share of a step or less, with reduction=exact a stream's share."""
+        if self.reduction == "exact":
+            return self.batch_size // self.order.num_streams
+        return self.microbatch_size or self.batch_size // world_size
+
+    def in_dtype(self, network: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """`network` with its convolutions and attention computed in the config's dtype."""
+        dtype = getattr(torch, self.dtype)
+
+        def call(x: Tensor, *args: Any, **inputs: Any) -> Tensor:
+            with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+                return network(x, *args, **inputs)
+
+        return call
 
     @model_validator(mode="after")
     def _splits_evenly(self) -> "TrainingConfig":
@@ -95,8 +122,23 @@ class AdmConfig(TrainingConfig):
     model: UNetConfig
     timesteps: Literal["uniform", "loss_second_moment"] = "uniform"  # how often each is trained; IDDPM section 3.3
     ema_rates: tuple[float, ...] = Field((0.9999,), min_length=1)  # one average of the weights for each rate
+    power_emas: tuple[float, ...] = ()  # lengths (sigma_rel) of power-function averages; (0.05, 0.1) = post-hoc EMA
     preview_images: int = Field(10_000_000, gt=0)  # images from one picture of samples to the next
     preview: SamplerConfig = SamplerConfig(name="ddim", num_steps=25)  # how those samples are drawn
+
+    @model_validator(mode="after")
+    def _check_averages(self) -> "AdmConfig":
+        for rate in self.ema_rates:
+            if not 0 <= rate < 1:
+                raise ValueError(f"ema_rates has {rate}; a rate is in [0, 1)")
+        for sigma_rel in self.power_emas:
+            gamma_of(sigma_rel)
+        if self.power_emas and self.snapshot_images is None:
+            raise ValueError(
+                f"power_emas={self.power_emas} are of use only with snapshots to put together afterwards: "
+                f"set snapshot_images, to {max(self.images // 16, 1)} or so"
+            )
+        return self
 
 
 class NoisyClassifierConfig(TrainingConfig):

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,19 +11,25 @@ from torch import Tensor, nn
 
 from cluster.collectives import Group
 from models.diffusion import LossSecondMomentTimesteps, TimestepSampler, UniformTimesteps
+from models.ema import gamma_of, power_decay
 from orchestrator import checkpoints
 from orchestrator.order import Purpose, keyed_rng
 from orchestrator.training_config import AdmConfig, Config, TrainingConfig
 
 MESSAGE_BYTES = 256 << 20  # of a restored state that travel to the other workers at once
 
+_FACTS = ("updates", "bad_steps", "log2_loss_scale", "best_validation_position", "overfits")
+
 log = logging.getLogger(__name__)
 
 
 class TrainingState:
-    """Weights, their averages, the optimizer, the loss scale, the timestep sampler's history, and the position."""
+    """Weights, their averages, the optimizer, the loss scale, the timestep sampler's history, and the position.
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    `validation_images` is how many images of the validation split are looked at, 0 if none.
+    """
+
+    def __init__(self, config: Config, device: torch.device, validation_images: int = 0) -> None:
         torch.manual_seed(int(keyed_rng(Purpose.WEIGHTS, config.order.seed).integers(2**63)))
         self.model = checkpoints.build(config.model).to(device)
         if device.type == "cuda":  # on CPUs it makes GroupNorm slower
@@ -36,12 +43,17 @@ class TrainingState:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-        self.averages: dict[str, dict[str, Tensor]] = {}
-        self._rates: dict[str, float] = {}
+        self._decays: dict[str, Callable[[int], float]] = {}  # what each average keeps of itself at an update
         if isinstance(config, AdmConfig):
-            self._rates = {f"ema-{rate}": rate for rate in config.ema_rates}
-            self.averages = {name: _copy_of(self.model) for name in self._rates}
+            self._decays = {f"ema-{rate}": partial(_constant, rate) for rate in config.ema_rates}
+            self._decays |= {f"power-{s}": partial(power_decay, gamma_of(s)) for s in config.power_emas}
+        self.averages = {name: _copy_of(self.model) for name in self._decays}
         self.timesteps = _timestep_sampler(config)
+        self.best_validation: Tensor | None = None  # losses float64 [images] at the best look at the validation split
+        if validation_images:
+            self.best_validation = torch.full((validation_images,), torch.inf, dtype=torch.float64)
+        self.best_validation_position = 0
+        self.overfits = False  # since the best look the loss has surely risen
         self.position = 0  # images seen
         self.updates = 0  # steps that were not skipped
         self.bad_steps = 0  # steps skipped since the last good one
@@ -53,10 +65,10 @@ class TrainingState:
         return 2.0**self.log2_loss_scale
 
     def update_averages(self) -> None:
-        """e = r e + (1 - r) p for every rate r, in float32."""
+        """e = r e + (1 - r) p for every average's decay r, in float32."""
         parameters = [tensor.detach() for tensor in self.model.parameters()]
         for name, average in self.averages.items():
-            torch._foreach_lerp_(list(average.values()), parameters, 1 - self._rates[name])
+            torch._foreach_lerp_(list(average.values()), parameters, 1 - self._decays[name](self.updates))
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name: the live tensors, not copies."""
@@ -68,16 +80,16 @@ class TrainingState:
         if isinstance(self.timesteps, LossSecondMomentTimesteps):
             found["timesteps.history"] = torch.from_numpy(self.timesteps.history)
             found["timesteps.counts"] = torch.from_numpy(self.timesteps.counts)
+        if self.best_validation is not None:
+            found["validation.best"] = self.best_validation
         return found
 
     def facts(self) -> dict[str, Any]:
         """The rest of it, small enough for JSON."""
-        return {"updates": self.updates, "bad_steps": self.bad_steps, "log2_loss_scale": self.log2_loss_scale}
+        return {name: getattr(self, name) for name in _FACTS}
 
     def restore(self, run: str, group: Group) -> bool:
-        """Take over the newest sound checkpoint of `run`, or where there is none rank 0's fresh weights.
-
-        Rank 0 reads for all workers.
+        """Take over the newest sound checkpoint of `run`, if there is one. Rank 0 reads it for all workers.
 
         Raises:
             ValueError: it holds other tensors than this state.
@@ -88,8 +100,8 @@ class TrainingState:
         for piece in group.from_first(_pieces(run)):
             if isinstance(piece, checkpoints.Checkpoint):
                 self.position, restored = piece.position, True
-                self.updates, self.bad_steps = piece.facts["updates"], piece.facts["bad_steps"]
-                self.log2_loss_scale = piece.facts["log2_loss_scale"]
+                for name in _FACTS:
+                    setattr(self, name, piece.facts[name])
                 for name, tensor in piece.tensors.items():
                     if name not in live or live[name].shape != tensor.shape:
                         raise ValueError(f"the checkpoint in {run} has {name} {tuple(tensor.shape)}: not this model's")
@@ -97,9 +109,6 @@ class TrainingState:
                     missing.remove(name)
         if restored and missing:
             raise ValueError(f"the checkpoint in {run} lacks {min(missing)}, which this model has")
-        if not restored:  # drawn alike, but not every kind of processor rounds alike
-            device = next(self.model.parameters()).device
-            group.copy_from_first([tensor for tensor in live.values() if tensor.device == device])
         return restored
 
 
@@ -151,6 +160,10 @@ def _timestep_sampler(config: Config) -> TimestepSampler:
     if isinstance(config, AdmConfig) and config.timesteps == "loss_second_moment":
         return LossSecondMomentTimesteps(count)
     return UniformTimesteps(count)
+
+
+def _constant(rate: float, update: int) -> float:
+    return rate
 
 
 def _copy_of(model: nn.Module) -> dict[str, Tensor]:

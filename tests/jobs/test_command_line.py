@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 
 from jobs.command_line import main, parse
-from orchestrator import presets
+from orchestrator import presets, training_presets
 from orchestrator.config import JobConfig
 
 ALL_PRESETS: dict[str, Callable[[], Any]] = {
     "prepare_dataset": presets.dataset_presets,
-    "train_adm": presets.adm_presets,
-    "train_classifier": presets.classifier_presets,
+    "train_adm": training_presets.adm_presets,
+    "train_classifier": training_presets.classifier_presets,
     "tune_guidance": presets.search_presets,
     "generate_samples": presets.generation_presets,
     "evaluate_samples": presets.evaluation_presets,
-    "train_upsampler": presets.upsampler_presets,
+    "train_upsampler": training_presets.upsampler_presets,
     "estimate_likelihood": presets.likelihood_presets,
     "convert_weights": presets.conversion_presets,
     "quickstart": presets.quickstart_presets,
@@ -47,7 +47,7 @@ def test_help_explains_every_option(job: str, capsys: pytest.CaptureFixture[str]
 
 
 def test_overrides_reach_nested_fields() -> None:
-    config = parse("Train.", presets.adm_presets(), ["digits", "--model.dropout", "0.25", "--order.seed", "7"])
+    config = parse("Train.", training_presets.adm_presets(), ["digits", "--model.dropout", "0.25", "--order.seed", "7"])
     assert config.model.dropout == 0.25
     assert config.order.seed == 7
 
@@ -65,7 +65,7 @@ def test_overrides_reach_nested_fields() -> None:
 )
 def test_a_wrong_command_line_is_one_line(argv: list[str], wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        parse("Train.", presets.adm_presets(), argv)
+        parse("Train.", training_presets.adm_presets(), argv)
     assert end.value.code == 2
     message = capsys.readouterr().err
     assert message.startswith("job.py: error: ") and message.count("\n") == 1
