@@ -49,7 +49,7 @@ def main(options: Options) -> None:
     ideal = sum(lengths) / options.actors
     print(
         f"{options.ranges:,} ranges of {options.seconds:g} s on {options.actors:,} actors: {seconds:.1f} s, "
-        f"of an ideal {ideal:.1f} s ({ideal / seconds:.1%}); {options.ranges / seconds:,.0f} ranges/s; tail {tail:.2f} s; "
+        f"ideally {ideal:.1f} s ({ideal / seconds:.1%}); {options.ranges / seconds:,.0f} ranges/s, tail {tail:.2f} s; "
         f"driver's memory at a tenth {memory[0] / 2**20:.2f} MiB, at the end {memory[1] / 2**20:.2f} MiB"
     )
 

@@ -47,6 +47,7 @@ class Demo:
     kills: int = 10  # sampling workers to SIGKILL
     driver_kills: int = 2  # times that the driver is SIGKILLed and started again
     seed: int = 0  # of the moments and the victims
+    shard_size: int = 512  # images in a shard
     folder: str = "runs/demo-50k"  # networks, curves and the tracking file
     settings: tuple[str, ...] = (
         "--sampler.name", "ddim", "--sampler.num-steps", "10", "--guidance.scale", "1.0",
@@ -112,10 +113,9 @@ def generate(demo: Demo, output: str, events: list[tuple[float, str]], rng: Any 
     """Run the job to its end, whatever is killed on the way: at each (share of shards done, victim) of `events`."""
     command = [
         sys.executable, "jobs/generate_samples.py", "digits", "--store", demo.folder, "--output", output,
-        "--num-samples", str(demo.samples), "--num-workers", "2", *demo.settings,
+        "--num-samples", str(demo.samples), "--shard-size", str(demo.shard_size), "--num-workers", "2", *demo.settings,
     ]  # fmt: skip
-    planned = subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    run, begun, life = Run(int(planned.split(" shards are missing")[0].rsplit(" ", 1)[-1])), time.monotonic(), 0
+    run, begun, life = Run(-(-demo.samples // demo.shard_size)), time.monotonic(), 0
     driver = subprocess.Popen(command, cwd=ROOT)
     while driver.poll() is None:
         time.sleep(LOOK_SECONDS)
