@@ -5,6 +5,10 @@ from pathlib import Path
 import pytest
 
 from cluster.session import address
+from jobs.command_line import parse
+from orchestrator.generation import make_generator
+from orchestrator.presets import generation_presets
+from orchestrator.samples import Shard, check_shard
 from tests.chaos.demo_50k import Demo, Run, broken_promises, demonstrate
 from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
 
@@ -24,6 +28,12 @@ def test_in_small(ray_session: None, s3_bucket: str, tmp_path: Path, monkeypatch
     print(result)
     assert result["broken"] == [] and (tmp_path / "memory.png").exists()
     assert (result["kills"], result["driver_kills"], result["missing"], result["doubled"]) == (2, 1, 0, 0)
+
+    here = ("digits", *demo.settings, "--output", f"{tmp_path}/here", "--shard-size", "16", "--num-workers", "0")
+    make_shard = make_generator(parse("", generation_presets(), list(here)))
+    for shard in (Shard(16, 32), Shard(384, 390)):
+        made = make_shard(shard).digests
+        assert made == (check_shard(f"{s3_bucket}/disturbed", shard),), "without a pool the pixels are others"
 
 
 def test_a_broken_promise_is_said() -> None:

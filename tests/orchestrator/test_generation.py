@@ -10,15 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from models import zoo
 from models.guidance import GuidanceConfig
 from models.samplers import SamplerConfig
 from orchestrator import generation, sampling, storage
 from orchestrator.checkpoints import Network
-from orchestrator.generation import flops, generate, make_generator, missing_shards, plan
-from orchestrator.labels import Labels
+from orchestrator.generation import generate, make_generator, missing_shards, plan
 from orchestrator.samples import Shard, check_shard, list_shards, pixel_hashes, read_range
-from orchestrator.sampling import GenerationConfig, Networks, canonical_batch, fastest, load_networks
+from orchestrator.sampling import GenerationConfig, canonical_batch, fastest, load_networks
 from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
 
 
@@ -290,14 +288,3 @@ def test_gpus_that_are_not_there_are_an_error(store: str) -> None:
         pytest.skip("there is one")
     with pytest.raises(ValueError, match="sees no GPU"):
         sampling.prepare_device(config(store, "any", num_gpus=1.0))
-
-
-def test_the_price_is_that_of_the_published_models(store: str) -> None:
-    def network(name: str) -> Network:
-        return Network(torch.nn.Identity(), zoo.entry(name).network, zoo.entry(name).diffusion, (), "")
-
-    networks = Networks(network("adm-256"), network("classifier-256"), None, Labels(1000, 0))
-    wanted = config(store, "any", sampler=SamplerConfig(num_steps=250), guidance=GuidanceConfig(scale=1.0))
-    assert flops(networks, wanted) / 250 == pytest.approx(2.53e12, rel=0.01)  # a guided step
-    hours = 50_000 * flops(networks, wanted) / (generation.UTILIZATION * generation.PEAK_FLOPS["H100"]) / 3600
-    assert hours == pytest.approx(22, rel=0.02)
