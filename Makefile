@@ -6,10 +6,10 @@ INSTALLED := .venv/.installed
 STORE ?= local
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup quickstart test test-all lint clean
+.PHONY: help setup quickstart test test-all demo-50k lint clean
 
 help:  ## the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 setup: $(INSTALLED)  ## the virtual environment .venv with the pinned packages
 
@@ -28,6 +28,9 @@ test: $(INSTALLED) lint  ## the tests that CI runs
 
 test-all: $(INSTALLED) lint  ## every test
 	$(BIN)/python -m pytest
+
+demo-50k: $(INSTALLED)  ## SAMPLES=50000 KILLS=10 SEED=0: samples under kills, compared and measured
+	$(BIN)/python -m tests.chaos.demo_50k --samples $(or $(SAMPLES),50000) --kills $(or $(KILLS),10) --seed $(or $(SEED),0)
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Generation: samples that are functions of (config, seed, index), written as finished shards by a pool of workers."""
 
-import importlib.metadata
+import contextlib
 import logging
 import subprocess
 import time
@@ -16,13 +16,11 @@ import torch
 
 from cluster.session import session
 from cluster.workers import map_items
-from models.guidance import GuidanceConfig
-from models.unet import UNetConfig
-from models.zoo import count_parameters, forward_multiply_adds
 from orchestrator import storage
 from orchestrator.exports import export_npz, export_png
 from orchestrator.noise import NoiseAhead
 from orchestrator.pictures import grid_png, png
+from orchestrator.price import price
 from orchestrator.progress import Progress, progress_line
 from orchestrator.samples import (
     DamagedShard,
@@ -45,7 +43,6 @@ from orchestrator.sampling import (
     Networks,
     canonical_batch,
     decisive,
-    evaluations,
     load_networks,
     make_batch,
     noise_plan,
@@ -58,8 +55,6 @@ from orchestrator.tracking import Tracker, tracked
 METRICS_SECONDS = 5.0  # between two reports to MLflow
 PICTURE_SECONDS = 30.0  # between two contact sheets
 SHEET = 100  # images of a contact sheet
-PEAK_FLOPS = {"V100": 125e12, "A100": 312e12, "H100": 989e12}  # dense 16 bit, by the makers' data sheets
-UTILIZATION = 0.4  # of the peak, which good code reaches; the published code reached 0.14 (guided, A100)
 
 log = logging.getLogger(__name__)
 
@@ -196,9 +191,6 @@ def folders_of(config: GenerationConfig) -> list[str]:
     return [output, storage.join(output, "upsampled")] if config.upsampler else [output]
 
 
-# ------------------------------------------------------------------------------------------------ its price
-
-
 def missing_shards(config: GenerationConfig) -> list[Shard]:
     """The shards that are not there yet, by their names."""
     there = [set(list_shards(folder)) for folder in folders_of(config)]
@@ -208,46 +200,11 @@ def missing_shards(config: GenerationConfig) -> list[Shard]:
 
 def plan(config: GenerationConfig) -> str:
     """What a generation would read, write and cost."""
-    networks, todo = load_networks(config, "cpu"), missing_shards(config)
+    todo, shards = missing_shards(config), -(-config.num_samples // config.shard_size)
     images = sum(shard.end - shard.begin for shard in todo)
-    inputs = [config.path(path) for path in (config.weights, config.classifier, config.upsampler) if path]
-    per_image = evaluations(config.sampler, config.guidance)
-    if networks.upsampler:
-        per_image += evaluations(config.upsampling, GuidanceConfig())
-    work, parameters = flops(networks, config), [count_parameters(n.architecture) for n in _stages(networks)]
-    pixels = [3 * n.architecture.image_size**2 for n in _stages(networks) if isinstance(n.architecture, UNetConfig)]
-    hours = ", ".join(f"{gpu} {images * work / (peak * UTILIZATION) / 3600:,.3g}" for gpu, peak in PEAK_FLOPS.items())
-    shards = -(-config.num_samples // config.shard_size)
     return "\n".join(
-        [
-            f"reads   {', '.join(inputs)}: {sum(parameters) / 1e6:,.1f} M parameters",
-            f"        {4 * sum(parameters) / 2**30:,.2f} GiB of them on each worker, beside the activations of a batch",
-            f"writes  {config.path(config.output)}: {len(todo)} of {shards} shards are missing, "
-            f"at most {images * sum(pixels) / 1e9:,.3g} GB",
-            f"work    {images:,} images x {per_image} network evaluations = {images * work / 1e15:,.4g} PFLOP",
-            f"        GPU-hours at {UTILIZATION:.0%} of the 16-bit peak: {hours}",
-        ]
+        [f"makes   {config.path(config.output)}: {len(todo)} of {shards} shards are missing", *price(config, images)]
     )
-
-
-def flops(networks: Networks, config: GenerationConfig) -> float:
-    """Floating-point operations of one image, 2 for each multiply-add; a guided step adds the classifier twice."""
-    steps = guided = evaluations(config.sampler, GuidanceConfig())
-    total = forward_multiply_adds(networks.weights.architecture) * steps
-    if networks.classifier and config.guidance.scale:
-        if config.guidance.interval is not None:
-            first, last = config.guidance.interval
-            guided = round(guided * min(1.0, (last - first + 1) / networks.weights.diffusion.num_timesteps))
-        total += 2 * forward_multiply_adds(networks.classifier.architecture) * guided
-    if networks.upsampler:
-        total += forward_multiply_adds(networks.upsampler.architecture) * evaluations(
-            config.upsampling, GuidanceConfig()
-        )
-    return 2.0 * total
-
-
-def _stages(networks: Networks) -> list[Any]:
-    return [network for network in (networks.weights, networks.classifier, networks.upsampler) if network]
 
 
 # ------------------------------------------------------------------------------------------------ in every worker
@@ -287,9 +244,10 @@ def _make_sampler(config: GenerationConfig) -> _Sampler:
     device = prepare_device(config)
     networks = load_networks(config, device)
     here, wanted = platform(device), decisive(config, networks)
-    for network in _stages(networks):
+    modules = [network.module for network in networks[:3] if network]
+    for module in modules:
         if device.type == "cuda":  # on CPUs it makes GroupNorm slower
-            network.module.to(memory_format=torch.channels_last)
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for folder in folders_of(config):
         if check_run(folder, wanted) is None:
             chosen = config.batch_size or canonical_batch(config, networks, device)
@@ -299,21 +257,20 @@ def _make_sampler(config: GenerationConfig) -> _Sampler:
         config = config.model_copy(update={"batch_size": run["config"]["batch_size"]})
         wanted = decisive(config, networks)
     if config.compile:
-        for network in _stages(networks):
-            network.module.compile()
+        for module in modules:
+            module.compile()
     return _Sampler(config, networks, device)
 
 
 def _record(config: GenerationConfig) -> dict[str, Any]:
     """What is noted in run.json and never compared."""
-    checkout = Path(__file__).resolve().parents[1]
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True, check=False)
-    return {
-        "version": importlib.metadata.version("admiral"),
-        "commit": git.stdout.strip() or None,
-        "begun": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        **config.model_dump(mode="json", include={"weights", "classifier", "upsampler", "num_workers"}),
-    }
+    commit = None
+    with contextlib.suppress(OSError):  # no git here
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    begun = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    noted = config.model_dump(mode="json", include={"weights", "classifier", "upsampler", "num_workers"})
+    return {"commit": commit, "begun": begun, **noted}
 
 
 def make_generator(config: GenerationConfig) -> Callable[[Shard], Finished]:

@@ -131,9 +131,10 @@ def check_shard(folder: str, shard: Shard) -> str | None:
         DamagedShard: it is truncated, its pixels are not those that its hashes tell, or rows are wrong.
     """
     uri = shard.uri(folder)
-    if not storage.exists(uri):
+    try:
+        rows = _read_rows(uri)
+    except FileNotFoundError:
         return None
-    rows = _read_rows(uri)
     if rows["index"].to_pylist() != list(range(*shard)):
         raise DamagedShard(f"{uri} does not hold the indices {shard.begin} to {shard.end - 1}, each once")
     for index, image, sha256 in zip(*(rows[name].to_pylist() for name in ("index", "image", "sha256")), strict=True):

@@ -1,0 +1,77 @@
+"""Does drawing noise ahead keep it off the critical path? Run by hand:
+
+    python -m tests.benchmarks.noise_ahead [--pairs 20]
+
+A chain of steps, each of which waits for its "device" (a sleep: an accelerator leaves the CPU free) and then needs its
+noise: drawn when it is asked for, against drawn ahead by threads. And the same where the step keeps one core busy, as
+sampling on a CPU does: there nothing can be won, and nothing should be lost. Prints median seconds of a chain and the
+median ratio, both ways.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import tyro
+
+from orchestrator.noise import Draw, NoiseAhead, draw_noise
+from orchestrator.order import Purpose
+from tests.benchmarks.pool_efficiency import median_interval
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    pairs: int = 20
+    steps: int = 10  # of a chain
+
+
+def main(options: Options) -> None:
+    """Print the table."""
+    torch.set_num_threads(1)
+    matrix = torch.randn(1024, 1024)
+
+    def busy(seconds: float) -> None:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            matrix @ matrix
+
+    print(f"{'shape':16} {'step':>22} {'asked s':>8} {'ahead s':>8} {'asked/ahead':>12}  95% interval")
+    for batch, size, seconds in ((256, 64, 0.19), (64, 256, 0.40), (64, 8, 0.02)):
+        for kind, step in (("device", time.sleep), ("this core", busy)):
+            row(options, (batch, 3, size, size), f"{seconds * 1e3:.0f} ms on {kind}", partial(step, seconds))
+
+
+def row(options: Options, shape: tuple[int, int, int, int], name: str, step: Callable[[], None]) -> None:
+    """One line: alternating chains with both kinds of noise."""
+    keys = [Draw(tuple(range(shape[0])), shape[1:], Purpose.STEP, t) for t in range(options.steps)]
+
+    def asked() -> None:
+        for key in keys:
+            step()
+            draw_noise(0, key)
+
+    def ahead() -> None:
+        with NoiseAhead(0, keys) as draw:
+            for key in keys:
+                step()
+                draw(key)
+
+    times: dict[str, list[float]] = {"asked": [], "ahead": []}
+    for pair in range(options.pairs):
+        for kind, run in sorted({"asked": asked, "ahead": ahead}.items(), reverse=bool(pair % 2)):
+            begun = time.perf_counter()
+            run()
+            times[kind].append(time.perf_counter() - begun)
+    ratios = np.sort(np.array(times["asked"]) / np.array(times["ahead"]))
+    low, high = median_interval(ratios)
+    medians = f"{np.median(times['asked']):8.2f} {np.median(times['ahead']):8.2f}"
+    print(f"{shape!s:16} {name:>22} {medians} {np.median(ratios):12.2f}  {low:.2f} to {high:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,106 @@
+"""Is the driver a bottleneck? The pool's own scheduling over a thousand actors whose work is a timer. Run by hand:
+
+    python -m tests.benchmarks.scheduler [--actors 1000] [--ranges 100000] [--seconds 5]
+
+Three figures. The rate at which ranges are handed out when work takes no time: the most that the driver can do, beside
+what a loop of `ray.wait` over all running calls would take for each answer. A whole run of ranges of random length: how
+busy its actors are, and its tail, from the moment when the first actor has nothing left to do. And the driver's memory.
+"""
+
+import itertools
+import random
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import tyro
+
+from cluster.session import session
+from cluster.workers import Pool
+from tests.cluster.timed_actors import Clock, TimedActor
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is simulated."""
+
+    actors: int = 1_000
+    ranges: int = 100_000
+    seconds: float = 1.0  # mean length of a range in the whole run, uniform between a half and one and a half of it
+    ray_wait: bool = True  # also measure ray.wait over as many calls, on a real Ray
+    seed: int = 0
+
+
+def main(options: Options) -> None:
+    """Print the figures."""
+    print(options)
+    for actors in (1, 10, 100, options.actors):
+        seconds, _, _ = simulate(actors, min(options.ranges, 20_000), lambda _: 0.0)
+        print(f"{actors:5d} actors, work of no length: {min(options.ranges, 20_000) / seconds:9,.0f} ranges/s")
+    if options.ray_wait:
+        print(
+            f"{options.actors:5d} calls under ray.wait: {ray_wait_seconds(options.actors) * 1e3:.2f} ms for each answer"
+        )
+    draws = random.Random(options.seed)
+    lengths = [options.seconds * draws.uniform(0.5, 1.5) for _ in range(options.ranges)]
+    tracemalloc.start()
+    seconds, tail, memory = simulate(options.actors, options.ranges, lengths.__getitem__)
+    ideal = sum(lengths) / options.actors
+    print(
+        f"{options.ranges:,} ranges of {options.seconds:g} s on {options.actors:,} actors: {seconds:.1f} s, "
+        f"ideally {ideal:.1f} s ({ideal / seconds:.1%}); {options.ranges / seconds:,.0f} ranges/s, tail {tail:.2f} s; "
+        f"driver's memory at a tenth {memory[0] / 2**20:.2f} MiB, at the end {memory[1] / 2**20:.2f} MiB"
+    )
+
+
+def simulate(actors: int, ranges: int, length: Callable[[int], float]) -> tuple[float, float, tuple[int, int]]:
+    """(seconds, seconds of the tail, traced bytes at a tenth and at the end) of mapping `ranges` over `actors`."""
+    clock = Clock()
+    workers = [TimedActor(clock, length) for _ in range(actors)]
+    for worker in workers:
+        worker.worked = _Forgetful()
+    last_handed = begun = time.perf_counter()
+    memory = [0, 0]
+
+    def items() -> Iterator[int]:
+        nonlocal last_handed
+        yield from range(ranges)
+        last_handed = time.perf_counter()
+
+    for done, _ in enumerate(Pool[int, int](workers).map(items()), 1):
+        if tracemalloc.is_tracing() and done in (ranges // 10, ranges - actors):
+            memory[done == ranges - actors] = tracemalloc.get_traced_memory()[0]
+    ended = time.perf_counter()
+    clock.end()
+    return ended - begun, ended - last_handed, (memory[0], memory[1])
+
+
+class _Forgetful(list):
+    """A list that keeps nothing: the simulation's own memory must not grow."""
+
+    def append(self, item: object) -> None:
+        pass
+
+
+def ray_wait_seconds(calls: int, looks: int = 50) -> float:
+    """How long `ray.wait` for the first of so many running calls takes, which such a loop pays for each answer."""
+    import ray
+
+    @ray.remote
+    class Sleeper:
+        def work(self, seconds: float) -> None:
+            time.sleep(seconds)
+
+    with session(1, object_store_memory=100 << 20):
+        actor = Sleeper.remote()  # type: ignore[attr-defined]
+        running = [actor.work.remote(3600.0) for _ in range(calls)]
+        done = [ray.put(None) for _ in range(looks)]
+        begun = time.perf_counter()
+        for one in itertools.islice(done, looks):
+            ray.wait([*running, one], num_returns=1)
+        return (time.perf_counter() - begun) / looks
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,53 @@
+"""The 50,000 run in small: workers and a driver are killed, and every sample is there once, equal to the bit."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.session import address
+from jobs.command_line import parse
+from orchestrator.generation import make_generator
+from orchestrator.presets import generation_presets
+from orchestrator.samples import Shard, check_shard
+from tests.chaos.demo_50k import Demo, Run, broken_promises, demonstrate
+from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
+
+
+@pytest.mark.ray
+def test_in_small(ray_session: None, s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    weights = save_network(str(tmp_path), "unet.safetensors", UNET)
+    classifier = save_network(str(tmp_path), "classifier.safetensors", CLASSIFIER)
+    sampling = ("--sampler.num-steps", "50", "--batch-size", "8")
+    demo = Demo(
+        samples=390, kills=2, driver_kills=1, seed=1, shard_size=16, folder=str(tmp_path),
+        settings=("--weights", weights, "--classifier", classifier, *sampling),
+    )  # fmt: skip
+    result = demonstrate(demo, s3_bucket)
+    print(result)
+    assert result["broken"] == [] and (tmp_path / "memory.png").exists()
+    assert (result["kills"], result["driver_kills"], result["missing"], result["doubled"]) == (2, 1, 0, 0)
+
+    here = ("digits", *demo.settings, "--output", f"{tmp_path}/here", "--shard-size", "16", "--num-workers", "0")
+    make_shard = make_generator(parse("", generation_presets(), list(here)))
+    for shard in (Shard(16, 32), Shard(384, 390)):
+        made = make_shard(shard).digests
+        assert made == (check_shard(f"{s3_bucket}/disturbed", shard),), "without a pool the pixels are others"
+
+
+def test_a_broken_promise_is_said() -> None:
+    kept = {
+        "missing": 0, "doubled": 0, "hashes_equal": True, "kills": 10, "driver_kills": 2,
+        "driver_mib_at_tenth": 400.0, "driver_mib_at_end": 405.0,
+    }  # fmt: skip
+    assert broken_promises(Demo(), kept) == []
+    for name, value in (("missing", 1), ("doubled", 1), ("hashes_equal", False), ("kills", 9), ("driver_kills", 1)):
+        assert len(broken_promises(Demo(), kept | {name: value})) == 1
+    assert broken_promises(Demo(), kept | {"driver_mib_at_end": 500.0}) == ["the driver's memory grew"]
+
+
+def test_memory_is_compared_from_a_tenth_of_the_samples_on() -> None:
+    rows = [(0.0, 0, 0, 100), (1.0, 0, 5, 200), (2.0, 0, 10, 300), (3.0, 0, 100, 310), (4.0, 1, 100, 400)]
+    run = Run(100, [], [(seconds, life, done, mib << 20) for seconds, life, done, mib in rows])
+    assert run.growth(0) == (300, 310)
