@@ -29,6 +29,7 @@ from orchestrator.meter import Meter
 from orchestrator.order import OrderPlan
 from orchestrator.previews import previews
 from orchestrator.progress import progress_line
+from orchestrator.step_record import StepRecord
 from orchestrator.tracking import tracked
 from orchestrator.training_config import AdmConfig, Config, NoisyClassifierConfig, TrainingConfig
 from orchestrator.training_state import TrainingState, take_step
@@ -164,6 +165,7 @@ def train_loop(config: Config, context: WorkerContext) -> None:
             log.info("resuming at %d images", state.position)
         reduced_gradients = make_reduction(config, context, group, state, _losses(config, state))
         meter = Meter(config, context, group)
+        record = StepRecord(config.path(config.record), context.rank, context.world_size) if config.record else None
         stream = _ahead(_shares(config, context, manifest, state.position))
 
         while state.position < config.length:
@@ -171,7 +173,10 @@ def train_loop(config: Config, context: WorkerContext) -> None:
             watchdog.step()
             with meter.waiting():
                 replaced, share = next(stream)
-            terms = reduced_gradients([batch.to(context.device) for batch in share])
+            share = [batch.to(context.device) for batch in share]
+            terms = reduced_gradients(share)
+            if record:
+                record.write(state.position, share, terms)
             stopping, preempted = group.any(context.stopping(), context.preempted())
             norm = take_step(config, state)
             if isfinite(norm):

@@ -24,8 +24,11 @@ class TrainingConfig(JobConfig):
     """What training a network takes, whichever it is. Lengths are counted in images, not in steps."""
 
     WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset(  # on the weights: another value may be given on a resume
-        {"checkpoint_images", "keep_checkpoints", "keep_every_images", "log_images", "max_bad_steps", "max_failures"}
-    )
+        {
+            "checkpoint_images", "keep_checkpoints", "keep_every_images", "log_images", "record", "max_bad_steps",
+            "max_failures",
+        }
+    )  # fmt: skip
 
     dataset: str  # a prepared dataset's folder
     output: str  # the run's folder
@@ -53,6 +56,7 @@ class TrainingConfig(JobConfig):
     keep_checkpoints: int = Field(3, gt=0)  # newest checkpoints that are kept
     keep_every_images: int | None = Field(None, gt=0)  # keep those at multiples of this for ever, too
     log_images: int = Field(10_000, gt=0)  # images from one line of numbers to the next
+    record: str | None = None  # folder for what every step consumed, row by row: evidence of order and noise; slow
     num_workers: int = Field(1, ge=0)  # training workers; 0 = in this process, without Ray
     use_gpu: bool = False  # one GPU for each worker
     max_failures: int = Field(3, ge=0)  # attempts in a row that may fail without a new checkpoint

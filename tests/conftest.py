@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.chaos.proxy import Proxy
+
 # Read when Ray and torch start: no other cluster, no metadata service, one thread each.
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.update(AWS_EC2_METADATA_DISABLED="true", MLFLOW_DISABLE_TELEMETRY="true", OMP_NUM_THREADS="1")
@@ -53,12 +55,26 @@ def s3_bucket(s3_server: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def ray_session(s3_server: str) -> Iterator[None]:
-    """One local Ray for all tests marked `ray`; its workers see the S3 server."""
+def ray_proxy(s3_server: str) -> Iterator[Proxy]:
+    """The fault proxy through which the workers of `ray_session` see the S3 server: harmless until a rule is added."""
+    proxy = Proxy(s3_server)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture(scope="session")
+def ray_session(ray_proxy: Proxy) -> Iterator[None]:
+    """One local Ray for all tests marked `ray`; its workers see the S3 server through `ray_proxy`."""
     from cluster.session import session
 
-    with session(4):
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ENDPOINT_URL", ray_proxy.endpoint)
+        started = session(4)
+        started.__enter__()
+    try:
         yield
+    finally:
+        started.__exit__(None, None, None)
 
 
 def _wait_until_listening(port: int, server: subprocess.Popen[bytes]) -> None:
