@@ -91,30 +91,23 @@ class Killer(threading.Thread):
 
     def run(self) -> None:
         """Every kill of the plan, one after the other. The next moment is watched for before this one is let go."""
-        rule = self._watch_for(self._plan[0])
         try:
-            for kill, following in zip(self._plan, [*self._plan[1:], None], strict=True):
-                if rule.wait(PATIENCE_SECONDS) is None:
+            rule = self._watch_for(self._plan[0])
+            for number, kill in enumerate(self._plan, 1):
+                if (request := rule.wait(PATIENCE_SECONDS)) is None:
                     raise TimeoutError(f"{kill} did not come to pass in {PATIENCE_SECONDS:g} s")
                 self._learn_processes()
-                self._await_checkpoint_before(kill)
-                if kill.phase == "stop":
-                    self._proxy.remove(rule)
-                    os.kill(self._driver(), signal.SIGTERM)
-                    self.account.stops += 1
-                    self._ended |= {worker.process for worker in self._workers.values()}
-                    rule = self._watch_for(following) if following else rule
-                    continue
+                if kill.phase == "first step after a resume":
+                    assert (who := recorded(request.target)) and who.position > 0, f"{kill}: nothing was resumed"
+                else:
+                    self._await_checkpoint_before(kill)
                 self._ended |= {worker.process for worker in self._workers.values()}
-                upcoming = self._watch_for(following) if following else None
-                self._kill(kill)
-                self._proxy.remove(rule)
-                rule = upcoming or rule
-        except BaseException as error:  # noqa: BLE001 - told by `check`, in the main thread
+                held, rule = rule, self._watch_for(self._plan[number]) if number < len(self._plan) else rule
+                self._hit(kill)
+                self._proxy.remove(held)
+        except BaseException as error:  # noqa: BLE001 - raised by `check`, in the main thread
             self.error = error
-        finally:
-            with contextlib.suppress(ValueError):
-                self._proxy.remove(rule)
+            self._proxy.clear()
 
     def check(self) -> None:
         """Raise what went wrong; AssertionError where the training ended before the plan did."""
@@ -146,7 +139,7 @@ class Killer(threading.Thread):
         self._workers = {r: who for r, who in self._workers.items() if who.world_size == newest.world_size}
 
     def _await_checkpoint_before(self, kill: Kill) -> None:
-        """A kill counts as one that a resume follows only where there is something to resume from."""
+        """Wait for a commit, so that there is something to resume from."""
         every = self._config.checkpoint_images
         wanted = (kill.position - 1) // every * every
         folder = storage.join(self._config.path(self._config.output), "checkpoints", f"images-{wanted:012d}")
@@ -156,9 +149,17 @@ class Killer(threading.Thread):
                 raise TimeoutError(f"no checkpoint was committed in {folder}")
             time.sleep(0.05)
 
-    def _kill(self, kill: Kill) -> None:
+    def _hit(self, kill: Kill) -> None:
+        if kill.phase == "stop":
+            os.kill(self._driver(), signal.SIGTERM)
+            time.sleep(1)  # for the wish to reach the workers, of which none can end the step meanwhile
+            self.account.stops += 1
+            return
         rank = self._rng.choice(sorted(self._workers))
         process = self._driver() if kill.victim == "the driver" else self._workers[rank].process
+        if kill.victim == "the driver":  # its workers live on for seconds, and would train on; they may write on
+            for worker in self._workers.values():
+                self._proxy.add("stall", "PUT", f"-process-{worker.process}-")
         victim = psutil.Process(process)
         assert victim.status() != psutil.STATUS_ZOMBIE, f"{kill}: process {process} was dead before"
         victim.kill()

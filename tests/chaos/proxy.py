@@ -86,6 +86,11 @@ class Proxy:
             self._rules.remove(rule)
         rule.let_go()
 
+    def clear(self) -> None:
+        """Remove all rules."""
+        for rule in list(self._rules):
+            self.remove(rule)
+
     def faults(self) -> dict[str, int]:
         """How many requests each kind of fault befell so far."""
         counts = Counter[str]()
