@@ -24,13 +24,16 @@ class Batch:
     """One microbatch of a worker: what the losses look at.
 
     x_start float32 [n, C, H, W] in [-1, 1]; labels int64 [n]; u float64 [n] uniform in [0, 1), which becomes the
-    timestep; noise float32 like x_start. Each row's u and noise depend on (seed, epoch, sample) alone.
+    timestep; noise float32 like x_start. Each row's u and noise depend on (seed, epoch, sample) alone. samples int64
+    [n] are the rows' numbers in the dataset, flips bool [n] which of them are mirrored.
     """
 
     x_start: Tensor
     labels: Tensor
     noise: Tensor
     u: np.ndarray
+    samples: np.ndarray
+    flips: np.ndarray
     stream: int  # canonical stream of the first row
     offset: int  # of the first row in its stream's share of the step
 
@@ -46,6 +49,8 @@ def make_batches(
     """A worker's share of a step, cut into batches of `rows` rows (the last may be smaller), on the CPU."""
     images = np.concatenate([m.images for m in microbatches])
     labels = np.concatenate([m.labels for m in microbatches])
+    samples = np.concatenate([m.samples for m in microbatches])
+    flips = np.concatenate([m.flips for m in microbatches])
     keys = [(m.epoch, int(sample)) for m in microbatches for sample in m.samples]
     places = [(m.stream, offset) for m in microbatches for offset in range(len(m.samples))]
     batches = []
@@ -59,7 +64,7 @@ def make_batches(
             tensor.pin_memory() if pinned else tensor
             for tensor in (x_start.contiguous(), torch.from_numpy(labels[some]), torch.from_numpy(np.stack(noise)))
         )
-        batches.append(Batch(x_start, y, noises, u, *places[begin]))
+        batches.append(Batch(x_start, y, noises, u, samples[some], flips[some], *places[begin]))
     return batches
 
 

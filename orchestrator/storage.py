@@ -8,13 +8,16 @@ never printed.
 """
 
 import errno
+import hashlib
 import io
 import json
+import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, ParamSpec, TypeVar, cast
 
@@ -48,7 +51,10 @@ _TRANSIENT_TYPES = (
 _REQUESTS = 16  # at a time, where many are asked for at once
 _MERGE_GAP = 256 << 10  # bytes between two ranges below which one request for both is cheaper
 _MERGED_BYTES = 16 << 20  # of such a request, at most: what is read twice over is bounded
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no space, beyond the quota, beyond the size of a file
 _PART = ".part"  # ending of a local file that is still being written; never listed
+
+log = logging.getLogger(__name__)
 
 
 def resolve(uri: str) -> str:
@@ -88,24 +94,27 @@ def write_bytes(uri: str, data: bytes) -> None:
 def create_bytes(uri: str, data: bytes) -> bool:
     """Put the object whole if there is none yet; False, and nothing changed, where there is.
 
-    A create whose answer was lost and that finds its own bytes on the retry counts as done: let `data` name
-    its writer where two writers must not both believe that they were first.
+    On s3:// the object's metadata names this call. A create whose answer was lost, and that on the retry (ours or
+    one of the layers beneath) finds an object, so knows its own from that of another writer.
     """
     fs, path = _locate(uri)
     if isinstance(fs, LocalFileSystem):
-        return _create_local(path, uri, data)
-    failed_before = False
+        try:
+            with _local_part(path, uri, "create", os.link) as part:  # a link appears whole and only where nothing is
+                part.write_bytes(data)
+        except FileExistsError:
+            if os.path.lexists(path):
+                return False
+            raise
+        return True
+    named = _is_s3(fs)
+    writer = {"writer": uuid.uuid4().hex}
 
     def create() -> bool:
-        nonlocal failed_before
         try:
-            fs.pipe_file(path, data, mode="create")
-        except FileExistsError as error:
-            retried = _response(error).get("ResponseMetadata", {}).get("RetryAttempts", 0) > 0
-            return (failed_before or retried) and fs.cat_file(path) == data
-        except BaseException:
-            failed_before = True
-            raise
+            fs.pipe_file(path, data, mode="create", **({"Metadata": writer} if named else {}))
+        except FileExistsError:
+            return named and fs.metadata(path) == writer
         return True
 
     return _attempt("create", uri, create)
@@ -130,13 +139,18 @@ def open_output(uri: str) -> Iterator[BinaryIO]:
             yield local_file
         return
     file: Any = _attempt("open", uri, fs.open, path, "wb", block_size=16 << 20, autocommit=False)
+    for step in ("_initiate_upload", "_upload_chunk"):  # where fsspec's files talk to the server while one writes
+        setattr(file, step, partial(_attempt, "write", uri, getattr(file, step)))
     try:
         yield file
-        _attempt("write", uri, file.close)
+        file.close()
+        _attempt("write", uri, _commit, fs, path, file)
     except BaseException:
-        file.discard()
+        try:
+            file.discard()
+        except (OSError, botocore.exceptions.BotoCoreError) as error:
+            log.warning("an unfinished upload of %s stays until the bucket's lifecycle rule ends it: %s", uri, error)
         raise
-    _attempt("write", uri, file.commit)
 
 
 def exists(uri: str) -> bool:
@@ -287,6 +301,22 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+def _commit(fs: fsspec.AbstractFileSystem, path: str, file: Any) -> None:
+    """Make a streamed object appear. Where an earlier try did, and its answer was lost, S3 knows the upload no more."""
+    try:
+        file.commit()
+    except FileNotFoundError as error:
+        if _error_code(error) != "NoSuchUpload":
+            raise
+        parts = b"".join(bytes.fromhex(part["ETag"].strip('"')) for part in file.parts)
+        if fs.info(path)["ETag"].strip('"') != f"{hashlib.md5(parts).hexdigest()}-{len(file.parts)}":
+            raise
+
+
+def _is_s3(fs: fsspec.AbstractFileSystem) -> bool:
+    return "s3" in fs.protocol
+
+
 class _RemoteFile(io.RawIOBase):
     """Ranged reads of one object."""
 
@@ -354,7 +384,7 @@ def _is_transient(error: BaseException) -> bool:
     """Whether asking again may help: connection faults, timeouts, server errors, throttling."""
     if response := _response(error):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status >= 500 or status == 429 or response["Error"].get("Code") in _TRANSIENT_CODES
+        return status >= 500 or status == 429 or _error_code(error) in _TRANSIENT_CODES
     if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS:
         return True
     return isinstance(error, _TRANSIENT_TYPES) or type(error).__module__.startswith("aiohttp.")
@@ -366,34 +396,29 @@ def _response(error: BaseException) -> dict[str, Any]:
     return response if isinstance(response, dict) else {}
 
 
+def _error_code(error: BaseException) -> str:
+    """The server's name of the error; empty if none."""
+    return _response(error).get("Error", {}).get("Code", "")
+
+
 @contextmanager
-def _local_part(path: str, uri: str) -> Iterator[Path]:
-    """A file beside `path` to write; it takes the place of `path`, on disk, when the block ends well."""
+def _local_part(
+    path: str, uri: str, action: str = "write", place: Callable[[Path, str], None] = os.replace
+) -> Iterator[Path]:
+    """A file beside `path` to write; when the block ends well, `place` brings it to `path`, safe on disk."""
     part = _part_of(path)
+    _attempt(action, uri, part.parent.mkdir, parents=True, exist_ok=True)
     try:
-        _attempt("write", uri, part.parent.mkdir, parents=True, exist_ok=True)
         yield part
         _flush_to_disk(part)
-        part.replace(path)
+        place(part, path)
         _flush_to_disk(part.parent)
+    except OSError as error:
+        if error.errno in _DISK_FULL:  # it names the hidden part, or nothing
+            raise OSError(error.errno, f"cannot {action}: {os.strerror(error.errno)}", uri) from error
+        raise
     finally:
         part.unlink(missing_ok=True)
-
-
-def _create_local(path: str, uri: str, data: bytes) -> bool:
-    """A hard link appears whole and only where nothing is."""
-    part = _part_of(path)
-    try:
-        _attempt("create", uri, part.parent.mkdir, parents=True, exist_ok=True)
-        part.write_bytes(data)
-        _flush_to_disk(part)
-        os.link(part, path)
-        _flush_to_disk(part.parent)
-    except FileExistsError:
-        return False
-    finally:
-        part.unlink(missing_ok=True)
-    return True
 
 
 def _part_of(path: str) -> Path:

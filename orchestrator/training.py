@@ -31,6 +31,7 @@ from orchestrator.order import OrderPlan
 from orchestrator.previews import previews
 from orchestrator.progress import progress_line
 from orchestrator.snapshots import final_weights, is_due, write_snapshots
+from orchestrator.step_record import StepRecord
 from orchestrator.tracking import tracked
 from orchestrator.training_config import AdmConfig, Config, NoisyClassifierConfig, TrainingConfig
 from orchestrator.training_state import TrainingState, take_step
@@ -171,6 +172,7 @@ def train_loop(config: Config, context: WorkerContext) -> None:
         reduced_gradients = make_reduction(config, context, group, state, make_losses(config, state.timesteps))
         validation = Validation(config, manifest, group) if config.validation_images else None
         meter = Meter(config, context, group)
+        record = StepRecord(config.path(config.record), context.rank, context.world_size) if config.record else None
         stream = _ahead(_shares(config, context, manifest, state.position))
 
         while state.position < config.length:
@@ -178,7 +180,10 @@ def train_loop(config: Config, context: WorkerContext) -> None:
             watchdog.step()
             with meter.waiting():
                 replaced, share = next(stream)
-            terms = reduced_gradients([batch.to(context.device) for batch in share])
+            share = [batch.to(context.device) for batch in share]
+            terms = reduced_gradients(share)
+            if record:
+                record.write(state.position, share, terms)
             stopping, preempted = group.any(context.stopping(), context.preempted())
             norm = take_step(config, state)
             if isfinite(norm):

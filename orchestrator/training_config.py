@@ -28,8 +28,11 @@ class TrainingConfig(JobConfig):
     """What training a network takes, whichever it is. Lengths are counted in images, not in steps."""
 
     WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset(  # on the weights: another value may be given on a resume
-        {"checkpoint_images", "keep_checkpoints", "keep_every_images", "log_images", "max_bad_steps", "max_failures"}
-    )
+        {
+            "checkpoint_images", "keep_checkpoints", "keep_every_images", "log_images", "record", "max_bad_steps",
+            "max_failures",
+        }
+    )  # fmt: skip
 
     dataset: str  # a prepared dataset's folder
     output: str  # the run's folder
@@ -60,6 +63,7 @@ class TrainingConfig(JobConfig):
     validation_images: int | None = Field(None, gt=0)  # images from one look at the validation split to the next
     validation_samples: int = Field(1_000, gt=1)  # images of that split that are looked at
     log_images: int = Field(10_000, gt=0)  # images from one line of numbers to the next
+    record: str | None = None  # folder for what every step consumed, row by row: evidence of order and noise; slow
     num_workers: int = Field(1, ge=0)  # training workers; 0 = in this process, without Ray
     use_gpu: bool = False  # one GPU for each worker
     max_failures: int = Field(3, ge=0)  # attempts in a row that may fail without a new checkpoint

@@ -1,17 +1,18 @@
 """One behaviour on every storage: whole or absent, create-only, honest listings, bounded retries."""
 
-import socket
-import threading
+import resource
+import signal
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from orchestrator import storage
-from tests.conftest import free_port
+from tests.chaos.proxy import Fault, Proxy
 
 
 @pytest.fixture(params=["local", "file", "memory", "s3"])
@@ -58,6 +59,12 @@ def test_create_only(root: str) -> None:
     assert not storage.create_bytes(uri, b"first"), "the same bytes of another writer are still another writer's"
     assert storage.read_bytes(uri) == b"first"
     assert storage.list_names(storage.join(root, "deep")) == ["commit.json"]
+
+
+def test_a_file_in_the_place_of_a_folder_is_no_object_of_that_name(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(OSError, match=r"cannot create .*run/x"):
+        storage.create_bytes(str(tmp_path / "run" / "x"), b"")
 
 
 @pytest.mark.parametrize("root", ["local", "s3"], indirect=True)
@@ -138,107 +145,133 @@ def test_a_local_write_that_fails_leaves_the_old_object(tmp_path: Path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-class FaultProxy:
-    """Stands before the S3 server and spoils the next connections: "503", "reset", "stall" (no answer for long),
-    "cut" (half an answer) or "swallow" (the server acts, its answer is lost). One request a connection."""
-
-    def __init__(self, endpoint: str) -> None:
-        self.target = ("127.0.0.1", int(endpoint.rsplit(":", 1)[1]))
-        self.faults: list[str] = []
-        self.requests = 0
-        self.port = free_port()
-        self.server = socket.create_server(("127.0.0.1", self.port))
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                client, _ = self.server.accept()
-            except OSError:
-                return  # closed
-            threading.Thread(target=self._relay, args=(client,), daemon=True).start()
-
-    def _relay(self, client: socket.socket) -> None:
-        with client, socket.create_connection(self.target) as server:
-            request = _read_message(client)
-            if not request:
-                return
-            self.requests += 1
-            fault = self.faults.pop(0) if self.faults else ""
-            if fault == "503":
-                body = b"<Error><Code>SlowDown</Code><Message>slow down</Message></Error>"
-                head = b"HTTP/1.1 503 Slow Down\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
-                client.sendall(head if request.startswith(b"HEAD") else head + body)
-            elif fault == "stall":
-                time.sleep(5)
-            elif fault != "reset":
-                server.sendall(_closing(request))
-                answer = b"".join(iter(lambda: server.recv(1 << 16), b""))
-                if fault == "cut":
-                    answer = answer[: len(answer) // 2 + 100]
-                if fault != "swallow":
-                    client.sendall(answer)
-
-
-def _closing(message: bytes) -> bytes:
-    return message.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
-
-
-def _read_message(client: socket.socket) -> bytes:
-    message = b""
-    while b"\r\n\r\n" not in message:
-        chunk = client.recv(1 << 16)
-        if not chunk:
-            return b""
-        message += chunk
-    head, _, body = message.partition(b"\r\n\r\n")
-    fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:])
-    if fields.get(b"expect") == b"100-continue":
-        client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        head = b"\r\n".join(line for line in head.split(b"\r\n") if not line.lower().startswith(b"expect"))
-    while len(body) < int(fields.get(b"content-length", 0)):
-        body += client.recv(1 << 16)
-    return head + b"\r\n\r\n" + body
-
-
 @pytest.fixture
-def faulty(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    proxy = FaultProxy(s3_server)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A fault proxy through which storage goes, with less patience than usual."""
+    proxy = Proxy(s3_server, seed=7)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    monkeypatch.setitem(storage._S3_OPTIONS["config_kwargs"], "read_timeout", 0.5)  # seconds
+    monkeypatch.setitem(storage._S3_OPTIONS["config_kwargs"], "retries", {"total_max_attempts": 1})
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
     yield proxy
-    proxy.server.close()
+    proxy.close()
 
 
-@pytest.mark.parametrize("fault", ["503", "reset", "cut", "stall"])
-def test_transient_faults_are_retried(
-    fault: str, s3_bucket: str, faulty: FaultProxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(storage._S3_OPTIONS["config_kwargs"], "read_timeout", 1.0)  # seconds
-    uri, data = f"{s3_bucket}/x", bytes(range(256)) * 1000
+DATA = bytes(range(256)) * 1000
+LARGE = bytes(range(256)) * (1 << 17)  # 32 MiB: two parts of a streamed output
+
+
+def stream_out(uri: str, data: bytes) -> None:
+    with storage.open_output(uri) as file:
+        for start in range(0, len(data), 3 << 20):
+            file.write(data[start : start + (3 << 20)])
+
+
+@pytest.mark.parametrize("fault", ["503", "reset", "cut", "stall", "half", "swallow"])
+def test_transient_faults_are_retried(fault: Fault, s3_bucket: str, proxy: Proxy) -> None:
+    uri = f"{s3_bucket}/x"
     for operation in (
-        lambda: storage.write_bytes(uri, data),
-        lambda: storage.read_bytes(uri) == data or pytest.fail("other bytes"),
-        lambda: storage.open_input(uri).read() == data or pytest.fail("other bytes"),
+        lambda: storage.write_bytes(uri, DATA),
+        lambda: storage.read_bytes(uri) == DATA or pytest.fail("other bytes"),
+        lambda: storage.open_input(uri).read() == DATA or pytest.fail("other bytes"),
         lambda: storage.list_names(s3_bucket) == ["x"] or pytest.fail("not listed"),
-        lambda: storage.create_bytes(f"{s3_bucket}/{fault}", data),
+        lambda: storage.exists(uri) or pytest.fail("not found"),
+        lambda: storage.create_bytes(f"{s3_bucket}/{fault}", DATA) or pytest.fail("not created"),
+        lambda: storage.delete(f"{s3_bucket}/{fault}"),
+        lambda: stream_out(uri, DATA),
     ):
-        faulty.faults = [fault]
+        rule = proxy.add(fault, times=1)
         operation()
+        assert len(rule.requests) == 1, "the fault befell nothing"
+    assert storage.read_bytes(uri) == DATA and storage.list_names(s3_bucket) == ["x"]
 
 
-def test_a_create_whose_answer_was_lost_counts_as_done(s3_bucket: str, faulty: FaultProxy) -> None:
-    faulty.faults = ["swallow"] * 4  # more than one request's own retries
+@pytest.mark.parametrize(
+    ("fault", "request_kind"),
+    [
+        ("503", ("POST", "uploads")),  # beginning of the upload
+        ("503", ("PUT", "partNumber=2")),
+        ("half", ("PUT", "partNumber=2")),
+        ("reset", ("POST", "uploadId")),  # its end
+        ("swallow", ("POST", "uploadId")),
+    ],
+)
+def test_long_faults_within_a_streamed_output(
+    fault: Fault, request_kind: tuple[str, str], s3_bucket: str, proxy: Proxy
+) -> None:
+    rule = proxy.add(fault, *request_kind, times=2)  # more than one request's own retries
+    stream_out(f"{s3_bucket}/x", LARGE)
+    assert len(rule.requests) == 2
+    assert storage.read_bytes(f"{s3_bucket}/x") == LARGE
+
+
+def test_an_upload_cut_half_way_leaves_no_object(s3_bucket: str, proxy: Proxy) -> None:
+    rule = proxy.add("half", "PUT|POST", "x")
+    for write in (storage.write_bytes, storage.create_bytes, stream_out):
+        befallen = len(rule.requests)
+        with pytest.raises(OSError, match=rf"cannot .*{s3_bucket}/x"):
+            write(f"{s3_bucket}/x", DATA)
+        assert len(rule.requests) > befallen
+    proxy.remove(rule)
+    assert not storage.exists(f"{s3_bucket}/x") and storage.list_names(s3_bucket, recursive=True) == []
+    storage.write_bytes(f"{s3_bucket}/x", DATA)
+    assert storage.read_bytes(f"{s3_bucket}/x") == DATA
+
+
+def test_a_slow_upload_is_no_stalled_one(s3_bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(storage._S3_OPTIONS["config_kwargs"], "read_timeout", 3.0)  # seconds
+    rule = proxy.add("slow", "PUT")
+    storage.write_bytes(f"{s3_bucket}/x", LARGE)  # four seconds of sending, half a second of waiting
+    assert len(rule.requests) == 1, "it was taken for a stalled one, and sent again"
+    assert storage.read_bytes(f"{s3_bucket}/x") == LARGE
+
+
+def test_a_create_whose_answer_was_lost_counts_as_done(s3_bucket: str, proxy: Proxy) -> None:
+    proxy.add("swallow", "PUT", "commit", times=2)  # more than one request's own retries
     assert storage.create_bytes(f"{s3_bucket}/commit", b"attempt-1")
     assert not storage.create_bytes(f"{s3_bucket}/commit", b"attempt-2")
 
 
-def test_endless_faults_end(s3_bucket: str, faulty: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
-    monkeypatch.setitem(storage._S3_OPTIONS["config_kwargs"], "retries", {"total_max_attempts": 1})
-    faulty.faults = ["503"] * 1000
+def test_endless_faults_end(s3_bucket: str, proxy: Proxy) -> None:
+    rule = proxy.add("503")
     with pytest.raises(OSError, match=rf"cannot read .*{s3_bucket}/x"):
         storage.read_bytes(f"{s3_bucket}/x")
-    assert faulty.requests < 50
+    assert 6 <= len(rule.requests) < 50
+
+
+def test_random_faults_are_survived(s3_bucket: str, proxy: Proxy) -> None:
+    for fault in ("503", "reset", "cut", "half", "swallow"):
+        proxy.add(fault, probability=0.06)
+    for number in range(30):
+        storage.write_bytes(f"{s3_bucket}/{number}", DATA)
+        assert storage.create_bytes(f"{s3_bucket}/create/{number}", DATA)
+        assert storage.read_bytes(f"{s3_bucket}/create/{number}") == DATA
+    assert storage.list_names(f"{s3_bucket}/create") == sorted(map(str, range(30)))
+    assert all(proxy.faults().values()), f"some fault befell nothing: {proxy.faults()}"
+
+
+@pytest.mark.parametrize("write", [storage.write_bytes, storage.create_bytes, stream_out])
+def test_a_full_disk_is_one_clear_error(write: Callable[[str, bytes], object], tmp_path: Path) -> None:
+    uri = str(tmp_path / "run" / "x")
+    with _file_size_limit(1 << 20), pytest.raises(OSError, match=r"cannot (write|create): .*run/x'") as caught:
+        write(uri, LARGE)
+    assert caught.value.filename == uri and "too large" in str(caught.value).lower()
+    assert list((tmp_path / "run").iterdir()) == [], "nothing half written stays"
+    write(uri, DATA)
+    assert storage.read_bytes(uri) == DATA
+
+
+@contextmanager
+def _file_size_limit(limit: int) -> Iterator[None]:
+    """No file of this process may grow beyond `limit` bytes: a disk that is full, for all that a writer sees."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_denied_names_the_uri_and_no_secret(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,107 @@
+"""What a training left behind, as hashes that must be equal: its state at the end, and what its steps consumed."""
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import torch
+
+from orchestrator import checkpoints, storage
+from orchestrator.training_config import AdmConfig
+
+RECORD = re.compile(r"(\d{12})-(\d{4})-of-(\d{4})-process-(\d+)-(\w+)\.json")
+
+
+class Recorded(NamedTuple):
+    """Who recorded a step."""
+
+    position: int
+    rank: int
+    world_size: int
+    process: int
+    attempt: str
+
+
+def recorded(name: str) -> Recorded | None:
+    """What the name of a step's record tells; None where it is no such name."""
+    if (found := RECORD.search(name)) is None:
+        return None
+    position, rank, world_size, process, attempt = found.groups()
+    return Recorded(int(position), int(rank), int(world_size), int(process), attempt)
+
+
+def state_hash(config: AdmConfig) -> str:
+    """SHA-256 of the state at the training's end: weights, every average, the optimizer, and the rest of a checkpoint.
+
+    The weights that the training left are held against it.
+    """
+    found = checkpoints.latest_checkpoint(config.path(config.output))
+    assert found is not None and found.position == config.length, f"{config.output} has not come to its end"
+    for rate in config.ema_rates:
+        name = f"weights/images-{config.length:012d}-ema-{rate}.safetensors"
+        network = checkpoints.load_network(storage.join(config.path(config.output), name)).module
+        for key, parameter in network.named_parameters():
+            assert torch.equal(parameter, found.tensors[f"ema-{rate}.{key}"]), f"{name} has another {key}"
+    digest = hashlib.sha256(json.dumps(found.facts, sort_keys=True).encode())
+    for key in sorted(found.tensors):
+        tensor = found.tensors[key].contiguous()
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def consumed(config: AdmConfig) -> list[dict[str, Any]]:
+    """Every row that the training's steps consumed, in the order of the global batches, from its first to its last.
+
+    Whatever several attempts consumed of one position must be the same; with reduction=exact, to the last bit of the
+    losses.
+    """
+    assert config.record is not None
+    folder = config.path(config.record)
+    of_position: dict[int, dict[int, dict[int, list]]] = defaultdict(lambda: defaultdict(dict))
+    for name in storage.list_names(folder):
+        who = recorded(name)
+        assert who is not None, f"{name} is no record of a step"
+        rows = _rows(storage.read_json(storage.join(folder, name)), who.position)
+        seen = of_position[who.position][who.world_size].setdefault(who.rank, rows)
+        same = seen == rows if config.reduction == "exact" else _without_loss(seen) == _without_loss(rows)
+        assert same, f"two attempts consumed other rows: {name}"
+    assert sorted(of_position) == list(range(0, config.length, config.batch_size)), "steps are missing"
+    return [row for position in sorted(of_position) for row in _whole_batch(position, of_position[position])]
+
+
+def _rows(content: dict[str, Any], position: int) -> list[dict[str, Any]]:
+    return [{"position": position} | dict(zip(content["columns"], row, strict=True)) for row in content["rows"]]
+
+
+def _whole_batch(position: int, by_world_size: dict[int, dict[int, list]]) -> list[dict[str, Any]]:
+    """One step's rows over all workers; what another number of workers consumed of it must be the same."""
+    whole = [
+        [row for rank in sorted(ranks) for row in ranks[rank]] for w, ranks in by_world_size.items() if len(ranks) == w
+    ]
+    assert whole, f"no attempt recorded all of the step at {position}"
+    for world_size, ranks in by_world_size.items():
+        share = len(whole[0]) // world_size
+        for rank, rows in ranks.items():
+            expected = whole[0][rank * share : (rank + 1) * share]
+            assert _without_loss(rows) == _without_loss(expected), f"worker {rank} of {world_size} at {position}"
+    return whole[0]
+
+
+def _without_loss(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name != "loss"} for row in rows]
+
+
+def order_hash(rows: list[dict[str, Any]]) -> str:
+    """SHA-256 of the unsorted list of (position, sample, flip, t, CRC of pixels)."""
+    return _hash_of(rows, "position", "sample", "flip", "t", "pixels")
+
+
+def noise_hash(rows: list[dict[str, Any]]) -> str:
+    """SHA-256 of the list of (position, sample, CRC of noise)."""
+    return _hash_of(rows, "position", "sample", "noise")
+
+
+def _hash_of(rows: list[dict[str, Any]], *names: str) -> str:
+    return hashlib.sha256(json.dumps([[row[name] for name in names] for row in rows]).encode()).hexdigest()

@@ -1,0 +1,212 @@
+"""An HTTP proxy before an S3 server: it spoils requests by rule, and lets a test see them and hold them.
+
+Like real object storage, it lets no half upload become an object: a body goes on to the server whole or not at all.
+"""
+
+import asyncio
+import contextlib
+import random
+import re
+import socket
+import threading
+from collections import Counter
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeVar
+
+T = TypeVar("T")
+Fault = Literal[
+    "503",  # "slow down" in the place of an answer
+    "reset",  # the connection ends without an answer
+    "stall",  # nothing comes, for as long as the client waits
+    "half",  # half of the upload is taken, then the connection ends
+    "slow",  # the upload is taken at SLOW_BYTES a second
+    "swallow",  # the server acts, and its answer is lost
+    "cut",  # half of the answer comes
+    "hold",  # the server gets it when the rule is let go, and never where the client is gone by then
+]
+SLOW_BYTES = 8 << 20  # a second
+
+
+class Request(NamedTuple):
+    method: str
+    target: str  # path and query
+
+
+@dataclass
+class Rule:
+    """What befalls a request: the first rule that matches it and is not used up yet counts."""
+
+    fault: Fault
+    method: str = ".*"  # regular expression for the whole of it
+    target: str = ".*"  # regular expression, anywhere in path and query
+    times: int | None = None  # it befalls so many requests; None: without end
+    probability: float = 1.0  # that it befalls one that matches
+    requests: list[Request] = field(default_factory=list)  # those that it befell
+    _met: threading.Event = field(default_factory=threading.Event)
+    _let_go: threading.Event = field(default_factory=threading.Event)
+
+    def wait(self, seconds: float) -> Request | None:
+        """The first request that it befell, once there is one; None where none comes in time."""
+        return self.requests[0] if self._met.wait(seconds) else None
+
+    def let_go(self) -> None:
+        """End a hold: what is held goes to the server, unless its client is gone."""
+        self._let_go.set()
+
+
+class Proxy:
+    """Listens on a free port of this machine from its making on, until it is closed."""
+
+    def __init__(self, endpoint: str, seed: int = 0) -> None:
+        host, port = endpoint.removeprefix("http://").split(":")
+        self._server, self._seed = (host, int(port)), seed
+        self._rules: list[Rule] = []
+        self._lock = threading.Lock()
+        self._times_seen = Counter[Request]()
+        self._open: set[asyncio.StreamWriter] = set()
+        self.requests: list[Request] = []  # all of them, as they came
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="fault proxy", daemon=True).start()
+        listener = socket.create_server(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)  # little is on its way and not taken yet
+        self.endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self._listening = self._run(asyncio.start_server(self._serve, sock=listener))
+
+    def add(self, fault: Fault, method: str = ".*", target: str = ".*", **further: Any) -> Rule:
+        """Spoil requests from now on."""
+        rule = Rule(fault, method, target, **further)
+        with self._lock:
+            self._rules.append(rule)
+        return rule
+
+    def remove(self, rule: Rule) -> None:
+        """Let `rule` befall no further request; what it holds is let go."""
+        with self._lock:
+            self._rules.remove(rule)
+        rule.let_go()
+
+    def clear(self) -> None:
+        """Remove all rules."""
+        for rule in list(self._rules):
+            self.remove(rule)
+
+    def faults(self) -> dict[str, int]:
+        """How many requests each kind of fault befell so far."""
+        counts = Counter[str]()
+        for rule in self._rules:
+            counts[rule.fault] += len(rule.requests)
+        return dict(counts)
+
+    def close(self) -> None:
+        """Listen no more; what is held or stalled ends."""
+
+        async def stop() -> None:
+            self._listening.close()
+            for writer in self._open:
+                writer.transport.abort()
+            await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
+
+        for rule in self._rules:
+            rule.let_go()
+        self._run(stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=30)
+
+    def _befalls(self, request: Request) -> Rule | None:
+        """The rule that takes this request. Chance is keyed by the seed, by what is asked for within the bucket, and by
+        how often that was asked for before."""
+        with self._lock:
+            self.requests.append(request)
+            self._times_seen[request] += 1
+            for number, rule in enumerate(self._rules):
+                if rule.times is not None and len(rule.requests) >= rule.times:
+                    continue
+                if not (re.fullmatch(rule.method, request.method) and re.search(rule.target, request.target)):
+                    continue
+                within = request.target.split("/", 2)[-1]
+                key = f"{self._seed} {number} {request.method} {within} {self._times_seen[request]}"
+                if random.Random(key).random() < rule.probability:
+                    rule.requests.append(request)
+                    rule._met.set()
+                    return rule
+        return None
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, which carries one request."""
+        self._open.add(writer)
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            method, target, _ = head.split(b"\r\n", 1)[0].decode().split(" ")
+            rule = self._befalls(Request(method, target))
+            await self._answer(rule, head, reader, writer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass  # the client is gone
+        finally:
+            self._open.discard(writer)
+            writer.transport.abort()
+
+    async def _answer(
+        self, rule: Rule | None, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        fault = rule.fault if rule else None
+        lines = head.split(b"\r\n")[:-2]
+        fields = dict(line.lower().split(b": ", 1) for line in lines[1:] if b": " in line)
+        length = int(fields.get(b"content-length", 0))
+        if fields.get(b"expect") == b"100-continue":
+            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = await reader.readexactly(length // 2)
+        if fault == "half":
+            return
+        while rule is not None and fault == "hold" and not rule._let_go.is_set():
+            await asyncio.sleep(0.01)
+        while (missing := length - len(body)) > 0:
+            taken = await reader.readexactly(min(missing, 1 << 18 if fault == "slow" else missing))
+            if fault == "slow":
+                await asyncio.sleep(len(taken) / SLOW_BYTES)
+            body += taken
+        if fault == "hold" and await _is_gone(reader):
+            return
+        if fault == "503":
+            await _send(writer, _slow_down(head.startswith(b"HEAD")))
+        elif fault == "stall":
+            await reader.read()
+        elif fault != "reset":
+            dropped = (b"expect:", b"connection:")
+            kept = [line for line in lines if not line.lower().startswith(dropped)]
+            answer = await self._ask(b"\r\n".join([*kept, b"Connection: close", b"", body]))
+            if fault != "swallow":
+                await _send(writer, answer[: len(answer) // 2 + 100] if fault == "cut" else answer)
+
+    async def _ask(self, message: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection(*self._server)
+        try:
+            writer.write(message)
+            return await reader.read()
+        finally:
+            writer.transport.abort()
+
+
+async def _is_gone(reader: asyncio.StreamReader) -> bool:
+    """Whether the client ended its side: while it waits for an answer it sends nothing and ends nothing."""
+    try:
+        async with asyncio.timeout(0.05):
+            return await reader.read(1) == b""
+    except TimeoutError:
+        return False
+
+
+async def _send(writer: asyncio.StreamWriter, message: bytes) -> None:
+    writer.write(message)
+    await writer.drain()
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
+
+
+def _slow_down(head_only: bool) -> bytes:
+    body = b"<Error><Code>SlowDown</Code><Message>slow down</Message></Error>"
+    head = b"HTTP/1.1 503 Slow Down\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+    return head if head_only else head + body
