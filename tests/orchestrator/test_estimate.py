@@ -105,7 +105,7 @@ def test_the_lines_say_what_does_not_fit_and_what_is_assumed() -> None:
 def paper_table() -> str:
     """The paper's networks as priced here, beside the paper's own figures."""
     lines = [
-        "| network | parameters | forward GMAC | training TFLOPs an image | images/s of a V100 at its peak: here, paper "
+        "| network | parameters | forward GMAC | training TFLOPs an image | images/s of a V100 at 100%: here, paper "
         "| V100-days at the paper's share: here | at the assumed 38% | H100-days at 38% | memory, batch 8, half |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
