@@ -20,7 +20,9 @@ import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import botocore.session
 import psutil
 
 FOLDER = Path("/tmp/admiral-cluster")  # short, for Ray's sockets lie beneath it; and open to PostgreSQL's own user
@@ -79,14 +81,14 @@ class LocalCluster:
         }
         self._launch("s3", [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)])
         self._wait("s3", lambda: _listens(port))
-        import s3fs
-
-        store = s3fs.S3FileSystem(
+        client = botocore.session.get_session().create_client(
+            "s3",
             endpoint_url=self.environment["AWS_ENDPOINT_URL"],
-            key=self.environment["AWS_ACCESS_KEY_ID"],
-            secret=self.environment["AWS_SECRET_ACCESS_KEY"],
+            region_name=self.environment["AWS_DEFAULT_REGION"],
+            aws_access_key_id=self.environment["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=self.environment["AWS_SECRET_ACCESS_KEY"],
         )
-        store.mkdir(BUCKET)
+        client.create_bucket(Bucket=BUCKET)
 
     def _start_postgresql(self) -> None:
         """As a user of its own where we are root: PostgreSQL refuses to run as root."""
@@ -100,11 +102,13 @@ class LocalCluster:
         password_file.write_text(password)
         for path in (home, password_file):
             os.chown(path, user.pw_uid, user.pw_gid)
-        as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if os.geteuid() == 0 else {}
+        as_user: dict[str, Any] = (
+            {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if os.geteuid() == 0 else {}
+        )
         options = ["--username", "mlflow", "--auth", "scram-sha-256", "--pwfile", str(password_file)]
         command = [str(programs[-1] / "initdb"), "--pgdata", str(home / "data"), "--encoding", "UTF8", *options]
         with (self.folder / "logs" / "initdb.log").open("w") as log:
-            subprocess.run(command, check=True, stdout=log, stderr=log, cwd="/", **as_user)  # type: ignore[call-overload]
+            subprocess.run(command, check=True, stdout=log, stderr=log, cwd="/", **as_user)
         password_file.unlink()
         port = _free_port()
         settings = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": ""}
@@ -177,7 +181,7 @@ class LocalCluster:
 
     # -------------------------------------------------------------------------------------------- processes
 
-    def _launch(self, name: str, command: list[str], environment: dict[str, str] | None = None, **options: object) -> None:
+    def _launch(self, name: str, command: list[str], environment: dict[str, str] | None = None, **options: Any) -> None:
         """Start a process that leads a session of its own, and write it down at once."""
         theirs = ("RAY_", "MLFLOW_", "AWS_", "ADMIRAL_")
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(theirs)}
@@ -190,9 +194,12 @@ class LocalCluster:
                 cwd="/",
                 env=inherited | self.environment | (environment or {}),
                 start_new_session=True,
-                **options,  # type: ignore[call-overload]
+                **options,
             )
-        records = [*self.processes(), {"name": name, "pid": process.pid, "born": psutil.Process(process.pid).create_time()}]
+        records = [
+            *self.processes(),
+            {"name": name, "pid": process.pid, "born": psutil.Process(process.pid).create_time()},
+        ]
         (self.folder / "processes.json").write_text(json.dumps(records, indent=2))
 
     def processes(self) -> list[dict]:

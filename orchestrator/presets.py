@@ -5,6 +5,7 @@ from models.guidance import GuidanceConfig
 from models.samplers import SamplerConfig
 from models.unet import ClassifierConfig, UNetConfig
 from orchestrator.conversion import ConversionConfig
+from orchestrator.doctor import DoctorConfig
 from orchestrator.evaluation import EvaluationConfig
 from orchestrator.likelihood import LikelihoodConfig
 from orchestrator.order import OrderConfig
@@ -215,3 +216,8 @@ def conversion_presets() -> dict[str, tuple[str, ConversionConfig]]:
 def quickstart_presets() -> dict[str, tuple[str, QuickstartConfig]]:
     """Ways through the quickstart."""
     return {"digits": (DIGITS, QuickstartConfig())}
+
+
+def doctor_presets() -> dict[str, tuple[str, DoctorConfig]]:
+    """Ways to look at a cluster."""
+    return {"cluster": ("every node, the store, the tracking server and the network", DoctorConfig())}
