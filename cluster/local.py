@@ -98,8 +98,8 @@ class LocalCluster:
         user = pwd.getpwnam("postgres") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
         home = self.folder / "postgresql"
         home.mkdir(mode=0o700)
-        password, password_file = secrets.token_hex(16), home / "password"
-        password_file.write_text(password)
+        self.database_password, password_file = secrets.token_hex(16), home / "password"
+        password_file.write_text(self.database_password)
         for path in (home, password_file):
             os.chown(path, user.pw_uid, user.pw_gid)
         as_user: dict[str, Any] = (
@@ -117,7 +117,7 @@ class LocalCluster:
         self._launch("postgresql", command, **as_user)
         self._wait("postgresql", lambda: _listens(port))
         # SQLAlchemy 2.1 takes a bare postgresql:// for another driver than the one installed.
-        self._database = f"postgresql+psycopg2://mlflow:{password}@127.0.0.1:{port}/postgres"
+        self._database = f"postgresql+psycopg2://mlflow:{self.database_password}@127.0.0.1:{port}/postgres"
 
     def _start_mlflow(self) -> None:
         """Its start takes longest, so Ray starts meanwhile. The database's password stays out of the command line."""

@@ -135,11 +135,20 @@ def _keep_secrets(name: str) -> Any:
     """An actor of this name with the secrets of this process's environment; it lives as long as the handle."""
     import ray
 
-    options = {"name": name, "namespace": KEEPER_NAMESPACE, "num_cpus": 0, "max_concurrency": 100}
+    options = {"name": name, "namespace": KEEPER_NAMESPACE, "max_concurrency": 100} | beside_driver()
     keeper: Any = ray.remote(_Keeper).options(**options).remote()
     # By a call, not by the constructor: Ray keeps a constructor's arguments with the actor's record.
     ray.get(keeper.keep.remote({secret: os.environ[secret] for secret in SECRETS if secret in os.environ}))
     return keeper
+
+
+def beside_driver() -> dict[str, Any]:
+    """Options of an actor that must live as long as this process: on its node, whatever happens to others."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
 
 
 def receive_secrets() -> None:
