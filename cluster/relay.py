@@ -5,8 +5,10 @@ from typing import Any
 
 import ray
 
+from cluster.session import beside_driver
 
-@ray.remote(num_cpus=0)
+
+@ray.remote
 class _Relay:
     def __init__(self, capacity: int) -> None:
         self.records: deque[dict[str, Any]] = deque(maxlen=capacity)
@@ -33,7 +35,7 @@ class Relay:
     """The driver's and the workers' handle on one relay; it can be sent to a worker."""
 
     def __init__(self, capacity: int = 10_000) -> None:
-        self._actor = _Relay.remote(capacity)  # type: ignore[attr-defined]
+        self._actor = _Relay.options(**beside_driver()).remote(capacity)  # type: ignore[attr-defined]
         self._pending: Any = None
         self._stopping = False
 

@@ -6,9 +6,11 @@ import json
 import logging
 import math
 import os
+import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # A user can do nothing about what these would print, and nothing leaves the machine unasked.
 QUIET_ENVIRONMENT = {
@@ -25,8 +27,17 @@ QUIET_ENVIRONMENT = {
 
 log = logging.getLogger(__name__)
 
-# What every worker needs of the driver's environment. Values travel inside the cluster only.
+# What every worker needs of the driver's environment.
 FORWARDED_PREFIXES = ("AWS_", "ADMIRAL_", "OMP_NUM_THREADS", "PYTHONPATH", "PYTHONWARNINGS")
+# Of these, what nobody may read: it never enters a runtime environment, which Ray writes into logs and job metadata.
+SECRETS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN",
+)
+KEEPER = "ADMIRAL_SECRETS_KEEPER"  # names the actor that hands them to a worker
+KEEPER_NAMESPACE = "admiral-secrets"
 
 
 def is_submitted() -> bool:
@@ -62,7 +73,9 @@ def session(wanted_cpus: float = 0, object_store_memory: int = 300 << 20) -> Ite
             "object_store_memory": object_store_memory,
             "include_dashboard": False,
         }
-    ray.init(runtime_env={"env_vars": _forwarded_environment()}, **options)
+    keeper = f"keeper-{uuid.uuid4().hex}"
+    ray.init(runtime_env={"env_vars": _forwarded_environment() | {KEEPER: keeper}}, **options)
+    kept = _keep_secrets(keeper)
     if (there := ray.cluster_resources().get("CPU", 0)) < wanted_cpus:
         log.warning("the cluster has %g CPUs and this job wants %g: it waits until more nodes come", there, wanted_cpus)
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -71,6 +84,7 @@ def session(wanted_cpus: float = 0, object_store_memory: int = 300 << 20) -> Ite
     try:
         yield
     finally:
+        del kept
         ray.shutdown()
 
 
@@ -94,6 +108,7 @@ def _forwarded_environment() -> dict[str, str]:
     refuses to be told it twice.
     """
     forwarded = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED_PREFIXES)}
+    forwarded = {name: value for name, value in forwarded.items() if name not in SECRETS}
     if is_submitted():
         told = json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"]).get("runtime_env", {}).get("env_vars", {})
         return {name: value for name, value in forwarded.items() if name not in told and name != "PYTHONPATH"}
@@ -101,6 +116,49 @@ def _forwarded_environment() -> dict[str, str]:
     paths = [checkout, *filter(None, forwarded.get("PYTHONPATH", "").split(os.pathsep))]
     forwarded["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     return forwarded
+
+
+class _Keeper:
+    """Holds the driver's secrets in its memory, and hands them to workers."""
+
+    def __init__(self) -> None:
+        self._secrets: dict[str, str] = {}
+
+    def keep(self, secrets: dict[str, str]) -> None:
+        self._secrets = secrets
+
+    def tell(self) -> dict[str, str]:
+        return self._secrets
+
+
+def _keep_secrets(name: str) -> Any:
+    """An actor of this name with the secrets of this process's environment; it lives as long as the handle."""
+    import ray
+
+    options = {"name": name, "namespace": KEEPER_NAMESPACE, "max_concurrency": 100} | beside_driver()
+    keeper: Any = ray.remote(_Keeper).options(**options).remote()
+    # By a call, not by the constructor: Ray keeps a constructor's arguments with the actor's record.
+    ray.get(keeper.keep.remote({secret: os.environ[secret] for secret in SECRETS if secret in os.environ}))
+    return keeper
+
+
+def beside_driver() -> dict[str, Any]:
+    """Options of an actor that must live as long as this process: on its node, whatever happens to others."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
+
+
+def receive_secrets() -> None:
+    """In a worker, take over the driver's credentials; elsewhere, and the second time, do nothing."""
+    if name := os.environ.get(KEEPER):
+        import ray
+
+        keeper: Any = ray.get_actor(name, namespace=KEEPER_NAMESPACE)
+        os.environ.update(ray.get(keeper.tell.remote()))
+        del os.environ[KEEPER]
 
 
 def address() -> str:

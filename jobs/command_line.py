@@ -7,10 +7,13 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+import pydantic
 import tyro
+import yaml
 
+from orchestrator import storage
 from orchestrator.config import JobConfig
 
 Config = TypeVar("Config", bound=JobConfig)
@@ -45,13 +48,22 @@ def main(
 
 
 def parse(description: str | None, presets: Presets[Config], argv: list[str]) -> Config:
-    """The config that `argv` asks for: a preset's name first, then overrides of its fields.
+    """The config that `argv` asks for: a preset's name or `--preset FILE` first, then overrides of its fields.
+
+    Where there is one preset only, its name may be left out.
 
     Where the config refers to other settings (`JobConfig.starting_from`), the overrides apply to those.
 
     Raises:
         SystemExit: 0 after printing help, 2 after one line about what is wrong.
     """
+    if argv and argv[0].split("=", 1)[0] == "--preset":
+        flag, *rest = argv[0].split("=", 1) + argv[1:]
+        if not rest:
+            _fail(2, f"{flag} wants a path or URI")
+        argv, presets = rest, {rest[0]: ("from a file", _read_preset(rest[0], presets))}
+    elif len(presets) == 1 and (not argv or argv[0].startswith("-")):
+        argv = [*presets, *argv]
     config = _parse(description, presets, argv)
     if not argv or argv[0] not in presets:
         return config
@@ -64,7 +76,7 @@ def parse(description: str | None, presets: Presets[Config], argv: list[str]) ->
 
 
 def _parse(description: str | None, presets: Presets[Config], argv: list[str]) -> Config:
-    summary = (description or "").strip()
+    summary = f"{(description or '').strip()}\n\n--preset FILE, a path or URI, takes the place of a preset's name."
     captured = io.StringIO()
     os.environ.setdefault("COLUMNS", "120")
     try:
@@ -85,6 +97,31 @@ def _parse(description: str | None, presets: Presets[Config], argv: list[str]) -
         if not end.code:
             raise
         _fail(2, _one_line(captured.getvalue()))
+
+
+def _read_preset(location: str, presets: Presets[Config]) -> Config:
+    """A preset of one's own: YAML or JSON with the fields that differ from the preset that its `preset` names."""
+    try:
+        tree = yaml.safe_load(storage.read_bytes(storage.resolve(location)))
+        if not isinstance(tree, dict):
+            raise ValueError("it is no mapping of fields to values")
+        base = tree.pop("preset", None if len(presets) > 1 else next(iter(presets)))
+        if base not in presets:
+            raise ValueError(f"preset: {base} is none of {', '.join(presets)}, one of which it must start from")
+        config = presets[base][1]
+        return type(config).model_validate(_merged(config.model_dump(), tree))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        _fail(2, f"{location}: {'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}")
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        _fail(2, f"{location}: {' '.join(str(error).split())}")
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the leaves of `changes` in their places."""
+    both = {name: _merged(base[name], value) if isinstance(value, dict) and isinstance(base.get(name), dict) else value
+            for name, value in changes.items()}  # fmt: skip
+    return {**base, **both}
 
 
 def _one_line(box: str) -> str:

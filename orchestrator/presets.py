@@ -4,6 +4,7 @@ from models.guidance import GuidanceConfig
 from models.samplers import SamplerConfig
 from orchestrator.averages import AverageConfig
 from orchestrator.conversion import ConversionConfig
+from orchestrator.doctor import DoctorConfig
 from orchestrator.evaluation import EvaluationConfig
 from orchestrator.likelihood import LikelihoodConfig
 from orchestrator.preparation import PrepareConfig
@@ -101,3 +102,8 @@ def average_presets() -> dict[str, tuple[str, AverageConfig]]:
 def quickstart_presets() -> dict[str, tuple[str, QuickstartConfig]]:
     """Ways through the quickstart."""
     return {"digits": (DIGITS, QuickstartConfig())}
+
+
+def doctor_presets() -> dict[str, tuple[str, DoctorConfig]]:
+    """Ways to look at a cluster."""
+    return {"cluster": ("every node, the store, the tracking server and the network", DoctorConfig())}

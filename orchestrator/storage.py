@@ -27,6 +27,8 @@ import fsspec
 import tenacity
 from fsspec.implementations.local import LocalFileSystem
 
+from cluster.session import receive_secrets
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -351,6 +353,7 @@ def _locate(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     protocol = uri.split("://", 1)[0] if "://" in uri else "file"
     options: dict[str, Any] = {}
     if protocol in ("s3", "s3a"):
+        receive_secrets()
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         options = {**_S3_OPTIONS, "endpoint_url": endpoint}
     try:

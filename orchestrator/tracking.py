@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import quote
 
 from cluster.session import is_submitted
 from orchestrator.config import JobConfig
@@ -30,6 +31,7 @@ class Tracker:
         self._queue: queue.Queue[Callable[[Any, str], None] | None] = queue.Queue(QUEUE_CAPACITY)
         self._lost = 0
         self._run_id: str | None = None
+        self._pictures: dict[str, str] = {}  # the latest of each folder: what the run's page opens with
         self._thread = threading.Thread(target=self._drain, daemon=True)
         self._thread.start()
 
@@ -57,6 +59,8 @@ class Tracker:
             from PIL import Image
 
             client.log_image(run, Image.open(io.BytesIO(png)), artifact_file=name)
+            self._pictures[name.rpartition("/")[0] or name] = name
+            client.set_tag(run, "mlflow.note.content", description(self._place[2], run, list(self._pictures.values())))
 
         self._put(send)
 
@@ -126,7 +130,7 @@ class Tracker:
                 self._run_id = runs[0].info.run_id
                 client.update_run(self._run_id, status="RUNNING")
             else:
-                tags = {"admiral.identity": identity}
+                tags = {"admiral.identity": identity, "mlflow.note.content": description(identity, "", [])}
                 self._run_id = client.create_run(number, run_name=run_name, tags=tags).info.run_id
         return client, self._run_id
 
@@ -148,6 +152,14 @@ def tracked(job: str, config: JobConfig, output: str) -> Iterator[Tracker]:
         tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
         raise
     tracker.finish("FINISHED")
+
+
+def description(identity: str, run: str, pictures: list[str]) -> str:
+    """What a run's page opens with, in Markdown: the job, where its outputs lie, and its latest pictures."""
+    job, _, output = identity.partition(" ")
+    lines = [f"Admiral, **{job}**: outputs in `{output}`, the whole config in the artefact `config.json`."]
+    lines += [f"![{name}](get-artifact?path={quote(name)}&run_uuid={run})" for name in pictures]
+    return "\n\n".join(lines)
 
 
 def tracking_uri(config: JobConfig) -> str:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ ALL_PRESETS: dict[str, Callable[[], Any]] = {
     "estimate_likelihood": presets.likelihood_presets,
     "convert_weights": presets.conversion_presets,
     "quickstart": presets.quickstart_presets,
+    "doctor": presets.doctor_presets,
 }
 
 
@@ -38,10 +40,10 @@ def test_every_preset_parses_to_itself(job: str) -> None:
 @pytest.mark.parametrize("job", ALL_PRESETS)
 def test_help_explains_every_option(job: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        parse("A job.", ALL_PRESETS[job](), ["digits", "--help"])
+        parse("A job.", ALL_PRESETS[job](), [name := next(iter(ALL_PRESETS[job]())), "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    _, preset = ALL_PRESETS[job]()["digits"]
+    _, preset = ALL_PRESETS[job]()[name]
     for field in type(preset).model_fields:
         assert f"--{field.replace('_', '-')}" in text, f"{field} is missing from the help of {job}"
 
@@ -50,6 +52,50 @@ def test_overrides_reach_nested_fields() -> None:
     config = parse("Train.", training_presets.adm_presets(), ["digits", "--model.dropout", "0.25", "--order.seed", "7"])
     assert config.model.dropout == 0.25
     assert config.order.seed == 7
+
+
+def test_an_only_preset_need_not_be_named() -> None:
+    assert parse("Look.", presets.doctor_presets(), ["--timeout", "5"]).timeout == 5
+
+
+def test_a_preset_file_changes_a_preset_and_is_overridden(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: digits\nbatch_size: 32\nmodel: {dropout: 0.25}\nema_rates: [0.9, 0.99]\n")
+    for flag in (["--preset", str(file)], [f"--preset={file}"], [f"--preset=file://{file}"]):
+        config = parse("Train.", presets.adm_presets(), [*flag, "--images", "640"])
+        assert (config.batch_size, config.model.dropout, config.images) == (32, 0.25, 640)
+        assert config.ema_rates == (0.9, 0.99)
+        assert config.model.channel_mult == presets.adm_presets()["digits"][1].model.channel_mult
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("preset: digits\nbatchsize: 64", "batchsize: Extra inputs are not permitted"),
+        ("preset: digits\nmodel: {dropout: 2}", "model.dropout: Input should be less than 1"),
+        ("preset: digits\nbatch_size: 63", "batch_size=63 is not a multiple of order.num_streams=4"),
+        ("batch_size: 64", "preset: None is none of digits, imagenet64"),
+        ("- a list", "no mapping"),
+        ("{", "expected the node content"),
+    ],
+)
+def test_a_wrong_preset_file_is_one_line(
+    text: str, wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(SystemExit) as end:
+        parse("Train.", presets.adm_presets(), ["--preset", str(tmp_path / "mine.yaml")])
+    assert end.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"job.py: error: {tmp_path}/mine.yaml: ") and message.count("\n") == 1
+    assert wanted in message
+
+
+def test_a_preset_file_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse("Train.", presets.adm_presets(), ["--preset", "/none/such.yaml"])
+    assert end.value.code == 2
+    assert "there is no such object" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

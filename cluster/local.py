@@ -1,0 +1,291 @@
+"""One machine standing in for a cluster: `make cluster` starts it, `make cluster-stop` ends exactly what was started.
+
+An S3 server, PostgreSQL with MLflow over it, a Ray head without CPUs for work and two worker nodes, each a process of
+its own with real ports on the loopback address, token authentication on. All of it lives in one folder: what was
+started (processes.json), how to talk to it (environment), logs, and the data, which go with it.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pwd
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import botocore.session
+import psutil
+
+FOLDER = Path("/tmp/admiral-cluster")  # short, for Ray's sockets lie beneath it; and open to PostgreSQL's own user
+BUCKET = "admiral"
+NODES = 2
+CPUS_OF_NODE = 4  # logical: the two training workers of a small job and what reads their data fit one node
+OBJECT_STORE_BYTES = 150_000_000
+START_SECONDS = 120  # for one service
+STOP_SECONDS = 20  # for all that was started, then it is killed
+# How soon a dead node is seen: within seconds, not Ray's quarter of a minute.
+HEALTH_CHECKS = {"health_check_period_ms": 1000, "health_check_timeout_ms": 3000, "health_check_failure_threshold": 3}
+
+
+class LocalCluster:
+    """What stands, or is about to, in one folder."""
+
+    def __init__(self, folder: Path = FOLDER) -> None:
+        self.folder = folder
+        self.environment: dict[str, str] = {}
+
+    # -------------------------------------------------------------------------------------------- start
+
+    def start(self) -> None:
+        """Start every service, one after another; whatever fails ends those before it.
+
+        Raises:
+            RuntimeError: there is a cluster already, a program is missing, or a service did not start.
+        """
+        if self._alive():
+            raise RuntimeError(f"a cluster of {self.folder} is running already: `make cluster-stop` ends it")
+        shutil.rmtree(self.folder, ignore_errors=True)
+        (self.folder / "logs").mkdir(parents=True)
+        self.folder.chmod(0o711)  # others may pass through, as PostgreSQL's user must, and read nothing
+        try:
+            self._start_s3()
+            self._start_postgresql()
+            self._start_mlflow()
+            self._start_head()
+            for number in range(1, NODES + 1):
+                self._start_node(number)
+            self._wait("mlflow", lambda: _answers(f"{self.environment['MLFLOW_TRACKING_URI']}/health"))
+            self._write_environment()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start_s3(self) -> None:
+        port = _free_port()
+        self.environment |= {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "admiral",
+            "AWS_SECRET_ACCESS_KEY": secrets.token_hex(16),
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "ADMIRAL_STORE": f"s3://{BUCKET}/runs",
+        }
+        self._launch("s3", [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)])
+        self._wait("s3", lambda: _listens(port))
+        client = botocore.session.get_session().create_client(
+            "s3",
+            endpoint_url=self.environment["AWS_ENDPOINT_URL"],
+            region_name=self.environment["AWS_DEFAULT_REGION"],
+            aws_access_key_id=self.environment["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=self.environment["AWS_SECRET_ACCESS_KEY"],
+        )
+        client.create_bucket(Bucket=BUCKET)
+
+    def _start_postgresql(self) -> None:
+        """As a user of its own where we are root: PostgreSQL refuses to run as root."""
+        programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+        if not programs:
+            raise RuntimeError("PostgreSQL is not installed: `make cluster` does it, or apt-get install postgresql")
+        user = pwd.getpwnam("postgres") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
+        home = self.folder / "postgresql"
+        home.mkdir(mode=0o700)
+        self.database_password, password_file = secrets.token_hex(16), home / "password"
+        password_file.write_text(self.database_password)
+        for path in (home, password_file):
+            os.chown(path, user.pw_uid, user.pw_gid)
+        as_user: dict[str, Any] = (
+            {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if os.geteuid() == 0 else {}
+        )
+        options = ["--username", "mlflow", "--auth", "scram-sha-256", "--pwfile", str(password_file)]
+        command = [str(programs[-1] / "initdb"), "--pgdata", str(home / "data"), "--encoding", "UTF8", *options]
+        with (self.folder / "logs" / "initdb.log").open("w") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=log, cwd="/", **as_user)
+        password_file.unlink()
+        port = _free_port()
+        settings = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": ""}
+        flags = [flag for name, value in settings.items() for flag in ("-c", f"{name}={value}")]
+        command = [str(programs[-1] / "postgres"), "-D", str(home / "data"), *flags]
+        self._launch("postgresql", command, **as_user)
+        self._wait("postgresql", lambda: _listens(port))
+        # SQLAlchemy 2.1 takes a bare postgresql:// for another driver than the one installed.
+        self._database = f"postgresql+psycopg2://mlflow:{self.database_password}@127.0.0.1:{port}/postgres"
+
+    def _start_mlflow(self) -> None:
+        """Its start takes longest, so Ray starts meanwhile. The database's password stays out of the command line."""
+        port = _free_port()
+        self.environment["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{port}"
+        place = ["--artifacts-destination", f"s3://{BUCKET}/mlflow", "--host", "127.0.0.1", "--port", str(port)]
+        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", *place]
+        environment = {
+            "MLFLOW_BACKEND_STORE_URI": self._database,
+            "MLFLOW_S3_ENDPOINT_URL": self.environment["AWS_ENDPOINT_URL"],
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+        self._launch("mlflow", command, environment)
+
+    def _start_head(self) -> None:
+        self._port, dashboard = _free_port(), _free_port()
+        self.environment |= {
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        }
+        options = {
+            "port": self._port,
+            "num-cpus": 0,  # no work on the head, as on a real cluster
+            "dashboard-port": dashboard,
+            "ray-client-server-port": _free_port(),
+            "temp-dir": self.folder / "ray",
+            "system-config": json.dumps(HEALTH_CHECKS),
+        }
+        self._start_ray("ray head", ["--head", "--include-dashboard=true"], options)
+        self._wait("ray head", lambda: _listens(dashboard))
+
+    def _start_node(self, number: int) -> None:
+        options = {"address": f"127.0.0.1:{self._port}", "num-cpus": CPUS_OF_NODE}
+        self._start_ray(f"ray node {number}", [], options)
+
+    def _start_ray(self, name: str, flags: list[str], options: dict[str, object]) -> None:
+        """A node, until it says that it runs: two that start at the same moment take each other's ports."""
+        options |= {
+            "node-ip-address": "127.0.0.1",
+            "object-store-memory": OBJECT_STORE_BYTES,
+            "dashboard-agent-listen-port": _free_port(),
+            "metrics-export-port": _free_port(),
+            "min-worker-port": 0,  # any free ports, for the nodes share one address
+            "max-worker-port": 0,
+        }
+        flags = ["--block", "--disable-usage-stats", *flags, *(f"--{key}={value}" for key, value in options.items())]
+        environment = {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # a job's `python` is ours
+            "RAY_JOB_STOP_WAIT_TIME_S": "60",  # time for a last checkpoint when a job is stopped
+            "OMP_NUM_THREADS": "1",
+        }
+        self._launch(name, [sys.executable, "-m", "ray.scripts.scripts", "start", *flags], environment)
+        self._wait(name, lambda: "Ray runtime started" in self._log(name).read_text(errors="replace"))
+
+    def _write_environment(self) -> None:
+        """What a shell needs to talk to the cluster; only its owner may read it."""
+        path = self.folder / "environment"
+        path.touch(mode=0o600)
+        path.write_text("".join(f"export {name}={value}\n" for name, value in self.environment.items()))
+
+    # -------------------------------------------------------------------------------------------- processes
+
+    def _launch(self, name: str, command: list[str], environment: dict[str, str] | None = None, **options: Any) -> None:
+        """Start a process that leads a session of its own, and write it down at once."""
+        theirs = ("RAY_", "MLFLOW_", "AWS_", "ADMIRAL_")
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(theirs)}
+        with self._log(name).open("w") as log:
+            process: subprocess.Popen = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                env=inherited | self.environment | (environment or {}),
+                start_new_session=True,
+                **options,
+            )
+        records = [
+            *self.processes(),
+            {"name": name, "pid": process.pid, "born": psutil.Process(process.pid).create_time()},
+        ]
+        (self.folder / "processes.json").write_text(json.dumps(records, indent=2))
+
+    def processes(self) -> list[dict]:
+        """What was started: name, pid, and when it was born, which tells it from a later process of the same pid."""
+        path = self.folder / "processes.json"
+        return json.loads(path.read_text()) if path.exists() else []
+
+    def _alive(self) -> list[psutil.Process]:
+        found = []
+        for record in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(record["pid"])
+                if process.create_time() == record["born"] and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def _log(self, name: str) -> Path:
+        return self.folder / "logs" / f"{name.replace(' ', '-')}.log"
+
+    def _wait(self, name: str, ready: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        (record,) = (record for record in self.processes() if record["name"] == name)
+        while time.monotonic() < deadline and any(process.pid == record["pid"] for process in self._alive()):
+            if ready():
+                return
+            time.sleep(0.1)
+        last = self._log(name).read_text(errors="replace").strip().splitlines()[-5:]
+        raise RuntimeError(f"{name} did not start; its log ends with: {' | '.join(last)}")
+
+    def stop(self) -> int:
+        """End what processes.json names with all that these started, last first; answers how many there were.
+
+        The folder goes too, but for the logs.
+        """
+        leaders = self._alive()[::-1]
+        family = [*leaders, *(child for leader in leaders for child in leader.children(recursive=True))]
+        for leader in leaders:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(leader.pid, signal.SIGTERM)
+        _, left = psutil.wait_procs(family, timeout=STOP_SECONDS)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        for path in self.folder.glob("*"):
+            if path.name != "logs":
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        return len(leaders)
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _answers(url: str) -> bool:
+    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
+        return answer.status == 200
+    return False
+
+
+def main() -> None:
+    """`python -m cluster.local start` or `stop`."""
+    parser = argparse.ArgumentParser(description="A cluster on this machine.")
+    parser.add_argument("action", choices=["start", "stop"])
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where it lives; a short path")
+    arguments = parser.parse_args()
+    cluster = LocalCluster(arguments.folder)
+    if arguments.action == "stop":
+        print(f"{cluster.stop()} processes of {cluster.folder} and what they started are ended")
+        return
+    try:
+        cluster.start()
+    except RuntimeError as error:
+        sys.exit(f"cluster: error: {error}")
+    print(f"dashboard  {cluster.environment['RAY_API_SERVER_ADDRESS']}")
+    print(f"MLflow     {cluster.environment['MLFLOW_TRACKING_URI']}")
+    print(f"store      {cluster.environment['ADMIRAL_STORE']} on {cluster.environment['AWS_ENDPOINT_URL']}")
+    print(f"to use it  . {cluster.folder}/environment")
+    print("           ray job submit --working-dir . -- python jobs/prepare_dataset.py digits")
+
+
+if __name__ == "__main__":
+    main()

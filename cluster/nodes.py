@@ -1,0 +1,142 @@
+"""The nodes of the session's cluster: what they offer, one call on each, and how fast they talk to one another."""
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+HEAD_RESOURCE = "node:__internal_head__"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A living node."""
+
+    id: str
+    address: str
+    is_head: bool
+    cpus: float
+    gpus: float
+
+    def __str__(self) -> str:
+        return f"{self.address} ({'head' if self.is_head else self.id[:6]})"
+
+
+def nodes() -> list[Node]:
+    """All living nodes, the head first."""
+    import ray
+
+    found = [
+        Node(
+            record["NodeID"],
+            record["NodeManagerAddress"],
+            HEAD_RESOURCE in record["Resources"],
+            record["Resources"].get("CPU", 0.0),
+            record["Resources"].get("GPU", 0.0),
+        )
+        for record in ray.nodes()
+        if record["Alive"]
+    ]
+    return sorted(found, key=lambda node: (not node.is_head, node.address, node.id))
+
+
+def on_each(there: list[Node], function: Callable[[Node], Result], timeout: float) -> dict[Node, Result | Exception]:
+    """`function(node)` in a process on each node, all at once; what it answered, or its error, or TimeoutError.
+
+    It asks for no CPU, so it runs on nodes that hold no work and on those that are full.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task: Any = ray.remote(lambda node: function(node))  # whatever can be called, a partial too
+    calls = {
+        node: task.options(
+            num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)
+        ).remote(node)
+        for node in there
+    }
+    ray.wait(list(calls.values()), num_returns=len(calls), timeout=timeout)
+    answers: dict[Node, Result | Exception] = {}
+    for node, call in calls.items():
+        try:
+            answers[node] = ray.get(call, timeout=0.1)
+        except ray.exceptions.GetTimeoutError:
+            ray.cancel(call, force=True)
+            answers[node] = TimeoutError(f"no answer within {timeout:g} s")
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None)
+            answers[node] = cause if isinstance(cause, Exception) else error
+    return answers
+
+
+def all_reduce_bandwidth(there: list[Node], megabytes: int, timeout: float) -> float:
+    """GB/s at which each node takes part in a sum over all of them, over NCCL where all have GPUs, else over gloo.
+
+    Counted as NCCL counts its bus bandwidth: 2 (n - 1) / n times the bytes of the sum, over the time of one sum.
+
+    Raises:
+        RuntimeError: a node could not reach the others; the message is its own error.
+    """
+    use_gpu = all(node.gpus for node in there)
+    rank = {node.id: number for number, node in enumerate(there)}
+    meeting = on_each(there[:1], _free_address, timeout)[there[0]]
+    if isinstance(meeting, Exception):
+        raise RuntimeError(f"{there[0]}: {meeting}")
+
+    def measure(node: Node) -> float:
+        with _process_group(rank[node.id], len(rank), meeting, use_gpu, timeout):
+            return _seconds_of_sum(megabytes, use_gpu)
+
+    answers = on_each(there, measure, timeout)
+    for node, answer in answers.items():
+        if isinstance(answer, Exception):
+            raise RuntimeError(f"{node}: {answer}")
+    slowest = max(answer for answer in answers.values() if not isinstance(answer, Exception))
+    return 2 * (len(there) - 1) / len(there) * megabytes / 1e3 / slowest
+
+
+def _free_address(node: Node) -> str:
+    with socket.socket() as server:
+        server.bind((node.address, 0))
+        return f"tcp://{node.address}:{server.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def _process_group(rank: int, size: int, meeting: str, use_gpu: bool, timeout: float) -> Iterator[None]:
+    from datetime import timedelta
+
+    import torch.distributed
+
+    backend = "nccl" if use_gpu else "gloo"
+    limit = timedelta(seconds=timeout)
+    torch.distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=size, timeout=limit)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _seconds_of_sum(megabytes: int, use_gpu: bool) -> float:
+    """The median of five sums after a first one that opens the connections."""
+    import torch
+
+    def wait(_: Any = None) -> None:
+        if use_gpu:
+            torch.cuda.synchronize()
+
+    # A task without GPUs of its own sees none: the doctor looks at the whole node.
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    values = torch.ones(megabytes * 250_000, device="cuda" if use_gpu else "cpu")  # float32
+    seconds = []
+    for _ in range(6):
+        wait()
+        begin = time.perf_counter()
+        torch.distributed.all_reduce(values)
+        wait()
+        seconds.append(time.perf_counter() - begin)
+        values.fill_(1.0)
+    return sorted(seconds[1:])[2]

@@ -1,0 +1,8 @@
+"""Check every node of the cluster, the store and the tracking server, and say what is wrong."""
+
+from jobs.command_line import main
+from orchestrator.doctor import examine, plan
+from orchestrator.presets import doctor_presets
+
+if __name__ == "__main__":
+    main(__doc__, doctor_presets(), examine, plan)

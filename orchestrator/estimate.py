@@ -1,0 +1,140 @@
+"""What a job will cost before it runs: FLOPs, memory of each GPU, GPU-hours. `--dry-run` prints it.
+
+A FLOP is one floating-point operation, so a multiply-add is two. Time is FLOPs over the card's peak, times the share of
+the peak that published code reached on the same networks; whoever has measured his own says so by --price.utilization.
+"""
+
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, Field
+
+from models.costs import peak_memory
+from models.unet import ClassifierConfig, UNetConfig
+from models.zoo import count_parameters, forward_multiply_adds
+
+
+class PriceConfig(BaseModel, frozen=True, extra="forbid"):
+    """What --dry-run prices the job for."""
+
+    card: Literal["V100", "A100", "H100", "H200"] = "H100"  # GPU, one for each worker
+    utilization: float | None = Field(None, gt=0, le=1)  # share of its peak that is reached; None = as published
+
+
+class Card(NamedTuple):
+    """A GPU by its data sheet: bytes, and dense FLOP/s in half precision on tensor cores and in float32 beside them."""
+
+    memory: float
+    half: float
+    single: float
+
+
+CARDS = {
+    "V100": Card(32e9, 120e12, 15.7e12),  # 120: what ADM's table 7 counts with
+    "A100": Card(80e9, 312e12, 19.5e12),
+    "H100": Card(80e9, 989e12, 67e12),
+    "H200": Card(141e9, 989e12, 67e12),
+}
+
+
+class Utilization(NamedTuple):
+    """The share of a card's peak that a published code reached, and where that is written."""
+
+    share: float
+    source: str
+
+
+TRAINING = Utilization(0.38, "ADM table 7: 36 to 41% on V100s")
+CLASSIFIER_TRAINING = Utilization(0.11, "ADM table 10: 10 to 12% on V100s")
+SAMPLING = Utilization(0.21, "arXiv 2112.10752 table 18: ADM-256, 250 steps, 0.12 images/s on an A100")
+GUIDED_SAMPLING = Utilization(0.14, "arXiv 2112.10752 table 18: guided ADM-256, 250 steps, 0.07 images/s on an A100")
+
+
+class Cost(NamedTuple):
+    """What a job asks of its workers."""
+
+    images: int
+    flops_per_image: float
+    memory: dict[str, int]  # bytes on each GPU, by what they hold
+    utilization: Utilization
+    note: str  # how FLOPs were counted
+
+    @property
+    def flops(self) -> float:
+        """Of the whole job."""
+        return self.images * self.flops_per_image
+
+
+Network = UNetConfig | ClassifierConfig
+
+
+def training_flops(network: Network) -> float:
+    """FLOPs of a training step for each image: the backward pass is two forward passes."""
+    return 3 * 2.0 * forward_multiply_adds(network)
+
+
+def sampling_flops(network: Network, evaluations: int, classifier: Network | None = None) -> float:
+    """FLOPs of one sample: each evaluation is a forward pass, and with a guide its forward pass and input gradient."""
+    guide = 2 * forward_multiply_adds(classifier) if classifier else 0
+    return evaluations * 2.0 * (forward_multiply_adds(network) + guide)
+
+
+def training_cost(network: Network, images: int, batch: int, averages: int, half: bool) -> Cost:
+    """Training on `images` images, `batch` at a time on each GPU, with `averages` averages of the weights."""
+    weights = 4 * count_parameters(network)
+    memory = {
+        f"weights, AdamW and {averages} average(s)": weights * (3 + averages),
+        f"activations and gradients of {batch} images": peak_memory(network, "training", batch, half),
+    }
+    known = CLASSIFIER_TRAINING if isinstance(network, ClassifierConfig) else TRAINING
+    return Cost(images, training_flops(network), memory, known, "three forward passes an image")
+
+
+def sampling_cost(
+    network: Network, evaluations: int, images: int, batch: int, half: bool, classifier: Network | None = None
+) -> Cost:
+    """Sampling `images` images, `batch` at a time on each GPU, each in `evaluations` evaluations of the network."""
+    networks = [network, classifier] if classifier else [network]
+    passes = [peak_memory(network, "sampling", batch, half)]
+    passes += [peak_memory(classifier, "guiding", batch, half)] if classifier else []
+    memory = {
+        "weights": sum(4 * count_parameters(each) for each in networks),
+        f"activations of {batch} images": max(passes),
+    }
+    known = GUIDED_SAMPLING if classifier else SAMPLING
+    note = f"{evaluations} evaluations an image" + (", each with the classifier's gradient" if classifier else "")
+    return Cost(images, sampling_flops(network, evaluations, classifier), memory, known, note)
+
+
+def gpu_seconds(cost: Cost, price: PriceConfig, half: bool) -> float:
+    """Seconds that one card would take."""
+    card = CARDS[price.card]
+    peak = card.half if half else card.single
+    return cost.flops / (peak * (price.utilization or cost.utilization.share))
+
+
+def priced(cost: Cost, price: PriceConfig, num_workers: int, half: bool) -> str:
+    """The cost in lines: work, memory against the card, time, and what is assumed."""
+    card, cards = CARDS[price.card], max(num_workers, 1)
+    memory = sum(cost.memory.values())
+    parts = ", ".join(f"{size / 1e9:.1f} {name}" for name, size in cost.memory.items())
+    verdict = "" if memory < card.memory else ": TOO MUCH, take smaller batches or more workers"
+    seconds = gpu_seconds(cost, price, half)
+    share = price.utilization or cost.utilization.share
+    source = "--price.utilization" if price.utilization else cost.utilization.source
+    peak = (card.half if half else card.single) / 1e12
+    return "\n".join(
+        [
+            f"work    {cost.flops:.3g} FLOPs: {cost.images:,} images x {cost.flops_per_image / 1e12:.3g} TFLOPs",
+            f"memory  {memory / 1e9:.1f} of {card.memory / 1e9:.0f} GB on each {price.card} ({parts}){verdict}",
+            f"time    {seconds / 3600:,.3g} {price.card}-hours = {_duration(seconds / cards)} on {cards}",
+            f"assumed {share:.0%} of {peak:,.4g} TFLOP/s in {'half precision' if half else 'float32'} ({source}); "
+            f"2 FLOPs a multiply-add, {cost.note}; no time for data, checkpoints and communication",
+        ]
+    )
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} seconds"

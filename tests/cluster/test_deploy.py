@@ -1,0 +1,187 @@
+"""What starts real clusters, against the schemas of those who read it; nothing here starts anything."""
+
+import copy
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+DEPLOY = ROOT / "cluster" / "deploy"
+LAUNCHER = ROOT / "ray_cluster.yaml"
+MANIFESTS = sorted(DEPLOY.rglob("*.yaml"))
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def pinned(package: str) -> str:
+    """The one version of a package that constraints.txt allows."""
+    found = re.search(rf"^{re.escape(package)}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert found, f"constraints.txt does not pin {package}"
+    return found[1]
+
+
+def documents(path: Path) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(path.read_text()))
+
+
+def all_values(tree: Any) -> list[Any]:
+    """The leaves of a tree of dicts and lists."""
+    if isinstance(tree, dict):
+        return [leaf for value in tree.values() for leaf in all_values(value)]
+    return [leaf for value in tree for leaf in all_values(value)] if isinstance(tree, list) else [tree]
+
+
+@pytest.fixture(scope="module")
+def launcher() -> dict[str, Any]:
+    """ray_cluster.yaml as Ray's launcher fills it out, after Ray's own checks of it."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = prepare_config(yaml.safe_load(LAUNCHER.read_text()))
+    validate_config(config)
+    return config
+
+
+# ------------------------------------------------------------------------------------------------ the launcher
+
+
+def test_rays_checks_see_mistakes(launcher: dict[str, Any]) -> None:
+    from ray.autoscaler._private.util import validate_config
+
+    for change in (
+        {"head_node_type": "none-such"},
+        {"max_worker": 3},
+        {"available_node_types": {"head": {"resources": {"CPU": -1}, "node_config": {}}}},
+    ):
+        with pytest.raises((ValueError, jsonschema.ValidationError)):
+            validate_config({**copy.deepcopy(launcher), **change})
+
+
+def scheduler_verdict(launcher: dict[str, Any], unavailable: dict[str, float], demand: dict[str, float]) -> list[str]:
+    """The node types that Ray's autoscaler would start for one worker's demand."""
+    from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+    from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+    from ray.autoscaler.v2.utils import ResourceRequestUtil
+
+    config = AutoscalingConfig(launcher, skip_content_hash=True)
+    types = config.get_node_type_configs()
+    assert types is not None
+    request = SchedulingRequest(
+        disable_launch_config_check=True,
+        node_type_configs=types,
+        max_num_nodes=config.get_max_num_nodes(),
+        resource_requests=ResourceRequestUtil.group_by_count([ResourceRequestUtil.make(demand)]),
+        recoverable_resource_availabilities=unavailable,
+    )
+    reply = ResourceDemandScheduler(event_logger=None).schedule(request)
+    return [launch.instance_type for launch in reply.to_launch]
+
+
+def test_gpu_workers_are_spot_and_on_demand_where_there_is_none(launcher: dict[str, Any]) -> None:
+    one_gpu = {"GPU": 1, "CPU": 1, "accelerator_type:H100": 0.001}
+    assert scheduler_verdict(launcher, {}, one_gpu) == ["gpu-spot"]
+    assert scheduler_verdict(launcher, {"gpu-spot": 0.0}, one_gpu) == ["gpu-on-demand"]
+    assert scheduler_verdict(launcher, {}, {"CPU": 1}) == ["data"], "no GPU is started for what needs none"
+
+
+def test_the_head_holds_no_work(launcher: dict[str, Any]) -> None:
+    head = launcher["available_node_types"][launcher["head_node_type"]]
+    assert head["resources"] == {"CPU": 0}
+    assert launcher["available_node_types"]["gpu-spot"]["resources"]["GPU"] == 8
+
+
+def test_nothing_is_open_and_no_key_is_written(launcher: dict[str, Any]) -> None:
+    assert launcher["provider"]["use_internal_ips"] is True
+    for name, node_type in launcher["available_node_types"].items():
+        node = node_type["node_config"]
+        assert node["SecurityGroupIds"] == ["sg-CLUSTER"], f"{name}: Ray would make a group that is open to the world"
+        assert node["SubnetIds"] and node["IamInstanceProfile"] and node["MetadataOptions"]["HttpTokens"] == "required"
+    (head_start,) = (line for line in launcher["head_start_ray_commands"] if "--head" in line)
+    assert "--dashboard-host=127.0.0.1" in head_start
+    assert any("RAY_AUTH_MODE=token" in option for option in launcher["docker"]["run_options"])
+    assert "AWS_SECRET" not in LAUNCHER.read_text() and "AWS_ACCESS_KEY" not in LAUNCHER.read_text()
+    assert "ssh_private_key" not in launcher["auth"]
+
+
+@pytest.mark.parametrize("variable", ["ADMIRAL_STORE=", "MLFLOW_TRACKING_URI=", "REGISTRY/"])
+def test_store_tracking_and_image_are_said_once(variable: str) -> None:
+    assert LAUNCHER.read_text().count(variable) == 1
+
+
+# ------------------------------------------------------------------------------------------------ Kubernetes
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
+def test_manifests_parse_and_fit_their_schema(path: Path) -> None:
+    schema = json.loads((Path(__file__).parent / "kuberay_schema.json").read_text())
+    for document in documents(path):
+        assert {"apiVersion", "kind", "metadata"} <= document.keys()
+        if document["apiVersion"] == "ray.io/v1":
+            definition = {"$ref": f"#/$defs/{document['kind']}", "$defs": schema["$defs"]}
+            jsonschema.Draft202012Validator(definition).validate(document)
+
+
+def test_the_schema_sees_mistakes() -> None:
+    schema = json.loads((Path(__file__).parent / "kuberay_schema.json").read_text())
+    cluster = next(d for d in documents(DEPLOY / "kuberay" / "cluster.yaml") if d["kind"] == "RayCluster")
+    validator = jsonschema.Draft202012Validator({"$ref": "#/$defs/RayCluster", "$defs": schema["$defs"]})
+    for place, value in (("authOptions", {"mode": "tokens"}), ("workerGroups", []), ("headGroupSpec", {})):
+        broken = copy.deepcopy(cluster)
+        broken["spec"][place] = value
+        assert not validator.is_valid(broken), place
+    broken = copy.deepcopy(cluster)
+    broken["spec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] = 0
+    assert not validator.is_valid(broken), "start parameters are strings"
+
+
+def test_jobs_find_their_cluster_and_are_jobs_of_this_checkout() -> None:
+    cluster = next(d for d in documents(DEPLOY / "kuberay" / "cluster.yaml") if d["kind"] == "RayCluster")
+    jobs = [d for path in MANIFESTS for d in documents(path) if d["kind"] == "RayJob"]
+    assert {job["metadata"]["name"] for job in jobs} == {"admiral-train", "admiral-tune", "admiral-generate"}
+    for job in jobs:
+        assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
+        _, script, *_ = job["spec"]["entrypoint"].split()
+        assert (ROOT / script.removeprefix("/opt/admiral/")).exists()
+
+
+def test_pods_are_not_root_and_have_shared_memory_and_token() -> None:
+    cluster = next(d for d in documents(DEPLOY / "kuberay" / "cluster.yaml") if d["kind"] == "RayCluster")["spec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        pod = group["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] and pod["serviceAccountName"] == "admiral"
+        assert pod["containers"][0]["envFrom"] == [{"configMapRef": {"name": "admiral"}}]
+    for group in cluster["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        assert {"name": "shared-memory", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
+        assert any(toleration["key"] == "spot" for toleration in pod["tolerations"])
+
+
+# ------------------------------------------------------------------------------------------------ versions
+
+
+def test_versions_are_those_of_constraints_txt() -> None:
+    texts = [leaf for path in [LAUNCHER, *MANIFESTS] for d in documents(path) for leaf in all_values(d)]
+    images = {text for text in texts if isinstance(text, str) and "REGISTRY/admiral:" in text}
+    assert images == {f"REGISTRY/admiral:{VERSION}"}
+    cluster = next(d for d in documents(DEPLOY / "kuberay" / "cluster.yaml") if d["kind"] == "RayCluster")
+    assert cluster["spec"]["rayVersion"] == pinned("ray")
+    dockerfile = (DEPLOY / "Dockerfile").read_text()
+    assert "--constraint constraints.txt" in dockerfile and "==" not in dockerfile, "pins live in one place"
+    python = re.search(r"^ARG PYTHON=(\S+)$", dockerfile, re.MULTILINE)
+    assert python and python[1] in ("3.11", "3.12"), "what pyproject.toml allows"
+
+
+def test_the_container_is_not_root_and_can_compile() -> None:
+    dockerfile = (DEPLOY / "Dockerfile").read_text()
+    assert re.findall(r"^USER (\S+)$", dockerfile, re.MULTILINE)[-1] == "admiral"
+    for needed in (" gcc ", "rsync", "TORCHINDUCTOR_CACHE_DIR", "NCCL_SOCKET_IFNAME", "RAY_JOB_STOP_WAIT_TIME_S"):
+        assert needed in dockerfile
+    copied = set(re.findall(r"^COPY --chown=admiral (\w+) \w+$", dockerfile, re.MULTILINE))
+    assert copied == {"models", "orchestrator", "cluster", "jobs"}

@@ -1,0 +1,198 @@
+"""A cluster on this machine, with jobs submitted to it: a node is killed, a page is opened, secrets stay secret."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import s3fs
+from PIL import Image
+
+from cluster.local import NODES, LocalCluster
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
+        pytest.skip("PostgreSQL is not installed: `make cluster` and .ci/run do it")
+    stands = LocalCluster(Path(tempfile.mkdtemp(prefix="admiral-", dir="/tmp")))
+    stands.start()
+    try:
+        yield stands
+    finally:
+        stands.stop()
+        shutil.rmtree(stands.folder)
+
+
+@pytest.fixture(scope="module")
+def outputs() -> list[str]:
+    """Everything that the submitted jobs printed."""
+    return []
+
+
+def start_job(cluster: LocalCluster, *job: str) -> subprocess.Popen[str]:
+    left_out = ("RAY_", "ADMIRAL_", "MLFLOW_", "AWS_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
+    return subprocess.Popen(
+        [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", "python", *job],
+        cwd=ROOT,
+        env=environment | cluster.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def submit(cluster: LocalCluster, outputs: list[str], *job: str) -> str:
+    """What the job prints; it must succeed."""
+    running = start_job(cluster, *job)
+    output, _ = running.communicate(timeout=300)
+    outputs.append(output)
+    assert running.returncode == 0, output[-3000:]
+    return output
+
+
+def store(cluster: LocalCluster) -> s3fs.S3FileSystem:
+    environment = cluster.environment
+    return s3fs.S3FileSystem(
+        key=environment["AWS_ACCESS_KEY_ID"],
+        secret=environment["AWS_SECRET_ACCESS_KEY"],
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+        use_listings_cache=False,
+    )
+
+
+def asked(cluster: LocalCluster, path: str) -> str:
+    """What the job server answers to whoever has the token."""
+    url = f"{cluster.environment['RAY_API_SERVER_ADDRESS']}{path}"
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return str(answer.read().decode())
+
+
+def raylet_of_a_training_worker(cluster: LocalCluster) -> psutil.Process:
+    """The raylet of a node that trains, found among the processes of the cluster's nodes."""
+    for record in cluster.processes():
+        if record["name"].startswith("ray node"):
+            below = psutil.Process(record["pid"]).children(recursive=True)
+            if any("TrainWorker" in " ".join(process.cmdline()) for process in below):
+                return next(process for process in below if process.name() == "raylet")
+    raise AssertionError("no node trains")
+
+
+def test_the_doctor_finds_nothing_wrong(cluster: LocalCluster, outputs: list[str]) -> None:
+    said = submit(cluster, outputs, "jobs/doctor.py", "--megabytes", "4")
+    assert "nothing is wrong" in said and f"{NODES + 1} node(s)" in said
+    for words in ("holds no work", "created once", "GB/s between 2 nodes", "answers in", "g++ and Python's headers"):
+        assert words in said
+
+
+def test_a_node_killed_while_it_trains_costs_no_job(cluster: LocalCluster, outputs: list[str]) -> None:
+    said = submit(cluster, outputs, "jobs/prepare_dataset.py", "digits")
+    assert "s3://admiral/runs/datasets/digits" in said and "View run" in said, "the last lines say where things lie"
+    settings = ["--images", "6400", "--checkpoint-images", "640", "--preview-images", "3200"]
+    training = start_job(cluster, "jobs/train_adm.py", "digits", *settings)
+    checkpoints = "admiral/runs/digits/diffusion/checkpoints"
+    deadline = time.monotonic() + 120
+    while not store(cluster).exists(checkpoints) and training.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    raylet_of_a_training_worker(cluster).send_signal(signal.SIGKILL)
+    output, _ = training.communicate(timeout=300)
+    outputs.append(output)
+    assert training.returncode == 0, output[-3000:]
+    assert "6,400 images" in output
+    weights = store(cluster).ls("admiral/runs/digits/diffusion/weights")
+    assert [path.rsplit("/", 1)[1] for path in weights] == ["images-000000006400-ema-0.995.safetensors"]
+
+
+def test_what_fails_says_so_by_its_exit_code(cluster: LocalCluster, outputs: list[str]) -> None:
+    refused = start_job(cluster, "jobs/train_adm.py", "digits", "--learning-rate", "1")
+    output, _ = refused.communicate(timeout=120)
+    outputs.append(output)
+    assert refused.returncode == 1
+    assert "was made with another config" in output
+
+
+def test_the_page_of_a_run_shows_its_samples(cluster: LocalCluster, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    if browser is None:
+        pytest.skip("there is no Chromium: .ci/run installs it, apt-get install chromium does it by hand")
+    tracking = cluster.environment["MLFLOW_TRACKING_URI"]
+    run = find_run(tracking, "train diffusion")
+    page = f"{tracking}/#/experiments/{run['info']['experiment_id']}/runs/{run['info']['run_id']}"
+    picture = tmp_path / "page.png"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1400,1600"]
+    command = [browser, *flags, "--virtual-time-budget=20000", f"--user-data-dir={tmp_path}/profile"]
+    dumped = subprocess.run([*command, f"--screenshot={picture}", "--dump-dom", page], capture_output=True, timeout=120)
+    text = dumped.stdout.decode(errors="replace")
+    assert "outputs in" in text and "samples/images-" in text
+    pixels = np.asarray(Image.open(picture).convert("RGB"))
+    assert pixels.shape[:2] == (1600, 1400)
+    if folder := os.environ.get("ADMIRAL_SCREENSHOTS"):
+        shutil.copy(picture, folder)
+
+
+def find_run(tracking: str, name: str) -> dict[str, Any]:
+    body = json.dumps({"experiment_ids": ["1"], "filter": f"tags.`mlflow.runName` = '{name}'"}).encode()
+    request = urllib.request.Request(
+        f"{tracking}/api/2.0/mlflow/runs/search", body, headers={"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        (run,) = json.loads(answer.read())["runs"]
+    return dict(run)
+
+
+def test_no_secret_is_anywhere(cluster: LocalCluster, outputs: list[str]) -> None:
+    """Every log and file of the services, what the jobs printed and made, job metadata, command lines, the tracking."""
+    secrets = [cluster.environment[name] for name in ("AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN")]
+    secrets.append(cluster.database_password)
+    seen: dict[str, bytes] = {f"output of job {number}": text.encode() for number, text in enumerate(outputs)}
+    for path in cluster.folder.rglob("*"):
+        if path.is_file() and path != cluster.folder / "environment":  # the one place where they are kept
+            seen[str(path)] = path.read_bytes()
+    files = store(cluster)
+    seen |= {f"s3://{path}": files.cat_file(path) for path in files.find("admiral")}
+    for path in ("/api/jobs/", "/api/v0/jobs?detail=1", "/api/v0/actors?detail=1", "/api/v0/tasks?detail=1"):
+        seen[path] = asked(cluster, path).encode()
+    for record in cluster.processes():
+        if psutil.pid_exists(record["pid"]):
+            leader = psutil.Process(record["pid"])
+            for process in [leader, *leader.children(recursive=True)]:
+                seen[f"command line of {process.pid}"] = " ".join(process.cmdline()).encode()
+    run = find_run(cluster.environment["MLFLOW_TRACKING_URI"], "train diffusion")
+    seen["MLflow"] = json.dumps(run).encode()
+    assert len(seen) > 50 and len(outputs) >= 4, "there was something to search"
+    found = sorted({place for place, content in seen.items() for secret in secrets if secret.encode() in content})
+    assert not found
+
+
+def test_stopping_ends_what_was_started_and_nothing_else(cluster: LocalCluster) -> None:
+    bystander = subprocess.Popen(["sleep", "600"])
+    leaders = [psutil.Process(r["pid"]) for r in cluster.processes() if psutil.pid_exists(r["pid"])]
+    family = [*leaders, *(child for leader in leaders for child in leader.children(recursive=True))]
+    assert len(family) > 10
+    try:
+        assert cluster.stop() >= 5, "S3, PostgreSQL, MLflow, the head and the node that is left"
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert not alive
+        assert bystander.poll() is None
+        assert cluster.stop() == 0, "a second time there is nothing to stop"
+        assert not (cluster.folder / "environment").exists()
+    finally:
+        bystander.kill()
+        bystander.wait()
