@@ -125,17 +125,16 @@ def _with_classes(config: Config, manifest: Manifest) -> Config:
         ValueError: the dataset does not fit: other classes, no labels, crops of another kind or size.
     """
     there = len(manifest.classes)
-    if config.classes == "dataset":
-        if isinstance(config, NoisyClassifierConfig) and not there:
-            raise ValueError(f"{config.dataset} has no classes, and a classifier needs some")
-        config = config.model_copy(update={"model": config.model.model_copy(update={"num_classes": there or None})})
-    elif config.model.num_classes not in (None, there):
+    wanted = (there or None) if config.classes == "dataset" else config.model.num_classes
+    manifest.check("train", config.model.image_size, config.crop, conditional=bool(wanted))
+    if wanted not in (None, there):
         raise ValueError(
-            f"model.num_classes={config.model.num_classes}, but {config.dataset} has {there} classes; "
+            f"model.num_classes={wanted}, but {config.dataset} has {there} classes; "
             f"pass --model.num-classes {there}, or --classes dataset"
         )
-    manifest.check("train", config.model.image_size, config.crop, conditional=bool(config.model.num_classes))
-    return config
+    if wanted is None and isinstance(config, NoisyClassifierConfig):
+        raise ValueError(f"{config.dataset} has no classes, and a classifier needs some")
+    return config.model_copy(update={"model": config.model.model_copy(update={"num_classes": wanted})})
 
 
 def _order(config: TrainingConfig, manifest: Manifest) -> OrderPlan:

@@ -167,8 +167,8 @@ def test_no_secret_is_anywhere(cluster: LocalCluster, outputs: list[str]) -> Non
             seen[str(path)] = path.read_bytes()
     files = store(cluster)
     seen |= {f"s3://{path}": files.cat_file(path) for path in files.find("admiral")}
-    for path in ("/api/jobs/", "/api/v0/jobs?detail=1", "/api/v0/actors?detail=1", "/api/v0/tasks?detail=1"):
-        seen[path] = asked(cluster, path).encode()
+    for question in ("/api/jobs/", "/api/v0/jobs?detail=1", "/api/v0/actors?detail=1", "/api/v0/tasks?detail=1"):
+        seen[question] = asked(cluster, question).encode()
     for record in cluster.processes():
         if psutil.pid_exists(record["pid"]):
             leader = psutil.Process(record["pid"])
