@@ -129,7 +129,9 @@ def _with_damage(manifest: Manifest, folder: Path, damaged: Callable[[int], bool
             cut = [row | {"image": row["image"][:30]} if damaged(start + i) else row for i, row in enumerate(rows)]
             writer.write_table(pa.Table.from_pylist(cut, schema=SCHEMA))
             start += len(rows)
-    return manifest.model_copy(update={"folder": str(folder)})
+    damaged_shard = shard.model_copy(update={"bytes": (folder / shard.path).stat().st_size})
+    splits = manifest.splits | {"train": (damaged_shard,)}
+    return manifest.model_copy(update={"folder": str(folder), "splits": splits})
 
 
 def test_a_plan_for_other_row_groups_is_refused_at_once(prepared: Manifest) -> None:
