@@ -13,7 +13,7 @@ from orchestrator.dataset import SCHEMA, Manifest, Shard
 # Most of ImageNet is 500 pixels wide or high; a fifth is anything, up to some megapixels.
 _SHAPES = [(500, 375), (375, 500), (500, 333), (333, 500)]
 _SHARES = [0.48, 0.14, 0.12, 0.06]
-_LARGEST = 3000  # pixels of a side
+_LARGEST = 2000  # pixels of a side
 
 
 def photographs(count: int, seed: int = 0) -> list[bytes]:
@@ -33,7 +33,7 @@ def _photograph(rng: np.random.Generator, cloud: np.ndarray) -> bytes:
         width, height = sides if rng.random() < 0.7 else sides[::-1]
     top, left = rng.integers(0, _LARGEST - height + 1), rng.integers(0, _LARGEST - width + 1)
     pixels = cloud[top : top + height, left : left + width].astype(np.float32)
-    pixels += rng.standard_normal((height, width, 1), np.float32) * rng.lognormal(1.95, 0.6)  # grain
+    pixels += rng.standard_normal((height, width, 1), np.float32) * rng.lognormal(2.1, 0.6)  # grain
     file = io.BytesIO()
     pixels = np.clip(pixels, 0, 255).astype(np.uint8)
     Image.fromarray(pixels).save(file, "JPEG", quality=int(rng.integers(88, 97)))
@@ -53,23 +53,24 @@ def _cloud(rng: np.random.Generator) -> np.ndarray:
     return np.clip(128 + 40 * octaves[..., None] + 20 * tints, 0, 255).astype(np.uint8)
 
 
-def write_dataset(folder: str, photographs: list[bytes], rows: int, row_group: int = 64, classes: int = 10) -> Manifest:
+def write_dataset(
+    folder: str, images: list[bytes], sizes: list[tuple[int, int]], rows: int, row_group: int = 64, classes: int = 10
+) -> Manifest:
     """A prepared dataset of `rows` rows (of equal row groups) in shards of eight; its images come round and round."""
     if rows % row_group:
         raise ValueError(f"rows={rows} is not a multiple of row_group={row_group}")
-    sizes = [Image.open(io.BytesIO(data)).size for data in photographs]
     groups = [range(start, start + row_group) for start in range(0, rows, row_group)]
-    shards = []
+    shards: list[Shard] = []
     for first in range(0, len(groups), 8):
         path = f"train-{len(shards):05d}.parquet"
         file = io.BytesIO()
         with pq.ParquetWriter(file, SCHEMA, compression="none") as writer:
             for group in groups[first : first + 8]:
-                which = [(row * 7919 + row // len(photographs)) % len(photographs) for row in group]
+                which = [row % len(images) for row in group]
                 columns = [
                     [f"{row:08d}" for row in group],
                     [row % classes for row in group],
-                    [photographs[i] for i in which],
+                    [images[i] for i in which],
                     [sizes[i][0] for i in which],
                     [sizes[i][1] for i in which],
                 ]
@@ -81,10 +82,15 @@ def write_dataset(folder: str, photographs: list[bytes], rows: int, row_group: i
         name="synthetic",
         classes=tuple(f"class {i}" for i in range(classes)),
         splits={"train": tuple(shards)},
-        width=(min(w for w, _ in sizes), max(w for w, _ in sizes)),
-        height=(min(h for _, h in sizes), max(h for _, h in sizes)),
+        width=(min(width for width, _ in sizes), max(width for width, _ in sizes)),
+        height=(min(height for _, height in sizes), max(height for _, height in sizes)),
         quarantined=0,
         folder=storage.resolve(folder),
     )
     storage.write_json(storage.join(folder, "manifest.json"), manifest.model_dump(mode="json"))
     return manifest
+
+
+def sizes_of(images: list[bytes]) -> list[tuple[int, int]]:
+    """Width and height of each."""
+    return [Image.open(io.BytesIO(data)).size for data in images]
