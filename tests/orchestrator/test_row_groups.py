@@ -72,7 +72,7 @@ def test_unsound_shards_are_one_clear_error(s3_bucket: str, tmp_path: Path) -> N
             (data[: len(data) // 2], "bytes fewer"),
             (data[:100], "bytes fewer"),
             (b"", "bytes fewer"),
-            (data + b"x", "no footer"),
+            (b"x" + data, "no footer"),
             (data[: -length - 8] + b"\xff" * length + data[-8:], ""),
             (b"\xff" * 8000 + data[8000:], ""),
         ]:
