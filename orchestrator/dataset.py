@@ -163,6 +163,7 @@ def batches(
     if order.row_group_sizes != manifest.row_group_sizes(split):
         raise ValueError(f"the order plan was made for other row groups than those of split={split!r}")
     order.locate(position)  # refuse it here rather than at the first batch
+    order.open_bytes(world_size, image_size**2 * 3)  # likewise
     read = _Reader(manifest, split, order.config.seed, image_size, crop, flip)
     units = order.units(rank, world_size, position)
     if end is not None:

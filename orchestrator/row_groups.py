@@ -50,8 +50,8 @@ def _extent(metadata: pq.FileMetaData, place: int, columns: tuple[str, ...]) -> 
     group = metadata.row_group(place)
     chunks = [group.column(i) for i in range(group.num_columns)]
     wanted = [chunk for chunk in chunks if chunk.path_in_schema in columns]
-    if len(wanted) < len(columns):
-        raise pa.ArrowInvalid(f"it has no columns {', '.join(columns)}")
+    if missing := sorted(set(columns) - {chunk.path_in_schema for chunk in wanted}):
+        raise pa.ArrowInvalid(f"it has no column {', '.join(missing)}")
     starts = [min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset))) for chunk in wanted]
     ends = [start + chunk.total_compressed_size for start, chunk in zip(starts, wanted, strict=True)]
     return min(starts), max(ends)

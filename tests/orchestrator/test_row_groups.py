@@ -85,7 +85,7 @@ def test_unsound_shards_are_one_clear_error(s3_bucket: str, tmp_path: Path) -> N
         with pytest.raises(FileNotFoundError, match=re.escape(uri)):
             read_row_group(uri, first.bytes, 0, COLUMNS)
         uri = storage.join(folder, second.path)
-        with pytest.raises(ValueError, match="has no columns picture"):
+        with pytest.raises(ValueError, match="has no column picture"):
             read_row_group(uri, second.bytes, 0, ("label", "picture"))
         with pytest.raises(ValueError, match="has no row group 8"):
             read_row_group(uri, second.bytes, 8, COLUMNS)
