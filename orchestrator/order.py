@@ -200,7 +200,7 @@ class OrderPlan:
         if found > OPEN_BYTES_LIMIT:
             raise ValueError(
                 f"a worker would hold {found / 2**30:.1f} GiB of open images ({streams} streams x window of {window} "
-                f"row groups x {rows} rows x {bytes_per_row:,} bytes); the limit is {OPEN_BYTES_LIMIT / 2**30:.0f} GiB: "
+                f"row groups x {rows} rows x {bytes_per_row:,} bytes); {OPEN_BYTES_LIMIT / 2**30:.0f} GiB is the most: "
                 f"raise num_workers, or lower order.window={window} or order.num_streams={self.config.num_streams}, "
                 "or prepare the dataset with smaller row groups"
             )

@@ -1,13 +1,13 @@
 """Every image becomes RGB or one clear error; crops are the published ones."""
 
 import io
-import math
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from orchestrator import images
+from tests.published_crops import published_center_crop, published_random_crop
 
 
 def encode(pixels: np.ndarray, form: str = "PNG", mode: str | None = None) -> bytes:
@@ -33,36 +33,6 @@ def test_truncated_images_are_one_clear_error(cut: int) -> None:
     for form in ("PNG", "JPEG", "WEBP"):
         with pytest.raises(ValueError, match=r"Error: "):
             images.decode(encode(pixels, form)[:cut])
-
-
-def published_shrink(image: Image.Image, shorter: int, whole: bool) -> np.ndarray:
-    """Halving by BOX, then BICUBIC. Pillow resizes along the rows first: in one call (`whole`), or said in two."""
-
-    def resize(image: Image.Image, size: tuple[int, int], filter: Image.Resampling) -> Image.Image:
-        return (
-            image.resize(size, filter) if whole else image.resize((size[0], image.height), filter).resize(size, filter)
-        )
-
-    while min(image.size) >= 2 * shorter:
-        image = resize(image, (image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = shorter / min(image.size)
-    return np.asarray(
-        resize(image, (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    )
-
-
-def published_center_crop(image: Image.Image, size: int, whole: bool) -> np.ndarray:
-    pixels = published_shrink(image, size, whole)
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top : top + size, left : left + size]
-
-
-def published_random_crop(image: Image.Image, size: int, seed: int, whole: bool) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    pixels = published_shrink(image, int(rng.integers(size, math.ceil(size / 0.8), endpoint=True)), whole)
-    top = rng.integers(0, pixels.shape[0] - size, endpoint=True)
-    left = rng.integers(0, pixels.shape[1] - size, endpoint=True)
-    return pixels[top : top + size, left : left + size]
 
 
 @pytest.mark.parametrize("cases", [400, pytest.param(10_000, marks=pytest.mark.slow)])
