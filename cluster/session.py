@@ -166,3 +166,13 @@ def address() -> str:
     import ray
 
     return ray.get_runtime_context().gcs_address
+
+
+def store_statistics() -> dict[str, int]:
+    """Bytes of the cluster's object stores: used now, and spilled to disk since their start."""
+    import ray
+    from ray._private import internal_api  # the only place where Ray tells; nowhere else do we reach into it
+
+    state = internal_api.get_state_from_address(ray.get_runtime_context().gcs_address)
+    found = internal_api.get_memory_info_reply(state).store_stats
+    return {"used": found.object_store_bytes_used, "spilled": found.spilled_bytes_total}

@@ -4,17 +4,20 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from queue import Queue
-from threading import Event, Semaphore, Thread
+from threading import Event, Lock, Semaphore, Thread
 from typing import Any, TypeVar
 
 import numpy as np
 
 Unit = TypeVar("Unit")
 Block = dict[str, np.ndarray]
+Queues = list["Queue[Block | BaseException | None]"]  # a unit's blocks as they come, then None
 
-TASKS = 2  # reads of one caller that run at a time
+TASKS = 4  # reads of one pipeline that run at a time: with a quarter of a CPU each, one CPU is never idle between two
 BLOCK_BYTES = 4 << 20  # what a task hands over at once: small blocks keep the object store small
 CHUNKS_AHEAD = 2  # chunks in this process: one that is consumed, one that is read meanwhile
+
+_building = Lock()  # Ray Data's context belongs to the process
 
 
 def stream(
@@ -24,9 +27,11 @@ def stream(
 
     `units` may be endless. Each `chunk` of them is a Ray Data pipeline of its own, drained at once into this process,
     which so holds at most two chunks: an executor that waits for a slow consumer keeps polling, in this process, and
-    would take half a core from the training step. `read_unit` runs in Ray tasks and yields dicts of arrays with one row
-    for each sample; it should yield uint8 rather than float, a few megabytes at a time, and hold locations, not data.
-    Blocks may be cut elsewhere than `read_unit` cut them, never across units. The arrays are the caller's own.
+    would take half a core from the training step. Its tasks hand over blocks in whatever order they are ready; the
+    units' order is restored here, so that nothing waits for its turn in the object store. `read_unit` runs in Ray tasks
+    and yields dicts of arrays with one row for each sample; it should yield uint8 rather than float, a few megabytes at
+    a time, and hold locations, not data. Blocks may be cut elsewhere than `read_unit` cut them, never across units. The
+    arrays are the caller's own.
 
     Raises:
         RuntimeError: a unit could not be read; the message is the original error's.
@@ -44,58 +49,104 @@ def stream(
 def _ahead(
     units: Iterator[Unit], read_unit: Callable[[Unit], Iterator[Block]], chunk: int, num_cpus: float
 ) -> Iterator[Block]:
-    """Read chunk after chunk in a thread, while there is room for another."""
-    blocks: Queue[Block | BaseException | str] = Queue()
+    """Read chunk after chunk, each in a thread, while there is room for another."""
+    chunks: Queue[Queues | BaseException | None] = Queue()
     room, closed = Semaphore(CHUNKS_AHEAD), Event()
 
     def read() -> None:
         try:
             while not closed.is_set() and (taken := list(islice(units, chunk))):
                 room.acquire()
-                for block in _pipeline(taken, read_unit, num_cpus):
-                    if closed.is_set():
-                        return
-                    blocks.put(block)
-                blocks.put("end of chunk")
-            blocks.put("end")
+                queues: Queues = [Queue() for _ in taken]
+                chunks.put(queues)
+                ending = Event()
+                Thread(
+                    target=_fill, args=(queues, taken, read_unit, num_cpus, ending, closed), name="chunk", daemon=True
+                ).start()
+                ending.wait()  # the next pipeline starts while this one's last tasks run
+            chunks.put(None)
         except BaseException as error:  # noqa: BLE001 - it is raised in the caller's thread
-            blocks.put(error)
+            chunks.put(error)
 
     Thread(target=read, name="stream", daemon=True).start()
     try:
-        while (item := blocks.get()) != "end":
-            if isinstance(item, BaseException):
-                raise item
-            if isinstance(item, str):
-                room.release()
-            else:
-                yield item
+        while (queues := chunks.get()) is not None:
+            if isinstance(queues, BaseException):
+                raise queues
+            for queue in queues:
+                while (block := queue.get()) is not None:
+                    if isinstance(block, BaseException):
+                        raise block
+                    yield block
+            room.release()
     finally:
         closed.set()
         room.release()
 
 
+def _fill(
+    queues: Queues,
+    units: list[Unit],
+    read_unit: Callable[[Unit], Iterator[Block]],
+    num_cpus: float,
+    ending: Event,
+    closed: Event,
+) -> None:
+    """Deal a pipeline's blocks to the units' queues; `ending` once hardly more units are left than tasks."""
+    left = len(units)
+    try:
+        for block in _pipeline(units, read_unit, num_cpus):
+            if closed.is_set():
+                return
+            queue = queues[int(block.pop("unit_of_chunk")[0])]
+            last = bool(block.pop("last_of_unit")[-1])
+            queue.put(block)
+            if last:
+                queue.put(None)
+                left -= 1
+            if left <= TASKS // 2:
+                ending.set()
+    except BaseException as error:  # noqa: BLE001 - it is raised in the caller's thread
+        for queue in queues:
+            queue.put(error)
+    finally:
+        ending.set()
+
+
 def _pipeline(units: list[Unit], read_unit: Callable[[Unit], Iterator[Block]], num_cpus: float) -> Iterator[Block]:
-    """The blocks of some units, by one Ray Data execution."""
+    """The blocks of some units, by one Ray Data execution, each with its unit's number and where the unit ends."""
     import ray
     from ray.data import DataContext, TaskPoolStrategy
 
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is raised, once, by `stream`
     context = DataContext.get_current().copy()
-    context.execution_options.preserve_order = True
+    context.execution_options.preserve_order = False
     context.target_max_block_size = BLOCK_BYTES
     context.enable_progress_bars = False
     reference = ray.put(units)  # once, rather than a block of its own for each unit
 
     def read(batch: dict[str, np.ndarray], reference: Any = reference) -> Iterator[Block]:
+        number = int(batch["item"][0])
         try:
-            yield from read_unit(ray.get(reference)[int(batch["item"][0])])
+            blocks = iter(read_unit(ray.get(reference)[number]))
+            block = next(blocks)
+            for following in blocks:
+                yield _tagged(block, number, False)
+                block = following
+            yield _tagged(block, number, True)
         except Exception as error:  # Ray would put its advice in the place of an OSError's file name
             raise RuntimeError(f"{type(error).__name__}: {error}".replace("\n", " ")) from error
 
-    with DataContext.current(context):
+    with _building, DataContext.current(context):
         numbers = ray.data.from_items(list(range(len(units))), override_num_blocks=len(units))
         dataset = numbers.map_batches(read, batch_size=1, num_cpus=num_cpus, compute=TaskPoolStrategy(size=TASKS))
     for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
         # A copy frees the object store at once; a view would pin it for as long as rows wait their turn.
         yield {name: np.array(column) for name, column in block.items()}
+
+
+def _tagged(block: Block, number: int, last: bool) -> Block:
+    rows = len(next(iter(block.values())))
+    ends = np.zeros(rows, dtype=bool)
+    ends[-1] = last
+    return block | {"unit_of_chunk": np.full(rows, number), "last_of_unit": ends}

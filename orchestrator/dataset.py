@@ -12,7 +12,6 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 from pydantic import BaseModel, Field, ValidationError
 
@@ -20,6 +19,7 @@ from cluster.stream import Block, stream
 from orchestrator import storage
 from orchestrator.images import center_crop, decode, random_crop
 from orchestrator.order import OrderPlan, Purpose, Unit, sample_rng
+from orchestrator.row_groups import read_row_group
 
 READ_AHEAD_BYTES = 64 << 20  # decoded images that one pipeline reads; a worker holds two such
 READ_AHEAD_ROWS = 8192  # and no more of them: what is read further ahead only takes CPUs from the training
@@ -163,6 +163,7 @@ def batches(
     if order.row_group_sizes != manifest.row_group_sizes(split):
         raise ValueError(f"the order plan was made for other row groups than those of split={split!r}")
     order.locate(position)  # refuse it here rather than at the first batch
+    order.open_bytes(world_size, image_size**2 * 3)  # likewise
     read = _Reader(manifest, split, order.config.seed, image_size, crop, flip)
     units = order.units(rank, world_size, position)
     if end is not None:
@@ -267,6 +268,7 @@ class _Reader:
         sizes = np.array(manifest.row_group_sizes(split), dtype=np.int64)
         self._uris = [storage.join(manifest.root, shard.path) for shard in shards]
         self._image_column = manifest.image_column
+        self._bytes = [shard.bytes for shard in shards]
         self._places = np.array([(i, j) for i, shard in enumerate(shards) for j in range(len(shard.row_groups))])
         self._first_samples = np.cumsum(sizes) - sizes
         self._num_classes = 0 if split in manifest.unlabelled else len(manifest.classes)
@@ -275,31 +277,28 @@ class _Reader:
     def __call__(self, unit: Unit) -> Iterator[Block]:
         groups = {group: self._read_row_group(group) for group in unit.row_groups}
         for start in range(0, len(unit.rows), BLOCK_ROWS):
-            rows = [
-                self._row(groups[int(group)], int(group), int(row), unit)
-                for group, row in unit.rows[start : start + BLOCK_ROWS]
-            ]
-            columns = zip(*rows, strict=True)
-            names = ("image", "label", "sample", "flip", "replaced")
-            block = {name: np.stack(column) for name, column in zip(names, columns, strict=True)}
-            yield block | {"stream": np.full(len(rows), unit.stream)}
+            rows = unit.rows[start : start + BLOCK_ROWS]
+            block = {
+                "image": np.empty((len(rows), self._image_size, self._image_size, 3), np.uint8),
+                "label": np.empty(len(rows), np.int64),
+                "sample": self._first_samples[rows[:, 0]] + rows[:, 1],
+                "flip": np.zeros(len(rows), bool),
+                "replaced": np.zeros(len(rows), bool),
+                "stream": np.full(len(rows), unit.stream),
+            }
+            for place, (group, row) in enumerate(rows.tolist()):
+                self._fill(block, place, groups[group], group, row, unit.epoch)
+            yield block
 
     def _read_row_group(self, group: int) -> pa.Table:
         shard, place = self._places[group]
-        uri = self._uris[shard]
-        try:
-            with storage.open_input(uri) as file:
-                shard_file = pq.ParquetFile(file, pre_buffer=True)
-                table = shard_file.read_row_group(int(place), columns=["label", self._image_column])
-                return table.flatten().rename_columns({self._image_column: "image"})
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{uri} is not a sound Parquet shard: {error}") from error
+        columns = ("label", self._image_column)
+        table = read_row_group(self._uris[shard], self._bytes[shard], int(place), columns)
+        return table.rename_columns({self._image_column: "image"})
 
-    def _row(
-        self, table: pa.Table, group: int, row: int, unit: Unit
-    ) -> tuple[np.ndarray, np.int64, np.int64, np.bool_, np.bool_]:
+    def _fill(self, block: Block, place: int, table: pa.Table, group: int, row: int, epoch: int) -> None:
         """One sample, under its own id even where the image is the next good one of its row group."""
-        sample = int(self._first_samples[group]) + row
+        sample = int(block["sample"][place])
         image, found = self._next_good(table, group, row)
         label = table["label"][found].as_py()
         if self._num_classes and not 0 <= label < self._num_classes:
@@ -308,13 +307,12 @@ class _Reader:
                 f"{self._uris[self._places[group][0]]} is not in [0, {self._num_classes})"
             )
         if self._crop == "random":
-            pixels = random_crop(image, self._image_size, sample_rng(self._seed, unit.epoch, sample, Purpose.CROP))
+            pixels = random_crop(image, self._image_size, sample_rng(self._seed, epoch, sample, Purpose.CROP))
         else:
             pixels = center_crop(image, self._image_size)
-        mirrored = self._flip and sample_rng(self._seed, unit.epoch, sample, Purpose.FLIP).random() < 0.5
-        if mirrored:
-            pixels = pixels[:, ::-1]
-        return pixels, np.int64(label), np.int64(sample), np.bool_(mirrored), np.bool_(found != row)
+        mirrored = self._flip and sample_rng(self._seed, epoch, sample, Purpose.FLIP).random() < 0.5
+        block["image"][place] = pixels[:, ::-1] if mirrored else pixels
+        block["label"][place], block["flip"][place], block["replaced"][place] = label, mirrored, found != row
 
     def _next_good(self, table: pa.Table, group: int, row: int) -> tuple[Image.Image, int]:
         """The first image from `row` on, around the row group, that can be decoded, and its row."""

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import BaseModel, Field
 
+OPEN_BYTES_LIMIT = 4 << 30  # decoded images that a worker may hold in windows begun and not ended
+
 
 class Purpose(IntEnum):
     """What a random draw is for. The numbers are part of every key: never change one, never use one twice."""
@@ -188,9 +190,21 @@ class OrderPlan:
         return self.first_samples[rows[:, 0]] + rows[:, 1]
 
     def open_bytes(self, world_size: int, bytes_per_row: int) -> int:
-        """Bytes that a worker may hold in open windows: (P/W) x window x rows of a row group x bytes."""
-        open_groups = len(self.streams(0, world_size)) * self.config.window
-        return open_groups * int(self._sizes.max()) * bytes_per_row
+        """Bytes that a worker may hold in open windows: (P/W) x window x rows of a row group x bytes.
+
+        Raises:
+            ValueError: it is more than OPEN_BYTES_LIMIT.
+        """
+        streams, window, rows = len(self.streams(0, world_size)), self.config.window, int(self._sizes.max())
+        found = streams * window * rows * bytes_per_row
+        if found > OPEN_BYTES_LIMIT:
+            raise ValueError(
+                f"a worker would hold {found / 2**30:.1f} GiB of open images ({streams} streams x window of {window} "
+                f"row groups x {rows} rows x {bytes_per_row:,} bytes); {OPEN_BYTES_LIMIT / 2**30:.0f} GiB is the most: "
+                f"raise num_workers, or lower order.window={window} or order.num_streams={self.config.num_streams}, "
+                "or prepare the dataset with smaller row groups"
+            )
+        return found
 
     def _windows(self, order: np.ndarray, stream: int) -> Iterator[_Window]:
         """The windows of a stream that the epoch's batches reach."""

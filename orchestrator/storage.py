@@ -83,6 +83,17 @@ def read_bytes(uri: str) -> bytes:
     return _attempt("read", uri, fs.cat_file, path)
 
 
+def read_range(uri: str, begin: int, end: int) -> bytes:
+    """Bytes [begin, end) of the object by one request; fewer where it ends before."""
+    fs, path = _locate(uri)
+    try:
+        return _attempt("read", uri, fs.cat_file, path, start=begin, end=end)
+    except OSError as error:
+        if _response(error.__cause__ or error).get("Error", {}).get("Code") == "InvalidRange":
+            return b""
+        raise
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Put the object whole, in place of any older one."""
     fs, path = _locate(uri)

@@ -55,7 +55,9 @@ def train(config: Config) -> str:
         RuntimeError: the training failed, or was asked to stop before its end (its place is kept).
     """
     run = config.path(config.output)
-    config = _with_classes(config, load_manifest(config.path(config.dataset)))
+    manifest = load_manifest(config.path(config.dataset))
+    config = _with_classes(config, manifest)
+    _open_bytes(config, manifest)  # refused here where it is too much
     claim(run, config)
     if storage.exists(final_weights(run, config)):
         print(f"{run} is trained already: {config.images:,} images")
@@ -99,8 +101,7 @@ def plan(config: Config) -> str:
     manifest = load_manifest(config.path(config.dataset))
     config = _with_classes(config, manifest)
     order = _order(config, manifest)
-    workers = max(config.num_workers, 1)
-    open_bytes = order.open_bytes(workers, config.model.image_size**2 * config.model.in_channels)
+    open_bytes = _open_bytes(config, manifest)
     flops = 6 * zoo.forward_multiply_adds(config.model)
     copies = 3 + (len(config.ema_rates) if isinstance(config, AdmConfig) else 0)  # weights, two moments, averages
     state_bytes = 4 * zoo.count_parameters(config.model) * copies
@@ -113,7 +114,7 @@ def plan(config: Config) -> str:
             f"length  {config.images:,} images = {config.length // config.batch_size:,} steps of {config.batch_size}, "
             f"{config.images / order.images_per_epoch:.1f} epochs of {order.images_per_epoch:,}; "
             f"{flops * config.images:.2g} FLOPs",
-            f"memory  {open_bytes / 2**20:.1f} MiB of open images in each of {workers} workers",
+            f"memory  {open_bytes / 2**20:.1f} MiB of open images in each of {max(config.num_workers, 1)} workers",
         ]
     )
 
@@ -135,6 +136,11 @@ def _with_classes(config: Config, manifest: Manifest) -> Config:
     if wanted is None and isinstance(config, NoisyClassifierConfig):
         raise ValueError(f"{config.dataset} has no classes, and a classifier needs some")
     return config.model_copy(update={"model": config.model.model_copy(update={"num_classes": wanted})})
+
+
+def _open_bytes(config: Config, manifest: Manifest) -> int:
+    """Bytes of decoded images in each worker's open windows; ValueError where they are too many."""
+    return _order(config, manifest).open_bytes(max(config.num_workers, 1), config.model.image_size**2 * 3)
 
 
 def _order(config: TrainingConfig, manifest: Manifest) -> OrderPlan:

@@ -31,6 +31,7 @@ SLOW_BYTES = 8 << 20  # a second
 class Request(NamedTuple):
     method: str
     target: str  # path and query
+    part: str = ""  # of the object: the Range header
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Proxy:
         self._server, self._seed = (host, int(port)), seed
         self._rules: list[Rule] = []
         self._lock = threading.Lock()
-        self._times_seen = Counter[Request]()
+        self._times_seen = Counter[tuple[str, str]]()
         self._open: set[asyncio.StreamWriter] = set()
         self.requests: list[Request] = []  # all of them, as they came
         self._loop = asyncio.new_event_loop()
@@ -120,14 +121,14 @@ class Proxy:
         how often that was asked for before."""
         with self._lock:
             self.requests.append(request)
-            self._times_seen[request] += 1
+            self._times_seen[request[:2]] += 1
             for number, rule in enumerate(self._rules):
                 if rule.times is not None and len(rule.requests) >= rule.times:
                     continue
                 if not (re.fullmatch(rule.method, request.method) and re.search(rule.target, request.target)):
                     continue
                 within = request.target.split("/", 2)[-1]
-                key = f"{self._seed} {number} {request.method} {within} {self._times_seen[request]}"
+                key = f"{self._seed} {number} {request.method} {within} {self._times_seen[request[:2]]}"
                 if random.Random(key).random() < rule.probability:
                     rule.requests.append(request)
                     rule._met.set()
@@ -140,7 +141,8 @@ class Proxy:
         try:
             head = await reader.readuntil(b"\r\n\r\n")
             method, target, _ = head.split(b"\r\n", 1)[0].decode().split(" ")
-            rule = self._befalls(Request(method, target))
+            part = re.search(rb"\r\nrange: *([^\r]*)", head, re.IGNORECASE)
+            rule = self._befalls(Request(method, target, part[1].decode() if part else ""))
             await self._answer(rule, head, reader, writer)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass  # the client is gone

@@ -1,5 +1,8 @@
 """Ray Data keeps the units' order, copies out of the object store, and names what failed."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from itertools import count, islice
@@ -57,3 +60,22 @@ def broken_unit(folder: str, unit: int) -> Iterator[dict[str, np.ndarray]]:
 def test_a_failing_read_raises_its_own_message(ray_session: None, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"reading data failed: FileNotFoundError: .*shard-2"):
         list(stream(range(4), partial(broken_unit, str(tmp_path)), chunk=4))
+
+
+@pytest.mark.parametrize(
+    ("store_mib", "image_size", "step_ms"),
+    [(80, 64, 0.0), pytest.param(300, 256, 100.0, marks=pytest.mark.slow)],
+)
+def test_a_set_ten_times_the_object_store_spills_nothing(store_mib: int, image_size: int, step_ms: float) -> None:
+    """In a process and a Ray of its own, since the object store's size is part of it."""
+    options = {"store-mib": store_mib, "image-size": image_size, "step-ms": step_ms, "distinct": 100}
+    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "tests.benchmarks.data_memory", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(found)
+    assert found["set_mib"] >= 10 * store_mib and found["images"] >= 9.5 * store_mib * 2**20 / 130_000
+    assert found["spilled_mib"] == 0
+    assert found["peak_store_mib"] < store_mib
+    assert found["peak_driver_mib"] < 1000, "whatever the set's size"

@@ -1,7 +1,7 @@
 """Batches follow the plan, wherever they are read from and by however many workers."""
 
 from collections.abc import Callable
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from orchestrator.dataset import SCHEMA, Manifest, Microbatch, batches, load_man
 from orchestrator.images import center_crop, decode
 from orchestrator.order import OrderConfig, OrderPlan, Purpose, sample_rng
 from orchestrator.preparation import prepare
+from tests.chaos.proxy import Proxy, Request
 from tests.orchestrator.digits import digits, table
+from tests.synthetic import photographs, sizes_of, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,9 @@ def test_a_row_that_cannot_be_decoded_shows_the_next_good_one(prepared: Manifest
                     np.testing.assert_array_equal(image, center_crop(decode(rows["image"][7]), 16))
                     assert label == rows["label"][7]
     assert set(replaced) <= {5, 6} and replaced
+    for world_size in (2, 4):
+        assert same(global_batches(manifest, world_size, 0, 22), damaged)
+        assert same(global_batches(manifest, world_size, 9 * 64, 13), damaged[9:])
 
 
 def test_damage_past_repair_names_the_shard(prepared: Manifest, tmp_path: Path) -> None:
@@ -129,7 +134,9 @@ def _with_damage(manifest: Manifest, folder: Path, damaged: Callable[[int], bool
             cut = [row | {"image": row["image"][:30]} if damaged(start + i) else row for i, row in enumerate(rows)]
             writer.write_table(pa.Table.from_pylist(cut, schema=SCHEMA))
             start += len(rows)
-    return manifest.model_copy(update={"folder": str(folder)})
+    damaged_shard = shard.model_copy(update={"bytes": (folder / shard.path).stat().st_size})
+    splits = manifest.splits | {"train": (damaged_shard,)}
+    return manifest.model_copy(update={"folder": str(folder), "splits": splits})
 
 
 def test_a_plan_for_other_row_groups_is_refused_at_once(prepared: Manifest) -> None:
@@ -174,3 +181,53 @@ def test_ray_reads_from_s3(prepared: Manifest, s3_bucket: str, ray_session: None
     storage.delete(storage.join(manifest.folder, manifest.shards("train")[0].path))
     with pytest.raises(RuntimeError, match=rf"reading data failed: FileNotFoundError.*{manifest.folder}/train-00000"):
         global_batches(manifest, 1, 0, 1, use_ray=True)
+
+
+@pytest.mark.ray
+def test_no_row_group_is_fetched_twice(s3_bucket: str, ray_session: None, ray_proxy: Proxy) -> None:
+    """Counted at the S3 server: an epoch of two workers, and again from its middle."""
+    images = photographs(20)
+    manifest = write_dataset(s3_bucket, images, sizes_of(images), rows=640, row_group=10)
+    order = OrderPlan(manifest.row_group_sizes("train"), 64, OrderConfig(num_streams=4, window=2))
+    middle = order.batch_size * (order.batches_per_epoch // 2)
+    fetched = {}
+    for position, rank in [(0, 0), (0, 1), (middle, 0), (middle, 1)]:
+        before = len(ray_proxy.requests)
+        for _ in batches(manifest, order, rank, 2, position, 32, end=order.images_per_epoch):
+            pass
+        requests = [request for request in ray_proxy.requests[before:] if request.target.startswith(s3_bucket[4:])]
+        assert {request.method for request in requests} == {"GET"}
+        groups = _row_groups_of(manifest, requests)
+        footers = len(requests) - len(groups)
+        print(f"{rank=} {position=}: {len(groups)} requests for {len(set(groups))} row groups, {footers} for footers")
+        assert len(set(groups)) == len(groups), "none twice by one worker"
+        fetched[position, rank] = set(groups)
+    assert not fetched[0, 0] & fetched[0, 1], "none by two workers"
+    for rank in (0, 1):
+        begun = set()
+        for unit in takewhile(lambda unit: unit.epoch == 0, order.units(rank, 2)):
+            if unit.first * order.config.num_streams < middle:
+                begun |= set(unit.row_groups)
+        again = begun & fetched[middle, rank]
+        print(f"{rank=}: a restart at {middle} reads {len(again)} of {len(begun)} begun row groups again")
+        assert len(again) <= len(order.streams(rank, 2)) * order.config.window, "those of the open windows"
+
+
+def _row_groups_of(manifest: Manifest, requests: list[Request]) -> list[int]:
+    """Which row groups these requests fetched; any other range must be a footer's."""
+    starts, ends, first = {}, set(), 0
+    for shard in manifest.shards("train"):
+        metadata = pq.ParquetFile(storage.open_input(storage.join(manifest.folder, shard.path))).metadata
+        for place in range(metadata.num_row_groups):
+            starts[shard.path, metadata.row_group(place).column(1).dictionary_page_offset] = first + place
+        ends.add((shard.path, shard.bytes - 1))
+        first += metadata.num_row_groups
+    found = []
+    for request in requests:
+        begin, end = map(int, request.part.removeprefix("bytes=").split("-"))
+        path = request.target.rsplit("/", 1)[1]
+        if (path, begin) in starts:
+            found.append(starts[path, begin])
+        else:
+            assert (path, end) in ends, f"{request} is neither a row group nor a footer"
+    return found

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from orchestrator import images
+from tests.published_crops import published_center_crop, published_random_crop
 
 
 def encode(pixels: np.ndarray, form: str = "PNG", mode: str | None = None) -> bytes:
@@ -34,20 +35,39 @@ def test_truncated_images_are_one_clear_error(cut: int) -> None:
             images.decode(encode(pixels, form)[:cut])
 
 
-def test_center_crop_is_the_published_rule() -> None:
-    rng = np.random.default_rng(0)
-    for width, height, size in [(8, 8, 16), (100, 64, 32), (65, 131, 32), (500, 375, 64), (33, 33, 33)]:
+@pytest.mark.parametrize("cases", [400, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_crops_are_the_published_ones_to_the_bit(cases: int) -> None:
+    """Any shape, odd and even, shrunk, enlarged or kept. Since Pillow 13 one call is something else for tall images."""
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    print(f"{seed=}")
+    rng = np.random.default_rng(seed)
+    for case in range(cases):
+        size = int(rng.choice([1, 3, 8, 32, 33, 64, 256]))
+        width, height = np.exp(rng.uniform(np.log(max(1, size / 3)), np.log(900), 2)).astype(int).tolist()
+        width, height = min(width, 8 * height), min(height, 8 * width)
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        found = images.center_crop(image, size)
-        halvings = max(int(np.log2(min(width, height) / size)), 0)
-        for _ in range(halvings):
-            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-        side = min(image.size)
-        image = image.resize(
-            (round(image.width * size / side), round(image.height * size / side)), Image.Resampling.BICUBIC
+        whole = 4 * height < 7 * width  # whatever the halvings round to
+        what = f"{width} x {height} to {size}"
+        np.testing.assert_array_equal(
+            images.center_crop(image, size), published_center_crop(image, size, whole), err_msg=what
         )
-        left, top = (image.width - size) // 2, (image.height - size) // 2
-        np.testing.assert_array_equal(found, np.asarray(image.crop((left, top, left + size, top + size))))
+        np.testing.assert_array_equal(
+            images.random_crop(image, size, np.random.default_rng(case)),
+            published_random_crop(image, size, case, whole),
+            err_msg=what,
+        )
+
+
+def test_every_side_is_halved_as_pillow_does() -> None:
+    """Odd sides are the trap: which of the middle pixels are averaged in threes is a matter of rounding."""
+    rng = np.random.default_rng(0)
+    for side in [*range(2, 600), *rng.integers(600, 20_000, 100).tolist()]:
+        for shape, axis in [((3, side), 0), ((side, 3), 1)]:
+            image = Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8))
+            halved = (side // 2, 3) if axis == 0 else (3, side // 2)
+            found = np.asarray(images._halve_side(image, axis, (0, side // 2), (0, 3)))
+            expected = np.asarray(image.resize(halved, Image.Resampling.BOX))
+            np.testing.assert_array_equal(found, expected, err_msg=f"{side=} {axis=}")
 
 
 def test_random_crop_reaches_every_scale_and_place() -> None:

@@ -1,5 +1,6 @@
 """The order plan is one sequence for every worker count and every restart; keyed draws never change."""
 
+import hashlib
 from collections.abc import Iterator
 from itertools import islice
 
@@ -43,13 +44,25 @@ def sequence(plan: OrderPlan, world_size: int, position: int, steps: int) -> np.
     return np.stack([np.concatenate(parts) for parts in zip(*workers, strict=True)])
 
 
-@pytest.mark.parametrize("num_streams", [1, 2, 4, 64, 1024])
+def order_hash(sequence: np.ndarray) -> str:
+    """SHA-256 of an unsorted sequence of sample ids."""
+    return hashlib.sha256(np.ascontiguousarray(sequence, dtype="<i8")).hexdigest()
+
+
+@pytest.mark.parametrize("num_streams", [2**k for k in range(11)])
 def test_every_divisor_gives_the_same_sequence(num_streams: int) -> None:
+    """One hash for every W, and for every W another restart, at a random step, goes on in the same sequence."""
     plan = make_plan(5 * num_streams + num_streams // 2, 2 * num_streams, num_streams, window=2)
     steps = plan.batches_per_epoch + 3  # into the next epoch
     expected = sequence(plan, 1, 0, steps)
+    rng = np.random.default_rng(num_streams)
     for world_size in (2**k for k in range(num_streams.bit_length())):
-        assert np.array_equal(sequence(plan, world_size, 0, steps), expected), f"world_size={world_size}"
+        found = order_hash(sequence(plan, world_size, 0, steps))
+        print(f"P={num_streams:4} W={world_size:4} {found[:32]} of {expected.size:,} samples")
+        assert found == order_hash(expected), f"{world_size=}"
+        step = int(rng.integers(1, steps))
+        resumed = sequence(plan, world_size, step * plan.batch_size, steps - step)
+        assert np.array_equal(resumed, expected[step:]), f"{world_size=} {step=}"
 
 
 def test_a_restart_at_any_step_continues_the_sequence() -> None:
@@ -132,10 +145,15 @@ def test_position_is_arithmetic() -> None:
     assert list(islice(plan.steps(64), 3)) == [(0, 64), (1, 80), (1, 96)]
 
 
-def test_open_bytes() -> None:
+def test_open_bytes_are_bounded() -> None:
     plan = OrderPlan((10, 12) * 8, 16, OrderConfig(num_streams=4, window=2))
     assert plan.open_bytes(1, 100) == 4 * 2 * 12 * 100
     assert plan.open_bytes(4, 100) == 2 * 12 * 100
+    # 256 pixels, row groups of 128: half a gigabyte for each of two workers, and none of it where it would be too much
+    large = OrderPlan((128,) * 1024, 256, OrderConfig(num_streams=64, window=4))
+    assert large.open_bytes(8, 3 * 256**2) == 8 * 4 * 128 * 3 * 256**2
+    with pytest.raises(ValueError, match=r"6\.0 GiB of open images.*num_workers, or lower order.window=4 or order.num"):
+        large.open_bytes(1, 3 * 256**2)
 
 
 @pytest.mark.parametrize(

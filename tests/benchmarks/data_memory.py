@@ -1,0 +1,106 @@
+"""Memory of the stream on a set many times the object store: nothing may spill. Run by hand:
+
+    python -m tests.benchmarks.data_memory [--store-mib 300] [--times 10] [--image-size 64] [--step-ms 0]
+
+Writes synthetic photographs of ImageNet's sizes, reads all of them once by one worker, and prints one line of JSON:
+what was spilled, the object store's peak, the peak memory that each process has for itself (USS), and the seconds from
+the first `next()` to the first batch with warm workers.
+"""
+
+import json
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+
+import psutil
+import tyro
+
+from cluster.session import session, store_statistics
+from orchestrator.dataset import batches
+from orchestrator.order import OrderConfig, OrderPlan
+from tests.synthetic import photographs, sizes_of, write_dataset
+
+ROW_GROUP = 64
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is read."""
+
+    store_mib: int = 300  # of the object store; Ray wants 75 or more
+    times: float = 10.0  # size of the set, in object stores
+    image_size: int = 64  # pixels
+    distinct: int = 600  # photographs; the set repeats them
+    batch_size: int = 256  # images in a step
+    step_ms: float = 0.0  # what a step takes, milliseconds
+    workers: int = 1  # training workers that share the set; one of them reads here
+
+
+class Peaks(threading.Thread):
+    """Looks at the object store and at this process and Ray's every tenth of a second, until told to stop."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.store = self.driver = self.task = 0  # bytes
+        self._told = threading.Event()
+
+    def run(self) -> None:
+        this = psutil.Process()
+        while not self._told.wait(0.1):
+            self.store = max(self.store, store_statistics()["used"])
+            self.driver = max(self.driver, this.memory_full_info().uss)
+            for child in this.children(recursive=True):
+                try:
+                    if child.name().startswith("ray::"):
+                        self.task = max(self.task, child.memory_full_info().uss)
+                except (psutil.NoSuchProcess, psutil.AccessDenied):
+                    continue  # it has just ended
+
+    def stop(self) -> None:
+        self._told.set()
+        self.join()
+
+
+def measure(options: Options) -> dict[str, float]:
+    """Read the set once; sizes in MiB, times in seconds."""
+    images = photographs(options.distinct)
+    mean = sum(map(len, images)) / len(images)
+    rows = int(options.times * (options.store_mib << 20) / mean / ROW_GROUP + 1) * ROW_GROUP
+    with tempfile.TemporaryDirectory() as folder, session(4, options.store_mib << 20):
+        manifest = write_dataset(folder, images, sizes_of(images), rows, ROW_GROUP)
+        del images
+        order = OrderPlan(manifest.row_group_sizes("train"), options.batch_size, OrderConfig(num_streams=4))
+
+        def read(end: int) -> tuple[int, float]:
+            """Images read, and when the first batch was there."""
+            begin, first, count = time.perf_counter(), 0.0, 0
+            for microbatches in batches(manifest, order, 0, options.workers, 0, options.image_size, flip=True, end=end):
+                first = first or time.perf_counter() - begin
+                count += sum(len(m.images) for m in microbatches)
+                time.sleep(options.step_ms / 1e3)
+            return count, first
+
+        read(options.batch_size)  # warms Ray's processes
+        peaks = Peaks()
+        peaks.start()
+        begin = time.perf_counter()
+        count, first = read(order.images_per_epoch)
+        seconds = time.perf_counter() - begin
+        peaks.stop()
+        return {
+            "set_mib": sum(shard.bytes for shard in manifest.shards("train")) / 2**20,
+            "store_mib": options.store_mib,
+            "images": count,
+            "decoded_mib": count * options.image_size**2 * 3 / 2**20,
+            "spilled_mib": store_statistics()["spilled"] / 2**20,
+            "peak_store_mib": peaks.store / 2**20,
+            "peak_driver_mib": peaks.driver / 2**20,
+            "peak_task_mib": peaks.task / 2**20,
+            "first_batch_s": first,
+            "images_per_s": count / seconds,
+        }
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: round(value, 2) for name, value in measure(tyro.cli(Options)).items()}))

@@ -1,0 +1,201 @@
+"""Images a second into a loop that does nothing else, beside other loaders on the same cores, in one run. By hand:
+
+    python -m tests.benchmarks.data_speed [--image-size 64] [--store local] [--rounds 7] [--mosaic-python PYTHON]
+
+All decode the same synthetic photographs of ImageNet's sizes with `--processes` processes. The ceiling is a bare pool
+of processes that reads the same row groups, decodes and crops as we do, and hands over nothing. The others are a torch
+DataLoader over the images as files of their own, with the crop as published and with ours, and mosaicml-streaming over
+its own local shards (as published). That one wants another numpy: make it an environment of its own by
+`pip install '.[bench]'`, and name its Python. Every round runs all of them, in another order each time; a row is the
+median rate, and the median of our rate over its rate with a 95% interval.
+"""
+
+import io
+import multiprocessing
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from cluster.session import session
+from orchestrator import storage
+from orchestrator.dataset import Manifest, batches
+from orchestrator.images import center_crop, decode
+from orchestrator.order import OrderConfig, OrderPlan
+from orchestrator.row_groups import read_row_group
+from tests import servers
+from tests.benchmarks.pool_efficiency import median_interval
+from tests.published_crops import published_center_crop
+from tests.synthetic import photographs, sizes_of, write_dataset
+
+BATCH = 256  # images
+Pass = Callable[[], float]  # reads all images once: seconds
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    image_size: int = 64  # pixels
+    store: Literal["local", "s3"] = "local"  # where shards and files lie
+    rounds: int = 7
+    images: int = 4096  # in a pass
+    distinct: int = 600  # photographs; the set repeats them
+    processes: int = 2  # of every other loader; ours runs as many tasks as it likes on the same cores
+    mosaic_python: str = ""  # of an environment with mosaicml-streaming; empty: leave it out
+
+
+def main(options: Options) -> None:
+    """Print the table."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(_folder(options))
+        pictures = photographs(options.distinct)
+        manifest = write_dataset(folder, pictures, sizes_of(pictures), options.images)
+        paths = [storage.join(folder, "files", f"{i:06d}.jpg") for i in range(options.images)]
+        for i, path in enumerate(paths):
+            storage.write_bytes(path, pictures[i % len(pictures)])
+        del pictures
+        stack.enter_context(session(4))
+        passes: dict[str, Pass] = {"ours": lambda: _ours(manifest, options)}
+        pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(options.processes))
+        passes["ceiling"] = lambda: _bare(pool, manifest, options)
+        passes["DataLoader"] = _data_loader(paths, options, published=True)
+        passes["DataLoader, our crop"] = _data_loader(paths, options, published=False)
+        if options.mosaic_python and options.store == "local":
+            passes["mosaicml-streaming"] = stack.enter_context(_mosaic(paths, options))
+        for run in passes.values():
+            run()  # warm up: processes, caches
+        rng = np.random.default_rng(0)
+        seconds = {name: np.zeros(options.rounds) for name in passes}
+        for number in range(options.rounds):
+            for name in rng.permutation(list(passes)):
+                seconds[name][number] = passes[name]()
+    print(options)
+    print(f"{'loader':22} {'images/s':>9} {'ours/this':>10} {'95% interval':>17}")
+    for name, taken in seconds.items():
+        ratios = np.sort(taken / seconds["ours"])
+        low, high = median_interval(ratios)
+        rate = options.images / np.median(taken)
+        print(f"{name:22} {rate:9.0f} {np.median(ratios):10.3f} {low:8.3f} to {high:5.3f}", flush=True)
+
+
+@contextmanager
+def _folder(options: Options) -> Iterator[str]:
+    """Where the set lies: a temporary folder, or a bucket of an S3 server on this machine."""
+    if options.store == "local":
+        with tempfile.TemporaryDirectory() as folder:
+            yield folder
+    else:
+        with servers.s3_server() as endpoint, servers.environment(AWS_ENDPOINT_URL=endpoint, **servers.S3_SETTINGS):
+            storage.make_bucket("s3://speed")
+            yield "s3://speed"
+
+
+def _ours(manifest: Manifest, options: Options) -> float:
+    order = OrderPlan(manifest.row_group_sizes("train"), BATCH, OrderConfig(num_streams=4))
+    assert order.images_per_epoch == options.images, "every image once"
+    begin, count = time.perf_counter(), 0
+    for microbatches in batches(manifest, order, 0, 1, 0, options.image_size, flip=True, end=order.images_per_epoch):
+        count += sum(len(m.images) for m in microbatches)
+    assert count == options.images
+    return time.perf_counter() - begin
+
+
+def _bare(pool: "multiprocessing.pool.Pool", manifest: Manifest, options: Options) -> float:
+    jobs = [
+        (storage.join(manifest.root, shard.path), shard.bytes, place, options.image_size)
+        for shard in manifest.shards("train")
+        for place in range(len(shard.row_groups))
+    ]
+    begin = time.perf_counter()
+    assert sum(pool.imap_unordered(_decode_row_group, jobs)) == options.images
+    return time.perf_counter() - begin
+
+
+def _decode_row_group(job: tuple[str, int, int, int]) -> int:
+    uri, size, place, image_size = job
+    images = read_row_group(uri, size, place, ("label", "image"))["image"]
+    for data in images:
+        center_crop(decode(data.as_py()), image_size)
+    return len(images)
+
+
+class Files(Dataset):
+    """Images as files of their own, as a user of torch would read them."""
+
+    def __init__(self, paths: list[str], image_size: int, published: bool) -> None:
+        self.paths, self.image_size, self.published = paths, image_size, published
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        path = self.paths[index]
+        data = storage.read_bytes(path) if "://" in path else Path(path).read_bytes()
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        crop = (
+            published_center_crop(image, self.image_size, True)
+            if self.published
+            else center_crop(image, self.image_size)
+        )
+        return np.ascontiguousarray(crop[:, ::-1] if index % 2 else crop), index % 10
+
+
+def _data_loader(paths: list[str], options: Options, published: bool) -> Pass:
+    loader = DataLoader(
+        Files(paths, options.image_size, published),
+        batch_size=BATCH,
+        shuffle=True,
+        num_workers=options.processes,
+        multiprocessing_context="spawn",
+        persistent_workers=True,
+    )
+    return lambda: _seconds(loader, options.images)
+
+
+def _seconds(loader: "DataLoader[tuple[np.ndarray, int]]", images: int) -> float:
+    begin, count = time.perf_counter(), 0
+    for batch, _ in loader:
+        count += len(batch)
+    assert count == images
+    return time.perf_counter() - begin
+
+
+# -------------------------------------------------------------------------------------- in an environment of its own
+
+
+@contextmanager
+def _mosaic(paths: list[str], options: Options) -> Iterator[Pass]:
+    """Its shards are made from the same files, and every pass is asked of another process."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "paths").write_text("\n".join(paths))
+        command = [options.mosaic_python, "-m", "tests.benchmarks.mosaic_peer", folder]
+        command += [str(options.image_size), str(options.processes), str(BATCH)]
+        peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert peer.stdin and peer.stdout
+
+        def run() -> float:
+            assert peer.stdin and peer.stdout
+            print("pass", file=peer.stdin, flush=True)
+            return float(peer.stdout.readline())
+
+        yield run
+        peer.stdin.close()
+        peer.wait()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(tyro.cli(Options, description=__doc__))
+    sys.exit()

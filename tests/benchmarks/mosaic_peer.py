@@ -1,0 +1,57 @@
+"""mosaicml-streaming's side of `data_speed`: run by it, in an environment that has that package.
+
+Makes shards of the files named in FOLDER/paths, then reads them all once for every line of its standard input and
+answers the seconds that took.
+"""
+
+import io
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from streaming import MDSWriter, StreamingDataset
+from torch.utils.data import DataLoader
+
+from tests.published_crops import published_center_crop
+
+
+class Images(StreamingDataset):
+    """Decoded and cropped as published."""
+
+    def __init__(self, folder: str, image_size: int, batch_size: int) -> None:
+        super().__init__(local=folder, shuffle=True, batch_size=batch_size)
+        self.image_size = image_size
+
+    def __getitem__(self, at: int) -> tuple[np.ndarray, int]:
+        sample = super().__getitem__(at)
+        image = Image.open(io.BytesIO(sample["image"])).convert("RGB")
+        crop = published_center_crop(image, self.image_size, True)
+        return np.ascontiguousarray(crop[:, ::-1] if at % 2 else crop), sample["label"]
+
+
+def main(folder: str, image_size: int, processes: int, batch_size: int) -> None:
+    """Write the shards, then serve."""
+    shards = str(Path(folder, "shards"))
+    paths = Path(folder, "paths").read_text().splitlines()
+    with MDSWriter(out=shards, columns={"image": "bytes", "label": "int"}) as writer:
+        for label, path in enumerate(paths):
+            writer.write({"image": Path(path).read_bytes(), "label": label % 10})
+    loader: DataLoader = DataLoader(
+        Images(shards, image_size, batch_size),
+        batch_size=batch_size,
+        num_workers=processes,
+        multiprocessing_context="spawn",
+        persistent_workers=True,
+    )
+    for _ in sys.stdin:
+        begin, count = time.perf_counter(), 0
+        for batch, _ in loader:
+            count += len(batch)
+        assert count == len(paths)
+        print(time.perf_counter() - begin, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))
