@@ -16,9 +16,9 @@ from orchestrator.dataset import Manifest, Shard, batches, read_images
 from orchestrator.images import center_crop, decode
 from orchestrator.order import OrderConfig, OrderPlan
 from orchestrator.preparation import PrepareConfig, contact_sheet, plan, prepare
-from orchestrator.presets import adm_presets
 from orchestrator.sources import adoption
 from orchestrator.training import train
+from orchestrator.training_presets import adm_presets
 from tests.orchestrator.digits import table
 from tests.orchestrator.layouts import CLASSES, Picture, pictures, write_parquet
 
@@ -101,7 +101,7 @@ def test_a_split_without_labels_is_refused_for_class_conditional_work(tmp_path: 
     manifest = prepare(config(tmp_path, alone, output="unlabelled"))
     assert manifest.classes == ()
     digits = adm_presets()["digits"][1].model_copy(update={"store": str(tmp_path), "dataset": "unlabelled"})
-    with pytest.raises(ValueError, match=r"split 'train' of dataset 'public' has no labels \(-1\)"):
+    with pytest.raises(ValueError, match=r"model\.num_classes=10, but unlabelled has 0 classes"):
         train(digits)
 
 
