@@ -10,6 +10,7 @@ from orchestrator import storage
 from orchestrator.images import decode
 from orchestrator.sources import Source, detect, list_source, open_reader, open_source, read_label_map
 from tests.orchestrator import layouts
+from tests.orchestrator.hub import Hub
 from tests.orchestrator.layouts import CLASSES, Picture, pictures, tar_bytes
 
 IMAGES = pictures(40)
@@ -190,6 +191,25 @@ def test_unfit_sources_are_refused(files: dict[str, bytes], message: str, tmp_pa
         storage.write_bytes(str(tmp_path / name), data)
     with pytest.raises(ValueError, match=message):
         open_at(str(tmp_path))
+
+
+def test_a_gated_source_needs_its_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfFileSystem
+
+    hub = Hub({"train/all.tar": tar_bytes(layouts.class_tars(IMAGES))}, token="hf_secret")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    HfFileSystem.clear_instance_cache()
+    with pytest.raises(PermissionError, match=r"access denied.*hf://datasets/org/set/train"):
+        open_at("hf://datasets/org/set/train")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    HfFileSystem.clear_instance_cache()
+    for uri in ("hf://datasets/org/set/train", "hf://datasets/org/set/train/all.tar"):
+        assert contents(open_at(uri)) == sorted((image.cls, image.data) for image in IMAGES)
+    hub.close()
+    HfFileSystem.clear_instance_cache()
 
 
 def test_a_source_that_is_not_there(tmp_path: Path, s3_bucket: str) -> None:
