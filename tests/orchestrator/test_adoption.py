@@ -180,7 +180,7 @@ def test_what_needs_a_copy_says_so(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"{field}={value} needs a copy of source=.*--copy-parquet"):
             prepare(config(tmp_path, source, **{field: value}))
     storage.write_bytes(str(tmp_path / "map.csv"), b"key,label\na,b\n")
-    with pytest.raises(ValueError, match="layout=parquet has labels of its own"):
+    with pytest.raises(ValueError, match=r"layout=parquet has labels of its own, and labels=map\.csv"):
         prepare(config(tmp_path, source, labels="map.csv"))
     assert not Path(tmp_path, "out").exists()
 

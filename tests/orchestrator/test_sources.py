@@ -141,6 +141,7 @@ def test_oddities_are_reported(tmp_path: Path) -> None:
     assert source.findings["images named after another class than their tar's"].examples == ("ant/bee_2.png",)
     assert source.findings["duplicate keys, the first one kept"].examples == ("bee/bee_1.png",)
     assert source.findings["tars without images"].examples == ("cat",)
+    assert source.findings["classes without images"].examples == ("cat",)
     assert contents(source) == [("ant", data), ("ant", data), ("bee", data)]
 
     layouts.write_labelled(str(tmp_path / "f"), IMAGES[:3])
@@ -225,6 +226,7 @@ def test_a_source_that_is_not_there(tmp_path: Path, s3_bucket: str) -> None:
         ("m.csv", b"key,label\na.png,1\na.png,2\n", r"gives a\.png two labels: 1 and 2"),
         ("m.csv", b"key,label,split\na.png,1,fold3\n", r"names the split 'fold3'"),
         ("m.csv", b"key,label\n", r"names no images"),
+        ("m.csv", b"key,label\na.png,1\nb.png\n", r"gives no label to b\.png"),
         ("m.json", b"[1, 2]", r"is no label map"),
         ("m.json", b'{"labels": [["a", 1.5]]}', r"is no label map"),
         ("m.json", b'{"a": 1, "b": "cat"}', r"labels all integers or all class names"),
