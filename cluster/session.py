@@ -28,9 +28,10 @@ QUIET_ENVIRONMENT = {
 log = logging.getLogger(__name__)
 
 # What every worker needs of the driver's environment.
-FORWARDED_PREFIXES = ("AWS_", "ADMIRAL_", "OMP_NUM_THREADS", "PYTHONPATH", "PYTHONWARNINGS")
+FORWARDED_PREFIXES = ("AWS_", "HF_", "ADMIRAL_", "OMP_NUM_THREADS", "PYTHONPATH", "PYTHONWARNINGS")
 # Of these, what nobody may read: it never enters a runtime environment, which Ray writes into logs and job metadata.
 SECRETS = (
+    "HF_TOKEN",
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",

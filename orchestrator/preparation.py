@@ -7,7 +7,7 @@ public ImageNet layout may instead be adopted: it stays where it is, and only ge
 import logging
 import math
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,7 @@ from orchestrator.pictures import captioned_grid_png
 from orchestrator.progress import progress_line
 from orchestrator.shards import Facts, Plan, make_plan, make_shard_writer, read_plan, write_plan
 from orchestrator.sources import (
+    UNLABELLED,
     Findings,
     Layout,
     Listing,
@@ -41,12 +42,15 @@ from orchestrator.tracking import tracked
 
 CONTACT_SHEET_IMAGES = 100  # of the picture that shows a prepared dataset
 CONTACT_SHEET_PIXELS = 64  # of each
+DRY_SCAN_BYTES = 1 << 30  # of tars: a dry run does not read through larger ones
 
 log = logging.getLogger(__name__)
 
 
 class PrepareConfig(JobConfig):
     """Preparing a dataset."""
+
+    WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset({"max_corrupt_fraction"})
 
     source: str  # URI or path of a folder, a tar or an archive; or digits, scikit-learn's 1,797 scanned digits
     output: str  # the dataset's folder
@@ -66,7 +70,7 @@ class PrepareConfig(JobConfig):
         Raises:
             ValueError: it would, but what is asked for needs a copy.
         """
-        if layout != "parquet" or self.copy_parquet or self.labels:
+        if layout != "parquet" or self.copy_parquet:
             return False
         for name in ("resolution", "validation_fraction"):
             if value := getattr(self, name):
@@ -134,7 +138,11 @@ def plan(config: PrepareConfig) -> str:
         if config.adopts(layout):
             return f"adopts  {found}\nwrites  {output}: a manifest"
         return f"reads   {found}\nwrites  {output}: all of them, shuffled; for the time being, a copy in order"
-    source = _open_source(config, listing, layout, output)
+    total = int(listing.sizes.sum())
+    if layout in ("tars", "webdataset") and total > DRY_SCAN_BYTES:
+        objects = f"{len(listing.names):,} objects, {total / 2**30:,.1f} GiB"
+        return f"reads   {config.source} ({layout}): {objects}, whose images are counted when it runs\nwrites  {output}"
+    source = _open_source(config.model_copy(update={"num_workers": 0}), listing, layout, output)
     size = int(source.index["size"].to_numpy().sum())
     images = f"{len(source.index):,} images in {len(source.classes)} classes"
     lines = [f"reads   {config.source} ({layout}): {images}, {size / 2**20:,.1f} MiB in at most as many requests"]
@@ -156,20 +164,19 @@ def _find(config: PrepareConfig) -> tuple[Listing, Layout]:
         return Listing("digits", pa.array([], pa.string()), np.array([], np.int64)), "digits"
     listing = list_source(config.path(config.source))
     layout = detect(listing, labelled=config.labels is not None) if config.layout == "auto" else config.layout
+    if config.labels and layout not in UNLABELLED:
+        raise ValueError(f"layout={layout} has labels of its own, and labels={config.labels} would be others")
     return listing, layout
 
 
 def _open_source(config: PrepareConfig, listing: Listing, layout: Layout, output: str) -> Source:
     labels = read_label_map(config.path(config.labels)) if config.labels else None
-    if layout == "parquet" and not labels:
+    if layout == "parquet":
         manifest, _ = adopt(listing, config.name)
         claim(output, config)
         source = staged_source(listing, manifest, storage.join(output, "staged"), config.num_workers)
     else:
         source = open_source(layout, listing, labels, config.num_workers)
-    present = set(np.unique(source.index["label"].to_numpy()).tolist())
-    if empty := [name for label, name in enumerate(source.classes) if label not in present]:
-        source.findings["classes without images"] = finding(empty)
     return source
 
 

@@ -387,6 +387,8 @@ def _attempt(action: str, uri: str, function: Callable[P, T], *args: P.args, **k
     try:
         return retrying(function, *args, **kwargs)
     except FileNotFoundError as error:
+        if getattr(getattr(error.__cause__, "response", None), "status_code", None) in (401, 403):
+            raise PermissionError(errno.EACCES, f"cannot {action}: access denied", uri) from error  # a gated repository
         raise FileNotFoundError(errno.ENOENT, f"cannot {action}: there is no such object", uri) from error
     except (PermissionError, botocore.exceptions.NoCredentialsError) as error:
         raise PermissionError(errno.EACCES, f"cannot {action}: access denied ({error})", uri) from error

@@ -12,6 +12,7 @@ from orchestrator.sources.index import Finding, Findings, Listing, Source, findi
 from orchestrator.sources.labels import LabelMap, read_label_map
 
 __all__ = [
+    "UNLABELLED",
     "Finding",
     "Findings",
     "LabelMap",
@@ -27,6 +28,8 @@ __all__ = [
 ]
 
 Layout = Literal["auto", "folder", "flat", "unlabelled", "tars", "webdataset", "parquet", "cifar10", "digits"]
+
+UNLABELLED: tuple[Layout, ...] = ("folder", "flat", "unlabelled", "tars")  # a label map may say more than names do
 
 PARQUET_NAME = r"(^|/)[^./][^/]*\.parquet$"
 _WANTED = (
@@ -74,16 +77,16 @@ def detect(listing: Listing, labelled: bool = False) -> Layout:
 def open_source(layout: Layout, listing: Listing, labels: LabelMap | None, num_workers: int) -> Source:
     """The index of a source; tars are scanned by `num_workers` workers (0: in this process).
 
+    `labels` takes the place of the labels that names would give, of one of the layouts UNLABELLED.
+
     Raises:
         ValueError: the source does not have this layout, or is damaged.
     """
     in_tars = bool(len(listing.matching(tars.TAR_NAME).names))
-    if labels and layout in ("folder", "flat", "unlabelled", "tars"):
-        if in_tars:
-            return tars.labelled_tars_source(listing, labels, num_workers)
-        return folders.labelled_source(listing, labels)
+    if labels and in_tars:
+        return tars.labelled_tars_source(listing, labels, num_workers)
     if labels:
-        raise ValueError(f"layout={layout} has labels of its own; a label map is for images in folders or tars")
+        return folders.labelled_source(listing, labels)
     if layout == "digits":
         return arrays.digits_source()
     if layout == "cifar10":

@@ -18,6 +18,7 @@ from orchestrator.sources.index import Finding, Findings, Listing, finding, spli
 PARQUET_NAME = r"(^|/)[^./][^/]*\.parquet$"
 IMAGE_COLUMN = "image.bytes"
 FAIR_SPREAD = 0.5  # of what fair row groups spread: below it, the labels count as sorted
+JUDGED_ROWS = 8  # fewer may lie close together by chance: less than one time in a hundred from here on
 _FOOTERS_AT_ONCE = 16
 _FOOTER_BYTES = 256 << 10  # fetched at a time
 
@@ -88,14 +89,13 @@ def adopt(listing: Listing, name: str) -> tuple[Manifest, Findings]:
 def _sorted_row_groups(footers: tuple[_Footer, ...], num_classes: int) -> list[str]:
     """The row groups whose labels spread over less than FAIR_SPREAD of what n labels drawn at random would.
 
-    The largest minus the smallest of n draws from [0, C) is C (n - 1) / (n + 1) on average.
+    The largest minus the smallest of n uniform draws from [0, C - 1] is (C - 1) (n - 1) / (n + 1) on average.
     """
     odd = []
     for footer in footers:
         rows = np.array(footer.shard.row_groups)
-        fair = num_classes * (rows - 1) / (rows + 1)
-        spread = footer.highest - footer.lowest + 1
-        few = np.flatnonzero(spread < FAIR_SPREAD * fair)
+        fair = (num_classes - 1) * (rows - 1) / (rows + 1)
+        few = np.flatnonzero((footer.highest - footer.lowest < FAIR_SPREAD * fair) & (rows >= JUDGED_ROWS))
         odd += [f"{footer.shard.path} row group {i}: labels {footer.lowest[i]} to {footer.highest[i]}" for i in few]
     return odd
 

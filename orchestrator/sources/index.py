@@ -125,6 +125,9 @@ def make_source(
     if again.any():
         found["duplicate keys, the first one kept"] = finding(keys.filter(pa.array(again)).to_pylist())
         by_place = by_place.filter(pa.array(~again))
+    present = set(pc.unique(by_place["label"]).to_pylist())
+    if empty := [name for label, name in enumerate(classes) if label not in present]:
+        found["classes without images"] = finding(empty)
     return Source(layout, uri, classes, by_place.combine_chunks(), found)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,12 +75,12 @@ def _csv_rows(uri: str) -> list[tuple[str, int | str, str]]:
     table = csv.DictReader(io.StringIO(storage.read_bytes(uri).decode("utf-8-sig"), newline=""))
     if not {"key", "label"} <= set(table.fieldnames or ()):
         raise ValueError(f"labels={uri} has the columns {table.fieldnames}; wanted {FORMS}")
-    rows = list(table)
-    numbers = all(row["label"].strip().isdecimal() for row in rows)
-    return [
-        (row["key"], int(row["label"]) if numbers else row["label"].strip(), _split(uri, row.get("split") or ""))
-        for row in rows
-    ]
+    rows = [(row["key"], (row["label"] or "").strip(), _split(uri, row.get("split") or "")) for row in table]
+    if missing := [key for key, label, _ in rows if not label]:
+        raise ValueError(f"labels={uri} gives no label to {missing[0]} and {len(missing) - 1} others")
+    if all(re.fullmatch(r"-?\d+", label) for _, label, _ in rows):
+        return [(key, int(label), split) for key, label, split in rows]
+    return list(rows)
 
 
 def _json_rows(uri: str) -> list[tuple[str, int | str, str]]:

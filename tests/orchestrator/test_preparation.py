@@ -221,6 +221,9 @@ def test_corrupt_images_are_quarantined(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"images cannot be decoded, more than the 0 .*_00[347]\.png"):
         prepare(config.model_copy(update={"output": "strict", "max_corrupt_fraction": 0.001}))
     assert not Path(tmp_path, "strict", "manifest.json").exists()
+    assert prepare(config.model_copy(update={"output": "strict"})).splits == manifest.splits, (
+        "a larger share is allowed"
+    )
 
 
 def test_copies_are_reported(tmp_path: Path) -> None:
@@ -249,6 +252,13 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     text = plan(digits(str(tmp_path)))
     assert "1,797 images in 10 classes" in text and "train: 1,437 images, 16 row groups, 1 shards" in text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_does_not_read_through_large_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = three(tmp_path, layouts.write_class_tars(str(tmp_path / "tars"), pictures(10)), num_workers=2)
+    assert "(tars): 30 images in 3 classes" in plan(config), "without Ray"
+    monkeypatch.setattr(preparation, "DRY_SCAN_BYTES", 1000)
+    assert "(tars): 3 objects, 0.0 GiB, whose images are counted when it runs" in plan(config)
 
 
 def test_the_contact_sheet_and_the_summary(

@@ -10,6 +10,7 @@ from orchestrator import storage
 from orchestrator.images import decode
 from orchestrator.sources import Source, detect, list_source, open_reader, open_source, read_label_map
 from tests.orchestrator import layouts
+from tests.orchestrator.hub import Hub
 from tests.orchestrator.layouts import CLASSES, Picture, pictures, tar_bytes
 
 IMAGES = pictures(40)
@@ -140,6 +141,7 @@ def test_oddities_are_reported(tmp_path: Path) -> None:
     assert source.findings["images named after another class than their tar's"].examples == ("ant/bee_2.png",)
     assert source.findings["duplicate keys, the first one kept"].examples == ("bee/bee_1.png",)
     assert source.findings["tars without images"].examples == ("cat",)
+    assert source.findings["classes without images"].examples == ("cat",)
     assert contents(source) == [("ant", data), ("ant", data), ("bee", data)]
 
     layouts.write_labelled(str(tmp_path / "f"), IMAGES[:3])
@@ -192,6 +194,25 @@ def test_unfit_sources_are_refused(files: dict[str, bytes], message: str, tmp_pa
         open_at(str(tmp_path))
 
 
+def test_a_gated_source_needs_its_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfFileSystem
+
+    hub = Hub({"train/all.tar": tar_bytes(layouts.class_tars(IMAGES))}, token="hf_secret")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    HfFileSystem.clear_instance_cache()
+    with pytest.raises(PermissionError, match=r"access denied.*hf://datasets/org/set/train"):
+        open_at("hf://datasets/org/set/train")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    HfFileSystem.clear_instance_cache()
+    for uri in ("hf://datasets/org/set/train", "hf://datasets/org/set/train/all.tar"):
+        assert contents(open_at(uri)) == sorted((image.cls, image.data) for image in IMAGES)
+    hub.close()
+    HfFileSystem.clear_instance_cache()
+
+
 def test_a_source_that_is_not_there(tmp_path: Path, s3_bucket: str) -> None:
     for uri in (str(tmp_path / "none"), f"{s3_bucket}/none"):
         with pytest.raises(FileNotFoundError, match="none"):
@@ -205,6 +226,7 @@ def test_a_source_that_is_not_there(tmp_path: Path, s3_bucket: str) -> None:
         ("m.csv", b"key,label\na.png,1\na.png,2\n", r"gives a\.png two labels: 1 and 2"),
         ("m.csv", b"key,label,split\na.png,1,fold3\n", r"names the split 'fold3'"),
         ("m.csv", b"key,label\n", r"names no images"),
+        ("m.csv", b"key,label\na.png,1\nb.png\n", r"gives no label to b\.png"),
         ("m.json", b"[1, 2]", r"is no label map"),
         ("m.json", b'{"labels": [["a", 1.5]]}', r"is no label map"),
         ("m.json", b'{"a": 1, "b": "cat"}', r"labels all integers or all class names"),

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from orchestrator import storage
@@ -102,6 +103,34 @@ def test_input_is_seekable(root: str) -> None:
         assert file.seek(0) == 0 and file.read() == data and file.read() == b""
 
 
+def test_trees_are_listed_with_their_sizes(root: str) -> None:
+    sizes = {"a.bin": 0, **{f"deep/{i}/{j}.bin": 10 * i + j for i in range(5) for j in range(3)}, "deep/x/y/z": 7}
+    for name, size in sizes.items():
+        storage.write_bytes(storage.join(root, name), bytes(size))
+    assert dict(entry for folder in storage.list_tree(root) for entry in folder) == sizes
+    assert storage.size_of(storage.join(root, "deep/4/2.bin")) == 42 and storage.size_of(root) is None
+    with pytest.raises(FileNotFoundError, match="none"):
+        storage.size_of(storage.join(root, "none"))
+
+
+def test_many_ranges_are_read_in_their_order(root: str) -> None:
+    data = np.random.default_rng(0).integers(0, 256, 3 << 20, dtype=np.uint8).tobytes()
+    for name in ("a", "deep/b"):
+        storage.write_bytes(storage.join(root, name), data)
+    rng = np.random.default_rng(1)
+    ranges = [
+        storage.Range(["a", "deep/b"][rng.integers(2)], int(start), int(rng.integers(3)) * 5_000)
+        for start in rng.integers(0, len(data) - 10_000, 60)
+    ]
+    ranges += [ranges[3], storage.Range("a", 0, len(data)), storage.Range("a", len(data) - 1, 1)]
+    assert storage.read_ranges(root, ranges) == [data[r.start : r.start + r.size] for r in ranges]
+    assert storage.read_ranges(root, []) == []
+    with pytest.raises(ValueError, match=r"deep/b ends at byte 3145728; wanted 20 bytes at 3145720"):
+        storage.read_ranges(root, [*ranges, storage.Range("deep/b", len(data) - 8, 20)])
+    with pytest.raises(FileNotFoundError, match="none"):
+        storage.read_ranges(root, [*ranges, storage.Range("none", 0, 1)])
+
+
 def test_missing_objects_are_named_at_once(root: str) -> None:
     uri = storage.join(root, "nothing.bin")
     start = time.monotonic()
@@ -184,6 +213,26 @@ def test_transient_faults_are_retried(fault: Fault, s3_bucket: str, proxy: Proxy
         operation()
         assert len(rule.requests) == 1, "the fault befell nothing"
     assert storage.read_bytes(uri) == DATA and storage.list_names(s3_bucket) == ["x"]
+
+
+def test_ranges_that_lie_close_together_share_a_request(
+    s3_bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_MERGED_BYTES", 4 << 20)
+    storage.write_bytes(f"{s3_bucket}/x", bytes(6 << 20))
+
+    def requests(count: int, gap: int, size: int) -> int:
+        before = len(proxy.requests)
+        found = storage.read_ranges(s3_bucket, [storage.Range("x", i * gap, size) for i in range(count)])
+        assert found == [bytes(size)] * count
+        return len(proxy.requests) - before
+
+    assert requests(512, 1 << 12, 1 << 12) == 1
+    assert requests(6, 1 << 20, 1 << 12) == 6, "what lies between is larger than a request is worth"
+    assert requests(24, 1 << 18, 1 << 18) == 2, "no more than so much at once"
+    for fault in ("503", "reset", "cut"):
+        proxy.add(fault, times=1)
+    assert requests(6, 1 << 20, 1 << 12) == 6 + 3
 
 
 @pytest.mark.parametrize(
