@@ -60,9 +60,7 @@ def extractor_loader(
         return efficientnet_extractor
     if name == "digits":
         if dataset is None:
-            raise ValueError(
-                "extractor=digits is trained on the reference's images, so the reference must be a dataset"
-            )
+            raise ValueError("extractor=digits is trained on the reference, which must then be a dataset")
         return partial(digits_extractor, dataset, folder, seed, image_size)
     if "." in name:
         return partial(own_extractor, name)

@@ -172,13 +172,15 @@ def measure_files(made: FeatureFiles, reference: Reference, name: str, limits: L
             f"samples were seen by {made.fingerprint}, the reference by {reference.fingerprint}: "
             "statistics of different extractors are never compared"
         )
-    result = Measurement()
+    result, fd, fd_infinity = Measurement(), metric_name("fd", name), metric_name("fd_infinity", name)
     pool_features = made.pool()
     if made.count < 2:
-        result.missing[metric_name("fd", name)] = "a single sample has no covariance"
+        result.missing |= dict.fromkeys((fd, fd_infinity), "a single sample has no covariance")
     else:
         result.estimates |= distances(pool_features, reference.statistics["pool"], name)
-        _note_small(result, pool_features, name)
+        if fd_infinity not in result.estimates:
+            n, dimension = pool_features.shape
+            result.missing[fd_infinity] = f"n={n} samples are not above {MIN_INTERVAL_RATIO} D, D={dimension}"
     if "spatial" in reference.statistics and (spatial := made.array("spatial")) is not None and made.count > 1:
         result.estimates |= distances(spatial, reference.statistics["spatial"], name, "sfd")
         del spatial
@@ -197,13 +199,6 @@ def measure_files(made: FeatureFiles, reference: Reference, name: str, limits: L
     else:
         _measure_rows(result, made, pool_features, labels, reference, name, limits, num_workers)
     return result
-
-
-def _note_small(result: Measurement, features: np.ndarray, name: str) -> None:
-    infinity = metric_name("fd_infinity", name)
-    if infinity not in result.estimates:
-        n, dimension = features.shape
-        result.missing[infinity] = f"n={n} samples are not above {MIN_INTERVAL_RATIO} D, D={dimension}"
 
 
 def _measure_rows(

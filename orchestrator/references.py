@@ -35,7 +35,7 @@ def open_reference(
     folder: str,
     image_size: int,
     num_workers: int,
-    num_gpus: float,
+    num_gpus: float = 0.0,
 ) -> Reference:
     """The reference at `uri`, a dataset's folder or an .npz; what of it is not extracted yet is extracted.
 
