@@ -27,7 +27,8 @@ Indices = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 BLOCK_BYTES = 128 * 2**20  # of one float32 block of distances
-MAX_ROWS = 1024  # of one block: small, so that one triangle of a set's own distances is little more than half
+MAX_ROWS = 512  # of one block: small, so that one triangle of a set's own distances is little more than half
+CACHED_ROWS = 128  # rows of features that are worked on at once: they stay in the cache
 SPARE = 3  # candidates beyond k that are measured exactly, so that rounding rarely hides a true neighbour
 OPENAI_BLOCK = 10_000  # rows and columns of one block in the published evaluator
 NUM_HALVES = 50  # random halves behind the interval of a metric of the whole set
@@ -236,13 +237,18 @@ def shares(num_rows: int, num_centres: int) -> list[slice]:
 
 
 def _centred(features: Array, mean: Array) -> tuple[Tensor, Tensor]:
-    """Rows minus mean and their squared norms, rounded to float32 only after the subtraction."""
+    """Rows minus mean and their squared norms in float32, a few roundings of the result away from the truth.
+
+    A float32 row less the mean's float32 part is exact where the two are close, which is where it matters.
+    """
+    coarse = mean.astype(np.float32)
+    rest = (mean - coarse).astype(np.float32)
     centred, squares = np.empty(features.shape, np.float32), np.empty(len(features), np.float32)
-    for start in range(0, len(features), 4096):
-        rows = features[start : start + 4096] - mean
-        centred[start : start + 4096], squares[start : start + 4096] = rows, (rows * rows).sum(axis=1)
-    largest = float(squares.max())
-    if not largest < 1e36:
+    for start in range(0, len(features), CACHED_ROWS):
+        rows = features[start : start + CACHED_ROWS]
+        part = (rows - coarse) - rest if rows.dtype == np.float32 else (rows - mean).astype(np.float32)
+        centred[start : start + CACHED_ROWS], squares[start : start + CACHED_ROWS] = part, (part * part).sum(axis=1)
+    if not float(squares.max()) < 1e36:
         raise ValueError("features spread too far for float32 distances; scale them down")
     return torch.from_numpy(centred), torch.from_numpy(squares)
 
@@ -250,9 +256,8 @@ def _centred(features: Array, mean: Array) -> tuple[Tensor, Tensor]:
 def _squares(queries: Array, rows: Indices, targets: Array, columns: Indices) -> Array:
     """Squared distances of the pairs (rows[p], columns[p]), summed directly in float64: equal pairs tie exactly."""
     squares = np.empty(len(rows))
-    size = max(1, BLOCK_BYTES // (16 * queries.shape[1]))
-    for start in range(0, len(rows), size):
-        part = slice(start, start + size)
+    for start in range(0, len(rows), CACHED_ROWS):
+        part = slice(start, start + CACHED_ROWS)
         difference = np.asarray(queries[rows[part]], np.float64) - targets[columns[part]]
         squares[part] = np.square(difference, out=difference).sum(axis=1)
     return squares
@@ -347,6 +352,7 @@ def _count(reference: Array, samples: Array, counts: "Sequence[_Fidelity | _Dens
 
 
 def _count_step(reference: Array, samples: Array, counts: "list[_Count]", share: slice) -> tuple[int, "list[_Count]"]:
+    counts = [count.share(slice(None)) for count in counts]  # afresh: what came from a pool's driver is read-only
     for block in _bounded_squares(samples, reference, share=share):
         rows = slice(block.rows.start - share.start, block.rows.stop - share.start)
         for count in counts:

@@ -87,20 +87,20 @@ class FeatureFiles:
 
     def moments(self, name: ArrayName, num_workers: int) -> Moments:
         """Mean and covariance of all images, block by block: bit-equal for any number of workers."""
-        groups = range(0, self.num_blocks, GROUP)
+        groups = [(first, min(first + GROUP, self.num_blocks)) for first in range(0, self.num_blocks, GROUP)]
         work = partial(_make_moments, self, name)
         found = dict(map_items(work, groups, num_workers if len(groups) > 1 else 0))
         return merge_in_order(found[group] for group in groups)
 
 
-def _make_moments(files: FeatureFiles, name: ArrayName) -> Callable[[int], Moments]:
-    """A worker: the moments of the 32 blocks from a number on."""
+def _make_moments(files: FeatureFiles, name: ArrayName) -> Callable[[tuple[int, int]], Moments]:
+    """A worker: the moments of a range of blocks."""
 
-    def blocks(first: int) -> Iterator[Moments]:
-        for number in range(first, min(first + GROUP, files.num_blocks)):
+    def blocks(first: int, last: int) -> Iterator[Moments]:
+        for number in range(first, last):
             yield from block_moments(getattr(files.block(number).features, name))
 
-    return lambda first: merge_in_order(blocks(first))
+    return lambda group: merge_in_order(blocks(*group))
 
 
 def extract_all(

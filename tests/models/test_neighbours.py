@@ -1,5 +1,9 @@
 """Neighbour metrics: exact decisions whatever the blocks, conventions that catch swapped sets, intervals that hold."""
 
+import pickle
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -11,6 +15,7 @@ from models.neighbours import (
     authenticity,
     balls_holding,
     density_coverage,
+    manifolds,
     nearest,
     precision_recall,
     precision_recall_openai,
@@ -67,6 +72,27 @@ def test_balls_count_their_surface_unless_strict() -> None:
     np.testing.assert_array_equal(balls_holding(points, centres, radii), (squares <= radii).sum(1))
     np.testing.assert_array_equal(balls_holding(points, centres, radii, strict=True), (squares < radii).sum(1))
     np.testing.assert_array_equal(any_ball_holds(points, centres, radii), (squares <= radii).any(1))
+
+
+def test_shares_done_in_any_order_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool answers when it likes; tasks travel as read-only copies."""
+    rng = generator(9)
+    reference, samples = rng.standard_normal((300, 5)).astype(np.float32), rng.standard_normal((700, 5)) * 0.8
+    whole = manifolds(reference, samples)
+    assert whole.precision == precision_recall(reference, samples)[0]
+    assert whole.coverage == density_coverage(reference, samples)[1]
+    expected = realism(reference, samples)
+    monkeypatch.setattr(neighbours, "MAX_ROWS", 64)
+    in_small_blocks = manifolds(reference, samples)
+    monkeypatch.setattr(neighbours, "SHARE_BLOCKS", 2)
+
+    def run(step: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterable[Any]:
+        assert len(tasks) > 2
+        return [step(reference, samples, *pickle.loads(pickle.dumps(tasks[i]))) for i in rng.permutation(len(tasks))]  # noqa: S301
+
+    assert manifolds(reference, samples, run=run) == in_small_blocks
+    assert in_small_blocks.precision == whole.precision and in_small_blocks.recall.value == whole.recall.value
+    np.testing.assert_array_equal(realism(reference, samples, run=run), expected)
 
 
 def test_collapsed_samples_have_high_precision_and_low_recall() -> None:

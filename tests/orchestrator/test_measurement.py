@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,12 +66,10 @@ def test_subsets_are_drawn_over_all_classes() -> None:
     np.testing.assert_array_equal(chosen(5, 9), np.arange(5))
 
 
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureFiles, Reference]:
-    """900 samples, darker in one class, and a reference of 700 images, by the toy extractor."""
-    folder, rng = tmp_path_factory.mktemp("sets"), np.random.default_rng([71])
-    files = []
-    for name, count in (("made", 900), ("real", 700)):
+def make_sets(folder: Path, num_samples: int) -> tuple[FeatureFiles, Reference]:
+    """Samples, darker in one class, and a reference of 700 images, by the toy extractor."""
+    rng, files = np.random.default_rng([71]), []
+    for name, count in (("made", num_samples), ("real", 700)):
         images = rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
         labels = np.arange(count) % 3
         if name == "made":
@@ -78,8 +77,14 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureFiles, Refere
         np.savez(folder / name, images, labels)
         files.append(extract_all(open_images(str(folder / f"{name}.npz")), str(folder / f"{name}-features"), TOY, 0))
     made, real = files
-    statistics = {"pool": real.moments("pool", 0), "spatial": real.moments("spatial", 0)}
-    return made, Reference("real", real.fingerprint, statistics, 700, None, real, ("a", "b", "c"))  # type: ignore[arg-type]
+    statistics: Any = {"pool": real.moments("pool", 0), "spatial": real.moments("spatial", 0)}
+    return made, Reference("real", real.fingerprint, statistics, 700, None, real, ("a", "b", "c"))
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureFiles, Reference]:
+    """900 samples and their reference."""
+    return make_sets(tmp_path_factory.mktemp("sets"), 900)
 
 
 def test_files_give_what_arrays_give_and_more(sets: tuple[FeatureFiles, Reference]) -> None:
@@ -97,12 +102,8 @@ def test_files_give_what_arrays_give_and_more(sets: tuple[FeatureFiles, Referenc
 
 
 @pytest.mark.ray
-def test_the_pool_changes_nothing(
-    sets: tuple[FeatureFiles, Reference], monkeypatch: pytest.MonkeyPatch, ray_session: None
-) -> None:
-    monkeypatch.setattr(neighbours, "MAX_ROWS", 64)
-    monkeypatch.setattr(neighbours, "SHARE_BLOCKS", 3)
-    made, reference = sets
+def test_the_pool_changes_nothing(tmp_path: Path, ray_session: None) -> None:
+    made, reference = make_sets(tmp_path, 2 * neighbours.SHARE_BLOCKS * neighbours.MAX_ROWS + 100)  # three shares
     here, pooled = (measure_files(made, reference, "toy", LIMITS, workers) for workers in (0, 2))
     assert pooled.estimates == here.estimates and pooled.per_class == here.per_class
     np.testing.assert_array_equal(pooled.realism, here.realism)
