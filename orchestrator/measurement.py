@@ -287,14 +287,25 @@ def _pairs(
     with pool(partial(_make_pairs, files, real_rows, made, rows), num_workers) as workers:
 
         def run(step: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterable[Any]:
-            return (answer for _, answer in workers.map([(step, task) for task in tasks]))
+            return (answer for _, answer in workers.map([_Share(step, task) for task in tasks]))
 
         yield run
 
 
+@dataclass(frozen=True, repr=False)
+class _Share:
+    """A share of the pairs, on its way to a worker."""
+
+    step: Callable[..., Any]
+    task: tuple[Any, ...]
+
+    def __repr__(self) -> str:  # in the message of its failure; its arrays would fill pages
+        return f"a share of {self.step.__name__}"
+
+
 def _make_pairs(
     files: FeatureFiles, real_rows: np.ndarray, made: FeatureFiles, rows: np.ndarray
-) -> Callable[[tuple[Callable[..., Any], tuple[Any, ...]]], Any]:
+) -> Callable[[_Share], Any]:
     """A worker: both sets of features loaded once, then shares."""
     real, samples = files.pool(real_rows), made.pool(rows)
-    return lambda item: item[0](real, samples, *item[1])
+    return lambda share: share.step(real, samples, *share.task)

@@ -52,7 +52,6 @@ def test_the_right_file_is_checked_and_loaded(tmp_path: Path, monkeypatch: pytes
 
 def test_efficientnet_knows_a_palace_from_a_flower() -> None:
     """Real ImageNet weights: scikit-learn's two photographs are a palace (698) with a bell cote (442), and a daisy."""
-    pytest.importorskip(extractors.EFFICIENTNET_PACKAGE)
     loaded = efficientnet_extractor()
     china, flower = (image[:, 100:500] for image in load_sample_images().images)
     features = extract(loaded.network, np.stack([china, flower])[:, :400], 2)
