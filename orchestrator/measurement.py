@@ -13,6 +13,15 @@ from typing import Any
 import numpy as np
 
 from cluster.workers import pool
+from models.manifolds import (
+    Run,
+    authentic_share,
+    here,
+    manifolds,
+    precision_recall,
+    precision_recall_openai,
+    realism,
+)
 from models.metrics import (
     MIN_INTERVAL_RATIO,
     Estimate,
@@ -29,16 +38,7 @@ from models.metrics import (
     proportion_estimate,
     softmax,
 )
-from models.neighbours import (
-    Run,
-    authentic_share,
-    here,
-    manifolds,
-    precision_recall,
-    precision_recall_openai,
-    realism,
-    shares,
-)
+from models.neighbours import shares
 from orchestrator.copies import nearest_training_features
 from orchestrator.extraction import FeatureFiles, Labelled
 from orchestrator.references import Reference

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from models import inception
+from models.manifolds import authenticity, density_coverage, precision_recall, precision_recall_openai, realism
 from models.metrics import (
     Gaussian,
     by_class,
@@ -33,19 +34,9 @@ from models.metrics import (
     split_scores,
     vendi_score,
 )
-from models.neighbours import (
-    any_ball_holds,
-    authenticity,
-    balls_holding,
-    density_coverage,
-    nearest,
-    precision_recall,
-    precision_recall_openai,
-    realism,
-    squared_radii,
-)
-from orchestrator.batches_npz import PublishedBatch, open_batch
+from models.neighbours import any_ball_holds, balls_holding, nearest, squared_radii
 from tests.comparison import Row
+from tests.reference_batches import compare_batches
 
 Arrays = dict[str, NDArray[Any]]
 NETWORK = 1e-4  # relative L2 error of an image's features: every wrong choice of layer, pool or resize gives more
@@ -490,82 +481,3 @@ def _network_row(file: str, name: str, what: str, golden: NDArray[Any], outputs:
     if what.endswith("pytorch_fid"):  # half-pixel resize and 2x/255 - 1: must not be what FID's own definition gives
         return Row(file, name, "pass" if error > NETWORK else "FAIL", error, note="another definition: must differ")
     return Row(file, name, "pass" if error <= NETWORK else "FAIL", error, NETWORK)
-
-
-# --- Published batches ----------------------------------------------------------------------------------------------
-
-
-def compare_batches(folder: Path) -> list[Row]:
-    """A row for each file of a manifest: accepted with the arrays that it has, or refused with a reason."""
-    manifest = json.loads((folder / "MANIFEST.json").read_text())
-    unknown = sorted(path.name for path in folder.glob("*.npz") if path.name not in manifest)
-    rows = [Row(name, "*", "not covered", note="not in the manifest") for name in unknown]
-    for name, entry in manifest.items():
-        rows.append(_guarded(name, "load", partial(_batch_row, folder, name, entry)))
-    return rows
-
-
-def _batch_row(folder: Path, name: str, entry: dict[str, Any]) -> Row:
-    try:
-        batch = open_batch(str(folder / name))
-    except ValueError as error:
-        refused = entry["expect"].startswith("refuse") and name in str(error)
-        silent = [reason for reason in _stated_reasons(entry) if not re.search(reason, str(error))]
-        note = f"does not say {', '.join(silent)}: " if silent else ""
-        note += str(error).replace(f"{folder}/", "")
-        return Row(name, "load", "pass" if refused and not silent else "FAIL", note=note)
-    if entry["expect"].startswith("refuse"):
-        return Row(name, "load", "FAIL", note=f"accepted, but: {entry['what']}")
-    arrays = _load(folder / name)
-    if match := re.search(r"equal to (\w+)", entry["expect"]):
-        arrays["arr_0"] = _load(folder / f"{match[1]}.npz")["arr_0"]
-    wrong = [key for key, value in _held(batch).items() if not _same(value, arrays.get(key))]
-    return Row(name, "load", "FAIL" if wrong else "pass", note=f"differs in {', '.join(wrong)}" if wrong else "")
-
-
-# What a manifest says is wrong with a file -> what the message about it has to say.
-REASONS = {
-    r"\bnan\b|\binf\b": "not finite",
-    r"not symmetric": "not symmetric",
-    r"negative eigenvalues": "positive semi-definite",
-    r"\bcrc\b": "CRC",
-    r"complete zip|empty file|text file": "not an intact",
-    r"fewer bytes|size mismatch|header says": r"\d+ bytes are stored|early",
-    r"pickle": "pickle",
-    r"missing key": "has neither|but not",
-    r"label -?\d": "labels from",
-}
-
-
-def _stated_reasons(entry: dict[str, Any]) -> list[str]:
-    """Patterns that the message on a refused file has to hold: of its manifest's words, and of what its arrays are."""
-    text = f"{entry['what']} {entry['expect']}".lower()
-    arrays: dict[str, tuple[list[int], str]] = entry["arrays"]
-    shape, dtype = arrays.get("arr_0", ([1, 1, 1, 3], "uint8"))
-    if dtype not in ("uint8", "object"):
-        return [dtype]  # found before any value is read
-    reasons = [reason for words, reason in REASONS.items() if re.search(words, text)]
-    if dtype == "uint8" and (len(shape) != 4 or shape[3] != 3 or 0 in shape):
-        reasons.append(re.escape(str(tuple(shape))))
-    if arrays and not {"arr_0", "mu"} & set(arrays):
-        reasons += list(arrays)
-    if "arr_1" in arrays and arrays["arr_1"][0] != shape[:1]:
-        reasons.append(f"{arrays['arr_1'][0][0]}.*{shape[0]} images")
-    if "mu" in arrays and "sigma" not in arrays:
-        reasons.append("'sigma'")
-    elif "mu" in arrays and arrays["sigma"][0] != arrays["mu"][0] * 2:
-        reasons.append(re.escape(str(tuple(arrays["sigma"][0]))))
-    return reasons
-
-
-def _held(batch: PublishedBatch) -> dict[str, NDArray[Any] | None]:
-    images = np.concatenate([block for _, block in batch.blocks(7)]) if batch.num_images else None
-    held: dict[str, NDArray[Any] | None] = {"arr_0": images, "arr_1": batch.labels}
-    for statistics, suffix in ((batch.pool, ""), (batch.spatial, "_s")):
-        held[f"mu{suffix}"] = None if statistics is None else statistics.mean
-        held[f"sigma{suffix}"] = None if statistics is None else statistics.covariance
-    return held
-
-
-def _same(value: NDArray[Any] | None, golden: NDArray[Any] | None) -> bool:
-    return value is golden is None or (value is not None and golden is not None and np.array_equal(value, golden))

@@ -26,8 +26,8 @@ import tyro
 from torch import Tensor
 
 from models.inception import InceptionNetwork
+from models.manifolds import precision_recall
 from models.metrics import BLOCK, Moments, block_moments, frechet_distance, merge_in_order, moments
-from models.neighbours import precision_recall
 from tests.reference_metrics import random_weights
 
 DIMENSION = 2048

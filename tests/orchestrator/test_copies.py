@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from models.manifolds import authentic_share, authenticity
 from models.metrics import BLOCK
-from models.neighbours import authentic_share, authenticity, nearest
+from models.neighbours import nearest
 from orchestrator import copies
 from orchestrator.copies import nearest_rows, nearest_training_features, nearest_training_pixels
 from orchestrator.extraction import extract_all
