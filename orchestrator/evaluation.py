@@ -52,7 +52,7 @@ def evaluate(config: EvaluationConfig) -> str:
     images = _samples(config)
     loader = _loader(config, images)
     loaded = loader()
-    claim(output, config, samples=images.identity, extractor=loaded.fingerprint)
+    claim(output, config, samples=images.identity, extractor=loaded.fingerprint, extractor_weights=None)
     report_uri = storage.join(output, "report.json")
     if storage.exists(report_uri):
         print(f"{output} is complete: {images.count:,} samples measured")
@@ -118,6 +118,7 @@ def _loader(config: EvaluationConfig, images: ImageSet) -> LoadExtractor:
         config.path("extractors"),
         config.extractor_seed,
         _image_size(config, images) if config.extractor == "digits" else 0,
+        use_gpu=config.num_gpus > 0,
     )
 
 

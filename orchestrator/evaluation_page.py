@@ -10,9 +10,10 @@ import torch
 
 from models.images import shrink
 from orchestrator import storage
+from orchestrator.extraction import chosen
 from orchestrator.figures import copies_figure
 from orchestrator.inputs import ImageSet
-from orchestrator.measurement import Measurement, chosen
+from orchestrator.measurement import Measurement
 from orchestrator.pictures import grid_png
 from orchestrator.references import Reference
 

@@ -77,6 +77,16 @@ class FeatureFiles:
         assert found is not None
         return found
 
+    def chosen_pool(self, limit: int) -> np.ndarray:
+        """`pool` of the rows `chosen` of a set; where they are few of many, they are kept in a file of their own."""
+        rows = chosen(self.count, limit)
+        if len(rows) * 4 > self.count:
+            return self.pool(rows)
+        uri = storage.join(self.folder, f"pool-of-{limit}.safetensors")
+        if not storage.exists(uri):
+            storage.create_bytes(uri, safetensors.numpy.save({"pool": self.pool(rows)}))
+        return safetensors.numpy.load(storage.read_bytes(uri))["pool"]
+
     def labels(self) -> np.ndarray:
         """int64 [N]; -1 where there are none."""
         return np.concatenate([self.block(number).labels for number in range(self.num_blocks)])
@@ -101,6 +111,13 @@ def _make_moments(files: FeatureFiles, name: ArrayName) -> Callable[[tuple[int, 
             yield from block_moments(getattr(files.block(number).features, name))
 
     return lambda group: merge_in_order(blocks(*group))
+
+
+def chosen(count: int, limit: int) -> np.ndarray:
+    """Sorted indices of at most `limit` of `count`, drawn by a fixed seed: a stride could pick some classes only."""
+    if count <= limit:
+        return np.arange(count)
+    return np.sort(np.random.default_rng([count, limit]).choice(count, limit, replace=False))
 
 
 def extract_all(

@@ -40,7 +40,7 @@ from models.metrics import (
 )
 from models.neighbours import shares
 from orchestrator.copies import nearest_training_features
-from orchestrator.extraction import FeatureFiles, Labelled
+from orchestrator.extraction import FeatureFiles, Labelled, chosen
 from orchestrator.references import Reference
 
 NEIGHBOURS = 3  # k of precision and recall; a class with fewer rows has none
@@ -214,10 +214,9 @@ def _measure_rows(
     """The metrics that need the features of single reference images."""
     files = reference.files
     assert files is not None
-    rows, real_rows = chosen(made.count, limits.samples), chosen(files.count, limits.references)
-    real = files.pool(real_rows)
+    rows, real = chosen(made.count, limits.samples), files.chosen_pool(limits.references)
     samples = features[rows]
-    with _pairs(files, real_rows, real, made, rows, samples, num_workers) as run:
+    with _pairs(files, limits, real, made, samples, num_workers) as run:
         result.estimates |= neighbour_metrics(real, samples, run)
         result.rows, result.realism = rows, realism(real, samples, run=run)
     if name == "inception":
@@ -231,22 +230,23 @@ def _measure_rows(
     found, own = nearest_training_features(made, pair_rows, files, num_workers)
     result.estimates["authpct"] = authentic_share(found.squared[:, 0], own)
     result.closest = Closest(pair_rows, found.index[:, 0], np.sqrt(found.squared[:, 0]), np.sqrt(own))
-    result.per_class = _per_class(result, files, features, labels, limits)
+    result.per_class = _per_class(result, reference, features, labels, limits)
 
 
 def _per_class(
-    result: Measurement, files: FeatureFiles, features: np.ndarray, labels: np.ndarray, limits: Limits
+    result: Measurement, reference: Reference, features: np.ndarray, labels: np.ndarray, limits: Limits
 ) -> dict[int, Estimates]:
     """Frechet distance, precision and recall within each class that both sets hold twice or more."""
+    files = reference.files
+    assert files is not None
     if labels.min() < 0:
         result.missing["per_class"] = "the samples have no labels"
         return {}
-    real_labels = files.labels()
+    real_labels = reference.labels if reference.labels is not None else files.labels()
     if real_labels.min() < 0:
         result.missing["per_class"] = "the reference has no labels"
         return {}
-    rows = chosen(files.count, limits.class_references)
-    real = files.pool(rows)
+    rows, real = chosen(files.count, limits.class_references), files.chosen_pool(limits.class_references)
 
     def metrics(reference: np.ndarray, samples: np.ndarray) -> Estimates:
         if min(len(reference), len(samples)) < 2:
@@ -260,31 +260,18 @@ def _per_class(
     return {label: estimates for label, estimates in found.items() if estimates}
 
 
-def chosen(count: int, limit: int) -> np.ndarray:
-    """Sorted indices of at most `limit` of `count`, drawn by a fixed seed: a stride could pick some classes only."""
-    if count <= limit:
-        return np.arange(count)
-    return np.sort(np.random.default_rng([count, limit]).choice(count, limit, replace=False))
-
-
 # ------------------------------------------------------------------------------------------------ over the pool
 
 
 @contextlib.contextmanager
 def _pairs(
-    files: FeatureFiles,
-    real_rows: np.ndarray,
-    real: np.ndarray,
-    made: FeatureFiles,
-    rows: np.ndarray,
-    samples: np.ndarray,
-    num_workers: int,
+    files: FeatureFiles, limits: Limits, real: np.ndarray, made: FeatureFiles, samples: np.ndarray, num_workers: int
 ) -> Iterator[Run]:
     """Does shares of the pairs of samples and reference rows: over a pool where there is more than one, else here."""
-    if num_workers == 0 or len(shares(len(rows), len(real_rows))) == 1:
+    if num_workers == 0 or len(shares(len(samples), len(real))) == 1:
         yield here(real, samples)
         return
-    with pool(partial(_make_pairs, files, real_rows, made, rows), num_workers) as workers:
+    with pool(partial(_make_pairs, files, made, limits), num_workers) as workers:
 
         def run(step: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterable[Any]:
             return (answer for _, answer in workers.map([_Share(step, task) for task in tasks]))
@@ -303,9 +290,7 @@ class _Share:
         return f"a share of {self.step.__name__}"
 
 
-def _make_pairs(
-    files: FeatureFiles, real_rows: np.ndarray, made: FeatureFiles, rows: np.ndarray
-) -> Callable[[_Share], Any]:
+def _make_pairs(files: FeatureFiles, made: FeatureFiles, limits: Limits) -> Callable[[_Share], Any]:
     """A worker: both sets of features loaded once, then shares."""
-    real, samples = files.pool(real_rows), made.pool(rows)
+    real, samples = files.chosen_pool(limits.references), made.pool(chosen(made.count, limits.samples))
     return lambda share: share.step(real, samples, *share.task)

@@ -10,7 +10,7 @@ import pytest
 from models.features import Features
 from models.metrics import BLOCK, moments
 from orchestrator import extraction, storage
-from orchestrator.extraction import FeatureFiles, Labelled, concatenate, extract_all
+from orchestrator.extraction import FeatureFiles, Labelled, chosen, concatenate, extract_all
 from orchestrator.extractors import own_extractor
 from orchestrator.inputs import ImageSet
 
@@ -102,6 +102,15 @@ def test_rows_and_moments_are_those_of_the_whole(images: np.ndarray, tmp_path: P
     np.testing.assert_array_equal(files.pool(rows), whole.features.pool[rows])
     np.testing.assert_array_equal(files.labels(), np.arange(COUNT) % 3)
     assert files.moments("spatial", 0).m2.tobytes() == moments(whole.features.spatial).m2.tobytes()  # type: ignore[arg-type]
+
+
+def test_few_rows_of_many_are_kept(images: np.ndarray, tmp_path: Path) -> None:
+    files = extract_all(sharded(tmp_path / "in", images, 1), str(tmp_path / "out"), TOY, num_workers=0)
+    before = storage.list_names(files.folder)
+    np.testing.assert_array_equal(files.chosen_pool(COUNT), files.pool())
+    for _ in range(2):
+        np.testing.assert_array_equal(files.chosen_pool(100), files.pool(chosen(COUNT, 100)))
+    assert set(storage.list_names(files.folder)) - set(before) == {"pool-of-100.safetensors"}
 
 
 def test_a_damaged_file_is_named(images: np.ndarray, tmp_path: Path) -> None:

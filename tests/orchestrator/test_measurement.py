@@ -9,10 +9,10 @@ import pytest
 
 from models import neighbours
 from models.features import Features
-from orchestrator.extraction import FeatureFiles, Labelled, extract_all
+from orchestrator.extraction import FeatureFiles, Labelled, chosen, extract_all
 from orchestrator.extractors import own_extractor
 from orchestrator.inputs import open_images
-from orchestrator.measurement import Limits, chosen, describe, measure, measure_files, metric_name
+from orchestrator.measurement import Limits, describe, measure, measure_files, metric_name
 from orchestrator.references import Reference
 
 TOY = partial(own_extractor, "tests.orchestrator.toy_extractor.ToyExtractor")
