@@ -25,6 +25,7 @@ BLOCK = 512  # rows: consecutive indices whose statistics are formed at once, wh
 GROUP = 32  # blocks: consecutive ones whose statistics are merged first, so that groups may be shared out
 Z95 = 1.959963984540054  # 97.5% point of the standard normal
 MIN_INTERVAL_RATIO = 2  # n / D at or below which the influence function of the Frechet distance is refused
+MIN_SCORED = 100  # samples below which the Inception Score has no interval
 MIN_CORRECTED_RATIO = 16  # n / D below which the bias correction leaves more bias than the interval is wide
 
 
@@ -395,6 +396,8 @@ def split_scores(probabilities: Array, bounds: NDArray[np.integer]) -> tuple[Arr
 
 def _mean_of_splits(probabilities: Array, bounds: NDArray[np.integer]) -> Estimate:
     scores, variances = split_scores(probabilities, bounds)
+    if (n := len(probabilities)) < MIN_SCORED:
+        return Estimate(float(scores.mean()), n, note=f"no interval: n={n} is below {MIN_SCORED}")
     return _interval(float(scores.mean()), len(probabilities), float(variances.sum()) / len(scores) ** 2)
 
 

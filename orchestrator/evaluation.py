@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from cluster.session import session
+from models.features import DigitsNetwork
 from orchestrator import storage
 from orchestrator.config import JobConfig, claim
 from orchestrator.copies import nearest_training_pixels
@@ -51,7 +52,7 @@ def evaluate(config: EvaluationConfig) -> str:
     images = _samples(config)
     loader = _loader(config, images)
     loaded = loader()
-    claim(output, config, samples=images.identity, extractor=loaded.fingerprint)
+    claim(output, config, samples=images.identity, extractor=loaded.fingerprint, extractor_weights=None)
     report_uri = storage.join(output, "report.json")
     if storage.exists(report_uri):
         print(f"{output} is complete: {images.count:,} samples measured")
@@ -80,18 +81,25 @@ def evaluate(config: EvaluationConfig) -> str:
 def plan(config: EvaluationConfig) -> str:
     """What an evaluation would read, write and hold."""
     images = _samples(config)
-    network = _loader(config, images)().network
-    held = [min(images.count, config.neighbour_samples), config.neighbour_references, images.count]
-    size = sum(held) * network.dimension * 4 / 2**30
+    name, dimension = _name_and_dimension(config, images)
+    held = images.count + min(images.count, config.neighbour_samples) + config.neighbour_references
+    size = held * dimension * 4 / 2**30
     reference = config.path(config.reference)
     return "\n".join(
         [
             f"reads   {images.uri} ({images.kind}, {images.count:,} images) and {reference}",
             f"writes  {config.path(config.output)}: report.json, report.html; features beside samples and dataset",
-            f"work    {network.name}: {images.count:,} images, and those of the reference that have no features yet",
-            f"memory  at most {size:.2f} GiB of features here ({network.dimension} float32 each), and as much again",
+            f"work    {name}: {images.count:,} images, and those of the reference that have no features yet",
+            f"memory  at most {size:.2f} GiB of features here ({dimension} float32 each), and as much again",
         ]
     )
+
+
+def _name_and_dimension(config: EvaluationConfig, images: ImageSet) -> tuple[str, int]:
+    """Of the extractor, which is looked for; but the digits network might have to be trained first."""
+    loader = _loader(config, images)
+    network = DigitsNetwork if config.extractor == DigitsNetwork.name else loader().network
+    return network.name, network.dimension
 
 
 def _samples(config: EvaluationConfig) -> ImageSet:
@@ -110,6 +118,7 @@ def _loader(config: EvaluationConfig, images: ImageSet) -> LoadExtractor:
         config.path("extractors"),
         config.extractor_seed,
         _image_size(config, images) if config.extractor == "digits" else 0,
+        use_gpu=config.num_gpus > 0,
     )
 
 

@@ -10,9 +10,10 @@ import torch
 
 from models.images import shrink
 from orchestrator import storage
+from orchestrator.extraction import chosen
 from orchestrator.figures import copies_figure
 from orchestrator.inputs import ImageSet
-from orchestrator.measurement import Measurement, chosen
+from orchestrator.measurement import Measurement
 from orchestrator.pictures import grid_png
 from orchestrator.references import Reference
 
@@ -45,25 +46,25 @@ ABOUT = {
         "higher", "Share that the extractor takes for the class asked for.", "metrics.proportion_estimate"
     ),
     "precision": About(
-        "higher", "Share of samples inside the reference's neighbourhoods, k = 3.", "neighbours.precision_recall"
+        "higher", "Share of samples inside the reference's neighbourhoods, k = 3.", "manifolds.precision_recall"
     ),
     "recall": About(
-        "higher", "Share of the reference inside the samples' neighbourhoods, k = 3.", "neighbours.precision_recall"
+        "higher", "Share of the reference inside the samples' neighbourhoods, k = 3.", "manifolds.precision_recall"
     ),
     "precision_openai": About(
-        "higher", "Precision in the published evaluator's float16.", "neighbours.precision_recall_openai"
+        "higher", "Precision in the published evaluator's float16.", "manifolds.precision_recall_openai"
     ),
     "recall_openai": About(
-        "higher", "Recall in the published evaluator's float16.", "neighbours.precision_recall_openai"
+        "higher", "Recall in the published evaluator's float16.", "manifolds.precision_recall_openai"
     ),
     "density": About(
-        "higher", "How many of the reference's 5-neighbour balls hold a sample, over 5.", "neighbours.density_coverage"
+        "higher", "How many of the reference's 5-neighbour balls hold a sample, over 5.", "manifolds.density_coverage"
     ),
-    "coverage": About("higher", "Share of these balls that hold a sample.", "neighbours.density_coverage"),
+    "coverage": About("higher", "Share of these balls that hold a sample.", "manifolds.density_coverage"),
     "authpct": About(
         "higher",
         "% of samples farther from their nearest training image than that is from its own nearest.",
-        "neighbours.authenticity",
+        "manifolds.authenticity",
     ),
 }
 SAME = {"fid": "fd", "fid_infinity": "fd_infinity", "sfid": "sfd"}  # names that belong to the Inception network

@@ -77,6 +77,16 @@ class FeatureFiles:
         assert found is not None
         return found
 
+    def chosen_pool(self, limit: int) -> np.ndarray:
+        """`pool` of the rows `chosen` of a set; where they are few of many, they are kept in a file of their own."""
+        rows = chosen(self.count, limit)
+        if len(rows) * 4 > self.count:
+            return self.pool(rows)
+        uri = storage.join(self.folder, f"pool-of-{limit}.safetensors")
+        if not storage.exists(uri):
+            storage.create_bytes(uri, safetensors.numpy.save({"pool": self.pool(rows)}))
+        return safetensors.numpy.load(storage.read_bytes(uri))["pool"]
+
     def labels(self) -> np.ndarray:
         """int64 [N]; -1 where there are none."""
         return np.concatenate([self.block(number).labels for number in range(self.num_blocks)])
@@ -87,20 +97,27 @@ class FeatureFiles:
 
     def moments(self, name: ArrayName, num_workers: int) -> Moments:
         """Mean and covariance of all images, block by block: bit-equal for any number of workers."""
-        groups = range(0, self.num_blocks, GROUP)
+        groups = [(first, min(first + GROUP, self.num_blocks)) for first in range(0, self.num_blocks, GROUP)]
         work = partial(_make_moments, self, name)
         found = dict(map_items(work, groups, num_workers if len(groups) > 1 else 0))
         return merge_in_order(found[group] for group in groups)
 
 
-def _make_moments(files: FeatureFiles, name: ArrayName) -> Callable[[int], Moments]:
-    """A worker: the moments of the 32 blocks from a number on."""
+def _make_moments(files: FeatureFiles, name: ArrayName) -> Callable[[tuple[int, int]], Moments]:
+    """A worker: the moments of a range of blocks."""
 
-    def blocks(first: int) -> Iterator[Moments]:
-        for number in range(first, min(first + GROUP, files.num_blocks)):
+    def blocks(first: int, last: int) -> Iterator[Moments]:
+        for number in range(first, last):
             yield from block_moments(getattr(files.block(number).features, name))
 
-    return lambda first: merge_in_order(blocks(first))
+    return lambda group: merge_in_order(blocks(*group))
+
+
+def chosen(count: int, limit: int) -> np.ndarray:
+    """Sorted indices of at most `limit` of `count`, drawn by a fixed seed: a stride could pick some classes only."""
+    if count <= limit:
+        return np.arange(count)
+    return np.sort(np.random.default_rng([count, limit]).choice(count, limit, replace=False))
 
 
 def extract_all(

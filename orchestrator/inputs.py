@@ -121,7 +121,7 @@ class _BatchRows:
 
     def __call__(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         batch = self._batch
-        images = batch.rows(begin, end) if batch.by_range else np.concatenate(list(self._forward(begin, end)))
+        images = batch.rows(begin, end).copy() if batch.by_range else np.concatenate(list(self._forward(begin, end)))
         return images, np.full(end - begin, -1) if batch.labels is None else batch.labels[begin:end]
 
     def _forward(self, begin: int, end: int) -> Iterator[np.ndarray]:

@@ -13,6 +13,15 @@ from typing import Any
 import numpy as np
 
 from cluster.workers import pool
+from models.manifolds import (
+    Run,
+    authentic_share,
+    here,
+    manifolds,
+    precision_recall,
+    precision_recall_openai,
+    realism,
+)
 from models.metrics import (
     MIN_INTERVAL_RATIO,
     Estimate,
@@ -29,18 +38,9 @@ from models.metrics import (
     proportion_estimate,
     softmax,
 )
-from models.neighbours import (
-    Run,
-    authentic_share,
-    here,
-    manifolds,
-    precision_recall,
-    precision_recall_openai,
-    realism,
-    shares,
-)
+from models.neighbours import shares
 from orchestrator.copies import nearest_training_features
-from orchestrator.extraction import FeatureFiles, Labelled
+from orchestrator.extraction import FeatureFiles, Labelled, chosen
 from orchestrator.references import Reference
 
 NEIGHBOURS = 3  # k of precision and recall; a class with fewer rows has none
@@ -172,13 +172,15 @@ def measure_files(made: FeatureFiles, reference: Reference, name: str, limits: L
             f"samples were seen by {made.fingerprint}, the reference by {reference.fingerprint}: "
             "statistics of different extractors are never compared"
         )
-    result = Measurement()
+    result, fd, fd_infinity = Measurement(), metric_name("fd", name), metric_name("fd_infinity", name)
     pool_features = made.pool()
     if made.count < 2:
-        result.missing[metric_name("fd", name)] = "a single sample has no covariance"
+        result.missing |= dict.fromkeys((fd, fd_infinity), "a single sample has no covariance")
     else:
         result.estimates |= distances(pool_features, reference.statistics["pool"], name)
-        _note_small(result, pool_features, name)
+        if fd_infinity not in result.estimates:
+            n, dimension = pool_features.shape
+            result.missing[fd_infinity] = f"n={n} samples are not above {MIN_INTERVAL_RATIO} D, D={dimension}"
     if "spatial" in reference.statistics and (spatial := made.array("spatial")) is not None and made.count > 1:
         result.estimates |= distances(spatial, reference.statistics["spatial"], name, "sfd")
         del spatial
@@ -199,13 +201,6 @@ def measure_files(made: FeatureFiles, reference: Reference, name: str, limits: L
     return result
 
 
-def _note_small(result: Measurement, features: np.ndarray, name: str) -> None:
-    infinity = metric_name("fd_infinity", name)
-    if infinity not in result.estimates:
-        n, dimension = features.shape
-        result.missing[infinity] = f"n={n} samples are not above {MIN_INTERVAL_RATIO} D, D={dimension}"
-
-
 def _measure_rows(
     result: Measurement,
     made: FeatureFiles,
@@ -219,10 +214,9 @@ def _measure_rows(
     """The metrics that need the features of single reference images."""
     files = reference.files
     assert files is not None
-    rows, real_rows = chosen(made.count, limits.samples), chosen(files.count, limits.references)
-    real = files.pool(real_rows)
+    rows, real = chosen(made.count, limits.samples), files.chosen_pool(limits.references)
     samples = features[rows]
-    with _pairs(files, real_rows, real, made, rows, samples, num_workers) as run:
+    with _pairs(files, limits, real, made, samples, num_workers) as run:
         result.estimates |= neighbour_metrics(real, samples, run)
         result.rows, result.realism = rows, realism(real, samples, run=run)
     if name == "inception":
@@ -236,22 +230,23 @@ def _measure_rows(
     found, own = nearest_training_features(made, pair_rows, files, num_workers)
     result.estimates["authpct"] = authentic_share(found.squared[:, 0], own)
     result.closest = Closest(pair_rows, found.index[:, 0], np.sqrt(found.squared[:, 0]), np.sqrt(own))
-    result.per_class = _per_class(result, files, features, labels, limits)
+    result.per_class = _per_class(result, reference, features, labels, limits)
 
 
 def _per_class(
-    result: Measurement, files: FeatureFiles, features: np.ndarray, labels: np.ndarray, limits: Limits
+    result: Measurement, reference: Reference, features: np.ndarray, labels: np.ndarray, limits: Limits
 ) -> dict[int, Estimates]:
     """Frechet distance, precision and recall within each class that both sets hold twice or more."""
+    files = reference.files
+    assert files is not None
     if labels.min() < 0:
         result.missing["per_class"] = "the samples have no labels"
         return {}
-    real_labels = files.labels()
+    real_labels = reference.labels if reference.labels is not None else files.labels()
     if real_labels.min() < 0:
         result.missing["per_class"] = "the reference has no labels"
         return {}
-    rows = chosen(files.count, limits.class_references)
-    real = files.pool(rows)
+    rows, real = chosen(files.count, limits.class_references), files.chosen_pool(limits.class_references)
 
     def metrics(reference: np.ndarray, samples: np.ndarray) -> Estimates:
         if min(len(reference), len(samples)) < 2:
@@ -265,41 +260,37 @@ def _per_class(
     return {label: estimates for label, estimates in found.items() if estimates}
 
 
-def chosen(count: int, limit: int) -> np.ndarray:
-    """Sorted indices of at most `limit` of `count`, drawn by a fixed seed: a stride could pick some classes only."""
-    if count <= limit:
-        return np.arange(count)
-    return np.sort(np.random.default_rng([count, limit]).choice(count, limit, replace=False))
-
-
 # ------------------------------------------------------------------------------------------------ over the pool
 
 
 @contextlib.contextmanager
 def _pairs(
-    files: FeatureFiles,
-    real_rows: np.ndarray,
-    real: np.ndarray,
-    made: FeatureFiles,
-    rows: np.ndarray,
-    samples: np.ndarray,
-    num_workers: int,
+    files: FeatureFiles, limits: Limits, real: np.ndarray, made: FeatureFiles, samples: np.ndarray, num_workers: int
 ) -> Iterator[Run]:
     """Does shares of the pairs of samples and reference rows: over a pool where there is more than one, else here."""
-    if num_workers == 0 or len(shares(len(rows), len(real_rows))) == 1:
+    if num_workers == 0 or len(shares(len(samples), len(real))) == 1:
         yield here(real, samples)
         return
-    with pool(partial(_make_pairs, files, real_rows, made, rows), num_workers) as workers:
+    with pool(partial(_make_pairs, files, made, limits), num_workers) as workers:
 
         def run(step: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterable[Any]:
-            return (answer for _, answer in workers.map([(step, task) for task in tasks]))
+            return (answer for _, answer in workers.map([_Share(step, task) for task in tasks]))
 
         yield run
 
 
-def _make_pairs(
-    files: FeatureFiles, real_rows: np.ndarray, made: FeatureFiles, rows: np.ndarray
-) -> Callable[[tuple[Callable[..., Any], tuple[Any, ...]]], Any]:
+@dataclass(frozen=True, repr=False)
+class _Share:
+    """A share of the pairs, on its way to a worker."""
+
+    step: Callable[..., Any]
+    task: tuple[Any, ...]
+
+    def __repr__(self) -> str:  # in the message of its failure; its arrays would fill pages
+        return f"a share of {self.step.__name__}"
+
+
+def _make_pairs(files: FeatureFiles, made: FeatureFiles, limits: Limits) -> Callable[[_Share], Any]:
     """A worker: both sets of features loaded once, then shares."""
-    real, samples = files.pool(real_rows), made.pool(rows)
-    return lambda item: item[0](real, samples, *item[1])
+    real, samples = files.chosen_pool(limits.references), made.pool(chosen(made.count, limits.samples))
+    return lambda share: share.step(real, samples, *share.task)

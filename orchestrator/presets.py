@@ -52,7 +52,20 @@ def evaluation_presets() -> dict[str, tuple[str, EvaluationConfig]]:
         output="digits/evaluation",
         num_workers=2,
     )
-    return {"digits": (DIGITS, digits)}
+    released = EvaluationConfig(
+        samples="adm64/samples",
+        reference="VIRTUAL_imagenet64_labeled.npz",
+        output="adm64/evaluation",
+        extractor="inception",
+    )
+    photographs = EvaluationConfig(
+        samples="samples.npz", reference="reference.npz", output="evaluation", extractor="efficientnet"
+    )
+    return {
+        "digits": (DIGITS, digits),
+        "released": ("ImageNet 64x64 against the published reference batch, by FID's Inception network", released),
+        "photographs": ("one's own images, by EfficientNet with ImageNet weights, which a package brings", photographs),
+    }
 
 
 def search_presets() -> dict[str, tuple[str, SearchConfig]]:

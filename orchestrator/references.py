@@ -25,6 +25,7 @@ class Reference:
     images: ImageSet | None = None
     files: FeatureFiles | None = None  # the features of these images
     classes: tuple[str, ...] = ()
+    labels: np.ndarray | None = None  # int64 of all images, where they are at hand
     missing: dict[str, str] = field(default_factory=dict)  # what it cannot give, and why
 
 
@@ -35,7 +36,7 @@ def open_reference(
     folder: str,
     image_size: int,
     num_workers: int,
-    num_gpus: float,
+    num_gpus: float = 0.0,
 ) -> Reference:
     """The reference at `uri`, a dataset's folder or an .npz; what of it is not extracted yet is extracted.
 
@@ -47,13 +48,13 @@ def open_reference(
     if uri.endswith(".npz"):
         return _batch_reference(uri, loader, loaded, folder, num_workers, num_gpus)
     files = split_features(uri, "train", loader, image_size, num_workers, num_gpus)
-    statistics = _kept_statistics(files, num_workers)
+    statistics, labels = _kept_statistics(files, num_workers)
     images, classes = split_images(uri, "train", image_size), load_manifest(uri).classes
-    return Reference(uri, files.fingerprint, dict(statistics), files.count, images, files, classes)
+    return Reference(uri, files.fingerprint, statistics, files.count, images, files, classes, labels)
 
 
-def _kept_statistics(files: FeatureFiles, num_workers: int) -> dict[ArrayName, Moments]:
-    """Mean and covariance of the whole split: formed once, then read from a file beside the features."""
+def _kept_statistics(files: FeatureFiles, num_workers: int) -> tuple[dict[ArrayName, Moments | Gaussian], np.ndarray]:
+    """Mean and covariance of all images, and their labels: formed once, then read from a file beside the features."""
     uri = storage.join(files.folder, "statistics.safetensors")
     if not storage.exists(uri):
         names: list[ArrayName] = ["pool"]
@@ -61,12 +62,13 @@ def _kept_statistics(files: FeatureFiles, num_workers: int) -> dict[ArrayName, M
             names.append("spatial")
         formed = {name: files.moments(name, num_workers) for name in names}
         arrays = {f"{name}.{part}": getattr(m, part) for name, m in formed.items() for part in ("mean", "m2")}
-        storage.create_bytes(uri, safetensors.numpy.save(arrays | {"n": np.array([files.count])}))
+        storage.create_bytes(uri, safetensors.numpy.save(arrays | {"labels": files.labels()}))
     arrays = safetensors.numpy.load(storage.read_bytes(uri))
-    if (n := int(arrays["n"][0])) != files.count:
-        raise ValueError(f"{uri} is of {n} images, but the split has {files.count}: delete it, and it is formed again")
+    if (n := len(arrays["labels"])) != files.count:
+        raise ValueError(f"{uri} is of {n} images, but there are {files.count}: delete it, and it is formed again")
     kept: list[ArrayName] = ["pool", "spatial"]
-    return {name: Moments(n, arrays[f"{name}.mean"], arrays[f"{name}.m2"]) for name in kept if f"{name}.mean" in arrays}
+    present = [name for name in kept if f"{name}.mean" in arrays]
+    return {name: Moments(n, arrays[f"{name}.mean"], arrays[f"{name}.m2"]) for name in present}, arrays["labels"]
 
 
 def _batch_reference(
@@ -99,8 +101,8 @@ def _batch_reference(
     files = extract_all(images, storage.join(folder, images.identity), loader, num_workers, num_gpus)
     if published:
         return Reference(uri, files.fingerprint, dict(published), None, images, files, missing=missing)
-    statistics = _kept_statistics(files, num_workers)
-    return Reference(uri, files.fingerprint, dict(statistics), files.count, images, files, missing=missing)
+    statistics, labels = _kept_statistics(files, num_workers)
+    return Reference(uri, files.fingerprint, statistics, files.count, images, files, labels=labels, missing=missing)
 
 
 def _check_dimensions(uri: str, loaded: LoadedExtractor, published: dict[ArrayName, Gaussian]) -> None:

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from models import inception
+from models.manifolds import authenticity, density_coverage, precision_recall, precision_recall_openai, realism
 from models.metrics import (
     Gaussian,
     by_class,
@@ -33,19 +34,9 @@ from models.metrics import (
     split_scores,
     vendi_score,
 )
-from models.neighbours import (
-    any_ball_holds,
-    authenticity,
-    balls_holding,
-    density_coverage,
-    nearest,
-    precision_recall,
-    precision_recall_openai,
-    realism,
-    squared_radii,
-)
-from orchestrator.batches_npz import PublishedBatch, open_batch
+from models.neighbours import any_ball_holds, balls_holding, nearest, squared_radii
 from tests.comparison import Row
+from tests.reference_batches import compare_batches
 
 Arrays = dict[str, NDArray[Any]]
 NETWORK = 1e-4  # relative L2 error of an image's features: every wrong choice of layer, pool or resize gives more
@@ -490,44 +481,3 @@ def _network_row(file: str, name: str, what: str, golden: NDArray[Any], outputs:
     if what.endswith("pytorch_fid"):  # half-pixel resize and 2x/255 - 1: must not be what FID's own definition gives
         return Row(file, name, "pass" if error > NETWORK else "FAIL", error, note="another definition: must differ")
     return Row(file, name, "pass" if error <= NETWORK else "FAIL", error, NETWORK)
-
-
-# --- Published batches ----------------------------------------------------------------------------------------------
-
-
-def compare_batches(folder: Path) -> list[Row]:
-    """A row for each file of a manifest: accepted with the arrays that it has, or refused with a reason."""
-    manifest = json.loads((folder / "MANIFEST.json").read_text())
-    unknown = sorted(path.name for path in folder.glob("*.npz") if path.name not in manifest)
-    rows = [Row(name, "*", "not covered", note="not in the manifest") for name in unknown]
-    for name, entry in manifest.items():
-        rows.append(_guarded(name, "load", partial(_batch_row, folder, name, entry)))
-    return rows
-
-
-def _batch_row(folder: Path, name: str, entry: dict[str, Any]) -> Row:
-    try:
-        batch = open_batch(str(folder / name))
-    except ValueError as error:
-        refused = entry["expect"].startswith("refuse") and name in str(error)
-        return Row(name, "load", "pass" if refused else "FAIL", note=str(error).replace(f"{folder}/", ""))
-    if entry["expect"].startswith("refuse"):
-        return Row(name, "load", "FAIL", note=f"accepted, but: {entry['what']}")
-    arrays = _load(folder / name)
-    if match := re.search(r"equal to (\w+)", entry["expect"]):
-        arrays["arr_0"] = _load(folder / f"{match[1]}.npz")["arr_0"]
-    wrong = [key for key, value in _held(batch).items() if not _same(value, arrays.get(key))]
-    return Row(name, "load", "FAIL" if wrong else "pass", note=f"differs in {', '.join(wrong)}" if wrong else "")
-
-
-def _held(batch: PublishedBatch) -> dict[str, NDArray[Any] | None]:
-    images = np.concatenate([block for _, block in batch.blocks(7)]) if batch.num_images else None
-    held: dict[str, NDArray[Any] | None] = {"arr_0": images, "arr_1": batch.labels}
-    for statistics, suffix in ((batch.pool, ""), (batch.spatial, "_s")):
-        held[f"mu{suffix}"] = None if statistics is None else statistics.mean
-        held[f"sigma{suffix}"] = None if statistics is None else statistics.covariance
-    return held
-
-
-def _same(value: NDArray[Any] | None, golden: NDArray[Any] | None) -> bool:
-    return value is golden is None or (value is not None and golden is not None and np.array_equal(value, golden))

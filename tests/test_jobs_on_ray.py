@@ -41,7 +41,7 @@ def test_the_quickstart_in_small_and_again(tmp_path: Path) -> None:
     assert numbers["search"]["winner"] in [{"scale": 0.0, "steps": 4}, {"scale": 2.0, "steps": 4}]
     for name in ("accuracy", "fd_digits", "kid_digits", "precision", "recall", "inception_score_digits"):
         for found in (numbers["metrics_guided"][name], numbers["metrics_unguided"][name]):
-            assert found["n"] == 96 and found.keys() == {"value", "n", "interval", "note"}
+            assert found["n"] == 96 and found.keys() == {"value", "n", "interval", "note", "seeds", "extractor"}
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 5 and 'src="http' not in page
     assert (tmp_path / "mlflow.db").exists()

@@ -12,13 +12,17 @@ from numpy.typing import NDArray
 
 from models.metrics import (
     BLOCK,
+    GROUP,
+    MIN_SCORED,
     Estimate,
     Gaussian,
     Moments,
     block_moments,
     by_class,
+    class_frechet_estimate,
     expand_frechet,
     frechet_distance,
+    frechet_distance_of_rows,
     frechet_estimate,
     inception_score,
     inception_score_classic,
@@ -72,6 +76,16 @@ def test_any_sharding_by_whole_blocks_gives_the_same_bits(num_shards: int) -> No
     assert sharded.n == whole.n
     assert sharded.mean.tobytes() == whole.mean.tobytes()
     assert sharded.m2.tobytes() == whole.m2.tobytes()
+
+
+def test_groups_of_blocks_may_be_shared_out() -> None:
+    """Beyond 32 blocks the statistics are merged by groups, so that each may come from another worker."""
+    features = generator(21).standard_normal((2 * BLOCK * GROUP + 700, 3)).astype(np.float32)
+    size = BLOCK * GROUP
+    groups = [merge_in_order(block_moments(features[i : i + size])) for i in range(0, len(features), size)]
+    shared, whole = merge_in_order(groups), moments(features)
+    assert len(groups) == 3 and shared.m2.tobytes() == whole.m2.tobytes()
+    np.testing.assert_allclose(whole.gaussian.covariance, np.cov(features, rowvar=False, dtype=np.float64), rtol=1e-9)
 
 
 def test_merging_uneven_shards_loses_nothing() -> None:
@@ -130,6 +144,24 @@ def test_fewer_rows_than_dimensions_give_a_finite_distance_that_is_zero_to_itsel
     assert frechet_distance(total, moments(features + 1)) == pytest.approx(40, abs=1e-5)
 
 
+@pytest.mark.parametrize(("n", "m"), [(300, 200), (12, 30), (2, 2)])
+def test_the_distance_of_rows_is_the_distance_of_their_moments(n: int, m: int) -> None:
+    rng = generator(22)
+    a, b = rng.standard_normal((n, 20)) + 50, 1.3 * rng.standard_normal((m, 20)) + 50.2
+    scale = sum(float(np.trace(moments(x).gaussian.covariance)) for x in (a, b))
+    assert frechet_distance_of_rows(a, b) == pytest.approx(frechet_distance(moments(a), moments(b)), abs=1e-6 * scale)
+    with pytest.raises(ValueError, match="at least 2"):
+        frechet_distance_of_rows(a[:1], b)
+
+
+def test_a_class_of_few_images_has_a_distance_without_an_interval() -> None:
+    rng = generator(23)
+    few = class_frechet_estimate(rng.standard_normal((100, 10)), rng.standard_normal((15, 10)))
+    assert few.low is None and "biased upwards" in few.note and few.value > 0
+    many = class_frechet_estimate(rng.standard_normal((100, 10)), rng.standard_normal((60, 10)))
+    assert many.low is not None
+
+
 @pytest.mark.parametrize(
     ("mean", "shape", "message"),
     [
@@ -184,6 +216,21 @@ def test_bias_of_a_perfect_model_is_the_known_one() -> None:
     reference = Gaussian(np.zeros(dimension), np.eye(dimension))
     bias = np.mean([expand_frechet(rng.standard_normal((n, dimension)), reference).bias for _ in range(20)])
     assert bias == pytest.approx((dimension + dimension * (dimension + 1) / 4) / n, rel=0.02)
+
+
+def test_fd_infinity_is_where_the_distances_of_subsets_lead() -> None:
+    """Chong & Forsyth (2020) fit a line in 1/n through distances of subsets; its end is what is computed here."""
+    rng = generator(24)
+    reference = Gaussian(np.zeros(8), covariance(rng, 8))
+    factor = np.linalg.cholesky(reference.covariance)
+    features = 0.9 * rng.standard_normal((8000, 8)) @ factor.T + 0.1
+    sizes = np.array([500, 800, 1600, 4000])
+    parts = [np.split(features, 8000 // size) for size in sizes]
+    means = [np.mean([frechet_distance(moments(part), reference) for part in some]) for some in parts]
+    fitted = np.polyfit(1 / sizes, means, 1)[1]
+    found = expand_frechet(features, reference)
+    assert found.corrected.value == pytest.approx(fitted, abs=2e-4)
+    assert found.distance - found.corrected.value == pytest.approx(found.bias) and found.bias > 1e-3
 
 
 def test_dead_features_do_no_harm() -> None:
@@ -289,8 +336,11 @@ def test_intervals_of_the_inception_score_hold() -> None:
     rng = generator(16)
     directions = rng.standard_normal((4, 10))
     held = coverage(lambda: inception_score(softmax(rng.standard_normal((600, 4)) @ directions), 200), None)
-    print("coverage of the Inception Score", held)
-    assert 0.90 <= held <= 0.98
+    classic = coverage(lambda: inception_score_classic(softmax(rng.standard_normal((600, 4)) @ directions)), None)
+    small = coverage(lambda: inception_score(softmax(rng.standard_normal((MIN_SCORED, 4)) @ directions)), None)
+    print("coverage of the Inception Score", held, "classic", classic, "at its least n", small)
+    assert 0.90 <= held <= 0.98 and 0.90 <= classic <= 0.98 and 0.90 <= small <= 0.98
+    assert inception_score(softmax(rng.standard_normal((20, 5)))).note == "no interval: n=20 is below 100"
 
 
 def test_intervals_of_proportions_and_means_hold() -> None:

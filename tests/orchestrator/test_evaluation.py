@@ -1,85 +1,105 @@
-"""Evaluation: block-wise features, resumable, and the metrics that come out of them."""
+"""The job: from samples in any form to one report, the same for every way of sharding and for any pool."""
 
-from functools import partial
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from models.features import Features
 from orchestrator import storage
-from orchestrator.dataset import load_manifest, read_images
-from orchestrator.evaluation import (
-    BLOCK,
-    EvaluationConfig,
-    Labelled,
-    concatenate,
-    digits_extractor,
-    evaluate,
-    extract_all,
-    measure,
-)
-from orchestrator.preparation import PrepareConfig, prepare
+from orchestrator.evaluation import EvaluationConfig, evaluate, plan
+from orchestrator.preparation import prepare
+from tests.orchestrator.digits import digits
+
+TOY = "tests.orchestrator.toy_extractor.ToyExtractor"
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of the prepared digits."""
-    store = str(tmp_path_factory.mktemp("store"))
-    prepare(PrepareConfig(store=store, source="digits", output="digits", name="digits", validation_fraction=0.2))
-    return f"{store}/digits"
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A store with the prepared digits, and 600 samples of noise as an .npz."""
+    store = tmp_path_factory.mktemp("store")
+    prepare(digits(str(store)))
+    images = np.random.default_rng([72]).integers(0, 256, (600, 8, 8, 3), dtype=np.uint8)
+    np.savez(store / "noise", images, np.arange(600) % 10)
+    return str(store)
 
 
-def test_features_do_not_depend_on_how_they_were_cut_or_resumed(dataset: str, tmp_path: Path) -> None:
-    manifest = load_manifest(dataset)
-    extractor = partial(digits_extractor, dataset, str(tmp_path / "extractors"), 7, 8)
-    assert extractor().held_out_accuracy > 0.97
-    read = partial(read_images, manifest, "train", image_size=8)
-    count = BLOCK + 100
-    whole = extract_all("digits", read, count, str(tmp_path / "features"), extractor, num_workers=0)
-    assert whole.features.pool.shape == (count, 32) and whole.labels.tolist() == read(0, count)[1].tolist()
+def config(store: str, **changes: Any) -> EvaluationConfig:
+    settings: dict[str, Any] = {
+        "store": store, "samples": "noise.npz", "reference": "digits", "output": "evaluation",
+        "extractor": TOY, "copies": 50, "num_workers": 0,
+    }  # fmt: skip
+    return EvaluationConfig(**settings | changes)
 
-    folder = storage.join(str(tmp_path / "features"), extractor().fingerprint)
-    assert storage.list_names(folder) == ["00000000-00000512.safetensors", "00000512-00000612.safetensors"]
-    storage.delete(storage.join(folder, "00000000-00000512.safetensors"))
-    again = extract_all("digits", read, count, str(tmp_path / "features"), extractor, num_workers=0)
-    assert np.array_equal(whole.features.pool, again.features.pool)
+
+def report(uri: str) -> dict[str, Any]:
+    """What does not tell where things lie."""
+    content = storage.read_json(uri)
+    return {name: content[name] for name in ("metrics", "per_class", "closest_pairs", "nearest_training_image")}
 
 
 def test_samples_that_are_not_there_are_an_error(tmp_path: Path) -> None:
-    config = EvaluationConfig(store=str(tmp_path), samples="none", reference="digits", output="evaluation")
     with pytest.raises(FileNotFoundError, match="none holds no finished samples: generate them first"):
-        evaluate(config)
+        evaluate(EvaluationConfig(store=str(tmp_path), samples="none", reference="digits", output="evaluation"))
 
 
-def labelled(rng: np.random.Generator, spread: float, n: int = 600) -> Labelled:
-    """Gaussian features in 4 dimensions, and logits that are always right."""
-    labels = np.arange(n) % 3
-    pool = (spread * rng.standard_normal((n, 4))).astype(np.float32)
-    return Labelled(Features(pool, None, 9 * np.eye(3, dtype=np.float32)[labels]), labels)
+def test_noise_is_measured_by_the_digits_network(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "600 images" in plan(config(store, extractor="digits", output="by-digits"))
+    uri = evaluate(config(store, extractor="digits", output="by-digits"))
+    content = json.loads(Path(uri).read_text())
+    metrics = content["metrics"]
+    assert set(metrics) == {
+        "fd_digits", "fd_infinity_digits", "kid_digits", "precision", "recall", "density", "coverage", "authpct",
+        "inception_score_digits", "inception_score_classic_digits", "accuracy",
+    }  # fmt: skip
+    assert content["extractor"]["held_out_accuracy"] > 0.97
+    for found in metrics.values():
+        assert found["n"] == 600 and found["extractor"] == content["extractor"]["fingerprint"]
+        assert found["seeds"] == {"seed": None, "indices": [0, 600]}
+        assert found["interval"] or found["note"]
+    assert (
+        metrics["fd_digits"]["value"] > 5 and metrics["precision"]["value"] < 0.5 and metrics["accuracy"]["value"] < 0.3
+    )
+    assert list(content["per_class"]) == [str(digit) for digit in range(10)]
+    assert len(content["nearest_training_image"]["samples"]) == len(content["nearest_training_image"]["held_out"]) == 50
+    assert content["reproduce"]["config"]["extractor_seed"] == 7 and content["reproduce"]["command"].startswith(
+        "python "
+    )
+    printed = capsys.readouterr().out
+    assert "fd_digits" in printed and uri in printed
+
+    page = (Path(uri).parent / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 6 and 'src="http' not in page and "report.json" not in page
+    before = Path(uri).read_bytes()
+    assert evaluate(config(store, extractor="digits", output="by-digits")) == uri
+    assert Path(uri).read_bytes() == before and "is complete" in capsys.readouterr().out
 
 
-def test_collapsed_samples_have_precision_without_recall() -> None:
-    rng = np.random.default_rng(3)
-    found = measure(labelled(rng, 0.3), labelled(rng, 1.0), "toy")
-    assert found["precision"].value > 0.98 and found["recall"].value < 0.3
-    assert found["fd_toy"].low is not None and found["fd_toy"].low > 1
-    assert found["accuracy"].value == 1 and found["inception_score_toy"].value == pytest.approx(3, rel=0.01)
-    assert all(estimate.n == 600 for estimate in found.values())
+def test_another_extractor_or_other_samples_need_another_folder(store: str) -> None:
+    evaluate(config(store, output="claimed"))
+    with pytest.raises(ValueError, match="extractor: toy-quarters there, digits-"):
+        evaluate(config(store, output="claimed", extractor="digits"))
 
 
-def test_equal_distributions_are_near() -> None:
-    rng = np.random.default_rng(4)
-    found = measure(labelled(rng, 1.0), labelled(rng, 1.0), "toy")
-    assert found["fd_toy"].value < 0.1
-    assert found["kid_toy"].low is not None and found["kid_toy"].high is not None
-    assert found["kid_toy"].low < 0.02 and abs(found["kid_toy"].value) < 0.05
-    assert found["precision"].value > 0.85 and found["recall"].value > 0.85
+@pytest.mark.ray
+def test_the_pool_and_a_second_look_give_the_same_report(store: str, ray_session: None) -> None:
+    alone = report(evaluate(config(store, output="alone")))
+    pooled = report(evaluate(config(store, output="pooled", num_workers=2)))
+    assert pooled == alone
 
 
-def test_concatenation_keeps_order() -> None:
-    rng = np.random.default_rng(5)
-    parts = [labelled(rng, 1.0, n) for n in (3, 5)]
-    whole = concatenate(parts)
-    assert np.array_equal(whole.features.pool, np.concatenate([part.features.pool for part in parts]))
-    assert whole.features.spatial is None and len(whole.labels) == 8
+def test_reference_images_of_another_size_are_refused(store: str) -> None:
+    with pytest.raises(ValueError, match=r"image_size=16, but the samples in .* have 8 pixels"):
+        evaluate(config(store, output="sixteen", image_size=16))
+
+
+def test_a_published_batch_as_reference_and_nothing_written_beside_it(store: str, tmp_path: Path) -> None:
+    images = np.random.default_rng([73]).integers(0, 256, (300, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "reference", images)
+    uri = evaluate(config(store, output="against-batch", reference=str(tmp_path / "reference.npz")))
+    found = storage.read_json(uri)
+    assert found["metrics"]["fd_toy"]["value"] < 0.2 and found["metrics"]["precision"]["value"] > 0.8  # noise is noise
+    assert found["not_available"]["per_class"] == "the reference has no labels"
+    assert found["nearest_training_image"] == {}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["reference.npz"]

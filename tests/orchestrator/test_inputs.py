@@ -4,6 +4,7 @@ import io
 import pickle
 import tarfile
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -27,8 +28,9 @@ def write(form: str, folder: str, images: np.ndarray) -> str:
     buffer = io.BytesIO()
     names = [f"{index:06d}.png" for index in range(len(images))]
     if form == "folder":
+        Path(folder, "images").mkdir()
         for name, image in zip(names, images, strict=True):
-            storage.write_bytes(storage.join(folder, "images", name), png(image))
+            Path(folder, "images", name).write_bytes(png(image))
         return storage.join(folder, "images")
     if form == "tar":
         with tarfile.open(fileobj=buffer, mode="w") as archive:
@@ -70,7 +72,12 @@ def test_a_compressed_batch_is_read_once_from_its_start(
     found = open_images(write("deflated.npz", str(tmp_path), images))
     opened: list[str] = []
     open_input = storage.open_input
-    monkeypatch.setattr(storage, "open_input", lambda uri: opened.append(uri) or open_input(uri))
+
+    def watched(uri: str) -> BinaryIO:
+        opened.append(uri)
+        return open_input(uri)
+
+    monkeypatch.setattr(storage, "open_input", watched)
     parts = [found.read(begin, min(begin + 100, COUNT))[0] for begin in range(0, COUNT, 100)]
     np.testing.assert_array_equal(np.concatenate(parts), images)
     assert len(opened) == 1

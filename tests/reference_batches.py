@@ -1,0 +1,93 @@
+"""The golden comparison of published batches: each file of a manifest is accepted, or refused for the stated reason."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.batches_npz import PublishedBatch, open_batch
+from tests.comparison import Row
+
+
+def compare_batches(folder: Path) -> list[Row]:
+    """A row for each file of a manifest: accepted with the arrays that it has, or refused with a reason."""
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    unknown = sorted(path.name for path in folder.glob("*.npz") if path.name not in manifest)
+    rows = [Row(name, "*", "not covered", note="not in the manifest") for name in unknown]
+    for name, entry in manifest.items():
+        try:
+            rows.append(_batch_row(folder, name, entry))
+        except Exception as error:  # noqa: BLE001  # reported as this row's failure
+            rows.append(Row(name, "load", "FAIL", note=f"{type(error).__name__}: {error}"))
+    return rows
+
+
+def _batch_row(folder: Path, name: str, entry: dict[str, Any]) -> Row:
+    try:
+        batch = open_batch(str(folder / name))
+    except ValueError as error:
+        refused = entry["expect"].startswith("refuse") and name in str(error)
+        silent = [reason for reason in _stated_reasons(entry) if not re.search(reason, str(error))]
+        note = f"does not say {', '.join(silent)}: " if silent else ""
+        note += str(error).replace(f"{folder}/", "")
+        return Row(name, "load", "pass" if refused and not silent else "FAIL", note=note)
+    if entry["expect"].startswith("refuse"):
+        return Row(name, "load", "FAIL", note=f"accepted, but: {entry['what']}")
+    with np.load(folder / name, allow_pickle=False) as archive:
+        arrays = dict(archive)
+    if match := re.search(r"equal to (\w+)", entry["expect"]):
+        with np.load(folder / f"{match[1]}.npz", allow_pickle=False) as archive:
+            arrays["arr_0"] = archive["arr_0"]
+    wrong = [key for key, value in _held(batch).items() if not _same(value, arrays.get(key))]
+    return Row(name, "load", "FAIL" if wrong else "pass", note=f"differs in {', '.join(wrong)}" if wrong else "")
+
+
+# What a manifest says is wrong with a file -> what the message about it has to say.
+REASONS = {
+    r"\bnan\b|\binf\b": "not finite",
+    r"not symmetric": "not symmetric",
+    r"negative eigenvalues": "positive semi-definite",
+    r"\bcrc\b": "CRC",
+    r"complete zip|empty file|text file": "not an intact",
+    r"fewer bytes|size mismatch|header says": r"\d+ bytes are stored|early",
+    r"pickle": "pickle",
+    r"missing key": "has neither|but not",
+    r"label -?\d": "labels from",
+}
+
+
+def _stated_reasons(entry: dict[str, Any]) -> list[str]:
+    """Patterns that the message on a refused file has to hold: of its manifest's words, and of what its arrays are."""
+    text = f"{entry['what']} {entry['expect']}".lower()
+    arrays: dict[str, tuple[list[int], str]] = entry["arrays"]
+    shape, dtype = arrays.get("arr_0", ([1, 1, 1, 3], "uint8"))
+    if dtype not in ("uint8", "object"):
+        return [dtype]  # found before any value is read
+    reasons = [reason for words, reason in REASONS.items() if re.search(words, text)]
+    if dtype == "uint8" and (len(shape) != 4 or shape[3] != 3 or 0 in shape):
+        reasons.append(re.escape(str(tuple(shape))))
+    if arrays and not {"arr_0", "mu"} & set(arrays):
+        reasons += list(arrays)
+    if "arr_1" in arrays and arrays["arr_1"][0] != shape[:1]:
+        reasons.append(f"{arrays['arr_1'][0][0]}.*{shape[0]} images")
+    if "mu" in arrays and "sigma" not in arrays:
+        reasons.append("'sigma'")
+    elif "mu" in arrays and arrays["sigma"][0] != arrays["mu"][0] * 2:
+        reasons.append(re.escape(str(tuple(arrays["sigma"][0]))))
+    return reasons
+
+
+def _held(batch: PublishedBatch) -> dict[str, NDArray[Any] | None]:
+    images = np.concatenate([block for _, block in batch.blocks(7)]) if batch.num_images else None
+    held: dict[str, NDArray[Any] | None] = {"arr_0": images, "arr_1": batch.labels}
+    for statistics, suffix in ((batch.pool, ""), (batch.spatial, "_s")):
+        held[f"mu{suffix}"] = None if statistics is None else statistics.mean
+        held[f"sigma{suffix}"] = None if statistics is None else statistics.covariance
+    return held
+
+
+def _same(value: NDArray[Any] | None, golden: NDArray[Any] | None) -> bool:
+    return value is golden is None or (value is not None and golden is not None and np.array_equal(value, golden))
