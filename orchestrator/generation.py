@@ -28,6 +28,7 @@ from orchestrator.samples import (
     check_run,
     check_shard,
     claim_run,
+    count_samples,  # noqa: F401 - for older importers
     encode_rows,
     is_finished,
     list_shards,
@@ -38,16 +39,19 @@ from orchestrator.samples import (
     shards_of,
     write_manifest,
 )
-from orchestrator.sampling import (
+from orchestrator.sampling import (  # noqa: F401 - for older importers
+    NUMERICS_VERSION,
     GenerationConfig,
     Networks,
     canonical_batch,
     decisive,
+    evaluations,
     load_networks,
     make_batch,
     noise_plan,
     platform,
     prepare_device,
+    sample_batch,
     upsample_batch,
 )
 from orchestrator.tracking import Tracker, tracked

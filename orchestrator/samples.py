@@ -94,6 +94,11 @@ def claim_run(folder: str, config: dict[str, Any], platform: dict[str, Any], rec
     storage.create_bytes(storage.join(folder, "run.json"), storage.json_bytes(run))
 
 
+def read_run(folder: str) -> dict[str, Any]:
+    """The folder's run.json: `config` (what decides the samples), `platform`, and `record`, which is only noted."""
+    return storage.read_json(storage.join(folder, "run.json"))
+
+
 # ------------------------------------------------------------------------------------------------ shards
 
 
