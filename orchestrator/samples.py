@@ -83,7 +83,7 @@ def check_run(folder: str, wanted: dict[str, Any], platform: dict[str, Any] | No
     if platform is not None and (changes := differences(run["platform"], platform)):
         raise ValueError(
             f"{folder} is made on another platform ({changes}): pixels may differ in their last bits; "
-            "--mixed-platforms True allows it"
+            "--mixed-platforms allows it"
         )
     return run
 
