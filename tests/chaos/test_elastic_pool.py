@@ -1,5 +1,6 @@
 """The pool on a cluster that grows and shrinks: nodes of this machine, with real ports, that come and are killed."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ def grow_and_shrink() -> None:
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 100 << 20, "_system_config": health}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=100 << 20)]
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     done, where = [], set()
     with pool(make_locator, 2) as workers:
         for item, node in workers.map(range(200)):
