@@ -179,7 +179,13 @@ def _digest(rows: pa.Table) -> str:
 
 
 def write_manifest(folder: str, digests: dict[Shard, str]) -> None:
-    """Declare a folder finished: its shards in index order, each with the digest of its pixels."""
+    """Declare a folder finished: its shards in index order, each with the digest of its pixels.
+
+    Raises:
+        RuntimeError: a shard that was there is gone.
+    """
+    if gone := digests.keys() - set(list_shards(folder)):
+        raise RuntimeError(f"{min(gone).uri(folder)} was there and is gone; the same command makes it again")
     shards = [
         {"name": shard.name, "rows": shard.end - shard.begin, "sha256": digest}
         for shard, digest in sorted(digests.items())
