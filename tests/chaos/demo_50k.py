@@ -50,7 +50,7 @@ class Demo:
     shard_size: int = 512  # images in a shard
     folder: str = "runs/demo-50k"  # networks, curves and the tracking file
     settings: tuple[str, ...] = (
-        "--sampler.name", "ddim", "--sampler.num-steps", "10", "--guidance.scale", "1.0",
+        "--sampler.name", "ddim", "--sampler.num-steps", "5", "--guidance.scale", "1.0",
     )  # further options of jobs/generate_samples.py digits  # fmt: skip
     evaluate: bool = True  # measure the samples
 
