@@ -19,6 +19,7 @@ from orchestrator.images import decode
 from orchestrator.pictures import png
 
 FORMAT_VERSION = 1
+COLUMNS = ("index", "label", "image", "sha256")
 
 
 class Samples(NamedTuple):
@@ -159,8 +160,8 @@ def _read_rows(uri: str) -> pa.Table:
         rows = pq.read_table(io.BytesIO(data))
     except (pa.ArrowException, OSError) as error:
         raise DamagedShard(f"{uri} is no intact Parquet file: {error}") from error
-    if missing := {"index", "label", "image", "sha256"} - set(rows.column_names):
-        raise DamagedShard(f"{uri} has no column {sorted(missing)[0]!r}")
+    if missing := set(COLUMNS) - set(rows.column_names):
+        raise DamagedShard(f"{uri} has no column {min(missing)!r}")
     return rows
 
 

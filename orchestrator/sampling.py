@@ -18,6 +18,7 @@ from models.images import Rounding, from_uint8, to_uint8
 from models.samplers import SamplerConfig, last, noise_timesteps, respacing_for, sample
 from orchestrator.checkpoints import Network, latest_weights, load_network
 from orchestrator.config import JobConfig
+from orchestrator.estimate import PriceConfig
 from orchestrator.labels import Labels, read_labels
 from orchestrator.noise import Draw, DrawNoise, draw_noise
 from orchestrator.order import Purpose
@@ -59,6 +60,7 @@ class GenerationConfig(JobConfig):
     num_workers: int = Field(1, ge=0)  # sampling workers; 0 = in this process, without Ray
     num_gpus: float = Field(0.0, ge=0)  # GPUs for each worker
     num_threads: int = Field(1, gt=0)  # CPU threads of each worker
+    price: PriceConfig = PriceConfig()
     mixed_platforms: bool = False  # let workers of another kind of device or software join: pixels may then differ
 
     @model_validator(mode="after")
@@ -87,6 +89,7 @@ class GenerationConfig(JobConfig):
 _UNDECISIVE = {
     "store", "dry_run", "output", "weights", "ema", "classifier", "upsampler", "like", "from_search", "indices",
     "export", "export_to", "num_workers", "num_gpus", "num_threads", "mixed_platforms",
+    "price",
 }  # fmt: skip
 
 
