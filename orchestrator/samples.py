@@ -19,7 +19,6 @@ from orchestrator.images import decode
 from orchestrator.pictures import png
 
 FORMAT_VERSION = 1
-COLUMNS = ("index", "label", "image", "sha256")
 
 
 class Samples(NamedTuple):
@@ -160,7 +159,7 @@ def _read_rows(uri: str) -> pa.Table:
         rows = pq.read_table(io.BytesIO(data))
     except (pa.ArrowException, OSError) as error:
         raise DamagedShard(f"{uri} is no intact Parquet file: {error}") from error
-    if missing := set(COLUMNS) - set(rows.column_names):
+    if missing := {"index", "label", "image", "sha256"} - set(rows.column_names):
         raise DamagedShard(f"{uri} has no column {min(missing)!r}")
     return rows
 
