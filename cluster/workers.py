@@ -3,9 +3,10 @@
 import contextlib
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
@@ -106,32 +107,30 @@ class _Mapping(Generic[Item, Result]):
         self._waiting: deque[_Task[Item]] = deque()  # the next fresh one, and those that failed
         self._running: dict[_Task[Item], None] = {}  # in the order in which they were handed out
         self._idle: deque[Any] = deque()
-        self._answers: SimpleQueue[tuple[Any, _Task[Item] | None, Any]] = SimpleQueue()  # no task: a worker is ready
+        self._answers: SimpleQueue[tuple[Callable[[Any, Any], None], Any, Any]] = SimpleQueue()
+        self._away: deque[tuple[float, Any]] = deque()  # (when to look again, worker) of those not there
+        self._deaths = Counter[Any]()  # of a worker while it was made, in a row
         self._lost = 0  # workers given up
         self._seconds, self._done = 0.0, 0  # of all done items
+        self._results: deque[tuple[Item, Result]] = deque()  # at most one
         self._failed, self._reasons = 0, list[str]()
 
     def results(self) -> Iterator[tuple[Item, Result]]:
         """What `Pool.map` yields."""
         for actor in self._actors:
-            self._start(actor)
+            self._look_for(actor)
         while self._is_waiting() or self._running:
             self._hand_out()
+            while self._away and self._away[0][0] <= time.monotonic():
+                self._look_for(self._away.popleft()[1])
             if self._lost == len(self._actors):
                 raise RuntimeError("no worker is left, and not all items are done")
-            try:
-                idle_hands = bool(self._idle and self._running)
-                actor, task, future = self._answers.get(timeout=LOOK_SECONDS if idle_hands else None)
-            except Empty:
-                continue
-            if task is None:
-                self._greet(actor, future.exception())
-            elif (error := future.exception()) is not None:
-                self._failure(actor, task, error)
-            else:
-                self._idle.append(actor)
-                if self._finish(task):
-                    yield task.item, future.result()
+            looks = self._away or (self._idle and self._running)  # for a worker to return, or for stragglers
+            with contextlib.suppress(Empty):
+                take, actor, future = self._answers.get(timeout=LOOK_SECONDS if looks else None)
+                take(actor, future)
+            while self._results:
+                yield self._results.popleft()
         if self._failed:
             raise ItemsFailed(
                 f"{self._failed} items failed {self._tries} times each, the others are done: {'; '.join(self._reasons)}"
@@ -142,12 +141,46 @@ class _Mapping(Generic[Item, Result]):
             self._waiting.extend(islice(self._fresh, 1))
         return bool(self._waiting)
 
-    def _start(self, actor: Any) -> None:
-        """Ask a worker to be ready; Ray repeats the question while the worker dies over it."""
-        self._call(actor, None, actor.ready.options(max_task_retries=START_TRIES).remote())
+    def _call(self, actor: Any, reference: Any, take: Callable[[Any, Any], None]) -> None:
+        """Have `take(actor, future)` called by the loop when the answer is there."""
+        reference.future().add_done_callback(lambda future: self._answers.put((take, actor, future)))
 
-    def _call(self, actor: Any, task: _Task[Item] | None, reference: Any) -> None:
-        reference.future().add_done_callback(lambda future: self._answers.put((actor, task, future)))
+    # a worker is looked for, made, given items; whatever ends its process, it is looked for again
+
+    def _look_for(self, actor: Any) -> None:
+        self._call(actor, actor.is_there.remote(), self._found)
+
+    def _found(self, actor: Any, future: Any) -> None:
+        from ray.exceptions import ActorDiedError
+
+        error = future.exception()
+        if error is None:
+            self._call(actor, actor.ready.remote(), self._made)
+        else:  # being started again, for which there may be no room now: that can last
+            self._gone(actor, error, died=isinstance(error, ActorDiedError))
+
+    def _made(self, actor: Any, future: Any) -> None:
+        from ray.exceptions import RayTaskError
+
+        error = future.exception()
+        if isinstance(error, RayTaskError):
+            raise RuntimeError(f"a worker could not be made: {_reason(error)}") from error
+        if error is None:
+            self._deaths[actor] = 0
+            self._idle.append(actor)
+        else:
+            self._gone(actor, error, died=True)
+
+    def _gone(self, actor: Any, error: BaseException, died: bool) -> None:
+        """Look for a worker again in a while, unless it has died too often."""
+        self._deaths[actor] += died
+        if self._deaths[actor] < START_TRIES:
+            self._away.append((time.monotonic() + LOOK_SECONDS, actor))
+        else:
+            self._lost += 1
+            log.warning("a worker ended for good: %s", _reason(error))
+
+    # an item is handed out, fails, or is done
 
     def _hand_out(self) -> None:
         while self._idle:
@@ -159,7 +192,7 @@ class _Mapping(Generic[Item, Result]):
                 self._running[task] = None
             task.copies += 1
             actor = self._idle.popleft()
-            self._call(actor, task, actor.work.remote(task.item))
+            self._call(actor, actor.work.remote(task.item), partial(self._answered, task))
 
     def _straggler(self) -> _Task[Item] | None:
         """The item that has run longest and far longer than items do, if only one worker has it."""
@@ -169,27 +202,28 @@ class _Mapping(Generic[Item, Result]):
         limit = max(LOOK_SECONDS, STRAGGLING * self._seconds / self._done)
         return task if time.monotonic() - task.begun > limit else None
 
-    def _greet(self, actor: Any, error: BaseException | None) -> None:
+    def _answered(self, task: _Task[Item], actor: Any, future: Any) -> None:
         from ray.exceptions import RayTaskError
 
-        if error is None:
-            self._idle.append(actor)
-        elif isinstance(error, RayTaskError):
-            raise RuntimeError(f"a worker could not be made: {_reason(error)}") from error
-        else:
-            self._lost += 1
-            log.warning("a worker ended for good: %s", _reason(error))
-
-    def _failure(self, actor: Any, task: _Task[Item], error: BaseException) -> None:
-        from ray.exceptions import RayTaskError
-
-        if isinstance(error, RayTaskError):
+        error = future.exception()
+        if error is None or isinstance(error, RayTaskError):
             self._idle.append(actor)
         else:  # its process is gone
-            self._start(actor)
+            self._look_for(actor)
         task.copies -= 1
+        if task not in self._running:  # another worker was quicker
+            return
+        if error is not None:
+            self._failure(task, error)
+            return
+        del self._running[task]
+        self._seconds += time.monotonic() - task.begun
+        self._done += 1
+        self._results.append((task.item, future.result()))
+
+    def _failure(self, task: _Task[Item], error: BaseException) -> None:
         task.failures += 1
-        if task.copies or task not in self._running:  # another worker has it, or had it and has answered
+        if task.copies:  # another worker has it too
             return
         del self._running[task]
         if task.failures < self._tries:
@@ -200,16 +234,6 @@ class _Mapping(Generic[Item, Result]):
             self._reasons.append(f"{task.item}: {_reason(error)}")
         log.warning("%s failed %d times, the last time by %s", task.item, task.failures, _reason(error))
 
-    def _finish(self, task: _Task[Item]) -> bool:
-        """Whether this answer to `task` is the first one."""
-        task.copies -= 1
-        if task not in self._running:
-            return False
-        del self._running[task]
-        self._seconds += time.monotonic() - task.begun
-        self._done += 1
-        return True
-
 
 class _Worker:
     """What runs in an actor. The worker is made in `ready`, so that its errors come back as errors of a call."""
@@ -217,6 +241,9 @@ class _Worker:
     def __init__(self, make_worker: MakeWorker[Any, Any]) -> None:
         self._make_worker = make_worker
         self._work: Work[Any, Any] | None = None
+
+    def is_there(self) -> None:
+        """Its process is up."""
 
     def ready(self) -> None:
         if self._work is None:

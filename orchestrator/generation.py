@@ -28,6 +28,7 @@ from orchestrator.samples import (
     check_run,
     check_shard,
     claim_run,
+    count_samples,  # noqa: F401 - for older importers
     encode_rows,
     is_finished,
     list_shards,
@@ -38,16 +39,19 @@ from orchestrator.samples import (
     shards_of,
     write_manifest,
 )
-from orchestrator.sampling import (
+from orchestrator.sampling import (  # noqa: F401 - for older importers
+    NUMERICS_VERSION,
     GenerationConfig,
     Networks,
     canonical_batch,
     decisive,
+    evaluations,
     load_networks,
     make_batch,
     noise_plan,
     platform,
     prepare_device,
+    sample_batch,
     upsample_batch,
 )
 from orchestrator.tracking import Tracker, tracked
@@ -151,27 +155,21 @@ def remake(config: GenerationConfig) -> None:
     Raises:
         RuntimeError: some differ from those in the folder.
     """
-    wanted = sorted(set(config.indices))
-    differing: list[str] = []
-    shards = [Shard(index, index + 1) for index in wanted]
+    wanted, differing = sorted(set(config.indices)), list[str]()
     with session(config.num_workers * config.num_threads):
-        work = map_items(
-            partial(make_index_maker, config), wanted, config.num_workers, config.num_threads, config.num_gpus
-        )
-        made = dict(work)
+        make = partial(make_index_maker, config)
+        made = dict(map_items(make, wanted, config.num_workers, config.num_threads, config.num_gpus))
     for stage, folder in enumerate(folders_of(config)):
         there = list_shards(folder)
-        for shard in shards:
-            image = made[shard.begin][stage]
-            storage.write_bytes(storage.join(folder, "remade", f"{shard.begin:06d}.png"), png(image))
-            found = "is not there to be compared"
-            if any(other.begin <= shard.begin < other.end for other in there):
-                stored = read_range(folder, *shard)[0][0].astype(int)
-                found = (
-                    "equal" if np.array_equal(stored, image) else f"differs by {np.abs(stored - image).max()} levels"
-                )
-            print(f"{folder} index {shard.begin}: {pixel_hashes(image[None])[0]} {found}")
-            differing += [f"{shard.begin} in {folder}"] if "differs" in found else []
+        for index in wanted:
+            image = made[index][stage]
+            storage.write_bytes(storage.join(folder, "remade", f"{index:06d}.png"), png(image))
+            found = "not there to be compared"
+            if any(shard.begin <= index < shard.end for shard in there):
+                difference = np.abs(read_range(folder, index, index + 1)[0][0].astype(int) - image).max()
+                found = f"differs by up to {difference} grey levels" if difference else "equal"
+                differing += [f"{index} in {folder}"] if difference else []
+            print(f"{folder} index {index}: {pixel_hashes(image[None])[0]} {found}")
     if differing:
         raise RuntimeError(f"{len(differing)} remade samples differ from the stored ones: {', '.join(differing)}")
 

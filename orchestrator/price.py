@@ -1,18 +1,17 @@
-"""What a generation will cost, from the architectures alone: operations, memory, bytes, GPU-hours."""
+"""What a generation will read, write and cost, from the architectures alone."""
 
 from typing import NamedTuple
 
 from models.guidance import GuidanceConfig
 from models.unet import ClassifierConfig, UNetConfig
-from models.zoo import count_parameters, forward_multiply_adds
 from orchestrator import storage
 from orchestrator.checkpoints import load_network
+from orchestrator.estimate import Cost, priced, sampling_cost, sampling_flops
 from orchestrator.sampling import GenerationConfig, evaluations
 from orchestrator.state_dicts import released_entry
 
-PEAK_FLOPS = {"V100": 125e12, "A100": 312e12, "H100": 989e12}  # dense 16 bit, by the maker's data sheets
-UTILIZATION = 0.4  # of the peak, which good code reaches; the published code reached 0.14 (guided ADM-256, A100)
 UNGUIDED = GuidanceConfig()
+ASSUMED_BATCH = 64  # images, where B is yet to be probed
 
 
 class Outline(NamedTuple):
@@ -21,6 +20,26 @@ class Outline(NamedTuple):
     uri: str
     architecture: UNetConfig | ClassifierConfig
     num_timesteps: int
+
+
+def price(config: GenerationConfig, images: int) -> list[str]:
+    """Lines for people: what `images` images read, write and cost, with the assumptions."""
+    base = outline(config, config.weights, config.like)
+    classifier = outline(config, config.classifier) if config.classifier else None
+    upsampler = outline(config, config.upsampler) if config.upsampler else None
+    networks = [network for network in (base, classifier, upsampler) if network]
+    absent = [network.uri for network in networks if not storage.exists(network.uri)]
+    written = images * sum(3 * network.architecture.image_size**2 for network in (base, upsampler) if network)
+    half = config.dtype != "float32"
+    return [
+        f"reads   {', '.join(network.uri for network in networks)}",
+        *([f"        not there yet: {', '.join(absent)}"] if absent else []),
+        f"writes  {written / 1e9:,.3g} GB at most",
+        *(
+            priced(cost, config.price, config.num_workers, half)
+            for cost in costs(config, images, base, classifier, upsampler)
+        ),
+    ]
 
 
 def outline(config: GenerationConfig, path: str, like: str | None = None) -> Outline:
@@ -33,40 +52,22 @@ def outline(config: GenerationConfig, path: str, like: str | None = None) -> Out
     return Outline(uri, network.architecture, network.diffusion.num_timesteps)
 
 
-def price(config: GenerationConfig, images: int) -> list[str]:
-    """Lines for people: what `images` images read, weigh and cost, with the assumptions."""
-    base = outline(config, config.weights, config.like)
-    classifier = outline(config, config.classifier) if config.classifier else None
-    upsampler = outline(config, config.upsampler) if config.upsampler else None
-    networks = [network for network in (base, classifier, upsampler) if network]
-    parameters = sum(count_parameters(network.architecture) for network in networks)
-    absent = [network.uri for network in networks if not storage.exists(network.uri)]
-    pixels = sum(3 * network.architecture.image_size**2 for network in (base, upsampler) if network)
-    work = images * flops(config, base, classifier, upsampler)
-    hours = ", ".join(f"{gpu} {work / (peak * UTILIZATION) / 3600:,.3g}" for gpu, peak in PEAK_FLOPS.items())
-    per_image = evaluations(config.sampler, config.guidance)
-    per_image += evaluations(config.upsampling, UNGUIDED) if upsampler else 0
-    return [
-        f"reads   {', '.join(network.uri for network in networks)}: {parameters / 1e6:,.1f} M parameters",
-        *([f"        not there yet: {', '.join(absent)}"] if absent else []),
-        f"memory  {4 * parameters / 2**30:,.2f} GiB of weights on each worker, and the activations of a batch",
-        f"writes  {images * pixels / 1e9:,.3g} GB at most",
-        f"work    {images:,} images x {per_image} network evaluations = {work / 1e15:,.4g} PFLOP",
-        f"        GPU-hours at {UTILIZATION:.0%} of the 16-bit peak: {hours}",
-    ]
-
-
-def flops(config: GenerationConfig, base: Outline, classifier: Outline | None, upsampler: Outline | None) -> float:
-    """Floating-point operations of one image, 2 for each multiply-add; a guided step adds the classifier twice,
-    forward and back to its input."""
+def costs(
+    config: GenerationConfig, images: int, base: Outline, classifier: Outline | None, upsampler: Outline | None
+) -> list[Cost]:
+    """Of each stage. Outside the interval of guidance the classifier is not evaluated."""
+    batch, half = config.batch_size or ASSUMED_BATCH, config.dtype != "float32"
+    guide = classifier.architecture if classifier and config.guidance.scale else None
     steps = evaluations(config.sampler, UNGUIDED)
-    multiply_adds = forward_multiply_adds(base.architecture) * steps
-    if classifier and config.guidance.scale:
-        guided = float(steps)
-        if config.guidance.interval is not None:
-            first, last = config.guidance.interval
-            guided *= min(1.0, (last - first + 1) / base.num_timesteps)
-        multiply_adds += round(2 * forward_multiply_adds(classifier.architecture) * guided)
-    if upsampler:
-        multiply_adds += forward_multiply_adds(upsampler.architecture) * evaluations(config.upsampling, UNGUIDED)
-    return 2.0 * multiply_adds
+    cost = sampling_cost(base.architecture, steps, images, batch, half, guide)
+    if guide and config.guidance.interval is not None:
+        first, last = config.guidance.interval
+        share = min(1.0, (last - first + 1) / base.num_timesteps)
+        unguided = sampling_flops(base.architecture, steps)
+        flops = unguided + share * (cost.flops_per_image - unguided)
+        cost = cost._replace(flops_per_image=flops, note=f"{cost.note} in {share:.0%} of them")
+    if upsampler is None:
+        return [cost]
+    return [
+        cost, sampling_cost(upsampler.architecture, evaluations(config.upsampling, UNGUIDED), images, batch, half)
+    ]  # fmt: skip

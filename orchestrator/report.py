@@ -12,7 +12,7 @@ from orchestrator import storage
 from orchestrator.evaluation_page import template
 from orchestrator.figures import COLOURS, copies_figure, figure_png
 from orchestrator.pictures import grid_png
-from orchestrator.samples import read_range
+from orchestrator.samples import read_range, read_run
 from orchestrator.tracking import metric_history
 
 PER_CLASS = 10  # samples of each class in the grids
@@ -66,8 +66,8 @@ def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> 
     }
     settings = {
         name: storage.read_json(storage.join(digits, name, "config.json"))
-        for name in ("diffusion", "classifier", "search", "guided")
-    }
+        for name in ("diffusion", "classifier", "search")
+    } | {"guided": read_run(storage.join(digits, "guided"))}
     page = template("report.html").render(
         numbers=numbers,
         pictures={name: base64.b64encode(data).decode() for name, data in pictures.items()},

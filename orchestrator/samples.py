@@ -83,7 +83,7 @@ def check_run(folder: str, wanted: dict[str, Any], platform: dict[str, Any] | No
     if platform is not None and (changes := differences(run["platform"], platform)):
         raise ValueError(
             f"{folder} is made on another platform ({changes}): pixels may differ in their last bits; "
-            "--mixed-platforms True allows it"
+            "--mixed-platforms allows it"
         )
     return run
 
@@ -92,6 +92,11 @@ def claim_run(folder: str, config: dict[str, Any], platform: dict[str, Any], rec
     """Write run.json unless there is one: what decides the samples, where they were made, and what is only noted."""
     run = {"format_version": FORMAT_VERSION, "config": config, "platform": platform, "record": record}
     storage.create_bytes(storage.join(folder, "run.json"), storage.json_bytes(run))
+
+
+def read_run(folder: str) -> dict[str, Any]:
+    """The folder's run.json: `config` (what decides the samples), `platform`, and `record`, which is only noted."""
+    return storage.read_json(storage.join(folder, "run.json"))
 
 
 # ------------------------------------------------------------------------------------------------ shards
@@ -155,7 +160,7 @@ def _read_rows(uri: str) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         raise DamagedShard(f"{uri} is no intact Parquet file: {error}") from error
     if missing := {"index", "label", "image", "sha256"} - set(rows.column_names):
-        raise DamagedShard(f"{uri} has no column {sorted(missing)[0]!r}")
+        raise DamagedShard(f"{uri} has no column {min(missing)!r}")
     return rows
 
 
@@ -174,7 +179,13 @@ def _digest(rows: pa.Table) -> str:
 
 
 def write_manifest(folder: str, digests: dict[Shard, str]) -> None:
-    """Declare a folder finished: its shards in index order, each with the digest of its pixels."""
+    """Declare a folder finished: its shards in index order, each with the digest of its pixels.
+
+    Raises:
+        RuntimeError: a shard that was there is gone.
+    """
+    if gone := digests.keys() - set(list_shards(folder)):
+        raise RuntimeError(f"{min(gone).uri(folder)} was there and is gone; the same command makes it again")
     shards = [
         {"name": shard.name, "rows": shard.end - shard.begin, "sha256": digest}
         for shard, digest in sorted(digests.items())

@@ -18,6 +18,7 @@ from models.images import Rounding, from_uint8, to_uint8
 from models.samplers import SamplerConfig, last, noise_timesteps, respacing_for, sample
 from orchestrator.checkpoints import Network, latest_weights, load_network
 from orchestrator.config import JobConfig
+from orchestrator.estimate import PriceConfig
 from orchestrator.labels import Labels, read_labels
 from orchestrator.noise import Draw, DrawNoise, draw_noise
 from orchestrator.order import Purpose
@@ -43,7 +44,7 @@ class GenerationConfig(JobConfig):
     output: str  # the samples' folder; enlarged ones lie in upsampled/ beneath it
     num_samples: int = Field(50_000, gt=0)  # images
     seed: int = Field(0, ge=0, lt=2**64)  # label, x_T and every step's noise of an index follow from it
-    labels: str = "balanced"  # or "uniform" (by seed); classes in turn, "3,7"; a .json list, or object of weights
+    labels: str = "balanced"  # index modulo classes; or "uniform" by seed, "3,7" in turn, a .json list or distribution
     sampler: SamplerConfig = SamplerConfig()
     guidance: GuidanceConfig = GuidanceConfig()
     upsampling: SamplerConfig = SamplerConfig()  # how the second stage is drawn, unguided as published
@@ -53,12 +54,13 @@ class GenerationConfig(JobConfig):
     compile: bool = False  # torch.compile the networks: slower to start, faster on long runs
     batch_size: int = Field(0, ge=0)  # canonical batch B: index i always runs in batch floor(i/B); 0 = probed once
     shard_size: int = Field(512, gt=0)  # images in a shard, a multiple of B
-    indices: tuple[int, ...] = ()  # make only these again, compare them with the folder's, and leave it as it is
+    indices: tuple[int, ...] = ()  # make only these again, into remade/, and compare them with the folder's
     export: Literal["npz", "png"] | None = None  # when all are there: the published file, or a folder of pictures
     export_to: str | None = None  # where the export goes; None = samples.npz or png/ in the folder
     num_workers: int = Field(1, ge=0)  # sampling workers; 0 = in this process, without Ray
     num_gpus: float = Field(0.0, ge=0)  # GPUs for each worker
     num_threads: int = Field(1, gt=0)  # CPU threads of each worker
+    price: PriceConfig = PriceConfig()
     mixed_platforms: bool = False  # let workers of another kind of device or software join: pixels may then differ
 
     @model_validator(mode="after")
@@ -87,6 +89,7 @@ class GenerationConfig(JobConfig):
 _UNDECISIVE = {
     "store", "dry_run", "output", "weights", "ema", "classifier", "upsampler", "like", "from_search", "indices",
     "export", "export_to", "num_workers", "num_gpus", "num_threads", "mixed_platforms",
+    "price",
 }  # fmt: skip
 
 

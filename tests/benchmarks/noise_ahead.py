@@ -1,6 +1,6 @@
 """Does drawing noise ahead keep it off the critical path? Run by hand:
 
-    python -m tests.benchmarks.noise_ahead [--pairs 20]
+    python -m tests.benchmarks.noise_ahead [--pairs 8]
 
 A chain of steps, each of which waits for its "device" (a sleep: an accelerator leaves the CPU free) and then needs its
 noise: drawn when it is asked for, against drawn ahead by threads. And the same where the step keeps one core busy, as
@@ -26,8 +26,8 @@ from tests.benchmarks.pool_efficiency import median_interval
 class Options:
     """What is measured."""
 
-    pairs: int = 20
-    steps: int = 10  # of a chain
+    pairs: int = 8
+    steps: int = 6  # of a chain
 
 
 def main(options: Options) -> None:

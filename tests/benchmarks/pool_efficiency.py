@@ -9,6 +9,7 @@ run of each, in alternating order. Prints the rate of both, and the median ratio
 """
 
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -121,6 +122,7 @@ def processes(options: Options, folder: str) -> Iterator[Run]:
 
 def work(config: GenerationConfig, todo: Any, done: Any) -> None:
     """A plain process."""
+    os.nice(15)  # as Ray starts its workers, so that both sides have the same rank among what else runs here
     make_shard = make_generator(config)
     while (shard := todo.get()) is not None:
         done.put(make_shard(shard))

@@ -50,7 +50,7 @@ class Demo:
     shard_size: int = 512  # images in a shard
     folder: str = "runs/demo-50k"  # networks, curves and the tracking file
     settings: tuple[str, ...] = (
-        "--sampler.name", "ddim", "--sampler.num-steps", "10", "--guidance.scale", "1.0",
+        "--sampler.name", "ddim", "--sampler.num-steps", "5", "--guidance.scale", "1.0",
     )  # further options of jobs/generate_samples.py digits  # fmt: skip
     evaluate: bool = True  # measure the samples
 
@@ -121,7 +121,8 @@ def generate(demo: Demo, output: str, events: list[tuple[float, str]], rng: Any 
         time.sleep(LOOK_SECONDS)
         done = len(list_shards(output))
         with contextlib.suppress(psutil.NoSuchProcess):
-            run.memory.append((time.monotonic() - begun, life, done, psutil.Process(driver.pid).memory_info().rss))
+            if rss := psutil.Process(driver.pid).memory_info().rss:  # nothing while it ends
+                run.memory.append((time.monotonic() - begun, life, done, rss))
         if not events or done < events[0][0] * run.shards or not (victims := sampling_workers()):
             continue
         time.sleep(float(rng.uniform(0, 0.5)))  # so that it hits anything, not only the end of a shard

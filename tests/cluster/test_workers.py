@@ -96,14 +96,11 @@ def test_the_first_of_two_answers_counts_also_where_the_other_fails(
     assert sorted(done) == list(range(12))
 
 
-def test_without_any_worker_left_it_ends(clock: Clock) -> None:
-    class Dead(TimedActor):
-        def __init__(self) -> None:
-            super().__init__(clock, lambda _: 0.0)
-            self.ready = type(self.ready)(lambda: clock.after(0.0, ActorDiedError()))
-
+def test_without_any_worker_left_it_ends(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "LOOK_SECONDS", 0.01)
+    dead = [TimedActor(clock, lambda _: 0.0, ready=ActorDiedError()) for _ in range(2)]
     with pytest.raises(RuntimeError, match="no worker is left"):
-        list(Pool[int, int]([Dead(), Dead()]).map(range(3)))
+        list(Pool[int, int](dead).map(range(3)))
 
 
 def test_an_item_that_always_fails_is_named_and_the_others_are_done(clock: Clock) -> None:

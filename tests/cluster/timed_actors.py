@@ -54,9 +54,6 @@ class _Call:
     def __init__(self, begin: Callable[..., Future]) -> None:
         self._begin = begin
 
-    def options(self, **_: Any) -> "_Call":
-        return self
-
     def remote(self, *arguments: Any) -> Any:
         future = self._begin(*arguments)
 
@@ -70,7 +67,7 @@ class _Call:
 class TimedActor:
     """Answers each item with itself after `seconds(item)`, and is ready after `start` seconds.
 
-    `outcome(item)` may give an exception instead of the item.
+    `outcome(item)` may give an exception instead of the item, and `ready` be one that it dies of.
     """
 
     def __init__(
@@ -79,9 +76,11 @@ class TimedActor:
         seconds: Callable[[Any], float],
         start: float = 0.0,
         outcome: Callable[[Any], Any] = lambda item: item,
+        ready: Exception | None = None,
     ) -> None:
         self.worked: list[Any] = []
-        self.ready = _Call(lambda: clock.after(start, None))
+        self.is_there = _Call(lambda: clock.after(start, None))
+        self.ready = _Call(lambda: clock.after(0.0, ready))
 
         def work(item: Any) -> Future:
             self.worked.append(item)

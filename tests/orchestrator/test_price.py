@@ -4,7 +4,7 @@ import pytest
 
 from models.guidance import GuidanceConfig
 from models.samplers import SamplerConfig
-from orchestrator.price import PEAK_FLOPS, UTILIZATION, flops, outline, price
+from orchestrator.price import costs, outline, price
 from orchestrator.sampling import GenerationConfig
 
 
@@ -19,13 +19,12 @@ def adm_256(**changes: object) -> GenerationConfig:
 def work(config: GenerationConfig) -> float:
     assert config.classifier
     upsampler = outline(config, config.upsampler) if config.upsampler else None
-    return flops(config, outline(config, config.weights), outline(config, config.classifier), upsampler)
+    stages = costs(config, 1, outline(config, config.weights), outline(config, config.classifier), upsampler)
+    return sum(cost.flops for cost in stages)
 
 
-def test_a_guided_step_and_fifty_thousand_images_cost_what_the_architecture_says() -> None:
+def test_a_guided_step_costs_what_the_architecture_says() -> None:
     assert work(adm_256()) / 250 == pytest.approx(2.53e12, rel=0.01)
-    hours = 50_000 * work(adm_256()) / (UTILIZATION * PEAK_FLOPS["H100"]) / 3600
-    assert hours == pytest.approx(22, rel=0.02)
 
 
 def test_what_is_not_evaluated_is_not_paid() -> None:
@@ -37,7 +36,15 @@ def test_what_is_not_evaluated_is_not_paid() -> None:
     assert heun / work(adm_256()) == pytest.approx(99 / 250)
 
 
+def test_a_cascade_pays_for_both_stages() -> None:
+    def base(**changes: object) -> float:
+        return work(adm_256(weights="64x64_diffusion.pt", classifier="64x64_classifier.pt", **changes))
+
+    upsampler = {"upsampler": "64_256_upsampler.pt", "upsampling": SamplerConfig(num_steps=27)}
+    assert base(**upsampler) > base() + 27 * 2 * 5e11
+
+
 def test_a_released_model_is_priced_before_it_is_there() -> None:
-    lines = "\n".join(price(adm_256(store="/nowhere"), 50_000))
-    assert "607.9 M parameters" in lines and "not there yet: /nowhere/256x256_diffusion.pt" in lines
-    assert "50,000 images x 500 network evaluations" in lines and "9.83 GB at most" in lines and "H100 22" in lines
+    lines = "\n".join(price(adm_256(store="/nowhere", dtype="bfloat16"), 50_000))
+    assert "not there yet: /nowhere/256x256_diffusion.pt" in lines and "9.83 GB at most" in lines
+    assert "50,000 images x 633 TFLOPs" in lines and "14% of 989 TFLOP/s" in lines
