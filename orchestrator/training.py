@@ -23,6 +23,7 @@ from orchestrator import checkpoints, storage
 from orchestrator.checkpoint_writer import CheckpointWriter
 from orchestrator.config import claim
 from orchestrator.dataset import Manifest, batches, load_manifest
+from orchestrator.estimate import priced, training_cost
 from orchestrator.gradients import fixed_arithmetic, make_reduction
 from orchestrator.initial_weights import begin_with
 from orchestrator.losses import Batch, Terms, make_batches, make_losses
@@ -95,25 +96,25 @@ def train(config: Config) -> str:
 
 
 def plan(config: Config) -> str:
-    """What a training would read and write."""
+    """What a training would read and write, and what it would cost."""
     manifest = load_manifest(config.path(config.dataset))
     config = _with_classes(config, manifest)
     order = _order(config, manifest)
     workers = max(config.num_workers, 1)
     open_bytes = order.open_bytes(workers, config.model.image_size**2 * config.model.in_channels)
-    flops = 6 * zoo.forward_multiply_adds(config.model)
-    copies = 3 + (len(config.ema_rates) if isinstance(config, AdmConfig) else 0)  # weights, two moments, averages
-    state_bytes = 4 * zoo.count_parameters(config.model) * copies
+    averages = len(config.ema_rates) + len(config.power_emas) if isinstance(config, AdmConfig) else 0
+    parameters, half = zoo.count_parameters(config.model), config.dtype != "float32"
+    cost = training_cost(config.model, config.length, config.microbatch_rows(workers), averages, half)
     return "\n".join(
         [
             f"reads   {config.path(config.dataset)}: {manifest.num_samples('train'):,} images",
-            f"writes  {config.path(config.output)}: weights, and a checkpoint of {state_bytes / 2**30:.2f} GiB every "
-            f"{config.checkpoint_images:,} images",
-            f"network {zoo.count_parameters(config.model):,} parameters, {flops / 1e9:,.1f} GFLOPs an image",
+            f"writes  {config.path(config.output)}: weights, and a checkpoint of "
+            f"{4 * parameters * (3 + averages) / 2**30:.2f} GiB every {config.checkpoint_images:,} images",
+            f"network {parameters:,} parameters",
             f"length  {config.images:,} images = {config.length // config.batch_size:,} steps of {config.batch_size}, "
-            f"{config.images / order.images_per_epoch:.1f} epochs of {order.images_per_epoch:,}; "
-            f"{flops * config.images:.2g} FLOPs",
-            f"memory  {open_bytes / 2**20:.1f} MiB of open images in each of {workers} workers",
+            f"{config.images / order.images_per_epoch:.1f} epochs of {order.images_per_epoch:,}",
+            f"open    {open_bytes / 2**20:.1f} MiB of images at once in each of {workers} workers",
+            priced(cost, config.price, config.num_workers, half),
         ]
     )
 
@@ -198,8 +199,8 @@ def train_loop(config: Config, context: WorkerContext) -> None:
                 metrics = validation.look(state)
                 if context.rank == 0:
                     context.report({"images": at, "metrics": metrics})
-            if isinstance(config, AdmConfig) and context.rank == 0 and config.passes(config.preview_images, at):
-                for picture in previews(config, state, manifest):
+            if isinstance(config, AdmConfig) and config.passes(config.preview_images, at):
+                for picture in previews(config, state, manifest, group):
                     context.report(picture)
             if context.rank == 0:
                 last, marked = stopping or ended, config.passes(config.checkpoint_images, at)

@@ -12,6 +12,7 @@ from models.ema import gamma_of
 from models.samplers import SamplerConfig
 from models.unet import ClassifierConfig, UNetConfig
 from orchestrator.config import JobConfig
+from orchestrator.estimate import PriceConfig
 from orchestrator.order import OrderConfig
 
 
@@ -30,7 +31,7 @@ class TrainingConfig(JobConfig):
     WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset(  # on the weights: another value may be given on a resume
         {
             "checkpoint_images", "keep_checkpoints", "keep_every_images", "log_images", "record", "max_bad_steps",
-            "max_failures",
+            "max_failures", "price",
         }
     )  # fmt: skip
 
@@ -67,6 +68,7 @@ class TrainingConfig(JobConfig):
     num_workers: int = Field(1, ge=0)  # training workers; 0 = in this process, without Ray
     use_gpu: bool = False  # one GPU for each worker
     max_failures: int = Field(3, ge=0)  # attempts in a row that may fail without a new checkpoint
+    price: PriceConfig = PriceConfig()
 
     @property
     def length(self) -> int:

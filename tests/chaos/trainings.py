@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 from jobs.command_line import parse
 from orchestrator import storage
 from orchestrator.preparation import prepare
-from orchestrator.presets import adm_presets, dataset_presets
+from orchestrator.presets import dataset_presets
 from orchestrator.training import train
 from orchestrator.training_config import AdmConfig
+from orchestrator.training_presets import adm_presets
 from tests import servers
 from tests.chaos.killer import Account, Kill, Killer
 from tests.chaos.proxy import Proxy

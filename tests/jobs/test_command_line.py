@@ -62,10 +62,10 @@ def test_a_preset_file_changes_a_preset_and_is_overridden(tmp_path: Path) -> Non
     file = tmp_path / "mine.yaml"
     file.write_text("preset: digits\nbatch_size: 32\nmodel: {dropout: 0.25}\nema_rates: [0.9, 0.99]\n")
     for flag in (["--preset", str(file)], [f"--preset={file}"], [f"--preset=file://{file}"]):
-        config = parse("Train.", presets.adm_presets(), [*flag, "--images", "640"])
+        config = parse("Train.", training_presets.adm_presets(), [*flag, "--images", "640"])
         assert (config.batch_size, config.model.dropout, config.images) == (32, 0.25, 640)
         assert config.ema_rates == (0.9, 0.99)
-        assert config.model.channel_mult == presets.adm_presets()["digits"][1].model.channel_mult
+        assert config.model.channel_mult == training_presets.adm_presets()["digits"][1].model.channel_mult
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_preset_file_changes_a_preset_and_is_overridden(tmp_path: Path) -> Non
         ("preset: digits\nbatchsize: 64", "batchsize: Extra inputs are not permitted"),
         ("preset: digits\nmodel: {dropout: 2}", "model.dropout: Input should be less than 1"),
         ("preset: digits\nbatch_size: 63", "batch_size=63 is not a multiple of order.num_streams=4"),
-        ("batch_size: 64", "preset: None is none of digits, imagenet64"),
+        ("batch_size: 64", "preset: None is none of digits, folder"),
         ("- a list", "no mapping"),
         ("{", "expected the node content"),
     ],
@@ -84,7 +84,7 @@ def test_a_wrong_preset_file_is_one_line(
 ) -> None:
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(SystemExit) as end:
-        parse("Train.", presets.adm_presets(), ["--preset", str(tmp_path / "mine.yaml")])
+        parse("Train.", training_presets.adm_presets(), ["--preset", str(tmp_path / "mine.yaml")])
     assert end.value.code == 2
     message = capsys.readouterr().err
     assert message.startswith(f"job.py: error: {tmp_path}/mine.yaml: ") and message.count("\n") == 1
@@ -93,7 +93,7 @@ def test_a_wrong_preset_file_is_one_line(
 
 def test_a_preset_file_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        parse("Train.", presets.adm_presets(), ["--preset", "/none/such.yaml"])
+        parse("Train.", training_presets.adm_presets(), ["--preset", "/none/such.yaml"])
     assert end.value.code == 2
     assert "there is no such object" in capsys.readouterr().err
 

@@ -16,8 +16,8 @@ from orchestrator.dataset import Manifest, batches, read_images
 from orchestrator.images import center_crop, decode
 from orchestrator.order import OrderConfig, OrderPlan
 from orchestrator.preparation import PrepareConfig, plan, prepare, prepare_and_track
-from orchestrator.presets import adm_presets
 from orchestrator.training import train
+from orchestrator.training_presets import adm_presets
 from tests.orchestrator.digits import table
 from tests.orchestrator.layouts import CLASSES, Picture, pictures, write_parquet
 
