@@ -4,6 +4,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,8 +52,8 @@ class Meter:
         self._replaced += replaced
         self._steps += 1
 
-    def report(self, state: TrainingState) -> None:
-        """Hand the means since the last report to the driver, from rank 0; every worker must call it."""
+    def report(self, state: TrainingState) -> Iterator[dict[str, Any]]:
+        """The means since the last report, as a record of rank 0; every worker must call it."""
         elapsed = time.perf_counter() - self._since
         assert self._sums is not None, "a report follows a step"
         sums = self._group.sum(self._sums.cpu())
@@ -77,7 +78,7 @@ class Meter:
                 metrics["log2_loss_scale"] = state.log2_loss_scale
             if self._peak:
                 metrics["mfu"] = rate * self._flops / (self._peak * self._group.world_size)
-            self._context.report({"images": state.position, "metrics": metrics})
+            yield {"images": state.position, "metrics": metrics}
         self._restart()
 
 

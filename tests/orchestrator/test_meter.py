@@ -1,7 +1,5 @@
 """Numbers of a training: means by quartile of t are means over images, whatever the microbatches."""
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -31,15 +29,14 @@ def test_a_report_holds_what_happened_since_the_last() -> None:
             image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1,), attention_resolutions=()
         ),
     )  # fmt: skip
-    records: list[dict[str, Any]] = []
-    worker = WorkerContext(0, 1, torch.device("cpu"), records.append, lambda: False, streams_on_cluster=False)
+    worker = WorkerContext(0, 1, torch.device("cpu"), print, lambda: False, streams_on_cluster=False)
     state, meter = TrainingState(config, worker.device), Meter(config, worker, Group(0, 1))
     for loss, norm, replaced in ((1.0, 3.0, 0), (2.0, float("nan"), 2)):
         meter.add([{"loss": torch.full((4,), loss), "t": torch.zeros(4, dtype=torch.int64)}], norm, replaced)
         state.position += 4
-    meter.report(state)
+    records = list(meter.report(state))
     meter.add([{"loss": torch.full((4,), 5.0), "t": torch.zeros(4, dtype=torch.int64)}], 1.0, 0)
-    meter.report(state)
+    records += meter.report(state)
     first, second = (record["metrics"] for record in records)
     assert records[0]["images"] == 8
     assert (first["loss"], first["loss_q0"], first["gradient_norm"]) == (1.5, 1.5, 3.0)
