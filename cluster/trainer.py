@@ -44,10 +44,13 @@ def run_workers(
     loop: Callable[[WorkerContext], None],
     num_workers: int,
     on_record: Callable[[Record], None],
+    cpus: int = 1,
     max_failures: int = 3,
     use_gpu: bool = False,
 ) -> bool:
     """Run `loop` on `num_workers` workers (0: in this process) until it returns; True if it was asked to stop.
+
+    Each worker has `cpus` CPUs and with `use_gpu` one GPU.
 
     A worker that dies takes its group with it; the group starts again, and `loop` finds its own place to go on from.
     It gives up after more than `max_failures` attempts in a row that reported no record with a larger "saved" number,
@@ -59,7 +62,8 @@ def run_workers(
     """
     if num_workers == 0:
         return _run_here(loop, on_record)
-    return _run_on_ray(loop, num_workers, on_record, max_failures, use_gpu)
+    resources = {"CPU": float(cpus)} | ({"GPU": 1.0} if use_gpu else {})
+    return _run_on_ray(loop, num_workers, on_record, max_failures, resources)
 
 
 def _run_here(loop: Callable[[WorkerContext], None], on_record: Callable[[Record], None]) -> bool:
@@ -78,7 +82,7 @@ def _run_on_ray(
     num_workers: int,
     on_record: Callable[[Record], None],
     max_failures: int,
-    use_gpu: bool,
+    resources: dict[str, float],
 ) -> bool:
     from ray.train import TrainingFailedError
 
@@ -96,7 +100,7 @@ def _run_on_ray(
             news = _News()
             try:
                 with _relayed(relay, news.around(on_record)):
-                    _attempt(loop, relay, num_workers, use_gpu)
+                    _attempt(loop, relay, num_workers, resources)
                 break
             except TrainingFailedError as error:
                 reason = news.reason or _first_reason(error)
@@ -108,7 +112,7 @@ def _run_on_ray(
     return wanted.is_set()
 
 
-def _attempt(loop: Callable[[WorkerContext], None], relay: Any, num_workers: int, use_gpu: bool) -> None:
+def _attempt(loop: Callable[[WorkerContext], None], relay: Any, num_workers: int, resources: dict[str, float]) -> None:
     """One run of Ray Train."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -118,7 +122,9 @@ def _attempt(loop: Callable[[WorkerContext], None], relay: Any, num_workers: int
             _enter,
             train_loop_config={"loop": loop, "relay": relay},
             torch_config=TorchConfig(timeout_s=PROCESS_GROUP_TIMEOUT_S),
-            scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
+            scaling_config=ScalingConfig(
+                num_workers=num_workers, use_gpu="GPU" in resources, resources_per_worker=resources
+            ),
             # Ray Train keeps no state of ours, so each call is a run of its own name in a folder of its own.
             run_config=RunConfig(
                 name=uuid.uuid4().hex, storage_path=folder, failure_config=FailureConfig(max_failures=0)

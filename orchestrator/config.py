@@ -2,7 +2,7 @@
 
 import json
 import os
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from pydantic import BaseModel, Field
 
@@ -11,12 +11,15 @@ from orchestrator import storage
 
 
 class JobConfig(BaseModel, frozen=True, extra="forbid"):
-    WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset()  # fields of a job's own that do not change what comes out
-
     store: str = Field(
         default_factory=lambda: os.environ.get("ADMIRAL_STORE", "runs")
     )  # folder or URI under which all relative paths of this job lie; the environment's ADMIRAL_STORE, else runs
     dry_run: bool = False  # print the resolved config and what would be read and written, then stop
+
+    @property
+    def without_effect(self) -> frozenset[str]:
+        """Fields of a job's own that do not change what comes out: they may differ when it is started again."""
+        return frozenset()
 
     def starting_from(self, preset: Self) -> Self:
         """`preset` as it is changed by what this config refers to: where the command line starts from instead."""
@@ -53,7 +56,7 @@ def claim(folder: str, config: JobConfig, **facts: Any) -> None:
     Raises:
         ValueError: the folder was made with another config; the message names the fields that differ.
     """
-    wanted = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT | config.WITHOUT_EFFECT) | facts
+    wanted = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT | config.without_effect) | facts
     uri = storage.join(folder, "config.json")
     if storage.create_bytes(uri, json.dumps(wanted, indent=2).encode()):
         return

@@ -1,6 +1,7 @@
 """From the microbatches of a step to one gradient: as fast as can be, or equal to the bit on any number of workers."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -98,6 +99,7 @@ def fixed_arithmetic(config: TrainingConfig) -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(config.threads)
     if config.reduction == "exact":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it before its first product
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     else:

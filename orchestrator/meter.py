@@ -4,29 +4,17 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cluster.collectives import Group
 from cluster.trainer import WorkerContext
-from models.zoo import forward_multiply_adds
+from orchestrator.estimate import CARDS, training_flops
 from orchestrator.losses import Terms
 from orchestrator.training_config import Config
 from orchestrator.training_state import TrainingState, learning_rate
-
-# Dense floating-point operations a second, in 1e12, by the makers' data sheets: float32 without TF32, and 16 bits.
-PEAK_TFLOPS = {
-    "B200": (80.0, 2250.0),
-    "H200": (67.0, 989.0),
-    "H100": (67.0, 989.0),
-    "A100": (19.5, 312.0),
-    "L40S": (91.6, 362.0),
-    "A10G": (31.2, 70.0),
-    "L4": (30.3, 121.0),
-    "V100": (15.7, 125.0),
-    "T4": (8.1, 65.0),
-}
 
 
 class Meter:
@@ -37,7 +25,7 @@ class Meter:
 
     def __init__(self, config: Config, context: WorkerContext, group: Group) -> None:
         self._config, self._context, self._group = config, context, group
-        self._flops = 6 * forward_multiply_adds(config.model)  # of one image: 2 each, three passes
+        self._flops = training_flops(config.model)  # of one image
         self._peak = _peak_flops(context.device, config.dtype)
         self._names: list[str] = []
         self._restart()
@@ -64,8 +52,8 @@ class Meter:
         self._replaced += replaced
         self._steps += 1
 
-    def report(self, state: TrainingState) -> None:
-        """Hand the means since the last report to the driver, from rank 0; every worker must call it."""
+    def report(self, state: TrainingState) -> Iterator[dict[str, Any]]:
+        """The means since the last report, as a record of rank 0; every worker must call it."""
         elapsed = time.perf_counter() - self._since
         assert self._sums is not None, "a report follows a step"
         sums = self._group.sum(self._sums.cpu())
@@ -90,7 +78,7 @@ class Meter:
                 metrics["log2_loss_scale"] = state.log2_loss_scale
             if self._peak:
                 metrics["mfu"] = rate * self._flops / (self._peak * self._group.world_size)
-            self._context.report({"images": state.position, "metrics": metrics})
+            yield {"images": state.position, "metrics": metrics}
         self._restart()
 
 
@@ -120,9 +108,9 @@ def _peak_flops(device: torch.device, dtype: str) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    for model, (single, half) in PEAK_TFLOPS.items():
+    for model, card in CARDS.items():
         if model in name:
-            return 1e12 * (single if dtype == "float32" else half)
+            return card.single if dtype == "float32" else card.half
     return None
 
 

@@ -23,6 +23,7 @@ from orchestrator import checkpoints, storage
 from orchestrator.checkpoint_writer import CheckpointWriter
 from orchestrator.config import claim
 from orchestrator.dataset import Manifest, batches, load_manifest
+from orchestrator.estimate import priced, training_cost
 from orchestrator.gradients import fixed_arithmetic, make_reduction
 from orchestrator.initial_weights import begin_with
 from orchestrator.losses import Batch, Terms, make_batches, make_losses
@@ -37,7 +38,7 @@ from orchestrator.training_config import AdmConfig, Config, NoisyClassifierConfi
 from orchestrator.training_state import TrainingState, take_step
 from orchestrator.validation import Validation, validation_count
 
-CPUS_OF_WORKER = 2  # one for the training process, one for the tasks that read its data
+CPUS_OF_DATA = 1  # for the tasks that read a worker's data, beside those of its arithmetic
 
 T = TypeVar("T")
 
@@ -64,7 +65,7 @@ def train(config: Config) -> str:
         return run
     job = "train classifier" if isinstance(config, NoisyClassifierConfig) else "train"
     with (
-        session(config.num_workers * CPUS_OF_WORKER),
+        session(config.num_workers * (config.threads + CPUS_OF_DATA)),
         tracked(job, config, run) as tracker,
         progress_line(config.images, "images") as progress,
     ):
@@ -87,6 +88,7 @@ def train(config: Config) -> str:
             partial(train_loop, config),
             config.num_workers,
             on_record,
+            cpus=config.threads,
             max_failures=config.max_failures,
             use_gpu=config.use_gpu,
         )
@@ -97,24 +99,25 @@ def train(config: Config) -> str:
 
 
 def plan(config: Config) -> str:
-    """What a training would read and write."""
+    """What a training would read and write, and what it would cost."""
     manifest = load_manifest(config.path(config.dataset))
     config = _with_classes(config, manifest)
     order = _order(config, manifest)
+    workers = max(config.num_workers, 1)
     open_bytes = _open_bytes(config, manifest)
-    flops = 6 * zoo.forward_multiply_adds(config.model)
-    copies = 3 + (len(config.ema_rates) if isinstance(config, AdmConfig) else 0)  # weights, two moments, averages
-    state_bytes = 4 * zoo.count_parameters(config.model) * copies
+    averages = len(config.ema_rates) + len(config.power_emas) if isinstance(config, AdmConfig) else 0
+    parameters, half = zoo.count_parameters(config.model), config.dtype != "float32"
+    cost = training_cost(config.model, config.length, config.microbatch_rows(workers), averages, half)
     return "\n".join(
         [
             f"reads   {config.path(config.dataset)}: {manifest.num_samples('train'):,} images",
-            f"writes  {config.path(config.output)}: weights, and a checkpoint of {state_bytes / 2**30:.2f} GiB every "
-            f"{config.checkpoint_images:,} images",
-            f"network {zoo.count_parameters(config.model):,} parameters, {flops / 1e9:,.1f} GFLOPs an image",
+            f"writes  {config.path(config.output)}: weights, and a checkpoint of "
+            f"{4 * parameters * (3 + averages) / 2**30:.2f} GiB every {config.checkpoint_images:,} images",
+            f"network {parameters:,} parameters",
             f"length  {config.images:,} images = {config.length // config.batch_size:,} steps of {config.batch_size}, "
-            f"{config.images / order.images_per_epoch:.1f} epochs of {order.images_per_epoch:,}; "
-            f"{flops * config.images:.2g} FLOPs",
-            f"memory  {open_bytes / 2**20:.1f} MiB of open images in each of {max(config.num_workers, 1)} workers",
+            f"{config.images / order.images_per_epoch:.1f} epochs of {order.images_per_epoch:,}",
+            f"open    {open_bytes / 2**20:.1f} MiB of images at once in each of {workers} workers",
+            priced(cost, config.price, config.num_workers, half),
         ]
     )
 
@@ -169,6 +172,8 @@ def train_loop(config: Config, context: WorkerContext) -> None:
     ):
         # Go on from the newest sound checkpoint; what a kill kept it from leaving behind is made up for.
         if state.restore(run, group):
+            if state.position > config.length:
+                raise ValueError(f"images={config.images:,}, but {run} has come to {state.position:,} already")
             if context.rank == 0:
                 context.report({"resumed": state.position})
                 after_saving(checkpoints.Checkpoint(state.position, state.tensors(), state.facts()))
@@ -177,7 +182,7 @@ def train_loop(config: Config, context: WorkerContext) -> None:
         reduced_gradients = make_reduction(config, context, group, state, make_losses(config, state.timesteps))
         validation = Validation(config, manifest, group) if config.validation_images else None
         meter = Meter(config, context, group)
-        record = StepRecord(config.path(config.record), context.rank, context.world_size) if config.record else None
+        evidence = StepRecord(config.path(config.record), context.rank, context.world_size) if config.record else None
         stream = _ahead(_shares(config, context, manifest, state.position))
 
         while state.position < config.length:
@@ -187,8 +192,8 @@ def train_loop(config: Config, context: WorkerContext) -> None:
                 replaced, share = next(stream)
             share = [batch.to(context.device) for batch in share]
             terms = reduced_gradients(share)
-            if record:
-                record.write(state.position, share, terms)
+            if evidence:
+                evidence.write(state.position, share, terms)
             stopping, preempted = group.any(context.stopping(), context.preempted())
             norm = take_step(config, state)
             if isfinite(norm):
@@ -196,23 +201,38 @@ def train_loop(config: Config, context: WorkerContext) -> None:
             meter.add(terms, norm, replaced)
 
             # Numbers, pictures and checkpoints at their marks; stopping at a step's end, all workers together.
-            at, ended = state.position, state.position >= config.length
-            if config.passes(config.log_images, at):
-                meter.report(state)
-            if validation and config.validation_images and (ended or config.passes(config.validation_images, at)):
-                metrics = validation.look(state)
-                if context.rank == 0:
-                    context.report({"images": at, "metrics": metrics})
-            if isinstance(config, AdmConfig) and context.rank == 0 and config.passes(config.preview_images, at):
-                for picture in previews(config, state, manifest):
-                    context.report(picture)
+            for record in _news(config, state, manifest, group, meter, validation):
+                context.report(record)
             if context.rank == 0:
-                last, marked = stopping or ended, config.passes(config.checkpoint_images, at)
-                if last or marked or preempted or is_due(config, at):
+                last = stopping or state.position >= config.length
+                if last or preempted or _is_marked(config, state.position):
                     writer.save(state, wait=last)
                 writer.poll()
             if stopping:
                 break
+
+
+def _news(
+    config: Config,
+    state: TrainingState,
+    manifest: Manifest,
+    group: Group,
+    meter: Meter,
+    validation: Validation | None,
+) -> Iterator[dict[str, Any]]:
+    """Numbers and pictures whose mark the last step passed, as records of rank 0; every worker must ask for them."""
+    if config.passes(config.log_images, state.position):
+        yield from meter.report(state)
+    every = config.validation_images
+    if validation and every and (config.passes(every, state.position) or state.position >= config.length):
+        yield from validation.look(state)
+    if isinstance(config, AdmConfig) and config.passes(config.preview_images, state.position):
+        yield from previews(config, state, manifest, group)
+
+
+def _is_marked(config: Config, position: int) -> bool:
+    """Whether a checkpoint is to be written of `position` images."""
+    return config.passes(config.checkpoint_images, position) or is_due(config, position)
 
 
 def _validation_count(config: Config, manifest: Manifest) -> int:

@@ -1,7 +1,7 @@
 """What decides a training: one config for the diffusion models, one for the noisy classifier."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, Field, model_validator
@@ -12,6 +12,7 @@ from models.ema import gamma_of
 from models.samplers import SamplerConfig
 from models.unet import ClassifierConfig, UNetConfig
 from orchestrator.config import JobConfig
+from orchestrator.estimate import PriceConfig
 from orchestrator.order import OrderConfig
 
 
@@ -26,13 +27,6 @@ class LossScaleConfig(BaseModel, frozen=True, extra="forbid"):
 
 class TrainingConfig(JobConfig):
     """What training a network takes, whichever it is. Lengths are counted in images, not in steps."""
-
-    WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset(  # on the weights: another value may be given on a resume
-        {
-            "checkpoint_images", "keep_checkpoints", "keep_every_images", "log_images", "record", "max_bad_steps",
-            "max_failures",
-        }
-    )  # fmt: skip
 
     dataset: str  # a prepared dataset's folder
     output: str  # the run's folder
@@ -67,6 +61,14 @@ class TrainingConfig(JobConfig):
     num_workers: int = Field(1, ge=0)  # training workers; 0 = in this process, without Ray
     use_gpu: bool = False  # one GPU for each worker
     max_failures: int = Field(3, ge=0)  # attempts in a row that may fail without a new checkpoint
+    price: PriceConfig = PriceConfig()
+
+    @property
+    def without_effect(self) -> frozenset[str]:
+        """What does not change the weights, among it the length where the learning rate does not fall towards it."""
+        fields = {"checkpoint_images", "keep_checkpoints", "keep_every_images", "log_images", "record", "max_bad_steps"}
+        fields |= {"max_failures", "price", "preview_images", "preview"} | (set() if self.anneal else {"images"})
+        return frozenset(fields & type(self).model_fields.keys())
 
     @property
     def length(self) -> int:
@@ -120,8 +122,6 @@ class TrainingConfig(JobConfig):
 
 class AdmConfig(TrainingConfig):
     """Training a diffusion model."""
-
-    WITHOUT_EFFECT: ClassVar[frozenset[str]] = TrainingConfig.WITHOUT_EFFECT | {"preview_images", "preview"}
 
     model: UNetConfig
     timesteps: Literal["uniform", "loss_second_moment"] = "uniform"  # how often each is trained; IDDPM section 3.3

@@ -251,6 +251,7 @@ def _digits_classifier() -> NoisyClassifierConfig:
         learning_rate=1e-3,
         anneal=True,
         checkpoint_images=16_000,
+        validation_images=6_400,
         log_images=1_600,
         num_workers=2,
     )

@@ -1,6 +1,7 @@
 """How well a network in training does on images that it is not trained on, and whether it begins to over-fit."""
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,8 @@ class Validation:
             pixels, labels = read_images(manifest, "validation", self._first, end, config.model.image_size)
             self._images, self._labels = pixels, labels
 
-    def look(self, state: TrainingState) -> dict[str, float]:
-        """Means of the loss terms over the split, as metrics; every worker must call it.
+    def look(self, state: TrainingState) -> Iterator[dict[str, Any]]:
+        """Means of the loss terms over the split, as a record of rank 0; every worker must call it.
 
         Where the loss is surely above that of an earlier look, "validation_rise" says by how much, and once a warning.
         """
@@ -57,7 +58,9 @@ class Validation:
         names = [name for name in whole if name != "t"]
         sums = sums_by_quartile(whole, names, self._config.diffusion.num_timesteps)
         means = {f"validation_{name}": mean for name, mean in means_by_quartile(sums, names).items()}
-        return means | {"validation_rise": self._rise(state, whole["loss"].double())}
+        means["validation_rise"] = self._rise(state, whole["loss"].double())
+        if self._group.rank == 0:
+            yield {"images": state.position, "metrics": means}
 
     def _terms(self, model: UNet | NoisyClassifier | Any, block: tuple[int, int], device: torch.device) -> Terms:
         begin, end = block

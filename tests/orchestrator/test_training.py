@@ -106,6 +106,21 @@ def test_another_config_in_the_same_folder_is_refused(store: str) -> None:
         train(adm(store, "claimed", learning_rate=2e-3))
 
 
+def test_a_training_can_be_made_longer_and_not_shorter(store: str) -> None:
+    straight, longer = adm(store, "straight"), adm(store, "longer", images=48)
+    train(straight)
+    train(longer)
+    train(adm(store, "longer", log_images=16))
+    for name, tensor in final_state(straight).items():
+        assert torch.equal(tensor, final_state(adm(store, "longer"))[name]), name
+    with pytest.raises(ValueError, match=r"images=64, but .* has come to 96 already"):
+        train(adm(store, "longer", images=64))
+    annealed = adm(store, "annealed", images=16, anneal=True)
+    train(annealed)
+    with pytest.raises(ValueError, match="images: 16 there, 32 here"):
+        train(adm(store, "annealed", images=32, anneal=True))
+
+
 def test_a_model_for_other_classes_is_refused(store: str) -> None:
     with pytest.raises(ValueError, match=r"model\.num_classes=7, but digits has 10 classes"):
         train(adm(store, "classes", model=UNET.model_copy(update={"num_classes": 7})))

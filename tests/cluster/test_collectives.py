@@ -1,0 +1,88 @@
+"""Workers agree, share and add in an order that depends on nothing but ranks."""
+
+import json
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+
+from cluster import collectives
+from cluster.collectives import Group
+
+
+def _worker(rank: int, world_size: int, folder: str) -> None:
+    """Call everything once, and write down what came of it."""
+    torch.distributed.init_process_group(
+        "gloo", f"file://{folder}/meeting", timedelta(seconds=60), rank=rank, world_size=world_size
+    )
+    group = Group(rank, world_size)
+    collectives.BUCKET_VALUES = 5  # several messages
+
+    def items() -> Iterator[int]:
+        assert rank == 0, "only rank 0's iterator is touched"
+        yield from (7, 8)
+        raise ValueError("a damaged file")
+
+    received: list[int | str] = []
+    try:
+        for item in group.from_first(items()):
+            received.append(item)
+    except ValueError as error:
+        received.append(str(error))
+    leaves = torch.from_numpy(_leaves()).split(8 // world_size)[rank]
+    while len(leaves) > 1:
+        leaves = leaves[0::2] + leaves[1::2]
+    tensors = [leaves[0, :3].reshape(3, 1), leaves[0, 3:]]
+    group.add_in_tree(tensors)
+    copied = [torch.full((2,), float(rank))]
+    group.copy_from_first(copied)
+    found = {
+        "any": group.any(rank == 1, False, True),
+        "sum": group.sum(torch.tensor([1.0, rank])).tolist(),
+        "gather": group.gather({"rank": rank}),
+        "received": received,
+        "tree": torch.cat([tensor.flatten() for tensor in tensors]).view(torch.int32).tolist(),
+        "copied": copied[0].tolist(),
+    }
+    Path(folder, f"{world_size}-{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def _leaves() -> np.ndarray:
+    """Eight leaves of the tree whose sum depends on the order."""
+    rng = np.random.default_rng(0)
+    return (rng.standard_normal((8, 9)) * 10.0 ** rng.integers(-6, 6, (8, 9))).astype(np.float32)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_all_workers_come_to_the_same(tmp_path: Path, world_size: int) -> None:
+    torch.multiprocessing.start_processes(_worker, (world_size, str(tmp_path)), world_size, start_method="forkserver")
+    found = [json.loads((tmp_path / f"{world_size}-{rank}.json").read_text()) for rank in range(world_size)]
+    assert all(one == found[0] for one in found)
+    assert found[0]["any"] == [True, False, True]
+    assert found[0]["sum"] == [world_size, sum(range(world_size))]
+    assert found[0]["gather"] == [{"rank": rank} for rank in range(world_size)]
+    assert found[0]["received"] == [7, 8, "a damaged file"]
+    assert found[0]["copied"] == [0.0, 0.0]
+    tree = _leaves()
+    while len(tree) > 1:
+        tree = tree[0::2] + tree[1::2]
+    assert found[0]["tree"] == tree[0].view(np.int32).tolist()
+    assert found[0]["tree"] != _leaves().sum(axis=0).view(np.int32).tolist(), "these leaves tell orders apart"
+
+
+def test_a_group_of_one_needs_no_process_group() -> None:
+    group = Group(0, 1)
+    assert group.any(True, False) == (True, False)
+    assert group.gather(3) == [3]
+    assert list(group.from_first(iter([1, 2]))) == [1, 2]
+    assert group.sum(torch.ones(2)).tolist() == [1, 1]
+    tensors = [torch.ones(2)]
+    group.add_in_tree(tensors)
+    group.copy_from_first(tensors)
+    assert tensors[0].tolist() == [1, 1]

@@ -1,0 +1,74 @@
+"""Attempts: what would fail again ends at once, what need not is tried again, from where it came to."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.trainer import WorkerContext, _PreemptionNotice, run_workers
+
+
+class Loop:
+    """Dies at the first attempts, reporting progress before each of the first deaths; then raises or returns."""
+
+    def __init__(self, folder: Path, deaths_with_progress: int, deaths_without: int, error: str = "") -> None:
+        self.folder, self.deaths_with_progress, self.deaths_without = folder, deaths_with_progress, deaths_without
+        self.error = error
+
+    def __call__(self, context: WorkerContext) -> None:
+        attempt = len(list(self.folder.iterdir()))
+        (self.folder / f"attempt-{attempt}").touch()
+        if attempt < self.deaths_with_progress:
+            context.report({"saved": attempt})
+        context.report({"attempt": attempt})
+        if attempt < self.deaths_with_progress + self.deaths_without:
+            self._die_after_reports(context)
+        if self.error:
+            raise ValueError(self.error)
+
+    def _die_after_reports(self, context: WorkerContext) -> None:
+        import time
+
+        time.sleep(1.0)  # a report goes out by itself
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.ray
+def test_deaths_are_survived_while_there_is_progress_and_lasting_errors_end_at_once(
+    ray_session: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records: list[dict[str, Any]] = []
+    loop = Loop(tmp_path, deaths_with_progress=2, deaths_without=0, error="learning_rate=-1 is negative")
+    with pytest.raises(RuntimeError, match="training failed: ValueError: learning_rate=-1 is negative"):
+        run_workers(loop, 1, records.append, max_failures=1)
+    assert len(list(tmp_path.iterdir())) == 3, "each death had brought progress; the error came once"
+    assert [record["attempt"] for record in records if "attempt" in record] == [0, 1, 2]
+    assert caplog.text.count("an attempt failed, going on from the last checkpoint") == 2
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_deaths_without_progress_end_the_run(ray_session: None, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="training failed: worker 0: "):
+        run_workers(Loop(tmp_path, deaths_with_progress=0, deaths_without=9), 1, lambda record: None, max_failures=1)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_notice_of_preemption_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.trainer.PREEMPTION_SECONDS", 0.001)
+    answers, asked, done = iter([None, None, "node a", "node a", "node a"]), [], threading.Event()
+
+    def get_info() -> Any:
+        try:
+            asked.append(next(answers))
+        except StopIteration:
+            done.set()
+            threading.Event().wait()  # a barrier that nobody else reaches
+        return asked[-1]
+
+    notice = _PreemptionNotice(get_info)
+    assert done.wait(60)
+    assert notice() and not notice()

@@ -1,0 +1,30 @@
+"""A worker that makes no step tells where it hangs."""
+
+import threading
+from typing import Any
+
+from cluster.watchdog import Watchdog
+
+
+def test_the_stacks_of_a_hang_are_handed_over() -> None:
+    reported, heard = [], threading.Event()
+
+    def report(record: dict[str, Any]) -> None:
+        reported.append(record)
+        heard.set()
+
+    def hang_in_a_collective() -> None:
+        assert heard.wait(60)
+
+    with Watchdog(rank=3, report=report, seconds=0.05):
+        hang_in_a_collective()
+    assert reported[0]["rank"] == 3
+    assert "in hang_in_a_collective" in reported[0]["stacks"] and "thread MainThread" in reported[0]["stacks"]
+
+
+def test_a_worker_that_makes_steps_is_left_alone() -> None:
+    reported: list[dict[str, Any]] = []
+    with Watchdog(rank=0, report=reported.append, seconds=60) as watchdog:
+        for _ in range(100):
+            watchdog.step()
+    assert not reported
