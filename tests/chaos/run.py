@@ -24,7 +24,7 @@ from orchestrator.training_config import AdmConfig
 from tests.chaos.evidence import consumed, noise_hash, order_hash, state_hash
 from tests.chaos.killer import Kill, random_plan
 from tests.chaos.nodes import lose_a_node
-from tests.chaos.trainings import CHECKPOINT, Ground, arguments, config_of, ground, train_by_job
+from tests.chaos.trainings import Ground, arguments, config_of, ground, train_by_job
 
 CHECKPOINTS = 8  # in a training
 KILLS = 5  # in a training

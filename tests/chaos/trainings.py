@@ -85,11 +85,28 @@ def train_here(config: AdmConfig, proxy: Proxy, plan: list[Kill], seed: int = 0)
     return killer.account
 
 
+def train_in_parts(configs: list[AdmConfig], proxy: Proxy, plan: list[Kill]) -> None:
+    """Train by one config after the other, each stopped by SIGTERM to this process where the plan says so."""
+    killer = Killer(proxy, configs[0], plan, os.getpid)
+    killer.start()
+    try:
+        for config in configs[:-1]:
+            try:
+                train(config)
+            except RuntimeError as error:
+                if "stopped before its end" not in str(error):
+                    raise
+        train(configs[-1])
+    finally:
+        killer.check()
+
+
 def train_by_job(argv: list[str], proxy: Proxy, plan: list[Kill], seed: int = 0) -> Account:
     """Train to the end by the real job in a process of its own, started again after every death of its own."""
     jobs: list[subprocess.Popen[str]] = []
     killer = Killer(proxy, config_of(argv), plan, lambda: jobs[-1].pid, seed)
-    killer.start()
+    if plan:
+        killer.start()
     while True:
         command = [sys.executable, "jobs/train_adm.py", *argv]
         job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
