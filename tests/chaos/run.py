@@ -93,7 +93,7 @@ def _hashes(config: AdmConfig) -> dict[str, str]:
 
 
 def _drift_of_fast(place: Ground, seed: int) -> dict[str, float]:
-    """The largest difference of a weight after a training with reduction=fast on 4 workers: through kills, and from exact."""
+    """The largest difference of a weight after a training by reduction=fast on 4 workers: by kills, and from exact."""
     weights = {}
     for name, kills in (("fast", 0), ("fast-killed", 2)):
         argv = arguments(place.store, name, 4, CHECKPOINTS, reduction="fast")

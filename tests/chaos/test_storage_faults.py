@@ -12,14 +12,9 @@ from orchestrator import storage
 from orchestrator.evaluation import evaluate
 from orchestrator.generation import generate
 from orchestrator.preparation import prepare
-from orchestrator.presets import (
-    adm_presets,
-    classifier_presets,
-    dataset_presets,
-    evaluation_presets,
-    generation_presets,
-)
+from orchestrator.presets import dataset_presets, evaluation_presets, generation_presets
 from orchestrator.training import train
+from orchestrator.training_presets import adm_presets, classifier_presets
 from tests import servers
 from tests.chaos.proxy import Fault, Proxy
 
