@@ -4,35 +4,59 @@ import contextlib
 import json
 import logging
 import os
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from cluster.session import is_submitted
 from orchestrator.config import JobConfig
 
 EXPERIMENT = "admiral"  # the MLflow experiment of all jobs
-QUEUE_CAPACITY = 20_000  # records; beyond it the oldest wait, and new ones are dropped and counted
+QUEUE_CAPACITY = 20_000  # records that wait while the server is away; new ones beyond it are dropped and counted
+BATCH_NUMBERS = 1_000  # in one request; MLflow takes no more
 RETRY_SECONDS = 5.0  # between two tries while the server is away
-PATIENCE_SECONDS = 60.0  # how long the end of a job waits for the server
+PATIENCE_SECONDS = 60.0  # how long the end of a job waits for a server that takes nothing
+# What MLflow refuses like this, or we cannot even send, it would refuse for ever: it must not hold up the rest.
+LASTING_CODES = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE"}
+LASTING_ERRORS = (TypeError, AttributeError, LookupError)
+
+Send = Callable[[Any, str], None]  # client, run -> record something; it may be called again after a failure
 
 log = logging.getLogger(__name__)
 
 
+class Number(NamedTuple):
+    """One value of one metric. Its moment is that of its making, so MLflow knows it when it is sent twice."""
+
+    name: str
+    value: float
+    moment: int  # milliseconds since 1970
+    step: int
+
+
 class Tracker:
-    """The hand of a job on its MLflow run. Every method returns at once; a thread does the talking."""
+    """The hand of a job on its MLflow run. Every method returns at once; a thread does the talking.
+
+    Records are sent in order, each until it is taken: while the server is away they wait, up to QUEUE_CAPACITY of them.
+    """
 
     def __init__(self, uri: str, experiment: str, run_name: str, identity: str, artifact_root: str | None) -> None:
         self.uri = uri
         self._place = (experiment, run_name, identity, artifact_root)
-        self._queue: queue.Queue[Callable[[Any, str], None] | None] = queue.Queue(QUEUE_CAPACITY)
-        self._lost = 0
+        self._waiting: deque[Send | list[Number]] = deque()
+        self._untaken = 0  # records that are not in MLflow yet
+        self._dropped = 0
+        self._refused = 0
+        self._news = threading.Condition()
+        self._finishing = False
+        self._last_taken = time.monotonic()
         self._run_id: str | None = None
         self._pictures: dict[str, str] = {}  # the latest of each folder: what the run's page opens with
-        self._thread = threading.Thread(target=self._drain, daemon=True)
+        self._thread = threading.Thread(target=self._drain, name="tracking", daemon=True)
         self._thread.start()
 
     def parameters(self, config: JobConfig) -> None:
@@ -42,13 +66,7 @@ class Tracker:
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
         """Record numbers at `step` (images for training, samples for generation)."""
         moment = int(time.time() * 1000)
-
-        def send(client: Any, run: str) -> None:
-            from mlflow.entities import Metric
-
-            client.log_batch(run, metrics=[Metric(name, float(v), moment, step) for name, v in values.items()])
-
-        self._put(send)
+        self._put([Number(name, float(value), moment, step) for name, value in values.items()])
 
     def picture(self, name: str, png: bytes) -> None:
         """Record a picture under `name`, which ends in .png."""
@@ -69,51 +87,92 @@ class Tracker:
         self._put(lambda client, run: client.log_text(run, json.dumps(content, indent=2), name))
 
     def child(self, name: str, values: dict[str, float], parameters: dict[str, Any]) -> None:
-        """Record a finished child run, such as one trial of a search."""
+        """Record a finished child run, such as one trial of a search; it is known by its name."""
+        moment = int(time.time() * 1000)
 
         def send(client: Any, run: str) -> None:
+            from mlflow.entities import Metric, Param
+
             experiment = client.get_run(run).info.experiment_id
-            child = client.create_run(experiment, run_name=name, tags={"mlflow.parentRunId": run}).info.run_id
-            for key, value in parameters.items():
-                client.log_param(child, key, value)
-            for key, number in values.items():
-                client.log_metric(child, key, float(number))
+            child = _run_of(client, experiment, f"{run} {name}", name, {"mlflow.parentRunId": run})
+            metrics = [Metric(key, float(number), moment, 0) for key, number in values.items()]
+            client.log_batch(child, metrics, [Param(key, str(value)) for key, value in parameters.items()])
             client.set_terminated(child)
 
         self._put(send)
 
     def finish(self, status: str) -> None:
-        """Hand everything over and end the run as FINISHED, KILLED or FAILED; waits at most PATIENCE_SECONDS."""
-        self._put(lambda client, run: client.set_terminated(run, status))
-        self._queue.put(None)
-        self._thread.join(PATIENCE_SECONDS)
-        if self._thread.is_alive():
-            log.warning("the tracking server did not answer; %d records are not in MLflow", self._queue.qsize())
-        if self._lost:
-            log.warning("%d records did not fit the tracking queue and are not in MLflow", self._lost)
+        """Hand everything over and end the run as FINISHED, KILLED or FAILED.
 
-    def _put(self, send: Callable[[Any, str], None]) -> None:
-        try:
-            self._queue.put_nowait(send)
-        except queue.Full:
-            self._lost += 1
+        Waits for as long as the server goes on taking records, and PATIENCE_SECONDS more.
+        """
+        with self._news:
+            self._waiting.append(lambda client, run: client.set_terminated(run, status))
+            self._untaken += 1
+            self._finishing = True
+            self._last_taken = time.monotonic()
+            self._news.notify()
+        while self._thread.is_alive() and time.monotonic() - self._last_taken < PATIENCE_SECONDS:
+            self._thread.join(0.1)
+        if self._thread.is_alive():
+            log.warning("the tracking server did not answer; %d records are not in MLflow", self._untaken)
+        if self._dropped:
+            log.warning("%d records did not fit the tracking queue and are not in MLflow", self._dropped)
+        if self._refused:
+            log.warning("%d records were refused and are not in MLflow", self._refused)
+
+    def _put(self, record: Send | list[Number]) -> None:
+        with self._news:
+            if len(self._waiting) >= QUEUE_CAPACITY:
+                self._dropped += 1
+                return
+            self._waiting.append(record)
+            self._untaken += 1
+            self._news.notify()
 
     def _drain(self) -> None:
-        while (send := self._queue.get()) is not None:
+        """Send the oldest record until it is taken or refused, then the next, until the job has finished."""
+        while (taken := self._oldest()) is not None:
+            send, count = taken
             tries = 0
-            while not self._sent(send, warn=tries == 0):
+            while (error := self._try(send)) is not None:
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                if _is_lasting(error):
+                    log.warning("MLflow refuses a record, which is left out: %s", reason)
+                    self._refused += count
+                    break
+                if tries == 0:
+                    log.warning("MLflow is away, and is tried again until the end: %s", reason)
                 tries += 1
                 time.sleep(RETRY_SECONDS)
+            self._untaken -= count
+            self._last_taken = time.monotonic()
 
-    def _sent(self, send: Callable[[Any, str], None], warn: bool) -> bool:
+    def _oldest(self) -> tuple[Send, int] | None:
+        """What to send next, and how many records that is: numbers that follow each other go together."""
+        with self._news:
+            self._news.wait_for(lambda: self._waiting or self._finishing)
+            if not self._waiting:
+                return None
+            first = self._waiting.popleft()
+            if not isinstance(first, list):
+                return first, 1
+            numbers, count = first, 1
+            while self._waiting and isinstance(more := self._waiting[0], list):
+                if len(numbers) + len(more) > BATCH_NUMBERS:
+                    break
+                self._waiting.popleft()
+                numbers, count = numbers + more, count + 1
+        return partial(_log_numbers, numbers), count
+
+    def _try(self, send: Send) -> Exception | None:
+        """What kept a record from being sent; None where it was."""
         try:
             client, run = self._connect()
             send(client, run)
         except Exception as error:  # noqa: BLE001 - whatever tracking does, the work goes on
-            if warn:
-                log.warning("MLflow is away, and is tried again until the end: %s", str(error).splitlines()[0])
-            return False
-        return True
+            return error
+        return None
 
     def _connect(self) -> tuple[Any, str]:
         """The client and this job's run: the one that an earlier attempt opened, or a new one."""
@@ -125,13 +184,9 @@ class Tracker:
             experiment, run_name, identity, artifact_root = self._place
             found = client.get_experiment_by_name(experiment)
             number = found.experiment_id if found else client.create_experiment(experiment, artifact_root)
-            runs = client.search_runs([number], f"tags.`admiral.identity` = '{identity}'", max_results=1)
-            if runs:
-                self._run_id = runs[0].info.run_id
-                client.update_run(self._run_id, status="RUNNING")
-            else:
-                tags = {"admiral.identity": identity, "mlflow.note.content": description(identity, "", [])}
-                self._run_id = client.create_run(number, run_name=run_name, tags=tags).info.run_id
+            note = {"mlflow.note.content": description(identity, "", [])}
+            self._run_id = _run_of(client, number, identity, run_name, note)
+            client.update_run(self._run_id, status="RUNNING")
         return client, self._run_id
 
 
@@ -197,6 +252,27 @@ def metric_history(identity: str, name: str) -> list[tuple[int, float]]:
     return sorted((metric.step, metric.value) for metric in history)
 
 
+def _run_of(client: Any, experiment: str, identity: str, name: str, tags: dict[str, str]) -> str:
+    """The run of this identity, from an earlier attempt or made now: an answer may have been lost."""
+    found = client.search_runs([experiment], f"tags.`admiral.identity` = '{identity}'", max_results=1)
+    if found:
+        return found[0].info.run_id
+    return client.create_run(experiment, run_name=name, tags={"admiral.identity": identity} | tags).info.run_id
+
+
+def _log_numbers(numbers: list[Number], client: Any, run: str) -> None:
+    from mlflow.entities import Metric
+
+    for begin in range(0, len(numbers), BATCH_NUMBERS):  # one record alone may hold more
+        some = numbers[begin : begin + BATCH_NUMBERS]
+        client.log_batch(run, metrics=[Metric(n.name, n.value, n.moment, n.step) for n in some])
+
+
+def _is_lasting(error: Exception) -> bool:
+    """Whether the same record would fail again, server or not."""
+    return getattr(error, "error_code", None) in LASTING_CODES or isinstance(error, LASTING_ERRORS)
+
+
 def _artifact_root(config: JobConfig) -> str | None:
     """Where pictures go: beside the SQLite file, or (None) where the server puts them."""
     uri = tracking_uri(config)
@@ -207,7 +283,7 @@ def _artifact_root(config: JobConfig) -> str | None:
 
 def _quiet_mlflow() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # blind ones would make a second run where an answer was lost
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     for name in ("alembic", "mlflow", "mlflow.store.db.utils", "urllib3.connectionpool"):
         logging.getLogger(name).setLevel(logging.ERROR)

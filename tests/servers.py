@@ -2,11 +2,12 @@
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 S3_SETTINGS = {
     "AWS_ACCESS_KEY_ID": "test-access-key",
@@ -38,6 +39,30 @@ def s3_server() -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def mlflow_server(folder: str, port: int | None = None) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The URI of an MLflow server that keeps everything in `folder`, and a function that kills it at once."""
+    port = port or free_port()
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/artifacts",
+    ]  # fmt: skip
+    settings = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    null = subprocess.DEVNULL
+    server = subprocess.Popen(command, env=settings, start_new_session=True, stdout=null, stderr=null)
+
+    def kill() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait(timeout=30)
+
+    try:
+        wait_until_listening(port, server, seconds=120)
+        yield f"http://127.0.0.1:{port}", kill
+    finally:
+        kill()
+
+
+@contextlib.contextmanager
 def environment(**settings: str) -> Iterator[None]:
     """These variables, and those from before again at the end."""
     before = {name: os.environ.get(name) for name in settings}
@@ -52,7 +77,7 @@ def environment(**settings: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def wait_until_listening(port: int, server: subprocess.Popen[bytes], seconds: float = 30) -> None:
+def wait_until_listening(port: int, server: subprocess.Popen, seconds: float = 30) -> None:
     """Return once the server takes connections; RuntimeError where it ends, or takes too long."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

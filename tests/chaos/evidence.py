@@ -51,8 +51,8 @@ def state_hash(config: AdmConfig) -> str:
     return digest.hexdigest()
 
 
-def consumed(config: AdmConfig) -> list[dict[str, Any]]:
-    """Every row that the training's steps consumed, in the order of the global batches, from its first to its last.
+def consumed(config: AdmConfig, first: int = 0) -> list[dict[str, Any]]:
+    """Every row that the training's steps consumed, in the order of the global batches, from position `first` on.
 
     Whatever several attempts consumed of one position must be the same; with reduction=exact, to the last bit of the
     losses.
@@ -63,11 +63,13 @@ def consumed(config: AdmConfig) -> list[dict[str, Any]]:
     for name in storage.list_names(folder):
         who = recorded(name)
         assert who is not None, f"{name} is no record of a step"
+        if who.position < first:
+            continue
         rows = _rows(storage.read_json(storage.join(folder, name)), who.position)
         seen = of_position[who.position][who.world_size].setdefault(who.rank, rows)
         same = seen == rows if config.reduction == "exact" else _without_loss(seen) == _without_loss(rows)
         assert same, f"two attempts consumed other rows: {name}"
-    assert sorted(of_position) == list(range(0, config.length, config.batch_size)), "steps are missing"
+    assert sorted(of_position) == list(range(first, config.length, config.batch_size)), "steps are missing"
     return [row for position in sorted(of_position) for row in _whole_batch(position, of_position[position])]
 
 

@@ -111,7 +111,8 @@ class Killer(threading.Thread):
 
     def check(self) -> None:
         """Raise what went wrong; AssertionError where the training ended before the plan did."""
-        self.join(timeout=10)
+        if self.is_alive():
+            self.join(timeout=10)
         if self.error is not None:
             raise self.error
         done = sum(self.account.kills.values()) + self.account.stops

@@ -61,7 +61,7 @@ def arguments(store: str, output: str, workers: int, checkpoints: int, **changes
     """The command line of a training of so many checkpoints. Dropout, flips and averages of two lengths play a part."""
     settings = {
         "store": store, "output": output, "record": f"{output}/record", "num_workers": workers, "reduction": "exact",
-        "images": checkpoints * CHECKPOINT, "batch_size": BATCH, "checkpoint_images": CHECKPOINT, "flip": True,
+        "images": checkpoints * CHECKPOINT, "batch_size": BATCH, "checkpoint_images": CHECKPOINT, "flip": "",
         "model.dropout": 0.1, "ema_rates": "0.9 0.99", "log_images": CHECKPOINT, "max_failures": 20,
     }  # fmt: skip
     argv = ["digits"]
@@ -85,11 +85,28 @@ def train_here(config: AdmConfig, proxy: Proxy, plan: list[Kill], seed: int = 0)
     return killer.account
 
 
+def train_in_parts(configs: list[AdmConfig], proxy: Proxy, plan: list[Kill]) -> None:
+    """Train by one config after the other, each stopped by SIGTERM to this process where the plan says so."""
+    killer = Killer(proxy, configs[0], plan, os.getpid)
+    killer.start()
+    try:
+        for config in configs[:-1]:
+            try:
+                train(config)
+            except RuntimeError as error:
+                if "stopped before its end" not in str(error):
+                    raise
+        train(configs[-1])
+    finally:
+        killer.check()
+
+
 def train_by_job(argv: list[str], proxy: Proxy, plan: list[Kill], seed: int = 0) -> Account:
     """Train to the end by the real job in a process of its own, started again after every death of its own."""
     jobs: list[subprocess.Popen[str]] = []
     killer = Killer(proxy, config_of(argv), plan, lambda: jobs[-1].pid, seed)
-    killer.start()
+    if plan:
+        killer.start()
     while True:
         command = [sys.executable, "jobs/train_adm.py", *argv]
         job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -1,0 +1,199 @@
+"""What Ray costs a training: the same loop with the same decode work, under Ray and in plain processes. Run by hand:
+
+    python -m tests.benchmarks.train_overhead [--pairs 20] [--seconds 6] [--workers 2]
+
+One side is `train_loop` under Ray Train with its real stream; the other is the same loop in spawned processes over gloo
+that decode for themselves. Both are started once and go on all the time, but only one at a time: all processes of the
+other are stopped meanwhile, those of Ray too, so that what is read ahead is paid for by the side that reads. A pair is
+one window of each. Prints the seconds of a step on both sides, and the median ratio with a 95% interval of the median;
+passes (exit code 0) where the lower end is at most 1.02.
+
+What is read ahead is less than in truth, so that each window holds whole cycles of reading; Ray pays for more pipelines
+than in truth.
+"""
+
+import contextlib
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import psutil
+import tyro
+from PIL import Image
+
+from cluster.session import session
+from cluster.trainer import WorkerContext, run_workers
+from models.diffusion import DiffusionConfig
+from models.unet import UNetConfig
+from orchestrator import dataset
+from orchestrator.order import OrderConfig
+from orchestrator.preparation import PrepareConfig, prepare
+from orchestrator.training import train_loop
+from orchestrator.training_config import AdmConfig
+from tests.benchmarks.pool_efficiency import median_interval
+from tests.chaos.plain import start_plainly
+
+IMAGES = 2048  # JPEGs in the dataset
+WIDTH, HEIGHT = 500, 375  # pixels, as ImageNet's are in the middle
+Kind = Literal["plain", "ray"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    pairs: int = 20  # alternating windows of both sides
+    seconds: float = 6.0  # of a window
+    workers: int = 2  # training processes of each side
+    image_size: int = 32  # pixels
+    batch_size: int = 64  # images in a step, over all workers
+    read_ahead: int = 1024  # rows that a pipeline reads
+    side: Kind | None = None  # used by the benchmark itself: be one side, in `folder`
+    folder: str = ""
+
+
+def main(options: Options) -> int:
+    """Print the figures; answers the exit code."""
+    if options.side is not None:
+        serve(options, options.side)
+        return 0
+    times: dict[Kind, list[float]] = {"plain": [], "ray": []}
+    with tempfile.TemporaryDirectory(prefix="admiral-overhead-") as folder:
+        make_dataset(folder)
+        with contextlib.ExitStack() as stack:
+            sides: list[Side] = []
+            for kind in times:
+                sides.append(stack.enter_context(started(replace(options, side=kind, folder=folder))))
+                sides[-1].halt()
+            for pair in range(-2, options.pairs):  # the first two warm up
+                for side in sides:
+                    seconds = side.measure(options.seconds)
+                    if pair >= 0:
+                        times[side.kind].append(seconds)
+    ratios = np.sort(np.array(times["ray"]) / np.array(times["plain"]))
+    low, high = median_interval(ratios)
+    for kind, values in times.items():
+        print(f"{kind:5} {np.median(values) * 1e3:7.1f} ms a step of {options.batch_size} images")
+    print(f"ray/plain over {options.pairs} pairs: {np.median(ratios):.3f}, 95% interval {low:.3f} to {high:.3f}")
+    return 0 if low <= 1.02 else 1
+
+
+class Side:
+    """One of the two, as a tree of processes that can be stopped and let go on."""
+
+    def __init__(self, kind: Kind, process: subprocess.Popen, stamps: Path) -> None:
+        self.kind = kind
+        self._process, self._stamps = process, stamps
+
+    def measure(self, seconds: float) -> float:
+        """Let it go on for a while; the mean seconds of the steps that it did from one end to the other."""
+        begin = time.monotonic()
+        self._signal(signal.SIGCONT)
+        time.sleep(seconds)
+        self.halt()
+        ends = [end for end in self.step_ends() if end > begin]
+        return (ends[-1] - ends[0]) / (len(ends) - 1)
+
+    def halt(self) -> None:
+        """Stop all of it where it is."""
+        self._signal(signal.SIGSTOP)
+
+    def step_ends(self) -> list[float]:
+        """When rank 0 came to the end of its steps."""
+        if not self._stamps.exists():
+            return []
+        found = self._stamps.read_bytes()
+        return [moment for (moment,) in struct.iter_unpack("d", found[: len(found) // 8 * 8])]
+
+    def await_steps(self, count: int) -> None:
+        """Wait until it is in full swing."""
+        while len(self.step_ends()) < count:
+            if self._process.poll() is not None:
+                raise RuntimeError(f"the {self.kind} side ended with code {self._process.returncode}")
+            time.sleep(0.1)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in [*psutil.Process(self._process.pid).children(recursive=True), self._process]:
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                process.send_signal(number)
+
+
+@contextlib.contextmanager
+def started(options: Options) -> Iterator[Side]:
+    """A side in processes of its own, past its first steps."""
+    assert options.side is not None
+    settings = [f"--{name.replace('_', '-')}={value}" for name, value in vars(options).items()]
+    process = subprocess.Popen([sys.executable, "-m", "tests.benchmarks.train_overhead", *settings])
+    side = Side(options.side, process, _stamps(options))
+    try:
+        side.await_steps(50)
+        yield side
+    finally:
+        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        process.wait()
+
+
+def serve(options: Options, kind: Kind) -> None:
+    """Be one side, without end."""
+    loop = partial(stamped_loop, config_of(options), str(_stamps(options)), options.read_ahead)
+    if kind == "plain":
+        start_plainly(loop, options.workers).join()
+    else:
+        with session(2 * options.workers, object_store_memory=200 << 20):
+            run_workers(loop, options.workers, lambda record: None)
+
+
+def stamped_loop(config: AdmConfig, stamps: str, read_ahead: int, context: WorkerContext) -> None:
+    """The real loop. Rank 0 leaves the time of every step in a file."""
+    dataset.READ_AHEAD_ROWS = read_ahead
+    with open(stamps if context.rank == 0 else "/dev/null", "ab", buffering=0) as file:
+
+        def stopping() -> bool:  # the loop asks once a step
+            file.write(struct.pack("d", time.monotonic()))
+            return context.stopping()
+
+        train_loop(config, replace(context, stopping=stopping))
+
+
+def config_of(options: Options) -> AdmConfig:
+    """A training of a small ADM, in which a step takes some ten times as long as the decoding of its images."""
+    model = UNetConfig(
+        image_size=options.image_size, model_channels=32, num_res_blocks=1, channel_mult=(1, 1),
+        attention_resolutions=(16,), num_head_channels=32, num_classes=None,
+    )  # fmt: skip
+    return AdmConfig(
+        store=options.folder, dataset="dataset", output=f"run-{options.side}", model=model,
+        diffusion=DiffusionConfig(schedule="cosine"), order=OrderConfig(num_streams=4, window=2), images=10**12,
+        batch_size=options.batch_size, checkpoint_images=10**12, preview_images=10**12, log_images=10**12,
+        num_workers=options.workers,
+    )  # fmt: skip
+
+
+def make_dataset(folder: str) -> None:
+    """JPEGs of smooth noise, prepared as a dataset."""
+    rng = np.random.default_rng(0)
+    source = Path(folder) / "images" / "0"
+    source.mkdir(parents=True)
+    for number in range(IMAGES):
+        noise = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        noise.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).save(source / f"{number}.jpg", quality=90)
+    prepare(PrepareConfig(store=folder, source=str(source.parent), output="dataset", name="noise"))
+
+
+def _stamps(options: Options) -> Path:
+    return Path(options.folder) / f"steps-{options.side}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options, description=__doc__)))

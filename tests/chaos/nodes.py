@@ -1,0 +1,59 @@
+"""A whole node is lost: Ray's own processes of it die at once, its workers do not know yet."""
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests import servers
+from tests.chaos.proxy import Proxy
+from tests.chaos.trainings import CHECKPOINT, ROOT
+
+HEALTH_CHECKS = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 2}
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[Any]:
+    """A head without CPUs and two nodes for one training worker each, all on this machine."""
+    from ray.cluster_utils import Cluster
+
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp")))  # short: sockets
+        (folder / "ray").mkdir()
+        stack.enter_context(servers.environment(RAY_TMPDIR=str(folder), RAY_AUTH_MODE="disabled"))
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 100 << 20}
+        made = Cluster(initialize_head=True, head_node_args=head | {"_system_config": HEALTH_CHECKS})
+        stack.callback(made.shutdown)
+        for _ in range(2):
+            add_node(made)
+        yield made
+
+
+def add_node(made: Any) -> Any:
+    return made.add_node(num_cpus=2, object_store_memory=100 << 20)
+
+
+def lose_a_node(argv: list[str], proxy: Proxy) -> int:
+    """Train by the real job on two nodes; one is lost in the middle of a step, and another comes. Answers 1."""
+    held = proxy.add("hold", "PUT", rf"/{3 * CHECKPOINT:012d}-0001-of-0002-process-", times=1)
+    with cluster() as made, servers.environment(RAY_ADDRESS=made.address):
+        command = [sys.executable, "jobs/train_adm.py", *argv]
+        job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            assert held.wait(180) is not None, "the training did not come so far"
+            lost = made.worker_nodes.copy().pop()
+            os.kill(lost.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+            add_node(made)
+            proxy.remove(held)
+            output, _ = job.communicate(timeout=400)
+        finally:
+            job.kill()
+    assert job.returncode == 0, output[-3000:]
+    return 1

@@ -1,0 +1,57 @@
+"""The training loop in plain processes, without Ray: a process group over gloo, for tests and for comparison."""
+
+import os
+import tempfile
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from itertools import count
+
+import torch
+import torch.distributed
+import torch.multiprocessing
+
+from cluster.trainer import WorkerContext
+from orchestrator.training import train_loop
+from orchestrator.training_config import Config
+
+Loop = Callable[[WorkerContext], None]
+
+
+def train_plainly(config: Config, workers: int, steps: int | None = None) -> None:
+    """Train on so many processes of this machine, to the end or for so many steps."""
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["orchestrator.training"])
+    context = start_plainly(partial(train_loop, config), workers, steps)
+    while not context.join():
+        pass
+
+
+def start_plainly(loop: Loop, workers: int, steps: int | None = None) -> torch.multiprocessing.ProcessContext:
+    """A process group of plain processes that run `loop`, and are asked to stop after so many steps."""
+    meeting = os.path.join(tempfile.gettempdir(), f"admiral-meeting-{uuid.uuid4().hex}")
+    context = torch.multiprocessing.start_processes(
+        _worker, (workers, meeting, loop, steps), nprocs=workers, join=False, start_method="forkserver"
+    )
+    assert context is not None
+    return context
+
+
+def _worker(rank: int, workers: int, meeting: str, loop: Loop, steps: int | None) -> None:
+    if workers > 1:
+        torch.distributed.init_process_group(
+            "gloo", f"file://{meeting}", timedelta(seconds=60), rank=rank, world_size=workers
+        )
+    asked = count(1)
+    loop(
+        WorkerContext(
+            rank,
+            workers,
+            torch.device("cpu"),
+            report=lambda record: None,
+            stopping=lambda: next(asked) == steps,
+            streams_on_cluster=False,
+        )
+    )
+    if workers > 1:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,67 @@
+"""P8: prepare, train, generate and evaluate on s3:// at a custom endpoint while storage fails, and no secret shows."""
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.command_line import parse
+from orchestrator import storage
+from orchestrator.evaluation import evaluate
+from orchestrator.generation import generate
+from orchestrator.preparation import prepare
+from orchestrator.presets import dataset_presets, evaluation_presets, generation_presets
+from orchestrator.training import train
+from orchestrator.training_presets import adm_presets, classifier_presets
+from tests import servers
+from tests.chaos.proxy import Fault, Proxy
+
+SEED = 0
+FAULTS: tuple[Fault, ...] = ("503", "reset", "half", "cut", "swallow")
+STORIES: list[tuple[Callable[[Any], object], dict, list[str]]] = [
+    (prepare, dataset_presets(), []),
+    (train, adm_presets(), ["--images", "128", "--checkpoint-images", "32", "--batch-size", "32"]),
+    (train, classifier_presets(), ["--images", "64", "--checkpoint-images", "32", "--batch-size", "32"]),
+    (generate, generation_presets(), ["--num-samples", "36", "--sampler.num-steps", "3"]),
+    (evaluate, evaluation_presets(), []),
+]
+
+
+@pytest.fixture
+def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    proxy = Proxy(s3_server, SEED)
+    for fault in FAULTS:
+        proxy.add(fault, probability=0.04)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    monkeypatch.setitem(storage._S3_OPTIONS["config_kwargs"], "retries", {"total_max_attempts": 1})
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
+    yield proxy
+    proxy.close()
+
+
+def test_all_stories_pass_while_storage_fails(
+    proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: Any
+) -> None:
+    store = "s3://faults"
+    storage.make_bucket(store)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    caplog.set_level(logging.INFO)
+    for story, presets, options in STORIES:
+        workers = [] if story is prepare else ["--num-workers", "0"]
+        story(parse(None, presets, ["digits", "--store", store, *workers, *options]))
+    befallen = proxy.faults()
+    print(f"seed {SEED}: {len(proxy.requests)} requests, of which failed: {befallen}")
+    assert all(befallen.values()), f"some fault befell nothing: {befallen}"
+    report = storage.read_json(f"{store}/digits/evaluation/report.json")
+    assert report["metrics"]["accuracy"]["n"] == 36
+
+    proxy.clear()
+    secret = servers.S3_SETTINGS["AWS_SECRET_ACCESS_KEY"]
+    said = "".join(capfd.readouterr()) + caplog.text
+    assert secret not in said and servers.S3_SETTINGS["AWS_ACCESS_KEY_ID"] not in said
+    for name in storage.list_names(store, recursive=True):
+        assert secret.encode() not in storage.read_bytes(f"{store}/{name}"), f"a secret in {name}"
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or secret.encode() not in path.read_bytes(), f"a secret in {path}"

@@ -1,0 +1,94 @@
+"""Promises P1, P2, P3, P12 and P8 of a training whose workers are killed while storage fails, held by hashes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from orchestrator import storage
+from orchestrator.training import train
+from tests import servers
+from tests.chaos.evidence import consumed, noise_hash, order_hash, state_hash
+from tests.chaos.killer import Kill, random_plan
+from tests.chaos.plain import train_plainly
+from tests.chaos.proxy import Proxy
+from tests.chaos.trainings import BATCH, CHECKPOINT, arguments, config_of, prepare_digits, train_here
+
+SEED = 0
+
+
+@pytest.fixture(scope="module")
+def store(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A bucket that holds the digits."""
+    folder = tmp_path_factory.mktemp("tracking")
+    with servers.environment(MLFLOW_TRACKING_URI=f"sqlite:///{folder}/mlflow.db"):
+        storage.make_bucket("s3://chaos-tests")
+        prepare_digits("s3://chaos-tests")
+        yield "s3://chaos-tests"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(store: str) -> tuple[str, list[dict[str, Any]]]:
+    """The state's hash at the end of a training that nothing befell, in this process, and what its steps consumed."""
+    config = config_of(arguments(store, "undisturbed", 0, checkpoints=5))
+    train(config)
+    return state_hash(config), consumed(config)
+
+
+@pytest.mark.ray
+def test_three_kills_change_no_bit(
+    store: str, undisturbed: tuple[str, list[dict[str, Any]]], ray_session: None, ray_proxy: Proxy
+) -> None:
+    config = config_of(arguments(store, "killed", 2, checkpoints=5))
+    plan = [
+        Kill("mid-upload", 2 * CHECKPOINT),
+        Kill("first step after a resume", 3 * CHECKPOINT),
+        Kill("between upload and commit", 4 * CHECKPOINT),
+    ]
+    account = train_here(config, ray_proxy, plan, SEED)
+    print(f"seed {SEED}: {dict(account.kills)}")
+    wanted, rows = undisturbed
+    assert order_hash(consumed(config)) == order_hash(rows)
+    assert noise_hash(consumed(config)) == noise_hash(rows)
+    assert state_hash(config) == wanted
+
+
+def test_order_noise_and_losses_are_the_same_for_every_number_of_workers(
+    store: str, undisturbed: tuple[str, list[dict[str, Any]]]
+) -> None:
+    _, rows = undisturbed
+    assert any(row["flip"] for row in rows) and not all(row["flip"] for row in rows)
+    assert len({row["noise"] for row in rows}) == len(rows), "every row has noise of its own"
+    changes = {"reduction": "fast", "model.dropout": 0.0}  # fast: microbatches are not the same
+    one, two, four = (config_of(arguments(store, f"order-{w}", w, checkpoints=1, **changes)) for w in (1, 2, 4))
+    train_plainly(one, 1, steps=3)  # from here on weights are equal, and no longer fresh
+    for config in (two, four):
+        _copy(one.path(one.output), config.path(config.output), ["config.json", "checkpoints/"])
+    found = []
+    for config in (one, two, four):
+        train_plainly(config, config.num_workers)
+        last = consumed(config, first=3 * BATCH)
+        assert order_hash(last) == order_hash(rows[3 * BATCH : 4 * BATCH])
+        assert noise_hash(last) == noise_hash(rows[3 * BATCH : 4 * BATCH])
+        found.append([row["loss"] for row in last])
+    assert found[1] != found[0], "the microbatches were the same"
+    np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-6)
+    assert order_hash(consumed(one)) == order_hash(rows[: 4 * BATCH])
+
+
+def _copy(source: str, target: str, names: list[str]) -> None:
+    for name in storage.list_names(source, recursive=True):
+        if name.startswith(tuple(names)):
+            storage.write_bytes(storage.join(target, name), storage.read_bytes(storage.join(source, name)))
+
+
+def test_a_plan_of_kills_is_the_same_again() -> None:
+    config = config_of(arguments("s3://nowhere", "plan", 2, checkpoints=30))
+    plan = random_plan(config, 20, SEED, drivers=True)
+    assert plan == random_plan(config, 20, SEED, drivers=True) != random_plan(config, 20, SEED + 1, drivers=True)
+    assert {kill.phase for kill in plan[:5]} >= {"mid-step", "mid-upload", "between upload and commit"}
+    assert plan[0].phase != "first step after a resume"
+    assert [kill.position for kill in plan] == sorted({kill.position for kill in plan})
+    with pytest.raises(ValueError, match="do not fit"):
+        random_plan(config, 30, SEED, drivers=True)
