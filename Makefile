@@ -4,12 +4,13 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 STORE ?= local
+AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup quickstart test test-all demo-50k lint clean
+.PHONY: help setup quickstart test test-all demo-50k cluster cluster-stop lint clean
 
 help:  ## the targets
-	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 setup: $(INSTALLED)  ## the virtual environment .venv with the pinned packages
 
@@ -36,6 +37,13 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy models orchestrator cluster jobs tests
+
+cluster: $(INSTALLED)  ## a Ray head, two nodes, S3, MLflow over PostgreSQL, as processes of this machine
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || $(AS_ROOT) apt-get install --yes --no-install-recommends postgresql
+	@$(BIN)/python -m cluster.local start
+
+cluster-stop: $(INSTALLED)  ## end exactly what `make cluster` started
+	@$(BIN)/python -m cluster.local stop
 
 clean:  ## remove the virtual environment and caches; what was made in runs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache build *.egg-info
