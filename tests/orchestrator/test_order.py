@@ -46,7 +46,7 @@ def sequence(plan: OrderPlan, world_size: int, position: int, steps: int) -> np.
 
 def order_hash(sequence: np.ndarray) -> str:
     """SHA-256 of an unsorted sequence of sample ids."""
-    return hashlib.sha256(np.ascontiguousarray(sequence, dtype="<i8")).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(sequence, dtype="<i8").tobytes()).hexdigest()
 
 
 @pytest.mark.parametrize("num_streams", [2**k for k in range(11)])
