@@ -1,7 +1,9 @@
 """Ray Data as an ordered, prefetching reader: units of work in, blocks of arrays out, in the units' order."""
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from queue import Queue
 from threading import Event, Lock, Semaphore, Thread
@@ -11,17 +13,23 @@ import numpy as np
 
 Unit = TypeVar("Unit")
 Block = dict[str, np.ndarray]
+Pipeline = Callable[[list[Any]], Iterator[Block]]
 Queues = list["Queue[Block | BaseException | None]"]  # a unit's blocks as they come, then None
 
 TASKS = 4  # reads of one pipeline that run at a time: with a quarter of a CPU each, one CPU is never idle between two
-BLOCK_BYTES = 4 << 20  # what a task hands over at once: small blocks keep the object store small
+BLOCK_BYTES = 4 << 20  # what a task hands over at once, at most: small blocks keep the object store small
 CHUNKS_AHEAD = 2  # chunks in this process: one that is consumed, one that is read meanwhile
+CLOSING_SECONDS = 10  # that a caller who stops early waits for each running pipeline, at most
 
 _building = Lock()  # Ray Data's context belongs to the process
 
 
 def stream(
-    units: Iterable[Unit], read_unit: Callable[[Unit], Iterator[Block]], chunk: int, num_cpus: float = 0.25
+    units: Iterable[Unit],
+    read_unit: Callable[[Unit], Iterator[Block]],
+    chunk: int,
+    block_bytes: int = BLOCK_BYTES,
+    num_cpus: float = 0.25,
 ) -> Iterator[Block]:
     """Read every unit in tasks of `num_cpus` CPUs, ahead of the caller; yield the rows in the units' order.
 
@@ -29,9 +37,9 @@ def stream(
     which so holds at most two chunks: an executor that waits for a slow consumer keeps polling, in this process, and
     would take half a core from the training step. Its tasks hand over blocks in whatever order they are ready; the
     units' order is restored here, so that nothing waits for its turn in the object store. `read_unit` runs in Ray tasks
-    and yields dicts of arrays with one row for each sample; it should yield uint8 rather than float, a few megabytes at
-    a time, and hold locations, not data. Blocks may be cut elsewhere than `read_unit` cut them, never across units. The
-    arrays are the caller's own.
+    and yields dicts of arrays, a row for each sample; it should yield uint8 rather than float, about `block_bytes`
+    at a time, and hold locations, not data. Blocks may be cut elsewhere than `read_unit` cut them, never across units.
+    The arrays are the caller's own.
 
     Raises:
         RuntimeError: a unit could not be read; the message is the original error's.
@@ -39,36 +47,38 @@ def stream(
     from ray.exceptions import RayError, RayTaskError
 
     try:
-        yield from _ahead(iter(units), read_unit, chunk, num_cpus)
+        yield from _ahead(iter(units), chunk, partial(_pipeline, read_unit, min(block_bytes, BLOCK_BYTES), num_cpus))
     except RayError as error:
         reason = str(error.cause if isinstance(error, RayTaskError) else error)
         first_line = reason.strip().split("\n", 1)[0]  # Ray adds advice beneath
         raise RuntimeError(f"reading data failed: {first_line}") from error
 
 
-def _ahead(
-    units: Iterator[Unit], read_unit: Callable[[Unit], Iterator[Block]], chunk: int, num_cpus: float
-) -> Iterator[Block]:
+def _ahead(units: Iterator[Unit], chunk: int, pipeline: Pipeline) -> Iterator[Block]:
     """Read chunk after chunk, each in a thread, while there is room for another."""
     chunks: Queue[Queues | BaseException | None] = Queue()
     room, closed = Semaphore(CHUNKS_AHEAD), Event()
+    pipelines: deque[Thread] = deque(maxlen=CHUNKS_AHEAD)
 
     def read() -> None:
         try:
             while not closed.is_set() and (taken := list(islice(units, chunk))):
                 room.acquire()
+                if closed.is_set():
+                    return
                 queues: Queues = [Queue() for _ in taken]
                 chunks.put(queues)
                 ending = Event()
-                Thread(
-                    target=_fill, args=(queues, taken, read_unit, num_cpus, ending, closed), name="chunk", daemon=True
-                ).start()
+                arguments = (queues, pipeline(taken), ending, closed)
+                pipelines.append(Thread(target=_fill, args=arguments, name="chunk", daemon=True))
+                pipelines[-1].start()
                 ending.wait()  # the next pipeline starts while this one's last tasks run
             chunks.put(None)
         except BaseException as error:  # noqa: BLE001 - it is raised in the caller's thread
             chunks.put(error)
 
-    Thread(target=read, name="stream", daemon=True).start()
+    reader = Thread(target=read, name="stream", daemon=True)
+    reader.start()
     try:
         while (queues := chunks.get()) is not None:
             if isinstance(queues, BaseException):
@@ -82,20 +92,15 @@ def _ahead(
     finally:
         closed.set()
         room.release()
+        for thread in (reader, *pipelines):  # what still asks Ray when Ray is shut down would end the process
+            thread.join(CLOSING_SECONDS)
 
 
-def _fill(
-    queues: Queues,
-    units: list[Unit],
-    read_unit: Callable[[Unit], Iterator[Block]],
-    num_cpus: float,
-    ending: Event,
-    closed: Event,
-) -> None:
-    """Deal a pipeline's blocks to the units' queues; `ending` once hardly more units are left than tasks."""
-    left = len(units)
+def _fill(queues: Queues, blocks: Iterator[Block], ending: Event, closed: Event) -> None:
+    """Deal a pipeline's blocks to the units' queues; `ending` once half of its tasks may have nothing left to do."""
+    left = len(queues)
     try:
-        for block in _pipeline(units, read_unit, num_cpus):
+        for block in blocks:
             if closed.is_set():
                 return
             queue = queues[int(block.pop("unit_of_chunk")[0])]
@@ -113,7 +118,9 @@ def _fill(
         ending.set()
 
 
-def _pipeline(units: list[Unit], read_unit: Callable[[Unit], Iterator[Block]], num_cpus: float) -> Iterator[Block]:
+def _pipeline(
+    read_unit: Callable[[Unit], Iterator[Block]], block_bytes: int, num_cpus: float, units: list[Unit]
+) -> Iterator[Block]:
     """The blocks of some units, by one Ray Data execution, each with its unit's number and where the unit ends."""
     import ray
     from ray.data import DataContext, TaskPoolStrategy
@@ -121,7 +128,7 @@ def _pipeline(units: list[Unit], read_unit: Callable[[Unit], Iterator[Block]], n
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is raised, once, by `stream`
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = False
-    context.target_max_block_size = BLOCK_BYTES
+    context.target_max_block_size = block_bytes
     context.enable_progress_bars = False
     reference = ray.put(units)  # once, rather than a block of its own for each unit
 

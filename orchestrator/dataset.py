@@ -15,13 +15,13 @@ import pyarrow as pa
 from PIL import Image
 from pydantic import BaseModel, Field, ValidationError
 
-from cluster.stream import Block, stream
+from cluster.stream import TASKS, Block, stream
 from orchestrator import storage
 from orchestrator.images import center_crop, decode, random_crop
 from orchestrator.order import OrderPlan, Purpose, Unit, sample_rng
 from orchestrator.row_groups import read_row_group
 
-READ_AHEAD_BYTES = 64 << 20  # decoded images that one pipeline reads; a worker holds two such
+READ_AHEAD_BYTES = 128 << 20  # decoded images that one pipeline reads, unless its tasks' are more; a worker holds two
 READ_AHEAD_ROWS = 8192  # and no more of them: what is read further ahead only takes CPUs from the training
 BLOCK_ROWS = 64  # decoded at a time
 
@@ -170,8 +170,10 @@ def batches(
         last_epoch, _ = order.locate(end)
         units = takewhile(lambda unit: unit.epoch <= last_epoch, units)
     if use_ray:
-        rows = min(READ_AHEAD_ROWS, READ_AHEAD_BYTES // (image_size**2 * 3))
-        blocks = stream(units, read, chunk=max(2, rows // (order.config.window * max(order.row_group_sizes))))
+        row_bytes = image_size**2 * 3
+        rows = min(READ_AHEAD_ROWS, READ_AHEAD_BYTES // row_bytes)
+        chunk = max(TASKS, rows // (order.config.window * max(order.row_group_sizes)))
+        blocks = stream(units, read, chunk, block_bytes=BLOCK_ROWS * row_bytes)
     else:
         blocks = (block for unit in units for block in read(unit))
     steps = takewhile(lambda step: end is None or step[1] < end, order.steps(position))

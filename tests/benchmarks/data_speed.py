@@ -149,7 +149,7 @@ class Files(Dataset):
             if self.published
             else center_crop(image, self.image_size)
         )
-        return np.ascontiguousarray(crop[:, ::-1] if index % 2 else crop), index % 10
+        return np.array(crop[:, ::-1] if index % 2 else crop), index % 10
 
 
 def _data_loader(paths: list[str], options: Options, published: bool) -> Pass:

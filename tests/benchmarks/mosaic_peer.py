@@ -28,7 +28,7 @@ class Images(StreamingDataset):
         sample = super().__getitem__(at)
         image = Image.open(io.BytesIO(sample["image"])).convert("RGB")
         crop = published_center_crop(image, self.image_size, True)
-        return np.ascontiguousarray(crop[:, ::-1] if at % 2 else crop), sample["label"]
+        return np.array(crop[:, ::-1] if at % 2 else crop), sample["label"]
 
 
 def main(folder: str, image_size: int, processes: int, batch_size: int) -> None:
