@@ -90,8 +90,8 @@ def plan(config: EvaluationConfig) -> str:
             f"reads   {images.uri} ({images.kind}, {images.count:,} images) and {reference}",
             f"writes  {config.path(config.output)}: report.json, report.html; features beside samples and dataset",
             f"work    {name}: {images.count:,} images, and those of the reference that have no features yet",
-            f"memory  at most {size:.2f} GiB of features ({dimension} float32 each), and as much again to work on them, "
-            "here and in each worker",
+            f"memory  at most {size:.2f} GiB of features ({dimension} float32 each), and as much again to work "
+            "on them, here and in each worker",
         ]
     )
 
