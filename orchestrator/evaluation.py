@@ -50,6 +50,7 @@ def evaluate(config: EvaluationConfig) -> str:
     """
     output = config.path(config.output)
     images = _samples(config)
+    _check_reference(config, images)
     loader = _loader(config, images)
     loaded = loader()
     claim(output, config, samples=images.identity, extractor=loaded.fingerprint, extractor_weights=None)
@@ -90,7 +91,8 @@ def plan(config: EvaluationConfig) -> str:
             f"reads   {images.uri} ({images.kind}, {images.count:,} images) and {reference}",
             f"writes  {config.path(config.output)}: report.json, report.html; features beside samples and dataset",
             f"work    {name}: {images.count:,} images, and those of the reference that have no features yet",
-            f"memory  at most {size:.2f} GiB of features here ({dimension} float32 each), and as much again",
+            f"memory  at most {size:.2f} GiB of features ({dimension} float32 each), and as much again to work "
+            "on them, here and in each worker",
         ]
     )
 
@@ -107,6 +109,16 @@ def _samples(config: EvaluationConfig) -> ImageSet:
     known = not reference.endswith(".npz") and storage.exists(storage.join(reference, "manifest.json"))
     classes = load_manifest(reference).classes if known else ()
     return open_images(config.path(config.samples), classes, config.image_size)
+
+
+def _check_reference(config: EvaluationConfig, images: ImageSet) -> None:
+    """What can be said of it before the output folder is claimed for it."""
+    uri = config.path(config.reference)
+    if not uri.endswith(".npz"):
+        load_manifest(uri)
+        _image_size(config, images)
+    elif not storage.exists(uri):
+        raise FileNotFoundError(f"reference={uri} is not there")
 
 
 def _loader(config: EvaluationConfig, images: ImageSet) -> LoadExtractor:

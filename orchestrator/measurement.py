@@ -44,6 +44,7 @@ from orchestrator.extraction import FeatureFiles, Labelled, chosen
 from orchestrator.references import Reference
 
 NEIGHBOURS = 3  # k of precision and recall; a class with fewer rows has none
+FEWEST = 6  # images of each set for all the metrics of neighbours
 
 Estimates = dict[str, Estimate]
 
@@ -191,11 +192,11 @@ def measure_files(made: FeatureFiles, reference: Reference, name: str, limits: L
         result.estimates |= class_scores(logits, labels, len(reference.classes), name)
         if "accuracy" not in result.estimates:
             result.missing["accuracy"] = "the extractor's classes are not the samples' labels"
+    of_rows = ("precision", "recall", "density", "coverage", metric_name("kid", name), "authpct", "per_class")
     if reference.files is None:
-        for metric in ("precision", "recall", "density", "coverage", metric_name("kid", name), "authpct", "per_class"):
-            result.missing[metric] = reference.missing["rows"]
-    elif made.count <= NEIGHBOURS + 2:
-        result.missing["precision"] = f"n={made.count} samples have not the neighbours that it needs"
+        result.missing |= dict.fromkeys(of_rows, reference.missing["rows"])
+    elif (fewest := min(made.count, reference.files.count)) < FEWEST:
+        result.missing |= dict.fromkeys(of_rows, f"{fewest} images of one set are too few, {FEWEST} are needed")
     else:
         _measure_rows(result, made, pool_features, labels, reference, name, limits, num_workers)
     return result
@@ -215,10 +216,13 @@ def _measure_rows(
     files = reference.files
     assert files is not None
     rows, real = chosen(made.count, limits.samples), files.chosen_pool(limits.references)
-    samples = features[rows]
+    samples = features[rows] if len(rows) < made.count else features
     with _pairs(files, limits, real, made, samples, num_workers) as run:
         result.estimates |= neighbour_metrics(real, samples, run)
-        result.rows, result.realism = rows, realism(real, samples, run=run)
+        try:
+            result.rows, result.realism = rows, realism(real, samples, run=run)
+        except ValueError as error:
+            result.missing["realism"] = str(error)
     if name == "inception":
         for metric, value in zip(("precision", "recall"), precision_recall_openai(real, samples), strict=True):
             note = "no interval: float16 arithmetic of the published evaluator, for parity alone"

@@ -1,5 +1,7 @@
 """How fast metrics are beside plain ways to the same numbers: alternating runs, median of the ratios with interval.
 
+Seconds are of the CPU, summed over threads, so that others' load on the machine hardly shows.
+
     python -m tests.benchmarks.metric_speed [--only NAME] [--pairs N] [--threads N]
 
 - inception: features of a batch by torch-fidelity and by Admiral, the same random weights. It needs the package
@@ -161,9 +163,9 @@ def _row(name: str, pairs: int, plain: Callable[[], Any], ours: Callable[[], Any
 
 
 def _seconds(function: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
+    begin = time.process_time()
     function()
-    return time.perf_counter() - begin
+    return time.process_time() - begin
 
 
 def _peak_bytes() -> int:

@@ -1,16 +1,21 @@
 """The job: from samples in any form to one report, the same for every way of sharding and for any pool."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from orchestrator import storage
+from models.inception import InceptionNetwork
+from models.metrics import frechet_distance_of_rows
+from orchestrator import extractors, storage
 from orchestrator.evaluation import EvaluationConfig, evaluate, plan
 from orchestrator.preparation import prepare
 from tests.orchestrator.digits import digits
+from tests.reference_metrics import random_weights
 
 TOY = "tests.orchestrator.toy_extractor.ToyExtractor"
 
@@ -42,6 +47,22 @@ def report(uri: str) -> dict[str, Any]:
 def test_samples_that_are_not_there_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="none holds no finished samples: generate them first"):
         evaluate(EvaluationConfig(store=str(tmp_path), samples="none", reference="digits", output="evaluation"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reference": "digit"}, "digit holds no finished dataset"),
+        ({"reference": "none.npz"}, r"none\.npz is not there"),
+        ({"image_size": 16}, "image_size=16, but the samples"),
+        ({"extractor": "inception"}, "put it at"),
+        ({"extractor": "vgg"}, "wanted inception"),
+    ],
+)
+def test_a_mistake_claims_no_folder(store: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        evaluate(config(store, output="mistaken", **changes))
+    assert not storage.exists(storage.join(store, "mistaken"))
 
 
 def test_noise_is_measured_by_the_digits_network(store: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,9 +110,39 @@ def test_the_pool_and_a_second_look_give_the_same_report(store: str, ray_session
     assert pooled == alone
 
 
-def test_reference_images_of_another_size_are_refused(store: str) -> None:
-    with pytest.raises(ValueError, match=r"image_size=16, but the samples in .* have 8 pixels"):
-        evaluate(config(store, output="sixteen", image_size=16))
+@pytest.mark.slow
+def test_the_names_of_the_papers_belong_to_inception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The golden recipe's weights in the place of the published ones, against a reference in the published layout."""
+    golden = Path(__file__).parents[1] / "golden" / "metrics"
+    shapes = json.loads((golden / "inception_state_dict.json").read_text())["shapes"]
+    with np.load(golden / "inception_random_weights.npz") as arrays:
+        state = random_weights({name: arrays[name] for name in ("seed", "fc_scale")}, shapes)
+    torch.save(state, tmp_path / "weights.pth")
+    digest = hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
+    monkeypatch.setattr(extractors, "INCEPTION_SHA256", digest)
+    images = np.random.default_rng([74]).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "samples", images[:10])
+    own = InceptionNetwork(state)(images[10:])
+    spatial = own.spatial
+    assert spatial is not None
+    np.savez(
+        tmp_path / "reference",
+        images[10:],
+        mu=own.pool.mean(0), sigma=np.cov(own.pool, rowvar=False),
+        mu_s=spatial.mean(0), sigma_s=np.cov(spatial, rowvar=False),
+    )  # fmt: skip
+    settings = {"store": str(tmp_path), "output": "evaluation", "extractor": "inception", "num_workers": 0}
+    files = {"samples": "samples.npz", "reference": "reference.npz", "extractor_weights": "weights.pth"}
+    found = storage.read_json(evaluate(EvaluationConfig(**settings, **files)))
+    assert set(found["metrics"]) == {
+        "fid", "sfid", "kid", "inception_score", "inception_score_classic", "precision", "recall", "precision_openai",
+        "recall_openai", "density", "coverage", "authpct",
+    }  # fmt: skip
+    assert found["extractor"]["fingerprint"] == f"inception-{digest[:12]}"
+    assert found["metrics"]["fid"]["interval"] is None and "2 D" in found["metrics"]["fid"]["note"]
+    assert found["metrics"]["fid"]["value"] == pytest.approx(
+        frechet_distance_of_rows(own.pool, InceptionNetwork(state)(images[:10]).pool), rel=1e-3
+    )
 
 
 def test_a_published_batch_as_reference_and_nothing_written_beside_it(store: str, tmp_path: Path) -> None:

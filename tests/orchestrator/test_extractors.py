@@ -68,6 +68,8 @@ def test_one_s_own_extractor_comes_by_its_dotted_name() -> None:
     assert isinstance(module.network, DigitsNetwork) and len(module.fingerprint) == len("digits-") + 12
     with pytest.raises(ValueError, match="cannot be imported"):
         own_extractor("tests.orchestrator.toy_extractor.Nothing")
+    with pytest.raises(ValueError, match="names another network's numbers"):
+        own_extractor("tests.orchestrator.toy_extractor.FalseInception")
     with pytest.raises(ValueError, match="is no extractor: it lacks name, dimension, num_classes"):
         own_extractor("collections.OrderedDict")
 

@@ -7,30 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.features import Features
-from models.inception import InceptionNetwork
 from models.metrics import Gaussian, moments
 from orchestrator import storage
 from orchestrator.extractors import LoadedExtractor, own_extractor
 from orchestrator.preparation import prepare
 from orchestrator.references import Reference, open_reference
 from tests.orchestrator.digits import digits
-from tests.orchestrator.toy_extractor import ToyExtractor
+from tests.orchestrator.toy_extractor import FalseInception
 
 TOY = partial(own_extractor, "tests.orchestrator.toy_extractor.ToyExtractor")
 
 
-class Inception(ToyExtractor):
-    """The toy under the name that published statistics belong to."""
-
-    name = InceptionNetwork.name
-
-    def __call__(self, images: np.ndarray) -> Features:
-        return super().__call__(images)
-
-
 def inception() -> LoadedExtractor:
-    return LoadedExtractor(Inception(), "inception-0123456789ab")
+    return LoadedExtractor(FalseInception(), "inception-0123456789ab")
 
 
 @pytest.fixture
@@ -58,7 +47,7 @@ def test_published_statistics_are_taken_and_images_serve_the_neighbours(images: 
 
 def test_without_statistics_the_images_give_them(images: np.ndarray, tmp_path: Path) -> None:
     found = opened(tmp_path, arr_0=images)
-    expected = moments(Inception()(images).pool)
+    expected = moments(FalseInception()(images).pool)
     np.testing.assert_array_equal(found.statistics["pool"].mean, expected.mean)
     assert found.count == 40
 
