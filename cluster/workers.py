@@ -17,6 +17,7 @@ Work = Callable[[Item], Result]
 MakeWorker = Callable[[], Work[Item, Result]]
 
 START_TRIES = 5  # how often a worker may die while it is made, in a row, before it is given up
+LOST_WORKERS = 10  # that an item may cost before it is taken for the cause; elsewhere, nodes are taken away at random
 STRAGGLING = 3.0  # times the mean duration: an item that takes longer is given to an idle worker as well
 LOOK_SECONDS = 1.0  # between two looks for such items
 
@@ -81,7 +82,7 @@ class Pool(Generic[Item, Result]):
         results may be computed twice, never lost. Memory does not grow with the number of items.
 
         Raises:
-            ItemsFailed: some items raised an error, or lost their worker, `tries` times; all others are done.
+            ItemsFailed: some items raised an error `tries` times, or lost ten workers; all others are done.
             RuntimeError: a worker could not be made, or none is left.
         """
         yield from _Mapping[Item, Result](self._actors, items, tries).results()
@@ -92,7 +93,8 @@ class _Task(Generic[Item]):
     """An item on its way."""
 
     item: Item
-    failures: int = 0
+    failures: int = 0  # errors that it raised
+    lost: int = 0  # workers that died of it, or at it
     copies: int = 0  # workers that have it at this moment
     begun: float = 0.0  # when it was handed out first since it last failed, in seconds
 
@@ -132,9 +134,7 @@ class _Mapping(Generic[Item, Result]):
             while self._results:
                 yield self._results.popleft()
         if self._failed:
-            raise ItemsFailed(
-                f"{self._failed} items failed {self._tries} times each, the others are done: {'; '.join(self._reasons)}"
-            )
+            raise ItemsFailed(f"{self._failed} items failed, the others are done: {'; '.join(self._reasons)}")
 
     def _is_waiting(self) -> bool:
         if not self._waiting:
@@ -206,7 +206,8 @@ class _Mapping(Generic[Item, Result]):
         from ray.exceptions import RayTaskError
 
         error = future.exception()
-        if error is None or isinstance(error, RayTaskError):
+        raised = isinstance(error, RayTaskError)
+        if error is None or raised:
             self._idle.append(actor)
         else:  # its process is gone
             self._look_for(actor)
@@ -214,25 +215,27 @@ class _Mapping(Generic[Item, Result]):
         if task not in self._running:  # another worker was quicker
             return
         if error is not None:
-            self._failure(task, error)
+            self._failure(task, error, raised)
             return
         del self._running[task]
         self._seconds += time.monotonic() - task.begun
         self._done += 1
         self._results.append((task.item, future.result()))
 
-    def _failure(self, task: _Task[Item], error: BaseException) -> None:
-        task.failures += 1
+    def _failure(self, task: _Task[Item], error: BaseException, raised: bool) -> None:
+        task.failures += raised
+        task.lost += not raised
         if task.copies:  # another worker has it too
             return
         del self._running[task]
-        if task.failures < self._tries:
+        if task.failures < self._tries and task.lost < LOST_WORKERS:
             self._waiting.append(task)
             return
         self._failed += 1
+        reason = f"{task.item}, {task.failures + task.lost} times: {_reason(error)}"
         if len(self._reasons) < 5:
-            self._reasons.append(f"{task.item}: {_reason(error)}")
-        log.warning("%s failed %d times, the last time by %s", task.item, task.failures, _reason(error))
+            self._reasons.append(reason)
+        log.warning("failed for good: %s", reason)
 
 
 class _Worker:

@@ -41,7 +41,18 @@ def generation_presets() -> dict[str, tuple[str, GenerationConfig]]:
         guidance=GuidanceConfig(scale=1.0),
         labels="uniform",
     )
-    return {"digits": (DIGITS, digits), "released": ("the released ADM-G on ImageNet 64x64, as recommended", released)}
+    cascade = released.model_copy(
+        update={
+            "upsampler": "64_256_upsampler.pt",
+            "upsampling": SamplerConfig(name="ddpm", num_steps=250),
+            "output": "adm64-256/samples",
+        }
+    )
+    return {
+        "digits": (DIGITS, digits),
+        "released": ("the released ADM-G on ImageNet 64x64, as recommended", released),
+        "cascade": ("the same, enlarged to 256x256 by the released upsampler (ADM-G + ADM-U)", cascade),
+    }
 
 
 def evaluation_presets() -> dict[str, tuple[str, EvaluationConfig]]:

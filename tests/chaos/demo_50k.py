@@ -178,12 +178,14 @@ def compare(demo: Demo, bucket: str) -> dict[str, Any]:
 
 
 def evaluate(demo: Demo, samples: str, output: str) -> dict[str, Any]:
-    """The metrics of the samples, by the job, in shards."""
+    """The metrics of the samples, by the job, in shards; its report is kept beside the curves."""
     command = [
         sys.executable, "jobs/evaluate_samples.py", "digits", "--store", demo.folder,
         "--samples", samples, "--output", output, "--num-workers", "2",
     ]  # fmt: skip
     subprocess.run(command, cwd=ROOT, check=True)
+    for name in ("report.json", "report.html"):  # the server forgets everything
+        Path(demo.folder, name).write_bytes(storage.read_bytes(storage.join(output, name)))
     metrics = storage.read_json(storage.join(output, "report.json"))["metrics"]
     return {name: {"value": metric["value"], "interval": metric["interval"]} for name, metric in metrics.items()}
 

@@ -107,10 +107,24 @@ def test_an_item_that_always_fails_is_named_and_the_others_are_done(clock: Clock
     error = RayTaskError("work", "ValueError: no such label", ValueError("no such label"))
     bad = TimedActor(clock, lambda _: 0.0, outcome=lambda item: error if item % 10 == 3 else item)
     done = []
-    with pytest.raises(ItemsFailed, match=r"3 items failed 3 times each.*3: .*no such label"):
+    with pytest.raises(ItemsFailed, match=r"3 items failed.*3, 3 times: .*no such label"):
         for item, _ in Pool[int, int]([bad]).map(range(30)):
             done.append(item)
     assert sorted(done) == [item for item in range(30) if item % 10 != 3]
+
+
+def test_an_item_that_kills_every_worker_is_named_in_the_end(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "LOOK_SECONDS", 0.01)
+
+    def outcome(item: int) -> int | Exception:
+        return ActorDiedError() if item == 2 else item
+
+    deadly = [TimedActor(clock, lambda _: 0.001, outcome=outcome) for _ in range(3)]
+    done = []
+    with pytest.raises(ItemsFailed, match=r"1 items failed.*2, 10 times"):
+        for item, _ in Pool[int, int](deadly).map(range(30)):
+            done.append(item)
+    assert sorted(done) == [item for item in range(30) if item != 2]
 
 
 def make_slow_starter(folder: str) -> Callable[[int], int]:
@@ -132,7 +146,7 @@ def test_a_worker_killed_while_it_is_made_is_made_again(ray_session: None, tmp_p
 def test_a_killed_worker_loses_nothing_and_a_bad_item_is_named(ray_session: None, tmp_path: Path) -> None:
     make = partial(make_squarer, str(tmp_path), dies_at=7, fails_at=9)
     done = []
-    with pytest.raises(ItemsFailed, match=r"1 items failed 3 times each.*9: ValueError: item 9 is bad"):
+    with pytest.raises(ItemsFailed, match=r"1 items failed.*9, 3 times: ValueError: item 9 is bad"):
         for item, result in map_items(make, range(20), num_workers=2):
             done.append((item, result))
     assert (tmp_path / "died").exists(), "no worker was killed"
