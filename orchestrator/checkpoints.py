@@ -101,6 +101,9 @@ def prune_checkpoints(run: str, newest: int, keep: int, keep_every: int | None =
         position = _position(name)
         if position <= newest and not (position in kept and (position, _attempt(name)) in committed):
             storage.delete(storage.join(folder, name))
+    for position in {_position(name) for name in names} - kept:
+        if position <= newest:
+            storage.delete(_folder(run, position) + "/")  # with what a dead attempt had only half written there
 
 
 def shared_out(tensors: dict[str, Tensor], most: int) -> Iterator[dict[str, Tensor]]:

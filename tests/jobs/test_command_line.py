@@ -21,6 +21,7 @@ ALL_PRESETS: dict[str, Callable[[], Any]] = {
     "train_upsampler": training_presets.upsampler_presets,
     "estimate_likelihood": presets.likelihood_presets,
     "convert_weights": presets.conversion_presets,
+    "average_weights": presets.average_presets,
     "quickstart": presets.quickstart_presets,
     "doctor": presets.doctor_presets,
 }

@@ -109,6 +109,8 @@ def test_pruning_keeps_the_newest_and_the_marked_and_clears_up_after_the_dead(tm
         for name in (f"commit-{attempt}.json", f"state-{attempt}-000.safetensors")
     ]
     assert left == ["README.txt", *wanted]
+    folders = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()}
+    assert folders == {name.split("/")[0] for name in wanted}, "empty folders go too"
     found = latest_checkpoint(run)
     assert found is not None and found.position == 384
 
