@@ -163,7 +163,7 @@ class Killer(threading.Thread):
     def _hit(self, kill: Kill) -> None:
         if kill.phase == "stop":
             os.kill(self._driver(), signal.SIGTERM)
-            time.sleep(1)  # for the wish to reach the workers, of which none can end the step meanwhile
+            time.sleep(2)  # for the wish to reach the workers, of which none can end the step meanwhile
             self.account.stops += 1
             return
         rank = self._rng.choice(sorted(self._workers))
