@@ -8,8 +8,8 @@ other are stopped meanwhile, those of Ray too, so that what is read ahead is pai
 one window of each. Prints the seconds of a step on both sides, and the median ratio with a 95% interval of the median;
 passes (exit code 0) where the lower end is at most 1.02.
 
-What is read ahead is less than in truth, so that each window holds a whole cycle of reading; Ray pays for more pipelines
-than in truth.
+What is read ahead is less than in truth, so that each window holds a whole cycle of reading; Ray pays for more
+pipelines than in truth.
 """
 
 import contextlib
