@@ -7,7 +7,7 @@ STORE ?= local
 AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup quickstart test test-all demo-50k cluster cluster-stop lint clean
+.PHONY: help setup quickstart test test-all prove chaos demo-50k cluster cluster-stop lint clean
 
 help:  ## the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,12 @@ test: $(INSTALLED) lint  ## the tests that CI runs
 
 test-all: $(INSTALLED) lint  ## every test
 	$(BIN)/python -m pytest
+
+prove: $(INSTALLED)  ## the same weights to the bit, by 1, 2 and 4 workers, through kills, and through resizes
+	$(BIN)/python -m tests.chaos.prove --seed $(or $(SEED),0)
+
+chaos: $(INSTALLED)  ## KILLS=20 SEED=0: trainings under random kills, which must change no bit
+	$(BIN)/python -m tests.chaos.run --kills $(or $(KILLS),20) --seed $(or $(SEED),0)
 
 demo-50k: $(INSTALLED)  ## SAMPLES=50000 KILLS=10 SEED=0: samples under kills, compared and measured
 	$(BIN)/python -m tests.chaos.demo_50k --samples $(or $(SAMPLES),50000) --kills $(or $(KILLS),10) --seed $(or $(SEED),0)

@@ -1,11 +1,17 @@
 """A small actor between the driver and its workers: numbers and pictures one way, the wish to stop the other."""
 
+import contextlib
+import threading
+import time
 from collections import deque
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from cluster.session import beside_driver
+
+LOOK_SECONDS = 0.5  # between two questions whether to stop
 
 
 @ray.remote
@@ -36,7 +42,7 @@ class Relay:
 
     def __init__(self, capacity: int = 10_000) -> None:
         self._actor = _Relay.options(**beside_driver()).remote(capacity)  # type: ignore[attr-defined]
-        self._pending: Any = None
+        self._watching: threading.Thread | None = None
         self._stopping = False
 
     def push(self, record: dict[str, Any]) -> None:
@@ -52,14 +58,17 @@ class Relay:
         ray.get(self._actor.stop.remote())
 
     def stopping(self) -> bool:
-        """Whether the driver asked to stop, as of a moment ago: asks ahead and never waits."""
-        if self._pending is None:
-            self._pending = self._actor.stopping.remote()
-        ready, _ = ray.wait([self._pending], timeout=0)
-        if ready:
-            self._stopping = ray.get(ready[0])
-            self._pending = self._actor.stopping.remote()
+        """Whether the driver asked to stop, as of a moment ago. A thread asks, so that no step pays for it."""
+        if self._watching is None:
+            self._watching = threading.Thread(target=self._watch, name="relay", daemon=True)
+            self._watching.start()
         return self._stopping
 
+    def _watch(self) -> None:
+        with contextlib.suppress(RayError):  # the driver is gone, and so is this process in a moment
+            while not self._stopping:
+                self._stopping = ray.get(self._actor.stopping.remote())
+                time.sleep(LOOK_SECONDS)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"_actor": self._actor, "_pending": None, "_stopping": False}
+        return {"_actor": self._actor, "_watching": None, "_stopping": False}

@@ -1,6 +1,6 @@
 """What Ray costs a training: the same loop with the same decode work, under Ray and in plain processes. Run by hand:
 
-    python -m tests.benchmarks.train_overhead [--pairs 20] [--seconds 6] [--workers 2]
+    python -m tests.benchmarks.train_overhead [--pairs 20] [--steps 16] [--workers 2]
 
 One side is `train_loop` under Ray Train with its real stream; the other is the same loop in spawned processes over gloo
 that decode for themselves. Both are started once and go on all the time, but only one at a time: all processes of the
@@ -8,8 +8,8 @@ other are stopped meanwhile, those of Ray too, so that what is read ahead is pai
 one window of each. Prints the seconds of a step on both sides, and the median ratio with a 95% interval of the median;
 passes (exit code 0) where the lower end is at most 1.02.
 
-What is read ahead is less than in truth, so that each window holds whole cycles of reading; Ray pays for more pipelines
-than in truth.
+What is read ahead is less than in truth, so that each window holds a whole cycle of reading; Ray pays for more
+pipelines than in truth.
 """
 
 import contextlib
@@ -44,6 +44,7 @@ from tests.chaos.plain import start_plainly
 
 IMAGES = 2048  # JPEGs in the dataset
 WIDTH, HEIGHT = 500, 375  # pixels, as ImageNet's are in the middle
+PATIENCE_SECONDS = 120.0  # for the steps of a window, or of the start
 Kind = Literal["plain", "ray"]
 
 
@@ -52,7 +53,7 @@ class Options:
     """What is measured."""
 
     pairs: int = 20  # alternating windows of both sides
-    seconds: float = 6.0  # of a window
+    steps: int = 16  # of a window: as many as one cycle of reading ahead has images for
     workers: int = 2  # training processes of each side
     image_size: int = 32  # pixels
     batch_size: int = 64  # images in a step, over all workers
@@ -76,7 +77,7 @@ def main(options: Options) -> int:
                 sides[-1].halt()
             for pair in range(-2, options.pairs):  # the first two warm up
                 for side in sides:
-                    seconds = side.measure(options.seconds)
+                    seconds = side.measure(options.steps)
                     if pair >= 0:
                         times[side.kind].append(seconds)
     ratios = np.sort(np.array(times["ray"]) / np.array(times["plain"]))
@@ -94,14 +95,14 @@ class Side:
         self.kind = kind
         self._process, self._stamps = process, stamps
 
-    def measure(self, seconds: float) -> float:
-        """Let it go on for a while; the mean seconds of the steps that it did from one end to the other."""
-        begin = time.monotonic()
+    def measure(self, steps: int) -> float:
+        """Let it go on for so many steps after the one that was interrupted; their mean seconds."""
+        before = len(self.step_ends())
         self._signal(signal.SIGCONT)
-        time.sleep(seconds)
+        self.await_steps(before + 1 + steps)
         self.halt()
-        ends = [end for end in self.step_ends() if end > begin]
-        return (ends[-1] - ends[0]) / (len(ends) - 1)
+        ends = self.step_ends()[before : before + 1 + steps]
+        return (ends[-1] - ends[0]) / steps
 
     def halt(self) -> None:
         """Stop all of it where it is."""
@@ -115,11 +116,12 @@ class Side:
         return [moment for (moment,) in struct.iter_unpack("d", found[: len(found) // 8 * 8])]
 
     def await_steps(self, count: int) -> None:
-        """Wait until it is in full swing."""
+        """Wait until it has done so many."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while len(self.step_ends()) < count:
-            if self._process.poll() is not None:
-                raise RuntimeError(f"the {self.kind} side ended with code {self._process.returncode}")
-            time.sleep(0.1)
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the {self.kind} side does not go on (exit code {self._process.returncode})")
+            time.sleep(0.02)
 
     def _signal(self, number: signal.Signals) -> None:
         for process in [*psutil.Process(self._process.pid).children(recursive=True), self._process]:
@@ -167,7 +169,7 @@ def stamped_loop(config: AdmConfig, stamps: str, read_ahead: int, context: Worke
 
 
 def config_of(options: Options) -> AdmConfig:
-    """A training of a small ADM, in which a step takes some ten times as long as the decoding of its images."""
+    """A training of a small ADM, in which a step takes some four times as long as the decoding of its images."""
     model = UNetConfig(
         image_size=options.image_size, model_channels=32, num_res_blocks=1, channel_mult=(1, 1),
         attention_resolutions=(16,), num_head_channels=32, num_classes=None,

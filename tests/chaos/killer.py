@@ -21,7 +21,7 @@ import psutil
 from orchestrator import storage
 from orchestrator.training_config import AdmConfig
 from tests.chaos.evidence import Recorded, recorded
-from tests.chaos.proxy import Proxy, Rule
+from tests.chaos.proxy import Proxy, Request, Rule
 
 PATIENCE_SECONDS = 180.0  # for a moment to come
 
@@ -86,6 +86,7 @@ class Killer(threading.Thread):
         self._seen = len(proxy.requests)
         self._workers: dict[int, Recorded] = {}  # rank -> the newest process known
         self._ended: set[int] = set()  # processes of attempts that were hit
+        self._training_over = threading.Event()
         self.account = Account()
         self.error: BaseException | None = None
 
@@ -94,8 +95,7 @@ class Killer(threading.Thread):
         try:
             rule = self._watch_for(self._plan[0])
             for number, kill in enumerate(self._plan, 1):
-                if (request := rule.wait(PATIENCE_SECONDS)) is None:
-                    raise TimeoutError(f"{kill} did not come to pass in {PATIENCE_SECONDS:g} s")
+                request = self._await(kill, rule)
                 self._learn_processes()
                 if kill.phase == "first step after a resume":
                     assert (who := recorded(request.target)) and who.position > 0, f"{kill}: nothing was resumed"
@@ -110,13 +110,23 @@ class Killer(threading.Thread):
             self._proxy.clear()
 
     def check(self) -> None:
-        """Raise what went wrong; AssertionError where the training ended before the plan did."""
+        """The training is over: raise what went wrong; AssertionError where it ended before the plan did."""
+        self._training_over.set()
         if self.is_alive():
-            self.join(timeout=10)
+            self.join()
         if self.error is not None:
             raise self.error
         done = sum(self.account.kills.values()) + self.account.stops
         assert done == len(self._plan), f"{done} of {len(self._plan)} kills were carried out"
+
+    def _await(self, kill: Kill, rule: Rule) -> Request:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while (request := rule.wait(0.2)) is None:
+            if self._training_over.is_set():
+                raise AssertionError(f"the training came to its end before {kill}")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{kill} did not come to pass in {PATIENCE_SECONDS:g} s")
+        return request
 
     def _watch_for(self, kill: Kill) -> Rule:
         checkpoint = rf"{re.escape(self._config.output)}/checkpoints/images-{kill.position:012d}"
@@ -153,7 +163,7 @@ class Killer(threading.Thread):
     def _hit(self, kill: Kill) -> None:
         if kill.phase == "stop":
             os.kill(self._driver(), signal.SIGTERM)
-            time.sleep(1)  # for the wish to reach the workers, of which none can end the step meanwhile
+            time.sleep(2)  # for the wish to reach the workers, of which none can end the step meanwhile
             self.account.stops += 1
             return
         rank = self._rng.choice(sorted(self._workers))

@@ -4,16 +4,17 @@ import contextlib
 import logging
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests import servers
+from tests.chaos.evidence import recorded
 from tests.chaos.proxy import Proxy
-from tests.chaos.trainings import CHECKPOINT, ROOT
+from tests.chaos.trainings import CHECKPOINT, start_job
 
 HEALTH_CHECKS = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 2}
 
@@ -44,12 +45,14 @@ def lose_a_node(argv: list[str], proxy: Proxy) -> int:
     """Train by the real job on two nodes; one is lost in the middle of a step, and another comes. Answers 1."""
     held = proxy.add("hold", "PUT", rf"/{3 * CHECKPOINT:012d}-0001-of-0002-process-", times=1)
     with cluster() as made, servers.environment(RAY_ADDRESS=made.address):
-        command = [sys.executable, "jobs/train_adm.py", *argv]
-        job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        job = start_job(argv)
         try:
-            assert held.wait(180) is not None, "the training did not come so far"
-            lost = made.worker_nodes.copy().pop()
-            os.kill(lost.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+            request = held.wait(180)
+            worker = recorded(request.target) if request else None
+            assert worker is not None, "the training did not come so far"
+            raylets = {node.all_processes["raylet"][0].process.pid for node in made.worker_nodes}
+            (lost,) = raylets & {parent.pid for parent in psutil.Process(worker.process).parents()}
+            os.kill(lost, signal.SIGKILL)
             add_node(made)
             proxy.remove(held)
             output, _ = job.communicate(timeout=400)

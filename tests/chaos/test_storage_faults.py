@@ -34,7 +34,9 @@ def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     proxy = Proxy(s3_server, SEED)
     for fault in FAULTS:
         proxy.add(fault, probability=0.04)
+    proxy.add("stall", probability=0.02, times=3)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    monkeypatch.setitem(storage._S3_OPTIONS["config_kwargs"], "read_timeout", 2.0)  # seconds
     monkeypatch.setitem(storage._S3_OPTIONS["config_kwargs"], "retries", {"total_max_attempts": 1})
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
     yield proxy

@@ -108,8 +108,7 @@ def train_by_job(argv: list[str], proxy: Proxy, plan: list[Kill], seed: int = 0)
     if plan:
         killer.start()
     while True:
-        command = [sys.executable, "jobs/train_adm.py", *argv]
-        job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        job = start_job(argv)
         jobs.append(job)
         output, _ = job.communicate()
         if job.returncode == 0:
@@ -118,3 +117,9 @@ def train_by_job(argv: list[str], proxy: Proxy, plan: list[Kill], seed: int = 0)
             raise RuntimeError(f"the job ended with code {job.returncode}: {output[-3000:]}")
     killer.check()
     return killer.account
+
+
+def start_job(argv: list[str]) -> subprocess.Popen[str]:
+    """The real job, in a process of its own; what it says comes through its stdout."""
+    command = [sys.executable, "jobs/train_adm.py", *argv]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
