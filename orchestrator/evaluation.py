@@ -83,22 +83,21 @@ def evaluate(config: EvaluationConfig) -> str:
 def plan(config: EvaluationConfig) -> str:
     """What an evaluation would read, write and hold."""
     images = _samples(config)
-    loader = _loader(config, images)
-    trained = config.extractor != DigitsNetwork.name  # the digits network might have to be trained first
-    network = loader().network if trained else DigitsNetwork
-    held = images.count + min(images.count, config.neighbour_samples) + config.neighbour_references
-    size = held * network.dimension * 4 / 2**30
-    price = []
-    if trained:
+    dimension, name, price = DigitsNetwork.dimension, DigitsNetwork.name, list[str]()
+    if config.extractor != name:  # which might have to be trained first
+        network = _loader(config, images)().network
+        dimension, name = network.dimension, network.name
         cost = extraction_cost(network, image_size_of(images), images.count, EXTRACTOR_BATCH)
         price = [priced(cost, config.price, config.num_workers, half=False)]
+    held = images.count + min(images.count, config.neighbour_samples) + config.neighbour_references
+    size = held * dimension * 4 / 2**30
     reference = config.path(config.reference)
     return "\n".join(
         [
             f"reads   {images.uri} ({images.kind}, {images.count:,} images) and {reference}",
             f"writes  {config.path(config.output)}: report.json, report.html; features beside samples and dataset",
-            f"images  {images.count:,} by {network.name}, and those of the reference that have no features yet",
-            f"driver  at most {size:.2f} GiB of features here ({network.dimension} float32 each), and as much again",
+            f"images  {images.count:,} by {name}, and those of the reference that have no features yet",
+            f"driver  at most {size:.2f} GiB of features here ({dimension} float32 each), and as much again",
             *price,
         ]
     )
