@@ -42,6 +42,7 @@ class LocalCluster:
     def __init__(self, folder: Path = FOLDER) -> None:
         self.folder = folder
         self.environment: dict[str, str] = {}
+        self.metrics: dict[str, str] = {}  # node -> where Prometheus would read it
 
     # -------------------------------------------------------------------------------------------- start
 
@@ -156,11 +157,13 @@ class LocalCluster:
 
     def _start_ray(self, name: str, flags: list[str], options: dict[str, object]) -> None:
         """A node, until it says that it runs: two that start at the same moment take each other's ports."""
+        port = _free_port()
+        self.metrics[name] = f"http://127.0.0.1:{port}/metrics"
         options |= {
             "node-ip-address": "127.0.0.1",
             "object-store-memory": OBJECT_STORE_BYTES,
             "dashboard-agent-listen-port": _free_port(),
-            "metrics-export-port": _free_port(),
+            "metrics-export-port": port,
             "min-worker-port": 0,  # any free ports, for the nodes share one address
             "max-worker-port": 0,
         }
@@ -283,6 +286,7 @@ def main() -> None:
     print(f"dashboard  {cluster.environment['RAY_API_SERVER_ADDRESS']}")
     print(f"MLflow     {cluster.environment['MLFLOW_TRACKING_URI']}")
     print(f"store      {cluster.environment['ADMIRAL_STORE']} on {cluster.environment['AWS_ENDPOINT_URL']}")
+    print(f"metrics    {' '.join(cluster.metrics.values())}")
     print(f"to use it  . {cluster.folder}/environment")
     print("           ray job submit --working-dir . -- python jobs/prepare_dataset.py digits")
 

@@ -15,8 +15,6 @@ from typing import Any
 # A user can do nothing about what these would print, and nothing leaves the machine unasked.
 QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "disabled",  # only for a local cluster of this job's own; a real one sets its mode
-    "RAY_enable_metrics_collection": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every worker's print appears twice
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a worker's end is seen; the default is 2 s
@@ -24,6 +22,9 @@ QUIET_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # else Tune prints boxes although told to be silent
     "PYTHONWARNINGS": "ignore",
 }
+
+# Only for a local Ray of this job's own: a real cluster sets its mode, and is watched.
+LOCAL_ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_enable_metrics_collection": "0"}
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +59,8 @@ def session(wanted_cpus: float = 0, object_store_memory: int = 300 << 20) -> Ite
     if not wanted_cpus:
         yield
         return
-    for name, value in QUIET_ENVIRONMENT.items():
-        if not (name == "RAY_AUTH_MODE" and "RAY_ADDRESS" in os.environ):
-            os.environ.setdefault(name, value)
+    for name, value in (QUIET_ENVIRONMENT | ({} if "RAY_ADDRESS" in os.environ else LOCAL_ENVIRONMENT)).items():
+        os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     import ray
 

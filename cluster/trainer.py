@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from cluster.metrics import publish
+
 PROCESS_GROUP_TIMEOUT_S = 300  # a hung collective ends the attempt after this
 POLL_SECONDS = 0.5
 PREEMPTION_SECONDS = 1.0  # between two looks for a notice that a node goes away
@@ -106,6 +108,7 @@ def _run_on_ray(
                 reason = news.reason or _first_reason(error)
                 failures = 1 if news.saved > saved else failures + 1
                 saved = max(saved, news.saved)
+                publish("train", {"failed_attempts": failures})
                 if news.lasting or failures > max_failures:
                     raise RuntimeError(f"training failed: {reason}") from error
                 log.warning("an attempt failed, going on from the last checkpoint: %s", reason)

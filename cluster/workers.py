@@ -11,6 +11,8 @@ from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
+from cluster.metrics import publish
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Work = Callable[[Item], Result]
@@ -133,8 +135,24 @@ class _Mapping(Generic[Item, Result]):
                 take(actor, future)
             while self._results:
                 yield self._results.popleft()
+            self._publish()
         if self._failed:
             raise ItemsFailed(f"{self._failed} items failed, the others are done: {'; '.join(self._reasons)}")
+
+    def _publish(self) -> None:
+        retries = sum(task.failures > 0 for task in self._waiting)
+        publish(
+            "pool",
+            {
+                "items_running": len(self._running),
+                "items_done": self._done,
+                "items_failed": self._failed,
+                "items_to_repeat": retries,
+                "workers_idle": len(self._idle),
+                "workers_away": len(self._away),
+                "workers_lost": self._lost,
+            },
+        )
 
     def _is_waiting(self) -> bool:
         if not self._waiting:

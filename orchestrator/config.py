@@ -45,7 +45,7 @@ class JobConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 # Where a thing lies, and how many hands make it, does not change what comes out.
-_WITHOUT_EFFECT = {"store", "dry_run", "output", "num_workers"}
+_WITHOUT_EFFECT = {"store", "dry_run", "output", "num_workers", "price"}
 
 
 def claim(folder: str, config: JobConfig, **facts: Any) -> None:

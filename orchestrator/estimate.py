@@ -6,9 +6,13 @@ the peak that published code reached on the same networks; whoever has measured 
 
 from typing import Literal, NamedTuple
 
+import numpy as np
+import torch
 from pydantic import BaseModel, Field
+from torch.utils.flop_counter import FlopCounterMode
 
-from models.costs import peak_memory
+from models.costs import LiveBytes, peak_memory
+from models.features import Extractor
 from models.unet import ClassifierConfig, UNetConfig
 from models.zoo import count_parameters, forward_multiply_adds
 
@@ -16,7 +20,9 @@ from models.zoo import count_parameters, forward_multiply_adds
 class PriceConfig(BaseModel, frozen=True, extra="forbid"):
     """What --dry-run prices the job for."""
 
-    card: Literal["V100", "A100", "H100", "H200"] = "H100"  # GPU, one for each worker
+    card: Literal["B200", "H200", "H100", "A100", "L40S", "A10G", "L4", "V100", "T4"] = (
+        "H100"  # GPU, one for each worker
+    )
     utilization: float | None = Field(None, gt=0, le=1)  # share of its peak that is reached; None = as published
 
 
@@ -28,11 +34,16 @@ class Card(NamedTuple):
     single: float
 
 
-CARDS = {
-    "V100": Card(32e9, 120e12, 15.7e12),  # 120: what ADM's table 7 counts with
-    "A100": Card(80e9, 312e12, 19.5e12),
-    "H100": Card(80e9, 989e12, 67e12),
+CARDS = {  # as the driver names them; a name that is part of another comes after it
+    "B200": Card(180e9, 2250e12, 80e12),
     "H200": Card(141e9, 989e12, 67e12),
+    "H100": Card(80e9, 989e12, 67e12),
+    "A100": Card(80e9, 312e12, 19.5e12),
+    "L40S": Card(48e9, 362e12, 91.6e12),
+    "A10G": Card(24e9, 70e12, 31.2e12),
+    "L4": Card(24e9, 121e12, 30.3e12),
+    "V100": Card(32e9, 125e12, 15.7e12),
+    "T4": Card(16e9, 65e12, 8.1e12),
 }
 
 
@@ -43,10 +54,11 @@ class Utilization(NamedTuple):
     source: str
 
 
-TRAINING = Utilization(0.38, "ADM table 7: 36 to 41% on V100s")
-CLASSIFIER_TRAINING = Utilization(0.11, "ADM table 10: 10 to 12% on V100s")
+TRAINING = Utilization(0.37, "ADM table 7: 34 to 39% on V100s")
+CLASSIFIER_TRAINING = Utilization(0.11, "ADM table 10: 10 to 11% on V100s")
 SAMPLING = Utilization(0.21, "arXiv 2112.10752 table 18: ADM-256, 250 steps, 0.12 images/s on an A100")
 GUIDED_SAMPLING = Utilization(0.14, "arXiv 2112.10752 table 18: guided ADM-256, 250 steps, 0.07 images/s on an A100")
+EXTRACTION = Utilization(0.3, "nothing is published on it")
 
 
 class Cost(NamedTuple):
@@ -103,6 +115,14 @@ def sampling_cost(
     known = GUIDED_SAMPLING if classifier else SAMPLING
     note = f"{evaluations} evaluations an image" + (", each with the classifier's gradient" if classifier else "")
     return Cost(images, sampling_flops(network, evaluations, classifier), memory, known, note)
+
+
+def extraction_cost(extractor: Extractor, image_size: int, images: int, batch: int) -> Cost:
+    """Features of `images` images by any extractor: one image goes through it, and is counted."""
+    with FlopCounterMode(display=False) as counter, LiveBytes() as live, torch.no_grad():
+        extractor(np.zeros((1, image_size, image_size, 3), np.uint8))
+    memory = {f"activations of {batch} images": batch * live.peak}
+    return Cost(images, float(counter.get_total_flops()), memory, EXTRACTION, f"{extractor.name} counted on an image")
 
 
 def gpu_seconds(cost: Cost, price: PriceConfig, half: bool) -> float:

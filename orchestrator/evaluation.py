@@ -13,8 +13,9 @@ from orchestrator import storage
 from orchestrator.config import JobConfig, claim
 from orchestrator.copies import nearest_training_pixels
 from orchestrator.dataset import load_manifest
+from orchestrator.estimate import PriceConfig, extraction_cost, priced
 from orchestrator.evaluation_page import evaluation_page
-from orchestrator.extraction import extract_all
+from orchestrator.extraction import EXTRACTOR_BATCH, extract_all
 from orchestrator.extractors import LoadedExtractor, LoadExtractor, extractor_loader
 from orchestrator.inputs import ImageSet, image_size_of, open_images, split_images
 from orchestrator.measurement import Limits, Measurement, describe, measure_files
@@ -39,6 +40,7 @@ class EvaluationConfig(JobConfig):
     copies: int = Field(1_000, ge=0)  # samples compared with every training image pixel by pixel; 0 = none
     num_workers: int = Field(1, ge=0)  # feature workers; 0 = in this process, without Ray
     num_gpus: float = Field(0.0, ge=0)  # GPUs for each feature worker
+    price: PriceConfig = PriceConfig()
 
 
 def evaluate(config: EvaluationConfig) -> str:
@@ -82,7 +84,12 @@ def evaluate(config: EvaluationConfig) -> str:
 def plan(config: EvaluationConfig) -> str:
     """What an evaluation would read, write and hold."""
     images = _samples(config)
-    name, dimension = _name_and_dimension(config, images)
+    dimension, name, price = DigitsNetwork.dimension, DigitsNetwork.name, list[str]()
+    if config.extractor != name:  # which might have to be trained first
+        network = _loader(config, images)().network
+        dimension, name = network.dimension, network.name
+        cost = extraction_cost(network, image_size_of(images), images.count, EXTRACTOR_BATCH)
+        price = [priced(cost, config.price, config.num_workers, half=False)]
     held = images.count + min(images.count, config.neighbour_samples) + config.neighbour_references
     size = held * dimension * 4 / 2**30
     reference = config.path(config.reference)
@@ -90,18 +97,12 @@ def plan(config: EvaluationConfig) -> str:
         [
             f"reads   {images.uri} ({images.kind}, {images.count:,} images) and {reference}",
             f"writes  {config.path(config.output)}: report.json, report.html; features beside samples and dataset",
-            f"work    {name}: {images.count:,} images, and those of the reference that have no features yet",
+            f"images  {images.count:,} by {name}, and those of the reference that have no features yet",
             f"memory  at most {size:.2f} GiB of features ({dimension} float32 each), and as much again to work "
             "on them, here and in each worker",
+            *price,
         ]
     )
-
-
-def _name_and_dimension(config: EvaluationConfig, images: ImageSet) -> tuple[str, int]:
-    """Of the extractor, which is looked for; but the digits network might have to be trained first."""
-    loader = _loader(config, images)
-    network = DigitsNetwork if config.extractor == DigitsNetwork.name else loader().network
-    return network.name, network.dimension
 
 
 def _samples(config: EvaluationConfig) -> ImageSet:

@@ -23,6 +23,7 @@ from orchestrator import storage
 from orchestrator.checkpoints import Network, load_network
 from orchestrator.config import JobConfig, claim
 from orchestrator.dataset import Manifest, load_manifest, read_images
+from orchestrator.estimate import PriceConfig, priced, sampling_cost
 from orchestrator.measurement import describe
 from orchestrator.order import Purpose, index_rng
 from orchestrator.pictures import grid_png
@@ -53,6 +54,7 @@ class LikelihoodConfig(JobConfig):
     interpolation_depths: tuple[int, ...] = (250, 500, 750)  # chain indices of the encodings that are mixed
     num_workers: int = Field(1, ge=0)  # workers; 0 = in this process, without Ray
     num_gpus: float = Field(0.0, ge=0)  # GPUs for each worker
+    price: PriceConfig = PriceConfig()
 
 
 class Bound(NamedTuple):
@@ -133,7 +135,12 @@ def plan(config: LikelihoodConfig) -> str:
         [
             f"reads   {config.path(config.weights)}; {count:,} images of {config.path(config.dataset)}",
             f"writes  {config.path(config.output)}: terms of the bound, pictures, likelihood.json",
-            f"work    {count * steps:,} network evaluations for the bound",
+            priced(
+                sampling_cost(network.architecture, steps, count, config.batch_size, half=False),
+                config.price,
+                config.num_workers,
+                half=False,
+            ),
         ]
     )
 

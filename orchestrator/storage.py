@@ -365,8 +365,7 @@ def _locate(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     options: dict[str, Any] = {}
     if protocol in ("s3", "s3a"):
         receive_secrets()
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        options = {**_S3_OPTIONS, "endpoint_url": endpoint}
+        options = _s3_options()
     try:
         fs, path = fsspec.core.url_to_fs(uri, **options)
     except (ValueError, ImportError) as error:
@@ -374,6 +373,27 @@ def _locate(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if options:
         fs.retries = 1  # requests are retried by the client, whole operations by `_attempt`: not a third time
     return fs, path
+
+
+def _s3_options() -> dict[str, Any]:
+    """How to reach S3, by the standard environment and two variables for what it has no name for.
+
+    ADMIRAL_S3_ADDRESSING is path or virtual (bucket in the path or in the host name); without it custom endpoints get
+    path, AWS gets virtual, and a profile's own setting counts. ADMIRAL_S3_ANONYMOUS=1 sends no credentials.
+    """
+    options: dict[str, Any] = dict(_S3_OPTIONS)
+    options["endpoint_url"] = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if region := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
+        options["client_kwargs"] = {"region_name": region}
+    if style := os.environ.get("ADMIRAL_S3_ADDRESSING"):
+        if style not in ("path", "virtual"):
+            raise ValueError(f"ADMIRAL_S3_ADDRESSING={style}; wanted path or virtual")
+        options["config_kwargs"] = {**options["config_kwargs"], "s3": {"addressing_style": style}}
+    if anonymous := os.environ.get("ADMIRAL_S3_ANONYMOUS"):
+        if anonymous not in ("0", "1"):
+            raise ValueError(f"ADMIRAL_S3_ANONYMOUS={anonymous}; wanted 0 or 1")
+        options["anon"] = anonymous == "1"
+    return options
 
 
 def _attempt(action: str, uri: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from cluster.metrics import publish
 from cluster.session import is_submitted
 from orchestrator.config import JobConfig
 
@@ -67,6 +68,7 @@ class Tracker:
         """Record numbers at `step` (images for training, samples for generation)."""
         moment = int(time.time() * 1000)
         self._put([Number(name, float(value), moment, step) for name, value in values.items()])
+        publish(self._place[2].partition(" ")[0], values)
 
     def picture(self, name: str, png: bytes) -> None:
         """Record a picture under `name`, which ends in .png."""

@@ -1,7 +1,10 @@
 """A cluster on this machine, with jobs submitted to it: a node is killed, a page is opened, secrets stay secret."""
 
+import html
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -112,10 +115,16 @@ def test_a_node_killed_while_it_trains_costs_no_job(cluster: LocalCluster, outpu
     while not store(cluster).exists(checkpoints) and training.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
     raylet_of_a_training_worker(cluster).send_signal(signal.SIGKILL)
+    numbers = ""
+    while "ray_admiral_images_per_second" not in numbers and training.poll() is None:  # shown every ten seconds
+        numbers = urllib.request.urlopen(cluster.metrics["ray head"], timeout=30).read().decode()
+        time.sleep(1)
     output, _ = training.communicate(timeout=300)
     outputs.append(output)
     assert training.returncode == 0, output[-3000:]
     assert "6,400 images" in output
+    for name in ("images_per_second", "data_wait_share", "loss"):
+        assert f"ray_admiral_{name}{{" in numbers, "what Prometheus reads"
     weights = store(cluster).ls("admiral/runs/digits/diffusion/weights")
     assert [path.rsplit("/", 1)[1] for path in weights] == ["images-000000006400-ema-0.995.safetensors"]
 
@@ -137,14 +146,18 @@ def test_the_page_of_a_run_shows_its_samples(cluster: LocalCluster, tmp_path: Pa
     page = f"{tracking}/#/experiments/{run['info']['experiment_id']}/runs/{run['info']['run_id']}"
     picture = tmp_path / "page.png"
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1400,1600"]
-    command = [browser, *flags, "--virtual-time-budget=20000", f"--user-data-dir={tmp_path}/profile"]
-    dumped = subprocess.run([*command, f"--screenshot={picture}", "--dump-dom", page], capture_output=True, timeout=120)
-    text = dumped.stdout.decode(errors="replace")
-    assert "outputs in" in text and "samples/images-" in text
-    pixels = np.asarray(Image.open(picture).convert("RGB"))
-    assert pixels.shape[:2] == (1600, 1400)
+    command = [browser, *flags, "--virtual-time-budget=60000", f"--user-data-dir={tmp_path}/profile"]
+    subprocess.run([*command, f"--screenshot={picture}", page], capture_output=True, timeout=120, check=True)
     if folder := os.environ.get("ADMIRAL_SCREENSHOTS"):
         shutil.copy(picture, folder)
+    assert Image.open(picture).size == (1400, 1600)
+    dom = subprocess.run([*command, "--dump-dom", page], capture_output=True, timeout=120, check=True).stdout.decode()
+    assert "s3://admiral/runs/digits/diffusion" in dom
+    shown = re.search(r'<img src="(get-artifact[^"]*samples/images-[^"]*)"', dom)
+    assert shown, "the description shows the sample grid"
+    with urllib.request.urlopen(f"{tracking}/{html.unescape(shown[1])}", timeout=30) as answer:
+        grid = np.asarray(Image.open(io.BytesIO(answer.read())).convert("L"))
+    assert grid.std() > 20, "and it is a picture of something"
 
 
 def find_run(tracking: str, name: str) -> dict[str, Any]:
