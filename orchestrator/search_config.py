@@ -36,26 +36,25 @@ class Limit:
 class SearchConfig(JobConfig):
     """What is tried, on which networks, and how it is judged."""
 
-    weights: tuple[str, ...] = Field(min_length=1)  # diffusion models to choose from, such as averages of several
-    # lengths, or a conditional and an unconditional one: training runs' folders, .safetensors or released .pt files
-    classifier: str | None = None  # the noisy classifier that guides, likewise
+    weights: tuple[str, ...] = Field(min_length=1)  # diffusion models to choose from: averages of several lengths, say
+    classifier: str | None = None  # the noisy classifier that guides
     reference: str  # a prepared dataset (its training split), or a published reference batch (.npz) with images
     output: str  # the search's folder
     space: SpaceConfig = SpaceConfig()
-    objective: tuple[str, ...] = Field(("fd_digits",), min_length=1, max_length=2)  # a metric, or two at once;
-    # "evaluations" are those of networks per image
+    objective: tuple[str, ...] = Field(("fd_digits",), min_length=1, max_length=2)  # a metric, or two: fd_digits recall
     constraints: tuple[str, ...] = ()  # bounds on metrics, such as evaluations<=25 or recall>=0.4
-    rungs: tuple[int, ...] = Field((250, 500, 1000, 2000), min_length=1)  # samples at which trials are compared; the
-    # last is the full n
+    rungs: tuple[int, ...] = Field(
+        (250, 500, 1000, 2000), min_length=1
+    )  # samples to compare trials at; the last is full
     trials: int = Field(24, gt=0)  # settings tried at most
     round_size: int = Field(8, gt=0)  # settings proposed at once
     finalists: int = Field(2, gt=0)  # the best few, scored again on fresh seeds
     alpha: float = Field(0.05, gt=0, lt=1)  # chance of ever stopping the best, over all looks and trials
     tolerance: float = Field(0.0, ge=0)  # share of the best score by which being better does not matter
-    budget: str | None = None  # stop in order, with the best so far, at so many samples ("20000") or hours ("1.5h")
+    budget: str | None = None  # stop in order with the best so far, at so many samples ("20000") or hours ("1.5h")
     seed: int = Field(0, ge=0)  # labels and noise of all trials alike, and the proposals
     fresh_seed: int = Field(1_000_003, ge=0)  # labels and noise of the finals, by which nothing was chosen
-    labels: str = "balanced"  # or "uniform", and whatever else a generation takes
+    labels: str = "balanced"  # as a generation takes them: balanced, uniform, ...
     batch_size: int = Field(64, gt=0)  # canonical batch B
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention
     extractor: str = "digits"  # inception, efficientnet, digits, or one's own as package.module.name

@@ -18,7 +18,6 @@ from orchestrator.order import Purpose, keyed_rng
 ASKS = 200  # proposals in a row that were made before, after which there is nothing new to propose
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
 class Setting(BaseModel, frozen=True, extra="forbid"):
@@ -61,10 +60,9 @@ class SpaceConfig(BaseModel, frozen=True, extra="forbid"):
     scales: tuple[float, ...] = Field((0.0, 0.5, 1.0, 2.0, 4.0, 8.0), min_length=1)  # guidance scales, rising
     continuous: bool = True  # any scale between those given, not those alone
     steps: tuple[int, ...] = Field((10, 25), min_length=1)  # steps of the chain, rising
-    samplers: tuple[Literal["ddpm", "ddim", "dpm_solver", "heun"], ...] = Field(("ddim",), min_length=1)
+    samplers: tuple[Literal["ddpm", "ddim", "dpm_solver", "heun"], ...] = Field(("ddim",), min_length=1)  # by name
     etas: tuple[float, ...] = Field((0.0,), min_length=1)  # of ddim: 0 = deterministic, 1 = ancestral
-    intervals: tuple[tuple[float, float], ...] = Field(((0.0, 1.0),), min_length=1)  # parts of the chain that are
-    # guided, from 0, the clean end, to 1, the noisy one
+    intervals: tuple[tuple[float, float], ...] = Field(((0.0, 1.0),), min_length=1)  # guided part: 0 = clean, 1 = noisy
 
     @model_validator(mode="after")
     def _check(self) -> "SpaceConfig":
@@ -158,7 +156,7 @@ def evaluations_of(setting: Setting, num_timesteps: int) -> int:
     chain = space_timesteps(num_timesteps, respacing_for(setting.sampling, num_timesteps))
     evaluated = [*chain, *chain[:-1]] if setting.sampler == "heun" else chain  # heun: again at each step's end
     first, last = setting.interval or (0, num_timesteps - 1)
-    return len(evaluated) + sum(setting.scale > 0 and first <= t <= last for t in evaluated)
+    return len(evaluated) + sum(bool(setting.scale) and first <= t <= last for t in map(int, evaluated))
 
 
 class Proposer:
@@ -168,12 +166,14 @@ class Proposer:
         self._space = space
         self._seen: set[Setting] = set()
         rng = keyed_rng(Purpose.SEARCH, seed)
-        sampler = optuna.samplers.TPESampler(
-            seed=int(rng.integers(2**31)),
-            n_startup_trials=first_round,
-            multivariate=True,
-            group=True,  # parameters that only some settings have
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = optuna.samplers.TPESampler(
+                seed=int(rng.integers(2**31)),
+                n_startup_trials=first_round,
+                multivariate=True,
+                group=True,  # parameters that only some settings have
+            )
         self._study = optuna.create_study(directions=["minimize"] * num_objectives, sampler=sampler)
         for parameters in space.spread(first_round, rng):
             self._study.enqueue_trial(parameters)
