@@ -7,7 +7,7 @@ STORE ?= local
 AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup quickstart test test-all demo-50k cluster cluster-stop lint clean
+.PHONY: help setup quickstart test test-all demo-50k cluster cluster-stop demo-search lint clean
 
 help:  ## the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -32,6 +32,9 @@ test-all: $(INSTALLED) lint  ## every test
 
 demo-50k: $(INSTALLED)  ## SAMPLES=50000 KILLS=10 SEED=0: samples under kills, compared and measured
 	$(BIN)/python -m tests.chaos.demo_50k --samples $(or $(SAMPLES),50000) --kills $(or $(KILLS),10) --seed $(or $(SEED),0)
+
+demo-search: $(INSTALLED)  ## SEED=0: the search beside the full grid, on scanned digits
+	$(BIN)/python -m tests.benchmarks.demo_search --seed $(or $(SEED),0)
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

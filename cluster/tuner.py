@@ -21,9 +21,13 @@ def run_rounds(work: Callable[[Job], Outcome], rounds: Rounds[Job, Outcome, Answ
     itself: it asks a shared pool for what costs. At the barrier between two rounds no trial is left, hence nothing
     that a stopped one could hold.
 
+    With `max_concurrent` 0 the jobs run in this process, without Ray, and an error is raised as it is.
+
     Raises:
         RuntimeError: a job raised an error; the others of its round are done.
     """
+    if not max_concurrent:
+        return _run_here(work, rounds)
     proposer = _Proposer(rounds, max_concurrent)
 
     def run(config: dict[str, Any]) -> dict[str, Any]:
@@ -43,6 +47,15 @@ def run_rounds(work: Callable[[Job], Outcome], rounds: Rounds[Job, Outcome, Answ
     if not proposer.answers:
         raise KeyboardInterrupt
     return proposer.answers[0]
+
+
+def _run_here(work: Callable[[Job], Outcome], rounds: Rounds[Job, Outcome, Answer]) -> Answer:
+    try:
+        jobs = next(rounds)
+        while True:
+            jobs = rounds.send([work(job) for job in jobs])
+    except StopIteration as end:
+        return end.value
 
 
 class _Proposer(Searcher, Generic[Job, Outcome, Answer]):

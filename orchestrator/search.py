@@ -42,13 +42,13 @@ def search(config: SearchConfig) -> str:
         if not answer["stopped_by_budget"] or answer["budget"] == config.budget:
             print(f"{output} is complete:\n{summary(answer)}")
             return answer_uri
-    with session(config.num_workers + 1), tracked("search", config, output) as tracker:  # one CPU for the trials
+    cpus = config.num_workers and config.num_workers + 1  # one for the trials, which wait and measure
+    with session(cpus), tracked("search", config, output) as tracker:
         reference_of(config, image_size, config.num_workers)
         race, costs = _start(config, space)
         with pool(partial(make_worker, config), config.num_workers, num_gpus=config.num_gpus) as workers:
-            together = -(-config.num_workers * config.batch_size // config.rungs[0]) + 1  # trials that keep all busy
-            rounds = _recorded(config, race, costs, tracker)
-            run_rounds(partial(run_heat, config, workers, image_size), rounds, together)
+            rounds = _recorded(config, race, tracker)
+            run_rounds(partial(run_heat, config, workers, image_size), rounds, _together(config))
         answer = conclude(config, race, costs)
         write_pictures(config, answer, tracker)
         tracker.record("search.json", answer)
@@ -105,9 +105,12 @@ def _start(config: SearchConfig, space: Space) -> tuple[Race, Costs]:
     return Race(rules, proposals, costs), costs
 
 
-def _recorded(
-    config: SearchConfig, race: Race, costs: Costs, tracker: Tracker
-) -> Generator[list[Heat], list[str | None], None]:
+def _together(config: SearchConfig) -> int:
+    """Trials at once: enough that the batches of a first rung keep all workers busy, and one to measure meanwhile."""
+    return config.num_workers and -(-config.num_workers * config.batch_size // config.rungs[0]) + 1
+
+
+def _recorded(config: SearchConfig, race: Race, tracker: Tracker) -> Generator[list[Heat], list[str | None], None]:
     """The race's heats that have no record; all outcomes are read from records, whoever made them and when."""
     heats, run = [], race.run()
     try:
@@ -127,9 +130,10 @@ def _report(config: SearchConfig, race: Race, heats: list[Heat], tracker: Tracke
     trials = [trial for trial in race.trials if trial.setting in drawn]
     for trial in trials:
         history = {n: _flat(outcome.metrics) for n, outcome in zip(config.rungs, trial.outcomes, strict=False)}
-        parameters = trial.setting.model_dump(mode="json") | {"failed": trial.failed or ""}
+        for n, numbers in history.items():
+            numbers["samples"], numbers["evaluations_drawn"] = n, n * trial.setting.evaluations
         picture = None if trial.failed else samples_picture(config, trial.setting)
-        tracker.child(trial.setting.name, parameters, history, picture)
+        tracker.child(trial.setting.name, trial.setting.model_dump(mode="json"), history, picture)
     stopped = sum(trial.stopped is not None for trial in trials)
     failed = sum(trial.failed is not None for trial in trials)
     what = "on fresh seeds" if heats[0].seed == config.fresh_seed else f"{stopped} stopped"

@@ -61,7 +61,7 @@ class SearchConfig(JobConfig):
     extractor_weights: str | None = None  # inception's file; None: its released name in the store's extractors/
     extractor_seed: int = Field(7, ge=0)  # of the digits network
     neighbour_references: int = Field(10_000, gt=5)  # at most so many reference images serve metrics of pairs
-    num_workers: int = Field(1, ge=1)  # sampling workers, shared by all trials
+    num_workers: int = Field(1, ge=0)  # sampling workers, shared by all trials; 0 = in this process, without Ray
     num_gpus: float = Field(0.0, ge=0)  # GPUs for each worker
 
     @model_validator(mode="after")

@@ -39,7 +39,8 @@ def world(heat: Heat) -> Outcome:
 
 def run(race: Race, world: World) -> list[list[Heat]]:
     """The heats that were asked for, round by round."""
-    asked, outcomes = [], None
+    asked: list[list[Heat]] = []
+    outcomes: list[Outcome] | None = None
     rounds = race.run()
     while True:
         try:
