@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from models.features import Features
+from models.manifolds import realism
 from models.metrics import MIN_INTERVAL_RATIO, Gaussian, Moments, kid_scores, softmax
-from models.neighbours import realism
 from models.racing import KID_ROWS, frechet_criteria, inception_criteria, recall_criteria, share_criteria
 from orchestrator.extraction import ArrayName, Labelled
 from orchestrator.measurement import metric_name

@@ -10,10 +10,11 @@ from cluster.workers import pool
 from models.zoo import forward_multiply_adds
 from orchestrator import storage
 from orchestrator.config import claim
+from orchestrator.estimate import GUIDED_SAMPLING, PriceConfig
 from orchestrator.heats import make_worker, read_outcome, record_uri, reference_of, run_heat, samples_picture
 from orchestrator.objectives import EVALUATIONS, Objective
-from orchestrator.price import UTILIZATION, outline
-from orchestrator.race import Heat, Race, Rules
+from orchestrator.price import outline
+from orchestrator.race import Heat, Outcome, Race, Rules
 from orchestrator.sampling import NUMERICS_VERSION, Networks, load_networks
 from orchestrator.search_answer import conclude, summary
 from orchestrator.search_config import Limit, SearchConfig, space_of
@@ -80,8 +81,8 @@ def _claim(config: SearchConfig, networks: dict[str, Networks]) -> int:
         "extractor": loaded.fingerprint,
         "numerics_version": NUMERICS_VERSION,
     }
-    unbudgeted = config.model_copy(update={"budget": None})  # a larger one goes on where a smaller one stopped
-    claim(config.path(config.output), unbudgeted, **facts)
+    # With a larger budget the search goes on where it stopped with a smaller one.
+    claim(config.path(config.output), config.model_copy(update={"budget": None, "price": PriceConfig()}), **facts)
     return size
 
 
@@ -112,16 +113,21 @@ def _together(config: SearchConfig) -> int:
 
 def _recorded(config: SearchConfig, race: Race, tracker: Tracker) -> Generator[list[Heat], list[str | None], None]:
     """The race's heats that have no record; all outcomes are read from records, whoever made them and when."""
-    heats, run = [], race.run()
+    run = race.run()
+    heats: list[Heat] | None = next(run, None)
+    while heats:
+        yield [heat for heat in heats if not storage.exists(record_uri(config, heat))]
+        outcomes = [read_outcome(config, heat) for heat in heats]
+        done, heats = heats, _after(run, outcomes)
+        _report(config, race, done, tracker)
+
+
+def _after(run: Generator[list[Heat], list[Outcome], None], outcomes: list[Outcome]) -> list[Heat] | None:
+    """The next heats of a race; None at its end."""
     try:
-        heats = next(run)
-        while True:
-            yield [heat for heat in heats if not storage.exists(record_uri(config, heat))]
-            outcomes = [read_outcome(config, heat) for heat in heats]
-            heats_before, heats = heats, run.send(outcomes)
-            _report(config, race, heats_before, tracker)
+        return run.send(outcomes)
     except StopIteration:
-        _report(config, race, heats, tracker)
+        return None
 
 
 def _report(config: SearchConfig, race: Race, heats: list[Heat], tracker: Tracker) -> None:
@@ -167,6 +173,7 @@ def plan(config: SearchConfig) -> str:
             f"tries   up to {config.trials} settings of a grid of {len(space.grid())}{between}",
             f"work    expected  {likely}",
             f"        at worst  {worst}",
-            f"        GPU-hours at {UTILIZATION:.0%} of an H100's 16-bit peak",
+            f"assumed {config.price.utilization or GUIDED_SAMPLING.share:.0%} of an {config.price.card}'s peak "
+            f"({'--price.utilization' if config.price.utilization else GUIDED_SAMPLING.source})",
         ]
     )

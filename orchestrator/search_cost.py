@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from orchestrator.price import PEAK_FLOPS, UNGUIDED, UTILIZATION
+from orchestrator.estimate import GUIDED_SAMPLING, Cost, gpu_seconds
+from orchestrator.price import UNGUIDED
 from orchestrator.race import Heat
 from orchestrator.sampling import evaluations
 from orchestrator.search_config import Limit, SearchConfig
@@ -66,11 +67,11 @@ class Expectation:
 
     samples: float
     evaluations: float  # of networks
-    flops: float
+    gpu_hours: float
 
     def __str__(self) -> str:
-        hours = self.flops / (PEAK_FLOPS["H100"] * UTILIZATION) / 3600
-        return f"{self.samples:,.0f} samples, {self.evaluations:,.0f} network evaluations, {hours:,.3g} GPU-hours"
+        work = f"{self.samples:,.0f} samples, {self.evaluations:,.0f} network evaluations"
+        return f"{work}, {self.gpu_hours:,.3g} GPU-hours"
 
 
 def expected_costs(
@@ -91,8 +92,14 @@ def expected_costs(
 
     each = np.array([setting.evaluations for setting in settings])
     model = np.array([evaluations(setting.sampling, UNGUIDED) for setting in settings])
-    flops = 2 * (model * multiply_adds[0] + (each - model) * multiply_adds[1])
+    flops = 2.0 * (model * multiply_adds[0] + (each - model) * multiply_adds[1])
+
+    def expectation(samples: float, evaluations: float, flops_per_image: float) -> Expectation:
+        cost = Cost(int(samples), flops_per_image, {}, GUIDED_SAMPLING, "")
+        seconds = gpu_seconds(cost, config.price, half=config.dtype != "float32")
+        return Expectation(samples, samples * evaluations, seconds / 3600)
+
     return (
-        Expectation(worst, worst * float(each.max()), worst * float(flops.max())),
-        Expectation(likely, likely * float(each.mean()), likely * float(flops.mean())),
+        expectation(worst, float(each.max()), float(flops.max())),
+        expectation(likely, float(each.mean()), float(flops.mean())),
     )

@@ -3,14 +3,14 @@
 import os
 import random
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
-from cluster.tuner import run_rounds
+from cluster.tuner import Rounds, run_rounds
 from cluster.workers import Pool, pool
 
 
@@ -26,9 +26,9 @@ def squared(job: Job) -> tuple[int, int]:
     return job.number**2, os.getpid()
 
 
-def rounds(seen: list[list[int]], sizes: tuple[int, ...], shuffle: random.Random) -> Generator:
+def rounds(seen: list[list[int]], sizes: tuple[int, ...], shuffle: random.Random) -> Rounds[Job, Any, set[int]]:
     """Rounds of jobs that end in any order; an empty round is passed over."""
-    processes = set()
+    processes: set[int] = set()
     for size in sizes:
         outcomes = yield [Job(number, shuffle.random() / 5) for number in range(size)]
         seen.append([square for square, _ in outcomes])
@@ -54,10 +54,10 @@ def test_outcomes_come_in_the_jobs_order_and_nothing_outlives_the_rounds(ray_ses
 
 @pytest.mark.ray
 def test_a_job_that_raises_and_rounds_that_raise_end_in_their_own_error(ray_session: None) -> None:
-    def bad_job() -> Generator:
+    def bad_job() -> Rounds[Job, Any, None]:
         yield [Job(1), Job(-2), Job(3)]
 
-    def bad_rounds() -> Generator:
+    def bad_rounds() -> Rounds[Job, Any, None]:
         yield [Job(1)]
         raise KeyError("the rounds are wrong")
 
@@ -94,7 +94,7 @@ def map_over(workers: Pool[Item, str | None], trial: str) -> str:
 
 @pytest.mark.ray
 def test_a_trial_that_stops_frees_its_share_of_the_pool_at_once(ray_session: None, tmp_path: Path) -> None:
-    def both() -> Generator:
+    def both() -> Rounds[str, str, list[str]]:
         return (yield ["bad", "good"])
 
     num_workers = 2

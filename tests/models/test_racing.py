@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from models.manifolds import precision_recall
 from models.metrics import Gaussian, expand_frechet, paired_difference
-from models.neighbours import precision_recall
 from models.racing import (
     ErrorBudget,
     frechet_criteria,

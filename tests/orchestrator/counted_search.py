@@ -20,7 +20,7 @@ def make_counted_worker(log: str, config: SearchConfig) -> Callable[[Block], Mad
             file.write(f"{sampler.name}-{sampler.num_steps}-{guidance.scale}-{generation.seed}-{number}\n")
         return real(networks, generation, number, sampler, guidance)
 
-    heats.make_batch = counted
+    heats.make_batch = counted  # type: ignore[assignment]
     return heats.make_worker(config)
 
 
