@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from models.metrics import mean_estimate, paired_difference
+from models.metrics import Estimate, mean_estimate, paired_difference
 from models.racing import front
 from orchestrator.measurement import describe
 from orchestrator.objectives import EVALUATIONS, sign_of
@@ -74,7 +74,7 @@ def _trial(config: SearchConfig, trial: Trial, winner: Trial, costs: Costs) -> J
         "keeps_constraints": all(bound.violation(trial.outcomes[-1].metrics, False) <= 0 for bound in config.bounds),
         "objective": _objectives(config, trial.outcomes[-1]),
         "behind_winner": {  # positive: worse than the winner, in the objective's own unit
-            name: describe(paired_difference(a[0], b[0]))
+            name: _described(paired_difference(a[0], b[0]), a)
             for name, a, b in zip(config.objective, mine.scores, its.scores, strict=True)
             if name != EVALUATIONS and name not in mine.stand_ins and len(a)
         },
@@ -85,11 +85,20 @@ def _trial(config: SearchConfig, trial: Trial, winner: Trial, costs: Costs) -> J
 
 def _objectives(config: SearchConfig, outcome: Outcome) -> Json:
     """Each objective freed of its bias, with its interval; none where another score stood in for it."""
-    return {
-        name: outcome.metrics[name] if name == EVALUATIONS else describe(mean_estimate(sign_of(name) * scores[0]))
-        for name, scores in zip(config.objective, outcome.scores, strict=True)
-        if len(scores) and name not in outcome.stand_ins
-    }
+    found = {}
+    for name, scores in zip(config.objective, outcome.scores, strict=True):
+        if name == EVALUATIONS:
+            found[name] = outcome.metrics[name]
+        elif len(scores) and name not in outcome.stand_ins:
+            found[name] = _described(mean_estimate(sign_of(name) * scores[0]), scores)
+    return found
+
+
+def _described(estimate: Estimate, scores: np.ndarray) -> Json:
+    """As JSON; without an interval where a second criterion was needed, since bias is left in the first."""
+    if len(scores) > 1:
+        estimate = Estimate(estimate.value, estimate.n, note="no interval: n is below 16 D")
+    return describe(estimate)
 
 
 def front_names(config: SearchConfig) -> tuple[str, str]:
@@ -99,12 +108,13 @@ def front_names(config: SearchConfig) -> tuple[str, str]:
 
 
 def pareto(names: tuple[str, str], trials: list[Json]) -> list[Json]:
-    """The trials that no other beats on both sides, by the second."""
+    """The trials that no other beats on both sides, by the second; of those whose sides have intervals, if any."""
     points = []
     for trial in trials:
-        sides = {name: trial["objective"].get(name) for name in names} | {EVALUATIONS: trial["metrics"][EVALUATIONS]}
-        if all(sides[name] for name in names):
+        sides = trial["objective"] | {EVALUATIONS: trial["metrics"][EVALUATIONS]}
+        if all(name in sides for name in names):
             points.append({key: trial[key] for key in ("number", "setting", "n")} | {n: sides[n] for n in names})
+    points = [point for point in points if all(point[name]["interval"] for name in names)] or points
     if not points:
         return []
     on_front = front(np.array([[sign_of(name) * point[name]["value"] for name in names] for point in points]))
@@ -118,8 +128,8 @@ def summary(answer: Json, most: int = 8) -> str:
     objective, winner = answer["objective"][0], answer["winner"]
     lines = [
         f"winner  {Setting(**winner['setting'])}",
-        f"        {objective} {_number(winner['objective'].get(objective) or winner['metrics'][objective])} "
-        f"by {winner['n']:,} fresh samples (seed {winner['seed']})",
+        f"        {objective} {_number(winner['metrics'][objective])} by {winner['n']:,} fresh samples "
+        f"(seed {winner['seed']})",
         f"cost    {answer['samples']:,} samples, {answer['evaluations']:,} network evaluations, "
         f"{len(answer['trials'])} trials" + (", stopped by the budget" if answer["stopped_by_budget"] else ""),
     ]

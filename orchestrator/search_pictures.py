@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 
 from orchestrator import storage
 from orchestrator.figures import COLOURS, figure_png
@@ -58,6 +59,8 @@ def guidance_figure(trials: list[Json], extractor: str) -> bytes:
         axis.set(xlabel="guidance scale", title=name.replace("_", " "))
         _scale_axis(axis, sorted({trial["setting"]["scale"] for trial in trials}))
     axes.flat[0].set_yscale("log")
+    for which in (axes.flat[0].yaxis.set_major_formatter, axes.flat[0].yaxis.set_minor_formatter):
+        which(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(f"{n} samples each, on the same labels and noise", fontsize=9)
@@ -94,14 +97,14 @@ def _scale_axis(axis: Any, scales: list[float]) -> None:
 def front_figure(names: tuple[str, str], answer: Json) -> bytes:
     """Every trial by its bias-free objective with a 95% interval, the front joined by a line, the winner marked.
 
-    The winner's own mark is by its fresh samples.
+    Hollow: too few samples for an interval. The winner's own mark is by its fresh samples.
     """
     figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
     first, second = names
     rungs = sorted({trial["n"] for trial in answer["trials"]})
     for colour, n in zip(COLOURS_MORE, rungs, strict=False):
-        found = [(trial, _side(trial, first), _side(trial, second)) for trial in answer["trials"] if trial["n"] == n]
-        points = [(x, y) for _, y, x in found if x and y]
+        found = [(_side(trial, second), _side(trial, first)) for trial in answer["trials"] if trial["n"] == n]
+        points = [(x, y) for x, y in found if x and y]
         if points:
             _bars(axis, points, colour, f"n = {n:,}")
     line = [(point[second]["value"], point[first]["value"]) for point in answer["front"]]
@@ -110,9 +113,7 @@ def front_figure(names: tuple[str, str], answer: Json) -> bytes:
     winner = answer["winner"]
     y, x = (winner["objective"].get(name, winner["metrics"][name]) for name in names)
     _bars(axis, [(x, y)], "#c0182b", f"winner, {winner['n']:,} fresh samples", marker="*", size=11)
-    axis.set(xlabel=_title(second), ylabel=_title(first))
-    if first.startswith(("fd_", "kid_")) and all(value > 0 for _, value in line):
-        axis.set_yscale("log")
+    axis.set(xlabel=_title(second), ylabel=f"{_title(first)}, freed of bias")
     axis.legend(frameon=False)
     return figure_png(figure)
 
@@ -125,16 +126,16 @@ def _title(name: str) -> str:
     return "network evaluations per image" if name == EVALUATIONS else name.replace("_", " ")
 
 
-def _bars(axis: Any, points: list[Point], colour: str, label: str, marker: str = "o", size: int = 4) -> None:
-    """Points (x, y) with the intervals that they have."""
-    x, y = ([point[side]["value"] for point in points] for side in (0, 1))
-    errors = []
-    for side in (0, 1):
-        intervals = [point[side]["interval"] or [point[side]["value"]] * 2 for point in points]
-        errors.append(np.abs(np.array(intervals).T - [point[side]["value"] for point in points]))
-    axis.errorbar(
-        x, y, xerr=errors[0], yerr=errors[1], fmt=marker, color=colour, markersize=size, elinewidth=0.8, label=label
-    )
+def _bars(axis: Any, points: list[Point], colour: str, label: str, marker: str = "o", size: int = 5) -> None:
+    """Points (x, y) with the intervals that they have; hollow where one has none."""
+    for x, y in points:
+        across, upwards = (np.abs(np.array(e["interval"] or [e["value"]] * 2) - e["value"])[:, None] for e in (x, y))
+        fill = colour if x["interval"] and y["interval"] else "none"
+        axis.errorbar(
+            x["value"], y["value"], xerr=across, yerr=upwards, fmt=marker, color=colour, markerfacecolor=fill,
+            markersize=size, elinewidth=0.8, label=label,
+        )  # fmt: skip
+        label = "_nolegend_"
 
 
 def scales_figure(config: SearchConfig, winner: Setting, trials: list[Json]) -> bytes:
