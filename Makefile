@@ -7,7 +7,7 @@ STORE ?= local
 AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup quickstart test test-all prove chaos demo-50k cluster cluster-stop lint clean
+.PHONY: help setup quickstart test test-all prove chaos demo-50k demo-search cluster cluster-stop lint clean
 
 help:  ## the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -38,6 +38,9 @@ chaos: $(INSTALLED)  ## KILLS=20 SEED=0: trainings under random kills, which mus
 
 demo-50k: $(INSTALLED)  ## SAMPLES=50000 KILLS=10 SEED=0: samples under kills, compared and measured
 	$(BIN)/python -m tests.chaos.demo_50k --samples $(or $(SAMPLES),50000) --kills $(or $(KILLS),10) --seed $(or $(SEED),0)
+
+demo-search: $(INSTALLED)  ## SEED=0: the search beside the full grid, on scanned digits
+	$(BIN)/python -m tests.benchmarks.demo_search --seed $(or $(SEED),0)
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

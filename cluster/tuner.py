@@ -1,60 +1,117 @@
-"""Ray Tune: many trials of one function."""
+"""Ray Tune: rounds of jobs, where what a round holds is decided once the one before it is done."""
 
 import tempfile
-from collections.abc import Callable
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Generator
+from typing import Any, Generic, TypeVar
 
 from ray import tune
+from ray.tune.search import Searcher
 
-Report = Callable[[dict[str, Any]], None]
+Answer = TypeVar("Answer")
+Job = TypeVar("Job")
+Outcome = TypeVar("Outcome")
+Rounds = Generator[list[Job], list[Outcome], Answer]
 
 
-def run_trials(
-    trial: Callable[[dict[str, Any], Report], None],
-    settings: list[dict[str, Any]],
-    max_concurrent: int,
-    on_report: Callable[[dict[str, Any], dict[str, Any]], None],
-) -> list[dict[str, Any]]:
-    """Run `trial(setting, report)` for every setting; answer what each trial reported last, in the settings' order.
+def run_rounds(work: Callable[[Job], Outcome], rounds: Rounds[Job, Outcome, Answer], max_concurrent: int) -> Answer:
+    """Run every job that `rounds` yields as a trial of its own; send it the outcomes in the jobs' order.
 
-    A trial that fails is answered as {"error": reason}; the others go on. `on_report(setting, metrics)` is called
-    in this process at each report.
+    `rounds` runs in this process and holds all state; nothing of Tune's is kept. A job takes next to nothing for
+    itself: it asks a shared pool for what costs. At the barrier between two rounds no trial is left, hence nothing
+    that a stopped one could hold.
+
+    With `max_concurrent` 0 the jobs run in this process, without Ray, and an error is raised as it is.
+
+    Raises:
+        RuntimeError: a job raised an error; the others of its round are done.
     """
+    if not max_concurrent:
+        return _run_here(work, rounds)
+    proposer = _Proposer(rounds, max_concurrent)
 
-    def run(config: dict[str, Any]) -> None:
-        trial(config["setting"], lambda metrics: tune.report({"metrics": metrics}))
+    def run(config: dict[str, Any]) -> dict[str, Any]:
+        return {"outcome": [work(config["job"][0])]}  # in a list, since Tune flattens dicts
 
     with tempfile.TemporaryDirectory(prefix="admiral-tune-") as folder:
         tuner = tune.Tuner(
-            # A trial only asks the shared pool for work, so it takes next to nothing for itself.
             tune.with_resources(run, {"CPU": 0.01}),
-            param_space={"setting": tune.grid_search(settings)},
-            tune_config=tune.TuneConfig(max_concurrent_trials=max_concurrent),
-            run_config=tune.RunConfig(storage_path=folder, verbose=0, callbacks=[_Listener(on_report)]),
+            tune_config=tune.TuneConfig(search_alg=proposer, num_samples=-1, reuse_actors=True),
+            run_config=tune.RunConfig(storage_path=folder, verbose=0),
         )
         grid: Any = tuner.fit()
-        outcomes = {
-            _key(result.config["setting"]): result.metrics["metrics"]
-            if result.error is None and result.metrics
-            else {"error": str(result.error).strip().splitlines()[-1]}
-            for result in grid
-            if result.config
-        }
-    return [outcomes.get(_key(setting), {"error": "the trial did not start"}) for setting in settings]
+        if proposer.error is not None:
+            raise proposer.error
+        if grid.errors:
+            raise RuntimeError(str(grid.errors[0]).strip().splitlines()[-1])
+    if not proposer.answers:
+        raise KeyboardInterrupt
+    return proposer.answers[0]
 
 
-class _Listener(tune.Callback):
-    """Tells of each report. Tune saves its callbacks as it goes on; this one has nothing to save."""
+def _run_here(work: Callable[[Job], Outcome], rounds: Rounds[Job, Outcome, Answer]) -> Answer:
+    try:
+        jobs = next(rounds)
+        while True:
+            jobs = rounds.send([work(job) for job in jobs])
+    except StopIteration as end:
+        return end.value
 
-    def __init__(self, on_report: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
-        self._on_report = on_report
 
-    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **_: Any) -> None:
-        self._on_report(trial.config["setting"], result["metrics"])
+class _Proposer(Searcher, Generic[Job, Outcome, Answer]):
+    """What Tune asks for the next trial, and tells of finished ones."""
+
+    def __init__(self, rounds: Rounds[Job, Outcome, Answer], max_concurrent: int) -> None:
+        super().__init__()
+        self._rounds, self._max_concurrent = rounds, max_concurrent
+        self._waiting: deque[tuple[int, Job]] = deque()
+        self._running: dict[str, int] = {}
+        self._outcomes: dict[int, Outcome] | None = None  # of this round, by the job's number
+        self._failed = False
+        self.answers: list[Answer] = []
+        self.error: Exception | None = None
+
+    def suggest(self, trial_id: str) -> Any:
+        if self._failed:
+            return None if self._running else self.FINISHED
+        if not self._waiting and not self._running:
+            try:
+                self._next_round()
+            except StopIteration as end:
+                self.answers.append(end.value)
+                return self.FINISHED
+            except Exception as error:  # noqa: BLE001 - raised again by `run_rounds`, outside of Tune's loop
+                self.error = error
+                return self.FINISHED
+        if not self._waiting or len(self._running) >= self._max_concurrent:
+            return None
+        number, job = self._waiting.popleft()
+        self._running[trial_id] = number
+        return {"job": [job]}
+
+    def _next_round(self) -> None:
+        """Ask for rounds until one holds a job."""
+        while not self._waiting:
+            if self._outcomes is None:
+                jobs = next(self._rounds)
+            else:
+                jobs = self._rounds.send([self._outcomes[number] for number in sorted(self._outcomes)])
+            self._outcomes = {}
+            self._waiting.extend(enumerate(jobs))
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        number = self._running.pop(trial_id)
+        if error or result is None:
+            self._failed = True
+            return
+        assert self._outcomes is not None
+        self._outcomes[number] = result["outcome"][0]
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """A job reports once, when it is done."""
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """The rounds keep their own records; Tune's pickles are not used."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
-
-
-def _key(setting: dict[str, Any]) -> str:
-    return repr(sorted(setting.items()))

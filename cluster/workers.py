@@ -42,10 +42,6 @@ def map_items(
 
     Raises what `Pool.map` raises.
     """
-    if num_workers == 0:
-        work = make_worker()
-        yield from ((item, work(item)) for item in items)
-        return
     with pool(make_worker, num_workers, num_cpus, num_gpus) as workers:
         yield from workers.map(items, tries)
 
@@ -56,8 +52,12 @@ def pool(
 ) -> Iterator["Pool[Item, Result]"]:
     """`num_workers` actors, each of which calls `make_worker` once; they end with the context.
 
-    Where the cluster is too small for all of them now, the others join when it has grown.
+    Where the cluster is too small for all of them now, the others join when it has grown. With none of them, this
+    process does the work.
     """
+    if num_workers == 0:
+        yield _Here(make_worker())
+        return
     import ray
 
     remote = ray.remote(_Worker).options(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=-1)
@@ -88,6 +88,17 @@ class Pool(Generic[Item, Result]):
             RuntimeError: a worker could not be made, or none is left.
         """
         yield from _Mapping[Item, Result](self._actors, items, tries).results()
+
+
+class _Here(Pool[Item, Result]):
+    """This process as a pool: items are done in order, and an error is raised as it is."""
+
+    def __init__(self, work: Work[Item, Result]) -> None:
+        super().__init__([])
+        self._work = work
+
+    def map(self, items: Iterable[Item], tries: int = 3) -> Iterator[tuple[Item, Result]]:
+        yield from ((item, self._work(item)) for item in items)
 
 
 @dataclass(eq=False)

@@ -32,7 +32,7 @@ class QuickstartConfig(JobConfig):
     images: int = Field(89_600, gt=0)  # length of the diffusion model's training
     classifier_images: int = Field(32_000, gt=0)  # length of the classifier's training
     num_samples: int = Field(1_000, gt=0)  # images to generate, guided and again unguided
-    trial_samples: int = Field(512, gt=0)  # images of each trial of the search
+    rungs: tuple[int, ...] = (128, 256, 512)  # images at which the trials of the search are compared
     scales: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0)  # guidance scales to try
     steps: tuple[int, ...] = (12, 25)  # chain lengths to try
 
@@ -77,8 +77,12 @@ def _stages(config: QuickstartConfig, preview: bool = False) -> Iterator[Stage]:
     yield "train", ["jobs/train_adm.py", "digits", "--images", str(config.images), *workers]
     classifier = ["--images", str(config.classifier_images), *workers]
     yield "train_classifier", ["jobs/train_classifier.py", "digits", *classifier]
-    yield "search", ["jobs/tune_guidance.py", "digits", "--num-samples", str(config.trial_samples),
-                     "--scales", *map(str, config.scales), "--steps", *map(str, config.steps), *workers]  # fmt: skip
+    settings = len(config.scales) * len(config.steps)  # all at once; the budget is what a full grid would take
+    space = ["--space.scales", *map(str, config.scales), "--space.steps", *map(str, config.steps)]
+    space += ["--space.samplers", "ddpm", "--space.no-continuous"]
+    race = ["--rungs", *map(str, config.rungs), "--trials", str(settings), "--round-size", str(settings)]
+    race += ["--budget", str(settings * config.rungs[-1])]
+    yield "search", ["jobs/tune_guidance.py", "digits", *space, *race, *workers]
     scale, steps = (1.0, config.steps[0]) if preview else _winner(os.environ["ADMIRAL_STORE"])
     for name, guidance in (("guided", scale), ("unguided", 0.0)):
         sampling = ["--sampler.num-steps", str(steps), "--guidance.scale", str(guidance)]

@@ -41,6 +41,7 @@ class _Setting(BaseModel, extra="forbid"):
     sampler: Literal["ddpm", "ddim", "dpm_solver", "heun"] | None = None
     eta: float = Field(0.0, ge=0, le=1)
     interval: tuple[int, int] | None = None
+    weights: str | None = None  # the diffusion model, as a path or under the store
 
 
 class _Winner(BaseModel):
@@ -51,10 +52,11 @@ class _Answer(BaseModel):
     winner: _Winner
 
 
-def winner(uri: str) -> tuple[SamplerConfig, GuidanceConfig]:
-    """The sampler and guidance that a search found best; `uri` is its search.json, or the folder that holds it.
+def winner(uri: str) -> dict[str, Any]:
+    """Fields of a generation's config as a search found them best: sampler, guidance and weights.
 
-    A search over scale and steps alone has its sampler in its config.json.
+    `uri` is its search.json, or the folder that holds it. A search over scale and steps alone has its sampler in its
+    config.json.
 
     Raises:
         FileNotFoundError: no answer there.
@@ -69,4 +71,5 @@ def winner(uri: str) -> tuple[SamplerConfig, GuidanceConfig]:
     if name is None:
         name = storage.read_json(storage.join(uri.rsplit("/", 1)[0], "config.json"))["sampler"]
     sampler = SamplerConfig(name=name, num_steps=setting.steps, eta=setting.eta)
-    return sampler, GuidanceConfig(scale=setting.scale, interval=setting.interval)
+    found = {"sampler": sampler, "guidance": GuidanceConfig(scale=setting.scale, interval=setting.interval)}
+    return found | ({"weights": setting.weights} if setting.weights else {})

@@ -13,6 +13,7 @@ from orchestrator.evaluation_page import template
 from orchestrator.figures import COLOURS, copies_figure, figure_png
 from orchestrator.pictures import grid_png
 from orchestrator.samples import read_range, read_run
+from orchestrator.search_pictures import common_n, guidance_figure
 from orchestrator.tracking import metric_history
 
 PER_CLASS = 10  # samples of each class in the grids
@@ -51,7 +52,8 @@ def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> 
         "extractor": evaluations["guided"]["extractor"],
         "search": {
             "winner": search["winner"]["setting"],
-            "objective": search["objective"],
+            "objective": search["objective"][0],
+            "samples": search["samples"],
             "trials": search["trials"],
         },
         "trade_off": trade_off(search["trials"], search["winner"]["setting"]["steps"]),
@@ -60,7 +62,7 @@ def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> 
     pictures = {
         "guided": class_grid(storage.join(digits, "guided")),
         "unguided": class_grid(storage.join(digits, "unguided")),
-        "trade_off": trade_off_figure(search["trials"]),
+        "trade_off": guidance_figure(search["trials"], "digits"),
         "losses": loss_figure(digits),
         "copies": copies_figure(evaluations["guided"]["nearest_training_image"]),
     }
@@ -86,11 +88,15 @@ def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> 
 
 
 def trade_off(trials: list[dict[str, Any]], steps: int) -> dict[str, Any]:
-    """Whether precision rises and recall falls along the scale, from least to most, beyond their intervals."""
+    """Whether precision rises and recall falls along the scale, from least to most, beyond their intervals.
+
+    All by the largest n that every trial reached.
+    """
+    n = common_n(trials)
     along = sorted((t for t in trials if t["setting"]["steps"] == steps), key=lambda t: t["setting"]["scale"])
 
     def moved(name: str, up: bool) -> bool:
-        first, final = (trial["metrics"][name]["interval"] for trial in (along[0], along[-1]))
+        first, final = (trial["rungs"][n][name]["interval"] for trial in (along[0], along[-1]))
         if first is None or final is None:
             return False
         return final[0] > first[1] if up else final[1] < first[0]
@@ -98,8 +104,8 @@ def trade_off(trials: list[dict[str, Any]], steps: int) -> dict[str, Any]:
     return {
         "steps": steps,
         "scales": [trial["setting"]["scale"] for trial in along],
-        "precision": [trial["metrics"]["precision"]["value"] for trial in along],
-        "recall": [trial["metrics"]["recall"]["value"] for trial in along],
+        "precision": [trial["rungs"][n]["precision"]["value"] for trial in along],
+        "recall": [trial["rungs"][n]["recall"]["value"] for trial in along],
         "precision_rises": moved("precision", up=True),
         "recall_falls": moved("recall", up=False),
     }
@@ -129,27 +135,6 @@ def class_grid(samples: str) -> bytes:
     images, labels = read_range(samples, 0, 512)
     rows = [images[labels == label][:PER_CLASS] for label in np.unique(labels)]
     return grid_png(np.concatenate(rows), columns=PER_CLASS, scale=4, gap=2)
-
-
-def trade_off_figure(trials: list[dict[str, Any]]) -> bytes:
-    """Fidelity and diversity along the guidance scale, as in ADM's figure 4, with 95% intervals."""
-    figure, axes = plt.subplots(2, 2, figsize=(8.6, 5.2))
-    names = ("precision", "recall", "fd_digits", "inception_score_digits")
-    for axis, name in zip(axes.flat, names, strict=True):
-        for colour, steps in zip(COLOURS, sorted({t["setting"]["steps"] for t in trials}), strict=False):
-            along = [t for t in trials if t["setting"]["steps"] == steps]
-            x = np.array([t["setting"]["scale"] for t in along])
-            found = [t["metrics"][name] for t in along]
-            y = np.array([metric["value"] for metric in found])
-            axis.plot(x, y, "o-", color=colour, markersize=3.5, linewidth=1.2, label=f"{steps} steps")
-            if all(metric["interval"] for metric in found):
-                low, high = np.array([metric["interval"] for metric in found]).T
-                axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        axis.set(xlabel="guidance scale", title=name.replace("_", " "), xscale="symlog")
-        axis.set_xticks(x, [f"{value:g}" for value in x])
-        axis.minorticks_off()
-    axes.flat[0].legend(frameon=False)
-    return figure_png(figure)
 
 
 def loss_figure(digits: str) -> bytes:

@@ -80,8 +80,7 @@ class GenerationConfig(JobConfig):
         if self.like is not None:
             preset = preset.model_copy(update=recommended(self.like))
         if self.from_search is not None:
-            sampler, guidance = winner(self.path(self.from_search))
-            preset = preset.model_copy(update={"sampler": sampler, "guidance": guidance})
+            preset = preset.model_copy(update=winner(self.path(self.from_search)))
         return preset
 
 
@@ -324,6 +323,9 @@ def sample_batch(
     x_T and step noise of an image depend on (seed, index, original timestep) only. Labels count where the network is
     conditional, or guided by `classifier`; `low_res` uint8 [n, h, w, 3] is what an upsampler enlarges. `clip` clamps
     the predicted x_0; `draw` is where noise of this seed comes from, if it is drawn ahead.
+
+    Raises:
+        FloatingPointError: a chain left the finite numbers.
     """
     architecture, diffusion = network.architecture, _chain(network, sampler)
     device = next(network.module.parameters()).device
@@ -337,4 +339,7 @@ def sample_batch(
         denoise = guided(denoise, sampler.name, classifier.module, diffusion, y, guidance)
     x_T = draw(key(start)).to(device, non_blocking=True)
     chain = sample(sampler, denoise, diffusion, x_T, lambda t: draw(key(step, t)).to(device, non_blocking=True))
-    return to_uint8(last(chain), rounding).cpu().numpy()
+    x = last(chain)
+    if not torch.isfinite(x).all():
+        raise FloatingPointError(f"samples {indices[0]} to {indices[-1]} hold values that are not finite")
+    return to_uint8(x, rounding).cpu().numpy()

@@ -74,11 +74,7 @@ class Tracker:
         """Record a picture under `name`, which ends in .png."""
 
         def send(client: Any, run: str) -> None:
-            import io
-
-            from PIL import Image
-
-            client.log_image(run, Image.open(io.BytesIO(png)), artifact_file=name)
+            _log_picture(client, run, name, png)
             self._pictures[name.rpartition("/")[0] or name] = name
             client.set_tag(run, "mlflow.note.content", description(self._place[2], run, list(self._pictures.values())))
 
@@ -88,8 +84,13 @@ class Tracker:
         """Record a JSON document."""
         self._put(lambda client, run: client.log_text(run, json.dumps(content, indent=2), name))
 
-    def child(self, name: str, values: dict[str, float], parameters: dict[str, Any]) -> None:
-        """Record a finished child run, such as one trial of a search; it is known by its name."""
+    def child(
+        self, name: str, parameters: dict[str, Any], history: dict[int, dict[str, float]], picture: bytes | None = None
+    ) -> None:
+        """Record a child run, such as one trial of a search; it is known by its name.
+
+        history: numbers by step. What an earlier attempt recorded of them is not recorded twice.
+        """
         moment = int(time.time() * 1000)
 
         def send(client: Any, run: str) -> None:
@@ -97,8 +98,15 @@ class Tracker:
 
             experiment = client.get_run(run).info.experiment_id
             child = _run_of(client, experiment, f"{run} {name}", name, {"mlflow.parentRunId": run})
-            metrics = [Metric(key, float(number), moment, 0) for key, number in values.items()]
-            client.log_batch(child, metrics, [Param(key, str(value)) for key, value in parameters.items()])
+            tags = client.get_run(child).data.tags
+            client.log_batch(child, params=[Param(key, str(value)) for key, value in parameters.items()])
+            if picture is not None and "admiral.picture" not in tags:
+                _log_picture(client, child, "samples.png", picture)
+                client.set_tag(child, "admiral.picture", "samples.png")
+            for step, values in history.items():
+                if f"admiral.step.{step}" not in tags:
+                    client.log_batch(child, [Metric(key, float(v), moment, step) for key, v in values.items()])
+                    client.set_tag(child, f"admiral.step.{step}", "recorded")
             client.set_terminated(child)
 
         self._put(send)
@@ -281,6 +289,14 @@ def _artifact_root(config: JobConfig) -> str | None:
     return (
         os.path.join(os.path.dirname(uri.removeprefix("sqlite:///")), "mlflow") if uri.startswith("sqlite:") else None
     )
+
+
+def _log_picture(client: Any, run: str, name: str, png: bytes) -> None:
+    import io
+
+    from PIL import Image
+
+    client.log_image(run, Image.open(io.BytesIO(png)), artifact_file=name)
 
 
 def _quiet_mlflow() -> None:

@@ -15,7 +15,7 @@ from tests.servers import free_port
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 SMALL = [
-    "--images", "512", "--classifier-images", "512", "--num-samples", "96", "--trial-samples", "72",
+    "--images", "512", "--classifier-images", "512", "--num-samples", "96", "--rungs", "36", "72",
     "--scales", "0", "2", "--steps", "4",
 ]  # fmt: skip
 
@@ -38,7 +38,9 @@ def test_the_quickstart_in_small_and_again(tmp_path: Path) -> None:
         "generate_guided", "evaluate_guided", "generate_unguided", "evaluate_unguided",
     }  # fmt: skip
     assert numbers["peak_rss_bytes"] > 2**20
-    assert numbers["search"]["winner"] in [{"scale": 0.0, "steps": 4}, {"scale": 2.0, "steps": 4}]
+    winner = numbers["search"]["winner"]
+    assert winner["scale"] in (0.0, 2.0) and winner["steps"] == 4 and winner["sampler"] == "ddpm"
+    assert numbers["search"]["samples"] <= 2 * 128 + 2 * 128, "all trials to the end, and the finals"
     for name in ("accuracy", "fd_digits", "kid_digits", "precision", "recall", "inception_score_digits"):
         for found in (numbers["metrics_guided"][name], numbers["metrics_unguided"][name]):
             assert found["n"] == 96 and found.keys() == {"value", "n", "interval", "note", "seeds", "extractor"}

@@ -101,8 +101,8 @@ def test_nothing_is_stored_twice_where_answers_are_lost(proxy: Proxy, tmp_path: 
         tracker.metrics({"loss": 1.0}, step=1)
         tracker.record("fence.json", {})
         tracker.metrics({"loss": 0.5}, step=2)
-        tracker.child("trial 1", {"fid": 3.0}, {"scale": 1.0})
-        tracker.child("trial 2", {"fid": 2.0}, {"scale": 2.0})
+        tracker.child("trial 1", {"scale": 1.0}, {64: {"fid": 3.0}})
+        tracker.child("trial 2", {"scale": 2.0}, {64: {"fid": 2.0}})
     assert all(len(rule.requests) >= 2 for rule in lost[1:]), "a fault befell nothing"
     assert metric_history("train /runs/lost", "loss") == [(1, 1.0), (2, 0.5)]
     runs = _runs_of("train /runs/lost")
