@@ -129,6 +129,7 @@ class LocalCluster:
         environment = {
             "MLFLOW_BACKEND_STORE_URI": self._database,
             "MLFLOW_S3_ENDPOINT_URL": self.environment["AWS_ENDPOINT_URL"],
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # its own job queue: eight processes that nobody here asks
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
         self._launch("mlflow", command, environment)
