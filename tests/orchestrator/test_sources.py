@@ -123,6 +123,18 @@ def test_images_of_no_class(tmp_path: Path) -> None:
         assert source.classes == () and set(source.index["label"].to_pylist()) == {-1} and len(source.index) == 120
 
 
+def test_links_are_followed(tmp_path: Path) -> None:
+    layouts.write_tree(str(tmp_path / "all"), IMAGES)
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "ant").symlink_to("../all/ant")
+    (tmp_path / "some" / "bee").mkdir()
+    (tmp_path / "some" / "bee" / "one.png").symlink_to(tmp_path / "all" / "bee" / "bee_000.png")
+    (tmp_path / "some" / "bee" / "loop").symlink_to("..")
+    source = open_at(str(tmp_path / "some"))
+    assert source.classes == ("ant", "bee") and len(source.index) == 41
+    assert contents(source) == sorted((image.cls, image.data) for image in IMAGES[:41])
+
+
 def test_oddities_are_reported(tmp_path: Path) -> None:
     data = IMAGES[0].data
     storage.write_bytes(str(tmp_path / "w" / "a.tar"), tar_bytes([
@@ -143,6 +155,14 @@ def test_oddities_are_reported(tmp_path: Path) -> None:
     assert source.findings["tars without images"].examples == ("cat",)
     assert source.findings["classes without images"].examples == ("cat",)
     assert contents(source) == [("ant", data), ("ant", data), ("bee", data)]
+
+    layouts.write_tree(str(tmp_path / "e" / "train"), IMAGES)
+    (tmp_path / "e" / "train" / "eel").mkdir()
+    storage.write_bytes(str(tmp_path / "e" / "train" / "docs" / "readme.txt"), b"")
+    storage.write_bytes(str(tmp_path / "e" / "train" / "readme.txt"), b"")
+    source = open_at(str(tmp_path / "e"))
+    assert source.classes == CLASSES
+    assert source.findings["folders without images, which are no classes"].examples == ("docs", "eel")
 
     layouts.write_labelled(str(tmp_path / "f"), IMAGES[:3])
     storage.write_bytes(str(tmp_path / "f.csv"), b"key,label\n00000.png,ant\n00001.png,ant\nmissing.png,bee\n")
