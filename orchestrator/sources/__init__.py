@@ -94,7 +94,7 @@ def open_source(layout: Layout, listing: Listing, labels: LabelMap | None, num_w
     if layout == "unlabelled" and in_tars:
         return tars.unlabelled_tars_source(listing, num_workers)
     if layout == "tars":
-        return tars.class_tars_source(listing, num_workers)
+        return tars.tars_source(listing, num_workers)
     if layout == "webdataset":
         return tars.webdataset_source(listing, num_workers)
     by_names = {"folder": folders.folder_source, "flat": folders.flat_source, "unlabelled": folders.unlabelled_source}
