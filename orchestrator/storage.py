@@ -205,25 +205,36 @@ def size_of(uri: str) -> int | None:
 def list_tree(uri: str) -> Iterator[list[tuple[str, int]]]:
     """Folder by folder, (name, bytes) of all objects beneath a prefix; names are relative to it.
 
-    Several folders are listed at a time, and no more is held than these.
+    An empty folder, where there is such a thing, is its name with a slash behind it, and 0 bytes.
+    Several folders are listed at a time, and no more is held than these. Links on a local disk are followed.
     """
     fs, root = _locate(uri)
     prefix = root.rstrip("/") + "/"
     with ThreadPoolExecutor(_REQUESTS) as threads:
-        pending = {threads.submit(_attempt, "list", uri, fs.ls, root, detail=True)}
+        pending = {threads.submit(_attempt, "list", uri, fs.ls, root, detail=True): ""}
         while pending:
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            done, _ = wait(pending, return_when=FIRST_COMPLETED)
             for listing in done:
-                files = []
-                for entry in listing.result():
+                folder, entries = pending.pop(listing), listing.result()
+                files = [] if entries or not folder else [(f"{folder}/", 0)]
+                for entry in entries:
                     name = entry["name"].rstrip("/")
                     if not name.startswith(prefix) or name.endswith(_PART):
                         continue
-                    if entry["type"] == "directory":
-                        pending.add(threads.submit(_attempt, "list", uri, fs.ls, name, detail=True))
+                    if entry["type"] == "directory" or _is_link_to_folder(entry):
+                        going = threads.submit(_attempt, "list", uri, fs.ls, name, detail=True)
+                        pending[going] = name.removeprefix(prefix)
                     else:
                         files.append((name.removeprefix(prefix), entry["size"]))
                 yield files
+
+
+def _is_link_to_folder(entry: dict[str, Any]) -> bool:
+    """Whether an entry of a local listing is a link to a folder that does not hold the link itself."""
+    if not entry.get("islink") or not os.path.isdir(entry["name"]):
+        return False
+    target, here = Path(entry["name"]).resolve(), Path(entry["name"]).parent.resolve()
+    return target != here and target not in here.parents
 
 
 class Range(NamedTuple):

@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 
 from orchestrator import storage
 from orchestrator.sources import arrays, folders, tars
+from orchestrator.sources.adoption import PARQUET_NAME
 from orchestrator.sources.index import Finding, Findings, Listing, Source, finding, list_source
 from orchestrator.sources.labels import LabelMap, read_label_map
 
@@ -31,7 +32,6 @@ Layout = Literal["auto", "folder", "flat", "unlabelled", "tars", "webdataset", "
 
 UNLABELLED: tuple[Layout, ...] = ("folder", "flat", "unlabelled", "tars")  # a label map may say more than names do
 
-PARQUET_NAME = r"(^|/)[^./][^/]*\.parquet$"
 _WANTED = (
     "a tree <class>/<image> (folder), files <class>_<anything> (flat), a tar for each class or the ILSVRC2012 tar of "
     "tars (tars), tars with .cls or .json beside each image (webdataset), Parquet with image.bytes and label "
@@ -56,7 +56,7 @@ def detect(listing: Listing, labelled: bool = False) -> Layout:
     if len(listing.matching(arrays.CIFAR10_PICKLES).names):
         raise ValueError(
             f"source={listing.uri} is CIFAR-10's python version, which holds pickles, and nothing from outside is "
-            "unpickled: take cifar-10-binary.tar.gz from the same page"
+            "unpickled: take cifar-10-binary.tar.gz from where it came"
         )
     if len(listing.matching(PARQUET_NAME).names):
         return "parquet"
@@ -94,7 +94,7 @@ def open_source(layout: Layout, listing: Listing, labels: LabelMap | None, num_w
     if layout == "unlabelled" and in_tars:
         return tars.unlabelled_tars_source(listing, num_workers)
     if layout == "tars":
-        return tars.class_tars_source(listing, num_workers)
+        return tars.tars_source(listing, num_workers)
     if layout == "webdataset":
         return tars.webdataset_source(listing, num_workers)
     by_names = {"folder": folders.folder_source, "flat": folders.flat_source, "unlabelled": folders.unlabelled_source}

@@ -10,6 +10,7 @@ from orchestrator.sources.index import (
     Listing,
     Source,
     component,
+    finding,
     index_table,
     make_source,
     numbered,
@@ -36,7 +37,10 @@ def folder_source(listing: Listing) -> Source:
         names = images.names.filter(stray)
         raise ValueError(f"source={listing.uri}: {len(names)} images lie in no class folder, {names[0]} among them")
     classes, labels = numbered(component(images.names, depth))
-    return make_source("folder", listing.uri, classes, _table(images, labels, _looked_up(first, splits)))
+    deep = listing.names.filter(pc.greater(pc.count_substring(listing.names, "/"), depth))
+    others = sorted(set(pc.unique(component(deep, depth)).to_pylist()) - set(classes))
+    findings = {"folders without images, which are no classes": finding(others)} if others else {}
+    return make_source("folder", listing.uri, classes, _table(images, labels, _looked_up(first, splits)), findings)
 
 
 def flat_source(listing: Listing) -> Source:

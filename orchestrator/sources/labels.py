@@ -33,6 +33,12 @@ class LabelMap:
         keys = index["key"].combine_chunks()
         by_path = pc.index_in(keys, self.keys)
         by_name = pc.index_in(pc.replace_substring_regex(keys, r"^.*/", ""), self.keys)
+        shared = pc.value_counts(by_name.filter(by_path.is_null()).drop_null())
+        if len(shared) and (most := max(shared.to_pylist(), key=lambda case: case["counts"]))["counts"] > 1:
+            raise ValueError(
+                f"the label map names {self.keys[most['values']]}, but {most['counts']} images have this file name: "
+                "name them by their paths"
+            )
         rows = pc.coalesce(by_path, by_name)
         named = rows.is_valid()
         findings: Findings = {}

@@ -1,6 +1,7 @@
 """Images in tar archives, read by their offsets without unpacking."""
 
 import json
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import pyarrow.compute as pc
 from cluster.workers import map_items
 from orchestrator import storage
 from orchestrator.progress import progress_line
+from orchestrator.sources.folders import flat_source, folder_source
 from orchestrator.sources.index import (
     IMAGE_NAME,
     Findings,
@@ -24,6 +26,7 @@ from orchestrator.sources.index import (
     index_table,
     make_source,
     numbered,
+    split_folder,
     split_of_each,
 )
 from orchestrator.sources.labels import LabelMap
@@ -61,16 +64,20 @@ def first_members(listing: Listing) -> list[str]:
         return [member.name for member in islice(_members(file, pieces[0], listing.uri), _PEEK)]
 
 
-def class_tars_source(listing: Listing, num_workers: int) -> Source:
-    """One tar for each class, loose or themselves in a tar, as the training images of ILSVRC2012 come.
+def tars_source(listing: Listing, num_workers: int) -> Source:
+    """One tar for each class, loose or themselves in a tar, as the training images of ILSVRC2012 come; or one tar of a
+    tree or of a flat folder.
 
     Classes are the tars' names in sorted order; a key is <class>/<member>, as in a tree of the unpacked tars. A member
     whose name begins with another class than its tar's is reported.
 
     Raises:
-        ValueError: a tar is cut short.
+        ValueError: a tar is cut short, or the only one has neither class folders nor <class>_<anything>.
     """
-    pieces = [inner for piece in _tars(listing) for inner in (_nested(listing.uri, piece) or [piece])]
+    tars = _tars(listing)
+    pieces = [inner for piece in tars for inner in (_nested(listing.uri, piece) or [piece])]
+    if pieces == tars and len(tars) == 1:
+        return _packed_source(listing.uri, tars[0])
     tables = _scan_all(partial(_scan_images, listing.uri), pieces, num_workers)
     names = [piece.name.rsplit("/", 1)[-1] for piece in pieces]
     classes, labels = numbered(pa.array(names, pa.string()))
@@ -89,6 +96,25 @@ def class_tars_source(listing: Listing, num_workers: int) -> Source:
     if pc.any(other).as_py():
         findings["images named after another class than their tar's"] = finding(index["key"].filter(other).to_pylist())
     return make_source("tars", listing.uri, classes, index, findings)
+
+
+def _packed_source(uri: str, piece: Piece) -> Source:
+    """What folder_source or flat_source says of the unpacked tar; a folder around all of it does not count."""
+    [table] = _scan_all(partial(_scan_images, uri), [piece], num_workers=0)
+    names = table["member"].combine_chunks()
+    folders = pc.unique(pc.replace_substring_regex(names, r"(^|/)[^/]*$", "")).to_pylist()
+    around = os.path.commonpath(folders).split("/") if folders else []
+    while around and split_folder(around[-1]):
+        around.pop()
+    inner = pc.utf8_slice_codeunits(names, len("/".join([*around, ""])) if around != [""] else 0)
+    unpacked = Listing(storage.join(uri, piece.object), inner, table["size"].to_numpy())
+    in_folders = pc.any(pc.match_substring(inner, "/")).as_py()
+    source = folder_source(unpacked) if in_folders else flat_source(unpacked)
+    rows = pc.index_in(source.index["key"], inner)
+    index = _table(
+        piece, source.index["key"], source.index["label"].to_numpy(), table.take(rows), source.index["split"]
+    )
+    return make_source("tars", uri, source.classes, index, source.findings)
 
 
 def labelled_tars_source(listing: Listing, labels: LabelMap, num_workers: int) -> Source:

@@ -170,6 +170,13 @@ def test_splits(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- crops
 
 
+TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"  # orientation 6
+
+
+def with_exif(jpeg: bytes, exif: bytes) -> bytes:
+    return jpeg[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + jpeg[2:]
+
+
 def test_stored_crops_are_those_of_training_time(tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
 
@@ -179,13 +186,14 @@ def test_stored_crops_are_those_of_training_time(tmp_path: Path) -> None:
     encoded = [encode(noise(*rng.integers(40, 150, 2), 3), form) for form in ["JPEG", "PNG", "WEBP"] * 8]
     encoded += [encode(noise(50, 70)), encode(noise(70, 50, 4)), encode(noise(50, 70, 3), "JPEG", "CMYK")]
     encoded += [encode(noise(99, 64, 3), mode="P"), encode(noise(32, 32, 3)), encode(noise(20, 30, 3))]
+    encoded += [with_exif(encode(noise(48, 80, 3), "JPEG"), exif) for exif in (TURNED, b"Exif\0\0MM\0*\xff\xff")]
     found = [layouts.Picture("ab"[i % 2], f"{i}", data) for i, data in enumerate(encoded)]
     source = layouts.write_tree(str(tmp_path / "images"), found)
     whole, crops = prepare(three(tmp_path, source)), prepare(three(tmp_path, source, output="crops", resolution=32))
     assert crops.resolution == 32 and crops.width == crops.height == (32, 32) and whole.resolution is None
     assert table(whole, "train")["key"] == table(crops, "train")["key"]
     assert {data[:4] for data in table(crops, "train")["image"]} == {b"\x89PNG"}
-    (expected, labels), (stored, same_labels) = (read_images(m, "train", 0, 30, 32) for m in (whole, crops))
+    (expected, labels), (stored, same_labels) = (read_images(m, "train", 0, 32, 32) for m in (whole, crops))
     np.testing.assert_array_equal(stored, expected)
     np.testing.assert_array_equal(same_labels, labels)
 

@@ -117,10 +117,51 @@ def test_a_label_map_for_a_tar_without_labels(tmp_path: Path) -> None:
     assert contents(source) == sorted((str(CLASSES.index(image.cls)), image.data) for image in IMAGES)
 
 
+def test_one_tar_of_a_tree_or_of_a_flat_folder(tmp_path: Path) -> None:
+    kinds = {
+        "tree": [(f"{i.cls}/{i.name}.png", i.data) for i in IMAGES],
+        "wrapped": [(f"./sets/mine/{i.cls}/{i.name}.png", i.data) for i in IMAGES],
+        "split": [(f"mine/val/{i.cls}/{i.name}.png", i.data) for i in IMAGES],
+        "flat": [(f"mine/{i.name}.png", i.data) for i in IMAGES],
+    }
+    for kind, members in kinds.items():
+        storage.write_bytes(str(tmp_path / f"{kind}.tar"), tar_bytes(members))
+        source = open_at(str(tmp_path / f"{kind}.tar"))
+        assert source.classes == CLASSES and set(source.index["split"].to_pylist()) == {
+            "validation" if kind == "split" else ""
+        }
+        assert contents(source) == sorted((image.cls, image.data) for image in IMAGES)
+    storage.write_bytes(str(tmp_path / "none.tar"), tar_bytes([("mine/1.png", b"x"), ("mine/2.png", b"y")]))
+    with pytest.raises(ValueError, match=r"none\.tar: 2 images have no class and _ .*label map"):
+        open_at(str(tmp_path / "none.tar"))
+
+
+def test_file_names_that_several_images_share_are_no_keys_of_a_label_map(tmp_path: Path) -> None:
+    for name in ("a/1.png", "b/1.png", "b/2.png"):
+        storage.write_bytes(str(tmp_path / "files" / name), IMAGES[0].data)
+    storage.write_bytes(str(tmp_path / "map.csv"), b"key,label\n1.png,0\n2.png,1\n")
+    with pytest.raises(ValueError, match=r"names 1\.png, but 2 images have this file name: name them by their paths"):
+        open_at(str(tmp_path / "files"), str(tmp_path / "map.csv"))
+    storage.write_bytes(str(tmp_path / "map.csv"), b"key,label\na/1.png,0\nb/1.png,1\n2.png,1\n")
+    assert open_at(str(tmp_path / "files"), str(tmp_path / "map.csv")).index["label"].to_pylist() == [0, 1, 1]
+
+
 def test_images_of_no_class(tmp_path: Path) -> None:
     for uri in (layouts.write_flat(str(tmp_path / "a"), IMAGES), layouts.write_class_tars(str(tmp_path / "b"), IMAGES)):
         source = open_at(uri, layout="unlabelled")
         assert source.classes == () and set(source.index["label"].to_pylist()) == {-1} and len(source.index) == 120
+
+
+def test_links_are_followed(tmp_path: Path) -> None:
+    layouts.write_tree(str(tmp_path / "all"), IMAGES)
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "ant").symlink_to("../all/ant")
+    (tmp_path / "some" / "bee").mkdir()
+    (tmp_path / "some" / "bee" / "one.png").symlink_to(tmp_path / "all" / "bee" / "bee_000.png")
+    (tmp_path / "some" / "bee" / "loop").symlink_to("..")
+    source = open_at(str(tmp_path / "some"))
+    assert source.classes == ("ant", "bee") and len(source.index) == 41
+    assert contents(source) == sorted((image.cls, image.data) for image in IMAGES[:41])
 
 
 def test_oddities_are_reported(tmp_path: Path) -> None:
@@ -143,6 +184,14 @@ def test_oddities_are_reported(tmp_path: Path) -> None:
     assert source.findings["tars without images"].examples == ("cat",)
     assert source.findings["classes without images"].examples == ("cat",)
     assert contents(source) == [("ant", data), ("ant", data), ("bee", data)]
+
+    layouts.write_tree(str(tmp_path / "e" / "train"), IMAGES)
+    (tmp_path / "e" / "train" / "eel").mkdir()
+    storage.write_bytes(str(tmp_path / "e" / "train" / "docs" / "readme.txt"), b"")
+    storage.write_bytes(str(tmp_path / "e" / "train" / "readme.txt"), b"")
+    source = open_at(str(tmp_path / "e"))
+    assert source.classes == CLASSES
+    assert source.findings["folders without images, which are no classes"].examples == ("docs", "eel")
 
     layouts.write_labelled(str(tmp_path / "f"), IMAGES[:3])
     storage.write_bytes(str(tmp_path / "f.csv"), b"key,label\n00000.png,ant\n00001.png,ant\nmissing.png,bee\n")
