@@ -213,7 +213,10 @@ class _Density:
         counts = np.concatenate([share.counts for share in shares])
         covered = np.any([share.covered for share in shares], axis=0)
         covered_by = np.any([share.covered_by for share in shares], axis=0)
-        return mean_estimate(counts / shares[0].k), _halves_estimate(covered, covered_by, len(counts))
+        density = mean_estimate(counts / shares[0].k)
+        if density.low == density.high:
+            density = Estimate(density.value, density.n, note="no interval: it is the same for every sample")
+        return density, _halves_estimate(covered, covered_by, len(counts))
 
 
 def realism(reference: Array, samples: Array, k: int = 3, run: Run | None = None) -> Array:
