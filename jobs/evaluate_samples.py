@@ -1,4 +1,4 @@
-"""Measure samples against a dataset: a preset's name first, then overrides."""
+"""Measure samples against a dataset or a published batch: a preset's name first, then overrides."""
 
 from jobs.command_line import main
 from orchestrator.evaluation import evaluate, plan

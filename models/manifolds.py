@@ -24,11 +24,11 @@ from models.neighbours import (
     Neighbours,
     Shortlist,
     bounded_squares,
-    held_by_balls,
     list_length,
     measured,
     nearest,
     own_shortlist,
+    pairs_in_balls,
     shares,
     squared_radii,
 )
@@ -164,8 +164,10 @@ class _Fidelity:
         return self._empty(self.real_radii, self.radii[rows], self.half_radii[:, rows])
 
     def add(self, reference: Array, samples: Array, block: Block, rows: slice) -> None:
-        self.precise[rows] = held_by_balls(samples, reference, block, self.real_radii).any(1).numpy()
-        self.recalled[:] |= held_by_balls(reference, samples, block.transposed, self.radii[rows]).any(1).numpy()
+        inside, _ = pairs_in_balls(samples, reference, block, self.real_radii)
+        self.precise[rows][inside] = True
+        recalled, _ = pairs_in_balls(reference, samples, block.transposed, self.radii[rows])
+        self.recalled[recalled] = True
         _recall_by_halves(self.recalled_by, block, self.half_radii[:, rows])
 
     @staticmethod
@@ -199,10 +201,9 @@ class _Density:
         return self.of(self.radii, self.k, self.halves[:, rows])
 
     def add(self, reference: Array, samples: Array, block: Block, rows: slice) -> None:
-        held = held_by_balls(samples, reference, block, self.radii, strict=True)
-        self.counts[rows] = held.sum(1).numpy()
-        self.covered[:] |= held.any(0).numpy()
-        inside, balls = (i.numpy() for i in torch.nonzero(held, as_tuple=True))
+        inside, balls = pairs_in_balls(samples, reference, block, self.radii, strict=True)
+        self.counts[rows] = np.bincount(inside, minlength=len(block.lower))
+        self.covered[balls] = True
         for half, covered_by_half in zip(self.halves[:, rows], self.covered_by, strict=True):
             covered_by_half[balls[half[inside]]] = True
 
@@ -212,7 +213,10 @@ class _Density:
         counts = np.concatenate([share.counts for share in shares])
         covered = np.any([share.covered for share in shares], axis=0)
         covered_by = np.any([share.covered_by for share in shares], axis=0)
-        return mean_estimate(counts / shares[0].k), _halves_estimate(covered, covered_by, len(counts))
+        density = mean_estimate(counts / shares[0].k)
+        if density.low == density.high:
+            density = Estimate(density.value, density.n, note="no interval: it is the same for every sample")
+        return density, _halves_estimate(covered, covered_by, len(counts))
 
 
 def realism(reference: Array, samples: Array, k: int = 3, run: Run | None = None) -> Array:

@@ -23,7 +23,7 @@ BLOCK_BYTES = 128 * 2**20  # of one float32 block of distances
 MAX_ROWS = 512  # of one block: small, so that one triangle of a set's own distances is little more than half
 CACHED_ROWS = 128  # rows of features that are worked on at once: they stay in the cache
 SPARE = 3  # candidates beyond k that are measured exactly, so that rounding rarely hides a true neighbour
-SHARE_BLOCKS = 8  # blocks of rows in one share of the work
+SHARE_BLOCKS = 16  # blocks of rows in one share of the work
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,8 @@ def balls_holding(points: Array, centres: Array, radii: Array, strict: bool = Fa
     _check_balls(points, centres, radii)
     counts = np.zeros(len(points), np.int64)
     for block in bounded_squares(points, centres):
-        counts[block.rows] = held_by_balls(points, centres, block, radii, strict).sum(1).numpy()
+        rows, _ = pairs_in_balls(points, centres, block, radii, strict)
+        counts[block.rows] = np.bincount(rows, minlength=len(block.lower))
     return counts
 
 
@@ -157,16 +158,19 @@ def any_ball_holds(points: Array, centres: Array, radii: Array) -> Mask:
     return balls_holding(points, centres, radii) > 0
 
 
-def held_by_balls(points: Array, centres: Array, block: "Block", radii: Array, strict: bool = False) -> Tensor:
-    """[b, M] which balls around centres hold the block's points: by the bounds, and measured where they are open."""
+def pairs_in_balls(
+    points: Array, centres: Array, block: "Block", radii: Array, strict: bool = False
+) -> tuple[Indices, Indices]:
+    """(row, column) in the block of every point and ball around a centre that holds it: by the bounds, and measured
+    where they are open."""
     threshold = torch.from_numpy(np.asarray(radii, np.float32))
-    possible = block.lower <= threshold
-    held = block.lower + block.row_slack[:, None] < threshold - block.column_slack
-    rows, columns = (i.numpy() for i in torch.nonzero(possible.logical_and_(~held), as_tuple=True))
-    squares = _squares(points, rows + block.rows.start, centres, columns + block.columns.start)
-    inside = squares < radii[columns] if strict else squares <= radii[columns]
-    held[rows[inside], columns[inside]] = True
-    return held
+    at = torch.nonzero(block.lower <= threshold, as_tuple=True)
+    held = (block.lower[at] + block.row_slack[at[0]] < (threshold - block.column_slack)[at[1]]).numpy()
+    rows, columns = (index.numpy() for index in at)
+    open_rows, open_columns = rows[~held], columns[~held]
+    squares = _squares(points, open_rows + block.rows.start, centres, open_columns + block.columns.start)
+    held[~held] = squares < radii[open_columns] if strict else squares <= radii[open_columns]
+    return rows[held], columns[held]
 
 
 def _check_balls(points: Array, centres: Array, radii: Array) -> None:
@@ -195,6 +199,7 @@ def bounded_squares(
 ) -> Iterator[Block]:
     """Blocks of rows (those of `share`); with `triangle` (points and centres being one set) only the columns from
     the block's first row on. Shares begin at multiples of `_block_rows`, so that all blocks are as without them.
+    A block is good until the next one, which takes its memory.
 
     |u|^2 - 2 u.v + |v|^2 in float32 errs by a multiple of eps (|u|^2 + |v|^2): a few roundings, and those of
     a sum of D products, which stay below 8 sqrt(D) eps but for a chance of 1e-13 (Higham & Mary 2019, theorem
@@ -205,11 +210,13 @@ def bounded_squares(
     slack = (32 + 8 * np.sqrt(points.shape[1])) * 2.0**-24
     size = _block_rows(len(centres))
     begin, end = (share.start, share.stop) if share else (0, len(points))
+    memory = torch.empty(size * len(centres))
     for start in range(begin, end, size):
         rows = slice(start, min(start + size, end))
         columns = slice(start if triangle else 0, len(centres))
         u, u_squares = (v[rows], v_squares[rows]) if triangle else _centred(points[rows], mean)
-        lower = torch.addmm(v_squares[columns] * (1 - slack), u, v[columns].T, alpha=-2)
+        lower = memory[: len(u) * (columns.stop - columns.start)].view(len(u), -1)
+        torch.addmm(v_squares[columns] * (1 - slack), u, v[columns].T, alpha=-2, out=lower)
         lower.add_(u_squares[:, None], alpha=1 - slack)
         yield Block(rows, columns, lower, 2 * slack * u_squares, 2 * slack * v_squares[columns])
 

@@ -106,6 +106,8 @@ def test_no_interval_is_made_up_where_the_halves_say_nothing() -> None:
     rng = generator(7)
     _, recall = precision_recall(rng.standard_normal((50, 2)), rng.standard_normal((50, 2)) + 1e3)
     assert recall.value == 0 and recall.low is None and "every random half" in recall.note
+    density, _ = density_coverage(rng.standard_normal((50, 2)), rng.standard_normal((50, 2)) + 1e3)
+    assert density.value == 0 and density.low is None and "every sample" in density.note
     _, recall = precision_recall(rng.standard_normal((50, 2)), rng.standard_normal((12, 2)))
     assert recall.low is None and "too few" in recall.note
 

@@ -103,7 +103,7 @@ def test_files_give_what_arrays_give_and_more(sets: tuple[FeatureFiles, Referenc
 
 @pytest.mark.ray
 def test_the_pool_changes_nothing(tmp_path: Path, ray_session: None) -> None:
-    made, reference = make_sets(tmp_path, 2 * neighbours.SHARE_BLOCKS * neighbours.MAX_ROWS + 100)  # three shares
+    made, reference = make_sets(tmp_path, neighbours.SHARE_BLOCKS * neighbours.MAX_ROWS + 100)  # two shares
     here, pooled = (measure_files(made, reference, "toy", LIMITS, workers) for workers in (0, 2))
     assert pooled.estimates == here.estimates and pooled.per_class == here.per_class
     np.testing.assert_array_equal(pooled.realism, here.realism)
