@@ -218,7 +218,7 @@ def draw_memory(demo: Demo, runs: dict[str, Run]) -> None:
 
 
 def train(demo: Demo) -> Demo:
-    """The digits, their diffusion model and their classifier, as the quickstart makes them, where they are not given."""
+    """The digits, and their diffusion model and classifier, as the quickstart makes them, where they are not given."""
     trained = demo.weights and demo.classifier
     for job in ("prepare_dataset",) if trained else ("prepare_dataset", "train_adm", "train_classifier"):
         subprocess.run([sys.executable, f"jobs/{job}.py", "digits", "--store", demo.folder], cwd=ROOT, check=True)
