@@ -129,6 +129,7 @@ class _Mapping(Generic[Item, Result]):
         self._seconds, self._done = 0.0, 0  # of all done items
         self._results: deque[tuple[Item, Result]] = deque()  # at most one
         self._failed, self._reasons = 0, list[str]()
+        self._published = 0.0  # when numbers were last shown, in seconds
 
     def results(self) -> Iterator[tuple[Item, Result]]:
         """What `Pool.map` yields."""
@@ -146,11 +147,14 @@ class _Mapping(Generic[Item, Result]):
                 take(actor, future)
             while self._results:
                 yield self._results.popleft()
-            self._publish()
+            if time.monotonic() > self._published + LOOK_SECONDS:
+                self._publish()
+        self._publish()
         if self._failed:
             raise ItemsFailed(f"{self._failed} items failed, the others are done: {'; '.join(self._reasons)}")
 
     def _publish(self) -> None:
+        self._published = time.monotonic()
         retries = sum(task.failures > 0 for task in self._waiting)
         publish(
             "pool",

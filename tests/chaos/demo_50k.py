@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ class Demo:
     settings: tuple[str, ...] = (
         "--sampler.name", "ddim", "--sampler.num-steps", "5", "--guidance.scale", "1.0",
     )  # further options of jobs/generate_samples.py digits  # fmt: skip
+    weights: str | None = None  # the digits' diffusion model and classifier where they are trained already,
+    classifier: str | None = None  # as files; without them both are trained here
     evaluate: bool = True  # measure the samples
 
 
@@ -215,10 +217,15 @@ def draw_memory(demo: Demo, runs: dict[str, Run]) -> None:
 # ------------------------------------------------------------------------------------------------ its surroundings
 
 
-def train(demo: Demo) -> None:
-    """The digits, their diffusion model and their classifier, as the quickstart makes them."""
-    for job in ("prepare_dataset", "train_adm", "train_classifier"):
+def train(demo: Demo) -> Demo:
+    """The digits, and their diffusion model and classifier, as the quickstart makes them, where they are not given."""
+    trained = demo.weights and demo.classifier
+    for job in ("prepare_dataset",) if trained else ("prepare_dataset", "train_adm", "train_classifier"):
         subprocess.run([sys.executable, f"jobs/{job}.py", "digits", "--store", demo.folder], cwd=ROOT, check=True)
+    if not (demo.weights and demo.classifier):
+        return demo
+    given = ("--weights", os.path.abspath(demo.weights), "--classifier", os.path.abspath(demo.classifier))
+    return replace(demo, settings=(*demo.settings, *given))
 
 
 @contextlib.contextmanager
@@ -249,13 +256,13 @@ def s3_server() -> Iterator[str]:
 
 def main(demo: Demo) -> int:
     """Everything; prints the JSON line and answers the exit code."""
-    demo = Demo(**{**vars(demo), "folder": os.path.abspath(demo.folder)})
+    demo = replace(demo, folder=os.path.abspath(demo.folder))
     os.makedirs(demo.folder, exist_ok=True)
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{demo.folder}/mlflow.db"
     begun = time.monotonic()
     with s3_server() as bucket, session(4):
         os.environ["RAY_ADDRESS"] = address()
-        train(demo)
+        demo = train(demo)
         result = demonstrate(demo, bucket)
         if demo.evaluate:
             result["metrics"] = evaluate(demo, f"{bucket}/disturbed", f"{bucket}/evaluation")
