@@ -17,7 +17,7 @@ from cluster.metrics import publish
 
 PROCESS_GROUP_TIMEOUT_S = 300  # a hung collective ends the attempt after this
 POLL_SECONDS = 0.5
-PREEMPTION_SECONDS = 1.0  # between two looks for a notice that a node goes away
+PREEMPTION_SECONDS = 2.0  # between two looks for a notice that a node goes away; Ray itself looks every 5
 
 # A worker's error of these kinds would come again: no other attempt is made.
 LASTING_ERRORS = (

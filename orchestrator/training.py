@@ -58,7 +58,8 @@ def train(config: Config) -> str:
     run = config.path(config.output)
     manifest = load_manifest(config.path(config.dataset))
     config = _with_classes(config, manifest)
-    _open_bytes(config, manifest)  # refused here where it is too much
+    _open_bytes(config, manifest)  # refused here where it is too much, or the split impossible
+    _validation_count(config, manifest)
     claim(run, config)
     if storage.exists(final_weights(run, config)):
         print(f"{run} is trained already: {config.images:,} images")

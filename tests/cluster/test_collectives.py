@@ -18,7 +18,7 @@ from cluster.collectives import Group
 def _worker(rank: int, world_size: int, folder: str) -> None:
     """Call everything once, and write down what came of it."""
     torch.distributed.init_process_group(
-        "gloo", f"file://{folder}/meeting", timedelta(seconds=60), rank=rank, world_size=world_size
+        "gloo", f"file://{folder}/meeting", timedelta(minutes=5), rank=rank, world_size=world_size
     )
     group = Group(rank, world_size)
     collectives.BUCKET_VALUES = 5  # several messages

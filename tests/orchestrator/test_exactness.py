@@ -48,7 +48,7 @@ def config_of(store: str, output: str, **changes: object) -> AdmConfig:
 def _worker(rank: int, world_size: int, meeting: str, config: AdmConfig, steps: int) -> None:
     """One worker process: joins its group, and stops after so many steps."""
     torch.distributed.init_process_group(
-        "gloo", f"file://{meeting}", timedelta(seconds=60), rank=rank, world_size=world_size
+        "gloo", f"file://{meeting}", timedelta(minutes=5), rank=rank, world_size=world_size
     )
     asked = iter(range(1, 10**9))
     stopping = lambda: next(asked) >= steps  # noqa: E731

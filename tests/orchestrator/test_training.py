@@ -362,6 +362,13 @@ def test_overfitting_is_told_from_chance(store: str, caplog: pytest.LogCaptureFi
         Validation(config, manifest.model_copy(update={"splits": splits}), Group(0, 1))
 
 
+def test_a_dataset_that_cannot_fill_the_batches_is_refused_before_anything_starts(store: str) -> None:
+    streams = OrderConfig(num_streams=1024)
+    with pytest.raises(ValueError, match=r"num_streams=1024 is more than the .* row groups"):
+        train(adm(store, "streams", order=streams, batch_size=1024))
+    assert not storage.exists(adm(store, "streams").path("streams"))
+
+
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
