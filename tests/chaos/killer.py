@@ -141,13 +141,21 @@ class Killer(threading.Thread):
         return self._proxy.add("hold", "PUT", target, times=1)
 
     def _learn_processes(self) -> None:
-        requests = self._proxy.requests
-        for request in requests[self._seen :]:
-            if self._config.record and self._config.record in request.target and (who := recorded(request.target)):
-                self._workers[who.rank] = who
-        self._seen = len(requests)
-        newest = max(self._workers.values(), key=lambda who: who.position)
-        self._workers = {r: who for r, who in self._workers.items() if who.world_size == newest.world_size}
+        """Find out who takes part in the attempt of now, from the first records of all its workers."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        self._workers = {rank: who for rank, who in self._workers.items() if who.process not in self._ended}
+        while True:
+            requests = self._proxy.requests
+            for request in requests[self._seen :]:
+                who = recorded(request.target) if f"{self._config.record}/" in request.target else None
+                if who is not None and who.process not in self._ended:
+                    self._workers[who.rank] = who
+                self._seen += 1
+            if self._workers and len(self._workers) == next(iter(self._workers.values())).world_size:
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"of this attempt only these workers took a step: {self._workers}")
+            time.sleep(0.02)
 
     def _await_checkpoint_before(self, kill: Kill) -> None:
         """Wait for a commit, so that there is something to resume from."""

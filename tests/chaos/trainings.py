@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+
 from jobs.command_line import parse
 from orchestrator import storage
 from orchestrator.preparation import prepare
@@ -18,6 +20,7 @@ from orchestrator.training_config import AdmConfig
 from orchestrator.training_presets import adm_presets
 from tests import servers
 from tests.chaos.killer import Account, Kill, Killer
+from tests.chaos.plain import train_plainly
 from tests.chaos.proxy import Proxy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +83,20 @@ def train_here(config: AdmConfig, proxy: Proxy, plan: list[Kill], seed: int = 0)
     killer.start()
     try:
         train(config)
+    finally:
+        killer.check()
+    return killer.account
+
+
+def train_by_processes(config: AdmConfig, proxy: Proxy, plan: list[Kill], seed: int = 0) -> Account:
+    """Train to the end by plain processes, without Ray, whose group starts again after every death."""
+    killer = Killer(proxy, config, plan, os.getpid, seed)
+    killer.start()
+    try:
+        for _ in range(len(plan)):
+            with contextlib.suppress(ProcessExitedException, ProcessRaisedException):
+                train_plainly(config, config.num_workers)
+        train_plainly(config, config.num_workers)
     finally:
         killer.check()
     return killer.account
