@@ -58,7 +58,7 @@ def demonstrate(demo: Demo) -> dict[str, Any]:
     """Grid, search and their comparison; answers the JSON line."""
     count = len(demo.scales) * len(demo.steps) * len(demo.samplers)
     grid, raced = grid_config(demo, count), race_config(demo, count)
-    with session(demo.workers + 1):
+    with session(demo.workers and demo.workers + 1):
         begin = time.monotonic()
         grid_answer = storage.read_json(search(grid))
         drawn = time.monotonic()

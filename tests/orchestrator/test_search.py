@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from orchestrator.search import plan, search
 from orchestrator.search_answer import summary
 from orchestrator.search_config import Limit, SearchConfig
 from orchestrator.search_space import SpaceConfig
+from tests.benchmarks.demo_search import Demo, compare, demonstrate, grid_config, race_config
 from tests.orchestrator.digits import digits
 from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
 
@@ -167,3 +169,25 @@ def test_what_does_not_fit_is_an_error_before_ray_starts(store: str) -> None:
 def test_budgets_are_samples_or_hours() -> None:
     assert Limit.parse("12,288") == Limit(samples=12_288) and Limit.parse("1.5h") == Limit(hours=1.5)
     assert Limit.parse(None) == Limit()
+
+
+def test_the_demo_in_small_agrees_with_the_grid_and_its_books_are_right(store: str) -> None:
+    demo = Demo(
+        folder=store, scales=(0.0, 1.0, 30.0, 90.0), steps=(2, 3), samplers=("ddim",), rungs=(64, 192), trials=6,
+        share=0.75, workers=0, weights="unet.safetensors", classifier="classifier.safetensors", dataset="digits",
+    )  # fmt: skip
+    result = demonstrate(demo)
+    assert result["broken"] == [] and result["ratio"] <= 0.75 and result["grid_samples"] == 8 * 192
+    low, high = result["paired_difference"]["interval"]
+    assert (
+        low <= max(result["paired_difference"]["value"], 0) <= high or result["grid_winner"] == result["search_winner"]
+    )
+    assert result["variance_unpaired_over_paired"]["median"] > 1
+
+    grid, raced = grid_config(demo, 8), race_config(demo, 8)
+    answers = [storage.read_json(f"{store}/{config.output}/search.json") for config in (grid, raced)]
+    assert answers[1]["samples"] == result["search_samples"]
+    worst = max(answers[0]["trials"], key=lambda trial: trial["objective"]["fd_digits"]["value"])
+    wrong = answers[1] | {"winner": answers[1]["winner"] | {"setting": worst["setting"]}}
+    assert "surely worse" in compare(demo, grid, answers[0], wrong)["broken"][0]
+    assert "of the grid's samples" in compare(replace(demo, share=0.01), grid, *answers)["broken"][0]
