@@ -77,13 +77,12 @@ def run_heat(config: SearchConfig, workers: Pool, image_size: int, heat: Heat) -
             if made.trouble:
                 raise RuntimeError(made.trouble)
             if made.failed:
-                return _record(config, heat, failed=made.failed)
+                raise ValueError(made.failed)
             seconds += made.seconds
         drawn = concatenate(_read_block(storage.join(folder, name)) for name in names)
-        measured = _measured(config, heat, drawn, image_size)
+        _record(config, heat, _measured(config, heat, drawn, image_size), worker_seconds=seconds)
     except (ItemsFailed, ValueError, np.linalg.LinAlgError) as error:
-        return _record(config, heat, failed=" ".join(str(error).split()))
-    return _record(config, heat, measured, worker_seconds=seconds)
+        _record(config, heat, failed=" ".join(str(error).split()))
 
 
 def _measured(config: SearchConfig, heat: Heat, drawn: Labelled, image_size: int) -> Outcome:
@@ -107,6 +106,8 @@ def _measured(config: SearchConfig, heat: Heat, drawn: Labelled, image_size: int
     metrics[EVALUATIONS] = {"value": evaluations, "n": heat.n, "interval": [evaluations] * 2, "note": "exact"}
     objectives = [Objective.parse(objective, name) for objective in config.objective]
     scores = [criteria(objective, made, held, evaluations) for objective in objectives]
+    if not all(np.isfinite(each).all() for each in scores):
+        raise ValueError("its samples have scores that are not finite")
     return Outcome(scores, metrics, tuple(o.name for o in objectives if o.stands_in(made.features)))
 
 

@@ -84,6 +84,8 @@ def test_killed_and_continued_it_repeats_no_finished_batch_and_ranks_alike(store
     answer = storage.read_json(f"{store}/killed/search.json")
     assert answer["samples"] == 32 * blocks, "the books agree with what was drawn"
     check_answer(store, wanted, answer)
+    undisturbed = storage.read_json(search(config(store, output="undisturbed", num_workers=0)))
+    assert undisturbed == answer, "kills, workers or the order of completion changed the answer"
 
 
 def check_answer(store: str, wanted: SearchConfig, answer: dict[str, Any]) -> None:
