@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from cluster.session import address
 from jobs.command_line import parse
 from orchestrator import storage
 from orchestrator.preparation import prepare
@@ -57,10 +58,12 @@ def files(folder: str) -> dict[str, int]:
 
 
 @pytest.mark.ray
-def test_killed_and_continued_it_repeats_no_finished_batch_and_ranks_alike(store: str, tmp_path: Path) -> None:
+def test_killed_and_continued_it_repeats_no_finished_batch_and_answers_alike(
+    store: str, ray_session: None, tmp_path: Path
+) -> None:
     wanted, log = config(store, output="killed"), tmp_path / "log"
     command = [sys.executable, "-m", "tests.orchestrator.counted_search", wanted.model_dump_json(), str(log)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+    environment = os.environ | {"RAY_ADDRESS": address()}
     driver = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
     while not log.exists() or len(log.read_text().split()) < 3:
         assert driver.poll() is None, "it ended before it could be killed"
@@ -130,6 +133,21 @@ def test_a_failing_trial_is_in_the_answer_and_a_larger_budget_goes_on(
     assert "is complete" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"alpha: 0\.05 there, 0\.1 here"):
         search(wanted.model_copy(update={"alpha": 0.1}))
+
+
+def test_a_damaged_block_is_named_and_made_again_once_it_is_gone(store: str) -> None:
+    wanted = config(store, output="damaged", space=SpaceConfig(scales=(0.0,), continuous=False, steps=(2,)),
+                    trials=1, round_size=1, finalists=1, num_workers=0)  # fmt: skip
+    answer = storage.read_json(search(wanted))
+    names = storage.list_names(f"{store}/damaged/trials", recursive=True)
+    (block,) = (f"{store}/damaged/trials/{name}" for name in names if name.endswith("seed-0/block-000001.safetensors"))
+    for name in ("search.json", *(f"trials/{name}" for name in names if "n-" in name and "seed-0" in name)):
+        storage.delete(f"{store}/damaged/{name}")
+    Path(block).write_bytes(Path(block).read_bytes()[:-100])
+    with pytest.raises(RuntimeError, match=r"block-000001\.safetensors is damaged .*; delete it"):
+        search(wanted)
+    storage.delete(block)
+    assert storage.read_json(search(wanted)) == answer
 
 
 def test_a_dry_run_says_what_it_may_cost(store: str) -> None:
