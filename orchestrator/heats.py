@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 from cluster.workers import ItemsFailed, Pool
@@ -48,8 +49,15 @@ def read_outcome(config: SearchConfig, heat: Heat) -> Outcome:
     record = storage.read_json(uri)
     if record["failed"]:
         return Outcome(failed=record["failed"])
-    arrays = safetensors.numpy.load(storage.read_bytes(uri.replace(".json", ".safetensors")))
+    arrays = _read_arrays(uri.replace(".json", ".safetensors"))
     return Outcome([arrays[name] for name in config.objective], record["metrics"], tuple(record["stand_ins"]))
+
+
+def _read_arrays(uri: str) -> dict[str, np.ndarray]:
+    try:
+        return safetensors.numpy.load(storage.read_bytes(uri))
+    except safetensors.SafetensorError as error:
+        raise RuntimeError(f"{uri} is damaged ({error}); delete it, and the same command makes it again") from error
 
 
 def _block_name(number: int) -> str:
@@ -77,13 +85,12 @@ def run_heat(config: SearchConfig, workers: Pool, image_size: int, heat: Heat) -
             if made.trouble:
                 raise RuntimeError(made.trouble)
             if made.failed:
-                return _record(config, heat, failed=made.failed)
+                raise ValueError(made.failed)
             seconds += made.seconds
         drawn = concatenate(_read_block(storage.join(folder, name)) for name in names)
-        measured = _measured(config, heat, drawn, image_size)
-    except (ItemsFailed, ValueError, np.linalg.LinAlgError) as error:
-        return _record(config, heat, failed=" ".join(str(error).split()))
-    return _record(config, heat, measured, worker_seconds=seconds)
+        _record(config, heat, _measured(config, heat, drawn, image_size), worker_seconds=seconds)
+    except (ItemsFailed, ValueError) as error:
+        _record(config, heat, failed=" ".join(str(error).split()))
 
 
 def _measured(config: SearchConfig, heat: Heat, drawn: Labelled, image_size: int) -> Outcome:
@@ -107,6 +114,8 @@ def _measured(config: SearchConfig, heat: Heat, drawn: Labelled, image_size: int
     metrics[EVALUATIONS] = {"value": evaluations, "n": heat.n, "interval": [evaluations] * 2, "note": "exact"}
     objectives = [Objective.parse(objective, name) for objective in config.objective]
     scores = [criteria(objective, made, held, evaluations) for objective in objectives]
+    if not all(np.isfinite(each).all() for each in scores):
+        raise ValueError("its samples have scores that are not finite")
     return Outcome(scores, metrics, tuple(o.name for o in objectives if o.stands_in(made.features)))
 
 
@@ -153,7 +162,7 @@ def _held(config: SearchConfig, image_size: int) -> tuple[Held, str]:
 
 
 def _read_block(uri: str) -> Labelled:
-    arrays = safetensors.numpy.load(storage.read_bytes(uri))
+    arrays = _read_arrays(uri)
     return Labelled(Features(arrays["pool"], arrays.get("spatial"), arrays.get("logits")), arrays["labels"])
 
 
@@ -219,7 +228,7 @@ def make_block(config: SearchConfig, networks: Networks, extractor: Extractor, b
 def first_images(config: SearchConfig, setting: Setting) -> np.ndarray:
     """uint8 [B, H, W, 3]: the first batch of a setting that has run."""
     uri = storage.join(folder_of(config, Heat(setting, 0, config.seed)), _block_name(0))
-    return safetensors.numpy.load(storage.read_bytes(uri))["images"]
+    return _read_arrays(uri)["images"]
 
 
 def samples_picture(config: SearchConfig, setting: Setting) -> bytes:

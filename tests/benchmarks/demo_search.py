@@ -58,7 +58,7 @@ def demonstrate(demo: Demo) -> dict[str, Any]:
     """Grid, search and their comparison; answers the JSON line."""
     count = len(demo.scales) * len(demo.steps) * len(demo.samplers)
     grid, raced = grid_config(demo, count), race_config(demo, count)
-    with session(demo.workers + 1):
+    with session(demo.workers and demo.workers + 1):
         begin = time.monotonic()
         grid_answer = storage.read_json(search(grid))
         drawn = time.monotonic()
@@ -157,7 +157,7 @@ def variance_ratios(scores: list[np.ndarray], best: np.ndarray) -> dict[str, flo
         if paired > 0:
             ratios.append(float((other[0].var(ddof=1) + best[0].var(ddof=1)) / best.shape[1] / paired))
     low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
-    return {"low": round(low, 2), "median": round(middle, 2), "high": round(high, 2)}
+    return {"low": round(float(low), 2), "median": round(float(middle), 2), "high": round(float(high), 2)}
 
 
 def train(demo: Demo) -> None:

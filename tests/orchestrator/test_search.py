@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from cluster.session import address
 from jobs.command_line import parse
 from orchestrator import storage
 from orchestrator.preparation import prepare
@@ -23,6 +25,7 @@ from orchestrator.search import plan, search
 from orchestrator.search_answer import summary
 from orchestrator.search_config import Limit, SearchConfig
 from orchestrator.search_space import SpaceConfig
+from tests.benchmarks.demo_search import Demo, compare, demonstrate, grid_config, race_config
 from tests.orchestrator.digits import digits
 from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
 
@@ -55,10 +58,12 @@ def files(folder: str) -> dict[str, int]:
 
 
 @pytest.mark.ray
-def test_killed_and_continued_it_repeats_no_finished_batch_and_ranks_alike(store: str, tmp_path: Path) -> None:
+def test_killed_and_continued_it_repeats_no_finished_batch_and_answers_alike(
+    store: str, ray_session: None, tmp_path: Path
+) -> None:
     wanted, log = config(store, output="killed"), tmp_path / "log"
     command = [sys.executable, "-m", "tests.orchestrator.counted_search", wanted.model_dump_json(), str(log)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+    environment = os.environ | {"RAY_ADDRESS": address()}
     driver = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
     while not log.exists() or len(log.read_text().split()) < 3:
         assert driver.poll() is None, "it ended before it could be killed"
@@ -82,6 +87,8 @@ def test_killed_and_continued_it_repeats_no_finished_batch_and_ranks_alike(store
     answer = storage.read_json(f"{store}/killed/search.json")
     assert answer["samples"] == 32 * blocks, "the books agree with what was drawn"
     check_answer(store, wanted, answer)
+    undisturbed = storage.read_json(search(config(store, output="undisturbed", num_workers=0)))
+    assert undisturbed == answer, "kills, workers or the order of completion changed the answer"
 
 
 def check_answer(store: str, wanted: SearchConfig, answer: dict[str, Any]) -> None:
@@ -128,6 +135,21 @@ def test_a_failing_trial_is_in_the_answer_and_a_larger_budget_goes_on(
         search(wanted.model_copy(update={"alpha": 0.1}))
 
 
+def test_a_damaged_block_is_named_and_made_again_once_it_is_gone(store: str) -> None:
+    wanted = config(store, output="damaged", space=SpaceConfig(scales=(0.0,), continuous=False, steps=(2,)),
+                    trials=1, round_size=1, finalists=1, num_workers=0)  # fmt: skip
+    answer = storage.read_json(search(wanted))
+    names = storage.list_names(f"{store}/damaged/trials", recursive=True)
+    (block,) = (f"{store}/damaged/trials/{name}" for name in names if name.endswith("seed-0/block-000001.safetensors"))
+    for name in ("search.json", *(f"trials/{name}" for name in names if "n-" in name and "seed-0" in name)):
+        storage.delete(f"{store}/damaged/{name}")
+    Path(block).write_bytes(Path(block).read_bytes()[:-100])
+    with pytest.raises(RuntimeError, match=r"block-000001\.safetensors is damaged .*; delete it"):
+        search(wanted)
+    storage.delete(block)
+    assert storage.read_json(search(wanted)) == answer
+
+
 def test_a_dry_run_says_what_it_may_cost(store: str) -> None:
     text = plan(config(store))
     assert "4 settings of a grid of 4, and any scale between" in text
@@ -167,3 +189,25 @@ def test_what_does_not_fit_is_an_error_before_ray_starts(store: str) -> None:
 def test_budgets_are_samples_or_hours() -> None:
     assert Limit.parse("12,288") == Limit(samples=12_288) and Limit.parse("1.5h") == Limit(hours=1.5)
     assert Limit.parse(None) == Limit()
+
+
+def test_the_demo_in_small_agrees_with_the_grid_and_its_books_are_right(store: str) -> None:
+    demo = Demo(
+        folder=store, scales=(0.0, 1.0, 30.0, 90.0), steps=(2, 3), samplers=("ddim",), rungs=(64, 192), trials=6,
+        share=0.75, workers=0, weights="unet.safetensors", classifier="classifier.safetensors", dataset="digits",
+    )  # fmt: skip
+    result = demonstrate(demo)
+    assert result["broken"] == [] and result["ratio"] <= 0.75 and result["grid_samples"] == 8 * 192
+    low, high = result["paired_difference"]["interval"]
+    assert (
+        low <= max(result["paired_difference"]["value"], 0) <= high or result["grid_winner"] == result["search_winner"]
+    )
+    assert result["variance_unpaired_over_paired"]["median"] > 1
+
+    grid, raced = grid_config(demo, 8), race_config(demo, 8)
+    answers = [storage.read_json(f"{store}/{config.output}/search.json") for config in (grid, raced)]
+    assert answers[1]["samples"] == result["search_samples"]
+    worst = max(answers[0]["trials"], key=lambda trial: trial["objective"]["fd_digits"]["value"])
+    wrong = answers[1] | {"winner": answers[1]["winner"] | {"setting": worst["setting"]}}
+    assert "surely worse" in compare(demo, grid, answers[0], wrong)["broken"][0]
+    assert "of the grid's samples" in compare(replace(demo, share=0.01), grid, *answers)["broken"][0]
