@@ -11,17 +11,18 @@ SECONDS = 60.0  # that a node has to look for a file; one that says nothing is n
 
 
 def refuse_unshared(config: JobConfig, tracking_uri: str) -> None:
-    """On several nodes, refuse a tracking file and a store that lies on one node's own disk.
+    """On several machines, refuse a tracking file and a store that lies on one node's own disk.
 
     Raises:
         ValueError: the message says what to set instead.
     """
     there = nodes()
-    if len(there) < 2:
+    machines = len({node.address for node in there})
+    if machines < 2:
         return
     if tracking_uri.startswith("sqlite:"):
         raise ValueError(
-            f"MLFLOW_TRACKING_URI={tracking_uri} is a file of one machine, and the cluster has {len(there)} nodes: "
+            f"MLFLOW_TRACKING_URI={tracking_uri} is a file of one machine, and the cluster has {machines}: "
             "set it to a server's address (docs/cluster.md says how to start one)"
         )
     root = config.path("")

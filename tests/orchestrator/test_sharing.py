@@ -41,7 +41,7 @@ def test_a_store_that_one_node_does_not_see_is_refused(two_nodes: dict[Node, str
 
 
 def test_a_tracking_file_is_refused(two_nodes: dict[Node, str]) -> None:
-    with pytest.raises(ValueError, match="file of one machine, and the cluster has 2 nodes"):
+    with pytest.raises(ValueError, match="file of one machine, and the cluster has 2: set"):
         refuse_unshared(JobConfig(store="s3://bucket/root"), "sqlite:////shared/mlflow.db")
 
 
