@@ -18,6 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
 
+def quiet_environment(**changes: str) -> dict[str, str]:
+    """This environment without what would lead to another Ray, store or tracking server."""
+    left_out = ("RAY_", "ADMIRAL_", "MLFLOW_", "AWS_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(left_out)} | changes
+
+
 @contextlib.contextmanager
 def local_cluster() -> Iterator[LocalCluster]:
     """A cluster in a folder of its own; it ends with the context."""
@@ -34,12 +40,10 @@ def local_cluster() -> Iterator[LocalCluster]:
 
 def ray_command(cluster: LocalCluster, *arguments: str) -> subprocess.Popen[str]:
     """`ray ARGUMENTS` as a user's shell with the cluster's environment would run it."""
-    left_out = ("RAY_", "ADMIRAL_", "MLFLOW_", "AWS_")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     return subprocess.Popen(
         [str(BIN / "ray"), *arguments],
         cwd=ROOT,
-        env=environment | cluster.environment,
+        env=quiet_environment(**cluster.environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,24 +1,18 @@
 """The whole quickstart in small, as users start it. Jobs on a cluster: test_cluster.py."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.submission import ROOT, quiet_environment
+
 SMALL = [
     "--images", "512", "--classifier-images", "512", "--num-samples", "96", "--rungs", "36", "72",
     "--scales", "0", "2", "--steps", "4",
 ]  # fmt: skip
-
-
-def quiet_environment(**changes: str) -> dict[str, str]:
-    """This environment without what would lead to another Ray, store or tracking server."""
-    left_out = ("RAY_", "ADMIRAL_", "MLFLOW_", "AWS_")
-    return {name: value for name, value in os.environ.items() if not name.startswith(left_out)} | changes
 
 
 @pytest.mark.ray
