@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,9 +28,10 @@ class Node:
 
 
 def nodes() -> list[Node]:
-    """All living nodes, the head first."""
-    import ray
-
+    """All living nodes, the head first; none without a session."""
+    ray: Any = sys.modules.get("ray")  # who has not imported it is in no session
+    if ray is None or not ray.is_initialized():
+        return []
     found = [
         Node(
             record["NodeID"],

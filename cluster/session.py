@@ -48,13 +48,16 @@ def is_submitted() -> bool:
 
 
 @contextlib.contextmanager
-def session(wanted_cpus: float = 0, object_store_memory: int = 300 << 20) -> Iterator[None]:
-    """Be connected to Ray, for a job that wants `wanted_cpus` CPUs at once; 0: it works without Ray, none is started.
+def session(wanted_cpus: float = 0, object_store_memory: int = 300 << 20, wanted_gpus: float = 0) -> Iterator[None]:
+    """Be connected to Ray, for a job that wants so many CPUs and GPUs at once; 0 CPUs: Ray is not used.
 
     Uses the cluster that `RAY_ADDRESS` names (a submitted job has it set), and says so where it is smaller: the job
     then waits for the autoscaler. Without one, starts a local Ray and shuts it down at the end: its logical CPUs are
     the machine's, or as many as are wanted, and its object store has `object_store_memory` bytes. A session inside a
     session joins it.
+
+    Raises:
+        RuntimeError: this machine alone has fewer GPUs than are wanted.
     """
     if not wanted_cpus:
         yield
@@ -68,17 +71,25 @@ def session(wanted_cpus: float = 0, object_store_memory: int = 300 << 20) -> Ite
         yield
         return
     options: dict = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if not os.environ.get("RAY_ADDRESS"):
+    secrets = {name: os.environ[name] for name in SECRETS if name in os.environ}
+    alone = not os.environ.get("RAY_ADDRESS")
+    if alone:
+        secrets = {}  # our own workers inherit them
         options |= {
             "num_cpus": max(math.ceil(wanted_cpus), os.cpu_count() or 1),
             "object_store_memory": object_store_memory,
             "include_dashboard": False,
         }
-    keeper = f"keeper-{uuid.uuid4().hex}"
-    ray.init(runtime_env={"env_vars": _forwarded_environment() | {KEEPER: keeper}}, **options)
-    kept = _keep_secrets(keeper)
-    if (there := ray.cluster_resources().get("CPU", 0)) < wanted_cpus:
-        log.warning("the cluster has %g CPUs and this job wants %g: it waits until more nodes come", there, wanted_cpus)
+    keeper = {KEEPER: f"keeper-{uuid.uuid4().hex}"} if secrets else {}
+    ray.init(runtime_env={"env_vars": _forwarded_environment() | keeper}, **options)
+    kept = _keep(secrets, keeper[KEEPER]) if secrets else None
+    for kind, wanted in {"CPU": wanted_cpus, "GPU": wanted_gpus}.items():
+        if (there := ray.cluster_resources().get(kind, 0)) < wanted and alone:
+            ray.shutdown()
+            raise RuntimeError(f"this machine has {there:g} {kind}s and this job wants {wanted:g}")
+        if there < wanted:
+            words = "the cluster has %g %ss and this job wants %g: it waits until more nodes come"
+            log.warning(words, there, kind, wanted)
     ray.data.DataContext.get_current().enable_progress_bars = False
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -87,6 +98,11 @@ def session(wanted_cpus: float = 0, object_store_memory: int = 300 << 20) -> Ite
     finally:
         del kept
         ray.shutdown()
+
+
+def accelerator() -> str | None:
+    """The kind of GPU that workers ask for, as Ray names it, by ADMIRAL_ACCELERATOR; None = any."""
+    return os.environ.get("ADMIRAL_ACCELERATOR") or None
 
 
 def describe() -> dict[str, str | float]:
@@ -132,14 +148,14 @@ class _Keeper:
         return self._secrets
 
 
-def _keep_secrets(name: str) -> Any:
-    """An actor of this name with the secrets of this process's environment; it lives as long as the handle."""
+def _keep(secrets: dict[str, str], name: str) -> Any:
+    """An actor of this name that knows the secrets; it lives as long as the handle."""
     import ray
 
     options = {"name": name, "namespace": KEEPER_NAMESPACE, "max_concurrency": 100} | beside_driver()
     keeper: Any = ray.remote(_Keeper).options(**options).remote()
     # By a call, not by the constructor: Ray keeps a constructor's arguments with the actor's record.
-    ray.get(keeper.keep.remote({secret: os.environ[secret] for secret in SECRETS if secret in os.environ}))
+    ray.get(keeper.keep.remote(secrets))
     return keeper
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from cluster.metrics import publish
+from cluster.session import accelerator
 
 PROCESS_GROUP_TIMEOUT_S = 300  # a hung collective ends the attempt after this
 POLL_SECONDS = 0.5
@@ -126,7 +127,10 @@ def _attempt(loop: Callable[[WorkerContext], None], relay: Any, num_workers: int
             train_loop_config={"loop": loop, "relay": relay},
             torch_config=TorchConfig(timeout_s=PROCESS_GROUP_TIMEOUT_S),
             scaling_config=ScalingConfig(
-                num_workers=num_workers, use_gpu="GPU" in resources, resources_per_worker=resources
+                num_workers=num_workers,
+                use_gpu="GPU" in resources,
+                resources_per_worker=resources,
+                accelerator_type=accelerator() if "GPU" in resources else None,
             ),
             # Ray Train keeps no state of ours, so each call is a run of its own name in a folder of its own.
             run_config=RunConfig(

@@ -12,6 +12,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from cluster.metrics import publish
+from cluster.session import accelerator
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -60,7 +61,8 @@ def pool(
         return
     import ray
 
-    remote = ray.remote(_Worker).options(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=-1)
+    kind = {"accelerator_type": accelerator()} if num_gpus and accelerator() else {}
+    remote = ray.remote(_Worker).options(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=-1, **kind)
     actors: list[Any] = [remote.remote(make_worker) for _ in range(num_workers)]
     try:
         yield Pool(actors)

@@ -131,6 +131,7 @@ def _one_line(box: str) -> str:
     text = re.sub(r"For further information visit \S+|\[type=.*?input_type=\w+\]", "", text)
     text = re.sub(r"Error parsing (?!--)\S+ 1 validation error for \w+|Value error, ", "", text)
     text = re.sub(r"in \S+ \S+ --help|For full helptext.*|Argument helptext:", "", text)
+    text = re.sub(r"-{9,}", "", text)  # borders, where the terminal has no better ones
     return " ".join(text.split())
 
 

@@ -67,7 +67,10 @@ def examine(config: DoctorConfig) -> None:
             sick = Finding("node", "WRONG", f"{type(answer).__name__}: {answer}")
             wrong += _print(str(node), answer.findings if isinstance(answer, Examination) else [sick])
         sound = {node: answer for node, answer in answers.items() if isinstance(answer, Examination)}
-        wrong += _print("all nodes", [*_differences(sound), *_roles(there), _tracking(config, len(there))])
+        wrong += _print(
+            "all nodes",
+            [*_differences(sound), *_roles(there), _tracking(config, len({node.address for node in there}))],
+        )
         wrong += _print("network", [_network([*sound], config)])
     if wrong:
         raise RuntimeError(f"{wrong} thing(s) are wrong, see the lines that say WRONG")
@@ -247,16 +250,18 @@ def _roles(there: list[Node]) -> list[Finding]:
     return [Finding("head", "ok", "holds no work")]
 
 
-def _tracking(config: DoctorConfig, num_nodes: int) -> Finding:
+def _tracking(config: DoctorConfig, machines: int) -> Finding:
     """The tracking server, as the driver sees it: it alone talks to it."""
     try:
         uri = tracking_uri(config)
     except ValueError as error:
         return Finding("MLflow", "WRONG", str(error))
     if not uri.startswith("http"):
-        level: Level = "ok" if num_nodes == 1 else "WRONG"
+        level: Level = "ok" if machines == 1 else "WRONG"
         return Finding(
-            "MLflow", level, f"{uri.split('://')[0]} file" + ("" if num_nodes == 1 else ": several nodes want a server")
+            "MLflow",
+            level,
+            f"{uri.split('://')[0]} file" + ("" if machines == 1 else ": several machines want a server"),
         )
     begin = time.perf_counter()
     try:

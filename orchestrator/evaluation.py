@@ -60,7 +60,10 @@ def evaluate(config: EvaluationConfig) -> str:
     if storage.exists(report_uri):
         print(f"{output} is complete: {images.count:,} samples measured")
         return report_uri
-    with session(config.num_workers), tracked("evaluate", config, output) as tracker:
+    with (
+        session(config.num_workers, wanted_gpus=config.num_workers * config.num_gpus),
+        tracked("evaluate", config, output) as tracker,
+    ):
         folder = storage.join(output if images.kind != "samples" else images.uri, "features")
         if images.kind != "samples":  # others' files are only read
             folder = storage.join(folder, images.identity)

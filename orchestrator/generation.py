@@ -95,7 +95,7 @@ def _make_missing(config: GenerationConfig, folders: list[str]) -> None:
     """Hand every shard to the pool: those that are there are verified, the others made; then declare them finished."""
     digests: dict[str, dict[Shard, str]] = {folder: {} for folder in folders}
     with (
-        session(config.num_workers * config.num_threads),
+        session(config.num_workers * config.num_threads, wanted_gpus=config.num_workers * config.num_gpus),
         tracked("generate", config, folders[0]) as tracker,
         progress_line(config.num_samples, "samples") as progress,
     ):

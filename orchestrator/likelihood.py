@@ -101,7 +101,7 @@ def estimate(config: LikelihoodConfig) -> str:
     there = set(storage.list_names(output, recursive=True))
     todo = [item for item in items if item.name not in there]
     with (
-        session(config.num_workers),
+        session(config.num_workers, wanted_gpus=config.num_workers * config.num_gpus),
         tracked("likelihood", config, output) as tracker,
         progress_line(len(items), "batches and pictures") as progress,
     ):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from urllib.parse import quote
 from cluster.metrics import publish
 from cluster.session import is_submitted
 from orchestrator.config import JobConfig
+from orchestrator.sharing import refuse_unshared
 
 EXPERIMENT = "admiral"  # the MLflow experiment of all jobs
 QUEUE_CAPACITY = 20_000  # records that wait while the server is away; new ones beyond it are dropped and counted
@@ -68,7 +70,7 @@ class Tracker:
         """Record numbers at `step` (images for training, samples for generation)."""
         moment = int(time.time() * 1000)
         self._put([Number(name, float(value), moment, step) for name, value in values.items()])
-        publish(self._place[2].partition(" ")[0], values)
+        publish(_job_and_output(self._place[2])[0], values)
 
     def picture(self, name: str, png: bytes) -> None:
         """Record a picture under `name`, which ends in .png."""
@@ -202,9 +204,15 @@ class Tracker:
 
 @contextlib.contextmanager
 def tracked(job: str, config: JobConfig, output: str) -> Iterator[Tracker]:
-    """The job's MLflow run, one for each output folder however often the job is started again."""
+    """The job's MLflow run, one for each output folder however often the job is started again.
+
+    Raises:
+        ValueError: numbers or outputs would go where not all nodes see them.
+    """
+    uri = tracking_uri(config)
+    refuse_unshared(config, uri)
     tracker = Tracker(
-        tracking_uri(config),
+        uri,
         experiment=EXPERIMENT,
         run_name=f"{job} {output.rstrip('/').rsplit('/', 1)[-1]}",
         identity=f"{job} {output}",
@@ -221,10 +229,16 @@ def tracked(job: str, config: JobConfig, output: str) -> Iterator[Tracker]:
 
 def description(identity: str, run: str, pictures: list[str]) -> str:
     """What a run's page opens with, in Markdown: the job, where its outputs lie, and its latest pictures."""
-    job, _, output = identity.partition(" ")
+    job, output = _job_and_output(identity)
     lines = [f"Admiral, **{job}**: outputs in `{output}`, the whole config in the artefact `config.json`."]
     lines += [f"![{name}](get-artifact?path={quote(name)}&run_uuid={run})" for name in pictures]
     return "\n\n".join(lines)
+
+
+def _job_and_output(identity: str) -> tuple[str, str]:
+    """The two parts of an identity: a job's name has no slash, and an output has one."""
+    found = re.match(r"([^/]*) (.*)", identity)
+    return (found[1], found[2]) if found else (identity, "")
 
 
 def tracking_uri(config: JobConfig) -> str:

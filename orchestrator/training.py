@@ -66,7 +66,7 @@ def train(config: Config) -> str:
         return run
     job = "train classifier" if isinstance(config, NoisyClassifierConfig) else "train"
     with (
-        session(config.num_workers * (config.threads + CPUS_OF_DATA)),
+        session(config.num_workers * (config.threads + CPUS_OF_DATA), wanted_gpus=config.num_workers * config.use_gpu),
         tracked(job, config, run) as tracker,
         progress_line(config.images, "images") as progress,
     ):

@@ -8,8 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -19,65 +17,24 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import s3fs
 from PIL import Image
 
 from cluster.local import NODES, LocalCluster
+from tests.submission import local_cluster, start_job, store, submit
 
-ROOT = Path(__file__).resolve().parents[1]
-BIN = Path(sys.executable).parent
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
-    if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
-        pytest.skip("PostgreSQL is not installed: `make cluster` and .ci/run do it")
-    stands = LocalCluster(Path(tempfile.mkdtemp(prefix="admiral-", dir="/tmp")))
-    stands.start()
-    try:
+    with local_cluster() as stands:
         yield stands
-    finally:
-        stands.stop()
-        shutil.rmtree(stands.folder)
 
 
 @pytest.fixture(scope="module")
 def outputs() -> list[str]:
     """Everything that the submitted jobs printed."""
     return []
-
-
-def start_job(cluster: LocalCluster, *job: str) -> subprocess.Popen[str]:
-    left_out = ("RAY_", "ADMIRAL_", "MLFLOW_", "AWS_")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
-    return subprocess.Popen(
-        [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", "python", *job],
-        cwd=ROOT,
-        env=environment | cluster.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def submit(cluster: LocalCluster, outputs: list[str], *job: str) -> str:
-    """What the job prints; it must succeed."""
-    running = start_job(cluster, *job)
-    output, _ = running.communicate(timeout=300)
-    outputs.append(output)
-    assert running.returncode == 0, output[-3000:]
-    return output
-
-
-def store(cluster: LocalCluster) -> s3fs.S3FileSystem:
-    environment = cluster.environment
-    return s3fs.S3FileSystem(
-        key=environment["AWS_ACCESS_KEY_ID"],
-        secret=environment["AWS_SECRET_ACCESS_KEY"],
-        endpoint_url=environment["AWS_ENDPOINT_URL"],
-        use_listings_cache=False,
-    )
 
 
 def asked(cluster: LocalCluster, path: str) -> str:
@@ -99,14 +56,16 @@ def raylet_of_a_training_worker(cluster: LocalCluster) -> psutil.Process:
 
 
 def test_the_doctor_finds_nothing_wrong(cluster: LocalCluster, outputs: list[str]) -> None:
-    said = submit(cluster, outputs, "jobs/doctor.py", "--megabytes", "4")
+    said = submit(cluster, "jobs/doctor.py", "--megabytes", "4")
+    outputs.append(said)
     assert "nothing is wrong" in said and f"{NODES + 1} node(s)" in said
     for words in ("holds no work", "created once", "GB/s between 2 nodes", "answers in", "g++ and Python's headers"):
         assert words in said
 
 
 def test_a_node_killed_while_it_trains_costs_no_job(cluster: LocalCluster, outputs: list[str]) -> None:
-    said = submit(cluster, outputs, "jobs/prepare_dataset.py", "digits")
+    said = submit(cluster, "jobs/prepare_dataset.py", "digits")
+    outputs.append(said)
     assert "s3://admiral/runs/datasets/digits" in said and "View run" in said, "the last lines say where things lie"
     settings = ["--images", "6400", "--checkpoint-images", "640", "--preview-images", "3200"]
     training = start_job(cluster, "jobs/train_adm.py", "digits", *settings)
@@ -129,12 +88,21 @@ def test_a_node_killed_while_it_trains_costs_no_job(cluster: LocalCluster, outpu
     assert [path.rsplit("/", 1)[1] for path in weights] == ["images-000000006400-ema-0.995.safetensors"]
 
 
-def test_what_fails_says_so_by_its_exit_code(cluster: LocalCluster, outputs: list[str]) -> None:
-    refused = start_job(cluster, "jobs/train_adm.py", "digits", "--learning-rate", "1")
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        (["jobs/train_adm.py", "digits", "--learning-rate", "1"], "was made with another config"),
+        (["jobs/prepare_dataset.py", "digits", "--store", "runs"], "set ADMIRAL_STORE"),
+    ],
+)
+def test_what_fails_says_so_by_its_exit_code(
+    cluster: LocalCluster, outputs: list[str], job: list[str], words: str
+) -> None:
+    refused = start_job(cluster, *job)
     output, _ = refused.communicate(timeout=120)
     outputs.append(output)
     assert refused.returncode == 1
-    assert "was made with another config" in output
+    assert words in output
 
 
 def test_the_page_of_a_run_shows_its_samples(cluster: LocalCluster, tmp_path: Path) -> None:

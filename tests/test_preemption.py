@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.servers import free_port
-from tests.test_jobs_on_ray import BIN, ROOT, quiet_environment
+from tests.submission import BIN, ROOT, quiet_environment
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -168,3 +168,9 @@ def test_a_submitted_job_refuses_a_relative_file(monkeypatch: pytest.MonkeyPatch
         tracking_uri(JobConfig(store=str(tmp_path)))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////shared/mlflow.db")
     assert tracking_uri(JobConfig(store=str(tmp_path))) == "sqlite:////shared/mlflow.db"
+
+
+def test_a_run_says_what_it_is_and_shows_its_pictures() -> None:
+    text = tracking.description("train classifier s3://bucket/my runs/digits", "abc", ["samples/images 1.png"])
+    assert "**train classifier**: outputs in `s3://bucket/my runs/digits`" in text
+    assert "![samples/images 1.png](get-artifact?path=samples/images%201.png&run_uuid=abc)" in text
