@@ -308,12 +308,12 @@ class _Reader:
                 f"label {label} of row {found} in row group {self._places[group][1]} of "
                 f"{self._uris[self._places[group][0]]} is not in [0, {self._num_classes})"
             )
-        if self._crop == "random":
-            pixels = random_crop(image, self._image_size, sample_rng(self._seed, epoch, sample, Purpose.CROP))
-        else:
-            pixels = center_crop(image, self._image_size)
         mirrored = self._flip and sample_rng(self._seed, epoch, sample, Purpose.FLIP).random() < 0.5
-        block["image"][place] = pixels[:, ::-1] if mirrored else pixels
+        if self._crop == "random":
+            rng = sample_rng(self._seed, epoch, sample, Purpose.CROP)
+            block["image"][place] = random_crop(image, self._image_size, rng, mirrored)
+        else:
+            block["image"][place] = center_crop(image, self._image_size, mirrored)
         block["label"][place], block["flip"][place], block["replaced"][place] = label, mirrored, found != row
 
     def _next_good(self, table: pa.Table, group: int, row: int) -> tuple[Image.Image, int]:
