@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import partial
-from itertools import count, islice
+from itertools import accumulate, count, islice
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +47,10 @@ def test_order_over_several_pipelines(ray_session: None) -> None:
 
 
 def shuffled_pipeline(running: list[int], units: list[int]) -> Iterator[dict[str, np.ndarray]]:
-    """Blocks of up to four units in any order, as tasks that run at a time hand them over; `running` is counted."""
+    """Blocks of up to four units in any order, as tasks that run at a time hand them over; `running` gets +1 and -1."""
     rng = random.Random(units[0])
     left = {number: [*range(unit % 3 + 1)] for number, unit in enumerate(units)}
-    running.append(running[-1] + 1)
+    running.append(1)
     try:
         while left:
             number = rng.choice(list(left)[:4])
@@ -66,18 +66,19 @@ def shuffled_pipeline(running: list[int], units: list[int]) -> Iterator[dict[str
                 "last_of_unit": np.array([last]),
             }
     finally:
-        running.append(running[-1] - 1)
+        running.append(-1)
 
 
 def test_blocks_come_in_any_order_and_leave_in_the_units() -> None:
-    running, before = [0], threading.active_count()
+    running: list[int] = []
+    before = threading.active_count()
     found = rows_of(_ahead(iter(range(100)), 8, partial(shuffled_pipeline, running)))
     assert found.tolist() == [[unit, row] for unit in range(100) for row in range(unit % 3 + 1)]
-    assert max(running) == 2, "two pipelines overlap, and never three"
+    assert max(accumulate(running)) == 2, "two pipelines overlap, and never three"
     blocks = _ahead(count(), 8, partial(shuffled_pipeline, running))
     next(blocks)
     blocks.close()  # type: ignore[attr-defined]
-    assert running[-1] == 0 and threading.active_count() == before, "nothing outlives a caller who stops early"
+    assert sum(running) == 0 and threading.active_count() == before, "nothing outlives a caller who stops early"
 
 
 def test_endless_units_are_read_lazily(ray_session: None) -> None:
