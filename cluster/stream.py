@@ -17,7 +17,6 @@ Pipeline = Callable[[list[Any]], Iterator[Block]]
 Queues = list["Queue[Block | BaseException | None]"]  # a unit's blocks as they come, then None
 
 TASKS = 4  # reads of one pipeline that run at a time: with a quarter of a CPU each, one CPU is never idle between two
-BLOCK_BYTES = 4 << 20  # what a task hands over at once, at most: small blocks keep the object store small
 CHUNKS_AHEAD = 2  # chunks in this process: one that is consumed, one that is read meanwhile
 CLOSING_SECONDS = 10  # that a caller who stops early waits for each running pipeline, at most
 
@@ -28,7 +27,7 @@ def stream(
     units: Iterable[Unit],
     read_unit: Callable[[Unit], Iterator[Block]],
     chunk: int,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int = 4 << 20,
     num_cpus: float = 0.25,
 ) -> Iterator[Block]:
     """Read every unit in tasks of `num_cpus` CPUs, ahead of the caller; yield the rows in the units' order.
@@ -37,9 +36,9 @@ def stream(
     which so holds at most two chunks: an executor that waits for a slow consumer keeps polling, in this process, and
     would take half a core from the training step. Its tasks hand over blocks in whatever order they are ready; the
     units' order is restored here, so that nothing waits for its turn in the object store. `read_unit` runs in Ray tasks
-    and yields dicts of arrays, a row for each sample; it should yield uint8 rather than float, about `block_bytes`
-    at a time, and hold locations, not data. Blocks may be cut elsewhere than `read_unit` cut them, never across units.
-    The arrays are the caller's own.
+    and yields one or more dicts of arrays, a row for each sample: uint8 rather than float, about `block_bytes`
+    at a time, and hold locations, not data. Small blocks keep the object store small. Much smaller ones are put
+    together, much larger ones cut, each with a copy, but never across units. The arrays are the caller's own.
 
     Raises:
         RuntimeError: a unit could not be read; the message is the original error's.
@@ -47,7 +46,7 @@ def stream(
     from ray.exceptions import RayError, RayTaskError
 
     try:
-        yield from _ahead(iter(units), chunk, partial(_pipeline, read_unit, min(block_bytes, BLOCK_BYTES), num_cpus))
+        yield from _ahead(iter(units), chunk, partial(_pipeline, read_unit, block_bytes, num_cpus))
     except RayError as error:
         reason = str(error.cause if isinstance(error, RayTaskError) else error)
         first_line = reason.strip().split("\n", 1)[0]  # Ray adds advice beneath

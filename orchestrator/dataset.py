@@ -23,7 +23,7 @@ from orchestrator.row_groups import read_row_group
 
 READ_AHEAD_BYTES = 128 << 20  # decoded images that one pipeline reads, unless its tasks' are more; a worker holds two
 READ_AHEAD_ROWS = 8192  # and no more of them: what is read further ahead only takes CPUs from the training
-BLOCK_ROWS = 64  # decoded at a time
+BLOCK_ROWS, BLOCK_BYTES = 64, 4 << 20  # decoded at a time, at most
 
 SCHEMA = pa.schema(
     [
@@ -173,7 +173,7 @@ def batches(
         row_bytes = image_size**2 * 3
         rows = min(READ_AHEAD_ROWS, READ_AHEAD_BYTES // row_bytes)
         chunk = max(TASKS, rows // (order.config.window * max(order.row_group_sizes)))
-        blocks = stream(units, read, chunk, block_bytes=BLOCK_ROWS * row_bytes)
+        blocks = stream(units, read, chunk, block_bytes=read.block_rows * row_bytes)
     else:
         blocks = (block for unit in units for block in read(unit))
     steps = takewhile(lambda step: end is None or step[1] < end, order.steps(position))
@@ -275,11 +275,12 @@ class _Reader:
         self._first_samples = np.cumsum(sizes) - sizes
         self._num_classes = 0 if split in manifest.unlabelled else len(manifest.classes)
         self._seed, self._image_size, self._crop, self._flip = seed, image_size, crop, flip
+        self.block_rows = max(1, min(BLOCK_ROWS, BLOCK_BYTES // (image_size**2 * 3)))
 
     def __call__(self, unit: Unit) -> Iterator[Block]:
         groups = {group: self._read_row_group(group) for group in unit.row_groups}
-        for start in range(0, len(unit.rows), BLOCK_ROWS):
-            rows = unit.rows[start : start + BLOCK_ROWS]
+        for start in range(0, len(unit.rows), self.block_rows):
+            rows = unit.rows[start : start + self.block_rows]
             block = {
                 "image": np.empty((len(rows), self._image_size, self._image_size, 3), np.uint8),
                 "label": np.empty(len(rows), np.int64),
@@ -308,12 +309,12 @@ class _Reader:
                 f"label {label} of row {found} in row group {self._places[group][1]} of "
                 f"{self._uris[self._places[group][0]]} is not in [0, {self._num_classes})"
             )
-        if self._crop == "random":
-            pixels = random_crop(image, self._image_size, sample_rng(self._seed, epoch, sample, Purpose.CROP))
-        else:
-            pixels = center_crop(image, self._image_size)
         mirrored = self._flip and sample_rng(self._seed, epoch, sample, Purpose.FLIP).random() < 0.5
-        block["image"][place] = pixels[:, ::-1] if mirrored else pixels
+        if self._crop == "random":
+            rng = sample_rng(self._seed, epoch, sample, Purpose.CROP)
+            block["image"][place] = random_crop(image, self._image_size, rng, mirrored)
+        else:
+            block["image"][place] = center_crop(image, self._image_size, mirrored)
         block["label"][place], block["flip"][place], block["replaced"][place] = label, mirrored, found != row
 
     def _next_good(self, table: pa.Table, group: int, row: int) -> tuple[Image.Image, int]:

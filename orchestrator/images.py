@@ -37,20 +37,24 @@ def decode(data: bytes) -> Image.Image:
         raise ValueError(f"more pixels than Pillow takes: {error}") from error
 
 
-def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """ADM's training crop, uint8 [size, size, 3]: the shorter side to `size`, then the middle."""
+def center_crop(image: Image.Image, size: int, mirrored: bool = False) -> np.ndarray:
+    """ADM's training crop, uint8 [size, size, 3]: the shorter side to `size`, then the middle; mirrored on wish."""
     width, height = _resized(image, size)
-    return _window(image, size, (width - size) // 2, (height - size) // 2, size)
+    return _pixels(_window(image, size, (width - size) // 2, (height - size) // 2, size), mirrored)
 
 
-def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
+def random_crop(image: Image.Image, size: int, rng: np.random.Generator, mirrored: bool = False) -> np.ndarray:
     """The crop of ADM's classifier, uint8 [size, size, 3]: the shorter side uniform in [size, ceil(size / 0.8)],
-    then anywhere."""
+    then anywhere; mirrored on wish."""
     shorter = int(rng.integers(size, math.ceil(size / 0.8), endpoint=True))
     width, height = _resized(image, shorter)
     top = int(rng.integers(0, height - size, endpoint=True))
     left = int(rng.integers(0, width - size, endpoint=True))
-    return _window(image, shorter, left, top, size)
+    return _pixels(_window(image, shorter, left, top, size), mirrored)
+
+
+def _pixels(image: Image.Image, mirrored: bool) -> np.ndarray:
+    return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image)
 
 
 # ------------------------------------------------------------------------------------------------ one crop, quickly
@@ -90,7 +94,7 @@ def _resized(image: Image.Image, shorter: int) -> tuple[int, int]:
     return round(width * scale), round(height * scale)
 
 
-def _window(image: Image.Image, shorter: int, left: int, top: int, size: int) -> np.ndarray:
+def _window(image: Image.Image, shorter: int, left: int, top: int, size: int) -> Image.Image:
     """The square of `size` pixels at (left, top) of the image whose shorter side became `shorter`."""
     width, height = _resized(image, shorter)
     times = _halvings(image, shorter)
@@ -105,8 +109,7 @@ def _window(image: Image.Image, shorter: int, left: int, top: int, size: int) ->
         canvas = Image.new("RGB", (size, image.height))
         canvas.paste(strip, (0, rows[0]))
         strip = canvas
-    square = strip.resize((size, height), Image.Resampling.BICUBIC).crop((0, top, size, top + size))
-    return np.asarray(square)
+    return strip.resize((size, height), Image.Resampling.BICUBIC).crop((0, top, size, top + size))
 
 
 def _bicubic_inputs(side: int, resized: int, first: int, size: int) -> Span:

@@ -88,6 +88,7 @@ def measure(options: Options) -> dict[str, float]:
         count, first = read(order.images_per_epoch)
         seconds = time.perf_counter() - begin
         peaks.stop()
+        assert count * options.workers == order.images_per_epoch
         return {
             "set_mib": sum(shard.bytes for shard in manifest.shards("train")) / 2**20,
             "store_mib": options.store_mib,

@@ -126,8 +126,8 @@ def _bare(pool: "multiprocessing.pool.Pool", manifest: Manifest, options: Option
 def _decode_row_group(job: tuple[str, int, int, int]) -> int:
     uri, size, place, image_size = job
     images = read_row_group(uri, size, place, ("label", "image"))["image"]
-    for data in images:
-        center_crop(decode(data.as_py()), image_size)
+    for number, data in enumerate(images):
+        center_crop(decode(data.as_py()), image_size, mirrored=number % 2 == 1)
     return len(images)
 
 

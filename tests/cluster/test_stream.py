@@ -1,17 +1,20 @@
 """Ray Data keeps the units' order, copies out of the object store, and names what failed."""
 
 import json
+import random
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from functools import partial
-from itertools import count, islice
+from itertools import accumulate, count, islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cluster.stream import stream
+from cluster.stream import _ahead, stream
 
 pytestmark = pytest.mark.ray
 
@@ -41,6 +44,41 @@ def test_order_over_several_pipelines(ray_session: None) -> None:
     for block in blocks:
         assert block["image"].dtype == np.uint8 and block["image"].shape[1:] == (4, 4, 3)
         assert block["image"].flags.writeable and block["image"].base is None, "the caller's own memory"
+
+
+def shuffled_pipeline(running: list[int], units: list[int]) -> Iterator[dict[str, np.ndarray]]:
+    """Blocks of up to four units in any order, as tasks that run at a time hand them over; `running` gets +1 and -1."""
+    rng = random.Random(units[0])
+    left = {number: [*range(unit % 3 + 1)] for number, unit in enumerate(units)}
+    running.append(1)
+    try:
+        while left:
+            number = rng.choice(list(left)[:4])
+            row = left[number].pop(0)
+            last = not left[number]
+            if last:
+                del left[number]
+            time.sleep(rng.random() / 1000)
+            yield {
+                "unit": np.array([units[number]]),
+                "row": np.array([row]),
+                "unit_of_chunk": np.array([number]),
+                "last_of_unit": np.array([last]),
+            }
+    finally:
+        running.append(-1)
+
+
+def test_blocks_come_in_any_order_and_leave_in_the_units() -> None:
+    running: list[int] = []
+    before = threading.active_count()
+    found = rows_of(_ahead(iter(range(100)), 8, partial(shuffled_pipeline, running)))
+    assert found.tolist() == [[unit, row] for unit in range(100) for row in range(unit % 3 + 1)]
+    assert max(accumulate(running)) == 2, "two pipelines overlap, and never three"
+    blocks = _ahead(count(), 8, partial(shuffled_pipeline, running))
+    next(blocks)
+    blocks.close()  # type: ignore[attr-defined]
+    assert sum(running) == 0 and threading.active_count() == before, "nothing outlives a caller who stops early"
 
 
 def test_endless_units_are_read_lazily(ray_session: None) -> None:
@@ -75,7 +113,7 @@ def test_a_set_ten_times_the_object_store_spills_nothing(store_mib: int, image_s
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     print(found)
-    assert found["set_mib"] >= 10 * store_mib and found["images"] >= 9.5 * store_mib * 2**20 / 130_000
+    assert found["set_mib"] >= 10 * store_mib
     assert found["spilled_mib"] == 0
     assert found["peak_store_mib"] < store_mib
     assert found["peak_driver_mib"] < 1000, "whatever the set's size"
