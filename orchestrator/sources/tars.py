@@ -103,17 +103,15 @@ def _packed_source(uri: str, piece: Piece) -> Source:
     [table] = _scan_all(partial(_scan_images, uri), [piece], num_workers=0)
     names = table["member"].combine_chunks()
     folders = pc.unique(pc.replace_substring_regex(names, r"(^|/)[^/]*$", "")).to_pylist()
-    around = os.path.commonpath(folders).split("/") if folders else []
+    around = [part for part in os.path.commonpath(folders or [""]).split("/") if part]
     while around and split_folder(around[-1]):
         around.pop()
-    inner = pc.utf8_slice_codeunits(names, len("/".join([*around, ""])) if around != [""] else 0)
+    inner = pc.utf8_slice_codeunits(names, sum(len(part) + 1 for part in around))
     unpacked = Listing(storage.join(uri, piece.object), inner, table["size"].to_numpy())
     in_folders = pc.any(pc.match_substring(inner, "/")).as_py()
     source = folder_source(unpacked) if in_folders else flat_source(unpacked)
-    rows = pc.index_in(source.index["key"], inner)
-    index = _table(
-        piece, source.index["key"], source.index["label"].to_numpy(), table.take(rows), source.index["split"]
-    )
+    keys, labels, splits = (source.index[name].combine_chunks() for name in ("key", "label", "split"))
+    index = _table(piece, keys, labels.to_numpy(), table.take(pc.index_in(keys, inner)), splits)
     return make_source("tars", uri, source.classes, index, source.findings)
 
 
