@@ -186,7 +186,7 @@ def _enter(config: dict[str, Any]) -> None:
                 relay.push,
                 relay.stopping,
                 streams_on_cluster=True,
-                preempted=_PreemptionNotice(ray.train.get_preemption_info),
+                preempted=_PreemptionNotice(ray.train.get_preemption_info, context.get_world_rank()),
             )
         )
     except Exception as error:
@@ -207,10 +207,10 @@ class _ToDriver(logging.Handler):
 
 
 class _PreemptionNotice:
-    """Asks `get_info`, which waits for all workers, in a thread; tells every new answer once."""
+    """Asks `get_info`, which waits for all workers, in a thread; tells every new answer once, and logs it at rank 0."""
 
-    def __init__(self, get_info: Callable[[], Any]) -> None:
-        self._get_info, self._new = get_info, threading.Event()
+    def __init__(self, get_info: Callable[[], Any], rank: int) -> None:
+        self._get_info, self._rank, self._new = get_info, rank, threading.Event()
         threading.Thread(target=self._watch, name="preemption", daemon=True).start()
 
     def _watch(self) -> None:
@@ -218,7 +218,8 @@ class _PreemptionNotice:
         while True:
             if (info := self._get_info()) != seen:
                 seen = info
-                log.warning("notice came that a node goes away: %s", info)
+                if self._rank == 0:
+                    log.warning("notice came that a node goes away: %s", info)
                 self._new.set()
             time.sleep(PREEMPTION_SECONDS)
 

@@ -69,6 +69,6 @@ def test_a_notice_of_preemption_is_said_once(monkeypatch: pytest.MonkeyPatch) ->
             threading.Event().wait()  # a barrier that nobody else reaches
         return asked[-1]
 
-    notice = _PreemptionNotice(get_info)
+    notice = _PreemptionNotice(get_info, rank=0)
     assert done.wait(60)
     assert notice() and not notice()
