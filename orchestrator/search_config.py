@@ -76,7 +76,12 @@ class SearchConfig(JobConfig):
             raise ValueError(f"objective={self.objective} names one metric twice")
         for text in self.constraints:
             Constraint.parse(text)
-        Limit.parse(self.budget)
+        sizes = [-(-n // self.batch_size) * self.batch_size for n in self.rungs]
+        least = sizes[0] + self.finalists * sizes[-1]
+        if Limit.parse(self.budget).samples < least:
+            raise ValueError(
+                f"budget={self.budget} is less than {least:,} samples: a trial to the first rung, and the finals"
+            )
         return self
 
     @property
