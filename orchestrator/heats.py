@@ -76,6 +76,7 @@ def run_heat(config: SearchConfig, workers: Pool, image_size: int, heat: Heat) -
     Raises:
         RuntimeError: storage or the pool failed, which is not the setting's fault.
     """
+    held, extractor = _held(config, image_size)
     folder, seconds = folder_of(config, heat), 0.0
     names = [_block_name(number) for number in range(-(-heat.n // config.batch_size))]
     there = set(storage.list_names(folder))
@@ -88,31 +89,34 @@ def run_heat(config: SearchConfig, workers: Pool, image_size: int, heat: Heat) -
                 raise ValueError(made.failed)
             seconds += made.seconds
         drawn = concatenate(_read_block(storage.join(folder, name)) for name in names)
-        _record(config, heat, _measured(config, heat, drawn, image_size), worker_seconds=seconds)
+        _record(config, heat, _measured(config, heat, drawn, held, extractor), worker_seconds=seconds)
     except (ItemsFailed, ValueError) as error:
         _record(config, heat, failed=" ".join(str(error).split()))
 
 
-def _measured(config: SearchConfig, heat: Heat, drawn: Labelled, image_size: int) -> Outcome:
-    """The metrics and scores of the first n of what was drawn."""
+def _measured(config: SearchConfig, heat: Heat, drawn: Labelled, held: Held, extractor: str) -> Outcome:
+    """The metrics and scores of the first n of what was drawn.
+
+    Raises:
+        ValueError: they cannot be had of these samples.
+    """
     pool, spatial, logits = (
         None if array is None else array[: heat.n]
         for array in (drawn.features.pool, drawn.features.spatial, drawn.features.logits)
     )
     assert pool is not None
     made = Labelled(Features(pool, spatial, logits), drawn.labels[: heat.n])
-    held, name = _held(config, image_size)
-    estimates = distances(pool, held.statistics["pool"], name)
+    estimates = distances(pool, held.statistics["pool"], extractor)
     if spatial is not None and "spatial" in held.statistics:
-        estimates |= distances(spatial, held.statistics["spatial"], name, "sfd")
+        estimates |= distances(spatial, held.statistics["spatial"], extractor, "sfd")
     estimates |= neighbour_metrics(held.rows.pool, pool)
-    estimates[metric_name("kid", name)] = kid(held.rows.pool[:KID_ROWS], pool)
+    estimates[metric_name("kid", extractor)] = kid(held.rows.pool[:KID_ROWS], pool)
     if logits is not None:
-        estimates |= class_scores(logits, made.labels, held.num_classes, name)
+        estimates |= class_scores(logits, made.labels, held.num_classes, extractor)
     metrics = {name: describe(estimate) for name, estimate in estimates.items()}
     evaluations = heat.setting.evaluations
     metrics[EVALUATIONS] = {"value": evaluations, "n": heat.n, "interval": [evaluations] * 2, "note": "exact"}
-    objectives = [Objective.parse(objective, name) for objective in config.objective]
+    objectives = [Objective.parse(objective, extractor) for objective in config.objective]
     scores = [criteria(objective, made, held, evaluations) for objective in objectives]
     if not all(np.isfinite(each).all() for each in scores):
         raise ValueError("its samples have scores that are not finite")

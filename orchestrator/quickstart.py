@@ -77,11 +77,11 @@ def _stages(config: QuickstartConfig, preview: bool = False) -> Iterator[Stage]:
     yield "train", ["jobs/train_adm.py", "digits", "--images", str(config.images), *workers]
     classifier = ["--images", str(config.classifier_images), *workers]
     yield "train_classifier", ["jobs/train_classifier.py", "digits", *classifier]
-    settings = len(config.scales) * len(config.steps)  # all at once; the budget is what a full grid would take
+    settings = len(config.scales) * len(config.steps)  # all at once
     space = ["--space.scales", *map(str, config.scales), "--space.steps", *map(str, config.steps)]
     space += ["--space.samplers", "ddpm", "--space.no-continuous"]
     race = ["--rungs", *map(str, config.rungs), "--trials", str(settings), "--round-size", str(settings)]
-    race += ["--budget", str(settings * config.rungs[-1])]
+    race += ["--finalists", "1"]
     yield "search", ["jobs/tune_guidance.py", "digits", *space, *race, *workers]
     scale, steps = (1.0, config.steps[0]) if preview else _winner(os.environ["ADMIRAL_STORE"])
     for name, guidance in (("guided", scale), ("unguided", 0.0)):

@@ -45,13 +45,13 @@ def search(config: SearchConfig) -> str:
             return answer_uri
     cpus = config.num_workers and config.num_workers + 1  # one for the trials, which wait and measure
     with session(cpus), tracked("search", config, output) as tracker:
-        reference_of(config, image_size, config.num_workers)
+        _, extractor = reference_of(config, image_size, config.num_workers)
         race, costs = _start(config, space)
         with pool(partial(make_worker, config), config.num_workers, num_gpus=config.num_gpus) as workers:
             rounds = _recorded(config, race, tracker)
             run_rounds(partial(run_heat, config, workers, image_size), rounds, _together(config))
         answer = conclude(config, race, costs)
-        write_pictures(config, answer, tracker)
+        write_pictures(config, answer, extractor, tracker)
         tracker.record("search.json", answer)
         winner = answer["winner"]["setting"]
         tracker.metrics({f"winner_{name}": v for name, v in winner.items() if isinstance(v, int | float)})

@@ -25,7 +25,7 @@ class Limit:
 
     @classmethod
     def parse(cls, text: str | None) -> "Limit":
-        """ "20000" is samples and "1.5h" hours; ValueError for anything else."""
+        """Of samples, such as "20000", or of hours, such as "1.5h"; ValueError for anything else."""
         if text is None:
             return cls()
         found = re.fullmatch(r"(\d+(?:\.\d+)?)(h?)", text.replace(",", "").strip())
@@ -44,9 +44,7 @@ class SearchConfig(JobConfig):
     space: SpaceConfig = SpaceConfig()
     objective: tuple[str, ...] = Field(("fd_digits",), min_length=1, max_length=2)  # a metric, or two: fd_digits recall
     constraints: tuple[str, ...] = ()  # bounds on metrics, such as evaluations<=25 or recall>=0.4
-    rungs: tuple[int, ...] = Field(
-        (250, 500, 1000, 2000), min_length=1
-    )  # samples to compare trials at; the last is full
+    rungs: tuple[int, ...] = Field((250, 500, 1000, 2000), min_length=1)  # samples at which trials are compared
     trials: int = Field(24, gt=0)  # settings tried at most
     round_size: int = Field(8, gt=0)  # settings proposed at once
     finalists: int = Field(2, gt=0)  # the best few, scored again on fresh seeds
@@ -78,7 +76,12 @@ class SearchConfig(JobConfig):
             raise ValueError(f"objective={self.objective} names one metric twice")
         for text in self.constraints:
             Constraint.parse(text)
-        Limit.parse(self.budget)
+        sizes = [-(-n // self.batch_size) * self.batch_size for n in self.rungs]
+        least = sizes[0] + self.finalists * sizes[-1]
+        if Limit.parse(self.budget).samples < least:
+            raise ValueError(
+                f"budget={self.budget} is less than {least:,} samples: a trial to the first rung, and the finals"
+            )
         return self
 
     @property

@@ -25,12 +25,12 @@ Json = dict[str, Any]
 Point = tuple[Json, Json]  # estimates along and upwards
 
 
-def write_pictures(config: SearchConfig, answer: Json, tracker: Tracker) -> None:
-    """Write them beside search.json, and to MLflow."""
+def write_pictures(config: SearchConfig, answer: Json, extractor: str, tracker: Tracker) -> None:
+    """Write them beside search.json, and to MLflow; `extractor` names the one that metrics are called by."""
     winner = Setting(**answer["winner"]["setting"])
     pictures = {"front.png": front_figure(front_names(config), answer)}
     if len({trial["setting"]["scale"] for trial in answer["trials"]}) > 1:
-        pictures["guidance.png"] = guidance_figure(answer["trials"], config.extractor)
+        pictures["guidance.png"] = guidance_figure(answer["trials"], extractor)
         pictures["scales.png"] = scales_figure(config, winner, answer["trials"])
     for name, data in pictures.items():
         storage.write_bytes(storage.join(config.path(config.output), name), data)
@@ -44,10 +44,8 @@ def guidance_figure(trials: list[Json], extractor: str) -> bytes:
     reached, since these metrics depend on n.
     """
     figure, axes = plt.subplots(2, 2, figsize=(8.6, 5.6), layout="constrained")
-    n, names = (
-        common_n(trials),
-        (metric_name("fd", extractor), metric_name("inception_score", extractor), "precision", "recall"),
-    )
+    n = common_n(trials)
+    names = (metric_name("fd", extractor), metric_name("inception_score", extractor), "precision", "recall")
     for axis, name in zip(axes.flat, names, strict=True):
         for colour, (label, along) in zip(COLOURS_MORE * 9, curves(trials).items(), strict=False):
             found = [trial["rungs"][n][name] for trial in along]
@@ -68,7 +66,7 @@ def guidance_figure(trials: list[Json], extractor: str) -> bytes:
 
 
 def curves(trials: list[Json]) -> dict[str, list[Json]]:
-    """Trials by what they share beside the scale, each list rising in scale; a lone unguided one joins those guided."""
+    """Trials by what they share beside the scale, each list rising in scale."""
     found: dict[str, list[Json]] = {}
     for trial in sorted(trials, key=lambda trial: (trial["setting"]["sampler"], trial["setting"]["steps"])):
         setting = Setting(**trial["setting"])

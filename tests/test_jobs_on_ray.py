@@ -29,7 +29,7 @@ def test_the_quickstart_in_small_and_again(tmp_path: Path) -> None:
     assert numbers["peak_rss_bytes"] > 2**20
     winner = numbers["search"]["winner"]
     assert winner["scale"] in (0.0, 2.0) and winner["steps"] == 4 and winner["sampler"] == "ddpm"
-    assert numbers["search"]["samples"] <= 2 * 128 + 2 * 128, "all trials to the end, and the finals"
+    assert numbers["search"]["samples"] <= 2 * 128 + 128, "all trials to the end, and the final"
     for name in ("accuracy", "fd_digits", "kid_digits", "precision", "recall", "inception_score_digits"):
         for found in (numbers["metrics_guided"][name], numbers["metrics_unguided"][name]):
             assert found["n"] == 96 and found.keys() == {"value", "n", "interval", "note", "seeds", "extractor"}

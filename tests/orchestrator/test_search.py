@@ -155,7 +155,7 @@ def test_a_dry_run_says_what_it_may_cost(store: str) -> None:
     assert "4 settings of a grid of 4, and any scale between" in text
     assert "expected  448 samples" in text, "4 x 32, 2 x 64 more, and two finals of 96"
     assert "at worst  576 samples, 3,456 network evaluations" in text
-    assert "at worst  200 samples" in plan(config(store, budget="200"))
+    assert "at worst  250 samples" in plan(config(store, budget="250"))
 
 
 def test_presets_are_valid() -> None:
@@ -171,6 +171,7 @@ def test_presets_are_valid() -> None:
         ({"fresh_seed": 0}, "nothing would be fresh"),
         ({"constraints": ("recall=0.4",)}, "not of the form"),
         ({"budget": "soon"}, "neither samples"),
+        ({"budget": "200"}, "is less than 224 samples: a trial to the first rung, and the finals"),
         ({"objective": ("recall", "recall")}, "twice"),
     ],
 )
