@@ -4,6 +4,8 @@ Sources: ADM (arXiv 2105.05233) table 7 for images/s on a V100 (theoretical, and
 2112.10752 table 18 for sampling on an A100.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -138,8 +140,14 @@ def paper_table() -> str:
         )
     lines.append("")
     for names, stated in TABLE_10.items():
-        lines.append(f"{' + '.join(names)}: {sum(map(v100_days, names)):,.0f} V100-days here, {stated} in table 10")
+        lines.append(f"- {' + '.join(names)}: {sum(map(v100_days, names)):,.0f} V100-days here, {stated} in table 10")
     return "\n".join(lines)
+
+
+@pytest.mark.slow
+def test_the_operators_page_holds_this_table() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "cluster.md"
+    assert paper_table() in page.read_text()
 
 
 if __name__ == "__main__":
