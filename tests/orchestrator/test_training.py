@@ -158,6 +158,9 @@ def test_the_noisy_classifier_learns(store: str) -> None:
     train_loop(config, context(records=records))
     accuracy = [record["metrics"]["accuracy_q0"] for record in records if "metrics" in record]
     assert accuracy[-1] > 0.5 > accuracy[0], f"accuracy at little noise went {accuracy}"
+    last = [record["metrics"] for record in records if "metrics" in record][-1]
+    for quartile in range(4):
+        assert last[f"accuracy_top5_q{quartile}"] > last[f"accuracy_q{quartile}"]
 
 
 def test_the_learning_rate_warms_up_and_anneals(store: str) -> None:
