@@ -304,7 +304,12 @@ def delete(uri: str) -> None:
 def make_bucket(uri: str) -> None:
     """Make sure that the bucket (or local folder) of this URI is there."""
     fs, path = _locate(uri)
-    _attempt("make", uri, fs.makedirs, path, exist_ok=True)
+    if _is_s3(fs) and fs.client_kwargs.get("region_name") == "us-east-1":  # the one location that S3 refuses to be told
+        bucket = path.split("/", 1)[0]
+        if not _attempt("look up", uri, fs.exists, bucket):
+            _attempt("make", uri, fs.call_s3, "create_bucket", Bucket=bucket)
+    else:
+        _attempt("make", uri, fs.makedirs, path, exist_ok=True)
 
 
 def read_json(uri: str) -> Any:

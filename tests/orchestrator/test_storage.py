@@ -53,6 +53,16 @@ def test_a_new_object_shows_in_a_listing_made_before(root: str) -> None:
         assert len(storage.list_names(root)) == count
 
 
+@pytest.mark.parametrize("region", ["us-east-1", "eu-west-1"])
+def test_a_bucket_is_made_once_in_any_region(region: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_DEFAULT_REGION", region)
+    uri = f"s3://test-{uuid.uuid4().hex[:12]}"
+    for _ in range(2):
+        storage.make_bucket(uri)
+        storage.write_bytes(f"{uri}/x", b"x")
+    assert storage.list_names(uri) == ["x"]
+
+
 def test_create_only(root: str) -> None:
     uri = storage.join(root, "deep", "commit.json")
     assert storage.create_bytes(uri, b"first")
