@@ -57,8 +57,9 @@ def guidance_figure(trials: list[Json], extractor: str) -> bytes:
         axis.set(xlabel="guidance scale", title=name.replace("_", " "))
         _scale_axis(axis, sorted({trial["setting"]["scale"] for trial in trials}))
     axes.flat[0].set_yscale("log")
-    for which in (axes.flat[0].yaxis.set_major_formatter, axes.flat[0].yaxis.set_minor_formatter):
-        which(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.flat[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.flat[0].yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.flat[0].yaxis.set_minor_formatter(ticker.NullFormatter())
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(f"{n} samples each, on the same labels and noise", fontsize=9)
