@@ -7,7 +7,7 @@ public ImageNet layout may instead be adopted: it stays where it is, and only ge
 import logging
 import math
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -50,8 +50,6 @@ log = logging.getLogger(__name__)
 class PrepareConfig(JobConfig):
     """Preparing a dataset."""
 
-    WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset({"max_corrupt_fraction"})
-
     source: str  # URI or path of a folder, a tar or an archive; or digits, scikit-learn's 1,797 scanned digits
     output: str  # the dataset's folder
     name: str  # what reports call the dataset
@@ -63,6 +61,11 @@ class PrepareConfig(JobConfig):
     validation_fraction: float = Field(0.0, ge=0, lt=1)  # share of the training images kept as the split validation
     max_corrupt_fraction: float = Field(0.001, ge=0, le=1)  # stop where a larger share cannot be decoded
     num_workers: int = Field(0, ge=0)  # workers that read and write; 0 = in this process, without Ray
+
+    @property
+    def without_effect(self) -> frozenset[str]:
+        """When to stop, which changes no shard."""
+        return frozenset({"max_corrupt_fraction"})
 
     def adopts(self, layout: Layout) -> bool:
         """Whether the source stays where it lies.
