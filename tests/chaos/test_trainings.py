@@ -8,12 +8,22 @@ import pytest
 
 from orchestrator import storage
 from orchestrator.training import train
+from orchestrator.training_config import AdmConfig
 from tests import servers
 from tests.chaos.evidence import consumed, noise_hash, order_hash, state_hash
-from tests.chaos.killer import Kill, random_plan
+from tests.chaos.killer import Account, Kill, random_plan
 from tests.chaos.plain import train_plainly
 from tests.chaos.proxy import Proxy
-from tests.chaos.trainings import BATCH, CHECKPOINT, arguments, config_of, prepare_digits, start_job, train_here
+from tests.chaos.trainings import (
+    BATCH,
+    CHECKPOINT,
+    arguments,
+    config_of,
+    prepare_digits,
+    start_job,
+    train_by_processes,
+    train_here,
+)
 
 SEED = 0
 
@@ -36,19 +46,32 @@ def undisturbed(store: str) -> tuple[str, list[dict[str, Any]]]:
     return state_hash(config), consumed(config)
 
 
+PLAN = [
+    Kill("mid-upload", 2 * CHECKPOINT),
+    Kill("first step after a resume", 3 * CHECKPOINT),
+    Kill("between upload and commit", 4 * CHECKPOINT),
+]
+
+
+def test_three_kills_change_no_bit(store: str, undisturbed: tuple[str, list[dict[str, Any]]], ray_proxy: Proxy) -> None:
+    config = config_of(arguments(store, "killed", 2, checkpoints=5))
+    with servers.environment(AWS_ENDPOINT_URL=ray_proxy.endpoint):
+        account = train_by_processes(config, ray_proxy, PLAN, SEED)
+    _hold_to(config, account, *undisturbed)
+
+
 @pytest.mark.ray
-def test_three_kills_change_no_bit(
+@pytest.mark.slow
+def test_three_kills_under_ray_change_no_bit(
     store: str, undisturbed: tuple[str, list[dict[str, Any]]], ray_session: None, ray_proxy: Proxy
 ) -> None:
-    config = config_of(arguments(store, "killed", 2, checkpoints=5))
-    plan = [
-        Kill("mid-upload", 2 * CHECKPOINT),
-        Kill("first step after a resume", 3 * CHECKPOINT),
-        Kill("between upload and commit", 4 * CHECKPOINT),
-    ]
-    account = train_here(config, ray_proxy, plan, SEED)
+    config = config_of(arguments(store, "killed-under-ray", 2, checkpoints=5))
+    _hold_to(config, train_here(config, ray_proxy, PLAN, SEED), *undisturbed)
+
+
+def _hold_to(config: AdmConfig, account: Account, wanted: str, rows: list[dict[str, Any]]) -> None:
     print(f"seed {SEED}: {dict(account.kills)}")
-    wanted, rows = undisturbed
+    assert sum(account.kills.values()) == len(PLAN)
     assert order_hash(consumed(config)) == order_hash(rows)
     assert noise_hash(consumed(config)) == noise_hash(rows)
     assert state_hash(config) == wanted
