@@ -5,6 +5,7 @@ in seconds on any machine.
 """
 
 import weakref
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from models.unet import ClassifierConfig, NoisyClassifier, UNetConfig, make_unet
 Use = Literal["training", "guiding", "sampling"]
 
 
+@cache
 def peak_memory(config: UNetConfig | ClassifierConfig, use: Use, batch: int, half: bool = False) -> int:
     """Bytes that one pass over `batch` images takes at its peak beside the float32 weights.
 

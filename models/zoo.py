@@ -8,6 +8,7 @@ ADM-256 mean multiply-adds, which are 2 floating-point operations each.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -340,6 +341,7 @@ def count_parameters(config: UNetConfig | ClassifierConfig) -> int:
     return sum(parameter.numel() for parameter in _on_meta(config).parameters())
 
 
+@cache
 def forward_multiply_adds(config: UNetConfig | ClassifierConfig) -> int:
     """Multiply-adds of one forward pass over one image: convolutions, matrix products and attention.
 
