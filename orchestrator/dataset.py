@@ -167,8 +167,8 @@ def batches(
     read = _Reader(manifest, split, order.config.seed, image_size, crop, flip)
     units = order.units(rank, world_size, position)
     if end is not None:
-        last_epoch, _ = order.locate(end)
-        units = takewhile(lambda unit: unit.epoch <= last_epoch, units)
+        last_step = order.locate(max(0, -(-end // order.batch_size) - 1) * order.batch_size)
+        units = takewhile(lambda unit: (unit.epoch, unit.first // order.rows_per_stream) <= last_step, units)
     if use_ray:
         row_bytes = image_size**2 * 3
         rows = min(READ_AHEAD_ROWS, READ_AHEAD_BYTES // row_bytes)
