@@ -1,7 +1,7 @@
 """Measure samples against a dataset or a published batch: a preset's name first, then overrides."""
 
 from jobs.command_line import main
-from orchestrator.evaluation import evaluate, plan
+from orchestrator.evaluation.job import evaluate, plan
 from orchestrator.presets import evaluation_presets
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Generate samples, guided or not, as shards: a preset's name first, then overrides."""
 
 from jobs.command_line import main
-from orchestrator.generation import generate, plan
+from orchestrator.generation.job import generate, plan
 from orchestrator.presets import generation_presets
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Prepare a dataset, shuffled Parquet shards and a manifest: a preset's name first, then overrides."""
 
 from jobs.command_line import main
-from orchestrator.preparation import plan, prepare_and_track
+from orchestrator.data.preparation import plan, prepare_and_track
 from orchestrator.presets import dataset_presets
 
 if __name__ == "__main__":

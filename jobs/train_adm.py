@@ -1,8 +1,8 @@
 """Train an ADM diffusion model: a preset's name first, then overrides."""
 
 from jobs.command_line import main
-from orchestrator.training import plan, train
-from orchestrator.training_presets import adm_presets
+from orchestrator.training.job import plan, train
+from orchestrator.training.presets import adm_presets
 
 if __name__ == "__main__":
     main(__doc__, adm_presets(), train, plan)

@@ -1,8 +1,8 @@
 """Train the noisy classifier that guides sampling: a preset's name first, then overrides."""
 
 from jobs.command_line import main
-from orchestrator.training import plan, train
-from orchestrator.training_presets import classifier_presets
+from orchestrator.training.job import plan, train
+from orchestrator.training.presets import classifier_presets
 
 if __name__ == "__main__":
     main(__doc__, classifier_presets(), train, plan)

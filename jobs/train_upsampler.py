@@ -1,8 +1,8 @@
 """Train an ADM upsampler, the second stage of a cascade: a preset's name first, then overrides."""
 
 from jobs.command_line import main
-from orchestrator.training import plan, train
-from orchestrator.training_presets import upsampler_presets
+from orchestrator.training.job import plan, train
+from orchestrator.training.presets import upsampler_presets
 
 if __name__ == "__main__":
     main(__doc__, upsampler_presets(), train, plan)

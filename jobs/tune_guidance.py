@@ -2,7 +2,7 @@
 
 from jobs.command_line import main
 from orchestrator.presets import search_presets
-from orchestrator.search import plan, search
+from orchestrator.search.job import plan, search
 
 if __name__ == "__main__":
     main(__doc__, search_presets(), search, plan)

@@ -22,9 +22,9 @@ from models.samplers import ddpm
 from orchestrator import storage
 from orchestrator.checkpoints import Network, load_network
 from orchestrator.config import JobConfig, claim
-from orchestrator.dataset import Manifest, load_manifest, read_images
+from orchestrator.data.dataset import Manifest, load_manifest, read_images
 from orchestrator.estimate import PriceConfig, priced, sampling_cost
-from orchestrator.measurement import describe
+from orchestrator.evaluation.measurement import describe
 from orchestrator.order import Purpose, index_rng
 from orchestrator.pictures import grid_png
 from orchestrator.progress import progress_line

@@ -2,17 +2,17 @@
 
 from models.guidance import GuidanceConfig
 from models.samplers import SamplerConfig
-from orchestrator.averages import AverageConfig
 from orchestrator.conversion import ConversionConfig
+from orchestrator.data.preparation import PrepareConfig
 from orchestrator.doctor import DoctorConfig
-from orchestrator.evaluation import EvaluationConfig
+from orchestrator.evaluation.job import EvaluationConfig
+from orchestrator.generation.sampling import GenerationConfig
 from orchestrator.likelihood import LikelihoodConfig
-from orchestrator.preparation import PrepareConfig
 from orchestrator.quickstart import QuickstartConfig
-from orchestrator.sampling import GenerationConfig
-from orchestrator.search_config import SearchConfig
-from orchestrator.search_space import SpaceConfig
-from orchestrator.training_presets import DIGITS
+from orchestrator.search.config import SearchConfig
+from orchestrator.search.space import SpaceConfig
+from orchestrator.training.averages import AverageConfig
+from orchestrator.training.presets import DIGITS
 
 
 def likelihood_presets() -> dict[str, tuple[str, LikelihoodConfig]]:

@@ -9,11 +9,11 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from orchestrator import storage
-from orchestrator.evaluation_page import template
+from orchestrator.evaluation.page import template
 from orchestrator.figures import COLOURS, copies_figure, figure_png
+from orchestrator.generation.samples import read_range, read_run
 from orchestrator.pictures import grid_png
-from orchestrator.samples import read_range, read_run
-from orchestrator.search_pictures import common_n, guidance_figure
+from orchestrator.search.pictures import common_n, guidance_figure
 from orchestrator.tracking import metric_history
 
 PER_CLASS = 10  # samples of each class in the grids

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from orchestrator import storage
-from orchestrator.dataset import SCHEMA, Manifest, Shard
+from orchestrator.data.dataset import SCHEMA, Manifest, Shard
 
 # Most of ImageNet is 500 pixels wide or high; a fifth is anything, up to some megapixels.
 _SHAPES = [(500, 375), (375, 500), (500, 333), (333, 500)]

@@ -17,7 +17,7 @@ import psutil
 import tyro
 
 from cluster.session import session, store_statistics
-from orchestrator.dataset import batches
+from orchestrator.data.dataset import batches
 from orchestrator.order import OrderConfig, OrderPlan
 from tests.synthetic import photographs, sizes_of, write_dataset
 

@@ -30,10 +30,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from cluster.session import session
 from orchestrator import storage
-from orchestrator.dataset import Manifest, batches
-from orchestrator.images import center_crop, decode
+from orchestrator.data.dataset import Manifest, batches
+from orchestrator.data.images import center_crop, decode
+from orchestrator.data.row_groups import read_row_group
 from orchestrator.order import OrderConfig, OrderPlan
-from orchestrator.row_groups import read_row_group
 from tests import servers
 from tests.benchmarks.pool_efficiency import median_interval
 from tests.published_crops import published_center_crop

@@ -25,12 +25,12 @@ from cluster.session import session
 from models.metrics import paired_difference
 from models.racing import paired_means
 from orchestrator import storage
-from orchestrator.heats import read_outcome
-from orchestrator.measurement import describe
-from orchestrator.race import Heat
-from orchestrator.search import search
-from orchestrator.search_config import SearchConfig
-from orchestrator.search_space import Setting, SpaceConfig
+from orchestrator.evaluation.measurement import describe
+from orchestrator.search.config import SearchConfig
+from orchestrator.search.heats import read_outcome
+from orchestrator.search.job import search
+from orchestrator.search.race import Heat
+from orchestrator.search.space import Setting, SpaceConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

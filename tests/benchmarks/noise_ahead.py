@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import tyro
 
-from orchestrator.noise import Draw, NoiseAhead, draw_noise
+from orchestrator.generation.noise import Draw, NoiseAhead, draw_noise
 from orchestrator.order import Purpose
 from tests.benchmarks.pool_efficiency import median_interval
 

@@ -34,11 +34,11 @@ from cluster.session import session
 from cluster.trainer import WorkerContext, run_workers
 from models.diffusion import DiffusionConfig
 from models.unet import UNetConfig
-from orchestrator import dataset
+from orchestrator.data import dataset
+from orchestrator.data.preparation import PrepareConfig, prepare
 from orchestrator.order import OrderConfig
-from orchestrator.preparation import PrepareConfig, prepare
-from orchestrator.training import train_loop
-from orchestrator.training_config import AdmConfig
+from orchestrator.training.config import AdmConfig
+from orchestrator.training.job import train_loop
 from tests.benchmarks.pool_efficiency import median_interval
 from tests.chaos.plain import start_plainly
 

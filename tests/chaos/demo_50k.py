@@ -29,7 +29,7 @@ import tyro
 
 from cluster.session import address, session
 from orchestrator import storage
-from orchestrator.samples import list_shards, read_rows
+from orchestrator.generation.samples import list_shards, read_rows
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt

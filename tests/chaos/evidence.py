@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from orchestrator import checkpoints, storage
-from orchestrator.training_config import AdmConfig
+from orchestrator.training.config import AdmConfig
 
 RECORD = re.compile(r"(\d{12})-(\d{4})-of-(\d{4})-process-(\d+)-(\w+)\.json")
 

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import psutil
 
 from orchestrator import storage
-from orchestrator.training_config import AdmConfig
+from orchestrator.training.config import AdmConfig
 from tests.chaos.evidence import Recorded, recorded
 from tests.chaos.proxy import Proxy, Request, Rule
 

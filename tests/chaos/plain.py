@@ -13,15 +13,15 @@ import torch.distributed
 import torch.multiprocessing
 
 from cluster.trainer import WorkerContext
-from orchestrator.training import train_loop
-from orchestrator.training_config import Config
+from orchestrator.training.config import Config
+from orchestrator.training.job import train_loop
 
 Loop = Callable[[WorkerContext], None]
 
 
 def train_plainly(config: Config, workers: int, steps: int | None = None) -> None:
     """Train on so many processes of this machine, to the end or for so many steps."""
-    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["orchestrator.training"])
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["orchestrator.training.job"])
     context = start_plainly(partial(train_loop, config), workers, steps)
     while not context.join():
         pass

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import tyro
 
 from cluster.session import session
-from orchestrator.training import train
-from orchestrator.training_config import AdmConfig
+from orchestrator.training.config import AdmConfig
+from orchestrator.training.job import train
 from tests.chaos.evidence import consumed, order_hash, state_hash
 from tests.chaos.killer import Kill, random_plan
 from tests.chaos.trainings import CHECKPOINT, Ground, arguments, config_of, ground, train_here, train_in_parts

@@ -19,8 +19,8 @@ import torch
 import tyro
 
 from orchestrator import checkpoints
-from orchestrator.training import train
-from orchestrator.training_config import AdmConfig
+from orchestrator.training.config import AdmConfig
+from orchestrator.training.job import train
 from tests.chaos.evidence import consumed, noise_hash, order_hash, state_hash
 from tests.chaos.killer import Kill, random_plan
 from tests.chaos.nodes import lose_a_node

@@ -6,9 +6,9 @@ import pytest
 
 from cluster.session import address
 from jobs.command_line import parse
-from orchestrator.generation import make_generator
+from orchestrator.generation.job import make_generator
+from orchestrator.generation.samples import Shard, check_shard
 from orchestrator.presets import generation_presets
-from orchestrator.samples import Shard, check_shard
 from tests.chaos.demo_50k import Demo, Run, broken_promises, demonstrate
 from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
 

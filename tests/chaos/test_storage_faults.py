@@ -9,12 +9,12 @@ import pytest
 
 from jobs.command_line import parse
 from orchestrator import storage
-from orchestrator.evaluation import evaluate
-from orchestrator.generation import generate
-from orchestrator.preparation import prepare
+from orchestrator.data.preparation import prepare
+from orchestrator.evaluation.job import evaluate
+from orchestrator.generation.job import generate
 from orchestrator.presets import dataset_presets, evaluation_presets, generation_presets
-from orchestrator.training import train
-from orchestrator.training_presets import adm_presets, classifier_presets
+from orchestrator.training.job import train
+from orchestrator.training.presets import adm_presets, classifier_presets
 from tests import servers
 from tests.chaos.proxy import Fault, Proxy
 

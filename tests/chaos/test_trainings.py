@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from orchestrator import storage
-from orchestrator.training import train
-from orchestrator.training_config import AdmConfig
+from orchestrator.training.config import AdmConfig
+from orchestrator.training.job import train
 from tests import servers
 from tests.chaos.evidence import consumed, noise_hash, order_hash, state_hash
 from tests.chaos.killer import Account, Kill, random_plan

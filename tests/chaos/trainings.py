@@ -13,11 +13,11 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from jobs.command_line import parse
 from orchestrator import storage
-from orchestrator.preparation import prepare
+from orchestrator.data.preparation import prepare
 from orchestrator.presets import dataset_presets
-from orchestrator.training import train
-from orchestrator.training_config import AdmConfig
-from orchestrator.training_presets import adm_presets
+from orchestrator.training.config import AdmConfig
+from orchestrator.training.job import train
+from orchestrator.training.presets import adm_presets
 from tests import servers
 from tests.chaos.killer import Account, Kill, Killer
 from tests.chaos.plain import train_plainly

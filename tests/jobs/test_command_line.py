@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from jobs.command_line import main, parse
-from orchestrator import presets, training_presets
+from orchestrator import presets
 from orchestrator.config import JobConfig
+from orchestrator.training import presets as training_presets
 
 ALL_PRESETS: dict[str, Callable[[], Any]] = {
     "prepare_dataset": presets.dataset_presets,

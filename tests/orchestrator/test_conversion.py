@@ -14,7 +14,7 @@ from models.zoo import ZOO, Entry
 from orchestrator import storage
 from orchestrator.checkpoints import build, load_network, save_weights
 from orchestrator.conversion import ConversionConfig, convert, plan
-from orchestrator.sampling import GenerationConfig, load_networks, make_batch
+from orchestrator.generation.sampling import GenerationConfig, load_networks, make_batch
 
 TINY = UNetConfig(
     image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1,), attention_resolutions=(), num_classes=3

@@ -8,8 +8,8 @@ from models.diffusion import DiffusionConfig
 from models.unet import UNetConfig
 from orchestrator import storage
 from orchestrator.checkpoints import build, save_weights
+from orchestrator.data.preparation import PrepareConfig, prepare
 from orchestrator.likelihood import LikelihoodConfig, estimate, plan
-from orchestrator.preparation import PrepareConfig, prepare
 
 UNET = UNetConfig(
     image_size=8, in_channels=1, out_channels=2, model_channels=32, num_res_blocks=1, channel_mult=(1,),

@@ -1,0 +1,329 @@
+"""Datasets: what their manifest says, and from shards to microbatches.
+
+On disk a dataset is `manifest.json` and Parquet shards with the columns `key`, `label`, `image` (the encoded bytes as
+they were), `width` and `height`; adopted shards have `label` and `image.bytes`, and lie where they were. A sample's id
+is its global row number in its split.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+from pydantic import BaseModel, Field, ValidationError
+
+from cluster.stream import TASKS, Block, stream
+from orchestrator import storage
+from orchestrator.data.images import center_crop, decode, random_crop
+from orchestrator.data.row_groups import read_row_group
+from orchestrator.order import OrderPlan, Purpose, Unit, sample_rng
+
+READ_AHEAD_BYTES = 128 << 20  # decoded images that one pipeline reads, unless its tasks' are more; a worker holds two
+READ_AHEAD_ROWS = 8192  # and no more of them: what is read further ahead only takes CPUs from the training
+BLOCK_ROWS, BLOCK_BYTES = 64, 4 << 20  # decoded at a time, at most
+
+SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("label", pa.int64(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+    ]
+)
+
+# ---------------------------------------------------------------------------------------------------- manifest
+
+
+class Shard(BaseModel, frozen=True, extra="forbid"):
+    """One Parquet object of a dataset."""
+
+    path: str  # relative to the manifest's root
+    bytes: int
+    rows: int
+    row_groups: tuple[int, ...]  # rows of each
+
+
+class Manifest(BaseModel, frozen=True, extra="forbid"):
+    """What a dataset holds. `folder` is where it was read from, and no part of it."""
+
+    format_version: Literal[1] = 1
+    name: str
+    classes: tuple[str, ...]  # names in the order of the labels; none: the labels are -1
+    splits: dict[str, tuple[Shard, ...]]
+    unlabelled: tuple[str, ...] = ()  # splits whose labels are all -1 although there are classes
+    width: tuple[int, int] | None  # smallest and largest, pixels; None: not looked at
+    height: tuple[int, int] | None  # likewise
+    quarantined: int  # images that could not be decoded and were left out
+    resolution: int | None = None  # the images are ADM's centre crops of this size; None: they are whole
+    adopted: str | None = None  # where the shards lie, if they were adopted; None: beside the manifest
+    image_column: str = "image"  # of the shards, the encoded bytes
+    folder: str = Field("", exclude=True)
+
+    @property
+    def root(self) -> str:
+        """The folder of the shards."""
+        return self.adopted or self.folder
+
+    def check(self, split: str, image_size: int, crop: Literal["center", "random"], conditional: bool = False) -> None:
+        """Refuse a use that these images do not allow: other crops than those stored, classes that are not known.
+
+        Raises:
+            ValueError: the message says which other dataset is wanted.
+        """
+        self.shards(split)
+        if self.resolution is not None and (crop != "center" or image_size != self.resolution):
+            raise ValueError(
+                f"dataset {self.name!r} holds centre crops of {self.resolution} pixels (resolution={self.resolution}), "
+                f"which give no crop={crop!r} of image_size={image_size}: prepare one from the same source without "
+                "resolution" + (f", or with --resolution {image_size}" if crop == "center" else "")
+            )
+        if conditional and (split in self.unlabelled or not self.classes):
+            raise ValueError(
+                f"split {split!r} of dataset {self.name!r} has no labels (-1), and this needs every image's class: "
+                "choose a labelled split, or a network without classes"
+            )
+
+    def shards(self, split: str) -> tuple[Shard, ...]:
+        """The shards of a split; ValueError where there is no such split."""
+        if split not in self.splits:
+            raise ValueError(f"dataset {self.name!r} has no split {split!r}; it has {', '.join(self.splits)}")
+        return self.splits[split]
+
+    def row_group_sizes(self, split: str) -> tuple[int, ...]:
+        """Rows of every row group of a split, over all its shards."""
+        return tuple(rows for shard in self.shards(split) for rows in shard.row_groups)
+
+    def num_samples(self, split: str) -> int:
+        """Rows of a split."""
+        return sum(shard.rows for shard in self.shards(split))
+
+
+def load_manifest(folder: str) -> Manifest:
+    """The manifest of the dataset in `folder`.
+
+    Raises:
+        FileNotFoundError: nothing was prepared there, or not to its end.
+        ValueError: it is not a manifest of this format.
+    """
+    uri = storage.join(folder, "manifest.json")
+    try:
+        found = Manifest.model_validate(storage.read_json(uri))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder} holds no finished dataset: prepare it first") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise ValueError(f"{uri} is not a manifest of format 1: {where}: {problem['msg']}") from error
+    return found.model_copy(update={"folder": storage.resolve(folder)})
+
+
+# ------------------------------------------------------------------------------------------------- microbatches
+
+
+@dataclass(frozen=True, eq=False)
+class Microbatch:
+    """One stream's share of a global batch, n = B/P rows."""
+
+    stream: int
+    epoch: int
+    images: np.ndarray  # uint8 [n, H, W, 3], cropped and flipped
+    labels: np.ndarray  # int64 [n]; -1 where the dataset has no classes
+    samples: np.ndarray  # int64 [n], global row numbers: with the epoch, the keys of all randomness
+    flips: np.ndarray  # bool [n], which rows are mirrored
+    replaced: np.ndarray  # bool [n], which rows show another row's image since their own cannot be decoded
+
+
+def batches(
+    manifest: Manifest,
+    order: OrderPlan,
+    rank: int,
+    world_size: int,
+    position: int,
+    image_size: int,
+    crop: Literal["center", "random"] = "center",
+    flip: bool = False,
+    split: str = "train",
+    use_ray: bool = True,
+    end: int | None = None,
+) -> Iterator[list[Microbatch]]:
+    """This worker's share of every global batch from `position` (images seen) to `end` (None: without end).
+
+    Each list holds one microbatch for each of the worker's streams, in stream order. `flip` mirrors half of the
+    images. Flips and crops depend on (seed, epoch, sample) alone. With `use_ray` a Ray Data pipeline fetches and
+    decodes ahead; without, the same happens in this process.
+
+    Raises:
+        ValueError: the plan was not made for this split, or rank, world_size or position do not fit it.
+        RuntimeError, OSError: data could not be read; the message names the shard.
+    """
+    if order.row_group_sizes != manifest.row_group_sizes(split):
+        raise ValueError(f"the order plan was made for other row groups than those of split={split!r}")
+    order.locate(position)  # refuse it here rather than at the first batch
+    order.open_bytes(world_size, image_size**2 * 3)  # likewise
+    read = _Reader(manifest, split, order.config.seed, image_size, crop, flip)
+    units = order.units(rank, world_size, position)
+    if end is not None:
+        last_step = order.locate(max(0, -(-end // order.batch_size) - 1) * order.batch_size)
+        units = takewhile(lambda unit: (unit.epoch, unit.first // order.rows_per_stream) <= last_step, units)
+    if use_ray:
+        row_bytes = image_size**2 * 3
+        rows = min(READ_AHEAD_ROWS, READ_AHEAD_BYTES // row_bytes)
+        chunk = max(TASKS, rows // (order.config.window * max(order.row_group_sizes)))
+        blocks = stream(units, read, chunk, block_bytes=read.block_rows * row_bytes)
+    else:
+        blocks = (block for unit in units for block in read(unit))
+    steps = takewhile(lambda step: end is None or step[1] < end, order.steps(position))
+    return _assemble(blocks, order, order.streams(rank, world_size), steps)
+
+
+def _assemble(
+    blocks: Iterator[Block], order: OrderPlan, streams: range, steps: Iterator[tuple[int, int]]
+) -> Iterator[list[Microbatch]]:
+    """Deal blocks to their streams, and take every step's rows from each; `steps` gives their epochs."""
+    waiting = {number: _Waiting() for number in streams}
+    for epoch, _ in steps:
+        microbatches = []
+        for number, rows in waiting.items():
+            while rows.count < order.rows_per_stream:
+                block = next(blocks)
+                waiting[int(block["stream"][0])].add(block)
+            taken = rows.take(order.rows_per_stream)
+            microbatches.append(
+                Microbatch(
+                    stream=number,
+                    epoch=epoch,
+                    images=taken["image"],
+                    labels=taken["label"],
+                    samples=taken["sample"],
+                    flips=taken["flip"],
+                    replaced=taken["replaced"],
+                )
+            )
+        yield microbatches
+
+
+def read_images(manifest: Manifest, split: str, begin: int, end: int, image_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows [begin, end) of a split, centre-cropped: uint8 [n, H, W, 3], and their labels int64 [n].
+
+    Raises:
+        ValueError: the split has no such rows.
+    """
+    if not 0 <= begin < end <= manifest.num_samples(split):
+        raise ValueError(f"split {split!r} has {manifest.num_samples(split)} rows, and no range [{begin}, {end})")
+    read = _Reader(manifest, split, seed=0, image_size=image_size, crop="center", flip=False)
+    blocks: list[Block] = []
+    first = 0
+    for group, size in enumerate(manifest.row_group_sizes(split)):
+        rows = np.arange(max(begin - first, 0), min(end - first, size))
+        if len(rows):
+            pairs = np.stack([np.full(len(rows), group), rows], axis=1)
+            blocks += read(Unit(epoch=0, stream=0, first=0, rows=pairs))
+        first += size
+    images, labels = (np.concatenate([block[name] for block in blocks]) for name in ("image", "label"))
+    return images, labels
+
+
+class _Waiting:
+    """Decoded rows of one stream that no batch has taken yet."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._blocks: list[Block] = []
+
+    def add(self, block: Block) -> None:
+        self._blocks.append(block)
+        self.count += len(block["sample"])
+
+    def take(self, count: int) -> Block:
+        """The first `count` rows."""
+        taken: list[Block] = []
+        missing = count
+        while missing:
+            block = self._blocks.pop(0)
+            if len(block["sample"]) > missing:
+                self._blocks.insert(0, {name: column[missing:] for name, column in block.items()})
+                block = {name: column[:missing] for name, column in block.items()}
+            missing -= len(block["sample"])
+            taken.append(block)
+        self.count -= count
+        return {name: np.concatenate([block[name] for block in taken]) for name in taken[0]}
+
+
+class _Reader:
+    """Unit -> decoded blocks. It travels to the tasks that read, hence holds locations only."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        split: str,
+        seed: int,
+        image_size: int,
+        crop: Literal["center", "random"],
+        flip: bool,
+    ) -> None:
+        manifest.check(split, image_size, crop)
+        shards = manifest.shards(split)
+        sizes = np.array(manifest.row_group_sizes(split), dtype=np.int64)
+        self._uris = [storage.join(manifest.root, shard.path) for shard in shards]
+        self._image_column = manifest.image_column
+        self._bytes = [shard.bytes for shard in shards]
+        self._places = np.array([(i, j) for i, shard in enumerate(shards) for j in range(len(shard.row_groups))])
+        self._first_samples = np.cumsum(sizes) - sizes
+        self._num_classes = 0 if split in manifest.unlabelled else len(manifest.classes)
+        self._seed, self._image_size, self._crop, self._flip = seed, image_size, crop, flip
+        self.block_rows = max(1, min(BLOCK_ROWS, BLOCK_BYTES // (image_size**2 * 3)))
+
+    def __call__(self, unit: Unit) -> Iterator[Block]:
+        groups = {group: self._read_row_group(group) for group in unit.row_groups}
+        for start in range(0, len(unit.rows), self.block_rows):
+            rows = unit.rows[start : start + self.block_rows]
+            block = {
+                "image": np.empty((len(rows), self._image_size, self._image_size, 3), np.uint8),
+                "label": np.empty(len(rows), np.int64),
+                "sample": self._first_samples[rows[:, 0]] + rows[:, 1],
+                "flip": np.zeros(len(rows), bool),
+                "replaced": np.zeros(len(rows), bool),
+                "stream": np.full(len(rows), unit.stream),
+            }
+            for place, (group, row) in enumerate(rows.tolist()):
+                self._fill(block, place, groups[group], group, row, unit.epoch)
+            yield block
+
+    def _read_row_group(self, group: int) -> pa.Table:
+        shard, place = self._places[group]
+        columns = ("label", self._image_column)
+        table = read_row_group(self._uris[shard], self._bytes[shard], int(place), columns)
+        return table.rename_columns({self._image_column: "image"})
+
+    def _fill(self, block: Block, place: int, table: pa.Table, group: int, row: int, epoch: int) -> None:
+        """One sample, under its own id even where the image is the next good one of its row group."""
+        sample = int(block["sample"][place])
+        image, found = self._next_good(table, group, row)
+        label = table["label"][found].as_py()
+        if self._num_classes and not 0 <= label < self._num_classes:
+            raise ValueError(
+                f"label {label} of row {found} in row group {self._places[group][1]} of "
+                f"{self._uris[self._places[group][0]]} is not in [0, {self._num_classes})"
+            )
+        mirrored = self._flip and sample_rng(self._seed, epoch, sample, Purpose.FLIP).random() < 0.5
+        if self._crop == "random":
+            rng = sample_rng(self._seed, epoch, sample, Purpose.CROP)
+            block["image"][place] = random_crop(image, self._image_size, rng, mirrored)
+        else:
+            block["image"][place] = center_crop(image, self._image_size, mirrored)
+        block["label"][place], block["flip"][place], block["replaced"][place] = label, mirrored, found != row
+
+    def _next_good(self, table: pa.Table, group: int, row: int) -> tuple[Image.Image, int]:
+        """The first image from `row` on, around the row group, that can be decoded, and its row."""
+        for step in range(len(table)):
+            found = (row + step) % len(table)
+            try:
+                return decode(table["image"][found].as_py()), found
+            except ValueError:
+                continue  # counted by the caller: the row is marked as replaced
+        shard, place = self._places[group]
+        raise ValueError(f"no image of row group {place} of {self._uris[shard]} can be decoded")

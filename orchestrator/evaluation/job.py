@@ -1,0 +1,210 @@
+"""Evaluation: features block by block over a pool, then the metrics, each with its count and interval, and a page."""
+
+import importlib.metadata
+import shlex
+import sys
+from typing import Any
+
+from pydantic import Field
+
+from cluster.session import session
+from models.features import DigitsNetwork
+from orchestrator import storage
+from orchestrator.config import JobConfig, claim
+from orchestrator.data.dataset import load_manifest
+from orchestrator.estimate import PriceConfig, extraction_cost, priced
+from orchestrator.evaluation.copies import nearest_training_pixels
+from orchestrator.evaluation.extraction import EXTRACTOR_BATCH, extract_all
+from orchestrator.evaluation.extractors import LoadedExtractor, LoadExtractor, extractor_loader
+from orchestrator.evaluation.inputs import ImageSet, image_size_of, open_images, split_images
+from orchestrator.evaluation.measurement import Limits, Measurement, describe, measure_files
+from orchestrator.evaluation.page import evaluation_page
+from orchestrator.evaluation.references import Reference, open_reference
+from orchestrator.tracking import tracked
+
+CLOSEST_PAIRS = 10  # samples nearest to training images, in the report and on the page
+
+
+class EvaluationConfig(JobConfig):
+    """What is measured, against what, by which features."""
+
+    samples: str  # a samples folder, an .npz in the published format, a .tar or a folder of images
+    reference: str  # a prepared dataset (its training split), or a published reference batch (.npz)
+    output: str  # the evaluation's folder
+    extractor: str = "digits"  # inception, efficientnet, digits, or one's own as package.module.name
+    extractor_weights: str | None = None  # inception's file; None: its released name in the store's extractors/
+    extractor_seed: int = Field(7, ge=0)  # of the digits network: its weights and its own split
+    image_size: int | None = Field(None, gt=0)  # pixels of the reference's images, and of image files; None: samples'
+    neighbour_samples: int = Field(50_000, gt=3)  # at most so many serve precision and the like, as in ADM
+    neighbour_references: int = Field(10_000, gt=5)  # at most so many reference images likewise
+    copies: int = Field(1_000, ge=0)  # samples compared with every training image pixel by pixel; 0 = none
+    num_workers: int = Field(1, ge=0)  # feature workers; 0 = in this process, without Ray
+    num_gpus: float = Field(0.0, ge=0)  # GPUs for each feature worker
+    price: PriceConfig = PriceConfig()
+
+
+def evaluate(config: EvaluationConfig) -> str:
+    """Measure the samples; answer the URI of report.json, beside which report.html lies.
+
+    Raises:
+        ValueError: samples, reference, extractor and output folder do not fit each other.
+        FileNotFoundError: samples, reference or the extractor's weights are not there, or not finished.
+    """
+    output = config.path(config.output)
+    images = _samples(config)
+    _check_reference(config, images)
+    loader = _loader(config, images)
+    loaded = loader()
+    claim(output, config, samples=images.identity, extractor=loaded.fingerprint, extractor_weights=None)
+    report_uri = storage.join(output, "report.json")
+    if storage.exists(report_uri):
+        print(f"{output} is complete: {images.count:,} samples measured")
+        return report_uri
+    with (
+        session(config.num_workers, wanted_gpus=config.num_workers * config.num_gpus),
+        tracked("evaluate", config, output) as tracker,
+    ):
+        folder = storage.join(output if images.kind != "samples" else images.uri, "features")
+        if images.kind != "samples":  # others' files are only read
+            folder = storage.join(folder, images.identity)
+        made = extract_all(images, folder, loader, config.num_workers, config.num_gpus)
+        reference = _reference(config, images, loader, loaded)
+        limits = Limits(config.neighbour_samples, config.neighbour_references)
+        measured = measure_files(made, reference, loaded.network.name, limits, config.num_workers)
+        report = _report(config, images, reference, loaded, measured)
+        page, pictures = evaluation_page(report, images, reference, measured, made.labels())
+        tracker.metrics({name: estimate.value for name, estimate in measured.estimates.items()})
+        tracker.record("report.json", report)
+        for name, picture in pictures.items():
+            tracker.picture(f"{name}.png", picture)
+    storage.write_bytes(storage.join(output, "report.html"), page.encode())
+    storage.create_bytes(report_uri, storage.json_bytes(report))
+    _print(measured)
+    print(report_uri)
+    return report_uri
+
+
+def plan(config: EvaluationConfig) -> str:
+    """What an evaluation would read, write and hold."""
+    images = _samples(config)
+    dimension, name, price = DigitsNetwork.dimension, DigitsNetwork.name, list[str]()
+    if config.extractor != name:  # which might have to be trained first
+        network = _loader(config, images)().network
+        dimension, name = network.dimension, network.name
+        cost = extraction_cost(network, image_size_of(images), images.count, EXTRACTOR_BATCH)
+        price = [priced(cost, config.price, config.num_workers, half=False)]
+    held = images.count + min(images.count, config.neighbour_samples) + config.neighbour_references
+    size = held * dimension * 4 / 2**30
+    reference = config.path(config.reference)
+    return "\n".join(
+        [
+            f"reads   {images.uri} ({images.kind}, {images.count:,} images) and {reference}",
+            f"writes  {config.path(config.output)}: report.json, report.html; features beside samples and dataset",
+            f"images  {images.count:,} by {name}, and those of the reference that have no features yet",
+            f"memory  at most {size:.2f} GiB of features ({dimension} float32 each), and as much again to work "
+            "on them, here and in each worker",
+            *price,
+        ]
+    )
+
+
+def _samples(config: EvaluationConfig) -> ImageSet:
+    reference = config.path(config.reference)
+    known = not reference.endswith(".npz") and storage.exists(storage.join(reference, "manifest.json"))
+    classes = load_manifest(reference).classes if known else ()
+    return open_images(config.path(config.samples), classes, config.image_size)
+
+
+def _check_reference(config: EvaluationConfig, images: ImageSet) -> None:
+    """What can be said of it before the output folder is claimed for it."""
+    uri = config.path(config.reference)
+    if not uri.endswith(".npz"):
+        load_manifest(uri)
+        _image_size(config, images)
+    elif not storage.exists(uri):
+        raise FileNotFoundError(f"reference={uri} is not there")
+
+
+def _loader(config: EvaluationConfig, images: ImageSet) -> LoadExtractor:
+    reference = config.path(config.reference)
+    return extractor_loader(
+        config.extractor,
+        config.path(config.extractor_weights) if config.extractor_weights else None,
+        None if reference.endswith(".npz") else reference,
+        config.path("extractors"),
+        config.extractor_seed,
+        _image_size(config, images) if config.extractor == "digits" else 0,
+        use_gpu=config.num_gpus > 0,
+    )
+
+
+def _image_size(config: EvaluationConfig, images: ImageSet) -> int:
+    found = image_size_of(images)
+    if config.image_size not in (None, found):
+        raise ValueError(f"image_size={config.image_size}, but the samples in {images.uri} have {found} pixels")
+    return found
+
+
+def _reference(config: EvaluationConfig, images: ImageSet, loader: LoadExtractor, loaded: LoadedExtractor) -> Reference:
+    uri = config.path(config.reference)
+    size = 0 if uri.endswith(".npz") else _image_size(config, images)
+    folder = storage.join(config.path(config.output), "reference-features")
+    return open_reference(uri, loader, loaded, folder, size, config.num_workers, config.num_gpus)
+
+
+def _report(
+    config: EvaluationConfig, images: ImageSet, reference: Reference, loaded: LoadedExtractor, measured: Measurement
+) -> dict[str, Any]:
+    """All numbers with what stands behind them."""
+    seeds = {"seed": images.seed, "indices": [0, images.count]}
+    accuracy = loaded.held_out_accuracy
+    return {
+        "samples": {"uri": images.uri, "kind": images.kind, "identity": images.identity, "n": images.count, **seeds},
+        "reference": {"uri": reference.uri, "n": reference.count},
+        "extractor": {
+            "name": loaded.network.name,
+            "fingerprint": loaded.fingerprint,
+            "held_out_accuracy": accuracy,
+        },
+        "metrics": {
+            name: describe(estimate) | {"seeds": seeds, "extractor": loaded.fingerprint}
+            for name, estimate in measured.estimates.items()
+        },
+        "per_class": {
+            reference.classes[label] if reference.classes else str(label): {
+                name: describe(estimate) for name, estimate in estimates.items()
+            }
+            for label, estimates in measured.per_class.items()
+        },
+        "not_available": measured.missing,
+        "closest_pairs": [] if measured.closest is None else measured.closest.first(CLOSEST_PAIRS),
+        "nearest_training_image": _pixel_distances(config, images),
+        "reproduce": {
+            "command": shlex.join(["python", *sys.argv]),
+            "config": config.model_dump(mode="json"),
+            "versions": {name: importlib.metadata.version(name) for name in ("numpy", "torch")},
+        },
+    }
+
+
+def _pixel_distances(config: EvaluationConfig, images: ImageSet) -> dict[str, list[float]]:
+    """For samples, and for held-out real images where there are some: the distance to the nearest training image."""
+    uri = config.path(config.reference)
+    if uri.endswith(".npz") or not config.copies:
+        return {}
+    size = _image_size(config, images)
+    training = split_images(uri, "train", size)
+    asked = {"samples": images}
+    if "validation" in load_manifest(uri).splits:
+        asked["held_out"] = split_images(uri, "validation", size)
+    return {
+        name: nearest_training_pixels(some, config.copies, training, config.num_workers) for name, some in asked.items()
+    }
+
+
+def _print(measured: Measurement) -> None:
+    for name, estimate in measured.estimates.items():
+        interval = estimate.note if estimate.low is None else f"{estimate.low:.4g} to {estimate.high:.4g}"
+        print(f"{name:30} {estimate.value:10.4g}   n={estimate.n:<7} 95%: {interval}")
+    for name, reason in measured.missing.items():
+        print(f"{name:30} {'-':>10}   {reason}")

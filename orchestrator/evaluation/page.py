@@ -1,0 +1,142 @@
+"""An evaluation's page: one self-contained HTML file with the table, grids of samples and their nearest neighbours."""
+
+import base64
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+import torch
+
+from models.images import shrink
+from orchestrator import storage
+from orchestrator.evaluation.extraction import chosen
+from orchestrator.evaluation.inputs import ImageSet
+from orchestrator.evaluation.measurement import Measurement
+from orchestrator.evaluation.references import Reference
+from orchestrator.figures import copies_figure
+from orchestrator.pictures import grid_png
+
+COLUMNS = 10
+NUM_RANDOM = 100
+NUM_EXTREME = 40  # best, and worst
+NUM_CLASSES = 10  # rows of the grid by class
+SHOWN_PIXELS = 64  # about the size of an image on the page: smaller ones are enlarged, larger ones shrunk
+READ_ROWS = 512  # images are looked up in such ranges
+
+
+class About(NamedTuple):
+    """What a reader of the table wants to know of a metric."""
+
+    better: str  # "higher" or "lower"
+    text: str
+    code: str  # the function that computes it
+
+
+ABOUT = {
+    "fd": About("lower", "Fréchet distance between features of samples and reference.", "metrics.frechet_distance"),
+    "fd_infinity": About("lower", "The same with its bias at this n removed.", "metrics.expand_frechet"),
+    "sfd": About("lower", "Fréchet distance of features that keep positions.", "metrics.frechet_distance"),
+    "inception_score": About(
+        "higher", "exp of the mean KL(p(y|x) ‖ p(y)), splits of 5,000 in order.", "metrics.inception_score"
+    ),
+    "inception_score_classic": About("higher", "The same over 10 shuffled splits.", "metrics.inception_score_classic"),
+    "kid": About("lower", "Kernel distance (x·y/D + 1)³, unbiased at any n.", "metrics.kid"),
+    "accuracy": About(
+        "higher", "Share that the extractor takes for the class asked for.", "metrics.proportion_estimate"
+    ),
+    "precision": About(
+        "higher", "Share of samples inside the reference's neighbourhoods, k = 3.", "manifolds.precision_recall"
+    ),
+    "recall": About(
+        "higher", "Share of the reference inside the samples' neighbourhoods, k = 3.", "manifolds.precision_recall"
+    ),
+    "precision_openai": About(
+        "higher", "Precision in the published evaluator's float16.", "manifolds.precision_recall_openai"
+    ),
+    "recall_openai": About(
+        "higher", "Recall in the published evaluator's float16.", "manifolds.precision_recall_openai"
+    ),
+    "density": About(
+        "higher", "How many of the reference's 5-neighbour balls hold a sample, over 5.", "manifolds.density_coverage"
+    ),
+    "coverage": About("higher", "Share of these balls that hold a sample.", "manifolds.density_coverage"),
+    "authpct": About(
+        "higher",
+        "% of samples farther from their nearest training image than that is from its own nearest.",
+        "manifolds.authenticity",
+    ),
+}
+SAME = {"fid": "fd", "fid_infinity": "fd_infinity", "sfid": "sfd"}  # names that belong to the Inception network
+
+
+def template(name: str) -> jinja2.Template:
+    """A page of this folder, which finds its frame there too."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parents[1])
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(name)
+
+
+def about(metric: str) -> About:
+    """What is said of a metric, whatever extractor its name ends in."""
+    base = SAME.get(metric, metric)
+    known = [name for name in ABOUT if base == name or base.startswith(f"{name}_")]
+    return ABOUT[max(known, key=len)]
+
+
+def evaluation_page(
+    report: dict[str, Any], images: ImageSet, reference: Reference, measured: Measurement, labels: np.ndarray
+) -> tuple[str, dict[str, bytes]]:
+    """The page of report.json's content, and its pictures (PNG) by name."""
+    pictures = _pictures(images, reference, measured, labels)
+    if distances := report["nearest_training_image"]:
+        pictures["copies"] = copies_figure(distances)
+    page = template("evaluation.html").render(
+        report=report,
+        pictures={name: base64.b64encode(data).decode() for name, data in pictures.items()},
+        abouts={name: about(name) for name in report["metrics"]},
+        num_training=reference.files.count if reference.files else 0,
+        config=storage.json_bytes(report["reproduce"]["config"]).decode(),
+    )
+    return page, pictures
+
+
+def _pictures(images: ImageSet, reference: Reference, measured: Measurement, labels: np.ndarray) -> dict[str, bytes]:
+    pictures = {"random": _grid(_pick(images, chosen(images.count, NUM_RANDOM)))}
+    if len(measured.rows):
+        order = measured.rows[np.argsort(-measured.realism, kind="stable")]
+        pictures["best"] = _grid(_pick(images, order[:NUM_EXTREME]))
+        pictures["worst"] = _grid(_pick(images, order[::-1][:NUM_EXTREME]))
+    classes = np.unique(labels[labels >= 0])
+    rows = [np.flatnonzero(labels == c)[:COLUMNS] for c in classes[chosen(len(classes), NUM_CLASSES)]]
+    if full := [row for row in rows if len(row) == COLUMNS]:
+        pictures["by_class"] = _grid(_pick(images, np.concatenate(full)))
+    if measured.closest is not None and reference.images is not None:
+        pairs = measured.closest.first(COLUMNS)
+        above = _pick(images, np.array([pair["sample"] for pair in pairs]))
+        below = _pick(reference.images, np.array([pair["training_image"] for pair in pairs]))
+        pictures["closest"] = _grid(np.concatenate([_small(above), _small(below)]), columns=len(pairs))
+    return pictures
+
+
+def _pick(images: ImageSet, indices: np.ndarray) -> np.ndarray:
+    """The images of these indices, in their order; each range of 512 is read once."""
+    found: dict[int, np.ndarray] = {}
+    for block in np.unique(indices // READ_ROWS):
+        here = indices[indices // READ_ROWS == block]
+        begin = int(here.min())
+        pixels, _ = images.read(begin, int(here.max()) + 1)
+        found |= {int(i): pixels[i - begin] for i in here}
+    return np.stack([found[int(i)] for i in indices])
+
+
+def _small(images: np.ndarray) -> np.ndarray:
+    """uint8 [n, H, W, 3], large ones shrunk by means over areas."""
+    if min(images.shape[1:3]) <= SHOWN_PIXELS:
+        return images
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    return shrink(x, SHOWN_PIXELS).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def _grid(images: np.ndarray, columns: int = COLUMNS) -> bytes:
+    small = _small(images)
+    return grid_png(small, columns=columns, scale=max(1, SHOWN_PIXELS // small.shape[1] // 2), gap=2)

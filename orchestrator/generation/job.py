@@ -1,0 +1,319 @@
+"""Generation: samples that are functions of (config, seed, index), written as finished shards by a pool of workers."""
+
+import contextlib
+import logging
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cluster.session import session
+from cluster.workers import map_items
+from orchestrator import storage
+from orchestrator.generation.exports import export_npz, export_png
+from orchestrator.generation.noise import NoiseAhead
+from orchestrator.generation.price import price
+from orchestrator.generation.samples import (
+    DamagedShard,
+    Shard,
+    check_run,
+    check_shard,
+    claim_run,
+    count_samples,  # noqa: F401 - for older importers
+    encode_rows,
+    is_finished,
+    list_shards,
+    pixel_hashes,
+    put_shard,
+    read_range,
+    set_aside,
+    shards_of,
+    write_manifest,
+)
+from orchestrator.generation.sampling import (  # noqa: F401 - for older importers
+    NUMERICS_VERSION,
+    GenerationConfig,
+    Networks,
+    canonical_batch,
+    decisive,
+    evaluations,
+    load_networks,
+    make_batch,
+    noise_plan,
+    platform,
+    prepare_device,
+    sample_batch,
+    upsample_batch,
+)
+from orchestrator.pictures import grid_png, png
+from orchestrator.progress import Progress, progress_line
+from orchestrator.tracking import Tracker, tracked
+
+METRICS_SECONDS = 5.0  # between two reports to MLflow
+PICTURE_SECONDS = 30.0  # between two contact sheets
+SHEET = 100  # images of a contact sheet
+
+log = logging.getLogger(__name__)
+
+
+# ------------------------------------------------------------------------------------------------ in the driver
+
+
+def generate(config: GenerationConfig) -> str:
+    """Make the samples that are still missing, export them if asked to; answer their folder's URI.
+
+    Raises:
+        ValueError: weights, classifier and output folder do not fit each other.
+        ItemsFailed: some shards failed; all others are written.
+    """
+    output, folders = config.path(config.output), folders_of(config)
+    wanted = decisive(config, load_networks(config, "cpu"))
+    for folder in folders:
+        check_run(folder, wanted)
+    if config.indices:
+        remake(config)
+        return output
+    if all(map(is_finished, folders)):
+        print(f"{output} is complete: {config.num_samples:,} samples")
+    else:
+        _make_missing(config, folders)
+        print(f"{output}: {config.num_samples:,} samples")
+    if config.export:
+        for folder in folders:
+            print(f"exported to {_export(config, folder)}")
+    return output
+
+
+def _make_missing(config: GenerationConfig, folders: list[str]) -> None:
+    """Hand every shard to the pool: those that are there are verified, the others made; then declare them finished."""
+    digests: dict[str, dict[Shard, str]] = {folder: {} for folder in folders}
+    with (
+        session(config.num_workers * config.num_threads, wanted_gpus=config.num_workers * config.num_gpus),
+        tracked("generate", config, folders[0]) as tracker,
+        progress_line(config.num_samples, "samples") as progress,
+    ):
+        live = _Live(tracker, progress, folders[-1])
+        finished = map_items(
+            partial(make_generator, config),
+            shards_of(config.num_samples, config.shard_size),
+            config.num_workers,
+            num_cpus=config.num_threads,
+            num_gpus=config.num_gpus,
+        )
+        for shard, made in finished:
+            live.update(shard, made)
+            for folder, digest in zip(folders, made.digests, strict=True):
+                digests[folder][shard] = digest
+        for folder in folders:
+            first, _ = read_range(folder, 0, min(SHEET, config.num_samples))
+            tracker.picture(f"{folder.rsplit('/', 1)[-1]}.png", _sheet(first))
+            write_manifest(folder, digests[folder])
+
+
+class _Live:
+    """What one sees while shards come in: the line, and now and then numbers and the newest pictures in MLflow."""
+
+    def __init__(self, tracker: Tracker, progress: Progress, folder: str) -> None:
+        self._tracker, self._progress, self._folder = tracker, progress, folder
+        self._made, self._begun = 0, time.monotonic()
+        self._numbers_at = self._picture_at = self._begun
+
+    def update(self, shard: Shard, made: "Finished") -> None:
+        """Count a shard."""
+        count, now = shard.end - shard.begin, time.monotonic()
+        for reason in made.damaged:
+            log.warning("made again, its old bytes are kept under damaged/: %s", reason)
+        if not made.drawn:
+            self._progress.skip(count)
+            return
+        self._progress.update_to(self._progress.done + count)
+        self._made += count
+        if now - self._numbers_at > METRICS_SECONDS:
+            rate = self._made / (now - self._begun)
+            self._tracker.metrics({"samples": self._progress.done, "samples_per_second": rate}, self._progress.done)
+            self._numbers_at = now
+        if now - self._picture_at > PICTURE_SECONDS:
+            newest, _ = read_range(self._folder, shard.begin, min(shard.end, shard.begin + SHEET))
+            self._tracker.picture("newest.png", _sheet(newest))
+            self._picture_at = now
+
+
+def _sheet(images: np.ndarray) -> bytes:
+    return grid_png(images, columns=10, scale=max(1, 48 // images.shape[1]))
+
+
+def remake(config: GenerationConfig) -> None:
+    """Make `indices` again by their canonical batches, keep their pictures under remade/ and compare their pixels.
+
+    Raises:
+        RuntimeError: some differ from those in the folder.
+    """
+    wanted, differing = sorted(set(config.indices)), list[str]()
+    with session(config.num_workers * config.num_threads):
+        make = partial(make_index_maker, config)
+        made = dict(map_items(make, wanted, config.num_workers, config.num_threads, config.num_gpus))
+    for stage, folder in enumerate(folders_of(config)):
+        there = list_shards(folder)
+        for index in wanted:
+            image = made[index][stage]
+            storage.write_bytes(storage.join(folder, "remade", f"{index:06d}.png"), png(image))
+            found = "not there to be compared"
+            if any(shard.begin <= index < shard.end for shard in there):
+                difference = np.abs(read_range(folder, index, index + 1)[0][0].astype(int) - image).max()
+                found = f"differs by up to {difference} grey levels" if difference else "equal"
+                differing += [f"{index} in {folder}"] if difference else []
+            print(f"{folder} index {index}: {pixel_hashes(image[None])[0]} {found}")
+    if differing:
+        raise RuntimeError(f"{len(differing)} remade samples differ from the stored ones: {', '.join(differing)}")
+
+
+def _export(config: GenerationConfig, folder: str) -> str:
+    name = "samples.npz" if config.export == "npz" else "png"
+    target = config.path(config.export_to) if config.export_to else storage.join(folder, name)
+    if config.export_to and folder != folders_of(config)[0]:  # the second stage's beside the first's
+        target = f"{target.removesuffix('.npz')}-upsampled{'.npz' if config.export == 'npz' else ''}"
+    (export_npz if config.export == "npz" else export_png)(folder, target)
+    return target
+
+
+def folders_of(config: GenerationConfig) -> list[str]:
+    """The folder of the samples and, in a cascade, of the enlarged ones."""
+    output = config.path(config.output)
+    return [output, storage.join(output, "upsampled")] if config.upsampler else [output]
+
+
+def missing_shards(config: GenerationConfig) -> list[Shard]:
+    """The shards that are not there yet, by their names."""
+    there = [set(list_shards(folder)) for folder in folders_of(config)]
+    shards = shards_of(config.num_samples, config.shard_size)
+    return [shard for shard in shards if not all(shard in found for found in there)]
+
+
+def plan(config: GenerationConfig) -> str:
+    """What a generation would read, write and cost."""
+    todo, shards = missing_shards(config), -(-config.num_samples // config.shard_size)
+    images = sum(shard.end - shard.begin for shard in todo)
+    return "\n".join(
+        [f"makes   {config.path(config.output)}: {len(todo)} of {shards} shards are missing", *price(config, images)]
+    )
+
+
+# ------------------------------------------------------------------------------------------------ in every worker
+
+
+class Finished(NamedTuple):
+    """What a worker tells of a shard: its digest in each folder, whether it drew it, what it found damaged."""
+
+    digests: tuple[str, ...]
+    drawn: bool
+    damaged: tuple[str, ...] = ()
+
+
+class _Sampler(NamedTuple):
+    """A worker's networks, ready on its device, and the config with B in it."""
+
+    config: GenerationConfig
+    networks: Networks
+    device: torch.device
+
+    def batches(self, numbers: range) -> Iterator[tuple[Any, ...]]:
+        """The canonical batches `numbers`, one Samples for each stage."""
+        plan = noise_plan(self.networks, self.config, numbers)
+        with NoiseAhead(self.config.seed, plan, pin=self.device.type == "cuda") as draw:
+            for number in numbers:
+                batch = make_batch(self.networks, self.config, number, self.config.sampler, self.config.guidance, draw)
+                upsampler = self.networks.upsampler
+                yield (batch,) if upsampler is None else (batch, upsample_batch(upsampler, self.config, batch, draw))
+
+
+def _make_sampler(config: GenerationConfig) -> _Sampler:
+    """Load the networks, settle B, and hold the folder to this config and platform, or claim it for them.
+
+    Raises:
+        ValueError: the folder belongs to another config, or to another platform.
+    """
+    device = prepare_device(config)
+    networks = load_networks(config, device)
+    here, wanted = platform(device), decisive(config, networks)
+    modules = [network.module for network in networks[:3] if network]
+    for module in modules:
+        if device.type == "cuda":  # on CPUs it makes GroupNorm slower
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for folder in folders_of(config):
+        if check_run(folder, wanted) is None:
+            chosen = config.batch_size or canonical_batch(config, networks, device)
+            claim_run(folder, wanted | {"batch_size": chosen}, here, _record(config))
+        run = check_run(folder, wanted, None if config.mixed_platforms else here)  # perhaps another worker's
+        assert run is not None
+        config = config.model_copy(update={"batch_size": run["config"]["batch_size"]})
+        wanted = decisive(config, networks)
+    if config.compile:
+        for module in modules:
+            module.compile()
+    return _Sampler(config, networks, device)
+
+
+def _record(config: GenerationConfig) -> dict[str, Any]:
+    """What is noted in run.json and never compared."""
+    commit = None
+    with contextlib.suppress(OSError):  # no git here
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    begun = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    noted = config.model_dump(mode="json", include={"weights", "classifier", "upsampler", "num_workers"})
+    return {"commit": commit, "begun": begun, **noted}
+
+
+def make_generator(config: GenerationConfig) -> Callable[[Shard], Finished]:
+    """A worker: networks loaded once, then shards, each verified where it is there and drawn where it is not."""
+    sampler, folders = _make_sampler(config), folders_of(config)
+    encoder = ThreadPoolExecutor(1, "encoder")  # pictures are encoded while the next batch is drawn
+
+    def make_shard(shard: Shard) -> Finished:
+        found, damaged = zip(*(_verify(folder, shard) for folder in folders), strict=True)
+        if all(found):
+            return Finished(found, drawn=False)
+        size = sampler.config.batch_size
+        encoded: list[list[Any]] = [[] for _ in folders]
+        for stages in sampler.batches(range(shard.begin // size, -(-shard.end // size))):
+            for rows, samples in zip(encoded, stages, strict=True):
+                rows.append(encoder.submit(encode_rows, samples))
+        digests = []
+        for folder, rows, digest, reason in zip(folders, encoded, found, damaged, strict=True):
+            whole = pa.concat_tables([part.result() for part in rows]).slice(0, shard.end - shard.begin)
+            digests.append(digest or put_shard(folder, shard, whole, replace=bool(reason)))
+        return Finished(tuple(digests), drawn=True, damaged=tuple(filter(None, damaged)))
+
+    return make_shard
+
+
+def _verify(folder: str, shard: Shard) -> tuple[str | None, str]:
+    """(digest, "") of a whole shard, (None, "") of an absent one, (None, reason) of one found damaged twice."""
+    try:
+        return check_shard(folder, shard), ""
+    except DamagedShard:
+        pass
+    try:
+        return check_shard(folder, shard), ""
+    except DamagedShard as error:
+        set_aside(folder, shard)
+        return None, str(error)
+
+
+def make_index_maker(config: GenerationConfig) -> Callable[[int], tuple[np.ndarray, ...]]:
+    """A worker that draws one index by its canonical batch: uint8 [H, W, 3] of each stage."""
+    sampler = _make_sampler(config)
+
+    def make_index(index: int) -> tuple[np.ndarray, ...]:
+        number, place = divmod(index, sampler.config.batch_size)
+        (stages,) = sampler.batches(range(number, number + 1))
+        return tuple(samples.images[place] for samples in stages)
+
+    return make_index

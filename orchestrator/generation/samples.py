@@ -1,0 +1,241 @@
+"""A folder of samples: run.json, shards of consecutive indices, and manifest.json last.
+
+A shard is a Parquet file with `index`, `label`, `image` (PNG) and `sha256` (of the raw pixels, uint8 [H, W, 3] in
+C order). The digest of a shard is the SHA-256 of its rows' digests, one after another.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from orchestrator import storage
+from orchestrator.config import differences
+from orchestrator.data.images import decode
+from orchestrator.pictures import png
+
+FORMAT_VERSION = 1
+
+
+class Samples(NamedTuple):
+    """Consecutive samples: index int64 [n], label int64 [n] (-1 = none), images uint8 [n, H, W, 3]."""
+
+    indices: np.ndarray
+    labels: np.ndarray
+    images: np.ndarray
+
+
+class Shard(NamedTuple):
+    """The indices [begin, end) of one object."""
+
+    begin: int
+    end: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.begin:06d}-{self.end:06d}.parquet"
+
+    def uri(self, folder: str) -> str:
+        """Where it lies in a folder of samples."""
+        return storage.join(folder, "shards", self.name)
+
+
+class DamagedShard(ValueError):
+    """An object that is not the whole shard that its name promises."""
+
+
+def shards_of(num_samples: int, size: int) -> Iterator[Shard]:
+    """The shards of a folder, `size` indices each, the last one perhaps fewer."""
+    return (Shard(begin, min(begin + size, num_samples)) for begin in range(0, num_samples, size))
+
+
+def list_shards(folder: str) -> list[Shard]:
+    """The shards that are there, in index order."""
+    names = storage.list_names(storage.join(folder, "shards"))
+    bounds = [name.removesuffix(".parquet").split("-") for name in names if name.endswith(".parquet")]
+    return sorted(Shard(int(begin), int(end)) for begin, end in bounds)
+
+
+# ------------------------------------------------------------------------------------------------ run.json
+
+
+def check_run(folder: str, wanted: dict[str, Any], platform: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """The folder's run.json, if there is one, held to a config and (where given) a platform.
+
+    Raises:
+        ValueError: the folder was made with another config, or on another platform; the message names what differs.
+    """
+    uri = storage.join(folder, "run.json")
+    if not storage.exists(uri):
+        return None
+    run = storage.read_json(uri)
+    if run.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{uri}: format_version={run.get('format_version')} is not {FORMAT_VERSION}")
+    probed = {"batch_size"} - wanted.keys()  # not asked for: whatever the first worker chose
+    if changes := differences({name: value for name, value in run["config"].items() if name not in probed}, wanted):
+        raise ValueError(
+            f"{folder} was made with another config ({changes}); choose another --output or the same config"
+        )
+    if platform is not None and (changes := differences(run["platform"], platform)):
+        raise ValueError(
+            f"{folder} is made on another platform ({changes}): pixels may differ in their last bits; "
+            "--mixed-platforms allows it"
+        )
+    return run
+
+
+def claim_run(folder: str, config: dict[str, Any], platform: dict[str, Any], record: dict[str, Any]) -> None:
+    """Write run.json unless there is one: what decides the samples, where they were made, and what is only noted."""
+    run = {"format_version": FORMAT_VERSION, "config": config, "platform": platform, "record": record}
+    storage.create_bytes(storage.join(folder, "run.json"), storage.json_bytes(run))
+
+
+def read_run(folder: str) -> dict[str, Any]:
+    """The folder's run.json: `config` (what decides the samples), `platform`, and `record`, which is only noted."""
+    return storage.read_json(storage.join(folder, "run.json"))
+
+
+# ------------------------------------------------------------------------------------------------ shards
+
+
+def encode_rows(samples: Samples) -> pa.Table:
+    """Samples as the rows of a shard."""
+    return pa.table(
+        {
+            "index": pa.array(samples.indices, pa.int64()),
+            "label": pa.array(samples.labels, pa.int64()),
+            "image": pa.array([png(image) for image in samples.images], pa.binary()),
+            "sha256": pa.array([hashlib.sha256(image.tobytes()).digest() for image in samples.images], pa.binary(32)),
+        }
+    )
+
+
+def put_shard(folder: str, shard: Shard, rows: pa.Table, replace: bool = False) -> str:
+    """Write a shard whole, unless another hand has meanwhile; answer its digest.
+
+    Raises:
+        RuntimeError: the other hand's pixels differ from these.
+    """
+    buffer = io.BytesIO()
+    pq.write_table(rows, buffer, compression="none")  # PNG does not compress again
+    if replace:
+        storage.write_bytes(shard.uri(folder), buffer.getvalue())
+    elif not storage.create_bytes(shard.uri(folder), buffer.getvalue()) and check_shard(folder, shard) != _digest(rows):
+        raise RuntimeError(f"{shard.uri(folder)} was written meanwhile, with other pixels than were drawn here")
+    return _digest(rows)
+
+
+def check_shard(folder: str, shard: Shard) -> str | None:
+    """The digest of a shard, read and verified to its last pixel; None where there is none.
+
+    Raises:
+        DamagedShard: it is truncated, its pixels are not those that its hashes tell, or rows are wrong.
+    """
+    uri = shard.uri(folder)
+    try:
+        rows = _read_rows(uri)
+    except FileNotFoundError:
+        return None
+    if rows["index"].to_pylist() != list(range(*shard)):
+        raise DamagedShard(f"{uri} does not hold the indices {shard.begin} to {shard.end - 1}, each once")
+    for index, image, sha256 in zip(*(rows[name].to_pylist() for name in ("index", "image", "sha256")), strict=True):
+        if hashlib.sha256(_pixels(uri, index, image).tobytes()).digest() != sha256:
+            raise DamagedShard(f"{uri}: the pixels of index {index} are not those of their SHA-256")
+    return _digest(rows)
+
+
+def set_aside(folder: str, shard: Shard) -> None:
+    """Keep the bytes of a damaged shard under damaged/, before it is made again."""
+    storage.create_bytes(storage.join(folder, "damaged", shard.name), storage.read_bytes(shard.uri(folder)))
+
+
+def _read_rows(uri: str) -> pa.Table:
+    data = storage.read_bytes(uri)
+    try:
+        rows = pq.read_table(io.BytesIO(data))
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedShard(f"{uri} is no intact Parquet file: {error}") from error
+    if missing := {"index", "label", "image", "sha256"} - set(rows.column_names):
+        raise DamagedShard(f"{uri} has no column {min(missing)!r}")
+    return rows
+
+
+def _pixels(uri: str, index: int, image: bytes) -> np.ndarray:
+    try:
+        return np.asarray(decode(image))
+    except ValueError as error:
+        raise DamagedShard(f"{uri}: the image of index {index} cannot be decoded: {error}") from error
+
+
+def _digest(rows: pa.Table) -> str:
+    return hashlib.sha256(b"".join(rows["sha256"].to_pylist())).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ whole folders
+
+
+def write_manifest(folder: str, digests: dict[Shard, str]) -> None:
+    """Declare a folder finished: its shards in index order, each with the digest of its pixels.
+
+    Raises:
+        RuntimeError: a shard that was there is gone.
+    """
+    if gone := digests.keys() - set(list_shards(folder)):
+        raise RuntimeError(f"{min(gone).uri(folder)} was there and is gone; the same command makes it again")
+    shards = [
+        {"name": shard.name, "rows": shard.end - shard.begin, "sha256": digest}
+        for shard, digest in sorted(digests.items())
+    ]
+    manifest = {"format_version": FORMAT_VERSION, "num_samples": max(digests).end, "shards": shards}
+    storage.create_bytes(storage.join(folder, "manifest.json"), storage.json_bytes(manifest))
+
+
+def is_finished(folder: str) -> bool:
+    """Whether all samples of a folder are there."""
+    return storage.exists(storage.join(folder, "manifest.json"))
+
+
+def count_samples(folder: str) -> int:
+    """How many samples a finished folder holds.
+
+    Raises:
+        FileNotFoundError: none were generated there, or not to their end.
+    """
+    if not is_finished(folder):
+        raise FileNotFoundError(f"{folder} holds no finished samples: generate them first")
+    return storage.read_json(storage.join(folder, "manifest.json"))["num_samples"]
+
+
+def read_range(folder: str, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [n, H, W, 3] and labels int64 [n] of the indices [begin, end) of a samples folder.
+
+    Raises:
+        FileNotFoundError: some of them are not there.
+        DamagedShard: a shard of them cannot be read.
+    """
+    images: list[np.ndarray] = []
+    labels: list[int] = []
+    for _, rows in read_rows(folder, begin, end):
+        images += [_pixels(folder, index, image) for index, image in zip(rows["index"], rows["image"], strict=True)]
+        labels += rows["label"]
+    if len(images) != end - begin:
+        raise FileNotFoundError(f"{folder} holds {len(images)} of the indices {begin} to {end - 1}")
+    return np.stack(images), np.array(labels, np.int64)
+
+
+def read_rows(folder: str, begin: int, end: int) -> Iterator[tuple[Shard, dict[str, list[Any]]]]:
+    """Shard by shard, the columns of those rows whose index lies in [begin, end); images are PNG bytes."""
+    for shard in list_shards(folder):
+        if shard.begin < end and shard.end > begin:
+            rows = _read_rows(shard.uri(folder))
+            first = max(begin - shard.begin, 0)
+            yield shard, rows.slice(first, min(end, shard.end) - shard.begin - first).to_pydict()
+
+
+def pixel_hashes(images: np.ndarray) -> list[str]:
+    """SHA-256 of the raw pixels of each of uint8 [n, H, W, 3] images."""
+    return [hashlib.sha256(image.tobytes()).hexdigest() for image in images]

@@ -1,0 +1,345 @@
+"""Sampling: what decides a sample, and how a canonical batch of them is drawn."""
+
+import os
+import platform as machine
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+
+from models import zoo
+from models.diffusion import Diffusion
+from models.guidance import GuidanceConfig, guided
+from models.images import Rounding, from_uint8, to_uint8
+from models.samplers import SamplerConfig, last, noise_timesteps, respacing_for, sample
+from orchestrator.checkpoints import Network, latest_weights, load_network
+from orchestrator.config import JobConfig
+from orchestrator.estimate import PriceConfig
+from orchestrator.generation.labels import Labels, read_labels
+from orchestrator.generation.noise import Draw, DrawNoise, draw_noise
+from orchestrator.generation.recipes import recommended, winner
+from orchestrator.generation.samples import Samples
+from orchestrator.order import Purpose
+
+NUMERICS_VERSION = 1  # raised by hand when the same config begins to give other samples
+LARGEST_BATCH = 512  # that is tried on a GPU
+CPU_BATCH = 64  # images, fewer where these would have more than
+CPU_PIXELS = 2**18  # pixels
+NEARLY = 0.95  # a batch is as fast as the fastest from this share of its rate on
+
+
+class GenerationConfig(JobConfig):
+    """What decides the samples, and where they go."""
+
+    weights: str  # the diffusion model: a training run's folder, a .safetensors file or a released .pt file
+    ema: str | None = None  # which of a run's weights, as "ema-0.9999"; None = the newest file
+    classifier: str | None = None  # the noisy classifier that guides, likewise
+    upsampler: str | None = None  # a second stage that enlarges the samples (ADM-U), likewise; both are kept
+    like: str | None = None  # a released model's name: start from its published sampler, steps and guidance
+    from_search: str | None = None  # a search.json: start from its winner's setting
+    output: str  # the samples' folder; enlarged ones lie in upsampled/ beneath it
+    num_samples: int = Field(50_000, gt=0)  # images
+    seed: int = Field(0, ge=0, lt=2**64)  # label, x_T and every step's noise of an index follow from it
+    labels: str = "balanced"  # index modulo classes; or "uniform" by seed, "3,7" in turn, a .json list or distribution
+    sampler: SamplerConfig = SamplerConfig()
+    guidance: GuidanceConfig = GuidanceConfig()
+    upsampling: SamplerConfig = SamplerConfig()  # how the second stage is drawn, unguided as published
+    clip: bool = True  # clamp the predicted x_0 to [-1, 1], as published
+    rounding: Rounding = "truncate"  # of grey levels; the published code truncates
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention, by autocast
+    compile: bool = False  # torch.compile the networks: slower to start, faster on long runs
+    batch_size: int = Field(0, ge=0)  # canonical batch B: index i always runs in batch floor(i/B); 0 = probed once
+    shard_size: int = Field(512, gt=0)  # images in a shard, a multiple of B
+    indices: tuple[int, ...] = ()  # make only these again, into remade/, and compare them with the folder's
+    export: Literal["npz", "png"] | None = None  # when all are there: the published file, or a folder of pictures
+    export_to: str | None = None  # where the export goes; None = samples.npz or png/ in the folder
+    num_workers: int = Field(1, ge=0)  # sampling workers; 0 = in this process, without Ray
+    num_gpus: float = Field(0.0, ge=0)  # GPUs for each worker
+    num_threads: int = Field(1, gt=0)  # CPU threads of each worker
+    price: PriceConfig = PriceConfig()
+    mixed_platforms: bool = False  # let workers of another kind of device or software join: pixels may then differ
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.guidance.scale and self.classifier is None:
+            raise ValueError(f"guidance.scale={self.guidance.scale} needs a classifier")
+        if self.batch_size and self.shard_size % self.batch_size:
+            raise ValueError(f"shard_size={self.shard_size} is not a multiple of batch_size={self.batch_size}")
+        if self.ema and self.weights.endswith((".pt", ".safetensors")):
+            raise ValueError(f"ema={self.ema!r} chooses from a training run; weights={self.weights!r} is a file")
+        if wrong := [index for index in self.indices if not 0 <= index < self.num_samples]:
+            raise ValueError(f"indices={wrong} are not in 0..{self.num_samples - 1}")
+        return self
+
+    def starting_from(self, preset: Self) -> Self:
+        """`preset` as --like and --from-search change it; what stands on the command line comes after them."""
+        if self.like is not None:
+            preset = preset.model_copy(update=recommended(self.like))
+        if self.from_search is not None:
+            preset = preset.model_copy(update=winner(self.path(self.from_search)))
+        return preset
+
+
+# Where something lies, and how many hands make it, decides no pixel. Weights count by their hashes.
+_UNDECISIVE = {
+    "store", "dry_run", "output", "weights", "ema", "classifier", "upsampler", "like", "from_search", "indices",
+    "export", "export_to", "num_workers", "num_gpus", "num_threads", "mixed_platforms",
+    "price",
+}  # fmt: skip
+
+
+def evaluations(sampler: SamplerConfig, guidance: GuidanceConfig) -> int:
+    """Network evaluations that one image takes, those of the classifier counted too."""
+    network = 2 * sampler.num_steps - 1 if sampler.name == "heun" else sampler.num_steps
+    return network * 2 if guidance.scale else network
+
+
+# ------------------------------------------------------------------------------------------------ networks
+
+
+class Networks(NamedTuple):
+    """What sampling needs."""
+
+    weights: Network
+    classifier: Network | None
+    upsampler: Network | None
+    labels: Labels
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that a sample can be of; 0 where nothing conditions it."""
+        return self.labels.num_classes
+
+
+def load_networks(config: GenerationConfig, device: torch.device | str) -> Networks:
+    """Read and check them.
+
+    Raises:
+        FileNotFoundError: no weights there.
+        ValueError: they do not fit each other.
+    """
+
+    def load(path: str | None, like: str | None = None) -> Network | None:
+        return load_network(config.path(path), device, like if path.endswith(".pt") else None) if path else None
+
+    weights = config.path(config.weights)
+    model = load_network(
+        latest_weights(weights, config.ema) if config.ema else weights,
+        device,
+        config.like if weights.endswith(".pt") else None,
+    )
+    recipes = zoo.entry(config.like).recipes if config.like else ()
+    classifier = load(config.classifier, recipes[0].classifier if recipes else None)
+    upsampler = load(config.upsampler)
+    size = model.architecture.image_size
+    if classifier and classifier.architecture.image_size != size:
+        raise ValueError(
+            f"{config.classifier} sees {classifier.architecture.image_size} pixels, but samples have {size}"
+        )
+    if upsampler and getattr(upsampler.architecture, "low_res_size", None) != size:
+        raise ValueError(f"{config.upsampler} is no upsampler of images of {size} pixels, which the samples have")
+    for other, path in ((classifier, config.classifier), (upsampler, config.upsampler)):
+        if other and other.classes and model.architecture.num_classes and other.classes != model.classes:
+            raise ValueError(f"{path} and {config.weights} were trained on different classes")
+    classes = classifier.classes if classifier else model.classes
+    return Networks(model, classifier, upsampler, read_labels(config.labels, classes, config.seed, config.path))
+
+
+def decisive(config: GenerationConfig, networks: Networks) -> dict[str, Any]:
+    """All that decides the samples, but for the platform; B only where the config says it."""
+    chosen = config.model_dump(mode="json", exclude=_UNDECISIVE | ({"batch_size"} if not config.batch_size else set()))
+    stages = {"weights": networks.weights, "classifier": networks.classifier, "upsampler": networks.upsampler}
+    hashes = {name: network.sha256 if network else None for name, network in stages.items()}
+    labels = {"labels": networks.labels.sha256 or config.labels}
+    return {**chosen, **hashes, **labels, "numerics_version": NUMERICS_VERSION}
+
+
+def platform(device: torch.device) -> dict[str, Any]:
+    """The kind of device and software on which pixels are equal to the bit."""
+    software = {"torch": torch.__version__, "numpy": np.__version__}
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device), **software}
+    kind = f"{machine.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {"device": kind, "threads": torch.get_num_threads(), **software}
+
+
+def prepare_device(config: GenerationConfig) -> torch.device:
+    """The device of a worker, its settings made such that equal work gives equal bits.
+
+    Raises:
+        ValueError: GPUs are asked for where there is none.
+    """
+    torch.set_num_threads(config.num_threads)
+    if not config.num_gpus:
+        return torch.device("cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products need
+    if not torch.cuda.is_available():
+        raise ValueError(f"num_gpus={config.num_gpus}, but this worker sees no GPU")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return torch.device("cuda")
+
+
+# ------------------------------------------------------------------------------------------------ the canonical batch
+
+
+def canonical_batch(config: GenerationConfig, networks: Networks, device: torch.device) -> int:
+    """B, where the config leaves it open: on a GPU the fastest, on a CPU 64 or as many as have 2^18 pixels."""
+    most = config.shard_size & -config.shard_size  # B must divide it; powers of two do up to here
+    if device.type == "cpu":
+        size = (networks.upsampler or networks.weights).architecture.image_size
+        return max(1, min(most, CPU_BATCH, 2 ** int(np.log2(CPU_PIXELS / size**2))))
+    sizes = [2**k for k in range(10) if 2**k <= min(most, LARGEST_BATCH)]
+    return fastest(sizes, partial(_seconds, networks, config))
+
+
+def fastest(sizes: Iterable[int], seconds: Callable[[int], float]) -> int:
+    """The least batch size that gives nearly as many images a second as the best of those that fit.
+
+    Raises:
+        RuntimeError: not one fits into memory.
+    """
+    rates: dict[int, float] = {}
+    for size in sizes:
+        try:
+            rates[size] = size / seconds(size)
+        except torch.OutOfMemoryError:
+            break
+    if not rates:
+        raise RuntimeError("not even one image fits into the GPU's memory")
+    return min(size for size, rate in rates.items() if rate >= NEARLY * max(rates.values()))
+
+
+def _seconds(networks: Networks, config: GenerationConfig, size: int) -> float:
+    """How long a batch of `size` takes, judged by two steps of each stage, guided ones."""
+
+    def draw(sampler: SamplerConfig, low_res: np.ndarray | None, network: Network) -> tuple[np.ndarray, float]:
+        short = sampler.model_copy(update={"num_steps": 2, "respacing": None})
+        guidance = config.guidance.model_copy(update={"interval": None})
+        indices, labels = np.arange(size), networks.labels(np.arange(size))
+        classifier = None if low_res is not None else networks.classifier
+        for _ in range(2):  # the first one warms up
+            begin = time.perf_counter()
+            with autocast(network, config.dtype):
+                images = sample_batch(network, short, indices, labels, 0, classifier, guidance, low_res)
+            seconds = time.perf_counter() - begin
+        return images, seconds * sampler.num_steps / 2
+
+    images, seconds = draw(config.sampler, None, networks.weights)
+    if networks.upsampler is not None:
+        seconds += draw(config.upsampling, images, networks.upsampler)[1]
+    return seconds
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+
+def make_batch(
+    networks: Networks,
+    config: GenerationConfig,
+    number: int,
+    sampler: SamplerConfig,
+    guidance: GuidanceConfig,
+    draw: DrawNoise | None = None,
+) -> Samples:
+    """The canonical batch `number`: always B whole indices, so that an index never sees another batch shape."""
+    indices = _indices(config, number)
+    labels = networks.labels(indices)
+    with autocast(networks.weights, config.dtype):
+        images = sample_batch(
+            networks.weights, sampler, indices, labels, config.seed, networks.classifier, guidance,
+            clip=config.clip, rounding=config.rounding, draw=draw,
+        )  # fmt: skip
+    return Samples(indices, labels, images)
+
+
+def upsample_batch(
+    upsampler: Network, config: GenerationConfig, batch: Samples, draw: DrawNoise | None = None
+) -> Samples:
+    """The second stage of a cascade (ADM section 5): a canonical batch of samples enlarged, with noise of its own."""
+    with autocast(upsampler, config.dtype):
+        images = sample_batch(
+            upsampler, config.upsampling, batch.indices, batch.labels, config.seed, low_res=batch.images,
+            clip=config.clip, rounding=config.rounding, draw=draw,
+        )  # fmt: skip
+    return Samples(batch.indices, batch.labels, images)
+
+
+def noise_plan(networks: Networks, config: GenerationConfig, numbers: Iterable[int]) -> Iterator[Draw]:
+    """What the canonical batches `numbers` will draw, in order; each one's second stage comes right after it."""
+    for number in numbers:
+        for network, sampler in ((networks.weights, config.sampler), (networks.upsampler, config.upsampling)):
+            if network is not None:
+                key = partial(Draw, tuple(_indices(config, number).tolist()), _shape(network))
+                start, step = _purposes(network)
+                yield key(start)
+                yield from (key(step, t) for t in noise_timesteps(sampler, _chain(network, sampler)))
+
+
+def _indices(config: GenerationConfig, number: int) -> np.ndarray:
+    return np.arange(number * config.batch_size, (number + 1) * config.batch_size)
+
+
+def _shape(network: Network) -> tuple[int, int, int]:
+    architecture = network.architecture
+    return architecture.in_channels, architecture.image_size, architecture.image_size
+
+
+def _purposes(network: Network) -> tuple[Purpose, Purpose]:
+    if getattr(network.architecture, "low_res_size", None):
+        return Purpose.UPSAMPLE_START, Purpose.UPSAMPLE_STEP
+    return Purpose.START, Purpose.STEP
+
+
+def _chain(network: Network, sampler: SamplerConfig) -> Diffusion:
+    return Diffusion(network.diffusion, respacing_for(sampler, network.diffusion.num_timesteps))
+
+
+def autocast(network: Network, dtype: str) -> torch.autocast:
+    """A region in which the network's convolutions and attention run in `dtype`; the chain itself stays float32."""
+    device = next(network.module.parameters()).device
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+
+
+@torch.no_grad()
+def sample_batch(
+    network: Network,
+    sampler: SamplerConfig,
+    indices: np.ndarray,
+    labels: np.ndarray,
+    seed: int,
+    classifier: Network | None = None,
+    guidance: GuidanceConfig | None = None,
+    low_res: np.ndarray | None = None,
+    clip: bool = True,
+    rounding: Rounding = "truncate",
+    draw: DrawNoise | None = None,
+) -> np.ndarray:
+    """Sample the images of `indices` int64 [n] towards `labels` int64 [n]; uint8 [n, H, W, 3].
+
+    x_T and step noise of an image depend on (seed, index, original timestep) only. Labels count where the network is
+    conditional, or guided by `classifier`; `low_res` uint8 [n, h, w, 3] is what an upsampler enlarges. `clip` clamps
+    the predicted x_0; `draw` is where noise of this seed comes from, if it is drawn ahead.
+
+    Raises:
+        FloatingPointError: a chain left the finite numbers.
+    """
+    architecture, diffusion = network.architecture, _chain(network, sampler)
+    device = next(network.module.parameters()).device
+    key = partial(Draw, tuple(indices.tolist()), _shape(network))
+    start, step = _purposes(network)
+    draw = draw or partial(draw_noise, seed)
+    y = torch.from_numpy(labels).to(device)
+    small = None if low_res is None else from_uint8(torch.from_numpy(low_res).to(device), architecture.in_channels)
+    denoise = diffusion.denoiser(network.module, y=y if architecture.num_classes else None, low_res=small, clip=clip)
+    if classifier is not None and guidance is not None:
+        denoise = guided(denoise, sampler.name, classifier.module, diffusion, y, guidance)
+    x_T = draw(key(start)).to(device, non_blocking=True)
+    chain = sample(sampler, denoise, diffusion, x_T, lambda t: draw(key(step, t)).to(device, non_blocking=True))
+    x = last(chain)
+    if not torch.isfinite(x).all():
+        raise FloatingPointError(f"samples {indices[0]} to {indices[-1]} hold values that are not finite")
+    return to_uint8(x, rounding).cpu().numpy()

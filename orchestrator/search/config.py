@@ -1,0 +1,126 @@
+"""What a search is asked to do."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from orchestrator.config import JobConfig
+from orchestrator.estimate import PriceConfig
+from orchestrator.evaluation.extractors import LoadExtractor, extractor_loader
+from orchestrator.generation.sampling import GenerationConfig
+from orchestrator.search.objectives import EVALUATIONS, Constraint
+from orchestrator.search.space import Space, SpaceConfig
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A budget: samples, or hours of the clock; infinite where it is not limited."""
+
+    samples: float = math.inf
+    hours: float = math.inf
+
+    @classmethod
+    def parse(cls, text: str | None) -> "Limit":
+        """Of samples, such as "20000", or of hours, such as "1.5h"; ValueError for anything else."""
+        if text is None:
+            return cls()
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)(h?)", text.replace(",", "").strip())
+        if not found or not float(found[1]):
+            raise ValueError(f"budget={text!r} is neither samples, such as 20000, nor hours, such as 1.5h")
+        return cls(hours=float(found[1])) if found[2] else cls(samples=float(found[1]))
+
+
+class SearchConfig(JobConfig):
+    """What is tried, on which networks, and how it is judged."""
+
+    weights: tuple[str, ...] = Field(min_length=1)  # diffusion models to choose from: averages of several lengths, say
+    classifier: str | None = None  # the noisy classifier that guides
+    reference: str  # a prepared dataset (its training split), or a published reference batch (.npz) with images
+    output: str  # the search's folder
+    space: SpaceConfig = SpaceConfig()
+    objective: tuple[str, ...] = Field(("fd_digits",), min_length=1, max_length=2)  # a metric, or two: fd_digits recall
+    constraints: tuple[str, ...] = ()  # bounds on metrics, such as evaluations<=25 or recall>=0.4
+    rungs: tuple[int, ...] = Field((250, 500, 1000, 2000), min_length=1)  # samples at which trials are compared
+    trials: int = Field(24, gt=0)  # settings tried at most
+    round_size: int = Field(8, gt=0)  # settings proposed at once
+    finalists: int = Field(2, gt=0)  # the best few, scored again on fresh seeds
+    alpha: float = Field(0.05, gt=0, lt=1)  # chance of ever stopping the best, over all looks and trials
+    tolerance: float = Field(0.0, ge=0)  # share of the best score by which being better does not matter
+    budget: str | None = None  # stop in order with the best so far, at so many samples ("20000") or hours ("1.5h")
+    seed: int = Field(0, ge=0)  # labels and noise of all trials alike, and the proposals
+    fresh_seed: int = Field(1_000_003, ge=0)  # labels and noise of the finals, by which nothing was chosen
+    labels: str = "balanced"  # as a generation takes them: balanced, uniform, ...
+    batch_size: int = Field(64, gt=0)  # canonical batch B
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention
+    extractor: str = "digits"  # inception, efficientnet, digits, or one's own as package.module.name
+    extractor_weights: str | None = None  # inception's file; None: its released name in the store's extractors/
+    extractor_seed: int = Field(7, ge=0)  # of the digits network
+    neighbour_references: int = Field(10_000, gt=5)  # at most so many reference images serve metrics of pairs
+    num_workers: int = Field(1, ge=0)  # sampling workers, shared by all trials; 0 = in this process, without Ray
+    num_gpus: float = Field(0.0, ge=0)  # GPUs for each worker
+    price: PriceConfig = PriceConfig()  # what --dry-run counts with
+
+    @model_validator(mode="after")
+    def _check(self) -> "SearchConfig":
+        if list(self.rungs) != sorted(set(self.rungs)) or self.rungs[0] < 32:
+            raise ValueError(f"rungs={self.rungs} must rise from one to the next, from at least 32 samples")
+        if self.space.scales[-1] > 0 and self.classifier is None:
+            raise ValueError(f"space.scales={self.space.scales} above 0 need a classifier")
+        if self.seed == self.fresh_seed:
+            raise ValueError(f"fresh_seed={self.fresh_seed} is the search's own seed, so nothing would be fresh")
+        if len(set(self.objective)) < len(self.objective):
+            raise ValueError(f"objective={self.objective} names one metric twice")
+        for text in self.constraints:
+            Constraint.parse(text)
+        sizes = [-(-n // self.batch_size) * self.batch_size for n in self.rungs]
+        least = sizes[0] + self.finalists * sizes[-1]
+        if Limit.parse(self.budget).samples < least:
+            raise ValueError(
+                f"budget={self.budget} is less than {least:,} samples: a trial to the first rung, and the finals"
+            )
+        return self
+
+    @property
+    def bounds(self) -> list[Constraint]:
+        """The constraints, parsed."""
+        return [Constraint.parse(text) for text in self.constraints]
+
+    def generation(self, weights: str, seed: int) -> GenerationConfig:
+        """What sampling asks for, with one of the diffusion models."""
+        return GenerationConfig(
+            store=self.store,
+            weights=weights,
+            classifier=self.classifier,
+            output=self.output,
+            num_samples=self.rungs[-1],
+            seed=seed,
+            labels=self.labels,
+            dtype=self.dtype,
+            batch_size=self.batch_size,
+            shard_size=self.batch_size,
+            num_gpus=self.num_gpus,
+        )
+
+    def extractor_loader(self, image_size: int) -> LoadExtractor:
+        """What loads the feature network."""
+        dataset = None if self.reference.endswith(".npz") else self.path(self.reference)
+        weights = self.path(self.extractor_weights) if self.extractor_weights else None
+        folder = self.path("extractors")
+        return extractor_loader(self.extractor, weights, dataset, folder, self.extractor_seed, image_size)
+
+
+def space_of(config: SearchConfig, num_timesteps: int) -> Space:
+    """The settings that may be tried, for models whose diffusion has `num_timesteps` steps.
+
+    Raises:
+        ValueError: a number of steps does not fit a sampler, or no setting keeps the bound on evaluations.
+    """
+    most = min((c.bound for c in config.bounds if c.metric == EVALUATIONS and c.at_most), default=np.inf)
+    space = Space(config.space, config.weights, num_timesteps, most)
+    if not space.grid():
+        raise ValueError(f"no setting of the space keeps {', '.join(config.constraints)}")
+    return space

@@ -1,0 +1,105 @@
+"""What a search costs: samples and evaluations drawn, what the budget still affords, and estimates beforehand."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from orchestrator.estimate import GUIDED_SAMPLING, Cost, gpu_seconds
+from orchestrator.generation.price import UNGUIDED
+from orchestrator.generation.sampling import evaluations
+from orchestrator.search.config import Limit, SearchConfig
+from orchestrator.search.race import Heat
+from orchestrator.search.space import Setting
+
+
+class Costs:
+    """The books of a search. A trial that goes to a higher rung pays for its new samples only."""
+
+    def __init__(self, limit: Limit, batch_size: int, full: int) -> None:
+        self._limit, self._batch_size, self._full = limit, batch_size, full
+        self._drawn: dict[tuple[Setting, int], int] = {}
+        self._begin, self._made = time.monotonic(), 0  # evaluations made since then
+
+    @property
+    def samples(self) -> int:
+        """All that was drawn, whole batches."""
+        return sum(self._drawn.values())
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations behind them."""
+        return sum(count * setting.evaluations for (setting, _), count in self._drawn.items())
+
+    def of(self, setting: Setting) -> int:
+        """Samples of one setting, on all seeds."""
+        return sum(count for (other, _), count in self._drawn.items() if other == setting)
+
+    def affords(self, heats: list[Heat], beside: int) -> bool:
+        """Whether these heats, and `beside` trials drawn to the full besides, stay within the limit."""
+        new = {heat: self._new(heat) for heat in heats}
+        reserve = beside * self._whole(self._full)
+        if self.samples + sum(new.values()) + reserve > self._limit.samples:
+            return False
+        seconds = time.monotonic() - self._begin
+        evaluations = sum(count * heat.setting.evaluations for heat, count in new.items())
+        evaluations += reserve * max(heat.setting.evaluations for heat in heats)
+        expected = seconds / self._made * evaluations if self._made else 0.0
+        return seconds + expected <= 3600 * self._limit.hours
+
+    def pay(self, heats: list[Heat]) -> None:
+        """They have been drawn."""
+        for heat in heats:
+            self._made += self._new(heat) * heat.setting.evaluations
+            self._drawn[heat.setting, heat.seed] = self._drawn.get((heat.setting, heat.seed), 0) + self._new(heat)
+
+    def _whole(self, n: int) -> int:
+        return -(-n // self._batch_size) * self._batch_size
+
+    def _new(self, heat: Heat) -> int:
+        return max(0, self._whole(heat.n) - self._drawn.get((heat.setting, heat.seed), 0))
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """Work of a search."""
+
+    samples: float
+    evaluations: float  # of networks
+    gpu_hours: float
+
+    def __str__(self) -> str:
+        work = f"{self.samples:,.0f} samples, {self.evaluations:,.0f} network evaluations"
+        return f"{work}, {self.gpu_hours:,.3g} GPU-hours"
+
+
+def expected_costs(
+    config: SearchConfig, settings: list[Setting], multiply_adds: tuple[float, float]
+) -> tuple[Expectation, Expectation]:
+    """The worst case, where no verdict ever falls, and what is expected: half of a round is stopped at every rung.
+
+    An image takes what the most expensive of `settings` does in the worst case, else their mean. `multiply_adds` are
+    those of one evaluation of the model, and of the classifier with its gradient.
+    """
+    rungs, limit = config.rungs, Limit.parse(config.budget)
+    rounds = [min(config.round_size, config.trials - first) for first in range(0, config.trials, config.round_size)]
+    new = [high - low for low, high in zip((0, *rungs), rungs, strict=False)]
+    halving = sum(math.ceil(count / 2**level) * drawn for count in rounds for level, drawn in enumerate(new))
+    finals = min(config.finalists, config.trials) * rungs[-1]
+    worst = min(config.trials * rungs[-1] + finals, limit.samples)
+    likely = min(halving + finals, limit.samples)
+
+    each = np.array([setting.evaluations for setting in settings])
+    model = np.array([evaluations(setting.sampling, UNGUIDED) for setting in settings])
+    flops = 2.0 * (model * multiply_adds[0] + (each - model) * multiply_adds[1])
+
+    def expectation(samples: float, evaluations: float, flops_per_image: float) -> Expectation:
+        cost = Cost(int(samples), flops_per_image, {}, GUIDED_SAMPLING, "")
+        seconds = gpu_seconds(cost, config.price, half=config.dtype != "float32")
+        return Expectation(samples, samples * evaluations, seconds / 3600)
+
+    return (
+        expectation(worst, float(each.max()), float(flops.max())),
+        expectation(likely, float(each.mean()), float(flops.mean())),
+    )

@@ -1,0 +1,247 @@
+"""The heats of a search: a setting drawn to its first n samples by the shared pool, measured, and recorded.
+
+What lies on disk, under trials/<setting>/seed-<seed>/: a block of features for each canonical batch, which is drawn
+once whatever rungs ask for it; for each rung n-<n>.json, the record, beside the scores that trials are compared by.
+"""
+
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from cluster.workers import ItemsFailed, Pool
+from models.features import Extractor, Features, extract
+from models.metrics import kid
+from models.racing import KID_ROWS
+from orchestrator import storage
+from orchestrator.evaluation.extraction import EXTRACTOR_BATCH, Labelled, concatenate
+from orchestrator.evaluation.measurement import (
+    chosen,
+    class_scores,
+    describe,
+    distances,
+    metric_name,
+    neighbour_metrics,
+)
+from orchestrator.evaluation.references import Reference, open_reference
+from orchestrator.generation.sampling import Networks, load_networks, make_batch, prepare_device
+from orchestrator.pictures import grid_png
+from orchestrator.search.config import SearchConfig
+from orchestrator.search.objectives import EVALUATIONS, Held, Objective, criteria
+from orchestrator.search.race import Heat, Outcome
+from orchestrator.search.space import Setting
+
+PICTURED = 40  # samples in a trial's own picture
+
+
+# ------------------------------------------------------------------------------------------------ on disk
+
+
+def folder_of(config: SearchConfig, heat: Heat) -> str:
+    return storage.join(config.path(config.output), "trials", heat.setting.name, f"seed-{heat.seed}")
+
+
+def record_uri(config: SearchConfig, heat: Heat) -> str:
+    """The record of a heat: its metrics, or why it failed."""
+    return storage.join(folder_of(config, heat), f"n-{heat.n:06d}.json")
+
+
+def read_outcome(config: SearchConfig, heat: Heat) -> Outcome:
+    """What a heat's record says."""
+    uri = record_uri(config, heat)
+    record = storage.read_json(uri)
+    if record["failed"]:
+        return Outcome(failed=record["failed"])
+    arrays = _read_arrays(uri.replace(".json", ".safetensors"))
+    return Outcome([arrays[name] for name in config.objective], record["metrics"], tuple(record["stand_ins"]))
+
+
+def _read_arrays(uri: str) -> dict[str, np.ndarray]:
+    try:
+        return safetensors.numpy.load(storage.read_bytes(uri))
+    except safetensors.SafetensorError as error:
+        raise RuntimeError(f"{uri} is damaged ({error}); delete it, and the same command makes it again") from error
+
+
+def _block_name(number: int) -> str:
+    return f"block-{number:06d}.safetensors"
+
+
+# ------------------------------------------------------------------------------------------------ in a trial
+
+
+def run_heat(config: SearchConfig, workers: Pool, image_size: int, heat: Heat) -> None:
+    """Draw what a setting lacks of its first n samples through the shared pool, measure them, leave a record.
+
+    A setting that cannot be sampled leaves a record that says why. At the first sign of it nothing more is asked of
+    the pool, so its share is free at once.
+
+    Raises:
+        RuntimeError: storage or the pool failed, which is not the setting's fault.
+    """
+    held, extractor = _held(config, image_size)
+    folder, seconds = folder_of(config, heat), 0.0
+    names = [_block_name(number) for number in range(-(-heat.n // config.batch_size))]
+    there = set(storage.list_names(folder))
+    todo = [Block(heat.setting, heat.seed, number) for number, name in enumerate(names) if name not in there]
+    try:
+        for _, made in workers.map(todo):
+            if made.trouble:
+                raise RuntimeError(made.trouble)
+            if made.failed:
+                raise ValueError(made.failed)
+            seconds += made.seconds
+        drawn = concatenate(_read_block(storage.join(folder, name)) for name in names)
+        _record(config, heat, _measured(config, heat, drawn, held, extractor), worker_seconds=seconds)
+    except (ItemsFailed, ValueError) as error:
+        _record(config, heat, failed=" ".join(str(error).split()))
+
+
+def _measured(config: SearchConfig, heat: Heat, drawn: Labelled, held: Held, extractor: str) -> Outcome:
+    """The metrics and scores of the first n of what was drawn.
+
+    Raises:
+        ValueError: they cannot be had of these samples.
+    """
+    pool, spatial, logits = (
+        None if array is None else array[: heat.n]
+        for array in (drawn.features.pool, drawn.features.spatial, drawn.features.logits)
+    )
+    assert pool is not None
+    made = Labelled(Features(pool, spatial, logits), drawn.labels[: heat.n])
+    estimates = distances(pool, held.statistics["pool"], extractor)
+    if spatial is not None and "spatial" in held.statistics:
+        estimates |= distances(spatial, held.statistics["spatial"], extractor, "sfd")
+    estimates |= neighbour_metrics(held.rows.pool, pool)
+    estimates[metric_name("kid", extractor)] = kid(held.rows.pool[:KID_ROWS], pool)
+    if logits is not None:
+        estimates |= class_scores(logits, made.labels, held.num_classes, extractor)
+    metrics = {name: describe(estimate) for name, estimate in estimates.items()}
+    evaluations = heat.setting.evaluations
+    metrics[EVALUATIONS] = {"value": evaluations, "n": heat.n, "interval": [evaluations] * 2, "note": "exact"}
+    objectives = [Objective.parse(objective, extractor) for objective in config.objective]
+    scores = [criteria(objective, made, held, evaluations) for objective in objectives]
+    if not all(np.isfinite(each).all() for each in scores):
+        raise ValueError("its samples have scores that are not finite")
+    return Outcome(scores, metrics, tuple(o.name for o in objectives if o.stands_in(made.features)))
+
+
+def _record(
+    config: SearchConfig,
+    heat: Heat,
+    outcome: Outcome | None = None,
+    failed: str | None = None,
+    worker_seconds: float = 0,
+) -> None:
+    """Scores first, the record last: where that is, all is there."""
+    uri = record_uri(config, heat)
+    record = {"setting": heat.setting.model_dump(mode="json"), "n": heat.n, "seed": heat.seed, "failed": failed}
+    if outcome is not None:
+        arrays = {n: np.ascontiguousarray(array) for n, array in zip(config.objective, outcome.scores, strict=True)}
+        storage.create_bytes(uri.replace(".json", ".safetensors"), safetensors.numpy.save(arrays))
+        record |= {"metrics": outcome.metrics, "stand_ins": outcome.stand_ins, "worker_seconds": worker_seconds}
+    storage.create_bytes(uri, storage.json_bytes(record))
+
+
+def reference_of(config: SearchConfig, image_size: int, num_workers: int) -> tuple[Reference, str]:
+    """What the search compares with, and the extractor's name; what of it is not extracted yet is extracted.
+
+    Raises:
+        ValueError: it holds statistics alone.
+    """
+    loader = config.extractor_loader(image_size)
+    loaded, folder = loader(), storage.join(config.path(config.output), "reference")
+    uri = config.path(config.reference)
+    found = open_reference(uri, loader, loaded, folder, image_size, num_workers, config.num_gpus)
+    if found.files is None:
+        raise ValueError(f"{uri} holds no images, which the verdicts of a search need below n = 16 D")
+    return found, loaded.network.name
+
+
+@lru_cache(maxsize=1)
+def _held(config: SearchConfig, image_size: int) -> tuple[Held, str]:
+    """The same in memory, which a process of trials keeps from one to the next."""
+    found, name = reference_of(config, image_size, num_workers=0)
+    assert found.files is not None
+    rows = chosen(found.files.count, config.neighbour_references)
+    spatial = found.files.array("spatial", rows) if "spatial" in found.statistics else None
+    return Held(found.statistics, Features(found.files.pool(rows), spatial), len(found.classes)), name
+
+
+def _read_block(uri: str) -> Labelled:
+    arrays = _read_arrays(uri)
+    return Labelled(Features(arrays["pool"], arrays.get("spatial"), arrays.get("logits")), arrays["labels"])
+
+
+# ------------------------------------------------------------------------------------------------ in the pool
+
+
+class Block(NamedTuple):
+    """One canonical batch of one setting."""
+
+    setting: Setting
+    seed: int
+    number: int
+
+
+class Made(NamedTuple):
+    """What a worker answers: that the block is written, or why it cannot be."""
+
+    seconds: float = 0.0
+    failed: str | None = None  # by the setting's fault
+    trouble: str | None = None  # by storage's
+
+
+def make_worker(config: SearchConfig) -> Callable[[Block], Made]:
+    """A sampling worker: networks and extractor loaded once, then batches of any trial."""
+    device = prepare_device(config.generation(config.weights[0], config.seed))
+
+    @lru_cache
+    def loaded(path: str) -> Networks:
+        return load_networks(config.generation(path, config.seed), device)
+
+    image_size = loaded(config.weights[0]).weights.architecture.image_size
+    extractor = config.extractor_loader(image_size)().network
+
+    def work(block: Block) -> Made:
+        try:
+            return make_block(config, loaded(block.setting.weights), extractor, block)
+        except OSError as error:
+            return Made(trouble=f"{type(error).__name__}: {error}")
+        except (ValueError, ArithmeticError, MemoryError, RuntimeError) as error:  # NaN, out of memory
+            return Made(failed=f"{type(error).__name__}: {error}")
+
+    return work
+
+
+def make_block(config: SearchConfig, networks: Networks, extractor: Extractor, block: Block) -> Made:
+    """Draw a canonical batch and write its features; of the first one the images too."""
+    folder = folder_of(config, Heat(block.setting, 0, block.seed))
+    uri = storage.join(folder, _block_name(block.number))
+    if storage.exists(uri):
+        return Made()
+    begin = time.perf_counter()
+    generation = config.generation(block.setting.weights, block.seed)
+    batch = make_batch(networks, generation, block.number, block.setting.sampling, block.setting.guidance)
+    features = extract(extractor, batch.images, EXTRACTOR_BATCH)
+    arrays = {name: array for name, array in vars(features).items() if array is not None} | {"labels": batch.labels}
+    if block.number == 0:
+        arrays["images"] = batch.images
+        storage.write_bytes(storage.join(folder, "samples.png"), grid_png(batch.images[:PICTURED], 10, scale=4))
+    storage.create_bytes(uri, safetensors.numpy.save(arrays))
+    return Made(seconds=time.perf_counter() - begin)
+
+
+def first_images(config: SearchConfig, setting: Setting) -> np.ndarray:
+    """uint8 [B, H, W, 3]: the first batch of a setting that has run."""
+    uri = storage.join(folder_of(config, Heat(setting, 0, config.seed)), _block_name(0))
+    return _read_arrays(uri)["images"]
+
+
+def samples_picture(config: SearchConfig, setting: Setting) -> bytes:
+    """PNG of the first samples of a setting that has run."""
+    return storage.read_bytes(storage.join(folder_of(config, Heat(setting, 0, config.seed)), "samples.png"))

@@ -1,0 +1,156 @@
+"""The pictures of a search: metrics along the guidance scale, the front, and one set of seeds across scales."""
+
+import io
+from typing import Any
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib import ticker
+
+from orchestrator import storage
+from orchestrator.evaluation.measurement import metric_name
+from orchestrator.figures import COLOURS, figure_png
+from orchestrator.pictures import grid_png
+from orchestrator.search.answer import front_names
+from orchestrator.search.config import SearchConfig
+from orchestrator.search.heats import first_images
+from orchestrator.search.objectives import EVALUATIONS
+from orchestrator.search.space import Setting
+from orchestrator.tracking import Tracker
+
+COLOURS_MORE = (*COLOURS, "#8c6d1f", "#4a4a4a", "#b0457b", "#2f8f8f")
+COLUMNS = 20  # samples of a scale in the grid across scales
+
+Json = dict[str, Any]
+Point = tuple[Json, Json]  # estimates along and upwards
+
+
+def write_pictures(config: SearchConfig, answer: Json, extractor: str, tracker: Tracker) -> None:
+    """Write them beside search.json, and to MLflow; `extractor` names the one that metrics are called by."""
+    winner = Setting(**answer["winner"]["setting"])
+    pictures = {"front.png": front_figure(front_names(config), answer)}
+    if len({trial["setting"]["scale"] for trial in answer["trials"]}) > 1:
+        pictures["guidance.png"] = guidance_figure(answer["trials"], extractor)
+        pictures["scales.png"] = scales_figure(config, winner, answer["trials"])
+    for name, data in pictures.items():
+        storage.write_bytes(storage.join(config.path(config.output), name), data)
+        tracker.picture(name, data)
+
+
+def guidance_figure(trials: list[Json], extractor: str) -> bytes:
+    """FD, Inception Score, precision and recall along the guidance scale, as in ADM's figure 4, with 95% intervals.
+
+    A line joins the trials of one sampler and number of steps by what they had at the largest n that all trials
+    reached, since these metrics depend on n.
+    """
+    figure, axes = plt.subplots(2, 2, figsize=(8.6, 5.6), layout="constrained")
+    n = common_n(trials)
+    names = (metric_name("fd", extractor), metric_name("inception_score", extractor), "precision", "recall")
+    for axis, name in zip(axes.flat, names, strict=True):
+        for colour, (label, along) in zip(COLOURS_MORE * 9, curves(trials).items(), strict=False):
+            found = [trial["rungs"][n][name] for trial in along]
+            x, y = [trial["setting"]["scale"] for trial in along], [metric["value"] for metric in found]
+            axis.plot(x, y, "o-", color=colour, markersize=3.5, linewidth=1.2, label=label)
+            if all(metric["interval"] for metric in found):
+                low, high = np.array([metric["interval"] for metric in found]).T
+                axis.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+        axis.set(xlabel="guidance scale", title=name.replace("_", " "))
+        _scale_axis(axis, sorted({trial["setting"]["scale"] for trial in trials}))
+    axes.flat[0].set_yscale("log")
+    axes.flat[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.flat[0].yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.flat[0].yaxis.set_minor_formatter(ticker.NullFormatter())
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(f"{n} samples each, on the same labels and noise", fontsize=9)
+    return figure_png(figure)
+
+
+def curves(trials: list[Json]) -> dict[str, list[Json]]:
+    """Trials by what they share beside the scale, each list rising in scale."""
+    found: dict[str, list[Json]] = {}
+    for trial in sorted(trials, key=lambda trial: (trial["setting"]["sampler"], trial["setting"]["steps"])):
+        setting = Setting(**trial["setting"])
+        parts = [setting.sampler, f"{setting.steps} steps"]
+        parts += [f"eta {setting.eta:g}"] if setting.eta else []
+        parts += [f"{setting.interval[0]} to {setting.interval[1]}"] if setting.interval else []
+        parts += [setting.weights] if len({trial["setting"]["weights"] for trial in trials}) > 1 else []
+        found.setdefault(", ".join(parts), []).append(trial)
+    return {label: sorted(along, key=lambda trial: trial["setting"]["scale"]) for label, along in found.items()}
+
+
+def common_n(trials: list[Json]) -> str:
+    """The largest n that all trials reached, as a key of their rungs."""
+    return max(set.intersection(*(set(trial["rungs"]) for trial in trials)), key=int)
+
+
+def _scale_axis(axis: Any, scales: list[float]) -> None:
+    """Linear up to the least positive scale, logarithmic beyond."""
+    least = min((scale for scale in scales if scale > 0), default=1.0)
+    axis.set_xscale("symlog", linthresh=max(least, 0.1))
+    ticks = [0.0, *(2.0**power for power in range(-3, 8) if least <= 2.0**power <= scales[-1] * 1.01)]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+
+
+def front_figure(names: tuple[str, str], answer: Json) -> bytes:
+    """Every trial by its bias-free objective with a 95% interval, the front joined by a line, the winner marked.
+
+    Hollow: too few samples for an interval. The winner's own mark is by its fresh samples.
+    """
+    figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    first, second = names
+    rungs = sorted({trial["n"] for trial in answer["trials"]})
+    for colour, n in zip(COLOURS_MORE, rungs, strict=False):
+        found = [(_side(trial, second), _side(trial, first)) for trial in answer["trials"] if trial["n"] == n]
+        points = [(x, y) for x, y in found if x and y]
+        if points:
+            _bars(axis, points, colour, f"n = {n:,}")
+    line = [(point[second]["value"], point[first]["value"]) for point in answer["front"]]
+    if line:
+        axis.plot(*np.array(line).T, color="#1c2733", linewidth=1, zorder=1, label="front")
+    winner = answer["winner"]
+    y, x = (winner["objective"].get(name, winner["metrics"][name]) for name in names)
+    _bars(axis, [(x, y)], "#c0182b", f"winner, {winner['n']:,} fresh samples", marker="*", size=11)
+    axis.set(xlabel=_title(second), ylabel=f"{_title(first)}, freed of bias")
+    axis.legend(frameon=False)
+    return figure_png(figure)
+
+
+def _side(trial: Json, name: str) -> Json | None:
+    return trial["metrics"][name] if name == EVALUATIONS else trial["objective"].get(name)
+
+
+def _title(name: str) -> str:
+    return "network evaluations per image" if name == EVALUATIONS else name.replace("_", " ")
+
+
+def _bars(axis: Any, points: list[Point], colour: str, label: str, marker: str = "o", size: int = 5) -> None:
+    """Points (x, y) with the intervals that they have; hollow where one has none."""
+    for x, y in points:
+        across, upwards = (np.abs(np.array(e["interval"] or [e["value"]] * 2) - e["value"])[:, None] for e in (x, y))
+        fill = colour if x["interval"] and y["interval"] else "none"
+        axis.errorbar(
+            x["value"], y["value"], xerr=across, yerr=upwards, fmt=marker, color=colour, markerfacecolor=fill,
+            markersize=size, elinewidth=0.8, label=label,
+        )  # fmt: skip
+        label = "_nolegend_"
+
+
+def scales_figure(config: SearchConfig, winner: Setting, trials: list[Json]) -> bytes:
+    """The same indices, labels and noise at every scale tried with the winner's other values, rising downwards."""
+    others = winner.model_dump(exclude={"scale", "interval"})
+    settings = [Setting(**trial["setting"]) for trial in trials]
+    along = sorted(
+        (setting for setting in settings if setting.model_dump(exclude={"scale", "interval"}) == others),
+        key=lambda setting: setting.scale,
+    )
+    figure, axes = plt.subplots(len(along), figsize=(8.6, 0.52 * len(along) + 0.3), squeeze=False, layout="constrained")
+    for axis, setting in zip(axes.flat, along, strict=True):
+        grid = grid_png(first_images(config, setting)[:COLUMNS], columns=COLUMNS, scale=2)
+        axis.imshow(plt.imread(io.BytesIO(grid)), interpolation="nearest")
+        axis.set_ylabel(f"{setting.scale:.3g}", rotation=0, ha="right", va="center")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    figure.suptitle(f"{winner.sampler}, {winner.steps} steps: the same seeds along the guidance scale", fontsize=9)
+    return figure_png(figure)

@@ -1,0 +1,78 @@
+"""Post-hoc EMA: an average of any length, put together from the power-function averages that a training kept."""
+
+from pydantic import Field
+
+from models.ema import Profile, combination
+from orchestrator import checkpoints, storage
+from orchestrator.config import JobConfig
+from orchestrator.training.snapshots import power_snapshots
+
+WORST_PROFILE = 0.1  # relative distance of the profiles up to which the result stands for the average
+
+
+class AverageConfig(JobConfig):
+    """Which average to make."""
+
+    run: str = Field(min_length=1)  # the folder of a training with power_emas
+    sigma_rel: float = Field(0.075, gt=0)  # length of the average: the spread of its weights / length of the training
+    images: int | None = Field(None, gt=0)  # when, at one of the run's snapshots; None = at the last
+    output: str | None = None  # a .safetensors file; None = in the run's weights/posthoc/
+
+
+def average(config: AverageConfig) -> str:
+    """Put the average together and write it as weights; answers their URI.
+
+    The snapshots are read one after the other: no more than two are in memory.
+
+    Raises:
+        ValueError: the run kept no power-function averages, none at `images`, or too few to come near the length.
+    """
+    output = _output(config)
+    run, chosen = config.path(config.run), _chosen(config)
+    about = [checkpoints.weights_about(uri) for _, _, uri in chosen]
+    kept = [Profile(a["training"]["updates"], sigma_rel) for a, (_, sigma_rel, _) in zip(about, chosen, strict=True)]
+    wanted = Profile(kept[-1].updates, config.sigma_rel)
+    coefficients, off = combination(kept, wanted)
+    if off > WORST_PROFILE:
+        raise ValueError(
+            f"sigma_rel={config.sigma_rel}: the {len(chosen)} snapshots in {run} only come within {off:.0%} of it; "
+            "take a length nearer to those of power_emas, or train with a smaller snapshot_images"
+        )
+    network = checkpoints.load_network(chosen[-1][2])
+    total = {name: 0.0 * tensor.double() for name, tensor in network.module.state_dict().items()}
+    for coefficient, (_, _, uri) in zip(coefficients, chosen, strict=True):
+        for name, tensor in checkpoints.load_network(uri).module.state_dict().items():
+            total[name].add_(tensor, alpha=float(coefficient))
+    weights = {name: tensor.float() for name, tensor in total.items()}
+    training = about[-1]["training"] | {"average": f"posthoc-{config.sigma_rel}"}
+    checkpoints.save_weights(output, weights, network.architecture, network.diffusion, network.classes, training)
+    print(f"{output}: sigma_rel {config.sigma_rel:g} out of {len(chosen)} snapshots, its profile {off:.2%} off")
+    return output
+
+
+def plan(config: AverageConfig) -> str:
+    """What would be read and written."""
+    lines = [f"reads   {uri}" for _, _, uri in _chosen(config)]
+    return "\n".join([*lines, f"writes  {_output(config)}"])
+
+
+def _chosen(config: AverageConfig) -> list[tuple[int, float, str]]:
+    """The snapshots up to the wanted moment, oldest first."""
+    run = config.path(config.run)
+    found = power_snapshots(run)
+    if not found:
+        raise ValueError(f"{run} keeps no power-function averages: train with power_emas, such as 0.05 0.1")
+    moments = sorted({images for images, _, _ in found})
+    last = moments[-1] if config.images is None else config.images
+    if last not in moments:
+        near = min(moments, key=lambda images: abs(images - last))
+        raise ValueError(f"images={last}: {run} has no snapshot there; the nearest is at {near}")
+    return [snapshot for snapshot in found if snapshot[0] <= last]
+
+
+def _output(config: AverageConfig) -> str:
+    if config.output is not None:
+        return config.path(config.output)
+    images = _chosen(config)[-1][0]
+    name = f"images-{images:012d}-{config.sigma_rel:g}.safetensors"
+    return storage.join(config.path(config.run), "weights", "posthoc", name)

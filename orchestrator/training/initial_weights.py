@@ -1,0 +1,61 @@
+"""What a training starts from: fresh weights, or those of another training or a release."""
+
+import logging
+
+from torch import Tensor
+
+from cluster.collectives import Group
+from orchestrator.checkpoints import Network, load_network
+from orchestrator.state_dicts import check_tensors
+from orchestrator.training.config import Config
+from orchestrator.training.state import TrainingState
+
+log = logging.getLogger(__name__)
+
+
+def begin_with(config: Config, state: TrainingState, group: Group) -> None:
+    """Put `init_from`'s weights, if there are any, into a fresh state and its averages; all workers get rank 0's.
+
+    What belongs to the classes is kept fresh where the classes are not as many, and a warning says so.
+
+    Raises:
+        FileNotFoundError: nothing lies there.
+        ValueError: they are another network's.
+    """
+    if config.init_from is not None and group.rank == 0:
+        uri = config.path(config.init_from)
+        source = load_network(uri)
+        weights = _fitting(uri, source, config, state.model.state_dict())
+        state.model.load_state_dict(weights)
+        for average in state.averages.values():
+            for name, tensor in average.items():
+                tensor.copy_(weights[name])
+        if source.diffusion != config.diffusion:
+            log.warning("init_from: %s was trained for another diffusion than this one: %s", uri, source.diffusion)
+    # Fresh weights are drawn alike, but not every kind of processor rounds alike.
+    device = next(state.model.parameters()).device
+    group.copy_from_first([tensor for tensor in state.tensors().values() if tensor.device == device])
+
+
+def _fitting(uri: str, source: Network, config: Config, fresh: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The source's weights, with fresh ones in the place of what belongs to other classes."""
+    there, here = source.architecture.num_classes, config.model.num_classes
+    weights = dict(source.module.state_dict())
+    if there == here:
+        check_tensors(uri, fresh, weights)
+        return weights
+    anew = [name for name, tensor in fresh.items() if name not in weights or _is_for_classes(weights[name], tensor)]
+    dropped = [name for name in weights if name not in fresh]
+    weights = {name: tensor for name, tensor in weights.items() if name in fresh}
+    weights |= {name: fresh[name].cpu() for name in anew if here and fresh[name].shape[0] == here}
+    check_tensors(uri, fresh, weights)
+    log.warning(
+        "init_from: %s has %s classes and this model %s: %s", uri, there or "no", here or "none",
+        "; ".join([f"{name} starts anew" for name in anew] + [f"{name} is left out" for name in dropped]),
+    )  # fmt: skip
+    return weights
+
+
+def _is_for_classes(there: Tensor, here: Tensor) -> bool:
+    """Whether two tensors differ in their first dimension alone, as those do that have a row for each class."""
+    return there.shape != here.shape and there.shape[1:] == here.shape[1:]

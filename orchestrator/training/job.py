@@ -1,0 +1,280 @@
+"""Training: one loop for the diffusion model, the noisy classifier and the upsampler.
+
+Units are images, not steps, so that a schedule survives another batch size or worker count. Order and randomness
+come from the order plan and its keys, never from a rank.
+"""
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from math import isfinite
+from typing import Any, TypeVar
+
+import torch
+
+from cluster.collectives import Group
+from cluster.session import session
+from cluster.trainer import WorkerContext, run_workers
+from cluster.watchdog import Watchdog
+from models import zoo
+from models.diffusion import LossSecondMomentTimesteps
+from orchestrator import checkpoints, storage
+from orchestrator.config import claim
+from orchestrator.data.dataset import Manifest, batches, load_manifest
+from orchestrator.estimate import priced, training_cost
+from orchestrator.order import OrderPlan
+from orchestrator.progress import progress_line
+from orchestrator.tracking import tracked
+from orchestrator.training.checkpoint_writer import CheckpointWriter
+from orchestrator.training.config import AdmConfig, Config, NoisyClassifierConfig, TrainingConfig
+from orchestrator.training.gradients import fixed_arithmetic, make_reduction
+from orchestrator.training.initial_weights import begin_with
+from orchestrator.training.losses import Batch, Terms, make_batches, make_losses
+from orchestrator.training.meter import Meter
+from orchestrator.training.previews import previews
+from orchestrator.training.snapshots import final_weights, is_due, write_snapshots
+from orchestrator.training.state import TrainingState, take_step
+from orchestrator.training.step_record import StepRecord
+from orchestrator.training.validation import Validation, validation_count
+
+CPUS_OF_DATA = 1  # for the tasks that read a worker's data, beside those of its arithmetic
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+# ------------------------------------------------------------------------------------------------ in the driver
+
+
+def train(config: Config) -> str:
+    """Train until `config.images`, from wherever an earlier attempt came to; answer the run's URI.
+
+    Raises:
+        ValueError: config, dataset and output folder do not fit each other.
+        RuntimeError: the training failed, or was asked to stop before its end (its place is kept).
+    """
+    run = config.path(config.output)
+    manifest = load_manifest(config.path(config.dataset))
+    config = _with_classes(config, manifest)
+    _open_bytes(config, manifest)  # refused here where it is too much, or the split impossible
+    _validation_count(config, manifest)
+    claim(run, config)
+    if storage.exists(final_weights(run, config)):
+        print(f"{run} is trained already: {config.images:,} images")
+        return run
+    job = "train classifier" if isinstance(config, NoisyClassifierConfig) else "train"
+    with (
+        session(config.num_workers * (config.threads + CPUS_OF_DATA), wanted_gpus=config.num_workers * config.use_gpu),
+        tracked(job, config, run) as tracker,
+        progress_line(config.images, "images") as progress,
+    ):
+
+        def on_record(record: dict[str, Any]) -> None:
+            if "picture" in record:
+                tracker.picture(record["picture"], record["png"])
+            if "resumed" in record:
+                progress.update_to(record["resumed"])
+            if "metrics" in record:
+                shown = {name: value for name, value in record["metrics"].items() if name in ("loss", "accuracy")}
+                progress.update_to(record["images"], **shown)
+                tracker.metrics(record["metrics"], step=record["images"])
+            if "stacks" in record:
+                name = f"stacks/images-{progress.done:012d}-rank-{record['rank']}.txt"
+                storage.write_bytes(storage.join(run, name), record["stacks"].encode())
+                log.warning("worker %d makes no step; its stacks are in %s", record["rank"], storage.join(run, name))
+
+        stopped = run_workers(
+            partial(train_loop, config),
+            config.num_workers,
+            on_record,
+            cpus=config.threads,
+            max_failures=config.max_failures,
+            use_gpu=config.use_gpu,
+        )
+    if stopped and not storage.exists(final_weights(run, config)):
+        raise RuntimeError(f"stopped before its end; the same command goes on from the last checkpoint in {run}")
+    print(f"{run} is trained: {config.images:,} images, weights in {storage.join(run, 'weights')}")
+    return run
+
+
+def plan(config: Config) -> str:
+    """What a training would read and write, and what it would cost."""
+    manifest = load_manifest(config.path(config.dataset))
+    config = _with_classes(config, manifest)
+    order = _order(config, manifest)
+    workers = max(config.num_workers, 1)
+    open_bytes = _open_bytes(config, manifest)
+    averages = len(config.ema_rates) + len(config.power_emas) if isinstance(config, AdmConfig) else 0
+    parameters, half = zoo.count_parameters(config.model), config.dtype != "float32"
+    cost = training_cost(config.model, config.length, config.microbatch_rows(workers), averages, half)
+    return "\n".join(
+        [
+            f"reads   {config.path(config.dataset)}: {manifest.num_samples('train'):,} images",
+            f"writes  {config.path(config.output)}: weights, and a checkpoint of "
+            f"{4 * parameters * (3 + averages) / 2**30:.2f} GiB every {config.checkpoint_images:,} images",
+            f"network {parameters:,} parameters",
+            f"length  {config.images:,} images = {config.length // config.batch_size:,} steps of {config.batch_size}, "
+            f"{config.images / order.images_per_epoch:.1f} epochs of {order.images_per_epoch:,}",
+            f"open    {open_bytes / 2**20:.1f} MiB of images at once in each of {workers} workers",
+            priced(cost, config.price, config.num_workers, half),
+        ]
+    )
+
+
+def _with_classes(config: Config, manifest: Manifest) -> Config:
+    """The config with the dataset's number of classes, where it asks for that.
+
+    Raises:
+        ValueError: the dataset does not fit: other classes, no labels, crops of another kind or size.
+    """
+    there = len(manifest.classes)
+    wanted = (there or None) if config.classes == "dataset" else config.model.num_classes
+    manifest.check("train", config.model.image_size, config.crop, conditional=bool(wanted))
+    if wanted not in (None, there):
+        raise ValueError(
+            f"model.num_classes={wanted}, but {config.dataset} has {there} classes; "
+            f"pass --model.num-classes {there}, or --classes dataset"
+        )
+    if wanted is None and isinstance(config, NoisyClassifierConfig):
+        raise ValueError(f"{config.dataset} has no classes, and a classifier needs some")
+    return config.model_copy(update={"model": config.model.model_copy(update={"num_classes": wanted})})
+
+
+def _open_bytes(config: Config, manifest: Manifest) -> int:
+    """Bytes of decoded images in each worker's open windows; ValueError where they are too many."""
+    return _order(config, manifest).open_bytes(max(config.num_workers, 1), config.model.image_size**2 * 3)
+
+
+def _order(config: TrainingConfig, manifest: Manifest) -> OrderPlan:
+    return OrderPlan(manifest.row_group_sizes("train"), config.batch_size, config.order)
+
+
+# ------------------------------------------------------------------------------------------------ in every worker
+
+
+def train_loop(config: Config, context: WorkerContext) -> None:
+    """What every worker runs: from the last checkpoint to the end, or until the driver wants to stop."""
+    run = config.path(config.output)
+    manifest = load_manifest(config.path(config.dataset))
+    group = Group(context.rank, context.world_size)
+    state = TrainingState(config, context.device, _validation_count(config, manifest))
+
+    def after_saving(checkpoint: checkpoints.Checkpoint) -> None:
+        context.report({"saved": checkpoint.position})
+        if is_due(config, checkpoint.position):
+            write_snapshots(run, config, manifest.classes, checkpoint)
+
+    with (
+        fixed_arithmetic(config),
+        CheckpointWriter(run, config, after_saving) as writer,
+        Watchdog(context.rank, context.report) as watchdog,
+    ):
+        # Go on from the newest sound checkpoint; what a kill kept it from leaving behind is made up for.
+        if state.restore(run, group):
+            if state.position > config.length:
+                raise ValueError(f"images={config.images:,}, but {run} has come to {state.position:,} already")
+            if context.rank == 0:
+                context.report({"resumed": state.position})
+                after_saving(checkpoints.Checkpoint(state.position, state.tensors(), state.facts()))
+        else:
+            begin_with(config, state, group)
+        reduced_gradients = make_reduction(config, context, group, state, make_losses(config, state.timesteps))
+        validation = Validation(config, manifest, group) if config.validation_images else None
+        meter = Meter(config, context, group)
+        evidence = StepRecord(config.path(config.record), context.rank, context.world_size) if config.record else None
+        stream = _ahead(_shares(config, context, manifest, state.position))
+
+        while state.position < config.length:
+            # One step: this worker's images, their losses, one update.
+            watchdog.step()
+            with meter.waiting():
+                replaced, share = next(stream)
+            share = [batch.to(context.device) for batch in share]
+            terms = reduced_gradients(share)
+            if evidence:
+                evidence.write(state.position, share, terms)
+            stopping, preempted = group.any(context.stopping(), context.preempted())
+            norm = take_step(config, state)
+            if isfinite(norm):
+                _learn_timesteps(state, group, terms)
+            meter.add(terms, norm, replaced)
+
+            # Numbers, pictures and checkpoints at their marks; stopping at a step's end, all workers together.
+            for record in _news(config, state, manifest, group, meter, validation):
+                context.report(record)
+            if context.rank == 0:
+                last = stopping or state.position >= config.length
+                if last or preempted or _is_marked(config, state.position):
+                    writer.save(state, wait=last)
+                writer.poll()
+            if stopping:
+                break
+
+
+def _news(
+    config: Config,
+    state: TrainingState,
+    manifest: Manifest,
+    group: Group,
+    meter: Meter,
+    validation: Validation | None,
+) -> Iterator[dict[str, Any]]:
+    """Numbers and pictures whose mark the last step passed, as records of rank 0; every worker must ask for them."""
+    if config.passes(config.log_images, state.position):
+        yield from meter.report(state)
+    every = config.validation_images
+    if validation and every and (config.passes(every, state.position) or state.position >= config.length):
+        yield from validation.look(state)
+    if isinstance(config, AdmConfig) and config.passes(config.preview_images, state.position):
+        yield from previews(config, state, manifest, group)
+
+
+def _is_marked(config: Config, position: int) -> bool:
+    """Whether a checkpoint is to be written of `position` images."""
+    return config.passes(config.checkpoint_images, position) or is_due(config, position)
+
+
+def _validation_count(config: Config, manifest: Manifest) -> int:
+    return validation_count(config, manifest) if config.validation_images else 0
+
+
+def _shares(
+    config: Config, context: WorkerContext, manifest: Manifest, position: int
+) -> Iterator[tuple[int, list[Batch]]]:
+    """This worker's microbatches of every step from `position` on, and how many of their images stand for others."""
+    stream = batches(
+        manifest,
+        _order(config, manifest),
+        rank=context.rank,
+        world_size=context.world_size,
+        position=position,
+        image_size=config.model.image_size,
+        crop=config.crop,
+        flip=config.flip,
+        end=config.length,
+        use_ray=context.streams_on_cluster,
+    )
+    rows = config.microbatch_rows(context.world_size)
+    for microbatches in stream:
+        replaced = sum(int(m.replaced.sum()) for m in microbatches)
+        pinned = context.device.type == "cuda"
+        yield replaced, make_batches(microbatches, config.model.in_channels, config.order.seed, rows, pinned)
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, each made in a thread while the one before it is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+        upcoming = thread.submit(next, items, None)
+        while (item := upcoming.result()) is not None:
+            upcoming = thread.submit(next, items, None)
+            yield item
+
+
+def _learn_timesteps(state: TrainingState, group: Group, found: list[Terms]) -> None:
+    """Tell the loss-aware timestep sampler of all workers' losses, in the canonical order of the streams."""
+    if isinstance(state.timesteps, LossSecondMomentTimesteps):
+        t, losses = (torch.cat([terms[name] for terms in found]).cpu().numpy() for name in ("t", "unweighted_loss"))
+        for pair in group.gather((t, losses)):
+            state.timesteps.update(*pair)

@@ -1,0 +1,118 @@
+"""What a training step looks at and what it minimises."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from models.diffusion import Diffusion, TimestepSampler
+from models.images import from_uint8, shrink
+from orchestrator.data.dataset import Microbatch
+from orchestrator.order import Purpose, sample_rng
+from orchestrator.training.config import AdmConfig, Config, NoisyClassifierConfig
+
+Terms = dict[str, Tensor]  # float [n] by name; "loss" is minimised, "t" int64 [n] are the timesteps
+Network = Callable[..., Tensor]
+Losses = Callable[[Network, "Batch"], Terms]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One microbatch of a worker: what the losses look at.
+
+    x_start float32 [n, C, H, W] in [-1, 1]; labels int64 [n]; u float64 [n] uniform in [0, 1), which becomes the
+    timestep; noise float32 like x_start. Each row's u and noise depend on (seed, epoch, sample) alone. samples int64
+    [n] are the rows' numbers in the dataset, flips bool [n] which of them are mirrored.
+    """
+
+    x_start: Tensor
+    labels: Tensor
+    noise: Tensor
+    u: np.ndarray
+    samples: np.ndarray
+    flips: np.ndarray
+    stream: int  # canonical stream of the first row
+    offset: int  # of the first row in its stream's share of the step
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device; from pinned memory the copy runs beside the arithmetic."""
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("x_start", "labels", "noise")}
+        return replace(self, **moved)
+
+
+def make_batches(
+    microbatches: list[Microbatch], channels: int, seed: int, rows: int, pinned: bool = False
+) -> list[Batch]:
+    """A worker's share of a step, cut into batches of `rows` rows (the last may be smaller), on the CPU."""
+    images = np.concatenate([m.images for m in microbatches])
+    labels = np.concatenate([m.labels for m in microbatches])
+    samples = np.concatenate([m.samples for m in microbatches])
+    flips = np.concatenate([m.flips for m in microbatches])
+    keys = [(m.epoch, int(sample)) for m in microbatches for sample in m.samples]
+    places = [(m.stream, offset) for m in microbatches for offset in range(len(m.samples))]
+    batches = []
+    for begin in range(0, len(keys), rows):
+        some = slice(begin, begin + rows)
+        x_start = from_uint8(torch.from_numpy(images[some]), channels)
+        shape = x_start.shape[1:]
+        noise = [sample_rng(seed, *key, Purpose.NOISE).standard_normal(shape, np.float32) for key in keys[some]]
+        u = np.array([sample_rng(seed, *key, Purpose.TIMESTEP).random() for key in keys[some]])
+        x_start, y, noises = (
+            tensor.pin_memory() if pinned else tensor
+            for tensor in (x_start.contiguous(), torch.from_numpy(labels[some]), torch.from_numpy(np.stack(noise)))
+        )
+        batches.append(Batch(x_start, y, noises, u, samples[some], flips[some], *places[begin]))
+    return batches
+
+
+def make_losses(config: Config, timesteps: TimestepSampler) -> Losses:
+    """The loss terms of a diffusion model or a noisy classifier, at timesteps that `timesteps` draws."""
+    diffusion = Diffusion(config.diffusion)
+    if isinstance(config, AdmConfig):
+        return adm_losses(config, diffusion, timesteps)
+    return classifier_losses(config, diffusion, timesteps)
+
+
+def adm_losses(config: AdmConfig, diffusion: Diffusion, timesteps: TimestepSampler) -> Losses:
+    """The diffusion model's loss terms for each image, given its class and its small version where the model is.
+
+    "loss" is weighted as the timestep sampler says, "unweighted_loss" is not.
+    """
+
+    def losses(model: Network, batch: Batch) -> Terms:
+        t, weights = _drawn(batch, timesteps)
+        condition = {"y": batch.labels} if config.model.num_classes else {}
+        if config.model.low_res_size:
+            condition["low_res"] = shrink(batch.x_start, config.model.low_res_size)
+        terms = diffusion.losses(model, batch.x_start, t, batch.noise, **condition)
+        if config.timesteps == "uniform":
+            return terms | {"t": t}
+        return terms | {"loss": terms["loss"] * weights, "unweighted_loss": terms["loss"], "t": t}
+
+    return losses
+
+
+def classifier_losses(config: NoisyClassifierConfig, diffusion: Diffusion, timesteps: TimestepSampler) -> Losses:
+    """Cross entropy of the class of a noised image (ADM section 4.1), and whether it was the first or among the
+    first five answers."""
+    top = min(5, config.model.num_classes)
+
+    def losses(model: Network, batch: Batch) -> Terms:
+        t, _ = _drawn(batch, timesteps)
+        x_t = diffusion.q_sample(batch.x_start, t, batch.noise)
+        logits = model(x_t, diffusion.model_timesteps(t, x_t))
+        loss = cross_entropy(logits, batch.labels, reduction="none")
+        right = logits.detach().topk(top, dim=1).indices == batch.labels[:, None]
+        return {"loss": loss, "accuracy": right[:, 0].float(), "accuracy_top5": right.any(dim=1).float(), "t": t}
+
+    return losses
+
+
+def _drawn(batch: Batch, timesteps: TimestepSampler) -> tuple[Tensor, Tensor]:
+    """Timesteps int64 [n] and loss weights float32 [n] by the rows' own uniforms, on their device."""
+    t, weights = timesteps.draw(batch.u)
+    device = batch.x_start.device
+    return torch.from_numpy(t).to(device), torch.from_numpy(weights).to(device)

@@ -1,0 +1,121 @@
+"""What a training says of itself: means of the losses, speeds, norms."""
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cluster.collectives import Group
+from cluster.trainer import WorkerContext
+from orchestrator.estimate import CARDS, training_flops
+from orchestrator.training.config import Config
+from orchestrator.training.losses import Terms
+from orchestrator.training.state import TrainingState, learning_rate
+
+
+class Meter:
+    """Running sums of a worker's numbers; all workers' means are reported every `log_images` images.
+
+    Between reports nothing waits for the device: sums of losses stay there.
+    """
+
+    def __init__(self, config: Config, context: WorkerContext, group: Group) -> None:
+        self._config, self._context, self._group = config, context, group
+        self._flops = training_flops(config.model)  # of one image
+        self._peak = _peak_flops(context.device, config.dtype)
+        self._names: list[str] = []
+        self._restart()
+
+    def _restart(self) -> None:
+        self._sums: Tensor | None = None  # float64 [terms + 1, 4]: by quartile of t; the last row counts images
+        self._norms: list[float] = []
+        self._steps, self._replaced, self._waited, self._since = 0, 0, 0.0, time.perf_counter()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
+        begin = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begin
+
+    def add(self, found: list[Terms], norm: float, replaced: int) -> None:
+        """Take in one step: its microbatches' loss terms, the gradient's norm, how many images stand for others."""
+        self._names = [name for name in found[0] if name != "t"]
+        for terms in found:
+            sums = sums_by_quartile(terms, self._names, self._config.diffusion.num_timesteps)
+            self._sums = sums if self._sums is None else self._sums + sums
+        self._norms.append(norm)
+        self._replaced += replaced
+        self._steps += 1
+
+    def report(self, state: TrainingState) -> Iterator[dict[str, Any]]:
+        """The means since the last report, as a record of rank 0; every worker must call it."""
+        elapsed = time.perf_counter() - self._since
+        assert self._sums is not None, "a report follows a step"
+        sums = self._group.sum(self._sums.cpu())
+        waited, replaced = self._group.sum(torch.tensor([self._waited / elapsed, self._replaced])).tolist()
+        memory = max(self._group.gather(_peak_memory(self._context.device)))
+        if self._context.rank == 0:
+            good = [norm for norm in self._norms if norm == norm and norm != float("inf")]
+            rate = self._steps * self._config.batch_size / elapsed
+            squares = torch._foreach_norm([tensor.detach() for tensor in state.model.parameters()])
+            metrics = means_by_quartile(sums, self._names) | {
+                "images_per_second": rate,
+                "data_wait_share": waited / self._group.world_size,
+                "replaced_images": replaced,
+                "learning_rate": learning_rate(self._config, state.position - self._config.batch_size),
+                "skipped_steps": float(len(self._norms) - len(good)),
+                "parameter_norm": float(torch.stack(squares).norm()),
+                "memory_bytes": float(memory),
+            }
+            if good:
+                metrics["gradient_norm"] = sum(good) / len(good)
+            if self._config.dtype == "float16":
+                metrics["log2_loss_scale"] = state.log2_loss_scale
+            if self._peak:
+                metrics["mfu"] = rate * self._flops / (self._peak * self._group.world_size)
+            yield {"images": state.position, "metrics": metrics}
+        self._restart()
+
+
+def sums_by_quartile(terms: Terms, names: list[str], num_timesteps: int) -> Tensor:
+    """Sums of the named terms [n] over images by quartile of t, and (the last row) how many: float64 [names + 1, 4].
+
+    Stays on the terms' device, and waits for nothing.
+    """
+    values = torch.stack([terms[name].double() for name in names] + [torch.ones_like(terms["t"], dtype=torch.float64)])
+    quartile = 4 * terms["t"] // num_timesteps
+    inside = torch.nn.functional.one_hot(quartile, 4).to(values)
+    return values @ inside
+
+
+def means_by_quartile(sums: Tensor, names: list[str]) -> dict[str, float]:
+    """Of such sums the means: NAME over all images, NAME_q0 to NAME_q3 by quartile of t, where it has images."""
+    found = {}
+    *rows, counts = sums.tolist()
+    for name, row in zip(names, rows, strict=True):
+        found[name] = sum(row) / sum(counts)
+        found |= {f"{name}_q{q}": row[q] / counts[q] for q in range(4) if counts[q]}
+    return found
+
+
+def _peak_flops(device: torch.device, dtype: str) -> float | None:
+    """Floating-point operations a second that the device's maker promises; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    for model, card in CARDS.items():
+        if model in name:
+            return card.single if dtype == "float32" else card.half
+    return None
+
+
+def _peak_memory(device: torch.device) -> int:
+    """The most bytes that this worker held so far: of its GPU, or without one of its process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kilobytes

@@ -1,0 +1,272 @@
+"""Trainings by name: the published models with their published hyper-parameters, the quickstart's, and one's own.
+
+Sources: ADM is Dhariwal & Nichol 2021 (arXiv 2105.05233), the appendix's tables and the flags in its code's README;
+IDDPM is Nichol & Dhariwal 2021 (arXiv 2102.09672), README; DDPM is Ho et al. 2020 (arXiv 2006.11239), appendix B.
+Architectures are the zoo's. `microbatch_size` and gradient checkpointing are ours: estimates for cards of 80 GB.
+"""
+
+from typing import Any
+
+from models import zoo
+from models.samplers import SamplerConfig
+from models.unet import ClassifierConfig, UNetConfig
+from orchestrator.order import OrderConfig
+from orchestrator.training.config import AdmConfig, NoisyClassifierConfig
+
+DIGITS = "the quickstart's 1,797 scanned digits, small enough for two cores"
+
+Adm = tuple[str, AdmConfig]
+Classifier = tuple[str, NoisyClassifierConfig]
+
+
+def adm_presets() -> dict[str, Adm]:
+    """Diffusion models to train."""
+    lsun: dict[str, Any] = {"batch_size": 256, "learning_rate": 1e-4, "dtype": "float16", "at_once": 16, "lean": True}
+    return {
+        "digits": (DIGITS, _digits_diffusion()),
+        "folder": ("one's own images, as the dataset preset `folder` prepares them, on one GPU", _own_images()),
+        "imagenet64": _published("adm-64", 540_000, 2048, 3e-4, dtype="float16", at_once=64),
+        "imagenet128": _published("adm-128", 4_360_000, 256, 1e-4, dtype="float16"),
+        "imagenet256": _published("adm-256", 1_980_000, 256, 1e-4, dtype="float16", lean=True),
+        "imagenet256_uncond": _published("adm-256-uncond", 1_980_000, 256, 1e-4, dtype="float16", lean=True),
+        "imagenet512": _published("adm-512", 1_940_000, 256, 1e-4, at_once=8, lean=True),
+        "lsun_bedroom": _published("lsun-bedroom", 500_000, dataset="lsun_bedroom", **lsun),
+        "lsun_cat": _published("lsun-cat", 200_000, dataset="lsun_cat", **lsun),
+        "lsun_horse": _published("lsun-horse", 250_000, dataset="lsun_horse", **lsun),
+        "iddpm_imagenet64": _iddpm("iddpm-imagenet64", 1_500_000, 128, 1e-4),
+        "iddpm_imagenet64_vlb": _iddpm("iddpm-imagenet64-vlb", 1_500_000, 128, 1e-4),
+        "iddpm_imagenet64_cond": _iddpm("iddpm-imagenet64-cond", 250_000, 2048, 3e-4, at_once=64),
+        "iddpm_cifar10": _iddpm("iddpm-cifar10", 500_000, 128, 1e-4, dataset="cifar10", num_workers=1),
+        "iddpm_cifar10_vlb": _iddpm("iddpm-cifar10-vlb", 500_000, 128, 1e-4, dataset="cifar10", num_workers=1),
+        "iddpm_lsun_bedroom": _iddpm("iddpm-lsun-bedroom", 1_200_000, 128, 1e-4, dataset="lsun_bedroom"),
+        "ddpm_cifar10": _ddpm_cifar10(),
+    }
+
+
+def classifier_presets() -> dict[str, Classifier]:
+    """Noisy classifiers to train."""
+    return {
+        "digits": (DIGITS, _digits_classifier()),
+        "folder": ("the classifier beside the training preset `folder`", _own_classifier()),
+        "imagenet64": _published_classifier("classifier-64", 300_000, 1024, 6e-4, weight_decay=0.2),
+        "imagenet128": _published_classifier("classifier-128", 300_000, 256, 3e-4),
+        "imagenet256": _published_classifier("classifier-256", 500_000, 256, 3e-4),
+        "imagenet512": _published_classifier("classifier-512", 500_000, 256, 3e-4, at_once=16),
+    }
+
+
+def upsampler_presets() -> dict[str, Adm]:
+    """Upsamplers to train: second stages of a cascade."""
+    return {
+        "digits": ("scanned digits, 8 to 16 pixels", _digits_upsampler()),
+        "imagenet64_256": _published("upsampler-64-256", 500_000, 256, 1e-4, dtype="float16", at_once=16, lean=True),
+        "imagenet128_512": _published("upsampler-128-512", 1_050_000, 256, 1e-4, dtype="float16", at_once=8, lean=True),
+        "iddpm_imagenet64_256": _iddpm("iddpm-upsampler-64-256", 500_000, 256, 3e-4, at_once=16, lean=True),
+    }
+
+
+def _published(
+    name: str,
+    iterations: int,
+    batch_size: int,
+    learning_rate: float,
+    dataset: str = "imagenet",
+    at_once: int | None = None,
+    lean: bool = False,
+    **changes: Any,
+) -> Adm:
+    """A model of the zoo, trained as its authors say: AdamW without decay, EMA 0.9999, images mirrored by chance.
+
+    `at_once` becomes the microbatch size, `lean` turns gradient checkpointing on.
+    """
+    entry = zoo.entry(name)
+    assert isinstance(entry.network, UNetConfig)
+    settings: dict[str, Any] = {
+        "dataset": f"datasets/{dataset}",
+        "output": f"{name}/training",
+        "model": entry.network.model_copy(update={"gradient_checkpointing": lean}),
+        "diffusion": entry.diffusion,
+        "order": OrderConfig(num_streams=64, window=8),
+        "images": iterations * batch_size,
+        "batch_size": batch_size,
+        "microbatch_size": at_once,
+        "learning_rate": learning_rate,
+        "ema_rates": (0.9999,),
+        "num_workers": 8,
+        "use_gpu": True,
+    }
+    return _told(name, iterations, batch_size), AdmConfig(**settings | changes)
+
+
+def _iddpm(name: str, iterations: int, batch_size: int, learning_rate: float, **changes: Any) -> Adm:
+    """IDDPM's models: images are never mirrored, and those trained for the bound draw timesteps by their losses."""
+    timesteps = "loss_second_moment" if name.endswith("-vlb") else "uniform"
+    return _published(name, iterations, batch_size, learning_rate, flip=False, timesteps=timesteps, **changes)
+
+
+def _ddpm_cifar10() -> Adm:
+    """DDPM on CIFAR-10: 800K steps of 128, 2e-4 after 5,000 steps of warm-up, gradients clipped at 1."""
+    changes: dict[str, Any] = {"dataset": "cifar10", "warmup_images": 5_000 * 128, "clip_norm": 1.0, "num_workers": 1}
+    return _published("ddpm-cifar10", 800_000, 128, 2e-4, **changes)
+
+
+def _published_classifier(
+    name: str,
+    iterations: int,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float = 0.05,
+    at_once: int | None = None,
+) -> Classifier:
+    """A noisy classifier of the zoo as its authors trained it: random crops, the learning rate falling to zero."""
+    entry = zoo.entry(name)
+    assert isinstance(entry.network, ClassifierConfig)
+    config = NoisyClassifierConfig(
+        dataset="datasets/imagenet",
+        output=f"{name}/training",
+        model=entry.network,
+        diffusion=entry.diffusion,
+        order=OrderConfig(num_streams=64, window=8),
+        images=iterations * batch_size,
+        batch_size=batch_size,
+        microbatch_size=at_once,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        anneal=True,
+        validation_images=1_000_000,
+        validation_samples=5_000,
+        num_workers=8,
+        use_gpu=True,
+    )
+    return _told(name, iterations, batch_size), config
+
+
+def _told(name: str, iterations: int, batch_size: int) -> str:
+    return f"the zoo's {name} as published: {iterations:,} steps of {batch_size}"
+
+
+# ------------------------------------------------------------------------------------------------ one's own images
+
+
+def _own_images() -> AdmConfig:
+    """ADM at 64 pixels, two thirds as wide; classes are the dataset's, averages of any length can be made later."""
+    return AdmConfig(
+        dataset="datasets/images",
+        output="folder/diffusion",
+        model=zoo.entry("adm-64").network.model_copy(update={"model_channels": 128}),
+        diffusion=zoo.COSINE,
+        classes="dataset",
+        order=OrderConfig(num_streams=8),
+        images=5_000_000,
+        batch_size=128,
+        dtype="bfloat16",
+        learning_rate=2e-4,
+        warmup_images=128_000,
+        clip_norm=1.0,
+        ema_rates=(0.999, 0.9999),
+        power_emas=(0.05, 0.10),
+        snapshot_images=250_000,
+        checkpoint_images=100_000,
+        validation_images=250_000,
+        preview_images=250_000,
+        use_gpu=True,
+    )
+
+
+def _own_classifier() -> NoisyClassifierConfig:
+    """ADM's classifier at 64 pixels; little data is soon learnt by heart, so look at its validation accuracy."""
+    return NoisyClassifierConfig(
+        dataset="datasets/images",
+        output="folder/classifier",
+        model=zoo.entry("classifier-64").network.model_copy(update={"num_res_blocks": 2, "dropout": 0.1}),
+        diffusion=zoo.COSINE,
+        classes="dataset",
+        order=OrderConfig(num_streams=8),
+        images=2_000_000,
+        batch_size=128,
+        dtype="bfloat16",
+        learning_rate=3e-4,
+        anneal=True,
+        checkpoint_images=100_000,
+        validation_images=100_000,
+        use_gpu=True,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the quickstart's
+
+
+def _digits_diffusion() -> AdmConfig:
+    """At the scans' own 8x8 pixels: enough of an ADM to draw digits after two minutes of two cores."""
+    return AdmConfig(
+        dataset="datasets/digits",
+        output="digits/diffusion",
+        model=UNetConfig(
+            image_size=8,
+            in_channels=1,  # scans are grey
+            out_channels=2,
+            model_channels=32,
+            num_res_blocks=1,
+            channel_mult=(1, 2),
+            attention_resolutions=(4,),
+            num_head_channels=16,
+            num_classes=10,
+        ),
+        diffusion=zoo.COSINE,
+        flip=False,  # a mirrored digit is none
+        images=89_600,
+        batch_size=64,
+        learning_rate=2e-3,
+        warmup_images=3_200,
+        anneal=True,
+        clip_norm=1.0,
+        ema_rates=(0.995,),
+        checkpoint_images=32_000,
+        log_images=1_600,
+        preview_images=32_000,
+        preview=SamplerConfig(name="ddpm", num_steps=25),
+        num_workers=2,
+    )
+
+
+def _digits_classifier() -> NoisyClassifierConfig:
+    return NoisyClassifierConfig(
+        dataset="datasets/digits",
+        output="digits/classifier",
+        model=ClassifierConfig(
+            image_size=8,
+            in_channels=1,
+            model_channels=32,
+            num_res_blocks=1,
+            channel_mult=(1, 2),
+            attention_resolutions=(4,),
+            num_head_channels=16,
+            num_classes=10,
+        ),
+        diffusion=zoo.COSINE,
+        crop="center",  # the digits fill their scans: a random crop would cut them
+        flip=False,
+        images=32_000,
+        batch_size=64,
+        learning_rate=1e-3,
+        anneal=True,
+        checkpoint_images=16_000,
+        validation_images=6_400,
+        log_images=1_600,
+        num_workers=2,
+    )
+
+
+def _digits_upsampler() -> AdmConfig:
+    """From the scans' 8 pixels to 16."""
+    digits = _digits_diffusion()
+    model = digits.model.model_copy(update={"image_size": 16, "low_res_size": 8, "attention_resolutions": (8,)})
+    changes = {
+        "output": "digits/upsampler",
+        "model": model,
+        "images": 38_400,
+        "learning_rate": 1e-3,
+        "ema_rates": (0.98,),  # a longer average would still hold the fresh weights after so short a training
+        "diffusion": zoo.LINEAR,
+    }
+    return digits.model_copy(update=changes)

@@ -1,0 +1,54 @@
+"""Pictures of samples while a model is being trained, on noise and labels that are the same every time."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from cluster.collectives import Group
+from models.images import from_uint8, shrink, to_uint8
+from orchestrator import checkpoints
+from orchestrator.data.dataset import Manifest, read_images
+from orchestrator.generation.sampling import sample_batch
+from orchestrator.pictures import grid_png
+from orchestrator.training.config import AdmConfig
+from orchestrator.training.state import TrainingState
+
+SAMPLES = 40  # images in a picture
+COLUMNS = 10
+SMALLEST_SIDE = 32  # pixels that an image is at least shown with
+
+
+def previews(config: AdmConfig, state: TrainingState, manifest: Manifest, group: Group) -> Iterator[dict[str, Any]]:
+    """One picture for each average of the weights, as records for the driver.
+
+    Every worker must call it and samples a share; rank 0 yields the pictures, the others nothing.
+    """
+    device = next(state.model.parameters()).device
+    module = checkpoints.build(config.model).to(device).eval()
+    network = checkpoints.Network(module, config.model, config.diffusion, manifest.classes, sha256="")
+    for name, average in state.averages.items():
+        module.load_state_dict(average)
+        with torch.autocast(device.type, getattr(torch, config.dtype), enabled=config.dtype != "float32"):
+            share = _share(config, network, manifest, group)
+        images = np.concatenate(group.gather(share))
+        if group.rank == 0:
+            scale = max(1, SMALLEST_SIDE // config.model.image_size)
+            picture = grid_png(images, COLUMNS, scale)
+            yield {"picture": f"samples/{name}/images-{state.position:012d}.png", "png": picture}
+
+
+def _share(config: AdmConfig, network: checkpoints.Network, manifest: Manifest, group: Group) -> np.ndarray:
+    """This worker's part of a picture's images, uint8 [n, H, W, 3]."""
+    size, channels = config.model.image_size, config.model.in_channels
+    indices = np.array_split(np.arange(SAMPLES), group.world_size)[group.rank]
+    parts = [np.zeros((0, size, size, 3), np.uint8)]
+    at_once = config.microbatch_rows(group.world_size)  # what fits in training fits here
+    for some in (indices[begin : begin + at_once] for begin in range(0, len(indices), at_once)):
+        labels, small = some % max(1, len(manifest.classes)), None
+        if config.model.low_res_size:  # an upsampler is shown on real images, made small
+            pixels, labels = read_images(manifest, "train", some[0], some[-1] + 1, size)
+            small = to_uint8(shrink(from_uint8(torch.from_numpy(pixels), channels), config.model.low_res_size)).numpy()
+        parts.append(sample_batch(network, config.preview, some, labels, config.order.seed, low_res=small))
+    return np.concatenate(parts)

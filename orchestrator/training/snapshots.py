@@ -1,0 +1,53 @@
+"""What a training leaves to sample from: files of weights beneath the run's weights/."""
+
+import re
+
+from orchestrator import checkpoints, storage
+from orchestrator.training.config import AdmConfig, Config
+
+
+def snapshot_uris(run: str, config: Config, position: int) -> dict[str, str]:
+    """Where the weights at `position` images lie, by the average's name, in the order of writing.
+
+    Power-function averages, which are there to be put together, lie apart in weights/power/.
+    """
+    images = f"images-{position:012d}"
+    if not isinstance(config, AdmConfig):
+        return {"raw": storage.join(run, "weights", f"{images}-raw.safetensors")}
+    powers = {
+        f"power-{s}": storage.join(run, "weights", "power", f"{images}-{s}.safetensors") for s in config.power_emas
+    }
+    return powers | {
+        f"ema-{rate}": storage.join(run, "weights", f"{images}-ema-{rate}.safetensors") for rate in config.ema_rates
+    }
+
+
+def final_weights(run: str, config: Config) -> str:
+    """The last object that a training writes."""
+    *_, last = snapshot_uris(run, config, config.length).values()
+    return last
+
+
+def is_due(config: Config, position: int) -> bool:
+    """Whether weights are to be kept of `position` images: at the marks and at the end."""
+    marked = config.snapshot_images is not None and config.passes(config.snapshot_images, position)
+    return marked or position >= config.length
+
+
+def write_snapshots(run: str, config: Config, classes: tuple[str, ...], state: checkpoints.Checkpoint) -> None:
+    """Write every average in a training state (or, where there is none, its weights); what is there already stays."""
+    for name, uri in snapshot_uris(run, config, state.position).items():
+        prefix = "model." if name == "raw" else f"{name}."
+        weights = {key.removeprefix(prefix): t for key, t in state.tensors.items() if key.startswith(prefix)}
+        training = {"images": state.position, "updates": state.facts["updates"], "average": name}
+        checkpoints.save_weights(uri, weights, config.model, config.diffusion, classes, training)
+
+
+def power_snapshots(run: str) -> list[tuple[int, float, str]]:
+    """Images, sigma_rel and URI of every power-function average that a run has kept, oldest first."""
+    folder = storage.join(run, "weights", "power")
+    found = []
+    for name in storage.list_names(folder):
+        if parts := re.fullmatch(r"images-(\d+)-([\d.]+)\.safetensors", name):
+            found.append((int(parts[1]), float(parts[2]), storage.join(folder, name)))
+    return found

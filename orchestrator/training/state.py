@@ -1,0 +1,181 @@
+"""Everything that training changes, and the one step that changes it."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cluster.collectives import Group
+from models.diffusion import LossSecondMomentTimesteps, TimestepSampler, UniformTimesteps
+from models.ema import gamma_of, power_decay
+from orchestrator import checkpoints
+from orchestrator.order import Purpose, keyed_rng
+from orchestrator.training.config import AdmConfig, Config, TrainingConfig
+
+MESSAGE_BYTES = 256 << 20  # of a restored state that travel to the other workers at once
+
+_FACTS = ("updates", "bad_steps", "log2_loss_scale", "best_validation_position", "overfits")
+
+log = logging.getLogger(__name__)
+
+
+class TrainingState:
+    """Weights, their averages, the optimizer, the loss scale, the timestep sampler's history, and the position.
+
+    `validation_images` is how many images of the validation split are looked at, 0 if none.
+    """
+
+    def __init__(self, config: Config, device: torch.device, validation_images: int = 0) -> None:
+        torch.manual_seed(int(keyed_rng(Purpose.WEIGHTS, config.order.seed).integers(2**63)))
+        self.model = checkpoints.build(config.model).to(device)
+        if device.type == "cuda":  # on CPUs it makes GroupNorm slower
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
+        for parameter in self.model.parameters():  # what the first step would make, so that all states look alike
+            self.optimizer.state[parameter] = {
+                "step": torch.zeros((), device=device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        self._decays: dict[str, Callable[[int], float]] = {}  # what each average keeps of itself at an update
+        if isinstance(config, AdmConfig):
+            self._decays = {f"ema-{rate}": partial(_constant, rate) for rate in config.ema_rates}
+            self._decays |= {f"power-{s}": partial(power_decay, gamma_of(s)) for s in config.power_emas}
+        self.averages = {name: _copy_of(self.model) for name in self._decays}
+        self.timesteps = _timestep_sampler(config)
+        self.best_validation: Tensor | None = None  # losses float64 [images] at the best look at the validation split
+        if validation_images:
+            self.best_validation = torch.full((validation_images,), torch.inf, dtype=torch.float64)
+        self.best_validation_position = 0
+        self.overfits = False  # since the best look the loss has surely risen
+        self.position = 0  # images seen
+        self.updates = 0  # steps that were not skipped
+        self.bad_steps = 0  # steps skipped since the last good one
+        self.log2_loss_scale = config.loss_scale.initial if config.dtype == "float16" else 0.0
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor on losses, hence on gradients."""
+        return 2.0**self.log2_loss_scale
+
+    def update_averages(self) -> None:
+        """e = r e + (1 - r) p for every average's decay r, in float32."""
+        parameters = [tensor.detach() for tensor in self.model.parameters()]
+        for name, average in self.averages.items():
+            torch._foreach_lerp_(list(average.values()), parameters, 1 - self._decays[name](self.updates))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name: the live tensors, not copies."""
+        found = {f"model.{name}": tensor.detach() for name, tensor in self.model.state_dict().items()}
+        for average, tensors in self.averages.items():
+            found |= {f"{average}.{name}": tensor for name, tensor in tensors.items()}
+        for name, parameter in self.model.named_parameters():
+            found |= {f"optimizer.{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
+        if isinstance(self.timesteps, LossSecondMomentTimesteps):
+            found["timesteps.history"] = torch.from_numpy(self.timesteps.history)
+            found["timesteps.counts"] = torch.from_numpy(self.timesteps.counts)
+        if self.best_validation is not None:
+            found["validation.best"] = self.best_validation
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """The rest of it, small enough for JSON."""
+        return {name: getattr(self, name) for name in _FACTS}
+
+    def restore(self, run: str, group: Group) -> bool:
+        """Take over the newest sound checkpoint of `run`, if there is one. Rank 0 reads it for all workers.
+
+        Raises:
+            ValueError: it holds other tensors than this state.
+        """
+        live = self.tensors()
+        missing = set(live)
+        restored = False
+        for piece in group.from_first(_pieces(run)):
+            if isinstance(piece, checkpoints.Checkpoint):
+                self.position, restored = piece.position, True
+                for name in _FACTS:
+                    setattr(self, name, piece.facts[name])
+                for name, tensor in piece.tensors.items():
+                    if name not in live or live[name].shape != tensor.shape:
+                        raise ValueError(f"the checkpoint in {run} has {name} {tuple(tensor.shape)}: not this model's")
+                    live[name].copy_(tensor)
+                    missing.remove(name)
+        if restored and missing:
+            raise ValueError(f"the checkpoint in {run} lacks {min(missing)}, which this model has")
+        return restored
+
+
+def learning_rate(config: TrainingConfig, position: int) -> float:
+    """The learning rate of the step that starts at `position` images: warm-up, then constant or linear to zero."""
+    warm = min(1.0, (position + config.batch_size) / config.warmup_images) if config.warmup_images else 1.0
+    left = 1 - position / config.length if config.anneal else 1.0
+    return config.learning_rate * warm * left
+
+
+def take_step(config: TrainingConfig, state: TrainingState) -> float:
+    """One update of weights and averages by the gradients in place; answers their norm.
+
+    Where the norm is not finite the step is skipped and the position goes on: gradients are reduced already, so all
+    workers do the same.
+
+    Raises:
+        ArithmeticError: more than `max_bad_steps` steps in a row were skipped.
+    """
+    gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
+    norm = float(nn.utils.get_total_norm(gradients)) / state.loss_scale
+    begin, state.position = state.position, state.position + config.batch_size
+    scaling = config.loss_scale
+    if not math.isfinite(norm):
+        state.bad_steps += 1
+        if config.dtype == "float16":
+            state.log2_loss_scale = max(scaling.floor, state.log2_loss_scale - scaling.backoff)
+        if state.bad_steps > config.max_bad_steps:
+            raise ArithmeticError(
+                f"the gradient was not finite in {state.bad_steps} steps in a row, at {begin:,} images: "
+                "lower learning_rate, or look at the last images"
+            )
+        return norm
+    clipping = min(1.0, config.clip_norm / (norm + 1e-6)) if config.clip_norm else 1.0
+    if (factor := clipping / state.loss_scale) != 1.0:
+        torch._foreach_mul_(gradients, factor)
+    for options in state.optimizer.param_groups:
+        options["lr"] = learning_rate(config, begin)
+    state.optimizer.step()
+    state.updates, state.bad_steps = state.updates + 1, 0
+    state.update_averages()
+    if config.dtype == "float16":
+        state.log2_loss_scale += scaling.growth
+    return norm
+
+
+def _timestep_sampler(config: Config) -> TimestepSampler:
+    count = config.diffusion.num_timesteps
+    if isinstance(config, AdmConfig) and config.timesteps == "loss_second_moment":
+        return LossSecondMomentTimesteps(count)
+    return UniformTimesteps(count)
+
+
+def _constant(rate: float, update: int) -> float:
+    return rate
+
+
+def _copy_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+
+
+def _pieces(run: str) -> Iterator[checkpoints.Checkpoint | None]:
+    """The newest sound checkpoint in pieces; before it a None for each file that was read, so that those who wait
+    hear of it."""
+    for found in checkpoints.read_newest(run):
+        if found is None:
+            yield None
+            continue
+        for tensors in checkpoints.shared_out(found.tensors, MESSAGE_BYTES):
+            yield checkpoints.Checkpoint(found.position, tensors, found.facts)

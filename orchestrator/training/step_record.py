@@ -1,0 +1,43 @@
+"""What every step of a training consumed, row by row: the evidence that order and noise are what they should be."""
+
+import os
+import uuid
+import zlib
+
+from torch import Tensor
+
+from orchestrator import storage
+from orchestrator.training.losses import Batch, Terms
+
+
+class StepRecord:
+    """One worker's hand on the record: an object for each step, whole or absent, written before the weights change.
+
+    Its name tells position, rank, number of workers, process and attempt, so that what a killed attempt left and what
+    the next one repeats stand side by side.
+    """
+
+    def __init__(self, folder: str, rank: int, world_size: int) -> None:
+        self._folder = folder
+        self._who = f"{rank:04d}-of-{world_size:04d}-process-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+
+    def write(self, position: int, batches: list[Batch], found: list[Terms]) -> None:
+        """Record the step that starts at `position` images, from the tensors that it consumed and its loss terms."""
+        rows = []
+        for batch, terms in zip(batches, found, strict=True):
+            columns = (
+                batch.samples.tolist(),
+                batch.flips.tolist(),
+                terms["t"].tolist(),
+                _checksums(batch.x_start),
+                _checksums(batch.noise),
+                terms["loss"].double().tolist(),
+            )
+            rows += [list(row) for row in zip(*columns, strict=True)]
+        content = {"columns": ["sample", "flip", "t", "pixels", "noise", "loss"], "rows": rows}
+        storage.write_json(storage.join(self._folder, f"{position:012d}-{self._who}.json"), content)
+
+
+def _checksums(values: Tensor) -> list[int]:
+    """CRC-32 of every row's bytes."""
+    return [zlib.crc32(row.tobytes()) for row in values.cpu().numpy()]

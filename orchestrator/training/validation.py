@@ -1,0 +1,112 @@
+"""How well a network in training does on images that it is not trained on, and whether it begins to over-fit."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster.collectives import Group
+from models.diffusion import UniformTimesteps
+from models.unet import NoisyClassifier, UNet
+from orchestrator.data.dataset import Manifest, Microbatch, read_images
+from orchestrator.training.config import Config, TrainingConfig
+from orchestrator.training.losses import Terms, make_batches, make_losses
+from orchestrator.training.meter import means_by_quartile, sums_by_quartile
+from orchestrator.training.state import TrainingState
+
+EPOCH = 2**64 - 1  # of the keys of noise and timesteps: the same at every look, and no epoch of the training
+SURE = 4.0  # standard errors by which the loss must have risen before it is called over-fitting
+
+log = logging.getLogger(__name__)
+
+
+class Validation:
+    """Looks at the first images of the validation split, always with the same noise and timesteps.
+
+    So looks differ by the weights alone, and a rise of the loss can be told from chance image by image. Blocks of
+    images are dealt to the workers.
+    """
+
+    def __init__(self, config: Config, manifest: Manifest, group: Group) -> None:
+        self._config, self._group = config, group
+        self._losses = make_losses(config, UniformTimesteps(config.diffusion.num_timesteps))
+        count, rows = validation_count(config, manifest), config.microbatch_rows(group.world_size)
+        blocks = [(begin, min(begin + rows, count)) for begin in range(0, count, rows)]
+        share = -(-len(blocks) // group.world_size)
+        self._blocks = blocks[group.rank * share : (group.rank + 1) * share]
+        if self._blocks:
+            self._first = self._blocks[0][0]
+            end = self._blocks[-1][1]
+            pixels, labels = read_images(manifest, "validation", self._first, end, config.model.image_size)
+            self._images, self._labels = pixels, labels
+
+    def look(self, state: TrainingState) -> Iterator[dict[str, Any]]:
+        """Means of the loss terms over the split, as a record of rank 0; every worker must call it.
+
+        Where the loss is surely above that of an earlier look, "validation_rise" says by how much, and once a warning.
+        """
+        device = next(state.model.parameters()).device
+        state.model.eval()
+        with torch.no_grad():
+            mine = [self._terms(state.model, block, device) for block in self._blocks]
+        state.model.train()
+        found = [terms for share in self._group.gather(mine) for terms in share]
+        whole = {name: torch.cat([terms[name] for terms in found]) for name in found[0]}
+        names = [name for name in whole if name != "t"]
+        sums = sums_by_quartile(whole, names, self._config.diffusion.num_timesteps)
+        means = {f"validation_{name}": mean for name, mean in means_by_quartile(sums, names).items()}
+        means["validation_rise"] = self._rise(state, whole["loss"].double())
+        if self._group.rank == 0:
+            yield {"images": state.position, "metrics": means}
+
+    def _terms(self, model: UNet | NoisyClassifier | Any, block: tuple[int, int], device: torch.device) -> Terms:
+        begin, end = block
+        rows = slice(begin - self._first, end - self._first)
+        count = end - begin
+        microbatch = Microbatch(
+            stream=0,
+            epoch=EPOCH,
+            images=self._images[rows],
+            labels=self._labels[rows],
+            samples=np.arange(begin, end),
+            flips=np.zeros(count, bool),
+            replaced=np.zeros(count, bool),
+        )
+        config = self._config
+        (batch,) = make_batches([microbatch], config.model.in_channels, config.order.seed, count)
+        terms = self._losses(config.in_dtype(model), batch.to(device))
+        return {name: values.cpu() for name, values in terms.items()}
+
+    def _rise(self, state: TrainingState, losses: Tensor) -> float:
+        """How far the loss is above its best so far; becomes the best where it is below."""
+        assert state.best_validation is not None, "states of trainings with validation hold it"
+        rise = losses - state.best_validation
+        if not rise.mean() > 0:
+            state.best_validation.copy_(losses)
+            state.best_validation_position, state.overfits = state.position, False
+            return 0.0
+        mean, error = float(rise.mean()), float(rise.std() / len(rise) ** 0.5)
+        if mean > SURE * error and not state.overfits:
+            state.overfits = True
+            if self._group.rank == 0:
+                log.warning(
+                    "the network over-fits: at %s images its validation loss is %.4g +- %.2g above that at %s images; "
+                    "stop earlier, raise weight_decay or dropout, or take more data",
+                    f"{state.position:,}",
+                    mean,
+                    error,
+                    f"{state.best_validation_position:,}",
+                )
+        return mean
+
+
+def validation_count(config: TrainingConfig, manifest: Manifest) -> int:
+    """How many images of the validation split are looked at.
+
+    Raises:
+        ValueError: there is no such split.
+    """
+    return min(config.validation_samples, manifest.num_samples("validation"))

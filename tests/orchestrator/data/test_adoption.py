@@ -1,0 +1,214 @@
+"""Parquet in the public ImageNet layout is adopted from its footers, and says what is wrong with it."""
+
+import logging
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import s3fs
+
+from orchestrator import storage
+from orchestrator.data import shards
+from orchestrator.data.dataset import Manifest, Shard, batches, read_images
+from orchestrator.data.images import center_crop, decode
+from orchestrator.data.preparation import PrepareConfig, contact_sheet, plan, prepare
+from orchestrator.data.sources import adoption
+from orchestrator.order import OrderConfig, OrderPlan
+from orchestrator.training.job import train
+from orchestrator.training.presets import adm_presets
+from tests.orchestrator.data.layouts import CLASSES, Picture, pictures, write_parquet
+from tests.orchestrator.digits import table
+
+SHUFFLED = [pictures(60)[i] for i in np.random.default_rng(0).permutation(180)]
+
+
+def config(store: Path | str, source: str, **changes: Any) -> PrepareConfig:
+    return PrepareConfig(store=str(store), source=source, **{"output": "out", "name": "public", **changes})
+
+
+def report(manifest: Manifest) -> dict[str, Any]:
+    return storage.read_json(storage.join(manifest.folder, "report.json"))["findings"]
+
+
+@pytest.mark.parametrize("place", ["disk", "s3"])
+def test_adopting_copies_nothing_and_reads_all(place: str, tmp_path: Path, s3_bucket: str) -> None:
+    source = write_parquet(f"{tmp_path if place == 'disk' else s3_bucket}/public", SHUFFLED, classes=CLASSES)
+    write_parquet(source, pictures(8, seed=4), file="validation-00000-of-00001.parquet", classes=CLASSES)
+    manifest = prepare(config(tmp_path, source))
+    assert manifest.adopted == source and manifest.classes == CLASSES and manifest.resolution is None
+    assert manifest.row_group_sizes("train") == (32,) * 5 + (20,) and manifest.num_samples("validation") == 24
+    assert report(manifest) == {}
+    assert sorted(storage.list_names(manifest.folder)) == ["config.json", "manifest.json", "report.json"]
+    images, labels = read_images(manifest, "train", 0, 180, 16)
+    assert labels.tolist() == [CLASSES.index(image.cls) for image in SHUFFLED]
+    np.testing.assert_array_equal(images, np.stack([center_crop(decode(image.data), 16) for image in SHUFFLED]))
+
+
+def test_only_footers_are_read(s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file of 6 MB, less than its last half a megabyte."""
+    noise = np.random.default_rng(0).integers(0, 256, (60, 100_000), dtype=np.uint8)
+    rows = [Picture(CLASSES[i % 3], f"{i}", row.tobytes()) for i, row in enumerate(noise)]
+    source = write_parquet(f"{s3_bucket}/large", rows)
+    read: list[int] = []
+    cat_file = s3fs.S3FileSystem._cat_file
+
+    async def counted(self: Any, path: str, *args: Any, **kwargs: Any) -> bytes:
+        data = await cat_file(self, path, *args, **kwargs)
+        read.append(len(data) if path.endswith(".parquet") else 0)
+        return data
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_cat_file", counted)
+    s3fs.S3FileSystem.clear_instance_cache()  # what is open already holds the old method
+    assert prepare(config(tmp_path, source)).num_samples("train") == 60
+    assert 0 < sum(read) <= 512 << 10
+
+
+def test_sorted_row_groups_are_measured_and_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    classes = tuple(f"class-{i:02d}" for i in range(20))
+    labels = np.repeat(np.arange(20), 100)
+    tiny = Picture("", "", pictures(1)[0].data)
+    for name, order in (("sorted", np.arange(2000)), ("shuffled", np.random.default_rng(1).permutation(2000))):
+        rows = [tiny._replace(cls=classes[label]) for label in labels[order]]
+        source = write_parquet(
+            str(tmp_path / name), rows, 100, classes=classes, label=lambda image: classes.index(image.cls)
+        )
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            findings = report(prepare(config(tmp_path, source, output=f"{name}-out")))
+        if name == "sorted":
+            found = findings["row groups of train that are sorted by class"]
+            assert found["count"] == 20 and "row group 0: labels 0 to 0" in found["examples"][0]
+            assert "20 row groups of train that are sorted by class of 20" in caplog.text
+        else:
+            assert findings == {} and caplog.text == ""
+
+
+def test_a_split_without_labels_is_refused_for_class_conditional_work(tmp_path: Path) -> None:
+    source = write_parquet(str(tmp_path / "public"), SHUFFLED, classes=CLASSES)
+    write_parquet(source, SHUFFLED[:40], file="test-00000-of-00001.parquet", classes=CLASSES, label=lambda _: -1)
+    manifest = prepare(config(tmp_path, source))
+    assert manifest.unlabelled == ("test",) and report(manifest)["images of test without labels"]["count"] == 40
+    manifest.check("train", 16, "random", conditional=True)
+    manifest.check("test", 16, "random")
+    with pytest.raises(ValueError, match=r"split 'test' of dataset 'public' has no labels \(-1\)"):
+        manifest.check("test", 16, "center", conditional=True)
+    assert read_images(manifest, "test", 0, 40, 16)[1].tolist() == [-1] * 40
+
+    alone = write_parquet(str(tmp_path / "alone"), SHUFFLED, label=lambda _: -1)
+    manifest = prepare(config(tmp_path, alone, output="unlabelled"))
+    assert manifest.classes == ()
+    digits = adm_presets()["digits"][1].model_copy(update={"store": str(tmp_path), "dataset": "unlabelled"})
+    with pytest.raises(ValueError, match=r"split 'train' of dataset 'public' has no labels"):
+        train(digits)
+
+
+def test_batches_of_an_adopted_set(tmp_path: Path) -> None:
+    manifest = prepare(config(tmp_path, write_parquet(str(tmp_path / "public"), SHUFFLED)))
+    assert manifest.classes == ("0", "1", "2")
+    order = OrderPlan(manifest.row_group_sizes("train"), 20, OrderConfig(num_streams=2, window=2))
+    images = {i: center_crop(decode(image.data), 16) for i, image in enumerate(SHUFFLED)}
+    for step in islice(batches(manifest, order, 0, 1, 0, 16, use_ray=False), order.batches_per_epoch):
+        for m in step:
+            for image, label, sample in zip(m.images, m.labels, m.samples, strict=True):
+                np.testing.assert_array_equal(image, images[int(sample)])
+                assert label == CLASSES.index(SHUFFLED[sample].cls)
+
+
+@pytest.mark.parametrize("num_classes", [2, 10, 1000])
+def test_fair_row_groups_are_not_called_sorted(num_classes: int) -> None:
+    """Of 1,000 row groups drawn at random one in fifty at most is suspected, of sorted ones all within a class."""
+    rng = np.random.default_rng(num_classes)
+    for rows in (8, 32, 100):
+        groups = rng.integers(0, num_classes, (1000, rows))
+        for labels, most in ((groups, 20), (np.sort(groups, axis=None).reshape(1000, rows), None)):
+            shard = Shard(path="x", bytes=0, rows=labels.size, row_groups=(rows,) * 1000)
+            footer = adoption._Footer(shard, labels.min(1), labels.max(1), ())
+            found = adoption._sorted_row_groups((footer,), num_classes)
+            assert len(found) <= most if most is not None else len(found) >= 1000 - num_classes
+
+
+@pytest.mark.parametrize("resolution", [None, 16])
+def test_a_copy_is_shuffled(resolution: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "SHARD_BYTES", 50_000)
+    found = pictures(60)
+    source = write_parquet(str(tmp_path / "public"), found, classes=CLASSES)
+    write_parquet(source, found[:9], file="test-00000-of-00001.parquet", classes=CLASSES, label=lambda _: -1)
+    wanted = config(tmp_path, source, copy_parquet=True, resolution=resolution)
+    assert "reads" in plan(wanted) and not Path(tmp_path, "out").exists()
+    manifest = prepare(wanted)
+    assert manifest.adopted is None and manifest.num_samples("train") == 180 and "test" not in manifest.splits
+    assert report(manifest)["images of test without labels, left out"]["count"] == 9
+    assert not storage.exists(storage.join(manifest.folder, "staged"))
+    rows = table(manifest, "train")
+    numbers = [int(key.rsplit("/", 1)[1]) for key in rows["key"]]
+    assert sorted(numbers) == list(range(180)) != numbers
+    assert rows["label"] == [CLASSES.index(found[number].cls) for number in numbers]
+    images, _ = read_images(manifest, "train", 0, 180, 16)
+    np.testing.assert_array_equal(images, np.stack([center_crop(decode(found[n].data), 16) for n in numbers]))
+
+
+def test_staging_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = pictures(20)
+    for i in range(3):
+        write_parquet(str(tmp_path / "public"), found[i::3], file=f"train-{i}.parquet")
+    wanted = config(tmp_path, str(tmp_path / "public"), copy_parquet=True)
+    opened, calls = storage.open_output, 0
+
+    def fails(uri: str) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise OSError(28, "no space", uri)
+        return opened(uri)
+
+    with monkeypatch.context() as full:
+        full.setattr(storage, "open_output", fails)
+        with pytest.raises(OSError, match="no space"):
+            prepare(wanted)
+    assert len(list(Path(tmp_path, "out", "staged", "data").glob("*.index"))) == 1
+    manifest = prepare(wanted)
+    undisturbed = prepare(wanted.model_copy(update={"output": "undisturbed"}))
+    assert manifest.splits == undisturbed.splits and manifest.num_samples("train") == 60
+
+
+def test_what_needs_a_copy_says_so(tmp_path: Path) -> None:
+    source = write_parquet(str(tmp_path / "public"), SHUFFLED[:10])
+    for field, value in (("resolution", 16), ("validation_fraction", 0.5)):
+        with pytest.raises(ValueError, match=rf"{field}={value} needs a copy of source=.*--copy-parquet"):
+            prepare(config(tmp_path, source, **{field: value}))
+    storage.write_bytes(str(tmp_path / "map.csv"), b"key,label\na,b\n")
+    with pytest.raises(ValueError, match=r"layout=parquet has labels of its own, and labels=map\.csv"):
+        prepare(config(tmp_path, source, labels="map.csv"))
+    assert not Path(tmp_path, "out").exists()
+
+
+def test_unfit_parquet_is_refused(tmp_path: Path) -> None:
+    def refused(name: str, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            prepare(config(tmp_path, str(tmp_path / name)))
+
+    good = Path(write_parquet(str(tmp_path / "cut"), SHUFFLED), "data", "train-00000-of-00001.parquet")
+    good.write_bytes(good.read_bytes()[:-100])
+    refused("cut", r"train-00000-of-00001\.parquet is not a sound Parquet file")
+    (tmp_path / "columns").mkdir()
+    pq.write_table(pa.table({"img": [b"x"], "label": [0]}), tmp_path / "columns" / "a.parquet")
+    refused("columns", r"a\.parquet lacks the column image\.bytes; it has img, label")
+    write_parquet(str(tmp_path / "mixed"), SHUFFLED, label=lambda image: CLASSES.index(image.cls) - 1)
+    refused("mixed", r"has labels from -1 to 1; wanted \[0, 2\), or -1 throughout")
+    write_parquet(str(tmp_path / "beyond"), SHUFFLED, classes=("ant", "bee"))
+    refused("beyond", r"has labels from 0 to 2; wanted \[0, 2\)")
+    values = pa.array([{"bytes": image.data} for image in SHUFFLED[:2]])
+    (tmp_path / "null").mkdir()
+    pq.write_table(pa.table({"image": values, "label": pa.array([0, None])}), tmp_path / "null" / "a.parquet")
+    refused("null", r"a\.parquet has null labels")
+    assert not Path(tmp_path, "out").exists()
+
+
+def test_the_contact_sheet_of_an_adopted_set(tmp_path: Path) -> None:
+    source = write_parquet(str(tmp_path / "public"), [SHUFFLED[0]._replace(data=b"no image"), *SHUFFLED[1:]])
+    manifest = prepare(config(tmp_path, source))
+    assert decode(contact_sheet(manifest)).size == (10 * 66 + 2, 10 * 80 + 2), "the images that can be decoded"

@@ -1,0 +1,233 @@
+"""Batches follow the plan, wherever they are read from and by however many workers."""
+
+from collections.abc import Callable
+from itertools import islice, takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from orchestrator import storage
+from orchestrator.data.dataset import SCHEMA, Manifest, Microbatch, batches, load_manifest, read_images
+from orchestrator.data.images import center_crop, decode
+from orchestrator.data.preparation import prepare
+from orchestrator.order import OrderConfig, OrderPlan, Purpose, sample_rng
+from tests.chaos.proxy import Proxy, Request
+from tests.orchestrator.digits import digits, table
+from tests.synthetic import photographs, sizes_of, write_dataset
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """The scanned digits."""
+    return prepare(digits(str(tmp_path_factory.mktemp("store"))))
+
+
+def test_manifests_that_are_none(tmp_path: Path, prepared: Manifest) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no finished dataset"):
+        load_manifest(str(tmp_path))
+    fields = prepared.model_dump(mode="json")
+    storage.write_json(str(tmp_path / "manifest.json"), fields | {"format_version": 2})
+    with pytest.raises(ValueError, match="format_version"):
+        load_manifest(str(tmp_path))
+    with pytest.raises(ValueError, match="has no split 'test'; it has train, validation"):
+        prepared.row_group_sizes("test")
+
+
+# ------------------------------------------------------------------------------------------------- microbatches
+
+
+def make_order(manifest: Manifest, seed: int = 0, batch_size: int = 64, split: str = "train") -> OrderPlan:
+    config = OrderConfig(seed=seed, num_streams=4, window=2)
+    return OrderPlan(manifest.row_group_sizes(split), batch_size, config)
+
+
+def global_batches(
+    manifest: Manifest, world_size: int, position: int, steps: int, **options: Any
+) -> list[list[Microbatch]]:
+    """Every step's microbatches of all streams, made by `world_size` workers."""
+    order, options = make_order(manifest), {"image_size": 16, "use_ray": False, **options}
+    workers = [
+        islice(batches(manifest, order, rank, world_size, position, **options), steps) for rank in range(world_size)
+    ]
+    return [[m for part in parts for m in part] for parts in zip(*workers, strict=True)]
+
+
+def same(first: list[list[Microbatch]], second: list[list[Microbatch]]) -> bool:
+    names = ("images", "labels", "samples", "flips", "replaced")
+    return len(first) == len(second) and all(
+        (a.stream, a.epoch) == (b.stream, b.epoch) and all(np.array_equal(getattr(a, n), getattr(b, n)) for n in names)
+        for mine, yours in zip(first, second, strict=True)
+        for a, b in zip(mine, yours, strict=True)
+    )
+
+
+def test_batches_are_what_the_plan_and_the_shards_say(prepared: Manifest) -> None:
+    rows = table(prepared, "train")
+    for microbatches in global_batches(prepared, 1, 0, 24, flip=True):  # into the second epoch
+        assert [m.stream for m in microbatches] == [0, 1, 2, 3]
+        for m in microbatches:
+            assert m.images.shape == (16, 16, 16, 3) and m.images.dtype == np.uint8
+            assert m.labels.dtype == m.samples.dtype == np.int64 and not m.replaced.any()
+            assert m.labels.tolist() == [rows["label"][i] for i in m.samples]
+            for image, sample, flip in zip(m.images, m.samples, m.flips, strict=True):
+                expected = center_crop(decode(rows["image"][sample]), 16)
+                assert flip == (sample_rng(0, m.epoch, int(sample), Purpose.FLIP).random() < 0.5)
+                np.testing.assert_array_equal(image, expected[:, ::-1] if flip else expected)
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_batches_do_not_depend_on_workers_or_restarts(prepared: Manifest, crop: str) -> None:
+    expected = global_batches(prepared, 1, 0, 30, flip=True, crop=crop)
+    assert expected[0][0].epoch == 0 and expected[-1][0].epoch == 1
+    for world_size in (2, 4):
+        assert same(global_batches(prepared, world_size, 0, 30, flip=True, crop=crop), expected)
+    for step in (1, 13, 22, 29):
+        assert same(global_batches(prepared, 2, step * 64, 30 - step, flip=True, crop=crop), expected[step:])
+    flips = np.concatenate([m.flips for step in expected for m in step])
+    assert 0.4 < flips.mean() < 0.6
+
+
+def test_a_row_that_cannot_be_decoded_shows_the_next_good_one(prepared: Manifest, tmp_path: Path) -> None:
+    manifest = _with_damage(prepared, tmp_path, lambda row: row in (5, 6))
+    plain = global_batches(prepared, 1, 0, 22)
+    damaged = global_batches(manifest, 1, 0, 22)
+    rows, replaced = table(prepared, "train"), []
+    for mine, yours in zip(plain, damaged, strict=True):
+        for a, b in zip(mine, yours, strict=True):
+            np.testing.assert_array_equal(a.samples, b.samples, "positions never move")
+            for sample, was_replaced, image, label in zip(b.samples, b.replaced, b.images, b.labels, strict=True):
+                assert was_replaced == (sample in (5, 6))
+                if was_replaced:
+                    replaced.append(int(sample))
+                    np.testing.assert_array_equal(image, center_crop(decode(rows["image"][7]), 16))
+                    assert label == rows["label"][7]
+    assert set(replaced) <= {5, 6} and replaced
+    for world_size in (2, 4):
+        assert same(global_batches(manifest, world_size, 0, 22), damaged)
+        assert same(global_batches(manifest, world_size, 9 * 64, 13), damaged[9:])
+
+
+def test_damage_past_repair_names_the_shard(prepared: Manifest, tmp_path: Path) -> None:
+    manifest = _with_damage(prepared, tmp_path, lambda row: True)
+    with pytest.raises(ValueError, match=r"no image of row group \d+ of .*train-00000-of-00001\.parquet"):
+        global_batches(manifest, 1, 0, 1)
+    shard = Path(manifest.folder, manifest.shards("train")[0].path)
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"train-00000-of-00001\.parquet is not a sound Parquet shard"):
+        global_batches(manifest, 1, 0, 1)
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=r"train-00000-of-00001\.parquet"):
+        global_batches(manifest, 1, 0, 1)
+
+
+def _with_damage(manifest: Manifest, folder: Path, damaged: Callable[[int], bool]) -> Manifest:
+    """A copy of the training shard in which the bytes of some images are cut short."""
+    shard, start = manifest.shards("train")[0], 0
+    whole = pq.ParquetFile(storage.join(manifest.folder, shard.path))
+    with pq.ParquetWriter(folder / shard.path, SCHEMA) as writer:
+        for group in range(whole.num_row_groups):
+            rows = whole.read_row_group(group).to_pylist()
+            cut = [row | {"image": row["image"][:30]} if damaged(start + i) else row for i, row in enumerate(rows)]
+            writer.write_table(pa.Table.from_pylist(cut, schema=SCHEMA))
+            start += len(rows)
+    damaged_shard = shard.model_copy(update={"bytes": (folder / shard.path).stat().st_size})
+    splits = manifest.splits | {"train": (damaged_shard,)}
+    return manifest.model_copy(update={"folder": str(folder), "splits": splits})
+
+
+def test_a_plan_for_other_row_groups_is_refused_at_once(prepared: Manifest) -> None:
+    with pytest.raises(ValueError, match="made for other row groups than those of split='validation'"):
+        batches(prepared, make_order(prepared), 0, 1, 0, 16, split="validation")
+    with pytest.raises(ValueError, match="position=3 is not a multiple"):
+        batches(prepared, make_order(prepared), 0, 1, 3, 16)
+
+
+def test_read_images_is_the_manifests_order(prepared: Manifest) -> None:
+    rows = table(prepared, "validation")
+    images, labels = read_images(prepared, "validation", 0, 360, 8)
+    assert labels.tolist() == rows["label"] and labels.dtype == np.int64
+    expected = np.stack([np.asarray(decode(data)) for data in rows["image"]])
+    np.testing.assert_array_equal(images, expected)
+    for begin, end in [(0, 1), (20, 50), (44, 45), (359, 360)]:
+        found, _ = read_images(prepared, "validation", begin, end, 8)
+        np.testing.assert_array_equal(found, expected[begin:end])
+    with pytest.raises(ValueError, match=r"'validation' has 360 rows, and no range \[350, 361\)"):
+        read_images(prepared, "validation", 350, 361, 8)
+
+
+def test_batches_end_where_they_are_told(prepared: Manifest) -> None:
+    order = make_order(prepared)
+    found = list(batches(prepared, order, 0, 1, 64, 16, use_ray=False, end=64 * 30))
+    assert len(found) == 29, "from the second step into the second epoch"
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_ray_gives_the_same_batches(prepared: Manifest, ray_session: None, world_size: int) -> None:
+    expected = global_batches(prepared, 1, 0, 30, flip=True, crop="random")
+    found = global_batches(prepared, world_size, 0, 30, flip=True, crop="random", use_ray=True)
+    assert same(found, expected)
+
+
+@pytest.mark.ray
+def test_ray_reads_from_s3(prepared: Manifest, s3_bucket: str, ray_session: None) -> None:
+    manifest = prepare(digits(s3_bucket))
+    assert manifest.folder == f"{s3_bucket}/digits" and manifest.splits == prepared.splits
+    assert same(global_batches(manifest, 2, 64, 5, use_ray=True), global_batches(prepared, 1, 64, 5))
+    storage.delete(storage.join(manifest.folder, manifest.shards("train")[0].path))
+    with pytest.raises(RuntimeError, match=rf"reading data failed: FileNotFoundError.*{manifest.folder}/train-00000"):
+        global_batches(manifest, 1, 0, 1, use_ray=True)
+
+
+@pytest.mark.ray
+def test_no_row_group_is_fetched_twice(s3_bucket: str, ray_session: None, ray_proxy: Proxy) -> None:
+    """Counted at the S3 server: an epoch of two workers, and again from its middle."""
+    images = photographs(20)
+    manifest = write_dataset(s3_bucket, images, sizes_of(images), rows=640, row_group=10)
+    order = OrderPlan(manifest.row_group_sizes("train"), 64, OrderConfig(num_streams=4, window=2))
+    middle = order.batch_size * 4  # inside a window of every stream
+    fetched = {}
+    for position, rank in [(0, 0), (0, 1), (middle, 0), (middle, 1)]:
+        before = len(ray_proxy.requests)
+        for _ in batches(manifest, order, rank, 2, position, 32, end=order.images_per_epoch):
+            pass
+        requests = [request for request in ray_proxy.requests[before:] if request.target.startswith(s3_bucket[4:])]
+        assert {request.method for request in requests} == {"GET"}
+        groups = _row_groups_of(manifest, requests)
+        footers = len(requests) - len(groups)
+        print(f"{rank=} {position=}: {len(groups)} requests for {len(set(groups))} row groups, {footers} for footers")
+        assert len(set(groups)) == len(groups), "none twice by one worker"
+        fetched[position, rank] = set(groups)
+    assert not fetched[0, 0] & fetched[0, 1], "none by two workers"
+    for rank in (0, 1):
+        begun = set()
+        for unit in takewhile(lambda unit: unit.epoch == 0, order.units(rank, 2)):
+            if unit.first * order.config.num_streams < middle:
+                begun |= set(unit.row_groups)
+        again = begun & fetched[middle, rank]
+        print(f"{rank=}: a restart at {middle} reads {len(again)} of {len(begun)} begun row groups again")
+        assert 0 < len(again) <= len(order.streams(rank, 2)) * order.config.window, "those of the open windows"
+
+
+def _row_groups_of(manifest: Manifest, requests: list[Request]) -> list[int]:
+    """Which row groups these requests fetched; any other range must be a footer's."""
+    starts, ends, first = {}, set(), 0
+    for shard in manifest.shards("train"):
+        metadata = pq.ParquetFile(storage.open_input(storage.join(manifest.folder, shard.path))).metadata
+        for place in range(metadata.num_row_groups):
+            starts[shard.path, metadata.row_group(place).column(1).dictionary_page_offset] = first + place
+        ends.add((shard.path, shard.bytes - 1))
+        first += metadata.num_row_groups
+    found = []
+    for request in requests:
+        begin, end = map(int, request.part.removeprefix("bytes=").split("-"))
+        path = request.target.rsplit("/", 1)[1]
+        if (path, begin) in starts:
+            found.append(starts[path, begin])
+        else:
+            assert (path, end) in ends, f"{request} is neither a row group nor a footer"
+    return found

@@ -1,0 +1,288 @@
+"""Every layout gives the same images under the same classes, or one clear error."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from orchestrator import storage
+from orchestrator.data.images import decode
+from orchestrator.data.sources import Source, detect, list_source, open_reader, open_source, read_label_map
+from tests.orchestrator.data import layouts
+from tests.orchestrator.data.hub import Hub
+from tests.orchestrator.data.layouts import CLASSES, Picture, pictures, tar_bytes
+
+IMAGES = pictures(40)
+
+LAYOUTS: dict[str, tuple[str, Callable[..., str]]] = {
+    "tree": ("folder", layouts.write_tree),
+    "flat": ("flat", layouts.write_flat),
+    "tar of tars": ("tars", layouts.write_tar_of_tars),
+    "class tars": ("tars", layouts.write_class_tars),
+    "webdataset cls": ("webdataset", layouts.write_webdataset),
+    "webdataset json": ("webdataset", lambda uri, images: layouts.write_webdataset(uri, images, "json", 50)),
+    "label map": ("flat", layouts.write_labelled),
+}
+
+
+def open_at(uri: str, labels: str | None = None, layout: str = "auto", num_workers: int = 0) -> Source:
+    listing = list_source(uri)
+    found = detect(listing, labels is not None) if layout == "auto" else layout
+    return open_source(found, listing, read_label_map(labels) if labels else None, num_workers)  # type: ignore[arg-type]
+
+
+def contents(source: Source) -> list[tuple[str, bytes]]:
+    """Class and bytes of every image, sorted."""
+    columns = [source.index[name].to_pylist() for name in ("object", "start", "size")]
+    data = open_reader(source.layout, source.uri)([storage.Range(*row) for row in zip(*columns, strict=True)])
+    return sorted(zip([source.classes[i] for i in source.index["label"].to_pylist()], data, strict=True))
+
+
+def check_layout(kind: str, store: str, images: list[Picture]) -> None:
+    expected, write = LAYOUTS[kind]
+    uri = write(f"{store}/some images", images)
+    assert detect(list_source(uri)) == expected
+    source = open_at(uri, f"{uri}.csv" if kind == "label map" else None)
+    names = ("0", "1", "2") if kind.startswith("webdataset") else CLASSES
+    assert source.classes == names and source.findings == {}
+    assert source.index["key"].to_pylist() == sorted(set(source.index["key"].to_pylist()))
+    assert contents(source) == sorted((names[CLASSES.index(image.cls)], image.data) for image in images)
+    assert set(source.index["split"].to_pylist()) == {"train" if kind.startswith("webdataset") else ""}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_layouts_on_disk(kind: str, tmp_path: Path) -> None:
+    check_layout(kind, str(tmp_path), IMAGES)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_layouts_on_object_storage(kind: str, s3_bucket: str) -> None:
+    check_layout(kind, s3_bucket, pictures(4))
+
+
+def test_a_tar_of_tars_has_the_keys_of_its_tree(tmp_path: Path) -> None:
+    tree = open_at(layouts.write_tree(str(tmp_path / "tree"), IMAGES))
+    tars = open_at(layouts.write_tar_of_tars(str(tmp_path / "all"), IMAGES))
+    for column in ("key", "label", "size"):
+        assert tree.index[column] == tars.index[column]
+
+
+def test_cifar10_is_read_from_its_binary_version(tmp_path: Path) -> None:
+    data, batches = layouts.cifar10_archive(20)
+    storage.write_bytes(str(tmp_path / "cifar-10-binary.tar.gz"), data)
+    for uri in (tmp_path, tmp_path / "cifar-10-binary.tar.gz"):
+        source = open_at(str(uri))
+        assert source.classes[:2] == ("airplane", "automobile") and len(source.classes) == 10
+        assert source.index["split"].to_pylist() == ["train"] * 100 + ["test"] * 20
+        rows = source.index.select(["object", "start", "size"]).to_pylist()
+        found = open_reader("cifar10", source.uri)([storage.Range(r["object"], r["start"], r["size"]) for r in rows])
+        for row, label, image in zip(rows, source.index["label"].to_pylist(), found, strict=True):
+            images, labels = batches[row["object"]]
+            assert labels[row["start"]] == label
+            np.testing.assert_array_equal(np.asarray(decode(image)), images[row["start"]])
+    storage.write_bytes(str(tmp_path / "cut" / "cifar-10-binary.tar.gz"), data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"cifar-10-binary\.tar\.gz is no sound tar\.gz"):
+        open_at(str(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize("name", ["cifar-10-python.tar.gz", "cifar-10-batches-py/data_batch_1"])
+def test_cifar10_in_pickles_is_refused(name: str, tmp_path: Path) -> None:
+    storage.write_bytes(str(tmp_path / name), b"\x80\x04")
+    with pytest.raises(ValueError, match=r"holds pickles.*take cifar-10-binary\.tar\.gz"):
+        open_at(str(tmp_path))
+
+
+def test_splits_that_the_source_gives(tmp_path: Path) -> None:
+    for split, images in (("train", IMAGES[:100]), ("val", IMAGES[100:])):
+        layouts.write_tree(str(tmp_path / "tree" / split), images)
+    source = open_at(str(tmp_path / "tree"))
+    assert source.classes == CLASSES
+    assert source.index["split"].to_pylist() == ["train"] * 100 + ["validation"] * 20
+    storage.write_bytes(str(tmp_path / "map.json"), b'{"00000.png": 1, "00001.png": 0}')
+    storage.write_bytes(str(tmp_path / "map.csv"), b"key,label,split\n00000.png,x,val\n00001.png,y,train\n")
+    layouts.write_labelled(str(tmp_path / "files"), IMAGES[:2])
+    assert open_at(str(tmp_path / "files"), str(tmp_path / "map.json")).index["split"].to_pylist() == ["", ""]
+    source = open_at(str(tmp_path / "files"), str(tmp_path / "map.csv"))
+    assert source.index["split"].to_pylist() == ["validation", "train"] and source.classes == ("x", "y")
+
+
+def test_a_label_map_for_a_tar_without_labels(tmp_path: Path) -> None:
+    """ILSVRC2012's validation images come so."""
+    members = [(f"./ILSVRC2012_val_{i:08d}.JPEG", image.data) for i, image in enumerate(IMAGES)]
+    storage.write_bytes(str(tmp_path / "val.tar"), tar_bytes(members))
+    pairs = [[f"ILSVRC2012_val_{i:08d}.JPEG", CLASSES.index(image.cls)] for i, image in enumerate(IMAGES)]
+    storage.write_json(str(tmp_path / "labels.json"), {"labels": pairs})
+    source = open_at(str(tmp_path / "val.tar"), str(tmp_path / "labels.json"))
+    assert contents(source) == sorted((str(CLASSES.index(image.cls)), image.data) for image in IMAGES)
+
+
+def test_one_tar_of_a_tree_or_of_a_flat_folder(tmp_path: Path) -> None:
+    kinds = {
+        "tree": [(f"{i.cls}/{i.name}.png", i.data) for i in IMAGES],
+        "wrapped": [(f"./sets/mine/{i.cls}/{i.name}.png", i.data) for i in IMAGES],
+        "split": [(f"mine/val/{i.cls}/{i.name}.png", i.data) for i in IMAGES],
+        "flat": [(f"mine/{i.name}.png", i.data) for i in IMAGES],
+    }
+    for kind, members in kinds.items():
+        storage.write_bytes(str(tmp_path / f"{kind}.tar"), tar_bytes(members))
+        source = open_at(str(tmp_path / f"{kind}.tar"))
+        assert source.classes == CLASSES and set(source.index["split"].to_pylist()) == {
+            "validation" if kind == "split" else ""
+        }
+        assert contents(source) == sorted((image.cls, image.data) for image in IMAGES)
+    storage.write_bytes(str(tmp_path / "none.tar"), tar_bytes([("mine/1.png", b"x"), ("mine/2.png", b"y")]))
+    with pytest.raises(ValueError, match=r"none\.tar: 2 images have no class and _ .*label map"):
+        open_at(str(tmp_path / "none.tar"))
+
+
+def test_file_names_that_several_images_share_are_no_keys_of_a_label_map(tmp_path: Path) -> None:
+    for name in ("a/1.png", "b/1.png", "b/2.png"):
+        storage.write_bytes(str(tmp_path / "files" / name), IMAGES[0].data)
+    storage.write_bytes(str(tmp_path / "map.csv"), b"key,label\n1.png,0\n2.png,1\n")
+    with pytest.raises(ValueError, match=r"names 1\.png, but 2 images have this file name: name them by their paths"):
+        open_at(str(tmp_path / "files"), str(tmp_path / "map.csv"))
+    storage.write_bytes(str(tmp_path / "map.csv"), b"key,label\na/1.png,0\nb/1.png,1\n2.png,1\n")
+    assert open_at(str(tmp_path / "files"), str(tmp_path / "map.csv")).index["label"].to_pylist() == [0, 1, 1]
+
+
+def test_images_of_no_class(tmp_path: Path) -> None:
+    for uri in (layouts.write_flat(str(tmp_path / "a"), IMAGES), layouts.write_class_tars(str(tmp_path / "b"), IMAGES)):
+        source = open_at(uri, layout="unlabelled")
+        assert source.classes == () and set(source.index["label"].to_pylist()) == {-1} and len(source.index) == 120
+
+
+def test_links_are_followed(tmp_path: Path) -> None:
+    layouts.write_tree(str(tmp_path / "all"), IMAGES)
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "ant").symlink_to("../all/ant")
+    (tmp_path / "some" / "bee").mkdir()
+    (tmp_path / "some" / "bee" / "one.png").symlink_to(tmp_path / "all" / "bee" / "bee_000.png")
+    (tmp_path / "some" / "bee" / "loop").symlink_to("..")
+    source = open_at(str(tmp_path / "some"))
+    assert source.classes == ("ant", "bee") and len(source.index) == 41
+    assert contents(source) == sorted((image.cls, image.data) for image in IMAGES[:41])
+
+
+def test_oddities_are_reported(tmp_path: Path) -> None:
+    data = IMAGES[0].data
+    storage.write_bytes(str(tmp_path / "w" / "a.tar"), tar_bytes([
+        ("1.png", data), ("1.cls", b"0"), ("1.json", b'{"label": 1}'),
+        ("2.png", data), ("2.cls", b"1"), ("2.json", b'{"label": 1}'),
+        ("3.png", data), ("3.json", b"{}"), ("._1.png", b"mac"),
+    ]))  # fmt: skip
+    findings = open_at(str(tmp_path / "w")).findings
+    assert findings["labels that differ between .cls, which is taken, and .json"].examples == ("a/1",)
+    assert findings["images without a label, left out"].examples == ("a/3",)
+
+    storage.write_bytes(str(tmp_path / "t" / "ant.tar"), tar_bytes([("ant_1.png", data), ("bee_2.png", data)]))
+    storage.write_bytes(str(tmp_path / "t" / "bee.tar"), tar_bytes([("bee_1.png", data), ("bee_1.png", b"again")]))
+    storage.write_bytes(str(tmp_path / "t" / "cat.tar"), tar_bytes([]))
+    source = open_at(str(tmp_path / "t"))
+    assert source.findings["images named after another class than their tar's"].examples == ("ant/bee_2.png",)
+    assert source.findings["duplicate keys, the first one kept"].examples == ("bee/bee_1.png",)
+    assert source.findings["tars without images"].examples == ("cat",)
+    assert source.findings["classes without images"].examples == ("cat",)
+    assert contents(source) == [("ant", data), ("ant", data), ("bee", data)]
+
+    layouts.write_tree(str(tmp_path / "e" / "train"), IMAGES)
+    (tmp_path / "e" / "train" / "eel").mkdir()
+    storage.write_bytes(str(tmp_path / "e" / "train" / "docs" / "readme.txt"), b"")
+    storage.write_bytes(str(tmp_path / "e" / "train" / "readme.txt"), b"")
+    source = open_at(str(tmp_path / "e"))
+    assert source.classes == CLASSES
+    assert source.findings["folders without images, which are no classes"].examples == ("docs", "eel")
+
+    layouts.write_labelled(str(tmp_path / "f"), IMAGES[:3])
+    storage.write_bytes(str(tmp_path / "f.csv"), b"key,label\n00000.png,ant\n00001.png,ant\nmissing.png,bee\n")
+    findings = open_at(str(tmp_path / "f"), str(tmp_path / "f.csv")).findings
+    assert findings["images without a label, left out"].examples == ("00002.png",)
+    assert findings["labels without an image"].examples == ("missing.png",)
+
+
+@pytest.mark.parametrize("cut", [700, 5_000, -600, -1_500])
+def test_tars_that_are_cut_short(cut: int, tmp_path: Path) -> None:
+    for uri in (
+        layouts.write_tar_of_tars(str(tmp_path / "all"), IMAGES[:9]),
+        layouts.write_webdataset(str(tmp_path / "w"), IMAGES[:9]) + "/train-0000.tar",
+    ):
+        data = storage.read_bytes(uri).rstrip(b"\0") + bytes(1024)  # without the padding behind the end mark
+        data += bytes(-len(data) % 512)
+        storage.write_bytes(uri, data)
+        storage.write_bytes(uri, data[:cut])
+        with pytest.raises(ValueError, match=r"\.tar.*(is cut short|is no sound tar)"):
+            open_at(uri)
+
+
+def test_a_damaged_inner_tar_is_named(tmp_path: Path) -> None:
+    tars = layouts.class_tars(IMAGES[:60])
+    broken = bytearray(tars[1][1])
+    broken[broken.index(b"bee_003.png") + 150] ^= 1  # in the checksum of its header
+    uri = str(tmp_path / "all.tar")
+    storage.write_bytes(uri, tar_bytes([tars[0], ("bee.tar", bytes(broken))]))
+    with pytest.raises(ValueError, match=r"all\.tar \(bee\.tar in it\) is cut short or damaged at byte"):
+        open_at(uri)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"note.txt": b"x"}, r"holds no images in a layout that is known: wanted a tree <class>/<image>"),
+        ({"a.png": b"x", "ant/b.png": b"x"}, r"1 images lie in no class folder, a\.png"),
+        ({"ant_1.png": b"x", "b.png": b"x"}, r"1 images have no class and _ .* b\.png .*label map"),
+        ({"train.tar.gz": b"x"}, r"train\.tar\.gz is compressed"),
+        ({"w/a.tar": tar_bytes([("1.png", b"x"), ("1.cls", b"cat")])}, r"a\.tar: 1\.cls holds no integer label"),
+        ({"w/a.tar": b"not a tar"}, r"a\.tar is no sound tar"),
+        ({".DS_Store": b"x", "._a.png": b"x"}, r"holds no images"),
+    ],
+)
+def test_unfit_sources_are_refused(files: dict[str, bytes], message: str, tmp_path: Path) -> None:
+    for name, data in files.items():
+        storage.write_bytes(str(tmp_path / name), data)
+    with pytest.raises(ValueError, match=message):
+        open_at(str(tmp_path))
+
+
+def test_a_gated_source_needs_its_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfFileSystem
+
+    hub = Hub({"train/all.tar": tar_bytes(layouts.class_tars(IMAGES))}, token="hf_secret")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    HfFileSystem.clear_instance_cache()
+    with pytest.raises(PermissionError, match=r"access denied.*hf://datasets/org/set/train"):
+        open_at("hf://datasets/org/set/train")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    HfFileSystem.clear_instance_cache()
+    for uri in ("hf://datasets/org/set/train", "hf://datasets/org/set/train/all.tar"):
+        assert contents(open_at(uri)) == sorted((image.cls, image.data) for image in IMAGES)
+    hub.close()
+    HfFileSystem.clear_instance_cache()
+
+
+def test_a_source_that_is_not_there(tmp_path: Path, s3_bucket: str) -> None:
+    for uri in (str(tmp_path / "none"), f"{s3_bucket}/none"):
+        with pytest.raises(FileNotFoundError, match="none"):
+            open_at(uri)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("m.csv", b"file,class\na,b\n", r"has the columns \['file', 'class'\]; wanted a CSV with the columns key"),
+        ("m.csv", b"key,label\na.png,1\na.png,2\n", r"gives a\.png two labels: 1 and 2"),
+        ("m.csv", b"key,label,split\na.png,1,fold3\n", r"names the split 'fold3'"),
+        ("m.csv", b"key,label\n", r"names no images"),
+        ("m.csv", b"key,label\na.png,1\nb.png\n", r"gives no label to b\.png"),
+        ("m.json", b"[1, 2]", r"is no label map"),
+        ("m.json", b'{"labels": [["a", 1.5]]}', r"is no label map"),
+        ("m.json", b'{"a": 1, "b": "cat"}', r"labels all integers or all class names"),
+        ("m.json", b"{", r"is not valid JSON"),
+    ],
+)
+def test_label_maps_that_are_none(name: str, data: bytes, message: str, tmp_path: Path) -> None:
+    storage.write_bytes(str(tmp_path / name), data)
+    with pytest.raises(ValueError, match=message):
+        read_label_map(str(tmp_path / name))

@@ -1,0 +1,129 @@
+"""Features by blocks of 512 indices: the same however images were sharded, extracted or resumed (promise P5)."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.features import Features
+from models.metrics import BLOCK, moments
+from orchestrator import storage
+from orchestrator.evaluation import extraction
+from orchestrator.evaluation.extraction import FeatureFiles, Labelled, chosen, concatenate, extract_all
+from orchestrator.evaluation.extractors import own_extractor
+from orchestrator.evaluation.inputs import ImageSet
+
+COUNT = 2 * BLOCK + 76
+TOY = partial(own_extractor, "tests.orchestrator.evaluation.toy_extractor.ToyExtractor")
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Images in a number of files of uneven lengths, read by index."""
+
+    folder: str
+    bounds: tuple[int, ...]
+
+    def __call__(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        parts = []
+        for number in range(len(self.bounds) - 1):
+            first, last = self.bounds[number], self.bounds[number + 1]
+            if first < end and last > begin:
+                shard = np.load(f"{self.folder}/{number}.npy")
+                parts.append(shard[max(begin - first, 0) : end - first])
+        return np.concatenate(parts), np.arange(begin, end) % 3
+
+
+def sharded(folder: Path, images: np.ndarray, num_shards: int) -> ImageSet:
+    rng = np.random.default_rng([61, num_shards])
+    cuts = np.sort(rng.choice(np.arange(1, len(images)), num_shards - 1, replace=False))
+    bounds = (0, *map(int, cuts), len(images))
+    folder.mkdir()
+    for number in rng.permutation(num_shards):
+        np.save(folder / f"{number}.npy", images[bounds[number] : bounds[number + 1]])
+    return ImageSet(str(folder), "samples", len(images), str(num_shards), Shards(str(folder), bounds), seed=3)
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng([62]).integers(0, 256, (COUNT, 4, 4, 3), dtype=np.uint8)
+
+
+def contents(files: FeatureFiles) -> dict[str, bytes]:
+    return {name: storage.read_bytes(storage.join(files.folder, name)) for name in storage.list_names(files.folder)}
+
+
+def test_shards_change_nothing(images: np.ndarray, tmp_path: Path) -> None:
+    extracted = []
+    for num_shards in (1, 7, 64):
+        some = sharded(tmp_path / f"in{num_shards}", images, num_shards)
+        extracted.append(extract_all(some, str(tmp_path / f"out{num_shards}"), TOY, num_workers=0))
+    first, *others = map(contents, extracted)
+    assert sorted(first) == [f"{b:08d}-{min(b + BLOCK, COUNT):08d}.safetensors" for b in range(0, COUNT, BLOCK)]
+    assert all(other == first for other in others)
+
+
+@pytest.mark.ray
+def test_the_pool_changes_nothing(
+    images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None
+) -> None:
+    some = sharded(tmp_path / "in", images, 7)
+    here = extract_all(some, str(tmp_path / "here"), TOY, num_workers=0)
+    pooled = extract_all(some, str(tmp_path / "pool"), TOY, num_workers=2)
+    assert contents(pooled) == contents(here)
+    alone = here.moments("pool", num_workers=0)
+    monkeypatch.setattr(extraction, "GROUP", 1)  # each block a share of its own
+    together = pooled.moments("pool", num_workers=2)
+    assert alone.mean.tobytes() == together.mean.tobytes() and alone.m2.tobytes() == together.m2.tobytes()
+
+
+def test_what_is_missing_is_made_and_the_rest_left_alone(images: np.ndarray, tmp_path: Path) -> None:
+    some = sharded(tmp_path / "in", images, 1)
+    files = extract_all(some, str(tmp_path / "out"), TOY, num_workers=0)
+    before = contents(files)
+    middle = storage.join(files.folder, f"{BLOCK:08d}-{2 * BLOCK:08d}.safetensors")
+    storage.delete(middle)
+    read: list[tuple[int, int]] = []
+
+    def watched(begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        read.append((begin, end))
+        return some.read(begin, end)
+
+    extract_all(ImageSet("again", "samples", COUNT, "x", watched), str(tmp_path / "out"), TOY, num_workers=0)
+    assert read == [(BLOCK, 2 * BLOCK)] and contents(files) == before
+
+
+def test_rows_and_moments_are_those_of_the_whole(images: np.ndarray, tmp_path: Path) -> None:
+    files = extract_all(sharded(tmp_path / "in", images, 1), str(tmp_path / "out"), TOY, num_workers=0)
+    whole = files.whole()
+    np.testing.assert_array_equal(files.pool(), whole.features.pool)
+    rows = np.array([0, 511, 512, 700, COUNT - 1])
+    np.testing.assert_array_equal(files.pool(rows), whole.features.pool[rows])
+    np.testing.assert_array_equal(files.labels(), np.arange(COUNT) % 3)
+    assert files.moments("spatial", 0).m2.tobytes() == moments(whole.features.spatial).m2.tobytes()  # type: ignore[arg-type]
+
+
+def test_few_rows_of_many_are_kept(images: np.ndarray, tmp_path: Path) -> None:
+    files = extract_all(sharded(tmp_path / "in", images, 1), str(tmp_path / "out"), TOY, num_workers=0)
+    before = storage.list_names(files.folder)
+    np.testing.assert_array_equal(files.chosen_pool(COUNT), files.pool())
+    for _ in range(2):
+        np.testing.assert_array_equal(files.chosen_pool(100), files.pool(chosen(COUNT, 100)))
+    assert set(storage.list_names(files.folder)) - set(before) == {"pool-of-100.safetensors"}
+
+
+def test_a_damaged_file_is_named(images: np.ndarray, tmp_path: Path) -> None:
+    files = extract_all(sharded(tmp_path / "in", images[:9], 1), str(tmp_path / "out"), TOY, num_workers=0)
+    uri = storage.join(files.folder, "00000000-00000009.safetensors")
+    storage.write_bytes(uri, storage.read_bytes(uri)[:50])
+    with pytest.raises(ValueError, match=r"00000000-00000009\.safetensors is damaged .* delete it"):
+        files.pool()
+
+
+def test_concatenation_keeps_order() -> None:
+    parts = [Labelled(Features(np.full((n, 4), n, np.float32)), np.arange(n)) for n in (3, 5)]
+    whole = concatenate(parts)
+    np.testing.assert_array_equal(whole.features.pool[:, 0], [3] * 3 + [5] * 5)
+    assert whole.features.spatial is None and whole.labels.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]

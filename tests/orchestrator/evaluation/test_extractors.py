@@ -1,0 +1,88 @@
+"""Extractors by name: what is missing, or is not what it should be, is said before the first image."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_sample_images
+
+from models.features import DigitsNetwork, extract
+from orchestrator.evaluation import extractors
+from orchestrator.evaluation.extractors import (
+    efficientnet_extractor,
+    extractor_loader,
+    inception_extractor,
+    own_extractor,
+)
+from tests.reference_metrics import random_weights
+
+
+def load(name: str, weights: str | None = None, dataset: str | None = None) -> extractors.LoadedExtractor:
+    return extractor_loader(name, weights, dataset, "/nowhere/extractors", seed=7, image_size=8)()
+
+
+def test_without_its_weights_inception_says_which_file_and_where() -> None:
+    with pytest.raises(FileNotFoundError) as error:
+        load("inception")
+    message = str(error.value)
+    assert "pt_inception-2015-12-05-6726825d.pth" in message and "6726825d" in message
+    assert "/nowhere/extractors/pt_inception-2015-12-05-6726825d.pth" in message and "--extractor-weights" in message
+
+
+def test_other_weights_are_not_fid(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"fc.bias": torch.zeros(1008)}, path)
+    with pytest.raises(ValueError, match="numbers of other weights are not FID"):
+        load("inception", str(path))
+
+
+def test_the_right_file_is_checked_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the golden recipe's weights in the place of the published ones, whose digest is 64 known digits."""
+    golden = Path(__file__).parents[2] / "golden" / "metrics"
+    shapes = json.loads((golden / "inception_state_dict.json").read_text())["shapes"]
+    with np.load(golden / "inception_random_weights.npz") as arrays:
+        state = random_weights({name: arrays[name] for name in ("seed", "fc_scale")}, shapes)
+        images, expected = arrays["images_64"][:1], arrays["images_64/pool3_2048"][:1]
+    assert len(extractors.INCEPTION_SHA256) == 64 and extractors.INCEPTION_SHA256.startswith("6726825d")
+    torch.save(state, tmp_path / "weights.pth")
+    digest = hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
+    monkeypatch.setattr(extractors, "INCEPTION_SHA256", digest)
+    loaded = inception_extractor(str(tmp_path / "weights.pth"))
+    assert loaded.fingerprint == f"inception-{digest[:12]}"
+    np.testing.assert_allclose(loaded.network(images).pool, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_efficientnet_knows_a_palace_from_a_flower() -> None:
+    """Real ImageNet weights: scikit-learn's two photographs are a palace (698) with a bell cote (442), and a daisy."""
+    loaded = efficientnet_extractor()
+    china, flower = (image[:, 100:500] for image in load_sample_images().images)
+    features = extract(loaded.network, np.stack([china, flower])[:, :400], 2)
+    assert features.pool.shape == (2, 1280) and features.logits is not None
+    ranked = np.argsort(-features.logits, axis=1)
+    assert {698, 442} == set(ranked[0, :2].tolist()) and ranked[1, 0] == 985
+    assert loaded.fingerprint.startswith("efficientnet_lite0-57934424")
+
+
+def test_one_s_own_extractor_comes_by_its_dotted_name() -> None:
+    loaded = own_extractor("tests.orchestrator.evaluation.toy_extractor.ToyExtractor")
+    assert loaded.fingerprint == "toy-quarters" and loaded.network.dimension == 12
+    module = own_extractor("models.features.DigitsNetwork")  # a torch module is told by its state
+    assert isinstance(module.network, DigitsNetwork) and len(module.fingerprint) == len("digits-") + 12
+    with pytest.raises(ValueError, match="cannot be imported"):
+        own_extractor("tests.orchestrator.evaluation.toy_extractor.Nothing")
+    with pytest.raises(ValueError, match="names another network's numbers"):
+        own_extractor("tests.orchestrator.evaluation.toy_extractor.FalseInception")
+    with pytest.raises(ValueError, match="is no extractor: it lacks name, dimension, num_classes"):
+        own_extractor("collections.OrderedDict")
+
+
+def test_names_that_mean_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="wanted inception, efficientnet, digits"):
+        load("vgg")
+    with pytest.raises(ValueError, match="must then be a dataset"):
+        load("digits")
+    with pytest.raises(ValueError, match="has no meaning for extractor=efficientnet"):
+        load("efficientnet", "weights.pth")

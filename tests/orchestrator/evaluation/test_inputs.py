@@ -1,0 +1,141 @@
+"""One set of images in every form gives the same pixels by index; what does not fit is one clear error."""
+
+import io
+import pickle
+import tarfile
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pytest
+
+from orchestrator import storage
+from orchestrator.data.preparation import prepare
+from orchestrator.evaluation.inputs import ImageSet, image_size_of, open_images, split_images
+from orchestrator.pictures import png
+from tests.orchestrator.digits import digits
+
+COUNT = 1100  # more than two blocks
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng([60]).integers(0, 256, (COUNT, 6, 6, 3), dtype=np.uint8)
+
+
+def write(form: str, folder: str, images: np.ndarray) -> str:
+    """The images at a URI beneath `folder`, in one of the forms."""
+    buffer = io.BytesIO()
+    names = [f"{index:06d}.png" for index in range(len(images))]
+    if form == "folder":
+        Path(folder, "images").mkdir()
+        for name, image in zip(names, images, strict=True):
+            Path(folder, "images", name).write_bytes(png(image))
+        return storage.join(folder, "images")
+    if form == "tar":
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            for name, image in reversed(list(zip(names, images, strict=True))):
+                member = tarfile.TarInfo(f"made/{name}")
+                member.size = len(data := png(image))
+                archive.addfile(member, io.BytesIO(data))
+    elif form == "stored.npz":
+        np.savez(buffer, images, np.arange(len(images)) % 10)
+    elif form == "deflated.npz":
+        np.savez_compressed(buffer, images, np.arange(len(images)) % 10)
+    elif form == "fortran.npz":
+        np.savez(buffer, np.asfortranarray(images))
+    storage.write_bytes(uri := storage.join(folder, f"made.{form}"), buffer.getvalue())
+    return uri
+
+
+@pytest.mark.parametrize("form", ["folder", "tar", "stored.npz", "deflated.npz", "fortran.npz"])
+def test_every_form_gives_the_same_pixels(form: str, images: np.ndarray, tmp_path: Path) -> None:
+    found = open_images(write(form, str(tmp_path), images))
+    assert found.count == COUNT and image_size_of(found) == 6
+    read = pickle.loads(pickle.dumps(found)).read  # noqa: S301 - as it travels to a worker
+    for begin, end in ((0, 3), (512, 1024), (1024, COUNT), (100, 900), (5, 6)):  # also backwards
+        pixels, labels = read(begin, end)
+        np.testing.assert_array_equal(pixels, images[begin:end])
+        expected = np.arange(begin, end) % 10 if form in ("stored.npz", "deflated.npz") else np.full(end - begin, -1)
+        np.testing.assert_array_equal(labels, expected)
+
+
+@pytest.mark.parametrize("form", ["tar", "stored.npz", "deflated.npz"])
+def test_object_storage_serves_ranges(form: str, images: np.ndarray, s3_bucket: str) -> None:
+    found = open_images(write(form, s3_bucket, images[:600]))
+    np.testing.assert_array_equal(found.read(500, 600)[0], images[500:600])
+
+
+def test_a_compressed_batch_is_read_once_from_its_start(
+    images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = open_images(write("deflated.npz", str(tmp_path), images))
+    opened: list[str] = []
+    open_input = storage.open_input
+
+    def watched(uri: str) -> BinaryIO:
+        opened.append(uri)
+        return open_input(uri)
+
+    monkeypatch.setattr(storage, "open_input", watched)
+    parts = [found.read(begin, min(begin + 100, COUNT))[0] for begin in range(0, COUNT, 100)]
+    np.testing.assert_array_equal(np.concatenate(parts), images)
+    assert len(opened) == 1
+
+
+def test_other_images_have_another_identity(images: np.ndarray, tmp_path: Path) -> None:
+    def opened(name: str, some: np.ndarray) -> ImageSet:
+        np.savez(tmp_path / name, some)
+        return open_images(str(tmp_path / name))
+
+    assert opened("a.npz", images[:9]).identity == opened("b.npz", images[:9]).identity
+    assert opened("c.npz", images[1:10]).identity != opened("a.npz", images[:9]).identity
+
+
+def test_folders_named_after_classes_give_labels(images: np.ndarray, tmp_path: Path) -> None:
+    for index in range(6):
+        storage.write_bytes(
+            f"{tmp_path}/cats/{index}.png" if index % 2 else f"{tmp_path}/dogs/{index}.png", png(images[index])
+        )
+    assert open_images(str(tmp_path), ("dogs", "cats", "birds")).read(0, 6)[1].tolist() == [1, 1, 1, 0, 0, 0]
+    assert open_images(str(tmp_path), ("dogs", "birds")).read(0, 6)[1].tolist() == [-1] * 6
+
+
+def test_images_of_several_sizes_are_refused_unless_cropped(images: np.ndarray, tmp_path: Path) -> None:
+    storage.write_bytes(f"{tmp_path}/a.png", png(images[0]))
+    storage.write_bytes(f"{tmp_path}/b.png", png(images[1].repeat(2, axis=0)))
+    with pytest.raises(ValueError, match=r"b\.png has 6x12 pixels, the first image 6x6; pass --image-size"):
+        open_images(str(tmp_path)).read(0, 2)
+    assert open_images(str(tmp_path), image_size=4).read(0, 2)[0].shape == (2, 4, 4, 3)
+
+
+def test_what_cannot_be_measured_is_one_error(images: np.ndarray, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="none holds no finished samples"):
+        open_images(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="is compressed"):
+        open_images(str(tmp_path / "a.tar.gz"))
+    whole = Path(write("tar", str(tmp_path), images[:20])).read_bytes()
+    (tmp_path / "short.tar").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"short\.tar is not an intact \.tar file"):
+        open_images(str(tmp_path / "short.tar"))
+    (tmp_path / "text.tar").write_bytes(b"no archive" * 100)
+    with pytest.raises(ValueError, match=r"text\.tar is not an intact \.tar file"):
+        open_images(str(tmp_path / "text.tar"))
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(ValueError, match="statistics but no images"):
+        open_images(str(tmp_path / "statistics.npz"))
+    storage.write_bytes(f"{tmp_path}/broken/a.png", png(images[0])[:60])
+    with pytest.raises(ValueError, match=r"a\.png is not an intact image"):
+        open_images(f"{tmp_path}/broken")
+    np.savez(tmp_path / "oblong.npz", images[:2, :4])
+    with pytest.raises(ValueError, match="6x4 pixels"):
+        image_size_of(open_images(str(tmp_path / "oblong.npz")))
+
+
+def test_a_dataset_is_a_reference_and_no_samples(tmp_path: Path) -> None:
+    manifest = prepare(digits(str(tmp_path)))
+    with pytest.raises(ValueError, match="is a dataset, not samples"):
+        open_images(manifest.folder)
+    split = split_images(manifest.folder, "validation", 8)
+    assert split.count == manifest.num_samples("validation") and split.read(0, 5)[0].shape == (5, 8, 8, 3)
+    assert split.identity != split_images(manifest.folder, "train", 8).identity

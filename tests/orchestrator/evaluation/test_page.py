@@ -1,0 +1,39 @@
+"""The page says of every metric what it is, and shows the images that it names."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from orchestrator.evaluation.inputs import ImageSet
+from orchestrator.evaluation.measurement import metric_name
+from orchestrator.evaluation.page import ABOUT, _grid, _pick, about
+
+
+@pytest.mark.parametrize("extractor", ["inception", "digits", "efficientnet_lite0"])
+def test_every_metric_is_explained(extractor: str) -> None:
+    for metric in ("fd", "fd_infinity", "sfd", "kid", "inception_score", "inception_score_classic"):
+        assert about(metric_name(metric, extractor)) == ABOUT[metric]
+    for metric in ("precision", "precision_openai", "recall", "recall_openai", "density", "coverage", "authpct"):
+        assert about(metric) == ABOUT[metric]
+
+
+def test_the_images_are_those_that_were_asked_for() -> None:
+    read: list[tuple[int, int]] = []
+
+    def images(begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        read.append((begin, end))
+        rows = np.arange(begin, end, dtype=np.int64)
+        return np.broadcast_to((rows % 251).astype(np.uint8)[:, None, None, None], (end - begin, 4, 4, 3)), rows
+
+    some = ImageSet("x", "npz", 2000, "x", images)
+    picked = _pick(some, np.array([1500, 3, 700, 5]))
+    assert picked[:, 0, 0, 0].tolist() == [1500 % 251, 3, 700 % 251, 5]
+    assert sorted(read) == [(3, 6), (700, 701), (1500, 1501)]
+
+
+@pytest.mark.parametrize("size", [8, 64, 200])
+def test_grids_show_small_images_large_and_large_ones_small(size: int) -> None:
+    image = Image.open(io.BytesIO(_grid(np.full((20, size, size, 3), 90, np.uint8))))
+    assert 300 <= image.width <= 700

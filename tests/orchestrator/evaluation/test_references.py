@@ -1,0 +1,81 @@
+"""References: what a file or a dataset can give is given, what it cannot is said, and nothing foreign is compared."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.metrics import Gaussian, moments
+from orchestrator import storage
+from orchestrator.data.preparation import prepare
+from orchestrator.evaluation.extractors import LoadedExtractor, own_extractor
+from orchestrator.evaluation.references import Reference, open_reference
+from tests.orchestrator.digits import digits
+from tests.orchestrator.evaluation.toy_extractor import FalseInception
+
+TOY = partial(own_extractor, "tests.orchestrator.evaluation.toy_extractor.ToyExtractor")
+
+
+def inception() -> LoadedExtractor:
+    return LoadedExtractor(FalseInception(), "inception-0123456789ab")
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    return np.random.default_rng([70]).integers(0, 256, (40, 4, 4, 3), dtype=np.uint8)
+
+
+def opened(path: Path, loader: Any = inception, **arrays: Any) -> Reference:
+    np.savez(path / "reference.npz", **arrays)
+    return open_reference(str(path / "reference.npz"), loader, loader(), str(path / "features"), 0, 0)
+
+
+def test_published_statistics_are_taken_and_images_serve_the_neighbours(images: np.ndarray, tmp_path: Path) -> None:
+    published = {
+        "mu": np.ones(12, np.float32),
+        "sigma": np.eye(12),
+        "mu_s": np.ones(4, np.float32),
+        "sigma_s": np.eye(4),
+    }
+    found = opened(tmp_path, arr_0=images, **published)
+    assert isinstance(pool := found.statistics["pool"], Gaussian) and pool.mean.tolist() == [1] * 12
+    assert isinstance(spatial := found.statistics["spatial"], Gaussian) and spatial.mean.tolist() == [1] * 4
+    assert found.files is not None and found.files.count == 40 and found.missing == {}
+
+
+def test_without_statistics_the_images_give_them(images: np.ndarray, tmp_path: Path) -> None:
+    found = opened(tmp_path, arr_0=images)
+    expected = moments(FalseInception()(images).pool)
+    np.testing.assert_array_equal(found.statistics["pool"].mean, expected.mean)
+    assert found.count == 40
+
+
+def test_what_a_file_cannot_give_is_said(images: np.ndarray, tmp_path: Path) -> None:
+    found = opened(tmp_path, mu=np.zeros(12), sigma=np.eye(12))
+    assert "no images (arr_0)" in found.missing["rows"] and "not mu_s and sigma_s" in found.missing["spatial"]
+    assert found.files is None and found.count is None
+
+
+def test_statistics_of_another_extractor_are_never_compared(images: np.ndarray, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"mu has 24 dimensions, and features of inception-\w+ have 12"):
+        opened(tmp_path, arr_0=images, mu=np.zeros(24), sigma=np.eye(24))
+    with pytest.raises(ValueError, match="cannot be compared with features of toy-quarters"):
+        opened(tmp_path, TOY, mu=np.zeros(12), sigma=np.eye(12))
+    with_images = opened(tmp_path, TOY, arr_0=images, mu=np.zeros(12), sigma=np.eye(12))
+    assert with_images.statistics["pool"].mean.min() > 1  # those of the images, not the file's
+
+
+def test_a_dataset_is_extracted_once(tmp_path: Path) -> None:
+    folder = prepare(digits(str(tmp_path))).folder
+    first = open_reference(folder, TOY, TOY(), "", 8, num_workers=0)
+    assert first.files is not None and first.count == first.files.count == 1437 and len(first.classes) == 10
+    before = {
+        name: storage.read_bytes(storage.join(first.files.folder, name))
+        for name in storage.list_names(first.files.folder)
+    }
+    assert "statistics.safetensors" in before
+    again = open_reference(folder, TOY, TOY(), "", 8, num_workers=0)
+    np.testing.assert_array_equal(again.statistics["pool"].mean, moments(first.files.pool()).mean)
+    assert before == {name: storage.read_bytes(storage.join(first.files.folder, name)) for name in before}

@@ -1,0 +1,125 @@
+"""Exports: the published file and a folder of pictures hold what the shards hold."""
+
+import io
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from orchestrator import storage
+from orchestrator.batches_npz import open_batch
+from orchestrator.generation.exports import export_npz, export_png, write_array
+from orchestrator.generation.samples import (
+    Samples,
+    Shard,
+    encode_rows,
+    put_shard,
+    read_range,
+    shards_of,
+    write_manifest,
+)
+
+COUNT = 1_100
+
+
+def make_folder(folder: str, count: int = COUNT, labels: bool = True) -> str:
+    rng = np.random.default_rng(1)
+    digests = {}
+    for shard in shards_of(count, 300):
+        n = shard.end - shard.begin
+        images = rng.integers(0, 256, (n, 4, 4, 3), np.uint8)
+        classes = np.arange(*shard) % 10 if labels else np.full(n, -1)
+        digests[shard] = put_shard(folder, shard, encode_rows(Samples(np.arange(*shard), classes, images)))
+    write_manifest(folder, digests)
+    return folder
+
+
+def test_the_npz_is_what_numpy_and_the_published_reader_expect(s3_bucket: str) -> None:
+    folder = make_folder(f"{s3_bucket}/samples")
+    images, labels = read_range(folder, 0, COUNT)
+    export_npz(folder, f"{s3_bucket}/out/samples.npz")
+    data = storage.read_bytes(f"{s3_bucket}/out/samples.npz")
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        assert arrays.files == ["arr_0", "arr_1"]
+        assert np.array_equal(arrays["arr_0"], images) and np.array_equal(arrays["arr_1"], labels)
+    batch = open_batch(f"{s3_bucket}/out/samples.npz", num_classes=10)
+    assert batch.num_images == COUNT and np.array_equal(batch.rows(500, 700), images[500:700])
+    export_npz(folder, f"{s3_bucket}/out/again.npz")
+    assert storage.read_bytes(f"{s3_bucket}/out/again.npz") == data, "equal samples give other files"
+
+
+def test_samples_without_classes_have_no_labels_in_the_npz(tmp_path: Path) -> None:
+    folder = make_folder(str(tmp_path / "samples"), count=10, labels=False)
+    export_npz(folder, str(tmp_path / "samples.npz"))
+    assert np.load(tmp_path / "samples.npz").files == ["arr_0"]
+
+
+def test_unfinished_samples_are_not_exported(tmp_path: Path) -> None:
+    folder = make_folder(str(tmp_path / "samples"))
+    storage.delete(storage.join(folder, "manifest.json"))
+    with pytest.raises(FileNotFoundError, match="no finished samples"):
+        export_npz(folder, str(tmp_path / "samples.npz"))
+    assert not (tmp_path / "samples.npz").exists()
+
+
+def test_a_lost_shard_leaves_no_half_file(tmp_path: Path) -> None:
+    folder = make_folder(str(tmp_path / "samples"))
+    storage.delete(Shard(600, 900).uri(folder))
+    with pytest.raises(FileNotFoundError, match="holds 212 of the indices 512 to 1023"):
+        export_npz(folder, str(tmp_path / "samples.npz"))
+    assert not (tmp_path / "samples.npz").exists()
+
+
+def test_pictures_are_the_samples(tmp_path: Path) -> None:
+    folder = make_folder(str(tmp_path / "samples"), count=310)
+    export_png(folder, str(tmp_path / "png"))
+    images, _ = read_range(folder, 0, 310)
+    assert len(list((tmp_path / "png").iterdir())) == 310
+    for index in (0, 299, 300, 309):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "png" / f"{index:06d}.png")), images[index])
+
+
+class Sparse(io.FileIO):
+    """A file in which large writes of zeros become a hole, so that gigabytes of them cost nothing on disk."""
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        view = memoryview(data)
+        if view.nbytes > 1 << 20 and not np.frombuffer(view, np.uint8).any():
+            self.seek(view.nbytes, io.SEEK_CUR)
+            return view.nbytes
+        return super().write(data) or 0
+
+
+def zeros(count: int) -> Iterator[np.ndarray]:
+    block = np.zeros((512, 256, 256, 3), np.uint8)
+    for begin in range(0, count, 512):
+        yield block[: min(512, count - begin)]
+
+
+@pytest.mark.slow
+def test_beyond_4_gib_sizes_have_64_bits(tmp_path: Path) -> None:
+    count = 4 * 2**30 // (256 * 256 * 3) + 1_000
+    with Sparse(tmp_path / "large.npz", "w") as file, zipfile.ZipFile(file, "w") as archive:
+        write_array(archive, "arr_0", (count, 256, 256, 3), np.dtype(np.uint8), zeros(count))
+        write_array(archive, "arr_1", (count,), np.dtype(np.int64), [np.arange(count) % 1000])
+    assert (tmp_path / "large.npz").stat().st_size > 4 * 2**30
+    batch = open_batch(str(tmp_path / "large.npz"), num_classes=1000)  # reads all of it, for the checksums
+    assert batch.num_images == count and not batch.rows(count - 3, count).any()
+    assert batch.labels is not None and batch.labels[-1] == (count - 1) % 1000
+    assert np.load(tmp_path / "large.npz", mmap_mode=None)["arr_1"].shape == (count,)
+
+
+def test_64_bit_sizes_are_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 10_000)  # bytes: stands for 2 GiB
+    folder = make_folder(str(tmp_path / "samples"))
+    export_npz(folder, str(tmp_path / "samples.npz"))
+    data = (tmp_path / "samples.npz").read_bytes()
+    assert data[26:30] == bytes([9, 0, 20, 0]) and data[39:43] == bytes([1, 0, 16, 0]), "no zip64 field of 16 bytes"
+    assert data[18:26] == b"\xff" * 8, "the 32-bit sizes are not marked as void"
+    images, labels = read_range(folder, 0, COUNT)
+    batch = open_batch(str(tmp_path / "samples.npz"))
+    assert batch.labels is not None and batch.labels.tolist() == labels.tolist()
+    assert np.array_equal(batch.rows(0, COUNT), images)

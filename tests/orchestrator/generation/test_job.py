@@ -1,0 +1,292 @@
+"""Samples are functions of (config, seed, index); shards are whole or absent."""
+
+import json
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from models.guidance import GuidanceConfig
+from models.samplers import SamplerConfig
+from orchestrator import storage
+from orchestrator.checkpoints import Network
+from orchestrator.generation import job as generation
+from orchestrator.generation import sampling
+from orchestrator.generation.job import generate, make_generator, missing_shards, plan
+from orchestrator.generation.samples import Shard, check_shard, list_shards, pixel_hashes, read_range
+from orchestrator.generation.sampling import GenerationConfig, canonical_batch, fastest, load_networks
+from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A store with the weights of a diffusion model and a classifier."""
+    folder = str(tmp_path_factory.mktemp("store"))
+    save_network(folder, "unet.safetensors", UNET)
+    save_network(folder, "classifier.safetensors", CLASSIFIER)
+    return folder
+
+
+def config(store: str, output: str, **changes: object) -> GenerationConfig:
+    settings: dict = {
+        "store": store, "weights": "unet.safetensors", "classifier": "classifier.safetensors", "output": output,
+        "num_samples": 21, "sampler": SamplerConfig(name="ddpm", num_steps=4), "guidance": GuidanceConfig(scale=2.0),
+        "batch_size": 4, "shard_size": 8, "num_workers": 0,
+    }  # fmt: skip
+    return GenerationConfig(**settings | changes)
+
+
+def test_every_index_once_in_order_and_balanced(store: str) -> None:
+    folder = generate(config(store, "whole"))
+    images, labels = read_range(folder, 0, 21)
+    assert images.shape == (21, 8, 8, 3) and images.dtype == np.uint8
+    assert labels.tolist() == [index % 10 for index in range(21)]
+    names = storage.list_names(storage.join(folder, "shards"))
+    assert names == ["000000-000008.parquet", "000008-000016.parquet", "000016-000021.parquet"]
+    assert len(set(pixel_hashes(images))) == 21, "two samples are equal"
+
+
+def test_an_index_depends_on_seed_and_index_only(store: str) -> None:
+    whole = read_range(generate(config(store, "whole")), 0, 21)[0]
+    fewer = read_range(generate(config(store, "fewer", num_samples=6)), 0, 6)[0]
+    assert np.array_equal(whole[:6], fewer), "the number of samples changed one of them"
+    shards = read_range(generate(config(store, "shards", shard_size=4)), 0, 21)[0]
+    assert np.array_equal(whole, shards), "the size of shards changed a sample"
+    other = read_range(generate(config(store, "other", seed=1)), 0, 21)[0]
+    assert not np.array_equal(whole, other)
+
+
+def test_only_missing_shards_are_made_again(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = config(store, "resumed")
+    folder = generate(wanted)
+    before = pixel_hashes(read_range(folder, 0, 21)[0])
+    storage.delete(storage.join(folder, "shards", "000008-000016.parquet"))
+    storage.delete(storage.join(folder, "manifest.json"))
+    assert [shard.name for shard in missing_shards(wanted)] == ["000008-000016.parquet"]
+    assert "1 of 3 shards are missing" in plan(wanted)
+    generate(wanted)
+    assert pixel_hashes(read_range(folder, 0, 21)[0]) == before
+    generate(wanted)
+    assert "complete: 21 samples" in capsys.readouterr().out
+
+
+def test_the_same_folder_with_other_settings_is_refused(store: str) -> None:
+    generate(config(store, "claimed", num_samples=4))
+    with pytest.raises(ValueError, match=r"guidance\.scale: 2\.0 there, 3\.0 here"):
+        generate(config(store, "claimed", num_samples=4, guidance=GuidanceConfig(scale=3.0)))
+
+
+def test_guidance_without_a_classifier_is_refused(store: str) -> None:
+    with pytest.raises(ValueError, match="needs a classifier"):
+        config(store, "unguided", classifier=None)
+
+
+def test_uniform_labels_are_drawn_by_seed(store: str) -> None:
+    first = read_range(generate(config(store, "uniform", labels="uniform")), 0, 21)[1]
+    again = read_range(generate(config(store, "again", labels="uniform", num_samples=8)), 0, 8)[1]
+    assert np.array_equal(first[:8], again) and set(first) <= set(range(10)) and len(set(first)) > 3
+
+
+def test_a_cascade_keeps_both_stages(store: str) -> None:
+    save_network(store, "upsampler.safetensors", UNET.model_copy(update={"image_size": 16, "low_res_size": 8}), seed=2)
+    cascade = {"upsampler": "upsampler.safetensors", "upsampling": SamplerConfig(name="ddpm", num_steps=3)}
+    folder = generate(config(store, "cascade", num_samples=10, **cascade))
+    base, labels = read_range(folder, 0, 10)
+    large, large_labels = read_range(storage.join(folder, "upsampled"), 0, 10)
+    assert large.shape == (10, 16, 16, 3) and np.array_equal(labels, large_labels)
+    assert np.array_equal(base, read_range(generate(config(store, "whole")), 0, 10)[0]), "the base samples changed"
+    assert storage.read_json(storage.join(folder, "upsampled", "manifest.json"))["num_samples"] == 10
+
+    with pytest.raises(ValueError, match="is no upsampler of images of 8 pixels"):
+        generate(config(store, "wrong", upsampler="unet.safetensors"))
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_half_precision_draws_nearly_the_same_images(store: str, sampler: str) -> None:
+    chain = SamplerConfig(name=sampler, num_steps=4)
+    exact = read_range(generate(config(store, f"{sampler}-float32", num_samples=8, sampler=chain)), 0, 8)[0]
+    half = generate(config(store, f"{sampler}-bfloat16", num_samples=8, sampler=chain, dtype="bfloat16"))
+    difference = np.abs(exact.astype(int) - read_range(half, 0, 8)[0])
+    assert 0 < difference.mean() < 4, f"mean difference {difference.mean()} grey levels"
+
+
+@pytest.mark.slow
+def test_compiled_networks_draw_the_same_images(store: str) -> None:
+    exact = read_range(generate(config(store, "eager", num_samples=4)), 0, 4)[0]
+    compiled = read_range(generate(config(store, "compiled", num_samples=4, compile=True)), 0, 4)[0]
+    assert np.abs(exact.astype(int) - compiled).max() <= 1, "rounding may tip a truncated grey level, no more"
+
+
+# ------------------------------------------------------------------------------------------------ resuming
+
+
+def finished_copy(store: str, output: str) -> Path:
+    """A finished folder of one's own, without its manifest: the next run looks at every shard."""
+    folder = Path(store, output)
+    shutil.copytree(generate(config(store, "whole")), folder)
+    (folder / "manifest.json").unlink()
+    return folder
+
+
+def truncate(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def change_a_picture(data: bytes) -> bytes:
+    begin = data.index(b"IDAT") + 12
+    return data[:begin] + bytes([data[begin] ^ 1]) + data[begin + 1 :]
+
+
+def nothing(data: bytes) -> bytes:
+    return b""
+
+
+@pytest.mark.parametrize("damage", [truncate, change_a_picture, nothing])
+def test_a_damaged_shard_is_made_again_and_its_bytes_are_kept(
+    store: str, damage: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = finished_copy(store, f"damaged-{damage.__name__}")
+    shard = folder / "shards" / "000008-000016.parquet"
+    whole, others = shard.read_bytes(), folder / "shards" / "000000-000008.parquet"
+    shard.write_bytes(damage(whole))
+    before = others.stat().st_mtime_ns
+    generate(config(store, folder.name))
+    assert shard.read_bytes() == whole
+    assert (folder / "damaged" / shard.name).read_bytes() == damage(whole)
+    assert others.stat().st_mtime_ns == before, "a whole shard was rewritten"
+    assert "made again" in caplog.text and shard.name in caplog.text
+
+
+def test_a_shard_under_a_wrong_name_is_no_finished_shard(store: str) -> None:
+    folder = finished_copy(store, "misnamed")
+    wanted = pixel_hashes(read_range(str(folder), 0, 21)[0])
+    shutil.copy(folder / "shards" / "000000-000008.parquet", folder / "shards" / "000008-000016.parquet")
+    generate(config(store, "misnamed"))
+    assert pixel_hashes(read_range(str(folder), 0, 21)[0]) == wanted
+
+
+def test_the_manifest_holds_the_digests_of_the_pixels(store: str) -> None:
+    folder = generate(config(store, "whole"))
+    manifest = storage.read_json(storage.join(folder, "manifest.json"))
+    assert [entry["rows"] for entry in manifest["shards"]] == [8, 8, 5]
+    for entry, shard in zip(manifest["shards"], list_shards(folder), strict=True):
+        assert entry["sha256"] == check_shard(folder, shard) and entry["name"] == shard.name
+
+
+def test_two_jobs_on_one_folder_do_no_harm(store: str) -> None:
+    jobs = [threading.Thread(target=generate, args=(config(store, "shared"),)) for _ in range(2)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    wanted = pixel_hashes(read_range(generate(config(store, "whole")), 0, 21)[0])
+    assert pixel_hashes(read_range(storage.join(store, "shared"), 0, 21)[0]) == wanted
+    assert len(list_shards(storage.join(store, "shared"))) == 3
+
+
+def test_another_hands_shard_with_other_pixels_is_an_error(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = generate(config(store, "other-seed", seed=1))
+    make_shard = make_generator(config(store, "raced"))
+
+    def verify(folder: str, shard: Shard) -> tuple[None, str]:  # nothing is there; then another hand is quicker
+        shutil.copytree(Path(other, "shards"), Path(folder, "shards"))
+        return None, ""
+
+    monkeypatch.setattr(generation, "_verify", verify)
+    with pytest.raises(RuntimeError, match="was written meanwhile, with other pixels"):
+        make_shard(Shard(0, 8))
+
+
+# ------------------------------------------------------------------------------------------------ platform and batch
+
+
+def test_another_platform_is_refused_unless_asked_for(store: str) -> None:
+    folder = finished_copy(store, "elsewhere")
+    run = json.loads((folder / "run.json").read_text())
+    assert run["platform"]["torch"] == torch.__version__ and run["platform"]["threads"] == 1
+    assert run["config"]["rounding"] == "truncate" and run["config"]["batch_size"] == 4
+    run["platform"]["device"] = "NVIDIA H100"
+    (folder / "run.json").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match=r"another platform \(device: NVIDIA H100 there"):
+        generate(config(store, "elsewhere"))
+    generate(config(store, "elsewhere", mixed_platforms=True))
+
+
+def test_a_probed_batch_is_recorded_and_used_ever_after(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = generate(config(store, "probed", batch_size=0))
+    assert storage.read_json(storage.join(folder, "run.json"))["config"]["batch_size"] == 8  # the shard's size
+    monkeypatch.setattr(generation, "canonical_batch", lambda *_: pytest.fail("probed again"))
+    storage.delete(storage.join(folder, "manifest.json"))
+    generate(config(store, "probed", batch_size=0))
+    with pytest.raises(ValueError, match="batch_size: 8 there, 4 here"):
+        generate(config(store, "probed", batch_size=4))
+
+
+def test_on_a_cpu_the_batch_follows_a_rule(store: str) -> None:
+    networks = load_networks(config(store, "any"), "cpu")
+    wanted = config(store, "any", batch_size=0, shard_size=512)
+    assert canonical_batch(wanted, networks, torch.device("cpu")) == 64
+    big = networks._replace(
+        weights=Network(
+            networks.weights.module, UNET.model_copy(update={"image_size": 256}), networks.weights.diffusion, (), ""
+        )
+    )
+    assert canonical_batch(wanted, big, torch.device("cpu")) == 4
+
+
+def test_the_fastest_batch_is_the_least_of_the_nearly_fastest_that_fit() -> None:
+    def seconds(size: int) -> float:
+        if size > 64:
+            raise torch.OutOfMemoryError
+        return 1.0 + size * {32: 0.51, 64: 0.5}.get(size, 1.0)
+
+    assert fastest([2**k for k in range(10)], seconds) == 32
+    with pytest.raises(RuntimeError, match="not even one"):
+        fastest([128], seconds)
+
+
+# ------------------------------------------------------------------------------------------------ indices, options
+
+
+def test_indices_are_made_again_and_compared(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = finished_copy(store, "remade")
+    generate(config(store, "remade", indices=(20, 3)))
+    assert capsys.readouterr().out.count("equal") == 2
+    assert not (folder / "manifest.json").exists() and (folder / "remade" / "000003.png").exists()
+    shutil.copy(
+        Path(generate(config(store, "other-seed", seed=1)), "shards", "000000-000008.parquet"), folder / "shards"
+    )
+    with pytest.raises(RuntimeError, match="1 remade samples differ"):
+        generate(config(store, "remade", indices=(20, 3)))
+
+
+def test_clipping_and_rounding_change_what_they_should(store: str) -> None:
+    truncated = read_range(generate(config(store, "whole")), 0, 8)[0].astype(int)
+    nearest = read_range(generate(config(store, "nearest", num_samples=8, rounding="nearest")), 0, 8)[0]
+    assert set(np.unique(nearest - truncated)) == {0, 1}
+    unclipped = read_range(generate(config(store, "unclipped", num_samples=8, clip=False)), 0, 8)[0]
+    assert not np.array_equal(unclipped, truncated)
+
+
+def test_a_run_has_named_averages(store: str) -> None:
+    for rate in ("0.99", "0.9999"):
+        name = f"run/weights/images-000000000512-ema-{rate}.safetensors"
+        save_network(store, name, UNET, seed=int(float(rate) * 10_000))
+    hashes = {
+        ema: load_networks(config(store, "any", weights="run", ema=ema), "cpu").weights.sha256
+        for ema in (None, "ema-0.99", "ema-0.9999")
+    }
+    assert hashes[None] == hashes["ema-0.9999"] != hashes["ema-0.99"]
+    with pytest.raises(ValueError, match=r"has no weights 'ema-0\.5'; it has ema-0\.99, ema-0\.9999"):
+        load_networks(config(store, "any", weights="run", ema="ema-0.5"), "cpu")
+
+
+def test_gpus_that_are_not_there_are_an_error(store: str) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match="sees no GPU"):
+        sampling.prepare_device(config(store, "any", num_gpus=1.0))

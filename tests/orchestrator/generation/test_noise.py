@@ -1,0 +1,27 @@
+"""Noise drawn ahead is the noise of its keys, in the order of the plan."""
+
+import numpy as np
+import pytest
+import torch
+
+from orchestrator.generation.noise import Draw, NoiseAhead, draw_noise
+from orchestrator.order import Purpose, index_rng
+
+KEYS = [Draw((8, 9, 10), (3, 4, 4), Purpose.STEP, timestep) for timestep in range(40)]
+
+
+def test_noise_is_that_of_its_index_whatever_it_is_drawn_with() -> None:
+    noise = draw_noise(5, Draw((3, 17), (2, 4, 4), Purpose.START))
+    alone = index_rng(5, 17, Purpose.START).standard_normal((2, 4, 4), np.float32)
+    assert noise.shape == (2, 2, 4, 4) and np.array_equal(noise[1].numpy(), alone)
+
+
+def test_drawn_ahead_it_is_equal_to_the_bit() -> None:
+    with NoiseAhead(2**63, KEYS) as draw:
+        for key in KEYS:
+            assert torch.equal(draw(key), draw_noise(2**63, key))
+
+
+def test_an_ask_out_of_plan_is_an_error_and_not_other_noise() -> None:
+    with NoiseAhead(0, KEYS) as draw, pytest.raises(RuntimeError, match="not what was planned"):
+        draw(KEYS[1])

@@ -1,0 +1,76 @@
+"""Settings from elsewhere: a published recommendation, a search's winner; the command line has the last word."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.command_line import parse
+from models import zoo
+from orchestrator.generation.sampling import GenerationConfig
+from orchestrator.presets import generation_presets
+
+
+def parsed(*argv: str) -> GenerationConfig:
+    return parse("Generate.", generation_presets(), ["digits", *argv])
+
+
+def test_like_takes_the_published_recommendation_and_options_come_after_it() -> None:
+    config = parsed("--like", "adm-256", "--guidance.scale", "1.5", "--sampler.num-steps", "100")
+    assert (config.weights, config.classifier) == ("256x256_diffusion.pt", "256x256_classifier.pt")
+    assert (config.sampler.name, config.sampler.num_steps, config.guidance.scale) == ("ddpm", 100, 1.5)
+    plain = parsed("--like", "adm-512", "--weights", "mine.pt")
+    assert (plain.weights, plain.sampler.num_steps, plain.guidance.scale) == ("mine.pt", 250, 4.0)
+
+
+@pytest.mark.parametrize("name", ["adm-64", "adm-128", "adm-256", "adm-256-uncond", "adm-512", "lsun-cat"])
+def test_every_published_recommendation_is_a_valid_config(name: str) -> None:
+    config, recipe = parsed("--like", name), zoo.entry(name).recipes[0]
+    assert config.sampler == recipe.sampler and config.guidance == recipe.guidance
+    assert (config.classifier is None) == (recipe.classifier is None)
+
+
+def test_what_nobody_recommends_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, message in (
+        ("adm-65", "the zoo has no model 'adm-65'"),
+        ("classifier-64", "nothing is published on how to sample it; there is for adm-64"),
+        ("upsampler-64-256", "is an upsampler"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            parsed("--like", name)
+        assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def write_search(folder: Path, setting: dict[str, Any]) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "search.json").write_text(json.dumps({"winner": {"setting": setting, "metrics": {}}, "trials": []}))
+    (folder / "config.json").write_text(json.dumps({"sampler": "dpm_solver"}))
+    return str(folder / "search.json")
+
+
+def test_from_search_takes_the_winner(tmp_path: Path) -> None:
+    config = parsed("--from-search", write_search(tmp_path, {"scale": 2.5, "steps": 12}), "--guidance.scale", "3")
+    assert (config.sampler.name, config.sampler.num_steps, config.guidance.scale) == ("dpm_solver", 12, 3.0)
+    more = {"scale": 1.0, "steps": 20, "sampler": "ddim", "eta": 0.5, "interval": [100, 700]}
+    config = parsed("--from-search", write_search(tmp_path, more).removesuffix("/search.json"))
+    assert (config.sampler.name, config.sampler.eta, config.guidance.interval) == ("ddim", 0.5, (100, 700))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"scale": 1.0}, "steps Field required"),
+        ({"scale": 1.0, "steps": 10, "temperature": 0.9}, "temperature Extra inputs are not permitted"),
+        ({"scale": -1.0, "steps": 10}, "greater than or equal to 0"),
+    ],
+)
+def test_a_setting_that_cannot_be_followed_whole_is_an_error(
+    tmp_path: Path, setting: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        parsed("--from-search", write_search(tmp_path, setting))
+    assert end.value.code == 2 and message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parsed("--from-search", str(tmp_path / "absent.json"))
+    assert "no such object" in capsys.readouterr().err

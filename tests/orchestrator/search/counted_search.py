@@ -1,0 +1,31 @@
+"""A search whose workers note every batch that they draw; it is run as a module, with CONFIG and LOG as arguments."""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from orchestrator.search import heats
+from orchestrator.search import job as search
+from orchestrator.search.config import SearchConfig
+from orchestrator.search.heats import Block, Made
+
+
+def make_counted_worker(log: str, config: SearchConfig) -> Callable[[Block], Made]:
+    """The real worker; whatever it draws is noted before it is drawn."""
+    real = heats.make_batch
+
+    def counted(networks: Any, generation: Any, number: int, sampler: Any, guidance: Any) -> Any:
+        with Path(log).open("a") as file:  # one short line: appended whole
+            file.write(f"{sampler.name}-{sampler.num_steps}-{guidance.scale}-{generation.seed}-{number}\n")
+        return real(networks, generation, number, sampler, guidance)
+
+    heats.make_batch = counted  # type: ignore[assignment]
+    return heats.make_worker(config)
+
+
+if __name__ == "__main__":
+    text, log = sys.argv[1:]
+    search.make_worker = partial(make_counted_worker, log)
+    search.search(SearchConfig.model_validate_json(text))

@@ -1,0 +1,214 @@
+"""The search as a whole: killed and continued, its records, its answer and pictures."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from cluster.session import address
+from jobs.command_line import parse
+from orchestrator import storage
+from orchestrator.data.preparation import prepare
+from orchestrator.presets import generation_presets, search_presets
+from orchestrator.search.answer import summary
+from orchestrator.search.config import Limit, SearchConfig
+from orchestrator.search.job import plan, search
+from orchestrator.search.space import SpaceConfig
+from tests.benchmarks.demo_search import Demo, compare, demonstrate, grid_config, race_config
+from tests.orchestrator.digits import digits
+from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A store with the digits and two networks of random weights."""
+    folder = str(tmp_path_factory.mktemp("store"))
+    prepare(digits(folder))
+    for name, architecture in (("unet.safetensors", UNET), ("classifier.safetensors", CLASSIFIER)):
+        save_network(folder, name, architecture)
+    return folder
+
+
+def config(store: str, **changes: Any) -> SearchConfig:
+    settings: dict[str, Any] = {
+        "store": store, "weights": ("unet.safetensors",), "classifier": "classifier.safetensors",
+        "reference": "digits", "output": "search", "space": SpaceConfig(scales=(0.0, 2.0), steps=(2, 3)),
+        "rungs": (32, 96), "trials": 4, "round_size": 4, "batch_size": 32,
+    }  # fmt: skip
+    return SearchConfig(**settings | changes)
+
+
+def files(folder: str) -> dict[str, int]:
+    """Finished objects with their time of writing."""
+    found = (Path(folder, name) for name in storage.list_names(folder, recursive=True))
+    return {str(path): path.stat().st_mtime_ns for path in found}
+
+
+@pytest.mark.ray
+def test_killed_and_continued_it_repeats_no_finished_batch_and_answers_alike(
+    store: str, ray_session: None, tmp_path: Path
+) -> None:
+    wanted, log = config(store, output="killed"), tmp_path / "log"
+    command = [sys.executable, "-m", "tests.orchestrator.search.counted_search", wanted.model_dump_json(), str(log)]
+    environment = os.environ | {"RAY_ADDRESS": address()}
+    driver = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    while not log.exists() or len(log.read_text().split()) < 3:
+        assert driver.poll() is None, "it ended before it could be killed"
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    time.sleep(2)  # its workers notice, and end
+    folder = f"{store}/killed/trials"
+    before, drawn_before = files(folder), len(log.read_text().split())
+    finished = sum(name.endswith(".safetensors") and "block" in name for name in before)
+    assert not Path(store, "killed", "search.json").exists()
+
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert again.returncode == 0, again.stderr[-3000:]
+    after, drawn = files(folder), log.read_text().split()
+    assert {name: after[name] for name in before} == before, "a finished object was written again"
+    blocks = sum("block" in name for name in after)
+    assert len(drawn) - drawn_before == blocks - finished, "a finished batch was drawn again"
+    assert max(Counter(drawn).values()) <= 2, "a batch was drawn twice although nothing was killed"
+
+    answer = storage.read_json(f"{store}/killed/search.json")
+    assert answer["samples"] == 32 * blocks, "the books agree with what was drawn"
+    check_answer(store, wanted, answer)
+    undisturbed = storage.read_json(search(config(store, output="undisturbed", num_workers=0)))
+    assert undisturbed == answer, "kills, workers or the order of completion changed the answer"
+
+
+def check_answer(store: str, wanted: SearchConfig, answer: dict[str, Any]) -> None:
+    """What search.json says, what generation takes of it, and the pictures beside it."""
+    assert answer["seeds"] == {"search": 0, "final": wanted.fresh_seed} and not answer["failed"]
+    assert answer["winner"]["seed"] == wanted.fresh_seed and answer["winner"]["n"] == 96
+    assert answer["winner"]["metrics"]["fd_digits"]["interval"] is not None
+    assert len(answer["trials"]) == 4 and answer["front"]
+    for trial in answer["trials"]:
+        assert set(trial["rungs"]) <= {"32", "96"} and trial["samples"] >= 32
+        assert trial["status"] in ("winner", "drawn to the end") or "surely" in trial["status"]
+        if trial["status"] == "drawn to the end":
+            assert trial["behind_winner"]["fd_digits"]["value"] >= 0
+    text = summary(answer)
+    assert text.startswith("winner  ddim, ") and "96 fresh samples (seed 1000003)" in text
+
+    uri = f"{store}/{wanted.output}/search.json"
+    generation = parse("Generate.", generation_presets(), ["digits", "--from-search", uri])
+    setting = answer["winner"]["setting"]
+    assert (generation.sampler.num_steps, generation.guidance.scale) == (setting["steps"], setting["scale"])
+    assert generation.weights == "unet.safetensors"
+    for name in ("guidance.png", "front.png", "scales.png"):
+        image = Image.open(io.BytesIO(storage.read_bytes(f"{store}/{wanted.output}/{name}"))).convert("L")
+        grey = np.asarray(image)
+        assert grey.min() < 100 and grey.max() == 255 and min(image.size) > 50, f"{name} is blank"
+
+
+def test_a_failing_trial_is_in_the_answer_and_a_larger_budget_goes_on(
+    store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random weights at a scale of 1e38 leave the finite numbers."""
+    space = SpaceConfig(scales=(0.0, 1.0, 1e38), steps=(2,), continuous=False)
+    changes = {"space": space, "trials": 3, "round_size": 3, "finalists": 1, "num_workers": 0}
+    wanted = config(store, output="failing", budget="224", **changes)
+    answer = storage.read_json(search(wanted))
+    assert answer["stopped_by_budget"] and answer["samples"] <= 224
+    assert ["1e+38" in setting and "FloatingPointError" in why for setting, why in answer["failed"].items()] == [True]
+    larger = storage.read_json(search(wanted.model_copy(update={"budget": None})))
+    assert not larger["stopped_by_budget"] and larger["samples"] >= answer["samples"]
+    capsys.readouterr()
+    search(wanted.model_copy(update={"budget": None}))
+    assert "is complete" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"alpha: 0\.05 there, 0\.1 here"):
+        search(wanted.model_copy(update={"alpha": 0.1}))
+
+
+def test_a_damaged_block_is_named_and_made_again_once_it_is_gone(store: str) -> None:
+    wanted = config(store, output="damaged", space=SpaceConfig(scales=(0.0,), continuous=False, steps=(2,)),
+                    trials=1, round_size=1, finalists=1, num_workers=0)  # fmt: skip
+    answer = storage.read_json(search(wanted))
+    names = storage.list_names(f"{store}/damaged/trials", recursive=True)
+    (block,) = (f"{store}/damaged/trials/{name}" for name in names if name.endswith("seed-0/block-000001.safetensors"))
+    for name in ("search.json", *(f"trials/{name}" for name in names if "n-" in name and "seed-0" in name)):
+        storage.delete(f"{store}/damaged/{name}")
+    Path(block).write_bytes(Path(block).read_bytes()[:-100])
+    with pytest.raises(RuntimeError, match=r"block-000001\.safetensors is damaged .*; delete it"):
+        search(wanted)
+    storage.delete(block)
+    assert storage.read_json(search(wanted)) == answer
+
+
+def test_a_dry_run_says_what_it_may_cost(store: str) -> None:
+    text = plan(config(store))
+    assert "4 settings of a grid of 4, and any scale between" in text
+    assert "expected  448 samples" in text, "4 x 32, 2 x 64 more, and two finals of 96"
+    assert "at worst  576 samples, 3,456 network evaluations" in text
+    assert "at worst  250 samples" in plan(config(store, budget="250"))
+
+
+def test_presets_are_valid() -> None:
+    assert set(search_presets()) == {"digits", "released"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rungs": (64, 32)}, "must rise"),
+        ({"rungs": (8, 32)}, "at least 32"),
+        ({"classifier": None}, "need a classifier"),
+        ({"fresh_seed": 0}, "nothing would be fresh"),
+        ({"constraints": ("recall=0.4",)}, "not of the form"),
+        ({"budget": "soon"}, "neither samples"),
+        ({"budget": "200"}, "is less than 224 samples: a trial to the first rung, and the finals"),
+        ({"objective": ("recall", "recall")}, "twice"),
+    ],
+)
+def test_a_wrong_config_is_one_clear_error(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        config("store", **changes)
+
+
+def test_what_does_not_fit_is_an_error_before_ray_starts(store: str) -> None:
+    with pytest.raises(ValueError, match=r"objective='fid' is none of fd_digits, "):
+        search(config(store, output="wrong", objective=("fid",)))
+    with pytest.raises(ValueError, match="no setting of the space keeps evaluations<=1"):
+        search(config(store, output="wrong", constraints=("evaluations<=1",)))
+
+
+def test_budgets_are_samples_or_hours() -> None:
+    assert Limit.parse("12,288") == Limit(samples=12_288) and Limit.parse("1.5h") == Limit(hours=1.5)
+    assert Limit.parse(None) == Limit()
+
+
+def test_the_demo_in_small_agrees_with_the_grid_and_its_books_are_right(store: str) -> None:
+    demo = Demo(
+        folder=store, scales=(0.0, 1.0, 30.0, 90.0), steps=(2, 3), samplers=("ddim",), rungs=(64, 192), trials=6,
+        share=0.75, workers=0, weights="unet.safetensors", classifier="classifier.safetensors", dataset="digits",
+    )  # fmt: skip
+    result = demonstrate(demo)
+    assert result["broken"] == [] and result["ratio"] <= 0.75 and result["grid_samples"] == 8 * 192
+    low, high = result["paired_difference"]["interval"]
+    assert (
+        low <= max(result["paired_difference"]["value"], 0) <= high or result["grid_winner"] == result["search_winner"]
+    )
+    assert result["variance_unpaired_over_paired"]["median"] > 1
+
+    grid, raced = grid_config(demo, 8), race_config(demo, 8)
+    answers = [storage.read_json(f"{store}/{config.output}/search.json") for config in (grid, raced)]
+    assert answers[1]["samples"] == result["search_samples"]
+    worst = max(answers[0]["trials"], key=lambda trial: trial["objective"]["fd_digits"]["value"])
+    wrong = answers[1] | {"winner": answers[1]["winner"] | {"setting": worst["setting"]}}
+    assert "surely worse" in compare(demo, grid, answers[0], wrong)["broken"][0]
+    assert "of the grid's samples" in compare(replace(demo, share=0.01), grid, *answers)["broken"][0]

@@ -1,0 +1,111 @@
+"""What may be tried: parameters only where they have a meaning, bounds kept, proposals that repeat."""
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from models.guidance import GuidanceConfig
+from orchestrator.generation.sampling import evaluations
+from orchestrator.search.space import Proposer, Setting, Space, SpaceConfig
+
+ALL = SpaceConfig(
+    scales=(0.0, 1.0, 4.0),
+    continuous=False,
+    steps=(10, 20),
+    samplers=("ddpm", "ddim", "dpm_solver", "heun"),
+    etas=(0.0, 1.0),
+    intervals=((0.0, 1.0), (0.2, 0.8)),
+)
+
+
+def space(config: SpaceConfig = ALL, most: float = np.inf) -> Space:
+    return Space(config, ("long", "short"), 1000, most)
+
+
+def test_parameters_without_a_meaning_are_not_varied() -> None:
+    grid = space().grid()
+    assert len(grid) == len(set(grid))
+    assert {setting.eta for setting in grid if setting.sampler != "ddim"} == {0.0}
+    assert {setting.interval for setting in grid if setting.scale == 0} == {None}
+    assert {setting.interval for setting in grid if setting.scale > 0} == {None, (200, 799)}
+    # weights x steps x (ddpm, ddim with two etas, dpm_solver, heun) x (unguided, two scales with two intervals)
+    assert len(grid) == 2 * 2 * 5 * (1 + 2 * 2)
+
+
+def test_evaluations_count_the_classifier_only_where_it_guides() -> None:
+    for setting in space().grid():
+        if setting.interval is None:
+            assert setting.evaluations == evaluations(setting.sampling, setting.guidance)
+        else:
+            unguided = evaluations(setting.sampling, GuidanceConfig())
+            assert unguided < setting.evaluations < evaluations(setting.sampling, setting.guidance)
+    (tenth,) = space(SpaceConfig(scales=(1.0,), continuous=False, steps=(10,), intervals=((0.0, 0.5),))).grid()[:1]
+    assert tenth.evaluations == 10 + 6, "guided at 0, 100, ..., 500"
+
+
+def test_a_bound_on_evaluations_is_kept_without_sampling() -> None:
+    bounded = space(most=25)
+    assert {setting.evaluations <= 25 for setting in bounded.grid()} == {True}
+    proposer = Proposer(bounded, seed=0, num_objectives=1, first_round=8)
+    assert all(setting.evaluations <= 25 for _, setting in proposer.ask(8))
+
+
+def proposed(seed: int, config: SpaceConfig = ALL) -> list[Setting]:
+    """Three rounds, told the same."""
+    proposer = Proposer(space(config), seed, num_objectives=1, first_round=6)
+    found = []
+    for _ in range(3):
+        for trial, setting in proposer.ask(6):
+            found.append(setting)
+            proposer.tell(trial, [(abs(setting.scale - 1.0) + 1 / setting.steps,)], finished=False, violation=0.0)
+    return found
+
+
+def test_the_same_seed_and_answers_give_the_same_proposals() -> None:
+    continuous = ALL.model_copy(update={"continuous": True})
+    for config in (ALL, continuous):
+        assert proposed(3, config) == proposed(3, config) != proposed(4, config)
+        assert len(set(proposed(3, config))) == 18
+
+
+def test_proposals_learn() -> None:
+    found = proposed(5, SpaceConfig(scales=(0.0, 1.0, 2.0, 4.0, 8.0), steps=(10,)))
+    first, last = (np.mean([abs(s.scale - 1) for s in part]) for part in (found[:6], found[12:]))
+    assert last < first / 1.5
+
+
+def test_the_first_round_covers_the_space() -> None:
+    proposer = Proposer(space(SpaceConfig(steps=(5, 10, 20, 40), samplers=("ddpm", "ddim"))), 0, 1, first_round=8)
+    settings = [setting for _, setting in proposer.ask(8)]
+    assert {setting.steps for setting in settings} == {5, 10, 20, 40}
+    assert {setting.sampler for setting in settings} == {"ddpm", "ddim"}
+    scales = sorted(setting.scale for setting in settings)
+    assert scales[0] < 0.5 and scales[-1] > 4 and all(b > a for a, b in pairwise(scales))
+
+
+def test_an_exhausted_space_proposes_what_there_is() -> None:
+    config = SpaceConfig(scales=(0.0, 1.0), continuous=False, steps=(10,))
+    assert len(Proposer(Space(config, ("w",), 1000, np.inf), 0, 1, 6).ask(6)) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scales": (1.0, 0.5)}, "must rise"),
+        ({"steps": (10, 10)}, "must rise"),
+        ({"scales": (-1.0, 1.0)}, "must not be negative"),
+        ({"intervals": ((0.8, 0.2),)}, "0 <= low < high <= 1"),
+        ({"samplers": ("euler",)}, "ddpm"),
+    ],
+)
+def test_a_wrong_space_is_one_clear_error(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        SpaceConfig(**changes)
+
+
+def test_steps_that_a_sampler_cannot_space_are_an_error() -> None:
+    with pytest.raises(ValueError, match="ddim"):
+        Space(SpaceConfig(steps=(999,), samplers=("ddim",)), ("w",), 1000, np.inf).grid()

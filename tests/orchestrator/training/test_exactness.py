@@ -1,0 +1,94 @@
+"""reduction=exact: one SHA-256 of everything trained, whatever the number of workers and however often it changes."""
+
+import hashlib
+import uuid
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+
+from cluster.trainer import WorkerContext
+from models.diffusion import DiffusionConfig
+from models.unet import UNetConfig
+from orchestrator import checkpoints
+from orchestrator.data.preparation import prepare
+from orchestrator.order import OrderConfig
+from orchestrator.training.config import AdmConfig
+from orchestrator.training.job import train_loop
+from tests.orchestrator.digits import digits
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("store"))
+    prepare(digits(folder))
+    return folder
+
+
+def config_of(store: str, output: str, **changes: object) -> AdmConfig:
+    """A training in which everything plays a part that could break the tie: dropout, clipping, learnt timesteps."""
+    model = UNetConfig(
+        image_size=8, in_channels=1, out_channels=2, model_channels=32, num_res_blocks=1, channel_mult=(1, 2),
+        attention_resolutions=(4,), num_classes=10, dropout=0.2,
+    )  # fmt: skip
+    settings: dict = {
+        "store": store, "dataset": "digits", "output": output, "model": model, "reduction": "exact",
+        "diffusion": DiffusionConfig(schedule="cosine", num_timesteps=4), "timesteps": "loss_second_moment",
+        "order": OrderConfig(num_streams=4, window=2), "images": STEPS * 16, "batch_size": 16, "learning_rate": 1e-3,
+        "clip_norm": 0.5, "ema_rates": (0.9, 0.5), "flip": False, "log_images": 64, "checkpoint_images": 48,
+    }  # fmt: skip
+    return AdmConfig(**settings | changes)
+
+
+def _worker(rank: int, world_size: int, meeting: str, config: AdmConfig, steps: int) -> None:
+    """One worker process: joins its group, and stops after so many steps."""
+    torch.distributed.init_process_group(
+        "gloo", f"file://{meeting}", timedelta(minutes=5), rank=rank, world_size=world_size
+    )
+    asked = iter(range(1, 10**9))
+    stopping = lambda: next(asked) >= steps  # noqa: E731
+    train_loop(config, WorkerContext(rank, world_size, torch.device("cpu"), print, stopping, streams_on_cluster=False))
+    torch.distributed.destroy_process_group()
+
+
+def run(config: AdmConfig, world_size: int, steps: int = STEPS) -> None:
+    meeting = str(Path(config.store) / uuid.uuid4().hex)
+    arguments = (world_size, meeting, config, steps)
+    torch.multiprocessing.start_processes(_worker, arguments, nprocs=world_size, start_method="forkserver")
+
+
+def digest(config: AdmConfig) -> str:
+    """SHA-256 of weights, averages, optimizer and the timestep sampler's history at the end."""
+    found = checkpoints.latest_checkpoint(config.path(config.output))
+    assert found is not None and found.position == config.images
+    return hashlib.sha256(
+        b"".join(name.encode() + found.tensors[name].numpy().tobytes() for name in sorted(found.tensors))
+    ).hexdigest()
+
+
+def test_one_hash_for_every_number_of_workers_and_through_resizes(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["orchestrator.training.job"])
+    hashes = {}
+    for workers in (1, 2, 4):
+        config = config_of(store, f"workers-{workers}")
+        run(config, workers)
+        hashes[f"{workers} workers"] = digest(config)
+    config = config_of(store, "resized")
+    for workers, steps in ((2, 3), (1, 2), (4, STEPS)):
+        run(config, workers, steps)
+    hashes["2 -> 1 -> 4 workers"] = digest(config)
+    assert len(set(hashes.values())) == 1, hashes
+
+
+def test_another_seed_gives_another_hash(store: str) -> None:
+    hashes = set()
+    for seed in (0, 1):
+        config = config_of(store, f"seed-{seed}", order=OrderConfig(seed=seed, num_streams=4, window=2), images=16)
+        run(config, 1)
+        hashes.add(digest(config))
+    assert len(hashes) == 2

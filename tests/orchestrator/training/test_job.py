@@ -1,0 +1,390 @@
+"""Training in this process: resumes are exact, bad gradients are bounded, schedules count images."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import BinaryIO
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.collectives import Group
+from cluster.trainer import WorkerContext
+from models.diffusion import DiffusionConfig
+from models.unet import ClassifierConfig, UNetConfig
+from orchestrator import checkpoints, storage
+from orchestrator.checkpoints import load_network
+from orchestrator.data.dataset import load_manifest
+from orchestrator.data.preparation import PrepareConfig, prepare
+from orchestrator.order import OrderConfig
+from orchestrator.training.averages import AverageConfig, average
+from orchestrator.training.config import AdmConfig, LossScaleConfig, NoisyClassifierConfig
+from orchestrator.training.gradients import _dropout_seed
+from orchestrator.training.initial_weights import begin_with
+from orchestrator.training.job import _shares, train, train_loop
+from orchestrator.training.snapshots import power_snapshots
+from orchestrator.training.state import TrainingState, learning_rate
+from orchestrator.training.validation import Validation
+
+UNET = UNetConfig(
+    image_size=8,
+    in_channels=1,
+    out_channels=2,
+    model_channels=32,
+    num_res_blocks=1,
+    channel_mult=(1,),
+    attention_resolutions=(),
+    num_classes=10,
+    dropout=0.1,
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A store that holds the digits."""
+    folder = str(tmp_path_factory.mktemp("store"))
+    prepare(PrepareConfig(store=folder, source="digits", output="digits", name="digits", validation_fraction=0.2))
+    return folder
+
+
+def adm(store: str, output: str, **changes: object) -> AdmConfig:
+    settings: dict = {
+        "store": store, "dataset": "digits", "output": output, "model": UNET,
+        "diffusion": DiffusionConfig(schedule="cosine"), "order": OrderConfig(num_streams=2, window=2),
+        "images": 96, "batch_size": 16, "learning_rate": 1e-3, "ema_rates": (0.9, 0.5), "flip": False,
+        "checkpoint_images": 32, "log_images": 32, "num_workers": 0,
+    }  # fmt: skip
+    return AdmConfig(**settings | changes)
+
+
+def context(stop_after: int | None = None, records: list | None = None) -> WorkerContext:
+    """This process as the only worker; it is asked to stop after so many questions."""
+    asked = iter(range(10**9))
+
+    def stopping() -> bool:
+        return stop_after is not None and next(asked) + 1 >= stop_after
+
+    report = records.append if records is not None else lambda record: None
+    return WorkerContext(0, 1, torch.device("cpu"), report, stopping, streams_on_cluster=False)
+
+
+def final_state(config: AdmConfig) -> dict[str, torch.Tensor]:
+    found = checkpoints.latest_checkpoint(config.path(config.output))
+    assert found is not None and found.position == config.images
+    return found.tensors
+
+
+def test_a_stopped_and_resumed_training_ends_with_the_same_bits(store: str) -> None:
+    whole, parts = adm(store, "whole"), adm(store, "parts")
+    train_loop(whole, context())
+    for stop_after in (1, 2, 1):
+        train_loop(parts, context(stop_after))
+    train_loop(parts, context())
+    first, second = final_state(whole), final_state(parts)
+    assert first.keys() == second.keys()
+    for kind in ("model.", "ema-0.9.", "ema-0.5.", "optimizer.exp_avg_sq."):
+        assert any(name.startswith(kind) for name in first), f"no {kind} in the checkpoint"
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), f"{name} differs after the resumes"
+
+
+def test_the_job_trains_writes_weights_and_is_found_finished(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = adm(store, "job")
+    run = train(config)
+    network = load_network(run)
+    assert network.architecture == UNET and network.classes == tuple("0123456789")
+    assert len(storage.list_names(storage.join(run, "weights"))) == 2, "one file for each average"
+    train(config)
+    assert "trained already" in capsys.readouterr().out
+
+
+def test_another_config_in_the_same_folder_is_refused(store: str) -> None:
+    train(adm(store, "claimed"))
+    with pytest.raises(ValueError, match=r"learning_rate: 0\.001 there, 0\.002 here"):
+        train(adm(store, "claimed", learning_rate=2e-3))
+
+
+def test_a_training_can_be_made_longer_and_not_shorter(store: str) -> None:
+    straight, longer = adm(store, "straight"), adm(store, "longer", images=48)
+    train(straight)
+    train(longer)
+    train(adm(store, "longer", log_images=16))
+    for name, tensor in final_state(straight).items():
+        assert torch.equal(tensor, final_state(adm(store, "longer"))[name]), name
+    with pytest.raises(ValueError, match=r"images=64, but .* has come to 96 already"):
+        train(adm(store, "longer", images=64))
+    annealed = adm(store, "annealed", images=16, anneal=True)
+    train(annealed)
+    with pytest.raises(ValueError, match="images: 16 there, 32 here"):
+        train(adm(store, "annealed", images=32, anneal=True))
+
+
+def test_a_model_for_other_classes_is_refused(store: str) -> None:
+    with pytest.raises(ValueError, match=r"model\.num_classes=7, but digits has 10 classes"):
+        train(adm(store, "classes", model=UNET.model_copy(update={"num_classes": 7})))
+
+
+def test_gradients_that_are_not_finite_are_skipped_then_end_the_run(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = adm(store, "poisoned", max_bad_steps=2)
+    fresh = TrainingState(config, torch.device("cpu")).tensors()
+    monkeypatch.setattr("orchestrator.training.losses.from_uint8", lambda images, channels: _poison(images, channels))
+    with pytest.raises(ArithmeticError, match="not finite in 3 steps in a row"):
+        train_loop(config, context())
+    found = checkpoints.latest_checkpoint(config.path(config.output))
+    assert found is not None
+    for name, tensor in found.tensors.items():
+        assert torch.equal(tensor, fresh[name]), f"{name} moved by a skipped step"
+
+
+def _poison(images: torch.Tensor, channels: int) -> torch.Tensor:
+    return torch.full((len(images), channels, 8, 8), float("nan"))
+
+
+def test_the_noisy_classifier_learns(store: str) -> None:
+    model = ClassifierConfig(
+        image_size=8, in_channels=1, model_channels=32, num_res_blocks=1, channel_mult=(1,), attention_resolutions=(),
+        num_head_channels=16, num_classes=10,
+    )  # fmt: skip
+    config = NoisyClassifierConfig(
+        store=store, dataset="digits", output="classifier", model=model, diffusion=DiffusionConfig(schedule="cosine"),
+        order=OrderConfig(num_streams=2, window=2), crop="random", flip=False, images=4800, batch_size=32,
+        learning_rate=2e-3, log_images=1600, num_workers=0,
+    )  # fmt: skip
+    records: list = []
+    train_loop(config, context(records=records))
+    accuracy = [record["metrics"]["accuracy_q0"] for record in records if "metrics" in record]
+    assert accuracy[-1] > 0.5 > accuracy[0], f"accuracy at little noise went {accuracy}"
+    last = [record["metrics"] for record in records if "metrics" in record][-1]
+    for quartile in range(4):
+        assert last[f"accuracy_top5_q{quartile}"] > last[f"accuracy_q{quartile}"]
+
+
+def test_the_learning_rate_warms_up_and_anneals(store: str) -> None:
+    config = adm(store, "lr", images=160, warmup_images=64, anneal=True, learning_rate=1.0)
+    found = [learning_rate(config, position) for position in range(0, 160, 16)]
+    warm = np.minimum(1, np.arange(1, 11) / 4)
+    assert found == pytest.approx(list(warm * (1 - np.arange(10) / 10)))
+
+
+def test_previews_show_samples(store: str) -> None:
+    records: list = []
+    config = adm(store, "previews", preview_images=48)
+    train_loop(config, context(records=records))
+    pictures = {record["picture"]: record["png"] for record in records if "picture" in record}
+    assert sorted(pictures) == [
+        f"samples/{name}/images-0000000000{at}.png" for name in ("ema-0.5", "ema-0.9") for at in (48, 96)
+    ]
+    assert all(png.startswith(b"\x89PNG") for png in pictures.values())
+
+
+def numbers(records: list, name: str) -> list[float]:
+    return [record["metrics"][name] for record in records if name in record.get("metrics", {})]
+
+
+@pytest.mark.parametrize("rows", [4, 6])
+def test_microbatches_add_up_to_the_whole_batch(store: str, rows: int) -> None:
+    first = {"model": UNET.model_copy(update={"dropout": 0.0}), "images": 16}
+    whole, cut = adm(store, f"whole-{rows}", **first), adm(store, f"cut-{rows}", microbatch_size=rows, **first)
+    train_loop(whole, context())
+    train_loop(cut, context())
+    tensors = final_state(cut)
+    gradients = {name: t for name, t in final_state(whole).items() if name.startswith("optimizer.exp_avg.")}
+    assert gradients
+    for name, tensor in gradients.items():
+        assert torch.allclose(tensors[name], tensor, rtol=1e-4, atol=1e-7), name
+
+
+def test_every_microbatch_has_dropout_of_its_own(store: str) -> None:
+    config = adm(store, "dropout", microbatch_size=4)
+    manifest = load_manifest(config.path("digits"))
+
+    def seeds(rank: int, world_size: int) -> list[int]:
+        worker = replace(context(), rank=rank, world_size=world_size)
+        found = []
+        for position in (0, 16):
+            _, share = next(_shares(config, worker, manifest, position))
+            found += [_dropout_seed(config, position, batch) for batch in share]
+        return found
+
+    assert len(set(seeds(0, 1))) == 8
+    assert sorted(seeds(0, 2) + seeds(1, 2)) == sorted(seeds(0, 1)), "of streams, not of workers"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits_come_near_thirty_two(store: str, dtype: str) -> None:
+    losses = {}
+    for name in ("float32", dtype):
+        records: list = []
+        config = adm(store, f"{dtype}-{name}", dtype=name, images=320, log_images=160)
+        train_loop(config, context(records=records))
+        losses[name] = numbers(records, "loss")
+        if name == "float16":
+            assert numbers(records, "log2_loss_scale")[0] == pytest.approx(20 + 10 * 1e-3)
+    assert losses[dtype] == pytest.approx(losses["float32"], rel=0.02)
+    assert losses[dtype] != losses["float32"], "autocast changed nothing"
+
+
+def test_the_loss_scale_backs_off_to_its_floor_and_is_kept(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scaling = LossScaleConfig(initial=3.0, backoff=2.0, floor=0.5)
+    config = adm(store, "scale", dtype="float16", loss_scale=scaling, images=64, checkpoint_images=16)
+    with monkeypatch.context() as patch:
+        patch.setattr("orchestrator.training.losses.from_uint8", lambda images, channels: _poison(images, channels))
+        train_loop(config, context(stop_after=2))
+    found = checkpoints.latest_checkpoint(config.path(config.output))
+    assert found is not None and found.position == 32
+    assert found.facts["log2_loss_scale"] == 0.5 and found.facts["bad_steps"] == 2 and found.facts["updates"] == 0
+    train_loop(config, context())
+    found = checkpoints.latest_checkpoint(config.path(config.output))
+    assert found is not None and found.facts["log2_loss_scale"] == pytest.approx(0.5 + 2e-3)
+    assert found.facts["bad_steps"] == 0 and found.facts["updates"] == 2
+
+
+def test_old_checkpoints_go_and_snapshots_stay(store: str) -> None:
+    config = adm(store, "kept", checkpoint_images=16, keep_checkpoints=2, keep_every_images=32, snapshot_images=48)
+    train_loop(config, context())
+    run = config.path(config.output)
+    kept = {name.split("/")[0] for name in storage.list_names(storage.join(run, "checkpoints"), recursive=True)}
+    assert kept == {f"images-{position:012d}" for position in (32, 64, 80, 96)}
+    names = storage.list_names(storage.join(run, "weights"))
+    wanted = [f"images-{at:012d}-ema-{rate}.safetensors" for at in (48, 96) for rate in (0.5, 0.9)]
+    assert names == wanted
+    assert checkpoints.weights_about(storage.join(run, "weights", names[0]))["training"]["images"] == 48
+
+
+def test_a_notice_of_preemption_is_answered_with_a_checkpoint(store: str) -> None:
+    config = adm(store, "preempted", checkpoint_images=10**6)
+    notices = iter([False, True, False, False])
+    train_loop(config, replace(context(stop_after=4), preempted=lambda: next(notices)))
+    run = config.path(config.output)
+    kept = {name.split("/")[0] for name in storage.list_names(storage.join(run, "checkpoints"), recursive=True)}
+    assert kept == {"images-000000000032", "images-000000000064"}
+
+
+def test_a_full_disk_costs_checkpoints_not_the_training(
+    store: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = adm(store, "full", images=128, checkpoint_images=32)
+    real = storage.open_output
+
+    @contextmanager
+    def full(uri: str) -> Iterator[BinaryIO]:
+        if "images-000000000064" in uri:
+            raise OSError(errno.ENOSPC, "No space left on device", uri)
+        with real(uri) as file:
+            yield file
+
+    monkeypatch.setattr(storage, "open_output", full)
+    train_loop(config, context())
+    assert final_state(config)
+    (warning,) = [record.getMessage() for record in caplog.records if "could not be written" in record.getMessage()]
+    assert "No space left on device" in warning
+
+    monkeypatch.setattr(storage, "open_output", lambda uri: full(uri.replace(uri, "images-000000000064")))
+    with pytest.raises(RuntimeError, match=r"could not be written: .*No space left"):
+        train_loop(adm(store, "fuller", images=128, checkpoint_images=32), context())
+
+
+def test_a_training_starts_from_other_weights_and_says_what_it_makes_anew(
+    store: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = adm(store, "source", model=UNET.model_copy(update={"num_classes": None}))
+    train_loop(source, context())
+    config = adm(store, "tuned", init_from="source")
+    state = TrainingState(config, torch.device("cpu"))
+    fresh = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    begin_with(config, state, Group(0, 1))
+    wanted = load_network(source.path("source")).module.state_dict()
+    for name, tensor in state.model.state_dict().items():
+        if name == "label_emb.weight":
+            assert torch.equal(tensor, fresh[f"model.{name}"])
+        else:
+            assert torch.equal(tensor, wanted[name])
+        assert torch.equal(state.tensors()[f"ema-0.9.{name}"], tensor), "averages start there too"
+    assert "has no classes and this model 10: label_emb.weight starts anew" in caplog.text
+
+    other = adm(store, "misfit", init_from="source", model=UNET.model_copy(update={"model_channels": 64}))
+    with pytest.raises(ValueError, match=r"has shape .* the architecture wants"):
+        begin_with(other, TrainingState(other, torch.device("cpu")), Group(0, 1))
+
+
+def test_the_datasets_classes_become_the_models(store: str) -> None:
+    config = adm(
+        store, "own-classes", classes="dataset", model=UNET.model_copy(update={"num_classes": None}), images=16
+    )
+    train(config)
+    assert load_network(config.path("own-classes")).architecture.num_classes == 10
+
+
+def test_an_average_of_another_length_is_made_afterwards(store: str) -> None:
+    config = adm(store, "power", power_emas=(0.05, 0.1, 0.075), images=640, snapshot_images=32, checkpoint_images=320)
+    train_loop(config, context())
+    run = config.path(config.output)
+    direct = load_network(storage.join(run, "weights", "power", "images-000000000640-0.075.safetensors")).module
+    for _, sigma_rel, uri in power_snapshots(run):
+        if sigma_rel == 0.075:
+            storage.delete(uri)
+    made = load_network(average(AverageConfig(store=store, run="power", sigma_rel=0.075))).module
+    raw, wanted, found = final_state(config), direct.state_dict(), made.state_dict()
+    moved = sum(float((raw[f"model.{name}"] - tensor).square().sum()) for name, tensor in wanted.items())
+    missed = sum(float((found[name] - tensor).square().sum()) for name, tensor in wanted.items())
+    assert missed**0.5 < 0.05 * moved**0.5
+    with pytest.raises(ValueError, match=r"sigma_rel=0\.28: the 40 snapshots .* only come within"):
+        average(AverageConfig(store=store, run="power", sigma_rel=0.28, images=640))
+    with pytest.raises(ValueError, match="has no snapshot there; the nearest is at 32"):
+        average(AverageConfig(store=store, run="power", images=40))
+
+
+def test_validation_looks_at_the_same_noise_every_time(store: str) -> None:
+    records: list = []
+    config = adm(store, "validated", validation_images=32, validation_samples=50, learning_rate=1e-12)
+    train_loop(config, context(records=records))
+    losses = numbers(records, "validation_loss")
+    assert len(losses) == 3
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5), "nothing but the weights may change"
+
+
+def test_overfitting_is_told_from_chance(store: str, caplog: pytest.LogCaptureFixture) -> None:
+    config = adm(store, "overfit", validation_images=32, validation_samples=200)
+    manifest = load_manifest(config.path("digits"))
+    validation, state = Validation(config, manifest, Group(0, 1)), TrainingState(config, torch.device("cpu"), 200)
+    losses = torch.rand(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
+    noise = torch.randn(200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noise = 0.1 * (noise - noise.mean())
+    assert validation._rise(state, losses) == 0
+    assert validation._rise(state, losses + noise + 0.01) == pytest.approx(0.01) and not state.overfits
+    assert not caplog.records
+    assert validation._rise(state, losses + noise + 0.05) == pytest.approx(0.05) and state.overfits
+    assert "over-fits: at 0 images its validation loss is 0.05 +- 0.0075 above that at 0 images" in caplog.text
+    assert validation._rise(state, losses - 0.01) == 0 and not state.overfits
+    with pytest.raises(ValueError, match="has no split 'validation'"):
+        splits = {"train": manifest.splits["train"]}
+        Validation(config, manifest.model_copy(update={"splits": splits}), Group(0, 1))
+
+
+def test_a_dataset_that_cannot_fill_the_batches_is_refused_before_anything_starts(store: str) -> None:
+    streams = OrderConfig(num_streams=1024)
+    with pytest.raises(ValueError, match=r"num_streams=1024 is more than the .* row groups"):
+        train(adm(store, "streams", order=streams, batch_size=1024))
+    assert not storage.exists(adm(store, "streams").path("streams"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"batch_size": 15}, "batch_size=15 is not a multiple of order.num_streams=2; use 14 or 16"),
+        ({"num_workers": 4}, "num_workers=4 does not divide order.num_streams=2; use a power of two up to 2"),
+        ({"order": OrderConfig(num_streams=3)}, "order.num_streams=3 is not a power of two"),
+        ({"microbatch_size": 17}, "microbatch_size=17 is more than a worker's share, batch_size / num_workers = 16"),
+        ({"microbatch_size": 4, "reduction": "exact"}, "has no place in reduction=exact, .* 8 images"),
+        ({"power_emas": (0.05,)}, "set snapshot_images, to 6"),
+        ({"power_emas": (0.5,), "snapshot_images": 16}, r"sigma_rel=0\.5 is not in"),
+        ({"ema_rates": (1.0,)}, r"ema_rates has 1\.0"),
+    ],
+)
+def test_impossible_settings_are_refused(store: str, changes: dict, wanted: str) -> None:
+    with pytest.raises(ValueError, match=wanted):
+        adm(store, "impossible", **changes)

@@ -1,0 +1,61 @@
+"""Numbers of a training: means by quartile of t are means over images, whatever the microbatches."""
+
+import pytest
+import torch
+
+from cluster.collectives import Group
+from cluster.trainer import WorkerContext
+from models.diffusion import DiffusionConfig
+from models.unet import UNetConfig
+from orchestrator.order import OrderConfig
+from orchestrator.training.config import AdmConfig
+from orchestrator.training.meter import Meter, _peak_flops, means_by_quartile, sums_by_quartile
+from orchestrator.training.state import TrainingState
+
+
+def test_means_by_quartile_are_over_images() -> None:
+    terms = {"loss": torch.tensor([1.0, 2.0, 4.0, 8.0]), "t": torch.tensor([0, 249, 250, 999])}
+    parts = [{name: values[rows] for name, values in terms.items()} for rows in (slice(0, 1), slice(1, 4))]
+    sums = sum(sums_by_quartile(part, ["loss"], 1000) for part in parts)
+    assert isinstance(sums, torch.Tensor)
+    assert means_by_quartile(sums, ["loss"]) == {"loss": 3.75, "loss_q0": 1.5, "loss_q1": 4.0, "loss_q3": 8.0}
+
+
+def test_a_report_holds_what_happened_since_the_last() -> None:
+    config = AdmConfig(
+        dataset="d", output="o", diffusion=DiffusionConfig(), images=64, batch_size=4, learning_rate=0.5,
+        order=OrderConfig(num_streams=2), dtype="float16",
+        model=UNetConfig(
+            image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1,), attention_resolutions=()
+        ),
+    )  # fmt: skip
+    worker = WorkerContext(0, 1, torch.device("cpu"), print, lambda: False, streams_on_cluster=False)
+    state, meter = TrainingState(config, worker.device), Meter(config, worker, Group(0, 1))
+    for loss, norm, replaced in ((1.0, 3.0, 0), (2.0, float("nan"), 2)):
+        meter.add([{"loss": torch.full((4,), loss), "t": torch.zeros(4, dtype=torch.int64)}], norm, replaced)
+        state.position += 4
+    records = list(meter.report(state))
+    meter.add([{"loss": torch.full((4,), 5.0), "t": torch.zeros(4, dtype=torch.int64)}], 1.0, 0)
+    records += meter.report(state)
+    first, second = (record["metrics"] for record in records)
+    assert records[0]["images"] == 8
+    assert (first["loss"], first["loss_q0"], first["gradient_norm"]) == (1.5, 1.5, 3.0)
+    assert (first["skipped_steps"], first["replaced_images"], first["log2_loss_scale"]) == (1, 2, 20)
+    assert (second["loss"], second["skipped_steps"], second["replaced_images"]) == (5.0, 0, 0)
+    weights = torch.cat([tensor.detach().flatten() for tensor in state.model.parameters()])
+    assert first["parameter_norm"] == pytest.approx(float(weights.norm()), rel=1e-5)
+    assert first["memory_bytes"] > 2**20 and 0 <= first["data_wait_share"] <= 1 and first["images_per_second"] > 0
+    assert "mfu" not in first, "nobody knows the peak of this CPU"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
+        ("NVIDIA A100-SXM4-40GB", "float32", 19.5e12),
+        ("Radeon", "float16", None),
+    ],
+)
+def test_peaks_are_the_named_cards(monkeypatch: pytest.MonkeyPatch, name: str, dtype: str, peak: float | None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert _peak_flops(torch.device("cuda"), dtype) == peak
