@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from orchestrator import storage
 from orchestrator.evaluation.page import template
 from orchestrator.figures import COLOURS, copies_figure, figure_png
-from orchestrator.generation.samples import read_range, read_run
+from orchestrator.generation.samples import count_samples, read_range, read_run
 from orchestrator.pictures import grid_png
 from orchestrator.search.pictures import common_n, guidance_figure
 from orchestrator.tracking import metric_history
@@ -132,7 +132,7 @@ def copies(distances: dict[str, list[float]]) -> dict[str, Any]:
 
 def class_grid(samples: str) -> bytes:
     """One row for each class, ten samples each: the first of the folder."""
-    images, labels = read_range(samples, 0, 512)
+    images, labels = read_range(samples, 0, min(512, count_samples(samples)))
     rows = [images[labels == label][:PER_CLASS] for label in np.unique(labels)]
     return grid_png(np.concatenate(rows), columns=PER_CLASS, scale=4, gap=2)
 

@@ -248,6 +248,7 @@ def test_a_gated_source_needs_its_token(monkeypatch: pytest.MonkeyPatch) -> None
 
     hub = Hub({"train/all.tar": tar_bytes(layouts.class_tars(IMAGES))}, token="hf_secret")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # other tests ask for that
     template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.delenv("HF_TOKEN", raising=False)
