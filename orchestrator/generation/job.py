@@ -26,7 +26,6 @@ from orchestrator.generation.samples import (
     check_run,
     check_shard,
     claim_run,
-    count_samples,  # noqa: F401 - for older importers
     encode_rows,
     is_finished,
     list_shards,
@@ -37,19 +36,16 @@ from orchestrator.generation.samples import (
     shards_of,
     write_manifest,
 )
-from orchestrator.generation.sampling import (  # noqa: F401 - for older importers
-    NUMERICS_VERSION,
+from orchestrator.generation.sampling import (
     GenerationConfig,
     Networks,
     canonical_batch,
     decisive,
-    evaluations,
     load_networks,
     make_batch,
     noise_plan,
     platform,
     prepare_device,
-    sample_batch,
     upsample_batch,
 )
 from orchestrator.pictures import grid_png, png
