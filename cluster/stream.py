@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
+from mmap import mmap
 from queue import Queue
 from threading import Event, Lock, Semaphore, Thread
 from typing import Any, TypeVar
@@ -16,8 +17,9 @@ Block = dict[str, np.ndarray]
 Pipeline = Callable[[list[Any]], Iterator[Block]]
 Queues = list["Queue[Block | BaseException | None]"]  # a unit's blocks as they come, then None
 
-TASKS = 4  # reads of one pipeline that run at a time: with a quarter of a CPU each, one CPU is never idle between two
+TASKS = 4  # reads of one pipeline at a time: those that find no CPU wait in Ray, so that none is idle between two
 CHUNKS_AHEAD = 2  # chunks in this process: one that is consumed, one that is read meanwhile
+PAGED_BYTES = 1 << 20  # of an array that has pages of its own
 CLOSING_SECONDS = 10  # that a caller who stops early waits for each running pipeline, at most
 
 _building = Lock()  # Ray Data's context belongs to the process
@@ -28,7 +30,7 @@ def stream(
     read_unit: Callable[[Unit], Iterator[Block]],
     chunk: int,
     block_bytes: int = 4 << 20,
-    num_cpus: float = 0.25,
+    num_cpus: float = 1.0,
 ) -> Iterator[Block]:
     """Read every unit in tasks of `num_cpus` CPUs, ahead of the caller; yield the rows in the units' order.
 
@@ -128,6 +130,9 @@ def _pipeline(
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = False
     context.target_max_block_size = block_bytes
+    # Reservations start from nothing and are first looked at again after a second, in which one task runs; each chunk
+    # would lose that second. What they guard is bounded here: by TASKS, and by who takes the blocks at once.
+    context.op_resource_reservation_enabled = False
     context.enable_progress_bars = False
     reference = ray.put(units)  # once, rather than a block of its own for each unit
 
@@ -148,7 +153,20 @@ def _pipeline(
         dataset = numbers.map_batches(read, batch_size=1, num_cpus=num_cpus, compute=TaskPoolStrategy(size=TASKS))
     for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
         # A copy frees the object store at once; a view would pin it for as long as rows wait their turn.
-        yield {name: np.array(column) for name, column in block.items()}
+        yield {name: _copied(column) for name, column in block.items()}
+
+
+def _copied(column: np.ndarray) -> np.ndarray:
+    """A copy that takes no more memory than it has bytes, and only while it is used.
+
+    Its pages are its own: malloc's would stay behind, scattered over the arenas of the threads that come and go here,
+    as twice the memory of what is held.
+    """
+    if column.nbytes < PAGED_BYTES:
+        return np.array(column)
+    copy = np.frombuffer(mmap(-1, column.nbytes), column.dtype).reshape(column.shape)
+    copy[...] = column
+    return copy
 
 
 def _tagged(block: Block, number: int, last: bool) -> Block:

@@ -23,7 +23,7 @@ from orchestrator.order import OrderPlan, Purpose, Unit, sample_rng
 
 READ_AHEAD_BYTES = 128 << 20  # decoded images that one pipeline reads, unless its tasks' are more; a worker holds two
 READ_AHEAD_ROWS = 8192  # and no more of them: what is read further ahead only takes CPUs from the training
-BLOCK_ROWS, BLOCK_BYTES = 64, 4 << 20  # decoded at a time, at most
+BLOCK_ROWS, BLOCK_BYTES = 256, 4 << 20  # decoded at a time, at most
 
 SCHEMA = pa.schema(
     [

@@ -50,9 +50,9 @@ class Options:
     image_size: int = 64  # pixels
     store: Literal["local", "s3"] = "local"  # where shards and files lie
     rounds: int = 7
-    images: int = 4096  # in a pass
+    images: int = 12288  # in a pass
     distinct: int = 600  # photographs; the set repeats them
-    processes: int = 2  # of every other loader; ours runs as many tasks as it likes on the same cores
+    processes: int = 2  # of every loader; ours: CPUs for its tasks
     mosaic_python: str = ""  # of an environment with mosaicml-streaming; empty: leave it out
 
 
@@ -66,7 +66,7 @@ def main(options: Options) -> None:
         for i, path in enumerate(paths):
             storage.write_bytes(path, pictures[i % len(pictures)])
         del pictures
-        stack.enter_context(session(4))
+        stack.enter_context(session(options.processes))
         passes: dict[str, Pass] = {"ours": lambda: _ours(manifest, options)}
         pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(options.processes))
         passes["ceiling"] = lambda: _bare(pool, manifest, options)
