@@ -23,7 +23,7 @@ from orchestrator.order import OrderPlan, Purpose, Unit, sample_rng
 
 READ_AHEAD_BYTES = 128 << 20  # decoded images that one pipeline reads, unless its tasks' are more; a worker holds two
 READ_AHEAD_ROWS = 8192  # and no more of them: what is read further ahead only takes CPUs from the training
-BLOCK_ROWS, BLOCK_BYTES = 256, 4 << 20  # decoded at a time, at most
+BLOCK_ROWS, BLOCK_BYTES = 256, 16 << 20  # decoded at a time, at most
 
 SCHEMA = pa.schema(
     [
@@ -250,6 +250,8 @@ class _Waiting:
             missing -= len(block["sample"])
             taken.append(block)
         self.count -= count
+        if len(taken) == 1:
+            return taken[0]
         return {name: np.concatenate([block[name] for block in taken]) for name in taken[0]}
 
 
