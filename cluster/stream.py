@@ -30,9 +30,8 @@ def stream(
     read_unit: Callable[[Unit], Iterator[Block]],
     chunk: int,
     block_bytes: int = 4 << 20,
-    num_cpus: float = 1.0,
 ) -> Iterator[Block]:
-    """Read every unit in tasks of `num_cpus` CPUs, ahead of the caller; yield the rows in the units' order.
+    """Read every unit in tasks of one CPU, ahead of the caller; yield the rows in the units' order.
 
     `units` may be endless. Each `chunk` of them is a Ray Data pipeline of its own, drained at once into this process,
     which so holds at most two chunks: an executor that waits for a slow consumer keeps polling, in this process, and
@@ -48,7 +47,7 @@ def stream(
     from ray.exceptions import RayError, RayTaskError
 
     try:
-        yield from _ahead(iter(units), chunk, partial(_pipeline, read_unit, block_bytes, num_cpus))
+        yield from _ahead(iter(units), chunk, partial(_pipeline, read_unit, block_bytes))
     except RayError as error:
         reason = str(error.cause if isinstance(error, RayTaskError) else error)
         first_line = reason.strip().split("\n", 1)[0]  # Ray adds advice beneath
@@ -119,9 +118,7 @@ def _fill(queues: Queues, blocks: Iterator[Block], ending: Event, closed: Event)
         ending.set()
 
 
-def _pipeline(
-    read_unit: Callable[[Unit], Iterator[Block]], block_bytes: int, num_cpus: float, units: list[Unit]
-) -> Iterator[Block]:
+def _pipeline(read_unit: Callable[[Unit], Iterator[Block]], block_bytes: int, units: list[Unit]) -> Iterator[Block]:
     """The blocks of some units, by one Ray Data execution, each with its unit's number and where the unit ends."""
     import ray
     from ray.data import DataContext, TaskPoolStrategy
@@ -150,7 +147,7 @@ def _pipeline(
 
     with _building, DataContext.current(context):
         numbers = ray.data.from_items(list(range(len(units))), override_num_blocks=len(units))
-        dataset = numbers.map_batches(read, batch_size=1, num_cpus=num_cpus, compute=TaskPoolStrategy(size=TASKS))
+        dataset = numbers.map_batches(read, batch_size=1, num_cpus=1, compute=TaskPoolStrategy(size=TASKS))
     for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
         # A copy frees the object store at once; a view would pin it for as long as rows wait their turn.
         yield {name: _copied(column) for name, column in block.items()}
