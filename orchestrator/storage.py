@@ -425,10 +425,15 @@ def _attempt(action: str, uri: str, function: Callable[P, T], *args: P.args, **k
     except FileNotFoundError as error:
         if getattr(getattr(error.__cause__, "response", None), "status_code", None) in (401, 403):
             raise PermissionError(errno.EACCES, f"cannot {action}: access denied", uri) from error  # a gated repository
+        if _error_code(error) == "NoSuchBucket":  # no FileNotFoundError: nothing is simply not there yet
+            raise OSError(errno.ENXIO, f"cannot {action}: there is no such bucket", uri) from error
         raise FileNotFoundError(errno.ENOENT, f"cannot {action}: there is no such object", uri) from error
     except (PermissionError, botocore.exceptions.NoCredentialsError) as error:
         raise PermissionError(errno.EACCES, f"cannot {action}: access denied ({error})", uri) from error
     except (OSError, botocore.exceptions.BotoCoreError) as error:
+        if _error_code(error) == "400":  # to a HEAD, whose answer cannot say why
+            reason = f"refused: the credentials have expired, or the bucket is in another region ({error})"
+            raise PermissionError(errno.EACCES, f"cannot {action}: {reason}", uri) from error
         raise OSError(getattr(error, "errno", None) or errno.EIO, f"cannot {action} ({error})", uri) from error
 
 

@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 T = TypeVar("T")
 Fault = Literal[
     "503",  # "slow down" in the place of an answer
+    "denied",  # 403: these credentials may not do this
+    "expired",  # 400: these credentials were good once
     "reset",  # the connection ends without an answer
     "stall",  # nothing comes, for as long as the client waits
     "half",  # half of the upload is taken, then the connection ends
@@ -26,6 +28,11 @@ Fault = Literal[
     "hold",  # the server gets it when the rule is let go, and never where the client is gone by then
 ]
 SLOW_BYTES = 8 << 20  # a second
+REFUSALS = {  # status line, code and message, as S3 words them
+    "503": ("503 Slow Down", "SlowDown", "Please reduce your request rate."),
+    "denied": ("403 Forbidden", "AccessDenied", "Access Denied"),
+    "expired": ("400 Bad Request", "ExpiredToken", "The provided token has expired."),
+}
 
 
 class Request(NamedTuple):
@@ -65,6 +72,7 @@ class Proxy:
         self._rules: list[Rule] = []
         self._lock = threading.Lock()
         self._times_seen = Counter[tuple[str, str]]()
+        self._befallen = Counter[str]()
         self._open: set[asyncio.StreamWriter] = set()
         self.requests: list[Request] = []  # all of them, as they came
         self._loop = asyncio.new_event_loop()
@@ -79,6 +87,7 @@ class Proxy:
         rule = Rule(fault, method, target, **further)
         with self._lock:
             self._rules.append(rule)
+            self._befallen[fault] += 0
         return rule
 
     def remove(self, rule: Rule) -> None:
@@ -93,11 +102,8 @@ class Proxy:
             self.remove(rule)
 
     def faults(self) -> dict[str, int]:
-        """How many requests each kind of fault befell so far."""
-        counts = Counter[str]()
-        for rule in self._rules:
-            counts[rule.fault] += len(rule.requests)
-        return dict(counts)
+        """How many requests each kind of fault befell so far, by rules that are gone too."""
+        return dict(self._befallen)
 
     def close(self) -> None:
         """Listen no more; what is held or stalled ends."""
@@ -131,6 +137,7 @@ class Proxy:
                 key = f"{self._seed} {number} {request.method} {within} {self._times_seen[request[:2]]}"
                 if random.Random(key).random() < rule.probability:
                     rule.requests.append(request)
+                    self._befallen[rule.fault] += 1
                     rule._met.set()
                     return rule
         return None
@@ -171,8 +178,8 @@ class Proxy:
             body += taken
         if fault == "hold" and await _is_gone(reader):
             return
-        if fault == "503":
-            await _send(writer, _slow_down(head.startswith(b"HEAD")))
+        if fault in REFUSALS:
+            await _send(writer, _refusal(*REFUSALS[fault], head.startswith(b"HEAD")))
         elif fault == "stall":
             await reader.read()
         elif fault != "reset":
@@ -208,7 +215,7 @@ async def _send(writer: asyncio.StreamWriter, message: bytes) -> None:
         await writer.wait_closed()
 
 
-def _slow_down(head_only: bool) -> bytes:
-    body = b"<Error><Code>SlowDown</Code><Message>slow down</Message></Error>"
-    head = b"HTTP/1.1 503 Slow Down\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+def _refusal(status: str, code: str, message: str, head_only: bool) -> bytes:
+    body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+    head = f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     return head if head_only else head + body
