@@ -1,0 +1,75 @@
+"""What a tracking server that is away costs a step: the same loop while it answers, and while it does not. By hand:
+
+    python -m tests.benchmarks.tracking_away [--pairs 20] [--steps 100]
+
+Each step is a matrix product and a record of ten numbers, far more than trainings log. A pair is one window of each, in
+either order; while the server is away its connections are reset. Prints the milliseconds of a step, the median ratio
+with a 95% interval of the median, and how many of the numbers are in MLflow in the end.
+"""
+
+import tempfile
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import tyro
+from mlflow import MlflowClient
+
+from orchestrator.tracking import Tracker
+from tests import servers
+from tests.benchmarks.pool_efficiency import median_interval
+from tests.chaos.proxy import Proxy
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    pairs: int = 20  # alternating windows
+    steps: int = 100  # of a window
+
+
+def main(options: Options) -> None:
+    """Print the figures."""
+    rng, seconds, step = np.random.default_rng(0), dict[str, list[float]](there=[], away=[]), 0
+    with tempfile.TemporaryDirectory() as folder, servers.mlflow_server(folder) as (uri, _):
+        proxy = Proxy(uri)
+        tracker = Tracker(proxy.endpoint, "away", "away", "away", None)
+        for pair in range(-1, options.pairs):  # the first pair warms up
+            for name in rng.permutation(list(seconds)):
+                rule = proxy.add("reset") if name == "away" else None
+                taken = window(tracker, range(step, step + options.steps))
+                step += options.steps
+                if rule is not None:
+                    proxy.remove(rule)
+                while tracker._untaken:  # else the next window would pay for it
+                    time.sleep(0.1)
+                if pair >= 0:
+                    seconds[name].append(taken / options.steps)
+        tracker.finish("FINISHED")
+        client = MlflowClient(uri)
+        (run,) = client.search_runs([client.get_experiment_by_name("away").experiment_id])
+        kept = len(client.get_metric_history(run.info.run_id, "number_0"))
+        proxy.close()
+    for name, values in seconds.items():
+        print(f"{name:6} {np.median(values) * 1e3:7.2f} ms a step")
+    ratios = np.sort(np.array(seconds["away"]) / np.array(seconds["there"]))
+    low, high = median_interval(ratios)
+    print(f"away/there over {options.pairs} pairs: {np.median(ratios):.3f}, 95% interval {low:.3f} to {high:.3f}")
+    print(f"{kept:,} of {step:,} records of each number are in MLflow")
+
+
+def window(tracker: Tracker, steps: range) -> float:
+    """Seconds of these steps, each with its record."""
+    matrix = torch.ones(700, 700)
+    begin = time.perf_counter()
+    for step in steps:
+        (matrix @ matrix).sum().item()
+        tracker.metrics({f"number_{i}": float(i) for i in range(10)}, step=step)
+    return time.perf_counter() - begin
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(tyro.cli(Options, description=__doc__))
