@@ -1,7 +1,13 @@
-"""Every command line of a job in README, docs and manifests is one that the jobs take."""
+"""README and docs say what is true: commands are accepted, names exist, messages are the code's, the tutorial runs."""
 
+import ast
+import importlib.util
+import os
+import pydoc
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,11 +15,17 @@ import pytest
 import yaml
 
 from jobs.command_line import parse
+from orchestrator.data.preparation import prepare
+from orchestrator.presets import dataset_presets
+from orchestrator.training.job import plan
 from tests.jobs.test_command_line import ALL_PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "ray_cluster.yaml"]
 MANIFESTS = sorted((ROOT / "cluster" / "deploy").rglob("*.yaml"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PACKAGES = ("models", "orchestrator", "cluster", "jobs", "tests")
+TUTORIAL = ROOT / "docs" / "tutorial.md"
 
 
 def commands(text: str) -> Iterator[tuple[str, list[str]]]:
@@ -53,3 +65,160 @@ def test_commands_are_found() -> None:
         ("a", ["x", "--y", "1"]),
         ("b", ["--z", "2 3"]),
     ]
+
+
+# ------------------------------------------------------------------------------------------------ names
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """(language, content) of each block of code, in order."""
+    return re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def spans(text: str) -> list[str]:
+    """What stands in backticks within the prose."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL))
+
+
+def code(text: str) -> list[str]:
+    """All code of a page: blocks, and spans within the prose."""
+    return [content for _, content in blocks(text)] + spans(text)
+
+
+def missing_names(text: str, folder: Path) -> list[str]:
+    """Targets, modules, links, files and tests that a page in `folder` names, and that do not exist."""
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    missing = []
+    for piece in code(text):
+        missing += [f"make {t}" for t in re.findall(r"\bmake ([a-z][a-z0-9-]*)", piece) if t not in targets]
+        modules = re.findall(r"\bpython -m ([\w.]+)", piece)
+        missing += [f"python -m {module}" for module in modules if importlib.util.find_spec(module) is None]
+    for span in spans(text):
+        if not is_there(span):
+            missing.append(span)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" not in link and not leads_somewhere(link, text, folder):
+            missing.append(link)
+    return missing
+
+
+def is_there(span: str) -> bool:
+    """Whether a file, test or dotted name of this repository exists; True of everything else."""
+    if re.fullmatch(rf"(?:{'|'.join(PACKAGES)})(?:\.\w+)+", span) and not span.endswith(".py"):
+        return pydoc.locate(span) is not None
+    path, _, test = span.partition("::")
+    if not re.fullmatch(rf"(?:{'|'.join(PACKAGES)}|docs)/[\w./*-]+|\w+\.(?:md|toml)", path):
+        return True
+    if not any(list(ROOT.glob(name.rstrip("/"))) for name in (path, f"{path}.py")):
+        return False
+    return not test or re.search(rf"^def {test}\(", (ROOT / path).read_text(), flags=re.MULTILINE) is not None
+
+
+def leads_somewhere(link: str, text: str, folder: Path) -> bool:
+    """Whether a relative link's file exists, and has the heading that it names."""
+    name, _, anchor = link.partition("#")
+    target = folder / name if name else None
+    if target and not target.exists():
+        return False
+    page = target.read_text() if target and target.suffix == ".md" else text
+    headings = re.findall(r"^#+ (.*)$", page, flags=re.MULTILINE)
+    return not anchor or anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_exists(page: Path) -> None:
+    assert not missing_names(page.read_text(), page.parent)
+
+
+def test_names_that_do_not_exist_are_found() -> None:
+    wrong = (
+        "`make nothing`, `python -m tests.nothing`, `models/nothing.py`, `orchestrator.order.nothing`,\n"
+        "`tests/test_documents.py::test_nothing`, [here](nothing.md), [there](cluster.md#nothing)\n"
+        "```bash\nmake neither\n```\n"
+    )
+    assert len(missing_names(wrong, ROOT / "docs")) == 8
+    right = (
+        "`make test`, `python -m tests.reference`, `models/zoo.py`, `orchestrator.order.keyed_rng`, `a/b.py`,\n"
+        "`jobs/*.py`, `tests/test_documents.py::test_commands_are_found`, [here](cluster.md#on-aws), [there](https://nowhere)\n"
+    )
+    assert not missing_names(right, ROOT / "docs")
+
+
+# ------------------------------------------------------------------------------------------------ messages
+
+
+def sayings() -> str:
+    """All text of the code, with what is put in at run time left out: a line for each unbroken piece."""
+    pieces = []
+    for package in ("models", "orchestrator", "cluster", "jobs"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    pieces += re.split(r"%[a-z]", node.value)
+    return "\n".join(pieces)
+
+
+def unsaid(page: str) -> list[str]:
+    """Pieces of the messages in a page's tables, in backticks in the first column, that the code does not say.
+
+    Where a message holds what differs from case to case the page has three dots.
+    """
+    said, found = sayings(), []
+    for cell in re.findall(r"^\| ([^|]*) \|", page, flags=re.MULTILINE):
+        for message in re.findall(r"`([^`]+)`", cell):
+            if " " in message:
+                found += [piece for part in message.split("...") if (piece := part.strip()) and piece not in said]
+    return found
+
+
+def test_messages_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    assert not unsaid(page)
+    assert len(re.findall(r"^\| `", page, flags=re.MULTILINE)) > 20
+    assert unsaid("| `worker ... makes no step; its dog is in ...` | why | what |") == ["makes no step; its dog is in"]
+
+
+# ------------------------------------------------------------------------------------------------ the tutorial
+
+
+def test_the_tutorials_trainings_can_be_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pictures are written, prepared, and what its preset files ask for is priced; nothing is trained."""
+    monkeypatch.setenv("ADMIRAL_STORE", str(tmp_path))
+    text = TUTORIAL.read_text()
+    exec(compile(next(content for language, content in blocks(text) if language == "python"), "tutorial", "exec"), {})
+    files = re.findall(r"^cat > \$ADMIRAL_STORE/(\S+) <<'YAML'\n(.*?)^YAML$", text, flags=re.MULTILINE | re.DOTALL)
+    for name, content in files:
+        (tmp_path / name).write_text(content)
+    planned = 0
+    for job, arguments in commands("\n".join(content for language, content in blocks(text) if language == "bash")):
+        words = [word.replace("$ADMIRAL_STORE", str(tmp_path)) for word in arguments]
+        if job == "prepare_dataset":
+            prepare(parse("", dataset_presets(), words))
+        if job in ("train_adm", "train_classifier"):
+            assert "images" in plan(parse("", ALL_PRESETS[job](), words))
+            planned += 1
+    assert planned == 4 and len(files) == 2
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_tutorial_ends_with_a_grid_and_a_page(tmp_path: Path) -> None:
+    script = ["set -e"]
+    for language, content in blocks(TUTORIAL.read_text()):
+        if language == "bash":
+            script.append(content)
+        if language == "python":
+            script.append(f"python - <<'PYTHON'\n{content}PYTHON")
+    without = ("RAY_", "MLFLOW_TRACKING_URI", "ADMIRAL_", "AWS_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(without)}
+    environment |= {"HOME": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash"], input="\n".join(script), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    store = tmp_path / "admiral-tutorial"
+    assert "<img" in (store / "folder/evaluation/report.html").read_text()
+    assert len(list((store / "folder/samples/png").iterdir())) == 600
+    assert list(store.glob("mlflow/*/artifacts/samples.png")), "the grid"
+    assert list((store / "parity/diffusion/weights").glob("*.safetensors"))
