@@ -76,6 +76,7 @@ def session(wanted_cpus: float = 0, object_store_memory: int = 300 << 20, wanted
     if alone:
         secrets = {}  # our own workers inherit them
         options |= {
+            "address": "local",  # else it joins any cluster that `ray start` left its mark of on this machine
             "num_cpus": max(math.ceil(wanted_cpus), os.cpu_count() or 1),
             "object_store_memory": object_store_memory,
             "include_dashboard": False,
@@ -86,7 +87,8 @@ def session(wanted_cpus: float = 0, object_store_memory: int = 300 << 20, wanted
     for kind, wanted in {"CPU": wanted_cpus, "GPU": wanted_gpus}.items():
         if (there := ray.cluster_resources().get(kind, 0)) < wanted and alone:
             ray.shutdown()
-            raise RuntimeError(f"this machine has {there:g} {kind}s and this job wants {wanted:g}")
+            advice = "ask for less, or submit it to a cluster"
+            raise RuntimeError(f"this machine has {there:g} {kind}s and this job wants {wanted:g}: {advice}")
         if there < wanted:
             words = "the cluster has %g %ss and this job wants %g: it waits until more nodes come"
             log.warning(words, there, kind, wanted)

@@ -41,6 +41,8 @@ def generation_presets() -> dict[str, tuple[str, GenerationConfig]]:
         sampler=SamplerConfig(name="ddpm", num_steps=250),
         guidance=GuidanceConfig(scale=1.0),
         labels="uniform",
+        dtype="float16",
+        num_gpus=1,
     )
     cascade = released.model_copy(
         update={
@@ -69,6 +71,7 @@ def evaluation_presets() -> dict[str, tuple[str, EvaluationConfig]]:
         reference="VIRTUAL_imagenet64_labeled.npz",
         output="adm64/evaluation",
         extractor="inception",
+        num_gpus=1,
     )
     photographs = EvaluationConfig(
         samples="samples.npz", reference="reference.npz", output="evaluation", extractor="efficientnet"
@@ -116,9 +119,13 @@ def search_presets() -> dict[str, tuple[str, SearchConfig]]:
 def dataset_presets() -> dict[str, tuple[str, PrepareConfig]]:
     """Datasets to prepare."""
     digits = PrepareConfig(source="digits", output="datasets/digits", name="digits", validation_fraction=0.2)
-    images = PrepareConfig(source="images", output="datasets/images", name="images")
+    images = PrepareConfig(source="images", output="datasets/images", name="images", validation_fraction=0.05)
     imagenet = PrepareConfig(
-        source="ILSVRC2012_img_train.tar", output="datasets/imagenet", name="imagenet", num_workers=8
+        source="ILSVRC2012_img_train.tar",
+        output="datasets/imagenet",
+        name="imagenet",
+        validation_fraction=0.004,  # the 5,000 images at which classifiers look
+        num_workers=8,
     )
     cifar10 = PrepareConfig(source="cifar-10-binary.tar.gz", output="datasets/cifar10", name="cifar10")
     return {

@@ -214,7 +214,7 @@ def tracked(job: str, config: JobConfig, output: str) -> Iterator[Tracker]:
     tracker = Tracker(
         uri,
         experiment=EXPERIMENT,
-        run_name=f"{job} {output.rstrip('/').rsplit('/', 1)[-1]}",
+        run_name=f"{job} {'/'.join(output.rstrip('/').split('/')[-2:])}",
         identity=f"{job} {output}",
         artifact_root=_artifact_root(config),
     )

@@ -110,7 +110,7 @@ def test_the_page_of_a_run_shows_its_samples(cluster: LocalCluster, tmp_path: Pa
     if browser is None:
         pytest.skip("there is no Chromium: .ci/run installs it, apt-get install chromium does it by hand")
     tracking = cluster.environment["MLFLOW_TRACKING_URI"]
-    run = find_run(tracking, "train diffusion")
+    run = find_run(tracking, "train digits/diffusion")
     page = f"{tracking}/#/experiments/{run['info']['experiment_id']}/runs/{run['info']['run_id']}"
     picture = tmp_path / "page.png"
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1400,1600"]
@@ -155,7 +155,7 @@ def test_no_secret_is_anywhere(cluster: LocalCluster, outputs: list[str]) -> Non
             leader = psutil.Process(record["pid"])
             for process in [leader, *leader.children(recursive=True)]:
                 seen[f"command line of {process.pid}"] = " ".join(process.cmdline()).encode()
-    run = find_run(cluster.environment["MLFLOW_TRACKING_URI"], "train diffusion")
+    run = find_run(cluster.environment["MLFLOW_TRACKING_URI"], "train digits/diffusion")
     seen["MLflow"] = json.dumps(run).encode()
     assert len(seen) > 50 and len(outputs) >= 4, "there was something to search"
     found = sorted({place for place, content in seen.items() for secret in secrets if secret.encode() in content})

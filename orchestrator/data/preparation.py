@@ -77,7 +77,9 @@ class PrepareConfig(JobConfig):
             return False
         for name in ("resolution", "validation_fraction"):
             if value := getattr(self, name):
-                raise ValueError(f"{name}={value} needs a copy of source={self.source}: pass --copy-parquet")
+                raise ValueError(
+                    f"{name}={value} needs a copy of source={self.source}: pass --copy-parquet, or no {name}"
+                )
         return True
 
 

@@ -109,7 +109,9 @@ def _make_missing(config: GenerationConfig, folders: list[str]) -> None:
                 digests[folder][shard] = digest
         for folder in folders:
             first, _ = read_range(folder, 0, min(SHEET, config.num_samples))
-            tracker.picture(f"{folder.rsplit('/', 1)[-1]}.png", _sheet(first))
+            sheet = _sheet(first)
+            storage.write_bytes(storage.join(folder, "samples.png"), sheet)
+            tracker.picture(f"{folder.rsplit('/', 1)[-1]}.png", sheet)
             write_manifest(folder, digests[folder])
 
 

@@ -38,10 +38,10 @@ class _Setting(BaseModel, extra="forbid"):
 
     scale: float = Field(ge=0)
     steps: int = Field(ge=2)
-    sampler: Literal["ddpm", "ddim", "dpm_solver", "heun"] | None = None
+    sampler: Literal["ddpm", "ddim", "dpm_solver", "heun"]
     eta: float = Field(0.0, ge=0, le=1)
     interval: tuple[int, int] | None = None
-    weights: str | None = None  # the diffusion model, as a path or under the store
+    weights: str  # the diffusion model, as a path or under the store
 
 
 class _Winner(BaseModel):
@@ -49,14 +49,14 @@ class _Winner(BaseModel):
 
 
 class _Answer(BaseModel):
+    classifier: str | None  # likewise
     winner: _Winner
 
 
 def winner(uri: str) -> dict[str, Any]:
-    """Fields of a generation's config as a search found them best: sampler, guidance and weights.
+    """Fields of a generation's config as a search found them best: sampler, guidance, weights and classifier.
 
-    `uri` is its search.json, or the folder that holds it. A search over scale and steps alone has its sampler in its
-    config.json.
+    `uri` is its search.json, or the folder that holds it.
 
     Raises:
         FileNotFoundError: no answer there.
@@ -64,12 +64,13 @@ def winner(uri: str) -> dict[str, Any]:
     """
     uri = uri if uri.endswith(".json") else storage.join(uri, "search.json")
     try:
-        setting = _Answer.model_validate(storage.read_json(uri)).winner.setting
+        answer = _Answer.model_validate(storage.read_json(uri))
     except ValueError as error:
         raise ValueError(f"{uri} is not the answer of a search: {error}") from error
-    name = setting.sampler
-    if name is None:
-        name = storage.read_json(storage.join(uri.rsplit("/", 1)[0], "config.json"))["sampler"]
-    sampler = SamplerConfig(name=name, num_steps=setting.steps, eta=setting.eta)
-    found = {"sampler": sampler, "guidance": GuidanceConfig(scale=setting.scale, interval=setting.interval)}
-    return found | ({"weights": setting.weights} if setting.weights else {})
+    setting = answer.winner.setting
+    return {
+        "weights": setting.weights,
+        "classifier": answer.classifier,
+        "sampler": SamplerConfig(name=setting.sampler, num_steps=setting.steps, eta=setting.eta),
+        "guidance": GuidanceConfig(scale=setting.scale, interval=setting.interval),
+    }

@@ -40,7 +40,7 @@ class GenerationConfig(JobConfig):
     classifier: str | None = None  # the noisy classifier that guides, likewise
     upsampler: str | None = None  # a second stage that enlarges the samples (ADM-U), likewise; both are kept
     like: str | None = None  # a released model's name: start from its published sampler, steps and guidance
-    from_search: str | None = None  # a search.json: start from its winner's setting
+    from_search: str | None = None  # a search.json: start from its winner's setting, weights and classifier
     output: str  # the samples' folder; enlarged ones lie in upsampled/ beneath it
     num_samples: int = Field(50_000, gt=0)  # images
     seed: int = Field(0, ge=0, lt=2**64)  # label, x_T and every step's noise of an index follow from it

@@ -32,6 +32,7 @@ def conclude(config: SearchConfig, race: Race, costs: Costs) -> Json:
     return {
         "objective": list(config.objective),
         "constraints": list(config.constraints),
+        "classifier": config.classifier,
         "winner": _final(config, winner) | {"chosen_at_n": config.rungs[winner.level]},
         "finalists": [_final(config, trial) for trial in finalists],
         "front": pareto(front_names(config), [trial for trial in trials if trial["keeps_constraints"]]),

@@ -37,7 +37,7 @@ class TrainingConfig(JobConfig):
     flip: bool = True  # mirror half of the images
     images: int = Field(gt=0)  # length of the training
     batch_size: int = Field(256, gt=0)  # images in a step, over all workers
-    microbatch_size: int | None = Field(None, gt=0)  # images that a worker has in memory; None = its whole share
+    microbatch_size: int | None = Field(None, gt=0)  # images that a worker has in memory at most; None = its share
     reduction: Literal["fast", "exact"] = "fast"  # exact = weights equal to the bit on any number of workers; slower
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention, by autocast
     loss_scale: LossScaleConfig = LossScaleConfig()
@@ -83,7 +83,8 @@ class TrainingConfig(JobConfig):
         """Images of a forward pass: a worker's share of a step or less, with reduction=exact a stream's share."""
         if self.reduction == "exact":
             return self.batch_size // self.order.num_streams
-        return self.microbatch_size or self.batch_size // world_size
+        share = self.batch_size // world_size
+        return min(self.microbatch_size or share, share)
 
     def in_dtype(self, network: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """`network` with its convolutions and attention computed in the config's dtype."""
@@ -111,11 +112,6 @@ class TrainingConfig(JobConfig):
             raise ValueError(
                 f"microbatch_size={self.microbatch_size} has no place in reduction=exact, whose microbatches are one "
                 f"stream's share, {batch // streams} images; raise order.num_streams to make them smaller"
-            )
-        if self.microbatch_size is not None and self.microbatch_size > batch // workers:
-            raise ValueError(
-                f"microbatch_size={self.microbatch_size} is more than a worker's share, "
-                f"batch_size / num_workers = {batch // workers} images"
             )
         return self
 

@@ -103,6 +103,7 @@ def plan(config: Config) -> str:
     """What a training would read and write, and what it would cost."""
     manifest = load_manifest(config.path(config.dataset))
     config = _with_classes(config, manifest)
+    _validation_count(config, manifest)
     order = _order(config, manifest)
     workers = max(config.num_workers, 1)
     open_bytes = _open_bytes(config, manifest)
@@ -114,7 +115,7 @@ def plan(config: Config) -> str:
             f"reads   {config.path(config.dataset)}: {manifest.num_samples('train'):,} images",
             f"writes  {config.path(config.output)}: weights, and a checkpoint of "
             f"{4 * parameters * (3 + averages) / 2**30:.2f} GiB every {config.checkpoint_images:,} images",
-            f"network {parameters:,} parameters",
+            f"network {parameters:,} parameters, {config.model.num_classes or 'no'} classes",
             f"length  {config.images:,} images = {config.length // config.batch_size:,} steps of {config.batch_size}, "
             f"{config.images / order.images_per_epoch:.1f} epochs of {order.images_per_epoch:,}",
             f"open    {open_bytes / 2**20:.1f} MiB of images at once in each of {workers} workers",

@@ -24,7 +24,7 @@ def adm_presets() -> dict[str, Adm]:
     lsun: dict[str, Any] = {"batch_size": 256, "learning_rate": 1e-4, "dtype": "float16", "at_once": 16, "lean": True}
     return {
         "digits": (DIGITS, _digits_diffusion()),
-        "folder": ("one's own images, as the dataset preset `folder` prepares them, on one GPU", _own_images()),
+        "folder": ("one's own images, as the dataset preset `images` prepares them, on one GPU", _own_images()),
         "imagenet64": _published("adm-64", 540_000, 2048, 3e-4, dtype="float16", at_once=64),
         "imagenet128": _published("adm-128", 4_360_000, 256, 1e-4, dtype="float16"),
         "imagenet256": _published("adm-256", 1_980_000, 256, 1e-4, dtype="float16", lean=True),

@@ -109,4 +109,9 @@ def validation_count(config: TrainingConfig, manifest: Manifest) -> int:
     Raises:
         ValueError: there is no such split.
     """
+    if "validation" not in manifest.splits:
+        raise ValueError(
+            f"validation_images={config.validation_images}, but dataset {manifest.name!r} has no validation split: "
+            "prepare it with --validation-fraction 0.05, say, or pass --validation-images None"
+        )
     return min(config.validation_samples, manifest.num_samples("validation"))

@@ -1,31 +1,59 @@
 """The pool on a cluster that grows and shrinks: nodes of this machine, with real ports, that come and are killed."""
 
+import contextlib
 import logging
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from orchestrator import storage
+from orchestrator.data.preparation import prepare
+from orchestrator.search import heats, job
+from orchestrator.search.config import SearchConfig
+from orchestrator.search.space import SpaceConfig
+from tests.orchestrator.digits import digits
+from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
+
 ROOT = Path(__file__).resolve().parents[2]
+DRAWN_BEFORE = 4  # batches, before the second node joins
 
 
-def grow_and_shrink() -> None:
-    """Half of the pool has no room at first; a second node joins, the first one dies; all items are done once."""
+@contextlib.contextmanager
+def connected() -> Iterator[Any]:
+    """A cluster of a head without CPUs; nodes that die are found dead within seconds."""
     import ray
     from ray.cluster_utils import Cluster
-
-    from cluster.workers import pool
 
     health = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 2}
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 100 << 20, "_system_config": health}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    nodes = [cluster.add_node(num_cpus=1, object_store_memory=100 << 20)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def kill(node: Any) -> None:
+    os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+
+
+def grow_and_shrink() -> None:
+    """Half of the pool has no room at first; a second node joins, the first one dies; all items are done once."""
+    from cluster.workers import pool
+
     done, where = [], set()
-    with pool(make_locator, 2) as workers:
+    with connected() as cluster, contextlib.ExitStack() as stack:
+        nodes = [cluster.add_node(num_cpus=1, object_store_memory=100 << 20)]
+        workers = stack.enter_context(pool(make_locator, 2))
         for item, node in workers.map(range(200)):
             done.append(item)
             where.add(node)
@@ -33,13 +61,11 @@ def grow_and_shrink() -> None:
                 assert len(where) == 1
                 nodes.append(cluster.add_node(num_cpus=1, object_store_memory=100 << 20))
             if len(where) == 2 and len(nodes) == 2:
-                os.kill(nodes[0].all_processes["raylet"][0].process.pid, signal.SIGKILL)
+                kill(nodes[0])
                 nodes.append(None)
     assert sorted(done) == list(range(200)), "an item is missing or came twice"
     assert len(nodes) == 3, "the second node's worker never took part"
     print("grown and shrunk")
-    ray.shutdown()
-    cluster.shutdown()
 
 
 def make_locator():  # type: ignore[no-untyped-def]
@@ -55,11 +81,82 @@ def make_locator():  # type: ignore[no-untyped-def]
     return work
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-def test_workers_come_with_nodes_and_go_with_them(tmp_path: Path) -> None:
+def search_meanwhile(store: str) -> None:
+    """A search on one node; a second one joins, then the first one dies. It answers as if nothing had been."""
+    log = Path(store, "log")
+    job.make_worker = partial(make_waiting_worker, str(log))
+    with connected() as cluster:
+        node = {"num_cpus": 2, "num_gpus": 1, "object_store_memory": 100 << 20}  # by name alone: room for one worker
+        first = cluster.add_node(**node)
+
+        with ThreadPoolExecutor(1) as thread:
+            searching = thread.submit(job.search, search_config(store, "elastic", 2, num_gpus=1))
+            while len(drawn(log)) < DRAWN_BEFORE and not searching.done():
+                time.sleep(0.1)
+            cluster.add_node(**node)
+            while len(set(drawn(log))) < 2 and not searching.done():
+                time.sleep(0.1)
+            kill(first)
+            Path(store, "killed").touch()
+            searching.result()
+    print("searched")
+
+
+def drawn(log: Path) -> list[str]:
+    """The node of every batch that was begun."""
+    return log.read_text().split() if log.exists() else []
+
+
+def make_waiting_worker(log: str, config: SearchConfig) -> Callable[[heats.Block], heats.Made]:
+    """The real worker, which notes where it is; from the DRAWN_BEFOREth batch on it waits for the first node's end."""
+    import ray
+
+    real = heats.make_worker(config.model_copy(update={"num_gpus": 0}))  # there are none but by name
+
+    def work(block: heats.Block) -> heats.Made:
+        with Path(log).open("a") as file:  # one short line: appended whole
+            file.write(f"{ray.get_runtime_context().get_node_id()}\n")
+        while len(drawn(Path(log))) >= DRAWN_BEFORE and not Path(log).with_name("killed").exists():
+            time.sleep(0.1)
+        return real(block)
+
+    return work
+
+
+def search_config(store: str, output: str, workers: int, num_gpus: float = 0) -> SearchConfig:
+    return SearchConfig(
+        store=store, weights=("unet.safetensors",), classifier="classifier.safetensors", reference="digits",
+        output=output, space=SpaceConfig(scales=(0.0, 2.0), steps=(2, 3, 4)), rungs=(32, 160), trials=12,
+        round_size=6, batch_size=32, num_workers=workers, num_gpus=num_gpus,
+    )  # fmt: skip
+
+
+def run(story: str) -> str:
+    """What a story prints in a process of its own."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", "from tests.chaos.test_elastic_pool import grow_and_shrink; grow_and_shrink()"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert "grown and shrunk" in run.stdout, run.stderr[-3000:]
+    command = [sys.executable, "-c", f"from tests.chaos import test_elastic_pool as t; t.{story}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_workers_come_with_nodes_and_go_with_them() -> None:
+    assert "grown and shrunk" in run("grow_and_shrink()")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_search_outlives_its_first_node(tmp_path: Path) -> None:
+    store = str(tmp_path)
+    prepare(digits(store))
+    for name, architecture in (("unet.safetensors", UNET), ("classifier.safetensors", CLASSIFIER)):
+        save_network(store, name, architecture)
+    assert "searched" in run(f"search_meanwhile({store!r})")
+    first, *_, last = nodes = drawn(tmp_path / "log")
+    print(f"{len(nodes)} batches begun, {nodes.count(first)} of them on the first node")
+    assert len(set(nodes)) == 2 and nodes.count(first) < nodes.count(last)
+    undisturbed = storage.read_json(job.search(search_config(store, "undisturbed", 0)))
+    assert storage.read_json(f"{store}/elastic/search.json") == undisturbed

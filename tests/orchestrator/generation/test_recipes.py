@@ -44,15 +44,18 @@ def test_what_nobody_recommends_is_an_error(capsys: pytest.CaptureFixture[str]) 
 
 def write_search(folder: Path, setting: dict[str, Any]) -> str:
     folder.mkdir(exist_ok=True)
-    (folder / "search.json").write_text(json.dumps({"winner": {"setting": setting, "metrics": {}}, "trials": []}))
-    (folder / "config.json").write_text(json.dumps({"sampler": "dpm_solver"}))
+    (folder / "search.json").write_text(
+        json.dumps({"classifier": "guide", "winner": {"setting": setting}, "trials": []})
+    )
     return str(folder / "search.json")
 
 
 def test_from_search_takes_the_winner(tmp_path: Path) -> None:
-    config = parsed("--from-search", write_search(tmp_path, {"scale": 2.5, "steps": 12}), "--guidance.scale", "3")
+    plain = {"scale": 2.5, "steps": 12, "sampler": "dpm_solver", "weights": "run"}
+    config = parsed("--from-search", write_search(tmp_path, plain), "--guidance.scale", "3")
     assert (config.sampler.name, config.sampler.num_steps, config.guidance.scale) == ("dpm_solver", 12, 3.0)
-    more = {"scale": 1.0, "steps": 20, "sampler": "ddim", "eta": 0.5, "interval": [100, 700]}
+    assert (config.weights, config.classifier) == ("run", "guide"), "and not the preset's"
+    more = plain | {"sampler": "ddim", "eta": 0.5, "interval": [100, 700]}
     config = parsed("--from-search", write_search(tmp_path, more).removesuffix("/search.json"))
     assert (config.sampler.name, config.sampler.eta, config.guidance.interval) == ("ddim", 0.5, (100, 700))
 
@@ -60,9 +63,12 @@ def test_from_search_takes_the_winner(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"scale": 1.0}, "steps Field required"),
-        ({"scale": 1.0, "steps": 10, "temperature": 0.9}, "temperature Extra inputs are not permitted"),
-        ({"scale": -1.0, "steps": 10}, "greater than or equal to 0"),
+        ({"scale": 1.0, "sampler": "ddim", "weights": "run"}, "steps Field required"),
+        (
+            {"scale": 1.0, "steps": 10, "sampler": "ddim", "weights": "run", "temperature": 0.9},
+            "temperature Extra inputs are not permitted",
+        ),
+        ({"scale": -1.0, "steps": 10, "sampler": "ddim", "weights": "run"}, "greater than or equal to 0"),
     ],
 )
 def test_a_setting_that_cannot_be_followed_whole_is_an_error(
