@@ -1,7 +1,8 @@
 """Ray Data as an ordered, prefetching reader: units of work in, blocks of arrays out, in the units' order."""
 
 import logging
-from collections import deque
+import weakref
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
@@ -18,8 +19,10 @@ Pipeline = Callable[[list[Any]], Iterator[Block]]
 Queues = list["Queue[Block | BaseException | None]"]  # a unit's blocks as they come, then None
 
 TASKS = 4  # reads of one pipeline at a time: those that find no CPU wait in Ray, so that none is idle between two
+BLOCKS_AHEAD = 3  # that a task may have made and nobody taken: Ray Data looks ten times a second
 CHUNKS_AHEAD = 2  # chunks in this process: one that is consumed, one that is read meanwhile
 PAGED_BYTES = 1 << 20  # of an array that has pages of its own
+FREE_PAGES = 16  # arrays' worth of them, of each size, that are kept for the next ones
 CLOSING_SECONDS = 10  # that a caller who stops early waits for each running pipeline, at most
 
 _building = Lock()  # Ray Data's context belongs to the process
@@ -47,7 +50,7 @@ def stream(
     from ray.exceptions import RayError, RayTaskError
 
     try:
-        yield from _ahead(iter(units), chunk, partial(_pipeline, read_unit, block_bytes))
+        yield from _ahead(iter(units), chunk, partial(_pipeline, read_unit, block_bytes, _Pages()))
     except RayError as error:
         reason = str(error.cause if isinstance(error, RayTaskError) else error)
         first_line = reason.strip().split("\n", 1)[0]  # Ray adds advice beneath
@@ -118,7 +121,9 @@ def _fill(queues: Queues, blocks: Iterator[Block], ending: Event, closed: Event)
         ending.set()
 
 
-def _pipeline(read_unit: Callable[[Unit], Iterator[Block]], block_bytes: int, units: list[Unit]) -> Iterator[Block]:
+def _pipeline(
+    read_unit: Callable[[Unit], Iterator[Block]], block_bytes: int, pages: "_Pages", units: list[Unit]
+) -> Iterator[Block]:
     """The blocks of some units, by one Ray Data execution, each with its unit's number and where the unit ends."""
     import ray
     from ray.data import DataContext, TaskPoolStrategy
@@ -127,6 +132,7 @@ def _pipeline(read_unit: Callable[[Unit], Iterator[Block]], block_bytes: int, un
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = False
     context.target_max_block_size = block_bytes
+    context._max_num_blocks_in_streaming_gen_buffer = BLOCKS_AHEAD  # there is no public name for it
     # Reservations start from nothing and are first looked at again after a second, in which one task runs; each chunk
     # would lose that second. What they guard is bounded here: by TASKS, and by who takes the blocks at once.
     context.op_resource_reservation_enabled = False
@@ -150,20 +156,33 @@ def _pipeline(read_unit: Callable[[Unit], Iterator[Block]], block_bytes: int, un
         dataset = numbers.map_batches(read, batch_size=1, num_cpus=1, compute=TaskPoolStrategy(size=TASKS))
     for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
         # A copy frees the object store at once; a view would pin it for as long as rows wait their turn.
-        yield {name: _copied(column) for name, column in block.items()}
+        yield {name: pages.copy(column) for name, column in block.items()}
 
 
-def _copied(column: np.ndarray) -> np.ndarray:
-    """A copy that takes no more memory than it has bytes, and only while it is used.
+class _Pages:
+    """Copies that take no more memory than they have bytes.
 
-    Its pages are its own: malloc's would stay behind, scattered over the arenas of the threads that come and go here,
-    as twice the memory of what is held.
+    Large ones have pages of their own: malloc's would stay behind, scattered over the arenas of the threads that come
+    and go here, as twice the memory of what is held. Some of these pages serve again: fresh ones cost as much as the
+    copy.
     """
-    if column.nbytes < PAGED_BYTES:
-        return np.array(column)
-    copy = np.frombuffer(mmap(-1, column.nbytes), column.dtype).reshape(column.shape)
-    copy[...] = column
-    return copy
+
+    def __init__(self) -> None:
+        self._free: dict[int, deque[mmap]] = defaultdict(lambda: deque(maxlen=FREE_PAGES))  # by their bytes
+
+    def copy(self, column: np.ndarray) -> np.ndarray:
+        if column.nbytes < PAGED_BYTES:
+            return np.array(column)
+        free = self._free[column.nbytes]
+        try:
+            pages = free.pop()
+        except IndexError:
+            pages = mmap(-1, column.nbytes)
+        whole = np.frombuffer(pages, column.dtype)
+        weakref.finalize(whole, free.append, pages).atexit = False  # views keep `whole` alive
+        copy = whole.reshape(column.shape)
+        copy[...] = column
+        return copy
 
 
 def _tagged(block: Block, number: int, last: bool) -> Block:

@@ -164,7 +164,7 @@ def batches(
         raise ValueError(f"the order plan was made for other row groups than those of split={split!r}")
     order.locate(position)  # refuse it here rather than at the first batch
     order.open_bytes(world_size, image_size**2 * 3)  # likewise
-    read = _Reader(manifest, split, order.config.seed, image_size, crop, flip)
+    read = _Reader(manifest, split, order.config.seed, image_size, crop, flip, order.rows_per_stream)
     units = order.units(rank, world_size, position)
     if end is not None:
         last_step = order.locate(max(0, -(-end // order.batch_size) - 1) * order.batch_size)
@@ -266,6 +266,7 @@ class _Reader:
         image_size: int,
         crop: Literal["center", "random"],
         flip: bool,
+        rows_per_stream: int = 1,
     ) -> None:
         manifest.check(split, image_size, crop)
         shards = manifest.shards(split)
@@ -277,12 +278,14 @@ class _Reader:
         self._first_samples = np.cumsum(sizes) - sizes
         self._num_classes = 0 if split in manifest.unlabelled else len(manifest.classes)
         self._seed, self._image_size, self._crop, self._flip = seed, image_size, crop, flip
-        self.block_rows = max(1, min(BLOCK_ROWS, BLOCK_BYTES // (image_size**2 * 3)))
+        most = max(1, min(BLOCK_ROWS, BLOCK_BYTES // (image_size**2 * 3)))
+        # Blocks end where batches end, if these are not larger: then no batch is put together from pieces.
+        self.block_rows = most // rows_per_stream * rows_per_stream or most
 
     def __call__(self, unit: Unit) -> Iterator[Block]:
         groups = {group: self._read_row_group(group) for group in unit.row_groups}
-        for start in range(0, len(unit.rows), self.block_rows):
-            rows = unit.rows[start : start + self.block_rows]
+        begin = -unit.first % self.block_rows or self.block_rows
+        for rows in np.split(unit.rows, range(begin, len(unit.rows), self.block_rows)):
             block = {
                 "image": np.empty((len(rows), self._image_size, self._image_size, 3), np.uint8),
                 "label": np.empty(len(rows), np.int64),

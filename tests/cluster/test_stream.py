@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.stream import _ahead, stream
+from cluster.stream import FREE_PAGES, PAGED_BYTES, _ahead, _Pages, stream
 
 pytestmark = pytest.mark.ray
 
@@ -117,3 +117,18 @@ def test_a_set_ten_times_the_object_store_spills_nothing(store_mib: int, image_s
     assert found["spilled_mib"] == 0
     assert found["peak_store_mib"] < store_mib
     assert found["peak_driver_mib"] < 1000, "whatever the set's size"
+
+
+def test_copies_are_the_callers_own_for_as_long_as_anything_looks_at_them() -> None:
+    pages = _Pages()
+    rows = PAGED_BYTES // 8
+    held = [pages.copy(np.full((2, rows // 2), number, np.int64)) for number in range(3)]
+    views = [copy[1, 3:5] for copy in held]
+    del held
+    for _ in range(2 * FREE_PAGES):  # were the pages free, these would take them
+        pages.copy(np.full(rows, 99, np.int64))
+    assert [view.tolist() for view in views] == [[0, 0], [1, 1], [2, 2]]
+    del views
+    again = pages.copy(np.full(rows, 7, np.int64))
+    assert (again == 7).all() and again.flags.writeable
+    assert 0 < sum(map(len, pages._free.values())) <= FREE_PAGES, "some are kept, and not all"

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestrator import storage
+from orchestrator.data import dataset
 from orchestrator.data.dataset import SCHEMA, Manifest, Microbatch, batches, load_manifest, read_images
 from orchestrator.data.images import center_crop, decode
 from orchestrator.data.preparation import prepare
@@ -163,6 +164,18 @@ def test_batches_end_where_they_are_told(prepared: Manifest) -> None:
     order = make_order(prepared)
     found = list(batches(prepared, order, 0, 1, 64, 16, use_ray=False, end=64 * 30))
     assert len(found) == 29, "from the second step into the second epoch"
+
+
+def test_blocks_end_where_batches_end(prepared: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "BLOCK_ROWS", 40)
+    order = make_order(prepared)
+    read = dataset._Reader(prepared, "train", 0, 8, "center", False, order.rows_per_stream)
+    assert order.rows_per_stream == 16 and read.block_rows == 32
+    for position in (0, 5 * 64):  # from the start, and from the middle of a window
+        for unit in islice(order.units(0, 1, position), 8):
+            blocks = [len(block["sample"]) for block in read(unit)]
+            ends = unit.first + np.cumsum(blocks)
+            assert ends[-1] == unit.first + len(unit.rows) and not (ends[:-1] % 32).any()
 
 
 @pytest.mark.ray
