@@ -13,31 +13,38 @@ Job = TypeVar("Job")
 Outcome = TypeVar("Outcome")
 Rounds = Generator[list[Job], list[Outcome], Answer]
 
+DEATHS = 5  # of the process or the node of one trial, after which the rounds end
+
 
 def run_rounds(work: Callable[[Job], Outcome], rounds: Rounds[Job, Outcome, Answer], max_concurrent: int) -> Answer:
     """Run every job that `rounds` yields as a trial of its own; send it the outcomes in the jobs' order.
 
-    `rounds` runs in this process and holds all state; nothing of Tune's is kept. A job takes next to nothing for
-    itself: it asks a shared pool for what costs. At the barrier between two rounds no trial is left, hence nothing
-    that a stopped one could hold.
+    `rounds` runs in this process and holds all state; nothing of Tune's is kept. A job takes next to nothing for itself:
+    it asks a shared pool for what costs. One whose node dies begins again elsewhere. At the barrier between two rounds no
+    trial is left, hence nothing that a stopped one could hold.
 
     With `max_concurrent` 0 the jobs run in this process, without Ray, and an error is raised as it is.
 
     Raises:
-        RuntimeError: a job raised an error; the others of its round are done.
+        RuntimeError: a job raised an error, or lost its process too often; the others of its round are done.
     """
     if not max_concurrent:
         return _run_here(work, rounds)
     proposer = _Proposer(rounds, max_concurrent)
 
     def run(config: dict[str, Any]) -> dict[str, Any]:
-        return {"outcome": [work(config["job"][0])]}  # in a list, since Tune flattens dicts
+        try:
+            return {"outcome": [work(config["job"][0])]}  # in a list, since Tune flattens dicts
+        except Exception as error:  # noqa: BLE001 - raised again by `run_rounds`; Tune would begin the trial again
+            return {"error": f"{type(error).__name__}: {error}"}
 
     with tempfile.TemporaryDirectory(prefix="admiral-tune-") as folder:
         tuner = tune.Tuner(
             tune.with_resources(run, {"CPU": 0.01}),
             tune_config=tune.TuneConfig(search_alg=proposer, num_samples=-1, reuse_actors=True),
-            run_config=tune.RunConfig(storage_path=folder, verbose=0),
+            run_config=tune.RunConfig(
+                storage_path=folder, verbose=0, failure_config=tune.FailureConfig(max_failures=DEATHS)
+            ),
         )
         grid: Any = tuner.fit()
         if proposer.error is not None:
@@ -101,8 +108,10 @@ class _Proposer(Searcher, Generic[Job, Outcome, Answer]):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self._running.pop(trial_id)
-        if error or result is None:
+        if error or result is None or "error" in result:
             self._failed = True
+            if result is not None and "error" in result:
+                self.error = RuntimeError(result["error"])
             return
         assert self._outcomes is not None
         self._outcomes[number] = result["outcome"][0]
