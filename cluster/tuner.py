@@ -19,9 +19,9 @@ DEATHS = 5  # of the process or the node of one trial, after which the rounds en
 def run_rounds(work: Callable[[Job], Outcome], rounds: Rounds[Job, Outcome, Answer], max_concurrent: int) -> Answer:
     """Run every job that `rounds` yields as a trial of its own; send it the outcomes in the jobs' order.
 
-    `rounds` runs in this process and holds all state; nothing of Tune's is kept. A job takes next to nothing for itself:
-    it asks a shared pool for what costs. One whose node dies begins again elsewhere. At the barrier between two rounds no
-    trial is left, hence nothing that a stopped one could hold.
+    `rounds` runs in this process and holds all state; nothing of Tune's is kept. A job takes next to nothing for
+    itself: it asks a shared pool for what costs. One whose node dies begins again elsewhere. At the barrier between
+    two rounds no trial is left, hence nothing that a stopped one could hold.
 
     With `max_concurrent` 0 the jobs run in this process, without Ray, and an error is raised as it is.
 
