@@ -360,7 +360,7 @@ def test_overfitting_is_told_from_chance(store: str, caplog: pytest.LogCaptureFi
     assert validation._rise(state, losses + noise + 0.05) == pytest.approx(0.05) and state.overfits
     assert "over-fits: at 0 images its validation loss is 0.05 +- 0.0075 above that at 0 images" in caplog.text
     assert validation._rise(state, losses - 0.01) == 0 and not state.overfits
-    with pytest.raises(ValueError, match="has no split 'validation'"):
+    with pytest.raises(ValueError, match="has no validation split: prepare it with"):
         splits = {"train": manifest.splits["train"]}
         Validation(config, manifest.model_copy(update={"splits": splits}), Group(0, 1))
 
