@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,12 +118,12 @@ def _run_on_ray(
 
 
 def _attempt(loop: Callable[[WorkerContext], None], relay: Any, num_workers: int, resources: dict[str, float]) -> None:
-    """One run of Ray Train."""
+    """One run of Ray Train, in a thread of its own: in the main one it would take Ctrl-C, and save nothing."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     with tempfile.TemporaryDirectory(prefix="admiral-train-") as folder:
-        TorchTrainer(
+        trainer = TorchTrainer(
             _enter,
             train_loop_config={"loop": loop, "relay": relay},
             torch_config=TorchConfig(timeout_s=PROCESS_GROUP_TIMEOUT_S),
@@ -136,7 +137,18 @@ def _attempt(loop: Callable[[WorkerContext], None], relay: Any, num_workers: int
             run_config=RunConfig(
                 name=uuid.uuid4().hex, storage_path=folder, failure_config=FailureConfig(max_failures=0)
             ),
-        ).fit()
+        )
+        ended: Future[None] = Future()
+
+        def fit() -> None:
+            try:
+                trainer.fit()
+                ended.set_result(None)
+            except BaseException as error:  # noqa: BLE001 - raised again below
+                ended.set_exception(error)
+
+        threading.Thread(target=fit, name="training", daemon=True).start()
+        ended.result()
 
 
 class _News:

@@ -53,7 +53,8 @@ def train(config: Config) -> str:
 
     Raises:
         ValueError: config, dataset and output folder do not fit each other.
-        RuntimeError: the training failed, or was asked to stop before its end (its place is kept).
+        RuntimeError: the training failed.
+        KeyboardInterrupt: it was asked to stop before its end; its place is kept.
     """
     run = config.path(config.output)
     manifest = load_manifest(config.path(config.dataset))
@@ -93,8 +94,8 @@ def train(config: Config) -> str:
             max_failures=config.max_failures,
             use_gpu=config.use_gpu,
         )
-    if stopped and not storage.exists(final_weights(run, config)):
-        raise RuntimeError(f"stopped before its end; the same command goes on from the last checkpoint in {run}")
+        if stopped and not storage.exists(final_weights(run, config)):
+            raise KeyboardInterrupt
     print(f"{run} is trained: {config.images:,} images, weights in {storage.join(run, 'weights')}")
     return run
 

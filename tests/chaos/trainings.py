@@ -108,11 +108,8 @@ def train_in_parts(configs: list[AdmConfig], proxy: Proxy, plan: list[Kill]) -> 
     killer.start()
     try:
         for config in configs[:-1]:
-            try:
+            with contextlib.suppress(KeyboardInterrupt):  # it was asked to stop, and did
                 train(config)
-            except RuntimeError as error:
-                if "stopped before its end" not in str(error):
-                    raise
         train(configs[-1])
     finally:
         killer.check()

@@ -49,6 +49,31 @@ def test_deaths_are_survived_while_there_is_progress_and_lasting_errors_end_at_o
     assert caplog.text.count("an attempt failed, going on from the last checkpoint") == 2
 
 
+def until_asked(context: WorkerContext) -> None:
+    import time
+
+    context.report({"begun": True})
+    while not context.stopping():
+        time.sleep(0.05)
+    context.report({"stopped": True})
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_asks_the_workers_to_stop_and_waits_for_them(ray_session: None, number: signal.Signals) -> None:
+    records: list[dict[str, Any]] = []
+
+    def on_record(record: dict[str, Any]) -> None:
+        records.append(record)
+        if "begun" in record:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    assert run_workers(until_asked, 1, on_record)
+    assert records == [{"begun": True}, {"stopped": True}], "its last words came too"
+    assert signal.getsignal(number) is before
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_deaths_without_progress_end_the_run(ray_session: None, tmp_path: Path) -> None:
