@@ -22,7 +22,7 @@ def conclude(config: SearchConfig, race: Race, costs: Costs) -> Json:
     Raises:
         RuntimeError: no trial came to an end.
     """
-    failed = {str(trial.setting): trial.failed for trial in race.trials if trial.failed}
+    failed = {_label(trial.setting, len(config.weights) > 1): trial.failed for trial in race.trials if trial.failed}
     finalists = [trial for trial in race.finalists if trial.fresh and not trial.fresh.failed]
     if not finalists:
         reason = failed or "none keeps the constraints, or the budget is too small"
@@ -127,8 +127,9 @@ def pareto(names: tuple[str, str], trials: list[Json]) -> list[Json]:
 def summary(answer: Json, most: int = 8) -> str:
     """A few lines for the terminal: the winner on fresh seeds, and how far behind the others are."""
     objective, winner = answer["objective"][0], answer["winner"]
+    several = len({trial["setting"]["weights"] for trial in answer["trials"]}) > 1
     lines = [
-        f"winner  {Setting(**winner['setting'])}",
+        f"winner  {_label(Setting(**winner['setting']), several)}",
         f"        {objective} {_number(winner['metrics'][objective])} by {winner['n']:,} fresh samples "
         f"(seed {winner['seed']})",
         f"cost    {answer['samples']:,} samples, {answer['evaluations']:,} network evaluations, "
@@ -140,11 +141,16 @@ def summary(answer: Json, most: int = 8) -> str:
         lines.append(f"behind  in {objective}, by paired differences on the search's own samples")
     lines += [
         f"        {_number(t['behind_winner'][objective]):30} n={t['behind_winner'][objective]['n']:<7,}"
-        f"{Setting(**t['setting'])} ({t['status']})"
+        f"{_label(Setting(**t['setting']), several)} ({t['status']})"
         for t in behind[:most]
     ]
     lines += [f"failed  {setting}: {reason}" for setting, reason in answer["failed"].items()]
     return "\n".join(lines)
+
+
+def _label(setting: Setting, several: bool) -> str:
+    """A setting in words; with its weights where there are several."""
+    return f"{setting}, {setting.weights.removesuffix('.safetensors')}" if several else str(setting)
 
 
 def _number(estimate: Json) -> str:

@@ -1,0 +1,15 @@
+"""The answer in words."""
+
+from orchestrator.search.answer import _label
+from orchestrator.search.space import Setting
+
+
+def test_settings_that_differ_in_their_weights_are_told_apart() -> None:
+    settings = [
+        Setting(scale=2.0, steps=10, sampler="ddim", weights=f"run/ema-{rate}.safetensors") for rate in (0.9, 0.99)
+    ]
+    assert len({str(setting) for setting in settings}) == 1
+    assert [_label(setting, several=True) for setting in settings] == [
+        "ddim, 10 steps, scale 2, run/ema-0.9",
+        "ddim, 10 steps, scale 2, run/ema-0.99",
+    ]
