@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
@@ -22,7 +22,7 @@ TASKS = 4  # reads of one pipeline at a time: those that find no CPU wait in Ray
 BLOCKS_AHEAD = 3  # that a task may have made and nobody taken: Ray Data looks ten times a second
 CHUNKS_AHEAD = 2  # chunks in this process: one that is consumed, one that is read meanwhile
 PAGED_BYTES = 1 << 20  # of an array that has pages of its own
-FREE_PAGES = 16  # arrays' worth of them, of each size, that are kept for the next ones
+FREE_PAGES = 16  # arrays' worth of them that are kept for the next ones
 CLOSING_SECONDS = 10  # that a caller who stops early waits for each running pipeline, at most
 
 _building = Lock()  # Ray Data's context belongs to the process
@@ -50,7 +50,7 @@ def stream(
     from ray.exceptions import RayError, RayTaskError
 
     try:
-        yield from _ahead(iter(units), chunk, partial(_pipeline, read_unit, block_bytes, _Pages()))
+        yield from _ahead(iter(units), chunk, partial(_pipeline, read_unit, block_bytes, _Pages(block_bytes)))
     except RayError as error:
         reason = str(error.cause if isinstance(error, RayTaskError) else error)
         first_line = reason.strip().split("\n", 1)[0]  # Ray adds advice beneath
@@ -164,22 +164,24 @@ class _Pages:
 
     Large ones have pages of their own: malloc's would stay behind, scattered over the arenas of the threads that come
     and go here, as twice the memory of what is held. Some of these pages serve again: fresh ones cost as much as the
-    copy.
+    copy. All are made for a whole block, so that any fits what comes: what is not touched takes no memory.
     """
 
-    def __init__(self) -> None:
-        self._free: dict[int, deque[mmap]] = defaultdict(lambda: deque(maxlen=FREE_PAGES))  # by their bytes
+    def __init__(self, block_bytes: int) -> None:
+        self._block_bytes = block_bytes
+        self._free: deque[mmap] = deque(maxlen=FREE_PAGES)
 
     def copy(self, column: np.ndarray) -> np.ndarray:
         if column.nbytes < PAGED_BYTES:
             return np.array(column)
-        free = self._free[column.nbytes]
         try:
-            pages = free.pop()
+            pages = self._free.pop()
         except IndexError:
+            pages = mmap(-1, max(column.nbytes, self._block_bytes))
+        if len(pages) < column.nbytes:
             pages = mmap(-1, column.nbytes)
-        whole = np.frombuffer(pages, column.dtype)
-        weakref.finalize(whole, free.append, pages).atexit = False  # views keep `whole` alive
+        whole = np.frombuffer(pages, column.dtype, column.size)
+        weakref.finalize(whole, self._free.append, pages).atexit = False  # views keep `whole` alive
         copy = whole.reshape(column.shape)
         copy[...] = column
         return copy

@@ -108,10 +108,10 @@ class _Proposer(Searcher, Generic[Job, Outcome, Answer]):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self._running.pop(trial_id)
-        if error or result is None or "error" in result:
+        if result is not None and "error" in result:
+            self.error = RuntimeError(result["error"])
+        if error or result is None or self.error is not None:
             self._failed = True
-            if result is not None and "error" in result:
-                self.error = RuntimeError(result["error"])
             return
         assert self._outcomes is not None
         self._outcomes[number] = result["outcome"][0]

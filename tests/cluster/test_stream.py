@@ -120,15 +120,18 @@ def test_a_set_ten_times_the_object_store_spills_nothing(store_mib: int, image_s
 
 
 def test_copies_are_the_callers_own_for_as_long_as_anything_looks_at_them() -> None:
-    pages = _Pages()
     rows = PAGED_BYTES // 8
+    pages = _Pages(2 * PAGED_BYTES)
     held = [pages.copy(np.full((2, rows // 2), number, np.int64)) for number in range(3)]
     views = [copy[1, 3:5] for copy in held]
     del held
-    for _ in range(2 * FREE_PAGES):  # were the pages free, these would take them
-        pages.copy(np.full(rows, 99, np.int64))
+    for more in range(2 * FREE_PAGES):  # were the pages free, these would take them
+        pages.copy(np.full(rows + 8192 * more, 99, np.int64))
     assert [view.tolist() for view in views] == [[0, 0], [1, 1], [2, 2]]
     del views
     again = pages.copy(np.full(rows, 7, np.int64))
     assert (again == 7).all() and again.flags.writeable
-    assert 0 < sum(map(len, pages._free.values())) <= FREE_PAGES, "some are kept, and not all"
+    others = [pages.copy(np.full(rows + more, more, np.int64)) for more in range(2 * FREE_PAGES)]
+    assert [int(other[-1]) for other in others] == list(range(2 * FREE_PAGES))
+    del others
+    assert len(pages._free) == FREE_PAGES, "some are kept, of whatever size, and no more"
