@@ -17,7 +17,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from cluster.stream import TASKS, Block, stream
 from orchestrator import storage
-from orchestrator.data.images import center_crop, decode, random_crop
+from orchestrator.data.crops import center_crop, random_crop
+from orchestrator.data.images import decode
 from orchestrator.data.row_groups import read_row_group
 from orchestrator.order import OrderPlan, Purpose, Unit, sample_rng
 
@@ -317,9 +318,9 @@ class _Reader:
         mirrored = self._flip and sample_rng(self._seed, epoch, sample, Purpose.FLIP).random() < 0.5
         if self._crop == "random":
             rng = sample_rng(self._seed, epoch, sample, Purpose.CROP)
-            block["image"][place] = random_crop(image, self._image_size, rng, mirrored)
+            random_crop(image, self._image_size, rng, mirrored, out=block["image"][place])
         else:
-            block["image"][place] = center_crop(image, self._image_size, mirrored)
+            center_crop(image, self._image_size, mirrored, out=block["image"][place])
         block["label"][place], block["flip"][place], block["replaced"][place] = label, mirrored, found != row
 
     def _next_good(self, table: pa.Table, group: int, row: int) -> tuple[Image.Image, int]:

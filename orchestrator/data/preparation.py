@@ -18,8 +18,9 @@ from cluster.session import session
 from cluster.workers import map_items
 from orchestrator import storage
 from orchestrator.config import JobConfig, claim
+from orchestrator.data.crops import center_crop
 from orchestrator.data.dataset import Manifest, load_manifest
-from orchestrator.data.images import center_crop, decode
+from orchestrator.data.images import decode
 from orchestrator.data.shards import Facts, Plan, make_plan, make_shard_writer, read_plan, write_plan
 from orchestrator.data.sources import (
     UNLABELLED,

@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from orchestrator import storage
+from orchestrator.data.crops import center_crop
 from orchestrator.data.dataset import SCHEMA, Shard
-from orchestrator.data.images import center_crop, decode
+from orchestrator.data.images import decode
 from orchestrator.data.sources import Findings, Source, open_reader
 from orchestrator.data.sources.index import INDEX
 from orchestrator.pictures import png

@@ -30,8 +30,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from cluster.session import session
 from orchestrator import storage
+from orchestrator.data.crops import center_crop
 from orchestrator.data.dataset import Manifest, batches
-from orchestrator.data.images import center_crop, decode
+from orchestrator.data.images import decode
 from orchestrator.data.row_groups import read_row_group
 from orchestrator.order import OrderConfig, OrderPlan
 from tests import servers

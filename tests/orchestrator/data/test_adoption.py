@@ -13,8 +13,9 @@ import s3fs
 
 from orchestrator import storage
 from orchestrator.data import shards
+from orchestrator.data.crops import center_crop
 from orchestrator.data.dataset import Manifest, Shard, batches, read_images
-from orchestrator.data.images import center_crop, decode
+from orchestrator.data.images import decode
 from orchestrator.data.preparation import PrepareConfig, contact_sheet, plan, prepare
 from orchestrator.data.sources import adoption
 from orchestrator.order import OrderConfig, OrderPlan

@@ -12,8 +12,9 @@ import pytest
 
 from orchestrator import storage
 from orchestrator.data import dataset
+from orchestrator.data.crops import center_crop
 from orchestrator.data.dataset import SCHEMA, Manifest, Microbatch, batches, load_manifest, read_images
-from orchestrator.data.images import center_crop, decode
+from orchestrator.data.images import decode
 from orchestrator.data.preparation import prepare
 from orchestrator.order import OrderConfig, OrderPlan, Purpose, sample_rng
 from tests.chaos.proxy import Proxy, Request
