@@ -19,7 +19,7 @@ Pipeline = Callable[[list[Any]], Iterator[Block]]
 Queues = list["Queue[Block | BaseException | None]"]  # a unit's blocks as they come, then None
 
 TASKS = 4  # reads of one pipeline at a time: those that find no CPU wait in Ray, so that none is idle between two
-BLOCKS_AHEAD = 3  # that a task may have made and nobody taken: Ray Data looks ten times a second
+BLOCKS_AHEAD = 6  # that a task may have made and nobody taken: Ray Data looks ten times a second
 CHUNKS_AHEAD = 2  # chunks in this process: one that is consumed, one that is read meanwhile
 PAGED_BYTES = 1 << 20  # of an array that has pages of its own
 FREE_PAGES = 16  # arrays' worth of them that are kept for the next ones

@@ -148,9 +148,8 @@ def conversion_presets() -> dict[str, tuple[str, ConversionConfig]]:
 
 def average_presets() -> dict[str, tuple[str, AverageConfig]]:
     """Averages of weights to make afterwards."""
-    digits = "of the training preset `digits`, where it ran with --power-emas 0.05 0.1 --snapshot-images 5600"
     return {
-        "digits": (digits, AverageConfig(run="digits/diffusion")),
+        "digits": ("of the training preset `digits`", AverageConfig(run="digits/diffusion")),
         "folder": ("of the training preset `folder`", AverageConfig(run="folder/diffusion")),
     }
 

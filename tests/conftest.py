@@ -9,6 +9,7 @@ import pytest
 
 from tests import servers
 from tests.chaos.proxy import Proxy
+from tests.small_world import build
 
 # Read when Ray and torch start: no other cluster, no metadata service, one thread each.
 os.environ.pop("RAY_ADDRESS", None)
@@ -49,3 +50,11 @@ def ray_session(ray_proxy: Proxy) -> Iterator[None]:
         with servers.environment(AWS_ENDPOINT_URL=ray_proxy.endpoint):
             stack.enter_context(session(4))
         yield
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A store with a dataset, three trainings, samples and a search; only to be read."""
+    folder = str(tmp_path_factory.mktemp("small-world"))
+    build(folder)
+    return folder

@@ -1,70 +1,27 @@
-"""README and docs say what is true: commands are accepted, names exist, messages are the code's, the tutorial runs."""
+"""README and docs say what is true: names exist, messages are the code's, the tutorial runs."""
 
 import ast
 import importlib.util
 import os
 import pydoc
 import re
-import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 from jobs.command_line import parse
 from orchestrator.data.preparation import prepare
 from orchestrator.presets import dataset_presets
 from orchestrator.training.job import plan
 from tests.jobs.test_command_line import ALL_PRESETS
+from tests.test_commands import commands
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "ray_cluster.yaml"]
-MANIFESTS = sorted((ROOT / "cluster" / "deploy").rglob("*.yaml"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PACKAGES = ("models", "orchestrator", "cluster", "jobs", "tests")
 TUTORIAL = ROOT / "docs" / "tutorial.md"
-
-
-def commands(text: str) -> Iterator[tuple[str, list[str]]]:
-    """(job, arguments) of each `python jobs/JOB.py ...` in code, with lines that end in a backslash joined."""
-    joined = re.sub(r"\\\n\s*", "", text)
-    for found in re.finditer(r"python (?:/opt/admiral/)?jobs/(\w+)\.py([^`\n|]*)", joined):
-        yield found[1], shlex.split(found[2], comments=True)
-
-
-def all_commands() -> list[tuple[str, str, list[str]]]:
-    found = [(path.name, *command) for path in TEXTS if path.exists() for command in commands(path.read_text())]
-    for path in MANIFESTS:
-        for document in yaml.safe_load_all(path.read_text()):
-            found += [(path.name, *command) for command in commands(str(document.get("spec", {}).get("entrypoint")))]
-    return found
-
-
-@pytest.mark.parametrize(("where", "job", "arguments"), all_commands())
-def test_the_job_takes_the_command(
-    where: str, job: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert (ROOT / "jobs" / f"{job}.py").exists(), f"{where} names jobs/{job}.py"
-    if not arguments and len(ALL_PRESETS[job]()) > 1:
-        return  # the job's name alone, in a sentence
-    if "--preset" in arguments:
-        return  # a file of the reader's
-    try:
-        parse("", ALL_PRESETS[job](), arguments)
-    except SystemExit as end:
-        said = capsys.readouterr().err
-        assert end.code == 0 or "there is no such object" in said, f"{where}: {said}"  # a search's answer, yet to come
-
-
-def test_commands_are_found() -> None:
-    assert len(all_commands()) > 15
-    assert list(commands("`python jobs/a.py x --y 1`, and\npython jobs/b.py \\\n  --z '2 3'  # why")) == [
-        ("a", ["x", "--y", "1"]),
-        ("b", ["--z", "2 3"]),
-    ]
 
 
 # ------------------------------------------------------------------------------------------------ names
@@ -139,7 +96,7 @@ def test_names_that_do_not_exist_are_found() -> None:
     assert len(missing_names(wrong, ROOT / "docs")) == 8
     right = (
         "`make test`, `python -m tests.reference`, `models/zoo.py`, `orchestrator.order.keyed_rng`, `a/b.py`,\n"
-        "`jobs/*.py`, `tests/test_documents.py::test_commands_are_found`, [here](cluster.md#on-aws), [there](https://nowhere)\n"
+        "`jobs/*.py`, `tests/test_commands.py::test_commands_are_found`, [here](cluster.md#on-aws), [there](https://nowhere)\n"
     )
     assert not missing_names(right, ROOT / "docs")
 

@@ -111,9 +111,11 @@ def plan(config: Config) -> str:
     averages = len(config.ema_rates) + len(config.power_emas) if isinstance(config, AdmConfig) else 0
     parameters, half = zoo.count_parameters(config.model), config.dtype != "float32"
     cost = training_cost(config.model, config.length, config.microbatch_rows(workers), averages, half)
+    first = config.path(config.init_from) if config.init_from else None
     return "\n".join(
         [
             f"reads   {config.path(config.dataset)}: {manifest.num_samples('train'):,} images",
+            *([f"starts  from {first}{'' if storage.exists(first) else ', not there yet'}"] if first else []),
             f"writes  {config.path(config.output)}: weights, and a checkpoint of "
             f"{4 * parameters * (3 + averages) / 2**30:.2f} GiB every {config.checkpoint_images:,} images",
             f"network {parameters:,} parameters, {config.model.num_classes or 'no'} classes",

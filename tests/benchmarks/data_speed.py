@@ -3,11 +3,11 @@
     python -m tests.benchmarks.data_speed [--image-size 64] [--store local] [--rounds 7] [--mosaic-python PYTHON]
 
 All decode the same synthetic photographs of ImageNet's sizes with `--processes` processes. The ceiling is a bare pool
-of processes that reads the same row groups, decodes and crops as we do, and hands over nothing. The others are a torch
-DataLoader over the images as files of their own, with the crop as published and with ours, and mosaicml-streaming over
-its own local shards (as published). That one wants another numpy: make it an environment of its own by
-`pip install '.[bench]'`, and name its Python. Every round runs all of them, in another order each time; a row is the
-median rate, and the median of our rate over its rate with a 95% interval.
+of processes that reads the same row groups, decodes and crops by Pillow, and hands over nothing; a second row has our
+crop in its place. The others are a torch DataLoader over the images as files of their own, likewise with both crops,
+and mosaicml-streaming over its own local shards (as published). That one wants another numpy: make it an environment of
+its own by `pip install '.[bench]'`, and name its Python. Every round runs all of them, in another order each time. A
+row is the median rate, and the median of our rate over its rate with a 95% interval.
 """
 
 import io
@@ -70,7 +70,8 @@ def main(options: Options) -> None:
         stack.enter_context(session(options.processes))
         passes: dict[str, Pass] = {"ours": lambda: _ours(manifest, options)}
         pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(options.processes))
-        passes["ceiling"] = lambda: _bare(pool, manifest, options)
+        passes["ceiling"] = lambda: _bare(pool, manifest, options, published=True)
+        passes["ceiling, our crop"] = lambda: _bare(pool, manifest, options, published=False)
         passes["DataLoader"] = _data_loader(paths, options, published=True)
         passes["DataLoader, our crop"] = _data_loader(paths, options, published=False)
         if options.mosaic_python and options.store == "local":
@@ -113,9 +114,9 @@ def _ours(manifest: Manifest, options: Options) -> float:
     return time.perf_counter() - begin
 
 
-def _bare(pool: "multiprocessing.pool.Pool", manifest: Manifest, options: Options) -> float:
+def _bare(pool: "multiprocessing.pool.Pool", manifest: Manifest, options: Options, published: bool) -> float:
     jobs = [
-        (storage.join(manifest.root, shard.path), shard.bytes, place, options.image_size)
+        (storage.join(manifest.root, shard.path), shard.bytes, place, options.image_size, published)
         for shard in manifest.shards("train")
         for place in range(len(shard.row_groups))
     ]
@@ -124,12 +125,19 @@ def _bare(pool: "multiprocessing.pool.Pool", manifest: Manifest, options: Option
     return time.perf_counter() - begin
 
 
-def _decode_row_group(job: tuple[str, int, int, int]) -> int:
-    uri, size, place, image_size = job
+def _decode_row_group(job: tuple[str, int, int, int, bool]) -> int:
+    uri, size, place, image_size, published = job
     images = read_row_group(uri, size, place, ("label", "image"))["image"]
     for number, data in enumerate(images):
-        center_crop(decode(data.as_py()), image_size, mirrored=number % 2 == 1)
+        _crop(decode(data.as_py()), image_size, number % 2 == 1, published)
     return len(images)
+
+
+def _crop(image: Image.Image, size: int, mirrored: bool, published: bool) -> np.ndarray:
+    if not published:
+        return center_crop(image, size, mirrored)
+    crop = published_center_crop(image, size, whole=True)
+    return np.array(crop[:, ::-1] if mirrored else crop)
 
 
 class Files(Dataset):
@@ -145,12 +153,7 @@ class Files(Dataset):
         path = self.paths[index]
         data = storage.read_bytes(path) if "://" in path else Path(path).read_bytes()
         image = Image.open(io.BytesIO(data)).convert("RGB")
-        crop = (
-            published_center_crop(image, self.image_size, True)
-            if self.published
-            else center_crop(image, self.image_size)
-        )
-        return np.array(crop[:, ::-1] if index % 2 else crop), index % 10
+        return _crop(image, self.image_size, index % 2 == 1, self.published), index % 10
 
 
 def _data_loader(paths: list[str], options: Options, published: bool) -> Pass:

@@ -1,14 +1,19 @@
-"""Every job against object storage that is not there, not theirs, or theirs no more: one line, before any work."""
+"""Every job against storage that is not there, not theirs, or full, and another Ray: one line, exit code 1."""
 
 import re
 import runpy
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from cluster.session import address
 from tests.chaos.proxy import Fault, Proxy
+from tests.small_world import run
+from tests.submission import ROOT, quiet_environment
 
 JOBS = {
     "prepare_dataset": ["digits"],
@@ -25,10 +30,14 @@ JOBS = {
 WRITING = ("prepare_dataset", "train_adm", "train_classifier", "train_upsampler")  # with a dataset and nothing else
 
 
+@pytest.fixture(autouse=True)
+def _tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+
+
 def refusal(job: str, store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     """What the job says on stderr, which must be one line and exit code 1."""
     monkeypatch.setattr(sys, "argv", [f"{job}.py", *JOBS[job], "--store", store])
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")  # nobody gets so far
     with pytest.raises(SystemExit) as end:
         runpy.run_path(f"jobs/{job}.py", run_name="__main__")
     said = capsys.readouterr().err
@@ -68,13 +77,72 @@ def test_no_access(
 
 
 def test_a_store_that_may_only_be_read(
-    s3_bucket: str, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    s3_bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["prepare_dataset.py", *JOBS["prepare_dataset"], "--store", s3_bucket])
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     runpy.run_path("jobs/prepare_dataset.py", run_name="__main__")
     capsys.readouterr()
     proxy.add("denied", method="PUT|POST")
     for job in WRITING[1:]:
         said = refusal(job, s3_bucket, monkeypatch, capsys)
         assert re.search(r"cannot create: access denied .*config\.json", said)
+
+
+# ------------------------------------------------------------------------------------------------ a full disk
+
+ROOM = 24_576  # bytes that are left: for the records, not for what the job is to make
+WORKS = {
+    "prepare_dataset": [],
+    "train_adm": ["--images", "1280", "--num-workers", "0"],
+    "train_classifier": ["--images", "1280", "--num-workers", "0"],
+    "tune_guidance": ["--space.steps", "2", "3", "--rungs", "256", "512", "--trials", "2", "--num-workers", "0"],
+    "generate_samples": ["--num-samples", "5000", "--sampler.num-steps", "2", "--num-workers", "0"],
+    "evaluate_samples": ["--num-workers", "0"],
+    "average_weights": ["--sigma-rel", "0.075"],
+}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of which next to nothing is left."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(disk)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("only root may mount a disk")
+    disk.joinpath("full").write_bytes(bytes((1 << 20) - ROOM))
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("job", WORKS)
+def test_a_full_disk(
+    job: str,
+    small_world: str,
+    small_disk: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    store = shutil.copytree(small_world, tmp_path / "store")
+    with pytest.raises(SystemExit) as end:
+        run(job, ["digits", *WORKS[job], "--store", str(store), "--output", str(small_disk / "output")])
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == 1 and f"{job}.py: error: " in said
+    assert "No space left" in said and str(small_disk) in said
+
+
+# ------------------------------------------------------------------------------------------------ another Ray
+
+
+@pytest.mark.ray
+def test_another_version_than_the_clusters(ray_session: None, tmp_path: Path) -> None:
+    pretending = (
+        "import ray, runpy, sys; ray.__version__ = '2.59.0'; sys.argv = ['prepare_dataset.py', 'digits', "
+        "'--num-workers', '2']; runpy.run_path('jobs/prepare_dataset.py', run_name='__main__')"
+    )
+    environment = quiet_environment(RAY_ADDRESS=address(), ADMIRAL_STORE=str(tmp_path))
+    command = [sys.executable, "-c", pretending]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "2.59.0" in done.stderr and "2.60" in done.stderr
+    assert "Traceback" not in done.stderr and "mismatch" in done.stderr

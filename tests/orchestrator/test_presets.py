@@ -1,5 +1,7 @@
 """Presets fit each other: what one job leaves by its preset, the next one takes by its own."""
 
+from orchestrator.data.shards import ROW_GROUP_IMAGES
+from orchestrator.order import OPEN_BYTES_LIMIT
 from orchestrator.presets import dataset_presets
 from orchestrator.training.presets import adm_presets, classifier_presets, upsampler_presets
 
@@ -14,3 +16,10 @@ def test_trainings_that_validate_have_a_dataset_that_holds_images_out() -> None:
                 assert held_out > 0, f"{name}: {config.dataset} holds nothing out"
                 validating += 1
     assert validating >= 6
+
+
+def test_a_worker_of_every_training_can_hold_its_open_images() -> None:
+    for presets in (adm_presets, classifier_presets, upsampler_presets):
+        for name, (_, config) in presets().items():
+            rows = config.order.num_streams // max(config.num_workers, 1) * config.order.window * ROW_GROUP_IMAGES
+            assert rows * config.model.image_size**2 * 3 <= OPEN_BYTES_LIMIT, name

@@ -1,7 +1,5 @@
 """Extractors by name: what is missing, or is not what it should be, is said before the first image."""
 
-import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,7 @@ from orchestrator.evaluation.extractors import (
     inception_extractor,
     own_extractor,
 )
-from tests.reference_metrics import random_weights
+from tests.orchestrator.evaluation.golden_inception import GOLDEN, write_weights
 
 
 def load(name: str, weights: str | None = None, dataset: str | None = None) -> extractors.LoadedExtractor:
@@ -40,16 +38,10 @@ def test_other_weights_are_not_fid(tmp_path: Path) -> None:
 
 
 def test_the_right_file_is_checked_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the golden recipe's weights in the place of the published ones, whose digest is 64 known digits."""
-    golden = Path(__file__).parents[2] / "golden" / "metrics"
-    shapes = json.loads((golden / "inception_state_dict.json").read_text())["shapes"]
-    with np.load(golden / "inception_random_weights.npz") as arrays:
-        state = random_weights({name: arrays[name] for name in ("seed", "fc_scale")}, shapes)
-        images, expected = arrays["images_64"][:1], arrays["images_64/pool3_2048"][:1]
     assert len(extractors.INCEPTION_SHA256) == 64 and extractors.INCEPTION_SHA256.startswith("6726825d")
-    torch.save(state, tmp_path / "weights.pth")
-    digest = hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
-    monkeypatch.setattr(extractors, "INCEPTION_SHA256", digest)
+    _, digest = write_weights(tmp_path / "weights.pth", monkeypatch)
+    with np.load(GOLDEN / "inception_random_weights.npz") as arrays:
+        images, expected = arrays["images_64"][:1], arrays["images_64/pool3_2048"][:1]
     loaded = inception_extractor(str(tmp_path / "weights.pth"))
     assert loaded.fingerprint == f"inception-{digest[:12]}"
     np.testing.assert_allclose(loaded.network(images).pool, expected, rtol=1e-3, atol=1e-4)

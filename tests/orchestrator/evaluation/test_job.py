@@ -1,22 +1,19 @@
 """The job: from samples in any form to one report, the same for every way of sharding and for any pool."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from models.inception import InceptionNetwork
 from models.metrics import frechet_distance_of_rows
 from orchestrator import storage
 from orchestrator.data.preparation import prepare
-from orchestrator.evaluation import extractors
 from orchestrator.evaluation.job import EvaluationConfig, evaluate, plan
 from tests.orchestrator.digits import digits
-from tests.reference_metrics import random_weights
+from tests.orchestrator.evaluation.golden_inception import write_weights
 
 TOY = "tests.orchestrator.evaluation.toy_extractor.ToyExtractor"
 
@@ -114,13 +111,7 @@ def test_the_pool_and_a_second_look_give_the_same_report(store: str, ray_session
 @pytest.mark.slow
 def test_the_names_of_the_papers_belong_to_inception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The golden recipe's weights in the place of the published ones, against a reference in the published layout."""
-    golden = Path(__file__).parents[2] / "golden" / "metrics"
-    shapes = json.loads((golden / "inception_state_dict.json").read_text())["shapes"]
-    with np.load(golden / "inception_random_weights.npz") as arrays:
-        state = random_weights({name: arrays[name] for name in ("seed", "fc_scale")}, shapes)
-    torch.save(state, tmp_path / "weights.pth")
-    digest = hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
-    monkeypatch.setattr(extractors, "INCEPTION_SHA256", digest)
+    state, digest = write_weights(tmp_path / "weights.pth", monkeypatch)
     images = np.random.default_rng([74]).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "samples", images[:10])
     own = InceptionNetwork(state)(images[10:])

@@ -1,0 +1,39 @@
+"""A store as the README's commands on the digits leave it, made by the jobs themselves in as few images as will do."""
+
+import runpy
+import sys
+from pathlib import Path
+
+from tests import servers
+
+JOBS = Path(__file__).resolve().parents[1] / "jobs"
+HERE = ["--num-workers", "0"]
+STEPS = [
+    ("prepare_dataset", []),
+    ("train_adm", ["--images", "1280", "--snapshot-images", "320", *HERE]),
+    ("train_classifier", ["--images", "1280", *HERE]),
+    ("train_upsampler", ["--images", "1280", *HERE]),
+    ("generate_samples", ["--num-samples", "16", "--sampler.num-steps", "2", "--export", "npz", *HERE]),
+    ("tune_guidance", ["--space.steps", "2", "3", "--rungs", "64", "128", "--trials", "2", "--round-size", "2", *HERE]),
+]  # fmt: skip
+
+
+def build(folder: str) -> None:
+    """Run the steps on the store `folder`."""
+    with servers.environment(ADMIRAL_STORE=folder, MLFLOW_TRACKING_URI=f"sqlite:///{folder}/mlflow.db"):
+        for job, arguments in STEPS:
+            run(job, ["digits", *arguments])
+
+
+def run(job: str, arguments: list[str]) -> None:
+    """As `python jobs/JOB.py ARGUMENTS`, in this process.
+
+    Raises:
+        SystemExit: with the job's exit code, unless it ended well.
+    """
+    before = sys.argv
+    sys.argv = [f"{job}.py", *arguments]
+    try:
+        runpy.run_path(str(JOBS / f"{job}.py"), run_name="__main__")
+    finally:
+        sys.argv = before
