@@ -39,7 +39,7 @@ class DoctorConfig(JobConfig):
 
     megabytes: int = Field(
         32, gt=0
-    )  # size of the object by which storage, and of the sum by which the network is timed
+    )  # of the object that times storage, and of the sum that times the network
     timeout: float = Field(120.0, gt=0)  # seconds that a node has to answer
 
 
@@ -130,10 +130,9 @@ def _gpus(node: Node) -> Finding:
         return Finding("GPU", "WRONG", f"Ray counts {node.gpus:g} GPUs, but nvidia-smi finds no driver: install it")
     first = driver.splitlines()[0]
     if usable < node.gpus:
-        reason = f"torch {torch.__version__} (CUDA {torch.version.cuda}) can use {usable}"
-        return Finding(
-            "GPU", "WRONG", f"Ray counts {node.gpus:g} GPUs, {reason}: driver {first} is older or CUDA is absent"
-        )
+        found = f"Ray counts {node.gpus:g} GPUs, torch {torch.__version__} (CUDA {torch.version.cuda}) can use {usable}"
+        reason = "see nvidia-smi for the others" if usable else f"driver {first} is older or CUDA is absent"
+        return Finding("GPU", "WRONG", f"{found}: {reason}")
     if usable > node.gpus:
         return Finding("GPU", "warning", f"{usable} GPUs ({first}), but Ray may hand out {node.gpus:g}")
     return Finding("GPU", "ok", f"{usable} GPUs, driver {first}, CUDA {torch.version.cuda}")
@@ -155,15 +154,8 @@ def _compiler(needed: bool) -> Finding:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
         source.write_text("#include <Python.h>\nint probe() { return PY_MAJOR_VERSION; }\n")
-        command = [
-            "g++",
-            "-shared",
-            "-fPIC",
-            f"-I{sysconfig.get_path('include')}",
-            str(source),
-            "-o",
-            f"{folder}/probe.so",
-        ]
+        headers = sysconfig.get_path("include")
+        command = ["g++", "-shared", "-fPIC", f"-I{headers}", str(source), "-o", f"{folder}/probe.so"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         except FileNotFoundError:
