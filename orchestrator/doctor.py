@@ -37,9 +37,7 @@ Level = Literal["ok", "warning", "WRONG"]
 class DoctorConfig(JobConfig):
     """How closely it looks."""
 
-    megabytes: int = Field(
-        32, gt=0
-    )  # of the object that times storage, and of the sum that times the network
+    megabytes: int = Field(32, gt=0)  # of the object that times storage, and of the sum that times the network
     timeout: float = Field(120.0, gt=0)  # seconds that a node has to answer
 
 

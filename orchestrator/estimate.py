@@ -132,12 +132,17 @@ def gpu_seconds(cost: Cost, price: PriceConfig, half: bool) -> float:
     return cost.flops / (peak * (price.utilization or cost.utilization.share))
 
 
+def fits(cost: Cost, price: PriceConfig) -> bool:
+    """Whether the card's memory holds it."""
+    return sum(cost.memory.values()) < CARDS[price.card].memory
+
+
 def priced(cost: Cost, price: PriceConfig, num_workers: int, half: bool) -> str:
     """The cost in lines: work, memory against the card, time, and what is assumed."""
     card, cards = CARDS[price.card], max(num_workers, 1)
     memory = sum(cost.memory.values())
     parts = ", ".join(f"{size / 1e9:.1f} {name}" for name, size in cost.memory.items())
-    verdict = "" if memory < card.memory else ": TOO MUCH, take smaller batches or more workers"
+    verdict = "" if fits(cost, price) else ": TOO MUCH, take smaller batches or more workers"
     seconds = gpu_seconds(cost, price, half)
     share = price.utilization or cost.utilization.share
     source = "--price.utilization" if price.utilization else cost.utilization.source

@@ -85,7 +85,7 @@ def test_a_node_killed_while_it_trains_costs_no_job(cluster: LocalCluster, outpu
     for name in ("images_per_second", "data_wait_share", "loss"):
         assert f"ray_admiral_{name}{{" in numbers, "what Prometheus reads"
     weights = store(cluster).ls("admiral/runs/digits/diffusion/weights")
-    assert [path.rsplit("/", 1)[1] for path in weights] == ["images-000000006400-ema-0.995.safetensors"]
+    assert "images-000000006400-ema-0.995.safetensors" in [path.rsplit("/", 1)[1] for path in weights]
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ from models.guidance import GuidanceConfig
 from models.unet import ClassifierConfig, UNetConfig
 from orchestrator import storage
 from orchestrator.checkpoints import load_network
-from orchestrator.estimate import Cost, priced, sampling_cost, sampling_flops
+from orchestrator.estimate import Cost, fits, priced, sampling_cost, sampling_flops
 from orchestrator.generation.sampling import GenerationConfig, evaluations
 from orchestrator.state_dicts import released_entry
 
 UNGUIDED = GuidanceConfig()
-ASSUMED_BATCH = 64  # images, where B is yet to be probed
+ASSUMED_BATCHES = (64, 32, 16, 8, 4, 2, 1)  # images, where B is yet to be probed: the first that fits
 
 
 class Outline(NamedTuple):
@@ -55,8 +55,24 @@ def outline(config: GenerationConfig, path: str, like: str | None = None) -> Out
 def costs(
     config: GenerationConfig, images: int, base: Outline, classifier: Outline | None, upsampler: Outline | None
 ) -> list[Cost]:
-    """Of each stage. Outside the interval of guidance the classifier is not evaluated."""
-    batch, half = config.batch_size or ASSUMED_BATCH, config.dtype != "float32"
+    """Of each stage, in batches as large as the card holds, where they are yet to be probed."""
+    for batch in [config.batch_size] if config.batch_size else ASSUMED_BATCHES:
+        found = _costs_in_batches(config, images, batch, base, classifier, upsampler)
+        if all(fits(cost, config.price) for cost in found):
+            break
+    return found
+
+
+def _costs_in_batches(
+    config: GenerationConfig,
+    images: int,
+    batch: int,
+    base: Outline,
+    classifier: Outline | None,
+    upsampler: Outline | None,
+) -> list[Cost]:
+    """Outside the interval of guidance the classifier is not evaluated."""
+    half = config.dtype != "float32"
     guide = classifier.architecture if classifier and config.guidance.scale else None
     steps = evaluations(config.sampler, UNGUIDED)
     cost = sampling_cost(base.architecture, steps, images, batch, half, guide)
@@ -68,6 +84,5 @@ def costs(
         cost = cost._replace(flops_per_image=flops, note=f"{cost.note} in {share:.0%} of them")
     if upsampler is None:
         return [cost]
-    return [
-        cost, sampling_cost(upsampler.architecture, evaluations(config.upsampling, UNGUIDED), images, batch, half)
-    ]  # fmt: skip
+    steps = evaluations(config.upsampling, UNGUIDED)
+    return [cost, sampling_cost(upsampler.architecture, steps, images, batch, half)]

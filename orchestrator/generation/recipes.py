@@ -26,6 +26,7 @@ def recommended(name: str) -> dict[str, Any]:
         raise ValueError(f"like={name!r} is an upsampler: name the model whose samples it enlarges")
     recipe = entry.recipes[0]
     return {
+        "output": f"{name}/samples",
         "weights": entry.checkpoint,
         "classifier": zoo.entry(recipe.classifier).checkpoint if recipe.classifier else None,
         "sampler": recipe.sampler,

@@ -21,6 +21,7 @@ def test_like_takes_the_published_recommendation_and_options_come_after_it() -> 
     assert (config.weights, config.classifier) == ("256x256_diffusion.pt", "256x256_classifier.pt")
     assert (config.sampler.name, config.sampler.num_steps, config.guidance.scale) == ("ddpm", 100, 1.5)
     plain = parsed("--like", "adm-512", "--weights", "mine.pt")
+    assert config.output == "adm-256/samples" and plain.output == "adm-512/samples", "not among another's"
     assert (plain.weights, plain.sampler.num_steps, plain.guidance.scale) == ("mine.pt", 250, 4.0)
 
 
