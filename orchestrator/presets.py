@@ -31,6 +31,7 @@ def generation_presets() -> dict[str, tuple[str, GenerationConfig]]:
         output="digits/samples",
         num_samples=1_000,
         sampler=SamplerConfig(name="ddpm", num_steps=25),
+        upsampling=SamplerConfig(name="ddpm", num_steps=25),
         guidance=GuidanceConfig(scale=1.0),
         num_workers=2,
     )

@@ -151,7 +151,9 @@ def load_networks(config: GenerationConfig, device: torch.device | str) -> Netwo
 
 def decisive(config: GenerationConfig, networks: Networks) -> dict[str, Any]:
     """All that decides the samples, but for the platform; B only where the config says it."""
-    chosen = config.model_dump(mode="json", exclude=_UNDECISIVE | ({"batch_size"} if not config.batch_size else set()))
+    unused = {"batch_size"} if not config.batch_size else set()
+    unused |= {"upsampling"} if not config.upsampler else set()
+    chosen = config.model_dump(mode="json", exclude=_UNDECISIVE | unused)
     stages = {"weights": networks.weights, "classifier": networks.classifier, "upsampler": networks.upsampler}
     hashes = {name: network.sha256 if network else None for name, network in stages.items()}
     labels = {"labels": networks.labels.sha256 or config.labels}

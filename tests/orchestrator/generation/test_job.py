@@ -76,6 +76,7 @@ def test_only_missing_shards_are_made_again(store: str, capsys: pytest.CaptureFi
 
 def test_the_same_folder_with_other_settings_is_refused(store: str) -> None:
     generate(config(store, "claimed", num_samples=4))
+    generate(config(store, "claimed", num_samples=4, upsampling=SamplerConfig(num_steps=7)))  # there is no upsampler
     with pytest.raises(ValueError, match=r"guidance\.scale: 2\.0 there, 3\.0 here"):
         generate(config(store, "claimed", num_samples=4, guidance=GuidanceConfig(scale=3.0)))
 
