@@ -131,7 +131,9 @@ def _weighted(pixels: np.ndarray, taps: _Taps) -> np.ndarray:
 
 
 @njit(nogil=True)
-def _add_rows(pixels, first, length, weights, result):  # type: ignore[no-untyped-def]
+def _add_rows(
+    pixels: np.ndarray, first: np.ndarray, length: np.ndarray, weights: np.ndarray, result: np.ndarray
+) -> None:
     total = np.empty(pixels.shape[1], np.int32)
     for n in range(len(first)):
         total[:] = 1 << (_PRECISION - 1)
@@ -144,7 +146,7 @@ def _add_rows(pixels, first, length, weights, result):  # type: ignore[no-untype
 
 
 @njit(nogil=True)
-def _take_rgb(pixels, mirrored, rgb):  # type: ignore[no-untyped-def]
+def _take_rgb(pixels: np.ndarray, mirrored: bool, rgb: np.ndarray) -> None:
     height, width, _ = rgb.shape
     for y in range(height):
         for x in range(width):
@@ -192,7 +194,9 @@ def _halving_inputs(runs: np.ndarray, outputs: Span) -> Span:
 
 
 @njit(nogil=True)
-def _halve(pixels, across, down, columns, rows, result):  # type: ignore[no-untyped-def]
+def _halve(
+    pixels: np.ndarray, across: np.ndarray, down: np.ndarray, columns: Span, rows: Span, result: np.ndarray
+) -> None:
     """Two or three rows at a time: each halved along itself first."""
     lines = np.empty((3, result.shape[1]), np.uint32)
     for begin, end, source, width in down:
@@ -208,7 +212,7 @@ def _halve(pixels, across, down, columns, rows, result):  # type: ignore[no-unty
 
 
 @njit(nogil=True)
-def _halve_row(row, across, columns, halved):  # type: ignore[no-untyped-def]
+def _halve_row(row: np.ndarray, across: np.ndarray, columns: Span, halved: np.ndarray) -> None:
     for begin, end, source, width in across:
         first, last = max(begin, columns[0]), min(end, columns[1])
         if first >= last:
@@ -223,13 +227,13 @@ def _halve_row(row, across, columns, halved):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def _mean_of_two(a, b):  # type: ignore[no-untyped-def]
+def _mean_of_two(a: np.uint32, b: np.uint32) -> np.uint32:
     """Of four bytes at once, halves up."""
     return (a | b) - (((a ^ b) >> np.uint32(1)) & np.uint32(0x7F7F7F7F))
 
 
 @njit(nogil=True)
-def _mean_of_three(a, b, c):  # type: ignore[no-untyped-def]
+def _mean_of_three(a: np.uint32, b: np.uint32, c: np.uint32) -> np.uint32:
     """Of four bytes, with Pillow's weights of a third."""
     mean = np.uint32(0)
     for shift in (np.uint32(0), np.uint32(8), np.uint32(16), np.uint32(24)):
