@@ -107,6 +107,7 @@ def _make_missing(config: GenerationConfig, folders: list[str]) -> None:
             live.update(shard, made)
             for folder, digest in zip(folders, made.digests, strict=True):
                 digests[folder][shard] = digest
+        live.report()
         for folder in folders:
             first, _ = read_range(folder, 0, min(SHEET, config.num_samples))
             sheet = _sheet(first)
@@ -134,13 +135,17 @@ class _Live:
         self._progress.update_to(self._progress.done + count)
         self._made += count
         if now - self._numbers_at > METRICS_SECONDS:
-            rate = self._made / (now - self._begun)
-            self._tracker.metrics({"samples": self._progress.done, "samples_per_second": rate}, self._progress.done)
+            self.report()
             self._numbers_at = now
         if now - self._picture_at > PICTURE_SECONDS:
             newest, _ = read_range(self._folder, shard.begin, min(shard.end, shard.begin + SHEET))
             self._tracker.picture("newest.png", _sheet(newest))
             self._picture_at = now
+
+    def report(self) -> None:
+        """How many there are, and how fast those of this job came."""
+        rate = self._made / (time.monotonic() - self._begun)
+        self._tracker.metrics({"samples": self._progress.done, "samples_per_second": rate}, self._progress.done)
 
 
 def _sheet(images: np.ndarray) -> bytes:

@@ -19,6 +19,7 @@ from orchestrator.generation import sampling
 from orchestrator.generation.job import generate, make_generator, missing_shards, plan
 from orchestrator.generation.samples import Shard, check_shard, list_shards, pixel_hashes, read_range
 from orchestrator.generation.sampling import GenerationConfig, canonical_batch, fastest, load_networks
+from orchestrator.tracking import metric_history
 from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
 
 
@@ -72,6 +73,12 @@ def test_only_missing_shards_are_made_again(store: str, capsys: pytest.CaptureFi
     assert pixel_hashes(read_range(folder, 0, 21)[0]) == before
     generate(wanted)
     assert "complete: 21 samples" in capsys.readouterr().out
+
+
+def test_the_last_numbers_in_mlflow_are_those_of_the_end(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/numbers.db")
+    folder = generate(config(store, "numbers"))
+    assert metric_history(f"generate {folder}", "samples")[-1][1] == 21
 
 
 def test_the_same_folder_with_other_settings_is_refused(store: str) -> None:
