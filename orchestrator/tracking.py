@@ -21,6 +21,8 @@ from orchestrator.sharing import refuse_unshared
 EXPERIMENT = "admiral"  # the MLflow experiment of all jobs
 QUEUE_CAPACITY = 20_000  # records that wait while the server is away; new ones beyond it are dropped and counted
 BATCH_NUMBERS = 1_000  # in one request; MLflow takes no more
+BATCH_PARAMETERS = 100  # likewise
+LONGEST_PARAMETER = 6_000  # characters; MLflow takes no longer ones
 RETRY_SECONDS = 5.0  # between two tries while the server is away
 PATIENCE_SECONDS = 60.0  # how long the end of a job waits for a server that takes nothing
 # What MLflow refuses like this, or we cannot even send, it would refuse for ever: it must not hold up the rest.
@@ -63,8 +65,14 @@ class Tracker:
         self._thread.start()
 
     def parameters(self, config: JobConfig) -> None:
-        """Record the resolved config: its leaves as tags of the run, and the whole as an artefact."""
-        self._put(lambda client, run: client.log_text(run, config.model_dump_json(indent=2), "config.json"))
+        """Record the resolved config: its leaves as parameters, which MLflow keeps as they were when the run began, and
+        the whole, as it is now, as an artefact."""
+
+        def send(client: Any, run: str) -> None:
+            _log_parameters(client, run, dict(_leaves(config.model_dump(mode="json"))))
+            client.log_text(run, config.model_dump_json(indent=2), "config.json")
+
+        self._put(send)
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
         """Record numbers at `step` (images for training, samples for generation)."""
@@ -260,6 +268,28 @@ def tracking_uri(config: JobConfig) -> str:
             "pass a server's URI, or sqlite:////absolute/path"
         )
     return given
+
+
+def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, value) of each field."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", str(value)
+
+
+def _log_parameters(client: Any, run: str, values: dict[str, str]) -> None:
+    from mlflow.entities import Param
+
+    there = client.get_run(run).data.params  # what is there cannot be changed
+    new = [
+        Param(name, value if len(value) <= LONGEST_PARAMETER else "long: see config.json")
+        for name, value in values.items()
+        if name not in there
+    ]
+    for first in range(0, len(new), BATCH_PARAMETERS):
+        client.log_batch(run, params=new[first : first + BATCH_PARAMETERS])
 
 
 def metric_history(identity: str, name: str) -> list[tuple[int, float]]:

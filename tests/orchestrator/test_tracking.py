@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from orchestrator import tracking
 from orchestrator.config import JobConfig
 from orchestrator.tracking import metric_history, tracked, tracking_uri
+from orchestrator.training.presets import adm_presets
 from tests import servers
 from tests.chaos.proxy import Proxy
 
@@ -22,6 +24,21 @@ def test_a_job_started_again_goes_on_in_its_run(monkeypatch: pytest.MonkeyPatch,
             tracker.metrics({"loss": 1 / step}, step=step)
     assert metric_history("train /runs/digits", "loss") == [(64, 1 / 64), (128, 1 / 128)]
     assert metric_history("train /runs/other", "loss") == []
+
+
+def test_a_runs_parameters_are_the_configs_leaves_as_it_began(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    _, config = adm_presets()["imagenet64"]
+    for workers in (8, 4):
+        with tracked("train", config.model_copy(update={"num_workers": workers}), "/runs/adm"):
+            pass
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    [run] = client.search_runs([client.get_experiment_by_name("admiral").experiment_id])
+    found = run.data.params
+    assert (found["batch_size"], found["model.image_size"], found["order.num_streams"]) == ("2048", "64", "64")
+    assert found["num_workers"] == "8" and "MLflow" not in caplog.text
 
 
 def test_a_store_that_is_away_holds_nobody_up(
