@@ -5,12 +5,15 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 HEAD_RESOURCE = "node:__internal_head__"
+SHARED_SECONDS = 60.0  # that a node has to look for a file; one that says nothing is not blamed
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,43 @@ def on_each(there: list[Node], function: Callable[[Node], Result], timeout: floa
             cause = getattr(error, "cause", None)
             answers[node] = cause if isinstance(cause, Exception) else error
     return answers
+
+
+def refuse_unshared(uris: Iterable[str]) -> None:
+    """Check that all machines of the cluster see the same thing under each URI; object storage is not looked at.
+
+    A local folder is checked by a file that every node must find there.
+
+    Raises:
+        ValueError: a URI is a file or a folder of one machine; the message says what to set instead.
+    """
+    there = nodes()
+    machines = len({node.address for node in there})
+    if machines < 2:
+        return
+    for uri in uris:
+        if uri.startswith("sqlite:"):
+            raise ValueError(
+                f"MLFLOW_TRACKING_URI={uri} is a file of one machine, and the cluster has {machines}: "
+                "set it to a server's address (docs/cluster.md says how to start one)"
+            )
+        if "://" not in uri or uri.startswith("file://"):
+            _refuse_unshared_folder(Path(uri.removeprefix("file://")), there)
+
+
+def _refuse_unshared_folder(folder: Path, there: list[Node]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / f"seen-by-all-nodes-{uuid.uuid4().hex}"
+    mark.touch()
+    try:
+        answers = on_each(there, lambda node: mark.exists(), SHARED_SECONDS)
+    finally:
+        mark.unlink()
+    if blind := [str(node) for node, sees in answers.items() if sees is False]:
+        raise ValueError(
+            f"store={folder} is not the same folder on {', '.join(blind)}: set ADMIRAL_STORE to object storage, or to "
+            "a path that all nodes share"
+        )
 
 
 def all_reduce_bandwidth(there: list[Node], megabytes: int, timeout: float) -> float:

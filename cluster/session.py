@@ -1,16 +1,17 @@
 """Connecting to Ray: a running cluster where there is one, else a local one that ends with the job."""
 
 import contextlib
-import importlib.metadata
 import json
 import logging
 import math
 import os
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from cluster.nodes import refuse_unshared
 
 # A user can do nothing about what these would print, and nothing leaves the machine unasked.
 QUIET_ENVIRONMENT = {
@@ -48,8 +49,15 @@ def is_submitted() -> bool:
 
 
 @contextlib.contextmanager
-def session(wanted_cpus: float = 0, object_store_memory: int = 300 << 20, wanted_gpus: float = 0) -> Iterator[None]:
-    """Be connected to Ray, for a job that wants so many CPUs and GPUs at once; 0 CPUs: Ray is not used.
+def session(
+    wanted_cpus: float = 0,
+    object_store_memory: int = 300 << 20,
+    wanted_gpus: float = 0,
+    shared: Iterable[str] = (),
+) -> Iterator[None]:
+    """Connect to Ray, or start a local cluster, and check that it can run the job; with 0 CPUs Ray is not used.
+
+    The job needs so many CPUs and GPUs at once, and `shared` are URIs that all nodes must see alike.
 
     Uses the cluster that `RAY_ADDRESS` names (a submitted job has it set), and says so where it is smaller: the job
     then waits for the autoscaler. Without one, starts a local Ray and shuts it down at the end: its logical CPUs are
@@ -58,6 +66,7 @@ def session(wanted_cpus: float = 0, object_store_memory: int = 300 << 20, wanted
 
     Raises:
         RuntimeError: this machine alone has fewer GPUs than are wanted.
+        ValueError: one of `shared` is a file or a folder of one machine, and the cluster has several.
     """
     if not wanted_cpus:
         yield
@@ -68,6 +77,7 @@ def session(wanted_cpus: float = 0, object_store_memory: int = 300 << 20, wanted
     import ray
 
     if ray.is_initialized():
+        refuse_unshared(shared)
         yield
         return
     options: dict = {"logging_level": logging.ERROR, "log_to_driver": False}
@@ -96,6 +106,7 @@ def session(wanted_cpus: float = 0, object_store_memory: int = 300 << 20, wanted
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
+        refuse_unshared(shared)
         yield
     finally:
         del kept
@@ -105,19 +116,6 @@ def session(wanted_cpus: float = 0, object_store_memory: int = 300 << 20, wanted
 def accelerator() -> str | None:
     """The kind of GPU that workers ask for, as Ray names it, by ADMIRAL_ACCELERATOR; None = any."""
     return os.environ.get("ADMIRAL_ACCELERATOR") or None
-
-
-def describe() -> dict[str, str | float]:
-    """What the cluster is: Ray version, nodes, CPUs, GPUs."""
-    import ray
-
-    resources = ray.cluster_resources()
-    return {
-        "ray_version": importlib.metadata.version("ray"),
-        "nodes": float(sum(node["Alive"] for node in ray.nodes())),
-        "cpus": resources.get("CPU", 0.0),
-        "gpus": resources.get("GPU", 0.0),
-    }
 
 
 def _forwarded_environment() -> dict[str, str]:
@@ -185,13 +183,3 @@ def address() -> str:
     import ray
 
     return ray.get_runtime_context().gcs_address
-
-
-def store_statistics() -> dict[str, int]:
-    """Bytes of the cluster's object stores: used now, and spilled to disk since their start."""
-    import ray
-    from ray._private import internal_api  # the only place where Ray tells; nowhere else do we reach into it
-
-    state = internal_api.get_state_from_address(ray.get_runtime_context().gcs_address)
-    found = internal_api.get_memory_info_reply(state).store_stats
-    return {"used": found.object_store_bytes_used, "spilled": found.spilled_bytes_total}

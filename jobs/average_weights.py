@@ -1,8 +1,8 @@
 """Make an average of a training's weights of any length, afterwards: a preset's name first, then overrides."""
 
 from jobs.command_line import main
-from orchestrator.presets import average_presets
 from orchestrator.training.averages import average, plan
+from orchestrator.training.presets import average_presets
 
 if __name__ == "__main__":
     main(__doc__, average_presets(), average, plan)

@@ -1,8 +1,8 @@
 """Convert weights between .pt, safetensors and diffusers: a preset's name first, then overrides."""
 
 from jobs.command_line import main
-from orchestrator.conversion import convert, plan
-from orchestrator.presets import conversion_presets
+from orchestrator.weights.job import convert, plan
+from orchestrator.weights.presets import conversion_presets
 
 if __name__ == "__main__":
     main(__doc__, conversion_presets(), convert, plan)

@@ -2,7 +2,7 @@
 
 from jobs.command_line import main
 from orchestrator.generation.job import generate, plan
-from orchestrator.presets import generation_presets
+from orchestrator.generation.presets import generation_presets
 
 if __name__ == "__main__":
     main(__doc__, generation_presets(), generate, plan)

@@ -1,8 +1,8 @@
 """Prepare, train, search, generate and evaluate scanned digits on this machine, and write a page about it."""
 
 from jobs.command_line import main
-from orchestrator.presets import quickstart_presets
-from orchestrator.quickstart import plan, quickstart
+from orchestrator.quickstart.job import plan, quickstart
+from orchestrator.quickstart.presets import quickstart_presets
 
 if __name__ == "__main__":
     main(__doc__, quickstart_presets(), quickstart, plan)

@@ -1,8 +1,8 @@
 """Search guidance scale and number of steps: a preset's name first, then overrides."""
 
 from jobs.command_line import main
-from orchestrator.presets import search_presets
 from orchestrator.search.job import plan, search
+from orchestrator.search.presets import search_presets
 
 if __name__ == "__main__":
     main(__doc__, search_presets(), search, plan)

@@ -1,26 +1,81 @@
-"""How much memory a network takes, found without running it.
+"""Parameters, multiply-adds and memory of a network, counted without running it.
 
-A network on fake tensors goes through the real operations with shapes and no data, so that a 554M network is measured
-in seconds on any machine.
+A network on the meta device or on fake tensors goes through the real operations with shapes and no data, so that a
+554M network is measured in seconds on any machine. A FLOP is one floating-point operation, so a multiply-add is two.
 """
 
 import weakref
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-from models.unet import ClassifierConfig, NoisyClassifier, UNetConfig, make_unet
+from models.guidance import GuidanceConfig, guided_timesteps
+from models.samplers import SamplerConfig, evaluated_timesteps
+from models.unet import Architecture
 
 Use = Literal["training", "guiding", "sampling"]
 
 
+def count_parameters(config: Architecture) -> int:
+    """Return the number of trained values of the network, without allocating it."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in config.build().parameters())
+
+
 @cache
-def peak_memory(config: UNetConfig | ClassifierConfig, use: Use, batch: int, half: bool = False) -> int:
+def forward_multiply_adds(config: Architecture) -> int:
+    """Return the multiply-adds of one forward pass over one image: convolutions, matrix products and attention."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        config.build()(**config.example_inputs(1))
+    return int(counter.get_total_flops()) // 2
+
+
+def training_flops(config: Architecture) -> float:
+    """Return the FLOPs of a training step for each image: the backward pass costs two forward passes."""
+    return 3 * 2.0 * forward_multiply_adds(config)
+
+
+class Evaluations(NamedTuple):
+    """Network evaluations that one image takes."""
+
+    model: int
+    classifier: int
+
+    @property
+    def total(self) -> int:
+        """Return the evaluations of both networks."""
+        return self.model + self.classifier
+
+
+def sampling_evaluations(sampler: SamplerConfig, guidance: GuidanceConfig, num_timesteps: int) -> Evaluations:
+    """Count the evaluations of one chain; outside the guidance interval the classifier is not evaluated.
+
+    Raises ValueError where `num_timesteps` has no such chain.
+    """
+    timesteps = evaluated_timesteps(sampler, num_timesteps)
+    inside = guided_timesteps(guidance.interval, num_timesteps)
+    return Evaluations(len(timesteps), sum(t in inside for t in timesteps) if guidance.scale else 0)
+
+
+def sampling_flops(evaluations: Evaluations, model: Architecture, classifier: Architecture | None) -> float:
+    """Return the FLOPs of one sample."""
+    guide = guidance_multiply_adds(classifier) if classifier else 0
+    return 2.0 * (evaluations.model * forward_multiply_adds(model) + evaluations.classifier * guide)
+
+
+def guidance_multiply_adds(classifier: Architecture) -> int:
+    """Return the multiply-adds of a classifier's gradient with respect to one image: forward, and back to the input."""
+    return 2 * forward_multiply_adds(classifier)
+
+
+@cache
+def peak_memory(config: Architecture, use: Use, batch: int, half: bool = False) -> int:
     """Bytes that one pass over `batch` images takes at its peak beside the float32 weights.
 
     training = forward and backward to the weights; guiding = a classifier's gradient to its input; sampling = forward.
@@ -28,9 +83,9 @@ def peak_memory(config: UNetConfig | ClassifierConfig, use: Use, batch: int, hal
     convolutions take as workspace, and what the allocator loses to fragments.
     """
     with FakeTensorMode():
-        network = NoisyClassifier(config) if isinstance(config, ClassifierConfig) else make_unet(config)
-        network.requires_grad_(use == "training").train(use == "training")
-        inputs = _inputs(config, batch, use)
+        network = config.build().requires_grad_(use == "training").train(use == "training")
+        inputs = config.example_inputs(batch)
+        inputs["x"].requires_grad_(use == "guiding")
         with LiveBytes() as live, torch.set_grad_enabled(use != "sampling"):
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 output = network(**inputs)
@@ -39,18 +94,6 @@ def peak_memory(config: UNetConfig | ClassifierConfig, use: Use, batch: int, hal
             elif use == "guiding":
                 torch.autograd.grad(output.float().sum(), inputs["x"])
         return live.peak
-
-
-def _inputs(config: UNetConfig | ClassifierConfig, batch: int, use: Use) -> dict[str, Tensor]:
-    def images(size: int) -> Tensor:
-        return torch.zeros(batch, config.in_channels, size, size)
-
-    inputs = {"x": images(config.image_size).requires_grad_(use == "guiding"), "timesteps": torch.zeros(batch)}
-    if isinstance(config, UNetConfig) and config.num_classes is not None:
-        inputs["y"] = torch.zeros(batch, dtype=torch.int64)
-    if isinstance(config, UNetConfig) and config.low_res_size is not None:
-        inputs["low_res"] = images(config.low_res_size)
-    return inputs
 
 
 class LiveBytes(TorchDispatchMode):

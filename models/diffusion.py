@@ -446,15 +446,6 @@ class UniformTimesteps:
     def update(self, t: NDArray[np.int64], losses: NDArray[np.float64]) -> None:
         """Learns nothing."""
 
-    def state_dict(self) -> dict[str, NDArray[Any]]:
-        """No state."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, NDArray[Any]]) -> None:
-        """Raises ValueError if `state` is another sampler's."""
-        if state:
-            raise ValueError(f"uniform timestep sampling has no state, but was given {sorted(state)}")
-
 
 class LossSecondMomentTimesteps:
     """Importance sampling with p(t) proportional to sqrt(E[L_t^2]) over the latest losses; IDDPM eq. 18.
@@ -491,19 +482,6 @@ class LossSecondMomentTimesteps:
             else:
                 self.history[step, self.counts[step]] = loss
                 self.counts[step] += 1
-
-    def state_dict(self) -> dict[str, NDArray[Any]]:
-        """Copies of the history (float64 [T, H]) and its counts (int64 [T])."""
-        return {"history": self.history.copy(), "counts": self.counts.copy()}
-
-    def load_state_dict(self, state: dict[str, NDArray[Any]]) -> None:
-        """Raises ValueError if names or shapes differ."""
-        wanted = {"history": self.history.shape, "counts": self.counts.shape}
-        given = {name: np.shape(array) for name, array in state.items()}
-        if given != wanted:
-            raise ValueError(f"timestep sampler state has {given}; wanted {wanted}")
-        self.history = np.array(state["history"], dtype=np.float64)
-        self.counts = np.array(state["counts"], dtype=np.int64)
 
 
 TimestepSampler = UniformTimesteps | LossSecondMomentTimesteps

@@ -5,16 +5,19 @@ is off; the two wrappers put it into the mean (algorithm 1) or into the predicte
 """
 
 from collections.abc import Callable
-from typing import Self
 
 import torch
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator
 from torch import Tensor
 from torch.nn import functional as F
 
 from models.diffusion import Denoise, Diffusion, Model, Prediction, Timestep
+from models.samplers import SAMPLERS
 
 Gradient = Callable[[Tensor, Timestep], Tensor | None]
+Interval = tuple[float, float]  # fractions of the chain, 0 = clean, 1 = noise
+
+WHOLE_CHAIN: Interval = (0.0, 1.0)
 
 GRADIENT_NORM = 2.0**8  # of a sample's gradient at the logits, as it enters the backward pass
 
@@ -23,13 +26,26 @@ class GuidanceConfig(BaseModel, frozen=True, extra="forbid"):
     """How strongly, and where in the chain, the classifier guides."""
 
     scale: float = Field(0.0, ge=0)  # multiplies grad log p(y | x_t); 0 = unguided
-    interval: tuple[int, int] | None = None  # first and last original timestep with guidance; None = all
+    interval: Interval = WHOLE_CHAIN  # guided part of the chain, as fractions: 0 = clean, 1 = noise
 
-    @model_validator(mode="after")
-    def _check_interval(self) -> Self:
-        if self.interval is not None and not 0 <= self.interval[0] <= self.interval[1]:
-            raise ValueError(f"interval={self.interval} must be two timesteps, 0 <= first <= last")
-        return self
+    @field_validator("interval")
+    @classmethod
+    def _check_interval(cls, interval: Interval) -> Interval:
+        return check_interval(interval)
+
+
+def check_interval(interval: Interval) -> Interval:
+    """Return `interval`; ValueError unless 0 <= low < high <= 1."""
+    low, high = interval
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"interval={interval} must be two fractions of the chain, 0 <= low < high <= 1")
+    return interval
+
+
+def guided_timesteps(interval: Interval, num_timesteps: int) -> range:
+    """Return the original timesteps inside `interval`, for a diffusion with `num_timesteps` of them."""
+    low, high = (round(fraction * (num_timesteps - 1)) for fraction in interval)
+    return range(low, high + 1)
 
 
 def log_prob_gradient(classifier: Model, x: Tensor, t: Timestep, y: Tensor) -> Tensor:
@@ -57,19 +73,20 @@ def classifier_gradient(
     diffusion: Diffusion,
     y: Tensor,
     scale: float,
-    interval: tuple[int, int] | None = None,
+    interval: Interval = WHOLE_CHAIN,
 ) -> Gradient:
-    """(x_t, t) -> scale * grad log p(y | x_t); None where the original timestep is outside `interval`.
+    """Return (x_t, t) -> scale * grad log p(y | x_t), which is None where the timestep is outside `interval`.
 
-    Only an int t can be inside or outside: with timesteps [B] and an interval it raises ValueError.
+    Only an int t can be inside or outside: with timesteps [B] and a part of the chain it raises ValueError.
     """
     on_chain = diffusion.on_chain(classifier)
+    inside = guided_timesteps(interval, diffusion.config.num_timesteps)
 
     def gradient(x_t: Tensor, t: Timestep) -> Tensor | None:
-        if interval is not None:
+        if interval != WHOLE_CHAIN:
             if not isinstance(t, int):
                 raise ValueError("guidance in an interval needs one timestep for the batch, not a tensor")
-            if not interval[0] <= diffusion.timestep_map[t] <= interval[1]:
+            if int(diffusion.timestep_map[t]) not in inside:
                 return None
         return scale * log_prob_gradient(on_chain, x_t, t, y)
 
@@ -109,13 +126,13 @@ def guided(
     y: Tensor,
     config: GuidanceConfig,
 ) -> Denoise:
-    """`denoise` guided towards labels y [B]: by the mean for "ddpm", by the score for all other samplers.
+    """Return `denoise` guided towards labels y [B], by the mean or the score as the sampler's registry entry says.
 
     At scale 0 it is `denoise` itself.
     """
     if config.scale == 0:
         return denoise
     gradient = classifier_gradient(classifier, diffusion, y, config.scale, config.interval)
-    if sampler_name == "ddpm":
+    if SAMPLERS[sampler_name].guidance == "mean":
         return mean_shift(denoise, gradient)
     return score_shift(denoise, gradient, diffusion)

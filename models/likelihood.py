@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.diffusion import Denoise, Diffusion, mean_flat, normal_kl
-from models.samplers import Noise, Step, ddim, ddim_reverse, ddpm, last
+from models.samplers import Noise, Step, ddpm, final_x
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def progressive_generation(steps: Iterable[Step], every: int) -> Tensor:
 
 def decode(denoise: Denoise, diffusion: Diffusion, x_t: Tensor, t: int, noise: Noise) -> Tensor:
     """An image from the stochastic encoding x_t ~ q(x_t | x_0): ancestral sampling from chain index t on."""
-    return last(ddpm(denoise, diffusion, x_t, noise, start=t))
+    return final_x(ddpm(denoise, diffusion, x_t, noise, start=t))
 
 
 def interpolate(
@@ -107,17 +107,3 @@ def interpolated_latent(
     """(1 - lam) x_t + lam x_t' with x_t ~ q(x_t | x_0): linear, so the variance is smaller in the middle."""
     first, second = (diffusion.q_sample(x, t, z) for x, z in zip(x_starts, noises, strict=True))
     return (1 - lam) * first + lam * second
-
-
-def ddim_encode(denoise: Denoise, diffusion: Diffusion, x_start: Tensor) -> Tensor:
-    """The latent x_T that the deterministic DDIM decodes to about `x_start`; `denoise` should not clip."""
-    return last(ddim_reverse(denoise, diffusion, x_start))
-
-
-def ddim_decode(denoise: Denoise, diffusion: Diffusion, x_T: Tensor) -> Tensor:
-    """The image of latent x_T by the deterministic DDIM."""
-
-    def no_noise(t: int) -> Tensor:
-        raise AssertionError("the deterministic DDIM draws no noise")
-
-    return last(ddim(denoise, diffusion, x_T, no_noise))

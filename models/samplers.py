@@ -8,7 +8,7 @@ samplers.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 import torch
@@ -20,21 +20,6 @@ from models.diffusion import Denoise, Diffusion, Prediction, Timestep, space_tim
 Noise = Callable[[int], Tensor]  # original timestep -> standard normal noise, shaped like x
 
 
-class SamplerConfig(BaseModel, frozen=True, extra="forbid"):
-    """Which sampler, over which steps."""
-
-    name: Literal["ddpm", "ddim", "dpm_solver", "heun"] = "ddpm"  # dpm_solver is DPM-Solver++(2M)
-    num_steps: int = Field(250, ge=2)  # steps of the chain; heun evaluates the network twice in each
-    eta: float = Field(0.0, ge=0, le=1)  # ddim only: 0 = deterministic, 1 = ancestral; DDIM eq. 16
-    respacing: str | None = None  # published syntax, e.g. "90,60,60,20,20"; None = made from num_steps
-
-    @model_validator(mode="after")
-    def _check_eta(self) -> Self:
-        if self.eta and self.name != "ddim":
-            raise ValueError(f"eta={self.eta} has no meaning for name={self.name!r}; use name='ddim' or eta=0")
-        return self
-
-
 @dataclass(frozen=True)
 class Step:
     """One executed step: its chain index, the x that it led to and the x_0 predicted on the way."""
@@ -42,22 +27,6 @@ class Step:
     t: int
     x: Tensor
     pred_x_start: Tensor
-
-
-def respacing_for(config: SamplerConfig, num_timesteps: int) -> str:
-    """The respacing of `config`: a stride ("ddim25") for ddim, even spacing ("250") for others.
-
-    Raises ValueError where num_timesteps has no such spacing, or config.respacing contradicts num_steps.
-    """
-    if config.respacing is not None:
-        spec = config.respacing
-        kept = len(space_timesteps(num_timesteps, spec))
-        if kept != config.num_steps:
-            raise ValueError(f"respacing={spec!r} keeps {kept} steps but num_steps={config.num_steps}")
-        return spec
-    spec = f"ddim{config.num_steps}" if config.name == "ddim" else str(config.num_steps)
-    space_timesteps(num_timesteps, spec)
-    return spec
 
 
 # Single steps at t, one chain index or int64 [B]
@@ -183,27 +152,85 @@ def heun(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise, star
         yield Step(t, x, prediction.pred_x_start)
 
 
-SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "dpm_solver": dpm_solver,
-    "heun": heun,
+# The registry, and the config that chooses from it
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """An entry of the registry: all that other modules know of a sampler."""
+
+    run: Callable[..., Iterator[Step]]
+    evaluations_per_step: int  # network evaluations; at t = 0 every sampler takes one
+    stochastic: bool  # asks for noise at every step; one with eta asks where eta > 0
+    guidance: Literal["mean", "score"]  # what guidance shifts: ADM algorithm 1 or 2
+    spacing: Literal["even", "stride"]  # how num_steps are spread over the timesteps: "250" or "ddim250"
+    takes_eta: bool = False
+
+
+SAMPLERS = {
+    "ddpm": Sampler(ddpm, 1, stochastic=True, guidance="mean", spacing="even"),
+    "ddim": Sampler(ddim, 1, stochastic=False, guidance="score", spacing="stride", takes_eta=True),
+    "dpm_solver": Sampler(dpm_solver, 1, stochastic=False, guidance="score", spacing="even"),
+    "heun": Sampler(heun, 2, stochastic=False, guidance="score", spacing="even"),
 }
+
+if TYPE_CHECKING:
+    SamplerName = str
+else:
+    SamplerName = Literal[tuple(SAMPLERS)]  # what configs and command lines accept
+
+
+class SamplerConfig(BaseModel, frozen=True, extra="forbid"):
+    """Which sampler, over which steps."""
+
+    name: SamplerName = "ddpm"  # dpm_solver is DPM-Solver++(2M)
+    num_steps: int = Field(250, ge=2)  # steps of the chain; heun evaluates the network twice in each
+    eta: float = Field(0.0, ge=0, le=1)  # ddim only: 0 = deterministic, 1 = ancestral; DDIM eq. 16
+    respacing: str | None = None  # published syntax, e.g. "90,60,60,20,20"; None = made from num_steps
+
+    @model_validator(mode="after")
+    def _check_eta(self) -> Self:
+        if self.eta and not SAMPLERS[self.name].takes_eta:
+            raise ValueError(f"eta={self.eta} has no meaning for name={self.name!r}; use name='ddim' or eta=0")
+        return self
+
+
+def respacing_for(config: SamplerConfig, num_timesteps: int) -> str:
+    """Return the respacing of `config`: its own, or a stride ("ddim25") or even spacing ("250") by the sampler.
+
+    Raises ValueError where num_timesteps has no such spacing, or config.respacing contradicts num_steps.
+    """
+    if config.respacing is not None:
+        spec = config.respacing
+        kept = len(space_timesteps(num_timesteps, spec))
+        if kept != config.num_steps:
+            raise ValueError(f"respacing={spec!r} keeps {kept} steps but num_steps={config.num_steps}")
+        return spec
+    spec = f"{'ddim' if SAMPLERS[config.name].spacing == 'stride' else ''}{config.num_steps}"
+    space_timesteps(num_timesteps, spec)
+    return spec
 
 
 def sample(config: SamplerConfig, denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise) -> Iterator[Step]:
-    """The whole chain of the sampler that `config` names; `diffusion` is respaced by `respacing_for`."""
-    options = {"eta": config.eta} if config.name == "ddim" else {}
-    return SAMPLERS[config.name](denoise, diffusion, x_T, noise, **options)
+    """Run the whole chain of the sampler that `config` names; `diffusion` is respaced by `respacing_for`."""
+    sampler = SAMPLERS[config.name]
+    options = {"eta": config.eta} if sampler.takes_eta else {}
+    return sampler.run(denoise, diffusion, x_T, noise, **options)
 
 
 def noise_timesteps(config: SamplerConfig, diffusion: Diffusion) -> list[int]:
-    """The original timesteps for which `sample` asks for noise, in that order; empty for deterministic samplers."""
-    draws = config.name == "ddpm" or config.eta > 0
+    """Return the original timesteps for which `sample` asks for noise, in that order; none if it is deterministic."""
+    draws = SAMPLERS[config.name].stochastic or config.eta > 0
     return [int(t) for t in diffusion.timestep_map[:0:-1]] if draws else []
 
 
-def last(steps: Iterable[Step]) -> Tensor:
+def evaluated_timesteps(config: SamplerConfig, num_timesteps: int) -> list[int]:
+    """Return the original timestep of every network evaluation of one chain, in no particular order."""
+    chain = [int(t) for t in space_timesteps(num_timesteps, respacing_for(config, num_timesteps))]
+    return chain + chain[:-1] * (SAMPLERS[config.name].evaluations_per_step - 1)
+
+
+def final_x(steps: Iterable[Step]) -> Tensor:
     """Run a chain to its end and return its final x; ValueError if it has no steps."""
     step = None
     for step in steps:  # noqa: B007

@@ -9,7 +9,7 @@ the time embedding and the output layers stay in float32, as in the published co
 
 import math
 from collections.abc import Iterator
-from typing import Literal, Self, cast
+from typing import ClassVar, Literal, Self, cast
 
 import torch
 from pydantic import BaseModel, Field, model_validator
@@ -38,6 +38,11 @@ class EncoderConfig(BaseModel, frozen=True, extra="forbid"):
     use_new_attention_order: bool = False  # qkv channels as [qkv][head][c]; False = [head][qkv][c]
     rescale_residual: bool = False  # scale residual sums by 1/sqrt(2)
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass to save memory
+
+    def example_inputs(self, batch: int) -> dict[str, Tensor]:
+        """Return zeros as arguments of a forward pass over `batch` images: x float32 [B, C, H, W], timesteps [B]."""
+        x = torch.zeros(batch, self.in_channels, self.image_size, self.image_size)
+        return {"x": x, "timesteps": torch.zeros(batch)}
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -78,10 +83,25 @@ class EncoderConfig(BaseModel, frozen=True, extra="forbid"):
 class UNetConfig(EncoderConfig, frozen=True, extra="forbid"):
     """The ADM U-Net; with low_res_size the super-resolution U-Net."""
 
+    kind: ClassVar[Literal["unet"]] = "unet"
+
     out_channels: int = Field(6, gt=0)  # 3 = mean only, 6 = mean and learned variance
     num_classes: int | None = Field(None, gt=0)  # None = not conditioned on classes
     num_heads_upsample: int | None = Field(None, gt=0)  # heads in the decoder; None = num_heads
     low_res_size: int | None = Field(None, gt=0)  # size of the image to upsample, pixels; None = not an upsampler
+
+    def build(self) -> "UNet":
+        """Return the network with fresh weights: a super-resolution one if there is a low_res_size."""
+        return UNet(self) if self.low_res_size is None else SuperResUNet(self)
+
+    def example_inputs(self, batch: int) -> dict[str, Tensor]:
+        """As the encoder's, with labels y int64 [B] and low_res float32 [B, C, h, w] where the network takes them."""
+        inputs = super().example_inputs(batch)
+        if self.num_classes is not None:
+            inputs["y"] = torch.zeros(batch, dtype=torch.int64)
+        if self.low_res_size is not None:
+            inputs["low_res"] = torch.zeros(batch, self.in_channels, self.low_res_size, self.low_res_size)
+        return inputs
 
     @model_validator(mode="after")
     def _check_decoder_heads(self) -> Self:
@@ -97,14 +117,25 @@ class UNetConfig(EncoderConfig, frozen=True, extra="forbid"):
 class ClassifierConfig(EncoderConfig, frozen=True, extra="forbid"):
     """The noisy classifier: encoder half, middle block and a pool."""
 
+    kind: ClassVar[Literal["classifier"]] = "classifier"
+    low_res_size: ClassVar[None] = None  # a classifier takes one image
+
     num_classes: int = Field(1000, gt=0)  # number of logits
     pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = "attention"  # how the logits see the map
+
+    def build(self) -> "NoisyClassifier":
+        """Return the network with fresh weights."""
+        return NoisyClassifier(self)
 
     @model_validator(mode="after")
     def _check_pool(self) -> Self:
         if self.pool == "attention" and self.num_head_channels is None:
             raise ValueError("pool='attention' needs num_head_channels (the released classifiers have 64)")
         return self
+
+
+Architecture = UNetConfig | ClassifierConfig
+ARCHITECTURES: dict[str, type[Architecture]] = {UNetConfig.kind: UNetConfig, ClassifierConfig.kind: ClassifierConfig}
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
@@ -398,11 +429,6 @@ class SuperResUNet(UNet):
         """As `UNet.forward`, with `low_res` [B, C, h, w] in [-1, 1]."""
         upsampled = F.interpolate(low_res, x.shape[-2:], mode="bilinear")
         return super().forward(torch.cat([x, upsampled], dim=1), timesteps, y, time_embedding)
-
-
-def make_unet(config: UNetConfig) -> UNet:
-    """The network that `config` describes: a super-resolution one if it has a low_res_size."""
-    return UNet(config) if config.low_res_size is None else SuperResUNet(config)
 
 
 class AttentionPool(nn.Module):

@@ -1,23 +1,17 @@
 """The released models as data: architecture, diffusion, recommended sampling, published scores.
 
-`ZOO` maps names to entries; `describe(name)` prints one. Parameters and multiply-adds are counted from the
-architecture. Sources: ADM is Dhariwal & Nichol 2021 (arXiv 2105.05233), whose README of July 2021 states the
-flags of every checkpoint; IDDPM is Nichol & Dhariwal 2021 (arXiv 2102.09672), README of March 2021; DDPM is Ho et
-al. 2020 (arXiv 2006.11239), whose architecture is here without weights. Papers that quote "1120 GFLOPs" for
+`ZOO` maps names to entries. Sources: ADM is Dhariwal & Nichol 2021 (arXiv 2105.05233), whose README of July 2021
+states the flags of every checkpoint; IDDPM is Nichol & Dhariwal 2021 (arXiv 2102.09672), README of March 2021; DDPM is
+Ho et al. 2020 (arXiv 2006.11239), whose architecture is here without weights. Papers that quote "1120 GFLOPs" for
 ADM-256 mean multiply-adds, which are 2 floating-point operations each.
 """
 
 from dataclasses import dataclass
-from functools import cache
-
-import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from models.diffusion import DiffusionConfig
 from models.guidance import GuidanceConfig
 from models.samplers import SamplerConfig
-from models.unet import ClassifierConfig, NoisyClassifier, UNet, UNetConfig, make_unet
+from models.unet import Architecture, ClassifierConfig, UNetConfig
 
 ADM_PAPER = "arXiv 2105.05233"
 ADM_README = "guided-diffusion README"
@@ -51,7 +45,7 @@ class Entry:
     """A released model."""
 
     checkpoint: str | None  # file name of the released weights, None = an architecture only
-    network: UNetConfig | ClassifierConfig
+    network: Architecture
     diffusion: DiffusionConfig  # of a classifier: the noise that it was trained on
     recipes: tuple[Recipe, ...] = ()
     scores: tuple[Score, ...] = ()
@@ -329,62 +323,3 @@ def entry(name: str) -> Entry:
     if name not in ZOO:
         raise ValueError(f"the zoo has no model {name!r}; it has {', '.join(ZOO)}")
     return ZOO[name]
-
-
-def _on_meta(config: UNetConfig | ClassifierConfig) -> UNet | NoisyClassifier:
-    with torch.device("meta"):
-        return NoisyClassifier(config) if isinstance(config, ClassifierConfig) else make_unet(config)
-
-
-def count_parameters(config: UNetConfig | ClassifierConfig) -> int:
-    """Number of trained values of the network, without allocating it."""
-    return sum(parameter.numel() for parameter in _on_meta(config).parameters())
-
-
-@cache
-def forward_multiply_adds(config: UNetConfig | ClassifierConfig) -> int:
-    """Multiply-adds of one forward pass over one image: convolutions, matrix products and attention.
-
-    A floating-point operation count is twice that; training costs about three forward passes.
-    """
-    network = _on_meta(config)
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad(), torch.device("meta"):
-        x = torch.empty(1, config.in_channels, config.image_size, config.image_size)
-        inputs: dict[str, Tensor] = {}
-        if isinstance(config, UNetConfig) and config.num_classes is not None:
-            inputs["y"] = torch.empty(1, dtype=torch.int64)
-        if isinstance(config, UNetConfig) and config.low_res_size is not None:
-            inputs["low_res"] = torch.empty(1, config.in_channels, config.low_res_size, config.low_res_size)
-        network(x, torch.empty(1), **inputs)
-    return int(counter.get_total_flops()) // 2
-
-
-def describe(name: str) -> str:
-    """Prints, and returns, what is known of a released model."""
-    model = entry(name)
-    network, diffusion = model.network, model.diffusion
-    unusual = {
-        field: value
-        for field, value in network.model_dump().items()
-        if value != type(network).model_fields[field].default
-    }
-    lines = [
-        f"{name}: {type(network).__name__.removesuffix('Config')}, weights {model.checkpoint or 'not released'}",
-        f"  parameters    {count_parameters(network):,}",
-        f"  multiply-adds {forward_multiply_adds(network) / 1e9:,.1f} G per forward pass (2 FLOPs each)",
-        "  network       " + ", ".join(f"{field}={value}" for field, value in unusual.items()),
-        "  diffusion     " + ", ".join(f"{field}={value}" for field, value in diffusion.model_dump().items()),
-    ]
-    for recipe in model.recipes:
-        guided = f", scale {recipe.guidance.scale:g} with {recipe.classifier}" if recipe.classifier else ""
-        spacing = f" as {recipe.sampler.respacing}" if recipe.sampler.respacing else ""
-        steps = f"{recipe.sampler.name}, {recipe.sampler.num_steps} steps{spacing}{guided}"
-        lines.append(f"  sample        {steps} [{recipe.source}]")
-    for score in model.scores:
-        numbers = {"sFID": score.sfid, "precision": score.precision, "recall": score.recall}
-        stated = "".join(f", {label} {value}" for label, value in numbers.items() if value is not None)
-        lines.append(f"  published     {score.setting}: FID {score.fid}{stated} [{score.source}]")
-    text = "\n".join(lines)
-    print(text)
-    return text

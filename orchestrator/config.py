@@ -9,6 +9,8 @@ from pydantic import BaseModel, Field
 from cluster.session import is_submitted
 from orchestrator import storage
 
+DIGITS = "the quickstart's 1,797 scanned digits, small enough for two cores"
+
 
 class JobConfig(BaseModel, frozen=True, extra="forbid"):
     store: str = Field(
@@ -42,6 +44,32 @@ class JobConfig(BaseModel, frozen=True, extra="forbid"):
                 )
             return storage.join(os.path.abspath(self.store), path)
         return storage.join(self.store, path)
+
+    @property
+    def shared(self) -> tuple[str, str]:
+        """The URIs that all nodes of a cluster must see alike: the store and the tracking server."""
+        return self.path(""), tracking_uri(self)
+
+
+def tracking_uri(config: JobConfig) -> str:
+    """MLFLOW_TRACKING_URI, else a SQLite file in the store where that is local.
+
+    Raises:
+        ValueError: neither works here; the message says what to set.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if not given:
+        root = config.path("")
+        if "://" in root:
+            raise ValueError(f"store={config.store} is not a local folder, so MLFLOW_TRACKING_URI must be set")
+        os.makedirs(root, exist_ok=True)
+        return f"sqlite:///{os.path.join(root, 'mlflow.db')}"
+    if is_submitted() and given.startswith("sqlite:///") and not given.startswith("sqlite:////"):
+        raise ValueError(
+            f"MLFLOW_TRACKING_URI={given} is a relative path, and this job runs in a temporary copy of the checkout: "
+            "pass a server's URI, or sqlite:////absolute/path"
+        )
+    return given
 
 
 # Where a thing lies, and how many hands make it, does not change what comes out.

@@ -22,8 +22,7 @@ from pydantic import Field
 from cluster.nodes import Node, all_reduce_bandwidth, nodes, on_each
 from cluster.session import receive_secrets, session
 from orchestrator import storage
-from orchestrator.config import JobConfig
-from orchestrator.tracking import tracking_uri
+from orchestrator.config import JobConfig, tracking_uri
 
 PACKAGES = ("ray", "torch", "numpy", "pyarrow", "mlflow")
 SHARED_MEMORY = 1 << 30  # bytes; a container's default is 64 MB
@@ -39,6 +38,11 @@ class DoctorConfig(JobConfig):
 
     megabytes: int = Field(32, gt=0)  # of the object that times storage, and of the sum that times the network
     timeout: float = Field(120.0, gt=0)  # seconds that a node has to answer
+
+
+def doctor_presets() -> dict[str, tuple[str, DoctorConfig]]:
+    """Ways to look at a cluster."""
+    return {"cluster": ("every node, the store, the tracking server and the network", DoctorConfig())}
 
 
 class Finding(NamedTuple):

@@ -1,9 +1,18 @@
-"""Pictures as PNG bytes."""
+"""Pictures and plots as PNG bytes, all plots in one style."""
 
 import io
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+COLOURS = ("#1b6ca8", "#d1603d", "#3f7d4e", "#8a4f9e")
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.constrained_layout.use": True,
+}
 
 
 def grid_png(images: np.ndarray, columns: int, scale: int = 1, gap: int = 1) -> bytes:
@@ -37,3 +46,36 @@ def png(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def subplots(*shape: int, **options: Any) -> tuple[Any, Any]:
+    """Return pyplot's figure and axes in Admiral's style, to be drawn without a screen."""
+    import matplotlib  # here, since workers that write PNGs have no use for it
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update(STYLE)
+    return pyplot.subplots(*shape, **options)
+
+
+def figure_png(figure: Any) -> bytes:
+    """Return the figure as PNG bytes, and close it."""
+    from matplotlib import pyplot
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    pyplot.close(figure)
+    return buffer.getvalue()
+
+
+def distances_figure(distances: dict[str, list[float]]) -> bytes:
+    """Draw histograms of how far samples, and held-out real images, are from their nearest training image."""
+    figure, axis = subplots(figsize=(8.6, 2.6))
+    bins = np.linspace(0, max(map(max, distances.values())), 50).tolist()
+    labels = {"samples": "samples", "held_out": "held-out real images"}
+    for colour, (name, found) in zip(COLOURS, distances.items(), strict=False):
+        axis.hist(found, bins=bins, density=True, alpha=0.55, color=colour, label=labels[name])
+    axis.set(xlabel="root mean square distance to the nearest training image, grey levels of 255", yticks=[])
+    axis.legend(frameon=False)
+    return figure_png(figure)

@@ -14,9 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from cluster.metrics import publish
-from cluster.session import is_submitted
-from orchestrator.config import JobConfig
-from orchestrator.sharing import refuse_unshared
+from orchestrator.config import JobConfig, tracking_uri
 
 EXPERIMENT = "admiral"  # the MLflow experiment of all jobs
 QUEUE_CAPACITY = 20_000  # records that wait while the server is away; new ones beyond it are dropped and counted
@@ -212,13 +210,8 @@ class Tracker:
 
 @contextlib.contextmanager
 def tracked(job: str, config: JobConfig, output: str) -> Iterator[Tracker]:
-    """The job's MLflow run, one for each output folder however often the job is started again.
-
-    Raises:
-        ValueError: numbers or outputs would go where not all nodes see them.
-    """
+    """The job's MLflow run, one for each output folder however often the job is started again."""
     uri = tracking_uri(config)
-    refuse_unshared(config, uri)
     tracker = Tracker(
         uri,
         experiment=EXPERIMENT,
@@ -247,27 +240,6 @@ def _job_and_output(identity: str) -> tuple[str, str]:
     """The two parts of an identity: a job's name has no slash, and an output has one."""
     found = re.match(r"([^/]*) (.*)", identity)
     return (found[1], found[2]) if found else (identity, "")
-
-
-def tracking_uri(config: JobConfig) -> str:
-    """MLFLOW_TRACKING_URI, else a SQLite file in the store where that is local.
-
-    Raises:
-        ValueError: neither works here; the message says what to set.
-    """
-    given = os.environ.get("MLFLOW_TRACKING_URI")
-    if not given:
-        root = config.path("")
-        if "://" in root:
-            raise ValueError(f"store={config.store} is not a local folder, so MLFLOW_TRACKING_URI must be set")
-        os.makedirs(root, exist_ok=True)
-        return f"sqlite:///{os.path.join(root, 'mlflow.db')}"
-    if is_submitted() and given.startswith("sqlite:///") and not given.startswith("sqlite:////"):
-        raise ValueError(
-            f"MLFLOW_TRACKING_URI={given} is a relative path, and this job runs in a temporary copy of the checkout: "
-            "pass a server's URI, or sqlite:////absolute/path"
-        )
-    return given
 
 
 def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.batches_npz import PublishedBatch, open_batch
+from orchestrator.evaluation.npz import PublishedBatch, open_batch
 from tests.comparison import Row
 
 

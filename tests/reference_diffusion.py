@@ -31,7 +31,7 @@ from models.diffusion import (
 from models.guidance import classifier_gradient, log_prob_gradient, mean_shift, score_shift
 from models.likelihood import bits_per_dim, interpolate, interpolated_latent, progressive_coding
 from models.samplers import Noise, Step, ddim, ddim_reverse, ddim_reverse_step, ddim_step, ddpm, ddpm_step
-from models.unet import ClassifierConfig, NoisyClassifier, UNet, UNetConfig, make_unet, timestep_embedding
+from models.unet import ClassifierConfig, NoisyClassifier, UNet, UNetConfig, timestep_embedding
 from tests.comparison import Compute, GoldenFile, Row
 
 LOSSES = {"MSE": "simple", "RESCALED_MSE": "rescaled_simple", "KL": "kl", "RESCALED_KL": "rescaled_kl"}
@@ -132,7 +132,7 @@ class Folder:
     def _load_network(self, name: str) -> UNet | NoisyClassifier:
         entry = self.networks[name]
         config = network_config(entry["kind"], entry["arguments"])
-        network = NoisyClassifier(config) if isinstance(config, ClassifierConfig) else make_unet(config)
+        network = config.build()
         weights = load_file(self.path / entry["weights"])
         network.load_state_dict({key: value.float() for key, value in weights.items()}, strict=True)
         return network.eval()
@@ -704,7 +704,7 @@ def compare_checkpoint(path: Path) -> list[Row]:
     try:
         config = config_from_flags(content["kind"], content["all_flags"])
         with torch.device("meta"):
-            network = NoisyClassifier(config) if isinstance(config, ClassifierConfig) else make_unet(config)
+            network = config.build()
     except Exception as error:  # noqa: BLE001  # reported as this file's failure
         return [Row(file, "*", "FAIL", note=f"{type(error).__name__}: {error}")]
     shapes = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}

@@ -14,9 +14,9 @@ import yaml
 
 from orchestrator import storage
 from orchestrator.data.dataset import load_manifest
-from orchestrator.data.preparation import prepare
+from orchestrator.data.job import prepare
+from orchestrator.data.presets import dataset_presets
 from orchestrator.evaluation.extractors import INCEPTION_FILE
-from orchestrator.presets import dataset_presets
 from tests import servers
 from tests.orchestrator.data.layouts import pictures, write_tar_of_tars, write_tree
 from tests.orchestrator.evaluation.golden_inception import write_weights

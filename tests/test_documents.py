@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from jobs.command_line import parse
-from orchestrator.data.preparation import prepare
-from orchestrator.presets import dataset_presets
+from orchestrator.data.job import prepare
+from orchestrator.data.presets import dataset_presets
 from orchestrator.training.job import plan
 from tests.jobs.test_command_line import ALL_PRESETS
 from tests.test_commands import commands

@@ -21,7 +21,7 @@ from models.features import DigitsNetwork, Extractor, train_digits_network
 from models.inception import InceptionNetwork
 from orchestrator import storage
 from orchestrator.data.dataset import load_manifest, read_images
-from orchestrator.state_dicts import decode_state_dict
+from orchestrator.weights.published import decode_state_dict
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # 95,628,359 bytes, as the public ports release it
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"

@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 
 from orchestrator import storage
-from orchestrator.batches_npz import PublishedBatch, open_batch
 from orchestrator.data.crops import center_crop
 from orchestrator.data.dataset import load_manifest, read_images
 from orchestrator.data.images import IMAGE_ENDINGS, decode
+from orchestrator.evaluation.npz import PublishedBatch, open_batch
 from orchestrator.generation.samples import count_samples, read_range
 
 _RECORDS = {"run.json", "config.json"}  # what a samples folder says of how it was made

@@ -5,14 +5,13 @@ import shlex
 import sys
 from typing import Any
 
-from pydantic import Field
-
 from cluster.session import session
 from models.features import DigitsNetwork
 from orchestrator import storage
-from orchestrator.config import JobConfig, claim
+from orchestrator.config import claim
+from orchestrator.cost import extraction_cost, priced
 from orchestrator.data.dataset import load_manifest
-from orchestrator.estimate import PriceConfig, extraction_cost, priced
+from orchestrator.evaluation.config import EvaluationConfig
 from orchestrator.evaluation.copies import nearest_training_pixels
 from orchestrator.evaluation.extraction import EXTRACTOR_BATCH, extract_all
 from orchestrator.evaluation.extractors import LoadedExtractor, LoadExtractor, extractor_loader
@@ -23,24 +22,6 @@ from orchestrator.evaluation.references import Reference, open_reference
 from orchestrator.tracking import tracked
 
 CLOSEST_PAIRS = 10  # samples nearest to training images, in the report and on the page
-
-
-class EvaluationConfig(JobConfig):
-    """What is measured, against what, by which features."""
-
-    samples: str  # a samples folder, an .npz in the published format, a .tar or a folder of images
-    reference: str  # a prepared dataset (its training split), or a published reference batch (.npz)
-    output: str  # the evaluation's folder
-    extractor: str = "digits"  # inception, efficientnet, digits, or one's own as package.module.name
-    extractor_weights: str | None = None  # inception's file; None: its released name in the store's extractors/
-    extractor_seed: int = Field(7, ge=0)  # of the digits network: its weights and its own split
-    image_size: int | None = Field(None, gt=0)  # pixels of the reference's images, and of image files; None: samples'
-    neighbour_samples: int = Field(50_000, gt=3)  # at most so many serve precision and the like, as in ADM
-    neighbour_references: int = Field(10_000, gt=5)  # at most so many reference images likewise
-    copies: int = Field(1_000, ge=0)  # samples compared with every training image pixel by pixel; 0 = none
-    num_workers: int = Field(1, ge=0)  # feature workers; 0 = in this process, without Ray
-    num_gpus: float = Field(0.0, ge=0)  # GPUs for each feature worker
-    price: PriceConfig = PriceConfig()
 
 
 def evaluate(config: EvaluationConfig) -> str:
@@ -61,7 +42,7 @@ def evaluate(config: EvaluationConfig) -> str:
         print(f"{output} is complete: {images.count:,} samples measured")
         return report_uri
     with (
-        session(config.num_workers, wanted_gpus=config.num_workers * config.num_gpus),
+        session(config.num_workers, wanted_gpus=config.num_workers * config.num_gpus, shared=config.shared),
         tracked("evaluate", config, output) as tracker,
     ):
         folder = storage.join(output if images.kind != "samples" else images.uri, "features")

@@ -14,8 +14,7 @@ from orchestrator.evaluation.extraction import chosen
 from orchestrator.evaluation.inputs import ImageSet
 from orchestrator.evaluation.measurement import Measurement
 from orchestrator.evaluation.references import Reference
-from orchestrator.figures import copies_figure
-from orchestrator.pictures import grid_png
+from orchestrator.pictures import distances_figure, grid_png
 
 COLUMNS = 10
 NUM_RANDOM = 100
@@ -70,10 +69,10 @@ ABOUT = {
 SAME = {"fid": "fd", "fid_infinity": "fd_infinity", "sfid": "sfd"}  # names that belong to the Inception network
 
 
-def template(name: str) -> jinja2.Template:
-    """A page of this folder, which finds its frame there too."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parents[1])
-    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(name)
+def template(path: Path) -> jinja2.Template:
+    """Load the template of a page, which extends frame.html of this folder."""
+    loader = jinja2.FileSystemLoader([path.parent, Path(__file__).parent])
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(path.name)
 
 
 def about(metric: str) -> About:
@@ -89,8 +88,8 @@ def evaluation_page(
     """The page of report.json's content, and its pictures (PNG) by name."""
     pictures = _pictures(images, reference, measured, labels)
     if distances := report["nearest_training_image"]:
-        pictures["copies"] = copies_figure(distances)
-    page = template("evaluation.html").render(
+        pictures["copies"] = distances_figure(distances)
+    page = template(Path(__file__).with_suffix(".html")).render(
         report=report,
         pictures={name: base64.b64encode(data).decode() for name, data in pictures.items()},
         abouts={name: about(name) for name in report["metrics"]},

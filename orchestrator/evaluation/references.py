@@ -7,11 +7,11 @@ import safetensors.numpy
 
 from models.metrics import Gaussian, Moments
 from orchestrator import storage
-from orchestrator.batches_npz import open_batch
 from orchestrator.data.dataset import load_manifest
 from orchestrator.evaluation.extraction import ArrayName, FeatureFiles, extract_all, split_features
 from orchestrator.evaluation.extractors import LoadedExtractor, LoadExtractor
 from orchestrator.evaluation.inputs import ImageSet, batch_images, split_images
+from orchestrator.evaluation.npz import open_batch
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ import torch
 from cluster.session import session
 from cluster.workers import map_items
 from orchestrator import storage
+from orchestrator.generation.config import GenerationConfig
+from orchestrator.generation.cost import price
 from orchestrator.generation.exports import export_npz, export_png
 from orchestrator.generation.noise import NoiseAhead
-from orchestrator.generation.price import price
 from orchestrator.generation.samples import (
     DamagedShard,
     Shard,
@@ -37,7 +38,6 @@ from orchestrator.generation.samples import (
     write_manifest,
 )
 from orchestrator.generation.sampling import (
-    GenerationConfig,
     Networks,
     canonical_batch,
     decisive,
@@ -91,7 +91,11 @@ def _make_missing(config: GenerationConfig, folders: list[str]) -> None:
     """Hand every shard to the pool: those that are there are verified, the others made; then declare them finished."""
     digests: dict[str, dict[Shard, str]] = {folder: {} for folder in folders}
     with (
-        session(config.num_workers * config.num_threads, wanted_gpus=config.num_workers * config.num_gpus),
+        session(
+            config.num_workers * config.num_threads,
+            wanted_gpus=config.num_workers * config.num_gpus,
+            shared=config.shared,
+        ),
         tracked("generate", config, folders[0]) as tracker,
         progress_line(config.num_samples, "samples") as progress,
     ):
@@ -159,7 +163,7 @@ def remake(config: GenerationConfig) -> None:
         RuntimeError: some differ from those in the folder.
     """
     wanted, differing = sorted(set(config.indices)), list[str]()
-    with session(config.num_workers * config.num_threads):
+    with session(config.num_workers * config.num_threads, shared=config.shared):
         make = partial(make_index_maker, config)
         made = dict(map_items(make, wanted, config.num_workers, config.num_threads, config.num_gpus))
     for stage, folder in enumerate(folders_of(config)):

@@ -1,13 +1,12 @@
 """Where a generation's settings come from, if not from its own options: a published recommendation, or a search."""
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, Field
 
 from models import zoo
-from models.guidance import GuidanceConfig
-from models.samplers import SamplerConfig
-from models.unet import ClassifierConfig, UNetConfig
+from models.guidance import GuidanceConfig, Interval
+from models.samplers import SamplerConfig, SamplerName
 from orchestrator import storage
 
 
@@ -18,10 +17,9 @@ def recommended(name: str) -> dict[str, Any]:
         ValueError: the zoo has no such model, or knows no recommendation for it.
     """
     entry = zoo.entry(name)
-    if not entry.recipes or entry.checkpoint is None or isinstance(entry.network, ClassifierConfig):
+    if not entry.recipes or entry.checkpoint is None or entry.network.kind == "classifier":
         known = [other for other, found in zoo.ZOO.items() if found.recipes and found.checkpoint]
         raise ValueError(f"like={name!r}: nothing is published on how to sample it; there is for {', '.join(known)}")
-    assert isinstance(entry.network, UNetConfig)
     if entry.network.low_res_size:
         raise ValueError(f"like={name!r} is an upsampler: name the model whose samples it enlarges")
     recipe = entry.recipes[0]
@@ -38,10 +36,10 @@ class _Setting(BaseModel, extra="forbid"):
     """What a search can choose. A key that is not here is refused: half a setting would give other samples."""
 
     scale: float = Field(ge=0)
-    steps: int = Field(ge=2)
-    sampler: Literal["ddpm", "ddim", "dpm_solver", "heun"]
+    num_steps: int = Field(ge=2)
+    sampler: SamplerName
     eta: float = Field(0.0, ge=0, le=1)
-    interval: tuple[int, int] | None = None
+    interval: Interval
     weights: str  # the diffusion model, as a path or under the store
 
 
@@ -72,6 +70,6 @@ def winner(uri: str) -> dict[str, Any]:
     return {
         "weights": setting.weights,
         "classifier": answer.classifier,
-        "sampler": SamplerConfig(name=setting.sampler, num_steps=setting.steps, eta=setting.eta),
+        "sampler": SamplerConfig(name=setting.sampler, num_steps=setting.num_steps, eta=setting.eta),
         "guidance": GuidanceConfig(scale=setting.scale, interval=setting.interval),
     }

@@ -5,25 +5,22 @@ import platform as machine
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 
 from models import zoo
 from models.diffusion import Diffusion
 from models.guidance import GuidanceConfig, guided
 from models.images import Rounding, from_uint8, to_uint8
-from models.samplers import SamplerConfig, last, noise_timesteps, respacing_for, sample
-from orchestrator.checkpoints import Network, latest_weights, load_network
-from orchestrator.config import JobConfig
-from orchestrator.estimate import PriceConfig
+from models.samplers import SamplerConfig, final_x, noise_timesteps, respacing_for, sample
+from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.labels import Labels, read_labels
 from orchestrator.generation.noise import Draw, DrawNoise, draw_noise
-from orchestrator.generation.recipes import recommended, winner
 from orchestrator.generation.samples import Samples
 from orchestrator.order import Purpose
+from orchestrator.weights.network import Network, latest_weights, load_network
 
 NUMERICS_VERSION = 1  # raised by hand when the same config begins to give other samples
 LARGEST_BATCH = 512  # that is tried on a GPU
@@ -32,70 +29,12 @@ CPU_PIXELS = 2**18  # pixels
 NEARLY = 0.95  # a batch is as fast as the fastest from this share of its rate on
 
 
-class GenerationConfig(JobConfig):
-    """What decides the samples, and where they go."""
-
-    weights: str  # the diffusion model: a training run's folder, a .safetensors file or a released .pt file
-    ema: str | None = None  # which of a run's weights, as "ema-0.9999"; None = the newest file
-    classifier: str | None = None  # the noisy classifier that guides, likewise
-    upsampler: str | None = None  # a second stage that enlarges the samples (ADM-U), likewise; both are kept
-    like: str | None = None  # a released model's name: start from its published sampler, steps and guidance
-    from_search: str | None = None  # a search.json: start from its winner's setting, weights and classifier
-    output: str  # the samples' folder; enlarged ones lie in upsampled/ beneath it
-    num_samples: int = Field(50_000, gt=0)  # images
-    seed: int = Field(0, ge=0, lt=2**64)  # label, x_T and every step's noise of an index follow from it
-    labels: str = "balanced"  # index modulo classes; or "uniform" by seed, "3,7" in turn, a .json list or distribution
-    sampler: SamplerConfig = SamplerConfig()
-    guidance: GuidanceConfig = GuidanceConfig()
-    upsampling: SamplerConfig = SamplerConfig()  # how the second stage is drawn, unguided as published
-    clip: bool = True  # clamp the predicted x_0 to [-1, 1], as published
-    rounding: Rounding = "truncate"  # of grey levels; the published code truncates
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention, by autocast
-    compile: bool = False  # torch.compile the networks: slower to start, faster on long runs
-    batch_size: int = Field(0, ge=0)  # canonical batch B: index i always runs in batch floor(i/B); 0 = probed once
-    shard_size: int = Field(512, gt=0)  # images in a shard, a multiple of B
-    indices: tuple[int, ...] = ()  # make only these again, into remade/, and compare them with the folder's
-    export: Literal["npz", "png"] | None = None  # when all are there: the published file, or a folder of pictures
-    export_to: str | None = None  # where the export goes; None = samples.npz or png/ in the folder
-    num_workers: int = Field(1, ge=0)  # sampling workers; 0 = in this process, without Ray
-    num_gpus: float = Field(0.0, ge=0)  # GPUs for each worker
-    num_threads: int = Field(1, gt=0)  # CPU threads of each worker
-    price: PriceConfig = PriceConfig()
-    mixed_platforms: bool = False  # let workers of another kind of device or software join: pixels may then differ
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.guidance.scale and self.classifier is None:
-            raise ValueError(f"guidance.scale={self.guidance.scale} needs a classifier")
-        if self.batch_size and self.shard_size % self.batch_size:
-            raise ValueError(f"shard_size={self.shard_size} is not a multiple of batch_size={self.batch_size}")
-        if self.ema and self.weights.endswith((".pt", ".safetensors")):
-            raise ValueError(f"ema={self.ema!r} chooses from a training run; weights={self.weights!r} is a file")
-        if wrong := [index for index in self.indices if not 0 <= index < self.num_samples]:
-            raise ValueError(f"indices={wrong} are not in 0..{self.num_samples - 1}")
-        return self
-
-    def starting_from(self, preset: Self) -> Self:
-        """`preset` as --like and --from-search change it; what stands on the command line comes after them."""
-        if self.like is not None:
-            preset = preset.model_copy(update=recommended(self.like))
-        if self.from_search is not None:
-            preset = preset.model_copy(update=winner(self.path(self.from_search)))
-        return preset
-
-
 # Where something lies, and how many hands make it, decides no pixel. Weights count by their hashes.
 _UNDECISIVE = {
     "store", "dry_run", "output", "weights", "ema", "classifier", "upsampler", "like", "from_search", "indices",
     "export", "export_to", "num_workers", "num_gpus", "num_threads", "mixed_platforms",
     "price",
 }  # fmt: skip
-
-
-def evaluations(sampler: SamplerConfig, guidance: GuidanceConfig) -> int:
-    """Network evaluations that one image takes, those of the classifier counted too."""
-    network = 2 * sampler.num_steps - 1 if sampler.name == "heun" else sampler.num_steps
-    return network * 2 if guidance.scale else network
 
 
 # ------------------------------------------------------------------------------------------------ networks
@@ -341,7 +280,7 @@ def sample_batch(
         denoise = guided(denoise, sampler.name, classifier.module, diffusion, y, guidance)
     x_T = draw(key(start)).to(device, non_blocking=True)
     chain = sample(sampler, denoise, diffusion, x_T, lambda t: draw(key(step, t)).to(device, non_blocking=True))
-    x = last(chain)
+    x = final_x(chain)
     if not torch.isfinite(x).all():
         raise FloatingPointError(f"samples {indices[0]} to {indices[-1]} hold values that are not finite")
     return to_uint8(x, rounding).cpu().numpy()

@@ -9,9 +9,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from orchestrator.config import JobConfig
-from orchestrator.estimate import PriceConfig
+from orchestrator.cost import PriceConfig
 from orchestrator.evaluation.extractors import LoadExtractor, extractor_loader
-from orchestrator.generation.sampling import GenerationConfig
+from orchestrator.generation.config import GenerationConfig
 from orchestrator.search.objectives import EVALUATIONS, Constraint
 from orchestrator.search.space import Space, SpaceConfig
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from orchestrator.estimate import GUIDED_SAMPLING, Cost, gpu_seconds
-from orchestrator.generation.price import UNGUIDED
-from orchestrator.generation.sampling import evaluations
+from models.costs import sampling_evaluations, sampling_flops
+from models.unet import Architecture
+from orchestrator.cost import GUIDED_SAMPLING, Cost, gpu_seconds
 from orchestrator.search.config import Limit, SearchConfig
 from orchestrator.search.race import Heat
 from orchestrator.search.space import Setting
@@ -75,12 +75,15 @@ class Expectation:
 
 
 def expected_costs(
-    config: SearchConfig, settings: list[Setting], multiply_adds: tuple[float, float]
+    config: SearchConfig,
+    settings: list[Setting],
+    num_timesteps: int,
+    model: Architecture,
+    classifier: Architecture | None,
 ) -> tuple[Expectation, Expectation]:
     """The worst case, where no verdict ever falls, and what is expected: half of a round is stopped at every rung.
 
-    An image takes what the most expensive of `settings` does in the worst case, else their mean. `multiply_adds` are
-    those of one evaluation of the model, and of the classifier with its gradient.
+    An image takes what the most expensive of `settings` does in the worst case, else their mean.
     """
     rungs, limit = config.rungs, Limit.parse(config.budget)
     rounds = [min(config.round_size, config.trials - first) for first in range(0, config.trials, config.round_size)]
@@ -90,9 +93,9 @@ def expected_costs(
     worst = min(config.trials * rungs[-1] + finals, limit.samples)
     likely = min(halving + finals, limit.samples)
 
-    each = np.array([setting.evaluations for setting in settings])
-    model = np.array([evaluations(setting.sampling, UNGUIDED) for setting in settings])
-    flops = 2.0 * (model * multiply_adds[0] + (each - model) * multiply_adds[1])
+    counted = [sampling_evaluations(setting.sampling, setting.guidance, num_timesteps) for setting in settings]
+    each = np.array([evaluations.total for evaluations in counted])
+    flops = np.array([sampling_flops(evaluations, model, classifier) for evaluations in counted])
 
     def expectation(samples: float, evaluations: float, flops_per_image: float) -> Expectation:
         cost = Cost(int(samples), flops_per_image, {}, GUIDED_SAMPLING, "")

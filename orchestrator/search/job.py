@@ -7,11 +7,10 @@ from typing import Any
 from cluster.session import session
 from cluster.tuner import run_rounds
 from cluster.workers import pool
-from models.zoo import forward_multiply_adds
 from orchestrator import storage
 from orchestrator.config import claim
-from orchestrator.estimate import GUIDED_SAMPLING, PriceConfig
-from orchestrator.generation.price import outline
+from orchestrator.cost import GUIDED_SAMPLING, PriceConfig
+from orchestrator.generation.cost import outline
 from orchestrator.generation.sampling import NUMERICS_VERSION, Networks, load_networks
 from orchestrator.search.answer import conclude, summary
 from orchestrator.search.config import Limit, SearchConfig, space_of
@@ -44,7 +43,7 @@ def search(config: SearchConfig) -> str:
             print(f"{output} is complete:\n{summary(answer)}")
             return answer_uri
     cpus = config.num_workers and config.num_workers + 1  # one for the trials, which wait and measure
-    with session(cpus), tracked("search", config, output) as tracker:
+    with session(cpus, shared=config.shared), tracked("search", config, output) as tracker:
         _, extractor = reference_of(config, image_size, config.num_workers)
         race, costs = _start(config, space)
         with pool(partial(make_worker, config), config.num_workers, num_gpus=config.num_gpus) as workers:
@@ -158,12 +157,10 @@ def plan(config: SearchConfig) -> str:
     """What a search would read, write and cost."""
     networks = [outline(config.generation(path, config.seed), path) for path in config.weights]
     guide = outline(config.generation(config.weights[0], config.seed), config.classifier) if config.classifier else None
-    space = space_of(config, min(network.num_timesteps for network in networks))
-    multiply_adds = (
-        forward_multiply_adds(networks[0].architecture),
-        2 * forward_multiply_adds(guide.architecture) if guide else 0,  # forward and back to its input
-    )
-    worst, likely = expected_costs(config, space.grid(), multiply_adds)
+    num_timesteps = min(network.num_timesteps for network in networks)
+    space = space_of(config, num_timesteps)
+    classifier = guide.architecture if guide else None
+    worst, likely = expected_costs(config, space.grid(), num_timesteps, networks[0].architecture, classifier)
     inputs = [network.uri for network in networks] + ([guide.uri] if guide else []) + [config.path(config.reference)]
     between = ", and any scale between" if config.space.continuous else ""
     return "\n".join(

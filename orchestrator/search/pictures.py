@@ -4,13 +4,13 @@ import io
 from typing import Any
 
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib import ticker
+from PIL import Image
 
+from models.guidance import WHOLE_CHAIN
 from orchestrator import storage
 from orchestrator.evaluation.measurement import metric_name
-from orchestrator.figures import COLOURS, figure_png
-from orchestrator.pictures import grid_png
+from orchestrator.pictures import COLOURS, figure_png, grid_png, subplots
 from orchestrator.search.answer import front_names
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.heats import first_images
@@ -43,7 +43,7 @@ def guidance_figure(trials: list[Json], extractor: str) -> bytes:
     A line joins the trials of one sampler and number of steps by what they had at the largest n that all trials
     reached, since these metrics depend on n.
     """
-    figure, axes = plt.subplots(2, 2, figsize=(8.6, 5.6), layout="constrained")
+    figure, axes = subplots(2, 2, figsize=(8.6, 5.6))
     n = common_n(trials)
     names = (metric_name("fd", extractor), metric_name("inception_score", extractor), "precision", "recall")
     for axis, name in zip(axes.flat, names, strict=True):
@@ -69,11 +69,11 @@ def guidance_figure(trials: list[Json], extractor: str) -> bytes:
 def curves(trials: list[Json]) -> dict[str, list[Json]]:
     """Trials by what they share beside the scale, each list rising in scale."""
     found: dict[str, list[Json]] = {}
-    for trial in sorted(trials, key=lambda trial: (trial["setting"]["sampler"], trial["setting"]["steps"])):
+    for trial in sorted(trials, key=lambda trial: (trial["setting"]["sampler"], trial["setting"]["num_steps"])):
         setting = Setting(**trial["setting"])
-        parts = [setting.sampler, f"{setting.steps} steps"]
+        parts = [setting.sampler, f"{setting.num_steps} steps"]
         parts += [f"eta {setting.eta:g}"] if setting.eta else []
-        parts += [f"{setting.interval[0]} to {setting.interval[1]}"] if setting.interval else []
+        parts += [f"{setting.interval[0]:g} to {setting.interval[1]:g}"] if setting.interval != WHOLE_CHAIN else []
         parts += [setting.weights] if len({trial["setting"]["weights"] for trial in trials}) > 1 else []
         found.setdefault(", ".join(parts), []).append(trial)
     return {label: sorted(along, key=lambda trial: trial["setting"]["scale"]) for label, along in found.items()}
@@ -98,7 +98,7 @@ def front_figure(names: tuple[str, str], answer: Json) -> bytes:
 
     Hollow: too few samples for an interval. The winner's own mark is by its fresh samples.
     """
-    figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    figure, axis = subplots(figsize=(7.2, 4.6))
     first, second = names
     rungs = sorted({trial["n"] for trial in answer["trials"]})
     for colour, n in zip(COLOURS_MORE, rungs, strict=False):
@@ -145,12 +145,12 @@ def scales_figure(config: SearchConfig, winner: Setting, trials: list[Json]) -> 
         (setting for setting in settings if setting.model_dump(exclude={"scale", "interval"}) == others),
         key=lambda setting: setting.scale,
     )
-    figure, axes = plt.subplots(len(along), figsize=(8.6, 0.52 * len(along) + 0.3), squeeze=False, layout="constrained")
+    figure, axes = subplots(len(along), figsize=(8.6, 0.52 * len(along) + 0.3), squeeze=False)
     for axis, setting in zip(axes.flat, along, strict=True):
         grid = grid_png(first_images(config, setting)[:COLUMNS], columns=COLUMNS, scale=2)
-        axis.imshow(plt.imread(io.BytesIO(grid)), interpolation="nearest")
+        axis.imshow(np.asarray(Image.open(io.BytesIO(grid))), interpolation="nearest")
         axis.set_ylabel(f"{setting.scale:.3g}", rotation=0, ha="right", va="center")
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    figure.suptitle(f"{winner.sampler}, {winner.steps} steps: the same seeds along the guidance scale", fontsize=9)
+    figure.suptitle(f"{winner.sampler}, {winner.num_steps} steps: the same seeds along the guidance scale", fontsize=9)
     return figure_png(figure)

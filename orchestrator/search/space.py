@@ -4,15 +4,15 @@ import hashlib
 import itertools
 import json
 import warnings
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import optuna
 from pydantic import BaseModel, Field, model_validator
 
-from models.diffusion import space_timesteps
-from models.guidance import GuidanceConfig
-from models.samplers import SamplerConfig, respacing_for
+from models.costs import sampling_evaluations
+from models.guidance import WHOLE_CHAIN, GuidanceConfig, Interval, check_interval
+from models.samplers import SAMPLERS, SamplerConfig, SamplerName
 from orchestrator.order import Purpose, keyed_rng
 
 ASKS = 200  # proposals in a row that were made before, after which there is nothing new to propose
@@ -24,17 +24,17 @@ class Setting(BaseModel, frozen=True, extra="forbid"):
     """One way to sample: what a trial tries."""
 
     weights: str  # the diffusion model
-    sampler: Literal["ddpm", "ddim", "dpm_solver", "heun"]
-    steps: int  # steps of the chain
+    sampler: SamplerName
+    num_steps: int  # steps of the chain
     eta: float = 0.0  # ddim only
     scale: float = 0.0  # guidance scale
-    interval: tuple[int, int] | None = None  # first and last original timestep with guidance; None = all
+    interval: Interval = WHOLE_CHAIN  # guided part of the chain, as fractions: 0 = clean, 1 = noise
     evaluations: int = Field(0, exclude=True)  # of networks, per image; it follows from the rest
 
     @property
     def sampling(self) -> SamplerConfig:
         """The sampler that it means."""
-        return SamplerConfig(name=self.sampler, num_steps=self.steps, eta=self.eta)
+        return SamplerConfig(name=self.sampler, num_steps=self.num_steps, eta=self.eta)
 
     @property
     def guidance(self) -> GuidanceConfig:
@@ -45,12 +45,12 @@ class Setting(BaseModel, frozen=True, extra="forbid"):
     def name(self) -> str:
         """A name for folders: readable, with a hash of all."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        return f"{self.sampler}-{self.steps}-scale{self.scale:.4g}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        return f"{self.sampler}-{self.num_steps}-scale{self.scale:.4g}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     def __str__(self) -> str:
-        parts = [f"{self.sampler}, {self.steps} steps, scale {self.scale:.4g}"]
+        parts = [f"{self.sampler}, {self.num_steps} steps, scale {self.scale:.4g}"]
         parts += [f"eta {self.eta:g}"] if self.eta else []
-        parts += [f"guided from {self.interval[0]} to {self.interval[1]}"] if self.interval else []
+        parts += [f"guided from {self.interval[0]:g} to {self.interval[1]:g}"] if self.interval != WHOLE_CHAIN else []
         return ", ".join(parts)
 
 
@@ -59,22 +59,21 @@ class SpaceConfig(BaseModel, frozen=True, extra="forbid"):
 
     scales: tuple[float, ...] = Field((0.0, 0.5, 1.0, 2.0, 4.0, 8.0), min_length=1)  # guidance scales, rising
     continuous: bool = True  # any scale between those given, not those alone
-    steps: tuple[int, ...] = Field((10, 25), min_length=1)  # steps of the chain, rising
-    samplers: tuple[Literal["ddpm", "ddim", "dpm_solver", "heun"], ...] = Field(("ddim",), min_length=1)  # by name
+    num_steps: tuple[int, ...] = Field((10, 25), min_length=1)  # steps of the chain, rising
+    samplers: tuple[SamplerName, ...] = Field(("ddim",), min_length=1)  # by name
     etas: tuple[float, ...] = Field((0.0,), min_length=1)  # of ddim: 0 = deterministic, 1 = ancestral
-    intervals: tuple[tuple[float, float], ...] = Field(((0.0, 1.0),), min_length=1)  # guided part: 0 = clean, 1 = noisy
+    intervals: tuple[Interval, ...] = Field((WHOLE_CHAIN,), min_length=1)  # guided part: 0 = clean, 1 = noisy
 
     @model_validator(mode="after")
     def _check(self) -> "SpaceConfig":
-        for name in ("scales", "steps"):
+        for name in ("scales", "num_steps"):
             values = getattr(self, name)
             if list(values) != sorted(set(values)):
                 raise ValueError(f"{name}={values} must rise from one value to the next")
         if self.scales[0] < 0:
             raise ValueError(f"scales={self.scales} must not be negative")
-        for low, high in self.intervals:
-            if not 0 <= low < high <= 1:
-                raise ValueError(f"intervals={self.intervals} must be parts of the chain: 0 <= low < high <= 1")
+        for interval in self.intervals:
+            check_interval(interval)
         return self
 
 
@@ -89,9 +88,9 @@ class Space:
         """Every combination of the values given that is allowed, each once."""
         c = self._config
         found = (
-            self._setting(weights, sampler, steps, eta, scale, interval)
-            for weights, sampler, steps, eta, scale, interval in itertools.product(
-                self._weights, c.samplers, c.steps, c.etas, c.scales, c.intervals
+            self._setting(weights, sampler, num_steps, eta, scale, interval)
+            for weights, sampler, num_steps, eta, scale, interval in itertools.product(
+                self._weights, c.samplers, c.num_steps, c.etas, c.scales, c.intervals
             )
         )
         return [setting for setting in dict.fromkeys(found) if self.allows(setting)]
@@ -105,15 +104,15 @@ class Space:
         c = self._config
         weights = trial.suggest_categorical("weights", self._weights) if len(self._weights) > 1 else self._weights[0]
         sampler = trial.suggest_categorical("sampler", c.samplers) if len(c.samplers) > 1 else c.samplers[0]
-        steps = c.steps[trial.suggest_int("steps", 0, len(c.steps) - 1)]
+        num_steps = c.num_steps[trial.suggest_int("num_steps", 0, len(c.num_steps) - 1)]
         if c.continuous:
             scale = self.scale_at(trial.suggest_float("scale", 0, len(c.scales) - 1))
         else:
             scale = c.scales[trial.suggest_int("scale", 0, len(c.scales) - 1)]
-        eta = c.etas[trial.suggest_int("eta", 0, len(c.etas) - 1)] if sampler == "ddim" else 0.0
+        eta = c.etas[trial.suggest_int("eta", 0, len(c.etas) - 1)] if SAMPLERS[sampler].takes_eta else 0.0
         guided = scale > 0 and len(c.intervals) > 1
         number = trial.suggest_categorical("interval", range(len(c.intervals))) if guided else 0
-        return self._setting(weights, sampler, steps, eta, scale, c.intervals[number])
+        return self._setting(weights, sampler, num_steps, eta, scale, c.intervals[number])
 
     def spread(self, count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
         """Parameters of `count` trials that cover the space evenly: a Latin square over scales, steps and samplers."""
@@ -124,7 +123,7 @@ class Space:
 
         places = (np.arange(count) + 0.5) / count * (len(c.scales) - 1)
         scales = rng.permutation(places) if c.continuous else levels(len(c.scales))
-        columns = {"scale": scales.tolist(), "steps": levels(len(c.steps)).tolist()}
+        columns = {"scale": scales.tolist(), "num_steps": levels(len(c.num_steps)).tolist()}
         if len(c.samplers) > 1:
             columns["sampler"] = [c.samplers[i] for i in levels(len(c.samplers))]
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -135,28 +134,19 @@ class Space:
         return float(f"{np.interp(place, np.arange(len(knots)), knots):.4g}")
 
     def _setting(
-        self, weights: str, sampler: Any, steps: int, eta: float, scale: float, interval: tuple[float, float]
+        self, weights: str, sampler: SamplerName, num_steps: int, eta: float, scale: float, interval: Interval
     ) -> Setting:
         """A setting without what has no meaning in it."""
-        last = self._num_timesteps - 1
-        low, high = (round(part * last) for part in interval)
         setting = Setting(
             weights=weights,
             sampler=sampler,
-            steps=steps,
-            eta=eta if sampler == "ddim" else 0.0,
+            num_steps=num_steps,
+            eta=eta if SAMPLERS[sampler].takes_eta else 0.0,
             scale=scale,
-            interval=(low, high) if scale > 0 and (low, high) != (0, last) else None,
+            interval=interval if scale > 0 else WHOLE_CHAIN,
         )
-        return setting.model_copy(update={"evaluations": evaluations_of(setting, self._num_timesteps)})
-
-
-def evaluations_of(setting: Setting, num_timesteps: int) -> int:
-    """Network evaluations that one image takes: of the model, and of the classifier where it guides."""
-    chain = space_timesteps(num_timesteps, respacing_for(setting.sampling, num_timesteps))
-    evaluated = [*chain, *chain[:-1]] if setting.sampler == "heun" else chain  # heun: again at each step's end
-    first, last = setting.interval or (0, num_timesteps - 1)
-    return len(evaluated) + sum(bool(setting.scale) and first <= t <= last for t in map(int, evaluated))
+        counted = sampling_evaluations(setting.sampling, setting.guidance, self._num_timesteps)
+        return setting.model_copy(update={"evaluations": counted.total})
 
 
 class Proposer:

@@ -1,22 +1,12 @@
 """Post-hoc EMA: an average of any length, put together from the power-function averages that a training kept."""
 
-from pydantic import Field
-
 from models.ema import Profile, combination
-from orchestrator import checkpoints, storage
-from orchestrator.config import JobConfig
+from orchestrator import storage
+from orchestrator.training.config import AverageConfig
 from orchestrator.training.snapshots import power_snapshots
+from orchestrator.weights.network import load_network, save_weights, weights_about
 
 WORST_PROFILE = 0.1  # relative distance of the profiles up to which the result stands for the average
-
-
-class AverageConfig(JobConfig):
-    """Which average to make."""
-
-    run: str = Field(min_length=1)  # the folder of a training with power_emas
-    sigma_rel: float = Field(0.075, gt=0)  # length of the average: the spread of its weights / length of the training
-    images: int | None = Field(None, gt=0)  # when, at one of the run's snapshots; None = at the last
-    output: str | None = None  # a .safetensors file; None = in the run's weights/posthoc/
 
 
 def average(config: AverageConfig) -> str:
@@ -29,7 +19,7 @@ def average(config: AverageConfig) -> str:
     """
     output = _output(config)
     run, chosen = config.path(config.run), _chosen(config)
-    about = [checkpoints.weights_about(uri) for _, _, uri in chosen]
+    about = [weights_about(uri) for _, _, uri in chosen]
     kept = [Profile(a["training"]["updates"], sigma_rel) for a, (_, sigma_rel, _) in zip(about, chosen, strict=True)]
     wanted = Profile(kept[-1].updates, config.sigma_rel)
     coefficients, off = combination(kept, wanted)
@@ -38,14 +28,14 @@ def average(config: AverageConfig) -> str:
             f"sigma_rel={config.sigma_rel}: the {len(chosen)} snapshots in {run} only come within {off:.0%} of it; "
             "take a length nearer to those of power_emas, or train with a smaller snapshot_images"
         )
-    network = checkpoints.load_network(chosen[-1][2])
+    network = load_network(chosen[-1][2])
     total = {name: 0.0 * tensor.double() for name, tensor in network.module.state_dict().items()}
     for coefficient, (_, _, uri) in zip(coefficients, chosen, strict=True):
-        for name, tensor in checkpoints.load_network(uri).module.state_dict().items():
+        for name, tensor in load_network(uri).module.state_dict().items():
             total[name].add_(tensor, alpha=float(coefficient))
     weights = {name: tensor.float() for name, tensor in total.items()}
     training = about[-1]["training"] | {"average": f"posthoc-{config.sigma_rel}"}
-    checkpoints.save_weights(output, weights, network.architecture, network.diffusion, network.classes, training)
+    save_weights(output, weights, network.architecture, network.diffusion, network.classes, training)
     print(f"{output}: sigma_rel {config.sigma_rel:g} out of {len(chosen)} snapshots, its profile {off:.2%} off")
     return output
 

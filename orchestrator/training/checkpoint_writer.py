@@ -10,8 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from orchestrator import checkpoints
-from orchestrator.checkpoints import Checkpoint
+from orchestrator.training import checkpoints
+from orchestrator.training.checkpoints import Checkpoint
 from orchestrator.training.config import TrainingConfig
 from orchestrator.training.state import TrainingState
 

@@ -1,7 +1,7 @@
 """What decides a training: one config for the diffusion models, one for the noisy classifier."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, Field, model_validator
@@ -12,7 +12,7 @@ from models.ema import gamma_of
 from models.samplers import SamplerConfig
 from models.unet import ClassifierConfig, UNetConfig
 from orchestrator.config import JobConfig
-from orchestrator.estimate import PriceConfig
+from orchestrator.cost import PriceConfig
 from orchestrator.order import OrderConfig
 
 
@@ -119,6 +119,8 @@ class TrainingConfig(JobConfig):
 class AdmConfig(TrainingConfig):
     """Training a diffusion model."""
 
+    job: ClassVar[str] = "train"
+
     model: UNetConfig
     timesteps: Literal["uniform", "loss_second_moment"] = "uniform"  # how often each is trained; IDDPM section 3.3
     ema_rates: tuple[float, ...] = Field((0.9999,), min_length=1)  # one average of the weights for each rate
@@ -142,7 +144,12 @@ class AdmConfig(TrainingConfig):
 
 
 class NoisyClassifierConfig(TrainingConfig):
-    """Training the noisy classifier."""
+    """Training the noisy classifier: without averages and previews, at uniform timesteps."""
+
+    job: ClassVar[str] = "train classifier"
+    timesteps: ClassVar[Literal["uniform"]] = "uniform"
+    ema_rates: ClassVar[tuple[float, ...]] = ()
+    power_emas: ClassVar[tuple[float, ...]] = ()
 
     model: ClassifierConfig
     weight_decay: float = Field(0.05, ge=0)  # AdamW's
@@ -151,3 +158,12 @@ class NoisyClassifierConfig(TrainingConfig):
 
 
 Config = AdmConfig | NoisyClassifierConfig
+
+
+class AverageConfig(JobConfig):
+    """Which average to make."""
+
+    run: str = Field(min_length=1)  # the folder of a training with power_emas
+    sigma_rel: float = Field(0.075, gt=0)  # length of the average: the spread of its weights / length of the training
+    images: int | None = Field(None, gt=0)  # when, at one of the run's snapshots; None = at the last
+    output: str | None = None  # a .safetensors file; None = in the run's weights/posthoc/

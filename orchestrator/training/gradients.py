@@ -28,7 +28,8 @@ def make_reduction(
     if config.compile:
         state.model.compile()
     state.model.train()
-    model, exact = state.model, config.reduction == "exact"
+    model: nn.Module = state.model
+    exact = config.reduction == "exact"
     if not exact and context.world_size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     images = config.batch_size if exact else config.batch_size // context.world_size  # the tree sums, DDP averages

@@ -5,10 +5,10 @@ import logging
 from torch import Tensor
 
 from cluster.collectives import Group
-from orchestrator.checkpoints import Network, load_network
-from orchestrator.state_dicts import check_tensors
 from orchestrator.training.config import Config
 from orchestrator.training.state import TrainingState
+from orchestrator.weights.network import Network, load_network
+from orchestrator.weights.published import check_tensors
 
 log = logging.getLogger(__name__)
 

@@ -17,17 +17,18 @@ from cluster.collectives import Group
 from cluster.session import session
 from cluster.trainer import WorkerContext, run_workers
 from cluster.watchdog import Watchdog
-from models import zoo
+from models.costs import count_parameters
 from models.diffusion import LossSecondMomentTimesteps
-from orchestrator import checkpoints, storage
+from orchestrator import storage
 from orchestrator.config import claim
+from orchestrator.cost import priced, training_cost
 from orchestrator.data.dataset import Manifest, batches, load_manifest
-from orchestrator.estimate import priced, training_cost
 from orchestrator.order import OrderPlan
 from orchestrator.progress import progress_line
 from orchestrator.tracking import tracked
 from orchestrator.training.checkpoint_writer import CheckpointWriter
-from orchestrator.training.config import AdmConfig, Config, NoisyClassifierConfig, TrainingConfig
+from orchestrator.training.checkpoints import Checkpoint
+from orchestrator.training.config import AdmConfig, Config, TrainingConfig
 from orchestrator.training.gradients import fixed_arithmetic, make_reduction
 from orchestrator.training.initial_weights import begin_with
 from orchestrator.training.losses import Batch, Terms, make_batches, make_losses
@@ -65,10 +66,13 @@ def train(config: Config) -> str:
     if storage.exists(final_weights(run, config)):
         print(f"{run} is trained already: {config.images:,} images")
         return run
-    job = "train classifier" if isinstance(config, NoisyClassifierConfig) else "train"
     with (
-        session(config.num_workers * (config.threads + CPUS_OF_DATA), wanted_gpus=config.num_workers * config.use_gpu),
-        tracked(job, config, run) as tracker,
+        session(
+            config.num_workers * (config.threads + CPUS_OF_DATA),
+            wanted_gpus=config.num_workers * config.use_gpu,
+            shared=config.shared,
+        ),
+        tracked(config.job, config, run) as tracker,
         progress_line(config.images, "images") as progress,
     ):
 
@@ -108,8 +112,8 @@ def plan(config: Config) -> str:
     order = _order(config, manifest)
     workers = max(config.num_workers, 1)
     open_bytes = _open_bytes(config, manifest)
-    averages = len(config.ema_rates) + len(config.power_emas) if isinstance(config, AdmConfig) else 0
-    parameters, half = zoo.count_parameters(config.model), config.dtype != "float32"
+    averages = len(config.ema_rates) + len(config.power_emas)
+    parameters, half = count_parameters(config.model), config.dtype != "float32"
     cost = training_cost(config.model, config.length, config.microbatch_rows(workers), averages, half)
     first = config.path(config.init_from) if config.init_from else None
     return "\n".join(
@@ -141,7 +145,7 @@ def _with_classes(config: Config, manifest: Manifest) -> Config:
             f"model.num_classes={wanted}, but {config.dataset} has {there} classes; "
             f"pass --model.num-classes {there}, or --classes dataset"
         )
-    if wanted is None and isinstance(config, NoisyClassifierConfig):
+    if wanted is None and config.model.kind == "classifier":
         raise ValueError(f"{config.dataset} has no classes, and a classifier needs some")
     return config.model_copy(update={"model": config.model.model_copy(update={"num_classes": wanted})})
 
@@ -165,7 +169,7 @@ def train_loop(config: Config, context: WorkerContext) -> None:
     group = Group(context.rank, context.world_size)
     state = TrainingState(config, context.device, _validation_count(config, manifest))
 
-    def after_saving(checkpoint: checkpoints.Checkpoint) -> None:
+    def after_saving(checkpoint: Checkpoint) -> None:
         context.report({"saved": checkpoint.position})
         if is_due(config, checkpoint.position):
             write_snapshots(run, config, manifest.classes, checkpoint)
@@ -181,7 +185,7 @@ def train_loop(config: Config, context: WorkerContext) -> None:
                 raise ValueError(f"images={config.images:,}, but {run} has come to {state.position:,} already")
             if context.rank == 0:
                 context.report({"resumed": state.position})
-                after_saving(checkpoints.Checkpoint(state.position, state.tensors(), state.facts()))
+                after_saving(Checkpoint(state.position, state.tensors(), state.facts()))
         else:
             begin_with(config, state, group)
         reduced_gradients = make_reduction(config, context, group, state, make_losses(config, state.timesteps))

@@ -12,7 +12,7 @@ from models.diffusion import Diffusion, TimestepSampler
 from models.images import from_uint8, shrink
 from orchestrator.data.dataset import Microbatch
 from orchestrator.order import Purpose, sample_rng
-from orchestrator.training.config import AdmConfig, Config, NoisyClassifierConfig
+from orchestrator.training.config import Config
 
 Terms = dict[str, Tensor]  # float [n] by name; "loss" is minimised, "t" int64 [n] are the timesteps
 Network = Callable[..., Tensor]
@@ -71,12 +71,11 @@ def make_batches(
 def make_losses(config: Config, timesteps: TimestepSampler) -> Losses:
     """The loss terms of a diffusion model or a noisy classifier, at timesteps that `timesteps` draws."""
     diffusion = Diffusion(config.diffusion)
-    if isinstance(config, AdmConfig):
-        return adm_losses(config, diffusion, timesteps)
-    return classifier_losses(config, diffusion, timesteps)
+    losses = classifier_losses if config.model.kind == "classifier" else adm_losses
+    return losses(config, diffusion, timesteps)
 
 
-def adm_losses(config: AdmConfig, diffusion: Diffusion, timesteps: TimestepSampler) -> Losses:
+def adm_losses(config: Config, diffusion: Diffusion, timesteps: TimestepSampler) -> Losses:
     """The diffusion model's loss terms for each image, given its class and its small version where the model is.
 
     "loss" is weighted as the timestep sampler says, "unweighted_loss" is not.
@@ -95,9 +94,10 @@ def adm_losses(config: AdmConfig, diffusion: Diffusion, timesteps: TimestepSampl
     return losses
 
 
-def classifier_losses(config: NoisyClassifierConfig, diffusion: Diffusion, timesteps: TimestepSampler) -> Losses:
+def classifier_losses(config: Config, diffusion: Diffusion, timesteps: TimestepSampler) -> Losses:
     """Cross entropy of the class of a noised image (ADM section 4.1), and whether it was the first or among the
     first five answers."""
+    assert config.model.num_classes, "a classifier has classes"
     top = min(5, config.model.num_classes)
 
     def losses(model: Network, batch: Batch) -> Terms:

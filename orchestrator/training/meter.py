@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cluster.collectives import Group
 from cluster.trainer import WorkerContext
-from orchestrator.estimate import CARDS, training_flops
+from orchestrator.cost import CARDS, training_flops
 from orchestrator.training.config import Config
 from orchestrator.training.losses import Terms
 from orchestrator.training.state import TrainingState, learning_rate

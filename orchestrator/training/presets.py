@@ -10,10 +10,9 @@ from typing import Any
 from models import zoo
 from models.samplers import SamplerConfig
 from models.unet import ClassifierConfig, UNetConfig
+from orchestrator.config import DIGITS
 from orchestrator.order import OrderConfig
-from orchestrator.training.config import AdmConfig, NoisyClassifierConfig
-
-DIGITS = "the quickstart's 1,797 scanned digits, small enough for two cores"
+from orchestrator.training.config import AdmConfig, AverageConfig, NoisyClassifierConfig
 
 Adm = tuple[str, AdmConfig]
 Classifier = tuple[str, NoisyClassifierConfig]
@@ -65,6 +64,14 @@ def upsampler_presets() -> dict[str, Adm]:
     }
 
 
+def average_presets() -> dict[str, tuple[str, AverageConfig]]:
+    """Averages of weights to make afterwards."""
+    return {
+        "digits": ("of the training preset `digits`", AverageConfig(run="digits/diffusion")),
+        "folder": ("of the training preset `folder`", AverageConfig(run="folder/diffusion")),
+    }
+
+
 def _published(
     name: str,
     iterations: int,
@@ -80,7 +87,6 @@ def _published(
     `at_once` becomes the microbatch size, `lean` turns gradient checkpointing on.
     """
     entry = zoo.entry(name)
-    assert isinstance(entry.network, UNetConfig)
     settings: dict[str, Any] = {
         "dataset": f"datasets/{dataset}",
         "output": f"{name}/training",
@@ -120,7 +126,6 @@ def _published_classifier(
 ) -> Classifier:
     """A noisy classifier of the zoo as its authors trained it: random crops, the learning rate falling to zero."""
     entry = zoo.entry(name)
-    assert isinstance(entry.network, ClassifierConfig)
     config = NoisyClassifierConfig(
         dataset="datasets/imagenet",
         output=f"{name}/training",

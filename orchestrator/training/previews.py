@@ -8,12 +8,12 @@ import torch
 
 from cluster.collectives import Group
 from models.images import from_uint8, shrink, to_uint8
-from orchestrator import checkpoints
 from orchestrator.data.dataset import Manifest, read_images
 from orchestrator.generation.sampling import sample_batch
 from orchestrator.pictures import grid_png
 from orchestrator.training.config import AdmConfig
 from orchestrator.training.state import TrainingState
+from orchestrator.weights.network import Network
 
 SAMPLES = 40  # images in a picture
 COLUMNS = 10
@@ -26,8 +26,8 @@ def previews(config: AdmConfig, state: TrainingState, manifest: Manifest, group:
     Every worker must call it and samples a share; rank 0 yields the pictures, the others nothing.
     """
     device = next(state.model.parameters()).device
-    module = checkpoints.build(config.model).to(device).eval()
-    network = checkpoints.Network(module, config.model, config.diffusion, manifest.classes, sha256="")
+    module = config.model.build().to(device).eval()
+    network = Network(module, config.model, config.diffusion, manifest.classes, sha256="")
     for name, average in state.averages.items():
         module.load_state_dict(average)
         with torch.autocast(device.type, getattr(torch, config.dtype), enabled=config.dtype != "float32"):
@@ -39,7 +39,7 @@ def previews(config: AdmConfig, state: TrainingState, manifest: Manifest, group:
             yield {"picture": f"samples/{name}/images-{state.position:012d}.png", "png": picture}
 
 
-def _share(config: AdmConfig, network: checkpoints.Network, manifest: Manifest, group: Group) -> np.ndarray:
+def _share(config: AdmConfig, network: Network, manifest: Manifest, group: Group) -> np.ndarray:
     """This worker's part of a picture's images, uint8 [n, H, W, 3]."""
     size, channels = config.model.image_size, config.model.in_channels
     indices = np.array_split(np.arange(SAMPLES), group.world_size)[group.rank]

@@ -2,8 +2,10 @@
 
 import re
 
-from orchestrator import checkpoints, storage
-from orchestrator.training.config import AdmConfig, Config
+from orchestrator import storage
+from orchestrator.training.checkpoints import Checkpoint
+from orchestrator.training.config import Config
+from orchestrator.weights.network import save_weights
 
 
 def snapshot_uris(run: str, config: Config, position: int) -> dict[str, str]:
@@ -12,7 +14,7 @@ def snapshot_uris(run: str, config: Config, position: int) -> dict[str, str]:
     Power-function averages, which are there to be put together, lie apart in weights/power/.
     """
     images = f"images-{position:012d}"
-    if not isinstance(config, AdmConfig):
+    if not config.ema_rates:
         return {"raw": storage.join(run, "weights", f"{images}-raw.safetensors")}
     powers = {
         f"power-{s}": storage.join(run, "weights", "power", f"{images}-{s}.safetensors") for s in config.power_emas
@@ -34,13 +36,13 @@ def is_due(config: Config, position: int) -> bool:
     return marked or position >= config.length
 
 
-def write_snapshots(run: str, config: Config, classes: tuple[str, ...], state: checkpoints.Checkpoint) -> None:
+def write_snapshots(run: str, config: Config, classes: tuple[str, ...], state: Checkpoint) -> None:
     """Write every average in a training state (or, where there is none, its weights); what is there already stays."""
     for name, uri in snapshot_uris(run, config, state.position).items():
         prefix = "model." if name == "raw" else f"{name}."
         weights = {key.removeprefix(prefix): t for key, t in state.tensors.items() if key.startswith(prefix)}
         training = {"images": state.position, "updates": state.facts["updates"], "average": name}
-        checkpoints.save_weights(uri, weights, config.model, config.diffusion, classes, training)
+        save_weights(uri, weights, config.model, config.diffusion, classes, training)
 
 
 def power_snapshots(run: str) -> list[tuple[int, float, str]]:

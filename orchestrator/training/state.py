@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from cluster.collectives import Group
 from models.diffusion import LossSecondMomentTimesteps, TimestepSampler, UniformTimesteps
 from models.ema import gamma_of, power_decay
-from orchestrator import checkpoints
 from orchestrator.order import Purpose, keyed_rng
-from orchestrator.training.config import AdmConfig, Config, TrainingConfig
+from orchestrator.training import checkpoints
+from orchestrator.training.config import Config, TrainingConfig
 
 MESSAGE_BYTES = 256 << 20  # of a restored state that travel to the other workers at once
 
@@ -31,7 +31,7 @@ class TrainingState:
 
     def __init__(self, config: Config, device: torch.device, validation_images: int = 0) -> None:
         torch.manual_seed(int(keyed_rng(Purpose.WEIGHTS, config.order.seed).integers(2**63)))
-        self.model = checkpoints.build(config.model).to(device)
+        self.model = config.model.build().to(device)
         if device.type == "cuda":  # on CPUs it makes GroupNorm slower
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.AdamW(
@@ -43,10 +43,9 @@ class TrainingState:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-        self._decays: dict[str, Callable[[int], float]] = {}  # what each average keeps of itself at an update
-        if isinstance(config, AdmConfig):
-            self._decays = {f"ema-{rate}": partial(_constant, rate) for rate in config.ema_rates}
-            self._decays |= {f"power-{s}": partial(power_decay, gamma_of(s)) for s in config.power_emas}
+        self._decays: dict[str, Callable[[int], float]] = {}  # EMA decay of each average at an update
+        self._decays |= {f"ema-{rate}": partial(_constant, rate) for rate in config.ema_rates}
+        self._decays |= {f"power-{s}": partial(power_decay, gamma_of(s)) for s in config.power_emas}
         self.averages = {name: _copy_of(self.model) for name in self._decays}
         self.timesteps = _timestep_sampler(config)
         self.best_validation: Tensor | None = None  # losses float64 [images] at the best look at the validation split
@@ -157,7 +156,7 @@ def take_step(config: TrainingConfig, state: TrainingState) -> float:
 
 def _timestep_sampler(config: Config) -> TimestepSampler:
     count = config.diffusion.num_timesteps
-    if isinstance(config, AdmConfig) and config.timesteps == "loss_second_moment":
+    if config.timesteps == "loss_second_moment":
         return LossSecondMomentTimesteps(count)
     return UniformTimesteps(count)
 

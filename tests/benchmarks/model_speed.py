@@ -20,11 +20,12 @@ import tyro
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.costs import forward_multiply_adds
 from models.diffusion import Diffusion, DiffusionConfig
 from models.guidance import classifier_gradient, mean_shift
 from models.samplers import ddpm_step
-from models.unet import ClassifierConfig, NoisyClassifier, UNet, UNetConfig, make_unet
-from models.zoo import entry, forward_multiply_adds
+from models.unet import ClassifierConfig, NoisyClassifier, UNet, UNetConfig
+from models.zoo import entry
 
 PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100": 989e12, "NVIDIA A100": 312e12, "Tesla V100": 125e12}  # dense 16 bit
 
@@ -64,8 +65,8 @@ def main(options: Options) -> None:
         assert isinstance(adm, UNetConfig) and isinstance(guide, ClassifierConfig)
         networks.append(("ADM-64", adm, guide))
     for name, unet_config, classifier_config in networks:
-        unet = make_unet(unet_config).to(options.device).eval()
-        classifier = NoisyClassifier(classifier_config).to(options.device).eval()
+        unet = unet_config.build().to(options.device).eval()
+        classifier = classifier_config.build().to(options.device).eval()
         for what, multiply_adds, plain, ours in _paths(options, unet, classifier, unet_config, classifier_config):
             _row(options, name, what, multiply_adds, plain, ours)
 

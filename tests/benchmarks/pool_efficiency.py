@@ -26,9 +26,9 @@ from cluster.workers import pool
 from models.guidance import GuidanceConfig
 from models.samplers import SamplerConfig
 from orchestrator import storage
+from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.job import make_generator
 from orchestrator.generation.samples import Shard
-from orchestrator.generation.sampling import GenerationConfig
 
 WORKERS = 2
 SIZE = 64  # images in a shard

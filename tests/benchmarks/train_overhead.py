@@ -35,7 +35,8 @@ from cluster.trainer import WorkerContext, run_workers
 from models.diffusion import DiffusionConfig
 from models.unet import UNetConfig
 from orchestrator.data import dataset
-from orchestrator.data.preparation import PrepareConfig, prepare
+from orchestrator.data.config import PrepareConfig
+from orchestrator.data.job import prepare
 from orchestrator.order import OrderConfig
 from orchestrator.training.config import AdmConfig
 from orchestrator.training.job import train_loop

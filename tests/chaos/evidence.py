@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from orchestrator import checkpoints, storage
+from orchestrator import storage
+from orchestrator.training import checkpoints
 from orchestrator.training.config import AdmConfig
 
 RECORD = re.compile(r"(\d{12})-(\d{4})-of-(\d{4})-process-(\d+)-(\w+)\.json")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import tyro
 
-from orchestrator import checkpoints
+from orchestrator.training import checkpoints
 from orchestrator.training.config import AdmConfig
 from orchestrator.training.job import train
 from tests.chaos.evidence import consumed, noise_hash, order_hash, state_hash

@@ -7,8 +7,8 @@ import pytest
 from cluster.session import address
 from jobs.command_line import parse
 from orchestrator.generation.job import make_generator
+from orchestrator.generation.presets import generation_presets
 from orchestrator.generation.samples import Shard, check_shard
-from orchestrator.presets import generation_presets
 from tests.chaos.demo_50k import Demo, Run, broken_promises, demonstrate
 from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from orchestrator import storage
-from orchestrator.data.preparation import prepare
+from orchestrator.data.job import prepare
 from orchestrator.search import heats, job
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.space import SpaceConfig

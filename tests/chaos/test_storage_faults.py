@@ -9,10 +9,12 @@ import pytest
 
 from jobs.command_line import parse
 from orchestrator import storage
-from orchestrator.data.preparation import prepare
+from orchestrator.data.job import prepare
+from orchestrator.data.presets import dataset_presets
 from orchestrator.evaluation.job import evaluate
+from orchestrator.evaluation.presets import evaluation_presets
 from orchestrator.generation.job import generate
-from orchestrator.presets import dataset_presets, evaluation_presets, generation_presets
+from orchestrator.generation.presets import generation_presets
 from orchestrator.training.job import train
 from orchestrator.training.presets import adm_presets, classifier_presets
 from tests import servers

@@ -13,8 +13,8 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from jobs.command_line import parse
 from orchestrator import storage
-from orchestrator.data.preparation import prepare
-from orchestrator.presets import dataset_presets
+from orchestrator.data.job import prepare
+from orchestrator.data.presets import dataset_presets
 from orchestrator.training.config import AdmConfig
 from orchestrator.training.job import train
 from orchestrator.training.presets import adm_presets

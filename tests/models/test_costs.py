@@ -2,9 +2,9 @@
 
 import torch
 
-from models.costs import LiveBytes, peak_memory
+from models.costs import LiveBytes, count_parameters, peak_memory
 from models.unet import ClassifierConfig, UNetConfig
-from models.zoo import ZOO, count_parameters
+from models.zoo import ZOO
 
 SMALL = UNetConfig(
     image_size=16, model_channels=32, num_res_blocks=1, channel_mult=(1, 2), attention_resolutions=(8,), num_heads=1

@@ -17,7 +17,6 @@ from models.unet import (
     UNet,
     UNetConfig,
     attend,
-    make_unet,
     timestep_embedding,
 )
 
@@ -36,13 +35,13 @@ TINY: dict[str, Any] = {
 def tiny(**changes: Any) -> UNet:
     """A small U-Net with no zero tensor, so that every part of it matters."""
     torch.manual_seed(0)
-    return stirred(make_unet(UNetConfig(**{**TINY, "num_classes": 5, **changes})))
+    return stirred(UNetConfig(**{**TINY, "num_classes": 5, **changes}).build())
 
 
 def tiny_classifier(**changes: Any) -> NoisyClassifier:
     torch.manual_seed(0)
     config = ClassifierConfig(**{**TINY, "num_head_channels": 16, "num_classes": 5, **changes})
-    return stirred(NoisyClassifier(config))
+    return stirred(config.build())
 
 
 def stirred(network: N) -> N:
@@ -118,7 +117,7 @@ def test_every_pool_gives_logits(pool: str) -> None:
 
 def test_a_fresh_network_predicts_zero() -> None:
     x, t, y = inputs()
-    assert make_unet(UNetConfig(**TINY, num_classes=5))(x, t, y).abs().max() == 0
+    assert UNetConfig(**TINY, num_classes=5).build()(x, t, y).abs().max() == 0
 
 
 def test_fresh_residual_branches_add_nothing_and_rescaling_divides_by_root_two() -> None:

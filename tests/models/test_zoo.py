@@ -6,9 +6,10 @@ Names and shapes of four checkpoints are compared by tests/reference.py.
 import pytest
 import torch
 
+from models.costs import count_parameters, forward_multiply_adds
 from models.samplers import respacing_for
-from models.unet import ClassifierConfig, NoisyClassifier, UNetConfig, make_unet
-from models.zoo import ZOO, count_parameters, describe, entry, forward_multiply_adds
+from models.unet import ClassifierConfig, UNetConfig
+from models.zoo import ZOO, describe, entry
 
 # name -> (parameters, tensors) of the released checkpoints
 RELEASED = {
@@ -38,7 +39,7 @@ MORE_GMAC = {"adm-128": 306.9, "adm-512": 1982.3, "classifier-128": 21.0, "class
 def test_released_models_have_the_published_size(name: str) -> None:
     config = ZOO[name].network
     with torch.device("meta"):
-        network = NoisyClassifier(config) if isinstance(config, ClassifierConfig) else make_unet(config)
+        network = config.build()
     sizes = (sum(p.numel() for p in network.parameters()), len(network.state_dict()))
     assert sizes == RELEASED[name]
 

@@ -5,8 +5,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from orchestrator import storage
+from orchestrator.data.config import PrepareConfig
 from orchestrator.data.dataset import Manifest
-from orchestrator.data.preparation import PrepareConfig
 
 
 def digits(store: str, **changes: Any) -> PrepareConfig:

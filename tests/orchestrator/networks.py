@@ -5,7 +5,7 @@ import torch
 from models.diffusion import DiffusionConfig
 from models.unet import ClassifierConfig, UNetConfig
 from orchestrator import storage
-from orchestrator.checkpoints import build, save_weights
+from orchestrator.weights.network import save_weights
 
 UNET = UNetConfig(
     image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1,), attention_resolutions=(), num_classes=10
@@ -20,7 +20,7 @@ CLASSES = tuple("0123456789")
 def save_network(folder: str, name: str, architecture: UNetConfig | ClassifierConfig, seed: int = 1) -> str:
     """Write `folder`/`name`; answer its URI."""
     torch.manual_seed(seed)
-    state = build(architecture).state_dict()
+    state = architecture.build().state_dict()
     weights = {key: tensor + 0.02 * torch.randn_like(tensor) for key, tensor in state.items()}
     uri = storage.join(folder, name)
     save_weights(uri, weights, architecture, DiffusionConfig(), CLASSES)

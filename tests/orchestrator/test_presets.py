@@ -1,8 +1,8 @@
 """Presets fit each other: what one job leaves by its preset, the next one takes by its own."""
 
+from orchestrator.data.presets import dataset_presets
 from orchestrator.data.shards import ROW_GROUP_IMAGES
 from orchestrator.order import OPEN_BYTES_LIMIT
-from orchestrator.presets import dataset_presets
 from orchestrator.training.presets import adm_presets, classifier_presets, upsampler_presets
 
 

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from orchestrator.sharing import refuse_unshared
 
 from cluster.nodes import Node
 from orchestrator import sharing
 from orchestrator.config import JobConfig
-from orchestrator.sharing import refuse_unshared
 
 HEAD, WORKER = Node("a" * 20, "10.0.0.1", True, 0, 0), Node("b" * 20, "10.0.0.2", False, 8, 1)
 SERVER = "http://mlflow:5000"

@@ -10,8 +10,8 @@ import pytest
 from mlflow import MlflowClient
 
 from orchestrator import tracking
-from orchestrator.config import JobConfig
-from orchestrator.tracking import metric_history, tracked, tracking_uri
+from orchestrator.config import JobConfig, tracking_uri
+from orchestrator.tracking import metric_history, tracked
 from orchestrator.training.presets import adm_presets
 from tests import servers
 from tests.chaos.proxy import Proxy

@@ -13,10 +13,11 @@ import s3fs
 
 from orchestrator import storage
 from orchestrator.data import shards
+from orchestrator.data.config import PrepareConfig
 from orchestrator.data.crops import center_crop
 from orchestrator.data.dataset import Manifest, Shard, batches, read_images
 from orchestrator.data.images import decode
-from orchestrator.data.preparation import PrepareConfig, contact_sheet, plan, prepare
+from orchestrator.data.job import contact_sheet, plan, prepare
 from orchestrator.data.sources import adoption
 from orchestrator.order import OrderConfig, OrderPlan
 from orchestrator.training.job import train

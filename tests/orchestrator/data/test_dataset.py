@@ -15,7 +15,7 @@ from orchestrator.data import dataset
 from orchestrator.data.crops import center_crop
 from orchestrator.data.dataset import SCHEMA, Manifest, Microbatch, batches, load_manifest, read_images
 from orchestrator.data.images import decode
-from orchestrator.data.preparation import prepare
+from orchestrator.data.job import prepare
 from orchestrator.order import OrderConfig, OrderPlan, Purpose, sample_rng
 from tests.chaos.proxy import Proxy, Request
 from tests.orchestrator.digits import digits, table

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from orchestrator import storage
-from orchestrator.data.preparation import prepare
+from orchestrator.data.job import prepare
 from orchestrator.evaluation.inputs import ImageSet, image_size_of, open_images, split_images
 from orchestrator.pictures import png
 from tests.orchestrator.digits import digits

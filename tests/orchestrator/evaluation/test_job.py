@@ -10,8 +10,9 @@ import pytest
 from models.inception import InceptionNetwork
 from models.metrics import frechet_distance_of_rows
 from orchestrator import storage
-from orchestrator.data.preparation import prepare
-from orchestrator.evaluation.job import EvaluationConfig, evaluate, plan
+from orchestrator.data.job import prepare
+from orchestrator.evaluation.config import EvaluationConfig
+from orchestrator.evaluation.job import evaluate, plan
 from tests.orchestrator.digits import digits
 from tests.orchestrator.evaluation.golden_inception import write_weights
 

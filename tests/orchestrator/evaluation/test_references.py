@@ -9,7 +9,7 @@ import pytest
 
 from models.metrics import Gaussian, moments
 from orchestrator import storage
-from orchestrator.data.preparation import prepare
+from orchestrator.data.job import prepare
 from orchestrator.evaluation.extractors import LoadedExtractor, own_extractor
 from orchestrator.evaluation.references import Reference, open_reference
 from tests.orchestrator.digits import digits

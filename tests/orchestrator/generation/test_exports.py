@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from orchestrator import storage
-from orchestrator.batches_npz import open_batch
+from orchestrator.evaluation.npz import open_batch
 from orchestrator.generation.exports import export_npz, export_png, write_array
 from orchestrator.generation.samples import (
     Samples,

@@ -13,13 +13,14 @@ import torch
 from models.guidance import GuidanceConfig
 from models.samplers import SamplerConfig
 from orchestrator import storage
-from orchestrator.checkpoints import Network
 from orchestrator.generation import job as generation
 from orchestrator.generation import sampling
+from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.job import generate, make_generator, missing_shards, plan
 from orchestrator.generation.samples import Shard, check_shard, list_shards, pixel_hashes, read_range
-from orchestrator.generation.sampling import GenerationConfig, canonical_batch, fastest, load_networks
+from orchestrator.generation.sampling import canonical_batch, fastest, load_networks
 from orchestrator.tracking import metric_history
+from orchestrator.weights.network import Network
 from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from jobs.command_line import parse
 from models import zoo
-from orchestrator.generation.sampling import GenerationConfig
-from orchestrator.presets import generation_presets
+from orchestrator.generation.config import GenerationConfig
+from orchestrator.generation.presets import generation_presets
 
 
 def parsed(*argv: str) -> GenerationConfig:

@@ -13,9 +13,9 @@ import torch.multiprocessing
 from cluster.trainer import WorkerContext
 from models.diffusion import DiffusionConfig
 from models.unet import UNetConfig
-from orchestrator import checkpoints
-from orchestrator.data.preparation import prepare
+from orchestrator.data.job import prepare
 from orchestrator.order import OrderConfig
+from orchestrator.training import checkpoints
 from orchestrator.training.config import AdmConfig
 from orchestrator.training.job import train_loop
 from tests.orchestrator.digits import digits

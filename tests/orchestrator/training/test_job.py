@@ -14,19 +14,21 @@ from cluster.collectives import Group
 from cluster.trainer import WorkerContext
 from models.diffusion import DiffusionConfig
 from models.unet import ClassifierConfig, UNetConfig
-from orchestrator import checkpoints, storage
-from orchestrator.checkpoints import load_network
+from orchestrator import storage
+from orchestrator.data.config import PrepareConfig
 from orchestrator.data.dataset import load_manifest
-from orchestrator.data.preparation import PrepareConfig, prepare
+from orchestrator.data.job import prepare
 from orchestrator.order import OrderConfig
-from orchestrator.training.averages import AverageConfig, average
-from orchestrator.training.config import AdmConfig, LossScaleConfig, NoisyClassifierConfig
+from orchestrator.training import checkpoints
+from orchestrator.training.averages import average
+from orchestrator.training.config import AdmConfig, AverageConfig, LossScaleConfig, NoisyClassifierConfig
 from orchestrator.training.gradients import _dropout_seed
 from orchestrator.training.initial_weights import begin_with
 from orchestrator.training.job import _shares, train, train_loop
 from orchestrator.training.snapshots import power_snapshots
 from orchestrator.training.state import TrainingState, learning_rate
 from orchestrator.training.validation import Validation
+from orchestrator.weights.network import load_network
 
 UNET = UNetConfig(
     image_size=8,

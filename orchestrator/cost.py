@@ -1,0 +1,163 @@
+"""What a job will cost before it runs: FLOPs, memory of each GPU, GPU-hours. `--dry-run` prints it.
+
+A FLOP is one floating-point operation, so a multiply-add is two. Time is FLOPs over the card's peak, times the share of
+the peak that published code reached on the same networks; whoever has measured his own says so by --price.utilization.
+"""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.costs import (
+    Evaluations,
+    LiveBytes,
+    count_parameters,
+    peak_memory,
+    sampling_flops,
+    training_flops,
+)
+from models.features import Extractor
+from models.unet import Architecture
+
+
+class PriceConfig(BaseModel, frozen=True, extra="forbid"):
+    """What --dry-run prices the job for."""
+
+    card: Literal["B200", "H200", "H100", "A100", "L40S", "A10G", "L4", "V100", "T4"] = (
+        "H100"  # GPU, one for each worker
+    )
+    utilization: float | None = Field(None, gt=0, le=1)  # share of its peak that is reached; None = as published
+
+
+class Card(NamedTuple):
+    """A GPU by its data sheet: bytes, and dense FLOP/s in half precision on tensor cores and in float32 beside them."""
+
+    memory: float
+    half: float
+    single: float
+
+
+CARDS = {  # as the driver names them; a name that is part of another comes after it
+    "B200": Card(180e9, 2250e12, 80e12),
+    "H200": Card(141e9, 989e12, 67e12),
+    "H100": Card(80e9, 989e12, 67e12),
+    "A100": Card(80e9, 312e12, 19.5e12),
+    "L40S": Card(48e9, 362e12, 91.6e12),
+    "A10G": Card(24e9, 70e12, 31.2e12),
+    "L4": Card(24e9, 121e12, 30.3e12),
+    "V100": Card(32e9, 125e12, 15.7e12),
+    "T4": Card(16e9, 65e12, 8.1e12),
+}
+
+
+class Utilization(NamedTuple):
+    """The share of a card's peak that a published code reached, and where that is written."""
+
+    share: float
+    source: str
+
+
+TRAINING = Utilization(0.37, "ADM table 7: 34 to 39% on V100s")
+CLASSIFIER_TRAINING = Utilization(0.11, "ADM table 10: 10 to 11% on V100s")
+SAMPLING = Utilization(0.21, "arXiv 2112.10752 table 18: ADM-256, 250 steps, 0.12 images/s on an A100")
+GUIDED_SAMPLING = Utilization(0.14, "arXiv 2112.10752 table 18: guided ADM-256, 250 steps, 0.07 images/s on an A100")
+EXTRACTION = Utilization(0.3, "nothing is published on it")
+
+
+class Cost(NamedTuple):
+    """What a job asks of its workers."""
+
+    images: int
+    flops_per_image: float
+    memory: dict[str, int]  # bytes on each GPU, by what they hold
+    utilization: Utilization
+    note: str  # how FLOPs were counted
+
+    @property
+    def flops(self) -> float:
+        """Of the whole job."""
+        return self.images * self.flops_per_image
+
+
+def training_cost(network: Architecture, images: int, batch: int, averages: int, half: bool) -> Cost:
+    """Training on `images` images, `batch` at a time on each GPU, with `averages` averages of the weights."""
+    weights = 4 * count_parameters(network)
+    memory = {
+        f"weights, AdamW and {averages} average(s)": weights * (3 + averages),
+        f"activations and gradients of {batch} images": peak_memory(network, "training", batch, half),
+    }
+    known = CLASSIFIER_TRAINING if network.kind == "classifier" else TRAINING
+    return Cost(images, training_flops(network), memory, known, "three forward passes an image")
+
+
+def sampling_cost(
+    model: Architecture,
+    evaluations: Evaluations,
+    images: int,
+    batch: int,
+    half: bool,
+    classifier: Architecture | None = None,
+) -> Cost:
+    """Sampling `images` images, `batch` at a time on each GPU; `classifier` guides if it is evaluated at all."""
+    networks = [model, classifier] if classifier else [model]
+    passes = [peak_memory(model, "sampling", batch, half)]
+    passes += [peak_memory(classifier, "guiding", batch, half)] if classifier else []
+    memory = {
+        "weights": sum(4 * count_parameters(each) for each in networks),
+        f"activations of {batch} images": max(passes),
+    }
+    known = GUIDED_SAMPLING if classifier else SAMPLING
+    guided = f", {evaluations.classifier} with the classifier's gradient" if classifier else ""
+    note = f"{evaluations.model} evaluations an image{guided}"
+    return Cost(images, sampling_flops(evaluations, model, classifier), memory, known, note)
+
+
+def extraction_cost(extractor: Extractor, image_size: int, images: int, batch: int) -> Cost:
+    """Features of `images` images by any extractor: one image goes through it, and is counted."""
+    with FlopCounterMode(display=False) as counter, LiveBytes() as live, torch.no_grad():
+        extractor(np.zeros((1, image_size, image_size, 3), np.uint8))
+    memory = {f"activations of {batch} images": batch * live.peak}
+    return Cost(images, float(counter.get_total_flops()), memory, EXTRACTION, f"{extractor.name} counted on an image")
+
+
+def gpu_seconds(cost: Cost, price: PriceConfig, half: bool) -> float:
+    """Seconds that one card would take."""
+    card = CARDS[price.card]
+    peak = card.half if half else card.single
+    return cost.flops / (peak * (price.utilization or cost.utilization.share))
+
+
+def fits(cost: Cost, price: PriceConfig) -> bool:
+    """Whether the card's memory holds it."""
+    return sum(cost.memory.values()) < CARDS[price.card].memory
+
+
+def priced(cost: Cost, price: PriceConfig, num_workers: int, half: bool) -> str:
+    """The cost in lines: work, memory against the card, time, and what is assumed."""
+    card, cards = CARDS[price.card], max(num_workers, 1)
+    memory = sum(cost.memory.values())
+    parts = ", ".join(f"{size / 1e9:.1f} {name}" for name, size in cost.memory.items())
+    verdict = "" if fits(cost, price) else ": TOO MUCH, take smaller batches or more workers"
+    seconds = gpu_seconds(cost, price, half)
+    share = price.utilization or cost.utilization.share
+    source = "--price.utilization" if price.utilization else cost.utilization.source
+    peak = (card.half if half else card.single) / 1e12
+    return "\n".join(
+        [
+            f"work    {cost.flops:.3g} FLOPs: {cost.images:,} images x {cost.flops_per_image / 1e12:.3g} TFLOPs",
+            f"memory  {memory / 1e9:.1f} of {card.memory / 1e9:.0f} GB on each {price.card} ({parts}){verdict}",
+            f"time    {seconds / 3600:,.3g} {price.card}-hours = {_duration(seconds / cards)} on {cards}",
+            f"assumed {share:.0%} of {peak:,.4g} TFLOP/s in {'half precision' if half else 'float32'} ({source}); "
+            f"2 FLOPs a multiply-add, {cost.note}; no time for data, checkpoints and communication",
+        ]
+    )
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} seconds"

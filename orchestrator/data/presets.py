@@ -1,0 +1,24 @@
+"""Datasets by name."""
+
+from orchestrator.config import DIGITS
+from orchestrator.data.config import PrepareConfig
+
+
+def dataset_presets() -> dict[str, tuple[str, PrepareConfig]]:
+    """Datasets to prepare."""
+    digits = PrepareConfig(source="digits", output="datasets/digits", name="digits", validation_fraction=0.2)
+    images = PrepareConfig(source="images", output="datasets/images", name="images", validation_fraction=0.05)
+    imagenet = PrepareConfig(
+        source="ILSVRC2012_img_train.tar",
+        output="datasets/imagenet",
+        name="imagenet",
+        validation_fraction=0.004,  # the 5,000 images at which classifiers look
+        num_workers=8,
+    )
+    cifar10 = PrepareConfig(source="cifar-10-binary.tar.gz", output="datasets/cifar10", name="cifar10")
+    return {
+        "digits": (DIGITS, digits),
+        "images": ("one's own images: a folder for each class, tars, Parquet, or files with a label map", images),
+        "imagenet": ("ILSVRC2012 as it comes: a tar of tars, read without unpacking", imagenet),
+        "cifar10": ("CIFAR-10's binary archive, with its own train and test images", cifar10),
+    }

@@ -1,0 +1,24 @@
+"""What is measured, against what, by which features."""
+
+from pydantic import Field
+
+from orchestrator.config import JobConfig
+from orchestrator.cost import PriceConfig
+
+
+class EvaluationConfig(JobConfig):
+    """What is measured, against what, by which features."""
+
+    samples: str  # a samples folder, an .npz in the published format, a .tar or a folder of images
+    reference: str  # a prepared dataset (its training split), or a published reference batch (.npz)
+    output: str  # the evaluation's folder
+    extractor: str = "digits"  # inception, efficientnet, digits, or one's own as package.module.name
+    extractor_weights: str | None = None  # inception's file; None: its released name in the store's extractors/
+    extractor_seed: int = Field(7, ge=0)  # of the digits network: its weights and its own split
+    image_size: int | None = Field(None, gt=0)  # pixels of the reference's images, and of image files; None: samples'
+    neighbour_samples: int = Field(50_000, gt=3)  # at most so many serve precision and the like, as in ADM
+    neighbour_references: int = Field(10_000, gt=5)  # at most so many reference images likewise
+    copies: int = Field(1_000, ge=0)  # samples compared with every training image pixel by pixel; 0 = none
+    num_workers: int = Field(1, ge=0)  # feature workers; 0 = in this process, without Ray
+    num_gpus: float = Field(0.0, ge=0)  # GPUs for each feature worker
+    price: PriceConfig = PriceConfig()

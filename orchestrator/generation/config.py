@@ -1,0 +1,64 @@
+"""What decides the samples, and where they go."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from models.guidance import GuidanceConfig
+from models.images import Rounding
+from models.samplers import SamplerConfig
+from orchestrator.config import JobConfig
+from orchestrator.cost import PriceConfig
+from orchestrator.generation.recipes import recommended, winner
+
+
+class GenerationConfig(JobConfig):
+    """What decides the samples, and where they go."""
+
+    weights: str  # the diffusion model: a training run's folder, a .safetensors file or a released .pt file
+    ema: str | None = None  # which of a run's weights, as "ema-0.9999"; None = the newest file
+    classifier: str | None = None  # the noisy classifier that guides, likewise
+    upsampler: str | None = None  # a second stage that enlarges the samples (ADM-U), likewise; both are kept
+    like: str | None = None  # a released model's name: start from its published sampler, steps and guidance
+    from_search: str | None = None  # a search.json: start from its winner's setting, weights and classifier
+    output: str  # the samples' folder; enlarged ones lie in upsampled/ beneath it
+    num_samples: int = Field(50_000, gt=0)  # images
+    seed: int = Field(0, ge=0, lt=2**64)  # label, x_T and every step's noise of an index follow from it
+    labels: str = "balanced"  # index modulo classes; or "uniform" by seed, "3,7" in turn, a .json list or distribution
+    sampler: SamplerConfig = SamplerConfig()
+    guidance: GuidanceConfig = GuidanceConfig()
+    upsampling: SamplerConfig = SamplerConfig()  # how the second stage is drawn, unguided as published
+    clip: bool = True  # clamp the predicted x_0 to [-1, 1], as published
+    rounding: Rounding = "truncate"  # of grey levels; the published code truncates
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention, by autocast
+    compile: bool = False  # torch.compile the networks: slower to start, faster on long runs
+    batch_size: int = Field(0, ge=0)  # canonical batch B: index i always runs in batch floor(i/B); 0 = probed once
+    shard_size: int = Field(512, gt=0)  # images in a shard, a multiple of B
+    indices: tuple[int, ...] = ()  # make only these again, into remade/, and compare them with the folder's
+    export: Literal["npz", "png"] | None = None  # when all are there: the published file, or a folder of pictures
+    export_to: str | None = None  # where the export goes; None = samples.npz or png/ in the folder
+    num_workers: int = Field(1, ge=0)  # sampling workers; 0 = in this process, without Ray
+    num_gpus: float = Field(0.0, ge=0)  # GPUs for each worker
+    num_threads: int = Field(1, gt=0)  # CPU threads of each worker
+    price: PriceConfig = PriceConfig()
+    mixed_platforms: bool = False  # let workers of another kind of device or software join: pixels may then differ
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.guidance.scale and self.classifier is None:
+            raise ValueError(f"guidance.scale={self.guidance.scale} needs a classifier")
+        if self.batch_size and self.shard_size % self.batch_size:
+            raise ValueError(f"shard_size={self.shard_size} is not a multiple of batch_size={self.batch_size}")
+        if self.ema and self.weights.endswith((".pt", ".safetensors")):
+            raise ValueError(f"ema={self.ema!r} chooses from a training run; weights={self.weights!r} is a file")
+        if wrong := [index for index in self.indices if not 0 <= index < self.num_samples]:
+            raise ValueError(f"indices={wrong} are not in 0..{self.num_samples - 1}")
+        return self
+
+    def starting_from(self, preset: Self) -> Self:
+        """`preset` as --like and --from-search change it; what stands on the command line comes after them."""
+        if self.like is not None:
+            preset = preset.model_copy(update=recommended(self.like))
+        if self.from_search is not None:
+            preset = preset.model_copy(update=winner(self.path(self.from_search)))
+        return preset

@@ -1,0 +1,42 @@
+"""Generations by name."""
+
+from models.guidance import GuidanceConfig
+from models.samplers import SamplerConfig
+from orchestrator.config import DIGITS
+from orchestrator.generation.config import GenerationConfig
+
+
+def generation_presets() -> dict[str, tuple[str, GenerationConfig]]:
+    """Samples to generate."""
+    digits = GenerationConfig(
+        weights="digits/diffusion",
+        classifier="digits/classifier",
+        output="digits/samples",
+        num_samples=1_000,
+        sampler=SamplerConfig(name="ddpm", num_steps=25),
+        upsampling=SamplerConfig(name="ddpm", num_steps=25),
+        guidance=GuidanceConfig(scale=1.0),
+        num_workers=2,
+    )
+    released = GenerationConfig(
+        weights="64x64_diffusion.pt",
+        classifier="64x64_classifier.pt",
+        output="adm64/samples",
+        sampler=SamplerConfig(name="ddpm", num_steps=250),
+        guidance=GuidanceConfig(scale=1.0),
+        labels="uniform",
+        dtype="float16",
+        num_gpus=1,
+    )
+    cascade = released.model_copy(
+        update={
+            "upsampler": "64_256_upsampler.pt",
+            "upsampling": SamplerConfig(name="ddpm", num_steps=250),
+            "output": "adm64-256/samples",
+        }
+    )
+    return {
+        "digits": (DIGITS, digits),
+        "released": ("the released ADM-G on ImageNet 64x64, as recommended", released),
+        "cascade": ("the same, enlarged to 256x256 by the released upsampler (ADM-G + ADM-U)", cascade),
+    }

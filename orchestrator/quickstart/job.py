@@ -1,0 +1,169 @@
+"""The whole of Admiral on scanned digits: the real jobs, one after another, on a Ray of this machine."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster.session import address, session
+from orchestrator import storage
+from orchestrator.quickstart.config import QuickstartConfig
+from orchestrator.quickstart.page import write_report
+
+JOBS = Path(__file__).resolve().parents[2] / "jobs"
+BUCKET = "admiral"
+
+
+Stage = tuple[str, list[str]]  # name, command line
+
+
+def quickstart(config: QuickstartConfig) -> None:
+    """Run every stage that is not done yet, then write the page.
+
+    Raises:
+        RuntimeError: a stage failed; its own message stands above.
+    """
+    folder = os.path.abspath(config.folder)
+    os.makedirs(folder, exist_ok=True)
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(_local_s3()) if config.storage == "s3" else folder
+        os.environ["ADMIRAL_STORE"] = store
+        done = _Stages(store)
+        with session(2 * config.num_workers):
+            os.environ["RAY_ADDRESS"] = address()
+            for name, command in _stages(config):
+                done.run(name, command)
+        scale, steps = _winner(store)
+        page = write_report(store, folder, done.record)
+    print(f"the winner: guidance scale {scale:g}, {steps} steps")
+    print(f"the page:   {page}")
+    print(f"MLflow:     mlflow ui --backend-store-uri {os.environ['MLFLOW_TRACKING_URI']}")
+
+
+def plan(config: QuickstartConfig) -> str:
+    """What the quickstart would run."""
+    return "\n".join(" ".join(["python", *command]) for _, command in _stages(config, preview=True))
+
+
+def _stages(config: QuickstartConfig, preview: bool = False) -> Iterator[Stage]:
+    """The command line of every job, as one would type it; the later ones need the search's answer."""
+    workers = ["--num-workers", str(config.num_workers)]
+    count = ["--num-samples", str(config.num_samples)]
+    yield "prepare", ["jobs/prepare_dataset.py", "digits"]
+    yield "train", ["jobs/train_adm.py", "digits", "--images", str(config.images), *workers]
+    classifier = ["--images", str(config.classifier_images), *workers]
+    yield "train_classifier", ["jobs/train_classifier.py", "digits", *classifier]
+    settings = len(config.scales) * len(config.steps)  # all at once
+    space = ["--space.scales", *map(str, config.scales), "--space.num-steps", *map(str, config.steps)]
+    space += ["--space.samplers", "ddpm", "--space.no-continuous"]
+    race = ["--rungs", *map(str, config.rungs), "--trials", str(settings), "--round-size", str(settings)]
+    race += ["--finalists", "1"]
+    yield "search", ["jobs/tune_guidance.py", "digits", *space, *race, *workers]
+    scale, steps = (1.0, config.steps[0]) if preview else _winner(os.environ["ADMIRAL_STORE"])
+    for name, guidance in (("guided", scale), ("unguided", 0.0)):
+        sampling = ["--sampler.num-steps", str(steps), "--guidance.scale", str(guidance)]
+        output = ["--output", f"digits/{name}"]
+        yield f"generate_{name}", ["jobs/generate_samples.py", "digits", *output, *sampling, *count, *workers]
+        measured = ["--samples", f"digits/{name}", "--output", f"digits/{name}-evaluation"]
+        yield f"evaluate_{name}", ["jobs/evaluate_samples.py", "digits", *measured, *workers]
+
+
+def _winner(store: str) -> tuple[float, int]:
+    setting = storage.read_json(storage.join(store, "digits", "search", "search.json"))["winner"]["setting"]
+    return setting["scale"], setting["num_steps"]
+
+
+class _Stages:
+    """Runs stages as processes, and keeps the time and memory of each beside what they made."""
+
+    def __init__(self, store: str) -> None:
+        self._uri = storage.join(store, "stages.json")
+        self.record: dict[str, dict[str, Any]] = storage.read_json(self._uri) if storage.exists(self._uri) else {}
+
+    def run(self, name: str, command: list[str]) -> None:
+        if name in self.record:
+            print(f"{name}: done already")
+            return
+        print(f"{name}: python {' '.join(command)}", flush=True)
+        begin = time.perf_counter()
+        with _peak_memory() as peak:
+            script, *arguments = command
+            process = subprocess.run([sys.executable, str(JOBS.parent / script), *arguments], check=False)
+        if process.returncode:
+            raise RuntimeError(
+                f"stage {name} failed with exit code {process.returncode}; the same command goes on from here"
+            )
+        self.record[name] = {
+            "seconds": time.perf_counter() - begin,
+            "peak_rss_bytes": peak[0],
+            "command": command,
+        }
+        storage.write_json(self._uri, self.record)
+
+
+@contextlib.contextmanager
+def _peak_memory() -> Iterator[list[int]]:
+    """The largest sum of resident memory of this process and all beneath it while inside, in bytes."""
+    peak, over = [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(1.0):
+            peak[0] = max(peak[0], _resident(psutil.Process()))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        thread.join()
+        peak[0] = max(peak[0], _resident(psutil.Process()))
+
+
+def _resident(root: psutil.Process) -> int:
+    total = 0
+    for process in [root, *root.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += process.memory_info().rss
+    return total
+
+
+@contextlib.contextmanager
+def _local_s3() -> Iterator[str]:
+    """A bucket's URI on an S3 server of this machine, which ends with the context and forgets everything."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "quickstart",
+        "AWS_SECRET_ACCESS_KEY": "quickstart",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+    }
+    command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait_for(port, server)
+        storage.make_bucket(f"s3://{BUCKET}")
+        yield f"s3://{BUCKET}/quickstart"
+    finally:
+        server.terminate()
+        server.wait(timeout=10)
+
+
+def _wait_for(port: int, server: subprocess.Popen, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and server.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.1)
+    raise RuntimeError("the local S3 server did not start; `make setup` installs it (package moto)")

@@ -1,0 +1,154 @@
+"""The quickstart's page: one self-contained HTML file, and the same numbers as JSON."""
+
+import base64
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orchestrator import storage
+from orchestrator.evaluation.page import template
+from orchestrator.generation.samples import count_samples, read_range, read_run
+from orchestrator.pictures import COLOURS, distances_figure, figure_png, grid_png, subplots
+from orchestrator.search.pictures import common_n, guidance_figure
+from orchestrator.tracking import metric_history
+
+PER_CLASS = 10  # samples of each class in the grids
+
+# The order of the table: name, what more of it means, and one line on what it is.
+METRICS = {
+    "accuracy": ("higher", "share that an independent digit classifier takes for the class asked for"),
+    "fd_digits": ("lower", "Fréchet distance between features of samples and of training images"),
+    "kid_digits": ("lower", "kernel distance between the same features, unbiased at any n"),
+    "inception_score_digits": (
+        "higher",
+        "exp of the mean KL(p(y|x) ‖ p(y)) by the digit classifier; 10 at most",
+    ),
+    "precision": ("higher", "share of samples inside the training images' neighbourhoods, k = 3"),
+    "recall": ("higher", "share of training images inside the samples' neighbourhoods, k = 3"),
+}
+
+
+def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> str:
+    """Write report.html and report.json into the local `folder` from what the jobs left in `store`; answer the page."""
+    digits = storage.join(store, "digits")
+    evaluations = {
+        name: storage.read_json(storage.join(digits, f"{name}-evaluation", "report.json"))
+        for name in ("guided", "unguided")
+    }
+    search = storage.read_json(storage.join(digits, "search", "search.json"))
+    numbers = {
+        "seconds_by_stage": {name: stage["seconds"] for name, stage in stages.items()},
+        "seconds": sum(stage["seconds"] for stage in stages.values()),
+        "peak_rss_bytes": max(stage["peak_rss_bytes"] for stage in stages.values()),
+        "num_samples": storage.read_json(storage.join(digits, "guided", "manifest.json"))["num_samples"],
+        "accuracy_guided": evaluations["guided"]["metrics"]["accuracy"]["value"],
+        "accuracy_unguided": evaluations["unguided"]["metrics"]["accuracy"]["value"],
+        "metrics_guided": evaluations["guided"]["metrics"],
+        "metrics_unguided": evaluations["unguided"]["metrics"],
+        "extractor": evaluations["guided"]["extractor"],
+        "search": {
+            "winner": search["winner"]["setting"],
+            "objective": search["objective"][0],
+            "samples": search["samples"],
+            "trials": search["trials"],
+        },
+        "trade_off": trade_off(search["trials"], search["winner"]["setting"]["num_steps"]),
+        "copies": copies(evaluations["guided"]["nearest_training_image"]),
+    }
+    pictures = {
+        "guided": class_grid(storage.join(digits, "guided")),
+        "unguided": class_grid(storage.join(digits, "unguided")),
+        "trade_off": guidance_figure(search["trials"], "digits"),
+        "losses": loss_figure(digits),
+        "copies": distances_figure(evaluations["guided"]["nearest_training_image"]),
+    }
+    settings = {
+        name: storage.read_json(storage.join(digits, name, "config.json"))
+        for name in ("diffusion", "classifier", "search")
+    } | {"guided": read_run(storage.join(digits, "guided"))}
+    page = template(Path(__file__).with_suffix(".html")).render(
+        numbers=numbers,
+        pictures={name: base64.b64encode(data).decode() for name, data in pictures.items()},
+        stages=stages,
+        settings={name: storage.json_bytes(config).decode() for name, config in settings.items()},
+        metrics=METRICS,
+        tracking_uri=os.environ["MLFLOW_TRACKING_URI"],
+    )
+    Path(folder, "report.json").write_bytes(storage.json_bytes(numbers))
+    path = Path(folder, "report.html")
+    path.write_text(page, encoding="utf-8")
+    return str(path)
+
+
+# ------------------------------------------------------------------------------------------------ what the numbers say
+
+
+def trade_off(trials: list[dict[str, Any]], steps: int) -> dict[str, Any]:
+    """Whether precision rises and recall falls along the scale, from least to most, beyond their intervals.
+
+    All by the largest n that every trial reached.
+    """
+    n = common_n(trials)
+    along = sorted((t for t in trials if t["setting"]["num_steps"] == steps), key=lambda t: t["setting"]["scale"])
+
+    def moved(name: str, up: bool) -> bool:
+        first, final = (trial["rungs"][n][name]["interval"] for trial in (along[0], along[-1]))
+        if first is None or final is None:
+            return False
+        return final[0] > first[1] if up else final[1] < first[0]
+
+    return {
+        "steps": steps,
+        "scales": [trial["setting"]["scale"] for trial in along],
+        "precision": [trial["rungs"][n]["precision"]["value"] for trial in along],
+        "recall": [trial["rungs"][n]["recall"]["value"] for trial in along],
+        "precision_rises": moved("precision", up=True),
+        "recall_falls": moved("recall", up=False),
+    }
+
+
+def copies(distances: dict[str, list[float]]) -> dict[str, Any]:
+    """Whether samples lie nearer to training images than held-out real images do, by the lower quantiles.
+
+    Copies would pull the low end of the samples' distances towards 0.
+    """
+    quantiles = (0.01, 0.05, 0.25, 0.5)
+    made, held_out = (np.quantile(distances[name], quantiles) for name in ("samples", "held_out"))
+    return {
+        "quantiles": list(quantiles),
+        "samples": made.tolist(),
+        "held_out": held_out.tolist(),
+        "smallest_sample": min(distances["samples"]),
+        "smallest_held_out": min(distances["held_out"]),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ the pictures
+
+
+def class_grid(samples: str) -> bytes:
+    """One row for each class, ten samples each: the first of the folder."""
+    images, labels = read_range(samples, 0, min(512, count_samples(samples)))
+    rows = [images[labels == label][:PER_CLASS] for label in np.unique(labels)]
+    return grid_png(np.concatenate(rows), columns=PER_CLASS, scale=4, gap=2)
+
+
+def loss_figure(digits: str) -> bytes:
+    """The training losses over images seen."""
+    figure, axes = subplots(1, 2, figsize=(8.6, 2.8))
+    curves = (
+        ("train", "diffusion", "loss", "hybrid loss"),
+        ("train classifier", "classifier", "loss", "cross entropy"),
+    )
+    for axis, (job, run, name, label) in zip(axes, curves, strict=True):
+        history = metric_history(f"{job} {storage.join(digits, run)}", name)
+        axis.plot(
+            [step / 1000 for step, _ in history],
+            [value for _, value in history],
+            color=COLOURS[0],
+            linewidth=1.2,
+        )
+        axis.set(xlabel="thousand images", title=f"{run}: {label}", yscale="log")
+    return figure_png(figure)

@@ -1,0 +1,38 @@
+"""Searches by name."""
+
+from orchestrator.config import DIGITS
+from orchestrator.search.config import SearchConfig
+from orchestrator.search.space import SpaceConfig
+
+
+def search_presets() -> dict[str, tuple[str, SearchConfig]]:
+    """Searches of guidance scale, steps and sampler."""
+    digits = SearchConfig(
+        weights=("digits/diffusion",),
+        classifier="digits/classifier",
+        reference="datasets/digits",
+        output="digits/search",
+        space=SpaceConfig(num_steps=(5, 10, 20, 40), samplers=("ddpm", "ddim")),
+        rungs=(64, 128, 256, 512, 1024),
+        num_workers=2,
+    )
+    released = SearchConfig(
+        weights=("256x256_diffusion.pt", "256x256_diffusion_uncond.pt"),
+        classifier="256x256_classifier.pt",
+        reference="VIRTUAL_imagenet256_labeled.npz",
+        output="adm256/search",
+        space=SpaceConfig(
+            scales=(0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 12.0),
+            num_steps=(10, 15, 25, 50, 100, 250),
+            samplers=("ddpm", "ddim", "dpm_solver"),
+        ),
+        objective=("fid",),
+        rungs=(500, 1_000, 2_000, 5_000, 10_000, 50_000),
+        trials=40,
+        tolerance=0.02,
+        labels="uniform",
+        extractor="inception",
+        dtype="bfloat16",
+        num_gpus=1,
+    )
+    return {"digits": (DIGITS, digits), "released": ("the released ADM-G on ImageNet 256x256", released)}

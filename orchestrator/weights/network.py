@@ -1,0 +1,194 @@
+"""A network on disk: weights with their architecture in a safetensors header, or a released `.pt` file."""
+
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from models.diffusion import DiffusionConfig
+from models.unet import ARCHITECTURES, Architecture
+from orchestrator import storage
+from orchestrator.weights.published import check_tensors, decode_state_dict, released_entry
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network as its file tells it: weights, architecture, the diffusion that it was trained for, its classes."""
+
+    module: nn.Module
+    architecture: Architecture
+    diffusion: DiffusionConfig
+    classes: tuple[str, ...]
+    sha256: str  # of the file
+
+
+def load_network(uri: str, device: torch.device | str = "cpu", like: str | None = None) -> Network:
+    """Read a network in evaluation mode: a safetensors file, the newest of a training run, or a released `.pt` file.
+
+    A `.pt` file (float32, or float16 which is widened) does not tell its architecture: its name must be that of a
+    released one, or `like` be the zoo's name for it. Its classes have no names but their indices.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: not such a file, or a tensor is missing, extra or misshapen; the message names it.
+    """
+    if uri.endswith(".pt"):
+        return _load_released(uri, device, like)
+    if like is not None:
+        raise ValueError(f"like={like!r} is for .pt files; {uri} carries its architecture")
+    uri = uri if uri.endswith(".safetensors") else latest_weights(uri)
+    data = storage.read_bytes(uri)
+    try:
+        weights = safetensors.torch.load(data)
+        about = json.loads(_metadata(data)["admiral"])
+        if about["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format_version={about['format_version']} is not {FORMAT_VERSION}")
+        architecture = ARCHITECTURES[about["kind"]].model_validate(about["architecture"])
+        diffusion = DiffusionConfig.model_validate(about["diffusion"])
+        classes = tuple(about["classes"])
+    except KeyError as error:
+        raise ValueError(f"{uri} is not a weights file of Admiral's: its header has no {error}") from error
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"{uri} is not a weights file of Admiral's: {error}") from error
+    module = _filled(uri, architecture, weights, device)
+    return Network(module, architecture, diffusion, classes, hashlib.sha256(data).hexdigest())
+
+
+def _load_released(uri: str, device: torch.device | str, like: str | None) -> Network:
+    entry = released_entry(uri, like)
+    data = storage.read_bytes(uri)
+    module = _filled(uri, entry.network, decode_state_dict(uri, data), device)
+    classes = tuple(str(index) for index in range(entry.network.num_classes or 0))
+    return Network(module, entry.network, entry.diffusion, classes, hashlib.sha256(data).hexdigest())
+
+
+def _filled(uri: str, architecture: Architecture, weights: dict[str, Tensor], device: torch.device | str) -> nn.Module:
+    """The network with these weights as float32, in evaluation mode, on `device`."""
+    with torch.device("meta"):  # shapes only: weights that are replaced at once need not be drawn
+        module = architecture.build()
+    check_tensors(uri, module.state_dict(), weights)
+    module.to_empty(device=device).load_state_dict(weights)
+    return module.eval().requires_grad_(False)
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The string metadata in a safetensors header: 8 bytes of length, then JSON."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]).get("__metadata__", {})
+
+
+def save_weights(
+    uri: str,
+    weights: dict[str, Tensor],
+    architecture: Architecture,
+    diffusion: DiffusionConfig,
+    classes: tuple[str, ...],
+    training: dict[str, Any] | None = None,
+) -> None:
+    """Stream a safetensors file that carries its architecture; an existing one is left as it is.
+
+    `training` is small JSON on where the weights come from, such as the images seen.
+    """
+    if not storage.exists(uri):
+        write_tensors(uri, weights, _about(architecture, diffusion, classes, training))
+
+
+def encode_weights(
+    weights: dict[str, Tensor],
+    architecture: Architecture,
+    diffusion: DiffusionConfig,
+    classes: tuple[str, ...],
+) -> bytes:
+    """The bytes of such a file."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    return safetensors.torch.save(tensors, metadata=_about(architecture, diffusion, classes))
+
+
+def _about(
+    architecture: Architecture,
+    diffusion: DiffusionConfig,
+    classes: tuple[str, ...],
+    training: dict[str, Any] | None = None,
+) -> dict[str, str]:
+    """What a weights file says of itself, in the header."""
+    about = {
+        "format_version": FORMAT_VERSION,
+        "kind": architecture.kind,
+        "architecture": architecture.model_dump(mode="json"),
+        "diffusion": diffusion.model_dump(mode="json"),
+        "classes": list(classes),
+        "training": training or {},
+    }
+    return {"admiral": json.dumps(about)}
+
+
+def weights_about(uri: str) -> dict[str, Any]:
+    """What a weights file says of itself, without reading its tensors.
+
+    Raises:
+        ValueError: it is not a weights file of Admiral's.
+    """
+    with storage.open_input(uri) as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            return json.loads(json.loads(file.read(length))["__metadata__"]["admiral"])
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{uri} is not a weights file of Admiral's: its header has no {error}") from error
+
+
+def latest_weights(run: str, kind: str | None = None) -> str:
+    """The URI of the newest weights of a training run; of `kind` ("ema-0.9999", "raw"), or of the last kind by name.
+
+    Raises:
+        FileNotFoundError: the run has no weights.
+        ValueError: it has none of this kind.
+    """
+    folder = storage.join(run, "weights")
+    names = sorted(name for name in storage.list_names(folder) if name.endswith(".safetensors"))
+    if not names:
+        raise FileNotFoundError(f"{run}: no weights there; has the training finished?")
+    if kind is None:
+        return storage.join(folder, names[-1])
+    kinds = {name.removesuffix(".safetensors").split("-", 2)[-1]: name for name in names}  # the newest of each
+    if kind not in kinds:
+        raise ValueError(f"{run} has no weights {kind!r}; it has {', '.join(kinds)}")
+    return storage.join(folder, kinds[kind])
+
+
+_SAFETENSORS_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+}  # fmt: skip
+
+
+def write_tensors(uri: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """Stream a safetensors file, one tensor after the other; answer its SHA-256.
+
+    The library's own writers take a local path or make one bytes object of everything.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        kind = _SAFETENSORS_NAMES[tensor.dtype]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with storage.open_output(uri) as file:
+        part: Any  # bytes, or memory of a tensor
+        for part in itertools.chain([len(text).to_bytes(8, "little") + text], map(_raw, tensors.values())):
+            digest.update(part)
+            file.write(part)
+    return digest.hexdigest()
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

@@ -1,0 +1,67 @@
+"""Bits per dimension over a dataset: resumable, with an interval, equal however the images are batched to workers."""
+
+import numpy as np
+import pytest
+import torch
+
+from models.diffusion import DiffusionConfig
+from models.unet import UNetConfig
+from orchestrator import storage
+from orchestrator.data.config import PrepareConfig
+from orchestrator.data.job import prepare
+from orchestrator.evaluation.likelihood import LikelihoodConfig, estimate, plan
+from orchestrator.weights.network import save_weights
+
+UNET = UNetConfig(
+    image_size=8, in_channels=1, out_channels=2, model_channels=32, num_res_blocks=1, channel_mult=(1,),
+    attention_resolutions=(), num_classes=10,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A store with the digits and an untrained network."""
+    folder = str(tmp_path_factory.mktemp("store"))
+    prepare(PrepareConfig(store=folder, source="digits", output="digits", name="digits", validation_fraction=0.2))
+    torch.manual_seed(0)
+    weights = UNET.build().state_dict()
+    save_weights(storage.join(folder, "w.safetensors"), weights, UNET, DiffusionConfig(), tuple("0123456789"))
+    return folder
+
+
+def config(store: str, output: str, **changes: object) -> LikelihoodConfig:
+    settings: dict = {
+        "store": store, "weights": "w.safetensors", "dataset": "digits", "output": output, "num_samples": 20,
+        "respacing": "6", "batch_size": 8, "num_strips": 2, "interpolation_depths": (3,), "num_workers": 0,
+    }  # fmt: skip
+    return LikelihoodConfig(**settings | changes)
+
+
+def test_the_numbers_add_up_and_the_pictures_are_there(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    uri = estimate(config(store, "whole"))
+    found = storage.read_json(uri)
+    bits = found["bits_per_dim"]
+    assert bits["n"] == 20 and bits["interval"][0] < bits["value"] < bits["interval"][1]
+    assert bits["value"] == pytest.approx(found["prior_bits_per_dim"] + sum(found["vb"]), rel=1e-5)
+    assert found["rate_bits_per_dim"][0] == pytest.approx(found["prior_bits_per_dim"], rel=1e-5)
+    assert found["rate_bits_per_dim"][-1] == pytest.approx(bits["value"] - found["vb"][-1], rel=1e-5)
+    assert np.all(np.diff(found["rate_bits_per_dim"]) >= 0), "bits received can only grow"
+    names = storage.list_names(uri.removesuffix("/likelihood.json"))
+    assert {"rate-distortion.png", "progressive-generation.png", "interpolation-0003.png"} <= set(names)
+    capsys.readouterr()
+    estimate(config(store, "whole"))
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_a_resumed_estimate_is_the_same(store: str) -> None:
+    uri = estimate(config(store, "resumed"))
+    first = storage.read_json(uri)
+    folder = uri.removesuffix("/likelihood.json")
+    storage.delete(uri)
+    storage.delete(storage.join(folder, "terms", "00000008-00000016.safetensors"))
+    assert storage.read_json(estimate(config(store, "resumed"))) == first
+
+
+def test_an_impossible_depth_is_refused(store: str) -> None:
+    with pytest.raises(ValueError, match="interpolation_depths has 6; the chain's indices are 0 to 5"):
+        plan(config(store, "depth", interpolation_depths=(6,)))

@@ -1,0 +1,60 @@
+"""The price of a generation is that of the published models."""
+
+import pytest
+
+from models.guidance import GuidanceConfig
+from models.samplers import SamplerConfig
+from orchestrator.generation.config import GenerationConfig
+from orchestrator.generation.cost import costs, outline, price
+from orchestrator.generation.presets import generation_presets
+from orchestrator.generation.recipes import recommended
+
+
+def adm_256(**changes: object) -> GenerationConfig:
+    settings: dict = {
+        "weights": "256x256_diffusion.pt", "classifier": "256x256_classifier.pt", "output": "samples",
+        "sampler": SamplerConfig(num_steps=250), "guidance": GuidanceConfig(scale=1.0),
+    }  # fmt: skip
+    return GenerationConfig(**settings | changes)
+
+
+def work(config: GenerationConfig) -> float:
+    assert config.classifier
+    upsampler = outline(config, config.upsampler) if config.upsampler else None
+    stages = costs(config, 1, outline(config, config.weights), outline(config, config.classifier), upsampler)
+    return sum(cost.flops for cost in stages)
+
+
+def test_a_guided_step_costs_what_the_architecture_says() -> None:
+    assert work(adm_256()) / 250 == pytest.approx(2.53e12, rel=0.01)
+
+
+def test_what_is_not_evaluated_is_not_paid() -> None:
+    unguided = work(adm_256(guidance=GuidanceConfig()))
+    half = work(adm_256(guidance=GuidanceConfig(scale=1.0, interval=(250, 749))))
+    assert unguided == pytest.approx(250 * 2 * 1119.8e9, rel=0.01)
+    assert half - unguided == pytest.approx((work(adm_256()) - unguided) / 2)
+    heun = work(adm_256(sampler=SamplerConfig(name="heun", num_steps=50)))
+    assert heun / work(adm_256()) == pytest.approx(99 / 250)
+
+
+def test_a_cascade_pays_for_both_stages() -> None:
+    def base(**changes: object) -> float:
+        return work(adm_256(weights="64x64_diffusion.pt", classifier="64x64_classifier.pt", **changes))
+
+    upsampler = {"upsampler": "64_256_upsampler.pt", "upsampling": SamplerConfig(num_steps=27)}
+    assert base(**upsampler) > base() + 27 * 2 * 5e11
+
+
+def test_a_released_model_is_priced_before_it_is_there() -> None:
+    lines = "\n".join(price(adm_256(store="/nowhere", dtype="bfloat16"), 50_000))
+    assert "not there yet: /nowhere/256x256_diffusion.pt" in lines and "9.83 GB at most" in lines
+    assert "50,000 images x 633 TFLOPs" in lines and "14% of 989 TFLOP/s" in lines
+
+
+def test_a_batch_that_is_not_said_is_one_that_the_card_holds() -> None:
+    _, preset = generation_presets()["released"]
+    large = preset.model_copy(update=recommended("adm-512"))
+    lines = "\n".join(price(large, 50_000))
+    assert "activations of 64 images" not in lines and "TOO MUCH" not in lines
+    assert "TOO MUCH" in "\n".join(price(large.model_copy(update={"batch_size": 64}), 50_000))

@@ -1,0 +1,156 @@
+"""`.pt` files: tensors and nothing else come in, and what is wrong with a file is one clear error."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.diffusion import DiffusionConfig
+from models.unet import ClassifierConfig, UNetConfig
+from models.zoo import ZOO, Entry
+from orchestrator import storage
+from orchestrator.weights.network import load_network
+from orchestrator.weights.published import encode_state_dict, released_entry
+
+TINY = UNetConfig(
+    image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1,), attention_resolutions=(), num_classes=3
+)
+TINY_CLASSIFIER = ClassifierConfig(
+    image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1,), attention_resolutions=(), num_classes=3,
+    num_head_channels=16,
+)  # fmt: skip
+COSINE = DiffusionConfig(schedule="cosine")
+
+
+@pytest.fixture(autouse=True)
+def _tiny_models_in_the_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ZOO, "tiny", Entry("tiny.pt", TINY, COSINE))
+    monkeypatch.setitem(ZOO, "tiny-classifier", Entry("tiny_classifier.pt", TINY_CLASSIFIER, COSINE))
+
+
+def random_weights(architecture: UNetConfig | ClassifierConfig = TINY) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {key: torch.randn_like(tensor) for key, tensor in architecture.build().state_dict().items()}
+
+
+def saved(value: object, *, as_zip: bool = True) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, _use_new_zipfile_serialization=as_zip)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("as_zip", [True, False], ids=["zip", "older format"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_released_file_loads_by_its_name(tmp_path: Path, dtype: torch.dtype, as_zip: bool) -> None:
+    weights = {name: tensor.to(dtype) for name, tensor in random_weights().items()}
+    (tmp_path / "tiny.pt").write_bytes(saved(weights, as_zip=as_zip))
+    network = load_network(str(tmp_path / "tiny.pt"))
+    assert network.architecture == TINY and network.diffusion == COSINE and network.classes == ("0", "1", "2")
+    assert not network.module.training
+    for name, tensor in network.module.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, weights[name].double().float()), f"{name} was not widened exactly"
+
+
+def test_a_classifier_loads_as_one(tmp_path: Path) -> None:
+    (tmp_path / "tiny_classifier.pt").write_bytes(saved(random_weights(TINY_CLASSIFIER)))
+    network = load_network(str(tmp_path / "tiny_classifier.pt"))
+    assert network.architecture == TINY_CLASSIFIER and network.classes == ("0", "1", "2")
+
+
+def test_another_file_name_needs_the_zoos_name(tmp_path: Path) -> None:
+    uri = str(tmp_path / "ema_0.9999_540000.pt")
+    storage.write_bytes(uri, saved(random_weights()))
+    with pytest.raises(ValueError, match=r"no released one is called ema_0.9999_540000.pt.*--like.*adm-64.*tiny"):
+        load_network(uri)
+    assert load_network(uri, like="tiny").architecture == TINY
+    with pytest.raises(ValueError, match="the zoo has no model 'huge'"):
+        load_network(uri, like="huge")
+    with pytest.raises(ValueError, match="carries its architecture"):
+        load_network(str(tmp_path / "run"), like="tiny")
+
+
+def test_every_released_file_is_known_by_its_name() -> None:
+    for entry in ZOO.values():
+        if entry.checkpoint:
+            assert released_entry(f"s3://bucket/{entry.checkpoint}") == entry
+
+
+class Code:
+    """Pickles to a call of a shell."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("as_zip", [True, False], ids=["zip", "older format"])
+def test_code_in_the_pickle_is_refused_and_not_run(tmp_path: Path, as_zip: bool) -> None:
+    marker = tmp_path / "marker"
+    (tmp_path / "tiny.pt").write_bytes(saved({**random_weights(), "evil": Code(marker)}, as_zip=as_zip))
+    with pytest.raises(ValueError, match=r"tiny\.pt .* its pickle asks for posix\.system, which no tensor needs"):
+        load_network(str(tmp_path / "tiny.pt"))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("as_zip", [True, False], ids=["zip", "older format"])
+def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path: Path, as_zip: bool) -> None:
+    data, uri = saved({"a": torch.randn(8, 8), "b": torch.zeros(3)}, as_zip=as_zip), tmp_path / "tiny.pt"
+    for length in [*range(64), *range(64, len(data), 31), len(data) - 1]:
+        uri.write_bytes(data[:length])
+        with pytest.raises(ValueError, match=r"tiny\.pt is not a file of tensors .* damaged$"):
+            load_network(str(uri))
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        ([torch.zeros(1)], "holds a list, not a dictionary"),
+        ({"state_dict": {"a": torch.zeros(1)}}, "not a flat dictionary of tensors: 'state_dict' is a dict"),
+        ({"step": 7}, "'step' is a int"),
+    ],
+)
+def test_what_is_no_flat_state_dict_is_refused(tmp_path: Path, value: object, wanted: str) -> None:
+    (tmp_path / "tiny.pt").write_bytes(saved(value))
+    with pytest.raises(ValueError, match=wanted):
+        load_network(str(tmp_path / "tiny.pt"))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "wanted"),
+    [
+        ("out.2.bias", None, r"tensor out\.2\.bias \(6,\) is missing"),
+        ("new.weight", torch.zeros(2), r"tensor new\.weight \(2,\) does not belong to this architecture"),
+        ("out.2.bias", torch.zeros(5), r"tensor out\.2\.bias has shape \(5,\), the architecture wants \(6,\)"),
+        ("out.2.bias", torch.zeros(6).double(), r"tensor out\.2\.bias is torch\.float64 .* want float32 or float16"),
+        ("out.2.bias", torch.zeros(6, dtype=torch.int64), r"tensor out\.2\.bias is torch\.int64"),
+        ("out.2.bias", torch.zeros(6, device="meta"), r"tensor out\.2\.bias is torch\.float32 on meta"),
+    ],
+)
+def test_a_wrong_tensor_is_named(tmp_path: Path, name: str, tensor: Tensor | None, wanted: str) -> None:
+    weights = random_weights()
+    weights.pop(name, None)
+    if tensor is not None:
+        weights[name] = tensor
+    (tmp_path / "tiny.pt").write_bytes(saved(weights))
+    with pytest.raises(ValueError, match=wanted):
+        load_network(str(tmp_path / "tiny.pt"))
+
+
+def test_what_the_published_code_would_compute_otherwise_is_not_written() -> None:
+    architecture = TINY.model_copy(update={"rescale_residual": True})
+    with pytest.raises(ValueError, match="rescale_residual=True"):
+        encode_state_dict(random_weights(architecture), architecture)
+
+
+def test_a_part_of_a_larger_tensor_is_written_alone() -> None:
+    weights = {"a": torch.randn(1_000_000)[:10]}
+    data = encode_state_dict(weights, TINY)
+    assert len(data) < 10_000
+    assert torch.equal(torch.load(io.BytesIO(data), weights_only=True)["a"], weights["a"])
