@@ -22,7 +22,7 @@ POLL_SECONDS = 0.5
 PREEMPTION_SECONDS = 2.0  # between two looks for a notice that a node goes away; Ray itself looks every 5
 
 # A worker's error of these kinds would come again: no other attempt is made.
-LASTING_ERRORS = (
+PERMANENT_ERRORS = (
     ValueError, TypeError, ArithmeticError, LookupError, FileNotFoundError, PermissionError, torch.OutOfMemoryError,
 )  # fmt: skip
 
@@ -50,15 +50,15 @@ def run_workers(
     on_record: Callable[[Record], None],
     cpus: int = 1,
     max_failures: int = 3,
-    use_gpu: bool = False,
+    num_gpus: int = 0,
 ) -> bool:
     """Run `loop` on `num_workers` workers (0: in this process) until it returns; True if it was asked to stop.
 
-    Each worker has `cpus` CPUs and with `use_gpu` one GPU.
+    Each worker has `cpus` CPUs and `num_gpus` GPUs, 0 or 1.
 
     A worker that dies takes its group with it; the group starts again, and `loop` finds its own place to go on from.
     It gives up after more than `max_failures` attempts in a row that reported no record with a larger "saved" number,
-    and at once where another attempt would fail alike (LASTING_ERRORS). A node that announces its end does not count.
+    and at once where another attempt would fail alike (PERMANENT_ERRORS). A node that announces its end does not count.
     SIGTERM and Ctrl-C ask all workers to stop at their next step.
 
     Raises:
@@ -66,7 +66,7 @@ def run_workers(
     """
     if num_workers == 0:
         return _run_here(loop, on_record)
-    resources = {"CPU": float(cpus)} | ({"GPU": 1.0} if use_gpu else {})
+    resources = {"CPU": float(cpus)} | ({"GPU": float(num_gpus)} if num_gpus else {})
     return _run_on_ray(loop, num_workers, on_record, max_failures, resources)
 
 
@@ -111,7 +111,7 @@ def _run_on_ray(
                 failures = 1 if news.saved > saved else failures + 1
                 saved = max(saved, news.saved)
                 publish("train", {"failed_attempts": failures})
-                if news.lasting or failures > max_failures:
+                if news.permanent or failures > max_failures:
                     raise RuntimeError(f"training failed: {reason}") from error
                 log.warning("an attempt failed, going on from the last checkpoint: %s", reason)
     return wanted.is_set()
@@ -157,7 +157,7 @@ class _News:
     def __init__(self) -> None:
         self.saved = -1
         self.reason = ""
-        self.lasting = False
+        self.permanent = False
 
     def around(self, on_record: Callable[[Record], None]) -> Callable[[Record], None]:
         """`on_record`, listening."""
@@ -167,8 +167,8 @@ class _News:
             if "warning" in record:
                 log.warning(record["warning"])
                 return
-            if "failure" in record and not self.lasting:
-                self.reason, self.lasting = record["failure"], record["lasting"]
+            if "failure" in record and not self.permanent:
+                self.reason, self.permanent = record["failure"], record["permanent"]
             on_record(record)
 
         return heard
@@ -203,7 +203,7 @@ def _enter(config: dict[str, Any]) -> None:
         )
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        relay.push({"failure": reason, "lasting": isinstance(error, LASTING_ERRORS)})
+        relay.push({"failure": reason, "permanent": isinstance(error, PERMANENT_ERRORS)})
         raise
 
 
@@ -273,12 +273,12 @@ def _stop_signals(stop: Callable[[], None]) -> Iterator[None]:
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def put_back() -> None:
+    def restore() -> None:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
     def first(*_: object) -> None:
-        put_back()
+        restore()
         stop()
 
     for number in previous:
@@ -286,4 +286,4 @@ def _stop_signals(stop: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        put_back()
+        restore()

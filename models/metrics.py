@@ -366,7 +366,7 @@ def inception_score(probabilities: Array, split_size: int = 5000) -> Estimate:
     return _mean_of_splits(probabilities, np.append(starts, len(probabilities)))
 
 
-def inception_score_classic(probabilities: Array, num_splits: int = 10, shuffle_seed: int | None = 2020) -> Estimate:
+def inception_score_10split(probabilities: Array, num_splits: int = 10, shuffle_seed: int | None = 2020) -> Estimate:
     """The same over `num_splits` equal parts, by default of rows shuffled as torch-fidelity shuffles them."""
     n = len(probabilities)
     if n < num_splits:

@@ -19,7 +19,7 @@ class JobConfig(BaseModel, frozen=True, extra="forbid"):
     dry_run: bool = False  # print the resolved config and what would be read and written, then stop
 
     @property
-    def without_effect(self) -> frozenset[str]:
+    def operational(self) -> frozenset[str]:
         """Fields of a job's own that do not change what comes out: they may differ when it is started again."""
         return frozenset()
 
@@ -73,10 +73,10 @@ def tracking_uri(config: JobConfig) -> str:
 
 
 # Where a thing lies, and how many hands make it, does not change what comes out.
-_WITHOUT_EFFECT = {"store", "dry_run", "output", "num_workers", "price"}
+OPERATIONAL = {"store", "dry_run", "output", "num_workers", "cost"}
 
 
-def claim(folder: str, config: JobConfig, **facts: Any) -> None:
+def check_or_write_config(folder: str, config: JobConfig, **facts: Any) -> None:
     """Record `config` and `facts` as the folder's own in its config.json, or check that they are what it holds already.
 
     Facts are what else changes results, such as hashes; one may replace a field, as a hash its file's path.
@@ -84,9 +84,9 @@ def claim(folder: str, config: JobConfig, **facts: Any) -> None:
     Raises:
         ValueError: the folder was made with another config; the message names the fields that differ.
     """
-    wanted = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT | config.without_effect) | facts
+    wanted = config.model_dump(mode="json", exclude=OPERATIONAL | config.operational) | facts
     uri = storage.join(folder, "config.json")
-    if storage.create_bytes(uri, json.dumps(wanted, indent=2).encode()):
+    if storage.put_if_absent(uri, json.dumps(wanted, indent=2).encode()):
         return
     if changes := differences(storage.read_json(uri), wanted):
         raise ValueError(

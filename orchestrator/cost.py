@@ -1,7 +1,7 @@
 """What a job will cost before it runs: FLOPs, memory of each GPU, GPU-hours. `--dry-run` prints it.
 
 A FLOP is one floating-point operation, so a multiply-add is two. Time is FLOPs over the card's peak, times the share of
-the peak that published code reached on the same networks; whoever has measured his own says so by --price.utilization.
+the peak that published code reached on the same networks; whoever has measured his own says so by --cost.mfu.
 """
 
 from typing import Literal, NamedTuple
@@ -23,16 +23,14 @@ from models.features import Extractor
 from models.unet import Architecture
 
 
-class PriceConfig(BaseModel, frozen=True, extra="forbid"):
+class CostConfig(BaseModel, frozen=True, extra="forbid"):
     """What --dry-run prices the job for."""
 
-    card: Literal["B200", "H200", "H100", "A100", "L40S", "A10G", "L4", "V100", "T4"] = (
-        "H100"  # GPU, one for each worker
-    )
-    utilization: float | None = Field(None, gt=0, le=1)  # share of its peak that is reached; None = as published
+    gpu: Literal["B200", "H200", "H100", "A100", "L40S", "A10G", "L4", "V100", "T4"] = "H100"  # one for each worker
+    mfu: float | None = Field(None, gt=0, le=1)  # share of its peak that is reached; None = as published
 
 
-class Card(NamedTuple):
+class Gpu(NamedTuple):
     """A GPU by its data sheet: bytes, and dense FLOP/s in half precision on tensor cores and in float32 beside them."""
 
     memory: float
@@ -40,31 +38,31 @@ class Card(NamedTuple):
     single: float
 
 
-CARDS = {  # as the driver names them; a name that is part of another comes after it
-    "B200": Card(180e9, 2250e12, 80e12),
-    "H200": Card(141e9, 989e12, 67e12),
-    "H100": Card(80e9, 989e12, 67e12),
-    "A100": Card(80e9, 312e12, 19.5e12),
-    "L40S": Card(48e9, 362e12, 91.6e12),
-    "A10G": Card(24e9, 70e12, 31.2e12),
-    "L4": Card(24e9, 121e12, 30.3e12),
-    "V100": Card(32e9, 125e12, 15.7e12),
-    "T4": Card(16e9, 65e12, 8.1e12),
+GPUS = {  # as the driver names them; a name that is part of another comes after it
+    "B200": Gpu(180e9, 2250e12, 80e12),
+    "H200": Gpu(141e9, 989e12, 67e12),
+    "H100": Gpu(80e9, 989e12, 67e12),
+    "A100": Gpu(80e9, 312e12, 19.5e12),
+    "L40S": Gpu(48e9, 362e12, 91.6e12),
+    "A10G": Gpu(24e9, 70e12, 31.2e12),
+    "L4": Gpu(24e9, 121e12, 30.3e12),
+    "V100": Gpu(32e9, 125e12, 15.7e12),
+    "T4": Gpu(16e9, 65e12, 8.1e12),
 }
 
 
-class Utilization(NamedTuple):
+class Mfu(NamedTuple):
     """The share of a card's peak that a published code reached, and where that is written."""
 
     share: float
     source: str
 
 
-TRAINING = Utilization(0.37, "ADM table 7: 34 to 39% on V100s")
-CLASSIFIER_TRAINING = Utilization(0.11, "ADM table 10: 10 to 11% on V100s")
-SAMPLING = Utilization(0.21, "arXiv 2112.10752 table 18: ADM-256, 250 steps, 0.12 images/s on an A100")
-GUIDED_SAMPLING = Utilization(0.14, "arXiv 2112.10752 table 18: guided ADM-256, 250 steps, 0.07 images/s on an A100")
-EXTRACTION = Utilization(0.3, "nothing is published on it")
+TRAINING = Mfu(0.37, "ADM table 7: 34 to 39% on V100s")
+CLASSIFIER_TRAINING = Mfu(0.11, "ADM table 10: 10 to 11% on V100s")
+SAMPLING = Mfu(0.21, "arXiv 2112.10752 table 18: ADM-256, 250 steps, 0.12 images/s on an A100")
+GUIDED_SAMPLING = Mfu(0.14, "arXiv 2112.10752 table 18: guided ADM-256, 250 steps, 0.07 images/s on an A100")
+EXTRACTION = Mfu(0.3, "nothing is published on it")
 
 
 class Cost(NamedTuple):
@@ -73,7 +71,7 @@ class Cost(NamedTuple):
     images: int
     flops_per_image: float
     memory: dict[str, int]  # bytes on each GPU, by what they hold
-    utilization: Utilization
+    mfu: Mfu
     note: str  # how FLOPs were counted
 
     @property
@@ -123,33 +121,33 @@ def extraction_cost(extractor: Extractor, image_size: int, images: int, batch: i
     return Cost(images, float(counter.get_total_flops()), memory, EXTRACTION, f"{extractor.name} counted on an image")
 
 
-def gpu_seconds(cost: Cost, price: PriceConfig, half: bool) -> float:
+def gpu_seconds(cost: Cost, config: CostConfig, half: bool) -> float:
     """Seconds that one card would take."""
-    card = CARDS[price.card]
-    peak = card.half if half else card.single
-    return cost.flops / (peak * (price.utilization or cost.utilization.share))
+    gpu = GPUS[config.gpu]
+    peak = gpu.half if half else gpu.single
+    return cost.flops / (peak * (config.mfu or cost.mfu.share))
 
 
-def fits(cost: Cost, price: PriceConfig) -> bool:
+def fits(cost: Cost, config: CostConfig) -> bool:
     """Whether the card's memory holds it."""
-    return sum(cost.memory.values()) < CARDS[price.card].memory
+    return sum(cost.memory.values()) < GPUS[config.gpu].memory
 
 
-def priced(cost: Cost, price: PriceConfig, num_workers: int, half: bool) -> str:
+def priced(cost: Cost, config: CostConfig, num_workers: int, half: bool) -> str:
     """The cost in lines: work, memory against the card, time, and what is assumed."""
-    card, cards = CARDS[price.card], max(num_workers, 1)
+    gpu, gpus = GPUS[config.gpu], max(num_workers, 1)
     memory = sum(cost.memory.values())
     parts = ", ".join(f"{size / 1e9:.1f} {name}" for name, size in cost.memory.items())
-    verdict = "" if fits(cost, price) else ": TOO MUCH, take smaller batches or more workers"
-    seconds = gpu_seconds(cost, price, half)
-    share = price.utilization or cost.utilization.share
-    source = "--price.utilization" if price.utilization else cost.utilization.source
-    peak = (card.half if half else card.single) / 1e12
+    verdict = "" if fits(cost, config) else ": TOO MUCH, take smaller batches or more workers"
+    seconds = gpu_seconds(cost, config, half)
+    share = config.mfu or cost.mfu.share
+    source = "--cost.mfu" if config.mfu else cost.mfu.source
+    peak = (gpu.half if half else gpu.single) / 1e12
     return "\n".join(
         [
             f"work    {cost.flops:.3g} FLOPs: {cost.images:,} images x {cost.flops_per_image / 1e12:.3g} TFLOPs",
-            f"memory  {memory / 1e9:.1f} of {card.memory / 1e9:.0f} GB on each {price.card} ({parts}){verdict}",
-            f"time    {seconds / 3600:,.3g} {price.card}-hours = {_duration(seconds / cards)} on {cards}",
+            f"memory  {memory / 1e9:.1f} of {gpu.memory / 1e9:.0f} GB on each {config.gpu} ({parts}){verdict}",
+            f"time    {seconds / 3600:,.3g} {config.gpu}-hours = {_duration(seconds / gpus)} on {gpus}",
             f"assumed {share:.0%} of {peak:,.4g} TFLOP/s in {'half precision' if half else 'float32'} ({source}); "
             f"2 FLOPs a multiply-add, {cost.note}; no time for data, checkpoints and communication",
         ]

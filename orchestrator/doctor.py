@@ -188,7 +188,7 @@ def _store(store: str, megabytes: int) -> Finding:
         if storage.list_names(folder) != ["object"]:
             return Finding("store", "WRONG", f"{store} does not list what was just written")
         claim = storage.join(folder, "claim")
-        if not storage.create_bytes(claim, b"first") or storage.create_bytes(claim, b"second"):
+        if not storage.put_if_absent(claim, b"first") or storage.put_if_absent(claim, b"second"):
             return Finding(
                 "store", "WRONG", f"{store} does not honour If-None-Match: two writers would overwrite each other"
             )

@@ -71,9 +71,8 @@ def index_rng(seed: int, index: int, purpose: Purpose, timestep: int = 0) -> np.
 class OrderConfig(BaseModel, frozen=True, extra="forbid"):
     """How samples are ordered; any change gives another sequence of batches."""
 
-    seed: int = Field(0, ge=0, lt=2**64)  # order, flips, crops, timesteps and noise all follow from it
     num_streams: int = Field(4, gt=0)  # canonical streams P, a power of two; the worker count must divide it
-    window: int = Field(4, gt=0)  # row groups of a stream that are shuffled together
+    shuffle_row_groups: int = Field(4, gt=0)  # row groups of a stream that are shuffled together
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +114,7 @@ class OrderPlan:
     first_samples int64 [G], the global row number (the sample id) of each row group's first row.
     """
 
-    def __init__(self, row_group_sizes: tuple[int, ...], batch_size: int, config: OrderConfig) -> None:
+    def __init__(self, row_group_sizes: tuple[int, ...], batch_size: int, config: OrderConfig, seed: int = 0) -> None:
         streams, groups = config.num_streams, len(row_group_sizes)
         if streams & (streams - 1):
             raise ValueError(f"num_streams={streams} is not a power of two")
@@ -126,7 +125,7 @@ class OrderPlan:
                 f"num_streams={streams} is more than the {groups} row groups; "
                 "use fewer streams or prepare the dataset with more row groups"
             )
-        self.config = config
+        self.config, self.seed = config, seed
         self.row_group_sizes = row_group_sizes
         self.batch_size = batch_size
         self.rows_per_stream = batch_size // streams
@@ -173,7 +172,7 @@ class OrderPlan:
         streams = self.streams(rank, world_size)
         epoch, step = self.locate(position)
         while True:
-            order = keyed_rng(Purpose.ROW_GROUPS, self.config.seed, epoch).permutation(len(self._sizes))
+            order = keyed_rng(Purpose.ROW_GROUPS, self.seed, epoch).permutation(len(self._sizes))
             begin = step * self.rows_per_stream
             windows = [
                 window
@@ -196,34 +195,34 @@ class OrderPlan:
         Raises:
             ValueError: it is more than OPEN_BYTES_LIMIT.
         """
-        streams, window, rows = len(self.streams(0, world_size)), self.config.window, int(self._sizes.max())
+        streams, window, rows = len(self.streams(0, world_size)), self.config.shuffle_row_groups, int(self._sizes.max())
         found = streams * window * rows * bytes_per_row
         if found > OPEN_BYTES_LIMIT:
             raise ValueError(
                 f"a worker would hold {found / 2**30:.1f} GiB of open images ({streams} streams x window of {window} "
                 f"row groups x {rows} rows x {bytes_per_row:,} bytes); {OPEN_BYTES_LIMIT / 2**30:.0f} GiB is the most: "
-                f"raise num_workers, or lower order.window={window} or order.num_streams={self.config.num_streams}, "
-                "or prepare the dataset with smaller row groups"
+                f"raise num_workers, or lower order.shuffle_row_groups={window} or "
+                f"order.num_streams={self.config.num_streams}, or prepare the dataset with smaller row groups"
             )
         return found
 
     def _windows(self, order: np.ndarray, stream: int) -> Iterator[_Window]:
         """The windows of a stream that the epoch's batches reach."""
         dealt, end, first = order[stream :: self.config.num_streams], self._stream_rows, 0
-        for number, start in enumerate(range(0, len(dealt), self.config.window)):
-            rows = int(self._sizes[dealt[start : start + self.config.window]].sum())
+        for number, start in enumerate(range(0, len(dealt), self.config.shuffle_row_groups)):
+            rows = int(self._sizes[dealt[start : start + self.config.shuffle_row_groups]].sum())
             if first < end:
                 yield _Window(stream, first, number, min(rows, end - first))
             first += rows
 
     def _unit(self, epoch: int, order: np.ndarray, window: _Window, begin: int) -> Unit:
         """The rows of a window from the stream's row `begin` on, as far as the epoch's batches reach."""
-        start = window.number * self.config.window
-        groups = order[window.stream :: self.config.num_streams][start : start + self.config.window]
+        start = window.number * self.config.shuffle_row_groups
+        groups = order[window.stream :: self.config.num_streams][start : start + self.config.shuffle_row_groups]
         pairs = zip(groups, self._sizes[groups], strict=True)
         rows = np.concatenate([np.stack([np.full(n, group), np.arange(n)], 1) for group, n in pairs])
         key = epoch * self.config.num_streams + window.stream
-        rows = rows[keyed_rng(Purpose.WINDOW, self.config.seed, key, window.number).permutation(len(rows))]
+        rows = rows[keyed_rng(Purpose.WINDOW, self.seed, key, window.number).permutation(len(rows))]
         skipped = max(begin - window.first, 0)
         return Unit(epoch, window.stream, window.first + skipped, rows[skipped : window.rows])
 

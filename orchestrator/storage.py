@@ -104,7 +104,7 @@ def write_bytes(uri: str, data: bytes) -> None:
         _attempt("write", uri, fs.pipe_file, path, data)
 
 
-def create_bytes(uri: str, data: bytes) -> bool:
+def put_if_absent(uri: str, data: bytes) -> bool:
     """Put the object whole if there is none yet; False, and nothing changed, where there is.
 
     On s3:// the object's metadata names this call. A create whose answer was lost, and that on the retry (ours or

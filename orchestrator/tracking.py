@@ -24,8 +24,8 @@ LONGEST_PARAMETER = 6_000  # characters; MLflow takes no longer ones
 RETRY_SECONDS = 5.0  # between two tries while the server is away
 PATIENCE_SECONDS = 60.0  # how long the end of a job waits for a server that takes nothing
 # What MLflow refuses like this, or we cannot even send, it would refuse for ever: it must not hold up the rest.
-LASTING_CODES = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE"}
-LASTING_ERRORS = (TypeError, AttributeError, LookupError)
+PERMANENT_CODES = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE"}
+PERMANENT_ERRORS = (TypeError, AttributeError, LookupError)
 
 Send = Callable[[Any, str], None]  # client, run -> record something; it may be called again after a failure
 
@@ -155,7 +155,7 @@ class Tracker:
             tries = 0
             while (error := self._try(send)) is not None:
                 reason = (str(error) or type(error).__name__).splitlines()[0]
-                if _is_lasting(error):
+                if _is_permanent(error):
                     log.warning("MLflow refuses a record, which is left out: %s", reason)
                     self._refused += count
                     break
@@ -294,9 +294,9 @@ def _log_numbers(numbers: list[Number], client: Any, run: str) -> None:
         client.log_batch(run, metrics=[Metric(n.name, n.value, n.moment, n.step) for n in some])
 
 
-def _is_lasting(error: Exception) -> bool:
+def _is_permanent(error: Exception) -> bool:
     """Whether the same record would fail again, server or not."""
-    return getattr(error, "error_code", None) in LASTING_CODES or isinstance(error, LASTING_ERRORS)
+    return getattr(error, "error_code", None) in PERMANENT_CODES or isinstance(error, PERMANENT_ERRORS)
 
 
 def _artifact_root(config: JobConfig) -> str | None:

@@ -24,7 +24,7 @@ from models.metrics import (
     by_class,
     frechet_distance,
     inception_score,
-    inception_score_classic,
+    inception_score_10split,
     kid,
     kid_subsets,
     merge_in_order,
@@ -377,7 +377,7 @@ def _score(arrays: Arrays, name: str) -> Callable[[], Any] | None:
     probabilities, count = softmax(arrays[f"logits{match[1]}"]), int(match[3])
     seed = 2020 if match[4] == "shuffle1" else None
     if match[5] is None:
-        return lambda: inception_score_classic(probabilities, count, seed).value
+        return lambda: inception_score_10split(probabilities, count, seed).value
     order = (
         np.arange(len(probabilities)) if seed is None else np.random.RandomState(seed).permutation(len(probabilities))
     )

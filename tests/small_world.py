@@ -10,11 +10,11 @@ JOBS = Path(__file__).resolve().parents[1] / "jobs"
 HERE = ["--num-workers", "0"]
 STEPS = [
     ("prepare_dataset", []),
-    ("train_adm", ["--images", "1280", "--snapshot-images", "320", *HERE]),
-    ("train_classifier", ["--images", "1280", *HERE]),
-    ("train_upsampler", ["--images", "1280", *HERE]),
+    ("train_adm", ["--total-images", "1280", "--snapshot-every", "320", *HERE]),
+    ("train_classifier", ["--total-images", "1280", *HERE]),
+    ("train_upsampler", ["--total-images", "1280", *HERE]),
     ("generate_samples", ["--num-samples", "16", "--sampler.num-steps", "2", "--export", "npz", *HERE]),
-    ("tune_guidance", ["--space.steps", "2", "3", "--rungs", "64", "128", "--trials", "2", "--round-size", "2", *HERE]),
+    ("tune_guidance", ["--space.num-steps", "2", "3", "--rungs", "64", "128", "--trials", "2", "--round-size", "2", *HERE]),
 ]  # fmt: skip
 
 

@@ -67,7 +67,7 @@ def test_a_node_killed_while_it_trains_costs_no_job(cluster: LocalCluster, outpu
     said = submit(cluster, "jobs/prepare_dataset.py", "digits")
     outputs.append(said)
     assert "s3://admiral/runs/datasets/digits" in said and "View run" in said, "the last lines say where things lie"
-    settings = ["--images", "6400", "--checkpoint-images", "640", "--preview-images", "3200"]
+    settings = ["--total-images", "6400", "--checkpoint-every", "640", "--preview-every", "3200"]
     training = start_job(cluster, "jobs/train_adm.py", "digits", *settings)
     checkpoints = "admiral/runs/digits/diffusion/checkpoints"
     deadline = time.monotonic() + 240
@@ -82,7 +82,7 @@ def test_a_node_killed_while_it_trains_costs_no_job(cluster: LocalCluster, outpu
     outputs.append(output)
     assert training.returncode == 0, output[-3000:]
     assert "6,400 images" in output and "not in MLflow" not in output, output[-3000:]
-    for name in ("images_per_second", "data_wait_share", "loss"):
+    for name in ("images_per_second", "data_wait_fraction", "loss"):
         assert f"ray_admiral_{name}{{" in numbers, "what Prometheus reads"
     weights = store(cluster).ls("admiral/runs/digits/diffusion/weights")
     assert "images-000000006400-ema-0.995.safetensors" in [path.rsplit("/", 1)[1] for path in weights]

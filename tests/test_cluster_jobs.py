@@ -22,7 +22,7 @@ def cluster() -> Iterator[LocalCluster]:
 
 
 def test_a_stopped_job_goes_on_from_where_it_was(cluster: LocalCluster) -> None:
-    training = ["jobs/train_adm.py", "digits", "--images", "64000", "--log-images", "640"]
+    training = ["jobs/train_adm.py", "digits", "--total-images", "64000", "--log-every", "640"]
     running = start_job(cluster, *training, submission_id="to-be-stopped")
     assert running.stdout is not None
     for line in running.stdout:
@@ -43,10 +43,10 @@ def test_a_stopped_job_goes_on_from_where_it_was(cluster: LocalCluster) -> None:
 
 
 def test_the_stories_run_one_after_another(cluster: LocalCluster) -> None:
-    submit(cluster, "jobs/train_adm.py", "digits", "--images", "6400", "--output", "digits/short")
-    submit(cluster, "jobs/train_classifier.py", "digits", "--images", "3200")
+    submit(cluster, "jobs/train_adm.py", "digits", "--total-images", "6400", "--output", "digits/short")
+    submit(cluster, "jobs/train_classifier.py", "digits", "--total-images", "3200")
     weights = ["--weights", "digits/short"]
-    race = ["--space.scales", "0", "2", "--space.steps", "4", "--space.samplers", "ddpm", "--space.no-continuous"]
+    race = ["--space.scales", "0", "2", "--space.num-steps", "4", "--space.samplers", "ddpm", "--space.no-continuous"]
     race += ["--rungs", "36", "72", "--trials", "2", "--round-size", "2"]
     assert "View run" in submit(cluster, "jobs/tune_guidance.py", "digits", *weights, *race)
     generated = submit(cluster, "jobs/generate_samples.py", "digits", *weights, "--num-samples", "256")

@@ -10,7 +10,7 @@ import pytest
 from tests.submission import ROOT, quiet_environment
 
 SMALL = [
-    "--images", "512", "--classifier-images", "512", "--num-samples", "96", "--rungs", "36", "72",
+    "--total-images", "512", "--classifier-total-images", "512", "--num-samples", "96", "--rungs", "36", "72",
     "--scales", "0", "2", "--steps", "4",
 ]  # fmt: skip
 

@@ -57,7 +57,7 @@ def test_a_node_that_goes_away_leaves_a_checkpoint_first(address: str, tmp_path:
     )
     subprocess.run([sys.executable, "jobs/prepare_dataset.py", "digits"], cwd=ROOT, env=environment, check=True)
     length = 12_800
-    arguments = ["--images", str(length), "--checkpoint-images", "1000000", "--log-images", "640"]
+    arguments = ["--total-images", str(length), "--checkpoint-every", "1000000", "--log-every", "640"]
     with (tmp_path / "job.log").open("wb") as log:
         command = [sys.executable, "jobs/train_adm.py", "digits", *arguments]
         job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)

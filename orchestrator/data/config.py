@@ -22,7 +22,7 @@ class PrepareConfig(JobConfig):
     num_workers: int = Field(0, ge=0)  # workers that read and write; 0 = in this process, without Ray
 
     @property
-    def without_effect(self) -> frozenset[str]:
+    def operational(self) -> frozenset[str]:
         """When to stop, which changes no shard."""
         return frozenset({"max_corrupt_fraction"})
 

@@ -1,4 +1,4 @@
-"""Datasets: what their manifest says, and from shards to microbatches.
+"""Datasets: what their manifest says, and from shards to the streams' shares of a batch.
 
 On disk a dataset is `manifest.json` and Parquet shards with the columns `key`, `label`, `image` (the encoded bytes as
 they were), `width` and `height`; adopted shards have `label` and `image.bytes`, and lie where they were. A sample's id
@@ -122,11 +122,11 @@ def load_manifest(folder: str) -> Manifest:
     return found.model_copy(update={"folder": storage.resolve(folder)})
 
 
-# ------------------------------------------------------------------------------------------------- microbatches
+# ------------------------------------------------------------------------------------------------- shares of a batch
 
 
 @dataclass(frozen=True, eq=False)
-class Microbatch:
+class StreamShare:
     """One stream's share of a global batch, n = B/P rows."""
 
     stream: int
@@ -135,7 +135,7 @@ class Microbatch:
     labels: np.ndarray  # int64 [n]; -1 where the dataset has no classes
     samples: np.ndarray  # int64 [n], global row numbers: with the epoch, the keys of all randomness
     flips: np.ndarray  # bool [n], which rows are mirrored
-    replaced: np.ndarray  # bool [n], which rows show another row's image since their own cannot be decoded
+    undecodable: np.ndarray  # bool [n], which rows show another row's image, since their own cannot be decoded
 
 
 def batches(
@@ -150,10 +150,10 @@ def batches(
     split: str = "train",
     use_ray: bool = True,
     end: int | None = None,
-) -> Iterator[list[Microbatch]]:
+) -> Iterator[list[StreamShare]]:
     """This worker's share of every global batch from `position` (images seen) to `end` (None: without end).
 
-    Each list holds one microbatch for each of the worker's streams, in stream order. `flip` mirrors half of the
+    Each list holds one share for each of the worker's streams, in stream order. `flip` mirrors half of the
     images. Flips and crops depend on (seed, epoch, sample) alone. With `use_ray` a Ray Data pipeline fetches and
     decodes ahead; without, the same happens in this process.
 
@@ -165,7 +165,7 @@ def batches(
         raise ValueError(f"the order plan was made for other row groups than those of split={split!r}")
     order.locate(position)  # refuse it here rather than at the first batch
     order.open_bytes(world_size, image_size**2 * 3)  # likewise
-    read = _Reader(manifest, split, order.config.seed, image_size, crop, flip, order.rows_per_stream)
+    read = _Reader(manifest, split, order.seed, image_size, crop, flip, order.rows_per_stream)
     units = order.units(rank, world_size, position)
     if end is not None:
         last_step = order.locate(max(0, -(-end // order.batch_size) - 1) * order.batch_size)
@@ -173,7 +173,7 @@ def batches(
     if use_ray:
         row_bytes = image_size**2 * 3
         rows = min(READ_AHEAD_ROWS, READ_AHEAD_BYTES // row_bytes)
-        chunk = max(TASKS, rows // (order.config.window * max(order.row_group_sizes)))
+        chunk = max(TASKS, rows // (order.config.shuffle_row_groups * max(order.row_group_sizes)))
         blocks = stream(units, read, chunk, block_bytes=read.block_rows * row_bytes)
     else:
         blocks = (block for unit in units for block in read(unit))
@@ -183,28 +183,28 @@ def batches(
 
 def _assemble(
     blocks: Iterator[Block], order: OrderPlan, streams: range, steps: Iterator[tuple[int, int]]
-) -> Iterator[list[Microbatch]]:
+) -> Iterator[list[StreamShare]]:
     """Deal blocks to their streams, and take every step's rows from each; `steps` gives their epochs."""
     waiting = {number: _Waiting() for number in streams}
     for epoch, _ in steps:
-        microbatches = []
+        shares = []
         for number, rows in waiting.items():
             while rows.count < order.rows_per_stream:
                 block = next(blocks)
                 waiting[int(block["stream"][0])].add(block)
             taken = rows.take(order.rows_per_stream)
-            microbatches.append(
-                Microbatch(
+            shares.append(
+                StreamShare(
                     stream=number,
                     epoch=epoch,
                     images=taken["image"],
                     labels=taken["label"],
                     samples=taken["sample"],
                     flips=taken["flip"],
-                    replaced=taken["replaced"],
+                    undecodable=taken["undecodable"],
                 )
             )
-        yield microbatches
+        yield shares
 
 
 def read_images(manifest: Manifest, split: str, begin: int, end: int, image_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -292,7 +292,7 @@ class _Reader:
                 "label": np.empty(len(rows), np.int64),
                 "sample": self._first_samples[rows[:, 0]] + rows[:, 1],
                 "flip": np.zeros(len(rows), bool),
-                "replaced": np.zeros(len(rows), bool),
+                "undecodable": np.zeros(len(rows), bool),
                 "stream": np.full(len(rows), unit.stream),
             }
             for place, (group, row) in enumerate(rows.tolist()):
@@ -321,7 +321,7 @@ class _Reader:
             random_crop(image, self._image_size, rng, mirrored, out=block["image"][place])
         else:
             center_crop(image, self._image_size, mirrored, out=block["image"][place])
-        block["label"][place], block["flip"][place], block["replaced"][place] = label, mirrored, found != row
+        block["label"][place], block["flip"][place], block["undecodable"][place] = label, mirrored, found != row
 
     def _next_good(self, table: pa.Table, group: int, row: int) -> tuple[Image.Image, int]:
         """The first image from `row` on, around the row group, that can be decoded, and its row."""
@@ -330,6 +330,6 @@ class _Reader:
             try:
                 return decode(table["image"][found].as_py()), found
             except ValueError:
-                continue  # counted by the caller: the row is marked as replaced
+                continue  # counted by the caller: the row is marked as undecodable
         shard, place = self._places[group]
         raise ValueError(f"no image of row group {place} of {self._uris[shard]} can be decoded")

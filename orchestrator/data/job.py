@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from cluster.session import session
 from cluster.workers import map_items
 from orchestrator import storage
-from orchestrator.config import claim
+from orchestrator.config import check_or_write_config
 from orchestrator.data.config import PrepareConfig
 from orchestrator.data.crops import center_crop
 from orchestrator.data.dataset import Manifest, load_manifest
@@ -34,7 +34,7 @@ from orchestrator.data.sources import (
     open_source,
     read_label_map,
 )
-from orchestrator.data.sources.adoption import adopt
+from orchestrator.data.sources.registration import adopt
 from orchestrator.data.sources.staging import staged_source
 from orchestrator.order import Purpose, keyed_rng
 from orchestrator.pictures import captioned_grid_png
@@ -65,14 +65,14 @@ def prepare(config: PrepareConfig) -> Manifest:
         listing, layout = _find(config)
         if config.adopts(layout):
             manifest, findings = adopt(listing, config.name)
-            claim(output, config)
+            check_or_write_config(output, config)
             _finish(output, manifest, {"findings": _plain(findings)})
         else:
             with session(config.num_workers, shared=(config.path(""),)):
                 plan = _agree_on_plan(config, output, listing, layout)
                 facts = _write_shards(config, output, plan)
             _summarize(config, output, plan, facts)
-    claim(output, config)
+    check_or_write_config(output, config)
     if storage.exists(staged := storage.join(output, "staged")):
         storage.delete(f"{staged}/")
     return load_manifest(output)
@@ -143,7 +143,7 @@ def _open_source(config: PrepareConfig, listing: Listing, layout: Layout, output
     labels = read_label_map(config.path(config.labels)) if config.labels else None
     if layout == "parquet":
         manifest, _ = adopt(listing, config.name)
-        claim(output, config)
+        check_or_write_config(output, config)
         source = staged_source(listing, manifest, storage.join(output, "staged"), config.num_workers)
     else:
         source = open_source(layout, listing, labels, config.num_workers)
@@ -155,11 +155,11 @@ def _agree_on_plan(config: PrepareConfig, output: str, listing: Listing, layout:
     digest = listing.digest()
     if (found := read_plan(output)) is None:
         source = _open_source(config, listing, layout, output)
-        claim(output, config)
+        check_or_write_config(output, config)
         order = _order(source, config)
         found = make_plan(source, digest, order, config.resolution)
         write_plan(output, found, source, order)
-    claim(output, config)
+    check_or_write_config(output, config)
     if found.digest != digest:
         raise ValueError(
             f"{output} was begun from a source that has changed since ({len(listing.names):,} objects now, of other "
@@ -275,7 +275,7 @@ def _class_counts(classes: tuple[str, ...], facts: list[Facts]) -> dict[str, Any
 def _finish(output: str, manifest: Manifest, report: dict[str, Any]) -> None:
     """The manifest comes last."""
     storage.write_json(storage.join(output, "report.json"), report)
-    storage.create_bytes(storage.join(output, "manifest.json"), storage.json_bytes(manifest.model_dump(mode="json")))
+    storage.put_if_absent(storage.join(output, "manifest.json"), storage.json_bytes(manifest.model_dump(mode="json")))
 
 
 def _plain(findings: Findings) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def write_plan(output: str, plan: Plan, source: Source, order: dict[str, np.ndar
             chosen = rows[begin : begin + shard.num_images]
             writer.write_table(source.index.take(chosen), row_group_size=len(chosen))
             begin += len(chosen)
-    storage.create_bytes(storage.join(output, "index.json"), storage.json_bytes(plan.model_dump(mode="json")))
+    storage.put_if_absent(storage.join(output, "index.json"), storage.json_bytes(plan.model_dump(mode="json")))
 
 
 def read_plan(output: str) -> Plan | None:

@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from orchestrator.config import JobConfig
-from orchestrator.cost import PriceConfig
+from orchestrator.cost import CostConfig
 
 
 class EvaluationConfig(JobConfig):
@@ -18,7 +18,7 @@ class EvaluationConfig(JobConfig):
     image_size: int | None = Field(None, gt=0)  # pixels of the reference's images, and of image files; None: samples'
     neighbour_samples: int = Field(50_000, gt=3)  # at most so many serve precision and the like, as in ADM
     neighbour_references: int = Field(10_000, gt=5)  # at most so many reference images likewise
-    copies: int = Field(1_000, ge=0)  # samples compared with every training image pixel by pixel; 0 = none
+    num_memorization_samples: int = Field(1_000, ge=0)  # compared with every training image pixel by pixel
     num_workers: int = Field(1, ge=0)  # feature workers; 0 = in this process, without Ray
     num_gpus: float = Field(0.0, ge=0)  # GPUs for each feature worker
-    price: PriceConfig = PriceConfig()
+    cost: CostConfig = CostConfig()

@@ -84,7 +84,7 @@ class FeatureFiles:
             return self.pool(rows)
         uri = storage.join(self.folder, f"pool-of-{limit}.safetensors")
         if not storage.exists(uri):
-            storage.create_bytes(uri, safetensors.numpy.save({"pool": self.pool(rows)}))
+            storage.put_if_absent(uri, safetensors.numpy.save({"pool": self.pool(rows)}))
         return safetensors.numpy.load(storage.read_bytes(uri))["pool"]
 
     def labels(self) -> np.ndarray:
@@ -148,7 +148,7 @@ def _make_extraction(images: ImageSet, folder: str, extractor: LoadExtractor) ->
         arrays = {"pool": features.pool, "spatial": features.spatial, "logits": features.logits}
         found = {name: array for name, array in arrays.items() if array is not None}
         data = safetensors.numpy.save(found | {"labels": labels.astype(np.int64)})
-        storage.create_bytes(storage.join(folder, _block_name(*block)), data)
+        storage.put_if_absent(storage.join(folder, _block_name(*block)), data)
 
     return work
 

@@ -140,7 +140,7 @@ def digits_extractor(reference: str, folder: str, seed: int, image_size: int) ->
             np.concatenate([labels for _, labels in parts]),
             seed,
         )
-        storage.create_bytes(uri, safetensors.torch.save(dict(network.state_dict())))
+        storage.put_if_absent(uri, safetensors.torch.save(dict(network.state_dict())))
     data = storage.read_bytes(uri)
     network = DigitsNetwork.from_state_dict(safetensors.torch.load(data))
     return LoadedExtractor(network, f"digits-{hashlib.sha256(data).hexdigest()[:12]}", network.held_out_accuracy)

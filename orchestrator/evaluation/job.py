@@ -8,15 +8,15 @@ from typing import Any
 from cluster.session import session
 from models.features import DigitsNetwork
 from orchestrator import storage
-from orchestrator.config import claim
+from orchestrator.config import check_or_write_config
 from orchestrator.cost import extraction_cost, priced
 from orchestrator.data.dataset import load_manifest
 from orchestrator.evaluation.config import EvaluationConfig
-from orchestrator.evaluation.copies import nearest_training_pixels
 from orchestrator.evaluation.extraction import EXTRACTOR_BATCH, extract_all
 from orchestrator.evaluation.extractors import LoadedExtractor, LoadExtractor, extractor_loader
 from orchestrator.evaluation.inputs import ImageSet, image_size_of, open_images, split_images
 from orchestrator.evaluation.measurement import Limits, Measurement, describe, measure_files
+from orchestrator.evaluation.memorization import nearest_training_pixels
 from orchestrator.evaluation.page import evaluation_page
 from orchestrator.evaluation.references import Reference, open_reference
 from orchestrator.tracking import tracked
@@ -36,7 +36,7 @@ def evaluate(config: EvaluationConfig) -> str:
     _check_reference(config, images)
     loader = _loader(config, images)
     loaded = loader()
-    claim(output, config, samples=images.identity, extractor=loaded.fingerprint, extractor_weights=None)
+    check_or_write_config(output, config, samples=images.identity, extractor=loaded.fingerprint, extractor_weights=None)
     report_uri = storage.join(output, "report.json")
     if storage.exists(report_uri):
         print(f"{output} is complete: {images.count:,} samples measured")
@@ -59,7 +59,7 @@ def evaluate(config: EvaluationConfig) -> str:
         for name, picture in pictures.items():
             tracker.picture(f"{name}.png", picture)
     storage.write_bytes(storage.join(output, "report.html"), page.encode())
-    storage.create_bytes(report_uri, storage.json_bytes(report))
+    storage.put_if_absent(report_uri, storage.json_bytes(report))
     _print(measured)
     print(report_uri)
     return report_uri
@@ -73,7 +73,7 @@ def plan(config: EvaluationConfig) -> str:
         network = _loader(config, images)().network
         dimension, name = network.dimension, network.name
         cost = extraction_cost(network, image_size_of(images), images.count, EXTRACTOR_BATCH)
-        price = [priced(cost, config.price, config.num_workers, half=False)]
+        price = [priced(cost, config.cost, config.num_workers, half=False)]
     held = images.count + min(images.count, config.neighbour_samples) + config.neighbour_references
     size = held * dimension * 4 / 2**30
     reference = config.path(config.reference)
@@ -171,7 +171,7 @@ def _report(
 def _pixel_distances(config: EvaluationConfig, images: ImageSet) -> dict[str, list[float]]:
     """For samples, and for held-out real images where there are some: the distance to the nearest training image."""
     uri = config.path(config.reference)
-    if uri.endswith(".npz") or not config.copies:
+    if uri.endswith(".npz") or not config.num_memorization_samples:
         return {}
     size = _image_size(config, images)
     training = split_images(uri, "train", size)
@@ -179,7 +179,8 @@ def _pixel_distances(config: EvaluationConfig, images: ImageSet) -> dict[str, li
     if "validation" in load_manifest(uri).splits:
         asked["held_out"] = split_images(uri, "validation", size)
     return {
-        name: nearest_training_pixels(some, config.copies, training, config.num_workers) for name, some in asked.items()
+        name: nearest_training_pixels(some, config.num_memorization_samples, training, config.num_workers)
+        for name, some in asked.items()
     }
 
 

@@ -19,8 +19,8 @@ from models.likelihood import bits_per_dim, interpolate, progressive_coding, pro
 from models.metrics import mean_estimate
 from models.samplers import ddpm
 from orchestrator import storage
-from orchestrator.config import JobConfig, claim
-from orchestrator.cost import PriceConfig, priced, sampling_cost
+from orchestrator.config import JobConfig, check_or_write_config
+from orchestrator.cost import CostConfig, priced, sampling_cost
 from orchestrator.data.dataset import Manifest, load_manifest, read_images
 from orchestrator.evaluation.measurement import describe
 from orchestrator.order import Purpose, index_rng
@@ -50,7 +50,7 @@ class LikelihoodConfig(JobConfig):
     interpolation_depths: tuple[int, ...] = (250, 500, 750)  # chain indices of the encodings that are mixed
     num_workers: int = Field(1, ge=0)  # workers; 0 = in this process, without Ray
     num_gpus: float = Field(0.0, ge=0)  # GPUs for each worker
-    price: PriceConfig = PriceConfig()
+    cost: CostConfig = CostConfig()
 
 
 class Bound(NamedTuple):
@@ -88,7 +88,7 @@ def estimate(config: LikelihoodConfig) -> str:
     output, manifest = config.path(config.output), load_manifest(config.path(config.dataset))
     network = load_network(config.path(config.weights))
     _check(config, network, manifest)
-    claim(output, config, weights=network.sha256)
+    check_or_write_config(output, config, weights=network.sha256)
     report_uri = storage.join(output, "likelihood.json")
     if storage.exists(report_uri):
         print(f"{output} is complete: {storage.read_json(report_uri)['bits_per_dim']['value']:.3f} bits/dim")
@@ -114,7 +114,7 @@ def estimate(config: LikelihoodConfig) -> str:
                 tracker.picture(item.name, storage.read_bytes(storage.join(output, item.name)))
         tracker.metrics({"bits_per_dim": report["bits_per_dim"]["value"]})
         tracker.record("likelihood.json", report)
-    storage.create_bytes(report_uri, storage.json_bytes(report))
+    storage.put_if_absent(report_uri, storage.json_bytes(report))
     low, high = report["bits_per_dim"]["interval"]
     print(f"{report['bits_per_dim']['value']:.4f} bits/dim, 95% interval {low:.4f} to {high:.4f}: {report_uri}")
     return report_uri
@@ -133,7 +133,7 @@ def plan(config: LikelihoodConfig) -> str:
             f"writes  {config.path(config.output)}: terms of the bound, pictures, likelihood.json",
             priced(
                 sampling_cost(network.architecture, evaluations, count, config.batch_size, half=False),
-                config.price,
+                config.cost,
                 config.num_workers,
                 half=False,
             ),
@@ -241,6 +241,6 @@ def make_worker(config: LikelihoodConfig) -> Callable[[Bound | Picture], None]:
             data = bound(item)
         else:
             data = progressive(item) if item.kind == "progressive" else interpolation(item)
-        storage.create_bytes(storage.join(output, item.name), data)
+        storage.put_if_absent(storage.join(output, item.name), data)
 
     return work

@@ -32,15 +32,15 @@ from models.metrics import (
     expand_frechet,
     frechet_estimate,
     inception_score,
-    inception_score_classic,
+    inception_score_10split,
     kid,
     moments,
     proportion_estimate,
     softmax,
 )
 from models.neighbours import shares
-from orchestrator.evaluation.copies import nearest_training_features
 from orchestrator.evaluation.extraction import FeatureFiles, Labelled, chosen
+from orchestrator.evaluation.memorization import nearest_training_features
 from orchestrator.evaluation.references import Reference
 
 NEIGHBOURS = 3  # k of precision and recall; a class with fewer rows has none
@@ -105,7 +105,7 @@ def class_scores(logits: np.ndarray, labels: np.ndarray, num_classes: int, name:
     probabilities = softmax(logits)
     found = {metric_name("inception_score", name): inception_score(probabilities)}
     if len(probabilities) >= 10:
-        found[metric_name("inception_score_classic", name)] = inception_score_classic(probabilities)
+        found[metric_name("inception_score_10split", name)] = inception_score_10split(probabilities)
     if num_classes == logits.shape[1] and labels.min() >= 0:
         found["accuracy"] = proportion_estimate(logits.argmax(axis=1) == labels)
     return found

@@ -39,7 +39,7 @@ ABOUT = {
     "inception_score": About(
         "higher", "exp of the mean KL(p(y|x) ‖ p(y)), splits of 5,000 in order.", "metrics.inception_score"
     ),
-    "inception_score_classic": About("higher", "The same over 10 shuffled splits.", "metrics.inception_score_classic"),
+    "inception_score_10split": About("higher", "The same over 10 shuffled splits.", "metrics.inception_score_10split"),
     "kid": About("lower", "Kernel distance (x·y/D + 1)³, unbiased at any n.", "metrics.kid"),
     "accuracy": About(
         "higher", "Share that the extractor takes for the class asked for.", "metrics.proportion_estimate"

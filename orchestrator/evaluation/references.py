@@ -62,7 +62,7 @@ def _kept_statistics(files: FeatureFiles, num_workers: int) -> tuple[dict[ArrayN
             names.append("spatial")
         formed = {name: files.moments(name, num_workers) for name in names}
         arrays = {f"{name}.{part}": getattr(m, part) for name, m in formed.items() for part in ("mean", "m2")}
-        storage.create_bytes(uri, safetensors.numpy.save(arrays | {"labels": files.labels()}))
+        storage.put_if_absent(uri, safetensors.numpy.save(arrays | {"labels": files.labels()}))
     arrays = safetensors.numpy.load(storage.read_bytes(uri))
     if (n := len(arrays["labels"])) != files.count:
         raise ValueError(f"{uri} is of {n} images, but there are {files.count}: delete it, and it is formed again")

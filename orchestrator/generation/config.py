@@ -8,7 +8,7 @@ from models.guidance import GuidanceConfig
 from models.images import Rounding
 from models.samplers import SamplerConfig
 from orchestrator.config import JobConfig
-from orchestrator.cost import PriceConfig
+from orchestrator.cost import CostConfig
 from orchestrator.generation.recipes import recommended, winner
 
 
@@ -19,7 +19,7 @@ class GenerationConfig(JobConfig):
     ema: str | None = None  # which of a run's weights, as "ema-0.9999"; None = the newest file
     classifier: str | None = None  # the noisy classifier that guides, likewise
     upsampler: str | None = None  # a second stage that enlarges the samples (ADM-U), likewise; both are kept
-    like: str | None = None  # a released model's name: start from its published sampler, steps and guidance
+    recipe: str | None = None  # a released model's name: start from its published sampler, steps and guidance
     from_search: str | None = None  # a search.json: start from its winner's setting, weights and classifier
     output: str  # the samples' folder; enlarged ones lie in upsampled/ beneath it
     num_samples: int = Field(50_000, gt=0)  # images
@@ -40,7 +40,7 @@ class GenerationConfig(JobConfig):
     num_workers: int = Field(1, ge=0)  # sampling workers; 0 = in this process, without Ray
     num_gpus: float = Field(0.0, ge=0)  # GPUs for each worker
     num_threads: int = Field(1, gt=0)  # CPU threads of each worker
-    price: PriceConfig = PriceConfig()
+    cost: CostConfig = CostConfig()
     mixed_platforms: bool = False  # let workers of another kind of device or software join: pixels may then differ
 
     @model_validator(mode="after")
@@ -56,9 +56,9 @@ class GenerationConfig(JobConfig):
         return self
 
     def starting_from(self, preset: Self) -> Self:
-        """`preset` as --like and --from-search change it; what stands on the command line comes after them."""
-        if self.like is not None:
-            preset = preset.model_copy(update=recommended(self.like))
+        """`preset` as --recipe and --from-search change it; what stands on the command line comes after them."""
+        if self.recipe is not None:
+            preset = preset.model_copy(update=recommended(self.recipe))
         if self.from_search is not None:
             preset = preset.model_copy(update=winner(self.path(self.from_search)))
         return preset

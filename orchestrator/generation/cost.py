@@ -25,7 +25,7 @@ class Outline(NamedTuple):
 
 def price(config: GenerationConfig, images: int) -> list[str]:
     """Lines for people: what `images` images read, write and cost, with the assumptions."""
-    base = outline(config, config.weights, config.like)
+    base = outline(config, config.weights, config.recipe)
     classifier = outline(config, config.classifier) if config.classifier else None
     upsampler = outline(config, config.upsampler) if config.upsampler else None
     networks = [network for network in (base, classifier, upsampler) if network]
@@ -37,17 +37,17 @@ def price(config: GenerationConfig, images: int) -> list[str]:
         *([f"        not there yet: {', '.join(absent)}"] if absent else []),
         f"writes  {written / 1e9:,.3g} GB at most",
         *(
-            priced(cost, config.price, config.num_workers, half)
+            priced(cost, config.cost, config.num_workers, half)
             for cost in costs(config, images, base, classifier, upsampler)
         ),
     ]
 
 
-def outline(config: GenerationConfig, path: str, like: str | None = None) -> Outline:
+def outline(config: GenerationConfig, path: str, recipe: str | None = None) -> Outline:
     """Of a released file by its name alone, so that it need not be there yet; of others from their file."""
     uri = config.path(path)
     if uri.endswith(".pt"):
-        entry = released_entry(uri, like)
+        entry = released_entry(uri, recipe)
         return Outline(uri, entry.network, entry.diffusion.num_timesteps)
     network = load_network(uri)
     return Outline(uri, network.architecture, network.diffusion.num_timesteps)
@@ -65,6 +65,6 @@ def costs(
         if upsampler is not None:
             enlarging = sampling_evaluations(config.upsampling, UNGUIDED, upsampler.num_timesteps)
             found.append(sampling_cost(upsampler.architecture, enlarging, images, batch, half))
-        if all(fits(cost, config.price) for cost in found):
+        if all(fits(cost, config.cost) for cost in found):
             break
     return found

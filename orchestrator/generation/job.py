@@ -26,21 +26,21 @@ from orchestrator.generation.samples import (
     Shard,
     check_run,
     check_shard,
-    claim_run,
     encode_rows,
     is_finished,
     list_shards,
     pixel_hashes,
     put_shard,
+    quarantine_shard,
     read_range,
-    set_aside,
     shards_of,
     write_manifest,
+    write_run,
 )
 from orchestrator.generation.sampling import (
     Networks,
     canonical_batch,
-    decisive,
+    fingerprint,
     load_networks,
     make_batch,
     noise_plan,
@@ -70,7 +70,7 @@ def generate(config: GenerationConfig) -> str:
         ItemsFailed: some shards failed; all others are written.
     """
     output, folders = config.path(config.output), folders_of(config)
-    wanted = decisive(config, load_networks(config, "cpu"))
+    wanted = fingerprint(config, load_networks(config, "cpu"))
     for folder in folders:
         check_run(folder, wanted)
     if config.indices:
@@ -248,7 +248,7 @@ def _make_sampler(config: GenerationConfig) -> _Sampler:
     """
     device = prepare_device(config)
     networks = load_networks(config, device)
-    here, wanted = platform(device), decisive(config, networks)
+    here, wanted = platform(device), fingerprint(config, networks)
     modules = [network.module for network in networks[:3] if network]
     for module in modules:
         if device.type == "cuda":  # on CPUs it makes GroupNorm slower
@@ -256,11 +256,11 @@ def _make_sampler(config: GenerationConfig) -> _Sampler:
     for folder in folders_of(config):
         if check_run(folder, wanted) is None:
             chosen = config.batch_size or canonical_batch(config, networks, device)
-            claim_run(folder, wanted | {"batch_size": chosen}, here, _record(config))
+            write_run(folder, wanted | {"batch_size": chosen}, here, _record(config))
         run = check_run(folder, wanted, None if config.mixed_platforms else here)  # perhaps another worker's
         assert run is not None
         config = config.model_copy(update={"batch_size": run["config"]["batch_size"]})
-        wanted = decisive(config, networks)
+        wanted = fingerprint(config, networks)
     if config.compile:
         for module in modules:
             module.compile()
@@ -310,7 +310,7 @@ def _verify(folder: str, shard: Shard) -> tuple[str | None, str]:
     try:
         return check_shard(folder, shard), ""
     except DamagedShard as error:
-        set_aside(folder, shard)
+        quarantine_shard(folder, shard)
         return None, str(error)
 
 

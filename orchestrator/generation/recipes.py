@@ -19,9 +19,9 @@ def recommended(name: str) -> dict[str, Any]:
     entry = zoo.entry(name)
     if not entry.recipes or entry.checkpoint is None or entry.network.kind == "classifier":
         known = [other for other, found in zoo.ZOO.items() if found.recipes and found.checkpoint]
-        raise ValueError(f"like={name!r}: nothing is published on how to sample it; there is for {', '.join(known)}")
+        raise ValueError(f"recipe={name!r}: nothing is published on how to sample it; there is for {', '.join(known)}")
     if entry.network.low_res_size:
-        raise ValueError(f"like={name!r} is an upsampler: name the model whose samples it enlarges")
+        raise ValueError(f"recipe={name!r} is an upsampler: name the model whose samples it enlarges")
     recipe = entry.recipes[0]
     return {
         "output": f"{name}/samples",

@@ -88,10 +88,10 @@ def check_run(folder: str, wanted: dict[str, Any], platform: dict[str, Any] | No
     return run
 
 
-def claim_run(folder: str, config: dict[str, Any], platform: dict[str, Any], record: dict[str, Any]) -> None:
+def write_run(folder: str, config: dict[str, Any], platform: dict[str, Any], record: dict[str, Any]) -> None:
     """Write run.json unless there is one: what decides the samples, where they were made, and what is only noted."""
     run = {"format_version": FORMAT_VERSION, "config": config, "platform": platform, "record": record}
-    storage.create_bytes(storage.join(folder, "run.json"), storage.json_bytes(run))
+    storage.put_if_absent(storage.join(folder, "run.json"), storage.json_bytes(run))
 
 
 def read_run(folder: str) -> dict[str, Any]:
@@ -124,7 +124,9 @@ def put_shard(folder: str, shard: Shard, rows: pa.Table, replace: bool = False) 
     pq.write_table(rows, buffer, compression="none")  # PNG does not compress again
     if replace:
         storage.write_bytes(shard.uri(folder), buffer.getvalue())
-    elif not storage.create_bytes(shard.uri(folder), buffer.getvalue()) and check_shard(folder, shard) != _digest(rows):
+    elif not storage.put_if_absent(shard.uri(folder), buffer.getvalue()) and check_shard(folder, shard) != _digest(
+        rows
+    ):
         raise RuntimeError(f"{shard.uri(folder)} was written meanwhile, with other pixels than were drawn here")
     return _digest(rows)
 
@@ -148,9 +150,9 @@ def check_shard(folder: str, shard: Shard) -> str | None:
     return _digest(rows)
 
 
-def set_aside(folder: str, shard: Shard) -> None:
+def quarantine_shard(folder: str, shard: Shard) -> None:
     """Keep the bytes of a damaged shard under damaged/, before it is made again."""
-    storage.create_bytes(storage.join(folder, "damaged", shard.name), storage.read_bytes(shard.uri(folder)))
+    storage.put_if_absent(storage.join(folder, "damaged", shard.name), storage.read_bytes(shard.uri(folder)))
 
 
 def _read_rows(uri: str) -> pa.Table:
@@ -191,7 +193,7 @@ def write_manifest(folder: str, digests: dict[Shard, str]) -> None:
         for shard, digest in sorted(digests.items())
     ]
     manifest = {"format_version": FORMAT_VERSION, "num_samples": max(digests).end, "shards": shards}
-    storage.create_bytes(storage.join(folder, "manifest.json"), storage.json_bytes(manifest))
+    storage.put_if_absent(storage.join(folder, "manifest.json"), storage.json_bytes(manifest))
 
 
 def is_finished(folder: str) -> bool:

@@ -30,10 +30,10 @@ NEARLY = 0.95  # a batch is as fast as the fastest from this share of its rate o
 
 
 # Where something lies, and how many hands make it, decides no pixel. Weights count by their hashes.
-_UNDECISIVE = {
-    "store", "dry_run", "output", "weights", "ema", "classifier", "upsampler", "like", "from_search", "indices",
+_OPERATIONAL = {
+    "store", "dry_run", "output", "weights", "ema", "classifier", "upsampler", "recipe", "from_search", "indices",
     "export", "export_to", "num_workers", "num_gpus", "num_threads", "mixed_platforms",
-    "price",
+    "cost",
 }  # fmt: skip
 
 
@@ -62,16 +62,16 @@ def load_networks(config: GenerationConfig, device: torch.device | str) -> Netwo
         ValueError: they do not fit each other.
     """
 
-    def load(path: str | None, like: str | None = None) -> Network | None:
-        return load_network(config.path(path), device, like if path.endswith(".pt") else None) if path else None
+    def load(path: str | None, recipe: str | None = None) -> Network | None:
+        return load_network(config.path(path), device, recipe if path.endswith(".pt") else None) if path else None
 
     weights = config.path(config.weights)
     model = load_network(
         latest_weights(weights, config.ema) if config.ema else weights,
         device,
-        config.like if weights.endswith(".pt") else None,
+        config.recipe if weights.endswith(".pt") else None,
     )
-    recipes = zoo.entry(config.like).recipes if config.like else ()
+    recipes = zoo.entry(config.recipe).recipes if config.recipe else ()
     classifier = load(config.classifier, recipes[0].classifier if recipes else None)
     upsampler = load(config.upsampler)
     size = model.architecture.image_size
@@ -88,11 +88,11 @@ def load_networks(config: GenerationConfig, device: torch.device | str) -> Netwo
     return Networks(model, classifier, upsampler, read_labels(config.labels, classes, config.seed, config.path))
 
 
-def decisive(config: GenerationConfig, networks: Networks) -> dict[str, Any]:
+def fingerprint(config: GenerationConfig, networks: Networks) -> dict[str, Any]:
     """All that decides the samples, but for the platform; B only where the config says it."""
     unused = {"batch_size"} if not config.batch_size else set()
     unused |= {"upsampling"} if not config.upsampler else set()
-    chosen = config.model_dump(mode="json", exclude=_UNDECISIVE | unused)
+    chosen = config.model_dump(mode="json", exclude=_OPERATIONAL | unused)
     stages = {"weights": networks.weights, "classifier": networks.classifier, "upsampler": networks.upsampler}
     hashes = {name: network.sha256 if network else None for name, network in stages.items()}
     labels = {"labels": networks.labels.sha256 or config.labels}

@@ -59,16 +59,16 @@ def _stages(config: QuickstartConfig, preview: bool = False) -> Iterator[Stage]:
     workers = ["--num-workers", str(config.num_workers)]
     count = ["--num-samples", str(config.num_samples)]
     yield "prepare", ["jobs/prepare_dataset.py", "digits"]
-    yield "train", ["jobs/train_adm.py", "digits", "--images", str(config.images), *workers]
-    classifier = ["--images", str(config.classifier_images), *workers]
+    yield "train", ["jobs/train_adm.py", "digits", "--total-images", str(config.total_images), *workers]
+    classifier = ["--total-images", str(config.classifier_total_images), *workers]
     yield "train_classifier", ["jobs/train_classifier.py", "digits", *classifier]
-    settings = len(config.scales) * len(config.steps)  # all at once
-    space = ["--space.scales", *map(str, config.scales), "--space.num-steps", *map(str, config.steps)]
+    settings = len(config.scales) * len(config.num_steps)  # all at once
+    space = ["--space.scales", *map(str, config.scales), "--space.num-steps", *map(str, config.num_steps)]
     space += ["--space.samplers", "ddpm", "--space.no-continuous"]
     race = ["--rungs", *map(str, config.rungs), "--trials", str(settings), "--round-size", str(settings)]
     race += ["--finalists", "1"]
     yield "search", ["jobs/tune_guidance.py", "digits", *space, *race, *workers]
-    scale, steps = (1.0, config.steps[0]) if preview else _winner(os.environ["ADMIRAL_STORE"])
+    scale, steps = (1.0, config.num_steps[0]) if preview else _winner(os.environ["ADMIRAL_STORE"])
     for name, guidance in (("guided", scale), ("unguided", 0.0)):
         sampling = ["--sampler.num-steps", str(steps), "--guidance.scale", str(guidance)]
         output = ["--output", f"digits/{name}"]

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from orchestrator.config import JobConfig
-from orchestrator.cost import PriceConfig
+from orchestrator.cost import CostConfig
 from orchestrator.evaluation.extractors import LoadExtractor, extractor_loader
 from orchestrator.generation.config import GenerationConfig
 from orchestrator.search.objectives import EVALUATIONS, Constraint
@@ -62,7 +62,7 @@ class SearchConfig(JobConfig):
     neighbour_references: int = Field(10_000, gt=5)  # at most so many reference images serve metrics of pairs
     num_workers: int = Field(1, ge=0)  # sampling workers, shared by all trials; 0 = in this process, without Ray
     num_gpus: float = Field(0.0, ge=0)  # GPUs for each worker
-    price: PriceConfig = PriceConfig()  # what --dry-run counts with
+    cost: CostConfig = CostConfig()  # what --dry-run counts with
 
     @model_validator(mode="after")
     def _check(self) -> "SearchConfig":

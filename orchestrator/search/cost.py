@@ -10,7 +10,7 @@ from models.costs import sampling_evaluations, sampling_flops
 from models.unet import Architecture
 from orchestrator.cost import GUIDED_SAMPLING, Cost, gpu_seconds
 from orchestrator.search.config import Limit, SearchConfig
-from orchestrator.search.race import Heat
+from orchestrator.search.halving import Heat
 from orchestrator.search.space import Setting
 
 
@@ -99,7 +99,7 @@ def expected_costs(
 
     def expectation(samples: float, evaluations: float, flops_per_image: float) -> Expectation:
         cost = Cost(int(samples), flops_per_image, {}, GUIDED_SAMPLING, "")
-        seconds = gpu_seconds(cost, config.price, half=config.dtype != "float32")
+        seconds = gpu_seconds(cost, config.cost, half=config.dtype != "float32")
         return Expectation(samples, samples * evaluations, seconds / 3600)
 
     return (

@@ -8,17 +8,17 @@ from cluster.session import session
 from cluster.tuner import run_rounds
 from cluster.workers import pool
 from orchestrator import storage
-from orchestrator.config import claim
-from orchestrator.cost import GUIDED_SAMPLING, PriceConfig
+from orchestrator.config import check_or_write_config
+from orchestrator.cost import GUIDED_SAMPLING, CostConfig
 from orchestrator.generation.cost import outline
 from orchestrator.generation.sampling import NUMERICS_VERSION, Networks, load_networks
-from orchestrator.search.answer import conclude, summary
 from orchestrator.search.config import Limit, SearchConfig, space_of
 from orchestrator.search.cost import Costs, expected_costs
-from orchestrator.search.heats import make_worker, read_outcome, record_uri, reference_of, run_heat, samples_picture
+from orchestrator.search.evaluator import make_worker, read_outcome, record_uri, reference_of, run_heat, samples_picture
+from orchestrator.search.halving import Heat, Outcome, Race, Rules
 from orchestrator.search.objectives import EVALUATIONS, Objective
 from orchestrator.search.pictures import write_pictures
-from orchestrator.search.race import Heat, Outcome, Race, Rules
+from orchestrator.search.result import conclude, summary
 from orchestrator.search.space import Proposer, Space
 from orchestrator.tracking import Tracker, tracked
 
@@ -35,7 +35,7 @@ def search(config: SearchConfig) -> str:
     output = config.path(config.output)
     networks = {path: load_networks(config.generation(path, config.seed), "cpu") for path in config.weights}
     space = space_of(config, min(found.weights.diffusion.num_timesteps for found in networks.values()))
-    image_size = _claim(config, networks)
+    image_size = _check_or_write_config(config, networks)
     answer_uri = storage.join(output, "search.json")
     if storage.exists(answer_uri):
         answer = storage.read_json(answer_uri)
@@ -60,7 +60,7 @@ def search(config: SearchConfig) -> str:
     return answer_uri
 
 
-def _claim(config: SearchConfig, networks: dict[str, Networks]) -> int:
+def _check_or_write_config(config: SearchConfig, networks: dict[str, Networks]) -> int:
     """Hold the output folder to this search, or claim it; answer the images' size in pixels.
 
     Raises:
@@ -81,7 +81,8 @@ def _claim(config: SearchConfig, networks: dict[str, Networks]) -> int:
         "numerics_version": NUMERICS_VERSION,
     }
     # With a larger budget the search goes on where it stopped with a smaller one.
-    claim(config.path(config.output), config.model_copy(update={"budget": None, "price": PriceConfig()}), **facts)
+    bound = config.model_copy(update={"budget": None, "cost": CostConfig()})
+    check_or_write_config(config.path(config.output), bound, **facts)
     return size
 
 
@@ -170,7 +171,7 @@ def plan(config: SearchConfig) -> str:
             f"tries   up to {config.trials} settings of a grid of {len(space.grid())}{between}",
             f"work    expected  {likely}",
             f"        at worst  {worst}",
-            f"assumed {config.price.utilization or GUIDED_SAMPLING.share:.0%} of an {config.price.card}'s peak "
-            f"({'--price.utilization' if config.price.utilization else GUIDED_SAMPLING.source})",
+            f"assumed {config.cost.utilization or GUIDED_SAMPLING.share:.0%} of an {config.cost.card}'s peak "
+            f"({'--cost.mfu' if config.cost.utilization else GUIDED_SAMPLING.source})",
         ]
     )

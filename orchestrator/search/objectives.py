@@ -8,7 +8,7 @@ import numpy as np
 from models.features import Features
 from models.manifolds import realism
 from models.metrics import MIN_INTERVAL_RATIO, Gaussian, Moments, kid_scores, softmax
-from models.racing import KID_ROWS, frechet_criteria, inception_criteria, recall_criteria, share_criteria
+from models.paired_tests import KID_ROWS, frechet_criteria, inception_criteria, recall_criteria, share_criteria
 from orchestrator.evaluation.extraction import ArrayName, Labelled
 from orchestrator.evaluation.measurement import metric_name
 
@@ -57,7 +57,7 @@ class Held(NamedTuple):
 
 
 def criteria(objective: Objective, made: Labelled, held: Held, evaluations: int) -> np.ndarray:
-    """Scores [c, n] of the samples by an objective, as `models.racing` has them: less is better, all must agree."""
+    """Return scores [c, n] of the samples by an objective: less is better, all criteria must agree."""
     kind, features, n = objective.kind, made.features, len(made.labels)
     if kind == EVALUATIONS:
         return np.full((1, n), float(evaluations))

@@ -11,10 +11,10 @@ from models.guidance import WHOLE_CHAIN
 from orchestrator import storage
 from orchestrator.evaluation.measurement import metric_name
 from orchestrator.pictures import COLOURS, figure_png, grid_png, subplots
-from orchestrator.search.answer import front_names
 from orchestrator.search.config import SearchConfig
-from orchestrator.search.heats import first_images
+from orchestrator.search.evaluator import first_images
 from orchestrator.search.objectives import EVALUATIONS
+from orchestrator.search.result import front_names
 from orchestrator.search.space import Setting
 from orchestrator.tracking import Tracker
 

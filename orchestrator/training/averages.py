@@ -18,7 +18,7 @@ def average(config: AverageConfig) -> str:
         ValueError: the run kept no power-function averages, none at `images`, or too few to come near the length.
     """
     output = _output(config)
-    run, chosen = config.path(config.run), _chosen(config)
+    run, chosen = config.path(config.weights), _chosen(config)
     about = [weights_about(uri) for _, _, uri in chosen]
     kept = [Profile(a["training"]["updates"], sigma_rel) for a, (_, sigma_rel, _) in zip(about, chosen, strict=True)]
     wanted = Profile(kept[-1].updates, config.sigma_rel)
@@ -26,7 +26,7 @@ def average(config: AverageConfig) -> str:
     if off > WORST_PROFILE:
         raise ValueError(
             f"sigma_rel={config.sigma_rel}: the {len(chosen)} snapshots in {run} only come within {off:.0%} of it; "
-            "take a length nearer to those of power_emas, or train with a smaller snapshot_images"
+            "take a length nearer to those of power_emas, or train with a smaller snapshot_every"
         )
     network = load_network(chosen[-1][2])
     total = {name: 0.0 * tensor.double() for name, tensor in network.module.state_dict().items()}
@@ -48,7 +48,7 @@ def plan(config: AverageConfig) -> str:
 
 def _chosen(config: AverageConfig) -> list[tuple[int, float, str]]:
     """The snapshots up to the wanted moment, oldest first."""
-    run = config.path(config.run)
+    run = config.path(config.weights)
     found = power_snapshots(run)
     if not found:
         raise ValueError(f"{run} keeps no power-function averages: train with power_emas, such as 0.05 0.1")
@@ -65,4 +65,4 @@ def _output(config: AverageConfig) -> str:
         return config.path(config.output)
     images = _chosen(config)[-1][0]
     name = f"images-{images:012d}-{config.sigma_rel:g}.safetensors"
-    return storage.join(config.path(config.run), "weights", "posthoc", name)
+    return storage.join(config.path(config.weights), "weights", "posthoc", name)

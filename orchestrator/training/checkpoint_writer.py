@@ -51,7 +51,7 @@ class CheckpointWriter:
         if not self._settled(math.inf if wait else PATIENCE_SECONDS):
             log.warning(
                 "no checkpoint at %d images: the one before is still being written after %g s; "
-                "raise checkpoint_images, or look at the storage",
+                "raise checkpoint_every, or look at the storage",
                 state.position,
                 PATIENCE_SECONDS,
             )
@@ -97,5 +97,5 @@ class CheckpointWriter:
     def _write(self, checkpoint: Checkpoint) -> None:
         checkpoints.save_checkpoint(self._run, checkpoint, self._attempt)
         self._after(checkpoint)
-        keep, keep_every = self._config.keep_checkpoints, self._config.keep_every_images
+        keep, keep_every = self._config.keep_checkpoints, self._config.keep_every
         checkpoints.prune_checkpoints(self._run, checkpoint.position, keep, keep_every)

@@ -49,7 +49,7 @@ def save_checkpoint(run: str, checkpoint: Checkpoint, attempt: str = "") -> str:
         "files": files,  # SHA-256 of each
     }
     uri = storage.join(folder, f"commit-{attempt}.json")
-    storage.create_bytes(uri, storage.json_bytes(commit))
+    storage.put_if_absent(uri, storage.json_bytes(commit))
     return uri
 
 

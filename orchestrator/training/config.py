@@ -12,7 +12,7 @@ from models.ema import gamma_of
 from models.samplers import SamplerConfig
 from models.unet import ClassifierConfig, UNetConfig
 from orchestrator.config import JobConfig
-from orchestrator.cost import PriceConfig
+from orchestrator.cost import CostConfig
 from orchestrator.order import OrderConfig
 
 
@@ -34,46 +34,49 @@ class TrainingConfig(JobConfig):
     classes: Literal["model", "dataset"] = "model"  # dataset = model.num_classes becomes what the dataset has
     order: OrderConfig = OrderConfig()
     crop: Literal["center", "random"] = "center"  # ADM's centre crop, or its classifier's random crop
-    flip: bool = True  # mirror half of the images
-    images: int = Field(gt=0)  # length of the training
+    random_flip: bool = True  # mirror half of the images
+    total_images: int = Field(gt=0)  # length of the training
+    seed: int = Field(0, ge=0, lt=2**64)  # order, flips, crops, timesteps, noise and initial weights follow from it
     batch_size: int = Field(256, gt=0)  # images in a step, over all workers
     microbatch_size: int | None = Field(None, gt=0)  # images that a worker has in memory at most; None = its share
     reduction: Literal["fast", "exact"] = "fast"  # exact = weights equal to the bit on any number of workers; slower
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention, by autocast
     loss_scale: LossScaleConfig = LossScaleConfig()
-    threads: int = Field(1, gt=0)  # CPU threads of each worker's arithmetic; another number gives other last bits
+    num_threads: int = Field(1, gt=0)  # CPU threads of each worker's arithmetic; another number gives other last bits
     compile: bool = False  # torch.compile the network: slower to start, faster on long runs
     init_from: str | None = None  # start from these weights: a run's folder, a .safetensors or a released .pt file
     learning_rate: float = Field(1e-4, gt=0)  # AdamW's
     weight_decay: float = Field(0.0, ge=0)  # AdamW's
     warmup_images: int = Field(0, ge=0)  # the learning rate rises linearly over these
-    anneal: bool = False  # then falls linearly to zero at the end
-    clip_norm: float | None = Field(None, gt=0)  # largest norm of the gradient
-    max_bad_steps: int = Field(20, ge=0)  # steps in a row that may be skipped for a gradient that is not finite
-    checkpoint_images: int = Field(1_000_000, gt=0)  # images from one checkpoint to the next
+    lr_schedule: Literal["constant", "linear"] = "constant"  # after the warm-up; linear = falls to zero at the end
+    max_grad_norm: float | None = Field(None, gt=0)  # largest norm of the gradient
+    max_nonfinite_steps: int = Field(20, ge=0)  # steps in a row that may be skipped for a gradient that is not finite
+    checkpoint_every: int = Field(1_000_000, gt=0)  # images from one checkpoint to the next
     keep_checkpoints: int = Field(3, gt=0)  # newest checkpoints that are kept
-    keep_every_images: int | None = Field(None, gt=0)  # keep those at multiples of this for ever, too
-    snapshot_images: int | None = Field(None, gt=0)  # images from one set of weights to the next; None = at the end
-    validation_images: int | None = Field(None, gt=0)  # images from one look at the validation split to the next
-    validation_samples: int = Field(1_000, gt=1)  # images of that split that are looked at
-    log_images: int = Field(10_000, gt=0)  # images from one line of numbers to the next
-    record: str | None = None  # folder for what every step consumed, row by row: evidence of order and noise; slow
+    keep_every: int | None = Field(None, gt=0)  # keep those at multiples of this for ever, too
+    snapshot_every: int | None = Field(None, gt=0)  # images from one set of weights to the next; None = at the end
+    eval_every: int | None = Field(None, gt=0)  # evaluate on the validation split every N images; None = never
+    eval_images: int = Field(1_000, gt=1)  # images of that split that are evaluated
+    log_every: int = Field(10_000, gt=0)  # images from one line of numbers to the next
+    audit_dir: str | None = None  # folder for the audit log: what every step consumed, row by row; slow
     num_workers: int = Field(1, ge=0)  # training workers; 0 = in this process, without Ray
-    use_gpu: bool = False  # one GPU for each worker
+    num_gpus: int = Field(0, ge=0, le=1)  # GPUs for each worker
     max_failures: int = Field(3, ge=0)  # attempts in a row that may fail without a new checkpoint
-    price: PriceConfig = PriceConfig()
+    cost: CostConfig = CostConfig()
 
     @property
-    def without_effect(self) -> frozenset[str]:
+    def operational(self) -> frozenset[str]:
         """What does not change the weights, among it the length where the learning rate does not fall towards it."""
-        fields = {"checkpoint_images", "keep_checkpoints", "keep_every_images", "log_images", "record", "max_bad_steps"}
-        fields |= {"max_failures", "price", "preview_images", "preview"} | (set() if self.anneal else {"images"})
+        fields = {"checkpoint_every", "keep_checkpoints", "keep_every", "log_every", "audit_dir", "max_nonfinite_steps"}
+        fields |= {"max_failures", "cost", "preview_every", "preview"} | (
+            set() if self.lr_schedule == "linear" else {"total_images"}
+        )
         return frozenset(fields & type(self).model_fields.keys())
 
     @property
     def length(self) -> int:
         """Images of the training in whole steps."""
-        return -(-self.images // self.batch_size) * self.batch_size
+        return -(-self.total_images // self.batch_size) * self.batch_size
 
     def passes(self, every: int, position: int) -> bool:
         """Whether the step that ended at `position` images went over a multiple of `every` images."""
@@ -125,7 +128,7 @@ class AdmConfig(TrainingConfig):
     timesteps: Literal["uniform", "loss_second_moment"] = "uniform"  # how often each is trained; IDDPM section 3.3
     ema_rates: tuple[float, ...] = Field((0.9999,), min_length=1)  # one average of the weights for each rate
     power_emas: tuple[float, ...] = ()  # lengths (sigma_rel) of power-function averages; (0.05, 0.1) = post-hoc EMA
-    preview_images: int = Field(10_000_000, gt=0)  # images from one picture of samples to the next
+    preview_every: int = Field(10_000_000, gt=0)  # images from one picture of samples to the next
     preview: SamplerConfig = SamplerConfig(name="ddim", num_steps=25)  # how those samples are drawn
 
     @model_validator(mode="after")
@@ -135,10 +138,10 @@ class AdmConfig(TrainingConfig):
                 raise ValueError(f"ema_rates has {rate}; a rate is in [0, 1)")
         for sigma_rel in self.power_emas:
             gamma_of(sigma_rel)
-        if self.power_emas and self.snapshot_images is None:
+        if self.power_emas and self.snapshot_every is None:
             raise ValueError(
                 f"power_emas={self.power_emas} are of use only with snapshots to put together afterwards: "
-                f"set snapshot_images, to {max(self.images // 16, 1)} or so"
+                f"set snapshot_every, to {max(self.total_images // 16, 1)} or so"
             )
         return self
 
@@ -163,7 +166,7 @@ Config = AdmConfig | NoisyClassifierConfig
 class AverageConfig(JobConfig):
     """Which average to make."""
 
-    run: str = Field(min_length=1)  # the folder of a training with power_emas
+    weights: str = Field(min_length=1)  # the run folder of a training with power_emas
     sigma_rel: float = Field(0.075, gt=0)  # length of the average: the spread of its weights / length of the training
     images: int | None = Field(None, gt=0)  # when, at one of the run's snapshots; None = at the last
     output: str | None = None  # a .safetensors file; None = in the run's weights/posthoc/

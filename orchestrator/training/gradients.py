@@ -12,15 +12,15 @@ from cluster.collectives import Group
 from cluster.trainer import WorkerContext
 from orchestrator.order import Purpose, keyed_rng
 from orchestrator.training.config import Config, TrainingConfig
-from orchestrator.training.losses import Batch, Losses, Terms
+from orchestrator.training.losses import Losses, Microbatch, Terms
 from orchestrator.training.state import TrainingState
 
-Backward = Callable[[nn.Module, Batch], Terms]  # forward and backward of one microbatch; gradients add up in .grad
+Backward = Callable[[nn.Module, Microbatch], Terms]  # forward and backward of one microbatch; gradients add up in .grad
 
 
 def make_reduction(
     config: Config, context: WorkerContext, group: Group, state: TrainingState, losses: Losses
-) -> Callable[[list[Batch]], list[Terms]]:
+) -> Callable[[list[Microbatch]], list[Terms]]:
     """A function from a worker's microbatches to the gradient of the mean loss over the whole step, left in .grad.
 
     It answers the microbatches' loss terms. Gradients are those of the loss times the loss scale.
@@ -34,13 +34,13 @@ def make_reduction(
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     images = config.batch_size if exact else config.batch_size // context.world_size  # the tree sums, DDP averages
 
-    def backward(model: nn.Module, batch: Batch) -> Terms:
+    def backward(model: nn.Module, batch: Microbatch) -> Terms:
         torch.manual_seed(_dropout_seed(config, state.position, batch))
         terms = losses(config.in_dtype(model), batch)
         (terms["loss"].sum() * (state.loss_scale / images)).backward()
         return {name: values.detach() for name, values in terms.items()}
 
-    def reduced(batches: list[Batch]) -> list[Terms]:
+    def reduced(batches: list[Microbatch]) -> list[Terms]:
         state.model.zero_grad(set_to_none=True)
         if exact:
             return exact_gradients(model, batches, backward, group)
@@ -49,16 +49,16 @@ def make_reduction(
     return reduced
 
 
-def _dropout_seed(config: TrainingConfig, position: int, batch: Batch) -> int:
+def _dropout_seed(config: TrainingConfig, position: int, batch: Microbatch) -> int:
     """Another dropout mask for every microbatch, the same again after a resume: by seed, images seen, first stream.
 
     Where several microbatches begin in one stream's share, the later ones count the images before them as seen.
     """
-    key = (config.order.seed, position + batch.offset, batch.stream)
+    key = (config.seed, position + batch.offset, batch.stream)
     return int(keyed_rng(Purpose.DROPOUT, *key).integers(2**63))
 
 
-def fast_gradients(model: nn.Module, batches: list[Batch], backward: Backward) -> list[Terms]:
+def fast_gradients(model: nn.Module, batches: list[Microbatch], backward: Backward) -> list[Terms]:
     """Accumulate over a worker's microbatches; DDP averages over workers during the last one's backward pass."""
     found = []
     for number, batch in enumerate(batches, 1):
@@ -68,7 +68,7 @@ def fast_gradients(model: nn.Module, batches: list[Batch], backward: Backward) -
     return found
 
 
-def exact_gradients(model: nn.Module, batches: list[Batch], backward: Backward, group: Group) -> list[Terms]:
+def exact_gradients(model: nn.Module, batches: list[Microbatch], backward: Backward, group: Group) -> list[Terms]:
     """Sum over all canonical streams in one fixed binary tree, whoever owns them.
 
     `batches` holds one microbatch for each of this worker's streams, a power of two of them. A worker adds up its own
@@ -98,7 +98,7 @@ def fixed_arithmetic(config: TrainingConfig) -> Iterator[None]:
     """While inside, the numbers of CPU threads and (with reduction=exact) the algorithms are the config's alone."""
     threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
     deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.num_threads)
     if config.reduction == "exact":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it before its first product
         torch.use_deterministic_algorithms(True)

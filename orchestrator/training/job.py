@@ -20,23 +20,23 @@ from cluster.watchdog import Watchdog
 from models.costs import count_parameters
 from models.diffusion import LossSecondMomentTimesteps
 from orchestrator import storage
-from orchestrator.config import claim
+from orchestrator.config import check_or_write_config
 from orchestrator.cost import priced, training_cost
 from orchestrator.data.dataset import Manifest, batches, load_manifest
 from orchestrator.order import OrderPlan
 from orchestrator.progress import progress_line
 from orchestrator.tracking import tracked
+from orchestrator.training.audit_log import AuditLog
 from orchestrator.training.checkpoint_writer import CheckpointWriter
 from orchestrator.training.checkpoints import Checkpoint
 from orchestrator.training.config import AdmConfig, Config, TrainingConfig
 from orchestrator.training.gradients import fixed_arithmetic, make_reduction
 from orchestrator.training.initial_weights import begin_with
-from orchestrator.training.losses import Batch, Terms, make_batches, make_losses
+from orchestrator.training.losses import Microbatch, Terms, make_losses, make_microbatches
 from orchestrator.training.meter import Meter
 from orchestrator.training.previews import previews
 from orchestrator.training.snapshots import final_weights, is_due, write_snapshots
 from orchestrator.training.state import TrainingState, take_step
-from orchestrator.training.step_record import StepRecord
 from orchestrator.training.validation import Validation, validation_count
 
 CPUS_OF_DATA = 1  # for the tasks that read a worker's data, beside those of its arithmetic
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 
 
 def train(config: Config) -> str:
-    """Train until `config.images`, from wherever an earlier attempt came to; answer the run's URI.
+    """Train until `config.total_images`, from wherever an earlier attempt came to; answer the run's URI.
 
     Raises:
         ValueError: config, dataset and output folder do not fit each other.
@@ -62,18 +62,18 @@ def train(config: Config) -> str:
     config = _with_classes(config, manifest)
     _open_bytes(config, manifest)  # refused here where it is too much, or the split impossible
     _validation_count(config, manifest)
-    claim(run, config)
+    check_or_write_config(run, config)
     if storage.exists(final_weights(run, config)):
-        print(f"{run} is trained already: {config.images:,} images")
+        print(f"{run} is trained already: {config.total_images:,} images")
         return run
     with (
         session(
-            config.num_workers * (config.threads + CPUS_OF_DATA),
-            wanted_gpus=config.num_workers * config.use_gpu,
+            config.num_workers * (config.num_threads + CPUS_OF_DATA),
+            wanted_gpus=config.num_workers * config.num_gpus,
             shared=config.shared,
         ),
         tracked(config.job, config, run) as tracker,
-        progress_line(config.images, "images") as progress,
+        progress_line(config.total_images, "images") as progress,
     ):
 
         def on_record(record: dict[str, Any]) -> None:
@@ -94,13 +94,13 @@ def train(config: Config) -> str:
             partial(train_loop, config),
             config.num_workers,
             on_record,
-            cpus=config.threads,
+            cpus=config.num_threads,
             max_failures=config.max_failures,
-            use_gpu=config.use_gpu,
+            num_gpus=config.num_gpus,
         )
         if stopped and not storage.exists(final_weights(run, config)):
             raise KeyboardInterrupt
-    print(f"{run} is trained: {config.images:,} images, weights in {storage.join(run, 'weights')}")
+    print(f"{run} is trained: {config.total_images:,} images, weights in {storage.join(run, 'weights')}")
     return run
 
 
@@ -121,12 +121,12 @@ def plan(config: Config) -> str:
             f"reads   {config.path(config.dataset)}: {manifest.num_samples('train'):,} images",
             *([f"starts  from {first}{'' if storage.exists(first) else ', not there yet'}"] if first else []),
             f"writes  {config.path(config.output)}: weights, and a checkpoint of "
-            f"{4 * parameters * (3 + averages) / 2**30:.2f} GiB every {config.checkpoint_images:,} images",
+            f"{4 * parameters * (3 + averages) / 2**30:.2f} GiB every {config.checkpoint_every:,} images",
             f"network {parameters:,} parameters, {config.model.num_classes or 'no'} classes",
-            f"length  {config.images:,} images = {config.length // config.batch_size:,} steps of {config.batch_size}, "
-            f"{config.images / order.images_per_epoch:.1f} epochs of {order.images_per_epoch:,}",
+            f"length  {config.total_images:,} images = {config.length // config.batch_size:,} steps of "
+            f"{config.batch_size}, {config.total_images / order.images_per_epoch:.1f} epochs of {order.images_per_epoch:,}",
             f"open    {open_bytes / 2**20:.1f} MiB of images at once in each of {workers} workers",
-            priced(cost, config.price, config.num_workers, half),
+            priced(cost, config.cost, config.num_workers, half),
         ]
     )
 
@@ -156,7 +156,7 @@ def _open_bytes(config: Config, manifest: Manifest) -> int:
 
 
 def _order(config: TrainingConfig, manifest: Manifest) -> OrderPlan:
-    return OrderPlan(manifest.row_group_sizes("train"), config.batch_size, config.order)
+    return OrderPlan(manifest.row_group_sizes("train"), config.batch_size, config.order, config.seed)
 
 
 # ------------------------------------------------------------------------------------------------ in every worker
@@ -182,32 +182,34 @@ def train_loop(config: Config, context: WorkerContext) -> None:
         # Go on from the newest sound checkpoint; what a kill kept it from leaving behind is made up for.
         if state.restore(run, group):
             if state.position > config.length:
-                raise ValueError(f"images={config.images:,}, but {run} has come to {state.position:,} already")
+                raise ValueError(
+                    f"total_images={config.total_images:,}, but {run} has come to {state.position:,} already"
+                )
             if context.rank == 0:
                 context.report({"resumed": state.position})
                 after_saving(Checkpoint(state.position, state.tensors(), state.facts()))
         else:
             begin_with(config, state, group)
         reduced_gradients = make_reduction(config, context, group, state, make_losses(config, state.timesteps))
-        validation = Validation(config, manifest, group) if config.validation_images else None
+        validation = Validation(config, manifest, group) if config.eval_every else None
         meter = Meter(config, context, group)
-        evidence = StepRecord(config.path(config.record), context.rank, context.world_size) if config.record else None
+        audit = AuditLog(config.path(config.audit_dir), context.rank, context.world_size) if config.audit_dir else None
         stream = _ahead(_shares(config, context, manifest, state.position))
 
         while state.position < config.length:
             # One step: this worker's images, their losses, one update.
             watchdog.step()
             with meter.waiting():
-                replaced, share = next(stream)
+                undecodable, share = next(stream)
             share = [batch.to(context.device) for batch in share]
             terms = reduced_gradients(share)
-            if evidence:
-                evidence.write(state.position, share, terms)
+            if audit:
+                audit.write(state.position, share, terms)
             stopping, preempted = group.any(context.stopping(), context.preempted())
             norm = take_step(config, state)
             if isfinite(norm):
                 _learn_timesteps(state, group, terms)
-            meter.add(terms, norm, replaced)
+            meter.add(terms, norm, undecodable)
 
             # Numbers, pictures and checkpoints at their marks; stopping at a step's end, all workers together.
             for record in _news(config, state, manifest, group, meter, validation):
@@ -230,27 +232,27 @@ def _news(
     validation: Validation | None,
 ) -> Iterator[dict[str, Any]]:
     """Numbers and pictures whose mark the last step passed, as records of rank 0; every worker must ask for them."""
-    if config.passes(config.log_images, state.position):
+    if config.passes(config.log_every, state.position):
         yield from meter.report(state)
-    every = config.validation_images
+    every = config.eval_every
     if validation and every and (config.passes(every, state.position) or state.position >= config.length):
-        yield from validation.look(state)
-    if isinstance(config, AdmConfig) and config.passes(config.preview_images, state.position):
+        yield from validation.evaluate(state)
+    if isinstance(config, AdmConfig) and config.passes(config.preview_every, state.position):
         yield from previews(config, state, manifest, group)
 
 
 def _is_marked(config: Config, position: int) -> bool:
     """Whether a checkpoint is to be written of `position` images."""
-    return config.passes(config.checkpoint_images, position) or is_due(config, position)
+    return config.passes(config.checkpoint_every, position) or is_due(config, position)
 
 
 def _validation_count(config: Config, manifest: Manifest) -> int:
-    return validation_count(config, manifest) if config.validation_images else 0
+    return validation_count(config, manifest) if config.eval_every else 0
 
 
 def _shares(
     config: Config, context: WorkerContext, manifest: Manifest, position: int
-) -> Iterator[tuple[int, list[Batch]]]:
+) -> Iterator[tuple[int, list[Microbatch]]]:
     """This worker's microbatches of every step from `position` on, and how many of their images stand for others."""
     stream = batches(
         manifest,
@@ -260,15 +262,15 @@ def _shares(
         position=position,
         image_size=config.model.image_size,
         crop=config.crop,
-        flip=config.flip,
+        flip=config.random_flip,
         end=config.length,
         use_ray=context.streams_on_cluster,
     )
     rows = config.microbatch_rows(context.world_size)
-    for microbatches in stream:
-        replaced = sum(int(m.replaced.sum()) for m in microbatches)
+    for shares in stream:
+        undecodable = sum(int(share.undecodable.sum()) for share in shares)
         pinned = context.device.type == "cuda"
-        yield replaced, make_batches(microbatches, config.model.in_channels, config.order.seed, rows, pinned)
+        yield undecodable, make_microbatches(shares, config.model.in_channels, config.seed, rows, pinned)
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:

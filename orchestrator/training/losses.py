@@ -10,17 +10,17 @@ from torch.nn.functional import cross_entropy
 
 from models.diffusion import Diffusion, TimestepSampler
 from models.images import from_uint8, shrink
-from orchestrator.data.dataset import Microbatch
+from orchestrator.data.dataset import StreamShare
 from orchestrator.order import Purpose, sample_rng
 from orchestrator.training.config import Config
 
 Terms = dict[str, Tensor]  # float [n] by name; "loss" is minimised, "t" int64 [n] are the timesteps
 Network = Callable[..., Tensor]
-Losses = Callable[[Network, "Batch"], Terms]
+Losses = Callable[[Network, "Microbatch"], Terms]
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class Microbatch:
     """One microbatch of a worker: what the losses look at.
 
     x_start float32 [n, C, H, W] in [-1, 1]; labels int64 [n]; u float64 [n] uniform in [0, 1), which becomes the
@@ -37,22 +37,22 @@ class Batch:
     stream: int  # canonical stream of the first row
     offset: int  # of the first row in its stream's share of the step
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device) -> "Microbatch":
         """The same on a device; from pinned memory the copy runs beside the arithmetic."""
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("x_start", "labels", "noise")}
         return replace(self, **moved)
 
 
-def make_batches(
-    microbatches: list[Microbatch], channels: int, seed: int, rows: int, pinned: bool = False
-) -> list[Batch]:
-    """A worker's share of a step, cut into batches of `rows` rows (the last may be smaller), on the CPU."""
-    images = np.concatenate([m.images for m in microbatches])
-    labels = np.concatenate([m.labels for m in microbatches])
-    samples = np.concatenate([m.samples for m in microbatches])
-    flips = np.concatenate([m.flips for m in microbatches])
-    keys = [(m.epoch, int(sample)) for m in microbatches for sample in m.samples]
-    places = [(m.stream, offset) for m in microbatches for offset in range(len(m.samples))]
+def make_microbatches(
+    shares: list[StreamShare], channels: int, seed: int, rows: int, pinned: bool = False
+) -> list[Microbatch]:
+    """Cut a worker's shares of a step into microbatches of `rows` rows (the last may be smaller), on the CPU."""
+    images = np.concatenate([share.images for share in shares])
+    labels = np.concatenate([share.labels for share in shares])
+    samples = np.concatenate([share.samples for share in shares])
+    flips = np.concatenate([share.flips for share in shares])
+    keys = [(share.epoch, int(sample)) for share in shares for sample in share.samples]
+    places = [(share.stream, offset) for share in shares for offset in range(len(share.samples))]
     batches = []
     for begin in range(0, len(keys), rows):
         some = slice(begin, begin + rows)
@@ -64,7 +64,7 @@ def make_batches(
             tensor.pin_memory() if pinned else tensor
             for tensor in (x_start.contiguous(), torch.from_numpy(labels[some]), torch.from_numpy(np.stack(noise)))
         )
-        batches.append(Batch(x_start, y, noises, u, samples[some], flips[some], *places[begin]))
+        batches.append(Microbatch(x_start, y, noises, u, samples[some], flips[some], *places[begin]))
     return batches
 
 
@@ -81,7 +81,7 @@ def adm_losses(config: Config, diffusion: Diffusion, timesteps: TimestepSampler)
     "loss" is weighted as the timestep sampler says, "unweighted_loss" is not.
     """
 
-    def losses(model: Network, batch: Batch) -> Terms:
+    def losses(model: Network, batch: Microbatch) -> Terms:
         t, weights = _drawn(batch, timesteps)
         condition = {"y": batch.labels} if config.model.num_classes else {}
         if config.model.low_res_size:
@@ -100,7 +100,7 @@ def classifier_losses(config: Config, diffusion: Diffusion, timesteps: TimestepS
     assert config.model.num_classes, "a classifier has classes"
     top = min(5, config.model.num_classes)
 
-    def losses(model: Network, batch: Batch) -> Terms:
+    def losses(model: Network, batch: Microbatch) -> Terms:
         t, _ = _drawn(batch, timesteps)
         x_t = diffusion.q_sample(batch.x_start, t, batch.noise)
         logits = model(x_t, diffusion.model_timesteps(t, x_t))
@@ -111,7 +111,7 @@ def classifier_losses(config: Config, diffusion: Diffusion, timesteps: TimestepS
     return losses
 
 
-def _drawn(batch: Batch, timesteps: TimestepSampler) -> tuple[Tensor, Tensor]:
+def _drawn(batch: Microbatch, timesteps: TimestepSampler) -> tuple[Tensor, Tensor]:
     """Timesteps int64 [n] and loss weights float32 [n] by the rows' own uniforms, on their device."""
     t, weights = timesteps.draw(batch.u)
     device = batch.x_start.device

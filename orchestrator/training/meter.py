@@ -11,14 +11,14 @@ from torch import Tensor
 
 from cluster.collectives import Group
 from cluster.trainer import WorkerContext
-from orchestrator.cost import CARDS, training_flops
+from orchestrator.cost import GPUS, training_flops
 from orchestrator.training.config import Config
 from orchestrator.training.losses import Terms
 from orchestrator.training.state import TrainingState, learning_rate
 
 
 class Meter:
-    """Running sums of a worker's numbers; all workers' means are reported every `log_images` images.
+    """Running sums of a worker's numbers; all workers' means are reported every `log_every` images.
 
     Between reports nothing waits for the device: sums of losses stay there.
     """
@@ -33,7 +33,7 @@ class Meter:
     def _restart(self) -> None:
         self._sums: Tensor | None = None  # float64 [terms + 1, 4]: by quartile of t; the last row counts images
         self._norms: list[float] = []
-        self._steps, self._replaced, self._waited, self._since = 0, 0, 0.0, time.perf_counter()
+        self._steps, self._undecodable, self._waited, self._since = 0, 0, 0.0, time.perf_counter()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -42,14 +42,14 @@ class Meter:
         yield
         self._waited += time.perf_counter() - begin
 
-    def add(self, found: list[Terms], norm: float, replaced: int) -> None:
+    def add(self, found: list[Terms], norm: float, undecodable: int) -> None:
         """Take in one step: its microbatches' loss terms, the gradient's norm, how many images stand for others."""
         self._names = [name for name in found[0] if name != "t"]
         for terms in found:
             sums = sums_by_quartile(terms, self._names, self._config.diffusion.num_timesteps)
             self._sums = sums if self._sums is None else self._sums + sums
         self._norms.append(norm)
-        self._replaced += replaced
+        self._undecodable += undecodable
         self._steps += 1
 
     def report(self, state: TrainingState) -> Iterator[dict[str, Any]]:
@@ -57,7 +57,7 @@ class Meter:
         elapsed = time.perf_counter() - self._since
         assert self._sums is not None, "a report follows a step"
         sums = self._group.sum(self._sums.cpu())
-        waited, replaced = self._group.sum(torch.tensor([self._waited / elapsed, self._replaced])).tolist()
+        waited, undecodable = self._group.sum(torch.tensor([self._waited / elapsed, self._undecodable])).tolist()
         memory = max(self._group.gather(_peak_memory(self._context.device)))
         if self._context.rank == 0:
             good = [norm for norm in self._norms if norm == norm and norm != float("inf")]
@@ -65,15 +65,15 @@ class Meter:
             squares = torch._foreach_norm([tensor.detach() for tensor in state.model.parameters()])
             metrics = means_by_quartile(sums, self._names) | {
                 "images_per_second": rate,
-                "data_wait_share": waited / self._group.world_size,
-                "replaced_images": replaced,
+                "data_wait_fraction": waited / self._group.world_size,
+                "undecodable_images": undecodable,
                 "learning_rate": learning_rate(self._config, state.position - self._config.batch_size),
                 "skipped_steps": float(len(self._norms) - len(good)),
-                "parameter_norm": float(torch.stack(squares).norm()),
-                "memory_bytes": float(memory),
+                "param_norm": float(torch.stack(squares).norm()),
+                "peak_memory_bytes": float(memory),
             }
             if good:
-                metrics["gradient_norm"] = sum(good) / len(good)
+                metrics["grad_norm"] = sum(good) / len(good)
             if self._config.dtype == "float16":
                 metrics["log2_loss_scale"] = state.log2_loss_scale
             if self._peak:
@@ -108,9 +108,9 @@ def _peak_flops(device: torch.device, dtype: str) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    for model, card in CARDS.items():
+    for model, gpu in GPUS.items():
         if model in name:
-            return card.single if dtype == "float32" else card.half
+            return gpu.single if dtype == "float32" else gpu.half
     return None
 
 

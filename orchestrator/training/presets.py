@@ -67,8 +67,8 @@ def upsampler_presets() -> dict[str, Adm]:
 def average_presets() -> dict[str, tuple[str, AverageConfig]]:
     """Averages of weights to make afterwards."""
     return {
-        "digits": ("of the training preset `digits`", AverageConfig(run="digits/diffusion")),
-        "folder": ("of the training preset `folder`", AverageConfig(run="folder/diffusion")),
+        "digits": ("of the training preset `digits`", AverageConfig(weights="digits/diffusion")),
+        "folder": ("of the training preset `folder`", AverageConfig(weights="folder/diffusion")),
     }
 
 
@@ -93,13 +93,13 @@ def _published(
         "model": entry.network.model_copy(update={"gradient_checkpointing": lean}),
         "diffusion": entry.diffusion,
         "order": _published_order(entry.network.image_size),
-        "images": iterations * batch_size,
+        "total_images": iterations * batch_size,
         "batch_size": batch_size,
         "microbatch_size": at_once,
         "learning_rate": learning_rate,
         "ema_rates": (0.9999,),
         "num_workers": 8,
-        "use_gpu": True,
+        "num_gpus": 1,
     }
     return _told(name, iterations, batch_size), AdmConfig(**settings | changes)
 
@@ -107,13 +107,18 @@ def _published(
 def _iddpm(name: str, iterations: int, batch_size: int, learning_rate: float, **changes: Any) -> Adm:
     """IDDPM's models: images are never mirrored, and those trained for the bound draw timesteps by their losses."""
     timesteps = "loss_second_moment" if name.endswith("-vlb") else "uniform"
-    return _published(name, iterations, batch_size, learning_rate, flip=False, timesteps=timesteps, **changes)
+    return _published(name, iterations, batch_size, learning_rate, random_flip=False, timesteps=timesteps, **changes)
 
 
 def _ddpm_cifar10() -> Adm:
     """DDPM on CIFAR-10: 800K steps of 128, 2e-4 after 5,000 steps of warm-up, gradients clipped at 1."""
-    changes: dict[str, Any] = {"dataset": "cifar10", "warmup_images": 5_000 * 128, "clip_norm": 1.0, "num_workers": 1}
-    return _published("ddpm-cifar10", 800_000, 128, 2e-4, **changes)
+    changes: dict[str, Any] = {
+        "dataset": "cifar10",
+        "warmup_images": 5_000 * 128,
+        "max_grad_norm": 1.0,
+        "num_workers": 1,
+    }
+    return _published("ddpm-cifar10", 800_000, 128, 2e-4, num_workers=1, **changes)
 
 
 def _published_classifier(
@@ -132,23 +137,23 @@ def _published_classifier(
         model=entry.network,
         diffusion=entry.diffusion,
         order=_published_order(entry.network.image_size),
-        images=iterations * batch_size,
+        total_images=iterations * batch_size,
         batch_size=batch_size,
         microbatch_size=at_once,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
-        anneal=True,
-        validation_images=1_000_000,
-        validation_samples=5_000,
+        lr_schedule="linear",
+        eval_every=1_000_000,
+        eval_images=5_000,
         num_workers=8,
-        use_gpu=True,
+        num_gpus=1,
     )
     return _told(name, iterations, batch_size), config
 
 
 def _published_order(image_size: int) -> OrderConfig:
     """For up to 64 workers; 8 of them may each hold 1.5 GiB of open images at 256 pixels, and 3 GiB at 512."""
-    return OrderConfig(num_streams=64, window=8 if image_size <= 256 else 4)
+    return OrderConfig(num_streams=64, shuffle_row_groups=8 if image_size <= 256 else 4)
 
 
 def _told(name: str, iterations: int, batch_size: int) -> str:
@@ -167,19 +172,19 @@ def _own_images() -> AdmConfig:
         diffusion=zoo.COSINE,
         classes="dataset",
         order=OrderConfig(num_streams=8),
-        images=5_000_000,
+        total_images=5_000_000,
         batch_size=128,
         dtype="bfloat16",
         learning_rate=2e-4,
         warmup_images=128_000,
-        clip_norm=1.0,
+        max_grad_norm=1.0,
         ema_rates=(0.999, 0.9999),
         power_emas=(0.05, 0.10),
-        snapshot_images=250_000,
-        checkpoint_images=100_000,
-        validation_images=250_000,
-        preview_images=250_000,
-        use_gpu=True,
+        snapshot_every=250_000,
+        checkpoint_every=100_000,
+        eval_every=250_000,
+        preview_every=250_000,
+        num_gpus=1,
     )
 
 
@@ -192,14 +197,14 @@ def _own_classifier() -> NoisyClassifierConfig:
         diffusion=zoo.COSINE,
         classes="dataset",
         order=OrderConfig(num_streams=8),
-        images=2_000_000,
+        total_images=2_000_000,
         batch_size=128,
         dtype="bfloat16",
         learning_rate=3e-4,
-        anneal=True,
-        checkpoint_images=100_000,
-        validation_images=100_000,
-        use_gpu=True,
+        lr_schedule="linear",
+        checkpoint_every=100_000,
+        eval_every=100_000,
+        num_gpus=1,
     )
 
 
@@ -223,19 +228,19 @@ def _digits_diffusion() -> AdmConfig:
             num_classes=10,
         ),
         diffusion=zoo.COSINE,
-        flip=False,  # a mirrored digit is none
-        images=89_600,
+        random_flip=False,  # a mirrored digit is none
+        total_images=89_600,
         batch_size=64,
         learning_rate=2e-3,
         warmup_images=3_200,
-        anneal=True,
-        clip_norm=1.0,
+        lr_schedule="linear",
+        max_grad_norm=1.0,
         ema_rates=(0.995,),
         power_emas=(0.05, 0.1),
-        snapshot_images=5_600,
-        checkpoint_images=32_000,
-        log_images=1_600,
-        preview_images=32_000,
+        snapshot_every=5_600,
+        checkpoint_every=32_000,
+        log_every=1_600,
+        preview_every=32_000,
         preview=SamplerConfig(name="ddpm", num_steps=25),
         num_workers=2,
     )
@@ -257,14 +262,14 @@ def _digits_classifier() -> NoisyClassifierConfig:
         ),
         diffusion=zoo.COSINE,
         crop="center",  # the digits fill their scans: a random crop would cut them
-        flip=False,
-        images=32_000,
+        random_flip=False,
+        total_images=32_000,
         batch_size=64,
         learning_rate=1e-3,
-        anneal=True,
-        checkpoint_images=16_000,
-        validation_images=6_400,
-        log_images=1_600,
+        lr_schedule="linear",
+        checkpoint_every=16_000,
+        eval_every=6_400,
+        log_every=1_600,
         num_workers=2,
     )
 
@@ -276,11 +281,11 @@ def _digits_upsampler() -> AdmConfig:
     changes = {
         "output": "digits/upsampler",
         "model": model,
-        "images": 38_400,
+        "total_images": 38_400,
         "learning_rate": 1e-3,
         "ema_rates": (0.98,),  # a longer average would still hold the fresh weights after so short a training
         "power_emas": (),
-        "snapshot_images": None,
+        "snapshot_every": None,
         "diffusion": zoo.LINEAR,
     }
     return digits.model_copy(update=changes)

@@ -50,5 +50,5 @@ def _share(config: AdmConfig, network: Network, manifest: Manifest, group: Group
         if config.model.low_res_size:  # an upsampler is shown on real images, made small
             pixels, labels = read_images(manifest, "train", some[0], some[-1] + 1, size)
             small = to_uint8(shrink(from_uint8(torch.from_numpy(pixels), channels), config.model.low_res_size)).numpy()
-        parts.append(sample_batch(network, config.preview, some, labels, config.order.seed, low_res=small))
+        parts.append(sample_batch(network, config.preview, some, labels, config.seed, low_res=small))
     return np.concatenate(parts)

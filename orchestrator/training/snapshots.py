@@ -32,7 +32,7 @@ def final_weights(run: str, config: Config) -> str:
 
 def is_due(config: Config, position: int) -> bool:
     """Whether weights are to be kept of `position` images: at the marks and at the end."""
-    marked = config.snapshot_images is not None and config.passes(config.snapshot_images, position)
+    marked = config.snapshot_every is not None and config.passes(config.snapshot_every, position)
     return marked or position >= config.length
 
 

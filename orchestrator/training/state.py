@@ -18,7 +18,7 @@ from orchestrator.training.config import Config, TrainingConfig
 
 MESSAGE_BYTES = 256 << 20  # of a restored state that travel to the other workers at once
 
-_FACTS = ("updates", "bad_steps", "log2_loss_scale", "best_validation_position", "overfits")
+_FACTS = ("updates", "nonfinite_steps", "log2_loss_scale", "best_validation_position", "overfits")
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +26,11 @@ log = logging.getLogger(__name__)
 class TrainingState:
     """Weights, their averages, the optimizer, the loss scale, the timestep sampler's history, and the position.
 
-    `validation_images` is how many images of the validation split are looked at, 0 if none.
+    `eval_images` is how many images of the validation split are looked at, 0 if none.
     """
 
-    def __init__(self, config: Config, device: torch.device, validation_images: int = 0) -> None:
-        torch.manual_seed(int(keyed_rng(Purpose.WEIGHTS, config.order.seed).integers(2**63)))
+    def __init__(self, config: Config, device: torch.device, eval_images: int = 0) -> None:
+        torch.manual_seed(int(keyed_rng(Purpose.WEIGHTS, config.seed).integers(2**63)))
         self.model = config.model.build().to(device)
         if device.type == "cuda":  # on CPUs it makes GroupNorm slower
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -49,13 +49,13 @@ class TrainingState:
         self.averages = {name: _copy_of(self.model) for name in self._decays}
         self.timesteps = _timestep_sampler(config)
         self.best_validation: Tensor | None = None  # losses float64 [images] at the best look at the validation split
-        if validation_images:
-            self.best_validation = torch.full((validation_images,), torch.inf, dtype=torch.float64)
+        if eval_images:
+            self.best_validation = torch.full((eval_images,), torch.inf, dtype=torch.float64)
         self.best_validation_position = 0
         self.overfits = False  # since the best look the loss has surely risen
         self.position = 0  # images seen
         self.updates = 0  # steps that were not skipped
-        self.bad_steps = 0  # steps skipped since the last good one
+        self.nonfinite_steps = 0  # steps skipped since the last good one
         self.log2_loss_scale = config.loss_scale.initial if config.dtype == "float16" else 0.0
 
     @property
@@ -114,7 +114,7 @@ class TrainingState:
 def learning_rate(config: TrainingConfig, position: int) -> float:
     """The learning rate of the step that starts at `position` images: warm-up, then constant or linear to zero."""
     warm = min(1.0, (position + config.batch_size) / config.warmup_images) if config.warmup_images else 1.0
-    left = 1 - position / config.length if config.anneal else 1.0
+    left = 1 - position / config.length if config.lr_schedule == "linear" else 1.0
     return config.learning_rate * warm * left
 
 
@@ -125,29 +125,29 @@ def take_step(config: TrainingConfig, state: TrainingState) -> float:
     workers do the same.
 
     Raises:
-        ArithmeticError: more than `max_bad_steps` steps in a row were skipped.
+        ArithmeticError: more than `max_nonfinite_steps` steps in a row were skipped.
     """
     gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
     norm = float(nn.utils.get_total_norm(gradients)) / state.loss_scale
     begin, state.position = state.position, state.position + config.batch_size
     scaling = config.loss_scale
     if not math.isfinite(norm):
-        state.bad_steps += 1
+        state.nonfinite_steps += 1
         if config.dtype == "float16":
             state.log2_loss_scale = max(scaling.floor, state.log2_loss_scale - scaling.backoff)
-        if state.bad_steps > config.max_bad_steps:
+        if state.nonfinite_steps > config.max_nonfinite_steps:
             raise ArithmeticError(
-                f"the gradient was not finite in {state.bad_steps} steps in a row, at {begin:,} images: "
+                f"the gradient was not finite in {state.nonfinite_steps} steps in a row, at {begin:,} images: "
                 "lower learning_rate, or look at the last images"
             )
         return norm
-    clipping = min(1.0, config.clip_norm / (norm + 1e-6)) if config.clip_norm else 1.0
+    clipping = min(1.0, config.max_grad_norm / (norm + 1e-6)) if config.max_grad_norm else 1.0
     if (factor := clipping / state.loss_scale) != 1.0:
         torch._foreach_mul_(gradients, factor)
     for options in state.optimizer.param_groups:
         options["lr"] = learning_rate(config, begin)
     state.optimizer.step()
-    state.updates, state.bad_steps = state.updates + 1, 0
+    state.updates, state.nonfinite_steps = state.updates + 1, 0
     state.update_averages()
     if config.dtype == "float16":
         state.log2_loss_scale += scaling.growth

@@ -11,9 +11,9 @@ from torch import Tensor
 from cluster.collectives import Group
 from models.diffusion import UniformTimesteps
 from models.unet import NoisyClassifier, UNet
-from orchestrator.data.dataset import Manifest, Microbatch, read_images
+from orchestrator.data.dataset import Manifest, StreamShare, read_images
 from orchestrator.training.config import Config, TrainingConfig
-from orchestrator.training.losses import Terms, make_batches, make_losses
+from orchestrator.training.losses import Terms, make_losses, make_microbatches
 from orchestrator.training.meter import means_by_quartile, sums_by_quartile
 from orchestrator.training.state import TrainingState
 
@@ -43,10 +43,10 @@ class Validation:
             pixels, labels = read_images(manifest, "validation", self._first, end, config.model.image_size)
             self._images, self._labels = pixels, labels
 
-    def look(self, state: TrainingState) -> Iterator[dict[str, Any]]:
+    def evaluate(self, state: TrainingState) -> Iterator[dict[str, Any]]:
         """Means of the loss terms over the split, as a record of rank 0; every worker must call it.
 
-        Where the loss is surely above that of an earlier look, "validation_rise" says by how much, and once a warning.
+        "val_loss_above_best" says how far the loss is above its best so far; a warning comes once where that is sure.
         """
         device = next(state.model.parameters()).device
         state.model.eval()
@@ -57,8 +57,8 @@ class Validation:
         whole = {name: torch.cat([terms[name] for terms in found]) for name in found[0]}
         names = [name for name in whole if name != "t"]
         sums = sums_by_quartile(whole, names, self._config.diffusion.num_timesteps)
-        means = {f"validation_{name}": mean for name, mean in means_by_quartile(sums, names).items()}
-        means["validation_rise"] = self._rise(state, whole["loss"].double())
+        means = {f"val_{name}": mean for name, mean in means_by_quartile(sums, names).items()}
+        means["val_loss_above_best"] = self._above_best(state, whole["loss"].double())
         if self._group.rank == 0:
             yield {"images": state.position, "metrics": means}
 
@@ -66,21 +66,21 @@ class Validation:
         begin, end = block
         rows = slice(begin - self._first, end - self._first)
         count = end - begin
-        microbatch = Microbatch(
+        share = StreamShare(
             stream=0,
             epoch=EPOCH,
             images=self._images[rows],
             labels=self._labels[rows],
             samples=np.arange(begin, end),
             flips=np.zeros(count, bool),
-            replaced=np.zeros(count, bool),
+            undecodable=np.zeros(count, bool),
         )
         config = self._config
-        (batch,) = make_batches([microbatch], config.model.in_channels, config.order.seed, count)
+        (batch,) = make_microbatches([share], config.model.in_channels, config.seed, count)
         terms = self._losses(config.in_dtype(model), batch.to(device))
         return {name: values.cpu() for name, values in terms.items()}
 
-    def _rise(self, state: TrainingState, losses: Tensor) -> float:
+    def _above_best(self, state: TrainingState, losses: Tensor) -> float:
         """How far the loss is above its best so far; becomes the best where it is below."""
         assert state.best_validation is not None, "states of trainings with validation hold it"
         rise = losses - state.best_validation
@@ -111,7 +111,7 @@ def validation_count(config: TrainingConfig, manifest: Manifest) -> int:
     """
     if "validation" not in manifest.splits:
         raise ValueError(
-            f"validation_images={config.validation_images}, but dataset {manifest.name!r} has no validation split: "
-            "prepare it with --validation-fraction 0.05, say, or pass --validation-images None"
+            f"eval_every={config.eval_every}, but dataset {manifest.name!r} has no validation split: "
+            "prepare it with --validation-fraction 0.05, say, or pass --eval-every None"
         )
-    return min(config.validation_samples, manifest.num_samples("validation"))
+    return min(config.eval_images, manifest.num_samples("validation"))

@@ -19,10 +19,10 @@ def convert(config: ConversionConfig) -> str:
         ValueError: the source is damaged or no such file, the output's format cannot express the network, or there
             is another output already.
     """
-    source, output = config.path(config.source), config.path(config.output)
-    network = load_network(source, like=config.like)
+    source, output = config.path(config.weights), config.path(config.output)
+    network = load_network(source, recipe=config.recipe)
     for uri, data in _objects(network, output).items():
-        if not storage.create_bytes(uri, data) and storage.read_bytes(uri) != data:
+        if not storage.put_if_absent(uri, data) and storage.read_bytes(uri) != data:
             raise ValueError(f"{uri} is there already and holds something else; choose another --output")
     parameters = sum(parameter.numel() for parameter in network.module.parameters())
     print(f"{output}: {type(network.module).__name__} of {parameters:,} parameters from {source}")
@@ -31,7 +31,7 @@ def convert(config: ConversionConfig) -> str:
 
 def plan(config: ConversionConfig) -> str:
     """What a conversion would read and write."""
-    return f"reads   {config.path(config.source)}\nwrites  {config.path(config.output)}"
+    return f"reads   {config.path(config.weights)}\nwrites  {config.path(config.output)}"
 
 
 def _objects(network: Network, output: str) -> dict[str, bytes]:

@@ -30,20 +30,20 @@ class Network:
     sha256: str  # of the file
 
 
-def load_network(uri: str, device: torch.device | str = "cpu", like: str | None = None) -> Network:
+def load_network(uri: str, device: torch.device | str = "cpu", recipe: str | None = None) -> Network:
     """Read a network in evaluation mode: a safetensors file, the newest of a training run, or a released `.pt` file.
 
     A `.pt` file (float32, or float16 which is widened) does not tell its architecture: its name must be that of a
-    released one, or `like` be the zoo's name for it. Its classes have no names but their indices.
+    released one, or `recipe` be the zoo's name for it. Its classes have no names but their indices.
 
     Raises:
         FileNotFoundError: nothing there.
         ValueError: not such a file, or a tensor is missing, extra or misshapen; the message names it.
     """
     if uri.endswith(".pt"):
-        return _load_released(uri, device, like)
-    if like is not None:
-        raise ValueError(f"like={like!r} is for .pt files; {uri} carries its architecture")
+        return _load_released(uri, device, recipe)
+    if recipe is not None:
+        raise ValueError(f"recipe={recipe!r} is for .pt files; {uri} carries its architecture")
     uri = uri if uri.endswith(".safetensors") else latest_weights(uri)
     data = storage.read_bytes(uri)
     try:
@@ -62,8 +62,8 @@ def load_network(uri: str, device: torch.device | str = "cpu", like: str | None 
     return Network(module, architecture, diffusion, classes, hashlib.sha256(data).hexdigest())
 
 
-def _load_released(uri: str, device: torch.device | str, like: str | None) -> Network:
-    entry = released_entry(uri, like)
+def _load_released(uri: str, device: torch.device | str, recipe: str | None) -> Network:
+    entry = released_entry(uri, recipe)
     data = storage.read_bytes(uri)
     module = _filled(uri, entry.network, decode_state_dict(uri, data), device)
     classes = tuple(str(index) for index in range(entry.network.num_classes or 0))

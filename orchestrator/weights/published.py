@@ -10,21 +10,21 @@ from models import zoo
 from models.unet import Architecture
 
 
-def released_entry(uri: str, like: str | None = None) -> zoo.Entry:
-    """What a `.pt` file holds: the zoo's entry `like`, or the one that was released under the file's name.
+def released_entry(uri: str, recipe: str | None = None) -> zoo.Entry:
+    """What a `.pt` file holds: the zoo's entry `recipe`, or the one that was released under the file's name.
 
     Raises:
-        ValueError: the zoo does not know `like`, or without it the name.
+        ValueError: the zoo does not know `recipe`, or without it the name.
     """
-    if like is not None:
-        return zoo.entry(like)
+    if recipe is not None:
+        return zoo.entry(recipe)
     file_name = uri.rsplit("/", 1)[-1]
     for entry in zoo.ZOO.values():
         if entry.checkpoint == file_name:
             return entry
     raise ValueError(
         f"{uri}: a .pt file does not tell its architecture, and no released one is called {file_name}; rename it, "
-        f"or convert it (jobs/convert_weights.py) with --like and the zoo's name for it: {', '.join(zoo.ZOO)}"
+        f"or convert it (jobs/convert_weights.py) with --recipe and the zoo's name for it: {', '.join(zoo.ZOO)}"
     )
 
 

@@ -75,9 +75,9 @@ def measure(options: Options) -> dict[str, float]:
         def read(end: int) -> tuple[int, float]:
             """Images read, and when the first batch was there."""
             begin, first, count = time.perf_counter(), 0.0, 0
-            for microbatches in batches(manifest, order, 0, options.workers, 0, options.image_size, flip=True, end=end):
+            for shares in batches(manifest, order, 0, options.workers, 0, options.image_size, flip=True, end=end):
                 first = first or time.perf_counter() - begin
-                count += sum(len(m.images) for m in microbatches)
+                count += sum(len(share.images) for share in shares)
                 time.sleep(options.step_ms / 1e3)
             return count, first
 

@@ -108,8 +108,8 @@ def _ours(manifest: Manifest, options: Options) -> float:
     order = OrderPlan(manifest.row_group_sizes("train"), BATCH, OrderConfig(num_streams=4))
     assert order.images_per_epoch == options.images, "every image once"
     begin, count = time.perf_counter(), 0
-    for microbatches in batches(manifest, order, 0, 1, 0, options.image_size, flip=True, end=order.images_per_epoch):
-        count += sum(len(m.images) for m in microbatches)
+    for shares in batches(manifest, order, 0, 1, 0, options.image_size, flip=True, end=order.images_per_epoch):
+        count += sum(len(share.images) for share in shares)
     assert count == options.images
     return time.perf_counter() - begin
 

@@ -23,13 +23,13 @@ import tyro
 
 from cluster.session import session
 from models.metrics import paired_difference
-from models.racing import paired_means
+from models.paired_tests import paired_means
 from orchestrator import storage
 from orchestrator.evaluation.measurement import describe
 from orchestrator.search.config import SearchConfig
-from orchestrator.search.heats import read_outcome
+from orchestrator.search.evaluator import read_outcome
+from orchestrator.search.halving import Heat
 from orchestrator.search.job import search
-from orchestrator.search.race import Heat
 from orchestrator.search.space import Setting, SpaceConfig
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,7 +2,7 @@
 
 Seconds are of the CPU, summed over threads, so that others' load on the machine hardly shows.
 
-    python -m tests.benchmarks.metric_speed [--only NAME] [--pairs N] [--threads N]
+    python -m tests.benchmarks.metric_speed [--only NAME] [--pairs N] [--num-threads N]
 
 - inception: features of a batch by torch-fidelity and by Admiral, the same random weights. It needs the package
   (`pip install -e '.[bench]'`), and says so where it is not there.

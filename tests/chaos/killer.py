@@ -20,7 +20,7 @@ import psutil
 
 from orchestrator import storage
 from orchestrator.training.config import AdmConfig
-from tests.chaos.evidence import Recorded, recorded
+from tests.chaos.audit import Recorded, recorded
 from tests.chaos.proxy import Proxy, Request, Rule
 
 PATIENCE_SECONDS = 180.0  # for a moment to come
@@ -58,7 +58,7 @@ def random_plan(config: AdmConfig, count: int, seed: int, drivers: bool) -> list
     Where `drivers`, some hit the driver. At most one for each checkpoint, so that the training gets on.
     """
     rng = random.Random(seed)
-    marks = list(range(2 * config.checkpoint_images, config.length, config.checkpoint_images))
+    marks = list(range(2 * config.checkpoint_every, config.length, config.checkpoint_every))
     if count > len(marks):
         raise ValueError(f"{count} kills do not fit a training of {len(marks)} checkpoints")
     kills: list[Kill] = []
@@ -69,7 +69,7 @@ def random_plan(config: AdmConfig, count: int, seed: int, drivers: bool) -> list
             phases = ["mid-step", "mid-upload", "between upload and commit", "first step after a resume"]
         phase = rng.choice(phases if kills else phases[:3])
         phases.remove(phase)
-        later = rng.randrange(0, config.checkpoint_images, config.batch_size) if phase == "mid-step" else 0
+        later = rng.randrange(0, config.checkpoint_every, config.batch_size) if phase == "mid-step" else 0
         kills.append(Kill(phase, mark + later, "the driver" if drivers and rng.random() < 0.3 else "any worker"))
     return kills
 
@@ -159,7 +159,7 @@ class Killer(threading.Thread):
 
     def _await_checkpoint_before(self, kill: Kill) -> None:
         """Wait for a commit, so that there is something to resume from."""
-        every = self._config.checkpoint_images
+        every = self._config.checkpoint_every
         wanted = (kill.position - 1) // every * every
         folder = storage.join(self._config.path(self._config.output), "checkpoints", f"images-{wanted:012d}")
         deadline = time.monotonic() + PATIENCE_SECONDS

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from tests import servers
-from tests.chaos.evidence import recorded
+from tests.chaos.audit import recorded
 from tests.chaos.proxy import Proxy
 from tests.chaos.trainings import CHECKPOINT, start_job
 

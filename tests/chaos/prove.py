@@ -14,7 +14,7 @@ import tyro
 from cluster.session import session
 from orchestrator.training.config import AdmConfig
 from orchestrator.training.job import train
-from tests.chaos.evidence import consumed, order_hash, state_hash
+from tests.chaos.audit import consumed, order_hash, state_hash
 from tests.chaos.killer import Kill, random_plan
 from tests.chaos.trainings import CHECKPOINT, Ground, arguments, config_of, ground, train_here, train_in_parts
 

@@ -21,7 +21,7 @@ import tyro
 from orchestrator.training import checkpoints
 from orchestrator.training.config import AdmConfig
 from orchestrator.training.job import train
-from tests.chaos.evidence import consumed, noise_hash, order_hash, state_hash
+from tests.chaos.audit import consumed, noise_hash, order_hash, state_hash
 from tests.chaos.killer import Kill, random_plan
 from tests.chaos.nodes import lose_a_node
 from tests.chaos.trainings import Ground, arguments, config_of, ground, train_by_job

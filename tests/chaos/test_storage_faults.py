@@ -24,8 +24,8 @@ SEED = 0
 FAULTS: tuple[Fault, ...] = ("503", "reset", "half", "cut", "swallow")
 STORIES: list[tuple[Callable[[Any], object], dict, list[str]]] = [
     (prepare, dataset_presets(), []),
-    (train, adm_presets(), ["--images", "128", "--checkpoint-images", "32", "--batch-size", "32"]),
-    (train, classifier_presets(), ["--images", "64", "--checkpoint-images", "32", "--batch-size", "32"]),
+    (train, adm_presets(), ["--total-images", "128", "--checkpoint-every", "32", "--batch-size", "32"]),
+    (train, classifier_presets(), ["--total-images", "64", "--checkpoint-every", "32", "--batch-size", "32"]),
     (generate, generation_presets(), ["--num-samples", "36", "--sampler.num-steps", "3"]),
     (evaluate, evaluation_presets(), []),
 ]

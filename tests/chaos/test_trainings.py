@@ -10,7 +10,7 @@ from orchestrator import storage
 from orchestrator.training.config import AdmConfig
 from orchestrator.training.job import train
 from tests import servers
-from tests.chaos.evidence import consumed, noise_hash, order_hash, state_hash
+from tests.chaos.audit import consumed, noise_hash, order_hash, state_hash
 from tests.chaos.killer import Account, Kill, random_plan
 from tests.chaos.plain import train_plainly
 from tests.chaos.proxy import Proxy

@@ -64,8 +64,8 @@ def arguments(store: str, output: str, workers: int, checkpoints: int, **changes
     """The command line of a training of so many checkpoints. Dropout, flips and averages of two lengths play a part."""
     settings = {
         "store": store, "output": output, "record": f"{output}/record", "num_workers": workers, "reduction": "exact",
-        "images": checkpoints * CHECKPOINT, "batch_size": BATCH, "checkpoint_images": CHECKPOINT, "flip": "",
-        "model.dropout": 0.1, "ema_rates": "0.9 0.99", "log_images": CHECKPOINT, "max_failures": 20,
+        "images": checkpoints * CHECKPOINT, "batch_size": BATCH, "checkpoint_every": CHECKPOINT, "random_flip": "",
+        "model.dropout": 0.1, "ema_rates": "0.9 0.99", "log_every": CHECKPOINT, "max_failures": 20,
     }  # fmt: skip
     argv = ["digits"]
     for name, value in (settings | changes).items():

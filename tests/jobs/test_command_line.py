@@ -51,9 +51,9 @@ def test_help_explains_every_option(job: str, capsys: pytest.CaptureFixture[str]
 
 
 def test_overrides_reach_nested_fields() -> None:
-    config = parse("Train.", training_presets.adm_presets(), ["digits", "--model.dropout", "0.25", "--order.seed", "7"])
+    config = parse("Train.", training_presets.adm_presets(), ["digits", "--model.dropout", "0.25", "--seed", "7"])
     assert config.model.dropout == 0.25
-    assert config.order.seed == 7
+    assert config.seed == 7
 
 
 def test_an_only_preset_need_not_be_named() -> None:
@@ -64,7 +64,7 @@ def test_a_preset_file_changes_a_preset_and_is_overridden(tmp_path: Path) -> Non
     file = tmp_path / "mine.yaml"
     file.write_text("preset: digits\nbatch_size: 32\nmodel: {dropout: 0.25}\nema_rates: [0.9, 0.99]\n")
     for flag in (["--preset", str(file)], [f"--preset={file}"], [f"--preset=file://{file}"]):
-        config = parse("Train.", training_presets.adm_presets(), [*flag, "--images", "640"])
+        config = parse("Train.", training_presets.adm_presets(), [*flag, "--total-images", "640"])
         assert (config.batch_size, config.model.dropout, config.images) == (32, 0.25, 640)
         assert config.ema_rates == (0.9, 0.99)
         assert config.model.channel_mult == training_presets.adm_presets()["digits"][1].model.channel_mult
@@ -106,7 +106,7 @@ def test_a_preset_file_that_is_not_there_is_one_line(capsys: pytest.CaptureFixtu
         (["digits", "--batchsize", "64"], "--batchsize"),
         (["digits", "--batch-size", "63"], "batch_size=63 is not a multiple of order.num_streams=4"),
         (["digits", "--batch-size", "-8"], "greater than 0"),
-        (["digits", "--images", "many"], "'many'"),
+        (["digits", "--total-images", "many"], "'many'"),
         (["digits", "--num-workers", "3"], "num_workers=3 does not divide order.num_streams=4"),
         (["no-such-preset"], "no-such-preset"),
     ],

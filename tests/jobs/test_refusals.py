@@ -93,9 +93,9 @@ def test_a_store_that_may_only_be_read(
 ROOM = 24_576  # bytes that are left: for the records, not for what the job is to make
 WORKS = {
     "prepare_dataset": [],
-    "train_adm": ["--images", "1280", "--num-workers", "0"],
-    "train_classifier": ["--images", "1280", "--num-workers", "0"],
-    "tune_guidance": ["--space.steps", "2", "3", "--rungs", "256", "512", "--trials", "2", "--num-workers", "0"],
+    "train_adm": ["--total-images", "1280", "--num-workers", "0"],
+    "train_classifier": ["--total-images", "1280", "--num-workers", "0"],
+    "tune_guidance": ["--space.num-steps", "2", "3", "--rungs", "256", "512", "--trials", "2", "--num-workers", "0"],
     "generate_samples": ["--num-samples", "5000", "--sampler.num-steps", "2", "--num-workers", "0"],
     "evaluate_samples": ["--num-workers", "0"],
     "average_weights": ["--sigma-rel", "0.075"],

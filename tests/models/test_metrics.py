@@ -25,7 +25,7 @@ from models.metrics import (
     frechet_distance_of_rows,
     frechet_estimate,
     inception_score,
-    inception_score_classic,
+    inception_score_10split,
     influence_scores,
     kid,
     kid_scores,
@@ -336,7 +336,7 @@ def test_intervals_of_the_inception_score_hold() -> None:
     rng = generator(16)
     directions = rng.standard_normal((4, 10))
     held = coverage(lambda: inception_score(softmax(rng.standard_normal((600, 4)) @ directions), 200), None)
-    classic = coverage(lambda: inception_score_classic(softmax(rng.standard_normal((600, 4)) @ directions)), None)
+    classic = coverage(lambda: inception_score_10split(softmax(rng.standard_normal((600, 4)) @ directions)), None)
     small = coverage(lambda: inception_score(softmax(rng.standard_normal((MIN_SCORED, 4)) @ directions)), None)
     print("coverage of the Inception Score", held, "classic", classic, "at its least n", small)
     assert 0.90 <= held <= 0.98 and 0.90 <= classic <= 0.98 and 0.90 <= small <= 0.98
@@ -382,7 +382,7 @@ def test_a_short_last_split_weighs_as_much_as_the_others() -> None:
 
 def test_sorting_by_class_lowers_the_score_unless_shuffled() -> None:
     probabilities = softmax(np.repeat(np.eye(10) * 5, 50, axis=0))
-    in_order, shuffled = (inception_score_classic(probabilities, 10, seed).value for seed in (None, 2020))
+    in_order, shuffled = (inception_score_10split(probabilities, 10, seed).value for seed in (None, 2020))
     assert in_order < 1.01 < 4 < shuffled
 
 
@@ -390,7 +390,7 @@ def test_logits_are_not_taken_for_probabilities() -> None:
     with pytest.raises(ValueError, match="softmax"):
         inception_score(generator(19).standard_normal((20, 5)))
     with pytest.raises(ValueError, match="num_splits=10"):
-        inception_score_classic(np.ones((5, 1)))
+        inception_score_10split(np.ones((5, 1)))
 
 
 def test_kernel_distance_is_the_mean_over_all_pairs() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config import JobConfig, claim
+from orchestrator.config import JobConfig, check_or_write_config
 
 
 class Config(JobConfig):
@@ -15,12 +15,12 @@ class Config(JobConfig):
 
 
 def test_the_same_config_claims_a_folder_again_and_another_is_refused(tmp_path: Path) -> None:
-    claim(str(tmp_path), Config(seed=1), weights="abc")
-    claim(str(tmp_path), Config(seed=1, num_workers=8, store="/elsewhere"), weights="abc")
+    check_or_write_config(str(tmp_path), Config(seed=1), weights="abc")
+    check_or_write_config(str(tmp_path), Config(seed=1, num_workers=8, store="/elsewhere"), weights="abc")
     with pytest.raises(ValueError, match=r"seed: 1 there, 2 here"):
-        claim(str(tmp_path), Config(seed=2), weights="abc")
+        check_or_write_config(str(tmp_path), Config(seed=2), weights="abc")
     with pytest.raises(ValueError, match=r"weights: abc there, def here"):
-        claim(str(tmp_path), Config(seed=1), weights="def")
+        check_or_write_config(str(tmp_path), Config(seed=1), weights="def")
 
 
 def test_relative_paths_lie_under_the_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from models.zoo import ZOO
 from orchestrator.cost import (
     CARDS,
     Cost,
-    PriceConfig,
+    CostConfig,
     extraction_cost,
     gpu_seconds,
     priced,
@@ -69,7 +69,7 @@ def test_training_takes_the_papers_v100_days(names: tuple[str, ...]) -> None:
 
 
 def test_the_assumed_share_lies_within_a_tenth_of_the_papers() -> None:
-    assert gpu_seconds(whole_training("adm-256"), PriceConfig(card="V100"), half=True) / DAY == pytest.approx(
+    assert gpu_seconds(whole_training("adm-256"), CostConfig(card="V100"), half=True) / DAY == pytest.approx(
         916, rel=0.1
     )
 
@@ -82,7 +82,7 @@ def whole_training(name: str, batch: int = 1) -> Cost:
 def v100_days(name: str) -> float:
     """At the share of a V100 that table 7 says was reached."""
     theoretical, reached = TABLE_7[name]
-    price = PriceConfig(card="V100", utilization=reached / theoretical * PAPER_PEAK / CARDS["V100"].half)
+    price = CostConfig(card="V100", utilization=reached / theoretical * PAPER_PEAK / CARDS["V100"].half)
     return gpu_seconds(whole_training(name), price, half=True) / DAY
 
 
@@ -90,7 +90,7 @@ def test_guided_sampling_takes_what_was_measured_on_an_a100() -> None:
     network, classifier = ZOO["adm-256"].network, ZOO["classifier-256"].network
     guided = sampling_cost(network, 250, images=1, batch=1, half=True, classifier=classifier)
     plain = sampling_cost(network, 250, images=1, batch=1, half=True)
-    price = PriceConfig(card="A100")
+    price = CostConfig(card="A100")
     assert 1 / gpu_seconds(guided, price, half=True) == pytest.approx(0.07, rel=0.05)
     assert 1 / gpu_seconds(plain, price, half=True) == pytest.approx(0.12, rel=0.05)
 
@@ -115,11 +115,11 @@ def test_features_are_counted_on_an_image() -> None:
 
 def test_the_lines_say_what_does_not_fit_and_what_is_assumed() -> None:
     cost = training_cost(ZOO["adm-256"].network, images=1000, batch=32, averages=1, half=True)
-    small, large = (priced(cost, PriceConfig(card=card), 8, half=True) for card in ("V100", "H200"))
+    small, large = (priced(cost, CostConfig(card=card), 8, half=True) for card in ("V100", "H200"))
     assert "TOO MUCH" in small and "TOO MUCH" not in large
     assert "on 8" in large and "ADM table 7" in large and "989" in large
-    own = priced(cost, PriceConfig(utilization=0.5), 8, half=True)
-    assert "50%" in own and "--price.utilization" in own
+    own = priced(cost, CostConfig(utilization=0.5), 8, half=True)
+    assert "50%" in own and "--cost.mfu" in own
 
 
 def paper_table() -> str:
@@ -132,7 +132,7 @@ def paper_table() -> str:
     for name in IMAGES:
         cost = whole_training(name, batch=8)
         theoretical, days = (str(TABLE_7[name][0]), f"{v100_days(name):,.0f}") if name in TABLE_7 else ("-", "-")
-        assumed = [gpu_seconds(cost, PriceConfig(card=card), True) / DAY for card in ("V100", "H100")]
+        assumed = [gpu_seconds(cost, CostConfig(card=card), True) / DAY for card in ("V100", "H100")]
         flops = cost.flops_per_image
         lines.append(
             f"| {name} | {count_parameters(ZOO[name].network) / 1e6:.1f} M | {flops / 6e9:,.1f} | {flops / 1e12:.2f} "

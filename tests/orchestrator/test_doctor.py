@@ -79,7 +79,7 @@ def test_a_store_that_works_is_left_as_it_was(tmp_path: Path) -> None:
     [
         ({"read_bytes": lambda uri: b""}, "gives back other bytes"),
         ({"list_names": lambda uri: []}, "does not list"),
-        ({"create_bytes": lambda uri, data: True}, "does not honour If-None-Match"),
+        ({"put_if_absent": lambda uri, data: True}, "does not honour If-None-Match"),
     ],
 )
 def test_a_store_that_only_seems_to_work(

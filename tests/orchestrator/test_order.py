@@ -19,7 +19,7 @@ GOLDEN_ORDER = [[21, 0, 11, 3], [23, 2, 10, 4], [22, 1, 5, 9]]
 
 def make_plan(num_groups: int, batch_size: int, num_streams: int, window: int = 4, seed: int = 0) -> OrderPlan:
     sizes = tuple(int(n) for n in np.random.default_rng(1).integers(5, 9, num_groups))
-    return OrderPlan(sizes, batch_size, OrderConfig(seed=seed, num_streams=num_streams, window=window))
+    return OrderPlan(sizes, batch_size, OrderConfig(num_streams=num_streams, shuffle_row_groups=window), seed)
 
 
 def share(plan: OrderPlan, rank: int, world_size: int, position: int) -> Iterator[np.ndarray]:
@@ -146,13 +146,13 @@ def test_position_is_arithmetic() -> None:
 
 
 def test_open_bytes_are_bounded() -> None:
-    plan = OrderPlan((10, 12) * 8, 16, OrderConfig(num_streams=4, window=2))
+    plan = OrderPlan((10, 12) * 8, 16, OrderConfig(num_streams=4, shuffle_row_groups=2))
     assert plan.open_bytes(1, 100) == 4 * 2 * 12 * 100
     assert plan.open_bytes(4, 100) == 2 * 12 * 100
     # 256 pixels, row groups of 128: half a gigabyte for each of two workers, and none of it where it would be too much
-    large = OrderPlan((128,) * 1024, 256, OrderConfig(num_streams=64, window=4))
+    large = OrderPlan((128,) * 1024, 256, OrderConfig(num_streams=64, shuffle_row_groups=4))
     assert large.open_bytes(8, 3 * 256**2) == 8 * 4 * 128 * 3 * 256**2
-    with pytest.raises(ValueError, match=r"6\.0 GiB of open images.*num_workers, or lower order.window=4 or order.num"):
+    with pytest.raises(ValueError, match=r"6\.0 GiB of open images.*num_workers, or lower order.shuffle_row_groups=4"):
         large.open_bytes(1, 3 * 256**2)
 
 
@@ -205,5 +205,5 @@ def test_golden_draws() -> None:
 
 
 def test_golden_order() -> None:
-    plan = OrderPlan((3,) * 8, 4, OrderConfig(seed=5, num_streams=2, window=2))
+    plan = OrderPlan((3,) * 8, 4, OrderConfig(num_streams=2, shuffle_row_groups=2), seed=5)
     assert sequence(plan, 1, 0, 3).tolist() == GOLDEN_ORDER

@@ -21,5 +21,10 @@ def test_trainings_that_validate_have_a_dataset_that_holds_images_out() -> None:
 def test_a_worker_of_every_training_can_hold_its_open_images() -> None:
     for presets in (adm_presets, classifier_presets, upsampler_presets):
         for name, (_, config) in presets().items():
-            rows = config.order.num_streams // max(config.num_workers, 1) * config.order.window * ROW_GROUP_IMAGES
+            rows = (
+                config.order.num_streams
+                // max(config.num_workers, 1)
+                * config.order.shuffle_row_groups
+                * ROW_GROUP_IMAGES
+            )
             assert rows * config.model.image_size**2 * 3 <= OPEN_BYTES_LIMIT, name

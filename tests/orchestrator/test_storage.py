@@ -65,9 +65,9 @@ def test_a_bucket_is_made_once_in_any_region(region: str, s3_server: str, monkey
 
 def test_create_only(root: str) -> None:
     uri = storage.join(root, "deep", "commit.json")
-    assert storage.create_bytes(uri, b"first")
-    assert not storage.create_bytes(uri, b"second")
-    assert not storage.create_bytes(uri, b"first"), "the same bytes of another writer are still another writer's"
+    assert storage.put_if_absent(uri, b"first")
+    assert not storage.put_if_absent(uri, b"second")
+    assert not storage.put_if_absent(uri, b"first"), "the same bytes of another writer are still another writer's"
     assert storage.read_bytes(uri) == b"first"
     assert storage.list_names(storage.join(root, "deep")) == ["commit.json"]
 
@@ -75,14 +75,14 @@ def test_create_only(root: str) -> None:
 def test_a_file_in_the_place_of_a_folder_is_no_object_of_that_name(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(OSError, match=r"cannot create .*run/x"):
-        storage.create_bytes(str(tmp_path / "run" / "x"), b"")
+        storage.put_if_absent(str(tmp_path / "run" / "x"), b"")
 
 
 @pytest.mark.parametrize("root", ["local", "s3"], indirect=True)
 def test_one_of_many_creators_wins(root: str) -> None:
     uri = storage.join(root, "commit")
     with ThreadPoolExecutor(8) as pool:
-        won = list(pool.map(lambda i: storage.create_bytes(uri, bytes([i])), range(8)))
+        won = list(pool.map(lambda i: storage.put_if_absent(uri, bytes([i])), range(8)))
     assert sum(won) == 1
     assert storage.read_bytes(uri) == bytes([won.index(True)])
 
@@ -215,7 +215,7 @@ def test_transient_faults_are_retried(fault: Fault, s3_bucket: str, proxy: Proxy
         lambda: storage.open_input(uri).read() == DATA or pytest.fail("other bytes"),
         lambda: storage.list_names(s3_bucket) == ["x"] or pytest.fail("not listed"),
         lambda: storage.exists(uri) or pytest.fail("not found"),
-        lambda: storage.create_bytes(f"{s3_bucket}/{fault}", DATA) or pytest.fail("not created"),
+        lambda: storage.put_if_absent(f"{s3_bucket}/{fault}", DATA) or pytest.fail("not created"),
         lambda: storage.delete(f"{s3_bucket}/{fault}"),
         lambda: stream_out(uri, DATA),
     ):
@@ -266,7 +266,7 @@ def test_long_faults_within_a_streamed_output(
 
 def test_an_upload_cut_half_way_leaves_no_object(s3_bucket: str, proxy: Proxy) -> None:
     rule = proxy.add("half", "PUT|POST", "x")
-    for write in (storage.write_bytes, storage.create_bytes, stream_out):
+    for write in (storage.write_bytes, storage.put_if_absent, stream_out):
         befallen = len(rule.requests)
         with pytest.raises(OSError, match=rf"cannot .*{s3_bucket}/x"):
             write(f"{s3_bucket}/x", DATA)
@@ -287,8 +287,8 @@ def test_a_slow_upload_is_no_stalled_one(s3_bucket: str, proxy: Proxy, monkeypat
 
 def test_a_create_whose_answer_was_lost_counts_as_done(s3_bucket: str, proxy: Proxy) -> None:
     proxy.add("swallow", "PUT", "commit", times=2)  # more than one request's own retries
-    assert storage.create_bytes(f"{s3_bucket}/commit", b"attempt-1")
-    assert not storage.create_bytes(f"{s3_bucket}/commit", b"attempt-2")
+    assert storage.put_if_absent(f"{s3_bucket}/commit", b"attempt-1")
+    assert not storage.put_if_absent(f"{s3_bucket}/commit", b"attempt-2")
 
 
 def test_endless_faults_end(s3_bucket: str, proxy: Proxy) -> None:
@@ -303,13 +303,13 @@ def test_random_faults_are_survived(s3_bucket: str, proxy: Proxy) -> None:
         proxy.add(fault, probability=0.06)
     for number in range(30):
         storage.write_bytes(f"{s3_bucket}/{number}", DATA)
-        assert storage.create_bytes(f"{s3_bucket}/create/{number}", DATA)
+        assert storage.put_if_absent(f"{s3_bucket}/create/{number}", DATA)
         assert storage.read_bytes(f"{s3_bucket}/create/{number}") == DATA
     assert storage.list_names(f"{s3_bucket}/create") == sorted(map(str, range(30)))
     assert all(proxy.faults().values()), f"some fault befell nothing: {proxy.faults()}"
 
 
-@pytest.mark.parametrize("write", [storage.write_bytes, storage.create_bytes, stream_out])
+@pytest.mark.parametrize("write", [storage.write_bytes, storage.put_if_absent, stream_out])
 def test_a_full_disk_is_one_clear_error(write: Callable[[str, bytes], object], tmp_path: Path) -> None:
     uri = str(tmp_path / "run" / "x")
     with _file_size_limit(1 << 20), pytest.raises(OSError, match=r"cannot (write|create): .*run/x'") as caught:

@@ -8,9 +8,9 @@ import pyarrow.compute as pc
 
 from orchestrator import storage
 from orchestrator.data.sources import arrays, folders, tars
-from orchestrator.data.sources.adoption import PARQUET_NAME
 from orchestrator.data.sources.index import Finding, Findings, Listing, Source, finding, list_source
 from orchestrator.data.sources.labels import LabelMap, read_label_map
+from orchestrator.data.sources.registration import PARQUET_NAME
 
 __all__ = [
     "UNLABELLED",

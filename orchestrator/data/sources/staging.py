@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from cluster.workers import map_items
 from orchestrator import storage
 from orchestrator.data.dataset import Manifest
-from orchestrator.data.sources.adoption import IMAGE_COLUMN
 from orchestrator.data.sources.index import INDEX, Finding, Listing, Source, index_table, make_source, split_of_each
+from orchestrator.data.sources.registration import IMAGE_COLUMN
 from orchestrator.progress import progress_line
 
 _BATCH_ROWS = 256  # read at a time

@@ -13,7 +13,7 @@ import pytest
 from orchestrator import storage
 from orchestrator.data import dataset
 from orchestrator.data.crops import center_crop
-from orchestrator.data.dataset import SCHEMA, Manifest, Microbatch, batches, load_manifest, read_images
+from orchestrator.data.dataset import SCHEMA, Manifest, StreamShare, batches, load_manifest, read_images
 from orchestrator.data.images import decode
 from orchestrator.data.job import prepare
 from orchestrator.order import OrderConfig, OrderPlan, Purpose, sample_rng
@@ -43,13 +43,13 @@ def test_manifests_that_are_none(tmp_path: Path, prepared: Manifest) -> None:
 
 
 def make_order(manifest: Manifest, seed: int = 0, batch_size: int = 64, split: str = "train") -> OrderPlan:
-    config = OrderConfig(seed=seed, num_streams=4, window=2)
+    config = OrderConfig(seed=seed, num_streams=4, shuffle_row_groups=2)
     return OrderPlan(manifest.row_group_sizes(split), batch_size, config)
 
 
 def global_batches(
     manifest: Manifest, world_size: int, position: int, steps: int, **options: Any
-) -> list[list[Microbatch]]:
+) -> list[list[StreamShare]]:
     """Every step's microbatches of all streams, made by `world_size` workers."""
     order, options = make_order(manifest), {"image_size": 16, "use_ray": False, **options}
     workers = [
@@ -58,7 +58,7 @@ def global_batches(
     return [[m for part in parts for m in part] for parts in zip(*workers, strict=True)]
 
 
-def same(first: list[list[Microbatch]], second: list[list[Microbatch]]) -> bool:
+def same(first: list[list[StreamShare]], second: list[list[StreamShare]]) -> bool:
     names = ("images", "labels", "samples", "flips", "replaced")
     return len(first) == len(second) and all(
         (a.stream, a.epoch) == (b.stream, b.epoch) and all(np.array_equal(getattr(a, n), getattr(b, n)) for n in names)
@@ -202,7 +202,7 @@ def test_no_row_group_is_fetched_twice(s3_bucket: str, ray_session: None, ray_pr
     """Counted at the S3 server: an epoch of two workers, and again from its middle."""
     images = photographs(20)
     manifest = write_dataset(s3_bucket, images, sizes_of(images), rows=640, row_group=10)
-    order = OrderPlan(manifest.row_group_sizes("train"), 64, OrderConfig(num_streams=4, window=2))
+    order = OrderPlan(manifest.row_group_sizes("train"), 64, OrderConfig(num_streams=4, shuffle_row_groups=2))
     middle = order.batch_size * 4  # inside a window of every stream
     fetched = {}
     for position, rank in [(0, 0), (0, 1), (middle, 0), (middle, 1)]:

@@ -132,7 +132,7 @@ def test_batches_of_class_sorted_input_are_mixed(tmp_path: Path) -> None:
     source = layouts.write_tar_of_tars(str(tmp_path / "sorted"), pictures(170))
     manifest = prepare(three(tmp_path, source))
     labels = np.split(np.array(table(manifest, "train")["label"]), np.cumsum(manifest.row_group_sizes("train"))[:-1])
-    order = OrderPlan(manifest.row_group_sizes("train"), 32, OrderConfig(num_streams=4, window=1))
+    order = OrderPlan(manifest.row_group_sizes("train"), 32, OrderConfig(num_streams=4, shuffle_row_groups=1))
     drawn = islice(batches(manifest, order, 0, 1, 0, 16, use_ray=False), 3 * order.batches_per_epoch)
     steps = [np.concatenate([m.labels for m in microbatches]) for microbatches in drawn]
     assert len(steps) == 3 * 15
@@ -145,7 +145,7 @@ def test_unshuffled_shards_would_fail_that_test(tmp_path: Path) -> None:
     """An adopted set that is sorted by class: the same statistic tells."""
     source = layouts.write_parquet(str(tmp_path / "sorted"), pictures(170), rows=32)
     manifest = prepare(three(tmp_path, source))
-    order = OrderPlan(manifest.row_group_sizes("train"), 32, OrderConfig(num_streams=4, window=1))
+    order = OrderPlan(manifest.row_group_sizes("train"), 32, OrderConfig(num_streams=4, shuffle_row_groups=1))
     drawn = islice(batches(manifest, order, 0, 1, 0, 16, use_ray=False), order.batches_per_epoch)
     counts = np.array([np.bincount(np.concatenate([m.labels for m in step]), minlength=3) for step in drawn])
     found, freedom = chi_square(counts)
@@ -325,7 +325,7 @@ def make_dying_writer(output: str, resolution: int | None) -> Callable[[int], sh
     def dying_row(*place: Any) -> dict[str, Any]:
         nonlocal seen
         seen += 1
-        if seen == 5 and current == 1 and storage.create_bytes(f"{output}/died", b""):
+        if seen == 5 and current == 1 and storage.put_if_absent(f"{output}/died", b""):
             os.kill(os.getpid(), signal.SIGKILL)
         if seen == 5 and current == 3:
             raise OSError("the disk is gone")

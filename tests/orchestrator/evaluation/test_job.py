@@ -71,7 +71,7 @@ def test_noise_is_measured_by_the_digits_network(store: str, capsys: pytest.Capt
     metrics = content["metrics"]
     assert set(metrics) == {
         "fd_digits", "fd_infinity_digits", "kid_digits", "precision", "recall", "density", "coverage", "authpct",
-        "inception_score_digits", "inception_score_classic_digits", "accuracy",
+        "inception_score_digits", "inception_score_10split_digits", "accuracy",
     }  # fmt: skip
     assert content["extractor"]["held_out_accuracy"] > 0.97
     for found in metrics.values():
@@ -128,7 +128,7 @@ def test_the_names_of_the_papers_belong_to_inception(tmp_path: Path, monkeypatch
     files = {"samples": "samples.npz", "reference": "reference.npz", "extractor_weights": "weights.pth"}
     found = storage.read_json(evaluate(EvaluationConfig(**settings, **files)))
     assert set(found["metrics"]) == {
-        "fid", "sfid", "kid", "inception_score", "inception_score_classic", "precision", "recall", "precision_openai",
+        "fid", "sfid", "kid", "inception_score", "inception_score_10split", "precision", "recall", "precision_openai",
         "recall_openai", "density", "coverage", "authpct",
     }  # fmt: skip
     assert found["extractor"]["fingerprint"] == f"inception-{digest[:12]}"

@@ -13,7 +13,7 @@ from orchestrator.evaluation.page import ABOUT, _grid, _pick, about
 
 @pytest.mark.parametrize("extractor", ["inception", "digits", "efficientnet_lite0"])
 def test_every_metric_is_explained(extractor: str) -> None:
-    for metric in ("fd", "fd_infinity", "sfd", "kid", "inception_score", "inception_score_classic"):
+    for metric in ("fd", "fd_infinity", "sfd", "kid", "inception_score", "inception_score_10split"):
         assert about(metric_name(metric, extractor)) == ABOUT[metric]
     for metric in ("precision", "precision_openai", "recall", "recall_openai", "density", "coverage", "authpct"):
         assert about(metric) == ABOUT[metric]

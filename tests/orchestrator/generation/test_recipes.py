@@ -17,17 +17,17 @@ def parsed(*argv: str) -> GenerationConfig:
 
 
 def test_like_takes_the_published_recommendation_and_options_come_after_it() -> None:
-    config = parsed("--like", "adm-256", "--guidance.scale", "1.5", "--sampler.num-steps", "100")
+    config = parsed("--recipe", "adm-256", "--guidance.scale", "1.5", "--sampler.num-steps", "100")
     assert (config.weights, config.classifier) == ("256x256_diffusion.pt", "256x256_classifier.pt")
     assert (config.sampler.name, config.sampler.num_steps, config.guidance.scale) == ("ddpm", 100, 1.5)
-    plain = parsed("--like", "adm-512", "--weights", "mine.pt")
+    plain = parsed("--recipe", "adm-512", "--weights", "mine.pt")
     assert config.output == "adm-256/samples" and plain.output == "adm-512/samples", "not among another's"
     assert (plain.weights, plain.sampler.num_steps, plain.guidance.scale) == ("mine.pt", 250, 4.0)
 
 
 @pytest.mark.parametrize("name", ["adm-64", "adm-128", "adm-256", "adm-256-uncond", "adm-512", "lsun-cat"])
 def test_every_published_recommendation_is_a_valid_config(name: str) -> None:
-    config, recipe = parsed("--like", name), zoo.entry(name).recipes[0]
+    config, recipe = parsed("--recipe", name), zoo.entry(name).recipes[0]
     assert config.sampler == recipe.sampler and config.guidance == recipe.guidance
     assert (config.classifier is None) == (recipe.classifier is None)
 
@@ -39,7 +39,7 @@ def test_what_nobody_recommends_is_an_error(capsys: pytest.CaptureFixture[str]) 
         ("upsampler-64-256", "is an upsampler"),
     ):
         with pytest.raises(SystemExit) as end:
-            parsed("--like", name)
+            parsed("--recipe", name)
         assert end.value.code == 2 and message in capsys.readouterr().err
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from orchestrator.search import heats
 from orchestrator.search import job as search
 from orchestrator.search.config import SearchConfig
-from orchestrator.search.heats import Block, Made
+from orchestrator.search.evaluator import Block, Made
 
 
 def make_counted_worker(log: str, config: SearchConfig) -> Callable[[Block], Made]:

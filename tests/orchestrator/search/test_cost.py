@@ -5,7 +5,7 @@ import pytest
 from orchestrator.search import cost as search_cost
 from orchestrator.search.config import Limit
 from orchestrator.search.cost import Costs
-from orchestrator.search.race import Heat
+from orchestrator.search.halving import Heat
 from orchestrator.search.space import Setting
 
 CHEAP = Setting(weights="w", sampler="ddim", steps=10, evaluations=10)

@@ -21,10 +21,10 @@ from jobs.command_line import parse
 from orchestrator import storage
 from orchestrator.data.job import prepare
 from orchestrator.generation.presets import generation_presets
-from orchestrator.search.answer import summary
 from orchestrator.search.config import Limit, SearchConfig
 from orchestrator.search.job import plan, search
 from orchestrator.search.presets import search_presets
+from orchestrator.search.result import summary
 from orchestrator.search.space import SpaceConfig
 from tests.benchmarks.demo_search import Demo, compare, demonstrate, grid_config, race_config
 from tests.orchestrator.digits import digits

@@ -54,9 +54,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 def adm(store: str, output: str, **changes: object) -> AdmConfig:
     settings: dict = {
         "store": store, "dataset": "digits", "output": output, "model": UNET,
-        "diffusion": DiffusionConfig(schedule="cosine"), "order": OrderConfig(num_streams=2, window=2),
-        "images": 96, "batch_size": 16, "learning_rate": 1e-3, "ema_rates": (0.9, 0.5), "flip": False,
-        "checkpoint_images": 32, "log_images": 32, "num_workers": 0,
+        "diffusion": DiffusionConfig(schedule="cosine"), "order": OrderConfig(num_streams=2, shuffle_row_groups=2),
+        "images": 96, "batch_size": 16, "learning_rate": 1e-3, "ema_rates": (0.9, 0.5), "random_flip": False,
+        "checkpoint_every": 32, "log_every": 32, "num_workers": 0,
     }  # fmt: skip
     return AdmConfig(**settings | changes)
 
@@ -74,7 +74,7 @@ def context(stop_after: int | None = None, records: list | None = None) -> Worke
 
 def final_state(config: AdmConfig) -> dict[str, torch.Tensor]:
     found = checkpoints.latest_checkpoint(config.path(config.output))
-    assert found is not None and found.position == config.images
+    assert found is not None and found.position == config.total_images
     return found.tensors
 
 
@@ -112,15 +112,15 @@ def test_a_training_can_be_made_longer_and_not_shorter(store: str) -> None:
     straight, longer = adm(store, "straight"), adm(store, "longer", images=48)
     train(straight)
     train(longer)
-    train(adm(store, "longer", log_images=16))
+    train(adm(store, "longer", log_every=16))
     for name, tensor in final_state(straight).items():
         assert torch.equal(tensor, final_state(adm(store, "longer"))[name]), name
     with pytest.raises(ValueError, match=r"images=64, but .* has come to 96 already"):
         train(adm(store, "longer", images=64))
-    annealed = adm(store, "annealed", images=16, anneal=True)
+    annealed = adm(store, "annealed", images=16, lr_schedule="linear")
     train(annealed)
     with pytest.raises(ValueError, match="images: 16 there, 32 here"):
-        train(adm(store, "annealed", images=32, anneal=True))
+        train(adm(store, "annealed", images=32, lr_schedule="linear"))
 
 
 def test_a_model_for_other_classes_is_refused(store: str) -> None:
@@ -131,7 +131,7 @@ def test_a_model_for_other_classes_is_refused(store: str) -> None:
 def test_gradients_that_are_not_finite_are_skipped_then_end_the_run(
     store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = adm(store, "poisoned", max_bad_steps=2)
+    config = adm(store, "poisoned", max_nonfinite_steps=2)
     fresh = TrainingState(config, torch.device("cpu")).tensors()
     monkeypatch.setattr("orchestrator.training.losses.from_uint8", lambda images, channels: _poison(images, channels))
     with pytest.raises(ArithmeticError, match="not finite in 3 steps in a row"):
@@ -153,8 +153,8 @@ def test_the_noisy_classifier_learns(store: str) -> None:
     )  # fmt: skip
     config = NoisyClassifierConfig(
         store=store, dataset="digits", output="classifier", model=model, diffusion=DiffusionConfig(schedule="cosine"),
-        order=OrderConfig(num_streams=2, window=2), crop="random", flip=False, images=4800, batch_size=32,
-        learning_rate=2e-3, log_images=1600, num_workers=0,
+        order=OrderConfig(num_streams=2, shuffle_row_groups=2), crop="random", random_flip=False, images=4800, batch_size=32,
+        learning_rate=2e-3, log_every=1600, num_workers=0,
     )  # fmt: skip
     records: list = []
     train_loop(config, context(records=records))
@@ -166,7 +166,7 @@ def test_the_noisy_classifier_learns(store: str) -> None:
 
 
 def test_the_learning_rate_warms_up_and_anneals(store: str) -> None:
-    config = adm(store, "lr", images=160, warmup_images=64, anneal=True, learning_rate=1.0)
+    config = adm(store, "lr", images=160, warmup_images=64, lr_schedule="linear", learning_rate=1.0)
     found = [learning_rate(config, position) for position in range(0, 160, 16)]
     warm = np.minimum(1, np.arange(1, 11) / 4)
     assert found == pytest.approx(list(warm * (1 - np.arange(10) / 10)))
@@ -174,7 +174,7 @@ def test_the_learning_rate_warms_up_and_anneals(store: str) -> None:
 
 def test_previews_show_samples(store: str) -> None:
     records: list = []
-    config = adm(store, "previews", preview_images=48)
+    config = adm(store, "previews", preview_every=48)
     train_loop(config, context(records=records))
     pictures = {record["picture"]: record["png"] for record in records if "picture" in record}
     assert sorted(pictures) == [
@@ -221,7 +221,7 @@ def test_sixteen_bits_come_near_thirty_two(store: str, dtype: str) -> None:
     losses = {}
     for name in ("float32", dtype):
         records: list = []
-        config = adm(store, f"{dtype}-{name}", dtype=name, images=320, log_images=160)
+        config = adm(store, f"{dtype}-{name}", dtype=name, images=320, log_every=160)
         train_loop(config, context(records=records))
         losses[name] = numbers(records, "loss")
         if name == "float16":
@@ -232,21 +232,21 @@ def test_sixteen_bits_come_near_thirty_two(store: str, dtype: str) -> None:
 
 def test_the_loss_scale_backs_off_to_its_floor_and_is_kept(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     scaling = LossScaleConfig(initial=3.0, backoff=2.0, floor=0.5)
-    config = adm(store, "scale", dtype="float16", loss_scale=scaling, images=64, checkpoint_images=16)
+    config = adm(store, "scale", dtype="float16", loss_scale=scaling, images=64, checkpoint_every=16)
     with monkeypatch.context() as patch:
         patch.setattr("orchestrator.training.losses.from_uint8", lambda images, channels: _poison(images, channels))
         train_loop(config, context(stop_after=2))
     found = checkpoints.latest_checkpoint(config.path(config.output))
     assert found is not None and found.position == 32
-    assert found.facts["log2_loss_scale"] == 0.5 and found.facts["bad_steps"] == 2 and found.facts["updates"] == 0
+    assert found.facts["log2_loss_scale"] == 0.5 and found.facts["nonfinite_steps"] == 2 and found.facts["updates"] == 0
     train_loop(config, context())
     found = checkpoints.latest_checkpoint(config.path(config.output))
     assert found is not None and found.facts["log2_loss_scale"] == pytest.approx(0.5 + 2e-3)
-    assert found.facts["bad_steps"] == 0 and found.facts["updates"] == 2
+    assert found.facts["nonfinite_steps"] == 0 and found.facts["updates"] == 2
 
 
 def test_old_checkpoints_go_and_snapshots_stay(store: str) -> None:
-    config = adm(store, "kept", checkpoint_images=16, keep_checkpoints=2, keep_every_images=32, snapshot_images=48)
+    config = adm(store, "kept", checkpoint_every=16, keep_checkpoints=2, keep_every=32, snapshot_every=48)
     train_loop(config, context())
     run = config.path(config.output)
     kept = {name.split("/")[0] for name in storage.list_names(storage.join(run, "checkpoints"), recursive=True)}
@@ -258,7 +258,7 @@ def test_old_checkpoints_go_and_snapshots_stay(store: str) -> None:
 
 
 def test_a_notice_of_preemption_is_answered_with_a_checkpoint(store: str) -> None:
-    config = adm(store, "preempted", checkpoint_images=10**6)
+    config = adm(store, "preempted", checkpoint_every=10**6)
     notices = iter([False, True, False, False])
     train_loop(config, replace(context(stop_after=4), preempted=lambda: next(notices)))
     run = config.path(config.output)
@@ -269,7 +269,7 @@ def test_a_notice_of_preemption_is_answered_with_a_checkpoint(store: str) -> Non
 def test_a_full_disk_costs_checkpoints_not_the_training(
     store: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = adm(store, "full", images=128, checkpoint_images=32)
+    config = adm(store, "full", images=128, checkpoint_every=32)
     real = storage.open_output
 
     @contextmanager
@@ -287,7 +287,7 @@ def test_a_full_disk_costs_checkpoints_not_the_training(
 
     monkeypatch.setattr(storage, "open_output", lambda uri: full(uri.replace(uri, "images-000000000064")))
     with pytest.raises(RuntimeError, match=r"could not be written: .*No space left"):
-        train_loop(adm(store, "fuller", images=128, checkpoint_images=32), context())
+        train_loop(adm(store, "fuller", images=128, checkpoint_every=32), context())
 
 
 def test_a_training_starts_from_other_weights_and_says_what_it_makes_anew(
@@ -322,7 +322,7 @@ def test_the_datasets_classes_become_the_models(store: str) -> None:
 
 
 def test_an_average_of_another_length_is_made_afterwards(store: str) -> None:
-    config = adm(store, "power", power_emas=(0.05, 0.1, 0.075), images=640, snapshot_images=32, checkpoint_images=320)
+    config = adm(store, "power", power_emas=(0.05, 0.1, 0.075), images=640, snapshot_every=32, checkpoint_every=320)
     train_loop(config, context())
     run = config.path(config.output)
     direct = load_network(storage.join(run, "weights", "power", "images-000000000640-0.075.safetensors")).module
@@ -342,7 +342,7 @@ def test_an_average_of_another_length_is_made_afterwards(store: str) -> None:
 
 def test_validation_looks_at_the_same_noise_every_time(store: str) -> None:
     records: list = []
-    config = adm(store, "validated", validation_images=32, validation_samples=50, learning_rate=1e-12)
+    config = adm(store, "validated", validation_images=32, eval_images=50, learning_rate=1e-12)
     train_loop(config, context(records=records))
     losses = numbers(records, "validation_loss")
     assert len(losses) == 3
@@ -350,7 +350,7 @@ def test_validation_looks_at_the_same_noise_every_time(store: str) -> None:
 
 
 def test_overfitting_is_told_from_chance(store: str, caplog: pytest.LogCaptureFixture) -> None:
-    config = adm(store, "overfit", validation_images=32, validation_samples=200)
+    config = adm(store, "overfit", validation_images=32, eval_images=200)
     manifest = load_manifest(config.path("digits"))
     validation, state = Validation(config, manifest, Group(0, 1)), TrainingState(config, torch.device("cpu"), 200)
     losses = torch.rand(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
@@ -381,8 +381,8 @@ def test_a_dataset_that_cannot_fill_the_batches_is_refused_before_anything_start
         ({"num_workers": 4}, "num_workers=4 does not divide order.num_streams=2; use a power of two up to 2"),
         ({"order": OrderConfig(num_streams=3)}, "order.num_streams=3 is not a power of two"),
         ({"microbatch_size": 4, "reduction": "exact"}, "has no place in reduction=exact, .* 8 images"),
-        ({"power_emas": (0.05,)}, "set snapshot_images, to 6"),
-        ({"power_emas": (0.5,), "snapshot_images": 16}, r"sigma_rel=0\.5 is not in"),
+        ({"power_emas": (0.05,)}, "set snapshot_every, to 6"),
+        ({"power_emas": (0.5,), "snapshot_every": 16}, r"sigma_rel=0\.5 is not in"),
         ({"ema_rates": (1.0,)}, r"ema_rates has 1\.0"),
     ],
 )

@@ -39,12 +39,14 @@ def test_a_report_holds_what_happened_since_the_last() -> None:
     records += meter.report(state)
     first, second = (record["metrics"] for record in records)
     assert records[0]["images"] == 8
-    assert (first["loss"], first["loss_q0"], first["gradient_norm"]) == (1.5, 1.5, 3.0)
-    assert (first["skipped_steps"], first["replaced_images"], first["log2_loss_scale"]) == (1, 2, 20)
-    assert (second["loss"], second["skipped_steps"], second["replaced_images"]) == (5.0, 0, 0)
+    assert (first["loss"], first["loss_q0"], first["grad_norm"]) == (1.5, 1.5, 3.0)
+    assert (first["skipped_steps"], first["undecodable_images"], first["log2_loss_scale"]) == (1, 2, 20)
+    assert (second["loss"], second["skipped_steps"], second["undecodable_images"]) == (5.0, 0, 0)
     weights = torch.cat([tensor.detach().flatten() for tensor in state.model.parameters()])
-    assert first["parameter_norm"] == pytest.approx(float(weights.norm()), rel=1e-5)
-    assert first["memory_bytes"] > 2**20 and 0 <= first["data_wait_share"] <= 1 and first["images_per_second"] > 0
+    assert first["param_norm"] == pytest.approx(float(weights.norm()), rel=1e-5)
+    assert (
+        first["peak_memory_bytes"] > 2**20 and 0 <= first["data_wait_fraction"] <= 1 and first["images_per_second"] > 0
+    )
     assert "mfu" not in first, "nobody knows the peak of this CPU"
 
 

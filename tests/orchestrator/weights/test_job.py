@@ -82,8 +82,8 @@ def test_again_is_done_and_another_is_refused(tmp_path: Path, weights: dict[str,
         ({"output": "folder"}, "output=folder ends neither in .safetensors nor in .pt"),
         ({"output": "w.pt", "format": "diffusers"}, "output=w.pt names a file"),
         ({"source": "other.pt"}, "no released one is called other.pt"),
-        ({"source": "other.pt", "like": "huge"}, "the zoo has no model 'huge'"),
-        ({"source": "run", "like": "tiny"}, "like='tiny' is for .pt files"),
+        ({"source": "other.pt", "recipe": "huge"}, "the zoo has no model 'huge'"),
+        ({"source": "run", "recipe": "tiny"}, "recipe='tiny' is for .pt files"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_read(changes: dict[str, str], wanted: str) -> None:
@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(changes: dict[str,
 
 
 def test_a_plan_names_both_ends() -> None:
-    config = ConversionConfig(store="s3://bucket", source="any.pt", like="tiny", output="w.safetensors")
+    config = ConversionConfig(store="s3://bucket", source="any.pt", recipe="tiny", output="w.safetensors")
     assert plan(config).split() == ["reads", "s3://bucket/any.pt", "writes", "s3://bucket/w.safetensors"]
 
 

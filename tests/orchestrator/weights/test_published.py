@@ -65,13 +65,13 @@ def test_a_classifier_loads_as_one(tmp_path: Path) -> None:
 def test_another_file_name_needs_the_zoos_name(tmp_path: Path) -> None:
     uri = str(tmp_path / "ema_0.9999_540000.pt")
     storage.write_bytes(uri, saved(random_weights()))
-    with pytest.raises(ValueError, match=r"no released one is called ema_0.9999_540000.pt.*--like.*adm-64.*tiny"):
+    with pytest.raises(ValueError, match=r"no released one is called ema_0.9999_540000.pt.*--recipe.*adm-64.*tiny"):
         load_network(uri)
-    assert load_network(uri, like="tiny").architecture == TINY
+    assert load_network(uri, recipe="tiny").architecture == TINY
     with pytest.raises(ValueError, match="the zoo has no model 'huge'"):
-        load_network(uri, like="huge")
+        load_network(uri, recipe="huge")
     with pytest.raises(ValueError, match="carries its architecture"):
-        load_network(str(tmp_path / "run"), like="tiny")
+        load_network(str(tmp_path / "run"), recipe="tiny")
 
 
 def test_every_released_file_is_known_by_its_name() -> None:

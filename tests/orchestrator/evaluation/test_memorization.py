@@ -10,10 +10,10 @@ from models.manifolds import authentic_share, authenticity
 from models.metrics import BLOCK
 from models.neighbours import nearest
 from orchestrator.evaluation import copies
-from orchestrator.evaluation.copies import nearest_rows, nearest_training_features, nearest_training_pixels
 from orchestrator.evaluation.extraction import extract_all
 from orchestrator.evaluation.extractors import own_extractor
 from orchestrator.evaluation.inputs import open_images
+from orchestrator.evaluation.memorization import nearest_rows, nearest_training_features, nearest_training_pixels
 
 TOY = partial(own_extractor, "tests.orchestrator.evaluation.toy_extractor.ToyExtractor")
 

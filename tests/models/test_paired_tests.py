@@ -8,7 +8,7 @@ from scipy import stats
 
 from models.manifolds import precision_recall
 from models.metrics import Gaussian, expand_frechet, paired_difference
-from models.racing import (
+from models.paired_tests import (
     ErrorBudget,
     frechet_criteria,
     front,

@@ -1,6 +1,6 @@
 """The answer in words."""
 
-from orchestrator.search.answer import _label
+from orchestrator.search.result import _label
 from orchestrator.search.space import Setting
 
 

@@ -111,7 +111,7 @@ def test_a_split_without_labels_is_refused_for_class_conditional_work(tmp_path: 
 def test_batches_of_an_adopted_set(tmp_path: Path) -> None:
     manifest = prepare(config(tmp_path, write_parquet(str(tmp_path / "public"), SHUFFLED)))
     assert manifest.classes == ("0", "1", "2")
-    order = OrderPlan(manifest.row_group_sizes("train"), 20, OrderConfig(num_streams=2, window=2))
+    order = OrderPlan(manifest.row_group_sizes("train"), 20, OrderConfig(num_streams=2, shuffle_row_groups=2))
     images = {i: center_crop(decode(image.data), 16) for i, image in enumerate(SHUFFLED)}
     for step in islice(batches(manifest, order, 0, 1, 0, 16, use_ray=False), order.batches_per_epoch):
         for m in step:

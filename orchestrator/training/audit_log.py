@@ -7,10 +7,10 @@ import zlib
 from torch import Tensor
 
 from orchestrator import storage
-from orchestrator.training.losses import Batch, Terms
+from orchestrator.training.losses import Microbatch, Terms
 
 
-class StepRecord:
+class AuditLog:
     """One worker's hand on the record: an object for each step, whole or absent, written before the weights change.
 
     Its name tells position, rank, number of workers, process and attempt, so that what a killed attempt left and what
@@ -21,7 +21,7 @@ class StepRecord:
         self._folder = folder
         self._who = f"{rank:04d}-of-{world_size:04d}-process-{os.getpid()}-{uuid.uuid4().hex[:12]}"
 
-    def write(self, position: int, batches: list[Batch], found: list[Terms]) -> None:
+    def write(self, position: int, batches: list[Microbatch], found: list[Terms]) -> None:
         """Record the step that starts at `position` images, from the tensors that it consumed and its loss terms."""
         rows = []
         for batch, terms in zip(batches, found, strict=True):

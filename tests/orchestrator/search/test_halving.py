@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.search.config import Limit
 from orchestrator.search.cost import Costs
-from orchestrator.search.race import Heat, Outcome, Race, Rules
+from orchestrator.search.halving import Heat, Outcome, Race, Rules
 from orchestrator.search.space import Proposer, Setting, Space, SpaceConfig
 
 SPACE = SpaceConfig(scales=(0.0, 1.0, 2.0, 4.0), steps=(5, 10, 20), samplers=("ddpm", "ddim"))

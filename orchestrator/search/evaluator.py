@@ -16,7 +16,7 @@ import safetensors.numpy
 from cluster.workers import ItemsFailed, Pool
 from models.features import Extractor, Features, extract
 from models.metrics import kid
-from models.racing import KID_ROWS
+from models.paired_tests import KID_ROWS
 from orchestrator import storage
 from orchestrator.evaluation.extraction import EXTRACTOR_BATCH, Labelled, concatenate
 from orchestrator.evaluation.measurement import (
@@ -31,8 +31,8 @@ from orchestrator.evaluation.references import Reference, open_reference
 from orchestrator.generation.sampling import Networks, load_networks, make_batch, prepare_device
 from orchestrator.pictures import grid_png
 from orchestrator.search.config import SearchConfig
+from orchestrator.search.halving import Heat, Outcome
 from orchestrator.search.objectives import EVALUATIONS, Held, Objective, criteria
-from orchestrator.search.race import Heat, Outcome
 from orchestrator.search.space import Setting
 
 PICTURED = 40  # samples in a trial's own picture
@@ -142,9 +142,9 @@ def _record(
     record = {"setting": heat.setting.model_dump(mode="json"), "n": heat.n, "seed": heat.seed, "failed": failed}
     if outcome is not None:
         arrays = {n: np.ascontiguousarray(array) for n, array in zip(config.objective, outcome.scores, strict=True)}
-        storage.create_bytes(uri.replace(".json", ".safetensors"), safetensors.numpy.save(arrays))
+        storage.put_if_absent(uri.replace(".json", ".safetensors"), safetensors.numpy.save(arrays))
         record |= {"metrics": outcome.metrics, "stand_ins": outcome.stand_ins, "worker_seconds": worker_seconds}
-    storage.create_bytes(uri, storage.json_bytes(record))
+    storage.put_if_absent(uri, storage.json_bytes(record))
 
 
 def reference_of(config: SearchConfig, image_size: int, num_workers: int) -> tuple[Reference, str]:
@@ -232,7 +232,7 @@ def make_block(config: SearchConfig, networks: Networks, extractor: Extractor, b
     if block.number == 0:
         arrays["images"] = batch.images
         storage.write_bytes(storage.join(folder, "samples.png"), grid_png(batch.images[:PICTURED], 10, scale=4))
-    storage.create_bytes(uri, safetensors.numpy.save(arrays))
+    storage.put_if_absent(uri, safetensors.numpy.save(arrays))
     return Made(seconds=time.perf_counter() - begin)
 
 

@@ -79,7 +79,7 @@ def adopt(listing: Listing, name: str) -> tuple[Manifest, Findings]:
             findings[kind] = finding(odd)
             log.warning(
                 "%s of %d: batches would hold few classes, whatever the seed; pass --copy-parquet, which shuffles, "
-                "or train with a larger order.window",
+                "or train with a larger order.shuffle_row_groups",
                 f"{len(odd)} {kind}",
                 len(manifest.row_group_sizes(split)),
             )

@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 
 from models.metrics import Estimate, mean_estimate, paired_difference
-from models.racing import front
+from models.paired_tests import front
 from orchestrator.evaluation.measurement import describe
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.cost import Costs
+from orchestrator.search.halving import Outcome, Race, Trial
 from orchestrator.search.objectives import EVALUATIONS, sign_of
-from orchestrator.search.race import Outcome, Race, Trial
 from orchestrator.search.space import Setting
 
 Json = dict[str, Any]

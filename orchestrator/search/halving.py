@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from models.racing import ErrorBudget, front_ranks, standing, surely_worse
+from models.paired_tests import ErrorBudget, front_ranks, standing, surely_worse
 from orchestrator.search.space import Setting
 
 Scores = list[np.ndarray]  # for each objective [c, n]: less is better, all criteria must agree
