@@ -121,11 +121,16 @@ def extraction_cost(extractor: Extractor, image_size: int, images: int, batch: i
     return Cost(images, float(counter.get_total_flops()), memory, EXTRACTION, f"{extractor.name} counted on an image")
 
 
+def assumed_mfu(config: CostConfig, published: Mfu) -> Mfu:
+    """Return the utilization that the config states, or else the published one."""
+    return Mfu(config.mfu, "--cost.mfu") if config.mfu else published
+
+
 def gpu_seconds(cost: Cost, config: CostConfig, half: bool) -> float:
     """Seconds that one card would take."""
     gpu = GPUS[config.gpu]
     peak = gpu.half if half else gpu.single
-    return cost.flops / (peak * (config.mfu or cost.mfu.share))
+    return cost.flops / (peak * assumed_mfu(config, cost.mfu).share)
 
 
 def fits(cost: Cost, config: CostConfig) -> bool:
@@ -140,15 +145,14 @@ def priced(cost: Cost, config: CostConfig, num_workers: int, half: bool) -> str:
     parts = ", ".join(f"{size / 1e9:.1f} {name}" for name, size in cost.memory.items())
     verdict = "" if fits(cost, config) else ": TOO MUCH, take smaller batches or more workers"
     seconds = gpu_seconds(cost, config, half)
-    share = config.mfu or cost.mfu.share
-    source = "--cost.mfu" if config.mfu else cost.mfu.source
+    mfu = assumed_mfu(config, cost.mfu)
     peak = (gpu.half if half else gpu.single) / 1e12
     return "\n".join(
         [
             f"work    {cost.flops:.3g} FLOPs: {cost.images:,} images x {cost.flops_per_image / 1e12:.3g} TFLOPs",
             f"memory  {memory / 1e9:.1f} of {gpu.memory / 1e9:.0f} GB on each {config.gpu} ({parts}){verdict}",
             f"time    {seconds / 3600:,.3g} {config.gpu}-hours = {_duration(seconds / gpus)} on {gpus}",
-            f"assumed {share:.0%} of {peak:,.4g} TFLOP/s in {'half precision' if half else 'float32'} ({source}); "
+            f"assumed {mfu.share:.0%} of {peak:,.4g} TFLOP/s in {'half precision' if half else 'float32'} ({mfu.source}); "
             f"2 FLOPs a multiply-add, {cost.note}; no time for data, checkpoints and communication",
         ]
     )

@@ -47,7 +47,7 @@ class _Winner(BaseModel):
     setting: _Setting
 
 
-class _Answer(BaseModel):
+class _SearchResult(BaseModel):
     classifier: str | None  # likewise
     winner: _Winner
 
@@ -58,18 +58,18 @@ def winner(uri: str) -> dict[str, Any]:
     `uri` is its search.json, or the folder that holds it.
 
     Raises:
-        FileNotFoundError: no answer there.
+        FileNotFoundError: no search.json there.
         ValueError: it is none, or has a setting that a generation does not know.
     """
     uri = uri if uri.endswith(".json") else storage.join(uri, "search.json")
     try:
-        answer = _Answer.model_validate(storage.read_json(uri))
+        result = _SearchResult.model_validate(storage.read_json(uri))
     except ValueError as error:
-        raise ValueError(f"{uri} is not the answer of a search: {error}") from error
-    setting = answer.winner.setting
+        raise ValueError(f"{uri} is not the result of a search: {error}") from error
+    setting = result.winner.setting
     return {
         "weights": setting.weights,
-        "classifier": answer.classifier,
+        "classifier": result.classifier,
         "sampler": SamplerConfig(name=setting.sampler, num_steps=setting.num_steps, eta=setting.eta),
         "guidance": GuidanceConfig(scale=setting.scale, interval=setting.interval),
     }

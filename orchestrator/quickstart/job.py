@@ -55,7 +55,7 @@ def plan(config: QuickstartConfig) -> str:
 
 
 def _stages(config: QuickstartConfig, preview: bool = False) -> Iterator[Stage]:
-    """The command line of every job, as one would type it; the later ones need the search's answer."""
+    """The command line of every job, as one would type it; the later ones need the search's result."""
     workers = ["--num-workers", str(config.num_workers)]
     count = ["--num-samples", str(config.num_samples)]
     yield "prepare", ["jobs/prepare_dataset.py", "digits"]
@@ -65,9 +65,9 @@ def _stages(config: QuickstartConfig, preview: bool = False) -> Iterator[Stage]:
     settings = len(config.scales) * len(config.num_steps)  # all at once
     space = ["--space.scales", *map(str, config.scales), "--space.num-steps", *map(str, config.num_steps)]
     space += ["--space.samplers", "ddpm", "--space.no-continuous"]
-    race = ["--rungs", *map(str, config.rungs), "--trials", str(settings), "--round-size", str(settings)]
-    race += ["--finalists", "1"]
-    yield "search", ["jobs/tune_guidance.py", "digits", *space, *race, *workers]
+    halving = ["--rungs", *map(str, config.rungs), "--trials", str(settings), "--round-size", str(settings)]
+    halving += ["--finalists", "1"]
+    yield "search", ["jobs/tune_guidance.py", "digits", *space, *halving, *workers]
     scale, steps = (1.0, config.num_steps[0]) if preview else _winner(os.environ["ADMIRAL_STORE"])
     for name, guidance in (("guided", scale), ("unguided", 0.0)):
         sampling = ["--sampler.num-steps", str(steps), "--guidance.scale", str(guidance)]

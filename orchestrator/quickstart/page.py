@@ -100,7 +100,7 @@ def trade_off(trials: list[dict[str, Any]], steps: int) -> dict[str, Any]:
         return final[0] > first[1] if up else final[1] < first[0]
 
     return {
-        "steps": steps,
+        "num_steps": steps,
         "scales": [trial["setting"]["scale"] for trial in along],
         "precision": [trial["rungs"][n]["precision"]["value"] for trial in along],
         "recall": [trial["rungs"][n]["recall"]["value"] for trial in along],

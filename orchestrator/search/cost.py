@@ -10,12 +10,15 @@ from models.costs import sampling_evaluations, sampling_flops
 from models.unet import Architecture
 from orchestrator.cost import GUIDED_SAMPLING, Cost, gpu_seconds
 from orchestrator.search.config import Limit, SearchConfig
-from orchestrator.search.halving import Heat
+from orchestrator.search.halving import Evaluation
 from orchestrator.search.space import Setting
 
 
-class Costs:
-    """The books of a search. A trial that goes to a higher rung pays for its new samples only."""
+class SampleBudget:
+    """What a search has drawn, and what its limit still holds.
+
+    A trial that goes to a higher rung costs its new samples only.
+    """
 
     def __init__(self, limit: Limit, batch_size: int, full: int) -> None:
         self._limit, self._batch_size, self._full = limit, batch_size, full
@@ -36,29 +39,29 @@ class Costs:
         """Samples of one setting, on all seeds."""
         return sum(count for (other, _), count in self._drawn.items() if other == setting)
 
-    def affords(self, heats: list[Heat], beside: int) -> bool:
-        """Whether these heats, and `beside` trials drawn to the full besides, stay within the limit."""
-        new = {heat: self._new(heat) for heat in heats}
+    def affords(self, tasks: list[Evaluation], beside: int) -> bool:
+        """Return whether these evaluations, and `beside` trials drawn to the full besides, stay within the limit."""
+        new = {task: self._new(task) for task in tasks}
         reserve = beside * self._whole(self._full)
         if self.samples + sum(new.values()) + reserve > self._limit.samples:
             return False
         seconds = time.monotonic() - self._begin
-        evaluations = sum(count * heat.setting.evaluations for heat, count in new.items())
-        evaluations += reserve * max(heat.setting.evaluations for heat in heats)
+        evaluations = sum(count * task.setting.evaluations for task, count in new.items())
+        evaluations += reserve * max(task.setting.evaluations for task in tasks)
         expected = seconds / self._made * evaluations if self._made else 0.0
         return seconds + expected <= 3600 * self._limit.hours
 
-    def pay(self, heats: list[Heat]) -> None:
-        """They have been drawn."""
-        for heat in heats:
-            self._made += self._new(heat) * heat.setting.evaluations
-            self._drawn[heat.setting, heat.seed] = self._drawn.get((heat.setting, heat.seed), 0) + self._new(heat)
+    def spend(self, tasks: list[Evaluation]) -> None:
+        """Count these evaluations as drawn."""
+        for task in tasks:
+            self._made += self._new(task) * task.setting.evaluations
+            self._drawn[task.setting, task.seed] = self._drawn.get((task.setting, task.seed), 0) + self._new(task)
 
     def _whole(self, n: int) -> int:
         return -(-n // self._batch_size) * self._batch_size
 
-    def _new(self, heat: Heat) -> int:
-        return max(0, self._whole(heat.n) - self._drawn.get((heat.setting, heat.seed), 0))
+    def _new(self, task: Evaluation) -> int:
+        return max(0, self._whole(task.n) - self._drawn.get((task.setting, task.seed), 0))
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def expected_costs(
     model: Architecture,
     classifier: Architecture | None,
 ) -> tuple[Expectation, Expectation]:
-    """The worst case, where no verdict ever falls, and what is expected: half of a round is stopped at every rung.
+    """The worst case, where no decision ever falls, and what is expected: half of a round is stopped at every rung.
 
     An image takes what the most expensive of `settings` does in the worst case, else their mean.
     """

@@ -1,4 +1,4 @@
-"""The heats of a search: a setting drawn to its first n samples by the shared pool, measured, and recorded.
+"""The evaluation of a setting at a rung: its first n samples drawn by the shared pool, measured, and recorded.
 
 What lies on disk, under trials/<setting>/seed-<seed>/: a block of features for each canonical batch, which is drawn
 once whatever rungs ask for it; for each rung n-<n>.json, the record, beside the scores that trials are compared by.
@@ -31,7 +31,7 @@ from orchestrator.evaluation.references import Reference, open_reference
 from orchestrator.generation.sampling import Networks, load_networks, make_batch, prepare_device
 from orchestrator.pictures import grid_png
 from orchestrator.search.config import SearchConfig
-from orchestrator.search.halving import Heat, Outcome
+from orchestrator.search.halving import Evaluation, Outcome
 from orchestrator.search.objectives import EVALUATIONS, Held, Objective, criteria
 from orchestrator.search.space import Setting
 
@@ -41,18 +41,18 @@ PICTURED = 40  # samples in a trial's own picture
 # ------------------------------------------------------------------------------------------------ on disk
 
 
-def folder_of(config: SearchConfig, heat: Heat) -> str:
-    return storage.join(config.path(config.output), "trials", heat.setting.name, f"seed-{heat.seed}")
+def folder_of(config: SearchConfig, task: Evaluation) -> str:
+    return storage.join(config.path(config.output), "trials", task.setting.name, f"seed-{task.seed}")
 
 
-def record_uri(config: SearchConfig, heat: Heat) -> str:
-    """The record of a heat: its metrics, or why it failed."""
-    return storage.join(folder_of(config, heat), f"n-{heat.n:06d}.json")
+def record_uri(config: SearchConfig, task: Evaluation) -> str:
+    """Return the URI of an evaluation's record: its metrics, or why it failed."""
+    return storage.join(folder_of(config, task), f"n-{task.n:06d}.json")
 
 
-def read_outcome(config: SearchConfig, heat: Heat) -> Outcome:
-    """What a heat's record says."""
-    uri = record_uri(config, heat)
+def read_outcome(config: SearchConfig, task: Evaluation) -> Outcome:
+    """Read the outcome that an evaluation's record holds."""
+    uri = record_uri(config, task)
     record = storage.read_json(uri)
     if record["failed"]:
         return Outcome(failed=record["failed"])
@@ -74,7 +74,7 @@ def _block_name(number: int) -> str:
 # ------------------------------------------------------------------------------------------------ in a trial
 
 
-def run_heat(config: SearchConfig, workers: Pool, image_size: int, heat: Heat) -> None:
+def evaluate(config: SearchConfig, workers: Pool, image_size: int, task: Evaluation) -> None:
     """Draw what a setting lacks of its first n samples through the shared pool, measure them, leave a record.
 
     A setting that cannot be sampled leaves a record that says why. At the first sign of it nothing more is asked of
@@ -84,10 +84,10 @@ def run_heat(config: SearchConfig, workers: Pool, image_size: int, heat: Heat) -
         RuntimeError: storage or the pool failed, which is not the setting's fault.
     """
     held, extractor = _held(config, image_size)
-    folder, seconds = folder_of(config, heat), 0.0
-    names = [_block_name(number) for number in range(-(-heat.n // config.batch_size))]
+    folder, seconds = folder_of(config, task), 0.0
+    names = [_block_name(number) for number in range(-(-task.n // config.batch_size))]
     there = set(storage.list_names(folder))
-    todo = [Block(heat.setting, heat.seed, number) for number, name in enumerate(names) if name not in there]
+    todo = [Block(task.setting, task.seed, number) for number, name in enumerate(names) if name not in there]
     try:
         for _, made in workers.map(todo):
             if made.trouble:
@@ -96,23 +96,23 @@ def run_heat(config: SearchConfig, workers: Pool, image_size: int, heat: Heat) -
                 raise ValueError(made.failed)
             seconds += made.seconds
         drawn = concatenate(_read_block(storage.join(folder, name)) for name in names)
-        _record(config, heat, _measured(config, heat, drawn, held, extractor), worker_seconds=seconds)
+        _record(config, task, _measured(config, task, drawn, held, extractor), worker_seconds=seconds)
     except (ItemsFailed, ValueError) as error:
-        _record(config, heat, failed=" ".join(str(error).split()))
+        _record(config, task, failed=" ".join(str(error).split()))
 
 
-def _measured(config: SearchConfig, heat: Heat, drawn: Labelled, held: Held, extractor: str) -> Outcome:
+def _measured(config: SearchConfig, task: Evaluation, drawn: Labelled, held: Held, extractor: str) -> Outcome:
     """The metrics and scores of the first n of what was drawn.
 
     Raises:
         ValueError: they cannot be had of these samples.
     """
     pool, spatial, logits = (
-        None if array is None else array[: heat.n]
+        None if array is None else array[: task.n]
         for array in (drawn.features.pool, drawn.features.spatial, drawn.features.logits)
     )
     assert pool is not None
-    made = Labelled(Features(pool, spatial, logits), drawn.labels[: heat.n])
+    made = Labelled(Features(pool, spatial, logits), drawn.labels[: task.n])
     estimates = distances(pool, held.statistics["pool"], extractor)
     if spatial is not None and "spatial" in held.statistics:
         estimates |= distances(spatial, held.statistics["spatial"], extractor, "sfd")
@@ -121,8 +121,8 @@ def _measured(config: SearchConfig, heat: Heat, drawn: Labelled, held: Held, ext
     if logits is not None:
         estimates |= class_scores(logits, made.labels, held.num_classes, extractor)
     metrics = {name: describe(estimate) for name, estimate in estimates.items()}
-    evaluations = heat.setting.evaluations
-    metrics[EVALUATIONS] = {"value": evaluations, "n": heat.n, "interval": [evaluations] * 2, "note": "exact"}
+    evaluations = task.setting.evaluations
+    metrics[EVALUATIONS] = {"value": evaluations, "n": task.n, "interval": [evaluations] * 2, "note": "exact"}
     objectives = [Objective.parse(objective, extractor) for objective in config.objective]
     scores = [criteria(objective, made, held, evaluations) for objective in objectives]
     if not all(np.isfinite(each).all() for each in scores):
@@ -132,14 +132,14 @@ def _measured(config: SearchConfig, heat: Heat, drawn: Labelled, held: Held, ext
 
 def _record(
     config: SearchConfig,
-    heat: Heat,
+    task: Evaluation,
     outcome: Outcome | None = None,
     failed: str | None = None,
     worker_seconds: float = 0,
 ) -> None:
     """Scores first, the record last: where that is, all is there."""
-    uri = record_uri(config, heat)
-    record = {"setting": heat.setting.model_dump(mode="json"), "n": heat.n, "seed": heat.seed, "failed": failed}
+    uri = record_uri(config, task)
+    record = {"setting": task.setting.model_dump(mode="json"), "n": task.n, "seed": task.seed, "failed": failed}
     if outcome is not None:
         arrays = {n: np.ascontiguousarray(array) for n, array in zip(config.objective, outcome.scores, strict=True)}
         storage.put_if_absent(uri.replace(".json", ".safetensors"), safetensors.numpy.save(arrays))
@@ -158,7 +158,7 @@ def reference_of(config: SearchConfig, image_size: int, num_workers: int) -> tup
     uri = config.path(config.reference)
     found = open_reference(uri, loader, loaded, folder, image_size, num_workers, config.num_gpus)
     if found.files is None:
-        raise ValueError(f"{uri} holds no images, which the verdicts of a search need below n = 16 D")
+        raise ValueError(f"{uri} holds no images, which the decisions of a search need below n = 16 D")
     return found, loaded.network.name
 
 
@@ -220,7 +220,7 @@ def make_worker(config: SearchConfig) -> Callable[[Block], Made]:
 
 def make_block(config: SearchConfig, networks: Networks, extractor: Extractor, block: Block) -> Made:
     """Draw a canonical batch and write its features; of the first one the images too."""
-    folder = folder_of(config, Heat(block.setting, 0, block.seed))
+    folder = folder_of(config, Evaluation(block.setting, 0, block.seed))
     uri = storage.join(folder, _block_name(block.number))
     if storage.exists(uri):
         return Made()
@@ -238,10 +238,10 @@ def make_block(config: SearchConfig, networks: Networks, extractor: Extractor, b
 
 def first_images(config: SearchConfig, setting: Setting) -> np.ndarray:
     """uint8 [B, H, W, 3]: the first batch of a setting that has run."""
-    uri = storage.join(folder_of(config, Heat(setting, 0, config.seed)), _block_name(0))
+    uri = storage.join(folder_of(config, Evaluation(setting, 0, config.seed)), _block_name(0))
     return _read_arrays(uri)["images"]
 
 
 def samples_picture(config: SearchConfig, setting: Setting) -> bytes:
     """PNG of the first samples of a setting that has run."""
-    return storage.read_bytes(storage.join(folder_of(config, Heat(setting, 0, config.seed)), "samples.png"))
+    return storage.read_bytes(storage.join(folder_of(config, Evaluation(setting, 0, config.seed)), "samples.png"))

@@ -1,8 +1,9 @@
-"""The race of a search: trials drawn further in rungs, and the verdicts that stop them.
+"""Successive halving with paired tests: which trials are evaluated at which rung, and which are stopped.
 
-A trial has a setting and draws the first n samples of one set of indices; a rung is such an n. The race is a generator:
-it yields heats (trials to be drawn to a rung) and is sent what was measured. It has no state but what it was sent, so
-replaying the records of an interrupted search leads to where that stood, in whatever order its heats were done.
+A trial has a setting and draws the first n samples of one set of indices; a rung is such an n.
+`SuccessiveHalving.run` is a generator: it yields evaluations of trials at a rung and is sent their outcomes. It has no
+other state, so replaying the records of an interrupted search leads to where that search stood, in whatever order the
+evaluations were done.
 """
 
 import math
@@ -18,8 +19,8 @@ from orchestrator.search.space import Setting
 Scores = list[np.ndarray]  # for each objective [c, n]: less is better, all criteria must agree
 
 
-class Heat(NamedTuple):
-    """Draw a setting to its first n samples of a seed."""
+class Evaluation(NamedTuple):
+    """The evaluation of a setting at a rung: by its first n samples of a seed."""
 
     setting: Setting
     n: int
@@ -28,7 +29,7 @@ class Heat(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a heat gave: each objective's scores, and all metrics for the record; or why it failed."""
+    """What an evaluation gave: each objective's scores, and all metrics for the record; or why it failed."""
 
     scores: Scores = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -44,19 +45,19 @@ class Proposals(Protocol):
     def tell(self, trial: Any, rungs: list[tuple[float, ...]], finished: bool, violation: float) -> None: ...
 
 
-class Purse(Protocol):
-    """What the race may spend."""
+class Budget(Protocol):
+    """What the search may spend."""
 
-    def affords(self, heats: list[Heat], beside: int) -> bool:
-        """Whether these heats can be paid and `beside` full draws besides."""
+    def affords(self, tasks: list[Evaluation], beside: int) -> bool:
+        """Return whether the budget holds these evaluations and `beside` full draws besides."""
 
-    def pay(self, heats: list[Heat]) -> None:
-        """They have been drawn."""
+    def spend(self, tasks: list[Evaluation]) -> None:
+        """Take the cost of these evaluations from the budget."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How the race is run."""
+    """How trials are compared, and how many there are."""
 
     rungs: tuple[int, ...]  # samples, rising; the last is the full n
     trials: int  # settings tried at most
@@ -93,34 +94,33 @@ class Trial:
         return self.stopped is None and self.failed is None
 
 
-class Race:
+class SuccessiveHalving:
     """All trials of a search."""
 
-    def __init__(self, rules: Rules, proposals: Proposals, purse: Purse) -> None:
-        self.rules, self._proposals, self._purse = rules, proposals, purse
+    def __init__(self, rules: Rules, proposals: Proposals, budget: Budget) -> None:
+        self.rules, self._proposals, self._budget = rules, proposals, budget
         self.trials: list[Trial] = []
         self.finalists: list[Trial] = []  # the best first
         self.stopped_by_budget = False
-        budget = ErrorBudget(rules.alpha, len(rules.rungs), rules.trials - 1)
-        self._level = budget.level
+        self._level = ErrorBudget(rules.alpha, len(rules.rungs), rules.trials - 1).level
 
-    def run(self) -> Generator[list[Heat], list[Outcome], None]:
-        """Rounds of proposals, then what is still undecided, then the finals."""
+    def run(self) -> Generator[list[Evaluation], list[Outcome], None]:
+        """Run rounds of proposals, then what is still undecided, then the final evaluation."""
         while len(self.trials) < self.rules.trials and not self.stopped_by_budget:
-            entrants = self._propose()
-            if not entrants:
+            new_trials = self._propose()
+            if not new_trials:
                 break
-            yield from self._heat(entrants, 0)
+            yield from self._evaluate(new_trials, 0)
             for level in range(1, len(self.rules.rungs)):
-                places = math.ceil(len(entrants) / 2**level)
-                yield from self._heat(self._next(level)[:places], level)
+                places = math.ceil(len(new_trials) / 2**level)
+                yield from self._evaluate(self._next(level)[:places], level)
             self._tell()
         while undecided := self._undecided():
             level = undecided[0].level + 1
             together = [trial for trial in undecided if trial.level + 1 == level]
-            if not (yield from self._heat(together[: max(2, self.rules.round_size // 4)], level)):
+            if not (yield from self._evaluate(together[: max(2, self.rules.round_size // 4)], level)):
                 break
-        yield from self._finals()
+        yield from self._final_evaluation()
 
     # ------------------------------------------------------------------------------------------------ stages
 
@@ -129,36 +129,38 @@ class Race:
         first = len(self.trials)
         return [Trial(first + i, setting, handle) for i, (handle, setting) in enumerate(self._proposals.ask(count))]
 
-    def _heat(self, trials: list[Trial], level: int) -> Generator[list[Heat], list[Outcome], bool]:
-        """Draw `trials` to a rung, as many of them as can be paid, and judge all that stand there."""
+    def _evaluate(self, trials: list[Trial], level: int) -> Generator[list[Evaluation], list[Outcome], bool]:
+        """Evaluate `trials` at a rung, as many as the budget holds, and decide about all that stand there."""
         n, seed = self.rules.rungs[level], self.rules.seed
-        while trials and not self._purse.affords([Heat(t.setting, n, seed) for t in trials], self.rules.finalists):
+        while trials and not self._budget.affords(
+            [Evaluation(t.setting, n, seed) for t in trials], self.rules.finalists
+        ):
             trials, self.stopped_by_budget = trials[:-1], True
-        heats = [Heat(trial.setting, n, seed) for trial in trials]
-        if not heats:
+        tasks = [Evaluation(trial.setting, n, seed) for trial in trials]
+        if not tasks:
             return False
-        outcomes = yield heats
-        self._purse.pay(heats)
+        outcomes = yield tasks
+        self._budget.spend(tasks)
         self.trials += [trial for trial in trials if level == 0]
         for trial, outcome in zip(trials, outcomes, strict=True):
             if outcome.failed:
                 trial.failed = outcome.failed
             else:
                 trial.outcomes.append(outcome)
-        self._judge(level)
+        self._decide(level)
         return True
 
-    def _judge(self, level: int) -> None:
+    def _decide(self, level: int) -> None:
         """Stop those at this rung that are surely worse than another, or surely break a constraint.
 
-        All comparisons come before any verdict, so that their order plays no part.
+        All comparisons come before any decision, so that their order plays no part.
         """
-        verdicts = {trial.number: self._verdict(trial, level) for trial in self.trials if trial.runs}
+        decisions = {trial.number: self._decision(trial, level) for trial in self.trials if trial.runs}
         for trial in self.trials:
             if trial.level == level:
-                trial.stopped = trial.stopped or verdicts.get(trial.number)
+                trial.stopped = trial.stopped or decisions.get(trial.number)
 
-    def _verdict(self, trial: Trial, level: int) -> str | None:
+    def _decision(self, trial: Trial, level: int) -> str | None:
         n = self.rules.rungs[level]
         if trial.level != level:
             return None
@@ -181,13 +183,13 @@ class Race:
         """Those that wait one rung below, the most promising first."""
         return self._by_promise([trial for trial in self.trials if trial.runs and trial.level == level - 1])
 
-    def _finals(self) -> Generator[list[Heat], list[Outcome], None]:
+    def _final_evaluation(self) -> Generator[list[Evaluation], list[Outcome], None]:
         """The best few again, on fresh seeds and at full n: what is reported was not chosen by."""
         self.finalists = self.ranked()[: self.rules.finalists]
-        heats = [Heat(trial.setting, self.rules.rungs[-1], self.rules.fresh_seed) for trial in self.finalists]
-        if heats:
-            outcomes = yield heats
-            self._purse.pay(heats)
+        tasks = [Evaluation(trial.setting, self.rules.rungs[-1], self.rules.fresh_seed) for trial in self.finalists]
+        if tasks:
+            outcomes = yield tasks
+            self._budget.spend(tasks)
             for trial, outcome in zip(self.finalists, outcomes, strict=True):
                 trial.fresh = outcome
 
@@ -204,7 +206,7 @@ class Race:
     # ------------------------------------------------------------------------------------------------ comparisons
 
     def ranked(self) -> list[Trial]:
-        """Candidates for the answer, the best first: of those that reached farthest, allowed and not stopped."""
+        """Return the candidates for the winner, the best first: of those at the highest rung, allowed and not stopped."""
         standing = [trial for trial in self.trials if trial.runs and trial.outcomes and self._allowed(trial)]
         farthest = max((trial.level for trial in standing), default=-1)
         return self._by_promise([trial for trial in standing if trial.level == farthest])

@@ -1,4 +1,4 @@
-"""Search: which guidance scale, how many steps, which sampler; trials race on the same labels and noise."""
+"""Search: which guidance scale, how many steps, which sampler; all trials draw the same labels and noise."""
 
 from collections.abc import Generator
 from functools import partial
@@ -9,13 +9,13 @@ from cluster.tuner import run_rounds
 from cluster.workers import pool
 from orchestrator import storage
 from orchestrator.config import check_or_write_config
-from orchestrator.cost import GUIDED_SAMPLING, CostConfig
+from orchestrator.cost import GUIDED_SAMPLING, CostConfig, assumed_mfu
 from orchestrator.generation.cost import outline
 from orchestrator.generation.sampling import NUMERICS_VERSION, Networks, load_networks
 from orchestrator.search.config import Limit, SearchConfig, space_of
-from orchestrator.search.cost import Costs, expected_costs
-from orchestrator.search.evaluator import make_worker, read_outcome, record_uri, reference_of, run_heat, samples_picture
-from orchestrator.search.halving import Heat, Outcome, Race, Rules
+from orchestrator.search.cost import SampleBudget, expected_costs
+from orchestrator.search.evaluator import evaluate, make_worker, read_outcome, record_uri, reference_of, samples_picture
+from orchestrator.search.halving import Evaluation, Outcome, Rules, SuccessiveHalving
 from orchestrator.search.objectives import EVALUATIONS, Objective
 from orchestrator.search.pictures import write_pictures
 from orchestrator.search.result import conclude, summary
@@ -26,7 +26,7 @@ from orchestrator.tracking import Tracker, tracked
 
 
 def search(config: SearchConfig) -> str:
-    """Race the settings that have no record yet, go on with those that have; answer the URI of search.json.
+    """Evaluate the settings that have no record yet, go on with those that have, and return the URI of search.json.
 
     Raises:
         ValueError: networks, reference, space and output folder do not fit each other.
@@ -36,28 +36,28 @@ def search(config: SearchConfig) -> str:
     networks = {path: load_networks(config.generation(path, config.seed), "cpu") for path in config.weights}
     space = space_of(config, min(found.weights.diffusion.num_timesteps for found in networks.values()))
     image_size = _check_or_write_config(config, networks)
-    answer_uri = storage.join(output, "search.json")
-    if storage.exists(answer_uri):
-        answer = storage.read_json(answer_uri)
-        if not answer["stopped_by_budget"] or answer["budget"] == config.budget:
-            print(f"{output} is complete:\n{summary(answer)}")
-            return answer_uri
+    result_uri = storage.join(output, "search.json")
+    if storage.exists(result_uri):
+        result = storage.read_json(result_uri)
+        if not result["stopped_by_budget"] or result["budget"] == config.budget:
+            print(f"{output} is complete:\n{summary(result)}")
+            return result_uri
     cpus = config.num_workers and config.num_workers + 1  # one for the trials, which wait and measure
     with session(cpus, shared=config.shared), tracked("search", config, output) as tracker:
         _, extractor = reference_of(config, image_size, config.num_workers)
-        race, costs = _start(config, space)
+        halving, budget = _start(config, space)
         with pool(partial(make_worker, config), config.num_workers, num_gpus=config.num_gpus) as workers:
-            rounds = _recorded(config, race, tracker)
-            run_rounds(partial(run_heat, config, workers, image_size), rounds, _together(config))
-        answer = conclude(config, race, costs)
-        write_pictures(config, answer, extractor, tracker)
-        tracker.record("search.json", answer)
-        winner = answer["winner"]["setting"]
+            rounds = _recorded(config, halving, tracker)
+            run_rounds(partial(evaluate, config, workers, image_size), rounds, _together(config))
+        result = conclude(config, halving, budget)
+        write_pictures(config, result, extractor, tracker)
+        tracker.record("search.json", result)
+        winner = result["winner"]["setting"]
         tracker.metrics({f"winner_{name}": v for name, v in winner.items() if isinstance(v, int | float)})
-    storage.write_bytes(answer_uri, storage.json_bytes(answer))
-    print(summary(answer))
-    print(answer_uri)
-    return answer_uri
+    storage.write_bytes(result_uri, storage.json_bytes(result))
+    print(summary(result))
+    print(result_uri)
+    return result_uri
 
 
 def _check_or_write_config(config: SearchConfig, networks: dict[str, Networks]) -> int:
@@ -86,8 +86,8 @@ def _check_or_write_config(config: SearchConfig, networks: dict[str, Networks]) 
     return size
 
 
-def _start(config: SearchConfig, space: Space) -> tuple[Race, Costs]:
-    """A race at its start line, and its books."""
+def _start(config: SearchConfig, space: Space) -> tuple[SuccessiveHalving, SampleBudget]:
+    """Return the search at its start, and its budget."""
     bounds, exact = config.bounds, tuple(name == EVALUATIONS for name in config.objective)
     rules = Rules(
         rungs=config.rungs,
@@ -101,9 +101,9 @@ def _start(config: SearchConfig, space: Space) -> tuple[Race, Costs]:
         exact=exact,
         violation=lambda metrics, surely: max((c.violation(metrics, surely) for c in bounds), default=0.0),
     )
-    costs = Costs(Limit.parse(config.budget), config.batch_size, config.rungs[-1])
+    budget = SampleBudget(Limit.parse(config.budget), config.batch_size, config.rungs[-1])
     proposals = Proposer(space, config.seed, len(config.objective), config.round_size)
-    return Race(rules, proposals, costs), costs
+    return SuccessiveHalving(rules, proposals, budget), budget
 
 
 def _together(config: SearchConfig) -> int:
@@ -111,29 +111,31 @@ def _together(config: SearchConfig) -> int:
     return config.num_workers and -(-config.num_workers * config.batch_size // config.rungs[0]) + 1
 
 
-def _recorded(config: SearchConfig, race: Race, tracker: Tracker) -> Generator[list[Heat], list[str | None], None]:
-    """The race's heats that have no record; all outcomes are read from records, whoever made them and when."""
-    run = race.run()
-    heats: list[Heat] | None = next(run, None)
-    while heats:
-        yield [heat for heat in heats if not storage.exists(record_uri(config, heat))]
-        outcomes = [read_outcome(config, heat) for heat in heats]
-        done, heats = heats, _after(run, outcomes)
-        _report(config, race, done, tracker)
+def _recorded(
+    config: SearchConfig, halving: SuccessiveHalving, tracker: Tracker
+) -> Generator[list[Evaluation], list[str | None], None]:
+    """Yield the evaluations that have no record; all outcomes are read from records, whoever made them and when."""
+    run = halving.run()
+    tasks: list[Evaluation] | None = next(run, None)
+    while tasks:
+        yield [task for task in tasks if not storage.exists(record_uri(config, task))]
+        outcomes = [read_outcome(config, task) for task in tasks]
+        done, tasks = tasks, _after(run, outcomes)
+        _report(config, halving, done, tracker)
 
 
-def _after(run: Generator[list[Heat], list[Outcome], None], outcomes: list[Outcome]) -> list[Heat] | None:
-    """The next heats of a race; None at its end."""
+def _after(run: Generator[list[Evaluation], list[Outcome], None], outcomes: list[Outcome]) -> list[Evaluation] | None:
+    """Return the next evaluations; None at the end."""
     try:
         return run.send(outcomes)
     except StopIteration:
         return None
 
 
-def _report(config: SearchConfig, race: Race, heats: list[Heat], tracker: Tracker) -> None:
+def _report(config: SearchConfig, halving: SuccessiveHalving, tasks: list[Evaluation], tracker: Tracker) -> None:
     """A line on the terminal, and each trial's own MLflow run."""
-    drawn = {heat.setting for heat in heats}
-    trials = [trial for trial in race.trials if trial.setting in drawn]
+    drawn = {task.setting for task in tasks}
+    trials = [trial for trial in halving.trials if trial.setting in drawn]
     for trial in trials:
         history = {n: _flat(outcome.metrics) for n, outcome in zip(config.rungs, trial.outcomes, strict=False)}
         for n, numbers in history.items():
@@ -142,8 +144,8 @@ def _report(config: SearchConfig, race: Race, heats: list[Heat], tracker: Tracke
         tracker.child(trial.setting.name, trial.setting.model_dump(mode="json"), history, picture)
     stopped = sum(trial.stopped is not None for trial in trials)
     failed = sum(trial.failed is not None for trial in trials)
-    what = "on fresh seeds" if heats[0].seed == config.fresh_seed else f"{stopped} stopped"
-    print(f"n={heats[0].n:<6} {len(heats):3} trials, {what}" + (f", {failed} failed" if failed else ""), flush=True)
+    what = "on fresh seeds" if tasks[0].seed == config.fresh_seed else f"{stopped} stopped"
+    print(f"n={tasks[0].n:<6} {len(tasks):3} trials, {what}" + (f", {failed} failed" if failed else ""), flush=True)
 
 
 def _flat(metrics: dict[str, Any]) -> dict[str, float]:
@@ -163,6 +165,7 @@ def plan(config: SearchConfig) -> str:
     classifier = guide.architecture if guide else None
     worst, likely = expected_costs(config, space.grid(), num_timesteps, networks[0].architecture, classifier)
     inputs = [network.uri for network in networks] + ([guide.uri] if guide else []) + [config.path(config.reference)]
+    mfu = assumed_mfu(config.cost, GUIDED_SAMPLING)
     between = ", and any scale between" if config.space.continuous else ""
     return "\n".join(
         [
@@ -171,7 +174,6 @@ def plan(config: SearchConfig) -> str:
             f"tries   up to {config.trials} settings of a grid of {len(space.grid())}{between}",
             f"work    expected  {likely}",
             f"        at worst  {worst}",
-            f"assumed {config.cost.utilization or GUIDED_SAMPLING.share:.0%} of an {config.cost.card}'s peak "
-            f"({'--cost.mfu' if config.cost.utilization else GUIDED_SAMPLING.source})",
+            f"assumed {mfu.share:.0%} of an {config.cost.gpu}'s peak ({mfu.source})",
         ]
     )

@@ -25,13 +25,13 @@ Json = dict[str, Any]
 Point = tuple[Json, Json]  # estimates along and upwards
 
 
-def write_pictures(config: SearchConfig, answer: Json, extractor: str, tracker: Tracker) -> None:
+def write_pictures(config: SearchConfig, result: Json, extractor: str, tracker: Tracker) -> None:
     """Write them beside search.json, and to MLflow; `extractor` names the one that metrics are called by."""
-    winner = Setting(**answer["winner"]["setting"])
-    pictures = {"front.png": front_figure(front_names(config), answer)}
-    if len({trial["setting"]["scale"] for trial in answer["trials"]}) > 1:
-        pictures["guidance.png"] = guidance_figure(answer["trials"], extractor)
-        pictures["scales.png"] = scales_figure(config, winner, answer["trials"])
+    winner = Setting(**result["winner"]["setting"])
+    pictures = {"front.png": front_figure(front_names(config), result)}
+    if len({trial["setting"]["scale"] for trial in result["trials"]}) > 1:
+        pictures["guidance.png"] = guidance_figure(result["trials"], extractor)
+        pictures["scales.png"] = scales_figure(config, winner, result["trials"])
     for name, data in pictures.items():
         storage.write_bytes(storage.join(config.path(config.output), name), data)
         tracker.picture(name, data)
@@ -93,23 +93,23 @@ def _scale_axis(axis: Any, scales: list[float]) -> None:
     axis.minorticks_off()
 
 
-def front_figure(names: tuple[str, str], answer: Json) -> bytes:
+def front_figure(names: tuple[str, str], result: Json) -> bytes:
     """Every trial by its bias-free objective with a 95% interval, the front joined by a line, the winner marked.
 
     Hollow: too few samples for an interval. The winner's own mark is by its fresh samples.
     """
     figure, axis = subplots(figsize=(7.2, 4.6))
     first, second = names
-    rungs = sorted({trial["n"] for trial in answer["trials"]})
+    rungs = sorted({trial["n"] for trial in result["trials"]})
     for colour, n in zip(COLOURS_MORE, rungs, strict=False):
-        found = [(_side(trial, second), _side(trial, first)) for trial in answer["trials"] if trial["n"] == n]
+        found = [(_side(trial, second), _side(trial, first)) for trial in result["trials"] if trial["n"] == n]
         points = [(x, y) for x, y in found if x and y]
         if points:
             _bars(axis, points, colour, f"n = {n:,}")
-    line = [(point[second]["value"], point[first]["value"]) for point in answer["front"]]
+    line = [(point[second]["value"], point[first]["value"]) for point in result["front"]]
     if line:
         axis.plot(*np.array(line).T, color="#1c2733", linewidth=1, zorder=1, label="front")
-    winner = answer["winner"]
+    winner = result["winner"]
     y, x = (winner["objective"].get(name, winner["metrics"][name]) for name in names)
     _bars(axis, [(x, y)], "#c0182b", f"winner, {winner['n']:,} fresh samples", marker="*", size=11)
     axis.set(xlabel=_title(second), ylabel=f"{_title(first)}, freed of bias")

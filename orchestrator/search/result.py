@@ -1,4 +1,4 @@
-"""The answer of a search: the winner, the front, and how sure each verdict is; as JSON and as a few lines of text."""
+"""The result of a search: the winner, the front, and how sure each decision is; as JSON and as a few lines of text."""
 
 from typing import Any
 
@@ -8,27 +8,27 @@ from models.metrics import Estimate, mean_estimate, paired_difference
 from models.paired_tests import front
 from orchestrator.evaluation.measurement import describe
 from orchestrator.search.config import SearchConfig
-from orchestrator.search.cost import Costs
-from orchestrator.search.halving import Outcome, Race, Trial
+from orchestrator.search.cost import SampleBudget
+from orchestrator.search.halving import Outcome, SuccessiveHalving, Trial
 from orchestrator.search.objectives import EVALUATIONS, sign_of
 from orchestrator.search.space import Setting
 
 Json = dict[str, Any]
 
 
-def conclude(config: SearchConfig, race: Race, costs: Costs) -> Json:
+def conclude(config: SearchConfig, halving: SuccessiveHalving, budget: SampleBudget) -> Json:
     """What is written to search.json.
 
     Raises:
         RuntimeError: no trial came to an end.
     """
-    failed = {_label(trial.setting, len(config.weights) > 1): trial.failed for trial in race.trials if trial.failed}
-    finalists = [trial for trial in race.finalists if trial.fresh and not trial.fresh.failed]
+    failed = {_label(trial.setting, len(config.weights) > 1): trial.failed for trial in halving.trials if trial.failed}
+    finalists = [trial for trial in halving.finalists if trial.fresh and not trial.fresh.failed]
     if not finalists:
         reason = failed or "none keeps the constraints, or the budget is too small"
         raise RuntimeError(f"no trial came to an end: {reason}")
     winner = finalists[0]
-    trials = [_trial(config, trial, winner, costs) for trial in race.trials if trial.outcomes]
+    trials = [_trial(config, trial, winner, budget) for trial in halving.trials if trial.outcomes]
     return {
         "objective": list(config.objective),
         "constraints": list(config.constraints),
@@ -38,12 +38,12 @@ def conclude(config: SearchConfig, race: Race, costs: Costs) -> Json:
         "front": pareto(front_names(config), [trial for trial in trials if trial["keeps_constraints"]]),
         "trials": trials,
         "failed": failed,
-        "samples": costs.samples,
-        "evaluations": costs.evaluations,
+        "samples": budget.samples,
+        "evaluations": budget.evaluations,
         "seeds": {"search": config.seed, "final": config.fresh_seed},
         "alpha": config.alpha,
         "budget": config.budget,
-        "stopped_by_budget": race.stopped_by_budget,
+        "stopped_by_budget": halving.stopped_by_budget,
     }
 
 
@@ -60,7 +60,7 @@ def _final(config: SearchConfig, trial: Trial) -> Json:
     }
 
 
-def _trial(config: SearchConfig, trial: Trial, winner: Trial, costs: Costs) -> Json:
+def _trial(config: SearchConfig, trial: Trial, winner: Trial, budget: SampleBudget) -> Json:
     """A trial as far as it went, and its paired difference from the winner at the largest n that both reached."""
     level = min(trial.level, winner.level)
     running = "drawn to the end" if trial.level == len(config.rungs) - 1 else "undecided"
@@ -70,8 +70,8 @@ def _trial(config: SearchConfig, trial: Trial, winner: Trial, costs: Costs) -> J
         "setting": trial.setting.model_dump(mode="json"),
         "status": "winner" if trial is winner else trial.stopped or running,
         "n": config.rungs[trial.level],
-        "samples": costs.of(trial.setting),
-        "evaluations": costs.of(trial.setting) * trial.setting.evaluations,
+        "samples": budget.of(trial.setting),
+        "evaluations": budget.of(trial.setting) * trial.setting.evaluations,
         "keeps_constraints": all(bound.violation(trial.outcomes[-1].metrics, False) <= 0 for bound in config.bounds),
         "objective": _objectives(config, trial.outcomes[-1]),
         "behind_winner": {  # positive: worse than the winner, in the objective's own unit
@@ -124,18 +124,18 @@ def pareto(names: tuple[str, str], trials: list[Json]) -> list[Json]:
     )
 
 
-def summary(answer: Json, most: int = 8) -> str:
+def summary(result: Json, most: int = 8) -> str:
     """A few lines for the terminal: the winner on fresh seeds, and how far behind the others are."""
-    objective, winner = answer["objective"][0], answer["winner"]
-    several = len({trial["setting"]["weights"] for trial in answer["trials"]}) > 1
+    objective, winner = result["objective"][0], result["winner"]
+    several = len({trial["setting"]["weights"] for trial in result["trials"]}) > 1
     lines = [
         f"winner  {_label(Setting(**winner['setting']), several)}",
         f"        {objective} {_number(winner['metrics'][objective])} by {winner['n']:,} fresh samples "
         f"(seed {winner['seed']})",
-        f"cost    {answer['samples']:,} samples, {answer['evaluations']:,} network evaluations, "
-        f"{len(answer['trials'])} trials" + (", stopped by the budget" if answer["stopped_by_budget"] else ""),
+        f"cost    {result['samples']:,} samples, {result['evaluations']:,} network evaluations, "
+        f"{len(result['trials'])} trials" + (", stopped by the budget" if result["stopped_by_budget"] else ""),
     ]
-    behind = [t for t in answer["trials"] if objective in t["behind_winner"] and t["status"] != "winner"]
+    behind = [t for t in result["trials"] if objective in t["behind_winner"] and t["status"] != "winner"]
     behind.sort(key=lambda t: (-t["n"], t["behind_winner"][objective]["value"]))
     if behind:
         lines.append(f"behind  in {objective}, by paired differences on the search's own samples")
@@ -144,7 +144,7 @@ def summary(answer: Json, most: int = 8) -> str:
         f"{_label(Setting(**t['setting']), several)} ({t['status']})"
         for t in behind[:most]
     ]
-    lines += [f"failed  {setting}: {reason}" for setting, reason in answer["failed"].items()]
+    lines += [f"failed  {setting}: {reason}" for setting, reason in result["failed"].items()]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The search beside the full grid, on scanned digits: the same answer, from a quarter of the samples.
+"""The search beside the full grid, on scanned digits: the same result, from a quarter of the samples.
 
     make demo-search SEED=0
 
@@ -28,7 +28,7 @@ from orchestrator import storage
 from orchestrator.evaluation.measurement import describe
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.evaluator import read_outcome
-from orchestrator.search.halving import Heat
+from orchestrator.search.halving import Evaluation
 from orchestrator.search.job import search
 from orchestrator.search.space import Setting, SpaceConfig
 
@@ -82,7 +82,7 @@ def grid_config(demo: Demo, count: int) -> SearchConfig:
         reference=demo.dataset,
         output=f"grid-seed{demo.seed}",
         space=SpaceConfig.model_validate(
-            {"scales": demo.scales, "continuous": False, "steps": demo.steps, "samplers": demo.samplers}
+            {"scales": demo.scales, "continuous": False, "num_steps": demo.steps, "samplers": demo.samplers}
         ),
         rungs=demo.rungs[-1:],
         trials=count,
@@ -126,7 +126,7 @@ def compare(demo: Demo, grid: SearchConfig, grid_answer: Any, search_answer: Any
     scores = {}
     for trial in grid_answer["trials"]:
         setting = Setting(**trial["setting"])
-        scores[setting] = read_outcome(grid, Heat(setting, n, demo.seed)).scores[0]
+        scores[setting] = read_outcome(grid, Evaluation(setting, n, demo.seed)).scores[0]
     best = min(scores, key=lambda setting: float(scores[setting][0].mean()))
     chosen = Setting(**search_answer["winner"]["setting"])
     difference = paired_difference(scores[chosen][0], scores[best][0])

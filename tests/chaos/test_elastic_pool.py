@@ -17,7 +17,7 @@ import pytest
 
 from orchestrator import storage
 from orchestrator.data.job import prepare
-from orchestrator.search import heats, job
+from orchestrator.search import tasks, job
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.space import SpaceConfig
 from tests.orchestrator.digits import digits
@@ -107,13 +107,13 @@ def drawn(log: Path) -> list[str]:
     return log.read_text().split() if log.exists() else []
 
 
-def make_waiting_worker(log: str, config: SearchConfig) -> Callable[[heats.Block], heats.Made]:
+def make_waiting_worker(log: str, config: SearchConfig) -> Callable[[tasks.Block], tasks.Made]:
     """The real worker, which notes where it is; from the DRAWN_BEFOREth batch on it waits for the first node's end."""
     import ray
 
-    real = heats.make_worker(config.model_copy(update={"num_gpus": 0}))  # there are none but by name
+    real = tasks.make_worker(config.model_copy(update={"num_gpus": 0}))  # there are none but by name
 
-    def work(block: heats.Block) -> heats.Made:
+    def work(block: tasks.Block) -> tasks.Made:
         with Path(log).open("a") as file:  # one short line: appended whole
             file.write(f"{ray.get_runtime_context().get_node_id()}\n")
         while len(drawn(Path(log))) >= DRAWN_BEFORE and not Path(log).with_name("killed").exists():
@@ -126,7 +126,7 @@ def make_waiting_worker(log: str, config: SearchConfig) -> Callable[[heats.Block
 def search_config(store: str, output: str, workers: int, num_gpus: float = 0) -> SearchConfig:
     return SearchConfig(
         store=store, weights=("unet.safetensors",), classifier="classifier.safetensors", reference="digits",
-        output=output, space=SpaceConfig(scales=(0.0, 2.0), steps=(2, 3, 4)), rungs=(32, 160), trials=12,
+        output=output, space=SpaceConfig(scales=(0.0, 2.0), num_steps=(2, 3, 4)), rungs=(32, 160), trials=12,
         round_size=6, batch_size=32, num_workers=workers, num_gpus=num_gpus,
     )  # fmt: skip
 

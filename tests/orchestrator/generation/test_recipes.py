@@ -52,7 +52,7 @@ def write_search(folder: Path, setting: dict[str, Any]) -> str:
 
 
 def test_from_search_takes_the_winner(tmp_path: Path) -> None:
-    plain = {"scale": 2.5, "steps": 12, "sampler": "dpm_solver", "weights": "run"}
+    plain = {"scale": 2.5, "num_steps": 12, "sampler": "dpm_solver", "weights": "run"}
     config = parsed("--from-search", write_search(tmp_path, plain), "--guidance.scale", "3")
     assert (config.sampler.name, config.sampler.num_steps, config.guidance.scale) == ("dpm_solver", 12, 3.0)
     assert (config.weights, config.classifier) == ("run", "guide"), "and not the preset's"
@@ -66,10 +66,10 @@ def test_from_search_takes_the_winner(tmp_path: Path) -> None:
     [
         ({"scale": 1.0, "sampler": "ddim", "weights": "run"}, "steps Field required"),
         (
-            {"scale": 1.0, "steps": 10, "sampler": "ddim", "weights": "run", "temperature": 0.9},
+            {"scale": 1.0, "num_steps": 10, "sampler": "ddim", "weights": "run", "temperature": 0.9},
             "temperature Extra inputs are not permitted",
         ),
-        ({"scale": -1.0, "steps": 10, "sampler": "ddim", "weights": "run"}, "greater than or equal to 0"),
+        ({"scale": -1.0, "num_steps": 10, "sampler": "ddim", "weights": "run"}, "greater than or equal to 0"),
     ],
 )
 def test_a_setting_that_cannot_be_followed_whole_is_an_error(

@@ -4,39 +4,43 @@ import pytest
 
 from orchestrator.search import cost as search_cost
 from orchestrator.search.config import Limit
-from orchestrator.search.cost import Costs
-from orchestrator.search.halving import Heat
+from orchestrator.search.cost import SampleBudget
+from orchestrator.search.halving import Evaluation
 from orchestrator.search.space import Setting
 
-CHEAP = Setting(weights="w", sampler="ddim", steps=10, evaluations=10)
-DEAR = Setting(weights="w", sampler="ddim", steps=40, evaluations=40)
+CHEAP = Setting(weights="w", sampler="ddim", num_steps=10, evaluations=10)
+DEAR = Setting(weights="w", sampler="ddim", num_steps=40, evaluations=40)
 
 
 def test_a_promoted_trial_pays_for_its_new_batches_only() -> None:
-    costs = Costs(Limit(), batch_size=64, full=1000)
-    costs.pay([Heat(CHEAP, 250, 0), Heat(DEAR, 250, 0)])
-    assert (costs.samples, costs.evaluations) == (512, 256 * 50)
-    costs.pay([Heat(CHEAP, 500, 0)])
-    costs.pay([Heat(CHEAP, 500, 9)])
-    assert costs.of(CHEAP) == 512 + 512 and costs.samples == 256 + 1024
-    costs.pay([Heat(CHEAP, 250, 0)])
-    assert costs.samples == 1280, "drawn already"
+    costs = SampleBudget(Limit(), batch_size=64, full=1000)
+    spent.spend([Evaluation(CHEAP, 250, 0), Evaluation(DEAR, 250, 0)])
+    assert (spent.samples, spent.evaluations) == (512, 256 * 50)
+    spent.spend([Evaluation(CHEAP, 500, 0)])
+    spent.spend([Evaluation(CHEAP, 500, 9)])
+    assert spent.of(CHEAP) == 512 + 512 and spent.samples == 256 + 1024
+    spent.spend([Evaluation(CHEAP, 250, 0)])
+    assert spent.samples == 1280, "drawn already"
 
 
 def test_a_budget_of_samples_keeps_the_finals_in_reserve() -> None:
-    costs = Costs(Limit(samples=3 * 256 + 1024), batch_size=64, full=1000)
-    assert costs.affords([Heat(CHEAP, 250, 0)] * 1, beside=1)
-    costs.pay([Heat(CHEAP, 250, seed) for seed in range(3)])
-    assert not costs.affords([Heat(DEAR, 250, 0)], beside=1) and costs.affords([Heat(DEAR, 250, 0)], beside=0)
+    costs = SampleBudget(Limit(samples=3 * 256 + 1024), batch_size=64, full=1000)
+    assert spent.affords([Evaluation(CHEAP, 250, 0)] * 1, beside=1)
+    spent.spend([Evaluation(CHEAP, 250, seed) for seed in range(3)])
+    assert not spent.affords([Evaluation(DEAR, 250, 0)], beside=1) and spent.affords(
+        [Evaluation(DEAR, 250, 0)], beside=0
+    )
 
 
 def test_a_budget_of_hours_goes_by_the_speed_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(search_cost.time, "monotonic", lambda: now)
-    costs = Costs(Limit(hours=1.0), batch_size=64, full=640)
-    assert costs.affords([Heat(DEAR, 640, 0)], beside=0), "nothing is known of the speed yet"
-    costs.pay([Heat(CHEAP, 640, 0)])
+    costs = SampleBudget(Limit(hours=1.0), batch_size=64, full=640)
+    assert spent.affords([Evaluation(DEAR, 640, 0)], beside=0), "nothing is known of the speed yet"
+    spent.spend([Evaluation(CHEAP, 640, 0)])
     now = 600.0  # ten minutes for 6,400 evaluations
-    assert costs.affords([Heat(CHEAP, 640, 1)], beside=1) and not costs.affords([Heat(DEAR, 640, 0)], beside=1)
+    assert spent.affords([Evaluation(CHEAP, 640, 1)], beside=1) and not spent.affords(
+        [Evaluation(DEAR, 640, 0)], beside=1
+    )
     now = 3_000.0
-    assert not costs.affords([Heat(CHEAP, 640, 1)], beside=1)
+    assert not spent.affords([Evaluation(CHEAP, 640, 1)], beside=1)

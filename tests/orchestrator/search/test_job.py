@@ -1,4 +1,4 @@
-"""The search as a whole: killed and continued, its records, its answer and pictures."""
+"""The search as a whole: killed and continued, its records, its result and pictures."""
 
 import io
 import os
@@ -46,7 +46,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 def config(store: str, **changes: Any) -> SearchConfig:
     settings: dict[str, Any] = {
         "store": store, "weights": ("unet.safetensors",), "classifier": "classifier.safetensors",
-        "reference": "digits", "output": "search", "space": SpaceConfig(scales=(0.0, 2.0), steps=(2, 3)),
+        "reference": "digits", "output": "search", "space": SpaceConfig(scales=(0.0, 2.0), num_steps=(2, 3)),
         "rungs": (32, 96), "trials": 4, "round_size": 4, "batch_size": 32,
     }  # fmt: skip
     return SearchConfig(**settings | changes)
@@ -85,31 +85,31 @@ def test_killed_and_continued_it_repeats_no_finished_batch_and_answers_alike(
     assert len(drawn) - drawn_before == blocks - finished, "a finished batch was drawn again"
     assert max(Counter(drawn).values()) <= 2, "a batch was drawn twice although nothing was killed"
 
-    answer = storage.read_json(f"{store}/killed/search.json")
-    assert answer["samples"] == 32 * blocks, "the books agree with what was drawn"
-    check_answer(store, wanted, answer)
+    result = storage.read_json(f"{store}/killed/search.json")
+    assert result["samples"] == 32 * blocks, "the books agree with what was drawn"
+    check_answer(store, wanted, result)
     undisturbed = storage.read_json(search(config(store, output="undisturbed", num_workers=0)))
-    assert undisturbed == answer, "kills, workers or the order of completion changed the answer"
+    assert undisturbed == result, "kills, workers or the order of completion changed the answer"
 
 
-def check_answer(store: str, wanted: SearchConfig, answer: dict[str, Any]) -> None:
+def check_answer(store: str, wanted: SearchConfig, result: dict[str, Any]) -> None:
     """What search.json says, what generation takes of it, and the pictures beside it."""
-    assert answer["seeds"] == {"search": 0, "final": wanted.fresh_seed} and not answer["failed"]
-    assert answer["winner"]["seed"] == wanted.fresh_seed and answer["winner"]["n"] == 96
-    assert answer["winner"]["metrics"]["fd_digits"]["interval"] is not None
-    assert len(answer["trials"]) == 4 and answer["front"]
-    for trial in answer["trials"]:
+    assert result["seeds"] == {"search": 0, "final": wanted.fresh_seed} and not result["failed"]
+    assert result["winner"]["seed"] == wanted.fresh_seed and result["winner"]["n"] == 96
+    assert result["winner"]["metrics"]["fd_digits"]["interval"] is not None
+    assert len(result["trials"]) == 4 and result["front"]
+    for trial in result["trials"]:
         assert set(trial["rungs"]) <= {"32", "96"} and trial["samples"] >= 32
         assert trial["status"] in ("winner", "drawn to the end") or "surely" in trial["status"]
         if trial["status"] == "drawn to the end":
             assert trial["behind_winner"]["fd_digits"]["value"] >= 0
-    text = summary(answer)
+    text = summary(result)
     assert text.startswith("winner  ddim, ") and "96 fresh samples (seed 1000003)" in text
 
     uri = f"{store}/{wanted.output}/search.json"
     generation = parse("Generate.", generation_presets(), ["digits", "--from-search", uri])
-    setting = answer["winner"]["setting"]
-    assert (generation.sampler.num_steps, generation.guidance.scale) == (setting["steps"], setting["scale"])
+    setting = result["winner"]["setting"]
+    assert (generation.sampler.num_steps, generation.guidance.scale) == (setting["num_steps"], setting["scale"])
     assert generation.weights == "unet.safetensors"
     for name in ("guidance.png", "front.png", "scales.png"):
         image = Image.open(io.BytesIO(storage.read_bytes(f"{store}/{wanted.output}/{name}"))).convert("L")
@@ -121,14 +121,14 @@ def test_a_failing_trial_is_in_the_answer_and_a_larger_budget_goes_on(
     store: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Random weights at a scale of 1e38 leave the finite numbers."""
-    space = SpaceConfig(scales=(0.0, 1.0, 1e38), steps=(2,), continuous=False)
+    space = SpaceConfig(scales=(0.0, 1.0, 1e38), num_steps=(2,), continuous=False)
     changes = {"space": space, "trials": 3, "round_size": 3, "finalists": 1, "num_workers": 0}
     wanted = config(store, output="failing", budget="224", **changes)
-    answer = storage.read_json(search(wanted))
-    assert answer["stopped_by_budget"] and answer["samples"] <= 224
-    assert ["1e+38" in setting and "FloatingPointError" in why for setting, why in answer["failed"].items()] == [True]
+    result = storage.read_json(search(wanted))
+    assert result["stopped_by_budget"] and result["samples"] <= 224
+    assert ["1e+38" in setting and "FloatingPointError" in why for setting, why in result["failed"].items()] == [True]
     larger = storage.read_json(search(wanted.model_copy(update={"budget": None})))
-    assert not larger["stopped_by_budget"] and larger["samples"] >= answer["samples"]
+    assert not larger["stopped_by_budget"] and larger["samples"] >= result["samples"]
     capsys.readouterr()
     search(wanted.model_copy(update={"budget": None}))
     assert "is complete" in capsys.readouterr().out
@@ -137,9 +137,9 @@ def test_a_failing_trial_is_in_the_answer_and_a_larger_budget_goes_on(
 
 
 def test_a_damaged_block_is_named_and_made_again_once_it_is_gone(store: str) -> None:
-    wanted = config(store, output="damaged", space=SpaceConfig(scales=(0.0,), continuous=False, steps=(2,)),
+    wanted = config(store, output="damaged", space=SpaceConfig(scales=(0.0,), continuous=False, num_steps=(2,)),
                     trials=1, round_size=1, finalists=1, num_workers=0)  # fmt: skip
-    answer = storage.read_json(search(wanted))
+    result = storage.read_json(search(wanted))
     names = storage.list_names(f"{store}/damaged/trials", recursive=True)
     (block,) = (f"{store}/damaged/trials/{name}" for name in names if name.endswith("seed-0/block-000001.safetensors"))
     for name in ("search.json", *(f"trials/{name}" for name in names if "n-" in name and "seed-0" in name)):
@@ -195,7 +195,7 @@ def test_budgets_are_samples_or_hours() -> None:
 
 def test_the_demo_in_small_agrees_with_the_grid_and_its_books_are_right(store: str) -> None:
     demo = Demo(
-        folder=store, scales=(0.0, 1.0, 30.0, 90.0), steps=(2, 3), samplers=("ddim",), rungs=(64, 192), trials=6,
+        folder=store, scales=(0.0, 1.0, 30.0, 90.0), num_steps=(2, 3), samplers=("ddim",), rungs=(64, 192), trials=6,
         share=0.75, workers=0, weights="unet.safetensors", classifier="classifier.safetensors", dataset="digits",
     )  # fmt: skip
     result = demonstrate(demo)

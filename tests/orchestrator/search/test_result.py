@@ -6,7 +6,7 @@ from orchestrator.search.space import Setting
 
 def test_settings_that_differ_in_their_weights_are_told_apart() -> None:
     settings = [
-        Setting(scale=2.0, steps=10, sampler="ddim", weights=f"run/ema-{rate}.safetensors") for rate in (0.9, 0.99)
+        Setting(scale=2.0, num_steps=10, sampler="ddim", weights=f"run/ema-{rate}.safetensors") for rate in (0.9, 0.99)
     ]
     assert len({str(setting) for setting in settings}) == 1
     assert [_label(setting, several=True) for setting in settings] == [

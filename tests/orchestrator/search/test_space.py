@@ -14,7 +14,7 @@ from orchestrator.search.space import Proposer, Setting, Space, SpaceConfig
 ALL = SpaceConfig(
     scales=(0.0, 1.0, 4.0),
     continuous=False,
-    steps=(10, 20),
+    num_steps=(10, 20),
     samplers=("ddpm", "ddim", "dpm_solver", "heun"),
     etas=(0.0, 1.0),
     intervals=((0.0, 1.0), (0.2, 0.8)),
@@ -42,7 +42,7 @@ def test_evaluations_count_the_classifier_only_where_it_guides() -> None:
         else:
             unguided = evaluations(setting.sampling, GuidanceConfig())
             assert unguided < setting.evaluations < evaluations(setting.sampling, setting.guidance)
-    (tenth,) = space(SpaceConfig(scales=(1.0,), continuous=False, steps=(10,), intervals=((0.0, 0.5),))).grid()[:1]
+    (tenth,) = space(SpaceConfig(scales=(1.0,), continuous=False, num_steps=(10,), intervals=((0.0, 0.5),))).grid()[:1]
     assert tenth.evaluations == 10 + 6, "guided at 0, 100, ..., 500"
 
 
@@ -60,7 +60,7 @@ def proposed(seed: int, config: SpaceConfig = ALL) -> list[Setting]:
     for _ in range(3):
         for trial, setting in proposer.ask(6):
             found.append(setting)
-            proposer.tell(trial, [(abs(setting.scale - 1.0) + 1 / setting.steps,)], finished=False, violation=0.0)
+            proposer.tell(trial, [(abs(setting.scale - 1.0) + 1 / setting.num_steps,)], finished=False, violation=0.0)
     return found
 
 
@@ -72,22 +72,22 @@ def test_the_same_seed_and_answers_give_the_same_proposals() -> None:
 
 
 def test_proposals_learn() -> None:
-    found = proposed(5, SpaceConfig(scales=(0.0, 1.0, 2.0, 4.0, 8.0), steps=(10,)))
+    found = proposed(5, SpaceConfig(scales=(0.0, 1.0, 2.0, 4.0, 8.0), num_steps=(10,)))
     first, last = (np.mean([abs(s.scale - 1) for s in part]) for part in (found[:6], found[12:]))
     assert last < first / 1.5
 
 
 def test_the_first_round_covers_the_space() -> None:
-    proposer = Proposer(space(SpaceConfig(steps=(5, 10, 20, 40), samplers=("ddpm", "ddim"))), 0, 1, first_round=8)
+    proposer = Proposer(space(SpaceConfig(num_steps=(5, 10, 20, 40), samplers=("ddpm", "ddim"))), 0, 1, first_round=8)
     settings = [setting for _, setting in proposer.ask(8)]
-    assert {setting.steps for setting in settings} == {5, 10, 20, 40}
+    assert {setting.num_steps for setting in settings} == {5, 10, 20, 40}
     assert {setting.sampler for setting in settings} == {"ddpm", "ddim"}
     scales = sorted(setting.scale for setting in settings)
     assert scales[0] < 0.5 and scales[-1] > 4 and all(b > a for a, b in pairwise(scales))
 
 
 def test_an_exhausted_space_proposes_what_there_is() -> None:
-    config = SpaceConfig(scales=(0.0, 1.0), continuous=False, steps=(10,))
+    config = SpaceConfig(scales=(0.0, 1.0), continuous=False, num_steps=(10,))
     assert len(Proposer(Space(config, ("w",), 1000, np.inf), 0, 1, 6).ask(6)) == 2
 
 
@@ -95,7 +95,7 @@ def test_an_exhausted_space_proposes_what_there_is() -> None:
     ("changes", "message"),
     [
         ({"scales": (1.0, 0.5)}, "must rise"),
-        ({"steps": (10, 10)}, "must rise"),
+        ({"num_steps": (10, 10)}, "must rise"),
         ({"scales": (-1.0, 1.0)}, "must not be negative"),
         ({"intervals": ((0.8, 0.2),)}, "0 <= low < high <= 1"),
         ({"samplers": ("euler",)}, "ddpm"),
@@ -108,4 +108,4 @@ def test_a_wrong_space_is_one_clear_error(changes: dict[str, Any], message: str)
 
 def test_steps_that_a_sampler_cannot_space_are_an_error() -> None:
     with pytest.raises(ValueError, match="ddim"):
-        Space(SpaceConfig(steps=(999,), samplers=("ddim",)), ("w",), 1000, np.inf).grid()
+        Space(SpaceConfig(num_steps=(999,), samplers=("ddim",)), ("w",), 1000, np.inf).grid()
