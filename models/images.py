@@ -28,6 +28,6 @@ def to_uint8(x: Tensor, rounding: Rounding = "truncate") -> Tensor:
     return pixels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous()
 
 
-def shrink(x: Tensor, size: int) -> Tensor:
+def area_downsample(x: Tensor, size: int) -> Tensor:
     """[n, C, H, W] -> [n, C, size, size] by means over areas: what the published upsamplers were trained to undo."""
     return interpolate(x, (size, size), mode="area")

@@ -138,6 +138,11 @@ Architecture = UNetConfig | ClassifierConfig
 ARCHITECTURES: dict[str, type[Architecture]] = {UNetConfig.kind: UNetConfig, ClassifierConfig.kind: ClassifierConfig}
 
 
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """Return a region in which convolutions and attention run in `dtype`; "float32" changes nothing."""
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+
+
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """Sinusoidal embedding of `timesteps` [B] (integer or fractional) -> float32 [B, dim], cosines first.
 

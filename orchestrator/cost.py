@@ -152,8 +152,8 @@ def priced(cost: Cost, config: CostConfig, num_workers: int, half: bool) -> str:
             f"work    {cost.flops:.3g} FLOPs: {cost.images:,} images x {cost.flops_per_image / 1e12:.3g} TFLOPs",
             f"memory  {memory / 1e9:.1f} of {gpu.memory / 1e9:.0f} GB on each {config.gpu} ({parts}){verdict}",
             f"time    {seconds / 3600:,.3g} {config.gpu}-hours = {_duration(seconds / gpus)} on {gpus}",
-            f"assumed {mfu.share:.0%} of {peak:,.4g} TFLOP/s in {'half precision' if half else 'float32'} ({mfu.source}); "
-            f"2 FLOPs a multiply-add, {cost.note}; no time for data, checkpoints and communication",
+            f"assumed {mfu.share:.0%} of {peak:,.4g} TFLOP/s in {'half precision' if half else 'float32'} "
+            f"({mfu.source}); 2 FLOPs a multiply-add, {cost.note}; no time for data, checkpoints and communication",
         ]
     )
 

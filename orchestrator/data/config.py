@@ -14,7 +14,7 @@ class PrepareConfig(JobConfig):
     name: str  # what reports call the dataset
     layout: Layout = "auto"  # how the source holds its images; auto: told from its names
     labels: str | None = None  # a label map, CSV or JSON, for images whose names do not say their class
-    copy_parquet: bool = False  # shuffle Parquet into shards of the dataset's own; False: adopt it where it lies
+    copy_parquet: bool = False  # shuffle Parquet into shards of the dataset's own; False: register it in place
     resolution: int | None = Field(None, gt=0)  # store ADM's centre crops of this size, as PNGs, not whole images
     seed: int = Field(0, ge=0, lt=2**64)  # of the shuffle and of the split
     validation_fraction: float = Field(0.0, ge=0, lt=1)  # share of the training images kept as the split validation
@@ -26,7 +26,7 @@ class PrepareConfig(JobConfig):
         """When to stop, which changes no shard."""
         return frozenset({"max_corrupt_fraction"})
 
-    def adopts(self, layout: Layout) -> bool:
+    def registers(self, layout: Layout) -> bool:
         """Whether the source stays where it lies.
 
         Raises:

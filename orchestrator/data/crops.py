@@ -51,7 +51,7 @@ def _crop(
     times = _halvings(image, shorter)
     columns = _bicubic(image.width >> times, width).of(left, size)
     rows = _bicubic(image.height >> times, height).of(top, size)
-    pixels = _halved(_pixels(image), times, columns.inputs, rows.inputs)
+    pixels = _box_downsample(_pixels(image), times, columns.inputs, rows.inputs)
 
     across = np.ascontiguousarray(pixels[slice(*rows.inputs), slice(*columns.inputs)].T)
     down = np.ascontiguousarray(_weighted(across, columns).T)
@@ -157,13 +157,13 @@ def _take_rgb(pixels: np.ndarray, mirrored: bool, rgb: np.ndarray) -> None:
 # --------------------------------------------------------------------------------------------------------------- BOX
 
 
-def _halved(pixels: np.ndarray, times: int, columns: Span, rows: Span) -> np.ndarray:
+def _box_downsample(pixels: np.ndarray, times: int, columns: Span, rows: Span) -> np.ndarray:
     """The pixels halved so often; right within these columns and rows of the result, and there only."""
     if times == 0:
         return pixels
     height, width = pixels.shape[0] >> times - 1, pixels.shape[1] >> times - 1
     across, down = _runs(width), _runs(height)
-    pixels = _halved(pixels, times - 1, _halving_inputs(across, columns), _halving_inputs(down, rows))
+    pixels = _box_downsample(pixels, times - 1, _halving_inputs(across, columns), _halving_inputs(down, rows))
     result = np.empty((height // 2, width // 2), np.uint32)
     _halve(pixels, across, down, columns, rows, result)
     return result

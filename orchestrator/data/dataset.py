@@ -1,7 +1,8 @@
 """Datasets: what their manifest says, and from shards to the streams' shares of a batch.
 
 On disk a dataset is `manifest.json` and Parquet shards with the columns `key`, `label`, `image` (the encoded bytes as
-they were), `width` and `height`; adopted shards have `label` and `image.bytes`, and lie where they were. A sample's id
+they were), `width` and `height`; shards registered in place have `label` and
+`image.bytes`, and lie where they were. A sample's id
 is its global row number in its split.
 """
 
@@ -60,14 +61,14 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     height: tuple[int, int] | None  # likewise
     quarantined: int  # images that could not be decoded and were left out
     resolution: int | None = None  # the images are ADM's centre crops of this size; None: they are whole
-    adopted: str | None = None  # where the shards lie, if they were adopted; None: beside the manifest
+    registered: str | None = None  # where the shards lie, if they were registered in place; None: beside the manifest
     image_column: str = "image"  # of the shards, the encoded bytes
     folder: str = Field("", exclude=True)
 
     @property
     def root(self) -> str:
         """The folder of the shards."""
-        return self.adopted or self.folder
+        return self.registered or self.folder
 
     def check(self, split: str, image_size: int, crop: Literal["center", "random"], conditional: bool = False) -> None:
         """Refuse a use that these images do not allow: other crops than those stored, classes that are not known.

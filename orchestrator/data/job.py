@@ -1,7 +1,7 @@
 """Preparing: from images as people have them to shuffled Parquet shards and a manifest.
 
 All keys are shuffled by seed before they are dealt to shards, so that any row group is a fair sample. Parquet in the
-public ImageNet layout may instead be adopted: it stays where it is, and only gets a manifest.
+public ImageNet layout may instead be registered in place: it stays where it is, and only gets a manifest.
 """
 
 import logging
@@ -34,7 +34,7 @@ from orchestrator.data.sources import (
     open_source,
     read_label_map,
 )
-from orchestrator.data.sources.registration import adopt
+from orchestrator.data.sources.registration import register
 from orchestrator.data.sources.staging import staged_source
 from orchestrator.order import Purpose, keyed_rng
 from orchestrator.pictures import captioned_grid_png
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 
 def prepare(config: PrepareConfig) -> Manifest:
-    """Shuffle, split and shard the source, or adopt it; answer the manifest, which is written last.
+    """Shuffle, split and shard the source, or register it in place; return the manifest, which is written last.
 
     Finished shards are kept and a finished dataset is found, so that the same command goes on where it stopped.
     Images that cannot be decoded go to `quarantine.json` with their key and the reason; what else is odd about the
@@ -63,8 +63,8 @@ def prepare(config: PrepareConfig) -> Manifest:
     output = config.path(config.output)
     if not storage.exists(storage.join(output, "manifest.json")):
         listing, layout = _find(config)
-        if config.adopts(layout):
-            manifest, findings = adopt(listing, config.name)
+        if config.registers(layout):
+            manifest, findings = register(listing, config.name)
             check_or_write_config(output, config)
             _finish(output, manifest, {"findings": _plain(findings)})
         else:
@@ -91,7 +91,7 @@ def prepare_and_track(config: PrepareConfig) -> str:
     described = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     print(f"{output}: {described} images of {len(manifest.classes)} classes, {manifest.quarantined} quarantined")
     for kind, found in storage.read_json(storage.join(output, "report.json"))["findings"].items():
-        print(f"  {kind}: {found['count']:,} ({', '.join(found['examples'])})")
+        print(f"  {kind.replace('_', ' ')}: {found['count']:,} ({', '.join(found['examples'])})")
     return output
 
 
@@ -102,11 +102,11 @@ def plan(config: PrepareConfig) -> str:
         return f"{output} is prepared already"
     listing, layout = _find(config)
     if layout == "parquet":
-        manifest, _ = adopt(listing, config.name)
+        manifest, _ = register(listing, config.name)
         counts = ", ".join(f"{split} {manifest.num_samples(split):,}" for split in manifest.splits)
-        found = f"{manifest.adopted}: {counts} images in {len(manifest.classes)} classes"
-        if config.adopts(layout):
-            return f"adopts  {found}\nwrites  {output}: a manifest"
+        found = f"{manifest.registered}: {counts} images in {len(manifest.classes)} classes"
+        if config.registers(layout):
+            return f"registers {found}\nwrites  {output}: a manifest"
         return f"reads   {found}\nwrites  {output}: all of them, shuffled; for the time being, a copy in order"
     total = int(listing.sizes.sum())
     if layout in ("tars", "webdataset") and total > DRY_SCAN_BYTES:
@@ -142,7 +142,7 @@ def _find(config: PrepareConfig) -> tuple[Listing, Layout]:
 def _open_source(config: PrepareConfig, listing: Listing, layout: Layout, output: str) -> Source:
     labels = read_label_map(config.path(config.labels)) if config.labels else None
     if layout == "parquet":
-        manifest, _ = adopt(listing, config.name)
+        manifest, _ = register(listing, config.name)
         check_or_write_config(output, config)
         source = staged_source(listing, manifest, storage.join(output, "staged"), config.num_workers)
     else:
@@ -222,7 +222,7 @@ def _summarize(config: PrepareConfig, output: str, plan: Plan, facts: list[Facts
     storage.write_json(storage.join(output, "quarantine.json"), quarantine)
     findings = dict(plan.findings)
     if quarantine:
-        findings["quarantined images"] = finding([f"{entry['key']}: {entry['reason']}" for entry in quarantine])
+        findings["quarantined_images"] = finding([f"{entry['key']}: {entry['reason']}" for entry in quarantine])
     findings |= _copies(by_split)
     manifest = Manifest(
         name=config.name,
@@ -249,7 +249,7 @@ def _copies(by_split: dict[str, list[Facts]]) -> Findings:
     across = copies[split[copies] != split[original[copies]]]
     within = copies[split[copies] == split[original[copies]]]
     findings = {}
-    for kind, which in (("duplicate images", within), ("duplicate images over two splits", across)):
+    for kind, which in (("duplicate_images", within), ("duplicate_images_across_splits", across)):
         if len(which):
             shown = which[:5]
             pairs = zip(rows["key"].take(shown).to_pylist(), rows["key"].take(original[shown]).to_pylist(), strict=True)
@@ -267,8 +267,8 @@ def _class_counts(classes: tuple[str, ...], facts: list[Facts]) -> dict[str, Any
     smallest, largest = int(counts.argmin()), int(counts.argmax())
     return {
         "images": len(labels),
-        "smallest class": {"name": classes[smallest], "images": int(counts[smallest])},
-        "largest class": {"name": classes[largest], "images": int(counts[largest])},
+        "smallest_class": {"name": classes[smallest], "images": int(counts[smallest])},
+        "largest_class": {"name": classes[largest], "images": int(counts[largest])},
     }
 
 
@@ -299,7 +299,7 @@ def contact_sheet(manifest: Manifest) -> bytes:
     for label, data in zip(batch["label"].to_pylist(), batch[manifest.image_column].to_pylist(), strict=True):
         try:
             image = decode(data)
-        except ValueError:  # only in what was adopted
+        except ValueError:  # only in what was registered in place
             continue
         caption = manifest.classes[label] if 0 <= label < len(manifest.classes) else ""
         rows.append((label, caption, center_crop(image, CONTACT_SHEET_PIXELS)))

@@ -1,6 +1,6 @@
 """Datasets by name."""
 
-from orchestrator.config import DIGITS
+from orchestrator.config import DIGITS, IMAGES
 from orchestrator.data.config import PrepareConfig
 
 
@@ -18,7 +18,7 @@ def dataset_presets() -> dict[str, tuple[str, PrepareConfig]]:
     cifar10 = PrepareConfig(source="cifar-10-binary.tar.gz", output="datasets/cifar10", name="cifar10")
     return {
         "digits": (DIGITS, digits),
-        "images": ("one's own images: a folder for each class, tars, Parquet, or files with a label map", images),
+        "images": (f"{IMAGES}: a folder for each class, tars, Parquet, or files with a label map", images),
         "imagenet": ("ILSVRC2012 as it comes: a tar of tars, read without unpacking", imagenet),
         "cifar10": ("CIFAR-10's binary archive, with its own train and test images", cifar10),
     }

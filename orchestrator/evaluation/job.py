@@ -13,10 +13,11 @@ from orchestrator.cost import extraction_cost, priced
 from orchestrator.data.dataset import load_manifest
 from orchestrator.evaluation.config import EvaluationConfig
 from orchestrator.evaluation.extraction import EXTRACTOR_BATCH, extract_all
-from orchestrator.evaluation.extractors import LoadedExtractor, LoadExtractor, extractor_loader
+from orchestrator.evaluation.extractors import CPU, LoadedExtractor, LoadExtractor, extractor_loader
 from orchestrator.evaluation.inputs import ImageSet, image_size_of, open_images, split_images
-from orchestrator.evaluation.measurement import Limits, Measurement, describe, measure_files
+from orchestrator.evaluation.measurement import Limits, Measurement, measure_files
 from orchestrator.evaluation.memorization import nearest_training_pixels
+from orchestrator.evaluation.metrics import describe
 from orchestrator.evaluation.page import evaluation_page
 from orchestrator.evaluation.references import Reference, open_reference
 from orchestrator.tracking import tracked
@@ -35,7 +36,7 @@ def evaluate(config: EvaluationConfig) -> str:
     images = _samples(config)
     _check_reference(config, images)
     loader = _loader(config, images)
-    loaded = loader()
+    loaded = loader(CPU)
     check_or_write_config(output, config, samples=images.identity, extractor=loaded.fingerprint, extractor_weights=None)
     report_uri = storage.join(output, "report.json")
     if storage.exists(report_uri):
@@ -70,7 +71,7 @@ def plan(config: EvaluationConfig) -> str:
     images = _samples(config)
     dimension, name, price = DigitsNetwork.dimension, DigitsNetwork.name, list[str]()
     if config.extractor != name:  # which might have to be trained first
-        network = _loader(config, images)().network
+        network = _loader(config, images)(CPU).network
         dimension, name = network.dimension, network.name
         cost = extraction_cost(network, image_size_of(images), images.count, EXTRACTOR_BATCH)
         price = [priced(cost, config.cost, config.num_workers, half=False)]
@@ -115,7 +116,6 @@ def _loader(config: EvaluationConfig, images: ImageSet) -> LoadExtractor:
         config.path("extractors"),
         config.extractor_seed,
         _image_size(config, images) if config.extractor == "digits" else 0,
-        use_gpu=config.num_gpus > 0,
     )
 
 

@@ -18,12 +18,15 @@ from models.images import from_uint8, to_uint8
 from models.likelihood import bits_per_dim, interpolate, progressive_coding, progressive_generation
 from models.metrics import mean_estimate
 from models.samplers import ddpm
+from models.unet import autocast
 from orchestrator import storage
 from orchestrator.config import JobConfig, check_or_write_config
 from orchestrator.cost import CostConfig, priced, sampling_cost
 from orchestrator.data.dataset import Manifest, load_manifest, read_images
-from orchestrator.evaluation.measurement import describe
-from orchestrator.order import Purpose, index_rng
+from orchestrator.evaluation.metrics import describe
+from orchestrator.generation.noise import Draw, NoiseAhead, draw_noise
+from orchestrator.generation.worker import lay_out, prepare_device
+from orchestrator.order import Purpose
 from orchestrator.pictures import COLOURS, figure_png, grid_png, subplots
 from orchestrator.progress import progress_line
 from orchestrator.tracking import tracked
@@ -45,11 +48,14 @@ class LikelihoodConfig(JobConfig):
     respacing: str = ""  # chain of the bound, e.g. "250"; empty = every timestep, as published
     clip: bool = True  # clamp the predicted x_0 to [-1, 1], as published
     seed: int = Field(0, ge=0)  # of the noise, by image
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention, by autocast
+    compile: bool = False  # torch.compile the network: slower to start, faster on long estimates
     batch_size: int = Field(32, gt=0)  # images in a batch
     num_strips: int = Field(10, ge=0)  # rows of the picture of progressive generation
     interpolation_depths: tuple[int, ...] = (250, 500, 750)  # chain indices of the encodings that are mixed
     num_workers: int = Field(1, ge=0)  # workers; 0 = in this process, without Ray
     num_gpus: float = Field(0.0, ge=0)  # GPUs for each worker
+    num_threads: int = Field(1, gt=0)  # CPU threads of each worker
     cost: CostConfig = CostConfig()
 
 
@@ -97,12 +103,16 @@ def estimate(config: LikelihoodConfig) -> str:
     there = set(storage.list_names(output, recursive=True))
     todo = [item for item in items if item.name not in there]
     with (
-        session(config.num_workers, wanted_gpus=config.num_workers * config.num_gpus, shared=config.shared),
+        session(
+            config.num_workers * config.num_threads,
+            wanted_gpus=config.num_workers * config.num_gpus,
+            shared=config.shared,
+        ),
         tracked("likelihood", config, output) as tracker,
         progress_line(len(items), "batches and pictures") as progress,
     ):
         progress.update_to(len(items) - len(todo))
-        work = map_items(partial(make_worker, config), todo, config.num_workers, num_gpus=config.num_gpus)
+        work = map_items(partial(make_worker, config), todo, config.num_workers, config.num_threads, config.num_gpus)
         for done, _ in enumerate(work, start=len(items) - len(todo) + 1):
             progress.update_to(done)
         report = _conclude(output, [item for item in items if isinstance(item, Bound)])
@@ -126,16 +136,16 @@ def plan(config: LikelihoodConfig) -> str:
     network = load_network(config.path(config.weights))
     _check(config, network, manifest)
     evaluations = Evaluations(model=Diffusion(network.diffusion, config.respacing).num_timesteps, classifier=0)
-    count = _count(config, manifest)
+    count, half = _count(config, manifest), config.dtype != "float32"
     return "\n".join(
         [
             f"reads   {config.path(config.weights)}; {count:,} images of {config.path(config.dataset)}",
             f"writes  {config.path(config.output)}: terms of the bound, pictures, likelihood.json",
             priced(
-                sampling_cost(network.architecture, evaluations, count, config.batch_size, half=False),
+                sampling_cost(network.architecture, evaluations, count, config.batch_size, half),
                 config.cost,
                 config.num_workers,
-                half=False,
+                half,
             ),
         ]
     )
@@ -188,59 +198,85 @@ def rate_distortion_png(rate: list[float], distortion: list[float]) -> bytes:
 # ------------------------------------------------------------------------------------------------ in every worker
 
 
-def make_worker(config: LikelihoodConfig) -> Callable[[Bound | Picture], None]:
-    """A worker: the network loaded once, then batches of the bound, and pictures."""
-    device = torch.device("cuda" if config.num_gpus and torch.cuda.is_available() else "cpu")
-    network = load_network(config.path(config.weights), device)
-    manifest = load_manifest(config.path(config.dataset))
-    diffusion = Diffusion(network.diffusion, config.respacing)
-    output, architecture = config.path(config.output), network.architecture
-    shape = (architecture.in_channels, architecture.image_size, architecture.image_size)
-    scale = max(1, SHOWN_PIXELS // architecture.image_size)
+class _Worker:
+    """The network on its device, and the images, labels and noise of an estimate."""
 
-    def images(begin: int, end: int) -> tuple[Tensor, Tensor]:
-        pixels, labels = read_images(manifest, config.split, begin, end, architecture.image_size)
-        return from_uint8(torch.from_numpy(pixels).to(device), shape[0]), torch.from_numpy(labels).to(device)
+    def __init__(self, config: LikelihoodConfig) -> None:
+        self.config, self.device = config, prepare_device(config.num_gpus, config.num_threads)
+        self.network = lay_out(load_network(config.path(config.weights), self.device), self.device)
+        if config.compile:
+            self.network.module.compile()
+        self.manifest = load_manifest(config.path(config.dataset))
+        self.diffusion = Diffusion(self.network.diffusion, config.respacing)
+        architecture = self.network.architecture
+        self.size = architecture.image_size
+        self.shape = (architecture.in_channels, self.size, self.size)
 
-    def noise(indices: range, timestep: int, purpose: Purpose = Purpose.LIKELIHOOD) -> Tensor:
-        rows = [index_rng(config.seed, i, purpose, timestep).standard_normal(shape, np.float32) for i in indices]
-        return torch.from_numpy(np.stack(rows)).to(device)
+    def images(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return float32 [n, C, H, W] in [-1, 1] and labels int64 [n] of a range of the split."""
+        pixels, labels = read_images(self.manifest, self.config.split, begin, end, self.size)
+        x = from_uint8(torch.from_numpy(pixels).to(self.device), self.shape[0])
+        return x, torch.from_numpy(labels).to(self.device)
 
-    def denoiser(labels: Tensor) -> Denoise:
-        return diffusion.denoiser(network.module, y=labels if architecture.num_classes else None, clip=config.clip)
+    def noise(self, indices: range, timestep: int, purpose: Purpose) -> Tensor:
+        """Return the noise of images at an original timestep, float32 [n, C, H, W]."""
+        return draw_noise(self.config.seed, Draw(tuple(indices), self.shape, purpose, timestep)).to(self.device)
 
-    def bound(item: Bound) -> bytes:
-        x_start, labels = images(item.begin, item.end)
-        bits = bits_per_dim(denoiser(labels), diffusion, x_start, partial(noise, range(item.begin, item.end)))
+    def denoiser(self, labels: Tensor) -> Denoise:
+        """Return `denoise` towards labels [n], where the network takes any."""
+        y = labels if self.network.architecture.num_classes else None
+        return self.diffusion.denoiser(self.network.module, y=y, clip=self.config.clip)
+
+    def bound(self, item: Bound) -> bytes:
+        """Compute the terms of the bound; their noise is drawn ahead."""
+        x_start, labels = self.images(item.begin, item.end)
+        key = partial(Draw, tuple(range(item.begin, item.end)), self.shape, Purpose.LIKELIHOOD)
+        plan = (key(int(t)) for t in self.diffusion.timestep_map[::-1])
+        with NoiseAhead(self.config.seed, plan, pin=self.device.type == "cuda") as draw:
+            bits = bits_per_dim(
+                self.denoiser(labels), self.diffusion, x_start,
+                lambda t: draw(key(t)).to(self.device, non_blocking=True),
+            )  # fmt: skip
         rate, distortion = progressive_coding(bits)
         terms = {**vars(bits), "rate": rate, "distortion": distortion}
         return safetensors.numpy.save({name: tensor.cpu().numpy() for name, tensor in terms.items()})
 
-    def progressive(item: Picture) -> bytes:
-        _, labels = images(0, config.num_strips)
-        indices = range(config.num_strips)
-        x_T = noise(indices, 0, Purpose.START)
-        steps = ddpm(denoiser(labels), diffusion, x_T, lambda t: noise(indices, t, Purpose.STEP))
-        strips = progressive_generation(steps, every=-(-diffusion.num_timesteps // STRIP_LENGTH))
-        return grid_png(to_uint8(strips.flatten(0, 1)).cpu().numpy(), columns=strips.shape[1], scale=scale)
+    def progressive(self) -> bytes:
+        """Draw progressive generation: the predictions of x_0 along chains, one row for each."""
+        indices = range(self.config.num_strips)
+        _, labels = self.images(0, len(indices))
+        x_T, step = self.noise(indices, 0, Purpose.START), partial(self.noise, indices, purpose=Purpose.STEP)
+        steps = ddpm(self.denoiser(labels), self.diffusion, x_T, step)
+        strips = progressive_generation(steps, every=-(-self.diffusion.num_timesteps // STRIP_LENGTH))
+        return self._grid(strips.flatten(0, 1), columns=strips.shape[1])
 
-    def interpolation(item: Picture) -> bytes:
-        pixels, labels = images(0, 2)
+    def interpolation(self, depth: int) -> bytes:
+        """Draw images decoded between the encodings of the first two images."""
+        pixels, labels = self.images(0, 2)
         ends = (pixels[:1], pixels[1:])
-        noises = (noise(range(1), 0, Purpose.START), noise(range(1, 2), 0, Purpose.START))
+        noises = (self.noise(range(1), 0, Purpose.START), self.noise(range(1, 2), 0, Purpose.START))
         row = [ends[0]]
         for lam in np.linspace(0, 1, INTERPOLATION_STEPS):
-            denoise = denoiser(labels[:1] if lam < 0.5 else labels[1:])
-            on_the_way = partial(noise, range(1), purpose=Purpose.STEP)
-            row.append(interpolate(denoise, diffusion, ends, noises, float(lam), item.depth, on_the_way))
-        return grid_png(to_uint8(torch.cat([*row, ends[1]])).cpu().numpy(), columns=len(row) + 1, scale=scale)
+            denoise = self.denoiser(labels[:1] if lam < 0.5 else labels[1:])
+            on_the_way = partial(self.noise, range(1), purpose=Purpose.STEP)
+            row.append(interpolate(denoise, self.diffusion, ends, noises, float(lam), depth, on_the_way))
+        return self._grid(torch.cat([*row, ends[1]]), columns=len(row) + 1)
+
+    def _grid(self, images: Tensor, columns: int) -> bytes:
+        return grid_png(to_uint8(images).cpu().numpy(), columns=columns, scale=max(1, SHOWN_PIXELS // self.size))
+
+
+def make_worker(config: LikelihoodConfig) -> Callable[[Bound | Picture], None]:
+    """A worker: the network loaded once, then batches of the bound, and pictures."""
+    worker, output = _Worker(config), config.path(config.output)
 
     @torch.inference_mode()
     def work(item: Bound | Picture) -> None:
-        if isinstance(item, Bound):
-            data = bound(item)
-        else:
-            data = progressive(item) if item.kind == "progressive" else interpolation(item)
+        with autocast(worker.device, config.dtype):
+            if isinstance(item, Bound):
+                data = worker.bound(item)
+            else:
+                data = worker.progressive() if item.kind == "progressive" else worker.interpolation(item.depth)
         storage.put_if_absent(storage.join(output, item.name), data)
 
     return work

@@ -1,8 +1,4 @@
-"""From features to every metric: what `models` computes, by the names that reports carry.
-
-`fid`, `sfid`, `kid` and `inception_score` are those of the Inception network with its published weights; all
-others carry their extractor's name, such as `fd_digits`.
-"""
+"""From features on storage to every metric, and to the pictures' rows: realism, closest pairs, classes apart."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,105 +9,16 @@ from typing import Any
 import numpy as np
 
 from cluster.workers import pool
-from models.manifolds import (
-    Run,
-    authentic_share,
-    here,
-    manifolds,
-    precision_recall,
-    precision_recall_openai,
-    realism,
-)
-from models.metrics import (
-    MIN_INTERVAL_RATIO,
-    Estimate,
-    Gaussian,
-    Moments,
-    by_class,
-    class_frechet_estimate,
-    expand_frechet,
-    frechet_estimate,
-    inception_score,
-    inception_score_10split,
-    kid,
-    moments,
-    proportion_estimate,
-    softmax,
-)
+from models.manifolds import Run, here, manifolds, precision_recall, realism
+from models.metrics import by_class, class_frechet_estimate
 from models.neighbours import shares
-from orchestrator.evaluation.extraction import FeatureFiles, Labelled, chosen
+from orchestrator.evaluation.extraction import ArrayName, FeatureFiles, chosen
 from orchestrator.evaluation.memorization import nearest_training_features
+from orchestrator.evaluation.metrics import Comparison, Estimates, Rows, measure
 from orchestrator.evaluation.references import Reference
 
 NEIGHBOURS = 3  # k of precision and recall; a class with fewer rows has none
 FEWEST = 6  # images of each set for all the metrics of neighbours
-
-Estimates = dict[str, Estimate]
-
-
-def describe(estimate: Estimate) -> dict[str, Any]:
-    """An estimate as JSON: value, n, interval (null where none is sound) and why."""
-    interval = None if estimate.low is None else [estimate.low, estimate.high]
-    return {"value": estimate.value, "n": estimate.n, "interval": interval, "note": estimate.note}
-
-
-def metric_name(metric: str, extractor: str) -> str:
-    """The name of a metric that depends on the extractor: `fd` by digits is `fd_digits`, by Inception `fid`."""
-    if extractor == "inception":
-        return {"fd": "fid", "fd_infinity": "fid_infinity", "sfd": "sfid"}.get(metric, metric)
-    return f"{metric}_{extractor}"
-
-
-def measure(samples: Labelled, reference: Labelled, name: str) -> Estimates:
-    """Every metric of `samples` against `reference`, both in memory, by the extractor called `name`.
-
-    Precision is the share of samples near the reference, recall the share of the reference near samples; accuracy
-    is the share of samples that the extractor takes for the class that was asked for.
-    """
-    made, real = samples.features, reference.features
-    found = distances(made.pool, moments(real.pool), name)
-    found |= neighbour_metrics(real.pool, made.pool)
-    found[metric_name("kid", name)] = kid(real.pool, made.pool)
-    if made.logits is not None:
-        found |= class_scores(made.logits, samples.labels, int(reference.labels.max()) + 1, name)
-    return found
-
-
-def distances(features: np.ndarray, reference: Moments | Gaussian, name: str, metric: str = "fd") -> Estimates:
-    """The Frechet distance, and where n > 2 D what it is at infinite n."""
-    n, dimension = features.shape
-    if n <= MIN_INTERVAL_RATIO * dimension:
-        return {metric_name(metric, name): frechet_estimate(features, reference)}
-    expansion = expand_frechet(features, reference)
-    found = {metric_name(metric, name): expansion.estimate}
-    if metric == "fd":
-        found[metric_name("fd_infinity", name)] = expansion.corrected
-    return found
-
-
-def neighbour_metrics(reference: np.ndarray, samples: np.ndarray, run: Run | None = None) -> Estimates:
-    """Precision and recall of 3 neighbours, density and coverage of 5."""
-    found = manifolds(reference, samples, k=NEIGHBOURS, run=run)
-    return {
-        "precision": found.precision,
-        "recall": found.recall,
-        "density": found.density,
-        "coverage": found.coverage,
-    }
-
-
-def class_scores(logits: np.ndarray, labels: np.ndarray, num_classes: int, name: str) -> Estimates:
-    """Inception Score by both protocols, and accuracy where the extractor knows the samples' classes."""
-    probabilities = softmax(logits)
-    found = {metric_name("inception_score", name): inception_score(probabilities)}
-    if len(probabilities) >= 10:
-        found[metric_name("inception_score_10split", name)] = inception_score_10split(probabilities)
-    if num_classes == logits.shape[1] and labels.min() >= 0:
-        found["accuracy"] = proportion_estimate(logits.argmax(axis=1) == labels)
-    return found
-
-
-# ------------------------------------------------------------------------------------------------ of sets on storage
 
 
 @dataclass(frozen=True)
@@ -160,7 +67,7 @@ class Closest:
 
 
 def measure_files(made: FeatureFiles, reference: Reference, name: str, limits: Limits, num_workers: int) -> Measurement:
-    """Every metric of the samples' features against the reference, by the extractor called `name`.
+    """Compute every metric of the samples' features against the reference, by the extractor called `name`.
 
     One array of one set is held at a time: n x D x 4 bytes, 0.4 GB for 50,000 x 2,048, and for metrics of pairs twice
     that beside the chosen reference rows.
@@ -173,68 +80,48 @@ def measure_files(made: FeatureFiles, reference: Reference, name: str, limits: L
             f"samples were seen by {made.fingerprint}, the reference by {reference.fingerprint}: "
             "statistics of different extractors are never compared"
         )
-    result, fd, fd_infinity = Measurement(), metric_name("fd", name), metric_name("fd_infinity", name)
-    pool_features = made.pool()
-    if made.count < 2:
-        result.missing |= dict.fromkeys((fd, fd_infinity), "a single sample has no covariance")
-    else:
-        result.estimates |= distances(pool_features, reference.statistics["pool"], name)
-        if fd_infinity not in result.estimates:
-            n, dimension = pool_features.shape
-            result.missing[fd_infinity] = f"n={n} samples are not above {MIN_INTERVAL_RATIO} D, D={dimension}"
-    if "spatial" in reference.statistics and (spatial := made.array("spatial")) is not None and made.count > 1:
-        result.estimates |= distances(spatial, reference.statistics["spatial"], name, "sfd")
-        del spatial
-    elif "spatial" in reference.missing:
-        result.missing[metric_name("sfd", name)] = reference.missing["spatial"]
-    logits, labels = made.array("logits"), made.labels()
-    if logits is not None:
-        result.estimates |= class_scores(logits, labels, len(reference.classes), name)
-        if "accuracy" not in result.estimates:
-            result.missing["accuracy"] = "the extractor's classes are not the samples' labels"
-    of_rows = ("precision", "recall", "density", "coverage", metric_name("kid", name), "authpct", "per_class")
-    if reference.files is None:
-        result.missing |= dict.fromkeys(of_rows, reference.missing["rows"])
-    elif (fewest := min(made.count, reference.files.count)) < FEWEST:
-        result.missing |= dict.fromkeys(of_rows, f"{fewest} images of one set are too few, {FEWEST} are needed")
-    else:
-        _measure_rows(result, made, pool_features, labels, reference, name, limits, num_workers)
+    result, labels, features, rows = Measurement(), made.labels(), made.pool(), None
+    missing = dict(reference.missing)
+    if reference.files is not None and (fewest := min(made.count, reference.files.count)) < FEWEST:
+        missing["rows"] = f"{fewest} images of one set are too few, {FEWEST} are needed"
+    elif reference.files is not None:
+        rows = _rows(result, made, features, reference.files, limits, num_workers)
+        result.per_class = _per_class(result, reference, features, labels, limits)
+
+    def read(array: ArrayName) -> np.ndarray | None:
+        return features if array == "pool" else made.array(array)
+
+    comparison = Comparison(name, read, labels, reference.statistics, len(reference.classes), rows, missing)
+    result.estimates, lacking = measure(comparison)
+    result.missing |= lacking
+    if rows is None:
+        result.missing["per_class"] = missing["rows"]
     return result
 
 
-def _measure_rows(
+def _rows(
     result: Measurement,
     made: FeatureFiles,
     features: np.ndarray,
-    labels: np.ndarray,
-    reference: Reference,
-    name: str,
+    files: FeatureFiles,
     limits: Limits,
     num_workers: int,
-) -> None:
-    """The metrics that need the features of single reference images."""
-    files = reference.files
-    assert files is not None
+) -> Rows:
+    """Compare single samples with single reference images, which also gives `result` its realism and closest pairs."""
     rows, real = chosen(made.count, limits.samples), files.chosen_pool(limits.references)
     samples = features[rows] if len(rows) < made.count else features
     with _pairs(files, limits, real, made, samples, num_workers) as run:
-        result.estimates |= neighbour_metrics(real, samples, run)
+        found = manifolds(real, samples, k=NEIGHBOURS, run=run)
         try:
             result.rows, result.realism = rows, realism(real, samples, run=run)
         except ValueError as error:
             result.missing["realism"] = str(error)
-    if name == "inception":
-        for metric, value in zip(("precision", "recall"), precision_recall_openai(real, samples), strict=True):
-            note = "no interval: float16 arithmetic of the published evaluator, for parity alone"
-            result.estimates[f"{metric}_openai"] = Estimate(value, len(rows), note=note)
-    few = samples[chosen(len(samples), limits.pairs)]
-    result.estimates[metric_name("kid", name)] = kid(real[chosen(len(real), limits.pairs)], few)
-
+    kernel = real[chosen(len(real), limits.pairs)], samples[chosen(len(samples), limits.pairs)]
     pair_rows = chosen(made.count, limits.pairs)
-    found, own = nearest_training_features(made, pair_rows, files, num_workers)
-    result.estimates["authpct"] = authentic_share(found.squared[:, 0], own)
-    result.closest = Closest(pair_rows, found.index[:, 0], np.sqrt(found.squared[:, 0]), np.sqrt(own))
-    result.per_class = _per_class(result, reference, features, labels, limits)
+    near, own = nearest_training_features(made, pair_rows, files, num_workers)
+    squared = near.squared[:, 0]
+    result.closest = Closest(pair_rows, near.index[:, 0], np.sqrt(squared), np.sqrt(own))
+    return Rows(real, samples, found, kernel, nearest=(squared, own))
 
 
 def _per_class(

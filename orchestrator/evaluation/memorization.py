@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cluster.workers import map_items
-from models.images import shrink
+from models.images import area_downsample
 from models.metrics import BLOCK
 from models.neighbours import Neighbours, nearest
 from orchestrator.evaluation.extraction import FeatureFiles
@@ -33,7 +33,7 @@ def pixel_rows(images: ImageSet, begin: int, end: int) -> np.ndarray:
     for start in range(begin, end, BLOCK):  # no more full-size images at once than that
         pixels, _ = images.read(start, min(start + BLOCK, end))
         x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float()
-        parts.append((shrink(x, PIXELS) if min(x.shape[2:]) > PIXELS else x).flatten(1).numpy())
+        parts.append((area_downsample(x, PIXELS) if min(x.shape[2:]) > PIXELS else x).flatten(1).numpy())
     return np.concatenate(parts)
 
 

@@ -2,17 +2,18 @@
 
 import base64
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import numpy as np
 import torch
 
-from models.images import shrink
+from models.images import area_downsample
 from orchestrator import storage
 from orchestrator.evaluation.extraction import chosen
 from orchestrator.evaluation.inputs import ImageSet
 from orchestrator.evaluation.measurement import Measurement
+from orchestrator.evaluation.metrics import metric_named
 from orchestrator.evaluation.references import Reference
 from orchestrator.pictures import distances_figure, grid_png
 
@@ -24,62 +25,10 @@ SHOWN_PIXELS = 64  # about the size of an image on the page: smaller ones are en
 READ_ROWS = 512  # images are looked up in such ranges
 
 
-class About(NamedTuple):
-    """What a reader of the table wants to know of a metric."""
-
-    better: str  # "higher" or "lower"
-    text: str
-    code: str  # the function that computes it
-
-
-ABOUT = {
-    "fd": About("lower", "Fréchet distance between features of samples and reference.", "metrics.frechet_distance"),
-    "fd_infinity": About("lower", "The same with its bias at this n removed.", "metrics.expand_frechet"),
-    "sfd": About("lower", "Fréchet distance of features that keep positions.", "metrics.frechet_distance"),
-    "inception_score": About(
-        "higher", "exp of the mean KL(p(y|x) ‖ p(y)), splits of 5,000 in order.", "metrics.inception_score"
-    ),
-    "inception_score_10split": About("higher", "The same over 10 shuffled splits.", "metrics.inception_score_10split"),
-    "kid": About("lower", "Kernel distance (x·y/D + 1)³, unbiased at any n.", "metrics.kid"),
-    "accuracy": About(
-        "higher", "Share that the extractor takes for the class asked for.", "metrics.proportion_estimate"
-    ),
-    "precision": About(
-        "higher", "Share of samples inside the reference's neighbourhoods, k = 3.", "manifolds.precision_recall"
-    ),
-    "recall": About(
-        "higher", "Share of the reference inside the samples' neighbourhoods, k = 3.", "manifolds.precision_recall"
-    ),
-    "precision_openai": About(
-        "higher", "Precision in the published evaluator's float16.", "manifolds.precision_recall_openai"
-    ),
-    "recall_openai": About(
-        "higher", "Recall in the published evaluator's float16.", "manifolds.precision_recall_openai"
-    ),
-    "density": About(
-        "higher", "How many of the reference's 5-neighbour balls hold a sample, over 5.", "manifolds.density_coverage"
-    ),
-    "coverage": About("higher", "Share of these balls that hold a sample.", "manifolds.density_coverage"),
-    "authpct": About(
-        "higher",
-        "% of samples farther from their nearest training image than that is from its own nearest.",
-        "manifolds.authenticity",
-    ),
-}
-SAME = {"fid": "fd", "fid_infinity": "fd_infinity", "sfid": "sfd"}  # names that belong to the Inception network
-
-
 def template(path: Path) -> jinja2.Template:
     """Load the template of a page, which extends frame.html of this folder."""
     loader = jinja2.FileSystemLoader([path.parent, Path(__file__).parent])
     return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(path.name)
-
-
-def about(metric: str) -> About:
-    """What is said of a metric, whatever extractor its name ends in."""
-    base = SAME.get(metric, metric)
-    known = [name for name in ABOUT if base == name or base.startswith(f"{name}_")]
-    return ABOUT[max(known, key=len)]
 
 
 def evaluation_page(
@@ -92,7 +41,7 @@ def evaluation_page(
     page = template(Path(__file__).with_suffix(".html")).render(
         report=report,
         pictures={name: base64.b64encode(data).decode() for name, data in pictures.items()},
-        abouts={name: about(name) for name in report["metrics"]},
+        metrics={name: metric_named(name) for name in report["metrics"]},
         num_training=reference.files.count if reference.files else 0,
         config=storage.json_bytes(report["reproduce"]["config"]).decode(),
     )
@@ -133,7 +82,7 @@ def _small(images: np.ndarray) -> np.ndarray:
     if min(images.shape[1:3]) <= SHOWN_PIXELS:
         return images
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
-    return shrink(x, SHOWN_PIXELS).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return area_downsample(x, SHOWN_PIXELS).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 def _grid(images: np.ndarray, columns: int = COLUMNS) -> bytes:

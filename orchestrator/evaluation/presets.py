@@ -1,6 +1,6 @@
 """Evaluations and likelihoods by name."""
 
-from orchestrator.config import DIGITS
+from orchestrator.config import DIGITS, IMAGES
 from orchestrator.evaluation.config import EvaluationConfig
 from orchestrator.evaluation.likelihood import LikelihoodConfig
 
@@ -20,13 +20,17 @@ def evaluation_presets() -> dict[str, tuple[str, EvaluationConfig]]:
         extractor="inception",
         num_gpus=1,
     )
-    photographs = EvaluationConfig(
-        samples="samples.npz", reference="reference.npz", output="evaluation", extractor="efficientnet"
+    images = EvaluationConfig(
+        samples="images/samples",
+        reference="datasets/images",
+        output="images/evaluation",
+        extractor="efficientnet",
+        num_gpus=1,
     )
     return {
         "digits": (DIGITS, digits),
+        "images": (f"{IMAGES}, by EfficientNet with ImageNet weights, which a package brings", images),
         "released": ("ImageNet 64x64 against the published reference batch, by FID's Inception network", released),
-        "photographs": ("one's own images, by EfficientNet with ImageNet weights, which a package brings", photographs),
     }
 
 
@@ -35,4 +39,13 @@ def likelihood_presets() -> dict[str, tuple[str, LikelihoodConfig]]:
     digits = LikelihoodConfig(
         weights="digits/diffusion", dataset="datasets/digits", output="digits/likelihood", num_workers=2
     )
-    return {"digits": (DIGITS, digits)}
+    images = LikelihoodConfig(
+        weights="images/diffusion",
+        dataset="datasets/images",
+        output="images/likelihood",
+        num_samples=1_000,
+        respacing="250",
+        interpolation_depths=(60, 125, 190),
+        num_gpus=1,
+    )
+    return {"digits": (DIGITS, digits), "images": (IMAGES, images)}

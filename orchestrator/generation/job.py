@@ -4,7 +4,7 @@ import contextlib
 import logging
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from cluster.session import session
 from cluster.workers import map_items
@@ -20,7 +19,6 @@ from orchestrator import storage
 from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.cost import price
 from orchestrator.generation.exports import export_npz, export_png
-from orchestrator.generation.noise import NoiseAhead
 from orchestrator.generation.samples import (
     DamagedShard,
     Shard,
@@ -38,16 +36,12 @@ from orchestrator.generation.samples import (
     write_run,
 )
 from orchestrator.generation.sampling import (
-    Networks,
     canonical_batch,
     fingerprint,
     load_networks,
-    make_batch,
-    noise_plan,
     platform,
-    prepare_device,
-    upsample_batch,
 )
+from orchestrator.generation.worker import SamplingWorker
 from orchestrator.pictures import grid_png, png
 from orchestrator.progress import Progress, progress_line
 from orchestrator.tracking import Tracker, tracked
@@ -74,7 +68,7 @@ def generate(config: GenerationConfig) -> str:
     for folder in folders:
         check_run(folder, wanted)
     if config.indices:
-        remake(config)
+        regenerate(config)
         return output
     if all(map(is_finished, folders)):
         print(f"{output} is complete: {config.num_samples:,} samples")
@@ -132,7 +126,7 @@ class _Live:
         """Count a shard."""
         count, now = shard.end - shard.begin, time.monotonic()
         for reason in made.damaged:
-            log.warning("made again, its old bytes are kept under damaged/: %s", reason)
+            log.warning("regenerated, the old bytes are kept under quarantine/: %s", reason)
         if not made.drawn:
             self._progress.skip(count)
             return
@@ -156,8 +150,8 @@ def _sheet(images: np.ndarray) -> bytes:
     return grid_png(images, columns=10, scale=max(1, 48 // images.shape[1]))
 
 
-def remake(config: GenerationConfig) -> None:
-    """Make `indices` again by their canonical batches, keep their pictures under remade/ and compare their pixels.
+def regenerate(config: GenerationConfig) -> None:
+    """Regenerate `indices` by their canonical batches, keep them under regenerated/ and compare their pixels.
 
     Raises:
         RuntimeError: some differ from those in the folder.
@@ -170,7 +164,7 @@ def remake(config: GenerationConfig) -> None:
         there = list_shards(folder)
         for index in wanted:
             image = made[index][stage]
-            storage.write_bytes(storage.join(folder, "remade", f"{index:06d}.png"), png(image))
+            storage.write_bytes(storage.join(folder, "regenerated", f"{index:06d}.png"), png(image))
             found = "not there to be compared"
             if any(shard.begin <= index < shard.end for shard in there):
                 difference = np.abs(read_range(folder, index, index + 1)[0][0].astype(int) - image).max()
@@ -178,7 +172,7 @@ def remake(config: GenerationConfig) -> None:
                 differing += [f"{index} in {folder}"] if difference else []
             print(f"{folder} index {index}: {pixel_hashes(image[None])[0]} {found}")
     if differing:
-        raise RuntimeError(f"{len(differing)} remade samples differ from the stored ones: {', '.join(differing)}")
+        raise RuntimeError(f"{len(differing)} regenerated samples differ from the stored ones: {', '.join(differing)}")
 
 
 def _export(config: GenerationConfig, folder: str) -> str:
@@ -223,48 +217,25 @@ class Finished(NamedTuple):
     damaged: tuple[str, ...] = ()
 
 
-class _Sampler(NamedTuple):
-    """A worker's networks, ready on its device, and the config with B in it."""
-
-    config: GenerationConfig
-    networks: Networks
-    device: torch.device
-
-    def batches(self, numbers: range) -> Iterator[tuple[Any, ...]]:
-        """The canonical batches `numbers`, one Samples for each stage."""
-        plan = noise_plan(self.networks, self.config, numbers)
-        with NoiseAhead(self.config.seed, plan, pin=self.device.type == "cuda") as draw:
-            for number in numbers:
-                batch = make_batch(self.networks, self.config, number, self.config.sampler, self.config.guidance, draw)
-                upsampler = self.networks.upsampler
-                yield (batch,) if upsampler is None else (batch, upsample_batch(upsampler, self.config, batch, draw))
-
-
-def _make_sampler(config: GenerationConfig) -> _Sampler:
-    """Load the networks, settle B, and hold the folder to this config and platform, or claim it for them.
+def _make_worker(config: GenerationConfig) -> tuple[SamplingWorker, GenerationConfig]:
+    """Set up a worker, choose or read B, and check or write the config of the folders; return the config with B in it.
 
     Raises:
         ValueError: the folder belongs to another config, or to another platform.
     """
-    device = prepare_device(config)
-    networks = load_networks(config, device)
-    here, wanted = platform(device), fingerprint(config, networks)
-    modules = [network.module for network in networks[:3] if network]
-    for module in modules:
-        if device.type == "cuda":  # on CPUs it makes GroupNorm slower
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    worker = SamplingWorker(config)
+    here, wanted = platform(worker.device), fingerprint(config, worker.networks)
     for folder in folders_of(config):
         if check_run(folder, wanted) is None:
-            chosen = config.batch_size or canonical_batch(config, networks, device)
+            chosen = config.batch_size or canonical_batch(config, worker.networks, worker.device)
             write_run(folder, wanted | {"batch_size": chosen}, here, _record(config))
         run = check_run(folder, wanted, None if config.mixed_platforms else here)  # perhaps another worker's
         assert run is not None
         config = config.model_copy(update={"batch_size": run["config"]["batch_size"]})
-        wanted = fingerprint(config, networks)
+        wanted = fingerprint(config, worker.networks)
     if config.compile:
-        for module in modules:
-            module.compile()
-    return _Sampler(config, networks, device)
+        worker.compile()
+    return worker, config
 
 
 def _record(config: GenerationConfig) -> dict[str, Any]:
@@ -280,16 +251,17 @@ def _record(config: GenerationConfig) -> dict[str, Any]:
 
 def make_generator(config: GenerationConfig) -> Callable[[Shard], Finished]:
     """A worker: networks loaded once, then shards, each verified where it is there and drawn where it is not."""
-    sampler, folders = _make_sampler(config), folders_of(config)
+    worker, config = _make_worker(config)
+    folders = folders_of(config)
     encoder = ThreadPoolExecutor(1, "encoder")  # pictures are encoded while the next batch is drawn
 
     def make_shard(shard: Shard) -> Finished:
         found, damaged = zip(*(_verify(folder, shard) for folder in folders), strict=True)
         if all(found):
             return Finished(found, drawn=False)
-        size = sampler.config.batch_size
+        size = config.batch_size
         encoded: list[list[Any]] = [[] for _ in folders]
-        for stages in sampler.batches(range(shard.begin // size, -(-shard.end // size))):
+        for stages in worker.batches(config, range(shard.begin // size, -(-shard.end // size))):
             for rows, samples in zip(encoded, stages, strict=True):
                 rows.append(encoder.submit(encode_rows, samples))
         digests = []
@@ -316,11 +288,11 @@ def _verify(folder: str, shard: Shard) -> tuple[str | None, str]:
 
 def make_index_maker(config: GenerationConfig) -> Callable[[int], tuple[np.ndarray, ...]]:
     """A worker that draws one index by its canonical batch: uint8 [H, W, 3] of each stage."""
-    sampler = _make_sampler(config)
+    worker, config = _make_worker(config)
 
     def make_index(index: int) -> tuple[np.ndarray, ...]:
-        number, place = divmod(index, sampler.config.batch_size)
-        (stages,) = sampler.batches(range(number, number + 1))
+        number, place = divmod(index, config.batch_size)
+        (stages,) = worker.batches(config, [number])
         return tuple(samples.images[place] for samples in stages)
 
     return make_index

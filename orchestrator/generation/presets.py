@@ -2,7 +2,7 @@
 
 from models.guidance import GuidanceConfig
 from models.samplers import SamplerConfig
-from orchestrator.config import DIGITS
+from orchestrator.config import DIGITS, IMAGES
 from orchestrator.generation.config import GenerationConfig
 
 
@@ -35,8 +35,19 @@ def generation_presets() -> dict[str, tuple[str, GenerationConfig]]:
             "output": "adm64-256/samples",
         }
     )
+    images = GenerationConfig(
+        weights="images/diffusion",
+        classifier="images/classifier",
+        output="images/samples",
+        num_samples=10_000,
+        sampler=SamplerConfig(name="ddim", num_steps=50),
+        guidance=GuidanceConfig(scale=1.0),
+        dtype="bfloat16",
+        num_gpus=1,
+    )
     return {
         "digits": (DIGITS, digits),
+        "images": (IMAGES, images),
         "released": ("the released ADM-G on ImageNet 64x64, as recommended", released),
         "cascade": ("the same, enlarged to 256x256 by the released upsampler (ADM-G + ADM-U)", cascade),
     }

@@ -151,8 +151,8 @@ def check_shard(folder: str, shard: Shard) -> str | None:
 
 
 def quarantine_shard(folder: str, shard: Shard) -> None:
-    """Keep the bytes of a damaged shard under damaged/, before it is made again."""
-    storage.put_if_absent(storage.join(folder, "damaged", shard.name), storage.read_bytes(shard.uri(folder)))
+    """Keep the bytes of a damaged shard under quarantine/, before it is regenerated."""
+    storage.put_if_absent(storage.join(folder, "quarantine", shard.name), storage.read_bytes(shard.uri(folder)))
 
 
 def _read_rows(uri: str) -> pa.Table:

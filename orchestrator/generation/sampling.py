@@ -1,6 +1,5 @@
 """Sampling: what decides a sample, and how a canonical batch of them is drawn."""
 
-import os
 import platform as machine
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,9 +11,10 @@ import torch
 
 from models import zoo
 from models.diffusion import Diffusion
-from models.guidance import GuidanceConfig, guided
+from models.guidance import WHOLE_CHAIN, GuidanceConfig, guided
 from models.images import Rounding, from_uint8, to_uint8
 from models.samplers import SamplerConfig, final_x, noise_timesteps, respacing_for, sample
+from models.unet import autocast
 from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.labels import Labels, read_labels
 from orchestrator.generation.noise import Draw, DrawNoise, draw_noise
@@ -53,6 +53,11 @@ class Networks(NamedTuple):
         """Classes that a sample can be of; 0 where nothing conditions it."""
         return self.labels.num_classes
 
+    @property
+    def loaded(self) -> list[Network]:
+        """Return those that there are."""
+        return [network for network in (self.weights, self.classifier, self.upsampler) if network]
+
 
 def load_networks(config: GenerationConfig, device: torch.device | str) -> Networks:
     """Read and check them.
@@ -79,7 +84,7 @@ def load_networks(config: GenerationConfig, device: torch.device | str) -> Netwo
         raise ValueError(
             f"{config.classifier} sees {classifier.architecture.image_size} pixels, but samples have {size}"
         )
-    if upsampler and getattr(upsampler.architecture, "low_res_size", None) != size:
+    if upsampler and upsampler.architecture.low_res_size != size:
         raise ValueError(f"{config.upsampler} is no upsampler of images of {size} pixels, which the samples have")
     for other, path in ((classifier, config.classifier), (upsampler, config.upsampler)):
         if other and other.classes and model.architecture.num_classes and other.classes != model.classes:
@@ -106,22 +111,6 @@ def platform(device: torch.device) -> dict[str, Any]:
         return {"device": torch.cuda.get_device_name(device), **software}
     kind = f"{machine.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {"device": kind, "threads": torch.get_num_threads(), **software}
-
-
-def prepare_device(config: GenerationConfig) -> torch.device:
-    """The device of a worker, its settings made such that equal work gives equal bits.
-
-    Raises:
-        ValueError: GPUs are asked for where there is none.
-    """
-    torch.set_num_threads(config.num_threads)
-    if not config.num_gpus:
-        return torch.device("cpu")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products need
-    if not torch.cuda.is_available():
-        raise ValueError(f"num_gpus={config.num_gpus}, but this worker sees no GPU")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    return torch.device("cuda")
 
 
 # ------------------------------------------------------------------------------------------------ the canonical batch
@@ -159,12 +148,12 @@ def _seconds(networks: Networks, config: GenerationConfig, size: int) -> float:
 
     def draw(sampler: SamplerConfig, low_res: np.ndarray | None, network: Network) -> tuple[np.ndarray, float]:
         short = sampler.model_copy(update={"num_steps": 2, "respacing": None})
-        guidance = config.guidance.model_copy(update={"interval": None})
+        guidance = config.guidance.model_copy(update={"interval": WHOLE_CHAIN})
         indices, labels = np.arange(size), networks.labels(np.arange(size))
         classifier = None if low_res is not None else networks.classifier
         for _ in range(2):  # the first one warms up
             begin = time.perf_counter()
-            with autocast(network, config.dtype):
+            with autocast(network.device, config.dtype):
                 images = sample_batch(network, short, indices, labels, 0, classifier, guidance, low_res)
             seconds = time.perf_counter() - begin
         return images, seconds * sampler.num_steps / 2
@@ -178,20 +167,13 @@ def _seconds(networks: Networks, config: GenerationConfig, size: int) -> float:
 # ------------------------------------------------------------------------------------------------ batches
 
 
-def make_batch(
-    networks: Networks,
-    config: GenerationConfig,
-    number: int,
-    sampler: SamplerConfig,
-    guidance: GuidanceConfig,
-    draw: DrawNoise | None = None,
-) -> Samples:
+def make_batch(networks: Networks, config: GenerationConfig, number: int, draw: DrawNoise | None = None) -> Samples:
     """The canonical batch `number`: always B whole indices, so that an index never sees another batch shape."""
     indices = _indices(config, number)
     labels = networks.labels(indices)
-    with autocast(networks.weights, config.dtype):
+    with autocast(networks.weights.device, config.dtype):
         images = sample_batch(
-            networks.weights, sampler, indices, labels, config.seed, networks.classifier, guidance,
+            networks.weights, config.sampler, indices, labels, config.seed, networks.classifier, config.guidance,
             clip=config.clip, rounding=config.rounding, draw=draw,
         )  # fmt: skip
     return Samples(indices, labels, images)
@@ -201,7 +183,7 @@ def upsample_batch(
     upsampler: Network, config: GenerationConfig, batch: Samples, draw: DrawNoise | None = None
 ) -> Samples:
     """The second stage of a cascade (ADM section 5): a canonical batch of samples enlarged, with noise of its own."""
-    with autocast(upsampler, config.dtype):
+    with autocast(upsampler.device, config.dtype):
         images = sample_batch(
             upsampler, config.upsampling, batch.indices, batch.labels, config.seed, low_res=batch.images,
             clip=config.clip, rounding=config.rounding, draw=draw,
@@ -230,19 +212,13 @@ def _shape(network: Network) -> tuple[int, int, int]:
 
 
 def _purposes(network: Network) -> tuple[Purpose, Purpose]:
-    if getattr(network.architecture, "low_res_size", None):
+    if network.architecture.low_res_size:
         return Purpose.UPSAMPLE_START, Purpose.UPSAMPLE_STEP
     return Purpose.START, Purpose.STEP
 
 
 def _chain(network: Network, sampler: SamplerConfig) -> Diffusion:
     return Diffusion(network.diffusion, respacing_for(sampler, network.diffusion.num_timesteps))
-
-
-def autocast(network: Network, dtype: str) -> torch.autocast:
-    """A region in which the network's convolutions and attention run in `dtype`; the chain itself stays float32."""
-    device = next(network.module.parameters()).device
-    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
 @torch.no_grad()
@@ -269,7 +245,7 @@ def sample_batch(
         FloatingPointError: a chain left the finite numbers.
     """
     architecture, diffusion = network.architecture, _chain(network, sampler)
-    device = next(network.module.parameters()).device
+    device = network.device
     key = partial(Draw, tuple(indices.tolist()), _shape(network))
     start, step = _purposes(network)
     draw = draw or partial(draw_noise, seed)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator import storage
+from orchestrator.evaluation.metrics import metric_named
 from orchestrator.evaluation.page import template
 from orchestrator.generation.samples import count_samples, read_range, read_run
 from orchestrator.pictures import COLOURS, distances_figure, figure_png, grid_png, subplots
@@ -16,18 +17,8 @@ from orchestrator.tracking import metric_history
 
 PER_CLASS = 10  # samples of each class in the grids
 
-# The order of the table: name, what more of it means, and one line on what it is.
-METRICS = {
-    "accuracy": ("higher", "share that an independent digit classifier takes for the class asked for"),
-    "fd_digits": ("lower", "Fréchet distance between features of samples and of training images"),
-    "kid_digits": ("lower", "kernel distance between the same features, unbiased at any n"),
-    "inception_score_digits": (
-        "higher",
-        "exp of the mean KL(p(y|x) ‖ p(y)) by the digit classifier; 10 at most",
-    ),
-    "precision": ("higher", "share of samples inside the training images' neighbourhoods, k = 3"),
-    "recall": ("higher", "share of training images inside the samples' neighbourhoods, k = 3"),
-}
+# The order of the table.
+METRICS = ("accuracy", "fd_digits", "kid_digits", "inception_score_digits", "precision", "recall")
 
 
 def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> str:
@@ -73,7 +64,7 @@ def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> 
         pictures={name: base64.b64encode(data).decode() for name, data in pictures.items()},
         stages=stages,
         settings={name: storage.json_bytes(config).decode() for name, config in settings.items()},
-        metrics=METRICS,
+        metrics={name: metric_named(name) for name in METRICS},
         tracking_uri=os.environ["MLFLOW_TRACKING_URI"],
     )
     Path(folder, "report.json").write_bytes(storage.json_bytes(numbers))

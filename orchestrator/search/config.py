@@ -13,7 +13,7 @@ from orchestrator.cost import CostConfig
 from orchestrator.evaluation.extractors import LoadExtractor, extractor_loader
 from orchestrator.generation.config import GenerationConfig
 from orchestrator.search.objectives import EVALUATIONS, Constraint
-from orchestrator.search.space import Space, SpaceConfig
+from orchestrator.search.space import Setting, Space, SpaceConfig
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,14 @@ class SearchConfig(JobConfig):
     labels: str = "balanced"  # as a generation takes them: balanced, uniform, ...
     batch_size: int = Field(64, gt=0)  # canonical batch B
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention
+    compile: bool = False  # torch.compile the networks: slower to start, faster on long searches
     extractor: str = "digits"  # inception, efficientnet, digits, or one's own as package.module.name
     extractor_weights: str | None = None  # inception's file; None: its released name in the store's extractors/
     extractor_seed: int = Field(7, ge=0)  # of the digits network
     neighbour_references: int = Field(10_000, gt=5)  # at most so many reference images serve metrics of pairs
     num_workers: int = Field(1, ge=0)  # sampling workers, shared by all trials; 0 = in this process, without Ray
     num_gpus: float = Field(0.0, ge=0)  # GPUs for each worker
+    num_threads: int = Field(1, gt=0)  # CPU threads of each worker
     cost: CostConfig = CostConfig()  # what --dry-run counts with
 
     @model_validator(mode="after")
@@ -89,8 +91,9 @@ class SearchConfig(JobConfig):
         """The constraints, parsed."""
         return [Constraint.parse(text) for text in self.constraints]
 
-    def generation(self, weights: str, seed: int) -> GenerationConfig:
-        """What sampling asks for, with one of the diffusion models."""
+    def generation(self, weights: str, seed: int, setting: Setting | None = None) -> GenerationConfig:
+        """Return the config of sampling by one of the diffusion models, with the sampler and guidance of a setting."""
+        chosen = {"sampler": setting.sampling, "guidance": setting.guidance} if setting else {}
         return GenerationConfig(
             store=self.store,
             weights=weights,
@@ -103,6 +106,9 @@ class SearchConfig(JobConfig):
             batch_size=self.batch_size,
             shard_size=self.batch_size,
             num_gpus=self.num_gpus,
+            num_threads=self.num_threads,
+            compile=self.compile,
+            **chosen,
         )
 
     def extractor_loader(self, image_size: int) -> LoadExtractor:

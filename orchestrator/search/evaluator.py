@@ -15,24 +15,20 @@ import safetensors.numpy
 
 from cluster.workers import ItemsFailed, Pool
 from models.features import Extractor, Features, extract
-from models.metrics import kid
+from models.manifolds import manifolds
+from models.metrics import Gaussian, Moments
 from models.paired_tests import KID_ROWS
 from orchestrator import storage
-from orchestrator.evaluation.extraction import EXTRACTOR_BATCH, Labelled, concatenate
-from orchestrator.evaluation.measurement import (
-    chosen,
-    class_scores,
-    describe,
-    distances,
-    metric_name,
-    neighbour_metrics,
-)
+from orchestrator.evaluation.extraction import EXTRACTOR_BATCH, ArrayName, Labelled, chosen, concatenate
+from orchestrator.evaluation.extractors import CPU
+from orchestrator.evaluation.measurement import NEIGHBOURS
+from orchestrator.evaluation.metrics import Comparison, Rows, describe, measure
 from orchestrator.evaluation.references import Reference, open_reference
-from orchestrator.generation.sampling import Networks, load_networks, make_batch, prepare_device
+from orchestrator.generation.worker import SamplingWorker
 from orchestrator.pictures import grid_png
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.halving import Evaluation, Outcome
-from orchestrator.search.objectives import EVALUATIONS, Held, Objective, criteria
+from orchestrator.search.objectives import EVALUATIONS, Objective
 from orchestrator.search.space import Setting
 
 PICTURED = 40  # samples in a trial's own picture
@@ -74,6 +70,15 @@ def _block_name(number: int) -> str:
 # ------------------------------------------------------------------------------------------------ in a trial
 
 
+class Held(NamedTuple):
+    """What trials are compared with: statistics of the whole reference, and features of some of its images."""
+
+    extractor: str
+    statistics: dict[ArrayName, Moments | Gaussian]
+    rows: Features
+    num_classes: int
+
+
 def evaluate(config: SearchConfig, workers: Pool, image_size: int, task: Evaluation) -> None:
     """Draw what a setting lacks of its first n samples through the shared pool, measure them, leave a record.
 
@@ -83,7 +88,7 @@ def evaluate(config: SearchConfig, workers: Pool, image_size: int, task: Evaluat
     Raises:
         RuntimeError: storage or the pool failed, which is not the setting's fault.
     """
-    held, extractor = _held(config, image_size)
+    held = _held(config, image_size)
     folder, seconds = folder_of(config, task), 0.0
     names = [_block_name(number) for number in range(-(-task.n // config.batch_size))]
     there = set(storage.list_names(folder))
@@ -96,38 +101,35 @@ def evaluate(config: SearchConfig, workers: Pool, image_size: int, task: Evaluat
                 raise ValueError(made.failed)
             seconds += made.seconds
         drawn = concatenate(_read_block(storage.join(folder, name)) for name in names)
-        _record(config, task, _measured(config, task, drawn, held, extractor), worker_seconds=seconds)
+        _record(config, task, _measured(config, task, drawn, held), worker_seconds=seconds)
     except (ItemsFailed, ValueError) as error:
         _record(config, task, failed=" ".join(str(error).split()))
 
 
-def _measured(config: SearchConfig, task: Evaluation, drawn: Labelled, held: Held, extractor: str) -> Outcome:
+def _measured(config: SearchConfig, task: Evaluation, drawn: Labelled, held: Held) -> Outcome:
     """The metrics and scores of the first n of what was drawn.
 
     Raises:
         ValueError: they cannot be had of these samples.
     """
-    pool, spatial, logits = (
-        None if array is None else array[: task.n]
-        for array in (drawn.features.pool, drawn.features.spatial, drawn.features.logits)
+    features = {name: array[: task.n] for name, array in vars(drawn.features).items() if array is not None}
+    pool, labels = features["pool"], drawn.labels[: task.n]
+    rows = Rows(
+        held.rows.pool,
+        pool,
+        manifolds(held.rows.pool, pool, k=NEIGHBOURS),
+        kernel=(held.rows.pool[:KID_ROWS], pool),
+        real_spatial=held.rows.spatial,
     )
-    assert pool is not None
-    made = Labelled(Features(pool, spatial, logits), drawn.labels[: task.n])
-    estimates = distances(pool, held.statistics["pool"], extractor)
-    if spatial is not None and "spatial" in held.statistics:
-        estimates |= distances(spatial, held.statistics["spatial"], extractor, "sfd")
-    estimates |= neighbour_metrics(held.rows.pool, pool)
-    estimates[metric_name("kid", extractor)] = kid(held.rows.pool[:KID_ROWS], pool)
-    if logits is not None:
-        estimates |= class_scores(logits, made.labels, held.num_classes, extractor)
-    metrics = {name: describe(estimate) for name, estimate in estimates.items()}
+    made = Comparison(held.extractor, features.get, labels, held.statistics, held.num_classes, rows)
+    metrics = {name: describe(estimate) for name, estimate in measure(made)[0].items()}
     evaluations = task.setting.evaluations
     metrics[EVALUATIONS] = {"value": evaluations, "n": task.n, "interval": [evaluations] * 2, "note": "exact"}
-    objectives = [Objective.parse(objective, extractor) for objective in config.objective]
-    scores = [criteria(objective, made, held, evaluations) for objective in objectives]
+    objectives = [Objective.parse(objective, held.extractor) for objective in config.objective]
+    scores = [objective.scores(made, evaluations) for objective in objectives]
     if not all(np.isfinite(each).all() for each in scores):
         raise ValueError("its samples have scores that are not finite")
-    return Outcome(scores, metrics, tuple(o.name for o in objectives if o.stands_in(made.features)))
+    return Outcome(scores, metrics, tuple(o.name for o in objectives if o.stands_in(made)))
 
 
 def _record(
@@ -154,7 +156,7 @@ def reference_of(config: SearchConfig, image_size: int, num_workers: int) -> tup
         ValueError: it holds statistics alone.
     """
     loader = config.extractor_loader(image_size)
-    loaded, folder = loader(), storage.join(config.path(config.output), "reference")
+    loaded, folder = loader(CPU), storage.join(config.path(config.output), "reference")
     uri = config.path(config.reference)
     found = open_reference(uri, loader, loaded, folder, image_size, num_workers, config.num_gpus)
     if found.files is None:
@@ -163,13 +165,13 @@ def reference_of(config: SearchConfig, image_size: int, num_workers: int) -> tup
 
 
 @lru_cache(maxsize=1)
-def _held(config: SearchConfig, image_size: int) -> tuple[Held, str]:
+def _held(config: SearchConfig, image_size: int) -> Held:
     """The same in memory, which a process of trials keeps from one to the next."""
     found, name = reference_of(config, image_size, num_workers=0)
     assert found.files is not None
     rows = chosen(found.files.count, config.neighbour_references)
     spatial = found.files.array("spatial", rows) if "spatial" in found.statistics else None
-    return Held(found.statistics, Features(found.files.pool(rows), spatial), len(found.classes)), name
+    return Held(name, found.statistics, Features(found.files.pool(rows), spatial), len(found.classes))
 
 
 def _read_block(uri: str) -> Labelled:
@@ -198,14 +200,17 @@ class Made(NamedTuple):
 
 def make_worker(config: SearchConfig) -> Callable[[Block], Made]:
     """A sampling worker: networks and extractor loaded once, then batches of any trial."""
-    device = prepare_device(config.generation(config.weights[0], config.seed))
 
     @lru_cache
-    def loaded(path: str) -> Networks:
-        return load_networks(config.generation(path, config.seed), device)
+    def loaded(path: str) -> SamplingWorker:
+        worker = SamplingWorker(config.generation(path, config.seed))
+        if config.compile:
+            worker.compile()
+        return worker
 
-    image_size = loaded(config.weights[0]).weights.architecture.image_size
-    extractor = config.extractor_loader(image_size)().network
+    first = loaded(config.weights[0])
+    image_size = first.networks.weights.architecture.image_size
+    extractor = config.extractor_loader(image_size)(first.device).network
 
     def work(block: Block) -> Made:
         try:
@@ -218,15 +223,15 @@ def make_worker(config: SearchConfig) -> Callable[[Block], Made]:
     return work
 
 
-def make_block(config: SearchConfig, networks: Networks, extractor: Extractor, block: Block) -> Made:
+def make_block(config: SearchConfig, worker: SamplingWorker, extractor: Extractor, block: Block) -> Made:
     """Draw a canonical batch and write its features; of the first one the images too."""
     folder = folder_of(config, Evaluation(block.setting, 0, block.seed))
     uri = storage.join(folder, _block_name(block.number))
     if storage.exists(uri):
         return Made()
     begin = time.perf_counter()
-    generation = config.generation(block.setting.weights, block.seed)
-    batch = make_batch(networks, generation, block.number, block.setting.sampling, block.setting.guidance)
+    generation = config.generation(block.setting.weights, block.seed, block.setting)
+    ((batch,),) = worker.batches(generation, [block.number])
     features = extract(extractor, batch.images, EXTRACTOR_BATCH)
     arrays = {name: array for name, array in vars(features).items() if array is not None} | {"labels": batch.labels}
     if block.number == 0:

@@ -206,7 +206,7 @@ class SuccessiveHalving:
     # ------------------------------------------------------------------------------------------------ comparisons
 
     def ranked(self) -> list[Trial]:
-        """Return the candidates for the winner, the best first: of those at the highest rung, allowed and not stopped."""
+        """Return the candidates for the winner, the best first: those at the highest rung that are allowed."""
         standing = [trial for trial in self.trials if trial.runs and trial.outcomes and self._allowed(trial)]
         farthest = max((trial.level for trial in standing), default=-1)
         return self._by_promise([trial for trial in standing if trial.level == farthest])

@@ -10,6 +10,7 @@ from cluster.workers import pool
 from orchestrator import storage
 from orchestrator.config import check_or_write_config
 from orchestrator.cost import GUIDED_SAMPLING, CostConfig, assumed_mfu
+from orchestrator.evaluation.extractors import CPU
 from orchestrator.generation.cost import outline
 from orchestrator.generation.sampling import NUMERICS_VERSION, Networks, load_networks
 from orchestrator.search.config import Limit, SearchConfig, space_of
@@ -42,11 +43,13 @@ def search(config: SearchConfig) -> str:
         if not result["stopped_by_budget"] or result["budget"] == config.budget:
             print(f"{output} is complete:\n{summary(result)}")
             return result_uri
-    cpus = config.num_workers and config.num_workers + 1  # one for the trials, which wait and measure
+    cpus = (
+        config.num_workers and config.num_workers * config.num_threads + 1
+    )  # one for the trials, which wait and measure
     with session(cpus, shared=config.shared), tracked("search", config, output) as tracker:
         _, extractor = reference_of(config, image_size, config.num_workers)
         halving, budget = _start(config, space)
-        with pool(partial(make_worker, config), config.num_workers, num_gpus=config.num_gpus) as workers:
+        with pool(partial(make_worker, config), config.num_workers, config.num_threads, config.num_gpus) as workers:
             rounds = _recorded(config, halving, tracker)
             run_rounds(partial(evaluate, config, workers, image_size), rounds, _together(config))
         result = conclude(config, halving, budget)
@@ -71,7 +74,7 @@ def _check_or_write_config(config: SearchConfig, networks: dict[str, Networks]) 
     for path, found in networks.items():
         if found.weights.architecture.image_size != size:
             raise ValueError(f"weights={path} makes other images than {config.weights[0]}, which has {size} pixels")
-    loaded = config.extractor_loader(size)()
+    loaded = config.extractor_loader(size)(CPU)
     for name in config.objective:
         Objective.parse(name, loaded.network.name)
     facts = {

@@ -1,34 +1,27 @@
-"""What a search optimises and what bounds it: metrics by name, with the scores by which trials are compared."""
+"""What a search optimises and what bounds it: entries of the table of metrics, and evaluations, known beforehand."""
 
 import re
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from models.features import Features
-from models.manifolds import realism
-from models.metrics import MIN_INTERVAL_RATIO, Gaussian, Moments, kid_scores, softmax
-from models.paired_tests import KID_ROWS, frechet_criteria, inception_criteria, recall_criteria, share_criteria
-from orchestrator.evaluation.extraction import ArrayName, Labelled
-from orchestrator.evaluation.measurement import metric_name
+from models.metrics import MIN_INTERVAL_RATIO
+from orchestrator.evaluation.extraction import ArrayName
+from orchestrator.evaluation.metrics import METRICS, Comparison, Metric, metric_named
 
 EVALUATIONS = "evaluations"  # of networks, per image: known without sampling
 
-OF_FEATURES = ("fd", "sfd", "kid", "inception_score")  # each extractor has its own name for them
-PLAIN = ("precision", "recall", "accuracy", EVALUATIONS)
-MORE_IS_BETTER = ("inception_score", "precision", "recall", "accuracy")
-
 
 def sign_of(name: str) -> int:
-    """1 for a metric of which less is better, -1 where more is."""
-    return -1 if name.startswith(MORE_IS_BETTER) else 1
+    """Return 1 for a metric of which less is better, and -1 where more is."""
+    return 1 if name == EVALUATIONS else metric_named(name).sign
 
 
 class Objective(NamedTuple):
     """A metric to optimise."""
 
     name: str
-    kind: str  # the same without the extractor: "fd" of "fd_digits" and of "fid"
+    metric: Metric | None  # None = evaluations
 
     @classmethod
     def parse(cls, name: str, extractor: str) -> "Objective":
@@ -37,45 +30,28 @@ class Objective(NamedTuple):
         Raises:
             ValueError: there is none.
         """
-        known = {metric_name(kind, extractor): kind for kind in OF_FEATURES} | {kind: kind for kind in PLAIN}
+        known: dict[str, Metric | None] = {m.named(extractor): m for m in METRICS.values() if m.scores}
+        known[EVALUATIONS] = None
         if name not in known:
             raise ValueError(f"objective={name!r} is none of {', '.join(known)}")
         return cls(name, known[name])
 
-    def stands_in(self, made: Features) -> bool:
+    def stands_in(self, made: Comparison) -> bool:
         """Whether the kernel distance stands in its place, since n <= 2 D."""
-        array = {"fd": made.pool, "sfd": made.spatial}.get(self.kind)
+        names: dict[str, ArrayName] = {"fd": "pool", "sfd": "spatial"}
+        array = made.read(names[self.metric.name]) if self.metric and self.metric.name in names else None
         return array is not None and len(array) <= MIN_INTERVAL_RATIO * array.shape[1]
 
+    def scores(self, made: Comparison, evaluations: int) -> np.ndarray:
+        """Return scores [c, n] of the samples: less is better, and all criteria must agree.
 
-class Held(NamedTuple):
-    """What trials are held against: statistics of the whole reference, and features of some of its images."""
-
-    statistics: dict[ArrayName, Moments | Gaussian]
-    rows: Features
-    num_classes: int
-
-
-def criteria(objective: Objective, made: Labelled, held: Held, evaluations: int) -> np.ndarray:
-    """Return scores [c, n] of the samples by an objective: less is better, all criteria must agree."""
-    kind, features, n = objective.kind, made.features, len(made.labels)
-    if kind == EVALUATIONS:
-        return np.full((1, n), float(evaluations))
-    if kind == "fd":
-        return frechet_criteria(features.pool, held.rows.pool, held.statistics["pool"])
-    if kind == "kid":
-        return kid_scores(held.rows.pool[:KID_ROWS], features.pool)[None]
-    if kind == "precision":
-        return share_criteria(realism(held.rows.pool, features.pool) >= 1)
-    if kind == "recall":
-        return recall_criteria(held.rows.pool, features.pool)
-    if kind == "sfd" and features.spatial is not None and held.rows.spatial is not None:
-        return frechet_criteria(features.spatial, held.rows.spatial, held.statistics["spatial"])
-    if kind == "inception_score" and features.logits is not None:
-        return inception_criteria(softmax(features.logits))
-    if kind == "accuracy" and features.logits is not None:
-        return share_criteria(features.logits.argmax(axis=1) == made.labels)
-    raise RuntimeError(f"objective={objective.name!r}: the extractor has no such features")
+        Raises:
+            RuntimeError: the extractor has no such features.
+        """
+        if self.metric is None:
+            return np.full((1, len(made.labels)), float(evaluations))
+        assert self.metric.scores is not None, "parse takes no other metric"
+        return self.metric.scores(made)
 
 
 class Constraint(NamedTuple):

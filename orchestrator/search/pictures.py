@@ -9,7 +9,7 @@ from PIL import Image
 
 from models.guidance import WHOLE_CHAIN
 from orchestrator import storage
-from orchestrator.evaluation.measurement import metric_name
+from orchestrator.evaluation.metrics import METRICS
 from orchestrator.pictures import COLOURS, figure_png, grid_png, subplots
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.evaluator import first_images
@@ -45,7 +45,7 @@ def guidance_figure(trials: list[Json], extractor: str) -> bytes:
     """
     figure, axes = subplots(2, 2, figsize=(8.6, 5.6))
     n = common_n(trials)
-    names = (metric_name("fd", extractor), metric_name("inception_score", extractor), "precision", "recall")
+    names = (METRICS["fd"].named(extractor), METRICS["inception_score"].named(extractor), "precision", "recall")
     for axis, name in zip(axes.flat, names, strict=True):
         for colour, (label, along) in zip(COLOURS_MORE * 9, curves(trials).items(), strict=False):
             found = [trial["rungs"][n][name] for trial in along]

@@ -1,6 +1,6 @@
 """Searches by name."""
 
-from orchestrator.config import DIGITS
+from orchestrator.config import DIGITS, IMAGES
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.space import SpaceConfig
 
@@ -35,4 +35,20 @@ def search_presets() -> dict[str, tuple[str, SearchConfig]]:
         dtype="bfloat16",
         num_gpus=1,
     )
-    return {"digits": (DIGITS, digits), "released": ("the released ADM-G on ImageNet 256x256", released)}
+    images = SearchConfig(
+        weights=("images/diffusion",),
+        classifier="images/classifier",
+        reference="datasets/images",
+        output="images/search",
+        space=SpaceConfig(num_steps=(10, 25, 50), samplers=("ddpm", "ddim")),
+        objective=("fd_efficientnet_lite0",),
+        rungs=(500, 1_000, 2_500, 5_000),
+        extractor="efficientnet",
+        dtype="bfloat16",
+        num_gpus=1,
+    )
+    return {
+        "digits": (DIGITS, digits),
+        "images": (IMAGES, images),
+        "released": ("the released ADM-G on ImageNet 256x256", released),
+    }

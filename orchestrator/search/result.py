@@ -6,7 +6,7 @@ import numpy as np
 
 from models.metrics import Estimate, mean_estimate, paired_difference
 from models.paired_tests import front
-from orchestrator.evaluation.measurement import describe
+from orchestrator.evaluation.metrics import describe
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.cost import SampleBudget
 from orchestrator.search.halving import Outcome, SuccessiveHalving, Trial

@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from models.diffusion import DiffusionConfig
 from models.ema import gamma_of
 from models.samplers import SamplerConfig
-from models.unet import ClassifierConfig, UNetConfig
+from models.unet import ClassifierConfig, UNetConfig, autocast
 from orchestrator.config import JobConfig
 from orchestrator.cost import CostConfig
 from orchestrator.order import OrderConfig
@@ -91,10 +90,9 @@ class TrainingConfig(JobConfig):
 
     def in_dtype(self, network: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """`network` with its convolutions and attention computed in the config's dtype."""
-        dtype = getattr(torch, self.dtype)
 
         def call(x: Tensor, *args: Any, **inputs: Any) -> Tensor:
-            with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+            with autocast(x.device, self.dtype):
                 return network(x, *args, **inputs)
 
         return call

@@ -124,7 +124,8 @@ def plan(config: Config) -> str:
             f"{4 * parameters * (3 + averages) / 2**30:.2f} GiB every {config.checkpoint_every:,} images",
             f"network {parameters:,} parameters, {config.model.num_classes or 'no'} classes",
             f"length  {config.total_images:,} images = {config.length // config.batch_size:,} steps of "
-            f"{config.batch_size}, {config.total_images / order.images_per_epoch:.1f} epochs of {order.images_per_epoch:,}",
+            f"{config.batch_size}, {config.total_images / order.images_per_epoch:.1f} epochs of "
+            f"{order.images_per_epoch:,}",
             f"open    {open_bytes / 2**20:.1f} MiB of images at once in each of {workers} workers",
             priced(cost, config.cost, config.num_workers, half),
         ]

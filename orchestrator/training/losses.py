@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from models.diffusion import Diffusion, TimestepSampler
-from models.images import from_uint8, shrink
+from models.images import area_downsample, from_uint8
 from orchestrator.data.dataset import StreamShare
 from orchestrator.order import Purpose, sample_rng
 from orchestrator.training.config import Config
@@ -85,7 +85,7 @@ def adm_losses(config: Config, diffusion: Diffusion, timesteps: TimestepSampler)
         t, weights = _drawn(batch, timesteps)
         condition = {"y": batch.labels} if config.model.num_classes else {}
         if config.model.low_res_size:
-            condition["low_res"] = shrink(batch.x_start, config.model.low_res_size)
+            condition["low_res"] = area_downsample(batch.x_start, config.model.low_res_size)
         terms = diffusion.losses(model, batch.x_start, t, batch.noise, **condition)
         if config.timesteps == "uniform":
             return terms | {"t": t}

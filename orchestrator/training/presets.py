@@ -10,7 +10,7 @@ from typing import Any
 from models import zoo
 from models.samplers import SamplerConfig
 from models.unet import ClassifierConfig, UNetConfig
-from orchestrator.config import DIGITS
+from orchestrator.config import DIGITS, IMAGES
 from orchestrator.order import OrderConfig
 from orchestrator.training.config import AdmConfig, AverageConfig, NoisyClassifierConfig
 
@@ -23,7 +23,7 @@ def adm_presets() -> dict[str, Adm]:
     lsun: dict[str, Any] = {"batch_size": 256, "learning_rate": 1e-4, "dtype": "float16", "at_once": 16, "lean": True}
     return {
         "digits": (DIGITS, _digits_diffusion()),
-        "folder": ("one's own images, as the dataset preset `images` prepares them, on one GPU", _own_images()),
+        "images": (f"{IMAGES}: ADM at 64 pixels, on one GPU", _images_diffusion()),
         "imagenet64": _published("adm-64", 540_000, 2048, 3e-4, dtype="float16", at_once=64),
         "imagenet128": _published("adm-128", 4_360_000, 256, 1e-4, dtype="float16"),
         "imagenet256": _published("adm-256", 1_980_000, 256, 1e-4, dtype="float16", lean=True),
@@ -46,7 +46,7 @@ def classifier_presets() -> dict[str, Classifier]:
     """Noisy classifiers to train."""
     return {
         "digits": (DIGITS, _digits_classifier()),
-        "folder": ("the classifier beside the training preset `folder`", _own_classifier()),
+        "images": (f"{IMAGES}: ADM's classifier at 64 pixels, on one GPU", _images_classifier()),
         "imagenet64": _published_classifier("classifier-64", 300_000, 1024, 6e-4, weight_decay=0.2),
         "imagenet128": _published_classifier("classifier-128", 300_000, 256, 3e-4),
         "imagenet256": _published_classifier("classifier-256", 500_000, 256, 3e-4),
@@ -57,7 +57,8 @@ def classifier_presets() -> dict[str, Classifier]:
 def upsampler_presets() -> dict[str, Adm]:
     """Upsamplers to train: second stages of a cascade."""
     return {
-        "digits": ("scanned digits, 8 to 16 pixels", _digits_upsampler()),
+        "digits": (f"{DIGITS}: from 8 to 16 pixels", _digits_upsampler()),
+        "images": (f"{IMAGES}: from 64 to 256 pixels, on one GPU", _images_upsampler()),
         "imagenet64_256": _published("upsampler-64-256", 500_000, 256, 1e-4, dtype="float16", at_once=16, lean=True),
         "imagenet128_512": _published("upsampler-128-512", 1_050_000, 256, 1e-4, dtype="float16", at_once=8, lean=True),
         "iddpm_imagenet64_256": _iddpm("iddpm-upsampler-64-256", 500_000, 256, 3e-4, at_once=16, lean=True),
@@ -67,8 +68,8 @@ def upsampler_presets() -> dict[str, Adm]:
 def average_presets() -> dict[str, tuple[str, AverageConfig]]:
     """Averages of weights to make afterwards."""
     return {
-        "digits": ("of the training preset `digits`", AverageConfig(weights="digits/diffusion")),
-        "folder": ("of the training preset `folder`", AverageConfig(weights="folder/diffusion")),
+        "digits": (DIGITS, AverageConfig(weights="digits/diffusion")),
+        "images": (IMAGES, AverageConfig(weights="images/diffusion")),
     }
 
 
@@ -116,7 +117,6 @@ def _ddpm_cifar10() -> Adm:
         "dataset": "cifar10",
         "warmup_images": 5_000 * 128,
         "max_grad_norm": 1.0,
-        "num_workers": 1,
     }
     return _published("ddpm-cifar10", 800_000, 128, 2e-4, num_workers=1, **changes)
 
@@ -163,11 +163,11 @@ def _told(name: str, iterations: int, batch_size: int) -> str:
 # ------------------------------------------------------------------------------------------------ one's own images
 
 
-def _own_images() -> AdmConfig:
+def _images_diffusion() -> AdmConfig:
     """ADM at 64 pixels, two thirds as wide; classes are the dataset's, averages of any length can be made later."""
     return AdmConfig(
         dataset="datasets/images",
-        output="folder/diffusion",
+        output="images/diffusion",
         model=zoo.entry("adm-64").network.model_copy(update={"model_channels": 128}),
         diffusion=zoo.COSINE,
         classes="dataset",
@@ -188,11 +188,11 @@ def _own_images() -> AdmConfig:
     )
 
 
-def _own_classifier() -> NoisyClassifierConfig:
+def _images_classifier() -> NoisyClassifierConfig:
     """ADM's classifier at 64 pixels; little data is soon learnt by heart, so look at its validation accuracy."""
     return NoisyClassifierConfig(
         dataset="datasets/images",
-        output="folder/classifier",
+        output="images/classifier",
         model=zoo.entry("classifier-64").network.model_copy(update={"num_res_blocks": 2, "dropout": 0.1}),
         diffusion=zoo.COSINE,
         classes="dataset",
@@ -206,6 +206,25 @@ def _own_classifier() -> NoisyClassifierConfig:
         eval_every=100_000,
         num_gpus=1,
     )
+
+
+def _images_upsampler() -> AdmConfig:
+    """ADM's upsampler, two thirds as wide."""
+    diffusion = _images_diffusion()
+    network = zoo.entry("upsampler-64-256").network
+    changes = {
+        "output": "images/upsampler",
+        "model": network.model_copy(update={"model_channels": 128, "gradient_checkpointing": True}),
+        "diffusion": zoo.entry("upsampler-64-256").diffusion,
+        "order": OrderConfig(num_streams=8),
+        "total_images": 2_000_000,
+        "batch_size": 64,
+        "microbatch_size": 8,
+        "learning_rate": 1e-4,
+        "power_emas": (),
+        "snapshot_every": None,
+    }
+    return diffusion.model_copy(update=changes)
 
 
 # ------------------------------------------------------------------------------------------------ the quickstart's

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from cluster.collectives import Group
-from models.images import from_uint8, shrink, to_uint8
+from models.images import area_downsample, from_uint8, to_uint8
+from models.unet import autocast
 from orchestrator.data.dataset import Manifest, read_images
 from orchestrator.generation.sampling import sample_batch
 from orchestrator.pictures import grid_png
@@ -30,7 +31,7 @@ def previews(config: AdmConfig, state: TrainingState, manifest: Manifest, group:
     network = Network(module, config.model, config.diffusion, manifest.classes, sha256="")
     for name, average in state.averages.items():
         module.load_state_dict(average)
-        with torch.autocast(device.type, getattr(torch, config.dtype), enabled=config.dtype != "float32"):
+        with autocast(device, config.dtype):
             share = _share(config, network, manifest, group)
         images = np.concatenate(group.gather(share))
         if group.rank == 0:
@@ -49,6 +50,8 @@ def _share(config: AdmConfig, network: Network, manifest: Manifest, group: Group
         labels, small = some % max(1, len(manifest.classes)), None
         if config.model.low_res_size:  # an upsampler is shown on real images, made small
             pixels, labels = read_images(manifest, "train", some[0], some[-1] + 1, size)
-            small = to_uint8(shrink(from_uint8(torch.from_numpy(pixels), channels), config.model.low_res_size)).numpy()
+            small = to_uint8(
+                area_downsample(from_uint8(torch.from_numpy(pixels), channels), config.model.low_res_size)
+            ).numpy()
         parts.append(sample_batch(network, config.preview, some, labels, config.seed, low_res=small))
     return np.concatenate(parts)

@@ -29,6 +29,11 @@ class Network:
     classes: tuple[str, ...]
     sha256: str  # of the file
 
+    @property
+    def device(self) -> torch.device:
+        """Return the device that its parameters are on."""
+        return next(self.module.parameters()).device
+
 
 def load_network(uri: str, device: torch.device | str = "cpu", recipe: str | None = None) -> Network:
     """Read a network in evaluation mode: a safetensors file, the newest of a training run, or a released `.pt` file.

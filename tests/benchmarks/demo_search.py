@@ -3,7 +3,7 @@
     make demo-search SEED=0
 
 Trains the digits' networks where they are not there yet, draws every setting of a grid to the full n, then lets the
-search race the same settings with a budget of a quarter of these samples. What the grid drew fills the search's cache,
+search halve the same settings with a budget of a quarter of these samples. What the grid drew fills the search's cache,
 since equal samples need not be drawn twice: the search's books count every sample that it would have drawn. Ends with
 one line of JSON; exit code 1 where the search's winner is surely worse than the grid's, or cost too much.
 """
@@ -42,7 +42,7 @@ class Demo:
     seed: int = 0  # labels and noise, and the search's proposals
     folder: str = "runs/demo-search"  # networks, the grid, the search
     scales: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
-    steps: tuple[int, ...] = (5, 10, 20, 40)
+    num_steps: tuple[int, ...] = (5, 10, 20, 40)
     samplers: tuple[str, ...] = ("ddpm", "ddim")
     rungs: tuple[int, ...] = (64, 128, 256, 512, 1024)  # the grid is drawn to the last one
     trials: int = 24  # settings that the search may try
@@ -56,17 +56,17 @@ class Demo:
 
 def demonstrate(demo: Demo) -> dict[str, Any]:
     """Grid, search and their comparison; answers the JSON line."""
-    count = len(demo.scales) * len(demo.steps) * len(demo.samplers)
-    grid, raced = grid_config(demo, count), race_config(demo, count)
+    count = len(demo.scales) * len(demo.num_steps) * len(demo.samplers)
+    grid, halving = grid_config(demo, count), halving_config(demo, count)
     with session(demo.workers and demo.workers + 1):
         begin = time.monotonic()
-        grid_answer = storage.read_json(search(grid))
+        grid_result = storage.read_json(search(grid))
         drawn = time.monotonic()
         if not demo.draw_again:
-            fill_cache(grid, raced)
-        search_answer = storage.read_json(search(raced))
+            fill_cache(grid, halving)
+        search_result = storage.read_json(search(halving))
         end = time.monotonic()
-    return compare(demo, grid, grid_answer, search_answer) | {
+    return compare(demo, grid, grid_result, search_result) | {
         "grid_seconds": round(drawn - begin, 1),
         "search_seconds": round(end - drawn, 1),
         "seconds": round(end - begin, 1),
@@ -82,7 +82,7 @@ def grid_config(demo: Demo, count: int) -> SearchConfig:
         reference=demo.dataset,
         output=f"grid-seed{demo.seed}",
         space=SpaceConfig.model_validate(
-            {"scales": demo.scales, "continuous": False, "num_steps": demo.steps, "samplers": demo.samplers}
+            {"scales": demo.scales, "continuous": False, "num_steps": demo.num_steps, "samplers": demo.samplers}
         ),
         rungs=demo.rungs[-1:],
         trials=count,
@@ -93,7 +93,7 @@ def grid_config(demo: Demo, count: int) -> SearchConfig:
     )
 
 
-def race_config(demo: Demo, count: int) -> SearchConfig:
+def halving_config(demo: Demo, count: int) -> SearchConfig:
     """The search of the same settings."""
     changes = {
         "output": f"search-seed{demo.seed}",
@@ -106,9 +106,9 @@ def race_config(demo: Demo, count: int) -> SearchConfig:
     return SearchConfig(**grid_config(demo, count).model_dump() | changes)
 
 
-def fill_cache(grid: SearchConfig, raced: SearchConfig) -> None:
+def fill_cache(grid: SearchConfig, halving: SearchConfig) -> None:
     """The grid's batches where the search looks for its own; not the records, which it makes itself."""
-    source, target = (Path(config.path(config.output), "trials") for config in (grid, raced))
+    source, target = (Path(config.path(config.output), "trials") for config in (grid, halving))
     shutil.copytree(
         source, target, copy_function=_link, dirs_exist_ok=True,
         ignore=lambda folder, names: [n for n in names if n.startswith("n-") or n == f"seed-{grid.fresh_seed}"],
@@ -120,18 +120,18 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
 
 
-def compare(demo: Demo, grid: SearchConfig, grid_answer: Any, search_answer: Any) -> dict[str, Any]:
+def compare(demo: Demo, grid: SearchConfig, grid_result: Any, search_result: Any) -> dict[str, Any]:
     """How the search's winner stands against the grid's, by the grid's own samples; and what each took."""
-    n, count = demo.rungs[-1], len(grid_answer["trials"])
+    n, count = demo.rungs[-1], len(grid_result["trials"])
     scores = {}
-    for trial in grid_answer["trials"]:
+    for trial in grid_result["trials"]:
         setting = Setting(**trial["setting"])
         scores[setting] = read_outcome(grid, Evaluation(setting, n, demo.seed)).scores[0]
     best = min(scores, key=lambda setting: float(scores[setting][0].mean()))
-    chosen = Setting(**search_answer["winner"]["setting"])
+    chosen = Setting(**search_result["winner"]["setting"])
     difference = paired_difference(scores[chosen][0], scores[best][0])
     assert difference.low is not None
-    ratio = search_answer["samples"] / (count * n)
+    ratio = search_result["samples"] / (count * n)
     broken = [
         f"the search's winner is surely worse: {describe(difference)}" if chosen != best and difference.low > 0 else "",
         f"it drew {ratio:.3f} of the grid's samples" if ratio > demo.share else "",
@@ -142,7 +142,7 @@ def compare(demo: Demo, grid: SearchConfig, grid_answer: Any, search_answer: Any
         "search_winner": str(chosen),
         "paired_difference": {"value": difference.value, "interval": [difference.low, difference.high]},
         "grid_samples": count * n,
-        "search_samples": search_answer["samples"],
+        "search_samples": search_result["samples"],
         "ratio": round(ratio, 4),
         "variance_unpaired_over_paired": variance_ratios(list(scores.values()), scores[best]),
         "broken": [words for words in broken if words],

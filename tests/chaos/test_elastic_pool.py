@@ -17,7 +17,7 @@ import pytest
 
 from orchestrator import storage
 from orchestrator.data.job import prepare
-from orchestrator.search import tasks, job
+from orchestrator.search import evaluator, job
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.space import SpaceConfig
 from tests.orchestrator.digits import digits
@@ -107,13 +107,13 @@ def drawn(log: Path) -> list[str]:
     return log.read_text().split() if log.exists() else []
 
 
-def make_waiting_worker(log: str, config: SearchConfig) -> Callable[[tasks.Block], tasks.Made]:
+def make_waiting_worker(log: str, config: SearchConfig) -> Callable[[evaluator.Block], evaluator.Made]:
     """The real worker, which notes where it is; from the DRAWN_BEFOREth batch on it waits for the first node's end."""
     import ray
 
-    real = tasks.make_worker(config.model_copy(update={"num_gpus": 0}))  # there are none but by name
+    real = evaluator.make_worker(config.model_copy(update={"num_gpus": 0}))  # there are none but by name
 
-    def work(block: tasks.Block) -> tasks.Made:
+    def work(block: evaluator.Block) -> evaluator.Made:
         with Path(log).open("a") as file:  # one short line: appended whole
             file.write(f"{ray.get_runtime_context().get_node_id()}\n")
         while len(drawn(Path(log))) >= DRAWN_BEFORE and not Path(log).with_name("killed").exists():

@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 from models.diffusion import Denoise, Diffusion, DiffusionConfig, Prediction, Timestep
 from models.guidance import (
+    WHOLE_CHAIN,
     GuidanceConfig,
     classifier_gradient,
     guided,
+    guided_timesteps,
     log_prob_gradient,
     mean_shift,
     score_shift,
 )
-from models.samplers import ddim, ddpm, last
+from models.samplers import ddim, ddpm, final_x
 from models.unet import ClassifierConfig, NoisyClassifier
 
 CENTRE, STD = 0.4, 0.3  # pixels of class 0 ~ N(-CENTRE, STD^2), of class 1 ~ N(CENTRE, STD^2), equally likely
@@ -105,7 +107,7 @@ def test_scale_0_is_the_unguided_sampler_to_the_bit(sampler_name: str) -> None:
     y = torch.ones(6, dtype=torch.int64)
     unguided = guided(denoise, sampler_name, classifier, diffusion, y, GuidanceConfig(scale=0))
     sampler = {"ddpm": ddpm, "ddim": ddim}[sampler_name]
-    results = [last(sampler(d, diffusion, noise(0), noise)) for d in (denoise, unguided)]
+    results = [final_x(sampler(d, diffusion, noise(0), noise)) for d in (denoise, unguided)]
     assert torch.equal(*results)
     assert classifier.calls == 0
 
@@ -117,7 +119,7 @@ def test_guided_samples_follow_their_labels(sampler_name: str) -> None:
     classifier = ExactClassifier(diffusion)
     denoise = guided(exact_denoiser(diffusion, None), sampler_name, classifier, diffusion, y, GuidanceConfig(scale=8))
     sampler = {"ddpm": ddpm, "ddim": ddim}[sampler_name]
-    x = last(sampler(denoise, diffusion, noise(0), noise)).flatten()
+    x = final_x(sampler(denoise, diffusion, noise(0), noise)).flatten()
     assert ((x > 0) == (y == 1)).all(), x
 
 
@@ -125,32 +127,46 @@ def test_outside_its_interval_the_classifier_is_not_called() -> None:
     diffusion = process("10")  # 0, 111, ..., 999
     y = torch.ones(6, dtype=torch.int64)
     denoise = exact_denoiser(diffusion, None)
-    for interval, calls in (((222, 555), 4), ((0, 0), 1), ((112, 221), 0), (None, 10)):
+    for interval, calls in (
+        ((222 / 999, 555 / 999), 4),
+        ((0.0, 0.0001), 1),
+        ((112 / 999, 221 / 999), 0),
+        (WHOLE_CHAIN, 10),
+    ):
         classifier = ExactClassifier(diffusion)
         config = GuidanceConfig(scale=1, interval=interval)
-        x = last(ddim(guided(denoise, "ddim", classifier, diffusion, y, config), diffusion, noise(0), noise))
+        x = final_x(ddim(guided(denoise, "ddim", classifier, diffusion, y, config), diffusion, noise(0), noise))
         assert classifier.calls == calls
-        assert torch.equal(x, last(ddim(denoise, diffusion, noise(0), noise))) == (calls == 0)
-    gradient = classifier_gradient(ExactClassifier(diffusion), diffusion, y, 1.0, (0, 500))
+        assert torch.equal(x, final_x(ddim(denoise, diffusion, noise(0), noise))) == (calls == 0)
+    gradient = classifier_gradient(ExactClassifier(diffusion), diffusion, y, 1.0, (0.0, 0.5))
     with pytest.raises(ValueError, match="one timestep"):
         gradient(noise(0), torch.zeros(6, dtype=torch.int64))
-    with pytest.raises(ValidationError, match="first <= last"):
-        GuidanceConfig(scale=1, interval=(500, 100))
+
+
+@pytest.mark.parametrize("interval", [(0.5, 0.1), (0.5, 0.5), (-0.1, 0.5), (0.5, 1.1), (200, 799)])
+def test_an_interval_that_is_no_part_of_the_chain_is_refused(interval: tuple[float, float]) -> None:
+    with pytest.raises(ValidationError, match="0 <= low < high <= 1"):
+        GuidanceConfig(scale=1, interval=interval)
+
+
+def test_the_same_interval_is_the_same_part_of_every_chain() -> None:
+    assert guided_timesteps(WHOLE_CHAIN, 1000) == range(1000)
+    assert guided_timesteps((0.2, 0.8), 1000) == range(200, 800)
+    assert guided_timesteps((0.2, 0.8), 4000) == range(800, 3200)
+    assert guided_timesteps((0.0, 0.0001), 1000) == range(1), "both ends are guided"
 
 
 def classifier_with_logits_times(factor: float) -> NoisyClassifier:
     torch.manual_seed(0)
-    network = NoisyClassifier(
-        ClassifierConfig(
-            image_size=16,
-            model_channels=32,
-            num_res_blocks=1,
-            channel_mult=(1, 2),
-            attention_resolutions=(8,),
-            num_head_channels=16,
-            num_classes=5,
-        )
-    )
+    network = ClassifierConfig(
+        image_size=16,
+        model_channels=32,
+        num_res_blocks=1,
+        channel_mult=(1, 2),
+        attention_resolutions=(8,),
+        num_head_channels=16,
+        num_classes=5,
+    ).build()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

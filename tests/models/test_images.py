@@ -2,7 +2,7 @@
 
 import torch
 
-from models.images import from_uint8, shrink, to_uint8
+from models.images import area_downsample, from_uint8, to_uint8
 
 
 def test_every_grey_level_survives_the_round_trip_up_to_the_published_truncation() -> None:
@@ -29,4 +29,4 @@ def test_one_channel_is_grey() -> None:
 
 def test_shrinking_takes_means_over_areas() -> None:
     x = torch.arange(16.0).reshape(1, 1, 4, 4)
-    assert shrink(x, 2).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    assert area_downsample(x, 2).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]

@@ -19,7 +19,7 @@ from models.samplers import (
     ddim_step,
     ddpm,
     ddpm_step,
-    last,
+    final_x,
     noise_timesteps,
     respacing_for,
     sample,
@@ -69,7 +69,7 @@ def test_ddpm_with_the_exact_reverse_step_has_the_exact_marginals(schedule: str,
 def test_ddpm_samples_have_the_data_distribution() -> None:
     diffusion = process("100")
     x_T = keyed_noise(torch.empty(1, 1, 150, 150))(1000)
-    x = last(ddpm(DATA.denoiser(diffusion), diffusion, x_T, keyed_noise(x_T)))
+    x = final_x(ddpm(DATA.denoiser(diffusion), diffusion, x_T, keyed_noise(x_T)))
     assert x.mean().item() == pytest.approx(DATA.mean, abs=4 * DATA.std / 150)
     assert x.std().item() == pytest.approx(DATA.std, rel=4 / (2**0.5 * 150))
 
@@ -89,7 +89,7 @@ def test_solvers_converge_to_the_ode_with_their_order(sampler: str, schedule: st
     errors = []
     for steps in (40, 80, 160):
         diffusion = process(str(steps), schedule=schedule)
-        chain = list(SAMPLERS[sampler](DATA.denoiser(diffusion), diffusion, X_T, no_noise))
+        chain = list(SAMPLERS[sampler].run(DATA.denoiser(diffusion), diffusion, X_T, no_noise))
         abar = diffusion.alphas_cumprod
         # the last step leaves the ODE: it answers with the predicted x_0
         errors.append((chain[-2].x - DATA.ode(X_T, abar[-1], abar[0])).abs().max().item())
@@ -103,9 +103,9 @@ def test_second_order_beats_first(schedule: str) -> None:
     abar = diffusion.alphas_cumprod
     exact = DATA.ode(X_T, abar[-1], abar[0])
     chains = {
-        name: list(f(DATA.denoiser(diffusion), diffusion, X_T, no_noise))
-        for name, f in SAMPLERS.items()
-        if name != "ddpm"
+        name: list(entry.run(DATA.denoiser(diffusion), diffusion, X_T, no_noise))
+        for name, entry in SAMPLERS.items()
+        if not entry.stochastic
     }
     error = {name: (chain[-2].x - exact).abs().max() for name, chain in chains.items()}
     assert error["heun"] < error["ddim"] / 10
@@ -139,8 +139,8 @@ def test_ddim_encoding_and_decoding_return_the_image_as_steps_grow() -> None:
     for steps in (20, 40, 100, 200, 500):
         diffusion = process(f"ddim{steps}")
         denoise = DATA.denoiser(diffusion)
-        latent = last(ddim_reverse(denoise, diffusion, images))
-        errors.append((last(ddim(denoise, diffusion, latent, no_noise)) - images).abs().max().item())
+        latent = final_x(ddim_reverse(denoise, diffusion, images))
+        errors.append((final_x(ddim(denoise, diffusion, latent, no_noise)) - images).abs().max().item())
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.02 < errors[0]
 
@@ -167,8 +167,8 @@ def test_a_chain_can_start_anywhere() -> None:
     diffusion = process("20")
     denoise = DATA.denoiser(diffusion)
     for name in ("ddpm", "ddim", "heun"):
-        whole = list(SAMPLERS[name](denoise, diffusion, X_T, keyed_noise(X_T)))
-        rest = list(SAMPLERS[name](denoise, diffusion, whole[9].x, keyed_noise(X_T), start=9))
+        whole = list(SAMPLERS[name].run(denoise, diffusion, X_T, keyed_noise(X_T)))
+        rest = list(SAMPLERS[name].run(denoise, diffusion, whole[9].x, keyed_noise(X_T), start=9))
         assert torch.equal(rest[-1].x, whole[-1].x)
 
 
@@ -187,6 +187,6 @@ def test_respacing_belongs_to_the_sampler() -> None:
         SamplerConfig(name="ddpm", eta=0.5)
 
 
-def test_an_empty_chain_has_no_last_image() -> None:
+def test_an_empty_chain_has_no_final_image() -> None:
     with pytest.raises(ValueError, match="no steps"):
-        last([])
+        final_x([])

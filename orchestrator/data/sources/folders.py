@@ -39,7 +39,7 @@ def folder_source(listing: Listing) -> Source:
     classes, labels = numbered(component(images.names, depth))
     deep = listing.names.filter(pc.greater(pc.count_substring(listing.names, "/"), depth))
     others = sorted(set(pc.unique(component(deep, depth)).to_pylist()) - set(classes))
-    findings = {"folders without images, which are no classes": finding(others)} if others else {}
+    findings = {"folders_without_images": finding(others)} if others else {}
     return make_source("folder", listing.uri, classes, _table(images, labels, _looked_up(first, splits)), findings)
 
 

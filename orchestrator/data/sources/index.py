@@ -123,11 +123,11 @@ def make_source(
     again[1:] = pc.equal(keys[1:], keys[:-1]).to_numpy(zero_copy_only=False) if len(keys) > 1 else False
     found = dict(findings or {})
     if again.any():
-        found["duplicate keys, the first one kept"] = finding(keys.filter(pa.array(again)).to_pylist())
+        found["duplicate_keys"] = finding(keys.filter(pa.array(again)).to_pylist())
         by_place = by_place.filter(pa.array(~again))
     present = set(pc.unique(by_place["label"]).to_pylist())
     if empty := [name for label, name in enumerate(classes) if label not in present]:
-        found["classes without images"] = finding(empty)
+        found["classes_without_images"] = finding(empty)
     return Source(layout, uri, classes, by_place.combine_chunks(), found)
 
 

@@ -43,11 +43,11 @@ class LabelMap:
         named = rows.is_valid()
         findings: Findings = {}
         if pc.any(pc.invert(named)).as_py():
-            findings["images without a label, left out"] = finding(keys.filter(pc.invert(named)).to_pylist())
+            findings["images_without_label"] = finding(keys.filter(pc.invert(named)).to_pylist())
         used = np.zeros(len(self.keys), bool)
         used[rows.drop_null().to_numpy()] = True
         if not used.all():
-            findings["labels without an image"] = finding(self.keys.filter(pa.array(~used)).to_pylist())
+            findings["labels_without_image"] = finding(self.keys.filter(pa.array(~used)).to_pylist())
         index, chosen = index.filter(named), rows.drop_null()
         for name, column in (("label", pa.array(self.labels)), ("split", self.splits)):
             index = index.set_column(index.schema.get_field_index(name), index.schema.field(name), column.take(chosen))

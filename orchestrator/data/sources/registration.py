@@ -1,4 +1,4 @@
-"""Parquet in the public ImageNet layout, adopted where it lies: only footers are read, nothing is copied."""
+"""Parquet in the public ImageNet layout, registered in place: only footers are read, nothing is copied."""
 
 import io
 import json
@@ -35,7 +35,7 @@ class _Footer:
     classes: tuple[str, ...]  # names, where the file's own metadata gives them
 
 
-def adopt(listing: Listing, name: str) -> tuple[Manifest, Findings]:
+def register(listing: Listing, name: str) -> tuple[Manifest, Findings]:
     """A manifest of the Parquet files beneath a source, whose images stay where they are.
 
     Splits are those that the files' names speak of (else all is train). How sorted by class the row groups are is
@@ -67,20 +67,20 @@ def adopt(listing: Listing, name: str) -> tuple[Manifest, Findings]:
         width=None,
         height=None,
         quarantined=0,
-        adopted=storage.resolve(listing.uri),
+        registered=storage.resolve(listing.uri),
         image_column=IMAGE_COLUMN,
     )
     findings: Findings = {}
     for split, found in splits.items():
         if split in unlabelled:
-            findings[f"images of {split} without labels"] = Finding(count=manifest.num_samples(split), examples=())
+            findings[f"{split}_images_without_labels"] = Finding(count=manifest.num_samples(split), examples=())
         elif len(classes) > 1 and (odd := _sorted_row_groups(found, len(classes))):
-            kind = f"row groups of {split} that are sorted by class"
+            kind = f"{split}_row_groups_sorted_by_class"
             findings[kind] = finding(odd)
             log.warning(
                 "%s of %d: batches would hold few classes, whatever the seed; pass --copy-parquet, which shuffles, "
                 "or train with a larger order.shuffle_row_groups",
-                f"{len(odd)} {kind}",
+                f"{len(odd)} {kind.replace('_', ' ')}",
                 len(manifest.row_group_sizes(split)),
             )
     return manifest, findings

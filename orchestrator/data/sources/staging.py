@@ -22,7 +22,7 @@ _BATCH_ROWS = 256  # read at a time
 
 
 def staged_source(listing: Listing, manifest: Manifest, folder: str, num_workers: int) -> Source:
-    """Lay the images of Parquet files, which `manifest` could adopt, into `folder`, unless they lie there already.
+    """Lay the images of Parquet files, which `manifest` could register, into `folder`, unless they lie there already.
 
     A key is <file>/<row>. Images of splits without labels are left out and reported, unless there are no labels at all.
     """
@@ -37,7 +37,7 @@ def staged_source(listing: Listing, manifest: Manifest, folder: str, num_workers
         with storage.open_input(storage.join(folder, f"{name}.index")) as file:
             parts.append(pq.read_table(file))
     findings = {
-        f"images of {split} without labels, left out": Finding(count=manifest.num_samples(split), examples=())
+        f"{split}_images_without_labels": Finding(count=manifest.num_samples(split), examples=())
         for split in manifest.unlabelled
     }
     return make_source("staged", folder, manifest.classes, pa.concat_tables(parts), findings)

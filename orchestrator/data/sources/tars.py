@@ -83,7 +83,7 @@ def tars_source(listing: Listing, num_workers: int) -> Source:
     classes, labels = numbered(pa.array(names, pa.string()))
     findings: Findings = {}
     if empty := [name for name, table in zip(names, tables, strict=True) if not len(table)]:
-        findings["tars without images"] = finding(empty)
+        findings["tars_without_images"] = finding(empty)
 
     parts = []
     for piece, name, label, table in zip(pieces, names, labels, tables, strict=True):
@@ -94,7 +94,7 @@ def tars_source(listing: Listing, num_workers: int) -> Source:
     own = pc.take(pa.array(classes), index["label"])
     other = pc.and_(pc.is_in(prefixes, pa.array(classes)), pc.not_equal(prefixes, own))
     if pc.any(other).as_py():
-        findings["images named after another class than their tar's"] = finding(index["key"].filter(other).to_pylist())
+        findings["images_named_after_another_class"] = finding(index["key"].filter(other).to_pylist())
     return make_source("tars", listing.uri, classes, index, findings)
 
 
@@ -148,10 +148,10 @@ def webdataset_source(listing: Listing, num_workers: int) -> Source:
     if (labels < 0).all():
         return make_source("webdataset", listing.uri, (), index)
     if (labels < 0).any():
-        findings["images without a label, left out"] = finding(index["key"].filter(pa.array(labels < 0)).to_pylist())
+        findings["images_without_label"] = finding(index["key"].filter(pa.array(labels < 0)).to_pylist())
         index = index.filter(pa.array(labels >= 0))
     if mismatches := [case for samples in found for case in samples.mismatches]:
-        findings["labels that differ between .cls, which is taken, and .json"] = finding(mismatches)
+        findings["labels_that_differ_between_cls_and_json"] = finding(mismatches)
     classes = tuple(map(str, range(int(labels.max()) + 1)))
     return make_source("webdataset", listing.uri, classes, index, findings)
 

@@ -38,7 +38,7 @@ def test_every_side_is_halved_as_pillow_does() -> None:
         image = Image.fromarray(rng.integers(0, 256, (7, side, 3), dtype=np.uint8))
         for turned in (image, image.transpose(Image.Transpose.TRANSPOSE)):
             width, height = turned.width // 2, turned.height // 2
-            halved = crops._halved(crops._pixels(turned), 1, (0, width), (0, height))
+            halved = crops._box_downsample(crops._pixels(turned), 1, (0, width), (0, height))
             found = halved.view(np.uint8).reshape(height, width, 4)[..., :3]
             along_rows = turned.resize((width, turned.height), Image.Resampling.BOX)
             expected = np.asarray(along_rows.resize((width, height), Image.Resampling.BOX))

@@ -226,8 +226,8 @@ def test_corrupt_images_are_quarantined(tmp_path: Path) -> None:
     assert {entry["key"] for entry in quarantine} == {"bee/bee_007.png", "ant/ant_003.png", "ant/ant_004.png"}
     assert all(entry["reason"] for entry in quarantine)
     report = storage.read_json(storage.join(manifest.folder, "report.json"))
-    assert report["findings"]["quarantined images"]["count"] == 3
-    assert report["splits"]["train"]["smallest class"] == {"name": "ant", "images": 48}
+    assert report["findings"]["quarantined_images"]["count"] == 3
+    assert report["splits"]["train"]["smallest_class"] == {"name": "ant", "images": 48}
     with pytest.raises(RuntimeError, match=r"images cannot be decoded, more than the 0 .*_00[347]\.png"):
         prepare(config.model_copy(update={"output": "strict", "max_corrupt_fraction": 0.001}))
     assert not Path(tmp_path, "strict", "manifest.json").exists()
@@ -243,12 +243,12 @@ def test_copies_are_reported(tmp_path: Path) -> None:
     layouts.write_tree(str(tmp_path / "images" / "val"), [found[7], *pictures(4, seed=9)])
     prepare(three(tmp_path, str(tmp_path / "images")))
     findings = storage.read_json(str(tmp_path / "out" / "report.json"))["findings"]
-    assert findings.keys() == {"duplicate images", "duplicate images over two splits"}
-    assert findings["duplicate images"]["count"] == 1
-    assert set(findings["duplicate images"]["examples"][0].split(" = ")) == {
+    assert findings.keys() == {"duplicate_images", "duplicate_images_across_splits"}
+    assert findings["duplicate_images"]["count"] == 1
+    assert set(findings["duplicate_images"]["examples"][0].split(" = ")) == {
         "train/ant/ant_002.png", "train/ant/ant_003.png",
     }  # fmt: skip
-    assert findings["duplicate images over two splits"]["examples"] == ["val/ant/ant_007.png = train/ant/ant_007.png"]
+    assert findings["duplicate_images_across_splits"]["examples"] == ["val/ant/ant_007.png = train/ant/ant_007.png"]
 
 
 def test_an_unfit_source_leaves_no_folder(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from orchestrator.data.crops import center_crop
 from orchestrator.data.dataset import Manifest, Shard, batches, read_images
 from orchestrator.data.images import decode
 from orchestrator.data.job import contact_sheet, plan, prepare
-from orchestrator.data.sources import adoption
+from orchestrator.data.sources import registration
 from orchestrator.order import OrderConfig, OrderPlan
 from orchestrator.training.job import train
 from orchestrator.training.presets import adm_presets
@@ -37,11 +37,11 @@ def report(manifest: Manifest) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("place", ["disk", "s3"])
-def test_adopting_copies_nothing_and_reads_all(place: str, tmp_path: Path, s3_bucket: str) -> None:
+def test_registering_copies_nothing_and_reads_all(place: str, tmp_path: Path, s3_bucket: str) -> None:
     source = write_parquet(f"{tmp_path if place == 'disk' else s3_bucket}/public", SHUFFLED, classes=CLASSES)
     write_parquet(source, pictures(8, seed=4), file="validation-00000-of-00001.parquet", classes=CLASSES)
     manifest = prepare(config(tmp_path, source))
-    assert manifest.adopted == source and manifest.classes == CLASSES and manifest.resolution is None
+    assert manifest.registered == source and manifest.classes == CLASSES and manifest.resolution is None
     assert manifest.row_group_sizes("train") == (32,) * 5 + (20,) and manifest.num_samples("validation") == 24
     assert report(manifest) == {}
     assert sorted(storage.list_names(manifest.folder)) == ["config.json", "manifest.json", "report.json"]
@@ -82,7 +82,7 @@ def test_sorted_row_groups_are_measured_and_warned_of(tmp_path: Path, caplog: py
         with caplog.at_level(logging.WARNING):
             findings = report(prepare(config(tmp_path, source, output=f"{name}-out")))
         if name == "sorted":
-            found = findings["row groups of train that are sorted by class"]
+            found = findings["train_row_groups_sorted_by_class"]
             assert found["count"] == 20 and "row group 0: labels 0 to 0" in found["examples"][0]
             assert "20 row groups of train that are sorted by class of 20" in caplog.text
         else:
@@ -108,7 +108,7 @@ def test_a_split_without_labels_is_refused_for_class_conditional_work(tmp_path: 
         train(digits)
 
 
-def test_batches_of_an_adopted_set(tmp_path: Path) -> None:
+def test_batches_of_a_registered_set(tmp_path: Path) -> None:
     manifest = prepare(config(tmp_path, write_parquet(str(tmp_path / "public"), SHUFFLED)))
     assert manifest.classes == ("0", "1", "2")
     order = OrderPlan(manifest.row_group_sizes("train"), 20, OrderConfig(num_streams=2, shuffle_row_groups=2))
@@ -128,8 +128,8 @@ def test_fair_row_groups_are_not_called_sorted(num_classes: int) -> None:
         groups = rng.integers(0, num_classes, (1000, rows))
         for labels, most in ((groups, 20), (np.sort(groups, axis=None).reshape(1000, rows), None)):
             shard = Shard(path="x", bytes=0, rows=labels.size, row_groups=(rows,) * 1000)
-            footer = adoption._Footer(shard, labels.min(1), labels.max(1), ())
-            found = adoption._sorted_row_groups((footer,), num_classes)
+            footer = registration._Footer(shard, labels.min(1), labels.max(1), ())
+            found = registration._sorted_row_groups((footer,), num_classes)
             assert len(found) <= most if most is not None else len(found) >= 1000 - num_classes
 
 
@@ -142,7 +142,7 @@ def test_a_copy_is_shuffled(resolution: int | None, tmp_path: Path, monkeypatch:
     wanted = config(tmp_path, source, copy_parquet=True, resolution=resolution)
     assert "reads" in plan(wanted) and not Path(tmp_path, "out").exists()
     manifest = prepare(wanted)
-    assert manifest.adopted is None and manifest.num_samples("train") == 180 and "test" not in manifest.splits
+    assert manifest.registered is None and manifest.num_samples("train") == 180 and "test" not in manifest.splits
     assert report(manifest)["images of test without labels, left out"]["count"] == 9
     assert not storage.exists(storage.join(manifest.folder, "staged"))
     rows = table(manifest, "train")
@@ -210,7 +210,7 @@ def test_unfit_parquet_is_refused(tmp_path: Path) -> None:
     assert not Path(tmp_path, "out").exists()
 
 
-def test_the_contact_sheet_of_an_adopted_set(tmp_path: Path) -> None:
+def test_the_contact_sheet_of_a_registered_set(tmp_path: Path) -> None:
     source = write_parquet(str(tmp_path / "public"), [SHUFFLED[0]._replace(data=b"no image"), *SHUFFLED[1:]])
     manifest = prepare(config(tmp_path, source))
     assert decode(contact_sheet(manifest)).size == (10 * 66 + 2, 10 * 80 + 2), "the images that can be decoded"

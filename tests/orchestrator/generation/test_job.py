@@ -165,7 +165,7 @@ def test_a_damaged_shard_is_made_again_and_its_bytes_are_kept(
     before = others.stat().st_mtime_ns
     generate(config(store, folder.name))
     assert shard.read_bytes() == whole
-    assert (folder / "damaged" / shard.name).read_bytes() == damage(whole)
+    assert (folder / "quarantine" / shard.name).read_bytes() == damage(whole)
     assert others.stat().st_mtime_ns == before, "a whole shard was rewritten"
     assert "made again" in caplog.text and shard.name in caplog.text
 
@@ -262,15 +262,15 @@ def test_the_fastest_batch_is_the_least_of_the_nearly_fastest_that_fit() -> None
 
 
 def test_indices_are_made_again_and_compared(store: str, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = finished_copy(store, "remade")
-    generate(config(store, "remade", indices=(20, 3)))
+    folder = finished_copy(store, "regenerated")
+    generate(config(store, "regenerated", indices=(20, 3)))
     assert capsys.readouterr().out.count("equal") == 2
-    assert not (folder / "manifest.json").exists() and (folder / "remade" / "000003.png").exists()
+    assert not (folder / "manifest.json").exists() and (folder / "regenerated" / "000003.png").exists()
     shutil.copy(
         Path(generate(config(store, "other-seed", seed=1)), "shards", "000000-000008.parquet"), folder / "shards"
     )
-    with pytest.raises(RuntimeError, match="1 remade samples differ"):
-        generate(config(store, "remade", indices=(20, 3)))
+    with pytest.raises(RuntimeError, match="1 regenerated samples differ"):
+        generate(config(store, "regenerated", indices=(20, 3)))
 
 
 def test_clipping_and_rounding_change_what_they_should(store: str) -> None:

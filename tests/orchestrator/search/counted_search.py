@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from orchestrator.search import tasks
+from orchestrator.search import evaluator
 from orchestrator.search import job as search
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.evaluator import Block, Made
@@ -14,15 +14,15 @@ from orchestrator.search.evaluator import Block, Made
 
 def make_counted_worker(log: str, config: SearchConfig) -> Callable[[Block], Made]:
     """The real worker; whatever it draws is noted before it is drawn."""
-    real = tasks.make_batch
+    real = evaluator.make_batch
 
     def counted(networks: Any, generation: Any, number: int, sampler: Any, guidance: Any) -> Any:
         with Path(log).open("a") as file:  # one short line: appended whole
             file.write(f"{sampler.name}-{sampler.num_steps}-{guidance.scale}-{generation.seed}-{number}\n")
         return real(networks, generation, number, sampler, guidance)
 
-    tasks.make_batch = counted  # type: ignore[assignment]
-    return tasks.make_worker(config)
+    evaluator.make_batch = counted  # type: ignore[assignment]
+    return evaluator.make_worker(config)
 
 
 if __name__ == "__main__":

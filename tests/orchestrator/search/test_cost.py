@@ -13,21 +13,21 @@ DEAR = Setting(weights="w", sampler="ddim", num_steps=40, evaluations=40)
 
 
 def test_a_promoted_trial_pays_for_its_new_batches_only() -> None:
-    costs = SampleBudget(Limit(), batch_size=64, full=1000)
-    spent.spend([Evaluation(CHEAP, 250, 0), Evaluation(DEAR, 250, 0)])
-    assert (spent.samples, spent.evaluations) == (512, 256 * 50)
-    spent.spend([Evaluation(CHEAP, 500, 0)])
-    spent.spend([Evaluation(CHEAP, 500, 9)])
-    assert spent.of(CHEAP) == 512 + 512 and spent.samples == 256 + 1024
-    spent.spend([Evaluation(CHEAP, 250, 0)])
-    assert spent.samples == 1280, "drawn already"
+    budget = SampleBudget(Limit(), batch_size=64, full=1000)
+    budget.spend([Evaluation(CHEAP, 250, 0), Evaluation(DEAR, 250, 0)])
+    assert (budget.samples, budget.evaluations) == (512, 256 * 50)
+    budget.spend([Evaluation(CHEAP, 500, 0)])
+    budget.spend([Evaluation(CHEAP, 500, 9)])
+    assert budget.of(CHEAP) == 512 + 512 and budget.samples == 256 + 1024
+    budget.spend([Evaluation(CHEAP, 250, 0)])
+    assert budget.samples == 1280, "drawn already"
 
 
 def test_a_budget_of_samples_keeps_the_finals_in_reserve() -> None:
-    costs = SampleBudget(Limit(samples=3 * 256 + 1024), batch_size=64, full=1000)
-    assert spent.affords([Evaluation(CHEAP, 250, 0)] * 1, beside=1)
-    spent.spend([Evaluation(CHEAP, 250, seed) for seed in range(3)])
-    assert not spent.affords([Evaluation(DEAR, 250, 0)], beside=1) and spent.affords(
+    budget = SampleBudget(Limit(samples=3 * 256 + 1024), batch_size=64, full=1000)
+    assert budget.affords([Evaluation(CHEAP, 250, 0)] * 1, beside=1)
+    budget.spend([Evaluation(CHEAP, 250, seed) for seed in range(3)])
+    assert not budget.affords([Evaluation(DEAR, 250, 0)], beside=1) and budget.affords(
         [Evaluation(DEAR, 250, 0)], beside=0
     )
 
@@ -35,12 +35,12 @@ def test_a_budget_of_samples_keeps_the_finals_in_reserve() -> None:
 def test_a_budget_of_hours_goes_by_the_speed_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(search_cost.time, "monotonic", lambda: now)
-    costs = SampleBudget(Limit(hours=1.0), batch_size=64, full=640)
-    assert spent.affords([Evaluation(DEAR, 640, 0)], beside=0), "nothing is known of the speed yet"
-    spent.spend([Evaluation(CHEAP, 640, 0)])
+    budget = SampleBudget(Limit(hours=1.0), batch_size=64, full=640)
+    assert budget.affords([Evaluation(DEAR, 640, 0)], beside=0), "nothing is known of the speed yet"
+    budget.spend([Evaluation(CHEAP, 640, 0)])
     now = 600.0  # ten minutes for 6,400 evaluations
-    assert spent.affords([Evaluation(CHEAP, 640, 1)], beside=1) and not spent.affords(
+    assert budget.affords([Evaluation(CHEAP, 640, 1)], beside=1) and not budget.affords(
         [Evaluation(DEAR, 640, 0)], beside=1
     )
     now = 3_000.0
-    assert not spent.affords([Evaluation(CHEAP, 640, 1)], beside=1)
+    assert not budget.affords([Evaluation(CHEAP, 640, 1)], beside=1)

@@ -26,7 +26,7 @@ from orchestrator.search.job import plan, search
 from orchestrator.search.presets import search_presets
 from orchestrator.search.result import summary
 from orchestrator.search.space import SpaceConfig
-from tests.benchmarks.demo_search import Demo, compare, demonstrate, grid_config, race_config
+from tests.benchmarks.demo_search import Demo, compare, demonstrate, grid_config, halving_config
 from tests.orchestrator.digits import digits
 from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
 
@@ -59,7 +59,7 @@ def files(folder: str) -> dict[str, int]:
 
 
 @pytest.mark.ray
-def test_killed_and_continued_it_repeats_no_finished_batch_and_answers_alike(
+def test_killed_and_continued_it_repeats_no_finished_batch_and_results_alike(
     store: str, ray_session: None, tmp_path: Path
 ) -> None:
     wanted, log = config(store, output="killed"), tmp_path / "log"
@@ -87,12 +87,12 @@ def test_killed_and_continued_it_repeats_no_finished_batch_and_answers_alike(
 
     result = storage.read_json(f"{store}/killed/search.json")
     assert result["samples"] == 32 * blocks, "the books agree with what was drawn"
-    check_answer(store, wanted, result)
+    check_result(store, wanted, result)
     undisturbed = storage.read_json(search(config(store, output="undisturbed", num_workers=0)))
-    assert undisturbed == result, "kills, workers or the order of completion changed the answer"
+    assert undisturbed == result, "kills, workers or the order of completion changed the result"
 
 
-def check_answer(store: str, wanted: SearchConfig, result: dict[str, Any]) -> None:
+def check_result(store: str, wanted: SearchConfig, result: dict[str, Any]) -> None:
     """What search.json says, what generation takes of it, and the pictures beside it."""
     assert result["seeds"] == {"search": 0, "final": wanted.fresh_seed} and not result["failed"]
     assert result["winner"]["seed"] == wanted.fresh_seed and result["winner"]["n"] == 96
@@ -117,7 +117,7 @@ def check_answer(store: str, wanted: SearchConfig, result: dict[str, Any]) -> No
         assert grey.min() < 100 and grey.max() == 255 and min(image.size) > 50, f"{name} is blank"
 
 
-def test_a_failing_trial_is_in_the_answer_and_a_larger_budget_goes_on(
+def test_a_failing_trial_is_in_the_result_and_a_larger_budget_goes_on(
     store: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Random weights at a scale of 1e38 leave the finite numbers."""
@@ -148,7 +148,7 @@ def test_a_damaged_block_is_named_and_made_again_once_it_is_gone(store: str) -> 
     with pytest.raises(RuntimeError, match=r"block-000001\.safetensors is damaged .*; delete it"):
         search(wanted)
     storage.delete(block)
-    assert storage.read_json(search(wanted)) == answer
+    assert storage.read_json(search(wanted)) == result
 
 
 def test_a_dry_run_says_what_it_may_cost(store: str) -> None:
@@ -206,10 +206,10 @@ def test_the_demo_in_small_agrees_with_the_grid_and_its_books_are_right(store: s
     )
     assert result["variance_unpaired_over_paired"]["median"] > 1
 
-    grid, raced = grid_config(demo, 8), race_config(demo, 8)
-    answers = [storage.read_json(f"{store}/{config.output}/search.json") for config in (grid, raced)]
-    assert answers[1]["samples"] == result["search_samples"]
-    worst = max(answers[0]["trials"], key=lambda trial: trial["objective"]["fd_digits"]["value"])
-    wrong = answers[1] | {"winner": answers[1]["winner"] | {"setting": worst["setting"]}}
-    assert "surely worse" in compare(demo, grid, answers[0], wrong)["broken"][0]
-    assert "of the grid's samples" in compare(replace(demo, share=0.01), grid, *answers)["broken"][0]
+    grid, halving = grid_config(demo, 8), halving_config(demo, 8)
+    results = [storage.read_json(f"{store}/{config.output}/search.json") for config in (grid, halving)]
+    assert results[1]["samples"] == result["search_samples"]
+    worst = max(results[0]["trials"], key=lambda trial: trial["objective"]["fd_digits"]["value"])
+    wrong = results[1] | {"winner": results[1]["winner"] | {"setting": worst["setting"]}}
+    assert "surely worse" in compare(demo, grid, results[0], wrong)["broken"][0]
+    assert "of the grid's samples" in compare(replace(demo, share=0.01), grid, *results)["broken"][0]

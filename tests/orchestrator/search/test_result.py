@@ -1,4 +1,4 @@
-"""The answer in words."""
+"""The result in words."""
 
 from orchestrator.search.result import _label
 from orchestrator.search.space import Setting

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from models.guidance import GuidanceConfig
-from orchestrator.generation.sampling import evaluations
+from models.guidance import WHOLE_CHAIN
 from orchestrator.search.space import Proposer, Setting, Space, SpaceConfig
 
 ALL = SpaceConfig(
@@ -29,19 +28,19 @@ def test_parameters_without_a_meaning_are_not_varied() -> None:
     grid = space().grid()
     assert len(grid) == len(set(grid))
     assert {setting.eta for setting in grid if setting.sampler != "ddim"} == {0.0}
-    assert {setting.interval for setting in grid if setting.scale == 0} == {None}
-    assert {setting.interval for setting in grid if setting.scale > 0} == {None, (200, 799)}
+    assert {setting.interval for setting in grid if setting.scale == 0} == {WHOLE_CHAIN}
+    assert {setting.interval for setting in grid if setting.scale > 0} == {WHOLE_CHAIN, (0.2, 0.8)}
     # weights x steps x (ddpm, ddim with two etas, dpm_solver, heun) x (unguided, two scales with two intervals)
     assert len(grid) == 2 * 2 * 5 * (1 + 2 * 2)
 
 
 def test_evaluations_count_the_classifier_only_where_it_guides() -> None:
     for setting in space().grid():
-        if setting.interval is None:
-            assert setting.evaluations == evaluations(setting.sampling, setting.guidance)
+        unguided = 2 * setting.num_steps - 1 if setting.sampler == "heun" else setting.num_steps
+        if setting.interval != WHOLE_CHAIN:
+            assert unguided < setting.evaluations < 2 * unguided
         else:
-            unguided = evaluations(setting.sampling, GuidanceConfig())
-            assert unguided < setting.evaluations < evaluations(setting.sampling, setting.guidance)
+            assert setting.evaluations == (2 * unguided if setting.scale else unguided)
     (tenth,) = space(SpaceConfig(scales=(1.0,), continuous=False, num_steps=(10,), intervals=((0.0, 0.5),))).grid()[:1]
     assert tenth.evaluations == 10 + 6, "guided at 0, 100, ..., 500"
 

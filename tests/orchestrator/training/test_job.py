@@ -19,7 +19,6 @@ from orchestrator.data.config import PrepareConfig
 from orchestrator.data.dataset import load_manifest
 from orchestrator.data.job import prepare
 from orchestrator.order import OrderConfig
-from orchestrator.training import checkpoints
 from orchestrator.training.averages import average
 from orchestrator.training.config import AdmConfig, AverageConfig, LossScaleConfig, NoisyClassifierConfig
 from orchestrator.training.gradients import _dropout_seed
@@ -28,7 +27,8 @@ from orchestrator.training.job import _shares, train, train_loop
 from orchestrator.training.snapshots import power_snapshots
 from orchestrator.training.state import TrainingState, learning_rate
 from orchestrator.training.validation import Validation
-from orchestrator.weights.network import load_network
+from orchestrator.weights.network import load_network, weights_about
+from tests.orchestrator.training.runs import newest_checkpoint
 
 UNET = UNetConfig(
     image_size=8,
@@ -55,7 +55,7 @@ def adm(store: str, output: str, **changes: object) -> AdmConfig:
     settings: dict = {
         "store": store, "dataset": "digits", "output": output, "model": UNET,
         "diffusion": DiffusionConfig(schedule="cosine"), "order": OrderConfig(num_streams=2, shuffle_row_groups=2),
-        "images": 96, "batch_size": 16, "learning_rate": 1e-3, "ema_rates": (0.9, 0.5), "random_flip": False,
+        "total_images": 96, "batch_size": 16, "learning_rate": 1e-3, "ema_rates": (0.9, 0.5), "random_flip": False,
         "checkpoint_every": 32, "log_every": 32, "num_workers": 0,
     }  # fmt: skip
     return AdmConfig(**settings | changes)
@@ -73,7 +73,7 @@ def context(stop_after: int | None = None, records: list | None = None) -> Worke
 
 
 def final_state(config: AdmConfig) -> dict[str, torch.Tensor]:
-    found = checkpoints.latest_checkpoint(config.path(config.output))
+    found = newest_checkpoint(config.path(config.output))
     assert found is not None and found.position == config.total_images
     return found.tensors
 
@@ -103,24 +103,24 @@ def test_the_job_trains_writes_weights_and_is_found_finished(store: str, capsys:
 
 
 def test_another_config_in_the_same_folder_is_refused(store: str) -> None:
-    train(adm(store, "claimed"))
+    train(adm(store, "taken"))
     with pytest.raises(ValueError, match=r"learning_rate: 0\.001 there, 0\.002 here"):
-        train(adm(store, "claimed", learning_rate=2e-3))
+        train(adm(store, "taken", learning_rate=2e-3))
 
 
 def test_a_training_can_be_made_longer_and_not_shorter(store: str) -> None:
-    straight, longer = adm(store, "straight"), adm(store, "longer", images=48)
+    straight, longer = adm(store, "straight"), adm(store, "longer", total_images=48)
     train(straight)
     train(longer)
     train(adm(store, "longer", log_every=16))
     for name, tensor in final_state(straight).items():
         assert torch.equal(tensor, final_state(adm(store, "longer"))[name]), name
-    with pytest.raises(ValueError, match=r"images=64, but .* has come to 96 already"):
-        train(adm(store, "longer", images=64))
-    annealed = adm(store, "annealed", images=16, lr_schedule="linear")
-    train(annealed)
-    with pytest.raises(ValueError, match="images: 16 there, 32 here"):
-        train(adm(store, "annealed", images=32, lr_schedule="linear"))
+    with pytest.raises(ValueError, match=r"total_images=64, but .* has come to 96 already"):
+        train(adm(store, "longer", total_images=64))
+    falling = adm(store, "falling", total_images=16, lr_schedule="linear")
+    train(falling)
+    with pytest.raises(ValueError, match="total_images: 16 there, 32 here"):
+        train(adm(store, "falling", total_images=32, lr_schedule="linear"))
 
 
 def test_a_model_for_other_classes_is_refused(store: str) -> None:
@@ -136,7 +136,7 @@ def test_gradients_that_are_not_finite_are_skipped_then_end_the_run(
     monkeypatch.setattr("orchestrator.training.losses.from_uint8", lambda images, channels: _poison(images, channels))
     with pytest.raises(ArithmeticError, match="not finite in 3 steps in a row"):
         train_loop(config, context())
-    found = checkpoints.latest_checkpoint(config.path(config.output))
+    found = newest_checkpoint(config.path(config.output))
     assert found is not None
     for name, tensor in found.tensors.items():
         assert torch.equal(tensor, fresh[name]), f"{name} moved by a skipped step"
@@ -153,8 +153,8 @@ def test_the_noisy_classifier_learns(store: str) -> None:
     )  # fmt: skip
     config = NoisyClassifierConfig(
         store=store, dataset="digits", output="classifier", model=model, diffusion=DiffusionConfig(schedule="cosine"),
-        order=OrderConfig(num_streams=2, shuffle_row_groups=2), crop="random", random_flip=False, images=4800, batch_size=32,
-        learning_rate=2e-3, log_every=1600, num_workers=0,
+        order=OrderConfig(num_streams=2, shuffle_row_groups=2), crop="random", random_flip=False, total_images=4800,
+        batch_size=32, learning_rate=2e-3, log_every=1600, num_workers=0,
     )  # fmt: skip
     records: list = []
     train_loop(config, context(records=records))
@@ -165,8 +165,8 @@ def test_the_noisy_classifier_learns(store: str) -> None:
         assert last[f"accuracy_top5_q{quartile}"] > last[f"accuracy_q{quartile}"]
 
 
-def test_the_learning_rate_warms_up_and_anneals(store: str) -> None:
-    config = adm(store, "lr", images=160, warmup_images=64, lr_schedule="linear", learning_rate=1.0)
+def test_the_learning_rate_warms_up_and_falls_to_zero(store: str) -> None:
+    config = adm(store, "lr", total_images=160, warmup_images=64, lr_schedule="linear", learning_rate=1.0)
     found = [learning_rate(config, position) for position in range(0, 160, 16)]
     warm = np.minimum(1, np.arange(1, 11) / 4)
     assert found == pytest.approx(list(warm * (1 - np.arange(10) / 10)))
@@ -189,7 +189,7 @@ def numbers(records: list, name: str) -> list[float]:
 
 @pytest.mark.parametrize("rows", [4, 6, 17])
 def test_microbatches_add_up_to_the_whole_batch(store: str, rows: int) -> None:
-    first = {"model": UNET.model_copy(update={"dropout": 0.0}), "images": 16}
+    first = {"model": UNET.model_copy(update={"dropout": 0.0}), "total_images": 16}
     whole, cut = adm(store, f"whole-{rows}", **first), adm(store, f"cut-{rows}", microbatch_size=rows, **first)
     train_loop(whole, context())
     train_loop(cut, context())
@@ -221,7 +221,7 @@ def test_sixteen_bits_come_near_thirty_two(store: str, dtype: str) -> None:
     losses = {}
     for name in ("float32", dtype):
         records: list = []
-        config = adm(store, f"{dtype}-{name}", dtype=name, images=320, log_every=160)
+        config = adm(store, f"{dtype}-{name}", dtype=name, total_images=320, log_every=160)
         train_loop(config, context(records=records))
         losses[name] = numbers(records, "loss")
         if name == "float16":
@@ -232,15 +232,15 @@ def test_sixteen_bits_come_near_thirty_two(store: str, dtype: str) -> None:
 
 def test_the_loss_scale_backs_off_to_its_floor_and_is_kept(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     scaling = LossScaleConfig(initial=3.0, backoff=2.0, floor=0.5)
-    config = adm(store, "scale", dtype="float16", loss_scale=scaling, images=64, checkpoint_every=16)
+    config = adm(store, "scale", dtype="float16", loss_scale=scaling, total_images=64, checkpoint_every=16)
     with monkeypatch.context() as patch:
         patch.setattr("orchestrator.training.losses.from_uint8", lambda images, channels: _poison(images, channels))
         train_loop(config, context(stop_after=2))
-    found = checkpoints.latest_checkpoint(config.path(config.output))
+    found = newest_checkpoint(config.path(config.output))
     assert found is not None and found.position == 32
     assert found.facts["log2_loss_scale"] == 0.5 and found.facts["nonfinite_steps"] == 2 and found.facts["updates"] == 0
     train_loop(config, context())
-    found = checkpoints.latest_checkpoint(config.path(config.output))
+    found = newest_checkpoint(config.path(config.output))
     assert found is not None and found.facts["log2_loss_scale"] == pytest.approx(0.5 + 2e-3)
     assert found.facts["nonfinite_steps"] == 0 and found.facts["updates"] == 2
 
@@ -254,7 +254,7 @@ def test_old_checkpoints_go_and_snapshots_stay(store: str) -> None:
     names = storage.list_names(storage.join(run, "weights"))
     wanted = [f"images-{at:012d}-ema-{rate}.safetensors" for at in (48, 96) for rate in (0.5, 0.9)]
     assert names == wanted
-    assert checkpoints.weights_about(storage.join(run, "weights", names[0]))["training"]["images"] == 48
+    assert weights_about(storage.join(run, "weights", names[0]))["training"]["images"] == 48
 
 
 def test_a_notice_of_preemption_is_answered_with_a_checkpoint(store: str) -> None:
@@ -269,7 +269,7 @@ def test_a_notice_of_preemption_is_answered_with_a_checkpoint(store: str) -> Non
 def test_a_full_disk_costs_checkpoints_not_the_training(
     store: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = adm(store, "full", images=128, checkpoint_every=32)
+    config = adm(store, "full", total_images=128, checkpoint_every=32)
     real = storage.open_output
 
     @contextmanager
@@ -287,7 +287,7 @@ def test_a_full_disk_costs_checkpoints_not_the_training(
 
     monkeypatch.setattr(storage, "open_output", lambda uri: full(uri.replace(uri, "images-000000000064")))
     with pytest.raises(RuntimeError, match=r"could not be written: .*No space left"):
-        train_loop(adm(store, "fuller", images=128, checkpoint_every=32), context())
+        train_loop(adm(store, "fuller", total_images=128, checkpoint_every=32), context())
 
 
 def test_a_training_starts_from_other_weights_and_says_what_it_makes_anew(
@@ -315,53 +315,55 @@ def test_a_training_starts_from_other_weights_and_says_what_it_makes_anew(
 
 def test_the_datasets_classes_become_the_models(store: str) -> None:
     config = adm(
-        store, "own-classes", classes="dataset", model=UNET.model_copy(update={"num_classes": None}), images=16
+        store, "own-classes", classes="dataset", model=UNET.model_copy(update={"num_classes": None}), total_images=16
     )
     train(config)
     assert load_network(config.path("own-classes")).architecture.num_classes == 10
 
 
 def test_an_average_of_another_length_is_made_afterwards(store: str) -> None:
-    config = adm(store, "power", power_emas=(0.05, 0.1, 0.075), images=640, snapshot_every=32, checkpoint_every=320)
+    config = adm(
+        store, "power", power_emas=(0.05, 0.1, 0.075), total_images=640, snapshot_every=32, checkpoint_every=320
+    )
     train_loop(config, context())
     run = config.path(config.output)
     direct = load_network(storage.join(run, "weights", "power", "images-000000000640-0.075.safetensors")).module
     for _, sigma_rel, uri in power_snapshots(run):
         if sigma_rel == 0.075:
             storage.delete(uri)
-    made = load_network(average(AverageConfig(store=store, run="power", sigma_rel=0.075))).module
+    made = load_network(average(AverageConfig(store=store, weights="power", sigma_rel=0.075))).module
     raw, wanted, found = final_state(config), direct.state_dict(), made.state_dict()
     moved = sum(float((raw[f"model.{name}"] - tensor).square().sum()) for name, tensor in wanted.items())
     missed = sum(float((found[name] - tensor).square().sum()) for name, tensor in wanted.items())
     assert missed**0.5 < 0.05 * moved**0.5
     with pytest.raises(ValueError, match=r"sigma_rel=0\.28: the 40 snapshots .* only come within"):
-        average(AverageConfig(store=store, run="power", sigma_rel=0.28, images=640))
+        average(AverageConfig(store=store, weights="power", sigma_rel=0.28, images=640))
     with pytest.raises(ValueError, match="has no snapshot there; the nearest is at 32"):
-        average(AverageConfig(store=store, run="power", images=40))
+        average(AverageConfig(store=store, weights="power", images=40))
 
 
-def test_validation_looks_at_the_same_noise_every_time(store: str) -> None:
+def test_validation_takes_the_same_noise_every_time(store: str) -> None:
     records: list = []
-    config = adm(store, "validated", validation_images=32, eval_images=50, learning_rate=1e-12)
+    config = adm(store, "validated", eval_every=32, eval_images=50, learning_rate=1e-12)
     train_loop(config, context(records=records))
-    losses = numbers(records, "validation_loss")
+    losses = numbers(records, "val_loss")
     assert len(losses) == 3
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5), "nothing but the weights may change"
 
 
 def test_overfitting_is_told_from_chance(store: str, caplog: pytest.LogCaptureFixture) -> None:
-    config = adm(store, "overfit", validation_images=32, eval_images=200)
+    config = adm(store, "overfit", eval_every=32, eval_images=200)
     manifest = load_manifest(config.path("digits"))
     validation, state = Validation(config, manifest, Group(0, 1)), TrainingState(config, torch.device("cpu"), 200)
     losses = torch.rand(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
     noise = torch.randn(200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     noise = 0.1 * (noise - noise.mean())
-    assert validation._rise(state, losses) == 0
-    assert validation._rise(state, losses + noise + 0.01) == pytest.approx(0.01) and not state.overfits
+    assert validation._above_best(state, losses) == 0
+    assert validation._above_best(state, losses + noise + 0.01) == pytest.approx(0.01) and not state.overfits
     assert not caplog.records
-    assert validation._rise(state, losses + noise + 0.05) == pytest.approx(0.05) and state.overfits
+    assert validation._above_best(state, losses + noise + 0.05) == pytest.approx(0.05) and state.overfits
     assert "over-fits: at 0 images its validation loss is 0.05 +- 0.0075 above that at 0 images" in caplog.text
-    assert validation._rise(state, losses - 0.01) == 0 and not state.overfits
+    assert validation._above_best(state, losses - 0.01) == 0 and not state.overfits
     with pytest.raises(ValueError, match="has no validation split: prepare it with"):
         splits = {"train": manifest.splits["train"]}
         Validation(config, manifest.model_copy(update={"splits": splits}), Group(0, 1))

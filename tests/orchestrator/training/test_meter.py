@@ -23,7 +23,7 @@ def test_means_by_quartile_are_over_images() -> None:
 
 def test_a_report_holds_what_happened_since_the_last() -> None:
     config = AdmConfig(
-        dataset="d", output="o", diffusion=DiffusionConfig(), images=64, batch_size=4, learning_rate=0.5,
+        dataset="d", output="o", diffusion=DiffusionConfig(), total_images=64, batch_size=4, learning_rate=0.5,
         order=OrderConfig(num_streams=2), dtype="float16",
         model=UNetConfig(
             image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1,), attention_resolutions=()
@@ -31,8 +31,8 @@ def test_a_report_holds_what_happened_since_the_last() -> None:
     )  # fmt: skip
     worker = WorkerContext(0, 1, torch.device("cpu"), print, lambda: False, streams_on_cluster=False)
     state, meter = TrainingState(config, worker.device), Meter(config, worker, Group(0, 1))
-    for loss, norm, replaced in ((1.0, 3.0, 0), (2.0, float("nan"), 2)):
-        meter.add([{"loss": torch.full((4,), loss), "t": torch.zeros(4, dtype=torch.int64)}], norm, replaced)
+    for loss, norm, undecodable in ((1.0, 3.0, 0), (2.0, float("nan"), 2)):
+        meter.add([{"loss": torch.full((4,), loss), "t": torch.zeros(4, dtype=torch.int64)}], norm, undecodable)
         state.position += 4
     records = list(meter.report(state))
     meter.add([{"loss": torch.full((4,), 5.0), "t": torch.zeros(4, dtype=torch.int64)}], 1.0, 0)
@@ -58,6 +58,8 @@ def test_a_report_holds_what_happened_since_the_last() -> None:
         ("Radeon", "float16", None),
     ],
 )
-def test_peaks_are_the_named_cards(monkeypatch: pytest.MonkeyPatch, name: str, dtype: str, peak: float | None) -> None:
+def test_peaks_are_those_of_the_named_gpus(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: str, peak: float | None
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert _peak_flops(torch.device("cuda"), dtype) == peak
