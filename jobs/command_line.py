@@ -153,7 +153,7 @@ def _unknown(kind: str, name: str, names: Collection[str], otherwise: str) -> st
     wanted = name.removeprefix("--").replace("-", "_")
     new = RENAMED.get(re.sub(r"(^|\.)no_(?=\w+$)", r"\1", wanted), "")
     guesses = [RENAMED.get(wanted, ""), _negated(new), new]
-    guesses += [known for known in names if known.endswith(f".{wanted}")]
+    guesses += [known for known in names if known.endswith(f".{wanted}") or known.startswith(f"{new or wanted}.")]
     guesses += difflib.get_close_matches(wanted, names, 1)
     near = next((guess for guess in guesses if guess in names), None)
     if near and kind == "option":

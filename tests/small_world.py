@@ -14,7 +14,10 @@ STEPS = [
     ("train_classifier", ["--total-images", "1280", *HERE]),
     ("train_upsampler", ["--total-images", "1280", *HERE]),
     ("generate_samples", ["--num-samples", "16", "--sampler.num-steps", "2", "--export", "npz", *HERE]),
-    ("tune_guidance", ["--space.num-steps", "2", "3", "--rungs", "64", "128", "--trials", "2", "--round-size", "2", *HERE]),
+    (
+        "tune_guidance",
+        ["--space.num-steps", "2", "3", "--rungs", "64", "128", "--trials", "2", "--round-size", "2", *HERE],
+    ),
 ]  # fmt: skip
 
 

@@ -46,9 +46,9 @@ def test_the_stories_run_one_after_another(cluster: LocalCluster) -> None:
     submit(cluster, "jobs/train_adm.py", "digits", "--total-images", "6400", "--output", "digits/short")
     submit(cluster, "jobs/train_classifier.py", "digits", "--total-images", "3200")
     weights = ["--weights", "digits/short"]
-    race = ["--space.scales", "0", "2", "--space.num-steps", "4", "--space.samplers", "ddpm", "--space.no-continuous"]
-    race += ["--rungs", "36", "72", "--trials", "2", "--round-size", "2"]
-    assert "View run" in submit(cluster, "jobs/tune_guidance.py", "digits", *weights, *race)
+    search = ["--space.scales", "0", "2", "--space.num-steps", "4", "--space.samplers", "ddpm", "--space.no-continuous"]
+    search += ["--rungs", "36", "72", "--trials", "2", "--round-size", "2"]
+    assert "View run" in submit(cluster, "jobs/tune_guidance.py", "digits", *weights, *search)
     generated = submit(cluster, "jobs/generate_samples.py", "digits", *weights, "--num-samples", "256")
     assert f"s3://{RUNS}/samples" in generated and "View run" in generated
     assert f"s3://{RUNS}/evaluation/report.json" in submit(cluster, "jobs/evaluate_samples.py", "digits")

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from models import zoo
-from models.guidance import GuidanceConfig, Interval
+from models.guidance import WHOLE_CHAIN, GuidanceConfig, Interval
 from models.samplers import SamplerConfig, SamplerName
 from orchestrator import storage
 
@@ -39,7 +39,7 @@ class _Setting(BaseModel, extra="forbid"):
     num_steps: int = Field(ge=2)
     sampler: SamplerName
     eta: float = Field(0.0, ge=0, le=1)
-    interval: Interval
+    interval: Interval = WHOLE_CHAIN
     weights: str  # the diffusion model, as a path or under the store
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import psutil
 import tyro
 
-from cluster.session import session, store_statistics
+from cluster.session import session
 from orchestrator.data.dataset import batches
 from orchestrator.order import OrderConfig, OrderPlan
 from tests.synthetic import photographs, sizes_of, write_dataset
@@ -48,7 +48,7 @@ class Peaks(threading.Thread):
     def run(self) -> None:
         this = psutil.Process()
         while not self._told.wait(0.1):
-            self.store = max(self.store, store_statistics()["used"])
+            self.store = max(self.store, _store_statistics()["used"])
             self.driver = max(self.driver, this.memory_full_info().uss)
             for child in this.children(recursive=True):
                 try:
@@ -60,6 +60,16 @@ class Peaks(threading.Thread):
     def stop(self) -> None:
         self._told.set()
         self.join()
+
+
+def _store_statistics() -> dict[str, int]:
+    """Return the bytes of the cluster's object stores: used now, and spilled to disk since their start."""
+    import ray
+    from ray._private import internal_api  # the only place where Ray tells; nowhere else do we reach into it
+
+    state = internal_api.get_state_from_address(ray.get_runtime_context().gcs_address)
+    found = internal_api.get_memory_info_reply(state).store_stats
+    return {"used": found.object_store_bytes_used, "spilled": found.spilled_bytes_total}
 
 
 def measure(options: Options) -> dict[str, float]:
@@ -94,7 +104,7 @@ def measure(options: Options) -> dict[str, float]:
             "store_mib": options.store_mib,
             "images": count,
             "decoded_mib": count * options.image_size**2 * 3 / 2**20,
-            "spilled_mib": store_statistics()["spilled"] / 2**20,
+            "spilled_mib": _store_statistics()["spilled"] / 2**20,
             "peak_store_mib": peaks.store / 2**20,
             "peak_driver_mib": peaks.driver / 2**20,
             "peak_task_mib": peaks.task / 2**20,

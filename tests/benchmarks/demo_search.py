@@ -25,7 +25,7 @@ from cluster.session import session
 from models.metrics import paired_difference
 from models.paired_tests import paired_means
 from orchestrator import storage
-from orchestrator.evaluation.measurement import describe
+from orchestrator.evaluation.metrics import describe
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.evaluator import read_outcome
 from orchestrator.search.halving import Evaluation

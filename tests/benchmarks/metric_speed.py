@@ -39,7 +39,7 @@ DIMENSION = 2048
 class Options:
     only: Literal["all", "inception", "frechet", "precision", "merging"] = "all"  # what is timed
     pairs: int = 3  # alternating runs of each
-    threads: int = 1  # CPU threads
+    num_threads: int = 1  # CPU threads
     batch_size: int = 16  # images of the Inception network
     image_size: int = 64  # pixels
     rows: int = 10_000  # samples, and references, of precision and recall
@@ -47,7 +47,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Print the table."""
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.num_threads)
     print(options)
     print(f"{'what':12} {'plain s':>9} {'ours s':>9} {'plain/ours':>10}  {'from':>6} {'to':>6}  wanted")
     for name, time_it in (("inception", inception), ("frechet", frechet), ("precision", precision)):

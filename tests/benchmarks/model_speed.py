@@ -40,7 +40,7 @@ class Options:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of our path; the plain one is float32
     compile: bool = False  # torch.compile our path
     large: bool = False  # ADM-64 too
-    threads: int = 1  # CPU threads
+    num_threads: int = 1  # CPU threads
 
 
 SMALL = UNetConfig(
@@ -55,7 +55,7 @@ SMALL_CLASSIFIER = ClassifierConfig(
 
 def main(options: Options) -> None:
     """Print the table."""
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.num_threads)
     torch.manual_seed(0)
     print(options)
     print(f"{'network':10} {'what':18} {'plain ms':>9} {'ours ms':>9} {'plain/ours':>10} {'95% interval':>16}  MFU")

@@ -42,7 +42,7 @@ class Options:
     store: str  # with digits/diffusion and digits/classifier
     pairs: int = 20  # alternating pairs
     shards: int = 12  # of 64 images, in each run
-    steps: int = 10  # DDIM
+    num_steps: int = 10  # of the DDIM chain
 
 
 def main(options: Options) -> int:
@@ -79,7 +79,7 @@ def generation(options: Options, output: str) -> GenerationConfig:
     """The digits, guided."""
     return GenerationConfig(
         store=options.store, weights="digits/diffusion", classifier="digits/classifier", output=output,
-        num_samples=10**9, sampler=SamplerConfig(name="ddim", num_steps=options.steps),
+        num_samples=10**9, sampler=SamplerConfig(name="ddim", num_steps=options.num_steps),
         guidance=GuidanceConfig(scale=1.0), batch_size=SIZE, shard_size=SIZE,
     )  # fmt: skip
 

@@ -177,9 +177,9 @@ def config_of(options: Options) -> AdmConfig:
     )  # fmt: skip
     return AdmConfig(
         store=options.folder, dataset="dataset", output=f"run-{options.side}", model=model,
-        diffusion=DiffusionConfig(schedule="cosine"), order=OrderConfig(num_streams=4, shuffle_row_groups=2), images=10**12,
-        batch_size=options.batch_size, checkpoint_every=10**12, preview_every=10**12, log_every=10**12,
-        num_workers=options.workers,
+        diffusion=DiffusionConfig(schedule="cosine"), order=OrderConfig(num_streams=4, shuffle_row_groups=2),
+        total_images=10**12, batch_size=options.batch_size, checkpoint_every=10**12, preview_every=10**12,
+        log_every=10**12, num_workers=options.workers,
     )  # fmt: skip
 
 

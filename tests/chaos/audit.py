@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from orchestrator import storage
-from orchestrator.training import checkpoints
 from orchestrator.training.config import AdmConfig
+from orchestrator.weights.network import load_network
+from tests.orchestrator.training.runs import newest_checkpoint
 
 RECORD = re.compile(r"(\d{12})-(\d{4})-of-(\d{4})-process-(\d+)-(\w+)\.json")
 
@@ -38,11 +39,11 @@ def state_hash(config: AdmConfig) -> str:
 
     The weights that the training left are held against it.
     """
-    found = checkpoints.latest_checkpoint(config.path(config.output))
+    found = newest_checkpoint(config.path(config.output))
     assert found is not None and found.position == config.length, f"{config.output} has not come to its end"
     for rate in config.ema_rates:
         name = f"weights/images-{config.length:012d}-ema-{rate}.safetensors"
-        network = checkpoints.load_network(storage.join(config.path(config.output), name)).module
+        network = load_network(storage.join(config.path(config.output), name)).module
         for key, parameter in network.named_parameters():
             assert torch.equal(parameter, found.tensors[f"ema-{rate}.{key}"]), f"{name} has another {key}"
     digest = hashlib.sha256(json.dumps(found.facts, sort_keys=True).encode())
@@ -58,8 +59,8 @@ def consumed(config: AdmConfig, first: int = 0) -> list[dict[str, Any]]:
     Whatever several attempts consumed of one position must be the same; with reduction=exact, to the last bit of the
     losses.
     """
-    assert config.record is not None
-    folder = config.path(config.record)
+    assert config.audit_dir is not None
+    folder = config.path(config.audit_dir)
     of_position: dict[int, dict[int, dict[int, list]]] = defaultdict(lambda: defaultdict(dict))
     for name in storage.list_names(folder):
         who = recorded(name)

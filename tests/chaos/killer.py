@@ -147,7 +147,7 @@ class Killer(threading.Thread):
         while True:
             requests = self._proxy.requests
             for request in requests[self._seen :]:
-                who = recorded(request.target) if f"{self._config.record}/" in request.target else None
+                who = recorded(request.target) if f"{self._config.audit_dir}/" in request.target else None
                 if who is not None and who.process not in self._ended:
                     self._workers[who.rank] = who
                 self._seen += 1

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 import tyro
 
-from orchestrator.training import checkpoints
 from orchestrator.training.config import AdmConfig
 from orchestrator.training.job import train
 from tests.chaos.audit import consumed, noise_hash, order_hash, state_hash
 from tests.chaos.killer import Kill, random_plan
 from tests.chaos.nodes import lose_a_node
 from tests.chaos.trainings import Ground, arguments, config_of, ground, train_by_job
+from tests.orchestrator.training.runs import newest_checkpoint
 
 CHECKPOINTS = 8  # in a training
 KILLS = 5  # in a training
@@ -108,7 +108,7 @@ def _drift_of_fast(place: Ground, seed: int) -> dict[str, float]:
 
 
 def _weights(config: AdmConfig) -> dict[str, torch.Tensor]:
-    found = checkpoints.latest_checkpoint(config.path(config.output))
+    found = newest_checkpoint(config.path(config.output))
     assert found is not None
     return {name: tensor.double() for name, tensor in found.tensors.items() if name.startswith("model.")}
 

@@ -63,9 +63,9 @@ def prepare_digits(store: str) -> None:
 def arguments(store: str, output: str, workers: int, checkpoints: int, **changes: Any) -> list[str]:
     """The command line of a training of so many checkpoints. Dropout, flips and averages of two lengths play a part."""
     settings = {
-        "store": store, "output": output, "record": f"{output}/record", "num_workers": workers, "reduction": "exact",
-        "images": checkpoints * CHECKPOINT, "batch_size": BATCH, "checkpoint_every": CHECKPOINT, "random_flip": "",
-        "model.dropout": 0.1, "ema_rates": "0.9 0.99", "log_every": CHECKPOINT, "max_failures": 20,
+        "store": store, "output": output, "audit_dir": f"{output}/audit", "num_workers": workers, "reduction": "exact",
+        "total_images": checkpoints * CHECKPOINT, "batch_size": BATCH, "checkpoint_every": CHECKPOINT,
+        "random_flip": "", "model.dropout": 0.1, "ema_rates": "0.9 0.99", "log_every": CHECKPOINT, "max_failures": 20,
     }  # fmt: skip
     argv = ["digits"]
     for name, value in (settings | changes).items():

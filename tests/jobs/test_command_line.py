@@ -1,30 +1,38 @@
-"""Command lines: a preset first, then overrides; what is wrong is one line."""
+"""Test the command line: a preset comes first, then overrides; an error is one line."""
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from jobs.command_line import main, parse
-from orchestrator import presets
+from jobs.command_line import RENAMED, main, option_names, parse
 from orchestrator.config import JobConfig
-from orchestrator.training import presets as training_presets
+from orchestrator.data.presets import dataset_presets
+from orchestrator.doctor import doctor_presets
+from orchestrator.evaluation.presets import evaluation_presets, likelihood_presets
+from orchestrator.generation.presets import generation_presets
+from orchestrator.quickstart.presets import quickstart_presets
+from orchestrator.search.presets import search_presets
+from orchestrator.training.presets import adm_presets, average_presets, classifier_presets, upsampler_presets
+from orchestrator.weights.presets import conversion_presets
 
 ALL_PRESETS: dict[str, Callable[[], Any]] = {
-    "prepare_dataset": presets.dataset_presets,
-    "train_adm": training_presets.adm_presets,
-    "train_classifier": training_presets.classifier_presets,
-    "tune_guidance": presets.search_presets,
-    "generate_samples": presets.generation_presets,
-    "evaluate_samples": presets.evaluation_presets,
-    "train_upsampler": training_presets.upsampler_presets,
-    "estimate_likelihood": presets.likelihood_presets,
-    "convert_weights": presets.conversion_presets,
-    "average_weights": presets.average_presets,
-    "quickstart": presets.quickstart_presets,
-    "doctor": presets.doctor_presets,
+    "prepare_dataset": dataset_presets,
+    "train_adm": adm_presets,
+    "train_classifier": classifier_presets,
+    "tune_guidance": search_presets,
+    "generate_samples": generation_presets,
+    "evaluate_samples": evaluation_presets,
+    "train_upsampler": upsampler_presets,
+    "estimate_likelihood": likelihood_presets,
+    "convert_weights": conversion_presets,
+    "average_weights": average_presets,
+    "quickstart": quickstart_presets,
+    "doctor": doctor_presets,
 }
 
 
@@ -48,76 +56,199 @@ def test_help_explains_every_option(job: str, capsys: pytest.CaptureFixture[str]
     _, preset = ALL_PRESETS[job]()[name]
     for field in type(preset).model_fields:
         assert f"--{field.replace('_', '-')}" in text, f"{field} is missing from the help of {job}"
+    headings = re.findall(r"^. (--?[a-z].*)", text, flags=re.MULTILINE)
+    listed = {option.replace("-", "_") for line in headings for option in re.findall(r"--([\w.-]+)", line)}
+    assert listed == {name for name in option_names(type(preset)) if not name.startswith("tyro_")}
 
 
 def test_overrides_reach_nested_fields() -> None:
-    config = parse("Train.", training_presets.adm_presets(), ["digits", "--model.dropout", "0.25", "--seed", "7"])
+    config = parse("Train.", adm_presets(), ["digits", "--model.dropout", "0.25", "--seed", "7"])
     assert config.model.dropout == 0.25
     assert config.seed == 7
 
 
 def test_an_only_preset_need_not_be_named() -> None:
-    assert parse("Look.", presets.doctor_presets(), ["--timeout", "5"]).timeout == 5
+    assert parse("Check.", doctor_presets(), ["--timeout", "5"]).timeout == 5
 
 
 def test_a_preset_file_changes_a_preset_and_is_overridden(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("preset: digits\nbatch_size: 32\nmodel: {dropout: 0.25}\nema_rates: [0.9, 0.99]\n")
     for flag in (["--preset", str(file)], [f"--preset={file}"], [f"--preset=file://{file}"]):
-        config = parse("Train.", training_presets.adm_presets(), [*flag, "--total-images", "640"])
-        assert (config.batch_size, config.model.dropout, config.images) == (32, 0.25, 640)
+        config = parse("Train.", adm_presets(), [*flag, "--total-images", "640"])
+        assert (config.batch_size, config.model.dropout, config.total_images) == (32, 0.25, 640)
         assert config.ema_rates == (0.9, 0.99)
-        assert config.model.channel_mult == training_presets.adm_presets()["digits"][1].model.channel_mult
+        assert config.model.channel_mult == adm_presets()["digits"][1].model.channel_mult
+
+
+def refusal(presets: dict[str, Any], argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the error that `argv` leads to, which must be one line on stderr, with exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        parse("A job.", presets, argv)
+    captured = capsys.readouterr()
+    assert end.value.code == 2 and not captured.out
+    assert captured.err.startswith("job.py: error: ") and captured.err.count("\n") == 1 and captured.err.endswith("\n")
+    return captured.err
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "key"),
     [
-        ("preset: digits\nbatchsize: 64", "batchsize: Extra inputs are not permitted"),
+        ("preset: digits\nbatchsize: 64", "unknown field batchsize; did you mean batch_size?"),
+        ("preset: digits\nlearning_rat: 1", "unknown field learning_rat; did you mean learning_rate?"),
+        ("preset: digits\nlearning-rate: 1", "unknown field learning-rate; did you mean learning_rate?"),
+        ("preset: digits\nmodel: {dropuot: 0}", "unknown field model.dropuot; did you mean model.dropout?"),
+        ("preset: digits\nmodel: {learning_rat: 0}", "unknown field model.learning_rat; "),
+        ("preset: digits\nprice: {}", "did you mean cost?"),
+        ("preset: digits\nqqq: 1", "unknown field qqq; digits --help lists"),
+        ("preset: digits\n1: 1", "unknown field 1; "),
         ("preset: digits\nmodel: {dropout: 2}", "model.dropout: Input should be less than 1"),
         ("preset: digits\nbatch_size: 63", "batch_size=63 is not a multiple of order.num_streams=4"),
-        ("batch_size: 64", "preset: None is none of digits, "),
-        ("- a list", "no mapping"),
+        ("preset: digist\nbatch_size: 64", "unknown preset digist; did you mean digits?"),
+        ("preset: [digits]", "unknown preset "),
+        ("batch_size: 64", ", imagenet64, "),
+        ("- a list", "mapping"),
         ("{", "expected the node content"),
     ],
 )
 def test_a_wrong_preset_file_is_one_line(
-    text: str, wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text: str, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine.yaml").write_text(text)
-    with pytest.raises(SystemExit) as end:
-        parse("Train.", training_presets.adm_presets(), ["--preset", str(tmp_path / "mine.yaml")])
-    assert end.value.code == 2
-    message = capsys.readouterr().err
-    assert message.startswith(f"job.py: error: {tmp_path}/mine.yaml: ") and message.count("\n") == 1
-    assert wanted in message
+    message = refusal(adm_presets(), ["--preset", str(tmp_path / "mine.yaml")], capsys)
+    assert message.startswith(f"job.py: error: {tmp_path}/mine.yaml: ") and key in message
 
 
 def test_a_preset_file_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        parse("Train.", training_presets.adm_presets(), ["--preset", "/none/such.yaml"])
-    assert end.value.code == 2
-    assert "there is no such object" in capsys.readouterr().err
+    assert "/none/such.yaml does not exist" in refusal(adm_presets(), ["--preset", "/none/such.yaml"], capsys)
+
+
+def test_a_preset_file_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--preset needs a path" in refusal(adm_presets(), ["--preset"], capsys)
 
 
 @pytest.mark.parametrize(
-    ("argv", "wanted"),
+    ("argv", "key"),
     [
-        (["digits", "--batchsize", "64"], "--batchsize"),
+        (["digits", "--batchsize", "64"], "unknown option --batchsize; did you mean --batch-size?"),
         (["digits", "--batch-size", "63"], "batch_size=63 is not a multiple of order.num_streams=4"),
         (["digits", "--batch-size", "-8"], "greater than 0"),
         (["digits", "--total-images", "many"], "'many'"),
         (["digits", "--num-workers", "3"], "num_workers=3 does not divide order.num_streams=4"),
-        (["no-such-preset"], "no-such-preset"),
+        (["digits", "--seed", "1", "extra"], "extra"),
+        (["no-such-preset"], f"unknown preset no-such-preset; the presets are {', '.join(adm_presets())}\n"),
+        (["imagenet46"], "unknown preset imagenet46; did you mean imagenet64?"),
+        (["--batch-size", "64"], ", imagenet64, "),
+        ([], ", imagenet64, "),
     ],
 )
-def test_a_wrong_command_line_is_one_line(argv: list[str], wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_command_line_is_one_line(argv: list[str], key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert key in refusal(adm_presets(), argv, capsys)
+
+
+# ------------------------------------------------------------------------------------------------ unknown names
+
+
+def config_type(job: str) -> type[JobConfig]:
+    """Return the type of the job's configs."""
+    return type(next(iter(ALL_PRESETS[job]().values()))[1])
+
+
+def renamed_in(job: str) -> list[tuple[str, str, str]]:
+    """Return (job, old name, new name) for every renamed option of the job."""
+    options = option_names(config_type(job))
+    return [(job, old, new) for old, new in RENAMED.items() if new in options and old not in options]
+
+
+RENAMED_OPTIONS = [case for job in ALL_PRESETS for case in renamed_in(job)]
+
+
+@pytest.mark.parametrize(("job", "old", "new"), RENAMED_OPTIONS)
+def test_an_old_option_is_refused_with_its_new_name(
+    job: str, old: str, new: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    presets, dashed = ALL_PRESETS[job](), old.replace("_", "-")
+    for words in ([f"--{dashed}", "5"], [f"--{old}", "5"], [f"--{dashed}=5"], [f"--{dashed}"]):
+        message = refusal(presets, [next(iter(presets)), "--dry-run", *words], capsys)
+        assert f"unknown option {words[0].split('=')[0]}; did you mean --{new.replace('_', '-')}?" in message
+
+
+@pytest.mark.parametrize(("job", "old", "new"), RENAMED_OPTIONS)
+def test_an_old_field_of_a_preset_file_is_refused_with_its_new_name(
+    job: str, old: str, new: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    presets = ALL_PRESETS[job]()
+    tree: Any = 5
+    for name in reversed(old.split(".")):
+        tree = {name: tree}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"preset": next(iter(presets)), **tree}))
+    message = refusal(presets, ["--preset", str(tmp_path / "mine.yaml")], capsys)
+    assert f"{tmp_path}/mine.yaml: unknown field {old}; did you mean {new}?" in message
+
+
+def test_the_table_of_old_names_has_nothing_else() -> None:
+    assert RENAMED.keys() - {old for _, old, _ in RENAMED_OPTIONS} == {"price"}, "a group of options"
+
+
+@pytest.mark.parametrize(
+    ("job", "option", "near"),
+    [
+        ("train_adm", "--no-flip", "--no-random-flip"),
+        ("train_adm", "--no_flip", "--no-random-flip"),
+        ("train_adm", "--no-anneal", "--lr-schedule"),
+        ("train_adm", "--no-use-gpu", "--num-gpus"),
+        ("train_adm", "--price", "--cost.gpu"),
+        ("train_adm", "--no-random-flop", "--no-random-flip"),
+        ("train_adm", "--learning-rat", "--learning-rate"),
+        ("train_adm", "--no-learning-rate", "--learning-rate"),
+        ("train_adm", "--order.num-stream", "--order.num-streams"),
+        ("train_adm", "--dropout", "--model.dropout"),
+        ("tune_guidance", "--space.no-continous", "--space.no-continuous"),
+        ("generate_samples", "--scale", "--guidance.scale"),
+        ("generate_samples", "--sampler", "--sampler.name"),
+        ("doctor", "--timeuot", "--timeout"),
+    ],
+)
+def test_an_unknown_option_is_refused_with_a_similar_one(
+    job: str, option: str, near: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    presets = ALL_PRESETS[job]()
+    message = refusal(presets, [next(iter(presets)), option], capsys)
+    assert f"unknown option {option}; did you mean {near}?" in message
+
+
+@pytest.mark.parametrize("job", ALL_PRESETS)
+def test_an_option_like_no_other_is_refused(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    presets = ALL_PRESETS[job]()
+    message = refusal(presets, [next(iter(presets)), "--qqq", "1"], capsys)
+    assert "unknown option --qqq; --help lists all options" in message
+
+
+def test_an_old_name_that_a_job_still_has_is_accepted() -> None:
+    assert parse("Average.", average_presets(), ["digits", "--images", "64"]).images == 64
+    assert parse("Prepare.", dataset_presets(), ["digits", "--source", "there"]).source == "there"
+
+
+def test_every_spelling_of_an_option_is_accepted() -> None:
+    words = ["--batch_size=32", "--loss-scale.floor", "-3", "--no_random_flip", "--order.num_streams", "8"]
+    config = parse("Train.", adm_presets(), ["digits", *words])
+    assert (config.batch_size, config.loss_scale.floor, config.random_flip) == (32, -3, False)
+    assert config.order.num_streams == 8
+    for option in ("--space.no-continuous", "--space.no_continuous"):
+        assert not parse("Search.", search_presets(), ["digits", option]).space.continuous
+
+
+@pytest.mark.parametrize("option", ["-h", "--help", "--tyro-print-completion=bash"])
+@pytest.mark.parametrize("first", [[], ["digits"]])
+def test_help_and_completion_are_options_of_every_job(
+    first: list[str], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as end:
-        parse("Train.", training_presets.adm_presets(), argv)
-    assert end.value.code == 2
-    message = capsys.readouterr().err
-    assert message.startswith("job.py: error: ") and message.count("\n") == 1
-    assert wanted in message
+        parse("Train.", adm_presets(), [*first, *option.split("=")])
+    assert not end.value.code and capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ the run
 
 
 def test_a_failing_job_is_one_line_and_exit_code_1(

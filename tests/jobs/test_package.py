@@ -1,4 +1,4 @@
-"""What `ray job submit --working-dir .` sends: the code, and nothing else."""
+"""Test that `ray job submit --working-dir .` sends the code and nothing else."""
 
 import re
 import subprocess
@@ -32,7 +32,7 @@ def test_a_submitted_job_carries_the_code_and_nothing_else(tmp_path: Path) -> No
         names = {name for name in archive.namelist() if not name.endswith("/")}
     sent = {name.split("/", 1)[0] for name in names if "/" in name}
     assert sent == {"models", "orchestrator", "cluster", "jobs"}
-    assert {"jobs/train_adm.py", "orchestrator/report.html", "constraints.txt"} <= names
+    assert {"jobs/train_adm.py", "orchestrator/quickstart/page.html", "constraints.txt"} <= names
     size = package.stat().st_size
     assert size < LIMIT
     stated = re.search(r"about (\d+) KB", (ROOT / "docs" / "cluster.md").read_text())

@@ -1,4 +1,4 @@
-"""Every job against storage that is not there, not theirs, or full, and another Ray: one line, exit code 1."""
+"""Test that every job ends with one line and exit code 1 if its storage is missing, denied or full, or Ray differs."""
 
 import re
 import runpy
@@ -36,7 +36,7 @@ def _tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refusal(job: str, store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """What the job says on stderr, which must be one line and exit code 1."""
+    """Return what the job prints on stderr, which must be one line, with exit code 1."""
     monkeypatch.setattr(sys, "argv", [f"{job}.py", *JOBS[job], "--store", store])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(f"jobs/{job}.py", run_name="__main__")
@@ -90,7 +90,7 @@ def test_a_store_that_may_only_be_read(
 
 # ------------------------------------------------------------------------------------------------ a full disk
 
-ROOM = 24_576  # bytes that are left: for the records, not for what the job is to make
+FREE_BYTES = 24_576  # enough for the configs and manifests, but not for the outputs of a job
 WORKS = {
     "prepare_dataset": [],
     "train_adm": ["--total-images", "1280", "--num-workers", "0"],
@@ -104,13 +104,13 @@ WORKS = {
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of which next to nothing is left."""
+    """Mount a file system that is full except for FREE_BYTES."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(disk)]
     if subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("only root may mount a disk")
-    disk.joinpath("full").write_bytes(bytes((1 << 20) - ROOM))
+    disk.joinpath("full").write_bytes(bytes((1 << 20) - FREE_BYTES))
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 

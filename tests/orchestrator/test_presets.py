@@ -11,7 +11,7 @@ def test_trainings_that_validate_have_a_dataset_that_holds_images_out() -> None:
     validating = 0
     for presets in (adm_presets, classifier_presets, upsampler_presets):
         for name, (_, config) in presets().items():
-            if config.validation_images:
+            if config.eval_every:
                 held_out = prepared[config.dataset].validation_fraction
                 assert held_out > 0, f"{name}: {config.dataset} holds nothing out"
                 validating += 1

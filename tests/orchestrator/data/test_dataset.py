@@ -39,27 +39,27 @@ def test_manifests_that_are_none(tmp_path: Path, prepared: Manifest) -> None:
         prepared.row_group_sizes("test")
 
 
-# ------------------------------------------------------------------------------------------------- microbatches
+# ------------------------------------------------------------------------------------------------- batches
 
 
 def make_order(manifest: Manifest, seed: int = 0, batch_size: int = 64, split: str = "train") -> OrderPlan:
-    config = OrderConfig(seed=seed, num_streams=4, shuffle_row_groups=2)
-    return OrderPlan(manifest.row_group_sizes(split), batch_size, config)
+    config = OrderConfig(num_streams=4, shuffle_row_groups=2)
+    return OrderPlan(manifest.row_group_sizes(split), batch_size, config, seed)
 
 
 def global_batches(
     manifest: Manifest, world_size: int, position: int, steps: int, **options: Any
 ) -> list[list[StreamShare]]:
-    """Every step's microbatches of all streams, made by `world_size` workers."""
+    """Every step's shares of all streams, made by `world_size` workers."""
     order, options = make_order(manifest), {"image_size": 16, "use_ray": False, **options}
     workers = [
         islice(batches(manifest, order, rank, world_size, position, **options), steps) for rank in range(world_size)
     ]
-    return [[m for part in parts for m in part] for parts in zip(*workers, strict=True)]
+    return [[share for part in parts for share in part] for parts in zip(*workers, strict=True)]
 
 
 def same(first: list[list[StreamShare]], second: list[list[StreamShare]]) -> bool:
-    names = ("images", "labels", "samples", "flips", "replaced")
+    names = ("images", "labels", "samples", "flips", "undecodable")
     return len(first) == len(second) and all(
         (a.stream, a.epoch) == (b.stream, b.epoch) and all(np.array_equal(getattr(a, n), getattr(b, n)) for n in names)
         for mine, yours in zip(first, second, strict=True)
@@ -69,15 +69,15 @@ def same(first: list[list[StreamShare]], second: list[list[StreamShare]]) -> boo
 
 def test_batches_are_what_the_plan_and_the_shards_say(prepared: Manifest) -> None:
     rows = table(prepared, "train")
-    for microbatches in global_batches(prepared, 1, 0, 24, flip=True):  # into the second epoch
-        assert [m.stream for m in microbatches] == [0, 1, 2, 3]
-        for m in microbatches:
-            assert m.images.shape == (16, 16, 16, 3) and m.images.dtype == np.uint8
-            assert m.labels.dtype == m.samples.dtype == np.int64 and not m.replaced.any()
-            assert m.labels.tolist() == [rows["label"][i] for i in m.samples]
-            for image, sample, flip in zip(m.images, m.samples, m.flips, strict=True):
+    for shares in global_batches(prepared, 1, 0, 24, flip=True):  # into the second epoch
+        assert [share.stream for share in shares] == [0, 1, 2, 3]
+        for share in shares:
+            assert share.images.shape == (16, 16, 16, 3) and share.images.dtype == np.uint8
+            assert share.labels.dtype == share.samples.dtype == np.int64 and not share.undecodable.any()
+            assert share.labels.tolist() == [rows["label"][i] for i in share.samples]
+            for image, sample, flip in zip(share.images, share.samples, share.flips, strict=True):
                 expected = center_crop(decode(rows["image"][sample]), 16)
-                assert flip == (sample_rng(0, m.epoch, int(sample), Purpose.FLIP).random() < 0.5)
+                assert flip == (sample_rng(0, share.epoch, int(sample), Purpose.FLIP).random() < 0.5)
                 np.testing.assert_array_equal(image, expected[:, ::-1] if flip else expected)
 
 
@@ -89,7 +89,7 @@ def test_batches_do_not_depend_on_workers_or_restarts(prepared: Manifest, crop: 
         assert same(global_batches(prepared, world_size, 0, 30, flip=True, crop=crop), expected)
     for step in (1, 13, 22, 29):
         assert same(global_batches(prepared, 2, step * 64, 30 - step, flip=True, crop=crop), expected[step:])
-    flips = np.concatenate([m.flips for step in expected for m in step])
+    flips = np.concatenate([share.flips for step in expected for share in step])
     assert 0.4 < flips.mean() < 0.6
 
 
@@ -97,17 +97,17 @@ def test_a_row_that_cannot_be_decoded_shows_the_next_good_one(prepared: Manifest
     manifest = _with_damage(prepared, tmp_path, lambda row: row in (5, 6))
     plain = global_batches(prepared, 1, 0, 22)
     damaged = global_batches(manifest, 1, 0, 22)
-    rows, replaced = table(prepared, "train"), []
+    rows, found = table(prepared, "train"), []
     for mine, yours in zip(plain, damaged, strict=True):
         for a, b in zip(mine, yours, strict=True):
             np.testing.assert_array_equal(a.samples, b.samples, "positions never move")
-            for sample, was_replaced, image, label in zip(b.samples, b.replaced, b.images, b.labels, strict=True):
-                assert was_replaced == (sample in (5, 6))
-                if was_replaced:
-                    replaced.append(int(sample))
+            for sample, undecodable, image, label in zip(b.samples, b.undecodable, b.images, b.labels, strict=True):
+                assert undecodable == (sample in (5, 6))
+                if undecodable:
+                    found.append(int(sample))
                     np.testing.assert_array_equal(image, center_crop(decode(rows["image"][7]), 16))
                     assert label == rows["label"][7]
-    assert set(replaced) <= {5, 6} and replaced
+    assert set(found) <= {5, 6} and found
     for world_size in (2, 4):
         assert same(global_batches(manifest, world_size, 0, 22), damaged)
         assert same(global_batches(manifest, world_size, 9 * 64, 13), damaged[9:])
@@ -224,7 +224,9 @@ def test_no_row_group_is_fetched_twice(s3_bucket: str, ray_session: None, ray_pr
                 begun |= set(unit.row_groups)
         again = begun & fetched[middle, rank]
         print(f"{rank=}: a restart at {middle} reads {len(again)} of {len(begun)} begun row groups again")
-        assert 0 < len(again) <= len(order.streams(rank, 2)) * order.config.window, "those of the open windows"
+        assert 0 < len(again) <= len(order.streams(rank, 2)) * order.config.shuffle_row_groups, (
+            "those of the open windows"
+        )
 
 
 def _row_groups_of(manifest: Manifest, requests: list[Request]) -> list[int]:

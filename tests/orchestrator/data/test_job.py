@@ -360,7 +360,8 @@ def test_killed_workers(tmp_path: Path, ray_session: None, monkeypatch: pytest.M
 DIES = """
 import os, signal, sys
 from orchestrator.data import shards
-from orchestrator.data.preparation import PrepareConfig, prepare
+from orchestrator.data.config import PrepareConfig
+from orchestrator.data.job import prepare
 shards.SHARD_BYTES, row, left = 20_000, shards._row, int(sys.argv[3])
 
 def dying_row(*place):

@@ -10,6 +10,7 @@ from sklearn.datasets import load_sample_images
 from models.features import DigitsNetwork, extract
 from orchestrator.evaluation import extractors
 from orchestrator.evaluation.extractors import (
+    CPU,
     efficientnet_extractor,
     extractor_loader,
     inception_extractor,
@@ -19,7 +20,7 @@ from tests.orchestrator.evaluation.golden_inception import GOLDEN, write_weights
 
 
 def load(name: str, weights: str | None = None, dataset: str | None = None) -> extractors.LoadedExtractor:
-    return extractor_loader(name, weights, dataset, "/nowhere/extractors", seed=7, image_size=8)()
+    return extractor_loader(name, weights, dataset, "/nowhere/extractors", seed=7, image_size=8)(CPU)
 
 
 def test_without_its_weights_inception_says_which_file_and_where() -> None:
@@ -42,14 +43,14 @@ def test_the_right_file_is_checked_and_loaded(tmp_path: Path, monkeypatch: pytes
     _, digest = write_weights(tmp_path / "weights.pth", monkeypatch)
     with np.load(GOLDEN / "inception_random_weights.npz") as arrays:
         images, expected = arrays["images_64"][:1], arrays["images_64/pool3_2048"][:1]
-    loaded = inception_extractor(str(tmp_path / "weights.pth"))
+    loaded = inception_extractor(str(tmp_path / "weights.pth"), CPU)
     assert loaded.fingerprint == f"inception-{digest[:12]}"
     np.testing.assert_allclose(loaded.network(images).pool, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_efficientnet_knows_a_palace_from_a_flower() -> None:
     """Real ImageNet weights: scikit-learn's two photographs are a palace (698) with a bell cote (442), and a daisy."""
-    loaded = efficientnet_extractor()
+    loaded = efficientnet_extractor(CPU)
     china, flower = (image[:, 100:500] for image in load_sample_images().images)
     features = extract(loaded.network, np.stack([china, flower])[:, :400], 2)
     assert features.pool.shape == (2, 1280) and features.logits is not None

@@ -32,7 +32,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 def config(store: str, **changes: Any) -> EvaluationConfig:
     settings: dict[str, Any] = {
         "store": store, "samples": "noise.npz", "reference": "digits", "output": "evaluation",
-        "extractor": TOY, "copies": 50, "num_workers": 0,
+        "extractor": TOY, "num_memorization_samples": 50, "num_workers": 0,
     }  # fmt: skip
     return EvaluationConfig(**settings | changes)
 

@@ -1,4 +1,4 @@
-"""Every metric by its name, from arrays and from files, over the pool as without it."""
+"""Every metric from features on storage, over the pool as without it."""
 
 from functools import partial
 from pathlib import Path
@@ -8,55 +8,16 @@ import numpy as np
 import pytest
 
 from models import neighbours
-from models.features import Features
-from orchestrator.evaluation.extraction import FeatureFiles, Labelled, chosen, extract_all
+from orchestrator.evaluation.extraction import FeatureFiles, chosen, extract_all
 from orchestrator.evaluation.extractors import own_extractor
 from orchestrator.evaluation.inputs import open_images
-from orchestrator.evaluation.measurement import Limits, describe, measure, measure_files, metric_name
+from orchestrator.evaluation.measurement import Limits, measure_files
+from orchestrator.evaluation.metrics import describe, measure
 from orchestrator.evaluation.references import Reference
+from tests.orchestrator.evaluation.test_metrics import compare
 
 TOY = partial(own_extractor, "tests.orchestrator.evaluation.toy_extractor.ToyExtractor")
 LIMITS = Limits(samples=50_000, references=10_000)
-
-
-def labelled(rng: np.random.Generator, spread: float, n: int = 600) -> Labelled:
-    """Gaussian features in 4 dimensions, and logits that are always right."""
-    labels = np.arange(n) % 3
-    pool = (spread * rng.standard_normal((n, 4))).astype(np.float32)
-    return Labelled(Features(pool, None, 9 * np.eye(3, dtype=np.float32)[labels]), labels)
-
-
-def test_collapsed_samples_have_precision_without_recall() -> None:
-    rng = np.random.default_rng(3)
-    found = measure(labelled(rng, 0.3), labelled(rng, 1.0), "toy")
-    assert found["precision"].value > 0.98 and found["recall"].value < 0.3
-    assert found["fd_toy"].low is not None and found["fd_toy"].low > 1
-    assert found["accuracy"].value == 1 and found["inception_score_toy"].value == pytest.approx(3, rel=0.01)
-    assert all(estimate.n == 600 for estimate in found.values())
-
-
-def test_equal_distributions_are_near() -> None:
-    rng = np.random.default_rng(4)
-    found = measure(labelled(rng, 1.0), labelled(rng, 1.0), "toy")
-    assert found["fd_toy"].value < 0.1
-    assert found["kid_toy"].low is not None and found["kid_toy"].high is not None
-    assert found["kid_toy"].low < 0.02 and abs(found["kid_toy"].value) < 0.05
-    assert found["precision"].value > 0.85 and found["recall"].value > 0.85
-    assert found["density"].value == pytest.approx(1, abs=0.2) and found["coverage"].value > 0.85
-
-
-def test_names_belong_to_their_extractor() -> None:
-    assert [metric_name(m, "inception") for m in ("fd", "sfd", "kid", "inception_score")] == [
-        "fid", "sfid", "kid", "inception_score",
-    ]  # fmt: skip
-    assert metric_name("fd", "digits") == "fd_digits"
-
-
-def test_accuracy_needs_the_extractor_to_know_the_classes() -> None:
-    rng = np.random.default_rng(5)
-    samples, reference = labelled(rng, 1.0), labelled(rng, 1.0)
-    other = Labelled(reference.features, np.arange(600) % 7)  # of seven classes, which the three logits are not
-    assert "accuracy" not in measure(samples, other, "toy")
 
 
 def test_subsets_are_drawn_over_all_classes() -> None:
@@ -91,7 +52,7 @@ def test_files_give_what_arrays_give_and_more(sets: tuple[FeatureFiles, Referenc
     made, reference = sets
     assert reference.files is not None
     found = measure_files(made, reference, "toy", LIMITS, num_workers=0)
-    in_memory = measure(made.whole(), reference.files.whole(), "toy")
+    in_memory, _ = measure(compare(made.whole(), reference.files.whole()))
     assert in_memory.items() <= found.estimates.items()
     assert set(found.estimates) - set(in_memory) == {"sfd_toy", "authpct"}
     assert found.missing == {}

@@ -9,7 +9,7 @@ import pytest
 from models.manifolds import authentic_share, authenticity
 from models.metrics import BLOCK
 from models.neighbours import nearest
-from orchestrator.evaluation import copies
+from orchestrator.evaluation import memorization
 from orchestrator.evaluation.extraction import extract_all
 from orchestrator.evaluation.extractors import own_extractor
 from orchestrator.evaluation.inputs import open_images
@@ -27,7 +27,7 @@ def test_chunks_change_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> N
     rng = np.random.default_rng([63])
     targets = rng.integers(0, 3, (200, 4)).astype(np.float32)  # few values: many ties
     queries = rng.integers(0, 3, (50, 4)).astype(np.float32)
-    monkeypatch.setattr(copies, "CHUNK", chunk)
+    monkeypatch.setattr(memorization, "CHUNK", chunk)
     found = nearest_rows(lambda: queries, partial(rows_of, targets), len(targets), 3, num_workers=0)
     expected = nearest(queries, targets, 3)
     np.testing.assert_array_equal(found.index, expected.index)
@@ -38,7 +38,7 @@ def test_chunks_change_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_pool_changes_nothing(monkeypatch: pytest.MonkeyPatch, ray_session: None) -> None:
     rng = np.random.default_rng([64])
     targets, queries = rng.standard_normal((300, 6)), rng.standard_normal((40, 6))
-    monkeypatch.setattr(copies, "CHUNK", 70)
+    monkeypatch.setattr(memorization, "CHUNK", 70)
     load, read = partial(np.copy, queries), partial(rows_of, targets)
     here, pooled = (nearest_rows(load, read, len(targets), 2, num_workers) for num_workers in (0, 2))
     np.testing.assert_array_equal(pooled.index, here.index)
@@ -46,7 +46,7 @@ def test_the_pool_changes_nothing(monkeypatch: pytest.MonkeyPatch, ray_session: 
 
 
 def test_copies_are_found_among_all_training_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "CHUNK", BLOCK // 4)
+    monkeypatch.setattr(memorization, "CHUNK", BLOCK // 4)
     rng = np.random.default_rng([65])
     training = rng.integers(0, 256, (700, 4, 4, 3), dtype=np.uint8)
     training[300] = training[20]  # a copy within the training set
@@ -72,4 +72,4 @@ def test_copies_are_found_among_all_training_images(tmp_path: Path, monkeypatch:
 def test_large_images_are_compared_small(tmp_path: Path) -> None:
     images = np.random.default_rng([66]).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     np.savez(tmp_path / "large", images)
-    assert copies.pixel_rows(open_images(str(tmp_path / "large.npz")), 0, 3).shape == (3, 32 * 32 * 3)
+    assert memorization.pixel_rows(open_images(str(tmp_path / "large.npz")), 0, 3).shape == (3, 32 * 32 * 3)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from orchestrator.evaluation.npz import PublishedBatch, open_batch
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "metrics" / "npz"
+GOLDEN = Path(__file__).parents[2] / "golden" / "metrics" / "npz"
 REASONS = {  # what the message has to say beside the file's name
     "bad_float01.npz": "float32",
     "bad_float_m11.npz": "float32",

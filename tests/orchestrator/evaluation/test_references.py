@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from models.metrics import Gaussian, moments
 from orchestrator import storage
 from orchestrator.data.job import prepare
-from orchestrator.evaluation.extractors import LoadedExtractor, own_extractor
+from orchestrator.evaluation.extractors import CPU, LoadedExtractor, own_extractor
 from orchestrator.evaluation.references import Reference, open_reference
 from tests.orchestrator.digits import digits
 from tests.orchestrator.evaluation.toy_extractor import FalseInception
@@ -18,7 +19,7 @@ from tests.orchestrator.evaluation.toy_extractor import FalseInception
 TOY = partial(own_extractor, "tests.orchestrator.evaluation.toy_extractor.ToyExtractor")
 
 
-def inception() -> LoadedExtractor:
+def inception(device: torch.device) -> LoadedExtractor:
     return LoadedExtractor(FalseInception(), "inception-0123456789ab")
 
 
@@ -29,7 +30,7 @@ def images() -> np.ndarray:
 
 def opened(path: Path, loader: Any = inception, **arrays: Any) -> Reference:
     np.savez(path / "reference.npz", **arrays)
-    return open_reference(str(path / "reference.npz"), loader, loader(), str(path / "features"), 0, 0)
+    return open_reference(str(path / "reference.npz"), loader, loader(CPU), str(path / "features"), 0, 0)
 
 
 def test_published_statistics_are_taken_and_images_serve_the_neighbours(images: np.ndarray, tmp_path: Path) -> None:

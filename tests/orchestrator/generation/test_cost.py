@@ -31,9 +31,9 @@ def test_a_guided_step_costs_what_the_architecture_says() -> None:
 
 def test_what_is_not_evaluated_is_not_paid() -> None:
     unguided = work(adm_256(guidance=GuidanceConfig()))
-    half = work(adm_256(guidance=GuidanceConfig(scale=1.0, interval=(250, 749))))
+    half = work(adm_256(guidance=GuidanceConfig(scale=1.0, interval=(0.25, 0.75))))
     assert unguided == pytest.approx(250 * 2 * 1119.8e9, rel=0.01)
-    assert half - unguided == pytest.approx((work(adm_256()) - unguided) / 2)
+    assert half - unguided == pytest.approx((work(adm_256()) - unguided) / 2, rel=0.01)
     heun = work(adm_256(sampler=SamplerConfig(name="heun", num_steps=50)))
     assert heun / work(adm_256()) == pytest.approx(99 / 250)
 

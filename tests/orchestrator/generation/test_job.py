@@ -14,11 +14,11 @@ from models.guidance import GuidanceConfig
 from models.samplers import SamplerConfig
 from orchestrator import storage
 from orchestrator.generation import job as generation
-from orchestrator.generation import sampling
 from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.job import generate, make_generator, missing_shards, plan
 from orchestrator.generation.samples import Shard, check_shard, list_shards, pixel_hashes, read_range
 from orchestrator.generation.sampling import canonical_batch, fastest, load_networks
+from orchestrator.generation.worker import prepare_device
 from orchestrator.tracking import metric_history
 from orchestrator.weights.network import Network
 from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
@@ -155,7 +155,7 @@ def nothing(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [truncate, change_a_picture, nothing])
-def test_a_damaged_shard_is_made_again_and_its_bytes_are_kept(
+def test_a_damaged_shard_is_regenerated_and_its_bytes_are_kept(
     store: str, damage: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = finished_copy(store, f"damaged-{damage.__name__}")
@@ -167,7 +167,7 @@ def test_a_damaged_shard_is_made_again_and_its_bytes_are_kept(
     assert shard.read_bytes() == whole
     assert (folder / "quarantine" / shard.name).read_bytes() == damage(whole)
     assert others.stat().st_mtime_ns == before, "a whole shard was rewritten"
-    assert "made again" in caplog.text and shard.name in caplog.text
+    assert "regenerated" in caplog.text and shard.name in caplog.text
 
 
 def test_a_shard_under_a_wrong_name_is_no_finished_shard(store: str) -> None:
@@ -298,4 +298,4 @@ def test_gpus_that_are_not_there_are_an_error(store: str) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(ValueError, match="sees no GPU"):
-        sampling.prepare_device(config(store, "any", num_gpus=1.0))
+        prepare_device(num_gpus=1.0)

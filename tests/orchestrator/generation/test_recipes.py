@@ -16,7 +16,7 @@ def parsed(*argv: str) -> GenerationConfig:
     return parse("Generate.", generation_presets(), ["digits", *argv])
 
 
-def test_like_takes_the_published_recommendation_and_options_come_after_it() -> None:
+def test_a_recipe_takes_the_published_recommendation_and_options_come_after_it() -> None:
     config = parsed("--recipe", "adm-256", "--guidance.scale", "1.5", "--sampler.num-steps", "100")
     assert (config.weights, config.classifier) == ("256x256_diffusion.pt", "256x256_classifier.pt")
     assert (config.sampler.name, config.sampler.num_steps, config.guidance.scale) == ("ddpm", 100, 1.5)
@@ -56,15 +56,15 @@ def test_from_search_takes_the_winner(tmp_path: Path) -> None:
     config = parsed("--from-search", write_search(tmp_path, plain), "--guidance.scale", "3")
     assert (config.sampler.name, config.sampler.num_steps, config.guidance.scale) == ("dpm_solver", 12, 3.0)
     assert (config.weights, config.classifier) == ("run", "guide"), "and not the preset's"
-    more = plain | {"sampler": "ddim", "eta": 0.5, "interval": [100, 700]}
+    more = plain | {"sampler": "ddim", "eta": 0.5, "interval": [0.1, 0.7]}
     config = parsed("--from-search", write_search(tmp_path, more).removesuffix("/search.json"))
-    assert (config.sampler.name, config.sampler.eta, config.guidance.interval) == ("ddim", 0.5, (100, 700))
+    assert (config.sampler.name, config.sampler.eta, config.guidance.interval) == ("ddim", 0.5, (0.1, 0.7))
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"scale": 1.0, "sampler": "ddim", "weights": "run"}, "steps Field required"),
+        ({"scale": 1.0, "sampler": "ddim", "weights": "run"}, "num_steps Field required"),
         (
             {"scale": 1.0, "num_steps": 10, "sampler": "ddim", "weights": "run", "temperature": 0.9},
             "temperature Extra inputs are not permitted",

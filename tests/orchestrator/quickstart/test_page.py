@@ -13,9 +13,9 @@ def trial(scale: float, precision: tuple[float, float] | None, recall: tuple[flo
 
 
 def test_a_change_counts_only_where_the_intervals_are_apart() -> None:
-    apart = trade_off([trial(0, (0.1, 0.2), (0.7, 0.8)), trial(8, (0.3, 0.4), (0.5, 0.6))], num_steps=10)
+    apart = trade_off([trial(0, (0.1, 0.2), (0.7, 0.8)), trial(8, (0.3, 0.4), (0.5, 0.6))], 10)
     assert apart["precision_rises"] and apart["recall_falls"]
-    overlapping = trade_off([trial(0, (0.1, 0.3), (0.5, 0.8)), trial(8, (0.2, 0.4), (0.4, 0.6))], num_steps=10)
+    overlapping = trade_off([trial(0, (0.1, 0.3), (0.5, 0.8)), trial(8, (0.2, 0.4), (0.4, 0.6))], 10)
     assert not overlapping["precision_rises"] and not overlapping["recall_falls"]
-    without = trade_off([trial(0, None, None), trial(8, None, None)], num_steps=10)
+    without = trade_off([trial(0, None, None), trial(8, None, None)], 10)
     assert not without["precision_rises"] and not without["recall_falls"]

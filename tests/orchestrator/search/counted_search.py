@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from orchestrator.generation import worker
 from orchestrator.search import evaluator
 from orchestrator.search import job as search
 from orchestrator.search.config import SearchConfig
@@ -14,14 +15,15 @@ from orchestrator.search.evaluator import Block, Made
 
 def make_counted_worker(log: str, config: SearchConfig) -> Callable[[Block], Made]:
     """The real worker; whatever it draws is noted before it is drawn."""
-    real = evaluator.make_batch
+    real = worker.make_batch
 
-    def counted(networks: Any, generation: Any, number: int, sampler: Any, guidance: Any) -> Any:
+    def counted(networks: Any, generation: Any, number: int, draw: Any) -> Any:
+        sampler, scale = generation.sampler, generation.guidance.scale
         with Path(log).open("a") as file:  # one short line: appended whole
-            file.write(f"{sampler.name}-{sampler.num_steps}-{guidance.scale}-{generation.seed}-{number}\n")
-        return real(networks, generation, number, sampler, guidance)
+            file.write(f"{sampler.name}-{sampler.num_steps}-{scale}-{generation.seed}-{number}\n")
+        return real(networks, generation, number, draw)
 
-    evaluator.make_batch = counted  # type: ignore[assignment]
+    worker.make_batch = counted  # type: ignore[assignment]
     return evaluator.make_worker(config)
 
 

@@ -59,7 +59,7 @@ def files(folder: str) -> dict[str, int]:
 
 
 @pytest.mark.ray
-def test_killed_and_continued_it_repeats_no_finished_batch_and_results_alike(
+def test_killed_and_continued_it_repeats_no_finished_batch_and_answers_alike(
     store: str, ray_session: None, tmp_path: Path
 ) -> None:
     wanted, log = config(store, output="killed"), tmp_path / "log"
@@ -160,7 +160,7 @@ def test_a_dry_run_says_what_it_may_cost(store: str) -> None:
 
 
 def test_presets_are_valid() -> None:
-    assert set(search_presets()) == {"digits", "released"}
+    assert set(search_presets()) == {"digits", "images", "released"}
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ def config_of(store: str, output: str, **changes: object) -> AdmConfig:
         "store": store, "dataset": "digits", "output": output, "model": model, "reduction": "exact",
         "diffusion": DiffusionConfig(schedule="cosine", num_timesteps=4), "timesteps": "loss_second_moment",
         "order": OrderConfig(num_streams=4, shuffle_row_groups=2), "total_images": STEPS * 16, "batch_size": 16,
-        "learning_rate": 1e-3, "max_grad_norm": 0.5, "ema_rates": (0.9, 0.5), "random_flip": False, "log_every": 64, "checkpoint_every": 48,
+        "learning_rate": 1e-3, "max_grad_norm": 0.5, "ema_rates": (0.9, 0.5), "random_flip": False,
+        "log_every": 64, "checkpoint_every": 48,
     }  # fmt: skip
     return AdmConfig(**settings | changes)
 

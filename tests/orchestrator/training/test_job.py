@@ -92,6 +92,19 @@ def test_a_stopped_and_resumed_training_ends_with_the_same_bits(store: str) -> N
         assert torch.equal(tensor, second[name]), f"{name} differs after the resumes"
 
 
+def test_a_checkpoint_of_another_state_is_refused(store: str) -> None:
+    learning = adm(store, "learning", timesteps="loss_second_moment")
+    train_loop(learning, context(1))
+    run = learning.path("learning")
+    for changes in ({"timesteps": "uniform"}, {"diffusion": DiffusionConfig(schedule="cosine", num_timesteps=500)}):
+        other = TrainingState(learning.model_copy(update=changes), torch.device("cpu"))
+        with pytest.raises(ValueError, match=r"has timesteps\.history \(1000, 10\): not this model's"):
+            other.restore(run, Group(0, 1))
+    train_loop(adm(store, "uniform"), context(1))
+    with pytest.raises(ValueError, match=r"lacks timesteps\.counts, which this model has"):
+        TrainingState(learning, torch.device("cpu")).restore(learning.path("uniform"), Group(0, 1))
+
+
 def test_the_job_trains_writes_weights_and_is_found_finished(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = adm(store, "job")
     run = train(config)

@@ -69,7 +69,7 @@ def test_diffusers_computes_the_same(changes: dict[str, Any], tmp_path: Path) ->
     architecture = changed(changes)
     weights = random_weights(architecture)
     save_weights(str(tmp_path / "w.safetensors"), weights, architecture, DiffusionConfig(), ())
-    convert(ConversionConfig(store=str(tmp_path), source="w.safetensors", output="folder", format="diffusers"))
+    convert(ConversionConfig(store=str(tmp_path), weights="w.safetensors", output="folder", format="diffusers"))
     theirs, loading = UNet2DModel.from_pretrained(tmp_path / "folder", output_loading_info=True)
     assert not any(loading.values()), loading
     ours = architecture.build().eval()
@@ -93,7 +93,7 @@ def test_a_refused_network_leaves_no_folder(tmp_path: Path) -> None:
     architecture = changed({"rescale_residual": True})
     save_weights(str(tmp_path / "w.safetensors"), random_weights(architecture), architecture, DiffusionConfig(), ())
     with pytest.raises(ValueError, match="rescale_residual"):
-        convert(ConversionConfig(store=str(tmp_path), source="w.safetensors", output="folder", format="diffusers"))
+        convert(ConversionConfig(store=str(tmp_path), weights="w.safetensors", output="folder", format="diffusers"))
     assert not storage.exists(str(tmp_path / "folder"))
 
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from models.diffusion import DiffusionConfig
-from models.guidance import GuidanceConfig
 from models.samplers import SamplerConfig
 from models.unet import UNetConfig
 from models.zoo import ZOO, Entry
@@ -47,12 +46,12 @@ def assert_same_bits(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> Non
 
 def test_pt_to_safetensors_to_pt_is_equal_to_the_bit(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     store = str(tmp_path)
-    middle = convert(ConversionConfig(store=store, source="tiny.pt", output="middle.safetensors"))
+    middle = convert(ConversionConfig(store=store, weights="tiny.pt", output="middle.safetensors"))
     network = load_network(middle)
     assert network.architecture == TINY and network.diffusion == COSINE and network.classes == ("0", "1", "2")
-    convert(ConversionConfig(store=store, source="middle.safetensors", output="back/tiny.pt"))
+    convert(ConversionConfig(store=store, weights="middle.safetensors", output="back/tiny.pt"))
     assert_same_bits(torch.load(tmp_path / "back" / "tiny.pt", weights_only=True), weights)
-    again = convert(ConversionConfig(store=store, source="back/tiny.pt", output="again.safetensors"))
+    again = convert(ConversionConfig(store=store, weights="back/tiny.pt", output="again.safetensors"))
     assert storage.read_bytes(again) == storage.read_bytes(middle)
 
 
@@ -60,14 +59,14 @@ def test_a_training_run_is_a_source(tmp_path: Path, weights: dict[str, Tensor]) 
     save_weights(
         str(tmp_path / "run" / "weights" / "images-64-ema.safetensors"), weights, TINY, COSINE, ("a", "b", "c")
     )
-    convert(ConversionConfig(store=str(tmp_path), source="run", output="run.pt"))
+    convert(ConversionConfig(store=str(tmp_path), weights="run", output="run.pt"))
     assert_same_bits(torch.load(tmp_path / "run.pt", weights_only=True), weights)
 
 
 @pytest.mark.parametrize("output", ["out.safetensors", "out.pt", "out"])
 def test_again_is_done_and_another_is_refused(tmp_path: Path, weights: dict[str, Tensor], output: str) -> None:
     config = ConversionConfig(
-        store=str(tmp_path), source="tiny.pt", output=output, format=None if "." in output else "diffusers"
+        store=str(tmp_path), weights="tiny.pt", output=output, format=None if "." in output else "diffusers"
     )
     assert convert(config) == convert(config)
     weights["out.2.bias"][0] = 1.0
@@ -81,30 +80,30 @@ def test_again_is_done_and_another_is_refused(tmp_path: Path, weights: dict[str,
     [
         ({"output": "folder"}, "output=folder ends neither in .safetensors nor in .pt"),
         ({"output": "w.pt", "format": "diffusers"}, "output=w.pt names a file"),
-        ({"source": "other.pt"}, "no released one is called other.pt"),
-        ({"source": "other.pt", "recipe": "huge"}, "the zoo has no model 'huge'"),
-        ({"source": "run", "recipe": "tiny"}, "recipe='tiny' is for .pt files"),
+        ({"weights": "other.pt"}, "no released one is called other.pt"),
+        ({"weights": "other.pt", "recipe": "huge"}, "the zoo has no model 'huge'"),
+        ({"weights": "run", "recipe": "tiny"}, "recipe='tiny' is for .pt files"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_read(changes: dict[str, str], wanted: str) -> None:
     with pytest.raises(ValueError, match=wanted):
-        ConversionConfig.model_validate({"source": "tiny.pt", "output": "w.safetensors"} | changes)
+        ConversionConfig.model_validate({"weights": "tiny.pt", "output": "w.safetensors"} | changes)
 
 
 def test_a_plan_names_both_ends() -> None:
-    config = ConversionConfig(store="s3://bucket", source="any.pt", recipe="tiny", output="w.safetensors")
+    config = ConversionConfig(store="s3://bucket", weights="any.pt", recipe="tiny", output="w.safetensors")
     assert plan(config).split() == ["reads", "s3://bucket/any.pt", "writes", "s3://bucket/w.safetensors"]
 
 
 def test_samples_are_the_same_from_either_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
     torch.save({key: 0.1 * torch.randn_like(t) for key, t in TINY.build().state_dict().items()}, tmp_path / "tiny.pt")
-    convert(ConversionConfig(store=str(tmp_path), source="tiny.pt", output="tiny.safetensors"))
+    convert(ConversionConfig(store=str(tmp_path), weights="tiny.pt", output="tiny.safetensors"))
     batches = []
     for name in ("tiny.pt", "tiny.safetensors"):
-        config = GenerationConfig(store=str(tmp_path), weights=name, output="samples", batch_size=4)
         sampler = SamplerConfig(name="ddim", num_steps=4)
-        batches.append(make_batch(load_networks(config, "cpu"), config, 0, sampler, GuidanceConfig()))
+        config = GenerationConfig(store=str(tmp_path), weights=name, output="samples", batch_size=4, sampler=sampler)
+        batches.append(make_batch(load_networks(config, "cpu"), config, 0))
     assert batches[0].labels.tolist() == [0, 1, 2, 0]
     assert batches[0].images.std() > 10, "the samples are flat"
     assert (batches[0].images == batches[1].images).all()

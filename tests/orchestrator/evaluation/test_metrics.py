@@ -1,0 +1,88 @@
+"""The table of metrics: conventions, names, what each metric needs, and what paired tests compare."""
+
+import numpy as np
+import pytest
+
+from models.features import Features
+from models.manifolds import manifolds
+from models.metrics import Estimate, moments
+from orchestrator.evaluation.extraction import Labelled
+from orchestrator.evaluation.metrics import METRICS, Comparison, Rows, measure, metric_named
+
+
+def labelled(rng: np.random.Generator, spread: float, n: int = 600) -> Labelled:
+    """Gaussian features in 4 dimensions, and logits that are always right."""
+    labels = np.arange(n) % 3
+    pool = (spread * rng.standard_normal((n, 4))).astype(np.float32)
+    return Labelled(Features(pool, None, 9 * np.eye(3, dtype=np.float32)[labels]), labels)
+
+
+def compare(samples: Labelled, reference: Labelled, num_classes: int = 3, extractor: str = "toy") -> Comparison:
+    """All of the samples beside all of the reference."""
+    made, real = samples.features, reference.features
+    rows = Rows(real.pool, made.pool, manifolds(real.pool, made.pool), kernel=(real.pool, made.pool))
+    statistics = {"pool": moments(real.pool)}
+    return Comparison(extractor, vars(made).get, samples.labels, statistics, num_classes, rows)  # type: ignore[arg-type]
+
+
+def estimates(samples: Labelled, reference: Labelled) -> dict[str, Estimate]:
+    return measure(compare(samples, reference))[0]
+
+
+def test_collapsed_samples_have_precision_without_recall() -> None:
+    rng = np.random.default_rng(3)
+    found = estimates(labelled(rng, 0.3), labelled(rng, 1.0))
+    assert found["precision"].value > 0.98 and found["recall"].value < 0.3
+    assert found["fd_toy"].low is not None and found["fd_toy"].low > 1
+    assert found["accuracy"].value == 1 and found["inception_score_toy"].value == pytest.approx(3, rel=0.01)
+    assert all(estimate.n == 600 for estimate in found.values())
+
+
+def test_equal_distributions_are_near() -> None:
+    rng = np.random.default_rng(4)
+    found = estimates(labelled(rng, 1.0), labelled(rng, 1.0))
+    assert found["fd_toy"].value < 0.1
+    assert found["kid_toy"].low is not None and found["kid_toy"].high is not None
+    assert found["kid_toy"].low < 0.02 and abs(found["kid_toy"].value) < 0.05
+    assert found["precision"].value > 0.85 and found["recall"].value > 0.85
+    assert found["density"].value == pytest.approx(1, abs=0.2) and found["coverage"].value > 0.85
+
+
+@pytest.mark.parametrize("extractor", ["inception", "digits", "efficientnet_lite0"])
+def test_names_lead_back_to_the_table(extractor: str) -> None:
+    for metric in METRICS.values():
+        assert metric_named(metric.named(extractor)) is metric
+    assert METRICS["fd"].named(extractor) == ("fid" if extractor == "inception" else f"fd_{extractor}")
+    assert METRICS["recall"].named(extractor) == "recall"
+    with pytest.raises(ValueError, match="no metric 'fvd'"):
+        metric_named("fvd")
+
+
+def test_accuracy_needs_the_extractor_to_know_the_classes() -> None:
+    rng = np.random.default_rng(5)
+    found, missing = measure(compare(labelled(rng, 1.0), labelled(rng, 1.0), num_classes=7))  # three logits
+    assert "accuracy" not in found and "classes" in missing["accuracy"]
+
+
+def test_metrics_that_do_not_apply_are_neither_found_nor_missing() -> None:
+    rng = np.random.default_rng(6)
+    found, missing = measure(compare(labelled(rng, 1.0), labelled(rng, 1.0)))
+    assert {"sfd_toy", "authpct", "precision_openai", "recall_openai"}.isdisjoint(found.keys() | missing.keys())
+    published, _ = measure(compare(labelled(rng, 1.0), labelled(rng, 1.0), extractor="inception"))
+    assert {"fid", "precision_openai", "recall_openai"} <= published.keys()
+
+
+def test_scores_are_negative_where_more_is_better() -> None:
+    """The mean of the first criterion is the metric itself, with its sign; of FD it is the bias-corrected one."""
+    rng = np.random.default_rng(7)
+    made = compare(labelled(rng, 0.9), labelled(rng, 1.0))
+    found, _ = measure(made)
+    for name, value in (
+        ("fd", found["fd_infinity_toy"].value),
+        ("kid", found["kid_toy"].value),
+        ("precision", -found["precision"].value),
+        ("accuracy", -1.0),
+    ):
+        metric = METRICS[name]
+        assert metric.scores is not None and metric.sign == (1 if name in ("fd", "kid") else -1)
+        assert metric.scores(made)[0].mean() == pytest.approx(value, abs=1e-9)
