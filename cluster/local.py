@@ -13,7 +13,6 @@ import pwd
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,8 @@ from typing import Any
 
 import botocore.session
 import psutil
+
+from cluster.servers import free_port, is_listening
 
 FOLDER = Path("/tmp/admiral-cluster")  # short, for Ray's sockets lie beneath it; and open to PostgreSQL's own user
 BUCKET = "admiral"
@@ -71,7 +72,7 @@ class LocalCluster:
             raise
 
     def _start_s3(self) -> None:
-        port = _free_port()
+        port = free_port()
         self.environment |= {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
             "AWS_ACCESS_KEY_ID": "admiral",
@@ -81,7 +82,7 @@ class LocalCluster:
             "ADMIRAL_STORE": f"s3://{BUCKET}/runs",
         }
         self._launch("s3", [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)])
-        self._wait("s3", lambda: _listens(port))
+        self._wait("s3", lambda: is_listening(port))
         client = botocore.session.get_session().create_client(
             "s3",
             endpoint_url=self.environment["AWS_ENDPOINT_URL"],
@@ -111,18 +112,18 @@ class LocalCluster:
         with (self.folder / "logs" / "initdb.log").open("w") as log:
             subprocess.run(command, check=True, stdout=log, stderr=log, cwd="/", **as_user)
         password_file.unlink()
-        port = _free_port()
+        port = free_port()
         settings = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": ""}
         flags = [flag for name, value in settings.items() for flag in ("-c", f"{name}={value}")]
         command = [str(programs[-1] / "postgres"), "-D", str(home / "data"), *flags]
         self._launch("postgresql", command, **as_user)
-        self._wait("postgresql", lambda: _listens(port))
+        self._wait("postgresql", lambda: is_listening(port))
         # SQLAlchemy 2.1 takes a bare postgresql:// for another driver than the one installed.
         self._database = f"postgresql+psycopg2://mlflow:{self.database_password}@127.0.0.1:{port}/postgres"
 
     def _start_mlflow(self) -> None:
         """Its start takes longest, so Ray starts meanwhile. The database's password stays out of the command line."""
-        port = _free_port()
+        port = free_port()
         self.environment["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{port}"
         place = ["--artifacts-destination", f"s3://{BUCKET}/mlflow", "--host", "127.0.0.1", "--port", str(port)]
         command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", *place]
@@ -135,7 +136,7 @@ class LocalCluster:
         self._launch("mlflow", command, environment)
 
     def _start_head(self) -> None:
-        self._port, dashboard = _free_port(), _free_port()
+        self._port, dashboard = free_port(), free_port()
         self.environment |= {
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
             "RAY_AUTH_MODE": "token",
@@ -145,12 +146,12 @@ class LocalCluster:
             "port": self._port,
             "num-cpus": 0,  # no work on the head, as on a real cluster
             "dashboard-port": dashboard,
-            "ray-client-server-port": _free_port(),
+            "ray-client-server-port": free_port(),
             "temp-dir": self.folder / "ray",
             "system-config": json.dumps(HEALTH_CHECKS),
         }
         self._start_ray("ray head", ["--head", "--include-dashboard=true"], options)
-        self._wait("ray head", lambda: _listens(dashboard))
+        self._wait("ray head", lambda: is_listening(dashboard))
 
     def _start_node(self, number: int) -> None:
         options = {"address": f"127.0.0.1:{self._port}", "num-cpus": CPUS_OF_NODE}
@@ -158,12 +159,12 @@ class LocalCluster:
 
     def _start_ray(self, name: str, flags: list[str], options: dict[str, object]) -> None:
         """A node, until it says that it runs: two that start at the same moment take each other's ports."""
-        port = _free_port()
+        port = free_port()
         self.metrics[name] = f"http://127.0.0.1:{port}/metrics"
         options |= {
             "node-ip-address": "127.0.0.1",
             "object-store-memory": OBJECT_STORE_BYTES,
-            "dashboard-agent-listen-port": _free_port(),
+            "dashboard-agent-listen-port": free_port(),
             "metrics-export-port": port,
             "min-worker-port": 0,  # any free ports, for the nodes share one address
             "max-worker-port": 0,
@@ -251,17 +252,6 @@ class LocalCluster:
             if path.name != "logs":
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
         return len(leaders)
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _answers(url: str) -> bool:

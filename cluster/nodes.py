@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import socket
 import sys
 import time
 import uuid
@@ -10,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from cluster.servers import free_port
 
 Result = TypeVar("Result")
 HEAD_RESOURCE = "node:__internal_head__"
@@ -142,9 +143,7 @@ def all_reduce_bandwidth(there: list[Node], megabytes: int, timeout: float) -> f
 
 
 def _free_address(node: Node) -> str:
-    with socket.socket() as server:
-        server.bind((node.address, 0))
-        return f"tcp://{node.address}:{server.getsockname()[1]}"
+    return f"tcp://{node.address}:{free_port(node.address)}"
 
 
 @contextlib.contextmanager

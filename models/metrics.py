@@ -429,37 +429,6 @@ def kid_scores(reference: Array, samples: Array) -> Array:
     return value + 2 * (witness - witness.mean())
 
 
-def kid_subsets(
-    reference: Array,
-    samples: Array,
-    num_subsets: int = 100,
-    subset_size: int = 1000,
-    seed: int = 2020,
-) -> tuple[float, float]:
-    """Mean and standard deviation over random subsets, as torch-fidelity defines KID; for parity only.
-
-    The deviation is that of single subsets, not the error of the mean. Raises ValueError where a set is
-    smaller than a subset.
-    """
-    check_features(reference, samples)
-    if min(len(samples), len(reference)) < subset_size:
-        raise ValueError(f"subset_size={subset_size} exceeds {len(samples)} samples or {len(reference)} references")
-    rng = np.random.RandomState(seed)  # numpy's old generator, since the published protocol is defined by it
-    values = []
-    for _ in range(num_subsets):
-        x = np.asarray(samples[rng.choice(len(samples), subset_size, replace=False)], np.float64)
-        y = np.asarray(reference[rng.choice(len(reference), subset_size, replace=False)], np.float64)
-        within = sum((k.sum(1) - np.diagonal(k)).sum() for k in (_published_kernel(x, x), _published_kernel(y, y)))
-        across = _published_kernel(x, y).sum(0).sum()
-        values.append(within / (subset_size * (subset_size - 1)) - 2 * across / subset_size**2)
-    return float(np.mean(values)), float(np.std(values))
-
-
-def _published_kernel(x: Array, y: Array) -> Array:
-    """`polynomial_kernel` rounded as torch-fidelity rounds it: where features are large the last bits matter."""
-    return (x @ y.T / x.shape[1] + 1) ** 3
-
-
 def _row_blocks(features: Array) -> Iterator[Array]:
     for start in range(0, len(features), BLOCK):
         yield np.asarray(features[start : start + BLOCK], np.float64)

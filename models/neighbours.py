@@ -153,11 +153,6 @@ def balls_holding(points: Array, centres: Array, radii: Array, strict: bool = Fa
     return counts
 
 
-def any_ball_holds(points: Array, centres: Array, radii: Array) -> Mask:
-    """[N] whether at least one ball holds each point, its surface included."""
-    return balls_holding(points, centres, radii) > 0
-
-
 def pairs_in_balls(
     points: Array, centres: Array, block: "Block", radii: Array, strict: bool = False
 ) -> tuple[Indices, Indices]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+import cluster.servers
 from tests import servers
 from tests.chaos.proxy import Proxy
 from tests.small_world import build
@@ -19,7 +20,7 @@ os.environ.update(AWS_EC2_METADATA_DISABLED="true", MLFLOW_DISABLE_TELEMETRY="tr
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """The endpoint of an S3 server; the standard AWS variables point at it for the rest of the session."""
-    with servers.s3_server() as endpoint, servers.environment(AWS_ENDPOINT_URL=endpoint, **servers.S3_SETTINGS):
+    with cluster.servers.s3_server() as endpoint, servers.environment(AWS_ENDPOINT_URL=endpoint, **servers.S3_SETTINGS):
         yield endpoint
 
 

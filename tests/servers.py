@@ -3,11 +3,11 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
+
+from cluster.servers import free_port, wait_until_listening
 
 S3_SETTINGS = {
     "AWS_ACCESS_KEY_ID": "test-access-key",
@@ -15,27 +15,6 @@ S3_SETTINGS = {
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
-
-
-def free_port() -> int:
-    """A TCP port on which nothing listens at this moment."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
-@contextlib.contextmanager
-def s3_server() -> Iterator[str]:
-    """The endpoint of an S3 server that forgets everything at the end; S3_SETTINGS are for its clients."""
-    port = free_port()
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        wait_until_listening(port, server)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(timeout=10)
 
 
 @contextlib.contextmanager
@@ -75,16 +54,3 @@ def environment(**settings: str) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-def wait_until_listening(port: int, server: subprocess.Popen, seconds: float = 30) -> None:
-    """Return once the server takes connections; RuntimeError where it ends, or takes too long."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            raise RuntimeError(f"{server.args!r} ended with code {server.returncode}")
-        with socket.socket() as client:
-            if client.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.05)
-    raise RuntimeError(f"{server.args!r} did not listen on port {port} within {seconds:g} s")

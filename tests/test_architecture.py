@@ -1,4 +1,4 @@
-"""The house's one rule: which room may import which (imports inside functions included)."""
+"""The architecture: which package may import which (imports inside functions included), and one plan for each."""
 
 import ast
 import re
@@ -10,30 +10,80 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("models", "cluster", "orchestrator", "jobs")
 FORBIDDEN = {
     "models": {"ray", "orchestrator", "cluster", "jobs", "fsspec", "s3fs", "pyarrow", "mlflow"},
     "orchestrator": {"ray", "jobs"},
     "cluster": {"models", "orchestrator", "jobs", "mlflow"},
     "jobs": {"ray", "torch", "models", "cluster", "mlflow"},
 }
+WORKFLOWS = sorted(path.parent.name for path in (ROOT / "orchestrator").glob("*/__init__.py"))
 
 
-def imported_names(source: str) -> Iterator[str]:
-    """Top-level names of all imports in a module, wherever they stand."""
+def imported_modules(source: str) -> Iterator[str]:
+    """Yield the dotted names that a module imports, wherever the imports stand; `from a import b` gives a and a.b."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            yield node.module.split(".")[0]
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("room", FORBIDDEN)
-def test_rooms_import_only_downwards(room: str) -> None:
-    modules = sorted((ROOT / room).rglob("*.py"))
-    assert modules, f"{room}/ has no modules"
+def imported_names(source: str) -> set[str]:
+    """Return the top-level names of all imports."""
+    return {name.split(".")[0] for name in imported_modules(source)}
+
+
+def part_of(path: Path) -> str:
+    """Return the part of the architecture that a file belongs to: a package, or a module of orchestrator/ itself."""
+    names = path.relative_to(ROOT).with_suffix("").parts
+    return names[0] if names[0] != "orchestrator" else "/".join(names[:2])
+
+
+def arrows() -> dict[str, set[str]]:
+    """Return for each part of the architecture the parts that it imports."""
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py") if path.name != "__init__.py"]
+    part_by_module = {".".join(path.relative_to(ROOT).with_suffix("").parts): part_of(path) for path in files}
+    found: dict[str, set[str]] = {part_of(path): set() for path in files}
+    for path in files:
+        found[part_of(path)] |= {
+            part_by_module[name] for name in imported_modules(path.read_text()) if name in part_by_module
+        }
+    return {part: imported - {part} for part, imported in found.items()}
+
+
+def floors(imports: dict[str, set[str]]) -> dict[str, int]:
+    """Return how high each part stands above what it imports; RecursionError where imports go in a circle."""
+    known: dict[str, int] = {}
+
+    def floor(part: str) -> int:
+        if part not in known:
+            known[part] = 1 + max(map(floor, imports[part]), default=0)
+        return known[part]
+
+    return {part: floor(part) for part in imports}
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_packages_import_only_downwards(package: str) -> None:
+    modules = sorted((ROOT / package).rglob("*.py"))
+    assert modules, f"{package}/ has no modules"
     for module in modules:
-        wrong = FORBIDDEN[room] & set(imported_names(module.read_text()))
+        wrong = FORBIDDEN[package] & imported_names(module.read_text())
         assert not wrong, f"{module.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    heights = floors(arrows())
+    assert heights["models"] == heights["cluster"] == 1, "neither knows the rest"
+    assert max(heights, key=lambda part: heights[part]) == "jobs"
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS)
+def test_every_package_has_the_same_plan(workflow: str) -> None:
+    for name in ("config.py", "presets.py", "job.py"):
+        assert (ROOT / "orchestrator" / workflow / name).exists(), f"orchestrator/{workflow} has no {name}"
 
 
 def test_models_touch_no_files() -> None:
@@ -43,18 +93,35 @@ def test_models_touch_no_files() -> None:
         assert "open" not in calls, f"{module.relative_to(ROOT)} opens a file"
 
 
-def test_the_rule_sees_imports_inside_functions() -> None:
-    assert set(imported_names("def f():\n    import ray.train\n    from cluster.workers import pool")) == {
-        "ray",
-        "cluster",
-    }
+def test_imports_inside_functions_are_seen() -> None:
+    source = "def f():\n    import ray.train\n    from cluster.workers import pool"
+    assert imported_names(source) == {"ray", "cluster"}
+    assert "cluster.workers" in set(imported_modules(source))
+
+
+def test_a_circle_is_found() -> None:
+    with pytest.raises(RecursionError):
+        floors({"a": {"b"}, "b": {"a"}})
 
 
 def test_dependencies_are_what_is_imported() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     names = {re.split(r"[\[<>=]", requirement)[0] for requirement in declared}
     modules = {{"pillow": "PIL", "scikit-learn": "sklearn", "pyyaml": "yaml"}.get(name, name) for name in names}
-    rooms = [module for room in FORBIDDEN for module in (ROOT / room).rglob("*.py")]
-    imported = {name for module in rooms for name in imported_names(module.read_text())}
+    files = [module for package in PACKAGES for module in (ROOT / package).rglob("*.py")]
+    imported = set().union(*(imported_names(module.read_text()) for module in files))
     behind = {"s3fs"}  # fsspec imports it for s3://
     assert modules - behind == imported - set(sys.stdlib_module_names) - set(FORBIDDEN)
+
+
+def main() -> None:
+    """Print the parts of the architecture, the highest first, with what each imports."""
+    imports = arrows()
+    heights = floors(imports)
+    for part in sorted(imports, key=lambda part: (-heights[part], part)):
+        print(f"{heights[part]:2}  {part:24} -> {', '.join(sorted(imports[part])) or 'nothing'}")
+    print(f"{len(imports)} parts, {sum(map(len, imports.values()))} arrows, none upwards, no circle")
+
+
+if __name__ == "__main__":
+    main()

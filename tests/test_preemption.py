@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import free_port
+from cluster.servers import free_port
 from tests.submission import BIN, ROOT, quiet_environment
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

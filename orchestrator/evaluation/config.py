@@ -14,10 +14,7 @@ class EvaluationConfig(JobConfig):
     output: str  # the evaluation's folder
     extractor: str = "digits"  # inception, efficientnet, digits, or one's own as package.module.name
     extractor_weights: str | None = None  # inception's file; None: its released name in the store's extractors/
-    extractor_seed: int = Field(7, ge=0)  # of the digits network: its weights and its own split
     image_size: int | None = Field(None, gt=0)  # pixels of the reference's images, and of image files; None: samples'
-    neighbour_samples: int = Field(50_000, gt=3)  # at most so many serve precision and the like, as in ADM
-    neighbour_references: int = Field(10_000, gt=5)  # at most so many reference images likewise
     num_memorization_samples: int = Field(1_000, ge=0)  # compared with every training image pixel by pixel
     num_workers: int = Field(1, ge=0)  # feature workers; 0 = in this process, without Ray
     num_gpus: float = Field(0.0, ge=0)  # GPUs for each feature worker

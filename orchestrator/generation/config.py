@@ -35,8 +35,7 @@ class GenerationConfig(JobConfig):
     batch_size: int = Field(0, ge=0)  # canonical batch B: index i always runs in batch floor(i/B); 0 = probed once
     shard_size: int = Field(512, gt=0)  # images in a shard, a multiple of B
     indices: tuple[int, ...] = ()  # regenerate only these, into regenerated/, and compare them with the folder's
-    export: Literal["npz", "png"] | None = None  # when all are there: the published file, or a folder of pictures
-    export_to: str | None = None  # where the export goes; None = samples.npz or png/ in the folder
+    export: Literal["npz", "png"] | None = None  # when all are there: samples.npz as published, or png/, in the folder
     num_workers: int = Field(1, ge=0)  # sampling workers; 0 = in this process, without Ray
     num_gpus: float = Field(0.0, ge=0)  # GPUs for each worker
     num_threads: int = Field(1, gt=0)  # CPU threads of each worker

@@ -176,11 +176,10 @@ def regenerate(config: GenerationConfig) -> None:
 
 
 def _export(config: GenerationConfig, folder: str) -> str:
-    name = "samples.npz" if config.export == "npz" else "png"
-    target = config.path(config.export_to) if config.export_to else storage.join(folder, name)
-    if config.export_to and folder != folders_of(config)[0]:  # the second stage's beside the first's
-        target = f"{target.removesuffix('.npz')}-upsampled{'.npz' if config.export == 'npz' else ''}"
-    (export_npz if config.export == "npz" else export_png)(folder, target)
+    if config.export == "npz":
+        export_npz(folder, target := storage.join(folder, "samples.npz"))
+    else:
+        export_png(folder, target := storage.join(folder, "png"))
     return target
 
 

@@ -32,7 +32,7 @@ NEARLY = 0.95  # a batch is as fast as the fastest from this share of its rate o
 # Where something lies, and how many hands make it, decides no pixel. Weights count by their hashes.
 _OPERATIONAL = {
     "store", "dry_run", "output", "weights", "ema", "classifier", "upsampler", "recipe", "from_search", "indices",
-    "export", "export_to", "num_workers", "num_gpus", "num_threads", "mixed_platforms",
+    "export", "num_workers", "num_gpus", "num_threads", "mixed_platforms",
     "cost",
 }  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from cluster.servers import s3_server
 from cluster.session import address, session
 from orchestrator import storage
 from orchestrator.quickstart.config import QuickstartConfig
@@ -139,31 +139,13 @@ def _resident(root: psutil.Process) -> int:
 
 @contextlib.contextmanager
 def _local_s3() -> Iterator[str]:
-    """A bucket's URI on an S3 server of this machine, which ends with the context and forgets everything."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {
-        "AWS_ACCESS_KEY_ID": "quickstart",
-        "AWS_SECRET_ACCESS_KEY": "quickstart",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-    }
-    command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        _wait_for(port, server)
+    """Yield a bucket's URI on an S3 server of this machine, which ends with the context and forgets everything."""
+    with s3_server() as endpoint:
+        os.environ |= {
+            "AWS_ACCESS_KEY_ID": "quickstart",
+            "AWS_SECRET_ACCESS_KEY": "quickstart",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": endpoint,
+        }
         storage.make_bucket(f"s3://{BUCKET}")
         yield f"s3://{BUCKET}/quickstart"
-    finally:
-        server.terminate()
-        server.wait(timeout=10)
-
-
-def _wait_for(port: int, server: subprocess.Popen, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and server.poll() is None:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return
-        time.sleep(0.1)
-    raise RuntimeError("the local S3 server did not start; `make setup` installs it (package moto)")

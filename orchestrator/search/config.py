@@ -59,8 +59,6 @@ class SearchConfig(JobConfig):
     compile: bool = False  # torch.compile the networks: slower to start, faster on long searches
     extractor: str = "digits"  # inception, efficientnet, digits, or one's own as package.module.name
     extractor_weights: str | None = None  # inception's file; None: its released name in the store's extractors/
-    extractor_seed: int = Field(7, ge=0)  # of the digits network
-    neighbour_references: int = Field(10_000, gt=5)  # at most so many reference images serve metrics of pairs
     num_workers: int = Field(1, ge=0)  # sampling workers, shared by all trials; 0 = in this process, without Ray
     num_gpus: float = Field(0.0, ge=0)  # GPUs for each worker
     num_threads: int = Field(1, gt=0)  # CPU threads of each worker
@@ -116,7 +114,7 @@ class SearchConfig(JobConfig):
         dataset = None if self.reference.endswith(".npz") else self.path(self.reference)
         weights = self.path(self.extractor_weights) if self.extractor_weights else None
         folder = self.path("extractors")
-        return extractor_loader(self.extractor, weights, dataset, folder, self.extractor_seed, image_size)
+        return extractor_loader(self.extractor, weights, dataset, folder, image_size)
 
 
 def space_of(config: SearchConfig, num_timesteps: int) -> Space:

@@ -21,7 +21,7 @@ from models.paired_tests import KID_ROWS
 from orchestrator import storage
 from orchestrator.evaluation.extraction import EXTRACTOR_BATCH, ArrayName, Labelled, chosen, concatenate
 from orchestrator.evaluation.extractors import CPU
-from orchestrator.evaluation.measurement import NEIGHBOURS
+from orchestrator.evaluation.measurement import NEIGHBOURS, Limits
 from orchestrator.evaluation.metrics import Comparison, Rows, describe, measure
 from orchestrator.evaluation.references import Reference, open_reference
 from orchestrator.generation.worker import SamplingWorker
@@ -169,7 +169,7 @@ def _held(config: SearchConfig, image_size: int) -> Held:
     """The same in memory, which a process of trials keeps from one to the next."""
     found, name = reference_of(config, image_size, num_workers=0)
     assert found.files is not None
-    rows = chosen(found.files.count, config.neighbour_references)
+    rows = chosen(found.files.count, Limits.references)
     spatial = found.files.array("spatial", rows) if "spatial" in found.statistics else None
     return Held(name, found.statistics, Features(found.files.pool(rows), spatial), len(found.classes))
 

@@ -28,6 +28,7 @@ import tyro
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from cluster.servers import s3_server
 from cluster.session import session
 from orchestrator import storage
 from orchestrator.data.crops import center_crop
@@ -99,7 +100,7 @@ def _folder(options: Options) -> Iterator[str]:
         with tempfile.TemporaryDirectory() as folder:
             yield folder
     else:
-        with servers.s3_server() as endpoint, servers.environment(AWS_ENDPOINT_URL=endpoint, **servers.S3_SETTINGS):
+        with s3_server() as endpoint, servers.environment(AWS_ENDPOINT_URL=endpoint, **servers.S3_SETTINGS):
             storage.make_bucket("s3://speed")
             yield "s3://speed"
 

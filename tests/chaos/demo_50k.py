@@ -13,7 +13,6 @@ import csv
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ import numpy as np
 import psutil
 import tyro
 
+from cluster.servers import s3_server
 from cluster.session import address, session
 from orchestrator import storage
 from orchestrator.generation.samples import list_shards, read_rows
@@ -229,29 +229,17 @@ def train(demo: Demo) -> Demo:
 
 
 @contextlib.contextmanager
-def s3_server() -> Iterator[str]:
+def bucket_on_local_s3() -> Iterator[str]:
     """A bucket on an S3 server of this machine, spoken to over HTTP; the server ends with the context."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "demo",
-        "AWS_SECRET_ACCESS_KEY": "demo",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while server.poll() is None:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-                break
-            time.sleep(0.1)
+    with s3_server() as endpoint:
+        os.environ |= {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": "demo",
+            "AWS_SECRET_ACCESS_KEY": "demo",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
         storage.make_bucket("s3://demo")
         yield "s3://demo"
-    finally:
-        server.terminate()
-        server.wait(timeout=10)
 
 
 def main(demo: Demo) -> int:
@@ -260,7 +248,7 @@ def main(demo: Demo) -> int:
     os.makedirs(demo.folder, exist_ok=True)
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{demo.folder}/mlflow.db"
     begun = time.monotonic()
-    with s3_server() as bucket, session(4):
+    with bucket_on_local_s3() as bucket, session(4):
         os.environ["RAY_ADDRESS"] = address()
         demo = train(demo)
         result = demonstrate(demo, bucket)

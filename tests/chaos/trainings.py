@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
+from cluster.servers import s3_server
 from jobs.command_line import parse
 from orchestrator import storage
 from orchestrator.data.job import prepare
@@ -39,7 +40,7 @@ class Ground(NamedTuple):
 def ground(seed: int) -> Iterator[Ground]:
     """An S3 server, a fault proxy before it, and a bucket that holds the digits."""
     with contextlib.ExitStack() as stack:
-        endpoint = stack.enter_context(servers.s3_server())
+        endpoint = stack.enter_context(s3_server())
         proxy = Proxy(endpoint, seed)
         stack.callback(proxy.close)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="admiral-chaos-"))

@@ -29,7 +29,6 @@ from models.metrics import (
     influence_scores,
     kid,
     kid_scores,
-    kid_subsets,
     mean_estimate,
     merge,
     merge_in_order,
@@ -409,8 +408,6 @@ def test_kernel_distance_is_the_mean_over_all_pairs() -> None:
 def test_kernel_distance_says_what_is_too_small() -> None:
     with pytest.raises(ValueError, match="1 samples"):
         kid(np.zeros((5, 2)), np.zeros((1, 2)))
-    with pytest.raises(ValueError, match="subset_size=1000"):
-        kid_subsets(np.zeros((50, 2)), np.zeros((50, 2)))
 
 
 def test_vendi_counts_distinct_samples() -> None:

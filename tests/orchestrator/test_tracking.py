@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from cluster.servers import free_port
 from orchestrator import tracking
 from orchestrator.config import JobConfig, tracking_uri
 from orchestrator.tracking import metric_history, tracked
@@ -131,7 +132,7 @@ def test_nothing_is_stored_twice_where_answers_are_lost(proxy: Proxy, tmp_path: 
 
 @pytest.mark.slow
 def test_a_server_that_is_killed_and_comes_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    port = servers.free_port()
+    port = free_port()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.5)
     calls, step = [], 0

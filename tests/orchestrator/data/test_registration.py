@@ -84,7 +84,7 @@ def test_sorted_row_groups_are_measured_and_warned_of(tmp_path: Path, caplog: py
         if name == "sorted":
             found = findings["train_row_groups_sorted_by_class"]
             assert found["count"] == 20 and "row group 0: labels 0 to 0" in found["examples"][0]
-            assert "20 row groups of train that are sorted by class of 20" in caplog.text
+            assert "20 train row groups sorted by class of 20" in caplog.text
         else:
             assert findings == {} and caplog.text == ""
 
@@ -93,7 +93,7 @@ def test_a_split_without_labels_is_refused_for_class_conditional_work(tmp_path: 
     source = write_parquet(str(tmp_path / "public"), SHUFFLED, classes=CLASSES)
     write_parquet(source, SHUFFLED[:40], file="test-00000-of-00001.parquet", classes=CLASSES, label=lambda _: -1)
     manifest = prepare(config(tmp_path, source))
-    assert manifest.unlabelled == ("test",) and report(manifest)["images of test without labels"]["count"] == 40
+    assert manifest.unlabelled == ("test",) and report(manifest)["test_images_without_labels"]["count"] == 40
     manifest.check("train", 16, "random", conditional=True)
     manifest.check("test", 16, "random")
     with pytest.raises(ValueError, match=r"split 'test' of dataset 'public' has no labels \(-1\)"):
@@ -143,7 +143,7 @@ def test_a_copy_is_shuffled(resolution: int | None, tmp_path: Path, monkeypatch:
     assert "reads" in plan(wanted) and not Path(tmp_path, "out").exists()
     manifest = prepare(wanted)
     assert manifest.registered is None and manifest.num_samples("train") == 180 and "test" not in manifest.splits
-    assert report(manifest)["images of test without labels, left out"]["count"] == 9
+    assert report(manifest)["test_images_without_labels"]["count"] == 9
     assert not storage.exists(storage.join(manifest.folder, "staged"))
     rows = table(manifest, "train")
     numbers = [int(key.rsplit("/", 1)[1]) for key in rows["key"]]

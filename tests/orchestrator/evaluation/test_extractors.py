@@ -20,7 +20,7 @@ from tests.orchestrator.evaluation.golden_inception import GOLDEN, write_weights
 
 
 def load(name: str, weights: str | None = None, dataset: str | None = None) -> extractors.LoadedExtractor:
-    return extractor_loader(name, weights, dataset, "/nowhere/extractors", seed=7, image_size=8)(CPU)
+    return extractor_loader(name, weights, dataset, "/nowhere/extractors", image_size=8)(CPU)
 
 
 def test_without_its_weights_inception_says_which_file_and_where() -> None:

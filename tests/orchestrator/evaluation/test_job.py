@@ -83,7 +83,7 @@ def test_noise_is_measured_by_the_digits_network(store: str, capsys: pytest.Capt
     )
     assert list(content["per_class"]) == [str(digit) for digit in range(10)]
     assert len(content["nearest_training_image"]["samples"]) == len(content["nearest_training_image"]["held_out"]) == 50
-    assert content["reproduce"]["config"]["extractor_seed"] == 7 and content["reproduce"]["command"].startswith(
+    assert content["reproduce"]["config"]["extractor"] == "digits" and content["reproduce"]["command"].startswith(
         "python "
     )
     printed = capsys.readouterr().out

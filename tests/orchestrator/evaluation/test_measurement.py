@@ -17,7 +17,7 @@ from orchestrator.evaluation.references import Reference
 from tests.orchestrator.evaluation.test_metrics import compare
 
 TOY = partial(own_extractor, "tests.orchestrator.evaluation.toy_extractor.ToyExtractor")
-LIMITS = Limits(samples=50_000, references=10_000)
+LIMITS = Limits()
 
 
 def test_subsets_are_drawn_over_all_classes() -> None:
