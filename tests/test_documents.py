@@ -175,7 +175,7 @@ def test_the_tutorial_ends_with_a_grid_and_a_page(tmp_path: Path) -> None:
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-3000:]
     store = tmp_path / "admiral-tutorial"
-    assert "<img" in (store / "folder/evaluation/report.html").read_text()
-    assert len(list((store / "folder/samples/png").iterdir())) == 600
-    assert (store / "folder/samples/samples.png").exists(), "the grid"
+    assert "<img" in (store / "images/evaluation/report.html").read_text()
+    assert len(list((store / "images/samples/png").iterdir())) == 600
+    assert (store / "images/samples/samples.png").exists(), "the grid"
     assert list((store / "parity/diffusion/weights").glob("*.safetensors"))

@@ -142,7 +142,7 @@ def test_batches_of_class_sorted_input_are_mixed(tmp_path: Path) -> None:
 
 
 def test_unshuffled_shards_would_fail_that_test(tmp_path: Path) -> None:
-    """An adopted set that is sorted by class: the same statistic tells."""
+    """A registered set that is sorted by class: the same statistic tells."""
     source = layouts.write_parquet(str(tmp_path / "sorted"), pictures(170), rows=32)
     manifest = prepare(three(tmp_path, source))
     order = OrderPlan(manifest.row_group_sizes("train"), 32, OrderConfig(num_streams=4, shuffle_row_groups=1))

@@ -1,4 +1,4 @@
-"""Parquet in the public ImageNet layout is adopted from its footers, and says what is wrong with it."""
+"""Parquet in the public ImageNet layout is registered from its footers, and says what is wrong with it."""
 
 import logging
 from itertools import islice

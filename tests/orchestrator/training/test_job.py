@@ -98,7 +98,7 @@ def test_a_checkpoint_of_another_state_is_refused(store: str) -> None:
     run = learning.path("learning")
     for changes in ({"timesteps": "uniform"}, {"diffusion": DiffusionConfig(schedule="cosine", num_timesteps=500)}):
         other = TrainingState(learning.model_copy(update=changes), torch.device("cpu"))
-        with pytest.raises(ValueError, match=r"has timesteps\.counts \(1000,\): not this model's"):
+        with pytest.raises(ValueError, match=r"has timesteps\.(counts|history) \(1000.*: not this model's"):
             other.restore(run, Group(0, 1))
     train_loop(adm(store, "uniform"), context(1))
     with pytest.raises(ValueError, match=r"lacks timesteps\.counts, which this model has"):
