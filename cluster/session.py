@@ -50,9 +50,9 @@ def is_submitted() -> bool:
 
 @contextlib.contextmanager
 def session(
-    wanted_cpus: float = 0,
+    num_cpus: float = 0,
     object_store_memory: int = 300 << 20,
-    wanted_gpus: float = 0,
+    num_gpus: float = 0,
     shared: Iterable[str] = (),
 ) -> Iterator[None]:
     """Connect to Ray, or start a local cluster, and check that it can run the job; with 0 CPUs Ray is not used.
@@ -68,7 +68,7 @@ def session(
         RuntimeError: this machine alone has fewer GPUs than are wanted.
         ValueError: one of `shared` is a file or a folder of one machine, and the cluster has several.
     """
-    if not wanted_cpus:
+    if not num_cpus:
         yield
         return
     for name, value in (QUIET_ENVIRONMENT | ({} if "RAY_ADDRESS" in os.environ else LOCAL_ENVIRONMENT)).items():
@@ -87,14 +87,14 @@ def session(
         secrets = {}  # our own workers inherit them
         options |= {
             "address": "local",  # else it joins any cluster that `ray start` left its mark of on this machine
-            "num_cpus": max(math.ceil(wanted_cpus), os.cpu_count() or 1),
+            "num_cpus": max(math.ceil(num_cpus), os.cpu_count() or 1),
             "object_store_memory": object_store_memory,
             "include_dashboard": False,
         }
     keeper = {KEEPER: f"keeper-{uuid.uuid4().hex}"} if secrets else {}
     ray.init(runtime_env={"env_vars": _forwarded_environment() | keeper}, **options)
     kept = _keep(secrets, keeper[KEEPER]) if secrets else None
-    for kind, wanted in {"CPU": wanted_cpus, "GPU": wanted_gpus}.items():
+    for kind, wanted in {"CPU": num_cpus, "GPU": num_gpus}.items():
         if (there := ray.cluster_resources().get(kind, 0)) < wanted and alone:
             ray.shutdown()
             advice = "ask for less, or submit it to a cluster"

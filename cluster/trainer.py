@@ -187,8 +187,8 @@ def _enter(config: dict[str, Any]) -> None:
 
     context = ray.train.get_context()
     relay = config["relay"]
-    for room in ("cluster", "orchestrator"):
-        logging.getLogger(room).addHandler(_ToDriver(relay))
+    for package in ("cluster", "orchestrator"):
+        logging.getLogger(package).addHandler(_ToDriver(relay))
     try:
         config["loop"](
             WorkerContext(

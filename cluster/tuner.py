@@ -8,15 +8,15 @@ from typing import Any, Generic, TypeVar
 from ray import tune
 from ray.tune.search import Searcher
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 Job = TypeVar("Job")
 Outcome = TypeVar("Outcome")
-Rounds = Generator[list[Job], list[Outcome], Answer]
+Rounds = Generator[list[Job], list[Outcome], Result]
 
 DEATHS = 5  # of the process or the node of one trial, after which the rounds end
 
 
-def run_rounds(work: Callable[[Job], Outcome], rounds: Rounds[Job, Outcome, Answer], max_concurrent: int) -> Answer:
+def run_rounds(work: Callable[[Job], Outcome], rounds: Rounds[Job, Outcome, Result], max_concurrent: int) -> Result:
     """Run every job that `rounds` yields as a trial of its own; send it the outcomes in the jobs' order.
 
     `rounds` runs in this process and holds all state; nothing of Tune's is kept. A job takes next to nothing for
@@ -51,12 +51,12 @@ def run_rounds(work: Callable[[Job], Outcome], rounds: Rounds[Job, Outcome, Answ
             raise proposer.error
         if grid.errors:
             raise RuntimeError(str(grid.errors[0]).strip().splitlines()[-1])
-    if not proposer.answers:
+    if not proposer.results:
         raise KeyboardInterrupt
-    return proposer.answers[0]
+    return proposer.results[0]
 
 
-def _run_here(work: Callable[[Job], Outcome], rounds: Rounds[Job, Outcome, Answer]) -> Answer:
+def _run_here(work: Callable[[Job], Outcome], rounds: Rounds[Job, Outcome, Result]) -> Result:
     try:
         jobs = next(rounds)
         while True:
@@ -65,17 +65,17 @@ def _run_here(work: Callable[[Job], Outcome], rounds: Rounds[Job, Outcome, Answe
         return end.value
 
 
-class _Proposer(Searcher, Generic[Job, Outcome, Answer]):
+class _Proposer(Searcher, Generic[Job, Outcome, Result]):
     """What Tune asks for the next trial, and tells of finished ones."""
 
-    def __init__(self, rounds: Rounds[Job, Outcome, Answer], max_concurrent: int) -> None:
+    def __init__(self, rounds: Rounds[Job, Outcome, Result], max_concurrent: int) -> None:
         super().__init__()
         self._rounds, self._max_concurrent = rounds, max_concurrent
         self._waiting: deque[tuple[int, Job]] = deque()
         self._running: dict[str, int] = {}
         self._outcomes: dict[int, Outcome] | None = None  # of this round, by the job's number
         self._failed = False
-        self.answers: list[Answer] = []
+        self.results: list[Result] = []
         self.error: Exception | None = None
 
     def suggest(self, trial_id: str) -> Any:
@@ -85,7 +85,7 @@ class _Proposer(Searcher, Generic[Job, Outcome, Answer]):
             try:
                 self._next_round()
             except StopIteration as end:
-                self.answers.append(end.value)
+                self.results.append(end.value)
                 return self.FINISHED
             except Exception as error:  # noqa: BLE001 - raised again by `run_rounds`, outside of Tune's loop
                 self.error = error

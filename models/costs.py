@@ -41,6 +41,11 @@ def training_flops(config: Architecture) -> float:
     return 3 * 2.0 * forward_multiply_adds(config)
 
 
+def training_state_bytes(config: Architecture, averages: int) -> int:
+    """Return the bytes of weights, AdamW's two moments and `averages` averages of the weights, all float32."""
+    return 4 * count_parameters(config) * (3 + averages)
+
+
 class Evaluations(NamedTuple):
     """Network evaluations that one image takes."""
 

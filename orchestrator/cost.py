@@ -18,6 +18,7 @@ from models.costs import (
     peak_memory,
     sampling_flops,
     training_flops,
+    training_state_bytes,
 )
 from models.features import Extractor
 from models.unet import Architecture
@@ -82,9 +83,8 @@ class Cost(NamedTuple):
 
 def training_cost(network: Architecture, images: int, batch: int, averages: int, half: bool) -> Cost:
     """Training on `images` images, `batch` at a time on each GPU, with `averages` averages of the weights."""
-    weights = 4 * count_parameters(network)
     memory = {
-        f"weights, AdamW and {averages} average(s)": weights * (3 + averages),
+        f"weights, AdamW and {averages} average(s)": training_state_bytes(network, averages),
         f"activations and gradients of {batch} images": peak_memory(network, "training", batch, half),
     }
     known = CLASSIFIER_TRAINING if network.kind == "classifier" else TRAINING

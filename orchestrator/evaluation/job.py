@@ -43,7 +43,7 @@ def evaluate(config: EvaluationConfig) -> str:
         print(f"{output} is complete: {images.count:,} samples measured")
         return report_uri
     with (
-        session(config.num_workers, wanted_gpus=config.num_workers * config.num_gpus, shared=config.shared),
+        session(config.num_workers, num_gpus=config.num_workers * config.num_gpus, shared=config.shared),
         tracked("evaluate", config, output) as tracker,
     ):
         folder = storage.join(output if images.kind != "samples" else images.uri, "features")

@@ -105,7 +105,7 @@ def estimate(config: LikelihoodConfig) -> str:
     with (
         session(
             config.num_workers * config.num_threads,
-            wanted_gpus=config.num_workers * config.num_gpus,
+            num_gpus=config.num_workers * config.num_gpus,
             shared=config.shared,
         ),
         tracked("likelihood", config, output) as tracker,

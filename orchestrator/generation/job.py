@@ -87,7 +87,7 @@ def _make_missing(config: GenerationConfig, folders: list[str]) -> None:
     with (
         session(
             config.num_workers * config.num_threads,
-            wanted_gpus=config.num_workers * config.num_gpus,
+            num_gpus=config.num_workers * config.num_gpus,
             shared=config.shared,
         ),
         tracked("generate", config, folders[0]) as tracker,

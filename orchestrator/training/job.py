@@ -17,7 +17,7 @@ from cluster.collectives import Group
 from cluster.session import session
 from cluster.trainer import WorkerContext, run_workers
 from cluster.watchdog import Watchdog
-from models.costs import count_parameters
+from models.costs import count_parameters, training_state_bytes
 from models.diffusion import LossSecondMomentTimesteps
 from orchestrator import storage
 from orchestrator.config import check_or_write_config
@@ -69,7 +69,7 @@ def train(config: Config) -> str:
     with (
         session(
             config.num_workers * (config.num_threads + CPUS_OF_DATA),
-            wanted_gpus=config.num_workers * config.num_gpus,
+            num_gpus=config.num_workers * config.num_gpus,
             shared=config.shared,
         ),
         tracked(config.job, config, run) as tracker,
@@ -121,7 +121,7 @@ def plan(config: Config) -> str:
             f"reads   {config.path(config.dataset)}: {manifest.num_samples('train'):,} images",
             *([f"starts  from {first}{'' if storage.exists(first) else ', not there yet'}"] if first else []),
             f"writes  {config.path(config.output)}: weights, and a checkpoint of "
-            f"{4 * parameters * (3 + averages) / 2**30:.2f} GiB every {config.checkpoint_every:,} images",
+            f"{training_state_bytes(config.model, averages) / 2**30:.2f} GiB every {config.checkpoint_every:,} images",
             f"network {parameters:,} parameters, {config.model.num_classes or 'no'} classes",
             f"length  {config.total_images:,} images = {config.length // config.batch_size:,} steps of "
             f"{config.batch_size}, {config.total_images / order.images_per_epoch:.1f} epochs of "

@@ -51,7 +51,7 @@ def test_workers_of_our_own_ray_inherit_them(ray_session: None) -> None:
 
 
 def test_too_few_gpus_are_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    command = [sys.executable, "-c", "from cluster.session import session\nwith session(1, wanted_gpus=4): pass"]
+    command = [sys.executable, "-c", "from cluster.session import session\nwith session(1, num_gpus=4): pass"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert "RuntimeError: this machine has 0 GPUs and this job wants 4" in done.stderr

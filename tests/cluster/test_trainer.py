@@ -37,7 +37,7 @@ class Loop:
 
 
 @pytest.mark.ray
-def test_deaths_are_survived_while_there_is_progress_and_lasting_errors_end_at_once(
+def test_deaths_are_survived_while_there_is_progress_and_permanent_errors_end_at_once(
     ray_session: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     records: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Verdicts between models: right at few samples too, sure as they claim, and by paired differences."""
+"""Decisions between models: right at few samples too, sure as they claim, and by paired differences."""
 
 from itertools import pairwise
 
@@ -129,7 +129,7 @@ def test_a_tolerance_stops_what_is_surely_no_better() -> None:
 def test_scores_of_other_indices_are_refused() -> None:
     with pytest.raises(ValueError, match="same indices by the same criteria"):
         surely_worse(np.zeros((1, 5)), np.zeros((1, 6)), 0.05)
-    assert not surely_worse(np.zeros((0, 5)), np.zeros((0, 5)), 0.05), "no criterion, no verdict"
+    assert not surely_worse(np.zeros((0, 5)), np.zeros((0, 5)), 0.05), "no criterion, no decision"
 
 
 def test_inception_scores_are_free_of_bias() -> None:

@@ -14,7 +14,7 @@ class Config(JobConfig):
     num_workers: int = 1
 
 
-def test_the_same_config_claims_a_folder_again_and_another_is_refused(tmp_path: Path) -> None:
+def test_a_folder_takes_its_config_again_and_refuses_another(tmp_path: Path) -> None:
     check_or_write_config(str(tmp_path), Config(seed=1), weights="abc")
     check_or_write_config(str(tmp_path), Config(seed=1, num_workers=8, store="/elsewhere"), weights="abc")
     with pytest.raises(ValueError, match=r"seed: 1 there, 2 here"):

@@ -255,7 +255,7 @@ def test_an_unfit_source_leaves_no_folder(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     with pytest.raises(ValueError, match="holds no images"):
         prepare(three(tmp_path, str(tmp_path / "images")))
-    assert not Path(tmp_path, "out").exists(), "a folder is claimed only once the source is known to be fit"
+    assert not Path(tmp_path, "out").exists(), "a folder is written only once the source is known to be fit"
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.job import generate, make_generator, missing_shards, plan
 from orchestrator.generation.samples import Shard, check_shard, list_shards, pixel_hashes, read_range
 from orchestrator.generation.sampling import canonical_batch, fastest, load_networks
-from orchestrator.generation.worker import prepare_device
 from orchestrator.tracking import metric_history
 from orchestrator.weights.network import Network
 from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
@@ -292,10 +291,3 @@ def test_a_run_has_named_averages(store: str) -> None:
     assert hashes[None] == hashes["ema-0.9999"] != hashes["ema-0.99"]
     with pytest.raises(ValueError, match=r"has no weights 'ema-0\.5'; it has ema-0\.99, ema-0\.9999"):
         load_networks(config(store, "any", weights="run", ema="ema-0.5"), "cpu")
-
-
-def test_gpus_that_are_not_there_are_an_error(store: str) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    with pytest.raises(ValueError, match="sees no GPU"):
-        prepare_device(num_gpus=1.0)
