@@ -50,6 +50,8 @@ RENAMED = {
     "run": "weights",
     "classifier_images": "classifier_total_images",
     "steps": "num_steps",
+    "folder": "images",  # a preset, as is the next
+    "photographs": "images",
 }
 
 
