@@ -1,4 +1,4 @@
-"""Racing models against each other: which of several is surely worse, from scores of the same indices.
+"""Paired tests: which of several models is surely worse, from scores of the same indices.
 
 Scores are float64 [c, n]: a number for each of n indices, whose mean is a metric of which less is better, by each
 of c criteria that must agree. All models draw the same indices with the same labels and noise, so they are compared
@@ -102,12 +102,12 @@ def recall_criteria(reference: Array, samples: Array, k: int = 3) -> Array:
     return -(shares[-1] + influence)[None]
 
 
-# ------------------------------------------------------------------------------------------------ verdicts
+# ------------------------------------------------------------------------------------------------ decisions
 
 
 @dataclass(frozen=True)
 class ErrorBudget:
-    """The chance `alpha` of ever stopping the best model, shared by all looks at it and all its rivals.
+    """The family-wise error `alpha`, the chance of ever eliminating the best model, shared by all looks and all rivals.
 
     The best is wrongly stopped only if some rival seems surely better at some look. So a look at one pair may err
     with alpha / (looks x rivals), whatever the order of looks and however the rivals were chosen (Bonferroni).

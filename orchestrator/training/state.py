@@ -18,7 +18,7 @@ from orchestrator.training.config import Config, TrainingConfig
 
 MESSAGE_BYTES = 256 << 20  # of a restored state that travel to the other workers at once
 
-_FACTS = ("updates", "nonfinite_steps", "log2_loss_scale", "best_validation_position", "overfits")
+_FACTS = ("updates", "bad_steps", "log2_loss_scale", "best_validation_position", "overfits")
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class TrainingState:
         self.overfits = False  # since the best look the loss has surely risen
         self.position = 0  # images seen
         self.updates = 0  # steps that were not skipped
-        self.nonfinite_steps = 0  # steps skipped since the last good one
+        self.bad_steps = 0  # steps skipped since the last good one
         self.log2_loss_scale = config.loss_scale.initial if config.dtype == "float16" else 0.0
 
     @property
@@ -132,12 +132,12 @@ def take_step(config: TrainingConfig, state: TrainingState) -> float:
     begin, state.position = state.position, state.position + config.batch_size
     scaling = config.loss_scale
     if not math.isfinite(norm):
-        state.nonfinite_steps += 1
+        state.bad_steps += 1
         if config.dtype == "float16":
             state.log2_loss_scale = max(scaling.floor, state.log2_loss_scale - scaling.backoff)
-        if state.nonfinite_steps > config.max_nonfinite_steps:
+        if state.bad_steps > config.max_nonfinite_steps:
             raise ArithmeticError(
-                f"the gradient was not finite in {state.nonfinite_steps} steps in a row, at {begin:,} images: "
+                f"the gradient was not finite in {state.bad_steps} steps in a row, at {begin:,} images: "
                 "lower learning_rate, or look at the last images"
             )
         return norm
@@ -147,7 +147,7 @@ def take_step(config: TrainingConfig, state: TrainingState) -> float:
     for options in state.optimizer.param_groups:
         options["lr"] = learning_rate(config, begin)
     state.optimizer.step()
-    state.updates, state.nonfinite_steps = state.updates + 1, 0
+    state.updates, state.bad_steps = state.updates + 1, 0
     state.update_averages()
     if config.dtype == "float16":
         state.log2_loss_scale += scaling.growth

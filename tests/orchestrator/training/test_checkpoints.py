@@ -11,7 +11,7 @@ from tests.orchestrator.training.runs import newest_checkpoint
 
 
 def checkpoint(position: int) -> Checkpoint:
-    return Checkpoint(position, {"model.weight": torch.full((2, 3), float(position))}, {"nonfinite_steps": 1})
+    return Checkpoint(position, {"model.weight": torch.full((2, 3), float(position))}, {"bad_steps": 1})
 
 
 def test_the_newest_committed_checkpoint_comes_back(tmp_path: Path) -> None:
@@ -19,7 +19,7 @@ def test_the_newest_committed_checkpoint_comes_back(tmp_path: Path) -> None:
     for position in (64, 128):
         save_checkpoint(str(tmp_path), checkpoint(position))
     found = newest_checkpoint(str(tmp_path))
-    assert found is not None and found.position == 128 and found.facts == {"nonfinite_steps": 1}
+    assert found is not None and found.position == 128 and found.facts == {"bad_steps": 1}
     assert torch.equal(found.tensors["model.weight"], torch.full((2, 3), 128.0))
 
 

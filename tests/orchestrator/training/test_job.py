@@ -251,11 +251,11 @@ def test_the_loss_scale_backs_off_to_its_floor_and_is_kept(store: str, monkeypat
         train_loop(config, context(stop_after=2))
     found = newest_checkpoint(config.path(config.output))
     assert found is not None and found.position == 32
-    assert found.facts["log2_loss_scale"] == 0.5 and found.facts["nonfinite_steps"] == 2 and found.facts["updates"] == 0
+    assert found.facts["log2_loss_scale"] == 0.5 and found.facts["bad_steps"] == 2 and found.facts["updates"] == 0
     train_loop(config, context())
     found = newest_checkpoint(config.path(config.output))
     assert found is not None and found.facts["log2_loss_scale"] == pytest.approx(0.5 + 2e-3)
-    assert found.facts["nonfinite_steps"] == 0 and found.facts["updates"] == 2
+    assert found.facts["bad_steps"] == 0 and found.facts["updates"] == 2
 
 
 def test_old_checkpoints_go_and_snapshots_stay(store: str) -> None:
