@@ -235,7 +235,7 @@ class LocalCluster:
         raise RuntimeError(f"{name} did not start; its log ends with: {' | '.join(last)}")
 
     def stop(self) -> int:
-        """End what processes.json names with all that these started, last first; answers how many there were.
+        """End what processes.json names with all that these started, last first; return how many there were.
 
         The folder goes too, but for the logs.
         """

@@ -21,7 +21,7 @@ class _Relay:
         self.stop_wanted = False
 
     def push(self, record: dict[str, Any]) -> bool:
-        """Keep a record (the oldest goes when nobody reads); answers whether the driver wants to stop."""
+        """Keep a record (the oldest goes when nobody reads); return whether the driver wants to stop."""
         self.records.append(record)
         return self.stop_wanted
 

@@ -79,7 +79,7 @@ def prepare(config: PrepareConfig) -> Manifest:
 
 
 def prepare_and_track(config: PrepareConfig) -> str:
-    """`prepare` with its MLflow run and a contact sheet; answer the dataset's URI. Raises what `prepare` does."""
+    """`prepare` with its MLflow run and a contact sheet; return the dataset's URI. Raises what `prepare` does."""
     output = config.path(config.output)
     with tracked("prepare", config, output) as tracker:
         manifest = prepare(config)

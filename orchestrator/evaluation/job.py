@@ -26,7 +26,7 @@ CLOSEST_PAIRS = 10  # samples nearest to training images, in the report and on t
 
 
 def evaluate(config: EvaluationConfig) -> str:
-    """Measure the samples; answer the URI of report.json, beside which report.html lies.
+    """Measure the samples; return the URI of report.json, beside which report.html lies.
 
     Raises:
         ValueError: samples, reference, extractor and output folder do not fit each other.

@@ -85,7 +85,7 @@ class Picture(NamedTuple):
 
 
 def estimate(config: LikelihoodConfig) -> str:
-    """Compute what is missing; answer the URI of likelihood.json.
+    """Compute what is missing; return the URI of likelihood.json.
 
     Raises:
         ValueError: weights, dataset and output folder do not fit each other.

@@ -16,15 +16,15 @@ ASSUMED_BATCHES = (64, 32, 16, 8, 4, 2, 1)  # images, where B is yet to be probe
 
 
 class Outline(NamedTuple):
-    """What the price needs of a network."""
+    """What the cost of sampling depends on."""
 
     uri: str
     architecture: Architecture
     num_timesteps: int
 
 
-def price(config: GenerationConfig, images: int) -> list[str]:
-    """Lines for people: what `images` images read, write and cost, with the assumptions."""
+def cost_lines(config: GenerationConfig, images: int) -> list[str]:
+    """Return the lines of a plan: what `images` images read, write and cost, with the assumptions."""
     base = outline(config, config.weights, config.recipe)
     classifier = outline(config, config.classifier) if config.classifier else None
     upsampler = outline(config, config.upsampler) if config.upsampler else None

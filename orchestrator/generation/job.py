@@ -17,7 +17,7 @@ from cluster.session import session
 from cluster.workers import map_items
 from orchestrator import storage
 from orchestrator.generation.config import GenerationConfig
-from orchestrator.generation.cost import price
+from orchestrator.generation.cost import cost_lines
 from orchestrator.generation.exports import export_npz, export_png
 from orchestrator.generation.samples import (
     DamagedShard,
@@ -57,7 +57,7 @@ log = logging.getLogger(__name__)
 
 
 def generate(config: GenerationConfig) -> str:
-    """Make the samples that are still missing, export them if asked to; answer their folder's URI.
+    """Make the samples that are still missing, export them if asked to; return their folder's URI.
 
     Raises:
         ValueError: weights, classifier and output folder do not fit each other.
@@ -201,7 +201,10 @@ def plan(config: GenerationConfig) -> str:
     todo, shards = missing_shards(config), -(-config.num_samples // config.shard_size)
     images = sum(shard.end - shard.begin for shard in todo)
     return "\n".join(
-        [f"makes   {config.path(config.output)}: {len(todo)} of {shards} shards are missing", *price(config, images)]
+        [
+            f"makes   {config.path(config.output)}: {len(todo)} of {shards} shards are missing",
+            *cost_lines(config, images),
+        ]
     )
 
 

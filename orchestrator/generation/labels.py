@@ -13,7 +13,7 @@ from orchestrator.order import Purpose, index_rng
 
 @dataclass(frozen=True)
 class Labels:
-    """A policy, read and checked. Called with indices int64 [n] it answers their labels int64 [n], -1 = no class."""
+    """A policy, read and checked. Called with indices int64 [n] it returns their labels int64 [n], -1 = no class."""
 
     num_classes: int  # 0 where nothing conditions the samples
     seed: int

@@ -115,10 +115,10 @@ def encode_rows(samples: Samples) -> pa.Table:
 
 
 def put_shard(folder: str, shard: Shard, rows: pa.Table, replace: bool = False) -> str:
-    """Write a shard whole, unless another hand has meanwhile; answer its digest.
+    """Write a shard whole, unless another worker did; return its digest.
 
     Raises:
-        RuntimeError: the other hand's pixels differ from these.
+        RuntimeError: the other worker's pixels differ from these.
     """
     buffer = io.BytesIO()
     pq.write_table(rows, buffer, compression="none")  # PNG does not compress again

@@ -22,7 +22,7 @@ METRICS = ("accuracy", "fd_digits", "kid_digits", "inception_score_digits", "pre
 
 
 def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> str:
-    """Write report.html and report.json into the local `folder` from what the jobs left in `store`; answer the page."""
+    """Write report.html and report.json into `folder` from what the jobs left in `store`; return the page's path."""
     digits = storage.join(store, "digits")
     evaluations = {
         name: storage.read_json(storage.join(digits, f"{name}-evaluation", "report.json"))
@@ -76,13 +76,13 @@ def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> 
 # ------------------------------------------------------------------------------------------------ what the numbers say
 
 
-def trade_off(trials: list[dict[str, Any]], steps: int) -> dict[str, Any]:
+def trade_off(trials: list[dict[str, Any]], num_steps: int) -> dict[str, Any]:
     """Whether precision rises and recall falls along the scale, from least to most, beyond their intervals.
 
     All by the largest n that every trial reached.
     """
     n = common_n(trials)
-    along = sorted((t for t in trials if t["setting"]["num_steps"] == steps), key=lambda t: t["setting"]["scale"])
+    along = sorted((t for t in trials if t["setting"]["num_steps"] == num_steps), key=lambda t: t["setting"]["scale"])
 
     def moved(name: str, up: bool) -> bool:
         first, final = (trial["rungs"][n][name]["interval"] for trial in (along[0], along[-1]))
@@ -91,7 +91,7 @@ def trade_off(trials: list[dict[str, Any]], steps: int) -> dict[str, Any]:
         return final[0] > first[1] if up else final[1] < first[0]
 
     return {
-        "num_steps": steps,
+        "num_steps": num_steps,
         "scales": [trial["setting"]["scale"] for trial in along],
         "precision": [trial["rungs"][n]["precision"]["value"] for trial in along],
         "recall": [trial["rungs"][n]["recall"]["value"] for trial in along],

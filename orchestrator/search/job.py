@@ -64,7 +64,7 @@ def search(config: SearchConfig) -> str:
 
 
 def _check_or_write_config(config: SearchConfig, networks: dict[str, Networks]) -> int:
-    """Hold the output folder to this search, or claim it; answer the images' size in pixels.
+    """Check or write the config of the output folder; return the images' size in pixels.
 
     Raises:
         ValueError: the networks, or the objectives and the extractor, do not fit each other; or it is another search's.

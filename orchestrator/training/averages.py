@@ -10,7 +10,7 @@ WORST_PROFILE = 0.1  # relative distance of the profiles up to which the result 
 
 
 def average(config: AverageConfig) -> str:
-    """Put the average together and write it as weights; answers their URI.
+    """Put the average together and write it as weights; return their URI.
 
     The snapshots are read one after the other: no more than two are in memory.
 

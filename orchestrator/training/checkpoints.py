@@ -32,7 +32,7 @@ class Checkpoint:
 
 
 def save_checkpoint(run: str, checkpoint: Checkpoint, attempt: str = "") -> str:
-    """Write `run`/checkpoints/images-N/, committed by its last object; answer that object's URI.
+    """Write `run`/checkpoints/images-N/, committed by its last object; return that object's URI.
 
     The tensors are streamed into a few files. All names hold `attempt` (by default a fresh one), so a dying writer of
     an earlier attempt cannot touch them, nor they its; only the commit object makes a checkpoint count.

@@ -23,7 +23,7 @@ def make_reduction(
 ) -> Callable[[list[Microbatch]], list[Terms]]:
     """A function from a worker's microbatches to the gradient of the mean loss over the whole step, left in .grad.
 
-    It answers the microbatches' loss terms. Gradients are those of the loss times the loss scale.
+    It returns the microbatches' loss terms. Gradients are those of the loss times the loss scale.
     """
     if config.compile:
         state.model.compile()

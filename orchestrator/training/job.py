@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 
 
 def train(config: Config) -> str:
-    """Train until `config.total_images`, from wherever an earlier attempt came to; answer the run's URI.
+    """Train until `config.total_images`, from wherever an earlier attempt came to; return the run's URI.
 
     Raises:
         ValueError: config, dataset and output folder do not fit each other.

@@ -119,7 +119,7 @@ def learning_rate(config: TrainingConfig, position: int) -> float:
 
 
 def take_step(config: TrainingConfig, state: TrainingState) -> float:
-    """One update of weights and averages by the gradients in place; answers their norm.
+    """One update of weights and averages by the gradients in place; return their norm.
 
     Where the norm is not finite the step is skipped and the position goes on: gradients are reduced already, so all
     workers do the same.

@@ -10,7 +10,7 @@ from orchestrator.weights.published import encode_state_dict
 
 
 def convert(config: ConversionConfig) -> str:
-    """Read the source, check it, write it as the output asks; answer the output's URI.
+    """Read the source, check it, write it as the output asks; return the output's URI.
 
     The same conversion again finds its output and is done.
 

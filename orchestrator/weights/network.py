@@ -174,7 +174,7 @@ _SAFETENSORS_NAMES = {
 
 
 def write_tensors(uri: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    """Stream a safetensors file, one tensor after the other; answer its SHA-256.
+    """Stream a safetensors file, one tensor after the other; return its SHA-256.
 
     The library's own writers take a local path or make one bytes object of everything.
     """

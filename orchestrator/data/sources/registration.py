@@ -78,10 +78,11 @@ def register(listing: Listing, name: str) -> tuple[Manifest, Findings]:
             kind = f"{split}_row_groups_sorted_by_class"
             findings[kind] = finding(odd)
             log.warning(
-                "%s of %d: batches would hold few classes, whatever the seed; pass --copy-parquet, which shuffles, "
-                "or train with a larger order.shuffle_row_groups",
-                f"{len(odd)} {kind.replace('_', ' ')}",
+                "%d of %d row groups of %s are sorted by class: batches would hold few classes, whatever the seed; "
+                "pass --copy-parquet, which shuffles, or train with a larger order.shuffle_row_groups",
+                len(odd),
                 len(manifest.row_group_sizes(split)),
+                split,
             )
     return manifest, findings
 

@@ -44,7 +44,7 @@ def staged_source(listing: Listing, manifest: Manifest, folder: str, num_workers
 
 
 def _stage(uri: str, folder: str, splits: dict[str, str], name: str) -> int:
-    """One file's images end to end, then the index of their places, which says that it is done; answer their number."""
+    """One file's images end to end, then the index of their places, which says that it is done; return their number."""
     index_uri = storage.join(folder, f"{name}.index")
     if storage.exists(index_uri):
         with storage.open_input(index_uri) as file:

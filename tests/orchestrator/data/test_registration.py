@@ -84,7 +84,7 @@ def test_sorted_row_groups_are_measured_and_warned_of(tmp_path: Path, caplog: py
         if name == "sorted":
             found = findings["train_row_groups_sorted_by_class"]
             assert found["count"] == 20 and "row group 0: labels 0 to 0" in found["examples"][0]
-            assert "20 train row groups sorted by class of 20" in caplog.text
+            assert "20 of 20 row groups of train" in caplog.text
         else:
             assert findings == {} and caplog.text == ""
 

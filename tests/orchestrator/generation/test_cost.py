@@ -5,7 +5,7 @@ import pytest
 from models.guidance import GuidanceConfig
 from models.samplers import SamplerConfig
 from orchestrator.generation.config import GenerationConfig
-from orchestrator.generation.cost import costs, outline, price
+from orchestrator.generation.cost import cost_lines, costs, outline
 from orchestrator.generation.presets import generation_presets
 from orchestrator.generation.recipes import recommended
 
@@ -47,7 +47,7 @@ def test_a_cascade_pays_for_both_stages() -> None:
 
 
 def test_a_released_model_is_priced_before_it_is_there() -> None:
-    lines = "\n".join(price(adm_256(store="/nowhere", dtype="bfloat16"), 50_000))
+    lines = "\n".join(cost_lines(adm_256(store="/nowhere", dtype="bfloat16"), 50_000))
     assert "not there yet: /nowhere/256x256_diffusion.pt" in lines and "9.83 GB at most" in lines
     assert "50,000 images x 633 TFLOPs" in lines and "14% of 989 TFLOP/s" in lines
 
@@ -55,6 +55,6 @@ def test_a_released_model_is_priced_before_it_is_there() -> None:
 def test_a_batch_that_is_not_said_is_one_that_the_card_holds() -> None:
     _, preset = generation_presets()["released"]
     large = preset.model_copy(update=recommended("adm-512"))
-    lines = "\n".join(price(large, 50_000))
+    lines = "\n".join(cost_lines(large, 50_000))
     assert "activations of 64 images" not in lines and "TOO MUCH" not in lines
-    assert "TOO MUCH" in "\n".join(price(large.model_copy(update={"batch_size": 64}), 50_000))
+    assert "TOO MUCH" in "\n".join(cost_lines(large.model_copy(update={"batch_size": 64}), 50_000))
