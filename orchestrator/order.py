@@ -110,8 +110,7 @@ class OrderPlan:
     floor(N/B) is out of reach, since a row group is owned whole by one stream. What is left out differs by
     epoch; no sample comes twice in one.
 
-    Attributes: row_group_sizes; num_samples; rows_per_stream (B/P); batches_per_epoch; images_per_epoch;
-    first_samples int64 [G], the global row number (the sample id) of each row group's first row.
+    Attributes: row_group_sizes; num_samples; rows_per_stream (B/P); batches_per_epoch; images_per_epoch.
     """
 
     def __init__(self, row_group_sizes: tuple[int, ...], batch_size: int, config: OrderConfig, seed: int = 0) -> None:
@@ -131,7 +130,6 @@ class OrderPlan:
         self.rows_per_stream = batch_size // streams
         self._sizes = np.array(row_group_sizes, dtype=np.int64)
         self.num_samples = int(self._sizes.sum())
-        self.first_samples = np.cumsum(self._sizes) - self._sizes
         sure = int(np.sort(self._sizes)[: groups // streams].sum())
         self.batches_per_epoch = sure // self.rows_per_stream
         if self.batches_per_epoch == 0:
@@ -184,10 +182,6 @@ class OrderPlan:
             for window in windows:
                 yield self._unit(epoch, order, window, begin)
             epoch, step = epoch + 1, 0
-
-    def sample_ids(self, rows: np.ndarray) -> np.ndarray:
-        """Global row numbers int64 [n] of `rows` int64 [n, 2] as in `Unit.rows`."""
-        return self.first_samples[rows[:, 0]] + rows[:, 1]
 
     def open_bytes(self, world_size: int, bytes_per_row: int) -> int:
         """Bytes that a worker may hold in open windows: (P/W) x window x rows of a row group x bytes.

@@ -25,13 +25,16 @@ def make_plan(num_groups: int, batch_size: int, num_streams: int, window: int = 
 def share(plan: OrderPlan, rank: int, world_size: int, position: int) -> Iterator[np.ndarray]:
     """Sample ids [P/W * B/P] of one worker, step by step, consumed from its units as training does."""
     streams, units = plan.streams(rank, world_size), plan.units(rank, world_size, position)
+    first_samples = (
+        np.cumsum(plan.row_group_sizes) - plan.row_group_sizes
+    )
     waiting: dict[int, list[np.ndarray]] = {stream: [] for stream in streams}
     while True:
         taken = []
         for stream in streams:
             while sum(map(len, waiting[stream])) < plan.rows_per_stream:
                 unit: Unit = next(units)
-                waiting[unit.stream].append(plan.sample_ids(unit.rows))
+                waiting[unit.stream].append(first_samples[unit.rows[:, 0]] + unit.rows[:, 1])
             ids = np.concatenate(waiting[stream])
             taken.append(ids[: plan.rows_per_stream])
             waiting[stream] = [ids[plan.rows_per_stream :]]
