@@ -1,4 +1,4 @@
-"""What every job's config has, and how a folder is held to one config."""
+"""What every job's config has, and how a folder is bound to one config."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def tracking_uri(config: JobConfig) -> str:
     return given
 
 
-# Where a thing lies, and how many hands make it, does not change what comes out.
+# Where results lie, and how many workers make them, does not change them.
 OPERATIONAL = {"store", "dry_run", "output", "num_workers", "cost"}
 
 

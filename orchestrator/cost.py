@@ -143,14 +143,14 @@ def priced(cost: Cost, config: CostConfig, num_workers: int, half: bool) -> str:
     gpu, gpus = GPUS[config.gpu], max(num_workers, 1)
     memory = sum(cost.memory.values())
     parts = ", ".join(f"{size / 1e9:.1f} {name}" for name, size in cost.memory.items())
-    verdict = "" if fits(cost, config) else ": TOO MUCH, take smaller batches or more workers"
+    excess = "" if fits(cost, config) else ": TOO MUCH, take smaller batches or more workers"
     seconds = gpu_seconds(cost, config, half)
     mfu = assumed_mfu(config, cost.mfu)
     peak = (gpu.half if half else gpu.single) / 1e12
     return "\n".join(
         [
             f"work    {cost.flops:.3g} FLOPs: {cost.images:,} images x {cost.flops_per_image / 1e12:.3g} TFLOPs",
-            f"memory  {memory / 1e9:.1f} of {gpu.memory / 1e9:.0f} GB on each {config.gpu} ({parts}){verdict}",
+            f"memory  {memory / 1e9:.1f} of {gpu.memory / 1e9:.0f} GB on each {config.gpu} ({parts}){excess}",
             f"time    {seconds / 3600:,.3g} {config.gpu}-hours = {_duration(seconds / gpus)} on {gpus}",
             f"assumed {mfu.share:.0%} of {peak:,.4g} TFLOP/s in {'half precision' if half else 'float32'} "
             f"({mfu.source}); 2 FLOPs a multiply-add, {cost.note}; no time for data, checkpoints and communication",

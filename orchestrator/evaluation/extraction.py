@@ -132,8 +132,10 @@ def extract_all(
     with progress_line(files.num_blocks, "blocks", f"features of {images.uri}") as progress:
         done = files.num_blocks - len(todo)
         progress.update_to(done)
+        if not todo:  # and so no worker, nor its GPU
+            return files
         make_worker = partial(_make_extraction, images, files.folder, extractor, num_gpus)
-        for _ in map_items(make_worker, todo, num_workers if todo else 0, num_gpus=num_gpus):
+        for _ in map_items(make_worker, todo, num_workers, num_gpus=num_gpus):
             done += 1
             progress.update_to(done)
     return files

@@ -42,6 +42,12 @@ class GenerationConfig(JobConfig):
     cost: CostConfig = CostConfig()
     mixed_platforms: bool = False  # let workers of another kind of device or software join: pixels may then differ
 
+    @property
+    def operational(self) -> frozenset[str]:
+        """What changes no pixel; networks count by the hashes of their weights."""
+        names = {"weights", "ema", "classifier", "upsampler", "recipe", "from_search", "indices", "export"}
+        return frozenset(names | {"num_gpus", "num_threads", "mixed_platforms"})
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.guidance.scale and self.classifier is None:

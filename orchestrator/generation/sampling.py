@@ -15,6 +15,7 @@ from models.guidance import WHOLE_CHAIN, GuidanceConfig, guided
 from models.images import Rounding, from_uint8, to_uint8
 from models.samplers import SamplerConfig, final_x, noise_timesteps, respacing_for, sample
 from models.unet import autocast
+from orchestrator.config import OPERATIONAL
 from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.labels import Labels, read_labels
 from orchestrator.generation.noise import Draw, DrawNoise, draw_noise
@@ -27,14 +28,6 @@ LARGEST_BATCH = 512  # that is tried on a GPU
 CPU_BATCH = 64  # images, fewer where these would have more than
 CPU_PIXELS = 2**18  # pixels
 NEARLY = 0.95  # a batch is as fast as the fastest from this share of its rate on
-
-
-# Where something lies, and how many hands make it, decides no pixel. Weights count by their hashes.
-_OPERATIONAL = {
-    "store", "dry_run", "output", "weights", "ema", "classifier", "upsampler", "recipe", "from_search", "indices",
-    "export", "num_workers", "num_gpus", "num_threads", "mixed_platforms",
-    "cost",
-}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ networks
@@ -97,7 +90,7 @@ def fingerprint(config: GenerationConfig, networks: Networks) -> dict[str, Any]:
     """All that decides the samples, but for the platform; B only where the config says it."""
     unused = {"batch_size"} if not config.batch_size else set()
     unused |= {"upsampling"} if not config.upsampler else set()
-    chosen = config.model_dump(mode="json", exclude=_OPERATIONAL | unused)
+    chosen = config.model_dump(mode="json", exclude=OPERATIONAL | config.operational | unused)
     stages = {"weights": networks.weights, "classifier": networks.classifier, "upsampler": networks.upsampler}
     hashes = {name: network.sha256 if network else None for name, network in stages.items()}
     labels = {"labels": networks.labels.sha256 or config.labels}

@@ -64,6 +64,11 @@ class SearchConfig(JobConfig):
     num_threads: int = Field(1, gt=0)  # CPU threads of each worker
     cost: CostConfig = CostConfig()  # what --dry-run counts with
 
+    @property
+    def operational(self) -> frozenset[str]:
+        """The budget: with a larger one a search goes on where it stopped."""
+        return frozenset({"budget"})
+
     @model_validator(mode="after")
     def _check(self) -> "SearchConfig":
         if list(self.rungs) != sorted(set(self.rungs)) or self.rungs[0] < 32:

@@ -9,7 +9,7 @@ from cluster.tuner import run_rounds
 from cluster.workers import pool
 from orchestrator import storage
 from orchestrator.config import check_or_write_config
-from orchestrator.cost import GUIDED_SAMPLING, CostConfig, assumed_mfu
+from orchestrator.cost import GUIDED_SAMPLING, assumed_mfu
 from orchestrator.evaluation.extractors import CPU
 from orchestrator.generation.cost import outline
 from orchestrator.generation.sampling import NUMERICS_VERSION, Networks, load_networks
@@ -83,9 +83,7 @@ def _check_or_write_config(config: SearchConfig, networks: dict[str, Networks]) 
         "extractor": loaded.fingerprint,
         "numerics_version": NUMERICS_VERSION,
     }
-    # With a larger budget the search goes on where it stopped with a smaller one.
-    bound = config.model_copy(update={"budget": None, "cost": CostConfig()})
-    check_or_write_config(config.path(config.output), bound, **facts)
+    check_or_write_config(config.path(config.output), config, **facts)
     return size
 
 

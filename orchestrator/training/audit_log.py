@@ -1,4 +1,4 @@
-"""What every step of a training consumed, row by row: the evidence that order and noise are what they should be."""
+"""The audit log: what every step of a training consumed, row by row, to show that order and noise are as planned."""
 
 import os
 import uuid
@@ -11,7 +11,7 @@ from orchestrator.training.losses import Microbatch, Terms
 
 
 class AuditLog:
-    """One worker's hand on the record: an object for each step, whole or absent, written before the weights change.
+    """One worker's part of the log: an object for each step, whole or absent, written before the weights change.
 
     Its name tells position, rank, number of workers, process and attempt, so that what a killed attempt left and what
     the next one repeats stand side by side.

@@ -65,11 +65,11 @@ class TrainingConfig(JobConfig):
 
     @property
     def operational(self) -> frozenset[str]:
-        """What does not change the weights, among it the length where the learning rate does not fall towards it."""
+        """What does not change the weights, the length included unless the learning rate falls towards it."""
         fields = {"checkpoint_every", "keep_checkpoints", "keep_every", "log_every", "audit_dir", "max_nonfinite_steps"}
-        fields |= {"max_failures", "cost", "preview_every", "preview"} | (
-            set() if self.lr_schedule == "linear" else {"total_images"}
-        )
+        fields |= {"max_failures", "preview_every", "preview"}
+        if self.lr_schedule == "constant":
+            fields.add("total_images")
         return frozenset(fields & type(self).model_fields.keys())
 
     @property

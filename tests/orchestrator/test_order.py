@@ -25,9 +25,7 @@ def make_plan(num_groups: int, batch_size: int, num_streams: int, window: int = 
 def share(plan: OrderPlan, rank: int, world_size: int, position: int) -> Iterator[np.ndarray]:
     """Sample ids [P/W * B/P] of one worker, step by step, consumed from its units as training does."""
     streams, units = plan.streams(rank, world_size), plan.units(rank, world_size, position)
-    first_samples = (
-        np.cumsum(plan.row_group_sizes) - plan.row_group_sizes
-    )
+    first_samples = np.cumsum(plan.row_group_sizes) - plan.row_group_sizes
     waiting: dict[int, list[np.ndarray]] = {stream: [] for stream in streams}
     while True:
         taken = []

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from models.features import Features
 from models.metrics import BLOCK, moments
@@ -63,6 +64,16 @@ def test_shards_change_nothing(images: np.ndarray, tmp_path: Path) -> None:
     first, *others = map(contents, extracted)
     assert sorted(first) == [f"{b:08d}-{min(b + BLOCK, COUNT):08d}.safetensors" for b in range(0, COUNT, BLOCK)]
     assert all(other == first for other in others)
+
+
+def test_where_nothing_is_missing_no_gpu_is_needed(images: np.ndarray, tmp_path: Path) -> None:
+    """A driver and the trials of a search read finished features on nodes without a GPU."""
+    some = sharded(tmp_path / "in", images, 2)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="sees no GPU"):
+            extract_all(some, str(tmp_path / "out"), TOY, num_workers=0, num_gpus=1.0)
+    made = extract_all(some, str(tmp_path / "out"), TOY, num_workers=0)
+    assert extract_all(some, str(tmp_path / "out"), TOY, num_workers=0, num_gpus=1.0) == made
 
 
 @pytest.mark.ray
