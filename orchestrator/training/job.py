@@ -184,7 +184,7 @@ def train_loop(config: Config, context: WorkerContext) -> None:
         if state.restore(run, group):
             if state.position > config.length:
                 raise ValueError(
-                    f"total_images={config.total_images:,}, but {run} has come to {state.position:,} already"
+                    f"total_images={config.total_images:,}, but {run} is already at {state.position:,} images"
                 )
             if context.rank == 0:
                 context.report({"resumed": state.position})

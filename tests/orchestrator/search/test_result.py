@@ -1,4 +1,4 @@
-"""The result in words."""
+"""The result of a search, as text."""
 
 from orchestrator.search.result import _label
 from orchestrator.search.space import Setting

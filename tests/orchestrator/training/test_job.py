@@ -128,7 +128,7 @@ def test_a_training_can_be_made_longer_and_not_shorter(store: str) -> None:
     train(adm(store, "longer", log_every=16))
     for name, tensor in final_state(straight).items():
         assert torch.equal(tensor, final_state(adm(store, "longer"))[name]), name
-    with pytest.raises(ValueError, match=r"total_images=64, but .* has come to 96 already"):
+    with pytest.raises(ValueError, match=r"total_images=64, but .* is already at 96 images"):
         train(adm(store, "longer", total_images=64))
     falling = adm(store, "falling", total_images=16, lr_schedule="linear")
     train(falling)
