@@ -69,10 +69,14 @@ class Comparison:
         return self.array("pool")
 
     @cached_property
+    def logits(self) -> np.ndarray | None:
+        """Return the extractor's logits float32 [N, K], where it has classes; they are read once."""
+        return self.read("logits")
+
+    @cached_property
     def probabilities(self) -> np.ndarray | None:
         """Return the extractor's class probabilities float [N, K], where it has classes."""
-        logits = self.read("logits")
-        return None if logits is None else softmax(logits)
+        return None if self.logits is None else softmax(self.logits)
 
     @cached_property
     def expansion(self) -> FrechetExpansion:
@@ -87,7 +91,7 @@ class Comparison:
 
     def array(self, name: ArrayName) -> np.ndarray:
         """Return features of all samples; RuntimeError where the extractor has none of this kind."""
-        found = self.read(name)
+        found = self.logits if name == "logits" else self.read(name)
         if found is None:
             raise RuntimeError(f"the extractor {self.extractor} has no {name} features")
         return found

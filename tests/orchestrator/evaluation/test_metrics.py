@@ -1,12 +1,14 @@
 """The table of metrics: conventions, names, what each metric needs, and what paired tests compare."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from models.features import Features
 from models.manifolds import manifolds
 from models.metrics import Estimate, moments
-from orchestrator.evaluation.extraction import Labelled
+from orchestrator.evaluation.extraction import ArrayName, Labelled
 from orchestrator.evaluation.metrics import METRICS, Comparison, Rows, measure, metric_named
 
 
@@ -70,6 +72,19 @@ def test_metrics_that_do_not_apply_are_neither_found_nor_missing() -> None:
     assert {"sfd_toy", "authpct", "precision_openai", "recall_openai"}.isdisjoint(found.keys() | missing.keys())
     published, _ = measure(compare(labelled(rng, 1.0), labelled(rng, 1.0), extractor="inception"))
     assert {"fid", "precision_openai", "recall_openai"} <= published.keys()
+
+
+def test_features_are_read_once() -> None:
+    """A read of one kind of features reads every block of a set from storage."""
+    rng, asked = np.random.default_rng(8), list[str]()
+    made = compare(labelled(rng, 1.0), labelled(rng, 1.0))
+
+    def read(name: ArrayName) -> np.ndarray | None:
+        asked.append(name)
+        return made.read(name)
+
+    measure(replace(made, read=read))
+    assert sorted(asked) == ["logits", "pool"]
 
 
 def test_scores_are_negative_where_more_is_better() -> None:
