@@ -206,13 +206,23 @@ def list_tree(uri: str) -> Iterator[list[tuple[str, int]]]:
     """Folder by folder, (name, bytes) of all objects beneath a prefix; names are relative to it.
 
     An empty folder, where there is such a thing, is its name with a slash behind it, and 0 bytes.
-    Several folders are listed at a time, and no more is held than these. Links on a local disk are followed.
+    Several folders are listed at a time, and no more is held than these. On a local disk links to folders are
+    followed, each folder once: under its own name, or under the first link to it if it lies elsewhere.
     """
     fs, root = _locate(uri)
     prefix = root.rstrip("/") + "/"
+    followed = {os.path.realpath(root)}  # folders that were reached, by their real paths
+    links: list[str] = []  # to folders, to be followed when all other folders are listed
     with ThreadPoolExecutor(_REQUESTS) as threads:
         pending = {threads.submit(_attempt, "list", uri, fs.ls, root, detail=True): ""}
-        while pending:
+        while pending or links:
+            if not pending:
+                name = min(links)
+                links.remove(name)
+                if (target := os.path.realpath(name)) in followed:
+                    continue
+                followed.add(target)
+                pending[threads.submit(_attempt, "list", uri, fs.ls, name, detail=True)] = name.removeprefix(prefix)
             done, _ = wait(pending, return_when=FIRST_COMPLETED)
             for listing in done:
                 folder, entries = pending.pop(listing), listing.result()
@@ -221,20 +231,16 @@ def list_tree(uri: str) -> Iterator[list[tuple[str, int]]]:
                     name = entry["name"].rstrip("/")
                     if not name.startswith(prefix) or name.endswith(_PART):
                         continue
-                    if entry["type"] == "directory" or _is_link_to_folder(entry):
+                    if entry.get("islink") and os.path.isdir(name):
+                        links.append(name)
+                    elif entry["type"] == "directory":
+                        if "islink" in entry:  # on a local disk
+                            followed.add(os.path.realpath(name))
                         going = threads.submit(_attempt, "list", uri, fs.ls, name, detail=True)
                         pending[going] = name.removeprefix(prefix)
                     else:
                         files.append((name.removeprefix(prefix), entry["size"]))
                 yield files
-
-
-def _is_link_to_folder(entry: dict[str, Any]) -> bool:
-    """Whether an entry of a local listing is a link to a folder that does not hold the link itself."""
-    if not entry.get("islink") or not os.path.isdir(entry["name"]):
-        return False
-    target, here = Path(entry["name"]).resolve(), Path(entry["name"]).parent.resolve()
-    return target != here and target not in here.parents
 
 
 class Range(NamedTuple):

@@ -6,8 +6,10 @@ they were), `width` and `height`; shards registered in place have `label` and
 is its global row number in its split.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Literal
 
@@ -19,7 +21,7 @@ from pydantic import BaseModel, Field, ValidationError
 from cluster.stream import TASKS, Block, stream
 from orchestrator import storage
 from orchestrator.data.crops import center_crop, random_crop
-from orchestrator.data.images import decode
+from orchestrator.data.images import ExifOrientation, decode
 from orchestrator.data.row_groups import read_row_group
 from orchestrator.order import OrderPlan, Purpose, Unit, sample_rng
 
@@ -63,12 +65,29 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     resolution: int | None = None  # the images are ADM's centre crops of this size; None: they are whole
     registered: str | None = None  # where the shards lie, if they were registered in place; None: beside the manifest
     image_column: str = "image"  # of the shards, the encoded bytes
+    label_column: str | None = "label"  # of the shards, numbers or names of classes; None: there are no labels
+    background: str = "drop"  # behind transparent images, see `orchestrator.data.images.decode`
+    exif_orientation: ExifOrientation = "ignore"  # likewise
+    content: str = ""  # SHA-256 of all images and labels in their order; empty of what is registered in place
     folder: str = Field("", exclude=True)
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of what the manifest says: another dataset has another one."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     @property
     def root(self) -> str:
         """The folder of the shards."""
         return self.registered or self.folder
+
+    def decode(self, data: bytes) -> Image.Image:
+        """Return the RGB image in `data` as this dataset draws transparency and rotates.
+
+        Raises:
+            ValueError: it cannot be decoded.
+        """
+        return decode(data, self.background, self.exif_orientation)
 
     def check(self, split: str, image_size: int, crop: Literal["center", "random"], conditional: bool = False) -> None:
         """Refuse a use that these images do not allow: other crops than those stored, classes that are not known.
@@ -274,7 +293,9 @@ class _Reader:
         shards = manifest.shards(split)
         sizes = np.array(manifest.row_group_sizes(split), dtype=np.int64)
         self._uris = [storage.join(manifest.root, shard.path) for shard in shards]
-        self._image_column = manifest.image_column
+        self._image_column, self._label_column = manifest.image_column, manifest.label_column
+        self._decode = partial(decode, background=manifest.background, exif_orientation=manifest.exif_orientation)
+        self._numbers = {name: label for label, name in enumerate(manifest.classes)}
         self._bytes = [shard.bytes for shard in shards]
         self._places = np.array([(i, j) for i, shard in enumerate(shards) for j in range(len(shard.row_groups))])
         self._first_samples = np.cumsum(sizes) - sizes
@@ -302,15 +323,16 @@ class _Reader:
 
     def _read_row_group(self, group: int) -> pa.Table:
         shard, place = self._places[group]
-        columns = ("label", self._image_column)
+        columns = (self._image_column, *([self._label_column] if self._label_column else []))
         table = read_row_group(self._uris[shard], self._bytes[shard], int(place), columns)
-        return table.rename_columns({self._image_column: "image"})
+        return table.rename_columns({self._image_column: "image"} | dict.fromkeys(columns[1:], "label"))
 
     def _fill(self, block: Block, place: int, table: pa.Table, group: int, row: int, epoch: int) -> None:
         """One sample, under its own id even where the image is the next good one of its row group."""
         sample = int(block["sample"][place])
         image, found = self._next_good(table, group, row)
-        label = table["label"][found].as_py()
+        label = table["label"][found].as_py() if self._label_column else -1
+        label = self._numbers.get(label, -1) if isinstance(label, str) else label
         if self._num_classes and not 0 <= label < self._num_classes:
             raise ValueError(
                 f"label {label} of row {found} in row group {self._places[group][1]} of "
@@ -329,7 +351,7 @@ class _Reader:
         for step in range(len(table)):
             found = (row + step) % len(table)
             try:
-                return decode(table["image"][found].as_py()), found
+                return self._decode(table["image"][found].as_py() or b""), found
             except ValueError:
                 continue  # counted by the caller: the row is marked as undecodable
         shard, place = self._places[group]

@@ -1,9 +1,11 @@
 """Preparing: from images as people have them to shuffled Parquet shards and a manifest.
 
-All keys are shuffled by seed before they are dealt to shards, so that any row group is a fair sample. Parquet in the
-public ImageNet layout may instead be registered in place: it stays where it is, and only gets a manifest.
+What was understood of the source is printed first, and a suspicious reading is refused. All keys are shuffled by seed
+before they are dealt to shards, so that any row group is a fair sample. Parquet may instead be registered in place: it
+stays where it is, and only gets a manifest.
 """
 
+import hashlib
 import logging
 import math
 from functools import partial
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster.session import session
@@ -20,10 +23,8 @@ from orchestrator.config import check_or_write_config
 from orchestrator.data.config import PrepareConfig
 from orchestrator.data.crops import center_crop
 from orchestrator.data.dataset import Manifest, load_manifest
-from orchestrator.data.images import decode
-from orchestrator.data.shards import Facts, Plan, make_plan, make_shard_writer, read_plan, write_plan
+from orchestrator.data.shards import Facts, Plan, make_shard_writer, plan_shards, read_plan, write_plan
 from orchestrator.data.sources import (
-    UNLABELLED,
     Findings,
     Layout,
     Listing,
@@ -31,11 +32,17 @@ from orchestrator.data.sources import (
     detect,
     finding,
     list_source,
-    open_source,
-    read_label_map,
+    open_parquet,
+    read_source,
 )
-from orchestrator.data.sources.registration import register
-from orchestrator.data.sources.staging import staged_source
+from orchestrator.data.sources.archives import ARCHIVES
+from orchestrator.data.sources.staging import staged
+from orchestrator.data.understanding import (
+    Understanding,
+    describe_first_files,
+    understand,
+    understand_registered,
+)
 from orchestrator.order import Purpose, keyed_rng
 from orchestrator.pictures import captioned_grid_png
 from orchestrator.progress import progress_line
@@ -43,7 +50,7 @@ from orchestrator.tracking import tracked
 
 CONTACT_SHEET_IMAGES = 100  # of the picture that shows a prepared dataset
 CONTACT_SHEET_PIXELS = 64  # of each
-DRY_SCAN_BYTES = 1 << 30  # of tars: a dry run does not read through larger ones
+DRY_SCAN_BYTES = 1 << 30  # of archives: a dry run does not read through larger ones
 
 log = logging.getLogger(__name__)
 
@@ -52,29 +59,27 @@ def prepare(config: PrepareConfig) -> Manifest:
     """Shuffle, split and shard the source, or register it in place; return the manifest, which is written last.
 
     Finished shards are kept and a finished dataset is found, so that the same command goes on where it stopped.
-    Images that cannot be decoded go to `quarantine.json` with their key and the reason; what else is odd about the
-    source, and what came of it, to `report.json`.
+    Images that cannot be decoded go to `quarantine.json` with their key and the reason; what was understood of the
+    source and what is odd about it, to `report.json`.
 
     Raises:
-        ValueError: the source is unfit, or the folder holds another dataset.
+        ValueError: the source is unfit, its reading is suspicious, or the folder holds another dataset.
         RuntimeError: more than `max_corrupt_fraction` of the images cannot be decoded.
         ItemsFailed: some shards failed on workers; all others are written.
     """
     output = config.path(config.output)
     if not storage.exists(storage.join(output, "manifest.json")):
-        listing, layout = _find(config)
-        if config.registers(layout):
-            manifest, findings = register(listing, config.name)
-            check_or_write_config(output, config)
-            _finish(output, manifest, {"findings": _plain(findings)})
+        listing = _list(config)
+        if _layout(config, listing) == "parquet" and not config.copy_parquet:
+            _register(config, output, listing)
         else:
             with session(config.num_workers, shared=(config.path(""),)):
-                plan = _agree_on_plan(config, output, listing, layout)
+                plan = _agree_on_plan(config, output, listing)
                 facts = _write_shards(config, output, plan)
             _summarize(config, output, plan, facts)
     check_or_write_config(output, config)
-    if storage.exists(staged := storage.join(output, "staged")):
-        storage.delete(f"{staged}/")
+    if storage.exists(staged_folder := storage.join(output, "staged")):
+        storage.delete(f"{staged_folder}/")
     return load_manifest(output)
 
 
@@ -96,30 +101,33 @@ def prepare_and_track(config: PrepareConfig) -> str:
 
 
 def plan(config: PrepareConfig) -> str:
-    """What preparing would read and write."""
+    """Return what preparing would understand, read and write.
+
+    Raises:
+        ValueError: the source is unfit, or its reading is suspicious.
+    """
     output = config.path(config.output)
     if storage.exists(storage.join(output, "manifest.json")):
         return f"{output} is prepared already"
-    listing, layout = _find(config)
-    if layout == "parquet":
-        manifest, _ = register(listing, config.name)
-        counts = ", ".join(f"{split} {manifest.num_samples(split):,}" for split in manifest.splits)
-        found = f"{manifest.registered}: {counts} images in {len(manifest.classes)} classes"
-        if config.registers(layout):
-            return f"registers {found}\nwrites  {output}: a manifest"
-        return f"reads   {found}\nwrites  {output}: all of them, shuffled; for the time being, a copy in order"
-    total = int(listing.sizes.sum())
-    if layout in ("tars", "webdataset") and total > DRY_SCAN_BYTES:
-        objects = f"{len(listing.names):,} objects, {total / 2**30:,.1f} GiB"
-        return f"reads   {config.source} ({layout}): {objects}, whose images are counted when it runs\nwrites  {output}"
-    source = _open_source(config.model_copy(update={"num_workers": 0}), listing, layout, output)
-    size = int(source.index["size"].to_numpy().sum())
-    images = f"{len(source.index):,} images in {len(source.classes)} classes"
-    lines = [f"reads   {config.source} ({layout}): {images}, {size / 2**20:,.1f} MiB in at most as many requests"]
+    listing = _list(config)
+    if _layout(config, listing) == "parquet" and not config.copy_parquet:
+        found = open_parquet(listing, config.choices)
+        manifest, findings = found.register(config.name)
+        _show(config, understand_registered(found, manifest, findings))
+        return f"registers {manifest.registered}\nwrites    {output}: a manifest"
+    if (total := _archived_bytes(listing)) > DRY_SCAN_BYTES:
+        print(describe_first_files(listing))
+        return (
+            f"reads   {config.source}: {len(listing.names):,} objects, {total / 2**30:,.1f} GiB, whose images are "
+            f"counted when it runs\nwrites  {output}"
+        )
+    source = read_source(listing, config.choices, 0)
+    _show(config, understand(source))
+    lines = [f"reads   {config.source}: {len(source.index):,} images, {source.size / 2**20:,.1f} MiB"]
     order = _order(source, config)
-    planned = make_plan(source, listing.digest(), order, config.resolution)
+    planned = plan_shards(source, order, config.resolution)
     for split, rows in order.items():
-        shards = [shard for shard in planned.shards if shard.split == split]
+        shards = [shard for shard in planned if shard.split == split]
         groups = sum(len(shard.row_groups) for shard in shards)
         lines.append(f"writes  {output}: {split}: {len(rows):,} images, {groups} row groups, {len(shards)} shards")
     return "\n".join(lines)
@@ -128,39 +136,74 @@ def plan(config: PrepareConfig) -> str:
 # ------------------------------------------------------------------------------------------------- what to write
 
 
-def _find(config: PrepareConfig) -> tuple[Listing, Layout]:
-    """The source's objects and its layout."""
+def _list(config: PrepareConfig) -> Listing:
+    """List the source's objects."""
     if config.source == "digits":
-        return Listing("digits", pa.array([], pa.string()), np.array([], np.int64)), "digits"
-    listing = list_source(config.path(config.source))
-    layout = detect(listing, labelled=config.labels is not None) if config.layout == "auto" else config.layout
-    if config.labels and layout not in UNLABELLED:
-        raise ValueError(f"layout={layout} has labels of its own, and labels={config.labels} would be others")
-    return listing, layout
+        return Listing("digits", "digits", pa.array([], pa.large_string()), np.array([], np.int64))
+    return list_source(config.path(config.source))
 
 
-def _open_source(config: PrepareConfig, listing: Listing, layout: Layout, output: str) -> Source:
-    labels = read_label_map(config.path(config.labels)) if config.labels else None
-    if layout == "parquet":
-        manifest, _ = register(listing, config.name)
-        check_or_write_config(output, config)
-        source = staged_source(listing, manifest, storage.join(output, "staged"), config.num_workers)
-    else:
-        source = open_source(layout, listing, labels, config.num_workers)
-    return source
+def _layout(config: PrepareConfig, listing: Listing) -> Layout:
+    layout = detect(listing, config.choices)
+    if layout == "parquet" and not config.copy_parquet:
+        config.check_registering()
+    return layout
 
 
-def _agree_on_plan(config: PrepareConfig, output: str, listing: Listing, layout: Layout) -> Plan:
-    """The plan of an earlier attempt, if the source is still what it was; else a new one."""
-    digest = listing.digest()
-    if (found := read_plan(output)) is None:
-        source = _open_source(config, listing, layout, output)
-        check_or_write_config(output, config)
+def _archived_bytes(listing: Listing) -> int:
+    """Return the bytes of the archives in a source."""
+    return int(listing.sizes[pc.match_substring_regex(listing.names, ARCHIVES).to_numpy(zero_copy_only=False)].sum())
+
+
+def _show(config: PrepareConfig, found: Understanding) -> None:
+    """Print what was understood of the source.
+
+    Raises:
+        ValueError: it is suspicious, and was not accepted.
+    """
+    print(found.text(config.background, config.exif_orientation), flush=True)
+    if not config.accept_classes:
+        found.refuse_suspicious()
+
+
+def _register(config: PrepareConfig, output: str, listing: Listing) -> None:
+    """Write a manifest of Parquet files that stay where they are."""
+    found = open_parquet(listing, config.choices)
+    manifest, findings = found.register(config.name)
+    understanding = understand_registered(found, manifest, findings)
+    _show(config, understanding)
+    check_or_write_config(output, config)
+    decoding = {"background": config.background, "exif_orientation": config.exif_orientation}
+    report = {"understanding": understanding.model_dump(mode="json"), "findings": _plain(findings)}
+    _finish(output, manifest.model_copy(update=decoding), report)
+
+
+def _agree_on_plan(config: PrepareConfig, output: str, listing: Listing) -> Plan:
+    """Return the plan of an earlier attempt, if the source is still what it was; else make a new one."""
+    folder = storage.join(output, "staged")
+    found = read_plan(output)
+    if found is not None and found.source == folder and not storage.exists(folder):  # somebody has deleted it
+        staged(read_source(listing, config.choices, config.num_workers), folder, config.num_workers)
+    if found is None:
+        source = read_source(listing, config.choices, config.num_workers)
+        understanding = understand(source)
+        _show(config, understanding)
         order = _order(source, config)
-        found = make_plan(source, digest, order, config.resolution)
+        check_or_write_config(output, config)
+        if source.reading.images is not None:
+            source = staged(source, folder, config.num_workers)
+        found = Plan(
+            source=source.reading.uri,
+            digest=source.digest,
+            classes=source.classes,
+            shards=plan_shards(source, order, config.resolution),
+            background=config.background,
+            exif_orientation=config.exif_orientation,
+            understanding=understanding,
+        )
         write_plan(output, found, source, order)
     check_or_write_config(output, config)
-    if found.digest != digest:
+    if found.digest != listing.digest():
         raise ValueError(
             f"{output} was begun from a source that has changed since ({len(listing.names):,} objects now, of other "
             "names or sizes): choose another output"
@@ -169,13 +212,18 @@ def _agree_on_plan(config: PrepareConfig, output: str, listing: Listing, layout:
 
 
 def _order(source: Source, config: PrepareConfig) -> dict[str, np.ndarray]:
-    """Rows of the source's index in their shuffled order, by split.
+    """Return rows of the source's index in their shuffled order, by split.
 
     Where the source has no validation images of its own, the first of its training images become these.
     """
     shuffled = keyed_rng(Purpose.SHARDS, config.seed).permutation(len(source.index))
-    given = np.array([split or "train" for split in source.index["split"].to_pylist()])[shuffled]
-    order = {split: shuffled[given == split] for split in ("train", "validation", "test")}
+    splits = source.index["split"].combine_chunks()
+    names = [name or "train" for name in splits.dictionary.to_pylist()]
+    given = splits.indices.to_numpy()[shuffled]
+    order = {
+        split: shuffled[np.isin(given, [code for code, name in enumerate(names) if name == split])]
+        for split in ("train", "validation", "test")
+    }
     if config.validation_fraction:
         if len(order["validation"]):
             raise ValueError(
@@ -220,7 +268,11 @@ def _summarize(config: PrepareConfig, output: str, plan: Plan, facts: list[Facts
     }
     quarantine = [entry for fact in facts for entry in fact.quarantine]
     storage.write_json(storage.join(output, "quarantine.json"), quarantine)
-    findings = dict(plan.findings)
+    findings = dict(plan.understanding.findings)
+    for fact in facts:
+        for kind, more in fact.findings.items():
+            known = findings.get(kind, finding([]))
+            findings[kind] = finding([*known.examples, *more.examples], known.count + more.count)
     if quarantine:
         findings["quarantined_images"] = finding([f"{entry['key']}: {entry['reason']}" for entry in quarantine])
     findings |= _copies(by_split)
@@ -232,9 +284,22 @@ def _summarize(config: PrepareConfig, output: str, plan: Plan, facts: list[Facts
         height=_span([fact.height for fact in facts]),
         quarantined=len(quarantine),
         resolution=config.resolution,
+        background=config.background,
+        exif_orientation=config.exif_orientation,
+        content=_content(facts),
     )
     splits = {split: _class_counts(plan.classes, found) for split, found in by_split.items()}
-    _finish(output, manifest, {"splits": splits, "findings": _plain(findings)})
+    understanding = plan.understanding.model_dump(mode="json")
+    _finish(output, manifest, {"understanding": understanding, "splits": splits, "findings": _plain(findings)})
+
+
+def _content(facts: list[Facts]) -> str:
+    """Return a SHA-256 of all images and labels in their order."""
+    digest = hashlib.sha256()
+    for fact in facts:
+        digest.update(b"".join(fact.rows["sha256"].to_pylist()))
+        digest.update(fact.rows["label"].to_numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _copies(by_split: dict[str, list[Facts]]) -> Findings:
@@ -254,7 +319,7 @@ def _copies(by_split: dict[str, list[Facts]]) -> Findings:
             shown = which[:5]
             pairs = zip(rows["key"].take(shown).to_pylist(), rows["key"].take(original[shown]).to_pylist(), strict=True)
             cases = [f"{key} = {earlier}" for key, earlier in pairs]
-            findings[kind] = finding(cases).model_copy(update={"count": len(which)})
+            findings[kind] = finding(cases, len(which))
     return findings
 
 
@@ -292,16 +357,21 @@ def contact_sheet(manifest: Manifest) -> bytes:
     """The first training images by class, each with its class's name: a PNG."""
     split = "train" if "train" in manifest.splits else next(iter(manifest.splits))
     shard = manifest.shards(split)[0]
+    columns = [manifest.image_column, *([manifest.label_column] if manifest.label_column else [])]
     with storage.open_input(storage.join(manifest.root, shard.path)) as file:
-        groups = pq.ParquetFile(file).iter_batches(CONTACT_SHEET_IMAGES, columns=["label", manifest.image_column])
+        groups = pq.ParquetFile(file).iter_batches(CONTACT_SHEET_IMAGES, columns=columns)
         batch = pa.Table.from_batches([next(groups)]).flatten()
+    labels = batch[manifest.label_column].to_pylist() if manifest.label_column else [-1] * len(batch)
     rows = []
-    for label, data in zip(batch["label"].to_pylist(), batch[manifest.image_column].to_pylist(), strict=True):
+    for label, data in zip(labels, batch[manifest.image_column].to_pylist(), strict=True):
         try:
-            image = decode(data)
+            image = manifest.decode(data or b"")
         except ValueError:  # only in what was registered in place
             continue
-        caption = manifest.classes[label] if 0 <= label < len(manifest.classes) else ""
-        rows.append((label, caption, center_crop(image, CONTACT_SHEET_PIXELS)))
+        named = isinstance(label, str)
+        caption = label if named else manifest.classes[label] if 0 <= label < len(manifest.classes) else ""
+        rows.append(
+            (manifest.classes.index(label) if named else label, caption, center_crop(image, CONTACT_SHEET_PIXELS))
+        )
     rows.sort(key=lambda row: row[0])
     return captioned_grid_png(np.stack([row[2] for row in rows]), [row[1] for row in rows], columns=10)

@@ -7,7 +7,14 @@ from orchestrator.data.config import PrepareConfig
 def dataset_presets() -> dict[str, tuple[str, PrepareConfig]]:
     """Datasets to prepare."""
     digits = PrepareConfig(source="digits", output="datasets/digits", name="digits", validation_fraction=0.2)
-    images = PrepareConfig(source="images", output="datasets/images", name="images", validation_fraction=0.05)
+    images = PrepareConfig(
+        source="images",
+        output="datasets/images",
+        name="images",
+        background="white",
+        exif_orientation="apply",
+        validation_fraction=0.05,
+    )
     imagenet = PrepareConfig(
         source="ILSVRC2012_img_train.tar",
         output="datasets/imagenet",
@@ -16,9 +23,17 @@ def dataset_presets() -> dict[str, tuple[str, PrepareConfig]]:
         num_workers=8,
     )
     cifar10 = PrepareConfig(source="cifar-10-binary.tar.gz", output="datasets/cifar10", name="cifar10")
+    cifar100 = PrepareConfig(source="cifar-100-binary.tar.gz", output="datasets/cifar100", name="cifar100")
+    imagenet64 = PrepareConfig(source="Imagenet64", output="datasets/imagenet64", name="imagenet64", num_workers=8)
+    lsun = PrepareConfig(
+        source="bedroom_train_lmdb", output="datasets/lsun-bedroom", name="lsun-bedroom", resolution=256, num_workers=8
+    )
     return {
         "digits": (DIGITS, digits),
-        "images": (f"{IMAGES}: a folder for each class, tars, Parquet, or files with a label map", images),
+        "images": (f"{IMAGES}: a folder for each class, archives, Parquet, or files with a label map", images),
         "imagenet": ("ILSVRC2012 as it comes: a tar of tars, read without unpacking", imagenet),
         "cifar10": ("CIFAR-10's binary archive, with its own train and test images", cifar10),
+        "cifar100": ("CIFAR-100's binary archive, with its 100 fine classes", cifar100),
+        "imagenet64": ("downsampled ImageNet of 64 pixels: its .npz files in one folder", imagenet64),
+        "lsun-bedroom": ("LSUN's bedrooms from their LMDB, as crops of 256 pixels, without labels", lsun),
     }

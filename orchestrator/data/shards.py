@@ -10,8 +10,9 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +22,10 @@ from pydantic import BaseModel
 from orchestrator import storage
 from orchestrator.data.crops import center_crop
 from orchestrator.data.dataset import SCHEMA, Shard
-from orchestrator.data.images import decode
-from orchestrator.data.sources import Findings, Source, open_reader
-from orchestrator.data.sources.index import INDEX
+from orchestrator.data.images import ExifOrientation, decode_and_describe
+from orchestrator.data.sources import Findings, Source, finding, read_ranges
+from orchestrator.data.sources.index import INDEX, Finding
+from orchestrator.data.understanding import Understanding
 from orchestrator.pictures import png
 
 ROW_GROUP_IMAGES = 128  # at most, at least half of it
@@ -52,12 +54,13 @@ class ShardPlan(BaseModel, frozen=True, extra="forbid"):
 class Plan(BaseModel, frozen=True, extra="forbid"):
     """All shards to write, and what they are made from."""
 
-    layout: str
     source: str  # URI
     digest: str  # of the source's listing
     classes: tuple[str, ...]
     shards: tuple[ShardPlan, ...]
-    findings: Findings
+    background: str  # how images are decoded
+    exif_orientation: ExifOrientation
+    understanding: Understanding
 
     @property
     def num_images(self) -> int:
@@ -75,6 +78,7 @@ class Facts(NamedTuple):
     quarantine: list[dict[str, str]]  # key and reason
     width: tuple[int, int]  # smallest and largest
     height: tuple[int, int]
+    findings: Findings  # transparent and rotated images
     rows: pa.Table  # key, label and sha256
 
 
@@ -106,20 +110,13 @@ def plan_split(split: str, count: int, image_bytes: float) -> list[ShardPlan]:
     ]
 
 
-def make_plan(source: Source, digest: str, order: dict[str, np.ndarray], resolution: int | None) -> Plan:
-    """The shards of every split, given the rows of the source's index in their order."""
+def plan_shards(source: Source, order: dict[str, np.ndarray], resolution: int | None) -> tuple[ShardPlan, ...]:
+    """Return the shards of every split, given the rows of the source's index in their order."""
     sizes, shards = source.index["size"].to_numpy(), []
     for split, rows in order.items():
         stored = 2 * resolution**2 if resolution else float(sizes[rows].mean())  # a PNG takes two thirds of its pixels
-        shards += plan_split(split, len(rows), stored)
-    return Plan(
-        layout=source.layout,
-        source=source.uri,
-        digest=digest,
-        classes=source.classes,
-        shards=tuple(shards),
-        findings=source.findings,
-    )
+        shards += plan_split(split, len(rows), stored or source.size / len(source.index))
+    return tuple(shards)
 
 
 def write_plan(output: str, plan: Plan, source: Source, order: dict[str, np.ndarray]) -> None:
@@ -147,12 +144,15 @@ def make_shard_writer(output: str, resolution: int | None) -> Callable[[int], Fa
     plan = read_plan(output)
     assert plan is not None
     places = pq.ParquetFile(storage.open_input(storage.join(output, "index.parquet")))
-    read = open_reader(plan.layout, plan.source)
+    read = partial(read_ranges, plan.source)
+
+    def row(place: dict[str, Any], data: bytes) -> _Row:
+        return _row(plan.background, plan.exif_orientation, resolution, place, data)
 
     def write(number: int) -> Facts:
         shard = plan.shards[number]
         if not storage.exists(storage.join(output, shard.path)):
-            _write_shard(output, shard, places.read_row_group(number), read, resolution)
+            _write_shard(output, shard, places.read_row_group(number), read, row)
         return read_facts(output, shard.path)
 
     return write
@@ -163,10 +163,11 @@ def _write_shard(
     shard: ShardPlan,
     places: pa.Table,
     read: Callable[[Sequence[storage.Range]], list[bytes]],
-    resolution: int | None,
+    row: Callable[[dict[str, Any], bytes], "_Row"],
 ) -> None:
     """Write one shard, the same bytes every time; what cannot be decoded goes into its footer's quarantine."""
     quarantine: list[dict[str, str]] = []
+    found: dict[str, list[str]] = {"transparent_images": [], "rotated_images": []}
     sizes: list[tuple[int, int]] = []
     with storage.open_output(storage.join(output, shard.path)) as file:
         writer = pq.ParquetWriter(file, SHARD_SCHEMA, compression="none", use_dictionary=False)
@@ -174,16 +175,19 @@ def _write_shard(
             rows = []
             for place, data in zip(group.to_pylist(), images, strict=True):
                 try:
-                    row = _row(place, data, resolution)
+                    made = row(place, data)
                 except ValueError as error:
                     quarantine.append({"key": place["key"], "reason": str(error)})
                     continue
-                sizes.append((row["width"], row["height"]))
-                rows.append(row)
+                sizes.append((made.columns["width"], made.columns["height"]))
+                rows.append(made.columns)
+                for kind, here in zip(found, (made.transparent, made.rotated), strict=True):
+                    found[kind] += [place["key"]] if here else []
             if rows:
                 writer.write_table(pa.Table.from_pylist(rows, schema=SHARD_SCHEMA), row_group_size=len(rows))
         smallest, largest = ((min(n), max(n)) for n in zip(*sizes, strict=True)) if sizes else ((0, 0), (0, 0))
-        facts = {"quarantine": quarantine, "width": smallest, "height": largest}
+        findings = {kind: finding(keys).model_dump() for kind, keys in found.items() if keys}
+        facts = {"quarantine": quarantine, "width": smallest, "height": largest, "findings": findings}
         writer.add_key_value_metadata({_METADATA_KEY.decode(): json.dumps(facts)})
         writer.close()
 
@@ -204,8 +208,8 @@ def _row_groups(
 
     def fetch(begin: int, count: int) -> list[bytes]:
         wanted = places.slice(begin, count)
-        columns = (wanted[name].to_pylist() for name in ("object", "start", "size"))
-        return read([storage.Range(*place) for place in zip(*columns, strict=True)])
+        columns = (wanted[name].to_pylist() for name in ("key", "object", "start", "size"))
+        return read([storage.Range(name or key, *place) for key, name, *place in zip(*columns, strict=True)])
 
     starts = np.cumsum([0, *map(sum, runs)])
     with ThreadPoolExecutor(1) as ahead:
@@ -220,14 +224,24 @@ def _row_groups(
                 begin += count
 
 
-def _row(place: dict, data: bytes, resolution: int | None) -> dict:
-    """One row of a shard; ValueError where the image cannot be decoded."""
-    image = decode(data)
+class _Row(NamedTuple):
+    """One row of a shard, and what was found in the image's file."""
+
+    columns: dict[str, Any]
+    transparent: bool
+    rotated: bool
+
+
+def _row(
+    background: str, exif_orientation: ExifOrientation, resolution: int | None, place: dict[str, Any], data: bytes
+) -> _Row:
+    """Return one row of a shard; ValueError where the image cannot be decoded."""
+    image, transparent, rotated = decode_and_describe(data, background, exif_orientation)
     digest = hashlib.sha256(data).digest()
     if resolution is not None:
         data = png(center_crop(image, resolution))
     width, height = (resolution, resolution) if resolution is not None else image.size
-    return {
+    columns = {
         "key": place["key"],
         "label": place["label"],
         "image": data,
@@ -235,6 +249,7 @@ def _row(place: dict, data: bytes, resolution: int | None) -> dict:
         "height": height,
         "sha256": digest,
     }
+    return _Row(columns, transparent, rotated)
 
 
 def read_facts(output: str, path: str) -> Facts:
@@ -247,4 +262,5 @@ def read_facts(output: str, path: str) -> Facts:
     row_groups = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
     shard = Shard(path=path, bytes=size, rows=footer.num_rows, row_groups=row_groups)
     facts = json.loads(footer.metadata[_METADATA_KEY])
-    return Facts(shard, facts["quarantine"], tuple(facts["width"]), tuple(facts["height"]), rows)
+    findings = {kind: Finding.model_validate(found) for kind, found in facts["findings"].items()}
+    return Facts(shard, facts["quarantine"], tuple(facts["width"]), tuple(facts["height"]), findings, rows)

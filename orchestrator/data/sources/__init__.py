@@ -1,106 +1,143 @@
-"""Images as people have them: what a dataset is prepared from, one module for each family of layouts."""
+"""Images as people have them. Every layout yields the entries of its images; one module for each family of layouts."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
-import pyarrow.compute as pc
-
-from orchestrator import storage
-from orchestrator.data.sources import arrays, folders, tars
-from orchestrator.data.sources.index import Finding, Findings, Listing, Source, finding, list_source
-from orchestrator.data.sources.labels import LabelMap, read_label_map
-from orchestrator.data.sources.registration import PARQUET_NAME
+from orchestrator.data.sources import arrays, parquet
+from orchestrator.data.sources.archives import first_members, open_tree, read_ranges
+from orchestrator.data.sources.folders import kaggle_files_above, read_names
+from orchestrator.data.sources.index import (
+    ACCEPTED,
+    Findings,
+    Listing,
+    Reading,
+    Source,
+    Splits,
+    finding,
+    list_source,
+    make_source,
+)
+from orchestrator.data.sources.labels import read_label_map
+from orchestrator.data.sources.webdataset import is_webdataset, read_webdataset
 
 __all__ = [
-    "UNLABELLED",
-    "Finding",
+    "Choices",
     "Findings",
-    "LabelMap",
     "Layout",
     "Listing",
     "Source",
     "detect",
     "finding",
+    "first_files",
     "list_source",
-    "open_reader",
-    "open_source",
-    "read_label_map",
+    "make_source",
+    "open_parquet",
+    "read_ranges",
+    "read_source",
 ]
 
-Layout = Literal["auto", "folder", "flat", "unlabelled", "tars", "webdataset", "parquet", "cifar10", "digits"]
+Layout = Literal[
+    "auto", "folder", "flat", "unlabelled", "webdataset", "parquet", "cifar", "downsampled", "lsun", "digits"
+]
 
-UNLABELLED: tuple[Layout, ...] = ("folder", "flat", "unlabelled", "tars")  # a label map may say more than names do
-
-_WANTED = (
-    "a tree <class>/<image> (folder), files <class>_<anything> (flat), a tar for each class or the ILSVRC2012 tar of "
-    "tars (tars), tars with .cls or .json beside each image (webdataset), Parquet with image.bytes and label "
-    "(parquet), or cifar-10-binary.tar.gz (cifar10); or pass a label map (labels=FILE), or layout=unlabelled"
+# Objects that tell a layout by their names; what is not here is told by folders and file names.
+_BY_OBJECT: tuple[tuple[Layout, str], ...] = (
+    ("cifar", arrays.CIFAR),
+    ("parquet", parquet.PARQUET),
+    ("downsampled", arrays.NPZ),
+    ("lsun", arrays.LMDB),
 )
 
-# What does not lie as byte ranges of objects has a reader of its own.
-_READERS: dict[str, Callable[[str], Callable[[Sequence[storage.Range]], list[bytes]]]] = {
-    "digits": arrays.digits_reader,
-    "cifar10": arrays.cifar10_reader,
-}
+_PICKLE = "and a pickle is never opened: "
+# Objects that cannot be read, and what to take instead.
+_REFUSED = (
+    (
+        r"(^|/)cifar-10(0)?-python\.tar\.gz$|(^|/)cifar-100?-(batches-py|python)/",
+        f"is CIFAR's python version, {_PICKLE}take cifar-10-binary.tar.gz (or 100) from where it came",
+    ),
+    (
+        r"(^|/)(train_data_batch_\d+|val_data)$|(^|/)Imagenet\d+_(train|val)\.zip$",
+        f"is downsampled ImageNet's pickled version, {_PICKLE}take Imagenet64_train_part1.npz and the like",
+    ),
+    (
+        r"(^|/)(data_batch_\d|test_batch|batches\.meta)$",
+        f"is a part of CIFAR's python version, {_PICKLE}take cifar-10-binary.tar.gz from where it came",
+    ),
+    (r"(?i)\.(pkl|pickle)$", f"is a pickle, {_PICKLE}write its images as files"),
+    (r"(?i)\.(tar\.(gz|bz2|xz|zst)|tgz|7z|rar)$", "is compressed, so its images have no place in it: unpack it"),
+    (r"(?i)\.(npy|h5|hdf5|mat|tfrecords?|tfrecord-\S+|rec|beton|mds|arrow)$", "is a format that is not read"),
+)
 
 
-def detect(listing: Listing, labelled: bool = False) -> Layout:
-    """The layout of a source, told from its names and from the first members of its first tar.
+class Choices(NamedTuple):
+    """What a user says of a source; None or auto: it is told from the source."""
 
-    Raises:
-        ValueError: nothing fits; the message says what would.
-    """
-    if len(listing.matching(arrays.CIFAR10_NAME).names):
-        return "cifar10"
-    if len(listing.matching(arrays.CIFAR10_PICKLES).names):
-        raise ValueError(
-            f"source={listing.uri} is CIFAR-10's python version, which holds pickles, and nothing from outside is "
-            "unpickled: take cifar-10-binary.tar.gz from where it came"
-        )
-    if len(listing.matching(PARQUET_NAME).names):
-        return "parquet"
-    if members := tars.first_members(listing):
-        if not labelled and any(name.endswith((".cls", ".json")) for name in members):
-            return "webdataset"
-        return "tars"
-    if len(found := listing.matching(tars.COMPRESSED_NAME).names):
-        raise ValueError(
-            f"source={listing.uri}: {found[0]} is compressed, so its images have no place in it: unpack it"
-        )
-    images = listing.matching(folders.IMAGE_NAME).names
-    if len(images):
-        return "folder" if pc.any(pc.match_substring(images, "/")).as_py() else "flat"
-    raise ValueError(f"source={listing.uri} holds no images in a layout that is known: wanted {_WANTED}")
+    layout: Layout = "auto"
+    labels: str | None = None  # URI of a label map
+    image_column: str | None = None
+    label_column: str | None = None
+    split: str | None = None
 
 
-def open_source(layout: Layout, listing: Listing, labels: LabelMap | None, num_workers: int) -> Source:
-    """The index of a source; tars are scanned by `num_workers` workers (0: in this process).
-
-    `labels` takes the place of the labels that names would give, of one of the layouts UNLABELLED.
+def detect(listing: Listing, choices: Choices) -> Layout:
+    """Return the layout that the user names, or the one that objects tell by their names; auto leaves it open.
 
     Raises:
-        ValueError: the source does not have this layout, or is damaged.
+        ValueError: there is nothing that can be read; the message names what is there and what is accepted.
     """
-    in_tars = bool(len(listing.matching(tars.TAR_NAME).names))
-    if labels and in_tars:
-        return tars.labelled_tars_source(listing, labels, num_workers)
-    if labels:
-        return folders.labelled_source(listing, labels)
-    if layout == "digits":
-        return arrays.digits_source()
-    if layout == "cifar10":
-        return arrays.cifar10_source(listing)
-    if layout == "unlabelled" and in_tars:
-        return tars.unlabelled_tars_source(listing, num_workers)
-    if layout == "tars":
-        return tars.tars_source(listing, num_workers)
-    if layout == "webdataset":
-        return tars.webdataset_source(listing, num_workers)
-    by_names = {"folder": folders.folder_source, "flat": folders.flat_source, "unlabelled": folders.unlabelled_source}
-    return by_names[layout](listing)
+    told: Layout = "digits" if listing.uri == "digits" else "auto"
+    told = next((layout for layout, pattern in _BY_OBJECT if listing.matching(pattern)), told)
+    layout = told if choices.layout == "auto" else choices.layout
+    if choices.labels and layout in ("parquet", "cifar", "downsampled", "lsun", "digits", "webdataset"):
+        raise ValueError(f"--labels {choices.labels}: the layout {layout} has labels of its own")
+    if layout != "auto":
+        return layout
+    if not listing.matching(_IMAGES):
+        for pattern, what in _REFUSED:
+            if found := listing.matching(pattern):
+                raise ValueError(f"--source {listing.named}: {found[0]} {what}; accepted: {ACCEPTED}")
+    return "auto"
 
 
-def open_reader(layout: str, uri: str) -> Callable[[Sequence[storage.Range]], list[bytes]]:
-    """What reads the images that a source's index places."""
-    return _READERS[layout](uri) if layout in _READERS else partial(storage.read_ranges, uri)
+_IMAGES = r"(?i)\.(jpe?g|jpe|jfif|png|webp|gif|bmp|tiff?|avif|jp2|tar|zip)$"
+
+
+def open_parquet(listing: Listing, choices: Choices) -> parquet.ParquetSource:
+    """Read the footers of a source's Parquet files. Raises what `parquet.open_parquet` does."""
+    if not listing.matching(parquet.PARQUET):
+        raise ValueError(f"--source {listing.named} holds no Parquet files")
+    return parquet.open_parquet(listing, choices.image_column, choices.label_column, Splits(choices.split))
+
+
+def read_source(listing: Listing, choices: Choices, num_workers: int) -> Source:
+    """Return the index of a source; its archives are scanned by `num_workers` workers (0: in this process).
+
+    Raises:
+        ValueError: the source does not have this layout, cannot be understood, or is damaged.
+    """
+    return make_source(_read(listing, choices, num_workers), listing)
+
+
+def _read(listing: Listing, choices: Choices, num_workers: int) -> Reading:
+    layout, splits = detect(listing, choices), Splits(choices.split)
+    match layout:
+        case "digits":
+            return arrays.read_digits()
+        case "cifar":
+            return arrays.read_cifar(listing, splits)
+        case "downsampled":
+            return arrays.read_npz(listing, splits)
+        case "lsun":
+            return arrays.read_lmdb(listing, splits)
+        case "parquet":
+            return open_parquet(listing, choices).reading()
+    tree = open_tree(listing, choices.label_column, num_workers)
+    if layout == "webdataset" or (layout == "auto" and not choices.labels and is_webdataset(tree)):
+        return read_webdataset(tree, splits)
+    labels = read_label_map(choices.labels) if choices.labels else None
+    return read_names(tree, layout, labels, splits, kaggle_files_above(listing.uri))
+
+
+def first_files(listing: Listing) -> tuple[str, list[str]]:
+    """Return the first archive of a source that is too large to scan, and the names of its first files."""
+    tree = first_members(listing)
+    return tree.pieces[0].object or "", [file.name for file in tree.files()]

@@ -1,94 +1,226 @@
-"""Images that come as arrays of pixels: small sets, held in memory and read as PNGs."""
+"""Images that come as arrays of pixels or as values of a database. They are read in order, and staged as PNGs."""
 
 import io
+import re
 import tarfile
-from collections.abc import Callable, Sequence
-from functools import partial
+import zipfile
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
+from numpy.lib import format as npy
 
 from orchestrator import storage
-from orchestrator.data.sources.index import Listing, Source, index_table, make_source
+from orchestrator.data.sources.index import Entry, Listing, Reading, Splits
 from orchestrator.pictures import png
 
-CIFAR10_NAME = r"(^|/)cifar-10-binary\.tar\.gz$"
-CIFAR10_PICKLES = r"(^|/)(cifar-10-python\.tar\.gz|cifar-10-batches-py/.*|data_batch_\d)$"
-_CIFAR10_BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
-_CIFAR10_RECORD = 1 + 3 * 32 * 32  # label, then three planes
+CIFAR = r"(^|/)(cifar-10-binary\.tar\.gz|cifar-100-binary\.tar\.gz|(data_batch_[1-5]|test_batch|train|test)\.bin)$"
+NPZ = r"\.npz$"
+LMDB = r"(^|/)data\.mdb$"
+_NAMES = r"(^|/)(batches\.meta|fine_label_names)\.txt$"  # of CIFAR's classes, in unpacked folders
+_PIXELS = 3 * 32 * 32  # of a CIFAR image: three planes
 
-Pixels = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> images uint8 [n, H, W(, 3)], labels [n]
+
+def read_digits() -> Reading:
+    """Read scikit-learn's 1,797 scanned digits; keys are digit-0000 and so on."""
+    labels = _digits().target.tolist()
+    entries = (Entry(f"digit-{row:04d}", str(label), "", "digits", row) for row, label in enumerate(labels))
+    return Reading("scikit-learn's scanned digits", "digits", "digits", entries, tuple("0123456789"), _digit_images)
 
 
-def digits_pixels(uri: str = "digits") -> Pixels:
-    """scikit-learn's 1,797 scanned digits, grey, 8x8 pixels, with the full range of grey."""
+def digits_pixels() -> tuple[np.ndarray, np.ndarray]:
+    """Return the scanned digits, uint8 [1797, 8, 8] with the full range of grey, and their labels int64 [1797]."""
+    digits = _digits()
+    return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target
+
+
+def _digits() -> Any:
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    return {"digit": (np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target)}
+    return load_digits()
 
 
-def cifar10_pixels(uri: str) -> Pixels:
-    """The six batches of CIFAR-10's binary archive.
+def _digit_images(uri: str) -> Iterator[bytes]:
+    yield from map(png, digits_pixels()[0])
+
+
+# -------------------------------------------------------------------------------------------------------------- CIFAR
+
+
+def read_cifar(listing: Listing, splits: Splits) -> Reading:
+    """Read CIFAR-10 or CIFAR-100 in its binary version, as an archive or unpacked, with its own splits.
+
+    Keys are data_batch_1/00000 and so on. CIFAR-100 has its 100 fine classes.
 
     Raises:
-        ValueError: it is no such archive, or cut short.
+        ValueError: a file is cut short, or the names of the classes are not there.
     """
-    pixels: Pixels = {}
-    for name, data in _archive(uri).items():
-        if name in _CIFAR10_BATCHES:
-            if len(data) % _CIFAR10_RECORD:
-                raise ValueError(f"{uri}: {name} has {len(data)} bytes, no multiple of {_CIFAR10_RECORD}")
-            records = np.frombuffer(data, np.uint8).reshape(-1, _CIFAR10_RECORD)
-            pixels[name] = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0]
-    if set(pixels) != set(_CIFAR10_BATCHES):
-        raise ValueError(f"{uri} lacks {', '.join(sorted(set(_CIFAR10_BATCHES) - set(pixels)))}")
-    return pixels
+    objects = listing.matching(CIFAR)
+    if archives := [name for name in objects if name.endswith(".gz")]:
+        objects = archives[:1]
+        files = _archive(storage.join(listing.uri, archives[0]))
+    else:
+        beside = [*objects, *listing.matching(_NAMES)]
+        files = {_stem(name): storage.read_bytes(storage.join(listing.uri, name)) for name in beside}
+    names = files.get("fine_label_names", files.get("batches.meta"))
+    if names is None:
+        raise ValueError(
+            f"--source {listing.named}: batches.meta.txt or fine_label_names.txt is missing beside {objects[0]}"
+        )
+    classes = tuple(names.decode().split())
+    layout = f"CIFAR-{len(classes)}, binary version"
+
+    def entries() -> Iterator[Entry]:
+        for name in objects:
+            for row, (batch, number, label, _) in enumerate(_records(storage.join(listing.uri, name))):
+                split = "" if splits.ignored else "test" if batch.startswith("test") else "train"
+                yield Entry(f"{batch}/{number:05d}", label, split, name, row)
+
+    return Reading(layout, listing.named, listing.uri, entries(), classes, _cifar_images)
 
 
-def digits_source() -> Source:
-    """Keys are digit-0000 and so on."""
-    return _source("digits", "digits", tuple("0123456789"), digits_pixels(), "{name}-{row:04d}", split=lambda name: "")
+def _cifar_images(uri: str) -> Iterator[bytes]:
+    for _, _, _, planes in _records(uri):
+        yield png(planes.reshape(3, 32, 32).transpose(1, 2, 0))
 
 
-def cifar10_source(listing: Listing) -> Source:
-    """CIFAR-10 with its own splits, train and test; keys are data_batch_1/00000 and so on."""
-    uri = storage.join(listing.uri, listing.matching(CIFAR10_NAME).names[0].as_py())
-    classes = tuple(_archive(uri)["batches.meta"].decode().split())
-    split = {name: "test" if name == "test_batch" else "train" for name in _CIFAR10_BATCHES}
-    return _source("cifar10", uri, classes, cifar10_pixels(uri), "{name}/{row:05d}", split.__getitem__)
-
-
-def reader(load: Callable[[str], Pixels], uri: str) -> Callable[[Sequence[storage.Range]], list[bytes]]:
-    """Rows of the pixels as PNGs: the reader of a source of arrays, which loads them once."""
-    pixels = load(uri)
-    return lambda ranges: [png(pixels[name][0][row]) for name, row, _ in ranges]
-
-
-digits_reader = partial(reader, digits_pixels)
-cifar10_reader = partial(reader, cifar10_pixels)
-
-
-def _source(
-    layout: str, uri: str, classes: tuple[str, ...], pixels: Pixels, key: str, split: Callable[[str], str]
-) -> Source:
-    """An index whose `start` is a row of the pixels."""
-    parts = []
-    for name, (images, labels) in pixels.items():
-        rows = np.arange(len(images))
-        keys = pa.array([key.format(name=name, row=row) for row in rows], pa.string())
-        objects, splits = (pa.array([word] * len(rows), pa.string()) for word in (name, split(name)))
-        parts.append(index_table(keys, labels, objects, rows, np.full(len(rows), images[0].size), splits))
-    return make_source(layout, uri, classes, pa.concat_tables(parts))
+def _records(uri: str) -> Iterator[tuple[str, int, int, np.ndarray]]:
+    """Yield batch, number within it, label and pixels of every image in an archive or in one batch."""
+    files = _archive(uri) if uri.endswith(".gz") else {_stem(uri): storage.read_bytes(uri)}
+    for batch, data in files.items():
+        if not re.fullmatch(r"data_batch_[1-5]|test_batch|train|test", batch):
+            continue
+        labels = 2 if batch in ("train", "test") else 1  # coarse and fine, or one
+        if len(data) % (labels + _PIXELS):
+            raise ValueError(f"{uri}: {batch} has {len(data)} bytes, no multiple of {labels + _PIXELS}")
+        for number, record in enumerate(np.frombuffer(data, np.uint8).reshape(-1, labels + _PIXELS)):
+            yield batch, number, int(record[labels - 1]), record[labels:]
 
 
 def _archive(uri: str) -> dict[str, bytes]:
-    """The files of a small compressed tar, by name without folder and ending."""
+    """Return the files of a small compressed tar, by name without folder and ending."""
+    data = storage.read_bytes(uri)
     try:
-        with tarfile.open(fileobj=io.BytesIO(storage.read_bytes(uri)), mode="r:gz") as tar:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as tar:
             files = [(member.name, tar.extractfile(member)) for member in tar if member.isreg()]
-            return {name.rsplit("/", 1)[-1].rsplit(".", 1)[0]: file.read() for name, file in files if file}
+            return {_stem(name): file.read() for name, file in files if file}
     except (tarfile.TarError, OSError, EOFError) as error:
-        if isinstance(error, FileNotFoundError | PermissionError):
-            raise
-        raise ValueError(f"{uri} is no sound tar.gz: {error}") from error
+        raise ValueError(f"{uri} is not a valid tar.gz archive: {error}") from error
+
+
+def _stem(name: str) -> str:
+    return name.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+
+
+# -------------------------------------------------------------------------------------------- downsampled ImageNet
+
+
+def read_npz(listing: Listing, splits: Splits) -> Reading:
+    """Read downsampled ImageNet: .npz files with `data`, uint8 [N, 3 S S] in planes, and `labels` from 1 on.
+
+    Raises:
+        ValueError: a file is damaged, or holds other arrays.
+    """
+    names = listing.matching(NPZ)
+    of_file = {name: splits.of_shard(_stem(name)) for name in names}
+
+    def entries() -> Iterator[Entry]:
+        for name in names:
+            uri = storage.join(listing.uri, name)
+            for row, label in enumerate(_npz_labels(uri).tolist()):
+                split = of_file[name] if all(of_file.values()) else ""
+                yield Entry(f"{_stem(name)}/{row:07d}", label - 1, split, name, row)
+
+    return Reading("downsampled ImageNet", listing.named, listing.uri, entries(), images=_npz_images)
+
+
+def _npz_labels(uri: str) -> np.ndarray:
+    with storage.open_input(uri) as file, _arrays(uri, file) as archive, archive.open("labels.npy") as data:
+        labels = npy.read_array(data, allow_pickle=False)
+    count = _npz_shape(uri)[0]
+    if labels.dtype.kind not in "iu" or labels.shape != (count,) or (count and labels.min() < 1):
+        raise ValueError(f"{uri}: labels are {labels.dtype} {labels.shape}; accepted: {count} integers from 1 on")
+    return labels
+
+
+def _npz_shape(uri: str) -> tuple[int, int]:
+    with storage.open_input(uri) as file, _arrays(uri, file) as archive, archive.open("data.npy") as data:
+        return _npz_header(uri, data)
+
+
+def _npz_header(uri: str, data: Any) -> tuple[int, int]:
+    """Read the header of the images: their number and their side."""
+    read = npy.read_array_header_1_0 if npy.read_magic(data) == (1, 0) else npy.read_array_header_2_0
+    shape, fortran, dtype = read(data)
+    side = round((shape[-1] / 3) ** 0.5) if len(shape) == 2 else 0
+    if dtype != np.uint8 or fortran or len(shape) != 2 or 3 * side**2 != shape[1]:
+        raise ValueError(f"{uri}: data is {dtype} {shape}; accepted: uint8 [N, 3 x S x S] in planes")
+    return shape[0], side
+
+
+def _npz_images(uri: str) -> Iterator[bytes]:
+    with storage.open_input(uri, 8 << 20) as file, _arrays(uri, file) as archive, archive.open("data.npy") as data:
+        count, side = _npz_header(uri, data)
+        for _ in range(count):
+            if len(row := data.read(3 * side**2)) < 3 * side**2:
+                raise ValueError(f"{uri} is cut short")
+            yield png(np.frombuffer(row, np.uint8).reshape(3, side, side).transpose(1, 2, 0))
+
+
+def _arrays(uri: str, file: Any) -> zipfile.ZipFile:
+    try:
+        archive = zipfile.ZipFile(file)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{uri} is not a valid .npz file: {error}") from error
+    if not {"data.npy", "labels.npy"} <= set(archive.namelist()):
+        raise ValueError(
+            f"{uri} holds {', '.join(archive.namelist()[:10])}; accepted: downsampled ImageNet's data and labels"
+        )
+    return archive
+
+
+# --------------------------------------------------------------------------------------------------------------- LSUN
+
+
+def read_lmdb(listing: Listing, splits: Splits) -> Reading:
+    """Read LSUN's databases (bedroom_train_lmdb/): a class for each category, or no labels where there is only one.
+
+    Raises:
+        ValueError: when entries are drawn: they do not lie on a local disk, or the package lmdb is not installed.
+    """
+    folders = [name.removesuffix("data.mdb").rstrip("/") for name in listing.matching(LMDB)]
+    words = {name: (name or listing.uri).rsplit("/", 1)[-1].removesuffix("_lmdb") for name in folders}
+    split = {name: splits.of_shard(word) for name, word in words.items()}
+    category = {name: re.sub(r"_(train|val|test)$", "", word) for name, word in words.items()}
+    several = len(set(category.values())) > 1
+
+    def entries() -> Iterator[Entry]:
+        for name in folders:
+            label = category[name] if several else None
+            for row, (key, _) in enumerate(_items(storage.join(listing.uri, name) if name else listing.uri)):
+                yield Entry(f"{words[name]}/{key.decode('latin-1')}", label, split[name], name or ".", row)
+
+    return Reading("LSUN's LMDB", listing.named, listing.uri, entries(), images=_lmdb_images)
+
+
+def _lmdb_images(uri: str) -> Iterator[bytes]:
+    for _, value in _items(uri):
+        yield bytes(value)
+
+
+def _items(uri: str) -> Iterator[tuple[bytes, memoryview]]:
+    if "://" in uri and not uri.startswith("file://"):
+        raise ValueError(f"--source {uri}: an LMDB can only be read from a local disk; copy it there")
+    try:
+        import lmdb
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--source {uri} is an LMDB, which needs a package: pip install 'admiral[lmdb]'") from error
+    path = uri.removeprefix("file://").removesuffix("/.")
+    try:
+        with (
+            lmdb.open(path, readonly=True, lock=False, readahead=False) as database,
+            database.begin(buffers=True) as rows,
+        ):
+            yield from ((bytes(key), value) for key, value in rows.cursor())
+    except lmdb.Error as error:
+        raise ValueError(f"{uri} is not a valid LMDB: {error}") from error

@@ -1,92 +1,346 @@
-"""Images that are objects of their own: trees, flat folders, and what a label map names."""
+"""Images whose splits and classes are told by their names, by the folders that they lie in, or by files beside them."""
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Literal
 
-from orchestrator.data.images import IMAGE_ENDINGS
-from orchestrator.data.sources.index import (
-    IMAGE_NAME,
-    Listing,
-    Source,
-    component,
-    finding,
-    index_table,
-    make_source,
-    numbered,
-    split_folder,
-    split_of_each,
+from orchestrator import storage
+from orchestrator.data.sources.archives import File, Tree, is_hidden, is_image
+from orchestrator.data.sources.index import ACCEPTED, OUT, Entry, Reading, Splits, finding
+from orchestrator.data.sources.labels import LabelMap, parse_label_map
+
+ByNames = Literal["auto", "folder", "flat", "unlabelled"]
+
+# Files that say which image is of which class. Of the last pattern only the names are known, not the meaning.
+_LABEL_FILES = (
+    r"dataset\.json",
+    r"val_annotations\.txt",
+    r"LOC_(train|val)_solution\.csv",
+    r"ILSVRC2012_validation_ground_truth\.txt",
+    r"metadata\.(csv|jsonl)|(.*[_.-])?(labels?|annotations?)\.(csv|tsv|txt|json|jsonl)|(train|val|test)\.csv|trainLabels\.csv",
 )
-from orchestrator.data.sources.labels import LabelMap
+_NAME_FILES = r"(synset_words|synsets|wnids|words|classes|class_names|LOC_synset_mapping)\.txt"  # of classes
+_BETWEEN = {"images", "image", "imgs", "img", "jpegimages", "jpegs", "jpeg", "jpg", "png", "data", "pictures"}
+_COMPANION_BYTES = 512 << 20  # larger label files are not read
+_OUT_IMAGES = "images that --split leaves out"
+_ABOVE = 4  # folders above a source in which Kaggle's label files are looked for
 
 
-def folder_source(listing: Listing) -> Source:
-    """A tree <class>/<image> or <split>/<class>/<image>, classes in the order of their sorted names.
+@dataclass
+class _Survey:
+    """What the files of a tree are."""
 
-    A key is the path beneath the source.
-
-    Raises:
-        ValueError: there are no images, or some that lie in no class folder.
-    """
-    images = _images(listing)
-    first = component(images.names, 0)
-    splits = split_of_each(pc.unique(first).to_pylist(), split_folder)
-    depth = 1 if all(splits.values()) else 0
-    stray = pc.equal(component(images.names, depth + 1), "")
-    if pc.any(stray).as_py():
-        names = images.names.filter(stray)
-        raise ValueError(f"source={listing.uri}: {len(names)} images lie in no class folder, {names[0]} among them")
-    classes, labels = numbered(component(images.names, depth))
-    deep = listing.names.filter(pc.greater(pc.count_substring(listing.names, "/"), depth))
-    others = sorted(set(pc.unique(component(deep, depth)).to_pylist()) - set(classes))
-    findings = {"folders_without_images": finding(others)} if others else {}
-    return make_source("folder", listing.uri, classes, _table(images, labels, _looked_up(first, splits)), findings)
+    folders: Counter[str] = field(default_factory=Counter)  # images by their folder
+    first: dict[str, str] = field(default_factory=dict)  # an image of each folder
+    without: set[str] = field(default_factory=set)  # folders of other files, or of none
+    endings: Counter[str] = field(default_factory=Counter)  # of files that are no images
+    hidden: int = 0
+    companions: list[File] = field(default_factory=list)
 
 
-def flat_source(listing: Listing) -> Source:
-    """Files named <class>_<anything>, as the published code reads them; classes in the order of their sorted names.
+def read_names(
+    tree: Tree, layout: ByNames, labels: LabelMap | None, splits: Splits, beyond: list[tuple[str, bytes]]
+) -> Reading:
+    """Read a tree of images: class folders, files named <class>_<anything>, or what a label file says.
+
+    labels: the label map that the user names. beyond: Kaggle's label files above the source, name and content.
 
     Raises:
-        ValueError: there are no images, or some without "_" in their name.
+        ValueError: there are no images, or no class can be told for them.
     """
-    images = _images(listing)
-    names = pc.replace_substring_regex(images.names, r"^.*/", "")
-    plain = pc.invert(pc.match_substring(names, "_"))
-    if pc.any(plain).as_py():
-        odd = images.names.filter(plain)
+    survey = _survey(tree)
+    if not survey.folders:
+        raise ValueError(f"--source {tree.named} holds no images{_listed(survey.endings)}; accepted: {ACCEPTED}")
+    reading = Reading("", tree.named, tree.uri, iter(()), left_out=_left_out(tree, survey))
+    if empty := [piece.stem for piece in tree.pieces if piece.object and not len(piece.members)]:
+        reading.findings["archives_without_files"] = finding(empty)
+    places = _places(survey, splits, layout, reading)
+    beside = _companions(tree, survey, beyond)
+    if labels is not None:
+        reading.layout = f"images with the labels of {labels.uri}"
+        chosen = dict.fromkeys({split for split, _ in places.values()}, (labels, ""))
+    else:
+        chosen = _choose(reading, layout, survey, places, beside)
+    if (
+        labels is not None
+        or layout in ("flat", "unlabelled")
+        or any(_is_edm(found.uri) for found, _ in chosen.values())
+    ):
+        reading.suspicions.pop("folders_within_classes", None)  # the folders do not tell the classes
+    _name_companions(reading, survey, chosen, beside, {name for _, name in places.values() if name})
+    if labels is not None or layout == "unlabelled":
+        reading.suspicions.pop("unused_label_files", None)  # the user has said what counts
+    if layout in ("flat", "auto") and not chosen and not any(name for _, name in places.values()):
+        _check_flat(tree, splits)
+        reading.layout, reading.flat = "files named <class>_<anything>", True
+        reading.entries = _entries(tree, reading, places, {}, flat=True)
+        return reading
+    if layout == "unlabelled":
+        reading.layout, chosen = "images without labels", {}
+        places = {folder: (split, "") for folder, (split, _) in places.items()}
+    reading.entries = _entries(tree, reading, places, chosen)
+    return reading
+
+
+def _survey(tree: Tree) -> _Survey:
+    found = _Survey()
+    known = re.compile("|".join((*_LABEL_FILES, _NAME_FILES)))
+    for file in tree.files():
+        folder, _, name = file.name.rpartition("/")
+        if is_hidden(file.name):
+            found.hidden += 1
+        elif is_image(name):
+            found.folders[folder] += 1
+            found.first.setdefault(folder, file.name)
+        else:
+            found.without.add(folder)
+            if name and (file.sidecar is None or name == "dataset.json"):
+                found.endings[os.path.splitext(name)[1].lower() or "none"] += 1
+            if known.fullmatch(name):
+                found.companions.append(file)
+    return found
+
+
+def _listed(endings: Counter[str]) -> str:
+    return f", but files that end in {', '.join(ending for ending, _ in endings.most_common(5))}" if endings else ""
+
+
+def _left_out(tree: Tree, survey: _Survey) -> dict[str, int]:
+    endings = {f"files that end in {ending}": count for ending, count in survey.endings.most_common()}
+    return tree.left_out | endings | ({"hidden files": survey.hidden} if survey.hidden else {})
+
+
+# --------------------------------------------------------------------------------------------- what the folders mean
+
+
+def _places(survey: _Survey, splits: Splits, layout: ByNames, reading: Reading) -> dict[str, tuple[str, str]]:
+    """Return the split and the class (each maybe empty) of the images in every folder.
+
+    Folders around all images do not count, and folders such as `images` between a class and its images do not either.
+    One level of folders may name splits: the first of which every name does.
+
+    Raises:
+        ValueError: some images of a split lie in class folders, and others do not.
+    """
+    chains = {folder: folder.split("/") if folder else [] for folder in survey.folders}
+    around = _shared(list(chains.values()))
+    if len(chains) == 1 and around and layout == "folder":
+        around = around[:-1]  # the one folder is the one class
+    around = around[: next((i for i, part in enumerate(around) if splits.of_folder(part)), len(around))]
+    chains = {folder: chain[len(around) :] for folder, chain in chains.items()}
+    depth = min(map(len, chains.values()))
+    level = next((i for i in range(depth) if all(splits.of_folder(chain[i]) for chain in chains.values())), None)
+    split = {folder: "" if level is None else splits.of_folder(chain[level]) for folder, chain in chains.items()}
+    inner = {folder: _inner(chain, level) for folder, chain in chains.items()}
+    shared = _shared([chain for chain in inner.values() if chain])
+    deep = min((len(chain) for chain in inner.values() if chain), default=0)
+    inner = {folder: chain[min(len(shared), max(0, deep - 1)) :] for folder, chain in inner.items()}
+    _suspect(reading, survey, splits, inner)
+    return {folder: (split[folder], (chain or [""])[0]) for folder, chain in inner.items()}
+
+
+def _shared(chains: list[list[str]]) -> list[str]:
+    """Return the folders with which all chains begin."""
+    return [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*chains, strict=False))]
+
+
+def _inner(chain: list[str], level: int | None) -> list[str]:
+    """Return the folders of a class: without the level of the splits, and without `images` at the end."""
+    rest = [part for i, part in enumerate(chain) if i != level]
+    while rest and rest[-1].lower() in _BETWEEN:
+        rest.pop()
+    return rest
+
+
+def _suspect(reading: Reading, survey: _Survey, splits: Splits, inner: dict[str, list[str]]) -> None:
+    """Note names that speak against this reading of the folders."""
+    like = sorted({part for chain in inner.values() for part in chain if splits.looks_like(part)})
+    if like:
+        reading.suspicions["names_like_splits"] = finding(like)
+    if nested := sorted("/".join(chain) for chain in inner.values() if len(chain) > 1):
+        reading.suspicions["folders_within_classes"] = finding(nested)
+    classes = {chain[0] for chain in inner.values() if chain}
+    empty = {part for folder in survey.without for part in folder.split("/")[-1:]} - {
+        part for folder in survey.folders for part in folder.split("/")
+    }
+    if classes and (names := sorted(empty - {""})):
+        reading.findings["folders_without_images"] = finding(names)
+
+
+# ------------------------------------------------------------------------------------------------------ label files
+
+
+def _companions(tree: Tree, survey: _Survey, beyond: list[tuple[str, bytes]]) -> dict[str, LabelMap | str]:
+    """Return the label files beside the images by name: as label maps, or why they cannot be read."""
+    found: dict[str, LabelMap | str] = {}
+    contents = [(name, data) for name, data in beyond]
+    for file in survey.companions:
+        if not re.fullmatch(_NAME_FILES, file.name.rpartition("/")[2]) and file.size <= _COMPANION_BYTES:
+            contents.append((file.name, tree.read(file)))
+    for name, data in contents:
+        try:
+            found[name] = parse_label_map(name, data)
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+def _choose(
+    reading: Reading,
+    layout: ByNames,
+    survey: _Survey,
+    places: dict[str, tuple[str, str]],
+    beside: dict[str, LabelMap | str],
+) -> dict[str, tuple[LabelMap, str]]:
+    """Return the label map, and the folder that its keys are relative to, of every split that one serves.
+
+    EDM's dataset.json speaks for all images. Other label files serve splits whose images lie in no class folder.
+    """
+    maps = {name: found for name, found in beside.items() if isinstance(found, LabelMap)}
+    named = Counter[str]()  # images in class folders, by split
+    for folder, (split, name) in places.items():
+        named[split] += survey.folders[folder] if name else 0
+        beside_classes = not name and any(other for part, other in places.values() if part == split)
+        if beside_classes and layout in ("auto", "folder") and not any(map(_is_edm, maps)):
+            raise ValueError(
+                f"--source {reading.named}: {survey.folders[folder]} images lie in no class folder, "
+                f"{survey.first[folder]} among them, beside class folders; move them, or pass --labels"
+            )
+    if layout == "auto":
+        for name, found in maps.items():
+            if _is_edm(name):
+                base = name.removesuffix("dataset.json")
+                reading.layout = f"images with the labels of {name}"
+                if found.null:
+                    reading.layout = f"images without labels, as {name} says"
+                return {split: (found, base) for split, _ in places.values()}
+    chosen = {}
+    for split in [] if layout in ("flat", "unlabelled") else sorted(named):
+        if named[split]:
+            continue
+        for name, found in maps.items():
+            if not found.null and _serves(name, split):
+                chosen[split] = found, name.rpartition("/")[0] + "/" if "/" in name else ""
+                break
+    reading.layout = "class folders" if any(named.values()) else "images with labels in files beside them"
+    return chosen
+
+
+def _is_edm(name: str) -> bool:
+    return name.rpartition("/")[2] == "dataset.json"
+
+
+def _serves(name: str, split: str) -> bool:
+    """Return whether a label file with a known meaning has the labels of a split."""
+    last = name.rpartition("/")[2]
+    if re.fullmatch("|".join(_LABEL_FILES[1:4]), last):
+        return split in (("train",) if "train" in last else ("validation", ""))
+    return False
+
+
+def _name_companions(
+    reading: Reading,
+    survey: _Survey,
+    chosen: dict[str, tuple[LabelMap, str]],
+    beside: dict[str, LabelMap | str],
+    classes: set[str],
+) -> None:
+    """Say of every known file beside the images whether it is used, and suspect a label file that is not."""
+    serves = defaultdict(list)
+    for split, (found, _) in chosen.items():
+        serves[found.uri].append(split or "all")
+    for name in sorted({file.name for file in survey.companions} | set(beside)):
+        said = beside.get(name)
+        if name in serves:
+            reading.companions[name] = f"used for the labels of {' and '.join(serves[name])} images"
+        elif said is None:
+            reading.companions[name] = "not used"
+        elif isinstance(said, LabelMap) and said.names and said.names <= classes:
+            reading.companions[name] = "not used: the folders name the same classes"
+        else:
+            reading.companions[name] = "not used"
+            if name not in {file.name for file in survey.companions}:
+                continue  # it lies above the source, and may be of another part
+            unused = reading.suspicions.get("unused_label_files", finding([])).examples
+            reading.suspicions["unused_label_files"] = finding([*unused, name])
+
+
+def kaggle_files_above(uri: str) -> list[tuple[str, bytes]]:
+    """Return Kaggle's ImageNet label files in the folders above a part of its tree: their names and contents."""
+    found, parts = [], uri.rstrip("/").split("/")
+    if not {"ILSVRC", "Data", "CLS-LOC"} & set(parts[-_ABOVE:]):
+        return []
+    for depth in range(1, _ABOVE + 1):
+        for name in ("LOC_val_solution.csv", "LOC_train_solution.csv"):
+            place = "/".join([*parts[:-depth], name])
+            if len(parts) > depth and storage.exists(place):
+                found.append((place, storage.read_bytes(place)))
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- entries
+
+
+def _check_flat(tree: Tree, splits: Splits) -> None:
+    """Raise ValueError unless every image has <class>_ before the rest of its name."""
+    odd = [file.name for file in _images(tree) if "_" not in file.name.rpartition("/")[2]]
+    if odd:
         raise ValueError(
-            f"source={listing.uri}: {len(odd)} images have no class and _ before the rest of their name, {odd[0]} "
-            "among them; pass a label map (labels=FILE), or layout=unlabelled where there are no classes"
+            f"--source {tree.named}: {len(odd)} images have no class: they lie in no class folder, and no class and _ "
+            f"begin their names, {odd[0]} among them; pass a label map (--labels FILE), or --layout unlabelled "
+            "where there are no classes"
         )
-    classes, labels = numbered(pc.replace_substring_regex(names, r"_.*$", ""))
-    return make_source("flat", listing.uri, classes, _table(images, labels))
 
 
-def unlabelled_source(listing: Listing) -> Source:
-    """Images of no class, wherever they lie beneath the source."""
-    images = _images(listing)
-    return make_source("unlabelled", listing.uri, (), _table(images, np.full(len(images.names), -1)))
+def _images(tree: Tree) -> Iterator[File]:
+    return (file for file in tree.files() if not is_hidden(file.name) and is_image(file.name))
 
 
-def labelled_source(listing: Listing, labels: LabelMap) -> Source:
-    """Images that a label map names, by their path beneath the source or by their file name alone."""
-    images = _images(listing)
-    index, findings = labels.apply(_table(images, np.full(len(images.names), -1)))
-    return make_source("folder", listing.uri, labels.classes, index, findings)
-
-
-def _images(listing: Listing) -> Listing:
-    images = listing.matching(IMAGE_NAME)
-    if not len(images.names):
-        raise ValueError(f"source={listing.uri} holds no images ({', '.join(IMAGE_ENDINGS)})")
-    return images
-
-
-def _table(images: Listing, labels: np.ndarray, splits: pa.StringArray | None = None) -> pa.Table:
-    """An image is its whole object."""
-    return index_table(images.names, labels, images.names, np.zeros(len(labels), np.int64), images.sizes, splits)
-
-
-def _looked_up(names: pa.StringArray, values: dict[str, str]) -> pa.StringArray:
-    encoded = names.dictionary_encode()
-    return pa.array([values[name] for name in encoded.dictionary.to_pylist()], pa.string()).take(encoded.indices)
+def _entries(
+    tree: Tree,
+    reading: Reading,
+    places: dict[str, tuple[str, str]],
+    chosen: dict[str, tuple[LabelMap, str]],
+    flat: bool = False,
+) -> Iterator[Entry]:
+    """Yield the images, and note what is odd about their labels."""
+    numbered = Counter[str]()  # images of each split that were labelled by their place
+    classes, strangers = {name for _, name in places.values()}, list[str]()
+    if chosen:
+        reading.classes = next((labels.classes for labels, _ in chosen.values()), None)
+    for file in _images(tree):
+        folder, _, name = file.name.rpartition("/")
+        split, label = places[folder]
+        if split == OUT:
+            reading.left_out[_OUT_IMAGES] = reading.left_out.get(_OUT_IMAGES, 0) + 1
+            continue
+        found: str | int | None = label or None
+        prefix = name.partition("_")[0]
+        if flat:
+            found = prefix
+        elif split in chosen:
+            labels, base = chosen[split]
+            if labels.in_order:
+                match = re.match(
+                    r"ILSVRC2012_(?:val|test)_(\d+)", name
+                )  # else images count in the order of their names
+                place = int(match[1]) - 1 if match else numbered[split]
+                numbered[split] += not match
+                found = labels.in_order[place] if 0 <= place < len(labels.in_order) else None
+            else:
+                found, said = labels.find(file.name, base)
+                split = said or split
+        elif found != prefix and prefix in classes:
+            strangers.append(file.name)
+        yield Entry(file.name, found, split, file.object, file.start, file.size)
+    if strangers:
+        reading.findings["images_named_after_another_class"] = finding(strangers)
+    for labels, _ in {id(labels): (labels, base) for labels, base in chosen.values()}.values():
+        if labels.in_order and (count := sum(numbered.values())) not in (0, given := len(labels.in_order)):
+            raise ValueError(f"label map {labels.uri} has {given} numbers, and there are {count} images")
+        if unused := labels.unused():
+            reading.findings["labels_without_image"] = finding(unused)

@@ -1,9 +1,11 @@
-"""What a source holds: its objects, a table of its images, and what is odd about them."""
+"""The objects of a source, and the index of its images that is built from what a layout yields."""
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -11,30 +13,37 @@ import pyarrow.compute as pc
 from pydantic import BaseModel
 
 from orchestrator import storage
-from orchestrator.data.images import IMAGE_ENDINGS
 
+ACCEPTED = (
+    "class folders <class>/<image>, files <class>_<anything>, tars or zips of these, WebDataset, Parquet, CIFAR's "
+    "binary version, downsampled ImageNet's .npz, LSUN's LMDB, or images with a label map (--labels FILE) or none "
+    "(--layout unlabelled)"
+)
 EXAMPLES = 5  # of a finding that are named
-IMAGE_NAME = rf"(?i)(^|/)[^./][^/]*({'|'.join(map(re.escape, IMAGE_ENDINGS))})$"  # a leading dot hides a file
-_SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-    "testing": "test",
-}
+MAX_GAPS = 1000  # numbers of classes that may lack, beside as many again as there are classes
+_CHUNK = 1 << 16  # images that are packed at a time
 
 INDEX = pa.schema(
     [
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("label", pa.int64(), nullable=False),  # -1: none
-        pa.field("split", pa.string(), nullable=False),  # as the source gives it; empty: it gives none
-        pa.field("object", pa.string(), nullable=False),  # relative to the source; where the image's bytes lie:
-        pa.field("start", pa.int64(), nullable=False),
+        pa.field("key", pa.large_string(), nullable=False),
+        pa.field("label", pa.int32(), nullable=False),  # -1: none
+        pa.field("split", pa.dictionary(pa.int8(), pa.string()), nullable=False),  # empty: the source does not say
+        pa.field("object", pa.dictionary(pa.int32(), pa.string())),  # relative to the source; null: the key
+        pa.field("start", pa.int64(), nullable=False),  # of the image's bytes in the object
         pa.field("size", pa.int64(), nullable=False),
     ]
 )
+
+
+class Entry(NamedTuple):
+    """One image, as every layout yields it."""
+
+    key: str
+    label: str | int | None  # the name or the number of its class; None: it has none
+    split: str  # train, validation or test; empty: the source does not say
+    object: str | None  # relative to the source, holds the image's bytes [start, start + size); None: it is the key
+    start: int = 0
+    size: int = 0
 
 
 class Finding(BaseModel, frozen=True, extra="forbid"):
@@ -47,143 +56,264 @@ class Finding(BaseModel, frozen=True, extra="forbid"):
 Findings = dict[str, Finding]
 
 
-def finding(cases: Sequence[str]) -> Finding:
-    """All cases of one kind."""
-    return Finding(count=len(cases), examples=tuple(cases[:EXAMPLES]))
+def finding(cases: Sequence[str], count: int | None = None) -> Finding:
+    """Return all cases of one kind as a finding; `count` of them if only the first are given."""
+    return Finding(count=len(cases) if count is None else count, examples=tuple(cases[:EXAMPLES]))
 
 
 @dataclass(frozen=True, eq=False)
 class Listing:
     """The objects beneath a source: names relative to `uri` in sorted order, and bytes int64 [n]."""
 
-    uri: str
-    names: pa.StringArray
+    named: str  # the source as the user names it: a folder or an object
+    uri: str  # the folder
+    names: pa.LargeStringArray
     sizes: np.ndarray
 
     def digest(self) -> str:
-        """Names and sizes as one hash: another one, another source."""
+        """Return one hash of names and sizes: another one means another source."""
         joined = hashlib.sha256(self.sizes.tobytes())
-        for batch in range(0, len(self.names), 1 << 16):
-            joined.update("\0".join(self.names[batch : batch + (1 << 16)].to_pylist()).encode())
+        for batch in range(0, len(self.names), _CHUNK):
+            joined.update("\0".join(self.names[batch : batch + _CHUNK].to_pylist()).encode())
         return joined.hexdigest()
 
-    def matching(self, pattern: str) -> "Listing":
-        """The objects whose names match."""
-        mask = pc.match_substring_regex(self.names, pattern)
-        return Listing(self.uri, self.names.filter(mask), self.sizes[mask.to_numpy(zero_copy_only=False)])
+    def matching(self, pattern: str) -> list[str]:
+        """Return the names that match a regular expression."""
+        return self.names.filter(pc.match_substring_regex(self.names, pattern)).to_pylist()
+
+    def size(self, name: str) -> int:
+        """Return the bytes of an object."""
+        return int(self.sizes[pc.index(self.names, name).as_py()])
 
 
 def list_source(uri: str) -> Listing:
-    """What lies beneath `uri`, or, where it is an object itself, that object beneath its folder.
+    """List what lies beneath `uri` or, where it is an object itself, that object beneath its folder.
 
     Raises:
         FileNotFoundError: there is nothing.
     """
-    if (size := storage.size_of(uri)) is not None:
+    try:
+        size = storage.size_of(uri)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--source {uri} does not exist") from error
+    if size is not None:
         folder, name = uri.rsplit("/", 1)
-        return Listing(folder, pa.array([name]), np.array([size], np.int64))
-    names, sizes = [pa.array([], pa.string())], [np.array([], np.int64)]
+        return Listing(uri, folder, pa.array([name], pa.large_string()), np.array([size], np.int64))
+    names, sizes = [pa.array([], pa.large_string())], [np.array([], np.int64)]
     for files in storage.list_tree(uri):
-        names.append(pa.array([name for name, _ in files], pa.string()))
+        names.append(pa.array([name for name, _ in files], pa.large_string()))
         sizes.append(np.array([size for _, size in files], np.int64))
     found = pa.concat_arrays(names)
     order = pc.sort_indices(found)
-    return Listing(uri.rstrip("/"), found.take(order), np.concatenate(sizes)[order.to_numpy()])
+    return Listing(uri, uri.rstrip("/"), found.take(order), np.concatenate(sizes)[order.to_numpy()])
+
+
+# ------------------------------------------------------------------------------------------------------------- source
+
+
+@dataclass(eq=False)
+class Reading:
+    """How a layout reads a source: the entries of its images, yet to be drawn, and what else it found."""
+
+    layout: str  # in words, for the user
+    named: str  # the source as the user names it
+    uri: str  # of the folder that objects are relative to
+    entries: Iterator[Entry]
+    classes: tuple[str, ...] | None = None  # in the order of the labels; None: sorted names, or numbers
+    images: Callable[[str], Iterator[bytes]] | None = None  # all images of an object (its URI) in the order of their
+    # `start`, where they cannot be read by their places; `start` counts them then, and they are staged
+    companions: dict[str, str] = field(default_factory=dict)  # files beside the images, and how they are used
+    flat: bool = False  # the class of an image is the beginning of its name
+    guesses: tuple[str, ...] = ()  # what was chosen by names, for the user to check
+    suspicions: Findings = field(default_factory=dict)  # found in the names, kinds of `orchestrator.data.suspicions`
+    findings: Findings = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)  # what is no image, in words, with counts
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
     """Encoded images to prepare: where each lies is at hand, their bytes are read on demand."""
 
-    layout: str
-    uri: str
+    reading: Reading
+    digest: str  # of the listing
+    size: int  # bytes of all objects
     classes: tuple[str, ...]  # in the order of the labels; none: the labels are -1
     index: pa.Table  # of INDEX, by ascending key, each once
-    findings: Findings = field(default_factory=dict)
+    findings: Findings
 
-    def __post_init__(self) -> None:
-        labels, count = self.index["label"].to_numpy(), len(self.classes)
-        if not len(labels):
-            raise ValueError(f"source={self.uri} holds no images")
-        if len(wrong := np.flatnonzero((labels < 0) | (labels >= count) if count else labels != -1)):
-            key = self.index["key"][int(wrong[0])].as_py()
-            raise ValueError(
-                f"source={self.uri}: label {labels[wrong[0]]} of {key} is not in [0, {count}), "
-                f"and {len(wrong) - 1} others are not either"
-            )
+    def counts(self) -> dict[str, np.ndarray]:
+        """Return the images of every class, int64 [classes] (or [1] if there are none), by split."""
+        labels, found = self.index["label"].to_numpy(), {}
+        for split in pc.unique(self.index["split"]).to_pylist():
+            mask = pc.equal(self.index["split"], split).to_numpy()
+            found[split] = np.bincount(np.maximum(labels[mask], 0), minlength=max(1, len(self.classes)))
+        return found
+
+    def total(self) -> np.ndarray:
+        """Return the images of every class over all splits, int64 [classes]."""
+        return np.sum(list(self.counts().values()), axis=0)
 
 
-def make_source(
-    layout: str, uri: str, classes: tuple[str, ...], index: pa.Table, findings: Findings | None = None
-) -> Source:
-    """A source of an index in any order; of images with one key only the first is kept, and the others reported."""
-    by_place = index.take(pc.sort_indices(index, [(name, "ascending") for name in ("key", "object", "start")]))
-    keys = by_place["key"].combine_chunks() if len(by_place) else pa.array([], pa.string())
+def make_source(reading: Reading, listing: Listing) -> Source:
+    """Draw a reading's entries into an index; of images with one key only the first is kept, and the others reported.
+
+    Raises:
+        ValueError: there are no images, or their labels are no classes.
+    """
+    names, index = _pack(reading.entries)
+    if not len(index):
+        raise ValueError(f"--source {reading.named} holds no images")
+    classes, labels = _classes(reading, names, index["label"].to_numpy())
+    index = index.set_column(1, INDEX.field("label"), pa.array(labels, pa.int32()))
+    findings = dict(reading.findings)
+    if classes and (labels < 0).any():
+        index = _drop_unlabelled(index, findings)
+    index, repeated = _sorted_once(index)
+    if repeated:
+        findings["duplicate_keys"] = finding(repeated)
+    present = np.zeros(len(classes), bool)
+    present[index["label"].to_numpy() if classes else []] = True
+    if not present.all():
+        findings["classes_without_images"] = finding([classes[label] for label in np.flatnonzero(~present)])
+    return Source(reading, listing.digest(), int(listing.sizes.sum()), classes, index, findings)
+
+
+def _drop_unlabelled(index: pa.Table, findings: Findings) -> pa.Table:
+    """Return the images that have labels, and report the others; splits without any by their names."""
+    labelled = pc.greater_equal(index["label"], 0)
+    without, index = index.filter(pc.invert(labelled)), index.filter(labelled).combine_chunks()
+    splits = pc.unique(index["split"].cast(pa.string()))
+    for split in pc.unique(without["split"].cast(pa.string())).to_pylist():
+        keys = without["key"].filter(pc.equal(without["split"].cast(pa.string()), split))
+        kind = "images_without_label" if split in splits.to_pylist() else f"{split or 'other'}_images_without_labels"
+        findings[kind] = finding(keys[:EXAMPLES].to_pylist(), len(keys))
+    return index
+
+
+def _pack(entries: Iterable[Entry]) -> tuple[list[str | int | None], pa.Table]:
+    """Return the labels in the order of their first use, and a table of INDEX whose labels are places in that list."""
+    numbers: dict[str | int | None, int] = {}
+    chunks, entries = [], iter(entries)
+    while rows := list(islice(entries, _CHUNK)):
+        keys, labels, splits, objects, starts, sizes = zip(*rows, strict=True)
+        codes = [numbers.setdefault(label, len(numbers)) for label in labels]
+        packed = (keys, codes, splits, objects, starts, sizes)
+        columns = [pa.array(values, field.type) for field, values in zip(INDEX, packed, strict=True)]
+        chunks.append(pa.Table.from_arrays(columns, schema=INDEX))
+    table = pa.concat_tables(chunks or [INDEX.empty_table()]).unify_dictionaries()
+    chunks.clear()
+    columns = []
+    while table.num_columns:  # one after the other, so that a long key column is not held twice beside all others
+        columns.append(table.column(0).combine_chunks())
+        table = table.remove_column(0)
+    return list(numbers), pa.Table.from_arrays(columns, schema=INDEX)
+
+
+def _classes(reading: Reading, names: list[str | int | None], codes: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the classes and the label int64 [n] of each image, whose `codes` are places in `names`."""
+    kinds = {type(name) for name in names} - {type(None)}
+    if kinds == {str, int}:
+        raise ValueError(
+            f"--source {reading.named}: some images have class names and others class numbers; "
+            "pass --labels with names for all of them"
+        )
+    if not kinds:
+        return (), np.full(len(codes), -1)
+    if kinds == {int}:
+        numbers = [name for name in names if isinstance(name, int)]
+        classes = reading.classes or tuple(map(str, range(_highest(reading, numbers) + 1)))
+        labels = [-1 if name is None else name for name in names]
+        if min(numbers) < 0 or max(numbers) >= len(classes):
+            span = f"{min(numbers)} to {max(numbers)}"
+            raise ValueError(f"--source {reading.named}: labels are {span}; accepted: 0 to {len(classes) - 1}")
+    else:
+        classes = reading.classes or tuple(sorted(str(name) for name in names if name is not None))
+        number = {name: label for label, name in enumerate(classes)}
+        labels = [-1 if name is None else number[name] for name in names]  # type: ignore[index]
+    return classes, np.array(labels)[codes]
+
+
+def _highest(reading: Reading, numbers: list[int]) -> int:
+    """Return the largest class number, unless far fewer classes than that exist."""
+    if min(numbers) < 0 or max(numbers) >= 2 * len(numbers) + MAX_GAPS:
+        raise ValueError(
+            f"--source {reading.named}: labels are {min(numbers)} to {max(numbers)}, but only {len(numbers)} different "
+            "ones; accepted: numbers from 0 without large gaps, or class names"
+        )
+    return max(numbers)
+
+
+def _sorted_once(index: pa.Table) -> tuple[pa.Table, list[str]]:
+    """Return the index by ascending key with each key once, and the keys that were repeated."""
+    keys = index["key"].combine_chunks()
+    if pc.all(pc.greater(keys[1:], keys[:-1])).as_py() is not False:
+        return index, []
+    by_place = [("key", "ascending"), ("object", "ascending"), ("start", "ascending")]
+    plain = index.set_column(3, "object", index["object"].cast(pa.string()))
+    index = index.take(pc.sort_indices(plain, by_place)).combine_chunks()
+    keys = index["key"].combine_chunks()
     again = np.zeros(len(keys), bool)
-    again[1:] = pc.equal(keys[1:], keys[:-1]).to_numpy(zero_copy_only=False) if len(keys) > 1 else False
-    found = dict(findings or {})
-    if again.any():
-        found["duplicate_keys"] = finding(keys.filter(pa.array(again)).to_pylist())
-        by_place = by_place.filter(pa.array(~again))
-    present = set(pc.unique(by_place["label"]).to_pylist())
-    if empty := [name for label, name in enumerate(classes) if label not in present]:
-        found["classes_without_images"] = finding(empty)
-    return Source(layout, uri, classes, by_place.combine_chunks(), found)
+    again[1:] = pc.equal(keys[1:], keys[:-1]).to_numpy(zero_copy_only=False)
+    return index.filter(pa.array(~again)).combine_chunks(), keys.filter(pa.array(again)).to_pylist()
 
 
-def index_table(
-    keys: pa.StringArray,
-    labels: np.ndarray,
-    objects: pa.StringArray,
-    starts: np.ndarray,
-    sizes: np.ndarray,
-    splits: pa.StringArray | None = None,
-) -> pa.Table:
-    """An index of these columns."""
-    given = pa.array(np.full(len(keys), "", object), pa.string()) if splits is None else splits
-    columns = [
-        keys,
-        pa.array(labels, pa.int64()),
-        given,
-        objects,
-        pa.array(starts, pa.int64()),
-        pa.array(sizes, pa.int64()),
-    ]
-    return pa.Table.from_arrays(columns, schema=INDEX)
+# ------------------------------------------------------------------------------------------------------------- splits
+
+_WORDS = {
+    "train": "train", "training": "train",
+    "val": "validation", "valid": "validation", "validation": "validation",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+_LIKE_SPLITS = {"eval", "evaluation", "dev", "extra", "holdout", "heldout", "trainval", "unlabeled", "unlabelled"}
+_NEUTRAL = {
+    "imagenet", "ilsvrc", "cls", "loc", "img", "imgs", "image", "images", "set", "data", "dataset", "split", "x", "of",
+    "part", "batch", "lmdb", "bin", "jpeg", "png",
+}  # fmt: skip
+OUT = "out"  # the split of images that --split leaves out
 
 
-def numbered(names: pa.StringArray) -> tuple[tuple[str, ...], np.ndarray]:
-    """Classes in the order of their sorted names, and the label int64 [n] of each name."""
-    encoded = names.dictionary_encode()
-    found = encoded.dictionary.to_pylist()
-    classes = tuple(sorted(found))
-    number = {name: label for label, name in enumerate(classes)}
-    labels = np.array([number[name] for name in found], np.int64)
-    return classes, labels[encoded.indices.to_numpy()] if len(names) else np.array([], np.int64)
+class Splits:
+    """Which split a name speaks of: by its words, and by what `--split` says of some names."""
+
+    def __init__(self, said: str | None = None) -> None:
+        self.ignored = said == "none"
+        self._said = dict[str, str]()
+        for part in (said or "").split(",") if not self.ignored and said else ():
+            name, _, split = part.partition("=")
+            if not name or _WORDS.get(split, split) not in {*_WORDS.values(), OUT}:
+                raise ValueError(
+                    f"--split {said}: {part!r} is not NAME=SPLIT with train, validation, test or out; accepted: "
+                    "pairs such as extra=train,holdout=out, or none"
+                )
+            self._said[name.lower()] = _WORDS.get(split, split)
+
+    def of_folder(self, name: str) -> str:
+        """Return the split that a folder of this name holds; empty if it names none, as a class does not."""
+        if self.ignored:
+            return ""
+        words = set(_tokens(name)) - _NEUTRAL
+        return self._said.get(name.lower(), "") or (_WORDS.get(words.pop(), "") if len(words) == 1 else "")
+
+    def of_shard(self, path: str) -> str:
+        """Return the split that a shard's path speaks of, as in data/train-00000-of-00014.parquet; or empty."""
+        if self.ignored:
+            return ""
+        words = re.split(r"[/_.\-]", path.lower())
+        said = {self._said[word] for word in words if word in self._said}
+        found = said or {_WORDS[word] for word in words if word in _WORDS}
+        return found.pop() if len(found) == 1 else ""
+
+    def looks_like(self, name: str) -> bool:
+        """Return whether a folder's name is like a split's, although `of_folder` may know none."""
+        words = {word for word in _tokens(name) if len(word) > 1} - _NEUTRAL
+        return not self.ignored and bool(words) and words <= {*_WORDS, *_LIKE_SPLITS}
 
 
-def component(names: pa.StringArray, number: int) -> pa.StringArray:
-    """The `number`-th of the parts of each name that "/" separates; empty where it has not so many."""
-    parts = pc.split_pattern(names, "/", max_splits=number + 1)
-    lengths = pc.list_value_length(parts).to_numpy(zero_copy_only=False)
-    offsets = parts.offsets.to_numpy()[:-1]
-    there = lengths > number
-    chosen = pc.take(parts.values, pa.array(np.where(there, offsets + np.where(there, number, 0), 0)))
-    return pc.if_else(pa.array(there), chosen, "")
+def _tokens(name: str) -> list[str]:
+    """Return the words of a name in lower case, without numbers."""
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
 
 
-def split_of(name: str) -> str:
-    """The split that a name speaks of (train, validation or test), as in data/train-00000-of-00014.parquet; or ""."""
-    found = {_SPLIT_WORDS[word] for word in re.split(r"[/_.\-]", name.lower()) if word in _SPLIT_WORDS}
-    return found.pop() if len(found) == 1 else ""
-
-
-def split_folder(name: str) -> str:
-    """The split that a folder of exactly this name holds; or ""."""
-    return _SPLIT_WORDS.get(name.lower(), "")
-
-
-def split_of_each(names: Iterable[str], split: Callable[[str], str] = split_of) -> dict[str, str]:
-    """The split of every name; all empty where some name speaks of none."""
-    found = {name: split(name) for name in names}
-    return found if all(found.values()) else dict.fromkeys(found, "")
+def known_split(name: str) -> str:
+    """Return the split of this very name (train, val, test, ...); empty if there is none."""
+    return _WORDS.get(name.lower(), "")

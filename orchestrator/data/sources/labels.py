@@ -1,108 +1,207 @@
-"""Label maps: which image is of which class, in a file of one's own."""
+"""Label maps: which image is of which class, in a file of its own. What its columns are is told from its content."""
 
 import csv
 import io
+import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from orchestrator import storage
-from orchestrator.data.sources.index import Findings, finding, numbered, split_folder
+from orchestrator.data.sources.index import known_split
 
 FORMS = (
-    'a CSV with the columns key, label and, if it gives splits, split; JSON {"KEY": LABEL, ...}; or JSON '
-    '{"labels": [["KEY", LABEL], ...]}'
+    "rows of an image's name and its label, separated by commas, semicolons, tabs or spaces, with or without a header; "
+    'JSON {"NAME": LABEL, ...}, {"labels": [["NAME", LABEL], ...]} or records; or one class number a line for images '
+    "in the order of their names"
 )
+_KEYS = ("key", "file", "filename", "file_name", "image", "image_id", "imageid", "path", "name", "id", "img")
+_LABELS = ("label", "labels", "class", "class_id", "class_name", "category", "target", "wnid", "cls", "y")
+_PREDICTION = "predictionstring"  # Kaggle's ImageNet: a class, then a box, for every object; the first one counts
+_GROUND_TRUTH_CLASSES = tuple(str(number) for number in range(1, 1001))  # ILSVRC2012's own numbers
+
+Label = str | int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass
 class LabelMap:
-    """Keys (paths or file names), their labels int64 [n] and, where it gives them, their splits."""
+    """The labels of images by name, or in the order of the images' names. `find` records what was used."""
 
-    classes: tuple[str, ...]
-    keys: pa.StringArray
-    labels: np.ndarray
-    splits: pa.StringArray
+    uri: str
+    labels: dict[str, tuple[Label, str]]  # key (a path or a file name, maybe without its ending) -> label, split
+    in_order: list[int] = field(default_factory=list)  # labels of images in the order of their names
+    classes: tuple[str, ...] | None = None  # None: sorted names, or numbers
+    null: bool = False  # the file says that images have no labels
+    used: set[str] = field(default_factory=set)
+    _by_name: dict[str, str] = field(default_factory=dict)  # key that is a file name alone -> the image it named
 
-    def apply(self, index: pa.Table) -> tuple[pa.Table, Findings]:
-        """The index of the images that the map names, labelled; what has no counterpart is left out and reported."""
-        keys = index["key"].combine_chunks()
-        by_path = pc.index_in(keys, self.keys)
-        by_name = pc.index_in(pc.replace_substring_regex(keys, r"^.*/", ""), self.keys)
-        shared = pc.value_counts(by_name.filter(by_path.is_null()).drop_null())
-        if len(shared) and (most := max(shared.to_pylist(), key=lambda case: case["counts"]))["counts"] > 1:
-            raise ValueError(
-                f"the label map names {self.keys[most['values']]}, but {most['counts']} images have this file name: "
-                "name them by their paths"
-            )
-        rows = pc.coalesce(by_path, by_name)
-        named = rows.is_valid()
-        findings: Findings = {}
-        if pc.any(pc.invert(named)).as_py():
-            findings["images_without_label"] = finding(keys.filter(pc.invert(named)).to_pylist())
-        used = np.zeros(len(self.keys), bool)
-        used[rows.drop_null().to_numpy()] = True
-        if not used.all():
-            findings["labels_without_image"] = finding(self.keys.filter(pa.array(~used)).to_pylist())
-        index, chosen = index.filter(named), rows.drop_null()
-        for name, column in (("label", pa.array(self.labels)), ("split", self.splits)):
-            index = index.set_column(index.schema.get_field_index(name), index.schema.field(name), column.take(chosen))
-        return index, findings
+    @property
+    def names(self) -> set[Label]:
+        """Return all labels that the map gives."""
+        return {label for label, _ in self.labels.values()} | set(self.in_order)
+
+    def find(self, path: str, base: str = "") -> tuple[Label | None, str]:
+        """Return the label (or None) and the split (or "") of an image, whose keys are relative to the folder `base`.
+
+        Raises:
+            ValueError: a key names several images.
+        """
+        within = path.removeprefix(base)
+        name = path.rpartition("/")[2]
+        for key in dict.fromkeys((path, within, _stem(within), name, _stem(name))):
+            if key in self.labels:
+                if "/" not in key and "/" in within and self._by_name.setdefault(key, path) != path:
+                    raise ValueError(
+                        f"label map {self.uri} names {key}, but {self._by_name[key]} and {path} have this file name: "
+                        "name images by their paths"
+                    )
+                self.used.add(key)
+                return self.labels[key]
+        return None, ""
+
+    def unused(self) -> list[str]:
+        """Return the keys that named no image."""
+        return [key for key in self.labels if key not in self.used]
+
+
+def _stem(name: str) -> str:
+    folder, slash, last = name.rpartition("/")
+    return folder + slash + last.rpartition(".")[0] if "." in last else name
 
 
 def read_label_map(uri: str) -> LabelMap:
-    """The label map in a CSV or JSON file. Labels are integers, or class names that are numbered in sorted order.
+    """Read a label map. Labels are all integers, or all class names.
 
     Raises:
-        ValueError: it has none of the known forms, or gives a key two labels.
+        ValueError: it has none of the known forms, gives an image two labels, or a label is no integer or name.
     """
-    rows = _csv_rows(uri) if uri.lower().endswith(".csv") else _json_rows(uri)
+    return parse_label_map(uri, storage.read_bytes(uri))
+
+
+def parse_label_map(uri: str, data: bytes) -> LabelMap:
+    """Read a label map from the bytes of its file; `uri` names it in errors. Raises what `read_label_map` does."""
+    text = _text(uri, data)
+    if text.lstrip()[:1] in ("{", "["):
+        rows = list(_json_rows(uri, text))
+        if rows == [("labels", None, "")]:
+            return LabelMap(uri, {}, null=True)
+    else:
+        lines = [line for line in text.splitlines() if line.strip()]
+        if lines and all(re.fullmatch(r"\s*\d+\s*", line) for line in lines):
+            return _in_order(uri, [int(line) for line in lines])
+        rows = list(_table_rows(uri, lines))
     found: dict[str, tuple[Any, str]] = {}
     for key, label, split in rows:
-        if found.setdefault(key, (label, split)) != (label, split):
-            raise ValueError(f"labels={uri} gives {key} two labels: {found[key][0]} and {label}")
+        if split and not known_split(split):
+            raise ValueError(f"label map {uri}: split {split!r} of {key}; accepted: train, validation, test")
+        if found.setdefault(key, (label, known_split(split))) != (label, known_split(split)):
+            raise ValueError(f"label map {uri} gives {key} two labels: {found[key][0]} and {label}")
     if not found:
-        raise ValueError(f"labels={uri} names no images; wanted {FORMS}")
+        raise ValueError(f"label map {uri} names no images; accepted: {FORMS}")
+    return LabelMap(uri, _typed(uri, found))
+
+
+def _text(uri: str, data: bytes) -> str:
+    """Return the text of a file in UTF-8, UTF-16 with its mark, or else Latin-1."""
+    for encoding in ("utf-16",) if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "cp1252", "latin-1"):
+        try:
+            return data.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+    raise ValueError(f"label map {uri} is not text; accepted: {FORMS}")
+
+
+def _in_order(uri: str, numbers: list[int]) -> LabelMap:
+    """A file of one number a line; ILSVRC2012's ground truth counts its classes from 1."""
+    if "ground_truth" in uri.lower():
+        if min(numbers) < 1 or max(numbers) > len(_GROUND_TRUTH_CLASSES):
+            raise ValueError(f"label map {uri}: numbers are {min(numbers)} to {max(numbers)}; accepted: 1 to 1000")
+        return LabelMap(uri, {}, [number - 1 for number in numbers], _GROUND_TRUTH_CLASSES)
+    return LabelMap(uri, {}, numbers)
+
+
+def _typed(uri: str, found: dict[str, tuple[Any, str]]) -> dict[str, tuple[Label, str]]:
+    """Return the labels as integers where all are, else as names."""
     values = [label for label, _ in found.values()]
-    if all(isinstance(value, int) for value in values):
-        labels = np.array(values, np.int64)
-        classes = tuple(map(str, range(int(labels.max()) + 1)))
-    else:
-        classes, labels = numbered(pa.array(list(map(str, values)), pa.string()))
-    splits = pa.array([split for _, split in found.values()], pa.string())
-    return LabelMap(classes, pa.array(list(found), pa.string()), labels, splits)
+    for key, (label, _) in found.items():
+        if isinstance(label, bool | list | dict | None) or label == "":
+            raise ValueError(f"label map {uri} gives {key} the label {json.dumps(label)}; accepted: integers or names")
+    numeric = [isinstance(value, int | float) or re.fullmatch(r"-?\d+(\.\d*)?", value.strip()) for value in values]
+    if not all(numeric):
+        if any(isinstance(value, int | float) for value in values):
+            raise ValueError(f"label map {uri} has numbers and names as labels; accepted: all integers, or all names")
+        return {key: (label.strip(), split) for key, (label, split) in found.items()}
+    whole: dict[str, tuple[Label, str]] = {}
+    for key, (label, split) in found.items():
+        if float(label) != int(float(label)):
+            raise ValueError(f"label map {uri} gives {key} the label {label}; accepted: integers or names")
+        whole[key] = int(float(label)), split
+    return whole
 
 
-def _csv_rows(uri: str) -> list[tuple[str, int | str, str]]:
-    table = csv.DictReader(io.StringIO(storage.read_bytes(uri).decode("utf-8-sig"), newline=""))
-    if not {"key", "label"} <= set(table.fieldnames or ()):
-        raise ValueError(f"labels={uri} has the columns {table.fieldnames}; wanted {FORMS}")
-    rows = [(row["key"], (row["label"] or "").strip(), _split(uri, row.get("split") or "")) for row in table]
-    if missing := [key for key, label, _ in rows if not label]:
-        raise ValueError(f"labels={uri} gives no label to {missing[0]} and {len(missing) - 1} others")
-    if all(re.fullmatch(r"-?\d+", label) for _, label, _ in rows):
-        return [(key, int(label), split) for key, label, split in rows]
-    return list(rows)
+# -------------------------------------------------------------------------------------------------------------- forms
 
 
-def _json_rows(uri: str) -> list[tuple[str, int | str, str]]:
-    found = storage.read_json(uri)
-    pairs = found.get("labels", list(found.items())) if isinstance(found, dict) else None
+def _json_rows(uri: str, text: str) -> Iterator[tuple[str, Any, str]]:
     try:
-        rows = [(key, label, "") for key, label in pairs or ()]
-    except (TypeError, ValueError):
-        rows = []
-    whole = all(isinstance(key, str) and type(label) in (int, str) for key, label, _ in rows)
-    if not rows or not whole or len({type(label) for _, label, _ in rows}) > 1:
-        raise ValueError(f"labels={uri} is no label map: wanted {FORMS}, labels all integers or all class names")
-    return rows
+        found = json.loads(text)
+    except ValueError:
+        try:
+            found = [json.loads(line) for line in text.splitlines() if line.strip()]  # JSON lines
+        except ValueError as error:
+            raise ValueError(f"label map {uri} is not valid JSON: {error}") from error
+    if isinstance(found, dict) and "labels" in found and not isinstance(found["labels"], str | int):
+        found = found["labels"]
+        if found is None:
+            yield "labels", None, ""
+            return
+    if isinstance(found, dict):
+        yield from ((key, label, "") for key, label in found.items())
+        return
+    for row in found if isinstance(found, list) else [found]:
+        if isinstance(row, list) and len(row) == 2 and isinstance(row[0], str):
+            yield row[0], row[1], ""
+        elif isinstance(row, dict):
+            names = {str(name).lower(): name for name in row}
+            key, label = _named(names, _KEYS), _named(names, _LABELS)
+            if key is None or label is None:
+                raise ValueError(f"label map {uri}: records have the fields {', '.join(row)}; accepted: {FORMS}")
+            yield str(row[names[key]]), row[names[label]], str(row.get(names.get("split"), "") or "")
+        else:
+            raise ValueError(f"label map {uri} is no label map; accepted: {FORMS}")
 
 
-def _split(uri: str, name: str) -> str:
-    if name and not split_folder(name):
-        raise ValueError(f"labels={uri} names the split {name!r}; wanted train, validation or test")
-    return split_folder(name)
+def _table_rows(uri: str, lines: list[str]) -> Iterator[tuple[str, str, str]]:
+    rows = _split_lines(lines)
+    if not rows:
+        raise ValueError(f"label map {uri} names no images; accepted: {FORMS}")
+    header = [name.strip().lower() for name in rows[0]]
+    key, label = _named(header, _KEYS), _named(header, (*_LABELS, _PREDICTION))
+    if key is not None and label is not None:
+        columns = header.index(key), header.index(label)
+        split = header.index("split") if "split" in header else None
+        rows = rows[1:]
+    elif len(rows[0]) < 2 or not re.search(r"[./\\\d]", rows[0][0]):  # a header of other names
+        raise ValueError(f"label map {uri} has the columns {', '.join(rows[0])}; accepted: {FORMS}")
+    else:
+        columns, split = (0, 1), None
+    for row in rows:
+        if len(row) <= max(columns) or not row[columns[1]].strip():
+            raise ValueError(f"label map {uri} gives no label to {row[columns[0]] if row else 'an image'}")
+        words = row[columns[1]].split()
+        value = words[0] if label == _PREDICTION else row[columns[1]].strip()
+        yield row[columns[0]].strip(), value, row[split].strip() if split is not None and split < len(row) else ""
+
+
+def _split_lines(lines: list[str]) -> list[list[str]]:
+    """Return the columns of lines, by the separator that the first line has."""
+    for separator in "\t;,":
+        if lines and separator in lines[0]:
+            return list(csv.reader(io.StringIO("\n".join(lines)), delimiter=separator))
+    return [line.split() for line in lines]
+
+
+def _named(found: Any, known: tuple[str, ...]) -> str | None:
+    """Return the first known name among those found."""
+    return next((name for name in known if name in found), None)

@@ -1,14 +1,18 @@
 """Every layout gives the same images under the same classes, or one clear error."""
 
+import io
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 
 from orchestrator import storage
 from orchestrator.data.images import decode
-from orchestrator.data.sources import Source, detect, list_source, open_reader, open_source, read_label_map
+from orchestrator.data.sources import Choices, Source, list_source, read_ranges, read_source
+from orchestrator.data.sources.labels import read_label_map
+from orchestrator.data.sources.staging import staged
 from tests.orchestrator.data import layouts
 from tests.orchestrator.data.hub import Hub
 from tests.orchestrator.data.layouts import CLASSES, Picture, pictures, tar_bytes
@@ -16,34 +20,34 @@ from tests.orchestrator.data.layouts import CLASSES, Picture, pictures, tar_byte
 IMAGES = pictures(40)
 
 LAYOUTS: dict[str, tuple[str, Callable[..., str]]] = {
-    "tree": ("folder", layouts.write_tree),
-    "flat": ("flat", layouts.write_flat),
-    "tar of tars": ("tars", layouts.write_tar_of_tars),
-    "class tars": ("tars", layouts.write_class_tars),
-    "webdataset cls": ("webdataset", layouts.write_webdataset),
-    "webdataset json": ("webdataset", lambda uri, images: layouts.write_webdataset(uri, images, "json", 50)),
-    "label map": ("flat", layouts.write_labelled),
+    "tree": ("class folders", layouts.write_tree),
+    "flat": ("files named <class>_<anything>", layouts.write_flat),
+    "tar of tars": ("class folders", layouts.write_tar_of_tars),
+    "class tars": ("class folders", layouts.write_class_tars),
+    "webdataset cls": ("WebDataset", layouts.write_webdataset),
+    "webdataset json": ("WebDataset", lambda uri, images: layouts.write_webdataset(uri, images, "json", 50)),
+    "label map": ("images with the labels of", layouts.write_labelled),
 }
 
 
-def open_at(uri: str, labels: str | None = None, layout: str = "auto", num_workers: int = 0) -> Source:
-    listing = list_source(uri)
-    found = detect(listing, labels is not None) if layout == "auto" else layout
-    return open_source(found, listing, read_label_map(labels) if labels else None, num_workers)  # type: ignore[arg-type]
+def open_at(uri: str, labels: str | None = None, num_workers: int = 0, **choices: Any) -> Source:
+    return read_source(list_source(uri), Choices(labels=labels, **choices), num_workers)
 
 
-def contents(source: Source) -> list[tuple[str, bytes]]:
-    """Class and bytes of every image, sorted."""
-    columns = [source.index[name].to_pylist() for name in ("object", "start", "size")]
-    data = open_reader(source.layout, source.uri)([storage.Range(*row) for row in zip(*columns, strict=True)])
-    return sorted(zip([source.classes[i] for i in source.index["label"].to_pylist()], data, strict=True))
+def contents(source: Source, folder: Path | None = None) -> list[tuple[str, bytes]]:
+    """Class (empty: none) and bytes of every image, sorted; what has to be staged is staged in `folder`."""
+    source = source if source.reading.images is None else staged(source, str(folder), 0)
+    keys, names, starts, sizes = (source.index[name].to_pylist() for name in ("key", "object", "start", "size"))
+    places = [storage.Range(name or key, *place) for key, name, *place in zip(keys, names, starts, sizes, strict=True)]
+    labels = [source.classes[i] if i >= 0 else "" for i in source.index["label"].to_pylist()]
+    return sorted(zip(labels, read_ranges(source.reading.uri, places), strict=True))
 
 
 def check_layout(kind: str, store: str, images: list[Picture]) -> None:
     expected, write = LAYOUTS[kind]
     uri = write(f"{store}/some images", images)
-    assert detect(list_source(uri)) == expected
     source = open_at(uri, f"{uri}.csv" if kind == "label map" else None)
+    assert source.reading.layout.startswith(expected)
     names = ("0", "1", "2") if kind.startswith("webdataset") else CLASSES
     assert source.classes == names and source.findings == {}
     assert source.index["key"].to_pylist() == sorted(set(source.index["key"].to_pylist()))
@@ -70,26 +74,29 @@ def test_a_tar_of_tars_has_the_keys_of_its_tree(tmp_path: Path) -> None:
 
 def test_cifar10_is_read_from_its_binary_version(tmp_path: Path) -> None:
     data, batches = layouts.cifar10_archive(20)
-    storage.write_bytes(str(tmp_path / "cifar-10-binary.tar.gz"), data)
-    for uri in (tmp_path, tmp_path / "cifar-10-binary.tar.gz"):
-        source = open_at(str(uri))
+    storage.write_bytes(str(tmp_path / "in" / "cifar-10-binary.tar.gz"), data)
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    for number, uri in enumerate(("in", "in/cifar-10-binary.tar.gz", "unpacked", "unpacked/cifar-10-batches-bin")):
+        source = open_at(str(tmp_path / uri))
         assert source.classes[:2] == ("airplane", "automobile") and len(source.classes) == 10
         assert source.index["split"].to_pylist() == ["train"] * 100 + ["test"] * 20
-        rows = source.index.select(["object", "start", "size"]).to_pylist()
-        found = open_reader("cifar10", source.uri)([storage.Range(r["object"], r["start"], r["size"]) for r in rows])
-        for row, label, image in zip(rows, source.index["label"].to_pylist(), found, strict=True):
-            images, labels = batches[row["object"]]
-            assert labels[row["start"]] == label
-            np.testing.assert_array_equal(np.asarray(decode(image)), images[row["start"]])
+        expected = [
+            (source.classes[label], image.tobytes())
+            for images, labels in batches.values()
+            for image, label in zip(images, labels, strict=True)
+        ]
+        found = [(name, decode(image).tobytes()) for name, image in contents(source, tmp_path / f"staged-{number}")]
+        assert sorted(found) == sorted(expected)
     storage.write_bytes(str(tmp_path / "cut" / "cifar-10-binary.tar.gz"), data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"cifar-10-binary\.tar\.gz is no sound tar\.gz"):
+    with pytest.raises(ValueError, match=r"cifar-10-binary\.tar\.gz is not a valid tar\.gz"):
         open_at(str(tmp_path / "cut"))
 
 
 @pytest.mark.parametrize("name", ["cifar-10-python.tar.gz", "cifar-10-batches-py/data_batch_1"])
 def test_cifar10_in_pickles_is_refused(name: str, tmp_path: Path) -> None:
     storage.write_bytes(str(tmp_path / name), b"\x80\x04")
-    with pytest.raises(ValueError, match=r"holds pickles.*take cifar-10-binary\.tar\.gz"):
+    with pytest.raises(ValueError, match=r"pickle.*take cifar-10-binary\.tar\.gz"):
         open_at(str(tmp_path))
 
 
@@ -132,7 +139,7 @@ def test_one_tar_of_a_tree_or_of_a_flat_folder(tmp_path: Path) -> None:
         }
         assert contents(source) == sorted((image.cls, image.data) for image in IMAGES)
     storage.write_bytes(str(tmp_path / "none.tar"), tar_bytes([("mine/1.png", b"x"), ("mine/2.png", b"y")]))
-    with pytest.raises(ValueError, match=r"none\.tar: 2 images have no class and _ .*label map"):
+    with pytest.raises(ValueError, match=r"none\.tar: 2 images have no class: .*--labels"):
         open_at(str(tmp_path / "none.tar"))
 
 
@@ -140,7 +147,7 @@ def test_file_names_that_several_images_share_are_no_keys_of_a_label_map(tmp_pat
     for name in ("a/1.png", "b/1.png", "b/2.png"):
         storage.write_bytes(str(tmp_path / "files" / name), IMAGES[0].data)
     storage.write_bytes(str(tmp_path / "map.csv"), b"key,label\n1.png,0\n2.png,1\n")
-    with pytest.raises(ValueError, match=r"names 1\.png, but 2 images have this file name: name them by their paths"):
+    with pytest.raises(ValueError, match=r"names 1\.png, but a/1\.png and b/1\.png have this file name"):
         open_at(str(tmp_path / "files"), str(tmp_path / "map.csv"))
     storage.write_bytes(str(tmp_path / "map.csv"), b"key,label\na/1.png,0\nb/1.png,1\n2.png,1\n")
     assert open_at(str(tmp_path / "files"), str(tmp_path / "map.csv")).index["label"].to_pylist() == [0, 1, 1]
@@ -181,8 +188,7 @@ def test_oddities_are_reported(tmp_path: Path) -> None:
     source = open_at(str(tmp_path / "t"))
     assert source.findings["images_named_after_another_class"].examples == ("ant/bee_2.png",)
     assert source.findings["duplicate_keys"].examples == ("bee/bee_1.png",)
-    assert source.findings["tars_without_images"].examples == ("cat",)
-    assert source.findings["classes_without_images"].examples == ("cat",)
+    assert source.findings["archives_without_files"].examples == ("cat",)
     assert contents(source) == [("ant", data), ("ant", data), ("bee", data)]
 
     layouts.write_tree(str(tmp_path / "e" / "train"), IMAGES)
@@ -210,7 +216,7 @@ def test_tars_that_are_cut_short(cut: int, tmp_path: Path) -> None:
         data += bytes(-len(data) % 512)
         storage.write_bytes(uri, data)
         storage.write_bytes(uri, data[:cut])
-        with pytest.raises(ValueError, match=r"\.tar.*(is cut short|is no sound tar)"):
+        with pytest.raises(ValueError, match=r"\.tar.*(is cut short|is not a valid tar)"):
             open_at(uri)
 
 
@@ -227,12 +233,16 @@ def test_a_damaged_inner_tar_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"note.txt": b"x"}, r"holds no images in a layout that is known: wanted a tree <class>/<image>"),
+        ({"note.txt": b"x"}, r"holds no images, but files that end in \.txt; accepted: class folders"),
         ({"a.png": b"x", "ant/b.png": b"x"}, r"1 images lie in no class folder, a\.png"),
-        ({"ant_1.png": b"x", "b.png": b"x"}, r"1 images have no class and _ .* b\.png .*label map"),
+        ({"ant_1.png": b"x", "b.png": b"x"}, r"1 images have no class: .* b\.png .*--labels"),
         ({"train.tar.gz": b"x"}, r"train\.tar\.gz is compressed"),
-        ({"w/a.tar": tar_bytes([("1.png", b"x"), ("1.cls", b"cat")])}, r"a\.tar: 1\.cls holds no integer label"),
-        ({"w/a.tar": b"not a tar"}, r"a\.tar is no sound tar"),
+        ({"w/a.tar": tar_bytes([("1.png", b"x"), ("1.json", b'{"label": 1.5}')])}, r"a\.tar: .*1\.json .*label 1\.5"),
+        (
+            {"w/a.tar": tar_bytes([("1.png", b"x"), ("1.json", b'{"class_id": 3}')])},
+            r"keys class_id; pass --label-column",
+        ),
+        ({"w/a.tar": b"not a tar"}, r"a\.tar is not a valid tar"),
         ({".DS_Store": b"x", "._a.png": b"x"}, r"holds no images"),
     ],
 )
@@ -272,14 +282,14 @@ def test_a_source_that_is_not_there(tmp_path: Path, s3_bucket: str) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("m.csv", b"file,class\na,b\n", r"has the columns \['file', 'class'\]; wanted a CSV with the columns key"),
+        ("m.csv", b"file,colour\na,b\n", r"has the columns file, colour; accepted: rows"),
         ("m.csv", b"key,label\na.png,1\na.png,2\n", r"gives a\.png two labels: 1 and 2"),
-        ("m.csv", b"key,label,split\na.png,1,fold3\n", r"names the split 'fold3'"),
+        ("m.csv", b"key,label,split\na.png,1,fold3\n", r"split 'fold3' of a\.png; accepted: train"),
         ("m.csv", b"key,label\n", r"names no images"),
         ("m.csv", b"key,label\na.png,1\nb.png\n", r"gives no label to b\.png"),
         ("m.json", b"[1, 2]", r"is no label map"),
-        ("m.json", b'{"labels": [["a", 1.5]]}', r"is no label map"),
-        ("m.json", b'{"a": 1, "b": "cat"}', r"labels all integers or all class names"),
+        ("m.json", b'{"labels": [["a", 1.5]]}', r"gives a the label 1\.5"),
+        ("m.json", b'{"a": 1, "b": "cat"}', r"numbers and names as labels"),
         ("m.json", b"{", r"is not valid JSON"),
     ],
 )

@@ -1,0 +1,305 @@
+"""Files in tar and zip archives, read by their offsets without unpacking; loose files look the same."""
+
+import io
+import json
+import re
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster.workers import map_items
+from orchestrator import storage
+from orchestrator.data.images import IMAGE_ENDINGS
+from orchestrator.data.sources.index import Listing
+from orchestrator.progress import progress_line
+
+ARCHIVES = r"(?i)\.(tar|zip)$"  # names of objects that are opened
+_HEADER_BYTES = 64 << 10  # fetched at a time where members are large and only headers are wanted
+_SCAN_BYTES = 8 << 20  # where they are images: reading through is faster than a request for each header
+_SIDECAR_BYTES = 1 << 20  # of a .cls or .json beside an image, at most
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of a member of a zip
+_MEMBER_BYTES = 1 << 30  # of an unpacked image, at most
+_PEEK = 64  # members that tell what a tar holds
+_HIDDEN = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"}
+
+MEMBERS = pa.schema(
+    [
+        pa.field("name", pa.large_string()),
+        pa.field("start", pa.int64()),
+        pa.field("size", pa.int64()),
+        pa.field("sidecar", pa.string()),  # what a .cls or .json says, as JSON; null of other files
+    ]
+)
+
+
+class File(NamedTuple):
+    """One file of a tree: a whole object, or a member of an archive."""
+
+    name: str
+    object: str | None  # that holds its bytes; None: the object of its own name
+    start: int
+    size: int
+    sidecar: str | None
+
+
+@dataclass
+class Piece:
+    """Loose files, or an archive's members."""
+
+    object: str | None
+    stem: str  # the archive's name without its ending
+    prefix: str  # of its members' names in the tree
+    members: pa.Table  # of MEMBERS
+
+
+@dataclass
+class Tree:
+    """All files of a source by name, as if every archive were an unpacked folder of its name."""
+
+    named: str  # the source as the user names it
+    uri: str
+    pieces: list[Piece]
+    left_out: dict[str, int]  # what was not opened
+
+    @property
+    def archives(self) -> int:
+        """Return the number of archives."""
+        return len({piece.object for piece in self.pieces if piece.object})
+
+    def files(self) -> Iterator[File]:
+        """Yield all files."""
+        for piece in self.pieces:
+            yield from files_of(piece)
+
+    def read(self, file: File) -> bytes:
+        """Return the content of a file."""
+        return read_ranges(self.uri, [storage.Range(file.object or file.name, file.start, file.size)])[0]
+
+
+def files_of(piece: Piece) -> Iterator[File]:
+    """Yield the files of one piece."""
+    for batch in piece.members.to_batches(max_chunksize=1 << 16):
+        for name, *place in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            yield File(piece.prefix + name, piece.object, *place)
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or a folder above it is hidden, or of an operating system's own."""
+    return name[0] == "." or "/." in name or any(part in _HIDDEN for part in name.split("/"))
+
+
+def is_image(name: str) -> bool:
+    """Return whether the name's ending is that of an image that can be decoded."""
+    return name.lower().endswith(IMAGE_ENDINGS)
+
+
+def open_tree(listing: Listing, label_key: str | None, num_workers: int) -> Tree:
+    """Return the tree of a source; its archives are scanned by `num_workers` workers (0: in this process).
+
+    Where there are loose images, archives beside them are not opened. label_key: the field of a .json beside an image
+    that is its label; None: label or cls.
+
+    Raises:
+        ValueError: an archive is damaged.
+    """
+    archives = [name for name in listing.matching(ARCHIVES) if not is_hidden(name)]
+    loose = any(is_image(name) and not is_hidden(name) for name in _names(listing))
+    left_out = {}
+    if loose and archives:
+        left_out = {f"archive {archives[0]}" if len(archives) == 1 else "archives": len(archives)}
+        archives = []
+    pieces = [Piece(None, "", "", _loose(listing, bool(archives)))]
+    parts = [part for name in archives for part in _parts(listing, name, len(archives) == 1)]
+    scan = partial(_scan, listing.uri, label_key)
+    found: dict[_Part, pa.Table] = {}
+    with progress_line(len(parts), "archives", "scanning") as progress:
+        for part, members in map_items(lambda: scan, parts, num_workers):
+            found[part] = members
+            progress.update_to(len(found))
+    parts.sort(key=lambda part: part.prefix)
+    pieces += [Piece(part.object, part.stem, part.prefix, found.pop(part)) for part in parts]
+    return Tree(listing.named, listing.uri, pieces, left_out)
+
+
+def first_members(listing: Listing) -> Tree:
+    """Return the tree of the first archive's first members: a look at a source that is too large to scan."""
+    name = listing.matching(ARCHIVES)[0]
+    part = _parts(listing, name, False)[0]
+    members = _scan(listing.uri, None, part, _PEEK)
+    return Tree(listing.named, listing.uri, [Piece(name, part.stem, part.prefix, members)], {})
+
+
+def _names(listing: Listing) -> Iterator[str]:
+    for begin in range(0, len(listing.names), 1 << 16):
+        yield from listing.names[begin : begin + (1 << 16)].to_pylist()
+
+
+def _loose(listing: Listing, without_archives: bool) -> pa.Table:
+    names, sizes = listing.names, pa.array(listing.sizes)
+    if without_archives:
+        keep = pc.invert(pc.match_substring_regex(names, ARCHIVES))
+        names, sizes = names.filter(keep), sizes.filter(keep)
+    starts = pa.array(np.zeros(len(names), np.int64))
+    return pa.Table.from_arrays([names, starts, sizes, pa.nulls(len(names), pa.string())], schema=MEMBERS)
+
+
+# ----------------------------------------------------------------------------------------------------------- scanning
+
+
+class _Part(NamedTuple):
+    """An archive: a whole object, or a tar within a tar."""
+
+    object: str
+    begin: int  # bytes of the object
+    end: int
+    stem: str
+    prefix: str
+
+
+def _parts(listing: Listing, name: str, alone: bool) -> list[_Part]:
+    """Return the archive, or the tars that it holds. One that is `alone` is no folder around its files."""
+    stem, size = re.sub(r"(?i)\.(tar|zip)$", "", name), listing.size(name)
+    prefix = "" if alone else f"{stem}/"
+    whole = _Part(name, 0, size, stem, prefix)
+    if name.lower().endswith(".zip"):
+        return [whole]
+    nested = []
+    with storage.open_input(storage.join(listing.uri, name), _HEADER_BYTES) as file:
+        for member in _tar_members(file, whole, listing.uri):
+            if is_image(member.name):
+                return [whole]
+            if member.name.lower().endswith(".tar") and not is_hidden(_clean(member.name)):
+                inner, begin = re.sub(r"(?i)\.tar$", "", _clean(member.name)), member.offset_data
+                nested.append(_Part(name, begin, begin + member.size, inner, f"{prefix}{inner}/"))
+    return nested or [whole]
+
+
+def _scan(uri: str, label_key: str | None, part: _Part, limit: int | None = None) -> pa.Table:
+    """Return the first `limit` files of an archive (None: all), in the order of their names."""
+    with storage.open_input(storage.join(uri, part.object), _SCAN_BYTES) as file:
+        members = _zip_files if part.object.lower().endswith(".zip") else _tar_files
+        rows = sorted(islice(members(file, part, uri, label_key), limit))
+    columns = zip(*rows, strict=True) if rows else [()] * len(MEMBERS)
+    return pa.Table.from_arrays(
+        [pa.array(column, field.type) for column, field in zip(columns, MEMBERS, strict=True)], schema=MEMBERS
+    )
+
+
+def _tar_files(
+    file: BinaryIO, part: _Part, uri: str, label_key: str | None
+) -> Iterator[tuple[str, int, int, str | None]]:
+    for member in _tar_members(file, part, uri):
+        sidecar = None
+        if member.name.lower().endswith((".cls", ".json")) and member.size <= _SIDECAR_BYTES:
+            file.seek(member.offset_data)
+            sidecar = _sidecar(member.name, file.read(member.size), label_key)
+        yield _clean(member.name), member.offset_data, member.size, sidecar
+
+
+def _zip_files(
+    file: BinaryIO, part: _Part, uri: str, label_key: str | None
+) -> Iterator[tuple[str, int, int, str | None]]:
+    """Yield the files of a zip; a file's place begins with its local header, which says how to unpack it."""
+    where = storage.join(uri, part.object)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = sorted(archive.infolist(), key=lambda member: member.header_offset)
+            ends = [member.header_offset for member in members[1:]] + [archive.start_dir]
+    except (zipfile.BadZipFile, NotImplementedError, UnicodeError, struct.error, EOFError) as error:
+        raise ValueError(f"{where} is not a valid zip archive: {error}") from error
+    for member, end in zip(members, ends, strict=True):
+        if member.is_dir():
+            continue
+        streamed = member.flag_bits & 8 and member.compress_type == zipfile.ZIP_STORED  # its size is not in its header
+        if member.flag_bits & 1 or streamed or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(
+                f"{where}: {member.filename} is encrypted, streamed without its size, or compressed by another method "
+                "than deflate; zip it anew, or unpack it"
+            )
+        yield _clean(member.filename), member.header_offset, end - member.header_offset, None
+
+
+def _clean(name: str) -> str:
+    return re.sub(r"^(\./)+|^/+", "", name.replace("\\", "/")) or name
+
+
+def _tar_members(file: BinaryIO, part: _Part, uri: str) -> Iterator[tarfile.TarInfo]:
+    """Yield the regular files of a tar, hopping from header to header.
+
+    Raises:
+        ValueError: it is no tar, or is cut short.
+    """
+    where = storage.join(uri, part.object) + (f" ({part.stem}.tar in it)" if part.begin else "")
+    file.seek(part.begin)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
+                if member.offset_data + member.size > part.end:
+                    raise ValueError(f"{where} is cut short: {member.name} ends behind it")
+                if member.isreg():
+                    yield member
+            end = tar.offset
+    except tarfile.TarError as error:
+        raise ValueError(f"{where} is not a valid tar archive: {error}") from error
+    file.seek(end)
+    if end + tarfile.BLOCKSIZE > part.end or file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise ValueError(f"{where} is cut short or damaged at byte {end - part.begin}: its end mark is missing")
+
+
+def _sidecar(name: str, data: bytes, label_key: str | None) -> str:
+    """Return what a .cls or .json says as JSON: {"label": ...}, or {"keys": [...]} where it has no label."""
+    if name.lower().endswith(".cls"):
+        text = data.decode("utf-8", "replace").strip()
+        return json.dumps({"label": int(text) if re.fullmatch(r"-?\d+", text) else text})
+    try:
+        fields = json.loads(data)
+    except ValueError:
+        return json.dumps({"keys": ["(no valid JSON)"]})
+    fields = fields if isinstance(fields, dict) else {}
+    for key in (label_key,) if label_key else ("label", "cls"):
+        if key in fields:
+            return json.dumps({"label": fields[key]})
+    return json.dumps({"keys": sorted(map(str, fields))})
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def read_ranges(uri: str, ranges: Sequence[storage.Range]) -> list[bytes]:
+    """Return the bytes of files of a source, those in zip archives unpacked. Raises what `storage.read_ranges` does."""
+    unpack: list[Callable[[bytes], bytes]] = [
+        _unzip if wanted.name.lower().endswith(".zip") else bytes for wanted in ranges
+    ]
+    return [made(data) for made, data in zip(unpack, storage.read_ranges(uri, ranges), strict=True)]
+
+
+def _unzip(data: bytes) -> bytes:
+    """Unpack one member of a zip from its local header on; what is damaged is returned as no bytes."""
+    try:
+        return _member(data)
+    except (zlib.error, struct.error, IndexError):
+        return b""  # which no image is: it is quarantined, and the others are read
+
+
+def _member(data: bytes) -> bytes:
+    _, _, _, method, _, _, _, size, plain, name, extra = _LOCAL_HEADER.unpack_from(data)
+    begin = _LOCAL_HEADER.size + name + extra
+    if method == zipfile.ZIP_DEFLATED:
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[begin:], _MEMBER_BYTES)
+    if size == 0xFFFFFFFF:  # the sizes are in the extra field of zip64, which begins with the number 1 and its length
+        fields = io.BytesIO(data[begin - extra : begin])
+        while struct.unpack("<H", fields.read(2))[0] != 1:
+            fields.read(int.from_bytes(fields.read(2), "little"))
+        plain = struct.unpack("<HQ", fields.read(10))[1]
+    return data[begin : begin + plain]

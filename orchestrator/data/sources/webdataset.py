@@ -1,0 +1,86 @@
+"""WebDataset: tars whose members of one name, up to its first dot, are one sample: an image and its .cls or .json."""
+
+import json
+from collections.abc import Iterator
+
+from orchestrator.data.sources.archives import File, Piece, Tree, files_of, is_hidden, is_image
+from orchestrator.data.sources.index import Entry, Reading, Splits, finding
+
+
+def is_webdataset(tree: Tree) -> bool:
+    """Return whether the first archive with images has a .cls or .json beside one of them."""
+    for piece in tree.pieces:
+        files = list(files_of(piece)) if piece.object else []
+        images = {_sample(file) for file in files if _is_image(file)}
+        if images:
+            return any(file.sidecar and _sample(file) in images for file in files)
+    return False
+
+
+def read_webdataset(tree: Tree, splits: Splits) -> Reading:
+    """Read the images of WebDataset tars. A key is <tar>/<name of the sample>; splits are those that tars' names tell.
+
+    Raises:
+        ValueError: when entries are drawn: no sample has a label, or a label is no integer or name.
+    """
+    tars = [piece for piece in tree.pieces if piece.object]
+    reading = Reading("WebDataset", tree.named, tree.uri, iter(()))
+    of_tar = {piece.stem: splits.of_shard(piece.stem) for piece in tars}
+    if any(of_tar.values()) and (others := [stem for stem, split in of_tar.items() if not split]):
+        reading.suspicions["names_like_splits"] = finding(others)
+    reading.entries = _entries(tars, of_tar, reading)
+    return reading
+
+
+def _entries(tars: list[Piece], of_tar: dict[str, str], reading: Reading) -> Iterator[Entry]:
+    keys: set[str] = set()  # of .json files that have no label
+    labelled, differing = 0, []
+    for piece in tars:
+        labels: dict[str, dict[str, str | int]] = {".cls": {}, ".json": {}}
+        for file in files_of(piece):
+            if file.sidecar is not None:
+                said = json.loads(file.sidecar)
+                keys.update(said.get("keys", ()))
+                if "label" in said:
+                    ending = ".json" if file.name.lower().endswith(".json") else ".cls"
+                    labels[ending][_sample(file)] = _checked(reading, file, said["label"])
+        both = labels[".json"] | labels[".cls"]
+        labelled += len(both)
+        differing += [
+            f"{piece.stem}/{name.removeprefix(piece.prefix)}"
+            for name, label in labels[".json"].items()
+            if both[name] != label
+        ]
+        for file in files_of(piece):
+            if _is_image(file):
+                sample = _sample(file)
+                key = f"{piece.stem}/{sample.removeprefix(piece.prefix)}"
+                yield Entry(key, both.get(sample), of_tar[piece.stem], file.object, file.start, file.size)
+    if not labelled:
+        raise ValueError(
+            f"--source {reading.named}: no sample has a label; "
+            f"the .json files have the keys {', '.join(sorted(keys)[:20])}; "
+            "pass --label-column with one of them, --labels FILE, or --layout unlabelled"
+        )
+    if differing:
+        reading.findings["labels_that_differ_between_cls_and_json"] = finding(differing)
+
+
+def _is_image(file: File) -> bool:
+    name = file.name.rpartition("/")[2]
+    return name.count(".") == 1 and is_image(name) and not is_hidden(file.name)
+
+
+def _sample(file: File) -> str:
+    folder, slash, name = file.name.rpartition("/")
+    return folder + slash + name.partition(".")[0]
+
+
+def _checked(reading: Reading, file: File, label: object) -> str | int:
+    if isinstance(label, float) and label.is_integer():
+        return int(label)
+    if isinstance(label, bool) or not isinstance(label, str | int):
+        raise ValueError(
+            f"{reading.uri}/{file.object}: {file.name} has the label {label}; accepted: an integer or a name"
+        )
+    return label

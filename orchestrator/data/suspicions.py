@@ -1,0 +1,153 @@
+"""What makes the reading of a source suspicious. Another suspicion is one more row of the table SUSPICIONS."""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from orchestrator.data.sources.index import EXAMPLES, Source, Splits
+
+_NO_CLASS = {
+    "image", "images", "img", "imgs", "jpegimages", "pictures", "photos", "data", "dataset", "train", "training", "val",
+    "valid", "validation", "test", "testing", "eval", "evaluation", "dev", "all", "raw", "samples", "unlabeled",
+    "unlabelled", "thumbnails", "masks", "annotations",
+}  # fmt: skip
+_MOST = 0.5  # of the images or classes: what more or fewer of them have in common is suspicious
+_PER_CLASS = 4  # images for every class: a split with fewer may lack classes by chance
+
+
+class Suspicion(NamedTuple):
+    """One kind of suspicious reading."""
+
+    name: str
+    test: Callable[[Source], list[str]]  # the cases that were found
+    message: str  # {cases} are the first few
+    accept: str  # the options that settle it
+    counted: bool = True  # needs the images' labels, and not only names
+
+
+def _one_class(source: Source) -> list[str]:
+    return list(source.classes) if len(source.classes) == 1 else []
+
+
+def _no_class_names(source: Source) -> list[str]:
+    if source.reading.classes is not None:  # the source itself names its classes: CIFAR-100 has trains
+        return []
+    splits = Splits()
+    return [name for name in source.classes if name.strip().lower() in _NO_CLASS or splits.looks_like(name)]
+
+
+def _numbered_folders(source: Source) -> list[str]:
+    """Return classes that look like folders of so many files each: 00000, 00001, ... or 00000, 01000, ..."""
+    names = sorted(source.classes)
+    if len(names) < 2 or not all(re.fullmatch(r"\d{2,}", name) and len(name) == len(names[0]) for name in names):
+        return []
+    counts = source.total()
+    steps = set(np.diff([int(name) for name in names]).tolist())
+    in_thousands = len(steps) == 1 and steps.pop() > 1
+    return names if in_thousands or (counts == counts.max()).mean() > _MOST else []
+
+
+def _classes_apart(source: Source) -> list[str]:
+    """Return classes that only other splits than the training split have."""
+    counts = source.counts()
+    training = counts.get("train", counts.get(""))
+    others = [found for split, found in counts.items() if split not in ("train", "")]
+    if training is None or not others or not source.classes:
+        return []
+    return [source.classes[i] for i in np.flatnonzero((training == 0) & (source.total() > 0))]
+
+
+def _hollow_splits(source: Source) -> list[str]:
+    found = []
+    for split, counts in source.counts().items():
+        if source.classes and counts.sum() >= _PER_CLASS * len(counts) and (counts > 0).mean() < _MOST:
+            found.append(f"{split or 'train'} has {(counts > 0).sum()} of {len(counts)} classes")
+    return found
+
+
+def _alike(source: Source) -> list[str]:
+    plain: dict[str, str] = {}
+    return [name for name in source.classes if plain.setdefault(re.sub(r"[\s_-]+", "", name).lower(), name) != name]
+
+
+def _single_images(source: Source) -> list[str]:
+    counts = source.total()
+    if len(source.classes) < 10 or (counts == 1).mean() <= _MOST:
+        return []
+    return [source.classes[i] for i in np.flatnonzero(counts == 1)]
+
+
+def _gaps(source: Source) -> list[str]:
+    """Return class numbers without images, if these are most of the numbers."""
+    if source.reading.classes is not None or not all(re.fullmatch(r"\d+", name) for name in source.classes):
+        return []
+    total = source.total()
+    return [source.classes[i] for i in np.flatnonzero(total == 0)] if (total > 0).mean() < _MOST else []
+
+
+def _underscores(source: Source) -> list[str]:
+    """Return classes cut out of longer names: american of american_bulldog_1.jpg and american_pit_bull_2.jpg."""
+    if not source.reading.flat:
+        return []
+    longer: dict[str, set[str]] = {}
+    for key in source.index["key"].to_pylist() if len(source.classes) < len(source.index) / 2 else []:
+        match = re.fullmatch(r"([^_]+)_(?:(.*)_)?\d+\.\w+", key.rpartition("/")[2])
+        if match is None:  # what follows the class is no number
+            return []
+        longer.setdefault(match[1], set()).add(match[2] or "")
+    return [f"{name} of {name}_{min(filter(None, rest))}" for name, rest in longer.items() if len(rest) > 1]
+
+
+def _few_labelled(source: Source) -> list[str]:
+    missing = source.findings.get("images_without_label")
+    return list(missing.examples) if missing and missing.count > len(source.index) else []
+
+
+def _from_names(kind: str) -> Callable[[Source], list[str]]:
+    """Return a test for what the layout itself has noted."""
+
+    def found(source: Source) -> list[str]:
+        noted = source.reading.suspicions.get(kind)
+        return list(noted.examples) if noted else []
+
+    return found
+
+
+CLASSES = "--accept-classes, or --labels FILE, --layout unlabelled"
+SUSPICIONS = (
+    Suspicion("names_like_splits", _from_names("names_like_splits"),
+              "names like splits stand beside or beneath names that are none: {cases}",
+              "--split NAME=SPLIT with train, validation, test or out for each name, or --accept-classes", False),
+    Suspicion("unused_label_files", _from_names("unused_label_files"), "{cases} may hold labels, and is not used",
+              "--labels FILE to use it, or --accept-classes"),
+    Suspicion("folders_within_classes", _from_names("folders_within_classes"),
+              "class folders hold further folders, of which the first is taken for the class: {cases}", CLASSES),
+    Suspicion("one_class", _one_class, "all images are of one class: {cases}", CLASSES, False),
+    Suspicion("no_class_names", _no_class_names, "these are no names of classes: {cases}", CLASSES, False),
+    Suspicion("numbered_folders", _numbered_folders, "the classes look like numbered folders of files: {cases}",
+              CLASSES),
+    Suspicion("classes_apart", _classes_apart, "the training images lack classes that other splits have: {cases}",
+              "--accept-classes"),
+    Suspicion("hollow_splits", _hollow_splits, "a split lacks most classes: {cases}", "--accept-classes"),
+    Suspicion("names_alike", _alike, "names of classes differ in case or spaces only: {cases}", "--accept-classes",
+              False),
+    Suspicion("single_images", _single_images, "most classes have a single image: {cases}", CLASSES),
+    Suspicion("gaps", _gaps, "most class numbers have no images: {cases}", "--accept-classes, or --labels with names"),
+    Suspicion("underscores", _underscores, "a class is what stands before the first _ in a name: {cases}",
+              "--accept-classes, or --labels FILE"),
+    Suspicion("few_labelled", _few_labelled, "most images have no label: {cases}", "--accept-classes"),
+)  # fmt: skip
+
+
+def suspicions(source: Source) -> dict[str, str]:
+    """Return every suspicion about a source by name, as a sentence that ends with the options that settle it."""
+    found = {}
+    for suspicion in SUSPICIONS:
+        if (len(source.index) or not suspicion.counted) and (cases := suspicion.test(source)):
+            named = ", ".join(cases[:EXAMPLES]) + (
+                f" and {len(cases) - EXAMPLES} more" if len(cases) > EXAMPLES else ""
+            )
+            found[suspicion.name] = f"{suspicion.message.format(cases=named)} (pass {suspicion.accept})"
+    return found

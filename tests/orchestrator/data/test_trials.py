@@ -1,0 +1,518 @@
+"""Layouts as users bring them: each is read rightly, or refused with the option that settles it (promise P15)."""
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lmdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from orchestrator import storage
+from orchestrator.data.config import PrepareConfig
+from orchestrator.data.images import decode
+from orchestrator.data.job import plan, prepare
+from tests.orchestrator.data.layouts import cifar10_archive, tar_bytes
+from tests.orchestrator.data.test_images import encode
+from tests.orchestrator.digits import table
+
+WNIDS = ("n01443537", "n01629819", "n02017213")
+
+
+def picture(number: int, size: int = 12) -> bytes:
+    return encode(np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8))
+
+
+def write(root: Path, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+
+
+class Pictures:
+    """Hands out pictures that all differ."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __call__(self) -> bytes:
+        self.number += 1
+        return picture(self.number)
+
+
+def folders(new: Pictures, names: list[str], per: int, ending: str = ".png", pattern: str = "{i}") -> dict[str, bytes]:
+    return {f"{name}/{pattern.format(i=i, name=name)}{ending}": new() for name in names for i in range(per)}
+
+
+def zipped(files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return file.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------------- the inputs
+
+
+def tiny_imagenet() -> dict[str, bytes]:
+    new = Pictures()
+    files = {f"train/{w}/images/{w}_{i}.JPEG": new() for w in WNIDS for i in range(4)}
+    files |= {f"train/{w}/{w}_boxes.txt": b"0 0 1 1\n" for w in WNIDS}
+    files |= {f"val/images/val_{i}.JPEG": new() for i in range(6)}
+    rows = "".join(f"val_{i}.JPEG\t{WNIDS[i % 3]}\t0\t32\t44\t62\n" for i in range(6))
+    files |= {f"test/images/test_{i}.JPEG": new() for i in range(5)}
+    return files | {
+        "val/val_annotations.txt": rows.encode(), "wnids.txt": "\n".join(WNIDS).encode(),
+        "words.txt": b"n01443537\tgoldfish\n",
+    }  # fmt: skip
+
+
+def kaggle() -> dict[str, bytes]:
+    new = Pictures()
+    base = "ILSVRC/Data/CLS-LOC"
+    files = {f"{base}/train/{w}/{w}_{i}.JPEG": new() for w in WNIDS for i in range(4)}
+    files |= {f"{base}/val/ILSVRC2012_val_{i:08d}.JPEG": new() for i in range(1, 7)}
+    files |= {f"{base}/test/ILSVRC2012_test_{i:08d}.JPEG": new() for i in range(1, 4)}
+    files |= {f"ILSVRC/Annotations/CLS-LOC/train/{w}/{w}_0.xml": b"<x/>" for w in WNIDS}
+    val = "".join(f"ILSVRC2012_val_{i:08d},{WNIDS[i % 3]} 85 1 499 272 {WNIDS[0]} 1 2 3 4\n" for i in range(6, 0, -1))
+    train = "".join(f"{w}_{i},{w} 1 2 3 4\n" for w in WNIDS for i in range(4))
+    head = "ImageId,PredictionString\n"
+    return files | {
+        "LOC_val_solution.csv": (head + val).encode(), "LOC_train_solution.csv": (head + train).encode(),
+        "LOC_synset_mapping.txt": b"n01443537 goldfish, Carassius auratus\n", "LOC_sample_submission.csv": b"ImageId\n",
+    }  # fmt: skip
+
+
+def edm(labels: bool = True) -> dict[str, bytes]:
+    new = Pictures()
+    files = {f"{i // 5:05d}/img{i:08d}.png": new() for i in range(15)}
+    pairs = [[name, i % 3 + 5] for i, name in enumerate(files)]
+    files["dataset.json"] = json.dumps({"labels": pairs if labels else None}).encode()
+    return files
+
+
+def imagenet_val(truth: str) -> dict[str, bytes]:
+    new = Pictures()
+    files = {f"ILSVRC2012_val_{i:08d}.JPEG": new() for i in range(1, 11)}
+    if truth == "ground truth":
+        return files | {
+            "ILSVRC2012_validation_ground_truth.txt": b"490\n361\n171\n822\n297\n490\n361\n171\n822\n1000\n"
+        }
+    rows = "".join(f"ILSVRC2012_val_{i:08d},{WNIDS[i % 3]} 1 2 3 4\n" for i in range(1, 11))
+    return files | {"LOC_val_solution.csv": f"ImageId,PredictionString\n{rows}".encode()}
+
+
+def val_tar() -> dict[str, bytes]:
+    files = imagenet_val("ground truth")
+    truth = files.pop("ILSVRC2012_validation_ground_truth.txt")
+    return {
+        "ILSVRC2012_img_val.tar": tar_bytes(list(files.items())), "ILSVRC2012_validation_ground_truth.txt": truth
+    }  # fmt: skip
+
+
+def cifar100(root: str) -> dict[str, bytes]:
+    rng, files = np.random.default_rng(0), {}
+    for name, count in (("train", 200), ("test", 100)):
+        fine = np.arange(count, dtype=np.uint8) % 100
+        records = np.concatenate(
+            [np.stack([fine // 5, fine], 1), rng.integers(0, 256, (count, 3072), dtype=np.uint8)], 1
+        )
+        files[f"{root}{name}.bin"] = records.tobytes()
+    names = "\n".join(["apple", "train", *(f"fine{i}" for i in range(98))])
+    return files | {f"{root}fine_label_names.txt": names.encode(), f"{root}coarse_label_names.txt": b"a\nb\n"}
+
+
+def targz(files: dict[str, bytes]) -> bytes:
+    import gzip
+
+    return gzip.compress(tar_bytes(list(files.items())))
+
+
+def downsampled(side: int, savez: Callable[..., None]) -> dict[str, bytes]:
+    rng, files = np.random.default_rng(0), {}
+    for name, count in (("train_part1", 12), ("train_part2", 9), ("val", 6)):
+        file = io.BytesIO()
+        labels = np.arange(count) % 3 + 1
+        data = rng.integers(0, 256, (count, 3 * side**2), dtype=np.uint8)
+        savez(file, data=data, labels=labels, mean=np.zeros(3 * side**2))
+        files[f"Imagenet{side}_{name}.npz"] = file.getvalue()
+    return files
+
+
+def parquet(columns: dict[str, Any], metadata: dict[str, Any] | None = None) -> bytes:
+    file = io.BytesIO()
+    table = pa.table(columns)
+    if metadata:
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": metadata}})})
+    pq.write_table(table, file, row_group_size=8)
+    return file.getvalue()
+
+
+def encoded(count: int, first: int = 0) -> list[dict[str, Any]]:
+    return [{"bytes": picture(first + i), "path": f"{i}.png"} for i in range(count)]
+
+
+def svhn() -> dict[str, bytes]:
+    sizes = (("train", 20), ("test", 10), ("extra", 30))
+    return {
+        f"data/{name}-00000-of-00001.parquet": parquet(
+            {"image": encoded(count, 100 * i), "label": [j % 10 for j in range(count)]}
+        )
+        for i, (name, count) in enumerate(sizes)
+    }
+
+
+def webdataset(label: Callable[[int], dict[str, Any]], shard: str = "train-{:04d}.tar") -> dict[str, bytes]:
+    new = Pictures()
+    members = [
+        [(f"{s:02d}{i:02d}.{end}", data) for i in range(6) for end, data in (
+            ("jpg", new()), ("json", json.dumps(label(i)).encode()), ("txt", b"a caption"))]
+        for s in range(2)
+    ]  # fmt: skip
+    return {shard.format(s): tar_bytes(found) for s, found in enumerate(members)}
+
+
+def labelled(text: bytes, name: str = "map.txt", count: int = 6) -> dict[str, bytes]:
+    return {f"pictures/{i:03d}.png": picture(i) for i in range(count)} | {name: text}
+
+
+def rows(separator: str, header: str = "", labels: tuple[str, ...] = ("cat", "dog")) -> bytes:
+    lines = [f"{i:03d}.png{separator}{labels[i % len(labels)]}" for i in range(6)]
+    return ("\n".join([header, *lines] if header else lines) + "\n").encode()
+
+
+class Trial(NamedTuple):
+    """Files, options, and what is right: images by split and class, or words of the error."""
+
+    files: dict[str, bytes]
+    right: dict[str, dict[str, int]] | str
+    options: dict[str, Any] = {}  # noqa: RUF012
+    source: str = ""  # within the files' folder
+
+
+def each(names: tuple[str, ...] | list[str], count: int) -> dict[str, int]:
+    return dict.fromkeys(names, count)
+
+
+PETS = ["cat", "dog"]
+NEW = Pictures()
+SPLITS = folders(NEW, ["train/cat", "train/dog"], 5) | folders(NEW, ["val/cat", "val/dog"], 2)
+FLAT_SPLITS = folders(NEW, ["train_32x32", "valid_32x32"], 4)
+FFHQ = {f"images1024x1024/{i // 4 * 1000:05d}/{i // 4 * 1000 + i % 4:05d}.png": NEW() for i in range(12)}
+TWO_LABELS = {"img": encoded(12), "fine_label": [i % 4 for i in range(12)], "coarse_label": [i % 2 for i in range(12)]}
+TWO_IMAGES = {"photo": [picture(i) for i in range(8)], "thumb": [b"x"] * 8, "y": [i % 2 for i in range(8)]}
+RECORDS = [{"file_name": f"{i:03d}.png", "label": PETS[i % 2]} for i in range(6)]
+TINY = {"train": each(WNIDS, 4), "validation": each(WNIDS, 2)}
+EDM = {"train": {"0": 0} | {str(i): 5 for i in (5, 6, 7)}}
+ILSVRC_IDS = {"train": {"490": 2, "361": 2, "171": 2, "822": 2, "297": 1, "1000": 1}}
+SUSPICIOUS_NUMBERS = "look like numbered folders.*00000.*--layout unlabelled"
+
+TRIALS: dict[str, Trial] = {
+    "tiny-imagenet": Trial(tiny_imagenet(), TINY),
+    "tiny-imagenet in its zip": Trial({"t.zip": zipped({f"tiny/{k}": v for k, v in tiny_imagenet().items()})}, TINY),
+    "tiny-imagenet in a stored zip, named": Trial(
+        {"t.zip": zipped({f"tiny/{k}": v for k, v in tiny_imagenet().items()}, zipfile.ZIP_STORED)}, TINY, {}, "t.zip"
+    ),
+    "kaggle": Trial(kaggle(), TINY),
+    "kaggle from ILSVRC": Trial(kaggle(), TINY, {}, "ILSVRC"),
+    "kaggle from Data": Trial(kaggle(), TINY, {}, "ILSVRC/Data"),
+    "kaggle from CLS-LOC": Trial(kaggle(), TINY, {}, "ILSVRC/Data/CLS-LOC"),
+    "kaggle, the validation images": Trial(kaggle(), {"train": each(WNIDS, 2)}, {}, "ILSVRC/Data/CLS-LOC/val"),
+    "kaggle, the training images": Trial(kaggle(), {"train": each(WNIDS, 4)}, {}, "ILSVRC/Data/CLS-LOC/train"),
+    "validation images with ground truth": Trial(imagenet_val("ground truth"), ILSVRC_IDS),
+    "validation images with solutions": Trial(
+        imagenet_val("csv"), {"train": {"n01443537": 3, "n01629819": 4, "n02017213": 3}}
+    ),
+    "validation tar with ground truth": Trial(val_tar(), ILSVRC_IDS),
+    "ground truth named": Trial(
+        imagenet_val("ground truth"), ILSVRC_IDS, {"labels": "ILSVRC2012_validation_ground_truth.txt"}
+    ),
+    "ground truth that is too short": Trial(
+        labelled(b"1\n2\n"), "has 2 numbers, and there are 6 images", {"labels": "map.txt"}
+    ),
+    "edm folder of few classes": Trial(edm(), "most class numbers have no images: 0, 1, 2"),
+    "edm folder": Trial(edm(), EDM, {"accept_classes": True}),
+    "edm zip": Trial({"edm.zip": zipped(edm())}, EDM, {"accept_classes": True}, "edm.zip"),
+    "edm zip, stored": Trial({"e.zip": zipped(edm(), zipfile.ZIP_STORED)}, EDM, {"accept_classes": True}, "e.zip"),
+    "edm folder, labels null": Trial(edm(False), {"train": {"": 15}}),
+    "edm without its json": Trial({k: v for k, v in edm().items() if k[0] == "0"}, SUSPICIOUS_NUMBERS),
+    "ffhq": Trial(FFHQ, SUSPICIOUS_NUMBERS),
+    "ffhq, unlabelled": Trial(FFHQ, {"train": {"": 12}}, {"layout": "unlabelled"}),
+    "a class that training lacks": Trial(SPLITS | folders(NEW, ["val/dgo"], 2), "training images lack classes.*dgo"),
+    "a stray image beside splits": Trial(SPLITS | {"a.png": NEW()}, "1 images lie in no class folder, a.png"),
+    "a stray folder beside splits": Trial(
+        SPLITS | folders(NEW, ["extra/cat"], 3), "names like splits.*(extra|train).*--split"
+    ),
+    "a stray folder, said": Trial(
+        SPLITS | folders(NEW, ["extra/cat"], 3), {"train": {"cat": 8, "dog": 5}, "validation": each(PETS, 2)},
+        {"split": "extra=train"},
+    ),
+    "a stray folder, left out": Trial(
+        SPLITS | folders(NEW, ["extra/cat"], 3), {"train": each(PETS, 5), "validation": each(PETS, 2)},
+        {"split": "extra=out"},
+    ),
+    "splits within a wrapping folder": Trial(
+        {f"my set/v2/{k}": v for k, v in SPLITS.items()}, {"train": each(PETS, 5), "validation": each(PETS, 2)}
+    ),
+    "splits beneath classes": Trial(
+        folders(NEW, ["cat/train", "dog/train"], 4) | folders(NEW, ["cat/test", "dog/test"], 2),
+        {"train": each(PETS, 4), "test": each(PETS, 2)},
+    ),
+    "splits beneath some classes": Trial(
+        folders(NEW, ["cat/train", "cat/test", "dog/all"], 4), "names like splits.*(test|train)"
+    ),
+    "downsampled PNGs in split folders": Trial(FLAT_SPLITS, "8 images have no class.*--layout unlabelled"),
+    "downsampled PNGs in split folders, unlabelled": Trial(
+        FLAT_SPLITS, {"train": {"": 4}, "validation": {"": 4}}, {"layout": "unlabelled"}
+    ),
+    "one class": Trial(folders(NEW, ["train/cat"], 9), "all images are of one class: cat.*--accept-classes"),
+    "one class, accepted": Trial(folders(NEW, ["train/cat"], 9), {"train": {"cat": 9}}, {"accept_classes": True}),
+    "flat names that are no classes": Trial(
+        {f"IMG_{i:04d}.jpg": NEW() for i in range(8)}, "one class: IMG.*--layout unlabelled"
+    ),
+    "flat names of several words": Trial(
+        {f"{name}_{i}.jpg": NEW() for name in ("american_bulldog", "american_pit_bull", "beagle") for i in range(5)},
+        "before the first _.*american_bulldog",
+    ),
+    "flat names with numbers": Trial(
+        {f"{name}_img_{i}.jpg": NEW() for name in PETS for i in range(5)}, {"train": each(PETS, 5)}
+    ),
+    "a class called images": Trial(folders(NEW, ["cat", "pictures2", "masks"], 4), "no names of classes.*masks"),
+    "folders of kinds of images": Trial(
+        folders(NEW, ["pets/cat", "pets/dog", "wild/fox"], 4), "hold further folders.*pets/cat"
+    ),
+    "names that differ in case": Trial(folders(NEW, ["cat", "dog", "Cat "], 4), "differ in case.*cat"),
+    "a class for every image": Trial({f"{i:03d}_a.png": NEW() for i in range(20)}, "(numbered|single image)"),
+    "hidden folders and copies of systems": Trial(
+        folders(NEW, ["cat", "dog", ".ipynb_checkpoints", "__MACOSX/cat", "dog/@eaDir"], 4), {"train": each(PETS, 4)}
+    ),
+    "a label file that is not used": Trial(
+        folders(NEW, ["a0", "a1"], 4) | {"labels.csv": b"image,label\n0.png,fox\n"},
+        "labels.csv may hold labels.*--labels",
+    ),
+    "annotations that agree with folders": Trial(
+        folders(NEW, ["val/cat", "val/dog"], 4) | {"val/val_annotations.txt": b"0.png\tcat\t1\n1.png\tdog\t1\n"},
+        {"validation": each(PETS, 4)},
+    ),
+    "an archive beside images": Trial(
+        folders(NEW, ["cat", "dog"], 4) | {"backup.zip": zipped({"cat/x.png": NEW()})}, {"train": each(PETS, 4)}
+    ),
+    "endings of all kinds": Trial(
+        folders(NEW, ["cat"], 4, ".JPE") | folders(NEW, ["dog"], 4, ".jfif") | folders(NEW, ["fox"], 3, ".heic"),
+        {"train": each(PETS, 4)},
+    ),
+    "svhn": Trial(svhn(), "names like splits.*extra.*--split"),
+    "svhn, said": Trial(
+        svhn(), {"train": {str(i): 5 for i in range(10)}, "test": {str(i): 1 for i in range(10)}},
+        {"split": "extra=train", "copy_parquet": True},
+    ),
+    "parquet of cifar10": Trial(
+        {"train.parquet": parquet({"img": encoded(12), "label": [i % 3 for i in range(12)]},
+                                  {"label": {"names": ["ant", "bee", "cow"]}})},
+        {"train": each(("ant", "bee", "cow"), 4)}, {"copy_parquet": True},
+    ),
+    "parquet of cifar100": Trial(
+        {"a.parquet": parquet(TWO_LABELS)}, {"train": {str(i): 3 for i in range(4)}}, {"copy_parquet": True}
+    ),
+    "parquet, the coarse labels": Trial(
+        {"a.parquet": parquet(TWO_LABELS)}, {"train": {"0": 6, "1": 6}},
+        {"copy_parquet": True, "label_column": "coarse_label"},
+    ),
+    "parquet of faces": Trial(
+        {"a.parquet": parquet({"image": encoded(9)})}, {"train": {"": 9}}, {"copy_parquet": True}
+    ),
+    "parquet of plain bytes and names": Trial(
+        {"a.parquet": parquet({"image": [picture(i) for i in range(8)], "label": [PETS[i % 2] for i in range(8)]})},
+        {"train": each(PETS, 4)}, {"copy_parquet": True},
+    ),
+    "parquet of another column": Trial(
+        {"a.parquet": parquet(TWO_IMAGES)}, "several columns.*photo.*thumb.*--image-column",
+    ),
+    "parquet of another column, said": Trial(
+        {"a.parquet": parquet(TWO_IMAGES)}, {"train": {"0": 4, "1": 4}},
+        {"copy_parquet": True, "image_column": "photo", "label_column": "y"},
+    ),
+    "parquet of paths": Trial(
+        {"a.parquet": parquet({"image": [{"path": "1.png"}] * 4, "label": [0, 1, 0, 1]})}, "a.parquet: .*paths.*bytes"
+    ),
+    "parquet of empty bytes": Trial(
+        {"a.parquet": parquet({"image": pa.array([{"path": "1.png", "bytes": None}] * 4, pa.struct(
+            [("bytes", pa.binary()), ("path", pa.string())])), "label": [0, 1, 0, 1]})}, "a.parquet: .*paths only"
+    ),
+    "webdataset without a label": Trial(
+        webdataset(lambda i: {"class_id": i}), "no sample has a label.*class_id.*--label-column"
+    ),
+    "webdataset, the label said": Trial(
+        webdataset(lambda i: {"class_id": i % 2}), {"train": {"0": 6, "1": 6}}, {"label_column": "class_id"}
+    ),
+    "webdataset of names": Trial(webdataset(lambda i: {"label": PETS[i % 2]}), {"train": each(PETS, 6)}),
+    "webdataset of floats": Trial(webdataset(lambda i: {"label": i / 2}), "label 0.5; accepted: an integer or a name"),
+    "webdataset with a label map": Trial(
+        webdataset(lambda i: {}) | {"map.csv": b"key,label\n" + b"".join(
+            f"{s:02d}{i:02d},{PETS[i % 2]}\n".encode() for s in range(2) for i in range(6))},
+        {"train": each(PETS, 6)}, {"labels": "map.csv"},
+    ),
+    "map of tabs": Trial(labelled(rows("\t")), {"train": each(PETS, 3)}, {"labels": "map.txt"}),
+    "map of semicolons": Trial(labelled(rows(";", "file;class")), {"train": each(PETS, 3)}, {"labels": "map.txt"}),
+    "map of spaces": Trial(labelled(rows(" ")), {"train": each(PETS, 3)}, {"labels": "map.txt"}),
+    "map in Latin-1": Trial(
+        labelled(rows(",", "key,label", ("chât", "chien")).decode().encode("latin-1")),
+        {"train": each(("chien", "chât"), 3)}, {"labels": "map.txt"},
+    ),
+    "map without endings": Trial(
+        labelled(rows(",", "id,label").replace(b".png", b"")), {"train": each(PETS, 3)}, {"labels": "map.txt"}
+    ),
+    "map of whole floats": Trial(
+        labelled(rows(",", "key,label", ("0.0", "1.0"))), {"train": {"0": 3, "1": 3}}, {"labels": "map.txt"}
+    ),
+    "map of floats": Trial(
+        labelled(rows(",", "key,label", ("0.5", "1.0"))), "map.txt gives 000.png the label 0.5", {"labels": "map.txt"}
+    ),
+    "map of huge numbers": Trial(
+        labelled(rows(",", "key,label", ("3", "300000000"))), "labels are 3 to 300000000.*large gaps",
+        {"labels": "map.txt"},
+    ),
+    "map of numbers from 1": Trial(
+        labelled(rows(",", "key,label", ("1", "2"))), {"train": {"0": 0, "1": 3, "2": 3}}, {"labels": "map.txt"}
+    ),
+    "map of JSON lines": Trial(
+        labelled("\n".join(map(json.dumps, RECORDS)).encode(), "metadata.jsonl"),
+        {"train": each(PETS, 3)}, {"labels": "metadata.jsonl"},
+    ),
+    "map of few": Trial(labelled(rows(","), count=20), "most images have no label", {"labels": "map.txt"}),
+    "cifar-100 archive": Trial(
+        {"cifar-100-binary.tar.gz": targz(cifar100("cifar-100-binary/"))},
+        {"train": {"apple": 2, "train": 2, "fine97": 2}, "test": {"apple": 1, "train": 1}},
+    ),
+    "cifar-100 unpacked": Trial(
+        cifar100("cifar-100-binary/"), {"train": {"apple": 2, "train": 2, "fine97": 2}, "test": {"apple": 1}}
+    ),
+    "cifar-100's pickles": Trial({"cifar-100-python.tar.gz": b"\x1f\x8b"}, "pickle.*cifar-100?-binary"),
+    "cifar-100's pickles, unpacked": Trial({"cifar-100-python/train": b"\x80\x04"}, "pickle.*cifar-10-binary"),
+    "cifar-10 unpacked": Trial(
+        {f"cifar-10-batches-bin/{n}": d for n, d in [("data_batch_1.bin", bytes([3]) + bytes(3072)),
+         ("test_batch.bin", bytes([3]) + bytes(3072)), ("batches.meta.txt", b"a\nb\nc\ncat\n")]},
+        {"train": {"cat": 1}, "test": {"cat": 1}}, {"accept_classes": True},
+    ),
+    "downsampled imagenet": Trial(
+        downsampled(8, np.savez), {"train": {"0": 7, "1": 7, "2": 7}, "validation": {"0": 2, "1": 2, "2": 2}}
+    ),
+    "downsampled imagenet, compressed": Trial(downsampled(8, np.savez_compressed), {"train": {"0": 7, "1": 7, "2": 7}}),
+    "downsampled imagenet's pickles": Trial({"train_data_batch_1": b"\x80\x04"}, "pickle.*npz"),
+    "an npz of something else": Trial(
+        {"a.npz": zipped({"x.npy": b""})}, "a.npz holds x.npy; accepted"
+    ),
+    "a compressed tar": Trial({"train.tar.gz": b"x"}, "train.tar.gz is compressed.*unpack"),
+    "arrays": Trial({"a.npy": b"x"}, "a.npy is a format that is not read; accepted: class folders"),
+    "nothing": Trial({"readme.md": b"x"}, "holds no images, but files that end in .md; accepted"),
+}  # fmt: skip
+
+
+def config(root: Path, trial: Trial) -> PrepareConfig:
+    options = dict(trial.options)
+    if "labels" in options:
+        options["labels"] = str(root / "in" / options["labels"])
+    source = str(root / "in" / trial.source).rstrip("/")
+    return PrepareConfig(store=str(root), source=source, output="out", name="trial", **options)
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_trials(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trial = TRIALS[name]
+    write(tmp_path / "in", trial.files)
+    wanted = config(tmp_path, trial)
+    if isinstance(trial.right, str):
+        for work in (plan, prepare):
+            with pytest.raises(ValueError, match=trial.right):
+                work(wanted)
+        assert not (tmp_path / "out").exists(), "a refused source leaves nothing"
+        return
+    plan(wanted)
+    assert not (tmp_path / "out").exists(), "a dry run writes nothing"
+    dry = capsys.readouterr().out
+    manifest = prepare(wanted)
+    assert capsys.readouterr().out.startswith(dry.strip()[:40]), "both print what was understood"
+    for split, right in trial.right.items():
+        labels = np.array(table(manifest, split)["label"])
+        found = {name: int((labels == label).sum()) for label, name in enumerate(manifest.classes)}
+        found = found if manifest.classes else {"": len(labels)}
+        assert {name: found[name] for name in right} == right
+        assert len(right) >= len(manifest.classes) or sum(right.values()) <= len(labels)
+    report = storage.read_json(str(tmp_path / "out" / "report.json"))["understanding"]
+    assert report["splits"] == {split: manifest.num_samples(split) for split in manifest.splits}
+    assert report["num_classes"] == len(manifest.classes)
+
+
+def test_what_was_understood_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "in", tiny_imagenet() | {"train/notes.docx": b"", "train/.DS_Store": b""})
+    prepare(config(tmp_path, Trial({}, "")))
+    text = capsys.readouterr().out
+    for words in (
+        "class folders", "train 12 images, validation 6 images", "3: n01443537 (6), n01629819 (6), n02017213 (6)",
+        "val_annotations.txt is used for the labels of validation images", "wnids.txt is not used",
+        "words.txt is not used", "files that end in .txt: 6", "files that end in .docx: 1", "hidden files: 1",
+        "test images without labels: 5", "0 are transparent",
+    ):  # fmt: skip
+        assert words in text
+
+
+def test_every_image_of_a_zip_is_its_own_bytes(tmp_path: Path) -> None:
+    files = folders(Pictures(), PETS, 6)
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        write(tmp_path / f"in{method}", {"a.zip": zipped(files, method)})
+        trial = PrepareConfig(store=str(tmp_path), source=f"in{method}", output=f"out{method}", name="zip")
+        rows = table(prepare(trial), "train")
+        assert dict(zip(rows["key"], rows["image"], strict=True)) == files
+
+
+def test_pixels_of_downsampled_imagenet(tmp_path: Path) -> None:
+    files = downsampled(8, np.savez)
+    write(tmp_path / "in", files)
+    rows = table(prepare(config(tmp_path, Trial({}, ""))), "train")
+    for key, data in zip(rows["key"], rows["image"], strict=True):
+        name, row = key.split("/")
+        planes = np.load(io.BytesIO(files[f"{name}.npz"]))["data"][int(row)]
+        np.testing.assert_array_equal(np.asarray(decode(data)), planes.reshape(3, 8, 8).transpose(1, 2, 0))
+
+
+def lsun(path: Path, images: list[bytes]) -> None:
+    with lmdb.open(str(path), map_size=1 << 24) as database, database.begin(write=True) as transaction:
+        for i, data in enumerate(images):
+            transaction.put(f"{i:040x}".encode(), data)
+
+
+def test_lsun(tmp_path: Path) -> None:
+    new = Pictures()
+    images = {name: [new() for _ in range(5)] for name in ("bedroom_train", "bedroom_val", "cat_train")}
+    for name, found in images.items():
+        (tmp_path / "in").mkdir(exist_ok=True)
+        lsun(tmp_path / "in" / f"{name}_lmdb", found)
+    manifest = prepare(config(tmp_path, Trial({}, "", {"accept_classes": True})))
+    assert manifest.classes == ("bedroom", "cat") and manifest.num_samples("validation") == 5
+    rows = table(manifest, "train")
+    assert sorted(rows["image"]) == sorted(images["bedroom_train"] + images["cat_train"])
+    alone = PrepareConfig(store=str(tmp_path), source="in/bedroom_train_lmdb", output="alone", name="bedrooms")
+    manifest = prepare(alone)
+    assert manifest.classes == () and sorted(table(manifest, "train")["image"]) == sorted(images["bedroom_train"])
+
+
+def test_links_between_folders_show_each_image_once(tmp_path: Path) -> None:
+    write(tmp_path / "in", folders(Pictures(), PETS, 3))
+    os.symlink("../dog", tmp_path / "in" / "cat" / "more")
+    os.symlink("../cat", tmp_path / "in" / "dog" / "more")
+    os.symlink(tmp_path / "in", tmp_path / "in" / "dog" / "all")
+    manifest = prepare(config(tmp_path, Trial({}, "")))
+    assert manifest.classes == ("cat", "dog") and manifest.num_samples("train") == 6
+
+
+def test_a_cifar10_archive_still_gives_its_splits(tmp_path: Path) -> None:
+    write(tmp_path / "in", {"cifar-10-binary.tar.gz": cifar10_archive(20)[0]})
+    manifest = prepare(config(tmp_path, Trial({}, "")))
+    assert {split: manifest.num_samples(split) for split in manifest.splits} == {"train": 100, "test": 20}
