@@ -43,7 +43,7 @@ class TrainingConfig(JobConfig):
     loss_scale: LossScaleConfig = LossScaleConfig()
     num_threads: int = Field(1, gt=0)  # CPU threads of each worker's arithmetic; another number gives other last bits
     compile: bool = False  # torch.compile the network: slower to start, faster on long runs
-    init_from: str | None = None  # start from these weights: a run's folder, a .safetensors or a released .pt file
+    init_from: str | None = None  # start from these weights: a run's folder, a .safetensors or a .pt file of this model
     learning_rate: float = Field(1e-4, gt=0)  # AdamW's
     weight_decay: float = Field(0.0, ge=0)  # AdamW's
     warmup_images: int = Field(0, ge=0)  # the learning rate rises linearly over these

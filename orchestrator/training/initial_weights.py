@@ -7,8 +7,9 @@ from torch import Tensor
 from cluster.collectives import Group
 from orchestrator.training.config import Config
 from orchestrator.training.state import TrainingState
-from orchestrator.weights.network import Network, load_network
-from orchestrator.weights.published import check_tensors
+from orchestrator.weights.network import Network, load_network, load_published
+from orchestrator.weights.published import check_tensors, entry_by_file_name
+from orchestrator.weights.shapes import invisible_settings, with_classes_of
 
 log = logging.getLogger(__name__)
 
@@ -20,11 +21,11 @@ def begin_with(config: Config, state: TrainingState, group: Group) -> None:
 
     Raises:
         FileNotFoundError: nothing lies there.
-        ValueError: they are another network's.
+        ValueError: they are another network's; the message lists differing tensors and the options that explain them.
     """
     if config.init_from is not None and group.rank == 0:
         uri = config.path(config.init_from)
-        source = load_network(uri)
+        source = _source(uri, config)
         weights = _fitting(uri, source, config, state.model.state_dict())
         state.model.load_state_dict(weights)
         for average in state.averages.values():
@@ -37,18 +38,30 @@ def begin_with(config: Config, state: TrainingState, group: Group) -> None:
     group.copy_from_first([tensor for tensor in state.tensors().values() if tensor.device == device])
 
 
+def _source(uri: str, config: Config) -> Network:
+    """Return the network to start from; a `.pt` file without a released name is read as the training's own model."""
+    if not uri.endswith(".pt") or entry_by_file_name(uri):
+        return load_network(uri)
+    log.warning(
+        "init_from: %s does not tell its architecture; the training goes on as if the file had that of --model.*, with "
+        "%s, and was trained for --diffusion.*", uri,
+        ", ".join(f"{name}={value}" for name, value in invisible_settings(config.model).items()),
+    )  # fmt: skip
+    return load_published(uri, lambda shapes: (with_classes_of(shapes, config.model), config.diffusion))
+
+
 def _fitting(uri: str, source: Network, config: Config, fresh: dict[str, Tensor]) -> dict[str, Tensor]:
     """The source's weights, with fresh ones in the place of what belongs to other classes."""
     there, here = source.architecture.num_classes, config.model.num_classes
     weights = dict(source.module.state_dict())
     if there == here:
-        check_tensors(uri, fresh, weights)
+        check_tensors(uri, fresh, weights, config.model)
         return weights
     anew = [name for name, tensor in fresh.items() if name not in weights or _is_for_classes(weights[name], tensor)]
     dropped = [name for name in weights if name not in fresh]
     weights = {name: tensor for name, tensor in weights.items() if name in fresh}
     weights |= {name: fresh[name].cpu() for name in anew if here and fresh[name].shape[0] == here}
-    check_tensors(uri, fresh, weights)
+    check_tensors(uri, fresh, weights, config.model)
     log.warning(
         "init_from: %s has %s classes and this model %s: %s", uri, there or "no", here or "none",
         "; ".join([f"{name} starts anew" for name in anew] + [f"{name} is left out" for name in dropped]),

@@ -1,12 +1,18 @@
 """Conversion of weights: the published code's `.pt`, safetensors with their architecture, folders for diffusers."""
 
+from functools import partial
+
 import safetensors.torch
 
+from models.diffusion import DiffusionConfig
+from models.unet import Architecture
 from orchestrator import storage
 from orchestrator.weights.config import ConversionConfig
 from orchestrator.weights.diffusers_folder import WEIGHTS_FILE, diffusers_config, diffusers_tensors
-from orchestrator.weights.network import Network, encode_weights, load_network
-from orchestrator.weights.published import encode_state_dict
+from orchestrator.weights.flags import parse_flags
+from orchestrator.weights.network import Network, describe_entry, encode_weights, load_network, load_published
+from orchestrator.weights.published import encode_state_dict, entry_by_file_name, released_entry
+from orchestrator.weights.shapes import Shapes, invisible_settings
 
 
 def convert(config: ConversionConfig) -> str:
@@ -16,22 +22,72 @@ def convert(config: ConversionConfig) -> str:
 
     Raises:
         FileNotFoundError: no source.
-        ValueError: the source is damaged or no such file, the output's format cannot express the network, or there
-            is another output already.
+        ValueError: the source is damaged or no such file, its tensors do not fit the stated architecture, the output's
+            format cannot express the network, or there is another output already.
     """
     source, output = config.path(config.weights), config.path(config.output)
-    network = load_network(source, recipe=config.recipe)
+    is_published = source.endswith(".pt")
+    network = load_published(source, partial(_describe, config)) if is_published else load_network(source)
     for uri, data in _objects(network, output).items():
         if not storage.put_if_absent(uri, data) and storage.read_bytes(uri) != data:
             raise ValueError(f"{uri} is there already and holds something else; choose another --output")
     parameters = sum(parameter.numel() for parameter in network.module.parameters())
     print(f"{output}: {type(network.module).__name__} of {parameters:,} parameters from {source}")
+    if is_published:
+        print(_assumptions(config, network))
     return output
 
 
 def plan(config: ConversionConfig) -> str:
-    """What a conversion would read and write."""
-    return f"reads   {config.path(config.weights)}\nwrites  {config.path(config.output)}"
+    """Return what a conversion would read and write."""
+    lines = [f"reads   {config.path(config.weights)}", f"writes  {config.path(config.output)}"]
+    return "\n".join([*lines, *_ignored_flags(config)])
+
+
+def _describe(config: ConversionConfig, shapes: Shapes) -> tuple[Architecture, DiffusionConfig]:
+    """Return the architecture and diffusion of a `.pt` file with these tensors, as the config states them.
+
+    Raises:
+        ValueError: there is no such network, or the file's name is that of another one.
+    """
+    if config.flags is None and not config.uses_model:
+        return describe_entry(released_entry(config.weights, config.recipe), shapes)
+    if config.flags is not None:
+        architecture, diffusion = parse_flags(config.flags, config.flags_from).describe(shapes)
+    else:
+        architecture, diffusion = config.model.architecture(shapes), config.diffusion
+    named = entry_by_file_name(config.weights)
+    if named and (architecture, diffusion) != describe_entry(named, shapes):
+        raise ValueError(
+            f"{config.described_by} contradicts the name of --weights {config.weights}, which was released as another "
+            "model; rename the file if it is not the released one, or leave the options out"
+        )
+    return architecture, diffusion
+
+
+def _assumptions(config: ConversionConfig, network: Network) -> str:
+    """Return what the conversion took from the config because the weights do not tell it."""
+    diffusion, classes = network.diffusion.model_dump(), network.architecture.num_classes
+    lines = [
+        f"classes: {classes or 'none'}, as the file tells",
+        f"the file cannot tell {_listed(invisible_settings(network.architecture))}: taken from {config.described_by}",
+        f"the file cannot tell the diffusion {_listed(diffusion)}: taken from {config.described_by}",
+        *_ignored_flags(config),
+        "A wrong one of these settings shows in samples only, so look at some before you rely on the weights.",
+    ]
+    return "\n".join(lines)
+
+
+def _ignored_flags(config: ConversionConfig) -> list[str]:
+    if config.flags is None:
+        return []
+    parsed = parse_flags(config.flags, config.flags_from)
+    ignored = ", ".join(f"--{flag}" for flag in parsed.ignored) or "none"
+    return [f"flags: those of {' or '.join(parsed.codes)}; ignored, as they do not shape the network: {ignored}"]
+
+
+def _listed(settings: dict[str, object]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 
 def _objects(network: Network, output: str) -> dict[str, bytes]:

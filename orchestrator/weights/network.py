@@ -3,7 +3,9 @@
 import hashlib
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import safetensors
@@ -11,10 +13,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from models import zoo
 from models.diffusion import DiffusionConfig
 from models.unet import ARCHITECTURES, Architecture
 from orchestrator import storage
 from orchestrator.weights.published import check_tensors, decode_state_dict, released_entry
+from orchestrator.weights.shapes import Shapes, num_classes_of, shapes_of, with_classes_of
 
 FORMAT_VERSION = 1
 
@@ -39,14 +43,15 @@ def load_network(uri: str, device: torch.device | str = "cpu", recipe: str | Non
     """Read a network in evaluation mode: a safetensors file, the newest of a training run, or a released `.pt` file.
 
     A `.pt` file (float32, or float16 which is widened) does not tell its architecture: its name must be that of a
-    released one, or `recipe` be the zoo's name for it. Its classes have no names but their indices.
+    released one, or `recipe` be the zoo's name for it. Its classes are named by their indices, and the file
+    tells how many there are.
 
     Raises:
         FileNotFoundError: nothing there.
         ValueError: not such a file, or a tensor is missing, extra or misshapen; the message names it.
     """
     if uri.endswith(".pt"):
-        return _load_released(uri, device, recipe)
+        return load_published(uri, partial(describe_entry, released_entry(uri, recipe)), device)
     if recipe is not None:
         raise ValueError(f"recipe={recipe!r} is for .pt files; {uri} carries its architecture")
     uri = uri if uri.endswith(".safetensors") else latest_weights(uri)
@@ -67,19 +72,36 @@ def load_network(uri: str, device: torch.device | str = "cpu", recipe: str | Non
     return Network(module, architecture, diffusion, classes, hashlib.sha256(data).hexdigest())
 
 
-def _load_released(uri: str, device: torch.device | str, recipe: str | None) -> Network:
-    entry = released_entry(uri, recipe)
+def load_published(
+    uri: str,
+    describe: Callable[[Shapes], tuple[Architecture, DiffusionConfig]],
+    device: torch.device | str = "cpu",
+) -> Network:
+    """Read a `.pt` file as the network that `describe` makes of the names and shapes of its tensors.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: not such a file, or its tensors are not those of that network.
+    """
     data = storage.read_bytes(uri)
-    module = _filled(uri, entry.network, decode_state_dict(uri, data), device)
-    classes = tuple(str(index) for index in range(entry.network.num_classes or 0))
-    return Network(module, entry.network, entry.diffusion, classes, hashlib.sha256(data).hexdigest())
+    weights = decode_state_dict(uri, data)
+    architecture, diffusion = describe(shapes_of(weights))
+    module = _filled(uri, architecture, weights, device)
+    classes = tuple(str(index) for index in range(architecture.num_classes or 0))
+    return Network(module, architecture, diffusion, classes, hashlib.sha256(data).hexdigest())
+
+
+def describe_entry(entry: zoo.Entry, shapes: Shapes) -> tuple[Architecture, DiffusionConfig]:
+    """Return a released model's architecture and diffusion, with as many classes as the file has if it has some."""
+    conditional = entry.network.num_classes is not None and num_classes_of(shapes) is not None
+    return with_classes_of(shapes, entry.network) if conditional else entry.network, entry.diffusion
 
 
 def _filled(uri: str, architecture: Architecture, weights: dict[str, Tensor], device: torch.device | str) -> nn.Module:
     """The network with these weights as float32, in evaluation mode, on `device`."""
     with torch.device("meta"):  # shapes only: weights that are replaced at once need not be drawn
         module = architecture.build()
-    check_tensors(uri, module.state_dict(), weights)
+    check_tensors(uri, module.state_dict(), weights, architecture)
     module.to_empty(device=device).load_state_dict(weights)
     return module.eval().requires_grad_(False)
 

@@ -2,30 +2,39 @@
 
 import io
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from models import zoo
 from models.unet import Architecture
+from orchestrator.weights.shapes import describe_mismatch
+
+DDP_PREFIX = "module."  # what DistributedDataParallel puts before the name of every tensor
+
+
+def entry_by_file_name(uri: str) -> zoo.Entry | None:
+    """Return the zoo's entry that was released under this file's name, if there is one."""
+    file_name = uri.rsplit("/", 1)[-1]
+    return next((entry for entry in zoo.ZOO.values() if entry.checkpoint == file_name), None)
 
 
 def released_entry(uri: str, recipe: str | None = None) -> zoo.Entry:
-    """What a `.pt` file holds: the zoo's entry `recipe`, or the one that was released under the file's name.
+    """Return what a `.pt` file holds: the zoo's entry `recipe`, or the one that was released under the file's name.
 
     Raises:
         ValueError: the zoo does not know `recipe`, or without it the name.
     """
-    if recipe is not None:
-        return zoo.entry(recipe)
-    file_name = uri.rsplit("/", 1)[-1]
-    for entry in zoo.ZOO.values():
-        if entry.checkpoint == file_name:
-            return entry
-    raise ValueError(
-        f"{uri}: a .pt file does not tell its architecture, and no released one is called {file_name}; rename it, "
-        f"or convert it (jobs/convert_weights.py) with --recipe and the zoo's name for it: {', '.join(zoo.ZOO)}"
-    )
+    entry = zoo.entry(recipe) if recipe is not None else entry_by_file_name(uri)
+    if entry is None:
+        file_name = uri.rsplit("/", 1)[-1]
+        raise ValueError(
+            f"{uri}: a .pt file does not tell its architecture, and no released one is called {file_name}. Convert it "
+            "with jobs/convert_weights.py and one of: --flags and the flags that trained it; --model.* options; "
+            f"--recipe and the zoo's name for it: {', '.join(zoo.ZOO)}"
+        )
+    return entry
 
 
 def decode_state_dict(uri: str, data: bytes) -> dict[str, Tensor]:
@@ -46,10 +55,29 @@ def decode_state_dict(uri: str, data: bytes) -> dict[str, Tensor]:
         raise ValueError(f"{uri} is not a file of tensors as torch.save writes it: {reason}") from error
     if not isinstance(weights, dict):
         raise ValueError(f"{uri} holds a {type(weights).__name__}, not a dictionary of names and tensors")
-    for name, value in weights.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{uri} is not a flat dictionary of tensors: {name!r} is a {type(value).__name__}")
-    return {str(name): tensor for name, tensor in weights.items()}
+    _refuse_nested(uri, weights)
+    tensors = {str(name): tensor for name, tensor in weights.items()}
+    if tensors and all(name.startswith(DDP_PREFIX) for name in tensors):
+        return {name.removeprefix(DDP_PREFIX): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _refuse_nested(uri: str, weights: dict[Any, Any]) -> None:
+    """Raise ValueError if a file's dictionary holds more than tensors; say what the file is, where that is known."""
+    if {"state", "param_groups"} <= weights.keys():
+        raise ValueError(
+            f"{uri} holds the state of an optimizer, not a network (opt*.pt of the published code); "
+            "give the file of weights beside it: ema_*.pt, or model*.pt"
+        )
+    others = {name: value for name, value in weights.items() if not isinstance(value, Tensor)}
+    nested = [name for name, value in others.items() if isinstance(value, dict)]
+    if nested:
+        raise ValueError(
+            f"{uri} is not a flat dictionary of tensors: it holds the dictionaries {', '.join(map(repr, nested))}; "
+            f"save the one with the network's tensors alone: torch.save(torch.load(path)[{nested[0]!r}], 'weights.pt')"
+        )
+    for name, value in others.items():
+        raise ValueError(f"{uri} is not a flat dictionary of tensors: {name!r} is a {type(value).__name__}")
 
 
 def encode_state_dict(weights: dict[str, Tensor], architecture: Architecture) -> bytes:
@@ -66,21 +94,18 @@ def encode_state_dict(weights: dict[str, Tensor], architecture: Architecture) ->
     return buffer.getvalue()
 
 
-def check_tensors(uri: str, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Hold a file's tensors to an architecture's: the same names and shapes, float32 or (to be widened) float16.
+def check_tensors(uri: str, wanted: dict[str, Tensor], found: dict[str, Tensor], architecture: Architecture) -> None:
+    """Compare a file's tensors with an architecture's: the same names and shapes, float32 or (to be widened) float16.
 
     Raises:
-        ValueError: the first tensor that is missing, extra, misshapen or of another kind, by name.
+        ValueError: some tensors are missing, extra, misshapen or of another type; the message lists the first of them
+            and the options that explain the differences.
     """
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in found:
-            raise ValueError(f"{uri}: tensor {name} {tuple(wanted[name].shape)} is missing")
-        tensor = found[name]
-        if name not in wanted:
-            raise ValueError(f"{uri}: tensor {name} {tuple(tensor.shape)} does not belong to this architecture")
-        if tensor.shape != wanted[name].shape:
-            shapes = f"{tuple(tensor.shape)}, the architecture wants {tuple(wanted[name].shape)}"
-            raise ValueError(f"{uri}: tensor {name} has shape {shapes}")
+    if mismatch := describe_mismatch(found, wanted, architecture):
+        raise ValueError(f"{uri} does not fit the architecture: {mismatch}")
+    for name, tensor in found.items():
         plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
         if not plain or tensor.dtype not in (torch.float32, torch.float16):
-            raise ValueError(f"{uri}: tensor {name} is {tensor.dtype} on {tensor.device}; want float32 or float16")
+            raise ValueError(
+                f"{uri}: tensor {name} is {tensor.dtype} on {tensor.device}; float32 or float16 in memory is expected"
+            )

@@ -1,6 +1,7 @@
 """Round trips of weights are equal to the bit, and conversions can be repeated."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from models.diffusion import DiffusionConfig
 from models.samplers import SamplerConfig
-from models.unet import UNetConfig
+from models.unet import Architecture, ClassifierConfig, UNetConfig
 from models.zoo import ZOO, Entry
 from orchestrator import storage
 from orchestrator.generation.config import GenerationConfig
@@ -16,6 +17,7 @@ from orchestrator.generation.sampling import load_networks, make_batch
 from orchestrator.weights.config import ConversionConfig
 from orchestrator.weights.job import convert, plan
 from orchestrator.weights.network import load_network, save_weights
+from tests.small_world import run
 
 TINY = UNetConfig(
     image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1,), attention_resolutions=(), num_classes=3
@@ -80,12 +82,28 @@ def test_again_is_done_and_another_is_refused(tmp_path: Path, weights: dict[str,
     [
         ({"output": "folder"}, "output=folder ends neither in .safetensors nor in .pt"),
         ({"output": "w.pt", "format": "diffusers"}, "output=w.pt names a file"),
-        ({"weights": "other.pt"}, "no released one is called other.pt"),
+        ({"weights": "other.pt"}, "other.pt.*--flags.*--model.*--recipe"),
         ({"weights": "other.pt", "recipe": "huge"}, "the zoo has no model 'huge'"),
-        ({"weights": "run", "recipe": "tiny"}, "recipe='tiny' is for .pt files"),
+        ({"weights": "run", "recipe": "tiny"}, "--recipe tiny is for .pt files"),
+        ({"weights": "run", "flags": "--num_channels 64"}, "--flags is for .pt files"),
+        ({"weights": "run", "model": {"image_size": 8}}, r"--model\.\* is for .pt files"),
+        ({"weights": "other.pt", "flags": "--lr 1", "recipe": "tiny"}, "--recipe and --flags"),
+        ({"weights": "other.pt", "flags": "--lr 1", "model": {"image_size": 8}}, r"--flags and --model\.\*"),
+        ({"weights": "other.pt", "flags": "--num_channel 64"}, "--num_channels"),
+        ({"weights": "other.pt", "flags": "--lr 1", "diffusion": COSINE}, r"--diffusion\.\*.*--model\.\*"),
+        ({"recipe": "adm-64"}, "--recipe adm-64 contradicts.*tiny.pt"),
+        ({"flags_from": "improved-diffusion"}, "--flags-from improved-diffusion.*--flags"),
+        ({"weights": "other.pt", "model": {"model_channels": 64}}, "--model.image-size"),
+        ({"weights": "other.pt", "model": {"image_size": 64, "model_channels": 65}}, "model_channels=65"),
+        ({"weights": "other.pt", "model": {"image_size": 64, "num_heads": 3}}, "num_heads=3"),
+        ({"weights": "other.pt", "model": {"image_size": 64, "pool": "attention"}}, "num_head_channels"),
+        (
+            {"weights": "other.pt", "model": {"image_size": 64, "out_channels": 3}},
+            "--model.out-channels 3.*fixed_large",
+        ),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_read(changes: dict[str, str], wanted: str) -> None:
+def test_what_does_not_fit_is_refused_before_anything_is_read(changes: dict[str, Any], wanted: str) -> None:
     with pytest.raises(ValueError, match=wanted):
         ConversionConfig.model_validate({"weights": "tiny.pt", "output": "w.safetensors"} | changes)
 
@@ -107,3 +125,133 @@ def test_samples_are_the_same_from_either_file(tmp_path: Path) -> None:
     assert batches[0].labels.tolist() == [0, 1, 2, 0]
     assert batches[0].images.std() > 10, "the samples are flat"
     assert (batches[0].images == batches[1].images).all()
+
+
+# ------------------------------------------------------------------- files that the zoo does not know
+
+FOREIGN = UNetConfig(
+    image_size=64,
+    model_channels=32,
+    num_res_blocks=1,
+    channel_mult=(1, 2, 3, 4),
+    attention_resolutions=(16, 8),
+    num_classes=7,
+    resblock_updown=False,
+)
+FOREIGN_FLAGS = (
+    "--num_channels 32 --num_res_blocks 1 --learn_sigma True --class_cond True --noise_schedule cosine "
+    "--lr 1e-4 --batch_size=64"
+)
+FOREIGN_OPTIONS = {
+    "image_size": 64,
+    "model_channels": 32,
+    "num_res_blocks": 1,
+    "attention_resolutions": (16, 8),
+    "resblock_updown": False,
+}
+CLASSIFIER = ClassifierConfig(
+    image_size=64, model_channels=64, num_res_blocks=1, num_head_channels=64, num_classes=7, channel_mult=(1, 2, 3, 4)
+)
+
+
+def write_foreign(folder: Path, architecture: Architecture = FOREIGN) -> dict[str, Tensor]:
+    """Write ema_0.9999_100000.pt as the published code does; return its tensors."""
+    torch.manual_seed(0)
+    weights = {name: torch.randn_like(tensor) for name, tensor in architecture.build().state_dict().items()}
+    torch.save(weights, folder / "ema_0.9999_100000.pt")
+    return weights
+
+
+def foreign_config(store: Path, **options: Any) -> ConversionConfig:
+    settings = {"store": str(store), "weights": "ema_0.9999_100000.pt", "output": "out.safetensors"}
+    return ConversionConfig.model_validate(settings | options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"flags": FOREIGN_FLAGS}, {"model": FOREIGN_OPTIONS, "diffusion": COSINE}],
+    ids=["flags", "model options"],
+)
+def test_a_foreign_file_becomes_one_with_its_architecture(
+    tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = write_foreign(tmp_path)
+    network = load_network(convert(foreign_config(tmp_path, **options)))
+    assert network.architecture == FOREIGN and network.diffusion == COSINE and len(network.classes) == 7
+    assert_same_bits(dict(network.module.state_dict()), weights)
+    printed = capsys.readouterr().out
+    for field in ("classes: 7", "num_heads=4", "use_new_attention_order=False", "schedule=cosine", "image_size=64"):
+        assert field in printed
+    if "flags" in options:
+        assert "taken from --flags" in printed and "--lr, --batch_size" in printed
+    else:
+        assert "taken from --model.* and --diffusion.*" in printed
+
+
+@pytest.mark.parametrize("arguments", [["--flags", FOREIGN_FLAGS], [f"--flags={FOREIGN_FLAGS}"]])
+def test_the_command_line_takes_the_flag_string(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_foreign(tmp_path)
+    monkeypatch.setenv("ADMIRAL_STORE", str(tmp_path))
+    ends = ["--weights", "ema_0.9999_100000.pt", "--output", "out.safetensors"]
+    run("convert_weights", ["released", *arguments, *ends, "--store", str(tmp_path)])
+    assert load_network(str(tmp_path / "out.safetensors")).architecture == FOREIGN
+
+
+def test_the_command_line_takes_model_options(tmp_path: Path) -> None:
+    write_foreign(tmp_path, FOREIGN.model_copy(update={"out_channels": 3}))
+    options = "--model.image-size 64 --model.model-channels 32 --model.num-res-blocks 1 --model.no-resblock-updown "
+    options += "--model.attention-resolutions 16 8 --model.out-channels 3 --diffusion.variance fixed_small "
+    options += f"--weights ema_0.9999_100000.pt --output out.safetensors --store {tmp_path}"
+    run("convert_weights", ["released", *options.split()])
+    network = load_network(str(tmp_path / "out.safetensors"))
+    assert network.architecture.num_classes == 7 and network.diffusion.variance == "fixed_small"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"flags": "--classifier_width 64 --classifier_depth 1 --noise_schedule cosine"},
+        {
+            "model": {
+                "image_size": 64, "model_channels": 64, "num_res_blocks": 1, "num_head_channels": 64,
+                "pool": "attention",
+            },
+            "diffusion": COSINE,
+        },
+    ],
+)  # fmt: skip
+def test_a_foreign_classifier_is_recognised(tmp_path: Path, options: dict[str, Any]) -> None:
+    write_foreign(tmp_path, CLASSIFIER)
+    network = load_network(convert(foreign_config(tmp_path, **options)))
+    assert network.architecture == CLASSIFIER and network.diffusion.schedule == "cosine"
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"flags": FOREIGN_FLAGS.replace("32", "64")}, r"num_channels \(--model.model-channels\) is 32 in"),
+        (
+            {"flags": FOREIGN_FLAGS.replace("--class_cond True", "")},
+            r"label_emb.weight: \(7, 128\) / missing.*class_cond",
+        ),
+        ({"model": FOREIGN_OPTIONS | {"num_classes": 1000}}, r"--model.num-classes\) is 7 in the file, 1000 here"),
+        ({"recipe": "tiny"}, "num_channels|channel_mult"),
+    ],
+)
+def test_a_mismatch_names_the_option_and_writes_nothing(tmp_path: Path, options: dict[str, Any], wanted: str) -> None:
+    write_foreign(tmp_path)
+    with pytest.raises(ValueError, match=wanted):
+        convert(foreign_config(tmp_path, **options))
+    assert not storage.exists(str(tmp_path / "out.safetensors"))
+
+
+def test_flags_that_contradict_a_released_name_are_refused(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    config = foreign_config(tmp_path, weights="tiny.pt", flags="--num_channels 32 --channel_mult 1 --class_cond True")
+    with pytest.raises(ValueError, match=r"--flags contradicts.*tiny\.pt"):
+        convert(config)
+
+
+def test_a_dry_run_names_the_flags_that_are_ignored() -> None:
+    assert "--lr, --batch_size" in plan(foreign_config(Path("/nowhere"), flags=FOREIGN_FLAGS))

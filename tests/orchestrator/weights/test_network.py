@@ -33,17 +33,17 @@ def test_a_wrong_tensor_is_named(tmp_path: Path) -> None:
     weights, uri = dict(TINY.build().state_dict()), str(tmp_path / "w.safetensors")
     weights["out.2.bias"] = torch.zeros(5)
     save_weights(uri, weights, TINY, DiffusionConfig(), ())
-    with pytest.raises(ValueError, match=r"out\.2\.bias has shape \(5,\), the architecture wants \(6,\)"):
+    with pytest.raises(ValueError, match=r"out\.2\.bias: \(5,\) / \(6,\)"):
         load_network(uri)
 
 
-@pytest.mark.parametrize(("name", "wanted"), [("out.2.bias", r"\(6,\) is missing"), ("new", r"\(2,\) does not belong")])
+@pytest.mark.parametrize(("name", "wanted"), [("out.2.bias", r"missing / \(6,\)"), ("new", r"\(2,\) / missing")])
 def test_a_missing_or_extra_tensor_is_named(tmp_path: Path, name: str, wanted: str) -> None:
     weights, uri = dict(TINY.build().state_dict()), str(tmp_path / "w.safetensors")
     if weights.pop(name, None) is None:
         weights[name] = torch.zeros(2)
     save_weights(uri, weights, TINY, DiffusionConfig(), ())
-    with pytest.raises(ValueError, match=f"tensor {name} {wanted}"):
+    with pytest.raises(ValueError, match=f"{name}: {wanted}"):
         load_network(uri)
 
 

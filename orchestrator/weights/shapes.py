@@ -1,0 +1,227 @@
+"""What the names and shapes of a file's tensors tell of its network, and why they do not fit an architecture."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from models.unet import Architecture, ClassifierConfig
+from models.zoo import MULT_64, MULT_128, MULT_256, MULT_512
+
+Shapes = Mapping[str, tuple[int, ...]]
+Kind = Literal["diffusion model", "upsampler", "classifier"]
+
+_FIRST = "input_blocks.0.0.weight"
+NUM_ROWS = 5  # differing tensors that a message lists
+_MAX_CHANGES = 4  # options that an explanation changes
+_SECTIONS = ("time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out")
+_FLAGS = {  # field -> the published flag
+    "in_channels": "in_channels",
+    "model_channels": "num_channels",
+    "out_channels": "learn_sigma",
+    "num_classes": "class_cond",
+    "low_res_size": "large_size and small_size",
+    "channel_mult": "channel_mult, or the image_size that sets it",
+    "num_res_blocks": "num_res_blocks",
+    "attention_resolutions": "attention_resolutions",
+    "use_scale_shift_norm": "use_scale_shift_norm",
+    "resblock_updown": "resblock_updown",
+    "conv_resample": "conv_resample",
+    "pool": "classifier_pool",
+    "image_size": "image_size",
+}
+_CLASSIFIER_FLAGS = {
+    "model_channels": "classifier_width",
+    "num_res_blocks": "classifier_depth",
+    "num_classes": "out_channels",
+    "attention_resolutions": "classifier_attention_resolutions",
+    "use_scale_shift_norm": "classifier_use_scale_shift_norm",
+    "resblock_updown": "classifier_resblock_updown",
+}
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
+    """Return the shape of each tensor."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def network_kind(shapes: Shapes) -> Kind | None:
+    """Return which of the published networks has tensors of these names; None if none has."""
+    if _FIRST not in shapes:
+        return None
+    if not any(name.startswith("output_blocks.") for name in shapes):
+        return "classifier"
+    return "upsampler" if shapes[_FIRST][1:2] == (6,) else "diffusion model"  # x, and an RGB image to enlarge
+
+
+def num_classes_of(shapes: Shapes) -> int | None:
+    """Return the number of classes of a network with these tensors; None if it is not conditioned on classes."""
+    name: str | None = "label_emb.weight"
+    if network_kind(shapes) == "classifier":
+        # by pool: attention; adaptive, whose layer is a convolution, and spatial_v2; spatial
+        name = next((name for name in ("out.2.c_proj.weight", "out.3.weight", "out.2.weight") if name in shapes), None)
+    return shapes[name][0] if name and name in shapes else None
+
+
+def with_classes_of(shapes: Shapes, architecture: Architecture) -> Architecture:
+    """Return the architecture with the number of classes that the tensors tell, if they tell one."""
+    number = num_classes_of(shapes)
+    if number is None and isinstance(architecture, ClassifierConfig):
+        return architecture
+    return architecture.model_copy(update={"num_classes": number})
+
+
+def describe_mismatch(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], architecture: Architecture) -> str:
+    """Return which tensors differ in name or shape and what explains it; empty if none does."""
+    there, here = shapes_of(found), shapes_of(wanted)
+    names = sorted(_differing(there, here), key=_network_order)
+    if not names:
+        return ""
+    rows = [f"{name}: {_shape(there, name)} / {_shape(here, name)}" for name in names[:NUM_ROWS]]
+    rows += [f"and {len(names) - NUM_ROWS} more"] if len(names) > NUM_ROWS else []
+    total = len(there.keys() | here.keys())
+    return (
+        f"{total - len(names)} of {total} tensors fit. Differing tensors, as name: shape in the file / shape here: "
+        f"{'; '.join(rows)}. {_explanation(there, here, architecture)}"
+    )
+
+
+def invisible_settings(architecture: Architecture) -> dict[str, Any]:
+    """Return the settings that change what a network computes, but no tensor's name or shape."""
+    fields = ["num_head_channels"] if architecture.num_head_channels else ["num_heads"]
+    if architecture.low_res_size:
+        fields.insert(0, "low_res_size")
+    if isinstance(architecture, ClassifierConfig):
+        is_size_visible = architecture.pool == "attention"  # it has an embedding of each position
+    else:
+        is_size_visible = False
+        if architecture.num_heads_upsample and not architecture.num_head_channels:
+            fields.append("num_heads_upsample")
+    if not is_size_visible:
+        fields.insert(0, "image_size")
+    return {field: getattr(architecture, field) for field in [*fields, "use_new_attention_order", "dropout"]}
+
+
+def _differing(there: Shapes, here: Shapes) -> set[str]:
+    return {name for name in there.keys() | here.keys() if there.get(name) != here.get(name)}
+
+
+def _network_order(name: str) -> tuple[Any, ...]:
+    section = name.split(".", 1)[0]
+    parts = [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
+    return _SECTIONS.index(section) if section in _SECTIONS else len(_SECTIONS), parts
+
+
+def _shape(shapes: Shapes, name: str) -> str:
+    return str(shapes[name]) if name in shapes else "missing"
+
+
+def _explanation(there: Shapes, here: Shapes, architecture: Architecture) -> str:
+    """Return the options that leave the fewest differences, each with the file's value and the one given."""
+    unexplained = "No option explains this: the file is another kind of network, or was changed."
+    kind = network_kind(there)
+    if kind is None:
+        return unexplained
+    if (kind == "classifier") != (architecture.kind == "classifier"):
+        expected = "a classifier" if architecture.kind == "classifier" else "a diffusion model"
+        return f"The file holds {'an' if kind == 'upsampler' else 'a'} {kind}, and {expected} is expected."
+    if _squeezed(there) == _squeezed(here):
+        return "Only dimensions of size 1 differ: attention is a Conv1d with weights [out, in, 1] in guided-diffusion."
+    changed, left = architecture, len(_differing(there, here))
+    changes: list[str] = []
+    while left and len(changes) < _MAX_CHANGES:
+        tried = [(len(_differing(there, _shapes(other))), field, other) for field, other in _neighbours(changed, there)]
+        fewest, field, other = min(tried, key=lambda row: row[0], default=(left, "", changed))
+        if fewest >= left:
+            break
+        changes.append(_change(field, other, changed))
+        changed, left = other, fewest
+    if not changes:
+        return unexplained
+    rest = "That explains all differences." if not left else f"With that, {left} tensors still differ."
+    return f"Nearest explanation: {'; '.join(changes)}. {rest}"
+
+
+def _squeezed(shapes: Shapes) -> dict[str, list[int]]:
+    return {name: [size for size in shape if size != 1] for name, shape in shapes.items()}
+
+
+@lru_cache(maxsize=256)
+def _shapes(architecture: Architecture) -> Shapes:
+    """Return the shapes of a network's tensors, without any memory for them."""
+    with torch.device("meta"):
+        return shapes_of(architecture.build().state_dict())
+
+
+def _change(field: str, other: Architecture, architecture: Architecture) -> str:
+    flag = (_CLASSIFIER_FLAGS if architecture.kind == "classifier" else {}).get(field) or _FLAGS[field]
+    there, here = getattr(other, field), getattr(architecture, field)
+    if field == "low_res_size" and there:
+        there = "set"  # to what, the tensors do not say
+    return f"{flag} (--model.{field.replace('_', '-')}) is {_text(there)} in the file, {_text(here)} here"
+
+
+def _text(value: Any) -> str:
+    return ",".join(f"{number:g}" for number in value) or "empty" if isinstance(value, tuple) else str(value)
+
+
+def _neighbours(architecture: Architecture, there: Shapes) -> Iterator[tuple[str, Architecture]]:
+    """Yield architectures that differ in one field, with the field's name."""
+    for field, value in _candidates(architecture, there):
+        changes: dict[str, Any] = {field: value}
+        if field not in type(architecture).model_fields or getattr(architecture, field) == value:
+            continue
+        if field == "channel_mult":  # the feature maps are others, and only those that exist may have attention
+            sizes = [architecture.image_size >> level for level in range(len(value))]
+            kept = tuple(size for size in architecture.attention_resolutions if size in sizes)
+            changes["attention_resolutions"] = kept
+        elif field == "image_size":  # attention stays at the same levels
+            levels = [architecture.sizes.index(size) for size in architecture.attention_resolutions]
+            changes["attention_resolutions"] = tuple(value >> level for level in levels)
+        try:
+            yield field, type(architecture).model_validate(architecture.model_dump() | changes)
+        except ValueError:  # no such network
+            continue
+
+
+def _candidates(architecture: Architecture, there: Shapes) -> Iterator[tuple[str, Any]]:
+    """Yield fields and values: where tensors tell the value, that one, else all that are common."""
+    width = there.get("time_embed.0.weight", ())[1:]
+    yield from (("model_channels", value) for value in width)
+    yield "num_classes", num_classes_of(there)
+    for inputs in there.get(_FIRST, ())[1:2]:
+        if architecture.low_res_size:
+            yield "low_res_size", None
+            inputs //= 2
+        elif inputs == 2 * architecture.in_channels:
+            yield "low_res_size", max(architecture.image_size // 4, 1)
+        yield "in_channels", inputs
+    yield from (("out_channels", value) for value in there.get("out.2.weight", ())[:1])
+    for field in ("use_scale_shift_norm", "resblock_updown", "conv_resample"):
+        yield field, not getattr(architecture, field)
+    yield from (("num_res_blocks", value) for value in range(1, 7))
+    yield from _levels(architecture, there)
+    yield from (("channel_mult", value) for value in (MULT_64, (1, 2, 2, 2), MULT_128, MULT_256, MULT_512))
+    yield from (("pool", value) for value in ("attention", "adaptive", "spatial", "spatial_v2"))
+    for positions in there.get("out.2.positional_embedding", ())[1:]:
+        yield "image_size", math.isqrt(positions - 1) << (len(architecture.channel_mult) - 1)
+
+
+def _levels(architecture: Architecture, there: Shapes) -> Iterator[tuple[str, Any]]:
+    """Yield channel_mult and attention_resolutions as they are, if the file has this many blocks a resolution."""
+    blocks = [int(match[1]) for name in there if (match := re.match(r"input_blocks\.(\d+)\.", name))]
+    stride = architecture.num_res_blocks + 1
+    firsts = range(1, max(blocks, default=0) + 1, stride)
+    widths = [there.get(f"input_blocks.{first}.0.out_layers.3.weight", ())[:1] for first in firsts]
+    if all(widths):
+        unit = (there.get("time_embed.0.weight", ())[1:] or (architecture.model_channels,))[0]
+        yield "channel_mult", tuple(width / unit for (width,) in widths)
+    sizes = enumerate(architecture.sizes[: len(firsts)])
+    yield (
+        "attention_resolutions",
+        tuple(size for level, size in sizes if f"input_blocks.{firsts[level]}.1.qkv.weight" in there),
+    )

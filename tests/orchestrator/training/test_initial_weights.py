@@ -1,0 +1,103 @@
+"""A training starts from any `.pt` file of its own model, whatever its number of classes and its name."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cluster.collectives import Group
+from models.diffusion import DiffusionConfig
+from models.unet import Architecture, ClassifierConfig, UNetConfig
+from models.zoo import ZOO, Entry
+from orchestrator.order import OrderConfig
+from orchestrator.training.config import AdmConfig, NoisyClassifierConfig
+from orchestrator.training.initial_weights import begin_with
+from orchestrator.training.state import TrainingState
+
+UNET = UNetConfig(
+    image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1,), attention_resolutions=(), num_classes=10
+)
+CLASSIFIER = ClassifierConfig(
+    image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1,), attention_resolutions=(), num_classes=10,
+    num_head_channels=16,
+)  # fmt: skip
+SETTINGS: dict[str, Any] = {
+    "dataset": "none", "output": "none", "order": OrderConfig(num_streams=1), "total_images": 16, "batch_size": 16,
+    "num_workers": 0, "init_from": "ema_0.9999_100000.pt",
+}  # fmt: skip
+
+
+def write(folder: Path, architecture: Architecture, name: str = "ema_0.9999_100000.pt") -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    weights = {key: torch.randn_like(tensor) for key, tensor in architecture.build().state_dict().items()}
+    torch.save(weights, folder / name)
+    return weights
+
+
+def config(folder: Path, **changes: Any) -> AdmConfig:
+    settings = SETTINGS | {"store": str(folder), "model": UNET, "diffusion": DiffusionConfig()} | changes
+    return AdmConfig.model_validate(settings)
+
+
+def begun(training: AdmConfig | NoisyClassifierConfig) -> dict[str, Tensor]:
+    state = TrainingState(training, torch.device("cpu"))
+    begin_with(training, state, Group(0, 1))
+    return dict(state.model.state_dict())
+
+
+def test_a_foreign_file_is_read_as_the_trainings_own_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights = write(tmp_path, UNET)
+    started = begun(config(tmp_path))
+    assert all(torch.equal(started[name], tensor) for name, tensor in weights.items())
+    for field in ("ema_0.9999_100000.pt", "num_heads=4", "--diffusion.*"):
+        assert field in caplog.text
+
+
+@pytest.mark.parametrize("there", [None, 7])
+def test_classes_may_be_others(tmp_path: Path, there: int | None, caplog: pytest.LogCaptureFixture) -> None:
+    weights = write(tmp_path, UNET.model_copy(update={"num_classes": there}))
+    started = begun(config(tmp_path))
+    assert started["label_emb.weight"].shape[0] == 10
+    for name in weights.keys() - {"label_emb.weight"}:
+        assert torch.equal(started[name], weights[name])
+    assert "label_emb.weight starts anew" in caplog.text
+
+
+def test_a_model_without_classes_leaves_those_of_the_file_out(tmp_path: Path) -> None:
+    weights = write(tmp_path, UNET)
+    started = begun(config(tmp_path, model=UNET.model_copy(update={"num_classes": None})))
+    assert weights.keys() - started.keys() == {"label_emb.weight"}
+
+
+def test_a_classifier_starts_from_one_with_other_classes(tmp_path: Path) -> None:
+    weights = write(tmp_path, CLASSIFIER.model_copy(update={"num_classes": 3}))
+    settings = SETTINGS | {"store": str(tmp_path), "model": CLASSIFIER, "diffusion": DiffusionConfig()}
+    started = begun(NoisyClassifierConfig.model_validate(settings))
+    fresh = {"out.2.c_proj.weight", "out.2.c_proj.bias"}
+    assert all(torch.equal(started[name], weights[name]) for name in weights.keys() - fresh)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"model_channels": 64}, r"num_channels \(--model.model-channels\) is 64 in the file, 32 here"),
+        ({"out_channels": 3}, r"learn_sigma \(--model.out-channels\) is 3 in the file, 6 here"),
+        ({"num_res_blocks": 2}, r"num_res_blocks \(--model.num-res-blocks\) is 2 in the file, 1 here"),
+    ],
+)
+def test_another_network_is_refused_by_option(tmp_path: Path, changes: dict[str, Any], wanted: str) -> None:
+    write(tmp_path, UNET.model_copy(update={**changes, "num_classes": 7}))
+    with pytest.raises(ValueError, match=wanted):
+        begun(config(tmp_path))
+
+
+def test_a_released_name_tells_the_architecture_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(ZOO, "tiny", Entry("tiny.pt", UNET, DiffusionConfig(schedule="cosine")))
+    weights = write(tmp_path, UNET, "tiny.pt")
+    started = begun(config(tmp_path, init_from="tiny.pt"))
+    assert torch.equal(started["out.2.weight"], weights["out.2.weight"])
+    assert "trained for another diffusion" in caplog.text and "does not tell" not in caplog.text

@@ -1,0 +1,139 @@
+"""Where tensors do not fit, the message lists the first of them and names the option that explains it."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from models.unet import Architecture, ClassifierConfig, UNetConfig
+from orchestrator.weights.shapes import (
+    NUM_ROWS,
+    describe_mismatch,
+    invisible_settings,
+    network_kind,
+    num_classes_of,
+    shapes_of,
+)
+
+UNET = UNetConfig(
+    image_size=32,
+    model_channels=64,
+    num_res_blocks=2,
+    channel_mult=(1, 2, 2),
+    attention_resolutions=(16, 8),
+    num_classes=7,
+)
+CLASSIFIER = ClassifierConfig(
+    image_size=32,
+    model_channels=64,
+    num_res_blocks=2,
+    channel_mult=(1, 2, 2),
+    attention_resolutions=(16, 8),
+    num_head_channels=32,
+    num_classes=7,
+)
+# what the file has instead -> the option, the file's value, the value here
+UNET_CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "width": ({"model_channels": 96}, r"num_channels \(--model.model-channels\) is 96 in the file, 64 here"),
+    "variance": ({"out_channels": 3}, r"learn_sigma \(--model.out-channels\) is 3 in the file, 6 here"),
+    "no classes": ({"num_classes": None}, r"class_cond \(--model.num-classes\) is None in the file, 7 here"),
+    "classes": ({"num_classes": 9}, r"class_cond \(--model.num-classes\) is 9 in the file, 7 here"),
+    "resampling": ({"resblock_updown": False}, r"resblock_updown \(--model.resblock-updown\) is False in the file"),
+    "additive": ({"use_scale_shift_norm": False}, r"use_scale_shift_norm .* is False in the file, True here"),
+    "deeper": ({"num_res_blocks": 3}, r"num_res_blocks \(--model.num-res-blocks\) is 3 in the file, 2 here"),
+    "more levels": ({"channel_mult": (1, 2, 2, 4)}, r"channel_mult.* is 1,2,2,4 in the file, 1,2,2 here"),
+    "other levels": ({"channel_mult": (0.5, 1, 3)}, r"channel_mult.* is 0.5,1,3 in the file, 1,2,2 here"),
+    "attention": ({"attention_resolutions": (8,)}, r"attention_resolutions .* is 8 in the file, 16,8 here"),
+    "attention everywhere": ({"attention_resolutions": (32, 16, 8)}, r"attention_resolutions .* is 32,16,8 in"),
+    "no attention": ({"attention_resolutions": ()}, r"attention_resolutions .* is empty in the file"),
+    "upsampler": ({"low_res_size": 8}, r"large_size and small_size \(--model.low-res-size\) is set in the file, None"),
+    "grey": ({"in_channels": 1}, r"\(--model.in-channels\) is 1 in the file, 3 here"),
+}
+CLASSIFIER_CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "width": ({"model_channels": 32}, r"classifier_width \(--model.model-channels\) is 32 in the file, 64 here"),
+    "depth": ({"num_res_blocks": 4}, r"classifier_depth \(--model.num-res-blocks\) is 4 in the file, 2 here"),
+    "pool": ({"pool": "spatial"}, r"classifier_pool \(--model.pool\) is spatial in the file, attention here"),
+    "size": ({"image_size": 64, "attention_resolutions": (32, 16)}, r"image_size .* is 64 in the file, 32 here"),
+    "classes": ({"num_classes": 3}, r"\(--model.num-classes\) is 3 in the file, 7 here"),
+}
+
+
+def changed(architecture: Architecture, changes: dict[str, Any]) -> Architecture:
+    return type(architecture).model_validate(architecture.model_dump() | changes)
+
+
+def weights(architecture: Architecture) -> dict[str, torch.Tensor]:
+    with torch.device("meta"):
+        return dict(architecture.build().state_dict())
+
+
+def mismatch(found: Architecture, wanted: Architecture) -> str:
+    return describe_mismatch(weights(found), weights(wanted), wanted)
+
+
+@pytest.mark.parametrize("case", UNET_CHANGES)
+def test_a_changed_option_of_a_diffusion_model_is_named(case: str) -> None:
+    changes, wanted = UNET_CHANGES[case]
+    text = mismatch(changed(UNET, changes), UNET)
+    assert text.endswith("That explains all differences.")
+    assert text.count(" in the file, ") == 1
+    with pytest.raises(ValueError, match=wanted):
+        raise ValueError(text)
+
+
+@pytest.mark.parametrize("case", CLASSIFIER_CHANGES)
+def test_a_changed_option_of_a_classifier_is_named(case: str) -> None:
+    changes, wanted = CLASSIFIER_CHANGES[case]
+    with pytest.raises(ValueError, match=wanted):
+        raise ValueError(mismatch(changed(CLASSIFIER, changes), CLASSIFIER))
+
+
+def test_several_options_are_named_together() -> None:
+    text = mismatch(changed(UNET, {"model_channels": 96, "num_classes": None, "num_res_blocks": 1}), UNET)
+    for part in ("num_channels", "class_cond", "num_res_blocks", "explains all"):
+        assert part in text
+
+
+def test_rows_are_few_and_in_the_networks_order() -> None:
+    text = mismatch(changed(UNET, {"model_channels": 96}), UNET)
+    rows = text.split("shape here: ")[1].split(". Nearest")[0].split("; ")
+    assert len(rows) == NUM_ROWS + 1 and rows[-1].endswith("more")
+    assert rows[0] == "time_embed.0.bias: (384,) / (256,)" and rows[4].startswith(
+        "label_emb.weight: (7, 384) / (7, 256)"
+    )
+    rows = mismatch(changed(UNET, {"resblock_updown": False}), UNET).split("; ")
+    assert "input_blocks.3.0.emb_layers.1.bias: missing / (128,)" in rows[0]
+
+
+def test_equal_tensors_are_no_mismatch() -> None:
+    assert mismatch(UNET, UNET) == ""
+    assert mismatch(changed(UNET, {"num_heads": 2, "use_new_attention_order": True}), UNET) == ""
+
+
+def test_another_kind_of_network_is_named() -> None:
+    assert "holds a classifier, and a diffusion model is expected" in mismatch(CLASSIFIER, UNET)
+    assert "holds a diffusion model, and a classifier is expected" in mismatch(UNET, CLASSIFIER)
+    assert "No option explains" in describe_mismatch({"fc.weight": torch.zeros(2, 2)}, weights(UNET), UNET)
+
+
+def test_attention_that_is_no_conv1d_is_named() -> None:
+    found = {name: t[:, :, 0] if ".qkv.weight" in name else t for name, t in weights(UNET).items()}
+    assert "Conv1d" in describe_mismatch(found, weights(UNET), UNET)
+
+
+@pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])
+def test_kinds_and_classes_are_read_from_shapes(pool: str) -> None:
+    shapes = shapes_of(weights(changed(CLASSIFIER, {"pool": pool})))
+    assert network_kind(shapes) == "classifier" and num_classes_of(shapes) == 7
+    shapes = shapes_of(weights(changed(UNET, {"num_classes": None, "low_res_size": 8})))
+    assert network_kind(shapes) == "upsampler" and num_classes_of(shapes) is None
+    assert network_kind({"fc.weight": (2, 2)}) is None
+
+
+def test_settings_without_a_trace_in_the_file_are_listed() -> None:
+    assert invisible_settings(UNET).keys() == {"image_size", "num_heads", "use_new_attention_order", "dropout"}
+    assert invisible_settings(CLASSIFIER).keys() == {"num_head_channels", "use_new_attention_order", "dropout"}
+    for field, value in invisible_settings(UNET).items():
+        other = {"image_size": 64, "num_heads": 8, "use_new_attention_order": True, "dropout": 0.5}[field]
+        changes = {field: other} | ({"attention_resolutions": (32, 16)} if field == "image_size" else {})
+        assert value != other and mismatch(changed(UNET, changes), UNET) == ""
