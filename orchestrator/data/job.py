@@ -180,35 +180,35 @@ def _register(config: PrepareConfig, output: str, listing: Listing) -> None:
 
 def _agree_on_plan(config: PrepareConfig, output: str, listing: Listing) -> Plan:
     """Return the plan of an earlier attempt, if the source is still what it was; else make a new one."""
-    folder = storage.join(output, "staged")
-    found = read_plan(output)
-    if found is not None and found.source == folder and not storage.exists(folder):  # somebody has deleted it
-        staged(read_source(listing, config.choices, config.num_workers), folder, config.num_workers)
-    if found is None:
-        source = read_source(listing, config.choices, config.num_workers)
-        understanding = understand(source)
-        _show(config, understanding)
-        order = _order(source, config)
+    folder, found = storage.join(output, "staged"), read_plan(output)
+    if found is not None:
         check_or_write_config(output, config)
-        if source.reading.images is not None:
-            source = staged(source, folder, config.num_workers)
-        found = Plan(
-            source=source.reading.uri,
-            digest=source.digest,
-            classes=source.classes,
-            shards=plan_shards(source, order, config.resolution),
-            background=config.background,
-            exif_orientation=config.exif_orientation,
-            understanding=understanding,
-        )
-        write_plan(output, found, source, order)
+        if found.digest != listing.digest():
+            raise ValueError(
+                f"{output} was begun from a source that has changed since ({len(listing.names):,} objects now, of "
+                "other names or sizes): choose another output"
+            )
+        if found.source == folder and not storage.exists(folder):  # somebody has deleted it
+            staged(read_source(listing, config.choices, config.num_workers), folder, config.num_workers)
+        return found
+    source = read_source(listing, config.choices, config.num_workers)
+    understanding = understand(source)
+    _show(config, understanding)
+    order = _order(source, config)
     check_or_write_config(output, config)
-    if found.digest != listing.digest():
-        raise ValueError(
-            f"{output} was begun from a source that has changed since ({len(listing.names):,} objects now, of other "
-            "names or sizes): choose another output"
-        )
-    return found
+    if source.reading.images is not None:
+        source = staged(source, folder, config.num_workers)
+    made = Plan(
+        source=source.reading.uri,
+        digest=source.digest,
+        classes=source.classes,
+        shards=plan_shards(source, order, config.resolution),
+        background=config.background,
+        exif_orientation=config.exif_orientation,
+        understanding=understanding,
+    )
+    write_plan(output, made, source, order)
+    return made
 
 
 def _order(source: Source, config: PrepareConfig) -> dict[str, np.ndarray]:

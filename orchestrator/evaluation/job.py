@@ -3,6 +3,9 @@
 import importlib.metadata
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from cluster.session import session
@@ -11,15 +14,22 @@ from orchestrator import storage
 from orchestrator.config import check_or_write_config
 from orchestrator.cost import extraction_cost, priced
 from orchestrator.data.dataset import load_manifest
+from orchestrator.evaluation.compatibility import Side, check_compatible
 from orchestrator.evaluation.config import EvaluationConfig
 from orchestrator.evaluation.extraction import EXTRACTOR_BATCH, extract_all
 from orchestrator.evaluation.extractors import CPU, LoadedExtractor, LoadExtractor, extractor_loader
-from orchestrator.evaluation.inputs import ImageSet, image_size_of, open_images, split_images
+from orchestrator.evaluation.inputs import ImageSet, check_ending, image_size_of, open_images, split_images
 from orchestrator.evaluation.measurement import Limits, Measurement, measure_files
 from orchestrator.evaluation.memorization import nearest_training_pixels
 from orchestrator.evaluation.metrics import describe
 from orchestrator.evaluation.page import evaluation_page
-from orchestrator.evaluation.references import Reference, open_reference
+from orchestrator.evaluation.references import (
+    Reference,
+    ReferenceInput,
+    extract_reference,
+    find_reference,
+    load_reference_manifest,
+)
 from orchestrator.tracking import tracked
 
 CLOSEST_PAIRS = 10  # samples nearest to training images, in the report and on the page
@@ -34,9 +44,13 @@ def evaluate(config: EvaluationConfig) -> str:
     """
     output = config.path(config.output)
     images = _samples(config)
-    _check_reference(config, images)
-    loader = _loader(config, images)
+    found = _reference(config, images)
+    loader = _loader(config, images, found)
+    warnings, unmatched = _compare(config, images, found)
     loaded = loader(CPU)
+    with _naming(config, "reference"):
+        found.statistics(loaded)  # raises here what would be raised after the features of the samples
+    _print_warnings(warnings)
     check_or_write_config(output, config, samples=images.identity, extractor=loaded.fingerprint, extractor_weights=None)
     report_uri = storage.join(output, "report.json")
     if storage.exists(report_uri):
@@ -50,10 +64,13 @@ def evaluate(config: EvaluationConfig) -> str:
         if images.kind != "samples":  # others' files are only read
             folder = storage.join(folder, images.identity)
         made = extract_all(images, folder, loader, config.num_workers, config.num_gpus)
-        reference = _reference(config, images, loader, loaded)
+        kept = storage.join(output, "reference-features")
+        reference = extract_reference(found, loader, loaded, kept, config.num_workers, config.num_gpus)
+        if unmatched:
+            reference = replace(reference, missing=reference.missing | {"classes": unmatched})
         limits = Limits()
         measured = measure_files(made, reference, loaded.network.name, limits, config.num_workers)
-        report = _report(config, images, reference, loaded, measured)
+        report = _report(config, images, reference, loaded, measured) | {"warnings": warnings}
         page, pictures = evaluation_page(report, images, reference, measured, made.labels())
         tracker.metrics({name: estimate.value for name, estimate in measured.estimates.items()})
         tracker.record("report.json", report)
@@ -62,16 +79,17 @@ def evaluate(config: EvaluationConfig) -> str:
     storage.write_bytes(storage.join(output, "report.html"), page.encode())
     storage.put_if_absent(report_uri, storage.json_bytes(report))
     _print(measured)
+    _print_warnings(warnings)
     print(report_uri)
     return report_uri
 
 
 def plan(config: EvaluationConfig) -> str:
-    """What an evaluation would read, write and hold."""
+    """Return what an evaluation would read, write and hold."""
     images = _samples(config)
     dimension, name, price = DigitsNetwork.dimension, DigitsNetwork.name, list[str]()
     if config.extractor != name:  # which might have to be trained first
-        network = _loader(config, images)(CPU).network
+        network = _loader(config, images, None)(CPU).network
         dimension, name = network.dimension, network.name
         cost = extraction_cost(network, image_size_of(images), images.count, EXTRACTOR_BATCH)
         price = [priced(cost, config.cost, config.num_workers, half=False)]
@@ -90,24 +108,48 @@ def plan(config: EvaluationConfig) -> str:
     )
 
 
+@contextmanager
+def _naming(config: EvaluationConfig, option: str) -> Iterator[None]:
+    """Give errors the option as the user typed it in the place of the path that it stands for."""
+    typed: str = getattr(config, option)
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        name, uri, text = f"--{option} {typed}", config.path(typed), str(error)
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(text.replace(uri, name, 1) if uri in text else f"{name}: {text}") from error
+
+
 def _samples(config: EvaluationConfig) -> ImageSet:
-    reference = config.path(config.reference)
-    known = not reference.endswith(".npz") and storage.exists(storage.join(reference, "manifest.json"))
-    classes = load_manifest(reference).classes if known else ()
-    return open_images(config.path(config.samples), classes, config.image_size)
-
-
-def _check_reference(config: EvaluationConfig, images: ImageSet) -> None:
-    """What can be said of it before the output folder is claimed for it."""
     uri = config.path(config.reference)
-    if not uri.endswith(".npz"):
-        load_manifest(uri)
-        _image_size(config, images)
-    elif not storage.exists(uri):
-        raise FileNotFoundError(f"reference={uri} is not there")
+    with _naming(config, "reference"):
+        check_ending(uri, "reference")
+        known = not uri.endswith(".npz") and storage.exists(storage.join(uri, "manifest.json"))
+        manifest = load_reference_manifest(uri) if known else None
+    with _naming(config, "samples"):
+        return open_images(config.path(config.samples), manifest, config.image_size)
 
 
-def _loader(config: EvaluationConfig, images: ImageSet) -> LoadExtractor:
+def _reference(config: EvaluationConfig, images: ImageSet) -> ReferenceInput:
+    uri = config.path(config.reference)
+    size = 0 if uri.endswith(".npz") else _image_size(config, images)
+    with _naming(config, "reference"):
+        return find_reference(uri, size)
+
+
+def _compare(config: EvaluationConfig, images: ImageSet, found: ReferenceInput) -> tuple[list[str], str]:
+    """Return warnings about samples and reference, and why their labels cannot be matched ("" where they can)."""
+    samples, reference = f"--samples {config.samples}", f"--reference {config.reference}"
+    warnings = [f"{samples}: {warning}" for warning in images.warnings]
+    if found.images is None:
+        return warnings, ""
+    warnings += [f"{reference}: {warning}" for warning in found.images.warnings]
+    sides = Side.of(samples, images), Side.of(reference, found.images)
+    more, unmatched = check_compatible(*sides, config.extractor)
+    return warnings + more, unmatched
+
+
+def _loader(config: EvaluationConfig, images: ImageSet, found: ReferenceInput | None) -> LoadExtractor:
     reference = config.path(config.reference)
     return extractor_loader(
         config.extractor,
@@ -115,6 +157,7 @@ def _loader(config: EvaluationConfig, images: ImageSet) -> LoadExtractor:
         None if reference.endswith(".npz") else reference,
         config.path("extractors"),
         _image_size(config, images) if config.extractor == "digits" else 0,
+        found.batch.extractor if found and found.batch else None,
     )
 
 
@@ -123,13 +166,6 @@ def _image_size(config: EvaluationConfig, images: ImageSet) -> int:
     if config.image_size not in (None, found):
         raise ValueError(f"image_size={config.image_size}, but the samples in {images.uri} have {found} pixels")
     return found
-
-
-def _reference(config: EvaluationConfig, images: ImageSet, loader: LoadExtractor, loaded: LoadedExtractor) -> Reference:
-    uri = config.path(config.reference)
-    size = 0 if uri.endswith(".npz") else _image_size(config, images)
-    folder = storage.join(config.path(config.output), "reference-features")
-    return open_reference(uri, loader, loaded, folder, size, config.num_workers, config.num_gpus)
 
 
 def _report(
@@ -189,3 +225,8 @@ def _print(measured: Measurement) -> None:
         print(f"{name:30} {estimate.value:10.4g}   n={estimate.n:<7} 95%: {interval}")
     for name, reason in measured.missing.items():
         print(f"{name:30} {'-':>10}   {reason}")
+
+
+def _print_warnings(warnings: list[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}")

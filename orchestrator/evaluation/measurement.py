@@ -130,6 +130,9 @@ def _per_class(
     """Frechet distance, precision and recall within each class that both sets hold twice or more."""
     files = reference.files
     assert files is not None
+    if reason := reference.missing.get("classes"):
+        result.missing["per_class"] = reason
+        return {}
     if labels.min() < 0:
         result.missing["per_class"] = "the samples have no labels"
         return {}

@@ -61,7 +61,7 @@ class Comparison:
     statistics: dict[ArrayName, Moments | Gaussian]  # of the reference
     num_classes: int  # of the reference, 0 where it has none
     rows: Rows | None  # None = the reference has no single images, or one of the sets has too few
-    missing: dict[str, str] = field(default_factory=dict)  # why there are no "rows" or "spatial" statistics
+    missing: dict[str, str] = field(default_factory=dict)  # why there are no "rows", "spatial" or common "classes"
 
     @cached_property
     def pool(self) -> np.ndarray:
@@ -126,6 +126,8 @@ def _ten_samples(c: Comparison) -> str | None:
 
 
 def _classes(c: Comparison) -> str | None:
+    if reason := c.missing.get("classes"):
+        return reason
     same = c.probabilities is not None and c.num_classes == c.probabilities.shape[1] and c.labels.min() >= 0
     return None if same else "the extractor's classes are not the samples' labels"
 

@@ -1,5 +1,7 @@
 """Sample and reference batches in the published layout: an .npz with `arr_0` (images), `arr_1` (labels), `mu`, `sigma`.
 
+A string `extractor` may name the fingerprint of the feature network that `mu` and `sigma` come from.
+
 Files of tens of gigabytes are streamed. Nothing of a file is believed before it is checked: sizes that
 headers claim against sizes that are there, checksums, dtypes, shapes and the statistics' own sense. Nothing
 is unpickled, and no member is written anywhere. Whatever is wrong is one ValueError that names the file and
@@ -35,6 +37,7 @@ BROKEN = (
     UnicodeError,
 )
 MAX_HEADER = 10_000  # characters of an npy header
+KEYS = ("arr_0", "arr_1", "mu", "sigma", "mu_s", "sigma_s", "extractor")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class PublishedBatch:
     pool: Gaussian | None
     spatial: Gaussian | None
     images: _Member | None
+    extractor: str | None = None  # fingerprint of the network behind the statistics, where the file states one
 
     @property
     def by_range(self) -> bool:
@@ -118,8 +122,8 @@ class PublishedBatch:
 def open_batch(uri: str, num_classes: int | None = None) -> PublishedBatch:
     """Checks a published-format .npz and says what it holds.
 
-    Reads all of it once, for the checksums, in constant memory. Keys other than arr_0, arr_1, mu, sigma, mu_s
-    and sigma_s are ignored. Labels must lie in 0..num_classes - 1 (in 0.. where None). Raises ValueError for
+    Reads all of it once, for the checksums, in constant memory. Keys other than arr_0, arr_1, mu, sigma, mu_s,
+    sigma_s and extractor are ignored. Labels must lie in 0..num_classes - 1 (in 0.. where None). Raises ValueError for
     anything that is not an intact batch: images other than uint8 [N, H, W, 3], labels that do not match,
     statistics that are no mean and covariance, damaged or foreign files; FileNotFoundError where there is
     none.
@@ -132,9 +136,10 @@ def open_batch(uri: str, num_classes: int | None = None) -> PublishedBatch:
         count, height, width = _image_shape(images) if images else (0, 0, 0)
         labels = _labels(archive, members.get("arr_1"), count, num_classes)
         pool, spatial = (_statistics(archive, members, *keys) for keys in (("mu", "sigma"), ("mu_s", "sigma_s")))
+        extractor = _text(archive, members.get("extractor"))
         if images:
             _verify(archive, images)
-    return PublishedBatch(uri, count, height, width, labels, pool, spatial, images)
+    return PublishedBatch(uri, count, height, width, labels, pool, spatial, images, extractor)
 
 
 @contextmanager
@@ -161,7 +166,7 @@ def _members(archive: zipfile.ZipFile, file: IO[bytes]) -> dict[str, _Member]:
     members: dict[str, _Member] = {}
     for info in archive.infolist():
         name = info.filename.removesuffix(".npy")
-        if name not in ("arr_0", "arr_1", "mu", "sigma", "mu_s", "sigma_s") or name == info.filename:
+        if name not in KEYS or name == info.filename:
             continue
         if name in members:
             raise ValueError(f"it holds {info.filename!r} twice")
@@ -262,6 +267,14 @@ def _labels(
         limit = "" if num_classes is None else f"{num_classes - 1}"
         raise ValueError(f"arr_1 holds labels from {labels.min()} to {labels.max()}; wanted 0..{limit}")
     return labels.astype(np.int64)
+
+
+def _text(archive: zipfile.ZipFile, member: _Member | None) -> str | None:
+    if member is None:
+        return None
+    if member.dtype.kind != "U" or int(np.prod(member.shape)) != 1:
+        raise ValueError(f"{member.name} is {member.dtype} {member.shape}; expected one string")
+    return str(_load(archive, member).item())
 
 
 def _statistics(archive: zipfile.ZipFile, members: dict[str, _Member], mean: str, covariance: str) -> Gaussian | None:

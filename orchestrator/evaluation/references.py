@@ -1,4 +1,4 @@
-"""What samples are held against: a dataset's training split, or a published reference batch."""
+"""What samples are compared with: a dataset's training split, or a published reference batch."""
 
 from dataclasses import dataclass, field
 
@@ -7,11 +7,11 @@ import safetensors.numpy
 
 from models.metrics import Gaussian, Moments
 from orchestrator import storage
-from orchestrator.data.dataset import load_manifest
+from orchestrator.data.dataset import Manifest, load_manifest
 from orchestrator.evaluation.extraction import ArrayName, FeatureFiles, extract_all, split_features
 from orchestrator.evaluation.extractors import LoadedExtractor, LoadExtractor
-from orchestrator.evaluation.inputs import ImageSet, batch_images, split_images
-from orchestrator.evaluation.npz import open_batch
+from orchestrator.evaluation.inputs import ImageSet, batch_images, check_ending, split_images
+from orchestrator.evaluation.npz import PublishedBatch, open_batch
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,79 @@ class Reference:
     missing: dict[str, str] = field(default_factory=dict)  # what it cannot give, and why
 
 
+@dataclass(frozen=True)
+class ReferenceInput:
+    """A reference of which nothing is extracted yet."""
+
+    uri: str
+    image_size: int  # of a dataset's images; 0 for an .npz
+    images: ImageSet | None  # None: a file that holds statistics alone
+    batch: PublishedBatch | None = None  # None: a dataset
+
+    def statistics(self, loaded: LoadedExtractor) -> dict[ArrayName, Gaussian]:
+        """Return the statistics that a file holds, if they come from this extractor.
+
+        A file that states no extractor is a published one, whose statistics are the Inception network's.
+
+        Raises:
+            ValueError: they come from another extractor, and there are no images to be taken instead.
+        """
+        if self.batch is None or self.batch.pool is None:
+            return {}
+        stated, fingerprint = self.batch.extractor, loaded.fingerprint
+        if stated != fingerprint if stated else loaded.network.name != "inception":
+            if self.images is not None:
+                return {}
+            owner = stated or "the Inception network (the file states no other extractor)"
+            raise ValueError(
+                f"{self.uri} holds statistics of {owner} and no images: they cannot be compared with features of "
+                f"{fingerprint}. Choose its --extractor, or a reference with images"
+            )
+        if (found := len(self.batch.pool.mean)) != loaded.network.dimension:
+            raise ValueError(
+                f"{self.uri}: mu has {found} dimensions, and features of {fingerprint} have "
+                f"{loaded.network.dimension}: statistics of different extractors do not compare"
+            )
+        published: dict[ArrayName, Gaussian] = {"pool": self.batch.pool}
+        if self.batch.spatial is not None:
+            published["spatial"] = self.batch.spatial
+        return published
+
+
+def load_reference_manifest(uri: str) -> Manifest:
+    """Return the manifest of a dataset that serves as a reference.
+
+    Raises:
+        FileNotFoundError: there is no finished dataset.
+        ValueError: it is something else; the message says what to pass instead.
+    """
+    check_ending(uri, "reference")
+    try:
+        return load_manifest(uri)
+    except (FileNotFoundError, ValueError):
+        if storage.exists(storage.join(uri, "run.json")):
+            raise ValueError(
+                f"{uri} holds samples, not a dataset: pass a dataset, or these samples as an .npz (--export npz)"
+            ) from None
+        raise
+
+
+def find_reference(uri: str, image_size: int) -> ReferenceInput:
+    """Return what lies at `uri`, a dataset's folder or an .npz, before any feature is made.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: it is neither, or damaged, or a dataset of images of another size.
+    """
+    if uri.endswith(".npz"):
+        if not storage.exists(uri):
+            raise FileNotFoundError(f"{uri} does not exist")
+        batch = open_batch(uri)
+        return ReferenceInput(uri, 0, batch_images(batch) if batch.num_images else None, batch)
+    load_reference_manifest(uri)
+    return ReferenceInput(uri, image_size, split_images(uri, "train", image_size))
+
+
 def open_reference(
     uri: str,
     loader: LoadExtractor,
@@ -38,19 +111,32 @@ def open_reference(
     num_workers: int,
     num_gpus: float = 0.0,
 ) -> Reference:
-    """The reference at `uri`, a dataset's folder or an .npz; what of it is not extracted yet is extracted.
+    """Find the reference at `uri` and extract what of it is not extracted yet."""
+    return extract_reference(find_reference(uri, image_size), loader, loaded, folder, num_workers, num_gpus)
+
+
+def extract_reference(
+    found: ReferenceInput,
+    loader: LoadExtractor,
+    loaded: LoadedExtractor,
+    folder: str,
+    num_workers: int,
+    num_gpus: float = 0.0,
+) -> Reference:
+    """Extract what of a reference is not extracted yet, and return its statistics and features.
 
     folder: where features of an .npz are kept; those of a dataset lie beside it.
 
     Raises:
         ValueError: a damaged file, or statistics of another extractor.
     """
-    if uri.endswith(".npz"):
-        return _batch_reference(uri, loader, loaded, folder, num_workers, num_gpus)
-    files = split_features(uri, "train", loader, image_size, num_workers, num_gpus)
+    uri = found.uri
+    if found.batch is not None:
+        return _batch_reference(found, loader, loaded, folder, num_workers, num_gpus)
+    files = split_features(uri, "train", loader, found.image_size, num_workers, num_gpus)
     statistics, labels = _kept_statistics(files, num_workers)
-    images, classes = split_images(uri, "train", image_size), load_manifest(uri).classes
-    return Reference(uri, files.fingerprint, statistics, files.count, images, files, classes, labels)
+    classes = load_manifest(uri).classes
+    return Reference(uri, files.fingerprint, statistics, files.count, found.images, files, classes, labels)
 
 
 def _kept_statistics(files: FeatureFiles, num_workers: int) -> tuple[dict[ArrayName, Moments | Gaussian], np.ndarray]:
@@ -72,42 +158,26 @@ def _kept_statistics(files: FeatureFiles, num_workers: int) -> tuple[dict[ArrayN
 
 
 def _batch_reference(
-    uri: str, loader: LoadExtractor, loaded: LoadedExtractor, folder: str, num_workers: int, num_gpus: float
+    found: ReferenceInput,
+    loader: LoadExtractor,
+    loaded: LoadedExtractor,
+    folder: str,
+    num_workers: int,
+    num_gpus: float,
 ) -> Reference:
-    """A published batch: mu and sigma are the Inception network's; its images serve what needs single features.
+    """Take mu and sigma of a file where they come from this extractor; its images serve what needs single features.
 
-    Where there is no mu, or the extractor is another one, the statistics are those of the images (arr_0).
+    Otherwise the statistics are those of the images (arr_0).
     """
-    batch = open_batch(uri)
-    published: dict[ArrayName, Gaussian] = {}
-    missing: dict[str, str] = {}
-    if loaded.network.name == "inception":
-        if batch.pool is not None:
-            published["pool"] = batch.pool
-        if batch.spatial is not None:
-            published["spatial"] = batch.spatial
-        elif batch.pool is not None:
-            missing["spatial"] = f"{uri} holds mu and sigma, but not mu_s and sigma_s"
-    elif not batch.num_images:
-        raise ValueError(
-            f"{uri} holds statistics of the Inception network and no images: they cannot be compared with features of "
-            f"{loaded.fingerprint}; use extractor=inception, or a reference with images"
-        )
-    _check_dimensions(uri, loaded, published)
-    if not batch.num_images:
+    uri, images, missing = found.uri, found.images, dict[str, str]()
+    published = found.statistics(loaded)
+    if published and "spatial" not in published:
+        missing["spatial"] = f"{uri} holds mu and sigma, but not mu_s and sigma_s"
+    if images is None:
         missing["rows"] = f"{uri} holds no images (arr_0), only their statistics"
         return Reference(uri, loaded.fingerprint, dict(published), None, missing=missing)
-    images = batch_images(batch)
     files = extract_all(images, storage.join(folder, images.identity), loader, num_workers, num_gpus)
     if published:
         return Reference(uri, files.fingerprint, dict(published), None, images, files, missing=missing)
     statistics, labels = _kept_statistics(files, num_workers)
     return Reference(uri, files.fingerprint, statistics, files.count, images, files, labels=labels, missing=missing)
-
-
-def _check_dimensions(uri: str, loaded: LoadedExtractor, published: dict[ArrayName, Gaussian]) -> None:
-    if "pool" in published and (found := len(published["pool"].mean)) != loaded.network.dimension:
-        raise ValueError(
-            f"{uri}: mu has {found} dimensions, and features of {loaded.fingerprint} have {loaded.network.dimension}: "
-            "statistics of different extractors do not compare"
-        )

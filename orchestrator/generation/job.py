@@ -36,6 +36,7 @@ from orchestrator.generation.samples import (
     write_run,
 )
 from orchestrator.generation.sampling import (
+    Networks,
     canonical_batch,
     fingerprint,
     load_networks,
@@ -230,7 +231,7 @@ def _make_worker(config: GenerationConfig) -> tuple[SamplingWorker, GenerationCo
     for folder in folders_of(config):
         if check_run(folder, wanted) is None:
             chosen = config.batch_size or canonical_batch(config, worker.networks, worker.device)
-            write_run(folder, wanted | {"batch_size": chosen}, here, _record(config))
+            write_run(folder, wanted | {"batch_size": chosen}, here, _record(config, worker.networks))
         run = check_run(folder, wanted, None if config.mixed_platforms else here)  # perhaps another worker's
         assert run is not None
         config = config.model_copy(update={"batch_size": run["config"]["batch_size"]})
@@ -240,15 +241,15 @@ def _make_worker(config: GenerationConfig) -> tuple[SamplingWorker, GenerationCo
     return worker, config
 
 
-def _record(config: GenerationConfig) -> dict[str, Any]:
-    """What is noted in run.json and never compared."""
+def _record(config: GenerationConfig, networks: Networks) -> dict[str, Any]:
+    """Return what is noted in run.json and never compared with another attempt's config."""
     commit = None
     with contextlib.suppress(OSError):  # no git here
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     begun = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     noted = config.model_dump(mode="json", include={"weights", "classifier", "upsampler", "num_workers"})
-    return {"commit": commit, "begun": begun, **noted}
+    return {"commit": commit, "begun": begun, "classes": networks.classes, **noted}
 
 
 def make_generator(config: GenerationConfig) -> Callable[[Shard], Finished]:

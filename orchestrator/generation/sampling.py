@@ -47,6 +47,11 @@ class Networks(NamedTuple):
         return self.labels.num_classes
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """Return the names of the classes that condition the samples, in the order of the labels."""
+        return (self.classifier or self.weights).classes
+
+    @property
     def loaded(self) -> list[Network]:
         """Return those that there are."""
         return [network for network in (self.weights, self.classifier, self.upsampler) if network]
@@ -82,7 +87,7 @@ def load_networks(config: GenerationConfig, device: torch.device | str) -> Netwo
     for other, path in ((classifier, config.classifier), (upsampler, config.upsampler)):
         if other and other.classes and model.architecture.num_classes and other.classes != model.classes:
             raise ValueError(f"{path} and {config.weights} were trained on different classes")
-    classes = classifier.classes if classifier else model.classes
+    classes = (classifier or model).classes
     return Networks(model, classifier, upsampler, read_labels(config.labels, classes, config.seed, config.path))
 
 

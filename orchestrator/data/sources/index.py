@@ -61,7 +61,7 @@ def finding(cases: Sequence[str], count: int | None = None) -> Finding:
     return Finding(count=len(cases) if count is None else count, examples=tuple(cases[:EXAMPLES]))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Listing:
     """The objects beneath a source: names relative to `uri` in sorted order, and bytes int64 [n]."""
 
@@ -104,8 +104,12 @@ def list_source(uri: str) -> Listing:
         names.append(pa.array([name for name, _ in files], pa.large_string()))
         sizes.append(np.array([size for _, size in files], np.int64))
     found = pa.concat_arrays(names)
+    names.clear()
     order = pc.sort_indices(found)
-    return Listing(uri, uri.rstrip("/"), found.take(order), np.concatenate(sizes)[order.to_numpy()])
+    listing = Listing(uri, uri.rstrip("/"), found.take(order), np.concatenate(sizes)[order.to_numpy()])
+    del found
+    pa.default_memory_pool().release_unused()  # else what sorting took stays with this process
+    return listing
 
 
 # ------------------------------------------------------------------------------------------------------------- source
@@ -157,9 +161,13 @@ class Source:
 def make_source(reading: Reading, listing: Listing) -> Source:
     """Draw a reading's entries into an index; of images with one key only the first is kept, and the others reported.
 
+    The listing is emptied first, so that 14 million names are not held twice.
+
     Raises:
         ValueError: there are no images, or their labels are no classes.
     """
+    digest, size = listing.digest(), int(listing.sizes.sum())
+    listing.names, listing.sizes = pa.array([], pa.large_string()), np.array([], np.int64)
     names, index = _pack(reading.entries)
     if not len(index):
         raise ValueError(f"--source {reading.named} holds no images")
@@ -175,7 +183,7 @@ def make_source(reading: Reading, listing: Listing) -> Source:
     present[index["label"].to_numpy() if classes else []] = True
     if not present.all():
         findings["classes_without_images"] = finding([classes[label] for label in np.flatnonzero(~present)])
-    return Source(reading, listing.digest(), int(listing.sizes.sum()), classes, index, findings)
+    return Source(reading, digest, size, classes, index, findings)
 
 
 def _drop_unlabelled(index: pa.Table, findings: Findings) -> pa.Table:
@@ -206,6 +214,7 @@ def _pack(entries: Iterable[Entry]) -> tuple[list[str | int | None], pa.Table]:
     while table.num_columns:  # one after the other, so that a long key column is not held twice beside all others
         columns.append(table.column(0).combine_chunks())
         table = table.remove_column(0)
+        pa.default_memory_pool().release_unused()
     return list(numbers), pa.Table.from_arrays(columns, schema=INDEX)
 
 
@@ -245,13 +254,13 @@ def _highest(reading: Reading, numbers: list[int]) -> int:
 
 def _sorted_once(index: pa.Table) -> tuple[pa.Table, list[str]]:
     """Return the index by ascending key with each key once, and the keys that were repeated."""
-    keys = index["key"].combine_chunks()
+    keys = index["key"].chunk(0)
     if pc.all(pc.greater(keys[1:], keys[:-1])).as_py() is not False:
         return index, []
     by_place = [("key", "ascending"), ("object", "ascending"), ("start", "ascending")]
     plain = index.set_column(3, "object", index["object"].cast(pa.string()))
     index = index.take(pc.sort_indices(plain, by_place)).combine_chunks()
-    keys = index["key"].combine_chunks()
+    keys = index["key"].chunk(0)
     again = np.zeros(len(keys), bool)
     again[1:] = pc.equal(keys[1:], keys[:-1]).to_numpy(zero_copy_only=False)
     return index.filter(pa.array(~again)).combine_chunks(), keys.filter(pa.array(again)).to_pylist()

@@ -8,6 +8,9 @@ import torch
 from sklearn.datasets import load_sample_images
 
 from models.features import DigitsNetwork, extract
+from orchestrator import storage
+from orchestrator.data.dataset import load_manifest, read_images
+from orchestrator.data.job import prepare
 from orchestrator.evaluation import extractors
 from orchestrator.evaluation.extractors import (
     CPU,
@@ -16,6 +19,8 @@ from orchestrator.evaluation.extractors import (
     inception_extractor,
     own_extractor,
 )
+from orchestrator.pictures import png
+from tests.orchestrator.digits import digits
 from tests.orchestrator.evaluation.golden_inception import GOLDEN, write_weights
 
 
@@ -70,6 +75,30 @@ def test_one_s_own_extractor_comes_by_its_dotted_name() -> None:
         own_extractor("tests.orchestrator.evaluation.toy_extractor.FalseInception")
     with pytest.raises(ValueError, match="is no extractor: it lacks name, dimension, num_classes"):
         own_extractor("collections.OrderedDict")
+
+
+def test_each_dataset_has_its_own_digits_network(tmp_path: Path) -> None:
+    """The same scans under other labels: one network cannot know both."""
+    store = str(tmp_path)
+    folder = prepare(digits(store)).folder
+    scans, labels = read_images(load_manifest(folder), "train", 0, 200, 8)
+    for label in range(10):
+        for index in np.flatnonzero(labels == label)[:15]:
+            storage.write_bytes(f"{store}/turned/{(label + 1) % 10}/{index}.png", png(scans[index]))
+    other = prepare(digits(store, source=f"{store}/turned", output="other", name="other")).folder
+    networks = f"{store}/extractors"
+    first, second = (extractor_loader("digits", None, uri, networks, 8)(CPU) for uri in (folder, other))
+    assert first.fingerprint != second.fingerprint and len(storage.list_names(networks)) == 2
+    for loaded, turn in ((first, 0), (second, 1)):
+        logits = loaded.network(scans).logits
+        assert logits is not None and (logits.argmax(axis=1) == (labels + turn) % 10).mean() > 0.7
+    # By its fingerprint a network is found without its dataset, for references with mu and sigma only.
+    for loaded in (first, second):
+        assert extractor_loader("digits", None, None, networks, 8, loaded.fingerprint)(CPU).fingerprint == (
+            loaded.fingerprint
+        )
+    with pytest.raises(ValueError, match="states digits-0123"):
+        extractor_loader("digits", None, None, networks, 8, "digits-0123")
 
 
 def test_names_that_mean_nothing_are_refused() -> None:

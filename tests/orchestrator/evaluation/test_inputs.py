@@ -11,9 +11,13 @@ import pytest
 
 from orchestrator import storage
 from orchestrator.data.job import prepare
-from orchestrator.evaluation.inputs import ImageSet, image_size_of, open_images, split_images
+from orchestrator.evaluation.inputs import ImageSet, check_ending, image_size_of, open_images, split_images
+from orchestrator.generation.config import GenerationConfig
+from orchestrator.generation.job import generate
 from orchestrator.pictures import png
 from tests.orchestrator.digits import digits
+from tests.orchestrator.evaluation.test_files import manifest
+from tests.orchestrator.networks import UNET, save_network
 
 COUNT = 1100  # more than two blocks
 
@@ -97,8 +101,10 @@ def test_folders_named_after_classes_give_labels(images: np.ndarray, tmp_path: P
         storage.write_bytes(
             f"{tmp_path}/cats/{index}.png" if index % 2 else f"{tmp_path}/dogs/{index}.png", png(images[index])
         )
-    assert open_images(str(tmp_path), ("dogs", "cats", "birds")).read(0, 6)[1].tolist() == [1, 1, 1, 0, 0, 0]
-    assert open_images(str(tmp_path), ("dogs", "birds")).read(0, 6)[1].tolist() == [-1] * 6
+    found = open_images(str(tmp_path), manifest(classes=("dogs", "cats", "birds")))
+    assert found.read(0, 6)[1].tolist() == [1, 1, 1, 0, 0, 0] and found.classes == ("dogs", "cats", "birds")
+    without = open_images(str(tmp_path), manifest(classes=("dogs", "birds")))
+    assert without.read(0, 6)[1].tolist() == [-1] * 6 and without.classes == ()
 
 
 def test_images_of_several_sizes_are_refused_unless_cropped(images: np.ndarray, tmp_path: Path) -> None:
@@ -112,8 +118,6 @@ def test_images_of_several_sizes_are_refused_unless_cropped(images: np.ndarray, 
 def test_what_cannot_be_measured_is_one_error(images: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="none holds no finished samples"):
         open_images(str(tmp_path / "none"))
-    with pytest.raises(ValueError, match="is compressed"):
-        open_images(str(tmp_path / "a.tar.gz"))
     whole = Path(write("tar", str(tmp_path), images[:20])).read_bytes()
     (tmp_path / "short.tar").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"short\.tar is not an intact \.tar file"):
@@ -130,6 +134,53 @@ def test_what_cannot_be_measured_is_one_error(images: np.ndarray, tmp_path: Path
     np.savez(tmp_path / "oblong.npz", images[:2, :4])
     with pytest.raises(ValueError, match="6x4 pixels"):
         image_size_of(open_images(str(tmp_path / "oblong.npz")))
+
+
+@pytest.mark.parametrize(
+    ("name", "for_samples", "for_reference"),
+    [
+        ("a.pkl", "pickle.*never opened.*savez.*images", "pickle.*never opened.*savez.*mu=.*sigma="),
+        ("a.PICKLE", "never opened", "never opened"),
+        ("a.npy", "arr_0.*savez", "arr_0.*savez"),
+        ("a.pt", "weights.*generate_samples", "weights.*dataset"),
+        ("a.safetensors", "weights", "weights"),
+        ("a.parquet", "Parquet.*folder", "Parquet.*prepare_dataset"),
+        ("a.tar.gz", "compressed.*tar", "archive.*prepare_dataset"),
+        ("a.zip", "compressed", "archive"),
+        ("a.tar", None, "archive.*prepare_dataset"),
+        ("a.png", "single image.*folder", "single image.*dataset"),
+        ("a.npz", None, None),
+        ("a.folder", None, None),
+    ],
+)
+def test_files_of_no_use_are_known_by_their_ending(
+    name: str, for_samples: str | None, for_reference: str | None
+) -> None:
+    for role, message in (("samples", for_samples), ("reference", for_reference)):
+        if message is None:
+            check_ending(f"/some/{name}", role)  # type: ignore[arg-type]
+            continue
+        with pytest.raises(ValueError, match=f"/some/{name} .*{message}") as error:
+            check_ending(f"/some/{name}", role)  # type: ignore[arg-type]
+        assert "\n" not in str(error.value)
+
+
+def test_samples_carry_the_names_of_their_classes(tmp_path: Path) -> None:
+    save_network(str(tmp_path), "unet.safetensors", UNET)
+    settings = {"weights": "unet.safetensors", "output": "samples", "num_samples": 2, "num_workers": 0}
+    folder = generate(GenerationConfig(store=str(tmp_path), **settings))
+    assert open_images(folder).classes == tuple(str(label) for label in range(10))
+    run = storage.read_json(f"{folder}/run.json")
+    del run["record"]["classes"]  # as older folders are
+    storage.write_json(f"{folder}/run.json", run)
+    assert open_images(folder).classes == () and open_images(folder).count == 2
+
+
+def test_a_dataset_that_has_to_be_enlarged_is_reported(tmp_path: Path) -> None:
+    folder = prepare(digits(str(tmp_path))).folder
+    assert split_images(folder, "train", 8).warnings == ()
+    (warning,) = split_images(folder, "train", 16).warnings
+    assert "enlarged to 16" in warning and "8" in warning
 
 
 def test_a_dataset_is_a_reference_and_no_samples(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The job: from samples in any form to one report, the same for every way of sharding and for any pool."""
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from models.metrics import frechet_distance_of_rows
 from orchestrator import storage
 from orchestrator.data.job import prepare
 from orchestrator.evaluation.config import EvaluationConfig
+from orchestrator.evaluation.extraction import FeatureFiles
 from orchestrator.evaluation.job import evaluate, plan
+from orchestrator.generation.samples import Samples, Shard, encode_rows, put_shard, write_manifest, write_run
 from tests.orchestrator.digits import digits
 from tests.orchestrator.evaluation.golden_inception import write_weights
 
@@ -52,7 +55,10 @@ def test_samples_that_are_not_there_are_an_error(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"reference": "digit"}, "digit holds no finished dataset"),
-        ({"reference": "none.npz"}, r"none\.npz is not there"),
+        ({"reference": "none.npz"}, r"--reference none\.npz does not exist"),
+        ({"samples": "none.npz"}, r"--samples none\.npz does not exist"),
+        ({"reference": "a.pkl"}, r"--reference a\.pkl .*never opened"),
+        ({"samples": "a.npy"}, r"--samples a\.npy .*arr_0"),
         ({"image_size": 16}, "image_size=16, but the samples"),
         ({"extractor": "inception"}, "put it at"),
         ({"extractor": "vgg"}, "wanted inception"),
@@ -61,6 +67,79 @@ def test_samples_that_are_not_there_are_an_error(tmp_path: Path) -> None:
 def test_a_mistake_claims_no_folder(store: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises((FileNotFoundError, ValueError), match=message):
         evaluate(config(store, output="mistaken", **changes))
+    assert not storage.exists(storage.join(store, "mistaken"))
+
+
+def write_samples(store: str, name: str, classes: tuple[str, ...]) -> str:
+    """A folder of 16 samples of noise as `generate` leaves it, of classes of these names."""
+    images = np.random.default_rng([75]).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
+    folder, shard = storage.join(store, name), Shard(0, 16)
+    write_run(folder, {"seed": 0}, {}, {"classes": classes})
+    digest = put_shard(folder, shard, encode_rows(Samples(np.arange(16), np.arange(16) % len(classes), images)))
+    write_manifest(folder, {shard: digest})
+    return name
+
+
+@pytest.mark.parametrize("extractor", [TOY, "digits"])
+def test_what_cannot_be_compared_is_refused_before_any_feature(
+    extractor: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("an extractor was loaded, or features were made")
+
+    for made in ("job.extract_all", "job.extract_reference", "extraction.map_items", "extractors.train_digits_network"):
+        monkeypatch.setattr(f"orchestrator.evaluation.{made}", refuse)
+    names = ("one", "two", "three")
+    named = write_samples(str(tmp_path), "named", names)
+    source = prepare(digits(str(tmp_path), output="others", name="others"))
+    others = source.model_copy(update={"classes": tuple(f"class {label}" for label in range(10))})
+    storage.write_bytes(f"{source.folder}/manifest.json", others.model_dump_json().encode())
+    settings = {"extractor": extractor, "samples": f"{tmp_path}/{named}"}
+    with pytest.raises(
+        ValueError, match=r"class names of --samples .*named and --reference .*others.*'one'.*'class 0'"
+    ):
+        evaluate(config(store, output="others-refused", reference=source.folder, **settings))
+    np.savez(tmp_path / "large", np.zeros((40, 16, 16, 3), np.uint8))
+    if extractor == TOY:
+        with pytest.raises(ValueError, match=r"8x8 pixels.*large\.npz of 16x16: --extractor"):
+            evaluate(config(store, output="others-refused", reference=f"{tmp_path}/large.npz", **settings))
+    assert not storage.exists(storage.join(store, "others-refused"))
+    assert not [
+        path for folder in (store, str(tmp_path)) for path in Path(folder).rglob("features") if "named" in str(path)
+    ]
+
+
+def test_warnings_are_on_the_terminal_in_the_report_and_on_the_page(
+    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = write_samples(str(tmp_path), "named", ("one", "two", "three"))
+    uri = evaluate(config(store, output="warned", samples=f"{tmp_path}/{named}"))
+    content, printed = storage.read_json(uri), capsys.readouterr().out
+    page = html.unescape((Path(uri).parent / "report.html").read_text())
+    assert any("'one'" in warning for warning in content["warnings"])
+    assert any("grey" in warning for warning in content["warnings"])  # the scans are, and this noise is not
+    for warning in content["warnings"]:
+        assert printed.count(f"warning: {warning}") == 2 and warning in page
+    assert "accuracy" not in content["metrics"] and content["per_class"] == {}
+    for name in ("accuracy", "per_class"):
+        assert "'one'" in content["not_available"][name]
+
+
+def test_statistics_alone_serve_the_extractor_that_they_state(store: str, tmp_path: Path) -> None:
+    whole = storage.read_json(evaluate(config(store, output="by-images", extractor="digits")))
+    fingerprint = whole["extractor"]["fingerprint"]
+    folder = storage.join(store, "digits", "features", "train-8", fingerprint)
+    features = FeatureFiles(folder, 1437, fingerprint).pool().astype(np.float64)
+    statistics = {"mu": features.mean(axis=0), "sigma": np.cov(features, rowvar=False)}
+    np.savez(tmp_path / "statistics", **statistics, extractor=fingerprint)
+    reference = str(tmp_path / "statistics.npz")
+    found = storage.read_json(evaluate(config(store, output="by-mu", extractor="digits", reference=reference)))
+    assert found["metrics"]["fd_digits"]["value"] == pytest.approx(whole["metrics"]["fd_digits"]["value"], rel=1e-6)
+    assert "precision" in found["not_available"]
+    for extractor, message in ((TOY, "toy-quarters"), ("digits", "digits-0123")):
+        np.savez(tmp_path / "other", **statistics, extractor="digits-0123")
+        with pytest.raises(ValueError, match=message):
+            evaluate(config(store, output="mistaken", extractor=extractor, reference=str(tmp_path / "other.npz")))
     assert not storage.exists(storage.join(store, "mistaken"))
 
 

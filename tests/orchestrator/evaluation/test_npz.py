@@ -5,6 +5,7 @@ import json
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,6 +106,23 @@ def test_rows_stay_within_the_file_and_batches_travel() -> None:
     np.testing.assert_array_equal(batch.rows(10, 20), images_of(batch)[10:20])
     with pytest.raises(ValueError, match="60\\.\\.65"):
         batch.rows(60, 65)
+
+
+def test_statistics_may_state_their_extractor(tmp_path: Path) -> None:
+    statistics: Any = {"mu": np.zeros(3), "sigma": np.eye(3)}
+
+    def stated(value: Any) -> str | None:
+        np.savez(tmp_path / "stated.npz", **statistics, extractor=value)
+        return open_batch(str(tmp_path / "stated.npz")).extractor
+
+    np.savez(tmp_path / "none.npz", **statistics)
+    assert open_batch(str(tmp_path / "none.npz")).extractor is None
+    assert stated("digits-0123") == stated(np.array(["digits-0123"])) == "digits-0123"
+    for value in (7, np.array(["a", "b"]), b"digits"):
+        with pytest.raises(ValueError, match=r"stated\.npz: extractor .* one string"):
+            stated(value)
+    with pytest.raises(ValueError, match="never opened"):
+        stated(np.array("digits", object))
 
 
 def test_two_members_of_one_name_are_refused(tmp_path: Path) -> None:

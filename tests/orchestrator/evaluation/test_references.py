@@ -12,7 +12,7 @@ from models.metrics import Gaussian, moments
 from orchestrator import storage
 from orchestrator.data.job import prepare
 from orchestrator.evaluation.extractors import CPU, LoadedExtractor, own_extractor
-from orchestrator.evaluation.references import Reference, open_reference
+from orchestrator.evaluation.references import Reference, find_reference, open_reference
 from tests.orchestrator.digits import digits
 from tests.orchestrator.evaluation.toy_extractor import FalseInception
 
@@ -66,6 +66,26 @@ def test_statistics_of_another_extractor_are_never_compared(images: np.ndarray, 
         opened(tmp_path, TOY, mu=np.zeros(12), sigma=np.eye(12))
     with_images = opened(tmp_path, TOY, arr_0=images, mu=np.zeros(12), sigma=np.eye(12))
     assert with_images.statistics["pool"].mean.min() > 1  # those of the images, not the file's
+
+
+def test_statistics_are_those_of_the_extractor_that_they_state(images: np.ndarray, tmp_path: Path) -> None:
+    statistics = {"mu": np.full(12, 5.0), "sigma": np.eye(12)}
+    found = opened(tmp_path, TOY, **statistics, extractor="toy-quarters")
+    assert found.statistics["pool"].mean.tolist() == [5] * 12 and found.fingerprint == "toy-quarters"
+    for loader in (TOY, inception):
+        with pytest.raises(ValueError, match=r"of digits-0123 and no images.* (toy-quarters|inception-\w+)"):
+            opened(tmp_path, loader, **statistics, extractor="digits-0123")
+    of_images = opened(tmp_path, inception, arr_0=images, **statistics, extractor="digits-0123")
+    assert of_images.count == 40 and of_images.statistics["pool"].mean.tolist() != [5] * 12
+
+
+def test_samples_are_no_reference(tmp_path: Path) -> None:
+    storage.write_json(f"{tmp_path}/samples/run.json", {})
+    with pytest.raises(ValueError, match=r"holds samples.*pass a dataset.*npz"):
+        find_reference(f"{tmp_path}/samples", 8)
+    storage.write_json(f"{tmp_path}/samples/manifest.json", {"num_samples": 2})
+    with pytest.raises(ValueError, match="holds samples"):
+        find_reference(f"{tmp_path}/samples", 8)
 
 
 def test_a_dataset_is_extracted_once(tmp_path: Path) -> None:
