@@ -1,16 +1,19 @@
-"""A pool of warm workers: items in, results as they complete; workers may come, go and die at any time."""
+"""A pool of warm workers: items in, results as they complete; workers may join, fail and die at any time."""
 
 import contextlib
 import logging
+import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import takewhile
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
+from cluster.actor import WorkerActor, is_device_error, is_raised, reason_of, restart_process
+from cluster.capacity import refuse_infeasible, report_waiting
 from cluster.metrics import publish
 from cluster.session import accelerator
 
@@ -19,10 +22,20 @@ Result = TypeVar("Result")
 Work = Callable[[Item], Result]
 MakeWorker = Callable[[], Work[Item, Result]]
 
-START_TRIES = 5  # how often a worker may die while it is made, in a row, before it is given up
-LOST_WORKERS = 10  # that an item may cost before it is taken for the cause; elsewhere, nodes are taken away at random
+START_TRIES = 3  # consecutive failures to make a worker, before it is taken out of use
+STRIKES_TO_RESTART = 2  # consecutive items that raise on a worker, before its process is restarted
+STRIKES_TO_BENCH = 4  # consecutive items that fail on a worker, before it gets none while others do better
+LOST_WORKERS = 10  # processes that an item may cost before it counts as the cause; nodes are preempted at random
+MOST_TRIES = 10  # of an item that has failed only on workers that may be sick themselves
 STRAGGLING = 3.0  # times the mean duration: an item that takes longer is given to an idle worker as well
-LOOK_SECONDS = 1.0  # between two looks for such items
+SLOW = 10.0  # times the mean duration: an item that takes longer is named in the log
+SLOW_SECONDS = 60.0  # an item that takes less is never named; also the first pause between two such log lines
+# A process ends itself if an item runs longer than its deadline. An item may compile first and take hours on a slow
+# GPU, so the least deadline is generous; idle workers take over what hangs long before (STRAGGLING).
+HANG_SECONDS = 120 * 60.0  # the least deadline; it doubles for an item each time that it is missed
+HANGING = 10.0  # times the longest item so far: the deadline, if this is more
+PATIENCE_SECONDS = 300.0  # an item that failed waits so long for a worker that has not tried it and is not there
+LOOK_SECONDS = 1.0  # between two checks of all this
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +54,7 @@ def map_items(
 ) -> Iterator[tuple[Item, Result]]:
     """Run every item on one of `num_workers` workers (0: in this process); yield (item, result) as they complete.
 
-    Raises what `Pool.map` raises.
+    Raises what `pool` and `Pool.map` raise.
     """
     with pool(make_worker, num_workers, num_cpus, num_gpus) as workers:
         yield from workers.map(items, tries)
@@ -51,22 +64,31 @@ def map_items(
 def pool(
     make_worker: MakeWorker[Item, Result], num_workers: int, num_cpus: float = 1.0, num_gpus: float = 0.0
 ) -> Iterator["Pool[Item, Result]"]:
-    """`num_workers` actors, each of which calls `make_worker` once; they end with the context.
+    """Start `num_workers` actors, each of which calls `make_worker` once; they end with the context.
 
-    Where the cluster is too small for all of them now, the others join when it has grown. With none of them, this
-    process does the work.
+    If the cluster is too small for all of them now, the others join when there is room, and the log says what they
+    wait for. With `num_workers=0`, this process does the work.
+
+    Raises:
+        ValueError: no node can ever hold one worker.
     """
     if num_workers == 0:
         yield _Here(make_worker())
         return
     import ray
 
+    refuse_infeasible(num_cpus, num_gpus)
     kind = {"accelerator_type": accelerator()} if num_gpus and accelerator() else {}
-    remote = ray.remote(_Worker).options(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=-1, **kind)
+    remote = ray.remote(WorkerActor).options(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=-1, **kind)
     actors: list[Any] = [remote.remote(make_worker) for _ in range(num_workers)]
+    ended = threading.Event()
+    reporter = threading.Thread(target=report_waiting, args=(actors, num_cpus, num_gpus, ended), daemon=True)
+    reporter.start()
     try:
         yield Pool(actors)
     finally:
+        ended.set()
+        reporter.join()
         for actor in actors:
             ray.kill(actor)
 
@@ -81,13 +103,15 @@ class Pool(Generic[Item, Result]):
     def map(self, items: Iterable[Item], tries: int = 3) -> Iterator[tuple[Item, Result]]:
         """Yield (item, result) as they complete, each item once, in no particular order.
 
-        Work is handed out only to workers that have answered. A worker that dies is started again by Ray, where
-        there is room, and its item goes to another. An item that hangs somewhere is given to an idle worker too. So
-        results may be computed twice, never lost. Memory does not grow with the number of items.
+        An item that fails is retried on another worker, if there is one. A worker that fails again and again is
+        restarted, then benched; one that cannot be made is left out. A worker that hangs ends at a deadline, and an
+        idle worker takes its item over before that. Results may be computed twice; they are never lost, nor yielded
+        twice. Memory does not grow with the number of items. At the end, the log names the workers that failed, with
+        their nodes.
 
         Raises:
-            ItemsFailed: some items raised an error `tries` times, or lost ten workers; all others are done.
-            RuntimeError: a worker could not be made, or none is left.
+            ItemsFailed: some items raised an error or hung `tries` times, or lost ten workers; all others are done.
+            RuntimeError: no worker could be made, or none is left.
         """
         yield from _Mapping[Item, Result](self._actors, items, tries).results()
 
@@ -104,197 +128,311 @@ class _Here(Pool[Item, Result]):
 
 
 @dataclass(eq=False)
+class _Worker:
+    """The health of a worker, as one mapping knows it."""
+
+    actor: Any
+    node: str = "a node that is not known yet"
+    there: bool = False  # its process is up
+    out: bool = False  # taken out of use
+    sound: bool = False  # it did the last item that it had
+    starts: int = 0  # consecutive failures to make it
+    strikes: int = 0  # consecutive items that failed on it
+    failures: int = 0  # in all, without those of items that fail everywhere
+    reason: str = ""  # of the last one
+
+    @property
+    def is_benched(self) -> bool:
+        return self.strikes >= STRIKES_TO_BENCH
+
+
+@dataclass(eq=False)
 class _Task(Generic[Item]):
     """An item on its way."""
 
     item: Item
-    failures: int = 0  # errors that it raised
-    lost: int = 0  # workers that died of it, or at it
+    failures: int = 0  # errors that it raised, and deadlines that it missed
+    proven: int = 0  # those of them on sound workers
+    missed: int = 0  # the deadlines among them
+    lost: int = 0  # workers that died while they had it, or whose device broke
+    failed_on: list[_Worker] = field(default_factory=list)
+    failed_at: float = 0.0  # when it failed first, in seconds
     copies: int = 0  # workers that have it at this moment
-    begun: float = 0.0  # when it was handed out first since it last failed, in seconds
+    ended: bool = False  # done, or failed for good
+
+
+@dataclass(eq=False)
+class _Call(Generic[Item]):
+    """An item on a worker."""
+
+    worker: _Worker
+    task: _Task[Item]
+    begun: float  # in seconds
+    deadline: float  # in seconds after that
 
 
 class _Mapping(Generic[Item, Result]):
-    """One `map` over a pool. Answers come to a queue as they are there, so that an item costs the same time
-    whether ten workers run or a thousand."""
+    """One `map` over a pool. Futures put themselves into a queue when they are done, so that an item costs the same
+    time whether ten workers run or a thousand."""
 
     def __init__(self, actors: list[Any], items: Iterable[Item], tries: int) -> None:
-        self._actors, self._tries = actors, tries
+        self._tries = tries
+        self._workers = [_Worker(actor) for actor in actors]
+        self._idle: deque[_Worker] = deque()
+        self._away: deque[tuple[float, _Worker]] = deque()  # (when to look for it again, worker)
         self._fresh = (_Task(item) for item in items)
-        self._waiting: deque[_Task[Item]] = deque()  # the next fresh one, and those that failed
-        self._running: dict[_Task[Item], None] = {}  # in the order in which they were handed out
-        self._idle: deque[Any] = deque()
-        self._answers: SimpleQueue[tuple[Callable[[Any, Any], None], Any, Any]] = SimpleQueue()
-        self._away: deque[tuple[float, Any]] = deque()  # (when to look again, worker) of those not there
-        self._deaths = Counter[Any]()  # of a worker while it was made, in a row
-        self._lost = 0  # workers given up
-        self._seconds, self._done = 0.0, 0  # of all done items
+        self._next = next(self._fresh, None)
+        self._waiting: deque[_Task[Item]] = deque()  # those that failed
+        self._calls: dict[_Call[Item], None] = {}  # in the order in which they began
+        self._answers: SimpleQueue[tuple[Callable[[Any], None], Any]] = SimpleQueue()
+        self._open = 0  # items that were handed out and have not ended
+        self._seconds, self._longest, self._done = 0.0, 0.0, 0  # of all done items
         self._results: deque[tuple[Item, Result]] = deque()  # at most one
         self._failed, self._reasons = 0, list[str]()
-        self._published = 0.0  # when numbers were last shown, in seconds
+        self._any_made = False
+        self._begun, self._checked = time.monotonic(), 0.0
+        self._name_after, self._name_pause = 0.0, SLOW_SECONDS  # when to name slow items next, and the pause after it
 
     def results(self) -> Iterator[tuple[Item, Result]]:
-        """What `Pool.map` yields."""
-        for actor in self._actors:
-            self._look_for(actor)
-        while self._is_waiting() or self._running:
+        """Yield what `Pool.map` yields."""
+        for worker in self._workers:
+            self._find(worker)
+        while self._next is not None or self._open:
             self._hand_out()
-            while self._away and self._away[0][0] <= time.monotonic():
-                self._look_for(self._away.popleft()[1])
-            if self._lost == len(self._actors):
-                raise RuntimeError("no worker is left, and not all items are done")
-            looks = self._away or (self._idle and self._running)  # for a worker to return, or for stragglers
             with contextlib.suppress(Empty):
-                take, actor, future = self._answers.get(timeout=LOOK_SECONDS if looks else None)
-                take(actor, future)
+                take, future = self._answers.get(timeout=LOOK_SECONDS)
+                take(future)
             while self._results:
                 yield self._results.popleft()
-            if time.monotonic() > self._published + LOOK_SECONDS:
-                self._publish()
+            if time.monotonic() > self._checked + LOOK_SECONDS:
+                self._check()
         self._publish()
-        if self._failed:
-            raise ItemsFailed(f"{self._failed} items failed, the others are done: {'; '.join(self._reasons)}")
+        self._conclude()
+
+    def _ask(self, reference: Any, take: Callable[[Any], None]) -> None:
+        """Have the loop call `take(future)` when the call of an actor has returned."""
+        reference.future().add_done_callback(lambda future: self._answers.put((take, future)))
+
+    # A worker is found, made and given items. When its process ends, for whatever reason, it is looked for again.
+
+    def _find(self, worker: _Worker) -> None:
+        self._ask(worker.actor.is_there.remote(), partial(self._found, worker))
+
+    def _find_later(self, worker: _Worker) -> None:
+        self._away.append((time.monotonic() + LOOK_SECONDS, worker))
+
+    def _found(self, worker: _Worker, future: Any) -> None:
+        from ray.exceptions import ActorDiedError
+
+        if isinstance(error := future.exception(), ActorDiedError):
+            self._not_made(worker, error)
+        elif error is not None:  # Ray is restarting it, which lasts until a node has room
+            self._find_later(worker)
+        else:
+            worker.there = True
+            if worker.node != future.result():  # what happened on another node says nothing about this one
+                worker.node, worker.starts, worker.strikes = future.result(), 0, 0
+            self._ask(worker.actor.ready.remote(HANG_SECONDS), partial(self._made, worker))
+
+    def _made(self, worker: _Worker, future: Any) -> None:
+        if (error := future.exception()) is not None:
+            self._not_made(worker, error)
+            return
+        self._any_made, worker.starts = True, 0
+        self._idle.append(worker)
+
+    def _not_made(self, worker: _Worker, error: BaseException) -> None:
+        worker.there = is_raised(error)
+        worker.starts += 1
+        self._note(worker, f"it could not be made: {reason_of(error)}")
+        if worker.starts >= START_TRIES:
+            self._remove(worker)
+        elif is_device_error(error):
+            self._restart(worker)
+        else:
+            self._find_later(worker)
+
+    def _strike(self, worker: _Worker, reason: str, restart: bool, died: bool) -> None:
+        """Note an item that failed on a worker, and decide what becomes of the worker."""
+        self._note(worker, reason)
+        worker.sound = False
+        worker.strikes += 1
+        if worker.strikes == STRIKES_TO_BENCH:
+            log.warning("the worker on %s gets no items while others do better: %s", worker.node, reason)
+        if died:  # Ray restarts it
+            worker.there = False
+            self._find(worker)
+        elif restart or worker.strikes % STRIKES_TO_RESTART == 0:
+            self._restart(worker)
+        else:
+            self._idle.append(worker)
+
+    def _note(self, worker: _Worker, reason: str) -> None:
+        worker.failures += 1
+        worker.reason = reason
+
+    def _restart(self, worker: _Worker) -> None:
+        log.warning("restarting the worker on %s, the job goes on: %s", worker.node, worker.reason)
+        worker.there = False
+        restart_process(worker.actor)
+        self._find_later(worker)
+
+    def _remove(self, worker: _Worker) -> None:
+        log.warning("the worker on %s is out of use, the others go on: %s", worker.node, worker.reason)
+        worker.there, worker.out = False, True
+
+    # An item is handed out, and is done, fails, or hangs.
+
+    def _hand_out(self) -> None:
+        for _ in range(len(self._idle)):
+            worker = self._idle.popleft()
+            task = self._choose(worker)
+            if task is not None:
+                task.copies += 1
+                deadline = max(HANG_SECONDS, HANGING * self._longest) * 2**task.missed
+                call = _Call(worker, task, time.monotonic(), deadline)
+                self._calls[call] = None
+                self._ask(worker.actor.work.remote(task.item, deadline), partial(self._answered, call))
+                continue
+            self._idle.append(worker)
+            if not self._waiting and not worker.is_benched:
+                return
+
+    def _choose(self, worker: _Worker) -> _Task[Item] | None:
+        """Return an item for an idle worker: one that failed elsewhere, else a fresh one, else a straggler."""
+        if worker.is_benched and any(w.there and not w.is_benched for w in self._workers):
+            return None
+        for task in self._waiting:
+            if worker not in task.failed_on or not self._has_untried(task):
+                self._waiting.remove(task)
+                return task
+        if self._next is not None:
+            task, self._next = self._next, next(self._fresh, None)
+            self._open += 1
+            return task
+        first = next((call for call in self._calls if call.task.copies == 1 and not call.task.ended), None)
+        if first is None or worker in first.task.failed_on or not self._is_straggling(first):
+            return None
+        return first.task
+
+    def _is_straggling(self, call: _Call[Item]) -> bool:
+        mean = self._seconds / self._done if self._done else float("inf")
+        return time.monotonic() - call.begun > max(LOOK_SECONDS, STRAGGLING * mean)
+
+    def _has_untried(self, task: _Task[Item]) -> bool:
+        """Whether a worker that has not tried an item is there, or is worth waiting for."""
+        absent_too = time.monotonic() < task.failed_at + PATIENCE_SECONDS
+        usable = (w for w in self._workers if (w.there or absent_too) and not w.out and not w.is_benched)
+        return any(worker not in task.failed_on for worker in usable)
+
+    def _answered(self, call: _Call[Item], future: Any) -> None:
+        del self._calls[call]
+        worker, task = call.worker, call.task
+        task.copies -= 1
+        if (error := future.exception()) is None:
+            worker.sound, worker.strikes = True, 0
+            self._idle.append(worker)
+            if not task.ended:  # no other worker was quicker
+                self._finish(call, future.result())
+            return
+        died, broken = not is_raised(error), is_device_error(error)
+        seconds = time.monotonic() - call.begun
+        hung = died and seconds >= call.deadline
+        reason = f"item {task.item} gave no result in {seconds:.0f} s" if hung else reason_of(error)
+        task.missed += hung
+        was_sound = worker.sound
+        self._strike(worker, reason, restart=broken, died=died)
+        if not task.ended:
+            self._retry(task, worker, reason, lost=(died and not hung) or broken, was_sound=was_sound)
+
+    def _finish(self, call: _Call[Item], result: Result) -> None:
+        seconds = time.monotonic() - call.begun
+        self._seconds += seconds
+        self._longest = max(self._longest, seconds)
+        self._done += 1
+        self._open -= 1
+        call.task.ended = True
+        self._results.append((call.task.item, result))
+
+    def _retry(self, task: _Task[Item], worker: _Worker, reason: str, lost: bool, was_sound: bool) -> None:
+        """Put an item back, or give it up: if it fails on sound workers, or on all that there are."""
+        task.lost += lost
+        task.failures += not lost
+        task.proven += not lost and was_sound
+        task.failed_at = task.failed_at or time.monotonic()
+        task.failed_on.append(worker)
+        if task.copies:  # another worker has it too
+            return
+        alone = task.failures >= MOST_TRIES or not self._has_untried(task)
+        if task.lost < LOST_WORKERS and task.proven < self._tries and not (task.failures >= self._tries and alone):
+            self._waiting.append(task)
+            return
+        for tried in task.failed_on:  # the fault was the item's, not theirs
+            tried.strikes = max(0, tried.strikes - 1)
+            tried.failures -= 1
+        task.ended = True
+        self._open -= 1
+        self._failed += 1
+        text = f"{task.item}, {task.failures + task.lost} times: {reason}"
+        if len(self._reasons) < 5:
+            self._reasons.append(text)
+        log.warning("an item failed for good, the others go on: %s", text)
+
+    # Once a second: workers that may be back, items that take too long, numbers for Prometheus.
+
+    def _check(self) -> None:
+        self._checked = now = time.monotonic()
+        while self._away and self._away[0][0] <= now:
+            self._find(self._away.popleft()[1])
+        self._name_slow(now)
+        self._publish()
+        waits = self._any_made or now < self._begun + PATIENCE_SECONDS or all(not w.out for w in self._workers)
+        if not any(w.there or (waits and not w.out) for w in self._workers):
+            raise RuntimeError(f"no worker is left, and not all items are done: {self._summary()}")
+
+    def _name_slow(self, now: float) -> None:
+        """Log the items that take far longer than others: after a minute, and then more and more seldom."""
+        if now < self._name_after or not self._done:
+            return
+        mean = self._seconds / self._done
+        limit = max(SLOW_SECONDS, SLOW * mean)
+        slow = list(takewhile(lambda call: now - call.begun > limit, self._calls))
+        for call in slow:
+            self._note(call.worker, f"item {call.task.item} runs for {now - call.begun:.0f} s, others for {mean:.1f} s")
+        if slow:
+            named = "; ".join(f"{call.worker.node}: {call.worker.reason}" for call in slow[:3])
+            log.warning("slow workers (%d), the job goes on: %s", len(slow), named)
+            self._name_after, self._name_pause = now + self._name_pause, 2 * self._name_pause
 
     def _publish(self) -> None:
-        self._published = time.monotonic()
-        retries = sum(task.failures > 0 for task in self._waiting)
         publish(
             "pool",
             {
-                "items_running": len(self._running),
+                "items_running": len(self._calls),
                 "items_done": self._done,
                 "items_failed": self._failed,
-                "items_to_repeat": retries,
+                "items_to_repeat": len(self._waiting),
                 "workers_idle": len(self._idle),
-                "workers_away": len(self._away),
-                "workers_lost": self._lost,
+                "workers_away": sum(not w.there and not w.out for w in self._workers),
+                "workers_lost": sum(w.out or w.is_benched for w in self._workers),
             },
         )
 
-    def _is_waiting(self) -> bool:
-        if not self._waiting:
-            self._waiting.extend(islice(self._fresh, 1))
-        return bool(self._waiting)
+    def _conclude(self) -> None:
+        """Name the workers that failed, and raise `ItemsFailed` for the items that did."""
+        for call in filter(self._is_straggling, self._calls):  # another worker did the item
+            self._note(call.worker, f"it gave no result for item {call.task.item}, which another worker did")
+        summary = self._summary()
+        if self._failed:
+            reasons = "; ".join(self._reasons)
+            workers = f"; workers that failed: {summary}" if summary else ""
+            raise ItemsFailed(f"{self._failed} items failed, the others are done: {reasons}{workers}")
+        if summary:
+            log.warning("all items are done, workers that failed: %s", summary)
 
-    def _call(self, actor: Any, reference: Any, take: Callable[[Any, Any], None]) -> None:
-        """Have `take(actor, future)` called by the loop when the answer is there."""
-        reference.future().add_done_callback(lambda future: self._answers.put((take, actor, future)))
-
-    # a worker is looked for, made, given items; whatever ends its process, it is looked for again
-
-    def _look_for(self, actor: Any) -> None:
-        self._call(actor, actor.is_there.remote(), self._found)
-
-    def _found(self, actor: Any, future: Any) -> None:
-        from ray.exceptions import ActorDiedError
-
-        error = future.exception()
-        if error is None:
-            self._call(actor, actor.ready.remote(), self._made)
-        else:  # being started again, for which there may be no room now: that can last
-            self._gone(actor, error, died=isinstance(error, ActorDiedError))
-
-    def _made(self, actor: Any, future: Any) -> None:
-        from ray.exceptions import RayTaskError
-
-        error = future.exception()
-        if isinstance(error, RayTaskError):
-            raise RuntimeError(f"a worker could not be made: {_reason(error)}") from error
-        if error is None:
-            self._deaths[actor] = 0
-            self._idle.append(actor)
-        else:
-            self._gone(actor, error, died=True)
-
-    def _gone(self, actor: Any, error: BaseException, died: bool) -> None:
-        """Look for a worker again in a while, unless it has died too often."""
-        self._deaths[actor] += died
-        if self._deaths[actor] < START_TRIES:
-            self._away.append((time.monotonic() + LOOK_SECONDS, actor))
-        else:
-            self._lost += 1
-            log.warning("a worker ended for good: %s", _reason(error))
-
-    # an item is handed out, fails, or is done
-
-    def _hand_out(self) -> None:
-        while self._idle:
-            task = self._waiting.popleft() if self._is_waiting() else self._straggler()
-            if task is None:
-                return
-            if not task.copies:
-                task.begun = time.monotonic()
-                self._running[task] = None
-            task.copies += 1
-            actor = self._idle.popleft()
-            self._call(actor, actor.work.remote(task.item), partial(self._answered, task))
-
-    def _straggler(self) -> _Task[Item] | None:
-        """The item that has run longest and far longer than items do, if only one worker has it."""
-        task = next((task for task in self._running if task.copies == 1), None)
-        if task is None or not self._done:
-            return None
-        limit = max(LOOK_SECONDS, STRAGGLING * self._seconds / self._done)
-        return task if time.monotonic() - task.begun > limit else None
-
-    def _answered(self, task: _Task[Item], actor: Any, future: Any) -> None:
-        from ray.exceptions import RayTaskError
-
-        error = future.exception()
-        raised = isinstance(error, RayTaskError)
-        if error is None or raised:
-            self._idle.append(actor)
-        else:  # its process is gone
-            self._look_for(actor)
-        task.copies -= 1
-        if task not in self._running:  # another worker was quicker
-            return
-        if error is not None:
-            self._failure(task, error, raised)
-            return
-        del self._running[task]
-        self._seconds += time.monotonic() - task.begun
-        self._done += 1
-        self._results.append((task.item, future.result()))
-
-    def _failure(self, task: _Task[Item], error: BaseException, raised: bool) -> None:
-        task.failures += raised
-        task.lost += not raised
-        if task.copies:  # another worker has it too
-            return
-        del self._running[task]
-        if task.failures < self._tries and task.lost < LOST_WORKERS:
-            self._waiting.append(task)
-            return
-        self._failed += 1
-        reason = f"{task.item}, {task.failures + task.lost} times: {_reason(error)}"
-        if len(self._reasons) < 5:
-            self._reasons.append(reason)
-        log.warning("failed for good: %s", reason)
-
-
-class _Worker:
-    """What runs in an actor. The worker is made in `ready`, so that its errors come back as errors of a call."""
-
-    def __init__(self, make_worker: MakeWorker[Any, Any]) -> None:
-        self._make_worker = make_worker
-        self._work: Work[Any, Any] | None = None
-
-    def is_there(self) -> None:
-        """Its process is up."""
-
-    def ready(self) -> None:
-        if self._work is None:
-            self._work = self._make_worker()
-
-    def work(self, item: Any) -> Any:
-        if self._work is None:  # started again after its death, and given work before it was asked to be ready
-            self.ready()
-        assert self._work is not None
-        return self._work(item)
-
-
-def _reason(error: BaseException) -> str:
-    """The last line of a remote error: its type and message, without the remote traceback."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+    def _summary(self) -> str:
+        failed = [w for w in self._workers if w.failures]
+        named = [
+            f"{w.node}: {w.failures} times{', out of use' * (w.out or w.is_benched)}: {w.reason}" for w in failed[:10]
+        ]
+        return "; ".join(named + [f"and {len(failed) - 10} more"] * (len(failed) > 10))

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import safetensors
 import safetensors.numpy
+import torch
 
-from cluster.workers import ItemsFailed, Pool
+from cluster.workers import Pool
 from models.features import Extractor, Features, extract
 from models.manifolds import manifolds
 from models.metrics import Gaussian, Moments
@@ -82,28 +83,35 @@ class Held(NamedTuple):
 def evaluate(config: SearchConfig, workers: Pool, image_size: int, task: Evaluation) -> None:
     """Draw what a setting lacks of its first n samples through the shared pool, measure them, leave a record.
 
-    A setting that cannot be sampled leaves a record that says why. At the first sign of it nothing more is asked of
-    the pool, so its share is free at once.
+    A setting whose samples are not finite, do not fit into memory or cannot be measured leaves a record that says why.
+    At the first sign of it nothing more is asked of the pool, so its share is free at once. All other errors are the
+    machine's, not the setting's: they leave no record, so that the same command tries the trial again.
 
     Raises:
-        RuntimeError: storage or the pool failed, which is not the setting's fault.
+        ItemsFailed: the pool could not draw a batch on any worker.
+        OSError: storage failed.
     """
     held = _held(config, image_size)
     folder, seconds = folder_of(config, task), 0.0
     names = [_block_name(number) for number in range(-(-task.n // config.batch_size))]
     there = set(storage.list_names(folder))
     todo = [Block(task.setting, task.seed, number) for number, name in enumerate(names) if name not in there]
+    for _, made in workers.map(todo):
+        if made.failed:
+            _record(config, task, failed=made.failed)
+            return
+        seconds += made.seconds
+    drawn = concatenate(_read_block(storage.join(folder, name)) for name in names)
     try:
-        for _, made in workers.map(todo):
-            if made.trouble:
-                raise RuntimeError(made.trouble)
-            if made.failed:
-                raise ValueError(made.failed)
-            seconds += made.seconds
-        drawn = concatenate(_read_block(storage.join(folder, name)) for name in names)
-        _record(config, task, _measured(config, task, drawn, held), worker_seconds=seconds)
-    except (ItemsFailed, ValueError) as error:
-        _record(config, task, failed=" ".join(str(error).split()))
+        outcome = _measured(config, task, drawn, held)
+    except (ValueError, ArithmeticError) as error:  # a function of the samples alone, which reads no storage
+        _record(config, task, failed=_one_line(error))
+        return
+    _record(config, task, outcome, worker_seconds=seconds)
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _measured(config: SearchConfig, task: Evaluation, drawn: Labelled, held: Held) -> Outcome:
@@ -191,11 +199,10 @@ class Block(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What a worker answers: that the block is written, or why it cannot be."""
+    """What a worker returns: that the block is written, or why the setting cannot be sampled."""
 
     seconds: float = 0.0
-    failed: str | None = None  # by the setting's fault
-    trouble: str | None = None  # by storage's
+    failed: str | None = None
 
 
 def make_worker(config: SearchConfig) -> Callable[[Block], Made]:
@@ -215,10 +222,8 @@ def make_worker(config: SearchConfig) -> Callable[[Block], Made]:
     def work(block: Block) -> Made:
         try:
             return make_block(config, loaded(block.setting.weights), extractor, block)
-        except OSError as error:
-            return Made(trouble=f"{type(error).__name__}: {error}")
-        except (ValueError, ArithmeticError, MemoryError, RuntimeError) as error:  # NaN, out of memory
-            return Made(failed=f"{type(error).__name__}: {error}")
+        except (FloatingPointError, torch.OutOfMemoryError) as error:  # all else is the machine's fault: tried again
+            return Made(failed=_one_line(error))
 
     return work
 

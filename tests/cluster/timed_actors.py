@@ -42,6 +42,8 @@ class Clock:
                 if self._ended:
                     return
                 _, _, future, outcome = heapq.heappop(self._due)
+            if future.done():  # its actor was killed meanwhile
+                continue
             if isinstance(outcome, Exception):
                 future.set_exception(outcome)
             else:
@@ -65,9 +67,10 @@ class _Call:
 
 
 class TimedActor:
-    """Answers each item with itself after `seconds(item)`, and is ready after `start` seconds.
+    """Returns each item itself after `seconds(item)`, and is ready after `start` seconds.
 
-    `outcome(item)` may give an exception instead of the item, and `ready` be one that it dies of.
+    `outcome(item)` may return an exception instead of the item, and `ready` may be one that it dies of, or a function
+    that returns one or None. Like a real one, it dies at the deadline of an item. `kill` ends its process.
     """
 
     def __init__(
@@ -76,14 +79,28 @@ class TimedActor:
         seconds: Callable[[Any], float],
         start: float = 0.0,
         outcome: Callable[[Any], Any] = lambda item: item,
-        ready: Exception | None = None,
+        ready: Exception | Callable[[], Exception | None] | None = None,
+        node: str = "node",
     ) -> None:
+        from ray.exceptions import ActorDiedError, ActorUnavailableError
+
         self.worked: list[Any] = []
-        self.is_there = _Call(lambda: clock.after(start, None))
-        self.ready = _Call(lambda: clock.after(0.0, ready))
+        self.kills = 0
+        self.is_there = _Call(lambda: clock.after(start, node))
+        self.ready = _Call(lambda deadline: clock.after(0.0, ready() if callable(ready) else ready))
 
-        def work(item: Any) -> Future:
+        def work(item: Any, deadline: float) -> Future:
             self.worked.append(item)
-            return clock.after(seconds(item), outcome(item))
+            took = seconds(item)
+            if took > deadline:
+                return clock.after(deadline, ActorDiedError())
+            self._running = clock.after(took, outcome(item))
+            return self._running
 
-        self.work = _Call(work)
+        def kill() -> None:
+            self.kills += 1
+            if self._running is not None and not self._running.done():
+                self._running.set_exception(ActorUnavailableError("killed", b""))
+
+        self._running: Future | None = None
+        self.work, self.kill = _Call(work), kill

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from jobs.command_line import parse
 from orchestrator import storage
 from orchestrator.data.job import prepare
 from orchestrator.generation.presets import generation_presets
+from orchestrator.search import evaluator, job
 from orchestrator.search.config import Limit, SearchConfig
 from orchestrator.search.job import plan, search
 from orchestrator.search.presets import search_presets
@@ -134,6 +137,42 @@ def test_a_failing_trial_is_in_the_result_and_a_larger_budget_goes_on(
     assert "is complete" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"alpha: 0\.05 there, 0\.1 here"):
         search(wanted.model_copy(update={"alpha": 0.1}))
+
+
+def make_breaking_worker(folder: str, config: SearchConfig) -> Callable[[evaluator.Block], evaluator.Made]:
+    """Make the real worker, whose memory has an error once."""
+    real = evaluator.make_block
+
+    def make_block(*arguments: Any) -> evaluator.Made:
+        if storage.put_if_absent(f"{folder}/broke", b""):
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+        return real(*arguments)
+
+    evaluator.make_block = make_block
+    work = evaluator.make_worker(config)
+
+    def work_and_restore(block: evaluator.Block) -> evaluator.Made:
+        try:
+            return work(block)
+        finally:
+            evaluator.make_block = real
+
+    return work_and_restore
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_of_the_machine_is_no_trials_result(
+    store: str, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    wanted = config(store, output=f"broken-{num_workers}", space=SpaceConfig(scales=(0.0,), continuous=False,
+                    num_steps=(2,)), trials=1, round_size=1, finalists=1, num_workers=num_workers)  # fmt: skip
+    monkeypatch.setattr(job, "make_worker", partial(make_breaking_worker, str(tmp_path)))
+    if not num_workers:  # nobody tries it again but the same command
+        with pytest.raises(RuntimeError, match="uncorrectable ECC"):
+            search(wanted)
+    result = storage.read_json(search(wanted))
+    assert Path(tmp_path, "broke").exists() and not result["failed"] and len(result["trials"]) == 1
 
 
 def test_a_damaged_block_is_named_and_made_again_once_it_is_gone(store: str) -> None:
