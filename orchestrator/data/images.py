@@ -16,6 +16,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000
 IMAGE_ENDINGS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2",
 )  # fmt: skip
+_METADATA = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # where Pillow finds an orientation
 MAX_ASPECT = 100  # longer images are refused: the work for a crop grows with the length of the resized image
 
 ExifOrientation = Literal["ignore", "apply"]
@@ -94,6 +95,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
+    if image.format != "TIFF" and not _METADATA & image.info.keys():
+        return 1
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # noqa: BLE001  a damaged EXIF block says nothing, and the image can be decoded all the same

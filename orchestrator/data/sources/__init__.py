@@ -85,13 +85,13 @@ def detect(listing: Listing, choices: Choices) -> Layout:
         ValueError: there is nothing that can be read; the message names what is there and what is accepted.
     """
     told: Layout = "digits" if listing.uri == "digits" else "auto"
-    told = next((layout for layout, pattern in _BY_OBJECT if listing.matching(pattern)), told)
+    told = next((layout for layout, pattern in _BY_OBJECT if listing.has(pattern)), told)
     layout = told if choices.layout == "auto" else choices.layout
     if choices.labels and layout in ("parquet", "cifar", "downsampled", "lsun", "digits", "webdataset"):
         raise ValueError(f"--labels {choices.labels}: the layout {layout} has labels of its own")
     if layout != "auto":
         return layout
-    if not listing.matching(_IMAGES):
+    if not listing.has(_IMAGES):
         for pattern, what in _REFUSED:
             if found := listing.matching(pattern):
                 raise ValueError(f"--source {listing.named}: {found[0]} {what}; accepted: {ACCEPTED}")
@@ -103,7 +103,7 @@ _IMAGES = r"(?i)\.(jpe?g|jpe|jfif|png|webp|gif|bmp|tiff?|avif|jp2|tar|zip)$"
 
 def open_parquet(listing: Listing, choices: Choices) -> parquet.ParquetSource:
     """Read the footers of a source's Parquet files. Raises what `parquet.open_parquet` does."""
-    if not listing.matching(parquet.PARQUET):
+    if not listing.has(parquet.PARQUET):
         raise ValueError(f"--source {listing.named} holds no Parquet files")
     return parquet.open_parquet(listing, choices.image_column, choices.label_column, Splits(choices.split))
 

@@ -13,7 +13,6 @@ from functools import partial
 from itertools import islice
 from typing import BinaryIO, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -89,8 +88,8 @@ class Tree:
 def files_of(piece: Piece) -> Iterator[File]:
     """Yield the files of one piece."""
     for batch in piece.members.to_batches(max_chunksize=1 << 16):
-        for name, *place in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            yield File(piece.prefix + name, piece.object, *place)
+        for name, start, size, sidecar in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            yield File(piece.prefix + name, piece.object, start or 0, size, sidecar)
 
 
 def is_hidden(name: str) -> bool:
@@ -119,6 +118,13 @@ def open_tree(listing: Listing, label_key: str | None, num_workers: int) -> Tree
         left_out = {f"archive {archives[0]}" if len(archives) == 1 else "archives": len(archives)}
         archives = []
     pieces = [Piece(None, "", "", _loose(listing, bool(archives)))]
+    if archives:
+        pieces += _scan_all(listing, archives, label_key, num_workers)
+    return Tree(listing.named, listing.uri, pieces, left_out)
+
+
+def _scan_all(listing: Listing, archives: list[str], label_key: str | None, num_workers: int) -> list[Piece]:
+    """Return the archives by the names of their files."""
     parts = [part for name in archives for part in _parts(listing, name, len(archives) == 1)]
     scan = partial(_scan, listing.uri, label_key)
     found: dict[_Part, pa.Table] = {}
@@ -127,8 +133,7 @@ def open_tree(listing: Listing, label_key: str | None, num_workers: int) -> Tree
             found[part] = members
             progress.update_to(len(found))
     parts.sort(key=lambda part: part.prefix)
-    pieces += [Piece(part.object, part.stem, part.prefix, found.pop(part)) for part in parts]
-    return Tree(listing.named, listing.uri, pieces, left_out)
+    return [Piece(part.object, part.stem, part.prefix, found.pop(part)) for part in parts]
 
 
 def first_members(listing: Listing) -> Tree:
@@ -149,8 +154,8 @@ def _loose(listing: Listing, without_archives: bool) -> pa.Table:
     if without_archives:
         keep = pc.invert(pc.match_substring_regex(names, ARCHIVES))
         names, sizes = names.filter(keep), sizes.filter(keep)
-    starts = pa.array(np.zeros(len(names), np.int64))
-    return pa.Table.from_arrays([names, starts, sizes, pa.nulls(len(names), pa.string())], schema=MEMBERS)
+    nothing = pa.nulls(len(names))  # takes no memory
+    return pa.table([names, nothing, sizes, nothing], names=MEMBERS.names)
 
 
 # ----------------------------------------------------------------------------------------------------------- scanning

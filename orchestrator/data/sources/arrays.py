@@ -5,6 +5,7 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ def digits_pixels() -> tuple[np.ndarray, np.ndarray]:
     return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target
 
 
+@lru_cache(1)
 def _digits() -> Any:
     from sklearn.datasets import load_digits
 

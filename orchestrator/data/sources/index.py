@@ -81,6 +81,10 @@ class Listing:
         """Return the names that match a regular expression."""
         return self.names.filter(pc.match_substring_regex(self.names, pattern)).to_pylist()
 
+    def has(self, pattern: str) -> bool:
+        """Return whether any name matches a regular expression."""
+        return bool(pc.any(pc.match_substring_regex(self.names, pattern)).as_py())
+
     def size(self, name: str) -> int:
         """Return the bytes of an object."""
         return int(self.sizes[pc.index(self.names, name).as_py()])
