@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
 from models.diffusion import DiffusionConfig
@@ -128,6 +128,23 @@ class AdmConfig(TrainingConfig):
     power_emas: tuple[float, ...] = ()  # lengths (sigma_rel) of power-function averages; (0.05, 0.1) = post-hoc EMA
     preview_every: int = Field(10_000_000, gt=0)  # images from one picture of samples to the next
     preview: SamplerConfig = SamplerConfig(name="ddim", num_steps=25)  # how those samples are drawn
+
+    @field_validator("model", mode="after")
+    @classmethod
+    def _fit_out_channels(cls, model: UNetConfig, info: ValidationInfo) -> UNetConfig:
+        """Give a network for grey images the grey outputs: the default of `out_channels` is that of RGB."""
+        diffusion = info.data.get("diffusion")
+        if diffusion is None:  # which has an error of its own
+            return model
+        outputs = 2 if diffusion.learns_variance else 1
+        if model.out_channels == 3 * outputs:
+            return model.model_copy(update={"out_channels": outputs * model.in_channels})
+        if model.out_channels != outputs * model.in_channels:
+            raise ValueError(
+                f"--model.out-channels {model.out_channels} does not fit --diffusion.variance {diffusion.variance}; "
+                f"accepted: {outputs * model.in_channels}"
+            )
+        return model
 
     @model_validator(mode="after")
     def _check_averages(self) -> "AdmConfig":

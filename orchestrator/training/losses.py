@@ -46,8 +46,14 @@ class Microbatch:
 def make_microbatches(
     shares: list[StreamShare], channels: int, seed: int, rows: int, pinned: bool = False
 ) -> list[Microbatch]:
-    """Cut a worker's shares of a step into microbatches of `rows` rows (the last may be smaller), on the CPU."""
+    """Cut a worker's shares of a step into microbatches of `rows` rows (the last may be smaller), on the CPU.
+
+    Raises:
+        ValueError: an image is coloured, and the network has one channel.
+    """
     images = np.concatenate([share.images for share in shares])
+    if channels == 1 and not (images[..., :1] == images).all():
+        raise ValueError("--model.in-channels 1 is for grey images, and some images of the dataset are coloured")
     labels = np.concatenate([share.labels for share in shares])
     samples = np.concatenate([share.samples for share in shares])
     flips = np.concatenate([share.flips for share in shares])

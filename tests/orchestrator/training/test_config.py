@@ -1,0 +1,32 @@
+"""A config is refused where its parts do not fit each other."""
+
+import numpy as np
+import pytest
+
+from orchestrator.data.dataset import StreamShare
+from orchestrator.training.config import AdmConfig
+from orchestrator.training.losses import make_microbatches
+from orchestrator.training.presets import adm_presets
+
+
+def test_a_network_for_grey_images_has_grey_outputs() -> None:
+    """`--model.in-channels 1` is enough; other numbers of outputs are refused."""
+    preset = adm_presets()["images"][1]
+    for variance, outputs in (("learned_range", 2), ("fixed_small", 1)):
+        fields = preset.model_dump()
+        fields["diffusion"]["variance"] = variance
+        fields["model"] |= {"in_channels": 1, "out_channels": 3 * outputs}
+        assert AdmConfig.model_validate(fields).model.out_channels == outputs
+        fields["model"]["out_channels"] = 5
+        with pytest.raises(ValueError, match=rf"--model\.out-channels 5 .*accepted: {outputs}"):
+            AdmConfig.model_validate(fields)
+
+
+def test_a_network_of_one_channel_refuses_coloured_images() -> None:
+    images = np.full((2, 8, 8, 3), 7, np.uint8)
+    numbers = {"labels": np.zeros(2, np.int64), "samples": np.arange(2), "flips": np.zeros(2, bool)}
+    share = StreamShare(stream=0, epoch=0, images=images, undecodable=np.zeros(2, bool), **numbers)
+    assert make_microbatches([share], channels=1, seed=0, rows=2)[0].x_start.shape == (2, 1, 8, 8)
+    images[1, 3, 3, 2] = 8
+    with pytest.raises(ValueError, match=r"--model\.in-channels 1 is for grey images"):
+        make_microbatches([share], channels=1, seed=0, rows=2)
