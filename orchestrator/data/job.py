@@ -35,7 +35,6 @@ from orchestrator.data.sources import (
     open_parquet,
     read_source,
 )
-from orchestrator.data.sources.archives import ARCHIVES
 from orchestrator.data.sources.staging import staged
 from orchestrator.data.understanding import (
     Understanding,
@@ -50,7 +49,7 @@ from orchestrator.tracking import tracked
 
 CONTACT_SHEET_IMAGES = 100  # of the picture that shows a prepared dataset
 CONTACT_SHEET_PIXELS = 64  # of each
-DRY_SCAN_BYTES = 1 << 30  # of archives: a dry run does not read through larger ones
+DRY_SCAN_BYTES = 1 << 30  # of tars: a dry run does not read through larger ones
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +114,7 @@ def plan(config: PrepareConfig) -> str:
         manifest, findings = found.register(config.name)
         _show(config, understand_registered(found, manifest, findings))
         return f"registers {manifest.registered}\nwrites    {output}: a manifest"
-    if (total := _archived_bytes(listing)) > DRY_SCAN_BYTES:
+    if (total := _bytes_in_tars(listing)) > DRY_SCAN_BYTES:
         print(describe_first_files(listing))
         return (
             f"reads   {config.source}: {len(listing.names):,} objects, {total / 2**30:,.1f} GiB, whose images are "
@@ -150,9 +149,10 @@ def _layout(config: PrepareConfig, listing: Listing) -> Layout:
     return layout
 
 
-def _archived_bytes(listing: Listing) -> int:
-    """Return the bytes of the archives in a source."""
-    return int(listing.sizes[pc.match_substring_regex(listing.names, ARCHIVES).to_numpy(zero_copy_only=False)].sum())
+def _bytes_in_tars(listing: Listing) -> int:
+    """Return the bytes of the tars in a source, which are read through to list their files, unlike zips."""
+    tars = pc.ends_with(listing.names, ".tar", ignore_case=True)
+    return int(listing.sizes[tars.to_numpy(zero_copy_only=False)].sum())
 
 
 def _show(config: PrepareConfig, found: Understanding) -> None:

@@ -65,23 +65,25 @@ def read_names(
         chosen = dict.fromkeys({split for split, _ in places.values()}, (labels, ""))
     else:
         chosen = _choose(reading, layout, survey, places, beside)
+    classes = {name for _, name in places.values() if name}
+    _name_companions(reading, survey, chosen, beside, classes)
+    reading.flat = layout == "flat" or (layout == "auto" and not chosen and not classes)
+    if reading.flat:
+        _check_flat(tree)
+        reading.layout = "files named <class>_<anything>"
+    elif layout == "unlabelled" and labels is None:
+        reading.layout = "images without labels"
+    elif layout == "folder" and not classes:
+        raise ValueError(f"--source {tree.named} has no class folders, as --layout folder needs")
     if (
         labels is not None
         or layout in ("flat", "unlabelled")
         or any(_is_edm(found.uri) for found, _ in chosen.values())
     ):
         reading.suspicions.pop("folders_within_classes", None)  # the folders do not tell the classes
-    _name_companions(reading, survey, chosen, beside, {name for _, name in places.values() if name})
+        places = {folder: (split, "") for folder, (split, _) in places.items()}
     if labels is not None or layout == "unlabelled":
         reading.suspicions.pop("unused_label_files", None)  # the user has said what counts
-    if layout in ("flat", "auto") and not chosen and not any(name for _, name in places.values()):
-        _check_flat(tree, splits)
-        reading.layout, reading.flat = "files named <class>_<anything>", True
-        reading.entries = _entries(tree, reading, places, {}, flat=True)
-        return reading
-    if layout == "unlabelled":
-        reading.layout, chosen = "images without labels", {}
-        places = {folder: (split, "") for folder, (split, _) in places.items()}
     reading.entries = _entries(tree, reading, places, chosen)
     return reading
 
@@ -285,7 +287,7 @@ def kaggle_files_above(uri: str) -> list[tuple[str, bytes]]:
 # ----------------------------------------------------------------------------------------------------------- entries
 
 
-def _check_flat(tree: Tree, splits: Splits) -> None:
+def _check_flat(tree: Tree) -> None:
     """Raise ValueError unless every image has <class>_ before the rest of its name."""
     odd = [file.name for file in _images(tree) if "_" not in file.name.rpartition("/")[2]]
     if odd:
@@ -305,7 +307,6 @@ def _entries(
     reading: Reading,
     places: dict[str, tuple[str, str]],
     chosen: dict[str, tuple[LabelMap, str]],
-    flat: bool = False,
 ) -> Iterator[Entry]:
     """Yield the images, and note what is odd about their labels."""
     numbered = Counter[str]()  # images of each split that were labelled by their place
@@ -320,7 +321,7 @@ def _entries(
             continue
         found: str | int | None = label or None
         prefix = name.partition("_")[0]
-        if flat:
+        if reading.flat:
             found = prefix
         elif split in chosen:
             labels, base = chosen[split]

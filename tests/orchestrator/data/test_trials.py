@@ -284,6 +284,13 @@ TRIALS: dict[str, Trial] = {
     "flat names with numbers": Trial(
         {f"{name}_img_{i}.jpg": NEW() for name in PETS for i in range(5)}, {"train": each(PETS, 5)}
     ),
+    "flat names within class folders, said": Trial(
+        {f"{folder}/{name}_{i}.jpg": NEW() for folder in "ab" for name in PETS for i in range(3)},
+        {"train": each(PETS, 6)}, {"layout": "flat"},
+    ),
+    "class folders that are none, said": Trial(
+        {f"{i}.png": NEW() for i in range(4)}, "no class folders", {"layout": "folder"}
+    ),
     "a class called images": Trial(folders(NEW, ["cat", "pictures2", "masks"], 4), "no names of classes.*masks"),
     "folders of kinds of images": Trial(
         folders(NEW, ["pets/cat", "pets/dog", "wild/fox"], 4), "hold further folders.*pets/cat"
