@@ -87,7 +87,7 @@ class Tree:
 
 def files_of(piece: Piece) -> Iterator[File]:
     """Yield the files of one piece."""
-    for batch in piece.members.to_batches(max_chunksize=1 << 16):
+    for batch in piece.members.to_batches(max_chunksize=1 << 14):
         for name, start, size, sidecar in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             yield File(piece.prefix + name, piece.object, start or 0, size, sidecar)
 

@@ -104,9 +104,10 @@ def list_source(uri: str) -> Listing:
         folder, name = uri.rsplit("/", 1)
         return Listing(uri, folder, pa.array([name], pa.large_string()), np.array([size], np.int64))
     names, sizes = [pa.array([], pa.large_string())], [np.array([], np.int64)]
-    for files in storage.list_tree(uri):
-        names.append(pa.array([name for name, _ in files], pa.large_string()))
-        sizes.append(np.array([size for _, size in files], np.int64))
+    files = (file for folder in storage.list_tree(uri) for file in folder)
+    while some := list(islice(files, _CHUNK)):
+        names.append(pa.array([name for name, _ in some], pa.large_string()))
+        sizes.append(np.array([size for _, size in some], np.int64))
     found = pa.concat_arrays(names)
     names.clear()
     order = pc.sort_indices(found)
