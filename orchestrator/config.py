@@ -38,12 +38,11 @@ class JobConfig(BaseModel, frozen=True, extra="forbid"):
         """
         if storage.is_absolute(path):
             return storage.resolve(path) if path.startswith("~") else path
-        if not storage.is_absolute(self.store):
-            if is_submitted():
-                raise ValueError(
-                    f"store={self.store!r} is relative, and this job runs in a temporary copy of the checkout: "
-                    "set ADMIRAL_STORE (or pass --store) to a URI or an absolute path that all nodes see"
-                )
+        if not storage.is_absolute(self.store) and is_submitted():
+            raise ValueError(
+                f"store={self.store!r} is relative, and this job runs in a temporary copy of the checkout: "
+                "set ADMIRAL_STORE (or pass --store) to a URI or an absolute path that all nodes see"
+            )
         return storage.join(storage.resolve(self.store), path)
 
     @property

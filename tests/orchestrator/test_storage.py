@@ -293,7 +293,7 @@ def test_a_create_whose_answer_was_lost_counts_as_done(s3_bucket: str, proxy: Pr
 
 
 def test_endless_faults_end(s3_bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ADMIRAL_STORAGE_RETRY_SECONDS", "0.5")
+    monkeypatch.setenv("ADMIRAL_STORAGE_RETRY_SECONDS", "3")
     rule = proxy.add("503")
     with pytest.raises(OSError, match=rf"cannot read .*{s3_bucket}/x"):
         storage.read_bytes(f"{s3_bucket}/x")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import s3fs
 
-from orchestrator import doctor, storage
+from orchestrator import doctor, storage, storage_errors
 from tests import servers
 from tests.chaos.proxy import Fault, Proxy
 
@@ -150,10 +150,10 @@ def test_an_outage_longer_than_any_number_of_tries_is_survived(s3_bucket: str, p
 def test_a_long_outage_is_logged_once(
     s3_bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(storage, "_REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(storage_errors, "_REPORT_SECONDS", 0.0)
     proxy.add("503", times=10)
     storage.write_bytes(f"{s3_bucket}/x", b"data")
-    (said,) = [record.getMessage() for record in caplog.records if record.name == "orchestrator.storage"]
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "orchestrator.storage_errors"]
     assert f"{s3_bucket}/x" in said and "retrying for up to 300 s" in said
 
 
