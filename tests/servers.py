@@ -50,7 +50,7 @@ class MetadataService:
     """What tests see of the metadata service of an instance."""
 
     endpoint: str = ""
-    failures: int = 0  # so many of the next requests get 503
+    failures: int = 0  # so many of the next requests for credentials get 503
     served: int = 0  # how often it gave credentials
 
 
@@ -61,7 +61,7 @@ def metadata_service() -> Iterator[MetadataService]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_PUT(self) -> None:
-            self._answer("token")
+            self._answer("token", is_failing=False)  # botocore does without one
 
         def do_GET(self) -> None:
             if self.path.endswith("/security-credentials/"):
@@ -71,8 +71,9 @@ def metadata_service() -> Iterator[MetadataService]:
             service.served += service.failures == 0
             self._answer(json.dumps({**keys, "Type": "AWS-HMAC", "Expiration": "2099-01-01T00:00:00Z"}))
 
-        def _answer(self, body: str) -> None:
-            is_failing, service.failures = service.failures > 0, max(0, service.failures - 1)
+        def _answer(self, body: str, is_failing: bool | None = None) -> None:
+            if is_failing is None:
+                is_failing, service.failures = service.failures > 0, max(0, service.failures - 1)
             self.send_response(503 if is_failing else 200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

@@ -256,8 +256,9 @@ def test_ranges_that_lie_close_together_share_a_request(
     ],
 )
 def test_long_faults_within_a_streamed_output(
-    fault: Fault, request_kind: tuple[str, str], s3_bucket: str, proxy: Proxy
+    fault: Fault, request_kind: tuple[str, str], s3_bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(storage._S3_OPTIONS["config_kwargs"], "read_timeout", 10.0)  # seconds: parts are large
     rule = proxy.add(fault, *request_kind, times=2)  # more than one request's own retries
     stream_out(f"{s3_bucket}/x", LARGE)
     assert len(rule.requests) == 2
