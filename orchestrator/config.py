@@ -30,22 +30,20 @@ class JobConfig(BaseModel, frozen=True, extra="forbid"):
         return preset
 
     def path(self, path: str) -> str:
-        """A URI or absolute path as it is; a relative one under the store.
+        """Return a URI or absolute path as it is, with its `~` expanded; a relative one under the store.
 
         Raises:
             ValueError: the path is relative, the store too, and this is a submitted job, whose folder is a
                 temporary copy of the checkout.
         """
         if storage.is_absolute(path):
-            return path
-        if not storage.is_absolute(self.store):
-            if is_submitted():
-                raise ValueError(
-                    f"store={self.store!r} is relative, and this job runs in a temporary copy of the checkout: "
-                    "set ADMIRAL_STORE (or pass --store) to a URI or an absolute path that all nodes see"
-                )
-            return storage.join(os.path.abspath(self.store), path)
-        return storage.join(self.store, path)
+            return storage.resolve(path) if path.startswith("~") else path
+        if not storage.is_absolute(self.store) and is_submitted():
+            raise ValueError(
+                f"store={self.store!r} is relative, and this job runs in a temporary copy of the checkout: "
+                "set ADMIRAL_STORE (or pass --store) to a URI or an absolute path that all nodes see"
+            )
+        return storage.join(storage.resolve(self.store), path)
 
     @property
     def shared(self) -> tuple[str, str]:

@@ -1,11 +1,15 @@
 """Servers that tests and proofs start for themselves, on free ports, and end by their own process."""
 
 import contextlib
+import http.server
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from cluster.servers import free_port, wait_until_listening
 
@@ -39,6 +43,53 @@ def mlflow_server(folder: str, port: int | None = None) -> Iterator[tuple[str, C
         yield f"http://127.0.0.1:{port}", kill
     finally:
         kill()
+
+
+@dataclass
+class MetadataService:
+    """What tests see of the metadata service of an instance."""
+
+    endpoint: str = ""
+    failures: int = 0  # so many of the next requests for credentials get 503
+    served: int = 0  # how often it gave credentials
+
+
+@contextlib.contextmanager
+def metadata_service() -> Iterator[MetadataService]:
+    """Start the service from which an EC2 instance has its credentials."""
+    service = MetadataService()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            self._answer("token", is_failing=False)  # botocore does without one
+
+        def do_GET(self) -> None:
+            if self.path.endswith("/security-credentials/"):
+                self._answer("role")
+                return
+            keys = {"AccessKeyId": "key-of-the-role", "SecretAccessKey": "secret", "Token": "token", "Code": "Success"}
+            service.served += service.failures == 0
+            self._answer(json.dumps({**keys, "Type": "AWS-HMAC", "Expiration": "2099-01-01T00:00:00Z"}))
+
+        def _answer(self, body: str, is_failing: bool | None = None) -> None:
+            if is_failing is None:
+                is_failing, service.failures = service.failures > 0, max(0, service.failures - 1)
+            self.send_response(503 if is_failing else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    service.endpoint = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield service
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @contextlib.contextmanager

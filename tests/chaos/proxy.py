@@ -19,6 +19,14 @@ Fault = Literal[
     "503",  # "slow down" in the place of an answer
     "denied",  # 403: these credentials may not do this
     "expired",  # 400: these credentials were good once
+    "redirect",  # 301: the bucket is in another region
+    "lost redirect",  # the same, and the answer does not say in which
+    "skewed",  # 403: the clock of the client is wrong
+    "quota",  # 403: no more bytes may be stored
+    "archived",  # 403: the object must be restored from an archive first
+    "unsupported",  # 501: the server does not know this header or operation
+    "bad header",  # 400: the server does not accept this header
+    "unconditional",  # the server ignores If-None-Match
     "reset",  # the connection ends without an answer
     "stall",  # nothing comes, for as long as the client waits
     "half",  # half of the upload is taken, then the connection ends
@@ -32,6 +40,17 @@ REFUSALS = {  # status line, code and message, as S3 words them
     "503": ("503 Slow Down", "SlowDown", "Please reduce your request rate."),
     "denied": ("403 Forbidden", "AccessDenied", "Access Denied"),
     "expired": ("400 Bad Request", "ExpiredToken", "The provided token has expired."),
+    "redirect": (
+        "301 Moved Permanently\r\nx-amz-bucket-region: eu-west-1",
+        "PermanentRedirect",
+        "The bucket you are attempting to access must be addressed using the specified endpoint.",
+    ),
+    "lost redirect": ("301 Moved Permanently", "PermanentRedirect", "The bucket you are attempting to access must ..."),
+    "skewed": ("403 Forbidden", "RequestTimeTooSkewed", "The difference between the request time and ..."),
+    "quota": ("403 Forbidden", "QuotaExceeded", ""),
+    "archived": ("403 Forbidden", "InvalidObjectState", "The action is not valid for the object's storage class"),
+    "unsupported": ("501 Not Implemented", "NotImplemented", "A header you provided implies functionality ..."),
+    "bad header": ("400 Bad Request", "InvalidArgument", "Unsupported header 'x-amz-checksum-crc32'"),
 }
 
 
@@ -48,6 +67,7 @@ class Rule:
     fault: Fault
     method: str = ".*"  # regular expression for the whole of it
     target: str = ".*"  # regular expression, anywhere in path and query
+    header: str = ""  # regular expression, anywhere in the header lines, of any case
     times: int | None = None  # it befalls so many requests; None: without end
     probability: float = 1.0  # that it befalls one that matches
     requests: list[Request] = field(default_factory=list)  # those that it befell
@@ -122,7 +142,7 @@ class Proxy:
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=30)
 
-    def _befalls(self, request: Request) -> Rule | None:
+    def _befalls(self, request: Request, head: str) -> Rule | None:
         """The rule that takes this request. Chance is keyed by the seed, by what is asked for within the bucket, and by
         how often that was asked for before."""
         with self._lock:
@@ -132,6 +152,8 @@ class Proxy:
                 if rule.times is not None and len(rule.requests) >= rule.times:
                     continue
                 if not (re.fullmatch(rule.method, request.method) and re.search(rule.target, request.target)):
+                    continue
+                if not re.search(rule.header, head, re.IGNORECASE):
                     continue
                 within = request.target.split("/", 2)[-1]
                 key = f"{self._seed} {number} {request.method} {within} {self._times_seen[request[:2]]}"
@@ -149,7 +171,7 @@ class Proxy:
             head = await reader.readuntil(b"\r\n\r\n")
             method, target, _ = head.split(b"\r\n", 1)[0].decode().split(" ")
             part = re.search(rb"\r\nrange: *([^\r]*)", head, re.IGNORECASE)
-            rule = self._befalls(Request(method, target, part[1].decode() if part else ""))
+            rule = self._befalls(Request(method, target, part[1].decode() if part else ""), head.decode())
             await self._answer(rule, head, reader, writer)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass  # the client is gone
@@ -183,7 +205,7 @@ class Proxy:
         elif fault == "stall":
             await reader.read()
         elif fault != "reset":
-            dropped = (b"expect:", b"connection:")
+            dropped = (b"expect:", b"connection:", *([b"if-none-match:"] if fault == "unconditional" else []))
             kept = [line for line in lines if not line.lower().startswith(dropped)]
             answer = await self._ask(b"\r\n".join([*kept, b"Connection: close", b"", body]))
             if fault != "swallow":

@@ -31,7 +31,7 @@ def without_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def signed_url(uri: str) -> str:
     """The address of an object as the client would ask for it; nothing is sent."""
-    filesystem, path = storage._locate(uri)
+    _, filesystem, path = storage._locate(uri)
     return str(filesystem.sign(path))
 
 
@@ -77,7 +77,7 @@ def test_a_profile_gives_credentials_and_addressing(
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store.example")
     found = signed_url("s3://bucket/key")
     assert found.startswith("http://bucket.store.example/key?") and "key-of-the-team" in found
-    filesystem, _ = storage._locate("s3://bucket/key")
+    _, filesystem, _ = storage._locate("s3://bucket/key")
     assert filesystem.s3.meta.region_name == "eu-west-1"
 
 
@@ -108,5 +108,5 @@ def test_public_data_needs_no_credentials(
 @pytest.mark.parametrize(("name", "value"), [("ADMIRAL_S3_ADDRESSING", "host"), ("ADMIRAL_S3_ANONYMOUS", "yes")])
 def test_what_is_misspelt_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=f"{name}={value}; wanted"):
+    with pytest.raises(ValueError, match=f"{name}={value}"):
         storage.exists("s3://bucket/key")

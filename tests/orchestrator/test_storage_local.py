@@ -1,0 +1,188 @@
+"""Local and network file systems: literal names, failing listings, no hard links, killed writers, odd paths."""
+
+import errno
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from orchestrator import storage
+from orchestrator.config import JobConfig
+
+ODD = ("lr[12]", "lr*", "lr?", "[a-z]", "a#b", "a b%20", "x::y", "{a,b}")
+
+
+@pytest.fixture(params=["local", "file", "memory", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty folder on each kind of storage."""
+    if request.param == "s3":
+        return str(request.getfixturevalue("s3_bucket"))
+    return {"local": str(tmp_path), "file": f"file://{tmp_path}", "memory": f"memory://{tmp_path}"}[request.param]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_names_are_literal(odd: str, root: str) -> None:
+    if root.startswith("memory://") and "::" in odd:
+        pytest.skip("fsspec chains filesystems by it")
+    others = ["lr1", "lr2", "a", "ab", "xy", "{a"]
+    for run in (odd, *others):
+        storage.write_bytes(storage.join(root, run, "deep/x"), run.encode())
+    uri = storage.join(root, odd)
+    assert storage.read_bytes(f"{uri}/deep/x") == odd.encode() and storage.exists(uri)
+    assert storage.list_names(uri) == ["deep/"] and storage.list_names(uri, recursive=True) == ["deep/x"]
+    assert [name for files in storage.list_tree(uri) for name, _ in files] == ["deep/x"]
+    assert storage.size_of(f"{uri}/deep/x") == len(odd) and storage.open_input(f"{uri}/deep/x").read() == odd.encode()
+    assert not storage.put_if_absent(f"{uri}/deep/x", b"") and storage.put_if_absent(f"{uri}/deep/y", b"")
+    with storage.open_output(f"{uri}/deep/z") as file:
+        file.write(b"z")
+    storage.delete(f"{uri}/deep/z")
+    assert storage.list_names(f"{uri}/deep") == ["x", "y"]
+    storage.delete(uri + "/")
+    assert not storage.exists(uri)
+    left = [run for run in others if storage.exists(storage.join(root, run, "deep/x"))]
+    assert left == others, "other runs lost objects"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EIO])
+@pytest.mark.parametrize("recursive", [False, True])
+def test_a_listing_that_fails_is_an_error(
+    recursive: bool, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_bytes(str(tmp_path / "run" / "checkpoints" / "x"), b"")
+    scandir = os.scandir
+
+    def failing(path: str) -> object:
+        if str(path).endswith("checkpoints"):
+            raise OSError(number, os.strerror(number), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    folder = tmp_path / "run" if recursive else tmp_path / "run" / "checkpoints"
+    with pytest.raises(OSError, match="cannot list") as caught:
+        storage.list_names(str(folder), recursive)
+    assert str(folder) in str(caught.value) and "Errno" not in str(caught.value)
+
+
+def test_a_folder_that_is_deleted_while_it_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/x", "b/x"):
+        storage.write_bytes(str(tmp_path / name), b"")
+    scandir = os.scandir
+
+    def vanishing(path: str) -> object:
+        if str(path).endswith("/a"):
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert storage.list_names(str(tmp_path), recursive=True) == ["b/x"]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_file_systems_without_hard_links(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    uri = str(tmp_path / "run" / "commit")
+    assert storage.put_if_absent(uri, b"first") and not storage.put_if_absent(uri, b"second")
+    assert storage.read_bytes(uri) == b"first"
+    assert os.listdir(tmp_path / "run") == ["commit"]
+
+
+def test_a_link_whose_answer_was_lost_counts_as_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS repeats a request whose answer was lost, and then finds the name taken: by itself."""
+    link = os.link
+
+    def twice(source: Path, target: Path) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", twice)
+    assert storage.put_if_absent(str(tmp_path / "x"), b"first")
+    monkeypatch.setattr(os, "link", link)
+    assert not storage.put_if_absent(str(tmp_path / "x"), b"second")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_file_systems_that_cannot_sync_a_folder(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def sync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    storage.write_bytes(str(tmp_path / "x"), b"data")
+    assert storage.read_bytes(str(tmp_path / "x")) == b"data"
+
+
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.ENOSPC])
+def test_a_full_quota_has_its_words(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"quota|space") as caught:
+        storage.write_bytes(str(tmp_path / "x"), b"data")
+    assert str(tmp_path / "x") in str(caught.value) and "Errno" not in str(caught.value)
+    assert os.listdir(tmp_path) == []
+
+
+WRITER = """
+import sys, time
+from orchestrator import storage
+with storage.open_output(sys.argv[1]) as file:
+    file.write(b"half")
+    file.flush()
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("write", [storage.write_bytes, storage.put_if_absent])
+def test_what_a_killed_writer_left_is_removed(write: Callable[[str, bytes], object], tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path / "a")], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"writing\n"
+    (part,) = tmp_path.iterdir()
+    write(str(tmp_path / "b"), b"data")
+    assert part.exists(), "its writer lives"
+    assert storage.list_names(str(tmp_path)) == storage.list_names(str(tmp_path), recursive=True) == ["b"]
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=30)
+    process.stdout.close()
+    foreign = part.with_name(".another-host.1.0123.part")
+    foreign.touch()
+    write(str(tmp_path / "c"), b"data")
+    assert sorted(os.listdir(tmp_path)) == [foreign.name, "b", "c"]
+
+
+def test_only_hidden_parts_are_hidden(tmp_path: Path) -> None:
+    storage.write_bytes(str(tmp_path / "volume.part"), b"")
+    assert storage.list_names(str(tmp_path)) == ["volume.part"]
+
+
+@pytest.mark.parametrize("uri", ["file://runs", "file:runs", "file://localhost/runs"])
+def test_a_relative_file_uri_is_refused(uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for use in (storage.is_absolute, storage.resolve, storage.exists, JobConfig(store="/shared").path):
+        with pytest.raises(ValueError, match="is relative"):
+            use(uri)
+    with pytest.raises(ValueError, match="is relative"):
+        JobConfig(store=uri).path("digits")
+
+
+def test_the_home_folder_is_no_folder_of_that_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert storage.is_absolute("~/runs") and storage.resolve("~/runs") == f"{tmp_path}/home/runs"
+    assert JobConfig(store="~/runs").path("digits") == f"{tmp_path}/home/runs/digits"
+    assert JobConfig(store="/shared").path("~/weights.pt") == f"{tmp_path}/home/weights.pt"
+    storage.write_bytes("~/runs/x", b"")
+    assert os.listdir(tmp_path) == ["home"] and storage.list_names("~/runs") == ["x"]
+    assert not storage.is_absolute("runs~") and storage.resolve("runs~") == f"{tmp_path}/runs~"
