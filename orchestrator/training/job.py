@@ -32,6 +32,7 @@ from orchestrator.training.checkpoints import Checkpoint, UnusableCheckpoints
 from orchestrator.training.config import AdmConfig, Config, TrainingConfig
 from orchestrator.training.gradients import fixed_arithmetic, make_reduction
 from orchestrator.training.initial_weights import begin_with
+from orchestrator.training.lease import Lease
 from orchestrator.training.losses import Microbatch, Terms, make_losses, make_microbatches
 from orchestrator.training.meter import Meter
 from orchestrator.training.previews import previews
@@ -54,7 +55,7 @@ def train(config: Config) -> str:
 
     Raises:
         ValueError: config, dataset and output folder do not fit each other.
-        RuntimeError: the training failed.
+        RuntimeError: the training failed, or another driver trains this run.
         KeyboardInterrupt: it was asked to stop before its end; its place is kept.
     """
     run = config.path(config.output)
@@ -67,6 +68,7 @@ def train(config: Config) -> str:
         print(f"{run} is trained already: {config.total_images:,} images")
         return run
     with (
+        Lease(run, config.takeover) as lease,
         session(
             config.num_workers * (config.num_threads + CPUS_OF_DATA),
             num_gpus=config.num_workers * config.num_gpus,
@@ -97,8 +99,11 @@ def train(config: Config) -> str:
             cpus=config.num_threads,
             max_failures=config.max_failures,
             num_gpus=config.num_gpus,
+            stop=lease.is_lost,
         )
         if stopped and not storage.exists(final_weights(run, config)):
+            if lease.is_lost():
+                raise RuntimeError(f"another driver took over {run}: this one stopped, and its place is kept")
             raise KeyboardInterrupt
     print(f"{run} is trained: {config.total_images:,} images, weights in {storage.join(run, 'weights')}")
     return run
