@@ -30,7 +30,6 @@ class CheckpointWriter:
 
     def __init__(self, run: str, config: TrainingConfig, after: Callable[[Checkpoint], None]) -> None:
         self._run, self._config, self._after = run, config, after
-        self._attempt = checkpoints.new_attempt()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._staged: dict[str, Tensor] = {}
@@ -95,7 +94,7 @@ class CheckpointWriter:
             torch.cuda.synchronize()
 
     def _write(self, checkpoint: Checkpoint) -> None:
-        checkpoints.save_checkpoint(self._run, checkpoint, self._attempt)
+        checkpoints.save_checkpoint(self._run, checkpoint)
         self._after(checkpoint)
         keep, keep_every = self._config.keep_checkpoints, self._config.keep_every
         try:

@@ -19,7 +19,6 @@ from orchestrator.weights.network import write_tensors
 
 FORMAT_VERSION = 1
 FILE_BYTES = 256 << 20  # of a checkpoint's files: reading holds twice this beside the state itself
-NAMED = 3  # unusable checkpoints that an error names
 
 _NAME = re.compile(r"images-(?P<position>\d{12,})/(?P<kind>commit|state)-(?P<attempt>\w+)(-\d+)?\.(json|safetensors)")
 
@@ -45,8 +44,7 @@ def save_checkpoint(run: str, checkpoint: Checkpoint, attempt: str = "") -> str:
     The tensors are written in a few files. All names hold `attempt` (by default a fresh one), so a dying writer of
     an earlier attempt cannot touch them, nor they its; only the commit object makes a checkpoint count.
     """
-    folder, attempt = _folder(run, checkpoint.position), attempt or new_attempt()
-    files = {}
+    folder, attempt, files = _folder(run, checkpoint.position), attempt or uuid.uuid4().hex[:12], {}
     for number, tensors in enumerate(_in_parts(checkpoint.tensors, FILE_BYTES)):
         name = f"state-{attempt}-{number:03d}.safetensors"
         files[name] = write_tensors(storage.join(folder, name), tensors)
@@ -59,11 +57,6 @@ def save_checkpoint(run: str, checkpoint: Checkpoint, attempt: str = "") -> str:
     uri = storage.join(folder, f"commit-{attempt}.json")
     storage.put_if_absent(uri, storage.json_bytes(commit))
     return uri
-
-
-def new_attempt() -> str:
-    """Return a name that no other attempt at a training has."""
-    return uuid.uuid4().hex[:12]
 
 
 def read_newest(run: str) -> Iterator[Checkpoint]:
@@ -89,10 +82,9 @@ def read_newest(run: str) -> Iterator[Checkpoint]:
             log.warning("checkpoint %s cannot be used (%s); trying the one before", uri, error)
             reasons.append(f"{uri} ({error})")
     if reasons:
-        more = f" and {len(reasons) - NAMED} more" if len(reasons) > NAMED else ""
         raise UnusableCheckpoints(
-            f"{run} has checkpoints, but none can be used: {', '.join(reasons[:NAMED])}{more}. Restore them, run the "
-            "version of the code that wrote them, or pass --restart-from-scratch to start at image 0"
+            f"{run} has checkpoints, but none can be used: {', '.join(reasons)}. Restore them, run the version of "
+            "the code that wrote them, or pass --restart-from-scratch to start at image 0"
         )
 
 

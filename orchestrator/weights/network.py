@@ -172,6 +172,20 @@ def weights_about(uri: str) -> dict[str, Any]:
             raise ValueError(f"{uri} is not a weights file of Admiral's: its header has no {error}") from error
 
 
+def weights_file(path: str, locate: Callable[[str], str], noted: str | None = None, kind: str | None = None) -> str:
+    """Return the file that `path`, relative or not, names: itself, or of a training run the newest weights of `kind`.
+
+    `noted` is the file that an earlier attempt at the same job took. If it is of this run it is returned again, so that
+    weights that were written since do not change the job. `locate` makes a URI of a path.
+    """
+    if path.endswith((".pt", ".safetensors")):
+        return path
+    folder = storage.join(path, "weights")
+    if noted and noted.startswith(f"{folder}/"):
+        return noted
+    return storage.join(folder, latest_weights(locate(path), kind).rpartition("/")[2])
+
+
 def latest_weights(run: str, kind: str | None = None) -> str:
     """The URI of the newest weights of a training run; of `kind` ("ema-0.9999", "raw"), or of the last kind by name.
 

@@ -324,9 +324,9 @@ def test_a_checkpoint_that_comes_due_while_one_is_written_is_skipped(
     save, warning, skipped = checkpoints.save_checkpoint, checkpoint_writer.log.warning, list[int]()
     enough = threading.Event()
 
-    def slow(run: str, found: checkpoints.Checkpoint, attempt: str) -> str:
+    def slow(run: str, found: checkpoints.Checkpoint) -> str:
         assert found.position > 16 or enough.wait(60), "the first one is written until two others were skipped"
-        return save(run, found, attempt)
+        return save(run, found)
 
     def warn(message: str, *arguments: int) -> None:
         warning(message, *arguments)
