@@ -71,8 +71,8 @@ class Group:
     def copy_from_first(self, tensors: list[Tensor]) -> None:
         """Give every worker rank 0's values of `tensors`, in place."""
         if self.world_size > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, src=0)
+            for tensor in tensors:  # the default group of workers with GPUs may know nothing of the CPU
+                dist.broadcast(tensor, src=0, group=None if tensor.is_cuda else self._cpu)
 
     def add_in_tree(self, tensors: list[Tensor]) -> None:
         """Replace every tensor by its sum over workers, added in one fixed binary tree over ranks.

@@ -1,17 +1,19 @@
 """A small actor between the driver and its workers: numbers and pictures one way, the wish to stop the other."""
 
-import contextlib
+import logging
 import threading
 import time
 from collections import deque
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 
 from cluster.session import beside_driver
 
 LOOK_SECONDS = 0.5  # between two questions whether to stop
+
+log = logging.getLogger(__name__)
 
 
 @ray.remote
@@ -65,10 +67,14 @@ class Relay:
         return self._stopping
 
     def _watch(self) -> None:
-        with contextlib.suppress(RayError):  # the driver is gone, and so is this process in a moment
-            while not self._stopping:
+        while not self._stopping:
+            try:
                 self._stopping = ray.get(self._actor.stopping.remote())
-                time.sleep(LOOK_SECONDS)
+            except ActorDiedError:  # the driver is gone, and so is this process in a moment
+                return
+            except RayError as error:  # one failed call must not cost the wish to stop
+                log.debug("the driver's relay did not answer, asking again: %s", error)
+            time.sleep(LOOK_SECONDS)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_actor": self._actor, "_watching": None, "_stopping": False}

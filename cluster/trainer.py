@@ -51,6 +51,7 @@ def run_workers(
     cpus: int = 1,
     max_failures: int = 3,
     num_gpus: int = 0,
+    stop: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Run `loop` on `num_workers` workers (0: in this process) until it returns; True if it was asked to stop.
 
@@ -59,26 +60,34 @@ def run_workers(
     A worker that dies takes its group with it; the group starts again, and `loop` finds its own place to go on from.
     It gives up after more than `max_failures` attempts in a row that reported no record with a larger "saved" number,
     and at once where another attempt would fail alike (PERMANENT_ERRORS). A node that announces its end does not count.
-    SIGTERM and Ctrl-C ask all workers to stop at their next step.
+    SIGTERM, Ctrl-C, and `stop` once it returns True, ask all workers to stop at their next step. If `on_record` raises
+    for a record, a warning says so, and the records after it are passed on.
 
     Raises:
         RuntimeError: the loop failed; the message is the worker's own error.
     """
-    if num_workers == 0:
-        return _run_here(loop, on_record)
-    resources = {"CPU": float(cpus)} | ({"GPU": float(num_gpus)} if num_gpus else {})
-    return _run_on_ray(loop, num_workers, on_record, max_failures, resources)
+    signalled = threading.Event()
+
+    def is_asked_to_stop() -> bool:
+        return signalled.is_set() or stop()
+
+    with _stop_signals(signalled.set):
+        if num_workers == 0:
+            _run_here(loop, _tolerant(on_record), is_asked_to_stop)
+        else:
+            resources = {"CPU": float(cpus)} | ({"GPU": float(num_gpus)} if num_gpus else {})
+            _run_on_ray(loop, num_workers, _tolerant(on_record), max_failures, resources, is_asked_to_stop)
+    return is_asked_to_stop()
 
 
-def _run_here(loop: Callable[[WorkerContext], None], on_record: Callable[[Record], None]) -> bool:
-    wanted = threading.Event()
+def _run_here(
+    loop: Callable[[WorkerContext], None], on_record: Callable[[Record], None], stop: Callable[[], bool]
+) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with _stop_signals(wanted.set):
-        try:
-            loop(WorkerContext(0, 1, device, on_record, wanted.is_set, streams_on_cluster=False))
-        except ArithmeticError as error:
-            raise RuntimeError(str(error)) from error
-    return wanted.is_set()
+    try:
+        loop(WorkerContext(0, 1, device, on_record, stop, streams_on_cluster=False))
+    except ArithmeticError as error:
+        raise RuntimeError(str(error)) from error
 
 
 def _run_on_ray(
@@ -87,34 +96,28 @@ def _run_on_ray(
     on_record: Callable[[Record], None],
     max_failures: int,
     resources: dict[str, float],
-) -> bool:
+    stop: Callable[[], bool],
+) -> None:
     from ray.train import TrainingFailedError
 
     from cluster.relay import Relay
 
-    relay, wanted = Relay(), threading.Event()
+    relay = Relay()
     saved, failures = -1, 0
-
-    def stop() -> None:
-        wanted.set()
-        threading.Thread(target=relay.stop, daemon=True).start()  # a signal handler must not wait on Ray
-
-    with _stop_signals(stop):
-        while not wanted.is_set():
-            news = _News()
-            try:
-                with _relayed(relay, news.around(on_record)):
-                    _attempt(loop, relay, num_workers, resources)
-                break
-            except TrainingFailedError as error:
-                reason = news.reason or _first_reason(error)
-                failures = 1 if news.saved > saved else failures + 1
-                saved = max(saved, news.saved)
-                publish("train", {"failed_attempts": failures})
-                if news.permanent or failures > max_failures:
-                    raise RuntimeError(f"training failed: {reason}") from error
-                log.warning("an attempt failed, going on from the last checkpoint: %s", reason)
-    return wanted.is_set()
+    while not stop():
+        news = _News()
+        try:
+            with _relayed(relay, news.around(on_record), stop):
+                _attempt(loop, relay, num_workers, resources)
+            break
+        except TrainingFailedError as error:
+            reason = news.reason or _first_reason(error)
+            failures = 1 if news.saved > saved else failures + 1
+            saved = max(saved, news.saved)
+            publish("train", {"failed_attempts": failures})
+            if news.permanent or failures > max_failures:
+                raise RuntimeError(f"training failed: {reason}") from error
+            log.warning("an attempt failed, going on from the last checkpoint: %s", reason)
 
 
 def _attempt(loop: Callable[[WorkerContext], None], relay: Any, num_workers: int, resources: dict[str, float]) -> None:
@@ -149,6 +152,19 @@ def _attempt(loop: Callable[[WorkerContext], None], relay: Any, num_workers: int
 
         threading.Thread(target=fit, name="training", daemon=True).start()
         ended.result()
+
+
+def _tolerant(on_record: Callable[[Record], None]) -> Callable[[Record], None]:
+    """Return `on_record` with a warning in place of an error."""
+
+    def call(record: Record) -> None:
+        try:
+            on_record(record)
+        except Exception as error:  # noqa: BLE001 - one record must not cost those after it, nor the training
+            reason = f"{type(error).__name__}: {error}"
+            log.warning("a record of the training could not be handled, the training goes on: %s", reason)
+
+    return call
 
 
 class _News:
@@ -215,7 +231,10 @@ class _ToDriver(logging.Handler):
         self._relay = relay
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._relay.push({"warning": record.getMessage()})
+        try:
+            self._relay.push({"warning": record.getMessage()})
+        except Exception:  # noqa: BLE001 - as logging's own handlers do: a message must not end what it reports on
+            self.handleError(record)
 
 
 class _PreemptionNotice:
@@ -226,9 +245,15 @@ class _PreemptionNotice:
         threading.Thread(target=self._watch, name="preemption", daemon=True).start()
 
     def _watch(self) -> None:
-        seen = None
+        seen, failed = None, False
         while True:
-            if (info := self._get_info()) != seen:
+            try:
+                info = self._get_info()
+            except Exception as error:  # noqa: BLE001 - one failed call must not cost a later notice
+                if not failed:
+                    log.warning("notices of preemption cannot be read, trying again; the training goes on: %s", error)
+                info, failed = seen, True
+            if info != seen:
                 seen = info
                 if self._rank == 0:
                     log.warning("notice came that a node goes away: %s", info)
@@ -242,14 +267,29 @@ class _PreemptionNotice:
 
 
 @contextlib.contextmanager
-def _relayed(relay: Any, on_record: Callable[[Record], None]) -> Iterator[None]:
-    """While inside, a thread passes what the workers report to `on_record`; at the end, the rest."""
-    over = threading.Event()
+def _relayed(relay: Any, on_record: Callable[[Record], None], stop: Callable[[], bool]) -> Iterator[None]:
+    """While inside, a thread passes workers' records to `on_record`, and asks them to stop once `stop` returns True.
+
+    A call to the relay that fails is warned of once and made again; at the end come the records that are left.
+    """
+    over, warned = threading.Event(), set[str]()
+
+    def exchange() -> None:
+        try:
+            if stop():
+                relay.stop()
+            records = relay.pull()
+        except Exception as error:  # noqa: BLE001 - see above
+            if str(error) not in warned:
+                log.warning("the workers' records cannot be fetched, trying again; the training goes on: %s", error)
+                warned.add(str(error))
+            return
+        for record in records:
+            on_record(record)
 
     def pump() -> None:
         while not over.wait(POLL_SECONDS):
-            for record in relay.pull():
-                on_record(record)
+            exchange()
 
     thread = threading.Thread(target=pump, daemon=True)
     thread.start()
@@ -258,8 +298,7 @@ def _relayed(relay: Any, on_record: Callable[[Record], None]) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-        for record in relay.pull():
-            on_record(record)
+        exchange()
 
 
 @contextlib.contextmanager

@@ -76,22 +76,31 @@ def tracking_uri(config: JobConfig) -> str:
 OPERATIONAL = {"store", "dry_run", "output", "num_workers", "cost"}
 
 
-def check_or_write_config(folder: str, config: JobConfig, **facts: Any) -> None:
+def check_or_write_config(folder: str, config: JobConfig, files: dict[str, str] | None = None, **facts: Any) -> None:
     """Record `config` and `facts` as the folder's own in its config.json, or check that they are what it holds already.
 
-    Facts are what else changes results, such as hashes; one may replace a field, as a hash its file's path.
+    Facts are what else changes results, such as hashes; one may replace a field, as a hash its file's path. `files` are
+    noted for later attempts and not compared: the file of weights that was taken for each path.
 
     Raises:
         ValueError: the folder was made with another config; the message names the fields that differ.
     """
     wanted = config.model_dump(mode="json", exclude=OPERATIONAL | config.operational) | facts
     uri = storage.join(folder, "config.json")
-    if storage.put_if_absent(uri, json.dumps(wanted, indent=2).encode()):
+    if storage.put_if_absent(uri, json.dumps(wanted | ({"files": files} if files else {}), indent=2).encode()):
         return
-    if changes := differences(storage.read_json(uri), wanted):
+    found = storage.read_json(uri)
+    found.pop("files", None)
+    if changes := differences(found, wanted):
         raise ValueError(
             f"{folder} was made with another config ({changes}); choose another --output or the same config"
         )
+
+
+def noted_files(folder: str) -> dict[str, str]:
+    """Return the files of weights that the folder's first attempt took, by their paths in its config."""
+    uri = storage.join(folder, "config.json")
+    return storage.read_json(uri).get("files", {}) if storage.exists(uri) else {}
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from models.metrics import mean_estimate
 from models.samplers import ddpm
 from models.unet import autocast
 from orchestrator import storage
-from orchestrator.config import JobConfig, check_or_write_config
+from orchestrator.config import JobConfig, check_or_write_config, noted_files
 from orchestrator.cost import CostConfig, priced, sampling_cost
 from orchestrator.data.dataset import Manifest, load_manifest, read_images
 from orchestrator.evaluation.metrics import describe
@@ -30,7 +30,7 @@ from orchestrator.order import Purpose
 from orchestrator.pictures import COLOURS, figure_png, grid_png, subplots
 from orchestrator.progress import progress_line
 from orchestrator.tracking import tracked
-from orchestrator.weights.network import Network, load_network
+from orchestrator.weights.network import Network, load_network, weights_file
 
 STRIP_LENGTH = 10  # predictions of x_0 along a chain that a strip shows
 SHOWN_PIXELS = 48  # small images are enlarged to about this size in pictures
@@ -92,9 +92,11 @@ def estimate(config: LikelihoodConfig) -> str:
         FileNotFoundError: weights or dataset are not there.
     """
     output, manifest = config.path(config.output), load_manifest(config.path(config.dataset))
+    files = {config.weights: weights_file(config.weights, config.path, noted_files(output).get(config.weights))}
+    config = config.model_copy(update={"weights": files[config.weights]})
     network = load_network(config.path(config.weights))
     _check(config, network, manifest)
-    check_or_write_config(output, config, weights=network.sha256)
+    check_or_write_config(output, config, files, weights=network.sha256)
     report_uri = storage.join(output, "likelihood.json")
     if storage.exists(report_uri):
         print(f"{output} is complete: {storage.read_json(report_uri)['bits_per_dim']['value']:.3f} bits/dim")

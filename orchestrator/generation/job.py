@@ -46,6 +46,7 @@ from orchestrator.generation.worker import SamplingWorker
 from orchestrator.pictures import grid_png, png
 from orchestrator.progress import Progress, progress_line
 from orchestrator.tracking import Tracker, tracked
+from orchestrator.weights.network import weights_file
 
 METRICS_SECONDS = 5.0  # between two reports to MLflow
 PICTURE_SECONDS = 30.0  # between two contact sheets
@@ -64,6 +65,7 @@ def generate(config: GenerationConfig) -> str:
         ValueError: weights, classifier and output folder do not fit each other.
         ItemsFailed: some shards failed; all others are written.
     """
+    config = _with_files(config)
     output, folders = config.path(config.output), folders_of(config)
     wanted = fingerprint(config, load_networks(config, "cpu"))
     for folder in folders:
@@ -80,6 +82,19 @@ def generate(config: GenerationConfig) -> str:
         for folder in folders:
             print(f"exported to {_export(config, folder)}")
     return output
+
+
+def _with_files(config: GenerationConfig) -> GenerationConfig:
+    """Return the config with the files of weights that it means: those of the first attempt, which run.json notes."""
+    run = storage.join(config.path(config.output), "run.json")
+    noted = storage.read_json(run)["record"] if storage.exists(run) else {}
+    files = {name: getattr(config, name) for name in ("weights", "classifier", "upsampler")}
+    for name, path in files.items():
+        if path is not None:
+            kind = config.ema if name == "weights" else None
+            before = noted.get(name) if name != "weights" or noted.get("ema") == config.ema else None
+            files[name] = weights_file(path, config.path, before, kind)
+    return config.model_copy(update=files)
 
 
 def _make_missing(config: GenerationConfig, folders: list[str]) -> None:
@@ -248,7 +263,7 @@ def _record(config: GenerationConfig, networks: Networks) -> dict[str, Any]:
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     begun = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    noted = config.model_dump(mode="json", include={"weights", "classifier", "upsampler", "num_workers"})
+    noted = config.model_dump(mode="json", include={"weights", "ema", "classifier", "upsampler", "num_workers"})
     return {"commit": commit, "begun": begun, "classes": networks.classes, **noted}
 
 

@@ -21,7 +21,7 @@ from orchestrator.generation.labels import Labels, read_labels
 from orchestrator.generation.noise import Draw, DrawNoise, draw_noise
 from orchestrator.generation.samples import Samples
 from orchestrator.order import Purpose
-from orchestrator.weights.network import Network, latest_weights, load_network
+from orchestrator.weights.network import Network, load_network, weights_file
 
 NUMERICS_VERSION = 1  # raised by hand when the same config begins to give other samples
 LARGEST_BATCH = 512  # that is tried on a GPU
@@ -68,12 +68,8 @@ def load_networks(config: GenerationConfig, device: torch.device | str) -> Netwo
     def load(path: str | None, recipe: str | None = None) -> Network | None:
         return load_network(config.path(path), device, recipe if path.endswith(".pt") else None) if path else None
 
-    weights = config.path(config.weights)
-    model = load_network(
-        latest_weights(weights, config.ema) if config.ema else weights,
-        device,
-        config.recipe if weights.endswith(".pt") else None,
-    )
+    weights = config.path(weights_file(config.weights, config.path, kind=config.ema))
+    model = load_network(weights, device, config.recipe if weights.endswith(".pt") else None)
     recipes = zoo.entry(config.recipe).recipes if config.recipe else ()
     classifier = load(config.classifier, recipes[0].classifier if recipes else None)
     upsampler = load(config.upsampler)

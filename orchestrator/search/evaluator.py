@@ -20,11 +20,13 @@ from models.manifolds import manifolds
 from models.metrics import Gaussian, Moments
 from models.paired_tests import KID_ROWS
 from orchestrator import storage
+from orchestrator.config import noted_files
 from orchestrator.evaluation.extraction import EXTRACTOR_BATCH, ArrayName, Labelled, chosen, concatenate
 from orchestrator.evaluation.extractors import CPU
 from orchestrator.evaluation.measurement import NEIGHBOURS, Limits
 from orchestrator.evaluation.metrics import Comparison, Rows, describe, measure
 from orchestrator.evaluation.references import Reference, open_reference
+from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.worker import SamplingWorker
 from orchestrator.pictures import grid_png
 from orchestrator.search.config import SearchConfig
@@ -205,12 +207,19 @@ class Made(NamedTuple):
     failed: str | None = None
 
 
+def sampled_by(config: SearchConfig, files: dict[str, str], weights: str) -> GenerationConfig:
+    """Return the config that loads a diffusion model and the classifier, both from the files that the search took."""
+    found = config.generation(files.get(weights, weights), config.seed)
+    return found.model_copy(update={"classifier": files.get(config.classifier or "", config.classifier)})
+
+
 def make_worker(config: SearchConfig) -> Callable[[Block], Made]:
     """A sampling worker: networks and extractor loaded once, then batches of any trial."""
+    files = noted_files(config.path(config.output))
 
     @lru_cache
     def loaded(path: str) -> SamplingWorker:
-        worker = SamplingWorker(config.generation(path, config.seed))
+        worker = SamplingWorker(sampled_by(config, files, path))
         if config.compile:
             worker.compile()
         return worker

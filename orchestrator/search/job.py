@@ -8,20 +8,29 @@ from cluster.session import session
 from cluster.tuner import run_rounds
 from cluster.workers import pool
 from orchestrator import storage
-from orchestrator.config import check_or_write_config
+from orchestrator.config import check_or_write_config, noted_files
 from orchestrator.cost import GUIDED_SAMPLING, assumed_mfu
 from orchestrator.evaluation.extractors import CPU
 from orchestrator.generation.cost import outline
 from orchestrator.generation.sampling import NUMERICS_VERSION, Networks, load_networks
 from orchestrator.search.config import Limit, SearchConfig, space_of
 from orchestrator.search.cost import SampleBudget, expected_costs
-from orchestrator.search.evaluator import evaluate, make_worker, read_outcome, record_uri, reference_of, samples_picture
+from orchestrator.search.evaluator import (
+    evaluate,
+    make_worker,
+    read_outcome,
+    record_uri,
+    reference_of,
+    sampled_by,
+    samples_picture,
+)
 from orchestrator.search.halving import Evaluation, Outcome, Rules, SuccessiveHalving
 from orchestrator.search.objectives import EVALUATIONS, Objective
 from orchestrator.search.pictures import write_pictures
 from orchestrator.search.result import conclude, summary
 from orchestrator.search.space import Proposer, Space
 from orchestrator.tracking import Tracker, tracked
+from orchestrator.weights.network import weights_file
 
 # ------------------------------------------------------------------------------------------------ in the driver
 
@@ -34,9 +43,10 @@ def search(config: SearchConfig) -> str:
         RuntimeError: no trial came to an end, or the cluster failed.
     """
     output = config.path(config.output)
-    networks = {path: load_networks(config.generation(path, config.seed), "cpu") for path in config.weights}
+    files = _files(config)
+    networks = {path: load_networks(sampled_by(config, files, path), "cpu") for path in config.weights}
     space = space_of(config, min(found.weights.diffusion.num_timesteps for found in networks.values()))
-    image_size = _check_or_write_config(config, networks)
+    image_size = _check_or_write_config(config, files, networks)
     result_uri = storage.join(output, "search.json")
     if storage.exists(result_uri):
         result = storage.read_json(result_uri)
@@ -63,7 +73,14 @@ def search(config: SearchConfig) -> str:
     return result_uri
 
 
-def _check_or_write_config(config: SearchConfig, networks: dict[str, Networks]) -> int:
+def _files(config: SearchConfig) -> dict[str, str]:
+    """Return the file of weights for each path: that of the first attempt, which config.json notes, or the newest."""
+    noted = noted_files(config.path(config.output))
+    paths = [*config.weights, *([config.classifier] if config.classifier else [])]
+    return {path: weights_file(path, config.path, noted.get(path)) for path in paths}
+
+
+def _check_or_write_config(config: SearchConfig, files: dict[str, str], networks: dict[str, Networks]) -> int:
     """Check or write the config of the output folder; return the images' size in pixels.
 
     Raises:
@@ -83,7 +100,7 @@ def _check_or_write_config(config: SearchConfig, networks: dict[str, Networks]) 
         "extractor": loaded.fingerprint,
         "numerics_version": NUMERICS_VERSION,
     }
-    check_or_write_config(config.path(config.output), config, **facts)
+    check_or_write_config(config.path(config.output), config, files, **facts)
     return size
 
 

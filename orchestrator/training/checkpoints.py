@@ -3,10 +3,10 @@
 import hashlib
 import logging
 import re
-import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import safetensors
@@ -14,12 +14,19 @@ import safetensors.torch
 from torch import Tensor
 
 from orchestrator import storage
+from orchestrator.training.config import passes
 from orchestrator.weights.network import write_tensors
 
 FORMAT_VERSION = 1
-FILE_BYTES = 1 << 30  # of a checkpoint's files: what reading holds beside the state itself
+FILE_BYTES = 256 << 20  # of a checkpoint's files: reading holds twice this beside the state itself
+
+_NAME = re.compile(r"images-(?P<position>\d{12,})/(?P<kind>commit|state)-(?P<attempt>\w+)(-\d+)?\.(json|safetensors)")
 
 log = logging.getLogger(__name__)
+
+
+class UnusableCheckpoints(ValueError):
+    """A run has checkpoints, and none of them can be used."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +41,13 @@ class Checkpoint:
 def save_checkpoint(run: str, checkpoint: Checkpoint, attempt: str = "") -> str:
     """Write `run`/checkpoints/images-N/, committed by its last object; return that object's URI.
 
-    The tensors are streamed into a few files. All names hold `attempt` (by default a fresh one), so a dying writer of
+    The tensors are written in a few files. All names hold `attempt` (by default a fresh one), so a dying writer of
     an earlier attempt cannot touch them, nor they its; only the commit object makes a checkpoint count.
     """
-    folder, attempt = _folder(run, checkpoint.position), attempt or new_attempt()
-    files = {}
-    for number, tensors in enumerate(shared_out(checkpoint.tensors, FILE_BYTES)):
+    folder, attempt, files = _folder(run, checkpoint.position), attempt or uuid.uuid4().hex[:12], {}
+    for number, tensors in enumerate(_in_parts(checkpoint.tensors, FILE_BYTES)):
         name = f"state-{attempt}-{number:03d}.safetensors"
-        files[name] = write_tensors(storage.join(folder, name), tensors, {})
+        files[name] = write_tensors(storage.join(folder, name), tensors)
     commit = {
         "format_version": FORMAT_VERSION,
         "position": checkpoint.position,
@@ -53,58 +59,67 @@ def save_checkpoint(run: str, checkpoint: Checkpoint, attempt: str = "") -> str:
     return uri
 
 
-def new_attempt() -> str:
-    """A name that no other attempt at a training has."""
-    return uuid.uuid4().hex[:12]
+def read_newest(run: str) -> Iterator[Checkpoint]:
+    """Yield the newest usable checkpoint in parts, one for each of its files; nothing if the run has no checkpoints.
 
+    A part without tensors comes first. If a file turns out to be damaged, the checkpoint before follows, again with
+    such a part at its beginning.
 
-def read_newest(run: str) -> Iterator[Checkpoint | None]:
-    """Read the latest checkpoint: None after each of its files, and at last the checkpoint, if there is one."""
+    Raises:
+        UnusableCheckpoints: there are checkpoints, but all are damaged or written in another format.
+        OSError: storage failed, so nobody can tell what is there.
+    """
+    reasons = []
     for uri in _commits(run):
-        tensors: dict[str, Tensor] = {}
         try:
             commit = _read_commit(uri)
+            yield Checkpoint(commit["position"], {}, commit["facts"])
             for name, digest in commit["files"].items():
-                tensors |= _read_tensors(storage.join(uri.rpartition("/")[0], name), digest)
-                yield None
+                tensors = _read_tensors(storage.join(uri.rpartition("/")[0], name), digest)
+                yield Checkpoint(commit["position"], tensors, commit["facts"])
+            return
         except (ValueError, KeyError, FileNotFoundError, safetensors.SafetensorError) as error:
-            log.warning("checkpoint %s is damaged (%s); using the one before", uri, error)
-            continue
-        yield Checkpoint(commit["position"], tensors, commit["facts"])
-        return
+            log.warning("checkpoint %s cannot be used (%s); trying the one before", uri, error)
+            reasons.append(f"{uri} ({error})")
+    if reasons:
+        raise UnusableCheckpoints(
+            f"{run} has checkpoints, but none can be used: {', '.join(reasons)}. Restore them, run the version of "
+            "the code that wrote them, or pass --restart-from-scratch to start at image 0"
+        )
 
 
 def prune_checkpoints(run: str, newest: int, keep: int, keep_every: int | None = None) -> None:
     """Remove what the checkpoint at `newest` images, just written by the caller, makes superfluous.
 
-    The `keep` newest stay, and those at multiples of `keep_every`. Files that no commit names are what dead attempts
-    left. A commit goes before its files, so that no committed checkpoint ever lacks one; what is beyond `newest` is
-    not touched.
+    The `keep` newest stay, and the first past each multiple of `keep_every`. Files that no commit names are what dead
+    attempts left. A commit goes before its files, so that no committed checkpoint ever lacks one. What is beyond
+    `newest`, and what is not named like a checkpoint's object, is not touched.
     """
-    folder = storage.join(run, "checkpoints")
-    names = storage.list_names(folder, recursive=True)
-    committed = {(_position(name), _attempt(name)) for name in names if _is_commit(name)}
-    positions = sorted({position for position, _ in committed if position <= newest}, reverse=True)
-    kept = set(positions[:keep]) | {position for position in positions if keep_every and position % keep_every == 0}
-    for name in sorted(names, key=_is_commit, reverse=True):
-        position = _position(name)
-        if position <= newest and not (position in kept and (position, _attempt(name)) in committed):
-            storage.delete(storage.join(folder, name))
-    for position in {_position(name) for name in names} - kept:
-        if position <= newest:
+    root = storage.join(run, "checkpoints")
+    matches = filter(None, map(_NAME.fullmatch, storage.list_names(root, recursive=True)))
+    there = [(int(found["position"]), found["kind"], found["attempt"], found[0]) for found in matches]
+    there = [found for found in there if found[0] <= newest]
+    committed = {(position, attempt) for position, kind, attempt, _ in there if kind == "commit"}
+    positions = sorted({position for position, _ in committed})
+    kept = set(positions[-keep:])
+    if keep_every:
+        kept |= {position for before, position in pairwise([0, *positions]) if passes(keep_every, before, position)}
+    for position, _, attempt, name in sorted(there, key=lambda found: found[1]):  # "commit" before "state"
+        if position not in kept or (position, attempt) not in committed:
+            storage.delete(storage.join(root, name))
+    for position in {position for position, *_ in there} - kept:
+        if not storage.list_names(_folder(run, position)):
             storage.delete(_folder(run, position) + "/")  # with what a dead attempt had only half written there
 
 
-def shared_out(tensors: dict[str, Tensor], most: int) -> Iterator[dict[str, Tensor]]:
-    """The tensors in parts of at most `most` bytes, or one tensor."""
-    part: dict[str, Tensor] = {}
-    room = most
+def _in_parts(tensors: dict[str, Tensor], most: int) -> Iterator[dict[str, Tensor]]:
+    """Yield the tensors in parts of at most `most` bytes, or one tensor."""
+    part, size = dict[str, Tensor](), 0
     for name, tensor in tensors.items():
-        if part and tensor.nbytes > room:
+        if part and size + tensor.nbytes > most:
             yield part
-            part, room = {}, most
-        part[name] = tensor
-        room -= tensor.nbytes
+            part, size = {}, 0
+        part[name], size = tensor, size + tensor.nbytes
     yield part
 
 
@@ -112,32 +127,24 @@ def _folder(run: str, position: int) -> str:
     return storage.join(run, "checkpoints", f"images-{position:012d}")
 
 
-def _commits(run: str) -> list[str]:
-    """URIs of all commit objects, those with most images first."""
-    folder = storage.join(run, "checkpoints")
-    names = [name for name in storage.list_names(folder, recursive=True) if _is_commit(name)]
-    return [storage.join(folder, name) for name in sorted(names, reverse=True)]
+def _commits(run: str) -> Iterator[str]:
+    """Yield the URIs of all commit objects, those with the most images first.
 
-
-def _is_commit(name: str) -> bool:
-    return re.fullmatch(r"images-\d+/commit-\w+\.json", name) is not None
-
-
-def _position(name: str) -> int:
-    """The images in images-N/file; those of a foreign name are beyond all others, and so left alone."""
-    found = re.match(r"images-(\d+)/(?:commit|state)-", name)
-    return int(found[1]) if found else sys.maxsize
-
-
-def _attempt(name: str) -> str:
-    """The attempt in images-N/state-ATTEMPT-000.safetensors or images-N/commit-ATTEMPT.json."""
-    return name.rpartition("/")[2].removesuffix(".json").split("-")[1]
+    Each folder is listed by itself: on a local disk a recursive listing leaves out what it cannot read.
+    """
+    root = storage.join(run, "checkpoints")
+    for folder in reversed(storage.list_names(root)):
+        for name in reversed(storage.list_names(storage.join(root, folder))):
+            if (found := _NAME.fullmatch(folder + name)) and found["kind"] == "commit":
+                yield storage.join(root, folder, name)
 
 
 def _read_commit(uri: str) -> dict[str, Any]:
     commit = storage.read_json(uri)
+    if not isinstance(commit, dict):
+        raise ValueError("it is not the commit object of a checkpoint")
     if commit["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"format_version={commit['format_version']} is not the {FORMAT_VERSION} that this code reads")
+        raise ValueError(f"format_version={commit['format_version']}; this version of the code reads {FORMAT_VERSION}")
     return commit
 
 

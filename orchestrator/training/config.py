@@ -15,6 +15,11 @@ from orchestrator.cost import CostConfig
 from orchestrator.order import OrderConfig
 
 
+def passes(every: int, before: int, position: int) -> bool:
+    """Whether `position` images, reached after `before` images, is at a mark: the first past a multiple of `every`."""
+    return position // every > before // every
+
+
 class LossScaleConfig(BaseModel, frozen=True, extra="forbid"):
     """The factor that keeps float16 gradients from vanishing, as a power of two; other dtypes go without."""
 
@@ -52,7 +57,9 @@ class TrainingConfig(JobConfig):
     max_nonfinite_steps: int = Field(20, ge=0)  # steps in a row that may be skipped for a gradient that is not finite
     checkpoint_every: int = Field(1_000_000, gt=0)  # images from one checkpoint to the next
     keep_checkpoints: int = Field(3, gt=0)  # newest checkpoints that are kept
-    keep_every: int | None = Field(None, gt=0)  # keep those at multiples of this for ever, too
+    keep_every: int | None = Field(None, gt=0)  # keep the first past each multiple of this for ever, too
+    restart_from_scratch: bool = False  # if there are checkpoints but none can be used, start at image 0: do not stop
+    takeover: bool = False  # train even if another driver holds the lease on the folder; that one stops
     snapshot_every: int | None = Field(None, gt=0)  # images from one set of weights to the next; None = at the end
     eval_every: int | None = Field(None, gt=0)  # evaluate on the validation split every N images; None = never
     eval_images: int = Field(1_000, gt=1)  # images of that split that are evaluated
@@ -67,7 +74,7 @@ class TrainingConfig(JobConfig):
     def operational(self) -> frozenset[str]:
         """What does not change the weights, the length included unless the learning rate falls towards it."""
         fields = {"checkpoint_every", "keep_checkpoints", "keep_every", "log_every", "audit_dir", "max_nonfinite_steps"}
-        fields |= {"max_failures", "preview_every", "preview"}
+        fields |= {"max_failures", "preview_every", "preview", "restart_from_scratch", "takeover"}
         if self.lr_schedule == "constant":
             fields.add("total_images")
         return frozenset(fields & type(self).model_fields.keys())
@@ -78,8 +85,8 @@ class TrainingConfig(JobConfig):
         return -(-self.total_images // self.batch_size) * self.batch_size
 
     def passes(self, every: int, position: int) -> bool:
-        """Whether the step that ended at `position` images went over a multiple of `every` images."""
-        return position // every > (position - self.batch_size) // every
+        """Whether the step that ended at `position` images is at a mark of `every` images."""
+        return passes(every, position - self.batch_size, position)
 
     def microbatch_rows(self, world_size: int) -> int:
         """Images of a forward pass: a worker's share of a step or less, with reduction=exact a stream's share."""

@@ -34,8 +34,7 @@ def begin_with(config: Config, state: TrainingState, group: Group) -> None:
         if source.diffusion != config.diffusion:
             log.warning("init_from: %s was trained for another diffusion than this one: %s", uri, source.diffusion)
     # Fresh weights are drawn alike, but not every kind of processor rounds alike.
-    device = next(state.model.parameters()).device
-    group.copy_from_first([tensor for tensor in state.tensors().values() if tensor.device == device])
+    group.copy_from_first(list(state.tensors().values()))
 
 
 def _source(uri: str, config: Config) -> Network:

@@ -28,10 +28,11 @@ from orchestrator.progress import progress_line
 from orchestrator.tracking import tracked
 from orchestrator.training.audit_log import AuditLog
 from orchestrator.training.checkpoint_writer import CheckpointWriter
-from orchestrator.training.checkpoints import Checkpoint
+from orchestrator.training.checkpoints import Checkpoint, UnusableCheckpoints
 from orchestrator.training.config import AdmConfig, Config, TrainingConfig
 from orchestrator.training.gradients import fixed_arithmetic, make_reduction
 from orchestrator.training.initial_weights import begin_with
+from orchestrator.training.lease import Lease
 from orchestrator.training.losses import Microbatch, Terms, make_losses, make_microbatches
 from orchestrator.training.meter import Meter
 from orchestrator.training.previews import previews
@@ -54,7 +55,7 @@ def train(config: Config) -> str:
 
     Raises:
         ValueError: config, dataset and output folder do not fit each other.
-        RuntimeError: the training failed.
+        RuntimeError: the training failed, or another driver trains this run.
         KeyboardInterrupt: it was asked to stop before its end; its place is kept.
     """
     run = config.path(config.output)
@@ -67,6 +68,7 @@ def train(config: Config) -> str:
         print(f"{run} is trained already: {config.total_images:,} images")
         return run
     with (
+        Lease(run, config.takeover) as lease,
         session(
             config.num_workers * (config.num_threads + CPUS_OF_DATA),
             num_gpus=config.num_workers * config.num_gpus,
@@ -97,8 +99,11 @@ def train(config: Config) -> str:
             cpus=config.num_threads,
             max_failures=config.max_failures,
             num_gpus=config.num_gpus,
+            stop=lease.is_lost,
         )
         if stopped and not storage.exists(final_weights(run, config)):
+            if lease.is_lost():
+                raise RuntimeError(f"another driver took over {run}: this one stopped, and its place is kept")
             raise KeyboardInterrupt
     print(f"{run} is trained: {config.total_images:,} images, weights in {storage.join(run, 'weights')}")
     return run
@@ -168,7 +173,7 @@ def train_loop(config: Config, context: WorkerContext) -> None:
     run = config.path(config.output)
     manifest = load_manifest(config.path(config.dataset))
     group = Group(context.rank, context.world_size)
-    state = TrainingState(config, context.device, _validation_count(config, manifest))
+    state, is_resumed = _restored(config, context, group, manifest)
 
     def after_saving(checkpoint: Checkpoint) -> None:
         context.report({"saved": checkpoint.position})
@@ -180,8 +185,9 @@ def train_loop(config: Config, context: WorkerContext) -> None:
         CheckpointWriter(run, config, after_saving) as writer,
         Watchdog(context.rank, context.report) as watchdog,
     ):
-        # Go on from the newest sound checkpoint; what a kill kept it from leaving behind is made up for.
-        if state.restore(run, group):
+        # Go on from the newest usable checkpoint; what a kill kept it from leaving behind is made up for.
+        if is_resumed:
+            state.check_finite()
             if state.position > config.length:
                 raise ValueError(
                     f"total_images={config.total_images:,}, but {run} is already at {state.position:,} images"
@@ -216,12 +222,30 @@ def train_loop(config: Config, context: WorkerContext) -> None:
             for record in _news(config, state, manifest, group, meter, validation):
                 context.report(record)
             if context.rank == 0:
-                last = stopping or state.position >= config.length
-                if last or preempted or _is_marked(config, state.position):
-                    writer.save(state, wait=last)
+                last, needed = stopping or state.position >= config.length, preempted or is_due(config, state.position)
+                if last or needed or config.passes(config.checkpoint_every, state.position):
+                    writer.save(state, needed=needed, last=last)
                 writer.poll()
             if stopping:
                 break
+
+
+def _restored(config: Config, context: WorkerContext, group: Group, manifest: Manifest) -> tuple[TrainingState, bool]:
+    """Return the state of the newest usable checkpoint and True, or a fresh state and False if there is none.
+
+    Raises:
+        UnusableCheckpoints: there are some, none can be used, and the config does not say to restart from scratch.
+    """
+    make = partial(TrainingState, config, context.device, _validation_count(config, manifest))
+    state = make()
+    try:
+        return state, state.restore(config.path(config.output), group)
+    except UnusableCheckpoints:
+        if not config.restart_from_scratch:
+            raise
+    log.warning("restart_from_scratch: none of the checkpoints can be used; the training starts at image 0")
+    del state  # partly overwritten, and there may be no memory for two
+    return make(), False
 
 
 def _news(
@@ -240,11 +264,6 @@ def _news(
         yield from validation.evaluate(state)
     if isinstance(config, AdmConfig) and config.passes(config.preview_every, state.position):
         yield from previews(config, state, manifest, group)
-
-
-def _is_marked(config: Config, position: int) -> bool:
-    """Whether a checkpoint is to be written of `position` images."""
-    return config.passes(config.checkpoint_every, position) or is_due(config, position)
 
 
 def _validation_count(config: Config, manifest: Manifest) -> int:

@@ -16,8 +16,6 @@ from orchestrator.order import Purpose, keyed_rng
 from orchestrator.training import checkpoints
 from orchestrator.training.config import Config, TrainingConfig
 
-MESSAGE_BYTES = 256 << 20  # of a restored state that travel to the other workers at once
-
 _FACTS = ("updates", "bad_steps", "log2_loss_scale", "best_validation_position", "overfits")
 
 log = logging.getLogger(__name__)
@@ -88,27 +86,35 @@ class TrainingState:
         return {name: getattr(self, name) for name in _FACTS}
 
     def restore(self, run: str, group: Group) -> bool:
-        """Take over the newest sound checkpoint of `run`, if there is one. Rank 0 reads it for all workers.
+        """Take over the newest usable checkpoint of `run`, if there is one: rank 0 reads it, file by file, for all.
 
         Raises:
+            UnusableCheckpoints: there are some, and none can be used; some tensors may be overwritten.
             ValueError: it holds other tensors than this state.
         """
-        live = self.tensors()
-        missing = set(live)
-        restored = False
-        for piece in group.from_first(_pieces(run)):
-            if isinstance(piece, checkpoints.Checkpoint):
-                self.position, restored = piece.position, True
-                for name in _FACTS:
-                    setattr(self, name, piece.facts[name])
-                for name, tensor in piece.tensors.items():
-                    if name not in live or live[name].shape != tensor.shape:
-                        raise ValueError(f"the checkpoint in {run} has {name} {tuple(tensor.shape)}: not this model's")
-                    live[name].copy_(tensor)
-                    missing.remove(name)
-        if restored and missing:
+        live, missing = self.tensors(), None
+        for part, names in group.from_first(_loaded(run, live)):
+            missing = set(live) if missing is None or not names else missing - set(names)
+            group.copy_from_first([live[name] for name in names])
+            self.position = part.position
+            for name in _FACTS:
+                setattr(self, name, part.facts[name])
+        if missing:
             raise ValueError(f"the checkpoint in {run} lacks {min(missing)}, which this model has")
-        return restored
+        return missing is not None
+
+    def check_finite(self) -> None:
+        """Check that this state may be committed.
+
+        Raises:
+            ArithmeticError: a weight, an average or the optimizer holds NaN or infinity.
+        """
+        for name, tensor in self.tensors().items():
+            if tensor is not self.best_validation and not tensor.isfinite().all():
+                raise ArithmeticError(
+                    f"{name} is not finite at {self.position:,} images, so no checkpoint or weights are written of it: "
+                    "lower learning_rate or set max_grad_norm, in another output"
+                )
 
 
 def learning_rate(config: TrainingConfig, position: int) -> float:
@@ -169,12 +175,11 @@ def _copy_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
 
 
-def _pieces(run: str) -> Iterator[checkpoints.Checkpoint | None]:
-    """The newest sound checkpoint in pieces; before it a None for each file that was read, so that those who wait
-    hear of it."""
-    for found in checkpoints.read_newest(run):
-        if found is None:
-            yield None
-            continue
-        for tensors in checkpoints.shared_out(found.tensors, MESSAGE_BYTES):
-            yield checkpoints.Checkpoint(found.position, tensors, found.facts)
+def _loaded(run: str, live: dict[str, Tensor]) -> Iterator[tuple[checkpoints.Checkpoint, list[str]]]:
+    """Read the newest usable checkpoint into the tensors `live`; yield of each part the names of its tensors."""
+    for part in checkpoints.read_newest(run):
+        for name, tensor in part.tensors.items():
+            if name not in live or live[name].shape != tensor.shape:
+                raise ValueError(f"the checkpoint in {run} has {name} {tuple(tensor.shape)}: not this model's")
+            live[name].copy_(tensor)
+        yield checkpoints.Checkpoint(part.position, {}, part.facts), list(part.tensors)

@@ -84,7 +84,7 @@ class Validation:
         """How far the loss is above its best so far; becomes the best where it is below."""
         assert state.best_validation is not None, "states of trainings with validation hold it"
         rise = losses - state.best_validation
-        if not rise.mean() > 0:
+        if rise.mean() <= 0:  # a loss that is not finite is never the best
             state.best_validation.copy_(losses)
             state.best_validation_position, state.overfits = state.position, False
             return 0.0

@@ -1,11 +1,12 @@
 """A network on disk: weights with their architecture in a safetensors header, or a released `.pt` file."""
 
 import hashlib
-import itertools
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -21,6 +22,7 @@ from orchestrator.weights.published import check_tensors, decode_state_dict, rel
 from orchestrator.weights.shapes import Shapes, num_classes_of, shapes_of, with_classes_of
 
 FORMAT_VERSION = 1
+COPY_BYTES = 16 << 20  # of a file that is being written are in memory
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def save_weights(
     classes: tuple[str, ...],
     training: dict[str, Any] | None = None,
 ) -> None:
-    """Stream a safetensors file that carries its architecture; an existing one is left as it is.
+    """Write a safetensors file that carries its architecture; an existing one is left as it is.
 
     `training` is small JSON on where the weights come from, such as the images seen.
     """
@@ -135,8 +137,7 @@ def encode_weights(
     classes: tuple[str, ...],
 ) -> bytes:
     """The bytes of such a file."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    return safetensors.torch.save(tensors, metadata=_about(architecture, diffusion, classes))
+    return safetensors.torch.save(_saveable(weights), metadata=_about(architecture, diffusion, classes))
 
 
 def _about(
@@ -171,6 +172,20 @@ def weights_about(uri: str) -> dict[str, Any]:
             raise ValueError(f"{uri} is not a weights file of Admiral's: its header has no {error}") from error
 
 
+def weights_file(path: str, locate: Callable[[str], str], noted: str | None = None, kind: str | None = None) -> str:
+    """Return the file that `path`, relative or not, names: itself, or of a training run the newest weights of `kind`.
+
+    `noted` is the file that an earlier attempt at the same job took. If it is of this run it is returned again, so that
+    weights that were written since do not change the job. `locate` makes a URI of a path.
+    """
+    if path.endswith((".pt", ".safetensors")):
+        return path
+    folder = storage.join(path, "weights")
+    if noted and noted.startswith(f"{folder}/"):
+        return noted
+    return storage.join(folder, latest_weights(locate(path), kind).rpartition("/")[2])
+
+
 def latest_weights(run: str, kind: str | None = None) -> str:
     """The URI of the newest weights of a training run; of `kind` ("ema-0.9999", "raw"), or of the last kind by name.
 
@@ -190,32 +205,23 @@ def latest_weights(run: str, kind: str | None = None) -> str:
     return storage.join(folder, kinds[kind])
 
 
-_SAFETENSORS_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-}  # fmt: skip
+def write_tensors(uri: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
+    """Write a safetensors file; return its SHA-256.
 
-
-def write_tensors(uri: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    """Stream a safetensors file, one tensor after the other; return its SHA-256.
-
-    The library's own writers take a local path or make one bytes object of everything.
+    The library writes a local temporary file straight from the tensors' memory, and that file is streamed to `uri`. So
+    a file of any size takes COPY_BYTES of memory, and as much local disk space as it has bytes.
     """
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        kind = _SAFETENSORS_NAMES[tensor.dtype]
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with storage.open_output(uri) as file:
-        part: Any  # bytes, or memory of a tensor
-        for part in itertools.chain([len(text).to_bytes(8, "little") + text], map(_raw, tensors.values())):
-            digest.update(part)
-            file.write(part)
+    with tempfile.TemporaryDirectory(prefix="admiral-") as folder:
+        local = Path(folder, "tensors.safetensors")
+        safetensors.torch.save_file(_saveable(tensors), local, metadata)
+        with local.open("rb") as file, storage.open_output(uri) as output:
+            while part := file.read(COPY_BYTES):
+                digest.update(part)
+                output.write(part)
     return digest.hexdigest()
 
 
-def _raw(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+def _saveable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors as the library takes them; those that already are so are not copied."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -106,12 +106,13 @@ def _copy(source: str, target: str, names: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_two_trainings_of_one_folder_do_no_harm(store: str, undisturbed: tuple[str, list[dict[str, Any]]]) -> None:
+def test_of_two_drivers_of_one_run_one_is_refused(store: str, undisturbed: tuple[str, list[dict[str, Any]]]) -> None:
     argv = arguments(store, "shared", 0, checkpoints=5)
     jobs = [start_job(argv) for _ in range(2)]
-    for job in jobs:
-        said, _ = job.communicate(timeout=300)
-        assert job.returncode == 0, said[-3000:]
+    said = {job.pid: job.communicate(timeout=300)[0] for job in jobs}
+    trained, refused = sorted(jobs, key=lambda job: job.returncode)
+    assert trained.returncode == 0, said[trained.pid][-3000:]
+    assert refused.returncode == 1 and f"is being trained by pid {trained.pid}" in said[refused.pid]
     config = config_of(argv)
     wanted, rows = undisturbed
     assert state_hash(config) == wanted and order_hash(consumed(config)) == order_hash(rows)

@@ -67,6 +67,7 @@ def arguments(store: str, output: str, workers: int, checkpoints: int, **changes
         "store": store, "output": output, "audit_dir": f"{output}/audit", "num_workers": workers, "reduction": "exact",
         "total_images": checkpoints * CHECKPOINT, "batch_size": BATCH, "checkpoint_every": CHECKPOINT,
         "random_flip": "", "model.dropout": 0.1, "ema_rates": "0.9 0.99", "log_every": CHECKPOINT, "max_failures": 20,
+        "snapshot_every": CHECKPOINT,  # such checkpoints are never skipped, and kills are planned at each
     }  # fmt: skip
     argv = ["digits"]
     for name, value in (settings | changes).items():

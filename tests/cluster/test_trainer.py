@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cluster.trainer import WorkerContext, _PreemptionNotice, run_workers
+from cluster.trainer import WorkerContext, _PreemptionNotice, _relayed, _tolerant, run_workers
 
 
 class Loop:
@@ -80,6 +80,88 @@ def test_deaths_without_progress_end_the_run(ray_session: None, tmp_path: Path) 
     with pytest.raises(RuntimeError, match="training failed: worker 0: "):
         run_workers(Loop(tmp_path, deaths_with_progress=0, deaths_without=9), 1, lambda record: None, max_failures=1)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+class Records:
+    """A relay without Ray, one record for each call; the second call fails."""
+
+    def __init__(self, count: int) -> None:
+        self.waiting, self.calls, self.stops, self.empty = list(range(count)), 0, 0, threading.Event()
+
+    def pull(self) -> list[dict[str, Any]]:
+        self.calls += 1
+        if self.calls == 2:
+            raise ConnectionError("the relay did not answer")
+        if self.waiting:
+            return [{"number": self.waiting.pop(0)}]
+        self.empty.set()
+        return []
+
+    def stop(self) -> None:
+        self.stops += 1
+        if self.stops == 1:
+            raise ConnectionError("the relay did not answer")
+
+
+def test_records_after_a_failed_callback_or_call_still_arrive(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("cluster.trainer.POLL_SECONDS", 0.001)
+    seen: list[int] = []
+
+    def on_record(record: dict[str, Any]) -> None:
+        seen.append(record["number"])
+        if record["number"] == 0:
+            raise KeyError("loss")
+
+    relay = Records(4)
+    with _relayed(relay, _tolerant(on_record), lambda: False):
+        assert relay.empty.wait(60), "no more records arrive"
+    assert seen == [0, 1, 2, 3]
+    assert "KeyError: 'loss'" in caplog.text and "the training goes on" in caplog.text
+
+
+def test_the_wish_to_stop_is_sent_again_if_a_call_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.trainer.POLL_SECONDS", 0.001)
+    relay = Records(2)
+    with _relayed(relay, lambda record: None, lambda: True):
+        assert relay.empty.wait(60)
+    assert relay.stops > 1
+
+
+def test_a_callback_that_fails_in_this_process_costs_one_record(caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def loop(context: WorkerContext) -> None:
+        context.report({})
+        context.report({"images": 1})
+        assert context.stopping()
+
+    def on_record(record: dict[str, Any]) -> None:
+        seen.append(record["images"])
+
+    assert run_workers(loop, 0, on_record, stop=lambda: bool(seen))
+    assert seen == [1] and "KeyError" in caplog.text
+
+
+def test_a_failed_call_does_not_cost_a_later_notice_of_preemption(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("cluster.trainer.PREEMPTION_SECONDS", 0.001)
+    answers, done = iter([None, ConnectionError("no answer"), "node a"]), threading.Event()
+
+    def get_info() -> Any:
+        answer = next(answers, done)
+        if isinstance(answer, Exception):
+            raise answer
+        if answer is done:
+            done.set()
+            threading.Event().wait()  # a barrier that nobody else reaches
+        return answer
+
+    notice = _PreemptionNotice(get_info, rank=0)
+    assert done.wait(60), "the watching thread died"
+    assert notice() and "no answer" in caplog.text
 
 
 def test_a_notice_of_preemption_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config import JobConfig, check_or_write_config
+from orchestrator.config import JobConfig, check_or_write_config, noted_files
 
 
 class Config(JobConfig):
@@ -21,6 +21,13 @@ def test_a_folder_takes_its_config_again_and_refuses_another(tmp_path: Path) -> 
         check_or_write_config(str(tmp_path), Config(seed=2), weights="abc")
     with pytest.raises(ValueError, match=r"weights: abc there, def here"):
         check_or_write_config(str(tmp_path), Config(seed=1), weights="def")
+
+
+def test_files_are_noted_once_and_not_compared(tmp_path: Path) -> None:
+    assert noted_files(str(tmp_path)) == {}
+    for newest in ("run/weights/1.safetensors", "run/weights/2.safetensors"):
+        check_or_write_config(str(tmp_path), Config(), {"run": newest}, weights="abc")
+        assert noted_files(str(tmp_path)) == {"run": "run/weights/1.safetensors"}
 
 
 def test_relative_paths_lie_under_the_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -65,3 +65,15 @@ def test_a_resumed_estimate_is_the_same(store: str) -> None:
 def test_an_impossible_depth_is_refused(store: str) -> None:
     with pytest.raises(ValueError, match="interpolation_depths has 6; the chain's indices are 0 to 5"):
         plan(config(store, "depth", interpolation_depths=(6,)))
+
+
+def test_a_newer_snapshot_between_two_attempts_changes_nothing(store: str) -> None:
+    for images in (512, 1024):
+        torch.manual_seed(images)
+        uri = storage.join(store, "run", "weights", f"images-{images:012d}-raw.safetensors")
+        save_weights(uri, UNET.build().state_dict(), UNET, DiffusionConfig(), tuple("0123456789"))
+        first = estimate(config(store, "attempts", weights="run"))
+        if images == 512:
+            value = storage.read_json(first)
+        storage.delete(first)
+    assert storage.read_json(estimate(config(store, "attempts", weights="run"))) == value

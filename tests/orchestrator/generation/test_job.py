@@ -291,3 +291,22 @@ def test_a_run_has_named_averages(store: str) -> None:
     assert hashes[None] == hashes["ema-0.9999"] != hashes["ema-0.99"]
     with pytest.raises(ValueError, match=r"has no weights 'ema-0\.5'; it has ema-0\.99, ema-0\.9999"):
         load_networks(config(store, "any", weights="run", ema="ema-0.5"), "cpu")
+
+
+def test_a_newer_snapshot_between_two_attempts_changes_nothing(store: str) -> None:
+    for seed, name in enumerate(("going/weights/images-000000000512-ema-0.9", "guide/weights/images-000000000512-raw")):
+        save_network(store, f"{name}.safetensors", CLASSIFIER if "guide" in name else UNET, seed)
+    wanted = config(store, "attempts", weights="going", classifier="guide")
+    folder = generate(wanted)
+    before = pixel_hashes(read_range(folder, 0, 21)[0])
+    for seed, name in enumerate(("going/weights/images-000000001024-ema-0.9", "guide/weights/images-000000001024-raw")):
+        save_network(store, f"{name}.safetensors", CLASSIFIER if "guide" in name else UNET, seed + 7)
+    storage.delete(storage.join(folder, "manifest.json"))
+    storage.delete(storage.join(folder, "shards", "000008-000016.parquet"))
+    assert pixel_hashes(read_range(generate(wanted), 0, 21)[0]) == before
+    record = storage.read_json(storage.join(folder, "run.json"))["record"]
+    assert record["weights"] == "going/weights/images-000000000512-ema-0.9.safetensors"
+    with pytest.raises(ValueError, match=r"weights: .* there, .* here"):
+        generate(config(store, "attempts", weights="going/weights/images-000000001024-ema-0.9.safetensors"))
+    with pytest.raises(ValueError, match=r"weights: .* there, .* here"):
+        generate(config(store, "attempts", weights="going", classifier="guide", ema="ema-0.9"))

@@ -252,3 +252,15 @@ def test_the_demo_in_small_agrees_with_the_grid_and_its_books_are_right(store: s
     wrong = results[1] | {"winner": results[1]["winner"] | {"setting": worst["setting"]}}
     assert "surely worse" in compare(demo, grid, results[0], wrong)["broken"][0]
     assert "of the grid's samples" in compare(replace(demo, share=0.01), grid, *results)["broken"][0]
+
+
+def test_a_newer_snapshot_between_two_attempts_changes_nothing(store: str) -> None:
+    save_network(store, "going/weights/images-000000000512-ema-0.9.safetensors", UNET)
+    wanted = config(store, output="attempts", weights=("going",), trials=1, num_workers=0)
+    uri = search(wanted)
+    result = storage.read_json(uri)
+    save_network(store, "going/weights/images-000000001024-ema-0.9.safetensors", UNET, seed=7)
+    for name in storage.list_names(f"{store}/attempts", recursive=True):
+        if name == "search.json" or "block-000002" in name or "n-000096" in name:
+            storage.delete(f"{store}/attempts/{name}")
+    assert storage.read_json(search(wanted)) == result

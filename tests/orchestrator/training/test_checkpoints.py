@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from fsspec.implementations.local import LocalFileSystem
 
-from orchestrator.training.checkpoints import Checkpoint, prune_checkpoints, save_checkpoint
+from orchestrator import storage
+from orchestrator.training import checkpoints
+from orchestrator.training.checkpoints import Checkpoint, UnusableCheckpoints, prune_checkpoints, save_checkpoint
 from tests.orchestrator.training.runs import newest_checkpoint
 
 
@@ -40,6 +43,35 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, damage: str)
         commit.unlink()
     found = newest_checkpoint(str(tmp_path))
     assert found is not None and found.position == 64
+
+
+@pytest.mark.parametrize("damage", ["truncated", "newer"])
+def test_checkpoints_of_which_none_can_be_used_are_not_the_same_as_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setattr(checkpoints, "FORMAT_VERSION", 2 if damage == "newer" else 1)
+    for position in (64, 128):
+        save_checkpoint(str(tmp_path), checkpoint(position))
+    monkeypatch.setattr(checkpoints, "FORMAT_VERSION", 1)
+    if damage == "truncated":
+        for path in tmp_path.rglob("state-*"):
+            path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UnusableCheckpoints, match=r"images-000000000128.*images-000000000064.*--restart-from-scratch"):
+        newest_checkpoint(str(tmp_path))
+
+
+def test_a_listing_that_fails_is_not_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = str(Path(save_checkpoint(str(tmp_path), checkpoint(64))).parent)
+    real = LocalFileSystem.ls
+
+    def ls(self: LocalFileSystem, path: str, *arguments: object, **options: object) -> list:
+        if path.rstrip("/") == folder:
+            raise PermissionError(path)
+        return real(self, path, *arguments, **options)
+
+    monkeypatch.setattr(LocalFileSystem, "ls", ls)
+    with pytest.raises(PermissionError):
+        newest_checkpoint(str(tmp_path))
 
 
 def test_a_late_writer_of_an_earlier_attempt_changes_nothing(tmp_path: Path) -> None:
@@ -98,3 +130,24 @@ def test_pruning_keeps_the_newest_and_the_marked_and_clears_up_after_the_dead(tm
     assert folders == {name.split("/")[0] for name in wanted}, "empty folders go too"
     found = newest_checkpoint(run)
     assert found is not None and found.position == 384
+
+
+def test_the_first_checkpoint_past_each_mark_stays(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    for position in (64, 512, 576, 1024, 1088, 1536):  # batches of 64; every 500 images and at two stops
+        save_checkpoint(run, checkpoint(position))
+        prune_checkpoints(run, position, keep=1, keep_every=500)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == [f"images-{position:012d}" for position in (512, 1024, 1536)]
+
+
+def test_pruning_removes_only_literal_names_of_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deleted: list[str] = []
+    monkeypatch.setattr(storage, "delete", deleted.append)
+    run, foreign = str(tmp_path / "lr[12]"), "images-000000000064/notes-of-mine.txt"
+    for position in (64, 128):
+        save_checkpoint(run, checkpoint(position), attempt="a")
+    (tmp_path / "lr[12]/checkpoints" / foreign).write_bytes(b"not ours")
+    prune_checkpoints(run, newest=128, keep=1)
+    folder = f"{run}/checkpoints/images-000000000064"
+    assert deleted == [f"{folder}/commit-a.json", f"{folder}/state-a-000.safetensors"]

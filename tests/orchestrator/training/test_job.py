@@ -1,9 +1,12 @@
 """Training in this process: resumes are exact, bad gradients are bounded, schedules count images."""
 
 import errno
+import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -19,7 +22,10 @@ from orchestrator.data.config import PrepareConfig
 from orchestrator.data.dataset import load_manifest
 from orchestrator.data.job import prepare
 from orchestrator.order import OrderConfig
+from orchestrator.training import checkpoint_writer, checkpoints
 from orchestrator.training.averages import average
+from orchestrator.training.checkpoint_writer import CheckpointWriter
+from orchestrator.training.checkpoints import UnusableCheckpoints
 from orchestrator.training.config import AdmConfig, AverageConfig, LossScaleConfig, NoisyClassifierConfig
 from orchestrator.training.gradients import _dropout_seed
 from orchestrator.training.initial_weights import begin_with
@@ -76,6 +82,13 @@ def final_state(config: AdmConfig) -> dict[str, torch.Tensor]:
     found = newest_checkpoint(config.path(config.output))
     assert found is not None and found.position == config.total_images
     return found.tensors
+
+
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every checkpoint wait for the one before it, so that steps of milliseconds skip none."""
+    save = CheckpointWriter.save
+    monkeypatch.setattr(CheckpointWriter, "save", lambda self, state, needed, last: save(self, state, True, last))
 
 
 def test_a_stopped_and_resumed_training_ends_with_the_same_bits(store: str) -> None:
@@ -258,7 +271,7 @@ def test_the_loss_scale_backs_off_to_its_floor_and_is_kept(store: str, monkeypat
     assert found.facts["bad_steps"] == 0 and found.facts["updates"] == 2
 
 
-def test_old_checkpoints_go_and_snapshots_stay(store: str) -> None:
+def test_old_checkpoints_go_and_snapshots_stay(store: str, unhurried: None) -> None:
     config = adm(store, "kept", checkpoint_every=16, keep_checkpoints=2, keep_every=32, snapshot_every=48)
     train_loop(config, context())
     run = config.path(config.output)
@@ -280,7 +293,7 @@ def test_a_notice_of_preemption_is_answered_with_a_checkpoint(store: str) -> Non
 
 
 def test_a_full_disk_costs_checkpoints_not_the_training(
-    store: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    store: str, unhurried: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = adm(store, "full", total_images=128, checkpoint_every=32)
     real = storage.open_output
@@ -301,6 +314,97 @@ def test_a_full_disk_costs_checkpoints_not_the_training(
     monkeypatch.setattr(storage, "open_output", lambda uri: full(uri.replace(uri, "images-000000000064")))
     with pytest.raises(RuntimeError, match=r"could not be written: .*No space left"):
         train_loop(adm(store, "fuller", total_images=128, checkpoint_every=32), context())
+
+
+def test_a_checkpoint_that_comes_due_while_one_is_written_is_skipped(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = adm(store, "skipped", checkpoint_every=16, total_images=64)
+    monkeypatch.setattr(checkpoint_writer, "PATIENCE_SECONDS", 1e9)
+    save, warning, skipped = checkpoints.save_checkpoint, checkpoint_writer.log.warning, list[int]()
+    enough = threading.Event()
+
+    def slow(run: str, found: checkpoints.Checkpoint) -> str:
+        assert found.position > 16 or enough.wait(60), "the first one is written until two others were skipped"
+        return save(run, found)
+
+    def warn(message: str, *arguments: int) -> None:
+        warning(message, *arguments)
+        if message.startswith("no checkpoint at"):
+            skipped.append(arguments[0])
+            if len(skipped) == 2:
+                enough.set()
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", slow)
+    monkeypatch.setattr(checkpoint_writer.log, "warning", warn)
+    train_loop(config, context())
+    assert skipped == [32, 48] and final_state(config)
+
+
+def test_old_checkpoints_that_cannot_be_removed_stay_and_the_training_goes_on(
+    store: str, unhurried: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(uri: str) -> None:
+        raise PermissionError(errno.EACCES, "cannot delete: access denied", uri)
+
+    monkeypatch.setattr(storage, "delete", refuse)
+    config = adm(store, "undeletable", checkpoint_every=16, keep_checkpoints=1)
+    train(config)
+    assert final_state(config)
+    assert len(storage.list_names(storage.join(config.path("undeletable"), "checkpoints"))) == 6
+    assert "old checkpoints" in caplog.text and "access denied" in caplog.text
+    assert "could not be written" not in caplog.text
+
+
+@pytest.mark.parametrize("total_images", [16, 96])
+def test_nothing_that_is_not_finite_is_committed(store: str, total_images: int) -> None:
+    config = adm(store, f"infinite-{total_images}", learning_rate=float("inf"), total_images=total_images)
+    with pytest.raises(RuntimeError, match=r"is not finite at (16|32) images"):
+        train(config)
+    names = storage.list_names(config.path(config.output), recursive=True)
+    assert not [name for name in names if name.endswith(".safetensors") or "commit" in name]
+
+
+def test_weights_are_not_written_of_a_checkpoint_that_is_not_finite(store: str) -> None:
+    config = adm(store, "poisoned-checkpoint")
+    state = TrainingState(config, torch.device("cpu"))
+    state.position = config.length
+    state.averages["ema-0.9"]["out.2.bias"].fill_(torch.nan)
+    checkpoints.save_checkpoint(
+        config.path(config.output), checkpoints.Checkpoint(state.position, state.tensors(), state.facts())
+    )
+    with pytest.raises(RuntimeError, match=r"ema-0\.9\.out\.2\.bias is not finite at 96 images"):
+        train(config)
+    assert not storage.list_names(storage.join(config.path(config.output), "weights"))
+
+
+def test_a_run_without_a_usable_checkpoint_stops_unless_told_to_restart(store: str) -> None:
+    whole, config = adm(store, "undamaged"), adm(store, "damaged")
+    train_loop(whole, context())
+    train_loop(config, context(stop_after=3))
+    for path in Path(config.path(config.output)).rglob("state-*"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UnusableCheckpoints, match="--restart-from-scratch"):
+        train_loop(config, context())
+    train_loop(config.model_copy(update={"restart_from_scratch": True}), context())
+    for name, tensor in final_state(whole).items():
+        assert torch.equal(tensor, final_state(config)[name]), f"{name} did not start afresh"
+
+
+def test_a_restart_from_scratch_undoes_what_a_half_read_checkpoint_left(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "FILE_BYTES", 10_000)
+    whole, config = adm(store, "all-files"), adm(store, "last-file")
+    train_loop(whole, context())
+    train_loop(config, context(stop_after=3))
+    *_, last = sorted(Path(config.path(config.output)).rglob("state-*"))
+    last.unlink()
+    for path in Path(config.path(config.output)).rglob("images-000000000032"):
+        shutil.rmtree(path)
+    train_loop(config.model_copy(update={"restart_from_scratch": True}), context())
+    for name, tensor in final_state(whole).items():
+        assert torch.equal(tensor, final_state(config)[name]), f"{name} was left by the damaged checkpoint"
 
 
 def test_a_training_starts_from_other_weights_and_says_what_it_makes_anew(

@@ -1,0 +1,144 @@
+"""The lease on a training's folder: one driver trains a run at a time.
+
+The holder is the driver whose object has the highest number in RUN/lease/. A number is taken with put_if_absent, so
+only one of several drivers gets it, and nobody writes another driver's object. The holder writes its own object anew
+every RENEW_SECONDS until it is done. It stops if it finds a higher number, or that its own object was removed.
+
+The clocks of machines are not compared, and the times that a storage keeps are not read, because not every storage has
+them. Instead another driver watches the holder's object. If the object changes, the holder lives. If it does not change
+for EXPIRE_SECONDS, the lease has expired. If the holder ran on the same machine and its process has ended, nothing is
+waited for, so that a killed driver can be started again at once.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any, Self
+
+from orchestrator import storage
+
+RENEW_SECONDS = 30.0
+EXPIRE_SECONDS = 120.0
+WATCH_SECONDS = 5.0  # between two looks at a holder's object
+
+log = logging.getLogger(__name__)
+
+
+class Lease:
+    """Holds the lease on a run's folder while inside; `is_lost` once another driver took it over.
+
+    Raises:
+        RuntimeError: another driver holds it, and `takeover` is not set.
+    """
+
+    def __init__(self, run: str, takeover: bool = False) -> None:
+        self._run, self._folder, self._takeover = run, storage.join(run, "lease"), takeover
+        self._over, self._lost, self._begun = threading.Event(), threading.Event(), time.monotonic()
+        self._thread = threading.Thread(target=self._keep_renewing, name="lease", daemon=True)
+
+    def __enter__(self) -> Self:
+        while True:
+            newest = max(self._names(), default="")
+            if newest and not self._takeover:
+                self._await_end_of(newest)
+            self._name = f"{int(newest.removesuffix('.json') or 0) + 1:06d}.json"
+            if storage.put_if_absent(self._uri(self._name), self._content()):
+                break
+        for name in self._names():
+            if name < self._name:
+                self._remove(name)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._remove(self._name)
+
+    def is_lost(self) -> bool:
+        """Return whether another driver took the lease over."""
+        return self._lost.is_set()
+
+    def _keep_renewing(self) -> None:
+        while not self._over.wait(RENEW_SECONDS):
+            try:
+                if self._names()[-1:] != [self._name]:
+                    log.warning("another driver took over %s: this one stops at its next step", self._run)
+                    self._lost.set()
+                    return
+                storage.write_bytes(self._uri(self._name), self._content())
+            except Exception as error:  # noqa: BLE001 - one failed renewal must not cost the later ones
+                log.warning("the lease on %s could not be renewed; the training goes on: %s", self._run, error)
+
+    def _names(self) -> list[str]:
+        return [name for name in storage.list_names(self._folder) if re.fullmatch(r"\d{6}\.json", name)]
+
+    def _uri(self, name: str) -> str:
+        return storage.join(self._folder, name)
+
+    def _remove(self, name: str) -> None:
+        """Remove a driver's object, or make it say that the lease is released if this driver may not delete."""
+        try:
+            storage.delete(self._uri(name))
+        except OSError as error:
+            log.warning("the lease on %s is released, but its object could not be removed: %s", self._run, error)
+            with contextlib.suppress(OSError):
+                storage.write_bytes(self._uri(name), storage.json_bytes(None))
+
+    def _content(self) -> bytes:
+        pid, held = os.getpid(), time.monotonic() - self._begun
+        holder = {"host": socket.gethostname(), "pid": pid, "machine": _machine(), "process": _process(pid)}
+        return storage.json_bytes(holder | {"held_seconds": round(held, 3)})
+
+    def _await_end_of(self, name: str) -> None:
+        """Return when the holder with this object has ended or its lease has expired; RuntimeError if it lives."""
+        try:
+            seen = storage.read_bytes(self._uri(name))
+            if not (holder := json.loads(seen)):
+                return  # released
+            if holder["machine"] and holder["machine"] == _machine():
+                if holder["process"] == _process(holder["pid"]):
+                    raise _refusal(self._run, holder)
+                return
+            log.warning(
+                "pid %s on %s has the lease on %s; waiting up to %g s to see whether it still runs",
+                holder["pid"], holder["host"], self._run, EXPIRE_SECONDS,
+            )  # fmt: skip
+            deadline = time.monotonic() + EXPIRE_SECONDS
+            while time.monotonic() < deadline:
+                time.sleep(WATCH_SECONDS)
+                if (now := storage.read_bytes(self._uri(name))) != seen:
+                    raise _refusal(self._run, json.loads(now) or holder)
+        except FileNotFoundError:
+            return  # released
+
+
+def _refusal(run: str, holder: dict[str, Any]) -> RuntimeError:
+    return RuntimeError(
+        f"{run} is being trained by pid {holder['pid']} on {holder['host']}, which had held it for "
+        f"{holder['held_seconds']:,.0f} s when it last renewed its lease: wait for it, stop it, or pass --takeover"
+    )
+
+
+def _machine() -> str:
+    """Return what only processes have in common that see each other's pids; empty if that cannot be known here."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"  # containers may share a host's name, not its pids
+    except OSError:
+        return ""
+
+
+def _process(pid: int) -> str:
+    """Return when a process of this machine started, in the kernel's ticks; empty if it has ended."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if state in "ZX" else fields[18]  # another process may have been given the pid since

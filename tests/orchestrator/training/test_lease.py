@@ -1,0 +1,185 @@
+"""One driver trains a run: a living one is not disturbed, a dead one is not waited for longer than need be."""
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.trainer import WorkerContext
+from orchestrator import storage
+from orchestrator.data.job import prepare
+from orchestrator.training import job, lease
+from orchestrator.training.config import AdmConfig
+from orchestrator.training.job import train
+from orchestrator.training.lease import Lease
+from tests.orchestrator.digits import digits
+from tests.orchestrator.training.test_exactness import config_of
+
+
+def write_holder(run: Path, number: int = 1, **changes: Any) -> Path:
+    """Write the lease of another driver, by default one on another machine, and return its object."""
+    holder = {"host": "node7", "pid": 4242, "machine": "elsewhere", "process": "1", "held_seconds": 77.0} | changes
+    path = run / f"lease/{number:06d}.json"
+    storage.write_json(str(path), holder)
+    return path
+
+
+@pytest.fixture
+def never_expires(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a test hang rather than pass if it waits until a lease expires."""
+    monkeypatch.setattr(lease, "EXPIRE_SECONDS", 1e9)
+
+
+def test_a_second_driver_is_refused_with_the_holders_host_pid_and_age(tmp_path: Path, never_expires: None) -> None:
+    with Lease(str(tmp_path)) as first:
+        with pytest.raises(RuntimeError, match=rf"by pid {os.getpid()} on \S+, .*held it for \d+ s.*--takeover"):
+            Lease(str(tmp_path)).__enter__()
+        assert not first.is_lost()
+    with Lease(str(tmp_path)):
+        pass
+    assert not storage.list_names(str(tmp_path / "lease")), "it is released"
+
+
+def test_a_holder_on_another_machine_lives_if_its_object_changes(
+    tmp_path: Path, never_expires: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "WATCH_SECONDS", 0.001)
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.001)
+    machines = threading.local()
+    monkeypatch.setattr(lease, "_machine", lambda: getattr(machines, "name", "elsewhere"))
+    with Lease(str(tmp_path)):
+        machines.name = "here"  # of this thread; the holder's own thread stays elsewhere
+        with pytest.raises(RuntimeError, match=rf"by pid {os.getpid()} "):
+            Lease(str(tmp_path)).__enter__()
+
+
+def test_a_lease_that_nobody_renews_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "WATCH_SECONDS", 0.001)
+    monkeypatch.setattr(lease, "EXPIRE_SECONDS", 0.01)
+    write_holder(tmp_path)
+    with Lease(str(tmp_path)):
+        assert storage.list_names(str(tmp_path / "lease")) == ["000002.json"]
+
+
+def test_a_lease_that_is_released_is_not_waited_for(
+    tmp_path: Path, never_expires: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_holder(tmp_path)
+    monkeypatch.setattr(lease.time, "sleep", lambda seconds: path.unlink())
+    with Lease(str(tmp_path)):
+        pass
+
+
+@pytest.mark.parametrize("reaped", [True, False])
+def test_a_killed_holder_on_this_machine_is_not_waited_for(tmp_path: Path, never_expires: None, reaped: bool) -> None:
+    child = subprocess.Popen(["sleep", "1000"])
+    write_holder(tmp_path, machine=lease._machine(), pid=child.pid, process=lease._process(child.pid))
+    with pytest.raises(RuntimeError, match=f"by pid {child.pid} on node7"):
+        Lease(str(tmp_path)).__enter__()
+    child.kill()
+    if reaped:
+        child.wait()
+    else:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+    with Lease(str(tmp_path)):
+        pass
+    child.wait()
+
+
+def test_a_pid_that_was_given_to_another_process_is_not_the_holder(tmp_path: Path, never_expires: None) -> None:
+    write_holder(tmp_path, machine=lease._machine(), pid=os.getpid(), process="1")
+    with Lease(str(tmp_path)):
+        pass
+
+
+def test_a_takeover_stops_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.001)
+    with Lease(str(tmp_path)) as first, Lease(str(tmp_path), takeover=True) as second:
+        assert first._lost.wait(60) and not second.is_lost()
+    assert not storage.list_names(str(tmp_path / "lease"))
+
+
+def test_a_renewal_that_fails_does_not_cost_later_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.001)
+    real, calls, renewed = storage.write_bytes, iter(range(10**9)), threading.Event()
+
+    def write_bytes(uri: str, data: bytes) -> None:
+        if next(calls) == 0:
+            raise OSError("storage is away")
+        real(uri, data)
+        renewed.set()
+
+    monkeypatch.setattr(storage, "write_bytes", write_bytes)
+    with Lease(str(tmp_path)) as held:
+        assert renewed.wait(60) and not held.is_lost()
+
+
+def test_a_driver_that_may_not_delete_releases_its_lease(
+    tmp_path: Path, never_expires: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(uri: str) -> None:
+        raise PermissionError(uri)
+
+    monkeypatch.setattr(storage, "delete", refuse)
+    for _ in range(3):
+        with Lease(str(tmp_path)):
+            pass
+
+
+# ------------------------------------------------------------------------------------------------ in a training
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("store"))
+    prepare(digits(folder))
+    return folder
+
+
+@pytest.fixture
+def stops(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Trainings whose worker does nothing but send its driver SIGTERM, or lose the lease to another driver."""
+    asked: list[bool] = []
+
+    def loop(config: AdmConfig, context: WorkerContext) -> None:
+        if config.takeover:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            write_holder(Path(config.path(config.output)), number=7)
+        while not context.stopping():
+            threading.Event().wait(0.01)
+        asked.append(True)
+
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.001)
+    monkeypatch.setattr(job, "train_loop", loop)
+    yield asked
+
+
+def test_a_second_training_of_a_run_is_refused_or_takes_over(store: str, never_expires: None) -> None:
+    config = config_of(store, "twice", total_images=16, num_workers=0)
+    with Lease(config.path("twice")) as held:
+        with pytest.raises(RuntimeError, match=f"by pid {os.getpid()} on"):
+            train(config)
+        held._over.set()  # as if it were stopped meanwhile
+        train(config.model_copy(update={"takeover": True}))
+    assert train(config), "finished runs need no lease"
+
+
+def test_sigterm_releases_the_lease(store: str, stops: list[bool]) -> None:
+    config = config_of(store, "stopped", num_workers=0, takeover=True)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    assert stops and not storage.list_names(storage.join(config.path("stopped"), "lease"))
+
+
+def test_a_training_that_lost_its_lease_stops(store: str, stops: list[bool]) -> None:
+    config = config_of(store, "lost", num_workers=0)
+    with pytest.raises(RuntimeError, match="another driver took over"):
+        train(config)
+    (left,) = Path(config.path("lost"), "lease").iterdir()
+    assert stops and left.name == "000007.json" and storage.read_json(str(left))["host"] == "node7"
