@@ -336,7 +336,7 @@ def claim(folder: str, count: int) -> bool:
     """Whether this actor is one of the first `count` that asked, and so stays sick however often it is restarted."""
     import ray
 
-    me = ray.get_runtime_context().get_actor_id()
+    me = str(ray.get_runtime_context().get_actor_id())
     for number in range(count):
         file = Path(folder, f"sick{number}")
         try:

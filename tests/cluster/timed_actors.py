@@ -89,6 +89,8 @@ class TimedActor:
         self.is_there = _Call(lambda: clock.after(start, node))
         self.ready = _Call(lambda deadline: clock.after(0.0, ready() if callable(ready) else ready))
 
+        self._running: Future | None = None
+
         def work(item: Any, deadline: float) -> Future:
             self.worked.append(item)
             took = seconds(item)
@@ -102,5 +104,4 @@ class TimedActor:
             if self._running is not None and not self._running.done():
                 self._running.set_exception(ActorUnavailableError("killed", b""))
 
-        self._running: Future | None = None
         self.work, self.kill = _Call(work), kill
