@@ -148,7 +148,7 @@ def make_breaking_worker(folder: str, config: SearchConfig) -> Callable[[evaluat
             raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
         return real(*arguments)
 
-    evaluator.make_block = make_block
+    evaluator.make_block = make_block  # type: ignore[assignment]
     work = evaluator.make_worker(config)
 
     def work_and_restore(block: evaluator.Block) -> evaluator.Made:
