@@ -152,6 +152,8 @@ def is_refused(error: Exception, opening: bool) -> bool:
 
 def reason(error: Exception) -> str:
     """Return the first line of an error, without secrets."""
+    if isinstance(error, OSError) and error.strerror:
+        return redact(f"{error.filename}: {error.strerror}")
     return redact((str(error) or type(error).__name__).strip().splitlines()[0])[:400]
 
 

@@ -75,8 +75,8 @@ def _secret_values() -> Iterator[str]:
     """Yield the values that must not be seen, in each form in which they may be written."""
     for name, value in os.environ.items():
         found = [value] if name in SECRETS or _NAMES.search(name) else []
-        if "://" in value and "@" in value:
-            user, _, password = value.split("://", 1)[1].rpartition("@")[0].partition(":")
+        if address := re.match(r"[\w+.-]+://([^/\s]*)@", value):
+            user, _, password = address[1].partition(":")
             found += [f"{user}:{password}", password or user]
         for secret in found:
             for form in {secret, unquote(secret), quote(secret, safe=""), json.dumps(secret)[1:-1]}:
