@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
+from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel
 
 from orchestrator.config import experiment_name
@@ -31,7 +32,7 @@ UNKNOWN_WORDS = re.compile("MLFLOW_ALLOW_FILE_STORE|unsupported URI|Can't load p
 REFUSED_WORDS = re.compile(
     "unable to open database file|readonly database|not in a valid JSON format|CERTIFICATE_VERIFY_FAILED"
 )
-PROGRAMMING_ERRORS = (TypeError, AttributeError, LookupError, ImportError, NameError)
+PROGRAMMING_ERRORS = (TypeError, AttributeError, LookupError, ImportError, NameError, UnidentifiedImageError)
 FILE_ERRORS = (FileNotFoundError, NotADirectoryError, PermissionError)  # of the folder of a SQLite file
 
 
@@ -59,11 +60,15 @@ class MlflowRun:
         _prepare_mlflow(self._uri)
         from mlflow import MlflowClient
         from mlflow.tracking.context.registry import resolve_tags
+        from mlflow.utils.git_utils import get_git_commit
 
         client = MlflowClient(self._uri)
         experiment = _experiment(client, self._uri)
-        # The author, the source and the commit, as `mlflow.start_run` finds them.
-        tags = resolve_tags({"mlflow.note.content": description(self._job, self._output, "", [])})
+        # The author and the source as `mlflow.start_run` finds them, and the commit of this checkout.
+        tags = {"mlflow.note.content": description(self._job, self._output, "", [])}
+        if commit := get_git_commit(__file__):
+            tags["mlflow.source.git.commit"] = commit
+        tags = resolve_tags(tags)
         name = f"{self._job} {'/'.join(self._output.rstrip('/').split('/')[-2:])}"
         run = _run_of(client, experiment, f"{self._job} {self._output}", name, tags)
         client.update_run(run, status="RUNNING")
@@ -235,8 +240,6 @@ def _artifact_root(uri: str) -> str | None:
 
 
 def _log_picture(client: Any, run: str, name: str, png: bytes) -> None:
-    from PIL import Image
-
     client.log_image(run, Image.open(io.BytesIO(png)), artifact_file=name)
 
 

@@ -159,6 +159,7 @@ def open_output(uri: str) -> Iterator[BinaryIO]:
         file.close()
         _attempt("write", uri, _commit, fs, path, file)
     except BaseException:
+        file.closed = True  # else its finalizer would flush it again, whenever it is collected, and fail
         try:
             file.discard()
         except (OSError, botocore.exceptions.BotoCoreError) as error:

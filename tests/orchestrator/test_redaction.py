@@ -85,5 +85,7 @@ def test_log_lines(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFix
 
 
 def test_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redaction.sys, "argv", ["jobs/x.py", "digits", "--store", "s3://u:canary@host/it's", "--seed", "1"])
+    monkeypatch.setattr(
+        redaction.sys, "argv", ["jobs/x.py", "digits", "--store", "s3://u:canary@host/it's", "--seed", "1"]
+    )
     assert redaction.command() == """python jobs/x.py digits --store 's3://***@host/it'"'"'s' --seed 1"""
