@@ -21,7 +21,10 @@ BATCH_PARAMETERS = 100  # likewise
 LONGEST_PARAMETER = 6_000  # characters; MLflow takes no longer ones
 CURSOR = "admiral.records"  # tag: time of the first record of metrics.jsonl, and how many of its records MLflow has
 IDENTITY = "admiral.identity"  # tag by which a job finds its run again
-KIND = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow 3 may open the experiment as traces
+# MLflow 3 shows an experiment as traces of language models, unless a browser comes by such a link, came by one before,
+# or follows the list of experiments to one with this tag.
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+VIEW = "?workflowType=machine_learning"
 REFUSED_RECORD = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE"}  # codes: the same record fails again
 REFUSED_RECORD |= {"RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
 DENIED = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}
@@ -48,7 +51,7 @@ class MlflowRun:
 
     def __init__(self, uri: str, job: str, output: str) -> None:
         self.where = f"MLflow at {redact(uri)}"
-        self.id = ""
+        self.id = self._experiment = ""
         self._uri, self._job, self._output = uri, job, output
         self._client: Any = None
         self._pictures: dict[str, str] = {}  # the latest of each folder: what the run's page opens with
@@ -70,12 +73,18 @@ class MlflowRun:
             tags["mlflow.source.git.commit"] = commit
         tags = resolve_tags(tags)
         name = f"{self._job} {'/'.join(self._output.rstrip('/').split('/')[-2:])}"
-        run = _run_of(client, experiment, f"{self._job} {self._output}", name, tags)
+        run = _run_of(client, experiment.experiment_id, f"{self._job} {self._output}", name, tags)
         client.update_run(run, status="RUNNING")
         client.set_tag(run, "admiral.command", command())
         if config is not None:  # MLflow keeps them as they were when the run began
             _log_parameters(client, run, dict(_leaves(config.model_dump(mode="json"))))
-        self._client, self.id = client, run
+        self._client, self.id, self._experiment = client, run, experiment.experiment_id
+
+    @property
+    def page(self) -> str:
+        """The address of the run's page on a server; "" where there is none."""
+        server = re.sub("(://)[^/]*@", r"\1", self._uri).rstrip("/")
+        return f"{server}/#/experiments/{self._experiment}/runs/{self.id}{VIEW}" if self._uri.startswith("http") else ""
 
     def records_sent(self, first: Record) -> int:
         """Return how many records of the file that begins with `first` the server has."""
@@ -127,9 +136,8 @@ class MlflowRun:
         """Return the child run of this name, made if need be."""
         with self._lock:
             if name not in self._children:
-                experiment = self._client.get_experiment(self._client.get_run(self.id).info.experiment_id)
                 tags = {"mlflow.parentRunId": self.id}
-                self._children[name] = _run_of(self._client, experiment, f"{self.id} {name}", name, tags)
+                self._children[name] = _run_of(self._client, self._experiment, f"{self.id} {name}", name, tags)
             return self._children[name]
 
 
@@ -200,15 +208,14 @@ def _experiment(client: Any, uri: str) -> Any:
     return found
 
 
-def _run_of(client: Any, experiment: Any, identity: str, name: str, tags: dict[str, str]) -> str:
+def _run_of(client: Any, experiment: str, identity: str, name: str, tags: dict[str, str]) -> str:
     """Return the run of this identity, from an earlier attempt or made now: an answer may have been lost."""
     # MLflow's filters know no escapes, so that quotes are percent-encoded in the tag.
     identity = re.sub(r"[\"'`\\%\x00-\x1f]", lambda found: quote(found[0]), redact_patterns(identity))
-    number = experiment.experiment_id
-    if found := client.search_runs([number], f"tags.`{IDENTITY}` = '{identity}'", max_results=1):
+    if found := client.search_runs([experiment], f"tags.`{IDENTITY}` = '{identity}'", max_results=1):
         return found[0].info.run_id
     tags = {key: redact(value) for key, value in tags.items()} | {IDENTITY: identity}
-    return client.create_run(number, run_name=redact_patterns(name), tags=tags).info.run_id
+    return client.create_run(experiment, run_name=redact_patterns(name), tags=tags).info.run_id
 
 
 def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
@@ -246,6 +253,7 @@ def _log_picture(client: Any, run: str, name: str, png: bytes) -> None:
 def _prepare_mlflow(uri: str) -> None:
     """Silence MLflow, and leave all retries to the caller."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it may hold a password
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # blind ones would make a second run where an answer was lost
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     for name in ("alembic", "mlflow", "mlflow.store.db.utils", "urllib3.connectionpool"):

@@ -123,15 +123,17 @@ class Tracker:
             time.sleep(0.02)
         self._abandoned.set()
         if self._uri:
-            self._warn()
+            self._conclude()
         sent = storage.join(self._output, SENT)
         if self.unsent:
             storage.delete(sent)
         elif self._log.count and status == "FINISHED" and not self._refused:
             storage.write_json(sent, {"mlflow": redact_patterns(self._uri), "run": self._mlflow.id})
 
-    def _warn(self) -> None:
-        """Say what MLflow does not have in the end."""
+    def _conclude(self) -> None:
+        """Say where the run is, and what MLflow does not have in the end."""
+        if self._mlflow.id and self._mlflow.page:
+            print(f"MLflow:     {self._mlflow.page}")
         if self.unsent:
             place = storage.join(self._output, metrics_log.NAME)
             words = "%d records are in %s and not in %s; the same command sends them once it answers"

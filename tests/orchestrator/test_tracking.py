@@ -405,6 +405,17 @@ def test_nothing_is_stored_twice_where_answers_are_lost(proxy: Proxy, tmp_path: 
     assert {name: data.params["scale"] for name, data in children.items()} == {"trial 1": "1.0", "trial 2": "2.0"}
 
 
+def test_the_last_line_is_a_link_without_password(
+    mlflow_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.replace("://", "://someone:canary@"))
+    with tracked("train", JobConfig(store=str(tmp_path)), f"{tmp_path}/run"):
+        pass
+    said = capfd.readouterr()
+    assert re.search(rf"{mlflow_server}/#/experiments/\d+/runs/\w+\?workflowType=machine_learning", said.out)
+    assert "canary" not in said.out + said.err
+
+
 @pytest.mark.slow
 def test_a_server_that_is_killed_and_comes_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     port = free_port()
