@@ -133,7 +133,7 @@ class Tracker:
     def _conclude(self) -> None:
         """Say where the run is, and what MLflow does not have in the end."""
         if self._mlflow.id and self._mlflow.page:
-            print(f"MLflow:     {self._mlflow.page}")
+            print(f"View run: {self._mlflow.page}")
         if self.unsent:
             place = storage.join(self._output, metrics_log.NAME)
             words = "%d records are in %s and not in %s; the same command sends them once it answers"

@@ -16,7 +16,7 @@ def records(count: int, first: int = 0) -> list[Record]:
 
 
 def read_all(numbers: MetricsLog) -> list[Record]:
-    found, position = [], Position()
+    found, position = list[Record](), Position()
     while (some := numbers.read(position))[0]:
         found, position = found + some[0], some[1]
     return found
