@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 
 from cluster.session import is_submitted
 from orchestrator import storage
+from orchestrator.redaction import redact_tree
 
 # What presets of the same names are in every job.
 DIGITS = "the quickstart's 1,797 scanned digits, small enough for two cores"
@@ -18,6 +19,7 @@ class JobConfig(BaseModel, frozen=True, extra="forbid"):
     store: str = Field(
         default_factory=lambda: os.environ.get("ADMIRAL_STORE", "runs")
     )  # folder or URI under which all relative paths of this job lie; the environment's ADMIRAL_STORE, else runs
+    tracking: bool = True  # send numbers and artefacts to MLflow; without it they lie in the output folder only
     dry_run: bool = False  # print the resolved config and what would be read and written, then stop
 
     @property
@@ -46,9 +48,14 @@ class JobConfig(BaseModel, frozen=True, extra="forbid"):
         return storage.join(storage.resolve(self.store), path)
 
     @property
-    def shared(self) -> tuple[str, str]:
-        """The URIs that all nodes of a cluster must see alike: the store and the tracking server."""
-        return self.path(""), tracking_uri(self)
+    def shared(self) -> tuple[str, ...]:
+        """The URIs that all nodes of a cluster must see alike: the store and, where it is used, the tracking server."""
+        return self.path(""), *([tracking_uri(self)] if self.tracking else [])
+
+
+def experiment_name() -> str:
+    """Return the MLflow experiment of all jobs: MLFLOW_EXPERIMENT_NAME, else admiral."""
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or "admiral"
 
 
 def tracking_uri(config: JobConfig) -> str:
@@ -61,7 +68,9 @@ def tracking_uri(config: JobConfig) -> str:
     if not given:
         root = config.path("")
         if "://" in root:
-            raise ValueError(f"store={config.store} is not a local folder, so MLFLOW_TRACKING_URI must be set")
+            raise ValueError(
+                f"store={config.store} is not a local folder, so MLFLOW_TRACKING_URI must be set, or pass --no-tracking"
+            )
         os.makedirs(root, exist_ok=True)
         return f"sqlite:///{os.path.join(root, 'mlflow.db')}"
     if is_submitted() and given.startswith("sqlite:///") and not given.startswith("sqlite:////"):
@@ -73,7 +82,7 @@ def tracking_uri(config: JobConfig) -> str:
 
 
 # Where results lie, and how many workers make them, does not change them.
-OPERATIONAL = {"store", "dry_run", "output", "num_workers", "cost"}
+OPERATIONAL = {"store", "dry_run", "tracking", "output", "num_workers", "cost"}
 
 
 def check_or_write_config(folder: str, config: JobConfig, files: dict[str, str] | None = None, **facts: Any) -> None:
@@ -85,11 +94,12 @@ def check_or_write_config(folder: str, config: JobConfig, files: dict[str, str] 
     Raises:
         ValueError: the folder was made with another config; the message names the fields that differ.
     """
-    wanted = config.model_dump(mode="json", exclude=OPERATIONAL | config.operational) | facts
+    # By patterns only: what is written must not depend on the environment of the process that compares.
+    wanted = redact_tree(config.model_dump(mode="json", exclude=OPERATIONAL | config.operational) | facts, whole=False)
     uri = storage.join(folder, "config.json")
     if storage.put_if_absent(uri, json.dumps(wanted | ({"files": files} if files else {}), indent=2).encode()):
         return
-    found = storage.read_json(uri)
+    found = redact_tree(storage.read_json(uri), whole=False)
     found.pop("files", None)
     if changes := differences(found, wanted):
         raise ValueError(

@@ -142,6 +142,7 @@ def open_output(uri: str) -> Iterator[BinaryIO]:
         else:
             attempt("write", place, file.commit)
     except BaseException:
+        file.closed = True  # else its finalizer would flush it again, whenever it is collected, and fail
         try:
             file.discard()
         except (OSError, botocore.exceptions.BotoCoreError) as error:

@@ -1,8 +1,6 @@
 """Evaluation: features block by block over a pool, then the metrics, each with its count and interval, and a page."""
 
 import importlib.metadata
-import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,7 +28,8 @@ from orchestrator.evaluation.references import (
     find_reference,
     load_reference_manifest,
 )
-from orchestrator.tracking import tracked
+from orchestrator.redaction import command, redact_tree
+from orchestrator.tracking import catch_up, tracked
 
 CLOSEST_PAIRS = 10  # samples nearest to training images, in the report and on the page
 
@@ -55,6 +54,7 @@ def evaluate(config: EvaluationConfig) -> str:
     report_uri = storage.join(output, "report.json")
     if storage.exists(report_uri):
         print(f"{output} is complete: {images.count:,} samples measured")
+        catch_up("evaluate", config, output)
         return report_uri
     with (
         session(config.num_workers, num_gpus=config.num_workers * config.num_gpus, shared=config.shared),
@@ -74,6 +74,7 @@ def evaluate(config: EvaluationConfig) -> str:
         page, pictures = evaluation_page(report, images, reference, measured, made.labels())
         tracker.metrics({name: estimate.value for name, estimate in measured.estimates.items()})
         tracker.record("report.json", report)
+        tracker.record("report.html", page)
         for name, picture in pictures.items():
             tracker.picture(f"{name}.png", picture)
     storage.write_bytes(storage.join(output, "report.html"), page.encode())
@@ -196,8 +197,8 @@ def _report(
         "closest_pairs": [] if measured.closest is None else measured.closest.first(CLOSEST_PAIRS),
         "nearest_training_image": _pixel_distances(config, images),
         "reproduce": {
-            "command": shlex.join(["python", *sys.argv]),
-            "config": config.model_dump(mode="json"),
+            "command": command(),
+            "config": redact_tree(config.model_dump(mode="json")),
             "versions": {name: importlib.metadata.version(name) for name in ("numpy", "torch")},
         },
     }

@@ -29,7 +29,7 @@ from orchestrator.generation.worker import lay_out, prepare_device
 from orchestrator.order import Purpose
 from orchestrator.pictures import COLOURS, figure_png, grid_png, subplots
 from orchestrator.progress import progress_line
-from orchestrator.tracking import tracked
+from orchestrator.tracking import catch_up, tracked
 from orchestrator.weights.network import Network, load_network, weights_file
 
 STRIP_LENGTH = 10  # predictions of x_0 along a chain that a strip shows
@@ -100,6 +100,7 @@ def estimate(config: LikelihoodConfig) -> str:
     report_uri = storage.join(output, "likelihood.json")
     if storage.exists(report_uri):
         print(f"{output} is complete: {storage.read_json(report_uri)['bits_per_dim']['value']:.3f} bits/dim")
+        catch_up("likelihood", config, output)
         return report_uri
     items = _items(config, manifest)
     there = set(storage.list_names(output, recursive=True))

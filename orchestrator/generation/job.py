@@ -45,7 +45,7 @@ from orchestrator.generation.sampling import (
 from orchestrator.generation.worker import SamplingWorker
 from orchestrator.pictures import grid_png, png
 from orchestrator.progress import Progress, progress_line
-from orchestrator.tracking import Tracker, tracked
+from orchestrator.tracking import Tracker, catch_up, tracked
 from orchestrator.weights.network import weights_file
 
 METRICS_SECONDS = 5.0  # between two reports to MLflow
@@ -75,6 +75,7 @@ def generate(config: GenerationConfig) -> str:
         return output
     if all(map(is_finished, folders)):
         print(f"{output} is complete: {config.num_samples:,} samples")
+        catch_up("generate", config, folders[0])
     else:
         _make_missing(config, folders)
         print(f"{output}: {config.num_samples:,} samples")

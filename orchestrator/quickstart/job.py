@@ -17,6 +17,8 @@ from cluster.session import address, session
 from orchestrator import storage
 from orchestrator.quickstart.config import QuickstartConfig
 from orchestrator.quickstart.page import write_report
+from orchestrator.redaction import redact
+from orchestrator.tracking import tracked
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 BUCKET = "admiral"
@@ -41,12 +43,14 @@ def quickstart(config: QuickstartConfig) -> None:
         with session(2 * config.num_workers):
             os.environ["RAY_ADDRESS"] = address()
             for name, command in _stages(config):
-                done.run(name, command)
+                done.run(name, command + ([] if config.tracking else ["--no-tracking"]))
         scale, steps = _winner(store)
-        page = write_report(store, folder, done.record)
+        with tracked("quickstart", config, folder) as tracker:
+            page = write_report(store, folder, done.record)
+            tracker.record("report.html", Path(page).read_text(encoding="utf-8"))
     print(f"the winner: guidance scale {scale:g}, {steps} steps")
     print(f"the page:   {page}")
-    print(f"MLflow:     mlflow ui --backend-store-uri {os.environ['MLFLOW_TRACKING_URI']}")
+    print(f"MLflow:     mlflow ui --backend-store-uri {redact(os.environ['MLFLOW_TRACKING_URI'])}")
 
 
 def plan(config: QuickstartConfig) -> str:
@@ -142,8 +146,8 @@ def _local_s3() -> Iterator[str]:
     """Yield a bucket's URI on an S3 server of this machine, which ends with the context and forgets everything."""
     with s3_server() as endpoint:
         os.environ |= {
-            "AWS_ACCESS_KEY_ID": "quickstart",
-            "AWS_SECRET_ACCESS_KEY": "quickstart",
+            "AWS_ACCESS_KEY_ID": "any-key-of-moto",  # not a word of a path, since its value is redacted
+            "AWS_SECRET_ACCESS_KEY": "any-secret-of-moto",
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_ENDPOINT_URL": endpoint,
         }

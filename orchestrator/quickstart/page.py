@@ -11,9 +11,10 @@ from orchestrator import storage
 from orchestrator.evaluation.metrics import metric_named
 from orchestrator.evaluation.page import template
 from orchestrator.generation.samples import count_samples, read_range, read_run
+from orchestrator.metrics_log import history
 from orchestrator.pictures import COLOURS, distances_figure, figure_png, grid_png, subplots
+from orchestrator.redaction import redact
 from orchestrator.search.pictures import common_n, guidance_figure
-from orchestrator.tracking import metric_history
 
 PER_CLASS = 10  # samples of each class in the grids
 
@@ -65,7 +66,7 @@ def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> 
         stages=stages,
         settings={name: storage.json_bytes(config).decode() for name, config in settings.items()},
         metrics={name: metric_named(name) for name in METRICS},
-        tracking_uri=os.environ["MLFLOW_TRACKING_URI"],
+        tracking_uri=redact(os.environ["MLFLOW_TRACKING_URI"]),
     )
     Path(folder, "report.json").write_bytes(storage.json_bytes(numbers))
     path = Path(folder, "report.html")
@@ -129,17 +130,10 @@ def class_grid(samples: str) -> bytes:
 def loss_figure(digits: str) -> bytes:
     """The training losses over images seen."""
     figure, axes = subplots(1, 2, figsize=(8.6, 2.8))
-    curves = (
-        ("train", "diffusion", "loss", "hybrid loss"),
-        ("train classifier", "classifier", "loss", "cross entropy"),
-    )
-    for axis, (job, run, name, label) in zip(axes, curves, strict=True):
-        history = metric_history(f"{job} {storage.join(digits, run)}", name)
-        axis.plot(
-            [step / 1000 for step, _ in history],
-            [value for _, value in history],
-            color=COLOURS[0],
-            linewidth=1.2,
-        )
+    curves = (("diffusion", "hybrid loss"), ("classifier", "cross entropy"))
+    for axis, (run, label) in zip(axes, curves, strict=True):
+        losses = history(storage.join(digits, run), "loss")
+        steps, values = [step / 1000 for step, _ in losses], [value for _, value in losses]
+        axis.plot(steps, values, color=COLOURS[0], linewidth=1.2)
         axis.set(xlabel="thousand images", title=f"{run}: {label}", yscale="log")
     return figure_png(figure)

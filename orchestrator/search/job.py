@@ -29,7 +29,7 @@ from orchestrator.search.objectives import EVALUATIONS, Objective
 from orchestrator.search.pictures import write_pictures
 from orchestrator.search.result import conclude, summary
 from orchestrator.search.space import Proposer, Space
-from orchestrator.tracking import Tracker, tracked
+from orchestrator.tracking import Tracker, catch_up, tracked
 from orchestrator.weights.network import weights_file
 
 # ------------------------------------------------------------------------------------------------ in the driver
@@ -52,6 +52,7 @@ def search(config: SearchConfig) -> str:
         result = storage.read_json(result_uri)
         if not result["stopped_by_budget"] or result["budget"] == config.budget:
             print(f"{output} is complete:\n{summary(result)}")
+            catch_up("search", config, output)
             return result_uri
     cpus = (
         config.num_workers and config.num_workers * config.num_threads + 1

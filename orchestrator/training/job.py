@@ -25,7 +25,7 @@ from orchestrator.cost import priced, training_cost
 from orchestrator.data.dataset import Manifest, batches, load_manifest
 from orchestrator.order import OrderPlan
 from orchestrator.progress import progress_line
-from orchestrator.tracking import tracked
+from orchestrator.tracking import catch_up, tracked
 from orchestrator.training.audit_log import AuditLog
 from orchestrator.training.checkpoint_writer import CheckpointWriter
 from orchestrator.training.checkpoints import Checkpoint, UnusableCheckpoints
@@ -66,6 +66,7 @@ def train(config: Config) -> str:
     check_or_write_config(run, config)
     if storage.exists(final_weights(run, config)):
         print(f"{run} is trained already: {config.total_images:,} images")
+        catch_up(config.job, config, run)
         return run
     with (
         Lease(run, config.takeover) as lease,

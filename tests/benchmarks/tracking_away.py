@@ -16,6 +16,7 @@ import torch
 import tyro
 from mlflow import MlflowClient
 
+from orchestrator.config import experiment_name
 from orchestrator.tracking import Tracker
 from tests import servers
 from tests.benchmarks.pool_efficiency import median_interval
@@ -35,7 +36,7 @@ def main(options: Options) -> None:
     rng, seconds, step = np.random.default_rng(0), dict[str, list[float]](there=[], away=[]), 0
     with tempfile.TemporaryDirectory() as folder, servers.mlflow_server(folder) as (uri, _):
         proxy = Proxy(uri)
-        tracker = Tracker(proxy.endpoint, "away", "away", "away", None)
+        tracker = Tracker("away", f"{folder}/run", proxy.endpoint)
         for pair in range(-1, options.pairs):  # the first pair warms up
             for name in rng.permutation(list(seconds)):
                 rule = proxy.add("reset") if name == "away" else None
@@ -43,13 +44,13 @@ def main(options: Options) -> None:
                 step += options.steps
                 if rule is not None:
                     proxy.remove(rule)
-                while tracker._untaken:  # else the next window would pay for it
+                while tracker.unsent:  # else the next window would pay for it
                     time.sleep(0.1)
                 if pair >= 0:
                     seconds[name].append(taken / options.steps)
         tracker.finish("FINISHED")
         client = MlflowClient(uri)
-        (run,) = client.search_runs([client.get_experiment_by_name("away").experiment_id])
+        (run,) = client.search_runs([client.get_experiment_by_name(experiment_name()).experiment_id])
         kept = len(client.get_metric_history(run.info.run_id, "number_0"))
         proxy.close()
     for name, values in seconds.items():

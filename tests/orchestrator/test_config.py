@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config import JobConfig, check_or_write_config, noted_files
+from orchestrator.config import JobConfig, check_or_write_config, experiment_name, noted_files
 
 
 class Config(JobConfig):
@@ -28,6 +28,31 @@ def test_files_are_noted_once_and_not_compared(tmp_path: Path) -> None:
     for newest in ("run/weights/1.safetensors", "run/weights/2.safetensors"):
         check_or_write_config(str(tmp_path), Config(), {"run": newest}, weights="abc")
         assert noted_files(str(tmp_path)) == {"run": "run/weights/1.safetensors"}
+
+
+def test_tracking_may_be_switched_at_any_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_or_write_config(str(tmp_path), Config(tracking=False))
+    check_or_write_config(str(tmp_path), Config())
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert JobConfig(store="s3://bucket/x", tracking=False).shared == ("s3://bucket/x/",), "needs no server"
+
+
+def test_a_folders_config_holds_no_password(tmp_path: Path) -> None:
+    class Remote(Config):
+        source: str
+
+    check_or_write_config(str(tmp_path), Remote(source="https://me:canary@host/a@b"))
+    check_or_write_config(str(tmp_path), Remote(source="https://me:renewed@host/a@b"))
+    assert "https://***@host/a@b" in (tmp_path / "config.json").read_text()
+    with pytest.raises(ValueError, match="source"):
+        check_or_write_config(str(tmp_path), Remote(source="https://me:canary@other/a@b"))
+
+
+def test_the_experiment_is_named_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    assert experiment_name() == "admiral"
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "faces")
+    assert experiment_name() == "faces"
 
 
 def test_relative_paths_lie_under_the_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,84 +1,343 @@
-"""MLflow: one run for each job however often it starts, and a store that is away holds nobody up."""
+"""MLflow has one run for each job, however often it starts; a server that is away holds nobody up and loses nothing."""
 
+import http.server
+import json
 import os
+import re
+import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
 
 from cluster.servers import free_port
-from orchestrator import tracking
+from orchestrator import mlflow_run, storage, tracking
 from orchestrator.config import JobConfig, tracking_uri
-from orchestrator.tracking import metric_history, tracked
+from orchestrator.metrics_log import history
+from orchestrator.pictures import grid_png
+from orchestrator.tracking import catch_up, tracked
 from orchestrator.training.presets import adm_presets
 from tests import servers
 from tests.chaos.proxy import Proxy
 
+AWAY = "http://127.0.0.1:9"  # nothing listens there
 
-def test_a_job_started_again_goes_on_in_its_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+
+@pytest.fixture
+def uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A SQLite file, to which the environment points."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    return os.environ["MLFLOW_TRACKING_URI"]
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.1)
+
+
+def runs_of(output: str, job: str = "train") -> list[Any]:
+    """The runs of the job with this output, and their children."""
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    found = [run for run in runs if run.data.tags[mlflow_run.IDENTITY] == f"{job} {output}".replace("'", "%27")]
+    identifiers = {run.info.run_id for run in found}
+    return found + [run for run in runs if run.data.tags.get("mlflow.parentRunId") in identifiers]
+
+
+def sent(output: str, name: str) -> list[tuple[int, float]]:
+    """(step, value) of all points of a metric that MLflow has of the one run with this output."""
+    run = runs_of(output)[0]
+    points = MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).get_metric_history(run.info.run_id, name)
+    return sorted((point.step, point.value) for point in points)
+
+
+def artifacts(output: str, job: str = "train") -> set[str]:
+    """Names of the artefacts of the one run with this output."""
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    return {entry.path for entry in client.list_artifacts(runs_of(output, job)[0].info.run_id)}
+
+
+# ------------------------------------------------------------------------------------------------ what is recorded
+
+
+@pytest.mark.parametrize("name", ["digits", 'it\'s 100% "mine"'])
+def test_a_job_started_again_goes_on_in_its_run(uri: str, tmp_path: Path, name: str) -> None:
+    output = f"{tmp_path}/{name}"
     for step in (64, 128):
-        with tracked("train", JobConfig(store=str(tmp_path)), "/runs/digits") as tracker:
+        with tracked("train", JobConfig(store=str(tmp_path)), output) as tracker:
             tracker.metrics({"loss": 1 / step}, step=step)
-    assert metric_history("train /runs/digits", "loss") == [(64, 1 / 64), (128, 1 / 128)]
-    assert metric_history("train /runs/other", "loss") == []
+            tracker.child("trial", {"scale": 1.0}, {64: {"fid": 3.0}})
+    (client := MlflowClient(uri)).get_experiment_by_name("admiral")
+    first, second = client.search_runs([client.get_experiment_by_name("admiral").experiment_id])
+    job = second if "mlflow.parentRunId" in first.data.tags else first
+    points = client.get_metric_history(job.info.run_id, "loss")
+    assert [(point.step, point.value) for point in points] == [(64, 1 / 64), (128, 1 / 128)]
+    assert history(output, "loss") == [(64, 1 / 64), (128, 1 / 128)]
 
 
 def test_a_runs_parameters_are_the_configs_leaves_as_it_began(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     _, config = adm_presets()["imagenet64"]
     for workers in (8, 4):
-        with tracked("train", config.model_copy(update={"num_workers": workers}), "/runs/adm"):
+        with tracked("train", config.model_copy(update={"num_workers": workers}), f"{tmp_path}/adm"):
             pass
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    [run] = client.search_runs([client.get_experiment_by_name("admiral").experiment_id])
+    [run] = runs_of(f"{tmp_path}/adm")
     found = run.data.params
     assert (found["batch_size"], found["model.image_size"], found["order.num_streams"]) == ("2048", "64", "64")
     assert found["num_workers"] == "8" and "MLflow" not in caplog.text
 
 
-def test_a_store_that_is_away_holds_nobody_up(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_run_has_its_author_source_commit_and_command(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nothing listens there
-    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 0.2)
-    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.1)
-    with tracked("train", JobConfig(store=str(tmp_path)), "/runs/digits") as tracker:
+    script = str(Path(__file__).parents[2] / "jobs" / "train_adm.py")
+    monkeypatch.setattr(sys, "argv", [script, "digits", "--store", "s3://me:canary@host/it's"])
+    with tracked("train", JobConfig(store=str(tmp_path)), f"{tmp_path}/run"):
+        pass
+    [run] = runs_of(f"{tmp_path}/run")
+    tags = run.data.tags
+    assert tags["mlflow.user"] and tags["mlflow.source.type"] == "LOCAL"
+    assert tags["mlflow.source.name"].endswith("train_adm.py") and re.fullmatch(
+        "[0-9a-f]{40}", tags["mlflow.source.git.commit"]
+    )
+    assert tags["admiral.command"].endswith("digits --store 's3://***@host/it'\"'\"'s'")
+    assert tags["admiral.command"] in tags["mlflow.note.content"]
+
+
+def test_the_experiment_is_one_of_model_training(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = MlflowClient(uri)
+    client.create_experiment("older", f"{tmp_path}/artifacts")
+    for name in ("admiral", "older", "my own"):
+        if name != "admiral":
+            monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", name)
+        with tracked("train", JobConfig(store=str(tmp_path)), f"{tmp_path}/{name}"):
+            pass
+        found = client.get_experiment_by_name(name)
+        assert found.tags["mlflow.experimentKind"] == "custom_model_development"
+        assert len(client.search_runs([found.experiment_id])) == 1
+
+
+def test_pages_and_documents_are_artefacts(uri: str, tmp_path: Path) -> None:
+    with tracked("evaluate", JobConfig(store=str(tmp_path)), f"{tmp_path}/run") as tracker:
+        tracker.record("report.json", {"fid": 3.0})
+        tracker.record("report.html", "<p>3.0</p>")
+        tracker.picture("samples.png", grid_png(np.zeros((1, 8, 8, 3), np.uint8), columns=1))
+    assert artifacts(f"{tmp_path}/run", "evaluate") == {"config.json", "report.json", "report.html", "samples.png"}
+
+
+def test_what_is_refused_does_not_hold_up_the_rest(uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    output = f"{tmp_path}/digits"
+    with tracked("train", JobConfig(store=str(tmp_path)), output) as tracker:
+        for step in range(5):
+            tracker.metrics({"loss": float(step)}, step=step)
+            if step == 2:
+                tracker.metrics({"no such name?": 1.0}, step=step)
+        tracker.picture("broken.png", b"")
+        tracker.record("after.json", {})
+    assert sent(output, "loss") == [(step, float(step)) for step in range(5)]
+    assert artifacts(output) == {"config.json", "after.json"}
+    assert "no such name?" in caplog.text and "2 records were refused" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------ nothing is lost
+
+
+def test_numbers_of_a_killed_job_are_sent_by_the_next_start(uri: str, tmp_path: Path) -> None:
+    output = f"{tmp_path}/killed"
+    code = (
+        "import os, signal; from orchestrator.config import JobConfig; from orchestrator.tracking import tracked\n"
+        f"with tracked('train', JobConfig(store={str(tmp_path)!r}), {output!r}) as tracker:\n"
+        "    for step in range(500): tracker.metrics({'loss': float(step)}, step=step)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": AWAY}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == -signal.SIGKILL
+    with tracked("train", JobConfig(store=str(tmp_path)), output) as tracker:
+        tracker.metrics({"loss": 500.0}, step=500)
+    assert sent(output, "loss") == history(output, "loss") == [(step, float(step)) for step in range(501)]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_finished_job_catches_up_once(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, output = JobConfig(store=str(tmp_path)), f"{tmp_path}/run"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", AWAY)
+    with tracked("train", config, output) as tracker:
         for step in range(1000):
-            tracker.metrics({"loss": 0.0}, step=step)
-    assert "1002 records are not in MLflow" in caplog.text, "the config, the numbers and the end"
-    assert caplog.text.count("MLflow is away") == 1, "said once, not at every try"
+            tracker.metrics({"loss": float(step)}, step=step)
+    assert "1000 records are in " in caplog.text and caplog.text.count("is unreachable; retrying") == 1
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 60)
+    catch_up("train", config.model_copy(update={"tracking": False}), output)
+    assert not storage.exists(f"{output}/tracking.json")
+    catch_up("train", config, output)
+    assert sent(output, "loss") == [(step, float(step)) for step in range(1000)]
+    assert runs_of(output)[0].info.status == "FINISHED"
+    monkeypatch.setattr(tracking, "tracked", None)  # it would not be asked again
+    catch_up("train", config, output)
 
 
+def test_a_folder_made_anew_is_sent_from_its_beginning(uri: str, tmp_path: Path) -> None:
+    output = f"{tmp_path}/run"
+    for value in (1.0, 2.0):
+        with tracked("train", JobConfig(store=str(tmp_path)), output) as tracker:
+            for step in range(3):
+                tracker.metrics({"loss": value}, step=step)
+        storage.delete(f"{output}/")
+        time.sleep(0.002)
+    assert sent(output, "loss") == [(step, value) for step in range(3) for value in (1.0, 2.0)]
+
+
+def test_without_tracking_only_the_file_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:///refused")
+    with tracked("train", JobConfig(store=str(tmp_path), tracking=False), f"{tmp_path}/run") as tracker:
+        tracker.metrics({"loss": 1.0}, step=1)
+        tracker.record("report.html", "")
+    assert history(f"{tmp_path}/run", "loss") == [(1, 1.0)] and not caplog.text
+
+
+@pytest.mark.usefixtures("impatient")
 def test_a_job_ends_although_its_queue_is_full(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nothing listens there
-    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", AWAY)
     monkeypatch.setattr(tracking, "QUEUE_CAPACITY", 10)
-    with tracked("train", JobConfig(store=str(tmp_path)), "/runs/digits") as tracker:
+    with tracked("train", JobConfig(store=str(tmp_path)), f"{tmp_path}/digits") as tracker:
         for step in range(30):
             tracker.picture(f"{step}.png", b"")
-    assert "records did not fit the tracking queue" in caplog.text
+    assert "31 artefacts are not in MLflow" in caplog.text, "the config and the pictures"
 
 
-def test_what_is_refused_does_not_hold_up_the_rest(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+@contextmanager
+def answering(status: int, body: str) -> Iterator[str]:
+    """A server that gives every request the same answer."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://someone:canary-5f3a@127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def refused(tmp_path: Path) -> str:
+    """The one line with which a job is refused."""
+    with pytest.raises(ValueError) as caught, tracked("train", JobConfig(store=str(tmp_path)), f"{tmp_path}/run"):
+        pytest.fail("the first step was made")
+    said = str(caught.value)
+    assert "--no-tracking" in said and "\n" not in said and "canary" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("address", "cure"),
+    [
+        ("file:///tmp/mlruns", "sqlite:////PATH"),
+        ("/tmp/mlruns", "sqlite:////PATH"),
+        ("gopher://host", "sqlite:////PATH"),
+        ("postgresql+nothing://someone:canary-5f3a@localhost/x", "sqlite:////PATH"),
+        ("sqlite:////proc/nowhere/mlflow.db", "/proc/nowhere"),
+    ],
+)
+def test_an_address_that_mlflow_refuses(
+    address: str, cure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    with tracked("train", JobConfig(store=str(tmp_path)), "/runs/digits") as tracker:
-        tracker.metrics({"loss": 1.0}, step=1)
-        tracker.record("before.json", {})
-        tracker.metrics({"no such name?": 1.0}, step=1)
-        tracker.record("after.json", {})
-        tracker.metrics({"loss": 0.5}, step=2)
-    assert metric_history("train /runs/digits", "loss") == [(1, 1.0), (2, 0.5)]
-    assert "1 records were refused" in caplog.text and "no such name?" in caplog.text
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    assert cure in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "cure"),
+    [
+        (401, "<html>login</html>", "MLFLOW_TRACKING_USERNAME"),
+        (403, json.dumps({"error_code": "PERMISSION_DENIED", "message": "no"}), "MLFLOW_TRACKING_TOKEN"),
+        (401, json.dumps({"detail": "Not authenticated"}), "MLFLOW_TRACKING_USERNAME"),  # a gateway's, without a code
+        (200, "<html>login</html>", "MLFLOW_TRACKING_URI"),
+        (404, "<html>nothing here</html>", "MLFLOW_TRACKING_URI"),
+    ],
+)
+def test_an_answer_that_will_not_change(
+    status: int, body: str, cure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with answering(status, body) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        assert cure in refused(tmp_path)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_server_that_has_trouble_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with answering(503, json.dumps({"message": "Service Unavailable"})) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        with tracked("train", JobConfig(store=str(tmp_path)), f"{tmp_path}/run") as tracker:
+            tracker.metrics({"loss": 1.0})
+    assert "the job continues" in caplog.text and "canary" not in caplog.text
+
+
+def test_a_deleted_experiment(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = MlflowClient(uri)
+    client.delete_experiment(client.create_experiment("admiral", f"{tmp_path}/artifacts"))
+    assert "mlflow experiments restore --experiment-id 1" in refused(tmp_path)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "another")
+    with tracked("train", JobConfig(store=str(tmp_path)), f"{tmp_path}/run"):
+        pass
+
+
+def test_no_secret_is_sent(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN"):
+        monkeypatch.setenv(name, f"canary-{name}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://someone:canary-endpoint@host:9000")
+    monkeypatch.setattr(
+        sys, "argv", ["jobs/x.py", "--store", "http://canary-user:canary-word@host", "--hf-token", "canary"]
+    )
+    canaries = " ".join(value for value in os.environ.values() if "canary" in value)
+    output = f"{tmp_path}/out"
+    config = JobConfig(store=str(tmp_path), tracking=True)
+    config = config.model_copy(update={"store": f"{tmp_path}/http://u:canary-config@host"})
+    with tracked("train", config, output) as tracker:
+        tracker.record("report.json", {"error": canaries, "list": [canaries]})
+        tracker.record("report.html", f"<p>{canaries}</p>")
+        tracker.child("trial", {"weights": canaries}, {1: {"fid": 1.0}})
+        tracker.metrics({"no such name? http://u:canary@host": 1.0})
+    places = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "metrics.jsonl"]
+    assert len(places) >= 4, "the database and three artefacts"
+    assert not [path for path in places if b"canary" in path.read_bytes()]
+    assert "canary" not in caplog.text and "no such name?" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------ a server goes away
 
 
 @pytest.fixture(scope="module")
@@ -98,36 +357,63 @@ def proxy(mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy
 
 
 def test_nothing_is_lost_while_the_server_is_away(proxy: Proxy, tmp_path: Path) -> None:
-    with tracked("train", JobConfig(store=str(tmp_path)), "/runs/away") as tracker:
+    output = f"{tmp_path}/away"
+    with tracked("train", JobConfig(store=str(tmp_path)), output) as tracker:
         tracker.metrics({"loss": 0.0}, step=0)
         away = proxy.add("reset")
         assert away.wait(30)
         for step in range(1, 3000):
             tracker.metrics({"loss": float(step), "norm": 1.0}, step=step)
         proxy.remove(away)
-    assert metric_history("train /runs/away", "loss") == [(step, float(step)) for step in range(3000)]
+    assert sent(output, "loss") == [(step, float(step)) for step in range(3000)]
     batches = [request for request in proxy.requests if request.target.endswith("log-batch")]
     assert len(batches) < 30, "what has waited goes together"
 
 
+def test_numbers_do_not_wait_for_the_artefact_store(proxy: Proxy, tmp_path: Path) -> None:
+    output = f"{tmp_path}/run"
+    away = proxy.add("reset", target="mlflow-artifacts")
+    with tracked("train", JobConfig(store=str(tmp_path)), output) as tracker:
+        assert away.wait(30), "config.json is first in the queue"
+        tracker.metrics({"loss": 1.0}, step=1)
+        deadline = time.monotonic() + 30
+        while tracker.unsent and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert sent(output, "loss") == [(1, 1.0)]
+        proxy.remove(away)
+    assert artifacts(output) == {"config.json"}
+
+
 def test_nothing_is_stored_twice_where_answers_are_lost(proxy: Proxy, tmp_path: Path) -> None:
+    output = f"{tmp_path}/lost"
     lost = [
         proxy.add("swallow", "POST", target, times=3)
         for target in ("experiments/create", "runs/create", "runs/log-batch", "runs/update")
     ]
-    with tracked("train", JobConfig(store=str(tmp_path)), "/runs/lost") as tracker:
+    with tracked("train", JobConfig(store=str(tmp_path)), output) as tracker:
         tracker.metrics({"loss": 1.0}, step=1)
         tracker.record("fence.json", {})
         tracker.metrics({"loss": 0.5}, step=2)
         tracker.child("trial 1", {"scale": 1.0}, {64: {"fid": 3.0}})
         tracker.child("trial 2", {"scale": 2.0}, {64: {"fid": 2.0}})
     assert all(len(rule.requests) >= 2 for rule in lost[1:]), "a fault befell nothing"
-    assert metric_history("train /runs/lost", "loss") == [(1, 1.0), (2, 0.5)]
-    runs = _runs_of("train /runs/lost")
+    assert sent(output, "loss") == [(1, 1.0), (2, 0.5)]
+    runs = runs_of(output)
     assert len(runs) == 3, "one run for the job and one for each trial"
     children = {run.info.run_name: run.data for run in runs if "mlflow.parentRunId" in run.data.tags}
     assert {name: data.metrics["fid"] for name, data in children.items()} == {"trial 1": 3.0, "trial 2": 2.0}
     assert {name: data.params["scale"] for name, data in children.items()} == {"trial 1": "1.0", "trial 2": "2.0"}
+
+
+def test_the_last_line_is_a_link_without_password(
+    mlflow_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.replace("://", "://someone:canary@"))
+    with tracked("train", JobConfig(store=str(tmp_path)), f"{tmp_path}/run"):
+        pass
+    said = capfd.readouterr()
+    assert re.search(rf"{mlflow_server}/#/experiments/\d+/runs/\w+\?workflowType=machine_learning", said.out)
+    assert "canary" not in said.out + said.err
 
 
 @pytest.mark.slow
@@ -135,8 +421,8 @@ def test_a_server_that_is_killed_and_comes_again(monkeypatch: pytest.MonkeyPatch
     port = free_port()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.5)
-    calls, step = [], 0
-    with tracked("train", JobConfig(store=str(tmp_path)), "/runs/killed") as tracker:
+    calls, step, output = [], 0, f"{tmp_path}/killed"
+    with tracked("train", JobConfig(store=str(tmp_path)), output) as tracker:
 
         def log_for(seconds: float) -> None:
             nonlocal step
@@ -156,20 +442,9 @@ def test_a_server_that_is_killed_and_comes_again(monkeypatch: pytest.MonkeyPatch
         log_for(2)
         with servers.mlflow_server(str(tmp_path), port):
             tracker.finish("FINISHED")
-            assert metric_history("train /runs/killed", "loss") == [(s, float(s)) for s in range(step)]
-            assert len(_runs_of("train /runs/killed")) == 1
+            assert sent(output, "loss") == [(s, float(s)) for s in range(step)]
+            assert len(runs_of(output)) == 1
     print(f"{step} records, the slowest call took {max(calls) * 1e3:.2f} ms")
-
-
-def _runs_of(identity: str) -> list[Any]:
-    """The job's run and its children."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    (parent,) = client.search_runs(experiments, f"tags.`admiral.identity` = '{identity}'")
-    children = client.search_runs(experiments, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
-    return [parent, *children]
 
 
 def test_the_default_is_a_file_in_a_local_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -189,6 +464,6 @@ def test_a_submitted_job_refuses_a_relative_file(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_run_says_what_it_is_and_shows_its_pictures() -> None:
-    text = tracking.description("train classifier s3://bucket/my runs/digits", "abc", ["samples/images 1.png"])
+    text = mlflow_run.description("train classifier", "s3://bucket/my runs/digits", "abc", ["samples/images 1.png"])
     assert "**train classifier**: outputs in `s3://bucket/my runs/digits`" in text
     assert "![samples/images 1.png](get-artifact?path=samples/images%201.png&run_uuid=abc)" in text

@@ -18,7 +18,7 @@ from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.job import generate, make_generator, missing_shards, plan
 from orchestrator.generation.samples import Shard, check_shard, list_shards, pixel_hashes, read_range
 from orchestrator.generation.sampling import canonical_batch, fastest, load_networks
-from orchestrator.tracking import metric_history
+from orchestrator.metrics_log import history
 from orchestrator.weights.network import Network
 from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
 
@@ -78,7 +78,7 @@ def test_only_missing_shards_are_made_again(store: str, capsys: pytest.CaptureFi
 def test_the_last_numbers_in_mlflow_are_those_of_the_end(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/numbers.db")
     folder = generate(config(store, "numbers"))
-    assert metric_history(f"generate {folder}", "samples")[-1][1] == 21
+    assert history(folder, "samples")[-1][1] == 21
 
 
 def test_the_same_folder_with_other_settings_is_refused(store: str) -> None:

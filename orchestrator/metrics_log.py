@@ -1,0 +1,201 @@
+"""The numbers of a run: records that are appended to `metrics.jsonl` in its folder, and read back in order."""
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from orchestrator import storage
+
+NAME = "metrics.jsonl"
+PART_BYTES = 1 << 20  # of a part on object storage, before the next begins
+READ_BYTES = 256 << 10  # of one read
+FLUSH_SECONDS = 1.0  # between two writes of a part
+
+log = logging.getLogger(__name__)
+
+
+class Record(NamedTuple):
+    """Numbers that belong together: all were reported at one step."""
+
+    time: int  # milliseconds since 1970
+    step: int
+    metrics: dict[str, float]
+    child: str = ""  # the child run that they belong to, such as a trial; "" is the run itself
+
+
+class Position(NamedTuple):
+    """A place between two records."""
+
+    number: int = 0  # records before it
+    part: int = 0  # number of the part's first record
+    offset: int = 0  # bytes before it in the part
+
+
+class MetricsLog:
+    """Append records to the metrics of a folder, and read them.
+
+    On a local disk `metrics.jsonl` is one file, and every record is written at once, so that a SIGKILL loses nothing.
+    An object cannot be appended to. On object storage `metrics.jsonl` is therefore a folder of parts, each named after
+    the number of its first record. A thread rewrites the last part with the new records, at most once a second, until
+    it has PART_BYTES. A SIGKILL loses the last second, a request never carries more than 1 MiB, and 200,000 records of
+    500 bytes make 100 objects.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._uri = storage.join(folder, NAME)
+        self._path = _local_path(self._uri)
+        self._lock = threading.Lock()  # of what waits; held for moments
+        self._writing = threading.Lock()  # of the storage; held while it is slow
+        self._waiting: list[bytes] = []  # lines that are not in storage yet
+        self._closed = threading.Event()
+        self._failing = False
+        self._parts = sorted(_parts(self._uri)) or [0]
+        self._last = b"" if self._path else _read(_parts(self._uri).get(self._parts[-1], ""))  # the last part's bytes
+        self.count = _repaired(self._path) if self._path else self._parts[-1] + self._last.count(b"\n")  # in storage
+        if not self._path:
+            self._roll()
+            threading.Thread(target=self._flush_regularly, name="metrics", daemon=True).start()
+
+    def append(self, *records: Record) -> None:
+        """Write records: on a local disk before this returns, on object storage within about a second."""
+        lines = [
+            json.dumps(_fields(record)).encode() + b"\n" for record in records
+        ]  # NaN stays NaN, as Python reads it
+        with self._lock:
+            self._waiting += lines
+        if self._path:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits. If that fails, warn once, and keep it for the next flush."""
+        with self._writing:
+            with self._lock:
+                lines = list(self._waiting)
+            if not lines:
+                return
+            try:
+                self._write(b"".join(lines))
+            except OSError as error:
+                if not self._failing:
+                    log.warning(
+                        "%s cannot be written; the numbers wait in memory, the job continues: %s", self._uri, error
+                    )
+                self._failing = True
+                return
+            self._failing = False
+            with self._lock:
+                del self._waiting[: len(lines)]
+            self.count += len(lines)
+            if not self._path:
+                self._roll()
+
+    def close(self) -> None:
+        """Write what waits, for the last time."""
+        self._closed.set()
+        self.flush()
+        if self._waiting:
+            log.error("%d records of numbers could not be written to %s and are lost", len(self._waiting), self._uri)
+
+    def read(self, position: Position) -> tuple[list[Record], Position]:
+        """Return the records in storage that follow, about READ_BYTES of them, and the position behind them."""
+        number, part, offset = position
+        while number < self.count:
+            uri = self._uri if self._path else _part(self._uri, part)
+            data = storage.read_range(uri, offset, offset + READ_BYTES)
+            data = data[: data.rfind(b"\n") + 1]
+            if data:
+                records = [_record(line) for line in data.splitlines()]
+                return records, Position(number + len(records), part, offset + len(data))
+            if number not in self._parts or number == part:
+                raise OSError(f"{uri} ends before record {self.count}")
+            part, offset = number, 0
+        return [], Position(number, part, offset)
+
+    def _write(self, data: bytes) -> None:
+        if not self._path:
+            storage.write_bytes(_part(self._uri, self._parts[-1]), self._last + data)
+            self._last += data
+            return
+        os.makedirs(os.path.dirname(self._path), exist_ok=True)
+        with open(self._path, "ab", buffering=0) as file:
+            size, rest = file.tell(), memoryview(data)
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:  # a full disk may have taken half a line
+                file.truncate(size)
+                raise
+
+    def _roll(self) -> None:
+        """Begin the next part if the last one is full."""
+        if len(self._last) >= PART_BYTES:
+            self._parts.append(self.count)
+            self._last = b""
+
+    def _flush_regularly(self) -> None:
+        while not self._closed.wait(FLUSH_SECONDS):
+            self.flush()
+
+
+def read_records(folder: str) -> Iterator[Record]:
+    """Yield all records of a folder; none where it has no metrics."""
+    parts = _parts(storage.join(folder, NAME))
+    for first in sorted(parts):
+        data = _read(parts[first])
+        yield from (_record(line) for line in data[: data.rfind(b"\n") + 1].splitlines())
+
+
+def history(folder: str, name: str) -> list[tuple[int, float]]:
+    """Return (step, value) of a metric of the run in `folder`; where a step was repeated, its latest value."""
+    found = {r.step: r.metrics[name] for r in read_records(folder) if not r.child and name in r.metrics}
+    return sorted(found.items())
+
+
+def _local_path(uri: str) -> str:
+    """Return the path of a local URI; "" of any other."""
+    return uri.removeprefix("file://") if "://" not in uri or uri.startswith("file://") else ""
+
+
+def _parts(uri: str) -> dict[int, str]:
+    """Return the URI of each part by the number of its first record."""
+    if _local_path(uri):
+        return {0: uri}
+    names = [name for name in storage.list_names(uri) if name.endswith(".jsonl")]
+    return {int(name.removesuffix(".jsonl")): storage.join(uri, name) for name in names}
+
+
+def _part(uri: str, first: int) -> str:
+    return storage.join(uri, f"{first:09d}.jsonl")
+
+
+def _read(uri: str) -> bytes:
+    try:
+        return storage.read_bytes(uri) if uri else b""
+    except FileNotFoundError:
+        return b""
+
+
+def _repaired(path: str) -> int:
+    """Cut a line off that a kill left unfinished; return how many lines there are."""
+    count = end = 0
+    if not os.path.exists(path):
+        return 0
+    with open(path, "rb+") as file:
+        while data := file.read(1 << 20):
+            count += data.count(b"\n")
+            end = file.tell() - len(data) + data.rfind(b"\n") + 1 if b"\n" in data else end
+        file.truncate(end)
+    return count
+
+
+def _fields(record: Record) -> dict[str, object]:
+    """Return a record as it stands in the file."""
+    child = {"child": record.child} if record.child else {}
+    return {"time": record.time, "step": record.step, **child, "metrics": record.metrics}
+
+
+def _record(line: bytes) -> Record:
+    return Record(**json.loads(line))

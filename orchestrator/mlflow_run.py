@@ -1,0 +1,264 @@
+"""The MLflow run of a job: what is asked of the server, and which of its errors are for ever."""
+
+import io
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import quote
+
+from PIL import Image, UnidentifiedImageError
+from pydantic import BaseModel
+
+from orchestrator.config import experiment_name
+from orchestrator.metrics_log import Record
+from orchestrator.redaction import command, redact, redact_patterns
+
+BATCH_NUMBERS = 1_000  # in one request; MLflow takes no more
+BATCH_PARAMETERS = 100  # likewise
+LONGEST_PARAMETER = 6_000  # characters; MLflow takes no longer ones
+CURSOR = "admiral.records"  # tag: time of the first record of metrics.jsonl, and how many of its records MLflow has
+IDENTITY = "admiral.identity"  # tag by which a job finds its run again
+# MLflow 3 shows an experiment as traces of language models, unless a browser comes by such a link, came by one before,
+# or follows the list of experiments to one with this tag.
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+VIEW = "?workflowType=machine_learning"
+REFUSED_RECORD = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE"}  # codes: the same record fails again
+REFUSED_RECORD |= {"RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
+DENIED = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}
+REFUSED_JOB = REFUSED_RECORD | DENIED | {"ENDPOINT_NOT_FOUND", "NOT_FOUND"}  # codes: no job can be tracked like this
+# The same in words: gateways before MLflow have no codes, databases and stores have others.
+DENIED_WORDS = re.compile("(?i)unauthorized|forbidden|not authenticated|authentication failed")
+UNKNOWN_WORDS = re.compile("MLFLOW_ALLOW_FILE_STORE|unsupported URI|Can't load plugin")
+REFUSED_WORDS = re.compile(
+    "unable to open database file|readonly database|not in a valid JSON format|CERTIFICATE_VERIFY_FAILED"
+)
+PROGRAMMING_ERRORS = (TypeError, AttributeError, LookupError, ImportError, NameError, UnidentifiedImageError)
+FILE_ERRORS = (FileNotFoundError, NotADirectoryError, PermissionError)  # of the folder of a SQLite file
+
+
+class Refused(Exception):
+    """The server would refuse this job for ever; the message ends with what to do."""
+
+
+class MlflowRun:
+    """A job's run and its children on the server at `uri`.
+
+    Every method but the first waits for the server, raises its errors, and may be called again after one.
+    """
+
+    def __init__(self, uri: str, job: str, output: str) -> None:
+        self.where = f"MLflow at {redact(uri)}"
+        self.id = self._experiment = ""
+        self._uri, self._job, self._output = uri, job, output
+        self._client: Any = None
+        self._pictures: dict[str, str] = {}  # the latest of each folder: what the run's page opens with
+        self._children: dict[str, str] = {}  # name -> run
+        self._lock = threading.Lock()  # of these runs, which several threads make
+
+    def open(self, config: BaseModel | None) -> None:
+        """Find the run or make it; its tags and parameters say what it is."""
+        _prepare_mlflow(self._uri)
+        from mlflow import MlflowClient
+        from mlflow.tracking.context.registry import resolve_tags
+        from mlflow.utils.git_utils import get_git_commit
+
+        client = MlflowClient(self._uri)
+        experiment = _experiment(client, self._uri)
+        # The author and the source as `mlflow.start_run` finds them, and the commit of this checkout.
+        tags = {"mlflow.note.content": description(self._job, self._output, "", [])}
+        if commit := get_git_commit(__file__):
+            tags["mlflow.source.git.commit"] = commit
+        tags = resolve_tags(tags)
+        name = f"{self._job} {'/'.join(self._output.rstrip('/').split('/')[-2:])}"
+        run = _run_of(client, experiment.experiment_id, f"{self._job} {self._output}", name, tags)
+        client.update_run(run, status="RUNNING")
+        client.set_tag(run, "admiral.command", command())
+        if config is not None:  # MLflow keeps them as they were when the run began
+            _log_parameters(client, run, dict(_leaves(config.model_dump(mode="json"))))
+        self._client, self.id, self._experiment = client, run, experiment.experiment_id
+
+    @property
+    def page(self) -> str:
+        """The address of the run's page on a server; "" where there is none."""
+        server = re.sub("(://)[^/]*@", r"\1", self._uri).rstrip("/")
+        return f"{server}/#/experiments/{self._experiment}/runs/{self.id}{VIEW}" if self._uri.startswith("http") else ""
+
+    def records_sent(self, first: Record) -> int:
+        """Return how many records of the file that begins with `first` the server has."""
+        begun, _, count = self._client.get_run(self.id).data.tags.get(CURSOR, "").partition(" ")
+        return int(count) if begun == str(first.time) else 0
+
+    def mark_sent(self, first: Record, count: int) -> None:
+        """Keep what `records_sent` returns."""
+        self._client.set_tag(self.id, CURSOR, f"{first.time} {count}")
+
+    def log_numbers(self, records: list[Record]) -> None:
+        """Send records to the run and its children. MLflow keeps points once that are equal in all fields."""
+        from mlflow.entities import Metric
+
+        numbers: dict[str, list[Metric]] = {}
+        for record in records:
+            points = [Metric(name, value, record.time, record.step) for name, value in record.metrics.items()]
+            numbers.setdefault(record.child, []).extend(points)
+        for child, points in numbers.items():
+            run = self._child(child) if child else self.id
+            for first in range(0, len(points), BATCH_NUMBERS):
+                self._client.log_batch(run, metrics=points[first : first + BATCH_NUMBERS])
+
+    def log_text(self, name: str, text: str) -> None:
+        """Send a text as an artefact."""
+        self._client.log_text(self.id, redact(text), name)
+
+    def log_picture(self, name: str, png: bytes) -> None:
+        """Send a picture as an artefact, and show it on the run's page."""
+        _log_picture(self._client, self.id, name, png)
+        self._pictures[name.rpartition("/")[0] or name] = name
+        text = description(self._job, self._output, self.id, list(self._pictures.values()))
+        self._client.set_tag(self.id, "mlflow.note.content", text)
+
+    def log_child(self, name: str, parameters: dict[str, Any], picture: bytes | None) -> None:
+        """Send what a child run has besides numbers, and end it."""
+        child = self._child(name)
+        _log_parameters(self._client, child, parameters)
+        if picture is not None and "admiral.picture" not in self._client.get_run(child).data.tags:
+            _log_picture(self._client, child, "samples.png", picture)
+            self._client.set_tag(child, "admiral.picture", "samples.png")
+        self._client.set_terminated(child)
+
+    def end(self, status: str) -> None:
+        """Set the run's status: FINISHED, KILLED or FAILED."""
+        self._client.set_terminated(self.id, status)
+
+    def _child(self, name: str) -> str:
+        """Return the child run of this name, made if need be."""
+        with self._lock:
+            if name not in self._children:
+                tags = {"mlflow.parentRunId": self.id}
+                self._children[name] = _run_of(self._client, self._experiment, f"{self.id} {name}", name, tags)
+            return self._children[name]
+
+
+def description(job: str, output: str, run: str, pictures: list[str]) -> str:
+    """Return what a run's page opens with, in Markdown: the job, its outputs and command, and its latest pictures."""
+    lines = [f"Admiral, **{job}**: outputs in `{output}`, the whole config in the artefact `config.json`."]
+    lines += [f"```\n{command()}\n```"]
+    lines += [f"![{name}](get-artifact?path={quote(name)}&run_uuid={run})" for name in pictures]
+    return redact("\n\n".join(lines))
+
+
+def is_refused(error: Exception, opening: bool) -> bool:
+    """Return whether the same request would fail again, server or not.
+
+    opening: what refuses the whole job counts too. Later on it may pass, as when a token is renewed.
+    """
+    text = str(error)
+    if opening and (
+        isinstance(error, FILE_ERRORS) or any(p.search(text) for p in (DENIED_WORDS, UNKNOWN_WORDS, REFUSED_WORDS))
+    ):
+        return True
+    code = getattr(error, "error_code", "")
+    return code in (REFUSED_JOB if opening else REFUSED_RECORD) or isinstance(error, (Refused, *PROGRAMMING_ERRORS))
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of an error, without secrets."""
+    if isinstance(error, OSError) and error.strerror:
+        return redact(f"{error.filename}: {error.strerror}")
+    return redact((str(error) or type(error).__name__).strip().splitlines()[0])[:400]
+
+
+def refusal(where: str, error: Exception) -> str:
+    """Return the line that says what is wrong and what to do."""
+    what, cure = reason(error), "set MLFLOW_TRACKING_URI to a server's address or to sqlite:////PATH/mlflow.db"
+    if isinstance(error, Refused):
+        what, _, cure = what.partition("; ")
+    elif UNKNOWN_WORDS.search(str(error)):
+        what = "MLflow 3 keeps no runs under such an address"
+    elif getattr(error, "error_code", "") in DENIED or DENIED_WORDS.search(str(error)):
+        cure = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+    return f"{where} refuses this job: {what}; {cure}; --no-tracking goes on without MLflow"
+
+
+def _experiment(client: Any, uri: str) -> Any:
+    """Return the experiment of all jobs, made if need be.
+
+    Raises:
+        Refused: it was deleted.
+    """
+    from mlflow.exceptions import MlflowException
+
+    name = experiment_name()
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            client.create_experiment(name, _artifact_root(uri), tags=KIND)
+        except MlflowException:
+            if client.get_experiment_by_name(name) is None:  # else another job has made it meanwhile
+                raise
+        found = client.get_experiment_by_name(name)
+    if found.lifecycle_stage == "deleted":
+        restore = f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
+        raise Refused(f"experiment {name} is deleted; bring it back by {restore} or set MLFLOW_EXPERIMENT_NAME")
+    for key, value in KIND.items():
+        if key not in found.tags:  # made by an earlier version or by hand
+            client.set_experiment_tag(found.experiment_id, key, value)
+    return found
+
+
+def _run_of(client: Any, experiment: str, identity: str, name: str, tags: dict[str, str]) -> str:
+    """Return the run of this identity, from an earlier attempt or made now: an answer may have been lost."""
+    # MLflow's filters know no escapes, so that quotes are percent-encoded in the tag.
+    identity = re.sub(r"[\"'`\\%\x00-\x1f]", lambda found: quote(found[0]), redact_patterns(identity))
+    if found := client.search_runs([experiment], f"tags.`{IDENTITY}` = '{identity}'", max_results=1):
+        return found[0].info.run_id
+    tags = {key: redact(value) for key, value in tags.items()} | {IDENTITY: identity}
+    return client.create_run(experiment, run_name=redact_patterns(name), tags=tags).info.run_id
+
+
+def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted name, value) of each field."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", str(value)
+
+
+def _log_parameters(client: Any, run: str, values: dict[str, Any]) -> None:
+    from mlflow.entities import Param
+
+    there = client.get_run(run).data.params  # what is there cannot be changed
+    texts = {name: redact(str(value)) for name, value in values.items() if name not in there}
+    new = [
+        Param(key, text if len(text) <= LONGEST_PARAMETER else "long: see config.json") for key, text in texts.items()
+    ]
+    for first in range(0, len(new), BATCH_PARAMETERS):
+        client.log_batch(run, params=new[first : first + BATCH_PARAMETERS])
+
+
+def _artifact_root(uri: str) -> str | None:
+    """Return where artefacts go: beside the SQLite file, or (None) where the server puts them."""
+    return (
+        os.path.join(os.path.dirname(uri.removeprefix("sqlite:///")), "mlflow") if uri.startswith("sqlite:") else None
+    )
+
+
+def _log_picture(client: Any, run: str, name: str, png: bytes) -> None:
+    client.log_image(run, Image.open(io.BytesIO(png)), artifact_file=name)
+
+
+def _prepare_mlflow(uri: str) -> None:
+    """Silence MLflow, and leave all retries to the caller."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it may hold a password
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # blind ones would make a second run where an answer was lost
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    for name in ("alembic", "mlflow", "mlflow.store.db.utils", "urllib3.connectionpool"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not uri.startswith("http"):
+        import mlflow.store.db.utils
+
+        mlflow.store.db.utils.MAX_RETRY_COUNT = 1  # its ten tries take two minutes, in which nothing can be said

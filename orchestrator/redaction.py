@@ -1,0 +1,84 @@
+"""Take secrets out of everything that leaves this process: log lines, errors, reports, and what is sent to MLflow."""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import quote, unquote
+
+from cluster.session import SECRETS
+
+MASK = "***"
+SHORTEST_VALUE = 8  # characters; masking shorter ones ("mlflow", "admin") would garble ordinary text
+# Variables that hold a secret by their name; those that end in _FILE and the like hold a place.
+_NAMES = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIALS?|(ACCESS|API|PRIVATE)_?KEY(_ID)?)$")
+_WORDS = r"(?:password|passwd|pwd|token|secret|signature|credential|(?:api|access|secret)[_-]?key(?:[_-]?id)?)"
+_PATTERNS = (
+    re.compile(r"(://)[^/\s'\"<>]*(?=@)"),  # the user and password of a URI
+    re.compile(rf"(?i)({_WORDS}['\"]?=['\"]?)[^\s&'\",;<>]+"),  # a query, --option=value, VARIABLE=value
+    re.compile(rf"(?i)(--[\w.-]{{0,40}}{_WORDS}\s+)[^\s-]\S*"),  # --option value
+    re.compile(r"(?i)(\b(?:bearer|basic)\s+)[\w.+/=~-]{8,}"),  # the header Authorization
+)
+
+
+def redact(text: str) -> str:
+    """Return `text` without the secrets of the environment, wherever they stand, and of URIs and options."""
+    for value in sorted(_secret_values(), key=len, reverse=True):
+        text = text.replace(value, MASK)
+    return redact_patterns(text)
+
+
+def redact_patterns(text: str) -> str:
+    """Return `text` without what URIs and options hold. The result does not depend on the environment, so that it
+    can be compared with that of another process."""
+    for pattern in _PATTERNS:
+        text = pattern.sub(rf"\g<1>{MASK}", text)
+    return text
+
+
+def redact_tree(tree: Any, whole: bool = True) -> Any:
+    """Return a JSON value with `redact` (or, without `whole`, `redact_patterns`) applied to each string in it."""
+    if isinstance(tree, dict):
+        return {name: redact_tree(value, whole) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [redact_tree(value, whole) for value in tree]
+    return (redact if whole else redact_patterns)(tree) if isinstance(tree, str) else tree
+
+
+def command() -> str:
+    """Return the command line of this process as one types it in a shell."""
+    return redact(shlex.join(["python", *sys.argv]))
+
+
+def redact_logs() -> None:
+    """Redact every log record of this process from now on, whoever makes it."""
+    make = logging.getLogRecordFactory()
+    if getattr(make, "redacts", False):
+        return
+
+    def redacted(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        with contextlib.suppress(TypeError, ValueError):  # of arguments that do not fit: logging reports them itself
+            record.msg, record.args = redact(record.getMessage()), None
+        return record
+
+    redacted.redacts = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(redacted)
+
+
+def _secret_values() -> Iterator[str]:
+    """Yield the values that must not be seen, in each form in which they may be written."""
+    for name, value in os.environ.items():
+        found = [value] if name in SECRETS or _NAMES.search(name) else []
+        if address := re.match(r"[\w+.-]+://([^/\s]*)@", value):
+            user, _, password = address[1].partition(":")
+            found += [f"{user}:{password}", password or user]
+        for secret in found:
+            for form in {secret, unquote(secret), quote(secret, safe=""), json.dumps(secret)[1:-1]}:
+                if len(form) >= SHORTEST_VALUE:
+                    yield form

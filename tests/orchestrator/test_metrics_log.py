@@ -1,0 +1,93 @@
+"""Records of numbers are in storage before anything else happens to them, whatever ends the process."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator import metrics_log, storage
+from orchestrator.metrics_log import MetricsLog, Position, Record, history, read_records
+
+
+def records(count: int, first: int = 0) -> list[Record]:
+    return [Record(1_000 + step, step, {"loss": float(step)}) for step in range(first, first + count)]
+
+
+def read_all(numbers: MetricsLog) -> list[Record]:
+    found, position = list[Record](), Position()
+    while (some := numbers.read(position))[0]:
+        found, position = found + some[0], some[1]
+    return found
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_records_come_back_in_order_over_parts_and_starts(
+    place: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(tmp_path) if place == "local" else f"{request.getfixturevalue('s3_bucket')}/run"
+    monkeypatch.setattr(metrics_log, "PART_BYTES", 2_000)
+    monkeypatch.setattr(metrics_log, "READ_BYTES", 500)
+    for start in range(0, 300, 100):
+        numbers = MetricsLog(folder)
+        assert numbers.count == start
+        for record in records(100, start):
+            numbers.append(record)
+            if record.step % 7 == 0:
+                numbers.flush()
+        numbers.close()
+    assert read_all(numbers) == records(300) == list(read_records(folder))
+    parts = storage.list_names(storage.join(folder, metrics_log.NAME)) if place == "s3" else []
+    assert len(parts) < 15, "a part is rewritten until it is full"
+    assert history(folder, "loss") == [(step, float(step)) for step in range(300)]
+
+
+def test_a_step_that_is_repeated_counts_as_it_was_last(tmp_path: Path) -> None:
+    numbers = MetricsLog(str(tmp_path))
+    numbers.append(Record(1, 5, {"loss": 2.0}), Record(2, 5, {"loss": 1.0}), Record(3, 5, {"loss": 9.0}, "trial 1"))
+    assert history(str(tmp_path), "loss") == [(5, 1.0)]
+    assert history(str(tmp_path), "other") == history(str(tmp_path / "nowhere"), "loss") == []
+
+
+def test_a_kill_loses_no_record_and_leaves_no_broken_line(tmp_path: Path) -> None:
+    code = (
+        "import os, signal; from orchestrator.metrics_log import MetricsLog, Record\n"
+        f"numbers = MetricsLog({str(tmp_path)!r})\n"
+        "for step in range(50): numbers.append(Record(1_000 + step, step, {'loss': float(step)}))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    with (tmp_path / metrics_log.NAME).open("ab") as file:
+        file.write(b'{"time": 1, "st')  # as a full disk or a dying machine leaves it
+    numbers = MetricsLog(str(tmp_path))
+    numbers.append(*records(1, 50))
+    assert read_all(numbers) == records(51)
+
+
+def test_on_object_storage_a_kill_loses_about_a_second(s3_bucket: str) -> None:
+    numbers = MetricsLog(f"{s3_bucket}/run")
+    numbers.append(*records(20))
+    deadline = time.monotonic() + 30
+    while not list(read_records(f"{s3_bucket}/run")) and time.monotonic() < deadline:
+        time.sleep(0.05)  # nobody closes it
+    assert list(read_records(f"{s3_bucket}/run")) == records(20)
+    numbers.close()
+
+
+def test_numbers_wait_while_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    numbers = MetricsLog(str(tmp_path))
+    write = MetricsLog._write
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(MetricsLog, "_write", full)
+    for record in records(3):
+        numbers.append(record)
+    assert caplog.text.count("cannot be written") == 1
+    monkeypatch.setattr(MetricsLog, "_write", write)
+    numbers.append(*records(1, 3))
+    assert read_all(numbers) == records(4)

@@ -1,0 +1,91 @@
+"""A canary in every variable and argument that can hold a secret is seen nowhere."""
+
+import logging
+
+import pytest
+
+from orchestrator import redaction
+from orchestrator.redaction import MASK, redact, redact_logs, redact_patterns, redact_tree
+
+CANARY = "canary-5f3a/9c+xyz"
+VARIABLES = [
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN",
+    "HF_TOKEN",
+    "RAY_AUTH_TOKEN",
+    "PGPASSWORD",
+    "WANDB_API_KEY",
+]
+ADDRESSES = ["MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "ADMIRAL_STORE", "HTTPS_PROXY"]
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_the_value_of_a_secret_variable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, CANARY)
+    for form in (CANARY, "canary-5f3a%2F9c%2Bxyz", f"{{'key': '{CANARY}'}}", f"x{CANARY}y"):
+        assert "5f3a" not in redact(f"the server said {form}.")
+    assert redact_tree({"a": [CANARY, 1, None]}) == {"a": [MASK, 1, None]}
+
+
+@pytest.mark.parametrize("name", ADDRESSES)
+def test_user_and_password_of_an_address(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "http://someone:canary-5f3a@host:5000/path")
+    said = redact("cannot reach http://someone:canary-5f3a@host:5000/path as someone:canary-5f3a (canary-5f3a)")
+    assert "5f3a" not in said and "host:5000/path" in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://user:canary@host/x",
+        "https://canary@huggingface.co/data",
+        "postgresql+psycopg2://mlflow:can@ary@host/mlflow",
+        "postgresql://host/db?user=a&password=canary",
+        "https://bucket.s3.amazonaws.com/x?X-Amz-Credential=canary&X-Amz-Signature=canary",
+        "HF_TOKEN=canary python jobs/train_adm.py",
+        "--hf-token canary --seed 1",
+        "--source.api-key=canary",
+        "Authorization: Bearer canary-canary",
+    ],
+)
+def test_secrets_that_no_variable_holds(text: str) -> None:
+    assert "canary" not in redact_patterns(text) and "ary@" not in redact_patterns(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s3://bucket/a@b/c and /home/me@work/run",
+        "--num-workers 2 --seed 1 --order.num-streams 8",
+        "AWS_SHARED_CREDENTIALS_FILE is not set",
+        "num_tokens=5, key=value",
+        "python jobs/generate_samples.py digits --output it's",
+    ],
+)
+def test_what_is_no_secret_stays(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/home/me@work")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "python jobs")
+    assert redact(text) == text
+
+
+def test_log_lines(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    factory = logging.getLogRecordFactory()
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    try:
+        redact_logs()
+        redact_logs()
+        logging.getLogger("someone.else").warning("denied: %s at %s", CANARY, "http://u:p@host")
+    finally:
+        logging.setLogRecordFactory(factory)
+    assert caplog.messages == [f"denied: {MASK} at http://{MASK}@host"]
+
+
+def test_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        redaction.sys, "argv", ["jobs/x.py", "digits", "--store", "s3://u:canary@host/it's", "--seed", "1"]
+    )
+    assert redaction.command() == """python jobs/x.py digits --store 's3://***@host/it'"'"'s' --seed 1"""
