@@ -167,7 +167,9 @@ def reason(error: Exception) -> str:
     """Return the first line of an error, without secrets."""
     if isinstance(error, OSError) and error.strerror:
         return redact(f"{error.filename}: {error.strerror}")
-    return redact((str(error) or type(error).__name__).strip().splitlines()[0])[:400]
+    text = (str(error) or type(error).__name__).strip().splitlines()[0]
+    text = re.sub(r"^API request to .*\(Caused by \w+\((.*)\)\)$", r"\1", text)  # what urllib3 wraps around a cause
+    return redact(re.sub(r"\[Errno -?\d+\] |^\"|\"$", "", text))[:400]
 
 
 def refusal(where: str, error: Exception) -> str:
