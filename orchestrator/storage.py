@@ -142,7 +142,8 @@ def open_output(uri: str) -> Iterator[BinaryIO]:
         else:
             attempt("write", place, file.commit)
     except BaseException:
-        file.closed = True  # else its finalizer would flush it again, whenever it is collected, and fail
+        if not place.is_s3:
+            file.closed = True  # else fsspec's finalizer would flush it again, whenever it is collected, and fail
         try:
             file.discard()
         except (OSError, botocore.exceptions.BotoCoreError) as error:
