@@ -26,6 +26,7 @@ import numpy as np
 import psutil
 import tyro
 
+from cluster.actor import WorkerActor
 from cluster.servers import s3_server
 from cluster.session import address, session
 from orchestrator import storage
@@ -35,6 +36,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[2]
+WORKER = f"ray::{WorkerActor.__name__}"  # what Ray calls the process of a sampling worker
 LOOK_SECONDS = 0.05  # between two looks at the run
 GROWTH = 16 << 20  # bytes by which a driver may grow from a tenth of the samples to their end: what allocators keep
 
@@ -147,7 +149,7 @@ def sampling_workers() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if process.name().startswith("ray::_Worker"):
+            if "".join(process.cmdline()).startswith(WORKER):
                 found.append(process)
     return found
 
@@ -155,7 +157,7 @@ def sampling_workers() -> list[psutil.Process]:
 def kill(victim: psutil.Process) -> str:
     """SIGKILL a worker; answers what it was doing, or nothing where it had ended by itself."""
     with contextlib.suppress(psutil.NoSuchProcess, IndexError):
-        doing = "working" if victim.cmdline()[0].startswith("ray::_Worker.work") else "starting"
+        doing = "working" if victim.cmdline()[0].startswith(f"{WORKER}.work") else "starting"
         victim.kill()
         victim.wait(timeout=30)
         return doing
