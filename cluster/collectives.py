@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 TIMEOUT = timedelta(minutes=5)  # a collective that hangs ends the attempt after this
-BUCKET_VALUES = 16 << 20  # values that one message of the tree carries
+BUCKET_VALUES = 16 << 20  # values that are added at a time
 
 T = TypeVar("T")
 
@@ -31,6 +31,11 @@ class Group:
         flags = torch.tensor(wishes, dtype=torch.uint8)
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._cpu)
         return tuple(bool(flag) for flag in flags)
+
+    def meet(self, timeout: timedelta) -> None:
+        """Return when all workers have come here, each after as long as `timeout` of its own work."""
+        if self._cpu is not None:
+            dist.monitored_barrier(self._cpu, timeout)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over workers of a CPU tensor."""
@@ -77,22 +82,25 @@ class Group:
     def add_in_tree(self, tensors: list[Tensor]) -> None:
         """Replace every tensor by its sum over workers, added in one fixed binary tree over ranks.
 
-        Recursive doubling, always lower rank + higher rank: where each worker brings the sum over its own subtree of
-        contiguous leaves, the result is equal to the bit for every number of workers, a power of two.
+        Every worker adds one share of all values, in the tree's order: ranks 0 + 1, 2 + 3, then these sums. So where
+        each worker brings the sum over its own subtree of contiguous leaves, the result is equal to the bit for every
+        number of workers, a power of two, and twice the tensors' bytes cross the network, however many there are.
         """
-        distance = 1
-        while distance < self.world_size:
-            partner = self.rank ^ distance
-            for bucket in _buckets(tensors):
-                mine = torch.cat([tensor.flatten() for tensor in bucket])
-                theirs = torch.empty_like(mine)
-                exchange = [dist.P2POp(dist.isend, mine, partner), dist.P2POp(dist.irecv, theirs, partner)]
-                for work in dist.batch_isend_irecv(exchange):
-                    work.wait()
-                total = mine + theirs if self.rank < partner else theirs + mine
-                for tensor, part in zip(bucket, total.split([tensor.numel() for tensor in bucket]), strict=True):
-                    tensor.copy_(part.view_as(tensor))
-            distance *= 2
+        if self.world_size == 1:
+            return
+        for bucket in _buckets(tensors):
+            mine = torch.cat([tensor.flatten() for tensor in bucket])
+            share = -(-len(mine) // self.world_size)
+            mine = torch.nn.functional.pad(mine, (0, share * self.world_size - len(mine)))
+            parts = torch.empty_like(mine)
+            dist.all_to_all_single(parts, mine)
+            sums = list(parts.split(share))
+            while len(sums) > 1:
+                sums = [left + right for left, right in zip(sums[::2], sums[1::2], strict=True)]
+            dist.all_gather_into_tensor(mine, sums[0])
+            total = mine.split([tensor.numel() for tensor in bucket] + [len(mine) - sum(t.numel() for t in bucket)])
+            for tensor, part in zip(bucket, total, strict=False):
+                tensor.copy_(part.view_as(tensor))
 
 
 def _next(items: Iterator[T]) -> tuple[str, Any]:

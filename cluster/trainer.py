@@ -73,7 +73,7 @@ def run_workers(
 
     with _stop_signals(signalled.set):
         if num_workers == 0:
-            _run_here(loop, _tolerant(on_record), is_asked_to_stop)
+            _run_here(loop, _tolerant(on_record), num_gpus, is_asked_to_stop)
         else:
             resources = {"CPU": float(cpus)} | ({"GPU": float(num_gpus)} if num_gpus else {})
             _run_on_ray(loop, num_workers, _tolerant(on_record), max_failures, resources, is_asked_to_stop)
@@ -81,9 +81,12 @@ def run_workers(
 
 
 def _run_here(
-    loop: Callable[[WorkerContext], None], on_record: Callable[[Record], None], stop: Callable[[], bool]
+    loop: Callable[[WorkerContext], None],
+    on_record: Callable[[Record], None],
+    num_gpus: int,
+    stop: Callable[[], bool],
 ) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if num_gpus else "cpu")
     try:
         loop(WorkerContext(0, 1, device, on_record, stop, streams_on_cluster=False))
     except ArithmeticError as error:

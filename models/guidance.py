@@ -64,7 +64,9 @@ def log_prob_gradient(classifier: Model, x: Tensor, t: Timestep, y: Tensor) -> T
             at_logits = (-F.softmax(logits, dim=-1)).scatter_add(1, y[:, None], torch.ones_like(logits))
             exponent = torch.frexp(at_logits.norm(dim=1)).exponent
             scale = torch.ldexp(torch.full_like(log_prob, GRADIENT_NORM), -exponent)
-        gradient = torch.autograd.grad((log_prob * scale).sum(), x)[0]
+        objective = (log_prob * scale).sum()
+        with torch.autocast(x.device.type, enabled=False):  # else the float32 layers' backward runs in half precision
+            gradient = torch.autograd.grad(objective, x)[0]
     return gradient.float() / scale.view(-1, *[1] * (x.ndim - 1))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+MAX_SHAPES = 256  # of a network's blocks: in, out and skip channels, sizes, and whether gradients are wanted
 NORM_GROUPS = 32  # every feature map's width must be a multiple of it
 
 
@@ -141,6 +142,29 @@ ARCHITECTURES: dict[str, type[Architecture]] = {UNetConfig.kind: UNetConfig, Cla
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
     """Return a region in which convolutions and attention run in `dtype`; "float32" changes nothing."""
     return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+
+
+def halve_weights(network: "Encoder", dtype: torch.dtype) -> None:
+    """Keep a frozen network's weights in `dtype` where autocast would cast them at every forward pass.
+
+    Results are equal to the bit. What runs in float32 stays so: normalisation, the time embedding, the output layers.
+    """
+    for stage in network.stages():
+        for layer in stage.modules():
+            if isinstance(layer, nn.Conv2d | nn.Conv1d | nn.Linear):
+                layer.to(dtype)
+
+
+def compile_blocks(network: "Encoder") -> None:
+    """Have `torch.compile` fuse every residual and attention block when it first runs; results differ in last bits.
+
+    One block of each shape is compiled, where the whole network would take many times as long.
+    """
+    torch._dynamo.config.recompile_limit = MAX_SHAPES  # of one block's code; the default of 8 would give up on the rest
+    for stage in network.stages():
+        for layer in stage.modules():
+            if isinstance(layer, ResBlock | AttentionBlock):
+                layer.compile(dynamic=False)
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
@@ -365,6 +389,11 @@ class Encoder(nn.Module):
         """The part of the forward pass that depends on `timesteps` [B] alone -> [B, 4 * model_channels]."""
         return in_float32(self.time_embed, timestep_embedding(timesteps, self.model_channels))
 
+    def stages(self) -> Iterator[nn.Module]:
+        """Yield what autocast runs in half precision, in the order of the forward pass."""
+        yield from self.input_blocks
+        yield self.middle_block
+
     def run(self, stage: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
         """One stage, recomputed in the backward pass (same dropout) where gradient checkpointing is on."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -387,6 +416,11 @@ class UNet(Encoder):
             nn.SiLU(),
             zero_init(nn.Conv2d(config.widths[0], config.out_channels, 3, padding=1)),
         )
+
+    def stages(self) -> Iterator[nn.Module]:
+        """Yield what autocast runs in half precision, in the order of the forward pass."""
+        yield from super().stages()
+        yield from self.output_blocks
 
     def forward(
         self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, time_embedding: Tensor | None = None

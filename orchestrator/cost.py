@@ -18,7 +18,6 @@ from models.costs import (
     peak_memory,
     sampling_flops,
     training_flops,
-    training_state_bytes,
 )
 from models.features import Extractor
 from models.unet import Architecture
@@ -81,12 +80,8 @@ class Cost(NamedTuple):
         return self.images * self.flops_per_image
 
 
-def training_cost(network: Architecture, images: int, batch: int, averages: int, half: bool) -> Cost:
-    """Training on `images` images, `batch` at a time on each GPU, with `averages` averages of the weights."""
-    memory = {
-        f"weights, AdamW and {averages} average(s)": training_state_bytes(network, averages),
-        f"activations and gradients of {batch} images": peak_memory(network, "training", batch, half),
-    }
+def training_cost(network: Architecture, images: int, memory: dict[str, int]) -> Cost:
+    """Training on `images` images; `memory` is what each GPU holds, in bytes, by what holds it."""
     known = CLASSIFIER_TRAINING if network.kind == "classifier" else TRAINING
     return Cost(images, training_flops(network), memory, known, "three forward passes an image")
 

@@ -31,8 +31,9 @@ class GenerationConfig(JobConfig):
     clip: bool = True  # clamp the predicted x_0 to [-1, 1], as published
     rounding: Rounding = "truncate"  # of grey levels; the published code truncates
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention, by autocast
+    tf32: bool = False  # let float32 convolutions and products round to TF32 on GPUs that have it; published: no
     compile: bool = False  # torch.compile the networks: slower to start, faster on long runs
-    batch_size: int = Field(0, ge=0)  # canonical batch B: index i always runs in batch floor(i/B); 0 = probed once
+    batch_size: int = Field(0, ge=0)  # canonical batch B: index i always runs in batch floor(i/B); 0 = by memory
     shard_size: int = Field(512, gt=0)  # images in a shard, a multiple of B
     indices: tuple[int, ...] = ()  # regenerate only these, into regenerated/, and compare them with the folder's
     export: Literal["npz", "png"] | None = None  # when all are there: samples.npz as published, or png/, in the folder

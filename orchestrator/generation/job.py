@@ -16,6 +16,7 @@ import pyarrow as pa
 from cluster.session import session
 from cluster.workers import map_items
 from orchestrator import storage
+from orchestrator.arithmetic import platform
 from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.cost import cost_lines
 from orchestrator.generation.exports import export_npz, export_png
@@ -40,7 +41,6 @@ from orchestrator.generation.sampling import (
     canonical_batch,
     fingerprint,
     load_networks,
-    platform,
 )
 from orchestrator.generation.worker import SamplingWorker
 from orchestrator.pictures import grid_png, png

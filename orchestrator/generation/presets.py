@@ -26,6 +26,7 @@ def generation_presets() -> dict[str, tuple[str, GenerationConfig]]:
         guidance=GuidanceConfig(scale=1.0),
         labels="uniform",
         dtype="float16",
+        compile=True,
         num_gpus=1,
     )
     cascade = released.model_copy(
@@ -43,6 +44,7 @@ def generation_presets() -> dict[str, tuple[str, GenerationConfig]]:
         sampler=SamplerConfig(name="ddim", num_steps=50),
         guidance=GuidanceConfig(scale=1.0),
         dtype="bfloat16",
+        compile=True,
         num_gpus=1,
     )
     return {

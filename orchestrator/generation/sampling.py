@@ -1,7 +1,7 @@
 """Sampling: what decides a sample, and how a canonical batch of them is drawn."""
 
-import platform as machine
-import time
+import logging
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from models import zoo
+from models.costs import Use, count_parameters, peak_memory
 from models.diffusion import Diffusion
 from models.guidance import WHOLE_CHAIN, GuidanceConfig, guided
 from models.images import Rounding, from_uint8, to_uint8
@@ -24,10 +25,13 @@ from orchestrator.order import Purpose
 from orchestrator.weights.network import Network, load_network, weights_file
 
 NUMERICS_VERSION = 1  # raised by hand when the same config begins to give other samples
-LARGEST_BATCH = 512  # that is tried on a GPU
+LARGEST_BATCH = 256  # images on a GPU
+MEMORY_SHARE = 0.7  # of a GPU's memory that what is counted may take
+OUT_OF_MEMORY = re.compile("(?i)out of memory|STATUS_ALLOC_FAILED|unable to find an engine")  # CUDA, cuBLAS, cuDNN
 CPU_BATCH = 64  # images, fewer where these would have more than
 CPU_PIXELS = 2**18  # pixels
-NEARLY = 0.95  # a batch is as fast as the fastest from this share of its rate on
+
+log = logging.getLogger(__name__)
 
 
 # ------------------------------------------------------------------------------------------------ networks
@@ -98,64 +102,74 @@ def fingerprint(config: GenerationConfig, networks: Networks) -> dict[str, Any]:
     return {**chosen, **hashes, **labels, "numerics_version": NUMERICS_VERSION}
 
 
-def platform(device: torch.device) -> dict[str, Any]:
-    """The kind of device and software on which pixels are equal to the bit."""
-    software = {"torch": torch.__version__, "numpy": np.__version__}
-    if device.type == "cuda":
-        return {"device": torch.cuda.get_device_name(device), **software}
-    kind = f"{machine.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return {"device": kind, "threads": torch.get_num_threads(), **software}
-
-
 # ------------------------------------------------------------------------------------------------ the canonical batch
 
 
 def canonical_batch(config: GenerationConfig, networks: Networks, device: torch.device) -> int:
-    """B, where the config leaves it open: on a GPU the fastest, on a CPU 64 or as many as have 2^18 pixels."""
+    """Return B, where the config leaves it open: what counted memory allows, hence the same on every card of a kind.
+
+    On a CPU it is 64, or as many images as have 2^18 pixels.
+
+    Raises:
+        RuntimeError: not even one image fits into the GPU's memory.
+    """
     most = config.shard_size & -config.shard_size  # B must divide it; powers of two do up to here
     if device.type == "cpu":
         size = (networks.upsampler or networks.weights).architecture.image_size
         return max(1, min(most, CPU_BATCH, 2 ** int(np.log2(CPU_PIXELS / size**2))))
-    sizes = [2**k for k in range(10) if 2**k <= min(most, LARGEST_BATCH)]
-    return fastest(sizes, partial(_seconds, networks, config))
+    size = counted_batch(config, networks, torch.cuda.get_device_properties(device).total_memory, most)
+    return verified_batch(size, partial(_two_steps, networks, config))
 
 
-def fastest(sizes: Iterable[int], seconds: Callable[[int], float]) -> int:
-    """The least batch size that gives nearly as many images a second as the best of those that fit.
+def counted_batch(config: GenerationConfig, networks: Networks, memory: float, most: int) -> int:
+    """Return the largest power of two, up to `most` and 256, with which sampling takes at most 70% of `memory` bytes.
+
+    What is counted leaves out workspaces of convolutions and fragments: hence the rest. From some ten images on,
+    larger batches are hardly faster.
+    """
+    guided = networks.classifier is not None and config.guidance.scale > 0
+    uses: list[tuple[Network | None, Use]] = [(networks.weights, "sampling"), (networks.upsampler, "sampling")]
+    uses += [(networks.classifier, "guiding")] if guided else []
+    kept = sum(4 * count_parameters(network.architecture) for network in networks.loaded)
+    half, size = config.dtype != "float32", min(most, LARGEST_BATCH)
+    while size > 1:
+        peaks = [peak_memory(network.architecture, use, size, half) for network, use in uses if network]
+        if kept + max(peaks) <= MEMORY_SHARE * memory:
+            break
+        size //= 2
+    return size
+
+
+def verified_batch(size: int, draw: Callable[[int], object]) -> int:
+    """Return `size`, or the first half, quarter ... of it that `draw` finds memory for.
 
     Raises:
-        RuntimeError: not one fits into memory.
+        RuntimeError: it finds none for a single image; or it fails for another reason.
     """
-    rates: dict[int, float] = {}
-    for size in sizes:
+    while True:
         try:
-            rates[size] = size / seconds(size)
-        except torch.OutOfMemoryError:
-            break
-    if not rates:
-        raise RuntimeError("not even one image fits into the GPU's memory")
-    return min(size for size, rate in rates.items() if rate >= NEARLY * max(rates.values()))
+            draw(size)
+            return size
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not OUT_OF_MEMORY.search(str(error)):
+                raise
+        if size == 1:
+            raise RuntimeError("not even one image fits into the GPU's memory")
+        log.warning("a batch of %d images was counted to fit into the GPU's memory, and does not: taking half", size)
+        size //= 2
 
 
-def _seconds(networks: Networks, config: GenerationConfig, size: int) -> float:
-    """How long a batch of `size` takes, judged by two steps of each stage, guided ones."""
-
-    def draw(sampler: SamplerConfig, low_res: np.ndarray | None, network: Network) -> tuple[np.ndarray, float]:
-        short = sampler.model_copy(update={"num_steps": 2, "respacing": None})
-        guidance = config.guidance.model_copy(update={"interval": WHOLE_CHAIN})
-        indices, labels = np.arange(size), networks.labels(np.arange(size))
-        classifier = None if low_res is not None else networks.classifier
-        for _ in range(2):  # the first one warms up
-            begin = time.perf_counter()
+def _two_steps(networks: Networks, config: GenerationConfig, size: int) -> None:
+    """Draw two steps of each stage, guided ones, of a batch of `size` images."""
+    indices, low_res = np.arange(size), None
+    for network, sampler in ((networks.weights, config.sampler), (networks.upsampler, config.upsampling)):
+        if network is not None:
+            short = sampler.model_copy(update={"num_steps": 2, "respacing": None})
+            guidance = config.guidance.model_copy(update={"interval": WHOLE_CHAIN})
+            classifier = networks.classifier if low_res is None else None
+            labels = networks.labels(indices)
             with autocast(network.device, config.dtype):
-                images = sample_batch(network, short, indices, labels, 0, classifier, guidance, low_res)
-            seconds = time.perf_counter() - begin
-        return images, seconds * sampler.num_steps / 2
-
-    images, seconds = draw(config.sampler, None, networks.weights)
-    if networks.upsampler is not None:
-        seconds += draw(config.upsampling, images, networks.upsampler)[1]
-    return seconds
+                low_res = sample_batch(network, short, indices, labels, 0, classifier, guidance, low_res)
 
 
 # ------------------------------------------------------------------------------------------------ batches

@@ -46,6 +46,8 @@ class TrainingConfig(JobConfig):
     reduction: Literal["fast", "exact"] = "fast"  # exact = weights equal to the bit on any number of workers; slower
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention, by autocast
     loss_scale: LossScaleConfig = LossScaleConfig()
+    tf32: bool = False  # let float32 convolutions and products round to TF32 on GPUs that have it; published: no
+    recompute: bool | None = None  # blocks in the backward pass: slower by a third; None = where memory asks for it
     num_threads: int = Field(1, gt=0)  # CPU threads of each worker's arithmetic; another number gives other last bits
     compile: bool = False  # torch.compile the network: slower to start, faster on long runs
     init_from: str | None = None  # start from these weights: a run's folder, a .safetensors or a .pt file of this model
@@ -64,6 +66,7 @@ class TrainingConfig(JobConfig):
     eval_every: int | None = Field(None, gt=0)  # evaluate on the validation split every N images; None = never
     eval_images: int = Field(1_000, gt=1)  # images of that split that are evaluated
     log_every: int = Field(10_000, gt=0)  # images from one line of numbers to the next
+    profile_steps: str | None = None  # as 10:15: write a trace of these steps of this attempt to the run's profile/
     audit_dir: str | None = None  # folder for the audit log: what every step consumed, row by row; slow
     num_workers: int = Field(1, ge=0)  # training workers; 0 = in this process, without Ray
     num_gpus: int = Field(0, ge=0, le=1)  # GPUs for each worker
@@ -74,7 +77,15 @@ class TrainingConfig(JobConfig):
     def operational(self) -> frozenset[str]:
         """What does not change the weights, the length included unless the learning rate falls towards it."""
         fields = {"checkpoint_every", "keep_checkpoints", "keep_every", "log_every", "audit_dir", "max_nonfinite_steps"}
-        fields |= {"max_failures", "preview_every", "preview", "restart_from_scratch", "takeover"}
+        fields |= {
+            "max_failures",
+            "preview_every",
+            "preview",
+            "restart_from_scratch",
+            "takeover",
+            "profile_steps",
+            "recompute",
+        }
         if self.lr_schedule == "constant":
             fields.add("total_images")
         return frozenset(fields & type(self).model_fields.keys())
@@ -103,6 +114,20 @@ class TrainingConfig(JobConfig):
                 return network(x, *args, **inputs)
 
         return call
+
+    @property
+    def profiled(self) -> range:
+        """Steps of an attempt that are profiled, counted from 0."""
+        begin, _, end = (self.profile_steps or "0:0").partition(":")
+        return range(int(begin), int(end))
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _check_profile_steps(cls, steps: str | None) -> str | None:
+        begin, _, end = (steps or "0:1").partition(":")
+        if not (begin.isdecimal() and end.isdecimal() and int(begin) < int(end)):
+            raise ValueError(f"--profile-steps {steps} is not BEGIN:END with BEGIN < END, as 10:15")
+        return steps
 
     @model_validator(mode="after")
     def _splits_evenly(self) -> "TrainingConfig":

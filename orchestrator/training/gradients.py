@@ -1,8 +1,8 @@
 """From the microbatches of a step to one gradient: as fast as can be, or equal to the bit on any number of workers."""
 
 import contextlib
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 from torch import nn
@@ -10,12 +10,61 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cluster.collectives import Group
 from cluster.trainer import WorkerContext
+from models.costs import count_parameters, peak_memory, training_state_bytes
+from models.unet import Architecture, compile_blocks
 from orchestrator.order import Purpose, keyed_rng
 from orchestrator.training.config import Config, TrainingConfig
-from orchestrator.training.losses import Losses, Microbatch, Terms
+from orchestrator.training.losses import Losses, Microbatch, Terms, blank_microbatch
 from orchestrator.training.state import TrainingState
 
+COMPILE_TIMEOUT = timedelta(hours=1)  # until the last worker has compiled its network
+MEMORY_SHARE = 0.85  # of a GPU's memory that what is counted may take: workspaces and fragments are not
+
 Backward = Callable[[nn.Module, Microbatch], Terms]  # forward and backward of one microbatch; gradients add up in .grad
+
+
+def prepare_network(config: Config, context: WorkerContext, group: Group, state: TrainingState, losses: Losses) -> None:
+    """Choose whether blocks are recomputed, and have them compiled before any worker waits for another's step."""
+    memory = None
+    if context.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(context.device).total_memory
+    state.model.gradient_checkpointing = recomputes(config, context.world_size, memory)
+    state.model.train()
+    if config.compile:
+        compile_blocks(state.model)
+        rows = config.microbatch_rows(context.world_size)
+        terms = losses(config.in_dtype(state.model), blank_microbatch(config, rows).to(context.device))
+        terms["loss"].sum().backward()
+        state.model.zero_grad(set_to_none=True)
+        group.meet(COMPILE_TIMEOUT)
+
+
+def recomputes(config: Config, world_size: int, memory: float | None) -> bool:
+    """Return whether blocks are recomputed in the backward pass on GPUs of `memory` bytes; None: on CPUs.
+
+    Where the config leaves it open they are if the model says so on CPUs, and on GPUs if what is counted without takes
+    more than 85% of the memory.
+    """
+    if config.recompute is not None:
+        return config.recompute
+    if memory is None:
+        return config.model.gradient_checkpointing
+    kept = config.model.model_copy(update={"gradient_checkpointing": False})
+    return sum(memory_of(config, kept, world_size).values()) > MEMORY_SHARE * memory
+
+
+def memory_of(config: Config, network: Architecture, world_size: int) -> dict[str, int]:
+    """Return the bytes that a worker of `world_size` holds at the peak of a step, counted, by what holds them."""
+    averages, rows = len(config.ema_rates) + len(config.power_emas), config.microbatch_rows(world_size)
+    found = {
+        f"weights, AdamW and {averages} average(s)": training_state_bytes(network, averages),
+        f"activations and gradients of {rows} images": peak_memory(
+            network, "training", rows, config.dtype != "float32"
+        ),
+    }
+    if config.reduction == "exact" and (levels := (config.order.num_streams // world_size).bit_length() - 1):
+        found[f"gradients of {levels} subtrees"] = 4 * count_parameters(network) * levels
+    return found
 
 
 def make_reduction(
@@ -25,9 +74,6 @@ def make_reduction(
 
     It returns the microbatches' loss terms. Gradients are those of the loss times the loss scale.
     """
-    if config.compile:
-        state.model.compile()
-    state.model.train()
     model: nn.Module = state.model
     exact = config.reduction == "exact"
     if not exact and context.world_size > 1:
@@ -91,23 +137,3 @@ def exact_gradients(model: nn.Module, batches: list[Microbatch], backward: Backw
     for parameter, gradient in zip(parameters, total, strict=True):
         parameter.grad = gradient
     return found
-
-
-@contextlib.contextmanager
-def fixed_arithmetic(config: TrainingConfig) -> Iterator[None]:
-    """While inside, the numbers of CPU threads and (with reduction=exact) the algorithms are the config's alone."""
-    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(config.num_threads)
-    if config.reduction == "exact":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it before its first product
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-    else:
-        torch.backends.cudnn.benchmark = True  # every step has the same shapes
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
-        torch.backends.cudnn.benchmark = benchmark

@@ -20,8 +20,9 @@ from cluster.watchdog import Watchdog
 from models.costs import count_parameters, training_state_bytes
 from models.diffusion import LossSecondMomentTimesteps
 from orchestrator import storage
+from orchestrator.arithmetic import arithmetic, choose_device, platform
 from orchestrator.config import check_or_write_config
-from orchestrator.cost import priced, training_cost
+from orchestrator.cost import GPUS, priced, training_cost
 from orchestrator.data.dataset import Manifest, batches, load_manifest
 from orchestrator.order import OrderPlan
 from orchestrator.progress import progress_line
@@ -30,12 +31,13 @@ from orchestrator.training.audit_log import AuditLog
 from orchestrator.training.checkpoint_writer import CheckpointWriter
 from orchestrator.training.checkpoints import Checkpoint, UnusableCheckpoints
 from orchestrator.training.config import AdmConfig, Config, TrainingConfig
-from orchestrator.training.gradients import fixed_arithmetic, make_reduction
+from orchestrator.training.gradients import make_reduction, memory_of, prepare_network, recomputes
 from orchestrator.training.initial_weights import begin_with
 from orchestrator.training.lease import Lease
 from orchestrator.training.losses import Microbatch, Terms, make_losses, make_microbatches
 from orchestrator.training.meter import Meter
 from orchestrator.training.previews import previews
+from orchestrator.training.profiling import StepProfiler
 from orchestrator.training.snapshots import final_weights, is_due, write_snapshots
 from orchestrator.training.state import TrainingState, take_step
 from orchestrator.training.validation import Validation, validation_count
@@ -61,6 +63,8 @@ def train(config: Config) -> str:
     run = config.path(config.output)
     manifest = load_manifest(config.path(config.dataset))
     config = _with_classes(config, manifest)
+    if not config.num_workers:
+        choose_device(config.num_gpus)  # refused here where there is none
     _open_bytes(config, manifest)  # refused here where it is too much, or the split impossible
     _validation_count(config, manifest)
     check_or_write_config(run, config)
@@ -88,6 +92,8 @@ def train(config: Config) -> str:
                 shown = {name: value for name, value in record["metrics"].items() if name in ("loss", "accuracy")}
                 progress.update_to(record["images"], **shown)
                 tracker.metrics(record["metrics"], step=record["images"])
+            if "platform" in record:
+                tracker.record("platform.json", record)
             if "stacks" in record:
                 name = f"stacks/images-{progress.done:012d}-rank-{record['rank']}.txt"
                 storage.write_bytes(storage.join(run, name), record["stacks"].encode())
@@ -120,7 +126,9 @@ def plan(config: Config) -> str:
     open_bytes = _open_bytes(config, manifest)
     averages = len(config.ema_rates) + len(config.power_emas)
     parameters, half = count_parameters(config.model), config.dtype != "float32"
-    cost = training_cost(config.model, config.length, config.microbatch_rows(workers), averages, half)
+    recomputed = recomputes(config, workers, GPUS[config.cost.gpu].memory if config.num_gpus else None)
+    network = config.model.model_copy(update={"gradient_checkpointing": recomputed})
+    cost = training_cost(network, config.length, memory_of(config, network, workers))
     first = config.path(config.init_from) if config.init_from else None
     return "\n".join(
         [
@@ -133,6 +141,7 @@ def plan(config: Config) -> str:
             f"{config.batch_size}, {config.total_images / order.images_per_epoch:.1f} epochs of "
             f"{order.images_per_epoch:,}",
             f"open    {open_bytes / 2**20:.1f} MiB of images at once in each of {workers} workers",
+            *(["blocks  are recomputed in the backward pass, to save memory"] if recomputed else []),
             priced(cost, config.cost, config.num_workers, half),
         ]
     )
@@ -171,10 +180,18 @@ def _order(config: TrainingConfig, manifest: Manifest) -> OrderPlan:
 
 def train_loop(config: Config, context: WorkerContext) -> None:
     """What every worker runs: from the last checkpoint to the end, or until the driver wants to stop."""
+    with arithmetic(config.num_threads, config.reduction == "exact", config.tf32):
+        _train(config, context)
+
+
+def _train(config: Config, context: WorkerContext) -> None:
     run = config.path(config.output)
     manifest = load_manifest(config.path(config.dataset))
     group = Group(context.rank, context.world_size)
+    _note_platforms(config, context, group)
     state, is_resumed = _restored(config, context, group, manifest)
+    losses = make_losses(config, state.timesteps)
+    prepare_network(config, context, group, state, losses)
 
     def after_saving(checkpoint: Checkpoint) -> None:
         context.report({"saved": checkpoint.position})
@@ -182,8 +199,10 @@ def train_loop(config: Config, context: WorkerContext) -> None:
             write_snapshots(run, config, manifest.classes, checkpoint)
 
     with (
-        fixed_arithmetic(config),
         CheckpointWriter(run, config, after_saving) as writer,
+        StepProfiler(
+            storage.join(run, "profile"), config.profiled if context.rank == 0 else range(0), context.device
+        ) as profiler,
         Watchdog(context.rank, context.report) as watchdog,
     ):
         # Go on from the newest usable checkpoint; what a kill kept it from leaving behind is made up for.
@@ -198,7 +217,7 @@ def train_loop(config: Config, context: WorkerContext) -> None:
                 after_saving(Checkpoint(state.position, state.tensors(), state.facts()))
         else:
             begin_with(config, state, group)
-        reduced_gradients = make_reduction(config, context, group, state, make_losses(config, state.timesteps))
+        reduced_gradients = make_reduction(config, context, group, state, losses)
         validation = Validation(config, manifest, group) if config.eval_every else None
         meter = Meter(config, context, group)
         audit = AuditLog(config.path(config.audit_dir), context.rank, context.world_size) if config.audit_dir else None
@@ -227,8 +246,28 @@ def train_loop(config: Config, context: WorkerContext) -> None:
                 if last or needed or config.passes(config.checkpoint_every, state.position):
                     writer.save(state, needed=needed, last=last)
                 writer.poll()
+            profiler.step()
             if stopping:
                 break
+
+
+def _note_platforms(config: Config, context: WorkerContext, group: Group) -> None:
+    """Report what the workers compute on.
+
+    Raises:
+        ValueError: it differs, and gradients are to be equal to the bit.
+    """
+    platforms = group.gather(platform(context.device))
+    others = [found for found in platforms if found != platforms[0]]
+    if others and config.reduction == "exact":
+        differing = {name: (platforms[0].get(name), others[0].get(name)) for name in platforms[0] | others[0]}
+        words = ", ".join(f"{name}: {one} and {other}" for name, (one, other) in differing.items() if one != other)
+        raise ValueError(
+            f"the workers compute on different platforms ({words}), which reduction=exact cannot allow: choose nodes "
+            "of one kind (ADMIRAL_ACCELERATOR), or --reduction fast"
+        )
+    if context.rank == 0:
+        context.report({"platform": platforms[0], "others": others})
 
 
 def _restored(config: Config, context: WorkerContext, group: Group, manifest: Manifest) -> tuple[TrainingState, bool]:

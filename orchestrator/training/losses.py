@@ -74,6 +74,13 @@ def make_microbatches(
     return batches
 
 
+def blank_microbatch(config: Config, rows: int) -> Microbatch:
+    """Return `rows` black images without noise: something to compile a network for."""
+    x = torch.zeros(rows, config.model.in_channels, config.model.image_size, config.model.image_size)
+    zeros = np.zeros(rows, np.int64)
+    return Microbatch(x, torch.from_numpy(zeros), torch.zeros_like(x), zeros / 1.0, zeros, zeros > 0, 0, 0)
+
+
 def make_losses(config: Config, timesteps: TimestepSampler) -> Losses:
     """The loss terms of a diffusion model or a noisy classifier, at timesteps that `timesteps` draws."""
     diffusion = Diffusion(config.diffusion)
@@ -121,4 +128,9 @@ def _drawn(batch: Microbatch, timesteps: TimestepSampler) -> tuple[Tensor, Tenso
     """Timesteps int64 [n] and loss weights float32 [n] by the rows' own uniforms, on their device."""
     t, weights = timesteps.draw(batch.u)
     device = batch.x_start.device
-    return torch.from_numpy(t).to(device), torch.from_numpy(weights).to(device)
+
+    def moved(values: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(values)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+    return moved(t), moved(weights)

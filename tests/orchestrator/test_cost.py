@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.costs import Evaluations, count_parameters
+from models.costs import Evaluations, count_parameters, peak_memory, training_state_bytes
 from models.features import Features
 from models.zoo import ZOO
 from orchestrator.cost import (
@@ -58,7 +58,9 @@ def test_the_assumed_mfu_lies_within_a_tenth_of_the_papers() -> None:
 
 def whole_training(name: str, batch: int = 1) -> Cost:
     """The paper's training, as --dry-run counts it."""
-    return training_cost(ZOO[name].network, IMAGES[name], batch, averages=1, half=True)
+    network = ZOO[name].network
+    memory = {"state": training_state_bytes(network, 1), "step": peak_memory(network, "training", batch, half=True)}
+    return training_cost(network, IMAGES[name], memory)
 
 
 def v100_days(name: str) -> float:
@@ -90,7 +92,7 @@ def test_features_are_counted_on_an_image() -> None:
 
 
 def test_the_lines_say_what_does_not_fit_and_what_is_assumed() -> None:
-    cost = training_cost(ZOO["adm-256"].network, images=1000, batch=32, averages=1, half=True)
+    cost = training_cost(ZOO["adm-256"].network, images=1000, memory={"weights": 9 * 10**9, "activations": 90 * 10**9})
     small, large = (priced(cost, CostConfig(gpu=gpu), 8, half=True) for gpu in ("V100", "H200"))
     assert "TOO MUCH" in small and "TOO MUCH" not in large
     assert "on 8" in large and "ADM table 7" in large and "989" in large

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from models import zoo
 from models.guidance import GuidanceConfig
 from models.samplers import SamplerConfig
 from orchestrator import storage
@@ -17,7 +18,7 @@ from orchestrator.generation import job as generation
 from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.job import generate, make_generator, missing_shards, plan
 from orchestrator.generation.samples import Shard, check_shard, list_shards, pixel_hashes, read_range
-from orchestrator.generation.sampling import canonical_batch, fastest, load_networks
+from orchestrator.generation.sampling import canonical_batch, counted_batch, load_networks, verified_batch
 from orchestrator.metrics_log import history
 from orchestrator.weights.network import Network
 from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
@@ -246,15 +247,52 @@ def test_on_a_cpu_the_batch_follows_a_rule(store: str) -> None:
     assert canonical_batch(wanted, big, torch.device("cpu")) == 4
 
 
-def test_the_fastest_batch_is_the_least_of_the_nearly_fastest_that_fit() -> None:
-    def seconds(size: int) -> float:
-        if size > 64:
-            raise torch.OutOfMemoryError
-        return 1.0 + size * {32: 0.51, 64: 0.5}.get(size, 1.0)
+@pytest.mark.parametrize(("gigabytes", "expected"), [(80, 256), (16, 128), (4, 16), (0.001, 1)])
+def test_on_a_gpu_the_batch_follows_counted_memory(store: str, gigabytes: float, expected: int) -> None:
+    """The same for every card of a kind: nothing is timed. ADM-64 with its classifier, in half precision."""
+    network, classifier = zoo.entry("adm-64"), zoo.entry("classifier-64")
+    loaded = load_networks(config(store, "any"), "cpu")
+    networks = loaded._replace(
+        weights=Network(loaded.weights.module, network.network, network.diffusion, (), ""),
+        classifier=Network(loaded.weights.module, classifier.network, classifier.diffusion, (), ""),
+        upsampler=None,
+    )
+    wanted = config(store, "any", batch_size=0, shard_size=512, dtype="float16")
+    found = counted_batch(wanted, networks, gigabytes * 1e9, most=512)
+    assert found == expected
+    if 1 < found < 256:
+        assert counted_batch(wanted, networks, 1.9 * gigabytes * 1e9, most=512) in (found, 2 * found)
 
-    assert fastest([2**k for k in range(10)], seconds) == 32
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+)
+def test_a_counted_batch_that_does_not_fit_is_halved(error: RuntimeError) -> None:
+    tried = []
+
+    def draw(size: int) -> None:
+        tried.append(size)
+        if size > limit:
+            raise error
+
+    limit = 32
+    assert verified_batch(128, draw) == 32 and tried == [128, 64, 32]
+    limit = 0
     with pytest.raises(RuntimeError, match="not even one"):
-        fastest([128], seconds)
+        verified_batch(2, draw)
+
+
+def test_other_errors_of_the_first_batch_are_not_taken_for_memory() -> None:
+    def draw(size: int) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    with pytest.raises(RuntimeError, match="assert triggered"):
+        verified_batch(4, draw)
 
 
 # ------------------------------------------------------------------------------------------------ indices, options

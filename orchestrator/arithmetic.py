@@ -1,0 +1,84 @@
+"""A worker's device, and how it computes: the one place where PyTorch's global switches are set."""
+
+import contextlib
+import os
+import platform as machine
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+# What CUDA and cuBLAS read when they start, hence before the first tensor is made. What is set already wins.
+_ENVIRONMENT = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic matrix products ask for it
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # batches of several shapes leave no memory in fragments
+}
+
+
+def choose_device(num_gpus: float) -> torch.device:
+    """Return a worker's device: the CPU where it has no GPU, whatever else is in the machine.
+
+    Raises:
+        ValueError: the worker is to have a GPU and sees none.
+    """
+    if not num_gpus:
+        return torch.device("cpu")
+    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"num_gpus={num_gpus:g}, but this worker sees no GPU: pass --num-gpus 0 to compute on CPUs, or see what "
+            "jobs/doctor.py says of this node"
+        )
+    return torch.device("cuda")
+
+
+def set_arithmetic(num_threads: int | None = None, deterministic: bool = True, tf32: bool = False) -> None:
+    """Set how this process computes from now on.
+
+    num_threads: of CPU arithmetic; None leaves it. deterministic: equal work gives equal bits on a GPU, and what cannot
+    promise that raises RuntimeError; otherwise cuDNN tries out which algorithm is fastest for each shape. tf32: float32
+    convolutions and products may round their inputs to 10 bits of mantissa. Off, as on the V100s of the published
+    results, which know no TF32.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+    # PyTorch would fill every new tensor with NaN, to show who reads what he has not written: a sixth of a guided step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def arithmetic(num_threads: int, deterministic: bool, tf32: bool) -> Iterator[None]:
+    """`set_arithmetic` while inside."""
+    before = (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+    )
+    set_arithmetic(num_threads, deterministic, tf32)
+    try:
+        yield
+    finally:
+        threads, was_deterministic, benchmark, convolutions, products, filling = before
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(was_deterministic)
+        torch.backends.cudnn.benchmark = benchmark
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.backends.cuda.matmul.allow_tf32 = products
+        torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
+
+
+def platform(device: torch.device) -> dict[str, Any]:
+    """Return the kind of device and software on which results are equal to the bit."""
+    software: dict[str, Any] = {"torch": torch.__version__, "numpy": np.__version__}
+    if device.type == "cuda":
+        software |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        return {"device": torch.cuda.get_device_name(device), **software}
+    kind = f"{machine.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {"device": kind, "threads": torch.get_num_threads(), **software}
