@@ -155,7 +155,7 @@ def halve_weights(network: "Encoder", dtype: torch.dtype) -> None:
                 layer.to(dtype)
 
 
-def compile_blocks(network: "Encoder") -> None:
+def compile_blocks(network: "Encoder", backend: str = "inductor") -> None:
     """Have `torch.compile` fuse every residual and attention block when it first runs; results differ in last bits.
 
     One block of each shape is compiled, where the whole network would take many times as long.
@@ -164,7 +164,7 @@ def compile_blocks(network: "Encoder") -> None:
     for stage in network.stages():
         for layer in stage.modules():
             if isinstance(layer, ResBlock | AttentionBlock):
-                layer.compile(dynamic=False)
+                layer.compile(dynamic=False, backend=backend)
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:

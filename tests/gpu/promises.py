@@ -1,0 +1,257 @@
+"""What must hold on a GPU: the CPU's numbers, equal bits from run to run and for every number of workers, no waiting."""
+
+import hashlib
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cluster.collectives import Group
+from models.diffusion import Diffusion, DiffusionConfig
+from models.guidance import GRADIENT_NORM, GuidanceConfig, log_prob_gradient
+from models.samplers import SAMPLERS, SamplerConfig
+from models.unet import UNetConfig, halve_weights
+from orchestrator.arithmetic import arithmetic
+from orchestrator.generation.noise import Draw, NoiseAhead, draw_noise
+from orchestrator.generation.sampling import sample_batch
+from orchestrator.order import Purpose
+from orchestrator.training.gradients import exact_gradients
+from orchestrator.training.losses import Microbatch, Terms, make_losses
+from orchestrator.weights.network import Network
+from tests.gpu.bench import TINY_CLASSIFIER, TINY_UNET, Bench, autocast, difference, example, filled
+
+# dtype, TF32 and the relative error against float32 on a CPU that is allowed: three times what CPUs themselves show
+KINDS = (
+    ("float32", False, 6e-5),
+    ("float32", True, 1.5e-2),
+    ("bfloat16", False, 0.15),
+    ("float16", False, 3e-2),
+)
+
+
+def correctness(bench: Bench) -> None:
+    """Losses, gradients and the guidance's gradient against the CPU in float32, for every variant of the networks."""
+    plain = {"resblock_updown": False, "use_scale_shift_norm": False, "num_head_channels": None, "num_heads": 1}
+    variants = {
+        "ADM": TINY_UNET,
+        "legacy attention": TINY_UNET.model_copy(update={"use_new_attention_order": False}),
+        "IDDPM": TINY_UNET.model_copy(update=plain),
+        "upsampler": TINY_UNET.model_copy(update={"low_res_size": 8}),
+    }
+    for dtype, tf32, limit in KINDS:
+        with arithmetic(torch.get_num_threads(), deterministic=True, tf32=tf32):
+            worst = {name: _loss_errors(bench, config, dtype) for name, config in variants.items()}
+            for pool in ("attention", "adaptive", "spatial", "spatial_v2"):
+                worst[pool] = _guidance_error(bench, pool, dtype)
+        words = ", ".join(f"{name} {error:.1e}" for name, error in worst.items())
+        bench.hold(max(worst.values()) < limit, f"{dtype}{', TF32' if tf32 else ''}: off by {words}", errors=worst)
+
+
+def _loss_errors(bench: Bench, config: UNetConfig, dtype: str) -> float:
+    diffusion = Diffusion(DiffusionConfig(schedule="cosine"))
+
+    def gradients(device: torch.device, dtype: str) -> Tensor:
+        module, given = filled(config, 0, device), {name: value.to(device) for name, value in example().items()}
+        condition = {"y": given["y"]} | ({"low_res": given["low_res"]} if config.low_res_size else {})
+
+        def network(*arguments: Any, **inputs: Any) -> Tensor:
+            with autocast(device, dtype):
+                return module(*arguments, **inputs)
+
+        terms = diffusion.losses(network, given["x"], given["t"], given["noise"], **condition)
+        terms["loss"].sum().backward()
+        found = [terms["loss"].detach()] + [p.grad.flatten() for p in module.parameters() if p.grad is not None]
+        return torch.cat([part.double().cpu() for part in found])
+
+    return difference(gradients(bench.device, dtype), gradients(torch.device("cpu"), "float32"))
+
+
+def _guidance_error(bench: Bench, pool: str, dtype: str) -> float:
+    config = TINY_CLASSIFIER.model_copy(update={"pool": pool})
+
+    def gradient(device: torch.device, dtype: str) -> Tensor:
+        module, given = filled(config, 0, device).requires_grad_(False), example()
+        with autocast(device, dtype), torch.no_grad():
+            return log_prob_gradient(module, *(given[name].to(device) for name in ("x", "t", "y")))
+
+    return difference(gradient(bench.device, dtype), gradient(torch.device("cpu"), "float32"))
+
+
+def chains(bench: Bench) -> None:
+    """Whole guided chains of every sampler on both devices, in float32: at most a grey level apart."""
+    for name in SAMPLERS:
+        images = []
+        for device in ("cpu", bench.device):
+            model, guide = (
+                Network(filled(config, seed, device).eval().requires_grad_(False), config, DiffusionConfig(),
+                        tuple("0123456789"), "")
+                for seed, config in enumerate((TINY_UNET, TINY_CLASSIFIER), 1)
+            )  # fmt: skip
+            sampler, guidance = SamplerConfig(name=name, num_steps=5), GuidanceConfig(scale=1.0)
+            with arithmetic(torch.get_num_threads(), deterministic=True, tf32=False):
+                images.append(sample_batch(model, sampler, np.arange(4), np.arange(4), 0, guide, guidance))
+        apart = np.abs(images[0].astype(int) - images[1])
+        words = f"{name}: at most {apart.max()} grey levels, {(apart > 0).mean():.2%} of pixels differ"
+        bench.hold(apart.max() <= 1, words)
+
+
+def powers_of_two(bench: Bench) -> None:
+    """The factors that scale the guidance's gradients are exact."""
+    k = torch.arange(-100, 101, dtype=torch.int32, device=bench.device)
+    made = torch.ldexp(torch.full((len(k),), GRADIENT_NORM, device=bench.device), k).double().cpu()
+    wrong = int((made != GRADIENT_NORM * 2.0 ** k.double().cpu()).sum())
+    bench.hold(not wrong, f"torch.ldexp is off for {wrong} of {len(k)} exponents")
+
+
+def half_weights(bench: Bench) -> None:
+    """Weights kept in half precision give the bits of weights that autocast casts."""
+    given = {name: value.to(bench.device) for name, value in example().items()}
+    for dtype in ("bfloat16", "float16"):
+        outputs = []
+        for halved in (False, True):
+            module = filled(TINY_UNET, 0, bench.device).eval().requires_grad_(False)
+            if halved:
+                halve_weights(module, getattr(torch, dtype))
+            with torch.no_grad(), autocast(bench.device, dtype):
+                outputs.append(module(given["x"], given["t"], given["y"]))
+        bench.hold(torch.equal(*outputs), f"{dtype}: {'equal' if torch.equal(*outputs) else 'OTHER'} bits")
+
+
+def float32_backward(bench: Bench) -> None:
+    """The classifier's float32 layers stay float32 in the guidance's backward pass inside autocast."""
+    seen: Counter[str] = Counter()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function.overloadpacket.__name__ in ("mm", "bmm", "addmm"):
+                seen[str(next(each for each in args if isinstance(each, Tensor)).dtype)] += 1
+            return function(*args, **(kwargs or {}))
+
+    module, given = filled(TINY_CLASSIFIER, 0, bench.device).requires_grad_(False), example()
+    inputs = [given[name].to(bench.device) for name in ("x", "t", "y")]
+    with Products(), torch.no_grad():
+        log_prob_gradient(module, *inputs)
+        alone, kept = seen["torch.float32"], dict(seen)
+        seen.clear()
+        with autocast(bench.device, "bfloat16"):
+            log_prob_gradient(module, *inputs)
+    # The output layers' products, forward and back, and the time embedding's: the rest is in half precision.
+    bench.hold(
+        0 < seen["torch.float32"] < alone, f"products inside autocast {dict(seen)}, without {kept}", seen=dict(seen)
+    )
+
+
+def noise(bench: Bench) -> None:
+    """Noise that was drawn ahead reaches the device unharmed while that is busy."""
+    size, count, images = (16, 12, 8) if bench.tiny else (64, 40, 64)
+    keys = [Draw(tuple(range(images)), (3, size, size), Purpose.STEP, t) for t in range(count)]
+    ballast = torch.randn(64 if bench.tiny else 2048, 64 if bench.tiny else 2048, device=bench.device)
+    arrived = []
+    with NoiseAhead(0, keys, pin=bench.on_gpu) as draw:
+        for key in keys:
+            for _ in range(20):
+                ballast = torch.tanh(ballast @ ballast)
+            arrived.append(draw(key).to(bench.device, non_blocking=True).clone())
+    bench.synchronize()
+    wrong = sum(not torch.equal(found.cpu(), draw_noise(0, key)) for found, key in zip(arrived, keys, strict=True))
+    bench.hold(not wrong, f"{wrong} of {count} tensors arrived changed")
+
+
+def determinism(bench: Bench) -> None:
+    """Guided samples are equal to the bit from run to run, with the settings of a sampling worker."""
+    networks = bench.networks(64)
+    unet, classifier = networks
+    batch, size = 4 if bench.tiny else 32, unet.architecture.image_size
+    x = torch.randn(batch, 3, size, size, device=bench.device)
+    y, t = (
+        torch.arange(batch, device=bench.device) % len(unet.classes),
+        torch.full((batch,), 400.0, device=bench.device),
+    )
+    for dtype in ("float16", "bfloat16", "float32"):
+        gradients, images, failure = set(), set(), ""
+        with arithmetic(torch.get_num_threads(), deterministic=True, tf32=False), autocast(bench.device, dtype):
+            try:
+                for _ in range(2 if bench.tiny else 8):
+                    gradient = log_prob_gradient(classifier.module, x, t, y)
+                    gradients.add(hashlib.sha256(gradient.cpu().numpy().tobytes()).hexdigest())
+                for _ in range(2 if bench.tiny else 3):
+                    made = sample_batch(
+                        unet, SamplerConfig(num_steps=3), np.arange(batch), y.cpu().numpy(), 0, classifier,
+                        GuidanceConfig(scale=4.0),
+                    )  # fmt: skip
+                    images.add(hashlib.sha256(made.tobytes()).hexdigest())
+            except RuntimeError as error:
+                failure = f"; raised {str(error).splitlines()[0][:150]}"
+        words = f"{dtype}: {len(gradients)} different gradients, {len(images)} different batches{failure}"
+        bench.hold(not failure and len(gradients) == len(images) == 1, words)
+
+
+def exact(bench: Bench) -> None:
+    """reduction=exact gives one gradient, again and again and for 1, 2, 4 and 8 workers."""
+    streams, each = 8, 2 if bench.tiny else 4
+    model = bench.pair(64)[0].model_copy(update={"dropout": 0.1})
+    for dtype in ("bfloat16", "float16", "float32"):
+        config = bench.training(model, streams * each, dtype, streams, reduction="exact")
+        with bench.trainer(config) as (state, _):
+            losses = make_losses(config, state.timesteps)
+            batches = [batch.to(bench.device) for batch in bench.microbatches(config)]
+
+            def backward(model: Any, batch: Microbatch, config: Any = config, losses: Any = losses) -> Terms:
+                torch.manual_seed(batch.stream)
+                terms: Terms = losses(config.in_dtype(model), batch)
+                (terms["loss"].sum() / config.batch_size).backward()
+                return terms
+
+            def summed(workers: int, state: Any = state, batches: Any = batches, back: Any = backward) -> list[Tensor]:
+                """The tree's sum as `workers` workers make it: their own subtrees, then one another's."""
+                parts, share = [], streams // workers
+                for rank in range(workers):
+                    state.model.zero_grad(set_to_none=True)
+                    exact_gradients(state.model, batches[rank * share : (rank + 1) * share], back, Group(0, 1))
+                    parts.append([p.grad for p in state.model.parameters()])
+                while len(parts) > 1:
+                    pairs = zip(parts[::2], parts[1::2], strict=True)
+                    parts = [[a + b for a, b in zip(*pair, strict=True)] for pair in pairs]
+                return parts[0]
+
+            truth = summed(1)
+            differing = {
+                words: sum(not torch.equal(a, b) for a, b in zip(truth, summed(workers), strict=True))
+                for words, workers in {"again": 1, "2 workers": 2, "4 workers": 4, "8 workers": 8}.items()
+            }
+        bench.hold(not any(differing.values()), f"{dtype}: of {len(truth)} gradients differ {differing}")
+
+
+def waits(bench: Bench) -> None:
+    """How often the host waits for the GPU in a guided step and in a training step."""
+    if not bench.on_gpu:
+        bench.say("skip", "needs a GPU")
+        return
+
+    def counted(run: Any) -> Counter[str]:
+        run()
+        bench.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return Counter(f"{Path(each.filename).name}:{each.lineno}" for each in seen if "synchron" in str(each.message))
+
+    with autocast(bench.device, "bfloat16"):
+        found = counted(bench.guided_step(bench.networks(64), 64))
+    bench.hold(not found, f"a guided step waits {sum(found.values())} times: {dict(found)}")
+    config = bench.training(bench.pair(64)[0], 128, "bfloat16", microbatch_size=64)
+    with bench.trainer(config) as (_, step):
+        batches = bench.microbatches(config)
+        found = counted(lambda: step(batches))
+    bench.hold(
+        sum(found.values()) <= 1, f"a training step of 2 microbatches waits {sum(found.values())} times: {dict(found)}"
+    )
