@@ -3,8 +3,8 @@
     make gpu-check                       # exit code 1 where a promise is broken
     make gpu-check ARGS=--tiny           # the same on small networks, on a CPU too
 
-Prints one line for each finding, and writes them to gpu-check.json. It needs torch, numpy, safetensors, fsspec, pyarrow,
-numba, Pillow and pydantic; what else the project imports is stood in for where it is missing.
+Prints one line for each finding, and writes them to gpu-check.json. It needs torch, numpy, safetensors, fsspec,
+pyarrow, numba, Pillow and pydantic; what else the project imports is stood in for where it is missing.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""What must hold on a GPU: the CPU's numbers, equal bits from run to run and for every number of workers, no waiting."""
+"""What must hold on a GPU: the CPU's numbers, equal bits from run to run and for any number of workers, no waiting."""
 
 import hashlib
 import warnings

@@ -54,8 +54,8 @@ def sampling(bench: Bench) -> None:
             ours, setup = _sampling_seconds(bench, size, batch)
             mfu = flops * batch / ours / bench.peak
             words = (
-                f"ADM-{size} guided, {batch} images: {batch / ours / STEPS:.2f} images/s at {STEPS} steps, MFU {mfu:.0%}, "
-                f"{plain / ours:.2f} times the plain path; the first step took {setup:.0f} s"
+                f"ADM-{size} guided, {batch} images: {batch / ours / STEPS:.2f} images/s at {STEPS} steps, "
+                f"MFU {mfu:.0%}, {plain / ours:.2f} times the plain path; the first step took {setup:.0f} s"
             )
             numbers = {"rate": batch / ours / STEPS, "mfu": mfu, "gain": plain / ours, "setup": setup}
             bench.hold(not bench.on_gpu or (mfu >= 0.35 and plain / ours >= 2) or batch < batches[-1], words, **numbers)
