@@ -19,7 +19,6 @@ QUIET_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every worker's print appears twice
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a worker's end is seen; the default is 2 s
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",  # else Tune prints boxes although told to be silent
     "PYTHONWARNINGS": "ignore",
 }
@@ -102,8 +101,7 @@ def session(
         if there < wanted:
             words = "the cluster has %g %ss and this job wants %g: it waits until more nodes come"
             log.warning(words, there, kind, wanted)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    for name in ("ray.data", "ray.train", "ray.tune"):
+    for name in ("ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         refuse_unshared(shared)

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from queue import SimpleQueue
 from threading import Semaphore, Thread
 from typing import Any, TypeVar
@@ -148,5 +147,6 @@ class _Reader:
 
 def _read(read_unit: ReadUnit[Any], unit: Any, taken: int) -> Iterator[Block]:
     """Yield the blocks of a unit but for those that were taken from an earlier task."""
-    for block in islice(read_unit(unit), taken, None):  # Ray sends values into a generator, which islice cannot take
-        yield block  # noqa: UP028
+    for number, block in enumerate(read_unit(unit)):
+        if number >= taken:
+            yield block

@@ -5,7 +5,8 @@
 Starts a Ray of its own with its dashboard and its metrics, as a cluster has them. A row for each tenth of the units:
 the resident memory of each kind of process in MiB (of the largest one where there are several), the number of files in
 the session's log folder, and the number of Prometheus series that the node exports. Passes (exit code 0) where no kind
-of process has grown by more than 20 MiB since the warm-up, the first fifth, and files and series have not become more.
+of process has grown by more than 20 MiB since the warm-up, the first fifth, and there are at most 50 more files and
+series, which are those of processes that Ray starts meanwhile.
 """
 
 import logging
@@ -28,13 +29,13 @@ from cluster.stream import stream
 
 WARM_UP = 2  # tenths
 GROWTH_MIB = 20.0  # of a kind of process, at most
-FEW = 1.05  # times as many files and series, at most: Ray may start a process, and exports some series now and then
+MOST = {"log files": 50.0, "series": 50.0}  # more, at most: those of processes that Ray starts meanwhile
 
 KINDS = {  # of processes, by what their command lines hold
     "gcs": "gcs_server",
     "raylet": "raylet/raylet",
     "dashboard": "dashboard/dashboard.py",
-    "agent": "dashboard/agent.py",
+    "agent": r"ray::DashboardAgent|dashboard/agent\.py",
     "stats actor": "ray::_StatsActor",
     "task": r"ray::(_read|IDLE)",
 }
@@ -58,7 +59,7 @@ def log_files() -> set[str]:
     """Return the paths of all files in the log folder of this process's Ray session."""
     import ray
 
-    session: Any = ray.init(ignore_reinit_error=True)
+    session: Any = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)
     folder = Path(session.address_info["session_dir"], "logs")
     return {str(path) for path in folder.rglob("*") if path.is_file()}
 
@@ -100,19 +101,21 @@ def main(options: Options) -> int:
     print(options)
     print(" ".join(f"{name:>11}" for name in ("units", "seconds", *memory(), "log files", "series")), flush=True)
     rows: list[dict[str, float]] = []
+    files: list[set[str]] = []
     begin = time.perf_counter()
     blocks = stream(range(options.units), partial(read_unit, options.rows), ahead=16)
     for number, block in enumerate(blocks, 1):
         assert block["unit"][0] == number - 1
         time.sleep(options.step_ms / 1e3)
         if number % (options.units // 10) == 0:
-            rows.append(memory() | {"log files": len(log_files()), "series": series()})
+            files.append(log_files())
+            rows.append(memory() | {"log files": len(files[-1]), "series": series()})
             figures = [number, time.perf_counter() - begin, *rows[-1].values()]
             print(" ".join(f"{figure:11.0f}" for figure in figures), flush=True)
     ray.shutdown()
     first, last = rows[WARM_UP - 1], rows[-1]
-    grown = [name for name in memory() if last[name] > first[name] + GROWTH_MIB]
-    grown += [name for name in ("log files", "series") if last[name] > first[name] * FEW]
+    print("new log files:", *sorted(Path(path).name for path in files[-1] - files[WARM_UP - 1]))
+    grown = [name for name in last if last[name] > first[name] + MOST.get(name, GROWTH_MIB)]
     print(f"grown: {', '.join(grown) or 'nothing'}")
     return bool(grown)
 
