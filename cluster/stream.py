@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Semaphore, Thread
@@ -18,7 +19,7 @@ ReadUnit = Callable[[Unit], Iterator[Block]]
 TASKS = 4  # that one stream runs or queues; those that find no CPU wait in Ray, so that no CPU idles between two tasks
 LOST_TASKS = 5  # processes that a unit may cost before it counts as the cause; nodes are preempted at random
 CHECK_SECONDS = 0.2  # between two checks for more room and for the end, while no block arrives
-CLOSING_SECONDS = 10  # that a consumer who stops early waits for the thread, at most
+CLOSING_SECONDS = 10  # that a consumer who stops early waits for the tasks to end, at most
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class _Reader:
     def close(self) -> None:
         """End the tasks and the thread: what still calls Ray when Ray is shut down would end the process."""
         self._closed = True
-        self.thread.join(CLOSING_SECONDS)
+        self.thread.join()
 
     def _run(self) -> None:
         import ray
@@ -96,10 +97,21 @@ class _Reader:
                 reading.blocks.put(error)
             self.readings.put(error)
         finally:
-            # An interrupted import may break a process for the tasks after this one, so the processes end with it.
-            for generator in self._running:
-                ray.cancel(generator, force=True)
-            self._running.clear()
+            with suppress(Exception):  # Ray has been shut down
+                self._end_tasks()
+
+    def _end_tasks(self) -> None:
+        """End what still runs, and wait until it has ended: nobody reads on behalf of a closed stream."""
+        import ray
+
+        tasks = {generator.completed(): generator for generator in self._running}
+        left = list(tasks)
+        if left:
+            _, left = ray.wait(left, num_returns=len(left), timeout=CHECK_SECONDS)  # some have nothing left to do
+        for task in left:  # with their processes, since an interrupted import may break these for later tasks
+            ray.cancel(tasks[task], force=True)
+        if left:
+            ray.wait(left, num_returns=len(left), timeout=CLOSING_SECONDS)
 
     def _read_all(self) -> None:
         import ray
