@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from cluster.session import on_this_node
+
 Unit = TypeVar("Unit")
 Block = dict[str, np.ndarray]
 Pipeline = Callable[[list[Any]], Iterator[Block]]
@@ -153,7 +155,7 @@ def _pipeline(
 
     with _building, DataContext.current(context):
         numbers = ray.data.from_items(list(range(len(units))), override_num_blocks=len(units))
-        dataset = numbers.map_batches(read, batch_size=1, num_cpus=1, compute=TaskPoolStrategy(size=TASKS))
+        dataset = numbers.map_batches(read, batch_size=1, compute=TaskPoolStrategy(size=TASKS), **on_this_node())
     for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
         # A copy frees the object store at once; a view would pin it for as long as rows wait their turn.
         yield {name: pages.copy(column) for name, column in block.items()}

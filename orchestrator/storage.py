@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import botocore.exceptions
 import fsspec
 
-from cluster.session import receive_secrets
+from cluster.session import receive_environment
 from orchestrator.storage_errors import Place, attempt, error_code, reason, without_passwords
 from orchestrator.storage_local import is_part, link_exclusively, local_part
 from orchestrator.storage_s3 import UPLOAD_BYTES, S3Upload, create_on_s3, s3_options
@@ -396,7 +396,7 @@ def _locate(uri: str) -> Place:
     try:
         if protocol not in ("s3", "s3a"):
             return Place(uri, *fsspec.core.url_to_fs(uri))
-        receive_secrets()
+        receive_environment()
         fs = fsspec.filesystem("s3", **s3_options(_S3_OPTIONS))
     except (ValueError, ImportError) as error:
         raise ValueError(f"cannot open {without_passwords(uri)!r}: {error}") from error

@@ -15,10 +15,10 @@ NAMES = ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_ENDPOINT_URL", "ADMI
 DRIVER = """
 import json, os, sys
 import ray
-from cluster.session import receive_secrets, session
+from cluster.session import receive_environment, session
 
 def look(names):
-    receive_secrets()
+    receive_environment()
     return {name: os.environ.get(name) for name in names}
 
 with session(1):

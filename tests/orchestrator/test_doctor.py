@@ -13,7 +13,7 @@ from cluster.nodes import Node
 from orchestrator import doctor, storage
 from orchestrator.doctor import DoctorConfig, Examination, Finding
 
-HEAD, WORKER = Node("aaaaaaaa", "10.0.0.1", True, 0, 0), Node("bbbbbbbb", "10.0.0.2", False, 8, 8)
+HEAD, WORKER = Node("aaaaaaaa", "10.0.0.1", True, {}), Node("bbbbbbbb", "10.0.0.2", False, {"CPU": 8, "GPU": 8})
 
 
 def driver(folder: Path, monkeypatch: pytest.MonkeyPatch, usable: int | None) -> None:
