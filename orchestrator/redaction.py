@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote, unquote
 
-from cluster.session import SECRETS
-
 MASK = "***"
 SHORTEST_VALUE = 8  # characters; masking shorter ones ("mlflow", "admin") would garble ordinary text
 # Variables that hold a secret by their name; those that end in _FILE and the like hold a place.
-_NAMES = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIALS?|(ACCESS|API|PRIVATE)_?KEY(_ID)?)$")
+_NAMES = re.compile(
+    r"(TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIALS?|(ACCESS|API|PRIVATE|SECRET)_?KEY(_ID)?)$|^AWS_BEARER_TOKEN_"
+)
 _WORDS = r"(?:password|passwd|pwd|token|secret|signature|credential|(?:api|access|secret)[_-]?key(?:[_-]?id)?)"
 _PATTERNS = (
     re.compile(r"(://)[^/\s'\"<>]*(?=@)"),  # the user and password of a URI
@@ -74,7 +74,7 @@ def redact_logs() -> None:
 def _secret_values() -> Iterator[str]:
     """Yield the values that must not be seen, in each form in which they may be written."""
     for name, value in os.environ.items():
-        found = [value] if name in SECRETS or _NAMES.search(name) else []
+        found = [value] if _NAMES.search(name) else []
         if address := re.match(r"[\w+.-]+://([^/\s]*)@", value):
             user, _, password = address[1].partition(":")
             found += [f"{user}:{password}", password or user]

@@ -132,7 +132,7 @@ def test_the_line_names_the_jobs_that_hold_what_is_missing(monkeypatch: pytest.M
     monkeypatch.setattr(ray.util.state, "list_placement_groups", lambda **_: groups)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="somewhere"))
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 2.0})
-    monkeypatch.setattr(ray, "available_resources", lambda: {})
+    monkeypatch.setattr(ray, "available_resources", dict)
     assert capacity._shortage(worker_resources(2, 1)) == (
         "2 CPUs and 1 GPUs on one node, 0 of 4 CPUs are free, job train_adm.py (raysubmit_a) holds 2 CPUs, "
         "job (02) holds 2 CPUs, 0 of 2 GPUs are free, job (02) holds 2 GPUs"
@@ -145,6 +145,7 @@ def read_unit(unit: int) -> Iterator[dict[str, np.ndarray]]:
 
 def reading(context: WorkerContext) -> None:
     """Read data while this worker has all but one of the CPUs, and somebody else has that one."""
+    context.report({"begun": True})
     while not context.stopping():
         time.sleep(0.05)
     rows = [int(row) for block in stream(range(4), read_unit, chunk=4) for row in block["row"]]
@@ -164,13 +165,19 @@ def make_waiter(folder: str) -> Any:
 @pytest.mark.ray
 def test_a_training_reads_its_data_though_others_hold_all_cpus_that_it_left(ray_session: None, tmp_path: Path) -> None:
     records: list[dict[str, Any]] = []
+    begun = threading.Event()
+
+    def on_record(record: dict[str, Any]) -> None:
+        begun.set()
+        records.append(record)
 
     def train() -> None:
-        run_workers(reading, 1, records.append, cpus=3, stop=Path(tmp_path, "begun-0").exists)
+        run_workers(reading, 1, on_record, cpus=3, stop=Path(tmp_path, "begun-0").exists)
         Path(tmp_path, "read").touch()
 
     training = threading.Thread(target=train)
     training.start()
+    assert begun.wait(DEADLINE)
     done = [item for item, _ in map_items(lambda: make_waiter(str(tmp_path)), range(2), num_workers=2)]
     training.join(DEADLINE)
     assert {"rows": [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]} in records
