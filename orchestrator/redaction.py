@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -55,8 +55,25 @@ def command() -> str:
     return redact(shlex.join(["python", *sys.argv]))
 
 
-def redact_logs() -> None:
-    """Redact every log record of this process from now on, whoever makes it."""
+def redact_output() -> None:
+    """Redact all that this process prints or logs from now on, whoever does it: lines, tracebacks, warnings."""
+    for stream in (sys.stdout, sys.stderr):
+        if not getattr(stream.write, "redacts", False):
+            stream.write = _redacted(stream.write)  # type: ignore[method-assign]
+    _redact_logs()
+
+
+def _redacted(write: Callable[[str], int]) -> Callable[[str], int]:
+    def redacted(text: str) -> int:
+        write(redact(text))
+        return len(text)
+
+    redacted.redacts = True  # type: ignore[attr-defined]
+    return redacted
+
+
+def _redact_logs() -> None:
+    """Redact log records where they are made: a handler may send them elsewhere than to a stream."""
     make = logging.getLogRecordFactory()
     if getattr(make, "redacts", False):
         return

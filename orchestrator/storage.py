@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -393,6 +394,11 @@ def _locate(uri: str) -> Place:
         path = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
         return Place(uri, fsspec.filesystem("file"), path.rstrip("/") or "/")
     protocol, _, rest = uri.partition("://")
+    if re.match(r"[^/@]+:[^/]*@", rest):  # records name the places of data, and would hold it
+        raise ValueError(
+            f"{without_passwords(uri)} was given with a password; expected a URI without one: set the credentials in "
+            "the environment, as docs/cluster.md says"
+        )
     try:
         if protocol not in ("s3", "s3a"):
             return Place(uri, *fsspec.core.url_to_fs(uri))

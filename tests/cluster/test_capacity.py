@@ -184,60 +184,59 @@ def test_a_training_reads_its_data_though_others_hold_all_cpus_that_it_left(ray_
     assert sorted(done) == [0, 1]
 
 
-SECOND_TRAINING = """
-import logging, sys
-from cluster import capacity
-from cluster.session import session
-from cluster.trainer import run_workers
-
-capacity.WAIT_SECONDS = 0.2
-logging.basicConfig(format="%(message)s")
-
-def loop(context):
+def trained(context: WorkerContext) -> None:
     context.report({"trained": True})
-
-with session(2):
-    records = []
-    stopped = run_workers(loop, 1, records.append, cpus=2)
-    print("stopped" if stopped else "ended", records, flush=True)
-"""
-
-
-def starts_waiting(training: subprocess.Popen[str]) -> str:
-    """Return the first line on stderr that says what is waited for."""
-    assert training.stderr is not None
-    return next((line for line in training.stderr if line.startswith("waiting for ")), "")
 
 
 @pytest.mark.ray
-def test_a_second_training_says_what_it_waits_for_obeys_sigterm_and_goes_on_when_there_is_room(
-    ray_session: None,
+def test_a_training_without_room_says_what_it_waits_for_obeys_sigterm_and_starts_when_there_is_room(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
 
     holder: Any = ray.remote(Holder).options(num_cpus=3).remote()
     ray.get(holder.here.remote())
-    short = {"RAY_ADDRESS": address(), "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1"}
-    environment = os.environ | QUIET_ENVIRONMENT | LOCAL_ENVIRONMENT | short
-    command = [sys.executable, "-c", SECOND_TRAINING]
-    trainings = [
-        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    try:
-        for training in trainings:
-            assert "waiting for 1 of 1 workers: each needs 2 CPUs on one node, 1 of 4 CPUs are free" in starts_waiting(
-                training
-            )
-        trainings[0].send_signal(signal.SIGTERM)
-        assert trainings[0].communicate(timeout=DEADLINE)[0] == "stopped []\n"
-        ray.kill(holder)
-        assert trainings[1].communicate(timeout=DEADLINE)[0] == "ended [{'trained': True}]\n"
-        assert [training.returncode for training in trainings] == [0, 0]
-    finally:
-        for training in trainings:
-            training.kill()
-            training.wait()
+    lines, records = list[str](), list[dict[str, Any]]()
+    acts = iter([lambda: os.kill(os.getpid(), signal.SIGTERM), lambda: ray.kill(holder)])
+
+    def warning(text: str, *values: Any) -> None:
+        lines.append(text % values)
+        next(acts)()
+
+    monkeypatch.setattr(capacity.log, "warning", warning)
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
+    assert run_workers(trained, 1, records.append, cpus=2) and records == []
+    assert not run_workers(trained, 1, records.append, cpus=2) and records == [{"trained": True}]
+    expected = "waiting for 1 of 1 workers: each needs 2 CPUs on one node, 1 of 4 CPUs are free"
+    assert [line[: len(expected)] for line in lines] == [expected] * 2
+
+
+WAITING_POOL = """
+import logging
+from cluster import capacity
+from cluster.session import session
+from cluster.workers import map_items
+
+capacity.WAIT_SECONDS, capacity._may_grow = 0.1, lambda: True
+logging.basicConfig(format="%(message)s")
+try:
+    with session(1):
+        list(map_items(lambda: abs, [1], num_workers=1, num_cpus=100))
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.ray
+def test_a_pool_that_waits_obeys_sigterm(ray_session: None) -> None:
+    environment = os.environ | QUIET_ENVIRONMENT | LOCAL_ENVIRONMENT | {"RAY_ADDRESS": address()}
+    command, pipe = [sys.executable, "-c", WAITING_POOL], subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True) as job:
+        assert job.stderr is not None
+        assert any(line.startswith("waiting for 1 of 1 workers") for line in job.stderr)
+        job.send_signal(signal.SIGTERM)
+        assert job.communicate(timeout=DEADLINE)[0] == "interrupted\n"
+        assert job.returncode == 0
 
 
 class Holder:
