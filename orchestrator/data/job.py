@@ -139,7 +139,7 @@ def plan(config: PrepareConfig) -> str:
 def _list(config: PrepareConfig) -> Listing:
     """List the source's objects."""
     if config.source == "digits":
-        return Listing("digits", "digits", pa.array([], pa.large_string()), np.array([], np.int64))
+        return Listing("digits", "digits", pa.chunked_array([], pa.large_string()), np.array([], np.int64))
     return list_source(config.path(config.source))
 
 
