@@ -40,14 +40,16 @@ def refuse_infeasible(resources: Resources, at_once: int = 1) -> None:
     places = sum(_places(node, resources) for node in there)
     if places >= at_once:
         return
+    if places:
+        raise ValueError(
+            f"all workers start together, each needs {_named(resources)} on one node, and the cluster has room for "
+            f"{places} of {at_once}: lower --num-workers, or use a larger cluster"
+        )
     largest = max(there, key=lambda node: [min(node.resources.get(n, 0), v) for n, v in reversed(resources.items())])
     has = _named({name: largest.resources.get(name, 0) for name in resources})
-    advice = "lower --num-threads or --num-gpus, or use a larger cluster"
-    if places:
-        advice = f"and the cluster has room for {places} of {at_once}: lower --num-workers, or use a larger cluster"
-        raise ValueError(f"all workers start together, each needs {_named(resources)} on one node, {advice}")
     raise ValueError(
-        f"a worker needs {_named(resources)} on one node, and the largest node, {largest}, has {has}: {advice}"
+        f"a worker needs {_named(resources)} on one node, and the largest node, {largest}, has {has}: "
+        "lower --num-threads or --num-gpus, or use a larger cluster"
     )
 
 
