@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cluster.actor import reason_of
+from cluster.session import on_this_node
 
 Unit = TypeVar("Unit")
 Block = dict[str, np.ndarray]
 ReadUnit = Callable[[Unit], Iterator[Block]]
 
-TASKS = 4  # that one stream runs or queues; those that find no CPU wait in Ray, so that no CPU idles between two tasks
+TASKS = 4  # that one stream runs, on the CPUs that its worker has reserved for data
 LOST_TASKS = 5  # processes that a unit may cost before it counts as the cause; nodes are preempted at random
 CHECK_SECONDS = 0.2  # between two checks for more room and for the end, while no block arrives
 CLOSING_SECONDS = 10  # that a consumer who stops early waits for the tasks to end, at most
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def stream(units: Iterable[Unit], read_unit: ReadUnit[Unit], ahead: int) -> Iterator[Block]:
-    """Read every unit in a Ray task of one CPU, up to `ahead` units before the consumer; yield blocks in units' order.
+    """Read every unit in a Ray task on this node, up to `ahead` units ahead; yield the blocks in the units' order.
 
     `units` may be endless. `read_unit` runs in Ray tasks and yields one or more dicts of arrays with a row for each
     sample, the same blocks each time; it travels to the tasks, so it should hold locations rather than data. A thread
@@ -84,7 +85,7 @@ class _Reader:
         try:
             task: Any = ray.remote(_read)
             self._task = task.options(
-                num_cpus=1,
+                **on_this_node(),
                 num_returns="streaming",
                 max_retries=0,
                 enable_task_events=False,  # Ray's records of tasks would grow with the number of units

@@ -1,7 +1,6 @@
 """The stream keeps the units' order, reads lost units again, copies out of the object store, and names what failed."""
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -165,14 +164,6 @@ def test_no_file_nor_actor_for_each_unit(ray_session: None) -> None:
     assert not {name for name in actors if "stats" in name.lower()}, "Ray Data's collector"
 
 
-@pytest.mark.slow
-def test_a_lost_node_costs_nothing(tmp_path: Path) -> None:
-    """In a process and a cluster of its own: a node is killed while its tasks read."""
-    done = subprocess.run([sys.executable, "-m", __name__], capture_output=True, text=True, timeout=400)
-    print(done.stdout)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.mark.parametrize(
     ("store_mib", "image_size", "step_ms"),
     [(80, 64, 0.0), pytest.param(300, 256, 100.0, marks=pytest.mark.slow)],
@@ -190,34 +181,3 @@ def test_a_set_ten_times_the_object_store_spills_nothing(store_mib: int, image_s
     assert found["spilled_mib"] == 0
     assert found["peak_store_mib"] < store_mib
     assert found["peak_driver_mib"] < 1000, "whatever the set's size"
-
-
-def read_big_unit(unit: int) -> Blocks:
-    """Blocks that lie in the object store of the task's node."""
-    for row in range(10):
-        time.sleep(0.02)
-        yield {"unit": np.array([unit]), "row": np.array([row]), "image": np.full((1, 1 << 20), unit, np.uint8)}
-
-
-def lose_a_node() -> None:
-    """Read through a cluster of two nodes, of which one dies on the way and another one comes."""
-    import ray
-
-    from tests.chaos import nodes
-
-    with nodes.cluster() as cluster:
-        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-        found = []
-        for block in stream(range(120), read_big_unit, ahead=8):
-            assert (block["image"] == block["unit"][0]).all()
-            found += rows_of(iter([block]))
-            if len(found) == 300:
-                os.kill(cluster.worker_nodes.pop().all_processes["raylet"][0].process.pid, signal.SIGKILL)
-                nodes.add_node(cluster)
-        ray.shutdown()
-    assert found == [[unit, row] for unit in range(120) for row in range(10)]
-    print("a node was lost, and no row")
-
-
-if __name__ == "__main__":
-    lose_a_node()
