@@ -188,7 +188,7 @@ def _train(config: Config, context: WorkerContext) -> None:
     run = config.path(config.output)
     manifest = load_manifest(config.path(config.dataset))
     group = Group(context.rank, context.world_size)
-    _note_platforms(config, context, group)
+    note_platforms(config, context, group)
     state, is_resumed = _restored(config, context, group, manifest)
     losses = make_losses(config, state.timesteps)
     prepare_network(config, context, group, state, losses)
@@ -251,7 +251,7 @@ def _train(config: Config, context: WorkerContext) -> None:
                 break
 
 
-def _note_platforms(config: Config, context: WorkerContext, group: Group) -> None:
+def note_platforms(config: Config, context: WorkerContext, group: Group) -> None:
     """Report what the workers compute on.
 
     Raises:

@@ -39,6 +39,7 @@ def _worker(rank: int, world_size: int, folder: str) -> None:
         leaves = leaves[0::2] + leaves[1::2]
     tensors = [leaves[0, :3].reshape(3, 1), leaves[0, 3:]]
     group.add_in_tree(tensors)
+    group.meet(timedelta(minutes=1))
     copied = [torch.full((2,), float(rank))]
     group.copy_from_first(copied)
     found = {

@@ -65,6 +65,10 @@ class Bench:
         """Note whether a promise is kept."""
         self.say("ok" if kept else "BROKEN", words, **numbers)
 
+    def judge(self, kept: bool, words: str, **numbers: Any) -> None:
+        """Note whether a speed is reached; on a CPU it is no promise."""
+        self.say(("ok" if kept else "BROKEN") if self.on_gpu else "info", words, **numbers)
+
     @cached_property
     def peak(self) -> float:
         """Return the maker's dense FLOP/s in half precision."""

@@ -58,7 +58,7 @@ def sampling(bench: Bench) -> None:
                 f"MFU {mfu:.0%}, {plain / ours:.2f} times the plain path; the first step took {setup:.0f} s"
             )
             numbers = {"rate": batch / ours / STEPS, "mfu": mfu, "gain": plain / ours, "setup": setup}
-            bench.hold(not bench.on_gpu or (mfu >= 0.35 and plain / ours >= 2) or batch < batches[-1], words, **numbers)
+            bench.judge((mfu >= 0.35 and plain / ours >= 2) or batch < batches[-1], words, **numbers)
 
 
 def _sampling_seconds(bench: Bench, size: int, batch: int) -> tuple[float, float]:
@@ -108,8 +108,8 @@ def training(bench: Bench) -> None:
             ours = _training_seconds(bench, size, images, dtype)
             mfu = training_flops(model) * images / ours / bench.peak
             words = f"{images / ours:.0f} images/s, MFU {mfu:.0%}, {plain / ours:.2f} times the plain path"
-            kept = not bench.on_gpu or (mfu >= 0.4 and plain / ours >= 2)
-            bench.hold(kept, f"ADM-{size} {dtype}, {images} images: {words}", mfu=mfu, gain=plain / ours)
+            kept = mfu >= 0.4 and plain / ours >= 2
+            bench.judge(kept, f"ADM-{size} {dtype}, {images} images: {words}", mfu=mfu, gain=plain / ours)
         _compare_memory(bench, size, images)
 
 

@@ -1,0 +1,61 @@
+"""The device and the switches of arithmetic: what is set, and that it is set back."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from orchestrator.arithmetic import arithmetic, choose_device, platform
+
+
+def _switches() -> tuple[object, ...]:
+    return (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_switches_are_set_inside_and_set_back(deterministic: bool, tf32: bool) -> None:
+    before = _switches()
+    with arithmetic(2, deterministic, tf32):
+        assert _switches() == (2, deterministic, False, not deterministic, tf32, tf32, False)
+    assert _switches() == before
+    with pytest.raises(KeyError), arithmetic(2, deterministic, tf32):
+        raise KeyError
+    assert _switches() == before
+
+
+def test_no_gpus_means_the_cpu_and_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device(0) == torch.device("cpu"), "whatever else is in the machine"
+    assert choose_device(0.5) == torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"num_gpus=1.*--num-gpus 0"):
+        choose_device(1)
+
+
+def test_what_cuda_reads_at_its_start_is_set_unless_the_user_has_set_it() -> None:
+    """In a process of its own, as in a worker."""
+    code = (
+        "import os, torch; torch.cuda.is_available = lambda: True\n"
+        "from orchestrator.arithmetic import choose_device; choose_device(1)\n"
+        "print(os.environ['CUBLAS_WORKSPACE_CONFIG'], os.environ['PYTORCH_CUDA_ALLOC_CONF'])"
+    )
+    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+    environment.pop("PYTORCH_CUDA_ALLOC_CONF", None)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == [":16:8", "expandable_segments:True"]
+
+
+def test_a_platform_names_what_decides_the_last_bits() -> None:
+    here = platform(torch.device("cpu"))
+    assert here["torch"] == torch.__version__ and here["threads"] == torch.get_num_threads()

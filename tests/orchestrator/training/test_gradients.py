@@ -1,0 +1,63 @@
+"""What a step holds in memory decides whether blocks are recomputed; one training computes on one platform."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.trainer import WorkerContext
+from models.costs import count_parameters
+from orchestrator.arithmetic import platform
+from orchestrator.order import OrderConfig
+from orchestrator.training.gradients import memory_of, recomputes
+from orchestrator.training.job import note_platforms
+from orchestrator.training.presets import adm_presets
+
+ADM_256 = adm_presets()["imagenet256"][1]  # a step of 256 images
+
+
+@pytest.mark.parametrize(
+    ("changes", "workers", "gigabytes", "expected"),
+    [
+        ({}, 32, 141, False),
+        ({}, 8, 80, True),
+        ({"microbatch_size": 4}, 8, 80, False),
+        ({"microbatch_size": 4, "recompute": True}, 8, 80, True),
+        ({"recompute": False}, 8, 24, False),
+    ],
+)
+def test_blocks_are_recomputed_where_memory_asks_for_it(
+    changes: dict[str, Any], workers: int, gigabytes: float, expected: bool
+) -> None:
+    config = ADM_256.model_copy(update=changes)
+    assert recomputes(config, workers, gigabytes * 1e9) is expected
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_on_cpus_the_model_decides(checkpointing: bool) -> None:
+    model = ADM_256.model.model_copy(update={"gradient_checkpointing": checkpointing})
+    assert recomputes(ADM_256.model_copy(update={"model": model}), 1, None) is checkpointing
+
+
+def test_exact_sums_hold_a_set_of_gradients_for_each_level() -> None:
+    config = ADM_256.model_copy(update={"reduction": "exact", "order": OrderConfig(num_streams=64)})
+    for workers, levels in ((1, 6), (8, 3), (64, 0)):
+        found = memory_of(config, config.model, workers)
+        sums = [size for name, size in found.items() if "subtrees" in name]
+        assert sums == ([4 * levels * count_parameters(config.model)] if levels else [])
+
+
+class _Pair:
+    """A group of two workers, of which the other one computes elsewhere."""
+
+    def gather(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
+        return [mine, mine | {"device": "NVIDIA L4"}]
+
+
+def test_exact_gradients_are_refused_on_different_platforms() -> None:
+    records: list[dict[str, Any]] = []
+    context = WorkerContext(0, 2, torch.device("cpu"), records.append, lambda: False, streams_on_cluster=False)
+    note_platforms(ADM_256, context, _Pair())  # type: ignore[arg-type]
+    assert records[0]["platform"] == platform(torch.device("cpu")) and len(records[0]["others"]) == 1
+    with pytest.raises(ValueError, match=r"device: .* and NVIDIA L4"):
+        note_platforms(ADM_256.model_copy(update={"reduction": "exact"}), context, _Pair())  # type: ignore[arg-type]
