@@ -122,15 +122,14 @@ def _refuse_unshared_folder(folder: Path, there: list[Node]) -> None:
         )
 
 
-def all_reduce_bandwidth(there: list[Node], megabytes: int, timeout: float) -> float:
-    """GB/s at which each node takes part in a sum over all of them, over NCCL where all have GPUs, else over gloo.
+def all_reduce_bandwidth(there: list[Node], megabytes: int, timeout: float, use_gpu: bool) -> float:
+    """GB/s at which each node takes part in a sum over all of them: of GPUs over NCCL, or of CPUs over gloo.
 
     Counted as NCCL counts its bus bandwidth: 2 (n - 1) / n times the bytes of the sum, over the time of one sum.
 
     Raises:
         RuntimeError: a node could not reach the others; the message is its own error.
     """
-    use_gpu = all(node.gpus for node in there)
     rank = {node.id: number for number, node in enumerate(there)}
     meeting = on_each(there[:1], _free_address, timeout)[there[0]]
     if isinstance(meeting, Exception):

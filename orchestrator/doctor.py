@@ -73,7 +73,7 @@ def examine(config: DoctorConfig) -> None:
             "all nodes",
             [*_differences(sound), *_roles(there), _tracking(config, len({node.address for node in there}))],
         )
-        wrong += _print("network", [_network([*sound], config)])
+        wrong += _print("network", _network([*sound], config))
     if wrong:
         raise RuntimeError(f"{wrong} thing(s) are wrong, see the lines that say WRONG")
     print("nothing is wrong")
@@ -279,12 +279,20 @@ def _tracking(config: DoctorConfig, machines: int) -> Finding:
     return Finding("MLflow", "ok", f"{uri} answers in {1e3 * (time.perf_counter() - begin):.0f} ms")
 
 
-def _network(there: list[Node], config: DoctorConfig) -> Finding:
+def _network(there: list[Node], config: DoctorConfig) -> list[Finding]:
+    """What nodes that train together exchange: gradients between GPUs over NCCL, everything else over gloo."""
     workers = [node for node in there if node.gpus] or [node for node in there if node.cpus]
     if len(workers) < 2:
-        return Finding("all-reduce", "ok", "one node: nothing to cross")
-    try:
-        rate = all_reduce_bandwidth(workers, config.megabytes, config.timeout)
-    except RuntimeError as error:
-        return Finding("all-reduce", "WRONG", f"{error}: see NCCL_SOCKET_IFNAME in the container file")
-    return Finding("all-reduce", "ok", f"{rate:.2f} GB/s between {len(workers)} nodes, {config.megabytes} MB")
+        return [Finding("all-reduce", "ok", "one node: nothing to cross")]
+    found = []
+    for library in ("NCCL", "gloo") if all(node.gpus for node in workers) else ("gloo",):
+        name = f"all-reduce by {library}"
+        try:
+            rate = all_reduce_bandwidth(workers, config.megabytes, config.timeout, use_gpu=library == "NCCL")
+        except RuntimeError as error:
+            reason = f"{error}: see {library.upper()}_SOCKET_IFNAME in the container file"
+            found.append(Finding(name, "WRONG", reason))
+        else:
+            words = f"{rate:.2f} GB/s between {len(workers)} nodes, {config.megabytes} MB"
+            found.append(Finding(name, "ok", words))
+    return found
