@@ -6,16 +6,18 @@ lengths can share it. It is asked for noise only where that is used: not at t = 
 samplers.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Self
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
-from models.diffusion import Denoise, Diffusion, Prediction, Timestep, space_timesteps
+from models.diffusion import Denoise, Diffusion, DiffusionConfig, Prediction, Timestep, space_timesteps
 
 Noise = Callable[[int], Tensor]  # original timestep -> standard normal noise, shaped like x
 
@@ -152,6 +154,74 @@ def heun(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise, star
         yield Step(t, x, prediction.pred_x_start)
 
 
+class EdmStep(NamedTuple):
+    """One step of EDM's sampler: noise levels, each with the chain index whose level it is; None: clean."""
+
+    here: float
+    churned: float  # the level that noise is added up to; `here` where none is
+    churned_t: int
+    following: float
+    following_t: int | None
+
+
+def edm_steps(config: "SamplerConfig", diffusion: Diffusion) -> list[EdmStep]:
+    """Return the steps of EDM's algorithm 2 (Karras et al. 2022, arXiv 2206.00364) over the model's own noise levels.
+
+    A level is sigma = sqrt((1 - abar) / abar); those of eq. 5 and of the churn are rounded to the nearest of the model,
+    as for the authors' iDDPM models. Raises ValueError where two of them fall on one.
+    """
+    levels = diffusion.sqrt_one_minus_alphas_cumprod / diffusion.sqrt_alphas_cumprod
+
+    def nearest(sigma: float) -> tuple[float, int | None]:
+        t = int(np.abs(levels - sigma).argmin())
+        return (0.0, None) if sigma < levels[0] / 2 else (float(levels[t]), t)
+
+    low, high = (
+        np.clip(sigma, levels[0], levels[-1]) ** (1 / config.rho) for sigma in (config.sigma_min, config.sigma_max)
+    )
+    wanted = (high + np.arange(config.num_steps) / (config.num_steps - 1) * (low - high)) ** config.rho
+    chain = [nearest(sigma) for sigma in wanted] + [(0.0, None)]
+    if len({t for _, t in chain}) <= config.num_steps:
+        raise ValueError(
+            f"num_steps={config.num_steps} from sigma_max={config.sigma_max:g} to sigma_min={config.sigma_min:g} are "
+            f"more than the model's {len(levels)} noise levels can tell apart; take fewer"
+        )
+    steps = []
+    for (here, t), (following, following_t) in pairwise(chain):
+        churned, churned_t = here, t
+        if config.s_min <= here <= config.s_max:
+            churned, churned_t = nearest(here * (1 + min(config.s_churn / config.num_steps, math.sqrt(2) - 1)))
+        assert churned_t is not None
+        steps.append(EdmStep(here, churned, churned_t, following, following_t))
+    return steps
+
+
+def edm(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise, config: "SamplerConfig") -> Iterator[Step]:
+    """EDM's stochastic sampler (algorithm 2) on a discrete model; `noise` is asked for by the number of the step.
+
+    Heun steps in sigma over x = sqrt(1 + sigma^2) x_t, in float64; the network sees x_t in float32. `diffusion` is the
+    whole process, not a respaced one. Two network evaluations a step, one at the last.
+    """
+    steps = edm_steps(config, diffusion)
+
+    def denoised(x: Tensor, sigma: float, t: int) -> Tensor:
+        return denoise((x / math.sqrt(1 + sigma**2)).float(), t).pred_x_start.double()
+
+    x = x_T.double() * steps[0].here
+    for number, step in enumerate(steps):
+        if step.churned > step.here:
+            spread = math.sqrt(step.churned**2 - step.here**2) * config.s_noise
+            x = x + spread * noise(number).double()
+        x_start = denoised(x, step.churned, step.churned_t)
+        slope, move = (x - x_start) / step.churned, step.following - step.churned
+        following = x + move * slope
+        if step.following_t is not None:
+            ahead = (following - denoised(following, step.following, step.following_t)) / step.following
+            following = x + move * (slope + ahead) / 2
+        x = following
+        yield Step(step.churned_t, (x / math.sqrt(1 + step.following**2)).float(), x_start.float())
+
+
 # The registry, and the config that chooses from it
 
 
@@ -163,7 +233,7 @@ class Sampler:
     evaluations_per_step: int  # network evaluations; at t = 0 every sampler takes one
     stochastic: bool  # asks for noise at every step; one with eta asks where eta > 0
     guidance: Literal["mean", "score"]  # what guidance shifts: ADM algorithm 1 or 2
-    spacing: Literal["even", "stride"]  # how num_steps are spread over the timesteps: "250" or "ddim250"
+    spacing: Literal["even", "stride", "levels"]  # of num_steps over timesteps: "250", "ddim250", or EDM's eq. 5
     takes_eta: bool = False
 
 
@@ -172,6 +242,7 @@ SAMPLERS = {
     "ddim": Sampler(ddim, 1, stochastic=False, guidance="score", spacing="stride", takes_eta=True),
     "dpm_solver": Sampler(dpm_solver, 1, stochastic=False, guidance="score", spacing="even"),
     "heun": Sampler(heun, 2, stochastic=False, guidance="score", spacing="even"),
+    "edm": Sampler(edm, 2, stochastic=False, guidance="score", spacing="levels"),  # noise where it churns only
 }
 
 if TYPE_CHECKING:
@@ -183,23 +254,39 @@ else:
 class SamplerConfig(BaseModel, frozen=True, extra="forbid"):
     """Which sampler, over which steps."""
 
-    name: SamplerName = "ddpm"  # dpm_solver is DPM-Solver++(2M)
-    num_steps: int = Field(250, ge=2)  # steps of the chain; heun evaluates the network twice in each
+    name: SamplerName = "ddpm"  # dpm_solver is DPM-Solver++(2M); edm is algorithm 2 of arXiv 2206.00364
+    num_steps: int = Field(250, ge=2)  # steps of the chain; heun and edm evaluate the network twice in each
     eta: float = Field(0.0, ge=0, le=1)  # ddim only: 0 = deterministic, 1 = ancestral; DDIM eq. 16
     respacing: str | None = None  # published syntax, e.g. "90,60,60,20,20"; None = made from num_steps
+    rho: float = Field(7.0, gt=0)  # edm only: how steps crowd towards small noise levels; eq. 5
+    sigma_min: float = Field(0.002, gt=0)  # edm only: smallest noise level, sqrt((1 - abar) / abar)
+    sigma_max: float = Field(80.0, gt=0)  # edm only: largest noise level
+    s_churn: float = Field(0.0, ge=0)  # edm only: how much noise is added on the way; 0 = deterministic
+    s_min: float = Field(0.0, ge=0)  # edm only: noise level from which on noise is added
+    s_max: float = Field(math.inf, gt=0)  # edm only: noise level up to which noise is added
+    s_noise: float = Field(1.0, gt=0)  # edm only: factor on the added noise
 
     @model_validator(mode="after")
-    def _check_eta(self) -> Self:
+    def _check_meaning(self) -> Self:
         if self.eta and not SAMPLERS[self.name].takes_eta:
             raise ValueError(f"eta={self.eta} has no meaning for name={self.name!r}; use name='ddim' or eta=0")
+        if self.name == "edm" and self.respacing is not None:
+            raise ValueError(f"respacing={self.respacing!r} has no meaning for name='edm', which takes its own steps")
+        if self.name != "edm":
+            for field in ("rho", "sigma_min", "sigma_max", "s_churn", "s_min", "s_max", "s_noise"):
+                if (value := getattr(self, field)) != type(self).model_fields[field].default:
+                    raise ValueError(f"{field}={value:g} has no meaning for name={self.name!r}; use name='edm'")
         return self
 
 
 def respacing_for(config: SamplerConfig, num_timesteps: int) -> str:
     """Return the respacing of `config`: its own, or a stride ("ddim25") or even spacing ("250") by the sampler.
 
-    Raises ValueError where num_timesteps has no such spacing, or config.respacing contradicts num_steps.
+    Of EDM's sampler it is empty: all timesteps. Raises ValueError where num_timesteps has no such spacing, or
+    config.respacing contradicts num_steps.
     """
+    if SAMPLERS[config.name].spacing == "levels":
+        return ""
     if config.respacing is not None:
         spec = config.respacing
         kept = len(space_timesteps(num_timesteps, spec))
@@ -214,19 +301,30 @@ def respacing_for(config: SamplerConfig, num_timesteps: int) -> str:
 def sample(config: SamplerConfig, denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise) -> Iterator[Step]:
     """Run the whole chain of the sampler that `config` names; `diffusion` is respaced by `respacing_for`."""
     sampler = SAMPLERS[config.name]
-    options = {"eta": config.eta} if sampler.takes_eta else {}
+    options: dict[str, Any] = {"eta": config.eta} if sampler.takes_eta else {}
+    if sampler.spacing == "levels":
+        options["config"] = config
     return sampler.run(denoise, diffusion, x_T, noise, **options)
 
 
 def noise_timesteps(config: SamplerConfig, diffusion: Diffusion) -> list[int]:
-    """Return the original timesteps for which `sample` asks for noise, in that order; none if it is deterministic."""
+    """Return the original timesteps for which `sample` asks for noise, in that order; none if it is deterministic.
+
+    Of EDM's sampler they are the numbers of its steps.
+    """
+    if SAMPLERS[config.name].spacing == "levels":
+        return [number for number, step in enumerate(edm_steps(config, diffusion)) if step.churned > step.here]
     draws = SAMPLERS[config.name].stochastic or config.eta > 0
     return [int(t) for t in diffusion.timestep_map[:0:-1]] if draws else []
 
 
-def evaluated_timesteps(config: SamplerConfig, num_timesteps: int) -> list[int]:
+def evaluated_timesteps(config: SamplerConfig, diffusion: DiffusionConfig) -> list[int]:
     """Return the original timestep of every network evaluation of one chain, in no particular order."""
-    chain = [int(t) for t in space_timesteps(num_timesteps, respacing_for(config, num_timesteps))]
+    spacing = respacing_for(config, diffusion.num_timesteps)
+    if SAMPLERS[config.name].spacing == "levels":
+        steps = edm_steps(config, Diffusion(diffusion))
+        return [t for step in steps for t in (step.churned_t, step.following_t) if t is not None]
+    chain = [int(t) for t in space_timesteps(diffusion.num_timesteps, spacing)]
     return chain + chain[:-1] * (SAMPLERS[config.name].evaluations_per_step - 1)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from models.diffusion import (
     DiffusionConfig,
     LossSecondMomentTimesteps,
     Prediction,
+    Timestep,
     ddpm_betas,
     discretized_gaussian_log_likelihood,
     normal_kl,
@@ -30,11 +32,23 @@ from models.diffusion import (
 )
 from models.guidance import classifier_gradient, log_prob_gradient, mean_shift, score_shift
 from models.likelihood import bits_per_dim, interpolate, interpolated_latent, progressive_coding
-from models.samplers import Noise, Step, ddim, ddim_reverse, ddim_reverse_step, ddim_step, ddpm, ddpm_step
+from models.samplers import (
+    Noise,
+    SamplerConfig,
+    Step,
+    ddim,
+    ddim_reverse,
+    ddim_reverse_step,
+    ddim_step,
+    ddpm,
+    ddpm_step,
+    sample,
+)
 from models.unet import ClassifierConfig, NoisyClassifier, UNet, UNetConfig, timestep_embedding
 from tests.comparison import Compute, GoldenFile, Row
 
 LOSSES = {"MSE": "simple", "RESCALED_MSE": "rescaled_simple", "KL": "kl", "RESCALED_KL": "rescaled_kl"}
+EDM_SETTINGS = {"rho", "sigma_min", "sigma_max", "S_churn", "S_min", "S_max", "S_noise"}
 PREDICTIONS = {"EPSILON": "eps", "START_X": "x_start", "PREVIOUS_X": "previous_x"}
 CHANNEL_MULT: dict[int, tuple[float, ...]] = {  # the published scripts' widths where --channel_mult is empty
     32: (1, 2, 2, 2),
@@ -399,6 +413,60 @@ def of_sampler_trajectories(folder: Folder, golden: GoldenFile) -> Compute:
     return compute
 
 
+def of_edm_sampler(folder: Folder, golden: GoldenFile) -> Compute:
+    """EDM's sampler over the folder's U-Nets; settings and tolerances stand in the .json of the same name."""
+    cases: dict[str, dict[str, Any]] = json.loads(golden.path.with_suffix(".json").read_text())
+    golden.tolerances = {}
+    for name, case in cases.items():
+        golden.tolerances[f"{name}.sample"] = {"tol": case["tolerance_of_sample"]}
+        for levels in ("u", "sigmas_in_call_order"):  # they are float32's
+            golden.tolerances[f"{name}.{levels}"] = {"tol": 1e-6 * float(golden.arrays[f"{name}.{levels}"].max())}
+
+    @cache
+    def run(name: str) -> tuple[Tensor, list[float]]:
+        case = cases[name]
+        settings = {key.lower(): case[key] for key in case.keys() & EDM_SETTINGS}
+        sampler = SamplerConfig(name="edm", num_steps=case["num_steps"], **settings)
+        network = folder.network(case["model"])
+        assert isinstance(network, UNet)
+        learned = network.config.out_channels > network.config.in_channels
+        diffusion = folder.diffusion(
+            golden.path.stem, schedule=case["schedule"], num_timesteps=case["num_timesteps"],
+            variance="learned_range" if learned else "fixed_large",
+        )  # fmt: skip
+        y, noises = golden.tensor(f"{name}.y"), golden.tensor(f"{name}.noise_in_call_order")
+        plain, seen = diffusion.denoiser(network, labels(network, y), clip=False), list[float]()
+
+        def denoise(x_t: Tensor, t: Timestep) -> Prediction:
+            seen.append(float(noise_levels(diffusion)[t]))
+            return plain(x_t, t)
+
+        steps = list(sample(sampler, denoise, diffusion, golden.tensor(f"{name}.latents"), lambda step: noises[step]))
+        if len(seen) != case["network_evaluations"]:
+            raise ValueError(f"{len(seen)} network evaluations, golden {case['network_evaluations']}")
+        return steps[-1].x, seen
+
+    @torch.no_grad()
+    def compute(array: str) -> Any:
+        name, _, kind = array.partition(".")
+        if kind == "sample":
+            return run(name)[0]
+        if kind == "sigmas_in_call_order":
+            return np.array(run(name)[1])
+        if kind == "u":
+            case = cases[name]
+            changes = {key: case[key] for key in ("schedule", "num_timesteps")}
+            return np.append(noise_levels(folder.diffusion(golden.path.stem, **changes))[::-1], 0.0)
+        return None
+
+    return compute
+
+
+def noise_levels(diffusion: Diffusion) -> NDArray[np.float64]:
+    """sigma = sqrt((1 - abar) / abar) of every timestep."""
+    return diffusion.sqrt_one_minus_alphas_cumprod / diffusion.sqrt_alphas_cumprod
+
+
 def of_parameterisations(folder: Folder, golden: GoldenFile) -> Compute:
     """Means and variances of p for every reading of a network's output, timesteps not rescaled."""
     stem = golden.path.stem
@@ -620,6 +688,7 @@ KINDS: list[tuple[str, Kind]] = [
     (r"emb_dim\d+_max.*", of_timestep_embedding),
     (r"step\.x", of_sampler_steps),
     (r"x_T", of_sampler_trajectories),
+    (r"\w+\.sigmas_in_call_order", of_edm_sampler),
     (rf"({'|'.join(PREDICTIONS)})\.(mean|pred_xstart)", of_parameterisations),
     (r"lr_used", of_training),
     (r"(RESCALED_)?(MSE|KL)\.loss", of_losses),
