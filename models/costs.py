@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.diffusion import DiffusionConfig
 from models.guidance import GuidanceConfig, guided_timesteps
 from models.samplers import SamplerConfig, evaluated_timesteps
 from models.unet import Architecture
@@ -50,33 +51,33 @@ class Evaluations(NamedTuple):
     """Network evaluations that one image takes."""
 
     model: int
-    classifier: int
+    guide: int  # of the classifier with its gradient, of the model without its class, or of the weaker model
 
     @property
     def total(self) -> int:
         """Return the evaluations of both networks."""
-        return self.model + self.classifier
+        return self.model + self.guide
 
 
-def sampling_evaluations(sampler: SamplerConfig, guidance: GuidanceConfig, num_timesteps: int) -> Evaluations:
-    """Count the evaluations of one chain; outside the guidance interval the classifier is not evaluated.
+def sampling_evaluations(sampler: SamplerConfig, guidance: GuidanceConfig, diffusion: DiffusionConfig) -> Evaluations:
+    """Count the evaluations of one chain; outside the guidance interval there are none of the guide.
 
-    Raises ValueError where `num_timesteps` has no such chain.
+    Raises ValueError where the diffusion has no such chain.
     """
-    timesteps = evaluated_timesteps(sampler, num_timesteps)
-    inside = guided_timesteps(guidance.interval, num_timesteps)
+    timesteps = evaluated_timesteps(sampler, diffusion)
+    inside = guided_timesteps(guidance.interval, diffusion.num_timesteps)
     return Evaluations(len(timesteps), sum(t in inside for t in timesteps) if guidance.scale else 0)
 
 
-def sampling_flops(evaluations: Evaluations, model: Architecture, classifier: Architecture | None) -> float:
-    """Return the FLOPs of one sample."""
-    guide = guidance_multiply_adds(classifier) if classifier else 0
-    return 2.0 * (evaluations.model * forward_multiply_adds(model) + evaluations.classifier * guide)
+def sampling_flops(evaluations: Evaluations, model: Architecture, guide: Architecture | None) -> float:
+    """Return the FLOPs of one sample; `guide` is the classifier, the weaker model, or `model` itself."""
+    multiply_adds = guidance_multiply_adds(guide) if guide else 0
+    return 2.0 * (evaluations.model * forward_multiply_adds(model) + evaluations.guide * multiply_adds)
 
 
-def guidance_multiply_adds(classifier: Architecture) -> int:
-    """Return the multiply-adds of a classifier's gradient with respect to one image: forward, and back to the input."""
-    return 2 * forward_multiply_adds(classifier)
+def guidance_multiply_adds(guide: Architecture) -> int:
+    """Return the multiply-adds of a guide for one image: a classifier's go forward and back to the input."""
+    return (2 if guide.kind == "classifier" else 1) * forward_multiply_adds(guide)
 
 
 @cache

@@ -297,9 +297,12 @@ class Diffusion:
             log_variance=log_variance,
         )
 
-    def with_eps(self, prediction: Prediction, x_t: Tensor, t: Timestep, eps: Tensor) -> Prediction:
-        """`prediction` at x_t with other noise; pred_x_start (not clipped again) and mean follow it."""
+    def with_eps(self, prediction: Prediction, x_t: Tensor, t: Timestep, eps: Tensor, clip: bool = False) -> Prediction:
+        """`prediction` at x_t with other noise; pred_x_start and mean follow it. `clip` clamps pred_x_start again."""
         x_start = self.x_start_from_eps(x_t, t, eps)
+        if clip:
+            x_start = x_start.clamp(-1, 1)
+            eps = self.eps_from_x_start(x_t, t, x_start)
         mean = self.q_posterior_mean(x_start, x_t, t)
         return replace(prediction, eps=eps, pred_x_start=x_start, mean=mean)
 

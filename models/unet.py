@@ -88,6 +88,7 @@ class UNetConfig(EncoderConfig, frozen=True, extra="forbid"):
 
     out_channels: int = Field(6, gt=0)  # 3 = mean only, 6 = mean and learned variance
     num_classes: int | None = Field(None, gt=0)  # None = not conditioned on classes
+    null_class: bool = False  # label num_classes means "none": one more row of embeddings, for classifier-free guidance
     num_heads_upsample: int | None = Field(None, gt=0)  # heads in the decoder; None = num_heads
     low_res_size: int | None = Field(None, gt=0)  # size of the image to upsample, pixels; None = not an upsampler
 
@@ -103,6 +104,17 @@ class UNetConfig(EncoderConfig, frozen=True, extra="forbid"):
         if self.low_res_size is not None:
             inputs["low_res"] = torch.zeros(batch, self.in_channels, self.low_res_size, self.low_res_size)
         return inputs
+
+    @property
+    def label_rows(self) -> int:
+        """Rows of the label embedding: one for each class, and one for the null class where there is one."""
+        return (self.num_classes or 0) + self.null_class
+
+    @model_validator(mode="after")
+    def _check_null_class(self) -> Self:
+        if self.null_class and self.num_classes is None:
+            raise ValueError("null_class=True needs num_classes: an unconditional network has no labels to leave out")
+        return self
 
     @model_validator(mode="after")
     def _check_decoder_heads(self) -> Self:
@@ -409,7 +421,7 @@ class UNet(Encoder):
         super().__init__(config, config.in_channels + low_res_channels)
         self.config = config
         if config.num_classes is not None:
-            self.label_emb = nn.Embedding(config.num_classes, 4 * config.model_channels)
+            self.label_emb = nn.Embedding(config.label_rows, 4 * config.model_channels)
         self.output_blocks = nn.ModuleList(_decoder_stages(config, list(self.input_widths)))
         self.out = nn.Sequential(
             GroupNorm(config.widths[0]),

@@ -92,20 +92,24 @@ def sampling_cost(
     images: int,
     batch: int,
     half: bool,
-    classifier: Architecture | None = None,
+    guide: Architecture | None = None,
 ) -> Cost:
-    """Sampling `images` images, `batch` at a time on each GPU; `classifier` guides if it is evaluated at all."""
-    networks = [model, classifier] if classifier else [model]
+    """Sampling `images` images, `batch` at a time on each GPU.
+
+    guide: the classifier, the weaker model or `model` itself, whose evaluations guide.
+    """
+    networks = [model, guide] if guide and guide is not model else [model]
     passes = [peak_memory(model, "sampling", batch, half)]
-    passes += [peak_memory(classifier, "guiding", batch, half)] if classifier else []
+    passes += [peak_memory(guide, "guiding", batch, half)] if guide and guide.kind == "classifier" else []
     memory = {
         "weights": sum(4 * count_parameters(each) for each in networks),
         f"activations of {batch} images": max(passes),
     }
-    known = GUIDED_SAMPLING if classifier else SAMPLING
-    guided = f", {evaluations.classifier} with the classifier's gradient" if classifier else ""
+    known = GUIDED_SAMPLING if guide and guide.kind == "classifier" else SAMPLING
+    words = "with the classifier's gradient" if guide and guide.kind == "classifier" else "of the guide beside it"
+    guided = f", {evaluations.guide} {words}" if guide else ""
     note = f"{evaluations.model} evaluations an image{guided}"
-    return Cost(images, sampling_flops(evaluations, model, classifier), memory, known, note)
+    return Cost(images, sampling_flops(evaluations, model, guide), memory, known, note)
 
 
 def extraction_cost(extractor: Extractor, image_size: int, images: int, batch: int) -> Cost:

@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     LIKELIHOOD = 14  # the noise of the variational bound
     UPSAMPLE_START = 15  # a cascade's second stage: x_T of an index
     UPSAMPLE_STEP = 16  # and its noise at an original timestep
+    LABEL_DROPOUT = 17  # whether a training sample keeps its label
     SEARCH = 21  # the proposals of a search
 
 

@@ -138,7 +138,7 @@ def plan(config: LikelihoodConfig) -> str:
     manifest = load_manifest(config.path(config.dataset))
     network = load_network(config.path(config.weights))
     _check(config, network, manifest)
-    evaluations = Evaluations(model=Diffusion(network.diffusion, config.respacing).num_timesteps, classifier=0)
+    evaluations = Evaluations(model=Diffusion(network.diffusion, config.respacing).num_timesteps, guide=0)
     count, half = _count(config, manifest), config.dtype != "float32"
     return "\n".join(
         [

@@ -51,7 +51,7 @@ class GenerationConfig(JobConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.guidance.scale and self.classifier is None:
+        if self.guidance.scale and self.guidance.kind == "classifier" and self.classifier is None:
             raise ValueError(f"guidance.scale={self.guidance.scale} needs a classifier")
         if self.batch_size and self.shard_size % self.batch_size:
             raise ValueError(f"shard_size={self.shard_size} is not a multiple of batch_size={self.batch_size}")

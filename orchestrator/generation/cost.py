@@ -1,8 +1,10 @@
 """What a generation will read, write and cost, from the architectures alone."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from models.costs import sampling_evaluations
+from models.diffusion import DiffusionConfig
 from models.guidance import GuidanceConfig
 from models.unet import Architecture
 from orchestrator import storage
@@ -20,7 +22,7 @@ class Outline(NamedTuple):
 
     uri: str
     architecture: Architecture
-    num_timesteps: int
+    diffusion: DiffusionConfig
 
 
 def cost_lines(config: GenerationConfig, images: int) -> list[str]:
@@ -28,9 +30,11 @@ def cost_lines(config: GenerationConfig, images: int) -> list[str]:
     base = outline(config, config.weights, config.recipe)
     classifier = outline(config, config.classifier) if config.classifier else None
     upsampler = outline(config, config.upsampler) if config.upsampler else None
-    networks = [network for network in (base, classifier, upsampler) if network]
+    weak = outline(config, config.guidance.weak_weights) if config.guidance.weak_weights else None
+    networks = [network for network in (base, classifier, upsampler, weak) if network]
     absent = [network.uri for network in networks if not storage.exists(network.uri)]
     written = images * sum(3 * network.architecture.image_size**2 for network in (base, upsampler) if network)
+    guides = {"classifier": classifier, "classifier_free": base, "auto": weak}
     half = config.dtype != "float32"
     return [
         f"reads   {', '.join(network.uri for network in networks)}",
@@ -38,7 +42,7 @@ def cost_lines(config: GenerationConfig, images: int) -> list[str]:
         f"writes  {written / 1e9:,.3g} GB at most",
         *(
             priced(cost, config.cost, config.num_workers, half)
-            for cost in costs(config, images, base, classifier, upsampler)
+            for cost in costs(config, images, base, guides, upsampler)
         ),
     ]
 
@@ -48,22 +52,30 @@ def outline(config: GenerationConfig, path: str, recipe: str | None = None) -> O
     uri = config.path(path)
     if uri.endswith(".pt"):
         entry = released_entry(uri, recipe)
-        return Outline(uri, entry.network, entry.diffusion.num_timesteps)
+        return Outline(uri, entry.network, entry.diffusion)
     network = load_network(uri)
-    return Outline(uri, network.architecture, network.diffusion.num_timesteps)
+    return Outline(uri, network.architecture, network.diffusion)
 
 
 def costs(
-    config: GenerationConfig, images: int, base: Outline, classifier: Outline | None, upsampler: Outline | None
+    config: GenerationConfig,
+    images: int,
+    base: Outline,
+    guides: Mapping[str, Outline | None],
+    upsampler: Outline | None,
 ) -> list[Cost]:
-    """Of each stage, in batches as large as the card holds, where they are yet to be probed."""
-    half = config.dtype != "float32"
-    guide = classifier.architecture if classifier and config.guidance.scale else None
-    evaluations = sampling_evaluations(config.sampler, config.guidance, base.num_timesteps)
+    """Return the cost of each stage, in batches as large as the card holds where B is left open.
+
+    guides: by kind of guidance, the network that it evaluates beside the model.
+    """
+    half, guidance = config.dtype != "float32", config.guidance
+    guided_by = guides.get(guidance.kind) if guidance.scale else None
+    guide = guided_by.architecture if guided_by else None
+    evaluations = sampling_evaluations(config.sampler, guidance, base.diffusion)
     for batch in [config.batch_size] if config.batch_size else ASSUMED_BATCHES:
         found = [sampling_cost(base.architecture, evaluations, images, batch, half, guide)]
         if upsampler is not None:
-            enlarging = sampling_evaluations(config.upsampling, UNGUIDED, upsampler.num_timesteps)
+            enlarging = sampling_evaluations(config.upsampling, UNGUIDED, upsampler.diffusion)
             found.append(sampling_cost(upsampler.architecture, enlarging, images, batch, half))
         if all(fits(cost, config.cost) for cost in found):
             break

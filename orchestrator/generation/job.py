@@ -95,6 +95,9 @@ def _with_files(config: GenerationConfig) -> GenerationConfig:
             kind = config.ema if name == "weights" else None
             before = noted.get(name) if name != "weights" or noted.get("ema") == config.ema else None
             files[name] = weights_file(path, config.path, before, kind)
+    if config.guidance.weak_weights is not None:
+        weak = weights_file(config.guidance.weak_weights, config.path, noted.get("weak_weights"), None)
+        files["guidance"] = config.guidance.model_copy(update={"weak_weights": weak})
     return config.model_copy(update=files)
 
 
@@ -269,6 +272,7 @@ def _record(config: GenerationConfig, networks: Networks) -> dict[str, Any]:
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     begun = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     noted = config.model_dump(mode="json", include={"weights", "ema", "classifier", "upsampler", "num_workers"})
+    noted["weak_weights"] = config.guidance.weak_weights
     return {"commit": commit, "begun": begun, "classes": networks.classes, **noted}
 
 

@@ -12,7 +12,7 @@ import torch
 from models import zoo
 from models.costs import Use, count_parameters, peak_memory
 from models.diffusion import Diffusion
-from models.guidance import WHOLE_CHAIN, GuidanceConfig, guided
+from models.guidance import WHOLE_CHAIN, GuidanceConfig, GuidanceKind, Guided, guided_denoiser
 from models.images import Rounding, from_uint8, to_uint8
 from models.samplers import SamplerConfig, final_x, noise_timesteps, respacing_for, sample
 from models.unet import autocast
@@ -44,6 +44,7 @@ class Networks(NamedTuple):
     classifier: Network | None
     upsampler: Network | None
     labels: Labels
+    weak: Network | None = None  # of autoguidance
 
     @property
     def num_classes(self) -> int:
@@ -58,7 +59,12 @@ class Networks(NamedTuple):
     @property
     def loaded(self) -> list[Network]:
         """Return those that there are."""
-        return [network for network in (self.weights, self.classifier, self.upsampler) if network]
+        return [network for network in (self.weights, self.classifier, self.upsampler, self.weak) if network]
+
+    def guide(self, kind: GuidanceKind) -> Network | None:
+        """Return the network whose evaluations a kind of guidance adds."""
+        guides = {"classifier": self.classifier, "classifier_free": self.weights, "auto": self.weak}
+        return guides.get(kind)
 
 
 def load_networks(config: GenerationConfig, device: torch.device | str) -> Networks:
@@ -87,8 +93,31 @@ def load_networks(config: GenerationConfig, device: torch.device | str) -> Netwo
     for other, path in ((classifier, config.classifier), (upsampler, config.upsampler)):
         if other and other.classes and model.architecture.num_classes and other.classes != model.classes:
             raise ValueError(f"{path} and {config.weights} were trained on different classes")
+    weak = load(config.guidance.weak_weights)
+    _check_guidance(config, model, weak)
     classes = (classifier or model).classes
-    return Networks(model, classifier, upsampler, read_labels(config.labels, classes, config.seed, config.path))
+    return Networks(model, classifier, upsampler, read_labels(config.labels, classes, config.seed, config.path), weak)
+
+
+def _check_guidance(config: GenerationConfig, model: Network, weak: Network | None) -> None:
+    """Raise ValueError unless the networks can guide as the config says."""
+    kind, architecture = config.guidance.kind, model.architecture
+    if config.guidance.scale and kind == "classifier_free" and not getattr(architecture, "null_class", False):
+        raise ValueError(
+            f"guidance.kind=classifier_free needs a model that was trained with --label-dropout, and {config.weights} "
+            "was not: fine-tune it (--init-from, --label-dropout 0.1), or choose another kind"
+        )
+    if weak is not None:
+        fields = ("image_size", "in_channels", "num_classes", "low_res_size")
+        mine, its = (
+            {name: getattr(network.architecture, name, None) for name in fields} | {"diffusion": network.diffusion}
+            for network in (model, weak)
+        )
+        if differing := [name for name in mine if mine[name] != its[name]]:
+            raise ValueError(
+                f"guidance.weak_weights={config.guidance.weak_weights} and {config.weights} differ in "
+                f"{', '.join(differing)}; a weaker model is an earlier snapshot, or a smaller one of the same diffusion"
+            )
 
 
 def fingerprint(config: GenerationConfig, networks: Networks) -> dict[str, Any]:
@@ -96,7 +125,9 @@ def fingerprint(config: GenerationConfig, networks: Networks) -> dict[str, Any]:
     unused = {"batch_size"} if not config.batch_size else set()
     unused |= {"upsampling"} if not config.upsampler else set()
     chosen = config.model_dump(mode="json", exclude=OPERATIONAL | config.operational | unused)
+    del chosen["guidance"]["weak_weights"]  # counts by its hash
     stages = {"weights": networks.weights, "classifier": networks.classifier, "upsampler": networks.upsampler}
+    stages |= {"weak_weights": networks.weak} if networks.weak else {}
     hashes = {name: network.sha256 if network else None for name, network in stages.items()}
     labels = {"labels": networks.labels.sha256 or config.labels}
     return {**chosen, **hashes, **labels, "numerics_version": NUMERICS_VERSION}
@@ -127,9 +158,10 @@ def counted_batch(config: GenerationConfig, networks: Networks, memory: float, m
     What is counted leaves out workspaces of convolutions and fragments: hence the rest. From some ten images on,
     larger batches are hardly faster.
     """
-    guided = networks.classifier is not None and config.guidance.scale > 0
     uses: list[tuple[Network | None, Use]] = [(networks.weights, "sampling"), (networks.upsampler, "sampling")]
-    uses += [(networks.classifier, "guiding")] if guided else []
+    if config.guidance.scale:
+        guide: Use = "guiding" if config.guidance.kind == "classifier" else "sampling"
+        uses.append((networks.guide(config.guidance.kind), guide))
     kept = sum(4 * count_parameters(network.architecture) for network in networks.loaded)
     half, size = config.dtype != "float32", min(most, LARGEST_BATCH)
     while size > 1:
@@ -166,10 +198,10 @@ def _two_steps(networks: Networks, config: GenerationConfig, size: int) -> None:
         if network is not None:
             short = sampler.model_copy(update={"num_steps": 2, "respacing": None})
             guidance = config.guidance.model_copy(update={"interval": WHOLE_CHAIN})
-            classifier = networks.classifier if low_res is None else None
+            guide = networks.guide(guidance.kind) if low_res is None else None
             labels = networks.labels(indices)
             with autocast(network.device, config.dtype):
-                low_res = sample_batch(network, short, indices, labels, 0, classifier, guidance, low_res)
+                low_res = sample_batch(network, short, indices, labels, 0, guide, guidance, low_res)
 
 
 # ------------------------------------------------------------------------------------------------ batches
@@ -181,7 +213,8 @@ def make_batch(networks: Networks, config: GenerationConfig, number: int, draw: 
     labels = networks.labels(indices)
     with autocast(networks.weights.device, config.dtype):
         images = sample_batch(
-            networks.weights, config.sampler, indices, labels, config.seed, networks.classifier, config.guidance,
+            networks.weights, config.sampler, indices, labels, config.seed,
+            networks.guide(config.guidance.kind), config.guidance,
             clip=config.clip, rounding=config.rounding, draw=draw,
         )  # fmt: skip
     return Samples(indices, labels, images)
@@ -236,7 +269,7 @@ def sample_batch(
     indices: np.ndarray,
     labels: np.ndarray,
     seed: int,
-    classifier: Network | None = None,
+    guide: Network | None = None,
     guidance: GuidanceConfig | None = None,
     low_res: np.ndarray | None = None,
     clip: bool = True,
@@ -246,8 +279,9 @@ def sample_batch(
     """Sample the images of `indices` int64 [n] towards `labels` int64 [n]; uint8 [n, H, W, 3].
 
     x_T and step noise of an image depend on (seed, index, original timestep) only. Labels count where the network is
-    conditional, or guided by `classifier`; `low_res` uint8 [n, h, w, 3] is what an upsampler enlarges. `clip` clamps
-    the predicted x_0; `draw` is where noise of this seed comes from, if it is drawn ahead.
+    conditional, or guided by a classifier; `guide` is what `Networks.guide` says of the kind of guidance. `low_res`
+    uint8 [n, h, w, 3] is what an upsampler enlarges. `clip` clamps the predicted x_0; `draw` is where noise of this
+    seed comes from, if it is drawn ahead.
 
     Raises:
         FloatingPointError: a chain left the finite numbers.
@@ -259,9 +293,12 @@ def sample_batch(
     draw = draw or partial(draw_noise, seed)
     y = torch.from_numpy(labels).to(device)
     small = None if low_res is None else from_uint8(torch.from_numpy(low_res).to(device), architecture.in_channels)
-    denoise = diffusion.denoiser(network.module, y=y if architecture.num_classes else None, low_res=small, clip=clip)
-    if classifier is not None and guidance is not None:
-        denoise = guided(denoise, sampler.name, classifier.module, diffusion, y, guidance)
+    chosen = guidance if guide and guidance else GuidanceConfig()
+    chain_of = Guided(
+        network.module, y, bool(architecture.num_classes), small, clip, null_label=architecture.num_classes,
+        classifier=guide.module if guide else None, weak=guide.module if guide else None,
+    )  # fmt: skip
+    denoise = guided_denoiser(chain_of, diffusion, sampler.name, chosen)
     x_T = draw(key(start)).to(device, non_blocking=True)
     chain = sample(sampler, denoise, diffusion, x_T, lambda t: draw(key(step, t)).to(device, non_blocking=True))
     x = final_x(chain)

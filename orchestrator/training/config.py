@@ -155,6 +155,7 @@ class AdmConfig(TrainingConfig):
     job: ClassVar[str] = "train"
 
     model: UNetConfig
+    label_dropout: float = Field(0.0, ge=0, lt=1)  # share of labels left out; classifier-free guidance needs 0.1 or so
     timesteps: Literal["uniform", "loss_second_moment"] = "uniform"  # how often each is trained; IDDPM section 3.3
     ema_rates: tuple[float, ...] = Field((0.9999,), min_length=1)  # one average of the weights for each rate
     power_emas: tuple[float, ...] = ()  # lengths (sigma_rel) of power-function averages; (0.05, 0.1) = post-hoc EMA

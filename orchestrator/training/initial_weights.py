@@ -2,6 +2,7 @@
 
 import logging
 
+import torch
 from torch import Tensor
 
 from cluster.collectives import Group
@@ -53,6 +54,8 @@ def _fitting(uri: str, source: Network, config: Config, fresh: dict[str, Tensor]
     """The source's weights, with fresh ones in the place of what belongs to other classes."""
     there, here = source.architecture.num_classes, config.model.num_classes
     weights = dict(source.module.state_dict())
+    if there == here and here:
+        _fit_null_class(uri, weights, fresh)
     if there == here:
         check_tensors(uri, fresh, weights, config.model)
         return weights
@@ -66,6 +69,22 @@ def _fitting(uri: str, source: Network, config: Config, fresh: dict[str, Tensor]
         "; ".join([f"{name} starts anew" for name in anew] + [f"{name} is left out" for name in dropped]),
     )  # fmt: skip
     return weights
+
+
+def _fit_null_class(uri: str, weights: dict[str, Tensor], fresh: dict[str, Tensor]) -> None:
+    """Give the label embedding a row of zeros for the null class, or take it away, where source and model differ."""
+    name = "label_emb.weight"
+    if name not in weights or name not in fresh:
+        return
+    lacking = len(fresh[name]) - len(weights[name])
+    if lacking == 1:
+        weights[name] = torch.cat([weights[name], torch.zeros_like(weights[name][:1])])
+        log.warning(
+            "init_from: %s has no null class; %s gets a row of zeros for it, which the training fills", uri, name
+        )
+    elif lacking == -1:
+        weights[name] = weights[name][:-1]
+        log.warning("init_from: %s has a null class and this model has none; its row of %s is left out", uri, name)
 
 
 def _is_for_classes(there: Tensor, here: Tensor) -> bool:

@@ -163,7 +163,14 @@ def _with_classes(config: Config, manifest: Manifest) -> Config:
         )
     if wanted is None and config.model.kind == "classifier":
         raise ValueError(f"{config.dataset} has no classes, and a classifier needs some")
-    return config.model_copy(update={"model": config.model.model_copy(update={"num_classes": wanted})})
+    changes: dict[str, Any] = {"num_classes": wanted}
+    if isinstance(config, AdmConfig) and config.label_dropout:
+        if wanted is None:
+            raise ValueError(
+                f"--label-dropout {config.label_dropout} needs labels, and the model is not conditioned on any"
+            )
+        changes["null_class"] = True
+    return config.model_copy(update={"model": config.model.model_copy(update=changes)})
 
 
 def _open_bytes(config: Config, manifest: Manifest) -> int:
@@ -330,7 +337,13 @@ def _shares(
     for shares in stream:
         undecodable = sum(int(share.undecodable.sum()) for share in shares)
         pinned = context.device.type == "cuda"
-        yield undecodable, make_microbatches(shares, config.model.in_channels, config.seed, rows, pinned)
+        dropout = config.label_dropout if isinstance(config, AdmConfig) else 0.0
+        yield (
+            undecodable,
+            make_microbatches(
+                shares, config.model.in_channels, config.seed, rows, pinned, dropout, config.model.num_classes
+            ),
+        )
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:

@@ -44,9 +44,17 @@ class Microbatch:
 
 
 def make_microbatches(
-    shares: list[StreamShare], channels: int, seed: int, rows: int, pinned: bool = False
+    shares: list[StreamShare],
+    channels: int,
+    seed: int,
+    rows: int,
+    pinned: bool = False,
+    label_dropout: float = 0.0,
+    null_label: int | None = None,
 ) -> list[Microbatch]:
     """Cut a worker's shares of a step into microbatches of `rows` rows (the last may be smaller), on the CPU.
+
+    Each label becomes `null_label` with probability `label_dropout`.
 
     Raises:
         ValueError: an image is coloured, and the network has one channel.
@@ -58,6 +66,9 @@ def make_microbatches(
     samples = np.concatenate([share.samples for share in shares])
     flips = np.concatenate([share.flips for share in shares])
     keys = [(share.epoch, int(sample)) for share in shares for sample in share.samples]
+    if label_dropout:
+        dropped = [sample_rng(seed, *key, Purpose.LABEL_DROPOUT).random() < label_dropout for key in keys]
+        labels = np.where(dropped, null_label, labels)
     places = [(share.stream, offset) for share in shares for offset in range(len(share.samples))]
     batches = []
     for begin in range(0, len(keys), rows):

@@ -78,7 +78,7 @@ def diffusers_config(architecture: Architecture) -> dict[str, Any]:
         "resnet_time_scale_shift": "scale_shift" if architecture.use_scale_shift_norm else "default",
         "add_attention": True,
         "class_embed_type": None,  # a table of embeddings
-        "num_class_embeds": architecture.num_classes,
+        "num_class_embeds": architecture.label_rows or None,
     }
 
 

@@ -1,7 +1,9 @@
 """Guidance: closed forms of both algorithms, the interval, small gradients in low precision."""
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -11,15 +13,20 @@ from models.diffusion import Denoise, Diffusion, DiffusionConfig, Prediction, Ti
 from models.guidance import (
     WHOLE_CHAIN,
     GuidanceConfig,
+    GuidanceKind,
+    Guided,
     classifier_gradient,
+    extrapolated,
     guided,
+    guided_denoiser,
     guided_timesteps,
     log_prob_gradient,
     mean_shift,
     score_shift,
 )
-from models.samplers import ddim, ddpm, final_x
+from models.samplers import SamplerConfig, ddim, ddpm, final_x, respacing_for, sample
 from models.unet import ClassifierConfig, NoisyClassifier
+from tests.models.gaussian import Gaussian
 
 CENTRE, STD = 0.4, 0.3  # pixels of class 0 ~ N(-CENTRE, STD^2), of class 1 ~ N(CENTRE, STD^2), equally likely
 
@@ -221,3 +228,103 @@ def test_guidance_works_where_gradients_are_off() -> None:
     assert expected is not None and got is not None
     assert expected.abs().max() > 0 and not expected.requires_grad
     assert torch.equal(got, expected)
+
+
+# ------------------------------------------------------------------------------------------------ weaker predictions
+
+
+@pytest.mark.parametrize("t", [0, 5, 19])
+@pytest.mark.parametrize("scale", [0.5, 3.0])
+def test_classifier_free_guidance_is_that_of_the_exact_classifier(t: int, scale: float) -> None:
+    """Bayes: eps(class) - eps is -sqrt(1 - abar) grad log p(class | x_t), so both kinds are one where all is exact."""
+    diffusion = process()
+    x_t, label = torch.linspace(-1.5, 1.5, 6).view(6, 1, 1, 1), 1
+    gradient = classifier_gradient(ExactClassifier(diffusion), diffusion, torch.full((6,), label), scale)
+    conditional = exact_denoiser(diffusion, label)
+    expected = score_shift(conditional, gradient, diffusion)(x_t, t)
+    found = extrapolated(conditional, exact_denoiser(diffusion, None), diffusion, scale, clip=False)(x_t, t)
+    torch.testing.assert_close(found.eps, expected.eps, rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(found.pred_x_start, expected.pred_x_start, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(found.variance, conditional(x_t, t).variance, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("t", [0, 5, 19])
+def test_autoguidance_of_gaussians_has_the_closed_form(t: int) -> None:
+    """Scores of N(m, v) are linear: sqrt(1 - abar) (x - sqrt(abar) m) / (abar v + 1 - abar)."""
+    diffusion, scale = process(), 1.5
+    strong, weak = Gaussian(mean=0.1, std=0.2), Gaussian(mean=0.0, std=0.7)
+    abar, x_t = diffusion.alphas_cumprod[t], torch.linspace(-1, 1, 5).view(5, 1, 1, 1)
+
+    def eps(data: Gaussian) -> Tensor:
+        return math.sqrt(1 - abar) * (x_t - math.sqrt(abar) * data.mean) / data.marginal_variance(np.array(abar)).item()
+
+    expected = (1 + scale) * eps(strong) - scale * eps(weak)
+    arguments = (strong.denoiser(diffusion), weak.denoiser(diffusion), diffusion, scale)
+    found = extrapolated(*arguments, clip=False)(x_t, t)
+    torch.testing.assert_close(found.eps, expected, rtol=1e-3, atol=1e-3)
+    clipped = extrapolated(*arguments, clip=True)(x_t, t)
+    torch.testing.assert_close(clipped.pred_x_start, found.pred_x_start.clamp(-1, 1))
+    torch.testing.assert_close(
+        clipped.eps, diffusion.eps_from_x_start(x_t, t, clipped.pred_x_start), rtol=1e-4, atol=1e-4
+    )
+
+
+class CountedModel(nn.Module):
+    """A model of random weights that remembers the labels it was asked for."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.gain = torch.rand(12, generator=generator)
+        self.labels: list[list[int] | None] = []
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        self.labels.append(None if y is None else y.tolist())
+        return x * (0.5 if y is None else self.gain[y].view(-1, 1, 1, 1)) + timesteps.view(-1, 1, 1, 1) * 1e-4
+
+
+@pytest.mark.parametrize("kind", ["none", "classifier", "classifier_free", "auto"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "edm"])
+def test_scale_0_is_unguided_to_the_bit_and_asks_no_other_network(kind: GuidanceKind, sampler: str) -> None:
+    model, weak, classifier = CountedModel(1), CountedModel(2), ExactClassifier(process())
+    config = SamplerConfig(name=sampler, num_steps=6)
+    diffusion = Diffusion(DiffusionConfig(variance="fixed_small"), respacing_for(config, 1000))
+    y, x_T = torch.tensor([0, 1, 2, 3, 4, 5]), noise(0)
+    chain = Guided(model, y, True, classifier=classifier, null_label=10, weak=weak)
+    denoise = guided_denoiser(chain, diffusion, sampler, GuidanceConfig(kind=kind, scale=0))
+    found = final_x(sample(config, denoise, diffusion, x_T, noise))
+    plain = final_x(sample(config, diffusion.denoiser(model, y=y), diffusion, x_T, noise))
+    assert torch.equal(found, plain)
+    assert not weak.labels and not classifier.calls and all(labels == y.tolist() for labels in model.labels)
+
+
+@pytest.mark.parametrize("kind", ["classifier_free", "auto"])
+def test_outside_the_interval_there_is_one_pass(kind: GuidanceKind) -> None:
+    model, weak = CountedModel(1), CountedModel(2)
+    config, interval = SamplerConfig(name="ddim", num_steps=10), (0.3, 0.7)
+    diffusion = Diffusion(DiffusionConfig(variance="fixed_small"), respacing_for(config, 1000))
+    inside = [t for t in diffusion.timestep_map if t in guided_timesteps(interval, 1000)]
+    y, x_T = torch.tensor([0, 1, 2, 3, 4, 5]), noise(0)
+    chain = Guided(model, y, True, null_label=10, weak=weak)
+    weak_weights = "snapshot" if kind == "auto" else None
+    guidance = GuidanceConfig(kind=kind, scale=2.0, interval=interval, weak_weights=weak_weights)
+    final_x(sample(config, guided_denoiser(chain, diffusion, "ddim", guidance), diffusion, x_T, noise))
+    assert 0 < len(inside) < 10
+    if kind == "auto":
+        assert len(model.labels) == 10 and weak.labels == [y.tolist()] * len(inside)
+    else:
+        assert not weak.labels and model.labels.count(y.tolist()) == 10
+        assert model.labels.count([10] * 6) == len(inside) == len(model.labels) - 10
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "none", "scale": 1.0}, "scale=1.0"),
+        ({"kind": "auto", "scale": 1.0}, "weak_weights"),
+        ({"kind": "classifier", "weak_weights": "x"}, "weak_weights='x'"),
+    ],
+)
+def test_kinds_refuse_what_has_no_meaning(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        GuidanceConfig(**fields)

@@ -72,7 +72,7 @@ def v100_days(name: str) -> float:
 
 def test_guided_sampling_takes_what_was_measured_on_an_a100() -> None:
     network, classifier = ZOO["adm-256"].network, ZOO["classifier-256"].network
-    guided = sampling_cost(network, Evaluations(250, 250), images=1, batch=1, half=True, classifier=classifier)
+    guided = sampling_cost(network, Evaluations(250, 250), images=1, batch=1, half=True, guide=classifier)
     plain = sampling_cost(network, Evaluations(250, 0), images=1, batch=1, half=True)
     config = CostConfig(gpu="A100")
     assert 1 / gpu_seconds(guided, config, half=True) == pytest.approx(0.07, rel=0.05)
