@@ -189,7 +189,7 @@ def edm_steps(config: "SamplerConfig", diffusion: Diffusion) -> list[EdmStep]:
     steps = []
     for (here, t), (following, following_t) in pairwise(chain):
         churned, churned_t = here, t
-        if config.s_min <= here <= config.s_max:
+        if config.s_min <= here and (config.s_max is None or here <= config.s_max):
             churned, churned_t = nearest(here * (1 + min(config.s_churn / config.num_steps, math.sqrt(2) - 1)))
         assert churned_t is not None
         steps.append(EdmStep(here, churned, churned_t, following, following_t))
@@ -245,6 +245,8 @@ SAMPLERS = {
     "edm": Sampler(edm, 2, stochastic=False, guidance="score", spacing="levels"),  # noise where it churns only
 }
 
+EDM_FIELDS = ("rho", "sigma_min", "sigma_max", "s_churn", "s_min", "s_max", "s_noise")  # of SamplerConfig
+
 if TYPE_CHECKING:
     SamplerName = str
 else:
@@ -263,7 +265,7 @@ class SamplerConfig(BaseModel, frozen=True, extra="forbid"):
     sigma_max: float = Field(80.0, gt=0)  # edm only: largest noise level
     s_churn: float = Field(0.0, ge=0)  # edm only: how much noise is added on the way; 0 = deterministic
     s_min: float = Field(0.0, ge=0)  # edm only: noise level from which on noise is added
-    s_max: float = Field(math.inf, gt=0)  # edm only: noise level up to which noise is added
+    s_max: float | None = Field(None, gt=0)  # edm only: noise level up to which noise is added; None = any
     s_noise: float = Field(1.0, gt=0)  # edm only: factor on the added noise
 
     @model_validator(mode="after")
@@ -273,7 +275,7 @@ class SamplerConfig(BaseModel, frozen=True, extra="forbid"):
         if self.name == "edm" and self.respacing is not None:
             raise ValueError(f"respacing={self.respacing!r} has no meaning for name='edm', which takes its own steps")
         if self.name != "edm":
-            for field in ("rho", "sigma_min", "sigma_max", "s_churn", "s_min", "s_max", "s_noise"):
+            for field in EDM_FIELDS:
                 if (value := getattr(self, field)) != type(self).model_fields[field].default:
                     raise ValueError(f"{field}={value:g} has no meaning for name={self.name!r}; use name='edm'")
         return self

@@ -14,7 +14,7 @@ from models.costs import Use, count_parameters, peak_memory
 from models.diffusion import Diffusion
 from models.guidance import WHOLE_CHAIN, GuidanceConfig, GuidanceKind, Guided, guided_denoiser
 from models.images import Rounding, from_uint8, to_uint8
-from models.samplers import SamplerConfig, final_x, noise_timesteps, respacing_for, sample
+from models.samplers import EDM_FIELDS, SamplerConfig, final_x, noise_timesteps, respacing_for, sample
 from models.unet import autocast
 from orchestrator.config import OPERATIONAL
 from orchestrator.generation.config import GenerationConfig
@@ -126,11 +126,23 @@ def fingerprint(config: GenerationConfig, networks: Networks) -> dict[str, Any]:
     unused |= {"upsampling"} if not config.upsampler else set()
     chosen = config.model_dump(mode="json", exclude=OPERATIONAL | config.operational | unused)
     del chosen["guidance"]["weak_weights"]  # counts by its hash
+    _leave_out_later_defaults(chosen)
     stages = {"weights": networks.weights, "classifier": networks.classifier, "upsampler": networks.upsampler}
     stages |= {"weak_weights": networks.weak} if networks.weak else {}
     hashes = {name: network.sha256 if network else None for name, network in stages.items()}
     labels = {"labels": networks.labels.sha256 or config.labels}
     return {**chosen, **hashes, **labels, "numerics_version": NUMERICS_VERSION}
+
+
+def _leave_out_later_defaults(chosen: dict[str, Any]) -> None:
+    """Forget settings that came later and change nothing, so that folders begun before them go on."""
+    for name in {"sampler", "upsampling"} & chosen.keys():
+        if chosen[name]["name"] != "edm":
+            chosen[name] = {field: value for field, value in chosen[name].items() if field not in EDM_FIELDS}
+    if chosen["guidance"]["kind"] == "classifier":
+        del chosen["guidance"]["kind"]
+    if not chosen["tf32"]:
+        del chosen["tf32"]
 
 
 # ------------------------------------------------------------------------------------------------ the canonical batch

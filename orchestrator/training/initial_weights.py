@@ -47,7 +47,10 @@ def _source(uri: str, config: Config) -> Network:
         "%s, and was trained for --diffusion.*", uri,
         ", ".join(f"{name}={value}" for name, value in invisible_settings(config.model).items()),
     )  # fmt: skip
-    return load_published(uri, lambda shapes: (with_classes_of(shapes, config.model), config.diffusion))
+    model = config.model
+    if model.kind == "unet":  # published code knows no null class
+        model = model.model_copy(update={"null_class": False})
+    return load_published(uri, lambda shapes: (with_classes_of(shapes, model), config.diffusion))
 
 
 def _fitting(uri: str, source: Network, config: Config, fresh: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -72,8 +72,6 @@ def with_classes_of(shapes: Shapes, architecture: Architecture) -> Architecture:
     number = num_classes_of(shapes)
     if number is None and isinstance(architecture, ClassifierConfig):
         return architecture
-    if number and getattr(architecture, "null_class", False):
-        number -= 1
     return architecture.model_copy(update={"num_classes": number})
 
 

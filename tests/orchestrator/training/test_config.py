@@ -30,3 +30,25 @@ def test_a_network_of_one_channel_refuses_coloured_images() -> None:
     images[1, 3, 3, 2] = 8
     with pytest.raises(ValueError, match=r"--model\.in-channels 1 is for grey images"):
         make_microbatches([share], channels=1, seed=0, rows=2)
+
+
+def test_labels_are_left_out_by_seed_epoch_and_sample() -> None:
+    """However the samples are dealt to workers and microbatches, the same ones lose their labels."""
+    count, seed = 4_000, 3
+
+    def labels(rows: slice, microbatch: int, epoch: int = 0, seed: int = seed) -> np.ndarray:
+        samples = np.arange(count)[rows]
+        share = StreamShare(
+            stream=0, epoch=epoch, images=np.zeros((len(samples), 2, 2, 3), np.uint8), labels=samples % 10,
+            samples=samples, flips=np.zeros(len(samples), bool), undecodable=np.zeros(len(samples), bool),
+        )  # fmt: skip
+        made = make_microbatches([share], 3, seed, microbatch, label_dropout=0.1, null_label=10)
+        return np.concatenate([batch.labels.numpy() for batch in made])
+
+    whole = labels(slice(None), 512)
+    kept = whole < 10
+    assert (whole[kept] == np.arange(count)[kept] % 10).all() and set(whole[~kept]) == {10}
+    assert abs((~kept).mean() - 0.1) < 4 * (0.09 / count) ** 0.5
+    halves = [labels(slice(None, 1_000), 64), labels(slice(1_000, None), 300)]
+    assert (np.concatenate(halves) == whole).all()
+    assert (labels(slice(None), 512, epoch=1) != whole).any() and (labels(slice(None), 512, seed=4) != whole).any()

@@ -65,6 +65,15 @@ def test_classes_may_be_others(tmp_path: Path, there: int | None, caplog: pytest
     assert "label_emb.weight starts anew" in caplog.text
 
 
+def test_fine_tuning_for_classifier_free_guidance_adds_a_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights = write(tmp_path, UNET)
+    started = begun(config(tmp_path, model=UNET.model_copy(update={"null_class": True})))
+    assert torch.equal(started["label_emb.weight"][:10], weights["label_emb.weight"])
+    assert started["label_emb.weight"].shape[0] == 11 and not started["label_emb.weight"][10].any()
+    assert all(torch.equal(started[name], weights[name]) for name in weights if name != "label_emb.weight")
+    assert "null class" in caplog.text
+
+
 def test_a_model_without_classes_leaves_those_of_the_file_out(tmp_path: Path) -> None:
     weights = write(tmp_path, UNET)
     started = begun(config(tmp_path, model=UNET.model_copy(update={"num_classes": None})))
