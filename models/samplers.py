@@ -168,7 +168,7 @@ def edm_steps(config: "SamplerConfig", diffusion: Diffusion) -> list[EdmStep]:
     """Return the steps of EDM's algorithm 2 (Karras et al. 2022, arXiv 2206.00364) over the model's own noise levels.
 
     A level is sigma = sqrt((1 - abar) / abar); those of eq. 5 and of the churn are rounded to the nearest of the model,
-    as for the authors' iDDPM models. Raises ValueError where two of them fall on one.
+    as for the authors' iDDPM models; where steps are many, two may fall on one level, and nothing moves between them.
     """
     levels = diffusion.sqrt_one_minus_alphas_cumprod / diffusion.sqrt_alphas_cumprod
 
@@ -181,11 +181,6 @@ def edm_steps(config: "SamplerConfig", diffusion: Diffusion) -> list[EdmStep]:
     )
     wanted = (high + np.arange(config.num_steps) / (config.num_steps - 1) * (low - high)) ** config.rho
     chain = [nearest(sigma) for sigma in wanted] + [(0.0, None)]
-    if len({t for _, t in chain}) <= config.num_steps:
-        raise ValueError(
-            f"num_steps={config.num_steps} from sigma_max={config.sigma_max:g} to sigma_min={config.sigma_min:g} are "
-            f"more than the model's {len(levels)} noise levels can tell apart; take fewer"
-        )
     steps = []
     for (here, t), (following, following_t) in pairwise(chain):
         churned, churned_t = here, t

@@ -6,7 +6,7 @@ Ho et al. 2020 (arXiv 2006.11239), whose architecture is here without weights. P
 ADM-256 mean multiply-adds, which are 2 floating-point operations each.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from models.diffusion import DiffusionConfig
 from models.guidance import GuidanceConfig
@@ -14,6 +14,7 @@ from models.samplers import SamplerConfig
 from models.unet import Architecture, ClassifierConfig, UNetConfig
 
 ADM_PAPER = "arXiv 2105.05233"
+EDM_PAPER = "arXiv 2206.00364"
 ADM_README = "guided-diffusion README"
 DIT_TABLES = "arXiv 2212.09748, tables 2 and 3"
 
@@ -316,6 +317,20 @@ _DDPM: dict[str, Entry] = {
 }
 
 ZOO: dict[str, Entry] = {**_ADM, **_IDDPM, **_DDPM}
+
+# The same weights sampled as Karras et al. did (arXiv 2206.00364, table 2 and appendix E): 511 network evaluations.
+ZOO["adm-64-edm"] = replace(
+    ZOO["adm-64"],
+    recipes=(
+        Recipe(
+            SamplerConfig(name="edm", num_steps=256, s_churn=40, s_min=0.05, s_max=50, s_noise=1.003),
+            GuidanceConfig(),
+            None,
+            EDM_PAPER,
+        ),
+    ),
+    scores=(Score("ADM, EDM's stochastic sampler, 511 evaluations, unguided", 1.55, None, None, None, EDM_PAPER),),
+)
 
 
 def entry(name: str) -> Entry:

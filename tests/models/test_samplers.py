@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from models import zoo
 from models.diffusion import Diffusion, DiffusionConfig
 from models.samplers import (
     SAMPLERS,
@@ -20,6 +21,7 @@ from models.samplers import (
     ddpm,
     ddpm_step,
     edm_steps,
+    evaluated_timesteps,
     final_x,
     noise_timesteps,
     respacing_for,
@@ -211,10 +213,17 @@ def test_settings_of_other_samplers_are_refused(fields: dict[str, Any], message:
         SamplerConfig(**fields)
 
 
-def test_edm_refuses_more_steps_than_there_are_levels() -> None:
-    config = SamplerConfig(name="edm", num_steps=900)
-    with pytest.raises(ValueError, match="num_steps=900"):
-        edm_steps(config, process("", schedule="linear"))
+def test_edm_takes_its_authors_steps_for_adm_64() -> None:
+    """256 steps are 511 evaluations, although some fall on one of the model's 1,000 noise levels."""
+    entry = zoo.entry("adm-64-edm")
+    sampler = entry.recipes[0].sampler
+    steps = edm_steps(sampler, Diffusion(entry.diffusion))
+    assert len(steps) == 256 and len(evaluated_timesteps(sampler, entry.diffusion)) == 511
+    assert all(step.following <= step.here <= step.churned for step in steps)
+    x = final_x(
+        sample(sampler, DATA.denoiser(Diffusion(entry.diffusion)), Diffusion(entry.diffusion), X_T, lambda _: X_T)
+    )
+    assert x.isfinite().all()
 
 
 def test_a_chain_can_start_anywhere() -> None:

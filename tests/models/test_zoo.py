@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.costs import count_parameters
-from models.samplers import respacing_for
+from models.samplers import evaluated_timesteps
 from models.unet import ClassifierConfig, UNetConfig
 from models.zoo import ZOO, entry
 
@@ -57,7 +57,7 @@ def test_entries_are_valid(name: str) -> None:
         image_channels = model.network.in_channels
         assert model.network.out_channels == image_channels * (2 if model.diffusion.learns_variance else 1)
     for recipe in model.recipes:
-        assert respacing_for(recipe.sampler, model.diffusion.num_timesteps)
+        assert evaluated_timesteps(recipe.sampler, model.diffusion)
         assert (recipe.guidance.scale > 0) == (recipe.classifier is not None)
         if recipe.classifier is not None:
             classifier = ZOO[recipe.classifier]

@@ -21,7 +21,9 @@ def adm_256(**changes: object) -> GenerationConfig:
 def work(config: GenerationConfig) -> float:
     assert config.classifier
     upsampler = outline(config, config.upsampler) if config.upsampler else None
-    stages = costs(config, 1, outline(config, config.weights), outline(config, config.classifier), upsampler)
+    base, classifier = outline(config, config.weights), outline(config, config.classifier)
+    weak = outline(config, config.guidance.weak_weights) if config.guidance.weak_weights else None
+    stages = costs(config, 1, base, {"classifier": classifier, "classifier_free": base, "auto": weak}, upsampler)
     return sum(cost.flops for cost in stages)
 
 
@@ -36,6 +38,15 @@ def test_what_is_not_evaluated_is_not_paid() -> None:
     assert half - unguided == pytest.approx((work(adm_256()) - unguided) / 2, rel=0.01)
     heun = work(adm_256(sampler=SamplerConfig(name="heun", num_steps=50)))
     assert heun / work(adm_256()) == pytest.approx(99 / 250)
+
+
+def test_other_guides_cost_their_forward_pass() -> None:
+    unguided = work(adm_256(guidance=GuidanceConfig()))
+    free = GuidanceConfig(kind="classifier_free", scale=1.0)
+    assert work(adm_256(guidance=free)) == pytest.approx(2 * unguided)
+    assert work(adm_256(guidance=free.model_copy(update={"interval": (0.25, 0.75)}))) == pytest.approx(1.5 * unguided)
+    weak = GuidanceConfig(kind="auto", scale=1.0, weak_weights="64x64_diffusion.pt")  # as cheap as a small model is
+    assert work(adm_256(guidance=weak)) - unguided == pytest.approx(250 * 2 * 109.7e9, rel=0.01)
 
 
 def test_a_cascade_pays_for_both_stages() -> None:

@@ -93,7 +93,7 @@ def test_another_file_name_needs_the_zoos_name(tmp_path: Path) -> None:
 def test_every_released_file_is_known_by_its_name() -> None:
     for entry in ZOO.values():
         if entry.checkpoint:
-            assert released_entry(f"s3://bucket/{entry.checkpoint}") == entry
+            assert released_entry(f"s3://bucket/{entry.checkpoint}").network == entry.network
 
 
 class Code:
