@@ -28,7 +28,6 @@ from models.metrics import (
     kid,
     merge_in_order,
     moments,
-    polynomial_kernel,
     softmax,
     split_scores,
     vendi_score,
@@ -156,15 +155,18 @@ class FeatureCase:
         return precision.value, recall.value
 
     def prdc(self, k: int) -> dict[str, float]:
-        density, coverage = density_coverage(self.ref, self.sample, k)
+        density, coverage, *_ = density_coverage(self.ref, self.sample, k)
         inside = balls_holding(self.sample, self.ref, squared_radii(self.ref, k), strict=True) > 0
         covered = balls_holding(self.ref, self.sample, squared_radii(self.sample, k), strict=True) > 0
         strict = {"precision": float(inside.mean()), "recall": float(covered.mean())}
         return {**strict, "density": density.value, "coverage": coverage.value}
 
     def biased_kid(self) -> float:
-        within = polynomial_kernel(self.sample, self.sample).mean() + polynomial_kernel(self.ref, self.ref).mean()
-        return float(within - 2 * polynomial_kernel(self.sample, self.ref).mean())
+        def kernel(x: NDArray[Any], y: NDArray[Any]) -> float:
+            return float(((x.astype(np.float64) @ y.T.astype(np.float64) / x.shape[1] + 1) ** 3).mean())
+
+        within = kernel(self.sample, self.sample) + kernel(self.ref, self.ref)
+        return within - 2 * kernel(self.sample, self.ref)
 
     def neighbour_ratio(self) -> NDArray[np.float64]:
         to_ref, own = nearest(self.sample, self.ref, 1), nearest(self.ref, self.ref, 1)
