@@ -123,10 +123,10 @@ def density_coverage(
 ) -> tuple[Estimate, Estimate, Estimate, Estimate]:
     """Density and coverage (Naeem et al. 2020, eq. 4-5, strict as in their code), then both clipped.
 
-    Density: in how many of the reference's k-neighbour balls a sample lies, over k; it can exceed 1. Coverage: the share
-    of those balls that hold a sample. Clipped (Salvy, Talbot & Thirion 2026): no sample counts for more than k balls
-    and no ball is wider than the median, relative to what the reference's own rows score; and up to k samples count in
-    each ball, read as the share of good samples that covers as much.
+    Density: in how many of the reference's k-neighbour balls a sample lies, over k; it can exceed 1. Coverage: the
+    share of those balls that hold a sample. Clipped (Salvy, Talbot & Thirion 2026): no sample counts for more than k
+    balls and no ball is wider than the median, relative to what the reference's own rows score; and up to k samples
+    count in each ball, read as the share of good samples that covers as much.
     """
     check_features(reference, samples)
     n, m, own = len(samples), len(reference), nearest(reference, reference, k)
@@ -194,8 +194,8 @@ def _mapped(found: Estimate, function: Callable[[float], float]) -> Estimate:
 
 
 def _same_for_all(found: Estimate) -> Estimate:
-    if found.low != found.high:
-        return found
+    if found.low is not None and found.low != found.high:
+        return replace(found, low=max(found.low, 0.0))
     return Estimate(found.value, found.n, note="no interval: it is the same for every sample")
 
 
@@ -254,9 +254,9 @@ def authenticity(reference: Array, samples: Array) -> Estimate:
     return authentic_share(own.squared[:, 0], squared_radii(reference, 1)[own.index[:, 0]])
 
 
-def authentic_share(squared: Array, own_squared: Array) -> Estimate:
+def authentic_share(squared: Array, own_squared: Array, strata: Strata = None) -> Estimate:
     """AuthPct from squared distances: of each sample to its nearest reference row, of that row to its own nearest."""
-    share = proportion_estimate(squared > own_squared)
+    share = proportion_estimate(squared > own_squared, strata)
     low, high = (None if x is None else 100 * x for x in (share.low, share.high))
     return Estimate(100 * share.value, share.n, low, high)
 

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -38,6 +39,18 @@ class LoadedExtractor(NamedTuple):
     network: Extractor
     fingerprint: str  # its name and the first digits of its weights' SHA-256
     held_out_accuracy: float | None = None  # where it was measured
+    classes: tuple[str, ...] = ()  # names of the classes that its logits are of, where they are known
+
+    def knows(self, classes: tuple[str, ...]) -> str:
+        """Return "" if its logits are of these classes, in their order, and else why not."""
+        name, num_classes = self.network.name, self.network.num_classes
+        if num_classes is None or classes == self.classes:
+            return ""
+        wordnet = all(re.fullmatch(r"n\d{8}", each) for each in classes) and list(classes) == sorted(classes)
+        if name == EfficientNetLite0.name and len(classes) == num_classes and wordnet:
+            return ""  # ImageNet's, in the order of their WordNet ids
+        own = "ImageNet's by WordNet id" if name == EfficientNetLite0.name else self.classes[:3] or "not named"
+        return f"the classes of the extractor {name} ({own}) are not the samples' labels"
 
 
 LoadExtractor = Callable[[torch.device], LoadedExtractor]
@@ -145,7 +158,7 @@ def digits_extractor(reference: str, folder: str, image_size: int, device: torch
             DIGITS_SEED,
         )
         storage.put_if_absent(uri, safetensors.torch.save(dict(network.state_dict())))
-    return _read_digits(uri)
+    return _read_digits(uri)._replace(classes=manifest.classes)
 
 
 def _read_digits(uri: str, device: torch.device = CPU) -> LoadedExtractor:
@@ -193,7 +206,7 @@ def own_extractor(name: str, device: torch.device = CPU) -> LoadedExtractor:
         fingerprint = hashlib.sha256(safetensors.torch.save(_contiguous(network))).hexdigest()[:12]
     if fingerprint is None:
         raise ValueError(f"extractor={name!r} is no torch module, so it must have a `fingerprint` of its weights")
-    return LoadedExtractor(network, f"{network.name}-{fingerprint}")
+    return LoadedExtractor(network, f"{network.name}-{fingerprint}", classes=tuple(getattr(network, "classes", ())))
 
 
 def _contiguous(network: torch.nn.Module) -> dict[str, torch.Tensor]:
