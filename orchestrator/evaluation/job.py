@@ -19,7 +19,7 @@ from orchestrator.evaluation.extractors import CPU, LoadedExtractor, LoadExtract
 from orchestrator.evaluation.inputs import ImageSet, check_ending, image_size_of, open_images, split_images
 from orchestrator.evaluation.measurement import Limits, Measurement, measure_files
 from orchestrator.evaluation.memorization import nearest_training_pixels
-from orchestrator.evaluation.metrics import describe
+from orchestrator.evaluation.metrics import bias_note, describe
 from orchestrator.evaluation.page import evaluation_page
 from orchestrator.evaluation.references import (
     Reference,
@@ -286,7 +286,7 @@ def _print(report: dict[str, Any]) -> None:
         counts = f"n={found['n']}" + (f", {found['n_reference']} references" if found["n_reference"] else "")
         more = [f"held-out real images: {held_out[name]['value']:.4g}"] if name in held_out else []
         if found["bias"] is not None:
-            more.append(f"of which {found['bias']:.2g} is bias at this n")
+            more.append(bias_note(found["bias"]))
         more += [found["note"]] if found["note"] else []
         print(f"{name:30} {found['value']:10.4g}   95%: {interval:22} {counts}; {'; '.join(more)}".rstrip("; "))
     for name, reason in report["not_available"].items():

@@ -47,6 +47,11 @@ def describe(estimate: Estimate) -> dict[str, Any]:
     }
 
 
+def bias_note(bias: float) -> str:
+    """Return what of a value is bias, in words."""
+    return f"{bias:.2g} of it is bias at this n" if bias > 0 else f"too low by {-bias:.2g}, its bias at this n"
+
+
 @dataclass(frozen=True)
 class Rows:
     """Features of single reference images beside those of samples, for the metrics that need pairs of them."""

@@ -13,7 +13,7 @@ from orchestrator import storage
 from orchestrator.evaluation.extraction import chosen
 from orchestrator.evaluation.inputs import ImageSet
 from orchestrator.evaluation.measurement import Measurement
-from orchestrator.evaluation.metrics import metric_named
+from orchestrator.evaluation.metrics import bias_note, metric_named
 from orchestrator.evaluation.references import Reference
 from orchestrator.pictures import distances_figure, grid_png
 
@@ -41,6 +41,7 @@ def evaluation_page(
         report=report,
         pictures={name: base64.b64encode(data).decode() for name, data in pictures.items()},
         metrics={name: metric_named(name) for name in report["metrics"]},
+        bias_note=bias_note,
         made=made_lines(report["samples"]["made_by"]),
         num_training=reference.files.count if reference.files else 0,
         config=storage.json_bytes(report["reproduce"]["config"]).decode(),

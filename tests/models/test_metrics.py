@@ -20,6 +20,7 @@ from models.metrics import (
     block_moments,
     by_class,
     class_frechet_estimate,
+    cmmd,
     expand_frechet,
     frechet_distance,
     frechet_distance_of_rows,
@@ -501,6 +502,23 @@ def test_kernel_distance_far_from_the_origin_keeps_its_digits() -> None:
 def test_kernel_distance_says_what_is_too_small() -> None:
     with pytest.raises(ValueError, match="1 samples"):
         kid(np.zeros((5, 2)), np.zeros((1, 2)))
+
+
+def test_cmmd_is_the_mean_over_all_pairs_and_its_bias_the_pairs_with_itself() -> None:
+    rng = generator(32)
+    x, y = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (rng.standard_normal((9, 4)), rng.random((7, 4))))
+
+    def kernel(a: Array, b: Array) -> Array:
+        return np.exp(-np.square(a[:, None] - b[None]).sum(-1) / 200)
+
+    whole = 1000 * (kernel(x, x).mean() + kernel(y, y).mean() - 2 * kernel(x, y).mean())
+    apart = [kernel(a, a)[~np.eye(len(a), dtype=bool)].mean() for a in (x, y)]
+    unbiased = 1000 * (sum(apart) - 2 * kernel(x, y).mean())
+    found = cmmd(3 * y, 2 * x)  # only directions count
+    assert found.value == pytest.approx(whole, rel=1e-9) and found.bias == pytest.approx(whole - unbiased, rel=1e-9)
+    held = coverage(lambda: cmmd(y, rng.standard_normal((100, 4)) + 0.5), None, 200)
+    print("coverage of CMMD", held)
+    assert 0.90 <= held <= 0.98 and found.n_reference == 7
 
 
 def test_vendi_counts_distinct_samples() -> None:

@@ -189,7 +189,7 @@ def test_noise_is_measured_by_the_digits_network(store: str, capsys: pytest.Capt
         "python "
     )
     printed = capsys.readouterr().out
-    assert "is bias at this n" in printed and "held-out real images" in printed and uri in printed
+    assert "bias at this n" in printed and "held-out real images" in printed and uri in printed
 
     page = (Path(uri).parent / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 6 and 'src="http' not in page and "report.json" not in page
