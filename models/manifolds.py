@@ -16,15 +16,13 @@ from torch import Tensor
 
 from models.metrics import Array, Estimate, Strata, check_features, mean_estimate, proportion_estimate, score_estimate
 from models.neighbours import (
-    SPARE,
     Indices,
     Mask,
     Neighbours,
     Shortlist,
     bounded_squares,
-    list_length,
-    measured,
     nearest,
+    own_neighbours,
     own_shortlist,
     pairs_in_balls,
     shares,
@@ -206,21 +204,13 @@ def _copies(what: str, radii: Array, k: int) -> str:
 
 
 def _shared_neighbours(features: Array, k: int, run: Run, which: int) -> Neighbours:
-    kept = list_length(len(features), k, k + SPARE)
-    return measured(features, features, _shared_shortlist(features, kept, run, which), k, own=True)
+    """The neighbours of each row within the reference (which = 0) or the samples (1), the work shared out."""
+    tasks = [(which, k, share) for share in shares(len(features), len(features))]
+    return own_neighbours(features, k, run(_shortlist_step, tasks))
 
 
-def _shared_shortlist(features: Array, kept: int, run: Run, which: int) -> Shortlist:
-    """`own_shortlist` of the reference (which = 0) or the samples (1), its rows shared out."""
-    tasks = [(which, kept, share) for share in shares(len(features), len(features))]
-    shortlist = Shortlist.empty(len(features), kept)
-    for begin, part in run(_shortlist_step, tasks):
-        shortlist.merge(slice(begin, None), part)
-    return shortlist
-
-
-def _shortlist_step(reference: Array, samples: Array, which: int, kept: int, share: slice) -> tuple[int, Shortlist]:
-    return share.start, own_shortlist((reference, samples)[which], kept, share)
+def _shortlist_step(reference: Array, samples: Array, which: int, k: int, share: slice) -> tuple[int, Shortlist]:
+    return share.start, own_shortlist((reference, samples)[which], k, share)
 
 
 def realism(reference: Array, samples: Array, k: int = 3, run: Run | None = None) -> Array:

@@ -32,7 +32,7 @@ from models.metrics import (
     split_scores,
     vendi_score,
 )
-from models.neighbours import balls_holding, nearest, squared_radii
+from models.neighbours import bounded_squares, nearest, pairs_in_balls, squared_radii
 from tests.comparison import Row
 from tests.reference_batches import compare_batches
 
@@ -50,6 +50,17 @@ def kid_subsets(
         some = samples[rng.choice(len(samples), subset_size, replace=False)]
         values.append(kid(reference[rng.choice(len(reference), subset_size, replace=False)], some).value)
     return float(np.mean(values)), float(np.std(values))
+
+
+def balls_holding(
+    points: NDArray[Any], centres: NDArray[Any], radii: NDArray[Any], strict: bool = False
+) -> NDArray[np.int64]:
+    """Return how many of the balls around centres [M, D] with squared radii [M] hold each point [N, D]."""
+    counts = np.zeros(len(points), np.int64)
+    for block in bounded_squares(points, centres):
+        rows, _ = pairs_in_balls(points, centres, block, radii, strict)
+        counts[block.rows] = np.bincount(rows, minlength=len(block.lower))
+    return counts
 
 
 def recognises(folder: Path) -> bool:
