@@ -366,8 +366,8 @@ class FrechetExpansion:
             low, high = max(found.low, 0.0), max(found.high, 0.0)
             if self.tail_share > HEAVY_TAIL:
                 tails = (
-                    f"heavy tails: 1% of the samples carry {100 * self.tail_share:.0f}% of the variance, and the "
-                    "interval is too short"
+                    f"heavy tails: 1% of the samples carry {100 * self.tail_share:.0f}% of the variance, so the "
+                    "interval may be too short"
                 )
             if self.reference_bias > (found.high - found.low) / 4 or (self.n_reference or np.inf) < (
                 MIN_CORRECTED_RATIO * self.dimension
@@ -535,7 +535,7 @@ def _mean_of_splits(probabilities: Array, bounds: NDArray[np.integer], strata: S
         bias -= score * np.expm1(entropy_bias(probabilities[start:stop], part)) / len(scores)
         variance, degrees = variance + score**2 * float(spread) / len(scores) ** 2, degrees + free
     few = n < MIN_CORRECTED_RATIO * classes
-    note = f"the interval is too short: n={n} is below {MIN_CORRECTED_RATIO} K, K={classes} classes" if few else ""
+    note = f"the interval may be too short: n={n} is below {MIN_CORRECTED_RATIO} K, K={classes} classes" if few else ""
     return replace(_interval(value, n, variance, degrees, note), bias=float(bias))
 
 

@@ -491,7 +491,7 @@ def test_kernel_distance_far_from_the_origin_keeps_its_digits() -> None:
     found = kid(y, x)
 
     def kernel(a: Array, b: Array) -> np.longdouble:
-        return ((a.astype(np.longdouble) @ b.astype(np.longdouble) / 4) + 1) ** 3
+        return np.longdouble((a.astype(np.longdouble) @ b.astype(np.longdouble) / 4 + 1) ** 3)
 
     within = [np.mean([kernel(a, b) for i, a in enumerate(s) for j, b in enumerate(s) if i != j]) for s in (x, y)]
     expected = sum(within) - 2 * np.mean([kernel(a, b) for a in x for b in y])

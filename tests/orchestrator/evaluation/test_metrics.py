@@ -1,13 +1,14 @@
 """The table of metrics: conventions, names, what each metric needs, and what paired tests compare."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from models.features import Features
 from models.manifolds import manifolds
-from models.metrics import Estimate, moments
+from models.metrics import Estimate, Gaussian, Moments, moments
 from orchestrator.evaluation.extraction import ArrayName, Labelled
 from orchestrator.evaluation.metrics import METRICS, Comparison, Rows, measure, metric_named
 
@@ -29,16 +30,9 @@ def compare(
     """All of the samples beside all of the reference."""
     made, real = samples.features, reference.features
     rows = Rows(real.pool, made.pool, manifolds(real.pool, made.pool, strata=strata), kernel=(real.pool, made.pool))
-    statistics = {"pool": moments(real.pool)}
-    return Comparison(
-        extractor,
-        vars(made).get,
-        samples.labels,
-        statistics,
-        num_classes,
-        rows,
-        strata=strata,  # type: ignore[arg-type]
-    )
+    statistics: dict[ArrayName, Moments | Gaussian] = {"pool": moments(real.pool)}
+    read: Any = vars(made).get
+    return Comparison(extractor, read, samples.labels, statistics, num_classes, rows, strata=strata)
 
 
 def estimates(samples: Labelled, reference: Labelled) -> dict[str, Estimate]:
