@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from ray import tune
 from ray.tune.search import Searcher
+from ray.util import get_node_ip_address
 
 Result = TypeVar("Result")
 Job = TypeVar("Job")
@@ -19,8 +20,8 @@ DEATHS = 5  # of the process or the node of one trial, after which the rounds en
 def run_rounds(work: Callable[[Job], Outcome], rounds: Rounds[Job, Outcome, Result], max_concurrent: int) -> Result:
     """Run every job that `rounds` yields as a trial of its own; send it the outcomes in the jobs' order.
 
-    `rounds` runs in this process and holds all state; nothing of Tune's is kept. A job takes next to nothing for
-    itself: it asks a shared pool for what costs. One whose node dies begins again elsewhere. At the barrier between
+    `rounds` runs in this process and holds all state; nothing of Tune's is kept. A job runs on this process's node and
+    reserves no CPU: it asks a shared pool for what costs. At the barrier between
     two rounds no trial is left, hence nothing that a stopped one could hold.
 
     With `max_concurrent` 0 the jobs run in this process, without Ray, and an error is raised as it is.
@@ -40,7 +41,7 @@ def run_rounds(work: Callable[[Job], Outcome], rounds: Rounds[Job, Outcome, Resu
 
     with tempfile.TemporaryDirectory(prefix="admiral-tune-") as folder:
         tuner = tune.Tuner(
-            tune.with_resources(run, {"CPU": 0.01}),
+            tune.with_resources(run, {f"node:{get_node_ip_address()}": 0.001}),  # no CPU, which others might hold
             tune_config=tune.TuneConfig(search_alg=proposer, num_samples=-1, reuse_actors=True),
             run_config=tune.RunConfig(
                 storage_path=folder, verbose=0, failure_config=tune.FailureConfig(max_failures=DEATHS)

@@ -67,21 +67,13 @@ def evaluate(config: EvaluationConfig) -> str:
         made = extract_all(images, folder, loader, config.num_workers, config.num_gpus)
         kept = storage.join(output, "reference-features")
         reference = extract_reference(found, loader, loaded, kept, config.num_workers, config.num_gpus)
-        if unmatched:
-            reference = replace(reference, missing=reference.missing | {"classes": unmatched})
-        if reason := loaded.knows(reference.classes):
-            reference = replace(reference, missing=reference.missing | {"accuracy": reason})
-        name, policy = loaded.network.name, images.made_by.get("config", {}).get("labels")
-        measured = measure_files(made, reference, name, Limits(), config.num_workers, policy)
+        reasons = {"classes": unmatched, "accuracy": loaded.knows(reference.classes)}
+        reference = replace(reference, missing=reference.missing | {what: why for what, why in reasons.items() if why})
+        measured, held_out = _measure(config, images, made, reference, loaded, floor, loader)
         if measured.same_images:
             warnings.append("samples and reference are the same images: their distances are below those of any model")
-        floor_measured = None
-        if floor is not None:
-            held_out = _floor_features(config, floor, loader)
-            floor_measured = measure_files(held_out, reference, name, Limits(), config.num_workers)
-        report = _report(config, images, reference, loaded, measured) | {"warnings": warnings}
-        if floor is not None and floor_measured is not None:
-            report["held_out"] = {"uri": floor.uri, "n": floor.count, "metrics": _described(floor_measured)}
+        report = _report(config, images, reference, loaded, measured) | {"held_out": held_out, "warnings": warnings}
+        report = redact_tree(report)
         page, pictures = evaluation_page(report, images, reference, measured, made.labels())
         tracker.metrics(_numbers(report))
         tracker.record("report.json", report)
@@ -169,6 +161,24 @@ def _floor(config: EvaluationConfig, found: ReferenceInput, count: int) -> Image
     return subset(held_out, count)
 
 
+def _measure(
+    config: EvaluationConfig,
+    images: ImageSet,
+    made: FeatureFiles,
+    reference: Reference,
+    loaded: LoadedExtractor,
+    floor: ImageSet | None,
+    loader: LoadExtractor,
+) -> tuple[Measurement, dict[str, Any] | None]:
+    """Measure the samples, and likewise held-out real images where there are some; of these return what to report."""
+    name, policy = loaded.network.name, images.made_by.get("config", {}).get("labels")
+    measured = measure_files(made, reference, name, Limits(), config.num_workers, policy)
+    if floor is None:
+        return measured, None
+    found = measure_files(_floor_features(config, floor, loader), reference, name, Limits(), config.num_workers)
+    return measured, {"uri": floor.uri, "n": floor.count, "metrics": _described(found)}
+
+
 def _floor_features(config: EvaluationConfig, floor: ImageSet, loader: LoadExtractor) -> FeatureFiles:
     """Extract features of held-out images; those of a whole validation split lie beside the dataset."""
     folder = storage.join(config.path(config.output), "floor-features", floor.identity)
@@ -216,7 +226,7 @@ def _report(
     accuracy = loaded.held_out_accuracy
     size = {"uri": images.uri, "kind": images.kind, "identity": images.identity, "n": images.count}
     return {
-        "samples": {**size, **seeds, "made_by": redact_tree(images.made_by)},
+        "samples": {**size, **seeds, "made_by": images.made_by},
         "reference": {
             "uri": reference.uri,
             "n": reference.count,
@@ -232,7 +242,6 @@ def _report(
             name: described | {"seeds": seeds, "extractor": loaded.fingerprint}
             for name, described in _described(measured).items()
         },
-        "held_out": None,
         "per_class": {
             reference.classes[label] if reference.classes else str(label): {
                 name: describe(estimate) for name, estimate in estimates.items()
@@ -244,7 +253,7 @@ def _report(
         "nearest_training_image": _pixel_distances(config, images),
         "reproduce": {
             "command": command(),
-            "config": redact_tree(config.model_dump(mode="json")),
+            "config": config.model_dump(mode="json"),
             "versions": {name: importlib.metadata.version(name) for name in ("numpy", "torch")},
         },
     }
