@@ -44,7 +44,9 @@ def test_other_guides_cost_their_forward_pass() -> None:
     unguided = work(adm_256(guidance=GuidanceConfig()))
     free = GuidanceConfig(kind="classifier_free", scale=1.0)
     assert work(adm_256(guidance=free)) == pytest.approx(2 * unguided)
-    assert work(adm_256(guidance=free.model_copy(update={"interval": (0.25, 0.75)}))) == pytest.approx(1.5 * unguided)
+    assert work(adm_256(guidance=free.model_copy(update={"interval": (0.25, 0.75)}))) == pytest.approx(
+        1.5 * unguided, rel=0.01
+    )
     weak = GuidanceConfig(kind="auto", scale=1.0, weak_weights="64x64_diffusion.pt")  # as cheap as a small model is
     assert work(adm_256(guidance=weak)) - unguided == pytest.approx(250 * 2 * 109.7e9, rel=0.01)
 
