@@ -12,6 +12,7 @@ so two models run on the same indices are compared by `paired_difference` of the
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TypeVar
 
@@ -68,6 +69,19 @@ def proportion_estimate(hits: NDArray[np.bool_]) -> Estimate:
     return Estimate(p, n, min(low, p), max(high, p))  # rounding alone could leave p outside at 0 and 1
 
 
+def strata_of(labels: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Return the stratum [n] of each sample, numbered from 0, where the labels [n] are given and not drawn.
+
+    A stratum is a class. Classes of one sample, within which nothing can be estimated, form one stratum together, or
+    with the next smallest class where there is just one; that errs on the safe side.
+    """
+    _, number, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    single = counts == 1
+    if single.sum() == 1:
+        single[np.argsort(counts, kind="stable")[:2]] = True
+    return np.unique(np.where(single, -1, np.arange(len(counts)))[number], return_inverse=True)[1]
+
+
 def by_class(
     metric: Callable[[Array, Array], T],
     reference: Array,
@@ -114,6 +128,12 @@ class Gaussian:
         if not np.allclose(self.covariance, self.covariance.T, rtol=1e-4, atol=1e-6 * np.abs(self.covariance).max()):
             raise ValueError("covariance is not symmetric")
 
+    @cached_property
+    def principal_axes(self) -> tuple[Array, Array]:
+        """Return variances [D], the largest first, and the principal directions [D, D] as columns; kept for reuse."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        return _nonnegative(values[::-1]), vectors[:, ::-1]
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -123,7 +143,7 @@ class Moments:
     mean: Array
     m2: Array
 
-    @property
+    @cached_property
     def gaussian(self) -> Gaussian:
         """Mean and covariance with divisor n - 1. Raises ValueError for fewer than two rows."""
         if self.n < 2:
@@ -287,8 +307,13 @@ class FrechetExpansion:
         return self.influence + (self.distance - self.bias)
 
 
-def expand_frechet(features: Array, reference: Moments | Gaussian) -> FrechetExpansion:
+def expand_frechet(
+    features: Array, reference: Moments | Gaussian, strata: NDArray[np.integer] | None = None
+) -> FrechetExpansion:
     """Distance of features [n, D] to a fixed reference (mean m_r, covariance R), its bias and sampling error.
+
+    strata: [n] as `strata_of` returns them, where the number of samples of each class is given and not drawn: then the
+    variation between classes is no part of the bias.
 
     With T the symmetric transport map from S to R, the influence of a sample is s(x) = 2 (m - m_r)'(x - m) +
     (x - m)'(I - T)(x - m) - tr((I - T) S); its spread gives the standard error. The second derivative gives
@@ -320,7 +345,27 @@ def expand_frechet(features: Array, reference: Moments | Gaussian) -> FrechetExp
     influence -= influence.mean()
     fourth = fourth / n - np.diag(values**2)
     bias = (np.trace(own.covariance) + 0.5 * float((curvature * fourth).sum())) / n
+    if strata is not None:
+        bias -= _certain(features - own.mean, basis, roots, curvature, strata) / n
     return FrechetExpansion(distance, float(bias), influence, dimension)
+
+
+def _certain(centred: Array, basis: Array, roots: Array, curvature: Array, strata: NDArray[np.integer]) -> float:
+    """n times the bias that is not there where the number of samples of each class is given.
+
+    With B the covariance of the class means, n B / (n - 1) is in the sample covariance without error, and the products
+    E_ij vary about their class means alone. So the bias is smaller by the trace of T B, and by the squares of these
+    class means in place of their variances.
+    """
+    n, order = len(centred), np.argsort(strata, kind="stable")
+    ends = np.flatnonzero(np.diff(strata[order])) + 1
+    means, products = np.zeros(len(roots)), -np.diag(roots**4)  # of B in the eigenbasis; of E_ij
+    for rows in np.split(centred[order], ends):
+        count, z = len(rows), rows @ basis
+        mean, second, fourth = z.mean(axis=0), z.T @ z / count, (z**2).T @ z**2 / count
+        means += count / n * (mean**2 - (np.diag(second) - mean**2) / (count - 1))
+        products += count / n * (second**2 - (fourth - second**2) / (count - 1))
+    return float(means @ (1 / roots) + 0.5 * (curvature * products).sum())
 
 
 def influence_scores(features: Array, reference: Moments | Gaussian) -> Array:
