@@ -14,9 +14,7 @@ from numpy.typing import NDArray
 
 from models.metrics import Array, Estimate
 
-# A failure of 1% of the samples is not seen among so many with probability 0.05. A test on fewer samples would call a
-# model that fails so the better one, whatever its level is.
-MIN_DECISIVE = 300
+RARE = 0.01  # share of the samples of which a failure must not stay unseen
 
 Strata = NDArray[np.int64] | None  # [n] of each index where the labels are given, by `strata_of`; None = drawn
 
@@ -28,10 +26,6 @@ class Mean:
     value: float
     error: float
     degrees: float
-
-    def surely_positive(self, level: float) -> bool:
-        """Return whether the expected value is above 0, with one-sided error `level` (Student's t)."""
-        return self.value > student_quantile(1 - level, self.degrees) * self.error
 
     def estimate(self, n: int, level: float = 0.025, note: str = "") -> Estimate:
         """Return the mean with its interval, which misses on each side with probability `level`."""
@@ -60,11 +54,25 @@ def mean_of(scores: Array, strata: Strata = None) -> Mean:
     return Mean(float(scores.mean()), float(np.sqrt(variance)), degrees)
 
 
-def difference(a: Array, b: Array, strata: Strata = None) -> Mean:
-    """Return the mean of a - b for scores [n] of the same indices; ValueError where the numbers of indices differ."""
+def differences(a: Array, b: Array) -> Array:
+    """Return a - b for scores [n] of the same indices; ValueError where the numbers of indices differ."""
     if a.shape != b.shape:
         raise ValueError(f"paired scores must cover the same indices: shapes {a.shape}, {b.shape}")
-    return mean_of(a - b, strata)
+    return a - b
+
+
+def surely_positive(scores: Array, strata: Strata, level: float, n: int, span: float) -> bool:
+    """Return whether the mean of scores from n samples is above 0, with one-sided error `level`.
+
+    A failure that costs much but befalls 1% of the samples is not seen among n with probability 0.99^n, and before it
+    is seen no standard error knows of it. Where that probability is above the level, the bound is the empirical
+    Bernstein bound of Maurer & Pontil (2009) for scores within a `span`; else it is Student's t.
+    """
+    mean = mean_of(scores, strata)
+    if (1 - RARE) ** n <= level:
+        return mean.value > student_quantile(1 - level, mean.degrees) * mean.error
+    odds = np.log(2 / level)
+    return bool(mean.value > np.sqrt(2 * odds) * mean.error + 7 * span * odds / (3 * (len(scores) - 1)))
 
 
 def level_of_a_test(alpha: float, looks: int, rivals: int, constraints: int) -> float:

@@ -1,8 +1,8 @@
 """Successive halving with paired tests: which trials go on to the next rung, and which are eliminated.
 
 A trial has a setting and draws the first n samples of one set of indices; a rung is such an n. All trials start at the
-first rung. From there a budget decides how many go on, the best first; from `MIN_DECISIVE` samples on a trial that is
-surely worse than another is eliminated, whatever the budget is. Successive halving: Jamieson & Talwalkar 2016.
+first rung. From there a budget decides how many go on, the best first; and a trial that is surely worse than another is
+eliminated, whatever the budget is. Successive halving: Jamieson & Talwalkar 2016.
 
 `SuccessiveHalving.run` is a generator: it yields rounds of evaluations and is sent their outcomes. It has no other
 state, so replaying the records of an interrupted search leads to where that search stood, in whatever order the
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from models.paired_tests import MIN_DECISIVE, Mean, Strata, difference, front_ranks, level_of_a_test, mean_of
+from models.paired_tests import Strata, differences, front_ranks, level_of_a_test, surely_positive
 from orchestrator.search.objectives import EVALUATIONS, Constraint
 from orchestrator.search.space import Setting
 
@@ -113,8 +113,7 @@ class SuccessiveHalving:
         self.trials: list[Trial] = []
         self.finalists: list[Trial] = []  # the best first
         self.stopped_by_budget = False
-        looks = sum(n >= MIN_DECISIVE for n in rules.rungs)
-        self._error = level_of_a_test(rules.alpha, max(looks, 1), rules.trials - 1, len(rules.constraints))
+        self._error = level_of_a_test(rules.alpha, len(rules.rungs), rules.trials - 1, len(rules.constraints))
 
     def run(self) -> Generator[Round, list[Outcome], None]:
         """Run the first rung with all proposals, then the higher ones, then the final evaluation."""
@@ -169,10 +168,10 @@ class SuccessiveHalving:
                 trial.failed = outcome.failed
             else:
                 trial.outcomes.append(outcome)
-        if self.rules.rungs[level] >= MIN_DECISIVE:  # all comparisons before any decision: their order plays no part
-            decisions = [self._decision(trial, level) for trial in trials]
-            for trial, decision in zip(trials, decisions, strict=True):
-                trial.eliminated = decision
+        there = [trial for trial in trials if trial.level == level]
+        decisions = [self._decision(trial, there, level) for trial in there]  # all before any: order plays no part
+        for trial, decision in zip(there, decisions, strict=True):
+            trial.eliminated = decision
 
     def _final_evaluation(self) -> Generator[Round, list[Outcome], None]:
         """Evaluate the best few again, on fresh seeds and at full n: what is reported was not chosen by."""
@@ -220,43 +219,41 @@ class SuccessiveHalving:
         excesses = [c.excess(scores[c.metric]) for c in self.rules.constraints if len(scores[c.metric])]
         return max((float(excess.mean()) for excess in excesses), default=0.0)
 
-    def _decision(self, trial: Trial, level: int) -> str | None:
-        """Return why a trial is surely not the best at a rung; None where that is not sure."""
+    def _decision(self, trial: Trial, there: list[Trial], level: int) -> str | None:
+        """Return why one of the trials at a rung is surely not the best; None where that is not sure."""
         n = self.rules.rungs[level]
-        for constraint in self.rules.constraints:
-            excess = self._excess(trial.outcomes[level], constraint)
-            if excess is not None and excess.surely_positive(self._error):
-                return f"surely breaks {constraint.metric} at n={n}"
-        for rival in self.trials:
-            if rival is not trial and rival.level >= level and self._surely_worse(trial, rival, level):
+        if broken := next((c for c in self.rules.constraints if self._sure(c, trial, there, breaks=True)), None):
+            return f"surely breaks {broken.metric} at n={n}"
+        for rival in there:
+            kept = all(self._sure(c, rival, there, breaks=False) for c in self.rules.constraints)
+            if rival is not trial and kept and self._surely_worse(trial, rival, there):
                 return f"surely worse at n={n} than trial {rival.number}"
         return None
 
-    def _surely_worse(self, trial: Trial, rival: Trial, level: int) -> bool:
-        """Return whether the rival surely keeps the constraints and is surely better in every objective.
+    def _sure(self, constraint: Constraint, trial: Trial, there: list[Trial], breaks: bool) -> bool:
+        """Return whether a trial surely breaks, or surely keeps, a constraint at its rung."""
+        outcome, name, sign = trial.outcomes[-1], constraint.metric, 1 if breaks else -1
+        if name not in outcome.unbiased or not len(outcome.scores[name]):
+            return False
+        span = max(float(np.ptp(other.outcomes[-1].scores[name])) for other in there)
+        excess = sign * constraint.excess(outcome.scores[name])
+        return surely_positive(excess, outcome.strata, self._error, self.rules.rungs[trial.level], span)
 
-        In an objective that is known without sampling not to be worse is enough.
-        """
-        mine, its = trial.outcomes[level], rival.outcomes[level]
-        for constraint in self.rules.constraints:
-            excess = self._excess(its, constraint)
-            if excess is None or not Mean(-excess.value, excess.error, excess.degrees).surely_positive(self._error):
-                return False
-        sure = []
+    def _surely_worse(self, trial: Trial, rival: Trial, there: list[Trial]) -> bool:
+        """Return whether the rival is surely better in every objective; where no sampling is needed, if not worse."""
+        n, sure = self.rules.rungs[trial.level], []
         for name in self.rules.objectives:
-            a, b = mine.scores[name], its.scores[name]
+            mine, its = trial.outcomes[-1].scores[name], rival.outcomes[-1].scores[name]
             if name == EVALUATIONS:
-                sure += [bool(a[0] > b[0])] * bool(a[0] != b[0])
+                sure += [bool(mine[0] > its[0])] * bool(mine[0] != its[0])
+            elif not len(mine):
+                return False
+            elif (worse := differences(mine, its)).mean() > 0:
+                span = max(float(np.ptp(differences(other.outcomes[-1].scores[name], its))) for other in there)
+                sure.append(surely_positive(worse, trial.outcomes[-1].strata, self._error, n, span))
             else:
-                sure.append(len(a) > 0 and difference(a, b, mine.strata).surely_positive(self._error))
+                return False
         return bool(sure) and all(sure)
-
-    def _excess(self, outcome: Outcome, constraint: Constraint) -> Mean | None:
-        """Return by how much a constraint is broken; None where n is too small for the metric's own value."""
-        scores = outcome.scores[constraint.metric]
-        if constraint.metric not in outcome.unbiased or not len(scores):
-            return None
-        return mean_of(constraint.excess(scores), outcome.strata)
 
     def _by_promise(self, trials: list[Trial]) -> list[Trial]:
         """Order trials at one rung: those that break a constraint last; else by the objective, with two by fronts."""

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from models.metrics import Estimate
-from models.paired_tests import difference, front, mean_of
+from models.paired_tests import differences, front, mean_of
 from orchestrator.evaluation.metrics import describe
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.cost import SampleBudget
@@ -104,7 +104,7 @@ def _behind(config: SearchConfig, outcome: Outcome, best: Outcome, n: int, pairs
     found = {}
     for name in config.objective:
         if name != EVALUATIONS and len(outcome.scores[name]):
-            mean = difference(outcome.scores[name], best.scores[name], outcome.strata)
+            mean = mean_of(differences(outcome.scores[name], best.scores[name]), outcome.strata)
             found[name] = describe(mean.estimate(n, level=0.025 / max(pairs, 1)))
     return found
 
