@@ -1,14 +1,14 @@
 """Ray Tune: trials that report at every rung, and are paused, resumed and stopped between rounds."""
 
 import tempfile
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
-Task = TypeVar("Task", bound=Hashable)
+Task = TypeVar("Task")
 Numbers = dict[str, float]
 
 DEATHS = 5  # of the process or the node of one trial, after which the rounds end
@@ -21,7 +21,7 @@ class Round(NamedTuple, Generic[Task]):
     stopped: list[str]  # trials that get no task any more
 
 
-Rounds = Generator[Round[Task], None, None]
+Rounds = Iterator[Round[Task]]
 
 
 def run_rounds(
@@ -58,11 +58,9 @@ def run_rounds(
                 storage_path=folder, verbose=0, failure_config=tune.FailureConfig(max_failures=DEATHS)
             ),
         )
-        grid: Any = tuner.fit()
-        if scheduler.error is not None:
-            raise scheduler.error
-        if grid.errors:
-            raise RuntimeError(str(grid.errors[0]).strip().splitlines()[-1])
+        tuner.fit()
+    if scheduler.error is not None:
+        raise scheduler.error
     if not scheduler.ended:
         raise KeyboardInterrupt
 
@@ -97,39 +95,22 @@ class _RoundScheduler(TrialScheduler, Generic[Task]):
         self.error: Exception | None = None
         self.ended = False
 
-    # What the searcher asks: a trial that has no process yet.
-
     def begin(self, trial_id: str) -> Task | None:
         """Return the task of a trial that is new to Tune; None where there is none at the moment."""
-        if not self._waiting and not self._running and not self._names:
+        if not self._names and not self._waiting:
             self._next_round(None)
-        known = set(self._names.values())
-        name = next((name for name in self._waiting if name not in known), None)
+        name = next((name for name in self._waiting if name not in self._names.values()), None)
         if name is None or len(self._running) >= self._max_concurrent:
             return None
         self._names[trial_id] = name
         self._running[trial_id] = self._waiting.pop(name)
         return self._running[trial_id]
 
-    # What Tune tells and asks.
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """The searcher has noted it."""
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        task = self._running.pop(trial.trial_id)
-        if "error" in result:
-            self.error = RuntimeError(result["error"])
-        else:
-            self._done(task)
-        tune_controller.pause_trial(trial, should_checkpoint=False)
-        if not self._running and (self.error is not None or not self._waiting):
-            self._next_round(tune_controller)
-        return self.NOOP
-
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """Return a paused trial that has a task."""
-        if len(self._running) >= self._max_concurrent or self.error is not None:
+        """Return a paused trial that has a task; Tune asks at every turn."""
+        if not self._running and not self._waiting and not self.ended:
+            self._next_round(tune_controller)
+        if len(self._running) >= self._max_concurrent:
             return None
         for trial in tune_controller.get_live_trials():
             if trial.status == trial.PAUSED and self._names[trial.trial_id] in self._waiting:
@@ -138,11 +119,42 @@ class _RoundScheduler(TrialScheduler, Generic[Task]):
                 return trial
         return None
 
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        task = self._running.pop(trial.trial_id)
+        if "error" in result:
+            self.error = RuntimeError(result["error"])
+        else:
+            self._done(task)
+        tune_controller.pause_trial(trial, should_checkpoint=False)
+        return self.NOOP
+
+    def lose(self, trial_id: str) -> None:
+        """Note that a trial has lost its process too often."""
+        self._running.pop(trial_id, None)
+        self.error = self.error or RuntimeError(f"trial {self._names[trial_id]} lost its process {DEATHS + 1} times")
+
+    def _next_round(self, tune_controller: Any) -> None:
+        """Ask for rounds until one holds a task; stop the trials that get none any more."""
+        while not self._waiting and not self.ended:
+            stopped = set(self._names.values())
+            try:
+                if self.error is None:
+                    found = next(self._rounds)
+                    self._waiting, stopped = dict(found.tasks), set(found.stopped)
+            except StopIteration:
+                self.ended = True
+            except Exception as error:  # noqa: BLE001 - raised again by `run_rounds`, outside of Tune's loop
+                self.error = error
+            self.ended = self.ended or self.error is not None
+            for trial in list(tune_controller.get_live_trials()) if tune_controller else []:
+                if self._names.get(trial.trial_id) in stopped:
+                    tune_controller.stop_trial(trial)
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """The searcher has noted it."""
+
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Tune begins the trial again, with the same task, as long as it has not died too often."""
-        if trial.num_failures > DEATHS:
-            self._running.pop(trial.trial_id, None)
-            self._end(tune_controller)
+        """Tune begins it again with the same task, or gives it up and tells the searcher."""
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """A trial ends only where this scheduler stops it."""
@@ -156,31 +168,6 @@ class _RoundScheduler(TrialScheduler, Generic[Task]):
     def save(self, checkpoint_path: str) -> None:
         """The rounds keep their own records; Tune's pickles are not used."""
 
-    def _next_round(self, tune_controller: Any) -> None:
-        """Ask for rounds until one holds a task; end all trials where there is none."""
-        while not self._waiting and self.error is None:
-            try:
-                found = next(self._rounds)
-            except StopIteration:
-                self.ended = True
-                break
-            except Exception as error:  # noqa: BLE001 - raised again by `run_rounds`, outside of Tune's loop
-                self.error = error
-                break
-            self._waiting = dict(found.tasks)
-            self._stop(tune_controller, set(found.stopped))
-        if self.error is not None or self.ended:
-            self._end(tune_controller)
-
-    def _end(self, tune_controller: Any) -> None:
-        self.ended = self.ended or self.error is None
-        self._stop(tune_controller, set(self._names.values()))
-
-    def _stop(self, tune_controller: Any, names: set[str]) -> None:
-        for trial in list(tune_controller.get_live_trials()) if tune_controller else []:
-            if self._names.get(trial.trial_id) in names and trial.trial_id not in self._running:
-                tune_controller.stop_trial(trial)
-
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
@@ -193,15 +180,14 @@ class _Proposals(Searcher):
         self._scheduler = scheduler
 
     def suggest(self, trial_id: str) -> Any:
-        if self._scheduler.error is not None or self._scheduler.ended:
-            return self.FINISHED
         task = self._scheduler.begin(trial_id)
-        if self._scheduler.error is not None or self._scheduler.ended:
+        if self._scheduler.ended:
             return self.FINISHED
         return None if task is None else {"task": [task]}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The scheduler hears of it."""
+        if error:
+            self._scheduler.lose(trial_id)
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """The rounds keep their own records; Tune's pickles are not used."""

@@ -168,10 +168,7 @@ class SuccessiveHalving:
                 trial.failed = outcome.failed
             else:
                 trial.outcomes.append(outcome)
-        there = [trial for trial in trials if trial.level == level]
-        decisions = [self._decision(trial, there, level) for trial in there]  # all before any: order plays no part
-        for trial, decision in zip(there, decisions, strict=True):
-            trial.eliminated = decision
+        self._eliminate([trial for trial in trials if trial.level == level], level)
 
     def _final_evaluation(self) -> Generator[Round, list[Outcome], None]:
         """Evaluate the best few again, on fresh seeds and at full n: what is reported was not chosen by."""
@@ -219,16 +216,22 @@ class SuccessiveHalving:
         excesses = [c.excess(scores[c.metric]) for c in self.rules.constraints if len(scores[c.metric])]
         return max((float(excess.mean()) for excess in excesses), default=0.0)
 
-    def _decision(self, trial: Trial, there: list[Trial], level: int) -> str | None:
-        """Return why one of the trials at a rung is surely not the best; None where that is not sure."""
-        n = self.rules.rungs[level]
-        if broken := next((c for c in self.rules.constraints if self._sure(c, trial, there, breaks=True)), None):
-            return f"surely breaks {broken.metric} at n={n}"
-        for rival in there:
-            kept = all(self._sure(c, rival, there, breaks=False) for c in self.rules.constraints)
-            if rival is not trial and kept and self._surely_worse(trial, rival, there):
-                return f"surely worse at n={n} than trial {rival.number}"
-        return None
+    def _eliminate(self, there: list[Trial], level: int) -> None:
+        """Eliminate of the trials at a rung those that are surely not the best."""
+        n, bounds = self.rules.rungs[level], self.rules.constraints
+        rivals = [t for t in there if all(self._sure(bound, t, there, breaks=False) for bound in bounds)]
+        spans = {rival.number: self._spans(rival, there) for rival in rivals}
+        decisions: list[str | None] = []  # all before any is taken, so that their order plays no part
+        for trial in there:
+            broken = [bound.metric for bound in bounds if self._sure(bound, trial, there, breaks=True)]
+            better = (r.number for r in rivals if r is not trial and self._surely_worse(trial, r, spans[r.number]))
+            if broken:
+                decisions.append(f"surely breaks {broken[0]} at n={n}")
+            else:
+                rival = next(better, None)
+                decisions.append(None if rival is None else f"surely worse at n={n} than trial {rival}")
+        for trial, decision in zip(there, decisions, strict=True):
+            trial.eliminated = decision
 
     def _sure(self, constraint: Constraint, trial: Trial, there: list[Trial], breaks: bool) -> bool:
         """Return whether a trial surely breaks, or surely keeps, a constraint at its rung."""
@@ -239,20 +242,27 @@ class SuccessiveHalving:
         excess = sign * constraint.excess(outcome.scores[name])
         return surely_positive(excess, outcome.strata, self._error, self.rules.rungs[trial.level], span)
 
-    def _surely_worse(self, trial: Trial, rival: Trial, there: list[Trial]) -> bool:
+    def _spans(self, rival: Trial, there: list[Trial]) -> dict[str, float]:
+        """Return the widest range of paired differences from a rival that any trial at its rung has shown."""
+        found = {}
+        for name in self.rules.objectives:
+            its = rival.outcomes[-1].scores[name]
+            others = [differences(other.outcomes[-1].scores[name], its) for other in there]
+            found[name] = max(float(np.ptp(each)) if len(each) else 0.0 for each in others)
+        return found
+
+    def _surely_worse(self, trial: Trial, rival: Trial, spans: dict[str, float]) -> bool:
         """Return whether the rival is surely better in every objective; where no sampling is needed, if not worse."""
         n, sure = self.rules.rungs[trial.level], []
         for name in self.rules.objectives:
             mine, its = trial.outcomes[-1].scores[name], rival.outcomes[-1].scores[name]
-            if name == EVALUATIONS:
-                sure += [bool(mine[0] > its[0])] * bool(mine[0] != its[0])
-            elif not len(mine):
+            if not len(mine) or mine.mean() < its.mean():
                 return False
-            elif (worse := differences(mine, its)).mean() > 0:
-                span = max(float(np.ptp(differences(other.outcomes[-1].scores[name], its))) for other in there)
-                sure.append(surely_positive(worse, trial.outcomes[-1].strata, self._error, n, span))
-            else:
-                return False
+            if name != EVALUATIONS:
+                strata = trial.outcomes[-1].strata
+                sure.append(surely_positive(differences(mine, its), strata, self._error, n, spans[name]))
+            elif mine[0] > its[0]:
+                sure.append(True)
         return bool(sure) and all(sure)
 
     def _by_promise(self, trials: list[Trial]) -> list[Trial]:

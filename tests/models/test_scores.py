@@ -1,4 +1,4 @@
-"""Scores that trials are compared by: free of bias, in the directions that few samples allow, and fair to all models."""
+"""Scores that trials are compared by: free of bias, in the directions that few samples allow, fair to all models."""
 
 import numpy as np
 import pytest

@@ -31,13 +31,15 @@ def rules(trials: int, **changes: Any) -> Rules:
 
 
 def search(
-    chosen: Rules, world: World, settings: list[Setting] | None = None, limit: Limit = Limit(),
+    chosen: Rules, world: World, settings: list[Setting] | None = None, limit: Limit | None = None,
     proposals: Proposals | None = None,
 ) -> tuple[SuccessiveHalving, list[list[Evaluation]]]:  # fmt: skip
     """Run a search in a world; return it with the evaluations that it asked for, round by round."""
     settings = settings or grid(chosen.trials)
     full = chosen.rungs[-1] * float(sum(setting.evaluations for setting in settings))
-    halving = SuccessiveHalving(chosen, proposals or GridProposals(settings, False), SampleBudget(limit, 1, full))
+    halving = SuccessiveHalving(
+        chosen, proposals or GridProposals(settings, False), SampleBudget(limit or Limit(), 1, full)
+    )
     asked: list[list[Evaluation]] = []
     rounds, outcomes = halving.run(), None
     while True:
