@@ -68,7 +68,7 @@ def run_rounds(
 class _Trial(tune.Trainable):
     """A trial: a step does one task."""
 
-    def setup(self, config: dict[str, Any], evaluate: Callable[[Any], Numbers]) -> None:
+    def setup(self, config: dict[str, Any], evaluate: Callable[[Any], Numbers]) -> None:  # type: ignore[override]
         self._evaluate = evaluate
         self.reset_config(config)
 

@@ -78,6 +78,9 @@ def _trial(config: SearchConfig, halving: SuccessiveHalving, trial: Trial, winne
         "behind_winner": _behind(
             config, trial.outcomes[level], winner.outcomes[level], config.rungs[level], there * (there - 1) // 2
         ),
+        "objective_by_rung": {
+            str(n): _objectives(config, outcome, n) for n, outcome in zip(config.rungs, trial.outcomes, strict=False)
+        },
         "rungs": {str(n): outcome.metrics for n, outcome in zip(config.rungs, trial.outcomes, strict=False)},
         "metrics": trial.outcomes[-1].metrics,
     }

@@ -165,10 +165,6 @@ class Found:
     eliminated_best: bool = False
 
 
-def full_grid(world: World, share: float) -> Found:
-    return uniform(world, 1.0)
-
-
 def uniform(world: World, share: float) -> Found:
     """As many samples of each setting as the budget affords."""
     n = int(share * world.full)
@@ -245,7 +241,9 @@ def replay(halving: SuccessiveHalving, outcome: Callable[[Evaluation], Outcome])
         pass
 
 
-STRATEGIES: dict[str, Callable[[World, float], Found]] = {
+Strategy = Callable[[World, float], Found]
+
+STRATEGIES: dict[str, Strategy] = {
     "uniform": uniform,
     "successive halving": plain_halving,
     "ASHA": asha,
@@ -259,7 +257,7 @@ STRATEGIES: dict[str, Callable[[World, float], Found]] = {
 
 def rows(world: World, replays: int, shares: tuple[float, ...]) -> Iterator[dict[str, float | str]]:
     """Yield a row for each strategy and budget."""
-    runs = [("full grid", 1.0, full_grid), ("search, no budget", 1.0, ours)]
+    runs: list[tuple[str, float, Strategy]] = [("full grid", 1.0, uniform), ("search, no budget", 1.0, ours)]
     runs += [(name, share, strategy) for share in shares for name, strategy in STRATEGIES.items()]
     found: list[list[Found]] = [[] for _ in runs]
     for seed in range(replays):
@@ -271,12 +269,12 @@ def rows(world: World, replays: int, shares: tuple[float, ...]) -> Iterator[dict
         yield {
             "strategy": name,
             "share": share,
-            "regret": regrets.mean(),
-            "error": regrets.std(ddof=1) / np.sqrt(replays),
-            "best": np.mean([f.setting == world.best for f in each]),
-            "eliminated": np.mean([f.eliminated_best for f in each]),
-            "samples": np.mean([f.samples for f in each]) / (world.full * len(world.settings)),
-            "evaluations": np.mean([f.evaluations for f in each]) / world.full_evaluations,
+            "regret": float(regrets.mean()),
+            "error": float(regrets.std(ddof=1) / np.sqrt(replays)),
+            "best": float(np.mean([f.setting == world.best for f in each])),
+            "eliminated": float(np.mean([f.eliminated_best for f in each])),
+            "samples": float(np.mean([f.samples for f in each])) / (world.full * len(world.settings)),
+            "evaluations": float(np.mean([f.evaluations for f in each])) / world.full_evaluations,
         }
 
 
@@ -300,7 +298,7 @@ def main(regret: Regret) -> None:
     order = sorted(world.truth, key=lambda setting: world.truth[setting])
     print("truth: " + "; ".join(f"{setting}: {world.truth[setting]:.4f}" for setting in order))
     for row in rows(world, regret.replays, regret.shares):
-        print(json.dumps({k: round(float(v), 5) if not isinstance(v, str) else v for k, v in row.items()}), flush=True)
+        print(json.dumps({k: v if isinstance(v, str) else round(v, 5) for k, v in row.items()}), flush=True)
 
 
 if __name__ == "__main__":

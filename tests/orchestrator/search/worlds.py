@@ -102,7 +102,7 @@ def trade_off(run: int, count: int, full: int = 1024, dimension: int = 64) -> Wo
     spectrum = np.geomspace(1.0, 0.02, dimension)
     means = np.random.default_rng(34).standard_normal((10, dimension)) * np.sqrt(0.6 * spectrum)
     means -= means.mean(axis=0)
-    labels, strata_cache = np.arange(full) % 10, {}
+    labels = np.arange(full) % 10
     noise = np.sqrt(0.4 * spectrum) * rng.standard_normal((full, dimension))
     blur = np.sqrt(spectrum) * rng.standard_normal((full, dimension))
     target = Gaussian(np.zeros(dimension), means.T @ means / 10 + np.diag(0.4 * spectrum))
@@ -111,7 +111,7 @@ def trade_off(run: int, count: int, full: int = 1024, dimension: int = 64) -> Wo
         scale, n = task.setting.scale, task.n
         samples = (1 + 0.015 * scale) * means[labels[:n]] + (1 - 0.03 * scale) * noise[:n]
         samples += 0.6 * np.exp(-scale / 2) * blur[:n]
-        strata = strata_cache.setdefault(n, strata_of(labels[:n]))
+        strata = strata_of(labels[:n])
         return Outcome({FD: frechet_scores(samples, target, strata)}, strata, unbiased=(FD,) * (n >= 16 * dimension))
 
     return world
