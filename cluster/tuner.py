@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from ray import tune
-from ray.tune.schedulers import TrialScheduler
+from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 Task = TypeVar("Task")
@@ -83,7 +83,7 @@ class _Trial(tune.Trainable):
         return True
 
 
-class _RoundScheduler(TrialScheduler, Generic[Task]):
+class _RoundScheduler(FIFOScheduler, Generic[Task]):
     """Pauses a trial when it has done its task, resumes it with the next one, and stops it when there is none."""
 
     def __init__(self, rounds: Rounds[Task], max_concurrent: int, done: Callable[[Task], None]) -> None:
@@ -149,24 +149,6 @@ class _RoundScheduler(TrialScheduler, Generic[Task]):
             for trial in list(tune_controller.get_live_trials()) if tune_controller else []:
                 if self._names.get(trial.trial_id) in stopped:
                     tune_controller.stop_trial(trial)
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """The searcher has noted it."""
-
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Tune begins it again with the same task, or gives it up and tells the searcher."""
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """A trial ends only where this scheduler stops it."""
-
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """Likewise."""
-
-    def debug_string(self) -> str:
-        return f"{len(self._running)} trials run, {len(self._waiting)} wait"
-
-    def save(self, checkpoint_path: str) -> None:
-        """The rounds keep their own records; Tune's pickles are not used."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}

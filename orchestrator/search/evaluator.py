@@ -195,7 +195,7 @@ def unmatched(classes: tuple[str, ...], reference: Reference) -> str:
         return ""
     if classes == numbers[0] or reference.classes == numbers[1]:
         return "the classes of the weights or of the reference have no names, so labels cannot be matched"
-    name = next(iter(set(classes) ^ set(reference.classes)), "")
+    name = min(set(classes) ^ set(reference.classes), default="")
     raise ValueError(
         f"the class names of the weights and of reference={reference.uri} differ"
         + (f": only one of them has {name!r}" if name else " in their order")
