@@ -18,7 +18,7 @@ class Round(NamedTuple, Generic[Task]):
     """Tasks that may run at once."""
 
     tasks: list[tuple[str, Task]]  # the name of the trial that does it, and the task; one task for each trial
-    stopped: list[str]  # trials that get no task any more
+    stopped: list[str]  # trials that are not to go on
 
 
 Rounds = Iterator[Round[Task]]
@@ -113,7 +113,7 @@ class _RoundScheduler(FIFOScheduler, Generic[Task]):
         if len(self._running) >= self._max_concurrent:
             return None
         for trial in tune_controller.get_live_trials():
-            if trial.status == trial.PAUSED and self._names[trial.trial_id] in self._waiting:
+            if trial.status == trial.PAUSED and self._names.get(trial.trial_id) in self._waiting:
                 self._running[trial.trial_id] = task = self._waiting.pop(self._names[trial.trial_id])
                 trial.set_config({"task": [task]})
                 return trial
@@ -134,7 +134,7 @@ class _RoundScheduler(FIFOScheduler, Generic[Task]):
         self.error = self.error or RuntimeError(f"trial {self._names[trial_id]} lost its process {DEATHS + 1} times")
 
     def _next_round(self, tune_controller: Any) -> None:
-        """Ask for rounds until one holds a task; stop the trials that get none any more."""
+        """Ask for rounds until one holds a task; stop the trials that are not to go on."""
         while not self._waiting and not self.ended:
             stopped = set(self._names.values())
             try:
@@ -148,6 +148,7 @@ class _RoundScheduler(FIFOScheduler, Generic[Task]):
             self.ended = self.ended or self.error is not None
             for trial in list(tune_controller.get_live_trials()) if tune_controller else []:
                 if self._names.get(trial.trial_id) in stopped:
+                    del self._names[trial.trial_id]  # a later task of this name begins a trial anew
                     tune_controller.stop_trial(trial)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -158,7 +158,7 @@ class _Rounds:
             print(found.text, flush=True)
             todo = [task for task in found.tasks if not storage.exists(record_uri(self._config, task))]
             running = {task.setting for task in found.tasks}
-            stopped = [trial.setting.name for trial in self._halving.trials if trial.setting not in running]
+            stopped = [t.setting.name for t in self._halving.trials if not t.runs and t.setting not in running]
             with progress_line(sum(map(self._budget.new, todo)), "samples") as self._progress:
                 yield tuner.Round([(task.setting.name, task) for task in todo], stopped)
             outcomes = [read_outcome(self._config, task) for task in found.tasks]
