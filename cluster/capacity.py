@@ -1,49 +1,105 @@
-"""Room for the workers of a pool: what no node can ever hold is refused, and what is waited for is logged."""
+"""CPUs and GPUs for workers: what no node can ever offer is refused, and what is waited for is named."""
 
 import logging
+import re
 import threading
+import time
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
-from cluster.nodes import nodes
+from cluster.nodes import Node, nodes
+from cluster.session import accelerator
 
 WAIT_SECONDS = 30.0  # until the log first says what is waited for; the pause then doubles each time
+LOOK_SECONDS = 0.5  # between two questions whether the wait is over
+STATE_SECONDS = 10  # that Ray's State API has to say who holds what
 NODE_GROUP = "ray.io/node-group"  # a label of nodes that Ray's autoscaler, its cluster launcher or KubeRay started
+
+Resources = dict[str, float]
 
 log = logging.getLogger(__name__)
 
 
-def refuse_infeasible(num_cpus: float, num_gpus: float) -> None:
-    """Check that some node of the cluster can hold one worker, unless nodes may still come.
+def worker_resources(num_cpus: float, num_gpus: float) -> Resources:
+    """Return what one worker reserves, in Ray's names."""
+    gpus = {"GPU": float(num_gpus)} if num_gpus else {}
+    kind = {f"accelerator_type:{accelerator()}": 0.001} if num_gpus and accelerator() else {}
+    return {"CPU": float(num_cpus)} | gpus | kind
+
+
+def refuse_infeasible(resources: Resources, at_once: int = 1) -> None:
+    """Check that the nodes of the cluster can hold so many workers at once, unless nodes may still come.
 
     Raises:
-        ValueError: no node has so many CPUs and GPUs; the message names the largest node.
+        ValueError: they cannot, even if no other job runs; the message names the largest node.
     """
-    there = [node for node in nodes() if node.cpus]
+    there = [node for node in nodes() if node.resources.get("CPU")]
     if not there or _may_grow():  # where only the head is there, nodes are still to come
         return
-    if not any(node.cpus >= num_cpus and node.gpus >= num_gpus for node in there):
-        largest = max(there, key=lambda node: (min(node.gpus, num_gpus), node.cpus))
+    places = sum(_places(node, resources) for node in there)
+    if places >= at_once:
+        return
+    if places:
         raise ValueError(
-            f"a worker needs {_named(num_cpus, num_gpus)} on one node, and the largest node, {largest}, has "
-            f"{_named(largest.cpus, largest.gpus)}: lower --num-threads or --num-gpus, or use a larger cluster"
+            f"all workers start together, each needs {_named(resources)} on one node, and the cluster has room for "
+            f"{places} of {at_once}: lower --num-workers, or use a larger cluster"
         )
+    largest = max(there, key=lambda node: [min(node.resources.get(n, 0), v) for n, v in reversed(resources.items())])
+    has = _named({name: largest.resources.get(name, 0) for name in resources})
+    raise ValueError(
+        f"a worker needs {_named(resources)} on one node, and the largest node, {largest}, has {has}: "
+        "lower --num-threads or --num-gpus, or use a larger cluster"
+    )
 
 
-def report_waiting(actors: list[Any], num_cpus: float, num_gpus: float, ended: threading.Event) -> None:
-    """Log, at first after 30 s and then more and more seldom, what actors wait for; return when all have started."""
+class WaitLog:
+    """Say in the log what workers wait for, and again after pauses that double."""
+
+    def __init__(self, resources: Resources, first_after: float) -> None:
+        self._resources, self._next, self._pause = resources, time.monotonic() + first_after, WAIT_SECONDS
+
+    def update(self, waiting: int, count: int, otherwise: str) -> None:
+        """Log a line if it is time for one; `otherwise` says what the job does while no worker has started."""
+        if time.monotonic() < self._next:
+            return
+        going = "the others go on" if waiting < count else otherwise
+        log.warning(
+            "waiting for %d of %d workers: each needs %s; %s", waiting, count, _shortage(self._resources), going
+        )
+        self._next, self._pause = time.monotonic() + self._pause, 2 * self._pause
+
+
+def wait_for_room(count: int, resources: Resources, stop: Callable[[], bool]) -> None:
+    """Return once the cluster has room for so many workers at the same time, or `stop` returns True.
+
+    Until then the request stands in Ray's queue, where the autoscaler sees it, and the log says what is waited for.
+    """
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    request, wait_log = placement_group([resources] * count), WaitLog(resources, first_after=0)
+    try:
+        while not request.wait(0) and not stop():
+            wait_log.update(count, count, "the job starts when there is room for all of them")
+            time.sleep(LOOK_SECONDS)
+    finally:
+        remove_placement_group(request)
+
+
+def report_waiting(actors: list[Any], resources: Resources, ended: threading.Event) -> None:
+    """Log what actors wait for, at first after 30 s; return when all have started."""
     import ray
 
-    waiting = [actor.is_there.remote() for actor in actors]
-    pause = WAIT_SECONDS
-    while waiting and not ended.wait(pause):
+    waiting, wait_log = [actor.is_there.remote() for actor in actors], WaitLog(resources, first_after=WAIT_SECONDS)
+    while waiting and not ended.wait(LOOK_SECONDS):
         _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0)
         if waiting:
-            free = _free("CPU") + (f" and {_free('GPU')}" if num_gpus else "")
-            rest = "the others go on" if len(waiting) < len(actors) else "the job starts with the first of them"
-            needs = _named(num_cpus, num_gpus)
-            counts = f"{len(waiting)} of {len(actors)} workers"
-            log.warning("waiting for %s: each needs %s on one node, %s; %s", counts, needs, free, rest)
-        pause *= 2
+            wait_log.update(len(waiting), len(actors), "the job starts with the first of them")
+
+
+def _places(node: Node, resources: Resources) -> int:
+    """Return how many workers a node can hold if nothing else runs on it."""
+    return int(min(node.resources.get(name, 0) // value for name, value in resources.items() if value))
 
 
 def _may_grow() -> bool:
@@ -52,11 +108,46 @@ def _may_grow() -> bool:
     return any(NODE_GROUP in record.get("Labels", {}) for record in ray.nodes())
 
 
-def _named(num_cpus: float, num_gpus: float) -> str:
-    return f"{num_cpus:g} CPUs and {num_gpus:g} GPUs"
+def _named(resources: Resources) -> str:
+    counted = [f"{value:g} {name}s" for name, value in resources.items() if name in ("CPU", "GPU")]
+    return " and ".join(counted) + "".join(f" of kind {n.split(':')[1]}" for n in resources if ":" in n)
 
 
-def _free(kind: str) -> str:
+def _shortage(resources: Resources) -> str:
+    """Return what is needed, how much of it is free, and which jobs hold the rest."""
     import ray
 
-    return f"{ray.available_resources().get(kind, 0):g} of {ray.cluster_resources().get(kind, 0):g} {kind}s are free"
+    there, free, held = ray.cluster_resources(), ray.available_resources(), _held()
+    parts = [f"{_named(resources)} on one node"]
+    for kind in (name for name in ("CPU", "GPU") if name in resources):
+        parts.append(f"{free.get(kind, 0):g} of {there.get(kind, 0):g} {kind}s are free")
+        parts += [f"{job} holds {kinds[kind]:g} {kind}s" for job, kinds in held.items() if kinds[kind]]
+    return ", ".join(parts)
+
+
+def _held() -> dict[str, Counter[str]]:
+    """Return what actors and placement groups of each job hold, by the job's name; nothing if there is no dashboard."""
+    import ray
+    from ray.util.state import list_actors, list_jobs, list_placement_groups
+
+    address = ray.get_runtime_context().gcs_address
+    options: dict[str, Any] = {"address": address, "detail": True, "timeout": STATE_SECONDS, "limit": 10_000}
+    try:
+        names = {job.job_id: _job_name(job) for job in list_jobs(**options)}
+        actors = list_actors(filters=[("state", "=", "ALIVE")], **options)
+        groups = list_placement_groups(filters=[("state", "=", "CREATED")], **options)
+    except Exception as error:  # noqa: BLE001 - without an answer the line still says what is free
+        log.debug("Ray's State API does not answer: %s", error)
+        return {}
+    held: dict[str, Counter[str]] = {}
+    for job_id, resources in [
+        *((actor.job_id, actor.required_resources or {}) for actor in actors),
+        *((group.creator_job_id, bundle["unit_resources"]) for group in groups for bundle in group.bundles or []),
+    ]:
+        held.setdefault(names.get(job_id, f"job {job_id}"), Counter()).update(resources)
+    return held
+
+
+def _job_name(job: Any) -> str:
+    script = re.search(r"[\w.-]+\.py\b", job.entrypoint or "")
+    return f"job {script[0] + ' ' if script else ''}({job.submission_id or job.job_id})"

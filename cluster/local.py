@@ -13,8 +13,10 @@ import pwd
 import secrets
 import shutil
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
@@ -26,7 +28,8 @@ import psutil
 
 from cluster.servers import free_port, is_listening
 
-FOLDER = Path("/tmp/admiral-cluster")  # short, for Ray's sockets lie beneath it; and open to PostgreSQL's own user
+# The user's own. Not below ~/.local/state: Ray's sockets lie beneath it, and their paths may have 107 characters.
+FOLDER = Path.home() / ".admiral" / "cluster"
 BUCKET = "admiral"
 NODES = 2
 CPUS_OF_NODE = 4  # logical: the two training workers of a small job and what reads their data fit one node
@@ -51,13 +54,14 @@ class LocalCluster:
         """Start every service, one after another; whatever fails ends those before it.
 
         Raises:
-            RuntimeError: there is a cluster already, a program is missing, or a service did not start.
+            RuntimeError: there is a cluster already, the folder is another user's, a program is missing, or a service
+                did not start.
         """
+        make_private(self.folder)
         if self._alive():
             raise RuntimeError(f"a cluster of {self.folder} is running already: `make cluster-stop` ends it")
-        shutil.rmtree(self.folder, ignore_errors=True)
-        (self.folder / "logs").mkdir(parents=True)
-        self.folder.chmod(0o711)  # others may pass through, as PostgreSQL's user must, and read nothing
+        self._remove(keep_logs=False)
+        (self.folder / "logs").mkdir()
         try:
             self._start_s3()
             self._start_postgresql()
@@ -93,15 +97,19 @@ class LocalCluster:
         client.create_bucket(Bucket=BUCKET)
 
     def _start_postgresql(self) -> None:
-        """As a user of its own where we are root: PostgreSQL refuses to run as root."""
+        """As a user of its own where we are root: PostgreSQL refuses to run as root.
+
+        That user may not enter our folder, so its data lies in a folder of its own, to which ours has a link.
+        """
         programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
         if not programs:
             raise RuntimeError("PostgreSQL is not installed: `make cluster` does it, or apt-get install postgresql")
         user = pwd.getpwnam("postgres") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
-        home = self.folder / "postgresql"
-        home.mkdir(mode=0o700)
+        home = Path(tempfile.mkdtemp(prefix="admiral-postgresql-")) if os.geteuid() == 0 else self.folder / "data"
+        home.mkdir(mode=0o700, exist_ok=True)
+        (self.folder / "postgresql").symlink_to(home)
         self.database_password, password_file = secrets.token_hex(16), home / "password"
-        password_file.write_text(self.database_password)
+        write_private(password_file, self.database_password)
         for path in (home, password_file):
             os.chown(path, user.pw_uid, user.pw_gid)
         as_user: dict[str, Any] = (
@@ -180,9 +188,8 @@ class LocalCluster:
 
     def _write_environment(self) -> None:
         """What a shell needs to talk to the cluster; only its owner may read it."""
-        path = self.folder / "environment"
-        path.touch(mode=0o600)
-        path.write_text("".join(f"export {name}={value}\n" for name, value in self.environment.items()))
+        lines = [f"export {name}={value}\n" for name, value in self.environment.items()]
+        write_private(self.folder / "environment", "".join(lines))
 
     # -------------------------------------------------------------------------------------------- processes
 
@@ -237,8 +244,12 @@ class LocalCluster:
     def stop(self) -> int:
         """End what processes.json names with all that these started, last first; return how many there were.
 
-        The folder goes too, but for the logs.
+        What is in the folder goes too, but for the logs.
+
+        Raises:
+            RuntimeError: the folder is another user's.
         """
+        make_private(self.folder)
         leaders = self._alive()[::-1]
         family = [*leaders, *(child for leader in leaders for child in leader.children(recursive=True))]
         for leader in leaders:
@@ -248,10 +259,36 @@ class LocalCluster:
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        for path in self.folder.glob("*"):
-            if path.name != "logs":
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        self._remove(keep_logs=True)
         return len(leaders)
+
+    def _remove(self, keep_logs: bool) -> None:
+        shutil.rmtree((self.folder / "postgresql").resolve(), ignore_errors=True)  # what the link points to
+        for path in self.folder.glob("*"):
+            if path.is_symlink() or not path.is_dir():
+                path.unlink()
+            elif not (keep_logs and path.name == "logs"):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder that only this user may enter, or close one that is there to all others.
+
+    Raises:
+        RuntimeError: it is a link, a file, or another user's, who could read and replace what is in it.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise RuntimeError(f"{folder} must be a folder of the user {os.geteuid()}; remove it, or pass another --folder")
+    folder.chmod(0o700)
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a new file that only this user may read, in place of one that others may have open."""
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
 
 
 def _answers(url: str) -> bool:
@@ -267,10 +304,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where it lives; a short path")
     arguments = parser.parse_args()
     cluster = LocalCluster(arguments.folder)
-    if arguments.action == "stop":
-        print(f"{cluster.stop()} processes of {cluster.folder} and what they started are ended")
-        return
     try:
+        if arguments.action == "stop":
+            print(f"{cluster.stop()} processes of {cluster.folder} and what they started are ended")
+            return
         cluster.start()
     except RuntimeError as error:
         sys.exit(f"cluster: error: {error}")

@@ -6,7 +6,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,8 +24,15 @@ class Node:
     id: str
     address: str
     is_head: bool
-    cpus: float
-    gpus: float
+    resources: dict[str, float] = field(compare=False)  # all that it offers, by Ray's names
+
+    @property
+    def cpus(self) -> float:
+        return self.resources.get("CPU", 0.0)
+
+    @property
+    def gpus(self) -> float:
+        return self.resources.get("GPU", 0.0)
 
     def __str__(self) -> str:
         return f"{self.address} ({'head' if self.is_head else self.id[:6]})"
@@ -41,8 +48,7 @@ def nodes() -> list[Node]:
             record["NodeID"],
             record["NodeManagerAddress"],
             HEAD_RESOURCE in record["Resources"],
-            record["Resources"].get("CPU", 0.0),
-            record["Resources"].get("GPU", 0.0),
+            record["Resources"],
         )
         for record in ray.nodes()
         if record["Alive"]

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayError
 
-from cluster.session import beside_driver
+from cluster.session import on_this_node
 
 LOOK_SECONDS = 0.5  # between two questions whether to stop
 
@@ -43,7 +43,9 @@ class Relay:
     """The driver's and the workers' handle on one relay; it can be sent to a worker."""
 
     def __init__(self, capacity: int = 10_000) -> None:
-        self._actor = _Relay.options(**beside_driver()).remote(capacity)  # type: ignore[attr-defined]
+        # Ray would keep a record of each call, which adds up over the days of a training.
+        options = {**on_this_node(), "enable_task_events": False}
+        self._actor = _Relay.options(**options).remote(capacity)  # type: ignore[attr-defined]
         self._watching: threading.Thread | None = None
         self._stopping = False
 

@@ -5,6 +5,8 @@ import json
 import logging
 import math
 import os
+import signal
+import threading
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator
@@ -19,7 +21,7 @@ QUIET_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every worker's print appears twice
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a worker's end is seen; the default is 2 s
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # for CPUs and GPUs; then `wait_for_room` waits
     "RAY_AIR_NEW_OUTPUT": "0",  # else Tune prints boxes although told to be silent
     "PYTHONWARNINGS": "ignore",
 }
@@ -27,20 +29,12 @@ QUIET_ENVIRONMENT = {
 # Only for a local Ray of this job's own: a real cluster sets its mode, and is watched.
 LOCAL_ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_enable_metrics_collection": "0"}
 
-log = logging.getLogger(__name__)
-
-# What every worker needs of the driver's environment.
-FORWARDED_PREFIXES = ("AWS_", "HF_", "ADMIRAL_", "OMP_NUM_THREADS", "PYTHONPATH", "PYTHONWARNINGS")
-# Of these, what nobody may read: it never enters a runtime environment, which Ray writes into logs and job metadata.
-SECRETS = (
-    "HF_TOKEN",
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_CONTAINER_AUTHORIZATION_TOKEN",
-)
-KEEPER = "ADMIRAL_SECRETS_KEEPER"  # names the actor that hands them to a worker
-KEEPER_NAMESPACE = "admiral-secrets"
+# All of the driver's environment that anybody may read: Ray writes a runtime environment into logs and job metadata.
+PUBLIC = ("OMP_NUM_THREADS", "PYTHONPATH", "PYTHONWARNINGS")
+# What workers need besides. It may hold secrets, today's or those of a later SDK, so it goes from memory to memory.
+PRIVATE_PREFIXES = ("AWS_", "HF_", "ADMIRAL_")
+KEEPER = "ADMIRAL_ENVIRONMENT_KEEPER"  # names the actor that hands it to a worker
+KEEPER_NAMESPACE = "admiral-environments"
 
 
 def is_submitted() -> bool:
@@ -59,10 +53,10 @@ def session(
 
     The job needs so many CPUs and GPUs at once, and `shared` are URIs that all nodes must see alike.
 
-    Uses the cluster that `RAY_ADDRESS` names (a submitted job has it set), and says so where it is smaller: the job
-    then waits for the autoscaler. Without one, starts a local Ray and shuts it down at the end: its logical CPUs are
-    the machine's, or as many as are wanted, and its object store has `object_store_memory` bytes. A session inside a
-    session joins it.
+    Uses the cluster that `RAY_ADDRESS` names (a submitted job has it set); `cluster.capacity` says what is waited for
+    there. Without one, starts a local Ray and shuts it down at the end: its logical CPUs are the machine's, or as many
+    as are wanted, and its object store has `object_store_memory` bytes. A session inside a session joins it. Until the
+    process ends, SIGTERM raises KeyboardInterrupt.
 
     Raises:
         RuntimeError: this machine alone has fewer GPUs than are wanted.
@@ -81,29 +75,24 @@ def session(
         yield
         return
     options: dict = {"logging_level": logging.ERROR, "log_to_driver": False}
-    secrets = {name: os.environ[name] for name in SECRETS if name in os.environ}
     alone = not os.environ.get("RAY_ADDRESS")
+    private = {} if alone else _private_environment()  # the workers of our own Ray inherit it
     if alone:
-        secrets = {}  # our own workers inherit them
         options |= {
             "address": "local",  # else it joins any cluster that `ray start` left its mark of on this machine
             "num_cpus": max(math.ceil(num_cpus), os.cpu_count() or 1),
             "object_store_memory": object_store_memory,
             "include_dashboard": False,
         }
-    keeper = {KEEPER: f"keeper-{uuid.uuid4().hex}"} if secrets else {}
-    ray.init(runtime_env={"env_vars": _forwarded_environment() | keeper}, **options)
-    kept = _keep(secrets, keeper[KEEPER]) if secrets else None
-    for kind, wanted in {"CPU": num_cpus, "GPU": num_gpus}.items():
-        if (there := ray.cluster_resources().get(kind, 0)) < wanted and alone:
-            ray.shutdown()
-            advice = "ask for less, or submit it to a cluster"
-            raise RuntimeError(f"this machine has {there:g} {kind}s and this job wants {wanted:g}: {advice}")
-        if there < wanted:
-            words = "the cluster has %g %ss and this job wants %g: it waits until more nodes come"
-            log.warning(words, there, kind, wanted)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    for name in ("ray.data", "ray.train", "ray.tune"):
+    keeper = {KEEPER: f"keeper-{uuid.uuid4().hex}"} if private else {}
+    ray.init(runtime_env={"env_vars": _public_environment() | keeper}, **options)
+    _interrupt_on_sigterm()
+    kept = _keep(private, keeper[KEEPER]) if private else None
+    if alone and (there := ray.cluster_resources().get("GPU", 0)) < num_gpus:
+        ray.shutdown()
+        advice = "ask for less, or submit it to a cluster"
+        raise RuntimeError(f"this machine has {there:g} GPUs and this job wants {num_gpus:g}: {advice}")
+    for name in ("ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         refuse_unshared(shared)
@@ -118,49 +107,58 @@ def accelerator() -> str | None:
     return os.environ.get("ADMIRAL_ACCELERATOR") or None
 
 
-def _forwarded_environment() -> dict[str, str]:
-    """The checkout's root on the workers' path, and the driver's storage settings.
+def _private_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(PRIVATE_PREFIXES) and name != KEEPER}
 
-    A submitted job has its working directory there already, and what its submission set travels by itself: Ray
-    refuses to be told it twice.
+
+def _public_environment() -> dict[str, str]:
+    """Return the checkout's root on the workers' path, and the driver's settings of Python and threads.
+
+    A submitted job has its working directory there already, and Ray passes on what its submission set: Ray refuses
+    a variable that is set twice.
     """
-    forwarded = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED_PREFIXES)}
-    forwarded = {name: value for name, value in forwarded.items() if name not in SECRETS}
+    public = {name: os.environ[name] for name in PUBLIC if name in os.environ}
     if is_submitted():
-        told = json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"]).get("runtime_env", {}).get("env_vars", {})
-        return {name: value for name, value in forwarded.items() if name not in told and name != "PYTHONPATH"}
+        submitted = json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"]).get("runtime_env", {}).get("env_vars", {})
+        return {name: value for name, value in public.items() if name not in submitted and name != "PYTHONPATH"}
     checkout = str(Path(__file__).resolve().parents[1])
-    paths = [checkout, *filter(None, forwarded.get("PYTHONPATH", "").split(os.pathsep))]
-    forwarded["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-    return forwarded
+    paths = [checkout, *filter(None, public.get("PYTHONPATH", "").split(os.pathsep))]
+    return public | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+
+
+def _interrupt_on_sigterm() -> None:
+    """Have SIGTERM end the job as Ctrl-C does, whatever it waits for; Ray's own handler exits with code 15."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 class _Keeper:
-    """Holds the driver's secrets in its memory, and hands them to workers."""
+    """Holds the driver's private variables in its memory, and hands them to workers."""
 
     def __init__(self) -> None:
-        self._secrets: dict[str, str] = {}
+        self._variables: dict[str, str] = {}
 
-    def keep(self, secrets: dict[str, str]) -> None:
-        self._secrets = secrets
+    def keep(self, variables: dict[str, str]) -> None:
+        self._variables = variables
 
-    def tell(self) -> dict[str, str]:
-        return self._secrets
+    def variables(self) -> dict[str, str]:
+        return self._variables
 
 
-def _keep(secrets: dict[str, str], name: str) -> Any:
-    """An actor of this name that knows the secrets; it lives as long as the handle."""
+def _keep(variables: dict[str, str], name: str) -> Any:
+    """Return an actor of this name that knows the variables; it lives as long as the handle."""
     import ray
 
-    options = {"name": name, "namespace": KEEPER_NAMESPACE, "max_concurrency": 100} | beside_driver()
+    options = {"name": name, "namespace": KEEPER_NAMESPACE, "max_concurrency": 100} | on_this_node()
     keeper: Any = ray.remote(_Keeper).options(**options).remote()
     # By a call, not by the constructor: Ray keeps a constructor's arguments with the actor's record.
-    ray.get(keeper.keep.remote(secrets))
+    ray.get(keeper.keep.remote(variables))
     return keeper
 
 
-def beside_driver() -> dict[str, Any]:
-    """Options of an actor that must live as long as this process: on its node, whatever happens to others."""
+def on_this_node() -> dict[str, Any]:
+    """Return the options of a task or an actor that runs on the node of this process, on CPUs that this process has
+    reserved, or on none."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -168,13 +166,13 @@ def beside_driver() -> dict[str, Any]:
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
 
 
-def receive_secrets() -> None:
-    """In a worker, take over the driver's credentials; elsewhere, and the second time, do nothing."""
+def receive_environment() -> None:
+    """In a worker, take over the driver's private variables; elsewhere, and the second time, do nothing."""
     if name := os.environ.get(KEEPER):
         import ray
 
         keeper: Any = ray.get_actor(name, namespace=KEEPER_NAMESPACE)
-        os.environ.update(ray.get(keeper.tell.remote()))
+        os.environ.update(ray.get(keeper.variables.remote()))
         del os.environ[KEEPER]
 
 

@@ -1,194 +1,165 @@
-"""Ray Data as an ordered, prefetching reader: units of work in, blocks of arrays out, in the units' order."""
+"""An ordered, prefetching reader: Ray tasks read units of work, and blocks of arrays arrive in the units' order."""
 
 import logging
-import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from itertools import islice
-from mmap import mmap
-from queue import Queue
-from threading import Event, Lock, Semaphore, Thread
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from threading import Semaphore, Thread
 from typing import Any, TypeVar
 
 import numpy as np
 
+from cluster.actor import reason_of
+from cluster.session import on_this_node
+
 Unit = TypeVar("Unit")
 Block = dict[str, np.ndarray]
-Pipeline = Callable[[list[Any]], Iterator[Block]]
-Queues = list["Queue[Block | BaseException | None]"]  # a unit's blocks as they come, then None
+ReadUnit = Callable[[Unit], Iterator[Block]]
 
-TASKS = 4  # reads of one pipeline at a time: those that find no CPU wait in Ray, so that none is idle between two
-BLOCKS_AHEAD = 6  # that a task may have made and nobody taken: Ray Data looks ten times a second
-CHUNKS_AHEAD = 2  # chunks in this process: one that is consumed, one that is read meanwhile
-PAGED_BYTES = 1 << 20  # of an array that has pages of its own
-FREE_PAGES = 16  # arrays' worth of them that are kept for the next ones
-CLOSING_SECONDS = 10  # that a caller who stops early waits for each running pipeline, at most
+TASKS = 4  # that one stream runs, on the CPUs that its worker has reserved for data
+LOST_TASKS = 5  # processes that a unit may cost before it counts as the cause; nodes are preempted at random
+CHECK_SECONDS = 0.2  # between two checks for more room and for the end, while no block arrives
+CLOSING_SECONDS = 10  # that a consumer who stops early waits for the tasks to end, at most
 
-_building = Lock()  # Ray Data's context belongs to the process
+log = logging.getLogger(__name__)
 
 
-def stream(
-    units: Iterable[Unit],
-    read_unit: Callable[[Unit], Iterator[Block]],
-    chunk: int,
-    block_bytes: int = 4 << 20,
-) -> Iterator[Block]:
-    """Read every unit in tasks of one CPU, ahead of the caller; yield the rows in the units' order.
+def stream(units: Iterable[Unit], read_unit: ReadUnit[Unit], ahead: int) -> Iterator[Block]:
+    """Read every unit in a Ray task on this node, up to `ahead` units ahead; yield the blocks in the units' order.
 
-    `units` may be endless. Each `chunk` of them is a Ray Data pipeline of its own, drained at once into this process,
-    which so holds at most two chunks: an executor that waits for a slow consumer keeps polling, in this process, and
-    would take half a core from the training step. Its tasks hand over blocks in whatever order they are ready; the
-    units' order is restored here, so that nothing waits for its turn in the object store. `read_unit` runs in Ray tasks
-    and yields one or more dicts of arrays, a row for each sample: uint8 rather than float, about `block_bytes`
-    at a time, and hold locations, not data. Small blocks keep the object store small. Much smaller ones are put
-    together, much larger ones cut, each with a copy, but never across units. The arrays are the caller's own.
+    `units` may be endless. `read_unit` runs in Ray tasks and yields one or more dicts of arrays with a row for each
+    sample, the same blocks each time; it travels to the tasks, so it should hold locations rather than data. A thread
+    of this process copies every block out of the object store as soon as it is there. So the object store holds only
+    the blocks of running tasks, and this process holds at most `ahead` units. The arrays belong to the caller.
+
+    A task whose process or node dies is run again, and sends only the blocks that have not arrived yet.
 
     Raises:
         RuntimeError: a unit could not be read; the message is the original error's.
     """
-    from ray.exceptions import RayError, RayTaskError
-
+    reader = _Reader(iter(units), read_unit, ahead)
+    reader.thread.start()
     try:
-        yield from _ahead(iter(units), chunk, partial(_pipeline, read_unit, block_bytes, _Pages(block_bytes)))
-    except RayError as error:
-        reason = str(error.cause if isinstance(error, RayTaskError) else error)
-        first_line = reason.strip().split("\n", 1)[0]  # Ray adds advice beneath
-        raise RuntimeError(f"reading data failed: {first_line}") from error
-
-
-def _ahead(units: Iterator[Unit], chunk: int, pipeline: Pipeline) -> Iterator[Block]:
-    """Read chunk after chunk, each in a thread, while there is room for another."""
-    chunks: Queue[Queues | BaseException | None] = Queue()
-    room, closed = Semaphore(CHUNKS_AHEAD), Event()
-    pipelines: deque[Thread] = deque(maxlen=CHUNKS_AHEAD)
-
-    def read() -> None:
-        try:
-            while not closed.is_set() and (taken := list(islice(units, chunk))):
-                room.acquire()
-                if closed.is_set():
-                    return
-                queues: Queues = [Queue() for _ in taken]
-                chunks.put(queues)
-                ending = Event()
-                arguments = (queues, pipeline(taken), ending, closed)
-                pipelines.append(Thread(target=_fill, args=arguments, name="chunk", daemon=True))
-                pipelines[-1].start()
-                ending.wait()  # the next pipeline starts while this one's last tasks run
-            chunks.put(None)
-        except BaseException as error:  # noqa: BLE001 - it is raised in the caller's thread
-            chunks.put(error)
-
-    reader = Thread(target=read, name="stream", daemon=True)
-    reader.start()
-    try:
-        while (queues := chunks.get()) is not None:
-            if isinstance(queues, BaseException):
-                raise queues
-            for queue in queues:
-                while (block := queue.get()) is not None:
-                    if isinstance(block, BaseException):
-                        raise block
-                    yield block
-            room.release()
+        while (reading := reader.readings.get()) is not None:
+            if isinstance(reading, BaseException):
+                raise reading
+            while (block := reading.blocks.get()) is not None:
+                if isinstance(block, BaseException):
+                    raise block
+                yield block
+            reader.room.release()
     finally:
-        closed.set()
-        room.release()
-        for thread in (reader, *pipelines):  # what still asks Ray when Ray is shut down would end the process
-            thread.join(CLOSING_SECONDS)
+        reader.close()
 
 
-def _fill(queues: Queues, blocks: Iterator[Block], ending: Event, closed: Event) -> None:
-    """Deal a pipeline's blocks to the units' queues; `ending` once half of its tasks may have nothing left to do."""
-    left = len(queues)
-    try:
-        for block in blocks:
-            if closed.is_set():
-                return
-            queue = queues[int(block.pop("unit_of_chunk")[0])]
-            last = bool(block.pop("last_of_unit")[-1])
-            queue.put(block)
-            if last:
-                queue.put(None)
-                left -= 1
-            if left <= TASKS // 2:
-                ending.set()
-    except BaseException as error:  # noqa: BLE001 - it is raised in the caller's thread
-        for queue in queues:
-            queue.put(error)
-    finally:
-        ending.set()
+@dataclass(eq=False)
+class _Reading:
+    """A unit that a task reads."""
+
+    unit: Any
+    blocks: "SimpleQueue[Block | BaseException | None]" = field(default_factory=SimpleQueue)  # None: there are no more
+    taken: int = 0  # blocks that have arrived
+    lost: int = 0  # tasks whose process ended
 
 
-def _pipeline(
-    read_unit: Callable[[Unit], Iterator[Block]], block_bytes: int, pages: "_Pages", units: list[Unit]
-) -> Iterator[Block]:
-    """The blocks of some units, by one Ray Data execution, each with its unit's number and where the unit ends."""
-    import ray
-    from ray.data import DataContext, TaskPoolStrategy
+class _Reader:
+    """The thread that starts tasks and copies what they read; it alone calls Ray."""
 
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is raised, once, by `stream`
-    context = DataContext.get_current().copy()
-    context.execution_options.preserve_order = False
-    context.target_max_block_size = block_bytes
-    context._max_num_blocks_in_streaming_gen_buffer = BLOCKS_AHEAD  # there is no public name for it
-    # Reservations start from nothing and are first looked at again after a second, in which one task runs; each chunk
-    # would lose that second. What they guard is bounded here: by TASKS, and by who takes the blocks at once.
-    context.op_resource_reservation_enabled = False
-    context.enable_progress_bars = False
-    reference = ray.put(units)  # once, rather than a block of its own for each unit
+    def __init__(self, units: Iterator[Any], read_unit: ReadUnit[Any], ahead: int) -> None:
+        self.readings: SimpleQueue[_Reading | BaseException | None] = SimpleQueue()  # in the units' order
+        self.room = Semaphore(ahead)
+        self.thread = Thread(target=self._run, name="stream", daemon=True)
+        self._units, self._read_unit = units, read_unit
+        self._closed = False
+        self._running: dict[Any, _Reading] = {}  # by the task's generator of references
 
-    def read(batch: dict[str, np.ndarray], reference: Any = reference) -> Iterator[Block]:
-        number = int(batch["item"][0])
+    def close(self) -> None:
+        """End the tasks and the thread: what still calls Ray when Ray is shut down would end the process."""
+        self._closed = True
+        self.thread.join()
+
+    def _run(self) -> None:
+        import ray
+
         try:
-            blocks = iter(read_unit(ray.get(reference)[number]))
-            block = next(blocks)
-            for following in blocks:
-                yield _tagged(block, number, False)
-                block = following
-            yield _tagged(block, number, True)
-        except Exception as error:  # Ray would put its advice in the place of an OSError's file name
-            raise RuntimeError(f"{type(error).__name__}: {error}".replace("\n", " ")) from error
+            task: Any = ray.remote(_read)
+            self._task = task.options(
+                **on_this_node(),
+                num_returns="streaming",
+                max_retries=0,
+                enable_task_events=False,  # Ray's records of tasks would grow with the number of units
+            )
+            self._reference = ray.put(self._read_unit)
+            self._read_all()
+            self.readings.put(None)
+        except BaseException as error:  # noqa: BLE001 - it is raised in the consumer's thread
+            for reading in self._running.values():
+                reading.blocks.put(error)
+            self.readings.put(error)
+        finally:
+            with suppress(Exception):  # Ray has been shut down
+                self._end_tasks()
 
-    with _building, DataContext.current(context):
-        numbers = ray.data.from_items(list(range(len(units))), override_num_blocks=len(units))
-        dataset = numbers.map_batches(read, batch_size=1, num_cpus=1, compute=TaskPoolStrategy(size=TASKS))
-    for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
-        # A copy frees the object store at once; a view would pin it for as long as rows wait their turn.
-        yield {name: pages.copy(column) for name, column in block.items()}
+    def _end_tasks(self) -> None:
+        """End what still runs, and wait until it has ended: nobody reads on behalf of a closed stream."""
+        import ray
 
+        tasks = {generator.completed(): generator for generator in self._running}
+        left = list(tasks)
+        if left:
+            _, left = ray.wait(left, num_returns=len(left), timeout=CHECK_SECONDS)  # some have nothing left to do
+        for task in left:  # with their processes, since an interrupted import may break these for later tasks
+            ray.cancel(tasks[task], force=True)
+        if left:
+            ray.wait(left, num_returns=len(left), timeout=CLOSING_SECONDS)
 
-class _Pages:
-    """Copies that take no more memory than they have bytes.
+    def _read_all(self) -> None:
+        import ray
 
-    Large ones have pages of their own: malloc's would stay behind, scattered over the arenas of the threads that come
-    and go here, as twice the memory of what is held. Some of these pages serve again: fresh ones cost as much as the
-    copy. All are made for a whole block, so that any fits what comes: what is not touched takes no memory.
-    """
+        left = True
+        while (left or self._running) and not self._closed:
+            if left and len(self._running) < TASKS and self.room.acquire(timeout=0 if self._running else CHECK_SECONDS):
+                try:
+                    reading = _Reading(next(self._units))
+                except StopIteration:
+                    left = False
+                    continue
+                self.readings.put(reading)
+                self._start(reading)
+            elif self._running:
+                for generator in ray.wait(list(self._running), timeout=CHECK_SECONDS)[0]:
+                    self._take(generator)
 
-    def __init__(self, block_bytes: int) -> None:
-        self._block_bytes = block_bytes
-        self._free: deque[mmap] = deque(maxlen=FREE_PAGES)
+    def _start(self, reading: _Reading) -> None:
+        self._running[self._task.remote(self._reference, reading.unit, reading.taken)] = reading
 
-    def copy(self, column: np.ndarray) -> np.ndarray:
-        if column.nbytes < PAGED_BYTES:
-            return np.array(column)
+    def _take(self, generator: Any) -> None:
+        """Take the next block of a task, or its end."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        reading = self._running[generator]
         try:
-            pages = self._free.pop()
-        except IndexError:
-            pages = mmap(-1, max(column.nbytes, self._block_bytes))
-        if len(pages) < column.nbytes:
-            pages = mmap(-1, column.nbytes)
-        whole = np.frombuffer(pages, column.dtype, column.size)
-        weakref.finalize(whole, self._free.append, pages).atexit = False  # views keep `whole` alive
-        copy = whole.reshape(column.shape)
-        copy[...] = column
-        return copy
+            views = ray.get(next(generator))
+            # A view would keep its block in the object store for as long as rows wait for their turn.
+            reading.blocks.put({name: np.array(view) for name, view in views.items()})
+            reading.taken += 1
+            return
+        except StopIteration:
+            reading.blocks.put(None)
+        except RayError as error:
+            reading.lost += 1
+            if not isinstance(error, RayTaskError) and reading.lost < LOST_TASKS:
+                log.warning("a task that reads data was lost, it is run again: %s", reason_of(error))
+                self._start(reading)
+            else:
+                reading.blocks.put(RuntimeError(f"reading data failed: {reason_of(error)}"))
+        del self._running[generator]
 
 
-def _tagged(block: Block, number: int, last: bool) -> Block:
-    rows = len(next(iter(block.values())))
-    ends = np.zeros(rows, dtype=bool)
-    ends[-1] = last
-    return block | {"unit_of_chunk": np.full(rows, number), "last_of_unit": ends}
+def _read(read_unit: ReadUnit[Any], unit: Any, taken: int) -> Iterator[Block]:
+    """Yield the blocks of a unit but for those that were taken from an earlier task."""
+    for number, block in enumerate(read_unit(unit)):
+        if number >= taken:
+            yield block

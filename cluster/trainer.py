@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from cluster.capacity import Resources, refuse_infeasible, wait_for_room, worker_resources
 from cluster.metrics import publish
-from cluster.session import accelerator
 
 PROCESS_GROUP_TIMEOUT_S = 300  # a hung collective ends the attempt after this
 POLL_SECONDS = 0.5
@@ -55,7 +55,8 @@ def run_workers(
 ) -> bool:
     """Run `loop` on `num_workers` workers (0: in this process) until it returns; True if it was asked to stop.
 
-    Each worker has `cpus` CPUs and `num_gpus` GPUs, 0 or 1.
+    Each worker has `cpus` CPUs and `num_gpus` GPUs, 0 or 1. All start together. While the cluster has no room for all
+    of them, the log says what is waited for.
 
     A worker that dies takes its group with it; the group starts again, and `loop` finds its own place to go on from.
     It gives up after more than `max_failures` attempts in a row that reported no record with a larger "saved" number,
@@ -64,6 +65,7 @@ def run_workers(
     for a record, a warning says so, and the records after it are passed on.
 
     Raises:
+        ValueError: the cluster can never hold all workers at once.
         RuntimeError: the loop failed; the message is the worker's own error.
     """
     signalled = threading.Event()
@@ -75,7 +77,8 @@ def run_workers(
         if num_workers == 0:
             _run_here(loop, _tolerant(on_record), is_asked_to_stop)
         else:
-            resources = {"CPU": float(cpus)} | ({"GPU": float(num_gpus)} if num_gpus else {})
+            resources = worker_resources(cpus, num_gpus)
+            refuse_infeasible(resources, at_once=num_workers)
             _run_on_ray(loop, num_workers, _tolerant(on_record), max_failures, resources, is_asked_to_stop)
     return is_asked_to_stop()
 
@@ -95,7 +98,7 @@ def _run_on_ray(
     num_workers: int,
     on_record: Callable[[Record], None],
     max_failures: int,
-    resources: dict[str, float],
+    resources: Resources,
     stop: Callable[[], bool],
 ) -> None:
     from ray.train import TrainingFailedError
@@ -111,6 +114,9 @@ def _run_on_ray(
                 _attempt(loop, relay, num_workers, resources)
             break
         except TrainingFailedError as error:
+            if _has_no_room(error):
+                wait_for_room(num_workers, resources, stop)
+                continue
             reason = news.reason or _first_reason(error)
             failures = 1 if news.saved > saved else failures + 1
             saved = max(saved, news.saved)
@@ -120,7 +126,7 @@ def _run_on_ray(
             log.warning("an attempt failed, going on from the last checkpoint: %s", reason)
 
 
-def _attempt(loop: Callable[[WorkerContext], None], relay: Any, num_workers: int, resources: dict[str, float]) -> None:
+def _attempt(loop: Callable[[WorkerContext], None], relay: Any, num_workers: int, resources: Resources) -> None:
     """One run of Ray Train, in a thread of its own: in the main one it would take Ctrl-C, and save nothing."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -134,11 +140,13 @@ def _attempt(loop: Callable[[WorkerContext], None], relay: Any, num_workers: int
                 num_workers=num_workers,
                 use_gpu="GPU" in resources,
                 resources_per_worker=resources,
-                accelerator_type=accelerator() if "GPU" in resources else None,
             ),
-            # Ray Train keeps no state of ours, so each call is a run of its own name in a folder of its own.
+            # Ray Train keeps no state of ours, so each call is a run of its own name in a folder of its own. It does
+            # not wait for room itself: it would do so silently, and a signal could not end it.
             run_config=RunConfig(
-                name=uuid.uuid4().hex, storage_path=folder, failure_config=FailureConfig(max_failures=0)
+                name=uuid.uuid4().hex,
+                storage_path=folder,
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
             ),
         )
         ended: Future[None] = Future()
@@ -188,6 +196,11 @@ class _News:
             on_record(record)
 
         return heard
+
+
+def _has_no_room(error: Exception) -> bool:
+    """Whether no worker was started because the cluster had no room for all of them."""
+    return type(getattr(error, "controller_failure", None)).__name__ == "WorkerGroupStartupTimeoutError"
 
 
 def _first_reason(error: Exception) -> str:

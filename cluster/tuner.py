@@ -7,6 +7,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
+from ray.util import get_node_ip_address
 
 Task = TypeVar("Task")
 Numbers = dict[str, float]
@@ -30,8 +31,8 @@ def run_rounds(
     """Do the tasks of each round, each as a step of its trial, and ask for the next round when all are done.
 
     A trial is a trial of Ray Tune: `evaluate` returns what it reports. Between two of its tasks it is paused, without
-    a checkpoint, since what a task leaves lies on storage. It takes next to nothing for itself: it asks a shared pool
-    for what costs. A trial whose node dies does its task again elsewhere. Call `done` in this process for each task.
+    a checkpoint, since what a task leaves lies on storage. It runs on this process's node and reserves no CPU: it asks a
+    shared pool for what costs. One whose process dies does its task again. Call `done` in this process for each task.
 
     `rounds` runs in this process and holds all state; nothing of Tune's is kept. So the order in which tasks end plays
     no part, and an interrupted search goes on from its own records.
@@ -48,9 +49,11 @@ def run_rounds(
                 done(task)
         return
     scheduler = _RoundScheduler(rounds, max_concurrent, done)
+    trial = tune.with_parameters(_Trial, evaluate=evaluate)
+    here = {f"node:{get_node_ip_address()}": 0.001}  # no CPU, which others might hold
     with tempfile.TemporaryDirectory(prefix="admiral-tune-") as folder:
         tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(_Trial, evaluate=evaluate), {"CPU": 0.01}),
+            tune.with_resources(trial, here),
             tune_config=tune.TuneConfig(
                 search_alg=_Proposals(scheduler), scheduler=scheduler, num_samples=-1, reuse_actors=True
             ),

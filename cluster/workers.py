@@ -13,9 +13,8 @@ from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from cluster.actor import WorkerActor, is_device_error, is_raised, reason_of, restart_process
-from cluster.capacity import refuse_infeasible, report_waiting
+from cluster.capacity import refuse_infeasible, report_waiting, worker_resources
 from cluster.metrics import publish
-from cluster.session import accelerator
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -77,12 +76,13 @@ def pool(
         return
     import ray
 
-    refuse_infeasible(num_cpus, num_gpus)
-    kind = {"accelerator_type": accelerator()} if num_gpus and accelerator() else {}
-    remote = ray.remote(WorkerActor).options(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=-1, **kind)
+    resources = worker_resources(num_cpus, num_gpus)
+    refuse_infeasible(resources)
+    others = {name: value for name, value in resources.items() if name not in ("CPU", "GPU")}
+    remote = ray.remote(WorkerActor).options(num_cpus=num_cpus, num_gpus=num_gpus, resources=others, max_restarts=-1)
     actors: list[Any] = [remote.remote(make_worker) for _ in range(num_workers)]
     ended = threading.Event()
-    reporter = threading.Thread(target=report_waiting, args=(actors, num_cpus, num_gpus, ended), daemon=True)
+    reporter = threading.Thread(target=report_waiting, args=(actors, resources, ended), daemon=True)
     reporter.start()
     try:
         yield Pool(actors)

@@ -17,7 +17,7 @@ import yaml
 
 from orchestrator import storage
 from orchestrator.config import JobConfig
-from orchestrator.redaction import redact, redact_logs
+from orchestrator.redaction import redact_output
 
 Config = TypeVar("Config", bound=JobConfig)
 Presets = Mapping[str, tuple[str, Config]]  # name -> (one line of description, config)
@@ -67,13 +67,13 @@ def main(
     Exit codes: 0 done, 1 the job failed, 2 the command line or the config is wrong, 130 interrupted. Errors are one
     line on stderr; with ADMIRAL_DEBUG=1 the traceback comes instead.
     """
-    redact_logs()
+    redact_output()
     config = parse(description, presets, sys.argv[1:])
     try:
         if config.dry_run:
             described = plan(config)
-            print(redact(config.model_dump_json(indent=2)))
-            print(redact(described))
+            print(config.model_dump_json(indent=2))
+            print(described)
         else:
             run(config)
     except (ValueError, OSError, RuntimeError) as error:
@@ -239,5 +239,5 @@ def _one_line(box: str) -> str:
 
 
 def _fail(code: int, message: str) -> NoReturn:
-    print(f"{Path(sys.argv[0]).name}: error: {redact(message)}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     raise SystemExit(code)

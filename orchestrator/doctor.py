@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 
 from cluster.nodes import Node, all_reduce_bandwidth, nodes, on_each
-from cluster.session import receive_secrets, session
+from cluster.session import receive_environment, session
 from orchestrator import storage
 from orchestrator.config import JobConfig, tracking_uri
 
@@ -108,7 +108,7 @@ class Examination(NamedTuple):
 
 def examine_node(node: Node, store: str, megabytes: int) -> Examination:
     """Make all checks that a node makes on itself."""
-    receive_secrets()
+    receive_environment()
     # A store that is away is a finding: it must not take longer than the time that a node has to answer.
     os.environ.setdefault("ADMIRAL_STORAGE_RETRY_SECONDS", "20")
     checks: list[Callable[[], Finding]] = [

@@ -7,16 +7,16 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import quote, unquote
-
-from cluster.session import SECRETS
 
 MASK = "***"
 SHORTEST_VALUE = 8  # characters; masking shorter ones ("mlflow", "admin") would garble ordinary text
 # Variables that hold a secret by their name; those that end in _FILE and the like hold a place.
-_NAMES = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIALS?|(ACCESS|API|PRIVATE)_?KEY(_ID)?)$")
+_NAMES = re.compile(
+    r"(TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIALS?|(ACCESS|API|PRIVATE|SECRET)_?KEY(_ID)?)$|^AWS_BEARER_TOKEN_"
+)
 _WORDS = r"(?:password|passwd|pwd|token|secret|signature|credential|(?:api|access|secret)[_-]?key(?:[_-]?id)?)"
 _PATTERNS = (
     re.compile(r"(://)[^/\s'\"<>]*(?=@)"),  # the user and password of a URI
@@ -55,8 +55,25 @@ def command() -> str:
     return redact(shlex.join(["python", *sys.argv]))
 
 
-def redact_logs() -> None:
-    """Redact every log record of this process from now on, whoever makes it."""
+def redact_output() -> None:
+    """Redact all that this process prints or logs from now on, whoever does it: lines, tracebacks, warnings."""
+    for stream in (sys.stdout, sys.stderr):
+        if not getattr(stream.write, "redacts", False):
+            stream.write = _redacted(stream.write)  # type: ignore[method-assign]
+    _redact_logs()
+
+
+def _redacted(write: Callable[[str], int]) -> Callable[[str], int]:
+    def redacted(text: str) -> int:
+        write(redact(text))
+        return len(text)
+
+    redacted.redacts = True  # type: ignore[attr-defined]
+    return redacted
+
+
+def _redact_logs() -> None:
+    """Redact log records where they are made: a handler may send them elsewhere than to a stream."""
     make = logging.getLogRecordFactory()
     if getattr(make, "redacts", False):
         return
@@ -74,7 +91,7 @@ def redact_logs() -> None:
 def _secret_values() -> Iterator[str]:
     """Yield the values that must not be seen, in each form in which they may be written."""
     for name, value in os.environ.items():
-        found = [value] if name in SECRETS or _NAMES.search(name) else []
+        found = [value] if _NAMES.search(name) else []
         if address := re.match(r"[\w+.-]+://([^/\s]*)@", value):
             user, _, password = address[1].partition(":")
             found += [f"{user}:{password}", password or user]

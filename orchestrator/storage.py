@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -19,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import botocore.exceptions
 import fsspec
 
-from cluster.session import receive_secrets
+from cluster.session import receive_environment
 from orchestrator.storage_errors import Place, attempt, error_code, reason, without_passwords
 from orchestrator.storage_local import is_part, link_exclusively, local_part
 from orchestrator.storage_s3 import UPLOAD_BYTES, S3Upload, create_on_s3, s3_options
@@ -393,10 +394,15 @@ def _locate(uri: str) -> Place:
         path = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
         return Place(uri, fsspec.filesystem("file"), path.rstrip("/") or "/")
     protocol, _, rest = uri.partition("://")
+    if re.match(r"[^/@]+:[^/]*@", rest):  # records name the places of data, and would hold it
+        raise ValueError(
+            f"{without_passwords(uri)} was given with a password; expected a URI without one: set the credentials in "
+            "the environment, as docs/cluster.md says"
+        )
     try:
         if protocol not in ("s3", "s3a"):
             return Place(uri, *fsspec.core.url_to_fs(uri))
-        receive_secrets()
+        receive_environment()
         fs = fsspec.filesystem("s3", **s3_options(_S3_OPTIONS))
     except (ValueError, ImportError) as error:
         raise ValueError(f"cannot open {without_passwords(uri)!r}: {error}") from error

@@ -25,8 +25,8 @@ from orchestrator.data.images import ExifOrientation, decode
 from orchestrator.data.row_groups import read_row_group
 from orchestrator.order import OrderPlan, Purpose, Unit, sample_rng
 
-READ_AHEAD_BYTES = 128 << 20  # decoded images that one pipeline reads, unless its tasks' are more; a worker holds two
-READ_AHEAD_ROWS = 8192  # and no more of them: what is read further ahead only takes CPUs from the training
+READ_AHEAD_BYTES = 256 << 20  # decoded images that a worker reads ahead, unless its tasks' units are more
+READ_AHEAD_ROWS = 16384  # and no more of them: what is read further ahead only takes CPUs from the training
 BLOCK_ROWS, BLOCK_BYTES = 256, 16 << 20  # decoded at a time, at most
 
 SCHEMA = pa.schema(
@@ -174,8 +174,8 @@ def batches(
     """This worker's share of every global batch from `position` (images seen) to `end` (None: without end).
 
     Each list holds one share for each of the worker's streams, in stream order. `flip` mirrors half of the
-    images. Flips and crops depend on (seed, epoch, sample) alone. With `use_ray` a Ray Data pipeline fetches and
-    decodes ahead; without, the same happens in this process.
+    images. Flips and crops depend on (seed, epoch, sample) alone. With `use_ray`, Ray tasks fetch and decode ahead;
+    without, the same happens in this process.
 
     Raises:
         ValueError: the plan was not made for this split, or rank, world_size or position do not fit it.
@@ -191,10 +191,9 @@ def batches(
         last_step = order.locate(max(0, -(-end // order.batch_size) - 1) * order.batch_size)
         units = takewhile(lambda unit: (unit.epoch, unit.first // order.rows_per_stream) <= last_step, units)
     if use_ray:
-        row_bytes = image_size**2 * 3
-        rows = min(READ_AHEAD_ROWS, READ_AHEAD_BYTES // row_bytes)
-        chunk = max(TASKS, rows // (order.config.shuffle_row_groups * max(order.row_group_sizes)))
-        blocks = stream(units, read, chunk, block_bytes=read.block_rows * row_bytes)
+        rows = min(READ_AHEAD_ROWS, READ_AHEAD_BYTES // (image_size**2 * 3))
+        unit_rows = order.config.shuffle_row_groups * max(order.row_group_sizes)
+        blocks = stream(units, read, ahead=max(TASKS, rows // unit_rows))
     else:
         blocks = (block for unit in units for block in read(unit))
     steps = takewhile(lambda step: end is None or step[1] < end, order.steps(position))

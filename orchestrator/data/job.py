@@ -45,6 +45,7 @@ from orchestrator.data.understanding import (
 from orchestrator.order import Purpose, keyed_rng
 from orchestrator.pictures import captioned_grid_png
 from orchestrator.progress import progress_line
+from orchestrator.redaction import redact_tree
 from orchestrator.tracking import tracked
 
 CONTACT_SHEET_IMAGES = 100  # of the picture that shows a prepared dataset
@@ -138,7 +139,7 @@ def plan(config: PrepareConfig) -> str:
 def _list(config: PrepareConfig) -> Listing:
     """List the source's objects."""
     if config.source == "digits":
-        return Listing("digits", "digits", pa.array([], pa.large_string()), np.array([], np.int64))
+        return Listing("digits", "digits", pa.chunked_array([], pa.large_string()), np.array([], np.int64))
     return list_source(config.path(config.source))
 
 
@@ -267,7 +268,7 @@ def _summarize(config: PrepareConfig, output: str, plan: Plan, facts: list[Facts
         for split in plan.splits
     }
     quarantine = [entry for fact in facts for entry in fact.quarantine]
-    storage.write_json(storage.join(output, "quarantine.json"), quarantine)
+    storage.write_json(storage.join(output, "quarantine.json"), redact_tree(quarantine))
     findings = dict(plan.understanding.findings)
     for fact in facts:
         for kind, more in fact.findings.items():
@@ -339,7 +340,7 @@ def _class_counts(classes: tuple[str, ...], facts: list[Facts]) -> dict[str, Any
 
 def _finish(output: str, manifest: Manifest, report: dict[str, Any]) -> None:
     """The manifest comes last."""
-    storage.write_json(storage.join(output, "report.json"), report)
+    storage.write_json(storage.join(output, "report.json"), redact_tree(report))
     storage.put_if_absent(storage.join(output, "manifest.json"), storage.json_bytes(manifest.model_dump(mode="json")))
 
 

@@ -70,7 +70,7 @@ def evaluate(config: EvaluationConfig) -> str:
             reference = replace(reference, missing=reference.missing | {"classes": unmatched})
         limits = Limits()
         measured = measure_files(made, reference, loaded.network.name, limits, config.num_workers)
-        report = _report(config, images, reference, loaded, measured) | {"warnings": warnings}
+        report = redact_tree(_report(config, images, reference, loaded, measured) | {"warnings": warnings})
         page, pictures = evaluation_page(report, images, reference, measured, made.labels())
         tracker.metrics({name: estimate.value for name, estimate in measured.estimates.items()})
         tracker.record("report.json", report)
@@ -198,7 +198,7 @@ def _report(
         "nearest_training_image": _pixel_distances(config, images),
         "reproduce": {
             "command": command(),
-            "config": redact_tree(config.model_dump(mode="json")),
+            "config": config.model_dump(mode="json"),
             "versions": {name: importlib.metadata.version(name) for name in ("numpy", "torch")},
         },
     }

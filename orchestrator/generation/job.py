@@ -174,7 +174,11 @@ def regenerate(config: GenerationConfig) -> None:
         RuntimeError: some differ from those in the folder.
     """
     wanted, differing = sorted(set(config.indices)), list[str]()
-    with session(config.num_workers * config.num_threads, shared=config.shared):
+    with session(
+        config.num_workers * config.num_threads,
+        num_gpus=config.num_workers * config.num_gpus,
+        shared=config.shared,
+    ):
         make = partial(make_index_maker, config)
         made = dict(map_items(make, wanted, config.num_workers, config.num_threads, config.num_gpus))
     for stage, folder in enumerate(folders_of(config)):

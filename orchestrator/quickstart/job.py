@@ -17,7 +17,6 @@ from cluster.session import address, session
 from orchestrator import storage
 from orchestrator.quickstart.config import QuickstartConfig
 from orchestrator.quickstart.page import write_report
-from orchestrator.redaction import redact
 from orchestrator.tracking import tracked
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
@@ -50,7 +49,7 @@ def quickstart(config: QuickstartConfig) -> None:
             tracker.record("report.html", Path(page).read_text(encoding="utf-8"))
     print(f"the winner: guidance scale {scale:g}, {steps} steps")
     print(f"the page:   {page}")
-    print(f"MLflow:     mlflow ui --backend-store-uri {redact(os.environ['MLFLOW_TRACKING_URI'])}")
+    print(f"MLflow:     mlflow ui --backend-store-uri {os.environ['MLFLOW_TRACKING_URI']}")
 
 
 def plan(config: QuickstartConfig) -> str:

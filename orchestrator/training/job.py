@@ -97,7 +97,7 @@ def train(config: Config) -> str:
             partial(train_loop, config),
             config.num_workers,
             on_record,
-            cpus=config.num_threads,
+            cpus=config.num_threads + CPUS_OF_DATA,
             max_failures=config.max_failures,
             num_gpus=config.num_gpus,
             stop=lease.is_lost,

@@ -8,8 +8,7 @@ other are stopped meanwhile, those of Ray too, so that what is read ahead is pai
 one window of each. Prints the seconds of a step on both sides, and the median ratio with a 95% interval of the median;
 passes (exit code 0) where the lower end is at most 1.02.
 
-What is read ahead is less than in truth, so that each window holds a whole cycle of reading; Ray pays for more
-pipelines than in truth.
+Fewer images are read ahead than in a real training, so that each window pays for the images that it reads.
 """
 
 import contextlib
@@ -54,11 +53,11 @@ class Options:
     """What is measured."""
 
     pairs: int = 20  # alternating windows of both sides
-    steps: int = 16  # of a window: as many as one cycle of reading ahead has images for
+    steps: int = 16  # of a window
     workers: int = 2  # training processes of each side
     image_size: int = 32  # pixels
     batch_size: int = 64  # images in a step, over all workers
-    read_ahead: int = 1024  # rows that a pipeline reads
+    read_ahead: int = 1024  # rows that Ray reads before they are needed
     side: Kind | None = None  # used by the benchmark itself: be one side, in `folder`
     folder: str = ""
 

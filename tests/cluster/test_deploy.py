@@ -1,15 +1,25 @@
-"""What starts real clusters, against the schemas of those who read it; nothing here starts anything."""
+"""What starts real clusters, against the schemas of those who read it."""
 
+import base64
+import configparser
 import copy
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import tomllib
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
+
+from cluster.servers import free_port, wait_until_listening
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "cluster" / "deploy"
@@ -155,12 +165,131 @@ def test_pods_are_not_root_and_have_shared_memory_and_token() -> None:
     assert cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
     for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
         pod = group["template"]["spec"]
-        assert pod["securityContext"]["runAsNonRoot"] and pod["serviceAccountName"] == "admiral"
+        assert pod["securityContext"]["runAsNonRoot"]
         assert pod["containers"][0]["envFrom"] == [{"configMapRef": {"name": "admiral"}}]
     for group in cluster["workerGroupSpecs"]:
         pod = group["template"]["spec"]
         assert {"name": "shared-memory", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
         assert any(toleration["key"] == "spot" for toleration in pod["tolerations"])
+
+
+def all_documents(kind: str) -> dict[str, dict[str, Any]]:
+    """Every document of a kind in the manifests, by its name."""
+    return {d["metadata"]["name"]: d for path in MANIFESTS for d in documents(path) if d["kind"] == kind}
+
+
+def pods() -> dict[str, dict[str, Any]]:
+    """The pod template of each role."""
+    cluster = all_documents("RayCluster")["admiral"]["spec"]
+    found = {"head": cluster["headGroupSpec"]["template"]}
+    found |= {f"worker {group['groupName']}": group["template"] for group in cluster["workerGroupSpecs"]}
+    found |= {name: job["spec"]["submitterPodTemplate"] for name, job in all_documents("RayJob").items()}
+    for kind in ("Deployment", "StatefulSet"):
+        found |= {name: document["spec"]["template"] for name, document in all_documents(kind).items()}
+    return found
+
+
+def test_each_role_has_a_service_account_of_its_own_and_only_the_head_has_the_token_of_kubernetes() -> None:
+    accounts = all_documents("ServiceAccount")
+    used = {role: pod["spec"].get("serviceAccountName") for role, pod in pods().items()}
+    assert {account for account in used.values() if account} == accounts.keys()
+    assert used["head"] == "admiral-head" and used["mlflow"] == "mlflow" and used["postgresql"] is None
+    assert {account for role, account in used.items() if role.startswith("worker")} == {"admiral-worker"}
+    assert {used[job] for job in all_documents("RayJob")} == {"admiral-submitter"}
+    for role, pod in pods().items():
+        where = [pod["spec"], accounts.get(used[role] or "", {})]
+        assert (role == "head") != any(place.get("automountServiceAccountToken") is False for place in where), role
+    roles = {
+        name: a["metadata"].get("annotations", {}).get("eks.amazonaws.com/role-arn") for name, a in accounts.items()
+    }
+    assert roles["admiral-submitter"] is None
+    assert roles["mlflow"] != roles["admiral-worker"], "its role writes artefacts and reads no weights"
+
+
+def sources(policy: dict[str, Any], port: int) -> list[dict[str, Any]]:
+    """Who may come to a port, by a policy."""
+    rules = policy["spec"]["ingress"]
+    return [s for r in rules if port in [p["port"] for p in r.get("ports", [{"port": port}])] for s in r["from"]]
+
+
+def test_policies_say_who_may_talk_to_the_head_the_tracking_server_and_its_database() -> None:
+    policies = all_documents("NetworkPolicy")
+    for policy in policies.values():
+        assert policy["spec"]["policyTypes"] == ["Ingress"]
+        assert policy["spec"]["podSelector"]["matchLabels"], "an empty selector would be for every pod of the namespace"
+        assert all(rule["from"] for rule in policy["spec"]["ingress"]), "an empty list lets everybody in"
+    cluster = {"ray.io/cluster": "admiral"}
+    head = cluster | {"ray.io/node-type": "head"}
+    assert sources(policies["postgresql"], 5432) == [{"podSelector": {"matchLabels": {"app": "mlflow"}}}]
+    assert sources(policies["mlflow"], 5000) == [{"podSelector": {"matchLabels": head}}]
+    assert policies["admiral-nodes"]["spec"]["podSelector"]["matchLabels"] == cluster
+    assert sources(policies["admiral-nodes"], 6379) == [{"podSelector": {"matchLabels": cluster}}]
+    assert policies["admiral-head"]["spec"]["podSelector"]["matchLabels"] == head
+    submitters = sources(policies["admiral-head"], 8265)[0]["podSelector"]["matchLabels"]
+    assert all(pods()[job]["metadata"]["labels"] == submitters for job in all_documents("RayJob"))
+    selected = [policy["spec"]["podSelector"]["matchLabels"] for policy in policies.values()]
+    for name in ("mlflow", "postgresql"):
+        assert pods()[name]["metadata"]["labels"] in selected
+
+
+def test_the_tracking_server_asks_for_a_password_that_no_uri_and_no_command_line_holds() -> None:
+    (mlflow,) = pods()["mlflow"]["spec"]["containers"]
+    assert "--app-name=basic-auth" in mlflow["args"]
+    variables = {variable["name"]: variable for variable in mlflow["env"]}
+    secret = {name: v["valueFrom"]["secretKeyRef"] for name, v in variables.items() if "valueFrom" in v}
+    assert secret.keys() == {"PGPASSWORD", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY"}
+    (settings,) = (volume["configMap"]["name"] for volume in pods()["mlflow"]["spec"]["volumes"])
+    config = configparser.ConfigParser()
+    config.read_string(all_documents("ConfigMap")[settings]["data"]["auth.ini"])
+    assert config["mlflow"]["default_permission"] == "NO_PERMISSIONS"
+    for uri in (config["mlflow"]["database_uri"], variables["MLFLOW_BACKEND_STORE_URI"]["value"]):
+        assert uri == "postgresql+psycopg2://mlflow@postgresql:5432/mlflow"
+    (head,) = pods()["head"]["spec"]["containers"]
+    login = {variable["name"]: variable for variable in head["env"]}
+    assert login["MLFLOW_TRACKING_USERNAME"]["value"] == config["mlflow"]["admin_username"]
+    assert login["MLFLOW_TRACKING_PASSWORD"]["valueFrom"]["secretKeyRef"] == secret["MLFLOW_AUTH_ADMIN_PASSWORD"]
+    for name, document in all_documents("Secret").items():
+        keys = {reference["key"] for reference in secret.values() if reference["name"] == name}
+        assert document["stringData"].keys() == keys
+    for role, pod in pods().items():
+        if role.startswith("worker"):
+            assert "env" not in pod["spec"]["containers"][0], "drivers track, workers do not"
+
+
+@pytest.mark.slow
+def test_mlflow_starts_with_these_settings_and_turns_away_who_has_no_password(tmp_path: Path) -> None:
+    pytest.importorskip("flask_wtf")
+    settings = all_documents("ConfigMap")["mlflow"]["data"]["auth.ini"]
+    database = f"sqlite:///{tmp_path}/mlflow.db"
+    (tmp_path / "auth.ini").write_text(re.sub("postgresql[+].*", database, settings))
+    (mlflow,) = pods()["mlflow"]["spec"]["containers"]
+    changes = {"--host": "127.0.0.1", "--port": str(port := free_port()), "--workers": "1", "--allowed-hosts": "*"}
+    changes["--artifacts-destination"] = str(tmp_path)
+    options = [
+        f"{name}={changes.get(name, value)}" for name, _, value in (a.partition("=") for a in mlflow["args"][2:])
+    ]
+    environment = os.environ | {
+        "MLFLOW_BACKEND_STORE_URI": database,
+        "MLFLOW_AUTH_CONFIG_PATH": str(tmp_path / "auth.ini"),
+        "MLFLOW_AUTH_ADMIN_PASSWORD": "a-password-of-tests",
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "text",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    command = [sys.executable, "-m", "mlflow", "server", *(option.removesuffix("=") for option in options)]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_until_listening(port, server, seconds=300)
+        url = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default"
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(url, timeout=120)
+        login = base64.b64encode(b"admiral:a-password-of-tests").decode()
+        request = urllib.request.Request(url, headers={"Authorization": f"Basic {login}"})
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            assert json.load(answer)["experiment"]["name"] == "Default"
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=60)
 
 
 # ------------------------------------------------------------------------------------------------ versions

@@ -8,7 +8,7 @@ import pytest
 from cluster import nodes
 from cluster.nodes import Node, refuse_unshared
 
-HEAD, WORKER = Node("a" * 20, "10.0.0.1", True, 0, 0), Node("b" * 20, "10.0.0.2", False, 8, 1)
+HEAD, WORKER = Node("a" * 20, "10.0.0.1", True, {}), Node("b" * 20, "10.0.0.2", False, {"CPU": 8, "GPU": 1})
 SERVER = "http://mlflow:5000"
 
 

@@ -1,25 +1,29 @@
-"""Ray Data keeps the units' order, copies out of the object store, and names what failed."""
+"""The stream keeps the units' order, reads lost units again, copies out of the object store, and names what failed."""
 
 import json
-import random
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import accumulate, count, islice
+from itertools import count, islice, takewhile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cluster.stream import FREE_PAGES, PAGED_BYTES, _ahead, _Pages, stream
+from cluster.stream import LOST_TASKS, stream
+from tests.benchmarks.stream_endurance import log_files
 
 pytestmark = pytest.mark.ray
 
+Blocks = Iterator[dict[str, np.ndarray]]
 
-def read_unit(unit: int) -> Iterator[dict[str, np.ndarray]]:
+
+def read_unit(unit: int) -> Blocks:
     """A unit of `unit % 7 + 1` rows in blocks of at most three."""
     rows = np.arange(unit % 7 + 1)
     for start in range(0, len(rows), 3):
@@ -27,77 +31,137 @@ def read_unit(unit: int) -> Iterator[dict[str, np.ndarray]]:
         yield {
             "unit": np.full(len(row), unit),
             "row": row,
-            "image": np.full((len(row), 4, 4, 3), unit, np.uint8),
+            "image": np.full((len(row), 4, 4, 3), unit % 256, np.uint8),
         }
 
 
-def rows_of(blocks: Iterator[dict[str, np.ndarray]]) -> np.ndarray:
-    return np.concatenate([np.stack([block["unit"], block["row"]], 1) for block in blocks])
+def rows_of(blocks: Blocks) -> list[list[int]]:
+    return [list(pair) for block in blocks for pair in zip(block["unit"].tolist(), block["row"].tolist(), strict=True)]
 
 
-def test_order_over_several_pipelines(ray_session: None) -> None:
-    units = range(20)
-    expected = rows_of(block for unit in units for block in read_unit(unit))
-    blocks = list(stream(units, read_unit, chunk=8))
-    assert np.array_equal(rows_of(iter(blocks)), expected)
+def expected(units: range) -> list[list[int]]:
+    return [[unit, row] for unit in units for row in range(unit % 7 + 1)]
+
+
+def read_even_units_slowly(unit: int) -> Blocks:
+    for block in read_unit(unit):
+        time.sleep(0.01 * (unit % 2 == 0))
+        yield block
+
+
+def test_units_end_in_any_order_and_leave_in_theirs(ray_session: None) -> None:
+    blocks = list(stream(range(60), read_even_units_slowly, ahead=8))
+    assert rows_of(iter(blocks)) == expected(range(60))
     assert all(len(set(block["unit"].tolist())) == 1 for block in blocks), "never across units"
     for block in blocks:
         assert block["image"].dtype == np.uint8 and block["image"].shape[1:] == (4, 4, 3)
         assert block["image"].flags.writeable and block["image"].base is None, "the caller's own memory"
 
 
-def shuffled_pipeline(running: list[int], units: list[int]) -> Iterator[dict[str, np.ndarray]]:
-    """Blocks of up to four units in any order, as tasks that run at a time hand them over; `running` gets +1 and -1."""
-    rng = random.Random(units[0])
-    left = {number: [*range(unit % 3 + 1)] for number, unit in enumerate(units)}
-    running.append(1)
-    try:
-        while left:
-            number = rng.choice(list(left)[:4])
-            row = left[number].pop(0)
-            last = not left[number]
-            if last:
-                del left[number]
-            time.sleep(rng.random() / 1000)
-            yield {
-                "unit": np.array([units[number]]),
-                "row": np.array([row]),
-                "unit_of_chunk": np.array([number]),
-                "last_of_unit": np.array([last]),
-            }
-    finally:
-        running.append(-1)
-
-
-def test_blocks_come_in_any_order_and_leave_in_the_units() -> None:
-    running: list[int] = []
-    before = threading.active_count()
-    found = rows_of(_ahead(iter(range(100)), 8, partial(shuffled_pipeline, running)))
-    assert found.tolist() == [[unit, row] for unit in range(100) for row in range(unit % 3 + 1)]
-    assert max(accumulate(running)) == 2, "two pipelines overlap, and never three"
-    blocks = _ahead(count(), 8, partial(shuffled_pipeline, running))
-    next(blocks)
-    blocks.close()  # type: ignore[attr-defined]
-    assert sum(running) == 0 and threading.active_count() == before, "nothing outlives a caller who stops early"
-
-
-def test_endless_units_are_read_lazily(ray_session: None) -> None:
+def test_endless_units_are_read_as_far_ahead_as_allowed(ray_session: None) -> None:
     units = count()
-    blocks = stream(units, read_unit, chunk=4)
+    blocks = stream(units, read_unit, ahead=5)
     assert [int(block["unit"][0]) for block in islice(blocks, 3)] == [0, 1, 2]
     blocks.close()  # type: ignore[attr-defined]
-    assert next(units) <= 3 * 4, "more than the two chunks that it may hold, and the one in its hand"
+    assert next(units) <= 2 + 5, "the units that have left, and those ahead"
 
 
-def broken_unit(folder: str, unit: int) -> Iterator[dict[str, np.ndarray]]:
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, f"in vain: {what}"
+        time.sleep(0.01)
+
+
+def read_for_ever(folder: str, unit: int) -> Blocks:
+    """Yield the unit's blocks, and leave a sign of life every few milliseconds."""
+    yield from read_unit(unit)
+    with Path(folder, str(unit)).open("ab", buffering=0) as file:
+        while True:
+            file.write(b".")
+            time.sleep(0.005)
+
+
+def test_nothing_outlives_a_consumer_that_stops_early(ray_session: None, tmp_path: Path) -> None:
+    """A task that reads on would show up in what the next stream's test counts at the S3 server."""
+    before = set(threading.enumerate())
+    blocks = stream(count(), partial(read_for_ever, str(tmp_path)), ahead=8)
+    next(blocks)
+    wait_for(lambda: any(tmp_path.iterdir()), "a task runs")
+    blocks.close()  # type: ignore[attr-defined]
+    signs = {path: path.stat().st_size for path in tmp_path.iterdir()}
+    assert not [thread for thread in threading.enumerate() if thread not in before and thread.name == "stream"]
+    assert rows_of(stream(range(20), read_unit, ahead=8)) == expected(range(20)), "the next stream reads"
+    assert signs == {path: path.stat().st_size for path in tmp_path.iterdir()}, "and nobody read meanwhile"
+
+
+def broken_unit(folder: str, unit: int) -> Blocks:
     if unit == 2:
         Path(folder, "shard-2").read_bytes()
     yield from read_unit(unit)
 
 
 def test_a_failing_read_raises_its_own_message(ray_session: None, tmp_path: Path) -> None:
+    blocks = stream(range(4), partial(broken_unit, str(tmp_path)), ahead=4)
+    assert rows_of(islice(blocks, 2)) == expected(range(2)), "what comes before it"
     with pytest.raises(RuntimeError, match=r"reading data failed: FileNotFoundError: .*shard-2"):
-        list(stream(range(4), partial(broken_unit, str(tmp_path)), chunk=4))
+        next(blocks)
+
+
+def test_units_that_cannot_be_listed_raise_their_own_error(ray_session: None) -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(stream((1 // (3 - unit) for unit in range(4)), read_unit, ahead=4))
+
+
+def die_once(folder: str, unit: int) -> Blocks:
+    """At the first try, unit 6 takes its process with it after two blocks, of which the consumer has one at least."""
+    for number, block in enumerate(read_unit(unit)):
+        if unit == 6 and number == 2 and not Path(folder, "died").exists():
+            wait_for(Path(folder, "received").exists, "the consumer receives a block")
+            Path(folder, "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield block
+
+
+def test_a_unit_whose_process_dies_is_read_again(ray_session: None, tmp_path: Path) -> None:
+    """Unit 6 has three blocks: those that arrived before the kill come once, and none is missing."""
+    found = []
+    for block in stream(range(20), partial(die_once, str(tmp_path)), ahead=8):
+        found += rows_of(iter([block]))
+        if found[-1][0] == 6:
+            Path(tmp_path, "received").touch()
+    assert Path(tmp_path, "died").exists()
+    assert found == expected(range(20))
+
+
+def die(folder: str, unit: int) -> Blocks:
+    if unit == 3:
+        Path(folder, str(time.time_ns())).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    yield from read_unit(unit)
+
+
+def test_a_unit_that_always_costs_its_process_ends_with_the_reason(ray_session: None, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="reading data failed: its process ended: "):
+        list(stream(range(8), partial(die, str(tmp_path)), ahead=8))
+    assert len(list(tmp_path.iterdir())) == LOST_TASKS
+
+
+def test_no_file_nor_actor_for_each_unit(ray_session: None) -> None:
+    """Ray Data's collectors and logs grew with the number of units when each chunk of them was a Dataset."""
+    import ray
+
+    blocks = stream(range(300), read_unit, ahead=8)
+    for _ in takewhile(lambda block: block["unit"][0] < 50, blocks):
+        pass
+    before = log_files()
+    for _ in blocks:
+        pass
+    new = log_files() - before
+    print(f"{len(new)} new log files: {sorted(new)}")
+    assert len(new) < 30, "at most those of processes that Ray started meanwhile"
+    actors = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+    assert not {name for name in actors if "stats" in name.lower()}, "Ray Data's collector"
 
 
 @pytest.mark.parametrize(
@@ -117,21 +181,3 @@ def test_a_set_ten_times_the_object_store_spills_nothing(store_mib: int, image_s
     assert found["spilled_mib"] == 0
     assert found["peak_store_mib"] < store_mib
     assert found["peak_driver_mib"] < 1000, "whatever the set's size"
-
-
-def test_copies_are_the_callers_own_for_as_long_as_anything_looks_at_them() -> None:
-    rows = PAGED_BYTES // 8
-    pages = _Pages(2 * PAGED_BYTES)
-    held = [pages.copy(np.full((2, rows // 2), number, np.int64)) for number in range(3)]
-    views = [copy[1, 3:5] for copy in held]
-    del held
-    for more in range(2 * FREE_PAGES):  # were the pages free, these would take them
-        pages.copy(np.full(rows + 8192 * more, 99, np.int64))
-    assert [view.tolist() for view in views] == [[0, 0], [1, 1], [2, 2]]
-    del views
-    again = pages.copy(np.full(rows, 7, np.int64))
-    assert (again == 7).all() and again.flags.writeable
-    others = [pages.copy(np.full(rows + more, more, np.int64)) for more in range(2 * FREE_PAGES)]
-    assert [int(other[-1]) for other in others] == list(range(2 * FREE_PAGES))
-    del others
-    assert len(pages._free) == FREE_PAGES, "some are kept, of whatever size, and no more"

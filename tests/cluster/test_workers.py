@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from cluster import capacity, workers
+from cluster import workers
 from cluster.actor import is_device_error
 from cluster.workers import ItemsFailed, Pool, map_items, pool
 from tests.cluster.timed_actors import Clock, TimedActor
@@ -308,21 +308,6 @@ def test_a_killed_worker_loses_nothing_and_a_bad_item_is_named(ray_session: None
 def test_the_job_ends_if_no_worker_can_be_made(ray_session: None) -> None:
     with pytest.raises(RuntimeError, match="could not be made: FileNotFoundError: no weights there"):
         list(map_items(make_nothing, range(3), num_workers=2))
-
-
-@pytest.mark.ray
-def test_what_no_node_can_hold_is_refused_or_waited_for_in_the_log(
-    ray_session: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    with pytest.raises(ValueError, match=r"0\.5 CPUs and 1 GPUs on one node, and the largest .* has 4 CPUs and 0 GPUs"):
-        list(map_items(make_nothing, range(3), num_workers=1, num_cpus=0.5, num_gpus=1))
-    monkeypatch.setattr(capacity, "_may_grow", lambda: True)
-    monkeypatch.setattr(capacity, "WAIT_SECONDS", 0.05)
-    with pool(make_nothing, 2, num_cpus=100):
-        while not caplog.records:
-            time.sleep(0.05)
-    assert "waiting for 2 of 2 workers: each needs 100 CPUs and 0 GPUs on one node, " in caplog.records[0].message
-    assert "of 4 CPUs are free" in caplog.records[0].message
 
 
 class Task(NamedTuple):

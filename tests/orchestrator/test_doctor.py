@@ -13,7 +13,7 @@ from cluster.nodes import Node
 from orchestrator import doctor, storage
 from orchestrator.doctor import DoctorConfig, Examination, Finding
 
-HEAD, WORKER = Node("aaaaaaaa", "10.0.0.1", True, 0, 0), Node("bbbbbbbb", "10.0.0.2", False, 8, 8)
+HEAD, WORKER = Node("aaaaaaaa", "10.0.0.1", True, {}), Node("bbbbbbbb", "10.0.0.2", False, {"CPU": 8, "GPU": 8})
 
 
 def driver(folder: Path, monkeypatch: pytest.MonkeyPatch, usable: int | None) -> None:
@@ -42,7 +42,7 @@ def test_gpus(
     counted: int, usable: int | None, level: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver(tmp_path, monkeypatch, usable)
-    found = doctor._gpus(replace(WORKER, gpus=counted))
+    found = doctor._gpus(replace(WORKER, resources={"CPU": 8, "GPU": counted}))
     assert (found.check, found.level) == ("GPU", level) and words in found.words
 
 
@@ -116,7 +116,7 @@ def test_what_differs_between_nodes_is_named() -> None:
 def test_a_head_among_others_should_hold_no_work() -> None:
     assert doctor._roles([HEAD]) == []
     assert [found.level for found in doctor._roles([HEAD, WORKER])] == ["ok"]
-    [found] = doctor._roles([replace(HEAD, gpus=8), WORKER])
+    [found] = doctor._roles([replace(HEAD, resources={"GPU": 8}), WORKER])
     assert found.level == "warning" and "0 CPUs and 8 GPUs" in found.words
 
 

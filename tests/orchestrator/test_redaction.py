@@ -1,12 +1,18 @@
 """A canary in every variable and argument that can hold a secret is seen nowhere."""
 
+import io
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from orchestrator import redaction
-from orchestrator.redaction import MASK, redact, redact_logs, redact_patterns, redact_tree
+from orchestrator.redaction import MASK, redact, redact_output, redact_patterns, redact_tree
 
+ROOT = Path(__file__).resolve().parents[2]
 CANARY = "canary-5f3a/9c+xyz"
 VARIABLES = [
     "MLFLOW_TRACKING_PASSWORD",
@@ -14,7 +20,10 @@ VARIABLES = [
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
+    "AWS_SECURITY_TOKEN",
+    "AWS_BEARER_TOKEN_BEDROCK",
     "AWS_CONTAINER_AUTHORIZATION_TOKEN",
+    "MLFLOW_FLASK_SERVER_SECRET_KEY",
     "HF_TOKEN",
     "RAY_AUTH_TOKEN",
     "PGPASSWORD",
@@ -75,13 +84,38 @@ def test_what_is_no_secret_stays(text: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_log_lines(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     factory = logging.getLogRecordFactory()
     monkeypatch.setenv("HF_TOKEN", CANARY)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(redaction.sys, name, io.StringIO())
     try:
-        redact_logs()
-        redact_logs()
+        redact_output()
+        redact_output()
         logging.getLogger("someone.else").warning("denied: %s at %s", CANARY, "http://u:p@host")
     finally:
         logging.setLogRecordFactory(factory)
     assert caplog.messages == [f"denied: {MASK} at http://{MASK}@host"]
+
+
+PROGRAM = """
+import os, sys, warnings
+from orchestrator.redaction import redact_output
+redact_output()
+secret = os.environ["AWS_BEARER_TOKEN_BEDROCK"]
+print("printed", secret, "https://me:canary@host/x")
+warnings.warn(f"warned of {secret}")
+sys.stderr.write(f"written {secret}\\n")
+raise RuntimeError(f"raised with {secret}")
+"""
+
+
+def test_whatever_a_process_prints() -> None:
+    """Also tracebacks, which the interpreter itself writes."""
+    command = [sys.executable, "-c", PROGRAM]
+    environment = os.environ | {"AWS_BEARER_TOKEN_BEDROCK": CANARY}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    said = done.stdout + done.stderr
+    assert "canary" not in said
+    for words in ("printed ***", "://***@host", "warned of ***", "written ***", "RuntimeError: raised with ***"):
+        assert words in said
 
 
 def test_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:

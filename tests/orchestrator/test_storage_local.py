@@ -167,6 +167,13 @@ def test_only_hidden_parts_are_hidden(tmp_path: Path) -> None:
     assert storage.list_names(str(tmp_path)) == ["volume.part"]
 
 
+@pytest.mark.parametrize("uri", ["https://someone:canary@host/x", "memory://a:canary@b"])
+def test_a_password_in_a_uri_is_refused_and_not_shown(uri: str) -> None:
+    with pytest.raises(ValueError, match="was given with a password") as refused:
+        storage.exists(uri)
+    assert "ary@" not in str(refused.value)
+
+
 @pytest.mark.parametrize("uri", ["file://runs", "file:runs", "file://localhost/runs"])
 def test_a_relative_file_uri_is_refused(uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)

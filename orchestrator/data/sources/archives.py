@@ -27,6 +27,7 @@ _HEADER_BYTES = 64 << 10  # fetched at a time where members are large and only h
 _SCAN_BYTES = 8 << 20  # where they are images: reading through is faster than a request for each header
 _SIDECAR_BYTES = 1 << 20  # of a .cls or .json beside an image, at most
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of a member of a zip
+_BATCH = 1 << 14  # files that are Python objects at a time
 _MEMBER_BYTES = 1 << 30  # of an unpacked image, at most
 _PEEK = 64  # members that tell what a tar holds
 _HIDDEN = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"}
@@ -80,6 +81,15 @@ class Tree:
         for piece in self.pieces:
             yield from files_of(piece)
 
+    def drain(self) -> Iterator[File]:
+        """Yield all files and forget them, so that 14 million names are not held beside what is made of them."""
+        while self.pieces:
+            piece = self.pieces.pop(0)
+            batches = piece.members.to_batches(max_chunksize=_BATCH)[::-1]
+            piece.members = MEMBERS.empty_table()
+            while batches:
+                yield from _files(piece, batches.pop())
+
     def read(self, file: File) -> bytes:
         """Return the content of a file."""
         return read_ranges(self.uri, [storage.Range(file.object or file.name, file.start, file.size)])[0]
@@ -87,9 +97,13 @@ class Tree:
 
 def files_of(piece: Piece) -> Iterator[File]:
     """Yield the files of one piece."""
-    for batch in piece.members.to_batches(max_chunksize=1 << 14):
-        for name, start, size, sidecar in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            yield File(piece.prefix + name, piece.object, start or 0, size, sidecar)
+    for batch in piece.members.to_batches(max_chunksize=_BATCH):
+        yield from _files(piece, batch)
+
+
+def _files(piece: Piece, batch: pa.RecordBatch) -> Iterator[File]:
+    for name, start, size, sidecar in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+        yield File(piece.prefix + name, piece.object, start or 0, size, sidecar)
 
 
 def is_hidden(name: str) -> bool:
@@ -145,8 +159,8 @@ def first_members(listing: Listing) -> Tree:
 
 
 def _names(listing: Listing) -> Iterator[str]:
-    for begin in range(0, len(listing.names), 1 << 16):
-        yield from listing.names[begin : begin + (1 << 16)].to_pylist()
+    for chunk in listing.names.chunks:
+        yield from chunk.to_pylist()
 
 
 def _loose(listing: Listing, without_archives: bool) -> pa.Table:

@@ -289,7 +289,7 @@ def kaggle_files_above(uri: str) -> list[tuple[str, bytes]]:
 
 def _check_flat(tree: Tree) -> None:
     """Raise ValueError unless every image has <class>_ before the rest of its name."""
-    odd = [file.name for file in _images(tree) if "_" not in file.name.rpartition("/")[2]]
+    odd = [file.name for file in _images(tree.files()) if "_" not in file.name.rpartition("/")[2]]
     if odd:
         raise ValueError(
             f"--source {tree.named}: {len(odd)} images have no class: they lie in no class folder, and no class and _ "
@@ -298,8 +298,8 @@ def _check_flat(tree: Tree) -> None:
         )
 
 
-def _images(tree: Tree) -> Iterator[File]:
-    return (file for file in tree.files() if not is_hidden(file.name) and is_image(file.name))
+def _images(files: Iterator[File]) -> Iterator[File]:
+    return (file for file in files if not is_hidden(file.name) and is_image(file.name))
 
 
 def _entries(
@@ -308,12 +308,12 @@ def _entries(
     places: dict[str, tuple[str, str]],
     chosen: dict[str, tuple[LabelMap, str]],
 ) -> Iterator[Entry]:
-    """Yield the images, and note what is odd about their labels."""
+    """Yield the images, which empties the tree, and note what is odd about their labels."""
     numbered = Counter[str]()  # images of each split that were labelled by their place
     classes, strangers = {name for _, name in places.values()}, list[str]()
     if chosen:
         reading.classes = next((labels.classes for labels, _ in chosen.values()), None)
-    for file in _images(tree):
+    for file in _images(tree.drain()):
         folder, _, name = file.name.rpartition("/")
         split, label = places[folder]
         if split == OUT:

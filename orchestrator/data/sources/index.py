@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -67,14 +67,14 @@ class Listing:
 
     named: str  # the source as the user names it: a folder or an object
     uri: str  # the folder
-    names: pa.LargeStringArray
+    names: pa.ChunkedArray  # of large strings
     sizes: np.ndarray
 
     def digest(self) -> str:
         """Return one hash of names and sizes: another one means another source."""
         joined = hashlib.sha256(self.sizes.tobytes())
-        for batch in range(0, len(self.names), _CHUNK):
-            joined.update("\0".join(self.names[batch : batch + _CHUNK].to_pylist()).encode())
+        for begin in range(0, len(self.names), _CHUNK):
+            joined.update("\0".join(self.names[begin : begin + _CHUNK].to_pylist()).encode())
         return joined.hexdigest()
 
     def matching(self, pattern: str) -> list[str]:
@@ -102,19 +102,25 @@ def list_source(uri: str) -> Listing:
         raise FileNotFoundError(f"--source {uri} does not exist") from error
     if size is not None:
         folder, name = uri.rsplit("/", 1)
-        return Listing(uri, folder, pa.array([name], pa.large_string()), np.array([size], np.int64))
-    names, sizes = [pa.array([], pa.large_string())], [np.array([], np.int64)]
+        return Listing(uri, folder, _chunked([[name]]), np.array([size], np.int64))
+    names, sizes = list[pa.Array](), [np.array([], np.int64)]
     files = (file for folder in storage.list_tree(uri) for file in folder)
     while some := list(islice(files, _CHUNK)):
         names.append(pa.array([name for name, _ in some], pa.large_string()))
         sizes.append(np.array([size for _, size in some], np.int64))
-    found = pa.concat_arrays(names)
+    found = _chunked(names).combine_chunks()
     names.clear()
     order = pc.sort_indices(found)
-    listing = Listing(uri, uri.rstrip("/"), found.take(order), np.concatenate(sizes)[order.to_numpy()])
-    del found
+    in_order = _chunked([found.take(order[begin : begin + _CHUNK]) for begin in range(0, len(order), _CHUNK)])
+    listing = Listing(uri, uri.rstrip("/"), in_order, np.concatenate(sizes)[order.to_numpy()])
+    del found, order
     pa.default_memory_pool().release_unused()  # else what sorting took stays with this process
     return listing
+
+
+def _chunked(parts: list[Any]) -> pa.ChunkedArray:
+    """Return names in parts, each of which can be forgotten by itself."""
+    return pa.chunked_array(parts, pa.large_string())
 
 
 # ------------------------------------------------------------------------------------------------------------- source
@@ -172,7 +178,7 @@ def make_source(reading: Reading, listing: Listing) -> Source:
         ValueError: there are no images, or their labels are no classes.
     """
     digest, size = listing.digest(), int(listing.sizes.sum())
-    listing.names, listing.sizes = pa.array([], pa.large_string()), np.array([], np.int64)
+    listing.names, listing.sizes = _chunked([]), np.array([], np.int64)
     names, index = _pack(reading.entries)
     if not len(index):
         raise ValueError(f"--source {reading.named} holds no images")

@@ -1,0 +1,59 @@
+"""Memory and time of indexing a source of many images in one process. Run by hand:
+
+    python -m tests.benchmarks.index_memory [--classes 21841] [--images 640]
+
+Lists class folders with the names of ImageNet-21k that nowhere exist, reads them as a source, and prints the peak of
+resident memory beside what the process held before.
+"""
+
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from unittest import mock
+
+import tyro
+
+from orchestrator import storage
+from orchestrator.data.sources import Choices, list_source, read_source
+
+PERMUTED = 7919  # a prime: folders come in no order, as from a file system
+
+
+@dataclass(frozen=True)
+class Options:
+    """How much is listed."""
+
+    classes: int = 21_841  # folders
+    images: int = 640  # in each folder
+
+
+def main(options: Options) -> None:
+    """List, index, and print what it took."""
+
+    def list_tree(uri: str) -> Iterator[list[tuple[str, int]]]:
+        for number in range(options.classes):
+            name = f"n{number * PERMUTED % options.classes:08d}"
+            yield [(f"{name}/{name}_{image}.JPEG", 100_000 + image) for image in range(options.images)]
+
+    before, begun = _peak_mib(), time.monotonic()
+    with (
+        mock.patch.object(storage, "list_tree", list_tree),
+        mock.patch.object(storage, "size_of", lambda uri: None),
+    ):
+        listing = list_source("/nowhere")
+        listed = _peak_mib()
+        source = read_source(listing, Choices(), num_workers=0)
+    print(
+        f"{len(source.index):,} images of {len(source.classes):,} classes in {time.monotonic() - begun:.0f} s: "
+        f"peak {_peak_mib():,.0f} MiB, {listed:,.0f} when they were listed, {before:,.0f} before; "
+        f"the index itself {source.index.nbytes / 2**20:,.0f} MiB"
+    )
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,64 @@
+"""The folder of the local cluster, which holds tokens: only its owner may look into it."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from cluster import local
+from cluster.local import LocalCluster, make_private, write_private
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_the_default_folder_is_the_users_own_and_short_enough_for_rays_sockets() -> None:
+    assert local.FOLDER.is_relative_to(Path.home())
+    longest = "ray/session_2026-11-29_12-00-00_123456_1234567/sockets/plasma_store.1"
+    assert len(str(Path("/home/a-long-name") / ".admiral/cluster" / longest)) <= 107
+
+
+def test_a_folder_is_closed_to_others_however_it_was_before(tmp_path: Path) -> None:
+    make_private(new := tmp_path / "a" / "b")
+    (old := tmp_path / "open").mkdir(mode=0o777)
+    old.chmod(0o777)
+    make_private(old)
+    assert mode(new) == mode(old) == 0o700
+
+
+@pytest.mark.parametrize("action", ["start", "stop"])
+def test_a_link_or_a_folder_of_another_user_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "environment").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    with pytest.raises(RuntimeError, match="link must be a folder of the user"):
+        getattr(LocalCluster(tmp_path / "link"), action)()
+    me = os.geteuid()
+    monkeypatch.setattr(local.os, "geteuid", lambda: me + 1)
+    with pytest.raises(RuntimeError, match="other must be a folder of the user"):
+        getattr(LocalCluster(tmp_path / "other"), action)()
+    assert (tmp_path / "other" / "environment").exists(), "nothing of theirs is removed"
+
+
+def test_a_file_of_tokens_is_the_owners_also_where_a_wider_one_was(tmp_path: Path) -> None:
+    path = tmp_path / "environment"
+    path.touch(mode=0o666)
+    path.chmod(0o666)
+    with path.open() as held_open:
+        write_private(path, "export TOKEN=canary")
+        assert held_open.read() == ""
+    assert mode(path) == 0o600 and path.read_text() == "export TOKEN=canary"
+
+
+def test_stopping_removes_what_the_link_to_the_database_points_to(tmp_path: Path) -> None:
+    folder, database = tmp_path / "cluster", tmp_path / "database"
+    (database / "data").mkdir(parents=True)
+    (folder / "logs").mkdir(parents=True)
+    (folder / "environment").touch()
+    (folder / "postgresql").symlink_to(database)
+    assert LocalCluster(folder).stop() == 0
+    assert [path.name for path in folder.iterdir()] == ["logs"] and not database.exists()

@@ -1,0 +1,55 @@
+"""Canaries in each variable and address that can hold a secret are in nothing that a job prints or writes."""
+
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from tests import servers
+from tests.small_world import HERE, run
+
+STORE = "memory://canary-store@host/store"  # a place with a token in it; one with a password is refused
+ENVIRONMENT = {
+    "ADMIRAL_STORE": STORE,
+    "AWS_ACCESS_KEY_ID": "canary-access",
+    "AWS_SECRET_ACCESS_KEY": "canary-secret",
+    "AWS_SECURITY_TOKEN": "canary-security",
+    "AWS_BEARER_TOKEN_BEDROCK": "canary-bearer",
+    "AWS_ENDPOINT_URL": "https://key:canary-endpoint@host:9000",
+    "HF_TOKEN": "canary-hugging-face",
+    "MLFLOW_TRACKING_PASSWORD": "canary-tracking",
+    "HTTPS_PROXY": "http://user:canary-proxy@proxy:3128",
+}
+SHORT = ["--total-images", "128", "--batch-size", "32", *HERE]
+STEPS = [
+    ("prepare_dataset", []),
+    ("train_adm", ["--checkpoint-every", "128", *SHORT]),
+    ("train_classifier", SHORT),
+    ("generate_samples", ["--num-samples", "8", "--batch-size", "8", "--sampler.num-steps", "2", *HERE]),
+    ("evaluate_samples", ["--num-memorization-samples", "4", *HERE]),
+    (
+        "tune_guidance",
+        ["--space.num-steps", "2", "3", "--rungs", "64", "128", "--trials", "2", "--round-size", "2", *HERE],
+    ),
+    ("average_weights", []),
+]
+NAMES_PLACES = "index.json"  # from which the shards are read
+
+
+@pytest.mark.slow
+def test_whatever_the_jobs_print_and_write(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tracking = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    files = fsspec.filesystem("memory")
+    with servers.environment(**ENVIRONMENT, **tracking):
+        for job, arguments in STEPS:
+            run(job, ["digits", *arguments])
+        with pytest.raises(SystemExit):
+            run("prepare_dataset", ["digits", "--store", "memory://someone:canary-word@host/store"])
+        with pytest.raises(SystemExit):
+            run("train_adm", ["digits", "--dataset", "https://someone:canary-word@host/x"])
+    said = capfd.readouterr()
+    seen = {"stdout": said.out.encode(), "stderr": said.err.encode()}
+    seen |= {path: files.cat_file(path) for path in files.find("/") if not path.endswith(NAMES_PLACES)}
+    seen |= {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(seen) > 40, "there was something to search"
+    assert not [place for place, content in seen.items() if b"canary" in content]
