@@ -31,8 +31,8 @@ def run_rounds(
     """Do the tasks of each round, each as a step of its trial, and ask for the next round when all are done.
 
     A trial is a trial of Ray Tune: `evaluate` returns what it reports. Between two of its tasks it is paused, without
-    a checkpoint, since what a task leaves lies on storage. It runs on this process's node and reserves no CPU: it asks a
-    shared pool for what costs. One whose process dies does its task again. Call `done` in this process for each task.
+    a checkpoint, since what a task leaves lies on storage. It runs on this process's node and reserves no CPU: it asks
+    a shared pool for what costs. One whose process dies does its task again. Call `done` in this process for each task.
 
     `rounds` runs in this process and holds all state; nothing of Tune's is kept. So the order in which tasks end plays
     no part, and an interrupted search goes on from its own records.

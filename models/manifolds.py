@@ -2,38 +2,33 @@
 
 Pairs of samples and reference rows are shared out by a `Run`, in this process or on a pool; the numbers are the same
 to the bit. As in `models.metrics`, the reference is fixed and only the samples are random. A metric that is a mean over
-samples has the interval of a mean; one that depends on the set of samples (recall, coverage) has one from random
-halves.
+samples has the interval of a mean. One that depends on the set of samples (recall, coverage) has the jackknife's: each
+sample counts by what would be lost without it, which errs on the safe side (Efron & Stein 1981).
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from models.metrics import Z95, Array, Estimate, check_features, mean_estimate, proportion_estimate
+from models.metrics import Array, Estimate, Strata, check_features, mean_estimate, proportion_estimate, score_estimate
 from models.neighbours import (
-    SPARE,
-    Block,
     Indices,
     Mask,
     Neighbours,
     Shortlist,
     bounded_squares,
-    list_length,
-    measured,
     nearest,
+    own_neighbours,
     own_shortlist,
     pairs_in_balls,
     shares,
     squared_radii,
 )
 
-NUM_HALVES = 50  # random halves behind the interval of a metric of the whole set
 OPENAI_BLOCK = 10_000  # rows and columns of one block in the published evaluator
 
 # Does step(reference, samples, *task) for every task, and answers in any order.
@@ -48,6 +43,8 @@ class Manifolds:
     recall: Estimate
     density: Estimate
     coverage: Estimate
+    clipped_density: Estimate
+    clipped_coverage: Estimate
 
 
 def here(reference: Array, samples: Array) -> Run:
@@ -55,18 +52,34 @@ def here(reference: Array, samples: Array) -> Run:
     return lambda step, tasks: (step(reference, samples, *task) for task in tasks)
 
 
-def manifolds(reference: Array, samples: Array, k: int = 3, strict_k: int = 5, run: Run | None = None) -> Manifolds:
-    """`precision_recall` (of k neighbours) and `density_coverage` (of strict_k), from one pass over all pairs."""
+def manifolds(
+    reference: Array, samples: Array, k: int = 3, strict_k: int = 5, run: Run | None = None, strata: Strata = None
+) -> Manifolds:
+    """`precision_recall` (of k neighbours) of all rows, and `density_coverage` (of strict_k) at equal counts.
+
+    Coverage saturates where samples outnumber the reference, so the larger set is cut to the size of the smaller one,
+    by a fixed seed and in each class to its share.
+    """
     check_features(reference, samples)
-    run = run or here(reference, samples)
-    radii = _own_neighbours(reference, max(k, strict_k), run).squared
-    fidelity = _Fidelity.of(samples, radii[:, k - 1], k, run)
-    density = _Density.of(radii[:, strict_k - 1], strict_k, _random_halves(len(samples), strict_k))
-    fidelity_shares, density_shares = _count(reference, samples, [fidelity, density], run)
-    return Manifolds(*_Fidelity.estimates(fidelity_shares), *_Density.estimates(density_shares))
+    fidelity = precision_recall(reference, samples, k, run, strata)
+    rng, count = np.random.default_rng([len(reference), len(samples)]), min(len(reference), len(samples))
+    if len(reference) > count:
+        reference = reference[_drawn(rng, len(reference), count, None)]
+    if len(samples) > count:
+        rows = _drawn(rng, len(samples), count, strata)
+        samples, strata = samples[rows], None if strata is None else strata[rows]
+    return Manifolds(*fidelity, *density_coverage(reference, samples, strict_k, strata))
 
 
-def precision_recall(reference: Array, samples: Array, k: int = 3, run: Run | None = None) -> tuple[Estimate, Estimate]:
+def _drawn(rng: np.random.Generator, n: int, count: int, strata: Strata) -> Indices:
+    """Sorted rows, `count` of n at random; with strata of each class its share."""
+    order = rng.permutation(n) if strata is None else np.lexsort((rng.random(n), strata))
+    return np.sort(order[np.floor((np.arange(count) + rng.random()) * (n / count)).astype(np.int64)])
+
+
+def precision_recall(
+    reference: Array, samples: Array, k: int = 3, run: Run | None = None, strata: Strata = None
+) -> tuple[Estimate, Estimate]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1-2): in this order, each with its interval.
 
     Precision: the share of samples [N, D] inside a ball around a reference row [M, D] that reaches to its
@@ -74,149 +87,130 @@ def precision_recall(reference: Array, samples: Array, k: int = 3, run: Run | No
     have high precision and low recall. Raises ValueError where a set has not more than k rows.
     """
     check_features(reference, samples)
-    run = run or here(reference, samples)
-    fidelity = _Fidelity.of(samples, _own_neighbours(reference, k, run).squared[:, -1], k, run)
-    return _Fidelity.estimates(_count(reference, samples, [fidelity], run)[0])
+    run, (n, m) = run or here(reference, samples), (len(samples), len(reference))
+    real_radii, radii = (_shared_neighbours((reference, samples)[i], k, run, i).squared[:, -1] for i in (0, 1))
+    found = sorted(run(_fidelity_step, [(real_radii, radii[rows], rows) for rows in shares(n, m)]), key=lambda f: f[0])
+    precision = proportion_estimate(np.concatenate([precise for _, precise, _, _ in found]), strata)
+    holders, last = sum(held for *_, held, _ in found), sum(index for *_, index in found)
+    alone = np.bincount(last[holders == 1], minlength=n)  # reference rows that only this sample recalls
+    recall = _set_estimate(float((holders > 0).mean()), alone / m, strata)
+    return (
+        replace(precision, n_reference=m).noted(_copies("reference", real_radii, k)),
+        replace(recall, n_reference=m).noted(_copies("sample", radii, k)),
+    )
 
 
-def density_coverage(reference: Array, samples: Array, k: int = 5, run: Run | None = None) -> tuple[Estimate, Estimate]:
-    """Density and coverage (Naeem et al. 2020, eq. 4-5), with the strict comparison of their code.
-
-    Density: in how many of the reference's k-neighbour balls a sample lies, over k; it can exceed 1.
-    Coverage: the share of those balls that hold a sample.
-    """
-    check_features(reference, samples)
-    run = run or here(reference, samples)
-    radii = _own_neighbours(reference, k, run).squared[:, -1]
-    density = _Density.of(radii, k, _random_halves(len(samples), k))
-    return _Density.estimates(_count(reference, samples, [density], run)[0])
-
-
-def _own_neighbours(reference: Array, k: int, run: Run) -> Neighbours:
-    kept = list_length(len(reference), k, k + SPARE)
-    return measured(reference, reference, _shared_shortlist(reference, kept, run, 0), k, own=True)
-
-
-def _shared_shortlist(features: Array, kept: int, run: Run, which: int) -> Shortlist:
-    """`own_shortlist` of the reference (which = 0) or the samples (1), its rows shared out."""
-    tasks = [(which, kept, share) for share in shares(len(features), len(features))]
-    shortlist = Shortlist.empty(len(features), kept)
-    for begin, part in run(_shortlist_step, tasks):
-        shortlist.merge(slice(begin, None), part)
-    return shortlist
-
-
-def _shortlist_step(reference: Array, samples: Array, which: int, kept: int, share: slice) -> tuple[int, Shortlist]:
-    return share.start, own_shortlist((reference, samples)[which], kept, share)
-
-
-class _Count(Protocol):
-    """What a pass over all pairs of samples and reference rows adds up, for all samples or a share of them."""
-
-    def share(self, rows: slice) -> "_Count": ...
-
-    def add(self, reference: Array, samples: Array, block: Block, rows: slice) -> None: ...
-
-
-def _count(reference: Array, samples: Array, counts: "Sequence[_Fidelity | _Density]", run: Run) -> list[list[Any]]:
-    """For each of the counts its shares, filled, in the order of their rows."""
-    tasks = [([count.share(rows) for count in counts], rows) for rows in shares(len(samples), len(reference))]
-    answers = sorted(run(_count_step, tasks), key=lambda answer: answer[0])
-    return [list(parts) for parts in zip(*(counts for _, counts in answers), strict=True)]
-
-
-def _count_step(reference: Array, samples: Array, counts: "list[_Count]", share: slice) -> tuple[int, "list[_Count]"]:
-    counts = [count.share(slice(None)) for count in counts]  # afresh: what came from a pool's driver is read-only
+def _fidelity_step(
+    reference: Array, samples: Array, real_radii: Array, radii: Array, share: slice
+) -> tuple[int, Mask, Indices, Indices]:
+    """Which samples of the share lie in balls of the reference; of each reference row how many balls of these samples
+    hold it, and the sum of their indices."""
+    precise, holders, indices = np.zeros(len(radii), np.bool_), *np.zeros((2, len(reference)), np.int64)
     for block in bounded_squares(samples, reference, share=share):
         rows = slice(block.rows.start - share.start, block.rows.stop - share.start)
-        for count in counts:
-            count.add(reference, samples, block, rows)
-    return share.start, counts
+        inside, _ = pairs_in_balls(samples, reference, block, real_radii)
+        precise[rows][inside] = True
+        inside, by = pairs_in_balls(reference, samples, block.transposed, radii[rows])
+        holders += np.bincount(inside, minlength=len(reference))
+        np.add.at(indices, inside, by + block.rows.start)
+    return share.start, precise, holders, indices
 
 
-@dataclass(frozen=True)
-class _Fidelity:
-    """Which samples lie in balls of the reference, and which reference rows in balls of samples or of half of them."""
+def density_coverage(
+    reference: Array, samples: Array, k: int = 5, strata: Strata = None
+) -> tuple[Estimate, Estimate, Estimate, Estimate]:
+    """Density and coverage (Naeem et al. 2020, eq. 4-5, strict as in their code), then both clipped.
 
-    real_radii: Array  # [M] squared, as all radii here
-    radii: Array  # [N]
-    half_radii: NDArray[np.float32]  # [H, N] within each half, -inf for samples outside it; roughly rounded
-    precise: Mask  # [N]
-    recalled: Mask  # [M]
-    recalled_by: Mask  # [H, M]
+    Density: in how many of the reference's k-neighbour balls a sample lies, over k; it can exceed 1. Coverage: the
+    share of those balls that hold a sample. Clipped (Salvy, Talbot & Thirion 2026): no sample counts for more than k
+    balls and no ball is wider than the median, relative to what the reference's own rows score; and up to k samples
+    count in each ball, read as the share of good samples that covers as much.
+    """
+    check_features(reference, samples)
+    n, m, own = len(samples), len(reference), nearest(reference, reference, k)
+    radii = own.squared[:, -1]
+    clipped = np.minimum(radii, np.median(radii))
+    counts, narrow, held = np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(m, np.int64)
+    pairs = []  # sample and ball, as far as a ball holds few
+    for block in bounded_squares(samples, reference):
+        rows, balls = pairs_in_balls(samples, reference, block, radii, strict=True)
+        counts[block.rows] = np.bincount(rows, minlength=len(block.lower))
+        few = held[balls] <= k
+        pairs.append(np.stack([rows[few] + block.rows.start, balls[few]]))
+        held += np.bincount(balls, minlength=m)
+        rows, _ = pairs_in_balls(samples, reference, block, clipped)
+        narrow[block.rows] = np.bincount(rows, minlength=len(block.lower))
+    at, balls = np.concatenate(pairs, axis=1)
+    lost = (np.bincount(at[held[balls] <= most], minlength=n) / m for most in (1, k))  # without each sample
+    perfect = np.bincount(own.index[own.squared <= clipped[:, None]], minlength=m).clip(max=k).mean() / k
+    estimates = (
+        _same_for_all(mean_estimate(counts / k, strata=strata)),
+        _set_estimate(float((held > 0).mean()), next(lost), strata),
+        _same_for_all(mean_estimate(narrow.clip(max=k) / k / max(perfect, 1e-12), strata=strata)),
+        _set_estimate(float(held.clip(max=k).mean()) / k, next(lost) / k, strata),
+    )
+    good = _coverage_by_good(n, m, k) if m > k + 1 else np.linspace(0, 1, n + 1)
+    density, coverage, narrow_density, full = (
+        replace(e, n_reference=m).noted(_copies("reference", radii, k)) for e in estimates
+    )
+    return (
+        density,
+        coverage,
+        _mapped(narrow_density, lambda x: min(x, 1.0)),
+        _mapped(full, lambda x: float(np.searchsorted(good, x - 1e-12)) / (n + 1)),
+    )
 
-    @classmethod
-    def of(cls, samples: Array, real_radii: Array, k: int, run: Run) -> "_Fidelity":
-        """The balls of all samples, with nothing counted."""
-        n = len(samples)
-        shortlist = _shared_shortlist(samples, list_length(n, k, 4 * k + 16), run, 1)
-        radii = measured(samples, samples, shortlist, k, own=True).squared[:, -1]
-        half_radii = _radii_of_halves(samples, shortlist, k, _random_halves(n, k))
-        return cls._empty(real_radii, radii, half_radii)
 
-    @classmethod
-    def _empty(cls, real_radii: Array, radii: Array, half_radii: NDArray[np.float32]) -> "_Fidelity":
-        n, m, halves = len(radii), len(real_radii), len(half_radii)
-        nothing = (np.zeros(shape, np.bool_) for shape in (n, m, (halves, m)))
-        return cls(real_radii, radii, half_radii, *nothing)
+def _coverage_by_good(n: int, m: int, k: int) -> Array:
+    """[n + 1] expected clipped coverage of m balls by n samples of which 0 to n are as good as reference rows.
 
-    def share(self, rows: slice) -> "_Fidelity":
-        return self._empty(self.real_radii, self.radii[rows], self.half_radii[:, rows])
-
-    def add(self, reference: Array, samples: Array, block: Block, rows: slice) -> None:
-        inside, _ = pairs_in_balls(samples, reference, block, self.real_radii)
-        self.precise[rows][inside] = True
-        recalled, _ = pairs_in_balls(reference, samples, block.transposed, self.radii[rows])
-        self.recalled[recalled] = True
-        _recall_by_halves(self.recalled_by, block, self.half_radii[:, rows])
-
-    @staticmethod
-    def estimates(shares: "list[_Fidelity]") -> tuple[Estimate, Estimate]:
-        """Precision and recall."""
-        precise = np.concatenate([share.precise for share in shares])
-        recalled = np.any([share.recalled for share in shares], axis=0)
-        recalled_by = np.any([share.recalled_by for share in shares], axis=0)
-        return proportion_estimate(precise), _halves_estimate(recalled, recalled_by, len(precise))
+    A ball that reaches to the k-th of m - 1 others holds J of g good samples, where J is beta-binomial with parameters
+    k and m - k; so E min(J, k) / k = 1 - sum over j < k of (1 - j / k) P(J = j).
+    """
+    expected = np.ones(n + 1)
+    log_factorials = np.append(0.0, np.cumsum(np.log(np.arange(1, n + m))))
+    for j in range(k):
+        g = np.arange(j, n + 1)
+        log_p = log_factorials[g] - log_factorials[j] - log_factorials[g - j]
+        log_p += log_factorials[k + j - 1] + log_factorials[m + g - k - j - 1] - log_factorials[m + g - 1]
+        log_p -= log_factorials[k - 1] + log_factorials[m - k - 1] - log_factorials[m - 1]
+        expected[j:] -= (1 - j / k) * np.exp(log_p)
+    return expected
 
 
-@dataclass(frozen=True)
-class _Density:
-    """In how many balls of the reference each sample lies, and which balls hold a sample, of all or of half of them."""
+def _set_estimate(value: float, lost: Array, strata: Strata) -> Estimate:
+    """A share of the reference with the jackknife's interval, from what of it would be lost without each sample [n]."""
+    if not lost.any():
+        return Estimate(value, len(lost), note="no interval: no single sample changes it")
+    found = score_estimate(value, len(lost) * lost, strata)
+    return _mapped(found, lambda x: float(np.clip(x, 0, 1)))
 
-    k: int
-    radii: Array  # [M] squared, of the reference's balls
-    halves: Mask  # [H, N]
-    counts: Indices  # [N]
-    covered: Mask  # [M]
-    covered_by: Mask  # [H, M]
 
-    @classmethod
-    def of(cls, radii: Array, k: int, halves: Mask) -> "_Density":
-        """Nothing counted yet."""
-        num_halves, n = halves.shape
-        nothing = (np.zeros(shape, np.bool_) for shape in (len(radii), (num_halves, len(radii))))
-        return cls(k, radii, halves, np.zeros(n, np.int64), *nothing)
+def _mapped(found: Estimate, function: Callable[[float], float]) -> Estimate:
+    low, high = (None if end is None else function(end) for end in (found.low, found.high))
+    return replace(found, value=function(found.value), low=low, high=high)
 
-    def share(self, rows: slice) -> "_Density":
-        return self.of(self.radii, self.k, self.halves[:, rows])
 
-    def add(self, reference: Array, samples: Array, block: Block, rows: slice) -> None:
-        inside, balls = pairs_in_balls(samples, reference, block, self.radii, strict=True)
-        self.counts[rows] = np.bincount(inside, minlength=len(block.lower))
-        self.covered[balls] = True
-        for half, covered_by_half in zip(self.halves[:, rows], self.covered_by, strict=True):
-            covered_by_half[balls[half[inside]]] = True
+def _same_for_all(found: Estimate) -> Estimate:
+    if found.low is not None and found.low != found.high:
+        return replace(found, low=max(found.low, 0.0))
+    return Estimate(found.value, found.n, note="no interval: it is the same for every sample")
 
-    @staticmethod
-    def estimates(shares: "list[_Density]") -> tuple[Estimate, Estimate]:
-        """Density and coverage."""
-        counts = np.concatenate([share.counts for share in shares])
-        covered = np.any([share.covered for share in shares], axis=0)
-        covered_by = np.any([share.covered_by for share in shares], axis=0)
-        density = mean_estimate(counts / shares[0].k)
-        if density.low == density.high:
-            density = Estimate(density.value, density.n, note="no interval: it is the same for every sample")
-        return density, _halves_estimate(covered, covered_by, len(counts))
+
+def _copies(what: str, radii: Array, k: int) -> str:
+    """A note on balls that hold nothing but copies, of their squared radii."""
+    count = int((radii == 0).sum())
+    return f"{count:,} {what} rows have {k} or more exact copies, so their balls have no size" if count else ""
+
+
+def _shared_neighbours(features: Array, k: int, run: Run, which: int) -> Neighbours:
+    """The neighbours of each row within the reference (which = 0) or the samples (1), the work shared out."""
+    tasks = [(which, k, share) for share in shares(len(features), len(features))]
+    return own_neighbours(features, k, run(_shortlist_step, tasks))
+
+
+def _shortlist_step(reference: Array, samples: Array, which: int, k: int, share: slice) -> tuple[int, Shortlist]:
+    return share.start, own_shortlist((reference, samples)[which], k, share)
 
 
 def realism(reference: Array, samples: Array, k: int = 3, run: Run | None = None) -> Array:
@@ -227,7 +221,7 @@ def realism(reference: Array, samples: Array, k: int = 3, run: Run | None = None
     """
     check_features(reference, samples)
     run = run or here(reference, samples)
-    radii = _own_neighbours(reference, k, run).squared[:, -1]
+    radii = _shared_neighbours(reference, k, run, 0).squared[:, -1]
     if not (radii > 0).any():
         raise ValueError(f"every reference row has {k} exact copies; realism is not defined")
     found = dict(run(_realism_step, [(radii, rows) for rows in shares(len(samples), len(reference))]))
@@ -250,64 +244,11 @@ def authenticity(reference: Array, samples: Array) -> Estimate:
     return authentic_share(own.squared[:, 0], squared_radii(reference, 1)[own.index[:, 0]])
 
 
-def authentic_share(squared: Array, own_squared: Array) -> Estimate:
+def authentic_share(squared: Array, own_squared: Array, strata: Strata = None) -> Estimate:
     """AuthPct from squared distances: of each sample to its nearest reference row, of that row to its own nearest."""
-    share = proportion_estimate(squared > own_squared)
+    share = proportion_estimate(squared > own_squared, strata)
     low, high = (None if x is None else 100 * x for x in (share.low, share.high))
     return Estimate(100 * share.value, share.n, low, high)
-
-
-# --- Intervals from random halves ---------------------------------------------------------------------------
-
-
-def _random_halves(n: int, k: int) -> Mask:
-    """[H, n] random halves of n samples, each without replacement; none where they would be too few for k."""
-    rng = np.random.default_rng([n])
-    halves = np.zeros((NUM_HALVES if n >= 4 * (k + 1) else 0, n), np.bool_)
-    for half in halves:
-        half[rng.choice(n, n // 2, replace=False)] = True
-    return halves
-
-
-def _halves_estimate(hits: Mask, hits_by: Mask, n: int) -> Estimate:
-    """The share of hits [M] by all n samples; its interval from the hits [H, M] by random halves of them.
-
-    Halves of n vary around the whole as the whole varies around its mean (the jackknife that deletes n/2),
-    and hold no duplicates, which would enter each other's balls.
-    """
-    value = float(hits.mean())
-    if not len(hits_by):
-        return Estimate(value, n, note=f"no interval: n={n} samples are too few to halve")
-    spread = float(hits_by.mean(axis=1).std(ddof=1)) * float(np.sqrt((n // 2) / (n - n // 2)))
-    if spread == 0:
-        return Estimate(value, n, note="no interval: the value is the same in every random half")
-    return Estimate(value, n, max(value - Z95 * spread, 0.0), min(value + Z95 * spread, 1.0))
-
-
-def _radii_of_halves(samples: Array, shortlist: Shortlist, k: int, halves: Mask) -> NDArray[np.float32]:
-    """[H, N] squared radii to the k-th neighbour within each half, -inf for samples outside it; roughly rounded."""
-    bounds, index = shortlist.bounds.numpy(), shortlist.index.numpy()
-    radii = np.full(halves.shape, -np.inf, np.float32)
-    for half, reach in zip(halves, radii, strict=True):
-        members = np.flatnonzero(half)
-        rank = half[index[members]].cumsum(axis=1)
-        reach[members] = bounds[members, (rank >= k).argmax(axis=1)]
-        lost = members[rank[:, -1] < k]  # all but never: fewer than k of the listed neighbours are in this half
-        if len(lost):
-            reach[lost] = nearest(samples[lost], samples[half], k + 1).squared[:, -1]  # itself is the first
-    return radii
-
-
-def _recall_by_halves(recalled_by: Mask, block: Block, half_radii: NDArray[np.float32]) -> None:
-    """Marks in recalled_by [H, M] what the block's samples recall in the halves [H, b] that they belong to."""
-    if not len(half_radii):
-        return
-    widest = torch.from_numpy(half_radii.max(axis=0))
-    near = block.lower <= widest[:, None]
-    rows, columns = (i.numpy() for i in torch.nonzero(near, as_tuple=True))
-    squares = block.lower[near].numpy()
-    for radii, recalled in zip(half_radii, recalled_by, strict=True):
-        recalled[columns[squares <= radii[rows]]] = True
 
 
 # --- The published evaluator's arithmetic -------------------------------------------------------------------

@@ -1,25 +1,29 @@
-"""Statistics of features -> numbers with intervals: Frechet distance, Inception Score, kernel distance.
+"""Statistics of features -> numbers with intervals: Frechet distance, Inception Score, kernel distances.
 
 Everything is float64 and pure. Conventions that hold for the whole module:
 
 - the reference set (or its published mean and covariance) is fixed; only the samples are random;
 - a 95% interval holds the value that the same protocol, at the same n, gives on average over sets of n
-samples;
+samples; a value freed of its bias has an interval that holds the value at infinite n;
+- `strata` are the samples' labels where these are not random but balanced or given: then only the spread within
+each class is sampling error;
 - `*_scores` are one number for each sample whose mean is the metric and whose spread is its sampling error,
 so two models run on the same indices are compared by `paired_difference` of their scores;
 - nothing is bootstrapped: resampling adds the bias of these metrics a second time.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from statistics import NormalDist
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.floating]
+Strata = NDArray[np.integer] | None  # [n] classes whose counts are fixed; None = the samples are drawn independently
 T = TypeVar("T")
 
 BLOCK = 512  # rows: consecutive indices whose statistics are formed at once, whatever the shards are
@@ -28,6 +32,8 @@ Z95 = 1.959963984540054  # 97.5% point of the standard normal
 MIN_INTERVAL_RATIO = 2  # n / D at or below which the influence function of the Frechet distance is refused
 MIN_SCORED = 100  # samples below which the Inception Score has no interval
 MIN_CORRECTED_RATIO = 16  # n / D below which the bias correction leaves more bias than the interval is wide
+FAR_FROM_ORIGIN = 100  # squared length of the mean over the variance from which on the cubic kernel has a note
+HEAVY_TAIL = 0.5  # share of the variance in 1% of the samples from which on an interval is said to be too short
 
 
 @dataclass(frozen=True)
@@ -39,17 +45,46 @@ class Estimate:
     low: float | None = None
     high: float | None = None
     note: str = ""
+    n_reference: int | None = None  # reference rows behind it; None = it takes none, or a file does not say how many
+    bias: float | None = None  # how much of the value is bias at this n; None = not known
+
+    def noted(self, *notes: str) -> "Estimate":
+        """Return the same with more notes; empty ones are left out."""
+        return replace(self, note="; ".join(note for note in (self.note, *notes) if note))
 
 
-def mean_estimate(scores: Array, note: str = "") -> Estimate:
-    """The mean of scores [n] of independent samples with its normal interval. Raises ValueError for n < 2."""
+def mean_variance(scores: Array, strata: Strata = None) -> tuple[Array, int]:
+    """Return the variance of the mean of scores [n, ...] over samples, and its degrees of freedom.
+
+    With strata it is the sum over classes of w_k^2 s_k^2 / n_k, where w_k = n_k / n. A class of a single sample has
+    no spread of its own: then the samples are taken as independent, which errs on the safe side.
+    """
+    n = len(scores)
+    if strata is not None:
+        order = np.argsort(strata, kind="stable")
+        _, starts, counts = np.unique(strata[order], return_index=True, return_counts=True)
+        if counts.min() > 1:
+            in_order, weights = scores[order], counts.reshape(-1, *[1] * (scores.ndim - 1))
+            residuals = in_order - np.repeat(np.add.reduceat(in_order, starts) / weights, counts, axis=0)
+            within = np.add.reduceat(residuals**2, starts) / (weights - 1)
+            return (weights * within).sum(axis=0) / n**2, n - len(counts)
+    return scores.var(axis=0, ddof=1, dtype=np.float64) / n, n - 1
+
+
+def mean_estimate(scores: Array, note: str = "", strata: Strata = None) -> Estimate:
+    """The mean of scores [n] of independent samples with Student's interval. Raises ValueError for n < 2."""
     if scores.ndim != 1 or len(scores) < 2:
         raise ValueError(f"scores have shape {scores.shape}; an interval needs at least two of them in one axis")
     value = float(scores.mean(dtype=np.float64))
-    return _interval(value, len(scores), float(scores.var(ddof=1, dtype=np.float64)) / len(scores), note)
+    return _interval(value, len(scores), *mean_variance(scores, strata), note)
 
 
-def paired_difference(scores_a: Array, scores_b: Array) -> Estimate:
+def score_estimate(value: float, scores: Array, strata: Strata = None) -> Estimate:
+    """A value whose sampling error is that of the mean of scores [n], which is not the value itself."""
+    return _interval(value, len(scores), *mean_variance(scores, strata))
+
+
+def paired_difference(scores_a: Array, scores_b: Array, strata: Strata = None) -> Estimate:
     """Metric of a minus metric of b, from the scores [n] of the same n indices in the same order.
 
     Common noise cancels in the differences, so this resolves far more than two separate intervals do. Raises
@@ -57,29 +92,22 @@ def paired_difference(scores_a: Array, scores_b: Array) -> Estimate:
     """
     if scores_a.shape != scores_b.shape:
         raise ValueError(f"paired scores must cover the same indices: shapes {scores_a.shape}, {scores_b.shape}")
-    return mean_estimate(np.asarray(scores_a, np.float64) - np.asarray(scores_b, np.float64))
+    return mean_estimate(np.asarray(scores_a, np.float64) - np.asarray(scores_b, np.float64), strata=strata)
 
 
-def proportion_estimate(hits: NDArray[np.bool_]) -> Estimate:
-    """The share of hits [n] with Wilson's score interval, which holds near 0 and 1 too (Wilson 1927)."""
+def proportion_estimate(hits: NDArray[np.bool_], strata: Strata = None) -> Estimate:
+    """The share of hits [n] with Wilson's score interval, which holds near 0 and 1 too (Wilson 1927).
+
+    With strata it is Wilson's for as many independent samples as would have the same variance.
+    """
     n, p = len(hits), float(hits.mean())
-    centre, half = p + Z95**2 / (2 * n), Z95 * np.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
-    scale = 1 + Z95**2 / n
+    size = float(n)
+    if strata is not None and 0 < p < 1 and (variance := float(mean_variance(hits.astype(np.float64), strata)[0])) > 0:
+        size = max(p * (1 - p) / variance, size)
+    centre, half = p + Z95**2 / (2 * size), Z95 * np.sqrt(p * (1 - p) / size + Z95**2 / (4 * size**2))
+    scale = 1 + Z95**2 / size
     low, high = float((centre - half) / scale), float((centre + half) / scale)
     return Estimate(p, n, min(low, p), max(high, p))  # rounding alone could leave p outside at 0 and 1
-
-
-def strata_of(labels: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Return the stratum [n] of each sample, numbered from 0, where the labels [n] are given and not drawn.
-
-    A stratum is a class. Classes of one sample, within which nothing can be estimated, form one stratum together, or
-    with the next smallest class where there is just one; that errs on the safe side.
-    """
-    _, number, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    single = counts == 1
-    if single.sum() == 1:
-        single[np.argsort(counts, kind="stable")[:2]] = True
-    return np.unique(np.where(single, -1, np.arange(len(counts)))[number], return_inverse=True)[1]
 
 
 def by_class(
@@ -96,8 +124,27 @@ def by_class(
     return {int(c): metric(reference[reference_labels == c], samples[sample_labels == c]) for c in classes}
 
 
-def _interval(value: float, n: int, variance: float, note: str = "") -> Estimate:
-    half = Z95 * float(np.sqrt(variance))
+def student_quantile(p: float, degrees: int) -> float:
+    """The p-quantile of Student's t: exact for 1 and 2 degrees of freedom, else to three digits.
+
+    The expansion around the normal quantile is that of Abramowitz & Stegun 26.7.5, for 1e-6 <= p <= 1 - 1e-6.
+    """
+    if degrees == 1:
+        return float(np.tan(np.pi * (p - 0.5)))
+    if degrees == 2:
+        return float((2 * p - 1) / np.sqrt(2 * p * (1 - p)))
+    z, v = NormalDist().inv_cdf(p), degrees
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / v**power for power, term in enumerate(terms, 1))
+
+
+def _interval(value: float, n: int, variance: Array | float, degrees: int, note: str = "") -> Estimate:
+    half = student_quantile(0.975, degrees) * float(np.sqrt(variance))
     return Estimate(value, n, value - half, value + half, note)
 
 
@@ -277,18 +324,22 @@ class FrechetExpansion:
     bias: float  # its excess over the distance at infinite n, to order 1/n
     influence: Array  # [n] first-order influence of each sample, mean 0
     dimension: int
+    strata: Strata = None
+    n_reference: int | None = None
+    reference_bias: float = 0.0  # what a perfect model scores at infinite n, since the reference is a sample itself
 
     @property
     def variance(self) -> float:
         """Of the distance over sets of n; up to twice too large for a perfect model, whose influence is all noise."""
-        return float(self.influence.var(ddof=1)) / len(self.influence)
+        return float(mean_variance(self.influence, self.strata)[0])
 
     @property
     def estimate(self) -> Estimate:
         """The plain distance; its interval holds what n samples of this model give on average."""
         n, fewest = len(self.influence), MIN_CORRECTED_RATIO * self.dimension
         note = f"biased upwards: n={n} is below {MIN_CORRECTED_RATIO} D, D={self.dimension}" if n < fewest else ""
-        return _interval(self.distance, n, self.variance, note)
+        found = _interval(self.distance, n, *mean_variance(self.influence, self.strata), note)
+        return self._described(found, self.bias)
 
     @property
     def corrected(self) -> Estimate:
@@ -298,22 +349,46 @@ class FrechetExpansion:
         """
         n, value = len(self.influence), self.distance - self.bias
         if n >= MIN_CORRECTED_RATIO * self.dimension:
-            return _interval(value, n, self.variance)
-        return Estimate(value, n, note=f"no interval: n={n} is below {MIN_CORRECTED_RATIO} D, D={self.dimension}")
+            found = _interval(value, n, *mean_variance(self.influence, self.strata))
+        else:
+            found = Estimate(value, n, note=f"no interval: n={n} is below {MIN_CORRECTED_RATIO} D, D={self.dimension}")
+        below = f"estimated at {value:.3g}, and no distance is below 0" if value < 0 else ""
+        return replace(self._described(found), value=max(value, 0.0)).noted(below)
 
     @property
     def scores(self) -> Array:
         """[n] numbers whose mean is the corrected distance: what paired comparisons of two models take."""
         return self.influence + (self.distance - self.bias)
 
+    @property
+    def tail_share(self) -> float:
+        """Share of the variance of the influence that the most influential 1% of samples carry."""
+        squares = np.sort(self.influence**2)
+        return float(squares[-max(1, len(squares) // 100) :].sum() / max(squares.sum(), np.finfo(np.float64).tiny))
 
-def expand_frechet(
-    features: Array, reference: Moments | Gaussian, strata: NDArray[np.integer] | None = None
-) -> FrechetExpansion:
+    def _described(self, found: Estimate, bias: float | None = None) -> Estimate:
+        """The estimate with ends that a distance can have, and with notes on tails and on the reference."""
+        tails = few = ""
+        if found.low is not None and found.high is not None:
+            low, high = max(found.low, 0.0), max(found.high, 0.0)
+            if self.tail_share > HEAVY_TAIL:
+                tails = (
+                    f"heavy tails: 1% of the samples carry {100 * self.tail_share:.0f}% of the variance, so the "
+                    "interval may be too short"
+                )
+            if self.reference_bias > (found.high - found.low) / 4 or (self.n_reference or np.inf) < (
+                MIN_CORRECTED_RATIO * self.dimension
+            ):
+                few = (
+                    f"a perfect model would score about {self.reference_bias:.2g} more than 0, since the reference has "
+                    f"only {self.n_reference:,} rows"
+                )
+            found = replace(found, low=low, high=high)
+        return replace(found, n_reference=self.n_reference, bias=bias).noted(tails, few)
+
+
+def expand_frechet(features: Array, reference: Moments | Gaussian, strata: Strata = None) -> FrechetExpansion:
     """Distance of features [n, D] to a fixed reference (mean m_r, covariance R), its bias and sampling error.
-
-    strata: [n] as `strata_of` returns them, where the number of samples of each class is given and not drawn: then the
-    variation between classes is no part of the bias.
 
     With T the symmetric transport map from S to R, the influence of a sample is s(x) = 2 (m - m_r)'(x - m) +
     (x - m)'(I - T)(x - m) - tr((I - T) S); its spread gives the standard error. The second derivative gives
@@ -332,40 +407,46 @@ def expand_frechet(
     keep = values > dimension * np.finfo(np.float64).eps * values.max()  # elsewhere neither S nor T moves
     values, basis = values[keep], factor @ vectors[:, keep]
     roots = np.sqrt(values)
-    curvature = 1 / (np.outer(roots, roots) * (roots[:, None] + roots))
 
-    influence, fourth = np.empty(n), np.zeros_like(curvature)
+    influence = np.empty(n)
     for start in range(0, n, 8 * BLOCK):
         centred = features[start : start + 8 * BLOCK] - own.mean
-        squares = (centred @ basis) ** 2
         influence[start : start + len(centred)] = (
-            2 * centred @ (own.mean - target.mean) + (centred**2).sum(1) - squares @ (1 / roots)
+            2 * centred @ (own.mean - target.mean) + (centred**2).sum(1) - (centred @ basis) ** 2 @ (1 / roots)
         )
-        fourth += squares.T @ squares
     influence -= influence.mean()
-    fourth = fourth / n - np.diag(values**2)
-    bias = (np.trace(own.covariance) + 0.5 * float((curvature * fourth).sum())) / n
-    if strata is not None:
-        bias -= _certain(features - own.mean, basis, roots, curvature, strata) / n
-    return FrechetExpansion(distance, float(bias), influence, dimension)
+    bias = _second_order(features, own, basis, roots, strata) / n
+    m = reference.n if isinstance(reference, Moments) else None
+    products = np.outer(roots, roots)
+    second = 0.5 * float((products / (roots[:, None] + roots) * (1 + np.eye(len(roots)))).sum())  # of Gaussian rows
+    reference_bias = 0.0 if m is None else (float(np.trace(target.covariance)) + second) / m
+    return FrechetExpansion(distance, bias, influence, dimension, strata, m, reference_bias)
 
 
-def _certain(centred: Array, basis: Array, roots: Array, curvature: Array, strata: NDArray[np.integer]) -> float:
-    """n times the bias that is not there where the number of samples of each class is given.
+def _second_order(features: Array, own: Gaussian, basis: Array, roots: Array, strata: Strata) -> float:
+    """n times the bias of the Frechet distance, from the variances of the samples' mean and covariance.
 
-    With B the covariance of the class means, n B / (n - 1) is in the sample covariance without error, and the products
-    E_ij vary about their class means alone. So the bias is smaller by the trace of T B, and by the squares of these
-    class means in place of their variances.
+    With strata, only the spread within classes moves the two; and the expected covariance exceeds the truth by the
+    spread between classes over n.
     """
-    n, order = len(centred), np.argsort(strata, kind="stable")
-    ends = np.flatnonzero(np.diff(strata[order])) + 1
-    means, products = np.zeros(len(roots)), -np.diag(roots**4)  # of B in the eigenbasis; of E_ij
-    for rows in np.split(centred[order], ends):
-        count, z = len(rows), rows @ basis
-        mean, second, fourth = z.mean(axis=0), z.T @ z / count, (z**2).T @ z**2 / count
-        means += count / n * (mean**2 - (np.diag(second) - mean**2) / (count - 1))
-        products += count / n * (second**2 - (fourth - second**2) / (count - 1))
-    return float(means @ (1 / roots) + 0.5 * (curvature * products).sum())
+    curvature = 1 / (np.outer(roots, roots) * (roots[:, None] + roots))
+    if strata is None or (counts := np.unique(strata, return_counts=True)[1]).min() < 2:
+        fourth = np.zeros_like(curvature)
+        for start in range(0, len(features), 8 * BLOCK):
+            squares = ((features[start : start + 8 * BLOCK] - own.mean) @ basis) ** 2
+            fourth += squares.T @ squares
+        fourth = fourth / len(features) - np.diag(roots**4)
+        return float(np.trace(own.covariance) + 0.5 * (curvature * fourth).sum())
+    total = 0.0
+    for rows in np.split(np.argsort(strata, kind="stable"), np.cumsum(counts)[:-1]):
+        centred, count = features[rows] - own.mean, len(rows)
+        y = centred @ basis
+        fourth = ((y**2).T @ y**2 - (y.T @ y) ** 2 / count) / (count - 1)  # variances of y_i y_j in this class
+        # With S_w within and S_b between classes: tr S_w + tr (I - T) S_b = tr T S_w + tr (I - T) S.
+        transported = (y.var(axis=0, ddof=1) / roots).sum()
+        stretched = ((centred**2).sum() - (y**2 / roots).sum()) / count
+        total += count * float(transported + stretched + 0.5 * (curvature * fourth).sum())
+    return total / len(features)
 
 
 def influence_scores(features: Array, reference: Moments | Gaussian) -> Array:
@@ -373,13 +454,14 @@ def influence_scores(features: Array, reference: Moments | Gaussian) -> Array:
     return expand_frechet(features, reference).scores
 
 
-def frechet_estimate(features: Array, reference: Moments | Gaussian) -> Estimate:
+def frechet_estimate(features: Array, reference: Moments | Gaussian, strata: Strata = None) -> Estimate:
     """Frechet distance of features [n, D] with its interval, or with none and a note where n <= 2 D."""
     n, dimension = features.shape
     if n > MIN_INTERVAL_RATIO * dimension:
-        return expand_frechet(features, reference).estimate
-    note = f"no interval: n={n} is not above {MIN_INTERVAL_RATIO} D, D={dimension}"
-    return Estimate(frechet_distance(moments(features), reference), n, note=note)
+        return expand_frechet(features, reference, strata).estimate
+    note = f"no interval: n={n} is not above {MIN_INTERVAL_RATIO} D, D={dimension}, and most of the value may be bias"
+    m = reference.n if isinstance(reference, Moments) else None
+    return Estimate(frechet_distance(moments(features), reference), n, note=note, n_reference=m)
 
 
 def class_frechet_estimate(reference: Array, features: Array) -> Estimate:
@@ -388,7 +470,7 @@ def class_frechet_estimate(reference: Array, features: Array) -> Estimate:
     if n > MIN_INTERVAL_RATIO * dimension and len(reference) > dimension:
         return frechet_estimate(features, moments(reference))
     note = f"no interval, and biased upwards: n={n} and {len(reference)} references in D={dimension}"
-    return Estimate(frechet_distance_of_rows(reference, features), n, note=note)
+    return Estimate(frechet_distance_of_rows(reference, features), n, note=note, n_reference=len(reference))
 
 
 # --- Inception Score ----------------------------------------------------------------------------------------
@@ -401,60 +483,83 @@ def softmax(logits: Array) -> Array:
     return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
-def inception_score(probabilities: Array, split_size: int = 5000) -> Estimate:
+def inception_score(probabilities: Array, split_size: int = 5000, strata: Strata = None) -> Estimate:
     """exp of the mean KL(p(y|x) || p(y)), averaged over splits as by ADM's evaluator (Salimans et al. 2016).
 
     probabilities [N, K] in sample order: consecutive splits of `split_size` rows, a short last one weighing
     as much as the others. Samples sorted by class would lower it. 0 log 0 counts as 0.
     """
     starts = np.arange(0, len(probabilities), split_size)
-    return _mean_of_splits(probabilities, np.append(starts, len(probabilities)))
+    return _mean_of_splits(probabilities, np.append(starts, len(probabilities)), strata)
 
 
-def inception_score_10split(probabilities: Array, num_splits: int = 10, shuffle_seed: int | None = 2020) -> Estimate:
+def inception_score_10split(
+    probabilities: Array, num_splits: int = 10, shuffle_seed: int | None = 2020, strata: Strata = None
+) -> Estimate:
     """The same over `num_splits` equal parts, by default of rows shuffled as torch-fidelity shuffles them."""
     n = len(probabilities)
     if n < num_splits:
         raise ValueError(f"n={n} samples cannot be cut into num_splits={num_splits}")
     if shuffle_seed is not None:  # numpy's old generator, since the published protocol is defined by it
-        probabilities = probabilities[np.random.RandomState(shuffle_seed).permutation(n)]
-    return _mean_of_splits(probabilities, np.arange(num_splits + 1) * n // num_splits)
+        order = np.random.RandomState(shuffle_seed).permutation(n)
+        probabilities, strata = probabilities[order], None if strata is None else strata[order]
+    return _mean_of_splits(probabilities, np.arange(num_splits + 1) * n // num_splits, strata)
 
 
 def split_scores(probabilities: Array, bounds: NDArray[np.integer]) -> tuple[Array, Array]:
-    """Inception Score [S] of the consecutive rows between `bounds` [S + 1], and the variance [S] of each.
+    """Inception Score [S] of the consecutive rows between `bounds` [S + 1], and KL(p(y|x) || p(y)) [N] of each row.
 
     Raises ValueError where rows are not probabilities.
     """
     check_features(probabilities)
     if probabilities.min() < 0 or not np.allclose(probabilities.sum(1), 1, atol=1e-4):
         raise ValueError("probabilities must be at least 0 and sum to 1 in each row; pass logits through softmax")
-    scores, variances = np.empty(len(bounds) - 1), np.empty(len(bounds) - 1)
+    scores, divergences = np.empty(len(bounds) - 1), np.empty(len(probabilities))
     for i, (start, stop) in enumerate(pairwise(bounds)):
         p = np.asarray(probabilities[start:stop], np.float64)
         ratio = np.divide(p, p.mean(axis=0), out=np.ones_like(p), where=p > 0)
-        divergence = (p * np.log(ratio)).sum(axis=1)  # KL of each row: its own influence, up to a constant
-        scores[i] = np.exp(divergence.mean())
-        variances[i] = scores[i] ** 2 * divergence.var() / len(p)
-    return scores, variances
+        divergences[start:stop] = (p * np.log(ratio)).sum(axis=1)  # each row's own influence, up to a constant
+        scores[i] = np.exp(divergences[start:stop].mean())
+    return scores, divergences
 
 
-def _mean_of_splits(probabilities: Array, bounds: NDArray[np.integer]) -> Estimate:
-    scores, variances = split_scores(probabilities, bounds)
-    if (n := len(probabilities)) < MIN_SCORED:
-        return Estimate(float(scores.mean()), n, note=f"no interval: n={n} is below {MIN_SCORED}")
-    return _interval(float(scores.mean()), len(probabilities), float(variances.sum()) / len(scores) ** 2)
+def entropy_bias(probabilities: Array, strata: Strata = None) -> float:
+    """By how much the entropy of the mean of probabilities [n, K] is too small: sum_k var / (2 mean) (Miller 1955)."""
+    marginal = probabilities.mean(axis=0, dtype=np.float64)
+    variance, _ = mean_variance(probabilities, strata)
+    return float((variance[marginal > 0] / marginal[marginal > 0]).sum()) / 2
+
+
+def _mean_of_splits(probabilities: Array, bounds: NDArray[np.integer], strata: Strata) -> Estimate:
+    scores, divergences = split_scores(probabilities, bounds)
+    n, classes = probabilities.shape
+    value, bias, variance, degrees = float(scores.mean()), 0.0, 0.0, 0
+    if n < MIN_SCORED:
+        return Estimate(value, n, note=f"no interval: n={n} is below {MIN_SCORED}")
+    for score, (start, stop) in zip(scores, pairwise(bounds), strict=True):
+        part = None if strata is None else strata[start:stop]
+        spread, free = mean_variance(divergences[start:stop], part)
+        bias -= score * np.expm1(entropy_bias(probabilities[start:stop], part)) / len(scores)
+        variance, degrees = variance + score**2 * float(spread) / len(scores) ** 2, degrees + free
+    few = n < MIN_CORRECTED_RATIO * classes
+    note = f"the interval may be too short: n={n} is below {MIN_CORRECTED_RATIO} K, K={classes} classes" if few else ""
+    return replace(_interval(value, n, variance, degrees, note), bias=float(bias))
 
 
 # --- Kernel distance ----------------------------------------------------------------------------------------
 
 
-def kid(reference: Array, samples: Array) -> Estimate:
+def kid(reference: Array, samples: Array, strata: Strata = None) -> Estimate:
     """Unbiased squared MMD with the kernel (x.y / D + 1)^3 over the full sets (Binkowski et al. 2018, eq. 4).
 
     No subsets, hence no subset noise. It is unbiased at any n, so it can be slightly negative.
     """
-    return mean_estimate(kid_scores(reference, samples))
+    spread = float(np.var(reference, axis=0, dtype=np.float64).sum())
+    offset = float(np.square(np.mean(reference, axis=0, dtype=np.float64)).sum())
+    far = offset > FAR_FROM_ORIGIN * spread
+    note = "features lie far from the origin, where this kernel hardly feels more than their mean" if far else ""
+    found = mean_estimate(kid_scores(reference, samples), note, strata)
+    return replace(found, n_reference=len(reference))
 
 
 def kid_scores(reference: Array, samples: Array) -> Array:
@@ -466,9 +571,10 @@ def kid_scores(reference: Array, samples: Array) -> Array:
     n, m = len(samples), len(reference)
     if min(n, m) < 2:
         raise ValueError(f"the unbiased kernel distance needs two rows of each set; got {n} samples, {m} references")
-    within = sum(polynomial_kernel(r, reference).sum() - _kernel_diagonal(r).sum() for r in _row_blocks(reference))
-    across = np.concatenate([polynomial_kernel(r, reference).mean(axis=1) for r in _row_blocks(samples)])
-    own = [(polynomial_kernel(r, samples).sum(axis=1) - _kernel_diagonal(r)) / (n - 1) for r in _row_blocks(samples)]
+    kernel = _CentredKernel(reference.mean(axis=0, dtype=np.float64))
+    within = sum(kernel(r, reference).sum() - kernel.diagonal(r).sum() for r in _row_blocks(reference))
+    across = np.concatenate([kernel(r, reference).mean(axis=1) for r in _row_blocks(samples)])
+    own = [(kernel(r, samples).sum(axis=1) - kernel.diagonal(r)) / (n - 1) for r in _row_blocks(samples)]
     witness = np.concatenate(own) - across
     value = witness.mean() - across.mean() + within / (m * (m - 1))
     return value + 2 * (witness - witness.mean())
@@ -479,21 +585,56 @@ def _row_blocks(features: Array) -> Iterator[Array]:
         yield np.asarray(features[start : start + BLOCK], np.float64)
 
 
-def polynomial_kernel(x: Array, y: Array) -> Array:
-    """(x.y / D + 1)^3 of all pairs of rows, float64."""
-    linear = np.asarray(x, np.float64) @ np.asarray(y, np.float64).T / x.shape[1] + 1
-    return linear * linear * linear
+class _CentredKernel:
+    """(x.y / D + 1)^3 less terms of x or of y alone, which cancel in the distance and would swamp it far from 0.
+
+    With x = mean + u, y = mean + v and A = |mean|^2 / D + 1 the base is A + w, where w = mean.(u + v) / D + u.v / D.
+    """
+
+    def __init__(self, mean: Array) -> None:
+        self.mean, self.a = mean, float(mean @ mean) / len(mean) + 1
+
+    def __call__(self, x: Array, y: Array) -> Array:
+        u, v = x - self.mean, y - self.mean
+        return self._cube((u @ self.mean)[:, None] / u.shape[1] + v @ self.mean / u.shape[1], u @ v.T / u.shape[1])
+
+    def diagonal(self, x: Array) -> Array:
+        """Of each row with itself."""
+        u = x - self.mean
+        return self._cube(2 * u @ self.mean / u.shape[1], (u * u).sum(axis=1) / u.shape[1])
+
+    def _cube(self, linear: Array, product: Array) -> Array:
+        w = linear + product
+        return 3 * self.a**2 * product + w * w * (3 * self.a + w)
 
 
-def _kernel_diagonal(x: Array) -> Array:
-    return ((x * x).sum(axis=1) / x.shape[1] + 1) ** 3
+def cmmd(reference: Array, samples: Array, strata: Strata = None) -> Estimate:
+    """1,000 times the squared MMD of rows of length 1 with the kernel exp(-|x - y|^2 / 200), biased as published.
+
+    Jayasumana et al. (2024) take the mean over all pairs, a row with itself included; what that adds is the bias.
+    """
+    check_features(reference, samples)
+    n, m = len(samples), len(reference)
+    x, y = (f / np.linalg.norm(f, axis=1, keepdims=True).clip(1e-12) for f in (samples, reference))
+
+    def kernel(u: Array, v: Array) -> Array:
+        return np.expm1((u @ v.T - 1) / 100)  # |u - v|^2 = 2 - 2 u.v; 1 is left out, since it cancels
+
+    own = np.concatenate([kernel(rows, x).mean(axis=1) for rows in _row_blocks(x)])
+    across = np.concatenate([kernel(rows, y).mean(axis=1) for rows in _row_blocks(x)])
+    within = sum(float(kernel(rows, y).sum()) for rows in _row_blocks(y)) / m**2
+    value = 1000 * float(own.mean() - 2 * across.mean() + within)
+    bias = -1000 * float(own.mean() / (n - 1) + within / (m - 1)) if min(n, m) > 1 else None
+    found = score_estimate(value, 2000 * (own - across), strata)
+    return replace(found, n_reference=m, bias=bias)
 
 
 def vendi_score(samples: Array) -> float:
     """Effective number of distinct samples: exp of the cosine kernel's entropy (Friedman & Dieng 2023, q = 1)."""
     check_features(samples)
     unit = np.asarray(samples, np.float64)
-    unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
-    eigenvalues = np.linalg.eigvalsh(unit.T @ unit / len(unit))
+    unit = unit / np.linalg.norm(unit, axis=1, keepdims=True).clip(np.finfo(np.float64).tiny)
+    gram = unit @ unit.T if len(unit) < unit.shape[1] else unit.T @ unit
+    eigenvalues = np.linalg.eigvalsh(gram / len(unit))
     positive = eigenvalues[eigenvalues > 0]
     return float(np.exp(-(positive * np.log(positive)).sum()))

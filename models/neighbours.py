@@ -6,7 +6,7 @@ block sizes nor on the device, a large mean does no harm, and rows may be shared
 features and one centred copy of them is a few blocks of `BLOCK_BYTES`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,21 +42,14 @@ def nearest(queries: Array, targets: Array, k: int, weights: Array | None = None
     """
     check_features(queries, targets)
     if queries is targets:
-        return measured(queries, queries, own_shortlist(queries, list_length(len(queries), k, k + SPARE)), k, own=True)
+        return own_neighbours(queries, k, [(0, own_shortlist(queries, k, slice(0, len(queries))))])
     if len(targets) < k:
         raise ValueError(f"k={k} neighbours of each row need more than the {len(targets)} rows given")
     weight = np.ones(len(targets)) if weights is None else np.asarray(weights, np.float64)
-    shortlist, factors = Shortlist.empty(len(queries), min(k + SPARE, len(targets))), torch.from_numpy(weight).float()
+    shortlist, factors = Shortlist.empty(len(queries), len(targets), k), torch.from_numpy(weight).float()
     for block in bounded_squares(queries, targets):
         shortlist.offer(block.rows, block.lower.mul_(factors), 0)
-    return measured(queries, targets, shortlist, k, weight)
-
-
-def list_length(num_rows: int, k: int, wanted: int) -> int:
-    """Length of a shortlist of a set's own rows, which are at most one fewer than it has."""
-    if num_rows <= k:
-        raise ValueError(f"k={k} neighbours of each row need more than the {num_rows} rows given")
-    return min(wanted, num_rows - 1)
+    return _measured(queries, targets, shortlist, k, weight)
 
 
 @dataclass(frozen=True)
@@ -67,60 +60,54 @@ class Shortlist:
     index: Tensor  # [N, kept] int32
 
     @classmethod
-    def empty(cls, num_rows: int, kept: int) -> "Shortlist":
-        """One on which every target will find a place."""
-        return cls(torch.full((num_rows, kept), torch.inf), torch.zeros(num_rows, kept, dtype=torch.int32))
+    def empty(cls, num_rows: int, num_targets: int, k: int) -> "Shortlist":
+        """One on which every target will find a place, a few longer than k."""
+        shape = num_rows, min(k + SPARE, num_targets)
+        return cls(torch.full(shape, torch.inf), torch.zeros(shape, dtype=torch.int32))
 
     def offer(self, rows: slice, bounds: Tensor, first: int) -> None:
         """Lets bounds [rows, c] of the targets from `first` on compete with those that are listed."""
         values, columns = bounds.topk(min(self.bounds.shape[1], bounds.shape[1]), dim=1, largest=False)
-        self._compete(rows, values, (columns + first).to(torch.int32))
+        self.compete(rows, values, (columns + first).to(torch.int32))
 
-    def merge(self, rows: slice, other: "Shortlist") -> None:
-        """Takes in another shortlist of these rows, over other targets."""
-        self._compete(rows, other.bounds, other.index)
-
-    def _compete(self, rows: slice, bounds: Tensor, index: Tensor) -> None:
+    def compete(self, rows: slice, bounds: Tensor, index: Tensor) -> None:
+        """Lets other targets, by their bounds and indices, compete with those that are listed."""
         bounds, index = torch.cat([self.bounds[rows], bounds], 1), torch.cat([self.index[rows], index], 1)
         self.bounds[rows], order = bounds.topk(self.bounds.shape[1], dim=1, largest=False)
         self.index[rows] = index.gather(1, order)
 
 
-def own_shortlist(features: Array, kept: int, share: slice | None = None) -> Shortlist:
-    """The nearest other rows of each row, from one triangle of the distances.
-
-    With `share`, only what these rows say: of the rows from share.start on, since earlier ones have met them.
-    """
-    begin = share.start if share else 0
-    shortlist = Shortlist.empty(len(features) - begin, kept)
+def own_shortlist(features: Array, k: int, share: slice) -> Shortlist:
+    """The nearest other rows of each row from share.start on, as far as the rows of the share say: one triangle of the
+    distances, since earlier rows have met these."""
+    shortlist = Shortlist.empty(len(features) - share.start, len(features) - 1, k)
     for block in bounded_squares(features, features, triangle=True, share=share):
-        rows, height = slice(block.rows.start - begin, block.rows.stop - begin), len(block.lower)
+        rows, height = slice(block.rows.start - share.start, block.rows.stop - share.start), len(block.lower)
         shortlist.offer(rows, block.lower.fill_diagonal_(torch.inf), block.columns.start)
         if block.lower.shape[1] > height:
-            beside = block.lower[:, height:].T.contiguous()
-            shortlist.offer(slice(rows.stop, None), beside, block.rows.start)
+            shortlist.offer(slice(rows.stop, None), block.lower[:, height:].T.contiguous(), block.rows.start)
     return shortlist
 
 
-def measured(
-    queries: Array,
-    targets: Array,
-    shortlist: Shortlist,
-    k: int,
-    weight: Array | None = None,
-    own: bool = False,
-) -> Neighbours:
-    """The k nearest in truth: those of the shortlist are measured, and all where it could have missed one.
+def own_neighbours(features: Array, k: int, parts: Iterable[tuple[int, Shortlist]]) -> Neighbours:
+    """The k nearest other rows of each row, from the `own_shortlist` of every share and where that begins."""
+    if len(features) <= k:
+        raise ValueError(f"k={k} neighbours of each row need more than the {len(features)} rows given")
+    shortlist = Shortlist.empty(len(features), len(features) - 1, k)
+    for begin, part in parts:
+        shortlist.compete(slice(begin, None), part.bounds, part.index)
+    return _measured(features, features, shortlist, k, np.ones(len(features)), own=True)
 
-    own: the two are one set, of whose rows none is its own neighbour.
-    """
-    weight = np.ones(len(targets)) if weight is None else weight
-    kept = min(k + SPARE, shortlist.index.shape[1])
-    bounds, candidates = shortlist.bounds[:, :kept].numpy(), shortlist.index[:, :kept].numpy().astype(np.int64)
-    rows = np.repeat(np.arange(len(queries)), kept)
+
+def _measured(
+    queries: Array, targets: Array, shortlist: Shortlist, k: int, weight: Array, own: bool = False
+) -> Neighbours:
+    """The k nearest in truth: those of the shortlist are measured, and all where it could have missed one."""
+    bounds, candidates = shortlist.bounds.numpy(), shortlist.index.numpy().astype(np.int64)
+    rows = np.repeat(np.arange(len(queries)), candidates.shape[1])
     exact = _squares(queries, rows, targets, candidates.ravel()).reshape(candidates.shape)
     index, squared = _first(weight[candidates] * exact, candidates, k)
-    if kept == len(targets) - own:
+    if candidates.shape[1] == len(targets) - own:
         return Neighbours(index, squared)
     for row in np.flatnonzero(bounds[:, -1] <= squared[:, -1]):
         full = weight * _squares(queries, np.full(len(targets), row), targets, np.arange(len(targets)))
@@ -140,19 +127,6 @@ def squared_radii(features: Array, k: int) -> Array:
     return nearest(features, features, k).squared[:, -1]
 
 
-def balls_holding(points: Array, centres: Array, radii: Array, strict: bool = False) -> Indices:
-    """[N] how many of the balls around centres [M, D] with squared `radii` [M] hold each point [N, D].
-
-    A point on the surface is held, or is not with strict=True.
-    """
-    _check_balls(points, centres, radii)
-    counts = np.zeros(len(points), np.int64)
-    for block in bounded_squares(points, centres):
-        rows, _ = pairs_in_balls(points, centres, block, radii, strict)
-        counts[block.rows] = np.bincount(rows, minlength=len(block.lower))
-    return counts
-
-
 def pairs_in_balls(
     points: Array, centres: Array, block: "Block", radii: Array, strict: bool = False
 ) -> tuple[Indices, Indices]:
@@ -166,12 +140,6 @@ def pairs_in_balls(
     squares = _squares(points, open_rows + block.rows.start, centres, open_columns + block.columns.start)
     held[~held] = squares < radii[open_columns] if strict else squares <= radii[open_columns]
     return rows[held], columns[held]
-
-
-def _check_balls(points: Array, centres: Array, radii: Array) -> None:
-    check_features(points, centres)
-    if radii.shape != (len(centres),):
-        raise ValueError(f"radii have shape {radii.shape}; wanted one for each of {len(centres)} centres")
 
 
 @dataclass(frozen=True)

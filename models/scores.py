@@ -15,6 +15,7 @@ from models.metrics import (
     FrechetExpansion,
     Gaussian,
     Moments,
+    Strata,
     check_features,
     expand_frechet,
 )
@@ -29,9 +30,7 @@ def num_directions(n: int, dimension: int) -> int:
     return max(1, min(dimension, n // SAMPLES_PER_DIRECTION))
 
 
-def expand_leading_frechet(
-    samples: Array, reference: Moments | Gaussian, strata: NDArray[np.int64] | None = None
-) -> FrechetExpansion:
+def expand_leading_frechet(samples: Array, reference: Moments | Gaussian, strata: Strata = None) -> FrechetExpansion:
     """Return the Fréchet distance of samples [n, D] in the reference's first d = min(D, n / 4) principal directions.
 
     In all D directions n samples below about 16 D leave bias that differs between models: it rewards lost spread. In
@@ -51,13 +50,13 @@ def expand_leading_frechet(
         raise ValueError(f"samples have {dimension} dimensions, and the reference has {len(gaussian.mean)}")
     directions = num_directions(n, dimension)
     if directions == dimension:
-        return expand_frechet(samples, gaussian, strata)
+        return expand_frechet(samples, reference, strata)
     variances, axes = gaussian.principal_axes
     projected = (samples - gaussian.mean) @ axes[:, :directions]
     return expand_frechet(projected, Gaussian(np.zeros(directions), np.diag(variances[:directions])), strata)
 
 
-def frechet_scores(samples: Array, reference: Moments | Gaussian, strata: NDArray[np.int64] | None = None) -> Array:
+def frechet_scores(samples: Array, reference: Moments | Gaussian, strata: Strata = None) -> Array:
     """Return [n] scores whose mean is the bias-corrected distance of `expand_leading_frechet`."""
     return expand_leading_frechet(samples, reference, strata).scores
 

@@ -28,12 +28,11 @@ from models.metrics import (
     kid,
     merge_in_order,
     moments,
-    polynomial_kernel,
     softmax,
     split_scores,
     vendi_score,
 )
-from models.neighbours import balls_holding, nearest, squared_radii
+from models.neighbours import bounded_squares, nearest, pairs_in_balls, squared_radii
 from tests.comparison import Row
 from tests.reference_batches import compare_batches
 
@@ -51,6 +50,17 @@ def kid_subsets(
         some = samples[rng.choice(len(samples), subset_size, replace=False)]
         values.append(kid(reference[rng.choice(len(reference), subset_size, replace=False)], some).value)
     return float(np.mean(values)), float(np.std(values))
+
+
+def balls_holding(
+    points: NDArray[Any], centres: NDArray[Any], radii: NDArray[Any], strict: bool = False
+) -> NDArray[np.int64]:
+    """Return how many of the balls around centres [M, D] with squared radii [M] hold each point [N, D]."""
+    counts = np.zeros(len(points), np.int64)
+    for block in bounded_squares(points, centres):
+        rows, _ = pairs_in_balls(points, centres, block, radii, strict)
+        counts[block.rows] = np.bincount(rows, minlength=len(block.lower))
+    return counts
 
 
 def recognises(folder: Path) -> bool:
@@ -156,15 +166,18 @@ class FeatureCase:
         return precision.value, recall.value
 
     def prdc(self, k: int) -> dict[str, float]:
-        density, coverage = density_coverage(self.ref, self.sample, k)
+        density, coverage, *_ = density_coverage(self.ref, self.sample, k)
         inside = balls_holding(self.sample, self.ref, squared_radii(self.ref, k), strict=True) > 0
         covered = balls_holding(self.ref, self.sample, squared_radii(self.sample, k), strict=True) > 0
         strict = {"precision": float(inside.mean()), "recall": float(covered.mean())}
         return {**strict, "density": density.value, "coverage": coverage.value}
 
     def biased_kid(self) -> float:
-        within = polynomial_kernel(self.sample, self.sample).mean() + polynomial_kernel(self.ref, self.ref).mean()
-        return float(within - 2 * polynomial_kernel(self.sample, self.ref).mean())
+        def kernel(x: NDArray[Any], y: NDArray[Any]) -> float:
+            return float(((x.astype(np.float64) @ y.T.astype(np.float64) / x.shape[1] + 1) ** 3).mean())
+
+        within = kernel(self.sample, self.sample) + kernel(self.ref, self.ref)
+        return within - 2 * kernel(self.sample, self.ref)
 
     def neighbour_ratio(self) -> NDArray[np.float64]:
         to_ref, own = nearest(self.sample, self.ref, 1), nearest(self.ref, self.ref, 1)

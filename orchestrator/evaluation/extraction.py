@@ -1,7 +1,7 @@
 """Features of a set of images, by fixed blocks of 512 indices: extracted by a pool, kept as files, read in order."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple, cast
 
@@ -119,6 +119,18 @@ def chosen(count: int, limit: int) -> np.ndarray:
     if count <= limit:
         return np.arange(count)
     return np.sort(np.random.default_rng([count, limit]).choice(count, limit, replace=False))
+
+
+def subset(images: ImageSet, count: int) -> ImageSet:
+    """At most `count` of the images, drawn as `chosen` does."""
+    if images.count <= count:
+        return images
+    rows = chosen(images.count, count)
+    return replace(images, count=count, identity=f"{images.identity}-{count}", read=partial(_read_chosen, images, rows))
+
+
+def _read_chosen(images: ImageSet, rows: np.ndarray, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    return images.pick(rows[begin:end])
 
 
 def extract_all(

@@ -3,9 +3,9 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from orchestrator.evaluation.files import ImageFiles, Listing, folder_places, li
 from orchestrator.evaluation.npz import PublishedBatch, open_batch
 from orchestrator.generation.samples import count_samples, read_range
 
+PICKED_AT_ONCE = 512  # images read at once to pick some of them
 _RECORDS = {"run.json", "config.json"}  # what a samples folder says of how it was made
 _PICKLE = "is a pickle, which is never opened because it can run code: load it where you trust it and save "
 _PREPARE = "make a dataset of it with jobs/prepare_dataset.py --source, and pass that"
@@ -63,6 +64,19 @@ class ImageSet:
     classes: tuple[str, ...] = ()  # names in the order of the labels, where they are known
     num_classes: int = 0  # labels without names lie below it
     warnings: tuple[str, ...] = ()  # what a user should know before the images are measured
+    made_by: dict[str, Any] = field(default_factory=dict)  # of samples that Admiral made: what run.json says
+
+    def pick(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Read images and labels of these indices, in their order; each range of 512 is read once."""
+        pixels: dict[int, np.ndarray] = {}
+        labels = np.empty(len(indices), np.int64)
+        for block in np.unique(indices // PICKED_AT_ONCE):
+            here = np.flatnonzero(indices // PICKED_AT_ONCE == block)
+            begin = int(indices[here].min())
+            found, found_labels = self.read(begin, int(indices[here].max()) + 1)
+            pixels |= {int(i): found[indices[i] - begin] for i in here}
+            labels[here] = found_labels[indices[here] - begin]
+        return np.stack([pixels[i] for i in range(len(indices))]), labels
 
 
 def check_ending(uri: str, role: Literal["samples", "reference"]) -> None:
@@ -145,10 +159,19 @@ def _samples(folder: str) -> ImageSet:
     count = count_samples(folder)
     (record,) = _RECORDS & set(storage.list_names(folder))
     content = storage.read_json(storage.join(folder, record))
-    made_by = content.get("config", content)
-    classes = tuple(content.get("record", {}).get("classes", ()))  # older folders do not have them
+    made_by, noted = content.get("config", content), content.get("record", {})
+    classes = tuple(noted.get("classes", ()))  # older folders do not have them
     read = partial(read_range, folder)
-    return ImageSet(folder, "samples", count, _digest(made_by), read, made_by.get("seed"), classes)
+    return ImageSet(
+        folder,
+        "samples",
+        count,
+        _digest(made_by),
+        read,
+        made_by.get("seed"),
+        classes,
+        made_by={"config": made_by, "record": noted},
+    )
 
 
 # ------------------------------------------------------------------------------------------------ .npz

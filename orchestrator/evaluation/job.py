@@ -14,12 +14,12 @@ from orchestrator.cost import extraction_cost, priced
 from orchestrator.data.dataset import load_manifest
 from orchestrator.evaluation.compatibility import Side, check_compatible
 from orchestrator.evaluation.config import EvaluationConfig
-from orchestrator.evaluation.extraction import EXTRACTOR_BATCH, extract_all
+from orchestrator.evaluation.extraction import EXTRACTOR_BATCH, FeatureFiles, extract_all, subset
 from orchestrator.evaluation.extractors import CPU, LoadedExtractor, LoadExtractor, extractor_loader
 from orchestrator.evaluation.inputs import ImageSet, check_ending, image_size_of, open_images, split_images
 from orchestrator.evaluation.measurement import Limits, Measurement, measure_files
 from orchestrator.evaluation.memorization import nearest_training_pixels
-from orchestrator.evaluation.metrics import describe
+from orchestrator.evaluation.metrics import bias_note, describe
 from orchestrator.evaluation.page import evaluation_page
 from orchestrator.evaluation.references import (
     Reference,
@@ -46,6 +46,7 @@ def evaluate(config: EvaluationConfig) -> str:
     found = _reference(config, images)
     loader = _loader(config, images, found)
     warnings, unmatched = _compare(config, images, found)
+    floor = _floor(config, found, images.count)
     loaded = loader(CPU)
     with _naming(config, "reference"):
         found.statistics(loaded)  # raises here what would be raised after the features of the samples
@@ -66,20 +67,22 @@ def evaluate(config: EvaluationConfig) -> str:
         made = extract_all(images, folder, loader, config.num_workers, config.num_gpus)
         kept = storage.join(output, "reference-features")
         reference = extract_reference(found, loader, loaded, kept, config.num_workers, config.num_gpus)
-        if unmatched:
-            reference = replace(reference, missing=reference.missing | {"classes": unmatched})
-        limits = Limits()
-        measured = measure_files(made, reference, loaded.network.name, limits, config.num_workers)
-        report = redact_tree(_report(config, images, reference, loaded, measured) | {"warnings": warnings})
+        reasons = {"classes": unmatched, "accuracy": loaded.knows(reference.classes)}
+        reference = replace(reference, missing=reference.missing | {what: why for what, why in reasons.items() if why})
+        measured, held_out = _measure(config, images, made, reference, loaded, floor, loader)
+        if measured.same_images:
+            warnings.append("samples and reference are the same images: their distances are below those of any model")
+        report = _report(config, images, reference, loaded, measured) | {"held_out": held_out, "warnings": warnings}
+        report = redact_tree(report)
         page, pictures = evaluation_page(report, images, reference, measured, made.labels())
-        tracker.metrics({name: estimate.value for name, estimate in measured.estimates.items()})
+        tracker.metrics(_numbers(report))
         tracker.record("report.json", report)
         tracker.record("report.html", page)
         for name, picture in pictures.items():
             tracker.picture(f"{name}.png", picture)
     storage.write_bytes(storage.join(output, "report.html"), page.encode())
     storage.put_if_absent(report_uri, storage.json_bytes(report))
-    _print(measured)
+    _print(report)
     _print_warnings(warnings)
     print(report_uri)
     return report_uri
@@ -138,6 +141,52 @@ def _reference(config: EvaluationConfig, images: ImageSet) -> ReferenceInput:
         return find_reference(uri, size)
 
 
+def _floor(config: EvaluationConfig, found: ReferenceInput, count: int) -> ImageSet | None:
+    """Return held-out real images, as many as there are samples if there are so many; None where there are none."""
+    dataset = config.path(config.reference) if found.batch is None else None
+    manifest = load_manifest(dataset) if dataset else None
+    if config.floor is None:
+        if dataset is None or manifest is None or "validation" not in manifest.splits:
+            return None
+        return subset(split_images(dataset, "validation", found.image_size), count)
+    with _naming(config, "floor"):
+        uri = config.path(config.floor)
+        if not uri.endswith((".npz", ".tar")) and storage.exists(storage.join(uri, "manifest.json")):
+            held_out = split_images(uri, "validation", _image_size(config, open_images(config.path(config.samples))))
+        else:
+            held_out = open_images(uri, manifest, config.image_size)
+    if found.images is not None:
+        sides = Side.of(f"--floor {config.floor}", held_out), Side.of(f"--reference {config.reference}", found.images)
+        check_compatible(*sides, config.extractor)
+    return subset(held_out, count)
+
+
+def _measure(
+    config: EvaluationConfig,
+    images: ImageSet,
+    made: FeatureFiles,
+    reference: Reference,
+    loaded: LoadedExtractor,
+    floor: ImageSet | None,
+    loader: LoadExtractor,
+) -> tuple[Measurement, dict[str, Any] | None]:
+    """Measure the samples, and likewise held-out real images where there are some; of these return what to report."""
+    name, policy = loaded.network.name, images.made_by.get("config", {}).get("labels")
+    measured = measure_files(made, reference, name, Limits(), config.num_workers, policy)
+    if floor is None:
+        return measured, None
+    found = measure_files(_floor_features(config, floor, loader), reference, name, Limits(), config.num_workers)
+    return measured, {"uri": floor.uri, "n": floor.count, "metrics": _described(found)}
+
+
+def _floor_features(config: EvaluationConfig, floor: ImageSet, loader: LoadExtractor) -> FeatureFiles:
+    """Extract features of held-out images; those of a whole validation split lie beside the dataset."""
+    folder = storage.join(config.path(config.output), "floor-features", floor.identity)
+    if config.floor is None and floor.kind == "dataset":
+        folder = storage.join(config.path(config.reference), "features", f"validation-{floor.identity}")
+    return extract_all(floor, folder, loader, config.num_workers, config.num_gpus)
+
+
 def _compare(config: EvaluationConfig, images: ImageSet, found: ReferenceInput) -> tuple[list[str], str]:
     """Return warnings about samples and reference, and why their labels cannot be matched ("" where they can)."""
     samples, reference = f"--samples {config.samples}", f"--reference {config.reference}"
@@ -175,17 +224,23 @@ def _report(
     """All numbers with what stands behind them."""
     seeds = {"seed": images.seed, "indices": [0, images.count]}
     accuracy = loaded.held_out_accuracy
+    size = {"uri": images.uri, "kind": images.kind, "identity": images.identity, "n": images.count}
     return {
-        "samples": {"uri": images.uri, "kind": images.kind, "identity": images.identity, "n": images.count, **seeds},
-        "reference": {"uri": reference.uri, "n": reference.count},
+        "samples": {**size, **seeds, "made_by": images.made_by},
+        "reference": {
+            "uri": reference.uri,
+            "n": reference.count,
+            "what": "training images" if reference.training else "reference images",
+        },
+        "intervals": "95%, of the samples; the reference is fixed, so its sampling is not in them",
         "extractor": {
             "name": loaded.network.name,
             "fingerprint": loaded.fingerprint,
             "held_out_accuracy": accuracy,
         },
         "metrics": {
-            name: describe(estimate) | {"seeds": seeds, "extractor": loaded.fingerprint}
-            for name, estimate in measured.estimates.items()
+            name: described | {"seeds": seeds, "extractor": loaded.fingerprint}
+            for name, described in _described(measured).items()
         },
         "per_class": {
             reference.classes[label] if reference.classes else str(label): {
@@ -220,11 +275,30 @@ def _pixel_distances(config: EvaluationConfig, images: ImageSet) -> dict[str, li
     }
 
 
-def _print(measured: Measurement) -> None:
-    for name, estimate in measured.estimates.items():
-        interval = estimate.note if estimate.low is None else f"{estimate.low:.4g} to {estimate.high:.4g}"
-        print(f"{name:30} {estimate.value:10.4g}   n={estimate.n:<7} 95%: {interval}")
-    for name, reason in measured.missing.items():
+def _described(measured: Measurement) -> dict[str, dict[str, Any]]:
+    return {name: describe(estimate) for name, estimate in measured.estimates.items()}
+
+
+def _numbers(report: dict[str, Any]) -> dict[str, float]:
+    """The metrics of a report for MLflow: values, what of them is bias, and the values of held-out images."""
+    held_out = report["held_out"]["metrics"] if report["held_out"] else {}
+    values = {name: found["value"] for name, found in report["metrics"].items()}
+    bias = {f"{name}_bias": found["bias"] for name, found in report["metrics"].items() if found["bias"] is not None}
+    return values | bias | {f"held_out_{name}": found["value"] for name, found in held_out.items()}
+
+
+def _print(report: dict[str, Any]) -> None:
+    """Print a line for each metric: value, interval, counts, the value of held-out real images, bias and notes."""
+    held_out = report["held_out"]["metrics"] if report["held_out"] else {}
+    for name, found in report["metrics"].items():
+        interval = "{:.4g} to {:.4g}".format(*found["interval"]) if found["interval"] else "none"
+        counts = f"n={found['n']}" + (f", {found['n_reference']} references" if found["n_reference"] else "")
+        more = [f"held-out real images: {held_out[name]['value']:.4g}"] if name in held_out else []
+        if found["bias"] is not None:
+            more.append(bias_note(found["bias"]))
+        more += [found["note"]] if found["note"] else []
+        print(f"{name:30} {found['value']:10.4g}   95%: {interval:22} {counts}; {'; '.join(more)}".rstrip("; "))
+    for name, reason in report["not_available"].items():
         print(f"{name:30} {'-':>10}   {reason}")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from cluster.workers import pool
 from models.manifolds import Run, here, manifolds, precision_recall, realism
-from models.metrics import by_class, class_frechet_estimate
+from models.metrics import Estimate, by_class, class_frechet_estimate, expand_frechet, moments, vendi_score
 from models.neighbours import shares
 from orchestrator.evaluation.extraction import ArrayName, FeatureFiles, chosen
 from orchestrator.evaluation.memorization import nearest_training_features
@@ -41,6 +41,7 @@ class Measurement:
     rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # samples with a realism
     realism: np.ndarray = field(default_factory=lambda: np.empty(0))  # of these samples
     closest: "Closest | None" = None
+    same_images: bool = False  # whether samples and reference are one set
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,29 @@ class Closest:
         ]
 
 
-def measure_files(made: FeatureFiles, reference: Reference, name: str, limits: Limits, num_workers: int) -> Measurement:
+def strata_of(labels: np.ndarray, policy: str | None) -> np.ndarray | None:
+    """Return the labels if their counts are fixed, so that metrics vary within classes alone, and None if not.
+
+    policy: how Admiral chose them. Labels of others' samples count as balanced where all classes have equal counts.
+    """
+    if labels.min() < 0 or policy == "uniform":
+        return None
+    counts = np.unique(labels, return_counts=True)[1]
+    in_turn = policy is not None and "," in policy
+    return labels if counts.min() > 1 and (in_turn or counts.max() - counts.min() <= 1) else None
+
+
+def measure_files(
+    made: FeatureFiles,
+    reference: Reference,
+    name: str,
+    limits: Limits,
+    num_workers: int,
+    policy: str | None = None,
+) -> Measurement:
     """Compute every metric of the samples' features against the reference, by the extractor called `name`.
+
+    policy: see `strata_of`.
 
     One array of one set is held at a time: n x D x 4 bytes, 0.4 GB for 50,000 x 2,048, and for metrics of pairs twice
     that beside the chosen reference rows.
@@ -85,13 +107,15 @@ def measure_files(made: FeatureFiles, reference: Reference, name: str, limits: L
     if reference.files is not None and (fewest := min(made.count, reference.files.count)) < FEWEST:
         missing["rows"] = f"{fewest} images of one set are too few, {FEWEST} are needed"
     elif reference.files is not None:
-        rows = _rows(result, made, features, reference.files, limits, num_workers)
+        strata = strata_of(labels, policy)
+        rows = _rows(result, made, features, reference, limits, num_workers, strata)
         result.per_class = _per_class(result, reference, features, labels, limits)
 
     def read(array: ArrayName) -> np.ndarray | None:
         return features if array == "pool" else made.array(array)
 
-    comparison = Comparison(name, read, labels, reference.statistics, len(reference.classes), rows, missing)
+    classes = len(reference.classes)
+    comparison = Comparison(name, read, labels, reference.statistics, classes, rows, missing, strata_of(labels, policy))
     result.estimates, lacking = measure(comparison)
     result.missing |= lacking
     if rows is None:
@@ -103,31 +127,45 @@ def _rows(
     result: Measurement,
     made: FeatureFiles,
     features: np.ndarray,
-    files: FeatureFiles,
+    reference: Reference,
     limits: Limits,
     num_workers: int,
+    strata: np.ndarray | None,
 ) -> Rows:
     """Compare single samples with single reference images, which also gives `result` its realism and closest pairs."""
+    files = reference.files
+    assert files is not None
     rows, real = chosen(made.count, limits.samples), files.chosen_pool(limits.references)
     samples = features[rows] if len(rows) < made.count else features
     with _pairs(files, limits, real, made, samples, num_workers) as run:
-        found = manifolds(real, samples, k=NEIGHBOURS, run=run)
+        found = manifolds(real, samples, k=NEIGHBOURS, run=run, strata=strata if len(rows) == made.count else None)
         try:
             result.rows, result.realism = rows, realism(real, samples, run=run)
         except ValueError as error:
             result.missing["realism"] = str(error)
     kernel = real[chosen(len(real), limits.pairs)], samples[chosen(len(samples), limits.pairs)]
+    result.same_images = made.count == files.count and _same_rows(features, real)
+    if not reference.training:  # nearness to images that nobody trained on says nothing of copies
+        return Rows(real, samples, found, kernel)
     pair_rows = chosen(made.count, limits.pairs)
     near, own = nearest_training_features(made, pair_rows, files, num_workers)
     squared = near.squared[:, 0]
     result.closest = Closest(pair_rows, near.index[:, 0], np.sqrt(squared), np.sqrt(own))
-    return Rows(real, samples, found, kernel, nearest=(squared, own))
+    return Rows(real, samples, found, kernel, nearest=(squared, own), num_training=files.count)
+
+
+def _same_rows(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two sets hold the same rows, in any order."""
+    if a.shape != b.shape:
+        return False
+    a, b = (x[np.lexsort(x[:, :4].T)] for x in (a, b))
+    return np.array_equal(a, b)
 
 
 def _per_class(
     result: Measurement, reference: Reference, features: np.ndarray, labels: np.ndarray, limits: Limits
 ) -> dict[int, Estimates]:
-    """Frechet distance, precision and recall within each class that both sets hold twice or more."""
+    """Fréchet distance, precision, recall and Vendi score within each class that both sets hold twice or more."""
     files = reference.files
     assert files is not None
     if reason := reference.missing.get("classes"):
@@ -145,13 +183,19 @@ def _per_class(
     def metrics(reference: np.ndarray, samples: np.ndarray) -> Estimates:
         if min(len(reference), len(samples)) < 2:
             return {}
-        found = {"fd": class_frechet_estimate(reference, samples)}
+        found = {"fd": class_frechet_estimate(reference, samples), "vendi_score": _vendi(samples)}
+        if found["fd"].bias is not None:
+            found["fd_infinity"] = expand_frechet(samples, moments(reference)).corrected
         if min(len(reference), len(samples)) > NEIGHBOURS:
             found["precision"], found["recall"] = precision_recall(reference, samples, NEIGHBOURS)
         return found
 
     found = by_class(metrics, real, real_labels[rows], features, labels)
     return {label: estimates for label, estimates in found.items() if estimates}
+
+
+def _vendi(samples: np.ndarray) -> Estimate:
+    return Estimate(vendi_score(samples), len(samples), note="no interval: it grows with n")
 
 
 # ------------------------------------------------------------------------------------------------ over the pool

@@ -5,7 +5,7 @@ carry their extractor's name, such as `fd_digits`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from models.metrics import (
     FrechetExpansion,
     Gaussian,
     Moments,
+    cmmd,
     expand_frechet,
     frechet_estimate,
     inception_score,
@@ -26,6 +27,7 @@ from models.metrics import (
     kid_scores,
     proportion_estimate,
     softmax,
+    vendi_score,
 )
 from models.scores import frechet_scores, inception_scores, recall_scores, share_scores
 from orchestrator.evaluation.extraction import ArrayName
@@ -34,9 +36,20 @@ Estimates = dict[str, Estimate]
 
 
 def describe(estimate: Estimate) -> dict[str, Any]:
-    """Return an estimate as JSON: value, n, interval (null where none is sound) and why."""
-    interval = None if estimate.low is None else [estimate.low, estimate.high]
-    return {"value": estimate.value, "n": estimate.n, "interval": interval, "note": estimate.note}
+    """Return an estimate as JSON: value, what of it is bias, counts, interval (null where none is sound) and why."""
+    return {
+        "value": estimate.value,
+        "bias": estimate.bias,
+        "n": estimate.n,
+        "n_reference": estimate.n_reference,
+        "interval": None if estimate.low is None else [estimate.low, estimate.high],
+        "note": estimate.note,
+    }
+
+
+def bias_note(bias: float) -> str:
+    """Return what of a value is bias, in words."""
+    return f"{bias:.2g} of it is bias at this n" if bias > 0 else f"too low by {-bias:.2g}, its bias at this n"
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,8 @@ class Rows:
     samples: np.ndarray  # float32 [n, D], all or some of the samples
     manifolds: Manifolds
     kernel: tuple[np.ndarray, np.ndarray]  # reference rows and samples that the kernel distance is formed of
-    nearest: tuple[np.ndarray, np.ndarray] | None = None  # see `models.manifolds.authentic_share`
+    nearest: tuple[np.ndarray, np.ndarray] | None = None  # see `models.manifolds.authentic_share`; of training images
+    num_training: int = 0  # images among which the nearest were looked for
 
 
 @dataclass(frozen=True)
@@ -60,8 +74,8 @@ class Comparison:
     statistics: dict[ArrayName, Moments | Gaussian]  # of the reference
     num_classes: int  # of the reference, 0 where it has none
     rows: Rows | None  # None = the reference has no single images, or one of the sets has too few
-    missing: dict[str, str] = field(default_factory=dict)  # why there are no "rows", "spatial" or common "classes"
-    strata: np.ndarray | None = None  # [N] by `models.metrics.strata_of`, where the labels are given; None = drawn
+    missing: dict[str, str] = field(default_factory=dict)  # why no "rows", "spatial", common "classes" or "accuracy"
+    strata: np.ndarray | None = None  # the labels, where these are balanced or given, not drawn at random
 
     @cached_property
     def pool(self) -> np.ndarray:
@@ -81,7 +95,12 @@ class Comparison:
     @cached_property
     def expansion(self) -> FrechetExpansion:
         """Return the Fréchet distance of pooled features with its bias and spread."""
-        return expand_frechet(self.pool, self.statistics["pool"])
+        return expand_frechet(self.pool, self.statistics["pool"], self.strata)
+
+    @cached_property
+    def spatial_expansion(self) -> FrechetExpansion:
+        """Return the same of spatial features."""
+        return expand_frechet(self.array("spatial"), self.statistics["spatial"], self.strata)
 
     @cached_property
     def openai(self) -> tuple[float, float]:
@@ -107,10 +126,15 @@ def _covariance(c: Comparison) -> str | None:
     return None if len(c.labels) > 1 else "a single sample has no covariance"
 
 
-def _correction(c: Comparison) -> str | None:
-    n, dimension = c.pool.shape
-    few = f"n={n} samples are not above {MIN_INTERVAL_RATIO} D, D={dimension}"
-    return None if n > MIN_INTERVAL_RATIO * dimension else few
+def _enough(array: ArrayName) -> Need:
+    """Return the need of more than 2 D samples, where D is the dimension of these features."""
+
+    def need(c: Comparison) -> str | None:
+        n, dimension = len(c.labels), len(c.statistics[array].mean)
+        few = f"n={n} samples are not above {MIN_INTERVAL_RATIO} D, D={dimension}"
+        return None if n > MIN_INTERVAL_RATIO * dimension else few
+
+    return need
 
 
 def _spatial(c: Comparison) -> str | None:
@@ -126,7 +150,7 @@ def _ten_samples(c: Comparison) -> str | None:
 
 
 def _classes(c: Comparison) -> str | None:
-    if reason := c.missing.get("classes"):
+    if reason := c.missing.get("classes") or c.missing.get("accuracy"):
         return reason
     same = c.probabilities is not None and c.num_classes == c.probabilities.shape[1] and c.labels.min() >= 0
     return None if same else "the extractor's classes are not the samples' labels"
@@ -144,7 +168,14 @@ def _inception(c: Comparison) -> str | None:
     return None if c.extractor == "inception" else ""
 
 
+def _clip(c: Comparison) -> str | None:
+    return None if c.extractor == "clip" else ""
+
+
 # ------------------------------------------------------------------------------------------------ the table
+
+# Names that belong to the Inception network with its published weights.
+INCEPTION_NAMES = {"fd": "fid", "fd_infinity": "fid_infinity", "sfd": "sfid", "sfd_infinity": "sfid_infinity"}
 
 
 @dataclass(frozen=True)
@@ -172,20 +203,50 @@ class Metric:
     def named(self, extractor: str) -> str:
         """Return its name in reports: `fd` by digits is `fd_digits`, by Inception `fid`."""
         if extractor == "inception":
-            return {"fd": "fid", "fd_infinity": "fid_infinity", "sfd": "sfid"}.get(self.name, self.name)
+            return INCEPTION_NAMES.get(self.name, self.name)
         return f"{self.name}_{extractor}" if self.of_extractor else self.name
 
 
 def _frechet(c: Comparison) -> Estimate:
-    if _correction(c) is None:
+    if _enough("pool")(c) is None:
         return c.expansion.estimate
     return frechet_estimate(c.pool, c.statistics["pool"])
+
+
+def _spatial_frechet(c: Comparison) -> Estimate:
+    if _enough("spatial")(c) is None:
+        return c.spatial_expansion.estimate
+    return frechet_estimate(c.array("spatial"), c.statistics["spatial"])
 
 
 def _openai(c: Comparison, which: int) -> Estimate:
     note = "no interval: float16 arithmetic of the published evaluator, for parity alone"
     assert c.rows is not None
-    return Estimate(c.openai[which], len(c.rows.samples), note=note)
+    return Estimate(c.openai[which], len(c.rows.samples), note=note, n_reference=len(c.rows.real))
+
+
+def _vendi(c: Comparison) -> Estimate:
+    return Estimate(vendi_score(c.pool), len(c.pool), note="no interval: it grows with n, so compare at one n")
+
+
+def _strata(c: Comparison, count: int) -> np.ndarray | None:
+    """Return the strata of `count` samples: some of them, drawn at random, have classes at random too."""
+    return c.strata if count == len(c.labels) else None
+
+
+def _of_kernel(c: Comparison, distance: Callable[..., Estimate]) -> Estimate:
+    assert c.rows is not None
+    real, samples = c.rows.kernel
+    return distance(real, samples, strata=_strata(c, len(samples)))
+
+
+def _authentic(c: Comparison) -> Estimate:
+    assert c.rows is not None and c.rows.nearest is not None
+    squared, own = c.rows.nearest
+    copies = int((squared == 0).sum())
+    note = f"{copies:,} samples have exactly the features of a training image" if copies else ""
+    found = authentic_share(squared, own, _strata(c, len(squared))).noted(note)
+    return replace(found, n_reference=c.rows.num_training)
 
 
 def _hits(c: Comparison) -> np.ndarray:
@@ -195,33 +256,39 @@ def _hits(c: Comparison) -> np.ndarray:
 
 _TABLE = (
     Metric(
+        "fd_infinity", lambda c: c.expansion.corrected, (_covariance, _enough("pool")), "lower",
+        "Fréchet distance between features of samples and reference, its bias at this n removed: the one to read.",
+        "metrics.expand_frechet", of_extractor=True,
+    ),
+    Metric(
         "fd", _frechet, (_covariance,), "lower",
-        "Fréchet distance between features of samples and reference.", "metrics.frechet_distance",
+        "The same with its bias, as published protocols have it: compare it at one n only.", "metrics.frechet_distance",
         of_extractor=True, scores=lambda c: frechet_scores(c.pool, c.statistics["pool"], c.strata),
     ),
     Metric(
-        "fd_infinity", lambda c: c.expansion.corrected, (_covariance, _correction), "lower",
-        "The same with its bias at this n removed.", "metrics.expand_frechet", of_extractor=True,
+        "sfd_infinity", lambda c: c.spatial_expansion.corrected, (_covariance, _spatial, _enough("spatial")), "lower",
+        "Fréchet distance of features that keep positions, its bias at this n removed: the one to read.",
+        "metrics.expand_frechet", of_extractor=True,
     ),
     Metric(
-        "sfd", lambda c: frechet_estimate(c.array("spatial"), c.statistics["spatial"]), (_covariance, _spatial),
-        "lower",
-        "Fréchet distance of features that keep positions.", "metrics.frechet_distance",
+        "sfd", _spatial_frechet, (_covariance, _spatial), "lower",
+        "The same with its bias, as published protocols have it.", "metrics.frechet_distance",
         of_extractor=True,
         scores=lambda c: frechet_scores(c.array("spatial"), c.statistics["spatial"], c.strata),
     ),
     Metric(
-        "inception_score", lambda c: inception_score(c.probabilities), (_logits,), "higher",
+        "inception_score", lambda c: inception_score(c.probabilities, strata=c.strata), (_logits,), "higher",
         "exp of the mean KL(p(y|x) ‖ p(y)), splits of 5,000 in order.", "metrics.inception_score",
         of_extractor=True, scores=lambda c: inception_scores(softmax(c.array("logits"))),
     ),
     Metric(
-        "inception_score_10split", lambda c: inception_score_10split(c.probabilities), (_logits, _ten_samples),
+        "inception_score_10split", lambda c: inception_score_10split(c.probabilities, strata=c.strata),
+        (_logits, _ten_samples),
         "higher",
         "The same over 10 shuffled splits.", "metrics.inception_score_10split", of_extractor=True,
     ),
     Metric(
-        "accuracy", lambda c: proportion_estimate(_hits(c)), (_logits, _classes), "higher",
+        "accuracy", lambda c: proportion_estimate(_hits(c), c.strata), (_logits, _classes), "higher",
         "Share that the extractor takes for the class asked for.", "metrics.proportion_estimate",
         scores=lambda c: share_scores(_hits(c)),
     ),
@@ -237,11 +304,21 @@ _TABLE = (
     ),
     Metric(
         "density", lambda c: c.rows.manifolds.density, (_rows,), "higher",
-        "How many of the reference's 5-neighbour balls hold a sample, over 5.", "manifolds.density_coverage",
+        "How many of the reference's 5-neighbour balls hold a sample, over 5; at equal counts of both sets.",
+        "manifolds.density_coverage",
     ),
     Metric(
         "coverage", lambda c: c.rows.manifolds.coverage, (_rows,), "higher",
         "Share of these balls that hold a sample.", "manifolds.density_coverage",
+    ),
+    Metric(
+        "clipped_density", lambda c: c.rows.manifolds.clipped_density, (_rows,), "higher",
+        "Density that no outlier inflates, relative to the reference's own: like a share of good samples.",
+        "manifolds.density_coverage",
+    ),
+    Metric(
+        "clipped_coverage", lambda c: c.rows.manifolds.clipped_coverage, (_rows,), "higher",
+        "Share of good samples that would cover the reference as well.", "manifolds.density_coverage",
     ),
     Metric(
         "precision_openai", lambda c: _openai(c, 0), (_inception, _rows), "higher",
@@ -252,12 +329,20 @@ _TABLE = (
         "Recall in the published evaluator's float16.", "manifolds.precision_recall_openai",
     ),
     Metric(
-        "kid", lambda c: kid(*c.rows.kernel), (_rows,), "lower",
+        "kid", lambda c: _of_kernel(c, kid), (_rows,), "lower",
         "Kernel distance (x·y/D + 1)³, unbiased at any n.", "metrics.kid",
         of_extractor=True, scores=lambda c: kid_scores(*c.rows.kernel),
     ),
     Metric(
-        "authpct", lambda c: authentic_share(*c.rows.nearest), (_rows, _nearest), "higher",
+        "cmmd", lambda c: _of_kernel(c, cmmd), (_clip, _rows), "lower",
+        "Kernel distance exp(-|x-y|²/200) of CLIP features of length 1, times 1,000.", "metrics.cmmd",
+    ),
+    Metric(
+        "vendi_score", _vendi, (), "higher",
+        "Effective number of distinct samples.", "metrics.vendi_score",
+    ),
+    Metric(
+        "authpct", _authentic, (_rows, _nearest), "higher",
         "% of samples farther from their nearest training image than that is from its own nearest.",
         "manifolds.authenticity",
     ),
@@ -268,7 +353,7 @@ METRICS = {metric.name: metric for metric in _TABLE}
 
 def metric_named(name: str) -> Metric:
     """Return the entry of a metric's name in reports, whatever extractor that ends in; ValueError where none is."""
-    base = {"fid": "fd", "fid_infinity": "fd_infinity", "sfid": "sfd"}.get(name, name)
+    base = {of_inception: plain for plain, of_inception in INCEPTION_NAMES.items()}.get(name, name)
     known = [metric for metric in _TABLE if base == metric.name or base.startswith(f"{metric.name}_")]
     if not known:
         raise ValueError(f"there is no metric {name!r}; the metrics are {', '.join(METRICS)}")

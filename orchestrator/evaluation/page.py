@@ -13,7 +13,7 @@ from orchestrator import storage
 from orchestrator.evaluation.extraction import chosen
 from orchestrator.evaluation.inputs import ImageSet
 from orchestrator.evaluation.measurement import Measurement
-from orchestrator.evaluation.metrics import metric_named
+from orchestrator.evaluation.metrics import bias_note, metric_named
 from orchestrator.evaluation.references import Reference
 from orchestrator.pictures import distances_figure, grid_png
 
@@ -22,7 +22,6 @@ NUM_RANDOM = 100
 NUM_EXTREME = 40  # best, and worst
 NUM_CLASSES = 10  # rows of the grid by class
 SHOWN_PIXELS = 64  # about the size of an image on the page: smaller ones are enlarged, larger ones shrunk
-READ_ROWS = 512  # images are looked up in such ranges
 
 
 def template(path: Path) -> jinja2.Template:
@@ -42,39 +41,45 @@ def evaluation_page(
         report=report,
         pictures={name: base64.b64encode(data).decode() for name, data in pictures.items()},
         metrics={name: metric_named(name) for name in report["metrics"]},
+        bias_note=bias_note,
+        made=made_lines(report["samples"]["made_by"]),
         num_training=reference.files.count if reference.files else 0,
         config=storage.json_bytes(report["reproduce"]["config"]).decode(),
     )
     return page, pictures
 
 
+def made_lines(made_by: dict[str, Any]) -> list[tuple[str, str]]:
+    """How samples were made, as far as their folder says so: name and value, for a table."""
+    config, record = made_by.get("config", {}), made_by.get("record", {})
+    lines = []
+    for network in ("weights", "classifier", "upsampler"):
+        if config.get(network):
+            lines.append((network, f"{record.get(network) or 'unnamed'}, SHA-256 {config[network]}"))
+    for part in ("sampler", "upsampling", "guidance"):
+        settings = {name: value for name, value in config.get(part, {}).items() if value is not None}
+        if settings:
+            lines.append((part, ", ".join(f"{name} {value}" for name, value in settings.items())))
+    names = ("labels", "seed", "dtype", "rounding", "clip")
+    return lines + [(name, str(config[name])) for name in names if name in config]
+
+
 def _pictures(images: ImageSet, reference: Reference, measured: Measurement, labels: np.ndarray) -> dict[str, bytes]:
-    pictures = {"random": _grid(_pick(images, chosen(images.count, NUM_RANDOM)))}
+    pictures = {"random": _grid(images.pick(chosen(images.count, NUM_RANDOM))[0])}
     if len(measured.rows):
         order = measured.rows[np.argsort(-measured.realism, kind="stable")]
-        pictures["best"] = _grid(_pick(images, order[:NUM_EXTREME]))
-        pictures["worst"] = _grid(_pick(images, order[::-1][:NUM_EXTREME]))
+        pictures["best"] = _grid(images.pick(order[:NUM_EXTREME])[0])
+        pictures["worst"] = _grid(images.pick(order[::-1][:NUM_EXTREME])[0])
     classes = np.unique(labels[labels >= 0])
     rows = [np.flatnonzero(labels == c)[:COLUMNS] for c in classes[chosen(len(classes), NUM_CLASSES)]]
     if full := [row for row in rows if len(row) == COLUMNS]:
-        pictures["by_class"] = _grid(_pick(images, np.concatenate(full)))
+        pictures["by_class"] = _grid(images.pick(np.concatenate(full))[0])
     if measured.closest is not None and reference.images is not None:
         pairs = measured.closest.first(COLUMNS)
-        above = _pick(images, np.array([pair["sample"] for pair in pairs]))
-        below = _pick(reference.images, np.array([pair["training_image"] for pair in pairs]))
+        above = images.pick(np.array([pair["sample"] for pair in pairs]))[0]
+        below = reference.images.pick(np.array([pair["training_image"] for pair in pairs]))[0]
         pictures["closest"] = _grid(np.concatenate([_small(above), _small(below)]), columns=len(pairs))
     return pictures
-
-
-def _pick(images: ImageSet, indices: np.ndarray) -> np.ndarray:
-    """The images of these indices, in their order; each range of 512 is read once."""
-    found: dict[int, np.ndarray] = {}
-    for block in np.unique(indices // READ_ROWS):
-        here = indices[indices // READ_ROWS == block]
-        begin = int(here.min())
-        pixels, _ = images.read(begin, int(here.max()) + 1)
-        found |= {int(i): pixels[i - begin] for i in here}
-    return np.stack([found[int(i)] for i in indices])
 
 
 def _small(images: np.ndarray) -> np.ndarray:

@@ -27,6 +27,7 @@ class Reference:
     classes: tuple[str, ...] = ()
     labels: np.ndarray | None = None  # int64 of all images, where they are at hand
     missing: dict[str, str] = field(default_factory=dict)  # what it cannot give, and why
+    training: bool = True  # whether its images may have been trained on; those of a published batch are only compared
 
 
 @dataclass(frozen=True)
@@ -175,9 +176,11 @@ def _batch_reference(
         missing["spatial"] = f"{uri} holds mu and sigma, but not mu_s and sigma_s"
     if images is None:
         missing["rows"] = f"{uri} holds no images (arr_0), only their statistics"
-        return Reference(uri, loaded.fingerprint, dict(published), None, missing=missing)
+        return Reference(uri, loaded.fingerprint, dict(published), None, missing=missing, training=False)
     files = extract_all(images, storage.join(folder, images.identity), loader, num_workers, num_gpus)
     if published:
-        return Reference(uri, files.fingerprint, dict(published), None, images, files, missing=missing)
+        return Reference(uri, files.fingerprint, dict(published), None, images, files, missing=missing, training=False)
     statistics, labels = _kept_statistics(files, num_workers)
-    return Reference(uri, files.fingerprint, statistics, files.count, images, files, labels=labels, missing=missing)
+    return Reference(
+        uri, files.fingerprint, statistics, files.count, images, files, labels=labels, missing=missing, training=False
+    )

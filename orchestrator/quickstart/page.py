@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator import storage
-from orchestrator.evaluation.metrics import metric_named
+from orchestrator.evaluation.metrics import bias_note, metric_named
 from orchestrator.evaluation.page import template
 from orchestrator.generation.samples import count_samples, read_range, read_run
 from orchestrator.metrics_log import history
@@ -19,7 +19,10 @@ from orchestrator.search.pictures import common_n, guidance_figure
 PER_CLASS = 10  # samples of each class in the grids
 
 # The order of the table.
-METRICS = ("accuracy", "fd_digits", "kid_digits", "inception_score_digits", "precision", "recall")
+METRICS = (
+    "accuracy", "fd_infinity_digits", "fd_digits", "kid_digits", "inception_score_digits", "precision", "recall",
+    "clipped_density", "clipped_coverage",
+)  # fmt: skip
 
 
 def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> str:
@@ -39,6 +42,7 @@ def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> 
         "accuracy_unguided": evaluations["unguided"]["metrics"]["accuracy"]["value"],
         "metrics_guided": evaluations["guided"]["metrics"],
         "metrics_unguided": evaluations["unguided"]["metrics"],
+        "held_out": evaluations["guided"]["held_out"],
         "extractor": evaluations["guided"]["extractor"],
         "search": {
             "winner": search["winner"]["setting"],
@@ -66,6 +70,7 @@ def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> 
         stages=stages,
         settings={name: storage.json_bytes(config).decode() for name, config in settings.items()},
         metrics={name: metric_named(name) for name in METRICS},
+        bias_note=bias_note,
         tracking_uri=redact(os.environ["MLFLOW_TRACKING_URI"]),
     )
     Path(folder, "report.json").write_bytes(storage.json_bytes(numbers))

@@ -17,7 +17,7 @@ import torch
 from cluster.workers import Pool
 from models.features import Extractor, Features, extract
 from models.manifolds import manifolds
-from models.metrics import Gaussian, Moments, strata_of
+from models.metrics import Gaussian, Moments
 from orchestrator import storage
 from orchestrator.config import noted_files
 from orchestrator.evaluation.extraction import EXTRACTOR_BATCH, ArrayName, Labelled, chosen, concatenate
@@ -132,7 +132,7 @@ def _measured(config: SearchConfig, task: Evaluation, drawn: Labelled, held: Hel
     features = {name: array[: task.n] for name, array in vars(drawn.features).items() if array is not None}
     pool, labels = features["pool"], drawn.labels[: task.n]
     rows = Rows(held.rows, pool, manifolds(held.rows, pool, k=NEIGHBOURS), kernel=(held.rows, pool))
-    strata = strata_of(labels) if facts.labels_given else None
+    strata = labels if facts.labels_given else None
     missing = {"classes": facts.unmatched} if facts.unmatched else {}
     comparison = Comparison(
         held.extractor, features.get, labels, held.statistics, held.num_classes, rows, missing, strata

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from models.paired_tests import Strata, differences, front_ranks, level_of_a_test, surely_positive
+from models.metrics import Strata
+from models.paired_tests import differences, front_ranks, level_of_a_test, surely_positive
 from orchestrator.search.objectives import EVALUATIONS, Constraint
 from orchestrator.search.space import Setting
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from models.metrics import Estimate
-from models.paired_tests import differences, front, mean_of
+from models.paired_tests import differences, front, interval
 from orchestrator.evaluation.metrics import describe
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.cost import SampleBudget
@@ -91,7 +91,7 @@ def _objectives(config: SearchConfig, outcome: Outcome, n: int) -> Json:
     found = {EVALUATIONS: outcome.metrics[EVALUATIONS]} if EVALUATIONS in config.objective else {}
     for name in config.objective:
         if name != EVALUATIONS and len(scores := sign_of(name) * outcome.scores[name]):
-            estimate = mean_of(scores, outcome.strata).estimate(n)
+            estimate = interval(scores, n, outcome.strata)
             if name not in outcome.unbiased:
                 estimate = Estimate(estimate.value, n, note="no interval: at so few samples bias is left")
             found[name] = describe(estimate)
@@ -107,8 +107,8 @@ def _behind(config: SearchConfig, outcome: Outcome, best: Outcome, n: int, pairs
     found = {}
     for name in config.objective:
         if name != EVALUATIONS and len(outcome.scores[name]):
-            mean = mean_of(differences(outcome.scores[name], best.scores[name]), outcome.strata)
-            found[name] = describe(mean.estimate(n, level=0.025 / max(pairs, 1)))
+            worse = differences(outcome.scores[name], best.scores[name])
+            found[name] = describe(interval(worse, n, outcome.strata, level=0.025 / max(pairs, 1)))
     return found
 
 

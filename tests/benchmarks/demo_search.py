@@ -23,7 +23,7 @@ import numpy as np
 import tyro
 
 from cluster.session import session
-from models.paired_tests import differences, mean_of
+from models.paired_tests import differences, interval
 from orchestrator import storage
 from orchestrator.evaluation.metrics import describe
 from orchestrator.search.config import SearchConfig
@@ -126,7 +126,7 @@ def compare(demo: Demo, grid: SearchConfig, grid_result: Any, search_result: Any
     scores = {setting: outcome.scores[name] for setting, outcome in outcomes.items()}
     best = min(scores, key=lambda setting: float(scores[setting].mean()))
     chosen = Setting(**search_result["winner"]["setting"])
-    regret = mean_of(differences(scores[chosen], scores[best]), outcomes[best].strata).estimate(n)
+    regret = interval(differences(scores[chosen], scores[best]), n, outcomes[best].strata)
     assert regret.low is not None
     ratio = search_result["evaluations"] / sum(trial["evaluations"] for trial in grid_result["trials"])
     broken = [

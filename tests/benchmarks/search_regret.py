@@ -23,7 +23,7 @@ import tyro
 
 from cluster.workers import map_items
 from models.features import extract
-from models.metrics import Gaussian, Moments, strata_of
+from models.metrics import Gaussian, Moments
 from models.scores import frechet_scores
 from orchestrator.evaluation.extraction import EXTRACTOR_BATCH
 from orchestrator.evaluation.extractors import CPU
@@ -123,7 +123,7 @@ class World:
     def __init__(self, features: dict[Setting, np.ndarray], labels: np.ndarray, reference: Gaussian, full: int) -> None:
         self.full, self.rungs = full, rungs_to(full)
         self.settings, self._features, self._labels, self.reference = list(features), features, labels, reference
-        strata = strata_of(labels)
+        strata = labels
         self.truth = {s: float(frechet_scores(x, reference, strata).mean()) for s, x in features.items()}
         self.best = min(self.truth, key=lambda setting: self.truth[setting])
 
@@ -138,7 +138,7 @@ class World:
     def outcome(self, setting: Setting, n: int) -> Outcome:
         if (setting, n) not in self._known:
             rows, labels = self._features[setting][self._rows[:n]], self._labels[self._rows[:n]]
-            strata = strata_of(labels)
+            strata = labels
             scores = {OBJECTIVE: frechet_scores(rows, self.reference, strata)}
             self._known[setting, n] = Outcome(scores, strata, {}, (OBJECTIVE,))
         return self._known[setting, n]

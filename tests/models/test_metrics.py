@@ -20,6 +20,7 @@ from models.metrics import (
     block_moments,
     by_class,
     class_frechet_estimate,
+    cmmd,
     expand_frechet,
     frechet_distance,
     frechet_distance_of_rows,
@@ -30,12 +31,14 @@ from models.metrics import (
     kid,
     kid_scores,
     mean_estimate,
+    mean_variance,
     merge,
     merge_in_order,
     moments,
     paired_difference,
     proportion_estimate,
     softmax,
+    student_quantile,
     vendi_score,
 )
 
@@ -299,7 +302,84 @@ def test_intervals_of_the_frechet_distance_hold(scale: float, shift: float) -> N
     plain = coverage(lambda: frechet_estimate(draw(), reference), None)
     corrected = coverage(lambda: expand_frechet(draw(), reference).corrected, truth)
     print("scale", scale, "shift", shift, "coverage: plain", plain, "corrected", corrected)
-    assert 0.90 <= plain <= 0.98 and 0.90 <= corrected <= 0.98
+    assert 0.90 <= plain <= 0.98 and 0.90 <= corrected <= (0.98 if truth else 1.0)  # an interval ends at 0
+
+
+def test_stratified_labels_leave_the_spread_within_classes_alone() -> None:
+    """Classes far apart, in turn: intervals that ignore it hold always, and the bias correction takes off too much."""
+    rng = generator(25)
+    dimension, num_classes, n = 3, 4, 200
+    labels = np.arange(n) % num_classes
+    centres = 3 * rng.standard_normal((num_classes, dimension))
+    between = (centres - centres.mean(0)).T @ (centres - centres.mean(0)) / num_classes
+    truth = Gaussian(centres.mean(0), between + np.eye(dimension))
+    reference = Gaussian(truth.mean + 0.5, 1.5 * truth.covariance)
+    distance, held = frechet_distance(truth, reference), np.zeros((2, 2))
+    distances, bias = np.zeros(300), np.zeros(2)
+    for run in range(300):
+        features = centres[labels] + rng.standard_normal((n, dimension))
+        for i, strata in enumerate((None, labels)):
+            found = expand_frechet(features, reference, strata)
+            low, high = found.corrected.low, found.corrected.high
+            mean = mean_estimate(features[:, 0], strata=strata)
+            assert low is not None and high is not None and mean.low is not None and mean.high is not None
+            held[i] += low <= distance <= high, mean.low <= truth.mean[0] <= mean.high
+            distances[run], bias[i] = found.distance, bias[i] + found.bias / 300
+    excess, error, held = distances.mean() - distance, distances.std() / np.sqrt(300), held / 300
+    print("excess", excess, "+-", error, "bias: independent, stratified", bias, "held", held.tolist())
+    assert abs(bias[1] - excess) < 3 * error < bias[0] - excess
+    assert (held[0] > 0.98).all() and (held[1] >= 0.90).all() and (held[1] <= 0.98).all()
+
+
+def test_stratified_variances_are_the_sum_over_classes() -> None:
+    rng = generator(26)
+    labels = rng.integers(0, 5, 300)
+    scores = rng.standard_normal(300) * (1 + labels) + labels
+    expected = sum((labels == k).mean() ** 2 * scores[labels == k].var(ddof=1) / (labels == k).sum() for k in range(5))
+    variance, degrees = mean_variance(scores, labels)
+    assert float(variance) == pytest.approx(expected, rel=1e-12) and degrees == 295
+    alone = np.append(labels[:-1], 99)  # a class of one sample: as if drawn independently
+    assert mean_variance(scores, alone) == (pytest.approx(scores.var(ddof=1) / 300), 299)
+    share = proportion_estimate(scores > 0, labels)
+    independent = proportion_estimate(scores > 0)
+    assert share.value == independent.value and share.low is not None and independent.low is not None
+    assert independent.low < share.low < share.value
+    probabilities = softmax(4 * np.eye(5)[labels] + rng.standard_normal((300, 5)))
+    narrow, wide = inception_score(probabilities, strata=labels), inception_score(probabilities)
+    assert narrow.value == wide.value and narrow.low is not None and wide.low is not None and narrow.low > wide.low
+    assert narrow.bias is not None and wide.bias is not None and wide.bias < narrow.bias < 0
+
+
+def test_a_mean_of_few_samples_has_student_s_interval() -> None:
+    for degrees, quantile in ((1, 12.706), (2, 4.303), (3, 3.182), (9, 2.262), (1000, 1.962)):
+        assert student_quantile(0.975, degrees) == pytest.approx(quantile, rel=2e-3)
+    rng = generator(27)
+    held = coverage(lambda: mean_estimate(rng.standard_normal(4)), 0.0)
+    print("coverage of a mean of four", held)
+    assert 0.92 <= held <= 0.98
+
+
+def test_heavy_tails_small_references_and_distances_below_zero_are_said() -> None:
+    rng = generator(28)
+    reference = moments(rng.standard_normal((60, 4)))
+    few = expand_frechet(rng.standard_normal((2000, 4)) + 1, reference)
+    assert "only 60 rows" in few.estimate.note and few.estimate.n_reference == 60
+    assert few.reference_bias == pytest.approx((4 + 4 * 5 / 4) / 60, rel=0.3)
+    exact = Gaussian(np.zeros(4), np.eye(4))
+    assert "rows" not in expand_frechet(rng.standard_normal((2000, 4)) + 1, exact).estimate.note
+    broken = rng.standard_normal((2000, 4))
+    broken[:5] += 30
+    assert "heavy tails" in expand_frechet(broken, exact).estimate.note
+    same = rng.standard_normal((2000, 4))
+    itself = expand_frechet(same, moments(same)).corrected
+    assert itself.value == itself.low == 0 and "estimated at -" in itself.note
+
+
+def test_what_a_perfect_model_scores_against_a_small_reference_is_told() -> None:
+    rng = generator(29)
+    found = [expand_frechet(rng.standard_normal((3000, 5)), moments(rng.standard_normal((200, 5)))) for _ in range(20)]
+    excess = np.mean([expansion.distance - expansion.bias for expansion in found])
+    assert np.mean([expansion.reference_bias for expansion in found]) == pytest.approx(excess, rel=0.15)
 
 
 def test_intervals_of_paired_differences_hold() -> None:
@@ -405,14 +485,46 @@ def test_kernel_distance_is_the_mean_over_all_pairs() -> None:
     assert kid_scores(y, x).mean() == pytest.approx(expected, rel=1e-12)
 
 
+def test_kernel_distance_far_from_the_origin_keeps_its_digits() -> None:
+    rng = generator(30)
+    x, y = rng.standard_normal((9, 4)) + 1e4, rng.standard_normal((7, 4)) + 1e4
+    found = kid(y, x)
+
+    def kernel(a: Array, b: Array) -> np.longdouble:
+        return np.longdouble((a.astype(np.longdouble) @ b.astype(np.longdouble) / 4 + 1) ** 3)
+
+    within = [np.mean([kernel(a, b) for i, a in enumerate(s) for j, b in enumerate(s) if i != j]) for s in (x, y)]
+    expected = sum(within) - 2 * np.mean([kernel(a, b) for a in x for b in y])
+    assert found.value == pytest.approx(float(expected), rel=1e-8) and "far from the origin" in found.note
+    assert kid(y - 1e4, x - 1e4).note == ""
+
+
 def test_kernel_distance_says_what_is_too_small() -> None:
     with pytest.raises(ValueError, match="1 samples"):
         kid(np.zeros((5, 2)), np.zeros((1, 2)))
 
 
+def test_cmmd_is_the_mean_over_all_pairs_and_its_bias_the_pairs_with_itself() -> None:
+    rng = generator(32)
+    x, y = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (rng.standard_normal((9, 4)), rng.random((7, 4))))
+
+    def kernel(a: Array, b: Array) -> Array:
+        return np.exp(-np.square(a[:, None] - b[None]).sum(-1) / 200)
+
+    whole = 1000 * (kernel(x, x).mean() + kernel(y, y).mean() - 2 * kernel(x, y).mean())
+    apart = [kernel(a, a)[~np.eye(len(a), dtype=bool)].mean() for a in (x, y)]
+    unbiased = 1000 * (sum(apart) - 2 * kernel(x, y).mean())
+    found = cmmd(3 * y, 2 * x)  # only directions count
+    assert found.value == pytest.approx(whole, rel=1e-9) and found.bias == pytest.approx(whole - unbiased, rel=1e-9)
+    held = coverage(lambda: cmmd(y, rng.standard_normal((100, 4)) + 0.5), None, 200)
+    print("coverage of CMMD", held)
+    assert 0.90 <= held <= 0.98 and found.n_reference == 7
+
+
 def test_vendi_counts_distinct_samples() -> None:
     assert vendi_score(np.repeat(np.eye(5), 4, axis=0)) == pytest.approx(5, rel=1e-9)
     assert vendi_score(np.ones((20, 5))) == pytest.approx(1, rel=1e-9)
+    assert vendi_score(np.repeat(np.eye(50)[:3], 2, axis=0)) == pytest.approx(3, rel=1e-9)  # more dimensions than rows
 
 
 def test_by_class_pairs_the_classes_that_both_sets_hold() -> None:

@@ -5,7 +5,8 @@ import pytest
 from numpy.typing import NDArray
 
 from models import neighbours
-from models.neighbours import balls_holding, nearest, squared_radii
+from models.neighbours import nearest, squared_radii
+from tests.reference_metrics import balls_holding
 
 Array = NDArray[np.float64]
 SEED = 21

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from models.manifolds import precision_recall
-from models.metrics import Gaussian, expand_frechet, frechet_distance, moments, paired_difference, strata_of
-from models.paired_tests import differences, mean_of, surely_positive
+from models.metrics import Gaussian, expand_frechet, frechet_distance, mean_variance, moments, paired_difference
+from models.paired_tests import differences, interval, surely_positive
 from models.scores import (
     expand_leading_frechet,
     frechet_scores,
@@ -88,7 +88,7 @@ def test_given_classes_are_no_part_of_the_bias() -> None:
     stratified, plain = [], []
     for run in range(2, 2 + runs):
         found = [classes(run, n, *model) for model in ((1.0, 1.0), (1.1, 0.9))]
-        stratified.append([frechet_scores(x, reference, strata_of(labels)).mean() for x, labels in found])
+        stratified.append([frechet_scores(x, reference, labels).mean() for x, labels in found])
         plain.append([frechet_scores(x, reference).mean() for x, _ in found])
     assert np.diff(np.mean(stratified, axis=0)) == pytest.approx(truth, rel=0.2)
     assert np.diff(np.mean(plain, axis=0)) < 0.6 * truth, "the example has lost its point"
@@ -114,7 +114,7 @@ def test_paired_intervals_of_the_frechet_distance_hold_the_truth() -> None:
     held = 0
     for run in range(RUNS):
         a, b = (frechet_scores(x, standard(dimension)) for x in two_models(run, n, dimension))
-        found = mean_of(differences(b, a)).estimate(n)
+        found = interval(differences(b, a), n)
         assert found.low is not None and found.high is not None
         held += found.low <= truth <= found.high
     assert 0.90 * RUNS <= held <= 0.98 * RUNS, f"{held} of {RUNS}"
@@ -122,7 +122,7 @@ def test_paired_intervals_of_the_frechet_distance_hold_the_truth() -> None:
 
 def test_pairing_takes_most_of_the_variance_away() -> None:
     a, b = (frechet_scores(x, standard(8)) for x in two_models(0, 1024, 8))
-    assert mean_of(differences(b, a)).error ** 2 < (a.var(ddof=1) + b.var(ddof=1)) / 1024 / 2
+    assert mean_variance(differences(b, a))[0] < (a.var(ddof=1) + b.var(ddof=1)) / 1024 / 2
 
 
 def test_inception_scores_are_free_of_bias() -> None:

@@ -1,5 +1,6 @@
 """Extractors by name: what is missing, or is not what it should be, is said before the first image."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from orchestrator.evaluation.extractors import (
     own_extractor,
 )
 from orchestrator.pictures import png
+from tests.models.test_vit import clip_shapes, dinov2_shapes, random_state
 from tests.orchestrator.digits import digits
 from tests.orchestrator.evaluation.golden_inception import GOLDEN, write_weights
 
@@ -41,6 +43,33 @@ def test_other_weights_are_not_fid(tmp_path: Path) -> None:
     torch.save({"fc.bias": torch.zeros(1008)}, path)
     with pytest.raises(ValueError, match="numbers of other weights are not FID"):
         load("inception", str(path))
+
+
+@pytest.mark.parametrize(("name", "distance"), [("dinov2", "FD_DINOv2"), ("clip", "CMMD")])
+def test_names_of_vision_transformers_belong_to_the_published_files(
+    name: str, distance: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(FileNotFoundError, match=r"/nowhere/extractors/.*14.*--extractor-weights"):
+        load(name)
+    state = random_state(dinov2_shapes(1, 64) if name == "dinov2" else clip_shapes(1, 64, 48))
+    path = tmp_path / "weights.pth"
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=f"other weights are not {distance}"):
+        load(name, str(path))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(extractors, f"{name.upper()}_SHA256", digest)
+    loaded = load(name, str(path))
+    assert loaded.fingerprint == f"{name}-{digest[:12]}"
+    assert loaded.network(np.zeros((1, 8, 8, 3), np.uint8)).pool.shape == (1, 64 if name == "dinov2" else 48)
+
+
+def test_accuracy_is_of_classes_that_the_extractor_knows() -> None:
+    wordnet = tuple(f"n{number:08d}" for number in range(1000))
+    loaded = efficientnet_extractor(CPU)
+    assert loaded.knows(wordnet) == "" and "efficientnet" in loaded.knows(wordnet[::-1])
+    assert "not the samples' labels" in loaded.knows(tuple(map(str, range(1000))))
+    named = own_extractor("tests.orchestrator.evaluation.toy_extractor.ToyExtractor")._replace(classes=("a", "b", "c"))
+    assert named.knows(("a", "b", "c")) == "" and "toy" in named.knows(("a", "c", "b"))
 
 
 def test_the_right_file_is_checked_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +131,7 @@ def test_each_dataset_has_its_own_digits_network(tmp_path: Path) -> None:
 
 
 def test_names_that_mean_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match="wanted inception, efficientnet, digits"):
+    with pytest.raises(ValueError, match="wanted inception, dinov2, clip, efficientnet, digits"):
         load("vgg")
     with pytest.raises(ValueError, match="must then be a dataset"):
         load("digits")

@@ -43,7 +43,9 @@ def config(store: str, **changes: Any) -> EvaluationConfig:
 def report(uri: str) -> dict[str, Any]:
     """What does not tell where things lie."""
     content = storage.read_json(uri)
-    return {name: content[name] for name in ("metrics", "per_class", "closest_pairs", "nearest_training_image")}
+    return {
+        name: content[name] for name in ("metrics", "held_out", "per_class", "closest_pairs", "nearest_training_image")
+    }
 
 
 def test_samples_that_are_not_there_are_an_error(tmp_path: Path) -> None:
@@ -70,11 +72,20 @@ def test_a_mistake_claims_no_folder(store: str, changes: dict[str, Any], message
     assert not storage.exists(storage.join(store, "mistaken"))
 
 
+MADE_BY = {
+    "seed": 0,
+    "labels": "balanced",
+    "weights": "ab12cd34",
+    "sampler": {"name": "ddim", "num_steps": 25},
+    "guidance": {"scale": 1.5},
+}
+
+
 def write_samples(store: str, name: str, classes: tuple[str, ...]) -> str:
     """A folder of 16 samples of noise as `generate` leaves it, of classes of these names."""
     images = np.random.default_rng([75]).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
     folder, shard = storage.join(store, name), Shard(0, 16)
-    write_run(folder, {"seed": 0}, {}, {"classes": classes})
+    write_run(folder, MADE_BY, {}, {"classes": classes})
     digest = put_shard(folder, shard, encode_rows(Samples(np.arange(16), np.arange(16) % len(classes), images)))
     write_manifest(folder, {shard: digest})
     return name
@@ -150,29 +161,73 @@ def test_noise_is_measured_by_the_digits_network(store: str, capsys: pytest.Capt
     metrics = content["metrics"]
     assert set(metrics) == {
         "fd_digits", "fd_infinity_digits", "kid_digits", "precision", "recall", "density", "coverage", "authpct",
-        "inception_score_digits", "inception_score_10split_digits", "accuracy",
+        "clipped_density", "clipped_coverage", "inception_score_digits", "inception_score_10split_digits", "accuracy",
+        "vendi_score",
     }  # fmt: skip
+    assert next(iter(metrics)) == "fd_infinity_digits"
     assert content["extractor"]["held_out_accuracy"] > 0.97
-    for found in metrics.values():
+    for name, found in metrics.items():
         assert found["n"] == 600 and found["extractor"] == content["extractor"]["fingerprint"]
+        unpaired = {"accuracy", "vendi_score", "inception_score_digits", "inception_score_10split_digits"}
+        at_equal_counts = {"density", "coverage", "clipped_density", "clipped_coverage"}
+        expected = None if name in unpaired else 600 if name in at_equal_counts else 1437
+        assert found["n_reference"] == expected, name
         assert found["seeds"] == {"seed": None, "indices": [0, 600]}
         assert found["interval"] or found["note"]
     assert (
         metrics["fd_digits"]["value"] > 5 and metrics["precision"]["value"] < 0.5 and metrics["accuracy"]["value"] < 0.3
     )
+    plain, corrected = metrics["fd_digits"], metrics["fd_infinity_digits"]
+    assert plain["value"] - plain["bias"] == pytest.approx(corrected["value"]) and plain["bias"] > 0
+    floor = content["held_out"]
+    assert floor["n"] == 360 and set(floor["metrics"]) == set(metrics) and floor["uri"].endswith("validation")
+    assert floor["metrics"]["precision"]["value"] > 0.8 and floor["metrics"]["fd_infinity_digits"]["value"] < 1
     assert list(content["per_class"]) == [str(digit) for digit in range(10)]
+    assert all(found["vendi_score"]["n"] == 60 for found in content["per_class"].values())
     assert len(content["nearest_training_image"]["samples"]) == len(content["nearest_training_image"]["held_out"]) == 50
     assert content["reproduce"]["config"]["extractor"] == "digits" and content["reproduce"]["command"].startswith(
         "python "
     )
     printed = capsys.readouterr().out
-    assert "fd_digits" in printed and uri in printed
+    assert "bias at this n" in printed and "held-out real images" in printed and uri in printed
 
     page = (Path(uri).parent / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 6 and 'src="http' not in page and "report.json" not in page
     before = Path(uri).read_bytes()
     assert evaluate(config(store, extractor="digits", output="by-digits")) == uri
     assert Path(uri).read_bytes() == before and "is complete" in capsys.readouterr().out
+
+
+def test_held_out_images_are_measured_beside_the_samples(store: str, tmp_path: Path) -> None:
+    """Named by --floor for a reference that has no validation split, and as many as there are samples."""
+    images = np.random.default_rng([76]).integers(0, 256, (900, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "reference", images[:200])
+    np.savez(tmp_path / "held-out", images[200:])
+    np.savez(tmp_path / "few", images[200:500])
+    files = {"reference": str(tmp_path / "reference.npz"), "floor": str(tmp_path / "held-out.npz")}
+    found = storage.read_json(evaluate(config(store, output="with-floor", **files, samples=str(tmp_path / "few.npz"))))
+    assert found["held_out"]["n"] == found["metrics"]["fd_toy"]["n"] == 300
+    assert found["held_out"]["metrics"]["precision"]["value"] > 0.7
+    with pytest.raises(FileNotFoundError, match=r"--floor none\.npz"):
+        evaluate(config(store, output="no-floor", floor="none.npz"))
+
+
+def test_the_reference_against_itself_is_recognised(store: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    images = np.random.default_rng([77]).integers(0, 256, (300, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "once", images)
+    np.savez(tmp_path / "again", images[::-1])
+    files = {"reference": str(tmp_path / "once.npz"), "samples": str(tmp_path / "again.npz")}
+    found = storage.read_json(evaluate(config(store, output="itself", **files)))
+    assert any("same images" in warning for warning in found["warnings"])
+    assert found["metrics"]["fd_infinity_toy"]["value"] == 0 and "same images" in capsys.readouterr().out
+
+
+def test_the_report_says_how_the_samples_were_made(store: str, tmp_path: Path) -> None:
+    folder = write_samples(str(tmp_path), "made", tuple(str(digit) for digit in range(10)))
+    uri = evaluate(config(store, output="with-making", samples=f"{tmp_path}/{folder}"))
+    made_by = storage.read_json(uri)["samples"]["made_by"]
+    page = (Path(uri).parent / "report.html").read_text()
+    assert made_by["config"] == MADE_BY and "ab12cd34" in page and "num_steps 25" in page and "balanced" in page
 
 
 def test_another_extractor_or_other_samples_need_another_folder(store: str) -> None:
@@ -208,7 +263,7 @@ def test_the_names_of_the_papers_belong_to_inception(tmp_path: Path, monkeypatch
     found = storage.read_json(evaluate(EvaluationConfig(**settings, **files)))
     assert set(found["metrics"]) == {
         "fid", "sfid", "kid", "inception_score", "inception_score_10split", "precision", "recall", "precision_openai",
-        "recall_openai", "density", "coverage", "authpct",
+        "recall_openai", "density", "coverage", "clipped_density", "clipped_coverage", "vendi_score",
     }  # fmt: skip
     assert found["extractor"]["fingerprint"] == f"inception-{digest[:12]}"
     assert found["metrics"]["fid"]["interval"] is None and "2 D" in found["metrics"]["fid"]["note"]
@@ -224,5 +279,8 @@ def test_a_published_batch_as_reference_and_nothing_written_beside_it(store: str
     found = storage.read_json(uri)
     assert found["metrics"]["fd_toy"]["value"] < 0.2 and found["metrics"]["precision"]["value"] > 0.8  # noise is noise
     assert found["not_available"]["per_class"] == "the reference has no labels"
-    assert found["nearest_training_image"] == {}
+    assert found["nearest_training_image"] == {} and found["closest_pairs"] == []
+    assert found["reference"]["what"] == "reference images" and found["held_out"] is None
+    page = (Path(uri).parent / "report.html").read_text()
+    assert "authpct" not in found["metrics"] and "training image" not in page
     assert sorted(path.name for path in tmp_path.iterdir()) == ["reference.npz"]

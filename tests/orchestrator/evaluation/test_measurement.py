@@ -11,7 +11,7 @@ from models import neighbours
 from orchestrator.evaluation.extraction import FeatureFiles, chosen, extract_all
 from orchestrator.evaluation.extractors import own_extractor
 from orchestrator.evaluation.inputs import open_images
-from orchestrator.evaluation.measurement import Limits, measure_files
+from orchestrator.evaluation.measurement import Limits, measure_files, strata_of
 from orchestrator.evaluation.metrics import describe, measure
 from orchestrator.evaluation.references import Reference
 from tests.orchestrator.evaluation.test_metrics import compare
@@ -52,14 +52,23 @@ def test_files_give_what_arrays_give_and_more(sets: tuple[FeatureFiles, Referenc
     made, reference = sets
     assert reference.files is not None
     found = measure_files(made, reference, "toy", LIMITS, num_workers=0)
-    in_memory, _ = measure(compare(made.whole(), reference.files.whole()))
+    in_memory, _ = measure(compare(made.whole(), reference.files.whole(), strata=made.labels()))
     assert in_memory.items() <= found.estimates.items()
-    assert set(found.estimates) - set(in_memory) == {"sfd_toy", "authpct"}
+    assert set(found.estimates) - set(in_memory) == {"sfd_toy", "sfd_infinity_toy", "authpct"}
     assert found.missing == {}
-    assert all(estimate.n == 900 for estimate in found.estimates.values())
+    equal = {"density", "coverage", "clipped_density", "clipped_coverage"}
+    assert all(estimate.n == (700 if name in equal else 900) for name, estimate in found.estimates.items())
     assert found.per_class[2]["fd"].value > 10 * found.per_class[0]["fd"].value
     assert found.per_class[0]["precision"].value > found.per_class[2]["precision"].value
     assert len(found.realism) == 900 and found.closest is not None and len(found.closest.first(10)) == 10
+
+
+def test_labels_are_strata_where_their_counts_are_fixed() -> None:
+    balanced, drawn = np.arange(30) % 3, np.random.default_rng(1).integers(0, 3, 30)
+    assert strata_of(balanced, None) is balanced and strata_of(balanced, "balanced") is balanced
+    assert strata_of(balanced, "uniform") is None and strata_of(drawn, None) is None
+    assert strata_of(np.array([3, 7, 7] * 9), "3,7,7") is not None and strata_of(np.full(30, -1), None) is None
+    assert strata_of(np.arange(30), None) is None  # one sample of each class has no spread of its own
 
 
 @pytest.mark.ray

@@ -1,13 +1,14 @@
 """The table of metrics: conventions, names, what each metric needs, and what paired tests compare."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from models.features import Features
 from models.manifolds import manifolds
-from models.metrics import Estimate, moments
+from models.metrics import Estimate, Gaussian, Moments, moments
 from orchestrator.evaluation.extraction import ArrayName, Labelled
 from orchestrator.evaluation.metrics import METRICS, Comparison, Rows, measure, metric_named
 
@@ -19,12 +20,19 @@ def labelled(rng: np.random.Generator, spread: float, n: int = 600) -> Labelled:
     return Labelled(Features(pool, None, 9 * np.eye(3, dtype=np.float32)[labels]), labels)
 
 
-def compare(samples: Labelled, reference: Labelled, num_classes: int = 3, extractor: str = "toy") -> Comparison:
+def compare(
+    samples: Labelled,
+    reference: Labelled,
+    num_classes: int = 3,
+    extractor: str = "toy",
+    strata: np.ndarray | None = None,
+) -> Comparison:
     """All of the samples beside all of the reference."""
     made, real = samples.features, reference.features
-    rows = Rows(real.pool, made.pool, manifolds(real.pool, made.pool), kernel=(real.pool, made.pool))
-    statistics = {"pool": moments(real.pool)}
-    return Comparison(extractor, vars(made).get, samples.labels, statistics, num_classes, rows)  # type: ignore[arg-type]
+    rows = Rows(real.pool, made.pool, manifolds(real.pool, made.pool, strata=strata), kernel=(real.pool, made.pool))
+    statistics: dict[ArrayName, Moments | Gaussian] = {"pool": moments(real.pool)}
+    read: Any = vars(made).get
+    return Comparison(extractor, read, samples.labels, statistics, num_classes, rows, strata=strata)
 
 
 def estimates(samples: Labelled, reference: Labelled) -> dict[str, Estimate]:
@@ -38,6 +46,7 @@ def test_collapsed_samples_have_precision_without_recall() -> None:
     assert found["fd_toy"].low is not None and found["fd_toy"].low > 1
     assert found["accuracy"].value == 1 and found["inception_score_toy"].value == pytest.approx(3, rel=0.01)
     assert all(estimate.n == 600 for estimate in found.values())
+    assert next(iter(found)) == "fd_infinity_toy" and found["fd_toy"].bias is not None
 
 
 def test_equal_distributions_are_near() -> None:
@@ -64,6 +73,25 @@ def test_accuracy_needs_the_extractor_to_know_the_classes() -> None:
     rng = np.random.default_rng(5)
     found, missing = measure(compare(labelled(rng, 1.0), labelled(rng, 1.0), num_classes=7))  # three logits
     assert "accuracy" not in found and "classes" in missing["accuracy"]
+
+
+def test_accuracy_needs_the_same_class_names() -> None:
+    rng = np.random.default_rng(9)
+    made = compare(labelled(rng, 1.0), labelled(rng, 1.0))
+    found, missing = measure(replace(made, missing={"accuracy": "other names"}))
+    assert "accuracy" not in found and missing["accuracy"] == "other names"
+
+
+def test_balanced_labels_make_shorter_intervals() -> None:
+    rng = np.random.default_rng(10)
+    made = compare(labelled(rng, 1.0), labelled(rng, 1.0))
+    shifted = made.pool + made.labels[:, None] * np.array([2, 0, 0, 0], np.float32)
+    made = replace(made, read={"pool": shifted, "logits": made.logits}.get, missing={"rows": "none"}, rows=None)
+    drawn, balanced = measure(made)[0], measure(replace(made, strata=made.labels))[0]
+    for name in ("fd_toy", "fd_infinity_toy"):
+        (a, b), (c, d) = ((e[name].low or 0.0, e[name].high or 0.0) for e in (drawn, balanced))
+        assert 0 < d - c < 0.8 * (b - a)
+    assert drawn["fd_toy"].value == balanced["fd_toy"].value
 
 
 def test_metrics_that_do_not_apply_are_neither_found_nor_missing() -> None:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from orchestrator.evaluation.inputs import ImageSet
-from orchestrator.evaluation.page import _grid, _pick
+from orchestrator.evaluation.page import _grid
 
 
 def test_the_images_are_those_that_were_asked_for() -> None:
@@ -19,7 +19,8 @@ def test_the_images_are_those_that_were_asked_for() -> None:
         return np.broadcast_to((rows % 251).astype(np.uint8)[:, None, None, None], (end - begin, 4, 4, 3)), rows
 
     some = ImageSet("x", "npz", 2000, "x", images)
-    picked = _pick(some, np.array([1500, 3, 700, 5]))
+    picked, labels = some.pick(np.array([1500, 3, 700, 5]))
+    assert labels.tolist() == [1500, 3, 700, 5]
     assert picked[:, 0, 0, 0].tolist() == [1500 % 251, 3, 700 % 251, 5]
     assert sorted(read) == [(3, 6), (700, 701), (1500, 1501)]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from models.metrics import Gaussian, strata_of
+from models.metrics import Gaussian
 from models.scores import frechet_scores, share_scores
 from orchestrator.search.config import Limit
 from orchestrator.search.cost import SampleBudget
@@ -111,7 +111,7 @@ def trade_off(run: int, count: int, full: int = 1024, dimension: int = 64) -> Wo
         scale, n = task.setting.scale, task.n
         samples = (1 + 0.015 * scale) * means[labels[:n]] + (1 - 0.03 * scale) * noise[:n]
         samples += 0.6 * np.exp(-scale / 2) * blur[:n]
-        strata = strata_of(labels[:n])
+        strata = labels[:n]
         return Outcome({FD: frechet_scores(samples, target, strata)}, strata, unbiased=(FD,) * (n >= 16 * dimension))
 
     return world
