@@ -46,16 +46,13 @@ class SearchConfig(JobConfig):
     space: SpaceConfig = SpaceConfig()
     objective: tuple[str, ...] = Field(("fd_digits",), min_length=1, max_length=2)  # a metric, or two: fd_digits recall
     constraints: tuple[str, ...] = ()  # bounds on metrics, such as evaluations<=25 or recall>=0.4
-    rungs: tuple[int, ...] = Field(
-        (64, 128, 256, 512, 1024, 2048), min_length=1
-    )  # samples at which trials are compared
+    rungs: tuple[int, ...] = Field((64, 128, 256, 512, 1024, 2048), min_length=1)  # n at which trials are compared
     trials: int = Field(24, gt=0)  # settings tried at most
     round_size: int = Field(8, gt=0)  # settings that Optuna proposes at once; a grid is proposed as a whole
     proxy: bool = False  # of a grid: settings of the fewest steps first, and of more steps those near the best scales
     finalists: int = Field(2, gt=0)  # the best few, scored again on fresh seeds
     alpha: float = Field(0.05, gt=0, lt=1)  # family-wise error: probability of ever eliminating the best trial
-    budget: str | None = None  # shared out by successive halving: samples ("20000"), hours ("1.5h"), or a share of the
-    # network evaluations of all trials drawn to the last rung ("25%"); None = all go on until they are eliminated
+    budget: str | None = None  # samples ("20000"), hours ("1.5h") or a share of drawing all trials to the end ("25%")
     seed: int = Field(0, ge=0)  # labels and noise of all trials alike, and the proposals
     fresh_seed: int = Field(1_000_003, ge=0)  # labels and noise of the finals, by which nothing was chosen
     labels: str = "balanced"  # as a generation takes them: balanced, uniform, ...

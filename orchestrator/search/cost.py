@@ -68,12 +68,20 @@ class SampleBudget:
         """Network evaluations behind them."""
         return sum(count * setting.evaluations for (setting, _), count in self._drawn.items())
 
+    def evaluations_of(self, seed: int) -> int:
+        """Network evaluations on one seed: of the trials, or of the final evaluation."""
+        return sum(count * setting.evaluations for (setting, other), count in self._drawn.items() if other == seed)
+
     def of(self, setting: Setting) -> int:
         """Samples of one setting, on all seeds."""
         return sum(count for (other, _), count in self._drawn.items() if other == setting)
 
     def fitting(self, tasks: list[Evaluation], share: float, reserve: list[Evaluation]) -> int:
-        """Return how many of the tasks, in their order, `share` of what is left beside `reserve` affords."""
+        """Return how many of the tasks, in their order, `share` of what is left beside `reserve` affords.
+
+        The reserve, the final evaluations, is no part of a budget in %.
+        """
+        reserve = [] if self._limit.unit == "%" else reserve
         spent = {"samples": self.samples, "%": self.evaluations, "h": self._seconds}[self._limit.unit]
         left = share * (self._most - spent - sum(map(self._price, reserve)))
         return int((np.cumsum([self._price(task) for task in tasks]) <= left).sum())
@@ -141,7 +149,7 @@ def most_work(
     if limit.unit == "samples":
         samples = min(samples, limit.amount)
     elif limit.unit == "%":
-        samples = min(samples, limit.amount / 100 * trials * full)
+        samples -= max(1 - limit.amount / 100, 0.0) * trials * full
     cost = Cost(int(samples), flops, {}, GUIDED_SAMPLING, "")
     seconds = gpu_seconds(cost, config.cost, half=config.dtype != "float32")
     return Expectation(samples, samples * evaluations, seconds / 3600)

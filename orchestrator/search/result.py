@@ -40,6 +40,7 @@ def conclude(config: SearchConfig, halving: SuccessiveHalving, budget: SampleBud
         "failed": failed,
         "samples": budget.samples,
         "evaluations": budget.evaluations,
+        "final_evaluations": budget.evaluations_of(config.fresh_seed),
         "seeds": {"search": config.seed, "final": config.fresh_seed},
         "alpha": config.alpha,
         "budget": config.budget,

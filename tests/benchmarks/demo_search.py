@@ -128,7 +128,8 @@ def compare(demo: Demo, grid: SearchConfig, grid_result: Any, search_result: Any
     chosen = Setting(**search_result["winner"]["setting"])
     regret = interval(differences(scores[chosen], scores[best]), n, outcomes[best].strata)
     assert regret.low is not None
-    ratio = search_result["evaluations"] / sum(trial["evaluations"] for trial in grid_result["trials"])
+    taken = [found["evaluations"] - found["final_evaluations"] for found in (search_result, grid_result)]
+    ratio = taken[0] / taken[1]
     broken = [
         f"the search's winner is surely worse: {describe(regret)}" if chosen != best and regret.low > 0 else "",
         f"it took {ratio:.3f} of the grid's evaluations" if ratio > demo.share else "",

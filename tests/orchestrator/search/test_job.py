@@ -202,7 +202,7 @@ def test_a_dry_run_says_what_it_may_cost(store: str) -> None:
     assert "4 settings of a grid of 4, and any scale between" in text
     assert "at most 576 samples, 2,160 network evaluations" in text, "4 x 96, and two finals of 96"
     assert "at most 250 samples" in plan(config(store, budget="250"))
-    assert "at most 38 samples" in plan(config(store, budget="10%"))
+    assert "at most 230 samples" in plan(config(store, budget="10%")), "and the finals"
     assert "or 1.5h" in plan(config(store, budget="1.5h"))
 
 
