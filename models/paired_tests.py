@@ -40,11 +40,13 @@ def surely_positive(scores: Array, strata: Strata, level: float, n: int, span: f
     is seen no standard error knows of it. Where that probability is above the level, the bound is the empirical
     Bernstein bound of Maurer & Pontil (2009) for scores within a `span`; else it is Student's t.
     """
+    mean, odds, seen = scores.mean(), np.log(2 / level), (1 - RARE) ** n <= level
+    least = 0.0 if seen else 7 * span * odds / (3 * (len(scores) - 1))
+    if mean <= least:  # whatever the variance is
+        return False
     variance, degrees = mean_variance(scores, _fitting(scores, strata))
-    if (1 - RARE) ** n <= level:
-        return bool(scores.mean() > student_quantile(1 - level, degrees) * np.sqrt(variance))
-    odds = np.log(2 / level)
-    return bool(scores.mean() > np.sqrt(2 * odds * variance) + 7 * span * odds / (3 * (len(scores) - 1)))
+    factor = student_quantile(1 - level, degrees) if seen else np.sqrt(2 * odds)
+    return bool(mean > least + factor * np.sqrt(variance))
 
 
 def level_of_a_test(alpha: float, looks: int, rivals: int, constraints: int) -> float:

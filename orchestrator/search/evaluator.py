@@ -86,7 +86,7 @@ class Facts(NamedTuple):
 
     image_size: int
     labels_given: bool  # the labels of the samples are no random draw
-    unmatched: str = ""  # why they cannot be matched with the reference's; "" where they can
+    unmatched: str  # why they cannot be matched with the reference's, or the extractor's; "" where they can
 
 
 def evaluate(config: SearchConfig, workers: Pool, facts: Facts, task: Evaluation) -> dict[str, float]:

@@ -59,12 +59,11 @@ def search(config: SearchConfig) -> str:
             print(f"{output} is complete:\n{summary(result)}")
             catch_up("search", config, output)
             return result_uri
-    cpus = (
-        config.num_workers and config.num_workers * config.num_threads + 1
-    )  # one for the trials, which wait and measure
+    cpus = config.num_workers and config.num_workers * config.num_threads + 1  # one for the trials, which measure
     with session(cpus, shared=config.shared), tracked("search", config, output) as tracker:
         reference, extractor = reference_of(config, facts.image_size, config.num_workers)
-        facts = facts._replace(unmatched=unmatched(networks[config.weights[0]].classes, reference))
+        reason = unmatched(networks[config.weights[0]].classes, reference) or facts.unmatched
+        facts = facts._replace(unmatched=reason)
         halving, budget, clock = _start(config, space)
         with pool(partial(make_worker, config), config.num_workers, config.num_threads, config.num_gpus) as workers:
             rounds = _Rounds(config, halving, budget, clock, tracker)
@@ -108,7 +107,7 @@ def _check_or_write_config(config: SearchConfig, files: dict[str, str], networks
         "numerics_version": NUMERICS_VERSION,
     }
     check_or_write_config(config.path(config.output), config, files, **noted)
-    return Facts(size, first.labels.given)
+    return Facts(size, first.labels.given, loaded.knows(first.classes))
 
 
 def _start(config: SearchConfig, space: Space) -> tuple[SuccessiveHalving, SampleBudget, Clock]:
