@@ -54,8 +54,9 @@ def main(worlds: Worlds) -> None:
                 eliminated += halving.trials[case.best].eliminated is not None
                 chosen += [trial.number for trial in halving.ranked()[:1]] == [case.best]
                 drawn += sum(halving.rules.rungs[trial.level] for trial in halving.trials)
-            shares = (eliminated / worlds.runs, chosen / worlds.runs, drawn / worlds.runs / case.trials / 1024)
-            print(f"{name:14} {budget:10} eliminated %.3f  chosen %.3f  drawn %.3f" % shares, flush=True)
+            share = drawn / worlds.runs / case.trials / 1024
+            rates = f"eliminated {eliminated / worlds.runs:.3f}  chosen {chosen / worlds.runs:.3f}"
+            print(f"{name:14} {budget:10} {rates}  drawn {share:.3f}", flush=True)
 
 
 if __name__ == "__main__":
