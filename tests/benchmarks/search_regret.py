@@ -129,7 +129,7 @@ class World:
 
     def shuffle(self, seed: int) -> None:
         """Choose the indices of a replay: index i is of class i modulo K, as in a balanced generation."""
-        rng = np.random.default_rng([20, seed])
+        self.seed, rng = seed, np.random.default_rng([20, seed])
         classes = [rng.permutation(np.flatnonzero(self._labels == label)) for label in np.unique(self._labels)]
         each = -(-self.full // len(classes))
         self._rows = np.stack([rows[:each] for rows in classes], axis=1).ravel()[: self.full]
@@ -189,7 +189,7 @@ def asha(world: World, share: float) -> Found:
     """ASHA with reduction factor 2: a trial goes on once it is in the better half of its rung so far."""
     drawn = dict.fromkeys(world.settings, 0)
     at: list[list[Setting]] = [[] for _ in world.rungs]
-    waiting = list(world.settings)
+    waiting = [world.settings[i] for i in np.random.default_rng([21, world.seed]).permutation(len(world.settings))]
     while True:
         move = _promotable(world, at)
         if move is None and not waiting:
