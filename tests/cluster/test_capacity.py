@@ -148,7 +148,7 @@ def reading(context: WorkerContext) -> None:
     context.report({"begun": True})
     while not context.stopping():
         time.sleep(0.05)
-    rows = [int(row) for block in stream(range(4), read_unit, chunk=4) for row in block["row"]]
+    rows = [int(row) for block in stream(range(4), read_unit, ahead=4) for row in block["row"]]
     context.report({"rows": rows})
 
 
