@@ -1,124 +1,179 @@
-"""Ray Tune: rounds of jobs, where what a round holds is decided once the one before it is done."""
+"""Ray Tune: trials that report at every rung, and are paused, resumed and stopped between rounds."""
 
 import tempfile
-from collections import deque
-from collections.abc import Callable, Generator
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from ray import tune
+from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 from ray.util import get_node_ip_address
 
-Result = TypeVar("Result")
-Job = TypeVar("Job")
-Outcome = TypeVar("Outcome")
-Rounds = Generator[list[Job], list[Outcome], Result]
+Task = TypeVar("Task")
+Numbers = dict[str, float]
 
 DEATHS = 5  # of the process or the node of one trial, after which the rounds end
 
 
-def run_rounds(work: Callable[[Job], Outcome], rounds: Rounds[Job, Outcome, Result], max_concurrent: int) -> Result:
-    """Run every job that `rounds` yields as a trial of its own; send it the outcomes in the jobs' order.
+class Round(NamedTuple, Generic[Task]):
+    """Tasks that may run at once."""
 
-    `rounds` runs in this process and holds all state; nothing of Tune's is kept. A job runs on this process's node and
-    reserves no CPU: it asks a shared pool for what costs. At the barrier between
-    two rounds no trial is left, hence nothing that a stopped one could hold.
+    tasks: list[tuple[str, Task]]  # the name of the trial that does it, and the task; one task for each trial
+    stopped: list[str]  # trials that are not to go on
 
-    With `max_concurrent` 0 the jobs run in this process, without Ray, and an error is raised as it is.
+
+Rounds = Iterator[Round[Task]]
+
+
+def run_rounds(
+    evaluate: Callable[[Task], Numbers], rounds: Rounds[Task], max_concurrent: int, done: Callable[[Task], None]
+) -> None:
+    """Do the tasks of each round, each as a step of its trial, and ask for the next round when all are done.
+
+    A trial is a trial of Ray Tune: `evaluate` returns what it reports. Between two of its tasks it is paused, without
+    a checkpoint, since what a task leaves lies on storage. It runs on this process's node and reserves no CPU: it asks
+    a shared pool for what costs. One whose process dies does its task again. Call `done` in this process for each task.
+
+    `rounds` runs in this process and holds all state; nothing of Tune's is kept. So the order in which tasks end plays
+    no part, and an interrupted search goes on from its own records.
+
+    With `max_concurrent` 0 the tasks run in this process, without Ray, and an error is raised as it is.
 
     Raises:
-        RuntimeError: a job raised an error, or lost its process too often; the others of its round are done.
+        RuntimeError: a task raised an error, or lost its process too often; the others of its round are done.
     """
     if not max_concurrent:
-        return _run_here(work, rounds)
-    proposer = _Proposer(rounds, max_concurrent)
-
-    def run(config: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return {"outcome": [work(config["job"][0])]}  # in a list, since Tune flattens dicts
-        except Exception as error:  # noqa: BLE001 - raised again by `run_rounds`; Tune would begin the trial again
-            return {"error": f"{type(error).__name__}: {error}"}
-
+        for found in rounds:
+            for _, task in found.tasks:
+                evaluate(task)
+                done(task)
+        return
+    scheduler = _RoundScheduler(rounds, max_concurrent, done)
+    trial = tune.with_parameters(_Trial, evaluate=evaluate)
+    here = {f"node:{get_node_ip_address()}": 0.001}  # no CPU, which others might hold
     with tempfile.TemporaryDirectory(prefix="admiral-tune-") as folder:
         tuner = tune.Tuner(
-            tune.with_resources(run, {f"node:{get_node_ip_address()}": 0.001}),  # no CPU, which others might hold
-            tune_config=tune.TuneConfig(search_alg=proposer, num_samples=-1, reuse_actors=True),
+            tune.with_resources(trial, here),
+            tune_config=tune.TuneConfig(
+                search_alg=_Proposals(scheduler), scheduler=scheduler, num_samples=-1, reuse_actors=True
+            ),
             run_config=tune.RunConfig(
                 storage_path=folder, verbose=0, failure_config=tune.FailureConfig(max_failures=DEATHS)
             ),
         )
-        grid: Any = tuner.fit()
-        if proposer.error is not None:
-            raise proposer.error
-        if grid.errors:
-            raise RuntimeError(str(grid.errors[0]).strip().splitlines()[-1])
-    if not proposer.results:
+        tuner.fit()
+    if scheduler.error is not None:
+        raise scheduler.error
+    if not scheduler.ended:
         raise KeyboardInterrupt
-    return proposer.results[0]
 
 
-def _run_here(work: Callable[[Job], Outcome], rounds: Rounds[Job, Outcome, Result]) -> Result:
-    try:
-        jobs = next(rounds)
-        while True:
-            jobs = rounds.send([work(job) for job in jobs])
-    except StopIteration as end:
-        return end.value
+class _Trial(tune.Trainable):
+    """A trial: a step does one task."""
+
+    def setup(self, config: dict[str, Any], evaluate: Callable[[Any], Numbers]) -> None:  # type: ignore[override]
+        self._evaluate = evaluate
+        self.reset_config(config)
+
+    def step(self) -> dict[str, Any]:
+        try:
+            return self._evaluate(self._task)
+        except Exception as error:  # noqa: BLE001 - raised again by `run_rounds`; Tune would begin the trial again
+            return {"error": f"{type(error).__name__}: {error}"}
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        (self._task,) = new_config["task"]  # in a list, since Tune flattens tuples and dicts
+        return True
 
 
-class _Proposer(Searcher, Generic[Job, Outcome, Result]):
-    """What Tune asks for the next trial, and tells of finished ones."""
+class _RoundScheduler(FIFOScheduler, Generic[Task]):
+    """Pauses a trial when it has done its task, resumes it with the next one, and stops it when there is none."""
 
-    def __init__(self, rounds: Rounds[Job, Outcome, Result], max_concurrent: int) -> None:
+    def __init__(self, rounds: Rounds[Task], max_concurrent: int, done: Callable[[Task], None]) -> None:
         super().__init__()
-        self._rounds, self._max_concurrent = rounds, max_concurrent
-        self._waiting: deque[tuple[int, Job]] = deque()
-        self._running: dict[str, int] = {}
-        self._outcomes: dict[int, Outcome] | None = None  # of this round, by the job's number
-        self._failed = False
-        self.results: list[Result] = []
+        self._rounds, self._max_concurrent, self._done = rounds, max_concurrent, done
+        self._waiting: dict[str, Task] = {}  # tasks of this round that no trial has begun, by the trial's name
+        self._running: dict[str, Task] = {}  # by Tune's id of the trial
+        self._names: dict[str, str] = {}  # of the trials, by Tune's id
         self.error: Exception | None = None
+        self.ended = False
 
-    def suggest(self, trial_id: str) -> Any:
-        if self._failed:
-            return None if self._running else self.FINISHED
-        if not self._waiting and not self._running:
+    def begin(self, trial_id: str) -> Task | None:
+        """Return the task of a trial that is new to Tune; None where there is none at the moment."""
+        if not self._names and not self._waiting:
+            self._next_round(None)
+        name = next((name for name in self._waiting if name not in self._names.values()), None)
+        if name is None or len(self._running) >= self._max_concurrent:
+            return None
+        self._names[trial_id] = name
+        self._running[trial_id] = self._waiting.pop(name)
+        return self._running[trial_id]
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """Return a paused trial that has a task; Tune asks at every turn."""
+        if not self._running and not self._waiting and not self.ended:
+            self._next_round(tune_controller)
+        if len(self._running) >= self._max_concurrent:
+            return None
+        for trial in tune_controller.get_live_trials():
+            if trial.status == trial.PAUSED and self._names.get(trial.trial_id) in self._waiting:
+                self._running[trial.trial_id] = task = self._waiting.pop(self._names[trial.trial_id])
+                trial.set_config({"task": [task]})
+                return trial
+        return None
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        task = self._running.pop(trial.trial_id)
+        if "error" in result:
+            self.error = RuntimeError(result["error"])
+        else:
+            self._done(task)
+        tune_controller.pause_trial(trial, should_checkpoint=False)
+        return self.NOOP
+
+    def lose(self, trial_id: str) -> None:
+        """Note that a trial has lost its process too often."""
+        self._running.pop(trial_id, None)
+        self.error = self.error or RuntimeError(f"trial {self._names[trial_id]} lost its process {DEATHS + 1} times")
+
+    def _next_round(self, tune_controller: Any) -> None:
+        """Ask for rounds until one holds a task; stop the trials that are not to go on."""
+        while not self._waiting and not self.ended:
+            stopped = set(self._names.values())
             try:
-                self._next_round()
-            except StopIteration as end:
-                self.results.append(end.value)
-                return self.FINISHED
+                if self.error is None:
+                    found = next(self._rounds)
+                    self._waiting, stopped = dict(found.tasks), set(found.stopped)
+            except StopIteration:
+                self.ended = True
             except Exception as error:  # noqa: BLE001 - raised again by `run_rounds`, outside of Tune's loop
                 self.error = error
-                return self.FINISHED
-        if not self._waiting or len(self._running) >= self._max_concurrent:
-            return None
-        number, job = self._waiting.popleft()
-        self._running[trial_id] = number
-        return {"job": [job]}
+            self.ended = self.ended or self.error is not None
+            for trial in list(tune_controller.get_live_trials()) if tune_controller else []:
+                if self._names.get(trial.trial_id) in stopped:
+                    del self._names[trial.trial_id]  # a later task of this name begins a trial anew
+                    tune_controller.stop_trial(trial)
 
-    def _next_round(self) -> None:
-        """Ask for rounds until one holds a job."""
-        while not self._waiting:
-            if self._outcomes is None:
-                jobs = next(self._rounds)
-            else:
-                jobs = self._rounds.send([self._outcomes[number] for number in sorted(self._outcomes)])
-            self._outcomes = {}
-            self._waiting.extend(enumerate(jobs))
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Proposals(Searcher):
+    """Gives Tune the trials of a round that are new."""
+
+    def __init__(self, scheduler: _RoundScheduler[Any]) -> None:
+        super().__init__()
+        self._scheduler = scheduler
+
+    def suggest(self, trial_id: str) -> Any:
+        task = self._scheduler.begin(trial_id)
+        if self._scheduler.ended:
+            return self.FINISHED
+        return None if task is None else {"task": [task]}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        number = self._running.pop(trial_id)
-        if result is not None and "error" in result:
-            self.error = RuntimeError(result["error"])
-        if error or result is None or self.error is not None:
-            self._failed = True
-            return
-        assert self._outcomes is not None
-        self._outcomes[number] = result["outcome"][0]
-
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """A job reports once, when it is done."""
+        if error:
+            self._scheduler.lose(trial_id)
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """The rounds keep their own records; Tune's pickles are not used."""

@@ -14,6 +14,7 @@ so two models run on the same indices are compared by `paired_difference` of the
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from statistics import NormalDist
 from typing import TypeVar
@@ -174,6 +175,12 @@ class Gaussian:
         if not np.allclose(self.covariance, self.covariance.T, rtol=1e-4, atol=1e-6 * np.abs(self.covariance).max()):
             raise ValueError("covariance is not symmetric")
 
+    @cached_property
+    def principal_axes(self) -> tuple[Array, Array]:
+        """Return variances [D], the largest first, and the principal directions [D, D] as columns; kept for reuse."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        return _nonnegative(values[::-1]), vectors[:, ::-1]
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -183,7 +190,7 @@ class Moments:
     mean: Array
     m2: Array
 
-    @property
+    @cached_property
     def gaussian(self) -> Gaussian:
         """Mean and covariance with divisor n - 1. Raises ValueError for fewer than two rows."""
         if self.n < 2:

@@ -16,7 +16,7 @@ STEPS = [
     ("generate_samples", ["--num-samples", "16", "--sampler.num-steps", "2", "--export", "npz", *HERE]),
     (
         "tune_guidance",
-        ["--space.num-steps", "2", "3", "--rungs", "64", "128", "--trials", "2", "--round-size", "2", *HERE],
+        ["--space.num-steps", "2", "3", "--rungs", "64", "128", "--trials", "2", *HERE],
     ),
 ]  # fmt: skip
 

@@ -29,7 +29,7 @@ from models.metrics import (
     softmax,
     vendi_score,
 )
-from models.paired_tests import frechet_criteria, inception_criteria, recall_criteria, share_criteria
+from models.scores import frechet_scores, inception_scores, recall_scores, share_scores
 from orchestrator.evaluation.extraction import ArrayName
 
 Estimates = dict[str, Estimate]
@@ -62,7 +62,6 @@ class Rows:
     kernel: tuple[np.ndarray, np.ndarray]  # reference rows and samples that the kernel distance is formed of
     nearest: tuple[np.ndarray, np.ndarray] | None = None  # see `models.manifolds.authentic_share`; of training images
     num_training: int = 0  # images among which the nearest were looked for
-    real_spatial: np.ndarray | None = None  # float32 [M, D'], for paired tests by spatial features
 
 
 @dataclass(frozen=True)
@@ -190,7 +189,7 @@ class Metric:
     text: str  # what it is, in a sentence
     code: str  # the function in models/ that computes it
     of_extractor: bool = False  # its name ends in the extractor's
-    scores: Callable[[Any], np.ndarray] | None = None  # [c, n] for paired tests, less is better; None = no objective
+    scores: Callable[[Any], np.ndarray] | None = None  # [n] for paired tests, less is better; None = no objective
 
     @property
     def sign(self) -> int:
@@ -264,7 +263,7 @@ _TABLE = (
     Metric(
         "fd", _frechet, (_covariance,), "lower",
         "The same with its bias, as published protocols have it: compare it at one n only.", "metrics.frechet_distance",
-        of_extractor=True, scores=lambda c: frechet_criteria(c.pool, c.rows.real, c.statistics["pool"]),
+        of_extractor=True, scores=lambda c: frechet_scores(c.pool, c.statistics["pool"], c.strata),
     ),
     Metric(
         "sfd_infinity", lambda c: c.spatial_expansion.corrected, (_covariance, _spatial, _enough("spatial")), "lower",
@@ -275,12 +274,12 @@ _TABLE = (
         "sfd", _spatial_frechet, (_covariance, _spatial), "lower",
         "The same with its bias, as published protocols have it.", "metrics.frechet_distance",
         of_extractor=True,
-        scores=lambda c: frechet_criteria(c.array("spatial"), c.rows.real_spatial, c.statistics["spatial"]),
+        scores=lambda c: frechet_scores(c.array("spatial"), c.statistics["spatial"], c.strata),
     ),
     Metric(
         "inception_score", lambda c: inception_score(c.probabilities, strata=c.strata), (_logits,), "higher",
         "exp of the mean KL(p(y|x) ‖ p(y)), splits of 5,000 in order.", "metrics.inception_score",
-        of_extractor=True, scores=lambda c: inception_criteria(softmax(c.array("logits"))),
+        of_extractor=True, scores=lambda c: inception_scores(softmax(c.array("logits"))),
     ),
     Metric(
         "inception_score_10split", lambda c: inception_score_10split(c.probabilities, strata=c.strata),
@@ -291,17 +290,17 @@ _TABLE = (
     Metric(
         "accuracy", lambda c: proportion_estimate(_hits(c), c.strata), (_logits, _classes), "higher",
         "Share that the extractor takes for the class asked for.", "metrics.proportion_estimate",
-        scores=lambda c: share_criteria(_hits(c)),
+        scores=lambda c: share_scores(_hits(c)),
     ),
     Metric(
         "precision", lambda c: c.rows.manifolds.precision, (_rows,), "higher",
         "Share of samples inside the reference's neighbourhoods, k = 3.", "manifolds.precision_recall",
-        scores=lambda c: share_criteria(realism(c.rows.real, c.pool) >= 1),
+        scores=lambda c: share_scores(realism(c.rows.real, c.pool) >= 1),
     ),
     Metric(
         "recall", lambda c: c.rows.manifolds.recall, (_rows,), "higher",
         "Share of the reference inside the samples' neighbourhoods, k = 3.", "manifolds.precision_recall",
-        scores=lambda c: recall_criteria(c.rows.real, c.pool),
+        scores=lambda c: recall_scores(c.rows.real, c.pool),
     ),
     Metric(
         "density", lambda c: c.rows.manifolds.density, (_rows,), "higher",
@@ -332,7 +331,7 @@ _TABLE = (
     Metric(
         "kid", lambda c: _of_kernel(c, kid), (_rows,), "lower",
         "Kernel distance (x·y/D + 1)³, unbiased at any n.", "metrics.kid",
-        of_extractor=True, scores=lambda c: kid_scores(*c.rows.kernel)[None],
+        of_extractor=True, scores=lambda c: kid_scores(*c.rows.kernel),
     ),
     Metric(
         "cmmd", lambda c: _of_kernel(c, cmmd), (_clip, _rows), "lower",

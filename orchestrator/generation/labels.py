@@ -22,6 +22,11 @@ class Labels:
     cumulative: tuple[float, ...] = ()  # drawn by seed: label = the first with cumulative > u, u uniform in [0, 1)
     sha256: str | None = None  # of the file that it was read from
 
+    @property
+    def given(self) -> bool:
+        """Return whether the number of samples of each class is given by the policy and not drawn."""
+        return self.balanced or bool(self.in_turn)
+
     def __call__(self, indices: np.ndarray) -> np.ndarray:
         if not self.num_classes:
             return np.full(len(indices), -1)

@@ -68,8 +68,7 @@ def _stages(config: QuickstartConfig, preview: bool = False) -> Iterator[Stage]:
     settings = len(config.scales) * len(config.num_steps)  # all at once
     space = ["--space.scales", *map(str, config.scales), "--space.num-steps", *map(str, config.num_steps)]
     space += ["--space.samplers", "ddpm", "--space.no-continuous"]
-    halving = ["--rungs", *map(str, config.rungs), "--trials", str(settings), "--round-size", str(settings)]
-    halving += ["--finalists", "1"]
+    halving = ["--rungs", *map(str, config.rungs), "--trials", str(settings), "--finalists", "1"]
     yield "search", ["jobs/tune_guidance.py", "digits", *space, *halving, *workers]
     scale, steps = (1.0, config.num_steps[0]) if preview else _winner(os.environ["ADMIRAL_STORE"])
     for name, guidance in (("guided", scale), ("unguided", 0.0)):

@@ -56,7 +56,7 @@ def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> 
     pictures = {
         "guided": class_grid(storage.join(digits, "guided")),
         "unguided": class_grid(storage.join(digits, "unguided")),
-        "trade_off": guidance_figure(search["trials"], "digits"),
+        "trade_off": guidance_figure(search["trials"], search["objective"], "digits"),
         "losses": loss_figure(digits),
         "copies": distances_figure(evaluations["guided"]["nearest_training_image"]),
     }

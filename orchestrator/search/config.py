@@ -2,8 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -16,22 +15,25 @@ from orchestrator.search.objectives import EVALUATIONS, Constraint
 from orchestrator.search.space import Setting, Space, SpaceConfig
 
 
-@dataclass(frozen=True)
-class Limit:
-    """A budget: samples, or hours of the clock; infinite where it is not limited."""
+class Limit(NamedTuple):
+    """A budget, infinite where there is none."""
 
-    samples: float = math.inf
-    hours: float = math.inf
+    amount: float = math.inf
+    unit: Literal["samples", "%", "h"] = (
+        "samples"  # % = of the network evaluations of all trials drawn to the last rung
+    )
 
     @classmethod
     def parse(cls, text: str | None) -> "Limit":
-        """Of samples, such as "20000", or of hours, such as "1.5h"; ValueError for anything else."""
+        """Return what a text such as "20000", "25%" or "1.5h" means; ValueError for anything else."""
         if text is None:
             return cls()
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)(h?)", text.replace(",", "").strip())
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)(%|h?)", text.replace(",", "").strip())
         if not found or not float(found[1]):
-            raise ValueError(f"budget={text!r} is neither samples, such as 20000, nor hours, such as 1.5h")
-        return cls(hours=float(found[1])) if found[2] else cls(samples=float(found[1]))
+            raise ValueError(
+                f"budget={text!r} is neither samples, as 20000, nor a share of all, as 25%, nor hours, as 1.5h"
+            )
+        return cls(float(found[1]), cast(Literal["%", "h"], found[2]) or "samples")
 
 
 class SearchConfig(JobConfig):
@@ -44,13 +46,13 @@ class SearchConfig(JobConfig):
     space: SpaceConfig = SpaceConfig()
     objective: tuple[str, ...] = Field(("fd_digits",), min_length=1, max_length=2)  # a metric, or two: fd_digits recall
     constraints: tuple[str, ...] = ()  # bounds on metrics, such as evaluations<=25 or recall>=0.4
-    rungs: tuple[int, ...] = Field((250, 500, 1000, 2000), min_length=1)  # samples at which trials are compared
+    rungs: tuple[int, ...] = Field((64, 128, 256, 512, 1024, 2048), min_length=1)  # n at which trials are compared
     trials: int = Field(24, gt=0)  # settings tried at most
-    round_size: int = Field(8, gt=0)  # settings proposed at once
+    round_size: int = Field(8, gt=0)  # settings that Optuna proposes at once; a grid is proposed as a whole
+    proxy: bool = False  # of a grid: settings of the fewest steps first, and of more steps those near the best scales
     finalists: int = Field(2, gt=0)  # the best few, scored again on fresh seeds
-    alpha: float = Field(0.05, gt=0, lt=1)  # chance of ever stopping the best, over all looks and trials
-    tolerance: float = Field(0.0, ge=0)  # share of the best score by which being better does not matter
-    budget: str | None = None  # stop in order with the best so far, at so many samples ("20000") or hours ("1.5h")
+    alpha: float = Field(0.05, gt=0, lt=1)  # family-wise error: probability of ever eliminating the best trial
+    budget: str | None = None  # samples ("20000"), hours ("1.5h") or a share of drawing all trials to the end ("25%")
     seed: int = Field(0, ge=0)  # labels and noise of all trials alike, and the proposals
     fresh_seed: int = Field(1_000_003, ge=0)  # labels and noise of the finals, by which nothing was chosen
     labels: str = "balanced"  # as a generation takes them: balanced, uniform, ...
@@ -66,7 +68,7 @@ class SearchConfig(JobConfig):
 
     @property
     def operational(self) -> frozenset[str]:
-        """The budget: with a larger one a search goes on where it stopped."""
+        """Return the budget: with a larger one a search goes on where it stopped."""
         return frozenset({"budget"})
 
     @model_validator(mode="after")
@@ -83,16 +85,25 @@ class SearchConfig(JobConfig):
             Constraint.parse(text)
         sizes = [-(-n // self.batch_size) * self.batch_size for n in self.rungs]
         least = sizes[0] + self.finalists * sizes[-1]
-        if Limit.parse(self.budget).samples < least:
+        limit = Limit.parse(self.budget)
+        if limit.unit == "samples" and limit.amount < least:
             raise ValueError(
                 f"budget={self.budget} is less than {least:,} samples: a trial to the first rung, and the finals"
             )
         return self
 
     @property
-    def bounds(self) -> list[Constraint]:
-        """The constraints, parsed."""
-        return [Constraint.parse(text) for text in self.constraints]
+    def bounds(self) -> tuple[Constraint, ...]:
+        """Return the constraints on sampled metrics; those on evaluations limit the space."""
+        return tuple(c for c in map(Constraint.parse, self.constraints) if c.metric != EVALUATIONS)
+
+    def num_trials(self, grid: list[Setting]) -> int:
+        """Return how many settings are tried."""
+        return self.trials if self.space.continuous else min(self.trials, len(grid))
+
+    def proposes_grid(self, grid: list[Setting]) -> bool:
+        """Return whether the whole grid is tried; else Optuna proposes."""
+        return not self.space.continuous and len(grid) <= self.trials
 
     def generation(self, weights: str, seed: int, setting: Setting | None = None) -> GenerationConfig:
         """Return the config of sampling by one of the diffusion models, with the sampler and guidance of a setting."""
@@ -128,7 +139,8 @@ def space_of(config: SearchConfig, num_timesteps: int) -> Space:
     Raises:
         ValueError: a number of steps does not fit a sampler, or no setting keeps the bound on evaluations.
     """
-    most = min((c.bound for c in config.bounds if c.metric == EVALUATIONS and c.at_most), default=np.inf)
+    bounds = map(Constraint.parse, config.constraints)
+    most = min((c.bound for c in bounds if c.metric == EVALUATIONS), default=np.inf)
     space = Space(config.space, config.weights, num_timesteps, most)
     if not space.grid():
         raise ValueError(f"no setting of the space keeps {', '.join(config.constraints)}")

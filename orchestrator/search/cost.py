@@ -1,17 +1,49 @@
-"""What a search costs: samples and evaluations drawn, what the budget still affords, and estimates beforehand."""
+"""What a search costs: what its trials have drawn, what the budget still affords, and estimates beforehand."""
 
-import math
 import time
+from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from models.costs import sampling_evaluations, sampling_flops
 from models.unet import Architecture
+from orchestrator import storage
 from orchestrator.cost import GUIDED_SAMPLING, Cost, gpu_seconds
 from orchestrator.search.config import Limit, SearchConfig
 from orchestrator.search.halving import Evaluation
 from orchestrator.search.space import Setting
+
+
+class Clock:
+    """The hours that a search has taken over all its attempts, and what they were when each round began.
+
+    A round of which that is noted begins at the same time again, so that a search that is killed and started again
+    decides as it did.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        noted: dict[str, Any] = storage.read_json(uri) if storage.exists(uri) else {"seconds": 0.0, "rounds": []}
+        self._before, self._rounds = noted["seconds"], noted["rounds"]
+        self._begin, self._round = time.monotonic(), 0
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds so far."""
+        return self._before + time.monotonic() - self._begin
+
+    def next_round(self) -> float:
+        """Return the seconds at which this round began, in whatever attempt that was."""
+        if self._round == len(self._rounds):
+            self._rounds.append(self.seconds)
+        self._round += 1
+        return self._rounds[self._round - 1]
+
+    def save(self) -> None:
+        """Note the time; called whenever an evaluation is done."""
+        storage.write_json(self._uri, {"seconds": self.seconds, "rounds": self._rounds})
 
 
 class SampleBudget:
@@ -20,48 +52,68 @@ class SampleBudget:
     A trial that goes to a higher rung costs its new samples only.
     """
 
-    def __init__(self, limit: Limit, batch_size: int, full: int) -> None:
-        self._limit, self._batch_size, self._full = limit, batch_size, full
-        self._drawn: dict[tuple[Setting, int], int] = {}
-        self._begin, self._made = time.monotonic(), 0  # evaluations made since then
+    def __init__(self, limit: Limit, batch_size: int, full: float, clock: Clock | None = None) -> None:
+        self._limit, self._batch_size, self._clock = limit, batch_size, clock
+        self._most = {"samples": 1, "%": full / 100, "h": 3600}[limit.unit] * limit.amount  # in what `_price` counts
+        self._drawn: Counter[tuple[Setting, int]] = Counter()
+        self._seconds = 0.0  # at which this round began
 
     @property
     def samples(self) -> int:
         """All that was drawn, whole batches."""
-        return sum(self._drawn.values())
+        return self._drawn.total()
 
     @property
     def evaluations(self) -> int:
         """Network evaluations behind them."""
         return sum(count * setting.evaluations for (setting, _), count in self._drawn.items())
 
+    def evaluations_of(self, seed: int) -> int:
+        """Network evaluations on one seed: of the trials, or of the final evaluation."""
+        return sum(count * setting.evaluations for (setting, other), count in self._drawn.items() if other == seed)
+
     def of(self, setting: Setting) -> int:
         """Samples of one setting, on all seeds."""
         return sum(count for (other, _), count in self._drawn.items() if other == setting)
 
-    def affords(self, tasks: list[Evaluation], beside: int) -> bool:
-        """Return whether these evaluations, and `beside` trials drawn to the full besides, stay within the limit."""
-        new = {task: self._new(task) for task in tasks}
-        reserve = beside * self._whole(self._full)
-        if self.samples + sum(new.values()) + reserve > self._limit.samples:
-            return False
-        seconds = time.monotonic() - self._begin
-        evaluations = sum(count * task.setting.evaluations for task, count in new.items())
-        evaluations += reserve * max(task.setting.evaluations for task in tasks)
-        expected = seconds / self._made * evaluations if self._made else 0.0
-        return seconds + expected <= 3600 * self._limit.hours
+    def fitting(self, tasks: list[Evaluation], share: float, reserve: list[Evaluation]) -> int:
+        """Return how many of the tasks, in their order, `share` of what is left beside `reserve` affords.
+
+        The reserve, the final evaluations, is no part of a budget in %.
+        """
+        reserve = [] if self._limit.unit == "%" else reserve
+        spent = {"samples": self.samples, "%": self.evaluations, "h": self._seconds}[self._limit.unit]
+        left = share * (self._most - spent - sum(map(self._price, reserve)))
+        return int((np.cumsum([self._price(task) for task in tasks]) <= left).sum())
 
     def spend(self, tasks: list[Evaluation]) -> None:
-        """Count these evaluations as drawn."""
+        """Count these evaluations as drawn: a round has ended."""
         for task in tasks:
-            self._made += self._new(task) * task.setting.evaluations
-            self._drawn[task.setting, task.seed] = self._drawn.get((task.setting, task.seed), 0) + self._new(task)
+            self._drawn[task.setting, task.seed] += self.new(task)
+        if self._clock is not None:
+            self._seconds = self._clock.next_round()
 
-    def _whole(self, n: int) -> int:
-        return -(-n // self._batch_size) * self._batch_size
+    def new(self, task: Evaluation) -> int:
+        """Return the samples that an evaluation has to draw, in whole batches."""
+        return max(0, whole(task.n, self._batch_size) - self._drawn[task.setting, task.seed])
 
-    def _new(self, task: Evaluation) -> int:
-        return max(0, self._whole(task.n) - self._drawn.get((task.setting, task.seed), 0))
+    def _price(self, task: Evaluation) -> float:
+        """Return what an evaluation costs in the limit's unit: samples, network evaluations, or seconds so far."""
+        if self._limit.unit == "samples":
+            return self.new(task)
+        seconds = self._seconds / (self.evaluations or 1) if self._limit.unit == "h" else 1.0
+        return self.new(task) * task.setting.evaluations * seconds
+
+
+def whole(n: int, batch_size: int) -> int:
+    """Return n samples as whole batches."""
+    return -(-n // batch_size) * batch_size
+
+
+def full_evaluations(config: SearchConfig, settings: list[Setting]) -> float:
+    """Return the network evaluations of every trial drawn to the last rung, by the mean of these settings."""
+    each = float(np.mean([setting.evaluations for setting in settings]))
+    return config.num_trials(settings) * whole(config.rungs[-1], config.batch_size) * each
 
 
 @dataclass(frozen=True)
@@ -77,35 +129,27 @@ class Expectation:
         return f"{work}, {self.gpu_hours:,.3g} GPU-hours"
 
 
-def expected_costs(
+def most_work(
     config: SearchConfig,
     settings: list[Setting],
     num_timesteps: int,
     model: Architecture,
     classifier: Architecture | None,
-) -> tuple[Expectation, Expectation]:
-    """The worst case, where no decision ever falls, and what is expected: half of a round is stopped at every rung.
+) -> Expectation:
+    """Return the work where no trial is eliminated, as far as the budget goes; of hours the budget says nothing here.
 
-    An image takes what the most expensive of `settings` does in the worst case, else their mean.
+    An image takes what the mean of `settings` does.
     """
-    rungs, limit = config.rungs, Limit.parse(config.budget)
-    rounds = [min(config.round_size, config.trials - first) for first in range(0, config.trials, config.round_size)]
-    new = [high - low for low, high in zip((0, *rungs), rungs, strict=False)]
-    halving = sum(math.ceil(count / 2**level) * drawn for count in rounds for level, drawn in enumerate(new))
-    finals = min(config.finalists, config.trials) * rungs[-1]
-    worst = min(config.trials * rungs[-1] + finals, limit.samples)
-    likely = min(halving + finals, limit.samples)
-
     counted = [sampling_evaluations(setting.sampling, setting.guidance, num_timesteps) for setting in settings]
-    each = np.array([evaluations.total for evaluations in counted])
-    flops = np.array([sampling_flops(evaluations, model, classifier) for evaluations in counted])
-
-    def expectation(samples: float, evaluations: float, flops_per_image: float) -> Expectation:
-        cost = Cost(int(samples), flops_per_image, {}, GUIDED_SAMPLING, "")
-        seconds = gpu_seconds(cost, config.cost, half=config.dtype != "float32")
-        return Expectation(samples, samples * evaluations, seconds / 3600)
-
-    return (
-        expectation(worst, float(each.max()), float(flops.max())),
-        expectation(likely, float(each.mean()), float(flops.mean())),
-    )
+    evaluations = float(np.mean([found.total for found in counted]))
+    flops = float(np.mean([sampling_flops(found, model, classifier) for found in counted]))
+    trials, full = config.num_trials(settings), config.rungs[-1]
+    samples: float = (trials + min(config.finalists, trials)) * full
+    limit = Limit.parse(config.budget)
+    if limit.unit == "samples":
+        samples = min(samples, limit.amount)
+    elif limit.unit == "%":
+        samples -= max(1 - limit.amount / 100, 0.0) * trials * full
+    cost = Cost(int(samples), flops, {}, GUIDED_SAMPLING, "")
+    seconds = gpu_seconds(cost, config.cost, half=config.dtype != "float32")
+    return Expectation(samples, samples * evaluations, seconds / 3600)

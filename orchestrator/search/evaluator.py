@@ -18,7 +18,6 @@ from cluster.workers import Pool
 from models.features import Extractor, Features, extract
 from models.manifolds import manifolds
 from models.metrics import Gaussian, Moments
-from models.paired_tests import KID_ROWS
 from orchestrator import storage
 from orchestrator.config import noted_files
 from orchestrator.evaluation.extraction import EXTRACTOR_BATCH, ArrayName, Labelled, chosen, concatenate
@@ -55,8 +54,8 @@ def read_outcome(config: SearchConfig, task: Evaluation) -> Outcome:
     record = storage.read_json(uri)
     if record["failed"]:
         return Outcome(failed=record["failed"])
-    arrays = _read_arrays(uri.replace(".json", ".safetensors"))
-    return Outcome([arrays[name] for name in config.objective], record["metrics"], tuple(record["stand_ins"]))
+    scores = _read_arrays(uri.replace(".json", ".safetensors"))
+    return Outcome(scores, scores.pop("strata", None), record["metrics"], tuple(record["unbiased"]))
 
 
 def _read_arrays(uri: str) -> dict[str, np.ndarray]:
@@ -78,12 +77,22 @@ class Held(NamedTuple):
 
     extractor: str
     statistics: dict[ArrayName, Moments | Gaussian]
-    rows: Features
+    rows: np.ndarray  # float32 [M, D], pooled features
     num_classes: int
 
 
-def evaluate(config: SearchConfig, workers: Pool, image_size: int, task: Evaluation) -> None:
+class Facts(NamedTuple):
+    """What the driver knows of the networks, and trials need."""
+
+    image_size: int
+    labels_given: bool  # the labels of the samples are no random draw
+    unmatched: str  # why they cannot be matched with the reference's, or the extractor's; "" where they can
+
+
+def evaluate(config: SearchConfig, workers: Pool, facts: Facts, task: Evaluation) -> dict[str, float]:
     """Draw what a setting lacks of its first n samples through the shared pool, measure them, leave a record.
+
+    Return what Ray Tune shows of it.
 
     A setting whose samples are not finite, do not fit into memory or cannot be measured leaves a record that says why.
     At the first sign of it nothing more is asked of the pool, so its share is free at once. All other errors are the
@@ -93,30 +102,28 @@ def evaluate(config: SearchConfig, workers: Pool, image_size: int, task: Evaluat
         ItemsFailed: the pool could not draw a batch on any worker.
         OSError: storage failed.
     """
-    held = _held(config, image_size)
+    held = _held(config, facts.image_size)
     folder, seconds = folder_of(config, task), 0.0
     names = [_block_name(number) for number in range(-(-task.n // config.batch_size))]
     there = set(storage.list_names(folder))
     todo = [Block(task.setting, task.seed, number) for number, name in enumerate(names) if name not in there]
     for _, made in workers.map(todo):
         if made.failed:
-            _record(config, task, failed=made.failed)
-            return
+            return _record(config, task, failed=made.failed)
         seconds += made.seconds
     drawn = concatenate(_read_block(storage.join(folder, name)) for name in names)
     try:
-        outcome = _measured(config, task, drawn, held)
+        outcome = _measured(config, task, drawn, held, facts)
     except (ValueError, ArithmeticError) as error:  # a function of the samples alone, which reads no storage
-        _record(config, task, failed=_one_line(error))
-        return
-    _record(config, task, outcome, worker_seconds=seconds)
+        return _record(config, task, failed=_one_line(error))
+    return _record(config, task, outcome, worker_seconds=seconds)
 
 
 def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _measured(config: SearchConfig, task: Evaluation, drawn: Labelled, held: Held) -> Outcome:
+def _measured(config: SearchConfig, task: Evaluation, drawn: Labelled, held: Held, facts: Facts) -> Outcome:
     """The metrics and scores of the first n of what was drawn.
 
     Raises:
@@ -124,22 +131,22 @@ def _measured(config: SearchConfig, task: Evaluation, drawn: Labelled, held: Hel
     """
     features = {name: array[: task.n] for name, array in vars(drawn.features).items() if array is not None}
     pool, labels = features["pool"], drawn.labels[: task.n]
-    rows = Rows(
-        held.rows.pool,
-        pool,
-        manifolds(held.rows.pool, pool, k=NEIGHBOURS),
-        kernel=(held.rows.pool[:KID_ROWS], pool),
-        real_spatial=held.rows.spatial,
+    rows = Rows(held.rows, pool, manifolds(held.rows, pool, k=NEIGHBOURS), kernel=(held.rows, pool))
+    strata = labels if facts.labels_given else None
+    missing = {"classes": facts.unmatched} if facts.unmatched else {}
+    comparison = Comparison(
+        held.extractor, features.get, labels, held.statistics, held.num_classes, rows, missing, strata
     )
-    made = Comparison(held.extractor, features.get, labels, held.statistics, held.num_classes, rows)
-    metrics = {name: describe(estimate) for name, estimate in measure(made)[0].items()}
-    evaluations = task.setting.evaluations
+    metrics = {name: describe(estimate) for name, estimate in measure(comparison)[0].items()}
+    evaluations, full = task.setting.evaluations, task.n == config.rungs[-1]
     metrics[EVALUATIONS] = {"value": evaluations, "n": task.n, "interval": [evaluations] * 2, "note": "exact"}
-    objectives = [Objective.parse(objective, held.extractor) for objective in config.objective]
-    scores = [objective.scores(made, evaluations) for objective in objectives]
-    if not all(np.isfinite(each).all() for each in scores):
+    names = dict.fromkeys((*config.objective, *(bound.metric for bound in config.bounds)))
+    objectives = [Objective.parse(name, held.extractor) for name in names]
+    scores = {objective.name: objective.scores(comparison, evaluations) for objective in objectives}
+    if not all(np.isfinite(each).all() for each in scores.values()):
         raise ValueError("its samples have scores that are not finite")
-    return Outcome(scores, metrics, tuple(o.name for o in objectives if o.stands_in(made)))
+    unbiased = tuple(objective.name for objective in objectives if objective.is_unbiased(comparison, full))
+    return Outcome(scores, strata, metrics, unbiased)
 
 
 def _record(
@@ -148,15 +155,18 @@ def _record(
     outcome: Outcome | None = None,
     failed: str | None = None,
     worker_seconds: float = 0,
-) -> None:
+) -> dict[str, float]:
     """Scores first, the record last: where that is, all is there."""
     uri = record_uri(config, task)
     record = {"setting": task.setting.model_dump(mode="json"), "n": task.n, "seed": task.seed, "failed": failed}
     if outcome is not None:
-        arrays = {n: np.ascontiguousarray(array) for n, array in zip(config.objective, outcome.scores, strict=True)}
+        arrays = outcome.scores | ({} if outcome.strata is None else {"strata": outcome.strata})
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         storage.put_if_absent(uri.replace(".json", ".safetensors"), safetensors.numpy.save(arrays))
-        record |= {"metrics": outcome.metrics, "stand_ins": outcome.stand_ins, "worker_seconds": worker_seconds}
+        record |= {"metrics": outcome.metrics, "unbiased": outcome.unbiased, "worker_seconds": worker_seconds}
     storage.put_if_absent(uri, storage.json_bytes(record))
+    means = {name: float(scores.mean()) for name, scores in (outcome.scores if outcome else {}).items() if len(scores)}
+    return {"n": task.n, "failed": failed is not None} | means
 
 
 def reference_of(config: SearchConfig, image_size: int, num_workers: int) -> tuple[Reference, str]:
@@ -174,14 +184,33 @@ def reference_of(config: SearchConfig, image_size: int, num_workers: int) -> tup
     return found, loaded.network.name
 
 
+def unmatched(classes: tuple[str, ...], reference: Reference) -> str:
+    """Return why the labels of samples of these classes cannot be matched with the reference's; "" where they can.
+
+    Raises:
+        ValueError: both have class names, and these differ.
+    """
+    numbers = [tuple(map(str, range(len(names)))) for names in (classes, reference.classes)]
+    if not classes or not reference.classes or classes == reference.classes:
+        return ""
+    if classes == numbers[0] or reference.classes == numbers[1]:
+        return "the classes of the weights or of the reference have no names, so labels cannot be matched"
+    name = min(set(classes) ^ set(reference.classes), default="")
+    raise ValueError(
+        f"the class names of the weights and of reference={reference.uri} differ"
+        + (f": only one of them has {name!r}" if name else " in their order")
+        + ". Pass as --reference the dataset that the weights were trained on"
+    )
+
+
 @lru_cache(maxsize=1)
 def _held(config: SearchConfig, image_size: int) -> Held:
     """The same in memory, which a process of trials keeps from one to the next."""
     found, name = reference_of(config, image_size, num_workers=0)
     assert found.files is not None
-    rows = chosen(found.files.count, Limits.references)
-    spatial = found.files.array("spatial", rows) if "spatial" in found.statistics else None
-    return Held(name, found.statistics, Features(found.files.pool(rows), spatial), len(found.classes))
+    return Held(
+        name, found.statistics, found.files.pool(chosen(found.files.count, Limits.references)), len(found.classes)
+    )
 
 
 def _read_block(uri: str) -> Labelled:

@@ -1,9 +1,11 @@
 """Search: which guidance scale, how many steps, which sampler; all trials draw the same labels and noise."""
 
 from collections.abc import Generator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from cluster import tuner
 from cluster.session import session
 from cluster.tuner import run_rounds
 from cluster.workers import pool
@@ -13,9 +15,11 @@ from orchestrator.cost import GUIDED_SAMPLING, assumed_mfu
 from orchestrator.evaluation.extractors import CPU
 from orchestrator.generation.cost import outline
 from orchestrator.generation.sampling import NUMERICS_VERSION, Networks, load_networks
+from orchestrator.progress import Progress, progress_line
 from orchestrator.search.config import Limit, SearchConfig, space_of
-from orchestrator.search.cost import SampleBudget, expected_costs
+from orchestrator.search.cost import Clock, SampleBudget, full_evaluations, most_work
 from orchestrator.search.evaluator import (
+    Facts,
     evaluate,
     make_worker,
     read_outcome,
@@ -23,12 +27,13 @@ from orchestrator.search.evaluator import (
     reference_of,
     sampled_by,
     samples_picture,
+    unmatched,
 )
-from orchestrator.search.halving import Evaluation, Outcome, Rules, SuccessiveHalving
-from orchestrator.search.objectives import EVALUATIONS, Objective
+from orchestrator.search.halving import Evaluation, Outcome, Proposals, Round, Rules, SuccessiveHalving
+from orchestrator.search.objectives import Objective
 from orchestrator.search.pictures import write_pictures
 from orchestrator.search.result import conclude, summary
-from orchestrator.search.space import Proposer, Space
+from orchestrator.search.space import GridProposals, OptunaProposals, Space
 from orchestrator.tracking import Tracker, catch_up, tracked
 from orchestrator.weights.network import weights_file
 
@@ -46,7 +51,7 @@ def search(config: SearchConfig) -> str:
     files = _files(config)
     networks = {path: load_networks(sampled_by(config, files, path), "cpu") for path in config.weights}
     space = space_of(config, min(found.weights.diffusion.num_timesteps for found in networks.values()))
-    image_size = _check_or_write_config(config, files, networks)
+    facts = _check_or_write_config(config, files, networks)
     result_uri = storage.join(output, "search.json")
     if storage.exists(result_uri):
         result = storage.read_json(result_uri)
@@ -54,15 +59,15 @@ def search(config: SearchConfig) -> str:
             print(f"{output} is complete:\n{summary(result)}")
             catch_up("search", config, output)
             return result_uri
-    cpus = (
-        config.num_workers and config.num_workers * config.num_threads + 1
-    )  # one for the trials, which wait and measure
+    cpus = config.num_workers and config.num_workers * config.num_threads + 1  # one for the trials, which measure
     with session(cpus, shared=config.shared), tracked("search", config, output) as tracker:
-        _, extractor = reference_of(config, image_size, config.num_workers)
-        halving, budget = _start(config, space)
+        reference, extractor = reference_of(config, facts.image_size, config.num_workers)
+        reason = unmatched(networks[config.weights[0]].classes, reference) or facts.unmatched
+        facts = facts._replace(unmatched=reason)
+        halving, budget, clock = _start(config, space)
         with pool(partial(make_worker, config), config.num_workers, config.num_threads, config.num_gpus) as workers:
-            rounds = _recorded(config, halving, tracker)
-            run_rounds(partial(evaluate, config, workers, image_size), rounds, _together(config))
+            rounds = _Rounds(config, halving, budget, clock, tracker)
+            run_rounds(partial(evaluate, config, workers, facts), rounds.run(), _together(config), rounds.done)
         result = conclude(config, halving, budget)
         write_pictures(config, result, extractor, tracker)
         tracker.record("search.json", result)
@@ -81,8 +86,8 @@ def _files(config: SearchConfig) -> dict[str, str]:
     return {path: weights_file(path, config.path, noted.get(path)) for path in paths}
 
 
-def _check_or_write_config(config: SearchConfig, files: dict[str, str], networks: dict[str, Networks]) -> int:
-    """Check or write the config of the output folder; return the images' size in pixels.
+def _check_or_write_config(config: SearchConfig, files: dict[str, str], networks: dict[str, Networks]) -> Facts:
+    """Check or write the config of the output folder; return what trials need to know of the networks.
 
     Raises:
         ValueError: the networks, or the objectives and the extractor, do not fit each other; or it is another search's.
@@ -93,36 +98,41 @@ def _check_or_write_config(config: SearchConfig, files: dict[str, str], networks
         if found.weights.architecture.image_size != size:
             raise ValueError(f"weights={path} makes other images than {config.weights[0]}, which has {size} pixels")
     loaded = config.extractor_loader(size)(CPU)
-    for name in config.objective:
+    for name in (*config.objective, *(bound.metric for bound in config.bounds)):
         Objective.parse(name, loaded.network.name)
-    facts = {
+    noted = {
         "weights": {path: found.weights.sha256 for path, found in networks.items()},
         "classifier": first.classifier.sha256 if first.classifier else None,
         "extractor": loaded.fingerprint,
         "numerics_version": NUMERICS_VERSION,
     }
-    check_or_write_config(config.path(config.output), config, files, **facts)
-    return size
+    check_or_write_config(config.path(config.output), config, files, **noted)
+    return Facts(size, first.labels.given, loaded.knows(first.classes))
 
 
-def _start(config: SearchConfig, space: Space) -> tuple[SuccessiveHalving, SampleBudget]:
-    """Return the search at its start, and its budget."""
-    bounds, exact = config.bounds, tuple(name == EVALUATIONS for name in config.objective)
+def _start(config: SearchConfig, space: Space) -> tuple[SuccessiveHalving, SampleBudget, Clock]:
+    """Return the search at its start, its budget, and the clock of that."""
+    grid = space.grid()
     rules = Rules(
+        objectives=config.objective,
+        constraints=config.bounds,
         rungs=config.rungs,
-        trials=config.trials,
+        trials=config.num_trials(grid),
         round_size=config.round_size,
         finalists=config.finalists,
         alpha=config.alpha,
-        tolerance=config.tolerance,
         seed=config.seed,
         fresh_seed=config.fresh_seed,
-        exact=exact,
-        violation=lambda metrics, surely: max((c.violation(metrics, surely) for c in bounds), default=0.0),
     )
-    budget = SampleBudget(Limit.parse(config.budget), config.batch_size, config.rungs[-1])
-    proposals = Proposer(space, config.seed, len(config.objective), config.round_size)
-    return SuccessiveHalving(rules, proposals, budget), budget
+    proposals: Proposals
+    if config.proposes_grid(grid):
+        rules = replace(rules, round_size=len(grid))
+        proposals = GridProposals(grid, config.proxy)
+    else:
+        proposals = OptunaProposals(space, config.seed, len(config.objective), config.round_size)
+    clock = Clock(storage.join(config.path(config.output), "clock.json"))
+    budget = SampleBudget(Limit.parse(config.budget), config.batch_size, full_evaluations(config, grid), clock)
+    return SuccessiveHalving(rules, proposals, budget), budget, clock
 
 
 def _together(config: SearchConfig) -> int:
@@ -130,41 +140,53 @@ def _together(config: SearchConfig) -> int:
     return config.num_workers and -(-config.num_workers * config.batch_size // config.rungs[0]) + 1
 
 
-def _recorded(
-    config: SearchConfig, halving: SuccessiveHalving, tracker: Tracker
-) -> Generator[list[Evaluation], list[str | None], None]:
-    """Yield the evaluations that have no record; all outcomes are read from records, whoever made them and when."""
-    run = halving.run()
-    tasks: list[Evaluation] | None = next(run, None)
-    while tasks:
-        yield [task for task in tasks if not storage.exists(record_uri(config, task))]
-        outcomes = [read_outcome(config, task) for task in tasks]
-        done, tasks = tasks, _after(run, outcomes)
-        _report(config, halving, done, tracker)
+class _Rounds:
+    """The rounds of a search as Ray Tune runs them: without the evaluations that have a record."""
+
+    def __init__(
+        self, config: SearchConfig, halving: SuccessiveHalving, budget: SampleBudget, clock: Clock, tracker: Tracker
+    ) -> None:
+        self._config, self._halving, self._budget, self._clock, self._tracker = config, halving, budget, clock, tracker
+        self._progress: Progress | None = None
+
+    def run(self) -> Generator[tuner.Round[Evaluation], None, None]:
+        """Yield what has no record; all outcomes are read from records, whoever made them and when."""
+        rounds = self._halving.run()
+        found = next(rounds, None)
+        while found is not None:
+            print(found.text, flush=True)
+            todo = [task for task in found.tasks if not storage.exists(record_uri(self._config, task))]
+            running = {task.setting for task in found.tasks}
+            stopped = [t.setting.name for t in self._halving.trials if not t.runs and t.setting not in running]
+            with progress_line(sum(map(self._budget.new, todo)), "samples") as self._progress:
+                yield tuner.Round([(task.setting.name, task) for task in todo], stopped)
+            outcomes = [read_outcome(self._config, task) for task in found.tasks]
+            done, found = found, _after(rounds, outcomes)
+            self._track(done.tasks)
+
+    def done(self, task: Evaluation) -> None:
+        """Show and note that an evaluation is done."""
+        self._clock.save()
+        if self._progress is not None:
+            self._progress.update_to(self._progress.done + self._budget.new(task))
+
+    def _track(self, tasks: list[Evaluation]) -> None:
+        """Log the trials of a round, each to an MLflow run of its own."""
+        drawn = {task.setting for task in tasks}
+        for trial in (trial for trial in self._halving.trials if trial.setting in drawn):
+            history = {n: _flat(o.metrics) for n, o in zip(self._config.rungs, trial.outcomes, strict=False)}
+            for n, numbers in history.items():
+                numbers["samples"], numbers["evaluations_drawn"] = n, n * trial.setting.evaluations
+            picture = None if trial.failed else samples_picture(self._config, trial.setting)
+            self._tracker.child(trial.setting.name, trial.setting.model_dump(mode="json"), history, picture)
 
 
-def _after(run: Generator[list[Evaluation], list[Outcome], None], outcomes: list[Outcome]) -> list[Evaluation] | None:
-    """Return the next evaluations; None at the end."""
+def _after(rounds: Generator[Round, list[Outcome], None], outcomes: list[Outcome]) -> Round | None:
+    """Return the next round; None at the end."""
     try:
-        return run.send(outcomes)
+        return rounds.send(outcomes)
     except StopIteration:
         return None
-
-
-def _report(config: SearchConfig, halving: SuccessiveHalving, tasks: list[Evaluation], tracker: Tracker) -> None:
-    """A line on the terminal, and each trial's own MLflow run."""
-    drawn = {task.setting for task in tasks}
-    trials = [trial for trial in halving.trials if trial.setting in drawn]
-    for trial in trials:
-        history = {n: _flat(outcome.metrics) for n, outcome in zip(config.rungs, trial.outcomes, strict=False)}
-        for n, numbers in history.items():
-            numbers["samples"], numbers["evaluations_drawn"] = n, n * trial.setting.evaluations
-        picture = None if trial.failed else samples_picture(config, trial.setting)
-        tracker.child(trial.setting.name, trial.setting.model_dump(mode="json"), history, picture)
-    stopped = sum(trial.stopped is not None for trial in trials)
-    failed = sum(trial.failed is not None for trial in trials)
-    what = "on fresh seeds" if tasks[0].seed == config.fresh_seed else f"{stopped} stopped"
-    print(f"n={tasks[0].n:<6} {len(tasks):3} trials, {what}" + (f", {failed} failed" if failed else ""), flush=True)
 
 
 def _flat(metrics: dict[str, Any]) -> dict[str, float]:
@@ -182,17 +204,17 @@ def plan(config: SearchConfig) -> str:
     num_timesteps = min(network.num_timesteps for network in networks)
     space = space_of(config, num_timesteps)
     classifier = guide.architecture if guide else None
-    worst, likely = expected_costs(config, space.grid(), num_timesteps, networks[0].architecture, classifier)
+    work = most_work(config, space.grid(), num_timesteps, networks[0].architecture, classifier)
     inputs = [network.uri for network in networks] + ([guide.uri] if guide else []) + [config.path(config.reference)]
+    limit = Limit.parse(config.budget)
     mfu = assumed_mfu(config.cost, GUIDED_SAMPLING)
     between = ", and any scale between" if config.space.continuous else ""
     return "\n".join(
         [
             f"reads   {', '.join(inputs)}",
             f"writes  {config.path(config.output)}: features and records of each trial, search.json, pictures",
-            f"tries   up to {config.trials} settings of a grid of {len(space.grid())}{between}",
-            f"work    expected  {likely}",
-            f"        at worst  {worst}",
+            f"tries   up to {config.num_trials(space.grid())} settings of a grid of {len(space.grid())}{between}",
+            f"work    at most {work}" + (f", or {config.budget}" if limit.unit == "h" else ""),
             f"assumed {mfu.share:.0%} of an {config.cost.gpu}'s peak ({mfu.source})",
         ]
     )

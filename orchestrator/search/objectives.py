@@ -1,11 +1,11 @@
 """What a search optimises and what bounds it: entries of the table of metrics, and evaluations, known beforehand."""
 
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from models.metrics import MIN_INTERVAL_RATIO
+from models.metrics import MIN_CORRECTED_RATIO
 from orchestrator.evaluation.extraction import ArrayName
 from orchestrator.evaluation.metrics import METRICS, Comparison, Metric, metric_named
 
@@ -18,40 +18,47 @@ def sign_of(name: str) -> int:
 
 
 class Objective(NamedTuple):
-    """A metric to optimise."""
+    """A metric to optimise, or to bound."""
 
     name: str
     metric: Metric | None  # None = evaluations
 
     @classmethod
     def parse(cls, name: str, extractor: str) -> "Objective":
-        """The metric of this name by the extractor of that one.
+        """Return the metric of this name by the extractor of that one.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is none whose sampling error is known.
         """
         known: dict[str, Metric | None] = {m.named(extractor): m for m in METRICS.values() if m.scores}
         known[EVALUATIONS] = None
         if name not in known:
-            raise ValueError(f"objective={name!r} is none of {', '.join(known)}")
+            raise ValueError(f"{name!r} is no metric that a search can compare trials by: {', '.join(known)}")
         return cls(name, known[name])
 
-    def stands_in(self, made: Comparison) -> bool:
-        """Whether the kernel distance stands in its place, since n <= 2 D."""
-        names: dict[str, ArrayName] = {"fd": "pool", "sfd": "spatial"}
-        array = made.read(names[self.metric.name]) if self.metric and self.metric.name in names else None
-        return array is not None and len(array) <= MIN_INTERVAL_RATIO * array.shape[1]
-
     def scores(self, made: Comparison, evaluations: int) -> np.ndarray:
-        """Return scores [c, n] of the samples: less is better, and all criteria must agree.
+        """Return scores [n] of the samples, of which less is better; an empty array where n is too small.
 
         Raises:
-            RuntimeError: the extractor has no such features.
+            ValueError: the samples lack what the metric needs, such as labels of the reference's classes.
         """
         if self.metric is None:
-            return np.full((1, len(made.labels)), float(evaluations))
+            return np.full(len(made.labels), float(evaluations))
         assert self.metric.scores is not None, "parse takes no other metric"
+        if (reason := self.metric.lacks(made)) is not None:
+            raise ValueError(f"{self.name} cannot be measured{f': {reason}' if reason else ''}")
         return self.metric.scores(made)
+
+    def is_unbiased(self, made: Comparison, full: bool) -> bool:
+        """Return whether the mean of the scores is the metric's own value; differences of trials need less.
+
+        full: n is that of the last rung, at which a metric that depends on n is meant.
+        """
+        arrays: dict[str, ArrayName] = {"fd": "pool", "sfd": "spatial"}
+        if self.metric is None or self.metric.name not in arrays:
+            return self.metric is None or self.metric.name != "recall" or full
+        n, dimension = made.array(arrays[self.metric.name]).shape
+        return n >= MIN_CORRECTED_RATIO * dimension
 
 
 class Constraint(NamedTuple):
@@ -63,22 +70,15 @@ class Constraint(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Constraint":
-        """Raises ValueError where the text is no such bound."""
+        """Return the bound that the text is; ValueError where it is none."""
         found = re.fullmatch(r"\s*(\w+)\s*(<=|>=)\s*([-+.\deE]+)\s*", text)
         if not found:
             raise ValueError(f"constraint {text!r} is not of the form metric<=bound or metric>=bound")
+        if found[1] == EVALUATIONS and found[2] == ">=":
+            raise ValueError(f"constraint {text!r}: evaluations can only be bounded from above, as evaluations<=25")
         return cls(found[1], found[2] == "<=", float(found[3]))
 
-    def violation(self, metrics: dict[str, Any], surely: bool) -> float:
-        """By how much `metrics` break it, 0 or less where they keep it; with `surely` by the interval's better end.
-
-        Raises:
-            ValueError: there is no such metric.
-        """
-        if self.metric not in metrics:
-            raise ValueError(f"constraint on {self.metric!r}: it is none of {', '.join(sorted(metrics))}")
-        found = metrics[self.metric]
-        if surely and found["interval"] is None:
-            return 0.0
-        low, high = found["interval"] if surely else (found["value"],) * 2
-        return float(low - self.bound if self.at_most else self.bound - high)
+    def excess(self, scores: np.ndarray) -> np.ndarray:
+        """Return [n] numbers whose mean is by how much the metric breaks the bound; 0 or less where it keeps it."""
+        above = sign_of(self.metric) * scores - self.bound
+        return above if self.at_most else -above

@@ -13,7 +13,7 @@ from orchestrator.evaluation.metrics import METRICS
 from orchestrator.pictures import COLOURS, figure_png, grid_png, subplots
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.evaluator import first_images
-from orchestrator.search.objectives import EVALUATIONS
+from orchestrator.search.objectives import EVALUATIONS, sign_of
 from orchestrator.search.result import front_names
 from orchestrator.search.space import Setting
 from orchestrator.tracking import Tracker
@@ -30,36 +30,39 @@ def write_pictures(config: SearchConfig, result: Json, extractor: str, tracker: 
     winner = Setting(**result["winner"]["setting"])
     pictures = {"front.png": front_figure(front_names(config), result)}
     if len({trial["setting"]["scale"] for trial in result["trials"]}) > 1:
-        pictures["guidance.png"] = guidance_figure(result["trials"], extractor)
+        pictures["guidance.png"] = guidance_figure(result["trials"], result["objective"], extractor)
         pictures["scales.png"] = scales_figure(config, winner, result["trials"])
     for name, data in pictures.items():
         storage.write_bytes(storage.join(config.path(config.output), name), data)
         tracker.picture(name, data)
 
 
-def guidance_figure(trials: list[Json], extractor: str) -> bytes:
-    """FD, Inception Score, precision and recall along the guidance scale, as in ADM's figure 4, with 95% intervals.
+def guidance_figure(trials: list[Json], objectives: list[str], extractor: str) -> bytes:
+    """Draw the objectives and ADM's figure 4 (Inception Score, precision, recall) along the guidance scale.
 
     A line joins the trials of one sampler and number of steps by what they had at the largest n that all trials
-    reached, since these metrics depend on n.
+    reached, since these metrics depend on n; bands are 95% intervals, objectives are freed of their bias.
     """
     figure, axes = subplots(2, 2, figsize=(8.6, 5.6))
     n = common_n(trials)
-    names = (METRICS["fd"].named(extractor), METRICS["inception_score"].named(extractor), "precision", "recall")
+    usual = (*(METRICS[name].named(extractor) for name in ("inception_score", "fd")), "precision", "recall")
+    names = [name for name in dict.fromkeys((*objectives, *usual[:1], *usual[2:], usual[1])) if name != EVALUATIONS][:4]
     for axis, name in zip(axes.flat, names, strict=True):
         for colour, (label, along) in zip(COLOURS_MORE * 9, curves(trials).items(), strict=False):
-            found = [trial["rungs"][n][name] for trial in along]
+            found = [trial["objective_by_rung"][n].get(name, trial["rungs"][n][name]) for trial in along]
             x, y = [trial["setting"]["scale"] for trial in along], [metric["value"] for metric in found]
             axis.plot(x, y, "o-", color=colour, markersize=3.5, linewidth=1.2, label=label)
             if all(metric["interval"] for metric in found):
                 low, high = np.array([metric["interval"] for metric in found]).T
                 axis.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
-        axis.set(xlabel="guidance scale", title=name.replace("_", " "))
+        freed = ", freed of bias" if name in trials[0]["objective_by_rung"][n] else ""
+        axis.set(xlabel="guidance scale", title=name.replace("_", " ") + freed)
         _scale_axis(axis, sorted({trial["setting"]["scale"] for trial in trials}))
-    axes.flat[0].set_yscale("log")
-    axes.flat[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.flat[0].yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.flat[0].yaxis.set_minor_formatter(ticker.NullFormatter())
+    if axes.flat[0].dataLim.y0 > 0 and sign_of(names[0]) > 0:  # distances span orders of magnitude
+        axes.flat[0].set_yscale("log")
+        axes.flat[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.flat[0].yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.flat[0].yaxis.set_minor_formatter(ticker.NullFormatter())
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(f"{n} samples each, on the same labels and noise", fontsize=9)

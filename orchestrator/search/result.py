@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from models.metrics import Estimate, mean_estimate, paired_difference
-from models.paired_tests import front
+from models.metrics import Estimate
+from models.paired_tests import differences, front, interval
 from orchestrator.evaluation.metrics import describe
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.cost import SampleBudget
@@ -17,7 +17,7 @@ Json = dict[str, Any]
 
 
 def conclude(config: SearchConfig, halving: SuccessiveHalving, budget: SampleBudget) -> Json:
-    """What is written to search.json.
+    """Return what is written to search.json.
 
     Raises:
         RuntimeError: no trial came to an end.
@@ -28,18 +28,19 @@ def conclude(config: SearchConfig, halving: SuccessiveHalving, budget: SampleBud
         reason = failed or "none keeps the constraints, or the budget is too small"
         raise RuntimeError(f"no trial came to an end: {reason}")
     winner = finalists[0]
-    trials = [_trial(config, trial, winner, budget) for trial in halving.trials if trial.outcomes]
+    trials = [_trial(config, halving, trial, winner, budget) for trial in halving.trials if trial.outcomes]
     return {
         "objective": list(config.objective),
         "constraints": list(config.constraints),
         "classifier": config.classifier,
-        "winner": _final(config, winner) | {"chosen_at_n": config.rungs[winner.level]},
-        "finalists": [_final(config, trial) for trial in finalists],
+        "winner": _final(config, winner, winner) | {"chosen_at_n": config.rungs[winner.level]},
+        "finalists": [_final(config, trial, winner) for trial in finalists],
         "front": pareto(front_names(config), [trial for trial in trials if trial["keeps_constraints"]]),
         "trials": trials,
         "failed": failed,
         "samples": budget.samples,
         "evaluations": budget.evaluations,
+        "final_evaluations": budget.evaluations_of(config.fresh_seed),
         "seeds": {"search": config.seed, "final": config.fresh_seed},
         "alpha": config.alpha,
         "budget": config.budget,
@@ -47,59 +48,69 @@ def conclude(config: SearchConfig, halving: SuccessiveHalving, budget: SampleBud
     }
 
 
-def _final(config: SearchConfig, trial: Trial) -> Json:
+def _final(config: SearchConfig, trial: Trial, winner: Trial) -> Json:
     """A finalist by its fresh samples alone."""
-    assert trial.fresh is not None
+    assert trial.fresh is not None and winner.fresh is not None
+    n = config.rungs[-1]
     return {
         "number": trial.number,
         "setting": trial.setting.model_dump(mode="json"),
-        "n": config.rungs[-1],
+        "n": n,
         "seed": config.fresh_seed,
-        "objective": _objectives(config, trial.fresh),
+        "objective": _objectives(config, trial.fresh, n),
+        "behind_winner": _behind(config, trial.fresh, winner.fresh, n, pairs=1),
         "metrics": trial.fresh.metrics,
     }
 
 
-def _trial(config: SearchConfig, trial: Trial, winner: Trial, budget: SampleBudget) -> Json:
+def _trial(config: SearchConfig, halving: SuccessiveHalving, trial: Trial, winner: Trial, budget: SampleBudget) -> Json:
     """A trial as far as it went, and its paired difference from the winner at the largest n that both reached."""
-    level = min(trial.level, winner.level)
-    running = "drawn to the end" if trial.level == len(config.rungs) - 1 else "undecided"
-    mine, its = trial.outcomes[level], winner.outcomes[level]
+    level, n = min(trial.level, winner.level), config.rungs[trial.level]
+    there = sum(other.level >= level for other in halving.trials)
     return {
         "number": trial.number,
         "setting": trial.setting.model_dump(mode="json"),
-        "status": "winner" if trial is winner else trial.stopped or running,
-        "n": config.rungs[trial.level],
+        "status": "winner" if trial is winner else trial.eliminated or trial.waits or "not eliminated",
+        "n": n,
         "samples": budget.of(trial.setting),
         "evaluations": budget.of(trial.setting) * trial.setting.evaluations,
-        "keeps_constraints": all(bound.violation(trial.outcomes[-1].metrics, False) <= 0 for bound in config.bounds),
-        "objective": _objectives(config, trial.outcomes[-1]),
-        "behind_winner": {  # positive: worse than the winner, in the objective's own unit
-            name: _described(paired_difference(a[0], b[0]), a)
-            for name, a, b in zip(config.objective, mine.scores, its.scores, strict=True)
-            if name != EVALUATIONS and name not in mine.stand_ins and len(a)
+        "keeps_constraints": halving.violation(trial) <= 0,
+        "objective": _objectives(config, trial.outcomes[-1], n),
+        "behind_winner": _behind(
+            config, trial.outcomes[level], winner.outcomes[level], config.rungs[level], there * (there - 1) // 2
+        ),
+        "objective_by_rung": {
+            str(n): _objectives(config, outcome, n) for n, outcome in zip(config.rungs, trial.outcomes, strict=False)
         },
         "rungs": {str(n): outcome.metrics for n, outcome in zip(config.rungs, trial.outcomes, strict=False)},
         "metrics": trial.outcomes[-1].metrics,
     }
 
 
-def _objectives(config: SearchConfig, outcome: Outcome) -> Json:
-    """Each objective freed of its bias, with its interval; none where another score stood in for it."""
-    found = {}
-    for name, scores in zip(config.objective, outcome.scores, strict=True):
-        if name == EVALUATIONS:
-            found[name] = outcome.metrics[name]
-        elif len(scores) and name not in outcome.stand_ins:
-            found[name] = _described(mean_estimate(sign_of(name) * scores[0]), scores)
+def _objectives(config: SearchConfig, outcome: Outcome, n: int) -> Json:
+    """Each objective freed of its bias, with a 95% interval where nothing of it is left."""
+    found = {EVALUATIONS: outcome.metrics[EVALUATIONS]} if EVALUATIONS in config.objective else {}
+    for name in config.objective:
+        if name != EVALUATIONS and len(scores := sign_of(name) * outcome.scores[name]):
+            estimate = interval(scores, n, outcome.strata)
+            if name not in outcome.unbiased:
+                estimate = Estimate(estimate.value, n, note="no interval: at so few samples bias is left")
+            found[name] = describe(estimate)
     return found
 
 
-def _described(estimate: Estimate, scores: np.ndarray) -> Json:
-    """As JSON; without an interval where a second criterion was needed, since bias is left in the first."""
-    if len(scores) > 1:
-        estimate = Estimate(estimate.value, estimate.n, note="no interval: n is below 16 D")
-    return describe(estimate)
+def _behind(config: SearchConfig, outcome: Outcome, best: Outcome, n: int, pairs: int) -> Json:
+    """How much worse than the winner by paired differences, in each objective's own unit; positive is worse.
+
+    pairs: of trials that were compared at this n. The intervals hold for all of them together with 95%, and hence
+    whichever trial was chosen as the winner (Bonferroni).
+    """
+    found = {}
+    for name in config.objective:
+        if name != EVALUATIONS and len(outcome.scores[name]):
+            worse = differences(outcome.scores[name], best.scores[name])
+            found[name] = describe(interval(worse, n, outcome.strata, level=0.025 / max(pairs, 1)))
+    return found
 
 
 def front_names(config: SearchConfig) -> tuple[str, str]:
@@ -125,20 +136,31 @@ def pareto(names: tuple[str, str], trials: list[Json]) -> list[Json]:
 
 
 def summary(result: Json, most: int = 8) -> str:
-    """A few lines for the terminal: the winner on fresh seeds, and how far behind the others are."""
+    """Return a few lines for the terminal: the winner on fresh seeds, and how far behind the others are."""
     objective, winner = result["objective"][0], result["winner"]
     several = len({trial["setting"]["weights"] for trial in result["trials"]}) > 1
+    value = winner["objective"].get(objective, winner["metrics"][objective])
     lines = [
         f"winner  {_label(Setting(**winner['setting']), several)}",
-        f"        {objective} {_number(winner['metrics'][objective])} by {winner['n']:,} fresh samples "
+        f"        {objective} {_number(value)}, freed of its bias, by {winner['n']:,} fresh samples "
         f"(seed {winner['seed']})",
-        f"cost    {result['samples']:,} samples, {result['evaluations']:,} network evaluations, "
-        f"{len(result['trials'])} trials" + (", stopped by the budget" if result["stopped_by_budget"] else ""),
     ]
+    lines += [
+        f"next    {_number(final['behind_winner'][objective])} behind it on these samples: "
+        f"{_label(Setting(**final['setting']), several)}"
+        for final in result["finalists"][1:]
+        if objective in final["behind_winner"]
+    ]
+    lines.append(
+        f"cost    {result['samples']:,} samples, {result['evaluations']:,} network evaluations, "
+        f"{len(result['trials'])} trials" + (", limited by the budget" if result["stopped_by_budget"] else "")
+    )
     behind = [t for t in result["trials"] if objective in t["behind_winner"] and t["status"] != "winner"]
-    behind.sort(key=lambda t: (-t["n"], t["behind_winner"][objective]["value"]))
+    behind.sort(key=lambda t: (-t["behind_winner"][objective]["n"], t["behind_winner"][objective]["value"]))
     if behind:
-        lines.append(f"behind  in {objective}, by paired differences on the search's own samples")
+        lines.append(
+            f"behind  in {objective}, freed of its bias, on the search's own samples; simultaneous 95% intervals"
+        )
     lines += [
         f"        {_number(t['behind_winner'][objective]):30} n={t['behind_winner'][objective]['n']:<7,}"
         f"{_label(Setting(**t['setting']), several)} ({t['status']})"

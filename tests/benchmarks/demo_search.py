@@ -1,11 +1,12 @@
-"""The search beside the full grid, on scanned digits: the same result, from a quarter of the samples.
+"""The search beside the full grid, on scanned digits: its regret, from a quarter of the network evaluations.
 
     make demo-search SEED=0
 
 Trains the digits' networks where they are not there yet, draws every setting of a grid to the full n, then lets the
-search halve the same settings with a budget of a quarter of these samples. What the grid drew fills the search's cache,
-since equal samples need not be drawn twice: the search's books count every sample that it would have drawn. Ends with
-one line of JSON; exit code 1 where the search's winner is surely worse than the grid's, or cost too much.
+search halve the same settings with a budget of a quarter of these evaluations. What the grid drew fills the search's
+cache, since equal samples need not be drawn twice: the search's budget counts every sample that it would have drawn.
+Ends with one line of JSON, with the regret by the grid's own samples; exit code 1 where the search's winner is surely
+worse than the grid's, or cost too much. `python -m tests.benchmarks.search_regret` measures regret over many searches.
 """
 
 import json
@@ -22,8 +23,7 @@ import numpy as np
 import tyro
 
 from cluster.session import session
-from models.metrics import paired_difference
-from models.paired_tests import paired_means
+from models.paired_tests import differences, interval
 from orchestrator import storage
 from orchestrator.evaluation.metrics import describe
 from orchestrator.search.config import SearchConfig
@@ -45,8 +45,7 @@ class Demo:
     num_steps: tuple[int, ...] = (5, 10, 20, 40)
     samplers: tuple[str, ...] = ("ddpm", "ddim")
     rungs: tuple[int, ...] = (64, 128, 256, 512, 1024)  # the grid is drawn to the last one
-    trials: int = 24  # settings that the search may try
-    share: float = 0.25  # of the grid's samples, that the search may draw
+    share: float = 0.25  # of the grid's network evaluations, that the search may take
     workers: int = 2
     weights: str = "digits/diffusion"
     classifier: str = "digits/classifier"
@@ -86,7 +85,6 @@ def grid_config(demo: Demo, count: int) -> SearchConfig:
         ),
         rungs=demo.rungs[-1:],
         trials=count,
-        round_size=count,
         finalists=1,
         seed=demo.seed,
         num_workers=demo.workers,
@@ -94,14 +92,11 @@ def grid_config(demo: Demo, count: int) -> SearchConfig:
 
 
 def halving_config(demo: Demo, count: int) -> SearchConfig:
-    """The search of the same settings."""
+    """The search of the same settings, one of which is drawn once more on fresh seeds."""
     changes = {
         "output": f"search-seed{demo.seed}",
         "rungs": demo.rungs,
-        "trials": demo.trials,
-        "round_size": max(2, demo.trials // 3),
-        "finalists": 2,
-        "budget": str(int(demo.share * count * demo.rungs[-1])),
+        "budget": f"{100 * demo.share:g}%",
     }
     return SearchConfig(**grid_config(demo, count).model_dump() | changes)
 
@@ -123,27 +118,30 @@ def _link(source: str, target: str) -> None:
 def compare(demo: Demo, grid: SearchConfig, grid_result: Any, search_result: Any) -> dict[str, Any]:
     """How the search's winner stands against the grid's, by the grid's own samples; and what each took."""
     n, count = demo.rungs[-1], len(grid_result["trials"])
-    scores = {}
+    outcomes = {}
     for trial in grid_result["trials"]:
         setting = Setting(**trial["setting"])
-        scores[setting] = read_outcome(grid, Evaluation(setting, n, demo.seed)).scores[0]
-    best = min(scores, key=lambda setting: float(scores[setting][0].mean()))
+        outcomes[setting] = read_outcome(grid, Evaluation(setting, n, demo.seed))
+    (name,) = grid.objective
+    scores = {setting: outcome.scores[name] for setting, outcome in outcomes.items()}
+    best = min(scores, key=lambda setting: float(scores[setting].mean()))
     chosen = Setting(**search_result["winner"]["setting"])
-    difference = paired_difference(scores[chosen][0], scores[best][0])
-    assert difference.low is not None
-    ratio = search_result["samples"] / (count * n)
+    regret = interval(differences(scores[chosen], scores[best]), n, outcomes[best].strata)
+    assert regret.low is not None
+    taken = [found["evaluations"] - found["final_evaluations"] for found in (search_result, grid_result)]
+    ratio = taken[0] / taken[1]
     broken = [
-        f"the search's winner is surely worse: {describe(difference)}" if chosen != best and difference.low > 0 else "",
-        f"it drew {ratio:.3f} of the grid's samples" if ratio > demo.share else "",
+        f"the search's winner is surely worse: {describe(regret)}" if chosen != best and regret.low > 0 else "",
+        f"it took {ratio:.3f} of the grid's evaluations" if ratio > demo.share else "",
     ]
     return {
         "seed": demo.seed,
         "grid_winner": str(best),
         "search_winner": str(chosen),
-        "paired_difference": {"value": difference.value, "interval": [difference.low, difference.high]},
+        "regret": {"value": regret.value, "interval": [regret.low, regret.high]},
         "grid_samples": count * n,
         "search_samples": search_result["samples"],
-        "ratio": round(ratio, 4),
+        "evaluations_ratio": round(ratio, 4),
         "variance_unpaired_over_paired": variance_ratios(list(scores.values()), scores[best]),
         "broken": [words for words in broken if words],
     }
@@ -153,9 +151,9 @@ def variance_ratios(scores: list[np.ndarray], best: np.ndarray) -> dict[str, flo
     """Variance of an unpaired difference from the best over that of the paired one: quartiles over all settings."""
     ratios = []
     for other in scores:
-        paired = paired_means(other, best)[1][0] ** 2
+        paired = differences(other, best).var(ddof=1)
         if paired > 0:
-            ratios.append(float((other[0].var(ddof=1) + best[0].var(ddof=1)) / best.shape[1] / paired))
+            ratios.append(float((other.var(ddof=1) + best.var(ddof=1)) / paired))
     low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
     return {"low": round(float(low), 2), "median": round(float(middle), 2), "high": round(float(high), 2)}
 

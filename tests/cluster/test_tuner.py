@@ -1,53 +1,50 @@
-"""Rounds over Ray Tune: outcomes in the jobs' order however they finish, and nothing left that a trial could hold."""
+"""Rounds over Ray Tune: trials report at every rung, are paused, resumed and stopped, and outlive their process."""
 
 import os
-import random
+import signal
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
-from cluster.tuner import Rounds, run_rounds
+from cluster.tuner import Round, Rounds, run_rounds
 from cluster.workers import Pool, pool
 
 
-class Job(NamedTuple):
-    number: int
-    seconds: float = 0.0
+class Task(NamedTuple):
+    trial: str
+    level: int
 
 
-def squared(job: Job) -> tuple[int, int]:
-    time.sleep(job.seconds)
-    if job.number < 0:
-        raise ValueError(f"job {job.number} is bad")
-    return job.number**2, os.getpid()
+def note(folder: str, task: Task) -> dict[str, float]:
+    """Leave a file; the first process that trial 1 has at level 1 ends itself."""
+    if task == Task("1", 1) and not Path(folder, "died").exists():
+        Path(folder, "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    Path(folder, f"{task.trial}-{task.level}-{os.getpid()}").touch()
+    return {"level": task.level}
 
 
-def rounds(seen: list[list[int]], sizes: tuple[int, ...], shuffle: random.Random) -> Rounds[Job, Any, set[int]]:
-    """Rounds of jobs that end in any order; an empty round is passed over."""
-    processes: set[int] = set()
-    for size in sizes:
-        outcomes = yield [Job(number, shuffle.random() / 5) for number in range(size)]
-        seen.append([square for square, _ in outcomes])
-        processes |= {process for _, process in outcomes}
-    return processes
+def halved(folder: str, seen: list[list[str]]) -> Rounds[Task]:
+    """Four trials, then two, then one of them and one that was stopped; the first round finds its work done already."""
+    yield Round([], [])
+    for level, (names, stopped) in enumerate([(("0", "1", "2", "3"), ()), (("0", "1"), ("2", "3")), (("0", "3"), ())]):
+        yield Round([(name, Task(name, level)) for name in names], list(stopped))
+        seen.append(sorted(file.rsplit("-", 1)[0] for file in os.listdir(folder) if f"-{level}-" in file))
 
 
 @pytest.mark.ray
-def test_outcomes_come_in_the_jobs_order_and_nothing_outlives_the_rounds(ray_session: None) -> None:
+def test_trials_go_on_between_rounds_and_nothing_outlives_them(ray_session: None, tmp_path: Path) -> None:
     import ray
     from ray.util.placement_group import placement_group_table
 
-    found = []
-    for seed in (1, 2):
-        seen: list[list[int]] = []
-        processes = run_rounds(squared, rounds(seen, (5, 0, 3), random.Random(seed)), max_concurrent=3)
-        found.append(seen)
-        assert len(processes) <= 3, "a trial had a process of its own"
-    assert found[0] == found[1] == [[0, 1, 4, 9, 16], [], [0, 1, 4]]
+    seen, done = list[list[str]](), list[Task]()
+    run_rounds(partial(note, str(tmp_path)), halved(str(tmp_path), seen), max_concurrent=2, done=done.append)
+    assert seen == [["0-0", "1-0", "2-0", "3-0"], ["0-1", "1-1"], ["0-2", "3-2"]], "a task was lost or done too early"
+    assert len(done) == 8 == len(set(done)) and (tmp_path / "died").exists()
     assert {group["state"] for group in placement_group_table().values()} <= {"REMOVED"}
     everything = ray.cluster_resources()["CPU"]
     deadline = time.monotonic() + 30
@@ -57,18 +54,22 @@ def test_outcomes_come_in_the_jobs_order_and_nothing_outlives_the_rounds(ray_ses
 
 
 @pytest.mark.ray
-def test_a_job_that_raises_and_rounds_that_raise_end_in_their_own_error(ray_session: None) -> None:
-    def bad_job() -> Rounds[Job, Any, None]:
-        yield [Job(1), Job(-2), Job(3)]
+def test_a_task_that_raises_and_rounds_that_raise_end_in_their_own_error(ray_session: None) -> None:
+    def bad(level: int) -> dict[str, float]:
+        if level < 0:
+            raise ValueError(f"task {level} is bad")
+        return {}
 
-    def bad_rounds() -> Rounds[Job, Any, None]:
-        yield [Job(1)]
+    def bad_rounds() -> Rounds[int]:
+        yield Round([("a", 1)], [])
         raise KeyError("the rounds are wrong")
 
-    with pytest.raises(RuntimeError, match="job -2 is bad"):
-        run_rounds(squared, bad_job(), max_concurrent=2)
+    ended = list[int]()
+    with pytest.raises(RuntimeError, match="task -2 is bad"):
+        run_rounds(bad, iter([Round([("a", 1), ("b", -2), ("c", 3)], [])]), max_concurrent=1, done=ended.append)
+    assert ended == [1, 3], "the others of its round are done"
     with pytest.raises(KeyError, match="the rounds are wrong"):
-        run_rounds(squared, bad_rounds(), max_concurrent=2)
+        run_rounds(bad, bad_rounds(), max_concurrent=2, done=ended.append)
 
 
 class Item(NamedTuple):
@@ -88,23 +89,20 @@ def make_logger(folder: str) -> Callable[[Item], str | None]:
     return work
 
 
-def map_over(workers: Pool[Item, str | None], trial: str) -> str:
+def map_over(workers: Pool[Item, str | None], trial: str) -> dict[str, float]:
     """A trial over the shared pool, which asks for nothing more at the first failure."""
     for _, failure in workers.map([Item(trial, number) for number in range(40)]):
         if failure:
-            return failure
-    return "done"
+            return {"failed": 1}
+    return {"failed": 0}
 
 
 @pytest.mark.ray
 def test_a_trial_that_stops_frees_its_share_of_the_pool_at_once(ray_session: None, tmp_path: Path) -> None:
-    def both() -> Rounds[str, str, list[str]]:
-        return (yield ["bad", "good"])
-
     num_workers = 2
+    both = (Round([("bad", "bad"), ("good", "good")], []) for _ in range(1))
     with pool(partial(make_logger, str(tmp_path)), num_workers) as workers:
-        outcomes = run_rounds(partial(map_over, workers), both(), max_concurrent=2)
-    assert outcomes == ["it fails", "done"]
+        run_rounds(partial(map_over, workers), both, max_concurrent=2, done=lambda trial: None)
     begun = (tmp_path / "log").read_text().split()
     assert begun.count("good") == 40
     assert begun.count("bad") <= 3 + 2 * num_workers, "what the stopped trial had not asked for was done all the same"

@@ -1,10 +1,13 @@
-"""The books of a search: whole batches, only what is new, and both kinds of budget."""
+"""The budget of a search: whole batches, only what is new, its three units, and a clock that outlives a kill."""
+
+from pathlib import Path
 
 import pytest
 
+from orchestrator import storage
 from orchestrator.search import cost as search_cost
 from orchestrator.search.config import Limit
-from orchestrator.search.cost import SampleBudget
+from orchestrator.search.cost import Clock, SampleBudget
 from orchestrator.search.halving import Evaluation
 from orchestrator.search.space import Setting
 
@@ -13,7 +16,7 @@ DEAR = Setting(weights="w", sampler="ddim", num_steps=40, evaluations=40)
 
 
 def test_a_promoted_trial_pays_for_its_new_batches_only() -> None:
-    budget = SampleBudget(Limit(), batch_size=64, full=1000)
+    budget = SampleBudget(Limit(), batch_size=64, full=0)
     budget.spend([Evaluation(CHEAP, 250, 0), Evaluation(DEAR, 250, 0)])
     assert (budget.samples, budget.evaluations) == (512, 256 * 50)
     budget.spend([Evaluation(CHEAP, 500, 0)])
@@ -24,23 +27,46 @@ def test_a_promoted_trial_pays_for_its_new_batches_only() -> None:
 
 
 def test_a_budget_of_samples_keeps_the_finals_in_reserve() -> None:
-    budget = SampleBudget(Limit(samples=3 * 256 + 1024), batch_size=64, full=1000)
-    assert budget.affords([Evaluation(CHEAP, 250, 0)] * 1, beside=1)
+    budget = SampleBudget(Limit(3 * 256 + 1024), batch_size=64, full=0)
+    final = [Evaluation(CHEAP, 1000, 9)]
+    assert budget.fitting([Evaluation(CHEAP, 250, seed) for seed in range(5)], 1.0, final) == 3
+    assert budget.fitting([Evaluation(CHEAP, 250, seed) for seed in range(5)], 0.5, final) == 1, "half of what is left"
     budget.spend([Evaluation(CHEAP, 250, seed) for seed in range(3)])
-    assert not budget.affords([Evaluation(DEAR, 250, 0)], beside=1) and budget.affords(
-        [Evaluation(DEAR, 250, 0)], beside=0
-    )
+    assert budget.fitting([Evaluation(DEAR, 250, 0)], 1.0, final) == 0
+    assert budget.fitting([Evaluation(DEAR, 250, 0)], 1.0, []) == 1
 
 
-def test_a_budget_of_hours_goes_by_the_speed_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
+def test_a_share_counts_network_evaluations() -> None:
+    budget = SampleBudget(Limit(10, "%"), batch_size=64, full=64 * 500)
+    assert budget.fitting([Evaluation(CHEAP, 64, seed) for seed in range(9)], 1.0, []) == 5
+    assert budget.fitting([Evaluation(DEAR, 64, 0), Evaluation(CHEAP, 64, 0), Evaluation(CHEAP, 64, 1)], 1.0, []) == 2
+
+
+def test_the_clock_goes_on_after_a_kill_and_rounds_begin_as_they_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, uri = 0.0, str(tmp_path / "clock.json")
     monkeypatch.setattr(search_cost.time, "monotonic", lambda: now)
-    budget = SampleBudget(Limit(hours=1.0), batch_size=64, full=640)
-    assert budget.affords([Evaluation(DEAR, 640, 0)], beside=0), "nothing is known of the speed yet"
-    budget.spend([Evaluation(CHEAP, 640, 0)])
+
+    def start() -> tuple[SampleBudget, Clock]:
+        clock = Clock(uri)
+        return SampleBudget(Limit(1.0, "h"), batch_size=64, full=0, clock=clock), clock
+
+    budget, clock = start()
+    assert budget.fitting([Evaluation(DEAR, 640, 0)] * 9, 1.0, []) == 9, "nothing is known of the speed yet"
     now = 600.0  # ten minutes for 6,400 evaluations
-    assert budget.affords([Evaluation(CHEAP, 640, 1)], beside=1) and not budget.affords(
-        [Evaluation(DEAR, 640, 0)], beside=1
-    )
-    now = 3_000.0
-    assert not budget.affords([Evaluation(CHEAP, 640, 1)], beside=1)
+    budget.spend([Evaluation(CHEAP, 640, 0)])
+    settings = [Evaluation(CHEAP, 640, seed) for seed in range(1, 9)]
+    assert budget.fitting(settings, 1.0, []) == 5 and budget.fitting(settings, 1.0, settings[:1]) == 4
+    now = 700.0
+    clock.save()
+
+    now = 5_000.0  # killed, and started again an hour later: the evaluation has a record
+    budget, clock = start()
+    now = 5_001.0
+    budget.spend([Evaluation(CHEAP, 640, 0)])
+    assert budget.fitting(settings, 1.0, []) == 5, "a replayed evaluation takes as long as it took"
+    assert clock.seconds == 701.0
+    budget.spend([Evaluation(CHEAP, 640, 1)])
+    clock.save()
+    assert storage.read_json(uri) == {"seconds": 701.0, "rounds": [600.0, 701.0]}

@@ -1,4 +1,4 @@
-"""What may be tried: parameters only where they have a meaning, bounds kept, proposals that repeat."""
+"""What may be tried: parameters only where they have a meaning, bounds kept, proposals that repeat and learn."""
 
 from itertools import pairwise
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from models.guidance import WHOLE_CHAIN
-from orchestrator.search.space import Proposer, Setting, Space, SpaceConfig
+from orchestrator.search.space import GridProposals, OptunaProposals, Setting, Space, SpaceConfig, narrowed
 
 ALL = SpaceConfig(
     scales=(0.0, 1.0, 4.0),
@@ -48,18 +48,18 @@ def test_evaluations_count_the_classifier_only_where_it_guides() -> None:
 def test_a_bound_on_evaluations_is_kept_without_sampling() -> None:
     bounded = space(most=25)
     assert {setting.evaluations <= 25 for setting in bounded.grid()} == {True}
-    proposer = Proposer(bounded, seed=0, num_objectives=1, first_round=8)
-    assert all(setting.evaluations <= 25 for _, setting in proposer.ask(8))
+    proposals = OptunaProposals(bounded, seed=0, num_objectives=1, round_size=8)
+    assert all(setting.evaluations <= 25 for setting in proposals.ask(8))
 
 
 def proposed(seed: int, config: SpaceConfig = ALL) -> list[Setting]:
     """Three rounds, told the same."""
-    proposer = Proposer(space(config), seed, num_objectives=1, first_round=6)
+    proposals = OptunaProposals(space(config), seed, num_objectives=1, round_size=6)
     found = []
     for _ in range(3):
-        for trial, setting in proposer.ask(6):
+        for setting in proposals.ask(6):
             found.append(setting)
-            proposer.tell(trial, [(abs(setting.scale - 1.0) + 1 / setting.num_steps,)], finished=False, violation=0.0)
+            proposals.tell(setting, [abs(setting.scale - 1.0) + 1 / setting.num_steps], 0.0)
     return found
 
 
@@ -77,8 +77,8 @@ def test_proposals_learn() -> None:
 
 
 def test_the_first_round_covers_the_space() -> None:
-    proposer = Proposer(space(SpaceConfig(num_steps=(5, 10, 20, 40), samplers=("ddpm", "ddim"))), 0, 1, first_round=8)
-    settings = [setting for _, setting in proposer.ask(8)]
+    wide = space(SpaceConfig(num_steps=(5, 10, 20, 40), samplers=("ddpm", "ddim")))
+    settings = OptunaProposals(wide, 0, 1, round_size=8).ask(8)
     assert {setting.num_steps for setting in settings} == {5, 10, 20, 40}
     assert {setting.sampler for setting in settings} == {"ddpm", "ddim"}
     scales = sorted(setting.scale for setting in settings)
@@ -87,7 +87,37 @@ def test_the_first_round_covers_the_space() -> None:
 
 def test_an_exhausted_space_proposes_what_there_is() -> None:
     config = SpaceConfig(scales=(0.0, 1.0), continuous=False, num_steps=(10,))
-    assert len(Proposer(Space(config, ("w",), 1000, np.inf), 0, 1, 6).ask(6)) == 2
+    assert len(OptunaProposals(Space(config, ("w",), 1000, np.inf), 0, 1, 6).ask(6)) == 2
+
+
+def test_a_grid_is_proposed_once_in_order() -> None:
+    grid = space().grid()
+    proposals = GridProposals(grid, proxy=False)
+    assert proposals.ask(5) + proposals.ask(len(grid)) == grid and not proposals.ask(5)
+
+
+def test_few_steps_narrow_the_scales_of_more_steps_by_sampler() -> None:
+    """ddpm is best at scale 4 with 5 steps, ddim at 1; with 8 times as many steps the best scale is 2.3 times lower."""
+    scales = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+    config = SpaceConfig(scales=scales, continuous=False, num_steps=(5, 10, 40), samplers=("ddpm", "ddim"))
+    proposals = GridProposals(Space(config, ("w",), 1000, np.inf).grid(), proxy=True)
+    first = proposals.ask(100)
+    assert {setting.num_steps for setting in first} == {5} and len(first) == 12
+    for setting in first:
+        proposals.tell(setting, [abs(setting.scale - (4.5 if setting.sampler == "ddpm" else 1.1))], 0.0)
+    rest = proposals.ask(100)
+    found = {(s.sampler, s.num_steps): [o.scale for o in rest if (o.sampler, o.num_steps) == (s.sampler, s.num_steps)]
+             for s in rest}  # fmt: skip
+    assert found == {
+        ("ddpm", 10): [1.0, 2.0, 4.0], ("ddpm", 40): [0.5, 1.0, 2.0, 4.0],
+        ("ddim", 10): [0.0, 0.5, 1.0], ("ddim", 40): [0.0, 0.5, 1.0],
+    }  # fmt: skip
+    assert not proposals.ask(100)
+
+
+def test_a_kind_whose_fewest_steps_failed_is_not_lost() -> None:
+    (few, more) = space(SpaceConfig(scales=(0.0,), continuous=False, num_steps=(5, 10))).grid()[:2]
+    assert narrowed({few: np.inf}, [more]) == [more]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,305 @@
+"""The regret of a search: how much worse than the best setting is what it chooses, over hundreds of replayed searches.
+
+    python -m tests.benchmarks.search_regret --store runs/demo-search
+
+Draws 24 settings x 2,048 samples of the digits model on three seeds once, and keeps their features. Each replay
+shuffles these 6,144 indices within their classes, for all settings alike, and lets every strategy search the first
+2,048. The
+truth is the bias-corrected Fréchet distance of all 6,144. Prints a table; every strategy compares trials by the same
+objective, so that only the allocation differs.
+"""
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tyro
+
+from cluster.workers import map_items
+from models.features import extract
+from models.metrics import Gaussian, Moments
+from models.scores import frechet_scores
+from orchestrator.evaluation.extraction import EXTRACTOR_BATCH
+from orchestrator.evaluation.extractors import CPU
+from orchestrator.evaluation.references import open_reference
+from orchestrator.generation.worker import SamplingWorker
+from orchestrator.search.config import Limit, SearchConfig, space_of
+from orchestrator.search.cost import SampleBudget
+from orchestrator.search.evaluator import sampled_by
+from orchestrator.search.halving import Evaluation, Outcome, Rules, SuccessiveHalving
+from orchestrator.search.space import GridProposals, Setting, SpaceConfig
+
+OBJECTIVE = "fd_digits"
+FIRST = 64  # samples at the first rung; each next one has twice as many
+BATCH = 256  # samples that are drawn at once, and kept in one file
+
+
+@dataclass(frozen=True)
+class Regret:
+    """What is drawn, and how often it is searched."""
+
+    store: str = "runs/demo-search"  # with the digits' dataset and networks, as `make demo-search` leaves them
+    cache: str = "runs/search-regret"  # features of all settings
+    weights: str = "digits/diffusion"
+    scales: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0)
+    num_steps: tuple[int, ...] = (4, 8, 16)
+    samplers: tuple[str, ...] = ("ddpm", "ddim")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    full: int = 2048  # samples at the last rung, of each seed
+    replays: int = 200
+    shares: tuple[float, ...] = (0.1, 0.25)  # of the network evaluations of the full grid
+    workers: int = 0
+
+
+# ------------------------------------------------------------------------------------------------ the cache
+
+
+def config_of(regret: Regret) -> SearchConfig:
+    """Return the search whose settings are drawn."""
+    return SearchConfig(
+        store=regret.store, weights=(regret.weights,), classifier="digits/classifier", reference="datasets/digits",
+        output="regret", batch_size=BATCH, rungs=rungs_to(regret.full), num_workers=regret.workers,
+        space=SpaceConfig.model_validate({"scales": regret.scales, "continuous": False, "num_steps": regret.num_steps,
+                                          "samplers": regret.samplers}),
+    )  # fmt: skip
+
+
+def rungs_to(full: int) -> tuple[int, ...]:
+    return tuple(FIRST * 2**level for level in range(int(np.log2(full // FIRST)) + 1))
+
+
+class Part(NamedTuple):
+    """A batch of a setting."""
+
+    setting: Setting
+    seed: int
+    number: int
+
+
+def parts(regret: Regret, grid: list[Setting]) -> Iterator[Part]:
+    for seed, number in itertools.product(regret.seeds, range(regret.full // BATCH)):
+        yield from (Part(setting, seed, number) for setting in grid)
+
+
+def path_of(regret: Regret, part: Part) -> Path:
+    return Path(regret.cache, f"{part.setting.name}-{part.seed}-{part.number}.npz")
+
+
+def fill(regret: Regret, grid: list[Setting]) -> None:
+    """Draw what the cache lacks."""
+    Path(regret.cache).mkdir(parents=True, exist_ok=True)
+    todo = [part for part in parts(regret, grid) if not path_of(regret, part).exists()]
+    begin = time.monotonic()
+    for number, _ in enumerate(map_items(partial(make_drawer, regret), todo, regret.workers), 1):
+        print(f"{number} of {len(todo)} drawn, {time.monotonic() - begin:.0f} s", flush=True)
+
+
+def make_drawer(regret: Regret) -> Callable[[Part], None]:
+    config = config_of(regret)
+    worker = SamplingWorker(sampled_by(config, {}, config.weights[0]))
+    extractor = config.extractor_loader(worker.networks.weights.architecture.image_size)(CPU).network
+
+    def draw(part: Part) -> None:
+        generation = config.generation(part.setting.weights, part.seed, part.setting)
+        ((batch,),) = worker.batches(generation, [part.number])
+        features = extract(extractor, batch.images, EXTRACTOR_BATCH)
+        np.savez(path_of(regret, part), pool=features.pool, labels=batch.labels)
+
+    return draw
+
+
+# ------------------------------------------------------------------------------------------------ a world
+
+
+class World:
+    """Settings whose samples lie in memory, shuffled anew for each replay."""
+
+    def __init__(self, features: dict[Setting, np.ndarray], labels: np.ndarray, reference: Gaussian, full: int) -> None:
+        self.full, self.rungs = full, rungs_to(full)
+        self.settings, self._features, self._labels, self.reference = list(features), features, labels, reference
+        strata = labels
+        self.truth = {s: float(frechet_scores(x, reference, strata).mean()) for s, x in features.items()}
+        self.best = min(self.truth, key=lambda setting: self.truth[setting])
+
+    def shuffle(self, seed: int) -> None:
+        """Choose the indices of a replay: index i is of class i modulo K, as in a balanced generation."""
+        self.seed, rng = seed, np.random.default_rng([20, seed])
+        classes = [rng.permutation(np.flatnonzero(self._labels == label)) for label in np.unique(self._labels)]
+        each = -(-self.full // len(classes))
+        self._rows = np.stack([rows[:each] for rows in classes], axis=1).ravel()[: self.full]
+        self._known: dict[tuple[Setting, int], Outcome] = {}
+
+    def outcome(self, setting: Setting, n: int) -> Outcome:
+        if (setting, n) not in self._known:
+            rows, labels = self._features[setting][self._rows[:n]], self._labels[self._rows[:n]]
+            strata = labels
+            scores = {OBJECTIVE: frechet_scores(rows, self.reference, strata)}
+            self._known[setting, n] = Outcome(scores, strata, {}, (OBJECTIVE,))
+        return self._known[setting, n]
+
+    def value(self, setting: Setting, n: int) -> float:
+        return float(self.outcome(setting, n).scores[OBJECTIVE].mean())
+
+    @property
+    def full_evaluations(self) -> float:
+        """Network evaluations of the full grid."""
+        return self.full * float(sum(setting.evaluations for setting in self.settings))
+
+
+# ------------------------------------------------------------------------------------------------ strategies
+
+
+@dataclass
+class Found:
+    """What a strategy chose, and what it spent."""
+
+    setting: Setting
+    samples: float
+    evaluations: float
+    eliminated_best: bool = False
+
+
+def uniform(world: World, share: float) -> Found:
+    """As many samples of each setting as the budget affords."""
+    n = int(share * world.full)
+    chosen = min(world.settings, key=lambda setting: world.value(setting, n))
+    return Found(chosen, n * len(world.settings), share * world.full_evaluations)
+
+
+def plain_halving(world: World, share: float) -> Found:
+    """Successive halving: equal samples for each rung, the better half goes on, until one is left."""
+    alive, drawn, rungs = list(world.settings), dict.fromkeys(world.settings, 0), 0
+    rungs = int(np.ceil(np.log2(len(alive))))
+    for _ in range(rungs):
+        more = int(share * world.full * len(world.settings) / rungs / len(alive))
+        for setting in alive:
+            drawn[setting] = min(drawn[setting] + more, world.full)
+        alive.sort(key=lambda setting: world.value(setting, drawn[setting]))
+        alive = alive[: -(-len(alive) // 2)]
+    return _spent(alive[0], drawn)
+
+
+def asha(world: World, share: float) -> Found:
+    """ASHA with reduction factor 2: a trial goes on once it is in the better half of its rung so far."""
+    drawn = dict.fromkeys(world.settings, 0)
+    at: list[list[Setting]] = [[] for _ in world.rungs]
+    waiting = [world.settings[i] for i in np.random.default_rng([21, world.seed]).permutation(len(world.settings))]
+    while True:
+        move = _promotable(world, at)
+        if move is None and not waiting:
+            break
+        level, setting = move or (0, waiting.pop(0))
+        cost = (world.rungs[level] - drawn[setting]) * setting.evaluations
+        if sum(n * s.evaluations for s, n in drawn.items()) + cost > share * world.full_evaluations:
+            break
+        drawn[setting] = world.rungs[level]
+        at[level].append(setting)
+    top = max(level for level, found in enumerate(at) if found)
+    return _spent(min(at[top], key=lambda setting: world.value(setting, world.rungs[top])), drawn)
+
+
+def _promotable(world: World, at: list[list[Setting]]) -> tuple[int, Setting] | None:
+    for level in range(len(world.rungs) - 2, -1, -1):
+        ranked = sorted(at[level], key=lambda setting: world.value(setting, world.rungs[level]))
+        for setting in ranked[: len(ranked) // 2]:
+            if setting not in at[level + 1]:
+                return level + 1, setting
+    return None
+
+
+def _spent(chosen: Setting, drawn: dict[Setting, int]) -> Found:
+    return Found(chosen, sum(drawn.values()), sum(n * setting.evaluations for setting, n in drawn.items()))
+
+
+def ours(world: World, share: float, proxy: bool = False) -> Found:
+    """The search of this package."""
+    limit = Limit(100 * share, "%") if share < 1 else Limit()
+    budget = SampleBudget(limit, 1, world.full_evaluations)
+    rules = Rules((OBJECTIVE,), (), world.rungs, len(world.settings), len(world.settings), 0, 0.05, 0, 1)
+    halving = SuccessiveHalving(rules, GridProposals(world.settings, proxy), budget)
+    replay(halving, lambda task: world.outcome(task.setting, task.n))
+    best = [trial for trial in halving.trials if trial.setting == world.best]
+    chosen = halving.ranked()[0].setting
+    return Found(chosen, budget.samples, budget.evaluations, any(trial.eliminated for trial in best))
+
+
+def replay(halving: SuccessiveHalving, outcome: Callable[[Evaluation], Outcome]) -> None:
+    """Run a search whose outcomes are there."""
+    rounds = halving.run()
+    outcomes: list[Outcome] | None = None
+    try:
+        while True:
+            found = next(rounds) if outcomes is None else rounds.send(outcomes)
+            outcomes = [outcome(task) for task in found.tasks]
+    except StopIteration:
+        pass
+
+
+Strategy = Callable[[World, float], Found]
+
+STRATEGIES: dict[str, Strategy] = {
+    "uniform": uniform,
+    "successive halving": plain_halving,
+    "ASHA": asha,
+    "search": ours,
+    "search, few steps first": partial(ours, proxy=True),
+}
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+def rows(world: World, replays: int, shares: tuple[float, ...]) -> Iterator[dict[str, float | str]]:
+    """Yield a row for each strategy and budget."""
+    runs: list[tuple[str, float, Strategy]] = [("full grid", 1.0, uniform), ("search, no budget", 1.0, ours)]
+    runs += [(name, share, strategy) for share in shares for name, strategy in STRATEGIES.items()]
+    found: list[list[Found]] = [[] for _ in runs]
+    for seed in range(replays):
+        world.shuffle(seed)
+        for each, (_, share, strategy) in zip(found, runs, strict=True):
+            each.append(strategy(world, share))
+    for (name, share, _), each in zip(runs, found, strict=True):
+        regrets = np.array([world.truth[f.setting] - world.truth[world.best] for f in each])
+        yield {
+            "strategy": name,
+            "share": share,
+            "regret": float(regrets.mean()),
+            "error": float(regrets.std(ddof=1) / np.sqrt(replays)),
+            "best": float(np.mean([f.setting == world.best for f in each])),
+            "eliminated": float(np.mean([f.eliminated_best for f in each])),
+            "samples": float(np.mean([f.samples for f in each])) / (world.full * len(world.settings)),
+            "evaluations": float(np.mean([f.evaluations for f in each])) / world.full_evaluations,
+        }
+
+
+def load(regret: Regret) -> World:
+    """Fill the cache and read it."""
+    config = config_of(regret)
+    grid = space_of(config, 1000).grid()
+    fill(regret, grid)
+    loader = config.extractor_loader(8)
+    folder = str(Path(regret.cache, "reference"))
+    reference = open_reference(config.path(config.reference), loader, loader(CPU), folder, 8, 0).statistics["pool"]
+    files = {setting: [np.load(path_of(regret, part)) for part in parts(regret, [setting])] for setting in grid}
+    features = {setting: np.concatenate([file["pool"] for file in found]) for setting, found in files.items()}
+    labels = np.concatenate([file["labels"] for file in files[grid[0]]])
+    gaussian = reference.gaussian if isinstance(reference, Moments) else reference
+    return World(features, labels, gaussian, regret.full)
+
+
+def main(regret: Regret) -> None:
+    world = load(regret)
+    order = sorted(world.truth, key=lambda setting: world.truth[setting])
+    print("truth: " + "; ".join(f"{setting}: {world.truth[setting]:.4f}" for setting in order))
+    for row in rows(world, regret.replays, regret.shares):
+        print(json.dumps({k: v if isinstance(v, str) else round(v, 5) for k, v in row.items()}), flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Regret, description=__doc__))

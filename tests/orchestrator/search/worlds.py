@@ -1,0 +1,117 @@
+"""Worlds that searches are replayed in: settings whose scores are known functions of setting and index."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from models.metrics import Gaussian
+from models.scores import frechet_scores, share_scores
+from orchestrator.search.config import Limit
+from orchestrator.search.cost import SampleBudget
+from orchestrator.search.halving import Evaluation, Outcome, Proposals, Rules, SuccessiveHalving
+from orchestrator.search.objectives import Constraint
+from orchestrator.search.space import GridProposals, Setting
+
+FD, PRECISION = "fd_digits", "precision"
+World = Callable[[Evaluation], Outcome]
+
+
+def grid(count: int) -> list[Setting]:
+    """Settings that differ in their scale, which numbers them."""
+    return [Setting(weights="w", sampler="ddim", num_steps=10, scale=float(i), evaluations=20) for i in range(count)]
+
+
+def rules(trials: int, **changes: Any) -> Rules:
+    settings: dict[str, Any] = {
+        "objectives": (FD,), "constraints": (), "rungs": (64, 128, 256, 512, 1024), "trials": trials,
+        "round_size": trials, "finalists": 1, "alpha": 0.05, "seed": 0, "fresh_seed": 9,
+    }  # fmt: skip
+    return Rules(**settings | changes)
+
+
+def search(
+    chosen: Rules, world: World, settings: list[Setting] | None = None, limit: Limit | None = None,
+    proposals: Proposals | None = None,
+) -> tuple[SuccessiveHalving, list[list[Evaluation]]]:  # fmt: skip
+    """Run a search in a world; return it with the evaluations that it asked for, round by round."""
+    settings = settings or grid(chosen.trials)
+    full = chosen.rungs[-1] * float(sum(setting.evaluations for setting in settings))
+    halving = SuccessiveHalving(
+        chosen, proposals or GridProposals(settings, False), SampleBudget(limit or Limit(), 1, full)
+    )
+    asked: list[list[Evaluation]] = []
+    rounds, outcomes = halving.run(), None
+    while True:
+        try:
+            found = next(rounds) if outcomes is None else rounds.send(outcomes)
+        except StopIteration:
+            return halving, asked
+        asked.append(found.tasks)
+        outcomes = [world(task) for task in found.tasks]
+
+
+def normal(quality: Callable[[int], float], run: int, count: int, full: int = 1024) -> World:
+    """Normal scores, half of whose variance is common to all trials."""
+    rng = np.random.default_rng([30, run])
+    scores = rng.standard_normal(full) + rng.standard_normal((count, full))
+
+    def world(task: Evaluation) -> Outcome:
+        number = int(task.setting.scale)
+        return Outcome({FD: quality(number) + scores[number, : task.n]}, unbiased=(FD,))
+
+    return world
+
+
+def catastrophes(run: int, count: int, full: int = 1024) -> World:
+    """Trial 0 is the best; all others are better by 0.3, but 1% of their samples fail, which costs 50 each."""
+    rng = np.random.default_rng([31, run])
+    scores = rng.standard_normal(full) + 0.5 * rng.standard_normal((count, full))
+    scores[1:] += 50.0 * (rng.random((count - 1, full)) < 0.01) - 0.3
+
+    def world(task: Evaluation) -> Outcome:
+        return Outcome({FD: scores[int(task.setting.scale), : task.n]}, unbiased=(FD,))
+
+    return world
+
+
+def bounded(run: int, count: int, full: int = 1024) -> World:
+    """Precision must be at least 0.6. Trial 0, at 0.62, is the best that keeps it; better ones are at 0.58."""
+    rng = np.random.default_rng([32, run])
+    scores = rng.standard_normal(full) + rng.standard_normal((count, full))
+    level, kept = rng.random((count, full)), np.where(np.arange(count) % 2, 0.58, 0.62)
+    scores += np.where(np.arange(count) % 2, -0.5, 0.3)[:, None] * (np.arange(count) > 0)[:, None]
+
+    def world(task: Evaluation) -> Outcome:
+        i = int(task.setting.scale)
+        hits = level[i, : task.n] < kept[i]
+        return Outcome({FD: scores[i, : task.n], PRECISION: share_scores(hits)}, unbiased=(FD, PRECISION))
+
+    return world
+
+
+PRECISE = (Constraint.parse("precision>=0.6"),)
+
+
+def trade_off(run: int, count: int, full: int = 1024, dimension: int = 64) -> World:
+    """Features of ten classes in 64 dimensions: guidance moves them apart and narrows them. Trial 2 is the best.
+
+    True distances rise on both sides of it: with too little guidance samples are blurred.
+    """
+    rng = np.random.default_rng([33, run])
+    spectrum = np.geomspace(1.0, 0.02, dimension)
+    means = np.random.default_rng(34).standard_normal((10, dimension)) * np.sqrt(0.6 * spectrum)
+    means -= means.mean(axis=0)
+    labels = np.arange(full) % 10
+    noise = np.sqrt(0.4 * spectrum) * rng.standard_normal((full, dimension))
+    blur = np.sqrt(spectrum) * rng.standard_normal((full, dimension))
+    target = Gaussian(np.zeros(dimension), means.T @ means / 10 + np.diag(0.4 * spectrum))
+
+    def world(task: Evaluation) -> Outcome:
+        scale, n = task.setting.scale, task.n
+        samples = (1 + 0.015 * scale) * means[labels[:n]] + (1 - 0.03 * scale) * noise[:n]
+        samples += 0.6 * np.exp(-scale / 2) * blur[:n]
+        strata = labels[:n]
+        return Outcome({FD: frechet_scores(samples, target, strata)}, strata, unbiased=(FD,) * (n >= 16 * dimension))
+
+    return world
