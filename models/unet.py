@@ -156,24 +156,24 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
     return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
-def halve_weights(network: "Encoder", dtype: torch.dtype) -> None:
+def halve_weights(network: nn.Module, dtype: torch.dtype) -> None:
     """Keep a frozen network's weights in `dtype` where autocast would cast them at every forward pass.
 
     Results are equal to the bit. What runs in float32 stays so: normalisation, the time embedding, the output layers.
     """
-    for stage in network.stages():
+    for stage in cast(Encoder, network).stages():
         for layer in stage.modules():
             if isinstance(layer, nn.Conv2d | nn.Conv1d | nn.Linear):
                 layer.to(dtype)
 
 
-def compile_blocks(network: "Encoder", backend: str = "inductor") -> None:
+def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
     """Have `torch.compile` fuse every residual and attention block when it first runs; results differ in last bits.
 
     One block of each shape is compiled, where the whole network would take many times as long.
     """
     torch._dynamo.config.recompile_limit = MAX_SHAPES  # of one block's code; the default of 8 would give up on the rest
-    for stage in network.stages():
+    for stage in cast(Encoder, network).stages():
         for layer in stage.modules():
             if isinstance(layer, ResBlock | AttentionBlock):
                 layer.compile(dynamic=False, backend=backend)

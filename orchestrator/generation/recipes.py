@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from models import zoo
-from models.guidance import WHOLE_CHAIN, GuidanceConfig, Interval
+from models.guidance import WHOLE_CHAIN, GuidanceConfig, GuidanceKind, Interval
 from models.samplers import SamplerConfig, SamplerName
 from orchestrator import storage
 
@@ -39,8 +39,11 @@ class _Setting(BaseModel, extra="forbid"):
     num_steps: int = Field(ge=2)
     sampler: SamplerName
     eta: float = Field(0.0, ge=0, le=1)
+    s_churn: float = Field(0.0, ge=0)
     interval: Interval = WHOLE_CHAIN
-    weights: str  # the diffusion model, as a path or under the store
+    guidance_kind: GuidanceKind = "classifier"
+    weak_weights: str | None = None  # the weaker model, as a path or under the store
+    weights: str  # the diffusion model, likewise
 
 
 class _Winner(BaseModel):
@@ -70,6 +73,13 @@ def winner(uri: str) -> dict[str, Any]:
     return {
         "weights": setting.weights,
         "classifier": result.classifier,
-        "sampler": SamplerConfig(name=setting.sampler, num_steps=setting.num_steps, eta=setting.eta),
-        "guidance": GuidanceConfig(scale=setting.scale, interval=setting.interval),
+        "sampler": SamplerConfig(
+            name=setting.sampler, num_steps=setting.num_steps, eta=setting.eta, s_churn=setting.s_churn
+        ),
+        "guidance": GuidanceConfig(
+            kind=setting.guidance_kind,
+            scale=setting.scale,
+            weak_weights=setting.weak_weights,
+            interval=setting.interval,
+        ),
     }

@@ -12,7 +12,7 @@ from orchestrator.cost import CostConfig
 from orchestrator.evaluation.extractors import LoadExtractor, extractor_loader
 from orchestrator.generation.config import GenerationConfig
 from orchestrator.search.objectives import EVALUATIONS, Constraint
-from orchestrator.search.space import Setting, Space, SpaceConfig
+from orchestrator.search.space import Passes, Setting, Space, SpaceConfig
 
 
 class Limit(NamedTuple):
@@ -75,7 +75,7 @@ class SearchConfig(JobConfig):
     def _check(self) -> "SearchConfig":
         if list(self.rungs) != sorted(set(self.rungs)) or self.rungs[0] < 32:
             raise ValueError(f"rungs={self.rungs} must rise from one to the next, from at least 32 samples")
-        if self.space.scales[-1] > 0 and self.classifier is None:
+        if "classifier" in self.space.guidance and self.space.scales[-1] > 0 and self.classifier is None:
             raise ValueError(f"space.scales={self.space.scales} above 0 need a classifier")
         if self.seed == self.fresh_seed:
             raise ValueError(f"fresh_seed={self.fresh_seed} is the search's own seed, so nothing would be fresh")
@@ -133,15 +133,15 @@ class SearchConfig(JobConfig):
         return extractor_loader(self.extractor, weights, dataset, folder, image_size)
 
 
-def space_of(config: SearchConfig, num_timesteps: int) -> Space:
-    """The settings that may be tried, for models whose diffusion has `num_timesteps` steps.
+def space_of(config: SearchConfig, passes: Passes) -> Space:
+    """The settings that may be tried, with networks whose passes cost this.
 
     Raises:
         ValueError: a number of steps does not fit a sampler, or no setting keeps the bound on evaluations.
     """
     bounds = map(Constraint.parse, config.constraints)
     most = min((c.bound for c in bounds if c.metric == EVALUATIONS), default=np.inf)
-    space = Space(config.space, config.weights, num_timesteps, most)
+    space = Space(config.space, config.weights, passes, most)
     if not space.grid():
         raise ValueError(f"no setting of the space keeps {', '.join(config.constraints)}")
     return space

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from models.costs import sampling_evaluations, sampling_flops
+from models.costs import forward_multiply_adds
 from models.unet import Architecture
 from orchestrator import storage
 from orchestrator.cost import GUIDED_SAMPLING, Cost, gpu_seconds
@@ -64,11 +64,11 @@ class SampleBudget:
         return self._drawn.total()
 
     @property
-    def evaluations(self) -> int:
-        """Network evaluations behind them."""
+    def evaluations(self) -> float:
+        """Network evaluations behind them, in passes of the diffusion model."""
         return sum(count * setting.evaluations for (setting, _), count in self._drawn.items())
 
-    def evaluations_of(self, seed: int) -> int:
+    def evaluations_of(self, seed: int) -> float:
         """Network evaluations on one seed: of the trials, or of the final evaluation."""
         return sum(count * setting.evaluations for (setting, other), count in self._drawn.items() if other == seed)
 
@@ -132,17 +132,14 @@ class Expectation:
 def most_work(
     config: SearchConfig,
     settings: list[Setting],
-    num_timesteps: int,
     model: Architecture,
-    classifier: Architecture | None,
 ) -> Expectation:
     """Return the work where no trial is eliminated, as far as the budget goes; of hours the budget says nothing here.
 
     An image takes what the mean of `settings` does.
     """
-    counted = [sampling_evaluations(setting.sampling, setting.guidance, num_timesteps) for setting in settings]
-    evaluations = float(np.mean([found.total for found in counted]))
-    flops = float(np.mean([sampling_flops(found, model, classifier) for found in counted]))
+    evaluations = float(np.mean([setting.evaluations for setting in settings]))
+    flops = evaluations * 2.0 * forward_multiply_adds(model)
     trials, full = config.num_trials(settings), config.rungs[-1]
     samples: float = (trials + min(config.finalists, trials)) * full
     limit = Limit.parse(config.budget)

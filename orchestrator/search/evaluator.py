@@ -16,6 +16,7 @@ import torch
 
 from cluster.workers import Pool
 from models.features import Extractor, Features, extract
+from models.guidance import GuidanceConfig
 from models.manifolds import manifolds
 from models.metrics import Gaussian, Moments
 from orchestrator import storage
@@ -236,10 +237,15 @@ class Made(NamedTuple):
     failed: str | None = None
 
 
-def sampled_by(config: SearchConfig, files: dict[str, str], weights: str) -> GenerationConfig:
-    """Return the config that loads a diffusion model and the classifier, both from the files that the search took."""
+def sampled_by(config: SearchConfig, files: dict[str, str], weights: str, weak: str | None = None) -> GenerationConfig:
+    """Return the config that loads a diffusion model and what may guide it, from the files that the search took.
+
+    weak: the weaker model; None: without one.
+    """
     found = config.generation(files.get(weights, weights), config.seed)
-    return found.model_copy(update={"classifier": files.get(config.classifier or "", config.classifier)})
+    guidance = GuidanceConfig(kind="auto", weak_weights=files.get(weak, weak)) if weak else found.guidance
+    classifier = files.get(config.classifier or "", config.classifier)
+    return found.model_copy(update={"classifier": classifier, "guidance": guidance})
 
 
 def make_worker(config: SearchConfig) -> Callable[[Block], Made]:
@@ -247,8 +253,8 @@ def make_worker(config: SearchConfig) -> Callable[[Block], Made]:
     files = noted_files(config.path(config.output))
 
     @lru_cache
-    def loaded(path: str) -> SamplingWorker:
-        worker = SamplingWorker(sampled_by(config, files, path))
+    def loaded(path: str, weak: str | None = None) -> SamplingWorker:
+        worker = SamplingWorker(sampled_by(config, files, path, weak))
         if config.compile:
             worker.compile()
         return worker
@@ -259,7 +265,8 @@ def make_worker(config: SearchConfig) -> Callable[[Block], Made]:
 
     def work(block: Block) -> Made:
         try:
-            return make_block(config, loaded(block.setting.weights), extractor, block)
+            worker = loaded(block.setting.weights, block.setting.weak_weights)
+            return make_block(config, worker, extractor, block)
         except (FloatingPointError, torch.OutOfMemoryError) as error:  # all else is the machine's fault: tried again
             return Made(failed=_one_line(error))
 

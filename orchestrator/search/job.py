@@ -9,10 +9,12 @@ from cluster import tuner
 from cluster.session import session
 from cluster.tuner import run_rounds
 from cluster.workers import pool
+from models.costs import forward_multiply_adds, guidance_multiply_adds
 from orchestrator import storage
 from orchestrator.config import check_or_write_config, noted_files
 from orchestrator.cost import GUIDED_SAMPLING, assumed_mfu
 from orchestrator.evaluation.extractors import CPU
+from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.cost import outline
 from orchestrator.generation.sampling import NUMERICS_VERSION, Networks, load_networks
 from orchestrator.progress import Progress, progress_line
@@ -33,7 +35,7 @@ from orchestrator.search.halving import Evaluation, Outcome, Proposals, Round, R
 from orchestrator.search.objectives import Objective
 from orchestrator.search.pictures import write_pictures
 from orchestrator.search.result import conclude, summary
-from orchestrator.search.space import GridProposals, OptunaProposals, Space
+from orchestrator.search.space import GridProposals, OptunaProposals, Passes, Space
 from orchestrator.tracking import Tracker, catch_up, tracked
 from orchestrator.weights.network import weights_file
 
@@ -50,7 +52,10 @@ def search(config: SearchConfig) -> str:
     output = config.path(config.output)
     files = _files(config)
     networks = {path: load_networks(sampled_by(config, files, path), "cpu") for path in config.weights}
-    space = space_of(config, min(found.weights.diffusion.num_timesteps for found in networks.values()))
+    for weak in config.space.weak_weights:  # checked here, before anything is drawn
+        for path in config.weights:
+            load_networks(sampled_by(config, files, path, weak), "cpu")
+    space = space_of(config, passes_of(config, sampled_by(config, files, config.weights[0]), files))
     facts = _check_or_write_config(config, files, networks)
     result_uri = storage.join(output, "search.json")
     if storage.exists(result_uri):
@@ -79,10 +84,28 @@ def search(config: SearchConfig) -> str:
     return result_uri
 
 
+def passes_of(config: SearchConfig, generation: GenerationConfig, files: dict[str, str] | None = None) -> Passes:
+    """Return what a pass of each guide costs in passes of the first diffusion model; files: of weights by path.
+
+    Raises:
+        ValueError: the space has a kind of guidance whose network is not named.
+    """
+    model = outline(generation, generation.weights)
+    multiply_adds = forward_multiply_adds(model.architecture)
+    paths = {"classifier": generation.classifier, "classifier_free": generation.weights}
+    guides = {}
+    for kind, weak in config.space.guides:
+        path = (files or {}).get(weak, weak) if weak else paths.get(kind)
+        if path is not None:
+            guide = outline(generation, path).architecture
+            guides[kind, weak] = guidance_multiply_adds(guide) / multiply_adds
+    return Passes(model.diffusion, guides)
+
+
 def _files(config: SearchConfig) -> dict[str, str]:
     """Return the file of weights for each path: that of the first attempt, which config.json notes, or the newest."""
     noted = noted_files(config.path(config.output))
-    paths = [*config.weights, *([config.classifier] if config.classifier else [])]
+    paths = [*config.weights, *config.space.weak_weights, *([config.classifier] if config.classifier else [])]
     return {path: weights_file(path, config.path, noted.get(path)) for path in paths}
 
 
@@ -199,12 +222,11 @@ def _flat(metrics: dict[str, Any]) -> dict[str, float]:
 
 def plan(config: SearchConfig) -> str:
     """What a search would read, write and cost."""
-    networks = [outline(config.generation(path, config.seed), path) for path in config.weights]
-    guide = outline(config.generation(config.weights[0], config.seed), config.classifier) if config.classifier else None
-    num_timesteps = min(network.num_timesteps for network in networks)
-    space = space_of(config, num_timesteps)
-    classifier = guide.architecture if guide else None
-    work = most_work(config, space.grid(), num_timesteps, networks[0].architecture, classifier)
+    generation = config.generation(config.weights[0], config.seed)
+    networks = [outline(generation, path) for path in (*config.weights, *config.space.weak_weights)]
+    guide = outline(generation, config.classifier) if config.classifier else None
+    space = space_of(config, passes_of(config, generation))
+    work = most_work(config, space.grid(), networks[0].architecture)
     inputs = [network.uri for network in networks] + ([guide.uri] if guide else []) + [config.path(config.reference)]
     limit = Limit.parse(config.budget)
     mfu = assumed_mfu(config.cost, GUIDED_SAMPLING)

@@ -36,7 +36,7 @@ class Objective(NamedTuple):
             raise ValueError(f"{name!r} is no metric that a search can compare trials by: {', '.join(known)}")
         return cls(name, known[name])
 
-    def scores(self, made: Comparison, evaluations: int) -> np.ndarray:
+    def scores(self, made: Comparison, evaluations: float) -> np.ndarray:
         """Return scores [n] of the samples, of which less is better; an empty array where n is too small.
 
         Raises:

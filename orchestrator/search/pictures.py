@@ -70,16 +70,39 @@ def guidance_figure(trials: list[Json], objectives: list[str], extractor: str) -
 
 
 def curves(trials: list[Json]) -> dict[str, list[Json]]:
-    """Trials by what they share beside the scale, each list rising in scale."""
-    found: dict[str, list[Json]] = {}
+    """Trials by what they share beside the scale, rising in scale; unguided ones begin every list that they fit."""
+    guided: dict[str, dict[str, list[Json]]] = {}
+    unguided: dict[str, list[Json]] = {}
+    several = len({trial["setting"]["weights"] for trial in trials}) > 1
     for trial in sorted(trials, key=lambda trial: (trial["setting"]["sampler"], trial["setting"]["num_steps"])):
         setting = Setting(**trial["setting"])
-        parts = [setting.sampler, f"{setting.num_steps} steps"]
-        parts += [f"eta {setting.eta:g}"] if setting.eta else []
-        parts += [f"{setting.interval[0]:g} to {setting.interval[1]:g}"] if setting.interval != WHOLE_CHAIN else []
-        parts += [setting.weights] if len({trial["setting"]["weights"] for trial in trials}) > 1 else []
-        found.setdefault(", ".join(parts), []).append(trial)
-    return {label: sorted(along, key=lambda trial: trial["setting"]["scale"]) for label, along in found.items()}
+        chain, guide = _chain_label(setting, several), _guide_label(setting)
+        guided.setdefault(chain, {})
+        if setting.scale:
+            guided[chain].setdefault(guide, []).append(trial)
+        else:
+            unguided.setdefault(chain, []).append(trial)
+    found = {}
+    for chain, by_guide in guided.items():
+        for guide, along in (by_guide or {"": []}).items():
+            label = ", ".join(filter(None, (chain, guide)))
+            rising = sorted(along, key=lambda trial: trial["setting"]["scale"])
+            found[label] = [*unguided.get(chain, []), *rising]
+    return found
+
+
+def _chain_label(setting: Setting, several: bool) -> str:
+    parts = [setting.sampler, f"{setting.num_steps} steps"]
+    parts += [f"eta {setting.eta:g}"] if setting.eta else []
+    parts += [f"churn {setting.s_churn:g}"] if setting.s_churn else []
+    return ", ".join(parts + ([setting.weights] if several else []))
+
+
+def _guide_label(setting: Setting) -> str:
+    parts = [] if setting.guidance_kind in ("none", "classifier") else [setting.guidance_kind.replace("_", "-")]
+    parts += [setting.weak_weights] if setting.weak_weights else []
+    parts += [f"{setting.interval[0]:g} to {setting.interval[1]:g}"] if setting.interval != WHOLE_CHAIN else []
+    return ", ".join(parts)
 
 
 def common_n(trials: list[Json]) -> str:
@@ -142,10 +165,16 @@ def _bars(axis: Any, points: list[Point], colour: str, label: str, marker: str =
 
 def scales_figure(config: SearchConfig, winner: Setting, trials: list[Json]) -> bytes:
     """The same indices, labels and noise at every scale tried with the winner's other values, rising downwards."""
-    others = winner.model_dump(exclude={"scale", "interval"})
+    free = {"scale", "interval", "guidance_kind", "weak_weights"}  # an unguided one has no others
+    others, guide = winner.model_dump(exclude=free), (winner.guidance_kind, winner.weak_weights)
     settings = [Setting(**trial["setting"]) for trial in trials]
     along = sorted(
-        (setting for setting in settings if setting.model_dump(exclude={"scale", "interval"}) == others),
+        (
+            setting
+            for setting in settings
+            if setting.model_dump(exclude=free) == others
+            and (not setting.scale or (setting.guidance_kind, setting.weak_weights) == guide)
+        ),
         key=lambda setting: setting.scale,
     )
     figure, axes = subplots(len(along), figsize=(8.6, 0.52 * len(along) + 0.3), squeeze=False)

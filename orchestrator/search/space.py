@@ -4,6 +4,8 @@ import hashlib
 import itertools
 import json
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,8 @@ import optuna
 from pydantic import BaseModel, Field, model_validator
 
 from models.costs import sampling_evaluations
-from models.guidance import WHOLE_CHAIN, GuidanceConfig, Interval, check_interval
+from models.diffusion import DiffusionConfig
+from models.guidance import WHOLE_CHAIN, GuidanceConfig, GuidanceKind, Interval, check_interval
 from models.samplers import SAMPLERS, SamplerConfig, SamplerName
 from orchestrator.order import Purpose, keyed_rng
 
@@ -29,19 +32,24 @@ class Setting(BaseModel, frozen=True, extra="forbid"):
     sampler: SamplerName
     num_steps: int  # steps of the chain
     eta: float = 0.0  # ddim only
+    s_churn: float = 0.0  # edm only
+    guidance_kind: GuidanceKind = "none"
+    weak_weights: str | None = None  # the weaker model, of the kind auto
     scale: float = 0.0  # guidance scale
     interval: Interval = WHOLE_CHAIN  # guided part of the chain, as fractions: 0 = clean, 1 = noise
-    evaluations: int = Field(0, exclude=True)  # of networks, per image; it follows from the rest
+    evaluations: float = Field(0.0, exclude=True)  # network evaluations per image, in passes of the diffusion model
 
     @property
     def sampling(self) -> SamplerConfig:
         """The sampler that it means."""
-        return SamplerConfig(name=self.sampler, num_steps=self.num_steps, eta=self.eta)
+        return SamplerConfig(name=self.sampler, num_steps=self.num_steps, eta=self.eta, s_churn=self.s_churn)
 
     @property
     def guidance(self) -> GuidanceConfig:
         """The guidance that it means."""
-        return GuidanceConfig(scale=self.scale, interval=self.interval)
+        return GuidanceConfig(
+            kind=self.guidance_kind, scale=self.scale, weak_weights=self.weak_weights, interval=self.interval
+        )
 
     @property
     def name(self) -> str:
@@ -50,8 +58,11 @@ class Setting(BaseModel, frozen=True, extra="forbid"):
         return f"{self.sampler}-{self.num_steps}-scale{self.scale:.4g}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     def __str__(self) -> str:
-        parts = [f"{self.sampler}, {self.num_steps} steps, scale {self.scale:.4g}"]
+        kind = "" if self.guidance_kind in ("none", "classifier") else f"{self.guidance_kind} "
+        parts = [f"{self.sampler}, {self.num_steps} steps, {kind}scale {self.scale:.4g}"]
+        parts += [f"weaker model {self.weak_weights}"] if self.weak_weights else []
         parts += [f"eta {self.eta:g}"] if self.eta else []
+        parts += [f"churn {self.s_churn:g}"] if self.s_churn else []
         parts += [f"guided from {self.interval[0]:g} to {self.interval[1]:g}"] if self.interval != WHOLE_CHAIN else []
         return ", ".join(parts)
 
@@ -59,11 +70,14 @@ class Setting(BaseModel, frozen=True, extra="forbid"):
 class SpaceConfig(BaseModel, frozen=True, extra="forbid"):
     """The values that a search may combine."""
 
+    guidance: tuple[GuidanceKind, ...] = Field(("classifier",), min_length=1)  # kinds of it
+    weak_weights: tuple[str, ...] = ()  # weaker models of the kind auto: earlier snapshots, other averages
     scales: tuple[float, ...] = Field((0.0, 0.5, 1.0, 2.0, 4.0, 8.0), min_length=1)  # guidance scales, rising
     continuous: bool = True  # any scale between those given, not those alone
     num_steps: tuple[int, ...] = Field((10, 25), min_length=1)  # steps of the chain, rising
     samplers: tuple[SamplerName, ...] = Field(("ddim",), min_length=1)  # by name
     etas: tuple[float, ...] = Field((0.0,), min_length=1)  # of ddim: 0 = deterministic, 1 = ancestral
+    s_churn: tuple[float, ...] = Field((0.0,), min_length=1)  # of edm: how much noise is added on the way
     intervals: tuple[Interval, ...] = Field((WHOLE_CHAIN,), min_length=1)  # guided part: 0 = clean, 1 = noisy
 
     @model_validator(mode="after")
@@ -76,23 +90,49 @@ class SpaceConfig(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(f"scales={self.scales} must not be negative")
         for interval in self.intervals:
             check_interval(interval)
+        if ("auto" in self.guidance) != bool(self.weak_weights):
+            raise ValueError(
+                f"guidance={self.guidance} and weak_weights={self.weak_weights}: the kind auto, and no other, needs "
+                "weaker models"
+            )
         return self
+
+    @property
+    def guides(self) -> tuple[tuple[GuidanceKind, str | None], ...]:
+        """Every kind of guidance with every network that it may take."""
+        found: list[tuple[GuidanceKind, str | None]] = []
+        for kind in self.guidance:
+            found += [(kind, weak) for weak in self.weak_weights] if kind == "auto" else [(kind, None)]
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What an evaluation of each network of a search costs."""
+
+    diffusion: DiffusionConfig
+    guides: Mapping[tuple[GuidanceKind, str | None], float]  # a guide's multiply-adds over the diffusion model's
+
+    def of(self, setting: Setting) -> float:
+        """Return the network evaluations of an image, in passes of the diffusion model."""
+        counted = sampling_evaluations(setting.sampling, setting.guidance, self.diffusion)
+        guide = self.guides[setting.guidance_kind, setting.weak_weights] if counted.guide else 0.0
+        return round(counted.model + counted.guide * guide, 4)
 
 
 class Space:
-    """The settings that a config allows, for models whose diffusion has `num_timesteps` steps."""
+    """The settings that a config allows, with at most `most` network evaluations."""
 
-    def __init__(self, config: SpaceConfig, weights: tuple[str, ...], num_timesteps: int, most: float) -> None:
-        self._config, self._weights, self._most = config, weights, most
-        self._num_timesteps = num_timesteps
+    def __init__(self, config: SpaceConfig, weights: tuple[str, ...], passes: Passes, most: float) -> None:
+        self._config, self._weights, self._passes, self._most = config, weights, passes, most
 
     def grid(self) -> list[Setting]:
         """Every combination of the values given that is allowed, each once."""
         c = self._config
         found = (
-            self._setting(weights, sampler, num_steps, eta, scale, interval)
-            for weights, sampler, num_steps, eta, scale, interval in itertools.product(
-                self._weights, c.samplers, c.num_steps, c.etas, c.scales, c.intervals
+            self._setting(*values)
+            for values in itertools.product(
+                self._weights, c.samplers, c.num_steps, c.etas, c.s_churn, c.guides, c.scales, c.intervals
             )
         )
         return [setting for setting in dict.fromkeys(found) if self.allows(setting)]
@@ -112,9 +152,13 @@ class Space:
         else:
             scale = c.scales[trial.suggest_int("scale", 0, len(c.scales) - 1)]
         eta = c.etas[trial.suggest_int("eta", 0, len(c.etas) - 1)] if SAMPLERS[sampler].takes_eta else 0.0
+        churns = sampler == "edm" and len(c.s_churn) > 1
+        s_churn = c.s_churn[trial.suggest_int("s_churn", 0, len(c.s_churn) - 1)] if churns else c.s_churn[0]
+        chooses = scale > 0 and len(c.guides) > 1
+        guide = trial.suggest_categorical("guide", range(len(c.guides))) if chooses else 0
         guided = scale > 0 and len(c.intervals) > 1
         number = trial.suggest_categorical("interval", range(len(c.intervals))) if guided else 0
-        return self._setting(weights, sampler, num_steps, eta, scale, c.intervals[number])
+        return self._setting(weights, sampler, num_steps, eta, s_churn, c.guides[guide], scale, c.intervals[number])
 
     def spread(self, count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
         """Parameters of `count` trials that cover the space evenly: a Latin square over scales, steps and samplers."""
@@ -136,19 +180,30 @@ class Space:
         return float(f"{np.interp(place, np.arange(len(knots)), knots):.4g}")
 
     def _setting(
-        self, weights: str, sampler: SamplerName, num_steps: int, eta: float, scale: float, interval: Interval
+        self,
+        weights: str,
+        sampler: SamplerName,
+        num_steps: int,
+        eta: float,
+        s_churn: float,
+        guide: tuple[GuidanceKind, str | None],
+        scale: float,
+        interval: Interval,
     ) -> Setting:
         """A setting without what has no meaning in it."""
+        kind, weak_weights = guide if scale > 0 else ("none", None)
         setting = Setting(
             weights=weights,
             sampler=sampler,
             num_steps=num_steps,
             eta=eta if SAMPLERS[sampler].takes_eta else 0.0,
+            s_churn=s_churn if sampler == "edm" else 0.0,
+            guidance_kind=kind,
+            weak_weights=weak_weights,
             scale=scale,
             interval=interval if scale > 0 else WHOLE_CHAIN,
         )
-        counted = sampling_evaluations(setting.sampling, setting.guidance, self._num_timesteps)
-        return setting.model_copy(update={"evaluations": counted.total})
+        return setting.model_copy(update={"evaluations": self._passes.of(setting)})
 
 
 def narrowed(fewest: dict[Setting, float], more: list[Setting]) -> list[Setting]:
@@ -171,7 +226,7 @@ def narrowed(fewest: dict[Setting, float], more: list[Setting]) -> list[Setting]
 
 
 def _kind(setting: Setting) -> tuple[object, ...]:
-    return setting.weights, setting.sampler, setting.eta
+    return setting.weights, setting.sampler, setting.eta, setting.s_churn
 
 
 class GridProposals:

@@ -68,6 +68,7 @@ def make_microbatches(
     keys = [(share.epoch, int(sample)) for share in shares for sample in share.samples]
     if label_dropout:
         dropped = [sample_rng(seed, *key, Purpose.LABEL_DROPOUT).random() < label_dropout for key in keys]
+        assert null_label is not None, "the training has checked it"
         labels = np.where(dropped, null_label, labels)
     places = [(share.stream, offset) for share in shares for offset in range(len(share.samples))]
     batches = []

@@ -33,6 +33,7 @@ from orchestrator.search.config import Limit, SearchConfig, space_of
 from orchestrator.search.cost import SampleBudget
 from orchestrator.search.evaluator import sampled_by
 from orchestrator.search.halving import Evaluation, Outcome, Rules, SuccessiveHalving
+from orchestrator.search.job import passes_of
 from orchestrator.search.space import GridProposals, Setting, SpaceConfig
 
 OBJECTIVE = "fd_digits"
@@ -281,7 +282,7 @@ def rows(world: World, replays: int, shares: tuple[float, ...]) -> Iterator[dict
 def load(regret: Regret) -> World:
     """Fill the cache and read it."""
     config = config_of(regret)
-    grid = space_of(config, 1000).grid()
+    grid = space_of(config, passes_of(config, config.generation(config.weights[0], config.seed))).grid()
     fill(regret, grid)
     loader = config.extractor_loader(8)
     folder = str(Path(regret.cache, "reference"))

@@ -116,7 +116,8 @@ class Bench:
     def networks(self, size: int) -> tuple[Network, Network]:
         """Return both with random weights, frozen, as a sampling worker has them."""
         found = []
-        for seed, config in enumerate(self.pair(size), 1):
+        configs: tuple[UNetConfig | ClassifierConfig, ...] = self.pair(size)
+        for seed, config in enumerate(configs, 1):
             module = filled(config, seed, self.device).eval().requires_grad_(False)
             if self.on_gpu:
                 module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

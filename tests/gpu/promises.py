@@ -15,7 +15,7 @@ from cluster.collectives import Group
 from models.diffusion import Diffusion, DiffusionConfig
 from models.guidance import GRADIENT_NORM, GuidanceConfig, log_prob_gradient
 from models.samplers import SAMPLERS, SamplerConfig
-from models.unet import UNetConfig, halve_weights
+from models.unet import ClassifierConfig, UNetConfig, halve_weights
 from orchestrator.arithmetic import arithmetic
 from orchestrator.generation.noise import Draw, NoiseAhead, draw_noise
 from orchestrator.generation.sampling import sample_batch
@@ -84,13 +84,14 @@ def _guidance_error(bench: Bench, pool: str, dtype: str) -> float:
 
 def chains(bench: Bench) -> None:
     """Whole guided chains of every sampler on both devices, in float32: at most a grey level apart."""
+    configs: tuple[UNetConfig | ClassifierConfig, ...] = (TINY_UNET, TINY_CLASSIFIER)
     for name in SAMPLERS:
         images = []
         for device in ("cpu", bench.device):
             model, guide = (
                 Network(filled(config, seed, device).eval().requires_grad_(False), config, DiffusionConfig(),
                         tuple("0123456789"), "")
-                for seed, config in enumerate((TINY_UNET, TINY_CLASSIFIER), 1)
+                for seed, config in enumerate(configs, 1)
             )  # fmt: skip
             sampler, guidance = SamplerConfig(name=name, num_steps=5), GuidanceConfig(scale=1.0)
             with arithmetic(torch.get_num_threads(), deterministic=True, tf32=False):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -193,5 +194,5 @@ def host_noise(bench: Bench) -> None:
     """How fast one thread of the host draws noise, in steps of images."""
     for size, count in ((64, 64), (256, 16)):
         key = Draw(tuple(range(count)), (3, size, size), Purpose.STEP, 1)
-        rate = count / bench.seconds(lambda key=key: draw_noise(0, key), 3, 1)
+        rate = count / bench.seconds(partial(draw_noise, 0, key), 3, 1)
         bench.say("info", f"{rate:,.0f} image-steps/s of {size} pixels in one thread", rate=rate)

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from models.guidance import WHOLE_CHAIN
 from orchestrator.search.space import GridProposals, OptunaProposals, Setting, Space, SpaceConfig, narrowed
+from tests.orchestrator.search.passes import PASSES
 
 ALL = SpaceConfig(
     scales=(0.0, 1.0, 4.0),
@@ -21,7 +22,7 @@ ALL = SpaceConfig(
 
 
 def space(config: SpaceConfig = ALL, most: float = np.inf) -> Space:
-    return Space(config, ("long", "short"), 1000, most)
+    return Space(config, ("long", "short"), PASSES, most)
 
 
 def test_parameters_without_a_meaning_are_not_varied() -> None:
@@ -32,6 +33,25 @@ def test_parameters_without_a_meaning_are_not_varied() -> None:
     assert {setting.interval for setting in grid if setting.scale > 0} == {WHOLE_CHAIN, (0.2, 0.8)}
     # weights x steps x (ddpm, ddim with two etas, dpm_solver, heun) x (unguided, two scales with two intervals)
     assert len(grid) == 2 * 2 * 5 * (1 + 2 * 2)
+
+
+def test_kinds_of_guidance_have_their_own_parameters_and_costs() -> None:
+    config = SpaceConfig(
+        guidance=("classifier", "classifier_free", "auto"), weak_weights=("weak",), scales=(0.0, 1.0),
+        continuous=False, num_steps=(10,), samplers=("ddim", "edm"), s_churn=(0.0, 5.0),
+    )  # fmt: skip
+    grid = Space(config, ("w",), PASSES, np.inf).grid()
+    assert len(grid) == (1 + 2) * (1 + 3), "ddim, edm with two churns; unguided, and three kinds"
+    for setting in grid:
+        assert (setting.guidance_kind == "none") == (setting.scale == 0)
+        assert (setting.weak_weights == "weak") == (setting.guidance_kind == "auto")
+        assert setting.s_churn == 0 or setting.sampler == "edm"
+        passes = {"none": 1, "classifier": 2, "classifier_free": 2, "auto": 1.25}[setting.guidance_kind]
+        assert setting.evaluations == passes * (10 if setting.sampler == "ddim" else 19)
+    with pytest.raises(ValidationError, match="weaker models"):
+        SpaceConfig(guidance=("auto",))
+    with pytest.raises(ValidationError, match="weaker models"):
+        SpaceConfig(weak_weights=("weak",))
 
 
 def test_evaluations_count_the_classifier_only_where_it_guides() -> None:
@@ -87,7 +107,7 @@ def test_the_first_round_covers_the_space() -> None:
 
 def test_an_exhausted_space_proposes_what_there_is() -> None:
     config = SpaceConfig(scales=(0.0, 1.0), continuous=False, num_steps=(10,))
-    assert len(OptunaProposals(Space(config, ("w",), 1000, np.inf), 0, 1, 6).ask(6)) == 2
+    assert len(OptunaProposals(Space(config, ("w",), PASSES, np.inf), 0, 1, 6).ask(6)) == 2
 
 
 def test_a_grid_is_proposed_once_in_order() -> None:
@@ -100,7 +120,7 @@ def test_few_steps_narrow_the_scales_of_more_steps_by_sampler() -> None:
     """ddpm is best at scale 4 with 5 steps, ddim at 1; with 8 times as many steps the best scale is 2.3 times lower."""
     scales = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
     config = SpaceConfig(scales=scales, continuous=False, num_steps=(5, 10, 40), samplers=("ddpm", "ddim"))
-    proposals = GridProposals(Space(config, ("w",), 1000, np.inf).grid(), proxy=True)
+    proposals = GridProposals(Space(config, ("w",), PASSES, np.inf).grid(), proxy=True)
     first = proposals.ask(100)
     assert {setting.num_steps for setting in first} == {5} and len(first) == 12
     for setting in first:
@@ -137,4 +157,4 @@ def test_a_wrong_space_is_one_clear_error(changes: dict[str, Any], message: str)
 
 def test_steps_that_a_sampler_cannot_space_are_an_error() -> None:
     with pytest.raises(ValueError, match="ddim"):
-        Space(SpaceConfig(num_steps=(999,), samplers=("ddim",)), ("w",), 1000, np.inf).grid()
+        Space(SpaceConfig(num_steps=(999,), samplers=("ddim",)), ("w",), PASSES, np.inf).grid()
