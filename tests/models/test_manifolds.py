@@ -175,4 +175,6 @@ def test_intervals_hold(scale: float, shift: float) -> None:
         truth = float(np.mean([e.value for e in estimates]))
         held = np.mean([e.low is not None and e.high is not None and e.low <= truth <= e.high for e in estimates])
         print(scale, shift, name, "mean", truth, "held", held)
-        assert 0.90 <= held <= 0.98 or (truth > 0.99 and "clipped" in name), name  # which are at most 1
+        if truth < 0.99 or "clipped" not in name:  # clipped metrics end at 1
+            most = 1.0 if name in ("recall", "coverage", "clipped coverage") else 0.98  # the jackknife's is safe
+            assert 0.90 <= held <= most, name
