@@ -70,7 +70,13 @@ def store(small_world: str, tmp_path_factory: pytest.TempPathFactory, s3_server:
 def _copy_outputs(folder: str) -> None:
     """Under the names that other commands of the docs leave."""
     for source, names in {
-        "digits/diffusion": ["images/diffusion", "parity/diffusion", "adm-64/training", "upsampler-64-256/training"],
+        "digits/diffusion": [
+            "digits/dropout",
+            "images/diffusion",
+            "parity/diffusion",
+            "adm-64/training",
+            "upsampler-64-256/training",
+        ],
         "digits/classifier": ["images/classifier", "classifier-64/training"],
         "digits/samples": ["images/samples", "imagenet64/samples", "adm256/samples"],
         "digits/search": ["images/search", "imagenet64/search"],

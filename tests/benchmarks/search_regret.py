@@ -4,9 +4,12 @@
 
 Draws 24 settings x 2,048 samples of the digits model on three seeds once, and keeps their features. Each replay
 shuffles these 6,144 indices within their classes, for all settings alike, and lets every strategy search the first
-2,048. The
-truth is the bias-corrected Fréchet distance of all 6,144. Prints a table; every strategy compares trials by the same
-objective, so that only the allocation differs.
+2,048. The truth is the bias-corrected Fréchet distance of all 6,144. Prints a table; every strategy compares trials by
+the same objective, so that only the allocation differs.
+
+    python -m tests.benchmarks.search_regret --synthetic 2 --replays 40 --full 1024
+
+does the same with synthetic features of as many worlds, without a model.
 """
 
 import itertools
@@ -23,7 +26,7 @@ import tyro
 
 from cluster.workers import map_items
 from models.features import extract
-from models.metrics import Gaussian, Moments
+from models.metrics import Gaussian, Moments, moments
 from models.scores import frechet_scores
 from orchestrator.evaluation.extraction import EXTRACTOR_BATCH
 from orchestrator.evaluation.extractors import CPU
@@ -56,6 +59,7 @@ class Regret:
     replays: int = 200
     shares: tuple[float, ...] = (0.1, 0.25)  # of the network evaluations of the full grid
     workers: int = 0
+    synthetic: int = 0  # worlds of synthetic features; 0 = the digits model's
 
 
 # ------------------------------------------------------------------------------------------------ the cache
@@ -294,12 +298,45 @@ def load(regret: Regret) -> World:
     return World(features, labels, gaussian, regret.full)
 
 
+def synthetic(regret: Regret, seed: int) -> World:
+    """Return a world like a guided model's: scale sharpens classes and shrinks their spread, steps lessen an error.
+
+    32 dimensions with a falling spectrum, 10 classes, noise that the settings share as they would share x_T.
+    """
+    rng, count = np.random.default_rng([7, seed]), 3 * regret.full
+    dimensions, classes = 32, 10
+    spectrum = np.geomspace(1, 0.01, dimensions)
+    centres = rng.standard_normal((classes, dimensions)) * np.sqrt(0.6 * spectrum)
+    centres, spread = centres - centres.mean(0), np.sqrt(0.4 * spectrum)
+    drawn = np.tile(np.arange(classes), 1000)
+    reference = moments(centres[drawn] + spread * rng.standard_normal((len(drawn), dimensions))).gaussian
+    labels = np.arange(count) % classes
+    shared, blur = rng.standard_normal((2, count, dimensions))
+    confused, other = rng.random(count), rng.integers(0, classes, count)
+    drift = rng.standard_normal(dimensions) * np.sqrt(spectrum) * 0.3
+    features = {}
+    for sampler, steps, scale in itertools.product(regret.samplers, regret.num_steps, regret.scales):
+        error, alike = (1.0 / steps, 0.9) if sampler == "ddim" else (1.6 / steps, 0.5)
+        noise = np.sqrt(alike) * shared + np.sqrt(1 - alike) * rng.standard_normal((count, dimensions))
+        label = np.where(confused < 0.25 * np.exp(-scale), other, labels)
+        x = (1 + 0.03 * scale) * centres[label] + (1 - 0.05 * scale) * spread * noise
+        x = x + error * (drift + 0.5 * np.exp(-scale / 2) * np.sqrt(spectrum) * blur)
+        setting = Setting(
+            weights="w", sampler=sampler, num_steps=steps, scale=scale, evaluations=steps * (2 if scale else 1),
+            guidance_kind="classifier" if scale else "none",
+        )  # fmt: skip
+        features[setting] = x
+    return World(features, labels, reference, regret.full)
+
+
 def main(regret: Regret) -> None:
-    world = load(regret)
-    order = sorted(world.truth, key=lambda setting: world.truth[setting])
-    print("truth: " + "; ".join(f"{setting}: {world.truth[setting]:.4f}" for setting in order))
-    for row in rows(world, regret.replays, regret.shares):
-        print(json.dumps({k: v if isinstance(v, str) else round(v, 5) for k, v in row.items()}), flush=True)
+    """Print the truth and the table of every world."""
+    worlds = [synthetic(regret, seed) for seed in range(regret.synthetic)] or [load(regret)]
+    for world in worlds:
+        order = sorted(world.truth, key=lambda setting: world.truth[setting])
+        print("truth: " + "; ".join(f"{setting}: {world.truth[setting]:.4f}" for setting in order))
+        for row in rows(world, regret.replays, regret.shares):
+            print(json.dumps({k: v if isinstance(v, str) else round(v, 5) for k, v in row.items()}), flush=True)
 
 
 if __name__ == "__main__":
