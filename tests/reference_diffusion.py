@@ -810,7 +810,7 @@ def compare(path: Path) -> list[Row]:
     folder = Folder(path)
     rows = [compare_weights(folder, name) for name in folder.networks]
     rows += compare_respacing_cases(folder)
-    known = {"README.md", "cases.json", "respacing_cases.json"}
+    known = {"README.md", "cases.json", "respacing_cases.json", "edm_sampler.json"}
     known |= {entry["weights"] for entry in folder.networks.values()}
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         name = file.relative_to(path).as_posix()

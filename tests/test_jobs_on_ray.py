@@ -32,7 +32,7 @@ def test_the_quickstart_in_small_and_again(tmp_path: Path) -> None:
     assert numbers["search"]["samples"] <= 2 * 128 + 128, "all trials to the end, and the final"
     for name in ("accuracy", "fd_digits", "kid_digits", "precision", "recall", "inception_score_digits"):
         for found in (numbers["metrics_guided"][name], numbers["metrics_unguided"][name]):
-            assert found["n"] == 96 and found.keys() == {"value", "n", "interval", "note", "seeds", "extractor"}
+            assert found["n"] == 96 and {"value", "n", "interval", "note", "seeds", "extractor"} <= found.keys()
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 5 and 'src="http' not in page
     assert (tmp_path / "mlflow.db").exists()

@@ -110,7 +110,7 @@ raise RuntimeError(f"raised with {secret}")
 def test_whatever_a_process_prints() -> None:
     """Also tracebacks, which the interpreter itself writes."""
     command = [sys.executable, "-c", PROGRAM]
-    environment = os.environ | {"AWS_BEARER_TOKEN_BEDROCK": CANARY}
+    environment = os.environ | {"AWS_BEARER_TOKEN_BEDROCK": CANARY, "PYTHONWARNINGS": "default"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     said = done.stdout + done.stderr
     assert "canary" not in said

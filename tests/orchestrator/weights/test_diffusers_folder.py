@@ -106,6 +106,6 @@ def test_which_released_models_diffusers_can_express() -> None:
             assert isinstance(entry.network, ClassifierConfig) or "UNet2DModel cannot express" in str(error)
         else:
             expressible.add(name)
-    wanted = {"adm-64", "adm-256", "adm-256-uncond", "ddpm-cifar10", "ddpm-256"}
+    wanted = {"adm-64", "adm-64-edm", "adm-256", "adm-256-uncond", "ddpm-cifar10", "ddpm-256"}
     wanted |= {name for name in ZOO if name.startswith(("lsun-", "iddpm-lsun-", "iddpm-cifar10"))}
     assert expressible == wanted

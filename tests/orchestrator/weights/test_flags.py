@@ -151,7 +151,7 @@ def shapes(architecture: Architecture) -> Shapes:
 
 
 def test_every_model_of_the_zoo_is_in_the_table() -> None:
-    assert PUBLISHED.keys() == ZOO.keys()
+    assert PUBLISHED.keys() == ZOO.keys() - {"adm-64-edm"}, "whose weights are adm-64's"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
