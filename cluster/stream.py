@@ -1,6 +1,8 @@
-"""An ordered, prefetching reader: Ray tasks read units of work, and blocks of arrays arrive in the units' order."""
+"""An ordered, prefetching reader: Ray actors read units of work, and blocks of arrays arrive in the units' order."""
 
 import logging
+import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,23 +19,24 @@ Unit = TypeVar("Unit")
 Block = dict[str, np.ndarray]
 ReadUnit = Callable[[Unit], Iterator[Block]]
 
-TASKS = 4  # that one stream runs, on the CPUs that its worker has reserved for data
-LOST_TASKS = 5  # processes that a unit may cost before it counts as the cause; nodes are preempted at random
+READERS = 2  # processes of one stream, on the CPUs that its worker has reserved for data
+LOST_READERS = 5  # processes that a unit may cost before it counts as the cause
 CHECK_SECONDS = 0.2  # between two checks for more room and for the end, while no block arrives
-CLOSING_SECONDS = 10  # that a consumer who stops early waits for the tasks to end, at most
+CLOSING_PAUSE = 0.05  # seconds between two looks at whether they have ended
+CLOSING_SECONDS = 10  # that a consumer who stops early waits for the readers to end, at most
 
 log = logging.getLogger(__name__)
 
 
 def stream(units: Iterable[Unit], read_unit: ReadUnit[Unit], ahead: int) -> Iterator[Block]:
-    """Read every unit in a Ray task on this node, up to `ahead` units ahead; yield the blocks in the units' order.
+    """Read units in Ray actors on this node, up to `ahead` of them ahead; yield their blocks in the units' order.
 
-    `units` may be endless. `read_unit` runs in Ray tasks and yields one or more dicts of arrays with a row for each
-    sample, the same blocks each time; it travels to the tasks, so it should hold locations rather than data. A thread
+    `units` may be endless. `read_unit` runs in Ray actors and yields one or more dicts of arrays with a row for each
+    sample, the same blocks each time; it travels to them, so it should hold locations rather than data. A thread
     of this process copies every block out of the object store as soon as it is there. So the object store holds only
-    the blocks of running tasks, and this process holds at most `ahead` units. The arrays belong to the caller.
+    the blocks of units that are being read, and this process at most `ahead` units. The arrays belong to the caller.
 
-    A task whose process or node dies is run again, and sends only the blocks that have not arrived yet.
+    A unit whose reader dies is read again by another one, which sends only the blocks that have not arrived yet.
 
     Raises:
         RuntimeError: a unit could not be read; the message is the original error's.
@@ -55,16 +58,21 @@ def stream(units: Iterable[Unit], read_unit: ReadUnit[Unit], ahead: int) -> Iter
 
 @dataclass(eq=False)
 class _Reading:
-    """A unit that a task reads."""
+    """A unit that is read."""
 
     unit: Any
     blocks: "SimpleQueue[Block | BaseException | None]" = field(default_factory=SimpleQueue)  # None: there are no more
     taken: int = 0  # blocks that have arrived
-    lost: int = 0  # tasks whose process ended
+    lost: int = 0  # readers whose process ended
+    reader: Any = None  # the actor that reads it
 
 
 class _Reader:
-    """The thread that starts tasks and copies what they read; it alone calls Ray."""
+    """The thread that hands units to readers and copies what they read; it alone calls Ray.
+
+    Readers are actors that live as long as the stream: Ray ends the processes of tasks soon after they are done, and
+    each new one costs seconds and log files.
+    """
 
     def __init__(self, units: Iterator[Any], read_unit: ReadUnit[Any], ahead: int) -> None:
         self.readings: SimpleQueue[_Reading | BaseException | None] = SimpleQueue()  # in the units' order
@@ -72,10 +80,12 @@ class _Reader:
         self.thread = Thread(target=self._run, name="stream", daemon=True)
         self._units, self._read_unit = units, read_unit
         self._closed = False
-        self._running: dict[Any, _Reading] = {}  # by the task's generator of references
+        self._running: dict[Any, _Reading] = {}  # by the generator of references to its blocks
+        self._idle: list[Any] = []  # readers
+        self._pids: list[Any] = []  # references to the process ids of all readers
 
     def close(self) -> None:
-        """End the tasks and the thread: what still calls Ray when Ray is shut down would end the process."""
+        """End the readers and the thread: what still calls Ray when Ray is shut down would end the process."""
         self._closed = True
         self.thread.join()
 
@@ -83,14 +93,8 @@ class _Reader:
         import ray
 
         try:
-            task: Any = ray.remote(_read)
-            self._task = task.options(
-                **on_this_node(),
-                num_returns="streaming",
-                max_retries=0,
-                enable_task_events=False,  # Ray's records of tasks would grow with the number of units
-            )
             self._reference = ray.put(self._read_unit)
+            self._idle = [self._new_reader() for _ in range(READERS)]
             self._read_all()
             self.readings.put(None)
         except BaseException as error:  # noqa: BLE001 - it is raised in the consumer's thread
@@ -99,27 +103,34 @@ class _Reader:
             self.readings.put(error)
         finally:
             with suppress(Exception):  # Ray has been shut down
-                self._end_tasks()
+                self._end_readers()
 
-    def _end_tasks(self) -> None:
-        """End what still runs, and wait until it has ended: nobody reads on behalf of a closed stream."""
+    def _new_reader(self) -> Any:
         import ray
 
-        tasks = {generator.completed(): generator for generator in self._running}
-        left = list(tasks)
-        if left:
-            _, left = ray.wait(left, num_returns=len(left), timeout=CHECK_SECONDS)  # some have nothing left to do
-        for task in left:  # with their processes, since an interrupted import may break these for later tasks
-            ray.cancel(tasks[task], force=True)
-        if left:
-            ray.wait(left, num_returns=len(left), timeout=CLOSING_SECONDS)
+        # Ray's records of calls would grow with the number of units.
+        actor: Any = ray.remote(_ReaderActor).options(**on_this_node(), enable_task_events=False)
+        reader = actor.remote(self._reference)
+        self._pids.append(reader.pid.remote())
+        return reader
+
+    def _end_readers(self) -> None:
+        """End the readers, and wait until their processes have ended: nobody reads on behalf of a closed stream."""
+        import ray
+
+        started = [pid for pid in self._pids if ray.wait([pid], timeout=0)[0]]  # another one has read nothing
+        for reader in [*self._idle, *(reading.reader for reading in self._running.values())]:
+            ray.kill(reader)
+        deadline = time.monotonic() + CLOSING_SECONDS
+        while any(_runs(pid) for pid in started) and time.monotonic() < deadline:
+            time.sleep(CLOSING_PAUSE)
 
     def _read_all(self) -> None:
         import ray
 
         left = True
         while (left or self._running) and not self._closed:
-            if left and len(self._running) < TASKS and self.room.acquire(timeout=0 if self._running else CHECK_SECONDS):
+            if left and self._idle and self.room.acquire(timeout=0 if self._running else CHECK_SECONDS):
                 try:
                     reading = _Reading(next(self._units))
                 except StopIteration:
@@ -132,10 +143,12 @@ class _Reader:
                     self._take(generator)
 
     def _start(self, reading: _Reading) -> None:
-        self._running[self._task.remote(self._reference, reading.unit, reading.taken)] = reading
+        reading.reader = self._idle.pop()
+        call = reading.reader.read.options(num_returns="streaming")
+        self._running[call.remote(reading.unit, reading.taken)] = reading
 
     def _take(self, generator: Any) -> None:
-        """Take the next block of a task, or its end."""
+        """Take the next block of a unit, or its end."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
@@ -148,18 +161,45 @@ class _Reader:
             return
         except StopIteration:
             reading.blocks.put(None)
+            self._idle.append(reading.reader)
+        except RayTaskError as error:
+            reading.blocks.put(RuntimeError(f"reading data failed: {reason_of(error)}"))
+            self._idle.append(reading.reader)
         except RayError as error:
             reading.lost += 1
-            if not isinstance(error, RayTaskError) and reading.lost < LOST_TASKS:
-                log.warning("a task that reads data was lost, it is run again: %s", reason_of(error))
+            ray.kill(reading.reader)
+            self._idle.append(self._new_reader())
+            if reading.lost < LOST_READERS:
+                log.warning("a process that reads data was lost, another one reads again: %s", reason_of(error))
                 self._start(reading)
             else:
                 reading.blocks.put(RuntimeError(f"reading data failed: {reason_of(error)}"))
         del self._running[generator]
 
 
-def _read(read_unit: ReadUnit[Any], unit: Any, taken: int) -> Iterator[Block]:
-    """Yield the blocks of a unit but for those that were taken from an earlier task."""
-    for number, block in enumerate(read_unit(unit)):
-        if number >= taken:
-            yield block
+def _runs(pid: Any) -> bool:
+    """Return whether the process of this node, whose id a reader has told, still runs."""
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        os.kill(ray.get(pid), 0)
+    except (ProcessLookupError, RayError):  # it has ended, or died before it told its id
+        return False
+    return True
+
+
+class _ReaderActor:
+    """Reads one unit at a time."""
+
+    def __init__(self, read_unit: ReadUnit[Any]) -> None:
+        self._read_unit = read_unit
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def read(self, unit: Any, taken: int) -> Iterator[Block]:
+        """Yield the blocks of a unit but for those that were taken from an earlier reader."""
+        for number, block in enumerate(self._read_unit(unit)):
+            if number >= taken:
+                yield block

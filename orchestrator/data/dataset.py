@@ -18,7 +18,7 @@ import pyarrow as pa
 from PIL import Image
 from pydantic import BaseModel, Field, ValidationError
 
-from cluster.stream import TASKS, Block, stream
+from cluster.stream import READERS, Block, stream
 from orchestrator import storage
 from orchestrator.data.crops import center_crop, random_crop
 from orchestrator.data.images import ExifOrientation, decode
@@ -193,7 +193,7 @@ def batches(
     if use_ray:
         rows = min(READ_AHEAD_ROWS, READ_AHEAD_BYTES // (image_size**2 * 3))
         unit_rows = order.config.shuffle_row_groups * max(order.row_group_sizes)
-        blocks = stream(units, read, ahead=max(TASKS, rows // unit_rows))
+        blocks = stream(units, read, ahead=max(READERS, rows // unit_rows))
     else:
         blocks = (block for unit in units for block in read(unit))
     steps = takewhile(lambda step: end is None or step[1] < end, order.steps(position))

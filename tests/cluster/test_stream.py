@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.stream import LOST_TASKS, stream
+from cluster.stream import LOST_READERS, stream
 from tests.benchmarks.stream_endurance import log_files
 
 pytestmark = pytest.mark.ray
@@ -144,7 +144,7 @@ def die(folder: str, unit: int) -> Blocks:
 def test_a_unit_that_always_costs_its_process_ends_with_the_reason(ray_session: None, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="reading data failed: its process ended: "):
         list(stream(range(8), partial(die, str(tmp_path)), ahead=8))
-    assert len(list(tmp_path.iterdir())) == LOST_TASKS
+    assert len(list(tmp_path.iterdir())) == LOST_READERS
 
 
 def test_no_file_nor_actor_for_each_unit(ray_session: None) -> None:
