@@ -200,12 +200,11 @@ class Guided:
 
     model: Model
     y: Tensor  # labels int64 [B]
-    is_conditional: bool  # whether `model`, and with it `weak`, takes labels
+    is_conditional: bool  # whether `model`, and with it a weaker one, takes labels
     low_res: Tensor | None = None  # float32 [B, C, h, w] in [-1, 1], what an upsampler enlarges
     clip: bool = True  # clamp the predicted x_0 to [-1, 1]
-    classifier: Model | None = None  # of the kind "classifier"
-    null_label: int | None = None  # the label that means no class, of the kind "classifier_free"
-    weak: Model | None = None  # of the kind "auto"
+    null_label: int | None = None  # the label that means no class, for the kind "classifier_free"
+    guide: Model | None = None  # the classifier, or the weaker model of the kind "auto"
 
     def denoiser(self, model: Model, diffusion: Diffusion, y: Tensor, clip: bool) -> Denoise:
         """Return the unguided denoiser of one of the models for labels `y`."""
@@ -213,9 +212,9 @@ class Guided:
 
 
 def _by_classifier(chain: Guided, diffusion: Diffusion, sampler_name: str, config: GuidanceConfig) -> Denoise:
-    assert chain.classifier is not None
+    assert chain.guide is not None
     plain = chain.denoiser(chain.model, diffusion, chain.y, chain.clip)
-    return guided(plain, sampler_name, chain.classifier, diffusion, chain.y, config)
+    return guided(plain, sampler_name, chain.guide, diffusion, chain.y, config)
 
 
 def _classifier_free(chain: Guided, diffusion: Diffusion, sampler_name: str, config: GuidanceConfig) -> Denoise:
@@ -228,8 +227,8 @@ def _classifier_free(chain: Guided, diffusion: Diffusion, sampler_name: str, con
 
 
 def _auto(chain: Guided, diffusion: Diffusion, sampler_name: str, config: GuidanceConfig) -> Denoise:
-    assert chain.weak is not None
-    strong, weak = (chain.denoiser(model, diffusion, chain.y, clip=False) for model in (chain.model, chain.weak))
+    assert chain.guide is not None
+    strong, weak = (chain.denoiser(model, diffusion, chain.y, clip=False) for model in (chain.model, chain.guide))
     return extrapolated(strong, weak, diffusion, config.scale, config.interval, chain.clip)
 
 

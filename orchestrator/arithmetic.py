@@ -36,17 +36,17 @@ def choose_device(num_gpus: float) -> torch.device:
 def set_arithmetic(num_threads: int | None = None, deterministic: bool = True, tf32: bool = False) -> None:
     """Set how this process computes from now on.
 
-    num_threads: of CPU arithmetic; None leaves it. deterministic: equal work gives equal bits on a GPU, and what cannot
-    promise that raises RuntimeError; otherwise cuDNN tries out which algorithm is fastest for each shape. tf32: float32
-    convolutions and products may round their inputs to 10 bits of mantissa. Off, as on the V100s of the published
-    results, which know no TF32.
+    num_threads: threads of CPU arithmetic; None leaves the number as it is. deterministic: the same computation gives
+    the same bits on a GPU, and operations that cannot promise this raise RuntimeError; otherwise cuDNN benchmarks its
+    algorithms for each shape. tf32: float32 convolutions and products may round inputs to 10 bits of mantissa; off
+    by default, because the V100s of the published results have no TF32.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-    # PyTorch would fill every new tensor with NaN, to show who reads what he has not written: a sixth of a guided step.
+    # In deterministic mode PyTorch fills every new tensor with NaN by default, which takes a sixth of a guided step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 

@@ -48,7 +48,7 @@ def describe(estimate: Estimate) -> dict[str, Any]:
 
 
 def bias_note(bias: float) -> str:
-    """Return what of a value is bias, in words."""
+    """Return a note that says how much of a value is bias."""
     return f"{bias:.2g} of it is bias at this n" if bias > 0 else f"too low by {-bias:.2g}, its bias at this n"
 
 

@@ -308,7 +308,7 @@ def sample_batch(
     chosen = guidance if guide and guidance else GuidanceConfig()
     chain_of = Guided(
         network.module, y, bool(architecture.num_classes), small, clip, null_label=architecture.num_classes,
-        classifier=guide.module if guide else None, weak=guide.module if guide else None,
+        guide=guide.module if guide else None,
     )  # fmt: skip
     denoise = guided_denoiser(chain_of, diffusion, sampler.name, chosen)
     x_T = draw(key(start)).to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""What the checks of a GPU stand on: networks with random weights, training and sampling steps, clocks, verdicts."""
+"""What the GPU checks share: networks with random weights, training and sampling steps, timing, and findings."""
 
 import contextlib
 import math

@@ -3,8 +3,8 @@
     make gpu-check                       # exit code 1 where a promise is broken
     make gpu-check ARGS=--tiny           # the same on small networks, on a CPU too
 
-Prints one line for each finding, and writes them to gpu-check.json. It needs torch, numpy, safetensors, fsspec,
-pyarrow, numba, Pillow and pydantic; what else the project imports is stood in for where it is missing.
+Prints one line for each finding, and writes them to runs/gpu-check.json. It needs torch, numpy, safetensors, fsspec,
+pyarrow, numba, Pillow and pydantic. Other packages that the project imports may be missing.
 """
 
 import importlib.util
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+REPORT = Path("runs/gpu-check.json")
 NOT_USED = ("botocore", "botocore.exceptions", "botocore.parsers", "tenacity", "yaml", "psutil")  # but imported
 
 
@@ -92,7 +93,7 @@ def run_checks(bench: Bench, names: list[str], budget: float) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run what the arguments name; answer the exit code."""
+    """Run the checks that the arguments name, or all of them; return the exit code."""
     tiny = "--tiny" in arguments
     names = [name for name in arguments if name != "--tiny"] or list(CHECKS)
     if unknown := set(names) - CHECKS.keys():
@@ -103,7 +104,8 @@ def main(arguments: list[str]) -> int:
         return 2
     bench = Bench(choose_device(float(torch.cuda.is_available())), tiny)
     run_checks(bench, names, budget=570)
-    Path("gpu-check.json").write_text(json.dumps(bench.lines, indent=1, default=str))
+    REPORT.parent.mkdir(exist_ok=True)
+    REPORT.write_text(json.dumps(bench.lines, indent=1, default=str))
     broken = [line for line in bench.lines if line["verdict"] == "BROKEN"]
     print(f"{len(broken)} of {len(bench.lines)} findings are broken promises")
     return 1 if broken else 0

@@ -290,7 +290,7 @@ def test_scale_0_is_unguided_to_the_bit_and_asks_no_other_network(kind: Guidance
     config = SamplerConfig(name=sampler, num_steps=6)
     diffusion = Diffusion(DiffusionConfig(variance="fixed_small"), respacing_for(config, 1000))
     y, x_T = torch.tensor([0, 1, 2, 3, 4, 5]), noise(0)
-    chain = Guided(model, y, True, classifier=classifier, null_label=10, weak=weak)
+    chain = Guided(model, y, True, null_label=10, guide=classifier if kind == "classifier" else weak)
     denoise = guided_denoiser(chain, diffusion, sampler, GuidanceConfig(kind=kind, scale=0))
     found = final_x(sample(config, denoise, diffusion, x_T, noise))
     plain = final_x(sample(config, diffusion.denoiser(model, y=y), diffusion, x_T, noise))
@@ -305,7 +305,7 @@ def test_outside_the_interval_there_is_one_pass(kind: GuidanceKind) -> None:
     diffusion = Diffusion(DiffusionConfig(variance="fixed_small"), respacing_for(config, 1000))
     inside = [t for t in diffusion.timestep_map if t in guided_timesteps(interval, 1000)]
     y, x_T = torch.tensor([0, 1, 2, 3, 4, 5]), noise(0)
-    chain = Guided(model, y, True, null_label=10, weak=weak)
+    chain = Guided(model, y, True, null_label=10, guide=weak)
     weak_weights = "snapshot" if kind == "auto" else None
     guidance = GuidanceConfig(kind=kind, scale=2.0, interval=interval, weak_weights=weak_weights)
     final_x(sample(config, guided_denoiser(chain, diffusion, "ddim", guidance), diffusion, x_T, noise))
