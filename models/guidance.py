@@ -52,7 +52,9 @@ class GuidanceConfig(BaseModel, frozen=True, extra="forbid"):
                 f"weak_weights={self.weak_weights!r} has no meaning for kind={self.kind!r}, only for 'auto'"
             )
         if self.scale and self.kind == "auto" and self.weak_weights is None:
-            raise ValueError("kind='auto' needs weak_weights: an earlier snapshot of the same run is one")
+            raise ValueError(
+                "kind='auto' needs weak_weights, the weaker model: an earlier snapshot of the same run, for example"
+            )
         return self
 
 

@@ -92,8 +92,8 @@ class SpaceConfig(BaseModel, frozen=True, extra="forbid"):
             check_interval(interval)
         if ("auto" in self.guidance) != bool(self.weak_weights):
             raise ValueError(
-                f"guidance={self.guidance} and weak_weights={self.weak_weights}: the kind auto, and no other, needs "
-                "weaker models"
+                f"guidance={self.guidance} does not fit weak_weights={self.weak_weights}: name weaker models if "
+                "guidance includes auto, and none otherwise"
             )
         return self
 

@@ -126,7 +126,7 @@ class TrainingConfig(JobConfig):
     def _check_profile_steps(cls, steps: str | None) -> str | None:
         begin, _, end = (steps or "0:1").partition(":")
         if not (begin.isdecimal() and end.isdecimal() and int(begin) < int(end)):
-            raise ValueError(f"--profile-steps {steps} is not BEGIN:END with BEGIN < END, as 10:15")
+            raise ValueError(f"{steps!r} is not BEGIN:END with BEGIN < END, such as 10:15")
         return steps
 
     @model_validator(mode="after")

@@ -48,9 +48,9 @@ def test_kinds_of_guidance_have_their_own_parameters_and_costs() -> None:
         assert setting.s_churn == 0 or setting.sampler == "edm"
         passes = {"none": 1, "classifier": 2, "classifier_free": 2, "auto": 1.25}[setting.guidance_kind]
         assert setting.evaluations == passes * (10 if setting.sampler == "ddim" else 19)
-    with pytest.raises(ValidationError, match="weaker models"):
+    with pytest.raises(ValidationError, match="weak_weights"):
         SpaceConfig(guidance=("auto",))
-    with pytest.raises(ValidationError, match="weaker models"):
+    with pytest.raises(ValidationError, match="weak_weights"):
         SpaceConfig(weak_weights=("weak",))
 
 
