@@ -60,9 +60,9 @@ def main(
     description: str | None,
     presets: Presets[Config],
     run: Callable[[Config], object],
-    plan: Callable[[Config], str],
+    plan: Callable[[Config], tuple[JobConfig, str]],
 ) -> None:
-    """Parse the command line, then `run(config)`; with --dry-run print the config and `plan(config)` instead.
+    """Parse the command line, then `run(config)`; with --dry-run print the two that `plan(config)` returns instead.
 
     Exit codes: 0 done, 1 the job failed, 2 the command line or the config is wrong, 130 interrupted. Errors are one
     line on stderr; with ADMIRAL_DEBUG=1 the traceback comes instead.
@@ -71,8 +71,8 @@ def main(
     config = parse(description, presets, sys.argv[1:])
     try:
         if config.dry_run:
-            described = plan(config)
-            print(config.model_dump_json(indent=2))
+            resolved, described = plan(config)
+            print(resolved.model_dump_json(indent=2))
             print(described)
         else:
             run(config)

@@ -1,8 +1,11 @@
 """Estimate bits per dimension, with the pictures of progressive coding: a preset's name first, then overrides."""
 
+from functools import partial
+
 from jobs.command_line import main
 from orchestrator.evaluation.likelihood import estimate, plan
 from orchestrator.evaluation.presets import likelihood_presets
+from orchestrator.training.presets import trained_networks
 
 if __name__ == "__main__":
-    main(__doc__, likelihood_presets(), estimate, plan)
+    main(__doc__, likelihood_presets(), estimate, partial(plan, trained=trained_networks()))

@@ -1,8 +1,11 @@
 """Search guidance scale and number of steps: a preset's name first, then overrides."""
 
+from functools import partial
+
 from jobs.command_line import main
 from orchestrator.search.job import plan, search
 from orchestrator.search.presets import search_presets
+from orchestrator.training.presets import trained_networks
 
 if __name__ == "__main__":
-    main(__doc__, search_presets(), search, plan)
+    main(__doc__, search_presets(), search, partial(plan, trained=trained_networks()))

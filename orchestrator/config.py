@@ -1,9 +1,9 @@
 """What every job's config has, and how a folder is bound to one config."""
 
-import json
 import os
-from typing import Any, Self
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
+import tyro
 from pydantic import BaseModel, Field
 
 from cluster.session import is_submitted
@@ -14,18 +14,31 @@ from orchestrator.redaction import redact_tree
 DIGITS = "the quickstart's 1,797 scanned digits, small enough for two cores"
 IMAGES = "one's own images"
 
+T = TypeVar("T")
+
+# A field with this mark does not change results, so it may change whenever the job is started again. --help shows it.
+MARK = tyro.conf.arg(help_behavior_hint=lambda default: f"[operational] (default: {default})")
+Operational = Annotated[T, MARK]
+NOT_COMPARED = {"store", "output", "dry_run"}  # the same results, moved to another folder, are the same
+
 
 class JobConfig(BaseModel, frozen=True, extra="forbid"):
-    store: str = Field(
+    remedy: ClassVar[str] = "choose another --output or the same config"  # if a folder was made with other settings
+
+    store: Operational[str] = Field(
         default_factory=lambda: os.environ.get("ADMIRAL_STORE", "runs")
     )  # folder or URI under which all relative paths of this job lie; the environment's ADMIRAL_STORE, else runs
-    tracking: bool = True  # send numbers and artefacts to MLflow; without it they lie in the output folder only
+    tracking: Operational[bool] = True  # send numbers and artefacts to MLflow; else they lie in the output folder only
     dry_run: bool = False  # print the resolved config and what would be read and written, then stop
 
     @property
     def operational(self) -> frozenset[str]:
-        """Fields of a job's own that do not change what comes out: they may differ when it is started again."""
-        return frozenset()
+        """Return the fields that may differ when the job is started again in the same folder."""
+        return frozenset(name for name, field in type(self).model_fields.items() if MARK in field.metadata)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the fields that change results, as JSON has them."""
+        return self.model_dump(mode="json", exclude=NOT_COMPARED | self.operational)
 
     def starting_from(self, preset: Self) -> Self:
         """`preset` as it is changed by what this config refers to: where the command line starts from instead."""
@@ -81,36 +94,64 @@ def tracking_uri(config: JobConfig) -> str:
     return given
 
 
-# Where results lie, and how many workers make them, does not change them.
-OPERATIONAL = {"store", "dry_run", "tracking", "output", "num_workers", "cost"}
+NOTES = {"files", "parent", "extended"}  # parts of a config.json that no later attempt is compared with
 
 
-def check_or_write_config(folder: str, config: JobConfig, files: dict[str, str] | None = None, **facts: Any) -> None:
-    """Record `config` and `facts` as the folder's own in its config.json, or check that they are what it holds already.
+def check_config(folder: str, config: JobConfig, finished: bool, **facts: Any) -> dict[str, Any]:
+    """Check that a folder with `finished` work was made with this config; return its config.json, empty if none.
 
-    Facts are what else changes results, such as hashes; one may replace a field, as a hash its file's path. `files` are
-    noted for later attempts and not compared: the file of weights that was taken for each path.
+    Facts are what else changes results, such as hashes; one may replace a field, as a hash its file's path.
 
     Raises:
-        ValueError: the folder was made with another config; the message names the fields that differ.
+        ValueError: the folder has work that was made with another config; the message names the fields that differ.
     """
-    # By patterns only: what is written must not depend on the environment of the process that compares.
-    wanted = redact_tree(config.model_dump(mode="json", exclude=OPERATIONAL | config.operational) | facts, whole=False)
-    uri = storage.join(folder, "config.json")
-    if storage.put_if_absent(uri, json.dumps(wanted | ({"files": files} if files else {}), indent=2).encode()):
-        return
-    found = redact_tree(storage.read_json(uri), whole=False)
-    found.pop("files", None)
-    if changes := differences(found, wanted):
+    found = read_config(folder)
+    changes = _changes(found, config, facts) if found else ""
+    if finished and changes:
         raise ValueError(
-            f"{folder} was made with another config ({changes}); choose another --output or the same config"
+            f"{folder} was made with another config ({changes}); only what --help marks [operational] may change: "
+            f"{config.remedy}"
         )
+    return found
+
+
+def check_or_write_config(
+    folder: str, config: JobConfig, finished: bool, notes: dict[str, Any] | None = None, **facts: Any
+) -> None:
+    """Do as `check_config`, and bind the folder to this config if it has no finished work, whatever it was bound to.
+
+    `notes` are written with the config and not compared: the file of weights that was taken for each path, and the
+    like.
+    """
+    found = check_config(folder, config, finished, **facts)
+    if finished and found:
+        return
+    if found and (changes := _changes(found, config, facts)):
+        print(f"{folder} has nothing finished, so it takes the new config ({changes})")
+    storage.write_json(storage.join(folder, "config.json"), _compared(config, facts) | (notes or {}))
+
+
+def _compared(config: JobConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """By patterns only: what is written must not depend on the environment of the process that compares."""
+    return redact_tree(config.fingerprint() | facts, whole=False)
+
+
+def _changes(found: dict[str, Any], config: JobConfig, facts: dict[str, Any]) -> str:
+    """Return how a config.json differs from a config; it may hold notes, and fields that older versions compared."""
+    ignored = (NOTES | NOT_COMPARED | config.operational) - facts.keys()
+    kept = {name: value for name, value in found.items() if name not in ignored}
+    return differences(redact_tree(kept, whole=False), _compared(config, facts))
 
 
 def noted_files(folder: str) -> dict[str, str]:
     """Return the files of weights that the folder's first attempt took, by their paths in its config."""
+    return read_config(folder).get("files", {})
+
+
+def read_config(folder: str) -> dict[str, Any]:
+    """Return the folder's config.json; empty if there is none."""
     uri = storage.join(folder, "config.json")
-    return storage.read_json(uri).get("files", {}) if storage.exists(uri) else {}
+    return storage.read_json(uri) if storage.exists(uri) else {}
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:

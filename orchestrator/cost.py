@@ -4,6 +4,7 @@ A FLOP is one floating-point operation, so a multiply-add is two. Time is FLOPs 
 the peak that published code reached on the same networks; whoever has measured his own says so by --cost.mfu.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -21,13 +22,16 @@ from models.costs import (
 )
 from models.features import Extractor
 from models.unet import Architecture
+from orchestrator.config import Operational
 
 
 class CostConfig(BaseModel, frozen=True, extra="forbid"):
     """What --dry-run prices the job for."""
 
-    gpu: Literal["B200", "H200", "H100", "A100", "L40S", "A10G", "L4", "V100", "T4"] = "H100"  # one for each worker
-    mfu: float | None = Field(None, gt=0, le=1)  # share of its peak that is reached; None = as published
+    gpu: Operational[Literal["B200", "H200", "H100", "A100", "L40S", "A10G", "L4", "V100", "T4"]] = "H100"  # one each
+    mfu: Operational[float | None] = Field(None, gt=0, le=1)  # share of its peak that is reached; None = as published
+    usd_per_hour: Operational[float | None] = Field(None, gt=0)  # dollars for one GPU and hour; None = no price
+    spot_discount: Operational[float] = Field(0.0, ge=0, lt=1)  # share by which spot instances are cheaper
 
 
 class Gpu(NamedTuple):
@@ -137,8 +141,14 @@ def fits(cost: Cost, config: CostConfig) -> bool:
     return sum(cost.memory.values()) < GPUS[config.gpu].memory
 
 
-def priced(cost: Cost, config: CostConfig, num_workers: int, half: bool) -> str:
-    """The cost in lines: work, memory against the card, time, and what is assumed."""
+def priced(cost: Cost, config: CostConfig, num_workers: int, num_gpus: float, half: bool) -> str:
+    """Return the cost in lines: work, memory against the card, time, money, and what is assumed.
+
+    num_gpus: of each worker. Without GPUs only the work is stated: nothing is known of the CPUs.
+    """
+    work = f"work    {cost.flops:.3g} FLOPs: {cost.images:,} images x {cost.flops_per_image / 1e12:.3g} TFLOPs"
+    if not num_gpus:
+        return f"{work}\ntime    not estimated for CPUs; --num-gpus 1 prices it on GPUs"
     gpu, gpus = GPUS[config.gpu], max(num_workers, 1)
     memory = sum(cost.memory.values())
     parts = ", ".join(f"{size / 1e9:.1f} {name}" for name, size in cost.memory.items())
@@ -148,13 +158,29 @@ def priced(cost: Cost, config: CostConfig, num_workers: int, half: bool) -> str:
     peak = (gpu.half if half else gpu.single) / 1e12
     return "\n".join(
         [
-            f"work    {cost.flops:.3g} FLOPs: {cost.images:,} images x {cost.flops_per_image / 1e12:.3g} TFLOPs",
+            work,
             f"memory  {memory / 1e9:.1f} of {gpu.memory / 1e9:.0f} GB on each {config.gpu} ({parts}){excess}",
             f"time    {seconds / 3600:,.3g} {config.gpu}-hours = {_duration(seconds / gpus)} on {gpus}",
+            *money(seconds / 3600, config),
             f"assumed {mfu.share:.0%} of {peak:,.4g} TFLOP/s in {'half precision' if half else 'float32'} "
             f"({mfu.source}); 2 FLOPs a multiply-add, {cost.note}; no time for data, checkpoints and communication",
         ]
     )
+
+
+def money(gpu_hours: float, config: CostConfig) -> list[str]:
+    """Return the line that says what so many GPU-hours cost; none without a price."""
+    if config.usd_per_hour is None:
+        return []
+    full = gpu_hours * config.usd_per_hour
+    spot = f", ${full * (1 - config.spot_discount):,.2f} on spot instances" if config.spot_discount else ""
+    discount = f" less {config.spot_discount:.0%} on spot" if config.spot_discount else ""
+    return [f"money   ${full:,.2f}{spot}, by ${config.usd_per_hour:g} for a {config.gpu}-hour{discount}"]
+
+
+def not_there_yet(uris: Sequence[str]) -> list[str]:
+    """Return the line of a dry run that names the inputs that are still missing; none if all are there."""
+    return [f"not there yet: {', '.join(uris)}"] if uris else []
 
 
 def _duration(seconds: float) -> str:

@@ -79,9 +79,9 @@ def examine(config: DoctorConfig) -> None:
     print("nothing is wrong")
 
 
-def plan(config: DoctorConfig) -> str:
-    """What the doctor would look at."""
-    return (
+def plan(config: DoctorConfig) -> tuple[DoctorConfig, str]:
+    """Return the config, and what the doctor would look at."""
+    return config, (
         f"reads   every node: packages, GPUs, /dev/shm, compiler, disk, clock; {config.path('')}; the tracking server\n"
         f"writes  {config.megabytes} MB from each node below {storage.join(config.path(''), 'doctor')}, deleted again"
     )

@@ -49,10 +49,10 @@ class MlflowRun:
     Every method but the first waits for the server, raises its errors, and may be called again after one.
     """
 
-    def __init__(self, uri: str, job: str, output: str) -> None:
+    def __init__(self, uri: str, job: str, output: str, parent: str = "") -> None:
         self.where = f"MLflow at {redact(uri)}"
         self.id = self._experiment = ""
-        self._uri, self._job, self._output = uri, job, output
+        self._uri, self._job, self._output, self._parent = uri, job, output, parent
         self._client: Any = None
         self._pictures: dict[str, str] = {}  # the latest of each folder: what the run's page opens with
         self._children: dict[str, str] = {}  # name -> run
@@ -76,6 +76,8 @@ class MlflowRun:
         run = _run_of(client, experiment.experiment_id, f"{self._job} {self._output}", name, tags)
         client.update_run(run, status="RUNNING")
         client.set_tag(run, "admiral.command", command())
+        if self._parent:
+            client.set_tag(run, "admiral.parent", redact(self._parent))
         if config is not None:  # MLflow keeps them as they were when the run began
             _log_parameters(client, run, dict(_leaves(config.model_dump(mode="json"))))
         self._client, self.id, self._experiment = client, run, experiment.experiment_id

@@ -43,10 +43,12 @@ class Tracker:
     nothing is sent, and only `metrics.jsonl` is written.
     """
 
-    def __init__(self, job: str, output: str, uri: str | None, config: BaseModel | None = None) -> None:
+    def __init__(
+        self, job: str, output: str, uri: str | None, config: BaseModel | None = None, parent: str = ""
+    ) -> None:
         self._job, self._output, self._uri, self._config = job, output, uri or "", config
         self._log = MetricsLog(output)
-        self._mlflow = MlflowRun(self._uri, job, output)
+        self._mlflow = MlflowRun(self._uri, job, output, parent)
         self._artifacts: queue.SimpleQueue[Send | None] = queue.SimpleQueue()
         self._put_artifacts = self._settled_artifacts = 0  # each counted by one thread only
         self._known_children: set[tuple[str, int]] | None = None  # (name, step) that metrics.jsonl has
@@ -258,13 +260,15 @@ class Tracker:
 
 
 @contextlib.contextmanager
-def tracked(job: str, config: JobConfig, output: str) -> Iterator[Tracker]:
+def tracked(job: str, config: JobConfig, output: str, parent: str = "") -> Iterator[Tracker]:
     """The job's tracker: one MLflow run for each output folder, however often the job is started again.
+
+    parent: what this run continues, for a tag of the MLflow run.
 
     Raises:
         ValueError: MLflow would refuse this job for ever; the message says what to do.
     """
-    tracker = Tracker(job, output, tracking_uri(config) if config.tracking else None, config)
+    tracker = Tracker(job, output, tracking_uri(config) if config.tracking else None, config, parent)
     tracker.check()
     try:
         yield tracker

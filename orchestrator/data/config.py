@@ -2,7 +2,7 @@
 
 from pydantic import Field, field_validator
 
-from orchestrator.config import JobConfig
+from orchestrator.config import JobConfig, Operational
 from orchestrator.data.images import ExifOrientation, check_background
 from orchestrator.data.sources import Choices, Layout
 
@@ -18,22 +18,17 @@ class PrepareConfig(JobConfig):
     image_column: str | None = None  # of Parquet: encoded images; None: told from its columns
     label_column: str | None = None  # of Parquet, or a field of WebDataset's .json: labels; None: told from the names
     split: str | None = None  # splits of names that tell none: extra=train,holdout=out; or none: names tell no splits
-    accept_classes: bool = False  # read the source even if its classes or splits look suspicious
+    accept_classes: Operational[bool] = False  # read the source even if its classes or splits look suspicious
     background: str = "drop"  # behind transparent images: white, black, R,G,B; drop: ignore transparency, as published
     exif_orientation: ExifOrientation = "ignore"  # apply: rotate images as their EXIF block says; ignore: as published
     copy_parquet: bool = False  # shuffle Parquet into shards of the dataset's own; False: register it in place
     resolution: int | None = Field(None, gt=0)  # store ADM's centre crops of this size, as PNGs, not whole images
     seed: int = Field(0, ge=0, lt=2**64)  # of the shuffle and of the split
     validation_fraction: float = Field(0.0, ge=0, lt=1)  # share of the training images kept as the split validation
-    max_corrupt_fraction: float = Field(0.001, ge=0, le=1)  # stop where a larger share cannot be decoded
-    num_workers: int = Field(0, ge=0)  # workers that read and write; 0 = in this process, without Ray
+    max_corrupt_fraction: Operational[float] = Field(0.001, ge=0, le=1)  # stop where a larger share cannot be decoded
+    num_workers: Operational[int] = Field(0, ge=0)  # workers that read and write; 0 = in this process, without Ray
 
     _check_background = field_validator("background")(check_background)
-
-    @property
-    def operational(self) -> frozenset[str]:
-        """Fields that decide when to stop, which changes no shard."""
-        return frozenset({"max_corrupt_fraction", "accept_classes"})
 
     @property
     def choices(self) -> Choices:

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from cluster.session import session
 from cluster.workers import map_items
 from orchestrator import storage
-from orchestrator.config import check_or_write_config
+from orchestrator.config import check_config, check_or_write_config
+from orchestrator.cost import not_there_yet
 from orchestrator.data.config import PrepareConfig
 from orchestrator.data.crops import center_crop
 from orchestrator.data.dataset import Manifest, load_manifest
@@ -77,7 +78,7 @@ def prepare(config: PrepareConfig) -> Manifest:
                 plan = _agree_on_plan(config, output, listing)
                 facts = _write_shards(config, output, plan)
             _summarize(config, output, plan, facts)
-    check_or_write_config(output, config)
+    check_or_write_config(output, config, finished=True)
     if storage.exists(staged_folder := storage.join(output, "staged")):
         storage.delete(f"{staged_folder}/")
     return load_manifest(output)
@@ -100,24 +101,27 @@ def prepare_and_track(config: PrepareConfig) -> str:
     return output
 
 
-def plan(config: PrepareConfig) -> str:
-    """Return what preparing would understand, read and write.
+def plan(config: PrepareConfig) -> tuple[PrepareConfig, str]:
+    """Return the config, and what preparing would understand, read and write.
 
     Raises:
         ValueError: the source is unfit, or its reading is suspicious.
     """
     output = config.path(config.output)
     if storage.exists(storage.join(output, "manifest.json")):
-        return f"{output} is prepared already"
-    listing = _list(config)
+        return config, f"{output} is prepared already"
+    try:
+        listing = _list(config)
+    except FileNotFoundError:
+        return config, "\n".join([f"reads   {config.source}", f"writes  {output}", *not_there_yet([config.source])])
     if _layout(config, listing) == "parquet" and not config.copy_parquet:
         found = open_parquet(listing, config.choices)
         manifest, findings = found.register(config.name)
         _show(config, understand_registered(found, manifest, findings))
-        return f"registers {manifest.registered}\nwrites    {output}: a manifest"
+        return config, f"registers {manifest.registered}\nwrites    {output}: a manifest"
     if (total := _bytes_in_tars(listing)) > DRY_SCAN_BYTES:
         print(describe_first_files(listing))
-        return (
+        return config, (
             f"reads   {config.source}: {len(listing.names):,} objects, {total / 2**30:,.1f} GiB, whose images are "
             f"counted when it runs\nwrites  {output}"
         )
@@ -130,7 +134,7 @@ def plan(config: PrepareConfig) -> str:
         shards = [shard for shard in planned if shard.split == split]
         groups = sum(len(shard.row_groups) for shard in shards)
         lines.append(f"writes  {output}: {split}: {len(rows):,} images, {groups} row groups, {len(shards)} shards")
-    return "\n".join(lines)
+    return config, "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------- what to write
@@ -173,7 +177,7 @@ def _register(config: PrepareConfig, output: str, listing: Listing) -> None:
     manifest, findings = found.register(config.name)
     understanding = understand_registered(found, manifest, findings)
     _show(config, understanding)
-    check_or_write_config(output, config)
+    check_or_write_config(output, config, finished=False)
     decoding = {"background": config.background, "exif_orientation": config.exif_orientation}
     report = {"understanding": understanding.model_dump(mode="json"), "findings": _plain(findings)}
     _finish(output, manifest.model_copy(update=decoding), report)
@@ -182,13 +186,7 @@ def _register(config: PrepareConfig, output: str, listing: Listing) -> None:
 def _agree_on_plan(config: PrepareConfig, output: str, listing: Listing) -> Plan:
     """Return the plan of an earlier attempt, if the source is still what it was; else make a new one."""
     folder, found = storage.join(output, "staged"), read_plan(output)
-    if found is not None:
-        check_or_write_config(output, config)
-        if found.digest != listing.digest():
-            raise ValueError(
-                f"{output} was begun from a source that has changed since ({len(listing.names):,} objects now, of "
-                "other names or sizes): choose another output"
-            )
+    if found is not None and _holds(config, output, listing, found):
         if found.source == folder and not storage.exists(folder):  # somebody has deleted it
             staged(read_source(listing, config.choices, config.num_workers), folder, config.num_workers)
         return found
@@ -196,7 +194,7 @@ def _agree_on_plan(config: PrepareConfig, output: str, listing: Listing) -> Plan
     understanding = understand(source)
     _show(config, understanding)
     order = _order(source, config)
-    check_or_write_config(output, config)
+    check_or_write_config(output, config, finished=False)
     if source.reading.images is not None:
         source = staged(source, folder, config.num_workers)
     made = Plan(
@@ -210,6 +208,29 @@ def _agree_on_plan(config: PrepareConfig, output: str, listing: Listing) -> Plan
     )
     write_plan(output, made, source, order)
     return made
+
+
+def _holds(config: PrepareConfig, output: str, listing: Listing, plan: Plan) -> bool:
+    """Return whether a plan is of this config and source; without finished shards, one that is not is removed.
+
+    Raises:
+        ValueError: there are finished shards by a plan of another config or source.
+    """
+    begun = {shard.path for shard in plan.shards} & set(storage.list_names(output, recursive=True))
+    try:
+        check_config(output, config, finished=True)
+        if plan.digest != listing.digest():
+            raise ValueError(
+                f"{output} was begun from a source that has changed since ({len(listing.names):,} objects now, of "
+                "other names or sizes): choose another output"
+            )
+    except ValueError:
+        if begun:
+            raise
+        for name in ("index.json", "staged/"):
+            storage.delete(storage.join(output, name))
+        return False
+    return True
 
 
 def _order(source: Source, config: PrepareConfig) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from orchestrator.config import JobConfig
+from orchestrator.config import JobConfig, Operational
 from orchestrator.cost import CostConfig
 
 
@@ -19,6 +19,6 @@ class EvaluationConfig(JobConfig):
     )
     image_size: int | None = Field(None, gt=0)  # pixels of the reference's images, and of image files; None: samples'
     num_memorization_samples: int = Field(1_000, ge=0)  # compared with every training image pixel by pixel
-    num_workers: int = Field(1, ge=0)  # feature workers; 0 = in this process, without Ray
-    num_gpus: float = Field(0.0, ge=0)  # GPUs for each feature worker
-    cost: CostConfig = CostConfig()
+    num_workers: Operational[int] = Field(1, ge=0)  # feature workers; 0 = in this process, without Ray
+    num_gpus: Operational[float] = Field(0.0, ge=0)  # GPUs for each feature worker
+    cost: Operational[CostConfig] = CostConfig()

@@ -83,7 +83,7 @@ class FeatureFiles:
         rows = chosen(self.count, limit)
         if len(rows) * 4 > self.count:
             return self.pool(rows)
-        uri = storage.join(self.folder, f"pool-of-{limit}.safetensors")
+        uri = storage.join(self.folder, f"pool-{limit}-of-{self.count}.safetensors")
         if not storage.exists(uri):
             storage.put_if_absent(uri, safetensors.numpy.save({"pool": self.pool(rows)}))
         return safetensors.numpy.load(storage.read_bytes(uri))["pool"]

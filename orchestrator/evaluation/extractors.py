@@ -114,6 +114,13 @@ def extractor_loader(
     )
 
 
+def extractor_name(name: str) -> str:
+    """Return the name by which an extractor's metrics go, without its weights."""
+    if name == "efficientnet":
+        return EfficientNetLite0.name
+    return own_extractor(name, CPU).network.name if "." in name else name
+
+
 @functools.lru_cache(maxsize=1)
 def inception_extractor(weights: str, device: torch.device) -> LoadedExtractor:
     """The network of FID, with the published weights and no others; raises as `_read_published` does."""

@@ -159,7 +159,7 @@ def _samples(folder: str) -> ImageSet:
     count = count_samples(folder)
     (record,) = _RECORDS & set(storage.list_names(folder))
     content = storage.read_json(storage.join(folder, record))
-    made_by, noted = content.get("config", content), content.get("record", {})
+    made_by, noted = content.get("config", content) | {"num_samples": count}, content.get("record", {})
     classes = tuple(noted.get("classes", ()))  # older folders do not have them
     read = partial(read_range, folder)
     return ImageSet(

@@ -10,7 +10,7 @@ from cluster.session import session
 from models.features import DigitsNetwork
 from orchestrator import storage
 from orchestrator.config import check_or_write_config
-from orchestrator.cost import extraction_cost, priced
+from orchestrator.cost import extraction_cost, not_there_yet, priced
 from orchestrator.data.dataset import load_manifest
 from orchestrator.evaluation.compatibility import Side, check_compatible
 from orchestrator.evaluation.config import EvaluationConfig
@@ -28,9 +28,11 @@ from orchestrator.evaluation.references import (
     find_reference,
     load_reference_manifest,
 )
+from orchestrator.generation.presets import generation_presets
 from orchestrator.redaction import command, redact_tree
 from orchestrator.tracking import catch_up, tracked
 
+ASSUMED_SIZE = 64  # pixels, in the plan of an evaluation whose samples are not there yet
 CLOSEST_PAIRS = 10  # samples nearest to training images, in the report and on the page
 
 
@@ -51,9 +53,11 @@ def evaluate(config: EvaluationConfig) -> str:
     with _naming(config, "reference"):
         found.statistics(loaded)  # raises here what would be raised after the features of the samples
     _print_warnings(warnings)
-    check_or_write_config(output, config, samples=images.identity, extractor=loaded.fingerprint, extractor_weights=None)
     report_uri = storage.join(output, "report.json")
-    if storage.exists(report_uri):
+    finished = storage.exists(report_uri)
+    facts = {"samples": images.identity, "extractor": loaded.fingerprint}
+    check_or_write_config(output, config, finished, **facts, extractor_weights=None)
+    if finished:
         print(f"{output} is complete: {images.count:,} samples measured")
         catch_up("evaluate", config, output)
         return report_uri
@@ -88,28 +92,55 @@ def evaluate(config: EvaluationConfig) -> str:
     return report_uri
 
 
-def plan(config: EvaluationConfig) -> str:
-    """Return what an evaluation would read, write and hold."""
-    images = _samples(config)
+def plan(config: EvaluationConfig) -> tuple[EvaluationConfig, str]:
+    """Return the config, and what an evaluation would read, write and hold, as far as its inputs are there.
+
+    Raises:
+        ValueError: what `evaluate` would refuse before it starts.
+    """
+    samples, reference, absent, found = config.path(config.samples), config.path(config.reference), [], None
+    size = config.image_size or ASSUMED_SIZE
+    planned = {preset.output: preset.num_samples for _, preset in generation_presets().values()}
+    count, kind = planned.get(config.samples), "samples"
+    try:
+        images = _samples(config)
+        count, kind, size = images.count, images.kind, image_size_of(images)
+    except FileNotFoundError:
+        absent.append(samples)
+    if not storage.exists(reference):
+        absent.append(reference)
+    elif not absent:
+        found = _reference(config, images)
+        _compare(config, images, found)
+        _floor(config, found, images.count)
+    lines = [
+        f"reads   {samples} ({kind}, {f'{count:,}' if count else 'an unknown number of'} images) and {reference}",
+        f"writes  {config.path(config.output)}: report.json, report.html; features beside samples and dataset",
+    ]
+    if count:
+        try:
+            lines += _priced(config, count, size)
+        except FileNotFoundError as error:
+            lines.append(f"cost    known as soon as the extractor is there: {error}")
+    return config, "\n".join([*lines, *not_there_yet(absent)])
+
+
+def _priced(config: EvaluationConfig, count: int, size: int) -> list[str]:
+    """Return the lines of a plan that say what the features of `count` images of `size` pixels take."""
     dimension, name, price = DigitsNetwork.dimension, DigitsNetwork.name, list[str]()
     if config.extractor != name:  # which might have to be trained first
-        network = _loader(config, images, None)(CPU).network
+        weights = config.path(config.extractor_weights) if config.extractor_weights else None
+        network = extractor_loader(config.extractor, weights, None, config.path("extractors"), 0)(CPU).network
         dimension, name = network.dimension, network.name
-        cost = extraction_cost(network, image_size_of(images), images.count, EXTRACTOR_BATCH)
-        price = [priced(cost, config.cost, config.num_workers, half=False)]
-    held = images.count + min(images.count, Limits.samples) + Limits.references
-    size = held * dimension * 4 / 2**30
-    reference = config.path(config.reference)
-    return "\n".join(
-        [
-            f"reads   {images.uri} ({images.kind}, {images.count:,} images) and {reference}",
-            f"writes  {config.path(config.output)}: report.json, report.html; features beside samples and dataset",
-            f"images  {images.count:,} by {name}, and those of the reference that have no features yet",
-            f"memory  at most {size:.2f} GiB of features ({dimension} float32 each), and as much again to work "
-            "on them, here and in each worker",
-            *price,
-        ]
-    )
+        cost = extraction_cost(network, size, count, EXTRACTOR_BATCH)
+        price = [priced(cost, config.cost, config.num_workers, config.num_gpus, half=False)]
+    held = (count + min(count, Limits.samples) + Limits.references) * dimension * 4 / 2**30
+    return [
+        f"images  {count:,} by {name}, and those of the reference that have no features yet",
+        f"memory  at most {held:.2f} GiB of features ({dimension} float32 each), and as much again to work on them, "
+        "here and in each worker",
+        *price,
+    ]
 
 
 @contextmanager

@@ -20,10 +20,11 @@ from models.metrics import mean_estimate
 from models.samplers import ddpm
 from models.unet import autocast
 from orchestrator import storage
-from orchestrator.config import JobConfig, check_or_write_config, noted_files
-from orchestrator.cost import CostConfig, priced, sampling_cost
+from orchestrator.config import JobConfig, Operational, check_or_write_config, noted_files
+from orchestrator.cost import CostConfig, not_there_yet, priced, sampling_cost
 from orchestrator.data.dataset import Manifest, load_manifest, read_images
 from orchestrator.evaluation.metrics import describe
+from orchestrator.generation.cost import Trained, absent_weights, outline
 from orchestrator.generation.noise import Draw, NoiseAhead, draw_noise
 from orchestrator.generation.worker import lay_out, prepare_device
 from orchestrator.order import Purpose
@@ -49,14 +50,14 @@ class LikelihoodConfig(JobConfig):
     clip: bool = True  # clamp the predicted x_0 to [-1, 1], as published
     seed: int = Field(0, ge=0)  # of the noise, by image
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention, by autocast
-    compile: bool = False  # torch.compile the network: slower to start, faster on long estimates
+    compile: Operational[bool] = False  # torch.compile the network: slower to start, faster on long estimates
     batch_size: int = Field(32, gt=0)  # images in a batch
     num_strips: int = Field(10, ge=0)  # rows of the picture of progressive generation
     interpolation_depths: tuple[int, ...] = (250, 500, 750)  # chain indices of the encodings that are mixed
-    num_workers: int = Field(1, ge=0)  # workers; 0 = in this process, without Ray
-    num_gpus: float = Field(0.0, ge=0)  # GPUs for each worker
-    num_threads: int = Field(1, gt=0)  # CPU threads of each worker
-    cost: CostConfig = CostConfig()
+    num_workers: Operational[int] = Field(1, ge=0)  # workers; 0 = in this process, without Ray
+    num_gpus: Operational[float] = Field(0.0, ge=0)  # GPUs for each worker
+    num_threads: Operational[int] = Field(1, gt=0)  # CPU threads of each worker
+    cost: Operational[CostConfig] = CostConfig()
 
 
 class Bound(NamedTuple):
@@ -96,7 +97,8 @@ def estimate(config: LikelihoodConfig) -> str:
     config = config.model_copy(update={"weights": files[config.weights]})
     network = load_network(config.path(config.weights))
     _check(config, network, manifest)
-    check_or_write_config(output, config, files, weights=network.sha256)
+    finished = bool(storage.list_names(storage.join(output, "terms")))
+    check_or_write_config(output, config, finished, {"files": files}, weights=network.sha256)
     report_uri = storage.join(output, "likelihood.json")
     if storage.exists(report_uri):
         print(f"{output} is complete: {storage.read_json(report_uri)['bits_per_dim']['value']:.3f} bits/dim")
@@ -133,25 +135,36 @@ def estimate(config: LikelihoodConfig) -> str:
     return report_uri
 
 
-def plan(config: LikelihoodConfig) -> str:
-    """What an estimate would read, write and cost."""
-    manifest = load_manifest(config.path(config.dataset))
-    network = load_network(config.path(config.weights))
-    _check(config, network, manifest)
-    evaluations = Evaluations(model=Diffusion(network.diffusion, config.respacing).num_timesteps, guide=0)
-    count, half = _count(config, manifest), config.dtype != "float32"
-    return "\n".join(
-        [
-            f"reads   {config.path(config.weights)}; {count:,} images of {config.path(config.dataset)}",
-            f"writes  {config.path(config.output)}: terms of the bound, pictures, likelihood.json",
-            priced(
-                sampling_cost(network.architecture, evaluations, count, config.batch_size, half),
-                config.cost,
-                config.num_workers,
-                half,
-            ),
-        ]
-    )
+def plan(config: LikelihoodConfig, trained: Trained | None = None) -> tuple[LikelihoodConfig, str]:
+    """Return the config, and what an estimate would read, write and cost.
+
+    trained: what trainings will leave, for weights that are not there yet.
+
+    Raises:
+        ValueError: what `estimate` would refuse before it starts.
+    """
+    dataset, absent = config.path(config.dataset), absent_weights(config, [config.weights])
+    count, half = config.num_samples, config.dtype != "float32"
+    if storage.exists(storage.join(dataset, "manifest.json")):
+        manifest = load_manifest(dataset)
+        count = _count(config, manifest)
+        if not absent:
+            _check(config, load_network(config.path(config.weights)), manifest)
+    else:
+        absent.append(dataset)
+    lines = [
+        f"reads   {config.path(config.weights)}; {f'{count:,}' if count else 'all'} images of {dataset}",
+        f"writes  {config.path(config.output)}: terms of the bound, pictures, likelihood.json",
+    ]
+    try:
+        network = outline(config, config.weights, None, trained)
+        evaluations = Evaluations(model=Diffusion(network.diffusion, config.respacing).num_timesteps, guide=0)
+        cost = sampling_cost(network.architecture, evaluations, count or 1, config.batch_size, half)
+        one = [] if count else ["of one image, as long as their number is not known:"]
+        lines += [*one, priced(cost, config.cost, config.num_workers, config.num_gpus, half)]
+    except FileNotFoundError:
+        lines.append("cost    known as soon as the weights are there")
+    return config, "\n".join([*lines, *not_there_yet(absent)])
 
 
 def _check(config: LikelihoodConfig, network: Network, manifest: Manifest) -> None:

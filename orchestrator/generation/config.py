@@ -7,9 +7,10 @@ from pydantic import Field, model_validator
 from models.guidance import GuidanceConfig
 from models.images import Rounding
 from models.samplers import SamplerConfig
-from orchestrator.config import JobConfig
+from orchestrator import storage
+from orchestrator.config import JobConfig, Operational
 from orchestrator.cost import CostConfig
-from orchestrator.generation.recipes import recommended, winner
+from orchestrator.generation.recipes import recommended, recorded, winner
 
 
 class GenerationConfig(JobConfig):
@@ -35,19 +36,18 @@ class GenerationConfig(JobConfig):
     compile: bool = False  # torch.compile the networks: slower to start, faster on long runs
     batch_size: int = Field(0, ge=0)  # canonical batch B: index i always runs in batch floor(i/B); 0 = by memory
     shard_size: int = Field(512, gt=0)  # images in a shard, a multiple of B
-    indices: tuple[int, ...] = ()  # regenerate only these, into regenerated/, and compare them with the folder's
-    export: Literal["npz", "png"] | None = None  # when all are there: samples.npz as published, or png/, in the folder
-    num_workers: int = Field(1, ge=0)  # sampling workers; 0 = in this process, without Ray
-    num_gpus: float = Field(0.0, ge=0)  # GPUs for each worker
-    num_threads: int = Field(1, gt=0)  # CPU threads of each worker
-    cost: CostConfig = CostConfig()
-    mixed_platforms: bool = False  # let workers of another kind of device or software join: pixels may then differ
+    indices: Operational[tuple[int, ...]] = ()  # regenerate only these, into regenerated/, and compare
+    export: Operational[Literal["npz", "png"] | None] = None  # at the end: samples.npz as published, or png/
+    num_workers: Operational[int] = Field(1, ge=0)  # sampling workers; 0 = in this process, without Ray
+    num_gpus: Operational[float] = Field(0.0, ge=0)  # GPUs for each worker
+    num_threads: Operational[int] = Field(1, gt=0)  # CPU threads of each worker
+    cost: Operational[CostConfig] = CostConfig()
+    mixed_platforms: Operational[bool] = False  # let workers of other kinds join: pixels may then differ
 
     @property
     def operational(self) -> frozenset[str]:
-        """What changes no pixel; networks count by the hashes of their weights."""
-        names = {"weights", "ema", "classifier", "upsampler", "recipe", "from_search", "indices", "export"}
-        return frozenset(names | {"num_gpus", "num_threads", "mixed_platforms"})
+        """Return what changes no pixel; networks count by the hashes of their weights."""
+        return super().operational | {"weights", "ema", "classifier", "upsampler", "recipe", "from_search"}
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -57,12 +57,15 @@ class GenerationConfig(JobConfig):
             raise ValueError(f"shard_size={self.shard_size} is not a multiple of batch_size={self.batch_size}")
         if self.ema and self.weights.endswith((".pt", ".safetensors")):
             raise ValueError(f"ema={self.ema!r} chooses from a training run; weights={self.weights!r} is a file")
-        if wrong := [index for index in self.indices if not 0 <= index < self.num_samples]:
-            raise ValueError(f"indices={wrong} are not in 0..{self.num_samples - 1}")
+        if wrong := [index for index in self.indices if index < 0]:
+            raise ValueError(f"indices={wrong} are not in 0, 1, ...")
         return self
 
     def starting_from(self, preset: Self) -> Self:
-        """`preset` as --recipe and --from-search change it; what stands on the command line comes after them."""
+        """Return `preset` as --recipe, --from-search or, with --indices, the folder's own run.json change it."""
+        if self.indices and storage.exists(run := storage.join(self.path(self.output), "run.json")):
+            settings = preset.model_dump(exclude_unset=True) | recorded(storage.read_json(run))
+            return type(self).model_validate(settings)
         if self.recipe is not None:
             preset = preset.model_copy(update=recommended(self.recipe))
         if self.from_search is not None:

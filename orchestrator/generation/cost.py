@@ -1,6 +1,6 @@
 """What a generation will read, write and cost, from the architectures alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from models.costs import sampling_evaluations
@@ -8,9 +8,10 @@ from models.diffusion import DiffusionConfig
 from models.guidance import GuidanceConfig
 from models.unet import Architecture
 from orchestrator import storage
-from orchestrator.cost import Cost, fits, priced, sampling_cost
+from orchestrator.config import JobConfig
+from orchestrator.cost import Cost, fits, not_there_yet, priced, sampling_cost
 from orchestrator.generation.config import GenerationConfig
-from orchestrator.weights.network import load_network
+from orchestrator.weights.network import described, latest_weights, weights_about, weights_file
 from orchestrator.weights.published import released_entry
 
 UNGUIDED = GuidanceConfig()
@@ -25,36 +26,61 @@ class Outline(NamedTuple):
     diffusion: DiffusionConfig
 
 
-def cost_lines(config: GenerationConfig, images: int) -> list[str]:
+Trained = Mapping[str, tuple[Architecture, DiffusionConfig]]  # what trainings will leave, by their output
+
+
+def cost_lines(config: GenerationConfig, images: int, trained: Trained) -> list[str]:
     """Return the lines of a plan: what `images` images read, write and cost, with the assumptions."""
-    base = outline(config, config.weights, config.recipe)
-    classifier = outline(config, config.classifier) if config.classifier else None
-    upsampler = outline(config, config.upsampler) if config.upsampler else None
-    weak = outline(config, config.guidance.weak_weights) if config.guidance.weak_weights else None
-    networks = [network for network in (base, classifier, upsampler, weak) if network]
-    absent = [network.uri for network in networks if not storage.exists(network.uri)]
+    paths = [config.weights, config.classifier, config.upsampler, config.guidance.weak_weights]
+    named = [path for path in paths if path]
+    lines = [f"reads   {', '.join(map(config.path, named))}"]
+    absent = not_there_yet(absent_weights(config, named))
+    try:
+        base = outline(config, config.weights, config.recipe, trained)
+        classifier, upsampler, weak = (outline(config, path, None, trained) if path else None for path in paths[1:])
+    except FileNotFoundError:
+        return [*lines, "cost    known as soon as the weights are there", *absent]
     written = images * sum(3 * network.architecture.image_size**2 for network in (base, upsampler) if network)
     guides = {"classifier": classifier, "classifier_free": base, "auto": weak}
     half = config.dtype != "float32"
     return [
-        f"reads   {', '.join(network.uri for network in networks)}",
-        *([f"        not there yet: {', '.join(absent)}"] if absent else []),
+        *lines,
         f"writes  {written / 1e9:,.3g} GB at most",
         *(
-            priced(cost, config.cost, config.num_workers, half)
+            priced(cost, config.cost, config.num_workers, config.num_gpus, half)
             for cost in costs(config, images, base, guides, upsampler)
         ),
+        *absent,
     ]
 
 
-def outline(config: GenerationConfig, path: str, recipe: str | None = None) -> Outline:
-    """Of a released file by its name alone, so that it need not be there yet; of others from their file."""
+def absent_weights(config: JobConfig, paths: Sequence[str]) -> list[str]:
+    """Return the URIs of those weights that are not there yet, in whole or in training."""
+    return [config.path(path) for path in paths if not _is_there(config, path)]
+
+
+def _is_there(config: JobConfig, path: str) -> bool:
+    try:
+        return storage.exists(config.path(weights_file(path, config.path)))
+    except FileNotFoundError:
+        return False
+
+
+def outline(config: JobConfig, path: str, recipe: str | None = None, trained: Trained | None = None) -> Outline:
+    """Return the outline of a released file by its name alone, so that it need not be there yet; of others from their
+    file, or from what is known of the training that will write it.
+
+    Raises:
+        FileNotFoundError: they are not there, and nothing is known of their training.
+    """
     uri = config.path(path)
     if uri.endswith(".pt"):
         entry = released_entry(uri, recipe)
         return Outline(uri, entry.network, entry.diffusion)
-    network = load_network(uri)
-    return Outline(uri, network.architecture, network.diffusion)
+    if not _is_there(config, path) and trained and path in trained:
+        return Outline(uri, *trained[path])
+    about = weights_about(uri if uri.endswith(".safetensors") else latest_weights(uri))
+    return Outline(uri, *described(about))
 
 
 def costs(

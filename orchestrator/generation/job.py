@@ -4,7 +4,7 @@ import contextlib
 import logging
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from cluster.workers import map_items
 from orchestrator import storage
 from orchestrator.arithmetic import platform
 from orchestrator.generation.config import GenerationConfig
-from orchestrator.generation.cost import cost_lines
+from orchestrator.generation.cost import Trained, cost_lines
 from orchestrator.generation.exports import export_npz, export_png
 from orchestrator.generation.samples import (
     DamagedShard,
@@ -65,15 +65,12 @@ def generate(config: GenerationConfig) -> str:
         ValueError: weights, classifier and output folder do not fit each other.
         ItemsFailed: some shards failed; all others are written.
     """
-    config = _with_files(config)
+    config = _checked(config)
     output, folders = config.path(config.output), folders_of(config)
-    wanted = fingerprint(config, load_networks(config, "cpu"))
-    for folder in folders:
-        check_run(folder, wanted)
     if config.indices:
         regenerate(config)
         return output
-    if all(map(is_finished, folders)):
+    if all(is_finished(folder, config.num_samples) for folder in folders):
         print(f"{output} is complete: {config.num_samples:,} samples")
         catch_up("generate", config, folders[0])
     else:
@@ -83,6 +80,21 @@ def generate(config: GenerationConfig) -> str:
         for folder in folders:
             print(f"exported to {_export(config, folder)}")
     return output
+
+
+def _checked(config: GenerationConfig) -> GenerationConfig:
+    """Return the config with its files of weights, after all checks that need no worker; raises as `generate` does."""
+    config = _with_files(config)
+    output, wanted = config.path(config.output), fingerprint(config, load_networks(config, "cpu"))
+    for folder in folders_of(config):
+        check_run(folder, wanted)
+    most = max((shard.end for folder in folders_of(config) for shard in list_shards(folder)), default=0)
+    if most > config.num_samples and not config.indices:
+        raise ValueError(
+            f"--num-samples {config.num_samples}: {output} has samples up to index {most - 1} already; pass "
+            f"--num-samples {most} or more, or choose another --output"
+        )
+    return config
 
 
 def _with_files(config: GenerationConfig) -> GenerationConfig:
@@ -116,7 +128,7 @@ def _make_missing(config: GenerationConfig, folders: list[str]) -> None:
         live = _Live(tracker, progress, folders[-1])
         finished = map_items(
             partial(make_generator, config),
-            shards_of(config.num_samples, config.shard_size),
+            _shards(config),
             config.num_workers,
             num_cpus=config.num_threads,
             num_gpus=config.num_gpus,
@@ -213,23 +225,32 @@ def folders_of(config: GenerationConfig) -> list[str]:
     return [output, storage.join(output, "upsampled")] if config.upsampler else [output]
 
 
+def _shards(config: GenerationConfig) -> Iterator[Shard]:
+    """Yield the shards that the finished folders will have."""
+    there = {shard for folder in folders_of(config) for shard in list_shards(folder)}
+    return shards_of(config.num_samples, config.shard_size, there)
+
+
 def missing_shards(config: GenerationConfig) -> list[Shard]:
-    """The shards that are not there yet, by their names."""
+    """Return the shards that are not there yet, by their names."""
     there = [set(list_shards(folder)) for folder in folders_of(config)]
-    shards = shards_of(config.num_samples, config.shard_size)
-    return [shard for shard in shards if not all(shard in found for found in there)]
+    return [shard for shard in _shards(config) if not all(shard in found for found in there)]
 
 
-def plan(config: GenerationConfig) -> str:
-    """What a generation would read, write and cost."""
-    todo, shards = missing_shards(config), -(-config.num_samples // config.shard_size)
+def plan(config: GenerationConfig, trained: Trained | None = None) -> tuple[GenerationConfig, str]:
+    """Return the resolved config, and what a generation would read, write and cost.
+
+    trained: what trainings will leave, for weights that are not there yet.
+
+    Raises:
+        ValueError: what `generate` would refuse before it starts.
+    """
+    with contextlib.suppress(FileNotFoundError):  # the last line names what is not there yet
+        config = _checked(config)
+    todo, shards = missing_shards(config), len(list(_shards(config)))
     images = sum(shard.end - shard.begin for shard in todo)
-    return "\n".join(
-        [
-            f"makes   {config.path(config.output)}: {len(todo)} of {shards} shards are missing",
-            *cost_lines(config, images),
-        ]
-    )
+    makes = f"makes   {config.path(config.output)}: {len(todo)} of {shards} shards are missing"
+    return config, "\n".join([makes, *cost_lines(config, images, trained or {})])
 
 
 # ------------------------------------------------------------------------------------------------ in every worker
@@ -244,24 +265,40 @@ class Finished(NamedTuple):
 
 
 def _make_worker(config: GenerationConfig) -> tuple[SamplingWorker, GenerationConfig]:
-    """Set up a worker, choose or read B, and check or write the config of the folders; return the config with B in it.
+    """Set up a worker; return it and the config with B in it: the folder's, if it has finished samples, or its own.
 
     Raises:
         ValueError: the folder belongs to another config, or to another platform.
     """
     worker = SamplingWorker(config)
-    here, wanted = platform(worker.device), fingerprint(config, worker.networks)
-    for folder in folders_of(config):
-        if check_run(folder, wanted) is None:
-            chosen = config.batch_size or canonical_batch(config, worker.networks, worker.device)
-            write_run(folder, wanted | {"batch_size": chosen}, here, _record(config, worker.networks))
-        run = check_run(folder, wanted, None if config.mixed_platforms else here)  # perhaps another worker's
-        assert run is not None
-        config = config.model_copy(update={"batch_size": run["config"]["batch_size"]})
-        wanted = fingerprint(config, worker.networks)
+    size = _batch_size_of(config, worker) or config.batch_size
+    size = size or canonical_batch(config, worker.networks, worker.device)
     if config.compile:
         worker.compile()
-    return worker, config
+    return worker, config.model_copy(update={"batch_size": size})
+
+
+def _batch_size_of(config: GenerationConfig, worker: SamplingWorker) -> int:
+    """Return the B that the folders are bound to, 0 if to none. Raises what `_make_worker` does."""
+    size = config.batch_size
+    for folder in folders_of(config):
+        wanted = fingerprint(config.model_copy(update={"batch_size": size}), worker.networks)
+        run = check_run(folder, wanted, None if config.mixed_platforms else platform(worker.device))
+        if run is None:
+            return 0
+        size = run["config"]["batch_size"]
+    return size
+
+
+def _bind(config: GenerationConfig, asked: int, worker: SamplingWorker) -> int:
+    """Bind the folders to this config, unless another worker did; return the B that they are bound to.
+
+    asked: the batch size that the job's config states, 0 if it leaves it open.
+    """
+    for folder in folders_of(config):
+        wanted = fingerprint(config, worker.networks)
+        write_run(folder, wanted, platform(worker.device), _record(config, worker.networks))
+    return _batch_size_of(config.model_copy(update={"batch_size": asked}), worker)
 
 
 def _record(config: GenerationConfig, networks: Networks) -> dict[str, Any]:
@@ -271,30 +308,44 @@ def _record(config: GenerationConfig, networks: Networks) -> dict[str, Any]:
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     begun = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    noted = config.model_dump(mode="json", include={"weights", "ema", "classifier", "upsampler", "num_workers"})
+    names = {"weights", "ema", "classifier", "upsampler", "recipe", "labels", "num_workers"}
+    noted = config.model_dump(mode="json", include=names)
     noted["weak_weights"] = config.guidance.weak_weights
     return {"commit": commit, "begun": begun, "classes": networks.classes, **noted}
 
 
 def make_generator(config: GenerationConfig) -> Callable[[Shard], Finished]:
-    """A worker: networks loaded once, then shards, each verified where it is there and drawn where it is not."""
+    """A worker: networks loaded once, then shards, each verified where it is there and drawn where it is not.
+
+    The first shard that is drawn binds the folders to the config, so that a start that fails before binds nothing.
+    """
+    asked = config.batch_size
     worker, config = _make_worker(config)
     folders = folders_of(config)
     encoder = ThreadPoolExecutor(1, "encoder")  # pictures are encoded while the next batch is drawn
 
+    def draw(shard: Shard, size: int) -> list[pa.Table]:
+        encoded: list[list[Any]] = [[] for _ in folders]
+        first = shard.begin // size
+        sized = config.model_copy(update={"batch_size": size})
+        for stages in worker.batches(sized, range(first, -(-shard.end // size))):
+            for rows, samples in zip(encoded, stages, strict=True):
+                rows.append(encoder.submit(encode_rows, samples))
+        whole = [pa.concat_tables([part.result() for part in rows]) for rows in encoded]
+        return [rows.slice(shard.begin - first * size, shard.end - shard.begin) for rows in whole]
+
     def make_shard(shard: Shard) -> Finished:
+        nonlocal config
         found, damaged = zip(*(_verify(folder, shard) for folder in folders), strict=True)
         if all(found):
             return Finished(found, drawn=False)
-        size = config.batch_size
-        encoded: list[list[Any]] = [[] for _ in folders]
-        for stages in worker.batches(config, range(shard.begin // size, -(-shard.end // size))):
-            for rows, samples in zip(encoded, stages, strict=True):
-                rows.append(encoder.submit(encode_rows, samples))
+        tables = draw(shard, config.batch_size)
+        if (size := _bind(config, asked, worker)) != config.batch_size:  # another worker was quicker, with another B
+            config = config.model_copy(update={"batch_size": size})
+            tables = draw(shard, size)
         digests = []
-        for folder, rows, digest, reason in zip(folders, encoded, found, damaged, strict=True):
-            whole = pa.concat_tables([part.result() for part in rows]).slice(0, shard.end - shard.begin)
-            digests.append(digest or put_shard(folder, shard, whole, replace=bool(reason)))
+        for folder, rows, digest, reason in zip(folders, tables, found, damaged, strict=True):
+            digests.append(digest or put_shard(folder, shard, rows, replace=bool(reason)))
         return Finished(tuple(digests), drawn=True, damaged=tuple(filter(None, damaged)))
 
     return make_shard

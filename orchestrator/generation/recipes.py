@@ -1,4 +1,4 @@
-"""Where a generation's settings come from, if not from its own options: a published recommendation, or a search."""
+"""Where a generation's settings come from, if not from its own options: a publication, a search, or its own folder."""
 
 from typing import Any
 
@@ -30,6 +30,16 @@ def recommended(name: str) -> dict[str, Any]:
         "sampler": recipe.sampler,
         "guidance": recipe.guidance,
     }
+
+
+def recorded(run: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a generation's config that a folder's run.json tells."""
+    config, record = run["config"], run["record"]
+    names = {"weights", "ema", "classifier", "upsampler", "recipe", "labels"} & record.keys()
+    hashes = {"weights", "classifier", "upsampler", "weak_weights", "labels", "numerics_version", "num_samples"}
+    fields = {name: value for name, value in config.items() if name not in hashes}
+    fields["guidance"] = fields["guidance"] | {"weak_weights": record.get("weak_weights")}
+    return fields | {name: record[name] for name in names}
 
 
 class _Setting(BaseModel, extra="forbid"):

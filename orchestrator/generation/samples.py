@@ -6,7 +6,7 @@ C order). The digest of a shard is the SHA-256 of its rows' digests, one after a
 
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,9 +48,20 @@ class DamagedShard(ValueError):
     """An object that is not the whole shard that its name promises."""
 
 
-def shards_of(num_samples: int, size: int) -> Iterator[Shard]:
-    """The shards of a folder, `size` indices each, the last one perhaps fewer."""
-    return (Shard(begin, min(begin + size, num_samples)) for begin in range(0, num_samples, size))
+def shards_of(num_samples: int, size: int, there: Iterable[Shard] = ()) -> Iterator[Shard]:
+    """Yield the shards of a folder in index order: those that are `there`, and between them others, `size` at most.
+
+    So a folder that was finished with fewer samples keeps its last shard, which may have fewer than `size`.
+    """
+    begin = 0
+    for shard in [*sorted(there), Shard(num_samples, num_samples)]:
+        while begin < shard.begin:
+            end = min((begin // size + 1) * size, shard.begin)
+            yield Shard(begin, end)
+            begin = end
+        if shard.end > shard.begin:
+            yield shard
+        begin = shard.end
 
 
 def list_shards(folder: str) -> list[Shard]:
@@ -75,10 +86,12 @@ def check_run(folder: str, wanted: dict[str, Any], platform: dict[str, Any] | No
     run = storage.read_json(uri)
     if run.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{uri}: format_version={run.get('format_version')} is not {FORMAT_VERSION}")
-    probed = {"batch_size"} - wanted.keys()  # not asked for: whatever the first worker chose
-    if changes := differences({name: value for name, value in run["config"].items() if name not in probed}, wanted):
+    # Not compared: a batch size that is not asked for, and the number of samples, which older folders noted here.
+    compared = run["config"].keys() - {"num_samples"} - ({"batch_size"} - wanted.keys())
+    if changes := differences({name: run["config"][name] for name in compared}, wanted):
         raise ValueError(
-            f"{folder} was made with another config ({changes}); choose another --output or the same config"
+            f"{folder} was made with another config ({changes}); only what --help marks [operational] and "
+            "--num-samples may change: choose another --output or the same config"
         )
     if platform is not None and (changes := differences(run["platform"], platform)):
         raise ValueError(
@@ -193,12 +206,13 @@ def write_manifest(folder: str, digests: dict[Shard, str]) -> None:
         for shard, digest in sorted(digests.items())
     ]
     manifest = {"format_version": FORMAT_VERSION, "num_samples": max(digests).end, "shards": shards}
-    storage.put_if_absent(storage.join(folder, "manifest.json"), storage.json_bytes(manifest))
+    storage.write_bytes(storage.join(folder, "manifest.json"), storage.json_bytes(manifest))
 
 
-def is_finished(folder: str) -> bool:
-    """Whether all samples of a folder are there."""
-    return storage.exists(storage.join(folder, "manifest.json"))
+def is_finished(folder: str, num_samples: int = 0) -> bool:
+    """Return whether a folder was declared finished, with at least so many samples."""
+    uri = storage.join(folder, "manifest.json")
+    return storage.exists(uri) and storage.read_json(uri)["num_samples"] >= num_samples
 
 
 def count_samples(folder: str) -> int:

@@ -16,7 +16,6 @@ from models.guidance import WHOLE_CHAIN, GuidanceConfig, GuidanceKind, Guided, g
 from models.images import Rounding, from_uint8, to_uint8
 from models.samplers import EDM_FIELDS, SamplerConfig, final_x, noise_timesteps, respacing_for, sample
 from models.unet import autocast
-from orchestrator.config import OPERATIONAL
 from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.labels import Labels, read_labels
 from orchestrator.generation.noise import Draw, DrawNoise, draw_noise
@@ -122,9 +121,9 @@ def _check_guidance(config: GenerationConfig, model: Network, weak: Network | No
 
 def fingerprint(config: GenerationConfig, networks: Networks) -> dict[str, Any]:
     """All that decides the samples, but for the platform; B only where the config says it."""
-    unused = {"batch_size"} if not config.batch_size else set()
+    unused = {"num_samples"} if config.batch_size else {"num_samples", "batch_size"}
     unused |= {"upsampling"} if not config.upsampler else set()
-    chosen = config.model_dump(mode="json", exclude=OPERATIONAL | config.operational | unused)
+    chosen = {name: value for name, value in config.fingerprint().items() if name not in unused}
     del chosen["guidance"]["weak_weights"]  # counts by its hash
     _leave_out_later_defaults(chosen)
     stages = {"weights": networks.weights, "classifier": networks.classifier, "upsampler": networks.upsampler}

@@ -52,9 +52,9 @@ def quickstart(config: QuickstartConfig) -> None:
     print(f"MLflow:     mlflow ui --backend-store-uri {os.environ['MLFLOW_TRACKING_URI']}")
 
 
-def plan(config: QuickstartConfig) -> str:
-    """What the quickstart would run."""
-    return "\n".join(" ".join(["python", *command]) for _, command in _stages(config, preview=True))
+def plan(config: QuickstartConfig) -> tuple[QuickstartConfig, str]:
+    """Return the config, and what the quickstart would run."""
+    return config, "\n".join(" ".join(["python", *command]) for _, command in _stages(config, preview=True))
 
 
 def _stages(config: QuickstartConfig, preview: bool = False) -> Iterator[Stage]:

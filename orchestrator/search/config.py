@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, cast
 import numpy as np
 from pydantic import Field, model_validator
 
-from orchestrator.config import JobConfig
+from orchestrator.config import JobConfig, Operational
 from orchestrator.cost import CostConfig
 from orchestrator.evaluation.extractors import LoadExtractor, extractor_loader
 from orchestrator.generation.config import GenerationConfig
@@ -52,24 +52,19 @@ class SearchConfig(JobConfig):
     proxy: bool = False  # of a grid: settings of the fewest steps first, and of more steps those near the best scales
     finalists: int = Field(2, gt=0)  # the best few, scored again on fresh seeds
     alpha: float = Field(0.05, gt=0, lt=1)  # family-wise error: probability of ever eliminating the best trial
-    budget: str | None = None  # samples ("20000"), hours ("1.5h") or a share of drawing all trials to the end ("25%")
+    budget: Operational[str | None] = None  # samples ("20000"), hours ("1.5h") or a share of all trials' ("25%")
     seed: int = Field(0, ge=0)  # labels and noise of all trials alike, and the proposals
     fresh_seed: int = Field(1_000_003, ge=0)  # labels and noise of the finals, by which nothing was chosen
     labels: str = "balanced"  # as a generation takes them: balanced, uniform, ...
     batch_size: int = Field(64, gt=0)  # canonical batch B
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention
-    compile: bool = False  # torch.compile the networks: slower to start, faster on long searches
+    compile: Operational[bool] = False  # torch.compile the networks: slower to start, faster on long searches
     extractor: str = "digits"  # inception, efficientnet, digits, or one's own as package.module.name
     extractor_weights: str | None = None  # inception's file; None: its released name in the store's extractors/
-    num_workers: int = Field(1, ge=0)  # sampling workers, shared by all trials; 0 = in this process, without Ray
-    num_gpus: float = Field(0.0, ge=0)  # GPUs for each worker
-    num_threads: int = Field(1, gt=0)  # CPU threads of each worker
-    cost: CostConfig = CostConfig()  # what --dry-run counts with
-
-    @property
-    def operational(self) -> frozenset[str]:
-        """Return the budget: with a larger one a search goes on where it stopped."""
-        return frozenset({"budget"})
+    num_workers: Operational[int] = Field(1, ge=0)  # sampling workers of all trials; 0 = in this process, without Ray
+    num_gpus: Operational[float] = Field(0.0, ge=0)  # GPUs for each worker
+    num_threads: Operational[int] = Field(1, gt=0)  # CPU threads of each worker
+    cost: Operational[CostConfig] = CostConfig()  # what --dry-run counts with
 
     @model_validator(mode="after")
     def _check(self) -> "SearchConfig":

@@ -125,8 +125,7 @@ class Expectation:
     gpu_hours: float
 
     def __str__(self) -> str:
-        work = f"{self.samples:,.0f} samples, {self.evaluations:,.0f} network evaluations"
-        return f"{work}, {self.gpu_hours:,.3g} GPU-hours"
+        return f"{self.samples:,.0f} samples, {self.evaluations:,.0f} network evaluations"
 
 
 def most_work(

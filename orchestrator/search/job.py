@@ -11,11 +11,11 @@ from cluster.tuner import run_rounds
 from cluster.workers import pool
 from models.costs import forward_multiply_adds, guidance_multiply_adds
 from orchestrator import storage
-from orchestrator.config import check_or_write_config, noted_files
-from orchestrator.cost import GUIDED_SAMPLING, assumed_mfu
-from orchestrator.evaluation.extractors import CPU
+from orchestrator.config import check_config, check_or_write_config, noted_files, read_config
+from orchestrator.cost import GUIDED_SAMPLING, assumed_mfu, money, not_there_yet
+from orchestrator.evaluation.extractors import CPU, extractor_name
 from orchestrator.generation.config import GenerationConfig
-from orchestrator.generation.cost import outline
+from orchestrator.generation.cost import Trained, absent_weights, outline
 from orchestrator.generation.sampling import NUMERICS_VERSION, Networks, load_networks
 from orchestrator.progress import Progress, progress_line
 from orchestrator.search.config import Limit, SearchConfig, space_of
@@ -51,10 +51,7 @@ def search(config: SearchConfig) -> str:
     """
     output = config.path(config.output)
     files = _files(config)
-    networks = {path: load_networks(sampled_by(config, files, path), "cpu") for path in config.weights}
-    for weak in config.space.weak_weights:  # checked here, before anything is drawn
-        for path in config.weights:
-            load_networks(sampled_by(config, files, path, weak), "cpu")
+    networks = _load(config, files)
     space = space_of(config, passes_of(config, sampled_by(config, files, config.weights[0]), files))
     facts = _check_or_write_config(config, files, networks)
     result_uri = storage.join(output, "search.json")
@@ -84,20 +81,33 @@ def search(config: SearchConfig) -> str:
     return result_uri
 
 
-def passes_of(config: SearchConfig, generation: GenerationConfig, files: dict[str, str] | None = None) -> Passes:
+def _load(config: SearchConfig, files: dict[str, str]) -> dict[str, Networks]:
+    """Load the networks of each diffusion model; check those with each weaker model before anything is drawn."""
+    for weak in config.space.weak_weights:
+        for path in config.weights:
+            load_networks(sampled_by(config, files, path, weak), "cpu")
+    return {path: load_networks(sampled_by(config, files, path), "cpu") for path in config.weights}
+
+
+def passes_of(
+    config: SearchConfig,
+    generation: GenerationConfig,
+    files: dict[str, str] | None = None,
+    trained: Trained | None = None,
+) -> Passes:
     """Return what a pass of each guide costs in passes of the first diffusion model; files: of weights by path.
 
     Raises:
         ValueError: the space has a kind of guidance whose network is not named.
     """
-    model = outline(generation, generation.weights)
+    model = outline(generation, generation.weights, None, trained)
     multiply_adds = forward_multiply_adds(model.architecture)
     paths = {"classifier": generation.classifier, "classifier_free": generation.weights}
     guides = {}
     for kind, weak in config.space.guides:
         path = (files or {}).get(weak, weak) if weak else paths.get(kind)
         if path is not None:
-            guide = outline(generation, path).architecture
+            guide = outline(generation, path, None, trained).architecture
             guides[kind, weak] = guidance_multiply_adds(guide) / multiply_adds
     return Passes(model.diffusion, guides)
 
@@ -115,22 +125,41 @@ def _check_or_write_config(config: SearchConfig, files: dict[str, str], networks
     Raises:
         ValueError: the networks, or the objectives and the extractor, do not fit each other; or it is another search's.
     """
-    first = networks[config.weights[0]]
-    size = first.weights.architecture.image_size
+    size, first = _image_size(config, networks), networks[config.weights[0]]
+    loaded = config.extractor_loader(size)(CPU)
+    _check_objectives(config, loaded.network.name)
+    output, facts = config.path(config.output), _facts(networks) | {"extractor": loaded.fingerprint}
+    check_or_write_config(output, config, _is_begun(output), {"files": files}, **facts)
+    return Facts(size, first.labels.given, loaded.knows(first.classes))
+
+
+def _is_begun(output: str) -> bool:
+    return bool(storage.list_names(storage.join(output, "trials")))
+
+
+def _facts(networks: dict[str, Networks]) -> dict[str, Any]:
+    """Return what the folder is bound to beside the config, but for the extractor."""
+    (first, *_) = networks.values()
+    return {
+        "weights": {path: found.weights.sha256 for path, found in networks.items()},
+        "classifier": first.classifier.sha256 if first.classifier else None,
+        "numerics_version": NUMERICS_VERSION,
+    }
+
+
+def _image_size(config: SearchConfig, networks: dict[str, Networks]) -> int:
+    """Return the pixels of a side of all samples; ValueError if the diffusion models make images of several sizes."""
+    size = networks[config.weights[0]].weights.architecture.image_size
     for path, found in networks.items():
         if found.weights.architecture.image_size != size:
             raise ValueError(f"weights={path} makes other images than {config.weights[0]}, which has {size} pixels")
-    loaded = config.extractor_loader(size)(CPU)
+    return size
+
+
+def _check_objectives(config: SearchConfig, extractor: str) -> None:
+    """Raise ValueError if trials cannot be compared by an objective or a constraint."""
     for name in (*config.objective, *(bound.metric for bound in config.bounds)):
-        Objective.parse(name, loaded.network.name)
-    noted = {
-        "weights": {path: found.weights.sha256 for path, found in networks.items()},
-        "classifier": first.classifier.sha256 if first.classifier else None,
-        "extractor": loaded.fingerprint,
-        "numerics_version": NUMERICS_VERSION,
-    }
-    check_or_write_config(config.path(config.output), config, files, **noted)
-    return Facts(size, first.labels.given, loaded.knows(first.classes))
+        Objective.parse(name, extractor)
 
 
 def _start(config: SearchConfig, space: Space) -> tuple[SuccessiveHalving, SampleBudget, Clock]:
@@ -220,23 +249,49 @@ def _flat(metrics: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def plan(config: SearchConfig) -> str:
-    """What a search would read, write and cost."""
+def plan(config: SearchConfig, trained: Trained | None = None) -> tuple[SearchConfig, str]:
+    """Return the config, and what a search would read, write and cost.
+
+    trained: what trainings will leave, for weights that are not there yet.
+
+    Raises:
+        ValueError: what `search` would refuse before it starts.
+    """
+    _check_objectives(config, extractor_name(config.extractor))
+    paths = [*config.weights, *config.space.weak_weights, *([config.classifier] if config.classifier else [])]
+    absent = absent_weights(config, paths)
+    reference = config.path(config.reference)
+    absent += [] if storage.exists(reference) else [reference]
+    if not absent_weights(config, paths):
+        networks, output = _load(config, _files(config)), config.path(config.output)
+        _image_size(config, networks)
+        extractor = read_config(output).get("extractor")  # which may have to be trained first
+        check_config(output, config, _is_begun(output), **_facts(networks), extractor=extractor)
+    lines = [
+        f"reads   {', '.join([*map(config.path, paths), reference])}",
+        f"writes  {config.path(config.output)}: features and records of each trial, search.json, pictures",
+    ]
+    try:
+        lines += _priced(config, trained)
+    except FileNotFoundError:
+        lines.append("cost    known as soon as the weights are there")
+    return config, "\n".join([*lines, *not_there_yet(absent)])
+
+
+def _priced(config: SearchConfig, trained: Trained | None) -> list[str]:
+    """Return the lines of a plan that say how much is tried, and what it costs."""
     generation = config.generation(config.weights[0], config.seed)
-    networks = [outline(generation, path) for path in (*config.weights, *config.space.weak_weights)]
-    guide = outline(generation, config.classifier) if config.classifier else None
-    space = space_of(config, passes_of(config, generation))
-    work = most_work(config, space.grid(), networks[0].architecture)
-    inputs = [network.uri for network in networks] + ([guide.uri] if guide else []) + [config.path(config.reference)]
-    limit = Limit.parse(config.budget)
-    mfu = assumed_mfu(config.cost, GUIDED_SAMPLING)
+    space = space_of(config, passes_of(config, generation, trained=trained))
+    work = most_work(config, space.grid(), outline(generation, config.weights[0], None, trained).architecture)
     between = ", and any scale between" if config.space.continuous else ""
-    return "\n".join(
-        [
-            f"reads   {', '.join(inputs)}",
-            f"writes  {config.path(config.output)}: features and records of each trial, search.json, pictures",
-            f"tries   up to {config.num_trials(space.grid())} settings of a grid of {len(space.grid())}{between}",
-            f"work    at most {work}" + (f", or {config.budget}" if limit.unit == "h" else ""),
-            f"assumed {mfu.share:.0%} of an {config.cost.gpu}'s peak ({mfu.source})",
-        ]
-    )
+    limit = f", or {config.budget}" if Limit.parse(config.budget).unit == "h" else ""
+    lines = [f"tries   up to {config.num_trials(space.grid())} settings of a grid of {len(space.grid())}{between}"]
+    if not config.num_gpus:
+        return [*lines, f"work    at most {work}{limit}; not estimated for CPUs, --num-gpus 1 prices it on GPUs"]
+    mfu = assumed_mfu(config.cost, GUIDED_SAMPLING)
+    return [
+        *lines,
+        f"work    at most {work}, {work.gpu_hours:,.3g} GPU-hours{limit}",
+        *money(work.gpu_hours, config.cost),
+        f"assumed {mfu.share:.0%} of an {config.cost.gpu}'s peak ({mfu.source})",
+    ]

@@ -2,6 +2,7 @@
 
 from models.ema import Profile, combination
 from orchestrator import storage
+from orchestrator.cost import not_there_yet
 from orchestrator.training.config import AverageConfig
 from orchestrator.training.snapshots import power_snapshots
 from orchestrator.weights.network import load_network, save_weights, weights_about
@@ -40,10 +41,13 @@ def average(config: AverageConfig) -> str:
     return output
 
 
-def plan(config: AverageConfig) -> str:
-    """What would be read and written."""
+def plan(config: AverageConfig) -> tuple[AverageConfig, str]:
+    """Return the config, and what would be read and written."""
+    run = config.path(config.weights)
+    if not storage.list_names(storage.join(run, "weights")):
+        return config, "\n".join([f"reads   {run}", *not_there_yet([run])])
     lines = [f"reads   {uri}" for _, _, uri in _chosen(config)]
-    return "\n".join([*lines, f"writes  {_output(config)}"])
+    return config, "\n".join([*lines, f"writes  {_output(config)}"])
 
 
 def _chosen(config: AverageConfig) -> list[tuple[int, float, str]]:

@@ -59,8 +59,15 @@ def save_checkpoint(run: str, checkpoint: Checkpoint, attempt: str = "") -> str:
     return uri
 
 
-def read_newest(run: str) -> Iterator[Checkpoint]:
+def positions(run: str) -> list[int]:
+    """Return where a run has committed checkpoints, in images seen, the newest first."""
+    return list(dict.fromkeys(int(found["position"]) for _, found in _commits(run)))
+
+
+def read_newest(run: str, at: int | None = None) -> Iterator[Checkpoint]:
     """Yield the newest usable checkpoint in parts, one for each of its files; nothing if the run has no checkpoints.
+
+    at: only a checkpoint at this position, in images seen; None: any.
 
     A part without tensors comes first. If a file turns out to be damaged, the checkpoint before follows, again with
     such a part at its beginning.
@@ -70,7 +77,9 @@ def read_newest(run: str) -> Iterator[Checkpoint]:
         OSError: storage failed, so nobody can tell what is there.
     """
     reasons = []
-    for uri in _commits(run):
+    for uri, found in _commits(run):
+        if at not in (None, int(found["position"])):
+            continue
         try:
             commit = _read_commit(uri)
             yield Checkpoint(commit["position"], {}, commit["facts"])
@@ -127,8 +136,8 @@ def _folder(run: str, position: int) -> str:
     return storage.join(run, "checkpoints", f"images-{position:012d}")
 
 
-def _commits(run: str) -> Iterator[str]:
-    """Yield the URIs of all commit objects, those with the most images first.
+def _commits(run: str) -> Iterator[tuple[str, re.Match[str]]]:
+    """Yield the URI and the parts of the name of every commit object, those with the most images first.
 
     Each folder is listed by itself: on a local disk a recursive listing leaves out what it cannot read.
     """
@@ -136,7 +145,7 @@ def _commits(run: str) -> Iterator[str]:
     for folder in reversed(storage.list_names(root)):
         for name in reversed(storage.list_names(storage.join(root, folder))):
             if (found := _NAME.fullmatch(folder + name)) and found["kind"] == "commit":
-                yield storage.join(root, folder, name)
+                yield storage.join(root, folder, name), found
 
 
 def _read_commit(uri: str) -> dict[str, Any]:

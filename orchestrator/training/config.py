@@ -10,7 +10,7 @@ from models.diffusion import DiffusionConfig
 from models.ema import gamma_of
 from models.samplers import SamplerConfig
 from models.unet import ClassifierConfig, UNetConfig, autocast
-from orchestrator.config import JobConfig
+from orchestrator.config import JobConfig, Operational
 from orchestrator.cost import CostConfig
 from orchestrator.order import OrderConfig
 
@@ -32,6 +32,11 @@ class LossScaleConfig(BaseModel, frozen=True, extra="forbid"):
 class TrainingConfig(JobConfig):
     """What training a network takes, whichever it is. Lengths are counted in images, not in steps."""
 
+    remedy: ClassVar[str] = (
+        "take the other values from there, choose another --output, or continue one of its checkpoints with the new "
+        "values in a run of their own by --branch NEW-OUTPUT"
+    )
+
     dataset: str  # a prepared dataset's folder
     output: str  # the run's folder
     diffusion: DiffusionConfig
@@ -39,56 +44,51 @@ class TrainingConfig(JobConfig):
     order: OrderConfig = OrderConfig()
     crop: Literal["center", "random"] = "center"  # ADM's centre crop, or its classifier's random crop
     random_flip: bool = True  # mirror half of the images
-    total_images: int = Field(gt=0)  # length of the training
+    total_images: int = Field(gt=0)  # length of the training; a larger one continues a finished training
+    extend: Operational[bool] = False  # let a larger total_images stretch lr_schedule linear, too
+    branch: Operational[str | None] = None  # continue a checkpoint of output in this new run, where fields may differ
+    branch_at: Operational[int | None] = None  # images of that checkpoint; None = the newest
     seed: int = Field(0, ge=0, lt=2**64)  # order, flips, crops, timesteps, noise and initial weights follow from it
     batch_size: int = Field(256, gt=0)  # images in a step, over all workers
-    microbatch_size: int | None = Field(None, gt=0)  # images that a worker has in memory at most; None = its share
+    microbatch_size: Operational[int | None] = Field(None, gt=0)  # largest forward pass of a worker; None = its share
     reduction: Literal["fast", "exact"] = "fast"  # exact = weights equal to the bit on any number of workers; slower
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention, by autocast
     loss_scale: LossScaleConfig = LossScaleConfig()
     tf32: bool = False  # let float32 convolutions and products round to TF32 on GPUs that have it; published: no
-    recompute: bool | None = None  # blocks in the backward pass: slower by a third; None = where memory asks for it
-    num_threads: int = Field(1, gt=0)  # CPU threads of each worker's arithmetic; another number gives other last bits
-    compile: bool = False  # torch.compile the network: slower to start, faster on long runs
+    recompute: Operational[bool | None] = None  # blocks in the backward pass, slower by a third; None = if needed
+    num_threads: Operational[int] = Field(1, gt=0)  # CPU threads of each worker; another number gives other last bits
+    compile: Operational[bool] = False  # torch.compile the network: slower to start, faster on long runs
     init_from: str | None = None  # start from these weights: a run's folder, a .safetensors or a .pt file of this model
     learning_rate: float = Field(1e-4, gt=0)  # AdamW's
     weight_decay: float = Field(0.0, ge=0)  # AdamW's
     warmup_images: int = Field(0, ge=0)  # the learning rate rises linearly over these
     lr_schedule: Literal["constant", "linear"] = "constant"  # after the warm-up; linear = falls to zero at the end
     max_grad_norm: float | None = Field(None, gt=0)  # largest norm of the gradient
-    max_nonfinite_steps: int = Field(20, ge=0)  # steps in a row that may be skipped for a gradient that is not finite
-    checkpoint_every: int = Field(1_000_000, gt=0)  # images from one checkpoint to the next
-    keep_checkpoints: int = Field(3, gt=0)  # newest checkpoints that are kept
-    keep_every: int | None = Field(None, gt=0)  # keep the first past each multiple of this for ever, too
-    restart_from_scratch: bool = False  # if there are checkpoints but none can be used, start at image 0: do not stop
-    takeover: bool = False  # train even if another driver holds the lease on the folder; that one stops
-    snapshot_every: int | None = Field(None, gt=0)  # images from one set of weights to the next; None = at the end
-    eval_every: int | None = Field(None, gt=0)  # evaluate on the validation split every N images; None = never
-    eval_images: int = Field(1_000, gt=1)  # images of that split that are evaluated
-    log_every: int = Field(10_000, gt=0)  # images from one line of numbers to the next
-    profile_steps: str | None = None  # as 10:15: write a trace of these steps of this attempt to the run's profile/
-    audit_dir: str | None = None  # folder for the audit log: what every step consumed, row by row; slow
-    num_workers: int = Field(1, ge=0)  # training workers; 0 = in this process, without Ray
-    num_gpus: int = Field(0, ge=0, le=1)  # GPUs for each worker
-    max_failures: int = Field(3, ge=0)  # attempts in a row that may fail without a new checkpoint
-    cost: CostConfig = CostConfig()
+    max_nonfinite_steps: Operational[int] = Field(
+        20, ge=0
+    )  # consecutive steps that may be skipped: gradient not finite
+    checkpoint_every: Operational[int] = Field(1_000_000, gt=0)  # images from one checkpoint to the next
+    keep_checkpoints: Operational[int] = Field(3, gt=0)  # newest checkpoints that are kept
+    keep_every: Operational[int | None] = Field(None, gt=0)  # keep the first past each multiple of this for ever, too
+    restart_from_scratch: Operational[bool] = False  # start at image 0 if no checkpoint can be used
+    takeover: Operational[bool] = False  # train even if another driver holds the lease on the folder; that one stops
+    snapshot_every: Operational[int | None] = Field(
+        None, gt=0
+    )  # images from one set of weights to the next; None = end
+    eval_every: Operational[int | None] = Field(None, gt=0)  # evaluate the validation split every N images
+    eval_images: Operational[int] = Field(1_000, gt=1)  # images of that split that are evaluated
+    log_every: Operational[int] = Field(10_000, gt=0)  # images from one line of numbers to the next
+    profile_steps: Operational[str | None] = None  # as 10:15: trace these steps of this attempt into profile/
+    audit_dir: Operational[str | None] = None  # folder for the audit log: what every step consumed, row by row; slow
+    num_workers: Operational[int] = Field(1, ge=0)  # training workers; 0 = in this process, without Ray
+    num_gpus: Operational[int] = Field(0, ge=0, le=1)  # GPUs for each worker
+    max_failures: Operational[int] = Field(3, ge=0)  # attempts in a row that may fail without a new checkpoint
+    cost: Operational[CostConfig] = CostConfig()
 
     @property
     def operational(self) -> frozenset[str]:
-        """What does not change the weights, the length included unless the learning rate falls towards it."""
-        fields = {"checkpoint_every", "keep_checkpoints", "keep_every", "log_every", "audit_dir", "max_nonfinite_steps"}
-        fields |= {
-            "max_failures",
-            "preview_every",
-            "preview",
-            "restart_from_scratch",
-            "takeover",
-            "profile_steps",
-            "recompute",
-        }
-        if self.lr_schedule == "constant":
-            fields.add("total_images")
-        return frozenset(fields & type(self).model_fields.keys())
+        """Return the marked fields, and the length unless the learning rate falls towards it."""
+        return super().operational | ({"total_images"} if self.lr_schedule == "constant" else set())
 
     @property
     def length(self) -> int:
@@ -159,8 +159,8 @@ class AdmConfig(TrainingConfig):
     timesteps: Literal["uniform", "loss_second_moment"] = "uniform"  # how often each is trained; IDDPM section 3.3
     ema_rates: tuple[float, ...] = Field((0.9999,), min_length=1)  # one average of the weights for each rate
     power_emas: tuple[float, ...] = ()  # lengths (sigma_rel) of power-function averages; (0.05, 0.1) = post-hoc EMA
-    preview_every: int = Field(10_000_000, gt=0)  # images from one picture of samples to the next
-    preview: SamplerConfig = SamplerConfig(name="ddim", num_steps=25)  # how those samples are drawn
+    preview_every: Operational[int] = Field(10_000_000, gt=0)  # images from one picture of samples to the next
+    preview: Operational[SamplerConfig] = SamplerConfig(name="ddim", num_steps=25)  # how those samples are drawn
 
     @field_validator("model", mode="after")
     @classmethod

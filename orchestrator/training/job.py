@@ -21,18 +21,19 @@ from models.costs import count_parameters, training_state_bytes
 from models.diffusion import LossSecondMomentTimesteps
 from orchestrator import storage
 from orchestrator.arithmetic import arithmetic, choose_device, platform
-from orchestrator.config import check_or_write_config
-from orchestrator.cost import GPUS, priced, training_cost
+from orchestrator.cost import GPUS, not_there_yet, priced, training_cost
 from orchestrator.data.dataset import Manifest, batches, load_manifest
 from orchestrator.order import OrderPlan
 from orchestrator.progress import progress_line
 from orchestrator.tracking import catch_up, tracked
+from orchestrator.training import checkpoints
 from orchestrator.training.audit_log import AuditLog
 from orchestrator.training.checkpoint_writer import CheckpointWriter
 from orchestrator.training.checkpoints import Checkpoint, UnusableCheckpoints
 from orchestrator.training.config import AdmConfig, Config, TrainingConfig
+from orchestrator.training.continuing import bind, branch_off, check_folder, parent_of
 from orchestrator.training.gradients import make_reduction, memory_of, prepare_network, recomputes
-from orchestrator.training.initial_weights import begin_with
+from orchestrator.training.initial_weights import begin_with, check_initial_weights
 from orchestrator.training.lease import Lease
 from orchestrator.training.losses import Microbatch, Terms, make_losses, make_microbatches
 from orchestrator.training.meter import Meter
@@ -60,26 +61,34 @@ def train(config: Config) -> str:
         RuntimeError: the training failed, or another driver trains this run.
         KeyboardInterrupt: it was asked to stop before its end; its place is kept.
     """
-    run = config.path(config.output)
     manifest = load_manifest(config.path(config.dataset))
-    config = _with_classes(config, manifest)
-    if not config.num_workers:
-        choose_device(config.num_gpus)  # refused here where there is none
-    _open_bytes(config, manifest)  # refused here where it is too much, or the split impossible
-    _validation_count(config, manifest)
-    check_or_write_config(run, config)
-    if storage.exists(final_weights(run, config)):
+    config = _checked(config, manifest)
+    run = config.path(config.branch or config.output)
+    if not config.branch and storage.exists(final_weights(run, config)):
+        bind(config)
         print(f"{run} is trained already: {config.total_images:,} images")
         catch_up(config.job, config, run)
         return run
+    with Lease(run, config.takeover) as lease:
+        if config.branch:
+            config = branch_off(config, _validation_count(config, manifest))
+        bind(config)
+        if not checkpoints.positions(run):
+            check_initial_weights(config)
+        _run(config, run, lease)
+    print(f"{run} is trained: {config.total_images:,} images, weights in {storage.join(run, 'weights')}")
+    return run
+
+
+def _run(config: Config, run: str, lease: Lease) -> None:
+    """Run the workers until the training is over. Raises what `train` does."""
     with (
-        Lease(run, config.takeover) as lease,
         session(
             config.num_workers * (config.num_threads + CPUS_OF_DATA),
             num_gpus=config.num_workers * config.num_gpus,
             shared=config.shared,
         ),
-        tracked(config.job, config, run) as tracker,
+        tracked(config.job, config, run, parent_of(run)) as tracker,
         progress_line(config.total_images, "images") as progress,
     ):
 
@@ -112,39 +121,64 @@ def train(config: Config) -> str:
             if lease.is_lost():
                 raise RuntimeError(f"another driver took over {run}: this one stopped, and its place is kept")
             raise KeyboardInterrupt
-    print(f"{run} is trained: {config.total_images:,} images, weights in {storage.join(run, 'weights')}")
-    return run
 
 
-def plan(config: Config) -> str:
-    """What a training would read and write, and what it would cost."""
-    manifest = load_manifest(config.path(config.dataset))
-    config = _with_classes(config, manifest)
-    _validation_count(config, manifest)
-    order = _order(config, manifest)
+def plan(config: Config) -> tuple[Config, str]:
+    """Return the resolved config, and what a training would read, write and cost, as far as its inputs are there.
+
+    Raises:
+        ValueError: what `train` would refuse before it starts.
+    """
+    dataset, first = config.path(config.dataset), config.path(config.init_from) if config.init_from else None
+    absent, read, epochs, opened = [dataset], f"reads   {dataset}", "", []
     workers = max(config.num_workers, 1)
-    open_bytes = _open_bytes(config, manifest)
+    if storage.exists(storage.join(dataset, "manifest.json")):
+        manifest, absent = load_manifest(dataset), []
+        config = _checked(config, manifest)
+        order, open_bytes = _order(config, manifest), _open_bytes(config, manifest) / 2**20
+        read = f"{read}: {manifest.num_samples('train'):,} images"
+        epochs = f", {config.total_images / order.images_per_epoch:.1f} epochs of {order.images_per_epoch:,}"
+        opened = [f"open    {open_bytes:.1f} MiB of images at once in each of {workers} workers"]
+    course = "" if config.branch else check_folder(config)
+    try:
+        check_initial_weights(config)
+    except FileNotFoundError:
+        absent.append(str(first))
     averages = len(config.ema_rates) + len(config.power_emas)
     parameters, half = count_parameters(config.model), config.dtype != "float32"
     recomputed = recomputes(config, workers, GPUS[config.cost.gpu].memory if config.num_gpus else None)
     network = config.model.model_copy(update={"gradient_checkpointing": recomputed})
     cost = training_cost(network, config.length, memory_of(config, network, workers))
-    first = config.path(config.init_from) if config.init_from else None
-    return "\n".join(
-        [
-            f"reads   {config.path(config.dataset)}: {manifest.num_samples('train'):,} images",
-            *([f"starts  from {first}{'' if storage.exists(first) else ', not there yet'}"] if first else []),
-            f"writes  {config.path(config.output)}: weights, and a checkpoint of "
-            f"{training_state_bytes(config.model, averages) / 2**30:.2f} GiB every {config.checkpoint_every:,} images",
-            f"network {parameters:,} parameters, {config.model.num_classes or 'no'} classes",
-            f"length  {config.total_images:,} images = {config.length // config.batch_size:,} steps of "
-            f"{config.batch_size}, {config.total_images / order.images_per_epoch:.1f} epochs of "
-            f"{order.images_per_epoch:,}",
-            f"open    {open_bytes / 2**20:.1f} MiB of images at once in each of {workers} workers",
-            *(["blocks  are recomputed in the backward pass, to save memory"] if recomputed else []),
-            priced(cost, config.cost, config.num_workers, half),
-        ]
-    )
+    lines = [
+        read,
+        *([f"starts  from {first}"] if first else []),
+        *([f"goes on from a checkpoint of {config.path(config.output)}"] if config.branch else []),
+        *([f"extends {course}"] if course else []),
+        f"writes  {config.path(config.branch or config.output)}: weights, and a checkpoint of "
+        f"{training_state_bytes(config.model, averages) / 2**30:.2f} GiB every {config.checkpoint_every:,} images",
+        f"network {parameters:,} parameters, {config.model.num_classes or 'no'} classes",
+        f"length  {config.total_images:,} images = {config.length // config.batch_size:,} steps of "
+        f"{config.batch_size}{epochs}",
+        *opened,
+        *(["blocks  are recomputed in the backward pass, to save memory"] if recomputed else []),
+        priced(cost, config.cost, config.num_workers, config.num_gpus, half),
+        *not_there_yet(absent),
+    ]
+    return config, "\n".join(lines)
+
+
+def _checked(config: Config, manifest: Manifest) -> Config:
+    """Return the config with what the dataset says, after all checks that need no worker.
+
+    Raises:
+        ValueError: config, dataset and this machine do not fit each other.
+    """
+    config = _with_classes(config, manifest)
+    if not config.num_workers and not config.dry_run:
+        choose_device(config.num_gpus)  # refused here where there is none
+    _open_bytes(config, manifest)  # refused here where it is too much, or the split impossible
+    _validation_count(config, manifest)
+    return config
 
 
 def _with_classes(config: Config, manifest: Manifest) -> Config:
@@ -215,10 +249,6 @@ def _train(config: Config, context: WorkerContext) -> None:
         # Go on from the newest usable checkpoint; what a kill kept it from leaving behind is made up for.
         if is_resumed:
             state.check_finite()
-            if state.position > config.length:
-                raise ValueError(
-                    f"total_images={config.total_images:,}, but {run} is already at {state.position:,} images"
-                )
             if context.rank == 0:
                 context.report({"resumed": state.position})
                 after_saving(Checkpoint(state.position, state.tensors(), state.facts()))

@@ -10,8 +10,9 @@ weights, sums and normalisation stay in float32, and --dtype float32 gives what 
 from typing import Any
 
 from models import zoo
+from models.diffusion import DiffusionConfig
 from models.samplers import SamplerConfig
-from models.unet import ClassifierConfig, UNetConfig
+from models.unet import Architecture, ClassifierConfig, UNetConfig
 from orchestrator.config import DIGITS, IMAGES
 from orchestrator.order import OrderConfig
 from orchestrator.training.config import AdmConfig, AverageConfig, NoisyClassifierConfig
@@ -65,6 +66,13 @@ def upsampler_presets() -> dict[str, Adm]:
         "imagenet128_512": _published("upsampler-128-512", 1_050_000, 256, 1e-4, dtype="float16", at_once=8),
         "iddpm_imagenet64_256": _iddpm("iddpm-upsampler-64-256", 500_000, 256, 3e-4, at_once=16),
     }
+
+
+def trained_networks() -> dict[str, tuple[Architecture, DiffusionConfig]]:
+    """Return the network and diffusion that each preset's training will leave, by its output."""
+    configs = [found for presets in (adm_presets(), classifier_presets(), upsampler_presets())
+               for _, found in presets.values()]  # fmt: skip
+    return {config.output: (config.model, config.diffusion) for config in configs}
 
 
 def average_presets() -> dict[str, tuple[str, AverageConfig]]:

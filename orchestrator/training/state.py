@@ -16,6 +16,7 @@ from orchestrator.order import Purpose, keyed_rng
 from orchestrator.training import checkpoints
 from orchestrator.training.config import Config, TrainingConfig
 
+BEST_VALIDATION = "validation.best"  # depends on --eval-every and --eval-images, which may change at any restart
 _FACTS = ("updates", "bad_steps", "log2_loss_scale", "best_validation_position", "overfits")
 
 log = logging.getLogger(__name__)
@@ -78,29 +79,36 @@ class TrainingState:
             found["timesteps.history"] = torch.from_numpy(self.timesteps.history)
             found["timesteps.counts"] = torch.from_numpy(self.timesteps.counts)
         if self.best_validation is not None:
-            found["validation.best"] = self.best_validation
+            found[BEST_VALIDATION] = self.best_validation
         return found
 
     def facts(self) -> dict[str, Any]:
         """The rest of it, small enough for JSON."""
         return {name: getattr(self, name) for name in _FACTS}
 
-    def restore(self, run: str, group: Group) -> bool:
+    def restore(self, run: str, group: Group, at: int | None = None, branching: bool = False) -> bool:
         """Take over the newest usable checkpoint of `run`, if there is one: rank 0 reads it, file by file, for all.
+
+        at: only the checkpoint at this position. branching: this state is of a new run, whose averages and timestep
+        sampler may be others: what the checkpoint lacks of them starts anew, the averages at its weights.
 
         Raises:
             UnusableCheckpoints: there are some, and none can be used; some tensors may be overwritten.
             ValueError: it holds other tensors than this state.
         """
         live, missing = self.tensors(), None
-        for part, names in group.from_first(_loaded(run, live)):
+        for part, names in group.from_first(_loaded(run, live, at, branching)):
             missing = set(live) if missing is None or not names else missing - set(names)
             group.copy_from_first([live[name] for name in names])
             self.position = part.position
             for name in _FACTS:
                 setattr(self, name, part.facts[name])
-        if missing:
-            raise ValueError(f"the checkpoint in {run} lacks {min(missing)}, which this model has")
+        if lacking := [name for name in missing or () if not _may_differ(name, branching)]:
+            raise ValueError(f"the checkpoint in {run} lacks {min(lacking)}, which this model has")
+        for average in self.averages if branching else ():
+            for name, parameter in self.model.named_parameters():
+                if missing and f"{average}.{name}" in missing:
+                    live[f"{average}.{name}"].copy_(parameter.detach())
         return missing is not None
 
     def check_finite(self) -> None:
@@ -175,11 +183,21 @@ def _copy_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
 
 
-def _loaded(run: str, live: dict[str, Tensor]) -> Iterator[tuple[checkpoints.Checkpoint, list[str]]]:
+def _loaded(
+    run: str, live: dict[str, Tensor], at: int | None, branching: bool
+) -> Iterator[tuple[checkpoints.Checkpoint, list[str]]]:
     """Read the newest usable checkpoint into the tensors `live`; yield of each part the names of its tensors."""
-    for part in checkpoints.read_newest(run):
+    for part in checkpoints.read_newest(run, at):
+        names = []
         for name, tensor in part.tensors.items():
-            if name not in live or live[name].shape != tensor.shape:
+            if name in live and live[name].shape == tensor.shape:
+                live[name].copy_(tensor)
+                names.append(name)
+            elif not _may_differ(name, branching):
                 raise ValueError(f"the checkpoint in {run} has {name} {tuple(tensor.shape)}: not this model's")
-            live[name].copy_(tensor)
-        yield checkpoints.Checkpoint(part.position, {}, part.facts), list(part.tensors)
+        yield checkpoints.Checkpoint(part.position, {}, part.facts), names
+
+
+def _may_differ(name: str, branching: bool) -> bool:
+    """Whether a tensor may be in a checkpoint and not in the state that takes it over, or the other way round."""
+    return name == BEST_VALIDATION or (branching and not name.startswith(("model.", "optimizer.", "power-")))

@@ -38,10 +38,11 @@ def convert(config: ConversionConfig) -> str:
     return output
 
 
-def plan(config: ConversionConfig) -> str:
-    """Return what a conversion would read and write."""
-    lines = [f"reads   {config.path(config.weights)}", f"writes  {config.path(config.output)}"]
-    return "\n".join([*lines, *_ignored_flags(config)])
+def plan(config: ConversionConfig) -> tuple[ConversionConfig, str]:
+    """Return the config, and what a conversion would read and write."""
+    source = config.path(config.weights)
+    lines = [f"reads   {source}", f"writes  {config.path(config.output)}", *_ignored_flags(config)]
+    return config, "\n".join(lines if storage.exists(source) else [*lines, f"not there yet: {source}"])
 
 
 def _describe(config: ConversionConfig, shapes: Shapes) -> tuple[Architecture, DiffusionConfig]:

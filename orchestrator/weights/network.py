@@ -61,10 +61,7 @@ def load_network(uri: str, device: torch.device | str = "cpu", recipe: str | Non
     try:
         weights = safetensors.torch.load(data)
         about = json.loads(_metadata(data)["admiral"])
-        if about["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format_version={about['format_version']} is not {FORMAT_VERSION}")
-        architecture = ARCHITECTURES[about["kind"]].model_validate(about["architecture"])
-        diffusion = DiffusionConfig.model_validate(about["diffusion"])
+        architecture, diffusion = described(about)
         classes = tuple(about["classes"])
     except KeyError as error:
         raise ValueError(f"{uri} is not a weights file of Admiral's: its header has no {error}") from error
@@ -72,6 +69,14 @@ def load_network(uri: str, device: torch.device | str = "cpu", recipe: str | Non
         raise ValueError(f"{uri} is not a weights file of Admiral's: {error}") from error
     module = _filled(uri, architecture, weights, device)
     return Network(module, architecture, diffusion, classes, hashlib.sha256(data).hexdigest())
+
+
+def described(about: dict[str, Any]) -> tuple[Architecture, DiffusionConfig]:
+    """Return the architecture and diffusion that a weights file states; ValueError if in another format."""
+    if about["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"format_version={about['format_version']} is not {FORMAT_VERSION}")
+    architecture = ARCHITECTURES[about["kind"]].model_validate(about["architecture"])
+    return architecture, DiffusionConfig.model_validate(about["diffusion"])
 
 
 def load_published(

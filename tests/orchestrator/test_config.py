@@ -4,35 +4,35 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config import JobConfig, check_or_write_config, experiment_name, noted_files
+from orchestrator.config import JobConfig, Operational, check_or_write_config, experiment_name, noted_files
 
 
 class Config(JobConfig):
     """A config with a field that changes results and one that does not."""
 
     seed: int = 0
-    num_workers: int = 1
+    num_workers: Operational[int] = 1
 
 
 def test_a_folder_takes_its_config_again_and_refuses_another(tmp_path: Path) -> None:
-    check_or_write_config(str(tmp_path), Config(seed=1), weights="abc")
-    check_or_write_config(str(tmp_path), Config(seed=1, num_workers=8, store="/elsewhere"), weights="abc")
+    check_or_write_config(str(tmp_path), Config(seed=1), True, weights="abc")
+    check_or_write_config(str(tmp_path), Config(seed=1, num_workers=8, store="/elsewhere"), True, weights="abc")
     with pytest.raises(ValueError, match=r"seed: 1 there, 2 here"):
-        check_or_write_config(str(tmp_path), Config(seed=2), weights="abc")
+        check_or_write_config(str(tmp_path), Config(seed=2), True, weights="abc")
     with pytest.raises(ValueError, match=r"weights: abc there, def here"):
-        check_or_write_config(str(tmp_path), Config(seed=1), weights="def")
+        check_or_write_config(str(tmp_path), Config(seed=1), True, weights="def")
 
 
 def test_files_are_noted_once_and_not_compared(tmp_path: Path) -> None:
     assert noted_files(str(tmp_path)) == {}
     for newest in ("run/weights/1.safetensors", "run/weights/2.safetensors"):
-        check_or_write_config(str(tmp_path), Config(), {"run": newest}, weights="abc")
+        check_or_write_config(str(tmp_path), Config(), True, {"files": {"run": newest}}, weights="abc")
         assert noted_files(str(tmp_path)) == {"run": "run/weights/1.safetensors"}
 
 
 def test_tracking_may_be_switched_at_any_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_or_write_config(str(tmp_path), Config(tracking=False))
-    check_or_write_config(str(tmp_path), Config())
+    check_or_write_config(str(tmp_path), Config(tracking=False), True)
+    check_or_write_config(str(tmp_path), Config(), True)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert JobConfig(store="s3://bucket/x", tracking=False).shared == ("s3://bucket/x/",), "needs no server"
 
@@ -41,11 +41,11 @@ def test_a_folders_config_holds_no_password(tmp_path: Path) -> None:
     class Remote(Config):
         source: str
 
-    check_or_write_config(str(tmp_path), Remote(source="https://me:canary@host/a@b"))
-    check_or_write_config(str(tmp_path), Remote(source="https://me:renewed@host/a@b"))
+    check_or_write_config(str(tmp_path), Remote(source="https://me:canary@host/a@b"), True)
+    check_or_write_config(str(tmp_path), Remote(source="https://me:renewed@host/a@b"), True)
     assert "https://***@host/a@b" in (tmp_path / "config.json").read_text()
     with pytest.raises(ValueError, match="source"):
-        check_or_write_config(str(tmp_path), Remote(source="https://me:canary@other/a@b"))
+        check_or_write_config(str(tmp_path), Remote(source="https://me:canary@other/a@b"), True)
 
 
 def test_the_experiment_is_named_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,10 +93,10 @@ def test_features_are_counted_on_an_image() -> None:
 
 def test_the_lines_say_what_does_not_fit_and_what_is_assumed() -> None:
     cost = training_cost(ZOO["adm-256"].network, images=1000, memory={"weights": 9 * 10**9, "activations": 90 * 10**9})
-    small, large = (priced(cost, CostConfig(gpu=gpu), 8, half=True) for gpu in ("V100", "H200"))
+    small, large = (priced(cost, CostConfig(gpu=gpu), 8, 1, half=True) for gpu in ("V100", "H200"))
     assert "TOO MUCH" in small and "TOO MUCH" not in large
     assert "on 8" in large and "ADM table 7" in large and "989" in large
-    own = priced(cost, CostConfig(mfu=0.5), 8, half=True)
+    own = priced(cost, CostConfig(mfu=0.5), 8, 1, half=True)
     assert "50%" in own and "--cost.mfu" in own
 
 

@@ -155,7 +155,7 @@ def test_statistics_alone_serve_the_extractor_that_they_state(store: str, tmp_pa
 
 
 def test_noise_is_measured_by_the_digits_network(store: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "600 images" in plan(config(store, extractor="digits", output="by-digits"))
+    assert "600 images" in plan(config(store, extractor="digits", output="by-digits"))[1]
     uri = evaluate(config(store, extractor="digits", output="by-digits"))
     content = json.loads(Path(uri).read_text())
     metrics = content["metrics"]

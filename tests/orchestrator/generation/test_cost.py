@@ -13,7 +13,7 @@ from orchestrator.generation.recipes import recommended
 def adm_256(**changes: object) -> GenerationConfig:
     settings: dict = {
         "weights": "256x256_diffusion.pt", "classifier": "256x256_classifier.pt", "output": "samples",
-        "sampler": SamplerConfig(num_steps=250), "guidance": GuidanceConfig(scale=1.0),
+        "sampler": SamplerConfig(num_steps=250), "guidance": GuidanceConfig(scale=1.0), "num_gpus": 1,
     }  # fmt: skip
     return GenerationConfig(**settings | changes)
 
@@ -60,7 +60,7 @@ def test_a_cascade_pays_for_both_stages() -> None:
 
 
 def test_a_released_model_is_priced_before_it_is_there() -> None:
-    lines = "\n".join(cost_lines(adm_256(store="/nowhere", dtype="bfloat16"), 50_000))
+    lines = "\n".join(cost_lines(adm_256(store="/nowhere", dtype="bfloat16"), 50_000, {}))
     assert "not there yet: /nowhere/256x256_diffusion.pt" in lines and "9.83 GB at most" in lines
     assert "50,000 images x 633 TFLOPs" in lines and "14% of 989 TFLOP/s" in lines
 
@@ -68,6 +68,6 @@ def test_a_released_model_is_priced_before_it_is_there() -> None:
 def test_a_batch_that_is_not_said_is_one_that_the_card_holds() -> None:
     _, preset = generation_presets()["released"]
     large = preset.model_copy(update=recommended("adm-512"))
-    lines = "\n".join(cost_lines(large, 50_000))
+    lines = "\n".join(cost_lines(large, 50_000, {}))
     assert "activations of 64 images" not in lines and "TOO MUCH" not in lines
-    assert "TOO MUCH" in "\n".join(cost_lines(large.model_copy(update={"batch_size": 64}), 50_000))
+    assert "TOO MUCH" in "\n".join(cost_lines(large.model_copy(update={"batch_size": 64}), 50_000, {}))

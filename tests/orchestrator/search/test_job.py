@@ -199,15 +199,15 @@ def test_a_damaged_block_is_named_and_made_again_once_it_is_gone(store: str) -> 
 
 
 def test_a_dry_run_says_what_it_may_cost(store: str) -> None:
-    text = plan(config(store))
+    text = plan(config(store))[1]
     assert "4 settings of a grid of 4, and any scale between" in text
     found = re.search(r"at most 576 samples, ([\d,]+) network evaluations", text)
     assert found, "4 x 96, and two finals of 96"
     # half of the settings are guided, by a classifier whose gradient costs less than twice the model's pass
     assert 576 * 2.5 < int(found[1].replace(",", "")) < 576 * 2.5 * 2
-    assert "at most 250 samples" in plan(config(store, budget="250"))
-    assert "at most 230 samples" in plan(config(store, budget="10%")), "and the finals"
-    assert "or 1.5h" in plan(config(store, budget="1.5h"))
+    assert "at most 250 samples" in plan(config(store, budget="250"))[1]
+    assert "at most 230 samples" in plan(config(store, budget="10%"))[1], "and the finals"
+    assert "or 1.5h" in plan(config(store, budget="1.5h"))[1]
 
 
 def test_presets_are_valid() -> None:

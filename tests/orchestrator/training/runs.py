@@ -1,8 +1,54 @@
-"""What training runs leave behind, for the tests that look at it."""
+"""A small training of the digits, and what training runs leave behind, for the tests that look at it."""
 
 from dataclasses import replace
 
+import torch
+
+from cluster.trainer import WorkerContext
+from models.diffusion import DiffusionConfig
+from models.unet import UNetConfig
+from orchestrator.order import OrderConfig
 from orchestrator.training.checkpoints import Checkpoint, read_newest
+from orchestrator.training.config import AdmConfig
+
+UNET = UNetConfig(
+    image_size=8,
+    in_channels=1,
+    out_channels=2,
+    model_channels=32,
+    num_res_blocks=1,
+    channel_mult=(1,),
+    attention_resolutions=(),
+    num_classes=10,
+    dropout=0.1,
+)
+
+
+def adm(store: str, output: str, **changes: object) -> AdmConfig:
+    settings: dict = {
+        "store": store, "dataset": "digits", "output": output, "model": UNET,
+        "diffusion": DiffusionConfig(schedule="cosine"), "order": OrderConfig(num_streams=2, shuffle_row_groups=2),
+        "total_images": 96, "batch_size": 16, "learning_rate": 1e-3, "ema_rates": (0.9, 0.5), "random_flip": False,
+        "checkpoint_every": 32, "log_every": 32, "num_workers": 0,
+    }  # fmt: skip
+    return AdmConfig(**settings | changes)
+
+
+def context(stop_after: int | None = None, records: list | None = None) -> WorkerContext:
+    """This process as the only worker; it is asked to stop after so many questions."""
+    asked = iter(range(10**9))
+
+    def stopping() -> bool:
+        return stop_after is not None and next(asked) + 1 >= stop_after
+
+    report = records.append if records is not None else lambda record: None
+    return WorkerContext(0, 1, torch.device("cpu"), report, stopping, streams_on_cluster=False)
+
+
+def final_state(config: AdmConfig) -> dict[str, torch.Tensor]:
+    found = newest_checkpoint(config.path(config.output))
+    assert found is not None and found.position == config.total_images
+    return found.tensors
 
 
 def newest_checkpoint(run: str) -> Checkpoint | None:

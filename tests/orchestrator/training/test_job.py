@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from cluster.collectives import Group
-from cluster.trainer import WorkerContext
 from models.diffusion import DiffusionConfig
-from models.unet import ClassifierConfig, UNetConfig
+from models.unet import ClassifierConfig
 from orchestrator import storage
 from orchestrator.data.config import PrepareConfig
 from orchestrator.data.dataset import load_manifest
@@ -26,7 +25,7 @@ from orchestrator.training import checkpoint_writer, checkpoints
 from orchestrator.training.averages import average
 from orchestrator.training.checkpoint_writer import CheckpointWriter
 from orchestrator.training.checkpoints import UnusableCheckpoints
-from orchestrator.training.config import AdmConfig, AverageConfig, LossScaleConfig, NoisyClassifierConfig
+from orchestrator.training.config import AverageConfig, LossScaleConfig, NoisyClassifierConfig
 from orchestrator.training.gradients import _dropout_seed
 from orchestrator.training.initial_weights import begin_with
 from orchestrator.training.job import _shares, train, train_loop
@@ -34,19 +33,7 @@ from orchestrator.training.snapshots import power_snapshots
 from orchestrator.training.state import TrainingState, learning_rate
 from orchestrator.training.validation import Validation
 from orchestrator.weights.network import load_network, weights_about
-from tests.orchestrator.training.runs import newest_checkpoint
-
-UNET = UNetConfig(
-    image_size=8,
-    in_channels=1,
-    out_channels=2,
-    model_channels=32,
-    num_res_blocks=1,
-    channel_mult=(1,),
-    attention_resolutions=(),
-    num_classes=10,
-    dropout=0.1,
-)
+from tests.orchestrator.training.runs import UNET, adm, context, final_state, newest_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -55,33 +42,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("store"))
     prepare(PrepareConfig(store=folder, source="digits", output="digits", name="digits", validation_fraction=0.2))
     return folder
-
-
-def adm(store: str, output: str, **changes: object) -> AdmConfig:
-    settings: dict = {
-        "store": store, "dataset": "digits", "output": output, "model": UNET,
-        "diffusion": DiffusionConfig(schedule="cosine"), "order": OrderConfig(num_streams=2, shuffle_row_groups=2),
-        "total_images": 96, "batch_size": 16, "learning_rate": 1e-3, "ema_rates": (0.9, 0.5), "random_flip": False,
-        "checkpoint_every": 32, "log_every": 32, "num_workers": 0,
-    }  # fmt: skip
-    return AdmConfig(**settings | changes)
-
-
-def context(stop_after: int | None = None, records: list | None = None) -> WorkerContext:
-    """This process as the only worker; it is asked to stop after so many questions."""
-    asked = iter(range(10**9))
-
-    def stopping() -> bool:
-        return stop_after is not None and next(asked) + 1 >= stop_after
-
-    report = records.append if records is not None else lambda record: None
-    return WorkerContext(0, 1, torch.device("cpu"), report, stopping, streams_on_cluster=False)
-
-
-def final_state(config: AdmConfig) -> dict[str, torch.Tensor]:
-    found = newest_checkpoint(config.path(config.output))
-    assert found is not None and found.position == config.total_images
-    return found.tensors
 
 
 @pytest.fixture
@@ -126,27 +86,6 @@ def test_the_job_trains_writes_weights_and_is_found_finished(store: str, capsys:
     assert len(storage.list_names(storage.join(run, "weights"))) == 2, "one file for each average"
     train(config)
     assert "trained already" in capsys.readouterr().out
-
-
-def test_another_config_in_the_same_folder_is_refused(store: str) -> None:
-    train(adm(store, "taken"))
-    with pytest.raises(ValueError, match=r"learning_rate: 0\.001 there, 0\.002 here"):
-        train(adm(store, "taken", learning_rate=2e-3))
-
-
-def test_a_training_can_be_made_longer_and_not_shorter(store: str) -> None:
-    straight, longer = adm(store, "straight"), adm(store, "longer", total_images=48)
-    train(straight)
-    train(longer)
-    train(adm(store, "longer", log_every=16))
-    for name, tensor in final_state(straight).items():
-        assert torch.equal(tensor, final_state(adm(store, "longer"))[name]), name
-    with pytest.raises(ValueError, match=r"total_images=64, but .* is already at 96 images"):
-        train(adm(store, "longer", total_images=64))
-    falling = adm(store, "falling", total_images=16, lr_schedule="linear")
-    train(falling)
-    with pytest.raises(ValueError, match="total_images: 16 there, 32 here"):
-        train(adm(store, "falling", total_images=32, lr_schedule="linear"))
 
 
 def test_a_model_for_other_classes_is_refused(store: str) -> None:
