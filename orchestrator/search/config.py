@@ -107,7 +107,7 @@ class SearchConfig(JobConfig):
 
     def generation(self, weights: str, seed: int, setting: Setting | None = None) -> GenerationConfig:
         """Return the config of sampling by one of the diffusion models, with the sampler and guidance of a setting."""
-        chosen = {"sampler": setting.sampling, "guidance": setting.guidance} if setting else {}
+        chosen = {"sampler": setting.sampler, "guidance": setting.guidance} if setting else {}
         return GenerationConfig(
             store=self.store,
             weights=weights,

@@ -265,7 +265,7 @@ def make_worker(config: SearchConfig) -> Callable[[Block], Made]:
 
     def work(block: Block) -> Made:
         try:
-            worker = loaded(block.setting.weights, block.setting.weak_weights)
+            worker = loaded(block.setting.weights, block.setting.guidance.weak_weights)
             return make_block(config, worker, extractor, block)
         except (FloatingPointError, torch.OutOfMemoryError) as error:  # all else is the machine's fault: tried again
             return Made(failed=_one_line(error))
