@@ -20,6 +20,7 @@ from orchestrator.order import Purpose, keyed_rng
 
 ASKS = 200  # proposals in a row that were made before, after which there is nothing new to propose
 
+Guide = tuple[GuidanceKind, str | None]  # a kind of guidance, with the weaker model of the kind auto
 UNGUIDED = GuidanceConfig(kind="none")
 
 SHIFT = 0.4  # the best scale falls as the number of steps to this power; ADM's scales at 25 and 250 steps give 0.38
@@ -84,9 +85,9 @@ class SpaceConfig(BaseModel, frozen=True, extra="forbid"):
         return self
 
     @property
-    def guides(self) -> tuple[tuple[GuidanceKind, str | None], ...]:
+    def guides(self) -> tuple[Guide, ...]:
         """Every kind of guidance with every network that it may take."""
-        found: list[tuple[GuidanceKind, str | None]] = []
+        found: list[Guide] = []
         for kind in self.guidance:
             found += [(kind, weak) for weak in self.weak_weights] if kind == "auto" else [(kind, None)]
         return tuple(found)
@@ -97,7 +98,7 @@ class Passes:
     """What an evaluation of each network of a search costs."""
 
     diffusion: DiffusionConfig
-    guides: Mapping[tuple[GuidanceKind, str | None], float]  # a guide's multiply-adds over the diffusion model's
+    guides: Mapping[Guide, float]  # a guide's multiply-adds over the diffusion model's
 
     def of(self, setting: Setting) -> float:
         """Return the network evaluations of an image, in passes of the diffusion model."""
@@ -172,7 +173,7 @@ class Space:
         num_steps: int,
         eta: float,
         s_churn: float,
-        guide: tuple[GuidanceKind, str | None],
+        guide: Guide,
         scale: float,
         interval: Interval,
     ) -> Setting:

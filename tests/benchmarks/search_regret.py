@@ -288,7 +288,7 @@ def rows(world: World, replays: int, shares: tuple[float, ...]) -> Iterator[dict
 def load(regret: Regret) -> World:
     """Fill the cache and read it."""
     config = config_of(regret)
-    grid = space_of(config, passes_of(config, config.generation(config.weights[0], config.seed))).grid()
+    grid = space_of(config, passes_of(config.space.guides, config.generation(config.weights[0], config.seed))).grid()
     fill(regret, grid)
     loader = config.extractor_loader(8)
     folder = str(Path(regret.cache, "reference"))
