@@ -1,12 +1,10 @@
 """Pictures of a run's quality: metrics along the training, and the same seeds from snapshot to snapshot."""
 
-import io
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from orchestrator.pictures import COLOURS, figure_png, grid_png, subplots
+from orchestrator.pictures import COLOURS, figure_png, strips_figure, subplots
 from orchestrator.run_evaluation.config import RunEvaluationConfig
 from orchestrator.search.evaluator import first_images
 from orchestrator.search.space import Setting
@@ -46,13 +44,8 @@ def snapshots_figure(config: RunEvaluationConfig, result: Json) -> bytes:
     """Draw the same indices, labels and noise by the snapshots of the best curve, from the first to the last."""
     along = [point for point in result["points"] if point["curve"] == result["best"]["curve"]]
     places = np.unique(np.linspace(0, len(along) - 1, MOST_ROWS).round().astype(int))
-    figure, axes = subplots(len(places), figsize=(8.6, 0.52 * len(places) + 0.3), squeeze=False)
-    for axis, point in zip(axes.flat, (along[place] for place in places), strict=True):
-        setting = Setting(**point["setting"])
-        grid = grid_png(first_images(config, setting)[:COLUMNS], columns=COLUMNS, scale=2)
-        axis.imshow(np.asarray(Image.open(io.BytesIO(grid))), interpolation="nearest")
-        axis.set_ylabel(f"{point['images']:,}", rotation=0, ha="right", va="center")
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-    figure.suptitle(f"{result['best']['curve']}: the same seeds by the number of images trained", fontsize=9)
-    return figure_png(figure)
+    rows = [
+        (f"{point['images']:,}", first_images(config, Setting(**point["setting"]))[:COLUMNS])
+        for point in (along[place] for place in places)
+    ]
+    return strips_figure(rows, f"{result['best']['curve']}: the same seeds by the number of images trained")

@@ -1,16 +1,14 @@
 """The pictures of a search: metrics along the guidance scale, the front, and one set of seeds across scales."""
 
-import io
 from typing import Any
 
 import numpy as np
 from matplotlib import ticker
-from PIL import Image
 
 from models.guidance import WHOLE_CHAIN
 from orchestrator import storage
 from orchestrator.evaluation.metrics import METRICS
-from orchestrator.pictures import COLOURS, figure_png, grid_png, subplots
+from orchestrator.pictures import COLOURS, figure_png, strips_figure, subplots
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.evaluator import first_images
 from orchestrator.search.objectives import EVALUATIONS, sign_of
@@ -32,6 +30,8 @@ def write_pictures(config: SearchConfig, result: Json, extractor: str, tracker: 
     if len({trial["setting"]["guidance"]["scale"] for trial in result["trials"]}) > 1:
         pictures["guidance.png"] = guidance_figure(result["trials"], result["objective"], extractor)
         pictures["scales.png"] = scales_figure(config, winner, result["trials"])
+    if len(config.space.guidance) > 1:
+        pictures["kinds.png"] = kinds_figure(config, result["trials"])
     for name, data in pictures.items():
         storage.write_bytes(storage.join(config.path(config.output), name), data)
         tracker.picture(name, data)
@@ -180,13 +180,27 @@ def scales_figure(config: SearchConfig, winner: Setting, trials: list[Json]) -> 
         ),
         key=lambda setting: setting.guidance.scale,
     )
-    figure, axes = subplots(len(along), figsize=(8.6, 0.52 * len(along) + 0.3), squeeze=False)
-    for axis, setting in zip(axes.flat, along, strict=True):
-        grid = grid_png(first_images(config, setting)[:COLUMNS], columns=COLUMNS, scale=2)
-        axis.imshow(np.asarray(Image.open(io.BytesIO(grid))), interpolation="nearest")
-        axis.set_ylabel(f"{setting.guidance.scale:.3g}", rotation=0, ha="right", va="center")
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
+    rows = [(f"{setting.guidance.scale:.3g}", first_images(config, setting)[:COLUMNS]) for setting in along]
     title = f"{winner.sampler.name}, {winner.sampler.num_steps} steps: the same seeds along the guidance scale"
-    figure.suptitle(title, fontsize=9)
-    return figure_png(figure)
+    return strips_figure(rows, title)
+
+
+def kinds_figure(config: SearchConfig, trials: list[Json]) -> bytes:
+    """Draw the same indices, labels and noise by the best trial of each kind of guidance."""
+    name = config.objective[0]
+    rows = []
+    for kind, trial in best_by_kind(trials, name).items():
+        setting = Setting(**trial["setting"])
+        label = f"{kind.replace('_', '-')} {setting.guidance.scale:.3g}" if setting.guidance.scale else kind
+        rows.append((label, first_images(config, setting)[:COLUMNS]))
+    return strips_figure(rows, f"the same seeds by each kind of guidance, at its best {name.replace('_', ' ')}")
+
+
+def best_by_kind(trials: list[Json], name: str) -> dict[str, Json]:
+    """Return the trial of each kind of guidance that is least behind the winner, of those that went furthest."""
+    found: dict[str, Json] = {}
+    for trial in sorted(
+        trials, key=lambda trial: (-trial["n"], trial["behind_winner"].get(name, {"value": 0})["value"])
+    ):
+        found.setdefault(trial["setting"]["guidance"]["kind"], trial)
+    return found
