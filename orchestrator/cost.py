@@ -148,7 +148,10 @@ def priced(cost: Cost, config: CostConfig, num_workers: int, num_gpus: float, ha
     """
     work = f"work    {cost.flops:.3g} FLOPs: {cost.images:,} images x {cost.flops_per_image / 1e12:.3g} TFLOPs"
     if not num_gpus:
-        return f"{work}\ntime    not estimated for CPUs; --num-gpus 1 prices it on GPUs"
+        return (
+            f"{work}; 2 FLOPs a multiply-add, {cost.note}\n"
+            "time    not estimated for CPUs; --num-gpus 1 prices it on GPUs"
+        )
     gpu, gpus = GPUS[config.gpu], max(num_workers, 1)
     memory = sum(cost.memory.values())
     parts = ", ".join(f"{size / 1e9:.1f} {name}" for name, size in cost.memory.items())

@@ -79,7 +79,7 @@ class MlflowRun:
         if self._parent:
             client.set_tag(run, "admiral.parent", redact(self._parent))
         if config is not None:  # MLflow keeps them as they were when the run began
-            _log_parameters(client, run, dict(_leaves(config.model_dump(mode="json"))))
+            _log_parameters(client, run, config.model_dump(mode="json"))
         self._client, self.id, self._experiment = client, run, experiment.experiment_id
 
     @property
@@ -232,10 +232,11 @@ def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _log_parameters(client: Any, run: str, values: dict[str, Any]) -> None:
+    """Log the fields of a nested dict by their dotted names."""
     from mlflow.entities import Param
 
     there = client.get_run(run).data.params  # what is there cannot be changed
-    texts = {name: redact(str(value)) for name, value in values.items() if name not in there}
+    texts = {name: redact(value) for name, value in _leaves(values) if name not in there}
     new = [
         Param(key, text if len(text) <= LONGEST_PARAMETER else "long: see config.json") for key, text in texts.items()
     ]

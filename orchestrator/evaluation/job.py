@@ -55,8 +55,8 @@ def evaluate(config: EvaluationConfig) -> str:
     _print_warnings(warnings)
     report_uri = storage.join(output, "report.json")
     finished = storage.exists(report_uri)
-    facts = {"samples": images.identity, "extractor": loaded.fingerprint}
-    check_or_write_config(output, config, finished, **facts, extractor_weights=None)
+    facts: dict[str, Any] = {"samples": images.identity, "extractor": loaded.fingerprint, "extractor_weights": None}
+    check_or_write_config(output, config, finished, **facts)
     if finished:
         print(f"{output} is complete: {images.count:,} samples measured")
         catch_up("evaluate", config, output)

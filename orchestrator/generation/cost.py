@@ -79,8 +79,8 @@ def outline(config: JobConfig, path: str, recipe: str | None = None, trained: Tr
         return Outline(uri, entry.network, entry.diffusion)
     if not _is_there(config, path) and trained and path in trained:
         return Outline(uri, *trained[path])
-    about = weights_about(uri if uri.endswith(".safetensors") else latest_weights(uri))
-    return Outline(uri, *described(about))
+    file = uri if uri.endswith(".safetensors") else storage.join(uri, "weights", latest_weights(uri))
+    return Outline(uri, *described(weights_about(file)))
 
 
 def costs(

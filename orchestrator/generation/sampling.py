@@ -77,7 +77,7 @@ def load_networks(config: GenerationConfig, device: torch.device | str) -> Netwo
     def load(path: str | None, recipe: str | None = None) -> Network | None:
         return load_network(config.path(path), device, recipe if path.endswith(".pt") else None) if path else None
 
-    weights = config.path(weights_file(config.weights, config.path, kind=config.ema))
+    weights = config.path(weights_file(config.weights, config.path, kind=config.ema, at=config.at))
     model = load_network(weights, device, config.recipe if weights.endswith(".pt") else None)
     recipes = zoo.entry(config.recipe).recipes if config.recipe else ()
     classifier = load(config.classifier, recipes[0].classifier if recipes else None)

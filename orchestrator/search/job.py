@@ -1,6 +1,6 @@
 """Search: which guidance scale, how many steps, which sampler; all trials draw the same labels and noise."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -35,7 +35,7 @@ from orchestrator.search.halving import Evaluation, Outcome, Proposals, Round, R
 from orchestrator.search.objectives import Objective
 from orchestrator.search.pictures import write_pictures
 from orchestrator.search.result import conclude, summary
-from orchestrator.search.space import GridProposals, OptunaProposals, Passes, Space
+from orchestrator.search.space import GridProposals, Guide, OptunaProposals, Passes, Space
 from orchestrator.tracking import Tracker, catch_up, tracked
 from orchestrator.weights.network import weights_file
 
@@ -52,7 +52,7 @@ def search(config: SearchConfig) -> str:
     output = config.path(config.output)
     files = _files(config)
     networks = _load(config, files)
-    space = space_of(config, passes_of(config, sampled_by(config, files, config.weights[0]), files))
+    space = space_of(config, passes_of(config.space.guides, sampled_by(config, files, config.weights[0]), files))
     facts = _check_or_write_config(config, files, networks)
     result_uri = storage.join(output, "search.json")
     if storage.exists(result_uri):
@@ -90,26 +90,25 @@ def _load(config: SearchConfig, files: dict[str, str]) -> dict[str, Networks]:
 
 
 def passes_of(
-    config: SearchConfig,
+    guides: Iterable[Guide],
     generation: GenerationConfig,
     files: dict[str, str] | None = None,
     trained: Trained | None = None,
 ) -> Passes:
-    """Return what a pass of each guide costs in passes of the first diffusion model; files: of weights by path.
+    """Return what a pass of each guide costs in passes of the generation's model; files: of weights by path.
 
-    Raises:
-        ValueError: the space has a kind of guidance whose network is not named.
+    trained: as `plan` takes it.
     """
     model = outline(generation, generation.weights, None, trained)
     multiply_adds = forward_multiply_adds(model.architecture)
     paths = {"classifier": generation.classifier, "classifier_free": generation.weights}
-    guides = {}
-    for kind, weak in config.space.guides:
+    ratios = {}
+    for kind, weak in guides:
         path = (files or {}).get(weak, weak) if weak else paths.get(kind)
         if path is not None:
             guide = outline(generation, path, None, trained).architecture
-            guides[kind, weak] = guidance_multiply_adds(guide) / multiply_adds
-    return Passes(model.diffusion, guides)
+            ratios[kind, weak] = guidance_multiply_adds(guide) / multiply_adds
+    return Passes(model.diffusion, ratios)
 
 
 def _files(config: SearchConfig) -> dict[str, str]:
@@ -281,7 +280,7 @@ def plan(config: SearchConfig, trained: Trained | None = None) -> tuple[SearchCo
 def _priced(config: SearchConfig, trained: Trained | None) -> list[str]:
     """Return the lines of a plan that say how much is tried, and what it costs."""
     generation = config.generation(config.weights[0], config.seed)
-    space = space_of(config, passes_of(config, generation, trained=trained))
+    space = space_of(config, passes_of(config.space.guides, generation, trained=trained))
     work = most_work(config, space.grid(), outline(generation, config.weights[0], None, trained).architecture)
     between = ", and any scale between" if config.space.continuous else ""
     limit = f", or {config.budget}" if Limit.parse(config.budget).unit == "h" else ""

@@ -71,6 +71,37 @@ def test_rays_checks_see_mistakes(launcher: dict[str, Any]) -> None:
             validate_config({**copy.deepcopy(launcher), **change})
 
 
+def test_skypilots_job_has_its_keys_and_a_script() -> None:
+    """The keys are those of SkyPilot's task schema: https://docs.skypilot.co/en/latest/reference/yaml-spec.html."""
+    task = yaml.safe_load((ROOT / "sky_cluster.yaml").read_text())
+    known = {"name", "num_nodes", "resources", "workdir", "envs", "secrets", "file_mounts", "setup", "run", "config"}
+    assert task.keys() <= known
+    assert task["resources"].keys() <= {
+        "accelerators",
+        "use_spot",
+        "image_id",
+        "job_recovery",
+        "infra",
+        "cpus",
+        "memory",
+    }
+    assert task["resources"]["image_id"] == f"docker:REGISTRY/admiral:{VERSION}"
+    assert set(task["envs"]) == {"ADMIRAL_STORE", "MLFLOW_TRACKING_URI", "JOB"} and "$JOB" in task["run"]
+    subprocess.run(["bash", "-n"], input=task["run"], text=True, check=True)
+
+
+def test_slurms_script_is_bash_whose_options_come_first() -> None:
+    script = ROOT / "slurm_cluster.sh"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    lines = script.read_text().splitlines()
+    options = [line.split("=")[0] for line in lines if line.startswith("#SBATCH ")]
+    assert {"#SBATCH --nodes", "#SBATCH --ntasks-per-node", "#SBATCH --gpus-per-node", "#SBATCH --signal"} <= set(
+        options
+    )
+    first = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    assert not any(line.startswith("#SBATCH") for line in lines[first:]), "Slurm ignores these"
+
+
 def scheduler_verdict(launcher: dict[str, Any], unavailable: dict[str, float], demand: dict[str, float]) -> list[str]:
     """The node types that Ray's autoscaler would start for one worker's demand."""
     from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig

@@ -16,6 +16,7 @@ from orchestrator.doctor import doctor_presets
 from orchestrator.evaluation.presets import evaluation_presets, likelihood_presets
 from orchestrator.generation.presets import generation_presets
 from orchestrator.quickstart.presets import quickstart_presets
+from orchestrator.run_evaluation.presets import run_evaluation_presets
 from orchestrator.search.presets import search_presets
 from orchestrator.training.presets import adm_presets, average_presets, classifier_presets, upsampler_presets
 from orchestrator.weights.presets import conversion_presets
@@ -25,6 +26,7 @@ ALL_PRESETS: dict[str, Callable[[], Any]] = {
     "train_adm": adm_presets,
     "train_classifier": classifier_presets,
     "tune_guidance": search_presets,
+    "evaluate_run": run_evaluation_presets,
     "generate_samples": generation_presets,
     "evaluate_samples": evaluation_presets,
     "train_upsampler": upsampler_presets,
@@ -259,7 +261,7 @@ def test_a_failing_job_is_one_line_and_exit_code_1(
 
     monkeypatch.setattr(sys, "argv", ["job.py", "plain"])
     with pytest.raises(SystemExit) as end:
-        main("A job.", {"plain": ("nothing", JobConfig())}, run, lambda config: "")
+        main("A job.", {"plain": ("nothing", JobConfig())}, run, lambda config: (config, ""))
     assert end.value.code == 1
     assert capsys.readouterr().err == "job.py: error: dataset=x is not there; prepare it first\n"
 
@@ -270,7 +272,7 @@ def test_an_interrupted_job_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys:
 
     monkeypatch.setattr(sys, "argv", ["job.py", "plain"])
     with pytest.raises(SystemExit) as end:
-        main("A job.", {"plain": ("nothing", JobConfig())}, run, lambda config: "")
+        main("A job.", {"plain": ("nothing", JobConfig())}, run, lambda config: (config, ""))
     assert end.value.code == 130
     assert capsys.readouterr().err == "job.py: error: interrupted; the same command goes on from here\n"
 
@@ -282,5 +284,14 @@ def test_a_dry_run_prints_config_and_plan_and_runs_nothing(
         raise AssertionError("a dry run ran")
 
     monkeypatch.setattr(sys, "argv", ["job.py", "plain", "--dry-run"])
-    main("A job.", {"plain": ("nothing", JobConfig())}, run, lambda config: "reads nothing")
+    main("A job.", {"plain": ("nothing", JobConfig())}, run, lambda config: (config, "reads nothing"))
     assert '"dry_run": true' in (text := capsys.readouterr().out) and text.endswith("reads nothing\n")
+
+
+def test_help_marks_what_may_change_at_any_restart(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("", adm_presets(), ["digits", "--help"])
+    told = re.sub(r"[\s│|]+", " ", capsys.readouterr().out)
+    for option, marked in (("microbatch-size", True), ("cost.gpu", True), ("learning-rate", False), ("seed", False)):
+        text = told.partition(f" --{option} ")[2].partition(" --")[0]
+        assert text and ("[operational]" in text) == marked, option

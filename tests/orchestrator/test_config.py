@@ -23,6 +23,19 @@ def test_a_folder_takes_its_config_again_and_refuses_another(tmp_path: Path) -> 
         check_or_write_config(str(tmp_path), Config(seed=1), True, weights="def")
 
 
+def test_a_folder_without_finished_work_takes_any_config(tmp_path: Path) -> None:
+    check_or_write_config(str(tmp_path), Config(seed=1), False)
+    check_or_write_config(str(tmp_path), Config(seed=2), False)
+    check_or_write_config(str(tmp_path), Config(seed=2), True)
+    with pytest.raises(ValueError, match=r"seed: 2 there, 1 here.*\[operational\]"):
+        check_or_write_config(str(tmp_path), Config(seed=1), True)
+
+
+def test_fields_that_older_versions_compared_are_no_difference(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"seed": 1, "num_workers": 4}')
+    check_or_write_config(str(tmp_path), Config(seed=1, num_workers=8), True)
+
+
 def test_files_are_noted_once_and_not_compared(tmp_path: Path) -> None:
     assert noted_files(str(tmp_path)) == {}
     for newest in ("run/weights/1.safetensors", "run/weights/2.safetensors"):

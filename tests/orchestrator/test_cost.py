@@ -100,6 +100,15 @@ def test_the_lines_say_what_does_not_fit_and_what_is_assumed() -> None:
     assert "50%" in own and "--cost.mfu" in own
 
 
+def test_dollars_stand_beside_gpu_hours_where_a_price_is_stated() -> None:
+    cost = whole_training("adm-64")
+    hours = gpu_seconds(cost, CostConfig(), half=True) / 3600
+    stated = priced(cost, CostConfig(usd_per_hour=2.5, spot_discount=0.6), 8, 1, half=True)
+    assert f"${2.5 * hours:,.2f}, ${hours:,.2f} on spot" in stated and "$" not in priced(cost, CostConfig(), 8, 1, True)
+    on_cpus = priced(cost, CostConfig(usd_per_hour=2.5), 8, 0, half=True)
+    assert "H100" not in on_cpus and "$" not in on_cpus and "FLOPs" in on_cpus
+
+
 def paper_table() -> str:
     """The paper's networks as priced here, beside the paper's own figures."""
     lines = [

@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from models import zoo
+from models.diffusion import DiffusionConfig
 from models.guidance import GuidanceConfig
 from models.samplers import SamplerConfig
 from orchestrator import storage
 from orchestrator.generation import job as generation
 from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.job import generate, make_generator, missing_shards, plan
-from orchestrator.generation.samples import Shard, check_shard, list_shards, pixel_hashes, read_range
+from orchestrator.generation.samples import Shard, check_shard, count_samples, list_shards, pixel_hashes, read_range
 from orchestrator.generation.sampling import canonical_batch, counted_batch, load_networks, verified_batch
+from orchestrator.generation.worker import SamplingWorker
 from orchestrator.metrics_log import history
 from orchestrator.weights.network import Network
 from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
@@ -87,6 +89,51 @@ def test_the_same_folder_with_other_settings_is_refused(store: str) -> None:
     generate(config(store, "claimed", num_samples=4, upsampling=SamplerConfig(num_steps=7)))  # there is no upsampler
     with pytest.raises(ValueError, match=r"guidance\.scale: 2\.0 there, 3\.0 here"):
         generate(config(store, "claimed", num_samples=4, guidance=GuidanceConfig(scale=3.0)))
+
+
+def test_a_start_that_fails_before_its_first_shard_binds_nothing(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SamplingWorker, "batches", out_of_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            generate(config(store, "failed", num_samples=4))
+    folder = generate(config(store, "failed", num_samples=4, batch_size=2))
+    assert storage.read_json(storage.join(folder, "run.json"))["config"]["batch_size"] == 2
+
+
+def test_more_samples_draw_only_what_is_missing(store: str) -> None:
+    """A finished folder grows behind its last shard, which stays; the samples are those of a single start."""
+    folder = generate(config(store, "grown", num_samples=6))
+    first = Path(folder, "shards", "000000-000006.parquet")
+    written = first.stat().st_mtime_ns
+    assert generate(config(store, "grown", export="npz")) == folder
+    names = storage.list_names(storage.join(folder, "shards"))
+    assert names == [f"{a:06d}-{b:06d}.parquet" for a, b in ((0, 6), (6, 8), (8, 16), (16, 21))]
+    assert first.stat().st_mtime_ns == written and count_samples(folder) == 21
+    whole = read_range(generate(config(store, "whole")), 0, 21)[0]
+    assert np.array_equal(read_range(folder, 0, 21)[0], whole)
+    with pytest.raises(ValueError, match=r"--num-samples 6: .*pass --num-samples 21 or more"):
+        generate(config(store, "grown", num_samples=6))
+
+
+def test_indices_take_all_else_from_the_folder(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    generate(config(store, "whole"))
+    asked = config(store, "whole", indices=(3,), seed=9, num_samples=1, classifier=None, guidance=GuidanceConfig())
+    generate(asked.starting_from(asked.model_copy(update={"indices": ()})).model_copy(update={"indices": (3,)}))
+    assert capsys.readouterr().out.count("equal") == 1
+
+
+def test_a_plan_needs_no_weights(store: str) -> None:
+    absent = config(store, "planned", weights="a/run", classifier=None, guidance=GuidanceConfig(), num_gpus=1)
+    unknown = plan(absent)[1]
+    assert "known as soon as the weights are there" in unknown and f"not there yet: {store}/a/run" in unknown
+    assert "FLOPs" in plan(absent, {"a/run": (UNET, DiffusionConfig())})[1]
+    resolved, text = plan(config(store, "planned"))
+    assert "not there yet" not in text and resolved.weights == "unet.safetensors"
+    with pytest.raises(ValueError, match="is no upsampler of images of 8 pixels"):
+        plan(config(store, "planned", upsampler="unet.safetensors"))
 
 
 def test_guidance_without_a_classifier_is_refused(store: str) -> None:
