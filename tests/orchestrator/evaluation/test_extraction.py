@@ -122,7 +122,7 @@ def test_few_rows_of_many_are_kept(images: np.ndarray, tmp_path: Path) -> None:
     np.testing.assert_array_equal(files.chosen_pool(COUNT), files.pool())
     for _ in range(2):
         np.testing.assert_array_equal(files.chosen_pool(100), files.pool(chosen(COUNT, 100)))
-    assert set(storage.list_names(files.folder)) - set(before) == {"pool-of-100.safetensors"}
+    assert set(storage.list_names(files.folder)) - set(before) == {f"pool-100-of-{files.count}.safetensors"}
 
 
 def test_a_damaged_file_is_named(images: np.ndarray, tmp_path: Path) -> None:
