@@ -15,7 +15,7 @@ from orchestrator.config import check_or_write_config, noted_files
 from orchestrator.cost import GUIDED_SAMPLING, assumed_mfu
 from orchestrator.evaluation.extractors import CPU
 from orchestrator.generation.config import GenerationConfig
-from orchestrator.generation.cost import outline
+from orchestrator.generation.cost import classifier_outline, outline
 from orchestrator.generation.sampling import NUMERICS_VERSION, Networks, load_networks
 from orchestrator.progress import Progress, progress_line
 from orchestrator.search.config import Limit, SearchConfig, space_of
@@ -37,6 +37,7 @@ from orchestrator.search.pictures import write_pictures
 from orchestrator.search.result import conclude, summary
 from orchestrator.search.space import GridProposals, Guide, OptunaProposals, Passes, Space
 from orchestrator.tracking import Tracker, catch_up, tracked
+from orchestrator.weights.imported import import_classifier, is_imported
 from orchestrator.weights.network import weights_file
 
 # ------------------------------------------------------------------------------------------------ in the driver
@@ -92,9 +93,12 @@ def passes_of(guides: Iterable[Guide], generation: GenerationConfig, files: dict
     ratios = {}
     for kind, weak in guides:
         path = (files or {}).get(weak, weak) if weak else paths.get(kind)
-        if path is not None:
-            guide = outline(generation, path).architecture
-            ratios[kind, weak] = guidance_multiply_adds(guide) / multiply_adds
+        if path is not None and is_imported(path):
+            size = model.architecture.image_size
+            counted = import_classifier(path, model.architecture.in_channels, size, "cpu").multiply_adds
+            ratios[kind, weak] = counted / multiply_adds
+        elif path is not None:
+            ratios[kind, weak] = guidance_multiply_adds(outline(generation, path).architecture) / multiply_adds
     return Passes(model.diffusion, ratios)
 
 
@@ -220,7 +224,7 @@ def plan(config: SearchConfig) -> str:
     """What a search would read, write and cost."""
     generation = config.generation(config.weights[0], config.seed)
     networks = [outline(generation, path) for path in (*config.weights, *config.space.weak_weights)]
-    guide = outline(generation, config.classifier) if config.classifier else None
+    guide = classifier_outline(generation)
     space = space_of(config, passes_of(config.space.guides, generation))
     work = most_work(config, space.grid(), networks[0].architecture)
     inputs = [network.uri for network in networks] + ([guide.uri] if guide else []) + [config.path(config.reference)]
