@@ -35,6 +35,7 @@ UNKNOWN_WORDS = re.compile("MLFLOW_ALLOW_FILE_STORE|unsupported URI|Can't load p
 REFUSED_WORDS = re.compile(
     "unable to open database file|readonly database|not in a valid JSON format|CERTIFICATE_VERIFY_FAILED"
 )
+RACE_WORDS = re.compile("(?i)unique constraint|duplicate entry")  # another driver of this run wrote the same row first
 PROGRAMMING_ERRORS = (TypeError, AttributeError, LookupError, ImportError, NameError, UnidentifiedImageError)
 FILE_ERRORS = (FileNotFoundError, NotADirectoryError, PermissionError)  # of the folder of a SQLite file
 
@@ -157,6 +158,8 @@ def is_refused(error: Exception, opening: bool) -> bool:
     opening: what refuses the whole job counts too. Later on it may pass, as when a token is renewed.
     """
     text = str(error)
+    if RACE_WORDS.search(text):
+        return False
     if opening and (
         isinstance(error, FILE_ERRORS) or any(p.search(text) for p in (DENIED_WORDS, UNKNOWN_WORDS, REFUSED_WORDS))
     ):

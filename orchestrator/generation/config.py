@@ -19,7 +19,7 @@ class GenerationConfig(JobConfig):
     weights: str  # the diffusion model: a training run's folder, a .safetensors file or a released .pt file
     ema: str | None = None  # which of a run's weights, as "ema-0.9999"; None = the newest file
     at: str | None = None  # which of its snapshots: a number of images, or best as evaluate_run found; None = newest
-    classifier: str | None = None  # the noisy classifier that guides, likewise
+    classifier: str | None = None  # the noisy classifier that guides, likewise; or yours, as package.module:function
     upsampler: str | None = None  # a second stage that enlarges the samples (ADM-U), likewise; both are kept
     recipe: str | None = None  # a released model's name: start from its published sampler, steps and guidance
     from_search: str | None = None  # a search.json: start from its winner's setting, weights and classifier

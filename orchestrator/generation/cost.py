@@ -11,6 +11,7 @@ from orchestrator import storage
 from orchestrator.config import JobConfig
 from orchestrator.cost import Cost, fits, not_there_yet, priced, sampling_cost
 from orchestrator.generation.config import GenerationConfig
+from orchestrator.weights.imported import is_imported
 from orchestrator.weights.network import described, latest_weights, weights_about, weights_file
 from orchestrator.weights.published import released_entry
 
@@ -31,13 +32,18 @@ Trained = Mapping[str, tuple[Architecture, DiffusionConfig]]  # what trainings w
 
 def cost_lines(config: GenerationConfig, images: int, trained: Trained) -> list[str]:
     """Return the lines of a plan: what `images` images read, write and cost, with the assumptions."""
-    paths = [config.weights, config.classifier, config.upsampler, config.guidance.weak_weights]
-    named = [path for path in paths if path]
-    lines = [f"reads   {', '.join(map(config.path, named))}"]
+    named = [
+        path for path in (config.weights, config.classifier, config.upsampler, config.guidance.weak_weights) if path
+    ]
+    lines = [f"reads   {', '.join(path if is_imported(path) else config.path(path) for path in named)}"]
     absent = not_there_yet(absent_weights(config, named))
     try:
         base = outline(config, config.weights, config.recipe, trained)
-        classifier, upsampler, weak = (outline(config, path, None, trained) if path else None for path in paths[1:])
+        classifier = classifier_outline(config, trained)
+        upsampler, weak = (
+            outline(config, path, None, trained) if path else None
+            for path in (config.upsampler, config.guidance.weak_weights)
+        )
     except FileNotFoundError:
         return [*lines, "cost    known as soon as the weights are there", *absent]
     written = images * sum(3 * network.architecture.image_size**2 for network in (base, upsampler) if network)
@@ -46,6 +52,7 @@ def cost_lines(config: GenerationConfig, images: int, trained: Trained) -> list[
     return [
         *lines,
         f"writes  {written / 1e9:,.3g} GB at most",
+        *([f"        not counted: --classifier {config.classifier}"] if config.classifier and not classifier else []),
         *(
             priced(cost, config.cost, config.num_workers, config.num_gpus, half)
             for cost in costs(config, images, base, guides, upsampler)
@@ -56,7 +63,7 @@ def cost_lines(config: GenerationConfig, images: int, trained: Trained) -> list[
 
 def absent_weights(config: JobConfig, paths: Sequence[str]) -> list[str]:
     """Return the URIs of those weights that are not there yet, in whole or in training."""
-    return [config.path(path) for path in paths if not _is_there(config, path)]
+    return [config.path(path) for path in paths if not is_imported(path) and not _is_there(config, path)]
 
 
 def _is_there(config: JobConfig, path: str) -> bool:
@@ -81,6 +88,13 @@ def outline(config: JobConfig, path: str, recipe: str | None = None, trained: Tr
         return Outline(uri, *trained[path])
     file = uri if uri.endswith(".safetensors") else storage.join(uri, "weights", latest_weights(uri))
     return Outline(uri, *described(weights_about(file)))
+
+
+def classifier_outline(config: GenerationConfig, trained: Trained | None = None) -> Outline | None:
+    """Return the outline of the classifier; None where there is none, or one that is imported."""
+    if config.classifier is None or is_imported(config.classifier):
+        return None
+    return outline(config, config.classifier, None, trained)
 
 
 def costs(

@@ -17,7 +17,7 @@ from orchestrator.config import check_or_write_config, noted_files
 from orchestrator.cost import priced
 from orchestrator.evaluation.extractors import CPU
 from orchestrator.generation.config import GenerationConfig
-from orchestrator.generation.cost import costs, outline
+from orchestrator.generation.cost import classifier_outline, costs, outline
 from orchestrator.generation.sampling import NUMERICS_VERSION, load_networks
 from orchestrator.progress import progress_line
 from orchestrator.run_evaluation.config import RunEvaluationConfig
@@ -197,7 +197,7 @@ def plan(config: RunEvaluationConfig) -> tuple[RunEvaluationConfig, str]:
     generation = _generation(config, files, found[0])
     passes = passes_of(_guides(config), generation, files)
     model = outline(generation, generation.weights)
-    classifier = outline(generation, generation.classifier) if generation.classifier else None
+    classifier = classifier_outline(generation)
     weak = config.guidance.weak_weights and outline(generation, files[config.guidance.weak_weights])
     guides = {"classifier": classifier, "classifier_free": model, "auto": weak or None}
     lines, half = list[str](), config.dtype != "float32"

@@ -37,6 +37,7 @@ from orchestrator.search.pictures import write_pictures
 from orchestrator.search.result import conclude, summary
 from orchestrator.search.space import GridProposals, Guide, OptunaProposals, Passes, Space
 from orchestrator.tracking import Tracker, catch_up, tracked
+from orchestrator.weights.imported import import_classifier, is_imported
 from orchestrator.weights.network import weights_file
 
 # ------------------------------------------------------------------------------------------------ in the driver
@@ -105,7 +106,11 @@ def passes_of(
     ratios = {}
     for kind, weak in guides:
         path = (files or {}).get(weak, weak) if weak else paths.get(kind)
-        if path is not None:
+        if path is not None and is_imported(path):
+            size = model.architecture.image_size
+            counted = import_classifier(path, model.architecture.in_channels, size, "cpu").multiply_adds
+            ratios[kind, weak] = counted / multiply_adds
+        elif path is not None:
             guide = outline(generation, path, None, trained).architecture
             ratios[kind, weak] = guidance_multiply_adds(guide) / multiply_adds
     return Passes(model.diffusion, ratios)

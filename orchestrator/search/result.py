@@ -152,7 +152,7 @@ def summary(result: Json, most: int = 8) -> str:
         if objective in final["behind_winner"]
     ]
     lines.append(
-        f"cost    {result['samples']:,} samples, {result['evaluations']:,} network evaluations, "
+        f"cost    {result['samples']:,} samples, {result['evaluations']:,.0f} network evaluations, "
         f"{len(result['trials'])} trials" + (", limited by the budget" if result["stopped_by_budget"] else "")
     )
     behind = [t for t in result["trials"] if objective in t["behind_winner"] and t["status"] != "winner"]

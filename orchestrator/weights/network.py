@@ -19,6 +19,7 @@ from models import zoo
 from models.diffusion import DiffusionConfig
 from models.unet import ARCHITECTURES, Architecture
 from orchestrator import storage
+from orchestrator.weights.imported import is_imported
 from orchestrator.weights.published import check_tensors, decode_state_dict, released_entry
 from orchestrator.weights.shapes import Shapes, num_classes_of, shapes_of, with_classes_of
 
@@ -37,6 +38,10 @@ class Network:
     diffusion: DiffusionConfig
     classes: tuple[str, ...]
     sha256: str  # of the file
+
+    def towards(self, y: Tensor) -> nn.Module:
+        """Return what guides samples of the labels y: the network, whatever they are."""
+        return self.module
 
     @property
     def device(self) -> torch.device:
@@ -193,7 +198,7 @@ def weights_file(
     same job took. If it is of this run it is returned again, so that weights that were written since do not change the
     job. `locate` makes a URI of a path.
     """
-    if path.endswith((".pt", ".safetensors")):
+    if path.endswith((".pt", ".safetensors")) or is_imported(path):
         return path
     folder = storage.join(path, "weights")
     if noted and noted.startswith(f"{folder}/"):
