@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from jobs.command_line import RENAMED, main, option_names, parse
+from orchestrator.ablations.presets import ablation_presets
 from orchestrator.config import JobConfig
 from orchestrator.data.presets import dataset_presets
 from orchestrator.doctor import doctor_presets
@@ -27,6 +28,7 @@ ALL_PRESETS: dict[str, Callable[[], Any]] = {
     "train_classifier": classifier_presets,
     "tune_guidance": search_presets,
     "evaluate_run": run_evaluation_presets,
+    "run_ablations": ablation_presets,
     "generate_samples": generation_presets,
     "evaluate_samples": evaluation_presets,
     "train_upsampler": upsampler_presets,
