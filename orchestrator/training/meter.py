@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cluster.collectives import Group
 from cluster.trainer import WorkerContext
-from orchestrator.cost import GPUS, training_flops
+from orchestrator.arithmetic import platform
+from orchestrator.cost import peak_flops, training_flops
 from orchestrator.training.config import Config
 from orchestrator.training.losses import Terms
 from orchestrator.training.state import TrainingState, learning_rate
@@ -26,7 +27,7 @@ class Meter:
     def __init__(self, config: Config, context: WorkerContext, group: Group) -> None:
         self._config, self._context, self._group = config, context, group
         self._flops = training_flops(config.model)  # of one image
-        self._peak = _peak_flops(context.device, config.dtype)
+        self._peak = peak_flops(platform(context.device)["device"], config.dtype)
         self._names: list[str] = []
         self._restart()
 
@@ -101,17 +102,6 @@ def means_by_quartile(sums: Tensor, names: list[str]) -> dict[str, float]:
         found[name] = sum(row) / sum(counts)
         found |= {f"{name}_q{q}": row[q] / counts[q] for q in range(4) if counts[q]}
     return found
-
-
-def _peak_flops(device: torch.device, dtype: str) -> float | None:
-    """Floating-point operations a second that the device's maker promises; None where it is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    for model, gpu in GPUS.items():
-        if model in name:
-            return gpu.single if dtype == "float32" else gpu.half
-    return None
 
 
 def _peak_memory(device: torch.device) -> int:
