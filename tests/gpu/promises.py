@@ -1,6 +1,7 @@
 """What must hold on a GPU: the CPU's numbers, equal bits from run to run and for any number of workers, no waiting."""
 
 import hashlib
+import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cluster.collectives import Group
 from models.diffusion import Diffusion, DiffusionConfig
 from models.guidance import GRADIENT_NORM, GuidanceConfig, log_prob_gradient
+from models.manifolds import manifolds, precision_recall
 from models.samplers import SAMPLERS, SamplerConfig
 from models.unet import ClassifierConfig, UNetConfig, halve_weights
 from orchestrator.arithmetic import arithmetic
@@ -226,6 +228,23 @@ def exact(bench: Bench) -> None:
                 for words, workers in {"again": 1, "2 workers": 2, "4 workers": 4, "8 workers": 8}.items()
             }
         bench.hold(not any(differing.values()), f"{dtype}: of {len(truth)} gradients differ {differing}")
+
+
+def neighbours(bench: Bench) -> None:
+    """Metrics of neighbours have the CPU's numbers to the bit, and take seconds."""
+    rng, dimension = np.random.default_rng(0), 16 if bench.tiny else 2048
+    real, made = (rng.standard_normal((n, dimension), np.float32) for n in (10_000, 50_000))
+    some = 200 if bench.tiny else 2_000
+    with arithmetic(torch.get_num_threads(), deterministic=True, tf32=False):
+        truth = manifolds(real[:some], made[:some])
+        with bench.device:
+            same = manifolds(real[:some], made[:some]) == truth
+            begin = time.perf_counter()
+            if not bench.tiny:
+                precision_recall(real, made)
+            seconds = time.perf_counter() - begin
+    words = f"{'equal' if same else 'OTHER'} numbers; precision and recall of 50,000 x 2,048 in {seconds:.0f} s"
+    bench.hold(same and seconds < 60, words, seconds=seconds)
 
 
 def waits(bench: Bench) -> None:
