@@ -7,7 +7,6 @@ come from the order plan and its keys, never from a rank.
 import logging
 from collections.abc import Iterator
 from functools import partial
-from math import isfinite
 from typing import Any
 
 import torch
@@ -238,8 +237,7 @@ def _train(config: Config, context: WorkerContext) -> None:
                 audit.write(state.position, share, terms)
             stopping, preempted = group.any(context.stopping(), context.preempted())
             norm = take_step(config, state)
-            if isfinite(norm):
-                _learn_timesteps(state, group, terms)
+            _learn_timesteps(state, group, terms)
             meter.add(terms, norm, undecodable)
 
             # Numbers, pictures and checkpoints at their marks; stopping at a step's end, all workers together.
@@ -344,8 +342,11 @@ def _shares(
 
 
 def _learn_timesteps(state: TrainingState, group: Group, found: list[Terms]) -> None:
-    """Tell the loss-aware timestep sampler of all workers' losses, in the canonical order of the streams."""
-    if isinstance(state.timesteps, LossSecondMomentTimesteps):
+    """Tell the loss-aware timestep sampler of a good step's losses, all workers', in the streams' canonical order."""
+    if not isinstance(state.timesteps, LossSecondMomentTimesteps):
+        return
+    state.settle()
+    if not state.bad_steps:
         t, losses = (torch.cat([terms[name] for terms in found]).cpu().numpy() for name in ("t", "unweighted_loss"))
         for pair in group.gather((t, losses)):
             state.timesteps.update(*pair)

@@ -4,6 +4,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class Meter:
 
     def _restart(self) -> None:
         self._sums: Tensor | None = None  # float64 [terms + 1, 4]: by quartile of t; the last row counts images
-        self._norms: list[float] = []
+        self._norms: list[Tensor] = []
         self._steps, self._undecodable, self._waited, self._since = 0, 0, 0.0, time.perf_counter()
 
     @contextmanager
@@ -43,7 +44,7 @@ class Meter:
         yield
         self._waited += time.perf_counter() - begin
 
-    def add(self, found: list[Terms], norm: float, undecodable: int) -> None:
+    def add(self, found: list[Terms], norm: Tensor, undecodable: int) -> None:
         """Take in one step: its microbatches' loss terms, the gradient's norm, how many images stand for others."""
         self._names = [name for name in found[0] if name != "t"]
         for terms in found:
@@ -55,13 +56,14 @@ class Meter:
 
     def report(self, state: TrainingState) -> Iterator[dict[str, Any]]:
         """The means since the last report, as a record of rank 0; every worker must call it."""
+        state.settle()
         elapsed = time.perf_counter() - self._since
         assert self._sums is not None, "a report follows a step"
         sums = self._group.sum(self._sums.cpu())
         waited, undecodable = self._group.sum(torch.tensor([self._waited / elapsed, self._undecodable])).tolist()
         memory = max(self._group.gather(_peak_memory(self._context.device)))
         if self._context.rank == 0:
-            good = [norm for norm in self._norms if norm == norm and norm != float("inf")]
+            good = [norm for norm in torch.stack(self._norms).tolist() if isfinite(norm)]
             rate = self._steps * self._config.batch_size / elapsed
             squares = torch._foreach_norm([tensor.detach() for tensor in state.model.parameters()])
             metrics = means_by_quartile(sums, self._names) | {

@@ -31,11 +31,13 @@ def test_a_report_holds_what_happened_since_the_last() -> None:
     )  # fmt: skip
     worker = WorkerContext(0, 1, torch.device("cpu"), print, lambda: False, streams_on_cluster=False)
     state, meter = TrainingState(config, worker.device), Meter(config, worker, Group(0, 1))
-    for loss, norm, undecodable in ((1.0, 3.0, 0), (2.0, float("nan"), 2)):
-        meter.add([{"loss": torch.full((4,), loss), "t": torch.zeros(4, dtype=torch.int64)}], norm, undecodable)
+    for loss, norm, undecodable in ((1.0, 3.0, 0), (2.0, torch.nan, 2)):
+        meter.add(
+            [{"loss": torch.full((4,), loss), "t": torch.zeros(4, dtype=torch.int64)}], torch.tensor(norm), undecodable
+        )
         state.position += 4
     records = list(meter.report(state))
-    meter.add([{"loss": torch.full((4,), 5.0), "t": torch.zeros(4, dtype=torch.int64)}], 1.0, 0)
+    meter.add([{"loss": torch.full((4,), 5.0), "t": torch.zeros(4, dtype=torch.int64)}], torch.tensor(1.0), 0)
     records += meter.report(state)
     first, second = (record["metrics"] for record in records)
     assert records[0]["images"] == 8
