@@ -51,6 +51,12 @@ GPUS = {  # as the driver names them; a name that is part of another comes after
 }
 
 
+def peak_flops(device: str, dtype: str) -> float | None:
+    """Return the FLOP/s that the maker of a device of this name promises; None where it is not known."""
+    gpu = next((gpu for model, gpu in GPUS.items() if model in device), None)
+    return gpu and (gpu.single if dtype == "float32" else gpu.half)
+
+
 class Mfu(NamedTuple):
     """The share of a card's peak that a published code reached, and where that is written."""
 

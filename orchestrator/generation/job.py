@@ -17,8 +17,9 @@ from cluster.session import session
 from cluster.workers import map_items
 from orchestrator import storage
 from orchestrator.arithmetic import platform
+from orchestrator.cost import peak_flops
 from orchestrator.generation.config import GenerationConfig
-from orchestrator.generation.cost import cost_lines
+from orchestrator.generation.cost import cost_lines, flops_per_sample
 from orchestrator.generation.exports import export_npz, export_png
 from orchestrator.generation.samples import (
     DamagedShard,
@@ -67,7 +68,8 @@ def generate(config: GenerationConfig) -> str:
     """
     config = _with_files(config)
     output, folders = config.path(config.output), folders_of(config)
-    wanted = fingerprint(config, load_networks(config, "cpu"))
+    networks = load_networks(config, "cpu")
+    wanted = fingerprint(config, networks)
     for folder in folders:
         check_run(folder, wanted)
     if config.indices:
@@ -77,7 +79,7 @@ def generate(config: GenerationConfig) -> str:
         print(f"{output} is complete: {config.num_samples:,} samples")
         catch_up("generate", config, folders[0])
     else:
-        _make_missing(config, folders)
+        _make_missing(config, folders, flops_per_sample(config, networks))
         print(f"{output}: {config.num_samples:,} samples")
     if config.export:
         for folder in folders:
@@ -101,8 +103,11 @@ def _with_files(config: GenerationConfig) -> GenerationConfig:
     return config.model_copy(update=files)
 
 
-def _make_missing(config: GenerationConfig, folders: list[str]) -> None:
-    """Hand every shard to the pool: those that are there are verified, the others made; then declare them finished."""
+def _make_missing(config: GenerationConfig, folders: list[str], flops: float) -> None:
+    """Hand every shard to the pool: those that are there are verified, the others made; then declare them finished.
+
+    flops: of one sample.
+    """
     digests: dict[str, dict[Shard, str]] = {folder: {} for folder in folders}
     with (
         session(
@@ -113,7 +118,7 @@ def _make_missing(config: GenerationConfig, folders: list[str]) -> None:
         tracked("generate", config, folders[0]) as tracker,
         progress_line(config.num_samples, "samples") as progress,
     ):
-        live = _Live(tracker, progress, folders[-1])
+        live = _Live(tracker, progress, folders[-1], flops / max(config.num_workers, 1))
         finished = map_items(
             partial(make_generator, config),
             shards_of(config.num_samples, config.shard_size),
@@ -137,8 +142,10 @@ def _make_missing(config: GenerationConfig, folders: list[str]) -> None:
 class _Live:
     """What one sees while shards come in: the line, and now and then numbers and the newest pictures in MLflow."""
 
-    def __init__(self, tracker: Tracker, progress: Progress, folder: str) -> None:
-        self._tracker, self._progress, self._folder = tracker, progress, folder
+    def __init__(self, tracker: Tracker, progress: Progress, folder: str, flops: float) -> None:
+        """flops: of a sample, over the number of workers."""
+        self._tracker, self._progress, self._folder, self._flops = tracker, progress, folder, flops
+        self._peak: float | None = None  # FLOP/s of a worker, where it is known
         self._made, self._begun = 0, time.monotonic()
         self._numbers_at = self._picture_at = self._begun
 
@@ -151,7 +158,7 @@ class _Live:
             self._progress.skip(count)
             return
         self._progress.update_to(self._progress.done + count)
-        self._made += count
+        self._made, self._peak = self._made + count, made.peak
         if now - self._numbers_at > METRICS_SECONDS:
             self.report()
             self._numbers_at = now
@@ -161,9 +168,12 @@ class _Live:
             self._picture_at = now
 
     def report(self) -> None:
-        """How many there are, and how fast those of this job came."""
+        """Report how many there are, and how fast those of this job came: also as the share of the GPUs' peak."""
         rate = self._made / (time.monotonic() - self._begun)
-        self._tracker.metrics({"samples": self._progress.done, "samples_per_second": rate}, self._progress.done)
+        metrics = {"samples": self._progress.done, "samples_per_second": rate}
+        if self._peak:
+            metrics["mfu"] = rate * self._flops / self._peak
+        self._tracker.metrics(metrics, self._progress.done)
 
 
 def _sheet(images: np.ndarray) -> bytes:
@@ -236,11 +246,12 @@ def plan(config: GenerationConfig) -> str:
 
 
 class Finished(NamedTuple):
-    """What a worker tells of a shard: its digest in each folder, whether it drew it, what it found damaged."""
+    """A shard as a worker left it."""
 
-    digests: tuple[str, ...]
-    drawn: bool
-    damaged: tuple[str, ...] = ()
+    digests: tuple[str, ...]  # in each folder
+    drawn: bool  # now, by this worker
+    damaged: tuple[str, ...] = ()  # what was found damaged
+    peak: float | None = None  # FLOP/s of the worker's device, where it is known
 
 
 def _make_worker(config: GenerationConfig) -> tuple[SamplingWorker, GenerationConfig]:
@@ -279,7 +290,7 @@ def _record(config: GenerationConfig, networks: Networks) -> dict[str, Any]:
 def make_generator(config: GenerationConfig) -> Callable[[Shard], Finished]:
     """A worker: networks loaded once, then shards, each verified where it is there and drawn where it is not."""
     worker, config = _make_worker(config)
-    folders = folders_of(config)
+    folders, peak = folders_of(config), peak_flops(platform(worker.device)["device"], config.dtype)
     encoder = ThreadPoolExecutor(1, "encoder")  # pictures are encoded while the next batch is drawn
 
     def make_shard(shard: Shard) -> Finished:
@@ -295,7 +306,7 @@ def make_generator(config: GenerationConfig) -> Callable[[Shard], Finished]:
         for folder, rows, digest, reason in zip(folders, encoded, found, damaged, strict=True):
             whole = pa.concat_tables([part.result() for part in rows]).slice(0, shard.end - shard.begin)
             digests.append(digest or put_shard(folder, shard, whole, replace=bool(reason)))
-        return Finished(tuple(digests), drawn=True, damaged=tuple(filter(None, damaged)))
+        return Finished(tuple(digests), drawn=True, damaged=tuple(filter(None, damaged)), peak=peak)
 
     return make_shard
 

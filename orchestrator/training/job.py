@@ -6,10 +6,8 @@ come from the order plan and its keys, never from a rank.
 
 import logging
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from math import isfinite
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -23,7 +21,7 @@ from orchestrator import storage
 from orchestrator.arithmetic import arithmetic, choose_device, platform
 from orchestrator.config import check_or_write_config
 from orchestrator.cost import GPUS, priced, training_cost
-from orchestrator.data.dataset import Manifest, batches, load_manifest
+from orchestrator.data.dataset import Manifest, ahead, batches, load_manifest
 from orchestrator.order import OrderPlan
 from orchestrator.progress import progress_line
 from orchestrator.tracking import catch_up, tracked
@@ -43,8 +41,6 @@ from orchestrator.training.state import TrainingState, take_step
 from orchestrator.training.validation import Validation, validation_count
 
 CPUS_OF_DATA = 1  # for the tasks that read a worker's data, beside those of its arithmetic
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -228,7 +224,7 @@ def _train(config: Config, context: WorkerContext) -> None:
         validation = Validation(config, manifest, group) if config.eval_every else None
         meter = Meter(config, context, group)
         audit = AuditLog(config.path(config.audit_dir), context.rank, context.world_size) if config.audit_dir else None
-        stream = _ahead(_shares(config, context, manifest, state.position))
+        stream = ahead(_shares(config, context, manifest, state.position))
 
         while state.position < config.length:
             # One step: this worker's images, their losses, one update.
@@ -241,8 +237,7 @@ def _train(config: Config, context: WorkerContext) -> None:
                 audit.write(state.position, share, terms)
             stopping, preempted = group.any(context.stopping(), context.preempted())
             norm = take_step(config, state)
-            if isfinite(norm):
-                _learn_timesteps(state, group, terms)
+            _learn_timesteps(state, group, terms)
             meter.add(terms, norm, undecodable)
 
             # Numbers, pictures and checkpoints at their marks; stopping at a step's end, all workers together.
@@ -346,18 +341,12 @@ def _shares(
         )
 
 
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, each made in a thread while the one before it is used."""
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
-        upcoming = thread.submit(next, items, None)
-        while (item := upcoming.result()) is not None:
-            upcoming = thread.submit(next, items, None)
-            yield item
-
-
 def _learn_timesteps(state: TrainingState, group: Group, found: list[Terms]) -> None:
-    """Tell the loss-aware timestep sampler of all workers' losses, in the canonical order of the streams."""
-    if isinstance(state.timesteps, LossSecondMomentTimesteps):
+    """Tell the loss-aware timestep sampler of a good step's losses, all workers', in the streams' canonical order."""
+    if not isinstance(state.timesteps, LossSecondMomentTimesteps):
+        return
+    state.settle()
+    if not state.bad_steps:
         t, losses = (torch.cat([terms[name] for terms in found]).cpu().numpy() for name in ("t", "unweighted_loss"))
         for pair in group.gather((t, losses)):
             state.timesteps.update(*pair)
