@@ -77,7 +77,7 @@ def main(
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("ADMIRAL_DEBUG"):
             raise
-        _fail(1, _as_typed(_message(error), options_of(type(config))))
+        _fail(1, _as_typed(_message(error), options_of(type(config))) + _option_of(error, config))
     except KeyboardInterrupt:
         _fail(130, "interrupted; the same command goes on from here")
 
@@ -265,7 +265,9 @@ def _explained(error: pydantic.ValidationError, options: Mapping[str, Option]) -
     if first["type"] != "value_error":  # pydantic's own check of a type or of bounds
         shown = options[name].shown(first["input"]) if name in options else "a value"
         accepted = options[name].accepted if name in options else f"the fields {name}.*"
-        return f"{name}={shown} is not accepted; accepted: {accepted}"
+        near = difflib.get_close_matches(shown, first.get("ctx", {}).get("expected", "").split("'"), 1)
+        advice = f"; did you mean {near[0]}?" if near else ""
+        return f"{name}={shown} is not accepted; accepted: {accepted}{advice}"
     message = first["msg"].removeprefix("Value error, ")
     of = ".".join(place[:-1] if name in options else place)  # the nested config whose validator it is
 
@@ -288,6 +290,15 @@ def _as_typed(message: str, options: Mapping[str, Option]) -> str:
 
     value = r"""'[^']*'|"[^"]*"|\([^)]*\)|\[[^\]]*\]|[^\s;,()]*[^\s;,:.()]"""
     return re.sub(rf"(?<![\w.\-/?&])(?P<name>[a-z][\w.]*)=(?P<value>{value})", typed, message)
+
+
+def _option_of(error: Exception, config: JobConfig) -> str:
+    """Return the option of the path that an error of a file names, as ` (--dataset datasets/digits)`; "" if none."""
+    message = str(error)
+    if not isinstance(error, OSError) or "--" in message:
+        return ""
+    paths = {name: value for name, value in config if isinstance(value, str) and (f"/{value}" in message)}
+    return f" (--{(name := max(paths, key=lambda n: len(paths[n]))).replace('_', '-')} {paths[name]})" if paths else ""
 
 
 def _message(error: Exception) -> str:

@@ -7,6 +7,12 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 
+def counted(count: float, noun: str) -> str:
+    """Return a count with its noun in the singular or the plural: 1 worker, 2 workers."""
+    plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,g} {noun}{plural}" if isinstance(count, float) else f"{count:,} {noun}{plural}"
+
+
 class Progress:
     """A line that is told how far the work is."""
 

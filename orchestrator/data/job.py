@@ -44,7 +44,7 @@ from orchestrator.data.understanding import (
 )
 from orchestrator.order import Purpose, keyed_rng
 from orchestrator.pictures import captioned_grid_png
-from orchestrator.progress import progress_line
+from orchestrator.progress import counted, progress_line
 from orchestrator.redaction import redact_tree
 from orchestrator.tracking import tracked
 
@@ -94,7 +94,9 @@ def prepare_and_track(config: PrepareConfig) -> str:
         storage.write_bytes(storage.join(output, "contact-sheet.png"), sheet)
         tracker.picture("contact-sheet.png", sheet)
     described = ", ".join(f"{split} {count:,}" for split, count in counts.items())
-    print(f"{output}: {described} images of {len(manifest.classes)} classes, {manifest.quarantined} quarantined")
+    print(
+        f"{output}: {described} images of {counted(len(manifest.classes), 'class')}, {manifest.quarantined} quarantined"
+    )
     for kind, found in storage.read_json(storage.join(output, "report.json"))["findings"].items():
         print(f"  {kind.replace('_', ' ')}: {found['count']:,} ({', '.join(found['examples'])})")
     return output
@@ -129,7 +131,10 @@ def plan(config: PrepareConfig) -> str:
     for split, rows in order.items():
         shards = [shard for shard in planned if shard.split == split]
         groups = sum(len(shard.row_groups) for shard in shards)
-        lines.append(f"writes  {output}: {split}: {len(rows):,} images, {groups} row groups, {len(shards)} shards")
+        lines.append(
+            f"writes  {output}: {split}: {counted(len(rows), 'image')}, {counted(groups, 'row group')}, "
+            f"{counted(len(shards), 'shard')}"
+        )
     return "\n".join(lines)
 
 

@@ -44,7 +44,7 @@ from orchestrator.generation.sampling import (
 )
 from orchestrator.generation.worker import SamplingWorker
 from orchestrator.pictures import grid_png, png
-from orchestrator.progress import Progress, progress_line
+from orchestrator.progress import Progress, counted, progress_line
 from orchestrator.tracking import Tracker, catch_up, tracked
 from orchestrator.weights.network import weights_file
 
@@ -74,11 +74,11 @@ def generate(config: GenerationConfig) -> str:
         regenerate(config)
         return output
     if all(map(is_finished, folders)):
-        print(f"{output} is complete: {config.num_samples:,} samples")
+        print(f"{output} is complete: {counted(config.num_samples, 'sample')}")
         catch_up("generate", config, folders[0])
     else:
         _make_missing(config, folders)
-        print(f"{output}: {config.num_samples:,} samples")
+        print(f"{output}: {counted(config.num_samples, 'sample')}")
     if config.export:
         for folder in folders:
             print(f"exported to {_export(config, folder)}")
