@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, Literal, NamedTuple, TypeGuard, Union, get_args, get_origin
 
-import annotated_types
 import pydantic
 
 NESTED = "{name}.*: {about}"  # heading of the options of a nested config
@@ -131,25 +130,26 @@ def _words(kind: Any, bounds: tuple[Any, ...]) -> str:
         *items, last = get_args(kind)
         if last is not ...:
             return " and ".join(_words(item, ()) for item in (*items, last))
-        least = max((bound.min_length for bound in bounds if isinstance(bound, annotated_types.MinLen)), default=0)
-        most_ = min((bound.max_length for bound in bounds if isinstance(bound, annotated_types.MaxLen)), default=0)
+        least = _bound(bounds, "min_length") or 0
+        most_ = _bound(bounds, "max_length")
         count = f"{least} to {most_} values" if most_ else "one or more values" if least else "any number of values"
         return f"{count}, each {_words(items[0], ())}"
     name = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
     return " ".join([name, *filter(None, [" and ".join(_limits(bounds))])])
 
 
+LIMITS = {"gt": "greater than", "ge": "of at least", "lt": "less than", "le": "of at most"}
+
+
 def _limits(bounds: tuple[Any, ...]) -> Iterator[str]:
-    for bound in bounds:
-        for kind, attribute, words in (
-            (annotated_types.Gt, "gt", "greater than"),
-            (annotated_types.Ge, "ge", "of at least"),
-            (annotated_types.Lt, "lt", "less than"),
-            (annotated_types.Le, "le", "of at most"),
-        ):
-            if isinstance(bound, kind):
-                limit = getattr(bound, attribute)
-                yield f"{words} {'2**64' if limit == 2**64 else limit}"
+    for name, words in LIMITS.items():
+        if (limit := _bound(bounds, name)) is not None:
+            yield f"{words} {'2**64' if limit == 2**64 else limit}"
+
+
+def _bound(bounds: tuple[Any, ...], name: str) -> Any:
+    """Return the limit of this name, such as gt or min_length; None if there is none."""
+    return next((found for bound in bounds if (found := getattr(bound, name, None)) is not None), None)
 
 
 @cache

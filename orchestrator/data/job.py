@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from cluster.session import session
 from cluster.workers import map_items
 from orchestrator import storage
+from orchestrator.closing import next_command, print_closing
 from orchestrator.config import check_or_write_config
 from orchestrator.data.config import PrepareConfig
 from orchestrator.data.crops import center_crop
@@ -99,6 +100,8 @@ def prepare_and_track(config: PrepareConfig) -> str:
     )
     for kind, found in storage.read_json(storage.join(output, "report.json"))["findings"].items():
         print(f"  {kind.replace('_', ' ')}: {found['count']:,} ({', '.join(found['examples'])})")
+    command = next_command("train_adm", dataset=config.output)
+    print_closing([storage.join(output, "contact-sheet.png")], [command])
     return output
 
 

@@ -17,6 +17,7 @@ from cluster.session import session
 from cluster.workers import map_items
 from orchestrator import storage
 from orchestrator.arithmetic import platform
+from orchestrator.closing import next_command, print_closing
 from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.cost import cost_lines
 from orchestrator.generation.exports import export_npz, export_png
@@ -79,6 +80,8 @@ def generate(config: GenerationConfig) -> str:
     else:
         _make_missing(config, folders)
         print(f"{output}: {counted(config.num_samples, 'sample')}")
+    command = next_command("evaluate_samples", samples=config.output)
+    print_closing([storage.join(folder, "samples.png") for folder in folders], [command])
     if config.export:
         for folder in folders:
             print(f"exported to {_export(config, folder)}")

@@ -21,11 +21,12 @@ from models.costs import count_parameters, training_state_bytes
 from models.diffusion import LossSecondMomentTimesteps
 from orchestrator import storage
 from orchestrator.arithmetic import arithmetic, choose_device, platform
+from orchestrator.closing import print_closing
 from orchestrator.config import check_or_write_config
 from orchestrator.cost import GPUS, priced, training_cost
 from orchestrator.data.dataset import Manifest, batches, load_manifest
 from orchestrator.order import OrderPlan
-from orchestrator.progress import progress_line
+from orchestrator.progress import counted, progress_line
 from orchestrator.tracking import catch_up, tracked
 from orchestrator.training.audit_log import AuditLog
 from orchestrator.training.checkpoint_writer import CheckpointWriter
@@ -41,6 +42,7 @@ from orchestrator.training.profiling import StepProfiler
 from orchestrator.training.snapshots import final_weights, is_due, write_snapshots
 from orchestrator.training.state import TrainingState, take_step
 from orchestrator.training.validation import Validation, validation_count
+from orchestrator.training.verdict import classifier_lines, following
 
 CPUS_OF_DATA = 1  # for the tasks that read a worker's data, beside those of its arithmetic
 
@@ -80,14 +82,14 @@ def train(config: Config) -> str:
             shared=config.shared,
         ),
         tracked(config.job, config, run) as tracker,
-        progress_line(config.total_images, "images") as progress,
+        progress_line(config.total_images, "images", _starting(config)) as progress,
     ):
 
         def on_record(record: dict[str, Any]) -> None:
             if "picture" in record:
                 tracker.picture(record["picture"], record["png"])
-            if "resumed" in record:
-                progress.update_to(record["resumed"])
+            if "started" in record:
+                progress.start(record["started"])
             if "metrics" in record:
                 shown = {name: value for name, value in record["metrics"].items() if name in ("loss", "accuracy")}
                 progress.update_to(record["images"], **shown)
@@ -113,7 +115,15 @@ def train(config: Config) -> str:
                 raise RuntimeError(f"another driver took over {run}: this one stopped, and its place is kept")
             raise KeyboardInterrupt
     print(f"{run} is trained: {config.total_images:,} images, weights in {storage.join(run, 'weights')}")
+    for line in classifier_lines(run, config.model.num_classes or 1) if config.model.kind == "classifier" else []:
+        print(line)
+    print_closing([], [following(config)])
     return run
+
+
+def _starting(config: Config) -> str:
+    """Return what the progress line says until the first step."""
+    return f"starting {counted(config.num_workers or 1, 'worker')}"
 
 
 def plan(config: Config) -> str:
@@ -220,7 +230,6 @@ def _train(config: Config, context: WorkerContext) -> None:
                     f"total_images={config.total_images:,}, but {run} is already at {state.position:,} images"
                 )
             if context.rank == 0:
-                context.report({"resumed": state.position})
                 after_saving(Checkpoint(state.position, state.tensors(), state.facts()))
         else:
             begin_with(config, state, group)
@@ -229,6 +238,8 @@ def _train(config: Config, context: WorkerContext) -> None:
         meter = Meter(config, context, group)
         audit = AuditLog(config.path(config.audit_dir), context.rank, context.world_size) if config.audit_dir else None
         stream = _ahead(_shares(config, context, manifest, state.position))
+        if context.rank == 0:
+            context.report({"started": state.position})
 
         while state.position < config.length:
             # One step: this worker's images, their losses, one update.

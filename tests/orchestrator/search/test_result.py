@@ -1,6 +1,6 @@
 """The result of a search, as text."""
 
-from orchestrator.search.result import _label
+from orchestrator.search.result import label
 from orchestrator.search.space import Setting
 
 
@@ -9,7 +9,7 @@ def test_settings_that_differ_in_their_weights_are_told_apart() -> None:
         Setting(scale=2.0, num_steps=10, sampler="ddim", weights=f"run/ema-{rate}.safetensors") for rate in (0.9, 0.99)
     ]
     assert len({str(setting) for setting in settings}) == 1
-    assert [_label(setting, several=True) for setting in settings] == [
+    assert [label(setting, several=True) for setting in settings] == [
         "ddim, 10 steps, scale 2, run/ema-0.9",
         "ddim, 10 steps, scale 2, run/ema-0.99",
     ]
