@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """The handle of a job on its metrics and its MLflow run. Every method but `check` and `finish` returns at once.
+    """The handle of a job on its metrics and its MLflow run. Only `check`, `flush` and `finish` wait.
 
     One thread sends the numbers, another the artefacts, so that neither waits for the other's store. Without a `uri`
     nothing is sent, and only `metrics.jsonl` is written.
@@ -83,6 +83,10 @@ class Tracker:
         """Record numbers at `step` (images for training, samples for generation)."""
         self._log.append(Record(_now(), step, {name: float(value) for name, value in values.items()}))
         publish(self._job, values)
+
+    def flush(self) -> None:
+        """Write the numbers so far into the job's folder, where a page reads them."""
+        self._log.flush()
 
     def picture(self, name: str, png: bytes) -> None:
         """Record a picture under `name`, which ends in .png."""

@@ -37,6 +37,7 @@ from orchestrator.training.initial_weights import begin_with
 from orchestrator.training.lease import Lease
 from orchestrator.training.losses import Microbatch, Terms, make_losses, make_microbatches
 from orchestrator.training.meter import Meter
+from orchestrator.training.page import NAME, STARTED, write_run_page
 from orchestrator.training.previews import previews
 from orchestrator.training.profiling import StepProfiler
 from orchestrator.training.snapshots import final_weights, is_due, write_snapshots
@@ -72,6 +73,7 @@ def train(config: Config) -> str:
     check_or_write_config(run, config)
     if storage.exists(final_weights(run, config)):
         print(f"{run} is trained already: {config.total_images:,} images")
+        write_run_page(run, config)
         catch_up(config.job, config, run)
         return run
     with (
@@ -87,9 +89,11 @@ def train(config: Config) -> str:
 
         def on_record(record: dict[str, Any]) -> None:
             if "picture" in record:
+                storage.write_bytes(storage.join(run, record["picture"]), record["png"])
                 tracker.picture(record["picture"], record["png"])
             if "started" in record:
                 progress.start(record["started"])
+                tracker.metrics({STARTED: 1.0}, step=record["started"])
             if "metrics" in record:
                 shown = {name: value for name, value in record["metrics"].items() if name in ("loss", "accuracy")}
                 progress.update_to(record["images"], **shown)
@@ -110,6 +114,8 @@ def train(config: Config) -> str:
             num_gpus=config.num_gpus,
             stop=lease.is_lost,
         )
+        tracker.flush()
+        tracker.record(NAME, write_run_page(run, config))
         if stopped and not storage.exists(final_weights(run, config)):
             if lease.is_lost():
                 raise RuntimeError(f"another driver took over {run}: this one stopped, and its place is kept")
@@ -117,7 +123,7 @@ def train(config: Config) -> str:
     print(f"{run} is trained: {config.total_images:,} images, weights in {storage.join(run, 'weights')}")
     for line in classifier_lines(run, config.model.num_classes or 1) if config.model.kind == "classifier" else []:
         print(line)
-    print_closing([], [following(config)])
+    print_closing([storage.join(run, NAME)], [following(config)])
     return run
 
 
