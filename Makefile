@@ -7,7 +7,7 @@ STORE ?= local
 AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup quickstart test test-all prove chaos demo-50k demo-search gpu-check cluster cluster-stop lint clean
+.PHONY: help setup quickstart test test-all prove chaos demo-50k demo-search demo-guidance gpu-check cluster cluster-stop lint clean
 
 help:  ## the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -41,6 +41,9 @@ demo-50k: $(INSTALLED)  ## SAMPLES=50000 KILLS=10 SEED=0: samples under kills, c
 
 demo-search: $(INSTALLED)  ## SEED=0: the search beside the full grid, on scanned digits
 	$(BIN)/python -m tests.benchmarks.demo_search --seed $(or $(SEED),0)
+
+demo-guidance: $(INSTALLED)  ## every kind of guidance at the same costs, on scanned digits
+	$(BIN)/python -m tests.benchmarks.demo_guidance
 
 gpu-check: $(INSTALLED)  ## what must hold on a GPU, and how fast it is; ARGS=--tiny tries it on a CPU
 	$(BIN)/python -m tests.gpu.check $(ARGS)

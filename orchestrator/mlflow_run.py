@@ -35,6 +35,7 @@ UNKNOWN_WORDS = re.compile("MLFLOW_ALLOW_FILE_STORE|unsupported URI|Can't load p
 REFUSED_WORDS = re.compile(
     "unable to open database file|readonly database|not in a valid JSON format|CERTIFICATE_VERIFY_FAILED"
 )
+RACE_WORDS = re.compile("(?i)unique constraint|duplicate entry")  # another driver of this run wrote the same row first
 PROGRAMMING_ERRORS = (TypeError, AttributeError, LookupError, ImportError, NameError, UnidentifiedImageError)
 FILE_ERRORS = (FileNotFoundError, NotADirectoryError, PermissionError)  # of the folder of a SQLite file
 
@@ -77,7 +78,7 @@ class MlflowRun:
         client.update_run(run, status="RUNNING")
         client.set_tag(run, "admiral.command", command())
         if config is not None:  # MLflow keeps them as they were when the run began
-            _log_parameters(client, run, dict(_leaves(config.model_dump(mode="json"))))
+            _log_parameters(client, run, config.model_dump(mode="json"))
         self._client, self.id, self._experiment = client, run, experiment.experiment_id
 
     @property
@@ -155,6 +156,8 @@ def is_refused(error: Exception, opening: bool) -> bool:
     opening: what refuses the whole job counts too. Later on it may pass, as when a token is renewed.
     """
     text = str(error)
+    if RACE_WORDS.search(text):
+        return False
     if opening and (
         isinstance(error, FILE_ERRORS) or any(p.search(text) for p in (DENIED_WORDS, UNKNOWN_WORDS, REFUSED_WORDS))
     ):
@@ -230,10 +233,11 @@ def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _log_parameters(client: Any, run: str, values: dict[str, Any]) -> None:
+    """Log the fields of a nested dict by their dotted names."""
     from mlflow.entities import Param
 
     there = client.get_run(run).data.params  # what is there cannot be changed
-    texts = {name: redact(str(value)) for name, value in values.items() if name not in there}
+    texts = {name: redact(value) for name, value in _leaves(values) if name not in there}
     new = [
         Param(key, text if len(text) <= LONGEST_PARAMETER else "long: see config.json") for key, text in texts.items()
     ]

@@ -72,6 +72,19 @@ def figure_png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
+def strips_figure(rows: list[tuple[str, np.ndarray]], title: str) -> bytes:
+    """Draw one row of uint8 [n, H, W, 3] images for each label."""
+    figure, axes = subplots(len(rows), figsize=(8.6, 0.52 * len(rows) + 0.3), squeeze=False)
+    for axis, (label, images) in zip(axes.flat, rows, strict=True):
+        grid = grid_png(images, columns=len(images), scale=2)
+        axis.imshow(np.asarray(Image.open(io.BytesIO(grid))), interpolation="nearest")
+        axis.set_ylabel(label, rotation=0, ha="right", va="center")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    figure.suptitle(title, fontsize=9)
+    return figure_png(figure)
+
+
 def distances_figure(distances: dict[str, list[float]]) -> bytes:
     """Draw histograms of how far samples, and held-out real images, are from their nearest training image."""
     figure, axis = subplots(figsize=(8.6, 2.6))

@@ -28,7 +28,8 @@ def test_the_quickstart_in_small_and_again(tmp_path: Path) -> None:
     }  # fmt: skip
     assert numbers["peak_rss_bytes"] > 2**20
     winner = numbers["search"]["winner"]
-    assert winner["scale"] in (0.0, 2.0) and winner["num_steps"] == 4 and winner["sampler"] == "ddpm"
+    assert winner["guidance"]["scale"] in (0.0, 2.0) and winner["sampler"]["num_steps"] == 4
+    assert winner["sampler"]["name"] == "ddpm"
     assert numbers["search"]["samples"] <= 2 * 128 + 128, "all trials to the end, and the final"
     for name in ("accuracy", "fd_digits", "kid_digits", "precision", "recall", "inception_score_digits"):
         for found in (numbers["metrics_guided"][name], numbers["metrics_unguided"][name]):

@@ -23,6 +23,7 @@ from models.inception import InceptionNetwork
 from models.vit import ClipVision, DinoV2
 from orchestrator import storage
 from orchestrator.data.dataset import load_manifest, read_images
+from orchestrator.weights.imported import fingerprint_of, import_named
 from orchestrator.weights.published import decode_state_dict
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # 95,628,359 bytes, as the public ports release it
@@ -238,22 +239,13 @@ def own_extractor(name: str, device: torch.device = CPU) -> LoadedExtractor:
     Raises:
         ValueError: there is no such thing, or it is no extractor.
     """
-    module, _, attribute = name.rpartition(".")
-    try:
-        network = getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"extractor={name!r} cannot be imported: {error}") from error
+    option = f"extractor={name!r}"
+    network = import_named(option, *name.rsplit(".", 1))()
     if missing := [part for part in ("name", "dimension", "num_classes") if not hasattr(network, part)]:
-        raise ValueError(f"extractor={name!r} is no extractor: it lacks {', '.join(missing)} (see models/features.py)")
+        raise ValueError(f"{option} is no extractor: it lacks {', '.join(missing)} (see models/features.py)")
     if network.name in RESERVED:
-        raise ValueError(f"extractor={name!r} calls itself {network.name!r}, which names another network's numbers")
-    fingerprint = getattr(network, "fingerprint", None)
-    if fingerprint is None and isinstance(network, torch.nn.Module):
-        fingerprint = hashlib.sha256(safetensors.torch.save(_contiguous(network))).hexdigest()[:12]
-    if fingerprint is None:
-        raise ValueError(f"extractor={name!r} is no torch module, so it must have a `fingerprint` of its weights")
+        raise ValueError(f"{option} calls itself {network.name!r}, which names another network's numbers")
+    fingerprint = fingerprint_of(option, network)
+    if not hasattr(network, "fingerprint"):
+        fingerprint = fingerprint[:12]
     return LoadedExtractor(network, f"{network.name}-{fingerprint}", classes=tuple(getattr(network, "classes", ())))
-
-
-def _contiguous(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in network.state_dict().items()}

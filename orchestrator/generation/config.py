@@ -17,7 +17,8 @@ class GenerationConfig(JobConfig):
 
     weights: str  # the diffusion model: a training run's folder, a .safetensors file or a released .pt file
     ema: str | None = None  # which of a run's weights, as "ema-0.9999"; None = the newest file
-    classifier: str | None = None  # the noisy classifier that guides, likewise
+    at: str | None = None  # which of its snapshots: a number of images, or best as evaluate_run found; None = newest
+    classifier: str | None = None  # the noisy classifier that guides, likewise; or yours, as package.module:function
     upsampler: str | None = None  # a second stage that enlarges the samples (ADM-U), likewise; both are kept
     recipe: str | None = None  # a released model's name: start from its published sampler, steps and guidance
     from_search: str | None = None  # a search.json: start from its winner's setting, weights and classifier
@@ -46,7 +47,7 @@ class GenerationConfig(JobConfig):
     @property
     def operational(self) -> frozenset[str]:
         """What changes no pixel; networks count by the hashes of their weights."""
-        names = {"weights", "ema", "classifier", "upsampler", "recipe", "from_search", "indices", "export"}
+        names = {"weights", "ema", "at", "classifier", "upsampler", "recipe", "from_search", "indices", "export"}
         return frozenset(names | {"num_gpus", "num_threads", "mixed_platforms"})
 
     @model_validator(mode="after")
@@ -55,8 +56,9 @@ class GenerationConfig(JobConfig):
             raise ValueError(f"guidance.scale={self.guidance.scale} needs a classifier")
         if self.batch_size and self.shard_size % self.batch_size:
             raise ValueError(f"shard_size={self.shard_size} is not a multiple of batch_size={self.batch_size}")
-        if self.ema and self.weights.endswith((".pt", ".safetensors")):
-            raise ValueError(f"ema={self.ema!r} chooses from a training run; weights={self.weights!r} is a file")
+        if (self.ema or self.at) and self.weights.endswith((".pt", ".safetensors")):
+            chosen = f"ema={self.ema!r}" if self.ema else f"at={self.at!r}"
+            raise ValueError(f"{chosen} chooses from a training run; weights={self.weights!r} is a file")
         if wrong := [index for index in self.indices if not 0 <= index < self.num_samples]:
             raise ValueError(f"indices={wrong} are not in 0..{self.num_samples - 1}")
         return self

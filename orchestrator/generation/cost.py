@@ -10,6 +10,7 @@ from models.unet import Architecture
 from orchestrator import storage
 from orchestrator.cost import Cost, fits, priced, sampling_cost
 from orchestrator.generation.config import GenerationConfig
+from orchestrator.weights.imported import is_imported
 from orchestrator.weights.network import load_network
 from orchestrator.weights.published import released_entry
 
@@ -28,7 +29,7 @@ class Outline(NamedTuple):
 def cost_lines(config: GenerationConfig, images: int) -> list[str]:
     """Return the lines of a plan: what `images` images read, write and cost, with the assumptions."""
     base = outline(config, config.weights, config.recipe)
-    classifier = outline(config, config.classifier) if config.classifier else None
+    classifier = classifier_outline(config)
     upsampler = outline(config, config.upsampler) if config.upsampler else None
     weak = outline(config, config.guidance.weak_weights) if config.guidance.weak_weights else None
     networks = [network for network in (base, classifier, upsampler, weak) if network]
@@ -40,6 +41,7 @@ def cost_lines(config: GenerationConfig, images: int) -> list[str]:
         f"reads   {', '.join(network.uri for network in networks)}",
         *([f"        not there yet: {', '.join(absent)}"] if absent else []),
         f"writes  {written / 1e9:,.3g} GB at most",
+        *([f"        not counted: --classifier {config.classifier}"] if config.classifier and not classifier else []),
         *(
             priced(cost, config.cost, config.num_workers, half)
             for cost in costs(config, images, base, guides, upsampler)
@@ -55,6 +57,11 @@ def outline(config: GenerationConfig, path: str, recipe: str | None = None) -> O
         return Outline(uri, entry.network, entry.diffusion)
     network = load_network(uri)
     return Outline(uri, network.architecture, network.diffusion)
+
+
+def classifier_outline(config: GenerationConfig) -> Outline | None:
+    """Return the outline of the classifier; None where there is none, or one that is imported."""
+    return outline(config, config.classifier) if config.classifier and not is_imported(config.classifier) else None
 
 
 def costs(

@@ -95,9 +95,9 @@ def _with_files(config: GenerationConfig) -> GenerationConfig:
     files = {name: getattr(config, name) for name in ("weights", "classifier", "upsampler")}
     for name, path in files.items():
         if path is not None:
-            kind = config.ema if name == "weights" else None
-            before = noted.get(name) if name != "weights" or noted.get("ema") == config.ema else None
-            files[name] = weights_file(path, config.path, before, kind)
+            kind, at = (config.ema, config.at) if name == "weights" else (None, None)
+            same = name != "weights" or (noted.get("ema"), noted.get("at")) == (kind, at)
+            files[name] = weights_file(path, config.path, noted.get(name) if same else None, kind, at)
     if config.guidance.weak_weights is not None:
         weak = weights_file(config.guidance.weak_weights, config.path, noted.get("weak_weights"), None)
         files["guidance"] = config.guidance.model_copy(update={"weak_weights": weak})
@@ -274,7 +274,7 @@ def _record(config: GenerationConfig, networks: Networks) -> dict[str, Any]:
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     begun = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    noted = config.model_dump(mode="json", include={"weights", "ema", "classifier", "upsampler", "num_workers"})
+    noted = config.model_dump(mode="json", include={"weights", "ema", "at", "classifier", "upsampler", "num_workers"})
     noted["weak_weights"] = config.guidance.weak_weights
     return {"commit": commit, "begun": begun, "classes": networks.classes, **noted}
 

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from models import zoo
-from models.guidance import WHOLE_CHAIN, GuidanceConfig, GuidanceKind, Interval
-from models.samplers import SamplerConfig, SamplerName
+from models.guidance import GuidanceConfig
+from models.samplers import SamplerConfig
 from orchestrator import storage
 
 
@@ -35,15 +35,9 @@ def recommended(name: str) -> dict[str, Any]:
 class _Setting(BaseModel, extra="forbid"):
     """What a search can choose. A key that is not here is refused: half a setting would give other samples."""
 
-    scale: float = Field(ge=0)
-    num_steps: int = Field(ge=2)
-    sampler: SamplerName
-    eta: float = Field(0.0, ge=0, le=1)
-    s_churn: float = Field(0.0, ge=0)
-    interval: Interval = WHOLE_CHAIN
-    guidance_kind: GuidanceKind = "classifier"
-    weak_weights: str | None = None  # the weaker model, as a path or under the store
-    weights: str  # the diffusion model, likewise
+    weights: str  # the diffusion model, as a path or under the store
+    sampler: SamplerConfig
+    guidance: GuidanceConfig
 
 
 class _Winner(BaseModel):
@@ -69,17 +63,4 @@ def winner(uri: str) -> dict[str, Any]:
         result = _SearchResult.model_validate(storage.read_json(uri))
     except ValueError as error:
         raise ValueError(f"{uri} is not the result of a search: {error}") from error
-    setting = result.winner.setting
-    return {
-        "weights": setting.weights,
-        "classifier": result.classifier,
-        "sampler": SamplerConfig(
-            name=setting.sampler, num_steps=setting.num_steps, eta=setting.eta, s_churn=setting.s_churn
-        ),
-        "guidance": GuidanceConfig(
-            kind=setting.guidance_kind,
-            scale=setting.scale,
-            weak_weights=setting.weak_weights,
-            interval=setting.interval,
-        ),
-    }
+    return {"classifier": result.classifier, **dict(result.winner.setting)}

@@ -22,6 +22,7 @@ from orchestrator.generation.labels import Labels, read_labels
 from orchestrator.generation.noise import Draw, DrawNoise, draw_noise
 from orchestrator.generation.samples import Samples
 from orchestrator.order import Purpose
+from orchestrator.weights.imported import ImportedClassifier, import_classifier, is_imported
 from orchestrator.weights.network import Network, load_network, weights_file
 
 NUMERICS_VERSION = 1  # raised by hand when the same config begins to give other samples
@@ -41,7 +42,7 @@ class Networks(NamedTuple):
     """What sampling needs."""
 
     weights: Network
-    classifier: Network | None
+    classifier: Network | ImportedClassifier | None
     upsampler: Network | None
     labels: Labels
     weak: Network | None = None  # of autoguidance
@@ -58,10 +59,11 @@ class Networks(NamedTuple):
 
     @property
     def loaded(self) -> list[Network]:
-        """Return those that there are."""
-        return [network for network in (self.weights, self.classifier, self.upsampler, self.weak) if network]
+        """Return those of our own that there are."""
+        found = (self.weights, self.classifier, self.upsampler, self.weak)
+        return [network for network in found if isinstance(network, Network)]
 
-    def guide(self, kind: GuidanceKind) -> Network | None:
+    def guide(self, kind: GuidanceKind) -> Network | ImportedClassifier | None:
         """Return the network whose evaluations a kind of guidance adds."""
         guides = {"classifier": self.classifier, "classifier_free": self.weights, "auto": self.weak}
         return guides.get(kind)
@@ -78,13 +80,16 @@ def load_networks(config: GenerationConfig, device: torch.device | str) -> Netwo
     def load(path: str | None, recipe: str | None = None) -> Network | None:
         return load_network(config.path(path), device, recipe if path.endswith(".pt") else None) if path else None
 
-    weights = config.path(weights_file(config.weights, config.path, kind=config.ema))
+    weights = config.path(weights_file(config.weights, config.path, kind=config.ema, at=config.at))
     model = load_network(weights, device, config.recipe if weights.endswith(".pt") else None)
     recipes = zoo.entry(config.recipe).recipes if config.recipe else ()
-    classifier = load(config.classifier, recipes[0].classifier if recipes else None)
-    upsampler = load(config.upsampler)
-    size = model.architecture.image_size
-    if classifier and classifier.architecture.image_size != size:
+    upsampler, size = load(config.upsampler), model.architecture.image_size
+    classifier: Network | ImportedClassifier | None
+    if config.classifier and is_imported(config.classifier):
+        classifier = import_classifier(config.classifier, model.architecture.in_channels, size, device)
+    else:
+        classifier = load(config.classifier, recipes[0].classifier if recipes else None)
+    if isinstance(classifier, Network) and classifier.architecture.image_size != size:
         raise ValueError(
             f"{config.classifier} sees {classifier.architecture.image_size} pixels, but samples have {size}"
         )
@@ -171,9 +176,9 @@ def counted_batch(config: GenerationConfig, networks: Networks, memory: float, m
     larger batches are hardly faster.
     """
     uses: list[tuple[Network | None, Use]] = [(networks.weights, "sampling"), (networks.upsampler, "sampling")]
-    if config.guidance.scale:
-        guide: Use = "guiding" if config.guidance.kind == "classifier" else "sampling"
-        uses.append((networks.guide(config.guidance.kind), guide))
+    guide = networks.guide(config.guidance.kind)
+    if config.guidance.scale and isinstance(guide, Network):  # what is imported is not counted, but tried
+        uses.append((guide, "guiding" if config.guidance.kind == "classifier" else "sampling"))
     kept = sum(4 * count_parameters(network.architecture) for network in networks.loaded)
     half, size = config.dtype != "float32", min(most, LARGEST_BATCH)
     while size > 1:
@@ -281,7 +286,7 @@ def sample_batch(
     indices: np.ndarray,
     labels: np.ndarray,
     seed: int,
-    guide: Network | None = None,
+    guide: Network | ImportedClassifier | None = None,
     guidance: GuidanceConfig | None = None,
     low_res: np.ndarray | None = None,
     clip: bool = True,
@@ -308,7 +313,7 @@ def sample_batch(
     chosen = guidance if guide and guidance else GuidanceConfig()
     chain_of = Guided(
         network.module, y, bool(architecture.num_classes), small, clip, null_label=architecture.num_classes,
-        guide=guide.module if guide else None,
+        guide=guide.towards(y) if guide else None,
     )  # fmt: skip
     denoise = guided_denoiser(chain_of, diffusion, sampler.name, chosen)
     x_T = draw(key(start)).to(device, non_blocking=True)

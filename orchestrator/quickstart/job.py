@@ -81,7 +81,7 @@ def _stages(config: QuickstartConfig, preview: bool = False) -> Iterator[Stage]:
 
 def _winner(store: str) -> tuple[float, int]:
     setting = storage.read_json(storage.join(store, "digits", "search", "search.json"))["winner"]["setting"]
-    return setting["scale"], setting["num_steps"]
+    return setting["guidance"]["scale"], setting["sampler"]["num_steps"]
 
 
 class _Stages:

@@ -50,7 +50,7 @@ def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> 
             "samples": search["samples"],
             "trials": search["trials"],
         },
-        "trade_off": trade_off(search["trials"], search["winner"]["setting"]["num_steps"]),
+        "trade_off": trade_off(search["trials"], search["winner"]["setting"]["sampler"]["num_steps"]),
         "copies": copies(evaluations["guided"]["nearest_training_image"]),
     }
     pictures = {
@@ -88,7 +88,8 @@ def trade_off(trials: list[dict[str, Any]], num_steps: int) -> dict[str, Any]:
     All by the largest n that every trial reached.
     """
     n = common_n(trials)
-    along = sorted((t for t in trials if t["setting"]["num_steps"] == num_steps), key=lambda t: t["setting"]["scale"])
+    along = [trial for trial in trials if trial["setting"]["sampler"]["num_steps"] == num_steps]
+    along.sort(key=lambda trial: trial["setting"]["guidance"]["scale"])
 
     def moved(name: str, up: bool) -> bool:
         first, final = (trial["rungs"][n][name]["interval"] for trial in (along[0], along[-1]))
@@ -98,7 +99,7 @@ def trade_off(trials: list[dict[str, Any]], num_steps: int) -> dict[str, Any]:
 
     return {
         "num_steps": num_steps,
-        "scales": [trial["setting"]["scale"] for trial in along],
+        "scales": [trial["setting"]["guidance"]["scale"] for trial in along],
         "precision": [trial["rungs"][n]["precision"]["value"] for trial in along],
         "recall": [trial["rungs"][n]["recall"]["value"] for trial in along],
         "precision_rises": moved("precision", up=True),

@@ -36,15 +36,73 @@ class Limit(NamedTuple):
         return cls(float(found[1]), cast(Literal["%", "h"], found[2]) or "samples")
 
 
-class SearchConfig(JobConfig):
+class TrialsConfig(JobConfig):
+    """How settings are sampled, each on the same labels and noise, and what their samples are measured by."""
+
+    classifier: str | None = None  # the noisy classifier that guides
+    reference: str  # a prepared dataset (its training split), or a published reference batch (.npz) with images
+    output: str  # the folder of records and results
+    objective: tuple[str, ...] = Field(("fd_digits",), min_length=1, max_length=2)  # a metric, or two: fd_digits recall
+    seed: int = Field(0, ge=0)  # labels and noise of all settings alike
+    labels: str = "balanced"  # as a generation takes them: balanced, uniform, ...
+    batch_size: int = Field(64, gt=0)  # canonical batch B
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention
+    compile: bool = False  # torch.compile the networks: slower to start, faster on long runs
+    extractor: str = "digits"  # inception, efficientnet, digits, or one's own as package.module.name
+    extractor_weights: str | None = None  # inception's file; None: its released name in the store's extractors/
+    num_workers: int = Field(1, ge=0)  # sampling workers, shared by all settings; 0 = in this process, without Ray
+    num_gpus: float = Field(0.0, ge=0)  # GPUs for each worker
+    num_threads: int = Field(1, gt=0)  # CPU threads of each worker
+    cost: CostConfig = CostConfig()  # what --dry-run counts with
+
+    @property
+    def most_samples(self) -> int:
+        """Return the number of samples of a setting that is drawn to the end."""
+        raise NotImplementedError
+
+    @property
+    def most_networks(self) -> int:
+        """Return how many combinations of networks a worker keeps loaded."""
+        return 1
+
+    @property
+    def bounds(self) -> tuple[Constraint, ...]:
+        """Return the constraints on sampled metrics."""
+        return ()
+
+    def generation(self, weights: str, seed: int, setting: Setting | None = None) -> GenerationConfig:
+        """Return the config of sampling by one of the diffusion models, with the sampler and guidance of a setting."""
+        chosen = {"sampler": setting.sampler, "guidance": setting.guidance} if setting else {}
+        return GenerationConfig(
+            store=self.store,
+            weights=weights,
+            classifier=self.classifier,
+            output=self.output,
+            num_samples=self.most_samples,
+            seed=seed,
+            labels=self.labels,
+            dtype=self.dtype,
+            batch_size=self.batch_size,
+            shard_size=self.batch_size,
+            num_gpus=self.num_gpus,
+            num_threads=self.num_threads,
+            compile=self.compile,
+            **chosen,
+        )
+
+    def extractor_loader(self, image_size: int) -> LoadExtractor:
+        """Return what loads the feature network."""
+        dataset = None if self.reference.endswith(".npz") else self.path(self.reference)
+        weights = self.path(self.extractor_weights) if self.extractor_weights else None
+        folder = self.path("extractors")
+        return extractor_loader(self.extractor, weights, dataset, folder, image_size)
+
+
+class SearchConfig(TrialsConfig):
     """What is tried, on which networks, and how it is judged."""
 
     weights: tuple[str, ...] = Field(min_length=1)  # diffusion models to choose from: averages of several lengths, say
-    classifier: str | None = None  # the noisy classifier that guides
-    reference: str  # a prepared dataset (its training split), or a published reference batch (.npz) with images
-    output: str  # the search's folder
     space: SpaceConfig = SpaceConfig()
-    objective: tuple[str, ...] = Field(("fd_digits",), min_length=1, max_length=2)  # a metric, or two: fd_digits recall
     constraints: tuple[str, ...] = ()  # bounds on metrics, such as evaluations<=25 or recall>=0.4
     rungs: tuple[int, ...] = Field((64, 128, 256, 512, 1024, 2048), min_length=1)  # n at which trials are compared
     trials: int = Field(24, gt=0)  # settings tried at most
@@ -53,18 +111,15 @@ class SearchConfig(JobConfig):
     finalists: int = Field(2, gt=0)  # the best few, scored again on fresh seeds
     alpha: float = Field(0.05, gt=0, lt=1)  # family-wise error: probability of ever eliminating the best trial
     budget: str | None = None  # samples ("20000"), hours ("1.5h") or a share of drawing all trials to the end ("25%")
-    seed: int = Field(0, ge=0)  # labels and noise of all trials alike, and the proposals
     fresh_seed: int = Field(1_000_003, ge=0)  # labels and noise of the finals, by which nothing was chosen
-    labels: str = "balanced"  # as a generation takes them: balanced, uniform, ...
-    batch_size: int = Field(64, gt=0)  # canonical batch B
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention
-    compile: bool = False  # torch.compile the networks: slower to start, faster on long searches
-    extractor: str = "digits"  # inception, efficientnet, digits, or one's own as package.module.name
-    extractor_weights: str | None = None  # inception's file; None: its released name in the store's extractors/
-    num_workers: int = Field(1, ge=0)  # sampling workers, shared by all trials; 0 = in this process, without Ray
-    num_gpus: float = Field(0.0, ge=0)  # GPUs for each worker
-    num_threads: int = Field(1, gt=0)  # CPU threads of each worker
-    cost: CostConfig = CostConfig()  # what --dry-run counts with
+
+    @property
+    def most_samples(self) -> int:
+        return self.rungs[-1]
+
+    @property
+    def most_networks(self) -> int:
+        return len(self.weights) * (1 + len(self.space.weak_weights))
 
     @property
     def operational(self) -> frozenset[str]:
@@ -104,33 +159,6 @@ class SearchConfig(JobConfig):
     def proposes_grid(self, grid: list[Setting]) -> bool:
         """Return whether the whole grid is tried; else Optuna proposes."""
         return not self.space.continuous and len(grid) <= self.trials
-
-    def generation(self, weights: str, seed: int, setting: Setting | None = None) -> GenerationConfig:
-        """Return the config of sampling by one of the diffusion models, with the sampler and guidance of a setting."""
-        chosen = {"sampler": setting.sampling, "guidance": setting.guidance} if setting else {}
-        return GenerationConfig(
-            store=self.store,
-            weights=weights,
-            classifier=self.classifier,
-            output=self.output,
-            num_samples=self.rungs[-1],
-            seed=seed,
-            labels=self.labels,
-            dtype=self.dtype,
-            batch_size=self.batch_size,
-            shard_size=self.batch_size,
-            num_gpus=self.num_gpus,
-            num_threads=self.num_threads,
-            compile=self.compile,
-            **chosen,
-        )
-
-    def extractor_loader(self, image_size: int) -> LoadExtractor:
-        """What loads the feature network."""
-        dataset = None if self.reference.endswith(".npz") else self.path(self.reference)
-        weights = self.path(self.extractor_weights) if self.extractor_weights else None
-        folder = self.path("extractors")
-        return extractor_loader(self.extractor, weights, dataset, folder, image_size)
 
 
 def space_of(config: SearchConfig, passes: Passes) -> Space:

@@ -29,7 +29,7 @@ from orchestrator.evaluation.references import Reference, open_reference
 from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.worker import SamplingWorker
 from orchestrator.pictures import grid_png
-from orchestrator.search.config import SearchConfig
+from orchestrator.search.config import TrialsConfig
 from orchestrator.search.halving import Evaluation, Outcome
 from orchestrator.search.objectives import EVALUATIONS, Objective
 from orchestrator.search.space import Setting
@@ -40,16 +40,16 @@ PICTURED = 40  # samples in a trial's own picture
 # ------------------------------------------------------------------------------------------------ on disk
 
 
-def folder_of(config: SearchConfig, task: Evaluation) -> str:
+def folder_of(config: TrialsConfig, task: Evaluation) -> str:
     return storage.join(config.path(config.output), "trials", task.setting.name, f"seed-{task.seed}")
 
 
-def record_uri(config: SearchConfig, task: Evaluation) -> str:
+def record_uri(config: TrialsConfig, task: Evaluation) -> str:
     """Return the URI of an evaluation's record: its metrics, or why it failed."""
     return storage.join(folder_of(config, task), f"n-{task.n:06d}.json")
 
 
-def read_outcome(config: SearchConfig, task: Evaluation) -> Outcome:
+def read_outcome(config: TrialsConfig, task: Evaluation) -> Outcome:
     """Read the outcome that an evaluation's record holds."""
     uri = record_uri(config, task)
     record = storage.read_json(uri)
@@ -90,7 +90,7 @@ class Facts(NamedTuple):
     unmatched: str  # why they cannot be matched with the reference's, or the extractor's; "" where they can
 
 
-def evaluate(config: SearchConfig, workers: Pool, facts: Facts, task: Evaluation) -> dict[str, float]:
+def evaluate(config: TrialsConfig, workers: Pool, facts: Facts, task: Evaluation) -> dict[str, float]:
     """Draw what a setting lacks of its first n samples through the shared pool, measure them, leave a record.
 
     Return what Ray Tune shows of it.
@@ -124,7 +124,7 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _measured(config: SearchConfig, task: Evaluation, drawn: Labelled, held: Held, facts: Facts) -> Outcome:
+def _measured(config: TrialsConfig, task: Evaluation, drawn: Labelled, held: Held, facts: Facts) -> Outcome:
     """The metrics and scores of the first n of what was drawn.
 
     Raises:
@@ -139,7 +139,7 @@ def _measured(config: SearchConfig, task: Evaluation, drawn: Labelled, held: Hel
         held.extractor, features.get, labels, held.statistics, held.num_classes, rows, missing, strata
     )
     metrics = {name: describe(estimate) for name, estimate in measure(comparison)[0].items()}
-    evaluations, full = task.setting.evaluations, task.n == config.rungs[-1]
+    evaluations, full = task.setting.evaluations, task.n == config.most_samples
     metrics[EVALUATIONS] = {"value": evaluations, "n": task.n, "interval": [evaluations] * 2, "note": "exact"}
     names = dict.fromkeys((*config.objective, *(bound.metric for bound in config.bounds)))
     objectives = [Objective.parse(name, held.extractor) for name in names]
@@ -151,7 +151,7 @@ def _measured(config: SearchConfig, task: Evaluation, drawn: Labelled, held: Hel
 
 
 def _record(
-    config: SearchConfig,
+    config: TrialsConfig,
     task: Evaluation,
     outcome: Outcome | None = None,
     failed: str | None = None,
@@ -170,7 +170,7 @@ def _record(
     return {"n": task.n, "failed": failed is not None} | means
 
 
-def reference_of(config: SearchConfig, image_size: int, num_workers: int) -> tuple[Reference, str]:
+def reference_of(config: TrialsConfig, image_size: int, num_workers: int) -> tuple[Reference, str]:
     """What the search compares with, and the extractor's name; what of it is not extracted yet is extracted.
 
     Raises:
@@ -205,7 +205,7 @@ def unmatched(classes: tuple[str, ...], reference: Reference) -> str:
 
 
 @lru_cache(maxsize=1)
-def _held(config: SearchConfig, image_size: int) -> Held:
+def _held(config: TrialsConfig, image_size: int) -> Held:
     """The same in memory, which a process of trials keeps from one to the next."""
     found, name = reference_of(config, image_size, num_workers=0)
     assert found.files is not None
@@ -237,7 +237,7 @@ class Made(NamedTuple):
     failed: str | None = None
 
 
-def sampled_by(config: SearchConfig, files: dict[str, str], weights: str, weak: str | None = None) -> GenerationConfig:
+def sampled_by(config: TrialsConfig, files: dict[str, str], weights: str, weak: str | None = None) -> GenerationConfig:
     """Return the config that loads a diffusion model and what may guide it, from the files that the search took.
 
     weak: the weaker model; None: without one.
@@ -248,32 +248,33 @@ def sampled_by(config: SearchConfig, files: dict[str, str], weights: str, weak: 
     return found.model_copy(update={"classifier": classifier, "guidance": guidance})
 
 
-def make_worker(config: SearchConfig) -> Callable[[Block], Made]:
+def make_worker(config: TrialsConfig) -> Callable[[Block], Made]:
     """A sampling worker: networks and extractor loaded once, then batches of any trial."""
     files = noted_files(config.path(config.output))
 
-    @lru_cache
-    def loaded(path: str, weak: str | None = None) -> SamplingWorker:
+    @lru_cache(config.most_networks)
+    def loaded(path: str, weak: str | None) -> SamplingWorker:
         worker = SamplingWorker(sampled_by(config, files, path, weak))
         if config.compile:
             worker.compile()
         return worker
 
-    first = loaded(config.weights[0])
-    image_size = first.networks.weights.architecture.image_size
-    extractor = config.extractor_loader(image_size)(first.device).network
+    @lru_cache(1)
+    def extractor(image_size: int, device: torch.device) -> Extractor:
+        return config.extractor_loader(image_size)(device).network
 
     def work(block: Block) -> Made:
         try:
-            worker = loaded(block.setting.weights, block.setting.weak_weights)
-            return make_block(config, worker, extractor, block)
+            worker = loaded(block.setting.weights, block.setting.guidance.weak_weights)
+            image_size = worker.networks.weights.architecture.image_size
+            return make_block(config, worker, extractor(image_size, worker.device), block)
         except (FloatingPointError, torch.OutOfMemoryError) as error:  # all else is the machine's fault: tried again
             return Made(failed=_one_line(error))
 
     return work
 
 
-def make_block(config: SearchConfig, worker: SamplingWorker, extractor: Extractor, block: Block) -> Made:
+def make_block(config: TrialsConfig, worker: SamplingWorker, extractor: Extractor, block: Block) -> Made:
     """Draw a canonical batch and write its features; of the first one the images too."""
     folder = folder_of(config, Evaluation(block.setting, 0, block.seed))
     uri = storage.join(folder, _block_name(block.number))
@@ -291,12 +292,12 @@ def make_block(config: SearchConfig, worker: SamplingWorker, extractor: Extracto
     return Made(seconds=time.perf_counter() - begin)
 
 
-def first_images(config: SearchConfig, setting: Setting) -> np.ndarray:
+def first_images(config: TrialsConfig, setting: Setting) -> np.ndarray:
     """uint8 [B, H, W, 3]: the first batch of a setting that has run."""
     uri = storage.join(folder_of(config, Evaluation(setting, 0, config.seed)), _block_name(0))
     return _read_arrays(uri)["images"]
 
 
-def samples_picture(config: SearchConfig, setting: Setting) -> bytes:
+def samples_picture(config: TrialsConfig, setting: Setting) -> bytes:
     """PNG of the first samples of a setting that has run."""
     return storage.read_bytes(storage.join(folder_of(config, Evaluation(setting, 0, config.seed)), "samples.png"))

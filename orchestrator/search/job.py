@@ -1,6 +1,6 @@
 """Search: which guidance scale, how many steps, which sampler; all trials draw the same labels and noise."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from orchestrator.config import check_or_write_config, noted_files
 from orchestrator.cost import GUIDED_SAMPLING, assumed_mfu
 from orchestrator.evaluation.extractors import CPU
 from orchestrator.generation.config import GenerationConfig
-from orchestrator.generation.cost import outline
+from orchestrator.generation.cost import classifier_outline, outline
 from orchestrator.generation.sampling import NUMERICS_VERSION, Networks, load_networks
 from orchestrator.progress import Progress, progress_line
 from orchestrator.search.config import Limit, SearchConfig, space_of
@@ -37,8 +37,9 @@ from orchestrator.search.objectives import Objective
 from orchestrator.search.page import search_page
 from orchestrator.search.pictures import write_pictures
 from orchestrator.search.result import conclude, summary
-from orchestrator.search.space import GridProposals, OptunaProposals, Passes, Space
+from orchestrator.search.space import GridProposals, Guide, OptunaProposals, Passes, Space
 from orchestrator.tracking import Tracker, catch_up, tracked
+from orchestrator.weights.imported import import_classifier, is_imported
 from orchestrator.weights.network import weights_file
 
 # ------------------------------------------------------------------------------------------------ in the driver
@@ -57,7 +58,7 @@ def search(config: SearchConfig) -> str:
     for weak in config.space.weak_weights:  # checked here, before anything is drawn
         for path in config.weights:
             load_networks(sampled_by(config, files, path, weak), "cpu")
-    space = space_of(config, passes_of(config, sampled_by(config, files, config.weights[0]), files))
+    space = space_of(config, passes_of(config.space.guides, sampled_by(config, files, config.weights[0]), files))
     facts = _check_or_write_config(config, files, networks)
     result_uri = storage.join(output, "search.json")
     if storage.exists(result_uri):
@@ -89,22 +90,21 @@ def search(config: SearchConfig) -> str:
     return result_uri
 
 
-def passes_of(config: SearchConfig, generation: GenerationConfig, files: dict[str, str] | None = None) -> Passes:
-    """Return what a pass of each guide costs in passes of the first diffusion model; files: of weights by path.
-
-    Raises:
-        ValueError: the space has a kind of guidance whose network is not named.
-    """
+def passes_of(guides: Iterable[Guide], generation: GenerationConfig, files: dict[str, str] | None = None) -> Passes:
+    """Return what a pass of each guide costs in passes of the generation's model; files: of weights by path."""
     model = outline(generation, generation.weights)
     multiply_adds = forward_multiply_adds(model.architecture)
     paths = {"classifier": generation.classifier, "classifier_free": generation.weights}
-    guides = {}
-    for kind, weak in config.space.guides:
+    ratios = {}
+    for kind, weak in guides:
         path = (files or {}).get(weak, weak) if weak else paths.get(kind)
-        if path is not None:
-            guide = outline(generation, path).architecture
-            guides[kind, weak] = guidance_multiply_adds(guide) / multiply_adds
-    return Passes(model.diffusion, guides)
+        if path is not None and is_imported(path):
+            size = model.architecture.image_size
+            counted = import_classifier(path, model.architecture.in_channels, size, "cpu").multiply_adds
+            ratios[kind, weak] = counted / multiply_adds
+        elif path is not None:
+            ratios[kind, weak] = guidance_multiply_adds(outline(generation, path).architecture) / multiply_adds
+    return Passes(model.diffusion, ratios)
 
 
 def _files(config: SearchConfig) -> dict[str, str]:
@@ -229,8 +229,8 @@ def plan(config: SearchConfig) -> str:
     """What a search would read, write and cost."""
     generation = config.generation(config.weights[0], config.seed)
     networks = [outline(generation, path) for path in (*config.weights, *config.space.weak_weights)]
-    guide = outline(generation, config.classifier) if config.classifier else None
-    space = space_of(config, passes_of(config, generation))
+    guide = classifier_outline(generation)
+    space = space_of(config, passes_of(config.space.guides, generation))
     work = most_work(config, space.grid(), networks[0].architecture)
     inputs = [network.uri for network in networks] + ([guide.uri] if guide else []) + [config.path(config.reference)]
     limit = Limit.parse(config.budget)

@@ -1,16 +1,14 @@
 """The pictures of a search: metrics along the guidance scale, the front, and one set of seeds across scales."""
 
-import io
 from typing import Any
 
 import numpy as np
 from matplotlib import ticker
-from PIL import Image
 
 from models.guidance import WHOLE_CHAIN
 from orchestrator import storage
 from orchestrator.evaluation.metrics import METRICS
-from orchestrator.pictures import COLOURS, figure_png, grid_png, subplots
+from orchestrator.pictures import COLOURS, figure_png, strips_figure, subplots
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.evaluator import first_images
 from orchestrator.search.objectives import EVALUATIONS, sign_of
@@ -29,9 +27,11 @@ def write_pictures(config: SearchConfig, result: Json, extractor: str, tracker: 
     """Write them beside search.json, and to MLflow, and return them; `extractor` is the name in those of metrics."""
     winner = Setting(**result["winner"]["setting"])
     pictures = {"front.png": front_figure(front_names(config), result)}
-    if len({trial["setting"]["scale"] for trial in result["trials"]}) > 1:
+    if len({trial["setting"]["guidance"]["scale"] for trial in result["trials"]}) > 1:
         pictures["guidance.png"] = guidance_figure(result["trials"], result["objective"], extractor)
         pictures["scales.png"] = scales_figure(config, winner, result["trials"])
+    if len(config.space.guidance) > 1:
+        pictures["kinds.png"] = kinds_figure(config, result["trials"])
     for name, data in pictures.items():
         storage.write_bytes(storage.join(config.path(config.output), name), data)
         tracker.picture(name, data)
@@ -51,14 +51,14 @@ def guidance_figure(trials: list[Json], objectives: list[str], extractor: str) -
     for axis, name in zip(axes.flat, names, strict=True):
         for colour, (label, along) in zip(COLOURS_MORE * 9, curves(trials).items(), strict=False):
             found = [trial["objective_by_rung"][n].get(name, trial["rungs"][n][name]) for trial in along]
-            x, y = [trial["setting"]["scale"] for trial in along], [metric["value"] for metric in found]
+            x, y = [trial["setting"]["guidance"]["scale"] for trial in along], [metric["value"] for metric in found]
             axis.plot(x, y, "o-", color=colour, markersize=3.5, linewidth=1.2, label=label)
             if all(metric["interval"] for metric in found):
                 low, high = np.array([metric["interval"] for metric in found]).T
                 axis.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
         freed = ", freed of bias" if name in trials[0]["objective_by_rung"][n] else ""
         axis.set(xlabel="guidance scale", title=name.replace("_", " ") + freed)
-        _scale_axis(axis, sorted({trial["setting"]["scale"] for trial in trials}))
+        _scale_axis(axis, sorted({trial["setting"]["guidance"]["scale"] for trial in trials}))
     if axes.flat[0].dataLim.y0 > 0 and sign_of(names[0]) > 0:  # distances span orders of magnitude
         axes.flat[0].set_yscale("log")
         axes.flat[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -75,11 +75,13 @@ def curves(trials: list[Json]) -> dict[str, list[Json]]:
     guided: dict[str, dict[str, list[Json]]] = {}
     unguided: dict[str, list[Json]] = {}
     several = len({trial["setting"]["weights"] for trial in trials}) > 1
-    for trial in sorted(trials, key=lambda trial: (trial["setting"]["sampler"], trial["setting"]["num_steps"])):
-        setting = Setting(**trial["setting"])
+    settings = [Setting(**trial["setting"]) for trial in trials]
+    for setting, trial in sorted(
+        zip(settings, trials, strict=True), key=lambda pair: (pair[0].sampler.name, pair[0].sampler.num_steps)
+    ):
         chain, guide = _chain_label(setting, several), _guide_label(setting)
         guided.setdefault(chain, {})
-        if setting.scale:
+        if setting.guidance.scale:
             guided[chain].setdefault(guide, []).append(trial)
         else:
             unguided.setdefault(chain, []).append(trial)
@@ -87,22 +89,24 @@ def curves(trials: list[Json]) -> dict[str, list[Json]]:
     for chain, by_guide in guided.items():
         for guide, along in (by_guide or {"": []}).items():
             label = ", ".join(filter(None, (chain, guide)))
-            rising = sorted(along, key=lambda trial: trial["setting"]["scale"])
+            rising = sorted(along, key=lambda trial: trial["setting"]["guidance"]["scale"])
             found[label] = [*unguided.get(chain, []), *rising]
     return found
 
 
 def _chain_label(setting: Setting, several: bool) -> str:
-    parts = [setting.sampler, f"{setting.num_steps} steps"]
-    parts += [f"eta {setting.eta:g}"] if setting.eta else []
-    parts += [f"churn {setting.s_churn:g}"] if setting.s_churn else []
+    sampler = setting.sampler
+    parts = [sampler.name, f"{sampler.num_steps} steps"]
+    parts += [f"eta {sampler.eta:g}"] if sampler.eta else []
+    parts += [f"churn {sampler.s_churn:g}"] if sampler.s_churn else []
     return ", ".join(parts + ([setting.weights] if several else []))
 
 
 def _guide_label(setting: Setting) -> str:
-    parts = [] if setting.guidance_kind in ("none", "classifier") else [setting.guidance_kind.replace("_", "-")]
-    parts += [setting.weak_weights] if setting.weak_weights else []
-    parts += [f"{setting.interval[0]:g} to {setting.interval[1]:g}"] if setting.interval != WHOLE_CHAIN else []
+    guidance = setting.guidance
+    parts = [] if guidance.kind in ("none", "classifier") else [guidance.kind.replace("_", "-")]
+    parts += [guidance.weak_weights] if guidance.weak_weights else []
+    parts += [f"{guidance.interval[0]:g} to {guidance.interval[1]:g}"] if guidance.interval != WHOLE_CHAIN else []
     return ", ".join(parts)
 
 
@@ -166,24 +170,38 @@ def _bars(axis: Any, points: list[Point], colour: str, label: str, marker: str =
 
 def scales_figure(config: SearchConfig, winner: Setting, trials: list[Json]) -> bytes:
     """The same indices, labels and noise at every scale tried with the winner's other values, rising downwards."""
-    free = {"scale", "interval", "guidance_kind", "weak_weights"}  # an unguided one has no others
-    others, guide = winner.model_dump(exclude=free), (winner.guidance_kind, winner.weak_weights)
+    guide = winner.guidance.kind, winner.guidance.weak_weights
     settings = [Setting(**trial["setting"]) for trial in trials]
     along = sorted(
         (
             setting
             for setting in settings
-            if setting.model_dump(exclude=free) == others
-            and (not setting.scale or (setting.guidance_kind, setting.weak_weights) == guide)
+            if (setting.weights, setting.sampler) == (winner.weights, winner.sampler)
+            and (not setting.guidance.scale or (setting.guidance.kind, setting.guidance.weak_weights) == guide)
         ),
-        key=lambda setting: setting.scale,
+        key=lambda setting: setting.guidance.scale,
     )
-    figure, axes = subplots(len(along), figsize=(8.6, 0.52 * len(along) + 0.3), squeeze=False)
-    for axis, setting in zip(axes.flat, along, strict=True):
-        grid = grid_png(first_images(config, setting)[:COLUMNS], columns=COLUMNS, scale=2)
-        axis.imshow(np.asarray(Image.open(io.BytesIO(grid))), interpolation="nearest")
-        axis.set_ylabel(f"{setting.scale:.3g}", rotation=0, ha="right", va="center")
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-    figure.suptitle(f"{winner.sampler}, {winner.num_steps} steps: the same seeds along the guidance scale", fontsize=9)
-    return figure_png(figure)
+    rows = [(f"{setting.guidance.scale:.3g}", first_images(config, setting)[:COLUMNS]) for setting in along]
+    title = f"{winner.sampler.name}, {winner.sampler.num_steps} steps: the same seeds along the guidance scale"
+    return strips_figure(rows, title)
+
+
+def kinds_figure(config: SearchConfig, trials: list[Json]) -> bytes:
+    """Draw the same indices, labels and noise by the best trial of each kind of guidance."""
+    name = config.objective[0]
+    rows = []
+    for kind, trial in best_by_kind(trials, name).items():
+        setting = Setting(**trial["setting"])
+        label = f"{kind.replace('_', '-')} {setting.guidance.scale:.3g}" if setting.guidance.scale else kind
+        rows.append((label, first_images(config, setting)[:COLUMNS]))
+    return strips_figure(rows, f"the same seeds by each kind of guidance, at its best {name.replace('_', ' ')}")
+
+
+def best_by_kind(trials: list[Json], name: str) -> dict[str, Json]:
+    """Return the trial of each kind of guidance that is least behind the winner, of those that went furthest."""
+    found: dict[str, Json] = {}
+    for trial in sorted(
+        trials, key=lambda trial: (-trial["n"], trial["behind_winner"].get(name, {"value": 0})["value"])
+    ):
+        found.setdefault(trial["setting"]["guidance"]["kind"], trial)
+    return found

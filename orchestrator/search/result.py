@@ -7,7 +7,7 @@ import numpy as np
 from models.metrics import Estimate
 from models.paired_tests import differences, front, interval
 from orchestrator.evaluation.metrics import describe
-from orchestrator.search.config import SearchConfig
+from orchestrator.search.config import SearchConfig, TrialsConfig
 from orchestrator.search.cost import SampleBudget
 from orchestrator.search.halving import Outcome, SuccessiveHalving, Trial
 from orchestrator.search.objectives import EVALUATIONS, sign_of
@@ -57,8 +57,8 @@ def _final(config: SearchConfig, trial: Trial, winner: Trial) -> Json:
         "setting": trial.setting.model_dump(mode="json"),
         "n": n,
         "seed": config.fresh_seed,
-        "objective": _objectives(config, trial.fresh, n),
-        "behind_winner": _behind(config, trial.fresh, winner.fresh, n, pairs=1),
+        "objective": objectives_of(config, trial.fresh, n),
+        "behind_winner": worse_by(config, trial.fresh, winner.fresh, n, pairs=1),
         "metrics": trial.fresh.metrics,
     }
 
@@ -75,19 +75,19 @@ def _trial(config: SearchConfig, halving: SuccessiveHalving, trial: Trial, winne
         "samples": budget.of(trial.setting),
         "evaluations": budget.of(trial.setting) * trial.setting.evaluations,
         "keeps_constraints": halving.violation(trial) <= 0,
-        "objective": _objectives(config, trial.outcomes[-1], n),
-        "behind_winner": _behind(
+        "objective": objectives_of(config, trial.outcomes[-1], n),
+        "behind_winner": worse_by(
             config, trial.outcomes[level], winner.outcomes[level], config.rungs[level], there * (there - 1) // 2
         ),
         "objective_by_rung": {
-            str(n): _objectives(config, outcome, n) for n, outcome in zip(config.rungs, trial.outcomes, strict=False)
+            str(n): objectives_of(config, outcome, n) for n, outcome in zip(config.rungs, trial.outcomes, strict=False)
         },
         "rungs": {str(n): outcome.metrics for n, outcome in zip(config.rungs, trial.outcomes, strict=False)},
         "metrics": trial.outcomes[-1].metrics,
     }
 
 
-def _objectives(config: SearchConfig, outcome: Outcome, n: int) -> Json:
+def objectives_of(config: TrialsConfig, outcome: Outcome, n: int) -> Json:
     """Each objective freed of its bias, with a 95% interval where nothing of it is left."""
     found = {EVALUATIONS: outcome.metrics[EVALUATIONS]} if EVALUATIONS in config.objective else {}
     for name in config.objective:
@@ -99,11 +99,11 @@ def _objectives(config: SearchConfig, outcome: Outcome, n: int) -> Json:
     return found
 
 
-def _behind(config: SearchConfig, outcome: Outcome, best: Outcome, n: int, pairs: int) -> Json:
-    """How much worse than the winner by paired differences, in each objective's own unit; positive is worse.
+def worse_by(config: TrialsConfig, outcome: Outcome, best: Outcome, n: int, pairs: int) -> Json:
+    """Return by how much one is worse than another by paired differences, in each objective's unit; positive is worse.
 
-    pairs: of trials that were compared at this n. The intervals hold for all of them together with 95%, and hence
-    whichever trial was chosen as the winner (Bonferroni).
+    pairs: that are compared at this n. The intervals hold for all of them together with 95% (Bonferroni), and hence
+    whichever trial was chosen as the best.
     """
     found = {}
     for name in config.objective:
@@ -152,7 +152,7 @@ def summary(result: Json, most: int = 8) -> str:
         if objective in final["behind_winner"]
     ]
     lines.append(
-        f"cost    {result['samples']:,} samples, {result['evaluations']:,} network evaluations, "
+        f"cost    {result['samples']:,} samples, {result['evaluations']:,.0f} network evaluations, "
         f"{len(result['trials'])} trials" + (", limited by the budget" if result["stopped_by_budget"] else "")
     )
     behind = [t for t in result["trials"] if objective in t["behind_winner"] and t["status"] != "winner"]

@@ -20,6 +20,9 @@ from orchestrator.order import Purpose, keyed_rng
 
 ASKS = 200  # proposals in a row that were made before, after which there is nothing new to propose
 
+Guide = tuple[GuidanceKind, str | None]  # a kind of guidance, with the weaker model of the kind auto
+UNGUIDED = GuidanceConfig(kind="none")
+
 SHIFT = 0.4  # the best scale falls as the number of steps to this power; ADM's scales at 25 and 250 steps give 0.38
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -29,41 +32,25 @@ class Setting(BaseModel, frozen=True, extra="forbid"):
     """One way to sample: what a trial tries."""
 
     weights: str  # the diffusion model
-    sampler: SamplerName
-    num_steps: int  # steps of the chain
-    eta: float = 0.0  # ddim only
-    s_churn: float = 0.0  # edm only
-    guidance_kind: GuidanceKind = "none"
-    weak_weights: str | None = None  # the weaker model, of the kind auto
-    scale: float = 0.0  # guidance scale
-    interval: Interval = WHOLE_CHAIN  # guided part of the chain, as fractions: 0 = clean, 1 = noise
+    sampler: SamplerConfig
+    guidance: GuidanceConfig = UNGUIDED
     evaluations: float = Field(0.0, exclude=True)  # network evaluations per image, in passes of the diffusion model
 
     @property
-    def sampling(self) -> SamplerConfig:
-        """The sampler that it means."""
-        return SamplerConfig(name=self.sampler, num_steps=self.num_steps, eta=self.eta, s_churn=self.s_churn)
-
-    @property
-    def guidance(self) -> GuidanceConfig:
-        """The guidance that it means."""
-        return GuidanceConfig(
-            kind=self.guidance_kind, scale=self.scale, weak_weights=self.weak_weights, interval=self.interval
-        )
-
-    @property
     def name(self) -> str:
-        """A name for folders: readable, with a hash of all."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        return f"{self.sampler}-{self.num_steps}-scale{self.scale:.4g}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        """Return a name for folders: readable, with a hash of all."""
+        digest = hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        return f"{self.sampler.name}-{self.sampler.num_steps}-scale{self.guidance.scale:.4g}-{digest[:8]}"
 
     def __str__(self) -> str:
-        kind = "" if self.guidance_kind in ("none", "classifier") else f"{self.guidance_kind} "
-        parts = [f"{self.sampler}, {self.num_steps} steps, {kind}scale {self.scale:.4g}"]
-        parts += [f"weaker model {self.weak_weights}"] if self.weak_weights else []
-        parts += [f"eta {self.eta:g}"] if self.eta else []
-        parts += [f"churn {self.s_churn:g}"] if self.s_churn else []
-        parts += [f"guided from {self.interval[0]:g} to {self.interval[1]:g}"] if self.interval != WHOLE_CHAIN else []
+        sampler, guidance = self.sampler, self.guidance
+        kind = "" if guidance.kind in ("none", "classifier") else f"{guidance.kind} "
+        parts = [f"{sampler.name}, {sampler.num_steps} steps, {kind}scale {guidance.scale:.4g}"]
+        parts += [f"weaker model {guidance.weak_weights}"] if guidance.weak_weights else []
+        parts += [f"eta {sampler.eta:g}"] if sampler.eta else []
+        parts += [f"churn {sampler.s_churn:g}"] if sampler.s_churn else []
+        low, high = guidance.interval
+        parts += [f"guided from {low:g} to {high:g}"] if guidance.interval != WHOLE_CHAIN else []
         return ", ".join(parts)
 
 
@@ -98,9 +85,9 @@ class SpaceConfig(BaseModel, frozen=True, extra="forbid"):
         return self
 
     @property
-    def guides(self) -> tuple[tuple[GuidanceKind, str | None], ...]:
+    def guides(self) -> tuple[Guide, ...]:
         """Every kind of guidance with every network that it may take."""
-        found: list[tuple[GuidanceKind, str | None]] = []
+        found: list[Guide] = []
         for kind in self.guidance:
             found += [(kind, weak) for weak in self.weak_weights] if kind == "auto" else [(kind, None)]
         return tuple(found)
@@ -111,12 +98,12 @@ class Passes:
     """What an evaluation of each network of a search costs."""
 
     diffusion: DiffusionConfig
-    guides: Mapping[tuple[GuidanceKind, str | None], float]  # a guide's multiply-adds over the diffusion model's
+    guides: Mapping[Guide, float]  # a guide's multiply-adds over the diffusion model's
 
     def of(self, setting: Setting) -> float:
         """Return the network evaluations of an image, in passes of the diffusion model."""
-        counted = sampling_evaluations(setting.sampling, setting.guidance, self.diffusion)
-        guide = self.guides[setting.guidance_kind, setting.weak_weights] if counted.guide else 0.0
+        counted = sampling_evaluations(setting.sampler, setting.guidance, self.diffusion)
+        guide = self.guides[setting.guidance.kind, setting.guidance.weak_weights] if counted.guide else 0.0
         return round(counted.model + counted.guide * guide, 4)
 
 
@@ -186,23 +173,22 @@ class Space:
         num_steps: int,
         eta: float,
         s_churn: float,
-        guide: tuple[GuidanceKind, str | None],
+        guide: Guide,
         scale: float,
         interval: Interval,
     ) -> Setting:
         """A setting without what has no meaning in it."""
-        kind, weak_weights = guide if scale > 0 else ("none", None)
-        setting = Setting(
-            weights=weights,
-            sampler=sampler,
+        chain = SamplerConfig(
+            name=sampler,
             num_steps=num_steps,
             eta=eta if SAMPLERS[sampler].takes_eta else 0.0,
             s_churn=s_churn if sampler == "edm" else 0.0,
-            guidance_kind=kind,
-            weak_weights=weak_weights,
-            scale=scale,
-            interval=interval if scale > 0 else WHOLE_CHAIN,
         )
+        kind, weak_weights = guide
+        guidance = UNGUIDED
+        if kind != "none" and scale > 0:
+            guidance = GuidanceConfig(kind=kind, scale=scale, weak_weights=weak_weights, interval=interval)
+        setting = Setting(weights=weights, sampler=chain, guidance=guidance)
         return setting.model_copy(update={"evaluations": self._passes.of(setting)})
 
 
@@ -215,18 +201,18 @@ def narrowed(fewest: dict[Setting, float], more: list[Setting]) -> list[Setting]
     """
     found: list[Setting] = []
     for setting in more:
-        first = {other.scale: value for other, value in fewest.items() if _kind(other) == _kind(setting)}
+        first = {other.guidance.scale: value for other, value in fewest.items() if _kind(other) == _kind(setting)}
         two = sorted(sorted(first, key=lambda scale: first[scale])[:2])
-        least = min(other.num_steps for other in fewest if _kind(other) == _kind(setting))
-        shifted = two[0] * (least / setting.num_steps) ** SHIFT
+        least = min(other.sampler.num_steps for other in fewest if _kind(other) == _kind(setting))
+        shifted = two[0] * (least / setting.sampler.num_steps) ** SHIFT
         below = max((scale for scale in first if scale <= shifted), default=two[0])
-        if below <= setting.scale <= two[-1]:
+        if below <= setting.guidance.scale <= two[-1]:
             found.append(setting)
     return found
 
 
 def _kind(setting: Setting) -> tuple[object, ...]:
-    return setting.weights, setting.sampler, setting.eta, setting.s_churn
+    return setting.weights, setting.sampler.name, setting.sampler.eta, setting.sampler.s_churn
 
 
 class GridProposals:
@@ -236,8 +222,8 @@ class GridProposals:
     """
 
     def __init__(self, grid: list[Setting], proxy: bool) -> None:
-        least = {kind: min(s.num_steps for s in grid if _kind(s) == kind) for kind in map(_kind, grid)}
-        first = [setting for setting in grid if not proxy or setting.num_steps == least[_kind(setting)]]
+        least = {kind: min(s.sampler.num_steps for s in grid if _kind(s) == kind) for kind in map(_kind, grid)}
+        first = [setting for setting in grid if not proxy or setting.sampler.num_steps == least[_kind(setting)]]
         self._waiting, self._rest = first, [setting for setting in grid if setting not in first]
         self._values: dict[Setting, float] = {}
 

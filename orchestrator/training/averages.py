@@ -18,7 +18,7 @@ def average(config: AverageConfig) -> str:
     Raises:
         ValueError: the run kept no power-function averages, none at `images`, or too few to come near the length.
     """
-    output = _output(config)
+    output = average_uri(config)
     run, chosen = config.path(config.weights), _chosen(config)
     about = [weights_about(uri) for _, _, uri in chosen]
     kept = [Profile(a["training"]["updates"], sigma_rel) for a, (_, sigma_rel, _) in zip(about, chosen, strict=True)]
@@ -48,7 +48,7 @@ def average(config: AverageConfig) -> str:
 def plan(config: AverageConfig) -> str:
     """What would be read and written."""
     lines = [f"reads   {uri}" for _, _, uri in _chosen(config)]
-    return "\n".join([*lines, f"writes  {_output(config)}"])
+    return "\n".join([*lines, f"writes  {average_uri(config)}"])
 
 
 def _chosen(config: AverageConfig) -> list[tuple[int, float, str]]:
@@ -65,7 +65,8 @@ def _chosen(config: AverageConfig) -> list[tuple[int, float, str]]:
     return [snapshot for snapshot in found if snapshot[0] <= last]
 
 
-def _output(config: AverageConfig) -> str:
+def average_uri(config: AverageConfig) -> str:
+    """Return where the average is written."""
     if config.output is not None:
         return config.path(config.output)
     images = _chosen(config)[-1][0]

@@ -45,7 +45,7 @@ class Lease:
     def __enter__(self) -> Self:
         while True:
             newest = max(self._names(), default="")
-            if newest and not self._takeover:
+            if not self._takeover:
                 self._await_end_of(newest)
             self._name = f"{int(newest.removesuffix('.json') or 0) + 1:06d}.json"
             if storage.put_if_absent(self._uri(self._name), self._content()):
@@ -64,6 +64,14 @@ class Lease:
     def is_lost(self) -> bool:
         """Return whether another driver took the lease over."""
         return self._lost.is_set()
+
+    def is_held(self) -> bool:
+        """Return whether a driver holds the lease; takes up to EXPIRE_SECONDS if it runs on another machine."""
+        try:
+            self._await_end_of(max(self._names(), default=""), quiet=True)
+        except RuntimeError:
+            return True
+        return False
 
     def _keep_renewing(self) -> None:
         while not self._over.wait(RENEW_SECONDS):
@@ -96,8 +104,10 @@ class Lease:
         holder = {"host": socket.gethostname(), "pid": pid, "machine": _machine(), "process": _process(pid)}
         return storage.json_bytes(holder | {"held_seconds": round(held, 3)})
 
-    def _await_end_of(self, name: str) -> None:
+    def _await_end_of(self, name: str, quiet: bool = False) -> None:
         """Return when the holder with this object has ended or its lease has expired; RuntimeError if it lives."""
+        if not name:
+            return
         try:
             seen = storage.read_bytes(self._uri(name))
             if not (holder := json.loads(seen)):
@@ -106,7 +116,8 @@ class Lease:
                 if holder["process"] == _process(holder["pid"]):
                     raise _refusal(self._run, holder)
                 return
-            log.warning(
+            log.log(
+                logging.DEBUG if quiet else logging.WARNING,
                 "pid %s on %s has the lease on %s; waiting up to %g s to see whether it still runs",
                 holder["pid"], holder["host"], self._run, EXPIRE_SECONDS,
             )  # fmt: skip

@@ -1,6 +1,7 @@
 """What a training leaves to sample from: files of weights beneath the run's weights/."""
 
 import re
+from typing import NamedTuple
 
 from orchestrator import storage
 from orchestrator.training.checkpoints import Checkpoint
@@ -43,6 +44,21 @@ def write_snapshots(run: str, config: Config, classes: tuple[str, ...], state: C
         weights = {key.removeprefix(prefix): t for key, t in state.tensors.items() if key.startswith(prefix)}
         training = {"images": state.position, "updates": state.facts["updates"], "average": name}
         save_weights(uri, weights, config.model, config.diffusion, classes, training)
+
+
+class Snapshot(NamedTuple):
+    """Weights that a training has kept."""
+
+    images: int
+    average: str  # "ema-0.9999", "raw"; of a post-hoc average "posthoc-0.05"
+    name: str  # beneath the run's weights/
+
+
+def snapshots(run: str) -> list[Snapshot]:
+    """Return the weights that a run has kept, oldest first, without its power-function averages."""
+    names = storage.list_names(storage.join(run, "weights"))
+    found = [(name, re.fullmatch(r"images-(\d+)-(.+)\.safetensors", name)) for name in names]
+    return sorted(Snapshot(int(parts[1]), parts[2], name) for name, parts in found if parts)
 
 
 def power_snapshots(run: str) -> list[tuple[int, float, str]]:

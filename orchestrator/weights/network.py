@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ from models import zoo
 from models.diffusion import DiffusionConfig
 from models.unet import ARCHITECTURES, Architecture
 from orchestrator import storage
+from orchestrator.weights.imported import is_imported
 from orchestrator.weights.published import check_tensors, decode_state_dict, released_entry
 from orchestrator.weights.shapes import Shapes, num_classes_of, shapes_of, with_classes_of
 
 FORMAT_VERSION = 1
+BEST = "best.json"  # in a run's folder: the best snapshot of each average, as `jobs/evaluate_run.py` found it
+ANY = "any"  # its key for the best of all averages
 COPY_BYTES = 16 << 20  # of a file that is being written are in memory
 
 
@@ -34,6 +38,10 @@ class Network:
     diffusion: DiffusionConfig
     classes: tuple[str, ...]
     sha256: str  # of the file
+
+    def towards(self, y: Tensor) -> nn.Module:
+        """Return what guides samples of the labels y: the network, whatever they are."""
+        return self.module
 
     @property
     def device(self) -> torch.device:
@@ -56,7 +64,7 @@ def load_network(uri: str, device: torch.device | str = "cpu", recipe: str | Non
         return load_published(uri, partial(describe_entry, released_entry(uri, recipe)), device)
     if recipe is not None:
         raise ValueError(f"recipe={recipe!r} is for .pt files; {uri} carries its architecture")
-    uri = uri if uri.endswith(".safetensors") else latest_weights(uri)
+    uri = uri if uri.endswith(".safetensors") else storage.join(uri, "weights", latest_weights(uri))
     data = storage.read_bytes(uri)
     try:
         weights = safetensors.torch.load(data)
@@ -172,22 +180,31 @@ def weights_about(uri: str) -> dict[str, Any]:
             raise ValueError(f"{uri} is not a weights file of Admiral's: its header has no {error}") from error
 
 
-def weights_file(path: str, locate: Callable[[str], str], noted: str | None = None, kind: str | None = None) -> str:
-    """Return the file that `path`, relative or not, names: itself, or of a training run the newest weights of `kind`.
+def weights_file(
+    path: str,
+    locate: Callable[[str], str],
+    noted: str | None = None,
+    kind: str | None = None,
+    at: str | None = None,
+) -> str:
+    """Return the file that `path`, relative or not, names: itself, or of a training run the weights of `kind`.
 
-    `noted` is the file that an earlier attempt at the same job took. If it is of this run it is returned again, so that
-    weights that were written since do not change the job. `locate` makes a URI of a path.
+    `at` says which of them, see `weights_at`; None means the newest. `noted` is the file that an earlier attempt at the
+    same job took. If it is of this run it is returned again, so that weights that were written since do not change the
+    job. `locate` makes a URI of a path.
     """
-    if path.endswith((".pt", ".safetensors")):
+    if path.endswith((".pt", ".safetensors")) or is_imported(path):
         return path
     folder = storage.join(path, "weights")
     if noted and noted.startswith(f"{folder}/"):
         return noted
-    return storage.join(folder, latest_weights(locate(path), kind).rpartition("/")[2])
+    return storage.join(folder, weights_at(locate(path), at, kind) if at else latest_weights(locate(path), kind))
 
 
 def latest_weights(run: str, kind: str | None = None) -> str:
-    """The URI of the newest weights of a training run; of `kind` ("ema-0.9999", "raw"), or of the last kind by name.
+    """Return the name, in a training run's weights/, of its newest weights; of `kind`, or of the last kind by name.
+
+    kind: "ema-0.9999", "raw".
 
     Raises:
         FileNotFoundError: the run has no weights.
@@ -198,11 +215,36 @@ def latest_weights(run: str, kind: str | None = None) -> str:
     if not names:
         raise FileNotFoundError(f"{run}: no weights there; has the training finished?")
     if kind is None:
-        return storage.join(folder, names[-1])
+        return names[-1]
     kinds = {name.removesuffix(".safetensors").split("-", 2)[-1]: name for name in names}  # the newest of each
     if kind not in kinds:
         raise ValueError(f"{run} has no weights {kind!r}; it has {', '.join(kinds)}")
-    return storage.join(folder, kinds[kind])
+    return kinds[kind]
+
+
+def weights_at(run: str, at: str, kind: str | None = None) -> str:
+    """Return the name, in a training run's weights/, of its weights of `kind` at a moment of the training.
+
+    at: a number of images; or "best", which `jobs/evaluate_run.py` has found, of `kind` or of all.
+
+    Raises:
+        FileNotFoundError: the run was not evaluated, so that no snapshot is known as the best.
+        ValueError: there is no such snapshot.
+    """
+    if at == "best":
+        uri = storage.join(run, BEST)
+        if not storage.exists(uri):
+            raise FileNotFoundError(f"--at best: {run} was not evaluated yet; run jobs/evaluate_run.py first")
+        best: dict[str, str] = storage.read_json(uri)
+        if (kind or ANY) not in best:
+            raise ValueError(f"--at best: no weights {kind!r} were evaluated, only {', '.join(best.keys() - {ANY})}")
+        return best[kind or ANY]
+    names = storage.list_names(storage.join(run, "weights"))
+    found = sorted(name for name in names if re.match(rf"images-0*{re.escape(at)}-{re.escape(kind or '')}", name))
+    if not found:
+        moments = sorted({int(name.split("-")[1]) for name in names if name.startswith("images-")})
+        raise ValueError(f"--at {at}: {run} has no such weights; it has some at {', '.join(map(str, moments))} images")
+    return found[-1]
 
 
 def write_tensors(uri: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:

@@ -26,7 +26,9 @@ import tyro
 
 from cluster.workers import map_items
 from models.features import extract
+from models.guidance import GuidanceConfig
 from models.metrics import Gaussian, Moments, moments
+from models.samplers import SamplerConfig
 from models.scores import frechet_scores
 from orchestrator.evaluation.extraction import EXTRACTOR_BATCH
 from orchestrator.evaluation.extractors import CPU
@@ -37,7 +39,7 @@ from orchestrator.search.cost import SampleBudget
 from orchestrator.search.evaluator import sampled_by
 from orchestrator.search.halving import Evaluation, Outcome, Rules, SuccessiveHalving
 from orchestrator.search.job import passes_of
-from orchestrator.search.space import GridProposals, Setting, SpaceConfig
+from orchestrator.search.space import UNGUIDED, GridProposals, Setting, SpaceConfig
 
 OBJECTIVE = "fd_digits"
 FIRST = 64  # samples at the first rung; each next one has twice as many
@@ -286,7 +288,7 @@ def rows(world: World, replays: int, shares: tuple[float, ...]) -> Iterator[dict
 def load(regret: Regret) -> World:
     """Fill the cache and read it."""
     config = config_of(regret)
-    grid = space_of(config, passes_of(config, config.generation(config.weights[0], config.seed))).grid()
+    grid = space_of(config, passes_of(config.space.guides, config.generation(config.weights[0], config.seed))).grid()
     fill(regret, grid)
     loader = config.extractor_loader(8)
     folder = str(Path(regret.cache, "reference"))
@@ -322,8 +324,8 @@ def synthetic(regret: Regret, seed: int) -> World:
         x = (1 + 0.03 * scale) * centres[label] + (1 - 0.05 * scale) * spread * noise
         x = x + error * (drift + 0.5 * np.exp(-scale / 2) * np.sqrt(spectrum) * blur)
         setting = Setting(
-            weights="w", sampler=sampler, num_steps=steps, scale=scale, evaluations=steps * (2 if scale else 1),
-            guidance_kind="classifier" if scale else "none",
+            weights="w", sampler=SamplerConfig(name=sampler, num_steps=steps),
+            guidance=GuidanceConfig(scale=scale) if scale else UNGUIDED, evaluations=steps * (2 if scale else 1),
         )  # fmt: skip
         features[setting] = x
     return World(features, labels, reference, regret.full)

@@ -18,6 +18,7 @@ from orchestrator.doctor import doctor_presets
 from orchestrator.evaluation.presets import evaluation_presets, likelihood_presets
 from orchestrator.generation.presets import generation_presets
 from orchestrator.quickstart.presets import quickstart_presets
+from orchestrator.run_evaluation.presets import run_evaluation_presets
 from orchestrator.search.presets import search_presets
 from orchestrator.training.presets import adm_presets, average_presets, classifier_presets, upsampler_presets
 from orchestrator.weights.presets import conversion_presets
@@ -27,6 +28,7 @@ ALL_PRESETS: dict[str, Callable[[], Any]] = {
     "train_adm": adm_presets,
     "train_classifier": classifier_presets,
     "tune_guidance": search_presets,
+    "evaluate_run": run_evaluation_presets,
     "generate_samples": generation_presets,
     "evaluate_samples": evaluation_presets,
     "train_upsampler": upsampler_presets,

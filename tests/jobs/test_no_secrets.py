@@ -31,6 +31,7 @@ STEPS = [
         "tune_guidance",
         ["--space.num-steps", "2", "3", "--rungs", "64", "128", "--trials", "2", "--round-size", "2", *HERE],
     ),
+    ("evaluate_run", ["--num-samples", "64", "--sampler.num-steps", "2", *HERE]),
     ("average_weights", []),
 ]
 NAMES_PLACES = "index.json"  # from which the shards are read

@@ -14,4 +14,4 @@ def test_a_long_caption_takes_more_lines_instead_of_being_cut() -> None:
     heights = [np.asarray(Image.open(io.BytesIO(png))).shape[0] for png in (short, long)]
     assert heights[1] >= heights[0] + 14
     cell = np.asarray(Image.open(io.BytesIO(long)).convert("L"))[66:, 68:]
-    assert (cell < 100).any(axis=1)[14:].any(), "the second line has letters"
+    assert cell[14:].min() < 100, "the second line has letters"

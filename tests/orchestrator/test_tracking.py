@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import BAD_REQUEST, MlflowException
 
 from cluster.servers import free_port
 from orchestrator import mlflow_run, storage, tracking
@@ -147,6 +148,26 @@ def test_what_is_refused_does_not_hold_up_the_rest(uri: str, tmp_path: Path, cap
     assert sent(output, "loss") == [(step, float(step)) for step in range(5)]
     assert artifacts(output) == {"config.json", "after.json"}
     assert "no such name?" in caplog.text and "2 records were refused" in caplog.text
+
+
+def test_a_driver_that_another_one_was_quicker_than_tries_again(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two drivers of one run log its parameters at the same moment, and the database refuses one of them."""
+    words = ["(sqlite3.IntegrityError) UNIQUE constraint failed: params.key, params.run_uuid"]
+    log_batch = MlflowClient.log_batch
+
+    def refused_at_first(client: MlflowClient, run: str, **records: Any) -> None:
+        if words and records.get("params"):
+            raise MlflowException(words.pop(), error_code=BAD_REQUEST)
+        log_batch(client, run, **records)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", refused_at_first)
+    output = f"{tmp_path}/run"
+    with tracked("train", JobConfig(store=str(tmp_path)), output) as tracker:
+        tracker.metrics({"loss": 1.0})
+    assert not words and sent(output, "loss") == [(0, 1.0)] and runs_of(output)[0].data.params["tracking"] == "True"
+    assert "refuses" not in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------ nothing is lost

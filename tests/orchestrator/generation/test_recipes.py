@@ -52,24 +52,27 @@ def write_search(folder: Path, setting: dict[str, Any]) -> str:
 
 
 def test_from_search_takes_the_winner(tmp_path: Path) -> None:
-    plain = {"scale": 2.5, "num_steps": 12, "sampler": "dpm_solver", "weights": "run"}
+    sampler, guidance = {"name": "dpm_solver", "num_steps": 12}, {"kind": "classifier", "scale": 2.5}
+    plain = {"weights": "run", "sampler": sampler, "guidance": guidance}
     config = parsed("--from-search", write_search(tmp_path, plain), "--guidance.scale", "3")
     assert (config.sampler.name, config.sampler.num_steps, config.guidance.scale) == ("dpm_solver", 12, 3.0)
     assert (config.weights, config.classifier) == ("run", "guide"), "and not the preset's"
-    more = plain | {"sampler": "ddim", "eta": 0.5, "interval": [0.1, 0.7]}
+    edm = {"name": "edm", "num_steps": 12, "s_churn": 5.0, "s_min": 0.1, "s_max": 50.0}
+    more = plain | {"sampler": edm, "guidance": guidance | {"interval": [0.1, 0.7]}}
     config = parsed("--from-search", write_search(tmp_path, more).removesuffix("/search.json"))
-    assert (config.sampler.name, config.sampler.eta, config.guidance.interval) == ("ddim", 0.5, (0.1, 0.7))
+    assert config.sampler.model_dump(include=set(edm)) == edm, "every setting of the sampler, not only those searched"
+    assert config.guidance.interval == (0.1, 0.7)
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"scale": 1.0, "sampler": "ddim", "weights": "run"}, "num_steps Field required"),
+        ({"guidance": {"scale": 1.0}, "weights": "run"}, "sampler"),
         (
-            {"scale": 1.0, "num_steps": 10, "sampler": "ddim", "weights": "run", "temperature": 0.9},
-            "temperature Extra inputs are not permitted",
+            {"guidance": {}, "sampler": {"name": "ddim", "temperature": 0.9}, "weights": "run"},
+            "temperature",
         ),
-        ({"scale": -1.0, "num_steps": 10, "sampler": "ddim", "weights": "run"}, "greater than or equal to 0"),
+        ({"guidance": {"scale": -1.0}, "sampler": {"name": "ddim"}, "weights": "run"}, "scale"),
     ],
 )
 def test_a_setting_that_cannot_be_followed_whole_is_an_error(

@@ -9,7 +9,7 @@ def trial(scale: float, precision: tuple[float, float] | None, recall: tuple[flo
     found = {
         name: {"value": 0.5, "interval": i and list(i)} for name, i in (("precision", precision), ("recall", recall))
     }
-    return {"setting": {"scale": scale, "num_steps": 10}, "rungs": {"256": found}}
+    return {"setting": {"guidance": {"scale": scale}, "sampler": {"num_steps": 10}}, "rungs": {"256": found}}
 
 
 def test_a_change_counts_only_where_the_intervals_are_apart() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from models.samplers import SamplerConfig
 from orchestrator import storage
 from orchestrator.search import cost as search_cost
 from orchestrator.search.config import Limit
@@ -11,8 +12,8 @@ from orchestrator.search.cost import Clock, SampleBudget
 from orchestrator.search.halving import Evaluation
 from orchestrator.search.space import Setting
 
-CHEAP = Setting(weights="w", sampler="ddim", num_steps=10, evaluations=10)
-DEAR = Setting(weights="w", sampler="ddim", num_steps=40, evaluations=40)
+CHEAP = Setting(weights="w", sampler=SamplerConfig(name="ddim", num_steps=10), evaluations=10)
+DEAR = Setting(weights="w", sampler=SamplerConfig(name="ddim", num_steps=40), evaluations=40)
 
 
 def test_a_promoted_trial_pays_for_its_new_batches_only() -> None:

@@ -32,7 +32,7 @@ FULL = 512
 
 def quality(setting: Setting) -> float:
     """Best, at 0, near scale 1.5 with most steps."""
-    return (setting.scale - 1.5) ** 2 + 5 / setting.num_steps + 0.3 * (setting.sampler == "ddpm")
+    return (setting.guidance.scale - 1.5) ** 2 + 5 / setting.sampler.num_steps + 0.3 * (setting.sampler.name == "ddpm")
 
 
 def world(task: Evaluation) -> Outcome:
@@ -117,17 +117,17 @@ def test_where_one_trial_is_left_nothing_more_is_drawn() -> None:
 
 def test_a_failing_trial_is_recorded_and_stops_nothing() -> None:
     def failing(task: Evaluation) -> Outcome:
-        return Outcome(failed="FloatingPointError: NaN") if task.setting.num_steps == 20 else world(task)
+        return Outcome(failed="FloatingPointError: NaN") if task.setting.sampler.num_steps == 20 else world(task)
 
     halving, _ = proposed(failing)
     failed = [trial for trial in halving.trials if trial.failed]
-    assert failed and all(t.setting.num_steps == 20 and t.failed == "FloatingPointError: NaN" for t in failed)
-    assert halving.finalists[0].setting.num_steps == 10
+    assert failed and all(t.setting.sampler.num_steps == 20 and t.failed == "FloatingPointError: NaN" for t in failed)
+    assert halving.finalists[0].setting.sampler.num_steps == 10
 
 
 def test_a_constraint_eliminates_what_surely_breaks_it_and_bars_the_rest_from_winning() -> None:
     def precise(task: Evaluation) -> Outcome:
-        scale = task.setting.scale
+        scale = task.setting.guidance.scale
         hits = np.random.default_rng(int(scale)).random(task.n) < (0.9 if scale < 3 else 0.1)
         scores = normal(lambda i: -i, 0, 6)(task).scores | {PRECISION: share_scores(hits)}
         return Outcome(scores, unbiased=(PRECISION,))
@@ -151,7 +151,7 @@ def test_two_objectives_keep_a_front() -> None:
 
     halving, _ = proposed(two, objectives=(FD, EVALUATIONS))
     running = [trial.setting for trial in halving.trials if trial.runs]
-    assert len({setting.num_steps for setting in running}) > 1, "cheaper settings belong to the front"
+    assert len({setting.sampler.num_steps for setting in running}) > 1, "cheaper settings belong to the front"
     for trial in halving.trials:
         if trial.eliminated:
             rival = halving.trials[int(trial.eliminated.rsplit(" ", 1)[1])]

@@ -118,7 +118,8 @@ def check_result(store: str, wanted: SearchConfig, result: dict[str, Any]) -> No
     uri = f"{store}/{wanted.output}/search.json"
     generation = parse("Generate.", generation_presets(), ["digits", "--from-search", uri])
     setting = result["winner"]["setting"]
-    assert (generation.sampler.num_steps, generation.guidance.scale) == (setting["num_steps"], setting["scale"])
+    assert generation.sampler.model_dump() == setting["sampler"]
+    assert generation.guidance.scale == setting["guidance"]["scale"]
     assert generation.weights == "unet.safetensors"
     for name in ("guidance.png", "front.png", "scales.png"):
         image = Image.open(io.BytesIO(storage.read_bytes(f"{store}/{wanted.output}/{name}"))).convert("L")

@@ -28,9 +28,9 @@ def space(config: SpaceConfig = ALL, most: float = np.inf) -> Space:
 def test_parameters_without_a_meaning_are_not_varied() -> None:
     grid = space().grid()
     assert len(grid) == len(set(grid))
-    assert {setting.eta for setting in grid if setting.sampler != "ddim"} == {0.0}
-    assert {setting.interval for setting in grid if setting.scale == 0} == {WHOLE_CHAIN}
-    assert {setting.interval for setting in grid if setting.scale > 0} == {WHOLE_CHAIN, (0.2, 0.8)}
+    assert {setting.sampler.eta for setting in grid if setting.sampler.name != "ddim"} == {0.0}
+    assert {setting.guidance.interval for setting in grid if setting.guidance.scale == 0} == {WHOLE_CHAIN}
+    assert {setting.guidance.interval for setting in grid if setting.guidance.scale > 0} == {WHOLE_CHAIN, (0.2, 0.8)}
     # weights x steps x (ddpm, ddim with two etas, dpm_solver, heun) x (unguided, two scales with two intervals)
     assert len(grid) == 2 * 2 * 5 * (1 + 2 * 2)
 
@@ -43,11 +43,11 @@ def test_kinds_of_guidance_have_their_own_parameters_and_costs() -> None:
     grid = Space(config, ("w",), PASSES, np.inf).grid()
     assert len(grid) == (1 + 2) * (1 + 3), "ddim, edm with two churns; unguided, and three kinds"
     for setting in grid:
-        assert (setting.guidance_kind == "none") == (setting.scale == 0)
-        assert (setting.weak_weights == "weak") == (setting.guidance_kind == "auto")
-        assert setting.s_churn == 0 or setting.sampler == "edm"
-        passes = {"none": 1, "classifier": 2, "classifier_free": 2, "auto": 1.25}[setting.guidance_kind]
-        assert setting.evaluations == passes * (10 if setting.sampler == "ddim" else 19)
+        assert (setting.guidance.kind == "none") == (setting.guidance.scale == 0)
+        assert (setting.guidance.weak_weights == "weak") == (setting.guidance.kind == "auto")
+        assert setting.sampler.s_churn == 0 or setting.sampler.name == "edm"
+        passes = {"none": 1, "classifier": 2, "classifier_free": 2, "auto": 1.25}[setting.guidance.kind]
+        assert setting.evaluations == passes * (10 if setting.sampler.name == "ddim" else 19)
     with pytest.raises(ValidationError, match="weak_weights"):
         SpaceConfig(guidance=("auto",))
     with pytest.raises(ValidationError, match="weak_weights"):
@@ -56,11 +56,11 @@ def test_kinds_of_guidance_have_their_own_parameters_and_costs() -> None:
 
 def test_evaluations_count_the_classifier_only_where_it_guides() -> None:
     for setting in space().grid():
-        unguided = 2 * setting.num_steps - 1 if setting.sampler == "heun" else setting.num_steps
-        if setting.interval != WHOLE_CHAIN:
+        unguided = 2 * setting.sampler.num_steps - 1 if setting.sampler.name == "heun" else setting.sampler.num_steps
+        if setting.guidance.interval != WHOLE_CHAIN:
             assert unguided < setting.evaluations < 2 * unguided
         else:
-            assert setting.evaluations == (2 * unguided if setting.scale else unguided)
+            assert setting.evaluations == (2 * unguided if setting.guidance.scale else unguided)
     (tenth,) = space(SpaceConfig(scales=(1.0,), continuous=False, num_steps=(10,), intervals=((0.0, 0.5),))).grid()[:1]
     assert tenth.evaluations == 10 + 6, "guided at 0, 100, ..., 500"
 
@@ -79,7 +79,7 @@ def proposed(seed: int, config: SpaceConfig = ALL) -> list[Setting]:
     for _ in range(3):
         for setting in proposals.ask(6):
             found.append(setting)
-            proposals.tell(setting, [abs(setting.scale - 1.0) + 1 / setting.num_steps], 0.0)
+            proposals.tell(setting, [abs(setting.guidance.scale - 1.0) + 1 / setting.sampler.num_steps], 0.0)
     return found
 
 
@@ -92,16 +92,16 @@ def test_the_same_seed_and_answers_give_the_same_proposals() -> None:
 
 def test_proposals_learn() -> None:
     found = proposed(5, SpaceConfig(scales=(0.0, 1.0, 2.0, 4.0, 8.0), num_steps=(10,)))
-    first, last = (np.mean([abs(s.scale - 1) for s in part]) for part in (found[:6], found[12:]))
+    first, last = (np.mean([abs(s.guidance.scale - 1) for s in part]) for part in (found[:6], found[12:]))
     assert last < first / 1.5
 
 
 def test_the_first_round_covers_the_space() -> None:
     wide = space(SpaceConfig(num_steps=(5, 10, 20, 40), samplers=("ddpm", "ddim")))
     settings = OptunaProposals(wide, 0, 1, round_size=8).ask(8)
-    assert {setting.num_steps for setting in settings} == {5, 10, 20, 40}
-    assert {setting.sampler for setting in settings} == {"ddpm", "ddim"}
-    scales = sorted(setting.scale for setting in settings)
+    assert {setting.sampler.num_steps for setting in settings} == {5, 10, 20, 40}
+    assert {setting.sampler.name for setting in settings} == {"ddpm", "ddim"}
+    scales = sorted(setting.guidance.scale for setting in settings)
     assert scales[0] < 0.5 and scales[-1] > 4 and all(b > a for a, b in pairwise(scales))
 
 
@@ -122,12 +122,13 @@ def test_few_steps_narrow_the_scales_of_more_steps_by_sampler() -> None:
     config = SpaceConfig(scales=scales, continuous=False, num_steps=(5, 10, 40), samplers=("ddpm", "ddim"))
     proposals = GridProposals(Space(config, ("w",), PASSES, np.inf).grid(), proxy=True)
     first = proposals.ask(100)
-    assert {setting.num_steps for setting in first} == {5} and len(first) == 12
+    assert {setting.sampler.num_steps for setting in first} == {5} and len(first) == 12
     for setting in first:
-        proposals.tell(setting, [abs(setting.scale - (4.5 if setting.sampler == "ddpm" else 1.1))], 0.0)
+        proposals.tell(setting, [abs(setting.guidance.scale - (4.5 if setting.sampler.name == "ddpm" else 1.1))], 0.0)
     rest = proposals.ask(100)
-    found = {(s.sampler, s.num_steps): [o.scale for o in rest if (o.sampler, o.num_steps) == (s.sampler, s.num_steps)]
-             for s in rest}  # fmt: skip
+    found: dict[tuple[str, int], list[float]] = {}
+    for setting in rest:
+        found.setdefault((setting.sampler.name, setting.sampler.num_steps), []).append(setting.guidance.scale)
     assert found == {
         ("ddpm", 10): [1.0, 2.0, 4.0], ("ddpm", 40): [0.5, 1.0, 2.0, 4.0],
         ("ddim", 10): [0.0, 0.5, 1.0], ("ddim", 40): [0.0, 0.5, 1.0],

@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from models.guidance import GuidanceConfig
 from models.metrics import Gaussian
+from models.samplers import SamplerConfig
 from models.scores import frechet_scores, share_scores
 from orchestrator.search.config import Limit
 from orchestrator.search.cost import SampleBudget
@@ -19,7 +21,9 @@ World = Callable[[Evaluation], Outcome]
 
 def grid(count: int) -> list[Setting]:
     """Settings that differ in their scale, which numbers them."""
-    return [Setting(weights="w", sampler="ddim", num_steps=10, scale=float(i), evaluations=20) for i in range(count)]
+    sampler = SamplerConfig(name="ddim", num_steps=10)
+    guides = [GuidanceConfig(scale=float(i)) for i in range(count)]
+    return [Setting(weights="w", sampler=sampler, guidance=guide, evaluations=20) for guide in guides]
 
 
 def rules(trials: int, **changes: Any) -> Rules:
@@ -57,7 +61,7 @@ def normal(quality: Callable[[int], float], run: int, count: int, full: int = 10
     scores = rng.standard_normal(full) + rng.standard_normal((count, full))
 
     def world(task: Evaluation) -> Outcome:
-        number = int(task.setting.scale)
+        number = int(task.setting.guidance.scale)
         return Outcome({FD: quality(number) + scores[number, : task.n]}, unbiased=(FD,))
 
     return world
@@ -70,7 +74,7 @@ def catastrophes(run: int, count: int, full: int = 1024) -> World:
     scores[1:] += 50.0 * (rng.random((count - 1, full)) < 0.01) - 0.3
 
     def world(task: Evaluation) -> Outcome:
-        return Outcome({FD: scores[int(task.setting.scale), : task.n]}, unbiased=(FD,))
+        return Outcome({FD: scores[int(task.setting.guidance.scale), : task.n]}, unbiased=(FD,))
 
     return world
 
@@ -83,7 +87,7 @@ def bounded(run: int, count: int, full: int = 1024) -> World:
     scores += np.where(np.arange(count) % 2, -0.5, 0.3)[:, None] * (np.arange(count) > 0)[:, None]
 
     def world(task: Evaluation) -> Outcome:
-        i = int(task.setting.scale)
+        i = int(task.setting.guidance.scale)
         hits = level[i, : task.n] < kept[i]
         return Outcome({FD: scores[i, : task.n], PRECISION: share_scores(hits)}, unbiased=(FD, PRECISION))
 
@@ -108,7 +112,7 @@ def trade_off(run: int, count: int, full: int = 1024, dimension: int = 64) -> Wo
     target = Gaussian(np.zeros(dimension), means.T @ means / 10 + np.diag(0.4 * spectrum))
 
     def world(task: Evaluation) -> Outcome:
-        scale, n = task.setting.scale, task.n
+        scale, n = task.setting.guidance.scale, task.n
         samples = (1 + 0.015 * scale) * means[labels[:n]] + (1 - 0.03 * scale) * noise[:n]
         samples += 0.6 * np.exp(-scale / 2) * blur[:n]
         strata = labels[:n]

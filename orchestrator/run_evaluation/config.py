@@ -1,0 +1,44 @@
+"""Which snapshots of a training run are evaluated, and how they are sampled."""
+
+from pydantic import Field, model_validator
+
+from models.guidance import GuidanceConfig
+from models.samplers import SamplerConfig
+from orchestrator.search.config import TrialsConfig
+
+
+class RunEvaluationConfig(TrialsConfig):
+    """Which snapshots of a training run are evaluated, and how they are sampled."""
+
+    weights: str  # the training run's folder
+    ema: tuple[str, ...] = ()  # averages by name, as ema-0.9999; none = all that the run keeps
+    sigma_rel: tuple[float, ...] = ()  # lengths of post-hoc averages, of a run trained with --power-emas
+    sampler: SamplerConfig = SamplerConfig(name="ddim", num_steps=25)
+    guidance: GuidanceConfig = GuidanceConfig()
+    scales: tuple[float, ...] = ()  # several guidance scales; none = guidance.scale alone
+    num_samples: int = Field(2_000, ge=64)  # of each snapshot, all with the same labels and noise
+    follow: bool = False  # while the run is being trained, wait for its next snapshots
+
+    @property
+    def most_samples(self) -> int:
+        return self.num_samples
+
+    @property
+    def operational(self) -> frozenset[str]:
+        """Return what says which snapshots are evaluated: those that were keep their records."""
+        return frozenset({"ema", "sigma_rel", "guidance", "scales", "num_samples", "follow"})
+
+    @property
+    def guides(self) -> tuple[GuidanceConfig, ...]:
+        """Return the guidance at each scale."""
+        fields = self.guidance.model_dump()
+        return tuple(GuidanceConfig(**fields | {"scale": scale}) for scale in self.scales or (self.guidance.scale,))
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunEvaluationConfig":
+        if self.weights.endswith((".pt", ".safetensors")):
+            raise ValueError(f"weights={self.weights} is a file; pass a training run's folder, which holds snapshots")
+        guided = any(guide.kind == "classifier" and guide.scale for guide in self.guides)
+        if guided and self.classifier is None:
+            raise ValueError("guidance.kind=classifier with a scale above 0 needs --classifier")
+        return self

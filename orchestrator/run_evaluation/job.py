@@ -1,0 +1,215 @@
+"""Quality along a training: every snapshot of a run sampled with the same labels and noise, measured and compared.
+
+All snapshots draw the same indices, so neighbours on a curve are compared by paired differences, in which most of the
+sampling error cancels. The evaluation runs beside the training, on workers of its own, or afterwards. What is evaluated
+keeps its record, as a search's trials do, so the same command goes on after an interruption.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from functools import partial
+
+from cluster.session import session
+from cluster.workers import pool
+from orchestrator import storage
+from orchestrator.config import check_or_write_config, noted_files
+from orchestrator.cost import priced
+from orchestrator.evaluation.extractors import CPU
+from orchestrator.generation.config import GenerationConfig
+from orchestrator.generation.cost import classifier_outline, costs, outline
+from orchestrator.generation.sampling import NUMERICS_VERSION, load_networks
+from orchestrator.progress import progress_line
+from orchestrator.run_evaluation.config import RunEvaluationConfig
+from orchestrator.run_evaluation.pictures import curve_figure, snapshots_figure
+from orchestrator.run_evaluation.result import Point, best_files, conclude, summary
+from orchestrator.search.evaluator import (
+    Facts,
+    evaluate,
+    make_worker,
+    read_outcome,
+    record_uri,
+    reference_of,
+    sampled_by,
+    unmatched,
+)
+from orchestrator.search.halving import Evaluation
+from orchestrator.search.job import passes_of
+from orchestrator.search.objectives import Objective
+from orchestrator.search.space import Guide, Passes, Setting
+from orchestrator.tracking import Tracker, tracked
+from orchestrator.training.averages import average, average_uri
+from orchestrator.training.config import AverageConfig
+from orchestrator.training.lease import Lease
+from orchestrator.training.snapshots import Snapshot, power_snapshots, snapshots
+from orchestrator.weights.network import BEST, weights_file
+
+POLL_SECONDS = 20.0  # between two looks for new snapshots of a run that is being trained
+
+log = logging.getLogger(__name__)
+
+
+def evaluate_run(config: RunEvaluationConfig) -> str:
+    """Evaluate the snapshots that have no record yet; return the URI of quality.json.
+
+    Raises:
+        FileNotFoundError: the run has no snapshots, or the reference or the extractor's weights are not there.
+        ValueError: run, guidance, reference and output folder do not fit each other.
+        RuntimeError: no snapshot could be sampled, or the cluster failed.
+    """
+    run, output = config.path(config.weights), config.path(config.output)
+    files = _files(config)
+    found = _snapshots(config)
+    if not found:
+        raise FileNotFoundError(
+            f"--weights {config.weights}: no snapshots of the averages asked for are there yet. Train with "
+            "--snapshot-every, and start this when the first one is written"
+        )
+    facts, classes, passes = _check_or_write_config(config, files, found[0])
+    with (
+        session(config.num_workers * config.num_threads, shared=config.shared),
+        tracked("evaluate run", config, output) as tracker,
+    ):
+        reference, _ = reference_of(config, facts.image_size, config.num_workers)
+        facts = facts._replace(unmatched=unmatched(classes, reference) or facts.unmatched)
+        points: list[Point] = []
+        with pool(partial(make_worker, config), config.num_workers, config.num_threads, config.num_gpus) as workers:
+            for todo in _rounds(config, passes):
+                with progress_line(len(todo) * config.num_samples, "samples") as progress:
+                    for snapshot, task in todo:
+                        if not storage.exists(record_uri(config, task)):
+                            evaluate(config, workers, facts, task)
+                        progress.update_to(progress.done + config.num_samples)
+                        points.append(Point(snapshot, task.setting, read_outcome(config, task)))
+                        _track(points[-1], tracker)
+        result = conclude(config, points)
+        pictures = {"quality.png": curve_figure(result), "snapshots.png": snapshots_figure(config, result)}
+        for name, picture in pictures.items():
+            storage.write_bytes(storage.join(output, name), picture)
+            tracker.picture(name, picture)
+        tracker.record("quality.json", result)
+    uri = storage.join(output, "quality.json")
+    storage.write_json(uri, result)
+    storage.write_json(storage.join(run, BEST), best_files(result))
+    print(summary(config, result))
+    print(uri)
+    return uri
+
+
+def _rounds(config: RunEvaluationConfig, passes: Passes) -> Iterator[list[tuple[Snapshot, Evaluation]]]:
+    """Yield the evaluations of the snapshots that are there; with `follow` also of those that come, until the end."""
+    run, done = config.path(config.weights), set[Snapshot]()
+    while True:
+        is_trained = config.follow and Lease(run).is_held()  # asked before looking: what is written last is seen
+        new = [snapshot for snapshot in _snapshots(config) if snapshot not in done]
+        if new:
+            yield [(snapshot, task) for snapshot in new for task in _tasks(config, passes, snapshot)]
+            done |= set(new)
+        elif not is_trained:
+            return
+        else:
+            time.sleep(POLL_SECONDS)
+
+
+def _snapshots(config: RunEvaluationConfig) -> list[Snapshot]:
+    """Return the snapshots that are to be evaluated, oldest first; put post-hoc averages together where they lack."""
+    run = config.path(config.weights)
+    found = [snapshot for snapshot in snapshots(run) if not config.ema or snapshot.average in config.ema]
+    for images in sorted({images for images, _, _ in power_snapshots(run)}) if config.sigma_rel else []:
+        for sigma_rel in config.sigma_rel:
+            wanted = AverageConfig(store=config.store, weights=config.weights, sigma_rel=sigma_rel, images=images)
+            uri = average_uri(wanted)
+            try:
+                uri = uri if storage.exists(uri) else average(wanted)
+            except ValueError as error:
+                log.warning("the post-hoc average of length %g at %d images is left out: %s", sigma_rel, images, error)
+                continue
+            found.append(Snapshot(images, f"posthoc-{sigma_rel:g}", f"posthoc/{uri.rpartition('/')[2]}"))
+    return sorted(found)
+
+
+def _tasks(config: RunEvaluationConfig, passes: Passes, snapshot: Snapshot) -> Iterator[Evaluation]:
+    """Yield the evaluation of a snapshot at each guidance scale."""
+    weights = storage.join(config.weights, "weights", snapshot.name)
+    for guidance in config.guides:
+        setting = Setting(weights=weights, sampler=config.sampler, guidance=guidance)
+        setting = setting.model_copy(update={"evaluations": passes.of(setting)})
+        yield Evaluation(setting, config.num_samples, config.seed)
+
+
+def _track(point: Point, tracker: Tracker) -> None:
+    """Log the metrics of a snapshot, at the images that it has seen."""
+    found = {f"{name}/{point.curve}": metric["value"] for name, metric in point.outcome.metrics.items()}
+    tracker.metrics(found, step=point.snapshot.images)
+
+
+def _files(config: RunEvaluationConfig) -> dict[str, str]:
+    """Return the file of weights of the guides: that of the first attempt, which config.json notes, or the newest."""
+    noted = noted_files(config.path(config.output))
+    paths = [path for path in (config.classifier, config.guidance.weak_weights) if path]
+    return {path: weights_file(path, config.path, noted.get(path)) for path in paths}
+
+
+def _generation(config: RunEvaluationConfig, files: dict[str, str], snapshot: Snapshot) -> GenerationConfig:
+    weights = storage.join(config.weights, "weights", snapshot.name)
+    return sampled_by(config, files, weights, config.guidance.weak_weights)
+
+
+def _check_or_write_config(
+    config: RunEvaluationConfig, files: dict[str, str], first: Snapshot
+) -> tuple[Facts, tuple[str, ...], Passes]:
+    """Check or write the config of the output folder; return facts and classes of the networks, and costs of passes.
+
+    Raises:
+        ValueError: the networks, or the objectives and the extractor, do not fit each other; or the folder is that of
+            another evaluation, or of a run that was trained anew.
+    """
+    generation = _generation(config, files, first)
+    networks = load_networks(generation, "cpu")
+    size = networks.weights.architecture.image_size
+    loaded = config.extractor_loader(size)(CPU)
+    for name in config.objective:
+        Objective.parse(name, loaded.network.name)
+    noted = {
+        "first_snapshot": networks.weights.sha256,
+        "classifier": networks.classifier.sha256 if networks.classifier else None,
+        "extractor": loaded.fingerprint,
+        "numerics_version": NUMERICS_VERSION,
+    }
+    check_or_write_config(config.path(config.output), config, files, **noted)
+    facts = Facts(size, networks.labels.given, loaded.knows(networks.classes))
+    return facts, networks.classes, passes_of(_guides(config), generation, files)
+
+
+def _guides(config: RunEvaluationConfig) -> set[Guide]:
+    return {(guide.kind, guide.weak_weights) for guide in config.guides}
+
+
+def plan(config: RunEvaluationConfig) -> str:
+    """Return what an evaluation of the run would read, write and cost, by the snapshots that are there."""
+    found, reference = _snapshots(config), config.path(config.reference)
+    reads = f"reads   {config.path(config.weights)} and {reference}"
+    if not found:
+        return f"{reads}\n        not there yet: snapshots of the averages asked for"
+    files = _files(config)
+    generation = _generation(config, files, found[0])
+    passes = passes_of(_guides(config), generation, files)
+    model = outline(generation, generation.weights)
+    classifier = classifier_outline(generation)
+    weak = config.guidance.weak_weights and outline(generation, files[config.guidance.weak_weights])
+    guides = {"classifier": classifier, "classifier_free": model, "auto": weak or None}
+    lines, half = list[str](), config.dtype != "float32"
+    for number, guidance in enumerate(config.guides):
+        tasks = [list(_tasks(config, passes, snapshot))[number] for snapshot in found]
+        images = config.num_samples * sum(not storage.exists(record_uri(config, task)) for task in tasks)
+        sampled = generation.model_copy(update={"sampler": config.sampler, "guidance": guidance})
+        lines += [
+            priced(cost, config.cost, config.num_workers, half) for cost in costs(sampled, images, model, guides, None)
+        ]
+    return "\n".join(
+        [
+            f"{reads}: {len(found)} snapshots from {found[0].images:,} to {found[-1].images:,} images",
+            f"writes  {config.path(config.output)}: records, quality.json and pictures; {BEST} in the run's folder",
+            *lines,
+        ]
+    )

@@ -1,0 +1,134 @@
+"""What an evaluation of a run found: each snapshot's quality, the change from the one before, and the best one."""
+
+from typing import Any, NamedTuple
+
+from orchestrator.run_evaluation.config import RunEvaluationConfig
+from orchestrator.search.halving import Outcome
+from orchestrator.search.result import objectives_of, worse_by
+from orchestrator.search.space import Setting
+from orchestrator.training.snapshots import Snapshot
+from orchestrator.weights.network import ANY
+
+Json = dict[str, Any]
+
+
+class Point(NamedTuple):
+    """A snapshot at one guidance scale, and what was measured."""
+
+    snapshot: Snapshot
+    setting: Setting
+    outcome: Outcome
+
+    @property
+    def curve(self) -> str:
+        """Return the name of what this point shares with others of its curve: average and guidance scale."""
+        return f"{self.snapshot.average} scale {self.setting.guidance.scale:g}"
+
+
+def conclude(config: RunEvaluationConfig, points: list[Point]) -> Json:
+    """Return what is written to quality.json.
+
+    Raises:
+        RuntimeError: no snapshot could be sampled, or `num_samples` is too small for the objective.
+    """
+    name = config.objective[0]
+    measured = [point for point in points if not point.outcome.failed and len(point.outcome.scores[name])]
+    failed = {f"{p.snapshot.name}, {p.setting}": p.outcome.failed for p in points if p.outcome.failed}
+    if not measured:
+        reason = failed or f"--num-samples {config.num_samples} are too few for {name}"
+        raise RuntimeError(f"no snapshot could be measured: {reason}")
+    best = min(measured, key=lambda point: float(point.outcome.scores[name].mean()))
+    curves: dict[str, list[Point]] = {}
+    for point in sorted(measured, key=lambda point: point.snapshot.images):
+        curves.setdefault(point.curve, []).append(point)
+    steps = sum(len(along) - 1 for along in curves.values())
+    described = [
+        _described(config, point, before, best, max(steps, 1), len(measured))
+        for along in curves.values()
+        for before, point in zip([None, *along], along, strict=False)
+    ]
+    level = [found for found in described if found["curve"] == best.curve and not _is_worse(found["behind_best"], name)]
+    return {
+        "run": config.weights,
+        "objective": list(config.objective),
+        "num_samples": config.num_samples,
+        "seed": config.seed,
+        "points": described,
+        "best": next(found for found in described if found["weights"] == best.setting.weights and found["best"]),
+        "as_good_from": level[0]["images"],
+        "failed": failed,
+    }
+
+
+def _described(
+    config: RunEvaluationConfig, point: Point, before: Point | None, best: Point, steps: int, count: int
+) -> Json:
+    """A point of a curve; its intervals hold for all steps, and for all differences from the best, together."""
+    n, outcome = config.num_samples, point.outcome
+    change = worse_by(config, outcome, before.outcome, n, steps) if before else None
+    return {
+        "images": point.snapshot.images,
+        "average": point.snapshot.average,
+        "curve": point.curve,
+        "weights": point.setting.weights,
+        "setting": point.setting.model_dump(mode="json"),
+        "evaluations": point.setting.evaluations,
+        "objective": objectives_of(config, outcome, n),
+        "metrics": outcome.metrics,
+        "change": change,
+        "verdict": _verdict(change[config.objective[0]]) if change else "first",
+        "behind_best": worse_by(config, outcome, best.outcome, n, count * (count - 1) // 2),
+        "best": point is best,
+    }
+
+
+def _verdict(change: Json) -> str:
+    """Return what a change says about the training."""
+    low, high = change["interval"]
+    if high < 0:
+        return "still improving"
+    return "getting worse: overfitting" if low > 0 else "no longer told apart"
+
+
+def _is_worse(behind: Json, name: str) -> bool:
+    return behind[name]["interval"][0] > 0
+
+
+def best_files(result: Json) -> dict[str, str]:
+    """Return the best weights of each average, and of all, as names beneath the run's weights/."""
+    name = result["objective"][0]
+    found: dict[str, Json] = {}
+    for point in result["points"]:
+        value = point["behind_best"][name]["value"]
+        if point["average"] not in found or value < found[point["average"]]["behind_best"][name]["value"]:
+            found[point["average"]] = point
+    files = {average: _file(point) for average, point in found.items()}
+    return files | {ANY: _file(result["best"])}
+
+
+def _file(point: Json) -> str:
+    return point["weights"].rpartition("/weights/")[2]
+
+
+def summary(config: RunEvaluationConfig, result: Json) -> str:
+    """Return the table of a run's quality, and how to sample with the best snapshot."""
+    name, best = result["objective"][0], result["best"]
+    lines = [f"{'images':>14}  {'average, guidance':28} {name + ', freed of bias':34} change from the snapshot before"]
+    for point in result["points"]:
+        change = f"{_number(point['change'][name])}: {point['verdict']}" if point["change"] else ""
+        mark = " <- best" if point["best"] else ""
+        value = _number(point["objective"][name])
+        lines.append(f"{point['images']:>14,}  {point['curve']:28} {value:34} {change}{mark}")
+    lines += [f"failed: {what}: {reason}" for what, reason in result["failed"].items()]
+    lines.append(
+        f"best    {best['curve']} at {best['images']:,} images; it is as good from {result['as_good_from']:,} on, "
+        f"as far as {result['num_samples']:,} samples tell (simultaneous 95% intervals)"
+    )
+    average = "" if best["average"].startswith("posthoc") else f" --ema {best['average']}"
+    lines.append(f"next    python jobs/generate_samples.py PRESET --weights {config.weights}{average} --at best")
+    return "\n".join(lines)
+
+
+def _number(estimate: Json) -> str:
+    ends = estimate["interval"]
+    return f"{estimate['value']:.4g}" + (f" ({ends[0]:.4g} to {ends[1]:.4g})" if ends else "")
