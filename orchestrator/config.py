@@ -16,6 +16,9 @@ IMAGES = "one's own images"
 
 
 class JobConfig(BaseModel, frozen=True, extra="forbid"):
+    """What every job has. The comment behind a field is its text in --help; one above fields is their heading."""
+
+    # Every job
     store: str = Field(
         default_factory=lambda: os.environ.get("ADMIRAL_STORE", "runs")
     )  # folder or URI under which all relative paths of this job lie; the environment's ADMIRAL_STORE, else runs

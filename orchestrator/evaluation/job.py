@@ -9,6 +9,7 @@ from typing import Any
 from cluster.session import session
 from models.features import DigitsNetwork
 from orchestrator import storage
+from orchestrator.closing import print_closing
 from orchestrator.config import check_or_write_config
 from orchestrator.cost import extraction_cost, priced
 from orchestrator.data.dataset import load_manifest
@@ -84,7 +85,7 @@ def evaluate(config: EvaluationConfig) -> str:
     storage.put_if_absent(report_uri, storage.json_bytes(report))
     _print(report)
     _print_warnings(warnings)
-    print(report_uri)
+    print_closing([storage.join(output, "report.html"), report_uri], [])
     return report_uri
 
 

@@ -17,6 +17,7 @@ from cluster.session import session
 from cluster.workers import map_items
 from orchestrator import storage
 from orchestrator.arithmetic import platform
+from orchestrator.closing import next_command, print_closing
 from orchestrator.cost import peak_flops
 from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.cost import cost_lines, flops_per_sample
@@ -45,7 +46,7 @@ from orchestrator.generation.sampling import (
 )
 from orchestrator.generation.worker import SamplingWorker
 from orchestrator.pictures import grid_png, png
-from orchestrator.progress import Progress, progress_line
+from orchestrator.progress import Progress, counted, progress_line
 from orchestrator.tracking import Tracker, catch_up, tracked
 from orchestrator.weights.network import weights_file
 
@@ -76,11 +77,13 @@ def generate(config: GenerationConfig) -> str:
         regenerate(config)
         return output
     if all(map(is_finished, folders)):
-        print(f"{output} is complete: {config.num_samples:,} samples")
+        print(f"{output} is complete: {counted(config.num_samples, 'sample')}")
         catch_up("generate", config, folders[0])
     else:
         _make_missing(config, folders, flops_per_sample(config, networks))
-        print(f"{output}: {config.num_samples:,} samples")
+        print(f"{output}: {counted(config.num_samples, 'sample')}")
+    command = next_command("evaluate_samples", samples=config.output)
+    print_closing([storage.join(folder, "samples.png") for folder in folders], [command])
     if config.export:
         for folder in folders:
             print(f"exported to {_export(config, folder)}")

@@ -32,6 +32,7 @@ class LossScaleConfig(BaseModel, frozen=True, extra="forbid"):
 class TrainingConfig(JobConfig):
     """What training a network takes, whichever it is. Lengths are counted in images, not in steps."""
 
+    # Data and output
     dataset: str  # a prepared dataset's folder
     output: str  # the run's folder
     diffusion: DiffusionConfig
@@ -39,35 +40,41 @@ class TrainingConfig(JobConfig):
     order: OrderConfig = OrderConfig()
     crop: Literal["center", "random"] = "center"  # ADM's centre crop, or its classifier's random crop
     random_flip: bool = True  # mirror half of the images
+    # Length and batches
     total_images: int = Field(gt=0)  # length of the training
     seed: int = Field(0, ge=0, lt=2**64)  # order, flips, crops, timesteps, noise and initial weights follow from it
     batch_size: int = Field(256, gt=0)  # images in a step, over all workers
     microbatch_size: int | None = Field(None, gt=0)  # images that a worker has in memory at most; None = its share
-    reduction: Literal["fast", "exact"] = "fast"  # exact = weights equal to the bit on any number of workers; slower
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention, by autocast
-    loss_scale: LossScaleConfig = LossScaleConfig()
-    tf32: bool = False  # let float32 convolutions and products round to TF32 on GPUs that have it; published: no
-    recompute: bool | None = None  # blocks in the backward pass: slower by a third; None = where memory asks for it
-    num_threads: int = Field(1, gt=0)  # CPU threads of each worker's arithmetic; another number gives other last bits
-    compile: bool = False  # torch.compile the network: slower to start, faster on long runs
+    # Optimizer
     init_from: str | None = None  # start from these weights: a run's folder, a .safetensors or a .pt file of this model
-    learning_rate: float = Field(1e-4, gt=0)  # AdamW's
-    weight_decay: float = Field(0.0, ge=0)  # AdamW's
+    learning_rate: float = Field(1e-4, gt=0)  # AdamW's learning rate
+    weight_decay: float = Field(0.0, ge=0)  # AdamW's weight decay
     warmup_images: int = Field(0, ge=0)  # the learning rate rises linearly over these
     lr_schedule: Literal["constant", "linear"] = "constant"  # after the warm-up; linear = falls to zero at the end
     max_grad_norm: float | None = Field(None, gt=0)  # largest norm of the gradient
     max_nonfinite_steps: int = Field(20, ge=0)  # steps in a row that may be skipped for a gradient that is not finite
+    loss_scale: LossScaleConfig = LossScaleConfig()
+    # Arithmetic
+    reduction: Literal["fast", "exact"] = "fast"  # exact = weights equal to the bit on any number of workers; slower
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention, by autocast
+    tf32: bool = False  # let float32 convolutions and products round to TF32 on GPUs that have it; published: no
+    recompute: bool | None = None  # blocks in the backward pass: slower by a third; None = where memory asks for it
+    num_threads: int = Field(1, gt=0)  # CPU threads of each worker's arithmetic; another number gives other last bits
+    compile: bool = False  # torch.compile the network: slower to start, faster on long runs
+    # Checkpoints and weights
     checkpoint_every: int = Field(1_000_000, gt=0)  # images from one checkpoint to the next
     keep_checkpoints: int = Field(3, gt=0)  # newest checkpoints that are kept
     keep_every: int | None = Field(None, gt=0)  # keep the first past each multiple of this for ever, too
+    snapshot_every: int | None = Field(None, gt=0)  # images from one set of weights to the next; None = at the end
     restart_from_scratch: bool = False  # if there are checkpoints but none can be used, start at image 0: do not stop
     takeover: bool = False  # train even if another driver holds the lease on the folder; that one stops
-    snapshot_every: int | None = Field(None, gt=0)  # images from one set of weights to the next; None = at the end
+    # Validation and logging
+    log_every: int = Field(10_000, gt=0)  # images from one line of numbers to the next
     eval_every: int | None = Field(None, gt=0)  # evaluate on the validation split every N images; None = never
     eval_images: int = Field(1_000, gt=1)  # images of that split that are evaluated
-    log_every: int = Field(10_000, gt=0)  # images from one line of numbers to the next
     profile_steps: str | None = None  # as 10:15: write a trace of these steps of this attempt to the run's profile/
     audit_dir: str | None = None  # folder for the audit log: what every step consumed, row by row; slow
+    # Workers
     num_workers: int = Field(1, ge=0)  # training workers; 0 = in this process, without Ray
     num_gpus: int = Field(0, ge=0, le=1)  # GPUs for each worker
     max_failures: int = Field(3, ge=0)  # attempts in a row that may fail without a new checkpoint
@@ -154,6 +161,7 @@ class AdmConfig(TrainingConfig):
 
     job: ClassVar[str] = "train"
 
+    # Diffusion model
     model: UNetConfig
     label_dropout: float = Field(0.0, ge=0, lt=1)  # share of labels left out; classifier-free guidance needs 0.1 or so
     timesteps: Literal["uniform", "loss_second_moment"] = "uniform"  # how often each is trained; IDDPM section 3.3
@@ -203,7 +211,7 @@ class NoisyClassifierConfig(TrainingConfig):
     power_emas: ClassVar[tuple[float, ...]] = ()
 
     model: ClassifierConfig
-    weight_decay: float = Field(0.05, ge=0)  # AdamW's
+    weight_decay: float = Field(0.05, ge=0)  # AdamW's weight decay
     crop: Literal["center", "random"] = "random"  # ADM's centre crop, or its classifier's random crop
     loss_scale: LossScaleConfig = LossScaleConfig(initial=16.0)
 

@@ -19,11 +19,12 @@ from models.costs import count_parameters, training_state_bytes
 from models.diffusion import LossSecondMomentTimesteps
 from orchestrator import storage
 from orchestrator.arithmetic import arithmetic, choose_device, platform
+from orchestrator.closing import print_closing
 from orchestrator.config import check_or_write_config
 from orchestrator.cost import GPUS, priced, training_cost
 from orchestrator.data.dataset import Manifest, ahead, batches, load_manifest
 from orchestrator.order import OrderPlan
-from orchestrator.progress import progress_line
+from orchestrator.progress import counted, progress_line
 from orchestrator.tracking import catch_up, tracked
 from orchestrator.training.audit_log import AuditLog
 from orchestrator.training.checkpoint_writer import CheckpointWriter
@@ -34,11 +35,13 @@ from orchestrator.training.initial_weights import begin_with
 from orchestrator.training.lease import Lease
 from orchestrator.training.losses import Microbatch, Terms, make_losses, make_microbatches
 from orchestrator.training.meter import Meter
+from orchestrator.training.page import NAME, STARTED, write_run_page
 from orchestrator.training.previews import previews
 from orchestrator.training.profiling import StepProfiler
 from orchestrator.training.snapshots import final_weights, is_due, write_snapshots
 from orchestrator.training.state import TrainingState, take_step
 from orchestrator.training.validation import Validation, validation_count
+from orchestrator.training.verdict import classifier_lines, following
 
 CPUS_OF_DATA = 1  # for the tasks that read a worker's data, beside those of its arithmetic
 
@@ -66,6 +69,7 @@ def train(config: Config) -> str:
     check_or_write_config(run, config)
     if storage.exists(final_weights(run, config)):
         print(f"{run} is trained already: {config.total_images:,} images")
+        write_run_page(run, config)
         catch_up(config.job, config, run)
         return run
     with (
@@ -76,14 +80,16 @@ def train(config: Config) -> str:
             shared=config.shared,
         ),
         tracked(config.job, config, run) as tracker,
-        progress_line(config.total_images, "images") as progress,
+        progress_line(config.total_images, "images", _starting(config)) as progress,
     ):
 
         def on_record(record: dict[str, Any]) -> None:
             if "picture" in record:
+                storage.write_bytes(storage.join(run, record["picture"]), record["png"])
                 tracker.picture(record["picture"], record["png"])
-            if "resumed" in record:
-                progress.update_to(record["resumed"])
+            if "started" in record:
+                progress.start(record["started"])
+                tracker.metrics({STARTED: 1.0}, step=record["started"])
             if "metrics" in record:
                 shown = {name: value for name, value in record["metrics"].items() if name in ("loss", "accuracy")}
                 progress.update_to(record["images"], **shown)
@@ -104,12 +110,22 @@ def train(config: Config) -> str:
             num_gpus=config.num_gpus,
             stop=lease.is_lost,
         )
+        tracker.flush()
+        tracker.record(NAME, write_run_page(run, config))
         if stopped and not storage.exists(final_weights(run, config)):
             if lease.is_lost():
                 raise RuntimeError(f"another driver took over {run}: this one stopped, and its place is kept")
             raise KeyboardInterrupt
     print(f"{run} is trained: {config.total_images:,} images, weights in {storage.join(run, 'weights')}")
+    for line in classifier_lines(run, config.model.num_classes or 1) if config.model.kind == "classifier" else []:
+        print(line)
+    print_closing([storage.join(run, NAME)], [following(config)])
     return run
+
+
+def _starting(config: Config) -> str:
+    """Return what the progress line says until the first step."""
+    return f"starting {counted(config.num_workers or 1, 'worker')}"
 
 
 def plan(config: Config) -> str:
@@ -216,7 +232,6 @@ def _train(config: Config, context: WorkerContext) -> None:
                     f"total_images={config.total_images:,}, but {run} is already at {state.position:,} images"
                 )
             if context.rank == 0:
-                context.report({"resumed": state.position})
                 after_saving(Checkpoint(state.position, state.tensors(), state.facts()))
         else:
             begin_with(config, state, group)
@@ -225,6 +240,8 @@ def _train(config: Config, context: WorkerContext) -> None:
         meter = Meter(config, context, group)
         audit = AuditLog(config.path(config.audit_dir), context.rank, context.world_size) if config.audit_dir else None
         stream = ahead(_shares(config, context, manifest, state.position))
+        if context.rank == 0:
+            context.report({"started": state.position})
 
         while state.position < config.length:
             # One step: this worker's images, their losses, one update.
