@@ -312,6 +312,7 @@ def main() -> None:
     except RuntimeError as error:
         sys.exit(f"cluster: error: {error}")
     print(f"dashboard  {cluster.environment['RAY_API_SERVER_ADDRESS']}")
+    print(f"token      {cluster.environment['RAY_AUTH_TOKEN']} (the dashboard asks for it)")
     print(f"MLflow     {cluster.environment['MLFLOW_TRACKING_URI']}")
     print(f"store      {cluster.environment['ADMIRAL_STORE']} on {cluster.environment['AWS_ENDPOINT_URL']}")
     print(f"metrics    {' '.join(cluster.metrics.values())}")

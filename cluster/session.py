@@ -23,8 +23,12 @@ QUIET_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a worker's end is seen; the default is 2 s
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # for CPUs and GPUs; then `wait_for_room` waits
     "RAY_AIR_NEW_OUTPUT": "0",  # else Tune prints boxes although told to be silent
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else `uv run` has every worker build an environment of its own
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # else gloo warns of workers whose end is told in one line of ours
     "PYTHONWARNINGS": "ignore",
 }
+for _name, _value in QUIET_ENVIRONMENT.items():  # here, since Ray reads some of them once, when it is imported
+    os.environ.setdefault(_name, _value)
 
 # Only for a local Ray of this job's own: a real cluster sets its mode, and is watched.
 LOCAL_ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_enable_metrics_collection": "0"}
@@ -59,13 +63,15 @@ def session(
     process ends, SIGTERM raises KeyboardInterrupt.
 
     Raises:
+        ConnectionError: the cluster cannot be reached, or turns away who has no token.
         RuntimeError: this machine alone has fewer GPUs than are wanted.
         ValueError: one of `shared` is a file or a folder of one machine, and the cluster has several.
     """
     if not num_cpus:
         yield
         return
-    for name, value in (QUIET_ENVIRONMENT | ({} if "RAY_ADDRESS" in os.environ else LOCAL_ENVIRONMENT)).items():
+    alone = not os.environ.get("RAY_ADDRESS")
+    for name, value in ({"RAY_AUTH_MODE": "token"} if _has_token() else LOCAL_ENVIRONMENT if alone else {}).items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     import ray
@@ -75,7 +81,6 @@ def session(
         yield
         return
     options: dict = {"logging_level": logging.ERROR, "log_to_driver": False}
-    alone = not os.environ.get("RAY_ADDRESS")
     private = {} if alone else _private_environment()  # the workers of our own Ray inherit it
     if alone:
         options |= {
@@ -85,7 +90,7 @@ def session(
             "include_dashboard": False,
         }
     keeper = {KEEPER: f"keeper-{uuid.uuid4().hex}"} if private else {}
-    ray.init(runtime_env={"env_vars": _public_environment() | keeper}, **options)
+    _connect(runtime_env={"env_vars": _public_environment() | keeper}, **options)
     _interrupt_on_sigterm()
     kept = _keep(private, keeper[KEEPER]) if private else None
     if alone and (there := ray.cluster_resources().get("GPU", 0)) < num_gpus:
@@ -100,6 +105,28 @@ def session(
     finally:
         del kept
         ray.shutdown()
+
+
+def _has_token() -> bool:
+    """Return whether there is a token for the cluster at RAY_ADDRESS; Ray itself looks for one only on its own."""
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    return bool(os.environ.get("RAY_ADDRESS")) and ("RAY_AUTH_TOKEN" in os.environ or file.is_file())
+
+
+def _connect(**options: Any) -> None:
+    """Call `ray.init`, and keep Ray's messages about processes that ended off the terminal: what matters we say."""
+    import ray
+
+    try:
+        ray.init(**options)
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        state = "the token that was found is not the cluster's" if _has_token() else "no token was found"
+        raise ConnectionError(
+            f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: the cluster does not answer, or asks for a token ({state}); "
+            "check the address, and set RAY_AUTH_TOKEN or save the token as ~/.ray/auth_token "
+            "(`ray get-auth-token` on the head prints it)"
+        ) from error
+    ray._private.worker._worker_logs_enabled = False  # `log_to_driver` leaves the raylets' messages on
 
 
 def accelerator() -> str | None:

@@ -1,20 +1,18 @@
 """Parse a job's command line into its config, then run the job."""
 
-import contextlib
 import difflib
-import inspect
-import io
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeGuard, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import pydantic
-import tyro
 import yaml
 
+from jobs.options import Option, help_page, options_of
 from orchestrator import storage
 from orchestrator.config import JobConfig
 from orchestrator.redaction import redact_output
@@ -79,7 +77,7 @@ def main(
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("ADMIRAL_DEBUG"):
             raise
-        _fail(1, " ".join(str(error).split()))
+        _fail(1, _as_typed(_message(error), options_of(type(config))) + _option_of(error, config))
     except KeyboardInterrupt:
         _fail(130, "interrupted; the same command goes on from here")
 
@@ -94,58 +92,94 @@ def parse(description: str | None, presets: Presets[Config], argv: list[str]) ->
     Raises:
         SystemExit: with code 0 after help is printed, with code 2 after one line about what is wrong.
     """
-    if argv and argv[0].split("=", 1)[0] == "--preset":
-        flag, *rest = argv[0].split("=", 1) + argv[1:]
+    about, name = " ".join((description or "").split()), argv[0] if argv else ""
+    if name in ("-h", "--help") and len(presets) > 1:
+        _show(_list_of(presets, about))
+    if name.split("=", 1)[0] == "--preset":
+        flag, *rest = name.split("=", 1) + argv[1:]
         if not rest:
             _fail(2, f"{flag} needs a path or URI")
         argv, presets = rest, {rest[0]: ("from a file", _read_preset(rest[0], presets))}
-    elif len(presets) == 1 and (not argv or argv[0].startswith("-")):
+    elif len(presets) == 1 and (not name or name.startswith("-")):
         argv = [*presets, *argv]
-    _check_words(argv, presets)
-    config = _parse(description, presets, argv)
-    about, preset = presets[argv[0]]
-    try:
-        start = config.starting_from(preset)
-    except (ValueError, OSError) as error:
-        _fail(2, " ".join(str(error).split()))
-    return config if start == preset else _parse(description, {argv[0]: (about, start)}, argv)
-
-
-def _check_words(argv: list[str], presets: Presets[Config]) -> None:
-    """Exit with code 2 unless `argv` begins with a preset's name and has only options of the preset's config."""
-    name = argv[0] if argv else ""
-    if name in ("-h", "--help") or name.startswith("--tyro"):
-        return
-    if not name or name.startswith("-"):
+    elif not name or name.startswith("-"):
         _fail(2, f"the first argument must be a preset ({', '.join(presets)}) or --preset FILE")
-    if name not in presets:
+    elif name not in presets:
         _fail(2, _unknown("preset", name, presets, f"the presets are {', '.join(presets)}"))
-    options = option_names(type(presets[name][1]))
-    for word in argv[1:]:
-        option = word.split("=", 1)[0]
-        if option.startswith("--") and option[2:].replace("-", "_") not in options:
-            _fail(2, _unknown("option", option, options, "--help lists all options"))
+    name, *words = argv
+    summary, preset = presets[name]
+    options = options_of(type(preset))
+    if "-h" in words or "--help" in words:
+        _show(help_page(f"{_program()} {name} [OPTIONS]", f"{about} Preset {name}: {summary}.", preset))
+    changes = _changes(words, options)
+    try:
+        config = _changed(preset, changes)
+        start = config.starting_from(preset)
+        return config if start == preset else _changed(start, changes)
+    except (ValueError, OSError) as error:
+        _fail(2, _as_typed(_message(error), options))
 
 
-def option_names(config: type[pydantic.BaseModel]) -> list[str]:
-    """Return the options of a job with this config, such as `order.num_streams` and `space.no_continuous`."""
-    fields = {name: kind for name, kind in _fields(config).items() if not _is_config(kind)}
-    negative = [_negated(name) for name, kind in fields.items() if kind is bool]
-    return [*fields, *negative, "help", "tyro_print_completion", "tyro_write_completion"]
+def _list_of(presets: Presets[Config], about: str) -> str:
+    """Return the page of --help without a preset."""
+    program = _program()
+    lines = [
+        f"usage: {program} PRESET [OPTIONS]",
+        f"       {program} --preset FILE [OPTIONS]",
+        "",
+        about,
+        "",
+        "Presets",
+    ]
+    for name, (summary, _) in presets.items():
+        lines += textwrap.wrap(summary, 120, initial_indent=f"  {name:<22}", subsequent_indent=" " * 24)
+    end = "PRESET --help lists its options. FILE is YAML or JSON: `preset: PRESET`, and the fields that differ from it."
+    return "\n".join([*lines, "", end])
 
 
-def _fields(config: type[pydantic.BaseModel], prefix: str = "") -> dict[str, Any]:
-    """Return the type of every field by its dotted name, for nested configs and for their fields."""
-    fields: dict[str, Any] = {}
-    for name, field in config.model_fields.items():
-        fields[prefix + name] = field.annotation
-        if _is_config(field.annotation):
-            fields |= _fields(field.annotation, f"{prefix}{name}.")
-    return fields
+def _changes(words: list[str], options: Mapping[str, Option]) -> dict[str, Any]:
+    """Return the values that the words of a command line give to options, nested as the configs are."""
+    flags = {flag: option for option in options.values() for flag in option.flags}
+    tree: dict[str, Any] = {}
+    while words:
+        typed, equals, value = words[0].partition("=")
+        flag = typed.replace("_", "-")
+        if not flag.startswith("--"):
+            _fail(2, f"{typed} belongs to no option; --help lists all options")
+        if flag not in flags:
+            _fail(2, _unknown("option", typed, _option_names(options), "--help lists all options"))
+        option = flags[flag]
+        is_negation = flag != option.flag
+        values = [value] if equals else _values(words[1:], option, flags) if not is_negation else []
+        words = words[1 if equals else 1 + len(values) :]
+        if option.is_bool and not values:
+            values = ["false" if is_negation else "true"]
+        if not values and not option.item:
+            _fail(2, f"{typed} needs a value; accepted: {option.accepted}")
+        *path, last = option.name.split(".")
+        branch = tree
+        for part in path:
+            branch = branch.setdefault(part, {})
+        branch[last] = option.value(values)
+    return tree
 
 
-def _is_config(kind: Any) -> TypeGuard[type[pydantic.BaseModel]]:
-    return inspect.isclass(kind) and issubclass(kind, pydantic.BaseModel)
+def _values(words: list[str], option: Option, flags: Collection[str]) -> list[str]:
+    """Return the words that are values of an option: one, or of an option of several values all before the next option.
+
+    A text may begin with dashes, unless it is the name of an option.
+    """
+    found = []
+    for word in words if option.item else words[:1]:
+        if word.startswith("--") and (not option.is_text or word.partition("=")[0].replace("_", "-") in flags):
+            break
+        found.append(word)
+    return found
+
+
+def _option_names(options: Mapping[str, Option]) -> list[str]:
+    """Return the names of options as fields, with `no_` for the negation of a boolean."""
+    return [*options, *(_negated(name) for name, option in options.items() if option.is_bool), "help"]
 
 
 def _negated(name: str) -> str:
@@ -165,28 +199,7 @@ def _unknown(kind: str, name: str, names: Collection[str], otherwise: str) -> st
     return f"unknown {kind} {name}; " + (f"did you mean {near}?" if near else otherwise)
 
 
-def _parse(description: str | None, presets: Presets[Config], argv: list[str]) -> Config:
-    summary = f"{(description or '').strip()}\n\n--preset FILE, a path or URI, takes the place of a preset's name."
-    captured = io.StringIO()
-    os.environ.setdefault("COLUMNS", "120")
-    try:
-        with contextlib.redirect_stderr(captured):
-            if argv and argv[0] in presets:
-                about, preset = presets[argv[0]]
-                return tyro.cli(
-                    type(preset),
-                    default=preset,
-                    args=argv[1:],
-                    prog=f"{Path(sys.argv[0]).name} {argv[0]}",
-                    description=f"{summary}\n\nPreset {argv[0]}: {about}",
-                )
-            return tyro.extras.overridable_config_cli(
-                dict(presets), args=argv, prog=Path(sys.argv[0]).name, description=summary
-            )
-    except SystemExit as end:
-        if not end.code:
-            raise
-        _fail(2, _one_line(captured.getvalue()))
+# ------------------------------------------------------------------------------------------------ preset files
 
 
 def _read_preset(location: str, presets: Presets[Config]) -> Config:
@@ -201,23 +214,37 @@ def _read_preset(location: str, presets: Presets[Config]) -> Config:
         if base not in presets:
             raise ValueError(_unknown("preset", base, presets, f"the presets are {', '.join(presets)}"))
         config = presets[base][1]
-        fields = _fields(type(config))
+        options = options_of(type(config))
+        fields = [*options, *dict.fromkeys(name.rpartition(".")[0] for name in options if "." in name)]
         if unknown := [name for name in _leaves(tree) if name not in fields]:
             raise ValueError(_unknown("field", unknown[0], fields, f"{base} --help lists all fields"))
-        return type(config).model_validate(_merged(config.model_dump(), tree))
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        _fail(2, f"{location}: {'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}")
+        return _changed(config, tree)
     except FileNotFoundError:
         _fail(2, f"--preset {location} does not exist")
+    except yaml.MarkedYAMLError as error:
+        mark, problem = error.problem_mark, error.problem or error.context
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        _fail(2, f"{location}: {where}{problem}; the file must be YAML or JSON")
     except (ValueError, OSError, yaml.YAMLError) as error:
-        _fail(2, f"{location}: {' '.join(str(error).split())}")
+        _fail(2, f"{location}: {_message(error)}")
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """Yield the dotted names of the values in a nested dict."""
     for name, value in tree.items():
         yield from _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [f"{prefix}{name}"]
+
+
+def _changed(config: Config, changes: dict[str, Any]) -> Config:
+    """Return the config with other values, all checked.
+
+    Raises:
+        ValueError: a value is not accepted; the message names the field by its whole name.
+    """
+    try:
+        return type(config).model_validate(_merged(config.model_dump(), changes))
+    except pydantic.ValidationError as error:
+        raise ValueError(_explained(error, options_of(type(config)))) from error
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -227,17 +254,70 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return {**base, **both}
 
 
-def _one_line(box: str) -> str:
-    """Extract the message from the box that tyro draws around it."""
-    lines = [line.strip(" │╭╮╰╯─") for line in box.splitlines()]
-    text = " ".join(line for line in lines[1:] if line)  # the first is the box's title
-    text = re.sub(r"For further information visit \S+|\[type=.*?input_type=\w+\]", "", text)
-    text = re.sub(r"Error parsing (?!--)\S+ 1 validation error for \w+|Value error, ", "", text)
-    text = re.sub(r"in \S+ \S+ --help|For full helptext.*|Argument helptext:", "", text)
-    text = re.sub(r"-{9,}", "", text)  # borders, where the terminal has no better ones
-    return " ".join(text.split())
+# ------------------------------------------------------------------------------------------------ messages
+
+
+def _explained(error: pydantic.ValidationError, options: Mapping[str, Option]) -> str:
+    """Return what is wrong with the first value that is not accepted: the whole name of its field, and what is."""
+    first = error.errors()[0]
+    place = [part for part in first["loc"] if isinstance(part, str)]
+    name = ".".join(place)
+    if first["type"] != "value_error":  # pydantic's own check of a type or of bounds
+        shown = options[name].shown(first["input"]) if name in options else "a value"
+        accepted = options[name].accepted if name in options else f"the fields {name}.*"
+        near = difflib.get_close_matches(shown, first.get("ctx", {}).get("expected", "").split("'"), 1)
+        advice = f"; did you mean {near[0]}?" if near else ""
+        return f"{name}={shown} is not accepted; accepted: {accepted}{advice}"
+    message = first["msg"].removeprefix("Value error, ")
+    of = ".".join(place[:-1] if name in options else place)  # the nested config whose validator it is
+
+    def whole(found: re.Match[str]) -> str:
+        return f"{of}.{found[0]}" if f"{of}.{found[0]}" in options else found[0]
+
+    message = re.sub(r"(?<![\w.-])[a-z]\w*(?==)", whole, message) if of else message
+    return message if not name or re.search(r"\w=|--", message) else f"{name}: {message}"
+
+
+def _as_typed(message: str, options: Mapping[str, Option]) -> str:
+    """Return a message with the options in it as they are typed: `num_workers=3` becomes `--num-workers 3`."""
+
+    def typed(found: re.Match[str]) -> str:
+        if found["name"] not in options:
+            return found[0]
+        value = re.sub(r"[(),'\"\[\]]", " ", found["value"]) if found["value"][0] in "(['\"" else found["value"]
+        value = {"None": "none", "True": "true", "False": "false"}.get(value, " ".join(value.split()))
+        return f"{options[found['name']].flag} {value}"
+
+    value = r"""'[^']*'|"[^"]*"|\([^)]*\)|\[[^\]]*\]|[^\s;,()]*[^\s;,:.()]"""
+    return re.sub(rf"(?<![\w.\-/?&])(?P<name>[a-z][\w.]*)=(?P<value>{value})", typed, message)
+
+
+def _option_of(error: Exception, config: JobConfig) -> str:
+    """Return the option of the path that an error of a file names, as ` (--dataset datasets/digits)`; "" if none."""
+    message = str(error)
+    if not isinstance(error, OSError) or "--" in message:
+        return ""
+    paths = {name: value for name, value in config if isinstance(value, str) and (f"/{value}" in message)}
+    return f" (--{(name := max(paths, key=lambda n: len(paths[n]))).replace('_', '-')} {paths[name]})" if paths else ""
+
+
+def _message(error: Exception) -> str:
+    """Return an error's message as one line, without the number and the quotes that Python puts around some."""
+    if isinstance(error, OSError) and error.strerror:
+        parts = [error.strerror, *map(str, filter(None, (error.filename, error.filename2)))]
+        return ": ".join(parts)
+    return " ".join(str(error).split())
+
+
+def _show(page: str) -> NoReturn:
+    print(page)
+    raise SystemExit(0)
+
+
+def _program() -> str:
+    return Path(sys.argv[0]).name
 
 
 def _fail(code: int, message: str) -> NoReturn:
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{_program()}: error: {message}", file=sys.stderr)
     raise SystemExit(code)

@@ -23,10 +23,12 @@ Timestep = int | Tensor  # chain index: one for the whole batch, or int64 [B]
 class DiffusionConfig(BaseModel, frozen=True, extra="forbid"):
     """The process and what the network predicts of it."""
 
-    schedule: Literal["linear", "cosine", "quad", "warmup10", "warmup50", "const", "jsd"] = "linear"  # betas
+    schedule: Literal["linear", "cosine", "quad", "warmup10", "warmup50", "const", "jsd"] = "linear"  # noise schedule
     num_timesteps: int = Field(1000, ge=2)  # T, steps of the training process
     prediction: Literal["eps", "x_start", "previous_x"] = "eps"  # what the first channels of the output mean
-    variance: Literal["fixed_small", "fixed_large", "learned", "learned_range"] = "learned_range"  # of p(x_t-1|x_t)
+    variance: Literal["fixed_small", "fixed_large", "learned", "learned_range"] = (
+        "learned_range"  # of p(x_t-1 given x_t)
+    )
     loss: Literal["simple", "rescaled_simple", "kl", "rescaled_kl"] = "simple"  # training objective
     rescale_timesteps: bool = False  # give the network t * 1000 / T instead of t
 

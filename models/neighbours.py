@@ -3,7 +3,8 @@
 A float32 matrix product of centred features gives each squared distance with a bound on its error, and only what the
 bound leaves open (ties, mostly) is decided by summing squared differences in float64. So the answers depend neither on
 block sizes nor on the device, a large mean does no harm, and rows may be shared out among workers. Memory beyond the
-features and one centred copy of them is a few blocks of `BLOCK_BYTES`.
+features and one centred copy of them is a few blocks of `BLOCK_BYTES`. The products run on torch's current device:
+`with torch.device("cuda"):` puts them there, without TF32. Features come from the host, and results go there.
 """
 
 from collections.abc import Iterable, Iterator
@@ -46,7 +47,7 @@ def nearest(queries: Array, targets: Array, k: int, weights: Array | None = None
     if len(targets) < k:
         raise ValueError(f"k={k} neighbours of each row need more than the {len(targets)} rows given")
     weight = np.ones(len(targets)) if weights is None else np.asarray(weights, np.float64)
-    shortlist, factors = Shortlist.empty(len(queries), len(targets), k), torch.from_numpy(weight).float()
+    shortlist, factors = Shortlist.empty(len(queries), len(targets), k), torch.as_tensor(weight, dtype=torch.float32)
     for block in bounded_squares(queries, targets):
         shortlist.offer(block.rows, block.lower.mul_(factors), 0)
     return _measured(queries, targets, shortlist, k, weight)
@@ -72,7 +73,8 @@ class Shortlist:
 
     def compete(self, rows: slice, bounds: Tensor, index: Tensor) -> None:
         """Lets other targets, by their bounds and indices, compete with those that are listed."""
-        bounds, index = torch.cat([self.bounds[rows], bounds], 1), torch.cat([self.index[rows], index], 1)
+        bounds = torch.cat([self.bounds[rows], bounds.to(self.bounds.device)], 1)
+        index = torch.cat([self.index[rows], index.to(self.index.device)], 1)
         self.bounds[rows], order = bounds.topk(self.bounds.shape[1], dim=1, largest=False)
         self.index[rows] = index.gather(1, order)
 
@@ -86,7 +88,7 @@ def own_shortlist(features: Array, k: int, share: slice) -> Shortlist:
         shortlist.offer(rows, block.lower.fill_diagonal_(torch.inf), block.columns.start)
         if block.lower.shape[1] > height:
             shortlist.offer(slice(rows.stop, None), block.lower[:, height:].T.contiguous(), block.rows.start)
-    return shortlist
+    return Shortlist(shortlist.bounds.cpu(), shortlist.index.cpu())  # it may travel to a process without a GPU
 
 
 def own_neighbours(features: Array, k: int, parts: Iterable[tuple[int, Shortlist]]) -> Neighbours:
@@ -103,7 +105,7 @@ def _measured(
     queries: Array, targets: Array, shortlist: Shortlist, k: int, weight: Array, own: bool = False
 ) -> Neighbours:
     """The k nearest in truth: those of the shortlist are measured, and all where it could have missed one."""
-    bounds, candidates = shortlist.bounds.numpy(), shortlist.index.numpy().astype(np.int64)
+    bounds, candidates = shortlist.bounds.cpu().numpy(), shortlist.index.cpu().numpy().astype(np.int64)
     rows = np.repeat(np.arange(len(queries)), candidates.shape[1])
     exact = _squares(queries, rows, targets, candidates.ravel()).reshape(candidates.shape)
     index, squared = _first(weight[candidates] * exact, candidates, k)
@@ -132,10 +134,10 @@ def pairs_in_balls(
 ) -> tuple[Indices, Indices]:
     """(row, column) in the block of every point and ball around a centre that holds it: by the bounds, and measured
     where they are open."""
-    threshold = torch.from_numpy(np.asarray(radii, np.float32))
+    threshold = torch.as_tensor(np.asarray(radii, np.float32))
     at = torch.nonzero(block.lower <= threshold, as_tuple=True)
-    held = (block.lower[at] + block.row_slack[at[0]] < (threshold - block.column_slack)[at[1]]).numpy()
-    rows, columns = (index.numpy() for index in at)
+    held = (block.lower[at] + block.row_slack[at[0]] < (threshold - block.column_slack)[at[1]]).cpu().numpy()
+    rows, columns = (index.cpu().numpy() for index in at)
     open_rows, open_columns = rows[~held], columns[~held]
     squares = _squares(points, open_rows + block.rows.start, centres, open_columns + block.columns.start)
     held[~held] = squares < radii[open_columns] if strict else squares <= radii[open_columns]
@@ -208,7 +210,7 @@ def _centred(features: Array, mean: Array) -> tuple[Tensor, Tensor]:
         centred[start : start + CACHED_ROWS], squares[start : start + CACHED_ROWS] = part, (part * part).sum(axis=1)
     if not float(squares.max()) < 1e36:
         raise ValueError("features spread too far for float32 distances; scale them down")
-    return torch.from_numpy(centred), torch.from_numpy(squares)
+    return torch.as_tensor(centred), torch.as_tensor(squares)
 
 
 def _squares(queries: Array, rows: Indices, targets: Array, columns: Indices) -> Array:

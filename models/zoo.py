@@ -6,6 +6,7 @@ Ho et al. 2020 (arXiv 2006.11239), whose architecture is here without weights. P
 ADM-256 mean multiply-adds, which are 2 floating-point operations each.
 """
 
+import difflib
 from dataclasses import dataclass, replace
 
 from models.diffusion import DiffusionConfig
@@ -336,5 +337,7 @@ ZOO["adm-64-edm"] = replace(
 def entry(name: str) -> Entry:
     """The zoo's entry; ValueError listing the names if there is none."""
     if name not in ZOO:
-        raise ValueError(f"the zoo has no model {name!r}; it has {', '.join(ZOO)}")
+        near = difflib.get_close_matches(name, ZOO, 1)
+        advice = f"did you mean {near[0]}?" if near else f"it has {', '.join(ZOO)}"
+        raise ValueError(f"the zoo has no model {name!r}; {advice}")
     return ZOO[name]

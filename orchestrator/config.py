@@ -3,7 +3,6 @@
 import os
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-import tyro
 from pydantic import BaseModel, Field
 
 from cluster.session import is_submitted
@@ -17,14 +16,17 @@ IMAGES = "one's own images"
 T = TypeVar("T")
 
 # A field with this mark does not change results, so it may change whenever the job is started again. --help shows it.
-MARK = tyro.conf.arg(help_behavior_hint=lambda default: f"[operational] (default: {default})")
+MARK = "operational"
 Operational = Annotated[T, MARK]
 NOT_COMPARED = {"store", "output", "dry_run"}  # the same results, moved to another folder, are the same
 
 
 class JobConfig(BaseModel, frozen=True, extra="forbid"):
+    """What every job has. The comment behind a field is its text in --help; one above fields is their heading."""
+
     remedy: ClassVar[str] = "choose another --output or the same config"  # if a folder was made with other settings
 
+    # Every job
     store: Operational[str] = Field(
         default_factory=lambda: os.environ.get("ADMIRAL_STORE", "runs")
     )  # folder or URI under which all relative paths of this job lie; the environment's ADMIRAL_STORE, else runs

@@ -22,16 +22,15 @@ from models.costs import (
 )
 from models.features import Extractor
 from models.unet import Architecture
-from orchestrator.config import Operational
 
 
 class CostConfig(BaseModel, frozen=True, extra="forbid"):
     """What --dry-run prices the job for."""
 
-    gpu: Operational[Literal["B200", "H200", "H100", "A100", "L40S", "A10G", "L4", "V100", "T4"]] = "H100"  # one each
-    mfu: Operational[float | None] = Field(None, gt=0, le=1)  # share of its peak that is reached; None = as published
-    usd_per_hour: Operational[float | None] = Field(None, gt=0)  # dollars for one GPU and hour; None = no price
-    spot_discount: Operational[float] = Field(0.0, ge=0, lt=1)  # share by which spot instances are cheaper
+    gpu: Literal["B200", "H200", "H100", "A100", "L40S", "A10G", "L4", "V100", "T4"] = "H100"  # one for each worker
+    mfu: float | None = Field(None, gt=0, le=1)  # share of its peak that is reached; None = as published
+    usd_per_hour: float | None = Field(None, gt=0)  # dollars for one GPU and hour; None = no price
+    spot_discount: float = Field(0.0, ge=0, lt=1)  # share by which spot instances are cheaper
 
 
 class Gpu(NamedTuple):
@@ -53,6 +52,12 @@ GPUS = {  # as the driver names them; a name that is part of another comes after
     "V100": Gpu(32e9, 125e12, 15.7e12),
     "T4": Gpu(16e9, 65e12, 8.1e12),
 }
+
+
+def peak_flops(device: str, dtype: str) -> float | None:
+    """Return the FLOP/s that the maker of a device of this name promises; None where it is not known."""
+    gpu = next((gpu for model, gpu in GPUS.items() if model in device), None)
+    return gpu and (gpu.single if dtype == "float32" else gpu.half)
 
 
 class Mfu(NamedTuple):

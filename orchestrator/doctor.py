@@ -23,6 +23,7 @@ from cluster.nodes import Node, all_reduce_bandwidth, nodes, on_each
 from cluster.session import receive_environment, session
 from orchestrator import storage
 from orchestrator.config import JobConfig, tracking_uri
+from orchestrator.progress import counted
 
 PACKAGES = ("ray", "torch", "numpy", "pyarrow", "mlflow")
 SHARED_MEMORY = 1 << 30  # bytes; a container's default is 64 MB
@@ -61,7 +62,8 @@ def examine(config: DoctorConfig) -> None:
     """
     with session(1):
         there = nodes()
-        print(f"{len(there)} node(s), {sum(n.cpus for n in there):g} CPUs, {sum(n.gpus for n in there):g} GPUs")
+        cpus, gpus = counted(sum(n.cpus for n in there), "CPU"), counted(sum(n.gpus for n in there), "GPU")
+        print(f"{counted(len(there), 'node')}, {cpus}, {gpus}")
         look = partial(examine_node, store=config.path(""), megabytes=config.megabytes)
         answers = on_each(there, look, config.timeout)
         wrong = 0
@@ -75,7 +77,7 @@ def examine(config: DoctorConfig) -> None:
         )
         wrong += _print("network", _network([*sound], config))
     if wrong:
-        raise RuntimeError(f"{wrong} thing(s) are wrong, see the lines that say WRONG")
+        raise RuntimeError(f"{counted(wrong, 'check')} failed: see the lines that say WRONG")
     print("nothing is wrong")
 
 

@@ -1,6 +1,7 @@
 """Pictures and plots as PNG bytes, all plots in one style."""
 
 import io
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -29,14 +30,16 @@ def grid_png(images: np.ndarray, columns: int, scale: int = 1, gap: int = 1) -> 
 
 
 def captioned_grid_png(images: np.ndarray, captions: list[str], columns: int) -> bytes:
-    """A grid of uint8 [N, H, W, 3] images, each with its caption beneath, cut to its width."""
+    """A grid of uint8 [N, H, W, 3] images, each with its whole caption beneath, on as many lines as it needs."""
     count, height, width, _ = images.shape
-    line = 14  # pixels
-    cells = np.full((count, height + line, width, 3), 255, np.uint8)
-    for cell, image, caption in zip(cells, images, captions, strict=True):
+    line, letters = 14, max(1, width // 6)  # pixels of a line, and letters that surely fit on it
+    wrapped = [textwrap.wrap(caption, letters) for caption in captions]
+    lines = max(map(len, wrapped), default=1)
+    cells = np.full((count, height + line * lines, width, 3), 255, np.uint8)
+    for cell, image, parts in zip(cells, images, wrapped, strict=True):
         cell[:height] = image
-        text = Image.new("RGB", (width, line), "white")
-        ImageDraw.Draw(text).text((1, 1), caption, fill="black")
+        text = Image.new("RGB", (width, line * lines), "white")
+        ImageDraw.Draw(text).multiline_text((1, 1), "\n".join(parts), fill="black", spacing=3)
         cell[height:] = np.asarray(text)
     return grid_png(cells, columns, gap=2)
 

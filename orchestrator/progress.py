@@ -7,6 +7,12 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 
+def counted(count: float, noun: str) -> str:
+    """Return a count with its noun in the singular or the plural: 1 worker, 2 workers."""
+    plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,g} {noun}{plural}" if isinstance(count, float) else f"{count:,} {noun}{plural}"
+
+
 class Progress:
     """A line that is told how far the work is."""
 
@@ -17,6 +23,12 @@ class Progress:
     def done(self) -> int:
         """How far it is."""
         return int(self._bar.n)
+
+    def start(self, done: int, description: str = "") -> None:
+        """Begin, or begin again: `done` was done before, and time and rate count from now on."""
+        self._bar.initial = self._bar.n = self._bar.last_print_n = done
+        self._bar.start_t = self._bar.last_print_t = self._bar._time()
+        self._bar.set_description(description or None)
 
     def skip(self, count: int) -> None:
         """Count what was done before: it is no part of the rate."""
@@ -42,7 +54,7 @@ def progress_line(total: int, unit: str, description: str = "") -> Iterator[Prog
         mininterval=interval,
         maxinterval=interval,
         dynamic_ncols=True,
-        smoothing=0.1,
+        smoothing=0,  # the mean rate since the start
         unit_scale=False,
     ) as bar:
         yield Progress(bar)

@@ -176,8 +176,8 @@ def explained(action: str, place: Place, error: BaseException) -> OSError:
         if not place.is_local:
             advice = f"use credentials that may {action} there (docs/cluster.md, Credentials)"
     elif isinstance(error, FileNotFoundError) or (isinstance(error, NotADirectoryError) and action in _READING):
-        kind, wrong = FileNotFoundError, ": there is no such object"
-        advice = "check the URI, or run the job that writes it"
+        kind, wrong = FileNotFoundError, f": there is no such {'file or folder' if place.is_local else 'object'}"
+        advice = "check the path, or run the job that writes it"
     else:
         kind, wrong = FileExistsError if isinstance(error, FileExistsError) else OSError, f" ({reason(error)})"
         advice = "check the storage, then run the same command again"

@@ -21,7 +21,7 @@ from orchestrator import metrics_log, storage
 from orchestrator.config import JobConfig, tracking_uri
 from orchestrator.metrics_log import MetricsLog, Position, Record, read_records
 from orchestrator.mlflow_run import MlflowRun, is_refused, reason, refusal
-from orchestrator.redaction import redact_patterns
+from orchestrator.redaction import redact, redact_patterns
 
 QUEUE_CAPACITY = 2_000  # artefacts that wait in memory while the server is away; new ones beyond it are dropped
 RETRY_SECONDS = 5.0  # between two tries while the server is away
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """The handle of a job on its metrics and its MLflow run. Every method but `check` and `finish` returns at once.
+    """The handle of a job on its metrics and its MLflow run. Only `check`, `flush` and `finish` wait.
 
     One thread sends the numbers, another the artefacts, so that neither waits for the other's store. Without a `uri`
     nothing is sent, and only `metrics.jsonl` is written.
@@ -85,6 +85,10 @@ class Tracker:
         """Record numbers at `step` (images for training, samples for generation)."""
         self._log.append(Record(_now(), step, {name: float(value) for name, value in values.items()}))
         publish(self._job, values)
+
+    def flush(self) -> None:
+        """Write the numbers so far into the job's folder, where a page reads them."""
+        self._log.flush()
 
     def picture(self, name: str, png: bytes) -> None:
         """Record a picture under `name`, which ends in .png."""
@@ -136,6 +140,8 @@ class Tracker:
         """Say where the run is, and what MLflow does not have in the end."""
         if self._mlflow.id and self._mlflow.page:
             print(f"View run: {self._mlflow.page}")
+        elif self._mlflow.id:
+            print(f"View run: mlflow ui --backend-store-uri {redact(self._uri)}")
         if self.unsent:
             place = storage.join(self._output, metrics_log.NAME)
             words = "%d records are in %s and not in %s; the same command sends them once it answers"

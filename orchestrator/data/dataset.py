@@ -8,10 +8,11 @@ is its global row number in its split.
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +29,8 @@ from orchestrator.order import OrderPlan, Purpose, Unit, sample_rng
 READ_AHEAD_BYTES = 256 << 20  # decoded images that a worker reads ahead, unless its tasks' units are more
 READ_AHEAD_ROWS = 16384  # and no more of them: what is read further ahead only takes CPUs from the training
 BLOCK_ROWS, BLOCK_BYTES = 256, 16 << 20  # decoded at a time, at most
+
+T = TypeVar("T")
 
 SCHEMA = pa.schema(
     [
@@ -198,6 +201,15 @@ def batches(
         blocks = (block for unit in units for block in read(unit))
     steps = takewhile(lambda step: end is None or step[1] < end, order.steps(position))
     return _assemble(blocks, order, order.streams(rank, world_size), steps)
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield the items, each made in a thread while the one before it is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+        upcoming = thread.submit(next, items, None)
+        while (item := upcoming.result()) is not None:
+            upcoming = thread.submit(next, items, None)
+            yield item
 
 
 def _assemble(

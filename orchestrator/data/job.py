@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from cluster.session import session
 from cluster.workers import map_items
 from orchestrator import storage
+from orchestrator.closing import next_command, print_closing
 from orchestrator.config import check_config, check_or_write_config
 from orchestrator.cost import not_there_yet
 from orchestrator.data.config import PrepareConfig
@@ -45,10 +46,12 @@ from orchestrator.data.understanding import (
 )
 from orchestrator.order import Purpose, keyed_rng
 from orchestrator.pictures import captioned_grid_png
-from orchestrator.progress import progress_line
+from orchestrator.progress import counted, progress_line
 from orchestrator.redaction import redact_tree
 from orchestrator.tracking import tracked
 
+SMALL_CLASS = 20  # images of a split below which a class is named on the terminal
+SHOWN_SMALL = 10  # such classes that are named, the smallest first
 CONTACT_SHEET_IMAGES = 100  # of the picture that shows a prepared dataset
 CONTACT_SHEET_PIXELS = 64  # of each
 DRY_SCAN_BYTES = 1 << 30  # of tars: a dry run does not read through larger ones
@@ -95,9 +98,18 @@ def prepare_and_track(config: PrepareConfig) -> str:
         storage.write_bytes(storage.join(output, "contact-sheet.png"), sheet)
         tracker.picture("contact-sheet.png", sheet)
     described = ", ".join(f"{split} {count:,}" for split, count in counts.items())
-    print(f"{output}: {described} images of {len(manifest.classes)} classes, {manifest.quarantined} quarantined")
-    for kind, found in storage.read_json(storage.join(output, "report.json"))["findings"].items():
+    print(
+        f"{output}: {described} images of {counted(len(manifest.classes), 'class')}, {manifest.quarantined} quarantined"
+    )
+    report = storage.read_json(storage.join(output, "report.json"))
+    for split, found in report.get("splits", {}).items():  # of what is registered in place, classes are not counted
+        if small := found.get("small_classes"):
+            names = ", ".join(f"{name} ({count})" for name, count in small.items())
+            print(f"  small classes of {split}, below {SMALL_CLASS} images: {names}")
+    for kind, found in report["findings"].items():
         print(f"  {kind.replace('_', ' ')}: {found['count']:,} ({', '.join(found['examples'])})")
+    command = next_command("train_adm", dataset=config.output)
+    print_closing([storage.join(output, "contact-sheet.png")], [command])
     return output
 
 
@@ -133,7 +145,10 @@ def plan(config: PrepareConfig) -> tuple[PrepareConfig, str]:
     for split, rows in order.items():
         shards = [shard for shard in planned if shard.split == split]
         groups = sum(len(shard.row_groups) for shard in shards)
-        lines.append(f"writes  {output}: {split}: {len(rows):,} images, {groups} row groups, {len(shards)} shards")
+        lines.append(
+            f"writes  {output}: {split}: {counted(len(rows), 'image')}, {counted(groups, 'row group')}, "
+            f"{counted(len(shards), 'shard')}"
+        )
     return config, "\n".join(lines)
 
 
@@ -346,7 +361,7 @@ def _copies(by_split: dict[str, list[Facts]]) -> Findings:
 
 
 def _class_counts(classes: tuple[str, ...], facts: list[Facts]) -> dict[str, Any]:
-    """Images of a split, and of its smallest and largest class."""
+    """Images of a split, of its smallest and largest class, and of the first classes with too few to learn from."""
     labels = np.concatenate([fact.rows["label"].to_numpy() for fact in facts])
     if not classes:
         return {"images": len(labels)}
@@ -355,6 +370,11 @@ def _class_counts(classes: tuple[str, ...], facts: list[Facts]) -> dict[str, Any
     return {
         "images": len(labels),
         "smallest_class": {"name": classes[smallest], "images": int(counts[smallest])},
+        "small_classes": {
+            classes[label]: int(counts[label])
+            for label in np.argsort(counts, kind="stable")[:SHOWN_SMALL].tolist()
+            if counts[label] < SMALL_CLASS
+        },
         "largest_class": {"name": classes[largest], "images": int(counts[largest])},
     }
 

@@ -1,6 +1,6 @@
 """Features of a set of images, by fixed blocks of 512 indices: extracted by a pool, kept as files, read in order."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple, cast
@@ -13,14 +13,17 @@ from cluster.workers import map_items
 from models.features import Features, extract
 from models.metrics import BLOCK, GROUP, Moments, block_moments, merge_in_order
 from orchestrator import storage
+from orchestrator.data.dataset import ahead
 from orchestrator.evaluation.extractors import CPU, LoadExtractor
 from orchestrator.evaluation.inputs import ImageSet, split_images
 from orchestrator.generation.worker import prepare_device
 from orchestrator.progress import progress_line
 
 EXTRACTOR_BATCH = 64  # images in a batch of the extractor, the last one padded
+RUN = 8  # blocks that a worker gets at once, so that it can decode ahead
 
 ArrayName = Literal["pool", "spatial", "logits"]
+Range = tuple[int, int]  # [begin, end) of indices
 
 
 class Labelled(NamedTuple):
@@ -139,39 +142,46 @@ def extract_all(
     """Features of all images by blocks of 512; finished blocks are kept in `folder` and not made again."""
     fingerprint = extractor(CPU).fingerprint
     files = FeatureFiles(storage.join(folder, fingerprint), images.count, fingerprint)
-    there = set(storage.list_names(files.folder))
-    todo = [block for block in _blocks(images.count) if _block_name(*block) not in there]
+    todo = _missing(files.folder, _blocks(images.count))
+    size = min(RUN, -(-len(todo) // max(num_workers, 1)))
     with progress_line(files.num_blocks, "blocks", f"features of {images.uri}") as progress:
         done = files.num_blocks - len(todo)
         progress.update_to(done)
         if not todo:  # and so no worker, nor its GPU
             return files
         make_worker = partial(_make_extraction, images, files.folder, extractor, num_gpus)
-        for _ in map_items(make_worker, todo, num_workers, num_gpus=num_gpus):
-            done += 1
+        runs = [tuple(todo[first : first + size]) for first in range(0, len(todo), size)]
+        for run, _ in map_items(make_worker, runs, num_workers, num_gpus=num_gpus):
+            done += len(run)
             progress.update_to(done)
     return files
 
 
 def _make_extraction(
     images: ImageSet, folder: str, extractor: LoadExtractor, num_gpus: float
-) -> Callable[[tuple[int, int]], None]:
-    """A worker: the extractor loaded once, then blocks."""
+) -> Callable[[tuple[Range, ...]], None]:
+    """A worker: the extractor loaded once, then runs of blocks, each decoded while the network sees the one before."""
     network = extractor(prepare_device(num_gpus)).network
 
-    def work(block: tuple[int, int]) -> None:
-        pixels, labels = images.read(*block)
-        features = extract(network, pixels, EXTRACTOR_BATCH)
-        arrays = {"pool": features.pool, "spatial": features.spatial, "logits": features.logits}
-        found = {name: array for name, array in arrays.items() if array is not None}
-        data = safetensors.numpy.save(found | {"labels": labels.astype(np.int64)})
-        storage.put_if_absent(storage.join(folder, _block_name(*block)), data)
+    def work(run: tuple[Range, ...]) -> None:
+        todo = _missing(folder, run)  # without what a worker finished that died later in the run
+        for block, (pixels, labels) in zip(todo, ahead(images.read(*block) for block in todo), strict=True):
+            features = extract(network, pixels, EXTRACTOR_BATCH)
+            arrays = {"pool": features.pool, "spatial": features.spatial, "logits": features.logits}
+            found = {name: array for name, array in arrays.items() if array is not None}
+            data = safetensors.numpy.save(found | {"labels": labels.astype(np.int64)})
+            storage.put_if_absent(storage.join(folder, _block_name(*block)), data)
 
     return work
 
 
-def _blocks(count: int) -> list[tuple[int, int]]:
+def _blocks(count: int) -> list[Range]:
     return [(begin, min(begin + BLOCK, count)) for begin in range(0, count, BLOCK)]
+
+
+def _missing(folder: str, blocks: Iterable[Range]) -> list[Range]:
+    there = set(storage.list_names(folder))
+    return [block for block in blocks if _block_name(*block) not in there]
 
 
 def _block_name(begin: int, end: int) -> str:

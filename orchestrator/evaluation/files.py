@@ -18,7 +18,7 @@ from orchestrator.data.images import FORMATS, IMAGE_ENDINGS, decode
 
 COMMON = 0.9  # share of the names from which on they have one pattern
 LOCAL_SIZES, REMOTE_SIZES, ODD_SIZES = 10_000, 64, 1_000  # images whose header is read before features are made
-THREADS = 16  # headers read at once
+THREADS = 16  # files read at once
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,13 @@ class ImageFiles:
 
     def __call__(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         places = self.places[begin:end]
-        if self.in_tar:
-            with storage.open_input(self.uri) as file:
-                images = [self._pixels(place, _member(file, place)) for place in places]
-        else:
-            images = [self._pixels(p, storage.read_bytes(storage.join(self.uri, p.name))) for p in places]
+        with ThreadPoolExecutor(THREADS) as threads:
+            if self.in_tar:
+                with storage.open_input(self.uri) as file:
+                    found = [_member(file, place) for place in places]
+            else:
+                found = list(threads.map(lambda place: storage.read_bytes(storage.join(self.uri, place.name)), places))
+            images = list(threads.map(self._pixels, places, found))
         return np.stack(images), self.labels[begin:end]
 
     def _pixels(self, place: Place, data: bytes) -> np.ndarray:

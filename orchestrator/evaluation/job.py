@@ -9,6 +9,7 @@ from typing import Any
 from cluster.session import session
 from models.features import DigitsNetwork
 from orchestrator import storage
+from orchestrator.closing import print_closing
 from orchestrator.config import check_or_write_config
 from orchestrator.cost import extraction_cost, not_there_yet, priced
 from orchestrator.data.dataset import load_manifest
@@ -88,7 +89,7 @@ def evaluate(config: EvaluationConfig) -> str:
     storage.put_if_absent(report_uri, storage.json_bytes(report))
     _print(report)
     _print_warnings(warnings)
-    print(report_uri)
+    print_closing([storage.join(output, "report.html"), report_uri], [])
     return report_uri
 
 
@@ -203,10 +204,11 @@ def _measure(
 ) -> tuple[Measurement, dict[str, Any] | None]:
     """Measure the samples, and likewise held-out real images where there are some; of these return what to report."""
     name, policy = loaded.network.name, images.made_by.get("config", {}).get("labels")
-    measured = measure_files(made, reference, name, Limits(), config.num_workers, policy)
+    measured = measure_files(made, reference, name, Limits(), config.num_workers, policy, config.num_gpus)
     if floor is None:
         return measured, None
-    found = measure_files(_floor_features(config, floor, loader), reference, name, Limits(), config.num_workers)
+    features = _floor_features(config, floor, loader)
+    found = measure_files(features, reference, name, Limits(), config.num_workers, num_gpus=config.num_gpus)
     return measured, {"uri": floor.uri, "n": floor.count, "metrics": _described(found)}
 
 
@@ -301,7 +303,9 @@ def _pixel_distances(config: EvaluationConfig, images: ImageSet) -> dict[str, li
     if "validation" in load_manifest(uri).splits:
         asked["held_out"] = split_images(uri, "validation", size)
     return {
-        name: nearest_training_pixels(some, config.num_memorization_samples, training, config.num_workers)
+        name: nearest_training_pixels(
+            some, config.num_memorization_samples, training, config.num_workers, config.num_gpus
+        )
         for name, some in asked.items()
     }
 

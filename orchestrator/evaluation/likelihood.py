@@ -116,7 +116,7 @@ def estimate(config: LikelihoodConfig) -> str:
         tracked("likelihood", config, output) as tracker,
         progress_line(len(items), "batches and pictures") as progress,
     ):
-        progress.update_to(len(items) - len(todo))
+        progress.start(len(items) - len(todo))
         work = map_items(partial(make_worker, config), todo, config.num_workers, config.num_threads, config.num_gpus)
         for done, _ in enumerate(work, start=len(items) - len(todo) + 1):
             progress.update_to(done)

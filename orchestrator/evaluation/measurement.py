@@ -16,6 +16,7 @@ from orchestrator.evaluation.extraction import ArrayName, FeatureFiles, chosen
 from orchestrator.evaluation.memorization import nearest_training_features
 from orchestrator.evaluation.metrics import Comparison, Estimates, Rows, measure
 from orchestrator.evaluation.references import Reference
+from orchestrator.generation.worker import prepare_device
 
 NEIGHBOURS = 3  # k of precision and recall; a class with fewer rows has none
 FEWEST = 6  # images of each set for all the metrics of neighbours
@@ -86,10 +87,11 @@ def measure_files(
     limits: Limits,
     num_workers: int,
     policy: str | None = None,
+    num_gpus: float = 0.0,
 ) -> Measurement:
     """Compute every metric of the samples' features against the reference, by the extractor called `name`.
 
-    policy: see `strata_of`.
+    policy: see `strata_of`. num_gpus: of each worker, for the metrics of pairs.
 
     One array of one set is held at a time: n x D x 4 bytes, 0.4 GB for 50,000 x 2,048, and for metrics of pairs twice
     that beside the chosen reference rows.
@@ -108,7 +110,7 @@ def measure_files(
         missing["rows"] = f"{fewest} images of one set are too few, {FEWEST} are needed"
     elif reference.files is not None:
         strata = strata_of(labels, policy)
-        rows = _rows(result, made, features, reference, limits, num_workers, strata)
+        rows = _rows(result, made, features, reference, limits, num_workers, num_gpus, strata)
         result.per_class = _per_class(result, reference, features, labels, limits)
 
     def read(array: ArrayName) -> np.ndarray | None:
@@ -130,6 +132,7 @@ def _rows(
     reference: Reference,
     limits: Limits,
     num_workers: int,
+    num_gpus: float,
     strata: np.ndarray | None,
 ) -> Rows:
     """Compare single samples with single reference images, which also gives `result` its realism and closest pairs."""
@@ -137,7 +140,7 @@ def _rows(
     assert files is not None
     rows, real = chosen(made.count, limits.samples), files.chosen_pool(limits.references)
     samples = features[rows] if len(rows) < made.count else features
-    with _pairs(files, limits, real, made, samples, num_workers) as run:
+    with _pairs(files, limits, real, made, samples, num_workers, num_gpus) as run:
         found = manifolds(real, samples, k=NEIGHBOURS, run=run, strata=strata if len(rows) == made.count else None)
         try:
             result.rows, result.realism = rows, realism(real, samples, run=run)
@@ -148,7 +151,7 @@ def _rows(
     if not reference.training:  # nearness to images that nobody trained on says nothing of copies
         return Rows(real, samples, found, kernel)
     pair_rows = chosen(made.count, limits.pairs)
-    near, own = nearest_training_features(made, pair_rows, files, num_workers)
+    near, own = nearest_training_features(made, pair_rows, files, num_workers, num_gpus)
     squared = near.squared[:, 0]
     result.closest = Closest(pair_rows, near.index[:, 0], np.sqrt(squared), np.sqrt(own))
     return Rows(real, samples, found, kernel, nearest=(squared, own), num_training=files.count)
@@ -203,13 +206,20 @@ def _vendi(samples: np.ndarray) -> Estimate:
 
 @contextlib.contextmanager
 def _pairs(
-    files: FeatureFiles, limits: Limits, real: np.ndarray, made: FeatureFiles, samples: np.ndarray, num_workers: int
+    files: FeatureFiles,
+    limits: Limits,
+    real: np.ndarray,
+    made: FeatureFiles,
+    samples: np.ndarray,
+    num_workers: int,
+    num_gpus: float,
 ) -> Iterator[Run]:
     """Does shares of the pairs of samples and reference rows: over a pool where there is more than one, else here."""
     if num_workers == 0 or len(shares(len(samples), len(real))) == 1:
-        yield here(real, samples)
+        with prepare_device(0 if num_workers else num_gpus):
+            yield here(real, samples)
         return
-    with pool(partial(_make_pairs, files, made, limits), num_workers) as workers:
+    with pool(partial(_make_pairs, files, made, limits, num_gpus), num_workers, num_gpus=num_gpus) as workers:
 
         def run(step: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterable[Any]:
             return (answer for _, answer in workers.map([_Share(step, task) for task in tasks]))
@@ -228,7 +238,13 @@ class _Share:
         return f"a share of {self.step.__name__}"
 
 
-def _make_pairs(files: FeatureFiles, made: FeatureFiles, limits: Limits) -> Callable[[_Share], Any]:
+def _make_pairs(files: FeatureFiles, made: FeatureFiles, limits: Limits, num_gpus: float) -> Callable[[_Share], Any]:
     """A worker: both sets of features loaded once, then shares."""
+    device = prepare_device(num_gpus)
     real, samples = files.chosen_pool(limits.references), made.pool(chosen(made.count, limits.samples))
-    return lambda share: share.step(real, samples, *share.task)
+
+    def work(share: _Share) -> Any:
+        with device:
+            return share.step(real, samples, *share.task)
+
+    return work

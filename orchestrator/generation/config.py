@@ -24,7 +24,7 @@ class GenerationConfig(JobConfig):
     recipe: str | None = None  # a released model's name: start from its published sampler, steps and guidance
     from_search: str | None = None  # a search.json: start from its winner's setting, weights and classifier
     output: str  # the samples' folder; enlarged ones lie in upsampled/ beneath it
-    num_samples: int = Field(50_000, gt=0)  # images
+    num_samples: int = Field(50_000, gt=0)  # images to generate
     seed: int = Field(0, ge=0, lt=2**64)  # label, x_T and every step's noise of an index follow from it
     labels: str = "balanced"  # index modulo classes; or "uniform" by seed, "3,7" in turn, a .json list or distribution
     sampler: SamplerConfig = SamplerConfig()

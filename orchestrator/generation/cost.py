@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from models.costs import sampling_evaluations
+from models.costs import Evaluations, sampling_evaluations, sampling_flops
 from models.diffusion import DiffusionConfig
 from models.guidance import GuidanceConfig
 from models.unet import Architecture
@@ -11,8 +11,9 @@ from orchestrator import storage
 from orchestrator.config import JobConfig
 from orchestrator.cost import Cost, fits, not_there_yet, priced, sampling_cost
 from orchestrator.generation.config import GenerationConfig
+from orchestrator.generation.sampling import Networks
 from orchestrator.weights.imported import is_imported
-from orchestrator.weights.network import described, latest_weights, weights_about, weights_file
+from orchestrator.weights.network import Network, described, latest_weights, weights_about, weights_file
 from orchestrator.weights.published import released_entry
 
 UNGUIDED = GuidanceConfig()
@@ -108,15 +109,39 @@ def costs(
 
     guides: by kind of guidance, the network that it evaluates beside the model.
     """
-    half, guidance = config.dtype != "float32", config.guidance
-    guided_by = guides.get(guidance.kind) if guidance.scale else None
-    guide = guided_by.architecture if guided_by else None
-    evaluations = sampling_evaluations(config.sampler, guidance, base.diffusion)
+    half, stages = config.dtype != "float32", _stages(config, base, guides.get(config.guidance.kind), upsampler)
     for batch in [config.batch_size] if config.batch_size else ASSUMED_BATCHES:
-        found = [sampling_cost(base.architecture, evaluations, images, batch, half, guide)]
-        if upsampler is not None:
-            enlarging = sampling_evaluations(config.upsampling, UNGUIDED, upsampler.diffusion)
-            found.append(sampling_cost(upsampler.architecture, enlarging, images, batch, half))
+        found = [sampling_cost(stage.model, stage.evaluations, images, batch, half, stage.guide) for stage in stages]
         if all(fits(cost, config.cost) for cost in found):
             break
+    return found
+
+
+def flops_per_sample(config: GenerationConfig, networks: Networks) -> float:
+    """Return the FLOPs of one sample, in a cascade of both its stages; those of an imported classifier do not count."""
+    guide = networks.guide(config.guidance.kind)
+    stages = _stages(config, networks.weights, guide if isinstance(guide, Network) else None, networks.upsampler)
+    return sum(sampling_flops(stage.evaluations, stage.model, stage.guide) for stage in stages)
+
+
+class _Stage(NamedTuple):
+    """One chain: a network, how often it and its guide are evaluated, and the guide."""
+
+    model: Architecture
+    evaluations: Evaluations
+    guide: Architecture | None
+
+
+def _stages(
+    config: GenerationConfig,
+    base: Outline | Network,
+    guide: Outline | Network | None,
+    upsampler: Outline | Network | None,
+) -> list[_Stage]:
+    guided_by = guide.architecture if guide and config.guidance.scale else None
+    evaluations = sampling_evaluations(config.sampler, config.guidance, base.diffusion)
+    found = [_Stage(base.architecture, evaluations, guided_by)]
+    if upsampler is not None:
+        enlarging = sampling_evaluations(config.upsampling, UNGUIDED, upsampler.diffusion)
+        found.append(_Stage(upsampler.architecture, enlarging, None))
     return found

@@ -17,8 +17,10 @@ from cluster.session import session
 from cluster.workers import map_items
 from orchestrator import storage
 from orchestrator.arithmetic import platform
+from orchestrator.closing import next_command, print_closing
+from orchestrator.cost import peak_flops
 from orchestrator.generation.config import GenerationConfig
-from orchestrator.generation.cost import Trained, cost_lines
+from orchestrator.generation.cost import Trained, cost_lines, flops_per_sample
 from orchestrator.generation.exports import export_npz, export_png
 from orchestrator.generation.samples import (
     DamagedShard,
@@ -44,7 +46,7 @@ from orchestrator.generation.sampling import (
 )
 from orchestrator.generation.worker import SamplingWorker
 from orchestrator.pictures import grid_png, png
-from orchestrator.progress import Progress, progress_line
+from orchestrator.progress import Progress, counted, progress_line
 from orchestrator.tracking import Tracker, catch_up, tracked
 from orchestrator.weights.network import weights_file
 
@@ -65,27 +67,33 @@ def generate(config: GenerationConfig) -> str:
         ValueError: weights, classifier and output folder do not fit each other.
         ItemsFailed: some shards failed; all others are written.
     """
-    config = _checked(config)
+    config, networks = _checked(config)
     output, folders = config.path(config.output), folders_of(config)
     if config.indices:
         regenerate(config)
         return output
     if all(is_finished(folder, config.num_samples) for folder in folders):
-        print(f"{output} is complete: {config.num_samples:,} samples")
+        print(f"{output} is complete: {counted(config.num_samples, 'sample')}")
         catch_up("generate", config, folders[0])
     else:
-        _make_missing(config, folders)
-        print(f"{output}: {config.num_samples:,} samples")
+        _make_missing(config, folders, flops_per_sample(config, networks))
+        print(f"{output}: {counted(config.num_samples, 'sample')}")
+    command = next_command("evaluate_samples", samples=config.output)
+    print_closing([storage.join(folder, "samples.png") for folder in folders], [command])
     if config.export:
         for folder in folders:
             print(f"exported to {_export(config, folder)}")
     return output
 
 
-def _checked(config: GenerationConfig) -> GenerationConfig:
-    """Return the config with its files of weights, after all checks that need no worker; raises as `generate` does."""
+def _checked(config: GenerationConfig) -> tuple[GenerationConfig, Networks]:
+    """Return the config with its files of weights, and the networks, after all checks that need no worker.
+
+    Raises what `generate` does.
+    """
     config = _with_files(config)
-    output, wanted = config.path(config.output), fingerprint(config, load_networks(config, "cpu"))
+    networks, output = load_networks(config, "cpu"), config.path(config.output)
+    wanted = fingerprint(config, networks)
     for folder in folders_of(config):
         check_run(folder, wanted)
     most = max((shard.end for folder in folders_of(config) for shard in list_shards(folder)), default=0)
@@ -94,7 +102,7 @@ def _checked(config: GenerationConfig) -> GenerationConfig:
             f"--num-samples {config.num_samples}: {output} has samples up to index {most - 1} already; pass "
             f"--num-samples {most} or more, or choose another --output"
         )
-    return config
+    return config, networks
 
 
 def _with_files(config: GenerationConfig) -> GenerationConfig:
@@ -113,8 +121,11 @@ def _with_files(config: GenerationConfig) -> GenerationConfig:
     return config.model_copy(update=files)
 
 
-def _make_missing(config: GenerationConfig, folders: list[str]) -> None:
-    """Hand every shard to the pool: those that are there are verified, the others made; then declare them finished."""
+def _make_missing(config: GenerationConfig, folders: list[str], flops: float) -> None:
+    """Hand every shard to the pool: those that are there are verified, the others made; then declare them finished.
+
+    flops: of one sample.
+    """
     digests: dict[str, dict[Shard, str]] = {folder: {} for folder in folders}
     with (
         session(
@@ -125,7 +136,7 @@ def _make_missing(config: GenerationConfig, folders: list[str]) -> None:
         tracked("generate", config, folders[0]) as tracker,
         progress_line(config.num_samples, "samples") as progress,
     ):
-        live = _Live(tracker, progress, folders[-1])
+        live = _Live(tracker, progress, folders[-1], flops / max(config.num_workers, 1))
         finished = map_items(
             partial(make_generator, config),
             _shards(config),
@@ -149,8 +160,10 @@ def _make_missing(config: GenerationConfig, folders: list[str]) -> None:
 class _Live:
     """What one sees while shards come in: the line, and now and then numbers and the newest pictures in MLflow."""
 
-    def __init__(self, tracker: Tracker, progress: Progress, folder: str) -> None:
-        self._tracker, self._progress, self._folder = tracker, progress, folder
+    def __init__(self, tracker: Tracker, progress: Progress, folder: str, flops: float) -> None:
+        """flops: of a sample, over the number of workers."""
+        self._tracker, self._progress, self._folder, self._flops = tracker, progress, folder, flops
+        self._peak: float | None = None  # FLOP/s of a worker, where it is known
         self._made, self._begun = 0, time.monotonic()
         self._numbers_at = self._picture_at = self._begun
 
@@ -163,7 +176,7 @@ class _Live:
             self._progress.skip(count)
             return
         self._progress.update_to(self._progress.done + count)
-        self._made += count
+        self._made, self._peak = self._made + count, made.peak
         if now - self._numbers_at > METRICS_SECONDS:
             self.report()
             self._numbers_at = now
@@ -173,9 +186,12 @@ class _Live:
             self._picture_at = now
 
     def report(self) -> None:
-        """How many there are, and how fast those of this job came."""
+        """Report how many there are, and how fast those of this job came: also as the share of the GPUs' peak."""
         rate = self._made / (time.monotonic() - self._begun)
-        self._tracker.metrics({"samples": self._progress.done, "samples_per_second": rate}, self._progress.done)
+        metrics = {"samples": self._progress.done, "samples_per_second": rate}
+        if self._peak:
+            metrics["mfu"] = rate * self._flops / self._peak
+        self._tracker.metrics(metrics, self._progress.done)
 
 
 def _sheet(images: np.ndarray) -> bytes:
@@ -246,7 +262,7 @@ def plan(config: GenerationConfig, trained: Trained | None = None) -> tuple[Gene
         ValueError: what `generate` would refuse before it starts.
     """
     with contextlib.suppress(FileNotFoundError):  # the last line names what is not there yet
-        config = _checked(config)
+        config, _ = _checked(config)
     todo, shards = missing_shards(config), len(list(_shards(config)))
     images = sum(shard.end - shard.begin for shard in todo)
     makes = f"makes   {config.path(config.output)}: {len(todo)} of {shards} shards are missing"
@@ -257,11 +273,12 @@ def plan(config: GenerationConfig, trained: Trained | None = None) -> tuple[Gene
 
 
 class Finished(NamedTuple):
-    """What a worker tells of a shard: its digest in each folder, whether it drew it, what it found damaged."""
+    """A shard as a worker left it."""
 
-    digests: tuple[str, ...]
-    drawn: bool
-    damaged: tuple[str, ...] = ()
+    digests: tuple[str, ...]  # in each folder
+    drawn: bool  # now, by this worker
+    damaged: tuple[str, ...] = ()  # what was found damaged
+    peak: float | None = None  # FLOP/s of the worker's device, where it is known
 
 
 def _make_worker(config: GenerationConfig) -> tuple[SamplingWorker, GenerationConfig]:
@@ -321,7 +338,7 @@ def make_generator(config: GenerationConfig) -> Callable[[Shard], Finished]:
     """
     asked = config.batch_size
     worker, config = _make_worker(config)
-    folders = folders_of(config)
+    folders, peak = folders_of(config), peak_flops(platform(worker.device)["device"], config.dtype)
     encoder = ThreadPoolExecutor(1, "encoder")  # pictures are encoded while the next batch is drawn
 
     def draw(shard: Shard, size: int) -> list[pa.Table]:
@@ -346,7 +363,7 @@ def make_generator(config: GenerationConfig) -> Callable[[Shard], Finished]:
         digests = []
         for folder, rows, digest, reason in zip(folders, tables, found, damaged, strict=True):
             digests.append(digest or put_shard(folder, shard, rows, replace=bool(reason)))
-        return Finished(tuple(digests), drawn=True, damaged=tuple(filter(None, damaged)))
+        return Finished(tuple(digests), drawn=True, damaged=tuple(filter(None, damaged)), peak=peak)
 
     return make_shard
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from models.metrics import Strata
 from models.paired_tests import differences, front_ranks, level_of_a_test, surely_positive
+from orchestrator.progress import counted
 from orchestrator.search.objectives import EVALUATIONS, Constraint
 from orchestrator.search.space import Setting
 
@@ -139,7 +140,7 @@ class SuccessiveHalving:
             self.trials += trials[:fitting]
             if not trials[:fitting]:
                 break
-            text = f"rung 1 of {len(self.rules.rungs)}: {fitting} trials start, n={self.rules.rungs[0]}"
+            text = f"rung 1 of {len(self.rules.rungs)}: {counted(fitting, 'trial')} start, n={self.rules.rungs[0]}"
             yield from self._evaluate(trials[:fitting], 0, text)
             for trial in trials[:fitting]:
                 values = [] if trial.failed else [mean_value(trial.outcomes[0], name) for name in self.rules.objectives]
@@ -177,7 +178,9 @@ class SuccessiveHalving:
         tasks = self._reserve(self.finalists)
         if tasks:
             n, seed = self.rules.rungs[-1], self.rules.fresh_seed
-            outcomes = yield Round(tasks, f"final evaluation: {len(tasks)} trials, n={n} on fresh seeds (seed {seed})")
+            outcomes = yield Round(
+                tasks, f"final evaluation: {counted(len(tasks), 'trial')}, n={n} on fresh seeds (seed {seed})"
+            )
             self._budget.spend(tasks)
             for trial, outcome in zip(self.finalists, outcomes, strict=True):
                 trial.fresh = outcome
@@ -191,7 +194,7 @@ class SuccessiveHalving:
             f"{sum(t.waits is not None and not t.failed for t in below)} not promoted",
         ]
         told = ", ".join(part for part in parts if part[0] != "0")
-        return f"rung {level + 1} of {len(self.rules.rungs)}: {count} trials go on to n={n}" + (
+        return f"rung {level + 1} of {len(self.rules.rungs)}: {counted(count, 'trial')} at n={n}" + (
             f" ({told})" * bool(told)
         )
 

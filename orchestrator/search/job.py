@@ -11,6 +11,7 @@ from cluster.tuner import run_rounds
 from cluster.workers import pool
 from models.costs import forward_multiply_adds, guidance_multiply_adds
 from orchestrator import storage
+from orchestrator.closing import next_command, print_closing
 from orchestrator.config import check_config, check_or_write_config, noted_files, read_config
 from orchestrator.cost import GUIDED_SAMPLING, assumed_mfu, money, not_there_yet
 from orchestrator.evaluation.extractors import CPU, extractor_name
@@ -33,6 +34,7 @@ from orchestrator.search.evaluator import (
 )
 from orchestrator.search.halving import Evaluation, Outcome, Proposals, Round, Rules, SuccessiveHalving
 from orchestrator.search.objectives import Objective
+from orchestrator.search.page import search_page
 from orchestrator.search.pictures import write_pictures
 from orchestrator.search.result import conclude, summary
 from orchestrator.search.space import GridProposals, Guide, OptunaProposals, Passes, Space
@@ -72,13 +74,16 @@ def search(config: SearchConfig) -> str:
             rounds = _Rounds(config, halving, budget, clock, tracker)
             run_rounds(partial(evaluate, config, workers, facts), rounds.run(), _together(config), rounds.done)
         result = conclude(config, halving, budget)
-        write_pictures(config, result, extractor, tracker)
+        command = next_command("generate_samples", from_search=config.output)
+        page = search_page(result, write_pictures(config, result, extractor, tracker), command)
+        storage.write_bytes(storage.join(output, "report.html"), page.encode())
+        tracker.record("report.html", page)
         tracker.record("search.json", result)
         winner = result["winner"]["setting"]
         tracker.metrics({f"winner_{name}": v for name, v in winner.items() if isinstance(v, int | float)})
     storage.write_bytes(result_uri, storage.json_bytes(result))
     print(summary(result))
-    print(result_uri)
+    print_closing([storage.join(output, "report.html"), result_uri], [command])
     return result_uri
 
 
@@ -273,7 +278,7 @@ def plan(config: SearchConfig, trained: Trained | None = None) -> tuple[SearchCo
         check_config(output, config, _is_begun(output), **_facts(networks), extractor=extractor)
     lines = [
         f"reads   {', '.join([*map(config.path, paths), reference])}",
-        f"writes  {config.path(config.output)}: features and records of each trial, search.json, pictures",
+        f"writes  {config.path(config.output)}: records of each trial, search.json, report.html, pictures",
     ]
     try:
         lines += _priced(config, trained)

@@ -23,8 +23,8 @@ Json = dict[str, Any]
 Point = tuple[Json, Json]  # estimates along and upwards
 
 
-def write_pictures(config: SearchConfig, result: Json, extractor: str, tracker: Tracker) -> None:
-    """Write them beside search.json, and to MLflow; `extractor` names the one that metrics are called by."""
+def write_pictures(config: SearchConfig, result: Json, extractor: str, tracker: Tracker) -> dict[str, bytes]:
+    """Write them beside search.json, and to MLflow, and return them; `extractor` is the name in those of metrics."""
     winner = Setting(**result["winner"]["setting"])
     pictures = {"front.png": front_figure(front_names(config), result)}
     if len({trial["setting"]["guidance"]["scale"] for trial in result["trials"]}) > 1:
@@ -35,6 +35,7 @@ def write_pictures(config: SearchConfig, result: Json, extractor: str, tracker: 
     for name, data in pictures.items():
         storage.write_bytes(storage.join(config.path(config.output), name), data)
         tracker.picture(name, data)
+    return pictures
 
 
 def guidance_figure(trials: list[Json], objectives: list[str], extractor: str) -> bytes:

@@ -22,7 +22,7 @@ def conclude(config: SearchConfig, halving: SuccessiveHalving, budget: SampleBud
     Raises:
         RuntimeError: no trial came to an end.
     """
-    failed = {_label(trial.setting, len(config.weights) > 1): trial.failed for trial in halving.trials if trial.failed}
+    failed = {label(trial.setting, len(config.weights) > 1): trial.failed for trial in halving.trials if trial.failed}
     finalists = [trial for trial in halving.finalists if trial.fresh and not trial.fresh.failed]
     if not finalists:
         reason = failed or "none keeps the constraints, or the budget is too small"
@@ -141,13 +141,13 @@ def summary(result: Json, most: int = 8) -> str:
     several = len({trial["setting"]["weights"] for trial in result["trials"]}) > 1
     value = winner["objective"].get(objective, winner["metrics"][objective])
     lines = [
-        f"winner  {_label(Setting(**winner['setting']), several)}",
-        f"        {objective} {_number(value)}, freed of its bias, by {winner['n']:,} fresh samples "
+        f"winner  {label(Setting(**winner['setting']), several)}",
+        f"        {objective} {number(value)}, freed of its bias, by {winner['n']:,} fresh samples "
         f"(seed {winner['seed']})",
     ]
     lines += [
-        f"next    {_number(final['behind_winner'][objective])} behind it on these samples: "
-        f"{_label(Setting(**final['setting']), several)}"
+        f"next    {number(final['behind_winner'][objective])} behind it on these samples: "
+        f"{label(Setting(**final['setting']), several)}"
         for final in result["finalists"][1:]
         if objective in final["behind_winner"]
     ]
@@ -162,19 +162,19 @@ def summary(result: Json, most: int = 8) -> str:
             f"behind  in {objective}, freed of its bias, on the search's own samples; simultaneous 95% intervals"
         )
     lines += [
-        f"        {_number(t['behind_winner'][objective]):30} n={t['behind_winner'][objective]['n']:<7,}"
-        f"{_label(Setting(**t['setting']), several)} ({t['status']})"
+        f"        {number(t['behind_winner'][objective]):30} n={t['behind_winner'][objective]['n']:<7,}"
+        f"{label(Setting(**t['setting']), several)} ({t['status']})"
         for t in behind[:most]
     ]
     lines += [f"failed  {setting}: {reason}" for setting, reason in result["failed"].items()]
     return "\n".join(lines)
 
 
-def _label(setting: Setting, several: bool) -> str:
+def label(setting: Setting, several: bool) -> str:
     """A setting in words; with its weights where there are several."""
     return f"{setting}, {setting.weights.removesuffix('.safetensors')}" if several else str(setting)
 
 
-def _number(estimate: Json) -> str:
+def number(estimate: Json) -> str:
     interval = estimate["interval"]
     return f"{estimate['value']:.4g}" + (f" ({interval[0]:.4g} to {interval[1]:.4g})" if interval else "")

@@ -2,6 +2,7 @@
 
 from models.ema import Profile, combination
 from orchestrator import storage
+from orchestrator.closing import next_command, print_closing
 from orchestrator.cost import not_there_yet
 from orchestrator.training.config import AverageConfig
 from orchestrator.training.snapshots import power_snapshots
@@ -37,7 +38,11 @@ def average(config: AverageConfig) -> str:
     weights = {name: tensor.float() for name, tensor in total.items()}
     training = about[-1]["training"] | {"average": f"posthoc-{config.sigma_rel}"}
     save_weights(output, weights, network.architecture, network.diffusion, network.classes, training)
-    print(f"{output}: sigma_rel {config.sigma_rel:g} out of {len(chosen)} snapshots, its profile {off:.2%} off")
+    print(
+        f"{output}: sigma_rel {config.sigma_rel:g} out of {len(chosen)} snapshots; its profile is {off:.2%} off, "
+        f"which is good: up to {WORST_PROFILE:.0%} is accepted"
+    )
+    print_closing([], [next_command("generate_samples", weights=output)])
     return output
 
 

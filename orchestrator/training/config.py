@@ -37,6 +37,7 @@ class TrainingConfig(JobConfig):
         "values in a run of their own by --branch NEW-OUTPUT"
     )
 
+    # Data and output
     dataset: str  # a prepared dataset's folder
     output: str  # the run's folder
     diffusion: DiffusionConfig
@@ -44,42 +45,44 @@ class TrainingConfig(JobConfig):
     order: OrderConfig = OrderConfig()
     crop: Literal["center", "random"] = "center"  # ADM's centre crop, or its classifier's random crop
     random_flip: bool = True  # mirror half of the images
+    # Length and batches
     total_images: int = Field(gt=0)  # length of the training; a larger one continues a finished training
     extend: Operational[bool] = False  # let a larger total_images stretch lr_schedule linear, too
-    branch: Operational[str | None] = None  # continue a checkpoint of output in this new run, where fields may differ
-    branch_at: Operational[int | None] = None  # images of that checkpoint; None = the newest
     seed: int = Field(0, ge=0, lt=2**64)  # order, flips, crops, timesteps, noise and initial weights follow from it
     batch_size: int = Field(256, gt=0)  # images in a step, over all workers
     microbatch_size: Operational[int | None] = Field(None, gt=0)  # largest forward pass of a worker; None = its share
+    # Optimizer
+    init_from: str | None = None  # start from these weights: a run's folder, a .safetensors or a .pt file of this model
+    learning_rate: float = Field(1e-4, gt=0)  # AdamW's learning rate
+    weight_decay: float = Field(0.0, ge=0)  # AdamW's weight decay
+    warmup_images: int = Field(0, ge=0)  # the learning rate rises linearly over these
+    lr_schedule: Literal["constant", "linear"] = "constant"  # after the warm-up; linear = falls to zero at the end
+    max_grad_norm: float | None = Field(None, gt=0)  # largest norm of the gradient
+    max_nonfinite_steps: Operational[int] = Field(20, ge=0)  # consecutive steps skipped for a non-finite gradient
+    loss_scale: LossScaleConfig = LossScaleConfig()
+    # Arithmetic
     reduction: Literal["fast", "exact"] = "fast"  # exact = weights equal to the bit on any number of workers; slower
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention, by autocast
-    loss_scale: LossScaleConfig = LossScaleConfig()
     tf32: bool = False  # let float32 convolutions and products round to TF32 on GPUs that have it; published: no
     recompute: Operational[bool | None] = None  # blocks in the backward pass, slower by a third; None = if needed
     num_threads: Operational[int] = Field(1, gt=0)  # CPU threads of each worker; another number gives other last bits
     compile: Operational[bool] = False  # torch.compile the network: slower to start, faster on long runs
-    init_from: str | None = None  # start from these weights: a run's folder, a .safetensors or a .pt file of this model
-    learning_rate: float = Field(1e-4, gt=0)  # AdamW's
-    weight_decay: float = Field(0.0, ge=0)  # AdamW's
-    warmup_images: int = Field(0, ge=0)  # the learning rate rises linearly over these
-    lr_schedule: Literal["constant", "linear"] = "constant"  # after the warm-up; linear = falls to zero at the end
-    max_grad_norm: float | None = Field(None, gt=0)  # largest norm of the gradient
-    max_nonfinite_steps: Operational[int] = Field(
-        20, ge=0
-    )  # consecutive steps that may be skipped: gradient not finite
+    # Checkpoints and weights
     checkpoint_every: Operational[int] = Field(1_000_000, gt=0)  # images from one checkpoint to the next
     keep_checkpoints: Operational[int] = Field(3, gt=0)  # newest checkpoints that are kept
     keep_every: Operational[int | None] = Field(None, gt=0)  # keep the first past each multiple of this for ever, too
+    snapshot_every: Operational[int | None] = Field(None, gt=0)  # images between sets of weights; None = at the end
     restart_from_scratch: Operational[bool] = False  # start at image 0 if no checkpoint can be used
+    branch: Operational[str | None] = None  # continue a checkpoint of output in this new run, where fields may differ
+    branch_at: Operational[int | None] = None  # images of that checkpoint; None = the newest
     takeover: Operational[bool] = False  # train even if another driver holds the lease on the folder; that one stops
-    snapshot_every: Operational[int | None] = Field(
-        None, gt=0
-    )  # images from one set of weights to the next; None = end
+    # Validation and logging
+    log_every: Operational[int] = Field(10_000, gt=0)  # images from one line of numbers to the next
     eval_every: Operational[int | None] = Field(None, gt=0)  # evaluate the validation split every N images
     eval_images: Operational[int] = Field(1_000, gt=1)  # images of that split that are evaluated
-    log_every: Operational[int] = Field(10_000, gt=0)  # images from one line of numbers to the next
     profile_steps: Operational[str | None] = None  # as 10:15: trace these steps of this attempt into profile/
     audit_dir: Operational[str | None] = None  # folder for the audit log: what every step consumed, row by row; slow
+    # Workers
     num_workers: Operational[int] = Field(1, ge=0)  # training workers; 0 = in this process, without Ray
     num_gpus: Operational[int] = Field(0, ge=0, le=1)  # GPUs for each worker
     max_failures: Operational[int] = Field(3, ge=0)  # attempts in a row that may fail without a new checkpoint
@@ -154,6 +157,7 @@ class AdmConfig(TrainingConfig):
 
     job: ClassVar[str] = "train"
 
+    # Diffusion model
     model: UNetConfig
     label_dropout: float = Field(0.0, ge=0, lt=1)  # share of labels left out; classifier-free guidance needs 0.1 or so
     timesteps: Literal["uniform", "loss_second_moment"] = "uniform"  # how often each is trained; IDDPM section 3.3
@@ -203,7 +207,7 @@ class NoisyClassifierConfig(TrainingConfig):
     power_emas: ClassVar[tuple[float, ...]] = ()
 
     model: ClassifierConfig
-    weight_decay: float = Field(0.05, ge=0)  # AdamW's
+    weight_decay: float = Field(0.05, ge=0)  # AdamW's weight decay
     crop: Literal["center", "random"] = "random"  # ADM's centre crop, or its classifier's random crop
     loss_scale: LossScaleConfig = LossScaleConfig(initial=16.0)
 

@@ -6,10 +6,8 @@ come from the order plan and its keys, never from a rank.
 
 import logging
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from math import isfinite
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -21,10 +19,11 @@ from models.costs import count_parameters, training_state_bytes
 from models.diffusion import LossSecondMomentTimesteps
 from orchestrator import storage
 from orchestrator.arithmetic import arithmetic, choose_device, platform
+from orchestrator.closing import print_closing
 from orchestrator.cost import GPUS, not_there_yet, priced, training_cost
-from orchestrator.data.dataset import Manifest, batches, load_manifest
+from orchestrator.data.dataset import Manifest, ahead, batches, load_manifest
 from orchestrator.order import OrderPlan
-from orchestrator.progress import progress_line
+from orchestrator.progress import counted, progress_line
 from orchestrator.tracking import catch_up, tracked
 from orchestrator.training import checkpoints
 from orchestrator.training.audit_log import AuditLog
@@ -37,15 +36,15 @@ from orchestrator.training.initial_weights import begin_with, check_initial_weig
 from orchestrator.training.lease import Lease
 from orchestrator.training.losses import Microbatch, Terms, make_losses, make_microbatches
 from orchestrator.training.meter import Meter
+from orchestrator.training.page import NAME, STARTED, write_run_page
 from orchestrator.training.previews import previews
 from orchestrator.training.profiling import StepProfiler
 from orchestrator.training.snapshots import final_weights, is_due, write_snapshots
 from orchestrator.training.state import TrainingState, take_step
 from orchestrator.training.validation import Validation, validation_count
+from orchestrator.training.verdict import classifier_lines, following
 
 CPUS_OF_DATA = 1  # for the tasks that read a worker's data, beside those of its arithmetic
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +66,7 @@ def train(config: Config) -> str:
     if not config.branch and storage.exists(final_weights(run, config)):
         bind(config)
         print(f"{run} is trained already: {config.total_images:,} images")
+        write_run_page(run, config)
         catch_up(config.job, config, run)
         return run
     with Lease(run, config.takeover) as lease:
@@ -77,6 +77,9 @@ def train(config: Config) -> str:
             check_initial_weights(config)
         _run(config, run, lease)
     print(f"{run} is trained: {config.total_images:,} images, weights in {storage.join(run, 'weights')}")
+    for line in classifier_lines(run, config.model.num_classes or 1) if config.model.kind == "classifier" else []:
+        print(line)
+    print_closing([storage.join(run, NAME)], [following(config)])
     return run
 
 
@@ -89,14 +92,16 @@ def _run(config: Config, run: str, lease: Lease) -> None:
             shared=config.shared,
         ),
         tracked(config.job, config, run, parent_of(run)) as tracker,
-        progress_line(config.total_images, "images") as progress,
+        progress_line(config.total_images, "images", _starting(config)) as progress,
     ):
 
         def on_record(record: dict[str, Any]) -> None:
             if "picture" in record:
+                storage.write_bytes(storage.join(run, record["picture"]), record["png"])
                 tracker.picture(record["picture"], record["png"])
-            if "resumed" in record:
-                progress.update_to(record["resumed"])
+            if "started" in record:
+                progress.start(record["started"])
+                tracker.metrics({STARTED: 1.0}, step=record["started"])
             if "metrics" in record:
                 shown = {name: value for name, value in record["metrics"].items() if name in ("loss", "accuracy")}
                 progress.update_to(record["images"], **shown)
@@ -117,10 +122,17 @@ def _run(config: Config, run: str, lease: Lease) -> None:
             num_gpus=config.num_gpus,
             stop=lease.is_lost,
         )
+        tracker.flush()
+        tracker.record(NAME, write_run_page(run, config))
         if stopped and not storage.exists(final_weights(run, config)):
             if lease.is_lost():
                 raise RuntimeError(f"another driver took over {run}: this one stopped, and its place is kept")
             raise KeyboardInterrupt
+
+
+def _starting(config: Config) -> str:
+    """Return what the progress line says until the first step."""
+    return f"starting {counted(config.num_workers or 1, 'worker')}"
 
 
 def plan(config: Config) -> tuple[Config, str]:
@@ -250,7 +262,6 @@ def _train(config: Config, context: WorkerContext) -> None:
         if is_resumed:
             state.check_finite()
             if context.rank == 0:
-                context.report({"resumed": state.position})
                 after_saving(Checkpoint(state.position, state.tensors(), state.facts()))
         else:
             begin_with(config, state, group)
@@ -258,7 +269,9 @@ def _train(config: Config, context: WorkerContext) -> None:
         validation = Validation(config, manifest, group) if config.eval_every else None
         meter = Meter(config, context, group)
         audit = AuditLog(config.path(config.audit_dir), context.rank, context.world_size) if config.audit_dir else None
-        stream = _ahead(_shares(config, context, manifest, state.position))
+        stream = ahead(_shares(config, context, manifest, state.position))
+        if context.rank == 0:
+            context.report({"started": state.position})
 
         while state.position < config.length:
             # One step: this worker's images, their losses, one update.
@@ -271,8 +284,7 @@ def _train(config: Config, context: WorkerContext) -> None:
                 audit.write(state.position, share, terms)
             stopping, preempted = group.any(context.stopping(), context.preempted())
             norm = take_step(config, state)
-            if isfinite(norm):
-                _learn_timesteps(state, group, terms)
+            _learn_timesteps(state, group, terms)
             meter.add(terms, norm, undecodable)
 
             # Numbers, pictures and checkpoints at their marks; stopping at a step's end, all workers together.
@@ -376,18 +388,12 @@ def _shares(
         )
 
 
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, each made in a thread while the one before it is used."""
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
-        upcoming = thread.submit(next, items, None)
-        while (item := upcoming.result()) is not None:
-            upcoming = thread.submit(next, items, None)
-            yield item
-
-
 def _learn_timesteps(state: TrainingState, group: Group, found: list[Terms]) -> None:
-    """Tell the loss-aware timestep sampler of all workers' losses, in the canonical order of the streams."""
-    if isinstance(state.timesteps, LossSecondMomentTimesteps):
+    """Tell the loss-aware timestep sampler of a good step's losses, all workers', in the streams' canonical order."""
+    if not isinstance(state.timesteps, LossSecondMomentTimesteps):
+        return
+    state.settle()
+    if not state.bad_steps:
         t, losses = (torch.cat([terms[name] for terms in found]).cpu().numpy() for name in ("t", "unweighted_loss"))
         for pair in group.gather((t, losses)):
             state.timesteps.update(*pair)

@@ -4,6 +4,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from cluster.collectives import Group
 from cluster.trainer import WorkerContext
-from orchestrator.cost import GPUS, training_flops
+from orchestrator.arithmetic import platform
+from orchestrator.cost import peak_flops, training_flops
 from orchestrator.training.config import Config
 from orchestrator.training.losses import Terms
 from orchestrator.training.state import TrainingState, learning_rate
@@ -26,13 +28,13 @@ class Meter:
     def __init__(self, config: Config, context: WorkerContext, group: Group) -> None:
         self._config, self._context, self._group = config, context, group
         self._flops = training_flops(config.model)  # of one image
-        self._peak = _peak_flops(context.device, config.dtype)
+        self._peak = peak_flops(platform(context.device)["device"], config.dtype)
         self._names: list[str] = []
         self._restart()
 
     def _restart(self) -> None:
         self._sums: Tensor | None = None  # float64 [terms + 1, 4]: by quartile of t; the last row counts images
-        self._norms: list[float] = []
+        self._norms: list[Tensor] = []
         self._steps, self._undecodable, self._waited, self._since = 0, 0, 0.0, time.perf_counter()
 
     @contextmanager
@@ -42,7 +44,7 @@ class Meter:
         yield
         self._waited += time.perf_counter() - begin
 
-    def add(self, found: list[Terms], norm: float, undecodable: int) -> None:
+    def add(self, found: list[Terms], norm: Tensor, undecodable: int) -> None:
         """Take in one step: its microbatches' loss terms, the gradient's norm, how many images stand for others."""
         self._names = [name for name in found[0] if name != "t"]
         for terms in found:
@@ -54,13 +56,14 @@ class Meter:
 
     def report(self, state: TrainingState) -> Iterator[dict[str, Any]]:
         """The means since the last report, as a record of rank 0; every worker must call it."""
+        state.settle()
         elapsed = time.perf_counter() - self._since
         assert self._sums is not None, "a report follows a step"
         sums = self._group.sum(self._sums.cpu())
         waited, undecodable = self._group.sum(torch.tensor([self._waited / elapsed, self._undecodable])).tolist()
         memory = max(self._group.gather(_peak_memory(self._context.device)))
         if self._context.rank == 0:
-            good = [norm for norm in self._norms if norm == norm and norm != float("inf")]
+            good = [norm for norm in torch.stack(self._norms).tolist() if isfinite(norm)]
             rate = self._steps * self._config.batch_size / elapsed
             squares = torch._foreach_norm([tensor.detach() for tensor in state.model.parameters()])
             metrics = means_by_quartile(sums, self._names) | {
@@ -101,17 +104,6 @@ def means_by_quartile(sums: Tensor, names: list[str]) -> dict[str, float]:
         found[name] = sum(row) / sum(counts)
         found |= {f"{name}_q{q}": row[q] / counts[q] for q in range(4) if counts[q]}
     return found
-
-
-def _peak_flops(device: torch.device, dtype: str) -> float | None:
-    """Floating-point operations a second that the device's maker promises; None where it is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    for model, gpu in GPUS.items():
-        if model in name:
-            return gpu.single if dtype == "float32" else gpu.half
-    return None
 
 
 def _peak_memory(device: torch.device) -> int:

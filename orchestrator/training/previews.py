@@ -29,6 +29,7 @@ def previews(config: AdmConfig, state: TrainingState, manifest: Manifest, group:
     device = next(state.model.parameters()).device
     module = config.model.build().to(device).eval()
     network = Network(module, config.model, config.diffusion, manifest.classes, sha256="")
+    state.settle()
     for name, average in state.averages.items():
         module.load_state_dict(average)
         with autocast(device, config.dtype):

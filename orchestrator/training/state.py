@@ -26,9 +26,14 @@ class TrainingState:
     """Weights, their averages, the optimizer, the loss scale, the timestep sampler's history, and the position.
 
     `eval_images` is how many images of the validation split are looked at, 0 if none.
+
+    The host does not wait for a step: the device decides whether the weights change, and what else depends on that
+    (averages, counts, loss scale) follows with `settle`, at the latest in the next step.
     """
 
     def __init__(self, config: Config, device: torch.device, eval_images: int = 0) -> None:
+        self._config = config
+        self._last_norm: Callable[[], float] | None = None  # of a step that is not settled
         torch.manual_seed(int(keyed_rng(Purpose.WEIGHTS, config.seed).integers(2**63)))
         self.model = config.model.build().to(device)
         if device.type == "cuda":  # on CPUs it makes GroupNorm slower
@@ -60,9 +65,38 @@ class TrainingState:
     @property
     def loss_scale(self) -> float:
         """The factor on losses, hence on gradients."""
+        self.settle()
         return 2.0**self.log2_loss_scale
 
-    def update_averages(self) -> None:
+    def note_step(self, norm: Tensor) -> None:
+        """Keep the norm of a step's gradient, float64 [] on the device, until the step is settled."""
+        self._last_norm = _to_host(norm)
+
+    def settle(self) -> None:
+        """Take in what the last step's norm decides, once it is on the host; weights are as that step left them.
+
+        Raises:
+            ArithmeticError: more than `max_nonfinite_steps` steps in a row were skipped.
+        """
+        if self._last_norm is None:
+            return
+        norm, self._last_norm = self._last_norm(), None
+        scaling, half = self._config.loss_scale, self._config.dtype == "float16"
+        if math.isfinite(norm):
+            self.updates, self.bad_steps = self.updates + 1, 0
+            self._update_averages()
+            self.log2_loss_scale += scaling.growth if half else 0.0
+            return
+        self.bad_steps += 1
+        if half:
+            self.log2_loss_scale = max(scaling.floor, self.log2_loss_scale - scaling.backoff)
+        if self.bad_steps > self._config.max_nonfinite_steps:
+            raise ArithmeticError(
+                f"the gradient was not finite in {self.bad_steps} steps in a row, at "
+                f"{self.position - self._config.batch_size:,} images: lower learning_rate, or look at the last images"
+            )
+
+    def _update_averages(self) -> None:
         """e = r e + (1 - r) p for every average's decay r, in float32."""
         parameters = [tensor.detach() for tensor in self.model.parameters()]
         for name, average in self.averages.items():
@@ -70,6 +104,7 @@ class TrainingState:
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name: the live tensors, not copies."""
+        self.settle()
         found = {f"model.{name}": tensor.detach() for name, tensor in self.model.state_dict().items()}
         for average, tensors in self.averages.items():
             found |= {f"{average}.{name}": tensor for name, tensor in tensors.items()}
@@ -84,6 +119,7 @@ class TrainingState:
 
     def facts(self) -> dict[str, Any]:
         """The rest of it, small enough for JSON."""
+        self.settle()
         return {name: getattr(self, name) for name in _FACTS}
 
     def restore(self, run: str, group: Group, at: int | None = None, branching: bool = False) -> bool:
@@ -132,40 +168,40 @@ def learning_rate(config: TrainingConfig, position: int) -> float:
     return config.learning_rate * warm * left
 
 
-def take_step(config: TrainingConfig, state: TrainingState) -> float:
-    """One update of weights and averages by the gradients in place; return their norm.
+def take_step(config: TrainingConfig, state: TrainingState) -> Tensor:
+    """One update of the weights by the gradients in place; return their norm, float64 [] on the device.
 
     Where the norm is not finite the step is skipped and the position goes on: gradients are reduced already, so all
-    workers do the same.
-
-    Raises:
-        ArithmeticError: more than `max_nonfinite_steps` steps in a row were skipped.
+    workers do the same. Raises as `TrainingState.settle` does, for the step before.
     """
+    state.settle()
     gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
-    norm = float(nn.utils.get_total_norm(gradients)) / state.loss_scale
-    begin, state.position = state.position, state.position + config.batch_size
-    scaling = config.loss_scale
-    if not math.isfinite(norm):
-        state.bad_steps += 1
-        if config.dtype == "float16":
-            state.log2_loss_scale = max(scaling.floor, state.log2_loss_scale - scaling.backoff)
-        if state.bad_steps > config.max_nonfinite_steps:
-            raise ArithmeticError(
-                f"the gradient was not finite in {state.bad_steps} steps in a row, at {begin:,} images: "
-                "lower learning_rate, or look at the last images"
-            )
-        return norm
-    clipping = min(1.0, config.max_grad_norm / (norm + 1e-6)) if config.max_grad_norm else 1.0
-    if (factor := clipping / state.loss_scale) != 1.0:
-        torch._foreach_mul_(gradients, factor)
+    norm = nn.utils.get_total_norm(gradients).double() / state.loss_scale
+    if config.max_grad_norm or state.loss_scale != 1.0:
+        clipping = (config.max_grad_norm or torch.inf) / (norm + 1e-6)
+        torch._foreach_mul_(gradients, (clipping.clamp(max=1.0) / state.loss_scale).float())
     for options in state.optimizer.param_groups:
-        options["lr"] = learning_rate(config, begin)
+        options["lr"] = learning_rate(config, state.position)
+    state.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # the fused kernel skips then
     state.optimizer.step()
-    state.updates, state.bad_steps = state.updates + 1, 0
-    state.update_averages()
-    if config.dtype == "float16":
-        state.log2_loss_scale += scaling.growth
+    state.position += config.batch_size
+    state.note_step(norm)
     return norm
+
+
+def _to_host(value: Tensor) -> Callable[[], float]:
+    """Copy a number to the host behind what the device does; return a function that waits for it."""
+    if not value.is_cuda:
+        return value.item
+    host, copied = torch.empty_like(value, device="cpu", pin_memory=True), torch.cuda.Event()
+    host.copy_(value, non_blocking=True)
+    copied.record()
+
+    def wait() -> float:
+        copied.synchronize()
+        return float(host)
+
+    return wait
 
 
 def _timestep_sampler(config: Config) -> TimestepSampler:

@@ -112,6 +112,6 @@ def validation_count(config: TrainingConfig, manifest: Manifest) -> int:
     if "validation" not in manifest.splits:
         raise ValueError(
             f"eval_every={config.eval_every}, but dataset {manifest.name!r} has no validation split: "
-            "prepare it with --validation-fraction 0.05, say, or pass --eval-every None"
+            "prepare it with --validation-fraction 0.05, say, or pass --eval-every none"
         )
     return min(config.eval_images, manifest.num_samples("validation"))

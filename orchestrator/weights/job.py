@@ -10,7 +10,14 @@ from orchestrator import storage
 from orchestrator.weights.config import ConversionConfig
 from orchestrator.weights.diffusers_folder import WEIGHTS_FILE, diffusers_config, diffusers_tensors
 from orchestrator.weights.flags import parse_flags
-from orchestrator.weights.network import Network, describe_entry, encode_weights, load_network, load_published
+from orchestrator.weights.network import (
+    Network,
+    describe_entry,
+    encode_weights,
+    load_network,
+    load_published,
+    weights_file,
+)
 from orchestrator.weights.published import encode_state_dict, entry_by_file_name, released_entry
 from orchestrator.weights.shapes import Shapes, invisible_settings
 
@@ -27,12 +34,13 @@ def convert(config: ConversionConfig) -> str:
     """
     source, output = config.path(config.weights), config.path(config.output)
     is_published = source.endswith(".pt")
-    network = load_published(source, partial(_describe, config)) if is_published else load_network(source)
+    taken = config.path(weights_file(config.weights, config.path))
+    network = load_published(source, partial(_describe, config)) if is_published else load_network(taken)
     for uri, data in _objects(network, output).items():
         if not storage.put_if_absent(uri, data) and storage.read_bytes(uri) != data:
             raise ValueError(f"{uri} is there already and holds something else; choose another --output")
     parameters = sum(parameter.numel() for parameter in network.module.parameters())
-    print(f"{output}: {type(network.module).__name__} of {parameters:,} parameters from {source}")
+    print(f"{output}: {type(network.module).__name__} of {parameters:,} parameters from {taken}")
     if is_published:
         print(_assumptions(config, network))
     return output

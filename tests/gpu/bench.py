@@ -19,8 +19,8 @@ from models.diffusion import Diffusion, DiffusionConfig
 from models.guidance import GuidanceConfig, guided
 from models.samplers import SamplerConfig, ddpm_step, respacing_for
 from models.unet import Architecture, ClassifierConfig, UNetConfig, autocast
-from orchestrator.arithmetic import arithmetic
-from orchestrator.cost import GPUS
+from orchestrator.arithmetic import arithmetic, platform
+from orchestrator.cost import peak_flops
 from orchestrator.data.dataset import StreamShare
 from orchestrator.order import OrderConfig
 from orchestrator.training.config import AdmConfig
@@ -72,8 +72,7 @@ class Bench:
     @cached_property
     def peak(self) -> float:
         """Return the maker's dense FLOP/s in half precision."""
-        name = torch.cuda.get_device_name(self.device) if self.on_gpu else ""
-        return next((gpu.half for model, gpu in GPUS.items() if model in name), UNKNOWN_CARD)
+        return peak_flops(platform(self.device)["device"], "float16") or UNKNOWN_CARD
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was asked to."""

@@ -62,6 +62,7 @@ CHECKS = {  # the important ones first
     "determinism": Check(promises.determinism, 30),
     "exact": Check(promises.exact, 40),
     "noise": Check(promises.noise, 10),
+    "neighbours": Check(promises.neighbours, 60),
     "waits": Check(promises.waits, 40),
     "training": Check(speeds.training, 100),
     "sampling": Check(speeds.sampling, 100),

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.command_line import RENAMED, main, option_names, parse
+from jobs.command_line import RENAMED, _option_names, main, parse
+from jobs.options import options_of
+from orchestrator.ablations.presets import ablation_presets
 from orchestrator.config import JobConfig
 from orchestrator.data.presets import dataset_presets
 from orchestrator.doctor import doctor_presets
@@ -27,6 +30,7 @@ ALL_PRESETS: dict[str, Callable[[], Any]] = {
     "train_classifier": classifier_presets,
     "tune_guidance": search_presets,
     "evaluate_run": run_evaluation_presets,
+    "run_ablations": ablation_presets,
     "generate_samples": generation_presets,
     "evaluate_samples": evaluation_presets,
     "train_upsampler": upsampler_presets,
@@ -54,13 +58,28 @@ def test_help_explains_every_option(job: str, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as end:
         parse("A job.", ALL_PRESETS[job](), [name := next(iter(ALL_PRESETS[job]())), "--help"])
     assert end.value.code == 0
-    text = capsys.readouterr().out
+    page = capsys.readouterr().out
+    explained = dict(re.findall(r"^  (--[a-z][\w.-]*).*\n((?:      .*\n?)+)", page, flags=re.MULTILINE))
     _, preset = ALL_PRESETS[job]()[name]
-    for field in type(preset).model_fields:
-        assert f"--{field.replace('_', '-')}" in text, f"{field} is missing from the help of {job}"
-    headings = re.findall(r"^. (--?[a-z].*)", text, flags=re.MULTILINE)
-    listed = {option.replace("-", "_") for line in headings for option in re.findall(r"--([\w.-]+)", line)}
-    assert listed == {name for name in option_names(type(preset)) if not name.startswith("tyro_")}
+    options = options_of(type(preset))
+    assert explained.keys() == {option.flag for option in options.values()}
+    for flag, text in explained.items():
+        assert len(re.findall(r"[A-Za-z]{2,}", text.split("Accepted:")[0])) >= 2, f"{flag} of {job}: {text}"
+    assert max(map(len, page.splitlines())) <= 120
+
+
+def test_help_of_a_long_list_of_options_has_groups() -> None:
+    for _, config in (adm_presets()["digits"], classifier_presets()["digits"]):
+        groups = Counter(option.group for option in options_of(type(config)).values())
+        assert max(count for group, count in groups.items() if not group.startswith("--")) <= 12
+        assert "Options" not in groups
+
+
+def test_help_without_a_preset_lists_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("Train.", adm_presets(), ["--help"])
+    page = capsys.readouterr().out
+    assert all(name in page for name in adm_presets()) and "--preset FILE" in page
 
 
 def test_overrides_reach_nested_fields() -> None:
@@ -104,13 +123,19 @@ def refusal(presets: dict[str, Any], argv: list[str], capsys: pytest.CaptureFixt
         ("preset: digits\nprice: {}", "did you mean cost?"),
         ("preset: digits\nqqq: 1", "unknown field qqq; digits --help lists"),
         ("preset: digits\n1: 1", "unknown field 1; "),
-        ("preset: digits\nmodel: {dropout: 2}", "model.dropout: Input should be less than 1"),
+        (
+            "preset: digits\nmodel: {dropout: 2}",
+            "model.dropout=2 is not accepted; accepted: a number of at least 0",
+        ),
+        ("preset: digits\nmodel: 3", "model=a value is not accepted; accepted: the fields model.*"),
+        ("preset: digits\norder: {num_streams: 3}", "order.num_streams=3 is not a power of two"),
         ("preset: digits\nbatch_size: 63", "batch_size=63 is not a multiple of order.num_streams=4"),
         ("preset: digist\nbatch_size: 64", "unknown preset digist; did you mean digits?"),
         ("preset: [digits]", "unknown preset "),
         ("batch_size: 64", ", imagenet64, "),
         ("- a list", "mapping"),
-        ("{", "expected the node content"),
+        ("{", "line 1, column 2: expected the node content"),
+        ("preset: digits\n  seed: 1", "line 2, column 7: "),
     ],
 )
 def test_a_wrong_preset_file_is_one_line(
@@ -133,11 +158,19 @@ def test_a_preset_file_must_be_named(capsys: pytest.CaptureFixture[str]) -> None
     ("argv", "key"),
     [
         (["digits", "--batchsize", "64"], "unknown option --batchsize; did you mean --batch-size?"),
-        (["digits", "--batch-size", "63"], "batch_size=63 is not a multiple of order.num_streams=4"),
-        (["digits", "--batch-size", "-8"], "greater than 0"),
-        (["digits", "--total-images", "many"], "'many'"),
-        (["digits", "--num-workers", "3"], "num_workers=3 does not divide order.num_streams=4"),
-        (["digits", "--seed", "1", "extra"], "extra"),
+        (["digits", "--batch-size", "63"], "--batch-size 63 is not a multiple of --order.num-streams 4; use 60 or 64"),
+        (["digits", "--batch-size", "-8"], "--batch-size -8 is not accepted; accepted: a whole number greater than 0"),
+        (["digits", "--total-images", "many"], "--total-images many is not accepted; accepted: a whole number"),
+        (["digits", "--total-images"], "--total-images needs a value; accepted: a whole number"),
+        (["digits", "--total-images", "--seed", "1"], "--total-images needs a value"),
+        (["digits", "--num-workers", "3"], "--num-workers 3 does not divide --order.num-streams 4"),
+        (["digits", "--seed", "1", "extra"], "extra belongs to no option"),
+        (["digits", "--tracking", "maybe"], "--tracking maybe is not accepted; accepted: true or false"),
+        (["digits", "--dtype", "half"], "--dtype half is not accepted; accepted: float32, bfloat16 or float16"),
+        (["digits", "--ema-rates", "0.9", "x"], "--ema-rates x is not accepted; accepted: one or more values"),
+        (["digits", "--preview.eta", "0.5"], "--preview.eta 0.5 has no meaning for --preview.name ddpm"),
+        (["digits", "--preview.eta", "-1"], "--preview.eta -1 is not accepted; accepted: a number of at least 0"),
+        (["digits", "--model.image-size", "9"], "--model.image-size 9 cannot be halved"),
         (["no-such-preset"], f"unknown preset no-such-preset; the presets are {', '.join(adm_presets())}\n"),
         (["imagenet46"], "unknown preset imagenet46; did you mean imagenet64?"),
         (["--batch-size", "64"], ", imagenet64, "),
@@ -158,7 +191,7 @@ def config_type(job: str) -> type[JobConfig]:
 
 def renamed_in(job: str) -> list[tuple[str, str, str]]:
     """Return (job, old name, new name) for every renamed option of the job."""
-    options = option_names(config_type(job))
+    options = _option_names(options_of(config_type(job)))
     return [(job, old, new) for old, new in RENAMED.items() if new in options and old not in options]
 
 
@@ -240,14 +273,40 @@ def test_every_spelling_of_an_option_is_accepted() -> None:
         assert not parse("Search.", search_presets(), ["digits", option]).space.continuous
 
 
-@pytest.mark.parametrize("option", ["-h", "--help", "--tyro-print-completion=bash"])
-@pytest.mark.parametrize("first", [[], ["digits"]])
-def test_help_and_completion_are_options_of_every_job(
-    first: list[str], option: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("option", ["-h", "--help"])
+@pytest.mark.parametrize("first", [[], ["digits"], ["digits", "--qqq"]])
+def test_help_comes_before_everything_else(first: list[str], option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        parse("Train.", adm_presets(), [*first, *option.split("=")])
+        parse("Train.", adm_presets(), [*first, option])
     assert not end.value.code and capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        (["--tracking", "false"], {"tracking": False}),
+        (["--tracking=False"], {"tracking": False}),
+        (["--no-tracking"], {"tracking": False}),
+        (["--tracking", "--seed", "3"], {"tracking": True, "seed": 3}),
+        (["--recompute", "none"], {"recompute": None}),
+        (["--recompute", "true"], {"recompute": True}),
+        (["--snapshot-every", "none", "--power-emas"], {"snapshot_every": None, "power_emas": ()}),
+        (["--ema-rates", "0.9", "0.99", "--seed=4"], {"ema_rates": (0.9, 0.99), "seed": 4}),
+        (["--seed", "1", "--seed", "2"], {"seed": 2}),
+        (["--learning-rate", "1e-3"], {"learning_rate": 1e-3}),
+    ],
+)
+def test_values_are_read(words: list[str], values: dict[str, Any]) -> None:
+    config = parse("Train.", adm_presets(), ["digits", *words])
+    assert {name: getattr(config, name) for name in values} == values
+
+
+def test_pairs_and_texts_with_dashes_are_read() -> None:
+    config = parse("Search.", search_presets(), ["digits", "--space.intervals", "0", "1", "0.2", "0.8"])
+    assert config.space.intervals == ((0.0, 1.0), (0.2, 0.8))
+    preset = conversion_presets()["digits"][1].model_copy(update={"weights": "a.pt"})
+    flags = "--image_size 64 --num_channels 64"
+    assert parse("Convert.", {"a": ("a file", preset)}, ["a", "--flags", flags]).flags == flags
 
 
 # ------------------------------------------------------------------------------------------------ the run

@@ -19,6 +19,7 @@ from orchestrator.cost import (
     CostConfig,
     extraction_cost,
     gpu_seconds,
+    peak_flops,
     priced,
     sampling_cost,
     training_cost,
@@ -49,6 +50,19 @@ TABLE_10 = {
 )
 def test_training_takes_the_papers_v100_days(names: tuple[str, ...]) -> None:
     assert sum(v100_days(name) for name in names) == pytest.approx(TABLE_10[names], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
+        ("NVIDIA A100-SXM4-40GB", "float32", 19.5e12),
+        ("NVIDIA L40S", "float16", 362e12),
+        ("x86_64 AVX512", "float16", None),
+    ],
+)
+def test_peaks_are_those_of_the_named_gpus(name: str, dtype: str, peak: float | None) -> None:
+    assert peak_flops(name, dtype) == peak
 
 
 def test_the_assumed_mfu_lies_within_a_tenth_of_the_papers() -> None:

@@ -1,6 +1,6 @@
 """The line: what was done before counts, and is no part of the rate."""
 
-from orchestrator.progress import Progress, progress_line
+from orchestrator.progress import Progress, counted, progress_line
 
 
 def test_what_was_done_before_is_no_part_of_the_rate() -> None:
@@ -11,3 +11,21 @@ def test_what_was_done_before_is_no_part_of_the_rate() -> None:
         bar = progress._bar
         assert (bar.n - bar.initial, bar.total) == (10, 100)
         assert isinstance(progress, Progress)
+
+
+def test_a_start_leaves_what_came_before_out_of_time_and_rate() -> None:
+    with progress_line(1_000, "images", "starting 2 workers") as progress:
+        bar = progress._bar
+        bar.start_t -= 3600
+        progress.start(600)
+        progress.update_to(610)
+        assert (bar.n, bar.initial, bar.desc) == (610, 600, "")
+        assert bar.format_dict["elapsed"] < 60
+        progress.start(400)  # a worker was lost, and with it what came after its last checkpoint
+        assert (bar.n, bar.initial) == (400, 400)
+
+
+def test_counts_agree_with_their_nouns() -> None:
+    assert [counted(n, noun) for n, noun in ((1, "worker"), (2_000, "worker"), (1, "class"), (0, "class"))] == [
+        "1 worker", "2,000 workers", "1 class", "0 classes"
+    ]  # fmt: skip

@@ -260,7 +260,7 @@ def test_an_unfit_source_leaves_no_folder(tmp_path: Path) -> None:
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     text = plan(digits(str(tmp_path)))[1]
-    assert "digits: 1,797 images" in text and "train: 1,437 images, 16 row groups, 1 shards" in text
+    assert "digits: 1,797 images" in text and "train: 1,437 images, 16 row groups, 1 shard\n" in text
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,5 +1,6 @@
 """Features by blocks of 512 indices: the same however images were sharded, extracted or resumed (promise P5)."""
 
+import threading
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,9 @@ from models.metrics import BLOCK, moments
 from orchestrator import storage
 from orchestrator.evaluation import extraction
 from orchestrator.evaluation.extraction import FeatureFiles, Labelled, chosen, concatenate, extract_all
-from orchestrator.evaluation.extractors import own_extractor
+from orchestrator.evaluation.extractors import LoadedExtractor, own_extractor
 from orchestrator.evaluation.inputs import ImageSet
+from tests.orchestrator.evaluation.toy_extractor import ToyExtractor
 
 COUNT = 2 * BLOCK + 76
 TOY = partial(own_extractor, "tests.orchestrator.evaluation.toy_extractor.ToyExtractor")
@@ -74,6 +76,22 @@ def test_where_nothing_is_missing_no_gpu_is_needed(images: np.ndarray, tmp_path:
             extract_all(some, str(tmp_path / "out"), TOY, num_workers=0, num_gpus=1.0)
     made = extract_all(some, str(tmp_path / "out"), TOY, num_workers=0)
     assert extract_all(some, str(tmp_path / "out"), TOY, num_workers=0, num_gpus=1.0) == made
+
+
+def test_a_block_is_read_while_the_network_sees_the_one_before(images: np.ndarray, tmp_path: Path) -> None:
+    begun = {block: threading.Event() for block in range(0, COUNT, BLOCK)}
+
+    def read(begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        begun[begin].set()
+        return images[begin:end], np.arange(begin, end)
+
+    class Waiting(ToyExtractor):
+        def __call__(self, images: np.ndarray) -> Features:
+            assert begun[BLOCK].wait(60), "the second block was not read"
+            return super().__call__(images)
+
+    some = ImageSet("some", "samples", COUNT, "x", read)
+    extract_all(some, str(tmp_path), lambda device: LoadedExtractor(Waiting(), "waiting"), num_workers=0)
 
 
 @pytest.mark.ray

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from models import zoo
+from models.costs import Evaluations, sampling_flops
 from models.diffusion import DiffusionConfig
 from models.guidance import GuidanceConfig
 from models.samplers import SamplerConfig
@@ -82,6 +83,14 @@ def test_the_last_numbers_in_mlflow_are_those_of_the_end(store: str, monkeypatch
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/numbers.db")
     folder = generate(config(store, "numbers"))
     assert history(folder, "samples")[-1][1] == 21
+    assert not history(folder, "mfu"), "nobody knows the peak of this CPU"
+
+
+def test_mfu_counts_every_evaluation_of_every_network(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "peak_flops", lambda device, dtype: 1e9)
+    folder = generate(config(store, "mfu", num_samples=4, tracking=False))
+    (_, rate), (_, mfu) = history(folder, "samples_per_second")[-1], history(folder, "mfu")[-1]
+    assert mfu / rate * 1e9 == pytest.approx(sampling_flops(Evaluations(4, 4), UNET, CLASSIFIER))
 
 
 def test_the_same_folder_with_other_settings_is_refused(store: str) -> None:

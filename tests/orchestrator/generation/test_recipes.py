@@ -83,4 +83,4 @@ def test_a_setting_that_cannot_be_followed_whole_is_an_error(
     assert end.value.code == 2 and message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parsed("--from-search", str(tmp_path / "absent.json"))
-    assert "no such object" in capsys.readouterr().err
+    assert "no such file or folder" in capsys.readouterr().err

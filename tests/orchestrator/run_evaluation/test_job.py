@@ -77,7 +77,12 @@ def test_what_is_evaluated_is_not_drawn_again_and_more_may_be_asked_for(
     evaluate_run(config(store, "again"))
     drawn: list[Any] = []
     evaluate = job.evaluate
-    monkeypatch.setattr(job, "evaluate", lambda *arguments: drawn.append(arguments[-1]) or evaluate(*arguments))
+
+    def noted(*arguments: Any) -> Any:
+        drawn.append(arguments[-1])
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(job, "evaluate", noted)
     evaluate_run(config(store, "again"))
     assert not drawn
     write_snapshot(store, "again", 128, "ema-0.9", seed=2)

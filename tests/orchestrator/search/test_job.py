@@ -31,7 +31,7 @@ from orchestrator.search.evaluator import unmatched
 from orchestrator.search.job import plan, search
 from orchestrator.search.presets import search_presets
 from orchestrator.search.result import summary
-from orchestrator.search.space import SpaceConfig
+from orchestrator.search.space import Setting, SpaceConfig
 from tests.benchmarks.demo_search import Demo, compare, demonstrate, grid_config, halving_config
 from tests.orchestrator.digits import digits
 from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
@@ -125,6 +125,9 @@ def check_result(store: str, wanted: SearchConfig, result: dict[str, Any]) -> No
         image = Image.open(io.BytesIO(storage.read_bytes(f"{store}/{wanted.output}/{name}"))).convert("L")
         grey = np.asarray(image)
         assert grey.min() < 100 and grey.max() == 255 and min(image.size) > 50, f"{name} is blank"
+    page = storage.read_bytes(f"{store}/{wanted.output}/report.html").decode()
+    assert page.count("data:image/png;base64,") == 3 and f"--from-search {wanted.output}" in page
+    assert all(str(Setting(**trial["setting"])) in page for trial in result["trials"])
 
 
 def test_a_failing_trial_is_in_the_result_and_a_larger_budget_goes_on(

@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 
+from cluster.collectives import Group
 from cluster.trainer import WorkerContext
 from models.costs import count_parameters
 from orchestrator.arithmetic import platform
 from orchestrator.order import OrderConfig
-from orchestrator.training.gradients import memory_of, recomputes
+from orchestrator.training.gradients import exact_gradients, memory_of, recomputes
 from orchestrator.training.job import note_platforms
 from orchestrator.training.presets import adm_presets
 
@@ -45,6 +46,31 @@ def test_exact_sums_hold_a_set_of_gradients_for_each_level() -> None:
         found = memory_of(config, config.model, workers)
         sums = [size for name, size in found.items() if "subtrees" in name]
         assert sums == ([4 * levels * count_parameters(config.model)] if levels else [])
+
+
+def test_a_thousand_streams_sum_to_the_same_bits_on_any_number_of_workers() -> None:
+    streams, model = 1024, torch.nn.Linear(3, 1)
+    inputs = torch.randn(streams, 3, generator=torch.Generator().manual_seed(1))
+
+    def backward(model: torch.nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        model(inputs[batch]).sum().backward()
+        return {}
+
+    def subtree(batches: range) -> torch.Tensor:
+        exact_gradients(model, list(batches), backward, Group(0, 1))  # type: ignore[arg-type]
+        found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        model.zero_grad(set_to_none=True)
+        return found
+
+    sums = []
+    for workers in (1, 8, streams):
+        share = streams // workers
+        tree = [subtree(range(rank * share, (rank + 1) * share)) for rank in range(workers)]
+        while len(tree) > 1:  # as `Group.add_in_tree` adds the workers' sums
+            tree = [left + right for left, right in zip(tree[::2], tree[1::2], strict=True)]
+        sums.append(tree[0])
+    assert all(torch.equal(found, sums[0]) for found in sums)
+    assert not torch.equal(sums[0][:3], inputs.sum(0)), "these inputs tell orders apart"
 
 
 class _Pair:

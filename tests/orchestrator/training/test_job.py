@@ -79,8 +79,13 @@ def test_a_checkpoint_of_another_state_is_refused(store: str) -> None:
 
 
 def test_the_job_trains_writes_weights_and_is_found_finished(store: str, capsys: pytest.CaptureFixture[str]) -> None:
-    config = adm(store, "job")
+    config = adm(store, "job", preview_every=48, checkpoint_every=48)
     run = train(config)
+    printed = capsys.readouterr().out
+    assert f"open  {run}/report.html" in printed and "next  python jobs/generate_samples.py" in printed
+    page = storage.read_bytes(storage.join(run, "report.html")).decode()
+    assert page.count("data:image/png;base64,") == 3, "the curves, and a picture of each average"
+    assert "ema-0.5: images-000000000096" in page and "images-000000000048" in page and "96 of 96 images" in page
     network = load_network(run)
     assert network.architecture == UNET and network.classes == tuple("0123456789")
     assert len(storage.list_names(storage.join(run, "weights"))) == 2, "one file for each average"

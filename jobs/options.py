@@ -1,0 +1,182 @@
+"""The options of a job, read from its config: names, help texts, accepted values, and the help page."""
+
+import ast
+import inspect
+import re
+import shutil
+import textwrap
+import types
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any, Literal, NamedTuple, TypeGuard, Union, get_args, get_origin
+
+import pydantic
+
+from orchestrator.config import MARK
+
+NESTED = "{name}.*: {about}"  # heading of the options of a nested config
+
+
+class Option(NamedTuple):
+    """A field of a config, or of one nested in it."""
+
+    name: str  # as order.num_streams
+    kind: Any  # its type
+    bounds: tuple[Any, ...]  # what pydantic checks beyond the type
+    text: str  # what it means: the comment behind the field
+    group: str  # heading in --help: the comment line above the field or one before it
+    is_operational: bool = False  # may change whenever the job is started again in the same folder
+
+    @property
+    def flag(self) -> str:
+        """The option as it is typed."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The option and, of a boolean, its negation."""
+        negation = re.sub(r"(--|\.)(?=[\w-]+$)", r"\1no-", self.flag)
+        return (self.flag, negation) if self.is_bool else (self.flag,)
+
+    @property
+    def is_bool(self) -> bool:
+        """Whether it may stand without a value."""
+        return bool in _alternatives(self.kind)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether its values may be any words."""
+        return str in _alternatives(self.kind) or self.item is str
+
+    @property
+    def item(self) -> Any:
+        """The type of each value where it takes several, else None."""
+        found = next((kind for kind in _alternatives(self.kind) if get_origin(kind) is tuple), None)
+        return None if found is None else found if get_args(found)[-1] is not ... else get_args(found)[0]
+
+    @property
+    def accepted(self) -> str:
+        """What it accepts, in words."""
+        kinds = _alternatives(self.kind)
+        words = _words(next(kind for kind in kinds if kind is not type(None)), self.bounds)
+        return f"{words}, or none" if type(None) in kinds else words
+
+    def value(self, words: list[str]) -> Any:
+        """Return words of a command line as a value that pydantic converts."""
+        if type(None) in _alternatives(self.kind) and [word.lower() for word in words] == ["none"]:
+            return None
+        if self.item is None:
+            return words[0]
+        size = len(get_args(self.item)) if get_origin(self.item) is tuple and self.item != self.kind else 1
+        return words if size == 1 else [words[at : at + size] for at in range(0, len(words), size)]
+
+    def shown(self, value: Any) -> str:
+        """Return a value as it is typed."""
+        if isinstance(value, (tuple, list)):
+            return " ".join(map(self.shown, value))
+        return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def options_of(
+    config: type[pydantic.BaseModel], prefix: str = "", group: str = "", marked: bool = False
+) -> dict[str, Option]:
+    """Return the options of a config by name, those of nested configs included."""
+    options: dict[str, Option] = {}
+    texts = _texts(config)
+    for name, field in config.model_fields.items():
+        text, heading = texts[name]
+        is_operational = marked or MARK in field.metadata
+        if is_config(kind := field.annotation):
+            about = NESTED.format(name=f"--{prefix}{name}".replace("_", "-"), about=(kind.__doc__ or "").split("\n")[0])
+            options |= options_of(kind, f"{prefix}{name}.", about, is_operational)
+        else:
+            bounds = tuple(field.metadata)
+            options[prefix + name] = Option(prefix + name, kind, bounds, text, group or heading, is_operational)
+    return options
+
+
+def is_config(kind: Any) -> TypeGuard[type[pydantic.BaseModel]]:
+    """Return whether a field of this type is a nested config."""
+    return inspect.isclass(kind) and issubclass(kind, pydantic.BaseModel)
+
+
+def help_page(usage: str, about: str, config: pydantic.BaseModel) -> str:
+    """Return the page of --help: every option with the config's value, its meaning and what it accepts, by groups."""
+    width = min(shutil.get_terminal_size((120, 24)).columns, 120)
+    groups: dict[str, list[str]] = {}
+    for option in options_of(type(config)).values():
+        value = _value(config, option.name)
+        lines = [f"  {', '.join(option.flags)} {option.shown(value)}".rstrip()]
+        accepted = "" if option.kind is str else f" Accepted: {option.accepted}."
+        mark = f" [{MARK}]" if option.is_operational else ""
+        text = f"{option.text.rstrip('.')}.{accepted}{mark}"
+        lines += textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
+        groups.setdefault(option.group, []).extend(lines)
+    head = textwrap.fill(about, width)
+    pages = ["\n".join([heading, *lines]) for heading, lines in groups.items()]
+    return "\n\n".join([f"usage: {usage}", head, "Each option is shown with the value that it has now.", *pages])
+
+
+def _value(config: Any, name: str) -> Any:
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    """Return the types of a union; any other type alone."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _words(kind: Any, bounds: tuple[Any, ...]) -> str:
+    """Return what a type with bounds accepts, in words."""
+    if get_origin(kind) is Literal:
+        *most, last = map(str, get_args(kind))
+        return f"{', '.join(most)} or {last}" if most else last
+    if get_origin(kind) is tuple:
+        *items, last = get_args(kind)
+        if last is not ...:
+            return " and ".join(_words(item, ()) for item in (*items, last))
+        least = _bound(bounds, "min_length") or 0
+        most_ = _bound(bounds, "max_length")
+        count = f"{least} to {most_} values" if most_ else "one or more values" if least else "any number of values"
+        return f"{count}, each {_words(items[0], ())}"
+    name = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
+    return " ".join([name, *filter(None, [" and ".join(_limits(bounds))])])
+
+
+LIMITS = {"gt": "greater than", "ge": "of at least", "lt": "less than", "le": "of at most"}
+
+
+def _limits(bounds: tuple[Any, ...]) -> Iterator[str]:
+    for name, words in LIMITS.items():
+        if (limit := _bound(bounds, name)) is not None:
+            yield f"{words} {'2**64' if limit == 2**64 else limit}"
+
+
+def _bound(bounds: tuple[Any, ...], name: str) -> Any:
+    """Return the limit of this name, such as gt or min_length; None if there is none."""
+    return next((found for bound in bounds if (found := getattr(bound, name, None)) is not None), None)
+
+
+@cache
+def _texts(config: type[pydantic.BaseModel]) -> Mapping[str, tuple[str, str]]:
+    """Return (meaning, group) of each field, from the comments in the source of the config and of those it extends.
+
+    A comment behind a field is its meaning. A comment on a line of its own is the heading of the fields below it.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for base in reversed(config.__mro__):
+        if is_config(base) and base is not pydantic.BaseModel:
+            lines = textwrap.dedent(inspect.getsource(base)).splitlines()
+            heading = ""
+            for node in ast.parse("\n".join(lines)).body[0].body:  # type: ignore[attr-defined]
+                if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                    above = lines[node.lineno - 2].strip()
+                    heading = above.removeprefix("# ") if above.startswith("# ") else heading
+                    behind = [
+                        line.split("  # ")[1] for line in lines[node.lineno - 1 : node.end_lineno] if "  # " in line
+                    ]
+                    text = re.sub(r"\bNone\b", "none", " ".join(behind))
+                    found[node.target.id] = (text, heading or found.get(node.target.id, ("", "Options"))[1])
+    return found

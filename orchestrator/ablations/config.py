@@ -1,0 +1,141 @@
+"""A table of ablations: trainings that differ in some fields, evaluated alike."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from orchestrator import storage
+from orchestrator.config import JobConfig, Operational
+from orchestrator.cost import CostConfig
+from orchestrator.evaluation.likelihood import LikelihoodConfig
+from orchestrator.evaluation.presets import likelihood_presets
+from orchestrator.run_evaluation.config import RunEvaluationConfig
+from orchestrator.run_evaluation.presets import run_evaluation_presets
+from orchestrator.training.config import AdmConfig
+from orchestrator.training.presets import adm_presets
+
+TABLES = Path(__file__).parent / "tables"
+Changes = dict[str, Any]  # by dotted names of fields, as model.num_res_blocks
+AnyConfig = TypeVar("AnyConfig", bound=JobConfig)
+
+
+class Row(BaseModel, frozen=True, extra="forbid"):
+    """How a row differs from all others."""
+
+    training: Changes = {}
+    evaluation: Changes = {}
+    likelihood: Changes = {}
+
+
+class Table(BaseModel, frozen=True, extra="forbid"):
+    """What a table compares. Its first row is what the others are compared with."""
+
+    about: str  # one line: which table of which paper
+    base: str  # a preset of jobs/train_adm.py
+    evaluate: str  # a preset of jobs/evaluate_run.py
+    likelihood: str | None = None  # a preset of jobs/estimate_likelihood.py; None = bits/dim are not asked for
+    training: Changes = {}  # changes of the preset that all rows share
+    evaluation: Changes = {}
+    bound: Changes = {}  # changes of the likelihood's preset
+    seeds: tuple[int, ...] = Field((0,), min_length=1)  # of the trainings: replicates of every row
+    rows: dict[str, Row] = Field(min_length=2)
+
+    def names(self) -> dict[str, str]:
+        """Return a name for the folders of each row."""
+        return {name: "".join(c if c.isalnum() or c in ".-" else "-" for c in name) for name in self.rows}
+
+
+class AblationsConfig(JobConfig):
+    """Which table, and with what it is run."""
+
+    table: str  # a YAML file, or the name of a table that comes with Admiral
+    output: str  # the table's folder: runs/, evaluations/, and the results
+    rows: Operational[tuple[str, ...]] = ()  # only these, and the first one; none = all
+    seeds: Operational[tuple[int, ...]] = ()  # of the trainings; none = the table's
+    dataset: str | None = None  # the prepared dataset; None = the preset's
+    together: Operational[int] = Field(1, gt=0)  # trainings at once; those for which there is no room wait, and say so
+    num_workers: Operational[int] = Field(1, ge=0)  # workers of each training; 0 = in this process, without Ray
+    num_gpus: Operational[int] = Field(0, ge=0, le=1)  # GPUs for each worker
+    num_threads: Operational[int] = Field(1, gt=0)  # CPU threads of each worker
+    cost: Operational[CostConfig] = CostConfig()
+
+    def read_table(self) -> Table:
+        """Return the table with the rows and seeds that are asked for.
+
+        Raises:
+            ValueError: it is no such table, or has no such row.
+        """
+        shipped = TABLES / f"{self.table}.yaml"
+        data = shipped.read_bytes() if shipped.exists() else storage.read_bytes(self.path(self.table))
+        try:
+            table = Table.model_validate(yaml.safe_load(data))
+        except (yaml.YAMLError, ValidationError) as error:
+            raise ValueError(f"--table {self.table} is not a table of ablations: {error}") from error
+        if unknown := [name for name in self.rows if name not in table.rows]:
+            raise ValueError(f"--rows {unknown[0]}: the table has no such row; it has {', '.join(table.rows)}")
+        first = next(iter(table.rows))
+        rows = {name: row for name, row in table.rows.items() if not self.rows or name in self.rows or name == first}
+        return table.model_copy(update={"rows": rows, "seeds": self.seeds or table.seeds})
+
+    def _with_hardware(self, config: AnyConfig) -> AnyConfig:
+        hardware = {"store": self.store, "tracking": self.tracking, "cost": self.cost, "num_workers": self.num_workers}
+        hardware |= {"num_gpus": self.num_gpus, "num_threads": self.num_threads}
+        return config.model_copy(update=hardware)
+
+    def training(self, table: Table, row: str, seed: int) -> AdmConfig:
+        """Return the training of a row; rows that train alike share a run, named after the first of them."""
+        alike = next(name for name in table.rows if table.rows[name].training == table.rows[row].training)
+        preset = self._with_hardware(_preset("base", table.base, adm_presets()))
+        changes: Changes = {"seed": seed, "output": f"{self.output}/runs/{table.names()[alike]}-seed{seed}"}
+        changes |= {"dataset": self.dataset} if self.dataset else {}
+        return changed(preset, table.training | table.rows[row].training | changes)
+
+    def evaluation(self, table: Table, row: str, seed: int) -> RunEvaluationConfig:
+        """Return the evaluation of a row's run; all draw the same labels and noise."""
+        preset = self._with_hardware(_preset("evaluate", table.evaluate, run_evaluation_presets()))
+        output = f"{self.output}/evaluations/{table.names()[row]}-seed{seed}"
+        changes: Changes = {"weights": self.training(table, row, seed).output, "output": output}
+        changes |= {"reference": self.dataset} if self.dataset else {}
+        return changed(preset, table.evaluation | table.rows[row].evaluation | changes)
+
+    def bound(self, table: Table, row: str, seed: int) -> LikelihoodConfig | None:
+        """Return the estimate of a row's bits/dim; None where the table does not ask for it."""
+        if table.likelihood is None:
+            return None
+        preset = self._with_hardware(_preset("likelihood", table.likelihood, likelihood_presets()))
+        output = f"{self.output}/likelihoods/{table.names()[row]}-seed{seed}"
+        changes: Changes = {"weights": self.training(table, row, seed).output, "output": output}
+        changes |= {"dataset": self.dataset} if self.dataset else {}
+        return changed(preset, table.bound | table.rows[row].likelihood | changes)
+
+
+def _preset(field: str, name: str, presets: Mapping[str, tuple[str, AnyConfig]]) -> AnyConfig:
+    if name not in presets:
+        raise ValueError(f"{field}: {name} is not a preset; the presets are {', '.join(presets)}")
+    return presets[name][1]
+
+
+def changed(config: AnyConfig, changes: Changes) -> AnyConfig:
+    """Return the config with other values of fields, which are given by their dotted names.
+
+    Raises:
+        ValueError: there is no such field, or a value is not accepted.
+    """
+    tree = config.model_dump()
+    for name, value in changes.items():
+        *path, last = name.split(".")
+        branch = tree
+        for part in path:
+            branch = branch.get(part, {})
+        if last not in branch:
+            raise ValueError(f"the table has an unknown field {name}")
+        branch[last] = value
+    try:
+        return type(config).model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise ValueError(f"the table's {name or 'values'}: {first['msg'].removeprefix('Value error, ')}") from error

@@ -1,0 +1,200 @@
+"""A table of ablations: trainings as trials of Ray Tune, each evaluated on the same seeds, in one table at the end.
+
+Every training is an ordinary run in a folder of its own, and every evaluation that of `jobs/evaluate_run.py`. So the
+same command goes on where it was stopped. A row that fails is reported, and the others finish.
+"""
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from cluster.session import session
+from cluster.tuner import Round, run_rounds
+from models.costs import count_parameters
+from orchestrator import storage
+from orchestrator.ablations.config import AblationsConfig, Table
+from orchestrator.ablations.page import ablations_page
+from orchestrator.ablations.result import Measured, conclude, table_lines
+from orchestrator.config import check_or_write_config
+from orchestrator.cost import TRAINING, assumed_mfu, gpu_seconds, money, training_cost
+from orchestrator.evaluation.likelihood import estimate
+from orchestrator.metrics_log import history
+from orchestrator.run_evaluation.job import evaluate_run
+from orchestrator.search.evaluator import read_outcome
+from orchestrator.search.halving import Evaluation
+from orchestrator.search.space import Setting
+from orchestrator.tracking import Tracker, tracked
+from orchestrator.training.config import AdmConfig
+from orchestrator.training.gradients import memory_of
+from orchestrator.training.job import CPUS_OF_DATA, train
+
+FAILURES = (ValueError, RuntimeError, OSError, ArithmeticError)  # of a row, which do not end the others
+
+log = logging.getLogger(__name__)
+
+
+class Replicate(NamedTuple):
+    """A row with one training seed."""
+
+    row: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.row}, seed {self.seed}"
+
+
+def run_ablations(config: AblationsConfig) -> str:
+    """Train and evaluate what is not there yet; return the URI of ablations.json, beside which ablations.html lies.
+
+    Raises:
+        ValueError: the table is none, or its fields do not fit the presets.
+        RuntimeError: the row that the others are compared with failed.
+    """
+    table, output = config.read_table(), config.path(config.output)
+    replicates = [Replicate(row, seed) for row in table.rows for seed in table.seeds]
+    trainings = _trainings(config, table, replicates)
+    for one in replicates:  # checked here, before anything is trained
+        config.evaluation(table, *one), config.bound(table, *one)
+    check_or_write_config(output, config, finished=bool(storage.list_names(storage.join(output, "runs"))))
+    cpus = config.num_workers * (config.num_threads + CPUS_OF_DATA)
+    with (
+        session(cpus and cpus + 1, num_gpus=config.num_workers * config.num_gpus, shared=config.shared),
+        tracked("ablations", config, output) as tracker,
+    ):
+        _train_all(config, trainings)
+        failed, measured = dict[str, str](), list[Measured]()
+        for number, one in enumerate(replicates, 1):
+            print(f"{one}: evaluation {number} of {len(replicates)}", flush=True)
+            try:
+                measured.append(_measure(config, table, one))
+                _track(measured[-1], tracker)
+            except FAILURES as error:
+                failed[str(one)] = _failure(config, table, one) or f"{type(error).__name__}: {error}"
+                log.warning("%s failed, the others go on: %s", one, failed[str(one)])
+        result = {"table": table.model_dump(mode="json"), **conclude(list(table.rows), measured, failed)}
+        page, pictures = ablations_page(result)
+        for name, picture in pictures.items():
+            storage.write_bytes(storage.join(output, name), picture)
+            tracker.picture(name, picture)
+        storage.write_bytes(storage.join(output, "ablations.html"), page.encode())
+        tracker.record("ablations.html", page)
+        tracker.record("ablations.json", result)
+    uri = storage.join(output, "ablations.json")
+    storage.write_json(uri, result)
+    print("\n".join(table_lines(result)))
+    print(uri)
+    return uri
+
+
+# ------------------------------------------------------------------------------------------------ trainings
+
+
+def _trainings(config: AblationsConfig, table: Table, replicates: list[Replicate]) -> dict[str, AdmConfig]:
+    """Return the trainings of the table by their folders: rows that differ in their evaluation alone share one."""
+    found: dict[str, AdmConfig] = {}
+    for one in replicates:
+        training = config.training(table, *one)
+        found.setdefault(training.output, training)
+    return found
+
+
+def _train_all(config: AblationsConfig, trainings: dict[str, AdmConfig]) -> None:
+    def rounds() -> Iterator[Round[AdmConfig]]:
+        print(f"{len(trainings)} trainings, up to {config.together} at once", flush=True)
+        yield Round([(name.rpartition("/")[2], training) for name, training in trainings.items()], [])
+
+    def done(training: AdmConfig) -> None:
+        reason = _read_failure(config, training)
+        print(f"{training.output}: {f'failed: {reason}' if reason else 'trained'}", flush=True)
+
+    run_rounds(partial(_train, config), rounds(), config.together if config.num_workers else 0, done)
+
+
+def _train(config: AblationsConfig, training: AdmConfig) -> dict[str, float]:
+    """Train a run to its end; leave a note where it fails, which the next attempt removes."""
+    uri = _failure_uri(config, training)
+    if storage.exists(uri):
+        storage.delete(uri)
+    try:
+        train(training)
+    except FAILURES as error:
+        storage.write_json(uri, {"failed": f"{type(error).__name__}: {error}"})
+    return {"images": float(training.length)}
+
+
+def _failure_uri(config: AblationsConfig, training: AdmConfig) -> str:
+    return storage.join(config.path(config.output), "failures", f"{training.output.rpartition('/')[2]}.json")
+
+
+def _read_failure(config: AblationsConfig, training: AdmConfig) -> str | None:
+    uri = _failure_uri(config, training)
+    return storage.read_json(uri)["failed"] if storage.exists(uri) else None
+
+
+def _failure(config: AblationsConfig, table: Table, one: Replicate) -> str | None:
+    return _read_failure(config, config.training(table, *one))
+
+
+# ------------------------------------------------------------------------------------------------ evaluations
+
+
+def _measure(config: AblationsConfig, table: Table, one: Replicate) -> Measured:
+    """Evaluate a row's run, and read what its last snapshot had."""
+    training, evaluation = config.training(table, *one), config.evaluation(table, *one)
+    if reason := _read_failure(config, training):
+        raise RuntimeError(reason)
+    quality = storage.read_json(evaluate_run(evaluation))
+    last = max(quality["points"], key=lambda point: (point["images"], point["average"]))
+    task = Evaluation(Setting(**last["setting"]), evaluation.num_samples, evaluation.seed)
+    outcome = read_outcome(evaluation, task)
+    bound = config.bound(table, *one)
+    rates = [rate for _, rate in history(config.path(training.output), "images_per_second")]
+    seconds = training.length / float(np.median(rates)) if rates else None
+    return Measured(
+        one.row, one.seed, quality, last, outcome.scores, outcome.strata,
+        storage.read_json(estimate(bound))["bits_per_dim"] if bound else None,
+        seconds and seconds * max(config.num_workers, 1) / 3600, count_parameters(training.model),
+    )  # fmt: skip
+
+
+def _track(one: Measured, tracker: Tracker) -> None:
+    """Log a replicate as a child run: its objectives along the training, and bits/dim."""
+    points = [point for point in one.quality["points"] if point["curve"] == one.last["curve"]]
+    history = {p["images"]: {name: found["value"] for name, found in p["objective"].items()} for p in points}
+    if one.bits:
+        history[one.last["images"]]["bits_per_dim"] = one.bits["value"]
+    tracker.child(f"{one.row}, seed {one.seed}", {"row": one.row, "seed": one.seed}, history)
+
+
+def plan(config: AblationsConfig) -> tuple[AblationsConfig, str]:
+    """Return the config, what the table would train, and what that would cost."""
+    table = config.read_table()
+    replicates = [Replicate(row, seed) for row in table.rows for seed in table.seeds]
+    trainings = _trainings(config, table, replicates)
+    workers, hours = max(config.num_workers, 1), 0.0
+    lines = [f"writes  {config.path(config.output)}: {len(trainings)} trainings, {len(replicates)} evaluations"]
+    for name, training in trainings.items():
+        cost = training_cost(training.model, training.length, memory_of(training, training.model, workers))
+        taken = gpu_seconds(cost, config.cost, training.dtype != "float32") / 3600
+        parameters = count_parameters(training.model)
+        time = f"{taken:,.3g} {config.cost.gpu}-hours" if config.num_gpus else f"{cost.flops:.3g} FLOPs"
+        lines.append(
+            f"trains  {name.rpartition('/')[2]}: {parameters:,} parameters, {training.length:,} images, {time}"
+        )
+        hours += taken
+    samples = sum(config.evaluation(table, *one).num_samples for one in replicates)
+    lines.append(f"samples {samples:,} for each snapshot that every run keeps")
+    if not config.num_gpus:
+        return config, "\n".join([*lines, "time    not estimated for CPUs; --num-gpus 1 prices it on GPUs"])
+    mfu = assumed_mfu(config.cost, TRAINING)
+    return config, "\n".join(
+        [
+            *lines,
+            f"time    {hours:,.3g} {config.cost.gpu}-hours for all trainings",
+            *money(hours, config.cost),
+            f"assumed {mfu.share:.0%} of its peak ({mfu.source})",
+        ]
+    )

@@ -1,0 +1,131 @@
+"""What a table found: each row's metrics, and its differences from the first row, with what they rest on."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from models.metrics import Estimate, student_quantile
+from models.paired_tests import differences, interval
+from orchestrator.evaluation.metrics import describe
+from orchestrator.search.objectives import sign_of
+
+Json = dict[str, Any]
+BITS = "bits_per_dim"
+
+
+class Measured(NamedTuple):
+    """One replicate of a row."""
+
+    row: str
+    seed: int
+    quality: Json  # the content of quality.json
+    last: Json  # its point of the most images
+    scores: dict[str, np.ndarray]  # of the last point, [n] by objective, less is better
+    strata: np.ndarray | None
+    bits: dict[str, Any] | None  # an estimate of bits/dim
+    hours: float | None  # of all workers, for training; None = too short to be measured
+    parameters: int
+
+
+def conclude(rows: list[str], measured: list[Measured], failed: dict[str, str]) -> Json:
+    """Return what is written to ablations.json, in the order of the rows.
+
+    Raises:
+        RuntimeError: the first row, with which the others are compared, failed.
+    """
+    first = [one for one in measured if one.row == rows[0]]
+    if not first:
+        raise RuntimeError(f"row {rows[0]!r}, with which the others are compared, failed: {failed}")
+    found = {}
+    for row in rows:
+        mine = [one for one in measured if one.row == row]
+        if mine:
+            found[row] = _row(mine, [] if row == rows[0] else first)
+    return {"rows": found, "failed": failed, "base": rows[0], "objective": first[0].quality["objective"]}
+
+
+def _row(mine: list[Measured], first: list[Measured]) -> Json:
+    objectives, hours = list(mine[0].scores), [one.hours for one in mine if one.hours is not None]
+    values = {name: [one.last["objective"][name]["value"] for one in mine] for name in objectives}
+    metrics = {name: [one.last["metrics"][name]["value"] for one in mine] for name in mine[0].last["metrics"]}
+    if mine[0].bits:
+        values[BITS] = [one.bits["value"] for one in mine if one.bits]
+    return {
+        "seeds": [one.seed for one in mine],
+        "images": mine[0].last["images"],
+        "average": mine[0].last["average"],
+        "evaluations": mine[0].last["evaluations"],
+        "parameters": mine[0].parameters,
+        "hours": float(np.mean(hours)) if hours else None,
+        "values": {name: describe(_mean(found, _single(mine, name))) for name, found in values.items()},
+        "metrics": {name: float(np.mean(found)) for name, found in metrics.items()},
+        "differences": {name: _difference(mine, first, name) for name in values} if first else {},
+        "curve": [
+            {"images": point["images"], **{name: point["objective"][name]["value"] for name in objectives}}
+            for point in mine[0].quality["points"]
+            if point["curve"] == mine[0].last["curve"]
+        ],
+    }
+
+
+def _single(mine: list[Measured], name: str) -> Json | None:
+    """Return the estimate of the only replicate; None where there are several."""
+    if len(mine) > 1:
+        return None
+    return mine[0].bits if name == BITS else mine[0].last["objective"][name]
+
+
+def _mean(values: list[float], single: Json | None) -> Estimate:
+    """Return the mean over replicates with Student's interval, which has the spread over training seeds in it.
+
+    Of one replicate (`single`), the interval is that of its samples.
+    """
+    count, mean = len(values), float(np.mean(values))
+    if single is not None:
+        low, high = single["interval"] or (None, None)
+        return Estimate(mean, 1, low, high, note="one training seed: its interval knows of the samples only")
+    half = student_quantile(0.975, count - 1) * float(np.std(values, ddof=1)) / np.sqrt(count)
+    return Estimate(mean, count, mean - half, mean + half, note=f"over {count} training seeds")
+
+
+def _difference(mine: list[Measured], first: list[Measured], name: str) -> Json:
+    """Return this row minus the first one, paired by training seed and, of samples, by their labels and noise."""
+    pairs = [(one, other) for one in mine for other in first if one.seed == other.seed]
+    if not pairs:
+        return describe(Estimate(float("nan"), 0, note="no training seed that both rows have"))
+    if name == BITS:
+        values = [one.bits["value"] - other.bits["value"] for one, other in pairs if one.bits and other.bits]
+    else:
+        sign = sign_of(name)
+        values = [sign * float((one.scores[name] - other.scores[name]).mean()) for one, other in pairs]
+    if len(pairs) > 1:
+        return describe(_mean(values, None))
+    one, other = pairs[0]
+    note = "one training seed: says nothing about the spread between trainings"
+    if name == BITS:
+        return describe(Estimate(values[0], 1, note=note))
+    found = interval(
+        sign_of(name) * differences(one.scores[name], other.scores[name]), len(one.scores[name]), one.strata
+    )
+    return describe(Estimate(found.value, 1, found.low, found.high, note=note))
+
+
+def table_lines(result: Json) -> list[str]:
+    """Return the table for a terminal: values, and differences from the first row."""
+    names = list(next(iter(result["rows"].values()))["values"])
+    lines = [f"{'row':28}" + "".join(f"{name:>34}  {'difference':28}" for name in names) + "  parameters   hours"]
+    for row, found in result["rows"].items():
+        cells = ""
+        for name in names:
+            difference = found["differences"].get(name)
+            cells += f"{number(found['values'][name]):>34}  {number(difference) if difference else '':28}"
+        hours = "" if found["hours"] is None else f"{found['hours']:6.2f}"
+        lines.append(f"{row:28}{cells}  {found['parameters']:10,}  {hours}")
+    lines += [f"failed  {what}: {reason}" for what, reason in result["failed"].items()]
+    return lines
+
+
+def number(estimate: Json) -> str:
+    """Return an estimate with its interval, for a table."""
+    ends = estimate["interval"]
+    return f"{estimate['value']:.4g}" + (f" ({ends[0]:.4g} to {ends[1]:.4g})" if ends else "")

@@ -1,0 +1,22 @@
+"""The last lines of a job: what to open, and the next command with its arguments filled in."""
+
+import shlex
+import sys
+from collections.abc import Iterable
+
+EVERYWHERE = ("images", "digits")  # presets of these names are in every job
+
+
+def next_command(job: str, **options: str) -> str:
+    """Return the command of the job that follows this one, with these options and, where it can be, the same preset."""
+    preset = next((name for name in sys.argv[1:2] if name in EVERYWHERE), EVERYWHERE[0])
+    given = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    return shlex.join(["python", f"jobs/{job}.py", preset, *given])
+
+
+def print_closing(opened: Iterable[str], following: Iterable[str]) -> None:
+    """Print what to open, and what to run next, a line each."""
+    for place in opened:
+        print(f"open  {place}")
+    for command in following:
+        print(f"next  {command}")

@@ -1,0 +1,32 @@
+"""A search's page: one self-contained HTML file with the winner, all settings tried, and the pictures."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from orchestrator.evaluation.page import template
+from orchestrator.search.objectives import sign_of
+from orchestrator.search.result import label, number
+from orchestrator.search.space import Setting
+
+Json = dict[str, Any]
+
+
+def search_page(result: Json, pictures: dict[str, bytes], command: str) -> str:
+    """Return the page of search.json's content; `command` samples with the winner's setting."""
+    several = len({trial["setting"]["weights"] for trial in result["trials"]}) > 1
+    objective = result["objective"][0]
+
+    def rank(trial: Json) -> tuple[int, float]:
+        found = trial["objective"].get(objective, trial["metrics"][objective])
+        return -trial["n"], sign_of(objective) * found["value"]
+
+    return template(Path(__file__).with_suffix(".html")).render(
+        result=result,
+        winner=result["winner"],
+        trials=sorted(result["trials"], key=rank),
+        pictures={name: base64.b64encode(data).decode() for name, data in pictures.items()},
+        label=lambda setting: label(Setting(**setting), several),
+        number=number,
+        command=command,
+    )

@@ -1,0 +1,156 @@
+"""Tables of ablations: shared runs, rows that fail, results over training seeds, and the tables that we bring."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from orchestrator import storage
+from orchestrator.ablations import job
+from orchestrator.ablations.config import TABLES, AblationsConfig, changed
+from orchestrator.ablations.job import plan, run_ablations
+from orchestrator.ablations.presets import ablation_presets
+from orchestrator.ablations.result import Measured, conclude, table_lines
+from orchestrator.data.job import prepare
+from orchestrator.training.config import AdmConfig
+from orchestrator.training.presets import adm_presets
+from tests.orchestrator.digits import digits
+
+TABLE: dict[str, Any] = {
+    "about": "a table",
+    "base": "digits",
+    "evaluate": "digits",
+    "training": {"total_images": 64, "batch_size": 32, "snapshot_every": 32, "power_emas": [],
+                 "model.channel_mult": [1], "model.attention_resolutions": []},
+    "evaluation": {"num_samples": 64, "batch_size": 32, "sampler.num_steps": 2, "classifier": None},
+    "seeds": [0, 1],
+    "rows": {
+        "base": {},
+        "3 steps": {"evaluation": {"sampler.num_steps": 3}},
+        "no AdaGN": {"training": {"model.use_scale_shift_norm": False}},
+        "broken": {"training": {"max_nonfinite_steps": 0, "learning_rate": 1e30}},
+    },
+}  # fmt: skip
+
+
+def config(folder: str, table: dict[str, Any] = TABLE, **changes: Any) -> AblationsConfig:
+    Path(folder, "table.yaml").write_text(yaml.safe_dump(table, sort_keys=False))
+    settings = {"store": folder, "table": "table.yaml", "output": "table", "dataset": "digits", "num_workers": 0}
+    return AblationsConfig(**settings | changes)
+
+
+def test_a_table_from_its_trainings_to_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(digits(str(tmp_path)))
+    trained: list[str] = []
+    train = job.train
+
+    def noted(training: AdmConfig) -> str:
+        trained.append(training.output)
+        return train(training)
+
+    monkeypatch.setattr(job, "train", noted)
+    result = storage.read_json(run_ablations(config(str(tmp_path))))
+    assert len(trained) == 6, "the row of other steps has no training of its own"
+    assert list(result["rows"]) == ["base", "3 steps", "no AdaGN"]
+    assert set(result["failed"]) == {"broken, seed 0", "broken, seed 1"} and "finite" in str(result["failed"])
+    base, steps, plain = result["rows"].values()
+    assert base["parameters"] == steps["parameters"] > plain["parameters"]
+    assert [point["images"] for point in base["curve"]] == [32, 64] and not base["differences"]
+    difference = steps["differences"]["fd_digits"]
+    assert difference["n"] == 2 and "2 training seeds" in difference["note"]
+    low, high = difference["interval"]
+    assert low < difference["value"] < high
+    page = (tmp_path / "table" / "ablations.html").read_text()
+    assert all(row in page for row in ("base", "3 steps", "no AdaGN", "broken, seed 0"))
+    assert "broken, seed 0" in capsys.readouterr().out
+
+    again = config(str(tmp_path), seeds=(0,), rows=("no AdaGN",))
+    result = storage.read_json(run_ablations(again))
+    assert list(result["rows"]) == ["base", "no AdaGN"]
+    assert "one training seed" in result["rows"]["no AdaGN"]["differences"]["fd_digits"]["note"]
+    assert (tmp_path / "table" / "ablations.png").stat().st_size > 10_000
+
+
+# ------------------------------------------------------------------------------------------------ the numbers
+
+
+def replicate(row: str, seed: int, mean: float) -> Measured:
+    scores = mean + np.random.default_rng(7).standard_normal(200)
+    estimate = {"value": mean, "interval": [mean - 0.2, mean + 0.2]}
+    point = {"images": 64, "average": "ema", "curve": "ema", "evaluations": 2, "objective": {"fd_digits": estimate},
+             "metrics": {"recall": {"value": 0.5}}}  # fmt: skip
+    quality = {"points": [point], "objective": ["fd_digits"]}
+    return Measured(row, seed, quality, point, {"fd_digits": scores}, None, None, 1.0, 10)
+
+
+def test_intervals_hold_the_spread_over_training_seeds() -> None:
+    """Of 400 tables with differences drawn around 1 and three seeds, 95% of the intervals hold 1."""
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        spread = rng.normal(0, 1, (2, 3))
+        replicates = [replicate("base", s, 5 + spread[0, s]) for s in range(3)]
+        replicates += [replicate("other", s, 6 + spread[1, s]) for s in range(3)]
+        low, high = conclude(["base", "other"], replicates, {})["rows"]["other"]["differences"]["fd_digits"]["interval"]
+        held += low <= 1 <= high
+    assert 0.92 <= held / 400 <= 0.98, held / 400
+
+
+def test_one_seed_says_so_and_pairs_by_samples() -> None:
+    result = conclude(["base", "other"], [replicate("base", 0, 5.0), replicate("other", 0, 4.0)], {"x": "lost"})
+    difference = result["rows"]["other"]["differences"]["fd_digits"]
+    assert difference["value"] == pytest.approx(-1.0) and difference["interval"][1] == pytest.approx(-1.0)
+    assert "one training seed" in difference["note"]
+    lines = "\n".join(table_lines(result))
+    assert "-1 (-1 to -1)" in lines and "x: lost" in lines
+
+
+def test_without_the_first_row_there_is_nothing_to_compare_with() -> None:
+    with pytest.raises(RuntimeError, match="'base'"):
+        conclude(["base", "other"], [replicate("other", 0, 4.0)], {"base, seed 0": "out of memory"})
+
+
+# ------------------------------------------------------------------------------------------------ what is asked for
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(TABLES.glob("*.yaml"))])
+def test_every_row_of_every_table_that_comes_with_admiral_is_a_config(name: str) -> None:
+    preset = ablation_presets()[name][1]
+    table = preset.read_table()
+    trainings = {row: preset.training(table, row, table.seeds[0]) for row in table.rows}
+    for row in table.rows:
+        preset.evaluation(table, row, table.seeds[0]), preset.bound(table, row, table.seeds[0])
+    folders = {training.output: training for training in trainings.values()}
+    alike = {training.model_dump_json(exclude={"output"}) for training in trainings.values()}
+    assert len(folders) == len(alike), "two rows with other changes train the same"
+    assert "FLOPs" in plan(preset)[1] or "-hours" in plan(preset)[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"training": {"model.widths": 3}}, "model.widths"),
+        ({"training": {"batch_size": "many"}}, "batch_size"),
+        ({"base": "nothing"}, "nothing"),
+        ({"rows": {"base": {}}}, "rows"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_a_wrong_table_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        plan(config(str(tmp_path), {**TABLE, **changes}))
+
+
+def test_a_row_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--rows nothing"):
+        plan(config(str(tmp_path), rows=("nothing",)))
+
+
+def test_fields_are_changed_by_their_dotted_names() -> None:
+    preset = adm_presets()["digits"][1]
+    found = changed(preset, {"model.model_channels": 64, "total_images": 640})
+    assert (found.model.model_channels, found.total_images) == (64, 640)
+    assert found.model_dump(exclude={"model", "total_images"}) == preset.model_dump(exclude={"model", "total_images"})

@@ -1,0 +1,30 @@
+"""Test what a finished classifier says of itself."""
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.metrics_log import MetricsLog, Record
+from orchestrator.training.verdict import classifier_lines
+
+
+@pytest.mark.parametrize(
+    ("training", "validation", "verdict"),
+    [(0.9, 0.85, "it can guide"), (0.99, 0.6, "overfitting"), (0.3, 0.3, "too weak"), (0.9, None, "it can guide")],
+)
+def test_accuracy_by_noise_level_and_verdict(
+    training: float, validation: float | None, verdict: str, tmp_path: Path
+) -> None:
+    numbers = {"accuracy": training, "accuracy_q0": training, "accuracy_q3": 0.1}
+    if validation is not None:
+        numbers |= {"val_accuracy": validation, "val_accuracy_q0": validation, "val_accuracy_q3": 0.1}
+    log = MetricsLog(str(tmp_path))
+    log.append(Record(0, 1, numbers))
+    log.close()
+    first, second = classifier_lines(str(tmp_path), 10)
+    assert "10.0% at almost pure noise" in first and "chance: 10.0%" in first
+    assert ("validation" in first) == (validation is not None) and verdict in second
+
+
+def test_without_numbers_there_is_no_verdict(tmp_path: Path) -> None:
+    assert not classifier_lines(str(tmp_path), 10)
