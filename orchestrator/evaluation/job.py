@@ -99,7 +99,7 @@ def plan(config: EvaluationConfig) -> tuple[EvaluationConfig, str]:
     Raises:
         ValueError: what `evaluate` would refuse before it starts.
     """
-    samples, reference, absent, found = config.path(config.samples), config.path(config.reference), [], None
+    samples, reference, absent = config.path(config.samples), config.path(config.reference), list[str]()
     size = config.image_size or ASSUMED_SIZE
     planned = {preset.output: preset.num_samples for _, preset in generation_presets().values()}
     count, kind = planned.get(config.samples), "samples"
@@ -108,12 +108,15 @@ def plan(config: EvaluationConfig) -> tuple[EvaluationConfig, str]:
         count, kind, size = images.count, images.kind, image_size_of(images)
     except FileNotFoundError:
         absent.append(samples)
-    if not storage.exists(reference):
+    try:
+        if not storage.exists(reference):
+            raise FileNotFoundError(reference)
+        if not absent:
+            found = _reference(config, images)
+            _compare(config, images, found)
+            _floor(config, found, images.count)
+    except FileNotFoundError:
         absent.append(reference)
-    elif not absent:
-        found = _reference(config, images)
-        _compare(config, images, found)
-        _floor(config, found, images.count)
     lines = [
         f"reads   {samples} ({kind}, {f'{count:,}' if count else 'an unknown number of'} images) and {reference}",
         f"writes  {config.path(config.output)}: report.json, report.html; features beside samples and dataset",
