@@ -33,7 +33,11 @@ def test_a_submitted_job_carries_the_code_and_nothing_else(tmp_path: Path) -> No
     with zipfile.ZipFile(package) as archive:
         sent = {name for name in archive.namelist() if not name.endswith("/")}
     packages = ("cluster/", "jobs/", "models/", "orchestrator/")
-    code = {name for name in tracked if name.startswith(packages) and name.endswith((".py", ".html"))}
+    code = {
+        name
+        for name in tracked
+        if name.startswith(packages) and "deploy" not in name and name.endswith((".py", ".html", ".yaml"))
+    }
     assert sent == {*code, "constraints.txt"}
     size = package.stat().st_size / 1000
     stated = re.search(r"about (\d+) KB", (ROOT / "docs" / "cluster.md").read_text())
