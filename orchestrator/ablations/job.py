@@ -18,6 +18,7 @@ from orchestrator import storage
 from orchestrator.ablations.config import AblationsConfig, Table
 from orchestrator.ablations.page import ablations_page
 from orchestrator.ablations.result import Measured, conclude, table_lines
+from orchestrator.closing import print_closing
 from orchestrator.config import check_or_write_config
 from orchestrator.cost import TRAINING, assumed_mfu, gpu_seconds, money, training_cost
 from orchestrator.evaluation.likelihood import estimate
@@ -85,7 +86,7 @@ def run_ablations(config: AblationsConfig) -> str:
     uri = storage.join(output, "ablations.json")
     storage.write_json(uri, result)
     print("\n".join(table_lines(result)))
-    print(uri)
+    print_closing([storage.join(output, "ablations.html"), uri], [])
     return uri
 
 

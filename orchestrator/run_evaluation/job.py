@@ -13,6 +13,7 @@ from functools import partial
 from cluster.session import session
 from cluster.workers import pool
 from orchestrator import storage
+from orchestrator.closing import next_command, print_closing
 from orchestrator.config import check_or_write_config, noted_files
 from orchestrator.cost import priced
 from orchestrator.evaluation.extractors import CPU
@@ -21,6 +22,7 @@ from orchestrator.generation.cost import classifier_outline, costs, outline
 from orchestrator.generation.sampling import NUMERICS_VERSION, load_networks
 from orchestrator.progress import progress_line
 from orchestrator.run_evaluation.config import RunEvaluationConfig
+from orchestrator.run_evaluation.page import quality_page
 from orchestrator.run_evaluation.pictures import curve_figure, snapshots_figure
 from orchestrator.run_evaluation.result import Point, best_files, conclude, summary
 from orchestrator.search.evaluator import (
@@ -87,12 +89,18 @@ def evaluate_run(config: RunEvaluationConfig) -> str:
         for name, picture in pictures.items():
             storage.write_bytes(storage.join(output, name), picture)
             tracker.picture(name, picture)
+        page = quality_page(result, pictures)
+        storage.write_bytes(storage.join(output, "report.html"), page.encode())
+        tracker.record("report.html", page)
         tracker.record("quality.json", result)
     uri = storage.join(output, "quality.json")
     storage.write_json(uri, result)
     storage.write_json(storage.join(run, BEST), best_files(result))
-    print(summary(config, result))
-    print(uri)
+    print(summary(result))
+    average = result["best"]["average"]
+    chosen = {} if average.startswith("posthoc") else {"ema": average}
+    command = next_command("generate_samples", weights=config.weights, **chosen, at="best")
+    print_closing([storage.join(output, "report.html"), uri], [command])
     return uri
 
 

@@ -110,25 +110,23 @@ def _file(point: Json) -> str:
     return point["weights"].rpartition("/weights/")[2]
 
 
-def summary(config: RunEvaluationConfig, result: Json) -> str:
-    """Return the table of a run's quality, and how to sample with the best snapshot."""
+def summary(result: Json) -> str:
+    """Return the table of a run's quality."""
     name, best = result["objective"][0], result["best"]
     lines = [f"{'images':>14}  {'average, guidance':28} {name + ', freed of bias':34} change from the snapshot before"]
     for point in result["points"]:
-        change = f"{_number(point['change'][name])}: {point['verdict']}" if point["change"] else ""
+        change = f"{number(point['change'][name])}: {point['verdict']}" if point["change"] else ""
         mark = " <- best" if point["best"] else ""
-        value = _number(point["objective"][name])
+        value = number(point["objective"][name])
         lines.append(f"{point['images']:>14,}  {point['curve']:28} {value:34} {change}{mark}")
     lines += [f"failed: {what}: {reason}" for what, reason in result["failed"].items()]
     lines.append(
         f"best    {best['curve']} at {best['images']:,} images; it is as good from {result['as_good_from']:,} on, "
         f"as far as {result['num_samples']:,} samples tell (simultaneous 95% intervals)"
     )
-    average = "" if best["average"].startswith("posthoc") else f" --ema {best['average']}"
-    lines.append(f"next    python jobs/generate_samples.py PRESET --weights {config.weights}{average} --at best")
     return "\n".join(lines)
 
 
-def _number(estimate: Json) -> str:
+def number(estimate: Json) -> str:
     ends = estimate["interval"]
     return f"{estimate['value']:.4g}" + (f" ({ends[0]:.4g} to {ends[1]:.4g})" if ends else "")
