@@ -7,7 +7,7 @@ STORE ?= local
 AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup quickstart test test-all prove chaos demo-50k demo-search demo-guidance gpu-check cluster cluster-stop lint clean
+.PHONY: help setup quickstart test test-all prove chaos demo-50k demo-search demo-guidance findings gpu-check cluster cluster-stop lint clean
 
 help:  ## the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,9 @@ demo-search: $(INSTALLED)  ## SEED=0: the search beside the full grid, on scanne
 
 demo-guidance: $(INSTALLED)  ## every kind of guidance at the same costs, on scanned digits
 	$(BIN)/python -m tests.benchmarks.demo_guidance
+
+findings: $(INSTALLED)  ## the papers' findings, looked for on scanned digits
+	$(BIN)/python -m tests.benchmarks.findings
 
 gpu-check: $(INSTALLED)  ## what must hold on a GPU, and how fast it is; ARGS=--tiny tries it on a CPU
 	$(BIN)/python -m tests.gpu.check $(ARGS)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from orchestrator import storage
 from orchestrator.config import JobConfig, Operational
@@ -25,6 +25,7 @@ AnyConfig = TypeVar("AnyConfig", bound=JobConfig)
 class Row(BaseModel, frozen=True, extra="forbid"):
     """How a row differs from all others."""
 
+    against: str | None = None  # the row that it is compared with; None = the first one
     training: Changes = {}
     evaluation: Changes = {}
     likelihood: Changes = {}
@@ -42,6 +43,18 @@ class Table(BaseModel, frozen=True, extra="forbid"):
     bound: Changes = {}  # changes of the likelihood's preset
     seeds: tuple[int, ...] = Field((0,), min_length=1)  # of the trainings: replicates of every row
     rows: dict[str, Row] = Field(min_length=2)
+
+    @model_validator(mode="after")
+    def _check_against(self) -> "Table":
+        for name, row in self.rows.items():
+            if row.against is not None and row.against not in self.rows:
+                raise ValueError(f"rows: {name} is compared with {row.against!r}, which is no row of the table")
+        return self
+
+    def compared_with(self) -> dict[str, str | None]:
+        """Return for each row the one that it is compared with; None for the first row."""
+        first = next(iter(self.rows))
+        return {name: None if name == first else row.against or first for name, row in self.rows.items()}
 
     def names(self) -> dict[str, str]:
         """Return a name for the folders of each row."""
@@ -76,8 +89,9 @@ class AblationsConfig(JobConfig):
             raise ValueError(f"--table {self.table} is not a table of ablations: {error}") from error
         if unknown := [name for name in self.rows if name not in table.rows]:
             raise ValueError(f"--rows {unknown[0]}: the table has no such row; it has {', '.join(table.rows)}")
-        first = next(iter(table.rows))
-        rows = {name: row for name, row in table.rows.items() if not self.rows or name in self.rows or name == first}
+        wanted = {next(iter(table.rows)), *(self.rows or table.rows)}
+        wanted |= {row.against for name, row in table.rows.items() if name in wanted and row.against}
+        rows = {name: row for name, row in table.rows.items() if name in wanted}
         return table.model_copy(update={"rows": rows, "seeds": self.seeds or table.seeds})
 
     def _with_hardware(self, config: AnyConfig) -> AnyConfig:

@@ -52,7 +52,7 @@ def run_ablations(config: AblationsConfig) -> str:
 
     Raises:
         ValueError: the table is none, or its fields do not fit the presets.
-        RuntimeError: the row that the others are compared with failed.
+        RuntimeError: all rows failed.
     """
     table, output = config.read_table(), config.path(config.output)
     replicates = [Replicate(row, seed) for row in table.rows for seed in table.seeds]
@@ -75,7 +75,7 @@ def run_ablations(config: AblationsConfig) -> str:
             except FAILURES as error:
                 failed[str(one)] = _failure(config, table, one) or f"{type(error).__name__}: {error}"
                 log.warning("%s failed, the others go on: %s", one, failed[str(one)])
-        result = {"table": table.model_dump(mode="json"), **conclude(list(table.rows), measured, failed)}
+        result = {"table": table.model_dump(mode="json"), **conclude(table.compared_with(), measured, failed)}
         page, pictures = ablations_page(result)
         for name, picture in pictures.items():
             storage.write_bytes(storage.join(output, name), picture)

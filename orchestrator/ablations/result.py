@@ -1,4 +1,4 @@
-"""What a table found: each row's metrics, and its differences from the first row, with what they rest on."""
+"""What a table found: each row's metrics, and its differences from another row, with what they rest on."""
 
 from typing import Any, NamedTuple
 
@@ -27,24 +27,26 @@ class Measured(NamedTuple):
     parameters: int
 
 
-def conclude(rows: list[str], measured: list[Measured], failed: dict[str, str]) -> Json:
-    """Return what is written to ablations.json, in the order of the rows.
+def conclude(against: dict[str, str | None], measured: list[Measured], failed: dict[str, str]) -> Json:
+    """Return what is written to ablations.json.
+
+    against: the row that each row is compared with; None for the first row.
 
     Raises:
-        RuntimeError: the first row, with which the others are compared, failed.
+        RuntimeError: all rows failed.
     """
-    first = [one for one in measured if one.row == rows[0]]
-    if not first:
-        raise RuntimeError(f"row {rows[0]!r}, with which the others are compared, failed: {failed}")
-    found = {}
-    for row in rows:
-        mine = [one for one in measured if one.row == row]
-        if mine:
-            found[row] = _row(mine, [] if row == rows[0] else first)
-    return {"rows": found, "failed": failed, "base": rows[0], "objective": first[0].quality["objective"]}
+    if not measured:
+        raise RuntimeError(f"all rows failed: {failed}")
+    replicates = {row: [one for one in measured if one.row == row] for row in against}
+    rows = {
+        row: _row(mine, other, replicates[other] if other else [])
+        for row, other in against.items()
+        if (mine := replicates[row])
+    }
+    return {"rows": rows, "failed": failed, "objective": measured[0].quality["objective"]}
 
 
-def _row(mine: list[Measured], first: list[Measured]) -> Json:
+def _row(mine: list[Measured], against: str | None, others: list[Measured]) -> Json:
     objectives, hours = list(mine[0].scores), [one.hours for one in mine if one.hours is not None]
     values = {name: [one.last["objective"][name]["value"] for one in mine] for name in objectives}
     metrics = {name: [one.last["metrics"][name]["value"] for one in mine] for name in mine[0].last["metrics"]}
@@ -59,7 +61,8 @@ def _row(mine: list[Measured], first: list[Measured]) -> Json:
         "hours": float(np.mean(hours)) if hours else None,
         "values": {name: describe(_mean(found, _single(mine, name))) for name, found in values.items()},
         "metrics": {name: float(np.mean(found)) for name, found in metrics.items()},
-        "differences": {name: _difference(mine, first, name) for name in values} if first else {},
+        "against": against,
+        "differences": {name: _difference(mine, others, name) for name in values} if others else {},
         "curve": [
             {"images": point["images"], **{name: point["objective"][name]["value"] for name in objectives}}
             for point in mine[0].quality["points"]
@@ -88,11 +91,11 @@ def _mean(values: list[float], single: Json | None) -> Estimate:
     return Estimate(mean, count, mean - half, mean + half, note=f"over {count} training seeds")
 
 
-def _difference(mine: list[Measured], first: list[Measured], name: str) -> Json:
-    """Return this row minus the first one, paired by training seed and, of samples, by their labels and noise."""
-    pairs = [(one, other) for one in mine for other in first if one.seed == other.seed]
+def _difference(mine: list[Measured], others: list[Measured], name: str) -> Json | None:
+    """Return this row minus another, paired by training seed and, of samples, by labels and noise; None = no pair."""
+    pairs = [(one, other) for one in mine for other in others if one.seed == other.seed]
     if not pairs:
-        return describe(Estimate(float("nan"), 0, note="no training seed that both rows have"))
+        return None
     if name == BITS:
         values = [one.bits["value"] - other.bits["value"] for one, other in pairs if one.bits and other.bits]
     else:
@@ -111,7 +114,7 @@ def _difference(mine: list[Measured], first: list[Measured], name: str) -> Json:
 
 
 def table_lines(result: Json) -> list[str]:
-    """Return the table for a terminal: values, and differences from the first row."""
+    """Return the table for a terminal: values, and differences from the row that each row is compared with."""
     names = list(next(iter(result["rows"].values()))["values"])
     lines = [f"{'row':28}" + "".join(f"{name:>34}  {'difference':28}" for name in names) + "  parameters   hours"]
     for row, found in result["rows"].items():

@@ -14,6 +14,7 @@ class RunEvaluationConfig(TrialsConfig):
     weights: str  # the training run's folder
     ema: Operational[tuple[str, ...]] = ()  # averages by name, as ema-0.9999; none = all that the run keeps
     sigma_rel: Operational[tuple[float, ...]] = ()  # lengths of post-hoc averages, of a run trained with --power-emas
+    objective: tuple[str, ...] = Field(("fd_digits",), min_length=1)  # metrics, the main one first
     sampler: SamplerConfig = SamplerConfig(name="ddim", num_steps=25)
     guidance: Operational[GuidanceConfig] = GuidanceConfig()
     scales: Operational[tuple[float, ...]] = ()  # several guidance scales; none = guidance.scale alone

@@ -16,6 +16,7 @@ from orchestrator.ablations.result import Measured, conclude, table_lines
 from orchestrator.data.job import prepare
 from orchestrator.training.config import AdmConfig
 from orchestrator.training.presets import adm_presets
+from tests.benchmarks.findings import FINDINGS, judged
 from tests.orchestrator.digits import digits
 
 TABLE: dict[str, Any] = {
@@ -78,6 +79,9 @@ def test_a_table_from_its_trainings_to_its_page(
 # ------------------------------------------------------------------------------------------------ the numbers
 
 
+PAIR: dict[str, str | None] = {"base": None, "other": "base"}
+
+
 def replicate(row: str, seed: int, mean: float) -> Measured:
     scores = mean + np.random.default_rng(7).standard_normal(200)
     estimate = {"value": mean, "interval": [mean - 0.2, mean + 0.2]}
@@ -94,13 +98,13 @@ def test_intervals_hold_the_spread_over_training_seeds() -> None:
         spread = rng.normal(0, 1, (2, 3))
         replicates = [replicate("base", s, 5 + spread[0, s]) for s in range(3)]
         replicates += [replicate("other", s, 6 + spread[1, s]) for s in range(3)]
-        low, high = conclude(["base", "other"], replicates, {})["rows"]["other"]["differences"]["fd_digits"]["interval"]
+        low, high = conclude(PAIR, replicates, {})["rows"]["other"]["differences"]["fd_digits"]["interval"]
         held += low <= 1 <= high
     assert 0.92 <= held / 400 <= 0.98, held / 400
 
 
 def test_one_seed_says_so_and_pairs_by_samples() -> None:
-    result = conclude(["base", "other"], [replicate("base", 0, 5.0), replicate("other", 0, 4.0)], {"x": "lost"})
+    result = conclude(PAIR, [replicate("base", 0, 5.0), replicate("other", 0, 4.0)], {"x": "lost"})
     difference = result["rows"]["other"]["differences"]["fd_digits"]
     assert difference["value"] == pytest.approx(-1.0) and difference["interval"][1] == pytest.approx(-1.0)
     assert "one training seed" in difference["note"]
@@ -108,9 +112,23 @@ def test_one_seed_says_so_and_pairs_by_samples() -> None:
     assert "-1 (-1 to -1)" in lines and "x: lost" in lines
 
 
-def test_without_the_first_row_there_is_nothing_to_compare_with() -> None:
-    with pytest.raises(RuntimeError, match="'base'"):
-        conclude(["base", "other"], [replicate("other", 0, 4.0)], {"base, seed 0": "out of memory"})
+def test_a_row_without_a_counterpart_has_no_differences() -> None:
+    result = conclude(PAIR, [replicate("other", 0, 4.0)], {"base, seed 0": "out of memory"})
+    assert result["rows"]["other"]["differences"] == {}
+    result = conclude(PAIR, [replicate("other", 0, 4.0), replicate("base", 1, 5.0)], {})
+    assert result["rows"]["other"]["differences"] == {"fd_digits": None}
+    assert "4" in "\n".join(table_lines(result))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        conclude(PAIR, [], {"base, seed 0": "out of memory"})
+
+
+def test_rows_are_compared_with_the_row_that_they_name() -> None:
+    against = {"base": None, "other": "base", "third": "other"}
+    result = conclude(
+        against, [replicate(row, 0, mean) for row, mean in zip(against, (5.0, 4.0, 1.0), strict=True)], {}
+    )
+    differences = [result["rows"][row]["differences"]["fd_digits"]["value"] for row in ("other", "third")]
+    assert differences == pytest.approx([-1.0, -3.0])
 
 
 # ------------------------------------------------------------------------------------------------ what is asked for
@@ -136,6 +154,7 @@ def test_every_row_of_every_table_that_comes_with_admiral_is_a_config(name: str)
         ({"training": {"batch_size": "many"}}, "batch_size"),
         ({"base": "nothing"}, "nothing"),
         ({"rows": {"base": {}}}, "rows"),
+        ({"rows": {"base": {}, "other": {"against": "nobody"}}}, "nobody"),
         ({"colour": "red"}, "colour"),
     ],
 )
@@ -154,3 +173,20 @@ def test_fields_are_changed_by_their_dotted_names() -> None:
     found = changed(preset, {"model.model_channels": 64, "total_images": 640})
     assert (found.model.model_channels, found.total_images) == (64, 640)
     assert found.model_dump(exclude={"model", "total_images"}) == preset.model_dump(exclude={"model", "total_images"})
+
+
+def test_every_finding_names_a_row_and_a_metric_of_its_table() -> None:
+    presets = ablation_presets()
+    for finding in FINDINGS:
+        table = presets[finding.table][1].read_table()
+        assert finding.row in table.rows and table.compared_with()[finding.row], finding
+        objectives = presets[finding.table][1].evaluation(table, finding.row, 0).objective
+        assert finding.metric in (*objectives, *(["bits_per_dim"] if table.likelihood else [])), finding
+
+
+def test_a_finding_is_judged_by_its_interval() -> None:
+    finding = FINDINGS[0]
+    for ends, verdict in (((0.1, 0.3), "agrees"), ((-0.3, -0.1), "disagrees"), ((-0.1, 0.3), "cannot be told")):
+        difference = {"value": sum(ends) / 2, "interval": ends, "n": 2}
+        assert judged(finding, {"rows": {finding.row: {"differences": {finding.metric: difference}}}})[1] == verdict
+    assert judged(finding, {"rows": {}}) == ("not measured", "cannot be told")
