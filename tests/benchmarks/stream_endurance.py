@@ -5,8 +5,8 @@
 Starts a Ray of its own with its dashboard and its metrics, as a cluster has them. A row for each tenth of the units:
 the resident memory of each kind of process in MiB (of the largest one where there are several), the number of files in
 the session's log folder, and the number of Prometheus series that the node exports. Passes (exit code 0) where no kind
-of process has grown by more than 20 MiB since the warm-up, the first fifth, and there are at most 50 more files and
-series, which are those of processes that Ray starts meanwhile.
+of process has grown by more than 20 MiB since the warm-up, the first fifth, and there are at most 10 more files and
+20 more series.
 """
 
 import logging
@@ -29,7 +29,7 @@ from cluster.stream import stream
 
 WARM_UP = 2  # tenths
 GROWTH_MIB = 20.0  # of a kind of process, at most
-MOST = {"log files": 50.0, "series": 50.0}  # more, at most: those of processes that Ray starts meanwhile
+MOST = {"log files": 10.0, "series": 20.0}  # more, at most
 
 KINDS = {  # of processes, by what their command lines hold
     "gcs": "gcs_server",
@@ -37,7 +37,7 @@ KINDS = {  # of processes, by what their command lines hold
     "dashboard": "dashboard/dashboard.py",
     "agent": r"ray::DashboardAgent|dashboard/agent\.py",
     "stats actor": "ray::_StatsActor",
-    "task": r"ray::(_read|IDLE)",
+    "reader": r"ray::_ReaderActor",
 }
 
 
