@@ -21,7 +21,7 @@ Operational = Annotated[T, MARK]
 NOT_COMPARED = {"store", "output", "dry_run"}  # the same results, moved to another folder, are the same
 
 
-class JobConfig(BaseModel, frozen=True, extra="forbid"):
+class JobConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """What every job has. The comment behind a field is its text in --help; one above fields is their heading."""
 
     remedy: ClassVar[str] = "choose another --output or the same config"  # if a folder was made with other settings

@@ -310,7 +310,7 @@ def test_errors_of_workers_name_the_object(tmp_path: Path, ray_session: None) ->
         prepare(three(tmp_path, tars, num_workers=2))
     config = three(tmp_path, source, output="gone")
     Path(prepare(config).folder, "manifest.json").unlink()
-    for shard in Path(tmp_path, "gone").glob("train-*"):
+    for shard in sorted(Path(tmp_path, "gone").glob("train-*"))[1:]:
         shard.unlink()
     Path(source, "ant", "ant_000.png").rename(Path(source, "ant", "ant_00x.png"))
     with pytest.raises(ValueError, match="changed since"):

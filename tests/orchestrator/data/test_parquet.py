@@ -161,7 +161,7 @@ def test_staging_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
 
     def fails(uri: str) -> Any:
         nonlocal calls
-        calls += 1
+        calls += "staged" in uri
         if calls == 2:
             raise OSError(28, "no space", uri)
         return opened(uri)
