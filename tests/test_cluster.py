@@ -91,7 +91,7 @@ def test_a_node_killed_while_it_trains_costs_no_job(cluster: LocalCluster, outpu
 @pytest.mark.parametrize(
     ("job", "words"),
     [
-        (["jobs/train_adm.py", "digits", "--learning-rate", "1"], "was made with another config"),
+        (["jobs/train_adm.py", "digits", "--total-images", "6400", "--learning-rate", "1"], "learning_rate"),
         (["jobs/prepare_dataset.py", "digits", "--store", "runs"], "set ADMIRAL_STORE"),
     ],
 )
