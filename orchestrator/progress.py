@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from tqdm import tqdm
 
@@ -11,6 +12,21 @@ def counted(count: float, noun: str) -> str:
     """Return a count with its noun in the singular or the plural: 1 worker, 2 workers."""
     plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
     return f"{count:,g} {noun}{plural}" if isinstance(count, float) else f"{count:,} {noun}{plural}"
+
+
+class _Terminal:
+    """Standard error, to which a write never fails: tqdm keeps its lock where one does, and then waits for ever."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # the terminal, or whoever read the pipe, is gone
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
 
 
 class Progress:
@@ -49,6 +65,7 @@ def progress_line(total: int, unit: str, description: str = "") -> Iterator[Prog
     interval = 0.5 if sys.stderr.isatty() else 30.0
     with tqdm(
         total=total,
+        file=_Terminal(),
         unit=f" {unit}",
         desc=description or None,
         mininterval=interval,

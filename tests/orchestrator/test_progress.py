@@ -1,6 +1,10 @@
 """The line: what was done before counts, and is no part of the rate."""
 
+import subprocess
+import sys
+
 from orchestrator.progress import Progress, counted, progress_line
+from tests.submission import ROOT
 
 
 def test_what_was_done_before_is_no_part_of_the_rate() -> None:
@@ -29,3 +33,24 @@ def test_counts_agree_with_their_nouns() -> None:
     assert [counted(n, noun) for n, noun in ((1, "worker"), (2_000, "worker"), (1, "class"), (0, "class"))] == [
         "1 worker", "2,000 workers", "1 class", "0 classes"
     ]  # fmt: skip
+
+
+def test_a_terminal_that_goes_away_costs_the_line_and_not_the_job() -> None:
+    """tqdm keeps its lock where a write raises, so that its next call would wait for ever."""
+    code = (
+        "import sys\n"
+        "from orchestrator.progress import progress_line\n"
+        "sys.stdin.read()\n"  # until nobody reads stderr any more
+        "with progress_line(100, 'images') as progress:\n"
+        "    for done in range(100):\n"
+        "        progress.start(done)\n"
+    )
+    pipe = subprocess.PIPE
+    job = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=pipe, stderr=pipe)
+    assert job.stdin is not None and job.stderr is not None
+    job.stderr.close()
+    job.stdin.close()
+    try:
+        assert job.wait(timeout=60) == 0
+    finally:
+        job.kill()
