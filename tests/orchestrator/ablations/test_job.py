@@ -144,7 +144,8 @@ def test_every_row_of_every_table_that_comes_with_admiral_is_a_config(name: str)
     folders = {training.output: training for training in trainings.values()}
     alike = {training.model_dump_json(exclude={"output"}) for training in trainings.values()}
     assert len(folders) == len(alike), "two rows with other changes train the same"
-    assert "FLOPs" in plan(preset)[1] or "-hours" in plan(preset)[1]
+    if name.endswith("_small"):  # counting the memory of the large ones takes long, and the documents' test does it
+        assert f"{len(folders) * len(table.seeds)} trainings" in plan(preset)[1]
 
 
 @pytest.mark.parametrize(
