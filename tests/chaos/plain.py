@@ -31,13 +31,18 @@ def start_plainly(loop: Loop, workers: int, steps: int | None = None) -> torch.m
     """A process group of plain processes that run `loop`, and are asked to stop after so many steps."""
     meeting = os.path.join(tempfile.gettempdir(), f"admiral-meeting-{uuid.uuid4().hex}")
     context = torch.multiprocessing.start_processes(
-        _worker, (workers, meeting, loop, steps), nprocs=workers, join=False, start_method="forkserver"
+        _worker,
+        (workers, meeting, loop, steps, dict(os.environ)),
+        nprocs=workers,
+        join=False,
+        start_method="forkserver",
     )
     assert context is not None
     return context
 
 
-def _worker(rank: int, workers: int, meeting: str, loop: Loop, steps: int | None) -> None:
+def _worker(rank: int, workers: int, meeting: str, loop: Loop, steps: int | None, environment: dict[str, str]) -> None:
+    os.environ.update(environment)  # the fork server has that of the moment when it was first needed
     if workers > 1:
         torch.distributed.init_process_group(
             "gloo", f"file://{meeting}", timedelta(seconds=60), rank=rank, world_size=workers
