@@ -122,7 +122,7 @@ def table_lines(result: Json) -> list[str]:
         for name in names:
             difference = found["differences"].get(name)
             cells += f"{number(found['values'][name]):>34}  {number(difference) if difference else '':28}"
-        hours = "" if found["hours"] is None else f"{found['hours']:6.2f}"
+        hours = "" if found["hours"] is None else f"{found['hours']:6.3g}"
         lines.append(f"{row:28}{cells}  {found['parameters']:10,}  {hours}")
     lines += [f"failed  {what}: {reason}" for what, reason in result["failed"].items()]
     return lines
