@@ -17,6 +17,7 @@ from orchestrator.search.space import Setting
 from orchestrator.tracking import Tracker
 
 COLOURS_MORE = (*COLOURS, "#8c6d1f", "#4a4a4a", "#b0457b", "#2f8f8f")
+LEGEND_WIDTH = 110  # characters
 COLUMNS = 20  # samples of a scale in the grid across scales
 
 Json = dict[str, Any]
@@ -65,7 +66,8 @@ def guidance_figure(trials: list[Json], objectives: list[str], extractor: str) -
         axes.flat[0].yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
         axes.flat[0].yaxis.set_minor_formatter(ticker.NullFormatter())
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    columns = max(1, LEGEND_WIDTH // max(map(len, labels)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(f"{n} samples each, on the same labels and noise", fontsize=9)
     return figure_png(figure)
 
@@ -75,11 +77,13 @@ def curves(trials: list[Json]) -> dict[str, list[Json]]:
     guided: dict[str, dict[str, list[Json]]] = {}
     unguided: dict[str, list[Json]] = {}
     several = len({trial["setting"]["weights"] for trial in trials}) > 1
+    kinds = len({trial["setting"]["guidance"]["kind"] for trial in trials} - {"none"}) > 1
+    weaker = len({trial["setting"]["guidance"]["weak_weights"] for trial in trials} - {None}) > 1
     settings = [Setting(**trial["setting"]) for trial in trials]
     for setting, trial in sorted(
         zip(settings, trials, strict=True), key=lambda pair: (pair[0].sampler.name, pair[0].sampler.num_steps)
     ):
-        chain, guide = _chain_label(setting, several), _guide_label(setting)
+        chain, guide = _chain_label(setting, several), _guide_label(setting, kinds, weaker)
         guided.setdefault(chain, {})
         if setting.guidance.scale:
             guided[chain].setdefault(guide, []).append(trial)
@@ -102,10 +106,12 @@ def _chain_label(setting: Setting, several: bool) -> str:
     return ", ".join(parts + ([setting.weights] if several else []))
 
 
-def _guide_label(setting: Setting) -> str:
+def _guide_label(setting: Setting, kinds: bool, weaker: bool) -> str:
+    """Return the kind of guidance and the weaker model, each where there are several."""
     guidance = setting.guidance
-    parts = [] if guidance.kind in ("none", "classifier") else [guidance.kind.replace("_", "-")]
-    parts += [guidance.weak_weights] if guidance.weak_weights else []
+    parts = [guidance.kind.replace("_", "-")] if kinds and guidance.kind != "none" else []
+    if weaker and guidance.weak_weights:
+        parts.append(guidance.weak_weights.rpartition("/")[2].removesuffix(".safetensors"))
     parts += [f"{guidance.interval[0]:g} to {guidance.interval[1]:g}"] if guidance.interval != WHOLE_CHAIN else []
     return ", ".join(parts)
 
