@@ -5,8 +5,8 @@
 Starts a Ray of its own with its dashboard and its metrics, as a cluster has them. A row for each tenth of the units:
 the resident memory of each kind of process in MiB (of the largest one where there are several), the number of files in
 the session's log folder, and the number of Prometheus series that the node exports. Passes (exit code 0) where no kind
-of process has grown by more than 20 MiB since the warm-up, the first three tenths, and there are at most 10 more files and
-20 more series.
+of process has grown by more than 20 MiB since the warm-up, the first three tenths, and there are at most 10 more files
+and 20 more series.
 """
 
 import logging
