@@ -1,5 +1,6 @@
 """A table of ablations: trainings that differ in some fields, evaluated alike."""
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,8 +86,11 @@ class AblationsConfig(JobConfig):
         data = shipped.read_bytes() if shipped.exists() else storage.read_bytes(self.path(self.table))
         try:
             table = Table.model_validate(yaml.safe_load(data))
-        except (yaml.YAMLError, ValidationError) as error:
-            raise ValueError(f"--table {self.table} is not a table of ablations: {error}") from error
+        except yaml.MarkedYAMLError as error:
+            place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+            raise ValueError(f"--table {self.table} is not YAML: {place}{error.problem or error.context}") from error
+        except ValidationError as error:
+            raise ValueError(f"--table {self.table}: {_problem(error)}") from error
         if unknown := [name for name in self.rows if name not in table.rows]:
             raise ValueError(f"--rows {unknown[0]}: the table has no such row; it has {', '.join(table.rows)}")
         wanted = {next(iter(table.rows)), *(self.rows or table.rows)}
@@ -145,11 +149,20 @@ def changed(config: AnyConfig, changes: Changes) -> AnyConfig:
         for part in path:
             branch = branch.get(part, {})
         if last not in branch:
-            raise ValueError(f"the table has an unknown field {name}")
+            near = difflib.get_close_matches(last, branch, 1)
+            advice = f"; did you mean {'.'.join([*path, *near])}?" if near else "; --help of the job lists all fields"
+            raise ValueError(f"the table has an unknown field {name}{advice}")
         branch[last] = value
     try:
         return type(config).model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        raise ValueError(f"the table's {name or 'values'}: {first['msg'].removeprefix('Value error, ')}") from error
+        raise ValueError(f"the table: {_problem(error)}") from error
+
+
+def _problem(error: ValidationError) -> str:
+    """Return what is wrong with the first value that is not accepted, by the dotted name of its field."""
+    first = error.errors()[0]
+    name = ".".join(map(str, first["loc"])) or "its values"
+    if first["type"] == "extra_forbidden":
+        return f"unknown field {name}"
+    return f"{name}: {first['msg'].removeprefix('Value error, ')}"

@@ -58,7 +58,8 @@ def run_ablations(config: AblationsConfig) -> str:
     replicates = [Replicate(row, seed) for row in table.rows for seed in table.seeds]
     trainings = _trainings(config, table, replicates)
     for one in replicates:  # checked here, before anything is trained
-        config.evaluation(table, *one), config.bound(table, *one)
+        config.evaluation(table, *one)
+        config.bound(table, *one)
     check_or_write_config(output, config, finished=bool(storage.list_names(storage.join(output, "runs"))))
     cpus = config.num_workers * (config.num_threads + CPUS_OF_DATA)
     with (

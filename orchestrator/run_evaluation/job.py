@@ -63,9 +63,11 @@ def evaluate_run(config: RunEvaluationConfig) -> str:
     files = _files(config)
     found = _snapshots(config)
     if not found:
+        if there := sorted({snapshot.average for snapshot in snapshots(run)}):
+            raise ValueError(f"--ema {' '.join(config.ema)}: {config.weights} has only {', '.join(there)}")
         raise FileNotFoundError(
-            f"--weights {config.weights}: no snapshots of the averages asked for are there yet. Train with "
-            "--snapshot-every, and start this when the first one is written"
+            f"--weights {config.weights}: no snapshots are there yet; train with --snapshot-every, and start this when "
+            "the first one is written"
         )
     facts, classes, passes = _check_or_write_config(config, files, found[0])
     with (

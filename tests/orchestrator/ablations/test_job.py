@@ -156,7 +156,8 @@ def test_every_row_of_every_table_that_comes_with_admiral_is_a_config(name: str)
         ({"base": "nothing"}, "nothing"),
         ({"rows": {"base": {}}}, "rows"),
         ({"rows": {"base": {}, "other": {"against": "nobody"}}}, "nobody"),
-        ({"colour": "red"}, "colour"),
+        ({"colour": "red"}, "unknown field colour$"),
+        ({"training": {"learning_rat": 1}}, "did you mean learning_rate"),
     ],
 )
 def test_a_wrong_table_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:

@@ -141,6 +141,8 @@ def test_a_plan_works_before_and_after_the_first_snapshot(store: str) -> None:
         evaluate_run(config(store, "planned"))
     write_snapshot(store, "planned", 64, "ema-0.9")
     write_snapshot(store, "planned", 96, "ema-0.9")
+    with pytest.raises(ValueError, match=r"--ema ema-0\.5: planned has only ema-0\.9"):
+        evaluate_run(config(store, "planned", ema=("ema-0.5",)))
     text = plan(config(store, "planned", scales=(0.0, 1.0)))[1]
     assert "2 snapshots from 64 to 96 images" in text and text.count("evaluations an image") == 2
 

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Admiral on Slurm: a Ray cluster over the allocation's nodes for one job, which ends with it.
 #
-#   sbatch --nodes 2 slurm_cluster.sh jobs/train_adm.py imagenet64 --num-workers 16
+#   sbatch --nodes 2 cluster/deploy/slurm.sh jobs/train_adm.py imagenet64 --num-workers 16
 #
 # Set ADMIRAL_STORE and MLFLOW_TRACKING_URI to what all nodes see. The same command goes on from the last checkpoint:
 # Slurm sends SIGTERM two minutes before the time limit, on which a training writes one, and --requeue starts it again.
