@@ -352,9 +352,10 @@ class _Reader:
         mirrored = self._flip and sample_rng(self._seed, epoch, sample, Purpose.FLIP).random() < 0.5
         if self._crop == "random":
             rng = sample_rng(self._seed, epoch, sample, Purpose.CROP)
-            random_crop(image, self._image_size, rng, mirrored, out=block["image"][place])
+            pixels = random_crop(image, self._image_size, rng)
         else:
-            center_crop(image, self._image_size, mirrored, out=block["image"][place])
+            pixels = center_crop(image, self._image_size)
+        block["image"][place] = pixels[:, ::-1] if mirrored else pixels
         block["label"][place], block["flip"][place], block["undecodable"][place] = label, mirrored, found != row
 
     def _next_good(self, table: pa.Table, group: int, row: int) -> tuple[Image.Image, int]:

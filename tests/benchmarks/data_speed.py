@@ -3,11 +3,11 @@
     python -m tests.benchmarks.data_speed [--image-size 64] [--store local] [--rounds 7] [--mosaic-python PYTHON]
 
 All decode the same synthetic photographs of ImageNet's sizes with `--processes` processes. The ceiling is a bare pool
-of processes that reads the same row groups, decodes and crops by Pillow, and hands over nothing; a second row has our
-crop in its place. The others are a torch DataLoader over the images as files of their own, likewise with both crops,
-and mosaicml-streaming over its own local shards (as published). That one wants another numpy: make it an environment of
-its own by `pip install '.[bench]'`, and name its Python. Every round runs all of them, in another order each time. A
-row is the median rate, and the median of our rate over its rate with a 95% interval.
+of processes that reads the same row groups, decodes and crops, and hands over nothing. The others are a torch
+DataLoader over the images as files of their own, and mosaicml-streaming over its own local shards. The latter needs
+another numpy: make an environment of its own by `pip install '.[bench]'`, and pass its Python. All of them crop by
+`center_crop`. Every round runs all of them, in another order each time. A row is the median rate, and the median of our
+rate over its rate with a 95% interval.
 """
 
 import io
@@ -38,7 +38,6 @@ from orchestrator.data.row_groups import read_row_group
 from orchestrator.order import OrderConfig, OrderPlan
 from tests import servers
 from tests.benchmarks.pool_efficiency import median_interval
-from tests.published_crops import published_center_crop
 from tests.synthetic import photographs, sizes_of, write_dataset
 
 BATCH = 256  # images
@@ -71,10 +70,8 @@ def main(options: Options) -> None:
         stack.enter_context(session(options.processes))
         passes: dict[str, Pass] = {"ours": lambda: _ours(manifest, options)}
         pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(options.processes))
-        passes["ceiling"] = lambda: _bare(pool, manifest, options, published=True)
-        passes["ceiling, our crop"] = lambda: _bare(pool, manifest, options, published=False)
-        passes["DataLoader"] = _data_loader(paths, options, published=True)
-        passes["DataLoader, our crop"] = _data_loader(paths, options, published=False)
+        passes["ceiling"] = lambda: _bare(pool, manifest, options)
+        passes["DataLoader"] = _data_loader(paths, options)
         if options.mosaic_python and options.store == "local":
             passes["mosaicml-streaming"] = stack.enter_context(_mosaic(paths, options))
         for run in passes.values():
@@ -115,9 +112,9 @@ def _ours(manifest: Manifest, options: Options) -> float:
     return time.perf_counter() - begin
 
 
-def _bare(pool: "multiprocessing.pool.Pool", manifest: Manifest, options: Options, published: bool) -> float:
+def _bare(pool: "multiprocessing.pool.Pool", manifest: Manifest, options: Options) -> float:
     jobs = [
-        (storage.join(manifest.root, shard.path), shard.bytes, place, options.image_size, published)
+        (storage.join(manifest.root, shard.path), shard.bytes, place, options.image_size)
         for shard in manifest.shards("train")
         for place in range(len(shard.row_groups))
     ]
@@ -126,26 +123,24 @@ def _bare(pool: "multiprocessing.pool.Pool", manifest: Manifest, options: Option
     return time.perf_counter() - begin
 
 
-def _decode_row_group(job: tuple[str, int, int, int, bool]) -> int:
-    uri, size, place, image_size, published = job
+def _decode_row_group(job: tuple[str, int, int, int]) -> int:
+    uri, size, place, image_size = job
     images = read_row_group(uri, size, place, ("label", "image"))["image"]
     for number, data in enumerate(images):
-        _crop(decode(data.as_py()), image_size, number % 2 == 1, published)
+        _crop(decode(data.as_py()), image_size, number % 2 == 1)
     return len(images)
 
 
-def _crop(image: Image.Image, size: int, mirrored: bool, published: bool) -> np.ndarray:
-    if not published:
-        return center_crop(image, size, mirrored)
-    crop = published_center_crop(image, size, whole=True)
+def _crop(image: Image.Image, size: int, mirrored: bool) -> np.ndarray:
+    crop = center_crop(image, size)
     return np.array(crop[:, ::-1] if mirrored else crop)
 
 
 class Files(Dataset):
     """Images as files of their own, as a user of torch would read them."""
 
-    def __init__(self, paths: list[str], image_size: int, published: bool) -> None:
-        self.paths, self.image_size, self.published = paths, image_size, published
+    def __init__(self, paths: list[str], image_size: int) -> None:
+        self.paths, self.image_size = paths, image_size
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -154,12 +149,12 @@ class Files(Dataset):
         path = self.paths[index]
         data = storage.read_bytes(path) if "://" in path else Path(path).read_bytes()
         image = Image.open(io.BytesIO(data)).convert("RGB")
-        return _crop(image, self.image_size, index % 2 == 1, self.published), index % 10
+        return _crop(image, self.image_size, index % 2 == 1), index % 10
 
 
-def _data_loader(paths: list[str], options: Options, published: bool) -> Pass:
+def _data_loader(paths: list[str], options: Options) -> Pass:
     loader = DataLoader(
-        Files(paths, options.image_size, published),
+        Files(paths, options.image_size),
         batch_size=BATCH,
         shuffle=True,
         num_workers=options.processes,

@@ -14,11 +14,11 @@ from PIL import Image
 from streaming import MDSWriter, StreamingDataset
 from torch.utils.data import DataLoader
 
-from tests.published_crops import published_center_crop
+from orchestrator.data.crops import center_crop
 
 
 class Images(StreamingDataset):
-    """Decoded and cropped as published."""
+    """Decode and crop as ADM does."""
 
     def __init__(self, folder: str, image_size: int, batch_size: int) -> None:
         super().__init__(local=folder, shuffle=True, batch_size=batch_size)
@@ -27,7 +27,7 @@ class Images(StreamingDataset):
     def __getitem__(self, at: int) -> tuple[np.ndarray, int]:
         sample = super().__getitem__(at)
         image = Image.open(io.BytesIO(sample["image"])).convert("RGB")
-        crop = published_center_crop(image, self.image_size, True)
+        crop = center_crop(image, self.image_size)
         return np.array(crop[:, ::-1] if at % 2 else crop), sample["label"]
 
 

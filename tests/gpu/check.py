@@ -4,7 +4,7 @@
     make gpu-check ARGS=--tiny           # the same on small networks, on a CPU too
 
 Prints one line for each finding, and writes them to runs/gpu-check.json. It needs torch, numpy, safetensors, fsspec,
-pyarrow, numba, Pillow and pydantic. Other packages that the project imports may be missing.
+pyarrow, Pillow and pydantic. Other packages that the project imports may be missing.
 """
 
 import importlib.util
