@@ -4,7 +4,6 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 STORE ?= local
-AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help setup quickstart test test-all prove chaos demo-50k demo-search demo-guidance findings gpu-check cluster cluster-stop lint clean
@@ -56,8 +55,7 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy models orchestrator cluster jobs tests
 
-cluster: $(INSTALLED)  ## a Ray head, two nodes, S3, MLflow over PostgreSQL, as processes of this machine
-	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || $(AS_ROOT) apt-get install --yes --no-install-recommends postgresql
+cluster: $(INSTALLED)  ## a Ray head, two nodes, S3, MLflow, as processes of this machine
 	@$(BIN)/python -m cluster.local start
 
 cluster-stop: $(INSTALLED)  ## end exactly what `make cluster` started

@@ -1,79 +1,68 @@
-"""One machine standing in for a cluster: `make cluster` starts it, `make cluster-stop` ends exactly what was started.
+"""A small cluster of processes on this machine: `make cluster` starts it, and `make cluster-stop` ends it.
 
-An S3 server, PostgreSQL with MLflow over it, a Ray head without CPUs for work and two worker nodes, each a process of
-its own with real ports on the loopback address, token authentication on. All of it lives in one folder: what was
-started (processes.json), how to talk to it (environment), logs, and the data, which go with it.
+It has an S3 server, an MLflow server, a Ray head without CPUs for work and two worker nodes. Each node is a process
+with ports of its own, and Ray asks for a token. One folder holds all of it: the list of the processes
+(processes.json), the variables that a shell needs (environment), the logs and the data.
 """
 
 import argparse
 import contextlib
 import json
 import os
-import pwd
 import secrets
 import shutil
-import signal
 import stat
-import subprocess
 import sys
-import tempfile
-import time
-import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import botocore.session
 import psutil
 
-from cluster.servers import free_port, is_listening
+from cluster.servers import end_processes, free_port, is_listening, start_server
 
-# The user's own. Not below ~/.local/state: Ray's sockets lie beneath it, and their paths may have 107 characters.
+# Not below ~/.local/state: Ray's sockets lie beneath this folder, and their paths may have 107 characters.
 FOLDER = Path.home() / ".admiral" / "cluster"
 BUCKET = "admiral"
 NODES = 2
-CPUS_OF_NODE = 4  # logical: the two training workers of a small job and what reads their data fit one node
+CPUS_OF_NODE = 4  # logical: two training workers and the readers of their data fit on one node
 OBJECT_STORE_BYTES = 150_000_000
-START_SECONDS = 120  # for one service
-STOP_SECONDS = 20  # for all that was started, then it is killed
-# How soon a dead node is seen: within seconds, not Ray's quarter of a minute.
+# Notice a dead node within seconds. Ray's default is a quarter of a minute.
 HEALTH_CHECKS = {"health_check_period_ms": 1000, "health_check_timeout_ms": 3000, "health_check_failure_threshold": 3}
 
 
 class LocalCluster:
-    """What stands, or is about to, in one folder."""
+    """A cluster whose files lie in one folder."""
 
     def __init__(self, folder: Path = FOLDER) -> None:
         self.folder = folder
         self.environment: dict[str, str] = {}
-        self.metrics: dict[str, str] = {}  # node -> where Prometheus would read it
-
-    # -------------------------------------------------------------------------------------------- start
+        self.metrics: dict[str, str] = {}  # URL of each node's metrics, by the node's name
 
     def start(self) -> None:
-        """Start every service, one after another; whatever fails ends those before it.
+        """Start every service, one after another. If one of them fails, end those before it.
 
         Raises:
-            RuntimeError: there is a cluster already, the folder is another user's, a program is missing, or a service
-                did not start.
+            RuntimeError: a cluster of this folder is running, the folder belongs to another user, or a service did not
+                start.
         """
         make_private(self.folder)
         if self._alive():
             raise RuntimeError(f"a cluster of {self.folder} is running already: `make cluster-stop` ends it")
-        self._remove(keep_logs=False)
+        self._clear(keep_logs=False)
         (self.folder / "logs").mkdir()
         try:
             self._start_s3()
-            self._start_postgresql()
             self._start_mlflow()
             self._start_head()
-            for number in range(1, NODES + 1):
-                self._start_node(number)
-            self._wait("mlflow", lambda: _answers(f"{self.environment['MLFLOW_TRACKING_URI']}/health"))
-            self._write_environment()
+            for number in range(1, NODES + 1):  # one by one: two at the same moment take each other's ports
+                self._start_node(f"ray node {number}", {"address": self._head, "num-cpus": CPUS_OF_NODE})
         except BaseException:
             self.stop()
             raise
+        lines = [f"export {name}={value}\n" for name, value in self.environment.items()]
+        write_private(self.folder / "environment", "".join(lines))
 
     def _start_s3(self) -> None:
         port = free_port()
@@ -85,8 +74,7 @@ class LocalCluster:
             "AWS_EC2_METADATA_DISABLED": "true",
             "ADMIRAL_STORE": f"s3://{BUCKET}/runs",
         }
-        self._launch("s3", [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)])
-        self._wait("s3", lambda: is_listening(port))
+        self._launch("s3", ["moto.server", "--host", "127.0.0.1", "--port", str(port)], partial(is_listening, port))
         client = botocore.session.get_session().create_client(
             "s3",
             endpoint_url=self.environment["AWS_ENDPOINT_URL"],
@@ -96,77 +84,43 @@ class LocalCluster:
         )
         client.create_bucket(Bucket=BUCKET)
 
-    def _start_postgresql(self) -> None:
-        """As a user of its own where we are root: PostgreSQL refuses to run as root.
-
-        That user may not enter our folder, so its data lies in a folder of its own, to which ours has a link.
-        """
-        programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-        if not programs:
-            raise RuntimeError("PostgreSQL is not installed: `make cluster` does it, or apt-get install postgresql")
-        user = pwd.getpwnam("postgres") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
-        home = Path(tempfile.mkdtemp(prefix="admiral-postgresql-")) if os.geteuid() == 0 else self.folder / "data"
-        home.mkdir(mode=0o700, exist_ok=True)
-        (self.folder / "postgresql").symlink_to(home)
-        self.database_password, password_file = secrets.token_hex(16), home / "password"
-        write_private(password_file, self.database_password)
-        for path in (home, password_file):
-            os.chown(path, user.pw_uid, user.pw_gid)
-        as_user: dict[str, Any] = (
-            {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if os.geteuid() == 0 else {}
-        )
-        options = ["--username", "mlflow", "--auth", "scram-sha-256", "--pwfile", str(password_file)]
-        command = [str(programs[-1] / "initdb"), "--pgdata", str(home / "data"), "--encoding", "UTF8", *options]
-        with (self.folder / "logs" / "initdb.log").open("w") as log:
-            subprocess.run(command, check=True, stdout=log, stderr=log, cwd="/", **as_user)
-        password_file.unlink()
-        port = free_port()
-        settings = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": ""}
-        flags = [flag for name, value in settings.items() for flag in ("-c", f"{name}={value}")]
-        command = [str(programs[-1] / "postgres"), "-D", str(home / "data"), *flags]
-        self._launch("postgresql", command, **as_user)
-        self._wait("postgresql", lambda: is_listening(port))
-        # SQLAlchemy 2.1 takes a bare postgresql:// for another driver than the one installed.
-        self._database = f"postgresql+psycopg2://mlflow:{self.database_password}@127.0.0.1:{port}/postgres"
-
     def _start_mlflow(self) -> None:
-        """Its start takes longest, so Ray starts meanwhile. The database's password stays out of the command line."""
         port = free_port()
+        stores = [
+            f"--backend-store-uri=sqlite:///{self.folder}/mlflow.db",
+            f"--artifacts-destination=s3://{BUCKET}/mlflow",
+        ]
+        self._launch(
+            "mlflow",
+            ["mlflow", "server", "--workers=1", "--host=127.0.0.1", f"--port={port}", *stores],
+            partial(is_listening, port),
+            MLFLOW_S3_ENDPOINT_URL=self.environment["AWS_ENDPOINT_URL"],
+            MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",  # else it starts eight processes for jobs of its own
+            MLFLOW_DISABLE_TELEMETRY="true",
+        )
         self.environment["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{port}"
-        place = ["--artifacts-destination", f"s3://{BUCKET}/mlflow", "--host", "127.0.0.1", "--port", str(port)]
-        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", *place]
-        environment = {
-            "MLFLOW_BACKEND_STORE_URI": self._database,
-            "MLFLOW_S3_ENDPOINT_URL": self.environment["AWS_ENDPOINT_URL"],
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # its own job queue: eight processes that nobody here asks
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-        }
-        self._launch("mlflow", command, environment)
 
     def _start_head(self) -> None:
-        self._port, dashboard = free_port(), free_port()
+        port, dashboard = free_port(), free_port()
+        self._head = f"127.0.0.1:{port}"
         self.environment |= {
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
         }
         options = {
-            "port": self._port,
+            "head": True,
+            "port": port,
             "num-cpus": 0,  # no work on the head, as on a real cluster
+            "include-dashboard": "true",
             "dashboard-port": dashboard,
             "ray-client-server-port": free_port(),
             "temp-dir": self.folder / "ray",
             "system-config": json.dumps(HEALTH_CHECKS),
         }
-        self._start_ray("ray head", ["--head", "--include-dashboard=true"], options)
-        self._wait("ray head", lambda: is_listening(dashboard))
+        self._start_node("ray head", options)
 
-    def _start_node(self, number: int) -> None:
-        options = {"address": f"127.0.0.1:{self._port}", "num-cpus": CPUS_OF_NODE}
-        self._start_ray(f"ray node {number}", [], options)
-
-    def _start_ray(self, name: str, flags: list[str], options: dict[str, object]) -> None:
-        """A node, until it says that it runs: two that start at the same moment take each other's ports."""
+    def _start_node(self, name: str, options: dict[str, object]) -> None:
         port = free_port()
         self.metrics[name] = f"http://127.0.0.1:{port}/metrics"
         options |= {
@@ -174,48 +128,44 @@ class LocalCluster:
             "object-store-memory": OBJECT_STORE_BYTES,
             "dashboard-agent-listen-port": free_port(),
             "metrics-export-port": port,
-            "min-worker-port": 0,  # any free ports, for the nodes share one address
+            "min-worker-port": 0,  # any free ports, because the nodes share one address
             "max-worker-port": 0,
         }
-        flags = ["--block", "--disable-usage-stats", *flags, *(f"--{key}={value}" for key, value in options.items())]
-        environment = {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # a job's `python` is ours
-            "RAY_JOB_STOP_WAIT_TIME_S": "60",  # time for a last checkpoint when a job is stopped
-            "OMP_NUM_THREADS": "1",
-        }
-        self._launch(name, [sys.executable, "-m", "ray.scripts.scripts", "start", *flags], environment)
-        self._wait(name, lambda: "Ray runtime started" in self._log(name).read_text(errors="replace"))
+        flags = [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items()]
+        self._launch(
+            name,
+            ["ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *flags],
+            lambda: "Ray runtime started" in self._log(name).read_text(errors="replace"),
+            PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # so that a job's `python` is ours
+            RAY_JOB_STOP_WAIT_TIME_S="60",  # leaves time for a last checkpoint when a job is stopped
+            OMP_NUM_THREADS="1",
+        )
 
-    def _write_environment(self) -> None:
-        """What a shell needs to talk to the cluster; only its owner may read it."""
-        lines = [f"export {name}={value}\n" for name, value in self.environment.items()]
-        write_private(self.folder / "environment", "".join(lines))
+    def _launch(self, name: str, module: list[str], is_ready: Callable[[], bool], **environment: str) -> None:
+        """Start a Python module as a server, and record its process at once."""
 
-    # -------------------------------------------------------------------------------------------- processes
+        def record(server: psutil.Popen) -> None:
+            records = [*self.processes(), {"name": name, "pid": server.pid, "born": server.create_time()}]
+            (self.folder / "processes.json").write_text(json.dumps(records, indent=2))
 
-    def _launch(self, name: str, command: list[str], environment: dict[str, str] | None = None, **options: Any) -> None:
-        """Start a process that leads a session of its own, and write it down at once."""
-        theirs = ("RAY_", "MLFLOW_", "AWS_", "ADMIRAL_")
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith(theirs)}
-        with self._log(name).open("w") as log:
-            process: subprocess.Popen = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd="/",
-                env=inherited | self.environment | (environment or {}),
-                start_new_session=True,
-                **options,
-            )
-        records = [
-            *self.processes(),
-            {"name": name, "pid": process.pid, "born": psutil.Process(process.pid).create_time()},
-        ]
-        (self.folder / "processes.json").write_text(json.dumps(records, indent=2))
+        others = ("RAY_", "MLFLOW_", "AWS_", "ADMIRAL_")  # would lead to another cluster
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(others)}
+        start_server(
+            [sys.executable, "-m", *module],
+            is_ready,
+            self._log(name),
+            inherited | self.environment | environment,
+            on_start=record,
+        )
+
+    def _log(self, name: str) -> Path:
+        return self.folder / "logs" / f"{name.replace(' ', '-')}.log"
 
     def processes(self) -> list[dict]:
-        """What was started: name, pid, and when it was born, which tells it from a later process of the same pid."""
+        """Return the name, process id and time of creation of every process that was started.
+
+        The time tells the process from a later one that has its id.
+        """
         path = self.folder / "processes.json"
         return json.loads(path.read_text()) if path.exists() else []
 
@@ -228,43 +178,22 @@ class LocalCluster:
                     found.append(process)
         return found
 
-    def _log(self, name: str) -> Path:
-        return self.folder / "logs" / f"{name.replace(' ', '-')}.log"
-
-    def _wait(self, name: str, ready: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        (record,) = (record for record in self.processes() if record["name"] == name)
-        while time.monotonic() < deadline and any(process.pid == record["pid"] for process in self._alive()):
-            if ready():
-                return
-            time.sleep(0.1)
-        last = self._log(name).read_text(errors="replace").strip().splitlines()[-5:]
-        raise RuntimeError(f"{name} did not start; its log ends with: {' | '.join(last)}")
-
     def stop(self) -> int:
-        """End what processes.json names with all that these started, last first; return how many there were.
+        """End the processes of this cluster with their descendants, and return how many of them ran.
 
-        What is in the folder goes too, but for the logs.
+        All files but the logs are removed.
 
         Raises:
-            RuntimeError: the folder is another user's.
+            RuntimeError: the folder belongs to another user.
         """
         make_private(self.folder)
-        leaders = self._alive()[::-1]
-        family = [*leaders, *(child for leader in leaders for child in leader.children(recursive=True))]
-        for leader in leaders:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(leader.pid, signal.SIGTERM)
-        _, left = psutil.wait_procs(family, timeout=STOP_SECONDS)
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self._remove(keep_logs=True)
-        return len(leaders)
+        running = self._alive()[::-1]
+        end_processes(running)
+        self._clear(keep_logs=True)
+        return len(running)
 
-    def _remove(self, keep_logs: bool) -> None:
-        shutil.rmtree((self.folder / "postgresql").resolve(), ignore_errors=True)  # what the link points to
-        for path in self.folder.glob("*"):
+    def _clear(self, keep_logs: bool) -> None:
+        for path in self.folder.iterdir():
             if path.is_symlink() or not path.is_dir():
                 path.unlink()
             elif not (keep_logs and path.name == "logs"):
@@ -272,10 +201,10 @@ class LocalCluster:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder that only this user may enter, or close one that is there to all others.
+    """Make the folder if there is none, and let only this user enter it.
 
     Raises:
-        RuntimeError: it is a link, a file, or another user's, who could read and replace what is in it.
+        RuntimeError: it is a link, a file, or the folder of another user, who could read and replace its files.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.lstat()
@@ -291,22 +220,16 @@ def write_private(path: Path, text: str) -> None:
         file.write(text)
 
 
-def _answers(url: str) -> bool:
-    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
-        return answer.status == 200
-    return False
-
-
 def main() -> None:
-    """`python -m cluster.local start` or `stop`."""
-    parser = argparse.ArgumentParser(description="A cluster on this machine.")
+    """Run `python -m cluster.local start` or `stop`."""
+    parser = argparse.ArgumentParser(description="Start or stop a cluster of processes on this machine.")
     parser.add_argument("action", choices=["start", "stop"])
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where it lives; a short path")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="the cluster's folder; its path must be short")
     arguments = parser.parse_args()
     cluster = LocalCluster(arguments.folder)
     try:
         if arguments.action == "stop":
-            print(f"{cluster.stop()} processes of {cluster.folder} and what they started are ended")
+            print(f"ended {cluster.stop()} processes of {cluster.folder} and all that they had started")
             return
         cluster.start()
     except RuntimeError as error:

@@ -1,17 +1,16 @@
-"""Servers that tests and proofs start for themselves, on free ports, and end by their own process."""
+"""Servers that tests and proofs start on free ports."""
 
 import contextlib
 import http.server
 import json
 import os
-import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
-from cluster.servers import free_port, wait_until_listening
+from cluster.servers import end_processes, free_port, is_listening, start_server
 
 S3_SETTINGS = {
     "AWS_ACCESS_KEY_ID": "test-access-key",
@@ -23,23 +22,19 @@ S3_SETTINGS = {
 
 @contextlib.contextmanager
 def mlflow_server(folder: str, port: int | None = None) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The URI of an MLflow server that keeps everything in `folder`, and a function that kills it at once."""
+    """Yield the URI of an MLflow server that keeps everything in `folder`, and a function that kills it at once."""
     port = port or free_port()
     command = [
         sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
         "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/artifacts",
     ]  # fmt: skip
     settings = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    null = subprocess.DEVNULL
-    server = subprocess.Popen(command, env=settings, start_new_session=True, stdout=null, stderr=null)
+    server = start_server(command, partial(is_listening, port), environment=settings)
 
     def kill() -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
-        server.wait(timeout=30)
+        end_processes([server], seconds=0)
 
     try:
-        wait_until_listening(port, server, seconds=120)
         yield f"http://127.0.0.1:{port}", kill
     finally:
         kill()

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import s3fs
 
 from cluster.local import LocalCluster
@@ -27,8 +26,6 @@ def quiet_environment(**changes: str) -> dict[str, str]:
 @contextlib.contextmanager
 def local_cluster() -> Iterator[LocalCluster]:
     """A cluster in a folder of its own; it ends with the context."""
-    if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
-        pytest.skip("PostgreSQL is not installed: `make cluster` and .ci/run do it")
     stands = LocalCluster(Path(tempfile.mkdtemp(prefix="admiral-", dir="/tmp")))
     stands.start()
     try:

@@ -10,9 +10,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from cluster.servers import free_port
+from cluster.servers import end_processes, free_port, start_server
 from tests.submission import BIN, ROOT, quiet_environment
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -27,16 +28,12 @@ def address(tmp_path: Path) -> Iterator[str]:
     common = ["--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", "--object-store-memory=100000000"]
     ports = [f"--dashboard-port={free_port()}", f"--ray-client-server-port={free_port()}"]
     head = [f"--port={port}", "--head", "--num-cpus=0", "--include-dashboard=true", f"--temp-dir={short}", *ports]
-    started: list[subprocess.Popen[bytes]] = []
+    started: list[psutil.Popen] = []
 
     def start(name: str, *options: str) -> None:
         command = [str(BIN / "ray"), "start", *common, f"--dashboard-agent-listen-port={free_port()}", *options]
-        log = (tmp_path / f"{name}.log").open("wb")
-        started.append(subprocess.Popen(command, env=environment, start_new_session=True, stdout=log, stderr=log))
-        deadline = time.monotonic() + 120
-        while b"Ray runtime started" not in (tmp_path / f"{name}.log").read_bytes():
-            assert started[-1].poll() is None and time.monotonic() < deadline, f"{name} did not start"
-            time.sleep(0.2)
+        log = tmp_path / f"{name}.log"
+        started.append(start_server(command, lambda: "Ray runtime started" in log.read_text(), log, environment))
 
     try:
         start("head", *head)
@@ -44,10 +41,7 @@ def address(tmp_path: Path) -> Iterator[str]:
             start(f"node-{number}", f"--address=127.0.0.1:{port}", "--num-cpus=3")
         yield f"127.0.0.1:{port}"
     finally:
-        for process in reversed(started):
-            process.terminate()
-        for process in started:
-            process.wait(timeout=60)
+        end_processes(started[::-1])
         shutil.rmtree(short, ignore_errors=True)
 
 

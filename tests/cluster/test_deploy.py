@@ -6,12 +6,12 @@ import copy
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import tomllib
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import jsonschema
 import pytest
 import yaml
 
-from cluster.servers import free_port, wait_until_listening
+from cluster.servers import end_processes, free_port, is_listening, start_server
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "cluster" / "deploy"
@@ -307,10 +307,8 @@ def test_mlflow_starts_with_these_settings_and_turns_away_who_has_no_password(tm
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
     command = [sys.executable, "-m", "mlflow", "server", *(option.removesuffix("=") for option in options)]
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    server = start_server(command, partial(is_listening, port), tmp_path / "log", environment, seconds=300)
     try:
-        wait_until_listening(port, server, seconds=300)
         url = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default"
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(url, timeout=120)
@@ -319,8 +317,7 @@ def test_mlflow_starts_with_these_settings_and_turns_away_who_has_no_password(tm
         with urllib.request.urlopen(request, timeout=120) as answer:
             assert json.load(answer)["experiment"]["name"] == "Default"
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(timeout=60)
+        end_processes([server])
 
 
 # ------------------------------------------------------------------------------------------------ versions

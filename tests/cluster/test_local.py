@@ -2,12 +2,15 @@
 
 import os
 import stat
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster import local
 from cluster.local import LocalCluster, make_private, write_private
+from cluster.servers import start_server
 
 
 def mode(path: Path) -> int:
@@ -54,11 +57,23 @@ def test_a_file_of_tokens_is_the_owners_also_where_a_wider_one_was(tmp_path: Pat
     assert mode(path) == 0o600 and path.read_text() == "export TOKEN=canary"
 
 
-def test_stopping_removes_what_the_link_to_the_database_points_to(tmp_path: Path) -> None:
-    folder, database = tmp_path / "cluster", tmp_path / "database"
-    (database / "data").mkdir(parents=True)
-    (folder / "logs").mkdir(parents=True)
-    (folder / "environment").touch()
-    (folder / "postgresql").symlink_to(database)
-    assert LocalCluster(folder).stop() == 0
-    assert [path.name for path in folder.iterdir()] == ["logs"] and not database.exists()
+def test_stopping_removes_everything_but_the_logs(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "ray" / "session").mkdir(parents=True)
+    (tmp_path / "environment").touch()
+    assert LocalCluster(tmp_path).stop() == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+
+
+def test_a_server_that_ends_is_an_error_with_its_last_lines(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "raise SystemExit('the port is taken')"]
+    with pytest.raises(RuntimeError, match="the port is taken"):
+        start_server(command, lambda: False, tmp_path / "log")
+
+
+def test_a_server_that_is_never_ready_is_ended(tmp_path: Path) -> None:
+    script = f"import os, time; open('{tmp_path}/pid', 'w').write(str(os.getpid())); time.sleep(60)"
+    command = [sys.executable, "-c", script]
+    with pytest.raises(RuntimeError, match="was not ready within 2 s"):
+        start_server(command, lambda: False, seconds=2)
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
