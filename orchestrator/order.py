@@ -1,9 +1,9 @@
-"""The order of training samples, and the keys of all randomness: pure arithmetic (numpy only).
+"""The order of training samples and the keys of all randomness, as pure arithmetic (numpy only).
 
-Row groups are permuted by (seed, epoch) and dealt round-robin to P canonical streams. Each stream is cut
-into windows of consecutive row groups, and the rows of a window are shuffled together. A global batch of B
-takes B/P rows from every stream, in stream order; worker r of W owns the streams [rP/W, (r+1)P/W). So nothing
-depends on W, no row group belongs to two streams, and one integer, the images seen, says where a run stands.
+Row groups are permuted by (seed, epoch) and dealt round-robin to P canonical streams. Each stream is divided into
+windows of consecutive row groups, and the rows of a window are shuffled together. A global batch of B images takes B/P
+rows from every stream, in the order of the streams. Worker r of W owns the streams [rP/W, (r+1)P/W). Therefore nothing
+depends on W, no row group belongs to two streams, and one integer, the number of images seen, is the position of a run.
 """
 
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import BaseModel, Field
 
-OPEN_BYTES_LIMIT = 4 << 30  # decoded images that a worker may hold in windows begun and not ended
+OPEN_BYTES_LIMIT = 4 << 30  # decoded images that a worker may hold in unfinished windows
 
 
 class Purpose(IntEnum):
-    """What a random draw is for. The numbers are part of every key: never change one, never use one twice."""
+    """The purpose of a random draw. Its number is part of every key, so never change a number or use it twice."""
 
     ROW_GROUPS = 1  # the epoch's permutation of row groups
     WINDOW = 2  # the shuffle inside a window
@@ -28,24 +28,26 @@ class Purpose(IntEnum):
     NOISE = 6  # training noise of a sample
     DROPOUT = 7
     SHARDS = 8  # the shuffle of all keys when a dataset is prepared
-    SPLIT = 9  # training against validation
+    SPLIT = 9  # training or validation
     LABEL = 10  # generation: the class of an index
-    START = 11  # generation: x_T of an index
+    START = 11  # generation: the initial noise x_T of an index
     STEP = 12  # generation: the noise of an index at an original timestep
     WEIGHTS = 13  # initial parameters
     LIKELIHOOD = 14  # the noise of the variational bound
     UPSAMPLE_START = 15  # a cascade's second stage: x_T of an index
-    UPSAMPLE_STEP = 16  # and its noise at an original timestep
+    UPSAMPLE_STEP = 16  # a cascade's second stage: the noise of an index at an original timestep
     LABEL_DROPOUT = 17  # whether a training sample keeps its label
     SEARCH = 21  # the proposals of a search
 
 
 def keyed_rng(purpose: Purpose, seed: int, *key: int) -> np.random.Generator:
-    """The generator that belongs to a purpose, a seed and up to two further integers, all in [0, 2**64).
+    """Return the generator for a purpose, a seed and up to two further integers, all in [0, 2**64).
 
-    The key is laid out in words of fixed width: numpy's SeedSequence packs integers into as many 32-bit words
-    as each needs and pads with zeros, so that bare lists such as [1, 2**32] and [1, 0, 1], or [1] and [1, 0],
-    collide.
+    The key has words of fixed width. numpy's SeedSequence splits each integer into as many 32-bit words as it needs and
+    pads with zeros, so that plain lists would collide: [1, 2**32] with [1, 0, 1], and [1] with [1, 0].
+
+    Raises:
+        ValueError: there are more integers, or one of them is out of range.
     """
     parts = (seed, *key, *([0] * (2 - len(key))))
     if len(parts) != 3 or not all(0 <= part < 2**64 for part in parts):
@@ -57,31 +59,31 @@ def keyed_rng(purpose: Purpose, seed: int, *key: int) -> np.random.Generator:
 
 
 def sample_rng(seed: int, epoch: int, sample: int, purpose: Purpose) -> np.random.Generator:
-    """Randomness of one training sample (its global row number) in one epoch."""
+    """Return the generator of one training sample (its global row number) in one epoch."""
     return keyed_rng(purpose, seed, epoch, sample)
 
 
 def index_rng(seed: int, index: int, purpose: Purpose, timestep: int = 0) -> np.random.Generator:
-    """Randomness of one generated image.
+    """Return the generator of one generated image, for step noise also of one original timestep.
 
-    Step noise is keyed by the original timestep: chains of other lengths share noise where they share times.
+    Because the original timestep is part of the key, chains of different lengths share the noise of their common steps.
     """
     return keyed_rng(purpose, seed, index, timestep)
 
 
 class OrderConfig(BaseModel, frozen=True, extra="forbid"):
-    """How samples are ordered; any change gives another sequence of batches."""
+    """The order of the samples. Any change gives another sequence of batches."""
 
-    num_streams: int = Field(4, gt=0)  # canonical streams P, a power of two; the worker count must divide it
-    shuffle_row_groups: int = Field(4, gt=0)  # row groups of a stream that are shuffled together
+    num_streams: int = Field(4, gt=0)  # canonical streams, a power of two that the number of workers must divide
+    shuffle_row_groups: int = Field(4, gt=0)  # row groups of a stream that are shuffled together (the window)
 
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """The rows of one window that are still to come: what one read task fetches.
+    """The remaining rows of one window, which are read together.
 
-    `first` is the offset of its first row in the stream's order of the epoch; `rows` int64 [n, 2] holds
-    (row group of the manifest, row inside it), in the order in which they are consumed.
+    `first` is the offset of the first row in the stream's order of the epoch. `rows`, int64 [n, 2], holds (row group of
+    the manifest, row within it) in the order in which the rows are consumed.
     """
 
     epoch: int
@@ -91,7 +93,7 @@ class Unit:
 
     @property
     def row_groups(self) -> tuple[int, ...]:
-        """The row groups that must be read, in ascending order."""
+        """Return the row groups that must be read, in ascending order."""
         return tuple(np.unique(self.rows[:, 0]).tolist())
 
 
@@ -99,31 +101,35 @@ class _Window(NamedTuple):
     stream: int
     first: int  # offset of its first row in the stream's epoch
     number: int
-    rows: int  # how many of its rows the epoch's batches reach
+    rows: int  # number of its rows that the epoch's batches use
 
 
 class OrderPlan:
-    """Which sample comes when, for any worker count, from any position.
+    """The order of the samples for any number of workers, from any position.
 
-    An epoch has the same number of batches every time: floor(R_min / (B/P)), where R_min, the sum of the
-    floor(G/P) smallest of the G row groups, is what every stream surely holds. Where row groups are of one
-    size and P divides G, this is floor(N/B); `prepare` makes them so, within one row each. In general
-    floor(N/B) is out of reach, since a row group is owned whole by one stream. What is left out differs by
-    epoch; no sample comes twice in one.
+    Every epoch has the same number of batches: floor(R_min / (B/P)). R_min is the sum of the floor(G/P) smallest of the
+    G row groups, which is the least number of rows that a stream can hold. If P divides G and all row groups have one
+    size, this is floor(N/B); `prepare` makes row groups that are equal within one row. In general floor(N/B) cannot be
+    reached, because each row group belongs to one stream. The rows that are left out differ from epoch to epoch, and no
+    sample occurs twice in an epoch.
 
     Attributes: row_group_sizes; num_samples; rows_per_stream (B/P); batches_per_epoch; images_per_epoch.
+
+    Raises:
+        ValueError: num_streams is no power of two, does not divide batch_size, or is larger than the number of row
+            groups; or a stream may have too few rows for one batch.
     """
 
     def __init__(self, row_group_sizes: tuple[int, ...], batch_size: int, config: OrderConfig, seed: int = 0) -> None:
         streams, groups = config.num_streams, len(row_group_sizes)
         if streams & (streams - 1):
-            raise ValueError(f"num_streams={streams} is not a power of two")
+            raise ValueError(f"order.num_streams={streams} is not a power of two; use 1, 2, 4, 8, ...")
         if batch_size <= 0 or batch_size % streams:
-            raise ValueError(f"batch_size={batch_size} must be a positive multiple of num_streams={streams}")
+            raise ValueError(f"batch_size={batch_size} must be a positive multiple of order.num_streams={streams}")
         if groups < streams:
             raise ValueError(
-                f"num_streams={streams} is more than the {groups} row groups; "
-                "use fewer streams or prepare the dataset with more row groups"
+                f"order.num_streams={streams} is more than the {groups} row groups of the dataset; lower "
+                "--order.num-streams, or prepare the dataset with more row groups"
             )
         self.config, self.seed = config, seed
         self.row_group_sizes = row_group_sizes
@@ -135,20 +141,28 @@ class OrderPlan:
         self.batches_per_epoch = sure // self.rows_per_stream
         if self.batches_per_epoch == 0:
             raise ValueError(
-                f"batch_size={batch_size} takes {self.rows_per_stream} rows of each stream, but a stream may "
-                f"hold only {sure}; use batch_size <= {sure * streams}"
+                f"batch_size={batch_size} takes {self.rows_per_stream} rows from each stream, but a stream may have "
+                f"only {sure} rows; use batch_size <= {sure * streams}"
             )
         self.images_per_epoch = self.batches_per_epoch * batch_size
 
     def locate(self, position: int) -> tuple[int, int]:
-        """(epoch, step within it) after `position` images seen; a multiple of the batch size."""
+        """Return (epoch, step within the epoch) after `position` images.
+
+        Raises:
+            ValueError: `position` is no multiple of the batch size.
+        """
         if position < 0 or position % self.batch_size:
             raise ValueError(f"position={position} is not a multiple of batch_size={self.batch_size}")
         epoch, images = divmod(position, self.images_per_epoch)
         return epoch, images // self.batch_size
 
     def streams(self, rank: int, world_size: int) -> range:
-        """The contiguous streams that worker `rank` of `world_size` owns."""
+        """Return the contiguous streams that worker `rank` of `world_size` owns.
+
+        Raises:
+            ValueError: `world_size` does not divide the number of streams, or `rank` is out of range.
+        """
         if world_size <= 0 or self.config.num_streams % world_size:
             raise ValueError(f"world_size={world_size} does not divide num_streams={self.config.num_streams}")
         if not 0 <= rank < world_size:
@@ -157,16 +171,16 @@ class OrderPlan:
         return range(rank * share, (rank + 1) * share)
 
     def steps(self, position: int) -> Iterator[tuple[int, int]]:
-        """(epoch, images seen before the step) of each global step from `position` on, without end."""
+        """Yield (epoch, images seen before the step) of each global step from `position` on, without end."""
         self.locate(position)
         while True:
             yield self.locate(position)[0], position
             position += self.batch_size
 
     def units(self, rank: int, world_size: int, position: int = 0) -> Iterator[Unit]:
-        """The worker's reads from `position` on, without end, in the order in which they are first needed.
+        """Yield the worker's units from `position` on, without end, in the order in which they are first needed.
 
-        Rows before the position are dropped already, and so is what the epoch's batches never reach.
+        Units contain neither rows before the position nor rows that no batch of the epoch uses.
         """
         streams = self.streams(rank, world_size)
         epoch, step = self.locate(position)
@@ -185,24 +199,24 @@ class OrderPlan:
             epoch, step = epoch + 1, 0
 
     def open_bytes(self, world_size: int, bytes_per_row: int) -> int:
-        """Bytes that a worker may hold in open windows: (P/W) x window x rows of a row group x bytes.
+        """Return the most bytes that a worker holds in open windows: (P/W) x window x rows of a row group x bytes.
 
         Raises:
-            ValueError: it is more than OPEN_BYTES_LIMIT.
+            ValueError: they are more than OPEN_BYTES_LIMIT.
         """
         streams, window, rows = len(self.streams(0, world_size)), self.config.shuffle_row_groups, int(self._sizes.max())
         found = streams * window * rows * bytes_per_row
         if found > OPEN_BYTES_LIMIT:
             raise ValueError(
                 f"a worker would hold {found / 2**30:.1f} GiB of open images ({streams} streams x window of {window} "
-                f"row groups x {rows} rows x {bytes_per_row:,} bytes); {OPEN_BYTES_LIMIT / 2**30:.0f} GiB is the most: "
-                f"raise num_workers, or lower order.shuffle_row_groups={window} or "
+                f"row groups x {rows} rows x {bytes_per_row:,} bytes); at most {OPEN_BYTES_LIMIT / 2**30:.0f} GiB are "
+                f"accepted: raise num_workers, or lower order.shuffle_row_groups={window} or "
                 f"order.num_streams={self.config.num_streams}, or prepare the dataset with smaller row groups"
             )
         return found
 
     def _windows(self, order: np.ndarray, stream: int) -> Iterator[_Window]:
-        """The windows of a stream that the epoch's batches reach."""
+        """Yield the windows of a stream that the epoch's batches use."""
         dealt, end, first = order[stream :: self.config.num_streams], self._stream_rows, 0
         for number, start in enumerate(range(0, len(dealt), self.config.shuffle_row_groups)):
             rows = int(self._sizes[dealt[start : start + self.config.shuffle_row_groups]].sum())
@@ -211,7 +225,7 @@ class OrderPlan:
             first += rows
 
     def _unit(self, epoch: int, order: np.ndarray, window: _Window, begin: int) -> Unit:
-        """The rows of a window from the stream's row `begin` on, as far as the epoch's batches reach."""
+        """Return the rows of a window from the stream's row `begin` on, as far as the epoch's batches use them."""
         start = window.number * self.config.shuffle_row_groups
         groups = order[window.stream :: self.config.num_streams][start : start + self.config.shuffle_row_groups]
         pairs = zip(groups, self._sizes[groups], strict=True)

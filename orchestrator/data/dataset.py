@@ -1,9 +1,8 @@
-"""Datasets: what their manifest says, and from shards to the streams' shares of a batch.
+"""Datasets: their manifest, and the reading of batches from their shards.
 
-On disk a dataset is `manifest.json` and Parquet shards with the columns `key`, `label`, `image` (the encoded bytes as
-they were), `width` and `height`; shards registered in place have `label` and
-`image.bytes`, and lie where they were. A sample's id
-is its global row number in its split.
+On disk a dataset is `manifest.json` and Parquet shards with the columns `key`, `label`, `image` (the original encoded
+bytes), `width` and `height`. Shards that are registered in place keep their own columns and stay where they are. The id
+of a sample is its global row number in its split.
 """
 
 import hashlib
@@ -26,9 +25,9 @@ from orchestrator.data.images import ExifOrientation, decode
 from orchestrator.data.row_groups import read_row_group
 from orchestrator.order import OrderPlan, Purpose, Unit, sample_rng
 
-READ_AHEAD_BYTES = 256 << 20  # decoded images that a worker reads ahead, unless its tasks' units are more
-READ_AHEAD_ROWS = 16384  # and no more of them: what is read further ahead only takes CPUs from the training
-BLOCK_ROWS, BLOCK_BYTES = 256, 16 << 20  # decoded at a time, at most
+READ_AHEAD_BYTES = 256 << 20  # decoded images that a worker reads ahead, or one unit for each reader if that is more
+READ_AHEAD_ROWS = 16384  # at most: reading further ahead only takes CPUs from the training
+BLOCK_ROWS, BLOCK_BYTES = 256, 16 << 20  # the largest block that is decoded at a time
 
 T = TypeVar("T")
 
@@ -55,37 +54,37 @@ class Shard(BaseModel, frozen=True, extra="forbid"):
 
 
 class Manifest(BaseModel, frozen=True, extra="forbid"):
-    """What a dataset holds. `folder` is where it was read from, and no part of it."""
+    """The content of a dataset. `folder` is the place from which the manifest was read; it is not stored."""
 
     format_version: Literal[1] = 1
     name: str
-    classes: tuple[str, ...]  # names in the order of the labels; none: the labels are -1
+    classes: tuple[str, ...]  # names in the order of the labels; empty: all labels are -1
     splits: dict[str, tuple[Shard, ...]]
     unlabelled: tuple[str, ...] = ()  # splits whose labels are all -1 although there are classes
-    width: tuple[int, int] | None  # smallest and largest, pixels; None: not looked at
+    width: tuple[int, int] | None  # smallest and largest, in pixels; None: unknown
     height: tuple[int, int] | None  # likewise
     quarantined: int  # images that could not be decoded and were left out
-    resolution: int | None = None  # the images are ADM's centre crops of this size; None: they are whole
-    registered: str | None = None  # where the shards lie, if they were registered in place; None: beside the manifest
-    image_column: str = "image"  # of the shards, the encoded bytes
-    label_column: str | None = "label"  # of the shards, numbers or names of classes; None: there are no labels
+    resolution: int | None = None  # the images are ADM's centre crops of this size; None: original images
+    registered: str | None = None  # folder of shards that are registered in place; None: they lie beside the manifest
+    image_column: str = "image"  # column of the encoded bytes
+    label_column: str | None = "label"  # column of the class numbers or names; None: there are no labels
     background: str = "drop"  # behind transparent images, see `orchestrator.data.images.decode`
     exif_orientation: ExifOrientation = "ignore"  # likewise
-    content: str = ""  # SHA-256 of all images and labels in their order; empty of what is registered in place
+    content: str = ""  # SHA-256 of all images and labels in their order; empty if registered in place
     folder: str = Field("", exclude=True)
 
     @property
     def fingerprint(self) -> str:
-        """Return a SHA-256 of what the manifest says: another dataset has another one."""
+        """Return a SHA-256 of the manifest, which differs for every dataset."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     @property
     def root(self) -> str:
-        """The folder of the shards."""
+        """Return the folder of the shards."""
         return self.registered or self.folder
 
     def decode(self, data: bytes) -> Image.Image:
-        """Return the RGB image in `data` as this dataset draws transparency and rotates.
+        """Return the RGB image in `data`, with this dataset's rules for transparency and rotation.
 
         Raises:
             ValueError: it cannot be decoded.
@@ -93,51 +92,51 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
         return decode(data, self.background, self.exif_orientation)
 
     def check(self, split: str, image_size: int, crop: Literal["center", "random"], conditional: bool = False) -> None:
-        """Refuse a use that these images do not allow: other crops than those stored, classes that are not known.
+        """Check that the split has images for these crops and, with `conditional`, a label for every image.
 
         Raises:
-            ValueError: the message says which other dataset is wanted.
+            ValueError: it does not; the message says which dataset is needed instead.
         """
         self.shards(split)
         if self.resolution is not None and (crop != "center" or image_size != self.resolution):
             raise ValueError(
                 f"dataset {self.name!r} holds centre crops of {self.resolution} pixels (resolution={self.resolution}), "
-                f"which give no crop={crop!r} of image_size={image_size}: prepare one from the same source without "
-                "resolution" + (f", or with --resolution {image_size}" if crop == "center" else "")
+                f"which cannot give crop={crop!r} of image_size={image_size}: prepare another dataset from the same "
+                "source without --resolution" + (f", or with --resolution {image_size}" if crop == "center" else "")
             )
         if conditional and (split in self.unlabelled or not self.classes):
             raise ValueError(
-                f"split {split!r} of dataset {self.name!r} has no labels (-1), and this needs every image's class: "
-                "choose a labelled split, or a network without classes"
+                f"split {split!r} of dataset {self.name!r} has no labels (-1), but this job needs the class of every "
+                "image: choose a split with labels, or a network without classes"
             )
 
     def shards(self, split: str) -> tuple[Shard, ...]:
-        """The shards of a split; ValueError where there is no such split."""
+        """Return the shards of a split. Raises ValueError if there is no such split."""
         if split not in self.splits:
             raise ValueError(f"dataset {self.name!r} has no split {split!r}; it has {', '.join(self.splits)}")
         return self.splits[split]
 
     def row_group_sizes(self, split: str) -> tuple[int, ...]:
-        """Rows of every row group of a split, over all its shards."""
+        """Return the number of rows of every row group of a split, over all its shards."""
         return tuple(rows for shard in self.shards(split) for rows in shard.row_groups)
 
     def num_samples(self, split: str) -> int:
-        """Rows of a split."""
+        """Return the number of rows of a split."""
         return sum(shard.rows for shard in self.shards(split))
 
 
 def load_manifest(folder: str) -> Manifest:
-    """The manifest of the dataset in `folder`.
+    """Return the manifest of the dataset in `folder`.
 
     Raises:
-        FileNotFoundError: nothing was prepared there, or not to its end.
+        FileNotFoundError: no dataset was prepared there, or it is not finished.
         ValueError: it is not a manifest of this format.
     """
     uri = storage.join(folder, "manifest.json")
     try:
         found = Manifest.model_validate(storage.read_json(uri))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{folder} holds no finished dataset: prepare it first") from error
+        raise FileNotFoundError(f"{folder} holds no finished dataset: run jobs/prepare_dataset.py first") from error
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
@@ -145,20 +144,20 @@ def load_manifest(folder: str) -> Manifest:
     return found.model_copy(update={"folder": storage.resolve(folder)})
 
 
-# ------------------------------------------------------------------------------------------------- shares of a batch
+# ------------------------------------------------------------------------------------------------- batches
 
 
 @dataclass(frozen=True, eq=False)
 class StreamShare:
-    """One stream's share of a global batch, n = B/P rows."""
+    """The share of a global batch that comes from one stream: n = B/P rows."""
 
     stream: int
     epoch: int
     images: np.ndarray  # uint8 [n, H, W, 3], cropped and flipped
-    labels: np.ndarray  # int64 [n]; -1 where the dataset has no classes
+    labels: np.ndarray  # int64 [n]; -1 if the dataset has no classes
     samples: np.ndarray  # int64 [n], global row numbers: with the epoch, the keys of all randomness
-    flips: np.ndarray  # bool [n], which rows are mirrored
-    undecodable: np.ndarray  # bool [n], which rows show another row's image, since their own cannot be decoded
+    flips: np.ndarray  # bool [n], True for rows that are mirrored
+    undecodable: np.ndarray  # bool [n], True for rows with another row's image because theirs cannot be decoded
 
 
 def batches(
@@ -174,19 +173,19 @@ def batches(
     use_ray: bool = True,
     end: int | None = None,
 ) -> Iterator[list[StreamShare]]:
-    """This worker's share of every global batch from `position` (images seen) to `end` (None: without end).
+    """Yield this worker's share of every global batch from `position` (images seen) to `end` (None: without end).
 
-    Each list holds one share for each of the worker's streams, in stream order. `flip` mirrors half of the
-    images. Flips and crops depend on (seed, epoch, sample) alone. With `use_ray`, Ray tasks fetch and decode ahead;
-    without, the same happens in this process.
+    Each list holds one share for each of the worker's streams, in stream order. `flip` mirrors half of the images.
+    Flips and crops depend only on (seed, epoch, sample). With `use_ray`, Ray actors read and decode ahead; otherwise
+    this process reads and decodes.
 
     Raises:
         ValueError: the plan was not made for this split, or rank, world_size or position do not fit it.
         RuntimeError, OSError: data could not be read; the message names the shard.
     """
     if order.row_group_sizes != manifest.row_group_sizes(split):
-        raise ValueError(f"the order plan was made for other row groups than those of split={split!r}")
-    order.locate(position)  # refuse it here rather than at the first batch
+        raise ValueError(f"the row groups of the order plan are not those of split={split!r} of {manifest.name!r}")
+    order.locate(position)  # raise errors here rather than at the first batch
     order.open_bytes(world_size, image_size**2 * 3)  # likewise
     read = _Reader(manifest, split, order.seed, image_size, crop, flip, order.rows_per_stream)
     units = order.units(rank, world_size, position)
@@ -204,7 +203,7 @@ def batches(
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yield the items, each made in a thread while the one before it is used."""
+    """Yield the items. A thread computes the next one while the caller uses the last one."""
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
         upcoming = thread.submit(next, items, None)
         while (item := upcoming.result()) is not None:
@@ -215,7 +214,7 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
 def _assemble(
     blocks: Iterator[Block], order: OrderPlan, streams: range, steps: Iterator[tuple[int, int]]
 ) -> Iterator[list[StreamShare]]:
-    """Deal blocks to their streams, and take every step's rows from each; `steps` gives their epochs."""
+    """Collect blocks by their stream, and take the rows of every step from each; `steps` gives their epochs."""
     waiting = {number: _Waiting() for number in streams}
     for epoch, _ in steps:
         shares = []
@@ -239,13 +238,15 @@ def _assemble(
 
 
 def read_images(manifest: Manifest, split: str, begin: int, end: int, image_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows [begin, end) of a split, centre-cropped: uint8 [n, H, W, 3], and their labels int64 [n].
+    """Return rows [begin, end) of a split as centre crops, uint8 [n, H, W, 3], and their labels, int64 [n].
 
     Raises:
         ValueError: the split has no such rows.
     """
     if not 0 <= begin < end <= manifest.num_samples(split):
-        raise ValueError(f"split {split!r} has {manifest.num_samples(split)} rows, and no range [{begin}, {end})")
+        raise ValueError(
+            f"rows [{begin}, {end}) are not in split {split!r}, which has {manifest.num_samples(split)} rows"
+        )
     read = _Reader(manifest, split, seed=0, image_size=image_size, crop="center", flip=False)
     blocks: list[Block] = []
     first = 0
@@ -260,7 +261,7 @@ def read_images(manifest: Manifest, split: str, begin: int, end: int, image_size
 
 
 class _Waiting:
-    """Decoded rows of one stream that no batch has taken yet."""
+    """Decoded rows of one stream that belong to no batch yet."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -271,7 +272,7 @@ class _Waiting:
         self.count += len(block["sample"])
 
     def take(self, count: int) -> Block:
-        """The first `count` rows."""
+        """Remove and return the first `count` rows."""
         taken: list[Block] = []
         missing = count
         while missing:
@@ -288,7 +289,7 @@ class _Waiting:
 
 
 class _Reader:
-    """Unit -> decoded blocks. It travels to the tasks that read, hence holds locations only."""
+    """A function that reads a unit and yields decoded blocks. It is sent to other processes, so it holds no data."""
 
     def __init__(
         self,
@@ -313,7 +314,7 @@ class _Reader:
         self._num_classes = 0 if split in manifest.unlabelled else len(manifest.classes)
         self._seed, self._image_size, self._crop, self._flip = seed, image_size, crop, flip
         most = max(1, min(BLOCK_ROWS, BLOCK_BYTES // (image_size**2 * 3)))
-        # Blocks end where batches end, if these are not larger: then no batch is put together from pieces.
+        # Blocks end where batches end, if a batch fits into a block: then no batch is assembled from pieces.
         self.block_rows = most // rows_per_stream * rows_per_stream or most
 
     def __call__(self, unit: Unit) -> Iterator[Block]:
@@ -339,7 +340,7 @@ class _Reader:
         return table.rename_columns({self._image_column: "image"} | dict.fromkeys(columns[1:], "label"))
 
     def _fill(self, block: Block, place: int, table: pa.Table, group: int, row: int, epoch: int) -> None:
-        """One sample, under its own id even where the image is the next good one of its row group."""
+        """Fill in one sample. If its image cannot be decoded, it gets the next good image of its row group."""
         sample = int(block["sample"][place])
         image, found = self._next_good(table, group, row)
         label = table["label"][found].as_py() if self._label_column else -1
@@ -347,7 +348,7 @@ class _Reader:
         if self._num_classes and not 0 <= label < self._num_classes:
             raise ValueError(
                 f"label {label} of row {found} in row group {self._places[group][1]} of "
-                f"{self._uris[self._places[group][0]]} is not in [0, {self._num_classes})"
+                f"{self._uris[self._places[group][0]]} is not in [0, {self._num_classes}); prepare the dataset again"
             )
         mirrored = self._flip and sample_rng(self._seed, epoch, sample, Purpose.FLIP).random() < 0.5
         if self._crop == "random":
@@ -359,7 +360,7 @@ class _Reader:
         block["label"][place], block["flip"][place], block["undecodable"][place] = label, mirrored, found != row
 
     def _next_good(self, table: pa.Table, group: int, row: int) -> tuple[Image.Image, int]:
-        """The first image from `row` on, around the row group, that can be decoded, and its row."""
+        """Return the first image from `row` on that can be decoded, and its row; after the last row comes the first."""
         for step in range(len(table)):
             found = (row + step) % len(table)
             try:

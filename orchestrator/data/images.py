@@ -1,4 +1,4 @@
-"""Decode one image: encoded bytes -> RGB pixels."""
+"""Decoding of images: encoded bytes to RGB pixels."""
 
 import io
 import re
@@ -8,33 +8,33 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
-# Odd EXIF blocks and palettes: the image can be decoded all the same, and a user can do nothing about the warning.
+# Pillow warns of odd EXIF blocks and palettes. The image can still be decoded, and the user can do nothing about it.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# Only these decoders of Pillow may run. Others start programs (EPS) or have had few readers of their code.
+# Only these decoders of Pillow may run. Others start programs (EPS), or their code is little used and little tested.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000")
 IMAGE_ENDINGS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2",
 )  # fmt: skip
-_METADATA = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # where Pillow finds an orientation
-MAX_ASPECT = 100  # longer images are refused: the work for a crop grows with the length of the resized image
+_METADATA = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # from which Pillow reads an orientation
+MAX_ASPECT = 100  # longer side / shorter side; the time for a crop grows with it
 
 ExifOrientation = Literal["ignore", "apply"]
 
 
 class Decoded(NamedTuple):
-    """An RGB image, and what was found in its file."""
+    """An RGB image, and properties of its file."""
 
     image: Image.Image
     transparent: bool  # some pixels are not opaque
-    rotated: bool  # its EXIF orientation is not upright
+    rotated: bool  # its EXIF orientation is not the upright one
 
 
 def check_background(background: str) -> str:
-    """Return `background` if it is drop or a colour.
+    """Return `background` if it is valid.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither drop nor a colour.
     """
     _colour(background)
     return background
@@ -46,18 +46,18 @@ def decode(data: bytes, background: str = "drop", exif_orientation: ExifOrientat
 
 
 def decode_and_describe(data: bytes, background: str = "drop", exif_orientation: ExifOrientation = "ignore") -> Decoded:
-    """Return the RGB image in `data` and what was found in its file.
+    """Return the RGB image in `data` and properties of its file.
 
-    Grey is repeated, palettes are looked up, CMYK is converted without a profile, and 16-bit grey loses its lower byte.
-    By default the rest is the published code's rule, which is Pillow's conversion.
+    Grey images are repeated over three channels, palettes are looked up, CMYK is converted without a profile, and
+    16-bit grey images keep their upper byte. By default all of this is Pillow's conversion, as in the published code.
 
-    background: drop ignores transparency, so that the colours hidden under transparent pixels show (the published
-        rule). A colour (white, black, or R,G,B) is drawn behind the image.
-    exif_orientation: apply rotates the image as its EXIF block says. ignore leaves it (the published rule).
+    background: drop ignores transparency, so that colours hidden under transparent pixels show, as in the published
+        code. A colour (white, black, or R,G,B) is drawn behind the image.
+    exif_orientation: apply rotates the image as its EXIF data say. ignore leaves it, as in the published code.
 
     Raises:
-        ValueError: the image cannot be decoded to its end, has pixels whose range is not known, more pixels than
-            Pillow accepts, or sides that differ more than a hundredfold.
+        ValueError: the image cannot be decoded completely, the range of its pixels is unknown, it has more pixels than
+            Pillow accepts, or one side is more than a hundred times as long as the other.
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -73,9 +73,9 @@ def decode_and_describe(data: bytes, background: str = "drop", exif_orientation:
             image = Image.alpha_composite(behind, image.convert("RGBA"))
         return Decoded(_rgb(image), transparent, rotated)
     except UnidentifiedImageError as error:
-        raise ValueError(f"it is none of {', '.join(FORMATS)}") from error
+        raise ValueError(f"it is none of {', '.join(FORMATS)}, which are accepted") from error
     except Exception as error:  # damaged files make decoders fail in many ways
-        message = re.sub(r" object at 0x[0-9a-f]+", "", str(error))  # equal input gives an equal quarantine
+        message = re.sub(r" object at 0x[0-9a-f]+", "", str(error))  # else equal input would give unequal messages
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"{kind}{message}") from error
 
@@ -90,7 +90,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         kind = "32-bit integer" if image.mode == "I" else "floating-point"
-        raise ValueError(f"{kind} pixels have no known range of brightness: convert them to 8 or 16 bits")
+        raise ValueError(f"{kind} pixels have no known range: convert them to 8 or 16 bits")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -99,7 +99,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # noqa: BLE001  a damaged EXIF block says nothing, and the image can be decoded all the same
+    except Exception:  # noqa: BLE001 - the image can be decoded although its EXIF data are damaged
         return 1
 
 
@@ -121,6 +121,6 @@ def _colour(background: str) -> tuple[int, int, int] | None:
         found = ()
     if len(found) != 3 or max(found) > 255:
         raise ValueError(
-            f"--background {background} is no colour; accepted: drop, white, black, or R,G,B from 0 to 255"
+            f"--background {background} is not a colour; accepted: drop, white, black, or R,G,B from 0 to 255"
         )
     return found[0], found[1], found[2]

@@ -1,8 +1,8 @@
-"""Preparing: from images as people have them to shuffled Parquet shards and a manifest.
+"""Preparing a dataset: images in any common layout become shuffled Parquet shards and a manifest.
 
-What was understood of the source is printed first, and a suspicious reading is refused. All keys are shuffled by seed
-before they are dealt to shards, so that any row group is a fair sample. Parquet may instead be registered in place: it
-stays where it is, and only gets a manifest.
+The job first prints what it understood of the source, and stops if that is suspicious. All images are shuffled by seed
+before they are assigned to shards, so that every row group is a random sample. Parquet files may instead be registered
+in place: they stay where they are, and the job only writes a manifest.
 """
 
 import hashlib
@@ -50,24 +50,24 @@ from orchestrator.progress import counted, progress_line
 from orchestrator.redaction import redact_tree
 from orchestrator.tracking import tracked
 
-SMALL_CLASS = 20  # images of a split below which a class is named on the terminal
-SHOWN_SMALL = 10  # such classes that are named, the smallest first
-CONTACT_SHEET_IMAGES = 100  # of the picture that shows a prepared dataset
-CONTACT_SHEET_PIXELS = 64  # of each
-DRY_SCAN_BYTES = 1 << 30  # of tars: a dry run does not read through larger ones
+SMALL_CLASS = 20  # a class with fewer images in a split is printed
+SHOWN_SMALL = 10  # at most so many of these classes are printed, the smallest first
+CONTACT_SHEET_IMAGES = 100  # in the picture that shows a prepared dataset
+CONTACT_SHEET_PIXELS = 64  # height and width of each
+DRY_SCAN_BYTES = 1 << 30  # a dry run does not read tars that are larger in total
 
 log = logging.getLogger(__name__)
 
 
 def prepare(config: PrepareConfig) -> Manifest:
-    """Shuffle, split and shard the source, or register it in place; return the manifest, which is written last.
+    """Shuffle, split and shard the source, or register it in place. Return the manifest, which is written last.
 
-    Finished shards are kept and a finished dataset is found, so that the same command goes on where it stopped.
-    Images that cannot be decoded go to `quarantine.json` with their key and the reason; what was understood of the
-    source and what is odd about it, to `report.json`.
+    The same command resumes: finished shards are kept, and a finished dataset is returned. `quarantine.json` lists the
+    images that cannot be decoded, with the reasons. `report.json` contains what was understood of the source, and the
+    findings about it.
 
     Raises:
-        ValueError: the source is unfit, its reading is suspicious, or the folder holds another dataset.
+        ValueError: the source cannot be used, its reading is suspicious, or the folder holds another dataset.
         RuntimeError: more than `max_corrupt_fraction` of the images cannot be decoded.
         ItemsFailed: some shards failed on workers; all others are written.
     """
@@ -88,7 +88,7 @@ def prepare(config: PrepareConfig) -> Manifest:
 
 
 def prepare_and_track(config: PrepareConfig) -> str:
-    """`prepare` with its MLflow run and a contact sheet; return the dataset's URI. Raises what `prepare` does."""
+    """Prepare a dataset, with an MLflow run and a contact sheet; return its URI. Raises what `prepare` raises."""
     output = config.path(config.output)
     with tracked("prepare", config, output) as tracker:
         manifest = prepare(config)
@@ -102,10 +102,10 @@ def prepare_and_track(config: PrepareConfig) -> str:
         f"{output}: {described} images of {counted(len(manifest.classes), 'class')}, {manifest.quarantined} quarantined"
     )
     report = storage.read_json(storage.join(output, "report.json"))
-    for split, found in report.get("splits", {}).items():  # of what is registered in place, classes are not counted
+    for split, found in report.get("splits", {}).items():  # classes of registered files are not counted
         if small := found.get("small_classes"):
             names = ", ".join(f"{name} ({count})" for name, count in small.items())
-            print(f"  small classes of {split}, below {SMALL_CLASS} images: {names}")
+            print(f"  classes of {split} with fewer than {SMALL_CLASS} images: {names}")
     for kind, found in report["findings"].items():
         print(f"  {kind.replace('_', ' ')}: {found['count']:,} ({', '.join(found['examples'])})")
     command = next_command("train_adm", dataset=config.output)
@@ -114,14 +114,14 @@ def prepare_and_track(config: PrepareConfig) -> str:
 
 
 def plan(config: PrepareConfig) -> tuple[PrepareConfig, str]:
-    """Return the config, and what preparing would understand, read and write.
+    """Return the config, and a description of what `prepare` would read and write.
 
     Raises:
-        ValueError: the source is unfit, or its reading is suspicious.
+        ValueError: the source cannot be used, or its reading is suspicious.
     """
     output = config.path(config.output)
     if storage.exists(storage.join(output, "manifest.json")):
-        return config, f"{output} is prepared already"
+        return config, f"{output} is already prepared"
     try:
         listing = _list(config)
     except FileNotFoundError:
@@ -134,8 +134,8 @@ def plan(config: PrepareConfig) -> tuple[PrepareConfig, str]:
     if (total := _bytes_in_tars(listing)) > DRY_SCAN_BYTES:
         print(describe_first_files(listing))
         return config, (
-            f"reads   {config.source}: {len(listing.names):,} objects, {total / 2**30:,.1f} GiB, whose images are "
-            f"counted when it runs\nwrites  {output}"
+            f"reads   {config.source}: {len(listing.names):,} objects, {total / 2**30:,.1f} GiB, whose images will be "
+            f"counted when the job runs\nwrites  {output}"
         )
     source = read_source(listing, config.choices, 0)
     _show(config, understand(source))
@@ -170,7 +170,7 @@ def _layout(config: PrepareConfig, listing: Listing) -> Layout:
 
 
 def _bytes_in_tars(listing: Listing) -> int:
-    """Return the bytes of the tars in a source, which are read through to list their files, unlike zips."""
+    """Return the total size of the tars in a source. Unlike a zip, a tar must be read through to list its files."""
     tars = pc.ends_with(listing.names, ".tar", ignore_case=True)
     return int(listing.sizes[tars.to_numpy(zero_copy_only=False)].sum())
 
@@ -179,7 +179,7 @@ def _show(config: PrepareConfig, found: Understanding) -> None:
     """Print what was understood of the source.
 
     Raises:
-        ValueError: it is suspicious, and was not accepted.
+        ValueError: it is suspicious, and the user has not accepted it.
     """
     print(found.text(config.background, config.exif_orientation), flush=True)
     if not config.accept_classes:
@@ -199,10 +199,10 @@ def _register(config: PrepareConfig, output: str, listing: Listing) -> None:
 
 
 def _agree_on_plan(config: PrepareConfig, output: str, listing: Listing) -> Plan:
-    """Return the plan of an earlier attempt, if the source is still what it was; else make a new one."""
+    """Return the plan of an earlier attempt if config and source are unchanged, else write a new one."""
     folder, found = storage.join(output, "staged"), read_plan(output)
     if found is not None and _holds(config, output, listing, found):
-        if found.source == folder and not storage.exists(folder):  # somebody has deleted it
+        if found.source == folder and not storage.exists(folder):  # it was deleted
             staged(read_source(listing, config.choices, config.num_workers), folder, config.num_workers)
         return found
     source = read_source(listing, config.choices, config.num_workers)
@@ -226,18 +226,18 @@ def _agree_on_plan(config: PrepareConfig, output: str, listing: Listing) -> Plan
 
 
 def _holds(config: PrepareConfig, output: str, listing: Listing, plan: Plan) -> bool:
-    """Return whether a plan is of this config and source; without finished shards, one that is not is removed.
+    """Return whether a plan belongs to this config and source. If not, and no shard is finished, delete the plan.
 
     Raises:
-        ValueError: there are finished shards by a plan of another config or source.
+        ValueError: some shards are finished, by a plan for another config or source.
     """
     begun = {shard.path for shard in plan.shards} & set(storage.list_names(output, recursive=True))
     try:
         check_config(output, config, finished=True)
         if plan.digest != listing.digest():
             raise ValueError(
-                f"{output} was begun from a source that has changed since ({len(listing.names):,} objects now, of "
-                "other names or sizes): choose another output"
+                f"the source of {output} has changed since the first attempt (now it has {len(listing.names):,} objects, "
+                "and other names or sizes): pass another --output"
             )
     except ValueError:
         if begun:
@@ -249,9 +249,12 @@ def _holds(config: PrepareConfig, output: str, listing: Listing, plan: Plan) -> 
 
 
 def _order(source: Source, config: PrepareConfig) -> dict[str, np.ndarray]:
-    """Return rows of the source's index in their shuffled order, by split.
+    """Return the rows of the source's index in shuffled order, by split.
 
-    Where the source has no validation images of its own, the first of its training images become these.
+    With `validation_fraction`, the first of the training images become the validation split.
+
+    Raises:
+        ValueError: the source already has validation images.
     """
     shuffled = keyed_rng(Purpose.SHARDS, config.seed).permutation(len(source.index))
     splits = source.index["split"].combine_chunks()
@@ -265,7 +268,7 @@ def _order(source: Source, config: PrepareConfig) -> dict[str, np.ndarray]:
         if len(order["validation"]):
             raise ValueError(
                 f"validation_fraction={config.validation_fraction}, but source={config.source} has validation images "
-                "of its own: pass 0"
+                "of its own: pass --validation-fraction 0"
             )
         held_out = math.ceil(round(config.validation_fraction * len(order["train"]), 6))
         order |= {"train": order["train"][held_out:], "validation": order["train"][:held_out]}
@@ -276,7 +279,7 @@ def _order(source: Source, config: PrepareConfig) -> dict[str, np.ndarray]:
 
 
 def _write_shards(config: PrepareConfig, output: str, plan: Plan) -> list[Facts]:
-    """Write the shards that are missing; the facts of all, in the plan's order."""
+    """Write the missing shards, and return the facts about all shards in the order of the plan."""
     allowed = math.floor(config.max_corrupt_fraction * plan.num_images)
     found: dict[int, Facts] = {}
     quarantine: list[dict[str, str]] = []
@@ -290,7 +293,8 @@ def _write_shards(config: PrepareConfig, output: str, plan: Plan) -> list[Facts]
                 named = "; ".join(f"{entry['key']}: {entry['reason']}" for entry in quarantine[:3])
                 raise RuntimeError(
                     f"{len(quarantine)} images cannot be decoded, more than the {allowed} that max_corrupt_fraction="
-                    f"{config.max_corrupt_fraction} allows: {named}"
+                    f"{config.max_corrupt_fraction} allows: {named}; repair or remove them, or pass a larger "
+                    "--max-corrupt-fraction"
                 )
             done += plan.shards[number].num_images
             progress.update_to(done, quarantined=len(quarantine))
@@ -298,7 +302,7 @@ def _write_shards(config: PrepareConfig, output: str, plan: Plan) -> list[Facts]
 
 
 def _summarize(config: PrepareConfig, output: str, plan: Plan, facts: list[Facts]) -> None:
-    """Quarantine, report and manifest out of the shards' facts."""
+    """Write quarantine.json, report.json and the manifest from the facts about the shards."""
     by_split = {
         split: [fact for shard, fact in zip(plan.shards, facts, strict=True) if shard.split == split]
         for split in plan.splits
@@ -340,7 +344,7 @@ def _content(facts: list[Facts]) -> str:
 
 
 def _copies(by_split: dict[str, list[Facts]]) -> Findings:
-    """Images of the same bytes as an earlier one, told apart by whether that lies in the same split."""
+    """Return the images whose bytes equal those of an earlier image, in the same split or in another one."""
     rows = pa.concat_tables(fact.rows for found in by_split.values() for fact in found)
     counts = [sum(fact.shard.rows for fact in found) for found in by_split.values()]
     split = np.repeat(np.arange(len(counts)), counts)
@@ -361,7 +365,7 @@ def _copies(by_split: dict[str, list[Facts]]) -> Findings:
 
 
 def _class_counts(classes: tuple[str, ...], facts: list[Facts]) -> dict[str, Any]:
-    """Images of a split, of its smallest and largest class, and of the first classes with too few to learn from."""
+    """Count the images of a split, of its smallest and its largest class, and of classes with few images."""
     labels = np.concatenate([fact.rows["label"].to_numpy() for fact in facts])
     if not classes:
         return {"images": len(labels)}
@@ -380,7 +384,7 @@ def _class_counts(classes: tuple[str, ...], facts: list[Facts]) -> dict[str, Any
 
 
 def _finish(output: str, manifest: Manifest, report: dict[str, Any]) -> None:
-    """The manifest comes last."""
+    """Write the report, then the manifest, which marks the dataset as finished."""
     storage.write_json(storage.join(output, "report.json"), redact_tree(report))
     storage.put_if_absent(storage.join(output, "manifest.json"), storage.json_bytes(manifest.model_dump(mode="json")))
 
@@ -390,13 +394,13 @@ def _plain(findings: Findings) -> dict[str, Any]:
 
 
 def _span(spans: list[tuple[int, int]]) -> tuple[int, int]:
-    """Smallest and largest of all; (0, 0) of nothing."""
+    """Return the smallest and the largest of all values; (0, 0) if there are none."""
     found = [span for span in spans if span != (0, 0)]
     return (min(low for low, _ in found), max(high for _, high in found)) if found else (0, 0)
 
 
 def contact_sheet(manifest: Manifest) -> bytes:
-    """The first training images by class, each with its class's name: a PNG."""
+    """Return a PNG of the first training images, sorted by class, with the names of their classes."""
     split = "train" if "train" in manifest.splits else next(iter(manifest.splits))
     shard = manifest.shards(split)[0]
     columns = [manifest.image_column, *([manifest.label_column] if manifest.label_column else [])]
@@ -408,7 +412,7 @@ def contact_sheet(manifest: Manifest) -> bytes:
     for label, data in zip(labels, batch[manifest.image_column].to_pylist(), strict=True):
         try:
             image = manifest.decode(data or b"")
-        except ValueError:  # only in what was registered in place
+        except ValueError:  # this happens only in registered files
             continue
         named = isinstance(label, str)
         caption = label if named else manifest.classes[label] if 0 <= label < len(manifest.classes) else ""

@@ -1,4 +1,4 @@
-"""Row groups of Parquet shards, each by one request; a shard's footer is read once by each process."""
+"""Reading of row groups of Parquet shards. Each takes one request, and each process reads a shard's footer once."""
 
 import io
 from collections.abc import Iterator
@@ -10,11 +10,13 @@ import pyarrow.parquet as pq
 
 from orchestrator import storage
 
-_TAIL = 64 << 10  # bytes read at a shard's end: nearly always the whole footer
+_TAIL = 64 << 10  # bytes read at the end of a shard, which nearly always include the whole footer
 
 
 def read_row_group(uri: str, size: int, place: int, columns: tuple[str, ...]) -> pa.Table:
-    """Read row group `place` of the shard at `uri`, of `size` bytes: columns, named by their paths in the schema.
+    """Return columns of row group number `place` of the shard at `uri`, which has `size` bytes.
+
+    columns: their paths in the schema, such as image.bytes. The table has them under these names.
 
     Raises:
         FileNotFoundError: there is no such shard.
@@ -29,18 +31,18 @@ def read_row_group(uri: str, size: int, place: int, columns: tuple[str, ...]) ->
         return pq.ParquetFile(window, metadata=metadata).read_row_group(place, columns=list(columns)).flatten()
 
 
-@lru_cache(maxsize=4096)  # kept as bytes, which take a tenth of the parsed form's memory
+@lru_cache(maxsize=4096)  # as bytes, which need a tenth of the memory of the parsed footer
 def _footer(uri: str, size: int) -> bytes:
     tail = _read_range(uri, max(0, size - _TAIL), size)
     with _naming(uri):
         if len(tail) < 8 or tail[-4:] != b"PAR1":
-            raise pa.ArrowInvalid(f"there is no footer where it should end, at byte {size}")
+            raise pa.ArrowInvalid(f"there is no footer at its end, at byte {size}")
     length = int.from_bytes(tail[-8:-4], "little") + 8
     return tail[-length:] if length <= len(tail) else _read_range(uri, max(0, size - length), size)
 
 
 def _extent(metadata: pq.FileMetaData, place: int, columns: tuple[str, ...]) -> tuple[int, int]:
-    """Return where the bytes [begin, end) lie that hold some columns of a row group, and what is between them."""
+    """Return the range [begin, end) of bytes that contains some columns of a row group."""
     if not 0 <= place < metadata.num_row_groups:
         raise pa.ArrowInvalid(f"it has no row group {place}")
     group = metadata.row_group(place)
@@ -56,21 +58,21 @@ def _read_range(uri: str, begin: int, end: int) -> bytes:
     data = storage.read_range(uri, begin, end)
     with _naming(uri):
         if missing := end - begin - len(data):
-            raise pa.ArrowInvalid(f"it has {missing} bytes fewer than it should")
+            raise pa.ArrowInvalid(f"{missing} bytes are missing")
     return data
 
 
 @contextmanager
 def _naming(uri: str) -> Iterator[None]:
-    """Name the shard in whatever is wrong with its bytes, which have been read already."""
+    """Turn Arrow's errors into ValueErrors that name the shard. Its bytes have been read, so none is an I/O error."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{uri} is not a sound Parquet shard: {error}") from error
+        raise ValueError(f"{uri} is not a valid Parquet shard: {error}; prepare the dataset again") from error
 
 
 class _Window(io.BytesIO):
-    """A file of which only the bytes from `begin` on are there."""
+    """A file that contains only the bytes from `begin` on."""
 
     def __init__(self, begin: int, data: bytes) -> None:
         super().__init__(data)

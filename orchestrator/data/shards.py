@@ -1,16 +1,15 @@
-"""Writing shards: a plan that says which image goes where, and the worker that follows it.
+"""Writing of shards: a plan that assigns every image to a shard, and the worker that writes one shard.
 
-The plan lies beside the shards: `index.parquet` with the place of every image in the source, one row group for each
-shard, and `index.json`. So a worker reads what concerns it, and no process holds more than one shard's images.
+The plan lies beside the shards. `index.parquet` has the place of every image in the source, with one row group for each
+shard, and `index.json` has the rest. A worker reads only its part, and no process holds more than one shard's images.
 """
 
 import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -28,19 +27,19 @@ from orchestrator.data.sources.index import INDEX, Finding
 from orchestrator.data.understanding import Understanding
 from orchestrator.pictures import png
 
-ROW_GROUP_IMAGES = 128  # at most, at least half of it
-SHARD_BYTES = 64 << 20  # at least where there is so much, at most twice
-MIN_ROW_GROUPS = 16  # of a split with that many images: four for each of four streams
-FETCH_BYTES = 64 << 20  # of encoded images that a worker reads at once; it holds two such
-_METADATA_KEY = b"admiral"  # in a shard's footer: what the manifest gathers from it
-_FACTS_BUFFER = 64 << 10  # bytes fetched at a time of columns that are small
+ROW_GROUP_IMAGES = 128  # at most; row groups of large splits have at least half of it
+SHARD_BYTES = 64 << 20  # shards of large splits have at least this size, and at most twice
+MIN_ROW_GROUPS = 16  # of a split with at least as many images: four for each of four streams
+FETCH_BYTES = 64 << 20  # of encoded images that a worker reads at once; it holds two such reads
+_METADATA_KEY = b"admiral"  # in a shard's footer: facts for the manifest
+_FACTS_BUFFER = 64 << 10  # bytes that are fetched at a time, because the columns are small
 
-# The readers' columns, and which bytes an image was made from.
+# The columns of all datasets, and the hash of the bytes that an image was made from.
 SHARD_SCHEMA = SCHEMA.append(pa.field("sha256", pa.binary(32), nullable=False))
 
 
 class ShardPlan(BaseModel, frozen=True, extra="forbid"):
-    """One shard to write: a run of images, cut into row groups."""
+    """One shard to write: consecutive images, divided into row groups."""
 
     path: str
     split: str
@@ -52,13 +51,13 @@ class ShardPlan(BaseModel, frozen=True, extra="forbid"):
 
 
 class Plan(BaseModel, frozen=True, extra="forbid"):
-    """All shards to write, and what they are made from."""
+    """All shards to write, and their source."""
 
     source: str  # URI
     digest: str  # of the source's listing
     classes: tuple[str, ...]
     shards: tuple[ShardPlan, ...]
-    background: str  # how images are decoded
+    background: str  # how images are decoded, as in the manifest
     exif_orientation: ExifOrientation
     understanding: Understanding
 
@@ -72,7 +71,7 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
 
 
 class Facts(NamedTuple):
-    """What a finished shard says of itself."""
+    """What the manifest needs to know about a finished shard."""
 
     shard: Shard
     quarantine: list[dict[str, str]]  # key and reason
@@ -86,9 +85,9 @@ class Facts(NamedTuple):
 
 
 def plan_split(split: str, count: int, image_bytes: float) -> list[ShardPlan]:
-    """Cut a split into row groups and those into shards, powers of two of each.
+    """Divide a split into row groups, and these into shards. Both numbers are powers of two.
 
-    Row groups that are a power of two in number, and equal within one row, deal evenly to any number of streams.
+    The row groups are equal within one row, so they can be dealt evenly to any number of streams.
     """
     num_groups = MIN_ROW_GROUPS
     while count > ROW_GROUP_IMAGES * num_groups:
@@ -111,16 +110,17 @@ def plan_split(split: str, count: int, image_bytes: float) -> list[ShardPlan]:
 
 
 def plan_shards(source: Source, order: dict[str, np.ndarray], resolution: int | None) -> tuple[ShardPlan, ...]:
-    """Return the shards of every split, given the rows of the source's index in their order."""
+    """Return the shards of every split. `order` gives the rows of the source's index in their shuffled order."""
     sizes, shards = source.index["size"].to_numpy(), []
     for split, rows in order.items():
-        stored = 2 * resolution**2 if resolution else float(sizes[rows].mean())  # a PNG takes two thirds of its pixels
+        # A PNG has about two thirds of the bytes of its pixels.
+        stored = 2 * resolution**2 if resolution else float(sizes[rows].mean())
         shards += plan_split(split, len(rows), stored or source.size / len(source.index))
     return tuple(shards)
 
 
 def write_plan(output: str, plan: Plan, source: Source, order: dict[str, np.ndarray]) -> None:
-    """Put the plan beside the shards that it is for: `index.json` comes last."""
+    """Write the plan into the dataset's folder, `index.json` last."""
     rows, begin = np.concatenate(list(order.values())), 0
     with storage.open_output(storage.join(output, "index.parquet")) as file, pq.ParquetWriter(file, INDEX) as writer:
         for shard in plan.shards:
@@ -131,7 +131,7 @@ def write_plan(output: str, plan: Plan, source: Source, order: dict[str, np.ndar
 
 
 def read_plan(output: str) -> Plan | None:
-    """The plan that an earlier attempt made; None if it made none."""
+    """Return the plan that an earlier attempt wrote, or None."""
     uri = storage.join(output, "index.json")
     return Plan.model_validate(storage.read_json(uri)) if storage.exists(uri) else None
 
@@ -140,42 +140,32 @@ def read_plan(output: str) -> Plan | None:
 
 
 def make_shard_writer(output: str, resolution: int | None) -> Callable[[int], Facts]:
-    """A worker: from the number of a shard to its facts; a shard that is there already is not written again."""
+    """Return a function that writes the shard of a number, unless it exists, and returns its facts."""
     plan = read_plan(output)
     assert plan is not None
     places = pq.ParquetFile(storage.open_input(storage.join(output, "index.parquet")))
-    read = partial(read_ranges, plan.source)
-
-    def row(place: dict[str, Any], data: bytes) -> _Row:
-        return _row(plan.background, plan.exif_orientation, resolution, place, data)
 
     def write(number: int) -> Facts:
         shard = plan.shards[number]
         if not storage.exists(storage.join(output, shard.path)):
-            _write_shard(output, shard, places.read_row_group(number), read, row)
+            _write_shard(output, plan, shard, places.read_row_group(number), resolution)
         return read_facts(output, shard.path)
 
     return write
 
 
-def _write_shard(
-    output: str,
-    shard: ShardPlan,
-    places: pa.Table,
-    read: Callable[[Sequence[storage.Range]], list[bytes]],
-    row: Callable[[dict[str, Any], bytes], "_Row"],
-) -> None:
-    """Write one shard, the same bytes every time; what cannot be decoded goes into its footer's quarantine."""
+def _write_shard(output: str, plan: Plan, shard: ShardPlan, places: pa.Table, resolution: int | None) -> None:
+    """Write one shard, equal to the byte every time. Images that cannot be decoded are listed in its footer."""
     quarantine: list[dict[str, str]] = []
     found: dict[str, list[str]] = {"transparent_images": [], "rotated_images": []}
     sizes: list[tuple[int, int]] = []
     with storage.open_output(storage.join(output, shard.path)) as file:
         writer = pq.ParquetWriter(file, SHARD_SCHEMA, compression="none", use_dictionary=False)
-        for group, images in _row_groups(shard, places, read):
+        for group, images in _row_groups(plan.source, shard, places):
             rows = []
             for place, data in zip(group.to_pylist(), images, strict=True):
                 try:
-                    made = row(place, data)
+                    made = _row(plan, resolution, place, data)
                 except ValueError as error:
                     quarantine.append({"key": place["key"], "reason": str(error)})
                     continue
@@ -192,10 +182,8 @@ def _write_shard(
         writer.close()
 
 
-def _row_groups(
-    shard: ShardPlan, places: pa.Table, read: Callable[[Sequence[storage.Range]], list[bytes]]
-) -> Iterator[tuple[pa.Table, list[bytes]]]:
-    """Every row group's places and encoded images; the next images are fetched while these are decoded."""
+def _row_groups(source: str, shard: ShardPlan, places: pa.Table) -> Iterator[tuple[pa.Table, list[bytes]]]:
+    """Yield the places and the encoded images of every row group. A thread fetches the next images meanwhile."""
     runs: list[list[int]] = [[]]  # row groups that are fetched together
     sizes, begin, fetched = places["size"].to_numpy(), 0, 0
     for count in shard.row_groups:
@@ -209,7 +197,8 @@ def _row_groups(
     def fetch(begin: int, count: int) -> list[bytes]:
         wanted = places.slice(begin, count)
         columns = (wanted[name].to_pylist() for name in ("key", "object", "start", "size"))
-        return read([storage.Range(name or key, *place) for key, name, *place in zip(*columns, strict=True)])
+        ranges = [storage.Range(name or key, *place) for key, name, *place in zip(*columns, strict=True)]
+        return read_ranges(source, ranges)
 
     starts = np.cumsum([0, *map(sum, runs)])
     with ThreadPoolExecutor(1) as ahead:
@@ -225,18 +214,16 @@ def _row_groups(
 
 
 class _Row(NamedTuple):
-    """One row of a shard, and what was found in the image's file."""
+    """One row of a shard, and properties of the image's file."""
 
     columns: dict[str, Any]
     transparent: bool
     rotated: bool
 
 
-def _row(
-    background: str, exif_orientation: ExifOrientation, resolution: int | None, place: dict[str, Any], data: bytes
-) -> _Row:
-    """Return one row of a shard; ValueError where the image cannot be decoded."""
-    image, transparent, rotated = decode_and_describe(data, background, exif_orientation)
+def _row(plan: Plan, resolution: int | None, place: dict[str, Any], data: bytes) -> _Row:
+    """Return one row of a shard. Raises ValueError if the image cannot be decoded."""
+    image, transparent, rotated = decode_and_describe(data, plan.background, plan.exif_orientation)
     digest = hashlib.sha256(data).digest()
     if resolution is not None:
         data = png(center_crop(image, resolution))
@@ -253,7 +240,7 @@ def _row(
 
 
 def read_facts(output: str, path: str) -> Facts:
-    """What a finished shard says of itself, without its images."""
+    """Return the facts about a finished shard, without reading its images."""
     with storage.open_input(storage.join(output, path), _FACTS_BUFFER) as file:
         size = file.seek(0, io.SEEK_END)
         shard_file = pq.ParquetFile(file)

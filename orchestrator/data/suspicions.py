@@ -1,4 +1,4 @@
-"""What makes the reading of a source suspicious. Another suspicion is one more row of the table SUSPICIONS."""
+"""Checks for a suspicious interpretation of a source. To add a check, add a row to the table SUSPICIONS."""
 
 import re
 from collections.abc import Callable
@@ -13,18 +13,18 @@ _NO_CLASS = {
     "valid", "validation", "test", "testing", "eval", "evaluation", "dev", "all", "raw", "samples", "unlabeled",
     "unlabelled", "thumbnails", "masks", "annotations",
 }  # fmt: skip
-_MOST = 0.5  # of the images or classes: what more or fewer of them have in common is suspicious
-_PER_CLASS = 4  # images for every class: a split with fewer may lack classes by chance
+_MOST = 0.5  # share of the images or classes that counts as most of them
+_PER_CLASS = 4  # images for each class on average: a split with fewer may lack classes by chance
 
 
 class Suspicion(NamedTuple):
-    """One kind of suspicious reading."""
+    """One kind of suspicious interpretation."""
 
     name: str
-    test: Callable[[Source], list[str]]  # the cases that were found
-    message: str  # {cases} are the first few
-    accept: str  # the options that settle it
-    counted: bool = True  # needs the images' labels, and not only names
+    test: Callable[[Source], list[str]]  # returns the cases
+    message: str  # {cases} stands for the first cases
+    accept: str  # options that settle the matter
+    counted: bool = True  # the test needs the index of the images, not only names
 
 
 def _one_class(source: Source) -> list[str]:
@@ -32,14 +32,14 @@ def _one_class(source: Source) -> list[str]:
 
 
 def _no_class_names(source: Source) -> list[str]:
-    if source.reading.classes is not None:  # the source itself names its classes: CIFAR-100 has trains
+    if source.reading.classes is not None:  # the source names its classes: CIFAR-100 has a class "train"
         return []
     splits = Splits()
     return [name for name in source.classes if name.strip().lower() in _NO_CLASS or splits.looks_like(name)]
 
 
 def _numbered_folders(source: Source) -> list[str]:
-    """Return classes that look like folders of so many files each: 00000, 00001, ... or 00000, 01000, ..."""
+    """Return classes that look like numbered folders of equal size: 00000, 00001, ... or 00000, 01000, ..."""
     names = sorted(source.classes)
     if len(names) < 2 or not all(re.fullmatch(r"\d{2,}", name) and len(name) == len(names[0]) for name in names):
         return []
@@ -50,7 +50,7 @@ def _numbered_folders(source: Source) -> list[str]:
 
 
 def _classes_apart(source: Source) -> list[str]:
-    """Return classes that only other splits than the training split have."""
+    """Return classes that occur in other splits but not in the training split."""
     counts = source.counts()
     training = counts.get("train", counts.get(""))
     others = [found for split, found in counts.items() if split not in ("train", "")]
@@ -80,7 +80,7 @@ def _single_images(source: Source) -> list[str]:
 
 
 def _gaps(source: Source) -> list[str]:
-    """Return class numbers without images, if these are most of the numbers."""
+    """Return the class numbers without images, if most numbers have none."""
     if source.reading.classes is not None or not all(re.fullmatch(r"\d+", name) for name in source.classes):
         return []
     total = source.total()
@@ -88,13 +88,13 @@ def _gaps(source: Source) -> list[str]:
 
 
 def _underscores(source: Source) -> list[str]:
-    """Return classes cut out of longer names: american of american_bulldog_1.jpg and american_pit_bull_2.jpg."""
+    """Return classes that are parts of longer names: american of american_bulldog_1.jpg, american_pit_bull_2.jpg."""
     if not source.reading.flat:
         return []
     longer: dict[str, set[str]] = {}
     for key in source.index["key"].to_pylist() if len(source.classes) < len(source.index) / 2 else []:
         match = re.fullmatch(r"([^_]+)_(?:(.*)_)?\d+\.\w+", key.rpartition("/")[2])
-        if match is None:  # what follows the class is no number
+        if match is None:  # the class is not followed by a number
             return []
         longer.setdefault(match[1], set()).add(match[2] or "")
     return [f"{name} of {name}_{min(filter(None, rest))}" for name, rest in longer.items() if len(rest) > 1]
@@ -106,7 +106,7 @@ def _few_labelled(source: Source) -> list[str]:
 
 
 def _from_names(kind: str) -> Callable[[Source], list[str]]:
-    """Return a test for what the layout itself has noted."""
+    """Return a test for a suspicion that the layout itself has recorded."""
 
     def found(source: Source) -> list[str]:
         noted = source.reading.suspicions.get(kind)
@@ -118,31 +118,31 @@ def _from_names(kind: str) -> Callable[[Source], list[str]]:
 CLASSES = "--accept-classes, or --labels FILE, --layout unlabelled"
 SUSPICIONS = (
     Suspicion("names_like_splits", _from_names("names_like_splits"),
-              "names like splits stand beside or beneath names that are none: {cases}",
+              "some names look like splits and others beside or beneath them do not: {cases}",
               "--split NAME=SPLIT with train, validation, test or out for each name, or --accept-classes", False),
-    Suspicion("unused_label_files", _from_names("unused_label_files"), "{cases} may hold labels, and is not used",
+    Suspicion("unused_label_files", _from_names("unused_label_files"), "{cases} may contain labels and is not used",
               "--labels FILE to use it, or --accept-classes"),
     Suspicion("folders_within_classes", _from_names("folders_within_classes"),
-              "class folders hold further folders, of which the first is taken for the class: {cases}", CLASSES),
-    Suspicion("one_class", _one_class, "all images are of one class: {cases}", CLASSES, False),
-    Suspicion("no_class_names", _no_class_names, "these are no names of classes: {cases}", CLASSES, False),
+              "class folders contain further folders; the outermost one is used as the class: {cases}", CLASSES),
+    Suspicion("one_class", _one_class, "all images have one class: {cases}", CLASSES, False),
+    Suspicion("no_class_names", _no_class_names, "these do not look like names of classes: {cases}", CLASSES, False),
     Suspicion("numbered_folders", _numbered_folders, "the classes look like numbered folders of files: {cases}",
               CLASSES),
-    Suspicion("classes_apart", _classes_apart, "the training images lack classes that other splits have: {cases}",
+    Suspicion("classes_apart", _classes_apart, "other splits have classes that the training split lacks: {cases}",
               "--accept-classes"),
     Suspicion("hollow_splits", _hollow_splits, "a split lacks most classes: {cases}", "--accept-classes"),
-    Suspicion("names_alike", _alike, "names of classes differ in case or spaces only: {cases}", "--accept-classes",
+    Suspicion("names_alike", _alike, "names of classes differ only in case or spaces: {cases}", "--accept-classes",
               False),
-    Suspicion("single_images", _single_images, "most classes have a single image: {cases}", CLASSES),
+    Suspicion("single_images", _single_images, "most classes have only one image: {cases}", CLASSES),
     Suspicion("gaps", _gaps, "most class numbers have no images: {cases}", "--accept-classes, or --labels with names"),
-    Suspicion("underscores", _underscores, "a class is what stands before the first _ in a name: {cases}",
+    Suspicion("underscores", _underscores, "the part of a name before the first _ is used as the class: {cases}",
               "--accept-classes, or --labels FILE"),
     Suspicion("few_labelled", _few_labelled, "most images have no label: {cases}", "--accept-classes"),
 )  # fmt: skip
 
 
 def suspicions(source: Source) -> dict[str, str]:
-    """Return every suspicion about a source by name, as a sentence that ends with the options that settle it."""
+    """Return every suspicion about a source by its name, as a sentence with the options that settle it."""
     found = {}
     for suspicion in SUSPICIONS:
         if (len(source.index) or not suspicion.counted) and (cases := suspicion.test(source)):

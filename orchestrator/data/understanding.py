@@ -1,4 +1,4 @@
-"""What was understood of a source, in words and for the report: before anything is written."""
+"""What was understood of a source: for the terminal before anything is written, and for the report."""
 
 from itertools import islice
 from typing import Any
@@ -14,12 +14,12 @@ from orchestrator.data.sources.index import INDEX
 from orchestrator.data.sources.parquet import ParquetSource
 from orchestrator.data.suspicions import suspicions
 
-FIRST_CLASSES = 5  # that are named with their counts
-SAMPLE = 64  # images that are looked at
+FIRST_CLASSES = 5  # number of classes that are printed
+SAMPLE = 64  # number of images that are decoded
 
 
 class Sample(BaseModel, frozen=True, extra="forbid"):
-    """What some images of a source are like, spread evenly over it."""
+    """Counts over some images, which are spread evenly over the source."""
 
     images: int
     transparent: int = 0
@@ -28,22 +28,22 @@ class Sample(BaseModel, frozen=True, extra="forbid"):
 
 
 class Understanding(BaseModel, frozen=True, extra="forbid"):
-    """What was understood of a source."""
+    """The interpretation of a source."""
 
     source: str
     layout: str
     splits: dict[str, int]  # images of each
     num_classes: int
-    first_classes: dict[str, int | None]  # images of each; None: not counted
+    first_classes: dict[str, int | None]  # number of images of each; None: not counted
     label_files: dict[str, str]  # known files beside the images, and how they are used
-    left_out: dict[str, int]  # files that are no images, by what they are
+    left_out: dict[str, int]  # number of files that are no images, by kind
     findings: Findings
-    guesses: tuple[str, ...]  # what was chosen by names
+    guesses: tuple[str, ...]  # choices that were made by names
     sample: Sample
     suspicions: dict[str, str]
 
     def text(self, background: str, exif_orientation: ExifOrientation) -> str:
-        """Return the lines that a user reads."""
+        """Return the lines for the terminal."""
         splits = ", ".join(f"{split} {count:,} images" for split, count in self.splits.items())
         first = ", ".join(
             name if count is None else f"{name} ({count:,})" for name, count in self.first_classes.items()
@@ -73,19 +73,19 @@ class Understanding(BaseModel, frozen=True, extra="forbid"):
         return "\n".join(f"{name:9} {words}" for name, words in lines)
 
     def refuse_suspicious(self) -> None:
-        """Raise ValueError with all suspicions if there are any."""
+        """Raise ValueError with all suspicions, if there are any."""
         if self.suspicions:
-            raise ValueError(f"--source {self.source} is not read: {'; '.join(self.suspicions.values())}")
+            raise ValueError(f"--source {self.source} looks suspicious: {'; '.join(self.suspicions.values())}")
 
 
 def finding_text(kind: str, found: Any) -> str:
-    """Return a finding in words: its kind, how often, and examples."""
+    """Return a finding as text: its kind, count and examples."""
     examples = f" ({', '.join(found.examples)})" if found.examples else ""
     return f"{kind.replace('_', ' ')}: {found.count:,}{examples}"
 
 
 def understand(source: Source, default_split: str = "train") -> Understanding:
-    """Return what was understood of a source; some of its images are read."""
+    """Return what was understood of a source. This reads some of its images."""
     counts = source.counts()
     total = source.total()
     named = [(name, int(total[label])) for label, name in enumerate(source.classes) if total[label]]
@@ -108,7 +108,7 @@ def understand(source: Source, default_split: str = "train") -> Understanding:
 
 
 def understand_registered(source: ParquetSource, manifest: Manifest, findings: Findings) -> Understanding:
-    """Return what was understood of Parquet files by their footers, and of the first images of the first file."""
+    """Return what was understood of Parquet files. This reads their footers and the first images of the first file."""
     reading, listing = source.reading(), source.listing
     assert reading.images is not None
     uncounted = Source(reading, "", 0, manifest.classes, INDEX.empty_table(), findings)
@@ -129,13 +129,13 @@ def understand_registered(source: ParquetSource, manifest: Manifest, findings: F
 
 
 def describe_first_files(listing: Listing) -> str:
-    """Return a line about a source whose archives are too large to be scanned in a dry run."""
+    """Return a line about a source whose archives are too large for a dry run to scan."""
     archive, names = first_files(listing)
     return f"{'source':9} {listing.named}: archives; {archive} begins with {', '.join(names[:FIRST_CLASSES])}"
 
 
 def _look_at(images: list[bytes]) -> Sample:
-    """Decode some images and count what they are like."""
+    """Decode images and count those with each property."""
     found = {"transparent": 0, "rotated": 0, "undecodable": 0}
     for data in images:
         try:
@@ -149,7 +149,7 @@ def _look_at(images: list[bytes]) -> Sample:
 
 
 def _some_images(source: Source) -> list[bytes]:
-    """Return the encoded bytes of up to SAMPLE images; only the first of one object where they are read in order."""
+    """Return the encoded bytes of up to SAMPLE images, or the first of one object if images are read in order."""
     reading, index = source.reading, source.index
     if reading.images is not None:
         uri = storage.join(reading.uri, index["object"][0].as_py())

@@ -119,7 +119,7 @@ def test_damage_past_repair_names_the_shard(prepared: Manifest, tmp_path: Path) 
         global_batches(manifest, 1, 0, 1)
     shard = Path(manifest.folder, manifest.shards("train")[0].path)
     shard.write_bytes(shard.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"train-00000-of-00001\.parquet is not a sound Parquet shard"):
+    with pytest.raises(ValueError, match=r"train-00000-of-00001\.parquet is not a valid Parquet shard"):
         global_batches(manifest, 1, 0, 1)
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=r"train-00000-of-00001\.parquet"):
@@ -142,7 +142,7 @@ def _with_damage(manifest: Manifest, folder: Path, damaged: Callable[[int], bool
 
 
 def test_a_plan_for_other_row_groups_is_refused_at_once(prepared: Manifest) -> None:
-    with pytest.raises(ValueError, match="made for other row groups than those of split='validation'"):
+    with pytest.raises(ValueError, match="row groups .*split='validation'"):
         batches(prepared, make_order(prepared), 0, 1, 0, 16, split="validation")
     with pytest.raises(ValueError, match="position=3 is not a multiple"):
         batches(prepared, make_order(prepared), 0, 1, 3, 16)
@@ -157,7 +157,7 @@ def test_read_images_is_the_manifests_order(prepared: Manifest) -> None:
     for begin, end in [(0, 1), (20, 50), (44, 45), (359, 360)]:
         found, _ = read_images(prepared, "validation", begin, end, 8)
         np.testing.assert_array_equal(found, expected[begin:end])
-    with pytest.raises(ValueError, match=r"'validation' has 360 rows, and no range \[350, 361\)"):
+    with pytest.raises(ValueError, match=r"rows \[350, 361\) .*'validation', which has 360 rows"):
         read_images(prepared, "validation", 350, 361, 8)
 
 

@@ -69,17 +69,17 @@ def test_unsound_shards_are_one_clear_error(s3_bucket: str, tmp_path: Path) -> N
         data = storage.read_bytes(uri)
         length = int.from_bytes(data[-8:-4], "little")
         for broken, problem in [
-            (data[:-1], "it has 1 bytes fewer"),
-            (data[: len(data) // 2], "bytes fewer"),
-            (data[:100], "bytes fewer"),
-            (b"", "bytes fewer"),
+            (data[:-1], "1 bytes are missing"),
+            (data[: len(data) // 2], "bytes are missing"),
+            (data[:100], "bytes are missing"),
+            (b"", "bytes are missing"),
             (b"x" + data, "no footer"),
             (data[: -length - 8] + b"\xff" * length + data[-8:], ""),
             (b"\xff" * 8000 + data[8000:], ""),
         ]:
             row_groups._footer.cache_clear()
             storage.write_bytes(uri, broken)
-            with pytest.raises(ValueError, match=re.escape(uri) + f" is not a sound Parquet shard: .*{problem}"):
+            with pytest.raises(ValueError, match=re.escape(uri) + f" is not a valid Parquet shard: .*{problem}"):
                 read_row_group(uri, first.bytes, 0, COLUMNS)
         row_groups._footer.cache_clear()
         storage.delete(uri)
