@@ -1,4 +1,4 @@
-"""The process of a pool's worker: it holds the loaded worker, ends itself at a deadline, and its errors are sorted."""
+"""The actor that holds a worker of a pool, and the classification of its errors."""
 
 import contextlib
 import faulthandler
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# CUDA errors that stay until the process ends. Memory that ran out is not among them.
+# CUDA errors that persist until the process ends. Running out of memory is not one of them.
 DEVICE_ERROR = re.compile(
     "CUDA error|device-side assert|uncorrectable ECC|illegal memory access|NCCL|CUBLAS_STATUS_(INTERNAL|EXECUTION)|"
     "CUDNN_STATUS_(INTERNAL|EXECUTION|MAPPING)|cuDNN.*INTERNAL"
@@ -15,14 +15,14 @@ DEVICE_ERROR = re.compile(
 
 
 class WorkerActor:
-    """What runs in an actor. The worker is made in `ready`, so that its errors come back as errors of a call."""
+    """The actor of a worker. The worker is created in `ready`, so that its errors are errors of a call."""
 
     def __init__(self, make_worker: Callable[[], Callable[[Any], Any]]) -> None:
         self._make_worker = make_worker
         self._work: Callable[[Any], Any] | None = None
 
     def is_there(self) -> str:
-        """Return the node's name."""
+        """Return the name of the node."""
         import ray
 
         return f"{ray.util.get_node_ip_address()} ({ray.get_runtime_context().get_node_id()[:6]})"
@@ -33,7 +33,7 @@ class WorkerActor:
                 self._work = self._make_worker()
 
     def work(self, item: Any, deadline: float) -> Any:
-        self.ready(deadline)  # it was restarted while it was idle, or by another mapping
+        self.ready(deadline)  # if it was restarted while it was idle, or by another mapping
         assert self._work is not None
         with _ending_after(deadline):
             return self._work(item)
@@ -41,7 +41,7 @@ class WorkerActor:
 
 @contextlib.contextmanager
 def _ending_after(seconds: float) -> Iterator[None]:
-    """Dump all stacks into the log of this process and end it if the block lasts longer, even inside of C code."""
+    """If the block lasts longer, write all stacks to this process's log and end the process, even inside C code."""
     faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
     try:
         yield
@@ -50,21 +50,21 @@ def _ending_after(seconds: float) -> Iterator[None]:
 
 
 def restart_process(actor: Any) -> None:
-    """End an actor's process; Ray starts a new one. Its running calls return with an error."""
+    """End an actor's process. Its running calls return errors, and Ray starts a new process."""
     import ray
 
     ray.kill(actor, no_restart=False)
 
 
 def is_raised(error: BaseException) -> bool:
-    """Whether a call raised an error, and the process lives."""
+    """Return whether a call raised an error in a process that is still alive."""
     from ray.exceptions import RayTaskError
 
     return isinstance(error, RayTaskError)
 
 
 def is_device_error(error: BaseException) -> bool:
-    """Whether an error says that the process's GPU cannot be used any more."""
+    """Return whether an error means that this process can no longer use its GPU."""
     cause = getattr(error, "cause", None)
     names = {kind.__name__ for kind in type(cause).__mro__}  # by name, because not every driver has torch
     if "OutOfMemoryError" in names:
@@ -73,11 +73,11 @@ def is_device_error(error: BaseException) -> bool:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the type and message of what a worker raised in one line, or Ray's last line on how its process ended."""
+    """Return in one line the error that a worker raised, or how its process ended according to Ray."""
     from ray.exceptions import ActorUnavailableError
 
     if is_raised(error) and (cause := getattr(error, "cause", None)) is not None:
         return f"{type(cause).__name__}: {' '.join(str(cause).split())}"[:500]
-    if isinstance(error, ActorUnavailableError):  # Ray does not know yet why
+    if isinstance(error, ActorUnavailableError):  # Ray does not know the cause yet
         return "its process ended"
     return f"its process ended: {(str(error).strip().splitlines() or [''])[-1].strip()[:300]}"

@@ -1,4 +1,4 @@
-"""CPUs and GPUs for workers: what no node can ever offer is refused, and what is waited for is named."""
+"""CPUs and GPUs for workers: requests that no node can satisfy are refused, and waits are logged."""
 
 import logging
 import re
@@ -11,9 +11,9 @@ from typing import Any
 from cluster.nodes import Node, nodes
 from cluster.session import accelerator
 
-WAIT_SECONDS = 30.0  # until the log first says what is waited for; the pause then doubles each time
-LOOK_SECONDS = 0.5  # between two questions whether the wait is over
-STATE_SECONDS = 10  # that Ray's State API has to say who holds what
+WAIT_SECONDS = 30.0  # until the first log line about a wait; the pause then doubles each time
+POLL_SECONDS = 0.5  # between two checks whether the wait is over
+STATE_SECONDS = 10  # timeout of Ray's State API
 NODE_GROUP = "ray.io/node-group"  # a label of nodes that Ray's autoscaler, its cluster launcher or KubeRay started
 
 Resources = dict[str, float]
@@ -22,20 +22,20 @@ log = logging.getLogger(__name__)
 
 
 def worker_resources(num_cpus: float, num_gpus: float) -> Resources:
-    """Return what one worker reserves, in Ray's names."""
+    """Return the resources that one worker reserves, by Ray's names."""
     gpus = {"GPU": float(num_gpus)} if num_gpus else {}
     kind = {f"accelerator_type:{accelerator()}": 0.001} if num_gpus and accelerator() else {}
     return {"CPU": float(num_cpus)} | gpus | kind
 
 
 def refuse_infeasible(resources: Resources, at_once: int = 1) -> None:
-    """Check that the nodes of the cluster can hold so many workers at once, unless nodes may still come.
+    """Check that the cluster can hold `at_once` workers at the same time, unless an autoscaler may add nodes.
 
     Raises:
-        ValueError: they cannot, even if no other job runs; the message names the largest node.
+        ValueError: it cannot, even if no other job runs; the message names the largest node.
     """
     there = [node for node in nodes() if node.resources.get("CPU")]
-    if not there or _may_grow():  # where only the head is there, nodes are still to come
+    if not there or _may_grow():  # if there is only the head, nodes have not joined yet
         return
     places = sum(_places(node, resources) for node in there)
     if places >= at_once:
@@ -54,13 +54,13 @@ def refuse_infeasible(resources: Resources, at_once: int = 1) -> None:
 
 
 class WaitLog:
-    """Say in the log what workers wait for, and again after pauses that double."""
+    """A log of what workers wait for, with pauses that double between the lines."""
 
     def __init__(self, resources: Resources, first_after: float) -> None:
         self._resources, self._next, self._pause = resources, time.monotonic() + first_after, WAIT_SECONDS
 
     def update(self, waiting: int, count: int, otherwise: str) -> None:
-        """Log a line if it is time for one; `otherwise` says what the job does while no worker has started."""
+        """Log a line if it is due. `otherwise` says what the job does while no worker has started."""
         if time.monotonic() < self._next:
             return
         going = "the others go on" if waiting < count else otherwise
@@ -71,9 +71,9 @@ class WaitLog:
 
 
 def wait_for_room(count: int, resources: Resources, stop: Callable[[], bool]) -> None:
-    """Return once the cluster has room for so many workers at the same time, or `stop` returns True.
+    """Wait until the cluster has room for `count` workers at the same time, or `stop` returns True.
 
-    Until then the request stands in Ray's queue, where the autoscaler sees it, and the log says what is waited for.
+    Meanwhile the request is in Ray's queue, where the autoscaler sees it, and the log says what the job waits for.
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -81,24 +81,24 @@ def wait_for_room(count: int, resources: Resources, stop: Callable[[], bool]) ->
     try:
         while not request.wait(0) and not stop():
             wait_log.update(count, count, "the job starts when there is room for all of them")
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
     finally:
         remove_placement_group(request)
 
 
 def report_waiting(actors: list[Any], resources: Resources, ended: threading.Event) -> None:
-    """Log what actors wait for, at first after 30 s; return when all have started."""
+    """Log what actors wait for, for the first time after 30 s, until all have started."""
     import ray
 
     waiting, wait_log = [actor.is_there.remote() for actor in actors], WaitLog(resources, first_after=WAIT_SECONDS)
-    while waiting and not ended.wait(LOOK_SECONDS):
+    while waiting and not ended.wait(POLL_SECONDS):
         _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0)
         if waiting:
             wait_log.update(len(waiting), len(actors), "the job starts with the first of them")
 
 
 def _places(node: Node, resources: Resources) -> int:
-    """Return how many workers a node can hold if nothing else runs on it."""
+    """Return the number of workers that a node can hold if nothing else runs on it."""
     return int(min(node.resources.get(name, 0) // value for name, value in resources.items() if value))
 
 
@@ -114,7 +114,7 @@ def _named(resources: Resources) -> str:
 
 
 def _shortage(resources: Resources) -> str:
-    """Return what is needed, how much of it is free, and which jobs hold the rest."""
+    """Return as text what a worker needs, how much of it is free, and which jobs hold the rest."""
     import ray
 
     there, free, held = ray.cluster_resources(), ray.available_resources(), _held()
@@ -126,7 +126,7 @@ def _shortage(resources: Resources) -> str:
 
 
 def _held() -> dict[str, Counter[str]]:
-    """Return what actors and placement groups of each job hold, by the job's name; nothing if there is no dashboard."""
+    """Return the resources that each job holds, by the job's name, or nothing if there is no dashboard."""
     import ray
     from ray.util.state import list_actors, list_jobs, list_placement_groups
 
@@ -136,8 +136,8 @@ def _held() -> dict[str, Counter[str]]:
         names = {job.job_id: _job_name(job) for job in list_jobs(**options)}
         actors = list_actors(filters=[("state", "=", "ALIVE")], **options)
         groups = list_placement_groups(filters=[("state", "=", "CREATED")], **options)
-    except Exception as error:  # noqa: BLE001 - without an answer the line still says what is free
-        log.debug("Ray's State API does not answer: %s", error)
+    except Exception as error:  # noqa: BLE001 - the log line then says only what is free
+        log.debug("Ray's State API does not respond: %s", error)
         return {}
     held: dict[str, Counter[str]] = {}
     for job_id, resources in [

@@ -1,4 +1,4 @@
-"""What the workers of one process group do together: agree, gather, share what one knows, add in a fixed tree."""
+"""Collective operations of the workers of one process group."""
 
 from collections.abc import Iterator
 from datetime import timedelta
@@ -8,44 +8,44 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TIMEOUT = timedelta(minutes=5)  # a collective that hangs ends the attempt after this
-BUCKET_VALUES = 16 << 20  # values that are added at a time
+TIMEOUT = timedelta(minutes=5)  # a collective that hangs for longer ends the attempt
+BUCKET_VALUES = 16 << 20  # number of values that are added at a time
 
 T = TypeVar("T")
 
 
 class Group:
-    """This worker's hand on all workers. Small things go over the CPU, so that no GPU is waited for.
+    """A worker's handle on the process group. Small values are exchanged by the CPUs, which does not synchronize a GPU.
 
-    Every worker must call the same methods in the same order. A group of one works without torch.distributed.
+    All workers must call the same methods in the same order. A group of one worker does not use torch.distributed.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
         self._cpu = dist.new_group(backend="gloo", timeout=TIMEOUT) if world_size > 1 else None
 
-    def any(self, *wishes: bool) -> tuple[bool, ...]:
-        """For each wish, whether any worker has it; all get the same answer."""
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Return for each flag whether it is set on any worker. All workers get the same result."""
         if self._cpu is None:
-            return wishes
-        flags = torch.tensor(wishes, dtype=torch.uint8)
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._cpu)
-        return tuple(bool(flag) for flag in flags)
+            return flags
+        reduced = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(reduced, dist.ReduceOp.MAX, group=self._cpu)
+        return tuple(bool(flag) for flag in reduced)
 
     def meet(self, timeout: timedelta) -> None:
-        """Return when all workers have come here, each after as long as `timeout` of its own work."""
+        """Wait until all workers have called this, for `timeout` at most."""
         if self._cpu is not None:
             dist.monitored_barrier(self._cpu, timeout)
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over workers of a CPU tensor."""
+        """Return the sum of a CPU tensor over all workers."""
         total = values.clone()
         if self._cpu is not None:
             dist.all_reduce(total, group=self._cpu)
         return total
 
     def gather(self, item: T) -> list[T]:
-        """Every worker's item, in rank order."""
+        """Return the items of all workers in the order of their ranks."""
         if self._cpu is None:
             return [item]
         found: list[Any] = [None] * self.world_size
@@ -53,10 +53,10 @@ class Group:
         return found
 
     def from_first(self, items: Iterator[T]) -> Iterator[T]:
-        """What rank 0's iterator yields, on every worker; the others' iterators are not touched.
+        """Yield the items of rank 0's iterator on every worker. The other iterators are not used.
 
         Raises:
-            Exception: what rank 0's iterator raises, on every worker.
+            Exception: on every worker, the error that rank 0's iterator raises.
         """
         if self._cpu is None:
             yield from items
@@ -74,17 +74,18 @@ class Group:
             yield item
 
     def copy_from_first(self, tensors: list[Tensor]) -> None:
-        """Give every worker rank 0's values of `tensors`, in place."""
+        """Copy rank 0's values into `tensors` on every worker."""
         if self.world_size > 1:
-            for tensor in tensors:  # the default group of workers with GPUs may know nothing of the CPU
+            for tensor in tensors:  # the default group of workers with GPUs may have no backend for CPUs
                 dist.broadcast(tensor, src=0, group=None if tensor.is_cuda else self._cpu)
 
     def add_in_tree(self, tensors: list[Tensor]) -> None:
-        """Replace every tensor by its sum over workers, added in one fixed binary tree over ranks.
+        """Replace every tensor by its sum over all workers, in one fixed binary tree over the ranks.
 
-        Every worker adds one share of all values, in the tree's order: ranks 0 + 1, 2 + 3, then these sums. So where
-        each worker brings the sum over its own subtree of contiguous leaves, the result is equal to the bit for every
-        number of workers, a power of two, and twice the tensors' bytes cross the network, however many there are.
+        Every worker adds one share of all values in the order of the tree: ranks 0 + 1, 2 + 3, and so on, then the sums
+        of these. If each worker contributes the sum over its own subtree of contiguous leaves, the result is equal to
+        the bit for every number of workers that is a power of two. Each worker sends twice the bytes of the tensors,
+        whatever the number of workers.
         """
         if self.world_size == 1:
             return
@@ -108,12 +109,12 @@ def _next(items: Iterator[T]) -> tuple[str, Any]:
         return "item", next(items)
     except StopIteration:
         return "end", None
-    except Exception as error:  # noqa: BLE001 - it is raised on every worker
+    except Exception as error:  # noqa: BLE001 - raised on every worker
         return "error", error
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours together, each bucket at most BUCKET_VALUES or one tensor."""
+    """Yield buckets of consecutive tensors, each with at most BUCKET_VALUES values or with one tensor."""
     bucket: list[Tensor] = []
     for tensor in tensors:
         if bucket and sum(t.numel() for t in bucket) + tensor.numel() > BUCKET_VALUES:

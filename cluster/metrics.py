@@ -1,4 +1,4 @@
-"""Numbers at Ray's metrics endpoint, which Prometheus reads on every node: `ray_admiral_NAME{job="..."}`."""
+"""Metrics for Prometheus at Ray's endpoint on every node: `ray_admiral_NAME{job="..."}`."""
 
 import re
 import sys
@@ -11,8 +11,8 @@ _lock = threading.Lock()
 
 
 def publish(job: str, values: Mapping[str, float]) -> None:
-    """Show the latest `values` of a job at this node's endpoint, until this process ends; without Ray do nothing."""
-    ray = sys.modules.get("ray")  # who has not imported it is not connected
+    """Set the metrics of a job at this node's endpoint until this process ends. Without Ray, this does nothing."""
+    ray = sys.modules.get("ray")  # a process that has not imported Ray is not connected
     if ray is None or not ray.is_initialized():
         return
     for name, value in values.items():

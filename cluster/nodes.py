@@ -1,4 +1,4 @@
-"""The nodes of the session's cluster: what they offer, one call on each, and how fast they talk to one another."""
+"""The nodes of the session's cluster: their resources, a call on each of them, and the network between them."""
 
 import contextlib
 import os
@@ -14,17 +14,17 @@ from cluster.servers import free_port
 
 Result = TypeVar("Result")
 HEAD_RESOURCE = "node:__internal_head__"
-SHARED_SECONDS = 60.0  # that a node has to look for a file; one that says nothing is not blamed
+SHARED_SECONDS = 60.0  # for a node to look for a file; a node that does not answer is not reported
 
 
 @dataclass(frozen=True)
 class Node:
-    """A living node."""
+    """A node that is alive."""
 
     id: str
     address: str
     is_head: bool
-    resources: dict[str, float] = field(compare=False)  # all that it offers, by Ray's names
+    resources: dict[str, float] = field(compare=False)  # all of its resources, by Ray's names
 
     @property
     def cpus(self) -> float:
@@ -39,8 +39,8 @@ class Node:
 
 
 def nodes() -> list[Node]:
-    """All living nodes, the head first; none without a session."""
-    ray: Any = sys.modules.get("ray")  # who has not imported it is in no session
+    """Return all nodes that are alive, the head first, or none without a session."""
+    ray: Any = sys.modules.get("ray")  # a process that has not imported Ray has no session
     if ray is None or not ray.is_initialized():
         return []
     found = [
@@ -57,14 +57,15 @@ def nodes() -> list[Node]:
 
 
 def on_each(there: list[Node], function: Callable[[Node], Result], timeout: float) -> dict[Node, Result | Exception]:
-    """`function(node)` in a process on each node, all at once; what it answered, or its error, or TimeoutError.
+    """Call `function(node)` in a process on each node at the same time; return its results or errors by node.
 
-    It asks for no CPU, so it runs on nodes that hold no work and on those that are full.
+    A node that does not answer within `timeout` seconds has a TimeoutError. The calls reserve no CPU, so they also run
+    on nodes without CPUs for work and on nodes that are fully used.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    task: Any = ray.remote(lambda node: function(node))  # whatever can be called, a partial too
+    task: Any = ray.remote(lambda node: function(node))  # so that `function` may be any callable, such as a partial
     calls = {
         node: task.options(
             num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)
@@ -86,9 +87,9 @@ def on_each(there: list[Node], function: Callable[[Node], Result], timeout: floa
 
 
 def refuse_unshared(uris: Iterable[str]) -> None:
-    """Check that all machines of the cluster see the same thing under each URI; object storage is not looked at.
+    """Check that each URI means the same place on all machines of the cluster. Object storage is not checked.
 
-    A local folder is checked by a file that every node must find there.
+    A local folder is checked by a temporary file, which every node must see there.
 
     Raises:
         ValueError: a URI is a file or a folder of one machine; the message says what to set instead.
@@ -123,12 +124,12 @@ def _refuse_unshared_folder(folder: Path, there: list[Node]) -> None:
 
 
 def all_reduce_bandwidth(there: list[Node], megabytes: int, timeout: float, use_gpu: bool) -> float:
-    """GB/s at which each node takes part in a sum over all of them: of GPUs over NCCL, or of CPUs over gloo.
+    """Return the bus bandwidth of an all-reduce over all nodes in GB/s, of GPUs by NCCL or of CPUs by gloo.
 
-    Counted as NCCL counts its bus bandwidth: 2 (n - 1) / n times the bytes of the sum, over the time of one sum.
+    As NCCL defines it, this is 2 (n - 1) / n times the bytes of the sum, divided by the seconds of one all-reduce.
 
     Raises:
-        RuntimeError: a node could not reach the others; the message is its own error.
+        RuntimeError: a node could not reach the others; the message is that node's error.
     """
     rank = {node.id: number for number, node in enumerate(there)}
     meeting = on_each(there[:1], _free_address, timeout)[there[0]]
@@ -167,14 +168,14 @@ def _process_group(rank: int, size: int, meeting: str, use_gpu: bool, timeout: f
 
 
 def _seconds_of_sum(megabytes: int, use_gpu: bool) -> float:
-    """The median of five sums after a first one that opens the connections."""
+    """Return the median time of five all-reduces after a first one, which opens the connections."""
     import torch
 
     def wait(_: Any = None) -> None:
         if use_gpu:
             torch.cuda.synchronize()
 
-    # A task without GPUs of its own sees none: the doctor looks at the whole node.
+    # Ray hides the GPUs from a task that has reserved none.
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     values = torch.ones(megabytes * 250_000, device="cuda" if use_gpu else "cpu")  # float32
     seconds = []

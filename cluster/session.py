@@ -1,4 +1,4 @@
-"""Connecting to Ray: a running cluster where there is one, else a local one that ends with the job."""
+"""Connections to Ray: to a running cluster, or to a local one that ends with the job."""
 
 import contextlib
 import json
@@ -15,34 +15,34 @@ from typing import Any
 
 from cluster.nodes import refuse_unshared
 
-# A user can do nothing about what these would print, and nothing leaves the machine unasked.
+# These silence messages that a user can do nothing about, and usage reports.
 QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every worker's print appears twice
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a worker's end is seen; the default is 2 s
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # for CPUs and GPUs; then `wait_for_room` waits
-    "RAY_AIR_NEW_OUTPUT": "0",  # else Tune prints boxes although told to be silent
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else `uv run` has every worker build an environment of its own
-    "TORCH_CPP_LOG_LEVEL": "ERROR",  # else gloo warns of workers whose end is told in one line of ours
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # notice a dead worker sooner than after 2 s
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # then `wait_for_room` waits for resources
+    "RAY_AIR_NEW_OUTPUT": "0",  # else Tune prints tables although verbose=0
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else every worker of `uv run` builds an environment
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # else gloo warns of dead workers, which we report in one line
     "PYTHONWARNINGS": "ignore",
 }
-for _name, _value in QUIET_ENVIRONMENT.items():  # here, since Ray reads some of them once, when it is imported
+for _name, _value in QUIET_ENVIRONMENT.items():  # at import, because Ray reads some of them when it is imported
     os.environ.setdefault(_name, _value)
 
-# Only for a local Ray of this job's own: a real cluster sets its mode, and is watched.
+# For a local Ray only: a real cluster sets its own authentication mode and collects metrics.
 LOCAL_ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_enable_metrics_collection": "0"}
 
-# All of the driver's environment that anybody may read: Ray writes a runtime environment into logs and job metadata.
+# Variables that go into the runtime environment, which Ray writes into logs and job metadata.
 PUBLIC = ("OMP_NUM_THREADS", "PYTHONPATH", "PYTHONWARNINGS")
-# What workers need besides. It may hold secrets, today's or those of a later SDK, so it goes from memory to memory.
+# Variables that workers need as well. They may be secret, so they are passed through the memory of an actor.
 PRIVATE_PREFIXES = ("AWS_", "HF_", "ADMIRAL_")
-KEEPER = "ADMIRAL_ENVIRONMENT_KEEPER"  # names the actor that hands it to a worker
+KEEPER = "ADMIRAL_ENVIRONMENT_KEEPER"  # a variable with the name of this actor
 KEEPER_NAMESPACE = "admiral-environments"
 
 
 def is_submitted() -> bool:
-    """True inside a job that `ray job submit` started: its directory is a copy that goes away."""
+    """Return whether `ray job submit` started this job, so that its directory is a temporary copy."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
@@ -53,18 +53,19 @@ def session(
     num_gpus: float = 0,
     shared: Iterable[str] = (),
 ) -> Iterator[None]:
-    """Connect to Ray, or start a local cluster, and check that it can run the job; with 0 CPUs Ray is not used.
+    """Connect to Ray, or start a local cluster, and check that it can run the job. With 0 CPUs, do not use Ray.
 
-    The job needs so many CPUs and GPUs at once, and `shared` are URIs that all nodes must see alike.
+    The session uses the cluster at `RAY_ADDRESS`, which is set in a submitted job. Otherwise it starts a local Ray and
+    shuts it down at the end. A session within a session joins it. Until the process ends, SIGTERM raises
+    KeyboardInterrupt.
 
-    Uses the cluster that `RAY_ADDRESS` names (a submitted job has it set); `cluster.capacity` says what is waited for
-    there. Without one, starts a local Ray and shuts it down at the end: its logical CPUs are the machine's, or as many
-    as are wanted, and its object store has `object_store_memory` bytes. A session inside a session joins it. Until the
-    process ends, SIGTERM raises KeyboardInterrupt.
+    num_cpus, num_gpus: what the job uses at the same time. A local Ray has at least so many logical CPUs.
+    object_store_memory: bytes of the object store of a local Ray.
+    shared: URIs that must mean the same place on all nodes.
 
     Raises:
-        ConnectionError: the cluster cannot be reached, or turns away who has no token.
-        RuntimeError: this machine alone has fewer GPUs than are wanted.
+        ConnectionError: the cluster cannot be reached, or it rejects the token.
+        RuntimeError: without a cluster, this machine has fewer GPUs.
         ValueError: one of `shared` is a file or a folder of one machine, and the cluster has several.
     """
     if not num_cpus:
@@ -81,10 +82,10 @@ def session(
         yield
         return
     options: dict = {"logging_level": logging.ERROR, "log_to_driver": False}
-    private = {} if alone else _private_environment()  # the workers of our own Ray inherit it
+    private = {} if alone else _private_environment()  # workers of a local Ray inherit the environment
     if alone:
         options |= {
-            "address": "local",  # else it joins any cluster that `ray start` left its mark of on this machine
+            "address": "local",  # else it joins a cluster that `ray start` has started on this machine
             "num_cpus": max(math.ceil(num_cpus), os.cpu_count() or 1),
             "object_store_memory": object_store_memory,
             "include_dashboard": False,
@@ -95,8 +96,8 @@ def session(
     kept = _keep(private, keeper[KEEPER]) if private else None
     if alone and (there := ray.cluster_resources().get("GPU", 0)) < num_gpus:
         ray.shutdown()
-        advice = "ask for less, or submit it to a cluster"
-        raise RuntimeError(f"this machine has {there:g} GPUs and this job wants {num_gpus:g}: {advice}")
+        advice = "lower --num-gpus or --num-workers, or submit the job to a cluster"
+        raise RuntimeError(f"this machine has {there:g} GPUs and this job needs {num_gpus:g}: {advice}")
     for name in ("ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -108,13 +109,13 @@ def session(
 
 
 def _has_token() -> bool:
-    """Return whether there is a token for the cluster at RAY_ADDRESS; Ray itself looks for one only on its own."""
+    """Return whether there is a token for the cluster at RAY_ADDRESS. Ray looks for one only if it is told to."""
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
     return bool(os.environ.get("RAY_ADDRESS")) and ("RAY_AUTH_TOKEN" in os.environ or file.is_file())
 
 
 def _connect(**options: Any) -> None:
-    """Call `ray.init`, and keep Ray's messages about processes that ended off the terminal: what matters we say."""
+    """Call `ray.init`, and silence Ray's messages about processes that ended, because we log what matters."""
     import ray
 
     try:
@@ -122,15 +123,15 @@ def _connect(**options: Any) -> None:
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         state = "the token that was found is not the cluster's" if _has_token() else "no token was found"
         raise ConnectionError(
-            f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: the cluster does not answer, or asks for a token ({state}); "
+            f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: the cluster does not respond, or needs a token ({state}); "
             "check the address, and set RAY_AUTH_TOKEN or save the token as ~/.ray/auth_token "
             "(`ray get-auth-token` on the head prints it)"
         ) from error
-    ray._private.worker._worker_logs_enabled = False  # `log_to_driver` leaves the raylets' messages on
+    ray._private.worker._worker_logs_enabled = False  # `log_to_driver=False` does not silence the raylets
 
 
 def accelerator() -> str | None:
-    """The kind of GPU that workers ask for, as Ray names it, by ADMIRAL_ACCELERATOR; None = any."""
+    """Return the kind of GPU that workers request (Ray's name in ADMIRAL_ACCELERATOR), or None for any."""
     return os.environ.get("ADMIRAL_ACCELERATOR") or None
 
 
@@ -139,10 +140,10 @@ def _private_environment() -> dict[str, str]:
 
 
 def _public_environment() -> dict[str, str]:
-    """Return the checkout's root on the workers' path, and the driver's settings of Python and threads.
+    """Return the public variables for the workers, with the root of the checkout in PYTHONPATH.
 
-    A submitted job has its working directory there already, and Ray passes on what its submission set: Ray refuses
-    a variable that is set twice.
+    A submitted job has its working directory in the path already. Ray passes on the variables that the submission set,
+    and rejects a variable that is set twice.
     """
     public = {name: os.environ[name] for name in PUBLIC if name in os.environ}
     if is_submitted():
@@ -154,13 +155,13 @@ def _public_environment() -> dict[str, str]:
 
 
 def _interrupt_on_sigterm() -> None:
-    """Have SIGTERM end the job as Ctrl-C does, whatever it waits for; Ray's own handler exits with code 15."""
+    """Let SIGTERM end the job like Ctrl-C, whatever it waits for. Ray's own handler exits with code 15."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 class _Keeper:
-    """Holds the driver's private variables in its memory, and hands them to workers."""
+    """An actor that holds the driver's private variables in its memory for the workers."""
 
     def __init__(self) -> None:
         self._variables: dict[str, str] = {}
@@ -173,19 +174,18 @@ class _Keeper:
 
 
 def _keep(variables: dict[str, str], name: str) -> Any:
-    """Return an actor of this name that knows the variables; it lives as long as the handle."""
+    """Return an actor of this name that holds the variables. It ends when the handle is deleted."""
     import ray
 
     options = {"name": name, "namespace": KEEPER_NAMESPACE, "max_concurrency": 100} | on_this_node()
     keeper: Any = ray.remote(_Keeper).options(**options).remote()
-    # By a call, not by the constructor: Ray keeps a constructor's arguments with the actor's record.
+    # By a call rather than the constructor, because Ray stores the arguments of constructors.
     ray.get(keeper.keep.remote(variables))
     return keeper
 
 
 def on_this_node() -> dict[str, Any]:
-    """Return the options of a task or an actor that runs on the node of this process, on CPUs that this process has
-    reserved, or on none."""
+    """Return the options for a task or an actor that runs on the node of this process and reserves no CPU."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -194,7 +194,7 @@ def on_this_node() -> dict[str, Any]:
 
 
 def receive_environment() -> None:
-    """In a worker, take over the driver's private variables; elsewhere, and the second time, do nothing."""
+    """Set the driver's private variables in a worker. Elsewhere, and the second time, this does nothing."""
     if name := os.environ.get(KEEPER):
         import ray
 
@@ -204,7 +204,7 @@ def receive_environment() -> None:
 
 
 def address() -> str:
-    """The address by which other processes of this machine join the session."""
+    """Return the address by which other processes of this machine join the session."""
     import ray
 
     return ray.get_runtime_context().gcs_address

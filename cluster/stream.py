@@ -1,4 +1,4 @@
-"""An ordered, prefetching reader: Ray actors read units of work, and blocks of arrays arrive in the units' order."""
+"""An ordered, prefetching reader: Ray actors read units, and their blocks of arrays arrive in the units' order."""
 
 import logging
 import os
@@ -19,27 +19,27 @@ Unit = TypeVar("Unit")
 Block = dict[str, np.ndarray]
 ReadUnit = Callable[[Unit], Iterator[Block]]
 
-READERS = 2  # processes of one stream, on the CPUs that its worker has reserved for data
-LOST_READERS = 5  # processes that a unit may cost before it counts as the cause
-CHECK_SECONDS = 0.2  # between two checks for more room and for the end, while no block arrives
-CLOSING_PAUSE = 0.05  # seconds between two looks at whether they have ended
-CLOSING_SECONDS = 10  # that a consumer who stops early waits for the readers to end, at most
+READERS = 2  # processes of one stream, on the CPU that its worker has reserved for data
+LOST_READERS = 5  # processes that may die while they read one unit, before the unit counts as the cause
+CHECK_SECONDS = 0.2  # between two checks for room and for the end, while no block arrives
+CLOSING_PAUSE = 0.05  # seconds between two checks whether the readers have ended
+CLOSING_SECONDS = 10  # a consumer that stops early waits at most this long for the readers to end
 
 log = logging.getLogger(__name__)
 
 
 def stream(units: Iterable[Unit], read_unit: ReadUnit[Unit], ahead: int) -> Iterator[Block]:
-    """Read units in Ray actors on this node, up to `ahead` of them ahead; yield their blocks in the units' order.
+    """Read units in Ray actors on this node, up to `ahead` units ahead; yield their blocks in the order of the units.
 
-    `units` may be endless. `read_unit` runs in Ray actors and yields one or more dicts of arrays with a row for each
-    sample, the same blocks each time; it travels to them, so it should hold locations rather than data. A thread
-    of this process copies every block out of the object store as soon as it is there. So the object store holds only
-    the blocks of units that are being read, and this process at most `ahead` units. The arrays belong to the caller.
+    `units` may be endless. `read_unit` yields one or more dicts of arrays with a row for each sample, the same blocks
+    each time. It is sent to the actors, so it should hold locations rather than data. A thread of this process copies
+    every block out of the object store as soon as it arrives. Therefore the object store holds only blocks of units
+    that are being read, and this process holds at most `ahead` units. The caller owns the arrays.
 
-    A unit whose reader dies is read again by another one, which sends only the blocks that have not arrived yet.
+    If a reader dies, another one reads its unit again and sends only the blocks that have not arrived.
 
     Raises:
-        RuntimeError: a unit could not be read; the message is the original error's.
+        RuntimeError: a unit could not be read; the message is that of the original error.
     """
     reader = _Reader(iter(units), read_unit, ahead)
     reader.thread.start()
@@ -58,20 +58,20 @@ def stream(units: Iterable[Unit], read_unit: ReadUnit[Unit], ahead: int) -> Iter
 
 @dataclass(eq=False)
 class _Reading:
-    """A unit that is read."""
+    """A unit that is being read."""
 
     unit: Any
-    blocks: "SimpleQueue[Block | BaseException | None]" = field(default_factory=SimpleQueue)  # None: there are no more
-    taken: int = 0  # blocks that have arrived
-    lost: int = 0  # readers whose process ended
+    blocks: "SimpleQueue[Block | BaseException | None]" = field(default_factory=SimpleQueue)  # None marks the end
+    taken: int = 0  # number of blocks that have arrived
+    lost: int = 0  # number of readers that died
     reader: Any = None  # the actor that reads it
 
 
 class _Reader:
-    """The thread that hands units to readers and copies what they read; it alone calls Ray.
+    """A thread that gives units to the readers and copies their blocks. No other thread calls Ray.
 
-    Readers are actors that live as long as the stream: Ray ends the processes of tasks soon after they are done, and
-    each new one costs seconds and log files.
+    Readers are actors that live as long as the stream. Ray ends the processes of tasks soon after they are done, and
+    every new process takes seconds and log files.
     """
 
     def __init__(self, units: Iterator[Any], read_unit: ReadUnit[Any], ahead: int) -> None:
@@ -85,7 +85,7 @@ class _Reader:
         self._pids: list[Any] = []  # references to the process ids of all readers
 
     def close(self) -> None:
-        """End the readers and the thread: what still calls Ray when Ray is shut down would end the process."""
+        """End the readers and the thread. A thread that calls Ray after its shutdown would end this process."""
         self._closed = True
         self.thread.join()
 
@@ -97,28 +97,28 @@ class _Reader:
             self._idle = [self._new_reader() for _ in range(READERS)]
             self._read_all()
             self.readings.put(None)
-        except BaseException as error:  # noqa: BLE001 - it is raised in the consumer's thread
+        except BaseException as error:  # noqa: BLE001 - raised in the consumer's thread
             for reading in self._running.values():
                 reading.blocks.put(error)
             self.readings.put(error)
         finally:
-            with suppress(Exception):  # Ray has been shut down
+            with suppress(Exception):  # Ray may have been shut down
                 self._end_readers()
 
     def _new_reader(self) -> Any:
         import ray
 
-        # Ray's records of calls would grow with the number of units.
+        # Without task events, because Ray's records of calls would grow with the number of units.
         actor: Any = ray.remote(_ReaderActor).options(**on_this_node(), enable_task_events=False)
         reader = actor.remote(self._reference)
         self._pids.append(reader.pid.remote())
         return reader
 
     def _end_readers(self) -> None:
-        """End the readers, and wait until their processes have ended: nobody reads on behalf of a closed stream."""
+        """End the readers, and wait until their processes have ended."""
         import ray
 
-        started = [pid for pid in self._pids if ray.wait([pid], timeout=0)[0]]  # another one has read nothing
+        started = [pid for pid in self._pids if ray.wait([pid], timeout=0)[0]]  # the others have read nothing
         for reader in [*self._idle, *(reading.reader for reading in self._running.values())]:
             ray.kill(reader)
         deadline = time.monotonic() + CLOSING_SECONDS
@@ -155,7 +155,7 @@ class _Reader:
         reading = self._running[generator]
         try:
             views = ray.get(next(generator))
-            # A view would keep its block in the object store for as long as rows wait for their turn.
+            # A view would keep its block in the object store until its last row is used.
             reading.blocks.put({name: np.array(view) for name, view in views.items()})
             reading.taken += 1
             return
@@ -170,7 +170,7 @@ class _Reader:
             ray.kill(reading.reader)
             self._idle.append(self._new_reader())
             if reading.lost < LOST_READERS:
-                log.warning("a process that reads data was lost, another one reads again: %s", reason_of(error))
+                log.warning("a process that reads data died, another one reads again: %s", reason_of(error))
                 self._start(reading)
             else:
                 reading.blocks.put(RuntimeError(f"reading data failed: {reason_of(error)}"))
@@ -178,19 +178,19 @@ class _Reader:
 
 
 def _runs(pid: Any) -> bool:
-    """Return whether the process of this node, whose id a reader has told, still runs."""
+    """Return whether the process of a reader still runs. `pid` is a reference to its process id."""
     import ray
     from ray.exceptions import RayError
 
     try:
         os.kill(ray.get(pid), 0)
-    except (ProcessLookupError, RayError):  # it has ended, or died before it told its id
+    except (ProcessLookupError, RayError):  # it has ended, or it died before it returned its id
         return False
     return True
 
 
 class _ReaderActor:
-    """Reads one unit at a time."""
+    """An actor that reads one unit at a time."""
 
     def __init__(self, read_unit: ReadUnit[Any]) -> None:
         self._read_unit = read_unit
@@ -199,7 +199,7 @@ class _ReaderActor:
         return os.getpid()
 
     def read(self, unit: Any, taken: int) -> Iterator[Block]:
-        """Yield the blocks of a unit but for those that were taken from an earlier reader."""
+        """Yield the blocks of a unit without the first `taken`, which came from an earlier reader."""
         for number, block in enumerate(self._read_unit(unit)):
             if number >= taken:
                 yield block

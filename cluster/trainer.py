@@ -1,4 +1,4 @@
-"""Ray Train: the same loop on every worker of a process group, or in this process."""
+"""Run a training loop on every worker of a process group by Ray Train, or in this process."""
 
 import contextlib
 import logging
@@ -17,11 +17,11 @@ import torch
 from cluster.capacity import Resources, refuse_infeasible, wait_for_room, worker_resources
 from cluster.metrics import publish
 
-PROCESS_GROUP_TIMEOUT_S = 300  # a hung collective ends the attempt after this
-POLL_SECONDS = 0.5
-PREEMPTION_SECONDS = 2.0  # between two looks for a notice that a node goes away; Ray itself looks every 5
+PROCESS_GROUP_TIMEOUT_S = 300  # a collective that hangs for longer ends the attempt
+POLL_SECONDS = 0.5  # between two exchanges with the workers
+PREEMPTION_SECONDS = 2.0  # between two checks for a preemption notice; Ray itself checks every 5
 
-# A worker's error of these kinds would come again: no other attempt is made.
+# Deterministic errors of a worker: another attempt would raise them again, so none is made.
 PERMANENT_ERRORS = (
     ValueError, TypeError, ArithmeticError, LookupError, FileNotFoundError, PermissionError, torch.OutOfMemoryError,
 )  # fmt: skip
@@ -33,15 +33,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """All that a training loop knows of distribution."""
+    """Everything that a training loop knows about distribution."""
 
     rank: int
     world_size: int
     device: torch.device
-    report: Callable[[Record], None]  # hands numbers and pictures to the driver; never waits
-    stopping: Callable[[], bool]  # whether the driver wants to stop; never waits
-    streams_on_cluster: bool  # decode in the cluster's data tasks, or in this process
-    preempted: Callable[[], bool] = lambda: False  # whether notice came that a node goes away, said once; never waits
+    report: Callable[[Record], None]  # sends numbers and pictures to the driver; never waits
+    stopping: Callable[[], bool]  # whether the driver has asked to stop; never waits
+    streams_on_cluster: bool  # read data in processes of the cluster, not in this process
+    preempted: Callable[[], bool] = lambda: False  # True once for each preemption notice of a node; never waits
 
 
 def run_workers(
@@ -53,16 +53,15 @@ def run_workers(
     num_gpus: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Run `loop` on `num_workers` workers (0: in this process) until it returns; True if it was asked to stop.
+    """Run `loop` on `num_workers` workers (0: in this process) until it returns; return whether it was asked to stop.
 
-    Each worker has `cpus` CPUs and `num_gpus` GPUs, 0 or 1. All start together. While the cluster has no room for all
-    of them, the log says what is waited for.
+    Each worker has `cpus` CPUs and `num_gpus` GPUs (0 or 1). All workers start together. While the cluster has no room
+    for all of them, the log says what the job waits for.
 
-    A worker that dies takes its group with it; the group starts again, and `loop` finds its own place to go on from.
-    It gives up after more than `max_failures` attempts in a row that reported no record with a larger "saved" number,
-    and at once where another attempt would fail alike (PERMANENT_ERRORS). A node that announces its end does not count.
-    SIGTERM, Ctrl-C, and `stop` once it returns True, ask all workers to stop at their next step. If `on_record` raises
-    for a record, a warning says so, and the records after it are passed on.
+    If a worker dies, the whole group starts again, and `loop` must find its last checkpoint. After more than
+    `max_failures` consecutive attempts without a record with a larger "saved" number, no further attempt is made.
+    PERMANENT_ERRORS are not retried. SIGTERM, Ctrl-C, and `stop` when it returns True, ask all workers to stop at their
+    next step. If `on_record` raises for a record, a warning is logged and the training goes on.
 
     Raises:
         ValueError: the cluster can never hold all workers at once.
@@ -111,32 +110,51 @@ def _run_on_ray(
     relay = Relay()
     saved, failures = -1, 0
     while not stop():
-        news = _News()
+        attempt = _Attempt(on_record)
         try:
-            with _relayed(relay, news.around(on_record), stop):
-                _attempt(loop, relay, num_workers, resources)
+            with _relayed(relay, attempt.handle, stop):
+                _fit(loop, relay, num_workers, resources)
             break
         except TrainingFailedError as error:
             if _has_no_room(error):
                 wait_for_room(num_workers, resources, stop)
                 continue
-            reason = news.reason or _first_reason(error)
-            failures = 1 if news.saved > saved else failures + 1
-            saved = max(saved, news.saved)
+            reason = attempt.reason or _reason(error)
+            failures = 1 if attempt.saved > saved else failures + 1
+            saved = max(saved, attempt.saved)
             publish("train", {"failed_attempts": failures})
-            if news.permanent or failures > max_failures:
+            if attempt.is_permanent or failures > max_failures:
                 raise RuntimeError(f"training failed: {reason}") from error
             log.warning("an attempt failed, going on from the last checkpoint: %s", reason)
 
 
-def _attempt(loop: Callable[[WorkerContext], None], relay: Any, num_workers: int, resources: Resources) -> None:
-    """One run of Ray Train, in a thread of its own: in the main one it would take Ctrl-C, and save nothing."""
+class _Attempt:
+    """The progress and the failure of one attempt, from the records of its workers."""
+
+    def __init__(self, on_record: Callable[[Record], None]) -> None:
+        self._on_record = on_record
+        self.saved = -1  # the largest "saved" number
+        self.reason = ""
+        self.is_permanent = False
+
+    def handle(self, record: Record) -> None:
+        self.saved = max(self.saved, record.get("saved", -1))
+        if "warning" in record:
+            log.warning(record["warning"])
+        elif "failure" not in record:
+            self._on_record(record)
+        elif not self.is_permanent:
+            self.reason, self.is_permanent = record["failure"], record["permanent"]
+
+
+def _fit(loop: Callable[[WorkerContext], None], relay: Any, num_workers: int, resources: Resources) -> None:
+    """Run Ray Train once, in a thread: in the main thread it would handle Ctrl-C itself and save nothing."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     with tempfile.TemporaryDirectory(prefix="admiral-train-") as folder:
         trainer = TorchTrainer(
-            _enter,
+            _run_worker,
             train_loop_config={"loop": loop, "relay": relay},
             torch_config=TorchConfig(timeout_s=PROCESS_GROUP_TIMEOUT_S),
             scaling_config=ScalingConfig(
@@ -144,8 +162,8 @@ def _attempt(loop: Callable[[WorkerContext], None], relay: Any, num_workers: int
                 use_gpu="GPU" in resources,
                 resources_per_worker=resources,
             ),
-            # Ray Train keeps no state of ours, so each call is a run of its own name in a folder of its own. It does
-            # not wait for room itself: it would do so silently, and a signal could not end it.
+            # Ray Train keeps no state of ours, so that each attempt is a run of its own. It must not wait for
+            # resources either: it would wait silently, and a signal could not end the wait.
             run_config=RunConfig(
                 name=uuid.uuid4().hex,
                 storage_path=folder,
@@ -171,56 +189,33 @@ def _tolerant(on_record: Callable[[Record], None]) -> Callable[[Record], None]:
     def call(record: Record) -> None:
         try:
             on_record(record)
-        except Exception as error:  # noqa: BLE001 - one record must not cost those after it, nor the training
+        except Exception as error:  # noqa: BLE001 - a failed record must not end the training
             reason = f"{type(error).__name__}: {error}"
             log.warning("a record of the training could not be handled, the training goes on: %s", reason)
 
     return call
 
 
-class _News:
-    """What the records of one attempt tell of its progress and its end."""
-
-    def __init__(self) -> None:
-        self.saved = -1
-        self.reason = ""
-        self.permanent = False
-
-    def around(self, on_record: Callable[[Record], None]) -> Callable[[Record], None]:
-        """`on_record`, listening."""
-
-        def heard(record: Record) -> None:
-            self.saved = max(self.saved, record.get("saved", -1))
-            if "warning" in record:
-                log.warning(record["warning"])
-                return
-            if "failure" in record and not self.permanent:
-                self.reason, self.permanent = record["failure"], record["permanent"]
-            on_record(record)
-
-        return heard
-
-
 def _has_no_room(error: Exception) -> bool:
-    """Whether no worker was started because the cluster had no room for all of them."""
+    """Return whether no worker was started because the cluster had no room for all of them."""
     return type(getattr(error, "controller_failure", None)).__name__ == "WorkerGroupStartupTimeoutError"
 
 
-def _first_reason(error: Exception) -> str:
-    """What Ray says of the workers' ends, in one line."""
+def _reason(error: Exception) -> str:
+    """Return Ray's last line about each failed worker, joined to one line."""
     failures = getattr(error, "worker_failures", {0: error})
     return "; ".join(f"worker {rank}: {str(reason).strip().splitlines()[-1]}" for rank, reason in failures.items())
 
 
-def _enter(config: dict[str, Any]) -> None:
-    """The first lines in a worker: find out who it is, then run the loop."""
+def _run_worker(config: dict[str, Any]) -> None:
+    """Run the loop in a worker of Ray Train, and report its warnings and its error to the driver."""
     import ray.train
     import ray.train.torch
 
     context = ray.train.get_context()
     relay = config["relay"]
     for package in ("cluster", "orchestrator"):
-        logging.getLogger(package).addHandler(_ToDriver(relay))
+        logging.getLogger(package).addHandler(_DriverHandler(relay))
     try:
         config["loop"](
             WorkerContext(
@@ -239,8 +234,8 @@ def _enter(config: dict[str, Any]) -> None:
         raise
 
 
-class _ToDriver(logging.Handler):
-    """Hands warnings to the driver, where somebody sees them."""
+class _DriverHandler(logging.Handler):
+    """A log handler that sends warnings to the driver, because nobody reads the workers' logs."""
 
     def __init__(self, relay: Any) -> None:
         super().__init__(logging.WARNING)
@@ -249,12 +244,15 @@ class _ToDriver(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._relay.push({"warning": record.getMessage()})
-        except Exception:  # noqa: BLE001 - as logging's own handlers do: a message must not end what it reports on
+        except Exception:  # noqa: BLE001 - like the handlers of the standard library
             self.handleError(record)
 
 
 class _PreemptionNotice:
-    """Asks `get_info`, which waits for all workers, in a thread; tells every new answer once, and logs it at rank 0."""
+    """A callable that returns True once for each new answer of `get_info`.
+
+    A thread calls `get_info`, because that call waits for all workers. Rank 0 logs the notice.
+    """
 
     def __init__(self, get_info: Callable[[], Any], rank: int) -> None:
         self._get_info, self._rank, self._new = get_info, rank, threading.Event()
@@ -265,36 +263,35 @@ class _PreemptionNotice:
         while True:
             try:
                 info = self._get_info()
-            except Exception as error:  # noqa: BLE001 - one failed call must not cost a later notice
+            except Exception as error:  # noqa: BLE001 - a failed call must not lose a later notice
                 if not failed:
-                    log.warning("notices of preemption cannot be read, trying again; the training goes on: %s", error)
+                    log.warning("preemption notices cannot be read, trying again; the training goes on: %s", error)
                 info, failed = seen, True
             if info != seen:
                 seen = info
                 if self._rank == 0:
-                    log.warning("notice came that a node goes away: %s", info)
+                    log.warning("preemption notice received, writing a checkpoint; the training goes on: %s", info)
                 self._new.set()
             time.sleep(PREEMPTION_SECONDS)
 
     def __call__(self) -> bool:
-        said = self._new.is_set()
+        is_new = self._new.is_set()
         self._new.clear()
-        return said
+        return is_new
 
 
 @contextlib.contextmanager
 def _relayed(relay: Any, on_record: Callable[[Record], None], stop: Callable[[], bool]) -> Iterator[None]:
-    """While inside, a thread passes workers' records to `on_record`, and asks them to stop once `stop` returns True.
+    """Pass the workers' records to `on_record` in a thread, and ask the workers to stop once `stop` returns True.
 
-    A call to the relay that fails is warned of once and made again; at the end come the records that are left.
+    If a call to the relay fails, a warning is logged once and the call is repeated. When the context ends, the
+    remaining records are passed on.
     """
-    over, warned = threading.Event(), set[str]()
+    ended, warned = threading.Event(), set[str]()
 
     def exchange() -> None:
         try:
-            if stop():
-                relay.stop()
-            records = relay.pull()
+            records = relay.exchange(stop())
         except Exception as error:  # noqa: BLE001 - see above
             if str(error) not in warned:
                 log.warning("the workers' records cannot be fetched, trying again; the training goes on: %s", error)
@@ -303,25 +300,25 @@ def _relayed(relay: Any, on_record: Callable[[Record], None], stop: Callable[[],
         for record in records:
             on_record(record)
 
-    def pump() -> None:
-        while not over.wait(POLL_SECONDS):
+    def run() -> None:
+        while not ended.wait(POLL_SECONDS):
             exchange()
 
-    thread = threading.Thread(target=pump, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
         yield
     finally:
-        over.set()
+        ended.set()
         thread.join()
         exchange()
 
 
 @contextlib.contextmanager
 def _stop_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """While inside, the first SIGTERM or Ctrl-C calls `stop`, and the next does what it did before.
+    """Call `stop` on the first SIGTERM or Ctrl-C. The next one is handled as before.
 
-    Elsewhere than in the main thread signals are left alone.
+    Only the main thread can handle signals; in other threads this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""Where a worker hangs: its stacks, before the collective's timeout ends the attempt."""
+"""A watchdog that writes the stacks of a worker that hangs, before the collective's timeout ends the attempt."""
 
 import faulthandler
 import sys
@@ -11,14 +11,15 @@ HANG_SECONDS = 240.0  # without a step; collectives time out after 300
 
 
 class Watchdog:
-    """Wants to hear of every step. Where it hears of none for too long it hands over the stacks of all threads.
+    """Call `step` once a step. If no call arrives within `seconds`, the stacks of all threads are written.
 
-    They go to the driver as a record, and to stderr by a thread that Python's own lock cannot hold up.
+    They are reported to the driver as a record. A thread in C also writes them to stderr, because a hang may hold
+    Python's global interpreter lock.
     """
 
     def __init__(self, rank: int, report: Callable[[dict[str, Any]], None], seconds: float = HANG_SECONDS) -> None:
         self._rank, self._report, self._seconds = rank, report, seconds
-        self._over, self._steps = threading.Event(), 0
+        self._ended, self._steps = threading.Event(), 0
 
     def __enter__(self) -> Self:
         self.step()
@@ -26,24 +27,23 @@ class Watchdog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._ended.set()
         faulthandler.cancel_dump_traceback_later()
 
     def step(self) -> None:
-        """A step begins."""
+        """Note that a step begins."""
         self._steps += 1
         faulthandler.dump_traceback_later(self._seconds, file=sys.__stderr__ or sys.stderr)
 
     def _watch(self) -> None:
         seen = 0
-        while not self._over.wait(self._seconds):
+        while not self._ended.wait(self._seconds):
             if self._steps == seen:
                 self._report({"rank": self._rank, "stacks": _stacks()})
             seen = self._steps
 
 
 def _stacks() -> str:
-    """The stack of every thread of this process."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     parts = [
         f"thread {names.get(number, number)}\n{''.join(traceback.format_stack(frame))}"

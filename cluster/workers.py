@@ -1,4 +1,4 @@
-"""A pool of warm workers: items in, results as they complete; workers may join, fail and die at any time."""
+"""A pool of workers that map items to results. Workers may join, fail and die at any time."""
 
 import contextlib
 import logging
@@ -21,26 +21,26 @@ Result = TypeVar("Result")
 Work = Callable[[Item], Result]
 MakeWorker = Callable[[], Work[Item, Result]]
 
-START_TRIES = 3  # consecutive failures to make a worker, before it is taken out of use
-STRIKES_TO_RESTART = 2  # consecutive items that raise on a worker, before its process is restarted
-STRIKES_TO_BENCH = 4  # consecutive items that fail on a worker, before it gets none while others do better
-LOST_WORKERS = 10  # processes that an item may cost before it counts as the cause; nodes are preempted at random
-MOST_TRIES = 10  # of an item that has failed only on workers that may be sick themselves
-STRAGGLING = 3.0  # times the mean duration: an item that takes longer is given to an idle worker as well
-SLOW = 10.0  # times the mean duration: an item that takes longer is named in the log
-SLOW_SECONDS = 60.0  # an item that takes less is never named; also the first pause between two such log lines
-# A process ends itself if an item runs longer than its deadline. An item may compile first and take hours on a slow
-# GPU, so the least deadline is generous; idle workers take over what hangs long before (STRAGGLING).
-HANG_SECONDS = 120 * 60.0  # the least deadline; it doubles for an item each time that it is missed
-HANGING = 10.0  # times the longest item so far: the deadline, if this is more
-PATIENCE_SECONDS = 300.0  # an item that failed waits so long for a worker that has not tried it and is not there
-LOOK_SECONDS = 1.0  # between two checks of all this
+START_TRIES = 3  # consecutive failures to create a worker, after which it is no longer used
+STRIKES_TO_RESTART = 2  # consecutive items that raise errors on a worker, after which its process is restarted
+STRIKES_TO_BENCH = 4  # consecutive items that fail on a worker, after which it gets none while others succeed
+LOST_WORKERS = 10  # processes that may die with an item, before the item counts as the cause (nodes are preempted)
+MOST_TRIES = 10  # of an item that failed only on workers that may be faulty themselves
+STRAGGLING = 3.0  # times the mean duration: an item that takes longer is also given to an idle worker
+SLOW = 10.0  # times the mean duration: an item that takes longer is logged
+SLOW_SECONDS = 60.0  # an item that takes less is never logged; also the first pause between two such log lines
+# A process ends itself if an item misses its deadline. An item may compile first and take hours on a slow GPU, so the
+# shortest deadline is long. Idle workers repeat items that hang much earlier (STRAGGLING).
+HANG_SECONDS = 120 * 60.0  # the shortest deadline; it doubles for an item each time the item misses it
+HANGING = 10.0  # times the duration of the longest item so far: the deadline, if this is longer
+PATIENCE_SECONDS = 300.0  # how long a failed item waits for an absent worker that has not tried it
+POLL_SECONDS = 1.0  # between two checks of all this
 
 log = logging.getLogger(__name__)
 
 
 class ItemsFailed(RuntimeError):
-    """Some items failed for good; all others are done."""
+    """Some items failed permanently; all others are done."""
 
 
 def map_items(
@@ -51,7 +51,7 @@ def map_items(
     num_gpus: float = 0.0,
     tries: int = 3,
 ) -> Iterator[tuple[Item, Result]]:
-    """Run every item on one of `num_workers` workers (0: in this process); yield (item, result) as they complete.
+    """Run every item on one of `num_workers` workers (0: in this process). Yield (item, result) as items complete.
 
     Raises what `pool` and `Pool.map` raise.
     """
@@ -63,13 +63,13 @@ def map_items(
 def pool(
     make_worker: MakeWorker[Item, Result], num_workers: int, num_cpus: float = 1.0, num_gpus: float = 0.0
 ) -> Iterator["Pool[Item, Result]"]:
-    """Start `num_workers` actors, each of which calls `make_worker` once; they end with the context.
+    """Start `num_workers` actors, each of which calls `make_worker` once. They end with the context.
 
-    If the cluster is too small for all of them now, the others join when there is room, and the log says what they
-    wait for. With `num_workers=0`, this process does the work.
+    If the cluster has no room for all of them now, the others join later, and the log says what they wait for. With
+    `num_workers=0`, this process does the work.
 
     Raises:
-        ValueError: no node can ever hold one worker.
+        ValueError: no node can ever hold a worker.
     """
     if num_workers == 0:
         yield _Here(make_worker())
@@ -94,30 +94,34 @@ def pool(
 
 
 class Pool(Generic[Item, Result]):
-    """Handles on the workers. It can be sent to other processes, and several may map over it at once: each keeps
-    at most one item on a worker, so that they share it fairly and whoever stops frees its share at once."""
+    """Handles on the workers, which can be sent to other processes.
+
+    Several processes may map over one pool at the same time. Each has at most one item on a worker, so that they share
+    the pool fairly, and a process that stops frees its share at once.
+    """
 
     def __init__(self, actors: list[Any]) -> None:
         self._actors = actors
 
     def map(self, items: Iterable[Item], tries: int = 3) -> Iterator[tuple[Item, Result]]:
-        """Yield (item, result) as they complete, each item once, in no particular order.
+        """Yield (item, result) as items complete, each item once, in no particular order.
 
-        An item that fails is retried on another worker, if there is one. A worker that fails again and again is
-        restarted, then benched; one that cannot be made is left out. A worker that hangs ends at a deadline, and an
-        idle worker takes its item over before that. Results may be computed twice; they are never lost, nor yielded
-        twice. Memory does not grow with the number of items. At the end, the log names the workers that failed, with
-        their nodes.
+        An item that fails is retried, on another worker if there is one. A worker that fails repeatedly is restarted,
+        and then gets no items while others succeed. A worker that cannot be created is not used. A worker that hangs
+        ends at a deadline, and before that an idle worker repeats its item. A result may be computed twice, but it is
+        yielded exactly once. Memory does not grow with the number of items. At the end, the log names the workers that
+        failed and their nodes.
 
         Raises:
-            ItemsFailed: some items raised an error or hung `tries` times, or lost ten workers; all others are done.
-            RuntimeError: no worker could be made, or none is left.
+            ItemsFailed: some items raised an error or hung `tries` times, or ten workers died with them; all others
+                are done.
+            RuntimeError: no worker could be created, or none is left.
         """
         yield from _Mapping[Item, Result](self._actors, items, tries).results()
 
 
 class _Here(Pool[Item, Result]):
-    """This process as a pool: items are done in order, and an error is raised as it is."""
+    """A pool of this process only: items run in order, and errors are raised unchanged."""
 
     def __init__(self, work: Work[Item, Result]) -> None:
         super().__init__([])
@@ -129,17 +133,17 @@ class _Here(Pool[Item, Result]):
 
 @dataclass(eq=False)
 class _Worker:
-    """The health of a worker, as one mapping knows it."""
+    """The state of a worker from the view of one mapping."""
 
     actor: Any
     node: str = "a node that is not known yet"
-    there: bool = False  # its process is up
-    out: bool = False  # taken out of use
-    sound: bool = False  # it did the last item that it had
-    starts: int = 0  # consecutive failures to make it
+    there: bool = False  # its process runs
+    out: bool = False  # no longer used
+    sound: bool = False  # its last item succeeded
+    starts: int = 0  # consecutive failures to create it
     strikes: int = 0  # consecutive items that failed on it
-    failures: int = 0  # in all, without those of items that fail everywhere
-    reason: str = ""  # of the last one
+    failures: int = 0  # in total, without those of items that fail on all workers
+    reason: str = ""  # of the last failure
 
     @property
     def is_benched(self) -> bool:
@@ -148,89 +152,92 @@ class _Worker:
 
 @dataclass(eq=False)
 class _Task(Generic[Item]):
-    """An item on its way."""
+    """An item that is not done, or was given to several workers."""
 
     item: Item
     failures: int = 0  # errors that it raised, and deadlines that it missed
-    proven: int = 0  # those of them on sound workers
-    missed: int = 0  # the deadlines among them
-    lost: int = 0  # workers that died while they had it, or whose device broke
+    proven: int = 0  # of these, failures on sound workers
+    missed: int = 0  # of these, missed deadlines
+    lost: int = 0  # workers that died with it, or whose device failed
     failed_on: list[_Worker] = field(default_factory=list)
-    failed_at: float = 0.0  # when it failed first, in seconds
-    copies: int = 0  # workers that have it at this moment
-    ended: bool = False  # done, or failed for good
+    failed_at: float = 0.0  # time of the first failure, in seconds
+    copies: int = 0  # workers that have it now
+    ended: bool = False  # done, or failed permanently
 
 
 @dataclass(eq=False)
 class _Call(Generic[Item]):
-    """An item on a worker."""
+    """An item that runs on a worker."""
 
     worker: _Worker
     task: _Task[Item]
-    begun: float  # in seconds
-    deadline: float  # in seconds after that
+    begun: float  # time in seconds
+    deadline: float  # seconds after `begun`
 
 
 class _Mapping(Generic[Item, Result]):
-    """One `map` over a pool. Futures put themselves into a queue when they are done, so that an item costs the same
-    time whether ten workers run or a thousand."""
+    """One `map` over a pool.
+
+    Futures put themselves into a queue when they are done, so the time for an item does not depend on the number of
+    workers.
+    """
 
     def __init__(self, actors: list[Any], items: Iterable[Item], tries: int) -> None:
         self._tries = tries
         self._workers = [_Worker(actor) for actor in actors]
         self._idle: deque[_Worker] = deque()
-        self._away: deque[tuple[float, _Worker]] = deque()  # (when to look for it again, worker)
+        self._away: deque[tuple[float, _Worker]] = deque()  # (time of the next search for it, worker)
         self._fresh = (_Task(item) for item in items)
         self._next = next(self._fresh, None)
-        self._waiting: deque[_Task[Item]] = deque()  # those that failed
+        self._waiting: deque[_Task[Item]] = deque()  # failed tasks
         self._calls: dict[_Call[Item], None] = {}  # in the order in which they began
         self._answers: SimpleQueue[tuple[Callable[[Any], None], Any]] = SimpleQueue()
-        self._open = 0  # items that were handed out and have not ended
+        self._open = 0  # number of items that have begun and not ended
         self._seconds, self._longest, self._done = 0.0, 0.0, 0  # of all done items
         self._results: deque[tuple[Item, Result]] = deque()  # at most one
         self._failed, self._reasons = 0, list[str]()
         self._any_made = False
         self._begun, self._checked = time.monotonic(), 0.0
-        self._name_after, self._name_pause = 0.0, SLOW_SECONDS  # when to name slow items next, and the pause after it
+        self._name_after, self._name_pause = 0.0, SLOW_SECONDS  # next log line about slow items, and the pause after it
 
     def results(self) -> Iterator[tuple[Item, Result]]:
-        """Yield what `Pool.map` yields."""
+        """Yield (item, result) as items complete."""
         for worker in self._workers:
             self._find(worker)
         while self._next is not None or self._open:
             self._hand_out()
             with contextlib.suppress(Empty):
-                take, future = self._answers.get(timeout=LOOK_SECONDS)
+                take, future = self._answers.get(timeout=POLL_SECONDS)
                 take(future)
             while self._results:
                 yield self._results.popleft()
-            if time.monotonic() > self._checked + LOOK_SECONDS:
+            if time.monotonic() > self._checked + POLL_SECONDS:
                 self._check()
         self._publish()
         self._conclude()
 
     def _ask(self, reference: Any, take: Callable[[Any], None]) -> None:
-        """Have the loop call `take(future)` when the call of an actor has returned."""
+        """Let the loop call `take(future)` when the call of an actor has returned."""
         reference.future().add_done_callback(lambda future: self._answers.put((take, future)))
 
-    # A worker is found, made and given items. When its process ends, for whatever reason, it is looked for again.
+    # A worker is found, created and given items. When its process ends, for any reason, it is searched for again.
 
     def _find(self, worker: _Worker) -> None:
         self._ask(worker.actor.is_there.remote(), partial(self._found, worker))
 
     def _find_later(self, worker: _Worker) -> None:
-        self._away.append((time.monotonic() + LOOK_SECONDS, worker))
+        self._away.append((time.monotonic() + POLL_SECONDS, worker))
 
     def _found(self, worker: _Worker, future: Any) -> None:
         from ray.exceptions import ActorDiedError
 
         if isinstance(error := future.exception(), ActorDiedError):
             self._not_made(worker, error)
-        elif error is not None:  # Ray is restarting it, which lasts until a node has room
+        elif error is not None:  # Ray restarts it when a node has room
             self._find_later(worker)
         else:
             worker.there = True
-            if worker.node != future.result():  # what happened on another node says nothing about this one
+            if worker.node != future.result():  # failures on another node do not count on this one
                 worker.node, worker.starts, worker.strikes = future.result(), 0, 0
             self._ask(worker.actor.ready.remote(HANG_SECONDS), partial(self._made, worker))
 
@@ -244,7 +251,7 @@ class _Mapping(Generic[Item, Result]):
     def _not_made(self, worker: _Worker, error: BaseException) -> None:
         worker.there = is_raised(error)
         worker.starts += 1
-        self._note(worker, f"it could not be made: {reason_of(error)}")
+        self._note(worker, f"it could not be created: {reason_of(error)}")
         if worker.starts >= START_TRIES:
             self._remove(worker)
         elif is_device_error(error):
@@ -253,12 +260,12 @@ class _Mapping(Generic[Item, Result]):
             self._find_later(worker)
 
     def _strike(self, worker: _Worker, reason: str, restart: bool, died: bool) -> None:
-        """Note an item that failed on a worker, and decide what becomes of the worker."""
+        """Record an item that failed on a worker, and restart the worker if it must be."""
         self._note(worker, reason)
         worker.sound = False
         worker.strikes += 1
         if worker.strikes == STRIKES_TO_BENCH:
-            log.warning("the worker on %s gets no items while others do better: %s", worker.node, reason)
+            log.warning("the worker on %s gets no items while others succeed: %s", worker.node, reason)
         if died:  # Ray restarts it
             worker.there = False
             self._find(worker)
@@ -278,10 +285,10 @@ class _Mapping(Generic[Item, Result]):
         self._find_later(worker)
 
     def _remove(self, worker: _Worker) -> None:
-        log.warning("the worker on %s is out of use, the others go on: %s", worker.node, worker.reason)
+        log.warning("the worker on %s is not used any more, the others go on: %s", worker.node, worker.reason)
         worker.there, worker.out = False, True
 
-    # An item is handed out, and is done, fails, or hangs.
+    # An item is given to a worker, and is done, fails, or hangs.
 
     def _hand_out(self) -> None:
         for _ in range(len(self._idle)):
@@ -299,7 +306,7 @@ class _Mapping(Generic[Item, Result]):
                 return
 
     def _choose(self, worker: _Worker) -> _Task[Item] | None:
-        """Return an item for an idle worker: one that failed elsewhere, else a fresh one, else a straggler."""
+        """Return an item for an idle worker: one that failed elsewhere, else a new one, else a straggler."""
         if worker.is_benched and any(w.there and not w.is_benched for w in self._workers):
             return None
         for task in self._waiting:
@@ -317,10 +324,10 @@ class _Mapping(Generic[Item, Result]):
 
     def _is_straggling(self, call: _Call[Item]) -> bool:
         mean = self._seconds / self._done if self._done else float("inf")
-        return time.monotonic() - call.begun > max(LOOK_SECONDS, STRAGGLING * mean)
+        return time.monotonic() - call.begun > max(POLL_SECONDS, STRAGGLING * mean)
 
     def _has_untried(self, task: _Task[Item]) -> bool:
-        """Whether a worker that has not tried an item is there, or is worth waiting for."""
+        """Return whether there is a worker that has not tried an item, or one that is still worth waiting for."""
         absent_too = time.monotonic() < task.failed_at + PATIENCE_SECONDS
         usable = (w for w in self._workers if (w.there or absent_too) and not w.out and not w.is_benched)
         return any(worker not in task.failed_on for worker in usable)
@@ -355,7 +362,7 @@ class _Mapping(Generic[Item, Result]):
         self._results.append((call.task.item, result))
 
     def _retry(self, task: _Task[Item], worker: _Worker, reason: str, lost: bool, was_sound: bool) -> None:
-        """Put an item back, or give it up: if it fails on sound workers, or on all that there are."""
+        """Retry an item, or give it up if it fails on sound workers or on all workers."""
         task.lost += lost
         task.failures += not lost
         task.proven += not lost and was_sound
@@ -367,7 +374,7 @@ class _Mapping(Generic[Item, Result]):
         if task.lost < LOST_WORKERS and task.proven < self._tries and not (task.failures >= self._tries and alone):
             self._waiting.append(task)
             return
-        for tried in task.failed_on:  # the fault was the item's, not theirs
+        for tried in task.failed_on:  # the item is the cause, not these workers
             tried.strikes = max(0, tried.strikes - 1)
             tried.failures -= 1
         task.ended = True
@@ -376,9 +383,9 @@ class _Mapping(Generic[Item, Result]):
         text = f"{task.item}, {task.failures + task.lost} times: {reason}"
         if len(self._reasons) < 5:
             self._reasons.append(text)
-        log.warning("an item failed for good, the others go on: %s", text)
+        log.warning("an item failed permanently, the others go on: %s", text)
 
-    # Once a second: workers that may be back, items that take too long, numbers for Prometheus.
+    # Once a second: search for absent workers, log slow items, and publish metrics.
 
     def _check(self) -> None:
         self._checked = now = time.monotonic()
@@ -388,10 +395,10 @@ class _Mapping(Generic[Item, Result]):
         self._publish()
         waits = self._any_made or now < self._begun + PATIENCE_SECONDS or all(not w.out for w in self._workers)
         if not any(w.there or (waits and not w.out) for w in self._workers):
-            raise RuntimeError(f"no worker is left, and not all items are done: {self._summary()}")
+            raise RuntimeError(f"no worker is left, and some items are not done: {self._summary()}")
 
     def _name_slow(self, now: float) -> None:
-        """Log the items that take far longer than others: after a minute, and then more and more seldom."""
+        """Log the items that take much longer than others, with growing pauses between the log lines."""
         if now < self._name_after or not self._done:
             return
         mean = self._seconds / self._done
@@ -419,9 +426,9 @@ class _Mapping(Generic[Item, Result]):
         )
 
     def _conclude(self) -> None:
-        """Name the workers that failed, and raise `ItemsFailed` for the items that did."""
+        """Log the workers that failed. Raise `ItemsFailed` if items failed."""
         for call in filter(self._is_straggling, self._calls):  # another worker did the item
-            self._note(call.worker, f"it gave no result for item {call.task.item}, which another worker did")
+            self._note(call.worker, f"it gave no result for item {call.task.item}, which another worker has done")
         summary = self._summary()
         if self._failed:
             reasons = "; ".join(self._reasons)
@@ -432,7 +439,5 @@ class _Mapping(Generic[Item, Result]):
 
     def _summary(self) -> str:
         failed = [w for w in self._workers if w.failures]
-        named = [
-            f"{w.node}: {w.failures} times{', out of use' * (w.out or w.is_benched)}: {w.reason}" for w in failed[:10]
-        ]
+        named = [f"{w.node}: {w.failures} times{', unused' * (w.out or w.is_benched)}: {w.reason}" for w in failed[:10]]
         return "; ".join(named + [f"and {len(failed) - 10} more"] * (len(failed) > 10))

@@ -69,7 +69,7 @@ def test_a_node_that_goes_away_leaves_a_checkpoint_first(address: str, tmp_path:
     finally:
         job.kill()
         job.wait()
-    assert "notice came that a node goes away" in (tmp_path / "job.log").read_text()
+    assert "preemption notice received" in (tmp_path / "job.log").read_text()
     assert list((tmp_path / "store" / "digits" / "diffusion" / "weights").glob(f"images-{length:012d}-*"))
 
 

@@ -88,7 +88,7 @@ def test_a_pool_that_waits_says_so(
 ) -> None:
     monkeypatch.setattr(capacity, "_may_grow", lambda: True)
     monkeypatch.setattr(capacity, "WAIT_SECONDS", 0.05)
-    monkeypatch.setattr(capacity, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(capacity, "POLL_SECONDS", 0.05)
     with pool(make_nothing, 2, num_cpus=100):
         while not caplog.records:
             time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""What workers say reaches the driver in order, and its wish to stop reaches them."""
+"""Records reach the driver in order, and its stop flag reaches the workers."""
 
 import pickle
 import threading
@@ -13,24 +13,25 @@ from cluster.relay import Relay
 
 
 @pytest.mark.ray
-def test_records_one_way_and_the_wish_to_stop_the_other(ray_session: None) -> None:
+def test_records_reach_the_driver_and_the_stop_flag_reaches_the_workers(ray_session: None) -> None:
     relay = Relay()
-    worker = pickle.loads(pickle.dumps(relay))  # noqa: S301 - as it travels to a worker
+    worker = pickle.loads(pickle.dumps(relay))  # noqa: S301 - as it is sent to a worker
     assert not worker.stopping()
     for number in range(3):
         worker.push({"number": number})
     deadline = time.monotonic() + 60
     records: list[dict] = []
     while len(records) < 3 and time.monotonic() < deadline:
-        records += relay.pull()
+        records += relay.exchange(stop=False)
     assert [record["number"] for record in records] == [0, 1, 2]
-    relay.stop()
+    relay.exchange(stop=True)
+    relay.exchange(stop=False)
     while not worker.stopping():
-        assert time.monotonic() < deadline, "the wish to stop does not arrive"
+        assert time.monotonic() < deadline, "the stop flag does not arrive"
         time.sleep(0.01)
 
 
-def test_one_failed_question_does_not_cost_the_wish_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_call_does_not_lose_the_stop_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     class Answers:
         """An actor whose first answer is lost."""
 
@@ -49,12 +50,12 @@ def test_one_failed_question_does_not_cost_the_wish_to_stop(monkeypatch: pytest.
             raise RpcError("connection reset")
         return True
 
-    monkeypatch.setattr(module, "LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.001)
     monkeypatch.setattr(module.ray, "get", get)
     relay = Relay.__new__(Relay)
-    relay.__dict__ |= {"_actor": Answers(), "_watching": None, "_stopping": False}
+    relay.__dict__ |= {"_actor": Answers(), "_thread": None, "_stopping": False}
     relay.stopping()
-    thread = relay._watching
+    thread = relay._thread
     assert isinstance(thread, threading.Thread)
     thread.join(60)
     assert relay.stopping()

@@ -1,4 +1,4 @@
-"""Attempts: what would fail again ends at once, what need not is tried again, from where it came to."""
+"""Attempts: permanent errors end a training at once, other failures are retried from the last checkpoint."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from cluster.trainer import WorkerContext, _PreemptionNotice, _relayed, _toleran
 
 
 class Loop:
-    """Dies at the first attempts, reporting progress before each of the first deaths; then raises or returns."""
+    """A loop whose first attempts die, some of them after progress. Then it raises or returns."""
 
     def __init__(self, folder: Path, deaths_with_progress: int, deaths_without: int, error: str = "") -> None:
         self.folder, self.deaths_with_progress, self.deaths_without = folder, deaths_with_progress, deaths_without
@@ -44,7 +44,7 @@ def test_deaths_are_survived_while_there_is_progress_and_permanent_errors_end_at
     loop = Loop(tmp_path, deaths_with_progress=2, deaths_without=0, error="learning_rate=-1 is negative")
     with pytest.raises(RuntimeError, match="training failed: ValueError: learning_rate=-1 is negative"):
         run_workers(loop, 1, records.append, max_failures=1)
-    assert len(list(tmp_path.iterdir())) == 3, "each death had brought progress; the error came once"
+    assert len(list(tmp_path.iterdir())) == 3, "two deaths after progress, then the error once"
     assert [record["attempt"] for record in records if "attempt" in record] == [0, 1, 2]
     assert caplog.text.count("an attempt failed, going on from the last checkpoint") == 2
 
@@ -70,7 +70,7 @@ def test_a_signal_asks_the_workers_to_stop_and_waits_for_them(ray_session: None,
 
     before = signal.getsignal(number)
     assert run_workers(until_asked, 1, on_record)
-    assert records == [{"begun": True}, {"stopped": True}], "its last words came too"
+    assert records == [{"begun": True}, {"stopped": True}], "its last record arrived too"
     assert signal.getsignal(number) is before
 
 
@@ -83,24 +83,20 @@ def test_deaths_without_progress_end_the_run(ray_session: None, tmp_path: Path) 
 
 
 class Records:
-    """A relay without Ray, one record for each call; the second call fails."""
+    """A relay without Ray, which returns one record for each call. The second call fails."""
 
     def __init__(self, count: int) -> None:
         self.waiting, self.calls, self.stops, self.empty = list(range(count)), 0, 0, threading.Event()
 
-    def pull(self) -> list[dict[str, Any]]:
+    def exchange(self, stop: bool) -> list[dict[str, Any]]:
         self.calls += 1
+        self.stops += stop
         if self.calls == 2:
             raise ConnectionError("the relay did not answer")
         if self.waiting:
             return [{"number": self.waiting.pop(0)}]
         self.empty.set()
         return []
-
-    def stop(self) -> None:
-        self.stops += 1
-        if self.stops == 1:
-            raise ConnectionError("the relay did not answer")
 
 
 def test_records_after_a_failed_callback_or_call_still_arrive(
@@ -121,15 +117,15 @@ def test_records_after_a_failed_callback_or_call_still_arrive(
     assert "KeyError: 'loss'" in caplog.text and "the training goes on" in caplog.text
 
 
-def test_the_wish_to_stop_is_sent_again_if_a_call_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stop_flag_is_sent_again_if_a_call_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.trainer.POLL_SECONDS", 0.001)
     relay = Records(2)
     with _relayed(relay, lambda record: None, lambda: True):
         assert relay.empty.wait(60)
-    assert relay.stops > 1
+    assert relay.stops > 2
 
 
-def test_a_callback_that_fails_in_this_process_costs_one_record(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_callback_that_fails_in_this_process_loses_one_record(caplog: pytest.LogCaptureFixture) -> None:
     seen: list[dict[str, Any]] = []
 
     def loop(context: WorkerContext) -> None:
@@ -144,7 +140,7 @@ def test_a_callback_that_fails_in_this_process_costs_one_record(caplog: pytest.L
     assert seen == [1] and "KeyError" in caplog.text
 
 
-def test_a_failed_call_does_not_cost_a_later_notice_of_preemption(
+def test_a_failed_call_does_not_lose_a_later_preemption_notice(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("cluster.trainer.PREEMPTION_SECONDS", 0.001)
@@ -164,7 +160,7 @@ def test_a_failed_call_does_not_cost_a_later_notice_of_preemption(
     assert notice() and "no answer" in caplog.text
 
 
-def test_a_notice_of_preemption_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preemption_notice_is_returned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.trainer.PREEMPTION_SECONDS", 0.001)
     answers, asked, done = iter([None, None, "node a", "node a", "node a"]), [], threading.Event()
 

@@ -1,4 +1,4 @@
-"""A worker that makes no step tells where it hangs."""
+"""A worker that is stalled reports its stacks."""
 
 import threading
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from cluster.watchdog import Watchdog
 
 
-def test_the_stacks_of_a_hang_are_handed_over() -> None:
+def test_the_stacks_of_a_hang_are_reported() -> None:
     reported, heard = [], threading.Event()
 
     def report(record: dict[str, Any]) -> None:
@@ -22,7 +22,7 @@ def test_the_stacks_of_a_hang_are_handed_over() -> None:
     assert "in hang_in_a_collective" in reported[0]["stacks"] and "thread MainThread" in reported[0]["stacks"]
 
 
-def test_a_worker_that_makes_steps_is_left_alone() -> None:
+def test_a_worker_that_makes_steps_reports_nothing() -> None:
     reported: list[dict[str, Any]] = []
     with Watchdog(rank=0, report=reported.append, seconds=60) as watchdog:
         for _ in range(100):

@@ -50,7 +50,7 @@ def test_without_workers_items_run_here_in_order(tmp_path: Path) -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     """A clock for actors without Ray, which the pool can kill."""
     monkeypatch.setattr(workers, "restart_process", lambda actor: actor.kill())
-    monkeypatch.setattr(workers, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(workers, "POLL_SECONDS", 0.02)
     clock = Clock()
     yield clock
     clock.end()
@@ -63,7 +63,7 @@ def raised(error: Exception) -> RayTaskError:
 
 def out_of_use(caplog: pytest.LogCaptureFixture) -> int:
     """Count the workers that are benched or left out."""
-    words = ("gets no items while others do better", "out of use, the others go on")
+    words = ("gets no items while others succeed", "is not used any more")
     return sum(any(phrase in record.message for phrase in words) for record in caplog.records)
 
 
@@ -225,7 +225,7 @@ def test_a_worker_that_cannot_be_made_is_left_out_if_others_are_made(
     items = range(400)
     assert sorted(item for item, _ in Pool[int, int]([never, at_last, late]).map(items)) == list(items)
     assert at_last.worked and not never.worked and out_of_use(caplog) == 1
-    assert "sick-node: 3 times, out of use: it could not be made: OSError: SlowDown" in caplog.records[-1].message
+    assert "sick-node: 3 times, unused: it could not be created: OSError: SlowDown" in caplog.records[-1].message
 
 
 def test_a_slow_worker_is_named(
@@ -306,7 +306,7 @@ def test_a_killed_worker_loses_nothing_and_a_bad_item_is_named(ray_session: None
 
 @pytest.mark.ray
 def test_the_job_ends_if_no_worker_can_be_made(ray_session: None) -> None:
-    with pytest.raises(RuntimeError, match="could not be made: FileNotFoundError: no weights there"):
+    with pytest.raises(RuntimeError, match="FileNotFoundError: no weights there"):
         list(map_items(make_nothing, range(3), num_workers=2))
 
 
@@ -371,7 +371,7 @@ def test_sick_workers_cost_only_their_share(
     num_workers: int,
 ) -> None:
     """Every fault, on one pool: the health of workers belongs to a mapping, so each begins anew."""
-    monkeypatch.setattr(workers, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(workers, "POLL_SECONDS", 0.1)
     monkeypatch.setattr(workers, "SLOW_SECONDS", 0.5)
     with pool(partial(make_sick, str(tmp_path), sick), num_workers, num_cpus=0.1) as workers_of_pool:
         for fault in ("cannot be made", "raises at once", "raises after two", "dies", "is slow", "hangs"):

@@ -142,7 +142,7 @@ def _with_damage(manifest: Manifest, folder: Path, damaged: Callable[[int], bool
 
 
 def test_a_plan_for_other_row_groups_is_refused_at_once(prepared: Manifest) -> None:
-    with pytest.raises(ValueError, match="row groups .*split='validation'"):
+    with pytest.raises(ValueError, match=r"row groups .*split='validation'"):
         batches(prepared, make_order(prepared), 0, 1, 0, 16, split="validation")
     with pytest.raises(ValueError, match="position=3 is not a multiple"):
         batches(prepared, make_order(prepared), 0, 1, 3, 16)

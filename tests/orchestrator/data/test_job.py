@@ -313,7 +313,7 @@ def test_errors_of_workers_name_the_object(tmp_path: Path, ray_session: None) ->
     for shard in sorted(Path(tmp_path, "gone").glob("train-*"))[1:]:
         shard.unlink()
     Path(source, "ant", "ant_000.png").rename(Path(source, "ant", "ant_00x.png"))
-    with pytest.raises(ValueError, match="source of .* has changed"):
+    with pytest.raises(ValueError, match=r"source of .* has changed"):
         prepare(config)
 
 
