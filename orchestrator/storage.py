@@ -1,10 +1,10 @@
-"""The only way to files: plain paths, file://, s3:// and whatever else fsspec opens.
+"""Access to all files: plain paths, file://, s3:// and every other URI that fsspec opens.
 
-An object is either whole or absent: a local file is written beside its place and renamed into it, an S3 object is one
-PUT or one completed multipart upload. Names are literal: no function expands `*`, `?` or `[`. Transient errors (503,
-resets, stalls) are retried with jitter for ADMIRAL_STORAGE_RETRY_SECONDS; what is missing, forbidden or impossible is
-an immediate error that names the URI. Credentials and endpoints come from the standard environment
-(AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL, ...) and are never printed.
+An object is either complete or absent: a local file is written under a temporary name and renamed, and an S3 object is
+one PUT or one completed multipart upload. Names are literal; no function expands `*`, `?` or `[`. Transient errors
+(503, resets, stalls) are retried with jitter for ADMIRAL_STORAGE_RETRY_SECONDS. Other errors are raised at once and
+name the URI. Credentials and endpoints come from the standard environment (AWS_ACCESS_KEY_ID, AWS_PROFILE,
+AWS_ENDPOINT_URL, ...) and are never printed.
 """
 
 import contextlib
@@ -26,30 +26,30 @@ from orchestrator.storage_local import is_part, link_exclusively, local_part
 from orchestrator.storage_s3 import UPLOAD_BYTES, S3Upload, create_on_s3, s3_options
 
 _S3_OPTIONS: dict[str, Any] = {
-    "use_listings_cache": False,  # other processes write here: a listing must show what is there now
+    "use_listings_cache": False,  # other processes write here too, so a listing must be current
     "config_kwargs": {
         "connect_timeout": 5,  # seconds
-        "read_timeout": 15,  # seconds without a byte: a stalled server is left and asked again
+        "read_timeout": 15,  # seconds without a byte; the request is then repeated
         "retries": {"mode": "standard", "total_max_attempts": 3},  # of one request, with jitter
     },
 }
-_REQUESTS = 16  # at a time, where many are sent at once
-_MERGE_GAP = 256 << 10  # bytes between two ranges below which one request for both is cheaper
-_MERGED_BYTES = 16 << 20  # of such a request, at most: what is read twice over is bounded
-_PUT_BYTES = 64 << 20  # up to which an object is written by one PUT
+_REQUESTS = 16  # concurrent requests
+_MERGE_GAP = 256 << 10  # ranges with fewer bytes between them are read by one request, which is cheaper
+_MERGED_BYTES = 16 << 20  # of such a request at most, to bound its memory
+_PUT_BYTES = 64 << 20  # of an object that is written by one PUT at most
 
 log = logging.getLogger(__name__)
 
 
 def resolve(uri: str) -> str:
-    """Return the URI without a trailing slash; a plain path is made absolute, and a leading `~` is expanded."""
+    """Return the URI without a trailing slash. A plain path becomes absolute, and a leading `~` is expanded."""
     if (path := _local_path(uri)) is None or "://" in uri:
         return uri.rstrip("/")
     return os.path.abspath(path)
 
 
 def is_absolute(uri: str) -> bool:
-    """Return whether `uri` names the same place from every folder.
+    """Return whether `uri` names the same place whatever the working directory is.
 
     Raises:
         ValueError: a relative file:// URI.
@@ -59,21 +59,21 @@ def is_absolute(uri: str) -> bool:
 
 
 def join(uri: str, *parts: str) -> str:
-    """Return `uri` with further path parts, each relative."""
+    """Return `uri` with further path parts. Raises ValueError if one of them is not relative."""
     for part in parts:
         if part.startswith("/") or "://" in part:
-            raise ValueError(f"cannot join {part!r} to {uri!r}: it is not a relative name")
+            raise ValueError(f"cannot join {part!r} to {uri!r}: expected a relative name")
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
 def read_bytes(uri: str) -> bytes:
-    """Return the whole object; FileNotFoundError or PermissionError names the URI."""
+    """Return the whole object. Raises FileNotFoundError or PermissionError with the URI."""
     place = _locate(uri)
     return attempt("read", place, place.fs.cat_file, place.path)
 
 
 def read_range(uri: str, begin: int, end: int) -> bytes:
-    """Return bytes [begin, end) of the object by one request; fewer where it ends before."""
+    """Return bytes [begin, end) of the object by one request. If the object ends before `end`, there are fewer."""
     place = _locate(uri)
     try:
         return attempt("read", place, place.fs.cat_file, place.path, start=begin, end=end)
@@ -84,21 +84,21 @@ def read_range(uri: str, begin: int, end: int) -> bytes:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Put the object whole, in place of any older one."""
+    """Write the whole object, and replace an existing one."""
     place = _locate(uri)
     if place.is_local or (place.is_s3 and len(data) > _PUT_BYTES):
         with open_output(uri) as file:
-            for start in range(0, len(data), UPLOAD_BYTES):  # so that no second copy of all is made
+            for start in range(0, len(data), UPLOAD_BYTES):  # in parts, so that there is no second copy of all of it
                 file.write(memoryview(data)[start : start + UPLOAD_BYTES])
     else:
         attempt("write", place, place.fs.pipe_file, place.path, data)
 
 
 def put_if_absent(uri: str, data: bytes) -> bool:
-    """Put the object whole if there is none yet; return False, and change nothing, where there is.
+    """Write the whole object and return True, or return False if an object of this name exists.
 
     Raises:
-        OSError: storage failed, or it is an S3 server without conditional writes, which is not used.
+        OSError: storage failed, or the S3 server does not support conditional writes.
     """
     place = _locate(uri)
     if place.is_s3:
@@ -111,14 +111,16 @@ def put_if_absent(uri: str, data: bytes) -> bool:
             attempt("create", place, place.fs.pipe_file, place.path, data, mode="create")
     except FileExistsError:
         if place.is_local and not os.path.lexists(place.path):
-            raise  # a file lies where its folder should be
+            raise  # there is a file in the place of the folder
         return False
     return True
 
 
 def open_input(uri: str, buffer_size: int = 1 << 20) -> BinaryIO:
-    """Return a seekable binary file; of a remote object, ranges of at least `buffer_size` bytes are fetched as they
-    are read, each with retries."""
+    """Return a seekable binary file.
+
+    Of a remote object, ranges of at least `buffer_size` bytes are fetched when they are read, each with retries.
+    """
     place = _locate(uri)
     if place.is_local:
         return cast(BinaryIO, attempt("open", place, open, place.path, "rb"))
@@ -128,7 +130,7 @@ def open_input(uri: str, buffer_size: int = 1 << 20) -> BinaryIO:
 
 @contextlib.contextmanager
 def open_output(uri: str) -> Iterator[BinaryIO]:
-    """Yield a binary file to stream into: the object appears, whole, when the block ends, and not if it raises."""
+    """Yield a binary file to write. The object appears when the block ends, complete, or not at all if it raises."""
     place = _locate(uri)
     if place.is_local:
         with local_part("write", place, os.replace) as part:
@@ -144,20 +146,20 @@ def open_output(uri: str) -> Iterator[BinaryIO]:
             attempt("write", place, file.commit)
     except BaseException:
         if not place.is_s3:
-            file.closed = True  # else fsspec's finalizer would flush it again, whenever it is collected, and fail
+            file.closed = True  # else fsspec's finalizer flushes it again when it is garbage-collected, and fails
         try:
             file.discard()
         except (OSError, botocore.exceptions.BotoCoreError) as error:
-            words = "an unfinished upload of %s stays until the bucket's lifecycle rule ends it: %s"
+            words = "an unfinished upload of %s remains until the bucket's lifecycle rule deletes it: %s"
             log.warning(words, without_passwords(uri), reason(error))
         raise
 
 
-_LATER = {"autocommit": False}  # of fsspec's files: the object appears with `commit`, and not with `discard`
+_LATER = {"autocommit": False}  # fsspec's file then creates the object in `commit`
 
 
 def exists(uri: str) -> bool:
-    """Return whether there is an object (or a folder that holds one) of this name."""
+    """Return whether there is an object of this name, or a folder with objects."""
     place = _locate(uri)
     try:
         attempt("look up", place, place.fs.info, place.path)
@@ -167,17 +169,17 @@ def exists(uri: str) -> bool:
 
 
 def list_names(uri: str, recursive: bool = False) -> list[str]:
-    """Return the sorted names under a prefix, relative to it; empty where there is nothing.
+    """Return the sorted names under a prefix, relative to it, or an empty list if there are none.
 
-    Direct children by default, with sub-folders ending in "/"; with `recursive` all objects beneath, and no
-    folders.
+    These are the direct children by default, where the names of sub-folders end in "/". With `recursive` they are all
+    objects beneath, without folders.
 
     Raises:
         OSError: something could not be listed.
     """
     place = _locate(uri)
     try:
-        if recursive and not place.is_s3:  # fsspec's own walk leaves out what it cannot list
+        if recursive and not place.is_s3:  # fsspec's own walk omits folders that it cannot list
             return sorted(name for files in list_tree(uri) for name, _ in files if not name.endswith("/"))
         if recursive:
             found = attempt("list", place, place.fs.find, place.path, detail=True).values()
@@ -196,24 +198,24 @@ def list_names(uri: str, recursive: bool = False) -> list[str]:
 
 
 def size_of(uri: str) -> int | None:
-    """Return the bytes of an object; None of a folder. FileNotFoundError where there is nothing."""
+    """Return the size of an object in bytes, or None for a folder. Raises FileNotFoundError if there is neither."""
     place = _locate(uri)
     found = attempt("look up", place, place.fs.info, place.path)
     return None if found["type"] == "directory" else found["size"]
 
 
 def list_tree(uri: str) -> Iterator[list[tuple[str, int]]]:
-    """Yield, folder by folder, (name, bytes) of all objects beneath a prefix; names are relative to it.
+    """Yield lists of (name, bytes) for all objects beneath a prefix, one list for each folder.
 
-    An empty folder, where there is such a thing, is its name with a slash behind it, and 0 bytes.
-    Several folders are listed at a time, and no more is held than these. On a local disk links to folders are
-    followed, each folder once: under its own name, or under the first link to it if it lies elsewhere.
+    Names are relative to the prefix. An empty folder on a disk appears as its name with a slash at the end, and 0
+    bytes. Several folders are listed at a time, and only these are held in memory. On a local disk, links to folders
+    are followed. Each folder appears once, under its own name, or under the first link to it if it lies elsewhere.
     """
     place = _locate(uri)
     root = place.path
     prefix = root.rstrip("/") + "/"
-    followed = {os.path.realpath(root)}  # folders that were reached, by their real paths
-    links: list[str] = []  # to folders, to be followed when all other folders are listed
+    followed = {os.path.realpath(root)}  # real paths of the folders that were listed
+    links: list[str] = []  # links to folders, which are followed after all other folders
     with ThreadPoolExecutor(_REQUESTS) as threads:
         pending = {threads.submit(_entries, place, root): ""}
         while pending or links:
@@ -244,7 +246,7 @@ def list_tree(uri: str) -> Iterator[list[tuple[str, int]]]:
 
 
 def _entries(place: Place, folder: str) -> list[dict[str, Any]]:
-    """Return what lies in a folder of the tree at `place`; nothing where it was deleted meanwhile."""
+    """Return the entries of a folder in the tree at `place`, or none if it was deleted in the meantime."""
     try:
         return list(attempt("list", place, place.fs.ls, folder, detail=True))
     except FileNotFoundError:
@@ -262,9 +264,9 @@ class Range(NamedTuple):
 
 
 def read_ranges(uri: str, ranges: Sequence[Range]) -> list[bytes]:
-    """Read many ranges of the objects beneath `uri`, in their order; several requests at a time, each with retries.
+    """Return the bytes of many ranges of objects beneath `uri`, in the order of the ranges.
 
-    Ranges of one object that lie close together share a request.
+    Several requests run at the same time, each with retries. Ranges of one object that lie close together share one.
 
     Raises:
         FileNotFoundError, PermissionError: an object cannot be read; the message names it.
@@ -291,7 +293,7 @@ def read_ranges(uri: str, ranges: Sequence[Range]) -> list[bytes]:
 
 
 def _merged(ranges: Sequence[Range]) -> list[list[int]]:
-    """Return the numbers of the ranges that one request fetches together, in the order of their places."""
+    """Return lists of indices of ranges, one list for each request, sorted by their places."""
     groups: list[list[int]] = []
     begin = end = 0
     for index in sorted((i for i, wanted in enumerate(ranges) if wanted.size), key=lambda i: ranges[i]):
@@ -307,9 +309,9 @@ def _merged(ranges: Sequence[Range]) -> list[list[int]]:
 
 
 def delete(uri: str) -> None:
-    """Remove an object or, where the URI ends in "/", all beneath it; what is absent already is fine.
+    """Delete an object or, if the URI ends in "/", everything beneath it. It is no error if there is nothing.
 
-    Objects are removed one by one: many servers have no request that removes several, and it hides what is refused.
+    Objects are deleted one by one, because many servers do not support DeleteObjects, which also hides refusals.
     """
     place = _locate(uri)
 
@@ -331,19 +333,19 @@ def delete(uri: str) -> None:
 
 
 def make_bucket(uri: str) -> None:
-    """Make sure that the bucket (or local folder) of this URI is there."""
+    """Create the bucket (or local folder) of this URI if it does not exist."""
     place = _locate(uri)
     if not place.is_s3:
         attempt("make", place, place.fs.makedirs, place.path, exist_ok=True)
     elif not exists(f"s3://{(bucket := place.fs.split_path(place.path)[0])}"):
         region = place.fs.client_kwargs.get("region_name", "us-east-1")
-        # us-east-1 is the one location that S3 does not accept by its name
+        # us-east-1 is the only location that S3 does not accept by its name.
         there = {} if region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": region}}
         attempt("make", place, place.fs.call_s3, "create_bucket", Bucket=bucket, **there)
 
 
 def read_json(uri: str) -> Any:
-    """Return the parsed object; ValueError naming the URI where it is not JSON."""
+    """Return the parsed object. Raises ValueError with the URI if it is not valid JSON."""
     try:
         return json.loads(read_bytes(uri))
     except ValueError as error:
@@ -351,17 +353,17 @@ def read_json(uri: str) -> Any:
 
 
 def write_json(uri: str, value: Any) -> None:
-    """Put `value` as indented JSON, whole."""
+    """Write `value` as indented JSON."""
     write_bytes(uri, json_bytes(value))
 
 
 def json_bytes(value: Any) -> bytes:
-    """Return the one JSON form used on disk: indented, UTF-8, NaN refused."""
+    """Return `value` as indented JSON in UTF-8. Raises ValueError for NaN and infinity."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 class _RemoteFile(io.RawIOBase):
-    """Ranged reads of one object."""
+    """A file that reads ranges of a remote object."""
 
     def __init__(self, place: Place, size: int) -> None:
         self._place, self._size, self._position = place, size, 0
@@ -394,7 +396,7 @@ def _locate(uri: str) -> Place:
         path = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
         return Place(uri, fsspec.filesystem("file"), path.rstrip("/") or "/")
     protocol, _, rest = uri.partition("://")
-    if re.match(r"[^/@]+:[^/]*@", rest):  # records name the places of data, and would hold it
+    if re.match(r"[^/@]+:[^/]*@", rest):  # it would be stored wherever the URI is recorded
         raise ValueError(
             f"{without_passwords(uri)} was given with a password; expected a URI without one: set the credentials in "
             "the environment, as docs/cluster.md says"
@@ -406,15 +408,15 @@ def _locate(uri: str) -> Place:
         fs = fsspec.filesystem("s3", **s3_options(_S3_OPTIONS))
     except (ValueError, ImportError) as error:
         raise ValueError(f"cannot open {without_passwords(uri)!r}: {error}") from error
-    fs.retries = 1  # requests are retried by the client, whole operations by `attempt`: not a third time
+    fs.retries = 1  # the client retries requests and `attempt` retries operations; a third level is too much
     return Place(uri, fs, rest.rstrip("/"))
 
 
 def _local_path(uri: str) -> str | None:
-    """Return the path of a plain path or a file:// URI, with its `~` expanded; None of any other URI.
+    """Return the path of a plain path or a file:// URI with `~` expanded, or None for any other URI.
 
     Raises:
-        ValueError: a relative file:// URI, which would be another folder for every process.
+        ValueError: a file:// URI is relative, and would be a different folder for every process.
     """
     if not uri.startswith(("file:", "local:")):
         return None if "://" in uri else os.path.expanduser(uri)

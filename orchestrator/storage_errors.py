@@ -1,4 +1,4 @@
-"""How `storage` deals with errors: which are retried and for how long, and what the others say."""
+"""The errors of `storage`: which of them are retried, for how long, and the messages of the others."""
 
 import contextlib
 import errno
@@ -18,7 +18,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _RETRY_SECONDS = 300.0  # for which transient errors are retried, unless ADMIRAL_STORAGE_RETRY_SECONDS is set
-_REPORT_SECONDS = 10.0  # after which a retry that goes on is logged
+_REPORT_SECONDS = 10.0  # retries that take longer are logged
 _TRANSIENT_ERRNOS = {errno.EBUSY, errno.EREMOTEIO, errno.ECONNRESET, errno.ETIMEDOUT}
 _TRANSIENT_CODES = {"SlowDown", "RequestTimeout", "ConditionalRequestConflict", "OperationAborted"}
 _TRANSIENT_TYPES = (
@@ -39,7 +39,7 @@ _NO_CREDENTIALS = (
 _REFUSED_CREDENTIALS = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"}
 _REFUSED_CREDENTIALS |= {"InvalidAccessKeyId", "400"}  # 400: of a HEAD, which has no body; mostly an expired token
 
-# Error of a server or the number of an operating system's error: what is wrong, and what to do.
+# (what is wrong, what to do), by the code of a server's error or the number of an operating system's error.
 _WORDS: dict[str | int, tuple[str, str]] = dict.fromkeys(
     ("PermanentRedirect", "TemporaryRedirect", "301", "307", "AuthorizationHeaderMalformed"),
     (
@@ -49,18 +49,18 @@ _WORDS: dict[str | int, tuple[str, str]] = dict.fromkeys(
 )
 _WORDS |= dict.fromkeys(
     ("QuotaExceeded", "XMinioAdminBucketQuotaExceeded", "XMinioStorageFull", errno.EDQUOT),
-    ("the storage quota is used up", "delete what is not needed or raise the quota, then run the same command again"),
+    ("the storage quota is used up", "delete unneeded files or raise the quota, then run the same command again"),
 )
 _WORDS |= {
     "RequestTimeTooSkewed": (
         "the clock of this machine differs from the server's by more than 15 minutes",
-        "set the clock, best by NTP, then run the same command again",
+        "set the clock, preferably by NTP, then run the same command again",
     ),
     "InvalidObjectState": (
         "the object is archived and cannot be read",
         "restore it first (aws s3api restore-object), or copy it to a storage class that can be read at once",
     ),
-    "NoSuchBucket": ("there is no such bucket", "check the URI, or create the bucket: jobs create none"),
+    "NoSuchBucket": ("there is no such bucket", "check the URI, or create the bucket: jobs do not create buckets"),
     "NoSuchUpload": ("the unfinished upload was removed by another program", "run the same command again"),
     "400": (
         "refused: the credentials have expired, or the bucket is in another region",
@@ -77,13 +77,13 @@ _WORDS |= {
     errno.ENOSPC: ("no space left on device", "free some space, then run the same command again"),
     errno.ESTALE: ("stale file handle: the file system was unmounted or replaced", "mount it again"),
 }
-_READING = ("read", "open", "look up", "list", "delete")  # actions that find no object in the place of a folder
+_READING = ("read", "open", "look up", "list", "delete")  # actions for which a file in place of a folder means absence
 
 log = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
-    """A URI with its filesystem (fsspec keeps one for each process and thread) and the path in it."""
+    """A URI, its fsspec filesystem (one for each process and thread), and the path in that filesystem."""
 
     uri: str
     fs: fsspec.AbstractFileSystem
@@ -99,16 +99,17 @@ class Place(NamedTuple):
 
 
 def attempt(action: str, place: Place, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Return `function(...)`; retry transient errors, and errors of credentials with a fresh session.
+    """Return `function(...)`. Retry transient errors, and retry credential errors with a new session.
 
     Raises:
-        OSError: it names the action and the URI; FileNotFoundError, PermissionError, FileExistsError where they fit.
+        OSError: the message has the action and the URI. It may be a FileNotFoundError, PermissionError or
+            FileExistsError.
     """
 
     def report(state: tenacity.RetryCallState) -> None:
         if "report" not in said and (state.seconds_since_start or 0) >= _REPORT_SECONDS and state.outcome:
             said.add("report")
-            words = "%s does not respond (%s); retrying for up to %g s, then the job goes on"
+            words = "%s does not respond (%s); the job waits and retries for up to %g s"
             cause = reason(state.outcome.exception())
             log.warning(words, without_passwords(place.uri), cause, _retry_seconds())
 
@@ -124,7 +125,7 @@ def attempt(action: str, place: Place, function: Callable[P, T], *args: P.args, 
         retry=tenacity.retry_if_exception(_is_of_credentials),
         wait=tenacity.wait_random_exponential(multiplier=0.5, min=0.1, max=4),  # seconds
         stop=_asked_enough,
-        before_sleep=lambda _: place.fs.connect(refresh=True),  # s3fs keeps what it has found for good, and nothing too
+        before_sleep=lambda _: place.fs.connect(refresh=True),  # s3fs caches credentials, and their absence, for ever
         reraise=True,
     )
     try:
@@ -134,14 +135,16 @@ def attempt(action: str, place: Place, function: Callable[P, T], *args: P.args, 
 
 
 def _asked_enough(state: tenacity.RetryCallState) -> bool:
-    """Return whether to give up on credentials: a server that refuses them is asked twice, one that gives them four
-    times."""
+    """Return whether to stop retrying a credential error.
+
+    A server that rejects credentials is tried twice. A service that should provide them is tried four times.
+    """
     error = state.outcome.exception() if state.outcome else None
     return state.attempt_number >= (2 if _response(error) else 4)
 
 
 def _clarified(place: Place, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Return `function(...)`; of a refused HEAD, whose answer cannot say why, raise the error of a request like it."""
+    """Return `function(...)`. If a HEAD is refused, whose response has no reason, raise the error of a LIST."""
     try:
         return function(*args, **kwargs)
     except OSError as error:
@@ -152,7 +155,7 @@ def _clarified(place: Place, function: Callable[P, T], *args: P.args, **kwargs: 
 
 
 def _retry_seconds() -> float:
-    """Return for how long transient errors are retried."""
+    """Return how long transient errors are retried. Raises ValueError if the variable is no number."""
     given = os.environ.get("ADMIRAL_STORAGE_RETRY_SECONDS") or _RETRY_SECONDS
     with contextlib.suppress(ValueError):
         if (seconds := float(given)) >= 0:
@@ -161,7 +164,7 @@ def _retry_seconds() -> float:
 
 
 def explained(action: str, place: Place, error: BaseException) -> OSError:
-    """Return the error to show: what is wrong, where, and what to do."""
+    """Return an error that says what is wrong, where, and what to do."""
     code, number = error_code(error), getattr(error, "errno", None)
     gated = getattr(getattr(error.__cause__, "response", None), "status_code", None) in (401, 403)  # Hugging Face
     kind: type[OSError] = OSError
@@ -184,12 +187,12 @@ def explained(action: str, place: Place, error: BaseException) -> OSError:
         if _is_transient(error):
             advice = f"it was retried for {_retry_seconds():g} s (ADMIRAL_STORAGE_RETRY_SECONDS): {advice}"
     shown = kind(without_passwords(f"cannot {action}{wrong}: '{place.uri}'; {advice}"))
-    shown.errno = number  # for programs: the text of an error with one argument does not show it
+    shown.errno = number  # for callers; an error with one argument does not print it
     return shown
 
 
 def _is_transient(error: BaseException) -> bool:
-    """Return whether asking again may help: connection errors, timeouts, server errors, throttling."""
+    """Return whether a retry may help: for connection errors, timeouts, server errors and throttling."""
     if response := _response(error):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         again = status >= 500 or status == 429 or error_code(error) in _TRANSIENT_CODES
@@ -202,19 +205,19 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def _is_redirect_loop(error: BaseException) -> bool:
-    """Return whether botocore followed a redirect that does not say where to, down to the end of the stack."""
+    """Return whether botocore followed a redirect without a target until the recursion limit."""
     return "maximum recursion depth exceeded" in str(error)
 
 
 def _is_of_credentials(error: BaseException) -> bool:
-    """Return whether fresh credentials may help; a new session would read the same ones from the environment."""
+    """Return whether new credentials may help. Keys in environment variables would be the same again."""
     if "AWS_ACCESS_KEY_ID" in os.environ:
         return False
     return isinstance(error, _NO_CREDENTIALS) or error_code(error) in _REFUSED_CREDENTIALS
 
 
 def _response(error: BaseException | None) -> dict[str, Any]:
-    """Return the server's answer, which lies beneath the errors that were made of it; empty if none."""
+    """Return the server's response, which may be in a cause of the error, or an empty dict."""
     while error is not None:
         if isinstance(response := getattr(error, "response", None), dict):
             return response
@@ -223,16 +226,16 @@ def _response(error: BaseException | None) -> dict[str, Any]:
 
 
 def error_code(error: BaseException | None) -> str:
-    """Return the server's name of the error; empty if none."""
+    """Return the server's code of the error, or an empty string."""
     return str(_response(error).get("Error", {}).get("Code", ""))
 
 
 def reason(error: BaseException | None) -> str:
-    """Return the words of an error, without its number."""
+    """Return the message of an error without its number."""
     said = _response(error).get("Error", {}).get("Message") or getattr(error, "strerror", None) or str(error)
-    return without_passwords(" ".join(str(said).split())) or "no answer"
+    return without_passwords(" ".join(str(said).split())) or "no response"
 
 
 def without_passwords(text: str) -> str:
-    """Return a text without the user:password@ of its URIs."""
+    """Return the text without user:password@ in its URIs."""
     return re.sub(r"(?<=://)[^/@\s]+@", "", text)

@@ -1,4 +1,4 @@
-"""How `storage` writes local files: whole or absent, on local disks, NFS and file systems that lack something."""
+"""Writing of local files for `storage`: complete or absent, on local disks, NFS and limited file systems."""
 
 import contextlib
 import errno
@@ -13,15 +13,15 @@ from typing import BinaryIO
 
 from orchestrator.storage_errors import Place, attempt, explained
 
-_PART = ".part"  # ending of a hidden file that is still being written; never listed
+_PART = ".part"  # extension of a hidden file that is being written; such files are never listed
 
 
 @contextlib.contextmanager
 def local_part(action: str, place: Place, put: Callable[[Path, Path], None]) -> Iterator[BinaryIO]:
-    """Yield a file to write; when the block ends well, `put` brings it to its place, safe on disk.
+    """Yield a temporary file to write. When the block ends, sync the file and let `put` give it its final name.
 
-    Its name holds host and process, and its lock is held while it is written: so the next writer can tell and remove
-    what a killed process of this host has left.
+    The temporary name contains host and process, and the file is locked while it is written. Therefore the next writer
+    can find and remove the files of killed processes of this host.
     """
     target = Path(place.path)
     part = target.with_name(f".{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}{_PART}")
@@ -30,7 +30,7 @@ def local_part(action: str, place: Place, put: Callable[[Path, Path], None]) -> 
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_dead_parts(target.parent)
         file = part.open("xb")
-        with contextlib.suppress(OSError):  # not every file system has locks; then nothing is removed either
+        with contextlib.suppress(OSError):  # some file systems have no locks; then no file is removed
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file
 
@@ -45,26 +45,26 @@ def local_part(action: str, place: Place, put: Callable[[Path, Path], None]) -> 
             yield file
             file.flush()
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # it names the hidden part, or nothing
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # its message has the hidden name, or none
                 raise explained(action, place, error) from error
             raise
         attempt(action, place, finish)
     finally:
-        with contextlib.suppress(OSError):  # of a flush that has failed before
+        with contextlib.suppress(OSError):  # a flush that failed before fails again
             file.close()
         part.unlink(missing_ok=True)
 
 
 def link_exclusively(part: Path, target: Path) -> None:
-    """Give a written file its name, if nothing has that name: a link appears whole and only where nothing is.
+    """Give a written file its final name by a hard link, which fails if the name exists.
 
-    On file systems without hard links (exFAT, SMB, some FUSE) an empty file takes the name first, and the written one
-    then replaces it: still only one writer wins, but a kill between the two leaves an empty file.
+    On file systems without hard links (exFAT, SMB, some FUSE) an empty file takes the name first, and the written file
+    then replaces it. Only one writer succeeds in this case too, but a kill between both steps leaves an empty file.
     """
     try:
         os.link(part, target)
     except FileExistsError:
-        if not os.path.lexists(target) or not os.path.samefile(part, target):  # the same: NFS lost the answer
+        if not os.path.lexists(target) or not os.path.samefile(part, target):  # the same file: NFS lost the response
             raise
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS):
@@ -78,7 +78,7 @@ def link_exclusively(part: Path, target: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power failure, where the file system can do that."""
+    """Sync `folder`, so that a rename survives a power failure, if the file system supports that."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -86,8 +86,8 @@ def _sync_folder(folder: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        # SMB and some FUSE file systems cannot sync a folder, and a folder may be writable and not readable. The
-        # file is whole and has its name by now: this is no failed write.
+        # SMB and some FUSE file systems cannot sync a folder, and a folder may be writable but not readable. The file
+        # is complete and has its name, so the write has not failed.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES):
             raise
 
@@ -98,14 +98,14 @@ def is_part(path: str) -> bool:
 
 
 def _remove_dead_parts(folder: Path) -> None:
-    """Remove the unfinished files of this host's processes that are no more; what cannot be removed stays."""
+    """Remove the unfinished files of processes of this host that have ended, as far as that is possible."""
     with contextlib.suppress(OSError):
         for name in filter(is_part, os.listdir(folder)):
             found = re.fullmatch(rf"\.{re.escape(socket.gethostname())}\.(\d+)\.\w+\.part", name)
             if not found or _is_running(int(found[1])):
                 continue
-            # The process may run in another container of this name, where it has another number: then it holds the
-            # lock. Without locks nothing is removed.
+            # The process may run in another container of this name under another id. Then it holds the lock. Without
+            # locks no file is removed.
             with contextlib.suppress(OSError), (folder / name).open("r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 (folder / name).unlink()
@@ -117,5 +117,5 @@ def _is_running(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # of another user
+        pass  # it belongs to another user
     return True

@@ -1,4 +1,4 @@
-"""How `storage` uses S3: options, uploads in parts, and creation by conditional writes."""
+"""S3 for `storage`: options, multipart uploads, and creation by conditional writes."""
 
 import errno
 import functools
@@ -14,14 +14,17 @@ import botocore.session
 from orchestrator.storage_errors import Place, attempt, error_code, explained
 
 UPLOAD_BYTES = 16 << 20  # of a part of a multipart upload
-_UPLOADS = 4  # parts in flight: with the one that is being filled, all that an upload holds in memory
+_UPLOADS = 4  # parts in flight; an upload holds these and one more in memory
 
 
 def s3_options(base: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with how to reach S3, by the standard environment and two variables for what it has no name for.
+    """Return `base` with the options that the environment sets: the standard variables and two of our own.
 
-    ADMIRAL_S3_ADDRESSING is path or virtual (bucket in the path or in the host name); without it custom endpoints get
-    path, AWS gets virtual, and a profile's own setting counts. ADMIRAL_S3_ANONYMOUS=1 sends no credentials.
+    ADMIRAL_S3_ADDRESSING is path or virtual (the bucket is in the path or in the host name). The default is path for
+    custom endpoints and virtual for AWS, unless the profile sets it. ADMIRAL_S3_ANONYMOUS=1 sends no credentials.
+
+    Raises:
+        ValueError: one of these two variables has another value.
     """
     config = dict(base["config_kwargs"])
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -44,7 +47,7 @@ def s3_options(base: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _profile_has_endpoint(profile: str | None, config_file: str | None) -> bool:
-    """Return whether the AWS config file names another endpoint; the arguments say which file and profile count."""
+    """Return whether the AWS config file sets an endpoint. The arguments are the key of the cache."""
     try:
         config = botocore.session.Session().get_scoped_config()
     except botocore.exceptions.BotoCoreError:
@@ -53,13 +56,13 @@ def _profile_has_endpoint(profile: str | None, config_file: str | None) -> bool:
 
 
 class S3Upload(io.RawIOBase):
-    """Stream into one S3 object: by one PUT, or by a multipart upload with a few parts in flight."""
+    """A writable file that becomes one S3 object, by one PUT or by a multipart upload."""
 
     def __init__(self, place: Place) -> None:
         bucket, key, _ = place.fs.split_path(place.path)
         self._place, self._object, self._writer = place, {"Bucket": bucket, "Key": key}, {"writer": uuid.uuid4().hex}
         self._buffer, self._position, self._is_discarded = bytearray(), 0, False
-        self._upload: dict[str, str] = {}  # its id, once there is more than one part
+        self._upload: dict[str, str] = {}  # the id of the multipart upload, if there is one
         self._parts: list[Future[str]] = []  # their ETags
         self._threads = ThreadPoolExecutor(_UPLOADS)
 
@@ -73,14 +76,14 @@ class S3Upload(io.RawIOBase):
         self._buffer += data
         written = memoryview(data).nbytes
         self._position += written
-        # An upload has at most 10,000 parts: parts that grow allow objects of a terabyte.
+        # An upload has at most 10,000 parts. Growing parts allow objects of a terabyte.
         while len(self._buffer) > (size := UPLOAD_BYTES << len(self._parts) // 2000):
             self._send(bytes(self._buffer[:size]))
             del self._buffer[:size]
         return written
 
     def commit(self) -> None:
-        """Make the object appear."""
+        """Create the object."""
         if not self._parts:
             self._call("put_object", Body=bytes(self._buffer))
         else:
@@ -88,16 +91,16 @@ class S3Upload(io.RawIOBase):
             parts = [{"PartNumber": number, "ETag": part.result()} for number, part in enumerate(self._parts, 1)]
             try:
                 self._call("complete_multipart_upload", **self._upload, MultipartUpload={"Parts": parts})
-            except FileNotFoundError:  # the server does not know the upload: an earlier try has completed it
+            except FileNotFoundError:  # the upload does not exist, because an earlier try has completed it
                 if not _is_written_by(self._place, self._writer):
                     raise
         self._threads.shutdown()
 
     def discard(self) -> None:
-        """Forget what was sent."""
+        """Abort the upload."""
         self._is_discarded = True
         self._threads.shutdown(wait=False, cancel_futures=True)
-        wait(self._parts, timeout=5)  # seconds: a part that arrives after the end of its upload would stay
+        wait(self._parts, timeout=5)  # seconds; a part that arrives after the abort would remain
         if self._upload:
             self._place.fs.call_s3("abort_multipart_upload", **self._object, **self._upload)
 
@@ -105,7 +108,7 @@ class S3Upload(io.RawIOBase):
         return attempt("write", self._place, self._place.fs.call_s3, method, **self._object, **options)
 
     def _send(self, data: bytes) -> None:
-        """Send a part, when no more than _UPLOADS - 1 others are on their way."""
+        """Send a part, after waiting until at most _UPLOADS - 1 others are in flight."""
         if not self._upload:
             self._upload = {"UploadId": self._call("create_multipart_upload", Metadata=self._writer)["UploadId"]}
         if len(self._parts) >= _UPLOADS:
@@ -114,24 +117,24 @@ class S3Upload(io.RawIOBase):
 
         def send() -> str:
             if self._is_discarded:
-                raise ValueError("the upload was discarded")  # ends the retries of a part that nobody waits for
+                raise ValueError("the upload was discarded")  # ends the retries of this part
             options = {**self._object, **self._upload, "PartNumber": number, "Body": data}
             return str(self._place.fs.call_s3("upload_part", **options)["ETag"])
 
         self._parts.append(self._threads.submit(attempt, "write", self._place, send))
 
 
-_CONDITIONAL: set[tuple[str | None, str]] = set()  # (endpoint, bucket) whose server is known to honour If-None-Match
+_CONDITIONAL: set[tuple[str | None, str]] = set()  # (endpoint, bucket) of servers that support If-None-Match
 
 
 def create_on_s3(place: Place, data: bytes) -> bool:
-    """Create an object by a conditional PUT; return False where there is one.
+    """Create an object by a conditional PUT; return False if the object exists.
 
-    The object's metadata names this call: a create whose answer was lost, and that finds an object when it is retried
-    (by us or by a layer beneath), so knows its own from that of another writer.
+    The metadata of the object identify this call. If the response is lost and a retry (here or in a layer beneath)
+    finds an object, the metadata show whether it is ours or another writer's.
 
-    Until a server is known to honour If-None-Match, nothing is put where an object is, and the first create is
-    repeated: if it then succeeds again, the server ignores the header and is refused.
+    Until a server is known to support If-None-Match, no object is written where one exists, and the first create is
+    repeated. If the repetition succeeds, the server ignores the header and is refused.
     """
     bucket, key, _ = place.fs.split_path(place.path)
     writer = {"writer": uuid.uuid4().hex}
@@ -158,7 +161,7 @@ def create_on_s3(place: Place, data: bytes) -> bool:
 
 
 def _writer(place: Place) -> dict[str, str] | None:
-    """Return the metadata of an S3 object; None where there is none."""
+    """Return the metadata of an S3 object, or None if there is no object."""
     try:
         return cast(dict[str, str], attempt("look up", place, place.fs.metadata, place.path))
     except FileNotFoundError:

@@ -236,8 +236,8 @@ def _holds(config: PrepareConfig, output: str, listing: Listing, plan: Plan) -> 
         check_config(output, config, finished=True)
         if plan.digest != listing.digest():
             raise ValueError(
-                f"the source of {output} has changed since; it has {len(listing.names):,} objects now, "
-                "and other names or sizes: pass another --output"
+                f"the source of {output} has changed since the first attempt; now it has {len(listing.names):,} "
+                "objects with other names or sizes: pass another --output"
             )
     except ValueError:
         if begun:

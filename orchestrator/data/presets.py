@@ -1,11 +1,11 @@
-"""Datasets by name."""
+"""Named configs for preparing datasets."""
 
 from orchestrator.config import DIGITS, IMAGES
 from orchestrator.data.config import PrepareConfig
 
 
 def dataset_presets() -> dict[str, tuple[str, PrepareConfig]]:
-    """Datasets to prepare."""
+    """Return (description, config) of every dataset by name."""
     digits = PrepareConfig(source="digits", output="datasets/digits", name="digits", validation_fraction=0.2)
     images = PrepareConfig(
         source="images",
@@ -19,7 +19,7 @@ def dataset_presets() -> dict[str, tuple[str, PrepareConfig]]:
         source="ILSVRC2012_img_train.tar",
         output="datasets/imagenet",
         name="imagenet",
-        validation_fraction=0.004,  # the 5,000 images at which classifiers look
+        validation_fraction=0.004,  # 5,000 images, on which classifiers are validated
         num_workers=8,
     )
     cifar10 = PrepareConfig(source="cifar-10-binary.tar.gz", output="datasets/cifar10", name="cifar10")
@@ -31,9 +31,9 @@ def dataset_presets() -> dict[str, tuple[str, PrepareConfig]]:
     return {
         "digits": (DIGITS, digits),
         "images": (f"{IMAGES}: a folder for each class, archives, Parquet, or files with a label map", images),
-        "imagenet": ("ILSVRC2012 as it comes: a tar of tars, read without unpacking", imagenet),
-        "cifar10": ("CIFAR-10's binary archive, with its own train and test images", cifar10),
-        "cifar100": ("CIFAR-100's binary archive, with its 100 fine classes", cifar100),
-        "imagenet64": ("downsampled ImageNet of 64 pixels: its .npz files in one folder", imagenet64),
-        "lsun-bedroom": ("LSUN's bedrooms from their LMDB, as crops of 256 pixels, without labels", lsun),
+        "imagenet": ("ILSVRC2012 as downloaded: a tar of tars, read without unpacking", imagenet),
+        "cifar10": ("CIFAR-10 from its binary archive, with its own training and test images", cifar10),
+        "cifar100": ("CIFAR-100 from its binary archive, with its 100 fine classes", cifar100),
+        "imagenet64": ("downsampled ImageNet of 64 pixels, from its .npz files in one folder", imagenet64),
+        "lsun-bedroom": ("LSUN bedrooms from their LMDB, as crops of 256 pixels, without labels", lsun),
     }

@@ -154,7 +154,7 @@ def test_a_long_outage_is_logged_once(
     proxy.add("503", times=10)
     storage.write_bytes(f"{s3_bucket}/x", b"data")
     (said,) = [record.getMessage() for record in caplog.records if record.name == "orchestrator.storage_errors"]
-    assert f"{s3_bucket}/x" in said and "retrying for up to 300 s" in said
+    assert f"{s3_bucket}/x" in said and "retries for up to 300 s" in said
 
 
 def test_retries_are_bounded_by_one_setting(s3_bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:

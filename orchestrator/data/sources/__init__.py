@@ -1,4 +1,4 @@
-"""Images as people have them. Every layout yields the entries of its images; one module for each family of layouts."""
+"""Readers of the layouts that images come in. Each module reads a family of layouts and yields one entry an image."""
 
 from typing import Literal, NamedTuple
 
@@ -39,7 +39,7 @@ Layout = Literal[
     "auto", "folder", "flat", "unlabelled", "webdataset", "parquet", "cifar", "downsampled", "lsun", "digits"
 ]
 
-# Objects that tell a layout by their names; what is not here is told by folders and file names.
+# Layouts that are recognized by the name of an object. Others are recognized by folders and file names.
 _BY_OBJECT: tuple[tuple[Layout, str], ...] = (
     ("cifar", arrays.CIFAR),
     ("parquet", parquet.PARQUET),
@@ -48,28 +48,28 @@ _BY_OBJECT: tuple[tuple[Layout, str], ...] = (
 )
 
 _PICKLE = "and a pickle is never opened: "
-# Objects that cannot be read, and what to take instead.
+# Objects that cannot be read, and what to use instead.
 _REFUSED = (
     (
         r"(^|/)cifar-10(0)?-python\.tar\.gz$|(^|/)cifar-100?-(batches-py|python)/",
-        f"is CIFAR's python version, {_PICKLE}take cifar-10-binary.tar.gz (or 100) from where it came",
+        f"is CIFAR's Python version, {_PICKLE}download cifar-10-binary.tar.gz (or cifar-100) from the same page",
     ),
     (
         r"(^|/)(train_data_batch_\d+|val_data)$|(^|/)Imagenet\d+_(train|val)\.zip$",
-        f"is downsampled ImageNet's pickled version, {_PICKLE}take Imagenet64_train_part1.npz and the like",
+        f"is downsampled ImageNet as pickles, {_PICKLE}use its .npz files, such as Imagenet64_train_part1.npz",
     ),
     (
         r"(^|/)(data_batch_\d|test_batch|batches\.meta)$",
-        f"is a part of CIFAR's python version, {_PICKLE}take cifar-10-binary.tar.gz from where it came",
+        f"is a part of CIFAR's Python version, {_PICKLE}download cifar-10-binary.tar.gz from the same page",
     ),
-    (r"(?i)\.(pkl|pickle)$", f"is a pickle, {_PICKLE}write its images as files"),
-    (r"(?i)\.(tar\.(gz|bz2|xz|zst)|tgz|7z|rar)$", "is compressed, so its images have no place in it: unpack it"),
+    (r"(?i)\.(pkl|pickle)$", f"is a pickle, {_PICKLE}save its images as files"),
+    (r"(?i)\.(tar\.(gz|bz2|xz|zst)|tgz|7z|rar)$", "is compressed, so single images cannot be read from it: unpack it"),
     (r"(?i)\.(npy|h5|hdf5|mat|tfrecords?|tfrecord-\S+|rec|beton|mds|arrow)$", "is a format that is not read"),
 )
 
 
 class Choices(NamedTuple):
-    """What a user says of a source; None or auto: it is told from the source."""
+    """The user's options for a source. None and auto mean that the source decides."""
 
     layout: Layout = "auto"
     labels: str | None = None  # URI of a label map
@@ -79,16 +79,16 @@ class Choices(NamedTuple):
 
 
 def detect(listing: Listing, choices: Choices) -> Layout:
-    """Return the layout that the user names, or the one that objects tell by their names; auto leaves it open.
+    """Return the user's layout, or the one that the names of objects show, or auto if they show none.
 
     Raises:
-        ValueError: there is nothing that can be read; the message names what is there and what is accepted.
+        ValueError: nothing can be read; the message says what was found and what is accepted.
     """
     told: Layout = "digits" if listing.uri == "digits" else "auto"
     told = next((layout for layout, pattern in _BY_OBJECT if listing.has(pattern)), told)
     layout = told if choices.layout == "auto" else choices.layout
     if choices.labels and layout in ("parquet", "cifar", "downsampled", "lsun", "digits", "webdataset"):
-        raise ValueError(f"--labels {choices.labels}: the layout {layout} has labels of its own")
+        raise ValueError(f"--labels {choices.labels}: the layout {layout} has its own labels; omit --labels")
     if layout != "auto":
         return layout
     if not listing.has(_IMAGES):
@@ -102,17 +102,17 @@ _IMAGES = r"(?i)\.(jpe?g|jpe|jfif|png|webp|gif|bmp|tiff?|avif|jp2|tar|zip)$"
 
 
 def open_parquet(listing: Listing, choices: Choices) -> parquet.ParquetSource:
-    """Read the footers of a source's Parquet files. Raises what `parquet.open_parquet` does."""
+    """Read the footers of a source's Parquet files. Raises what `parquet.open_parquet` raises."""
     if not listing.has(parquet.PARQUET):
-        raise ValueError(f"--source {listing.named} holds no Parquet files")
+        raise ValueError(f"--source {listing.named} contains no Parquet files; accepted: {ACCEPTED}")
     return parquet.open_parquet(listing, choices.image_column, choices.label_column, Splits(choices.split))
 
 
 def read_source(listing: Listing, choices: Choices, num_workers: int) -> Source:
-    """Return the index of a source; its archives are scanned by `num_workers` workers (0: in this process).
+    """Return a source with the index of its images. `num_workers` workers (0: this process) scan its archives.
 
     Raises:
-        ValueError: the source does not have this layout, cannot be understood, or is damaged.
+        ValueError: the source does not have this layout, cannot be interpreted, or is damaged.
     """
     return make_source(_read(listing, choices, num_workers), listing)
 
@@ -138,6 +138,6 @@ def _read(listing: Listing, choices: Choices, num_workers: int) -> Reading:
 
 
 def first_files(listing: Listing) -> tuple[str, list[str]]:
-    """Return the first archive of a source that is too large to scan, and the names of its first files."""
+    """Return the name of a source's first archive, and the names of the first files in it."""
     tree = first_members(listing)
     return tree.pieces[0].object or "", [file.name for file in tree.files()]

@@ -1,4 +1,4 @@
-"""Files in tar and zip archives, read by their offsets without unpacking; loose files look the same."""
+"""Files in tar and zip archives, which are read by their offsets without unpacking, and loose files."""
 
 import io
 import json
@@ -23,13 +23,13 @@ from orchestrator.data.sources.index import Listing
 from orchestrator.progress import progress_line
 
 ARCHIVES = r"(?i)\.(tar|zip)$"  # names of objects that are opened
-_HEADER_BYTES = 64 << 10  # fetched at a time where members are large and only headers are wanted
-_SCAN_BYTES = 8 << 20  # where they are images: reading through is faster than a request for each header
-_SIDECAR_BYTES = 1 << 20  # of a .cls or .json beside an image, at most
+_HEADER_BYTES = 64 << 10  # fetched at a time to read only the headers of large members
+_SCAN_BYTES = 8 << 20  # fetched at a time if members are images: reading all is faster than a request a header
+_SIDECAR_BYTES = 1 << 20  # of a .cls or .json beside an image at most
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of a member of a zip
-_BATCH = 1 << 14  # files that are Python objects at a time
-_MEMBER_BYTES = 1 << 30  # of an unpacked image, at most
-_PEEK = 64  # members that tell what a tar holds
+_BATCH = 1 << 14  # files that are Python objects at the same time
+_MEMBER_BYTES = 1 << 30  # of an unpacked image at most
+_PEEK = 64  # members that a dry run reads of a large archive
 _HIDDEN = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"}
 
 MEMBERS = pa.schema(
@@ -37,7 +37,7 @@ MEMBERS = pa.schema(
         pa.field("name", pa.large_string()),
         pa.field("start", pa.int64()),
         pa.field("size", pa.int64()),
-        pa.field("sidecar", pa.string()),  # what a .cls or .json says, as JSON; null of other files
+        pa.field("sidecar", pa.string()),  # content of a .cls or .json as JSON; null for other files
     ]
 )
 
@@ -46,7 +46,7 @@ class File(NamedTuple):
     """One file of a tree: a whole object, or a member of an archive."""
 
     name: str
-    object: str | None  # that holds its bytes; None: the object of its own name
+    object: str | None  # the object with its bytes; None: the object of its own name
     start: int
     size: int
     sidecar: str | None
@@ -57,19 +57,19 @@ class Piece:
     """Loose files, or an archive's members."""
 
     object: str | None
-    stem: str  # the archive's name without its ending
-    prefix: str  # of its members' names in the tree
+    stem: str  # the archive's name without its extension
+    prefix: str  # of the members' names in the tree
     members: pa.Table  # of MEMBERS
 
 
 @dataclass
 class Tree:
-    """All files of a source by name, as if every archive were an unpacked folder of its name."""
+    """All files of a source by name, as if each archive were an unpacked folder of its name."""
 
-    named: str  # the source as the user names it
+    named: str  # the source as the user wrote it
     uri: str
     pieces: list[Piece]
-    left_out: dict[str, int]  # what was not opened
+    left_out: dict[str, int]  # number of archives that were not opened
 
     @property
     def archives(self) -> int:
@@ -82,7 +82,7 @@ class Tree:
             yield from files_of(piece)
 
     def drain(self) -> Iterator[File]:
-        """Yield all files and forget them, so that 14 million names are not held beside what is made of them."""
+        """Yield and remove all files, so that 14 million names are not held in memory beside the index."""
         while self.pieces:
             piece = self.pieces.pop(0)
             batches = piece.members.to_batches(max_chunksize=_BATCH)[::-1]
@@ -107,20 +107,20 @@ def _files(piece: Piece, batch: pa.RecordBatch) -> Iterator[File]:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or a folder above it is hidden, or of an operating system's own."""
+    """Return whether a file or a folder above it is hidden, or belongs to an operating system."""
     return name[0] == "." or "/." in name or any(part in _HIDDEN for part in name.split("/"))
 
 
 def is_image(name: str) -> bool:
-    """Return whether the name's ending is that of an image that can be decoded."""
+    """Return whether the name has the extension of an image that can be decoded."""
     return name.lower().endswith(IMAGE_ENDINGS)
 
 
 def open_tree(listing: Listing, label_key: str | None, num_workers: int) -> Tree:
-    """Return the tree of a source; its archives are scanned by `num_workers` workers (0: in this process).
+    """Return the tree of a source. `num_workers` workers (0: this process) scan its archives.
 
-    Where there are loose images, archives beside them are not opened. label_key: the field of a .json beside an image
-    that is its label; None: label or cls.
+    If there are loose images, the archives beside them are not opened. label_key: the field of a .json beside an image
+    that is its label; None means label or cls.
 
     Raises:
         ValueError: an archive is damaged.
@@ -138,7 +138,7 @@ def open_tree(listing: Listing, label_key: str | None, num_workers: int) -> Tree
 
 
 def _scan_all(listing: Listing, archives: list[str], label_key: str | None, num_workers: int) -> list[Piece]:
-    """Return the archives by the names of their files."""
+    """Return one piece for each archive, sorted by the names of the files."""
     parts = [part for name in archives for part in _parts(listing, name, len(archives) == 1)]
     scan = partial(_scan, listing.uri, label_key)
     found: dict[_Part, pa.Table] = {}
@@ -151,7 +151,7 @@ def _scan_all(listing: Listing, archives: list[str], label_key: str | None, num_
 
 
 def first_members(listing: Listing) -> Tree:
-    """Return the tree of the first archive's first members: a look at a source that is too large to scan."""
+    """Return the tree of the first members of the first archive, for a source that is too large to scan."""
     name = listing.matching(ARCHIVES)[0]
     part = _parts(listing, name, False)[0]
     members = _scan(listing.uri, None, part, _PEEK)
@@ -168,7 +168,7 @@ def _loose(listing: Listing, without_archives: bool) -> pa.Table:
     if without_archives:
         keep = pc.invert(pc.match_substring_regex(names, ARCHIVES))
         names, sizes = names.filter(keep), sizes.filter(keep)
-    nothing = pa.nulls(len(names))  # takes no memory
+    nothing = pa.nulls(len(names))  # needs no memory
     return pa.table([names, nothing, sizes, nothing], names=MEMBERS.names)
 
 
@@ -186,7 +186,7 @@ class _Part(NamedTuple):
 
 
 def _parts(listing: Listing, name: str, alone: bool) -> list[_Part]:
-    """Return the archive, or the tars that it holds. One that is `alone` is no folder around its files."""
+    """Return the archive, or the tars in it. If it is `alone`, its name is not a folder around its files."""
     stem, size = re.sub(r"(?i)\.(tar|zip)$", "", name), listing.size(name)
     prefix = "" if alone else f"{stem}/"
     whole = _Part(name, 0, size, stem, prefix)
@@ -204,7 +204,7 @@ def _parts(listing: Listing, name: str, alone: bool) -> list[_Part]:
 
 
 def _scan(uri: str, label_key: str | None, part: _Part, limit: int | None = None) -> pa.Table:
-    """Return the first `limit` files of an archive (None: all), in the order of their names."""
+    """Return the first `limit` files of an archive (None: all), sorted by name."""
     with storage.open_input(storage.join(uri, part.object), _SCAN_BYTES) as file:
         members = _zip_files if part.object.lower().endswith(".zip") else _tar_files
         rows = sorted(islice(members(file, part, uri, label_key), limit))
@@ -228,7 +228,7 @@ def _tar_files(
 def _zip_files(
     file: BinaryIO, part: _Part, uri: str, label_key: str | None
 ) -> Iterator[tuple[str, int, int, str | None]]:
-    """Yield the files of a zip; a file's place begins with its local header, which says how to unpack it."""
+    """Yield the files of a zip. The place of a file begins at its local header, which says how to unpack it."""
     where = storage.join(uri, part.object)
     try:
         with zipfile.ZipFile(file) as archive:
@@ -239,11 +239,11 @@ def _zip_files(
     for member, end in zip(members, ends, strict=True):
         if member.is_dir():
             continue
-        streamed = member.flag_bits & 8 and member.compress_type == zipfile.ZIP_STORED  # its size is not in its header
+        streamed = member.flag_bits & 8 and member.compress_type == zipfile.ZIP_STORED  # without its size
         if member.flag_bits & 1 or streamed or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(
                 f"{where}: {member.filename} is encrypted, streamed without its size, or compressed by another method "
-                "than deflate; zip it anew, or unpack it"
+                "than deflate; zip it again, or unpack it"
             )
         yield _clean(member.filename), member.header_offset, end - member.header_offset, None
 
@@ -253,19 +253,19 @@ def _clean(name: str) -> str:
 
 
 def _tar_members(file: BinaryIO, part: _Part, uri: str) -> Iterator[tarfile.TarInfo]:
-    """Yield the regular files of a tar, hopping from header to header.
+    """Yield the regular files of a tar, and skip their contents.
 
     Raises:
-        ValueError: it is no tar, or is cut short.
+        ValueError: it is no tar, or it is truncated.
     """
     where = storage.join(uri, part.object) + (f" ({part.stem}.tar in it)" if part.begin else "")
     file.seek(part.begin)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
+                tar.members.clear()  # type: ignore[attr-defined]  # else it keeps all of them in memory
                 if member.offset_data + member.size > part.end:
-                    raise ValueError(f"{where} is cut short: {member.name} ends behind it")
+                    raise ValueError(f"{where} is truncated: {member.name} ends after its last byte; copy it again")
                 if member.isreg():
                     yield member
             end = tar.offset
@@ -273,11 +273,11 @@ def _tar_members(file: BinaryIO, part: _Part, uri: str) -> Iterator[tarfile.TarI
         raise ValueError(f"{where} is not a valid tar archive: {error}") from error
     file.seek(end)
     if end + tarfile.BLOCKSIZE > part.end or file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-        raise ValueError(f"{where} is cut short or damaged at byte {end - part.begin}: its end mark is missing")
+        raise ValueError(f"{where} is truncated or damaged at byte {end - part.begin} (no end mark); copy it again")
 
 
 def _sidecar(name: str, data: bytes, label_key: str | None) -> str:
-    """Return what a .cls or .json says as JSON: {"label": ...}, or {"keys": [...]} where it has no label."""
+    """Return a .cls or .json as JSON: {"label": ...}, or {"keys": [...]} if it has no label."""
     if name.lower().endswith(".cls"):
         text = data.decode("utf-8", "replace").strip()
         return json.dumps({"label": int(text) if re.fullmatch(r"-?\d+", text) else text})
@@ -296,7 +296,7 @@ def _sidecar(name: str, data: bytes, label_key: str | None) -> str:
 
 
 def read_ranges(uri: str, ranges: Sequence[storage.Range]) -> list[bytes]:
-    """Return the bytes of files of a source, those in zip archives unpacked. Raises what `storage.read_ranges` does."""
+    """Return the contents of files; those in zips are unpacked. Raises what `storage.read_ranges` raises."""
     unpack: list[Callable[[bytes], bytes]] = [
         _unzip if wanted.name.lower().endswith(".zip") else bytes for wanted in ranges
     ]
@@ -304,11 +304,11 @@ def read_ranges(uri: str, ranges: Sequence[storage.Range]) -> list[bytes]:
 
 
 def _unzip(data: bytes) -> bytes:
-    """Unpack one member of a zip from its local header on; what is damaged is returned as no bytes."""
+    """Unpack a member of a zip from its local header on. Return no bytes if it is damaged."""
     try:
         return _member(data)
     except (zlib.error, struct.error, IndexError):
-        return b""  # which no image is: it is quarantined, and the others are read
+        return b""  # which is no image, so that it is quarantined
 
 
 def _member(data: bytes) -> bytes:
@@ -316,7 +316,7 @@ def _member(data: bytes) -> bytes:
     begin = _LOCAL_HEADER.size + name + extra
     if method == zipfile.ZIP_DEFLATED:
         return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[begin:], _MEMBER_BYTES)
-    if size == 0xFFFFFFFF:  # the sizes are in the extra field of zip64, which begins with the number 1 and its length
+    if size == 0xFFFFFFFF:  # zip64 has the sizes in an extra field: the number 1, its length, the sizes
         fields = io.BytesIO(data[begin - extra : begin])
         while struct.unpack("<H", fields.read(2))[0] != 1:
             fields.read(int.from_bytes(fields.read(2), "little"))

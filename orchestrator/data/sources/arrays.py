@@ -1,4 +1,4 @@
-"""Images that come as arrays of pixels or as values of a database. They are read in order, and staged as PNGs."""
+"""Layouts with arrays of pixels or databases. Their images are read in order and staged as files."""
 
 import io
 import re
@@ -30,7 +30,7 @@ def read_digits() -> Reading:
 
 
 def digits_pixels() -> tuple[np.ndarray, np.ndarray]:
-    """Return the scanned digits, uint8 [1797, 8, 8] with the full range of grey, and their labels int64 [1797]."""
+    """Return the scanned digits, uint8 [1797, 8, 8] in 0 to 255, and their labels, int64 [1797]."""
     digits = _digits()
     return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target
 
@@ -50,12 +50,12 @@ def _digit_images(uri: str) -> Iterator[bytes]:
 
 
 def read_cifar(listing: Listing, splits: Splits) -> Reading:
-    """Read CIFAR-10 or CIFAR-100 in its binary version, as an archive or unpacked, with its own splits.
+    """Read the binary version of CIFAR-10 or CIFAR-100, as an archive or unpacked, with its own splits.
 
-    Keys are data_batch_1/00000 and so on. CIFAR-100 has its 100 fine classes.
+    Keys are data_batch_1/00000 and so on. The classes of CIFAR-100 are its 100 fine classes.
 
     Raises:
-        ValueError: a file is cut short, or the names of the classes are not there.
+        ValueError: a file is truncated, or the names of the classes are missing.
     """
     objects = listing.matching(CIFAR)
     if archives := [name for name in objects if name.endswith(".gz")]:
@@ -67,7 +67,7 @@ def read_cifar(listing: Listing, splits: Splits) -> Reading:
     names = files.get("fine_label_names", files.get("batches.meta"))
     if names is None:
         raise ValueError(
-            f"--source {listing.named}: batches.meta.txt or fine_label_names.txt is missing beside {objects[0]}"
+            f"--source {listing.named}: batches.meta.txt or fine_label_names.txt is missing beside {objects[0]}; add it"
         )
     classes = tuple(names.decode().split())
     layout = f"CIFAR-{len(classes)}, binary version"
@@ -87,20 +87,20 @@ def _cifar_images(uri: str) -> Iterator[bytes]:
 
 
 def _records(uri: str) -> Iterator[tuple[str, int, int, np.ndarray]]:
-    """Yield batch, number within it, label and pixels of every image in an archive or in one batch."""
+    """Yield (batch, number in it, label, pixels) of every image in an archive or in one batch."""
     files = _archive(uri) if uri.endswith(".gz") else {_stem(uri): storage.read_bytes(uri)}
     for batch, data in files.items():
         if not re.fullmatch(r"data_batch_[1-5]|test_batch|train|test", batch):
             continue
         labels = 2 if batch in ("train", "test") else 1  # coarse and fine, or one
         if len(data) % (labels + _PIXELS):
-            raise ValueError(f"{uri}: {batch} has {len(data)} bytes, no multiple of {labels + _PIXELS}")
+            raise ValueError(f"{uri}: {batch} has {len(data)} bytes; expected a multiple of {labels + _PIXELS}")
         for number, record in enumerate(np.frombuffer(data, np.uint8).reshape(-1, labels + _PIXELS)):
             yield batch, number, int(record[labels - 1]), record[labels:]
 
 
 def _archive(uri: str) -> dict[str, bytes]:
-    """Return the files of a small compressed tar, by name without folder and ending."""
+    """Return the files of a small compressed tar, by name without folder and extension."""
     data = storage.read_bytes(uri)
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as tar:
@@ -121,7 +121,7 @@ def read_npz(listing: Listing, splits: Splits) -> Reading:
     """Read downsampled ImageNet: .npz files with `data`, uint8 [N, 3 S S] in planes, and `labels` from 1 on.
 
     Raises:
-        ValueError: a file is damaged, or holds other arrays.
+        ValueError: a file is damaged or contains other arrays.
     """
     names = listing.matching(NPZ)
     of_file = {name: splits.of_shard(_stem(name)) for name in names}
@@ -151,7 +151,7 @@ def _npz_shape(uri: str) -> tuple[int, int]:
 
 
 def _npz_header(uri: str, data: Any) -> tuple[int, int]:
-    """Read the header of the images: their number and their side."""
+    """Read the header of the images, and return their number and their height."""
     read = npy.read_array_header_1_0 if npy.read_magic(data) == (1, 0) else npy.read_array_header_2_0
     shape, fortran, dtype = read(data)
     side = round((shape[-1] / 3) ** 0.5) if len(shape) == 2 else 0
@@ -165,7 +165,7 @@ def _npz_images(uri: str) -> Iterator[bytes]:
         count, side = _npz_header(uri, data)
         for _ in range(count):
             if len(row := data.read(3 * side**2)) < 3 * side**2:
-                raise ValueError(f"{uri} is cut short")
+                raise ValueError(f"{uri} is truncated; copy it again")
             yield png(np.frombuffer(row, np.uint8).reshape(3, side, side).transpose(1, 2, 0))
 
 
@@ -176,7 +176,7 @@ def _arrays(uri: str, file: Any) -> zipfile.ZipFile:
         raise ValueError(f"{uri} is not a valid .npz file: {error}") from error
     if not {"data.npy", "labels.npy"} <= set(archive.namelist()):
         raise ValueError(
-            f"{uri} holds {', '.join(archive.namelist()[:10])}; accepted: downsampled ImageNet's data and labels"
+            f"{uri} contains {', '.join(archive.namelist()[:10])}; accepted: data and labels of downsampled ImageNet"
         )
     return archive
 
@@ -185,10 +185,10 @@ def _arrays(uri: str, file: Any) -> zipfile.ZipFile:
 
 
 def read_lmdb(listing: Listing, splits: Splits) -> Reading:
-    """Read LSUN's databases (bedroom_train_lmdb/): a class for each category, or no labels where there is only one.
+    """Read LSUN's databases (bedroom_train_lmdb/). Each category is a class; a single category has no labels.
 
     Raises:
-        ValueError: when entries are drawn: they do not lie on a local disk, or the package lmdb is not installed.
+        ValueError: they are not on a local disk, or the package lmdb is not installed (when entries are read).
     """
     folders = [name.removesuffix("data.mdb").rstrip("/") for name in listing.matching(LMDB)]
     words = {name: (name or listing.uri).rsplit("/", 1)[-1].removesuffix("_lmdb") for name in folders}

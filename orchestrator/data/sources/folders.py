@@ -1,4 +1,4 @@
-"""Images whose splits and classes are told by their names, by the folders that they lie in, or by files beside them."""
+"""Images whose splits and classes follow from file names, from folders, or from label files beside them."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from orchestrator.data.sources.labels import LabelMap, parse_label_map
 
 ByNames = Literal["auto", "folder", "flat", "unlabelled"]
 
-# Files that say which image is of which class. Of the last pattern only the names are known, not the meaning.
+# Files that may give the classes of images. The meaning of those that match the last pattern is not known.
 _LABEL_FILES = (
     r"dataset\.json",
     r"val_annotations\.txt",
@@ -27,17 +27,17 @@ _NAME_FILES = r"(synset_words|synsets|wnids|words|classes|class_names|LOC_synset
 _BETWEEN = {"images", "image", "imgs", "img", "jpegimages", "jpegs", "jpeg", "jpg", "png", "data", "pictures"}
 _COMPANION_BYTES = 512 << 20  # larger label files are not read
 _OUT_IMAGES = "images that --split leaves out"
-_ABOVE = 4  # folders above a source in which Kaggle's label files are looked for
+_ABOVE = 4  # folders above a source in which Kaggle's label files are searched
 
 
 @dataclass
 class _Survey:
-    """What the files of a tree are."""
+    """The kinds of files in a tree."""
 
-    folders: Counter[str] = field(default_factory=Counter)  # images by their folder
-    first: dict[str, str] = field(default_factory=dict)  # an image of each folder
-    without: set[str] = field(default_factory=set)  # folders of other files, or of none
-    endings: Counter[str] = field(default_factory=Counter)  # of files that are no images
+    folders: Counter[str] = field(default_factory=Counter)  # number of images by folder
+    first: dict[str, str] = field(default_factory=dict)  # one image of each folder
+    without: set[str] = field(default_factory=set)  # folders with other files, or with none
+    endings: Counter[str] = field(default_factory=Counter)  # extensions of files that are no images
     hidden: int = 0
     companions: list[File] = field(default_factory=list)
 
@@ -45,12 +45,12 @@ class _Survey:
 def read_names(
     tree: Tree, layout: ByNames, labels: LabelMap | None, splits: Splits, beyond: list[tuple[str, bytes]]
 ) -> Reading:
-    """Read a tree of images: class folders, files named <class>_<anything>, or what a label file says.
+    """Read a tree of images: class folders, files named <class>_<anything>, or images with label files.
 
-    labels: the label map that the user names. beyond: Kaggle's label files above the source, name and content.
+    labels: the user's label map. beyond: (name, content) of Kaggle's label files above the source.
 
     Raises:
-        ValueError: there are no images, or no class can be told for them.
+        ValueError: there are no images, or their classes cannot be determined.
     """
     survey = _survey(tree)
     if not survey.folders:
@@ -74,16 +74,16 @@ def read_names(
     elif layout == "unlabelled" and labels is None:
         reading.layout = "images without labels"
     elif layout == "folder" and not classes:
-        raise ValueError(f"--source {tree.named} has no class folders, as --layout folder needs")
+        raise ValueError(f"--source {tree.named} has no class folders, which --layout folder needs")
     if (
         labels is not None
         or layout in ("flat", "unlabelled")
         or any(_is_edm(found.uri) for found, _ in chosen.values())
     ):
-        reading.suspicions.pop("folders_within_classes", None)  # the folders do not tell the classes
+        reading.suspicions.pop("folders_within_classes", None)  # folders are not used as classes
         places = {folder: (split, "") for folder, (split, _) in places.items()}
     if labels is not None or layout == "unlabelled":
-        reading.suspicions.pop("unused_label_files", None)  # the user has said what counts
+        reading.suspicions.pop("unused_label_files", None)  # the user has decided which labels are used
     reading.entries = _entries(tree, reading, places, chosen)
     return reading
 
@@ -116,17 +116,14 @@ def _left_out(tree: Tree, survey: _Survey) -> dict[str, int]:
     return tree.left_out | endings | ({"hidden files": survey.hidden} if survey.hidden else {})
 
 
-# --------------------------------------------------------------------------------------------- what the folders mean
+# -------------------------------------------------------------------------------------------- meaning of the folders
 
 
 def _places(survey: _Survey, splits: Splits, layout: ByNames, reading: Reading) -> dict[str, tuple[str, str]]:
-    """Return the split and the class (each maybe empty) of the images in every folder.
+    """Return the split and the class of the images in every folder. Either may be empty.
 
-    Folders around all images do not count, and folders such as `images` between a class and its images do not either.
-    One level of folders may name splits: the first of which every name does.
-
-    Raises:
-        ValueError: some images of a split lie in class folders, and others do not.
+    Folders around all images are ignored, and so are folders such as `images` between a class and its images. One level
+    of folders may be splits: the first level on which all names are names of splits.
     """
     chains = {folder: folder.split("/") if folder else [] for folder in survey.folders}
     around = _shared(list(chains.values()))
@@ -146,12 +143,12 @@ def _places(survey: _Survey, splits: Splits, layout: ByNames, reading: Reading) 
 
 
 def _shared(chains: list[list[str]]) -> list[str]:
-    """Return the folders with which all chains begin."""
+    """Return the common first folders of all chains."""
     return [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*chains, strict=False))]
 
 
 def _inner(chain: list[str], level: int | None) -> list[str]:
-    """Return the folders of a class: without the level of the splits, and without `images` at the end."""
+    """Return the class folders of a chain: without the level of the splits, and without `images` at the end."""
     rest = [part for i, part in enumerate(chain) if i != level]
     while rest and rest[-1].lower() in _BETWEEN:
         rest.pop()
@@ -159,7 +156,7 @@ def _inner(chain: list[str], level: int | None) -> list[str]:
 
 
 def _suspect(reading: Reading, survey: _Survey, splits: Splits, inner: dict[str, list[str]]) -> None:
-    """Note names that speak against this reading of the folders."""
+    """Record names that make this interpretation of the folders suspicious."""
     like = sorted({part for chain in inner.values() for part in chain if splits.looks_like(part)})
     if like:
         reading.suspicions["names_like_splits"] = finding(like)
@@ -177,7 +174,7 @@ def _suspect(reading: Reading, survey: _Survey, splits: Splits, inner: dict[str,
 
 
 def _companions(tree: Tree, survey: _Survey, beyond: list[tuple[str, bytes]]) -> dict[str, LabelMap | str]:
-    """Return the label files beside the images by name: as label maps, or why they cannot be read."""
+    """Return the label files beside the images by name, as label maps or as the reason why they cannot be read."""
     found: dict[str, LabelMap | str] = {}
     contents = [(name, data) for name, data in beyond]
     for file in survey.companions:
@@ -198,9 +195,9 @@ def _choose(
     places: dict[str, tuple[str, str]],
     beside: dict[str, LabelMap | str],
 ) -> dict[str, tuple[LabelMap, str]]:
-    """Return the label map, and the folder that its keys are relative to, of every split that one serves.
+    """Return (label map, folder that its keys are relative to) for every split that has one.
 
-    EDM's dataset.json speaks for all images. Other label files serve splits whose images lie in no class folder.
+    EDM's dataset.json is used for all images. Other label files are used for splits without class folders.
     """
     maps = {name: found for name, found in beside.items() if isinstance(found, LabelMap)}
     named = Counter[str]()  # images in class folders, by split
@@ -209,8 +206,8 @@ def _choose(
         beside_classes = not name and any(other for part, other in places.values() if part == split)
         if beside_classes and layout in ("auto", "folder") and not any(map(_is_edm, maps)):
             raise ValueError(
-                f"--source {reading.named}: {survey.folders[folder]} images lie in no class folder, "
-                f"{survey.first[folder]} among them, beside class folders; move them, or pass --labels"
+                f"--source {reading.named}: {survey.folders[folder]} images lie beside class folders and in none of "
+                f"them, for example {survey.first[folder]}; move them, or pass --labels FILE"
             )
     if layout == "auto":
         for name, found in maps.items():
@@ -237,7 +234,7 @@ def _is_edm(name: str) -> bool:
 
 
 def _serves(name: str, split: str) -> bool:
-    """Return whether a label file with a known meaning has the labels of a split."""
+    """Return whether a label file of a known kind has the labels of a split."""
     last = name.rpartition("/")[2]
     if re.fullmatch("|".join(_LABEL_FILES[1:4]), last):
         return split in (("train",) if "train" in last else ("validation", ""))
@@ -251,7 +248,7 @@ def _name_companions(
     beside: dict[str, LabelMap | str],
     classes: set[str],
 ) -> None:
-    """Say of every known file beside the images whether it is used, and suspect a label file that is not."""
+    """Record how each known file beside the images is used. An unused label file is suspicious."""
     serves = defaultdict(list)
     for split, (found, _) in chosen.items():
         serves[found.uri].append(split or "all")
@@ -266,13 +263,13 @@ def _name_companions(
         else:
             reading.companions[name] = "not used"
             if name not in {file.name for file in survey.companions}:
-                continue  # it lies above the source, and may be of another part
+                continue  # it lies above the source, and may belong to another part of the tree
             unused = reading.suspicions.get("unused_label_files", finding([])).examples
             reading.suspicions["unused_label_files"] = finding([*unused, name])
 
 
 def kaggle_files_above(uri: str) -> list[tuple[str, bytes]]:
-    """Return Kaggle's ImageNet label files in the folders above a part of its tree: their names and contents."""
+    """Return (name, content) of the label files of Kaggle's ImageNet in the folders above a part of its tree."""
     found, parts = [], uri.rstrip("/").split("/")
     if not {"ILSVRC", "Data", "CLS-LOC"} & set(parts[-_ABOVE:]):
         return []
@@ -288,13 +285,13 @@ def kaggle_files_above(uri: str) -> list[tuple[str, bytes]]:
 
 
 def _check_flat(tree: Tree) -> None:
-    """Raise ValueError unless every image has <class>_ before the rest of its name."""
+    """Raise ValueError unless the name of every image begins with <class>_."""
     odd = [file.name for file in _images(tree.files()) if "_" not in file.name.rpartition("/")[2]]
     if odd:
         raise ValueError(
-            f"--source {tree.named}: {len(odd)} images have no class: they lie in no class folder, and no class and _ "
-            f"begin their names, {odd[0]} among them; pass a label map (--labels FILE), or --layout unlabelled "
-            "where there are no classes"
+            f"--source {tree.named}: {len(odd)} images have no class: they lie in no class folder, and their names do "
+            f"not begin with a class and _, for example {odd[0]}; pass --labels FILE, or --layout unlabelled if there "
+            "are no classes"
         )
 
 
@@ -308,8 +305,8 @@ def _entries(
     places: dict[str, tuple[str, str]],
     chosen: dict[str, tuple[LabelMap, str]],
 ) -> Iterator[Entry]:
-    """Yield the images, which empties the tree, and note what is odd about their labels."""
-    numbered = Counter[str]()  # images of each split that were labelled by their place
+    """Yield the images, which empties the tree, and record findings about their labels."""
+    numbered = Counter[str]()  # images of each split that got a label by their position
     classes, strangers = {name for _, name in places.values()}, list[str]()
     if chosen:
         reading.classes = next((labels.classes for labels, _ in chosen.values()), None)
@@ -326,9 +323,7 @@ def _entries(
         elif split in chosen:
             labels, base = chosen[split]
             if labels.in_order:
-                match = re.match(
-                    r"ILSVRC2012_(?:val|test)_(\d+)", name
-                )  # else images count in the order of their names
+                match = re.match(r"ILSVRC2012_(?:val|test)_(\d+)", name)  # else the position in the order of the names
                 place = int(match[1]) - 1 if match else numbered[split]
                 numbered[split] += not match
                 found = labels.in_order[place] if 0 <= place < len(labels.in_order) else None
@@ -342,6 +337,6 @@ def _entries(
         reading.findings["images_named_after_another_class"] = finding(strangers)
     for labels, _ in {id(labels): (labels, base) for labels, base in chosen.values()}.values():
         if labels.in_order and (count := sum(numbered.values())) not in (0, given := len(labels.in_order)):
-            raise ValueError(f"label map {labels.uri} has {given} numbers, and there are {count} images")
+            raise ValueError(f"label map {labels.uri} has {given} numbers, but there are {count} images")
         if unused := labels.unused():
             reading.findings["labels_without_image"] = finding(unused)

@@ -1,4 +1,4 @@
-"""The objects of a source, and the index of its images that is built from what a layout yields."""
+"""The objects of a source, and the index of its images, which is built from the entries that a layout yields."""
 
 import hashlib
 import re
@@ -19,15 +19,15 @@ ACCEPTED = (
     "binary version, downsampled ImageNet's .npz, LSUN's LMDB, or images with a label map (--labels FILE) or none "
     "(--layout unlabelled)"
 )
-EXAMPLES = 5  # of a finding that are named
-MAX_GAPS = 1000  # numbers of classes that may lack, beside as many again as there are classes
+EXAMPLES = 5  # number of examples that a finding has
+MAX_GAPS = 1000  # class numbers that may be missing, in addition to as many as there are classes
 _CHUNK = 1 << 16  # images that are packed at a time
 
 INDEX = pa.schema(
     [
         pa.field("key", pa.large_string(), nullable=False),
         pa.field("label", pa.int32(), nullable=False),  # -1: none
-        pa.field("split", pa.dictionary(pa.int8(), pa.string()), nullable=False),  # empty: the source does not say
+        pa.field("split", pa.dictionary(pa.int8(), pa.string()), nullable=False),  # empty: unknown
         pa.field("object", pa.dictionary(pa.int32(), pa.string())),  # relative to the source; null: the key
         pa.field("start", pa.int64(), nullable=False),  # of the image's bytes in the object
         pa.field("size", pa.int64(), nullable=False),
@@ -39,15 +39,15 @@ class Entry(NamedTuple):
     """One image, as every layout yields it."""
 
     key: str
-    label: str | int | None  # the name or the number of its class; None: it has none
-    split: str  # train, validation or test; empty: the source does not say
-    object: str | None  # relative to the source, holds the image's bytes [start, start + size); None: it is the key
+    label: str | int | None  # the name or the number of its class; None: no label
+    split: str  # train, validation or test; empty: unknown
+    object: str | None  # object with the image's bytes [start, start + size), relative to the source; None: the key
     start: int = 0
     size: int = 0
 
 
 class Finding(BaseModel, frozen=True, extra="forbid"):
-    """Something odd about a source: how often, and the first few cases."""
+    """A kind of irregularity in a source: the number of cases and the first few of them."""
 
     count: int
     examples: tuple[str, ...]
@@ -57,21 +57,21 @@ Findings = dict[str, Finding]
 
 
 def finding(cases: Sequence[str], count: int | None = None) -> Finding:
-    """Return all cases of one kind as a finding; `count` of them if only the first are given."""
+    """Return a finding with these cases. `count` is their number if only the first are given."""
     return Finding(count=len(cases) if count is None else count, examples=tuple(cases[:EXAMPLES]))
 
 
 @dataclass(eq=False)
 class Listing:
-    """The objects beneath a source: names relative to `uri` in sorted order, and bytes int64 [n]."""
+    """The objects beneath a source: their names relative to `uri`, sorted, and their sizes in bytes, int64 [n]."""
 
-    named: str  # the source as the user names it: a folder or an object
+    named: str  # the source as the user wrote it: a folder or an object
     uri: str  # the folder
     names: pa.ChunkedArray  # of large strings
     sizes: np.ndarray
 
     def digest(self) -> str:
-        """Return one hash of names and sizes: another one means another source."""
+        """Return a hash of names and sizes, which differs if the source has changed."""
         joined = hashlib.sha256(self.sizes.tobytes())
         for begin in range(0, len(self.names), _CHUNK):
             joined.update("\0".join(self.names[begin : begin + _CHUNK].to_pylist()).encode())
@@ -86,15 +86,15 @@ class Listing:
         return bool(pc.any(pc.match_substring_regex(self.names, pattern)).as_py())
 
     def size(self, name: str) -> int:
-        """Return the bytes of an object."""
+        """Return the size of an object in bytes."""
         return int(self.sizes[pc.index(self.names, name).as_py()])
 
 
 def list_source(uri: str) -> Listing:
-    """List what lies beneath `uri` or, where it is an object itself, that object beneath its folder.
+    """List the objects beneath `uri`. If `uri` is an object itself, list that object beneath its folder.
 
     Raises:
-        FileNotFoundError: there is nothing.
+        FileNotFoundError: there is neither an object nor a folder.
     """
     try:
         size = storage.size_of(uri)
@@ -114,12 +114,12 @@ def list_source(uri: str) -> Listing:
     in_order = _chunked([found.take(order[begin : begin + _CHUNK]) for begin in range(0, len(order), _CHUNK)])
     listing = Listing(uri, uri.rstrip("/"), in_order, np.concatenate(sizes)[order.to_numpy()])
     del found, order
-    pa.default_memory_pool().release_unused()  # else what sorting took stays with this process
+    pa.default_memory_pool().release_unused()  # else this process keeps the memory of the sort
     return listing
 
 
 def _chunked(parts: list[Any]) -> pa.ChunkedArray:
-    """Return names in parts, each of which can be forgotten by itself."""
+    """Return names as chunks whose memory can be freed separately."""
     return pa.chunked_array(parts, pa.large_string())
 
 
@@ -128,36 +128,37 @@ def _chunked(parts: list[Any]) -> pa.ChunkedArray:
 
 @dataclass(eq=False)
 class Reading:
-    """How a layout reads a source: the entries of its images, yet to be drawn, and what else it found."""
+    """The interpretation of a source by a layout: an iterator of entries, and everything else that was found."""
 
-    layout: str  # in words, for the user
-    named: str  # the source as the user names it
-    uri: str  # of the folder that objects are relative to
+    layout: str  # description for the user
+    named: str  # the source as the user wrote it
+    uri: str  # the folder that objects are relative to
     entries: Iterator[Entry]
     classes: tuple[str, ...] | None = None  # in the order of the labels; None: sorted names, or numbers
-    images: Callable[[str], Iterator[bytes]] | None = None  # all images of an object (its URI) in the order of their
-    # `start`, where they cannot be read by their places; `start` counts them then, and they are staged
+    # Yields all images of an object (by its URI) in order, if they cannot be read by byte ranges. Then `start` of an
+    # entry is its number in the object, and the images are staged.
+    images: Callable[[str], Iterator[bytes]] | None = None
     companions: dict[str, str] = field(default_factory=dict)  # files beside the images, and how they are used
-    flat: bool = False  # the class of an image is the beginning of its name
-    guesses: tuple[str, ...] = ()  # what was chosen by names, for the user to check
-    suspicions: Findings = field(default_factory=dict)  # found in the names, kinds of `orchestrator.data.suspicions`
+    flat: bool = False  # the class of an image is the first part of its file name
+    guesses: tuple[str, ...] = ()  # choices that were made by names, for the user to check
+    suspicions: Findings = field(default_factory=dict)  # by the names in `orchestrator.data.suspicions`
     findings: Findings = field(default_factory=dict)
-    left_out: dict[str, int] = field(default_factory=dict)  # what is no image, in words, with counts
+    left_out: dict[str, int] = field(default_factory=dict)  # number of files that are no images, by kind
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Encoded images to prepare: where each lies is at hand, their bytes are read on demand."""
+    """The images to prepare: the index has their places, and their bytes are read on demand."""
 
     reading: Reading
     digest: str  # of the listing
     size: int  # bytes of all objects
-    classes: tuple[str, ...]  # in the order of the labels; none: the labels are -1
-    index: pa.Table  # of INDEX, by ascending key, each once
+    classes: tuple[str, ...]  # in the order of the labels; empty: all labels are -1
+    index: pa.Table  # of INDEX, sorted by key, each key once
     findings: Findings
 
     def counts(self) -> dict[str, np.ndarray]:
-        """Return the images of every class, int64 [classes] (or [1] if there are none), by split."""
+        """Return the number of images of every class by split, int64 [classes], or [1] if there are no classes."""
         labels, found = self.index["label"].to_numpy(), {}
         for split in pc.unique(self.index["split"]).to_pylist():
             mask = pc.equal(self.index["split"], split).to_numpy()
@@ -165,17 +166,17 @@ class Source:
         return found
 
     def total(self) -> np.ndarray:
-        """Return the images of every class over all splits, int64 [classes]."""
+        """Return the number of images of every class over all splits, int64 [classes]."""
         return np.sum(list(self.counts().values()), axis=0)
 
 
 def make_source(reading: Reading, listing: Listing) -> Source:
-    """Draw a reading's entries into an index; of images with one key only the first is kept, and the others reported.
+    """Build the index from the entries of a reading. If several images have one key, keep the first of them.
 
-    The listing is emptied first, so that 14 million names are not held twice.
+    This empties the listing, so that 14 million names are not held in memory twice.
 
     Raises:
-        ValueError: there are no images, or their labels are no classes.
+        ValueError: there are no images, or their labels are not valid.
     """
     digest, size = listing.digest(), int(listing.sizes.sum())
     listing.names, listing.sizes = _chunked([]), np.array([], np.int64)
@@ -198,7 +199,7 @@ def make_source(reading: Reading, listing: Listing) -> Source:
 
 
 def _drop_unlabelled(index: pa.Table, findings: Findings) -> pa.Table:
-    """Return the images that have labels, and report the others; splits without any by their names."""
+    """Return the images with labels. Report the others, and report splits without labels by their names."""
     labelled = pc.greater_equal(index["label"], 0)
     without, index = index.filter(pc.invert(labelled)), index.filter(labelled).combine_chunks()
     splits = pc.unique(index["split"].cast(pa.string()))
@@ -210,7 +211,7 @@ def _drop_unlabelled(index: pa.Table, findings: Findings) -> pa.Table:
 
 
 def _pack(entries: Iterable[Entry]) -> tuple[list[str | int | None], pa.Table]:
-    """Return the labels in the order of their first use, and a table of INDEX whose labels are places in that list."""
+    """Return the distinct labels in order of first use, and a table of INDEX with labels as places in that list."""
     numbers: dict[str | int | None, int] = {}
     chunks, entries = [], iter(entries)
     while rows := list(islice(entries, _CHUNK)):
@@ -222,7 +223,7 @@ def _pack(entries: Iterable[Entry]) -> tuple[list[str | int | None], pa.Table]:
     table = pa.concat_tables(chunks or [INDEX.empty_table()]).unify_dictionaries()
     chunks.clear()
     columns = []
-    while table.num_columns:  # one after the other, so that a long key column is not held twice beside all others
+    while table.num_columns:  # one by one, so that only one column is held twice
         columns.append(table.column(0).combine_chunks())
         table = table.remove_column(0)
         pa.default_memory_pool().release_unused()
@@ -230,7 +231,7 @@ def _pack(entries: Iterable[Entry]) -> tuple[list[str | int | None], pa.Table]:
 
 
 def _classes(reading: Reading, names: list[str | int | None], codes: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the classes and the label int64 [n] of each image, whose `codes` are places in `names`."""
+    """Return the classes, and the label of each image, int64 [n]. `codes` are places in `names`."""
     kinds = {type(name) for name in names} - {type(None)}
     if kinds == {str, int}:
         raise ValueError(
@@ -254,17 +255,17 @@ def _classes(reading: Reading, names: list[str | int | None], codes: np.ndarray)
 
 
 def _highest(reading: Reading, numbers: list[int]) -> int:
-    """Return the largest class number, unless far fewer classes than that exist."""
+    """Return the largest class number. Raises ValueError if most of the numbers up to it are missing."""
     if min(numbers) < 0 or max(numbers) >= 2 * len(numbers) + MAX_GAPS:
         raise ValueError(
-            f"--source {reading.named}: labels are {min(numbers)} to {max(numbers)}, but only {len(numbers)} different "
-            "ones; accepted: numbers from 0 without large gaps, or class names"
+            f"--source {reading.named}: labels are {min(numbers)} to {max(numbers)}, but only {len(numbers)} of them "
+            "occur; accepted: numbers from 0 without large gaps, or class names"
         )
     return max(numbers)
 
 
 def _sorted_once(index: pa.Table) -> tuple[pa.Table, list[str]]:
-    """Return the index by ascending key with each key once, and the keys that were repeated."""
+    """Return the index sorted by key with each key once, and the keys that were repeated."""
     keys = index["key"].chunk(0)
     if pc.all(pc.greater(keys[1:], keys[:-1])).as_py() is not False:
         return index, []
@@ -289,11 +290,11 @@ _NEUTRAL = {
     "imagenet", "ilsvrc", "cls", "loc", "img", "imgs", "image", "images", "set", "data", "dataset", "split", "x", "of",
     "part", "batch", "lmdb", "bin", "jpeg", "png",
 }  # fmt: skip
-OUT = "out"  # the split of images that --split leaves out
+OUT = "out"  # the split of images that --split omits
 
 
 class Splits:
-    """Which split a name speaks of: by its words, and by what `--split` says of some names."""
+    """The splits that names mean: by the words in a name, and by the option --split."""
 
     def __init__(self, said: str | None = None) -> None:
         self.ignored = said == "none"
@@ -308,14 +309,14 @@ class Splits:
             self._said[name.lower()] = _WORDS.get(split, split)
 
     def of_folder(self, name: str) -> str:
-        """Return the split that a folder of this name holds; empty if it names none, as a class does not."""
+        """Return the split that the name of a folder means, or an empty string if it means none."""
         if self.ignored:
             return ""
         words = set(_tokens(name)) - _NEUTRAL
         return self._said.get(name.lower(), "") or (_WORDS.get(words.pop(), "") if len(words) == 1 else "")
 
     def of_shard(self, path: str) -> str:
-        """Return the split that a shard's path speaks of, as in data/train-00000-of-00014.parquet; or empty."""
+        """Return the split in the path of a shard such as data/train-00000-of-00014.parquet, or an empty string."""
         if self.ignored:
             return ""
         words = re.split(r"[/_.\-]", path.lower())
@@ -324,7 +325,7 @@ class Splits:
         return found.pop() if len(found) == 1 else ""
 
     def looks_like(self, name: str) -> bool:
-        """Return whether a folder's name is like a split's, although `of_folder` may know none."""
+        """Return whether a folder's name looks like a split, even if `of_folder` finds none."""
         words = {word for word in _tokens(name) if len(word) > 1} - _NEUTRAL
         return not self.ignored and bool(words) and words <= {*_WORDS, *_LIKE_SPLITS}
 
@@ -335,5 +336,5 @@ def _tokens(name: str) -> list[str]:
 
 
 def known_split(name: str) -> str:
-    """Return the split of this very name (train, val, test, ...); empty if there is none."""
+    """Return the split of exactly this name (train, val, test, ...), or an empty string."""
     return _WORDS.get(name.lower(), "")

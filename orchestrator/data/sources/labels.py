@@ -1,4 +1,4 @@
-"""Label maps: which image is of which class, in a file of its own. What its columns are is told from its content."""
+"""Label maps: files that give the classes of images. The meaning of their columns follows from their content."""
 
 import csv
 import io
@@ -14,38 +14,38 @@ from orchestrator.data.sources.index import known_split
 FORMS = (
     "rows of an image's name and its label, separated by commas, semicolons, tabs or spaces, with or without a header; "
     'JSON {"NAME": LABEL, ...}, {"labels": [["NAME", LABEL], ...]} or records; or one class number a line for images '
-    "in the order of their names"
+    "sorted by name"
 )
 _KEYS = ("key", "file", "filename", "file_name", "image", "image_id", "imageid", "path", "name", "id", "img")
 _LABELS = ("label", "labels", "class", "class_id", "class_name", "category", "target", "wnid", "cls", "y")
-_PREDICTION = "predictionstring"  # Kaggle's ImageNet: a class, then a box, for every object; the first one counts
-_GROUND_TRUTH_CLASSES = tuple(str(number) for number in range(1, 1001))  # ILSVRC2012's own numbers
+_PREDICTION = "predictionstring"  # Kaggle's ImageNet: a class and a box for each object; the first class is used
+_GROUND_TRUTH_CLASSES = tuple(str(number) for number in range(1, 1001))  # numbers of ILSVRC2012
 
 Label = str | int
 
 
 @dataclass
 class LabelMap:
-    """The labels of images by name, or in the order of the images' names. `find` records what was used."""
+    """The labels of images, by name or for the images sorted by name. `find` records the keys that were used."""
 
     uri: str
-    labels: dict[str, tuple[Label, str]]  # key (a path or a file name, maybe without its ending) -> label, split
-    in_order: list[int] = field(default_factory=list)  # labels of images in the order of their names
+    labels: dict[str, tuple[Label, str]]  # by path or file name, with or without extension: label, split
+    in_order: list[int] = field(default_factory=list)  # labels of the images sorted by name
     classes: tuple[str, ...] | None = None  # None: sorted names, or numbers
     null: bool = False  # the file says that images have no labels
     used: set[str] = field(default_factory=set)
-    _by_name: dict[str, str] = field(default_factory=dict)  # key that is a file name alone -> the image it named
+    _by_name: dict[str, str] = field(default_factory=dict)  # key that is only a file name -> its image
 
     @property
     def names(self) -> set[Label]:
-        """Return all labels that the map gives."""
+        """Return all labels in the map."""
         return {label for label, _ in self.labels.values()} | set(self.in_order)
 
     def find(self, path: str, base: str = "") -> tuple[Label | None, str]:
-        """Return the label (or None) and the split (or "") of an image, whose keys are relative to the folder `base`.
+        """Return the label (or None) and the split (or "") of an image. Keys are relative to the folder `base`.
 
         Raises:
-            ValueError: a key names several images.
+            ValueError: a key matches several images.
         """
         within = path.removeprefix(base)
         name = path.rpartition("/")[2]
@@ -53,15 +53,15 @@ class LabelMap:
             if key in self.labels:
                 if "/" not in key and "/" in within and self._by_name.setdefault(key, path) != path:
                     raise ValueError(
-                        f"label map {self.uri} names {key}, but {self._by_name[key]} and {path} have this file name: "
-                        "name images by their paths"
+                        f"label map {self.uri} has the file name {key}, but {self._by_name[key]} and {path} have this "
+                        "name: write the paths of the images"
                     )
                 self.used.add(key)
                 return self.labels[key]
         return None, ""
 
     def unused(self) -> list[str]:
-        """Return the keys that named no image."""
+        """Return the keys that match no image."""
         return [key for key in self.labels if key not in self.used]
 
 
@@ -71,16 +71,16 @@ def _stem(name: str) -> str:
 
 
 def read_label_map(uri: str) -> LabelMap:
-    """Read a label map. Labels are all integers, or all class names.
+    """Read a label map. Its labels are all integers, or all class names.
 
     Raises:
-        ValueError: it has none of the known forms, gives an image two labels, or a label is no integer or name.
+        ValueError: it has no known form, an image has two labels, or a label is neither an integer nor a name.
     """
     return parse_label_map(uri, storage.read_bytes(uri))
 
 
 def parse_label_map(uri: str, data: bytes) -> LabelMap:
-    """Read a label map from the bytes of its file; `uri` names it in errors. Raises what `read_label_map` does."""
+    """Read a label map from the bytes of its file. Raises what `read_label_map` raises, with `uri` in the message."""
     text = _text(uri, data)
     if text.lstrip()[:1] in ("{", "["):
         rows = list(_json_rows(uri, text))
@@ -96,14 +96,14 @@ def parse_label_map(uri: str, data: bytes) -> LabelMap:
         if split and not known_split(split):
             raise ValueError(f"label map {uri}: split {split!r} of {key}; accepted: train, validation, test")
         if found.setdefault(key, (label, known_split(split))) != (label, known_split(split)):
-            raise ValueError(f"label map {uri} gives {key} two labels: {found[key][0]} and {label}")
+            raise ValueError(f"label map {uri} has two labels for {key}: {found[key][0]} and {label}; keep one")
     if not found:
         raise ValueError(f"label map {uri} names no images; accepted: {FORMS}")
     return LabelMap(uri, _typed(uri, found))
 
 
 def _text(uri: str, data: bytes) -> str:
-    """Return the text of a file in UTF-8, UTF-16 with its mark, or else Latin-1."""
+    """Return the text of a file in UTF-8, in UTF-16 with a byte order mark, or else in Latin-1."""
     for encoding in ("utf-16",) if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "cp1252", "latin-1"):
         try:
             return data.decode(encoding)
@@ -113,7 +113,7 @@ def _text(uri: str, data: bytes) -> str:
 
 
 def _in_order(uri: str, numbers: list[int]) -> LabelMap:
-    """A file of one number a line; ILSVRC2012's ground truth counts its classes from 1."""
+    """Return the map of a file with one number a line. ILSVRC2012's ground truth numbers its classes from 1."""
     if "ground_truth" in uri.lower():
         if min(numbers) < 1 or max(numbers) > len(_GROUND_TRUTH_CLASSES):
             raise ValueError(f"label map {uri}: numbers are {min(numbers)} to {max(numbers)}; accepted: 1 to 1000")
@@ -122,11 +122,11 @@ def _in_order(uri: str, numbers: list[int]) -> LabelMap:
 
 
 def _typed(uri: str, found: dict[str, tuple[Any, str]]) -> dict[str, tuple[Label, str]]:
-    """Return the labels as integers where all are, else as names."""
+    """Return the labels as integers if all of them are integers, else as names."""
     values = [label for label, _ in found.values()]
     for key, (label, _) in found.items():
         if isinstance(label, bool | list | dict | None) or label == "":
-            raise ValueError(f"label map {uri} gives {key} the label {json.dumps(label)}; accepted: integers or names")
+            raise ValueError(f"label map {uri}: {key} has the label {json.dumps(label)}; accepted: integers or names")
     numeric = [isinstance(value, int | float) or re.fullmatch(r"-?\d+(\.\d*)?", value.strip()) for value in values]
     if not all(numeric):
         if any(isinstance(value, int | float) for value in values):
@@ -135,7 +135,7 @@ def _typed(uri: str, found: dict[str, tuple[Any, str]]) -> dict[str, tuple[Label
     whole: dict[str, tuple[Label, str]] = {}
     for key, (label, split) in found.items():
         if float(label) != int(float(label)):
-            raise ValueError(f"label map {uri} gives {key} the label {label}; accepted: integers or names")
+            raise ValueError(f"label map {uri}: {key} has the label {label}; accepted: integers or names")
         whole[key] = int(float(label)), split
     return whole
 
@@ -188,14 +188,14 @@ def _table_rows(uri: str, lines: list[str]) -> Iterator[tuple[str, str, str]]:
         columns, split = (0, 1), None
     for row in rows:
         if len(row) <= max(columns) or not row[columns[1]].strip():
-            raise ValueError(f"label map {uri} gives no label to {row[columns[0]] if row else 'an image'}")
+            raise ValueError(f"label map {uri} has no label for {row[columns[0]] if row else 'an image'}; add it")
         words = row[columns[1]].split()
         value = words[0] if label == _PREDICTION else row[columns[1]].strip()
         yield row[columns[0]].strip(), value, row[split].strip() if split is not None and split < len(row) else ""
 
 
 def _split_lines(lines: list[str]) -> list[list[str]]:
-    """Return the columns of lines, by the separator that the first line has."""
+    """Split lines into columns at the separator that occurs in the first line."""
     for separator in "\t;,":
         if lines and separator in lines[0]:
             return list(csv.reader(io.StringIO("\n".join(lines)), delimiter=separator))
@@ -203,5 +203,5 @@ def _split_lines(lines: list[str]) -> list[list[str]]:
 
 
 def _named(found: Any, known: tuple[str, ...]) -> str | None:
-    """Return the first known name among those found."""
+    """Return the first of the known names that was found."""
     return next((name for name in known if name in found), None)

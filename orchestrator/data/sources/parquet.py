@@ -1,4 +1,4 @@
-"""Parquet as the Hugging Face library writes it: registered in place from its footers, or read to be copied."""
+"""Parquet files as the Hugging Face library writes them, which are registered in place or copied."""
 
 import io
 import json
@@ -18,18 +18,18 @@ from orchestrator.data.dataset import Manifest, Shard
 from orchestrator.data.sources.index import Entry, Finding, Findings, Listing, Reading, Splits, finding
 
 PARQUET = r"(^|/)[^./][^/]*\.parquet$"
-FAIR_SPREAD = 0.5  # of what fair row groups spread: below it, the labels count as sorted
-JUDGED_ROWS = 8  # fewer may lie close together by chance: less than one time in a hundred from here on
+FAIR_SPREAD = 0.5  # share of the spread of random labels, below which the labels of a row group count as sorted
+JUDGED_ROWS = 8  # row groups with fewer rows may have a small spread by chance (with more: less than one in a hundred)
 _FOOTERS_AT_ONCE = 16
 _FOOTER_BYTES = 256 << 10  # fetched at a time
 _BATCH_ROWS = 256  # of images, read at a time
-_LABELS = ("label", "labels", "fine_label", "class", "class_id", "cls", "category", "target")  # the first one counts
+_LABELS = ("label", "labels", "fine_label", "class", "class_id", "cls", "category", "target")  # the first one is used
 
 log = logging.getLogger(__name__)
 
 
 class Columns(NamedTuple):
-    """Which columns of the files are images and labels, by their paths."""
+    """The paths of the columns with images and labels."""
 
     image: str
     label: str | None  # None: the images have no labels
@@ -37,27 +37,27 @@ class Columns(NamedTuple):
 
 @dataclass(frozen=True)
 class _Footer:
-    """What the footer of one file says."""
+    """The footer of one file."""
 
     shard: Shard
     schema: pa.Schema
-    columns: dict[str, list[Any]]  # statistics of every row group, by the columns' paths
-    features: dict[str, Any]  # what the Hugging Face library says of the columns
+    columns: dict[str, list[Any]]  # statistics of every row group, by the path of the column
+    features: dict[str, Any]  # the Hugging Face library's description of the columns
 
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """The Parquet files of a source, known by their footers."""
+    """The Parquet files of a source, with their footers."""
 
     listing: Listing
     footers: dict[str, _Footer]
     columns: Columns
-    splits: dict[str, str]  # of every file; train where their names tell none
-    guessed: tuple[str, ...]  # columns that were chosen by their names, as sentences
-    odd: tuple[str, ...]  # files whose names tell no split, beside others whose names do
+    splits: dict[str, str]  # split of every file; train if its name has none
+    guessed: tuple[str, ...]  # columns that were chosen by their names, as text
+    odd: tuple[str, ...]  # files without a split in their names, if other names have one
 
     def reading(self) -> Reading:
-        """Read the files as a layout: keys are <file>/<row>, and the images are to be staged."""
+        """Return the files as a reading with keys <file>/<row>, whose images are staged."""
         layout = f"Parquet, images in {self.columns.image}, labels in {self.columns.label or 'no column'}"
         images = partial(_images, self.columns.image)
         reading = Reading(
@@ -81,28 +81,28 @@ class ParquetSource:
             return pq.ParquetFile(file).read(columns=[self.columns.label]).column(0).to_pylist()
 
     def _names(self) -> tuple[str, ...] | None:
-        """Return the names of the classes that the files' own metadata give."""
+        """Return the names of the classes in the files' metadata, or None."""
         label = self.columns.label or ""
         named = {tuple(map(str, footer.features.get(label, {}).get("names") or ())) for footer in self._labelled()}
         if len(named) > 1:
-            raise ValueError(f"--source {self.listing.named}: its files name different classes")
+            raise ValueError(f"--source {self.listing.named}: its files have different classes")
         return (named.pop() if named else ()) or None
 
     def _labelled(self) -> list[_Footer]:
-        """Return the files with labels: those whose labels are not all -1."""
+        """Return the footers of the files whose labels are not all -1."""
         return [footer for footer in self.footers.values() if not self._is_unlabelled(footer)]
 
     def _is_unlabelled(self, footer: _Footer) -> bool:
         return self.columns.label is None or all(found.max == -1 for found in footer.columns[self.columns.label])
 
     def register(self, name: str) -> tuple[Manifest, Findings]:
-        """Return a manifest of the files, whose images stay where they are, and what is odd about them.
+        """Return a manifest of the files, which stay where they are, and the findings about them.
 
-        How sorted by class the row groups are is measured from the smallest and largest label of each, which footers
-        hold: rows in random order spread their labels almost as far as there are classes.
+        Row groups that are sorted by class are found by the smallest and the largest label in their footers. The labels
+        of rows in random order spread over almost all classes.
 
         Raises:
-            ValueError: the labels are not what they must be; the file is named.
+            ValueError: the labels of a file are not valid; the message names the file.
         """
         order = [split for split in ("train", "validation", "test") if split in self.splits.values()]
         by_split = {
@@ -129,7 +129,7 @@ class ParquetSource:
                 findings[f"{split}_row_groups_sorted_by_class"] = finding(odd)
                 log.warning(
                     "%d of %d row groups of %s are sorted by class: batches would hold few classes, whatever the seed; "
-                    "pass --copy-parquet, which shuffles, or train with a larger order.shuffle_row_groups",
+                    "pass --copy-parquet, which shuffles, or train with a larger --order.shuffle-row-groups",
                     len(odd),
                     len(manifest.row_group_sizes(split)),
                     split,
@@ -148,7 +148,7 @@ class ParquetSource:
         return odd
 
     def _spans(self, footer: _Footer) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return the smallest and largest label of every row group; None where labels are names."""
+        """Return the smallest and the largest label of every row group, or None if labels are names."""
         found = footer.columns[self.columns.label or ""]
         if any(isinstance(statistics.min, str) for statistics in found):
             return None
@@ -156,7 +156,7 @@ class ParquetSource:
         return np.array(lows, np.int64), np.array(highs, np.int64)
 
     def _classes(self) -> tuple[str, ...]:
-        """Return the classes of all labelled files; empty where there are none.
+        """Return the classes of all files with labels, or none if there is no such file.
 
         Raises:
             ValueError: labels are not in [0, C).
@@ -179,9 +179,9 @@ class ParquetSource:
 
 
 def narrow_row_groups(rows: np.ndarray, lowest: np.ndarray, highest: np.ndarray, num_classes: int) -> np.ndarray:
-    """Return the row groups whose labels spread over less than FAIR_SPREAD of what n labels drawn at random would.
+    """Return the row groups whose labels spread over less than FAIR_SPREAD of the spread of n random labels.
 
-    The largest minus the smallest of n uniform draws from [0, C - 1] is (C - 1) (n - 1) / (n + 1) on average.
+    The expected range of n uniform draws from [0, C - 1] is (C - 1) (n - 1) / (n + 1).
     """
     fair = (num_classes - 1) * (rows - 1) / (rows + 1)
     return np.flatnonzero((highest - lowest < FAIR_SPREAD * fair) & (rows >= JUDGED_ROWS))
@@ -194,7 +194,7 @@ def open_parquet(listing: Listing, image_column: str | None, label_column: str |
     """Read the footers of the Parquet files beneath a source, and find the columns of images and labels.
 
     Raises:
-        ValueError: a file is damaged, or no column holds images; it is named.
+        ValueError: a file is damaged, or no column has images; the message names the file.
     """
     names = listing.matching(PARQUET)
     with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as threads:
@@ -241,7 +241,7 @@ def _read_footer(uri: str, name: str) -> _Footer:
 
 
 def _image_column(uri: str, footer: _Footer, said: str | None) -> str:
-    """Return the path of the column with encoded images: a binary column, or the bytes of a struct."""
+    """Return the path of the column with encoded images: a binary column, or the field bytes of a struct."""
     found = {}
     for field in footer.schema:
         if pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
@@ -254,14 +254,14 @@ def _image_column(uri: str, footer: _Footer, said: str | None) -> str:
     choices = [said.removesuffix(".bytes")] if said else [n for n in ("image", "img") if n in found] or list(found)
     if len(choices) != 1:
         images = [field.name for field in footer.schema if pa.types.is_struct(field.type)]
-        why = f"its column {images[0]} has paths, and not the images' bytes" if images and not found else ""
-        why = why or f"{'several' if choices else 'no'} columns of it may be encoded images: it has {names}"
+        why = f"its column {images[0]} has the paths of the images and not their bytes" if images and not found else ""
+        why = why or f"{'several' if choices else 'none'} of its columns may be encoded images: it has {names}"
         raise ValueError(f"{uri}: {why}; pass --image-column NAME for a column of encoded images")
     path = found[choices[0]]
     statistics = footer.columns.get(path, [])
     rows = footer.shard.row_groups
     if rows and all(s is not None and s.null_count == n for s, n in zip(statistics, rows, strict=True)):
-        raise ValueError(f"{uri}: column {path} is empty: the file has the images' paths only, and not their bytes")
+        raise ValueError(f"{uri}: column {path} is empty: the file has the paths of the images and not their bytes")
     return path
 
 
@@ -277,19 +277,19 @@ def _label_column(uri: str, footer: _Footer, said: str | None) -> str | None:
     if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise ValueError(f"{uri}: column {found} is {kind}; accepted as labels: integers or names")
     if any(s is None or not s.has_min_max or s.null_count for s in footer.columns[found]):
-        raise ValueError(f"{uri} has null labels, or no smallest and largest label in its footer: write it anew")
+        raise ValueError(f"{uri} has null labels, or its footer lacks the smallest and largest label: write it again")
     return found
 
 
 def _images(column: str, uri: str) -> Iterator[bytes]:
-    """Yield all images of a file in order; no bytes, which are quarantined, where there is none."""
+    """Yield all images of a file in order. A missing image yields no bytes, and is quarantined later."""
     with storage.open_input(uri) as file:
         for batch in pq.ParquetFile(file).iter_batches(_BATCH_ROWS, columns=[column]):
             yield from (data or b"" for data in first_column(pa.Table.from_batches([batch])).to_pylist())
 
 
 def first_column(table: pa.Table) -> pa.ChunkedArray:
-    """Return the one column of a table that was read by its path, out of its struct if it lies in one."""
+    """Return the only column of a table, or the innermost field if it is a struct."""
     while pa.types.is_struct(table.schema.field(0).type):
         table = table.flatten()
     return table.column(0)

@@ -1,8 +1,8 @@
-"""Images that cannot be read by their places are first laid end to end, since no row of Parquet can be read alone.
+"""Staging: images that cannot be read by byte ranges are first copied into objects where they can.
 
-A row group is read whole, so that reading rows at random would fetch each row group about once for every shard.
-Instead every object is read once, in order, and the bytes of its images are put into one staged object; from there they
-are read by ranges, like the members of a tar. It costs one more copy, which goes when the dataset is finished.
+A row group of Parquet can only be read as a whole. To read rows in random order would fetch each row group about once
+for each shard. Instead, every object is read once, in order, and its images are concatenated in a staged object, from
+which they are read by ranges like the members of a tar. The copy is deleted when the dataset is finished.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from orchestrator.progress import progress_line
 
 
 def staged(source: Source, folder: str, num_workers: int) -> Source:
-    """Lay the images of a source into `folder`, as far as they do not lie there already; return it with new places."""
+    """Copy the images of a source into `folder`, unless they are there, and return the source with their new places."""
     reading, index = source.reading, source.index
     assert reading.images is not None
     names = pc.unique(index["object"]).to_pylist()
@@ -47,7 +47,7 @@ def staged(source: Source, folder: str, num_workers: int) -> Source:
 
 
 def _stage(uri: str, folder: str, images: Callable[[str], Iterator[bytes]], name: str) -> np.ndarray:
-    """Write one object's images end to end, then their sizes, which say that it is done; return these, int64 [n]."""
+    """Concatenate the images of one object, then write their sizes, which mark the end. Return the sizes, int64 [n]."""
     sizes_uri = storage.join(folder, f"{name}.sizes")
     if not storage.exists(sizes_uri):
         with storage.open_output(storage.join(folder, f"{name}.images")) as file:

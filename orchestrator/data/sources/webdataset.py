@@ -1,4 +1,4 @@
-"""WebDataset: tars whose members of one name, up to its first dot, are one sample: an image and its .cls or .json."""
+"""WebDataset: tars in which the members with one name up to the first dot are a sample: an image, a .cls, a .json."""
 
 import json
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from orchestrator.data.sources.index import Entry, Reading, Splits, finding
 
 
 def is_webdataset(tree: Tree) -> bool:
-    """Return whether the first archive with images has a .cls or .json beside one of them."""
+    """Return whether the first archive with images has a .cls or .json for one of them."""
     for piece in tree.pieces:
         files = list(files_of(piece)) if piece.object else []
         images = {_sample(file) for file in files if _is_image(file)}
@@ -18,10 +18,10 @@ def is_webdataset(tree: Tree) -> bool:
 
 
 def read_webdataset(tree: Tree, splits: Splits) -> Reading:
-    """Read the images of WebDataset tars. A key is <tar>/<name of the sample>; splits are those that tars' names tell.
+    """Read the images of WebDataset tars. Keys are <tar>/<name of the sample>. The names of tars give the splits.
 
     Raises:
-        ValueError: when entries are drawn: no sample has a label, or a label is no integer or name.
+        ValueError: no sample has a label, or a label is neither an integer nor a name (when entries are read).
     """
     tars = [piece for piece in tree.pieces if piece.object]
     reading = Reading("WebDataset", tree.named, tree.uri, iter(()))
@@ -58,9 +58,9 @@ def _entries(tars: list[Piece], of_tar: dict[str, str], reading: Reading) -> Ite
                 yield Entry(key, both.get(sample), of_tar[piece.stem], file.object, file.start, file.size)
     if not labelled:
         raise ValueError(
-            f"--source {reading.named}: no sample has a label; "
-            f"the .json files have the keys {', '.join(sorted(keys)[:20])}; "
-            "pass --label-column with one of them, --labels FILE, or --layout unlabelled"
+            f"--source {reading.named}: no sample has a label; the .json files have the fields "
+            f"{', '.join(sorted(keys)[:20])}; pass --label-column with one of them, --labels FILE, or "
+            "--layout unlabelled"
         )
     if differing:
         reading.findings["labels_that_differ_between_cls_and_json"] = finding(differing)

@@ -306,7 +306,7 @@ def test_errors_of_workers_name_the_object(tmp_path: Path, ray_session: None) ->
     tars = layouts.write_class_tars(str(tmp_path / "tars"), pictures(10))
     data = Path(tars, "bee.tar").read_bytes()
     Path(tars, "bee.tar").write_bytes(data[:3_000])
-    with pytest.raises(ItemsFailed, match=r"bee\.tar is (cut short|not a valid tar)"):
+    with pytest.raises(ItemsFailed, match=r"bee\.tar is (truncated|not a valid tar)"):
         prepare(three(tmp_path, tars, num_workers=2))
     config = three(tmp_path, source, output="gone")
     Path(prepare(config).folder, "manifest.json").unlink()

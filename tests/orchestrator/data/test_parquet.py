@@ -182,7 +182,7 @@ def test_what_needs_a_copy_says_so(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"{field}={value} needs a copy of source=.*--copy-parquet"):
             prepare(config(tmp_path, source, **{field: value}))
     storage.write_bytes(str(tmp_path / "map.csv"), b"key,label\na,b\n")
-    with pytest.raises(ValueError, match=r"--labels .*map\.csv: the layout parquet has labels of its own"):
+    with pytest.raises(ValueError, match=r"--labels .*map\.csv: the layout parquet has its own labels"):
         prepare(config(tmp_path, source, labels="map.csv"))
     assert not Path(tmp_path, "out").exists()
 
@@ -197,7 +197,7 @@ def test_unfit_parquet_is_refused(tmp_path: Path) -> None:
     refused("cut", r"train-00000-of-00001\.parquet is not a valid Parquet file")
     (tmp_path / "columns").mkdir()
     pq.write_table(pa.table({"text": ["x"], "label": [0]}), tmp_path / "columns" / "a.parquet")
-    refused("columns", r"a\.parquet: no columns of it may be encoded images: it has text, label; pass --image-column")
+    refused("columns", r"a\.parquet: none of its columns .*text, label; pass --image-column")
     write_parquet(str(tmp_path / "mixed"), SHUFFLED, label=lambda image: CLASSES.index(image.cls) - 1)
     refused("mixed", r"has labels from -1 to 1; accepted: 0 to 1, or -1 throughout")
     write_parquet(str(tmp_path / "beyond"), SHUFFLED, classes=("ant", "bee"))
