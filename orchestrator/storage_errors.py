@@ -107,13 +107,14 @@ def attempt(action: str, place: Place, function: Callable[P, T], *args: P.args, 
     """
 
     def report(state: tenacity.RetryCallState) -> None:
-        if "report" not in said and (state.seconds_since_start or 0) >= _REPORT_SECONDS and state.outcome:
-            said.add("report")
+        nonlocal is_reported
+        if not is_reported and (state.seconds_since_start or 0) >= _REPORT_SECONDS and state.outcome:
+            is_reported = True
             words = "%s does not respond (%s); the job waits and retries for up to %g s"
             cause = reason(state.outcome.exception())
             log.warning(words, without_passwords(place.uri), cause, _retry_seconds())
 
-    said: set[str] = set()
+    is_reported = False
     patiently = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_is_transient),
         wait=tenacity.wait_random_exponential(multiplier=0.25, max=8),  # seconds
@@ -232,8 +233,8 @@ def error_code(error: BaseException | None) -> str:
 
 def reason(error: BaseException | None) -> str:
     """Return the message of an error without its number."""
-    said = _response(error).get("Error", {}).get("Message") or getattr(error, "strerror", None) or str(error)
-    return without_passwords(" ".join(str(said).split())) or "no response"
+    message = _response(error).get("Error", {}).get("Message") or getattr(error, "strerror", None) or str(error)
+    return without_passwords(" ".join(str(message).split())) or "no response"
 
 
 def without_passwords(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Sharing a cluster: two jobs both make progress, or one says what it waits for; what can never be had is refused."""
+"""Two jobs on one cluster both make progress, or one logs what it waits for. Infeasible requests are refused."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ def node(name: str, **resources: float) -> Node:
         (0.5, 0, 4, ""),
     ],
 )
-def test_what_the_nodes_can_never_hold_is_refused(
+def test_infeasible_requests_are_refused(
     monkeypatch: pytest.MonkeyPatch, cpus: float, gpus: float, at_once: int, words: str
 ) -> None:
     monkeypatch.setattr(capacity, "nodes", lambda: [node("h"), node("a", CPU=1.0), node("b", CPU=1.0)])
@@ -83,7 +83,7 @@ def no_work(context: WorkerContext) -> None:
 
 
 @pytest.mark.ray
-def test_a_pool_that_waits_says_so(
+def test_a_pool_that_waits_logs_a_line(
     ray_session: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(capacity, "_may_grow", lambda: True)
@@ -110,7 +110,7 @@ def test_the_pauses_between_two_lines_double(monkeypatch: pytest.MonkeyPatch, ca
     assert lines == [30, 60, 120, 240]
 
 
-def test_the_line_names_the_jobs_that_hold_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_line_names_the_jobs_that_hold_the_resources(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
     import ray.util.state
 
@@ -144,7 +144,7 @@ def read_unit(unit: int) -> Iterator[dict[str, np.ndarray]]:
 
 
 def reading(context: WorkerContext) -> None:
-    """Read data while this worker has all but one of the CPUs, and somebody else has that one."""
+    """Read data while this worker has all CPUs but one, and another job has that one."""
     context.report({"begun": True})
     while not context.stopping():
         time.sleep(0.05)
@@ -240,7 +240,7 @@ def test_a_pool_that_waits_obeys_sigterm(ray_session: None) -> None:
 
 
 class Holder:
-    """What holds CPUs."""
+    """An actor that holds CPUs."""
 
     def here(self) -> bool:
         return True

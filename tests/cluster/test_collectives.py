@@ -1,4 +1,4 @@
-"""Workers agree, share and add in an order that depends on nothing but ranks."""
+"""Collectives give all workers the same results, in an order that depends only on the ranks."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from cluster.collectives import Group
 
 
 def _worker(rank: int, world_size: int, folder: str) -> None:
-    """Call everything once, and write down what came of it."""
+    """Call every collective once, and write its results to a file."""
     torch.distributed.init_process_group(
         "gloo", f"file://{folder}/meeting", timedelta(minutes=5), rank=rank, world_size=world_size
     )
@@ -55,13 +55,13 @@ def _worker(rank: int, world_size: int, folder: str) -> None:
 
 
 def _leaves() -> np.ndarray:
-    """Eight leaves of the tree whose sum depends on the order."""
+    """Return eight leaves of the tree, whose sum depends on the order."""
     rng = np.random.default_rng(0)
     return (rng.standard_normal((8, 9)) * 10.0 ** rng.integers(-6, 6, (8, 9))).astype(np.float32)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_all_workers_come_to_the_same(tmp_path: Path, world_size: int) -> None:
+def test_all_workers_get_the_same_results(tmp_path: Path, world_size: int) -> None:
     torch.multiprocessing.start_processes(_worker, (world_size, str(tmp_path)), world_size, start_method="forkserver")
     found = [json.loads((tmp_path / f"{world_size}-{rank}.json").read_text()) for rank in range(world_size)]
     assert all(one == found[0] for one in found)

@@ -1,4 +1,4 @@
-"""What starts real clusters, against the schemas of those who read it."""
+"""The files that start real clusters fit the schemas of the programs that read them."""
 
 import base64
 import configparser
@@ -29,7 +29,7 @@ VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["versi
 
 
 def pinned(package: str) -> str:
-    """The one version of a package that constraints.txt allows."""
+    """Return the only version of a package that constraints.txt allows."""
     found = re.search(rf"^{re.escape(package)}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert found, f"constraints.txt does not pin {package}"
     return found[1]
@@ -40,7 +40,7 @@ def documents(path: Path) -> list[dict[str, Any]]:
 
 
 def all_values(tree: Any) -> list[Any]:
-    """The leaves of a tree of dicts and lists."""
+    """Yield the leaves of a tree of dicts and lists."""
     if isinstance(tree, dict):
         return [leaf for value in tree.values() for leaf in all_values(value)]
     return [leaf for value in tree for leaf in all_values(value)] if isinstance(tree, list) else [tree]
@@ -48,7 +48,7 @@ def all_values(tree: Any) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def launcher() -> dict[str, Any]:
-    """ray_cluster.yaml as Ray's launcher fills it out, after Ray's own checks of it."""
+    """Return ray_cluster.yaml with the defaults of Ray's launcher, after Ray's own checks."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     config = prepare_config(yaml.safe_load(LAUNCHER.read_text()))
@@ -59,7 +59,7 @@ def launcher() -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ the launcher
 
 
-def test_rays_checks_see_mistakes(launcher: dict[str, Any]) -> None:
+def test_rays_checks_find_mistakes(launcher: dict[str, Any]) -> None:
     from ray.autoscaler._private.util import validate_config
 
     for change in (
@@ -103,7 +103,7 @@ def test_slurms_script_is_bash_whose_options_come_first() -> None:
 
 
 def scheduler_verdict(launcher: dict[str, Any], unavailable: dict[str, float], demand: dict[str, float]) -> list[str]:
-    """The node types that Ray's autoscaler would start for one worker's demand."""
+    """Return the node types that Ray's autoscaler would start for one worker."""
     from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
     from ray.autoscaler.v2.utils import ResourceRequestUtil
@@ -149,7 +149,7 @@ def test_nothing_is_open_and_no_key_is_written(launcher: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("variable", ["ADMIRAL_STORE=", "MLFLOW_TRACKING_URI=", "REGISTRY/"])
-def test_store_tracking_and_image_are_said_once(variable: str) -> None:
+def test_store_tracking_and_image_are_set_once(variable: str) -> None:
     assert LAUNCHER.read_text().count(variable) == 1
 
 
@@ -166,7 +166,7 @@ def test_manifests_parse_and_fit_their_schema(path: Path) -> None:
             jsonschema.Draft202012Validator(definition).validate(document)
 
 
-def test_the_schema_sees_mistakes() -> None:
+def test_the_schema_finds_mistakes() -> None:
     schema = json.loads((Path(__file__).parent / "kuberay_schema.json").read_text())
     cluster = next(d for d in documents(DEPLOY / "kuberay" / "cluster.yaml") if d["kind"] == "RayCluster")
     validator = jsonschema.Draft202012Validator({"$ref": "#/$defs/RayCluster", "$defs": schema["$defs"]})
@@ -205,12 +205,12 @@ def test_pods_are_not_root_and_have_shared_memory_and_token() -> None:
 
 
 def all_documents(kind: str) -> dict[str, dict[str, Any]]:
-    """Every document of a kind in the manifests, by its name."""
+    """Return every document of a kind in the manifests by its name."""
     return {d["metadata"]["name"]: d for path in MANIFESTS for d in documents(path) if d["kind"] == kind}
 
 
 def pods() -> dict[str, dict[str, Any]]:
-    """The pod template of each role."""
+    """Return the pod template of each role."""
     cluster = all_documents("RayCluster")["admiral"]["spec"]
     found = {"head": cluster["headGroupSpec"]["template"]}
     found |= {f"worker {group['groupName']}": group["template"] for group in cluster["workerGroupSpecs"]}
@@ -238,12 +238,12 @@ def test_each_role_has_a_service_account_of_its_own_and_only_the_head_has_the_to
 
 
 def sources(policy: dict[str, Any], port: int) -> list[dict[str, Any]]:
-    """Who may come to a port, by a policy."""
+    """Return the sources that a policy allows to connect to a port."""
     rules = policy["spec"]["ingress"]
     return [s for r in rules if port in [p["port"] for p in r.get("ports", [{"port": port}])] for s in r["from"]]
 
 
-def test_policies_say_who_may_talk_to_the_head_the_tracking_server_and_its_database() -> None:
+def test_policies_restrict_connections_to_the_head_the_tracking_server_and_its_database() -> None:
     policies = all_documents("NetworkPolicy")
     for policy in policies.values():
         assert policy["spec"]["policyTypes"] == ["Ingress"]
@@ -263,7 +263,7 @@ def test_policies_say_who_may_talk_to_the_head_the_tracking_server_and_its_datab
         assert pods()[name]["metadata"]["labels"] in selected
 
 
-def test_the_tracking_server_asks_for_a_password_that_no_uri_and_no_command_line_holds() -> None:
+def test_the_tracking_server_needs_a_password_that_no_uri_and_no_command_line_contains() -> None:
     (mlflow,) = pods()["mlflow"]["spec"]["containers"]
     assert "--app-name=basic-auth" in mlflow["args"]
     variables = {variable["name"]: variable for variable in mlflow["env"]}
@@ -288,7 +288,7 @@ def test_the_tracking_server_asks_for_a_password_that_no_uri_and_no_command_line
 
 
 @pytest.mark.slow
-def test_mlflow_starts_with_these_settings_and_turns_away_who_has_no_password(tmp_path: Path) -> None:
+def test_mlflow_starts_with_these_settings_and_rejects_requests_without_a_password(tmp_path: Path) -> None:
     pytest.importorskip("flask_wtf")
     settings = all_documents("ConfigMap")["mlflow"]["data"]["auth.ini"]
     database = f"sqlite:///{tmp_path}/mlflow.db"

@@ -1,4 +1,4 @@
-"""The folder of the local cluster, which holds tokens: only its owner may look into it."""
+"""The local cluster: only its owner may enter its folder, which contains tokens, and its servers start and end."""
 
 import os
 import stat
@@ -23,7 +23,7 @@ def test_the_default_folder_is_the_users_own_and_short_enough_for_rays_sockets()
     assert len(str(Path("/home/a-long-name") / ".admiral/cluster" / longest)) <= 107
 
 
-def test_a_folder_is_closed_to_others_however_it_was_before(tmp_path: Path) -> None:
+def test_a_folder_is_closed_to_other_users_whatever_its_mode_was(tmp_path: Path) -> None:
     make_private(new := tmp_path / "a" / "b")
     (old := tmp_path / "open").mkdir(mode=0o777)
     old.chmod(0o777)
@@ -47,7 +47,7 @@ def test_a_link_or_a_folder_of_another_user_is_refused(
     assert (tmp_path / "other" / "environment").exists(), "nothing of theirs is removed"
 
 
-def test_a_file_of_tokens_is_the_owners_also_where_a_wider_one_was(tmp_path: Path) -> None:
+def test_a_file_of_tokens_is_readable_by_its_owner_only(tmp_path: Path) -> None:
     path = tmp_path / "environment"
     path.touch(mode=0o666)
     path.chmod(0o666)

@@ -1,4 +1,4 @@
-"""Several nodes: a file of one of them is no place for what all need."""
+"""With several nodes, stores and tracking files of one node are refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ SERVER = "http://mlflow:5000"
 
 @pytest.fixture
 def two_nodes(monkeypatch: pytest.MonkeyPatch) -> dict[Node, str]:
-    """A head and a worker; answers where each has its disk, for a test to change."""
+    """Return the disks of a head and a worker, which a test may change."""
     disks = {HEAD: "", WORKER: ""}
 
     def on_each(there: list[Node], function: Callable[[Node], bool], timeout: float) -> dict[Node, bool]:

@@ -33,7 +33,7 @@ def test_records_reach_the_driver_and_the_stop_flag_reaches_the_workers(ray_sess
 
 def test_a_failed_call_does_not_lose_the_stop_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     class Answers:
-        """An actor whose first answer is lost."""
+        """An actor whose first response is lost."""
 
         asked = 0
 

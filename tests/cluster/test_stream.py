@@ -1,4 +1,4 @@
-"""The stream keeps the units' order, reads lost units again, copies out of the object store, and names what failed."""
+"""The stream keeps the order of the units, reads lost units again, and reports errors."""
 
 import json
 import os
@@ -24,7 +24,7 @@ Blocks = Iterator[dict[str, np.ndarray]]
 
 
 def read_unit(unit: int) -> Blocks:
-    """A unit of `unit % 7 + 1` rows in blocks of at most three."""
+    """Yield a unit of `unit % 7 + 1` rows in blocks of at most three."""
     rows = np.arange(unit % 7 + 1)
     for start in range(0, len(rows), 3):
         row = rows[start : start + 3]
@@ -49,7 +49,7 @@ def read_even_units_slowly(unit: int) -> Blocks:
         yield block
 
 
-def test_units_end_in_any_order_and_leave_in_theirs(ray_session: None) -> None:
+def test_units_end_in_any_order_and_are_yielded_in_theirs(ray_session: None) -> None:
     blocks = list(stream(range(60), read_even_units_slowly, ahead=8))
     assert rows_of(iter(blocks)) == expected(range(60))
     assert all(len(set(block["unit"].tolist())) == 1 for block in blocks), "never across units"
@@ -74,7 +74,7 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
 
 
 def read_for_ever(folder: str, unit: int) -> Blocks:
-    """Yield the unit's blocks, and leave a sign of life every few milliseconds."""
+    """Yield the unit's blocks, and touch a file every few milliseconds."""
     yield from read_unit(unit)
     with Path(folder, str(unit)).open("ab", buffering=0) as file:
         while True:
@@ -83,7 +83,7 @@ def read_for_ever(folder: str, unit: int) -> Blocks:
 
 
 def test_nothing_outlives_a_consumer_that_stops_early(ray_session: None, tmp_path: Path) -> None:
-    """A task that reads on would show up in what the next stream's test counts at the S3 server."""
+    """A reader that goes on would disturb the next test, which counts requests at the S3 server."""
     before = set(threading.enumerate())
     blocks = stream(count(), partial(read_for_ever, str(tmp_path)), ahead=8)
     next(blocks)
@@ -114,7 +114,7 @@ def test_units_that_cannot_be_listed_raise_their_own_error(ray_session: None) ->
 
 
 def die_once(folder: str, unit: int) -> Blocks:
-    """At the first try, unit 6 takes its process with it after two blocks, of which the consumer has one at least."""
+    """At the first try, unit 6 kills its process after two blocks, of which at least one has arrived."""
     for number, block in enumerate(read_unit(unit)):
         if unit == 6 and number == 2 and not Path(folder, "died").exists():
             wait_for(Path(folder, "received").exists, "the consumer receives a block")
@@ -124,7 +124,7 @@ def die_once(folder: str, unit: int) -> Blocks:
 
 
 def test_a_unit_whose_process_dies_is_read_again(ray_session: None, tmp_path: Path) -> None:
-    """Unit 6 has three blocks: those that arrived before the kill come once, and none is missing."""
+    """Unit 6 has three blocks. Each of them is yielded exactly once."""
     found = []
     for block in stream(range(20), partial(die_once, str(tmp_path)), ahead=8):
         found += rows_of(iter([block]))
@@ -169,7 +169,7 @@ def test_no_file_nor_actor_for_each_unit(ray_session: None) -> None:
     [(80, 64, 0.0), pytest.param(300, 256, 100.0, marks=pytest.mark.slow)],
 )
 def test_a_set_ten_times_the_object_store_spills_nothing(store_mib: int, image_size: int, step_ms: float) -> None:
-    """In a process and a Ray of its own, since the object store's size is part of it."""
+    """Use a separate process and a separate Ray, because the size of the object store matters."""
     options = {"store-mib": store_mib, "image-size": image_size, "step-ms": step_ms, "distinct": 100}
     arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "tests.benchmarks.data_memory", *arguments]

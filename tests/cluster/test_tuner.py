@@ -20,7 +20,7 @@ class Task(NamedTuple):
 
 
 def note(folder: str, task: Task) -> dict[str, float]:
-    """Leave a file; the first process that trial 1 has at level 1 ends itself."""
+    """Write a file. The first process of trial 1 at level 1 ends itself."""
     if task == Task("1", 1) and not Path(folder, "died").exists():
         Path(folder, "died").touch()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -29,7 +29,7 @@ def note(folder: str, task: Task) -> dict[str, float]:
 
 
 def halved(folder: str, seen: list[list[str]]) -> Rounds[Task]:
-    """Four trials, then two, then one of them and one that was stopped; the first round finds its work done already."""
+    """Yield rounds: no tasks, four trials, then two, then one of these and one that was stopped."""
     yield Round([], [])
     for level, (names, stopped) in enumerate([(("0", "1", "2", "3"), ()), (("0", "1"), ("2", "3")), (("0", "3"), ())]):
         yield Round([(name, Task(name, level)) for name in names], list(stopped))
@@ -78,7 +78,7 @@ class Item(NamedTuple):
 
 
 def make_logger(folder: str) -> Callable[[Item], str | None]:
-    """A worker that notes when it begins an item; trial "bad" fails at its third."""
+    """Return a worker that records when it begins an item. The third item of trial "bad" fails."""
 
     def work(item: Item) -> str | None:
         with Path(folder, "log").open("a") as log:  # one short line: appended whole
@@ -90,7 +90,7 @@ def make_logger(folder: str) -> Callable[[Item], str | None]:
 
 
 def map_over(workers: Pool[Item, str | None], trial: str) -> dict[str, float]:
-    """A trial over the shared pool, which asks for nothing more at the first failure."""
+    """Run a trial on the shared pool, which stops at the first failure."""
     for _, failure in workers.map([Item(trial, number) for number in range(40)]):
         if failure:
             return {"failed": 1}

@@ -1,4 +1,4 @@
-"""The pool: every item is done though workers die, and what cannot be done is named."""
+"""The pool finishes every item although workers die, and reports items that cannot be done."""
 
 import os
 import random
@@ -23,7 +23,7 @@ NEVER = float("inf")
 
 
 def make_squarer(folder: str, dies_at: int, fails_at: int) -> Callable[[int], int]:
-    """A worker that squares; it kills its process at one item, once, and fails at another, always."""
+    """A worker that squares. It kills its process once, at one item, and always fails at another."""
 
     def work(item: int) -> int:
         mark = Path(folder, "died")
@@ -97,20 +97,20 @@ def test_the_item_of_a_dead_worker_goes_to_another(clock: Clock) -> None:
     assert sorted(done) == list(range(40)) and next(deaths, None) is None
 
 
-def test_an_item_that_hangs_is_given_to_an_idle_worker_and_comes_once(clock: Clock) -> None:
+def test_an_item_that_hangs_is_given_to_an_idle_worker_and_yielded_once(clock: Clock) -> None:
     hanging = TimedActor(clock, lambda _: NEVER)
     done = [item for item, _ in Pool[int, int]([hanging, TimedActor(clock, lambda _: 0.001)]).map(range(20))]
     assert sorted(done) == list(range(20)) and len(hanging.worked) == 1
 
 
-def test_the_first_of_two_answers_counts_also_where_the_other_fails(clock: Clock) -> None:
+def test_the_first_of_two_results_counts_even_if_the_other_call_fails(clock: Clock) -> None:
     slow = TimedActor(clock, lambda _: 0.15, outcome=lambda item: ActorDiedError())
     quick = TimedActor(clock, lambda item: 0.3 if item == 0 else 0.001)
     done = [item for item, _ in Pool[int, int]([slow, quick]).map(range(12))]
     assert sorted(done) == list(range(12))
 
 
-def test_without_any_worker_left_it_ends(clock: Clock) -> None:
+def test_the_mapping_ends_if_no_worker_is_left(clock: Clock) -> None:
     dead = [TimedActor(clock, lambda _: 0.0, ready=ActorDiedError()) for _ in range(2)]
     with pytest.raises(RuntimeError, match="no worker is left"):
         list(Pool[int, int](dead).map(range(3)))
@@ -142,7 +142,7 @@ def test_an_item_that_kills_every_worker_is_named_in_the_end(clock: Clock) -> No
 def test_one_sick_worker_that_raises_at_once_fails_no_item(
     clock: Clock, caplog: pytest.LogCaptureFixture, later: float
 ) -> None:
-    """59 of 60 items failed for good when an item was retried on whatever worker was idle first."""
+    """59 of 60 items failed permanently when an item was retried on the worker that was idle first."""
     sick = TimedActor(clock, lambda _: 0.0, outcome=lambda _: raised(RuntimeError("it is sick")), node="sick-node")
     sound = TimedActor(clock, lambda _: 0.01, start=later)
     done = [item for item, _ in Pool[int, int]([sick, sound]).map(range(60))]
@@ -253,7 +253,7 @@ def test_any_mixture_of_faults_loses_and_doubles_nothing(clock: Clock, monkeypat
 
 
 def faulty(clock: Clock, draws: random.Random, chance: float) -> TimedActor:
-    """Return an actor that raises, dies, breaks its device or hangs, each with a chance."""
+    """Return an actor that raises, dies, breaks its device or hangs, each with some probability."""
 
     def outcome(item: int) -> Any:
         errors = [raised(ValueError("no")), raised(RuntimeError("CUDA error: unknown")), ActorDiedError()]
@@ -279,7 +279,7 @@ def test_a_signal_ends_the_wait_for_workers(clock: Clock, number: signal.Signals
 
 
 def make_slow_starter(folder: str) -> Callable[[int], int]:
-    """A worker whose process is killed the first two times that it is made."""
+    """Return a worker whose process is killed the first two times that it is created."""
     marks = len(list(Path(folder).glob("start*")))
     if marks < 2:
         Path(folder, f"start{marks}").touch()
@@ -311,7 +311,7 @@ def test_the_job_ends_if_no_worker_can_be_made(ray_session: None) -> None:
 
 
 class Task(NamedTuple):
-    """An item, and what the sick workers do with it."""
+    """An item, and what faulty workers do with it."""
 
     fault: str
     number: int

@@ -23,7 +23,7 @@ def make_plan(num_groups: int, batch_size: int, num_streams: int, window: int = 
 
 
 def share(plan: OrderPlan, rank: int, world_size: int, position: int) -> Iterator[np.ndarray]:
-    """Sample ids [P/W * B/P] of one worker, step by step, consumed from its units as training does."""
+    """Yield the sample ids [P/W * B/P] of one worker for each step, from its units, as in a training."""
     streams, units = plan.streams(rank, world_size), plan.units(rank, world_size, position)
     first_samples = np.cumsum(plan.row_group_sizes) - plan.row_group_sizes
     waiting: dict[int, list[np.ndarray]] = {stream: [] for stream in streams}
@@ -40,19 +40,19 @@ def share(plan: OrderPlan, rank: int, world_size: int, position: int) -> Iterato
 
 
 def sequence(plan: OrderPlan, world_size: int, position: int, steps: int) -> np.ndarray:
-    """The unsorted global sequence int64 [steps, B]."""
+    """Return the unsorted global sequence, int64 [steps, B]."""
     workers = [list(islice(share(plan, rank, world_size, position), steps)) for rank in range(world_size)]
     return np.stack([np.concatenate(parts) for parts in zip(*workers, strict=True)])
 
 
 def order_hash(sequence: np.ndarray) -> str:
-    """SHA-256 of an unsorted sequence of sample ids."""
+    """Return the SHA-256 of an unsorted sequence of sample ids."""
     return hashlib.sha256(np.ascontiguousarray(sequence, dtype="<i8").tobytes()).hexdigest()
 
 
 @pytest.mark.parametrize("num_streams", [2**k for k in range(11)])
 def test_every_divisor_gives_the_same_sequence(num_streams: int) -> None:
-    """One hash for every W, and for every W another restart, at a random step, goes on in the same sequence."""
+    """Every W has one hash, and a restart with another W at a random step continues the same sequence."""
     plan = make_plan(5 * num_streams + num_streams // 2, 2 * num_streams, num_streams, window=2)
     steps = plan.batches_per_epoch + 3  # into the next epoch
     expected = sequence(plan, 1, 0, steps)
@@ -181,7 +181,7 @@ def test_impossible_values_are_refused(call: object, message: str) -> None:
 
 
 def test_keys_do_not_collide() -> None:
-    """Bare lists do: numpy packs integers into as many words as each needs, and pads with zeros."""
+    """Keys of plain lists collide, because numpy splits integers into as many words as they need and pads with zeros."""
     assert np.random.default_rng([1]).random() == np.random.default_rng([1, 0]).random()
     values = [0, 1, 2**32 - 1, 2**32, 2**32 + 1, 2**63]
     draws = {
@@ -196,7 +196,7 @@ def test_keys_do_not_collide() -> None:
 
 
 def test_golden_draws() -> None:
-    """numpy may change a distribution between versions; a run must not change under us unnoticed."""
+    """If a version of numpy changes a distribution, this test must fail."""
     rng = sample_rng(7, 3, 1234567, Purpose.NOISE)
     assert rng.bit_generator.random_raw(3).tolist() == GOLDEN_RAW
     normals = sample_rng(7, 3, 1234567, Purpose.NOISE).standard_normal(4, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""One behaviour on every storage: whole or absent, create-only, honest listings, bounded retries."""
+"""All kinds of storage behave alike: complete or absent objects, create-only writes, listings, bounded retries."""
 
 import resource
 import signal
@@ -186,7 +186,7 @@ def test_a_local_write_that_fails_leaves_the_old_object(tmp_path: Path, monkeypa
 
 @pytest.fixture
 def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A fault proxy through which storage goes, with less patience than usual."""
+    """Yield a fault proxy in front of the storage, with shorter retries than usual."""
     proxy = Proxy(s3_server, seed=7)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
     monkeypatch.setitem(storage._S3_OPTIONS["config_kwargs"], "read_timeout", 0.5)  # seconds
@@ -287,7 +287,7 @@ def test_a_slow_upload_is_no_stalled_one(s3_bucket: str, proxy: Proxy, monkeypat
     assert storage.read_bytes(f"{s3_bucket}/x") == LARGE
 
 
-def test_a_create_whose_answer_was_lost_counts_as_done(s3_bucket: str, proxy: Proxy) -> None:
+def test_a_create_whose_response_was_lost_counts_as_done(s3_bucket: str, proxy: Proxy) -> None:
     proxy.add("swallow", "PUT", "commit", times=2)  # more than one request's own retries
     assert storage.put_if_absent(f"{s3_bucket}/commit", b"attempt-1")
     assert not storage.put_if_absent(f"{s3_bucket}/commit", b"attempt-2")
@@ -325,7 +325,7 @@ def test_a_full_disk_is_one_clear_error(write: Callable[[str, bytes], object], t
 
 @contextmanager
 def _file_size_limit(limit: int) -> Iterator[None]:
-    """No file of this process may grow beyond `limit` bytes: a disk that is full, for all that a writer sees."""
+    """Limit the size of this process's files, which looks like a full disk to a writer."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))

@@ -1,4 +1,4 @@
-"""Ways to an S3 server: endpoints, addressing, region, profiles, web identity, no credentials at all."""
+"""Access to S3 servers: endpoints, addressing, region, profiles, web identity, and no credentials."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_
 
 @pytest.fixture(autouse=True)
 def _fresh_connections() -> Iterator[None]:
-    """A filesystem keeps the credentials that it began with."""
+    """Forget the filesystems of earlier tests, which keep their credentials."""
     s3fs.S3FileSystem.clear_instance_cache()
     yield
     s3fs.S3FileSystem.clear_instance_cache()
@@ -21,7 +21,7 @@ def _fresh_connections() -> Iterator[None]:
 
 @pytest.fixture
 def without_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """No credentials in the environment or the home folder; answers a folder for files."""
+    """Remove all credentials from the environment and the home folder; return a folder for files."""
     for name in KEYS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
@@ -30,7 +30,7 @@ def without_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def signed_url(uri: str) -> str:
-    """The address of an object as the client would ask for it; nothing is sent."""
+    """Return the URL that the client would request for an object; nothing is sent."""
     _, filesystem, path = storage._locate(uri)
     return str(filesystem.sign(path))
 
@@ -46,7 +46,7 @@ def signed_url(uri: str) -> str:
         (None, "path", "https://s3.eu-west-1.amazonaws.com/bucket/key?"),
     ],
 )
-def test_the_bucket_stands_in_the_path_or_in_the_host(
+def test_the_bucket_is_in_the_path_or_in_the_host(
     endpoint: str | None, style: str | None, start: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"AWS_ENDPOINT_URL": endpoint, "ADMIRAL_S3_ADDRESSING": style}.items():
@@ -106,7 +106,7 @@ def test_public_data_needs_no_credentials(
 
 
 @pytest.mark.parametrize(("name", "value"), [("ADMIRAL_S3_ADDRESSING", "host"), ("ADMIRAL_S3_ANONYMOUS", "yes")])
-def test_what_is_misspelt_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_misspelled_settings_are_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"{name}={value}"):
         storage.exists("s3://bucket/key")

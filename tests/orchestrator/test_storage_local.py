@@ -94,8 +94,8 @@ def test_file_systems_without_hard_links(number: int, tmp_path: Path, monkeypatc
     assert os.listdir(tmp_path / "run") == ["commit"]
 
 
-def test_a_link_whose_answer_was_lost_counts_as_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NFS repeats a request whose answer was lost, and then finds the name taken: by itself."""
+def test_a_link_whose_response_was_lost_counts_as_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS repeats a request whose response was lost, and then finds its own file."""
     link = os.link
 
     def twice(source: Path, target: Path) -> None:
@@ -123,7 +123,7 @@ def test_file_systems_that_cannot_sync_a_folder(number: int, tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("number", [errno.EDQUOT, errno.ENOSPC])
-def test_a_full_quota_has_its_words(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_quota_has_its_own_message(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -146,7 +146,7 @@ with storage.open_output(sys.argv[1]) as file:
 
 
 @pytest.mark.parametrize("write", [storage.write_bytes, storage.put_if_absent])
-def test_what_a_killed_writer_left_is_removed(write: Callable[[str, bytes], object], tmp_path: Path) -> None:
+def test_files_of_killed_writers_are_removed(write: Callable[[str, bytes], object], tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path / "a")], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"writing\n"
     (part,) = tmp_path.iterdir()

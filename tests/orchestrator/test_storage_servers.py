@@ -1,4 +1,4 @@
-"""S3 servers that differ from AWS or refuse something: what works, and what each refusal says."""
+"""S3 servers that differ from AWS or refuse requests: what works, and the message for each refusal."""
 
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ CHECKSUMS = r"^(x-amz-checksum|x-amz-sdk-checksum|x-amz-trailer)"
 
 @pytest.fixture
 def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A fault proxy through which storage goes, and retries that do not wait."""
+    """Yield a fault proxy in front of the storage, with retries that do not wait."""
     proxy = Proxy(s3_server, seed=7)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
     monkeypatch.setitem(storage._S3_OPTIONS["config_kwargs"], "retries", {"total_max_attempts": 1})
@@ -33,7 +33,7 @@ def stream_out(uri: str, data: bytes) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an error, which must be for people."""
+    """Return the message of an error, which must be readable."""
     said = str(error)
     assert "\n" not in said and "Errno" not in said and "Error" not in said.replace("ClientError", "Error"), said
     return said
@@ -59,7 +59,7 @@ def test_a_server_without_deletion_of_several_objects(s3_bucket: str, proxy: Pro
 
 @pytest.mark.parametrize("fault", ["unsupported", "unconditional"])
 def test_a_server_without_conditional_writes_is_refused(fault: Fault, s3_bucket: str, proxy: Proxy) -> None:
-    """`unconditional` ignores the header: it would let two writers overwrite each other, without a word."""
+    """The fault `unconditional` ignores the header, so that two writers could overwrite each other silently."""
     storage.write_bytes(f"{s3_bucket}/config.json", b"of another run")
     rule = proxy.add(fault, header="if-none-match")
     assert not storage.put_if_absent(f"{s3_bucket}/config.json", b"mine"), "nothing is put where something is"
@@ -102,10 +102,10 @@ OPERATIONS: dict[str, Callable[[str], object]] = {
     ],
 )
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_each_refusal_has_its_words(
+def test_each_refusal_has_its_own_message(
     operation: str, fault: Fault, words: str, advice: str, s3_bucket: str, proxy: Proxy
 ) -> None:
-    """A HEAD has no body that could say why: the words are found nevertheless."""
+    """A refused HEAD has no body with a reason, but the message has one."""
     rule = proxy.add(fault)
     with pytest.raises(OSError, match=words) as caught:
         OPERATIONS[operation](f"{s3_bucket}/x")
@@ -115,14 +115,14 @@ def test_each_refusal_has_its_words(
     assert isinstance(caught.value, PermissionError) == (fault == "denied")
 
 
-def test_a_redirect_that_does_not_say_where_to_has_an_end(s3_bucket: str, proxy: Proxy) -> None:
+def test_a_redirect_without_a_target_ends(s3_bucket: str, proxy: Proxy) -> None:
     proxy.add("lost redirect")
     for operation in ("look up", "read", "create", "list"):
         with pytest.raises(OSError, match="the bucket is in another region"):
             OPERATIONS[operation](f"{s3_bucket}/x")
 
 
-def test_a_writer_that_may_not_delete_can_tell(s3_bucket: str, proxy: Proxy) -> None:
+def test_a_writer_that_may_not_delete_gets_an_error(s3_bucket: str, proxy: Proxy) -> None:
     storage.write_bytes(f"{s3_bucket}/run/x", b"data")
     proxy.add("denied", "DELETE")
     proxy.add("denied", "POST", r"\?delete")
@@ -170,7 +170,7 @@ def test_retries_are_bounded_by_one_setting(s3_bucket: str, proxy: Proxy, monkey
 
 @pytest.fixture
 def metadata(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[servers.MetadataService]:
-    """The credentials come from the metadata service of an instance, and from nowhere else."""
+    """Let the credentials come from the metadata service of an instance only."""
     for name in KEYS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
@@ -183,7 +183,7 @@ def metadata(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[server
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def test_a_metadata_service_that_fails_once_is_asked_again(
+def test_a_metadata_service_that_fails_once_is_retried(
     s3_bucket: str, proxy: Proxy, metadata: servers.MetadataService
 ) -> None:
     metadata.failures = 1
@@ -191,9 +191,7 @@ def test_a_metadata_service_that_fails_once_is_asked_again(
     assert metadata.failures == 0 and storage.read_bytes(f"{s3_bucket}/x") == b"data"
 
 
-def test_a_denial_for_want_of_credentials_is_not_kept(
-    s3_bucket: str, proxy: Proxy, metadata: servers.MetadataService
-) -> None:
+def test_missing_credentials_are_not_cached(s3_bucket: str, proxy: Proxy, metadata: servers.MetadataService) -> None:
     metadata.failures = 1000
     with pytest.raises(PermissionError, match="cannot write: access denied"):
         storage.write_bytes(f"{s3_bucket}/x", b"data")

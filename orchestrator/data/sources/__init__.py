@@ -84,9 +84,9 @@ def detect(listing: Listing, choices: Choices) -> Layout:
     Raises:
         ValueError: nothing can be read; the message says what was found and what is accepted.
     """
-    told: Layout = "digits" if listing.uri == "digits" else "auto"
-    told = next((layout for layout, pattern in _BY_OBJECT if listing.has(pattern)), told)
-    layout = told if choices.layout == "auto" else choices.layout
+    detected: Layout = "digits" if listing.uri == "digits" else "auto"
+    detected = next((layout for layout, pattern in _BY_OBJECT if listing.has(pattern)), detected)
+    layout = detected if choices.layout == "auto" else choices.layout
     if choices.labels and layout in ("parquet", "cifar", "downsampled", "lsun", "digits", "webdataset"):
         raise ValueError(f"--labels {choices.labels}: the layout {layout} has its own labels; omit --labels")
     if layout != "auto":

@@ -253,12 +253,12 @@ def _name_companions(
     for split, (found, _) in chosen.items():
         serves[found.uri].append(split or "all")
     for name in sorted({file.name for file in survey.companions} | set(beside)):
-        said = beside.get(name)
+        label_map = beside.get(name)
         if name in serves:
             reading.companions[name] = f"used for the labels of {' and '.join(serves[name])} images"
-        elif said is None:
+        elif label_map is None:
             reading.companions[name] = "not used"
-        elif isinstance(said, LabelMap) and said.names and said.names <= classes:
+        elif isinstance(label_map, LabelMap) and label_map.names and label_map.names <= classes:
             reading.companions[name] = "not used: the folders name the same classes"
         else:
             reading.companions[name] = "not used"
@@ -328,8 +328,8 @@ def _entries(
                 numbered[split] += not match
                 found = labels.in_order[place] if 0 <= place < len(labels.in_order) else None
             else:
-                found, said = labels.find(file.name, base)
-                split = said or split
+                found, given = labels.find(file.name, base)
+                split = given or split
         elif found != prefix and prefix in classes:
             strangers.append(file.name)
         yield Entry(file.name, found, split, file.object, file.start, file.size)

@@ -296,32 +296,32 @@ OUT = "out"  # the split of images that --split omits
 class Splits:
     """The splits that names mean: by the words in a name, and by the option --split."""
 
-    def __init__(self, said: str | None = None) -> None:
-        self.ignored = said == "none"
-        self._said = dict[str, str]()
-        for part in (said or "").split(",") if not self.ignored and said else ():
+    def __init__(self, option: str | None = None) -> None:
+        self.ignored = option == "none"
+        self._given = dict[str, str]()
+        for part in (option or "").split(",") if not self.ignored and option else ():
             name, _, split = part.partition("=")
             if not name or _WORDS.get(split, split) not in {*_WORDS.values(), OUT}:
                 raise ValueError(
-                    f"--split {said}: {part!r} is not NAME=SPLIT with train, validation, test or out; accepted: "
+                    f"--split {option}: {part!r} is not NAME=SPLIT with train, validation, test or out; accepted: "
                     "pairs such as extra=train,holdout=out, or none"
                 )
-            self._said[name.lower()] = _WORDS.get(split, split)
+            self._given[name.lower()] = _WORDS.get(split, split)
 
     def of_folder(self, name: str) -> str:
         """Return the split that the name of a folder means, or an empty string if it means none."""
         if self.ignored:
             return ""
         words = set(_tokens(name)) - _NEUTRAL
-        return self._said.get(name.lower(), "") or (_WORDS.get(words.pop(), "") if len(words) == 1 else "")
+        return self._given.get(name.lower(), "") or (_WORDS.get(words.pop(), "") if len(words) == 1 else "")
 
     def of_shard(self, path: str) -> str:
         """Return the split in the path of a shard such as data/train-00000-of-00014.parquet, or an empty string."""
         if self.ignored:
             return ""
         words = re.split(r"[/_.\-]", path.lower())
-        said = {self._said[word] for word in words if word in self._said}
-        found = said or {_WORDS[word] for word in words if word in _WORDS}
+        given = {self._given[word] for word in words if word in self._given}
+        found = given or {_WORDS[word] for word in words if word in _WORDS}
         return found.pop() if len(found) == 1 else ""
 
     def looks_like(self, name: str) -> bool:

@@ -240,7 +240,7 @@ def _read_footer(uri: str, name: str) -> _Footer:
     return _Footer(shard, footer.schema.to_arrow_schema(), columns, features if isinstance(features, dict) else {})
 
 
-def _image_column(uri: str, footer: _Footer, said: str | None) -> str:
+def _image_column(uri: str, footer: _Footer, option: str | None) -> str:
     """Return the path of the column with encoded images: a binary column, or the field bytes of a struct."""
     found = {}
     for field in footer.schema:
@@ -249,9 +249,9 @@ def _image_column(uri: str, footer: _Footer, said: str | None) -> str:
         elif pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
             found[field.name] = field.name
     names = ", ".join(footer.schema.names)
-    if said is not None and said.removesuffix(".bytes") not in found:
-        raise ValueError(f"--image-column {said}: {uri} has no such column of encoded images; it has {names}")
-    choices = [said.removesuffix(".bytes")] if said else [n for n in ("image", "img") if n in found] or list(found)
+    if option is not None and option.removesuffix(".bytes") not in found:
+        raise ValueError(f"--image-column {option}: {uri} has no such column of encoded images; it has {names}")
+    choices = [option.removesuffix(".bytes")] if option else [n for n in ("image", "img") if n in found] or list(found)
     if len(choices) != 1:
         images = [field.name for field in footer.schema if pa.types.is_struct(field.type)]
         why = f"its column {images[0]} has the paths of the images and not their bytes" if images and not found else ""
@@ -265,11 +265,11 @@ def _image_column(uri: str, footer: _Footer, said: str | None) -> str:
     return path
 
 
-def _label_column(uri: str, footer: _Footer, said: str | None) -> str | None:
+def _label_column(uri: str, footer: _Footer, option: str | None) -> str | None:
     names = footer.schema.names
-    if said is not None and said not in names:
-        raise ValueError(f"--label-column {said}: {uri} has no such column; it has {', '.join(names)}")
-    found = said or next((name for name in _LABELS if name in names), None)
+    if option is not None and option not in names:
+        raise ValueError(f"--label-column {option}: {uri} has no such column; it has {', '.join(names)}")
+    found = option or next((name for name in _LABELS if name in names), None)
     if found is None:
         return None
     kind = footer.schema.field(found).type

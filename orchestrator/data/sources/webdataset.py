@@ -39,11 +39,11 @@ def _entries(tars: list[Piece], of_tar: dict[str, str], reading: Reading) -> Ite
         labels: dict[str, dict[str, str | int]] = {".cls": {}, ".json": {}}
         for file in files_of(piece):
             if file.sidecar is not None:
-                said = json.loads(file.sidecar)
-                keys.update(said.get("keys", ()))
-                if "label" in said:
+                fields = json.loads(file.sidecar)
+                keys.update(fields.get("keys", ()))
+                if "label" in fields:
                     ending = ".json" if file.name.lower().endswith(".json") else ".cls"
-                    labels[ending][_sample(file)] = _checked(reading, file, said["label"])
+                    labels[ending][_sample(file)] = _checked(reading, file, fields["label"])
         both = labels[".json"] | labels[".cls"]
         labelled += len(both)
         differing += [

@@ -1,4 +1,4 @@
-"""Parquet in the public ImageNet layout is registered from its footers, and says what is wrong with it."""
+"""Parquet in the public ImageNet layout is registered from its footers, and errors name what is wrong."""
 
 import logging
 from itertools import islice
@@ -122,7 +122,7 @@ def test_batches_of_a_registered_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_classes", [2, 10, 1000])
-def test_fair_row_groups_are_not_called_sorted(num_classes: int) -> None:
+def test_random_row_groups_do_not_count_as_sorted(num_classes: int) -> None:
     """Of 1,000 row groups drawn at random one in fifty at most is suspected, of sorted ones all within a class."""
     rng = np.random.default_rng(num_classes)
     for rows in (8, 32, 100):
@@ -176,7 +176,7 @@ def test_staging_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     assert manifest.splits == undisturbed.splits and manifest.num_samples("train") == 60
 
 
-def test_what_needs_a_copy_says_so(tmp_path: Path) -> None:
+def test_options_that_need_a_copy_are_refused(tmp_path: Path) -> None:
     source = write_parquet(str(tmp_path / "public"), SHUFFLED[:10])
     for field, value in (("resolution", 16), ("validation_fraction", 0.5)):
         with pytest.raises(ValueError, match=rf"{field}={value} needs a copy of source=.*--copy-parquet"):

@@ -1,4 +1,4 @@
-"""A row group is one request, a footer one for each process; what is unsound is one clear error."""
+"""A row group takes one request, a footer one for each process, and a damaged shard is one clear error."""
 
 import re
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ COLUMNS = ("label", "image")
 
 @pytest.fixture
 def proxy(s3_server: str) -> Iterator[Proxy]:
-    """This process sees the S3 server through it."""
+    """Yield a proxy through which this process uses the S3 server."""
     found = Proxy(s3_server)
     with servers.environment(AWS_ENDPOINT_URL=found.endpoint):
         yield found
@@ -28,7 +28,7 @@ def proxy(s3_server: str) -> Iterator[Proxy]:
 
 
 def make_dataset(folder: str) -> Manifest:
-    """Two shards of eight row groups of four rows; the images are none, but nothing here decodes them."""
+    """Write two shards of eight row groups of four rows. Their images cannot be decoded, but no test does that."""
     row_groups._footer.cache_clear()
     return write_dataset(
         folder, [bytes([i]) * (1000 + i) for i in range(64)], sizes=[(1, 1)] * 64, rows=64, row_group=4
@@ -62,7 +62,7 @@ def test_faults_are_retried(s3_bucket: str, proxy: Proxy) -> None:
     assert [len(rule.requests) for rule in rules] == [2, 2, 1]
 
 
-def test_unsound_shards_are_one_clear_error(s3_bucket: str, tmp_path: Path) -> None:
+def test_damaged_shards_are_one_clear_error(s3_bucket: str, tmp_path: Path) -> None:
     for folder in (s3_bucket, str(tmp_path)):
         first, second = make_dataset(folder).shards("train")
         uri = storage.join(folder, first.path)

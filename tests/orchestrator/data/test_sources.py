@@ -35,7 +35,7 @@ def open_at(uri: str, labels: str | None = None, num_workers: int = 0, **choices
 
 
 def contents(source: Source, folder: Path | None = None) -> list[tuple[str, bytes]]:
-    """Class (empty: none) and bytes of every image, sorted; what has to be staged is staged in `folder`."""
+    """Return (class, bytes) of every image, sorted. Images are staged in `folder` if that is necessary."""
     source = source if source.reading.images is None else staged(source, str(folder), 0)
     keys, names, starts, sizes = (source.index[name].to_pylist() for name in ("key", "object", "start", "size"))
     places = [storage.Range(name or key, *place) for key, name, *place in zip(keys, names, starts, sizes, strict=True)]
@@ -115,7 +115,7 @@ def test_splits_that_the_source_gives(tmp_path: Path) -> None:
 
 
 def test_a_label_map_for_a_tar_without_labels(tmp_path: Path) -> None:
-    """ILSVRC2012's validation images come so."""
+    """ILSVRC2012's validation images have this layout."""
     members = [(f"./ILSVRC2012_val_{i:08d}.JPEG", image.data) for i, image in enumerate(IMAGES)]
     storage.write_bytes(str(tmp_path / "val.tar"), tar_bytes(members))
     pairs = [[f"ILSVRC2012_val_{i:08d}.JPEG", CLASSES.index(image.cls)] for i, image in enumerate(IMAGES)]
@@ -171,7 +171,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
     assert contents(source) == sorted((image.cls, image.data) for image in IMAGES[:41])
 
 
-def test_oddities_are_reported(tmp_path: Path) -> None:
+def test_irregularities_are_reported(tmp_path: Path) -> None:
     data = IMAGES[0].data
     storage.write_bytes(str(tmp_path / "w" / "a.tar"), tar_bytes([
         ("1.png", data), ("1.cls", b"0"), ("1.json", b'{"label": 1}'),
@@ -207,7 +207,7 @@ def test_oddities_are_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [700, 5_000, -600, -1_500])
-def test_tars_that_are_cut_short(cut: int, tmp_path: Path) -> None:
+def test_truncated_tars_are_refused(cut: int, tmp_path: Path) -> None:
     for uri in (
         layouts.write_tar_of_tars(str(tmp_path / "all"), IMAGES[:9]),
         layouts.write_webdataset(str(tmp_path / "w"), IMAGES[:9]) + "/train-0000.tar",
@@ -273,7 +273,7 @@ def test_a_gated_source_needs_its_token(monkeypatch: pytest.MonkeyPatch) -> None
     HfFileSystem.clear_instance_cache()
 
 
-def test_a_source_that_is_not_there(tmp_path: Path, s3_bucket: str) -> None:
+def test_a_source_that_does_not_exist_is_refused(tmp_path: Path, s3_bucket: str) -> None:
     for uri in (str(tmp_path / "none"), f"{s3_bucket}/none"):
         with pytest.raises(FileNotFoundError, match="none"):
             open_at(uri)
@@ -293,7 +293,7 @@ def test_a_source_that_is_not_there(tmp_path: Path, s3_bucket: str) -> None:
         ("m.json", b"{", r"is not valid JSON"),
     ],
 )
-def test_label_maps_that_are_none(name: str, data: bytes, message: str, tmp_path: Path) -> None:
+def test_invalid_label_maps_are_refused(name: str, data: bytes, message: str, tmp_path: Path) -> None:
     storage.write_bytes(str(tmp_path / name), data)
     with pytest.raises(ValueError, match=message):
         read_label_map(str(tmp_path / name))

@@ -1,4 +1,4 @@
-"""Layouts as users bring them: each is read rightly, or refused with the option that settles it (promise P15)."""
+"""Layouts of users: each is read correctly, or refused with the option that settles the matter (promise P15)."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def write(root: Path, files: dict[str, bytes]) -> None:
 
 
 class Pictures:
-    """Hands out pictures that all differ."""
+    """A source of pictures that all differ."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -189,7 +189,7 @@ def rows(separator: str, header: str = "", labels: tuple[str, ...] = ("cat", "do
 
 
 class Trial(NamedTuple):
-    """Files, options, and what is right: images by split and class, or words of the error."""
+    """Files, options, and the correct result: images by split and class, or a part of the error."""
 
     files: dict[str, bytes]
     right: dict[str, dict[str, int]] | str
