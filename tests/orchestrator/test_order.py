@@ -181,7 +181,7 @@ def test_impossible_values_are_refused(call: object, message: str) -> None:
 
 
 def test_keys_do_not_collide() -> None:
-    """Keys of plain lists collide, because numpy splits integers into as many words as they need and pads with zeros."""
+    """Plain lists collide, because numpy splits integers into as many words as they need and pads with zeros."""
     assert np.random.default_rng([1]).random() == np.random.default_rng([1, 0]).random()
     values = [0, 1, 2**32 - 1, 2**32, 2**32 + 1, 2**63]
     draws = {
