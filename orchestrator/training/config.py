@@ -209,6 +209,7 @@ class NoisyClassifierConfig(TrainingConfig):
     model: ClassifierConfig
     weight_decay: float = Field(0.05, ge=0)  # AdamW's weight decay
     crop: Literal["center", "random"] = "random"  # ADM's centre crop, or its classifier's random crop
+    noised: bool = True  # train on noised images; a classifier of clean images guides worse
     loss_scale: LossScaleConfig = LossScaleConfig(initial=16.0)
 
 
