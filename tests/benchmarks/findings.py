@@ -2,9 +2,9 @@
 
     make findings
 
-Runs the small tables of `jobs/run_ablations.py`, two at a time, each in a process of its own. Then prints, finding by
-finding, what the paper found, what is seen here with its 95% interval, and whether that agrees. A finding whose interval
-contains 0 cannot be told at this size. The same command goes on where it was stopped.
+Runs the small tables of `jobs/run_ablations.py`, two at a time, each in a process of its own. Then prints what each
+paper found, what is seen here with its 95% interval, and whether that agrees. A finding whose interval contains 0 cannot
+be told at this size. The same command continues where it stopped.
 """
 
 import subprocess
@@ -72,7 +72,8 @@ FINDINGS = [
     Finding("IDDPM table 1", "the bound as loss gives worse samples", IDDPM, "cosine, bound", FD, 1),
     Finding("IDDPM figure 6", "importance sampling helps the bound", IDDPM,
             "cosine, bound, importance sampling", BITS, -1),
-    Finding("IDDPM section 3.3", "importance sampling makes the bound's gradient less noisy", IDDPM, "cosine, bound", NOISE, -1),
+    Finding("IDDPM section 3.3", "importance sampling makes the bound's gradient less noisy", IDDPM,
+            "cosine, bound", NOISE, -1),
     Finding("IDDPM figure 4", "without the noisiest fifth of a cosine chain, samples are worse", "sampling_steps_small",
             "ddpm 80, noisiest fifth skipped", FD, 1),
     Finding("DDPM table 2", "previous x by the simple loss is worse than eps", DDPM, "previous x, simple", FD, 1),
