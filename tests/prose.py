@@ -2,8 +2,8 @@
 
     python -m tests.prose
 
-Fails if a text of the project uses a word that has a standard term (CONTRIBUTING.md, "Wording"). Prints the lines of code
-of each package and the longest functions, which is a report and not a gate.
+Fails if a text of the project uses a word that has a standard term (CONTRIBUTING.md, "Wording"). Prints the lines of
+code of each package and the longest functions, which is a report and not a gate.
 """
 
 import ast

@@ -2,9 +2,9 @@
 
     make findings
 
-Runs the small tables of `jobs/run_ablations.py`, two at a time, each in a process of its own. Then prints what each
-paper found, what is seen here with its 95% interval, and whether that agrees. A finding whose interval contains 0 cannot
-be told at this size. The same command continues where it stopped.
+Runs the small tables of `jobs/run_ablations.py`, two at a time, each in a process of its own. Then prints what
+each paper found, what is seen here with its 95% interval, and whether that agrees. A finding whose interval contains 0
+cannot be told at this size. The same command continues where it stopped.
 """
 
 import subprocess
