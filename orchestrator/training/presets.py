@@ -7,7 +7,7 @@ normalisation and activation; and bfloat16 where float32 was published: tensor c
 weights, sums and normalisation stay in float32, and --dtype float32 gives what was published.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 from models import zoo
 from models.diffusion import DiffusionConfig
@@ -19,15 +19,17 @@ from orchestrator.training.config import AdmConfig, AverageConfig, NoisyClassifi
 
 Adm = tuple[str, AdmConfig]
 Classifier = tuple[str, NoisyClassifierConfig]
+AnyTraining = TypeVar("AnyTraining", AdmConfig, NoisyClassifierConfig)
 
 
 def adm_presets() -> dict[str, Adm]:
     """Diffusion models to train."""
     lsun: dict[str, Any] = {"batch_size": 256, "learning_rate": 1e-4, "dtype": "float16", "at_once": 16}
-    return {
+    presets = {
         "digits": (DIGITS, _digits_diffusion()),
         "images": (f"{IMAGES}: ADM at 64 pixels, on one GPU", _images_diffusion()),
         "imagenet64": _published("adm-64", 540_000, 2048, 3e-4, dtype="float16", at_once=64),
+        "imagenet64_1024": _for_1024_workers(),
         "imagenet128": _published("adm-128", 4_360_000, 256, 1e-4, dtype="float16"),
         "imagenet256": _published("adm-256", 1_980_000, 256, 1e-4, dtype="float16"),
         "imagenet256_uncond": _published("adm-256-uncond", 1_980_000, 256, 1e-4, dtype="float16"),
@@ -43,11 +45,12 @@ def adm_presets() -> dict[str, Adm]:
         "iddpm_lsun_bedroom": _iddpm("iddpm-lsun-bedroom", 1_200_000, 128, 1e-4, dataset="lsun_bedroom"),
         "ddpm_cifar10": _ddpm_cifar10(),
     }
+    return {name: (about, _in_folder(config, name, "diffusion")) for name, (about, config) in presets.items()}
 
 
 def classifier_presets() -> dict[str, Classifier]:
-    """Noisy classifiers to train."""
-    return {
+    """Return the noisy classifiers to train."""
+    presets = {
         "digits": (DIGITS, _digits_classifier()),
         "images": (f"{IMAGES}: ADM's classifier at 64 pixels, on one GPU", _images_classifier()),
         "imagenet64": _published_classifier("classifier-64", 300_000, 1024, 6e-4, weight_decay=0.2),
@@ -55,17 +58,24 @@ def classifier_presets() -> dict[str, Classifier]:
         "imagenet256": _published_classifier("classifier-256", 500_000, 256, 3e-4),
         "imagenet512": _published_classifier("classifier-512", 500_000, 256, 3e-4, at_once=16),
     }
+    return {name: (about, _in_folder(config, name, "classifier")) for name, (about, config) in presets.items()}
 
 
 def upsampler_presets() -> dict[str, Adm]:
-    """Upsamplers to train: second stages of a cascade."""
-    return {
+    """Return the upsamplers to train: the second stages of a cascade."""
+    presets = {
         "digits": (f"{DIGITS}: from 8 to 16 pixels", _digits_upsampler()),
         "images": (f"{IMAGES}: from 64 to 256 pixels, on one GPU", _images_upsampler()),
         "imagenet64_256": _published("upsampler-64-256", 500_000, 256, 1e-4, dtype="float16", at_once=16),
         "imagenet128_512": _published("upsampler-128-512", 1_050_000, 256, 1e-4, dtype="float16", at_once=8),
         "iddpm_imagenet64_256": _iddpm("iddpm-upsampler-64-256", 500_000, 256, 3e-4, at_once=16),
     }
+    return {name: (about, _in_folder(config, name, "upsampler")) for name, (about, config) in presets.items()}
+
+
+def _in_folder(config: AnyTraining, preset: str, kind: str) -> AnyTraining:
+    """Return the config with the output PRESET/KIND, where the same preset of the other jobs looks for it."""
+    return config.model_copy(update={"output": f"{preset}/{kind}"})
 
 
 def trained_networks() -> dict[str, tuple[Architecture, DiffusionConfig]]:
@@ -99,7 +109,7 @@ def _published(
     entry = zoo.entry(name)
     settings: dict[str, Any] = {
         "dataset": f"datasets/{dataset}",
-        "output": f"{name}/training",
+        "output": name,
         "model": entry.network,
         "diffusion": entry.diffusion,
         "order": _published_order(entry.network.image_size),
@@ -114,6 +124,17 @@ def _published(
         "num_gpus": 1,
     }
     return _told(name, iterations, batch_size, "dtype" not in changes), AdmConfig(**settings | changes)
+
+
+def _for_1024_workers() -> Adm:
+    """Return the training of `imagenet64` with the largest number of streams, for large clusters.
+
+    The order of the images depends on the number of streams, so it differs from that of `imagenet64`. A worker holds at
+    most as many open images as there.
+    """
+    order = OrderConfig(num_streams=1024, shuffle_row_groups=8)
+    about, config = _published("adm-64", 540_000, 2048, 3e-4, dtype="float16", at_once=8, num_workers=256, order=order)
+    return f"{about}; for up to 1,024 workers", config
 
 
 def _iddpm(name: str, iterations: int, batch_size: int, learning_rate: float, **changes: Any) -> Adm:
@@ -144,7 +165,7 @@ def _published_classifier(
     entry = zoo.entry(name)
     config = NoisyClassifierConfig(
         dataset="datasets/imagenet",
-        output=f"{name}/training",
+        output=name,
         model=entry.network,
         diffusion=entry.diffusion,
         order=_published_order(entry.network.image_size),
