@@ -59,7 +59,7 @@ def nodes() -> list[Node]:
 def on_each(there: list[Node], function: Callable[[Node], Result], timeout: float) -> dict[Node, Result | Exception]:
     """Call `function(node)` in a process on each node at the same time; return its results or errors by node.
 
-    A node that does not answer within `timeout` seconds has a TimeoutError. The calls reserve no CPU, so they also run
+    The result of a node that does not respond in `timeout` seconds is a TimeoutError. The calls reserve no CPU, so they also run
     on nodes without CPUs for work and on nodes that are fully used.
     """
     import ray
@@ -79,7 +79,7 @@ def on_each(there: list[Node], function: Callable[[Node], Result], timeout: floa
             answers[node] = ray.get(call, timeout=0.1)
         except ray.exceptions.GetTimeoutError:
             ray.cancel(call, force=True)
-            answers[node] = TimeoutError(f"no answer within {timeout:g} s")
+            answers[node] = TimeoutError(f"no response within {timeout:g} s")
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None)
             answers[node] = cause if isinstance(cause, Exception) else error

@@ -8,7 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 
 class Hub:
-    """Serves `files` as hf://datasets/org/set to whoever brings `token`; `requests` holds (method, path, token)."""
+    """Serves `files` as hf://datasets/org/set to requests with `token`; `requests` holds (method, path, token)."""
 
     def __init__(self, files: dict[str, bytes], token: str) -> None:
         self.files, self.token = files, token
