@@ -59,8 +59,8 @@ def nodes() -> list[Node]:
 def on_each(there: list[Node], function: Callable[[Node], Result], timeout: float) -> dict[Node, Result | Exception]:
     """Call `function(node)` in a process on each node at the same time; return its results or errors by node.
 
-    The result of a node that does not respond in `timeout` seconds is a TimeoutError. The calls reserve no CPU, so they also run
-    on nodes without CPUs for work and on nodes that are fully used.
+    The result of a node that does not respond in `timeout` seconds is a TimeoutError. The calls reserve no CPU, so they
+    also run on nodes without CPUs for work and on nodes that are fully used.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

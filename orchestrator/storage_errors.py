@@ -106,6 +106,8 @@ def attempt(action: str, place: Place, function: Callable[P, T], *args: P.args, 
             FileExistsError.
     """
 
+    is_reported = False
+
     def report(state: tenacity.RetryCallState) -> None:
         nonlocal is_reported
         if not is_reported and (state.seconds_since_start or 0) >= _REPORT_SECONDS and state.outcome:
@@ -114,7 +116,6 @@ def attempt(action: str, place: Place, function: Callable[P, T], *args: P.args, 
             cause = reason(state.outcome.exception())
             log.warning(words, without_passwords(place.uri), cause, _retry_seconds())
 
-    is_reported = False
     patiently = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_is_transient),
         wait=tenacity.wait_random_exponential(multiplier=0.25, max=8),  # seconds
