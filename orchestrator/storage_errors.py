@@ -105,7 +105,6 @@ def attempt(action: str, place: Place, function: Callable[P, T], *args: P.args, 
         OSError: the message has the action and the URI. It may be a FileNotFoundError, PermissionError or
             FileExistsError.
     """
-
     is_reported = False
 
     def report(state: tenacity.RetryCallState) -> None:
