@@ -235,7 +235,7 @@ TRIALS: dict[str, Trial] = {
         imagenet_val("ground truth"), ILSVRC_IDS, {"labels": "ILSVRC2012_validation_ground_truth.txt"}
     ),
     "ground truth that is too short": Trial(
-        labelled(b"1\n2\n"), "has 2 numbers, and there are 6 images", {"labels": "map.txt"}
+        labelled(b"1\n2\n"), "has 2 numbers, but there are 6 images", {"labels": "map.txt"}
     ),
     "edm folder of few classes": Trial(edm(), "most class numbers have no images: 0, 1, 2"),
     "edm folder": Trial(edm(), EDM, {"accept_classes": True}),
@@ -351,7 +351,7 @@ TRIALS: dict[str, Trial] = {
     ),
     "parquet of empty bytes": Trial(
         {"a.parquet": parquet({"image": pa.array([{"path": "1.png", "bytes": None}] * 4, pa.struct(
-            [("bytes", pa.binary()), ("path", pa.string())])), "label": [0, 1, 0, 1]})}, "a.parquet: .*paths only"
+            [("bytes", pa.binary()), ("path", pa.string())])), "label": [0, 1, 0, 1]})}, "a.parquet: .*paths.*bytes"
     ),
     "webdataset without a label": Trial(
         webdataset(lambda i: {"class_id": i}), "no sample has a label.*class_id.*--label-column"
@@ -414,7 +414,7 @@ TRIALS: dict[str, Trial] = {
     "downsampled imagenet, compressed": Trial(downsampled(8, np.savez_compressed), {"train": {"0": 7, "1": 7, "2": 7}}),
     "downsampled imagenet's pickles": Trial({"train_data_batch_1": b"\x80\x04"}, "pickle.*npz"),
     "an npz of something else": Trial(
-        {"a.npz": zipped({"x.npy": b""})}, "a.npz holds x.npy; accepted"
+        {"a.npz": zipped({"x.npy": b""})}, "a.npz contains x.npy; accepted"
     ),
     "a compressed tar": Trial({"train.tar.gz": b"x"}, "train.tar.gz is compressed.*unpack"),
     "arrays": Trial({"a.npy": b"x"}, "a.npy is a format that is not read; accepted: class folders"),
