@@ -235,7 +235,7 @@ def test_a_damaged_inner_tar_is_named(tmp_path: Path) -> None:
     [
         ({"note.txt": b"x"}, r"holds no images, but files that end in \.txt; accepted: class folders"),
         ({"a.png": b"x", "ant/b.png": b"x"}, r"1 images lie beside class folders.*a\.png"),
-        ({"ant_1.png": b"x", "b.png": b"x"}, r"1 images have no class: .* b\.png .*--labels"),
+        ({"ant_1.png": b"x", "b.png": b"x"}, r"1 images have no class: .* b\.png.*--labels"),
         ({"train.tar.gz": b"x"}, r"train\.tar\.gz is compressed"),
         ({"w/a.tar": tar_bytes([("1.png", b"x"), ("1.json", b'{"label": 1.5}')])}, r"a\.tar: .*1\.json .*label 1\.5"),
         (
