@@ -32,7 +32,7 @@ from models.metrics import (
     split_scores,
     vendi_score,
 )
-from models.neighbours import bounded_squares, nearest, pairs_in_balls, squared_radii
+from models.neighbours import blocks, nearest, pairs_within, squared_radii
 from tests.comparison import Row
 from tests.reference_batches import compare_batches
 
@@ -57,8 +57,8 @@ def balls_holding(
 ) -> NDArray[np.int64]:
     """Return how many of the balls around centres [M, D] with squared radii [M] hold each point [N, D]."""
     counts = np.zeros(len(points), np.int64)
-    for block in bounded_squares(points, centres):
-        rows, _ = pairs_in_balls(points, centres, block, radii, strict)
+    for block in blocks(points, centres):
+        rows, _ = pairs_within(points, centres, block, radii, strict)
         counts[block.rows] = np.bincount(rows, minlength=len(block.lower))
     return counts
 

@@ -1,7 +1,7 @@
 """From features on storage to every metric, and to the pictures' rows: realism, closest pairs, classes apart."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from cluster.workers import pool
-from models.manifolds import Run, here, manifolds, precision_recall, realism
+from models.manifolds import Run, here, manifolds, precision_recall, realism, shares
 from models.metrics import Estimate, by_class, class_frechet_estimate, expand_frechet, moments, vendi_score
-from models.neighbours import shares
 from orchestrator.evaluation.extraction import ArrayName, FeatureFiles, chosen
 from orchestrator.evaluation.memorization import nearest_training_features
 from orchestrator.evaluation.metrics import Comparison, Estimates, Rows, measure
@@ -215,22 +214,24 @@ def _pairs(
     num_gpus: float,
 ) -> Iterator[Run]:
     """Does shares of the pairs of samples and reference rows: over a pool where there is more than one, else here."""
-    if num_workers == 0 or len(shares(len(samples), len(real))) == 1:
+    if num_workers == 0 or len(shares(len(samples))) == 1:
         with prepare_device(0 if num_workers else num_gpus):
             yield here(real, samples)
         return
     with pool(partial(_make_pairs, files, made, limits, num_gpus), num_workers, num_gpus=num_gpus) as workers:
 
-        def run(step: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterable[Any]:
-            return (answer for _, answer in workers.map([_Share(step, task) for task in tasks]))
+        def run(step: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Sequence[Any]:
+            results = dict(workers.map([_Share(i, step, task) for i, task in enumerate(tasks)]))
+            return [results[share] for share in sorted(results, key=lambda share: share.number)]
 
         yield run
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False)
 class _Share:
-    """A share of the pairs, on its way to a worker."""
+    """A task of a `Run`, on its way to a worker."""
 
+    number: int
     step: Callable[..., Any]
     task: tuple[Any, ...]
 
