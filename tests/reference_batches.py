@@ -81,7 +81,7 @@ def _stated_reasons(entry: dict[str, Any]) -> list[str]:
 
 
 def _held(batch: PublishedBatch) -> dict[str, NDArray[Any] | None]:
-    images = np.concatenate([block for _, block in batch.blocks(7)]) if batch.num_images else None
+    images = batch.rows(0, batch.num_images) if batch.num_images else None
     held: dict[str, NDArray[Any] | None] = {"arr_0": images, "arr_1": batch.labels}
     for statistics, suffix in ((batch.pool, ""), (batch.spatial, "_s")):
         held[f"mu{suffix}"] = None if statistics is None else statistics.mean

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from orchestrator import storage
 from orchestrator.data.dataset import Manifest, load_manifest, read_images
 from orchestrator.data.images import IMAGE_ENDINGS
 from orchestrator.evaluation.files import ImageFiles, Listing, folder_places, list_images, tar_places
-from orchestrator.evaluation.npz import PublishedBatch, open_batch
+from orchestrator.evaluation.npz import ImageRows, PublishedBatch, open_batch
 from orchestrator.generation.samples import count_samples, read_range
 
 PICKED_AT_ONCE = 512  # images read at once to pick some of them
@@ -178,43 +178,15 @@ def _samples(folder: str) -> ImageSet:
 
 
 def batch_images(batch: PublishedBatch) -> ImageSet:
-    """The images of a published batch. Raises ValueError where it has statistics only."""
-    if not batch.num_images:
-        raise ValueError(f"{batch.uri} holds statistics but no images (arr_0)")
+    """Return the images of a published batch; ValueError if it holds statistics only."""
+    rows = partial(_batch_rows, batch.rows, batch.labels)
     identity = f"{batch.checksum:08x}-{batch.num_images}"
-    rows = _BatchRows(replace(batch, pool=None, spatial=None))
     num_classes = 0 if batch.labels is None else int(batch.labels.max()) + 1
     return ImageSet(batch.uri, "npz", batch.num_images, identity, rows, num_classes=num_classes)
 
 
-class _BatchRows:
-    """Ranges of a batch. A compressed one can only be read forwards: this goes on from where the last range ended."""
-
-    def __init__(self, batch: PublishedBatch) -> None:
-        self._batch = batch
-        self._blocks: Iterator[tuple[int, np.ndarray]] | None = None
-        self._held = (0, np.empty(0, np.uint8))  # first index and images of the block last read
-
-    def __reduce__(self) -> tuple:
-        return type(self), (self._batch,)  # an open file does not travel
-
-    def __call__(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        batch = self._batch
-        images = batch.rows(begin, end).copy() if batch.by_range else np.concatenate(list(self._forward(begin, end)))
-        return images, np.full(end - begin, -1) if batch.labels is None else batch.labels[begin:end]
-
-    def _forward(self, begin: int, end: int) -> Iterator[np.ndarray]:
-        first, block = self._held
-        if self._blocks is None or begin < first:
-            self._blocks = self._batch.blocks()
-            first, block = next(self._blocks)
-        while True:
-            if begin < first + len(block):
-                yield block[max(begin - first, 0) : end - first]
-            self._held = first, block
-            if end <= first + len(block):
-                return
-            first, block = next(self._blocks)
+def _batch_rows(rows: ImageRows, labels: np.ndarray | None, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    return rows(begin, end), np.full(end - begin, -1) if labels is None else labels[begin:end]
 
 
 # ------------------------------------------------------------------------------------------------ images as files
