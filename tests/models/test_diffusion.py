@@ -1,4 +1,4 @@
-"""The process: identities of its tables, respacing, parameterisations, losses, timestep sampling."""
+"""Diffusion process: identities of its tables, respacing, parameterisations, losses and timestep sampling."""
 
 import math
 from typing import Any

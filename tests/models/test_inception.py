@@ -1,4 +1,4 @@
-"""The Inception network: whose names it takes, what it refuses, TensorFlow's resize; values are golden data."""
+"""The Inception network: names, refused weights and TensorFlow's resize. Golden data test its values."""
 
 import json
 from pathlib import Path

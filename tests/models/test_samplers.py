@@ -1,4 +1,4 @@
-"""Samplers against closed forms: on Gaussian data the exact denoiser, marginals and ODE are known."""
+"""Samplers agree with closed forms: for Gaussian data, the exact denoiser, marginals and ODE are known."""
 
 import itertools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Networks: the switches, both attention layouts, precision, gradients. Golden values: tests/reference.py."""
+"""Networks: options, both attention layouts, precision and gradients. tests/reference.py tests golden values."""
 
 import math
 from typing import Any, TypeVar

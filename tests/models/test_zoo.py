@@ -1,4 +1,4 @@
-"""The zoo: counts of parameters and tensors against the published ones, and entries that fit each other.
+"""The released models: numbers of parameters and tensors agree with published ones, and entries fit together.
 
 Names and shapes of four checkpoints are compared by tests/reference.py.
 """

@@ -1,4 +1,4 @@
-"""Samples and reference are compared before features are made: differences are errors, or warnings where meant."""
+"""Samples and reference are compared before features are extracted; differences are errors or warnings."""
 
 from functools import partial
 

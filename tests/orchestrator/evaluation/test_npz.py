@@ -1,4 +1,4 @@
-"""The published .npz layout: what is intact loads and streams, what is not is one error with its reason."""
+"""The published .npz layout: valid files are streamed, and others raise one error with the reason."""
 
 import io
 import json
@@ -135,7 +135,7 @@ def test_two_members_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 def test_damage_anywhere_is_found(tmp_path: Path) -> None:
-    """A byte changed or the end cut off: one ValueError, or (in a byte that carries nothing) the same images."""
+    """A changed byte or a missing end raises one ValueError, or changes nothing if the byte is unused."""
     rng = np.random.default_rng([30])
     print("seed 30")
     good = (GOLDEN / "ok_samples_labelled.npz").read_bytes()
