@@ -147,10 +147,6 @@ class Prediction:
     variance: Tensor  # of p(x_{t-1} | x_t)
     log_variance: Tensor  # its logarithm; finite also at t = 0, where a fixed variance is 0
 
-    def with_mean(self, mean: Tensor) -> "Prediction":
-        """Return this prediction with another mean of the reverse step."""
-        return replace(self, mean=mean)
-
 
 Denoise = Callable[[Tensor, Timestep], Prediction]
 

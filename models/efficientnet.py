@@ -41,8 +41,10 @@ class EfficientNetLite0:
             if block or conv != "_expand_conv"  # the first block does not expand
         }
         parts = ("weight", "bias", "running_mean", "running_var")
-        wanted = {f"{conv}.weight" for conv in norms} | {f"{norm}.{part}" for norm in norms.values() for part in parts}
-        if missing := sorted((wanted | {"_fc.weight", "_fc.bias"}) - set(state)):
+        expected = {f"{conv}.weight" for conv in norms} | {
+            f"{norm}.{part}" for norm in norms.values() for part in parts
+        }
+        if missing := sorted((expected | {"_fc.weight", "_fc.bias"}) - set(state)):
             raise ValueError(
                 f"{len(missing)} tensors are missing from the EfficientNet-Lite0 weights: {missing[0]!r}..."
             )

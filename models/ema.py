@@ -39,17 +39,17 @@ def power_decay(gamma: float, update: int) -> float:
     return (1 - 1 / update) ** (gamma + 1)
 
 
-def combination(kept: Sequence[Profile], wanted: Profile) -> tuple[NDArray[np.float64], float]:
-    """Return coefficients float64 [n] that reconstruct the wanted average from the kept ones, and the relative error.
+def combination(kept: Sequence[Profile], requested: Profile) -> tuple[NDArray[np.float64], float]:
+    """Return coefficients float64 [n] that reconstruct an average from the kept ones, and the relative error.
 
-    The error is the least-squares distance of the two profiles, relative to the wanted one. Below 0.1 the
+    The error is the least-squares distance of the two profiles, relative to the requested one. Below 0.1 the
     reconstruction is as good as the average itself.
     """
     gram = np.array([[_inner(a, b) for b in kept] for a in kept])
-    target = np.array([_inner(a, wanted) for a in kept])
+    target = np.array([_inner(a, requested) for a in kept])
     coefficients = np.linalg.lstsq(gram, target, rcond=1e-13)[0]
-    missed = _inner(wanted, wanted) - 2 * coefficients @ target + coefficients @ gram @ coefficients
-    return coefficients, float(np.sqrt(max(missed, 0.0) / _inner(wanted, wanted)))
+    missed = _inner(requested, requested) - 2 * coefficients @ target + coefficients @ gram @ coefficients
+    return coefficients, float(np.sqrt(max(missed, 0.0) / _inner(requested, requested)))
 
 
 def _inner(a: Profile, b: Profile) -> float:

@@ -8,7 +8,7 @@ Scale 0 always means no guidance. Papers count differently: DiT's cfg-scale and 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
@@ -126,7 +126,7 @@ def mean_shift(denoise: Denoise, gradient: Gradient) -> Denoise:
         prediction, g = denoise(x_t, t), gradient(x_t, t)
         if g is None:
             return prediction
-        return prediction.with_mean(prediction.mean + prediction.variance * g)
+        return replace(prediction, mean=prediction.mean + prediction.variance * g)
 
     return guided_denoise
 

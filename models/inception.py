@@ -97,10 +97,10 @@ class InceptionNetwork:
             ValueError: a tensor is missing, unknown or has a wrong shape; the message names it.
         """
         parts = ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
-        wanted = {f"{unit}.{part}" for unit in unit_names() for part in parts} | {"fc.weight", "fc.bias"}
-        if missing := sorted(wanted - set(state)):
+        expected = {f"{unit}.{part}" for unit in unit_names() for part in parts} | {"fc.weight", "fc.bias"}
+        if missing := sorted(expected - set(state)):
             raise ValueError(f"{len(missing)} tensors are missing from the Inception weights, first {missing[0]!r}")
-        if unknown := sorted(set(state) - wanted):
+        if unknown := sorted(set(state) - expected):
             raise ValueError(f"the Inception weights contain {len(unknown)} unknown tensors, first {unknown[0]!r}")
         if state["fc.weight"].shape != (NUM_CLASSES, DIMENSION):
             shape = tuple(state["fc.weight"].shape)

@@ -178,8 +178,8 @@ def edm_steps(config: "SamplerConfig", diffusion: Diffusion) -> list[EdmStep]:
     low, high = (
         np.clip(sigma, levels[0], levels[-1]) ** (1 / config.rho) for sigma in (config.sigma_min, config.sigma_max)
     )
-    wanted = (high + np.arange(config.num_steps) / (config.num_steps - 1) * (low - high)) ** config.rho
-    chain = [nearest(sigma) for sigma in wanted] + [(0.0, None)]
+    sigmas = (high + np.arange(config.num_steps) / (config.num_steps - 1) * (low - high)) ** config.rho
+    chain = [nearest(sigma) for sigma in sigmas] + [(0.0, None)]
     steps = []
     for (here, t), (following, following_t) in pairwise(chain):
         churned, churned_t = here, t

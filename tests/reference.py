@@ -1,8 +1,8 @@
 """Comparison of Admiral with golden data: `python -m tests.reference [DIR]`; DIR is tests/golden by default.
 
 DIR is a folder of golden data or contains several. The folders determine what is compared, with which settings and
-tolerances; their content determines their kind. This prints a row for every comparison, and exits with 1 if one fails or
-if no check knows an array or a file.
+tolerances; their content determines their kind. This prints a row for every comparison, and exits with 1 if one fails
+or if no check knows an array or a file.
 """
 
 import argparse

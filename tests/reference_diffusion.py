@@ -1,7 +1,7 @@
 """Comparison of networks, diffusion, samplers, guidance, losses and likelihoods with golden data.
 
-A folder of this kind has cases.json with its networks, the diffusion process of its files and the tolerance of every array.
-The arrays in a file determine its check, and their names determine what the check computes.
+A folder of this kind has cases.json with its networks, the diffusion process of its files and the tolerance of every
+array. The arrays in a file determine its check, and their names determine what the check computes.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """Comparison of features, Inception Scores, the Inception network and published batches with golden data.
 
-The arrays in a file determine its kind. The name of an array determines what is computed for it, and its tolerance, which
-is that of the folder's README.
+The arrays in a file determine its kind. The name of an array determines what is computed for it, and its tolerance,
+which is that of the folder's README.
 """
 
 import json

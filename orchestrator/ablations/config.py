@@ -95,9 +95,9 @@ class AblationsConfig(JobConfig):
             raise ValueError(f"--table {self.table}: {_problem(error)}") from error
         if unknown := [name for name in self.rows if name not in table.rows]:
             raise ValueError(f"--rows {unknown[0]}: there is no such row; the rows are {', '.join(table.rows)}")
-        wanted = {next(iter(table.rows)), *(self.rows or table.rows)}
-        wanted |= {row.against for name, row in table.rows.items() if name in wanted and row.against}
-        rows = {name: row for name, row in table.rows.items() if name in wanted}
+        selected = {next(iter(table.rows)), *(self.rows or table.rows)}
+        selected |= {row.against for name, row in table.rows.items() if name in selected and row.against}
+        rows = {name: row for name, row in table.rows.items() if name in selected}
         return table.model_copy(update={"rows": rows, "seeds": self.seeds or table.seeds})
 
     def _with_hardware(self, config: AnyConfig) -> AnyConfig:

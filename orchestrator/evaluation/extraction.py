@@ -63,16 +63,16 @@ class FeatureFiles:
 
     def array(self, name: ArrayName, rows: np.ndarray | None = None) -> np.ndarray | None:
         """Return float32 [N, D] of all images, or of `rows` (sorted); None if the extractor does not have them."""
-        wanted = np.arange(self.count) if rows is None else rows
+        indices = np.arange(self.count) if rows is None else rows
         found: np.ndarray | None = None
-        for number in np.unique(wanted // BLOCK):
+        for number in np.unique(indices // BLOCK):
             part = getattr(self.block(int(number)).features, name)
             if part is None:
                 return None
-            here = np.flatnonzero(wanted // BLOCK == number)
+            here = np.flatnonzero(indices // BLOCK == number)
             if found is None:
-                found = np.empty((len(wanted), part.shape[1]), part.dtype)
-            found[here] = part[wanted[here] % BLOCK]
+                found = np.empty((len(indices), part.shape[1]), part.dtype)
+            found[here] = part[indices[here] % BLOCK]
         return found
 
     def pool(self, rows: np.ndarray | None = None) -> np.ndarray:

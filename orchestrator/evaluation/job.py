@@ -66,12 +66,9 @@ def evaluate(config: EvaluationConfig) -> str:
         session(config.num_workers, num_gpus=config.num_workers * config.num_gpus, shared=config.shared),
         tracked("evaluate", config, output) as tracker,
     ):
-        folder = storage.join(output if images.kind != "samples" else images.uri, "features")
-        if images.kind != "samples":  # files of others are only read
-            folder = storage.join(folder, images.identity)
-        made = extract_all(images, folder, loader, config.num_workers, config.num_gpus)
-        kept = storage.join(output, "reference-features")
-        reference = extract_reference(found, loader, loaded, kept, config.num_workers, config.num_gpus)
+        made = _sample_features(config, images, loader)
+        folder = storage.join(output, "reference-features")
+        reference = extract_reference(found, loader, loaded, folder, config.num_workers, config.num_gpus)
         reasons = {"classes": unmatched, "accuracy": loaded.knows(reference.classes)}
         reference = replace(reference, missing=reference.missing | {what: why for what, why in reasons.items() if why})
         measured, held_out = _measure(config, images, made, reference, loaded, floor, loader)
@@ -194,6 +191,14 @@ def _floor(config: EvaluationConfig, found: ReferenceInput, count: int) -> Image
         sides = Side.of(f"--floor {config.floor}", held_out), Side.of(f"--reference {config.reference}", found.images)
         check_compatible(*sides, config.extractor)
     return subset(held_out, count)
+
+
+def _sample_features(config: EvaluationConfig, images: ImageSet, loader: LoadExtractor) -> FeatureFiles:
+    """Extract features of the samples into their folder, or into the output folder if Admiral did not generate them."""
+    folder = storage.join(images.uri, "features")
+    if images.kind != "samples":
+        folder = storage.join(config.path(config.output), "features", images.identity)
+    return extract_all(images, folder, loader, config.num_workers, config.num_gpus)
 
 
 def _measure(

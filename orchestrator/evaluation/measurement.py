@@ -10,10 +10,10 @@ import numpy as np
 
 from cluster.workers import pool
 from models.manifolds import Run, here, manifolds, precision_recall, realism, shares
-from models.metrics import Estimate, by_class, class_frechet_estimate, expand_frechet, moments, vendi_score
+from models.metrics import by_class, class_frechet_estimate, expand_frechet, moments
 from orchestrator.evaluation.extraction import ArrayName, FeatureFiles, chosen
 from orchestrator.evaluation.memorization import nearest_training_features
-from orchestrator.evaluation.metrics import Comparison, Estimates, Rows, measure
+from orchestrator.evaluation.metrics import Comparison, Estimates, Rows, measure, vendi_estimate
 from orchestrator.evaluation.references import Reference
 from orchestrator.generation.worker import prepare_device
 
@@ -190,7 +190,7 @@ def _per_class(
     def metrics(reference: np.ndarray, samples: np.ndarray) -> Estimates:
         if min(len(reference), len(samples)) < 2:
             return {}
-        found = {"fd": class_frechet_estimate(reference, samples), "vendi_score": _vendi(samples)}
+        found = {"fd": class_frechet_estimate(reference, samples), "vendi_score": vendi_estimate(samples)}
         if found["fd"].bias is not None:
             found["fd_infinity"] = expand_frechet(samples, moments(reference)).corrected
         if min(len(reference), len(samples)) > NEIGHBOURS:
@@ -199,10 +199,6 @@ def _per_class(
 
     found = by_class(metrics, real, real_labels[rows], features, labels)
     return {label: estimates for label, estimates in found.items() if estimates}
-
-
-def _vendi(samples: np.ndarray) -> Estimate:
-    return Estimate(vendi_score(samples), len(samples), note="no interval: it grows with n")
 
 
 # ------------------------------------------------------------------------------------------------ over the pool

@@ -61,12 +61,12 @@ def _make_search(
     queries: Callable[[], np.ndarray], rows: Rows, k: int, num_gpus: float
 ) -> Callable[[tuple[int, int]], Neighbours]:
     """Load the queries; return the function that searches a chunk."""
-    device, wanted = prepare_device(num_gpus), queries()
+    device, loaded = prepare_device(num_gpus), queries()
 
     def work(chunk: tuple[int, int]) -> Neighbours:
         targets = rows(*chunk)
         with device:
-            return nearest(wanted, targets, min(k, len(targets)))
+            return nearest(loaded, targets, min(k, len(targets)))
 
     return work
 

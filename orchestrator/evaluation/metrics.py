@@ -207,16 +207,10 @@ class Metric:
         return f"{self.name}_{extractor}" if self.of_extractor else self.name
 
 
-def _frechet(c: Comparison) -> Estimate:
-    if _enough("pool")(c) is None:
-        return c.expansion.estimate
-    return frechet_estimate(c.pool, c.statistics["pool"])
-
-
-def _spatial_frechet(c: Comparison) -> Estimate:
-    if _enough("spatial")(c) is None:
-        return c.spatial_expansion.estimate
-    return frechet_estimate(c.array("spatial"), c.statistics["spatial"])
+def _frechet(c: Comparison, array: ArrayName) -> Estimate:
+    if _enough(array)(c) is None:
+        return (c.expansion if array == "pool" else c.spatial_expansion).estimate
+    return frechet_estimate(c.array(array), c.statistics[array])
 
 
 def _openai(c: Comparison, which: int) -> Estimate:
@@ -225,8 +219,9 @@ def _openai(c: Comparison, which: int) -> Estimate:
     return Estimate(c.openai[which], len(c.rows.samples), note=note, n_reference=len(c.rows.real))
 
 
-def _vendi(c: Comparison) -> Estimate:
-    return Estimate(vendi_score(c.pool), len(c.pool), note="no interval: it grows with n, so compare it at equal n")
+def vendi_estimate(samples: np.ndarray) -> Estimate:
+    """Return the Vendi score of samples [n, D], without an interval."""
+    return Estimate(vendi_score(samples), len(samples), note="no interval: it grows with n, so compare it at equal n")
 
 
 def _strata(c: Comparison, count: int) -> np.ndarray | None:
@@ -261,7 +256,7 @@ _TABLE = (
         "metrics.expand_frechet", of_extractor=True,
     ),
     Metric(
-        "fd", _frechet, (_covariance,), "lower",
+        "fd", lambda c: _frechet(c, "pool"), (_covariance,), "lower",
         "Fréchet distance with its bias, as in published protocols; compare it only at equal n.",
         "metrics.frechet_distance", of_extractor=True,
         scores=lambda c: frechet_scores(c.pool, c.statistics["pool"], c.strata),
@@ -272,7 +267,7 @@ _TABLE = (
         "metrics.expand_frechet", of_extractor=True,
     ),
     Metric(
-        "sfd", _spatial_frechet, (_covariance, _spatial), "lower",
+        "sfd", lambda c: _frechet(c, "spatial"), (_covariance, _spatial), "lower",
         "Fréchet distance of features that keep positions, with its bias, as in published protocols.",
         "metrics.frechet_distance", of_extractor=True,
         scores=lambda c: frechet_scores(c.array("spatial"), c.statistics["spatial"], c.strata),
@@ -340,7 +335,7 @@ _TABLE = (
         "1,000 times the squared MMD of normalised CLIP features with the kernel exp(-|x-y|²/200).", "metrics.cmmd",
     ),
     Metric(
-        "vendi_score", _vendi, (), "higher",
+        "vendi_score", lambda c: vendi_estimate(c.pool), (), "higher",
         "Effective number of distinct samples.", "metrics.vendi_score",
     ),
     Metric(

@@ -129,10 +129,10 @@ def _snapshots(config: RunEvaluationConfig) -> list[Snapshot]:
     found = [snapshot for snapshot in snapshots(run) if not config.ema or snapshot.average in config.ema]
     for images in sorted({images for images, _, _ in power_snapshots(run)}) if config.sigma_rel else []:
         for sigma_rel in config.sigma_rel:
-            wanted = AverageConfig(store=config.store, weights=config.weights, sigma_rel=sigma_rel, images=images)
-            uri = average_uri(wanted)
+            requested = AverageConfig(store=config.store, weights=config.weights, sigma_rel=sigma_rel, images=images)
+            uri = average_uri(requested)
             try:
-                uri = uri if storage.exists(uri) else average(wanted)
+                uri = uri if storage.exists(uri) else average(requested)
             except ValueError as error:
                 log.warning(
                     "post-hoc average %g at %d images is skipped, the others continue: %s", sigma_rel, images, error

@@ -146,7 +146,7 @@ def test_outside_its_interval_the_classifier_is_not_called() -> None:
         assert classifier.calls == calls
         assert torch.equal(x, final_x(ddim(denoise, diffusion, noise(0), noise))) == (calls == 0)
     gradient = classifier_gradient(ExactClassifier(diffusion), diffusion, y, 1.0, (0.0, 0.5))
-    with pytest.raises(ValueError, match="one timestep"):
+    with pytest.raises(ValueError, match="int timestep"):
         gradient(noise(0), torch.zeros(6, dtype=torch.int64))
 
 

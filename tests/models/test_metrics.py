@@ -371,7 +371,7 @@ def test_heavy_tails_small_references_and_distances_below_zero_are_said() -> Non
     assert "heavy tails" in expand_frechet(broken, exact).estimate.note
     same = rng.standard_normal((2000, 4))
     itself = expand_frechet(same, moments(same)).corrected
-    assert itself.value == itself.low == 0 and "estimated at -" in itself.note
+    assert itself.value == itself.low == 0 and "the estimate is -" in itself.note
 
 
 def test_what_a_perfect_model_scores_against_a_small_reference_is_told() -> None:

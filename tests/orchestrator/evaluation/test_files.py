@@ -46,7 +46,7 @@ def write(uri: str, names: Iterable[str], sizes: dict[str, int] | None = None) -
         ([f"{a}{i}.png" for i in (1, 10, 2) for a in "abcdefgh"], []),  # no pattern is usual: the order of the names
         (UNPADDED, ["not padded", "2.png comes before 10.png"]),
         ([f"made/{name}" for name in UNPADDED], ["not padded", "made/2.png"]),
-        ([*PADDED, "._000000.png", ".DS_Store", ".cache/1.png"], ["hidden", ": 3", ".DS_Store"]),
+        ([*PADDED, "._000000.png", ".DS_Store", ".cache/1.png"], ["3 hidden", ".DS_Store"]),
         ([*PADDED, "a.txt", "b.TXT", "c.heic", "LICENSE"], ["ending", ".heic 1", "none 1"]),
     ],
 )
