@@ -1,6 +1,6 @@
 """Presets of evaluations and likelihood estimates."""
 
-from orchestrator.config import DIGITS, IMAGES
+from orchestrator.config import DIGITS, IMAGENET, IMAGES, SIZES
 from orchestrator.evaluation.config import EvaluationConfig
 from orchestrator.evaluation.likelihood import LikelihoodConfig
 
@@ -30,11 +30,26 @@ def evaluation_presets() -> dict[str, tuple[str, EvaluationConfig]]:
     return {
         "digits": (DIGITS, digits),
         "images": (f"{IMAGES}, with EfficientNet and its ImageNet weights from a Python package", images),
+        **{
+            f"imagenet{size}": (f"{IMAGENET} at {size}x{size}, by the Inception network of FID", _imagenet(size))
+            for size in SIZES
+        },
         "released": (
             "ImageNet 64x64, compared with the published reference batch by the Inception network of FID",
             released,
         ),
     }
+
+
+def _imagenet(size: int) -> EvaluationConfig:
+    """Return the evaluation of the samples that the same preset generates, against the training images."""
+    return EvaluationConfig(
+        samples=f"imagenet{size}/samples",
+        reference="datasets/imagenet",
+        output=f"imagenet{size}/evaluation",
+        extractor="inception",
+        num_gpus=1,
+    )
 
 
 def likelihood_presets() -> dict[str, tuple[str, LikelihoodConfig]]:
