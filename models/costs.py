@@ -1,7 +1,7 @@
 """Parameters, multiply-adds and memory of a network, counted without running it.
 
-A network on the meta device or on fake tensors goes through the real operations with shapes and no data, so that a
-554M network is measured in seconds on any machine. A FLOP is one floating-point operation, so a multiply-add is two.
+On the meta device, or with fake tensors, a network performs the real operations on shapes without data. A network of
+554M parameters is counted in seconds on any machine. A FLOP is one floating-point operation; a multiply-add is two.
 """
 
 import weakref
@@ -24,7 +24,7 @@ Use = Literal["training", "guiding", "sampling"]
 
 
 def count_parameters(config: Architecture) -> int:
-    """Return the number of trained values of the network, without allocating it."""
+    """Return the number of parameters of the network, without allocating it."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in config.build().parameters())
 
@@ -38,7 +38,7 @@ def forward_multiply_adds(config: Architecture) -> int:
 
 
 def training_flops(config: Architecture) -> float:
-    """Return the FLOPs of a training step for each image: the backward pass costs two forward passes."""
+    """Return the FLOPs of a training step per image; the backward pass costs as much as two forward passes."""
     return 3 * 2.0 * forward_multiply_adds(config)
 
 
@@ -48,10 +48,10 @@ def training_state_bytes(config: Architecture, averages: int) -> int:
 
 
 class Evaluations(NamedTuple):
-    """Network evaluations that one image takes."""
+    """Number of network evaluations for one image."""
 
     model: int
-    guide: int  # of the classifier with its gradient, of the model without its class, or of the weaker model
+    guide: int  # classifier with its gradient, model without its class, or weaker model
 
     @property
     def total(self) -> int:
@@ -60,9 +60,10 @@ class Evaluations(NamedTuple):
 
 
 def sampling_evaluations(sampler: SamplerConfig, guidance: GuidanceConfig, diffusion: DiffusionConfig) -> Evaluations:
-    """Count the evaluations of one chain; outside the guidance interval there are none of the guide.
+    """Return the evaluations of one chain; the guide is only evaluated inside the guidance interval.
 
-    Raises ValueError where the diffusion has no such chain.
+    Raises:
+        ValueError: the diffusion process has no such chain.
     """
     timesteps = evaluated_timesteps(sampler, diffusion)
     inside = guided_timesteps(guidance.interval, diffusion.num_timesteps)
@@ -70,23 +71,26 @@ def sampling_evaluations(sampler: SamplerConfig, guidance: GuidanceConfig, diffu
 
 
 def sampling_flops(evaluations: Evaluations, model: Architecture, guide: Architecture | None) -> float:
-    """Return the FLOPs of one sample; `guide` is the classifier, the weaker model, or `model` itself."""
+    """Return the FLOPs of one sample; `guide` is the classifier, the weaker model or `model` itself."""
     multiply_adds = guidance_multiply_adds(guide) if guide else 0
     return 2.0 * (evaluations.model * forward_multiply_adds(model) + evaluations.guide * multiply_adds)
 
 
 def guidance_multiply_adds(guide: Architecture) -> int:
-    """Return the multiply-adds of a guide for one image: a classifier's go forward and back to the input."""
+    """Return the multiply-adds of a guide per image; for a classifier those of the forward and the backward pass."""
     return (2 if guide.kind == "classifier" else 1) * forward_multiply_adds(guide)
 
 
 @cache
 def peak_memory(config: Architecture, use: Use, batch: int, half: bool = False) -> int:
-    """Bytes that one pass over `batch` images takes at its peak beside the float32 weights.
+    """Return the peak memory of one pass over `batch` images in bytes, without the float32 weights.
 
-    training = forward and backward to the weights; guiding = a classifier's gradient to its input; sampling = forward.
-    Activations, gradients and, with `half`, the weights' half copies, counted tensor by tensor. Left out: what
-    convolutions take as workspace, and what the allocator loses to fragments.
+    This counts all tensors: activations, gradients and, with `half`, the half-precision copies of the weights. It does
+    not include the workspace of convolutions and the fragmentation of the allocator.
+
+    Args:
+        use: "training" is a forward and backward pass, "guiding" a classifier's gradient with respect to its input,
+            and "sampling" a forward pass.
     """
     with FakeTensorMode():
         network = config.build().requires_grad_(use == "training").train(use == "training")
@@ -103,7 +107,7 @@ def peak_memory(config: Architecture, use: Use, batch: int, half: bool = False) 
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made while inside that are still there."""
+    """Counter of the bytes of all live tensors that were created in this context."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Gaussian diffusion: schedules, respacing, the processes q and p, the losses and the sampling of timesteps.
+"""Gaussian diffusion: schedules, respacing, the processes q and p, losses and the sampling of timesteps.
 
 Sources: DDPM (Ho et al. 2020, arXiv 2006.11239), IDDPM (Nichol & Dhariwal 2021, arXiv 2102.09672), ADM
 (Dhariwal & Nichol 2021, arXiv 2105.05233). Timesteps count from 0 (almost clean) to T - 1 (almost noise);
-images are [B, C, H, W] in [-1, 1]. Tables are float64 numpy; look-ups and arithmetic on images are float32.
+images are [B, C, H, W] in [-1, 1]. Tables are float64 NumPy arrays; arithmetic on images is float32.
 """
 
 import math
@@ -21,7 +21,7 @@ Timestep = int | Tensor  # chain index: one for the whole batch, or int64 [B]
 
 
 class DiffusionConfig(BaseModel, frozen=True, extra="forbid"):
-    """The process and what the network predicts of it."""
+    """The diffusion process and what the network predicts."""
 
     schedule: Literal["linear", "cosine", "quad", "warmup10", "warmup50", "const", "jsd"] = "linear"  # noise schedule
     num_timesteps: int = Field(1000, ge=2)  # T, steps of the training process
@@ -34,7 +34,7 @@ class DiffusionConfig(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def learns_variance(self) -> bool:
-        """Whether the network has a second half of output channels."""
+        """Return whether the network has twice the output channels, for the variance."""
         return self.variance in ("learned", "learned_range")
 
 
@@ -42,7 +42,7 @@ class DiffusionConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 def ddpm_betas(schedule: str, beta_start: float, beta_end: float, num_timesteps: int) -> NDArray[np.float64]:
-    """DDPM's schedules, float64 [T]; unlike `betas_for` the end points are not scaled with T."""
+    """Return the betas of one of DDPM's schedules, float64 [T]; unlike `betas_for` this does not scale them with T."""
 
     def warmup(fraction: float) -> NDArray[np.float64]:
         betas = np.full(num_timesteps, beta_end, dtype=np.float64)
@@ -67,7 +67,7 @@ def ddpm_betas(schedule: str, beta_start: float, beta_end: float, num_timesteps:
 
 
 def cosine_betas(num_timesteps: int) -> NDArray[np.float64]:
-    """IDDPM eq. 17: betas of a squared-cosine alphas_cumprod, each at most 0.999."""
+    """Return the betas of a squared-cosine alphas_cumprod, each at most 0.999 (IDDPM eq. 17)."""
 
     def alphas_cumprod(u: float) -> float:
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -78,7 +78,10 @@ def cosine_betas(num_timesteps: int) -> NDArray[np.float64]:
 
 
 def betas_for(schedule: str, num_timesteps: int) -> NDArray[np.float64]:
-    """Betas of the full process, float64 [T]: 1e-4 to 0.02; the linear ones are scaled by 1000 / T."""
+    """Return the betas of the full process, float64 [T].
+
+    DDPM's schedules go from 1e-4 to 0.02; the linear one is scaled by 1000 / T.
+    """
     if schedule == "cosine":
         return cosine_betas(num_timesteps)
     scale = 1000 / num_timesteps if schedule == "linear" else 1.0
@@ -86,10 +89,14 @@ def betas_for(schedule: str, num_timesteps: int) -> NDArray[np.float64]:
 
 
 def space_timesteps(num_timesteps: int, spec: str | Sequence[int]) -> NDArray[np.int64]:
-    """The original timesteps that a shorter chain keeps, sorted int64 (IDDPM section 4, DDIM section 4.2).
+    """Return the original timesteps that a shorter chain keeps, sorted int64 (IDDPM section 4, DDIM section 4.2).
 
-    `spec` is "ddimN" (N steps at one integer stride, from 0), or the numbers of steps to keep in equal
-    sections of the process, as "10,20,30" or a sequence. Raises ValueError where that is impossible.
+    Args:
+        spec: "ddimN" keeps N steps with an integer stride, from 0. A list such as "10,20,30" gives the number of steps
+            to keep in each of as many equal sections of the process.
+
+    Raises:
+        ValueError: no such chain exists.
     """
     if isinstance(spec, str) and spec.startswith("ddim"):
         (count,) = _step_counts(spec[4:], spec)
@@ -99,7 +106,7 @@ def space_timesteps(num_timesteps: int, spec: str | Sequence[int]) -> NDArray[np
         possible = {-(-num_timesteps // stride) for stride in range(1, num_timesteps)}
         near = sorted(sorted(possible, key=lambda n: abs(n - count))[:2])
         raise ValueError(
-            f"respacing {spec!r}: no integer stride keeps {count} of {num_timesteps} steps; near are {near}"
+            f"respacing {spec!r}: no integer stride keeps {count} of {num_timesteps} steps; the nearest are {near}"
         )
     counts = _step_counts(spec, spec) if isinstance(spec, str) else list(spec)
     if not counts:
@@ -132,27 +139,25 @@ def _step_counts(text: str, spec: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says at x_t: float32 [B, C, H, W]; fixed variances only broadcast to that."""
+    """The model's prediction at x_t, float32 [B, C, H, W]; fixed variances broadcast to this shape."""
 
-    eps: Tensor  # the noise that agrees with pred_x_start
+    eps: Tensor  # the noise, consistent with pred_x_start
     pred_x_start: Tensor
     mean: Tensor  # of p(x_{t-1} | x_t)
     variance: Tensor  # of p(x_{t-1} | x_t)
-    log_variance: Tensor  # its logarithm, finite also where a fixed variance is 0 (at t = 0)
-
-    def with_mean(self, mean: Tensor) -> "Prediction":
-        """The same prediction with another mean of the reverse step."""
-        return replace(self, mean=mean)
+    log_variance: Tensor  # its logarithm; finite also at t = 0, where a fixed variance is 0
 
 
 Denoise = Callable[[Tensor, Timestep], Prediction]
 
 
 class Diffusion:
-    """The (possibly respaced) process: float64 tables [T'], and q, p and the losses over them.
+    """The diffusion process, possibly respaced, with its float64 tables [T'].
 
-    `num_timesteps` is T', the steps of this chain; `timestep_map` [T'] int64 holds their original timesteps.
-    Raises ValueError for impossible respacings, betas outside (0, 1] and chains of fewer than two steps.
+    `num_timesteps` is T', the number of steps of this chain; `timestep_map` int64 [T'] has their original timesteps.
+
+    Raises:
+        ValueError: the respacing is impossible, a beta is outside (0, 1], or the chain has fewer than two steps.
     """
 
     def __init__(self, config: DiffusionConfig, respacing: str | Sequence[int] = "") -> None:
@@ -177,7 +182,7 @@ class Diffusion:
 
     def _make_tables(self, betas: NDArray[np.float64]) -> None:
         self.betas = betas
-        self.adds_noise = np.arange(len(betas)) > 0  # whether the reverse step at t draws noise
+        self.adds_noise = np.arange(len(betas)) > 0  # whether the reverse step at t adds noise
         self.alphas_cumprod = np.cumprod(1.0 - betas)
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
         self.one_minus_alphas_cumprod_prev = 1.0 - self.alphas_cumprod_prev
@@ -190,7 +195,7 @@ class Diffusion:
             self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1.0)
             # q(x_{t-1} | x_t, x_0), DDPM eqs. 6-7
             self.posterior_variance = betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
-            # zero at t = 0, where the published code uses the value of t = 1 for its logarithm
+            # The variance is 0 at t = 0, so the published code takes the logarithm of the value at t = 1 there.
             self.posterior_log_variance_clipped = np.log(
                 np.append(self.posterior_variance[1], self.posterior_variance[1:])
             )
@@ -204,56 +209,58 @@ class Diffusion:
             self.fixed_large_log_variance = np.log(np.append(self.posterior_variance[1], betas[1:]))
 
     def at(self, table: str, t: Timestep, like: Tensor) -> Tensor:
-        """Entries of a table as float32 on `like`'s device: 0-dim for an int t, [B, 1, ...] for t int64 [B].
+        """Return entries of a table as float32 on the device of `like`: 0-dim for an int t, [B, 1, ...] for t [B].
 
-        No host synchronisation: the whole table lies on the device from its first use on.
+        The whole table is on the device from its first use on, so this does not synchronise with the host.
         """
         key = (table, like.device)
         if key not in self._tensors:
-            with torch.inference_mode(False):  # these live on, and may be saved for a backward pass
+            with torch.inference_mode(False):  # a later backward pass may need these cached tensors
                 values = getattr(self, table)
                 self._tensors[key] = torch.tensor(values, dtype=torch.float32, device=like.device)
         entries = self._tensors[key][t]
         return entries if isinstance(t, int) else entries.view(-1, *[1] * (like.ndim - 1))
 
     def model_timesteps(self, t: Timestep, like: Tensor) -> Tensor:
-        """What the network is told at chain indices t, float32 [B]; see `model_timestep_map`."""
+        """Return the timesteps that the network gets at chain indices t, float32 [B]."""
         timesteps = self.at("model_timestep_map", t, like)
         return timesteps.expand(len(like)) if isinstance(t, int) else timesteps.view(-1)
 
     @property
     def model_timestep_map(self) -> NDArray[np.float64]:
-        """The number that the network is given at each step of the chain, float64 [T']."""
+        """Return the timestep that the network gets at each step of the chain, float64 [T']."""
         scale = 1000.0 / self.config.num_timesteps if self.config.rescale_timesteps else 1.0
         return np.float64(scale) * self.timestep_map
 
     def q_sample(self, x_start: Tensor, t: Timestep, noise: Tensor) -> Tensor:
-        """x_t ~ q(x_t | x_0) from standard normal `noise`; DDPM eq. 4."""
+        """Return x_t ~ q(x_t | x_0) from standard normal `noise` (DDPM eq. 4)."""
         return (
             self.at("sqrt_alphas_cumprod", t, x_start) * x_start
             + self.at("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
         )
 
     def q_posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
-        """Mean of q(x_{t-1} | x_t, x_0); DDPM eq. 7."""
+        """Return the mean of q(x_{t-1} | x_t, x_0) (DDPM eq. 7)."""
         return self.at("posterior_mean_coef1", t, x_t) * x_start + self.at("posterior_mean_coef2", t, x_t) * x_t
 
     def x_start_from_eps(self, x_t: Tensor, t: Timestep, eps: Tensor) -> Tensor:
-        """DDPM eq. 4 solved for x_0."""
+        """Return x_0 from x_t and the noise (DDPM eq. 4)."""
         return self.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - self.at("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
 
     def eps_from_x_start(self, x_t: Tensor, t: Timestep, x_start: Tensor) -> Tensor:
-        """DDPM eq. 4 solved for the noise."""
+        """Return the noise from x_t and x_0 (DDPM eq. 4)."""
         recip = self.at("sqrt_recip_alphas_cumprod", t, x_t)
         return (recip * x_t - x_start) / self.at("sqrt_recipm1_alphas_cumprod", t, x_t)
 
     def variance(self, values: Tensor | None, t: Timestep, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Variance of p(x_{t-1} | x_t) and its logarithm; `values` is the second half of the output.
+        """Return the variance of p(x_{t-1} | x_t) and its logarithm.
 
-        `values` is None for fixed variances, which are then 0-dim for an int t or [B, 1, 1, 1].
+        Args:
+            values: the second half of the network's output; None = the variance is fixed, and the results are 0-dim
+                for an int t and [B, 1, 1, 1] otherwise.
         """
         if values is None and self.config.variance == "fixed_small":
-            # the published logarithm at t = 0 is that of t = 1, not of the variance there, which is 0
+            # At t = 0 the variance is 0, and the published code takes the logarithm of the value at t = 1.
             return self.at("posterior_variance", t, like), self.at("posterior_log_variance_clipped", t, like)
         if values is None:
             log_variance = self.at("fixed_large_log_variance", t, like)
@@ -267,18 +274,22 @@ class Diffusion:
         return torch.exp(log_variance), log_variance
 
     def split_output(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-        """The network's output as (mean part, variance part or None), float32; ValueError on other widths."""
-        wanted = channels * (2 if self.config.learns_variance else 1)
-        if output.shape[1] != wanted:
+        """Split the network's output into mean part and variance part (or None), float32.
+
+        Raises:
+            ValueError: the number of output channels does not fit the configured variance.
+        """
+        expected = channels * (2 if self.config.learns_variance else 1)
+        if output.shape[1] != expected:
             raise ValueError(
-                f"the network has {output.shape[1]} output channels; variance={self.config.variance!r} over "
-                f"{channels} image channels needs {wanted}"
+                f"the network has {output.shape[1]} output channels; variance={self.config.variance!r} with "
+                f"{channels} image channels needs {expected}"
             )
         output = output.float()
         return (output[:, :channels], output[:, channels:]) if self.config.learns_variance else (output, None)
 
     def predict(self, output: Tensor, x_t: Tensor, t: Timestep, clip: bool = True) -> Prediction:
-        """Read the network's `output` [B, C or 2C, H, W] at x_t; `clip` clamps pred_x_start to [-1, 1]."""
+        """Return what the network's `output` [B, C or 2C, H, W] at x_t means; `clip` clamps pred_x_start to [-1, 1]."""
         value, variance_values = self.split_output(output, x_t.shape[1])
         match self.config.prediction:
             case "eps":
@@ -300,7 +311,10 @@ class Diffusion:
         )
 
     def with_eps(self, prediction: Prediction, x_t: Tensor, t: Timestep, eps: Tensor, clip: bool = False) -> Prediction:
-        """`prediction` at x_t with other noise; pred_x_start and mean follow it. `clip` clamps pred_x_start again."""
+        """Return `prediction` at x_t with another noise, and the pred_x_start and mean that follow from it.
+
+        `clip` clamps pred_x_start to [-1, 1] again.
+        """
         x_start = self.x_start_from_eps(x_t, t, eps)
         if clip:
             x_start = x_start.clamp(-1, 1)
@@ -309,10 +323,10 @@ class Diffusion:
         return replace(prediction, eps=eps, pred_x_start=x_start, mean=mean)
 
     def on_chain(self, model: Model) -> Model:
-        """`model` called with a chain index, (x_t, t, **kwargs), instead of its own timesteps.
+        """Return a function (x_t, t, **kwargs) that calls `model` with the timestep of chain index t.
 
-        For an int t the time embeddings of the whole chain are computed once, at the first call, and without
-        their gradients (an int t means sampling). Models without `embed_timesteps` are called as they are.
+        An int t means sampling. Then the time embeddings of the whole chain are computed once, at the first call and
+        without gradients, if the model has `embed_timesteps`.
         """
         embed = getattr(model, "embed_timesteps", None)
         embeddings: Tensor | None = None
@@ -333,7 +347,7 @@ class Diffusion:
     def denoiser(
         self, model: Model, y: Tensor | None = None, low_res: Tensor | None = None, clip: bool = True
     ) -> Denoise:
-        """The seam of all samplers: (x_t, t) -> Prediction, for labels y [B] and low-resolution images."""
+        """Return the function (x_t, t) -> Prediction that samplers take, for labels y [B] and low-resolution images."""
         call = self.on_chain(model)
         inputs = {"y": y, "low_res": low_res}
         kwargs = {name: value for name, value in inputs.items() if value is not None}
@@ -346,9 +360,9 @@ class Diffusion:
     # Losses
 
     def vb_term(self, x_start: Tensor, x_t: Tensor, t: Timestep, prediction: Prediction) -> Tensor:
-        """A term of the variational bound in bits per dimension [B] (DDPM eq. 5, IDDPM eqs. 4-6).
+        """Return a term of the variational bound in bits per dimension [B] (DDPM eq. 5, IDDPM eqs. 4-6).
 
-        KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), or at t = 0 the decoder's negative log-likelihood.
+        It is KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), and at t = 0 the decoder's negative log-likelihood.
         """
         kl = normal_kl(
             self.q_posterior_mean(x_start, x_t, t),
@@ -362,11 +376,11 @@ class Diffusion:
         return torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2)
 
     def losses(self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor, **model_kwargs: Any) -> dict[str, Tensor]:
-        """Loss terms [B] at timesteps t int64 [B]: "loss" and, where it has parts, "mse" and "vb".
+        """Return loss terms [B] at timesteps t int64 [B]: "loss" and, if it has parts, "mse" and "vb".
 
-        simple: DDPM eq. 14; with learned variance IDDPM eq. 16, where the bound sees a detached mean and so
-        trains the variance only. rescaled_simple weighs that bound by T / 1000. kl: the bound's term in bits
-        per dimension; rescaled_kl: times T. T is the length of this chain.
+        "simple" is DDPM eq. 14; with a learned variance it is IDDPM eq. 16, where the mean in the bound is detached, so
+        that the bound trains only the variance. "rescaled_simple" multiplies this bound by T / 1000. "kl" is the
+        bound's term in bits per dimension, and "rescaled_kl" is T times that. T is the length of this chain.
         """
         x_t = self.q_sample(x_start, t, noise)
         output = model(x_t, self.model_timesteps(t, x_t), **model_kwargs)
@@ -392,12 +406,12 @@ class Diffusion:
 
 
 def mean_flat(x: Tensor) -> Tensor:
-    """Mean over all but the first dimension: [B, ...] -> [B]."""
+    """Return the mean over all dimensions but the first: [B, ...] -> [B]."""
     return x.flatten(1).mean(dim=1)
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL(N(mean1, var1) || N(mean2, var2)) in nats, elementwise; arguments broadcast."""
+    """Return KL(N(mean1, var1) || N(mean2, var2)) in nats, elementwise; arguments broadcast."""
     return 0.5 * (
         -1.0
         + log_variance2
@@ -408,15 +422,15 @@ def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2
 
 
 def approx_standard_normal_cdf(x: Tensor) -> Tensor:
-    """The tanh approximation of the standard normal CDF that the published likelihoods were computed with."""
+    """Return the tanh approximation of the standard normal CDF that the published likelihoods use."""
     return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Tensor) -> Tensor:
-    """Log-probability (nats, elementwise) of 8-bit images x in [-1, 1] under a Gaussian; DDPM eq. 13.
+    """Return the log-probability in nats, elementwise, of 8-bit images x in [-1, 1] under a Gaussian (DDPM eq. 13).
 
-    A grey level's bin is +-1/255 about it; the bins of 0 and 255 reach to infinity. Probabilities below 1e-12
-    count as 1e-12.
+    The bin of a grey level is +-1/255 around it; the bins of 0 and 255 extend to infinity. Probabilities are at least
+    1e-12.
     """
     centred = x - means
     inverse_scale = torch.exp(-log_scales)
@@ -432,31 +446,31 @@ def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Te
 
 
 def _draw(probabilities: NDArray[np.float64], u: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Inverse-CDF draws t [B] for u [B] in [0, 1), and weights 1 / (T p(t)) that keep the loss unbiased."""
+    """Return timesteps [B] for uniform u [B] by the inverse CDF, and the weights 1 / (T p(t)) of their losses."""
     cdf = np.cumsum(probabilities)
     t = np.searchsorted(cdf / cdf[-1], u, side="right").astype(np.int64)
     return t, (1.0 / (len(probabilities) * probabilities[t])).astype(np.float32)
 
 
 class UniformTimesteps:
-    """Every timestep equally often, weight 1."""
+    """Sample all timesteps with equal probability and weight 1."""
 
     def __init__(self, num_timesteps: int) -> None:
         self.num_timesteps = num_timesteps
 
     def draw(self, u: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Timesteps int64 [B] and loss weights float32 [B] for uniforms u [B] in [0, 1)."""
+        """Return timesteps int64 [B] and loss weights float32 [B] for uniform u [B] in [0, 1)."""
         return _draw(np.full(self.num_timesteps, 1.0 / self.num_timesteps), u)
 
     def update(self, t: NDArray[np.int64], losses: NDArray[np.float64]) -> None:
-        """Learns nothing."""
+        """Do nothing; the probabilities do not depend on the losses."""
 
 
 class LossSecondMomentTimesteps:
-    """Importance sampling with p(t) proportional to sqrt(E[L_t^2]) over the latest losses; IDDPM eq. 18.
+    """Sample timesteps with p(t) proportional to sqrt(E[L_t^2]) over the latest losses (IDDPM eq. 18).
 
-    Uniform until every timestep has a full history. `uniform_prob` is the share that stays uniform. With
-    several workers each has a copy; all must `update` with the gathered losses of all, in one fixed order.
+    Sampling is uniform until every timestep has a full history, and a share `uniform_prob` of it stays uniform. With
+    several workers each has a copy, and all must `update` with the gathered losses of all workers in a fixed order.
     """
 
     def __init__(self, num_timesteps: int, history_per_term: int = 10, uniform_prob: float = 0.001) -> None:
@@ -467,19 +481,19 @@ class LossSecondMomentTimesteps:
         self.counts = np.zeros(num_timesteps, dtype=np.int64)
 
     def weights(self) -> NDArray[np.float64]:
-        """Unnormalised probabilities, float64 [T]; ones while the history is filling."""
+        """Return unnormalised probabilities, float64 [T]; ones until the history is full."""
         if (self.counts < self.history_per_term).any():
             return np.ones(self.num_timesteps)
         moments = np.sqrt(np.mean(self.history**2, axis=1))
         return moments / moments.sum() * (1 - self.uniform_prob) + self.uniform_prob / self.num_timesteps
 
     def draw(self, u: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Timesteps int64 [B] and loss weights float32 [B] for uniforms u [B] in [0, 1)."""
+        """Return timesteps int64 [B] and loss weights float32 [B] for uniform u [B] in [0, 1)."""
         weights = self.weights()
         return _draw(weights / weights.sum(), u)
 
     def update(self, t: NDArray[np.int64], losses: NDArray[np.float64]) -> None:
-        """Record unweighted losses [N] at timesteps [N], in the order given."""
+        """Add unweighted losses [N] at timesteps [N] to the history, in the order given."""
         for step, loss in zip(t, losses, strict=True):
             if self.counts[step] == self.history_per_term:
                 self.history[step, :-1] = self.history[step, 1:]

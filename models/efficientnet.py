@@ -1,7 +1,7 @@
-"""EfficientNet-Lite0 (Tan & Le 2019, without squeeze and swish): features of real photographs, small enough for a CPU.
+"""EfficientNet-Lite0 (Tan & Le 2019, without squeeze-and-excitation and swish): features of photographs on a CPU.
 
-The weights come from outside as the state dict of the PyTorch port (names such as
-`_blocks.3._depthwise_conv.weight`); they were trained in TensorFlow on ImageNet, whose padding they need.
+The caller provides the weights as the state dict of the PyTorch port, with names such as
+`_blocks.3._depthwise_conv.weight`. They were trained in TensorFlow on ImageNet, and need TensorFlow's padding.
 """
 
 from collections.abc import Mapping
@@ -14,26 +14,26 @@ from torch.nn import functional as F
 
 from models.features import Features, check_images, fold_batch_norm
 
-SIZE = 224  # pixels: the input of the network
+SIZE = 224  # pixels, the input size of the network
 NUM_CLASSES = 1000
 DIMENSION = 1280
 NUM_BLOCKS = 16
 STRIDE_2 = {1, 3, 5, 11}  # blocks that halve height and width
 EPS = 1e-3  # of batch norm
 
-# Convolution -> its batch norm, within a block.
+# The batch norm of each convolution in a block.
 _NORMS = {"_expand_conv": "_bn0", "_depthwise_conv": "_bn1", "_project_conv": "_bn2"}
 
 
 class EfficientNetLite0:
-    """Extractor with `pool` [B, 1280] and `logits` [B, 1000] of ImageNet's classes."""
+    """Extractor with `pool` [B, 1280] and `logits` [B, 1000] for the classes of ImageNet."""
 
     name = "efficientnet_lite0"
     dimension = DIMENSION
     num_classes = NUM_CLASSES
 
     def __init__(self, state: Mapping[str, Tensor], device: str | torch.device = "cpu") -> None:
-        """state: the port's tensors. Raises ValueError naming the tensors that are missing."""
+        """Load the port's tensors; ValueError with the name of the first one that is missing."""
         norms = {"_conv_stem": "_bn0", "_conv_head": "_bn1"} | {
             f"_blocks.{block}.{conv}": f"_blocks.{block}.{norm}"
             for block in range(NUM_BLOCKS)
@@ -41,9 +41,13 @@ class EfficientNetLite0:
             if block or conv != "_expand_conv"  # the first block does not expand
         }
         parts = ("weight", "bias", "running_mean", "running_var")
-        wanted = {f"{conv}.weight" for conv in norms} | {f"{norm}.{part}" for norm in norms.values() for part in parts}
-        if missing := sorted((wanted | {"_fc.weight", "_fc.bias"}) - set(state)):
-            raise ValueError(f"EfficientNet-Lite0 weights lack {len(missing)} tensors, first {missing[0]!r}")
+        expected = {f"{conv}.weight" for conv in norms} | {
+            f"{norm}.{part}" for norm in norms.values() for part in parts
+        }
+        if missing := sorted((expected | {"_fc.weight", "_fc.bias"}) - set(state)):
+            raise ValueError(
+                f"{len(missing)} tensors are missing from the EfficientNet-Lite0 weights: {missing[0]!r}..."
+            )
         self.device = torch.device(device)
         self.units = {}
         for conv, norm in norms.items():
@@ -55,7 +59,7 @@ class EfficientNetLite0:
 
     @torch.inference_mode()
     def __call__(self, images: NDArray[np.uint8]) -> Features:
-        """images uint8 [B, H, W, 3], resized to 224x224 (bilinear, smoothed where it shrinks) -> Features."""
+        """Return the features of images uint8 [B, H, W, 3], resized to 224x224 (bilinear, antialiased)."""
         check_images(images)
         x = torch.from_numpy(np.ascontiguousarray(images)).to(self.device).permute(0, 3, 1, 2).float()
         if x.shape[-2:] != (SIZE, SIZE):
@@ -69,14 +73,14 @@ class EfficientNetLite0:
         return Features(pool.cpu().numpy(), None, logits.cpu().numpy())
 
     def _block(self, name: str, x: Tensor, stride: int) -> Tensor:
-        """Inverted residual: widen, filter each channel, narrow; added to the input where the shapes agree."""
+        """Apply an inverted residual block; the input is added if the shapes are equal."""
         y = self._unit(f"{name}._expand_conv", x).clamp_(0, 6) if f"{name}._expand_conv" in self.units else x
         y = self._unit(f"{name}._depthwise_conv", y, stride, groups=y.shape[1]).clamp_(0, 6)
         y = self._unit(f"{name}._project_conv", y)
         return x + y if x.shape == y.shape else y
 
     def _unit(self, name: str, x: Tensor, stride: int = 1, groups: int = 1) -> Tensor:
-        """Convolution with TensorFlow's SAME padding: what is odd goes to the right and to the bottom."""
+        """Convolve with TensorFlow's SAME padding, which pads more at the right and at the bottom."""
         weight, bias = self.units[name]
         sizes = zip(x.shape[2:], weight.shape[2:], strict=True)
         needed = [max((-(-n // stride) - 1) * stride + kernel - n, 0) for n, kernel in sizes]

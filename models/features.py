@@ -1,9 +1,8 @@
-"""Feature networks: uint8 images in, the arrays that metrics are computed from out.
+"""Feature networks: functions from uint8 images to the arrays that metrics are computed from.
 
-An extractor is any object with `.name`, `.dimension`, `.num_classes` and a call on a batch of uint8 images
-[B, H, W, 3] that returns `Features`. Distances carry its name (`fd_digits`); FID is the name only for the
-Inception network with its published weights. Convolutions can give other last bits at another batch size, so
-`extract` always runs whole batches.
+An extractor is any object with `name`, `dimension` and `num_classes` that maps a batch of uint8 images [B, H, W, 3] to
+`Features`. The names of distances include its name, such as `fd_digits`; only the Inception network with its published
+weights gives `fid`. The last bits of a convolution can depend on the batch size, so `extract` always runs full batches.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,15 +19,15 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Features:
-    """What an extractor says of B images, float32 on the host."""
+    """Features of B images, float32 on the host."""
 
-    pool: NDArray[np.float32]  # [B, D] pooled features: Frechet distance, KID, neighbours
-    spatial: NDArray[np.float32] | None = None  # [B, S] features with positions left in: sFID
-    logits: NDArray[np.float32] | None = None  # [B, K] class scores: Inception Score, accuracy
+    pool: NDArray[np.float32]  # [B, D] pooled features, for Fréchet distance, KID and nearest neighbours
+    spatial: NDArray[np.float32] | None = None  # [B, S] features that keep positions, for sFID
+    logits: NDArray[np.float32] | None = None  # [B, K] class scores, for Inception Score and accuracy
 
 
 class Extractor(Protocol):
-    """The seam between evaluation and any feature network."""
+    """The interface of feature networks."""
 
     @property
     def name(self) -> str: ...
@@ -43,18 +42,20 @@ class Extractor(Protocol):
 
 
 def check_images(images: NDArray[np.uint8]) -> None:
-    """Raises ValueError unless `images` is a non-empty uint8 array [N, H, W, 3]."""
+    """Raise ValueError unless `images` is a non-empty uint8 array [N, H, W, 3]."""
     if images.dtype != np.uint8:
-        raise ValueError(f"images have dtype {images.dtype}; features are defined on uint8 0..255")
+        raise ValueError(f"images have dtype {images.dtype}; expected uint8 with values 0..255")
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
-        raise ValueError(f"images have shape {images.shape}; wanted [N, H, W, 3] with N, H, W > 0")
+        raise ValueError(f"images have shape {images.shape}; expected [N, H, W, 3] with N, H, W > 0")
 
 
 def extract(extractor: Extractor, images: NDArray[np.uint8], batch_size: int) -> Features:
-    """Features of images [N, H, W, 3], in batches of exactly `batch_size`, the last one padded.
+    """Return the features of images [N, H, W, 3], computed in batches of `batch_size`; the last batch is padded.
 
-    Row i so depends on image i, its place in its batch and `batch_size` alone, not on N. Raises ValueError on
-    a wrong dtype or shape and on features that are not finite.
+    Row i therefore depends on image i, its position in the batch and `batch_size`, and not on N.
+
+    Raises:
+        ValueError: dtype or shape are wrong, or a feature is not finite.
     """
     check_images(images)
     parts = []
@@ -68,16 +69,17 @@ def extract(extractor: Extractor, images: NDArray[np.uint8], batch_size: int) ->
 
     pool, spatial, logits = (np.concatenate(r) if (r := rows(n)) else None for n in ("pool", "spatial", "logits"))
     if pool is None or not np.isfinite(pool).all():
-        raise ValueError(f"extractor {extractor.name!r} gave features that are not finite")
+        raise ValueError(f"extractor {extractor.name!r} returned features with NaN or infinity")
     return Features(pool, spatial, logits)
 
 
 def fold_batch_norm(
     unit: str, eps: float, weight: Tensor, gain: Tensor, bias: Tensor, mean: Tensor, var: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that does what convolution `unit` and its batch norm did one after the other.
+    """Return weight and bias of a convolution that is equal to the convolution `unit` followed by its batch norm.
 
-    Raises ValueError where the shapes do not fit.
+    Raises:
+        ValueError: the shapes do not fit.
     """
     if weight.ndim != 4 or any(v.shape != weight.shape[:1] for v in (gain, bias, mean, var)):
         raise ValueError(f"{unit}: batch norm does not fit a convolution of shape {tuple(weight.shape)}")
@@ -86,17 +88,16 @@ def fold_batch_norm(
 
 
 class DigitsNetwork(nn.Module):
-    """A small convolutional network for handwritten digits: 32 pooled features and ten logits.
+    """A small convolutional network for handwritten digits, with 32 pooled features and 10 logits.
 
-    Input is resized to 16x16 first, so that 8x8 and 16x16 scans are served by one network. The smooth
-    activation keeps every feature alive, and with them the covariance regular. Make one with
-    `train_digits_network`, or load a state dict.
+    Images are resized to 16x16 first, so that one network serves 8x8 and 16x16 scans. The smooth activation keeps all
+    features varying, and so the covariance non-singular. `train_digits_network` trains one.
     """
 
     name = "digits"
     dimension = 32
     num_classes = 10
-    size = 16  # pixels: the resolution that it looks at
+    size = 16  # pixels, to which images are resized
     _accuracy: Tensor
 
     def __init__(self) -> None:
@@ -112,18 +113,18 @@ class DigitsNetwork(nn.Module):
 
     @property
     def held_out_accuracy(self) -> float:
-        """Share of held-out real digits that it names rightly, measured when it was trained; NaN before."""
+        """Return the accuracy on held-out digits, measured at the end of the training; NaN before."""
         return float(self._accuracy)
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> "DigitsNetwork":
-        """The network of a `state_dict()`; strict on names and shapes."""
+        """Return the network with the tensors of `state`; names and shapes must match exactly."""
         network = cls()
         network.load_state_dict(state, strict=True)
         return network.eval()
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x float [B, 3, H, W] in [-1, 1] -> pooled features [B, 32], logits [B, 10]."""
+        """Return pooled features [B, 32] and logits [B, 10] of x float [B, 3, H, W] in [-1, 1]."""
         if x.shape[-2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode="bicubic")
         pool = self.trunk(x).mean((2, 3))
@@ -131,29 +132,34 @@ class DigitsNetwork(nn.Module):
 
     @torch.inference_mode()
     def forward(self, images: NDArray[np.uint8]) -> Features:
-        """images uint8 [B, H, W, 3] -> Features with `pool` and `logits`."""
+        """Return `pool` and `logits` of images uint8 [B, H, W, 3]."""
         check_images(images)
         pool, logits = self.embed(_to_unit(images).to(self.head.weight.device))
         return Features(pool.cpu().numpy(), None, logits.cpu().numpy())
 
 
 def _to_unit(images: NDArray[np.uint8]) -> Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1]."""
+    """Convert uint8 [B, H, W, 3] to float32 [B, 3, H, W] in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def train_digits_network(
     images: NDArray[np.uint8], labels: NDArray[np.int64], seed: int, num_epochs: int = 40
 ) -> DigitsNetwork:
-    """Trains a `DigitsNetwork` on two thirds of the scans and measures it on the rest.
+    """Train a `DigitsNetwork` on two thirds of the images, and measure its accuracy on the others, in seconds.
 
-    images: uint8 [N, H, W, 3]; labels: int64 [N] in 0..9. The split, the initial weights, the order and the
-    shifts all come from `seed`, whatever the number of threads; nothing is shared with a guiding classifier.
-    Takes seconds. Raises ValueError on wrong shapes or labels.
+    Split, initial weights, order and shifts depend on `seed` alone, not on the number of threads.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        labels: int64 [N] in 0..9.
+
+    Raises:
+        ValueError: a shape or a label is wrong.
     """
     check_images(images)
     if labels.shape != (len(images),) or labels.min() < 0 or labels.max() >= DigitsNetwork.num_classes:
-        raise ValueError(f"labels have shape {labels.shape}; wanted [{len(images)}] with values 0..9")
+        raise ValueError(f"labels have shape {labels.shape}; expected [{len(images)}] with values 0..9")
     rng = np.random.default_rng([seed, 0x0D1617])
     network = DigitsNetwork()
     _initialise(network, rng)
@@ -168,7 +174,7 @@ def train_digits_network(
 
 
 def _fit(network: DigitsNetwork, x: Tensor, y: Tensor, num_epochs: int, rng: np.random.Generator) -> None:
-    """Adam with one cycle of learning rate over shifted images x [N, 3, H, W] of classes y [N]."""
+    """Train by AdamW with a one-cycle learning rate, on shifted images x [N, 3, H, W] with classes y [N]."""
     batch_size = min(64, len(x))
     steps_per_epoch = len(x) // batch_size
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
@@ -186,7 +192,7 @@ def _fit(network: DigitsNetwork, x: Tensor, y: Tensor, num_epochs: int, rng: np.
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Gradients are summed in another order by every other number of threads; seconds of training can do with one."""
+    """Use one thread, because the number of threads changes the order in which gradients are summed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -196,7 +202,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _initialise(network: nn.Module, rng: np.random.Generator) -> None:
-    """He-normal weights and zero biases from `rng`, so that torch's global generator plays no part."""
+    """Set He-normal weights and zero biases from `rng`, independently of torch's global generator."""
     for parameter in network.parameters():
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
         scale = np.sqrt(2 / fan_in) if parameter.ndim > 1 else 0.0
@@ -205,7 +211,7 @@ def _initialise(network: nn.Module, rng: np.random.Generator) -> None:
 
 
 def _shifted(x: Tensor, rng: np.random.Generator) -> Tensor:
-    """Each image of x [B, C, H, W] moved by up to H/8 pixels either way, the border black (-1)."""
+    """Shift each image of x [B, C, H, W] by up to H/8 pixels in both directions; the border becomes black (-1)."""
     reach = x.shape[-1] // 8
     padded = F.pad(x, (reach,) * 4, value=-1.0)
     corners = rng.integers(0, 2 * reach + 1, (len(x), 2))

@@ -1,14 +1,14 @@
-"""Guidance: wrappers from denoise to denoise.
+"""Guidance: functions that take a `denoise` function and return a guided one.
 
-By a classifier (Dhariwal & Nichol 2021, section 4): a gradient function gives scale * grad log p(y | x_t) at a step's
-own input and timestep, or None where it is off; the two wrappers put it into the mean (algorithm 1) or into the
-predicted noise (algorithm 2). By a weaker prediction, without the class or by a worse model: `extrapolated`.
+Classifier guidance (Dhariwal & Nichol 2021, section 4) adds scale * grad log p(y | x_t) to the mean (`mean_shift`,
+algorithm 1) or to the predicted noise (`score_shift`, algorithm 2). Classifier-free guidance and autoguidance
+extrapolate away from a weaker prediction (`extrapolated`).
 
-Scale 0 is unguided everywhere. The papers' own numbers differ: DiT's cfg-scale is ours + 1, and so is Karras's w.
+Scale 0 always means no guidance. Papers count differently: DiT's cfg-scale and Karras's w are our scale + 1.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
@@ -24,18 +24,18 @@ Interval = tuple[float, float]  # fractions of the chain, 0 = clean, 1 = noise
 
 WHOLE_CHAIN: Interval = (0.0, 1.0)
 
-GRADIENT_NORM = 2.0**8  # of a sample's gradient at the logits, as it enters the backward pass
+GRADIENT_NORM = 2.0**8  # norm of a sample's gradient at the logits, at the start of the backward pass
 
 
 GuidanceKind = Literal["none", "classifier", "classifier_free", "auto"]
 
 
 class GuidanceConfig(BaseModel, frozen=True, extra="forbid"):
-    """By what, how strongly, and where in the chain samples are guided."""
+    """Kind, scale and interval of guidance."""
 
-    kind: GuidanceKind = "classifier"  # classifier_free: the model without its class; auto: a weaker model
-    scale: float = Field(0.0, ge=0)  # 0 = unguided; times grad log p(y | x_t), or how far from the weaker prediction
-    weak_weights: str | None = None  # of the weaker model: a run's folder or a file; kind auto only
+    kind: GuidanceKind = "classifier"  # classifier_free uses the model without its class; auto uses a weaker model
+    scale: float = Field(0.0, ge=0)  # 0 = unguided; factor of grad log p(y | x_t), or of the extrapolation
+    weak_weights: str | None = None  # kind auto only: a run folder or a file of the weaker model
     interval: Interval = WHOLE_CHAIN  # guided part of the chain, as fractions: 0 = clean, 1 = noise
 
     @field_validator("interval")
@@ -46,14 +46,14 @@ class GuidanceConfig(BaseModel, frozen=True, extra="forbid"):
     @model_validator(mode="after")
     def _check_meaning(self) -> Self:
         if self.scale and self.kind == "none":
-            raise ValueError(f"scale={self.scale} has no meaning for kind='none'; choose another kind, or scale=0")
+            raise ValueError(f"scale={self.scale} has no effect with kind='none'; use another kind or scale=0")
         if self.weak_weights is not None and self.kind != "auto":
             raise ValueError(
-                f"weak_weights={self.weak_weights!r} has no meaning for kind={self.kind!r}, only for 'auto'"
+                f"weak_weights={self.weak_weights!r} has no effect with kind={self.kind!r}; use kind='auto'"
             )
         if self.scale and self.kind == "auto" and self.weak_weights is None:
             raise ValueError(
-                "kind='auto' needs weak_weights, the weaker model: an earlier snapshot of the same run, for example"
+                "kind='auto' needs weak_weights, a weaker model such as an earlier snapshot of the same run"
             )
         return self
 
@@ -62,34 +62,37 @@ def check_interval(interval: Interval) -> Interval:
     """Return `interval`; ValueError unless 0 <= low < high <= 1."""
     low, high = interval
     if not 0 <= low < high <= 1:
-        raise ValueError(f"interval={interval} must be two fractions of the chain, 0 <= low < high <= 1")
+        raise ValueError(f"interval={interval}; expected two fractions of the chain with 0 <= low < high <= 1")
     return interval
 
 
 def guided_timesteps(interval: Interval, num_timesteps: int) -> range:
-    """Return the original timesteps inside `interval`, for a diffusion with `num_timesteps` of them."""
+    """Return the original timesteps inside `interval` of a process with `num_timesteps` steps."""
     low, high = (round(fraction * (num_timesteps - 1)) for fraction in interval)
     return range(low, high + 1)
 
 
 def log_prob_gradient(classifier: Model, x: Tensor, t: Timestep, y: Tensor) -> Tensor:
-    """grad_x log p(y | x), float32 [B, C, H, W], for `classifier(x, t)` -> logits [B, K] and labels y [B].
+    """Return grad_x log p(y | x), float32 [B, C, H, W], for `classifier(x, t)` -> logits [B, K] and labels y [B].
 
-    The classifier may run in fp16 or bf16 and its parameters need no gradients. Each sample's log p is scaled
-    by a power of two, so that its gradient enters the backward pass with a norm near 256 however sure the
-    classifier is, and unscaled in float32: small gradients do not vanish, and float32 results do not change.
+    The classifier may run in fp16 or bf16, and its parameters need no gradients. Each sample's log p is multiplied by a
+    power of two, so that the gradient starts the backward pass with a norm near 256 even if the classifier is certain;
+    the result is divided by it in float32. Small gradients therefore do not underflow, and float32 results do not
+    change.
     """
     with torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone().requires_grad_()
         logits = classifier(x, t).float()
         log_prob = F.log_softmax(logits, dim=-1).gather(1, y.clone()[:, None])[:, 0]
         with torch.no_grad():
-            # grad log p with respect to the logits: one-hot of y minus the probabilities
+            # The gradient of log p with respect to the logits is the one-hot vector of y minus the probabilities.
             at_logits = (-F.softmax(logits, dim=-1)).scatter_add(1, y[:, None], torch.ones_like(logits))
             exponent = torch.frexp(at_logits.norm(dim=1)).exponent
             scale = torch.ldexp(torch.full_like(log_prob, GRADIENT_NORM), -exponent)
         objective = (log_prob * scale).sum()
-        with torch.autocast(x.device.type, enabled=False):  # else the float32 layers' backward runs in half precision
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # or the backward pass of float32 layers would run in half precision
             gradient = torch.autograd.grad(objective, x)[0]
     return gradient.float() / scale.view(-1, *[1] * (x.ndim - 1))
 
@@ -101,9 +104,9 @@ def classifier_gradient(
     scale: float,
     interval: Interval = WHOLE_CHAIN,
 ) -> Gradient:
-    """Return (x_t, t) -> scale * grad log p(y | x_t), which is None where the timestep is outside `interval`.
+    """Return a function (x_t, t) -> scale * grad log p(y | x_t), or None if the timestep is outside `interval`.
 
-    Only an int t can be inside or outside: with timesteps [B] and a part of the chain it raises ValueError.
+    The function raises ValueError for timesteps [B] if the interval is not the whole chain.
     """
     on_chain = diffusion.on_chain(classifier)
     inside = guided_timesteps(interval, diffusion.config.num_timesteps)
@@ -117,19 +120,19 @@ def classifier_gradient(
 
 
 def mean_shift(denoise: Denoise, gradient: Gradient) -> Denoise:
-    """ADM algorithm 1: mean + variance * gradient. pred_x_start and eps stay the unguided ones."""
+    """Add variance * gradient to the mean (ADM algorithm 1); pred_x_start and eps stay unguided."""
 
     def guided_denoise(x_t: Tensor, t: Timestep) -> Prediction:
         prediction, g = denoise(x_t, t), gradient(x_t, t)
         if g is None:
             return prediction
-        return prediction.with_mean(prediction.mean + prediction.variance * g)
+        return replace(prediction, mean=prediction.mean + prediction.variance * g)
 
     return guided_denoise
 
 
 def score_shift(denoise: Denoise, gradient: Gradient, diffusion: Diffusion) -> Denoise:
-    """ADM algorithm 2: eps - sqrt(1 - abar_t) * gradient; pred_x_start follows and is not clipped again."""
+    """Subtract sqrt(1 - abar_t) * gradient from eps (ADM algorithm 2); the new pred_x_start is not clipped."""
 
     def guided_denoise(x_t: Tensor, t: Timestep) -> Prediction:
         prediction, g = denoise(x_t, t), gradient(x_t, t)
@@ -149,11 +152,12 @@ def extrapolated(
     interval: Interval = WHOLE_CHAIN,
     clip: bool = True,
 ) -> Denoise:
-    """eps_weak + (1 + scale) (eps - eps_weak): away from a weaker prediction of the same.
+    """Replace eps by eps_weak + (1 + scale) (eps - eps_weak).
 
-    That is classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, eq. 6) where `weak` knows no class, and
-    autoguidance (Karras et al. 2024, arXiv 2406.02507, eq. 3) where it is a worse model. Both must be unclipped; `clip`
-    clamps the x_0 that comes of them. Variances are those of `denoise`. Outside `interval` `weak` is not evaluated.
+    This is classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, eq. 6) if `weak` gets no class, and
+    autoguidance (Karras et al. 2024, arXiv 2406.02507, eq. 3) if it is a worse model. Both predictions must be
+    unclipped; `clip` clamps the resulting x_0. Variances are those of `denoise`. Outside `interval`, `weak` is not
+    evaluated.
     """
     inside = guided_timesteps(interval, diffusion.config.num_timesteps)
 
@@ -168,11 +172,11 @@ def extrapolated(
 
 
 def is_inside(diffusion: Diffusion, t: Timestep, interval: Interval, inside: range) -> bool:
-    """Return whether chain index t is guided; ValueError for timesteps [B] and a part of the chain."""
+    """Return whether chain index t is guided; ValueError for timesteps [B] unless the whole chain is guided."""
     if interval == WHOLE_CHAIN:
         return True
     if not isinstance(t, int):
-        raise ValueError("guidance in an interval needs one timestep for the batch, not a tensor")
+        raise ValueError(f"guidance in interval={interval} needs an int timestep for the whole batch, not a tensor")
     return int(diffusion.timestep_map[t]) in inside
 
 
@@ -184,9 +188,9 @@ def guided(
     y: Tensor,
     config: GuidanceConfig,
 ) -> Denoise:
-    """Return `denoise` guided by a classifier towards labels y [B], by mean or score as the sampler's entry says.
+    """Return `denoise` guided by a classifier towards labels y [B]; at scale 0 `denoise` itself.
 
-    At scale 0 it is `denoise` itself.
+    The sampler's entry in the registry decides between `mean_shift` and `score_shift`.
     """
     if config.scale == 0:
         return denoise
@@ -198,18 +202,18 @@ def guided(
 
 @dataclass(frozen=True)
 class Guided:
-    """The networks of a guided chain, and what they are told."""
+    """The networks of a guided chain and their inputs."""
 
     model: Model
     y: Tensor  # labels int64 [B]
-    is_conditional: bool  # whether `model`, and with it a weaker one, takes labels
-    low_res: Tensor | None = None  # float32 [B, C, h, w] in [-1, 1], what an upsampler enlarges
+    is_conditional: bool  # whether `model` and a weaker model take labels
+    low_res: Tensor | None = None  # float32 [B, C, h, w] in [-1, 1], the input of an upsampler
     clip: bool = True  # clamp the predicted x_0 to [-1, 1]
     null_label: int | None = None  # the label that means no class, for the kind "classifier_free"
     guide: Model | None = None  # the classifier, or the weaker model of the kind "auto"
 
     def denoiser(self, model: Model, diffusion: Diffusion, y: Tensor, clip: bool) -> Denoise:
-        """Return the unguided denoiser of one of the models for labels `y`."""
+        """Return the unguided denoiser of `model` for labels y [B]."""
         return diffusion.denoiser(model, y=y if self.is_conditional else None, low_res=self.low_res, clip=clip)
 
 
@@ -234,7 +238,6 @@ def _auto(chain: Guided, diffusion: Diffusion, sampler_name: str, config: Guidan
     return extrapolated(strong, weak, diffusion, config.scale, config.interval, chain.clip)
 
 
-# Each kind of guidance: a function from the networks to a guided denoiser.
 GUIDANCE: dict[str, Callable[[Guided, Diffusion, str, GuidanceConfig], Denoise]] = {
     "classifier": _by_classifier,
     "classifier_free": _classifier_free,
@@ -243,7 +246,7 @@ GUIDANCE: dict[str, Callable[[Guided, Diffusion, str, GuidanceConfig], Denoise]]
 
 
 def guided_denoiser(chain: Guided, diffusion: Diffusion, sampler_name: str, config: GuidanceConfig) -> Denoise:
-    """Return the denoiser of a chain, guided as `config` says; at scale 0 the unguided one, to the bit."""
+    """Return the denoiser of a chain with the configured guidance; at scale 0 it is bit-equal to the unguided one."""
     if config.scale == 0:
         return chain.denoiser(chain.model, diffusion, chain.y, chain.clip)
     return GUIDANCE[config.kind](chain, diffusion, sampler_name, config)

@@ -1,4 +1,4 @@
-"""Between pictures, uint8 [n, H, W, 3], and what networks see, float32 [n, C, H, W] in [-1, 1]."""
+"""Conversions between pictures, uint8 [n, H, W, 3], and network inputs, float32 [n, C, H, W] in [-1, 1]."""
 
 from typing import Literal
 
@@ -8,9 +8,9 @@ from torch.nn.functional import interpolate
 
 
 def from_uint8(images: Tensor, channels: int = 3) -> Tensor:
-    """uint8 [n, H, W, 3] -> float32 [n, channels, H, W] = images / 127.5 - 1.
+    """Return images / 127.5 - 1: uint8 [n, H, W, 3] -> float32 [n, channels, H, W].
 
-    With channels=1 the pictures are grey, so that one of their equal channels says all.
+    With channels=1 the pictures must be grey, because only their first channel is kept.
     """
     return images[..., :channels].permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -19,9 +19,9 @@ Rounding = Literal["truncate", "nearest"]
 
 
 def to_uint8(x: Tensor, rounding: Rounding = "truncate") -> Tensor:
-    """float [n, C, H, W] -> uint8 [n, H, W, 3]: (x + 1) * 127.5, clamped and truncated as in the published code.
+    """Return (x + 1) * 127.5 as pictures: float [n, C, H, W] -> uint8 [n, H, W, 3].
 
-    A single channel is shown as grey.
+    Values are clamped and, as in the published code, truncated by default. A single channel becomes grey.
     """
     scaled = ((x + 1) * 127.5).clamp(0, 255)
     pixels = (scaled.round() if rounding == "nearest" else scaled).to(torch.uint8)
@@ -29,5 +29,5 @@ def to_uint8(x: Tensor, rounding: Rounding = "truncate") -> Tensor:
 
 
 def area_downsample(x: Tensor, size: int) -> Tensor:
-    """[n, C, H, W] -> [n, C, size, size] by means over areas: what the published upsamplers were trained to undo."""
+    """Return x [n, C, H, W] as [n, C, size, size] by means over areas, as in the training of published upsamplers."""
     return interpolate(x, (size, size), mode="area")

@@ -1,8 +1,8 @@
-"""The Inception-v3 of 2015-12-05 that FID is defined by, in plain torch, fed as TensorFlow fed it.
+"""The Inception-v3 of 2015-12-05 that defines FID, in PyTorch, with TensorFlow 1's resize.
 
-It is not torchvision's: 1008 classes, batch norm eps 1e-3, average pools that leave padding out of the
-divisor, a maximum pool in the last block, and TensorFlow 1's resize inside the graph. The weights come from
-outside as the state dict of the public port (names such as `Mixed_5b.branch1x1.conv.weight`).
+It differs from torchvision's network: it has 1008 classes, batch norm with eps 1e-3, average pools that exclude padding
+from the divisor, and a max pool in the last block. The caller provides the weights as the state dict of the public
+port, with names such as `Mixed_5b.branch1x1.conv.weight`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from models.features import Features, check_images, fold_batch_norm
 
-SIZE = 299  # pixels: the input of the network
+SIZE = 299  # pixels, the input size of the network
 NUM_CLASSES = 1008
 DIMENSION = 2048
-SPATIAL_CHANNELS = 7  # first channels of Mixed_6d.branch1x1 (17x17): the 2,023 features of sFID
+SPATIAL_CHANNELS = 7  # of Mixed_6d.branch1x1, the first ones; at 17x17 positions they are the 2,023 features of sFID
 EPS = 1e-3  # of batch norm
 
 Units = Mapping[str, tuple[Tensor, Tensor]]  # name -> weight [O, I, h, w] and bias [O] of a convolution
@@ -36,7 +36,7 @@ SEVEN = [
     "branch3x3_1 branch3x3_2a|branch3x3_2b",
     "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3a|branch3x3dbl_3b",
 ]
-# Each block joins its branches' channels in this order; a branch is a chain of units, and a|b are two side by side.
+# A block concatenates its branches in this order; a branch is a sequence of units, and a|b are two parallel units.
 BLOCKS: dict[str, list[str]] = {
     "Mixed_5b": FIVE,
     "Mixed_5c": FIVE,
@@ -72,16 +72,16 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def unit_names() -> list[str]:
-    """Names of the 94 convolutions with batch norm and ReLU, as the state dict has them."""
+    """Return the names of the 94 convolutions with batch norm and ReLU in the state dict."""
     inside = [f"{b}.{u}" for b, branches in BLOCKS.items() for u in " ".join(branches).replace("|", " ").split()]
     return [name for name in STEM + inside if name.split(".")[-1] not in POOLS]
 
 
 class InceptionNetwork:
-    """Extractor with `pool` [B, 2048], `spatial` [B, 2023] and `logits` [B, 1008] without the bias (the score's).
+    """Extractor with `pool` [B, 2048], `spatial` [B, 2023] and `logits` [B, 1008].
 
-    Whether a distance of these features may be called FID is for the caller to say, who knows whether the
-    weights are the published ones. Batch norm is folded into the convolutions once, in float64.
+    The logits exclude the bias, as the Inception Score requires. Batch norm is folded into the convolutions once, in
+    float64. The caller checks whether the weights are the published ones, which give FID.
     """
 
     name = "inception"
@@ -91,19 +91,20 @@ class InceptionNetwork:
     def __init__(
         self, state: Mapping[str, Tensor], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
-        """state: the port's 472 tensors; float64 is slow and free of the device's rounding.
+        """Load the port's 472 tensors.
 
-        Raises ValueError naming the first tensor that is missing, unknown or of a wrong shape.
+        Raises:
+            ValueError: a tensor is missing, unknown or has a wrong shape; the message names it.
         """
         parts = ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
-        wanted = {f"{unit}.{part}" for unit in unit_names() for part in parts} | {"fc.weight", "fc.bias"}
-        if missing := sorted(wanted - set(state)):
-            raise ValueError(f"Inception weights lack {len(missing)} tensors, first {missing[0]!r}")
-        if unknown := sorted(set(state) - wanted):
-            raise ValueError(f"Inception weights hold {len(unknown)} unknown tensors, first {unknown[0]!r}")
+        expected = {f"{unit}.{part}" for unit in unit_names() for part in parts} | {"fc.weight", "fc.bias"}
+        if missing := sorted(expected - set(state)):
+            raise ValueError(f"{len(missing)} tensors are missing from the Inception weights, first {missing[0]!r}")
+        if unknown := sorted(set(state) - expected):
+            raise ValueError(f"the Inception weights contain {len(unknown)} unknown tensors, first {unknown[0]!r}")
         if state["fc.weight"].shape != (NUM_CLASSES, DIMENSION):
             shape = tuple(state["fc.weight"].shape)
-            raise ValueError(f"fc.weight has shape {shape}; wanted {(NUM_CLASSES, DIMENSION)}")
+            raise ValueError(f"fc.weight has shape {shape}; expected {(NUM_CLASSES, DIMENSION)}")
         self.device, self.dtype = torch.device(device), dtype
         folded = {u: fold_batch_norm(u, EPS, *(state[f"{u}.{part}"].double() for part in parts)) for u in unit_names()}
         _check_shapes(folded)
@@ -115,21 +116,21 @@ class InceptionNetwork:
 
     @torch.inference_mode()
     def __call__(self, images: NDArray[np.uint8]) -> Features:
-        """images uint8 [B, H, W, 3] -> Features."""
+        """Return the features of images uint8 [B, H, W, 3]."""
         check_images(images)
         pixels = resize(torch.from_numpy(np.ascontiguousarray(images)).to(self.device, self.dtype))
         x = ((pixels - 128) / 128).permute(0, 3, 1, 2)
-        # TF32 and a free choice of algorithms would make features depend on the card and on the batches before.
+        # With TF32 or benchmarked algorithms, features would depend on the GPU and on earlier batches.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             for name, layer in activations(self.units, x):
-                if name == "Mixed_6d":  # begins with branch1x1, TensorFlow's mixed_6/conv
+                if name == "Mixed_6d":  # its first channels are branch1x1, TensorFlow's mixed_6/conv
                     spatial = layer[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         pool = layer.mean((2, 3))
         return Features(*(t.float().cpu().numpy() for t in (pool, spatial, pool @ self.fc_weight.T)))
 
 
 def activations(units: Units, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """x [B, 3, 299, 299] in [-1, 1) -> (name, output) of every layer of the stem, then of every block."""
+    """Yield (name, output) of every layer of the stem and then of every block, for x [B, 3, 299, 299] in [-1, 1)."""
     for name in STEM:
         x = _step(units, name, x)
         yield name, x
@@ -154,7 +155,7 @@ def _step(units: Units, name: str, x: Tensor) -> Tensor:
 
 
 def _check_shapes(units: Units) -> None:
-    """Runs the network on tensors without storage, so that a wrong shape is found before the first image."""
+    """Run the network on the meta device, to find wrong shapes before the first image."""
     shadow = {name: (weight.to("meta"), bias.to("meta")) for name, (weight, bias) in units.items()}
     layers = [("the input", torch.empty(1, 3, SIZE, SIZE, device="meta", dtype=torch.float64))]
     try:
@@ -162,16 +163,16 @@ def _check_shapes(units: Units) -> None:
     except RuntimeError as error:
         raise ValueError(f"Inception weights do not fit together after {layers[-1][0]}: {error}") from error
     if (shape := tuple(layers[-1][1].shape)) != (1, DIMENSION, 8, 8):
-        raise ValueError(f"Inception weights give {shape} at the end; wanted {(1, DIMENSION, 8, 8)}")
+        raise ValueError(f"Inception weights give an output of {shape}; expected {(1, DIMENSION, 8, 8)}")
 
 
 def resize(images: Tensor) -> Tensor:
-    """float [B, H, W, 3] -> [B, 299, 299, 3] as TensorFlow 1's ResizeBilinear does it, without rounding.
+    """Resize float [B, H, W, 3] to [B, 299, 299, 3] like TensorFlow 1's ResizeBilinear, without rounding.
 
-    The source of pixel i is i * H / 299 in float32: corners aligned on neither side, no half-pixel centres,
-    and no smoothing when it shrinks. Images of 299x299 pass unchanged.
+    The source of pixel i is i * H / 299 in float32. So corners are not aligned, pixel centres are not shifted by a
+    half, and downsampling is not antialiased. Images of 299x299 do not change.
     """
-    for axis in (2, 1):  # along rows first: the order shows in last bits
+    for axis in (2, 1):  # the order of the axes affects the last bits
         length = images.shape[axis]
         source = torch.arange(SIZE, dtype=torch.float32) * torch.tensor(length / SIZE, dtype=torch.float32)
         low = source.long()

@@ -1,8 +1,8 @@
-"""What a diffusion model says about given images: bits per dimension, progressive coding, interpolation.
+"""Likelihood of given images: bits per dimension, progressive coding and interpolation.
 
 Sources: DDPM (Ho et al. 2020) sections 4.3 and 4.4, IDDPM (Nichol & Dhariwal 2021) section 3, DDIM (Song et
-al. 2021) section 5.4. Images are [B, C, H, W] in [-1, 1]. Arrays over the chain are [B, T'] in the order in
-which images are generated: column i belongs to chain index T' - 1 - i.
+al. 2021) section 5.4. Images are [B, C, H, W] in [-1, 1]. Arrays over the chain are [B, T'] in the order of
+generation: column i belongs to chain index T' - 1 - i.
 """
 
 import math
@@ -18,7 +18,7 @@ from models.samplers import Noise, Step, ddpm, final_x
 
 @dataclass(frozen=True)
 class BitsPerDim:
-    """The variational bound, term by term: float32, in bits per dimension where not said otherwise."""
+    """The variational bound and its terms, float32, in bits per dimension unless stated otherwise."""
 
     total: Tensor  # [B], prior + sum of vb
     prior: Tensor  # [B], KL(q(x_T | x_0) || N(0, 1))
@@ -28,7 +28,7 @@ class BitsPerDim:
 
 
 def prior_bits_per_dim(diffusion: Diffusion, x_start: Tensor) -> Tensor:
-    """KL(q(x_T | x_0) || N(0, 1)) in bits per dimension [B]: small where the schedule ends in noise."""
+    """Return KL(q(x_T | x_0) || N(0, 1)) in bits per dimension [B]; it is small if the schedule ends in noise."""
     t = diffusion.num_timesteps - 1
     mean = diffusion.at("sqrt_alphas_cumprod", t, x_start) * x_start
     log_variance = diffusion.at("log_one_minus_alphas_cumprod", t, x_start)
@@ -37,10 +37,10 @@ def prior_bits_per_dim(diffusion: Diffusion, x_start: Tensor) -> Tensor:
 
 
 def bits_per_dim(denoise: Denoise, diffusion: Diffusion, x_start: Tensor, noise: Noise) -> BitsPerDim:
-    """The bound on -log2 p(x_0) per dimension (DDPM eq. 5), one noise and one evaluation for each step.
+    """Return the bound on -log2 p(x_0) per dimension (DDPM eq. 5), with one noise and one evaluation for each step.
 
-    `x_start` must be 8-bit images scaled to [-1, 1]: the decoder term counts grey levels. `noise(t)` is given
-    original timesteps, t = 0 included.
+    `x_start` must be 8-bit images scaled to [-1, 1], because the decoder term depends on grey levels. `noise` is called
+    with original timesteps, including t = 0.
     """
     vb, x_start_mse, mse = [], [], []
     for t in reversed(range(diffusion.num_timesteps)):
@@ -62,26 +62,26 @@ def bits_per_dim(denoise: Denoise, diffusion: Diffusion, x_start: Tensor, noise:
 
 
 def progressive_coding(bits: BitsPerDim) -> tuple[Tensor, Tensor]:
-    """DDPM's rate-distortion curve (figure 5): rate and distortion, float64 [B, T'].
+    """Return rate and distortion of DDPM's figure 5, float64 [B, T'].
 
-    Column i: bits per dimension received before step i (the prior and the vb terms before it), and the root
-    mean squared error, in grey levels of 255, of the x_0 that the receiver predicts then.
+    Column i of the rate has the bits per dimension received before step i: the prior and the vb terms before it. Column
+    i of the distortion has the root mean squared error, in grey levels 0..255, of the x_0 predicted at that step.
     """
     received = torch.cat([bits.prior[:, None], bits.vb[:, :-1]], dim=1).double()
     return received.cumsum(dim=1), 127.5 * bits.x_start_mse.double().sqrt()
 
 
 def progressive_generation(steps: Iterable[Step], every: int) -> Tensor:
-    """The x_0 predicted along a chain, [B, slots, C, H, W], noisiest first (DDPM figure 6).
+    """Return the x_0 predicted along a chain, [B, slots, C, H, W], noisiest first (DDPM figure 6).
 
-    One prediction per `every` chain indices, the last one made among them, as in the published code.
+    Each slot is the last prediction of `every` consecutive chain indices, as in the published code.
     """
     slots = {step.t // every: step.pred_x_start for step in steps}
     return torch.stack([slots[slot] for slot in sorted(slots, reverse=True)], dim=1)
 
 
 def decode(denoise: Denoise, diffusion: Diffusion, x_t: Tensor, t: int, noise: Noise) -> Tensor:
-    """An image from the stochastic encoding x_t ~ q(x_t | x_0): ancestral sampling from chain index t on."""
+    """Return images decoded from x_t ~ q(x_t | x_0), by ancestral sampling from chain index t on."""
     return final_x(ddpm(denoise, diffusion, x_t, noise, start=t))
 
 
@@ -94,9 +94,12 @@ def interpolate(
     t: int,
     noise: Noise,
 ) -> Tensor:
-    """DDPM section 4.4: decodes (1 - lam) x_t + lam x_t' of two images encoded with independent noise.
+    """Interpolate between two images (DDPM section 4.4) by decoding (1 - lam) x_t + lam x_t'.
 
-    t is the chain index of the encodings; `noise(t)` is for the way back, and can be one for all values of lam.
+    Args:
+        noises: independent noise for the encodings of the two images.
+        t: the chain index of the encodings.
+        noise: noise for decoding; it can be the same for all values of lam.
     """
     return decode(denoise, diffusion, interpolated_latent(diffusion, x_starts, noises, lam, t), t, noise)
 
@@ -104,6 +107,6 @@ def interpolate(
 def interpolated_latent(
     diffusion: Diffusion, x_starts: tuple[Tensor, Tensor], noises: tuple[Tensor, Tensor], lam: float, t: int
 ) -> Tensor:
-    """(1 - lam) x_t + lam x_t' with x_t ~ q(x_t | x_0): linear, so the variance is smaller in the middle."""
+    """Return (1 - lam) x_t + lam x_t' with x_t ~ q(x_t | x_0); its variance is smaller in the middle."""
     first, second = (diffusion.q_sample(x, t, z) for x, z in zip(x_starts, noises, strict=True))
     return (1 - lam) * first + lam * second

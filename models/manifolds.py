@@ -1,12 +1,12 @@
-"""Fidelity, diversity and copies by balls around nearest neighbours: precision, recall, density, coverage, realism.
+"""Metrics of balls around nearest neighbours: precision, recall, density, coverage, realism and authenticity.
 
-Pairs of samples and reference rows are shared out by a `Run`, in this process or on a pool; the numbers are the same
-to the bit. As in `models.metrics`, the reference is fixed and only the samples are random. A metric that is a mean over
-samples has the interval of a mean. One that depends on the set of samples (recall, coverage) has the jackknife's: each
-sample counts by what would be lost without it, which errs on the safe side (Efron & Stein 1981).
+As in `models.metrics`, the reference is fixed and only the samples are random. A metric that is a mean over samples has
+the interval of a mean. Recall and coverage depend on the set of samples as a whole, so they have the jackknife's
+interval: the influence of a sample is what the metric would lose without it. This interval is conservative (Efron &
+Stein 1981). The pairs of samples and reference rows can be divided among workers (`Run`); the numbers stay bit-equal.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,29 +15,19 @@ import torch
 from torch import Tensor
 
 from models.metrics import Array, Estimate, Strata, check_features, mean_estimate, proportion_estimate, score_estimate
-from models.neighbours import (
-    Indices,
-    Mask,
-    Neighbours,
-    Shortlist,
-    bounded_squares,
-    nearest,
-    own_neighbours,
-    own_shortlist,
-    pairs_in_balls,
-    shares,
-    squared_radii,
-)
+from models.neighbours import Indices, Mask, blocks, nearest, pairs_within, squared_radii
 
 OPENAI_BLOCK = 10_000  # rows and columns of one block in the published evaluator
 
-# Does step(reference, samples, *task) for every task, and answers in any order.
-Run = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Iterable[Any]]
+SHARE_ROWS = 8192  # rows of one task of a `Run`
+
+# Return step(reference, samples, *task) for every task, in the order of the tasks.
+Run = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Sequence[Any]]
 
 
 @dataclass(frozen=True)
 class Manifolds:
-    """What balls around neighbours say of samples against a reference, each number with its interval."""
+    """The metrics of balls around neighbours, each with its interval."""
 
     precision: Estimate
     recall: Estimate
@@ -48,17 +38,23 @@ class Manifolds:
 
 
 def here(reference: Array, samples: Array) -> Run:
-    """Does the shares one after another in this process."""
-    return lambda step, tasks: (step(reference, samples, *task) for task in tasks)
+    """Return a `Run` that does the tasks one after another in this process."""
+    return lambda step, tasks: [step(reference, samples, *task) for task in tasks]
+
+
+def shares(num_rows: int) -> list[slice]:
+    """Return the consecutive slices of rows that the tasks of a `Run` consist of."""
+    return [slice(start, min(start + SHARE_ROWS, num_rows)) for start in range(0, num_rows, SHARE_ROWS)]
 
 
 def manifolds(
     reference: Array, samples: Array, k: int = 3, strict_k: int = 5, run: Run | None = None, strata: Strata = None
 ) -> Manifolds:
-    """`precision_recall` (of k neighbours) of all rows, and `density_coverage` (of strict_k) at equal counts.
+    """Return `precision_recall` with k neighbours and `density_coverage` with strict_k neighbours.
 
-    Coverage saturates where samples outnumber the reference, so the larger set is cut to the size of the smaller one,
-    by a fixed seed and in each class to its share.
+    Precision and recall use all rows. Density and coverage compare equal numbers of rows, because coverage saturates
+    if samples outnumber the reference: the larger set is subsampled with a fixed seed, and with strata in proportion
+    to the classes.
     """
     check_features(reference, samples)
     fidelity = precision_recall(reference, samples, k, run, strata)
@@ -72,7 +68,7 @@ def manifolds(
 
 
 def _drawn(rng: np.random.Generator, n: int, count: int, strata: Strata) -> Indices:
-    """Sorted rows, `count` of n at random; with strata of each class its share."""
+    """Return `count` of n row numbers, drawn at random and sorted; with strata in proportion to the classes."""
     order = rng.permutation(n) if strata is None else np.lexsort((rng.random(n), strata))
     return np.sort(order[np.floor((np.arange(count) + rng.random()) * (n / count)).astype(np.int64)])
 
@@ -80,19 +76,23 @@ def _drawn(rng: np.random.Generator, n: int, count: int, strata: Strata) -> Indi
 def precision_recall(
     reference: Array, samples: Array, k: int = 3, run: Run | None = None, strata: Strata = None
 ) -> tuple[Estimate, Estimate]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1-2): in this order, each with its interval.
+    """Return improved precision and recall (Kynkaanniemi et al. 2019, eq. 1-2) with their intervals.
 
-    Precision: the share of samples [N, D] inside a ball around a reference row [M, D] that reaches to its
-    k-th neighbour; recall: the share of reference rows inside such a ball around a sample. Collapsed samples
-    have high precision and low recall. Raises ValueError where a set has not more than k rows.
+    Precision is the share of samples [N, D] inside a ball around a reference row [M, D] that reaches to its k-th
+    neighbour. Recall is the share of reference rows inside such a ball around a sample. Collapsed samples have high
+    precision and low recall.
+
+    Raises:
+        ValueError: one of the sets has at most k rows.
     """
     check_features(reference, samples)
     run, (n, m) = run or here(reference, samples), (len(samples), len(reference))
-    real_radii, radii = (_shared_neighbours((reference, samples)[i], k, run, i).squared[:, -1] for i in (0, 1))
-    found = sorted(run(_fidelity_step, [(real_radii, radii[rows], rows) for rows in shares(n, m)]), key=lambda f: f[0])
-    precision = proportion_estimate(np.concatenate([precise for _, precise, _, _ in found]), strata)
-    holders, last = sum(held for *_, held, _ in found), sum(index for *_, index in found)
-    alone = np.bincount(last[holders == 1], minlength=n)  # reference rows that only this sample recalls
+    real_radii = np.concatenate(run(_radii_step, [(0, k, rows) for rows in shares(m)]))
+    radii = np.concatenate(run(_radii_step, [(1, k, rows) for rows in shares(n)]))
+    found = run(_fidelity_step, [(real_radii, radii[rows], rows) for rows in shares(n)])
+    precision = proportion_estimate(np.concatenate([precise for precise, *_ in found]), strata)
+    holders, indices = (np.sum(parts, axis=0) for parts in list(zip(*found, strict=True))[1:])
+    alone = np.bincount(indices[holders == 1], minlength=n)  # reference rows that only this sample recalls
     recall = _set_estimate(float((holders > 0).mean()), alone / m, strata)
     return (
         replace(precision, n_reference=m).noted(_copies("reference", real_radii, k)),
@@ -100,45 +100,55 @@ def precision_recall(
     )
 
 
+def _radii_step(reference: Array, samples: Array, which: int, k: int, rows: slice) -> Array:
+    return squared_radii((reference, samples)[which], k, rows)
+
+
 def _fidelity_step(
     reference: Array, samples: Array, real_radii: Array, radii: Array, share: slice
-) -> tuple[int, Mask, Indices, Indices]:
-    """Which samples of the share lie in balls of the reference; of each reference row how many balls of these samples
-    hold it, and the sum of their indices."""
+) -> tuple[Mask, Indices, Indices]:
+    """Return what the samples of one share contribute to precision and recall.
+
+    These are: whether each of the samples lies in a ball of the reference; in how many balls of these samples each
+    reference row lies; and the sum of the indices of the samples in whose balls it lies.
+    """
     precise, holders, indices = np.zeros(len(radii), np.bool_), *np.zeros((2, len(reference)), np.int64)
-    for block in bounded_squares(samples, reference, share=share):
+    for block in blocks(samples, reference, share):
         rows = slice(block.rows.start - share.start, block.rows.stop - share.start)
-        inside, _ = pairs_in_balls(samples, reference, block, real_radii)
+        inside, _ = pairs_within(samples, reference, block, real_radii)
         precise[rows][inside] = True
-        inside, by = pairs_in_balls(reference, samples, block.transposed, radii[rows])
+        by, inside = pairs_within(samples, reference, block, radii[rows, None])
         holders += np.bincount(inside, minlength=len(reference))
         np.add.at(indices, inside, by + block.rows.start)
-    return share.start, precise, holders, indices
+    return precise, holders, indices
 
 
 def density_coverage(
     reference: Array, samples: Array, k: int = 5, strata: Strata = None
 ) -> tuple[Estimate, Estimate, Estimate, Estimate]:
-    """Density and coverage (Naeem et al. 2020, eq. 4-5, strict as in their code), then both clipped.
+    """Return density, coverage, clipped density and clipped coverage with their intervals.
 
-    Density: in how many of the reference's k-neighbour balls a sample lies, over k; it can exceed 1. Coverage: the
-    share of those balls that hold a sample. Clipped (Salvy, Talbot & Thirion 2026): no sample counts for more than k
-    balls and no ball is wider than the median, relative to what the reference's own rows score; and up to k samples
-    count in each ball, read as the share of good samples that covers as much.
+    Density is the number of the reference's k-neighbour balls in which a sample lies, divided by k; it can exceed 1.
+    Coverage is the share of these balls that hold a sample (Naeem et al. 2020, eq. 4-5; the surface is outside, as in
+    their code).
+
+    The clipped metrics are those of Salvy, Talbot & Thirion (2026). For clipped density a sample counts for at most k
+    balls, a ball is at most as wide as the median, and the result is relative to that of the reference's own rows. For
+    clipped coverage a ball counts at most k samples, and the result is the share of good samples that covers as much.
     """
     check_features(reference, samples)
     n, m, own = len(samples), len(reference), nearest(reference, reference, k)
     radii = own.squared[:, -1]
     clipped = np.minimum(radii, np.median(radii))
     counts, narrow, held = np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(m, np.int64)
-    pairs = []  # sample and ball, as far as a ball holds few
-    for block in bounded_squares(samples, reference):
-        rows, balls = pairs_in_balls(samples, reference, block, radii, strict=True)
+    pairs = []  # (sample, ball) where the ball holds few samples
+    for block in blocks(samples, reference):
+        rows, balls = pairs_within(samples, reference, block, radii, strict=True)
         counts[block.rows] = np.bincount(rows, minlength=len(block.lower))
         few = held[balls] <= k
         pairs.append(np.stack([rows[few] + block.rows.start, balls[few]]))
         held += np.bincount(balls, minlength=m)
-        rows, _ = pairs_in_balls(samples, reference, block, clipped)
+        rows, _ = pairs_within(samples, reference, block, clipped)
         narrow[block.rows] = np.bincount(rows, minlength=len(block.lower))
     at, balls = np.concatenate(pairs, axis=1)
     lost = (np.bincount(at[held[balls] <= most], minlength=n) / m for most in (1, k))  # without each sample
@@ -162,10 +172,11 @@ def density_coverage(
 
 
 def _coverage_by_good(n: int, m: int, k: int) -> Array:
-    """[n + 1] expected clipped coverage of m balls by n samples of which 0 to n are as good as reference rows.
+    """Return the expected clipped coverage [n + 1] of m balls by n samples of which 0 to n are good.
 
-    A ball that reaches to the k-th of m - 1 others holds J of g good samples, where J is beta-binomial with parameters
-    k and m - k; so E min(J, k) / k = 1 - sum over j < k of (1 - j / k) P(J = j).
+    A good sample is distributed as the reference is. A ball that reaches to the k-th of m - 1 others holds J of g good
+    samples, where J is beta-binomial with parameters k and m - k. Therefore E min(J, k) / k =
+    1 - sum over j < k of (1 - j / k) P(J = j).
     """
     expected = np.ones(n + 1)
     log_factorials = np.append(0.0, np.cumsum(np.log(np.arange(1, n + m))))
@@ -179,7 +190,7 @@ def _coverage_by_good(n: int, m: int, k: int) -> Array:
 
 
 def _set_estimate(value: float, lost: Array, strata: Strata) -> Estimate:
-    """A share of the reference with the jackknife's interval, from what of it would be lost without each sample [n]."""
+    """Return a share of the reference with the jackknife's interval; lost [n] is its decrease without each sample."""
     if not lost.any():
         return Estimate(value, len(lost), note="no interval: no single sample changes it")
     found = score_estimate(value, len(lost) * lost, strata)
@@ -198,64 +209,60 @@ def _same_for_all(found: Estimate) -> Estimate:
 
 
 def _copies(what: str, radii: Array, k: int) -> str:
-    """A note on balls that hold nothing but copies, of their squared radii."""
+    """Return a note on balls of radius 0, or "" if there are none."""
     count = int((radii == 0).sum())
     return f"{count:,} {what} rows have {k} or more exact copies, so their balls have no size" if count else ""
 
 
-def _shared_neighbours(features: Array, k: int, run: Run, which: int) -> Neighbours:
-    """The neighbours of each row within the reference (which = 0) or the samples (1), the work shared out."""
-    tasks = [(which, k, share) for share in shares(len(features), len(features))]
-    return own_neighbours(features, k, run(_shortlist_step, tasks))
-
-
-def _shortlist_step(reference: Array, samples: Array, which: int, k: int, share: slice) -> tuple[int, Shortlist]:
-    return share.start, own_shortlist((reference, samples)[which], k, share)
-
-
 def realism(reference: Array, samples: Array, k: int = 3, run: Run | None = None) -> Array:
-    """[N] largest ratio of a reference ball's radius to its distance from the sample (Kynkaanniemi et al. 2019, eq. 3).
+    """Return the realism [N] of each sample (Kynkaanniemi et al. 2019, eq. 3).
 
-    At least 1 means inside the reference's manifold; infinite for an exact copy. All balls are kept, also the
-    widest; those of radius 0 (rows with k copies) can realise nothing but their copies and are left out.
+    Realism is the largest ratio of a reference ball's radius to its centre's distance from the sample. It is at least 1
+    inside the reference's manifold, and infinite for an exact copy. Unlike the paper, this keeps the widest balls too.
+    Balls of radius 0 (of rows with k copies) are left out.
+
+    Raises:
+        ValueError: all balls have radius 0, or the reference has at most k rows.
     """
     check_features(reference, samples)
     run = run or here(reference, samples)
-    radii = _shared_neighbours(reference, k, run, 0).squared[:, -1]
+    radii = np.concatenate(run(_radii_step, [(0, k, rows) for rows in shares(len(reference))]))
     if not (radii > 0).any():
-        raise ValueError(f"every reference row has {k} exact copies; realism is not defined")
-    found = dict(run(_realism_step, [(radii, rows) for rows in shares(len(samples), len(reference))]))
-    return np.concatenate([found[begin] for begin in sorted(found)])
+        raise ValueError(f"every reference row has {k} exact copies, so realism is not defined; remove the copies")
+    return np.concatenate(run(_realism_step, [(radii, rows) for rows in shares(len(samples))]))
 
 
-def _realism_step(reference: Array, samples: Array, radii: Array, rows: slice) -> tuple[int, Array]:
+def _realism_step(reference: Array, samples: Array, radii: Array, rows: slice) -> Array:
     wide = radii > 0
     with np.errstate(divide="ignore"):
         squared = nearest(samples[rows], reference[wide], 1, weights=1 / radii[wide]).squared[:, 0]
-        return rows.start, 1 / np.sqrt(squared)
+        return 1 / np.sqrt(squared)
 
 
 def authenticity(reference: Array, samples: Array) -> Estimate:
-    """AuthPct: % of samples farther from their nearest reference row than that row is from its own nearest.
+    """Return AuthPct with its interval, in percent (Alaa et al. 2022); copies lower it.
 
-    Copies pull it down (Alaa et al. 2022). Value and interval are percentages, 0..100.
+    It is the share of samples that are farther from their nearest reference row than that row is from its own nearest.
     """
     own = nearest(samples, reference, 1)
     return authentic_share(own.squared[:, 0], squared_radii(reference, 1)[own.index[:, 0]])
 
 
 def authentic_share(squared: Array, own_squared: Array, strata: Strata = None) -> Estimate:
-    """AuthPct from squared distances: of each sample to its nearest reference row, of that row to its own nearest."""
-    share = proportion_estimate(squared > own_squared, strata)
-    low, high = (None if x is None else 100 * x for x in (share.low, share.high))
-    return Estimate(100 * share.value, share.n, low, high)
+    """Return AuthPct from squared distances [N].
+
+    Args:
+        squared: of each sample to its nearest reference row.
+        own_squared: of that reference row to its own nearest other row.
+    """
+    return _mapped(proportion_estimate(squared > own_squared, strata), lambda x: 100 * x)
 
 
 # --- The published evaluator's arithmetic -------------------------------------------------------------------
 
 
 def precision_recall_openai(reference: Array, samples: Array, k: int = 3) -> tuple[float, float]:
-    """Precision and recall as ADM's evaluator computes them, in float16: for parity with published numbers only.
+    """Return precision and recall in the float16 arithmetic of ADM's evaluator, for parity with published numbers only.
 
     Squared distances |u|^2 - 2 u.v + |v|^2 are formed in float16 from features, norms and products in
     float16, in blocks of 10,000 rows; a block that overflows is formed again in float32.
@@ -284,7 +291,7 @@ def _openai_radii(features: Tensor, k: int) -> Tensor:
 
 
 def _openai_squares(u: Tensor, v: Tensor) -> Tensor:
-    """Squared distances [b, c] as float32 values, after float16 arithmetic where that does not overflow."""
+    """Return squared distances [b, c] as float32 values, after float16 arithmetic if that does not overflow."""
     for dtype in (torch.float16, torch.float32):
         x, y = u.to(dtype), v.to(dtype)
         row, column = (x * x).sum(1, keepdim=True), (y * y).sum(1)

@@ -1,15 +1,15 @@
-"""Statistics of features -> numbers with intervals: Frechet distance, Inception Score, kernel distances.
+"""Fréchet distance, Inception Score, kernel distances and Vendi score of features, with 95% intervals.
 
-Everything is float64 and pure. Conventions that hold for the whole module:
+All functions are pure and compute in float64. Conventions of the whole module:
 
 - the reference set (or its published mean and covariance) is fixed; only the samples are random;
-- a 95% interval holds the value that the same protocol, at the same n, gives on average over sets of n
-samples; a value freed of its bias has an interval that holds the value at infinite n;
-- `strata` are the samples' labels where these are not random but balanced or given: then only the spread within
-each class is sampling error;
-- `*_scores` are one number for each sample whose mean is the metric and whose spread is its sampling error,
-so two models run on the same indices are compared by `paired_difference` of their scores;
-- nothing is bootstrapped: resampling adds the bias of these metrics a second time.
+- a 95% interval covers the value that the same protocol gives on average over sets of n samples; the interval of a
+  bias-corrected value covers the value at infinite n;
+- `strata` are the samples' labels if the number of samples in each class is fixed; then only the spread within each
+  class counts as sampling error;
+- `*_scores` return one number for each sample; their mean is the metric and their spread is its sampling error, so
+  models that draw the same indices are compared by the differences of their scores (`models.paired_tests`);
+- nothing is bootstrapped, because resampling adds the bias of these metrics a second time.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -23,41 +23,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.floating]
-Strata = NDArray[np.integer] | None  # [n] classes whose counts are fixed; None = the samples are drawn independently
+Strata = NDArray[np.integer] | None  # [n] classes with fixed counts; None = the samples are drawn independently
 T = TypeVar("T")
 
-BLOCK = 512  # rows: consecutive indices whose statistics are formed at once, whatever the shards are
-GROUP = 32  # blocks: consecutive ones whose statistics are merged first, so that groups may be shared out
+BLOCK = 512  # consecutive rows whose statistics are computed at once, whatever the shards are
+GROUP = 32  # consecutive blocks whose statistics are merged first, so that workers can share the groups
 Z95 = 1.959963984540054  # 97.5% point of the standard normal
-MIN_INTERVAL_RATIO = 2  # n / D at or below which the influence function of the Frechet distance is refused
-MIN_SCORED = 100  # samples below which the Inception Score has no interval
-MIN_CORRECTED_RATIO = 16  # n / D below which the bias correction leaves more bias than the interval is wide
-FAR_FROM_ORIGIN = 100  # squared length of the mean over the variance from which on the cubic kernel has a note
-HEAVY_TAIL = 0.5  # share of the variance in 1% of the samples from which on an interval is said to be too short
+MIN_INTERVAL_RATIO = 2  # n / D; the influence function of the Fréchet distance needs a larger ratio
+MIN_SCORED = 100  # an Inception Score of fewer samples has no interval
+MIN_CORRECTED_RATIO = 16  # n / D; below it the remaining bias can exceed the width of the interval
+FAR_FROM_ORIGIN = 100  # |mean|^2 / variance; above it the cubic kernel has a note
+HEAVY_TAIL = 0.5  # share of the variance in 1% of the samples; above it a note says that the interval may be too short
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric, the number of samples behind it and its 95% interval (None with a `note` where none is sound)."""
+    """A metric, its number of samples and its 95% interval; without an interval, `note` says why."""
 
     value: float
     n: int
     low: float | None = None
     high: float | None = None
     note: str = ""
-    n_reference: int | None = None  # reference rows behind it; None = it takes none, or a file does not say how many
-    bias: float | None = None  # how much of the value is bias at this n; None = not known
+    n_reference: int | None = None  # number of reference rows; None = it uses none, or their number is unknown
+    bias: float | None = None  # bias in the value at this n; None = unknown
 
     def noted(self, *notes: str) -> "Estimate":
-        """Return the same with more notes; empty ones are left out."""
+        """Return this estimate with additional notes; empty notes are ignored."""
         return replace(self, note="; ".join(note for note in (self.note, *notes) if note))
 
 
 def mean_variance(scores: Array, strata: Strata = None) -> tuple[Array, int]:
     """Return the variance of the mean of scores [n, ...] over samples, and its degrees of freedom.
 
-    With strata it is the sum over classes of w_k^2 s_k^2 / n_k, where w_k = n_k / n. A class of a single sample has
-    no spread of its own: then the samples are taken as independent, which errs on the safe side.
+    With strata it is the sum over classes of w_k^2 s_k^2 / n_k, where w_k = n_k / n. If a class has a single sample,
+    which has no spread, all samples are treated as independent; this is conservative.
     """
     n = len(scores)
     if strata is not None:
@@ -72,33 +72,22 @@ def mean_variance(scores: Array, strata: Strata = None) -> tuple[Array, int]:
 
 
 def mean_estimate(scores: Array, note: str = "", strata: Strata = None) -> Estimate:
-    """The mean of scores [n] of independent samples with Student's interval. Raises ValueError for n < 2."""
+    """Return the mean of scores [n] with Student's interval; ValueError for fewer than 2 scores."""
     if scores.ndim != 1 or len(scores) < 2:
-        raise ValueError(f"scores have shape {scores.shape}; an interval needs at least two of them in one axis")
+        raise ValueError(f"scores have shape {scores.shape}; expected [n] with n of at least 2")
     value = float(scores.mean(dtype=np.float64))
     return _interval(value, len(scores), *mean_variance(scores, strata), note)
 
 
 def score_estimate(value: float, scores: Array, strata: Strata = None) -> Estimate:
-    """A value whose sampling error is that of the mean of scores [n], which is not the value itself."""
+    """Return a value that is not the mean of scores [n], but has the sampling error of that mean."""
     return _interval(value, len(scores), *mean_variance(scores, strata))
 
 
-def paired_difference(scores_a: Array, scores_b: Array, strata: Strata = None) -> Estimate:
-    """Metric of a minus metric of b, from the scores [n] of the same n indices in the same order.
-
-    Common noise cancels in the differences, so this resolves far more than two separate intervals do. Raises
-    ValueError where the lengths differ.
-    """
-    if scores_a.shape != scores_b.shape:
-        raise ValueError(f"paired scores must cover the same indices: shapes {scores_a.shape}, {scores_b.shape}")
-    return mean_estimate(np.asarray(scores_a, np.float64) - np.asarray(scores_b, np.float64), strata=strata)
-
-
 def proportion_estimate(hits: NDArray[np.bool_], strata: Strata = None) -> Estimate:
-    """The share of hits [n] with Wilson's score interval, which holds near 0 and 1 too (Wilson 1927).
+    """Return the share of hits [n] with Wilson's score interval, which is valid near 0 and 1 too (Wilson 1927).
 
-    With strata it is Wilson's for as many independent samples as would have the same variance.
+    With strata it is the interval of the number of independent samples that would have the same variance.
     """
     n, p = len(hits), float(hits.mean())
     size = float(n)
@@ -117,17 +106,17 @@ def by_class(
     samples: Array,
     sample_labels: NDArray[np.integer],
 ) -> dict[int, T]:
-    """metric(reference rows, sample rows) within every class that both sets hold."""
+    """Return metric(reference rows, sample rows) of each class that both sets contain."""
     if len(reference_labels) != len(reference) or len(sample_labels) != len(samples):
-        raise ValueError("labels and features must have the same number of rows in both sets")
+        raise ValueError("labels and features must have the same number of rows in each set")
     classes = np.intersect1d(reference_labels, sample_labels)
     return {int(c): metric(reference[reference_labels == c], samples[sample_labels == c]) for c in classes}
 
 
 def student_quantile(p: float, degrees: int) -> float:
-    """The p-quantile of Student's t: exact for 1 and 2 degrees of freedom, else to three digits.
+    """Return the p-quantile of Student's t, exact for 1 and 2 degrees of freedom, otherwise to three digits.
 
-    The expansion around the normal quantile is that of Abramowitz & Stegun 26.7.5, for 1e-6 <= p <= 1 - 1e-6.
+    It uses the expansion around the normal quantile of Abramowitz & Stegun 26.7.5, for 1e-6 <= p <= 1 - 1e-6.
     """
     if degrees == 1:
         return float(np.tan(np.pi * (p - 0.5)))
@@ -153,14 +142,14 @@ def _interval(value: float, n: int, variance: Array | float, degrees: int, note:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """All that the Frechet distance asks of a set; published reference files hold just this.
+    """The statistics of the Fréchet distance, which published reference files contain, in float64.
 
-    mean [D], covariance [D, D] with divisor n - 1, kept as float64. Raises ValueError on wrong shapes, values
-    that are not finite and a covariance that is not symmetric.
+    Raises:
+        ValueError: a shape is wrong, a value is not finite, or the covariance is not symmetric.
     """
 
-    mean: Array
-    covariance: Array
+    mean: Array  # [D]
+    covariance: Array  # [D, D], with divisor n - 1
 
     def __post_init__(self) -> None:
         for name in ("mean", "covariance"):  # published files hold float32 means
@@ -168,7 +157,7 @@ class Gaussian:
         dimension = self.mean.shape[0] if self.mean.ndim == 1 else -1
         if dimension < 1 or self.covariance.shape != (dimension, dimension):
             raise ValueError(
-                f"mean has shape {self.mean.shape}, covariance {self.covariance.shape}; wanted [D] and [D, D]"
+                f"mean has shape {self.mean.shape}, covariance {self.covariance.shape}; expected [D] and [D, D]"
             )
         if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
             raise ValueError("mean or covariance holds values that are not finite")
@@ -177,14 +166,14 @@ class Gaussian:
 
     @cached_property
     def principal_axes(self) -> tuple[Array, Array]:
-        """Return variances [D], the largest first, and the principal directions [D, D] as columns; kept for reuse."""
+        """Return variances [D], largest first, and the principal directions as columns [D, D]."""
         values, vectors = np.linalg.eigh(self.covariance)
         return _nonnegative(values[::-1]), vectors[:, ::-1]
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean [D] and sum of centred outer products m2 [D, D] of n feature rows, float64."""
+    """Number of rows n, their mean [D] and the sum of their centred outer products m2 [D, D], float64."""
 
     n: int
     mean: Array
@@ -192,17 +181,19 @@ class Moments:
 
     @cached_property
     def gaussian(self) -> Gaussian:
-        """Mean and covariance with divisor n - 1. Raises ValueError for fewer than two rows."""
+        """Return mean and covariance with divisor n - 1; ValueError for fewer than two rows."""
         if self.n < 2:
             raise ValueError(f"the covariance of n={self.n} rows is not defined; at least 2 are needed")
         return Gaussian(self.mean, self.m2 / (self.n - 1))
 
 
 def block_moments(features: Array, block: int = BLOCK) -> Iterator[Moments]:
-    """Moments of each `block` consecutive rows of features [N, D], the last one perhaps shorter.
+    """Yield the moments of each `block` consecutive rows of features [N, D]; the last block can be shorter.
 
-    Shards that are cut at multiples of `block` give the same blocks, hence the same bits. Raises ValueError
-    on a wrong shape and on values that are not finite.
+    Shards that are cut at multiples of `block` give the same blocks, and therefore the same bits.
+
+    Raises:
+        ValueError: the shape is wrong, or a value is not finite.
     """
     check_features(features)
     for start in range(0, len(features), block):
@@ -213,14 +204,14 @@ def block_moments(features: Array, block: int = BLOCK) -> Iterator[Moments]:
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Moments of both sets together (Chan, Golub & LeVeque 1979); the order of the two shows in last bits."""
+    """Return the moments of both sets together (Chan, Golub & LeVeque 1979); their order affects the last bits."""
     n, delta = a.n + b.n, b.mean - a.mean
     m2 = a.m2 + b.m2 + np.outer(delta, delta) * (a.n * b.n / n)
     return Moments(n, a.mean + delta * (b.n / n), m2)
 
 
 def merge_in_order(parts: Iterable[Moments]) -> Moments:
-    """Folds moments given in index order. Raises ValueError where there is none."""
+    """Merge moments in the order given; ValueError if there are none."""
     total: Moments | None = None
     for part in parts:
         total = part if total is None else merge(total, part)
@@ -230,9 +221,10 @@ def merge_in_order(parts: Iterable[Moments]) -> Moments:
 
 
 def moments(features: Array) -> Moments:
-    """Moments of features [N, D]: blocks of 512 rows merged in groups of 32, and these in their order.
+    """Return the moments of features [N, D].
 
-    Bit-equal to any sharding by whole blocks whose groups are merged so.
+    Blocks of 512 rows are merged in groups of 32, and then the groups in their order. Workers that compute whole groups
+    therefore get the same bits.
     """
     rows = BLOCK * GROUP
     starts = range(0, max(len(features), 1), rows)
@@ -240,24 +232,27 @@ def moments(features: Array) -> Moments:
 
 
 def check_features(*arrays: Array) -> None:
-    """Raises ValueError unless all are non-empty, finite [N, D] arrays with one D."""
+    """Raise ValueError unless all arrays are non-empty, finite and [N, D] with the same D."""
     for array in arrays:
         if array.ndim != 2 or 0 in array.shape:
-            raise ValueError(f"features have shape {array.shape}; wanted [N, D] with N, D > 0")
+            raise ValueError(f"features have shape {array.shape}; expected [N, D] with N, D > 0")
         if array.shape[1] != arrays[0].shape[1]:
-            raise ValueError(f"features of {arrays[0].shape[1]} and {array.shape[1]} dimensions do not compare")
+            raise ValueError(f"features of {arrays[0].shape[1]} and {array.shape[1]} dimensions cannot be compared")
         if not np.isfinite(array).all():
-            raise ValueError("features hold values that are not finite")
+            raise ValueError("features contain NaN or infinity")
 
 
-# --- Frechet distance ---------------------------------------------------------------------------------------
+# --- Fréchet distance ---------------------------------------------------------------------------------------
 
 
 def frechet_distance(a: Moments | Gaussian, b: Moments | Gaussian) -> float:
-    """|m_a - m_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2), never below 0 (Heusel et al. 2017, eq. 6).
+    """Return |m_a - m_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2), at least 0 (Heusel et al. 2017, eq. 6).
 
-    The trace comes from the eigenvalues of L' S_a L with S_b = L L', which are real and stay meaningful where
-    n < D. Raises ValueError on different dimensions and on a covariance with negative eigenvalues.
+    The last trace is computed from the eigenvalues of L' S_a L with S_b = L L', which are real and also valid for
+    n < D.
+
+    Raises:
+        ValueError: the dimensions differ, or a covariance has negative eigenvalues.
     """
     a, b = _gaussians(a, b)
     factor = _factor(b.covariance)
@@ -265,10 +260,13 @@ def frechet_distance(a: Moments | Gaussian, b: Moments | Gaussian) -> float:
 
 
 def frechet_distance_of_rows(a: Array, b: Array) -> float:
-    """The Frechet distance of two small sets of rows [n, D] and [m, D], of at least two rows each.
+    """Return the Fréchet distance of two small sets of rows [n, D] and [m, D].
 
     With centred rows A / sqrt(n - 1) and B / sqrt(m - 1), tr (S_a S_b)^(1/2) is the sum of the singular values
-    of A B', which costs n m min(n, m) in place of D^3. Raises ValueError for fewer than two rows.
+    of A B', which costs n m min(n, m) operations instead of D^3.
+
+    Raises:
+        ValueError: a set has fewer than two rows.
     """
     check_features(a, b)
     if min(len(a), len(b)) < 2:
@@ -283,7 +281,7 @@ def frechet_distance_of_rows(a: Array, b: Array) -> float:
 def _gaussians(a: Moments | Gaussian, b: Moments | Gaussian) -> tuple[Gaussian, Gaussian]:
     a, b = (s.gaussian if isinstance(s, Moments) else s for s in (a, b))
     if a.mean.shape != b.mean.shape:
-        raise ValueError(f"sets of {len(a.mean)} and {len(b.mean)} dimensions do not compare")
+        raise ValueError(f"sets of {len(a.mean)} and {len(b.mean)} dimensions cannot be compared")
     return a, b
 
 
@@ -294,12 +292,12 @@ def _distance(a: Gaussian, b: Gaussian, eigenvalues: Array) -> float:
 
 
 def check_semidefinite(statistics: Gaussian) -> None:
-    """Raises ValueError where the covariance has an eigenvalue that is negative beyond rounding."""
+    """Raise ValueError if the covariance has a negative eigenvalue that is not a rounding error."""
     _nonnegative(np.linalg.eigvalsh(statistics.covariance))
 
 
 def _factor(covariance: Array) -> Array:
-    """L with L L' = covariance: Cholesky, or the symmetric root where the covariance is singular."""
+    """Return L with L L' = covariance: the Cholesky factor, or the symmetric root if the covariance is singular."""
     try:
         return np.linalg.cholesky(covariance)
     except np.linalg.LinAlgError:
@@ -308,7 +306,7 @@ def _factor(covariance: Array) -> Array:
 
 
 def _nonnegative(eigenvalues: Array) -> Array:
-    """Clips rounding below zero; a truly negative eigenvalue is an error, since no root is meant then."""
+    """Set eigenvalues that are negative by rounding to 0; ValueError for truly negative ones."""
     largest = max(float(np.abs(eigenvalues).max()), np.finfo(np.float64).tiny)
     smallest = float(eigenvalues.min())
     if smallest < -1e-5 * largest:
@@ -318,24 +316,24 @@ def _nonnegative(eigenvalues: Array) -> Array:
 
 @dataclass(frozen=True)
 class FrechetExpansion:
-    """A Frechet distance to a fixed reference, expanded to second order around the samples' distribution."""
+    """A Fréchet distance to a fixed reference, expanded to second order around the samples' distribution."""
 
-    distance: float  # as everybody reports it, biased upwards at small n
-    bias: float  # its excess over the distance at infinite n, to order 1/n
+    distance: float  # the usual distance, biased upwards at small n
+    bias: float  # excess over the distance at infinite n, to order 1/n
     influence: Array  # [n] first-order influence of each sample, mean 0
     dimension: int
     strata: Strata = None
     n_reference: int | None = None
-    reference_bias: float = 0.0  # what a perfect model scores at infinite n, since the reference is a sample itself
+    reference_bias: float = 0.0  # distance of a perfect model at infinite n, because the reference is finite
 
     @property
     def variance(self) -> float:
-        """Of the distance over sets of n; up to twice too large for a perfect model, whose influence is all noise."""
+        """Return the variance of the distance over sets of n samples; up to twice too large for a perfect model."""
         return float(mean_variance(self.influence, self.strata)[0])
 
     @property
     def estimate(self) -> Estimate:
-        """The plain distance; its interval holds what n samples of this model give on average."""
+        """Return the biased distance; its interval covers what n samples of this model give on average."""
         n, fewest = len(self.influence), MIN_CORRECTED_RATIO * self.dimension
         note = f"biased upwards: n={n} is below {MIN_CORRECTED_RATIO} D, D={self.dimension}" if n < fewest else ""
         found = _interval(self.distance, n, *mean_variance(self.influence, self.strata), note)
@@ -343,31 +341,32 @@ class FrechetExpansion:
 
     @property
     def corrected(self) -> Estimate:
-        """FD-infinity: the distance at infinite n; below n = 16 D, where bias of order (D/n)^2 remains, no interval.
+        """Return FD-infinity, the distance at infinite n.
 
-        Chong & Forsyth (2020) fit it from distances of subsets; the same 1/n term computed has no noise of its own.
+        Chong & Forsyth (2020) fit the 1/n term to distances of subsets. Here it is computed, which adds no noise. Below
+        n = 16 D there is no interval, because bias of order (D/n)^2 remains.
         """
         n, value = len(self.influence), self.distance - self.bias
         if n >= MIN_CORRECTED_RATIO * self.dimension:
             found = _interval(value, n, *mean_variance(self.influence, self.strata))
         else:
             found = Estimate(value, n, note=f"no interval: n={n} is below {MIN_CORRECTED_RATIO} D, D={self.dimension}")
-        below = f"estimated at {value:.3g}, and no distance is below 0" if value < 0 else ""
+        below = f"the estimate is {value:.3g}; it is set to 0, since no distance is negative" if value < 0 else ""
         return replace(self._described(found), value=max(value, 0.0)).noted(below)
 
     @property
     def scores(self) -> Array:
-        """[n] numbers whose mean is the corrected distance: what paired comparisons of two models take."""
+        """Return [n] scores for paired comparisons; their mean is the corrected distance."""
         return self.influence + (self.distance - self.bias)
 
     @property
     def tail_share(self) -> float:
-        """Share of the variance of the influence that the most influential 1% of samples carry."""
+        """Return the share of the variance of the influence that the most influential 1% of samples carry."""
         squares = np.sort(self.influence**2)
         return float(squares[-max(1, len(squares) // 100) :].sum() / max(squares.sum(), np.finfo(np.float64).tiny))
 
     def _described(self, found: Estimate, bias: float | None = None) -> Estimate:
-        """The estimate with ends that a distance can have, and with notes on tails and on the reference."""
+        """Return the estimate with an interval of at least 0, and with notes on heavy tails and on the reference."""
         tails = few = ""
         if found.low is not None and found.high is not None:
             low, high = max(found.low, 0.0), max(found.high, 0.0)
@@ -380,21 +379,23 @@ class FrechetExpansion:
                 MIN_CORRECTED_RATIO * self.dimension
             ):
                 few = (
-                    f"a perfect model would score about {self.reference_bias:.2g} more than 0, since the reference has "
-                    f"only {self.n_reference:,} rows"
+                    f"a perfect model would score about {self.reference_bias:.2g} instead of 0, because the reference "
+                    f"has only {self.n_reference:,} rows"
                 )
             found = replace(found, low=low, high=high)
         return replace(found, n_reference=self.n_reference, bias=bias).noted(tails, few)
 
 
 def expand_frechet(features: Array, reference: Moments | Gaussian, strata: Strata = None) -> FrechetExpansion:
-    """Distance of features [n, D] to a fixed reference (mean m_r, covariance R), its bias and sampling error.
+    """Return the distance of features [n, D] to a fixed reference (mean m_r, covariance R), its bias and its error.
 
     With T the symmetric transport map from S to R, the influence of a sample is s(x) = 2 (m - m_r)'(x - m) +
     (x - m)'(I - T)(x - m) - tr((I - T) S); its spread gives the standard error. The second derivative gives
     the bias: in the eigenbasis of L' S L with R = L L' a change E costs
-    sum_ij E_ij^2 / (2 sqrt(l_i l_j) (sqrt(l_i) + sqrt(l_j))), and the mean of E_ij^2 is known from the samples.
-    Raises ValueError where n <= 2 D.
+    sum_ij E_ij^2 / (2 sqrt(l_i l_j) (sqrt(l_i) + sqrt(l_j))), and the mean of E_ij^2 is estimated from the samples.
+
+    Raises:
+        ValueError: n <= 2 D, or the dimensions differ.
     """
     check_features(features)
     n, dimension = features.shape
@@ -424,10 +425,10 @@ def expand_frechet(features: Array, reference: Moments | Gaussian, strata: Strat
 
 
 def _second_order(features: Array, own: Gaussian, basis: Array, roots: Array, strata: Strata) -> float:
-    """n times the bias of the Frechet distance, from the variances of the samples' mean and covariance.
+    """Return n times the bias of the Fréchet distance, from the variances of the samples' mean and covariance.
 
-    With strata, only the spread within classes moves the two; and the expected covariance exceeds the truth by the
-    spread between classes over n.
+    With strata, only the spread within classes changes the two, and the expected covariance exceeds the true one by
+    the spread between classes divided by n.
     """
     curvature = 1 / (np.outer(roots, roots) * (roots[:, None] + roots))
     if strata is None or (counts := np.unique(strata, return_counts=True)[1]).min() < 2:
@@ -449,23 +450,18 @@ def _second_order(features: Array, own: Gaussian, basis: Array, roots: Array, st
     return total / len(features)
 
 
-def influence_scores(features: Array, reference: Moments | Gaussian) -> Array:
-    """[n] scores with the bias-corrected Frechet distance as their mean; raises as `expand_frechet` does."""
-    return expand_frechet(features, reference).scores
-
-
 def frechet_estimate(features: Array, reference: Moments | Gaussian, strata: Strata = None) -> Estimate:
-    """Frechet distance of features [n, D] with its interval, or with none and a note where n <= 2 D."""
+    """Return the Fréchet distance of features [n, D] with its interval; for n <= 2 D with a note instead."""
     n, dimension = features.shape
     if n > MIN_INTERVAL_RATIO * dimension:
         return expand_frechet(features, reference, strata).estimate
-    note = f"no interval: n={n} is not above {MIN_INTERVAL_RATIO} D, D={dimension}, and most of the value may be bias"
+    note = f"no interval: n={n} is at most {MIN_INTERVAL_RATIO} D, D={dimension}, and most of the value may be bias"
     m = reference.n if isinstance(reference, Moments) else None
     return Estimate(frechet_distance(moments(features), reference), n, note=note, n_reference=m)
 
 
 def class_frechet_estimate(reference: Array, features: Array) -> Estimate:
-    """Frechet distance of the rows of one class, which may be fewer than their dimensions: then without an interval."""
+    """Return the Fréchet distance of the rows of one class; without an interval if there are too few of them."""
     n, dimension = features.shape
     if n > MIN_INTERVAL_RATIO * dimension and len(reference) > dimension:
         return frechet_estimate(features, moments(reference))
@@ -477,17 +473,17 @@ def class_frechet_estimate(reference: Array, features: Array) -> Estimate:
 
 
 def softmax(logits: Array) -> Array:
-    """Class probabilities [N, K] in float64 of logits [N, K]."""
+    """Return class probabilities [N, K] in float64 of logits [N, K]."""
     shifted = np.asarray(logits, np.float64)
     exponentials = np.exp(shifted - shifted.max(axis=1, keepdims=True))
     return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
 def inception_score(probabilities: Array, split_size: int = 5000, strata: Strata = None) -> Estimate:
-    """exp of the mean KL(p(y|x) || p(y)), averaged over splits as by ADM's evaluator (Salimans et al. 2016).
+    """Return exp of the mean KL(p(y|x) || p(y)), averaged over splits as in ADM's evaluator (Salimans et al. 2016).
 
-    probabilities [N, K] in sample order: consecutive splits of `split_size` rows, a short last one weighing
-    as much as the others. Samples sorted by class would lower it. 0 log 0 counts as 0.
+    The splits are `split_size` consecutive rows of probabilities [N, K]; a shorter last split has the same weight.
+    Samples that are sorted by class give a lower score. 0 log 0 counts as 0.
     """
     starts = np.arange(0, len(probabilities), split_size)
     return _mean_of_splits(probabilities, np.append(starts, len(probabilities)), strata)
@@ -496,20 +492,21 @@ def inception_score(probabilities: Array, split_size: int = 5000, strata: Strata
 def inception_score_10split(
     probabilities: Array, num_splits: int = 10, shuffle_seed: int | None = 2020, strata: Strata = None
 ) -> Estimate:
-    """The same over `num_splits` equal parts, by default of rows shuffled as torch-fidelity shuffles them."""
+    """Return the Inception Score over `num_splits` equal splits; by default rows are shuffled as in torch-fidelity."""
     n = len(probabilities)
     if n < num_splits:
-        raise ValueError(f"n={n} samples cannot be cut into num_splits={num_splits}")
-    if shuffle_seed is not None:  # numpy's old generator, since the published protocol is defined by it
+        raise ValueError(f"n={n} samples cannot be divided into num_splits={num_splits}")
+    if shuffle_seed is not None:  # with NumPy's legacy generator, which defines the published protocol
         order = np.random.RandomState(shuffle_seed).permutation(n)
         probabilities, strata = probabilities[order], None if strata is None else strata[order]
     return _mean_of_splits(probabilities, np.arange(num_splits + 1) * n // num_splits, strata)
 
 
 def split_scores(probabilities: Array, bounds: NDArray[np.integer]) -> tuple[Array, Array]:
-    """Inception Score [S] of the consecutive rows between `bounds` [S + 1], and KL(p(y|x) || p(y)) [N] of each row.
+    """Return the Inception Score [S] of the rows between `bounds` [S + 1], and KL(p(y|x) || p(y)) [N] of each row.
 
-    Raises ValueError where rows are not probabilities.
+    Raises:
+        ValueError: a row is not a probability distribution.
     """
     check_features(probabilities)
     if probabilities.min() < 0 or not np.allclose(probabilities.sum(1), 1, atol=1e-4):
@@ -524,7 +521,7 @@ def split_scores(probabilities: Array, bounds: NDArray[np.integer]) -> tuple[Arr
 
 
 def entropy_bias(probabilities: Array, strata: Strata = None) -> float:
-    """By how much the entropy of the mean of probabilities [n, K] is too small: sum_k var / (2 mean) (Miller 1955)."""
+    """Return by how much the entropy of the mean of probabilities [n, K] is too small (Miller 1955)."""
     marginal = probabilities.mean(axis=0, dtype=np.float64)
     variance, _ = mean_variance(probabilities, strata)
     return float((variance[marginal > 0] / marginal[marginal > 0]).sum()) / 2
@@ -550,27 +547,30 @@ def _mean_of_splits(probabilities: Array, bounds: NDArray[np.integer], strata: S
 
 
 def kid(reference: Array, samples: Array, strata: Strata = None) -> Estimate:
-    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 over the full sets (Binkowski et al. 2018, eq. 4).
+    """Return the unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, eq. 4).
 
-    No subsets, hence no subset noise. It is unbiased at any n, so it can be slightly negative.
+    It uses the full sets and no random subsets. It is unbiased at any n, so it can be slightly negative.
     """
     spread = float(np.var(reference, axis=0, dtype=np.float64).sum())
     offset = float(np.square(np.mean(reference, axis=0, dtype=np.float64)).sum())
     far = offset > FAR_FROM_ORIGIN * spread
-    note = "features lie far from the origin, where this kernel hardly feels more than their mean" if far else ""
+    note = "features lie far from the origin, where this kernel depends on little more than their mean" if far else ""
     found = mean_estimate(kid_scores(reference, samples), note, strata)
     return replace(found, n_reference=len(reference))
 
 
 def kid_scores(reference: Array, samples: Array) -> Array:
-    """[n] scores of the samples with `kid` as their mean: the projection of the U-statistic on each sample.
+    """Return [n] scores with `kid` as their mean: the projection of the U-statistic on each sample.
 
-    Raises ValueError on unlike or invalid sets and on fewer than two rows.
+    Raises:
+        ValueError: the dimensions differ, a value is not finite, or a set has fewer than two rows.
     """
     check_features(reference, samples)
     n, m = len(samples), len(reference)
     if min(n, m) < 2:
-        raise ValueError(f"the unbiased kernel distance needs two rows of each set; got {n} samples, {m} references")
+        raise ValueError(
+            f"the unbiased kernel distance needs two rows of each set, but there are {n} samples, {m} references"
+        )
     kernel = _CentredKernel(reference.mean(axis=0, dtype=np.float64))
     within = sum(kernel(r, reference).sum() - kernel.diagonal(r).sum() for r in _row_blocks(reference))
     across = np.concatenate([kernel(r, reference).mean(axis=1) for r in _row_blocks(samples)])
@@ -586,7 +586,9 @@ def _row_blocks(features: Array) -> Iterator[Array]:
 
 
 class _CentredKernel:
-    """(x.y / D + 1)^3 less terms of x or of y alone, which cancel in the distance and would swamp it far from 0.
+    """The kernel (x.y / D + 1)^3 without the terms of x or y alone.
+
+    These terms cancel in the distance, but their rounding errors would dominate it far from the origin.
 
     With x = mean + u, y = mean + v and A = |mean|^2 / D + 1 the base is A + w, where w = mean.(u + v) / D + u.v / D.
     """
@@ -599,7 +601,7 @@ class _CentredKernel:
         return self._cube((u @ self.mean)[:, None] / u.shape[1] + v @ self.mean / u.shape[1], u @ v.T / u.shape[1])
 
     def diagonal(self, x: Array) -> Array:
-        """Of each row with itself."""
+        """Return the kernel of each row with itself."""
         u = x - self.mean
         return self._cube(2 * u @ self.mean / u.shape[1], (u * u).sum(axis=1) / u.shape[1])
 
@@ -609,16 +611,16 @@ class _CentredKernel:
 
 
 def cmmd(reference: Array, samples: Array, strata: Strata = None) -> Estimate:
-    """1,000 times the squared MMD of rows of length 1 with the kernel exp(-|x - y|^2 / 200), biased as published.
+    """Return CMMD: 1,000 times the squared MMD of normalised rows with the kernel exp(-|x - y|^2 / 200).
 
-    Jayasumana et al. (2024) take the mean over all pairs, a row with itself included; what that adds is the bias.
+    It is biased as published: Jayasumana et al. (2024) take the mean over all pairs, including each row with itself.
     """
     check_features(reference, samples)
     n, m = len(samples), len(reference)
     x, y = (f / np.linalg.norm(f, axis=1, keepdims=True).clip(1e-12) for f in (samples, reference))
 
     def kernel(u: Array, v: Array) -> Array:
-        return np.expm1((u @ v.T - 1) / 100)  # |u - v|^2 = 2 - 2 u.v; 1 is left out, since it cancels
+        return np.expm1((u @ v.T - 1) / 100)  # |u - v|^2 = 2 - 2 u.v; the constant 1 cancels
 
     own = np.concatenate([kernel(rows, x).mean(axis=1) for rows in _row_blocks(x)])
     across = np.concatenate([kernel(rows, y).mean(axis=1) for rows in _row_blocks(x)])
@@ -630,7 +632,10 @@ def cmmd(reference: Array, samples: Array, strata: Strata = None) -> Estimate:
 
 
 def vendi_score(samples: Array) -> float:
-    """Effective number of distinct samples: exp of the cosine kernel's entropy (Friedman & Dieng 2023, q = 1)."""
+    """Return the effective number of distinct samples: exp of the cosine kernel's entropy.
+
+    This is the Vendi score of Friedman & Dieng (2023) with q = 1.
+    """
     check_features(samples)
     unit = np.asarray(samples, np.float64)
     unit = unit / np.linalg.norm(unit, axis=1, keepdims=True).clip(np.finfo(np.float64).tiny)

@@ -1,9 +1,8 @@
-"""Samplers: each one a generator over `denoise`, yielding a Step after every step of the chain.
+"""Samplers: generators that call `denoise` and yield a Step after every step of the chain.
 
-Chain indices run from `start` (where not given, the last) down to 0. Randomness comes from outside:
-`noise(t)` gives standard normal noise shaped like x for the *original* timestep t, so that chains of different
-lengths can share it. It is asked for noise only where that is used: not at t = 0, and never by deterministic
-samplers.
+Chain indices run from `start` (by default the last index) down to 0. The caller provides the noise: `noise(t)` returns
+standard normal noise with the shape of x for the *original* timestep t, so that chains of different lengths can share
+it. It is called only if the noise is used: not at t = 0, and never by deterministic samplers.
 """
 
 import math
@@ -24,18 +23,18 @@ Noise = Callable[[int], Tensor]  # original timestep -> standard normal noise, s
 
 @dataclass(frozen=True)
 class Step:
-    """One executed step: its chain index, the x that it led to and the x_0 predicted on the way."""
+    """The result of one step."""
 
-    t: int
-    x: Tensor
-    pred_x_start: Tensor
+    t: int  # chain index
+    x: Tensor  # after the step
+    pred_x_start: Tensor  # the predicted x_0
 
 
 # Single steps at t, one chain index or int64 [B]
 
 
 def ddpm_step(diffusion: Diffusion, prediction: Prediction, x_t: Tensor, t: Timestep, noise: Tensor) -> Tensor:
-    """x_{t-1} by ancestral sampling, DDPM algorithm 2; no noise is added at t = 0."""
+    """Return x_{t-1} by ancestral sampling (DDPM algorithm 2); no noise is added at t = 0."""
     sigma = torch.exp(0.5 * prediction.log_variance)
     return prediction.mean + diffusion.at("adds_noise", t, x_t) * sigma * noise
 
@@ -43,7 +42,7 @@ def ddpm_step(diffusion: Diffusion, prediction: Prediction, x_t: Tensor, t: Time
 def ddim_step(
     diffusion: Diffusion, prediction: Prediction, x_t: Tensor, t: Timestep, noise: Tensor | None, eta: float
 ) -> Tensor:
-    """x_{t-1} by DDIM eq. 12 with eta^2 times the posterior variance (eq. 16); None is right for eta = 0."""
+    """Return x_{t-1} by DDIM eq. 12 with eta^2 times the posterior variance (eq. 16); eta = 0 needs no noise."""
     variance = eta**2 * diffusion.at("posterior_variance", t, x_t)  # 0 at t = 0
     direction = torch.sqrt(diffusion.at("one_minus_alphas_cumprod_prev", t, x_t) - variance)
     x = torch.sqrt(diffusion.at("alphas_cumprod_prev", t, x_t)) * prediction.pred_x_start
@@ -52,7 +51,7 @@ def ddim_step(
 
 
 def ddim_reverse_step(diffusion: Diffusion, prediction: Prediction, x_t: Tensor, t: Timestep) -> Tensor:
-    """x_{t+1} by the deterministic DDIM run backwards (DDIM section 4.3); pure noise at the last index."""
+    """Return x_{t+1} by deterministic DDIM in reverse (DDIM section 4.3); pure noise at the last index."""
     alphas_cumprod_next = diffusion.at("alphas_cumprod_next", t, x_t)
     return (
         torch.sqrt(alphas_cumprod_next) * prediction.pred_x_start + torch.sqrt(1 - alphas_cumprod_next) * prediction.eps
@@ -63,12 +62,12 @@ def ddim_reverse_step(diffusion: Diffusion, prediction: Prediction, x_t: Tensor,
 
 
 def _descending(diffusion: Diffusion, start: int | None) -> range:
-    """Chain indices from `start` (None = the last) down to 0."""
+    """Return the chain indices from `start` (None = the last) down to 0."""
     return range(diffusion.num_timesteps - 1 if start is None else start, -1, -1)
 
 
 def ddpm(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise, start: int | None = None) -> Iterator[Step]:
-    """Ancestral sampling; DDPM algorithm 2."""
+    """Sample by ancestral sampling (DDPM algorithm 2)."""
     x = x_T
     for t in _descending(diffusion, start):
         prediction = denoise(x, t)
@@ -85,7 +84,7 @@ def ddim(
     start: int | None = None,
     eta: float = 0.0,
 ) -> Iterator[Step]:
-    """DDIM eq. 12; eta = 0 is deterministic, eta = 1 has the posterior variance of DDPM."""
+    """Sample by DDIM eq. 12; eta = 0 is deterministic, eta = 1 has the posterior variance of DDPM."""
     x = x_T
     for t in _descending(diffusion, start):
         prediction = denoise(x, t)
@@ -95,7 +94,7 @@ def ddim(
 
 
 def ddim_reverse(denoise: Denoise, diffusion: Diffusion, x_0: Tensor) -> Iterator[Step]:
-    """Encodes x_0 by the DDIM ODE run backwards, indices 0 to T' - 1; the last x is the latent x_T."""
+    """Encode x_0 by the DDIM ODE in reverse, over indices 0 to T' - 1; the last x is the latent x_T."""
     x = x_0
     for t in range(diffusion.num_timesteps):
         prediction = denoise(x, t)
@@ -106,10 +105,10 @@ def ddim_reverse(denoise: Denoise, diffusion: Diffusion, x_0: Tensor) -> Iterato
 def dpm_solver(
     denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise, start: int | None = None
 ) -> Iterator[Step]:
-    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2), ending with the predicted x_0.
+    """Sample by DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2), ending with the predicted x_0.
 
-    Second order in the log signal-to-noise ratio, one network evaluation a step; deterministic. The first
-    step has no history and the last no finite end point: both are of first order.
+    It is deterministic and of second order in the log signal-to-noise ratio, with one network evaluation for each step.
+    The first step has no history and the last has no finite end point, so both are of first order.
     """
     alpha, sigma = diffusion.sqrt_alphas_cumprod, diffusion.sqrt_one_minus_alphas_cumprod
     lam = np.log(alpha / sigma)
@@ -130,11 +129,11 @@ def dpm_solver(
 
 
 def heun(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise, start: int | None = None) -> Iterator[Step]:
-    """Heun's second-order method on the DDIM ODE (DDIM eq. 14), ending with the predicted x_0.
+    """Sample by Heun's second-order method on the DDIM ODE (DDIM eq. 14), ending with the predicted x_0.
 
-    In the angle phi with tan(phi) = sqrt((1 - abar) / abar) the ODE is dx / dphi = cos(phi) eps - sin(phi) x_0.
-    Its steps stay bounded at the noisy end, where tan(phi) is up to 2e4 for cosine schedules and steps in it, as
-    in Karras et al. 2022 (algorithm 1), diverge. Two network evaluations a step, one at the last.
+    In the angle phi with tan(phi) = sqrt((1 - abar) / abar) the ODE is dx / dphi = cos(phi) eps - sin(phi) x_0. Steps
+    in phi stay bounded at the noisy end. Steps in tan(phi), as in Karras et al. 2022 (algorithm 1), diverge there,
+    because tan(phi) is up to 2e4 for cosine schedules. Each step takes two network evaluations, the last step one.
     """
     cos, sin = diffusion.sqrt_alphas_cumprod, diffusion.sqrt_one_minus_alphas_cumprod
     phi = np.arctan2(sin, cos)
@@ -155,20 +154,20 @@ def heun(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise, star
 
 
 class EdmStep(NamedTuple):
-    """One step of EDM's sampler: noise levels, each with the chain index whose level it is; None: clean."""
+    """The noise levels of one step of EDM's sampler, with their chain indices."""
 
     here: float
-    churned: float  # the level that noise is added up to; `here` where none is
+    churned: float  # the level after adding noise; equal to `here` if none is added
     churned_t: int
     following: float
-    following_t: int | None
+    following_t: int | None  # None = clean
 
 
 def edm_steps(config: "SamplerConfig", diffusion: Diffusion) -> list[EdmStep]:
     """Return the steps of EDM's algorithm 2 (Karras et al. 2022, arXiv 2206.00364) over the model's own noise levels.
 
-    A level is sigma = sqrt((1 - abar) / abar); those of eq. 5 and of the churn are rounded to the nearest of the model,
-    as for the authors' iDDPM models; where steps are many, two may fall on one level, and nothing moves between them.
+    A level is sigma = sqrt((1 - abar) / abar). The levels of eq. 5 and of the churn are rounded to the nearest level of
+    the model, as the authors do for iDDPM models. With many steps, two consecutive levels can be equal.
     """
     levels = diffusion.sqrt_one_minus_alphas_cumprod / diffusion.sqrt_alphas_cumprod
 
@@ -179,8 +178,8 @@ def edm_steps(config: "SamplerConfig", diffusion: Diffusion) -> list[EdmStep]:
     low, high = (
         np.clip(sigma, levels[0], levels[-1]) ** (1 / config.rho) for sigma in (config.sigma_min, config.sigma_max)
     )
-    wanted = (high + np.arange(config.num_steps) / (config.num_steps - 1) * (low - high)) ** config.rho
-    chain = [nearest(sigma) for sigma in wanted] + [(0.0, None)]
+    sigmas = (high + np.arange(config.num_steps) / (config.num_steps - 1) * (low - high)) ** config.rho
+    chain = [nearest(sigma) for sigma in sigmas] + [(0.0, None)]
     steps = []
     for (here, t), (following, following_t) in pairwise(chain):
         churned, churned_t = here, t
@@ -192,10 +191,10 @@ def edm_steps(config: "SamplerConfig", diffusion: Diffusion) -> list[EdmStep]:
 
 
 def edm(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise, config: "SamplerConfig") -> Iterator[Step]:
-    """EDM's stochastic sampler (algorithm 2) on a discrete model; `noise` is asked for by the number of the step.
+    """Sample by EDM's stochastic sampler (algorithm 2) on a discrete model; `noise` is called with the step's number.
 
-    Heun steps in sigma over x = sqrt(1 + sigma^2) x_t, in float64; the network sees x_t in float32. `diffusion` is the
-    whole process, not a respaced one. Two network evaluations a step, one at the last.
+    It takes Heun steps in sigma over x = sqrt(1 + sigma^2) x_t in float64; the network gets x_t in float32. `diffusion`
+    must not be respaced. Each step takes two network evaluations, the last step one.
     """
     steps = edm_steps(config, diffusion)
 
@@ -222,12 +221,12 @@ def edm(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise, confi
 
 @dataclass(frozen=True)
 class Sampler:
-    """An entry of the registry: all that other modules know of a sampler."""
+    """An entry of the registry of samplers."""
 
     run: Callable[..., Iterator[Step]]
     evaluations_per_step: int  # network evaluations; at t = 0 every sampler takes one
-    stochastic: bool  # asks for noise at every step; one with eta asks where eta > 0
-    guidance: Literal["mean", "score"]  # what guidance shifts: ADM algorithm 1 or 2
+    stochastic: bool  # needs noise at every step; with takes_eta only if eta > 0
+    guidance: Literal["mean", "score"]  # what classifier guidance shifts: ADM algorithm 1 or 2
     spacing: Literal["even", "stride", "levels"]  # of num_steps over timesteps: "250", "ddim250", or EDM's eq. 5
     takes_eta: bool = False
 
@@ -237,7 +236,9 @@ SAMPLERS = {
     "ddim": Sampler(ddim, 1, stochastic=False, guidance="score", spacing="stride", takes_eta=True),
     "dpm_solver": Sampler(dpm_solver, 1, stochastic=False, guidance="score", spacing="even"),
     "heun": Sampler(heun, 2, stochastic=False, guidance="score", spacing="even"),
-    "edm": Sampler(edm, 2, stochastic=False, guidance="score", spacing="levels"),  # noise where it churns only
+    "edm": Sampler(
+        edm, 2, stochastic=False, guidance="score", spacing="levels"
+    ),  # needs noise only at steps with churn
 }
 
 EDM_FIELDS = ("rho", "sigma_min", "sigma_max", "s_churn", "s_min", "s_max", "s_noise")  # of SamplerConfig
@@ -245,42 +246,44 @@ EDM_FIELDS = ("rho", "sigma_min", "sigma_max", "s_churn", "s_min", "s_max", "s_n
 if TYPE_CHECKING:
     SamplerName = str
 else:
-    SamplerName = Literal[tuple(SAMPLERS)]  # what configs and command lines accept
+    SamplerName = Literal[tuple(SAMPLERS)]
 
 
 class SamplerConfig(BaseModel, frozen=True, extra="forbid"):
-    """Which sampler, over which steps."""
+    """The sampler and its steps."""
 
     name: SamplerName = "ddpm"  # dpm_solver is DPM-Solver++(2M); edm is algorithm 2 of arXiv 2206.00364
-    num_steps: int = Field(250, ge=2)  # steps of the chain; heun and edm evaluate the network twice in each
+    num_steps: int = Field(250, ge=2)  # steps of the chain; heun and edm evaluate the network twice per step
     eta: float = Field(0.0, ge=0, le=1)  # ddim only: 0 = deterministic, 1 = ancestral; DDIM eq. 16
-    respacing: str | None = None  # published syntax, e.g. "90,60,60,20,20"; None = made from num_steps
-    rho: float = Field(7.0, gt=0)  # edm only: how steps crowd towards small noise levels; eq. 5
+    respacing: str | None = None  # published syntax, e.g. "90,60,60,20,20"; None = derived from num_steps
+    rho: float = Field(7.0, gt=0)  # edm only: a larger rho takes more steps at small noise levels; eq. 5
     sigma_min: float = Field(0.002, gt=0)  # edm only: smallest noise level, sqrt((1 - abar) / abar)
     sigma_max: float = Field(80.0, gt=0)  # edm only: largest noise level
-    s_churn: float = Field(0.0, ge=0)  # edm only: how much noise is added on the way; 0 = deterministic
-    s_min: float = Field(0.0, ge=0)  # edm only: noise level from which on noise is added
-    s_max: float | None = Field(None, gt=0)  # edm only: noise level up to which noise is added; None = any
+    s_churn: float = Field(0.0, ge=0)  # edm only: amount of noise added along the chain; 0 = deterministic
+    s_min: float = Field(0.0, ge=0)  # edm only: smallest noise level at which noise is added
+    s_max: float | None = Field(None, gt=0)  # edm only: largest noise level at which noise is added; None = any
     s_noise: float = Field(1.0, gt=0)  # edm only: factor on the added noise
 
     @model_validator(mode="after")
     def _check_meaning(self) -> Self:
         if self.eta and not SAMPLERS[self.name].takes_eta:
-            raise ValueError(f"eta={self.eta} has no meaning for name={self.name!r}; use name='ddim' or eta=0")
+            raise ValueError(f"eta={self.eta} has no effect with name={self.name!r}; use name='ddim' or eta=0")
         if self.name == "edm" and self.respacing is not None:
-            raise ValueError(f"respacing={self.respacing!r} has no meaning for name='edm', which takes its own steps")
+            raise ValueError(f"respacing={self.respacing!r} has no effect with name='edm'; leave it out")
         if self.name != "edm":
             for field in EDM_FIELDS:
                 if (value := getattr(self, field)) != type(self).model_fields[field].default:
-                    raise ValueError(f"{field}={value:g} has no meaning for name={self.name!r}; use name='edm'")
+                    raise ValueError(f"{field}={value:g} has no effect with name={self.name!r}; use name='edm'")
         return self
 
 
 def respacing_for(config: SamplerConfig, num_timesteps: int) -> str:
-    """Return the respacing of `config`: its own, or a stride ("ddim25") or even spacing ("250") by the sampler.
+    """Return config.respacing or, if it is None, the stride ("ddim25") or even spacing ("250") of the sampler.
 
-    Of EDM's sampler it is empty: all timesteps. Raises ValueError where num_timesteps has no such spacing, or
-    config.respacing contradicts num_steps.
+    EDM's sampler has an empty respacing, which means all timesteps.
+
+    Raises:
+        ValueError: num_timesteps has no such spacing, or config.respacing contradicts num_steps.
     """
     if SAMPLERS[config.name].spacing == "levels":
         return ""
@@ -296,7 +299,7 @@ def respacing_for(config: SamplerConfig, num_timesteps: int) -> str:
 
 
 def sample(config: SamplerConfig, denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise) -> Iterator[Step]:
-    """Run the whole chain of the sampler that `config` names; `diffusion` is respaced by `respacing_for`."""
+    """Run the whole chain of the configured sampler; `diffusion` must be respaced by `respacing_for`."""
     sampler = SAMPLERS[config.name]
     options: dict[str, Any] = {"eta": config.eta} if sampler.takes_eta else {}
     if sampler.spacing == "levels":
@@ -305,9 +308,9 @@ def sample(config: SamplerConfig, denoise: Denoise, diffusion: Diffusion, x_T: T
 
 
 def noise_timesteps(config: SamplerConfig, diffusion: Diffusion) -> list[int]:
-    """Return the original timesteps for which `sample` asks for noise, in that order; none if it is deterministic.
+    """Return the arguments with which `sample` calls `noise`, in this order; an empty list if it is deterministic.
 
-    Of EDM's sampler they are the numbers of its steps.
+    They are original timesteps, and for EDM's sampler the numbers of its steps.
     """
     if SAMPLERS[config.name].spacing == "levels":
         return [number for number, step in enumerate(edm_steps(config, diffusion)) if step.churned > step.here]
@@ -326,7 +329,7 @@ def evaluated_timesteps(config: SamplerConfig, diffusion: DiffusionConfig) -> li
 
 
 def final_x(steps: Iterable[Step]) -> Tensor:
-    """Run a chain to its end and return its final x; ValueError if it has no steps."""
+    """Run a chain to its end and return the final x; ValueError if the chain has no steps."""
     step = None
     for step in steps:  # noqa: B007
         pass

@@ -1,10 +1,10 @@
 """The networks of ADM (Dhariwal & Nichol 2021): U-Net, super-resolution U-Net and the noisy classifier.
 
-Every switch of the paper's ablations is a field of a config; module names are those of the released
-checkpoints, so their state dicts load with `strict=True`. DDPM's and IDDPM's networks are configurations too.
+Every option of the paper's ablations is a field of a config, and DDPM's and IDDPM's networks are configurations too.
+Modules have the names of the released checkpoints, whose state dicts load with `strict=True`.
 
-Parameters are float32. For bf16 or fp16 run the forward pass under `torch.autocast`: normalisation, softmax,
-the time embedding and the output layers stay in float32, as in the published code.
+Parameters are float32. For bf16 or fp16, run the forward pass under `torch.autocast`; normalisation, softmax, the time
+embedding and the output layers then stay in float32, as in the published code.
 """
 
 import math
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-MAX_SHAPES = 256  # of a network's blocks: in, out and skip channels, sizes, and whether gradients are wanted
-NORM_GROUPS = 32  # every feature map's width must be a multiple of it
+MAX_SHAPES = 256  # compiled variants of a block, by channels, sizes and whether gradients are needed
+NORM_GROUPS = 32  # the number of channels of every feature map must be a multiple of it
 
 
 class EncoderConfig(BaseModel, frozen=True, extra="forbid"):
-    """What the U-Net and the noisy classifier share: the shape of the down-sampling half."""
+    """The fields that the U-Net and the noisy classifier share: the downsampling half."""
 
     image_size: int = Field(64, gt=0)  # height and width of the input, pixels
     in_channels: int = Field(3, gt=0)  # channels of the image
@@ -30,29 +30,29 @@ class EncoderConfig(BaseModel, frozen=True, extra="forbid"):
     num_res_blocks: int = Field(2, gt=0)  # residual blocks per resolution
     channel_mult: tuple[float, ...] = Field((1, 2, 3, 4), min_length=1)  # width of each resolution / model_channels
     attention_resolutions: tuple[int, ...] = (32, 16, 8)  # feature map sizes with attention, pixels
-    num_heads: int = Field(4, gt=0)  # attention heads where num_head_channels is None
+    num_heads: int = Field(4, gt=0)  # attention heads, if num_head_channels is None
     num_head_channels: int | None = Field(None, gt=0)  # channels per attention head; None = num_heads heads
-    dropout: float = Field(0.0, ge=0, lt=1)  # inside residual blocks, training only
-    use_scale_shift_norm: bool = True  # AdaGN: embeddings scale and shift the normalised map; False = are added
+    dropout: float = Field(0.0, ge=0, lt=1)  # in residual blocks, during training only
+    use_scale_shift_norm: bool = True  # AdaGN: embeddings scale and shift the normalised map; False = they are added
     resblock_updown: bool = True  # BigGAN residual blocks change the resolution; False = plain layers
-    conv_resample: bool = True  # plain resolution changes use a convolution; False = pooling and nearest
+    conv_resample: bool = True  # plain layers change the resolution by convolutions; False = by pooling and nearest
     use_new_attention_order: bool = False  # qkv channels as [qkv][head][c]; False = [head][qkv][c]
     rescale_residual: bool = False  # scale residual sums by 1/sqrt(2)
-    gradient_checkpointing: bool = False  # recompute blocks in the backward pass to save memory
+    gradient_checkpointing: bool = False  # recompute blocks in the backward pass, to save memory
 
     def example_inputs(self, batch: int) -> dict[str, Tensor]:
-        """Return zeros as arguments of a forward pass over `batch` images: x float32 [B, C, H, W], timesteps [B]."""
+        """Return zeros as arguments of a forward pass: x float32 [B, C, H, W] and timesteps [B], for B = `batch`."""
         x = torch.zeros(batch, self.in_channels, self.image_size, self.image_size)
         return {"x": x, "timesteps": torch.zeros(batch)}
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of each resolution, finest first."""
+        """Return the channels of each resolution, finest first."""
         return tuple(int(mult * self.model_channels) for mult in self.channel_mult)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Feature map size of each resolution in pixels, finest first."""
+        """Return the feature map size of each resolution in pixels, finest first."""
         return tuple(self.image_size >> level for level in range(len(self.channel_mult)))
 
     @model_validator(mode="after")
@@ -70,7 +70,7 @@ class EncoderConfig(BaseModel, frozen=True, extra="forbid"):
                 )
         for size in self.attention_resolutions:
             if size not in self.sizes:
-                raise ValueError(f"attention_resolutions has {size}; the feature maps have sizes {self.sizes}")
+                raise ValueError(f"attention_resolutions contains {size}; feature maps have the sizes {self.sizes}")
         attended = [w for w, s in zip(self.widths, self.sizes, strict=True) if s in self.attention_resolutions]
         for width in {*attended, self.widths[-1]}:
             if width % (self.num_head_channels or self.num_heads):
@@ -82,22 +82,22 @@ class EncoderConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 class UNetConfig(EncoderConfig, frozen=True, extra="forbid"):
-    """The ADM U-Net; with low_res_size the super-resolution U-Net."""
+    """The ADM U-Net, or with low_res_size the super-resolution U-Net."""
 
     kind: ClassVar[Literal["unet"]] = "unet"
 
     out_channels: int = Field(6, gt=0)  # 3 = mean only, 6 = mean and learned variance
     num_classes: int | None = Field(None, gt=0)  # None = not conditioned on classes
-    null_class: bool = False  # label num_classes means "none": one more row of embeddings, for classifier-free guidance
-    num_heads_upsample: int | None = Field(None, gt=0)  # heads in the decoder; None = num_heads
+    null_class: bool = False  # one more label, num_classes, means "no class", for classifier-free guidance
+    num_heads_upsample: int | None = Field(None, gt=0)  # attention heads in the decoder; None = num_heads
     low_res_size: int | None = Field(None, gt=0)  # size of the image to upsample, pixels; None = not an upsampler
 
     def build(self) -> "UNet":
-        """Return the network with fresh weights: a super-resolution one if there is a low_res_size."""
+        """Return the network with new weights; a super-resolution network if low_res_size is set."""
         return UNet(self) if self.low_res_size is None else SuperResUNet(self)
 
     def example_inputs(self, batch: int) -> dict[str, Tensor]:
-        """As the encoder's, with labels y int64 [B] and low_res float32 [B, C, h, w] where the network takes them."""
+        """Return the encoder's arguments, and y int64 [B] and low_res float32 [B, C, h, w] if they are needed."""
         inputs = super().example_inputs(batch)
         if self.num_classes is not None:
             inputs["y"] = torch.zeros(batch, dtype=torch.int64)
@@ -107,13 +107,13 @@ class UNetConfig(EncoderConfig, frozen=True, extra="forbid"):
 
     @property
     def label_rows(self) -> int:
-        """Rows of the label embedding: one for each class, and one for the null class where there is one."""
+        """Return the number of rows of the label embedding: one for each class and for the null class."""
         return (self.num_classes or 0) + self.null_class
 
     @model_validator(mode="after")
     def _check_null_class(self) -> Self:
         if self.null_class and self.num_classes is None:
-            raise ValueError("null_class=True needs num_classes: an unconditional network has no labels to leave out")
+            raise ValueError("null_class=True needs num_classes, because an unconditional network has no labels")
         return self
 
     @model_validator(mode="after")
@@ -128,16 +128,18 @@ class UNetConfig(EncoderConfig, frozen=True, extra="forbid"):
 
 
 class ClassifierConfig(EncoderConfig, frozen=True, extra="forbid"):
-    """The noisy classifier: encoder half, middle block and a pool."""
+    """The noisy classifier: downsampling half, middle block and a pool."""
 
     kind: ClassVar[Literal["classifier"]] = "classifier"
-    low_res_size: ClassVar[None] = None  # a classifier takes one image
+    low_res_size: ClassVar[None] = None  # a classifier takes no low-resolution image
 
     num_classes: int = Field(1000, gt=0)  # number of logits
-    pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = "attention"  # how the logits see the map
+    pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = (
+        "attention"  # how the logits are computed from the map
+    )
 
     def build(self) -> "NoisyClassifier":
-        """Return the network with fresh weights."""
+        """Return the network with new weights."""
         return NoisyClassifier(self)
 
     @model_validator(mode="after")
@@ -152,14 +154,14 @@ ARCHITECTURES: dict[str, type[Architecture]] = {UNetConfig.kind: UNetConfig, Cla
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """Return a region in which convolutions and attention run in `dtype`; "float32" changes nothing."""
+    """Return a context in which convolutions and attention run in `dtype`; "float32" changes nothing."""
     return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
 def halve_weights(network: nn.Module, dtype: torch.dtype) -> None:
-    """Keep a frozen network's weights in `dtype` where autocast would cast them at every forward pass.
+    """Convert a frozen network's weights to `dtype` once, instead of casting them in every forward pass.
 
-    Results are equal to the bit. What runs in float32 stays so: normalisation, the time embedding, the output layers.
+    Results are bit-equal. Normalisation, the time embedding and the output layers stay in float32.
     """
     for stage in cast(Encoder, network).stages():
         for layer in stage.modules():
@@ -168,11 +170,11 @@ def halve_weights(network: nn.Module, dtype: torch.dtype) -> None:
 
 
 def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
-    """Have `torch.compile` fuse every residual and attention block when it first runs; results differ in last bits.
+    """Compile every residual and attention block by `torch.compile` at its first call; the last bits can change.
 
-    One block of each shape is compiled, where the whole network would take many times as long.
+    Blocks of the same shape share the compiled code, so this is many times faster than compiling the whole network.
     """
-    torch._dynamo.config.recompile_limit = MAX_SHAPES  # of one block's code; the default of 8 would give up on the rest
+    torch._dynamo.config.recompile_limit = MAX_SHAPES  # after the default of 8, blocks would not be compiled
     for stage in cast(Encoder, network).stages():
         for layer in stage.modules():
             if isinstance(layer, ResBlock | AttentionBlock):
@@ -180,14 +182,13 @@ def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoidal embedding of `timesteps` [B] (integer or fractional) -> float32 [B, dim], cosines first.
+    """Return the sinusoidal embedding of `timesteps` [B] (integer or fractional), float32 [B, dim], cosines first.
 
-    Transformer frequencies max_period^(-i / (dim // 2)); an odd `dim` ends with a zero column.
+    The frequencies are those of transformers, max_period^(-i / (dim // 2)). An odd `dim` ends with a zero column.
     """
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device)
-    # float32 arguments, as published; exp in float64, because its last bit in float32 differs between processors
-    # and is multiplied by t
+    # exp is computed in float64: its last bit in float32 differs between processors and is multiplied by t.
     frequencies = torch.exp((-math.log(max_period) * exponents / half).double()).float()
     angles = timesteps[:, None].float() * frequencies[None]
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
@@ -204,7 +205,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class PointwiseConv(nn.Conv1d):
-    """A 1x1 convolution (and its parameter shapes) applied to tokens [B, N, C] as a matrix product."""
+    """A 1x1 convolution of tokens [B, N, C], computed as a matrix product."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1)
@@ -214,14 +215,14 @@ class PointwiseConv(nn.Conv1d):
 
 
 def zero_init(module: nn.Module) -> nn.Module:
-    """Set all parameters of `module` to zero: its branch starts by adding nothing."""
+    """Set all parameters of `module` to zero, so that its residual branch initially adds nothing."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 def in_float32(module: nn.Module, x: Tensor) -> Tensor:
-    """`module` applied to `x` in float32, also inside an autocast region."""
+    """Apply `module` to `x` in float32, also under autocast."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
@@ -230,10 +231,10 @@ def in_float32(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def attend(qkv: Tensor, num_heads: int, new_order: bool) -> Tensor:
-    """Multi-head self-attention of packed `qkv` [B, N, 3C] -> [B, N, C]; softmax in float32.
+    """Compute multi-head self-attention of packed `qkv` [B, N, 3C] -> [B, N, C]; softmax is in float32.
 
-    Packed channels are [qkv][head][c] in the new order and [head][qkv][c] in the legacy one. Both have the
-    same shapes, so only the flag tells them apart.
+    Channels are packed as [qkv][head][c] in the new order and as [head][qkv][c] in the legacy order. The shapes are
+    equal, so that only the flag distinguishes them.
     """
     batch, length, channels = qkv.shape
     if new_order:
@@ -245,7 +246,7 @@ def attend(qkv: Tensor, num_heads: int, new_order: bool) -> Tensor:
 
 
 class AttentionBlock(nn.Module):
-    """Residual self-attention over the positions of a feature map [B, C, H, W]."""
+    """Residual self-attention among the positions of a feature map [B, C, H, W]."""
 
     def __init__(self, config: EncoderConfig, channels: int, num_heads: int) -> None:
         super().__init__()
@@ -257,7 +258,7 @@ class AttentionBlock(nn.Module):
         self.proj_out = zero_init(PointwiseConv(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]; no copy where x is channels_last
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]; no copy if x is channels_last
         h = self.proj_out(attend(self.qkv(tokens), self.num_heads, self.new_order))
         return _residual(x, h.transpose(1, 2).reshape(x.shape), self.residual_scale)
 
@@ -267,7 +268,7 @@ def _residual(x: Tensor, h: Tensor, scale: float) -> Tensor:
 
 
 class Upsample(nn.Module):
-    """Doubles height and width: nearest neighbour, then a 3x3 convolution if `use_conv`."""
+    """Doubling of height and width by nearest neighbour, followed by a 3x3 convolution if `use_conv`."""
 
     def __init__(self, channels: int, use_conv: bool) -> None:
         super().__init__()
@@ -278,7 +279,7 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width: a strided 3x3 convolution if `use_conv`, else 2x2 means."""
+    """Halving of height and width by a strided 3x3 convolution if `use_conv`, otherwise by 2x2 means."""
 
     def __init__(self, channels: int, use_conv: bool) -> None:
         super().__init__()
@@ -289,7 +290,7 @@ class Downsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Residual block conditioned on an embedding [B, 4 * model_channels]; can change the resolution."""
+    """Residual block conditioned on an embedding [B, 4 * model_channels]; it can change the resolution."""
 
     def __init__(
         self,
@@ -301,7 +302,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift = config.use_scale_shift_norm
         self.residual_scale = math.sqrt(0.5) if config.rescale_residual else 1.0
-        self.resample: nn.Module = nn.Identity()  # without parameters: it adds no name to the state dict
+        self.resample: nn.Module = nn.Identity()  # no parameters, so no names in the state dict
         if resample == "up":
             self.resample = Upsample(in_channels, use_conv=False)
         elif resample == "down":
@@ -337,7 +338,7 @@ class ResBlock(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """Layers in sequence; residual blocks among them also take the embedding."""
+    """A sequence of layers in which residual blocks also take the embedding."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
         for layer in self:
@@ -346,7 +347,7 @@ class Stage(nn.Sequential):
 
 
 def _encoder_stages(config: EncoderConfig, in_channels: int) -> Iterator[tuple[Stage, int]]:
-    """The stages of the down-sampling half, each with its number of output channels."""
+    """Yield the stages of the downsampling half, each with its number of output channels."""
     width = config.widths[0]
     yield Stage(nn.Conv2d(in_channels, width, 3, padding=1)), width
     for level, (out_width, size) in enumerate(zip(config.widths, config.sizes, strict=True)):
@@ -362,7 +363,7 @@ def _encoder_stages(config: EncoderConfig, in_channels: int) -> Iterator[tuple[S
 
 
 def _decoder_stages(config: UNetConfig, skip_widths: list[int]) -> Iterator[Stage]:
-    """The stages of the up-sampling half; each takes the running map joined with one skip connection."""
+    """Yield the stages of the upsampling half; each takes the current map concatenated with a skip connection."""
     width = config.widths[-1]
     for level in reversed(range(len(config.widths))):
         for index in range(config.num_res_blocks + 1):
@@ -377,7 +378,7 @@ def _decoder_stages(config: UNetConfig, skip_widths: list[int]) -> Iterator[Stag
 
 
 class Encoder(nn.Module):
-    """Time embedding, down-sampling half and middle block: what U-Net and classifier have in common."""
+    """Time embedding, downsampling half and middle block, which U-Net and classifier share."""
 
     def __init__(self, config: EncoderConfig, in_channels: int) -> None:
         super().__init__()
@@ -398,7 +399,7 @@ class Encoder(nn.Module):
         )
 
     def embed_timesteps(self, timesteps: Tensor) -> Tensor:
-        """The part of the forward pass that depends on `timesteps` [B] alone -> [B, 4 * model_channels]."""
+        """Return the time embedding [B, 4 * model_channels], which depends on `timesteps` [B] alone."""
         return in_float32(self.time_embed, timestep_embedding(timesteps, self.model_channels))
 
     def stages(self) -> Iterator[nn.Module]:
@@ -407,7 +408,7 @@ class Encoder(nn.Module):
         yield self.middle_block
 
     def run(self, stage: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
-        """One stage, recomputed in the backward pass (same dropout) where gradient checkpointing is on."""
+        """Run one stage; with gradient checkpointing the backward pass recomputes it with the same dropout."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return cast(Tensor, checkpoint(stage, x, emb, use_reentrant=False))
         return stage(x, emb)
@@ -437,15 +438,21 @@ class UNet(Encoder):
     def forward(
         self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, time_embedding: Tensor | None = None
     ) -> Tensor:
-        """x [B, C, H, W] (noised), timesteps [B] (original indices), y int64 [B] -> float32 [B, out, H, W].
+        """Return the prediction, float32 [B, out, H, W].
 
-        `time_embedding` [B, 4 * model_channels] stands in for `embed_timesteps(timesteps)`: a sampler, whose
-        timesteps are known beforehand, computes it once. Raises ValueError if y is missing or unexpected.
+        Args:
+            x: noised images [B, C, H, W].
+            timesteps: original indices [B].
+            y: labels int64 [B], for class-conditional networks only.
+            time_embedding: `embed_timesteps(timesteps)` [B, 4 * model_channels], if it was computed beforehand.
+
+        Raises:
+            ValueError: y is missing or unexpected.
         """
         if (y is not None) != (self.config.num_classes is not None):
             raise ValueError(
                 f"y is {'given' if y is not None else 'None'} but num_classes={self.config.num_classes}; "
-                "give labels exactly to class-conditional networks"
+                "class-conditional networks need labels, and others take none"
             )
         emb = self.embed_timesteps(timesteps) if time_embedding is None else time_embedding
         if y is not None:
@@ -461,11 +468,11 @@ class UNet(Encoder):
 
 
 class SuperResUNet(UNet):
-    """A U-Net that also sees a low-resolution image, upsampled bilinearly and joined after x."""
+    """A U-Net that also takes a low-resolution image, which is upsampled bilinearly and concatenated to x."""
 
     def __init__(self, config: UNetConfig) -> None:
         if config.low_res_size is None:
-            raise ValueError("low_res_size=None; a super-resolution network needs the size of its input images")
+            raise ValueError("low_res_size=None, but a super-resolution network needs the size of its input images")
         super().__init__(config)
 
     def forward(  # type: ignore[override]  # the low-resolution image is not optional here
@@ -477,13 +484,13 @@ class SuperResUNet(UNet):
         *,
         low_res: Tensor,
     ) -> Tensor:
-        """As `UNet.forward`, with `low_res` [B, C, h, w] in [-1, 1]."""
+        """Return the prediction like `UNet.forward`, for `low_res` [B, C, h, w] in [-1, 1]."""
         upsampled = F.interpolate(low_res, x.shape[-2:], mode="bilinear")
         return super().forward(torch.cat([x, upsampled], dim=1), timesteps, y, time_embedding)
 
 
 class AttentionPool(nn.Module):
-    """CLIP's pool: a token of means attends to all positions; [B, C, H, W] -> [B, out_channels]."""
+    """CLIP's pool [B, C, H, W] -> [B, out_channels]: a token, the mean of all positions, attends to all positions."""
 
     def __init__(self, size: int, channels: int, head_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -501,7 +508,7 @@ class AttentionPool(nn.Module):
 
 
 class NoisyClassifier(Encoder):
-    """Classifies noised images: p(y | x_t), whose gradient guides a diffusion model."""
+    """Classifier of noised images, p(y | x_t), whose gradient guides a diffusion model."""
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__(config, config.in_channels)
@@ -511,7 +518,7 @@ class NoisyClassifier(Encoder):
             head = zero_init(nn.Conv2d(width, config.num_classes, 1))
             self.out = nn.Sequential(GroupNorm(width), nn.SiLU(), nn.AdaptiveAvgPool2d(1), head, nn.Flatten())
         elif config.pool == "attention":
-            assert config.num_head_channels is not None  # the config has checked it
+            assert config.num_head_channels is not None  # checked by the config
             pool = AttentionPool(size, width, config.num_head_channels, config.num_classes)
             self.out = nn.Sequential(GroupNorm(width), nn.SiLU(), pool)
         else:
@@ -520,9 +527,9 @@ class NoisyClassifier(Encoder):
             self.out = nn.Sequential(nn.Linear(features, 2048), *between, nn.Linear(2048, config.num_classes))
 
     def forward(self, x: Tensor, timesteps: Tensor, time_embedding: Tensor | None = None) -> Tensor:
-        """x [B, C, H, W], timesteps [B] (original indices) -> logits [B, num_classes].
+        """Return logits [B, num_classes] for x [B, C, H, W] at timesteps [B] (original indices).
 
-        `time_embedding` as in `UNet.forward`. The attention pool fixes the size of the input.
+        `time_embedding` is as in `UNet.forward`. With the attention pool, x must have the configured image size.
         """
         emb = self.embed_timesteps(timesteps) if time_embedding is None else time_embedding
         h, means = x, []

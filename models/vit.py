@@ -1,8 +1,8 @@
-"""Vision transformers (Dosovitskiy et al. 2021) in plain torch: the image encoders of DINOv2 and CLIP.
+"""Vision transformers (Dosovitskiy et al. 2021): the image encoders of DINOv2 and CLIP.
 
-The weights come from outside, under the names of the published files: `dinov2_vitl14_pretrain.pth`, and
-`pytorch_model.bin` of clip-vit-large-patch14-336. Depth and width are those of the weights. Whether a distance may be
-called FD_DINOv2 or CMMD is for the caller to say, who knows whether the weights are the published ones.
+The caller provides the weights, with the tensor names of the published files `dinov2_vitl14_pretrain.pth` and
+`pytorch_model.bin` of clip-vit-large-patch14-336, and checks whether they are the published ones, which give FD_DINOv2
+and CMMD. Depth and width follow from the weights.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,16 +21,16 @@ HEAD_WIDTH = 64
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of colours in 0..1
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
-Linear = tuple[Tensor, Tensor]  # weight and bias, of a linear map or of a layer norm
+Linear = tuple[Tensor, Tensor]  # weight and bias of a linear layer or a layer norm
 
 
 class Block(NamedTuple):
-    """Attention, then two linear maps, each on the normalised tokens and added to them."""
+    """Parameters of a transformer block: attention, then a perceptron, each with a layer norm and a residual."""
 
     norm_1: Linear
     qkv: Linear
     projection: Linear
-    scale_1: Tensor  # layer scale; ones where the network has none
+    scale_1: Tensor  # layer scale; ones if the network has none
     norm_2: Linear
     expand: Linear
     contract: Linear
@@ -38,7 +38,7 @@ class Block(NamedTuple):
 
 
 def encode(tokens: Tensor, blocks: list[Block], eps: float, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """tokens [B, T, C] -> the same after all blocks."""
+    """Apply all blocks to tokens [B, T, C]."""
     for block in blocks:
         batch, length, width = tokens.shape
         y = F.layer_norm(tokens, (width,), *block.norm_1, eps)
@@ -51,12 +51,12 @@ def encode(tokens: Tensor, blocks: list[Block], eps: float, activation: Callable
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """CLIP's approximation of the Gaussian error linear unit."""
+    """Return CLIP's approximation of GELU."""
     return x * torch.sigmoid(1.702 * x)
 
 
 def embed_patches(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [B, 3, H, W] -> a token [B, T, C] of each patch, in the same arithmetic on every device."""
+    """Return a token for each patch of x [B, 3, H, W], as [B, T, C], without TF32."""
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         return F.conv2d(x, weight, bias, stride=PATCH).flatten(2).transpose(1, 2)
 
@@ -64,7 +64,7 @@ def embed_patches(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 def pixels(
     images: NDArray[np.uint8], size: int, colours: tuple[tuple[float, ...], ...], device: torch.device
 ) -> Tensor:
-    """uint8 [B, H, W, 3] -> [B, 3, size, size], bicubic and smoothed where it shrinks, not rounded, then normalised."""
+    """Resize uint8 [B, H, W, 3] to [B, 3, size, size] (bicubic, antialiased, not rounded) and normalise the colours."""
     check_images(images)
     x = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float()
     if x.shape[2:] != (size, size):
@@ -74,14 +74,14 @@ def pixels(
 
 
 class DinoV2:
-    """Extractor with `pool` [B, C]: the class token of DINOv2 (Oquab et al. 2023) at 224 pixels; of FD_DINOv2."""
+    """Extractor for FD_DINOv2; `pool` [B, C] is the class token of DINOv2 (Oquab et al. 2023) at 224 pixels."""
 
     name = "dinov2"
     num_classes = None
     size = 224
 
     def __init__(self, state: Mapping[str, Tensor], device: str | torch.device = "cpu") -> None:
-        """state: the published tensors. Raises ValueError naming the first that is missing or unknown."""
+        """Load the published tensors; ValueError with the name of the first one that is missing or unknown."""
         weights = _Weights(state, device)
         self.device, self.dimension = weights.device, weights.width("cls_token")
         self.blocks = [
@@ -95,7 +95,7 @@ class DinoV2:
         self.patches, self.norm = weights.linear("patch_embed.proj"), weights.linear("norm")
         positions, side = weights["pos_embed"], self.size // PATCH
         grid = positions[:, 1:].unflatten(1, (round((positions.shape[1] - 1) ** 0.5), -1)).permute(0, 3, 1, 2)
-        # From the 37 x 37 patches of its training; the tenth that is added is the published code's.
+        # The network was trained on 37 x 37 patches. The published code adds 0.1 to the target size.
         grid = F.interpolate(grid, scale_factor=(side + 0.1) / grid.shape[2], mode="bicubic")
         self.token = weights["cls_token"] + positions[:, :1]
         self.positions = grid.flatten(2).transpose(1, 2)
@@ -103,7 +103,7 @@ class DinoV2:
 
     @torch.inference_mode()
     def __call__(self, images: NDArray[np.uint8]) -> Features:
-        """images uint8 [B, H, W, 3] -> Features."""
+        """Return the features of images uint8 [B, H, W, 3]."""
         tokens = embed_patches(pixels(images, self.size, IMAGENET, self.device), *self.patches) + self.positions
         tokens = torch.cat([self.token.expand(len(tokens), -1, -1), tokens], dim=1)
         last = encode(tokens, self.blocks, 1e-6, F.gelu)[:, 0]
@@ -111,14 +111,14 @@ class DinoV2:
 
 
 class ClipVision:
-    """Extractor with `pool` [B, C]: the image embedding of CLIP (Radford et al. 2021) at 336 pixels; of CMMD."""
+    """Extractor for CMMD; `pool` [B, C] is the image embedding of CLIP (Radford et al. 2021) at 336 pixels."""
 
     name = "clip"
     num_classes = None
     size = 336
 
     def __init__(self, state: Mapping[str, Tensor], device: str | torch.device = "cpu") -> None:
-        """state: the published tensors; those of the text encoder are left alone. Raises ValueError as `DinoV2`."""
+        """Load the published tensors, without those of the text encoder; ValueError as for `DinoV2`."""
         weights = _Weights({name: t for name, t in state.items() if name.startswith("vis")}, device)
         self.device, embeddings = weights.device, "vision_model.embeddings"
         self.projection = weights["visual_projection.weight"]
@@ -135,13 +135,13 @@ class ClipVision:
         self.patches = weights[f"{embeddings}.patch_embedding.weight"]
         self.token = weights[f"{embeddings}.class_embedding"]
         self.positions = weights[f"{embeddings}.position_embedding.weight"]
-        self.first_norm = weights.linear("vision_model.pre_layrnorm")  # spelt so in the file
+        self.first_norm = weights.linear("vision_model.pre_layrnorm")  # the spelling of the published file
         self.norm = weights.linear("vision_model.post_layernorm")
         weights.check_all_used({f"{embeddings}.position_ids"})
 
     @torch.inference_mode()
     def __call__(self, images: NDArray[np.uint8]) -> Features:
-        """images uint8 [B, H, W, 3] -> Features of length 1."""
+        """Return the features of images uint8 [B, H, W, 3]; they have norm 1."""
         tokens = embed_patches(pixels(images, self.size, CLIP, self.device), self.patches)
         tokens = torch.cat([self.token.expand(len(tokens), 1, -1), tokens], dim=1) + self.positions
         tokens = F.layer_norm(tokens, tokens.shape[2:], *self.first_norm, 1e-5)
@@ -151,14 +151,14 @@ class ClipVision:
 
 
 class _Weights:
-    """Tensors by name, float32 on a device, which remembers what was taken."""
+    """Tensors by name, as float32 on a device; it records which ones were used."""
 
     def __init__(self, state: Mapping[str, Tensor], device: str | torch.device) -> None:
         self.device, self._state, self._used = torch.device(device), state, set[str]()
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._state:
-            raise ValueError(f"the weights lack {name!r}, which a vision transformer of this kind has")
+            raise ValueError(f"tensor {name!r} is missing from the weights of the vision transformer")
         self._used.add(name)
         return self._state[name].to(self.device, torch.float32)
 
@@ -166,7 +166,7 @@ class _Weights:
         return self[f"{name}.weight"], self[f"{name}.bias"]
 
     def joined(self, name: str, parts: str) -> Linear:
-        """Several linear maps of one input as one."""
+        """Return several linear layers with the same input as one."""
         weights, biases = zip(*(self.linear(f"{name}.{part}_proj") for part in parts), strict=True)
         return torch.cat(weights), torch.cat(biases)
 
@@ -174,11 +174,11 @@ class _Weights:
         return int(self[name].shape[-1])
 
     def numbered(self, prefix: str) -> Iterator[str]:
-        """The names of all blocks under a prefix, in their order."""
+        """Return the names of all blocks with this prefix, in order."""
         numbers = {name.removeprefix(f"{prefix}.").split(".")[0] for name in self._state if name.startswith(prefix)}
         return (f"{prefix}.{number}" for number in range(len(numbers)))
 
     def check_all_used(self, but: set[str]) -> None:
-        """Raises ValueError naming the first tensor that was not taken."""
+        """Raise ValueError with the name of the first tensor that was not used."""
         if unknown := sorted(set(self._state) - self._used - but):
-            raise ValueError(f"the weights hold {len(unknown)} unknown tensors, first {unknown[0]!r}")
+            raise ValueError(f"the weights contain {len(unknown)} unknown tensors, first {unknown[0]!r}")

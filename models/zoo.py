@@ -1,9 +1,9 @@
-"""The released models as data: architecture, diffusion, recommended sampling, published scores.
+"""The released models: architecture, diffusion process, recommended sampling and published scores.
 
 `ZOO` maps names to entries. Sources: ADM is Dhariwal & Nichol 2021 (arXiv 2105.05233), whose README of July 2021
-states the flags of every checkpoint; IDDPM is Nichol & Dhariwal 2021 (arXiv 2102.09672), README of March 2021; DDPM is
-Ho et al. 2020 (arXiv 2006.11239), whose architecture is here without weights. Papers that quote "1120 GFLOPs" for
-ADM-256 mean multiply-adds, which are 2 floating-point operations each.
+states the flags of every checkpoint. IDDPM is Nichol & Dhariwal 2021 (arXiv 2102.09672), README of March 2021. DDPM is
+Ho et al. 2020 (arXiv 2006.11239); only its architecture is here. Papers that state "1120 GFLOPs" for ADM-256 count
+multiply-adds, which are 2 floating-point operations each.
 """
 
 import difflib
@@ -26,13 +26,13 @@ class Recipe:
 
     sampler: SamplerConfig
     guidance: GuidanceConfig
-    classifier: str | None  # its name in the zoo, None if unguided
+    classifier: str | None  # a name in the zoo; None = unguided
     source: str
 
 
 @dataclass(frozen=True)
 class Score:
-    """Published quality of 50,000 samples; None where the source does not state a number."""
+    """Published scores of 50,000 samples; None = the source does not state this number."""
 
     setting: str
     fid: float
@@ -46,9 +46,9 @@ class Score:
 class Entry:
     """A released model."""
 
-    checkpoint: str | None  # file name of the released weights, None = an architecture only
+    checkpoint: str | None  # file name of the released weights; None = no weights were released
     network: Architecture
-    diffusion: DiffusionConfig  # of a classifier: the noise that it was trained on
+    diffusion: DiffusionConfig  # for a classifier, the process whose noise it was trained on
     recipes: tuple[Recipe, ...] = ()
     scores: tuple[Score, ...] = ()
 
@@ -234,7 +234,7 @@ _ADM: dict[str, Entry] = {
     "classifier-512": Entry("512x512_classifier.pt", _classifier(512, MULT_512), LINEAR),
 }
 
-# IDDPM: the same code before BigGAN up- and down-sampling, attention at 16 and 8, 4 heads
+# IDDPM: an earlier version of the code, without BigGAN residual blocks; attention at 16 and 8 with 4 heads
 
 _IDDPM_HYBRID = DiffusionConfig(schedule="cosine", num_timesteps=4000, loss="rescaled_simple", rescale_timesteps=True)
 _IDDPM_VLB = _IDDPM_HYBRID.model_copy(update={"loss": "rescaled_kl"})
@@ -319,7 +319,7 @@ _DDPM: dict[str, Entry] = {
 
 ZOO: dict[str, Entry] = {**_ADM, **_IDDPM, **_DDPM}
 
-# The same weights sampled as Karras et al. did (arXiv 2206.00364, table 2 and appendix E): 511 network evaluations.
+# The same weights with the sampler of Karras et al. (arXiv 2206.00364, table 2 and appendix E), 511 evaluations.
 ZOO["adm-64-edm"] = replace(
     ZOO["adm-64"],
     recipes=(
@@ -335,9 +335,9 @@ ZOO["adm-64-edm"] = replace(
 
 
 def entry(name: str) -> Entry:
-    """The zoo's entry; ValueError listing the names if there is none."""
+    """Return the entry of a model; ValueError if there is no such model."""
     if name not in ZOO:
         near = difflib.get_close_matches(name, ZOO, 1)
-        advice = f"did you mean {near[0]}?" if near else f"it has {', '.join(ZOO)}"
-        raise ValueError(f"the zoo has no model {name!r}; {advice}")
+        advice = f"did you mean {near[0]}?" if near else f"the models are {', '.join(ZOO)}"
+        raise ValueError(f"there is no released model {name!r}; {advice}")
     return ZOO[name]

@@ -1,4 +1,4 @@
-"""Pictures and plots as PNG bytes, all plots in one style."""
+"""Grids of images and plots as PNG bytes."""
 
 import io
 import textwrap
@@ -17,9 +17,9 @@ STYLE: dict[Any, Any] = {
 
 
 def grid_png(images: np.ndarray, columns: int, scale: int = 1, gap: int = 1) -> bytes:
-    """A grid of uint8 [N, H, W, 3] images in reading order, each pixel `scale` wide, `gap` white pixels between."""
+    """Return a grid of uint8 [N, H, W, 3] images, row by row, `gap` white pixels apart and enlarged `scale` times."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise ValueError(f"images are {images.dtype} {images.shape}; wanted uint8 [N, H, W, 3]")
+        raise ValueError(f"images are {images.dtype} {images.shape}; expected uint8 [N, H, W, 3]")
     count, height, width, _ = images.shape
     rows = -(-count // columns)
     canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
@@ -30,9 +30,9 @@ def grid_png(images: np.ndarray, columns: int, scale: int = 1, gap: int = 1) -> 
 
 
 def captioned_grid_png(images: np.ndarray, captions: list[str], columns: int) -> bytes:
-    """A grid of uint8 [N, H, W, 3] images, each with its whole caption beneath, on as many lines as it needs."""
+    """Return a grid of uint8 [N, H, W, 3] images with their captions below, wrapped into lines."""
     count, height, width, _ = images.shape
-    line, letters = 14, max(1, width // 6)  # pixels of a line, and letters that surely fit on it
+    line, letters = 14, max(1, width // 6)  # pixels of a line, and letters that fit on it
     wrapped = [textwrap.wrap(caption, letters) for caption in captions]
     lines = max(map(len, wrapped), default=1)
     cells = np.full((count, height + line * lines, width, 3), 255, np.uint8)
@@ -45,15 +45,15 @@ def captioned_grid_png(images: np.ndarray, captions: list[str], columns: int) ->
 
 
 def png(image: np.ndarray) -> bytes:
-    """One uint8 [H, W, 3] image."""
+    """Return one uint8 [H, W, 3] image as PNG bytes."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def subplots(*shape: int, **options: Any) -> tuple[Any, Any]:
-    """Return pyplot's figure and axes in Admiral's style, to be drawn without a screen."""
-    import matplotlib  # here, since workers that write PNGs have no use for it
+    """Return pyplot's figure and axes in Admiral's style, without the need for a display."""
+    import matplotlib  # imported here because workers do not need it
 
     matplotlib.use("agg")
     from matplotlib import pyplot
@@ -86,7 +86,7 @@ def strips_figure(rows: list[tuple[str, np.ndarray]], title: str) -> bytes:
 
 
 def distances_figure(distances: dict[str, list[float]]) -> bytes:
-    """Draw histograms of how far samples, and held-out real images, are from their nearest training image."""
+    """Draw histograms of the distances of samples and held-out real images to their nearest training image."""
     figure, axis = subplots(figsize=(8.6, 2.6))
     bins = np.linspace(0, max(map(max, distances.values())), 50).tolist()
     labels = {"samples": "samples", "held_out": "held-out real images"}

@@ -1,8 +1,8 @@
-"""Compares Admiral with golden data: `python -m tests.reference [DIR]`, DIR defaulting to tests/golden.
+"""Comparison of Admiral with golden data: `python -m tests.reference [DIR]`; DIR is tests/golden by default.
 
-DIR is a folder of golden data or holds several. What is compared, with which settings and tolerances, is read
-from the folders; a kind of folder is recognised by what it holds. Prints a row for every comparison and exits
-with 1 if one fails or if there is an array (or file) that no check knows.
+DIR is a folder of golden data or contains several. The folders determine what is compared, with which settings and
+tolerances; their content determines their kind. This prints a row for every comparison, and exits with 1 if one fails
+or if no check knows an array or a file.
 """
 
 import argparse
@@ -22,7 +22,7 @@ KINDS: list[tuple[Callable[[Path], bool], Callable[[Path], list[Row]]]] = [
 
 
 def compare_folder(folder: Path) -> list[Row]:
-    """The rows of one folder of golden data; a single "not covered" if no kind recognises it."""
+    """Return the rows of one folder of golden data, or a single "not covered" if no kind recognises it."""
     for recognises, compare in KINDS:
         if recognises(folder):
             return compare(folder)
@@ -30,7 +30,7 @@ def compare_folder(folder: Path) -> list[Row]:
 
 
 def compare_all(root: Path) -> list[Row]:
-    """The rows of `root`, if that is golden data itself, or else of each of its folders."""
+    """Return the rows of `root` if it contains golden data, and otherwise those of all its folders."""
     if any(recognises(root) for recognises, _ in KINDS):
         return compare_folder(root)
     folders = sorted(path for path in root.iterdir() if path.is_dir())

@@ -1,4 +1,4 @@
-"""The golden comparison of published batches: each file of a manifest is accepted, or refused for the stated reason."""
+"""Comparison of published batches with golden data: each file is accepted, or refused for the stated reason."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from tests.comparison import Row
 
 
 def compare_batches(folder: Path) -> list[Row]:
-    """A row for each file of a manifest: accepted with the arrays that it has, or refused with a reason."""
+    """Return a row for each file of a manifest, which is accepted with its arrays or refused with a reason."""
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     unknown = sorted(path.name for path in folder.glob("*.npz") if path.name not in manifest)
     rows = [Row(name, "*", "not covered", note="not in the manifest") for name in unknown]
@@ -60,7 +60,7 @@ REASONS = {
 
 
 def _stated_reasons(entry: dict[str, Any]) -> list[str]:
-    """Patterns that the message on a refused file has to hold: of its manifest's words, and of what its arrays are."""
+    """Return patterns that the error on a refused file must match, from its manifest entry and its arrays."""
     text = f"{entry['what']} {entry['expect']}".lower()
     arrays: dict[str, tuple[list[int], str]] = entry["arrays"]
     shape, dtype = arrays.get("arr_0", ([1, 1, 1, 3], "uint8"))
@@ -81,7 +81,7 @@ def _stated_reasons(entry: dict[str, Any]) -> list[str]:
 
 
 def _held(batch: PublishedBatch) -> dict[str, NDArray[Any] | None]:
-    images = np.concatenate([block for _, block in batch.blocks(7)]) if batch.num_images else None
+    images = batch.rows(0, batch.num_images) if batch.num_images else None
     held: dict[str, NDArray[Any] | None] = {"arr_0": images, "arr_1": batch.labels}
     for statistics, suffix in ((batch.pool, ""), (batch.spatial, "_s")):
         held[f"mu{suffix}"] = None if statistics is None else statistics.mean

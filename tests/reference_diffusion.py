@@ -1,7 +1,7 @@
-"""Golden comparisons of networks, diffusion, samplers, guidance, losses and likelihoods.
+"""Comparison of networks, diffusion, samplers, guidance, losses and likelihoods with golden data.
 
-A folder of this kind holds cases.json: its networks, the diffusion of its files and the tolerance of every array.
-Which check a file gets is decided by the arrays in it; what a check computes is decided by the arrays' names.
+A folder of this kind has cases.json with its networks, the diffusion process of its files and the tolerance of every
+array. The arrays in a file determine its check, and their names determine what the check computes.
 """
 
 import copy
@@ -60,7 +60,7 @@ CHANNEL_MULT: dict[int, tuple[float, ...]] = {  # the published scripts' widths 
 
 
 def recognises(folder: Path) -> bool:
-    """Whether the folder states networks and a diffusion."""
+    """Return whether the folder describes networks and a diffusion process."""
     cases = folder / "cases.json"
     return cases.is_file() and {"networks", "diffusion"} <= set(json.loads(cases.read_text()))
 
@@ -69,7 +69,7 @@ def recognises(folder: Path) -> bool:
 
 
 def network_config(kind: str, arguments: dict[str, Any]) -> UNetConfig | ClassifierConfig:
-    """The config for arguments of the published constructors, whose defaults differ from ours."""
+    """Return the config for arguments of the published constructors, whose defaults differ from ours."""
     given: dict[str, Any] = {
         "num_heads": 1,
         "channel_mult": (1, 2, 4, 8),
@@ -97,7 +97,7 @@ def network_config(kind: str, arguments: dict[str, Any]) -> UNetConfig | Classif
 
 
 def config_from_flags(kind: str, flags: dict[str, Any]) -> UNetConfig | ClassifierConfig:
-    """The config for flags of the published command lines."""
+    """Return the config for flags of the published command lines."""
     prefix = "classifier_" if kind == "classifier" else ""
     size = flags["large_size"] if kind == "superres" else flags["image_size"]
     mult = flags.get("channel_mult") or ""
@@ -175,7 +175,7 @@ class Folder:
 
 
 def labels(network: UNet, y: Tensor | None) -> Tensor | None:
-    """Labels for networks that take them: golden files hold some for their classifiers too."""
+    """Return labels for networks that take them; golden files also have labels for their classifiers."""
     return None if network.config.num_classes is None else y
 
 
@@ -183,7 +183,7 @@ def labels(network: UNet, y: Tensor | None) -> Tensor | None:
 
 
 def of_network(folder: Folder, golden: GoldenFile) -> Compute:
-    """A network's output at stored inputs, and its gradients."""
+    """Compare a network's output at stored inputs, and its gradients."""
     network = folder.network(golden.path.stem)
     if isinstance(network, NoisyClassifier):
         return of_classifier(golden, network)
@@ -224,7 +224,7 @@ def of_network(folder: Folder, golden: GoldenFile) -> Compute:
 
 
 def of_classifier(golden: GoldenFile, classifier: NoisyClassifier) -> Compute:
-    """Logits, the label's log-probability and its gradient with respect to the image."""
+    """Compare logits, the label's log-probability and its gradient with respect to the image."""
     x, t = golden.tensor("x"), golden.tensor("t")
 
     @torch.no_grad()
@@ -241,7 +241,7 @@ def of_classifier(golden: GoldenFile, classifier: NoisyClassifier) -> Compute:
 
 
 def of_schedules(folder: Folder, golden: GoldenFile) -> Compute:
-    """Tables of whole processes."""
+    """Compare the tables of whole processes."""
 
     @cache
     def process(schedule: str, num_timesteps: int) -> Diffusion:
@@ -258,7 +258,7 @@ def of_schedules(folder: Folder, golden: GoldenFile) -> Compute:
 
 
 def of_respacing(folder: Folder, golden: GoldenFile) -> Compute:
-    """Kept timesteps and tables of the cases in respacing_cases.json."""
+    """Compare timesteps and tables of the cases in respacing_cases.json."""
     cases = {case["id"]: case for case in respacing_cases(folder)["cases"]}
 
     @cache
@@ -275,7 +275,7 @@ def of_respacing(folder: Folder, golden: GoldenFile) -> Compute:
 
 
 def of_timestep_embedding(folder: Folder, golden: GoldenFile) -> Compute:
-    """Sinusoidal embeddings of several sizes."""
+    """Compare sinusoidal embeddings of several sizes."""
 
     def compute(name: str) -> Any:
         match = re.fullmatch(r"emb_dim(\d+)_max([\d.]+)", name)
@@ -296,7 +296,7 @@ STEP = re.compile(
 
 
 def of_sampler_steps(folder: Folder, golden: GoldenFile) -> Compute:
-    """One step of each sampler, guided or not, with every element of the batch at its own timestep."""
+    """Compare one step of each sampler, guided or not, with a different timestep for each element of the batch."""
     stem = golden.path.stem
     settings = folder.settings(stem)
     diffusion = folder.diffusion(stem, settings["respacing_ddpm"])
@@ -341,13 +341,13 @@ def of_sampler_steps(folder: Folder, golden: GoldenFile) -> Compute:
 
 
 def prediction_field(prediction: Prediction, name: str) -> Tensor:
-    """A field under its published name; fixed variances are [B] there."""
+    """Return a field by its published name; fixed variances are [B] there."""
     value: Tensor = getattr(prediction, "pred_x_start" if name == "pred_xstart" else name)
     return value.flatten() if value.shape[1:].numel() == 1 else value
 
 
 def of_sampler_trajectories(folder: Folder, golden: GoldenFile) -> Compute:
-    """Whole chains, guided or not; the deterministic encoding; an interpolation."""
+    """Compare whole chains, guided or not, the deterministic encoding, and an interpolation."""
     stem = golden.path.stem
     settings = folder.settings(stem)
     chains = {name: folder.diffusion(stem, settings[f"respacing_{name}"]) for name in ("ddpm", "ddim")}
@@ -414,7 +414,7 @@ def of_sampler_trajectories(folder: Folder, golden: GoldenFile) -> Compute:
 
 
 def of_edm_sampler(folder: Folder, golden: GoldenFile) -> Compute:
-    """EDM's sampler over the folder's U-Nets; settings and tolerances stand in the .json of the same name."""
+    """Compare EDM's sampler for the folder's U-Nets; settings and tolerances are in the .json of the same name."""
     cases: dict[str, dict[str, Any]] = json.loads(golden.path.with_suffix(".json").read_text())
     golden.tolerances = {}
     for name, case in cases.items():
@@ -463,12 +463,12 @@ def of_edm_sampler(folder: Folder, golden: GoldenFile) -> Compute:
 
 
 def noise_levels(diffusion: Diffusion) -> NDArray[np.float64]:
-    """sigma = sqrt((1 - abar) / abar) of every timestep."""
+    """Return sigma = sqrt((1 - abar) / abar) of every timestep."""
     return diffusion.sqrt_one_minus_alphas_cumprod / diffusion.sqrt_alphas_cumprod
 
 
 def of_parameterisations(folder: Folder, golden: GoldenFile) -> Compute:
-    """Means and variances of p for every reading of a network's output, timesteps not rescaled."""
+    """Compare means and variances of p for every meaning of a network's output, without rescaled timesteps."""
     stem = golden.path.stem
     t = golden.tensor("t")
 
@@ -500,7 +500,7 @@ def of_parameterisations(folder: Folder, golden: GoldenFile) -> Compute:
 
 
 def of_losses(folder: Folder, golden: GoldenFile) -> Compute:
-    """Loss terms of every objective, their gradients, on the whole and on the respaced chain."""
+    """Compare loss terms of every objective and their gradients, on the whole chain and on a respaced one."""
     stem = golden.path.stem
     settings = folder.settings(stem)
     unet = folder.unet(stem)
@@ -550,13 +550,13 @@ def of_losses(folder: Folder, golden: GoldenFile) -> Compute:
 
 
 def label_kwargs(network: UNet, y: Tensor | None) -> dict[str, Tensor]:
-    """Keyword arguments that give a network its labels."""
+    """Return the keyword arguments with a network's labels."""
     y = labels(network, y)
     return {} if y is None else {"y": y}
 
 
 def of_likelihood(folder: Folder, golden: GoldenFile) -> Compute:
-    """The decoder's log-likelihood and divergences of Gaussians, elementwise in nats."""
+    """Compare the decoder's log-likelihood and divergences of Gaussians, elementwise in nats."""
 
     def compute(name: str) -> Any:
         if name == "dgll.log_probs":
@@ -573,7 +573,7 @@ def of_likelihood(folder: Folder, golden: GoldenFile) -> Compute:
 
 
 def of_bits_per_dim(folder: Folder, golden: GoldenFile) -> Compute:
-    """The bound, term by term, and the progressive coding curve."""
+    """Compare the terms of the bound, and the progressive coding curve."""
     stem = golden.path.stem
     unet = folder.unet(stem)
     kept = golden.array("timestep_map")
@@ -612,7 +612,7 @@ def of_bits_per_dim(folder: Folder, golden: GoldenFile) -> Compute:
 
 
 def possible_timesteps(num_timesteps: int, spec: str) -> Any:
-    """The timesteps that `spec` keeps, None if it is impossible."""
+    """Return the timesteps that `spec` keeps, or None if it is impossible."""
     try:
         return space_timesteps(num_timesteps, spec)
     except ValueError:
@@ -620,7 +620,7 @@ def possible_timesteps(num_timesteps: int, spec: str) -> Any:
 
 
 def of_resampler(folder: Folder, golden: GoldenFile) -> Compute:
-    """The loss-aware timestep sampler after each of many updates."""
+    """Compare the loss-aware timestep sampler after each of many updates."""
     num_timesteps = int(golden.array("num_timesteps"))
     sampler = LossSecondMomentTimesteps(
         num_timesteps, int(golden.array("history_per_term")), float(golden.array("uniform_prob"))
@@ -642,7 +642,7 @@ def of_resampler(folder: Folder, golden: GoldenFile) -> Compute:
 
 
 def of_training(folder: Folder, golden: GoldenFile) -> Compute:
-    """A few steps of AdamW with the published learning rates, and the moving averages."""
+    """Compare a few steps of AdamW with the published learning rates, and the moving averages."""
     stem = golden.path.stem
     network = folder.unet(stem)
     diffusion = folder.diffusion(stem, loss="rescaled_simple")
@@ -701,7 +701,7 @@ KINDS: list[tuple[str, Kind]] = [
 
 
 def compare_arrays(folder: Folder, path: Path) -> list[Row]:
-    """All rows of one .npz file."""
+    """Return all rows of one .npz file."""
     golden = GoldenFile(path, folder.cases["tolerances"].get(path.name))
     kind: Kind | None = of_network if path.stem in folder.networks else None
     for pattern, candidate in KINDS:
@@ -720,20 +720,20 @@ def compare_arrays(folder: Folder, path: Path) -> list[Row]:
 
 
 def respacing_cases(folder: Folder) -> dict[str, Any]:
-    """Contents of respacing_cases.json, empty where the folder has none."""
+    """Return the content of respacing_cases.json, or an empty one if the folder has none."""
     path = folder.path / "respacing_cases.json"
     return json.loads(path.read_text()) if path.is_file() else {"cases": []}
 
 
 def exact_row(file: str, case: str, value: Any, expected: Any) -> Row:
-    """A row for two values that must be equal."""
+    """Return a row for two values that must be equal."""
     if value == expected:
         return Row(file, case, "pass", 0.0, 0.0)
     return Row(file, case, "FAIL", note=f"{value!r}, golden {expected!r}"[:200])
 
 
 def compare_respacing_cases(folder: Folder) -> list[Row]:
-    """Lengths of valid chains, and refusals (ValueError) of the others."""
+    """Compare the lengths of valid chains, and the refusals (ValueError) of invalid ones."""
     file = "respacing_cases.json"
     content = respacing_cases(folder)
     rows = []
@@ -756,7 +756,7 @@ def compare_respacing_cases(folder: Folder) -> list[Row]:
 
 
 def attempt(schedule: str, num_timesteps: int, spec: Any, parse_only: bool = False) -> str:
-    """What comes of a schedule and a respacing (None = the whole chain): "N steps" or "refused"."""
+    """Return the result of a schedule and a respacing (None = the whole chain): "N steps" or "refused"."""
     try:
         if spec is not None and parse_only:
             return f"{len(space_timesteps(num_timesteps, spec))} steps"
@@ -767,7 +767,7 @@ def attempt(schedule: str, num_timesteps: int, spec: Any, parse_only: bool = Fal
 
 
 def compare_checkpoint(path: Path) -> list[Row]:
-    """Names and shapes of a published checkpoint against the network that its flags describe."""
+    """Compare names and shapes of a published checkpoint with the network that its flags describe."""
     content = json.loads(path.read_text())
     file = f"checkpoints/{path.name}"
     try:
@@ -790,12 +790,12 @@ def compare_checkpoint(path: Path) -> list[Row]:
 
 
 def count_parameters(network: torch.nn.Module) -> int:
-    """Number of trained values."""
+    """Compare the numbers of parameters."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
 def compare_weights(folder: Folder, name: str) -> Row:
-    """Loads a network's weights, strictly, and compares its number of parameters."""
+    """Load a network's weights strictly, and compare its number of parameters."""
     entry = folder.networks[name]
     try:
         return exact_row(
@@ -806,7 +806,7 @@ def compare_weights(folder: Folder, name: str) -> Row:
 
 
 def compare(path: Path) -> list[Row]:
-    """All rows of a folder; files that no check reads are "not covered", files that are absent fail."""
+    """Return all rows of a folder; unused files are "not covered", and missing files fail."""
     folder = Folder(path)
     rows = [compare_weights(folder, name) for name in folder.networks]
     rows += compare_respacing_cases(folder)

@@ -1,8 +1,7 @@
-"""The golden comparison of a folder of metrics: features, Inception Scores, the Inception network, published batches.
+"""Comparison of features, Inception Scores, the Inception network and published batches with golden data.
 
-What is compared follows from the folder: the arrays that a file holds decide its kind, and an array's name
-decides what is computed for it and how close it has to be (the tolerances are those that the folder's README
-states).
+The arrays in a file determine its kind. The name of an array determines what is computed for it, and its tolerance,
+which is that of the folder's README.
 """
 
 import json
@@ -32,7 +31,7 @@ from models.metrics import (
     split_scores,
     vendi_score,
 )
-from models.neighbours import bounded_squares, nearest, pairs_in_balls, squared_radii
+from models.neighbours import blocks, nearest, pairs_within, squared_radii
 from tests.comparison import Row
 from tests.reference_batches import compare_batches
 
@@ -57,19 +56,19 @@ def balls_holding(
 ) -> NDArray[np.int64]:
     """Return how many of the balls around centres [M, D] with squared radii [M] hold each point [N, D]."""
     counts = np.zeros(len(points), np.int64)
-    for block in bounded_squares(points, centres):
-        rows, _ = pairs_in_balls(points, centres, block, radii, strict)
+    for block in blocks(points, centres):
+        rows, _ = pairs_within(points, centres, block, radii, strict)
         counts[block.rows] = np.bincount(rows, minlength=len(block.lower))
     return counts
 
 
 def recognises(folder: Path) -> bool:
-    """Whether the folder holds golden data of metrics."""
+    """Return whether the folder has golden data of metrics."""
     return (folder / "npz" / "MANIFEST.json").exists() or any(_kind(path) for path in sorted(folder.glob("*.npz")))
 
 
 def compare(folder: Path) -> list[Row]:
-    """A row for every golden array and every published batch of the folder."""
+    """Return a row for every golden array and every published batch of the folder."""
     rows: list[Row] = []
     for path in sorted(folder.glob("*.npz")):
         kind = _kind(path)
@@ -103,7 +102,7 @@ def _load(path: Path) -> Arrays:
 
 
 def _row(file: str, case: str, value: Any, golden: Any, tolerance: float, note: str = "") -> Row:
-    """Largest difference of two arrays against an absolute tolerance; equal infinities and NaN agree."""
+    """Compare the largest difference of two arrays with an absolute tolerance; equal infinities and NaN agree."""
     value, golden = np.asarray(value), np.asarray(golden)
     if value.shape != golden.shape:
         return Row(file, case, "FAIL", note=f"shape {value.shape}, golden {golden.shape}")
@@ -124,7 +123,7 @@ def _guarded(file: str, case: str, compute: Callable[[], Row]) -> Row:
 
 
 class FeatureCase:
-    """One pair of feature sets; each quantity is computed once, when an array first asks for it."""
+    """A pair of feature sets; each quantity is computed once, when an array first needs it."""
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays, self.ref, self.sample = arrays, arrays["ref"], arrays["sample"]
@@ -190,7 +189,7 @@ class FeatureCase:
 
 
 def compare_features(path: Path) -> list[Row]:
-    """Rows of a file with `ref` and `sample` features."""
+    """Return the rows of a file with `ref` and `sample` features."""
     arrays, rows = _load(path), []
     case = FeatureCase(arrays)
     for name, golden in arrays.items():
@@ -219,7 +218,7 @@ def _is_input(case: FeatureCase, name: str) -> str:
 
 
 def _relative(tolerance: float, floor: float = 0.0) -> Tolerance:
-    """Of the largest entry."""
+    """Return a tolerance relative to the largest entry."""
     return lambda golden: tolerance * float(np.abs(golden[np.isfinite(golden)]).max(initial=0.0)) + floor
 
 
@@ -247,7 +246,7 @@ def _sigma(case: FeatureCase, name: str) -> tuple[Any, Tolerance]:
 
 
 def _shards(case: FeatureCase, name: str) -> tuple[Any, Tolerance]:
-    """The golden mean and covariance stand beside; here shards are merged to them."""
+    """Compare the merged statistics of shards with the golden mean and covariance."""
     merged, arrays = case.sharded(), case.arrays
     loose = 1e-6 if case.offset else 1e-10
     differences = [
@@ -268,7 +267,7 @@ def _kid(case: FeatureCase, name: str) -> tuple[Any, Tolerance] | str:
 
 
 def _published_precision(case: FeatureCase, name: str) -> tuple[Any, Tolerance] | str:
-    """Float32 results of peers: one decision may differ from the exact one."""
+    """Compare with float32 results of other codes, in which one decision may differ from the exact one."""
     if name.endswith("f16"):
         return case.openai["recall" in name], _absolute(0.01)
     if case.offset:
@@ -312,7 +311,7 @@ def _nearest(case: FeatureCase, name: str) -> tuple[Any, Tolerance]:
 
 
 def _ratio(case: FeatureCase, name: str) -> tuple[Any, Tolerance]:
-    """Entry by entry, since a copy in the reference makes its entries huge."""
+    """Compare entries relatively, because copies in the reference make some of them huge."""
     ratio, golden = case.neighbour_ratio(), case.arrays[name]
     return np.where(np.isclose(ratio, golden, rtol=1e-9, atol=0), golden, ratio), _absolute(0)
 
@@ -365,7 +364,7 @@ FEATURE_CHECKS: list[tuple[str, FeatureCheck]] = [
 
 
 def compare_scores(path: Path) -> list[Row]:
-    """Rows of a file with logits or probabilities and their scores."""
+    """Return the rows of a file with logits or probabilities and their scores."""
     arrays, rows = _load(path), []
     for name, golden in arrays.items():
         if name in ("logits", "logits1008") or (name.endswith("_probs")):
@@ -384,7 +383,7 @@ def _score_row(file: str, name: str, value: Callable[[], Any], golden: Any, tole
 
 
 def _score(arrays: Arrays, name: str) -> Callable[[], Any] | None:
-    """What computes the score of this name, or None for a name that means nothing here."""
+    """Return the function that computes the score of this name, or None if the name is unknown."""
     if name == "probs":
         return lambda: softmax(arrays["logits"])
     if name.endswith("_is_exact"):
@@ -413,7 +412,7 @@ def _score(arrays: Arrays, name: str) -> Callable[[], Any] | None:
 
 
 def random_weights(arrays: Arrays, shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
-    """The state dict of the README's recipe: one Philox stream over the keys in plain string order."""
+    """Return the state dict of the README's recipe, from one Philox stream over the sorted keys."""
     bits = np.random.Philox(key=int(arrays["seed"]))
     state = {}
     for key in sorted(shapes):
@@ -430,7 +429,7 @@ def random_weights(arrays: Arrays, shapes: dict[str, list[int]]) -> dict[str, to
 
 
 def compare_inception(path: Path) -> list[Row]:
-    """Rows of a file with images and what the network of regenerated random weights makes of them."""
+    """Return the rows of a file with images and the outputs of a network with regenerated random weights."""
     arrays = _load(path)
     tables = sorted(path.parent.glob("*state_dict*.json"))
     if len(tables) != 1:
@@ -469,7 +468,7 @@ def _weight_rows(file: str, arrays: Arrays, state: dict[str, torch.Tensor]) -> I
 
 
 def _network_outputs(network: inception.InceptionNetwork, bias: torch.Tensor, images: NDArray[np.uint8]) -> Arrays:
-    """All that golden arrays may ask of one set of images, by the first word of their names."""
+    """Return all outputs for one set of images that golden arrays can name, by the first word of their names."""
     features = network(images)
     assert features.spatial is not None and features.logits is not None
     with torch.inference_mode():

@@ -16,7 +16,7 @@ from orchestrator import storage
 from orchestrator.data.dataset import load_manifest
 from orchestrator.data.job import prepare
 from orchestrator.data.presets import dataset_presets
-from orchestrator.evaluation.extractors import INCEPTION_FILE
+from orchestrator.evaluation.extractors import PUBLISHED
 from tests import servers
 from tests.orchestrator.data.layouts import pictures, write_tar_of_tars, write_tree
 from tests.orchestrator.evaluation.golden_inception import write_weights
@@ -63,7 +63,7 @@ def store(small_world: str, tmp_path_factory: pytest.TempPathFactory, s3_server:
     _copy_outputs(folder)
     _write_sources(folder)
     with servers.environment(ADMIRAL_STORE=folder), pytest.MonkeyPatch.context() as patch:
-        write_weights(Path(folder, "extractors", INCEPTION_FILE), patch)
+        write_weights(Path(folder, "extractors", PUBLISHED["inception"].file), patch)
         yield folder
 
 

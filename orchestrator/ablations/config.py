@@ -1,4 +1,4 @@
-"""A table of ablations: trainings that differ in some fields, evaluated alike."""
+"""The config of ablations: a table of trainings that differ in some fields and are evaluated in the same way."""
 
 import difflib
 from collections.abc import Mapping
@@ -24,63 +24,63 @@ AnyConfig = TypeVar("AnyConfig", bound=JobConfig)
 
 
 class Row(BaseModel, frozen=True, extra="forbid"):
-    """How a row differs from all others."""
+    """The fields in which a row differs from the table's presets."""
 
-    against: str | None = None  # the row that it is compared with; None = the first one
+    against: str | None = None  # the row with which it is compared; None = the first row
     training: Changes = {}
     evaluation: Changes = {}
     likelihood: Changes = {}
 
 
 class Table(BaseModel, frozen=True, extra="forbid"):
-    """What a table compares. Its first row is what the others are compared with."""
+    """A table of ablations. By default, rows are compared with the first row."""
 
-    about: str  # one line: which table of which paper
+    about: str  # one line, such as the table of a paper
     base: str  # a preset of jobs/train_adm.py
     evaluate: str  # a preset of jobs/evaluate_run.py
-    likelihood: str | None = None  # a preset of jobs/estimate_likelihood.py; None = bits/dim are not asked for
-    training: Changes = {}  # changes of the preset that all rows share
+    likelihood: str | None = None  # a preset of jobs/estimate_likelihood.py; None = bits/dim are not computed
+    training: Changes = {}  # changes of the preset for all rows
     evaluation: Changes = {}
-    bound: Changes = {}  # changes of the likelihood's preset
-    seeds: tuple[int, ...] = Field((0,), min_length=1)  # of the trainings: replicates of every row
+    bound: Changes = {}  # changes of the likelihood preset
+    seeds: tuple[int, ...] = Field((0,), min_length=1)  # training seeds; each row is trained with all of them
     rows: dict[str, Row] = Field(min_length=2)
 
     @model_validator(mode="after")
     def _check_against(self) -> "Table":
         for name, row in self.rows.items():
             if row.against is not None and row.against not in self.rows:
-                raise ValueError(f"rows: {name} is compared with {row.against!r}, which is no row of the table")
+                raise ValueError(f"rows: {name} has against={row.against!r}, which is not a row of the table")
         return self
 
     def compared_with(self) -> dict[str, str | None]:
-        """Return for each row the one that it is compared with; None for the first row."""
+        """Return for each row the row with which it is compared; None for the first row."""
         first = next(iter(self.rows))
         return {name: None if name == first else row.against or first for name, row in self.rows.items()}
 
     def names(self) -> dict[str, str]:
-        """Return a name for the folders of each row."""
+        """Return the folder name of each row."""
         return {name: "".join(c if c.isalnum() or c in ".-" else "-" for c in name) for name in self.rows}
 
 
 class AblationsConfig(JobConfig):
-    """Which table, and with what it is run."""
+    """The table and its hardware."""
 
-    table: str  # a YAML file, or the name of a table that comes with Admiral
-    output: str  # the table's folder: runs/, evaluations/, and the results
-    rows: Operational[tuple[str, ...]] = ()  # only these, and the first one; none = all
-    seeds: Operational[tuple[int, ...]] = ()  # of the trainings; none = the table's
-    dataset: str | None = None  # the prepared dataset; None = the preset's
-    together: Operational[int] = Field(1, gt=0)  # trainings at once; those for which there is no room wait, and say so
+    table: str  # a YAML file, or the name of one of Admiral's tables
+    output: str  # folder of the results
+    rows: Operational[tuple[str, ...]] = ()  # only these rows and the first one; empty = all rows
+    seeds: Operational[tuple[int, ...]] = ()  # training seeds; empty = those of the table
+    dataset: str | None = None  # a prepared dataset; None = that of the preset
+    together: Operational[int] = Field(1, gt=0)  # maximum number of concurrent trainings; others wait for resources
     num_workers: Operational[int] = Field(1, ge=0)  # workers of each training; 0 = in this process, without Ray
     num_gpus: Operational[int] = Field(0, ge=0, le=1)  # GPUs for each worker
     num_threads: Operational[int] = Field(1, gt=0)  # CPU threads of each worker
     cost: Operational[CostConfig] = CostConfig()
 
     def read_table(self) -> Table:
-        """Return the table with the rows and seeds that are asked for.
+        """Return the table with the selected rows and seeds.
 
         Raises:
-            ValueError: it is no such table, or has no such row.
+            ValueError: the file is not a valid table, or it has no such row.
         """
         shipped = TABLES / f"{self.table}.yaml"
         data = shipped.read_bytes() if shipped.exists() else storage.read_bytes(self.path(self.table))
@@ -88,14 +88,16 @@ class AblationsConfig(JobConfig):
             table = Table.model_validate(yaml.safe_load(data))
         except yaml.MarkedYAMLError as error:
             place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-            raise ValueError(f"--table {self.table} is not YAML: {place}{error.problem or error.context}") from error
+            raise ValueError(
+                f"--table {self.table} is not valid YAML: {place}{error.problem or error.context}"
+            ) from error
         except ValidationError as error:
             raise ValueError(f"--table {self.table}: {_problem(error)}") from error
         if unknown := [name for name in self.rows if name not in table.rows]:
-            raise ValueError(f"--rows {unknown[0]}: the table has no such row; it has {', '.join(table.rows)}")
-        wanted = {next(iter(table.rows)), *(self.rows or table.rows)}
-        wanted |= {row.against for name, row in table.rows.items() if name in wanted and row.against}
-        rows = {name: row for name, row in table.rows.items() if name in wanted}
+            raise ValueError(f"--rows {unknown[0]}: there is no such row; the rows are {', '.join(table.rows)}")
+        selected = {next(iter(table.rows)), *(self.rows or table.rows)}
+        selected |= {row.against for name, row in table.rows.items() if name in selected and row.against}
+        rows = {name: row for name, row in table.rows.items() if name in selected}
         return table.model_copy(update={"rows": rows, "seeds": self.seeds or table.seeds})
 
     def _with_hardware(self, config: AnyConfig) -> AnyConfig:
@@ -104,7 +106,7 @@ class AblationsConfig(JobConfig):
         return config.model_copy(update=hardware)
 
     def training(self, table: Table, row: str, seed: int) -> AdmConfig:
-        """Return the training of a row; rows that train alike share a run, named after the first of them."""
+        """Return the training of a row; rows with the same training share the run of the first of them."""
         alike = next(name for name in table.rows if table.rows[name].training == table.rows[row].training)
         preset = self._with_hardware(_preset("base", table.base, adm_presets()))
         changes: Changes = {"seed": seed, "output": f"{self.output}/runs/{table.names()[alike]}-seed{seed}"}
@@ -112,7 +114,7 @@ class AblationsConfig(JobConfig):
         return changed(preset, table.training | table.rows[row].training | changes)
 
     def evaluation(self, table: Table, row: str, seed: int) -> RunEvaluationConfig:
-        """Return the evaluation of a row's run; all draw the same labels and noise."""
+        """Return the evaluation of a row's run; all rows use the same labels and noise."""
         preset = self._with_hardware(_preset("evaluate", table.evaluate, run_evaluation_presets()))
         output = f"{self.output}/evaluations/{table.names()[row]}-seed{seed}"
         changes: Changes = {"weights": self.training(table, row, seed).output, "output": output}
@@ -120,7 +122,7 @@ class AblationsConfig(JobConfig):
         return changed(preset, table.evaluation | table.rows[row].evaluation | changes)
 
     def bound(self, table: Table, row: str, seed: int) -> LikelihoodConfig | None:
-        """Return the estimate of a row's bits/dim; None where the table does not ask for it."""
+        """Return the estimate of a row's bits/dim, or None if the table does not include it."""
         if table.likelihood is None:
             return None
         preset = self._with_hardware(_preset("likelihood", table.likelihood, likelihood_presets()))
@@ -137,10 +139,10 @@ def _preset(field: str, name: str, presets: Mapping[str, tuple[str, AnyConfig]])
 
 
 def changed(config: AnyConfig, changes: Changes) -> AnyConfig:
-    """Return the config with other values of fields, which are given by their dotted names.
+    """Return the config with changed fields, which are given by their dotted names.
 
     Raises:
-        ValueError: there is no such field, or a value is not accepted.
+        ValueError: there is no such field, or its value is not accepted.
     """
     tree = config.model_dump()
     for name, value in changes.items():
@@ -160,7 +162,7 @@ def changed(config: AnyConfig, changes: Changes) -> AnyConfig:
 
 
 def _problem(error: ValidationError) -> str:
-    """Return what is wrong with the first value that is not accepted, by the dotted name of its field."""
+    """Return the first problem with the dotted name of its field."""
     first = error.errors()[0]
     name = ".".join(map(str, first["loc"])) or "its values"
     if first["type"] == "extra_forbidden":

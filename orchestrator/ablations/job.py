@@ -1,7 +1,7 @@
-"""A table of ablations: trainings as trials of Ray Tune, each evaluated on the same seeds, in one table at the end.
+"""The ablations job: the rows of a table are trained as trials of Ray Tune and evaluated with the same seeds.
 
-Every training is an ordinary run in a folder of its own, and every evaluation that of `jobs/evaluate_run.py`. So the
-same command goes on where it was stopped. A row that fails is reported, and the others finish.
+Every training is an ordinary run in its own folder, and every evaluation is that of `jobs/evaluate_run.py`. Therefore
+the same command continues after an interruption. If a row fails, this is reported, and the other rows continue.
 """
 
 import logging
@@ -32,7 +32,7 @@ from orchestrator.training.config import AdmConfig
 from orchestrator.training.gradients import memory_of
 from orchestrator.training.job import CPUS_OF_DATA, train
 
-FAILURES = (ValueError, RuntimeError, OSError, ArithmeticError)  # of a row, which do not end the others
+FAILURES = (ValueError, RuntimeError, OSError, ArithmeticError)  # errors of a row that do not end the job
 
 log = logging.getLogger(__name__)
 
@@ -48,16 +48,16 @@ class Replicate(NamedTuple):
 
 
 def run_ablations(config: AblationsConfig) -> str:
-    """Train and evaluate what is not there yet; return the URI of ablations.json, beside which ablations.html lies.
+    """Train and evaluate all unfinished rows; return the URI of ablations.json, with ablations.html in the same folder.
 
     Raises:
-        ValueError: the table is none, or its fields do not fit the presets.
+        ValueError: the table is not valid, or its fields do not fit the presets.
         RuntimeError: all rows failed.
     """
     table, output = config.read_table(), config.path(config.output)
     replicates = [Replicate(row, seed) for row in table.rows for seed in table.seeds]
     trainings = _trainings(config, table, replicates)
-    for one in replicates:  # checked here, before anything is trained
+    for one in replicates:  # raises errors in the table before the first training
         config.evaluation(table, *one)
         config.bound(table, *one)
     check_or_write_config(output, config, finished=bool(storage.list_names(storage.join(output, "runs"))))
@@ -75,7 +75,7 @@ def run_ablations(config: AblationsConfig) -> str:
                 _track(measured[-1], tracker)
             except FAILURES as error:
                 failed[str(one)] = _failure(config, table, one) or f"{type(error).__name__}: {error}"
-                log.warning("%s failed, the others go on: %s", one, failed[str(one)])
+                log.warning("%s failed, the other rows continue: %s", one, failed[str(one)])
         result = {"table": table.model_dump(mode="json"), **conclude(table.compared_with(), measured, failed)}
         page, pictures = ablations_page(result)
         for name, picture in pictures.items():
@@ -95,7 +95,7 @@ def run_ablations(config: AblationsConfig) -> str:
 
 
 def _trainings(config: AblationsConfig, table: Table, replicates: list[Replicate]) -> dict[str, AdmConfig]:
-    """Return the trainings of the table by their folders: rows that differ in their evaluation alone share one."""
+    """Return the trainings of the table by folder; rows that differ only in their evaluation share one."""
     found: dict[str, AdmConfig] = {}
     for one in replicates:
         training = config.training(table, *one)
@@ -116,7 +116,7 @@ def _train_all(config: AblationsConfig, trainings: dict[str, AdmConfig]) -> None
 
 
 def _train(config: AblationsConfig, training: AdmConfig) -> dict[str, float]:
-    """Train a run to its end; leave a note where it fails, which the next attempt removes."""
+    """Train a run; write a file with the reason if it fails, which the next attempt removes."""
     uri = _failure_uri(config, training)
     if storage.exists(uri):
         storage.delete(uri)
@@ -144,7 +144,7 @@ def _failure(config: AblationsConfig, table: Table, one: Replicate) -> str | Non
 
 
 def _measure(config: AblationsConfig, table: Table, one: Replicate) -> Measured:
-    """Evaluate a row's run, and read what its last snapshot had."""
+    """Evaluate a row's run, and return the results of its last snapshot."""
     training, evaluation = config.training(table, *one), config.evaluation(table, *one)
     if reason := _read_failure(config, training):
         raise RuntimeError(reason)
@@ -172,7 +172,7 @@ def _track(one: Measured, tracker: Tracker) -> None:
 
 
 def plan(config: AblationsConfig) -> tuple[AblationsConfig, str]:
-    """Return the config, what the table would train, and what that would cost."""
+    """Return the config, and what the table would train and cost."""
     table = config.read_table()
     replicates = [Replicate(row, seed) for row in table.rows for seed in table.seeds]
     trainings = _trainings(config, table, replicates)
@@ -188,15 +188,15 @@ def plan(config: AblationsConfig) -> tuple[AblationsConfig, str]:
         )
         hours += taken
     samples = sum(config.evaluation(table, *one).num_samples for one in replicates)
-    lines.append(f"samples {samples:,} for each snapshot that every run keeps")
+    lines.append(f"samples {samples:,} for each snapshot, over all runs")
     if not config.num_gpus:
-        return config, "\n".join([*lines, "time    not estimated for CPUs; --num-gpus 1 prices it on GPUs"])
+        return config, "\n".join([*lines, "time    not estimated for CPUs; --num-gpus 1 estimates it for GPUs"])
     mfu = assumed_mfu(config.cost, TRAINING)
     return config, "\n".join(
         [
             *lines,
             f"time    {hours:,.3g} {config.cost.gpu}-hours for all trainings",
             *money(hours, config.cost),
-            f"assumed {mfu.share:.0%} of its peak ({mfu.source})",
+            f"assumed {mfu.share:.0%} of the peak FLOPS ({mfu.source})",
         ]
     )

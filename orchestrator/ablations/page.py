@@ -1,18 +1,18 @@
-"""The page of a table of ablations, and its picture."""
+"""The HTML page of a table of ablations, with its plot."""
 
 import base64
 from pathlib import Path
 from typing import Any
 
-from orchestrator.ablations.result import number
 from orchestrator.evaluation.page import template
 from orchestrator.pictures import COLOURS, figure_png, subplots
+from orchestrator.search.result import number
 
 Json = dict[str, Any]
 
 
 def ablations_page(result: Json) -> tuple[str, dict[str, bytes]]:
-    """Return the page of ablations.json's content, and its pictures (PNG) by name."""
+    """Return the page for the content of ablations.json, and its pictures (PNG) by name."""
     pictures = {"ablations.png": quality_figure(result)}
     page = template(Path(__file__).with_suffix(".html")).render(
         result=result,
@@ -24,7 +24,7 @@ def ablations_page(result: Json) -> tuple[str, dict[str, bytes]]:
 
 
 def quality_figure(result: Json) -> bytes:
-    """Draw the first objective against images along each training, and at its end against hours and parameters."""
+    """Draw the first objective along each training, and the final one against worker-hours and parameters."""
     name = result["objective"][0]
     figure, (along, hours, parameters) = subplots(1, 3, figsize=(10.8, 3.6))
     for colour, (row, found) in zip(COLOURS * 9, result["rows"].items(), strict=False):
@@ -36,7 +36,7 @@ def quality_figure(result: Json) -> bytes:
         for axis, x in ((hours, found["hours"]), (parameters, found["parameters"])):
             if x is not None:
                 axis.errorbar(x, value["value"], yerr=error, fmt="o", color=colour, markersize=4)
-    title = f"{name.replace('_', ' ')}, freed of bias"
+    title = f"{name.replace('_', ' ')}, bias-corrected"
     along.set(xlabel="images, one training seed", ylabel=title)
     hours.set(xlabel="worker-hours of training")
     parameters.set(xlabel="parameters")

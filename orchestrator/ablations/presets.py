@@ -1,4 +1,4 @@
-"""Tables of ablations by name: those of the papers at their published sizes, and the same in small."""
+"""Presets of ablations: the tables of the papers at their published sizes and at small sizes."""
 
 import yaml
 
@@ -6,7 +6,7 @@ from orchestrator.ablations.config import TABLES, AblationsConfig
 
 
 def ablation_presets() -> dict[str, tuple[str, AblationsConfig]]:
-    """Return one preset for each table that comes with Admiral."""
+    """Return one preset for each of Admiral's tables, with its description."""
     presets = {}
     for path in sorted(TABLES.glob("*.yaml")):
         hardware = {"num_workers": 1} if path.stem.endswith("_small") else {"num_workers": 8, "num_gpus": 1}

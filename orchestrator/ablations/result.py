@@ -1,4 +1,4 @@
-"""What a table found: each row's metrics, and its differences from another row, with what they rest on."""
+"""The result of a table of ablations: the metrics of each row, and its differences from another row."""
 
 from typing import Any, NamedTuple
 
@@ -8,29 +8,31 @@ from models.metrics import Estimate, student_quantile
 from models.paired_tests import differences, interval
 from orchestrator.evaluation.metrics import describe
 from orchestrator.search.objectives import sign_of
+from orchestrator.search.result import number
 
 Json = dict[str, Any]
 BITS = "bits_per_dim"
 
 
 class Measured(NamedTuple):
-    """One replicate of a row."""
+    """The results of one training seed of a row."""
 
     row: str
     seed: int
     quality: Json  # the content of quality.json
-    last: Json  # its point of the most images
-    scores: dict[str, np.ndarray]  # of the last point, [n] by objective, less is better
+    last: Json  # its point with the most images
+    scores: dict[str, np.ndarray]  # scores [n] of the last point by objective, less is better
     strata: np.ndarray | None
     bits: dict[str, Any] | None  # an estimate of bits/dim
-    hours: float | None  # of all workers, for training; None = too short to be measured
+    hours: float | None  # worker-hours of the training; None = too short to be measured
     parameters: int
 
 
 def conclude(against: dict[str, str | None], measured: list[Measured], failed: dict[str, str]) -> Json:
-    """Return what is written to ablations.json.
+    """Return the content of ablations.json.
 
-    against: the row that each row is compared with; None for the first row.
+    Args:
+        against: for each row the row with which it is compared; None for the first row.
 
     Raises:
         RuntimeError: all rows failed.
@@ -72,27 +74,29 @@ def _row(mine: list[Measured], against: str | None, others: list[Measured]) -> J
 
 
 def _single(mine: list[Measured], name: str) -> Json | None:
-    """Return the estimate of the only replicate; None where there are several."""
+    """Return the estimate of the only training seed, or None if there are several."""
     if len(mine) > 1:
         return None
     return mine[0].bits if name == BITS else mine[0].last["objective"][name]
 
 
 def _mean(values: list[float], single: Json | None) -> Estimate:
-    """Return the mean over replicates with Student's interval, which has the spread over training seeds in it.
+    """Return the mean over training seeds with Student's interval, which includes the spread between trainings.
 
-    Of one replicate (`single`), the interval is that of its samples.
+    For one training seed, the interval is that of its estimate `single`.
     """
     count, mean = len(values), float(np.mean(values))
     if single is not None:
         low, high = single["interval"] or (None, None)
-        return Estimate(mean, 1, low, high, note="one training seed: its interval knows of the samples only")
+        return Estimate(
+            mean, 1, low, high, note="one training seed: the interval does not include the spread between trainings"
+        )
     half = student_quantile(0.975, count - 1) * float(np.std(values, ddof=1)) / np.sqrt(count)
     return Estimate(mean, count, mean - half, mean + half, note=f"over {count} training seeds")
 
 
 def _difference(mine: list[Measured], others: list[Measured], name: str) -> Json | None:
-    """Return this row minus another, paired by training seed and, of samples, by labels and noise; None = no pair."""
+    """Return this row minus another, paired by training seed, labels and noise; None = they share no seed."""
     pairs = [(one, other) for one in mine for other in others if one.seed == other.seed]
     if not pairs:
         return None
@@ -104,7 +108,7 @@ def _difference(mine: list[Measured], others: list[Measured], name: str) -> Json
     if len(pairs) > 1:
         return describe(_mean(values, None))
     one, other = pairs[0]
-    note = "one training seed: says nothing about the spread between trainings"
+    note = "one training seed: the interval does not include the spread between trainings"
     if name == BITS:
         return describe(Estimate(values[0], 1, note=note))
     found = interval(
@@ -114,7 +118,7 @@ def _difference(mine: list[Measured], others: list[Measured], name: str) -> Json
 
 
 def table_lines(result: Json) -> list[str]:
-    """Return the table for a terminal: values, and differences from the row that each row is compared with."""
+    """Return the table for a terminal: values, and differences from the row with which each row is compared."""
     names = list(next(iter(result["rows"].values()))["values"])
     lines = [f"{'row':28}" + "".join(f"{name:>34}  {'difference':28}" for name in names) + "  parameters   hours"]
     for row, found in result["rows"].items():
@@ -126,9 +130,3 @@ def table_lines(result: Json) -> list[str]:
         lines.append(f"{row:28}{cells}  {found['parameters']:10,}  {hours}")
     lines += [f"failed  {what}: {reason}" for what, reason in result["failed"].items()]
     return lines
-
-
-def number(estimate: Json) -> str:
-    """Return an estimate with its interval, for a table."""
-    ends = estimate["interval"]
-    return f"{estimate['value']:.4g}" + (f" ({ends[0]:.4g} to {ends[1]:.4g})" if ends else "")

@@ -1,4 +1,4 @@
-"""Compare samples with their reference before any feature is made: class names, image size, channels."""
+"""Checks that samples and reference fit together: class names, image size and colours."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ import numpy as np
 from orchestrator.evaluation.extractors import RESIZING
 from orchestrator.evaluation.inputs import ImageSet
 
-LOOKED_AT = 64  # first images of each set
-COLOURFUL = 12  # grey levels between the channels of a pixel, on average, from which on a set counts as coloured
+LOOKED_AT = 64  # first images of each set that are compared
+COLOURFUL = 12  # mean difference between the channels of a pixel, above which a set counts as coloured
 
 
 @dataclass(frozen=True)
 class Side:
-    """The first images of samples or of a reference, under the name that messages give the set."""
+    """The first images of samples or of a reference."""
 
     name: str  # as the user typed it, such as "--samples digits/samples"
     images: ImageSet
@@ -33,28 +33,28 @@ class Side:
 
     @property
     def colour(self) -> float:
-        """Return the difference between the channels of a pixel, on average: 0 for grey images."""
+        """Return the mean difference between the channels of a pixel; it is 0 for grey images."""
         return float((self.pixels.max(axis=3) - self.pixels.min(axis=3)).mean())
 
     @property
     def num_classes(self) -> int:
-        """Return how many classes the labels may be of; 0 where there are no labels."""
+        """Return the number of classes; 0 = there are no labels."""
         if self.labels[0] < 0:
             return 0
         return len(self.images.classes) or self.images.num_classes or int(self.labels.max()) + 1
 
     @property
     def numbered(self) -> bool:
-        """Return whether classes have no other names than their numbers, as in an .npz and in released weights."""
+        """Return whether the names of the classes are their numbers, as for an .npz and for released weights."""
         classes = self.images.classes
         return classes == tuple(str(label) for label in range(len(classes)))
 
 
 def check_compatible(samples: Side, reference: Side, extractor: str) -> tuple[list[str], str]:
-    """Return warnings, and why the labels of the two sets cannot be matched ("" where they can).
+    """Return warnings, and the reason why the labels of the two sets cannot be matched ("" = they can).
 
     Raises:
-        ValueError: class names or image sizes differ, and so cannot be compared.
+        ValueError: class names or image sizes differ.
     """
     reason = _match_classes(samples, reference)
     warnings = [reason] if reason else []
@@ -63,22 +63,24 @@ def check_compatible(samples: Side, reference: Side, extractor: str) -> tuple[li
             samples.name, *samples.size, reference.name, *reference.size
         )
         if extractor not in RESIZING:
-            raise ValueError(f"{sizes}: --extractor {extractor} needs a reference of the samples' size")
-        warnings.append(f"{sizes}: the extractor resizes both, so distances measure the difference in resolution too")
+            raise ValueError(
+                f"{sizes}: --extractor {extractor} needs equal sizes; pass a reference of the samples' size"
+            )
+        warnings.append(f"{sizes}: the extractor resizes both, so distances include the difference in resolution")
     for grey, coloured in ((samples, reference), (reference, samples)):
         if grey.colour == 0 and coloured.colour > COLOURFUL:
             warnings.append(
                 f"the first {len(grey.pixels)} images of {grey.name} are grey, and those of {coloured.name} are "
-                "coloured: distances measure this difference too"
+                "coloured: distances include this difference"
             )
     return warnings, reason
 
 
 def _match_classes(samples: Side, reference: Side) -> str:
     if not samples.num_classes or not reference.num_classes:
-        return ""  # the metrics that need labels give this as their reason
+        return ""  # the metrics that need labels report this
     here, there = samples.images.classes, reference.images.classes
-    left_out = "so accuracy and metrics by class are left out"
+    left_out = "so accuracy and per-class metrics are not computed"
     if samples.numbered and reference.numbered:
         if samples.num_classes <= reference.num_classes:
             return ""
@@ -89,8 +91,8 @@ def _match_classes(samples: Side, reference: Side) -> str:
     if samples.numbered or reference.numbered:
         numbered, named = (samples, reference) if samples.numbered else (reference, samples)
         return (
-            f"the classes of {numbered.name} have no names but 0 to {numbered.num_classes - 1}, and {named.name} names "
-            f"{named.num_classes} ({_some(named.images.classes)}): labels cannot be matched, {left_out}"
+            f"the classes of {numbered.name} are numbers from 0 to {numbered.num_classes - 1}, and {named.name} has "
+            f"{named.num_classes} names ({_some(named.images.classes)}): labels cannot be matched, {left_out}"
         )
     if here == there:
         return ""

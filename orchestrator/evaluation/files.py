@@ -1,4 +1,4 @@
-"""Image files as samples: which files of a folder or a tar are images, in which order, and how a range is read."""
+"""Samples as image files in a folder or a tar: which files are images, their order, and how ranges are read."""
 
 import io
 import re
@@ -16,14 +16,14 @@ from orchestrator import storage
 from orchestrator.data.crops import center_crop
 from orchestrator.data.images import FORMATS, IMAGE_ENDINGS, decode
 
-COMMON = 0.9  # share of the names from which on they have one pattern
-LOCAL_SIZES, REMOTE_SIZES, ODD_SIZES = 10_000, 64, 1_000  # images whose header is read before features are made
+COMMON = 0.9  # names have a common pattern if at least this share of them matches it
+LOCAL_SIZES, REMOTE_SIZES, ODD_SIZES = 10_000, 64, 1_000  # images whose header is read before features are extracted
 THREADS = 16  # files read at once
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the bytes of an image lie: a file, or a range of a tar."""
+    """The location of an image: a file, or a range of a tar."""
 
     name: str
     offset: int = 0
@@ -35,7 +35,7 @@ class Listing:
     """The image files of a folder or a tar, in the order of their indices."""
 
     places: list[Place]
-    odd: set[str]  # names that do not have the pattern of nearly all others, as grid.png beside 000123.png
+    odd: set[str]  # names without the pattern of nearly all others, such as grid.png beside 000123.png
     warnings: list[str]
 
 
@@ -45,38 +45,38 @@ def folder_places(uri: str) -> list[Place]:
 
 
 def tar_places(uri: str) -> list[Place]:
-    """Return the members of a tar; no member is written anywhere.
+    """Return the members of a tar, without extracting them to disk.
 
     Raises:
-        ValueError: it is not an intact tar.
+        ValueError: it is not a valid tar archive.
     """
     try:
         with storage.open_input(uri) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             places = [Place(m.name, m.offset_data, m.size) for m in archive if m.isfile()]
             file.seek(archive.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise EOFError("it ends without the mark of its end")
+                raise EOFError("its end-of-archive marker is missing")
     except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{uri} is not an intact .tar file: {error}") from error
+        raise ValueError(f"{uri} is not a valid tar archive: {error}") from error
     return places
 
 
 def list_images(places: Iterable[Place]) -> Listing:
-    """Return the image files among `places`, and what is worth a warning about their names.
+    """Return the image files among `places`, and warnings about their names.
 
-    The order is that of the names. Where these have one pattern, it is that of the numbers in them, so that 2.png comes
-    before 10.png.
+    They are sorted by name. If the names have a common pattern, they are sorted by the numbers in them, so that 2.png
+    comes before 10.png.
     """
     kinds: dict[str, list[Place]] = {"hidden": [], "image": [], "other": []}
     for place in sorted(places, key=lambda place: place.name):
         kinds[_kind(place.name)].append(place)
     images, warnings = kinds["image"], []
     if hidden := kinds["hidden"]:
-        warnings.append(f"hidden files were skipped: {len(hidden)}, such as {hidden[0].name}")
+        warnings.append(f"{len(hidden)} hidden files are skipped, such as {hidden[0].name}")
     if other := kinds["other"]:
         endings = Counter("." + end if dot else "none" for _, dot, end in (_base(p).rpartition(".") for p in other))
         counts = ", ".join(f"{ending} {count}" for ending, count in endings.most_common(5))
-        warnings.append(f"files were skipped because of their ending: {counts}")
+        warnings.append(f"files with these endings are skipped: {counts}")
     patterns = Counter(_pattern(place) for place in images)
     ((usual, count),) = patterns.most_common(1) or [("", 0)]
     if count < COMMON * len(images):
@@ -87,7 +87,7 @@ def list_images(places: Iterable[Place]) -> Listing:
         first, later = next(pair for pair in zip(by_number, by_name, strict=True) if pair[0] != pair[1])
         images.sort(key=_numbers)
         warnings.append(
-            "the numbers in the names are not padded with zeros, so images are indexed by number: "
+            "the numbers in the names are not padded with zeros, so images are sorted by number: "
             f"{first.name} comes before {later.name}"
         )
     rare = max(1, len(images) // 100)
@@ -106,26 +106,26 @@ def _base(place: Place) -> str:
 
 
 def _pattern(place: Place) -> str:
-    """Return the file's name with # in the place of each number."""
+    """Return the file's name with each number replaced by #."""
     return re.sub("[0-9]+", "#", _base(place))
 
 
 def _numbers(place: Place) -> list[str | int]:
-    """Return the name's pieces, text and numbers in turn."""
+    """Return the pieces of the name, alternating between text and numbers."""
     return [int(piece) if i % 2 else piece for i, piece in enumerate(re.split("([0-9]+)", place.name))]
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Reads ranges of image files."""
+    """Reader of ranges of image files."""
 
     uri: str
     in_tar: bool
     places: list[Place]
     labels: np.ndarray
-    image_size: int | None  # of the square that every image is cropped to; None: images are whole
+    image_size: int | None  # size to which images are cropped; None = they are not cropped
     decoding: Mapping[str, Any] = field(default_factory=dict)  # arguments of `decode`
-    shape: tuple[int, ...] | None = None  # of every image, where none is cropped
+    shape: tuple[int, ...] | None = None  # of every image, if they are not cropped
 
     def __call__(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         places = self.places[begin:end]
@@ -150,11 +150,11 @@ class ImageFiles:
 
     def _other_size(self, place: Place, found: tuple[int, ...]) -> str:
         assert self.shape is not None
-        sizes = f"{found[1]}x{found[0]} pixels, the first image {self.shape[1]}x{self.shape[0]}"
-        return f"{self.uri}: {place.name} has {sizes}; pass --image-size to crop all to one size"
+        sizes = f"{found[1]}x{found[0]} pixels, but the first image has {self.shape[1]}x{self.shape[0]}"
+        return f"{self.uri}: {place.name} has {sizes}; pass --image-size to crop all images to one size"
 
     def check_sizes(self, odd: set[str]) -> None:
-        """Read the sizes that headers tell: of all images up to a bound, and of those with odd names.
+        """Check the sizes in the headers of the first images and of images with odd names.
 
         Raises:
             ValueError: an image has another size than the first one.
@@ -167,8 +167,8 @@ class ImageFiles:
         grids = [f"{place.name} ({width}x{height})" for place, (height, width) in differing if place.name in odd]
         if grids:
             raise ValueError(
-                f"{self.uri}: {', '.join(grids[:3])} looks like a grid of images, by its name and its size, which is "
-                f"not the {self.shape[1]}x{self.shape[0]} pixels of the others: remove it"
+                f"{self.uri}: {', '.join(grids[:3])} looks like a grid of images, because the others have other names "
+                f"and {self.shape[1]}x{self.shape[0]} pixels; remove it"
             )
         if differing:
             raise ValueError(self._other_size(*differing[0]))
@@ -186,7 +186,7 @@ class ImageFiles:
             return list(threads.map(read, places))
 
     def _header_size(self, place: Place, file: BinaryIO) -> tuple[int, int]:
-        """Return height and width; the pixels are not decoded."""
+        """Return height and width without decoding the pixels."""
         try:
             with Image.open(file, formats=FORMATS) as image:
                 width, height = image.size

@@ -1,8 +1,8 @@
-"""What is measured: a samples folder, a published .npz, a folder or a tar of images; each read by index, in ranges."""
+"""Sets of images that can be evaluated: a samples folder, a published .npz, or a folder or tar of images."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -13,15 +13,15 @@ from orchestrator import storage
 from orchestrator.data.dataset import Manifest, load_manifest, read_images
 from orchestrator.data.images import IMAGE_ENDINGS
 from orchestrator.evaluation.files import ImageFiles, Listing, folder_places, list_images, tar_places
-from orchestrator.evaluation.npz import PublishedBatch, open_batch
+from orchestrator.evaluation.npz import ImageRows, PublishedBatch, open_batch
 from orchestrator.generation.samples import count_samples, read_range
 
 PICKED_AT_ONCE = 512  # images read at once to pick some of them
-_RECORDS = {"run.json", "config.json"}  # what a samples folder says of how it was made
-_PICKLE = "is a pickle, which is never opened because it can run code: load it where you trust it and save "
-_PREPARE = "make a dataset of it with jobs/prepare_dataset.py --source, and pass that"
-_ARRAY = "is a single array: save it as arr_0 of an .npz, by numpy.savez('images.npz', numpy.load('images.npy'))"
-# Endings of files that cannot be measured, and what to do: where they are the samples, and where the reference.
+_RECORDS = {"run.json", "config.json"}  # files of a samples folder that record how it was generated
+_PICKLE = "is a pickle, which is never opened because it can run code; if you trust it, load it and save "
+_PREPARE = "prepare a dataset from it with jobs/prepare_dataset.py --source, and pass that"
+_ARRAY = "is a single array; save it as arr_0 of an .npz with numpy.savez('images.npz', numpy.load('images.npy'))"
+# Endings of files that cannot be evaluated, with the advice for samples and for a reference.
 _UNUSABLE = (
     (
         (".pkl", ".pickle"),
@@ -31,21 +31,21 @@ _UNUSABLE = (
     ((".npy",), _ARRAY, _ARRAY),
     (
         (".pt", ".pth", ".ckpt", ".safetensors"),
-        "holds weights of a network: make samples of it with jobs/generate_samples.py --weights, and pass these",
-        "holds weights of a network: pass a dataset or an .npz",
+        "has the weights of a network; generate samples with jobs/generate_samples.py --weights, and pass these",
+        "has the weights of a network; pass a dataset or an .npz",
     ),
     (
         (".parquet",),
-        "is a single Parquet file: pass the folder of the samples",
-        f"is a single Parquet file: {_PREPARE}",
+        "is a single Parquet file; pass the folder of the samples",
+        f"is a single Parquet file; {_PREPARE}",
     ),
     (
         (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z"),
-        "is compressed, so that image i cannot be reached: pass a plain .tar, or unpack it",
-        f"is an archive: {_PREPARE}",
+        "is compressed, so that its images cannot be read by index; pass a plain .tar, or unpack it",
+        f"is an archive; {_PREPARE}",
     ),
-    ((".tar",), "", f"is an archive: {_PREPARE}"),
-    (IMAGE_ENDINGS, "is a single image: pass its folder", "is a single image: pass a dataset or an .npz"),
+    ((".tar",), "", f"is an archive; {_PREPARE}"),
+    (IMAGE_ENDINGS, "is a single image; pass its folder", "is a single image; pass a dataset or an .npz"),
 )
 
 ReadImages = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
@@ -53,21 +53,21 @@ ReadImages = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images in a fixed order. Plain data: it travels to workers, and holds no image."""
+    """Images in a fixed order. It can be pickled, and reads images only on demand."""
 
     uri: str
     kind: str  # "samples", "npz", "folder", "tar" or "dataset"
     count: int
-    identity: str  # another one where the images are others
-    read: ReadImages  # rows [begin, end) -> images uint8 [n, H, W, 3], labels int64 [n] (-1 where there are none)
-    seed: int | None = None  # of samples that Admiral made: index i is a function of it
-    classes: tuple[str, ...] = ()  # names in the order of the labels, where they are known
-    num_classes: int = 0  # labels without names lie below it
-    warnings: tuple[str, ...] = ()  # what a user should know before the images are measured
-    made_by: dict[str, Any] = field(default_factory=dict)  # of samples that Admiral made: what run.json says
+    identity: str  # differs between sets of different images
+    read: ReadImages  # rows [begin, end) -> images uint8 [n, H, W, 3], labels int64 [n] (-1 = no label)
+    seed: int | None = None  # of samples that Admiral generated
+    classes: tuple[str, ...] = ()  # names in the order of the labels, if they are known
+    num_classes: int = 0  # upper bound of labels without names
+    warnings: tuple[str, ...] = ()  # for the user, before the evaluation
+    made_by: dict[str, Any] = field(default_factory=dict)  # run.json of samples that Admiral generated
 
     def pick(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Read images and labels of these indices, in their order; each range of 512 is read once."""
+        """Return images and labels of these indices, in this order; each range of 512 is read once."""
         pixels: dict[int, np.ndarray] = {}
         labels = np.empty(len(indices), np.int64)
         for block in np.unique(indices // PICKED_AT_ONCE):
@@ -80,26 +80,24 @@ class ImageSet:
 
 
 def check_ending(uri: str, role: Literal["samples", "reference"]) -> None:
-    """Refuse a file that is known by its ending to be of no use as samples or as a reference.
-
-    Raises:
-        ValueError: the message says what to pass instead.
-    """
+    """Raise ValueError if files with this ending cannot be samples or a reference; it says what to pass instead."""
     for endings, for_samples, for_reference in _UNUSABLE:
         if uri.lower().endswith(endings) and (reason := for_samples if role == "samples" else for_reference):
             raise ValueError(f"{uri} {reason}")
 
 
 def open_images(uri: str, reference: Manifest | None = None, image_size: int | None = None) -> ImageSet:
-    """Look at what lies at `uri` and return how to read it.
+    """Return the images at `uri`.
 
-    reference: the dataset that images of a folder or tar are compared with. They are decoded as its images are, and
-    have labels where they lie in folders of its class names. image_size: images of a folder or tar are cropped to it as
-    ADM crops its training images; without it they must all have one size.
+    Args:
+        reference: the dataset with which the images of a folder or tar are compared. They are decoded like its images,
+            and get labels if their folders are named after its classes.
+        image_size: images of a folder or tar are cropped to it like ADM's training images; None = they must all have
+            the same size.
 
     Raises:
-        FileNotFoundError: nothing there, or samples that were not generated to their end.
-        ValueError: none of the four, damaged, or images of several sizes.
+        FileNotFoundError: it does not exist, or its samples are not complete.
+        ValueError: it has none of the accepted forms, it is damaged, or its images have different sizes.
     """
     check_ending(uri, "samples")
     if uri.endswith((".npz", ".tar")) and not storage.exists(uri):
@@ -109,14 +107,14 @@ def open_images(uri: str, reference: Manifest | None = None, image_size: int | N
     if uri.endswith(".tar"):
         kind, listing = "tar", list_images(tar_places(uri))
         if not listing.places:
-            raise ValueError(f"{uri} holds no images ({', '.join(IMAGE_ENDINGS)})")
+            raise ValueError(f"{uri} has no images ({', '.join(IMAGE_ENDINGS)})")
     elif "manifest.json" in (names := storage.list_names(uri)) or _RECORDS & set(names):
         return _samples(uri)
     else:
         kind, listing = "folder", list_images(folder_places(uri))
         if not listing.places:
             raise FileNotFoundError(
-                f"{uri} holds no finished samples: generate them first (or name an .npz, a .tar or a folder of images)"
+                f"{uri} has no finished samples; generate them first, or pass an .npz, a .tar or a folder of images"
             )
     return _listed(kind, uri, listing, reference, image_size)
 
@@ -131,16 +129,16 @@ def split_images(dataset: str, split: str, image_size: int) -> ImageSet:
     classes = () if split in manifest.unlabelled else manifest.classes
     warnings = list[str]()
     if manifest.width and manifest.height and (largest := min(manifest.width[1], manifest.height[1])) < image_size:
-        warnings.append(f"all its images are enlarged to {image_size} pixels, because none has more than {largest}")
+        warnings.append(f"all its images are upsampled to {image_size} pixels, because they have at most {largest}")
     count = manifest.num_samples(split)
     return ImageSet(f"{dataset} {split}", "dataset", count, identity, read, classes=classes, warnings=tuple(warnings))
 
 
 def image_size_of(images: ImageSet) -> int:
-    """Pixels on a side. Raises ValueError where the images are not square."""
+    """Return height and width of square images; ValueError for others."""
     shape = images.read(0, 1)[0].shape
     if shape[1] != shape[2]:
-        raise ValueError(f"{images.uri}: images of {shape[2]}x{shape[1]} pixels; a dataset's are cropped to squares")
+        raise ValueError(f"{images.uri}: images have {shape[2]}x{shape[1]} pixels; a dataset needs square images")
     return int(shape[1])
 
 
@@ -152,10 +150,10 @@ def _digest(content: object) -> str:
 
 
 def _samples(folder: str) -> ImageSet:
-    """Return what `generate_samples` made."""
+    """Return the samples in a folder of jobs/generate_samples.py."""
     manifest_uri = storage.join(folder, "manifest.json")
     if storage.exists(manifest_uri) and "splits" in storage.read_json(manifest_uri):
-        raise ValueError(f"{folder} is a dataset, not samples; name it as the reference")
+        raise ValueError(f"{folder} is a dataset, not samples; pass it as the reference")
     count = count_samples(folder)
     (record,) = _RECORDS & set(storage.list_names(folder))
     content = storage.read_json(storage.join(folder, record))
@@ -178,50 +176,22 @@ def _samples(folder: str) -> ImageSet:
 
 
 def batch_images(batch: PublishedBatch) -> ImageSet:
-    """The images of a published batch. Raises ValueError where it has statistics only."""
-    if not batch.num_images:
-        raise ValueError(f"{batch.uri} holds statistics but no images (arr_0)")
+    """Return the images of a published batch; ValueError if it holds statistics only."""
+    rows = partial(_batch_rows, batch.rows, batch.labels)
     identity = f"{batch.checksum:08x}-{batch.num_images}"
-    rows = _BatchRows(replace(batch, pool=None, spatial=None))
     num_classes = 0 if batch.labels is None else int(batch.labels.max()) + 1
     return ImageSet(batch.uri, "npz", batch.num_images, identity, rows, num_classes=num_classes)
 
 
-class _BatchRows:
-    """Ranges of a batch. A compressed one can only be read forwards: this goes on from where the last range ended."""
-
-    def __init__(self, batch: PublishedBatch) -> None:
-        self._batch = batch
-        self._blocks: Iterator[tuple[int, np.ndarray]] | None = None
-        self._held = (0, np.empty(0, np.uint8))  # first index and images of the block last read
-
-    def __reduce__(self) -> tuple:
-        return type(self), (self._batch,)  # an open file does not travel
-
-    def __call__(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        batch = self._batch
-        images = batch.rows(begin, end).copy() if batch.by_range else np.concatenate(list(self._forward(begin, end)))
-        return images, np.full(end - begin, -1) if batch.labels is None else batch.labels[begin:end]
-
-    def _forward(self, begin: int, end: int) -> Iterator[np.ndarray]:
-        first, block = self._held
-        if self._blocks is None or begin < first:
-            self._blocks = self._batch.blocks()
-            first, block = next(self._blocks)
-        while True:
-            if begin < first + len(block):
-                yield block[max(begin - first, 0) : end - first]
-            self._held = first, block
-            if end <= first + len(block):
-                return
-            first, block = next(self._blocks)
+def _batch_rows(rows: ImageRows, labels: np.ndarray | None, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    return rows(begin, end), np.full(end - begin, -1) if labels is None else labels[begin:end]
 
 
 # ------------------------------------------------------------------------------------------------ images as files
 
 
 def _listed(kind: str, uri: str, listing: Listing, reference: Manifest | None, image_size: int | None) -> ImageSet:
-    """Return image files as a set; labels come from their folders where these are all classes."""
+    """Return image files as a set, with labels if all their folders are named after classes."""
     places, warnings = listing.places, list(listing.warnings)
     classes = reference.classes if reference else ()
     decoding = reference.model_dump(include={"background", "exif_orientation"}) if reference else {}
@@ -231,7 +201,7 @@ def _listed(kind: str, uri: str, listing: Listing, reference: Manifest | None, i
     unknown = sorted(set(folders) - set(number))
     if unknown and (known := sorted(set(folders) & set(number))):
         warnings.append(
-            f"{known[0]!r} is a class of the reference and {unknown[0]!r} is not, so images get no labels from folders"
+            f"{known[0]!r} is a class of the reference but {unknown[0]!r} is not, so images get no labels from folders"
         )
     labels = np.array([-1] * len(places) if unknown else [number[folder] for folder in folders])
     identity = _digest(
@@ -244,7 +214,7 @@ def _listed(kind: str, uri: str, listing: Listing, reference: Manifest | None, i
         read.check_sizes(listing.odd)
     if listing.odd:
         some, usual = ", ".join(sorted(listing.odd)[:3]), next(p.name for p in places if p.name not in listing.odd)
-        warnings.append(f"{some}: such a name is rare among names such as {usual}; remove what is not a sample")
+        warnings.append(f"{some}: most names are like {usual}; remove these files if they are not samples")
     return ImageSet(
         uri, kind, len(places), identity, read, classes=() if unknown else tuple(classes), warnings=tuple(warnings)
     )

@@ -1,4 +1,4 @@
-"""Evaluation: features block by block over a pool, then the metrics, each with its count and interval, and a page."""
+"""The evaluation job: features from a pool of workers, then the metrics with their intervals, a report and a page."""
 
 import importlib.metadata
 from collections.abc import Iterator
@@ -33,16 +33,16 @@ from orchestrator.generation.presets import generation_presets
 from orchestrator.redaction import command, redact_tree
 from orchestrator.tracking import catch_up, tracked
 
-ASSUMED_SIZE = 64  # pixels, in the plan of an evaluation whose samples are not there yet
+ASSUMED_SIZE = 64  # image size in a plan, if the samples do not exist yet
 CLOSEST_PAIRS = 10  # samples nearest to training images, in the report and on the page
 
 
 def evaluate(config: EvaluationConfig) -> str:
-    """Measure the samples; return the URI of report.json, beside which report.html lies.
+    """Evaluate the samples, and return the URI of report.json; report.html is in the same folder.
 
     Raises:
-        ValueError: samples, reference, extractor and output folder do not fit each other.
-        FileNotFoundError: samples, reference or the extractor's weights are not there, or not finished.
+        ValueError: samples, reference, extractor and output folder do not fit together.
+        FileNotFoundError: samples, reference or the extractor's weights do not exist or are not finished.
     """
     output = config.path(config.output)
     images = _samples(config)
@@ -52,31 +52,28 @@ def evaluate(config: EvaluationConfig) -> str:
     floor = _floor(config, found, images.count)
     loaded = loader(CPU)
     with _naming(config, "reference"):
-        found.statistics(loaded)  # raises here what would be raised after the features of the samples
+        found.statistics(loaded)  # checks the reference before the features of the samples are extracted
     _print_warnings(warnings)
     report_uri = storage.join(output, "report.json")
     finished = storage.exists(report_uri)
     facts: dict[str, Any] = {"samples": images.identity, "extractor": loaded.fingerprint, "extractor_weights": None}
     check_or_write_config(output, config, finished, **facts)
     if finished:
-        print(f"{output} is complete: {images.count:,} samples measured")
+        print(f"{output} is complete: {images.count:,} samples were evaluated")
         catch_up("evaluate", config, output)
         return report_uri
     with (
         session(config.num_workers, num_gpus=config.num_workers * config.num_gpus, shared=config.shared),
         tracked("evaluate", config, output) as tracker,
     ):
-        folder = storage.join(output if images.kind != "samples" else images.uri, "features")
-        if images.kind != "samples":  # others' files are only read
-            folder = storage.join(folder, images.identity)
-        made = extract_all(images, folder, loader, config.num_workers, config.num_gpus)
-        kept = storage.join(output, "reference-features")
-        reference = extract_reference(found, loader, loaded, kept, config.num_workers, config.num_gpus)
+        made = _sample_features(config, images, loader)
+        folder = storage.join(output, "reference-features")
+        reference = extract_reference(found, loader, loaded, folder, config.num_workers, config.num_gpus)
         reasons = {"classes": unmatched, "accuracy": loaded.knows(reference.classes)}
         reference = replace(reference, missing=reference.missing | {what: why for what, why in reasons.items() if why})
         measured, held_out = _measure(config, images, made, reference, loaded, floor, loader)
         if measured.same_images:
-            warnings.append("samples and reference are the same images: their distances are below those of any model")
+            warnings.append("samples and reference are the same images, so the distances are lower than for any model")
         report = _report(config, images, reference, loaded, measured) | {"held_out": held_out, "warnings": warnings}
         report = redact_tree(report)
         page, pictures = evaluation_page(report, images, reference, measured, made.labels())
@@ -94,10 +91,10 @@ def evaluate(config: EvaluationConfig) -> str:
 
 
 def plan(config: EvaluationConfig) -> tuple[EvaluationConfig, str]:
-    """Return the config, and what an evaluation would read, write and hold, as far as its inputs are there.
+    """Return the config, and what an evaluation would read, write and hold in memory, for the inputs that exist.
 
     Raises:
-        ValueError: what `evaluate` would refuse before it starts.
+        ValueError: `evaluate` would raise it too, before it starts.
     """
     samples, reference, absent = config.path(config.samples), config.path(config.reference), list[str]()
     size = config.image_size or ASSUMED_SIZE
@@ -125,14 +122,14 @@ def plan(config: EvaluationConfig) -> tuple[EvaluationConfig, str]:
         try:
             lines += _priced(config, count, size)
         except FileNotFoundError as error:
-            lines.append(f"cost    known as soon as the extractor is there: {error}")
+            lines.append(f"cost    unknown until the extractor exists: {error}")
     return config, "\n".join([*lines, *not_there_yet(absent)])
 
 
 def _priced(config: EvaluationConfig, count: int, size: int) -> list[str]:
-    """Return the lines of a plan that say what the features of `count` images of `size` pixels take."""
+    """Return the lines of a plan on the cost and memory of the features of `count` images."""
     dimension, name, price = DigitsNetwork.dimension, DigitsNetwork.name, list[str]()
-    if config.extractor != name:  # which might have to be trained first
+    if config.extractor != name:  # the digits network may have to be trained first
         weights = config.path(config.extractor_weights) if config.extractor_weights else None
         network = extractor_loader(config.extractor, weights, None, config.path("extractors"), 0)(CPU).network
         dimension, name = network.dimension, network.name
@@ -140,16 +137,16 @@ def _priced(config: EvaluationConfig, count: int, size: int) -> list[str]:
         price = [priced(cost, config.cost, config.num_workers, config.num_gpus, half=False)]
     held = (count + min(count, Limits.samples) + Limits.references) * dimension * 4 / 2**30
     return [
-        f"images  {count:,} by {name}, and those of the reference that have no features yet",
-        f"memory  at most {held:.2f} GiB of features ({dimension} float32 each), and as much again to work on them, "
-        "here and in each worker",
+        f"images  {count:,} by {name}, and those of the reference whose features do not exist yet",
+        f"memory  at most {held:.2f} GiB of features ({dimension} float32 each) and as much for computations, in the "
+        "driver and in each worker",
         *price,
     ]
 
 
 @contextmanager
 def _naming(config: EvaluationConfig, option: str) -> Iterator[None]:
-    """Give errors the option as the user typed it in the place of the path that it stands for."""
+    """Replace the path in errors by the option as the user typed it."""
     typed: str = getattr(config, option)
     try:
         yield
@@ -177,7 +174,7 @@ def _reference(config: EvaluationConfig, images: ImageSet) -> ReferenceInput:
 
 
 def _floor(config: EvaluationConfig, found: ReferenceInput, count: int) -> ImageSet | None:
-    """Return held-out real images, as many as there are samples if there are so many; None where there are none."""
+    """Return at most `count` held-out real images, or None if there are none."""
     dataset = config.path(config.reference) if found.batch is None else None
     manifest = load_manifest(dataset) if dataset else None
     if config.floor is None:
@@ -196,6 +193,14 @@ def _floor(config: EvaluationConfig, found: ReferenceInput, count: int) -> Image
     return subset(held_out, count)
 
 
+def _sample_features(config: EvaluationConfig, images: ImageSet, loader: LoadExtractor) -> FeatureFiles:
+    """Extract features of the samples into their folder, or into the output folder if Admiral did not generate them."""
+    folder = storage.join(images.uri, "features")
+    if images.kind != "samples":
+        folder = storage.join(config.path(config.output), "features", images.identity)
+    return extract_all(images, folder, loader, config.num_workers, config.num_gpus)
+
+
 def _measure(
     config: EvaluationConfig,
     images: ImageSet,
@@ -205,7 +210,7 @@ def _measure(
     floor: ImageSet | None,
     loader: LoadExtractor,
 ) -> tuple[Measurement, dict[str, Any] | None]:
-    """Measure the samples, and likewise held-out real images where there are some; of these return what to report."""
+    """Measure the samples, and report the same metrics of held-out real images if there are any."""
     name, policy = loaded.network.name, images.made_by.get("config", {}).get("labels")
     measured = measure_files(made, reference, name, Limits(), config.num_workers, policy, config.num_gpus)
     if floor is None:
@@ -216,7 +221,7 @@ def _measure(
 
 
 def _floor_features(config: EvaluationConfig, floor: ImageSet, loader: LoadExtractor) -> FeatureFiles:
-    """Extract features of held-out images; those of a whole validation split lie beside the dataset."""
+    """Extract features of held-out images; those of the validation split are stored in the dataset's folder."""
     folder = storage.join(config.path(config.output), "floor-features", floor.identity)
     if config.floor is None and floor.kind == "dataset":
         folder = storage.join(config.path(config.reference), "features", f"validation-{floor.identity}")
@@ -224,7 +229,7 @@ def _floor_features(config: EvaluationConfig, floor: ImageSet, loader: LoadExtra
 
 
 def _compare(config: EvaluationConfig, images: ImageSet, found: ReferenceInput) -> tuple[list[str], str]:
-    """Return warnings about samples and reference, and why their labels cannot be matched ("" where they can)."""
+    """Return warnings, and the reason why the labels of samples and reference cannot be matched ("" = they can)."""
     samples, reference = f"--samples {config.samples}", f"--reference {config.reference}"
     warnings = [f"{samples}: {warning}" for warning in images.warnings]
     if found.images is None:
@@ -250,14 +255,16 @@ def _loader(config: EvaluationConfig, images: ImageSet, found: ReferenceInput | 
 def _image_size(config: EvaluationConfig, images: ImageSet) -> int:
     found = image_size_of(images)
     if config.image_size not in (None, found):
-        raise ValueError(f"image_size={config.image_size}, but the samples in {images.uri} have {found} pixels")
+        raise ValueError(
+            f"image_size={config.image_size}, but the samples in {images.uri} have {found} pixels; leave it out"
+        )
     return found
 
 
 def _report(
     config: EvaluationConfig, images: ImageSet, reference: Reference, loaded: LoadedExtractor, measured: Measurement
 ) -> dict[str, Any]:
-    """All numbers with what stands behind them."""
+    """Return the content of report.json."""
     seeds = {"seed": images.seed, "indices": [0, images.count]}
     accuracy = loaded.held_out_accuracy
     size = {"uri": images.uri, "kind": images.kind, "identity": images.identity, "n": images.count}
@@ -268,7 +275,7 @@ def _report(
             "n": reference.count,
             "what": "training images" if reference.training else "reference images",
         },
-        "intervals": "95%, of the samples; the reference is fixed, so its sampling is not in them",
+        "intervals": "95%, for the sampling error of the samples; the reference is fixed",
         "extractor": {
             "name": loaded.network.name,
             "fingerprint": loaded.fingerprint,
@@ -296,21 +303,17 @@ def _report(
 
 
 def _pixel_distances(config: EvaluationConfig, images: ImageSet) -> dict[str, list[float]]:
-    """For samples, and for held-out real images where there are some: the distance to the nearest training image."""
+    """Return distances to the nearest training image of samples, and of held-out real images if there are any."""
     uri = config.path(config.reference)
     if uri.endswith(".npz") or not config.num_memorization_samples:
         return {}
     size = _image_size(config, images)
     training = split_images(uri, "train", size)
-    asked = {"samples": images}
+    queries = {"samples": images}
     if "validation" in load_manifest(uri).splits:
-        asked["held_out"] = split_images(uri, "validation", size)
-    return {
-        name: nearest_training_pixels(
-            some, config.num_memorization_samples, training, config.num_workers, config.num_gpus
-        )
-        for name, some in asked.items()
-    }
+        queries["held_out"] = split_images(uri, "validation", size)
+    count, workers = config.num_memorization_samples, (config.num_workers, config.num_gpus)
+    return {name: nearest_training_pixels(some, count, training, *workers) for name, some in queries.items()}
 
 
 def _described(measured: Measurement) -> dict[str, dict[str, Any]]:
@@ -318,7 +321,7 @@ def _described(measured: Measurement) -> dict[str, dict[str, Any]]:
 
 
 def _numbers(report: dict[str, Any]) -> dict[str, float]:
-    """The metrics of a report for MLflow: values, what of them is bias, and the values of held-out images."""
+    """Return the metrics of a report for MLflow: values, their bias, and the values of held-out images."""
     held_out = report["held_out"]["metrics"] if report["held_out"] else {}
     values = {name: found["value"] for name, found in report["metrics"].items()}
     bias = {f"{name}_bias": found["bias"] for name, found in report["metrics"].items() if found["bias"] is not None}
@@ -326,7 +329,7 @@ def _numbers(report: dict[str, Any]) -> dict[str, float]:
 
 
 def _print(report: dict[str, Any]) -> None:
-    """Print a line for each metric: value, interval, counts, the value of held-out real images, bias and notes."""
+    """Print one line for each metric."""
     held_out = report["held_out"]["metrics"] if report["held_out"] else {}
     for name, found in report["metrics"].items():
         interval = "{:.4g} to {:.4g}".format(*found["interval"]) if found["interval"] else "none"

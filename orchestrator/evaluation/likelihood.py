@@ -1,4 +1,4 @@
-"""Likelihood: bits per dimension of a dataset over the pool, and the pictures of DDPM's sections 4.3 and 4.4."""
+"""The likelihood job: bits per dimension of a dataset, and the pictures of DDPM's sections 4.3 and 4.4."""
 
 from collections.abc import Callable
 from functools import partial
@@ -33,27 +33,27 @@ from orchestrator.progress import progress_line
 from orchestrator.tracking import catch_up, tracked
 from orchestrator.weights.network import Network, load_network, weights_file
 
-STRIP_LENGTH = 10  # predictions of x_0 along a chain that a strip shows
-SHOWN_PIXELS = 48  # small images are enlarged to about this size in pictures
-INTERPOLATION_STEPS = 9  # images between two real ones, both ends counted
+STRIP_LENGTH = 10  # predictions of x_0 in a row of the picture of progressive generation
+SHOWN_PIXELS = 48  # approximate size of small images in pictures
+INTERPOLATION_STEPS = 9  # images of an interpolation, including both ends
 
 
 class LikelihoodConfig(JobConfig):
-    """Whose likelihood of what, and how finely."""
+    """Model, dataset and accuracy of a likelihood estimate."""
 
     weights: str  # the diffusion model: a training run's folder, or a file of weights
     dataset: str  # a prepared dataset's folder
-    split: Literal["train", "validation"] = "validation"  # whose images
-    output: str  # the estimate's folder
-    num_samples: int | None = Field(None, gt=0)  # images, the first of the split; None = all of it
-    respacing: str = ""  # chain of the bound, e.g. "250"; empty = every timestep, as published
+    split: Literal["train", "validation"] = "validation"  # the split of the dataset
+    output: str  # folder of the estimate
+    num_samples: int | None = Field(None, gt=0)  # number of images, the first of the split; None = all
+    respacing: str = ""  # chain of the bound, such as "250"; empty = every timestep, as published
     clip: bool = True  # clamp the predicted x_0 to [-1, 1], as published
     seed: int = Field(0, ge=0)  # of the noise, by image
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention, by autocast
-    compile: Operational[bool] = False  # torch.compile the network: slower to start, faster on long estimates
+    compile: Operational[bool] = False  # use torch.compile: slower to start, faster for long estimates
     batch_size: int = Field(32, gt=0)  # images in a batch
-    num_strips: int = Field(10, ge=0)  # rows of the picture of progressive generation
-    interpolation_depths: tuple[int, ...] = (250, 500, 750)  # chain indices of the encodings that are mixed
+    num_strips: int = Field(10, ge=0)  # rows in the picture of progressive generation
+    interpolation_depths: tuple[int, ...] = (250, 500, 750)  # chain indices of the interpolated encodings
     num_workers: Operational[int] = Field(1, ge=0)  # workers; 0 = in this process, without Ray
     num_gpus: Operational[float] = Field(0.0, ge=0)  # GPUs for each worker
     num_threads: Operational[int] = Field(1, gt=0)  # CPU threads of each worker
@@ -61,7 +61,7 @@ class LikelihoodConfig(JobConfig):
 
 
 class Bound(NamedTuple):
-    """Work: the bound of images [begin, end)."""
+    """A work item: the bound of images [begin, end)."""
 
     begin: int
     end: int
@@ -72,7 +72,7 @@ class Bound(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """Work: a picture, progressive generation or interpolation at one depth."""
+    """A work item: a picture of progressive generation, or of interpolation at one depth."""
 
     kind: Literal["progressive", "interpolation"]
     depth: int = 0
@@ -86,11 +86,11 @@ class Picture(NamedTuple):
 
 
 def estimate(config: LikelihoodConfig) -> str:
-    """Compute what is missing; return the URI of likelihood.json.
+    """Compute all missing terms and pictures, and return the URI of likelihood.json.
 
     Raises:
-        ValueError: weights, dataset and output folder do not fit each other.
-        FileNotFoundError: weights or dataset are not there.
+        ValueError: weights, dataset and output folder do not fit together.
+        FileNotFoundError: weights or dataset do not exist.
     """
     output, manifest = config.path(config.output), load_manifest(config.path(config.dataset))
     files = {config.weights: weights_file(config.weights, config.path, noted_files(output).get(config.weights))}
@@ -138,10 +138,11 @@ def estimate(config: LikelihoodConfig) -> str:
 def plan(config: LikelihoodConfig, trained: Trained | None = None) -> tuple[LikelihoodConfig, str]:
     """Return the config, and what an estimate would read, write and cost.
 
-    trained: what trainings will leave, for weights that are not there yet.
+    Args:
+        trained: results of planned trainings, for weights that do not exist yet.
 
     Raises:
-        ValueError: what `estimate` would refuse before it starts.
+        ValueError: `estimate` would raise it too, before it starts.
     """
     dataset, absent = config.path(config.dataset), absent_weights(config, [config.weights])
     count, half = config.num_samples, config.dtype != "float32"
@@ -160,20 +161,20 @@ def plan(config: LikelihoodConfig, trained: Trained | None = None) -> tuple[Like
         network = outline(config, config.weights, None, trained)
         evaluations = Evaluations(model=Diffusion(network.diffusion, config.respacing).num_timesteps, guide=0)
         cost = sampling_cost(network.architecture, evaluations, count or 1, config.batch_size, half)
-        one = [] if count else ["of one image, as long as their number is not known:"]
+        one = [] if count else ["for one image, because the number of images is not known yet:"]
         lines += [*one, priced(cost, config.cost, config.num_workers, config.num_gpus, half)]
     except FileNotFoundError:
-        lines.append("cost    known as soon as the weights are there")
+        lines.append("cost    unknown until the weights exist")
     return config, "\n".join([*lines, *not_there_yet(absent)])
 
 
 def _check(config: LikelihoodConfig, network: Network, manifest: Manifest) -> None:
     if network.architecture.num_classes and network.classes != manifest.classes:
-        raise ValueError(f"{config.weights} was trained on other classes than those of {config.dataset}")
+        raise ValueError(f"--weights {config.weights} and --dataset {config.dataset} have different classes")
     steps = Diffusion(network.diffusion, config.respacing).num_timesteps
     for depth in config.interpolation_depths:
         if not 0 <= depth < steps:
-            raise ValueError(f"interpolation_depths has {depth}; the chain's indices are 0 to {steps - 1}")
+            raise ValueError(f"interpolation_depths contains {depth}; the chain's indices are 0 to {steps - 1}")
 
 
 def _count(config: LikelihoodConfig, manifest: Manifest) -> int:
@@ -189,7 +190,7 @@ def _items(config: LikelihoodConfig, manifest: Manifest) -> list[Bound | Picture
 
 
 def _conclude(output: str, bounds: list[Bound]) -> dict[str, Any]:
-    """The dataset's numbers out of its batches' terms, in index order."""
+    """Return the content of likelihood.json, computed from the terms of all batches in index order."""
     parts = [safetensors.numpy.load(storage.read_bytes(storage.join(output, bound.name))) for bound in bounds]
     terms = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return {
@@ -204,7 +205,7 @@ def _conclude(output: str, bounds: list[Bound]) -> dict[str, Any]:
 
 
 def rate_distortion_png(rate: list[float], distortion: list[float]) -> bytes:
-    """DDPM's figure 5: distortion over rate while an image is received."""
+    """Draw DDPM's figure 5, the distortion as a function of the rate."""
     figure, axis = subplots(figsize=(5, 3.4))
     axis.plot(rate, distortion, color=COLOURS[0])
     axis.set(xlabel="rate, bits/dim", ylabel="distortion, grey levels (RMSE)", title="progressive coding")
@@ -215,7 +216,7 @@ def rate_distortion_png(rate: list[float], distortion: list[float]) -> bytes:
 
 
 class _Worker:
-    """The network on its device, and the images, labels and noise of an estimate."""
+    """The state of a worker: network, images, labels and noise."""
 
     def __init__(self, config: LikelihoodConfig) -> None:
         self.config, self.device = config, prepare_device(config.num_gpus, config.num_threads)
@@ -229,22 +230,22 @@ class _Worker:
         self.shape = (architecture.in_channels, self.size, self.size)
 
     def images(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Return float32 [n, C, H, W] in [-1, 1] and labels int64 [n] of a range of the split."""
+        """Return images float32 [n, C, H, W] in [-1, 1] and labels int64 [n] of a range of the split."""
         pixels, labels = read_images(self.manifest, self.config.split, begin, end, self.size)
         x = from_uint8(torch.from_numpy(pixels).to(self.device), self.shape[0])
         return x, torch.from_numpy(labels).to(self.device)
 
     def noise(self, indices: range, timestep: int, purpose: Purpose) -> Tensor:
-        """Return the noise of images at an original timestep, float32 [n, C, H, W]."""
+        """Return the noise of these images at an original timestep, float32 [n, C, H, W]."""
         return draw_noise(self.config.seed, Draw(tuple(indices), self.shape, purpose, timestep)).to(self.device)
 
     def denoiser(self, labels: Tensor) -> Denoise:
-        """Return `denoise` towards labels [n], where the network takes any."""
+        """Return the denoiser for labels [n], which unconditional networks ignore."""
         y = labels if self.network.architecture.num_classes else None
         return self.diffusion.denoiser(self.network.module, y=y, clip=self.config.clip)
 
     def bound(self, item: Bound) -> bytes:
-        """Compute the terms of the bound; their noise is drawn ahead."""
+        """Compute the terms of the bound, while the noise of later steps is drawn in the background."""
         x_start, labels = self.images(item.begin, item.end)
         key = partial(Draw, tuple(range(item.begin, item.end)), self.shape, Purpose.LIKELIHOOD)
         plan = (key(int(t)) for t in self.diffusion.timestep_map[::-1])
@@ -258,7 +259,7 @@ class _Worker:
         return safetensors.numpy.save({name: tensor.cpu().numpy() for name, tensor in terms.items()})
 
     def progressive(self) -> bytes:
-        """Draw progressive generation: the predictions of x_0 along chains, one row for each."""
+        """Draw progressive generation: one row of predictions of x_0 for each chain."""
         indices = range(self.config.num_strips)
         _, labels = self.images(0, len(indices))
         x_T, step = self.noise(indices, 0, Purpose.START), partial(self.noise, indices, purpose=Purpose.STEP)
@@ -283,7 +284,7 @@ class _Worker:
 
 
 def make_worker(config: LikelihoodConfig) -> Callable[[Bound | Picture], None]:
-    """A worker: the network loaded once, then batches of the bound, and pictures."""
+    """Load the network; return the function that does the work items."""
     worker, output = _Worker(config), config.path(config.output)
 
     @torch.inference_mode()

@@ -1,7 +1,7 @@
-"""From features on storage to every metric, and to the pictures' rows: realism, closest pairs, classes apart."""
+"""All metrics of stored features, with realism, closest pairs and metrics of each class."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -9,45 +9,44 @@ from typing import Any
 import numpy as np
 
 from cluster.workers import pool
-from models.manifolds import Run, here, manifolds, precision_recall, realism
-from models.metrics import Estimate, by_class, class_frechet_estimate, expand_frechet, moments, vendi_score
-from models.neighbours import shares
+from models.manifolds import Run, here, manifolds, precision_recall, realism, shares
+from models.metrics import by_class, class_frechet_estimate, expand_frechet, moments
 from orchestrator.evaluation.extraction import ArrayName, FeatureFiles, chosen
 from orchestrator.evaluation.memorization import nearest_training_features
-from orchestrator.evaluation.metrics import Comparison, Estimates, Rows, measure
+from orchestrator.evaluation.metrics import Comparison, Estimates, Rows, measure, vendi_estimate
 from orchestrator.evaluation.references import Reference
 from orchestrator.generation.worker import prepare_device
 
-NEIGHBOURS = 3  # k of precision and recall; a class with fewer rows has none
-FEWEST = 6  # images of each set for all the metrics of neighbours
+NEIGHBOURS = 3  # k of precision and recall; a class with at most k rows has neither
+FEWEST = 6  # images of each set that the metrics of neighbours need
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How many images, drawn by a fixed seed, serve the metrics whose cost grows with pairs; the others take all."""
+    """Numbers of images, drawn with a fixed seed, for metrics of pairs; other metrics use all images."""
 
-    samples: int = 50_000  # of precision, recall, density, coverage, realism; as in ADM
-    references: int = 10_000  # likewise
+    samples: int = 50_000  # for precision, recall, density, coverage and realism, as in ADM
+    references: int = 10_000  # for the same metrics
     pairs: int = 10_000  # of each set for the kernel distance, and of samples for their nearest training images
-    class_references: int = 50_000  # over all classes
+    class_references: int = 50_000  # of all classes together
 
 
 @dataclass
 class Measurement:
-    """Every metric that can be had, and why the others cannot."""
+    """All metrics of samples, and the reasons why others are missing."""
 
     estimates: Estimates = field(default_factory=dict)
     per_class: dict[int, Estimates] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
-    rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # samples with a realism
-    realism: np.ndarray = field(default_factory=lambda: np.empty(0))  # of these samples
+    rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # samples whose realism is known
+    realism: np.ndarray = field(default_factory=lambda: np.empty(0))  # realism of these samples
     closest: "Closest | None" = None
-    same_images: bool = False  # whether samples and reference are one set
+    same_images: bool = False  # whether samples and reference are the same images
 
 
 @dataclass(frozen=True)
 class Closest:
-    """Samples and their nearest training images, by features."""
+    """Samples and their nearest training images in feature space."""
 
     rows: np.ndarray  # [Q] indices of samples
     nearest: np.ndarray  # [Q] indices of training images
@@ -55,7 +54,7 @@ class Closest:
     own_distances: np.ndarray  # [Q] of these training images to the nearest other one
 
     def first(self, count: int) -> list[dict[str, float]]:
-        """The pairs that are closest, as measured by how far the training image is from its own nearest."""
+        """Return the closest pairs, relative to the distance of the training image to its own nearest one."""
         ratios = self.distances / np.maximum(self.own_distances, np.finfo(np.float64).tiny)
         return [
             {
@@ -69,9 +68,11 @@ class Closest:
 
 
 def strata_of(labels: np.ndarray, policy: str | None) -> np.ndarray | None:
-    """Return the labels if their counts are fixed, so that metrics vary within classes alone, and None if not.
+    """Return the labels if the number of samples in each class is fixed, and None if it is random.
 
-    policy: how Admiral chose them. Labels of others' samples count as balanced where all classes have equal counts.
+    Args:
+        policy: the `labels` setting of samples that Admiral generated. Other samples count as balanced if all classes
+            have equal counts.
     """
     if labels.min() < 0 or policy == "uniform":
         return None
@@ -89,25 +90,28 @@ def measure_files(
     policy: str | None = None,
     num_gpus: float = 0.0,
 ) -> Measurement:
-    """Compute every metric of the samples' features against the reference, by the extractor called `name`.
+    """Compute all metrics of the samples' features against the reference.
 
-    policy: see `strata_of`. num_gpus: of each worker, for the metrics of pairs.
+    Memory holds one feature array at a time: n x D x 4 bytes, which is 0.4 GB for 50,000 x 2,048. Metrics of pairs hold
+    twice that and the drawn reference rows.
 
-    One array of one set is held at a time: n x D x 4 bytes, 0.4 GB for 50,000 x 2,048, and for metrics of pairs twice
-    that beside the chosen reference rows.
+    Args:
+        name: the extractor's name.
+        policy: see `strata_of`.
+        num_gpus: GPUs of each worker, for metrics of pairs.
 
     Raises:
         ValueError: the two sets of features come from different extractors.
     """
     if made.fingerprint != reference.fingerprint:
         raise ValueError(
-            f"samples were seen by {made.fingerprint}, the reference by {reference.fingerprint}: "
-            "statistics of different extractors are never compared"
+            f"the features of the samples come from {made.fingerprint}, those of the reference from "
+            f"{reference.fingerprint}; they must come from the same extractor"
         )
     result, labels, features, rows = Measurement(), made.labels(), made.pool(), None
     missing = dict(reference.missing)
     if reference.files is not None and (fewest := min(made.count, reference.files.count)) < FEWEST:
-        missing["rows"] = f"{fewest} images of one set are too few, {FEWEST} are needed"
+        missing["rows"] = f"one of the sets has {fewest} images, but {FEWEST} are needed"
     elif reference.files is not None:
         strata = strata_of(labels, policy)
         rows = _rows(result, made, features, reference, limits, num_workers, num_gpus, strata)
@@ -135,7 +139,7 @@ def _rows(
     num_gpus: float,
     strata: np.ndarray | None,
 ) -> Rows:
-    """Compare single samples with single reference images, which also gives `result` its realism and closest pairs."""
+    """Compute metrics of pairs of samples and reference images; add realism and closest pairs to `result`."""
     files = reference.files
     assert files is not None
     rows, real = chosen(made.count, limits.samples), files.chosen_pool(limits.references)
@@ -148,7 +152,7 @@ def _rows(
             result.missing["realism"] = str(error)
     kernel = real[chosen(len(real), limits.pairs)], samples[chosen(len(samples), limits.pairs)]
     result.same_images = made.count == files.count and _same_rows(features, real)
-    if not reference.training:  # nearness to images that nobody trained on says nothing of copies
+    if not reference.training:  # only copies of training images are of interest
         return Rows(real, samples, found, kernel)
     pair_rows = chosen(made.count, limits.pairs)
     near, own = nearest_training_features(made, pair_rows, files, num_workers, num_gpus)
@@ -158,7 +162,7 @@ def _rows(
 
 
 def _same_rows(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two sets hold the same rows, in any order."""
+    """Return whether two sets have the same rows, in any order."""
     if a.shape != b.shape:
         return False
     a, b = (x[np.lexsort(x[:, :4].T)] for x in (a, b))
@@ -168,7 +172,7 @@ def _same_rows(a: np.ndarray, b: np.ndarray) -> bool:
 def _per_class(
     result: Measurement, reference: Reference, features: np.ndarray, labels: np.ndarray, limits: Limits
 ) -> dict[int, Estimates]:
-    """Fréchet distance, precision, recall and Vendi score within each class that both sets hold twice or more."""
+    """Return metrics within each class of which both sets have at least two images."""
     files = reference.files
     assert files is not None
     if reason := reference.missing.get("classes"):
@@ -186,7 +190,7 @@ def _per_class(
     def metrics(reference: np.ndarray, samples: np.ndarray) -> Estimates:
         if min(len(reference), len(samples)) < 2:
             return {}
-        found = {"fd": class_frechet_estimate(reference, samples), "vendi_score": _vendi(samples)}
+        found = {"fd": class_frechet_estimate(reference, samples), "vendi_score": vendi_estimate(samples)}
         if found["fd"].bias is not None:
             found["fd_infinity"] = expand_frechet(samples, moments(reference)).corrected
         if min(len(reference), len(samples)) > NEIGHBOURS:
@@ -195,10 +199,6 @@ def _per_class(
 
     found = by_class(metrics, real, real_labels[rows], features, labels)
     return {label: estimates for label, estimates in found.items() if estimates}
-
-
-def _vendi(samples: np.ndarray) -> Estimate:
-    return Estimate(vendi_score(samples), len(samples), note="no interval: it grows with n")
 
 
 # ------------------------------------------------------------------------------------------------ over the pool
@@ -214,23 +214,25 @@ def _pairs(
     num_workers: int,
     num_gpus: float,
 ) -> Iterator[Run]:
-    """Does shares of the pairs of samples and reference rows: over a pool where there is more than one, else here."""
-    if num_workers == 0 or len(shares(len(samples), len(real))) == 1:
+    """Yield a `Run` over a pool of workers, or in this process if there is only one task."""
+    if num_workers == 0 or len(shares(len(samples))) == 1:
         with prepare_device(0 if num_workers else num_gpus):
             yield here(real, samples)
         return
     with pool(partial(_make_pairs, files, made, limits, num_gpus), num_workers, num_gpus=num_gpus) as workers:
 
-        def run(step: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterable[Any]:
-            return (answer for _, answer in workers.map([_Share(step, task) for task in tasks]))
+        def run(step: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Sequence[Any]:
+            results = dict(workers.map([_Share(i, step, task) for i, task in enumerate(tasks)]))
+            return [results[share] for share in sorted(results, key=lambda share: share.number)]
 
         yield run
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False)
 class _Share:
-    """A share of the pairs, on its way to a worker."""
+    """A task of a `Run`, on its way to a worker."""
 
+    number: int
     step: Callable[..., Any]
     task: tuple[Any, ...]
 
@@ -239,7 +241,7 @@ class _Share:
 
 
 def _make_pairs(files: FeatureFiles, made: FeatureFiles, limits: Limits, num_gpus: float) -> Callable[[_Share], Any]:
-    """A worker: both sets of features loaded once, then shares."""
+    """Load both sets of features; return the function that does the tasks of a worker."""
     device = prepare_device(num_gpus)
     real, samples = files.chosen_pool(limits.references), made.pool(chosen(made.count, limits.samples))
 

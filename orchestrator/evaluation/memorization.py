@@ -1,6 +1,6 @@
-"""Memorisation: the nearest training image of a sample, among all of them, in features and in pixels.
+"""Memorisation: the training images that are nearest to samples, in feature space and in pixels.
 
-The training set streams by in chunks, shared out among the pool; what is held is the queries and one chunk.
+The workers of a pool search the training set in chunks. Each holds the queries and one chunk in memory.
 """
 
 from collections.abc import Callable
@@ -18,20 +18,20 @@ from orchestrator.evaluation.inputs import ImageSet
 from orchestrator.generation.worker import prepare_device
 
 CHUNK = 16 * BLOCK  # rows of the training set that are compared at once
-PIXELS = 32  # on a side: larger images are compared at this size
+PIXELS = 32  # height and width at which larger images are compared
 
 Rows = Callable[[int, int], np.ndarray]  # [begin, end) -> float32 [n, D]
 
 
 def feature_rows(files: FeatureFiles, begin: int, end: int) -> np.ndarray:
-    """Pooled features of a range of indices."""
+    """Return pooled features of a range of indices."""
     return files.pool(np.arange(begin, end))
 
 
 def pixel_rows(images: ImageSet, begin: int, end: int) -> np.ndarray:
-    """Pixels 0..255 of a range of images, one row each; those of more than 32 pixels are shrunk by means over areas."""
+    """Return pixels 0..255 of a range of images, one row each; large images are downsampled to 32 pixels."""
     parts = []
-    for start in range(begin, end, BLOCK):  # no more full-size images at once than that
+    for start in range(begin, end, BLOCK):  # limits the number of full-size images in memory
         pixels, _ = images.read(start, min(start + BLOCK, end))
         x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float()
         parts.append((area_downsample(x, PIXELS) if min(x.shape[2:]) > PIXELS else x).flatten(1).numpy())
@@ -41,13 +41,14 @@ def pixel_rows(images: ImageSet, begin: int, end: int) -> np.ndarray:
 def nearest_rows(
     queries: Callable[[], np.ndarray], rows: Rows, count: int, k: int, num_workers: int, num_gpus: float = 0.0
 ) -> Neighbours:
-    """The k of `count` rows that are nearest to each query: exact, whatever the number of workers.
+    """Return the k of `count` rows that are nearest to each query, exactly, for any number of workers.
 
-    queries: loads them, here or in a worker; float32 [Q, D].
+    Args:
+        queries: loads the queries float32 [Q, D], in this process or in a worker.
     """
     chunks = [(begin, min(begin + CHUNK, count)) for begin in range(0, count, CHUNK)]
     if len(chunks) == 1 and num_workers:
-        num_workers, num_gpus = 0, 0.0  # too little to start workers for, and this process may have no GPU
+        num_workers, num_gpus = 0, 0.0  # too little work to start workers; this process may have no GPU
     make_worker = partial(_make_search, queries, rows, k, num_gpus)
     found = dict(map_items(make_worker, chunks, num_workers, num_gpus=num_gpus))
     index = np.concatenate([found[chunk].index + chunk[0] for chunk in chunks], axis=1)
@@ -59,13 +60,13 @@ def nearest_rows(
 def _make_search(
     queries: Callable[[], np.ndarray], rows: Rows, k: int, num_gpus: float
 ) -> Callable[[tuple[int, int]], Neighbours]:
-    """A worker: the queries loaded once, then chunks."""
-    device, wanted = prepare_device(num_gpus), queries()
+    """Load the queries; return the function that searches a chunk."""
+    device, loaded = prepare_device(num_gpus), queries()
 
     def work(chunk: tuple[int, int]) -> Neighbours:
         targets = rows(*chunk)
         with device:
-            return nearest(wanted, targets, min(k, len(targets)))
+            return nearest(loaded, targets, min(k, len(targets)))
 
     return work
 
@@ -73,12 +74,12 @@ def _make_search(
 def nearest_training_features(
     samples: FeatureFiles, rows: np.ndarray, training: FeatureFiles, num_workers: int, num_gpus: float = 0.0
 ) -> tuple[Neighbours, np.ndarray]:
-    """Of the samples `rows`: the nearest training image, and its own squared distance to the nearest other [Q]."""
+    """Return the nearest training image of the samples `rows`, and its squared distance to its own nearest one [Q]."""
     read = partial(feature_rows, training)
     found = nearest_rows(partial(samples.pool, rows), read, training.count, 1, num_workers, num_gpus)
     matched, place = np.unique(found.index[:, 0], return_inverse=True)
     around = nearest_rows(partial(training.pool, matched), read, training.count, 2, num_workers, num_gpus)
-    # A row finds itself first, unless it has copies: then any of them will do.
+    # A row finds itself first, unless it has copies, whose distance is 0 as well.
     others = np.where(around.index[:, 0] == matched, around.squared[:, 1], around.squared[:, 0])
     return found, others[place]
 
@@ -86,9 +87,9 @@ def nearest_training_features(
 def nearest_training_pixels(
     images: ImageSet, count: int, training: ImageSet, num_workers: int, num_gpus: float = 0.0
 ) -> list[float]:
-    """Distance of the first `count` images to the nearest training image: root mean square in grey levels 0..255.
+    """Return the distance of the first `count` images to the nearest training image, as RMS in grey levels 0..255.
 
-    Copies of training images would lie near 0, far below held-out images.
+    Copies of training images have distances near 0, far below those of held-out images.
     """
     queries = partial(pixel_rows, images, 0, min(count, images.count))
     found = nearest_rows(queries, partial(pixel_rows, training), training.count, 1, num_workers, num_gpus)

@@ -1,7 +1,7 @@
-"""The table of metrics: of each its name, its function, what it needs, which way is better, and what it is.
+"""The table of metrics: name, function, requirements, direction and description of each metric.
 
-`fid`, `sfid`, `kid` and `inception_score` are those of the Inception network with its published weights; all others
-carry their extractor's name, such as `fd_digits`.
+`fid`, `sfid`, `kid` and `inception_score` are those of the Inception network with its published weights. With another
+extractor, the name of the metric ends in the extractor's name, such as `fd_digits`.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ Estimates = dict[str, Estimate]
 
 
 def describe(estimate: Estimate) -> dict[str, Any]:
-    """Return an estimate as JSON: value, what of it is bias, counts, interval (null where none is sound) and why."""
+    """Return an estimate as JSON: value, bias, counts, interval (null if there is none) and note."""
     return {
         "value": estimate.value,
         "bias": estimate.bias,
@@ -48,34 +48,34 @@ def describe(estimate: Estimate) -> dict[str, Any]:
 
 
 def bias_note(bias: float) -> str:
-    """Return a note that says how much of a value is bias."""
-    return f"{bias:.2g} of it is bias at this n" if bias > 0 else f"too low by {-bias:.2g}, its bias at this n"
+    """Return a note on the bias of a value."""
+    return f"{bias:.2g} of it is bias at this n" if bias > 0 else f"too low by {-bias:.2g}, the bias at this n"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Features of single reference images beside those of samples, for the metrics that need pairs of them."""
+    """Features of reference images and of samples, for metrics of pairs."""
 
     real: np.ndarray  # float32 [M, D]
     samples: np.ndarray  # float32 [n, D], all or some of the samples
     manifolds: Manifolds
-    kernel: tuple[np.ndarray, np.ndarray]  # reference rows and samples that the kernel distance is formed of
-    nearest: tuple[np.ndarray, np.ndarray] | None = None  # see `models.manifolds.authentic_share`; of training images
-    num_training: int = 0  # images among which the nearest were looked for
+    kernel: tuple[np.ndarray, np.ndarray]  # reference rows and samples for the kernel distance
+    nearest: tuple[np.ndarray, np.ndarray] | None = None  # arguments of `models.manifolds.authentic_share`
+    num_training: int = 0  # number of training images among which the nearest ones were searched
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Samples beside a reference: all that a metric is computed from."""
+    """Samples and a reference, from which metrics are computed."""
 
     extractor: str
     read: Callable[[ArrayName], np.ndarray | None]  # features of all samples, float32 [N, D]; None = no such features
-    labels: np.ndarray  # int64 [N], -1 = none
+    labels: np.ndarray  # int64 [N], -1 = no label
     statistics: dict[ArrayName, Moments | Gaussian]  # of the reference
-    num_classes: int  # of the reference, 0 where it has none
-    rows: Rows | None  # None = the reference has no single images, or one of the sets has too few
-    missing: dict[str, str] = field(default_factory=dict)  # why no "rows", "spatial", common "classes" or "accuracy"
-    strata: np.ndarray | None = None  # the labels, where these are balanced or given, not drawn at random
+    num_classes: int  # of the reference, 0 = it has no classes
+    rows: Rows | None  # None = the reference has no images, or one of the sets has too few
+    missing: dict[str, str] = field(default_factory=dict)  # reasons, by "rows", "spatial", "classes" or "accuracy"
+    strata: np.ndarray | None = None  # the labels, if they are balanced or given instead of random
 
     @cached_property
     def pool(self) -> np.ndarray:
@@ -84,12 +84,12 @@ class Comparison:
 
     @cached_property
     def logits(self) -> np.ndarray | None:
-        """Return the extractor's logits float32 [N, K], where it has classes; they are read once."""
+        """Return the extractor's logits float32 [N, K], or None if it has no classes."""
         return self.read("logits")
 
     @cached_property
     def probabilities(self) -> np.ndarray | None:
-        """Return the extractor's class probabilities float [N, K], where it has classes."""
+        """Return the extractor's class probabilities float [N, K], or None if it has no classes."""
         return None if self.logits is None else softmax(self.logits)
 
     @cached_property
@@ -99,7 +99,7 @@ class Comparison:
 
     @cached_property
     def spatial_expansion(self) -> FrechetExpansion:
-        """Return the same of spatial features."""
+        """Return the Fréchet distance of spatial features with its bias and spread."""
         return expand_frechet(self.array("spatial"), self.statistics["spatial"], self.strata)
 
     @cached_property
@@ -109,7 +109,7 @@ class Comparison:
         return precision_recall_openai(self.rows.real, self.rows.samples)
 
     def array(self, name: ArrayName) -> np.ndarray:
-        """Return features of all samples; RuntimeError where the extractor has none of this kind."""
+        """Return features of all samples; RuntimeError if the extractor does not have them."""
         found = self.logits if name == "logits" else self.read(name)
         if found is None:
             raise RuntimeError(f"the extractor {self.extractor} has no {name} features")
@@ -118,7 +118,7 @@ class Comparison:
 
 # ------------------------------------------------------------------------------------------------ needs
 
-# Why a comparison lacks what a metric needs; "" = the metric does not apply to it, and None = nothing is lacking.
+# Return why a metric cannot be computed; "" = the metric does not apply, None = it can be computed.
 Need = Callable[[Comparison], str | None]
 
 
@@ -127,11 +127,11 @@ def _covariance(c: Comparison) -> str | None:
 
 
 def _enough(array: ArrayName) -> Need:
-    """Return the need of more than 2 D samples, where D is the dimension of these features."""
+    """Return the requirement of more than 2 D samples, where D is the dimension of these features."""
 
     def need(c: Comparison) -> str | None:
         n, dimension = len(c.labels), len(c.statistics[array].mean)
-        few = f"n={n} samples are not above {MIN_INTERVAL_RATIO} D, D={dimension}"
+        few = f"n={n} samples are too few: more than {MIN_INTERVAL_RATIO} D are needed, D={dimension}"
         return None if n > MIN_INTERVAL_RATIO * dimension else few
 
     return need
@@ -153,7 +153,7 @@ def _classes(c: Comparison) -> str | None:
     if reason := c.missing.get("classes") or c.missing.get("accuracy"):
         return reason
     same = c.probabilities is not None and c.num_classes == c.probabilities.shape[1] and c.labels.min() >= 0
-    return None if same else "the extractor's classes are not the samples' labels"
+    return None if same else "the extractor's classes are not those of the samples' labels"
 
 
 def _rows(c: Comparison) -> str | None:
@@ -174,7 +174,7 @@ def _clip(c: Comparison) -> str | None:
 
 # ------------------------------------------------------------------------------------------------ the table
 
-# Names that belong to the Inception network with its published weights.
+# Names that are reserved for the Inception network with its published weights.
 INCEPTION_NAMES = {"fd": "fid", "fd_infinity": "fid_infinity", "sfd": "sfid", "sfd_infinity": "sfid_infinity"}
 
 
@@ -183,54 +183,49 @@ class Metric:
     """An entry of the table."""
 
     name: str
-    compute: Callable[[Any], Estimate]  # of a Comparison that has what is needed
+    compute: Callable[[Any], Estimate]  # takes a Comparison that satisfies `needs`
     needs: tuple[Need, ...]
     better: Literal["lower", "higher"]
-    text: str  # what it is, in a sentence
+    text: str  # description, one sentence
     code: str  # the function in models/ that computes it
-    of_extractor: bool = False  # its name ends in the extractor's
-    scores: Callable[[Any], np.ndarray] | None = None  # [n] for paired tests, less is better; None = no objective
+    of_extractor: bool = False  # whether its name ends in the extractor's name
+    scores: Callable[[Any], np.ndarray] | None = None  # [n] for paired tests, less is better; None = not an objective
 
     @property
     def sign(self) -> int:
-        """Return 1 for a metric of which less is better, and -1 where more is."""
+        """Return 1 if less is better, and -1 if more is better."""
         return 1 if self.better == "lower" else -1
 
     def lacks(self, comparison: Comparison) -> str | None:
-        """Return why it cannot be computed; "" where it does not apply, and None where it can."""
+        """Return why it cannot be computed; "" if it does not apply, and None if it can be computed."""
         return next((reason for need in self.needs if (reason := need(comparison)) is not None), None)
 
     def named(self, extractor: str) -> str:
-        """Return its name in reports: `fd` by digits is `fd_digits`, by Inception `fid`."""
+        """Return its name in reports: `fd` is `fd_digits` with the extractor digits, and `fid` with Inception."""
         if extractor == "inception":
             return INCEPTION_NAMES.get(self.name, self.name)
         return f"{self.name}_{extractor}" if self.of_extractor else self.name
 
 
-def _frechet(c: Comparison) -> Estimate:
-    if _enough("pool")(c) is None:
-        return c.expansion.estimate
-    return frechet_estimate(c.pool, c.statistics["pool"])
-
-
-def _spatial_frechet(c: Comparison) -> Estimate:
-    if _enough("spatial")(c) is None:
-        return c.spatial_expansion.estimate
-    return frechet_estimate(c.array("spatial"), c.statistics["spatial"])
+def _frechet(c: Comparison, array: ArrayName) -> Estimate:
+    if _enough(array)(c) is None:
+        return (c.expansion if array == "pool" else c.spatial_expansion).estimate
+    return frechet_estimate(c.array(array), c.statistics[array])
 
 
 def _openai(c: Comparison, which: int) -> Estimate:
-    note = "no interval: float16 arithmetic of the published evaluator, for parity alone"
+    note = "no interval: float16 arithmetic of the published evaluator, only for comparison with published numbers"
     assert c.rows is not None
     return Estimate(c.openai[which], len(c.rows.samples), note=note, n_reference=len(c.rows.real))
 
 
-def _vendi(c: Comparison) -> Estimate:
-    return Estimate(vendi_score(c.pool), len(c.pool), note="no interval: it grows with n, so compare at one n")
+def vendi_estimate(samples: np.ndarray) -> Estimate:
+    """Return the Vendi score of samples [n, D], without an interval."""
+    return Estimate(vendi_score(samples), len(samples), note="no interval: it grows with n, so compare it at equal n")
 
 
 def _strata(c: Comparison, count: int) -> np.ndarray | None:
-    """Return the strata of `count` samples: some of them, drawn at random, have classes at random too."""
+    """Return the strata of `count` samples; None for a random subset, in which the class counts are random too."""
     return c.strata if count == len(c.labels) else None
 
 
@@ -250,46 +245,47 @@ def _authentic(c: Comparison) -> Estimate:
 
 
 def _hits(c: Comparison) -> np.ndarray:
-    """Return bool [N]: whether the extractor takes a sample for the class that was asked for."""
+    """Return bool [N]: whether the extractor's prediction is the sample's label."""
     return c.array("logits").argmax(axis=1) == c.labels
 
 
 _TABLE = (
     Metric(
         "fd_infinity", lambda c: c.expansion.corrected, (_covariance, _enough("pool")), "lower",
-        "Fréchet distance between features of samples and reference, its bias at this n removed: the one to read.",
+        "Fréchet distance between features of samples and reference, corrected for its bias at this n.",
         "metrics.expand_frechet", of_extractor=True,
     ),
     Metric(
-        "fd", _frechet, (_covariance,), "lower",
-        "The same with its bias, as published protocols have it: compare it at one n only.", "metrics.frechet_distance",
-        of_extractor=True, scores=lambda c: frechet_scores(c.pool, c.statistics["pool"], c.strata),
+        "fd", lambda c: _frechet(c, "pool"), (_covariance,), "lower",
+        "Fréchet distance with its bias, as in published protocols; compare it only at equal n.",
+        "metrics.frechet_distance", of_extractor=True,
+        scores=lambda c: frechet_scores(c.pool, c.statistics["pool"], c.strata),
     ),
     Metric(
         "sfd_infinity", lambda c: c.spatial_expansion.corrected, (_covariance, _spatial, _enough("spatial")), "lower",
-        "Fréchet distance of features that keep positions, its bias at this n removed: the one to read.",
+        "Fréchet distance of features that keep positions, corrected for its bias at this n.",
         "metrics.expand_frechet", of_extractor=True,
     ),
     Metric(
-        "sfd", _spatial_frechet, (_covariance, _spatial), "lower",
-        "The same with its bias, as published protocols have it.", "metrics.frechet_distance",
-        of_extractor=True,
+        "sfd", lambda c: _frechet(c, "spatial"), (_covariance, _spatial), "lower",
+        "Fréchet distance of features that keep positions, with its bias, as in published protocols.",
+        "metrics.frechet_distance", of_extractor=True,
         scores=lambda c: frechet_scores(c.array("spatial"), c.statistics["spatial"], c.strata),
     ),
     Metric(
         "inception_score", lambda c: inception_score(c.probabilities, strata=c.strata), (_logits,), "higher",
-        "exp of the mean KL(p(y|x) ‖ p(y)), splits of 5,000 in order.", "metrics.inception_score",
+        "exp of the mean KL(p(y|x) ‖ p(y)), over splits of 5,000 consecutive samples.", "metrics.inception_score",
         of_extractor=True, scores=lambda c: inception_scores(softmax(c.array("logits"))),
     ),
     Metric(
         "inception_score_10split", lambda c: inception_score_10split(c.probabilities, strata=c.strata),
         (_logits, _ten_samples),
         "higher",
-        "The same over 10 shuffled splits.", "metrics.inception_score_10split", of_extractor=True,
+        "Inception Score over 10 shuffled splits.", "metrics.inception_score_10split", of_extractor=True,
     ),
     Metric(
         "accuracy", lambda c: proportion_estimate(_hits(c), c.strata), (_logits, _classes), "higher",
-        "Share that the extractor takes for the class asked for.", "metrics.proportion_estimate",
+        "Share of samples whose class the extractor predicts correctly.", "metrics.proportion_estimate",
         scores=lambda c: share_scores(_hits(c)),
     ),
     Metric(
@@ -304,46 +300,47 @@ _TABLE = (
     ),
     Metric(
         "density", lambda c: c.rows.manifolds.density, (_rows,), "higher",
-        "How many of the reference's 5-neighbour balls hold a sample, over 5; at equal counts of both sets.",
+        "Number of the reference's 5-neighbour balls around a sample, divided by 5; at equal counts of both sets.",
         "manifolds.density_coverage",
     ),
     Metric(
         "coverage", lambda c: c.rows.manifolds.coverage, (_rows,), "higher",
-        "Share of these balls that hold a sample.", "manifolds.density_coverage",
+        "Share of the reference's 5-neighbour balls that contain a sample; at equal counts of both sets.",
+        "manifolds.density_coverage",
     ),
     Metric(
         "clipped_density", lambda c: c.rows.manifolds.clipped_density, (_rows,), "higher",
-        "Density that no outlier inflates, relative to the reference's own: like a share of good samples.",
+        "Density without the effect of outliers, relative to that of the reference; like a share of good samples.",
         "manifolds.density_coverage",
     ),
     Metric(
         "clipped_coverage", lambda c: c.rows.manifolds.clipped_coverage, (_rows,), "higher",
-        "Share of good samples that would cover the reference as well.", "manifolds.density_coverage",
+        "Share of good samples that would have the same coverage.", "manifolds.density_coverage",
     ),
     Metric(
         "precision_openai", lambda c: _openai(c, 0), (_inception, _rows), "higher",
-        "Precision in the published evaluator's float16.", "manifolds.precision_recall_openai",
+        "Precision in the float16 arithmetic of the published evaluator.", "manifolds.precision_recall_openai",
     ),
     Metric(
         "recall_openai", lambda c: _openai(c, 1), (_inception, _rows), "higher",
-        "Recall in the published evaluator's float16.", "manifolds.precision_recall_openai",
+        "Recall in the float16 arithmetic of the published evaluator.", "manifolds.precision_recall_openai",
     ),
     Metric(
         "kid", lambda c: _of_kernel(c, kid), (_rows,), "lower",
-        "Kernel distance (x·y/D + 1)³, unbiased at any n.", "metrics.kid",
+        "Squared MMD with the kernel (x·y/D + 1)³, unbiased at any n.", "metrics.kid",
         of_extractor=True, scores=lambda c: kid_scores(*c.rows.kernel),
     ),
     Metric(
         "cmmd", lambda c: _of_kernel(c, cmmd), (_clip, _rows), "lower",
-        "Kernel distance exp(-|x-y|²/200) of CLIP features of length 1, times 1,000.", "metrics.cmmd",
+        "1,000 times the squared MMD of normalised CLIP features with the kernel exp(-|x-y|²/200).", "metrics.cmmd",
     ),
     Metric(
-        "vendi_score", _vendi, (), "higher",
+        "vendi_score", lambda c: vendi_estimate(c.pool), (), "higher",
         "Effective number of distinct samples.", "metrics.vendi_score",
     ),
     Metric(
         "authpct", _authentic, (_rows, _nearest), "higher",
-        "% of samples farther from their nearest training image than that is from its own nearest.",
+        "% of samples that are farther from their nearest training image than it is from its own nearest one.",
         "manifolds.authenticity",
     ),
 )  # fmt: skip
@@ -352,7 +349,7 @@ METRICS = {metric.name: metric for metric in _TABLE}
 
 
 def metric_named(name: str) -> Metric:
-    """Return the entry of a metric's name in reports, whatever extractor that ends in; ValueError where none is."""
+    """Return the entry for a metric's name in reports, with or without an extractor; ValueError if there is none."""
     base = {of_inception: plain for plain, of_inception in INCEPTION_NAMES.items()}.get(name, name)
     known = [metric for metric in _TABLE if base == metric.name or base.startswith(f"{metric.name}_")]
     if not known:
@@ -361,7 +358,7 @@ def metric_named(name: str) -> Metric:
 
 
 def measure(comparison: Comparison) -> tuple[Estimates, dict[str, str]]:
-    """Compute every metric that can be had; return the estimates, and for the others why they cannot, by name."""
+    """Compute all possible metrics; return their estimates, and the reasons why others are missing, by name."""
     estimates, missing = Estimates(), dict[str, str]()
     for metric in _TABLE:
         name = metric.named(comparison.extractor)

@@ -1,21 +1,24 @@
-"""Sample and reference batches in the published layout: an .npz with `arr_0` (images), `arr_1` (labels), `mu`, `sigma`.
+"""Batches of images and reference statistics in ADM's published layout.
 
-A string `extractor` may name the fingerprint of the feature network that `mu` and `sigma` come from.
+Such an .npz file holds `arr_0` (images), `arr_1` (labels), `mu` and `sigma`, and `mu_s` and `sigma_s` for spatial
+features. A string `extractor` may state the fingerprint of the feature network that the statistics come from.
 
-Files of tens of gigabytes are streamed. Nothing of a file is believed before it is checked: sizes that
-headers claim against sizes that are there, checksums, dtypes, shapes and the statistics' own sense. Nothing
-is unpickled, and no member is written anywhere. Whatever is wrong is one ValueError that names the file and
-the reason.
+Files of tens of gigabytes are streamed. Every claim of a file is checked before it is used: sizes, checksums, dtypes,
+shapes, and whether the statistics are a mean and a covariance. Nothing is unpickled, and nothing is extracted to disk.
+Whatever is wrong with a file raises one ValueError that names the file and the reason.
 """
 
 import errno
+import io
 import struct
+import threading
 import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import IO, Any
 
 import numpy as np
@@ -26,7 +29,8 @@ from models.metrics import Gaussian, check_semidefinite
 from orchestrator import storage
 
 CHUNK = 1 << 24  # bytes read at once
-MAX_HELD = 2 << 30  # bytes of an array that has to be held whole: statistics, and images in Fortran order
+MAX_HELD = 2 << 30  # bytes of an array that is loaded as a whole: statistics, labels, images in Fortran order
+MAX_HEADER = 10_000  # characters of an npy header
 BROKEN = (
     zipfile.BadZipFile,
     zlib.error,
@@ -36,20 +40,19 @@ BROKEN = (
     NotImplementedError,
     UnicodeError,
 )
-MAX_HEADER = 10_000  # characters of an npy header
 KEYS = ("arr_0", "arr_1", "mu", "sigma", "mu_s", "sigma_s", "extractor")
 
 
 @dataclass(frozen=True)
 class _Member:
-    """An array inside the archive, as its header describes it."""
+    """An array in the archive, as its header describes it."""
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     fortran: bool
-    header: int  # bytes before its data
-    offset: int | None  # of its data in the file, where it is stored plainly
+    header: int  # bytes before the data
+    offset: int | None  # of the data in the file; None = compressed
     checksum: int  # CRC-32 of header and data
 
     @property
@@ -57,94 +60,105 @@ class _Member:
         return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class PublishedBatch:
-    """A checked file: what it holds, and its images on demand. Plain data: it can be sent to other processes.
+class ImageRows:
+    """Reads ranges of a file's images. It can be pickled; the copy opens the file again.
 
-    `num_images` is 0 in a file of statistics alone. `pool` and `spatial` are the statistics of pooled and of
-    spatial features, each None where the file has none: what needs them is then not available, and not 0.
+    The file stays open between calls. Compressed images can only be decompressed in order, so that a call continues
+    where the last one ended, and starts from the beginning if its range lies before that.
     """
 
-    uri: str
-    num_images: int
-    height: int
-    width: int
-    labels: NDArray[np.int64] | None
-    pool: Gaussian | None
-    spatial: Gaussian | None
-    images: _Member | None
-    extractor: str | None = None  # fingerprint of the network behind the statistics, where the file states one
+    def __init__(self, uri: str, member: _Member) -> None:
+        self._uri, self._member = uri, member
+        self._file: IO[bytes] | None = None
+        self._lock = threading.Lock()
 
-    @property
-    def by_range(self) -> bool:
-        """Whether `rows` reads no more than it answers; otherwise the file can only be read from its start."""
-        return self.images is not None and self.images.offset is not None and not self.images.fortran
+    def __reduce__(self) -> tuple:
+        return type(self), (self._uri, self._member)
+
+    def __call__(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Return the images uint8 [stop - start, H, W, 3]; ValueError if the range is not within the file."""
+        count, *shape = self._member.shape
+        if not 0 <= start <= stop <= count:
+            raise ValueError(f"{self._uri}: rows {start}..{stop} are not within its {count} images")
+        row = int(np.prod(shape))
+        with self._lock, _reading(self._uri):
+            if self._file is None:
+                self._file, self._first = self._open()
+            self._file.seek(self._first + start * row)
+            data = self._file.read((stop - start) * row)
+        if len(data) != (stop - start) * row:
+            raise ValueError(f"{self._uri} is not an intact .npz file: its images end early")
+        return np.frombuffer(bytearray(data), np.uint8).reshape(-1, *shape)
+
+    def _open(self) -> tuple[IO[bytes], int]:
+        """Return a seekable file and the position of the first image in it."""
+        file = storage.open_input(self._uri)
+        if self._member.fortran:
+            with file, zipfile.ZipFile(file) as archive:
+                return io.BytesIO(_load(archive, self._member).tobytes()), 0
+        if self._member.offset is not None:
+            return file, self._member.offset
+        return zipfile.ZipFile(file).open(f"{self._member.name}.npy"), self._member.header
+
+
+@dataclass(frozen=True)
+class PublishedBatch:
+    """The checked content of a file, with its images on demand. It can be sent to other processes."""
+
+    uri: str
+    num_images: int  # 0 = the file holds statistics only
+    labels: NDArray[np.int64] | None
+    pool: Gaussian | None  # statistics of pooled features; None = the file has none
+    spatial: Gaussian | None  # statistics of spatial features; None = the file has none
+    images: _Member | None
+    extractor: str | None = None  # fingerprint of the network behind the statistics, if the file states one
 
     @property
     def checksum(self) -> int:
-        """CRC-32 of the images as they are stored; 0 where there are none."""
+        """Return the CRC-32 of the stored images, or 0 if there are none."""
         return self.images.checksum if self.images else 0
 
-    def rows(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """Images uint8 [stop - start, H, W, 3] of an index range.
-
-        Direct where they are stored plainly (as `np.savez` does); a compressed file is read from its start,
-        so prefer `blocks` there. Raises ValueError outside 0..num_images.
-        """
-        if self.images is None or not 0 <= start <= stop <= self.num_images:
-            raise ValueError(f"{self.uri}: rows {start}..{stop} are not within its {self.num_images} images")
-        row = self.height * self.width * 3
-        if self.images.offset is None or self.images.fortran:
-            parts = [block[max(start - first, 0) : stop - first] for first, block in self.blocks() if first < stop]
-            return np.concatenate([part for part in parts if len(part)])
-        with _reading(self.uri), storage.open_input(self.uri) as file:
-            file.seek(self.images.offset + start * row)
-            data = _read_exactly(file, (stop - start) * row)
-        return np.frombuffer(data, np.uint8).reshape(-1, self.height, self.width, 3)
-
-    def blocks(self, size: int = 512) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """(first index, images uint8 [<= size, H, W, 3]) in order, in the memory of one block."""
+    @cached_property
+    def rows(self) -> ImageRows:
+        """Return the function that reads a range of the images."""
         if self.images is None:
-            return
-        with _reading(self.uri), _member(self.uri, self.images) as data:
-            if self.images.fortran:
-                whole = np.frombuffer(_read_exactly(data, self.images.size), np.uint8)
-                whole = whole.reshape(self.images.shape, order="F")
-                for first in range(0, self.num_images, size):
-                    yield first, np.ascontiguousarray(whole[first : first + size])
-                return
-            for first in range(0, self.num_images, size):
-                count = min(size, self.num_images - first)
-                block = _read_exactly(data, count * self.height * self.width * 3)
-                yield first, np.frombuffer(block, np.uint8).reshape(count, self.height, self.width, 3)
+            raise ValueError(f"{self.uri} holds statistics but no images (arr_0)")
+        return ImageRows(self.uri, self.images)
 
 
 def open_batch(uri: str, num_classes: int | None = None) -> PublishedBatch:
-    """Checks a published-format .npz and says what it holds.
+    """Check a published .npz file and return its content.
 
-    Reads all of it once, for the checksums, in constant memory. Keys other than arr_0, arr_1, mu, sigma, mu_s,
-    sigma_s and extractor are ignored. Labels must lie in 0..num_classes - 1 (in 0.. where None). Raises ValueError for
-    anything that is not an intact batch: images other than uint8 [N, H, W, 3], labels that do not match,
-    statistics that are no mean and covariance, damaged or foreign files; FileNotFoundError where there is
-    none.
+    This reads the whole file once, for the checksums, in constant memory. Other keys than those of the layout are
+    ignored.
+
+    Args:
+        num_classes: labels must lie in 0..num_classes - 1; None = any label from 0 on is accepted.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, its images are not uint8 [N, H, W, 3], it does not have one label for each
+            image, or its statistics are not a mean and a covariance.
     """
     with _reading(uri), storage.open_input(uri) as file, zipfile.ZipFile(file) as archive:
         members = _members(archive, file)
         if not {"arr_0", "mu"} & set(members):
             raise ValueError(f"has neither 'arr_0' (images) nor 'mu' (statistics); it holds {_names(archive)}")
         images = members.get("arr_0")
-        count, height, width = _image_shape(images) if images else (0, 0, 0)
-        labels = _labels(archive, members.get("arr_1"), count, num_classes)
-        pool, spatial = (_statistics(archive, members, *keys) for keys in (("mu", "sigma"), ("mu_s", "sigma_s")))
-        extractor = _text(archive, members.get("extractor"))
         if images:
-            _verify(archive, images)
-    return PublishedBatch(uri, count, height, width, labels, pool, spatial, images, extractor)
+            _check_images(images)
+        count = images.shape[0] if images else 0
+        labels = _labels(archive, members["arr_1"], count, num_classes) if "arr_1" in members else None
+        pool, spatial = (_statistics(archive, members, *keys) for keys in (("mu", "sigma"), ("mu_s", "sigma_s")))
+        extractor = _text(archive, members["extractor"]) if "extractor" in members else None
+        for name in members:
+            _verify(archive, name)
+    return PublishedBatch(uri, count, labels, pool, spatial, images, extractor)
 
 
 @contextmanager
 def _reading(uri: str) -> Iterator[None]:
-    """Names the file in every complaint, and gives what broken archives raise one type."""
+    """Raise whatever a broken archive causes as a ValueError that names the file."""
     try:
         yield
     except BROKEN as error:
@@ -162,7 +176,7 @@ def _names(archive: zipfile.ZipFile) -> list[str]:
 
 
 def _members(archive: zipfile.ZipFile, file: IO[bytes]) -> dict[str, _Member]:
-    """The arrays that the layout knows, their claimed sizes checked against what is stored."""
+    """Return the arrays of the layout, after comparing the size that each header claims with the stored size."""
     members: dict[str, _Member] = {}
     for info in archive.infolist():
         name = info.filename.removesuffix(".npy")
@@ -185,7 +199,7 @@ def _members(archive: zipfile.ZipFile, file: IO[bytes]) -> dict[str, _Member]:
 
 
 def _header(data: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, order and dtype from an npy header of version 1, 2 or 3; object arrays are refused unread."""
+    """Return shape, Fortran order and dtype from an npy header of version 1, 2 or 3."""
     version = npy.read_magic(data)
     if version not in ((1, 0), (2, 0), (3, 0)):
         raise ValueError(f"{name}: npy version {version} is unknown")
@@ -199,34 +213,15 @@ def _header(data: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype
 
 
 def _data_offset(file: IO[bytes], info: zipfile.ZipInfo) -> int:
-    """Where a stored member's bytes begin: after its local header, whose two last fields are variable lengths."""
+    """Return where a stored member's bytes begin: after the two fields of variable length in its local header."""
     file.seek(info.header_offset + 26)
-    name, extra = struct.unpack("<HH", _read_exactly(file, 4))
+    name, extra = struct.unpack("<HH", file.read(4))
     return int(info.header_offset + 30 + name + extra)
 
 
-@contextmanager
-def _member(uri: str, member: _Member) -> Iterator[IO[bytes]]:
-    """The member's data, its header skipped."""
-    with storage.open_input(uri) as file, zipfile.ZipFile(file) as archive, archive.open(f"{member.name}.npy") as data:
-        _read_exactly(data, member.header)
-        yield data
-
-
-def _read_exactly(data: IO[bytes], count: int) -> bytes:
-    pieces, left = [], count
-    while left:
-        piece = data.read(min(left, CHUNK))
-        if not piece:
-            raise EOFError(f"it ends {left} bytes early")
-        pieces.append(piece)
-        left -= len(piece)
-    return b"".join(pieces)
-
-
-def _verify(archive: zipfile.ZipFile, member: _Member) -> None:
-    """Reads a member to its end, where its checksum is compared."""
-    with archive.open(f"{member.name}.npy") as data:
+def _verify(archive: zipfile.ZipFile, name: str) -> None:
+    """Read a member to its end, where zipfile compares its checksum."""
+    with archive.open(f"{name}.npy") as data:
         while data.read(CHUNK):
             pass
 
@@ -235,43 +230,34 @@ def _load(archive: zipfile.ZipFile, member: _Member) -> NDArray[Any]:
     if member.size > MAX_HELD:
         raise ValueError(f"{member.name}: {member.size} bytes are more than statistics or labels can be")
     with archive.open(f"{member.name}.npy") as data:
-        _read_exactly(data, member.header)
-        array = np.frombuffer(_read_exactly(data, member.size), member.dtype)
-        data.read(1)  # the end, where the checksum is compared
-    return array.reshape(member.shape, order="F" if member.fortran else "C")
+        return npy.read_array(data, allow_pickle=False, max_header_size=MAX_HEADER)
 
 
-def _image_shape(member: _Member) -> tuple[int, int, int]:
-    """N, H, W of the images, or what is wrong with them."""
-    wanted = "wanted uint8 images [N, H, W, 3] with values 0..255"
+def _check_images(member: _Member) -> None:
+    expected = "expected uint8 images [N, H, W, 3] with values 0..255"
     if member.dtype != np.uint8:
-        raise ValueError(f"arr_0 has dtype {member.dtype}; {wanted}")
+        raise ValueError(f"arr_0 has dtype {member.dtype}; {expected}")
     if len(member.shape) != 4 or member.shape[3] != 3 or 0 in member.shape:
         hint = " (channels come last)" if len(member.shape) == 4 and member.shape[1] == 3 else ""
-        raise ValueError(f"arr_0 has shape {member.shape}; {wanted}{hint}")
+        raise ValueError(f"arr_0 has shape {member.shape}; {expected}{hint}")
     if member.fortran and member.size > MAX_HELD:
-        raise ValueError(f"arr_0 is in Fortran order and has {member.size} bytes, too many to turn: save it in C order")
-    return member.shape[0], member.shape[1], member.shape[2]
+        raise ValueError(
+            f"arr_0 is in Fortran order and too large ({member.size} bytes) to convert: save it in C order"
+        )
 
 
-def _labels(
-    archive: zipfile.ZipFile, member: _Member | None, num_images: int, num_classes: int | None
-) -> NDArray[np.int64] | None:
-    if member is None:
-        return None
+def _labels(archive: zipfile.ZipFile, member: _Member, num_images: int, num_classes: int | None) -> NDArray[np.int64]:
     if member.dtype.kind not in "iu" or member.shape != (num_images,):
         found = f"{member.dtype} {member.shape}"
-        raise ValueError(f"arr_1 (labels) is {found}; wanted one integer for each of {num_images} images")
+        raise ValueError(f"arr_1 (labels) is {found}; expected one integer for each of {num_images} images")
     labels = _load(archive, member)
     if num_images and (labels.min() < 0 or labels.max() >= (num_classes or np.inf)):
         limit = "" if num_classes is None else f"{num_classes - 1}"
-        raise ValueError(f"arr_1 holds labels from {labels.min()} to {labels.max()}; wanted 0..{limit}")
+        raise ValueError(f"arr_1 holds labels from {labels.min()} to {labels.max()}; expected 0..{limit}")
     return labels.astype(np.int64)
 
 
-def _text(archive: zipfile.ZipFile, member: _Member | None) -> str | None:
-    if member is None:
-        return None
+def _text(archive: zipfile.ZipFile, member: _Member) -> str:
     if member.dtype.kind != "U" or int(np.prod(member.shape)) != 1:
         raise ValueError(f"{member.name} is {member.dtype} {member.shape}; expected one string")
     return str(_load(archive, member).item())
@@ -286,7 +272,7 @@ def _statistics(archive: zipfile.ZipFile, members: dict[str, _Member], mean: str
         raise ValueError(f"it has {present[0]!r} but not {missing!r}; it holds {_names(archive)}")
     for key in present:
         if members[key].dtype.kind != "f":
-            raise ValueError(f"{key} has dtype {members[key].dtype}; wanted floating point")
+            raise ValueError(f"{key} has dtype {members[key].dtype}; expected floating point")
     try:
         statistics = Gaussian(_load(archive, members[mean]), _load(archive, members[covariance]))
         check_semidefinite(statistics)

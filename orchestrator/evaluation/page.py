@@ -1,4 +1,4 @@
-"""An evaluation's page: one self-contained HTML file with the table, grids of samples and their nearest neighbours."""
+"""The HTML page of an evaluation, a single file with tables, grids of samples and their nearest training images."""
 
 import base64
 from pathlib import Path
@@ -19,13 +19,13 @@ from orchestrator.pictures import distances_figure, grid_png
 
 COLUMNS = 10
 NUM_RANDOM = 100
-NUM_EXTREME = 40  # best, and worst
+NUM_EXTREME = 40  # samples with the highest and with the lowest realism
 NUM_CLASSES = 10  # rows of the grid by class
-SHOWN_PIXELS = 64  # about the size of an image on the page: smaller ones are enlarged, larger ones shrunk
+SHOWN_PIXELS = 64  # approximate size of images on the page
 
 
 def template(path: Path) -> jinja2.Template:
-    """Load the template of a page, which extends frame.html of this folder."""
+    """Return the template of a page, which extends frame.html in this folder."""
     loader = jinja2.FileSystemLoader([path.parent, Path(__file__).parent])
     return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(path.name)
 
@@ -33,7 +33,7 @@ def template(path: Path) -> jinja2.Template:
 def evaluation_page(
     report: dict[str, Any], images: ImageSet, reference: Reference, measured: Measurement, labels: np.ndarray
 ) -> tuple[str, dict[str, bytes]]:
-    """The page of report.json's content, and its pictures (PNG) by name."""
+    """Return the page for the content of report.json, and its pictures (PNG) by name."""
     pictures = _pictures(images, reference, measured, labels)
     if distances := report["nearest_training_image"]:
         pictures["copies"] = distances_figure(distances)
@@ -50,7 +50,7 @@ def evaluation_page(
 
 
 def made_lines(made_by: dict[str, Any]) -> list[tuple[str, str]]:
-    """How samples were made, as far as their folder says so: name and value, for a table."""
+    """Return the settings with which samples were generated, as (name, value), if their folder records them."""
     config, record = made_by.get("config", {}), made_by.get("record", {})
     lines = []
     for network in ("weights", "classifier", "upsampler"):
@@ -83,7 +83,7 @@ def _pictures(images: ImageSet, reference: Reference, measured: Measurement, lab
 
 
 def _small(images: np.ndarray) -> np.ndarray:
-    """uint8 [n, H, W, 3], large ones shrunk by means over areas."""
+    """Downsample large images uint8 [n, H, W, 3] by means over areas."""
     if min(images.shape[1:3]) <= SHOWN_PIXELS:
         return images
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float()

@@ -1,4 +1,4 @@
-"""Evaluations and likelihoods by name."""
+"""Presets of evaluations and likelihood estimates."""
 
 from orchestrator.config import DIGITS, IMAGENET, IMAGES, SIZES
 from orchestrator.evaluation.config import EvaluationConfig
@@ -6,7 +6,7 @@ from orchestrator.evaluation.likelihood import LikelihoodConfig
 
 
 def evaluation_presets() -> dict[str, tuple[str, EvaluationConfig]]:
-    """Samples to measure."""
+    """Return the presets of evaluations, with their descriptions."""
     digits = EvaluationConfig(
         samples="digits/samples",
         reference="datasets/digits",
@@ -29,12 +29,15 @@ def evaluation_presets() -> dict[str, tuple[str, EvaluationConfig]]:
     )
     return {
         "digits": (DIGITS, digits),
-        "images": (f"{IMAGES}, by EfficientNet with ImageNet weights, which a package brings", images),
+        "images": (f"{IMAGES}, with EfficientNet and its ImageNet weights from a Python package", images),
         **{
-            f"imagenet{size}": (f"{IMAGENET} at {size}x{size}, by FID's Inception network", _imagenet(size))
+            f"imagenet{size}": (f"{IMAGENET} at {size}x{size}, by the Inception network of FID", _imagenet(size))
             for size in SIZES
         },
-        "released": ("ImageNet 64x64 against the published reference batch, by FID's Inception network", released),
+        "released": (
+            "ImageNet 64x64, compared with the published reference batch by the Inception network of FID",
+            released,
+        ),
     }
 
 
@@ -50,7 +53,7 @@ def _imagenet(size: int) -> EvaluationConfig:
 
 
 def likelihood_presets() -> dict[str, tuple[str, LikelihoodConfig]]:
-    """Likelihoods to estimate."""
+    """Return the presets of likelihood estimates, with their descriptions."""
     digits = LikelihoodConfig(
         weights="digits/diffusion", dataset="datasets/digits", output="digits/likelihood", num_workers=2
     )

@@ -1,4 +1,4 @@
-"""Which snapshots of a training run are evaluated, and how they are sampled."""
+"""The config of an evaluation of a training run."""
 
 from pydantic import Field, model_validator
 
@@ -9,17 +9,17 @@ from orchestrator.search.config import TrialsConfig
 
 
 class RunEvaluationConfig(TrialsConfig):
-    """Which snapshots of a training run are evaluated, and how they are sampled."""
+    """The snapshots of a training run to evaluate, and how to sample them."""
 
-    weights: str  # the training run's folder
-    ema: Operational[tuple[str, ...]] = ()  # averages by name, as ema-0.9999; none = all that the run keeps
-    sigma_rel: Operational[tuple[float, ...]] = ()  # lengths of post-hoc averages, of a run trained with --power-emas
-    objective: tuple[str, ...] = Field(("fd_digits",), min_length=1)  # metrics, the main one first
+    weights: str  # folder of the training run
+    ema: Operational[tuple[str, ...]] = ()  # averages to evaluate, such as ema-0.9999; empty = all of the run
+    sigma_rel: Operational[tuple[float, ...]] = ()  # lengths of post-hoc averages; needs a training with --power-emas
+    objective: tuple[str, ...] = Field(("fd_digits",), min_length=1)  # metrics to compare, the main one first
     sampler: SamplerConfig = SamplerConfig(name="ddim", num_steps=25)
     guidance: Operational[GuidanceConfig] = GuidanceConfig()
-    scales: Operational[tuple[float, ...]] = ()  # several guidance scales; none = guidance.scale alone
-    num_samples: Operational[int] = Field(2_000, ge=64)  # of each snapshot, all with the same labels and noise
-    follow: Operational[bool] = False  # while the run is being trained, wait for its next snapshots
+    scales: Operational[tuple[float, ...]] = ()  # guidance scales to evaluate; empty = guidance.scale only
+    num_samples: Operational[int] = Field(2_000, ge=64)  # samples of each snapshot, with the same labels and noise
+    follow: Operational[bool] = False  # wait for new snapshots until the training ends
 
     @property
     def most_samples(self) -> int:
@@ -34,7 +34,7 @@ class RunEvaluationConfig(TrialsConfig):
     @model_validator(mode="after")
     def _check(self) -> "RunEvaluationConfig":
         if self.weights.endswith((".pt", ".safetensors")):
-            raise ValueError(f"weights={self.weights} is a file; pass a training run's folder, which holds snapshots")
+            raise ValueError(f"weights={self.weights} is a file; pass a training run's folder, which has snapshots")
         guided = any(guide.kind == "classifier" and guide.scale for guide in self.guides)
         if guided and self.classifier is None:
             raise ValueError("guidance.kind=classifier with a scale above 0 needs --classifier")

@@ -1,8 +1,8 @@
-"""Quality along a training: every snapshot of a run sampled with the same labels and noise, measured and compared.
+"""Quality along a training: all snapshots of a run are sampled with the same labels and noise, and compared.
 
-All snapshots draw the same indices, so neighbours on a curve are compared by paired differences, in which most of the
-sampling error cancels. The evaluation runs beside the training, on workers of its own, or afterwards. What is evaluated
-keeps its record, as a search's trials do, so the same command goes on after an interruption.
+All snapshots use the same indices, so consecutive snapshots are compared by paired differences, in which most of the
+sampling error cancels. The evaluation runs during the training on its own workers, or afterwards. The result of each
+snapshot is stored, so that the same command continues after an interruption.
 """
 
 import logging
@@ -46,17 +46,17 @@ from orchestrator.training.lease import Lease
 from orchestrator.training.snapshots import Snapshot, power_snapshots, snapshots
 from orchestrator.weights.network import BEST, weights_file
 
-POLL_SECONDS = 20.0  # between two looks for new snapshots of a run that is being trained
+POLL_SECONDS = 20.0  # between two checks for new snapshots
 
 log = logging.getLogger(__name__)
 
 
 def evaluate_run(config: RunEvaluationConfig) -> str:
-    """Evaluate the snapshots that have no record yet; return the URI of quality.json.
+    """Evaluate the snapshots that have no stored result, and return the URI of quality.json.
 
     Raises:
-        FileNotFoundError: the run has no snapshots, or the reference or the extractor's weights are not there.
-        ValueError: run, guidance, reference and output folder do not fit each other.
+        FileNotFoundError: the run has no snapshots, or the reference or the extractor's weights do not exist.
+        ValueError: run, guidance, reference and output folder do not fit together.
         RuntimeError: no snapshot could be sampled, or the cluster failed.
     """
     run, output = config.path(config.weights), config.path(config.output)
@@ -66,8 +66,8 @@ def evaluate_run(config: RunEvaluationConfig) -> str:
         if there := sorted({snapshot.average for snapshot in snapshots(run)}):
             raise ValueError(f"--ema {' '.join(config.ema)}: {config.weights} has only {', '.join(there)}")
         raise FileNotFoundError(
-            f"--weights {config.weights}: no snapshots are there yet; train with --snapshot-every, and start this when "
-            "the first one is written"
+            f"--weights {config.weights} has no snapshots yet; train with --snapshot-every, and run this command after "
+            "the first snapshot"
         )
     facts, classes, passes = _check_or_write_config(config, files, found[0])
     with (
@@ -107,10 +107,12 @@ def evaluate_run(config: RunEvaluationConfig) -> str:
 
 
 def _rounds(config: RunEvaluationConfig, passes: Passes) -> Iterator[list[tuple[Snapshot, Evaluation]]]:
-    """Yield the evaluations of the snapshots that are there; with `follow` also of those that come, until the end."""
+    """Yield the evaluations of existing snapshots and, with `follow`, of new ones until the training ends."""
     run, done = config.path(config.weights), set[Snapshot]()
     while True:
-        is_trained = config.follow and Lease(run).is_held()  # asked before looking: what is written last is seen
+        is_trained = (
+            config.follow and Lease(run).is_held()
+        )  # before listing snapshots, so that the last one is not missed
         new = [snapshot for snapshot in _snapshots(config) if snapshot not in done]
         if new:
             yield [(snapshot, task) for snapshot in new for task in _tasks(config, passes, snapshot)]
@@ -122,17 +124,19 @@ def _rounds(config: RunEvaluationConfig, passes: Passes) -> Iterator[list[tuple[
 
 
 def _snapshots(config: RunEvaluationConfig) -> list[Snapshot]:
-    """Return the snapshots that are to be evaluated, oldest first; put post-hoc averages together where they lack."""
+    """Return the snapshots to evaluate, oldest first; missing post-hoc averages are computed."""
     run = config.path(config.weights)
     found = [snapshot for snapshot in snapshots(run) if not config.ema or snapshot.average in config.ema]
     for images in sorted({images for images, _, _ in power_snapshots(run)}) if config.sigma_rel else []:
         for sigma_rel in config.sigma_rel:
-            wanted = AverageConfig(store=config.store, weights=config.weights, sigma_rel=sigma_rel, images=images)
-            uri = average_uri(wanted)
+            requested = AverageConfig(store=config.store, weights=config.weights, sigma_rel=sigma_rel, images=images)
+            uri = average_uri(requested)
             try:
-                uri = uri if storage.exists(uri) else average(wanted)
+                uri = uri if storage.exists(uri) else average(requested)
             except ValueError as error:
-                log.warning("the post-hoc average of length %g at %d images is left out: %s", sigma_rel, images, error)
+                log.warning(
+                    "post-hoc average %g at %d images is skipped, the others continue: %s", sigma_rel, images, error
+                )
                 continue
             found.append(Snapshot(images, f"posthoc-{sigma_rel:g}", f"posthoc/{uri.rpartition('/')[2]}"))
     return sorted(found)
@@ -148,13 +152,13 @@ def _tasks(config: RunEvaluationConfig, passes: Passes, snapshot: Snapshot) -> I
 
 
 def _track(point: Point, tracker: Tracker) -> None:
-    """Log the metrics of a snapshot, at the images that it has seen."""
+    """Log the metrics of a snapshot, with its number of training images as the step."""
     found = {f"{name}/{point.curve}": metric["value"] for name, metric in point.outcome.metrics.items()}
     tracker.metrics(found, step=point.snapshot.images)
 
 
 def _files(config: RunEvaluationConfig) -> dict[str, str]:
-    """Return the file of weights of the guides: that of the first attempt, which config.json notes, or the newest."""
+    """Return the files of the guides' weights: those that config.json records, or the newest ones."""
     noted = noted_files(config.path(config.output))
     paths = [path for path in (config.classifier, config.guidance.weak_weights) if path]
     return {path: weights_file(path, config.path, noted.get(path)) for path in paths}
@@ -171,8 +175,8 @@ def _check_or_write_config(
     """Check or write the config of the output folder; return facts and classes of the networks, and costs of passes.
 
     Raises:
-        ValueError: the networks, or the objectives and the extractor, do not fit each other; or the folder is that of
-            another evaluation, or of a run that was trained anew.
+        ValueError: the networks, the objectives and the extractor do not fit together, or the folder belongs to another
+            evaluation or to an earlier training in the same run folder.
     """
     generation = _generation(config, files, first)
     networks = load_networks(generation, "cpu")
@@ -198,11 +202,11 @@ def _guides(config: RunEvaluationConfig) -> set[Guide]:
 
 
 def plan(config: RunEvaluationConfig) -> tuple[RunEvaluationConfig, str]:
-    """Return the config, and what an evaluation would read, write and cost, by the snapshots that are there."""
+    """Return the config, and what an evaluation of the existing snapshots would read, write and cost."""
     found, reference = _snapshots(config), config.path(config.reference)
     reads = f"reads   {config.path(config.weights)} and {reference}"
     if not found:
-        return config, f"{reads}\nnot there yet: snapshots of the averages asked for"
+        return config, f"{reads}\nnot there yet: snapshots of the requested averages"
     files = _files(config)
     generation = _generation(config, files, found[0])
     passes = passes_of(_guides(config), generation, files)

@@ -1,4 +1,4 @@
-"""Pictures of a run's quality: metrics along the training, and the same seeds from snapshot to snapshot."""
+"""Pictures of the quality along a training: curves of metrics, and samples of the same seeds by each snapshot."""
 
 from typing import Any
 
@@ -10,15 +10,16 @@ from orchestrator.search.evaluator import first_images
 from orchestrator.search.space import Setting
 
 COLUMNS = 20  # samples of a snapshot
-MOST_ROWS = 12  # snapshots in the grid, evenly spread
+MOST_ROWS = 12  # snapshots in the grid, evenly spaced
 
 Json = dict[str, Any]
 
 
 def curve_figure(result: Json) -> bytes:
-    """Draw the objectives, precision and recall against the images seen, a line for each average and guidance scale.
+    """Draw the objectives, precision and recall against training images, one line for each average and guidance scale.
 
-    Bands are 95% intervals of single values; differences between snapshots are surer, since all draw the same noise.
+    Bands are 95% intervals of single values. Differences between snapshots are known more precisely, because all
+    snapshots use the same noise.
     """
     names = [*dict.fromkeys((*result["objective"], "precision", "recall"))]
     figure, axes = subplots(1, len(names), figsize=(3.6 * len(names), 3.4), squeeze=False)
@@ -33,19 +34,19 @@ def curve_figure(result: Json) -> bytes:
             if all(metric["interval"] for metric in found):
                 low, high = np.array([metric["interval"] for metric in found]).T
                 axis.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
-        freed = ", freed of bias" if name in result["objective"] else ""
-        axis.set(xlabel="images", title=name.replace("_", " ") + freed)
+        suffix = ", bias-corrected" if name in result["objective"] else ""
+        axis.set(xlabel="images", title=name.replace("_", " ") + suffix)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return figure_png(figure)
 
 
 def snapshots_figure(config: RunEvaluationConfig, result: Json) -> bytes:
-    """Draw the same indices, labels and noise by the snapshots of the best curve, from the first to the last."""
+    """Draw samples of the same indices, labels and noise by the snapshots of the best curve."""
     along = [point for point in result["points"] if point["curve"] == result["best"]["curve"]]
     places = np.unique(np.linspace(0, len(along) - 1, MOST_ROWS).round().astype(int))
     rows = [
         (f"{point['images']:,}", first_images(config, Setting(**point["setting"]))[:COLUMNS])
         for point in (along[place] for place in places)
     ]
-    return strips_figure(rows, f"{result['best']['curve']}: the same seeds by the number of images trained")
+    return strips_figure(rows, f"{result['best']['curve']}: the same seeds by the number of training images")

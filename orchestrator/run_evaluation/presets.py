@@ -1,4 +1,4 @@
-"""Evaluations of training runs by name."""
+"""Presets of evaluations of training runs."""
 
 from models.samplers import SamplerConfig
 from orchestrator.config import DIGITS, IMAGENET, IMAGES, SIZES
@@ -6,7 +6,7 @@ from orchestrator.run_evaluation.config import RunEvaluationConfig
 
 
 def run_evaluation_presets() -> dict[str, tuple[str, RunEvaluationConfig]]:
-    """Return evaluations of every snapshot of a run."""
+    """Return the presets, with their descriptions."""
     digits = RunEvaluationConfig(
         weights="digits/diffusion",
         classifier="digits/classifier",

@@ -1,10 +1,10 @@
-"""What an evaluation of a run found: each snapshot's quality, the change from the one before, and the best one."""
+"""The result of an evaluation of a run: the quality of each snapshot, its change, and the best snapshot."""
 
 from typing import Any, NamedTuple
 
 from orchestrator.run_evaluation.config import RunEvaluationConfig
 from orchestrator.search.halving import Outcome
-from orchestrator.search.result import objectives_of, worse_by
+from orchestrator.search.result import number, objectives_of, worse_by
 from orchestrator.search.space import Setting
 from orchestrator.training.snapshots import Snapshot
 from orchestrator.weights.network import ANY
@@ -13,7 +13,7 @@ Json = dict[str, Any]
 
 
 class Point(NamedTuple):
-    """A snapshot at one guidance scale, and what was measured."""
+    """A snapshot at one guidance scale, with its metrics."""
 
     snapshot: Snapshot
     setting: Setting
@@ -21,12 +21,12 @@ class Point(NamedTuple):
 
     @property
     def curve(self) -> str:
-        """Return the name of what this point shares with others of its curve: average and guidance scale."""
+        """Return the name of the curve that this point belongs to: average and guidance scale."""
         return f"{self.snapshot.average} scale {self.setting.guidance.scale:g}"
 
 
 def conclude(config: RunEvaluationConfig, points: list[Point]) -> Json:
-    """Return what is written to quality.json.
+    """Return the content of quality.json.
 
     Raises:
         RuntimeError: no snapshot could be sampled, or `num_samples` is too small for the objective.
@@ -35,7 +35,7 @@ def conclude(config: RunEvaluationConfig, points: list[Point]) -> Json:
     measured = [point for point in points if not point.outcome.failed and len(point.outcome.scores[name])]
     failed = {f"{p.snapshot.name}, {p.setting}": p.outcome.failed for p in points if p.outcome.failed}
     if not measured:
-        reason = failed or f"--num-samples {config.num_samples} are too few for {name}"
+        reason = failed or f"--num-samples {config.num_samples} is too small for {name}"
         raise RuntimeError(f"no snapshot could be measured: {reason}")
     best = min(measured, key=lambda point: float(point.outcome.scores[name].mean()))
     curves: dict[str, list[Point]] = {}
@@ -63,7 +63,7 @@ def conclude(config: RunEvaluationConfig, points: list[Point]) -> Json:
 def _described(
     config: RunEvaluationConfig, point: Point, before: Point | None, best: Point, steps: int, count: int
 ) -> Json:
-    """A point of a curve; its intervals hold for all steps, and for all differences from the best, together."""
+    """Return a point as JSON; its intervals are simultaneous over all steps, and over all differences from the best."""
     n, outcome = config.num_samples, point.outcome
     change = worse_by(config, outcome, before.outcome, n, steps) if before else None
     return {
@@ -83,11 +83,11 @@ def _described(
 
 
 def _verdict(change: Json) -> str:
-    """Return what a change says about the training."""
+    """Return the assessment of a change."""
     low, high = change["interval"]
     if high < 0:
         return "still improving"
-    return "getting worse: overfitting" if low > 0 else "no longer told apart"
+    return "getting worse: overfitting" if low > 0 else "no significant change"
 
 
 def _is_worse(behind: Json, name: str) -> bool:
@@ -95,7 +95,7 @@ def _is_worse(behind: Json, name: str) -> bool:
 
 
 def best_files(result: Json) -> dict[str, str]:
-    """Return the best weights of each average, and of all, as names beneath the run's weights/."""
+    """Return the best weights of each average and of all averages, as file names in the run's weights/."""
     name = result["objective"][0]
     found: dict[str, Json] = {}
     for point in result["points"]:
@@ -113,7 +113,9 @@ def _file(point: Json) -> str:
 def summary(result: Json) -> str:
     """Return the table of a run's quality."""
     name, best = result["objective"][0], result["best"]
-    lines = [f"{'images':>14}  {'average, guidance':28} {name + ', freed of bias':34} change from the snapshot before"]
+    lines = [
+        f"{'images':>14}  {'average, guidance':28} {name + ', bias-corrected':34} change from the previous snapshot"
+    ]
     for point in result["points"]:
         change = f"{number(point['change'][name])}: {point['verdict']}" if point["change"] else ""
         mark = " <- best" if point["best"] else ""
@@ -121,12 +123,7 @@ def summary(result: Json) -> str:
         lines.append(f"{point['images']:>14,}  {point['curve']:28} {value:34} {change}{mark}")
     lines += [f"failed: {what}: {reason}" for what, reason in result["failed"].items()]
     lines.append(
-        f"best    {best['curve']} at {best['images']:,} images; it is as good from {result['as_good_from']:,} on, "
-        f"as far as {result['num_samples']:,} samples tell (simultaneous 95% intervals)"
+        f"best    {best['curve']} at {best['images']:,} images; no significant difference from "
+        f"{result['as_good_from']:,} images on, with {result['num_samples']:,} samples (simultaneous 95% intervals)"
     )
     return "\n".join(lines)
-
-
-def number(estimate: Json) -> str:
-    ends = estimate["interval"]
-    return f"{estimate['value']:.4g}" + (f" ({ends[0]:.4g} to {ends[1]:.4g})" if ends else "")

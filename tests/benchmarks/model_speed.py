@@ -11,7 +11,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -99,7 +99,7 @@ def _paths(
         prediction = diffusion.denoiser(unet, y=y)(inputs, t)
         log_prob = F.log_softmax(classifier(inputs, diffusion.model_timesteps(t, x)), dim=1)[torch.arange(n), y]
         shift = torch.autograd.grad(log_prob.sum(), inputs)[0]
-        shifted = prediction.with_mean(prediction.mean + prediction.variance * shift)
+        shifted = replace(prediction, mean=prediction.mean + prediction.variance * shift)
         return ddpm_step(diffusion, shifted, inputs, t, noise).detach()
 
     denoise = diffusion.denoiser(fast, y=y)

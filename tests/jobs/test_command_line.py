@@ -168,7 +168,7 @@ def test_a_preset_file_must_be_named(capsys: pytest.CaptureFixture[str]) -> None
         (["digits", "--tracking", "maybe"], "--tracking maybe is not accepted; accepted: true or false"),
         (["digits", "--dtype", "half"], "--dtype half is not accepted; accepted: float32, bfloat16 or float16"),
         (["digits", "--ema-rates", "0.9", "x"], "--ema-rates x is not accepted; accepted: one or more values"),
-        (["digits", "--preview.eta", "0.5"], "--preview.eta 0.5 has no meaning for --preview.name ddpm"),
+        (["digits", "--preview.eta", "0.5"], "--preview.eta 0.5 has no effect with --preview.name ddpm"),
         (["digits", "--preview.eta", "-1"], "--preview.eta -1 is not accepted; accepted: a number of at least 0"),
         (["digits", "--model.image-size", "9"], "--model.image-size 9 cannot be halved"),
         (["no-such-preset"], f"unknown preset no-such-preset; the presets are {', '.join(adm_presets())}\n"),

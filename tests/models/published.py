@@ -1,4 +1,4 @@
-"""What the ADM paper (arXiv 2105.05233) states of the cost of its networks."""
+"""Costs of the networks in the ADM paper (arXiv 2105.05233)."""
 
 PAPER_PEAK = 120e12  # FLOP/s of a V100, by which table 7 computes its theoretical speeds; the data sheet says 125
 # name -> (theoretical, reached) training images/s on a V100

@@ -1,4 +1,4 @@
-"""Costs: FLOPs against the published ones, evaluations against those that samplers make, peak memory by closed forms.
+"""Costs: FLOPs agree with published ones, evaluations with those of the samplers, peak memory with closed forms.
 
 Source: ADM (arXiv 2105.05233) table 7 for the theoretical speed of training.
 """
@@ -109,7 +109,7 @@ def test_evaluations_are_those_that_the_sampler_makes(name: str) -> None:
 
 
 def made_by(sampler: SamplerConfig, guidance: GuidanceConfig) -> Evaluations:
-    """Run a chain, and count the calls of its two networks."""
+    """Run a chain and count the calls of its two networks."""
     diffusion = Diffusion(DiffusionConfig(), respacing_for(sampler, 1000))
     exact, calls = Gaussian().denoiser(diffusion), {"model": 0, "guide": 0}
 

@@ -1,4 +1,4 @@
-"""The process: identities of its tables, respacing, parameterisations, losses, timestep sampling."""
+"""Diffusion process: identities of its tables, respacing, parameterisations, losses and timestep sampling."""
 
 import math
 from typing import Any
@@ -60,7 +60,7 @@ def test_betas_outside_their_range_are_refused() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("ddim300", r"no integer stride keeps 300 of 1000 steps; near are \[250, 334\]"),
+        ("ddim300", r"no integer stride keeps 300 of 1000 steps; the nearest are \[250, 334\]"),
         ("10,500,10", "section 1 has 333 steps, fewer than 500"),
         ("10,,10", "not an integer"),
         ("7x", "not an integer"),

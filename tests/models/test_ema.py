@@ -1,4 +1,4 @@
-"""Power-function averages: closed forms, and one put together from two others equals itself tracked directly."""
+"""Power-function averages: closed forms, and reconstructed averages agree with directly tracked ones."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_impossible_lengths_are_refused(sigma_rel: float) -> None:
 
 
 def tracked(path: np.ndarray, sigma_rel: float) -> np.ndarray:
-    """The average after every update of a path of weights [updates, D]."""
+    """Return the average after every update of a path of weights [updates, D]."""
     average, gamma, found = np.zeros(path.shape[1]), gamma_of(sigma_rel), []
     for update, weights in enumerate(path, 1):
         average = weights + power_decay(gamma, update) * (average - weights)

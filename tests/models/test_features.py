@@ -1,4 +1,4 @@
-"""The digits network: right on held-out scans, the same from one seed, independent of how a set is cut."""
+"""The digits network: accuracy on held-out scans, reproducibility, and independence of batches."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Guidance: closed forms of both algorithms, the interval, small gradients in low precision."""
+"""Guidance: closed forms of all kinds, the interval, and small gradients in low precision."""
 
 import math
 from typing import Any
@@ -56,7 +56,7 @@ class ExactClassifier(nn.Module):
 
 
 def exact_denoiser(diffusion: Diffusion, label: int | None) -> Denoise:
-    """The exact denoiser of one class, or of both."""
+    """Return the exact denoiser of one class or of both."""
     classifier = ExactClassifier(diffusion)
 
     def denoise(x_t: Tensor, t: Timestep) -> Prediction:
@@ -146,7 +146,7 @@ def test_outside_its_interval_the_classifier_is_not_called() -> None:
         assert classifier.calls == calls
         assert torch.equal(x, final_x(ddim(denoise, diffusion, noise(0), noise))) == (calls == 0)
     gradient = classifier_gradient(ExactClassifier(diffusion), diffusion, y, 1.0, (0.0, 0.5))
-    with pytest.raises(ValueError, match="one timestep"):
+    with pytest.raises(ValueError, match="int timestep"):
         gradient(noise(0), torch.zeros(6, dtype=torch.int64))
 
 
@@ -236,7 +236,7 @@ def test_guidance_works_where_gradients_are_off() -> None:
 @pytest.mark.parametrize("t", [0, 5, 19])
 @pytest.mark.parametrize("scale", [0.5, 3.0])
 def test_classifier_free_guidance_is_that_of_the_exact_classifier(t: int, scale: float) -> None:
-    """Bayes: eps(class) - eps is -sqrt(1 - abar) grad log p(class | x_t), so both kinds are one where all is exact."""
+    """By Bayes, eps(class) - eps is -sqrt(1 - abar) grad log p(class | x_t), so both kinds are equal here."""
     diffusion = process()
     x_t, label = torch.linspace(-1.5, 1.5, 6).view(6, 1, 1, 1), 1
     gradient = classifier_gradient(ExactClassifier(diffusion), diffusion, torch.full((6,), label), scale)
@@ -270,7 +270,7 @@ def test_autoguidance_of_gaussians_has_the_closed_form(t: int) -> None:
 
 
 class CountedModel(nn.Module):
-    """A model of random weights that remembers the labels it was asked for."""
+    """A model with random weights that records its labels."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Between pictures and what networks see."""
+"""Conversions between pictures and network inputs."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Intervals hold the truth in the stated conditions, and beyond these an estimate has a note.
+"""Intervals cover the true value under the stated conditions; otherwise an estimate has a note.
 
 The long simulation is `python -m tests.benchmarks.interval_coverage`; `docs/promises.md` has its table.
 """
@@ -23,7 +23,7 @@ def rows_of(world: str, replications: int) -> list[Row]:
     "world", [pytest.param(world, marks=[pytest.mark.slow] if world in SLOW else []) for world in IN_CONDITION]
 )
 def test_intervals_hold_in_the_stated_conditions(world: str) -> None:
-    """Of 300 intervals, which err by 2.5 points themselves."""
+    """The share of 300 intervals has a standard error of up to 2.5 points."""
     for row in rows_of(world, 300):
         print(row)
         assert 0.88 <= row.held <= (1.0 if row.metric in AT_LEAST else 0.985), row

@@ -1,4 +1,4 @@
-"""Likelihood: on Gaussian data every term of the bound has a closed form."""
+"""Likelihood: for Gaussian data, every term of the bound has a closed form."""
 
 import math
 
@@ -38,7 +38,7 @@ def no_noise(t: int) -> Tensor:
 
 
 def images() -> Tensor:
-    """8-bit images of Gaussian pixels, the values of their levels in [-1, 1]."""
+    """Return 8-bit images of Gaussian pixels, in [-1, 1]."""
     x = DATA.mean + DATA.std * np.random.default_rng([6]).standard_normal((1, 1, SIZE, SIZE))
     return torch.from_numpy(np.round((x + 1) * 127.5) / 127.5 - 1).float()
 

@@ -1,4 +1,4 @@
-"""Closed forms, conventions, sharding, and the proof that each interval holds the truth as often as it says.
+"""Metrics: closed forms, conventions, sharding, and coverage of the intervals.
 
 The golden data of the public implementations are compared in `tests/test_reference_metrics.py`.
 """
@@ -27,7 +27,6 @@ from models.metrics import (
     frechet_estimate,
     inception_score,
     inception_score_10split,
-    influence_scores,
     kid,
     kid_scores,
     mean_estimate,
@@ -35,12 +34,12 @@ from models.metrics import (
     merge,
     merge_in_order,
     moments,
-    paired_difference,
     proportion_estimate,
     softmax,
     student_quantile,
     vendi_score,
 )
+from models.paired_tests import differences
 
 Array = NDArray[np.float64]
 SEED = 20
@@ -101,7 +100,7 @@ def test_merging_uneven_shards_loses_nothing() -> None:
     [
         (np.zeros((0, 4)), r"\(0, 4\)"),
         (np.zeros(4), r"\(4,\)"),
-        (np.full((3, 4), np.nan), "not finite"),
+        (np.full((3, 4), np.nan), "NaN"),
     ],
 )
 def test_features_that_cannot_be_measured_are_refused(features: Array, message: str) -> None:
@@ -250,7 +249,7 @@ def test_small_n_is_said_and_refused() -> None:
     estimate = frechet_estimate(features, reference)
     assert estimate.value > 0 and estimate.low is None and estimate.high is None and "n=20" in estimate.note
     with pytest.raises(ValueError, match="n=20"):
-        influence_scores(features, reference)
+        expand_frechet(features, reference)
     few = expand_frechet(generator(11).standard_normal((100, 10)), reference)
     assert "16 D" in few.estimate.note and few.estimate.low is not None
     assert few.corrected.low is None and "16 D" in few.corrected.note
@@ -372,7 +371,7 @@ def test_heavy_tails_small_references_and_distances_below_zero_are_said() -> Non
     assert "heavy tails" in expand_frechet(broken, exact).estimate.note
     same = rng.standard_normal((2000, 4))
     itself = expand_frechet(same, moments(same)).corrected
-    assert itself.value == itself.low == 0 and "estimated at -" in itself.note
+    assert itself.value == itself.low == 0 and "the estimate is -" in itself.note
 
 
 def test_what_a_perfect_model_scores_against_a_small_reference_is_told() -> None:
@@ -391,9 +390,8 @@ def test_intervals_of_paired_differences_hold() -> None:
     def difference() -> Estimate:
         noise = rng.standard_normal((n, dimension)) @ factor.T
         other = rng.standard_normal((n, dimension)) * 0.2
-        return paired_difference(
-            influence_scores(0.9 * noise, reference), influence_scores(0.8 * noise + other + 0.1, reference)
-        )
+        both = (expand_frechet(x, reference).scores for x in (0.9 * noise, 0.8 * noise + other + 0.1))
+        return mean_estimate(differences(*both))
 
     truth_a = 0.01 * float(np.trace(reference.covariance))
     shape_b = 0.64 * reference.covariance + 0.04 * np.eye(dimension)
@@ -440,7 +438,7 @@ def test_proportions_at_the_ends_keep_their_value_inside() -> None:
 
 def test_pairs_must_cover_the_same_indices() -> None:
     with pytest.raises(ValueError, match="same indices"):
-        paired_difference(np.zeros(5), np.zeros(6))
+        differences(np.zeros(5), np.zeros(6))
 
 
 # --- Inception Score and kernel distance --------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Neighbours and balls: exact decisions whatever the blocks, ties by their rule."""
+"""Neighbours and balls: exact decisions for any block size, also for ties."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Decisions between models: sure as they claim, by paired differences, with given classes as strata."""
+"""Decisions between models: error rates of paired tests, also with classes as strata."""
 
 from itertools import pairwise
 

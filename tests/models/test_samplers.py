@@ -1,4 +1,4 @@
-"""Samplers against closed forms: on Gaussian data the exact denoiser, marginals and ODE are known."""
+"""Samplers agree with closed forms: for Gaussian data, the exact denoiser, marginals and ODE are known."""
 
 import itertools
 from collections.abc import Callable
@@ -94,7 +94,7 @@ def test_solvers_converge_to_the_ode_with_their_order(sampler: str, schedule: st
         diffusion = process(str(steps), schedule=schedule)
         chain = list(SAMPLERS[sampler].run(DATA.denoiser(diffusion), diffusion, X_T, no_noise))
         abar = diffusion.alphas_cumprod
-        # the last step leaves the ODE: it answers with the predicted x_0
+        # the last step is not one of the ODE: it returns the predicted x_0
         errors.append((chain[-2].x - DATA.ode(X_T, abar[-1], abar[0])).abs().max().item())
     orders = [float(np.log2(a / b)) for a, b in itertools.pairwise(errors)]
     assert orders == pytest.approx([order, order], abs=0.15), errors

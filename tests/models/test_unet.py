@@ -1,4 +1,4 @@
-"""Networks: the switches, both attention layouts, precision, gradients. Golden values: tests/reference.py."""
+"""Networks: options, both attention layouts, precision and gradients. tests/reference.py tests golden values."""
 
 import math
 from typing import Any, TypeVar
@@ -62,7 +62,7 @@ def inputs(batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     [
         ("model_channels", 48, "multiples of 32"),
         ("image_size", 15, "cannot be halved"),
-        ("attention_resolutions", (4,), "feature maps have sizes"),
+        ("attention_resolutions", (4,), "feature maps have the sizes"),
         ("num_heads", 5, "split into heads"),
         ("num_heads_upsample", 3, "num_heads_upsample=3"),
         ("channel_mult", (), "channel_mult"),

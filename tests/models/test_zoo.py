@@ -1,4 +1,4 @@
-"""The zoo: counts of parameters and tensors against the published ones, and entries that fit each other.
+"""The released models: numbers of parameters and tensors agree with published ones, and entries fit together.
 
 Names and shapes of four checkpoints are compared by tests/reference.py.
 """
@@ -67,6 +67,6 @@ def test_entries_are_valid(name: str) -> None:
     assert all(score.source for score in model.scores)
 
 
-def test_a_model_that_the_zoo_lacks_is_refused_with_a_similar_name() -> None:
-    with pytest.raises(ValueError, match="no model 'adm-1024'; did you mean adm-"):
+def test_an_unknown_model_is_refused_with_a_similar_name() -> None:
+    with pytest.raises(ValueError, match="'adm-1024'; did you mean adm-"):
         entry("adm-1024")

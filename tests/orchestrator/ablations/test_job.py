@@ -1,4 +1,4 @@
-"""Tables of ablations: shared runs, rows that fail, results over training seeds, and the tables that we bring."""
+"""Tables of ablations: shared runs, failing rows, results over training seeds, and Admiral's tables."""
 
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def replicate(row: str, seed: int, mean: float) -> Measured:
 
 
 def test_intervals_hold_the_spread_over_training_seeds() -> None:
-    """Of 400 tables with differences drawn around 1 and three seeds, 95% of the intervals hold 1."""
+    """In 400 tables with differences around 1 and three seeds, 95% of the intervals cover 1."""
     rng, held = np.random.default_rng(0), 0
     for _ in range(400):
         spread = rng.normal(0, 1, (2, 3))

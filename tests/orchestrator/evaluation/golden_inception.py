@@ -1,4 +1,4 @@
-"""A file of weights by the golden recipe, taken for the published ones, which no test can download."""
+"""A file of golden Inception weights that tests use instead of the published one, which they cannot download."""
 
 import hashlib
 import json
@@ -15,12 +15,13 @@ GOLDEN = Path(__file__).parents[2] / "golden" / "metrics"
 
 
 def write_weights(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, torch.Tensor], str]:
-    """Write them to `path`, and let their digest be the one wanted; answer state dict and digest."""
+    """Write the weights to `path`, and make their digest the expected one; return state dict and digest."""
     shapes = json.loads((GOLDEN / "inception_state_dict.json").read_text())["shapes"]
     with np.load(GOLDEN / "inception_random_weights.npz") as arrays:
         state = random_weights({name: arrays[name] for name in ("seed", "fc_scale")}, shapes)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(extractors, "INCEPTION_SHA256", digest)
+    published = extractors.PUBLISHED["inception"]._replace(sha256=digest)
+    monkeypatch.setitem(extractors.PUBLISHED, "inception", published)
     return state, digest

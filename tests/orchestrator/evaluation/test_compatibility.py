@@ -1,4 +1,4 @@
-"""Samples and reference are compared before features are made: differences are errors, or warnings where meant."""
+"""Samples and reference are compared before features are extracted; differences are errors or warnings."""
 
 from functools import partial
 
@@ -61,9 +61,9 @@ def test_other_class_names_are_an_error(
 @pytest.mark.parametrize(
     ("samples", "reference", "key_words"),
     [
-        ((), NAMES, ["A", "0 to 2", "B names 3", "'cat'"]),
-        (NUMBERS, NAMES, ["A", "0 to 2", "B names 3"]),
-        (NAMES, (), ["B", "0 to 2", "A names 3"]),
+        ((), NAMES, ["A", "0 to 2", "B has 3 names", "'cat'"]),
+        (NUMBERS, NAMES, ["A", "0 to 2", "B has 3 names"]),
+        (NAMES, (), ["B", "0 to 2", "A has 3 names"]),
         ((), NUMBERS[:2], ["A has labels up to 2", "B up to 1"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""Features by blocks of 512 indices: the same however images were sharded, extracted or resumed (promise P5)."""
+"""Features in blocks of 512 indices do not depend on sharding, workers and interruptions (promise P5)."""
 
 import threading
 from dataclasses import dataclass

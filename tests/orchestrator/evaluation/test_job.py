@@ -1,4 +1,4 @@
-"""The job: from samples in any form to one report, the same for every way of sharding and for any pool."""
+"""The evaluation job: the report does not depend on the form of the samples, on shards or on the pool."""
 
 import html
 import json
@@ -49,7 +49,7 @@ def report(uri: str) -> dict[str, Any]:
 
 
 def test_samples_that_are_not_there_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="none holds no finished samples: generate them first"):
+    with pytest.raises(FileNotFoundError, match="none has no finished samples"):
         evaluate(EvaluationConfig(store=str(tmp_path), samples="none", reference="digits", output="evaluation"))
 
 
@@ -63,7 +63,7 @@ def test_samples_that_are_not_there_are_an_error(tmp_path: Path) -> None:
         ({"samples": "a.npy"}, r"--samples a\.npy .*arr_0"),
         ({"image_size": 16}, "image_size=16, but the samples"),
         ({"extractor": "inception"}, "put it at"),
-        ({"extractor": "vgg"}, "wanted inception"),
+        ({"extractor": "vgg"}, "inception, dinov2"),
     ],
 )
 def test_a_mistake_claims_no_folder(store: str, changes: dict[str, Any], message: str) -> None:
@@ -199,7 +199,7 @@ def test_noise_is_measured_by_the_digits_network(store: str, capsys: pytest.Capt
 
 
 def test_held_out_images_are_measured_beside_the_samples(store: str, tmp_path: Path) -> None:
-    """Named by --floor for a reference that has no validation split, and as many as there are samples."""
+    """--floor gives them for a reference without a validation split, as many as there are samples."""
     images = np.random.default_rng([76]).integers(0, 256, (900, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "reference", images[:200])
     np.savez(tmp_path / "held-out", images[200:])
@@ -250,7 +250,7 @@ def test_the_pool_and_a_second_look_give_the_same_report(store: str, ray_session
 
 @pytest.mark.slow
 def test_the_names_of_the_papers_belong_to_inception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The golden recipe's weights in the place of the published ones, against a reference in the published layout."""
+    """The golden weights replace the published ones, with a reference in the published layout."""
     state, digest = write_weights(tmp_path / "weights.pth", monkeypatch)
     images = np.random.default_rng([74]).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "samples", images[:10])

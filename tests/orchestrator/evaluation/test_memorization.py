@@ -1,4 +1,4 @@
-"""The nearest training image, found chunk by chunk: the direct answer, whatever the chunks, copies included."""
+"""The nearest training images are exact for any chunk size, also with copies."""
 
 from functools import partial
 from pathlib import Path

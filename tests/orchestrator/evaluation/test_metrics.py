@@ -1,4 +1,4 @@
-"""The table of metrics: conventions, names, what each metric needs, and what paired tests compare."""
+"""The table of metrics: conventions, names, requirements and scores."""
 
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,7 @@ from orchestrator.evaluation.metrics import METRICS, Comparison, Rows, measure, 
 
 
 def labelled(rng: np.random.Generator, spread: float, n: int = 600) -> Labelled:
-    """Gaussian features in 4 dimensions, and logits that are always right."""
+    """Return Gaussian features in 4 dimensions, and logits that are always right."""
     labels = np.arange(n) % 3
     pool = (spread * rng.standard_normal((n, 4))).astype(np.float32)
     return Labelled(Features(pool, None, 9 * np.eye(3, dtype=np.float32)[labels]), labels)
@@ -27,7 +27,7 @@ def compare(
     extractor: str = "toy",
     strata: np.ndarray | None = None,
 ) -> Comparison:
-    """All of the samples beside all of the reference."""
+    """Return a comparison of all samples with the whole reference."""
     made, real = samples.features, reference.features
     rows = Rows(real.pool, made.pool, manifolds(real.pool, made.pool, strata=strata), kernel=(real.pool, made.pool))
     statistics: dict[ArrayName, Moments | Gaussian] = {"pool": moments(real.pool)}
@@ -103,7 +103,7 @@ def test_metrics_that_do_not_apply_are_neither_found_nor_missing() -> None:
 
 
 def test_features_are_read_once() -> None:
-    """A read of one kind of features reads every block of a set from storage."""
+    """Each read of an array reads all blocks from storage."""
     rng, asked = np.random.default_rng(8), list[str]()
     made = compare(labelled(rng, 1.0), labelled(rng, 1.0))
 

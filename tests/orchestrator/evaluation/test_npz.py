@@ -1,4 +1,4 @@
-"""The published .npz layout: what is intact loads and streams, what is not is one error with its reason."""
+"""The published .npz layout: valid files are streamed, and others raise one error with the reason."""
 
 import io
 import json
@@ -47,9 +47,8 @@ REASONS = {  # what the message has to say beside the file's name
 
 
 def images_of(batch: PublishedBatch, size: int = 7) -> NDArray[np.uint8]:
-    blocks = list(batch.blocks(size))
-    assert [first for first, _ in blocks] == list(range(0, batch.num_images, size))
-    return np.concatenate([block for _, block in blocks])
+    starts = range(0, batch.num_images, size)
+    return np.concatenate([batch.rows(start, min(start + size, batch.num_images)) for start in starts])
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in GOLDEN.glob("ok_*.npz")))
@@ -97,7 +96,7 @@ def test_labels_beyond_the_classes_are_refused() -> None:
     labels = open_batch(path).labels
     assert labels is not None
     assert open_batch(path, num_classes=int(labels.max()) + 1).num_images == 64
-    with pytest.raises(ValueError, match=r"wanted 0\.\."):
+    with pytest.raises(ValueError, match=r"expected 0\.\."):
         open_batch(path, num_classes=int(labels.max()))
 
 
@@ -136,13 +135,13 @@ def test_two_members_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 def test_damage_anywhere_is_found(tmp_path: Path) -> None:
-    """A byte changed or the end cut off: one ValueError, or (in a byte that carries nothing) the same images."""
+    """A changed byte or a missing end raises one ValueError, or changes nothing if the byte is unused."""
     rng = np.random.default_rng([30])
     print("seed 30")
     good = (GOLDEN / "ok_samples_labelled.npz").read_bytes()
     images = images_of(open_batch(str(GOLDEN / "ok_samples_labelled.npz")))
     path, refused = tmp_path / "damaged.npz", 0
-    for trial in range(200):
+    for trial in range(80):
         damaged = bytearray(good)
         if trial % 4 == 0:
             del damaged[rng.integers(len(good)) :]
@@ -154,4 +153,4 @@ def test_damage_anywhere_is_found(tmp_path: Path) -> None:
         except ValueError as error:
             assert "damaged.npz" in str(error)
             refused += 1
-    assert refused > 150
+    assert refused > 60

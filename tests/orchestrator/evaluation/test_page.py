@@ -1,4 +1,4 @@
-"""The page shows the images that it names."""
+"""The page of an evaluation shows the right images."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""An extractor of one's own, by dotted name: the means of the four quarters of an image, in three colours."""
+"""An extractor that is imported by its dotted name: the means of the four quarters of an image, in three colours."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,6 @@ class ToyExtractor:
 
 
 class FalseInception(ToyExtractor):
-    """Whose distances would be called FID."""
+    """An extractor with a reserved name."""
 
     name = "inception"

@@ -1,4 +1,4 @@
-"""Quality along a training: which snapshots are evaluated, what is said of them, and which one is the best."""
+"""Quality along a training: the evaluated snapshots, their assessments, and the best one."""
 
 import io
 from pathlib import Path
@@ -27,7 +27,7 @@ from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store with the digits and a classifier of random weights."""
+    """Return a store with the digits and a classifier with random weights."""
     folder = str(tmp_path_factory.mktemp("store"))
     prepare(digits(folder))
     save_network(folder, "classifier.safetensors", CLASSIFIER)
@@ -151,7 +151,7 @@ def test_a_plan_works_before_and_after_the_first_snapshot(store: str) -> None:
 
 
 def point(images: int, mean: float, average: str = "ema-0.9", failed: str | None = None) -> Point:
-    """A snapshot whose scores differ from the others' by `mean`, but for a little noise of its own."""
+    """Return a snapshot whose scores differ from the others by `mean` and a little noise."""
     rng = np.random.default_rng(images)
     shared = np.random.default_rng(0).standard_normal(512)
     scores = {} if failed else {"fd_digits": mean + shared + 0.1 * rng.standard_normal(512)}
@@ -166,7 +166,7 @@ def test_a_curve_that_falls_levels_off_and_rises() -> None:
     points = [point(1000 * i, mean) for i, mean in enumerate((5.0, 3.0, 2.0, 2.0, 2.5), 1)]
     result = conclude(asked, [*points, point(3000, 4.0, "ema-0.99"), point(6000, 0.0, failed="NaN")])
     first = [found for found in result["points"] if found["average"] == "ema-0.9"]
-    improving, level, worse = "still improving", "no longer told apart", "getting worse: overfitting"
+    improving, level, worse = "still improving", "no significant change", "getting worse: overfitting"
     assert [found["verdict"] for found in first] == ["first", improving, improving, level, worse]
     assert result["best"]["images"] in (3000, 4000) and result["as_good_from"] == 3000
     files = best_files(result)

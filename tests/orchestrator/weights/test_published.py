@@ -84,7 +84,7 @@ def test_another_file_name_needs_the_zoos_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ema_0.9999_540000.pt.*--flags.*--model.*--recipe.*adm-64.*tiny"):
         load_network(uri)
     assert load_network(uri, recipe="tiny").architecture == TINY
-    with pytest.raises(ValueError, match="the zoo has no model 'huge'"):
+    with pytest.raises(ValueError, match="no released model 'huge'"):
         load_network(uri, recipe="huge")
     with pytest.raises(ValueError, match="carries its architecture"):
         load_network(str(tmp_path / "run"), recipe="tiny")
