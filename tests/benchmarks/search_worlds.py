@@ -1,9 +1,9 @@
-"""How often a search eliminates the best trial, in worlds whose best is known.
+"""How often a search eliminates the best trial, in simulated worlds whose best trial is known.
 
     python -m tests.benchmarks.search_worlds --runs 200
 
 Prints for each world the share of searches that eliminated the best, the share that chose it, and the samples of the
-full grid that were drawn; with and without a budget. The family-wise error is to be at most alpha = 0.05.
+full grid that were drawn, with and without a budget. The family-wise error must be at most alpha = 0.05.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from tests.orchestrator.search.worlds import PRECISE, World, bounded, catastroph
 
 @dataclass(frozen=True)
 class Case:
-    """A world with its number of trials and its best one."""
+    """A world, its number of trials and its best trial."""
 
     make: Callable[[int], World]
     trials: int = 24
@@ -38,7 +38,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Worlds:
-    """How often each world is searched; run r has the seed r."""
+    """The number of searches of each world; run r has the seed r."""
 
     runs: int = 200
     worlds: tuple[str, ...] = tuple(CASES)
