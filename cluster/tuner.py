@@ -1,4 +1,4 @@
-"""Ray Tune: trials that report at every rung, and are paused, resumed and stopped between rounds."""
+"""Rounds of tasks as trials of Ray Tune, which are paused, resumed and stopped between rounds."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,14 +12,14 @@ from ray.util import get_node_ip_address
 Task = TypeVar("Task")
 Numbers = dict[str, float]
 
-DEATHS = 5  # of the process or the node of one trial, after which the rounds end
+MAX_FAILURES = 5  # of the process or the node of a trial; one more ends the rounds
 
 
 class Round(NamedTuple, Generic[Task]):
-    """Tasks that may run at once."""
+    """Tasks that may run at the same time."""
 
-    tasks: list[tuple[str, Task]]  # the name of the trial that does it, and the task; one task for each trial
-    stopped: list[str]  # trials that are not to go on
+    tasks: list[tuple[str, Task]]  # name of the trial and its task; one task for each trial
+    stopped: list[str]  # names of trials to stop
 
 
 Rounds = Iterator[Round[Task]]
@@ -28,19 +28,20 @@ Rounds = Iterator[Round[Task]]
 def run_rounds(
     evaluate: Callable[[Task], Numbers], rounds: Rounds[Task], max_concurrent: int, done: Callable[[Task], None]
 ) -> None:
-    """Do the tasks of each round, each as a step of its trial, and ask for the next round when all are done.
+    """Run the tasks of each round, each as a step of its trial, and request the next round when all have finished.
 
-    A trial is a trial of Ray Tune: `evaluate` returns what it reports. Between two of its tasks it is paused, without
-    a checkpoint, since what a task leaves lies on storage. It runs on this process's node and reserves no CPU: it asks
-    a shared pool for what costs. One whose process dies does its task again. Call `done` in this process for each task.
+    evaluate: runs a task and returns the metrics that its trial reports to Tune.
+    rounds: runs in this process and holds all state, so that the order in which tasks finish does not matter.
+    max_concurrent: number of trials at the same time; 0 = run the tasks in this process, without Ray.
+    done: called in this process after each task.
 
-    `rounds` runs in this process and holds all state; nothing of Tune's is kept. So the order in which tasks end plays
-    no part, and an interrupted search goes on from its own records.
-
-    With `max_concurrent` 0 the tasks run in this process, without Ray, and an error is raised as it is.
+    Between two tasks a trial is paused without a checkpoint, because tasks leave their results on storage. A trial runs
+    on the node of this process and reserves no CPU, because a shared pool does the expensive work. If the process of a
+    trial dies, its task runs again. Nothing that Tune stores is kept: an interrupted job resumes from its own records.
 
     Raises:
-        RuntimeError: a task raised an error, or lost its process too often; the others of its round are done.
+        RuntimeError: a task raised an error or lost its process too often; the other tasks of its round have finished.
+            With `max_concurrent` 0 the error of the task is raised instead, at once.
     """
     if not max_concurrent:
         for found in rounds:
@@ -50,7 +51,7 @@ def run_rounds(
         return
     scheduler = _RoundScheduler(rounds, max_concurrent, done)
     trial = tune.with_parameters(_Trial, evaluate=evaluate)
-    here = {f"node:{get_node_ip_address()}": 0.001}  # no CPU, which others might hold
+    here = {f"node:{get_node_ip_address()}": 0.001}  # this node, without a CPU
     with tempfile.TemporaryDirectory(prefix="admiral-tune-") as folder:
         tuner = tune.Tuner(
             tune.with_resources(trial, here),
@@ -58,7 +59,7 @@ def run_rounds(
                 search_alg=_Proposals(scheduler), scheduler=scheduler, num_samples=-1, reuse_actors=True
             ),
             run_config=tune.RunConfig(
-                storage_path=folder, verbose=0, failure_config=tune.FailureConfig(max_failures=DEATHS)
+                storage_path=folder, verbose=0, failure_config=tune.FailureConfig(max_failures=MAX_FAILURES)
             ),
         )
         tuner.fit()
@@ -69,7 +70,7 @@ def run_rounds(
 
 
 class _Trial(tune.Trainable):
-    """A trial: a step does one task."""
+    """A trial, each step of which runs one task."""
 
     def setup(self, config: dict[str, Any], evaluate: Callable[[Any], Numbers]) -> None:  # type: ignore[override]
         self._evaluate = evaluate
@@ -78,28 +79,28 @@ class _Trial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         try:
             return self._evaluate(self._task)
-        except Exception as error:  # noqa: BLE001 - raised again by `run_rounds`; Tune would begin the trial again
+        except Exception as error:  # noqa: BLE001 - `run_rounds` raises it; Tune would restart the trial
             return {"error": f"{type(error).__name__}: {error}"}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        (self._task,) = new_config["task"]  # in a list, since Tune flattens tuples and dicts
+        (self._task,) = new_config["task"]  # in a list, because Tune flattens tuples and dicts
         return True
 
 
 class _RoundScheduler(FIFOScheduler, Generic[Task]):
-    """Pauses a trial when it has done its task, resumes it with the next one, and stops it when there is none."""
+    """Pauses a trial after its task, resumes it with the next task, and stops it if there is none."""
 
     def __init__(self, rounds: Rounds[Task], max_concurrent: int, done: Callable[[Task], None]) -> None:
         super().__init__()
         self._rounds, self._max_concurrent, self._done = rounds, max_concurrent, done
-        self._waiting: dict[str, Task] = {}  # tasks of this round that no trial has begun, by the trial's name
+        self._waiting: dict[str, Task] = {}  # tasks of this round that have not started, by the trial's name
         self._running: dict[str, Task] = {}  # by Tune's id of the trial
-        self._names: dict[str, str] = {}  # of the trials, by Tune's id
+        self._names: dict[str, str] = {}  # of trials, by Tune's id
         self.error: Exception | None = None
         self.ended = False
 
     def begin(self, trial_id: str) -> Task | None:
-        """Return the task of a trial that is new to Tune; None where there is none at the moment."""
+        """Return a task for a new trial of Tune; None if there is none at the moment."""
         if not self._names and not self._waiting:
             self._next_round(None)
         name = next((name for name in self._waiting if name not in self._names.values()), None)
@@ -110,7 +111,7 @@ class _RoundScheduler(FIFOScheduler, Generic[Task]):
         return self._running[trial_id]
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """Return a paused trial that has a task; Tune asks at every turn."""
+        """Return a paused trial that has a task; Tune calls this in every iteration of its loop."""
         if not self._running and not self._waiting and not self.ended:
             self._next_round(tune_controller)
         if len(self._running) >= self._max_concurrent:
@@ -132,12 +133,13 @@ class _RoundScheduler(FIFOScheduler, Generic[Task]):
         return self.NOOP
 
     def lose(self, trial_id: str) -> None:
-        """Note that a trial has lost its process too often."""
+        """End the rounds with an error, because a trial lost its process too often."""
         self._running.pop(trial_id, None)
-        self.error = self.error or RuntimeError(f"trial {self._names[trial_id]} lost its process {DEATHS + 1} times")
+        lost = RuntimeError(f"trial {self._names[trial_id]} lost its process {MAX_FAILURES + 1} times")
+        self.error = self.error or lost
 
     def _next_round(self, tune_controller: Any) -> None:
-        """Ask for rounds until one holds a task; stop the trials that are not to go on."""
+        """Request rounds until one has a task; stop the trials that the round names."""
         while not self._waiting and not self.ended:
             stopped = set(self._names.values())
             try:
@@ -146,12 +148,12 @@ class _RoundScheduler(FIFOScheduler, Generic[Task]):
                     self._waiting, stopped = dict(found.tasks), set(found.stopped)
             except StopIteration:
                 self.ended = True
-            except Exception as error:  # noqa: BLE001 - raised again by `run_rounds`, outside of Tune's loop
+            except Exception as error:  # noqa: BLE001 - `run_rounds` raises it outside of Tune's loop
                 self.error = error
             self.ended = self.ended or self.error is not None
             for trial in list(tune_controller.get_live_trials()) if tune_controller else []:
                 if self._names.get(trial.trial_id) in stopped:
-                    del self._names[trial.trial_id]  # a later task of this name begins a trial anew
+                    del self._names[trial.trial_id]  # a later task of this name starts a new trial
                     tune_controller.stop_trial(trial)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -159,7 +161,7 @@ class _RoundScheduler(FIFOScheduler, Generic[Task]):
 
 
 class _Proposals(Searcher):
-    """Gives Tune the trials of a round that are new."""
+    """Suggests to Tune the new trials of a round."""
 
     def __init__(self, scheduler: _RoundScheduler[Any]) -> None:
         super().__init__()
@@ -176,7 +178,7 @@ class _Proposals(Searcher):
             self._scheduler.lose(trial_id)
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
-        """The rounds keep their own records; Tune's pickles are not used."""
+        """Write nothing, because Tune's checkpoints are not used."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
