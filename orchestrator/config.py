@@ -12,6 +12,8 @@ from orchestrator.redaction import redact_tree
 # What presets of the same names are in every job.
 DIGITS = "the quickstart's 1,797 scanned digits, small enough for two cores"
 IMAGES = "one's own images"
+IMAGENET = "ImageNet"
+SIZES = (64, 128, 256, 512)  # pixels of the ImageNet presets
 
 T = TypeVar("T")
 

@@ -206,9 +206,11 @@ class NoisyClassifierConfig(TrainingConfig):
     ema_rates: ClassVar[tuple[float, ...]] = ()
     power_emas: ClassVar[tuple[float, ...]] = ()
 
+    # Classifier
     model: ClassifierConfig
     weight_decay: float = Field(0.05, ge=0)  # AdamW's weight decay
     crop: Literal["center", "random"] = "random"  # ADM's centre crop, or its classifier's random crop
+    noised: bool = True  # train on noised images, as guidance needs; False: on clean images at timestep 0
     loss_scale: LossScaleConfig = LossScaleConfig(initial=16.0)
 
 
