@@ -19,9 +19,11 @@ class ModelOptions(UNetConfig, frozen=True, extra="forbid"):
     is called.
     """
 
-    image_size: int = Field(0, ge=0)  # pixels, which the weights do not determine; 0 = --model.* options are not used
-    num_classes: int | None = Field(None, gt=0)  # None = the number in the file
-    pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] | None = None  # of a classifier; None = not one
+    image_size: int = Field(0, ge=0)  # pixels, as the weights do not tell it; 0 = --model.* options are not used
+    num_classes: int | None = Field(None, gt=0)  # None = as many as the file has
+    pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] | None = (
+        None  # a classifier's; None = no classifier
+    )
 
     def architecture(self, shapes: Shapes) -> Architecture:
         """Return the architecture, with the number of classes of the file if `num_classes` is None.
@@ -53,13 +55,13 @@ class ConversionConfig(JobConfig):
     """The weights to convert, and the output. A .pt file's architecture comes from its name or one set of options."""
 
     weights: str = Field(min_length=1)  # a training run's folder, a .safetensors file or a .pt file
-    output: str = Field(min_length=1)  # a .safetensors or .pt file; a folder with format=diffusers
+    output: str = Field(min_length=1)  # a .safetensors or .pt file; with format=diffusers a folder
     format: Literal["diffusers"] | None = None  # diffusers = a UNet2DModel folder; None = by the ending of output
-    recipe: str | None = None  # architecture of a .pt file: the name of a zoo entry
-    flags: str | None = None  # architecture of a .pt file: the flags of its training, as "--num_channels 128 ..."
-    flags_from: Code | None = None  # repository of the defaults for omitted flags; None = by the flags
+    recipe: str | None = None  # for a .pt file: released model that has its architecture
+    flags: str | None = None  # for a .pt file: flags of its training, such as "--num_channels 128 ..."
+    flags_from: Code | None = None  # code whose defaults complete the flags; None = detected from the flags
     model: ModelOptions = ModelOptions()
-    diffusion: DiffusionConfig = DiffusionConfig()  # diffusion process of the network; only with --model.* options
+    diffusion: DiffusionConfig = DiffusionConfig()  # what the network was trained for; with --model.* options only
 
     @property
     def uses_model(self) -> bool:
