@@ -102,8 +102,8 @@ class _Stages:
             process = subprocess.run([sys.executable, str(JOBS.parent / script), *arguments], check=False)
         if process.returncode:
             raise RuntimeError(
-                f"stage {name} failed with exit code {process.returncode}; fix the error above and run the same command "
-                "again, which resumes at this stage"
+                f"stage {name} failed with exit code {process.returncode}; fix the error above and run the "
+                "same command again, which resumes at this stage"
             )
         self.record[name] = {
             "seconds": time.perf_counter() - begin,
