@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -73,22 +73,14 @@ class TrialsConfig(JobConfig):
 
     def generation(self, weights: str, seed: int, setting: Setting | None = None) -> GenerationConfig:
         """Return the config that samples from a diffusion model, with the sampler and guidance of `setting`, if any."""
-        chosen = {"sampler": setting.sampler, "guidance": setting.guidance} if setting else {}
+        names = (
+            "store", "classifier", "output", "labels", "dtype", "batch_size", "num_gpus", "num_threads", "compile",
+        )  # fmt: skip
+        fields: dict[str, Any] = {name: getattr(self, name) for name in names}
+        if setting is not None:
+            fields |= {"sampler": setting.sampler, "guidance": setting.guidance}
         return GenerationConfig(
-            store=self.store,
-            weights=weights,
-            classifier=self.classifier,
-            output=self.output,
-            num_samples=self.most_samples,
-            seed=seed,
-            labels=self.labels,
-            dtype=self.dtype,
-            batch_size=self.batch_size,
-            shard_size=self.batch_size,
-            num_gpus=self.num_gpus,
-            num_threads=self.num_threads,
-            compile=self.compile,
-            **chosen,
+            weights=weights, num_samples=self.most_samples, seed=seed, shard_size=self.batch_size, **fields
         )
 
     def extractor_loader(self, image_size: int) -> LoadExtractor:

@@ -2,7 +2,6 @@
 
 import time
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -116,22 +115,10 @@ def full_evaluations(config: SearchConfig, settings: list[Setting]) -> float:
     return config.num_trials(settings) * whole(config.rungs[-1], config.batch_size) * each
 
 
-@dataclass(frozen=True)
-class Expectation:
-    """The work of a search."""
+def most_work(config: SearchConfig, settings: list[Setting], model: Architecture) -> tuple[float, float, float]:
+    """Return the samples, network evaluations and GPU-hours of a search in which no trial is eliminated.
 
-    samples: float
-    evaluations: float  # of networks
-    gpu_hours: float
-
-    def __str__(self) -> str:
-        return f"{self.samples:,.0f} samples, {self.evaluations:,.0f} network evaluations"
-
-
-def most_work(config: SearchConfig, settings: list[Setting], model: Architecture) -> Expectation:
-    """Return the work if no trial is eliminated, within the budget, at the mean cost of `settings`.
-
-    A budget in hours is not considered.
+    The budget limits them, unless it is in hours. All settings have the mean cost of `settings`.
     """
     evaluations = float(np.mean([setting.evaluations for setting in settings]))
     flops = evaluations * 2.0 * forward_multiply_adds(model)
@@ -144,4 +131,4 @@ def most_work(config: SearchConfig, settings: list[Setting], model: Architecture
         samples -= max(1 - limit.amount / 100, 0.0) * trials * full
     cost = Cost(int(samples), flops, {}, GUIDED_SAMPLING, "")
     seconds = gpu_seconds(cost, config.cost, half=config.dtype != "float32")
-    return Expectation(samples, samples * evaluations, seconds / 3600)
+    return samples, samples * evaluations, seconds / 3600

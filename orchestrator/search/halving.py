@@ -18,6 +18,7 @@ import numpy as np
 from models.metrics import Strata
 from models.paired_tests import differences, front_ranks, level_of_a_test, surely_positive
 from orchestrator.progress import counted
+from orchestrator.search.config import SearchConfig
 from orchestrator.search.objectives import EVALUATIONS, Constraint
 from orchestrator.search.space import Setting
 
@@ -65,21 +66,6 @@ class Proposals(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Rules:
-    """How many trials there are, and how they are compared."""
-
-    objectives: tuple[str, ...]
-    constraints: tuple[Constraint, ...]  # on sampled metrics
-    rungs: tuple[int, ...]  # numbers of samples, increasing; the last is the full n
-    trials: int  # maximum number of settings
-    round_size: int  # settings proposed at a time
-    finalists: int  # the best trials, which are evaluated again on fresh seeds
-    alpha: float  # family-wise error: probability of ever eliminating the best trial
-    seed: int
-    fresh_seed: int
-
-
 @dataclass(eq=False)
 class Trial:
     """A setting and its outcomes so far."""
@@ -106,27 +92,30 @@ class Trial:
 class SuccessiveHalving:
     """The trials of a search.
 
-    `outcome_of` returns the outcome of an evaluation. It is called for each evaluation of a round when the next round
-    is requested.
+    num_trials: maximum number of settings.
+    outcome_of: returns the outcome of an evaluation. It is called for each evaluation of a round when the next round is
+        requested.
     """
 
     def __init__(
         self,
-        rules: Rules,
+        config: SearchConfig,
+        num_trials: int,
         proposals: Proposals,
         budget: "SampleBudget",
         outcome_of: Callable[[Evaluation], Outcome],
     ) -> None:
-        self.rules, self._proposals, self._budget, self._outcome_of = rules, proposals, budget, outcome_of
+        self.config, self._bounds, self._num_trials = config, config.bounds, num_trials
+        self._proposals, self._budget, self._outcome_of = proposals, budget, outcome_of
         self.trials: list[Trial] = []
         self.finalists: list[Trial] = []  # best first
         self.stopped_by_budget = False
-        self._error = level_of_a_test(rules.alpha, len(rules.rungs), rules.trials - 1, len(rules.constraints))
+        self._error = level_of_a_test(config.alpha, len(config.rungs), num_trials - 1, len(self._bounds))
 
     def run(self) -> Iterator[Round]:
         """Yield the rounds of the search: the first rung for all proposals, the higher rungs, the final evaluation."""
         yield from self._start()
-        for level in range(1, len(self.rules.rungs)):
+        for level in range(1, len(self.config.rungs)):
             trials = self._promote(level)
             if len(trials) < 2:
                 break  # nothing is left to compare, and the final evaluation measures the best
@@ -136,9 +125,8 @@ class SuccessiveHalving:
     # ------------------------------------------------------------------------------------------------ rungs
 
     def _start(self) -> Iterator[Round]:
-        while len(self.trials) < self.rules.trials and not self.stopped_by_budget:
-            count = min(self.rules.round_size, self.rules.trials - len(self.trials))
-            first = len(self.trials)
+        while (first := len(self.trials)) < self._num_trials and not self.stopped_by_budget:
+            count = min(self.config.round_size, self._num_trials - first)
             trials = [Trial(first + i, setting) for i, setting in enumerate(self._proposals.ask(count))]
             tasks = [self._task(trial, 0) for trial in trials]
             fitting = self._budget.fitting(tasks, 1.0, self._reserve(trials))
@@ -146,21 +134,21 @@ class SuccessiveHalving:
             self.trials += trials[:fitting]
             if not trials[:fitting]:
                 break
-            text = f"rung 1 of {len(self.rules.rungs)}: {counted(fitting, 'trial')} at n={self.rules.rungs[0]}"
+            text = f"rung 1 of {len(self.config.rungs)}: {counted(fitting, 'trial')} at n={self.config.rungs[0]}"
             yield from self._evaluate(trials[:fitting], 0, text)
             for trial in trials[:fitting]:
-                values = [] if trial.failed else [mean_value(trial.outcomes[0], name) for name in self.rules.objectives]
+                values = [] if trial.failed else [mean_value(trial.outcomes[0], name) for name in self.config.objective]
                 self._proposals.tell(trial.setting, values, self.violation(trial) if values else 0.0)
 
     def _promote(self, level: int) -> list[Trial]:
         """Return the trials to promote to a rung: as many as an equal share of the remaining budget can pay for."""
         candidates = self._best_first([trial for trial in self.trials if trial.runs])
         tasks, reserve = [self._task(trial, level) for trial in candidates], self._reserve(candidates)
-        count = self._budget.fitting(tasks, 1 / (len(self.rules.rungs) - level), reserve)
+        count = self._budget.fitting(tasks, 1 / (len(self.config.rungs) - level), reserve)
         if count < 2:
             count = min(2, self._budget.fitting(tasks, 1.0, reserve))
         for trial in candidates[count:]:
-            trial.waits = f"not promoted at n={self.rules.rungs[level - 1]}"
+            trial.waits = f"not promoted at n={self.config.rungs[level - 1]}"
         self.stopped_by_budget |= count < len(candidates)
         return candidates[:count]
 
@@ -178,10 +166,10 @@ class SuccessiveHalving:
 
     def _final_evaluation(self) -> Iterator[Round]:
         """Evaluate the best trials at full n on fresh seeds, since selection biases the values that it used."""
-        self.finalists = self.ranked()[: self.rules.finalists]
+        self.finalists = self.ranked()[: self.config.finalists]
         tasks = self._reserve(self.finalists)
         if tasks:
-            n, seed = self.rules.rungs[-1], self.rules.fresh_seed
+            n, seed = self.config.rungs[-1], self.config.fresh_seed
             yield Round(
                 tasks, f"final evaluation: {counted(len(tasks), 'trial')} at n={n} on fresh seeds (seed {seed})"
             )
@@ -198,34 +186,36 @@ class SuccessiveHalving:
             "not promoted": sum(t.waits is not None and not t.failed for t in below),
         }
         fates = ", ".join(f"{number} {fate}" for fate, number in counts.items() if number)
-        text = f"rung {level + 1} of {len(self.rules.rungs)}: {counted(count, 'trial')} at n={self.rules.rungs[level]}"
+        text = (
+            f"rung {level + 1} of {len(self.config.rungs)}: {counted(count, 'trial')} at n={self.config.rungs[level]}"
+        )
         return f"{text} ({fates})" if fates else text
 
     def _task(self, trial: Trial, level: int) -> Evaluation:
-        return Evaluation(trial.setting, self.rules.rungs[level], self.rules.seed)
+        return Evaluation(trial.setting, self.config.rungs[level], self.config.seed)
 
     def _reserve(self, trials: list[Trial]) -> list[Evaluation]:
         """Return the final evaluations of the first few of these trials, for which the budget keeps a reserve."""
-        n, seed = self.rules.rungs[-1], self.rules.fresh_seed
-        return [Evaluation(trial.setting, n, seed) for trial in trials[: self.rules.finalists]]
+        n, seed = self.config.rungs[-1], self.config.fresh_seed
+        return [Evaluation(trial.setting, n, seed) for trial in trials[: self.config.finalists]]
 
     # ------------------------------------------------------------------------------------------------ comparisons
 
     def ranked(self) -> list[Trial]:
         """Return the trials that can win, best first: ordered by their rung, then by their outcomes there."""
         found = [t for t in self.trials if t.outcomes and not (t.failed or t.eliminated) and self.violation(t) <= 0]
-        by_level = [[t for t in found if t.level == level] for level in range(len(self.rules.rungs))]
+        by_level = [[t for t in found if t.level == level] for level in range(len(self.config.rungs))]
         return [trial for trials in reversed(by_level) for trial in self._best_first(trials)]
 
     def violation(self, trial: Trial) -> float:
         """Return by how much a trial's point estimates break the constraints; 0 or less if they satisfy them."""
         scores = trial.outcomes[-1].scores
-        excesses = [c.excess(scores[c.metric]) for c in self.rules.constraints if len(scores[c.metric])]
+        excesses = [c.excess(scores[c.metric]) for c in self._bounds if len(scores[c.metric])]
         return max((float(excess.mean()) for excess in excesses), default=0.0)
 
     def _eliminate(self, there: list[Trial], level: int) -> None:
         """Eliminate those of the trials at a rung that break a constraint or are worse than a rival, by tests."""
-        n, bounds = self.rules.rungs[level], self.rules.constraints
+        n, bounds = self.config.rungs[level], self._bounds
         rivals = [t for t in there if all(self._is_certain(bound, t, there, breaks=False) for bound in bounds)]
         spans = {rival.number: self._spans(rival, there) for rival in rivals}
         decisions: list[str | None] = []  # all of them before any is applied, so that their order does not matter
@@ -247,12 +237,12 @@ class SuccessiveHalving:
             return False
         span = max(float(np.ptp(other.outcomes[-1].scores[name])) for other in there)
         excess = sign * constraint.excess(outcome.scores[name])
-        return surely_positive(excess, outcome.strata, self._error, self.rules.rungs[trial.level], span)
+        return surely_positive(excess, outcome.strata, self._error, self.config.rungs[trial.level], span)
 
     def _spans(self, rival: Trial, there: list[Trial]) -> dict[str, float]:
         """Return by objective the widest range of paired differences from a rival over all trials at its rung."""
         found = {}
-        for name in self.rules.objectives:
+        for name in self.config.objective:
             its = rival.outcomes[-1].scores[name]
             others = [differences(other.outcomes[-1].scores[name], its) for other in there]
             found[name] = max(float(np.ptp(each)) if len(each) else 0.0 for each in others)
@@ -263,8 +253,8 @@ class SuccessiveHalving:
 
         Network evaluations are known exactly: there the rival only must not be worse.
         """
-        n, certain = self.rules.rungs[trial.level], []
-        for name in self.rules.objectives:
+        n, certain = self.config.rungs[trial.level], []
+        for name in self.config.objective:
             mine, its = trial.outcomes[-1].scores[name], rival.outcomes[-1].scores[name]
             if not len(mine) or mine.mean() < its.mean():
                 return False
@@ -279,8 +269,8 @@ class SuccessiveHalving:
         """Order trials at one rung by constraint violation, Pareto front (with two objectives) and first objective."""
         if not trials:
             return []
-        values = np.array([[mean_value(t.outcomes[-1], name) for name in self.rules.objectives] for t in trials])
-        ranks = front_ranks(values) if len(self.rules.objectives) > 1 else np.zeros(len(trials))
+        values = np.array([[mean_value(t.outcomes[-1], name) for name in self.config.objective] for t in trials])
+        ranks = front_ranks(values) if len(self.config.objective) > 1 else np.zeros(len(trials))
         broken = [max(self.violation(trial), 0.0) for trial in trials]
         order = sorted(range(len(trials)), key=lambda i: (broken[i], ranks[i], values[i, 0], trials[i].number))
         return [trials[i] for i in order]

@@ -31,7 +31,7 @@ from orchestrator.search.evaluator import (
     samples_picture,
     unmatched,
 )
-from orchestrator.search.halving import Evaluation, Proposals, Rules, SuccessiveHalving
+from orchestrator.search.halving import Evaluation, Proposals, SuccessiveHalving
 from orchestrator.search.objectives import Objective
 from orchestrator.search.page import search_page
 from orchestrator.search.pictures import write_pictures
@@ -181,26 +181,15 @@ def _check_objectives(config: SearchConfig, extractor: str) -> None:
 def _start(config: SearchConfig, space: Space) -> tuple[SuccessiveHalving, SampleBudget, Clock]:
     """Return a new search, its budget, and the clock of the budget."""
     grid = space.grid()
-    proposals: Proposals
-    if config.proposes_grid(grid):
-        proposals, round_size = GridProposals(grid, config.proxy), len(grid)
-    else:
-        proposals = OptunaProposals(space, config.seed, len(config.objective), config.round_size)
-        round_size = config.round_size
-    rules = Rules(
-        objectives=config.objective,
-        constraints=config.bounds,
-        rungs=config.rungs,
-        trials=config.num_trials(grid),
-        round_size=round_size,
-        finalists=config.finalists,
-        alpha=config.alpha,
-        seed=config.seed,
-        fresh_seed=config.fresh_seed,
+    proposals: Proposals = (
+        GridProposals(grid, config.proxy)
+        if config.proposes_grid(grid)
+        else OptunaProposals(space, config.seed, len(config.objective), config.round_size)
     )
     clock = Clock(storage.join(config.path(config.output), "clock.json"))
     budget = SampleBudget(Limit.parse(config.budget), config.batch_size, full_evaluations(config, grid), clock)
-    return SuccessiveHalving(rules, proposals, budget, partial(read_outcome, config)), budget, clock
+    outcome_of = partial(read_outcome, config)
+    return SuccessiveHalving(config, config.num_trials(grid), proposals, budget, outcome_of), budget, clock
 
 
 def _together(config: SearchConfig) -> int:
@@ -288,7 +277,9 @@ def _priced(config: SearchConfig, trained: Trained | None) -> list[str]:
     """Return lines that say how many settings are tried, and what they cost."""
     generation = config.generation(config.weights[0], config.seed)
     space = space_of(config, passes_of(config.space.guides, generation, trained=trained))
-    work = most_work(config, space.grid(), outline(generation, config.weights[0], None, trained).architecture)
+    model = outline(generation, config.weights[0], None, trained).architecture
+    samples, evaluations, gpu_hours = most_work(config, space.grid(), model)
+    work = f"{samples:,.0f} samples, {evaluations:,.0f} network evaluations"
     between = ", and any scale between" if config.space.continuous else ""
     limit = f", or {config.budget}" if Limit.parse(config.budget).unit == "h" else ""
     lines = [f"tries   up to {config.num_trials(space.grid())} settings of a grid of {len(space.grid())}{between}"]
@@ -297,7 +288,7 @@ def _priced(config: SearchConfig, trained: Trained | None) -> list[str]:
     mfu = assumed_mfu(config.cost, GUIDED_SAMPLING)
     return [
         *lines,
-        f"work    at most {work}, {work.gpu_hours:,.3g} GPU-hours{limit}",
-        *money(work.gpu_hours, config.cost),
+        f"work    at most {work}, {gpu_hours:,.3g} GPU-hours{limit}",
+        *money(gpu_hours, config.cost),
         f"assumed {mfu.share:.0%} of an {config.cost.gpu}'s peak ({mfu.source})",
     ]

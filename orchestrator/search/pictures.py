@@ -82,21 +82,14 @@ def curves(trials: list[Json]) -> dict[str, list[Json]]:
     pairs.sort(key=lambda pair: (pair[0].sampler.name, pair[0].sampler.num_steps, pair[0].guidance.scale))
     for setting, trial in pairs:
         guide = _guide_label(setting, kinds, weaker) if setting.guidance.scale else None
-        chains.setdefault(_chain_label(setting, several), {}).setdefault(guide, []).append(trial)
+        chain = f"{setting.chain}, {setting.weights}" if several else setting.chain
+        chains.setdefault(chain, {}).setdefault(guide, []).append(trial)
     found = {}
     for chain, by_guide in chains.items():
         unguided = by_guide.pop(None, [])
         for guide, guided in (by_guide or {"": []}).items():
             found[f"{chain}, {guide}" if guide else chain] = [*unguided, *guided]
     return found
-
-
-def _chain_label(setting: Setting, several: bool) -> str:
-    sampler = setting.sampler
-    parts = [sampler.name, f"{sampler.num_steps} steps"]
-    parts += [f"eta {sampler.eta:g}"] if sampler.eta else []
-    parts += [f"churn {sampler.s_churn:g}"] if sampler.s_churn else []
-    return ", ".join(parts + ([setting.weights] if several else []))
 
 
 def _guide_label(setting: Setting, kinds: bool, weaker: bool) -> str:
@@ -181,8 +174,7 @@ def scales_figure(config: SearchConfig, winner: Setting, trials: list[Json]) -> 
         key=lambda setting: setting.guidance.scale,
     )
     rows = [(f"{setting.guidance.scale:.3g}", first_images(config, setting)[:COLUMNS]) for setting in along]
-    title = f"{winner.sampler.name}, {winner.sampler.num_steps} steps: the same seeds at each guidance scale"
-    return strips_figure(rows, title)
+    return strips_figure(rows, f"{winner.chain}: the same seeds at each guidance scale")
 
 
 def kinds_figure(config: SearchConfig, trials: list[Json]) -> bytes:

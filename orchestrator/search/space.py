@@ -44,13 +44,19 @@ class Setting(BaseModel, frozen=True, extra="forbid"):
         digest = hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
         return f"{self.sampler.name}-{self.sampler.num_steps}-scale{self.guidance.scale:.4g}-{digest[:8]}"
 
+    @property
+    def chain(self) -> str:
+        """Return a description of the sampler."""
+        parts = [self.sampler.name, f"{self.sampler.num_steps} steps"]
+        parts += [f"eta {self.sampler.eta:g}"] if self.sampler.eta else []
+        parts += [f"churn {self.sampler.s_churn:g}"] if self.sampler.s_churn else []
+        return ", ".join(parts)
+
     def __str__(self) -> str:
-        sampler, guidance = self.sampler, self.guidance
+        guidance = self.guidance
         kind = "" if guidance.kind in ("none", "classifier") else f"{guidance.kind} "
-        parts = [f"{sampler.name}, {sampler.num_steps} steps, {kind}scale {guidance.scale:.4g}"]
+        parts = [self.chain, f"{kind}scale {guidance.scale:.4g}"]
         parts += [f"weaker model {guidance.weak_weights}"] if guidance.weak_weights else []
-        parts += [f"eta {sampler.eta:g}"] if sampler.eta else []
-        parts += [f"churn {sampler.s_churn:g}"] if sampler.s_churn else []
         low, high = guidance.interval
         parts += [f"guided from {low:g} to {high:g}"] if guidance.interval != WHOLE_CHAIN else []
         return ", ".join(parts)
@@ -226,9 +232,9 @@ def _chain(setting: Setting) -> tuple[object, ...]:
 
 
 class GridProposals:
-    """Proposes every setting of a grid in order.
+    """Proposes all settings of a grid at once, whatever the requested count.
 
-    With `proxy`, proposes first the settings with the fewest steps, then those that `narrowed` keeps of the others.
+    With `proxy`, it first proposes the settings with the fewest steps, then those that `narrowed` keeps of the others.
     See `halving.Proposals` for the methods.
     """
 
@@ -241,7 +247,7 @@ class GridProposals:
     def ask(self, count: int) -> list[Setting]:
         if not self._waiting and self._rest:
             self._waiting, self._rest = narrowed(self._values, self._rest), []
-        found, self._waiting = self._waiting[:count], self._waiting[count:]
+        found, self._waiting = self._waiting, []
         return found
 
     def tell(self, setting: Setting, values: list[float], violation: float) -> None:

@@ -9,7 +9,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from models.diffusion import DiffusionConfig
 from models.unet import Architecture, ClassifierConfig, UNetConfig
@@ -76,7 +76,6 @@ _UPSAMPLER_MULT: dict[Code, dict[int, tuple[float, ...]]] = {
     "guided-diffusion": {64: MULT_64, 256: MULT_256, 512: MULT_256},
     "improved-diffusion": {64: MULT_64, 256: MULT_256},
 }
-_TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
 @dataclass(frozen=True)
@@ -182,21 +181,16 @@ def _pairs(text: str) -> list[tuple[str, str]]:
 
 
 def _value(flag: str, text: str) -> Any:
-    default = _SHARED_DEFAULTS[flag]
-    if isinstance(default, bool):
-        if text.lower() not in _TRUE + _FALSE:
-            raise ValueError(f"--flags: --{flag} {text}: expected True or False")
-        return text.lower() in _TRUE
-    kind = type(default)
+    kind = type(_SHARED_DEFAULTS[flag])
     try:
         if flag == "channel_mult":
             _numbers(text, float)
         elif flag.endswith("attention_resolutions"):
             _numbers(text, int)
-        return kind(text)
+        return TypeAdapter(kind).validate_python(text)
     except ValueError as error:
-        expected = {int: "an integer", float: "a number", str: "numbers separated by commas"}[kind]
-        raise ValueError(f"--flags: --{flag} {text}: expected {expected}") from error
+        kinds = {bool: "True or False", int: "an integer", float: "a number", str: "numbers separated by commas"}
+        raise ValueError(f"--flags: --{flag} {text}: expected {kinds[kind]}") from error
 
 
 def _numbers(text: str, kind: type) -> tuple[Any, ...]:

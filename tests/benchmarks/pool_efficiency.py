@@ -4,8 +4,8 @@
 
 DIR contains `digits/diffusion` and `digits/classifier` of the quickstart. Both sides sample with the same function and
 running workers; the plain processes take ranges from a queue. A pair is one short run of each side, in random order.
-Prints the rates of both, and the median ratio of the pool's rate to the plain rate with a 95% interval. The exit code is
-0 if the lower end of the interval is at least 0.95.
+Prints the rates of both, and the median ratio of the pool's rate to the plain rate with a 95% interval. The exit code
+is 0 if the lower end of the interval is at least 0.95.
 """
 
 import multiprocessing

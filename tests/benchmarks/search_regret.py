@@ -37,7 +37,7 @@ from orchestrator.generation.worker import SamplingWorker
 from orchestrator.search.config import Limit, SearchConfig, space_of
 from orchestrator.search.cost import SampleBudget
 from orchestrator.search.evaluator import sampled_by
-from orchestrator.search.halving import Outcome, Rules, SuccessiveHalving
+from orchestrator.search.halving import Outcome, SuccessiveHalving
 from orchestrator.search.job import passes_of
 from orchestrator.search.space import UNGUIDED, GridProposals, Setting, SpaceConfig
 
@@ -228,9 +228,12 @@ def ours(world: World, share: float, proxy: bool = False) -> Found:
     """Run the search of `orchestrator.search`."""
     limit = Limit(100 * share, "%") if share < 1 else Limit()
     budget = SampleBudget(limit, 1, world.full_evaluations)
-    rules = Rules((OBJECTIVE,), (), world.rungs, len(world.settings), len(world.settings), 0, 0.05, 0, 1)
+    config = SearchConfig(weights=("w",), classifier="c", reference="r", output="o", rungs=world.rungs)
+    config = config.model_copy(update={"finalists": 0})  # the truth is known, so that no final evaluation is needed
     proposals = GridProposals(world.settings, proxy)
-    halving = SuccessiveHalving(rules, proposals, budget, lambda task: world.outcome(task.setting, task.n))
+    halving = SuccessiveHalving(
+        config, len(world.settings), proposals, budget, lambda task: world.outcome(task.setting, task.n)
+    )
     list(halving.run())
     best = [trial for trial in halving.trials if trial.setting == world.best]
     chosen = halving.ranked()[0].setting

@@ -1,8 +1,8 @@
 """Promise P0: the same SHA-256 five times. Run by `make prove`, or by `python -m tests.chaos.prove --seed 0`.
 
 Trains a small diffusion model under Ray with reduction=exact: with 1, 2 and 4 workers, with 2 workers under random
-kills, and with 2, then 1, then 4 workers. Prints the hash of each final state: weights, every EMA and the optimizer. The
-exit code is 1 if two hashes differ.
+kills, and with 2, then 1, then 4 workers. Prints the hash of each final state: weights, every EMA and the optimizer.
+The exit code is 1 if two hashes differ.
 """
 
 import sys

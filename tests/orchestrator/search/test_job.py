@@ -35,6 +35,7 @@ from orchestrator.search.space import Setting, SpaceConfig
 from tests.benchmarks.demo_search import Demo, compare, demonstrate, grid_config, halving_config
 from tests.orchestrator.digits import digits
 from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
+from tests.orchestrator.search.counted_search import make_counted_worker
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -66,7 +67,7 @@ def files(folder: str) -> dict[str, int]:
 
 @pytest.mark.ray
 def test_a_killed_search_resumes_without_repeating_a_batch_and_has_the_same_result(
-    store: str, ray_session: None, tmp_path: Path
+    store: str, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted, log = config(store, output="killed"), tmp_path / "log"
     command = [sys.executable, "-m", "tests.orchestrator.search.counted_search", wanted.model_dump_json(), str(log)]
@@ -83,8 +84,9 @@ def test_a_killed_search_resumes_without_repeating_a_batch_and_has_the_same_resu
     finished = sum(name.endswith(".safetensors") and "block" in name for name in before)
     assert not Path(store, "killed", "search.json").exists()
 
-    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
-    assert again.returncode == 0, again.stderr[-3000:]
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "make_worker", partial(make_counted_worker, str(log)))
+        search(wanted)
     after, drawn = files(folder), log.read_text().split()
     assert {name: after[name] for name in before} == before, "a finished object was written again"
     blocks = sum("block" in name for name in after)

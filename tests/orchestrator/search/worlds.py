@@ -9,10 +9,9 @@ from models.guidance import GuidanceConfig
 from models.metrics import Gaussian
 from models.samplers import SamplerConfig
 from models.scores import frechet_scores, share_scores
-from orchestrator.search.config import Limit
+from orchestrator.search.config import Limit, SearchConfig
 from orchestrator.search.cost import SampleBudget
-from orchestrator.search.halving import Evaluation, Outcome, Proposals, Rules, SuccessiveHalving
-from orchestrator.search.objectives import Constraint
+from orchestrator.search.halving import Evaluation, Outcome, Proposals, SuccessiveHalving
 from orchestrator.search.space import GridProposals, Setting
 
 FD, PRECISION = "fd_digits", "precision"
@@ -26,23 +25,23 @@ def grid(count: int) -> list[Setting]:
     return [Setting(weights="w", sampler=sampler, guidance=guide, evaluations=20) for guide in guides]
 
 
-def rules(trials: int, **changes: Any) -> Rules:
+def config_of(trials: int, **changes: Any) -> SearchConfig:
     settings: dict[str, Any] = {
-        "objectives": (FD,), "constraints": (), "rungs": (64, 128, 256, 512, 1024), "trials": trials,
-        "round_size": trials, "finalists": 1, "alpha": 0.05, "seed": 0, "fresh_seed": 9,
+        "weights": ("w",), "classifier": "c", "reference": "r", "output": "o", "objective": (FD,), "finalists": 1,
+        "rungs": (64, 128, 256, 512, 1024), "trials": trials, "round_size": trials, "fresh_seed": 9,
     }  # fmt: skip
-    return Rules(**settings | changes)
+    return SearchConfig(**settings | changes)
 
 
 def search(
-    chosen: Rules, world: World, settings: list[Setting] | None = None, limit: Limit | None = None,
+    config: SearchConfig, world: World, settings: list[Setting] | None = None, limit: Limit | None = None,
     proposals: Proposals | None = None,
 ) -> tuple[SuccessiveHalving, list[list[Evaluation]]]:  # fmt: skip
     """Run a search in a world; return it with the evaluations of each round."""
-    settings = settings or grid(chosen.trials)
-    full = chosen.rungs[-1] * float(sum(setting.evaluations for setting in settings))
+    settings = settings or grid(config.trials)
+    full = config.rungs[-1] * float(sum(setting.evaluations for setting in settings))
     budget = SampleBudget(limit or Limit(), 1, full)
-    halving = SuccessiveHalving(chosen, proposals or GridProposals(settings, False), budget, world)
+    halving = SuccessiveHalving(config, config.trials, proposals or GridProposals(settings, False), budget, world)
     return halving, [found.tasks for found in halving.run()]
 
 
@@ -85,7 +84,7 @@ def bounded(run: int, count: int, full: int = 1024) -> World:
     return world
 
 
-PRECISE = (Constraint.parse("precision>=0.6"),)
+PRECISE = ("precision>=0.6",)
 
 
 def trade_off(run: int, count: int, full: int = 1024, dimension: int = 64) -> World:
