@@ -87,7 +87,7 @@ def curves(trials: list[Json]) -> dict[str, list[Json]]:
     found = {}
     for chain, by_guide in chains.items():
         unguided = by_guide.pop(None, [])
-        for guide, guided in (by_guide or {"": []}).items():
+        for guide, guided in (by_guide or {None: []}).items():
             found[f"{chain}, {guide}" if guide else chain] = [*unguided, *guided]
     return found
 
