@@ -122,7 +122,7 @@ def _filled(uri: str, architecture: Architecture, weights: dict[str, Tensor], de
 def _read_about(file: Any) -> dict[str, Any]:
     """Return what `_about` wrote into a safetensors header, which is 8 bytes of length and then JSON."""
     length = int.from_bytes(file.read(8), "little")
-    return json.loads(json.loads(file.read(length))["__metadata__"]["admiral"])
+    return json.loads(json.loads(file.read(length)).get("__metadata__", {})["admiral"])
 
 
 def _not_ours(uri: str, error: Exception) -> ValueError:
