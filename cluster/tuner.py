@@ -1,4 +1,4 @@
-"""Rounds of tasks as trials of Ray Tune, which are paused, resumed and stopped between rounds."""
+"""Trials of Ray Tune that report at every rung, and are paused, resumed and stopped between rounds."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,14 +12,14 @@ from ray.util import get_node_ip_address
 Task = TypeVar("Task")
 Numbers = dict[str, float]
 
-MAX_FAILURES = 5  # of the process or the node of a trial; one more ends the rounds
+DEATHS = 5  # of the process or node of one trial; at the next one the rounds end
 
 
 class Round(NamedTuple, Generic[Task]):
     """Tasks that may run at the same time."""
 
-    tasks: list[tuple[str, Task]]  # name of the trial and its task; one task for each trial
-    stopped: list[str]  # names of trials to stop
+    tasks: list[tuple[str, Task]]  # (name of the trial, task), at most one task for each trial
+    stopped: list[str]  # names of trials that must not continue
 
 
 Rounds = Iterator[Round[Task]]
@@ -28,20 +28,20 @@ Rounds = Iterator[Round[Task]]
 def run_rounds(
     evaluate: Callable[[Task], Numbers], rounds: Rounds[Task], max_concurrent: int, done: Callable[[Task], None]
 ) -> None:
-    """Run the tasks of each round, each as a step of its trial, and request the next round when all have finished.
+    """Run the tasks of each round as steps of their trials, and take the next round when all tasks are done.
 
-    evaluate: runs a task and returns the metrics that its trial reports to Tune.
-    rounds: runs in this process and holds all state, so that the order in which tasks finish does not matter.
-    max_concurrent: number of trials at the same time; 0 = run the tasks in this process, without Ray.
-    done: called in this process after each task.
+    Each trial is a trial of Ray Tune, and reports the numbers that `evaluate` returns. Between two tasks it is paused
+    without a checkpoint, because the results of a task are on storage. A trial runs on this node and reserves no CPU,
+    because a shared pool does the expensive work. If its process dies, its task is repeated. `done` is called in this
+    process after each task.
 
-    Between two tasks a trial is paused without a checkpoint, because tasks leave their results on storage. A trial runs
-    on the node of this process and reserves no CPU, because a shared pool does the expensive work. If the process of a
-    trial dies, its task runs again. Nothing that Tune stores is kept: an interrupted job resumes from its own records.
+    `rounds` runs in this process and holds all state; Tune's state is not kept. Therefore the order in which tasks end
+    does not matter, and an interrupted search resumes from its own records.
+
+    With `max_concurrent=0` the tasks run in this process without Ray, and errors are raised unchanged.
 
     Raises:
-        RuntimeError: a task raised an error or lost its process too often; the other tasks of its round have finished.
-            With `max_concurrent` 0 the error of the task is raised instead, at once.
+        RuntimeError: a task raised an error, or its process died too often; the other tasks of the round are done.
     """
     if not max_concurrent:
         for found in rounds:
@@ -51,7 +51,7 @@ def run_rounds(
         return
     scheduler = _RoundScheduler(rounds, max_concurrent, done)
     trial = tune.with_parameters(_Trial, evaluate=evaluate)
-    here = {f"node:{get_node_ip_address()}": 0.001}  # this node, without a CPU
+    here = {f"node:{get_node_ip_address()}": 0.001}  # no CPU, because other jobs may hold all of them
     with tempfile.TemporaryDirectory(prefix="admiral-tune-") as folder:
         tuner = tune.Tuner(
             tune.with_resources(trial, here),
@@ -59,7 +59,7 @@ def run_rounds(
                 search_alg=_Proposals(scheduler), scheduler=scheduler, num_samples=-1, reuse_actors=True
             ),
             run_config=tune.RunConfig(
-                storage_path=folder, verbose=0, failure_config=tune.FailureConfig(max_failures=MAX_FAILURES)
+                storage_path=folder, verbose=0, failure_config=tune.FailureConfig(max_failures=DEATHS)
             ),
         )
         tuner.fit()
@@ -79,7 +79,7 @@ class _Trial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         try:
             return self._evaluate(self._task)
-        except Exception as error:  # noqa: BLE001 - `run_rounds` raises it; Tune would restart the trial
+        except Exception as error:  # noqa: BLE001 - raised by `run_rounds`; Tune would restart the trial
             return {"error": f"{type(error).__name__}: {error}"}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -88,19 +88,19 @@ class _Trial(tune.Trainable):
 
 
 class _RoundScheduler(FIFOScheduler, Generic[Task]):
-    """Pauses a trial after its task, resumes it with the next task, and stops it if there is none."""
+    """A scheduler that pauses a trial after its task, resumes it with the next one, and stops it at the end."""
 
     def __init__(self, rounds: Rounds[Task], max_concurrent: int, done: Callable[[Task], None]) -> None:
         super().__init__()
         self._rounds, self._max_concurrent, self._done = rounds, max_concurrent, done
-        self._waiting: dict[str, Task] = {}  # tasks of this round that have not started, by the trial's name
+        self._waiting: dict[str, Task] = {}  # tasks of this round that have not begun, by the trial's name
         self._running: dict[str, Task] = {}  # by Tune's id of the trial
-        self._names: dict[str, str] = {}  # of trials, by Tune's id
+        self._names: dict[str, str] = {}  # of the trials, by Tune's id
         self.error: Exception | None = None
         self.ended = False
 
     def begin(self, trial_id: str) -> Task | None:
-        """Return a task for a new trial of Tune; None if there is none at the moment."""
+        """Return a task for a trial that is new to Tune, or None if there is none now."""
         if not self._names and not self._waiting:
             self._next_round(None)
         name = next((name for name in self._waiting if name not in self._names.values()), None)
@@ -111,7 +111,7 @@ class _RoundScheduler(FIFOScheduler, Generic[Task]):
         return self._running[trial_id]
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """Return a paused trial that has a task; Tune calls this in every iteration of its loop."""
+        """Return a paused trial that has a task. Tune calls this in every iteration."""
         if not self._running and not self._waiting and not self.ended:
             self._next_round(tune_controller)
         if len(self._running) >= self._max_concurrent:
@@ -133,13 +133,12 @@ class _RoundScheduler(FIFOScheduler, Generic[Task]):
         return self.NOOP
 
     def lose(self, trial_id: str) -> None:
-        """End the rounds with an error, because a trial lost its process too often."""
+        """Record that the process of a trial has died too often."""
         self._running.pop(trial_id, None)
-        lost = RuntimeError(f"trial {self._names[trial_id]} lost its process {MAX_FAILURES + 1} times")
-        self.error = self.error or lost
+        self.error = self.error or RuntimeError(f"the process of trial {self._names[trial_id]} died {DEATHS + 1} times")
 
     def _next_round(self, tune_controller: Any) -> None:
-        """Request rounds until one has a task; stop the trials that the round names."""
+        """Take rounds until one has a task, and stop the trials that must not continue."""
         while not self._waiting and not self.ended:
             stopped = set(self._names.values())
             try:
@@ -148,7 +147,7 @@ class _RoundScheduler(FIFOScheduler, Generic[Task]):
                     self._waiting, stopped = dict(found.tasks), set(found.stopped)
             except StopIteration:
                 self.ended = True
-            except Exception as error:  # noqa: BLE001 - `run_rounds` raises it outside of Tune's loop
+            except Exception as error:  # noqa: BLE001 - raised by `run_rounds`, outside Tune's loop
                 self.error = error
             self.ended = self.ended or self.error is not None
             for trial in list(tune_controller.get_live_trials()) if tune_controller else []:
@@ -161,7 +160,7 @@ class _RoundScheduler(FIFOScheduler, Generic[Task]):
 
 
 class _Proposals(Searcher):
-    """Suggests to Tune the new trials of a round."""
+    """A search algorithm that gives Tune the new trials of a round."""
 
     def __init__(self, scheduler: _RoundScheduler[Any]) -> None:
         super().__init__()
@@ -178,7 +177,7 @@ class _Proposals(Searcher):
             self._scheduler.lose(trial_id)
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
-        """Write nothing, because Tune's checkpoints are not used."""
+        """Do nothing: the rounds keep their own records, and Tune's pickles are not used."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
