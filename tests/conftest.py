@@ -1,4 +1,4 @@
-"""Fixtures that several test modules share: one local Ray and one S3 server for the whole session."""
+"""Shared fixtures: one local Ray and one S3 server for the whole session."""
 
 import contextlib
 import os
@@ -12,21 +12,21 @@ from tests import servers
 from tests.chaos.proxy import Proxy
 from tests.small_world import build
 
-# Read when Ray and torch start: no other cluster, no metadata service, one thread each.
+# Ray and torch read these at their start: no other cluster, no metadata service, one thread.
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.update(AWS_EC2_METADATA_DISABLED="true", MLFLOW_DISABLE_TELEMETRY="true", OMP_NUM_THREADS="1")
 
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """The endpoint of an S3 server; the standard AWS variables point at it for the rest of the session."""
+    """Yield the endpoint of an S3 server; the standard AWS variables refer to it for the rest of the session."""
     with cluster.servers.s3_server() as endpoint, servers.environment(AWS_ENDPOINT_URL=endpoint, **servers.S3_SETTINGS):
         yield endpoint
 
 
 @pytest.fixture
 def s3_bucket(s3_server: str) -> str:
-    """The URI of a fresh bucket."""
+    """Return the URI of a new bucket."""
     import s3fs
 
     name = f"test-{uuid.uuid4().hex[:12]}"
@@ -36,7 +36,7 @@ def s3_bucket(s3_server: str) -> str:
 
 @pytest.fixture(scope="session")
 def ray_proxy(s3_server: str) -> Iterator[Proxy]:
-    """The fault proxy through which the workers of `ray_session` see the S3 server: harmless until a rule is added."""
+    """Yield the fault proxy between the workers of `ray_session` and the S3 server; it has no rules at first."""
     proxy = Proxy(s3_server)
     yield proxy
     proxy.close()
@@ -44,7 +44,7 @@ def ray_proxy(s3_server: str) -> Iterator[Proxy]:
 
 @pytest.fixture(scope="session")
 def ray_session(ray_proxy: Proxy) -> Iterator[None]:
-    """One local Ray for all tests marked `ray`; its workers see the S3 server through `ray_proxy`."""
+    """Start a local Ray for all tests marked `ray`; its workers use the S3 server through `ray_proxy`."""
     from cluster.session import session
 
     with contextlib.ExitStack() as stack:
@@ -55,7 +55,7 @@ def ray_session(ray_proxy: Proxy) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store with a dataset, three trainings, samples and a search; only to be read."""
+    """Return a store with a dataset, three trainings, samples and a search; tests must not change it."""
     folder = str(tmp_path_factory.mktemp("small-world"))
     build(folder)
     return folder

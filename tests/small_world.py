@@ -1,4 +1,4 @@
-"""A store as the README's commands on the digits leave it, made by the jobs themselves in as few images as will do."""
+"""A store with the output of the README's commands on the digits, with as few images as possible."""
 
 import runpy
 import sys
@@ -22,17 +22,17 @@ STEPS = [
 
 
 def build(folder: str) -> None:
-    """Run the steps on the store `folder`."""
+    """Run all jobs on the store `folder`."""
     with servers.environment(ADMIRAL_STORE=folder, MLFLOW_TRACKING_URI=f"sqlite:///{folder}/mlflow.db"):
         for job, arguments in STEPS:
             run(job, ["digits", *arguments])
 
 
 def run(job: str, arguments: list[str]) -> None:
-    """As `python jobs/JOB.py ARGUMENTS`, in this process.
+    """Run `python jobs/JOB.py ARGUMENTS` in this process.
 
     Raises:
-        SystemExit: with the job's exit code, unless it ended well.
+        SystemExit: the job failed, with its exit code.
     """
     before = sys.argv
     sys.argv = [f"{job}.py", *arguments]

@@ -1,4 +1,4 @@
-"""Photographs that are none: JPEGs with ImageNet's sizes on disk and in pixels, and datasets made of them."""
+"""Synthetic photographs: JPEGs with ImageNet's sizes in bytes and pixels, and datasets of them."""
 
 import io
 
@@ -10,14 +10,14 @@ from PIL import Image
 from orchestrator import storage
 from orchestrator.data.dataset import SCHEMA, Manifest, Shard
 
-# Most of ImageNet is 500 pixels wide or high; a fifth is anything, up to some megapixels.
+# Most images of ImageNet are 500 pixels wide or high; a fifth have other sizes, up to several megapixels.
 _SHAPES = [(500, 375), (375, 500), (500, 333), (333, 500)]
 _SHARES = [0.48, 0.14, 0.12, 0.06]
 _LARGEST = 2000  # pixels of a side
 
 
 def photographs(count: int, seed: int = 0) -> list[bytes]:
-    """JPEGs of about 110 KB in the mean, half of them 500 x 375, with a heavy tail: windows of one fractal cloud."""
+    """Return JPEGs that are crops of a fractal cloud: about 110 KB on average, half of them 500 x 375 pixels."""
     rng = np.random.default_rng(seed)
     cloud = _cloud(rng)
     return [_photograph(rng, cloud) for _ in range(count)]
@@ -41,7 +41,7 @@ def _photograph(rng: np.random.Generator, cloud: np.ndarray) -> bytes:
 
 
 def _cloud(rng: np.random.Generator) -> np.ndarray:
-    """uint8 [_LARGEST, _LARGEST, 3] with the spectrum of photographs, amplitudes as one over the frequency."""
+    """Return uint8 [_LARGEST, _LARGEST, 3] with the 1/f spectrum of photographs."""
     octaves = np.zeros((_LARGEST, _LARGEST), np.float32)
     tints = np.zeros((_LARGEST, _LARGEST, 3), np.float32)
     for cells in (6, 12, 24, 48, 96, 192, 384, 768, 1500):
@@ -56,7 +56,7 @@ def _cloud(rng: np.random.Generator) -> np.ndarray:
 def write_dataset(
     folder: str, images: list[bytes], sizes: list[tuple[int, int]], rows: int, row_group: int = 64, classes: int = 10
 ) -> Manifest:
-    """A prepared dataset of `rows` rows (of equal row groups) in shards of eight; its images come round and round."""
+    """Write a prepared dataset of `rows` rows in shards of eight equal row groups, which repeats the images."""
     if rows % row_group:
         raise ValueError(f"rows={rows} is not a multiple of row_group={row_group}")
     groups = [range(start, start + row_group) for start in range(0, rows, row_group)]
@@ -92,5 +92,5 @@ def write_dataset(
 
 
 def sizes_of(images: list[bytes]) -> list[tuple[int, int]]:
-    """Width and height of each."""
+    """Return the width and the height of each image."""
     return [Image.open(io.BytesIO(data)).size for data in images]

@@ -1,4 +1,4 @@
-"""The whole of Admiral on scanned digits: the real jobs, one after another, on a Ray of this machine."""
+"""The quickstart: all jobs on scanned digits, one after another, on a local Ray."""
 
 import contextlib
 import os
@@ -27,10 +27,10 @@ Stage = tuple[str, list[str]]  # name, command line
 
 
 def quickstart(config: QuickstartConfig) -> None:
-    """Run every stage that is not done yet, then write the page.
+    """Run every stage that has not finished yet, then write the report.
 
     Raises:
-        RuntimeError: a stage failed; its own message stands above.
+        RuntimeError: a stage failed; it has printed its own message.
     """
     folder = os.path.abspath(config.folder)
     os.makedirs(folder, exist_ok=True)
@@ -47,25 +47,25 @@ def quickstart(config: QuickstartConfig) -> None:
         with tracked("quickstart", config, folder) as tracker:
             page = write_report(store, folder, done.record)
             tracker.record("report.html", Path(page).read_text(encoding="utf-8"))
-    print(f"the winner: guidance scale {scale:g}, {steps} steps")
-    print(f"the page:   {page}")
-    print(f"MLflow:     mlflow ui --backend-store-uri {os.environ['MLFLOW_TRACKING_URI']}")
+    print(f"winner  guidance scale {scale:g}, {steps} steps")
+    print(f"open    {page}")
+    print(f"MLflow  mlflow ui --backend-store-uri {os.environ['MLFLOW_TRACKING_URI']}")
 
 
 def plan(config: QuickstartConfig) -> tuple[QuickstartConfig, str]:
-    """Return the config, and what the quickstart would run."""
+    """Return the config, and the commands that the quickstart would run."""
     return config, "\n".join(" ".join(["python", *command]) for _, command in _stages(config, preview=True))
 
 
 def _stages(config: QuickstartConfig, preview: bool = False) -> Iterator[Stage]:
-    """The command line of every job, as one would type it; the later ones need the search's result."""
+    """Yield the command line of every job; the later ones need the result of the search."""
     workers = ["--num-workers", str(config.num_workers)]
     count = ["--num-samples", str(config.num_samples)]
     yield "prepare", ["jobs/prepare_dataset.py", "digits"]
     yield "train", ["jobs/train_adm.py", "digits", "--total-images", str(config.total_images), *workers]
     classifier = ["--total-images", str(config.classifier_total_images), *workers]
     yield "train_classifier", ["jobs/train_classifier.py", "digits", *classifier]
-    settings = len(config.scales) * len(config.num_steps)  # all at once
+    settings = len(config.scales) * len(config.num_steps)  # the whole grid
     space = ["--space.scales", *map(str, config.scales), "--space.num-steps", *map(str, config.num_steps)]
     space += ["--space.samplers", "ddpm", "--space.no-continuous"]
     halving = ["--rungs", *map(str, config.rungs), "--trials", str(settings), "--finalists", "1"]
@@ -85,7 +85,7 @@ def _winner(store: str) -> tuple[float, int]:
 
 
 class _Stages:
-    """Runs stages as processes, and keeps the time and memory of each beside what they made."""
+    """Runs stages as processes, and records the time and memory of each in the store."""
 
     def __init__(self, store: str) -> None:
         self._uri = storage.join(store, "stages.json")
@@ -93,7 +93,7 @@ class _Stages:
 
     def run(self, name: str, command: list[str]) -> None:
         if name in self.record:
-            print(f"{name}: done already")
+            print(f"{name}: already done")
             return
         print(f"{name}: python {' '.join(command)}", flush=True)
         begin = time.perf_counter()
@@ -102,7 +102,8 @@ class _Stages:
             process = subprocess.run([sys.executable, str(JOBS.parent / script), *arguments], check=False)
         if process.returncode:
             raise RuntimeError(
-                f"stage {name} failed with exit code {process.returncode}; the same command goes on from here"
+                f"stage {name} failed with exit code {process.returncode}; fix the error above and run the "
+                "same command again, which resumes at this stage"
             )
         self.record[name] = {
             "seconds": time.perf_counter() - begin,
@@ -114,7 +115,7 @@ class _Stages:
 
 @contextlib.contextmanager
 def _peak_memory() -> Iterator[list[int]]:
-    """The largest sum of resident memory of this process and all beneath it while inside, in bytes."""
+    """Yield a list with the peak resident memory, in bytes, of this process and its descendants within the context."""
     peak, over = [0], threading.Event()
 
     def watch() -> None:
@@ -141,10 +142,10 @@ def _resident(root: psutil.Process) -> int:
 
 @contextlib.contextmanager
 def _local_s3() -> Iterator[str]:
-    """Yield a bucket's URI on an S3 server of this machine, which ends with the context and forgets everything."""
+    """Yield the URI of a bucket on a local S3 server, which loses its content at the end of the context."""
     with s3_server() as endpoint:
         os.environ |= {
-            "AWS_ACCESS_KEY_ID": "any-key-of-moto",  # not a word of a path, since its value is redacted
+            "AWS_ACCESS_KEY_ID": "any-key-of-moto",  # must not occur in paths, because its value is redacted
             "AWS_SECRET_ACCESS_KEY": "any-secret-of-moto",
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_ENDPOINT_URL": endpoint,

@@ -1,4 +1,4 @@
-"""The quickstart's page: one self-contained HTML file, and the same numbers as JSON."""
+"""The report of the quickstart: one self-contained HTML file, and its numbers as JSON."""
 
 import base64
 import os
@@ -26,7 +26,7 @@ METRICS = (
 
 
 def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> str:
-    """Write report.html and report.json into `folder` from what the jobs left in `store`; return the page's path."""
+    """Write report.html and report.json to `folder` from the output of the jobs in `store`; return the page's path."""
     digits = storage.join(store, "digits")
     evaluations = {
         name: storage.read_json(storage.join(digits, f"{name}-evaluation", "report.json"))
@@ -79,13 +79,14 @@ def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> 
     return str(path)
 
 
-# ------------------------------------------------------------------------------------------------ what the numbers say
+# ------------------------------------------------------------------------------------------------ numbers
 
 
 def trade_off(trials: list[dict[str, Any]], num_steps: int) -> dict[str, Any]:
-    """Whether precision rises and recall falls along the scale, from least to most, beyond their intervals.
+    """Return precision and recall by guidance scale, and whether they rise or fall significantly.
 
-    All by the largest n that every trial reached.
+    All values are those at the largest n that every trial reached. A change is significant if the intervals at the
+    smallest and the largest scale do not overlap.
     """
     n = common_n(trials)
     along = [trial for trial in trials if trial["setting"]["sampler"]["num_steps"] == num_steps]
@@ -108,9 +109,9 @@ def trade_off(trials: list[dict[str, Any]], num_steps: int) -> dict[str, Any]:
 
 
 def copies(distances: dict[str, list[float]]) -> dict[str, Any]:
-    """Whether samples lie nearer to training images than held-out real images do, by the lower quantiles.
+    """Return lower quantiles of the distances of samples and of held-out images to their nearest training images.
 
-    Copies would pull the low end of the samples' distances towards 0.
+    Memorised training images would move the lower quantiles of the samples towards 0.
     """
     quantiles = (0.01, 0.05, 0.25, 0.5)
     made, held_out = (np.quantile(distances[name], quantiles) for name in ("samples", "held_out"))
@@ -123,18 +124,18 @@ def copies(distances: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------------ the pictures
+# ------------------------------------------------------------------------------------------------ pictures
 
 
 def class_grid(samples: str) -> bytes:
-    """One row for each class, ten samples each: the first of the folder."""
+    """Return a PNG with a row of ten samples for each class, the first ones of the folder."""
     images, labels = read_range(samples, 0, min(512, count_samples(samples)))
     rows = [images[labels == label][:PER_CLASS] for label in np.unique(labels)]
     return grid_png(np.concatenate(rows), columns=PER_CLASS, scale=4, gap=2)
 
 
 def loss_figure(digits: str) -> bytes:
-    """The training losses over images seen."""
+    """Return a PNG of the training losses against the images seen."""
     figure, axes = subplots(1, 2, figsize=(8.6, 2.8))
     curves = (("diffusion", "hybrid loss"), ("classifier", "cross entropy"))
     for axis, (run, label) in zip(axes, curves, strict=True):

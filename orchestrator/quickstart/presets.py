@@ -5,5 +5,5 @@ from orchestrator.quickstart.config import QuickstartConfig
 
 
 def quickstart_presets() -> dict[str, tuple[str, QuickstartConfig]]:
-    """Ways through the quickstart."""
+    """Return the quickstarts by name, each with a line of description."""
     return {"digits": (DIGITS, QuickstartConfig())}

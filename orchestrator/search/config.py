@@ -1,8 +1,8 @@
-"""What a search is asked to do."""
+"""The config of a search, and the part of it that every evaluation of settings shares."""
 
 import math
 import re
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -19,50 +19,49 @@ class Limit(NamedTuple):
     """A budget, infinite where there is none."""
 
     amount: float = math.inf
-    unit: Literal["samples", "%", "h"] = (
-        "samples"  # % = of the network evaluations of all trials drawn to the last rung
-    )
+    unit: Literal["samples", "%", "h"] = "samples"  # % = of the network evaluations if all trials reach the last rung
 
     @classmethod
     def parse(cls, text: str | None) -> "Limit":
-        """Return what a text such as "20000", "25%" or "1.5h" means; ValueError for anything else."""
+        """Parse a text such as "20000", "25%" or "1.5h"; raise ValueError for any other."""
         if text is None:
             return cls()
         found = re.fullmatch(r"(\d+(?:\.\d+)?)(%|h?)", text.replace(",", "").strip())
         if not found or not float(found[1]):
             raise ValueError(
-                f"budget={text!r} is neither samples, as 20000, nor a share of all, as 25%, nor hours, as 1.5h"
+                f"budget={text!r} is not a budget; pass a number of samples (20000), a share of the cost of all "
+                "trials (25%) or hours (1.5h)"
             )
         return cls(float(found[1]), cast(Literal["%", "h"], found[2]) or "samples")
 
 
 class TrialsConfig(JobConfig):
-    """How settings are sampled, each on the same labels and noise, and what their samples are measured by."""
+    """How settings are sampled, all with the same labels and noise, and how their samples are measured."""
 
-    classifier: str | None = None  # the noisy classifier that guides
-    reference: str  # a prepared dataset (its training split), or a published reference batch (.npz) with images
-    output: str  # the folder of records and results
-    objective: tuple[str, ...] = Field(("fd_digits",), min_length=1, max_length=2)  # a metric, or two: fd_digits recall
-    seed: int = Field(0, ge=0)  # labels and noise of all settings alike
-    labels: str = "balanced"  # as a generation takes them: balanced, uniform, ...
-    batch_size: int = Field(64, gt=0)  # canonical batch B
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention
-    compile: Operational[bool] = False  # torch.compile the networks: slower to start, faster on long runs
-    extractor: str = "digits"  # inception, efficientnet, digits, or one's own as package.module.name
-    extractor_weights: str | None = None  # inception's file; None: its released name in the store's extractors/
-    num_workers: Operational[int] = Field(1, ge=0)  # sampling workers of all settings; 0 = in this process, without Ray
+    classifier: str | None = None  # classifier for guidance: a run's folder or a file
+    reference: str  # prepared dataset (its training split) or published batch (.npz) with images
+    output: str  # folder of records and results
+    objective: tuple[str, ...] = Field(("fd_digits",), min_length=1, max_length=2)  # one or two metrics
+    seed: int = Field(0, ge=0)  # decides labels and noise, which all settings share
+    labels: str = "balanced"  # balanced, uniform, or as in generate_samples
+    batch_size: int = Field(64, gt=0)  # canonical batch size B
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # precision of convolutions and attention
+    compile: Operational[bool] = False  # torch.compile the networks: a slower start, but faster on long runs
+    extractor: str = "digits"  # inception, efficientnet, digits, or your own as package.module.name
+    extractor_weights: str | None = None  # weights file of inception; None = the released file in extractors/
+    num_workers: Operational[int] = Field(1, ge=0)  # sampling workers for all trials; 0 = in this process, without Ray
     num_gpus: Operational[float] = Field(0.0, ge=0)  # GPUs for each worker
     num_threads: Operational[int] = Field(1, gt=0)  # CPU threads of each worker
-    cost: Operational[CostConfig] = CostConfig()  # what --dry-run counts with
+    cost: Operational[CostConfig] = CostConfig()
 
     @property
     def most_samples(self) -> int:
-        """Return the number of samples of a setting that is drawn to the end."""
+        """Return the largest number of samples of a setting."""
         raise NotImplementedError
 
     @property
     def most_networks(self) -> int:
-        """Return how many combinations of networks a worker keeps loaded."""
+        """Return how many combinations of networks a worker keeps in memory."""
         return 1
 
     @property
@@ -71,27 +70,19 @@ class TrialsConfig(JobConfig):
         return ()
 
     def generation(self, weights: str, seed: int, setting: Setting | None = None) -> GenerationConfig:
-        """Return the config of sampling by one of the diffusion models, with the sampler and guidance of a setting."""
-        chosen = {"sampler": setting.sampler, "guidance": setting.guidance} if setting else {}
+        """Return the config that samples from a diffusion model, with the sampler and guidance of `setting`, if any."""
+        names = (
+            "store", "classifier", "output", "labels", "dtype", "batch_size", "num_gpus", "num_threads", "compile",
+        )  # fmt: skip
+        fields: dict[str, Any] = {name: getattr(self, name) for name in names}
+        if setting is not None:
+            fields |= {"sampler": setting.sampler, "guidance": setting.guidance}
         return GenerationConfig(
-            store=self.store,
-            weights=weights,
-            classifier=self.classifier,
-            output=self.output,
-            num_samples=self.most_samples,
-            seed=seed,
-            labels=self.labels,
-            dtype=self.dtype,
-            batch_size=self.batch_size,
-            shard_size=self.batch_size,
-            num_gpus=self.num_gpus,
-            num_threads=self.num_threads,
-            compile=self.compile,
-            **chosen,
+            weights=weights, num_samples=self.most_samples, seed=seed, shard_size=self.batch_size, **fields
         )
 
     def extractor_loader(self, image_size: int) -> LoadExtractor:
-        """Return what loads the feature network."""
+        """Return the function that loads the feature network."""
         dataset = None if self.reference.endswith(".npz") else self.path(self.reference)
         weights = self.path(self.extractor_weights) if self.extractor_weights else None
         folder = self.path("extractors")
@@ -99,19 +90,19 @@ class TrialsConfig(JobConfig):
 
 
 class SearchConfig(TrialsConfig):
-    """What is tried, on which networks, and how it is judged."""
+    """Which settings of which networks are tried, and how they are compared."""
 
-    weights: tuple[str, ...] = Field(min_length=1)  # diffusion models to choose from: averages of several lengths, say
+    weights: tuple[str, ...] = Field(min_length=1)  # diffusion models to choose from, such as several averages of a run
     space: SpaceConfig = SpaceConfig()
     constraints: tuple[str, ...] = ()  # bounds on metrics, such as evaluations<=25 or recall>=0.4
-    rungs: tuple[int, ...] = Field((64, 128, 256, 512, 1024, 2048), min_length=1)  # n at which trials are compared
-    trials: int = Field(24, gt=0)  # settings tried at most
+    rungs: tuple[int, ...] = Field((64, 128, 256, 512, 1024, 2048), min_length=1)  # numbers of samples to compare at
+    trials: int = Field(24, gt=0)  # most settings to try
     round_size: int = Field(8, gt=0)  # settings that Optuna proposes at once; a grid is proposed as a whole
-    proxy: bool = False  # of a grid: settings of the fewest steps first, and of more steps those near the best scales
-    finalists: int = Field(2, gt=0)  # the best few, scored again on fresh seeds
+    proxy: bool = False  # for a grid: try the fewest steps first, then more steps near the best scales
+    finalists: int = Field(2, gt=0)  # best trials that are evaluated again on fresh seeds
     alpha: float = Field(0.05, gt=0, lt=1)  # family-wise error: probability of ever eliminating the best trial
-    budget: Operational[str | None] = None  # samples ("20000"), hours ("1.5h") or a share of all trials' ("25%")
-    fresh_seed: int = Field(1_000_003, ge=0)  # labels and noise of the finals, by which nothing was chosen
+    budget: Operational[str | None] = None  # samples (20000), hours (1.5h), or a share of the cost of all trials (25%)
+    fresh_seed: int = Field(1_000_003, ge=0)  # seed of the final evaluation, which no decision has used
 
     @property
     def most_samples(self) -> int:
@@ -124,13 +115,13 @@ class SearchConfig(TrialsConfig):
     @model_validator(mode="after")
     def _check(self) -> "SearchConfig":
         if list(self.rungs) != sorted(set(self.rungs)) or self.rungs[0] < 32:
-            raise ValueError(f"rungs={self.rungs} must rise from one to the next, from at least 32 samples")
+            raise ValueError(f"rungs={self.rungs} must increase, and the first rung must be at least 32")
         if "classifier" in self.space.guidance and self.space.scales[-1] > 0 and self.classifier is None:
-            raise ValueError(f"space.scales={self.space.scales} above 0 need a classifier")
+            raise ValueError(f"space.scales={self.space.scales} has scales above 0, which need --classifier")
         if self.seed == self.fresh_seed:
-            raise ValueError(f"fresh_seed={self.fresh_seed} is the search's own seed, so nothing would be fresh")
+            raise ValueError(f"fresh_seed={self.fresh_seed} must differ from seed, so that the final samples are new")
         if len(set(self.objective)) < len(self.objective):
-            raise ValueError(f"objective={self.objective} names one metric twice")
+            raise ValueError(f"objective={self.objective} names a metric twice; pass one metric, or two different ones")
         for text in self.constraints:
             Constraint.parse(text)
         sizes = [-(-n // self.batch_size) * self.batch_size for n in self.rungs]
@@ -138,13 +129,14 @@ class SearchConfig(TrialsConfig):
         limit = Limit.parse(self.budget)
         if limit.unit == "samples" and limit.amount < least:
             raise ValueError(
-                f"budget={self.budget} is less than {least:,} samples: a trial to the first rung, and the finals"
+                f"budget={self.budget} must be at least {least:,} samples, for one trial at the first rung and for "
+                "the final evaluation"
             )
         return self
 
     @property
     def bounds(self) -> tuple[Constraint, ...]:
-        """Return the constraints on sampled metrics; those on evaluations limit the space."""
+        """Return the constraints on sampled metrics; those on network evaluations limit the space instead."""
         return tuple(c for c in map(Constraint.parse, self.constraints) if c.metric != EVALUATIONS)
 
     def num_trials(self, grid: list[Setting]) -> int:
@@ -152,19 +144,19 @@ class SearchConfig(TrialsConfig):
         return self.trials if self.space.continuous else min(self.trials, len(grid))
 
     def proposes_grid(self, grid: list[Setting]) -> bool:
-        """Return whether the whole grid is tried; else Optuna proposes."""
+        """Return whether the whole grid is tried; otherwise Optuna proposes settings."""
         return not self.space.continuous and len(grid) <= self.trials
 
 
 def space_of(config: SearchConfig, passes: Passes) -> Space:
-    """The settings that may be tried, with networks whose passes cost this.
+    """Return the space of settings, for networks with these costs of a pass.
 
     Raises:
-        ValueError: a number of steps does not fit a sampler, or no setting keeps the bound on evaluations.
+        ValueError: a number of steps does not fit a sampler, or no setting satisfies the bound on network evaluations.
     """
     bounds = map(Constraint.parse, config.constraints)
     most = min((c.bound for c in bounds if c.metric == EVALUATIONS), default=np.inf)
     space = Space(config.space, config.weights, passes, most)
     if not space.grid():
-        raise ValueError(f"no setting of the space keeps {', '.join(config.constraints)}")
+        raise ValueError(f"constraints={', '.join(config.constraints)}: no setting of the space satisfies them")
     return space

@@ -1,8 +1,7 @@
-"""What a search costs: what its trials have drawn, what the budget still affords, and estimates beforehand."""
+"""The cost of a search: what its trials have drawn, what the budget can still pay for, and an estimate in advance."""
 
 import time
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,10 @@ from orchestrator.search.space import Setting
 
 
 class Clock:
-    """The hours that a search has taken over all its attempts, and what they were when each round began.
+    """The time that a search has taken in all its attempts, and the time at which each round began.
 
-    A round of which that is noted begins at the same time again, so that a search that is killed and started again
-    decides as it did.
+    Both are on storage. A round that is replayed begins at the recorded time, so that a search that was killed makes
+    the same decisions when it is started again.
     """
 
     def __init__(self, uri: str) -> None:
@@ -35,51 +34,51 @@ class Clock:
         return self._before + time.monotonic() - self._begin
 
     def next_round(self) -> float:
-        """Return the seconds at which this round began, in whatever attempt that was."""
+        """Return the seconds at which the next round began, in this attempt or in an earlier one."""
         if self._round == len(self._rounds):
             self._rounds.append(self.seconds)
         self._round += 1
         return self._rounds[self._round - 1]
 
     def save(self) -> None:
-        """Note the time; called whenever an evaluation is done."""
+        """Record the time; call it after each evaluation."""
         storage.write_json(self._uri, {"seconds": self.seconds, "rounds": self._rounds})
 
 
 class SampleBudget:
-    """What a search has drawn, and what its limit still holds.
+    """The samples that a search has drawn, and what remains of its limit.
 
-    A trial that goes to a higher rung costs its new samples only.
+    A trial that is promoted pays only for its new samples.
     """
 
     def __init__(self, limit: Limit, batch_size: int, full: float, clock: Clock | None = None) -> None:
         self._limit, self._batch_size, self._clock = limit, batch_size, clock
-        self._most = {"samples": 1, "%": full / 100, "h": 3600}[limit.unit] * limit.amount  # in what `_price` counts
+        self._most = {"samples": 1, "%": full / 100, "h": 3600}[limit.unit] * limit.amount  # in the units of `_price`
         self._drawn: Counter[tuple[Setting, int]] = Counter()
-        self._seconds = 0.0  # at which this round began
+        self._seconds = 0.0  # when this round began
 
     @property
     def samples(self) -> int:
-        """All that was drawn, whole batches."""
+        """The number of samples drawn, in whole batches."""
         return self._drawn.total()
 
     @property
     def evaluations(self) -> float:
-        """Network evaluations behind them, in passes of the diffusion model."""
+        """The network evaluations for all samples, in passes of the diffusion model."""
         return sum(count * setting.evaluations for (setting, _), count in self._drawn.items())
 
     def evaluations_of(self, seed: int) -> float:
-        """Network evaluations on one seed: of the trials, or of the final evaluation."""
+        """Return the network evaluations for the samples of one seed: of the trials, or of the final evaluation."""
         return sum(count * setting.evaluations for (setting, other), count in self._drawn.items() if other == seed)
 
     def of(self, setting: Setting) -> int:
-        """Samples of one setting, on all seeds."""
+        """Return the number of samples of one setting, on all seeds."""
         return sum(count for (other, _), count in self._drawn.items() if other == setting)
 
     def fitting(self, tasks: list[Evaluation], share: float, reserve: list[Evaluation]) -> int:
-        """Return how many of the tasks, in their order, `share` of what is left beside `reserve` affords.
+        """Return how many of the tasks, in order, can be paid from `share` of what remains beside `reserve`.
 
-        The reserve, the final evaluations, is no part of a budget in %.
+        The reserve is for the final evaluation. A budget in % does not include it.
         """
         reserve = [] if self._limit.unit == "%" else reserve
         spent = {"samples": self.samples, "%": self.evaluations, "h": self._seconds}[self._limit.unit]
@@ -87,18 +86,18 @@ class SampleBudget:
         return int((np.cumsum([self._price(task) for task in tasks]) <= left).sum())
 
     def spend(self, tasks: list[Evaluation]) -> None:
-        """Count these evaluations as drawn: a round has ended."""
+        """Count the samples of these evaluations as drawn, at the end of a round."""
         for task in tasks:
             self._drawn[task.setting, task.seed] += self.new(task)
         if self._clock is not None:
             self._seconds = self._clock.next_round()
 
     def new(self, task: Evaluation) -> int:
-        """Return the samples that an evaluation has to draw, in whole batches."""
+        """Return the number of samples that an evaluation has to draw, in whole batches."""
         return max(0, whole(task.n, self._batch_size) - self._drawn[task.setting, task.seed])
 
     def _price(self, task: Evaluation) -> float:
-        """Return what an evaluation costs in the limit's unit: samples, network evaluations, or seconds so far."""
+        """Return the cost of an evaluation: samples, network evaluations, or seconds at the speed so far."""
         if self._limit.unit == "samples":
             return self.new(task)
         seconds = self._seconds / (self.evaluations or 1) if self._limit.unit == "h" else 1.0
@@ -106,36 +105,20 @@ class SampleBudget:
 
 
 def whole(n: int, batch_size: int) -> int:
-    """Return n samples as whole batches."""
+    """Return n rounded up to whole batches."""
     return -(-n // batch_size) * batch_size
 
 
 def full_evaluations(config: SearchConfig, settings: list[Setting]) -> float:
-    """Return the network evaluations of every trial drawn to the last rung, by the mean of these settings."""
+    """Return the network evaluations if every trial reached the last rung, at the mean cost of these settings."""
     each = float(np.mean([setting.evaluations for setting in settings]))
     return config.num_trials(settings) * whole(config.rungs[-1], config.batch_size) * each
 
 
-@dataclass(frozen=True)
-class Expectation:
-    """Work of a search."""
+def most_work(config: SearchConfig, settings: list[Setting], model: Architecture) -> tuple[float, float, float]:
+    """Return the samples, network evaluations and GPU-hours of a search in which no trial is eliminated.
 
-    samples: float
-    evaluations: float  # of networks
-    gpu_hours: float
-
-    def __str__(self) -> str:
-        return f"{self.samples:,.0f} samples, {self.evaluations:,.0f} network evaluations"
-
-
-def most_work(
-    config: SearchConfig,
-    settings: list[Setting],
-    model: Architecture,
-) -> Expectation:
-    """Return the work where no trial is eliminated, as far as the budget goes; of hours the budget says nothing here.
-
-    An image takes what the mean of `settings` does.
+    The budget limits them, unless it is in hours. All settings have the mean cost of `settings`.
     """
     evaluations = float(np.mean([setting.evaluations for setting in settings]))
     flops = evaluations * 2.0 * forward_multiply_adds(model)
@@ -148,4 +131,4 @@ def most_work(
         samples -= max(1 - limit.amount / 100, 0.0) * trials * full
     cost = Cost(int(samples), flops, {}, GUIDED_SAMPLING, "")
     seconds = gpu_seconds(cost, config.cost, half=config.dtype != "float32")
-    return Expectation(samples, samples * evaluations, seconds / 3600)
+    return samples, samples * evaluations, seconds / 3600

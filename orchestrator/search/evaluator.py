@@ -1,7 +1,7 @@
-"""The evaluation of a setting at a rung: its first n samples drawn by the shared pool, measured, and recorded.
+"""The evaluation of a setting at a rung: the shared pool draws its first n samples, which are measured and recorded.
 
-What lies on disk, under trials/<setting>/seed-<seed>/: a block of features for each canonical batch, which is drawn
-once whatever rungs ask for it; for each rung n-<n>.json, the record, beside the scores that trials are compared by.
+The folder trials/<setting>/seed-<seed>/ holds a block of features for each canonical batch, which every rung reuses.
+For each rung it holds the record n-<n>.json, and in n-<n>.safetensors the scores by which trials are compared.
 """
 
 import time
@@ -34,10 +34,10 @@ from orchestrator.search.halving import Evaluation, Outcome
 from orchestrator.search.objectives import EVALUATIONS, Objective
 from orchestrator.search.space import Setting
 
-PICTURED = 40  # samples in a trial's own picture
+PICTURED = 40  # samples in the picture of a trial
 
 
-# ------------------------------------------------------------------------------------------------ on disk
+# ------------------------------------------------------------------------------------------------ records
 
 
 def folder_of(config: TrialsConfig, task: Evaluation) -> str:
@@ -45,12 +45,12 @@ def folder_of(config: TrialsConfig, task: Evaluation) -> str:
 
 
 def record_uri(config: TrialsConfig, task: Evaluation) -> str:
-    """Return the URI of an evaluation's record: its metrics, or why it failed."""
+    """Return the URI of an evaluation's record, which holds its metrics or the reason why it failed."""
     return storage.join(folder_of(config, task), f"n-{task.n:06d}.json")
 
 
 def read_outcome(config: TrialsConfig, task: Evaluation) -> Outcome:
-    """Read the outcome that an evaluation's record holds."""
+    """Read the outcome of an evaluation from its record."""
     uri = record_uri(config, task)
     record = storage.read_json(uri)
     if record["failed"]:
@@ -63,7 +63,7 @@ def _read_arrays(uri: str) -> dict[str, np.ndarray]:
     try:
         return safetensors.numpy.load(storage.read_bytes(uri))
     except safetensors.SafetensorError as error:
-        raise RuntimeError(f"{uri} is damaged ({error}); delete it, and the same command makes it again") from error
+        raise RuntimeError(f"{uri} is damaged ({error}); delete it and run the same command again") from error
 
 
 def _block_name(number: int) -> str:
@@ -74,7 +74,7 @@ def _block_name(number: int) -> str:
 
 
 class Held(NamedTuple):
-    """What trials are compared with: statistics of the whole reference, and features of some of its images."""
+    """The reference in memory: statistics of all its images, and the features of some of them."""
 
     extractor: str
     statistics: dict[ArrayName, Moments | Gaussian]
@@ -83,24 +83,24 @@ class Held(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What the driver knows of the networks, and trials need."""
+    """What trials need to know about the networks."""
 
     image_size: int
-    labels_given: bool  # the labels of the samples are no random draw
-    unmatched: str  # why they cannot be matched with the reference's, or the extractor's; "" where they can
+    labels_given: bool  # the labels of the samples are not drawn at random
+    unmatched: str  # why labels cannot be matched with the classes of the reference or the extractor; "" if they can
 
 
 def evaluate(config: TrialsConfig, workers: Pool, facts: Facts, task: Evaluation) -> dict[str, float]:
-    """Draw what a setting lacks of its first n samples through the shared pool, measure them, leave a record.
+    """Draw the missing ones of a setting's first n samples in the shared pool, measure them, and write a record.
 
-    Return what Ray Tune shows of it.
+    Return the mean scores, for Ray Tune's table.
 
-    A setting whose samples are not finite, do not fit into memory or cannot be measured leaves a record that says why.
-    At the first sign of it nothing more is asked of the pool, so its share is free at once. All other errors are the
-    machine's, not the setting's: they leave no record, so that the same command tries the trial again.
+    If the samples are not finite, do not fit into memory or cannot be measured, the record holds the reason. After the
+    first such batch the pool receives no more work of this setting. Any other error is caused by the machine. It leaves
+    no record, so that the same command repeats the evaluation.
 
     Raises:
-        ItemsFailed: the pool could not draw a batch on any worker.
+        ItemsFailed: no worker of the pool could draw a batch.
         OSError: storage failed.
     """
     held = _held(config, facts.image_size)
@@ -115,7 +115,7 @@ def evaluate(config: TrialsConfig, workers: Pool, facts: Facts, task: Evaluation
     drawn = concatenate(_read_block(storage.join(folder, name)) for name in names)
     try:
         outcome = _measured(config, task, drawn, held, facts)
-    except (ValueError, ArithmeticError) as error:  # a function of the samples alone, which reads no storage
+    except (ValueError, ArithmeticError) as error:  # caused by the samples, since measuring reads no storage
         return _record(config, task, failed=_one_line(error))
     return _record(config, task, outcome, worker_seconds=seconds)
 
@@ -125,11 +125,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _measured(config: TrialsConfig, task: Evaluation, drawn: Labelled, held: Held, facts: Facts) -> Outcome:
-    """The metrics and scores of the first n of what was drawn.
-
-    Raises:
-        ValueError: they cannot be had of these samples.
-    """
+    """Return the metrics and scores of the first n samples; raise ValueError if they cannot be computed."""
     features = {name: array[: task.n] for name, array in vars(drawn.features).items() if array is not None}
     pool, labels = features["pool"], drawn.labels[: task.n]
     rows = Rows(held.rows, pool, manifolds(held.rows, pool, k=NEIGHBOURS), kernel=(held.rows, pool))
@@ -145,7 +141,7 @@ def _measured(config: TrialsConfig, task: Evaluation, drawn: Labelled, held: Hel
     objectives = [Objective.parse(name, held.extractor) for name in names]
     scores = {objective.name: objective.scores(comparison, evaluations) for objective in objectives}
     if not all(np.isfinite(each).all() for each in scores.values()):
-        raise ValueError("its samples have scores that are not finite")
+        raise ValueError("the samples have scores that are not finite")
     unbiased = tuple(objective.name for objective in objectives if objective.is_unbiased(comparison, full))
     return Outcome(scores, strata, metrics, unbiased)
 
@@ -157,7 +153,7 @@ def _record(
     failed: str | None = None,
     worker_seconds: float = 0,
 ) -> dict[str, float]:
-    """Scores first, the record last: where that is, all is there."""
+    # the record is written last: if it exists, the scores exist too
     uri = record_uri(config, task)
     record = {"setting": task.setting.model_dump(mode="json"), "n": task.n, "seed": task.seed, "failed": failed}
     if outcome is not None:
@@ -171,25 +167,27 @@ def _record(
 
 
 def reference_of(config: TrialsConfig, image_size: int, num_workers: int) -> tuple[Reference, str]:
-    """What the search compares with, and the extractor's name; what of it is not extracted yet is extracted.
+    """Return the reference and the extractor's name; extract the features of the reference if they are not stored yet.
 
     Raises:
-        ValueError: it holds statistics alone.
+        ValueError: the reference holds statistics only, no images.
     """
     loader = config.extractor_loader(image_size)
     loaded, folder = loader(CPU), storage.join(config.path(config.output), "reference")
     uri = config.path(config.reference)
     found = open_reference(uri, loader, loaded, folder, image_size, num_workers, config.num_gpus)
     if found.files is None:
-        raise ValueError(f"{uri} holds no images, which the decisions of a search need below n = 16 D")
+        raise ValueError(
+            f"--reference {config.reference} holds statistics only; pass a prepared dataset or a batch with images"
+        )
     return found, loaded.network.name
 
 
 def unmatched(classes: tuple[str, ...], reference: Reference) -> str:
-    """Return why the labels of samples of these classes cannot be matched with the reference's; "" where they can.
+    """Return why labels of these classes cannot be matched with the reference's classes; "" if they can.
 
     Raises:
-        ValueError: both have class names, and these differ.
+        ValueError: both have class names, and the names differ.
     """
     numbers = [tuple(map(str, range(len(names)))) for names in (classes, reference.classes)]
     if not classes or not reference.classes or classes == reference.classes:
@@ -200,13 +198,13 @@ def unmatched(classes: tuple[str, ...], reference: Reference) -> str:
     raise ValueError(
         f"the class names of the weights and of reference={reference.uri} differ"
         + (f": only one of them has {name!r}" if name else " in their order")
-        + ". Pass as --reference the dataset that the weights were trained on"
+        + ". Pass the dataset that the weights were trained on as --reference"
     )
 
 
 @lru_cache(maxsize=1)
 def _held(config: TrialsConfig, image_size: int) -> Held:
-    """The same in memory, which a process of trials keeps from one to the next."""
+    """Load the reference, which a process keeps for its next trials."""
     found, name = reference_of(config, image_size, num_workers=0)
     assert found.files is not None
     return Held(
@@ -223,7 +221,7 @@ def _read_block(uri: str) -> Labelled:
 
 
 class Block(NamedTuple):
-    """One canonical batch of one setting."""
+    """A canonical batch of a setting."""
 
     setting: Setting
     seed: int
@@ -231,16 +229,17 @@ class Block(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What a worker returns: that the block is written, or why the setting cannot be sampled."""
+    """The result of a worker: the block is written, or the setting cannot be sampled."""
 
     seconds: float = 0.0
     failed: str | None = None
 
 
 def sampled_by(config: TrialsConfig, files: dict[str, str], weights: str, weak: str | None = None) -> GenerationConfig:
-    """Return the config that loads a diffusion model and what may guide it, from the files that the search took.
+    """Return the config that loads a diffusion model with the networks that guide it.
 
-    weak: the weaker model; None: without one.
+    files: the weights file that the job uses for each path.
+    weak: the weaker model; None = without one.
     """
     found = config.generation(files.get(weights, weights), config.seed)
     guidance = GuidanceConfig(kind="auto", weak_weights=files.get(weak, weak)) if weak else found.guidance
@@ -249,7 +248,7 @@ def sampled_by(config: TrialsConfig, files: dict[str, str], weights: str, weak: 
 
 
 def make_worker(config: TrialsConfig) -> Callable[[Block], Made]:
-    """A sampling worker: networks and extractor loaded once, then batches of any trial."""
+    """Return a function that draws batches of any trial, with the networks and the extractor loaded once."""
     files = noted_files(config.path(config.output))
 
     @lru_cache(config.most_networks)
@@ -268,14 +267,17 @@ def make_worker(config: TrialsConfig) -> Callable[[Block], Made]:
             worker = loaded(block.setting.weights, block.setting.guidance.weak_weights)
             image_size = worker.networks.weights.architecture.image_size
             return make_block(config, worker, extractor(image_size, worker.device), block)
-        except (FloatingPointError, torch.OutOfMemoryError) as error:  # all else is the machine's fault: tried again
+        except (
+            FloatingPointError,
+            torch.OutOfMemoryError,
+        ) as error:  # any other error is retried
             return Made(failed=_one_line(error))
 
     return work
 
 
 def make_block(config: TrialsConfig, worker: SamplingWorker, extractor: Extractor, block: Block) -> Made:
-    """Draw a canonical batch and write its features; of the first one the images too."""
+    """Draw a canonical batch and write its features; write the images of the first batch too."""
     folder = folder_of(config, Evaluation(block.setting, 0, block.seed))
     uri = storage.join(folder, _block_name(block.number))
     if storage.exists(uri):
@@ -293,11 +295,11 @@ def make_block(config: TrialsConfig, worker: SamplingWorker, extractor: Extracto
 
 
 def first_images(config: TrialsConfig, setting: Setting) -> np.ndarray:
-    """uint8 [B, H, W, 3]: the first batch of a setting that has run."""
+    """Return the images uint8 [B, H, W, 3] of the first batch of a setting that was evaluated."""
     uri = storage.join(folder_of(config, Evaluation(setting, 0, config.seed)), _block_name(0))
     return _read_arrays(uri)["images"]
 
 
 def samples_picture(config: TrialsConfig, setting: Setting) -> bytes:
-    """PNG of the first samples of a setting that has run."""
+    """Return a PNG of the first samples of a setting that was evaluated."""
     return storage.read_bytes(storage.join(folder_of(config, Evaluation(setting, 0, config.seed)), "samples.png"))

@@ -1,7 +1,6 @@
-"""Search: which guidance scale, how many steps, which sampler; all trials draw the same labels and noise."""
+"""Search for the guidance, the number of steps and the sampler; all trials sample with the same labels and noise."""
 
-from collections.abc import Generator, Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -32,7 +31,7 @@ from orchestrator.search.evaluator import (
     samples_picture,
     unmatched,
 )
-from orchestrator.search.halving import Evaluation, Outcome, Proposals, Round, Rules, SuccessiveHalving
+from orchestrator.search.halving import Evaluation, Proposals, SuccessiveHalving
 from orchestrator.search.objectives import Objective
 from orchestrator.search.page import search_page
 from orchestrator.search.pictures import write_pictures
@@ -46,11 +45,11 @@ from orchestrator.weights.network import weights_file
 
 
 def search(config: SearchConfig) -> str:
-    """Evaluate the settings that have no record yet, go on with those that have, and return the URI of search.json.
+    """Run a search, or resume it from its records, and return the URI of search.json.
 
     Raises:
         ValueError: networks, reference, space and output folder do not fit each other.
-        RuntimeError: no trial came to an end, or the cluster failed.
+        RuntimeError: no trial was evaluated to the end, or the cluster failed.
     """
     output = config.path(config.output)
     files = _files(config)
@@ -64,7 +63,7 @@ def search(config: SearchConfig) -> str:
             print(f"{output} is complete:\n{summary(result)}")
             catch_up("search", config, output)
             return result_uri
-    cpus = config.num_workers and config.num_workers * config.num_threads + 1  # one for the trials, which measure
+    cpus = config.num_workers and config.num_workers * config.num_threads + 1  # one for the trials
     with session(cpus, shared=config.shared), tracked("search", config, output) as tracker:
         reference, extractor = reference_of(config, facts.image_size, config.num_workers)
         reason = unmatched(networks[config.weights[0]].classes, reference) or facts.unmatched
@@ -88,7 +87,7 @@ def search(config: SearchConfig) -> str:
 
 
 def _load(config: SearchConfig, files: dict[str, str]) -> dict[str, Networks]:
-    """Load the networks of each diffusion model; check those with each weaker model before anything is drawn."""
+    """Load the networks of each diffusion model, and check that each weaker model fits them."""
     for weak in config.space.weak_weights:
         for path in config.weights:
             load_networks(sampled_by(config, files, path, weak), "cpu")
@@ -101,9 +100,10 @@ def passes_of(
     files: dict[str, str] | None = None,
     trained: Trained | None = None,
 ) -> Passes:
-    """Return what a pass of each guide costs in passes of the generation's model; files: of weights by path.
+    """Return the cost of a pass of each guide, in passes of the generation's model.
 
-    trained: as `plan` takes it.
+    files: weights files by path.
+    trained: see `plan`.
     """
     model = outline(generation, generation.weights, None, trained)
     multiply_adds = forward_multiply_adds(model.architecture)
@@ -122,17 +122,21 @@ def passes_of(
 
 
 def _files(config: SearchConfig) -> dict[str, str]:
-    """Return the file of weights for each path: that of the first attempt, which config.json notes, or the newest."""
+    """Return the weights file for each path: the one that config.json records for an earlier attempt, or the newest."""
     noted = noted_files(config.path(config.output))
-    paths = [*config.weights, *config.space.weak_weights, *([config.classifier] if config.classifier else [])]
-    return {path: weights_file(path, config.path, noted.get(path)) for path in paths}
+    return {path: weights_file(path, config.path, noted.get(path)) for path in _paths(config)}
+
+
+def _paths(config: SearchConfig) -> list[str]:
+    return [*config.weights, *config.space.weak_weights, *([config.classifier] if config.classifier else [])]
 
 
 def _check_or_write_config(config: SearchConfig, files: dict[str, str], networks: dict[str, Networks]) -> Facts:
-    """Check or write the config of the output folder; return what trials need to know of the networks.
+    """Check or write the config of the output folder; return what trials need to know about the networks.
 
     Raises:
-        ValueError: the networks, or the objectives and the extractor, do not fit each other; or it is another search's.
+        ValueError: the networks, or the objectives and the extractor, do not fit each other, or the folder belongs to
+            another search.
     """
     size, first = _image_size(config, networks), networks[config.weights[0]]
     loaded = config.extractor_loader(size)(CPU)
@@ -147,7 +151,7 @@ def _is_begun(output: str) -> bool:
 
 
 def _facts(networks: dict[str, Networks]) -> dict[str, Any]:
-    """Return what the folder is bound to beside the config, but for the extractor."""
+    """Return the fingerprint of the networks, to which the folder is bound."""
     (first, *_) = networks.values()
     return {
         "weights": {path: found.weights.sha256 for path, found in networks.items()},
@@ -157,52 +161,44 @@ def _facts(networks: dict[str, Networks]) -> dict[str, Any]:
 
 
 def _image_size(config: SearchConfig, networks: dict[str, Networks]) -> int:
-    """Return the pixels of a side of all samples; ValueError if the diffusion models make images of several sizes."""
+    """Return the image size in pixels; raise ValueError if the diffusion models generate images of different sizes."""
     size = networks[config.weights[0]].weights.architecture.image_size
     for path, found in networks.items():
         if found.weights.architecture.image_size != size:
-            raise ValueError(f"weights={path} makes other images than {config.weights[0]}, which has {size} pixels")
+            raise ValueError(
+                f"--weights {path} generates images of {found.weights.architecture.image_size} pixels, and "
+                f"{config.weights[0]} of {size}; pass models of one image size"
+            )
     return size
 
 
 def _check_objectives(config: SearchConfig, extractor: str) -> None:
-    """Raise ValueError if trials cannot be compared by an objective or a constraint."""
+    """Raise ValueError if a search cannot compare trials by an objective or a constraint."""
     for name in (*config.objective, *(bound.metric for bound in config.bounds)):
         Objective.parse(name, extractor)
 
 
 def _start(config: SearchConfig, space: Space) -> tuple[SuccessiveHalving, SampleBudget, Clock]:
-    """Return the search at its start, its budget, and the clock of that."""
+    """Return a new search, its budget, and the clock of the budget."""
     grid = space.grid()
-    rules = Rules(
-        objectives=config.objective,
-        constraints=config.bounds,
-        rungs=config.rungs,
-        trials=config.num_trials(grid),
-        round_size=config.round_size,
-        finalists=config.finalists,
-        alpha=config.alpha,
-        seed=config.seed,
-        fresh_seed=config.fresh_seed,
+    proposals: Proposals = (
+        GridProposals(grid, config.proxy)
+        if config.proposes_grid(grid)
+        else OptunaProposals(space, config.seed, len(config.objective), config.round_size)
     )
-    proposals: Proposals
-    if config.proposes_grid(grid):
-        rules = replace(rules, round_size=len(grid))
-        proposals = GridProposals(grid, config.proxy)
-    else:
-        proposals = OptunaProposals(space, config.seed, len(config.objective), config.round_size)
     clock = Clock(storage.join(config.path(config.output), "clock.json"))
     budget = SampleBudget(Limit.parse(config.budget), config.batch_size, full_evaluations(config, grid), clock)
-    return SuccessiveHalving(rules, proposals, budget), budget, clock
+    outcome_of = partial(read_outcome, config)
+    return SuccessiveHalving(config, config.num_trials(grid), proposals, budget, outcome_of), budget, clock
 
 
 def _together(config: SearchConfig) -> int:
-    """Trials at once: enough that the batches of a first rung keep all workers busy, and one to measure meanwhile."""
+    """Return how many trials run at once: as many as keep all workers busy at the first rung, and one to measure."""
     return config.num_workers and -(-config.num_workers * config.batch_size // config.rungs[0]) + 1
 
 
 class _Rounds:
-    """The rounds of a search as Ray Tune runs them: without the evaluations that have a record."""
+    """The rounds of a search for Ray Tune, without the evaluations that have a record."""
 
     def __init__(
         self, config: SearchConfig, halving: SuccessiveHalving, budget: SampleBudget, clock: Clock, tracker: Tracker
@@ -210,29 +206,28 @@ class _Rounds:
         self._config, self._halving, self._budget, self._clock, self._tracker = config, halving, budget, clock, tracker
         self._progress: Progress | None = None
 
-    def run(self) -> Generator[tuner.Round[Evaluation], None, None]:
-        """Yield what has no record; all outcomes are read from records, whoever made them and when."""
-        rounds = self._halving.run()
-        found = next(rounds, None)
-        while found is not None:
+    def run(self) -> Iterator[tuner.Round[Evaluation]]:
+        """Yield the evaluations that have no record; the search reads all outcomes from records."""
+        done: list[Evaluation] = []
+        for found in self._halving.run():
+            self._track(done)
+            done = found.tasks
             print(found.text, flush=True)
             todo = [task for task in found.tasks if not storage.exists(record_uri(self._config, task))]
             running = {task.setting for task in found.tasks}
             stopped = [t.setting.name for t in self._halving.trials if not t.runs and t.setting not in running]
             with progress_line(sum(map(self._budget.new, todo)), "samples") as self._progress:
                 yield tuner.Round([(task.setting.name, task) for task in todo], stopped)
-            outcomes = [read_outcome(self._config, task) for task in found.tasks]
-            done, found = found, _after(rounds, outcomes)
-            self._track(done.tasks)
+        self._track(done)
 
     def done(self, task: Evaluation) -> None:
-        """Show and note that an evaluation is done."""
+        """Show the progress and save the clock after an evaluation."""
         self._clock.save()
         if self._progress is not None:
             self._progress.update_to(self._progress.done + self._budget.new(task))
 
     def _track(self, tasks: list[Evaluation]) -> None:
-        """Log the trials of a round, each to an MLflow run of its own."""
+        """Log the trials of a round, each to its own MLflow run."""
         drawn = {task.setting for task in tasks}
         for trial in (trial for trial in self._halving.trials if trial.setting in drawn):
             history = {n: _flat(o.metrics) for n, o in zip(self._config.rungs, trial.outcomes, strict=False)}
@@ -242,16 +237,8 @@ class _Rounds:
             self._tracker.child(trial.setting.name, trial.setting.model_dump(mode="json"), history, picture)
 
 
-def _after(rounds: Generator[Round, list[Outcome], None], outcomes: list[Outcome]) -> Round | None:
-    """Return the next round; None at the end."""
-    try:
-        return rounds.send(outcomes)
-    except StopIteration:
-        return None
-
-
 def _flat(metrics: dict[str, Any]) -> dict[str, float]:
-    """Values and, where there is one, both ends of the interval."""
+    """Return the values and the ends of their intervals, by name."""
     found = {name: metric["value"] for name, metric in metrics.items()}
     for end, name_of_end in enumerate(("low", "high")):
         found |= {f"{n}_{name_of_end}": m["interval"][end] for n, m in metrics.items() if m["interval"]}
@@ -259,23 +246,22 @@ def _flat(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def plan(config: SearchConfig, trained: Trained | None = None) -> tuple[SearchConfig, str]:
-    """Return the config, and what a search would read, write and cost.
+    """Return the config, and lines that say what a search would read, write and cost.
 
-    trained: what trainings will leave, for weights that are not there yet.
+    trained: what trainings will write, for weights that do not exist yet.
 
     Raises:
-        ValueError: what `search` would refuse before it starts.
+        ValueError: `search` would refuse the config before it starts.
     """
     _check_objectives(config, extractor_name(config.extractor))
-    paths = [*config.weights, *config.space.weak_weights, *([config.classifier] if config.classifier else [])]
+    paths, reference = _paths(config), config.path(config.reference)
     absent = absent_weights(config, paths)
-    reference = config.path(config.reference)
-    absent += [] if storage.exists(reference) else [reference]
-    if not absent_weights(config, paths):
+    if not absent:
         networks, output = _load(config, _files(config)), config.path(config.output)
         _image_size(config, networks)
-        extractor = read_config(output).get("extractor")  # which may have to be trained first
+        extractor = read_config(output).get("extractor")  # which the search may have to train first
         check_config(output, config, _is_begun(output), **_facts(networks), extractor=extractor)
+    absent += [] if storage.exists(reference) else [reference]
     lines = [
         f"reads   {', '.join([*map(config.path, paths), reference])}",
         f"writes  {config.path(config.output)}: records of each trial, search.json, report.html, pictures",
@@ -283,15 +269,17 @@ def plan(config: SearchConfig, trained: Trained | None = None) -> tuple[SearchCo
     try:
         lines += _priced(config, trained)
     except FileNotFoundError:
-        lines.append("cost    known as soon as the weights are there")
+        lines.append("cost    unknown until the weights exist")
     return config, "\n".join([*lines, *not_there_yet(absent)])
 
 
 def _priced(config: SearchConfig, trained: Trained | None) -> list[str]:
-    """Return the lines of a plan that say how much is tried, and what it costs."""
+    """Return lines that say how many settings are tried, and what they cost."""
     generation = config.generation(config.weights[0], config.seed)
     space = space_of(config, passes_of(config.space.guides, generation, trained=trained))
-    work = most_work(config, space.grid(), outline(generation, config.weights[0], None, trained).architecture)
+    model = outline(generation, config.weights[0], None, trained).architecture
+    samples, evaluations, gpu_hours = most_work(config, space.grid(), model)
+    work = f"{samples:,.0f} samples, {evaluations:,.0f} network evaluations"
     between = ", and any scale between" if config.space.continuous else ""
     limit = f", or {config.budget}" if Limit.parse(config.budget).unit == "h" else ""
     lines = [f"tries   up to {config.num_trials(space.grid())} settings of a grid of {len(space.grid())}{between}"]
@@ -300,7 +288,7 @@ def _priced(config: SearchConfig, trained: Trained | None) -> list[str]:
     mfu = assumed_mfu(config.cost, GUIDED_SAMPLING)
     return [
         *lines,
-        f"work    at most {work}, {work.gpu_hours:,.3g} GPU-hours{limit}",
-        *money(work.gpu_hours, config.cost),
+        f"work    at most {work}, {gpu_hours:,.3g} GPU-hours{limit}",
+        *money(gpu_hours, config.cost),
         f"assumed {mfu.share:.0%} of an {config.cost.gpu}'s peak ({mfu.source})",
     ]

@@ -1,4 +1,4 @@
-"""A search's page: one self-contained HTML file with the winner, all settings tried, and the pictures."""
+"""The report of a search: one self-contained HTML file with the winner, all settings tried, and the pictures."""
 
 import base64
 from pathlib import Path
@@ -13,7 +13,11 @@ Json = dict[str, Any]
 
 
 def search_page(result: Json, pictures: dict[str, bytes], command: str) -> str:
-    """Return the page of search.json's content; `command` samples with the winner's setting."""
+    """Return the page for the content of search.json.
+
+    pictures: PNGs by file name.
+    command: samples with the winner's setting.
+    """
     several = len({trial["setting"]["weights"] for trial in result["trials"]}) > 1
     objective = result["objective"][0]
 

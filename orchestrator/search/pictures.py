@@ -1,4 +1,4 @@
-"""The pictures of a search: metrics along the guidance scale, the front, and one set of seeds across scales."""
+"""The pictures of a search: metrics against the guidance scale, the Pareto front, and the same seeds by setting."""
 
 from typing import Any
 
@@ -18,14 +18,14 @@ from orchestrator.tracking import Tracker
 
 COLOURS_MORE = (*COLOURS, "#8c6d1f", "#4a4a4a", "#b0457b", "#2f8f8f")
 LEGEND_WIDTH = 110  # characters
-COLUMNS = 20  # samples of a scale in the grid across scales
+COLUMNS = 20  # samples in a row
 
 Json = dict[str, Any]
-Point = tuple[Json, Json]  # estimates along and upwards
+Point = tuple[Json, Json]  # estimates on the x axis and the y axis
 
 
 def write_pictures(config: SearchConfig, result: Json, extractor: str, tracker: Tracker) -> dict[str, bytes]:
-    """Write them beside search.json, and to MLflow, and return them; `extractor` is the name in those of metrics."""
+    """Write the pictures beside search.json and to MLflow; return them as PNGs by file name."""
     winner = Setting(**result["winner"]["setting"])
     pictures = {"front.png": front_figure(front_names(config), result)}
     if len({trial["setting"]["guidance"]["scale"] for trial in result["trials"]}) > 1:
@@ -40,10 +40,10 @@ def write_pictures(config: SearchConfig, result: Json, extractor: str, tracker: 
 
 
 def guidance_figure(trials: list[Json], objectives: list[str], extractor: str) -> bytes:
-    """Draw the objectives and ADM's figure 4 (Inception Score, precision, recall) along the guidance scale.
+    """Plot the objectives and ADM's figure 4 (Inception Score, precision, recall) against the guidance scale.
 
-    A line joins the trials of one sampler and number of steps by what they had at the largest n that all trials
-    reached, since these metrics depend on n; bands are 95% intervals, objectives are freed of their bias.
+    A line joins the trials of one sampler and number of steps. All values are those at the largest n that all trials
+    reached, since these metrics depend on n. Bands are 95% intervals, and objectives are bias-corrected.
     """
     figure, axes = subplots(2, 2, figsize=(8.6, 5.6))
     n = common_n(trials)
@@ -57,10 +57,10 @@ def guidance_figure(trials: list[Json], objectives: list[str], extractor: str) -
             if all(metric["interval"] for metric in found):
                 low, high = np.array([metric["interval"] for metric in found]).T
                 axis.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
-        freed = ", freed of bias" if name in trials[0]["objective_by_rung"][n] else ""
-        axis.set(xlabel="guidance scale", title=name.replace("_", " ") + freed)
+        corrected = ", bias-corrected" if name in trials[0]["objective_by_rung"][n] else ""
+        axis.set(xlabel="guidance scale", title=name.replace("_", " ") + corrected)
         _scale_axis(axis, sorted({trial["setting"]["guidance"]["scale"] for trial in trials}))
-    if axes.flat[0].dataLim.y0 > 0 and sign_of(names[0]) > 0:  # distances span orders of magnitude
+    if axes.flat[0].dataLim.y0 > 0 and sign_of(names[0]) > 0:  # distances span several orders of magnitude
         axes.flat[0].set_yscale("log")
         axes.flat[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.flat[0].yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
@@ -68,46 +68,32 @@ def guidance_figure(trials: list[Json], objectives: list[str], extractor: str) -
     handles, labels = axes.flat[0].get_legend_handles_labels()
     columns = max(1, LEGEND_WIDTH // max(map(len, labels)))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
-    figure.suptitle(f"{n} samples each, on the same labels and noise", fontsize=9)
+    figure.suptitle(f"{n} samples of each setting, with the same labels and noise", fontsize=9)
     return figure_png(figure)
 
 
 def curves(trials: list[Json]) -> dict[str, list[Json]]:
-    """Trials by what they share beside the scale, rising in scale; unguided ones begin every list that they fit."""
-    guided: dict[str, dict[str, list[Json]]] = {}
-    unguided: dict[str, list[Json]] = {}
+    """Group the trials that differ only in the guidance scale, in its order; unguided ones are in several groups."""
+    chains: dict[str, dict[str | None, list[Json]]] = {}
     several = len({trial["setting"]["weights"] for trial in trials}) > 1
     kinds = len({trial["setting"]["guidance"]["kind"] for trial in trials} - {"none"}) > 1
     weaker = len({trial["setting"]["guidance"]["weak_weights"] for trial in trials} - {None}) > 1
-    settings = [Setting(**trial["setting"]) for trial in trials]
-    for setting, trial in sorted(
-        zip(settings, trials, strict=True), key=lambda pair: (pair[0].sampler.name, pair[0].sampler.num_steps)
-    ):
-        chain, guide = _chain_label(setting, several), _guide_label(setting, kinds, weaker)
-        guided.setdefault(chain, {})
-        if setting.guidance.scale:
-            guided[chain].setdefault(guide, []).append(trial)
-        else:
-            unguided.setdefault(chain, []).append(trial)
+    pairs = [(Setting(**trial["setting"]), trial) for trial in trials]
+    pairs.sort(key=lambda pair: (pair[0].sampler.name, pair[0].sampler.num_steps, pair[0].guidance.scale))
+    for setting, trial in pairs:
+        guide = _guide_label(setting, kinds, weaker) if setting.guidance.scale else None
+        chain = f"{setting.chain}, {setting.weights}" if several else setting.chain
+        chains.setdefault(chain, {}).setdefault(guide, []).append(trial)
     found = {}
-    for chain, by_guide in guided.items():
-        for guide, along in (by_guide or {"": []}).items():
-            label = ", ".join(filter(None, (chain, guide)))
-            rising = sorted(along, key=lambda trial: trial["setting"]["guidance"]["scale"])
-            found[label] = [*unguided.get(chain, []), *rising]
+    for chain, by_guide in chains.items():
+        unguided = by_guide.pop(None, [])
+        for guide, guided in (by_guide or {None: []}).items():
+            found[f"{chain}, {guide}" if guide else chain] = [*unguided, *guided]
     return found
 
 
-def _chain_label(setting: Setting, several: bool) -> str:
-    sampler = setting.sampler
-    parts = [sampler.name, f"{sampler.num_steps} steps"]
-    parts += [f"eta {sampler.eta:g}"] if sampler.eta else []
-    parts += [f"churn {sampler.s_churn:g}"] if sampler.s_churn else []
-    return ", ".join(parts + ([setting.weights] if several else []))
-
-
 def _guide_label(setting: Setting, kinds: bool, weaker: bool) -> str:
-    """Return the kind of guidance and the weaker model, each where there are several."""
+    """Return the kind of guidance and the weaker model, each if there are several, and the interval."""
     guidance = setting.guidance
     parts = [guidance.kind.replace("_", "-")] if kinds and guidance.kind != "none" else []
     if weaker and guidance.weak_weights:
@@ -117,12 +103,12 @@ def _guide_label(setting: Setting, kinds: bool, weaker: bool) -> str:
 
 
 def common_n(trials: list[Json]) -> str:
-    """The largest n that all trials reached, as a key of their rungs."""
+    """Return the largest n that all trials reached, as a key of their rungs."""
     return max(set.intersection(*(set(trial["rungs"]) for trial in trials)), key=int)
 
 
 def _scale_axis(axis: Any, scales: list[float]) -> None:
-    """Linear up to the least positive scale, logarithmic beyond."""
+    """Make the axis of guidance scales linear up to the least positive scale, and logarithmic above."""
     least = min((scale for scale in scales if scale > 0), default=1.0)
     axis.set_xscale("symlog", linthresh=max(least, 0.1))
     ticks = [0.0, *(2.0**power for power in range(-3, 8) if least <= 2.0**power <= scales[-1] * 1.01)]
@@ -131,9 +117,9 @@ def _scale_axis(axis: Any, scales: list[float]) -> None:
 
 
 def front_figure(names: tuple[str, str], result: Json) -> bytes:
-    """Every trial by its bias-free objective with a 95% interval, the front joined by a line, the winner marked.
+    """Plot all trials with 95% intervals, the Pareto front as a line, and the winner by its fresh samples.
 
-    Hollow: too few samples for an interval. The winner's own mark is by its fresh samples.
+    A hollow mark has too few samples for an interval.
     """
     figure, axis = subplots(figsize=(7.2, 4.6))
     first, second = names
@@ -149,7 +135,7 @@ def front_figure(names: tuple[str, str], result: Json) -> bytes:
     winner = result["winner"]
     y, x = (winner["objective"].get(name, winner["metrics"][name]) for name in names)
     _bars(axis, [(x, y)], "#c0182b", f"winner, {winner['n']:,} fresh samples", marker="*", size=11)
-    axis.set(xlabel=_title(second), ylabel=f"{_title(first)}, freed of bias")
+    axis.set(xlabel=_title(second), ylabel=f"{_title(first)}, bias-corrected")
     axis.legend(frameon=False)
     return figure_png(figure)
 
@@ -163,7 +149,7 @@ def _title(name: str) -> str:
 
 
 def _bars(axis: Any, points: list[Point], colour: str, label: str, marker: str = "o", size: int = 5) -> None:
-    """Points (x, y) with the intervals that they have; hollow where one has none."""
+    """Plot points (x, y) with their intervals; a point is hollow if one of its intervals is missing."""
     for x, y in points:
         across, upwards = (np.abs(np.array(e["interval"] or [e["value"]] * 2) - e["value"])[:, None] for e in (x, y))
         fill = colour if x["interval"] and y["interval"] else "none"
@@ -175,7 +161,7 @@ def _bars(axis: Any, points: list[Point], colour: str, label: str, marker: str =
 
 
 def scales_figure(config: SearchConfig, winner: Setting, trials: list[Json]) -> bytes:
-    """The same indices, labels and noise at every scale tried with the winner's other values, rising downwards."""
+    """Draw the same indices, labels and noise at every scale that was tried with the winner's other values."""
     guide = winner.guidance.kind, winner.guidance.weak_weights
     settings = [Setting(**trial["setting"]) for trial in trials]
     along = sorted(
@@ -188,12 +174,11 @@ def scales_figure(config: SearchConfig, winner: Setting, trials: list[Json]) -> 
         key=lambda setting: setting.guidance.scale,
     )
     rows = [(f"{setting.guidance.scale:.3g}", first_images(config, setting)[:COLUMNS]) for setting in along]
-    title = f"{winner.sampler.name}, {winner.sampler.num_steps} steps: the same seeds along the guidance scale"
-    return strips_figure(rows, title)
+    return strips_figure(rows, f"{winner.chain}: the same seeds at each guidance scale")
 
 
 def kinds_figure(config: SearchConfig, trials: list[Json]) -> bytes:
-    """Draw the same indices, labels and noise by the best trial of each kind of guidance."""
+    """Draw the same indices, labels and noise with the best trial of each kind of guidance."""
     name = config.objective[0]
     rows = []
     for kind, trial in best_by_kind(trials, name).items():
@@ -204,7 +189,7 @@ def kinds_figure(config: SearchConfig, trials: list[Json]) -> bytes:
 
 
 def best_by_kind(trials: list[Json], name: str) -> dict[str, Json]:
-    """Return the trial of each kind of guidance that is least behind the winner, of those that went furthest."""
+    """Return the best trial of each kind of guidance, among those that reached the highest rung."""
     found: dict[str, Json] = {}
     for trial in sorted(
         trials, key=lambda trial: (-trial["n"], trial["behind_winner"].get(name, {"value": 0})["value"])

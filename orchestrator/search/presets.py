@@ -6,7 +6,7 @@ from orchestrator.search.space import SpaceConfig
 
 
 def search_presets() -> dict[str, tuple[str, SearchConfig]]:
-    """Searches of guidance scale, steps and sampler."""
+    """Return the searches by name, each with a line of description."""
     digits = SearchConfig(
         weights=("digits/diffusion",),
         classifier="digits/classifier",

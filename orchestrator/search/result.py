@@ -1,4 +1,4 @@
-"""The result of a search: the winner, the front, and how sure each decision is; as JSON and as a few lines of text."""
+"""The result of a search as JSON and as text: the winner, the Pareto front, and all trials with their intervals."""
 
 from typing import Any
 
@@ -17,16 +17,16 @@ Json = dict[str, Any]
 
 
 def conclude(config: SearchConfig, halving: SuccessiveHalving, budget: SampleBudget) -> Json:
-    """Return what is written to search.json.
+    """Return the content of search.json.
 
     Raises:
-        RuntimeError: no trial came to an end.
+        RuntimeError: no trial was evaluated on fresh seeds.
     """
     failed = {label(trial.setting, len(config.weights) > 1): trial.failed for trial in halving.trials if trial.failed}
     finalists = [trial for trial in halving.finalists if trial.fresh and not trial.fresh.failed]
     if not finalists:
-        reason = failed or "none keeps the constraints, or the budget is too small"
-        raise RuntimeError(f"no trial came to an end: {reason}")
+        reason = failed or "none satisfies the constraints, or the budget is too small"
+        raise RuntimeError(f"the search has no winner, since no trial was evaluated on fresh seeds: {reason}")
     winner = finalists[0]
     trials = [_trial(config, halving, trial, winner, budget) for trial in halving.trials if trial.outcomes]
     return {
@@ -49,7 +49,7 @@ def conclude(config: SearchConfig, halving: SuccessiveHalving, budget: SampleBud
 
 
 def _final(config: SearchConfig, trial: Trial, winner: Trial) -> Json:
-    """A finalist by its fresh samples alone."""
+    """Return a finalist as search.json shows it, by its fresh samples only."""
     assert trial.fresh is not None and winner.fresh is not None
     n = config.rungs[-1]
     return {
@@ -64,7 +64,7 @@ def _final(config: SearchConfig, trial: Trial, winner: Trial) -> Json:
 
 
 def _trial(config: SearchConfig, halving: SuccessiveHalving, trial: Trial, winner: Trial, budget: SampleBudget) -> Json:
-    """A trial as far as it went, and its paired difference from the winner at the largest n that both reached."""
+    """Return a trial as search.json shows it, compared with the winner at the largest n that both reached."""
     level, n = min(trial.level, winner.level), config.rungs[trial.level]
     there = sum(other.level >= level for other in halving.trials)
     return {
@@ -88,22 +88,22 @@ def _trial(config: SearchConfig, halving: SuccessiveHalving, trial: Trial, winne
 
 
 def objectives_of(config: TrialsConfig, outcome: Outcome, n: int) -> Json:
-    """Each objective freed of its bias, with a 95% interval where nothing of it is left."""
+    """Return each bias-corrected objective, with a 95% interval if n is large enough for an unbiased value."""
     found = {EVALUATIONS: outcome.metrics[EVALUATIONS]} if EVALUATIONS in config.objective else {}
     for name in config.objective:
         if name != EVALUATIONS and len(scores := sign_of(name) * outcome.scores[name]):
             estimate = interval(scores, n, outcome.strata)
             if name not in outcome.unbiased:
-                estimate = Estimate(estimate.value, n, note="no interval: at so few samples bias is left")
+                estimate = Estimate(estimate.value, n, note="no interval: n is too small for an unbiased value")
             found[name] = describe(estimate)
     return found
 
 
 def worse_by(config: TrialsConfig, outcome: Outcome, best: Outcome, n: int, pairs: int) -> Json:
-    """Return by how much one is worse than another by paired differences, in each objective's unit; positive is worse.
+    """Return by how much one outcome is worse than another: paired differences of each objective, positive if worse.
 
-    pairs: that are compared at this n. The intervals hold for all of them together with 95% (Bonferroni), and hence
-    whichever trial was chosen as the best.
+    pairs: the number of pairs compared at this n. The 95% intervals are simultaneous for all pairs (Bonferroni), so
+    that they hold whichever trial was selected as the best.
     """
     found = {}
     for name in config.objective:
@@ -114,13 +114,13 @@ def worse_by(config: TrialsConfig, outcome: Outcome, best: Outcome, n: int, pair
 
 
 def front_names(config: SearchConfig) -> tuple[str, str]:
-    """The two sides of the front: both objectives; or the only one, and evaluations."""
+    """Return the axes of the Pareto front: both objectives, or the only objective and the network evaluations."""
     first, second = [*config.objective, EVALUATIONS][:2]
     return first, second
 
 
 def pareto(names: tuple[str, str], trials: list[Json]) -> list[Json]:
-    """The trials that no other beats on both sides, by the second; of those whose sides have intervals, if any."""
+    """Return the Pareto front ordered by its second axis; trials without intervals count only if none has them."""
     points = []
     for trial in trials:
         sides = trial["objective"] | {EVALUATIONS: trial["metrics"][EVALUATIONS]}
@@ -136,17 +136,17 @@ def pareto(names: tuple[str, str], trials: list[Json]) -> list[Json]:
 
 
 def summary(result: Json, most: int = 8) -> str:
-    """Return a few lines for the terminal: the winner on fresh seeds, and how far behind the others are."""
+    """Return lines for the terminal: the winner on fresh seeds, and by how much the other trials are worse."""
     objective, winner = result["objective"][0], result["winner"]
     several = len({trial["setting"]["weights"] for trial in result["trials"]}) > 1
     value = winner["objective"].get(objective, winner["metrics"][objective])
     lines = [
         f"winner  {label(Setting(**winner['setting']), several)}",
-        f"        {objective} {number(value)}, freed of its bias, by {winner['n']:,} fresh samples "
+        f"        {objective} {number(value)}, bias-corrected, on {winner['n']:,} fresh samples "
         f"(seed {winner['seed']})",
     ]
     lines += [
-        f"next    {number(final['behind_winner'][objective])} behind it on these samples: "
+        f"next    worse by {number(final['behind_winner'][objective])} on the same samples: "
         f"{label(Setting(**final['setting']), several)}"
         for final in result["finalists"][1:]
         if objective in final["behind_winner"]
@@ -159,7 +159,7 @@ def summary(result: Json, most: int = 8) -> str:
     behind.sort(key=lambda t: (-t["behind_winner"][objective]["n"], t["behind_winner"][objective]["value"]))
     if behind:
         lines.append(
-            f"behind  in {objective}, freed of its bias, on the search's own samples; simultaneous 95% intervals"
+            f"behind  the winner by bias-corrected {objective}, on the search's own samples; simultaneous 95% intervals"
         )
     lines += [
         f"        {number(t['behind_winner'][objective]):30} n={t['behind_winner'][objective]['n']:<7,}"
@@ -171,10 +171,11 @@ def summary(result: Json, most: int = 8) -> str:
 
 
 def label(setting: Setting, several: bool) -> str:
-    """A setting in words; with its weights where there are several."""
+    """Return a description of a setting, with its weights if the search has several."""
     return f"{setting}, {setting.weights.removesuffix('.safetensors')}" if several else str(setting)
 
 
 def number(estimate: Json) -> str:
+    """Return a value with its interval, if it has one."""
     interval = estimate["interval"]
     return f"{estimate['value']:.4g}" + (f" ({interval[0]:.4g} to {interval[1]:.4g})" if interval else "")

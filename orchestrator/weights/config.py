@@ -1,4 +1,4 @@
-"""What to convert, and into what."""
+"""The config of a conversion of weights."""
 
 from typing import Any, Literal
 
@@ -13,20 +13,20 @@ from orchestrator.weights.shapes import Shapes, num_classes_of
 
 
 class ModelOptions(UNetConfig, frozen=True, extra="forbid"):
-    """The architecture of a .pt file, for one that neither its name, --recipe nor --flags tells.
+    """The architecture of a .pt file, if neither its name nor --recipe nor --flags gives it.
 
-    The fields are those of a diffusion model, and of a classifier if there is a pool. They are checked only when the
-    architecture is made of them.
+    The fields are those of a diffusion model, or of a classifier if `pool` is set. They are checked when `architecture`
+    is called.
     """
 
-    image_size: int = Field(0, ge=0)  # pixels, as the weights do not tell it; 0 = --model.* options are not used
-    num_classes: int | None = Field(None, gt=0)  # None = as many as the file has
+    image_size: int = Field(0, ge=0)  # pixels, which the weights do not contain; 0 = --model.* options are not used
+    num_classes: int | None = Field(None, gt=0)  # None = as in the file
     pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] | None = (
-        None  # a classifier's; None = no classifier
+        None  # pooling of a classifier; None = not a classifier
     )
 
     def architecture(self, shapes: Shapes) -> Architecture:
-        """Return the architecture, with the number of classes in the file if none is given.
+        """Return the architecture, with the number of classes of the file if `num_classes` is None.
 
         Raises:
             ValueError: there is no such network; the message names the field.
@@ -52,25 +52,25 @@ class ModelOptions(UNetConfig, frozen=True, extra="forbid"):
 
 
 class ConversionConfig(JobConfig):
-    """What to convert, and into what. A .pt file's architecture comes from its released name or one set of options."""
+    """The weights to convert, and the output. A .pt file's architecture comes from its name or one set of options."""
 
     weights: str = Field(min_length=1)  # a training run's folder, a .safetensors file or a .pt file
-    output: str = Field(min_length=1)  # a .safetensors or .pt file, or with format=diffusers a folder
-    format: Literal["diffusers"] | None = None  # diffusers = a UNet2DModel folder; None = the output's ending says
-    recipe: str | None = None  # a .pt file's architecture: the zoo's name for it
-    flags: str | None = None  # a .pt file's architecture: the flags that trained it, as "--num_channels 128 ..."
-    flags_from: Code | None = None  # the code whose defaults complete the flags; None = the one that the flags tell
+    output: str = Field(min_length=1)  # a .safetensors or .pt file; with format=diffusers a folder
+    format: Literal["diffusers"] | None = None  # diffusers = a UNet2DModel folder; None = by the ending of output
+    recipe: str | None = None  # for a .pt file: released model that has its architecture
+    flags: str | None = None  # for a .pt file: flags of its training, such as "--num_channels 128 ..."
+    flags_from: Code | None = None  # code whose defaults complete the flags; None = detected from the flags
     model: ModelOptions = ModelOptions()
-    diffusion: DiffusionConfig = DiffusionConfig()  # what the network was trained for; with --model.* options only
+    diffusion: DiffusionConfig = DiffusionConfig()  # The diffusion process of the network; only with --model.* options.
 
     @property
     def uses_model(self) -> bool:
-        """Whether --model.* options state the architecture."""
+        """Whether --model.* options define the architecture."""
         return self.model != ModelOptions()
 
     @property
     def described_by(self) -> str:
-        """Return the option that states a .pt file's architecture."""
+        """Return the option that defines the architecture of a .pt file."""
         if self.flags is not None:
             return "--flags"
         if self.uses_model:
@@ -82,28 +82,32 @@ class ConversionConfig(JobConfig):
         is_file = self.output.endswith((".safetensors", ".pt"))
         if self.format is None and not is_file:
             raise ValueError(
-                f"output={self.output} ends neither in .safetensors nor in .pt; a folder needs format=diffusers"
+                f"--output {self.output} must end in .safetensors or .pt; for a folder add --format diffusers"
             )
         if self.format is not None and is_file:
-            raise ValueError(f"output={self.output} names a file, and format=diffusers makes a folder")
+            raise ValueError(f"--output {self.output} is a file, but --format diffusers writes a folder; pass a folder")
         return self
 
     @model_validator(mode="after")
     def _check_architecture(self) -> "ConversionConfig":
-        """Refuse options that contradict each other, and a .pt file of which nothing states the architecture."""
+        """Refuse options that contradict each other, and a .pt file without an architecture."""
         given = {"--recipe": self.recipe is not None, "--flags": self.flags is not None, "--model.*": self.uses_model}
         options = [option for option, is_given in given.items() if is_given]
         if len(options) > 1:
-            raise ValueError(f"{' and '.join(options)} both state the architecture of {self.weights}; give one of them")
+            raise ValueError(
+                f"{' and '.join(options)} both define the architecture of {self.weights}; pass one of them"
+            )
         if self.flags_from and self.flags is None:
-            raise ValueError(f"--flags-from {self.flags_from} is for --flags, which are not given")
+            raise ValueError(f"--flags-from {self.flags_from} needs --flags; pass them, or leave it out")
         if self.diffusion != DiffusionConfig() and not self.uses_model:
-            raise ValueError("--diffusion.* goes with --model.* only; released names, --recipe and --flags include it")
+            raise ValueError(
+                "--diffusion.* needs --model.*; released names, --recipe and --flags include the diffusion"
+            )
         if not self.weights.endswith(".pt"):
             if options:
                 value = f" {self.recipe}" if self.recipe else ""
                 raise ValueError(
-                    f"{options[0]}{value} is for .pt files; --weights {self.weights} carries its architecture"
+                    f"{options[0]}{value} is for .pt files; --weights {self.weights} contains its architecture"
                 )
         elif self.flags is not None:
             parse_flags(self.flags, self.flags_from)
@@ -118,17 +122,19 @@ class ConversionConfig(JobConfig):
         if named and (named.network, named.diffusion) != (recipe.network, recipe.diffusion):
             raise ValueError(
                 f"--recipe {self.recipe} contradicts the name of --weights {self.weights}, which was released as "
-                "another model; rename the file or leave the option out"
+                "another model; rename the file, or leave the option out"
             )
 
     def _check_model(self) -> None:
         if not self.model.image_size:
-            raise ValueError("--model.image-size is missing; the weights do not tell it, so --model.* options need it")
+            raise ValueError(
+                "--model.image-size is missing; the weights do not determine it, so --model.* options need it"
+            )
         self.model.architecture({})
         channels, learns = self.model.in_channels, self.diffusion.learns_variance
         if self.model.pool is None and self.model.out_channels != channels * (2 if learns else 1):
             raise ValueError(
                 f"--model.out-channels {self.model.out_channels} does not fit --diffusion.variance "
-                f"{self.diffusion.variance}: {channels} channels go with fixed_small and fixed_large, {2 * channels} "
-                "with learned and learned_range"
+                f"{self.diffusion.variance}; fixed_small and fixed_large need {channels} channels, learned and "
+                f"learned_range {2 * channels}"
             )

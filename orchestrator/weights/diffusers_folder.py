@@ -1,8 +1,8 @@
-"""Networks as the diffusers library loads them: the config.json and tensors of a `UNet2DModel` folder.
+"""Networks in the format of the diffusers library: config.json and tensors of a `UNet2DModel` folder.
 
-Nothing of diffusers is imported; its layout is a public format (checked against version 0.42). What it cannot
-express is refused by field. The folder holds the network only: whoever drives it there gives it the timesteps that
-`Diffusion.model_timesteps` gives here, and splits mean and variance of its output.
+The layout is a public format (checked against version 0.42), and diffusers is not imported. A network that it cannot
+express is an error that names the field. The folder holds only the network: code that uses it must pass the timesteps
+of `Diffusion.model_timesteps`, and split the output into mean and variance.
 """
 
 import re
@@ -38,13 +38,13 @@ _INNER_LAYERS = {
 
 
 def diffusers_config(architecture: Architecture) -> dict[str, Any]:
-    """The config.json of the `UNet2DModel` that computes what this architecture does.
+    """Return the config.json of the `UNet2DModel` that is equivalent to this architecture.
 
     Raises:
         ValueError: there is none; the message names the field.
     """
     if architecture.kind == "classifier":
-        raise ValueError("a classifier has no form in diffusers: UNet2DModel is the diffusion model only")
+        raise ValueError("--format diffusers cannot express a classifier; UNet2DModel is a diffusion model")
     _refuse_inexpressible(architecture)
     attended = [size in architecture.attention_resolutions for size in architecture.sizes]
     resample = "resnet" if architecture.resblock_updown else "conv"
@@ -59,7 +59,7 @@ def diffusers_config(architecture: Architecture) -> dict[str, Any]:
         "in_channels": architecture.in_channels,
         "out_channels": architecture.out_channels,
         "time_embedding_type": "positional",
-        "freq_shift": 0,  # frequencies from 1 down to, not reaching, 1 / 10,000
+        "freq_shift": 0,  # frequencies fall from 1 towards 1 / 10,000, exclusive
         "flip_sin_to_cos": True,  # cosines first
         "block_out_channels": list(architecture.widths),
         "layers_per_block": architecture.num_res_blocks,
@@ -73,7 +73,7 @@ def diffusers_config(architecture: Architecture) -> dict[str, Any]:
         "act_fn": "silu",
         "attention_head_dim": _head_channels(architecture),
         "norm_num_groups": NORM_GROUPS,
-        "attn_norm_num_groups": NORM_GROUPS,  # left out, AdaGN would leave the middle's attention without a norm
+        "attn_norm_num_groups": NORM_GROUPS,  # without it, attention in the middle block has no norm with AdaGN
         "norm_eps": 1e-5,
         "resnet_time_scale_shift": "scale_shift" if architecture.use_scale_shift_norm else "default",
         "add_attention": True,
@@ -83,7 +83,7 @@ def diffusers_config(architecture: Architecture) -> dict[str, Any]:
 
 
 def diffusers_tensors(architecture: Architecture, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The released names' tensors under the names that diffusers has for them, with q, k and v apart."""
+    """Return the tensors under their names in diffusers, with q, k and v in separate tensors."""
     assert architecture.kind == "unet", "diffusers_config has refused a classifier"
     blocks = dict(_blocks(architecture))
     tensors: dict[str, Tensor] = {}
@@ -93,34 +93,34 @@ def diffusers_tensors(architecture: Architecture, weights: dict[str, Tensor]) ->
             tensors[f"{_OUTER_LAYERS[layer]}.{kind}"] = tensor
             continue
         match = re.fullmatch(r"(middle_block\.\d+|(?:in|out)put_blocks\.\d+\.\d+)\.(.+)", layer)
-        assert match, name  # the network was checked against its architecture
+        assert match, name
         block, inner = blocks[match[1]], match[2]
         if inner == "qkv":
             for projection, part in zip("qkv", _split_qkv(architecture, tensor), strict=True):
                 tensors[f"{block}.to_{projection}.{kind}"] = part
         else:
-            is_pointwise = tensor.ndim == 3  # a 1x1 convolution over tokens; a linear layer there
+            is_pointwise = tensor.ndim == 3  # a 1x1 convolution, which is a linear layer in diffusers
             tensors[f"{block}.{_INNER_LAYERS[inner]}.{kind}"] = tensor.squeeze(-1) if is_pointwise else tensor
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _refuse_inexpressible(architecture: UNetConfig) -> None:
-    """ValueError naming the field of which UNet2DModel has no counterpart."""
+    """Raise ValueError, which names the field, if UNet2DModel has no counterpart."""
     reason = None
     if architecture.low_res_size is not None:
-        reason = f"low_res_size={architecture.low_res_size}: it takes no second image, so no upsampler"
+        reason = f"low_res_size={architecture.low_res_size}: it has no second input image"
     elif architecture.rescale_residual:
-        reason = "rescale_residual=True: only its middle block could scale residual sums"
+        reason = "rescale_residual=True: only its middle block can scale residual sums"
     elif architecture.widths[0] != architecture.model_channels:
         reason = f"channel_mult={architecture.channel_mult}: its time embedding is as wide as the first resolution"
     elif not (architecture.resblock_updown or architecture.conv_resample) and len(architecture.channel_mult) > 1:
-        reason = "conv_resample=False: its plain up- and down-sampling always convolves"
+        reason = "conv_resample=False: its upsampling and downsampling always have a convolution"
     if reason:
         raise ValueError(f"diffusers' UNet2DModel cannot express {reason}")
 
 
 def _head_channels(architecture: UNetConfig) -> int | None:
-    """Channels per attention head, one number for all blocks there; None = one head in each."""
+    """Return the channels per attention head, which are equal in all blocks; None = one head in each block."""
     if architecture.num_head_channels:
         return architecture.num_head_channels
     sizes = zip(architecture.widths, architecture.sizes, strict=True)
@@ -139,7 +139,7 @@ def _head_channels(architecture: UNetConfig) -> int | None:
 
 
 def _blocks(architecture: UNetConfig) -> Iterator[tuple[str, str]]:
-    """Residual blocks, attention blocks and resamplers: the released name of each and the one in diffusers."""
+    """Yield the released name and the diffusers name of each residual block, attention block and resampler."""
     depth, levels = architecture.num_res_blocks, len(architecture.channel_mult)
     number = 1  # input_blocks.0 is the first convolution
     for level in range(levels):
@@ -147,7 +147,7 @@ def _blocks(architecture: UNetConfig) -> Iterator[tuple[str, str]]:
             yield f"input_blocks.{number}.0", f"down_blocks.{level}.resnets.{index}"
             yield f"input_blocks.{number}.1", f"down_blocks.{level}.attentions.{index}"
             number += 1
-        yield f"input_blocks.{number}.0", f"down_blocks.{level}.downsamplers.0"  # none after the last level
+        yield f"input_blocks.{number}.0", f"down_blocks.{level}.downsamplers.0"  # the last level has none
         number += 1
     yield "middle_block.0", "mid_block.resnets.0"
     yield "middle_block.1", "mid_block.attentions.0"
@@ -163,7 +163,7 @@ def _blocks(architecture: UNetConfig) -> Iterator[tuple[str, str]]:
 
 
 def _split_qkv(architecture: UNetConfig, packed: Tensor) -> tuple[Tensor, ...]:
-    """q, k and v, [C, C] or [C], of packed [3C, C, 1] or [3C]; the order within it is that of `models.unet.attend`."""
+    """Return q, k and v, [C, C] or [C], from packed [3C, C, 1] or [3C] in the order of `models.unet.attend`."""
     packed = packed.squeeze(-1) if packed.ndim == 3 else packed
     head_channels = _head_channels(architecture) or len(packed) // 3
     if architecture.use_new_attention_order:

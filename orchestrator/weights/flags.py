@@ -1,7 +1,7 @@
-"""Flags of guided-diffusion and improved-diffusion, and the network that a string of them describes.
+"""The flags of guided-diffusion and improved-diffusion, and the network that they describe.
 
-A `.pt` file of these codes holds no architecture: the flags of the script that trained it state it. Flags that are left
-out have the code's default, and the two codes differ in two of the defaults (`_DEFAULTS`).
+A `.pt` file of these repositories does not contain its architecture. The flags of the training script define it. An
+omitted flag has the default of its repository, and two defaults differ between the repositories (`_DEFAULTS`).
 """
 
 import difflib
@@ -9,7 +9,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from models.diffusion import DiffusionConfig
 from models.unet import Architecture, ClassifierConfig, UNetConfig
@@ -19,7 +19,7 @@ from orchestrator.weights.shapes import Kind, Shapes, network_kind, num_classes_
 Code = Literal["guided-diffusion", "improved-diffusion"]
 CODES: tuple[Code, ...] = get_args(Code)
 
-# Flag -> default. The default's type is the flag's type.
+# Defaults by flag. The type of the default is the type of the flag.
 _SHARED_DEFAULTS: dict[str, Any] = {
     "image_size": 64,
     "large_size": 256,
@@ -60,7 +60,7 @@ _OWN_FLAGS: dict[Code, set[str]] = {
     | {flag for flag in _SHARED_DEFAULTS if flag.startswith("classifier_")},
     "improved-diffusion": {"sigma_small"},
 }
-# Flags of training, sampling and memory: they change neither the shape of the network nor what it computes.
+# Flags of training, sampling and memory, which do not change what the network computes.
 _IGNORED = {
     "data_dir", "val_data_dir", "schedule_sampler", "lr", "weight_decay", "lr_anneal_steps", "anneal_lr",
     "batch_size", "microbatch", "ema_rate", "log_interval", "eval_interval", "save_interval", "resume_checkpoint",
@@ -76,25 +76,24 @@ _UPSAMPLER_MULT: dict[Code, dict[int, tuple[float, ...]]] = {
     "guided-diffusion": {64: MULT_64, 256: MULT_256, 512: MULT_256},
     "improved-diffusion": {64: MULT_64, 256: MULT_256},
 }
-_TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
 @dataclass(frozen=True)
 class PublishedFlags:
-    """Flags as the user gave them, and the codes whose flags they can be."""
+    """The flags that the user passed, and the repositories that have all of them."""
 
     given: dict[str, Any]  # flag -> value
-    ignored: tuple[str, ...]  # known flags that do not shape the network
+    ignored: tuple[str, ...]  # known flags that do not change the network
     codes: tuple[Code, ...]
 
     def describe(self, shapes: Shapes) -> tuple[Architecture, DiffusionConfig]:
-        """Return the architecture and the diffusion of a file with these tensors.
+        """Return the architecture and the diffusion process of a file with these tensors.
 
-        The tensors say what the flags leave open: which of the scripts trained them (a diffusion model, an upsampler or
-        a classifier), and the number of classes, which is a constant in these codes.
+        The tensors determine what the flags do not: whether the network is a diffusion model, an upsampler or a
+        classifier, and the number of classes, which is a constant in the repositories.
 
         Raises:
-            ValueError: there is no such network, or the two codes would give different ones.
+            ValueError: there is no such network, or the two repositories would give different ones.
         """
         kind, num_classes = network_kind(shapes) or "diffusion model", num_classes_of(shapes)
         described: dict[Code, tuple[Architecture, DiffusionConfig]] = {}
@@ -109,19 +108,19 @@ class PublishedFlags:
         first, *others = (diffusion for _, diffusion in described.values())
         for other in others:
             if _effective(first) != _effective(other):
-                raise ValueError(f"--flags can be those of {' or '.join(described)}: {_differing(described)}")
+                raise ValueError(f"--flags fit both {' and '.join(described)}, and {_differing(described)}")
         return next(iter(described.values()))
 
     def _describe(self, code: Code, kind: Kind, num_classes: int | None) -> tuple[Architecture, DiffusionConfig]:
         values = _DEFAULTS[code] | self.given
         try:
             if kind == "classifier":
-                return _classifier(code, values, num_classes or 1000), _classifier_diffusion(values)
+                return _classifier(code, values, num_classes or 1000), _diffusion(values, kind)
             for flag in {"image_size"} if kind == "upsampler" else {"large_size", "small_size"}:
                 if flag in self.given:
                     raise ValueError(
-                        f"--{flag} is no flag of the script that trains this kind of network: the first convolution of "
-                        f"the file is that of {'an upsampler' if kind == 'upsampler' else 'a model without a low_res'}"
+                        f"--{flag} is not a flag for this kind of network; by its first convolution, the file "
+                        f"holds {'an upsampler' if kind == 'upsampler' else 'no upsampler'}"
                     )
             return _unet(code, values, kind == "upsampler", num_classes or 1000), _diffusion(values, kind)
         except ValidationError as error:
@@ -132,12 +131,12 @@ class PublishedFlags:
 
 
 def parse_flags(text: str, code: Code | None = None) -> PublishedFlags:
-    """Read a flag string as the published scripts would: `--flag value` and `--flag=value`; the last one counts.
+    """Parse flags as the published scripts do: `--flag value` or `--flag=value`, and the last occurrence counts.
 
-    With `code` given, flags of both codes are accepted, because copies of these codes mix them.
+    If `code` is given, flags of both repositories are accepted, because forks mix them.
 
     Raises:
-        ValueError: a flag is unknown, lacks a value or has a wrong one, or flags of both codes are mixed.
+        ValueError: a flag is unknown, or has a wrong value or none, or flags of both repositories are mixed.
     """
     given: dict[str, Any] = {}
     ignored: dict[str, None] = {}  # in order, each once
@@ -149,18 +148,18 @@ def parse_flags(text: str, code: Code | None = None) -> PublishedFlags:
         else:
             known = sorted(_IGNORED | _SHARED_DEFAULTS.keys())
             near = difflib.get_close_matches(flag.replace("-", "_"), known, 1)
-            hint = f"did you mean --{near[0]}?" if near else f"neither {' nor '.join(CODES)} has it"
+            hint = f"did you mean --{near[0]}?" if near else f"{' and '.join(CODES)} do not have it"
             raise ValueError(f"--flags: unknown flag --{flag}; {hint}")
     own = {name: sorted(given.keys() & flags) for name, flags in _OWN_FLAGS.items()}
     codes = tuple(name for name in CODES if not any(own[other] for other in CODES if other != name))
     if code is None and not codes:
         mixed = ", ".join(f"--{flags[0]} is a flag of {name} only" for name, flags in own.items())
-        raise ValueError(f"--flags: {mixed}; say whose defaults apply with --flags-from {' or '.join(CODES)}")
+        raise ValueError(f"--flags: {mixed}; choose the defaults with --flags-from {' or '.join(CODES)}")
     return PublishedFlags(given, tuple(ignored), (code,) if code else codes)
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
-    """Split the string into flags, without their dashes, and values."""
+    """Split the string into pairs of a flag without its dashes and a value."""
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -169,7 +168,7 @@ def _pairs(text: str) -> list[tuple[str, str]]:
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            raise ValueError(f"--flags: {word!r} is no flag; give only flags and values, as '--num_channels 128'")
+            raise ValueError(f"--flags: {word!r} is not a flag; pass only flags and values, as in '--num_channels 128'")
         flag, equals, value = word[2:].partition("=")
         if not equals:
             if not words or words[0].startswith("--"):
@@ -177,26 +176,21 @@ def _pairs(text: str) -> list[tuple[str, str]]:
             value = words.pop(0)
         pairs.append((flag, value))
     if not pairs:
-        raise ValueError("--flags is empty; give the flags that the model was trained with")
+        raise ValueError("--flags is empty; pass the flags that the model was trained with")
     return pairs
 
 
 def _value(flag: str, text: str) -> Any:
-    default = _SHARED_DEFAULTS[flag]
-    if isinstance(default, bool):
-        if text.lower() not in _TRUE + _FALSE:
-            raise ValueError(f"--flags: --{flag} {text}: expected True or False")
-        return text.lower() in _TRUE
-    kind = type(default)
+    kind = type(_SHARED_DEFAULTS[flag])
     try:
         if flag == "channel_mult":
             _numbers(text, float)
         elif flag.endswith("attention_resolutions"):
             _numbers(text, int)
-        return kind(text)
+        return TypeAdapter(kind).validate_python(text)
     except ValueError as error:
-        expected = {int: "a whole number", float: "a number", str: "numbers with commas between them"}[kind]
-        raise ValueError(f"--flags: --{flag} {text}: expected {expected}") from error
+        kinds = {bool: "True or False", int: "an integer", float: "a number", str: "numbers separated by commas"}
+        raise ValueError(f"--flags: --{flag} {text}: expected {kinds[kind]}") from error
 
 
 def _numbers(text: str, kind: type) -> tuple[Any, ...]:
@@ -227,7 +221,7 @@ def _unet(code: Code, values: dict[str, Any], upsampler: bool, num_classes: int)
 
 def _classifier(code: Code, values: dict[str, Any], num_classes: int) -> ClassifierConfig:
     if code != "guided-diffusion":
-        raise ValueError(f"{code} has no classifier, and the file holds one: it has no output_blocks")
+        raise ValueError(f"the file holds a classifier, since it has no output_blocks, and {code} has no classifier")
     size = values["image_size"]
     mult = _multipliers(code, size, "", _CHANNEL_MULT)
     return ClassifierConfig(
@@ -236,7 +230,7 @@ def _classifier(code: Code, values: dict[str, Any], num_classes: int) -> Classif
         num_res_blocks=values["classifier_depth"],
         channel_mult=mult,
         attention_resolutions=_attended(size, mult, values["classifier_attention_resolutions"]),
-        num_head_channels=64,  # a constant there
+        num_head_channels=64,  # a constant in guided-diffusion
         use_scale_shift_norm=values["classifier_use_scale_shift_norm"],
         resblock_updown=values["classifier_resblock_updown"],
         pool=values["classifier_pool"],
@@ -245,36 +239,23 @@ def _classifier(code: Code, values: dict[str, Any], num_classes: int) -> Classif
 
 
 def _diffusion(values: dict[str, Any], kind: Kind) -> DiffusionConfig:
-    # improved-diffusion's scripts for upsamplers accept sigma_small, but do not pass it on
-    fixed = "fixed_small" if values["sigma_small"] and kind != "upsampler" else "fixed_large"
-    rescaled = "rescaled_simple" if values["rescale_learned_sigmas"] else "simple"
-    return DiffusionConfig.model_validate(
-        {
-            "schedule": _schedule(values["noise_schedule"]),
-            "num_timesteps": values["diffusion_steps"],
+    if values["noise_schedule"] not in ("linear", "cosine"):
+        raise ValueError(f"--noise_schedule {values['noise_schedule']}: expected linear or cosine")
+    fields = {
+        "schedule": values["noise_schedule"],
+        "num_timesteps": values["diffusion_steps"],
+        "rescale_timesteps": values["rescale_timesteps"],
+    }
+    if kind != "classifier":  # for which prediction, variance and loss have no meaning
+        # the upsampler scripts of improved-diffusion accept sigma_small, but ignore it
+        fixed = "fixed_small" if values["sigma_small"] and kind != "upsampler" else "fixed_large"
+        rescaled = "rescaled_simple" if values["rescale_learned_sigmas"] else "simple"
+        fields |= {
             "prediction": "x_start" if values["predict_xstart"] else "eps",
             "variance": "learned_range" if values["learn_sigma"] else fixed,
             "loss": "rescaled_kl" if values["use_kl"] else rescaled,
-            "rescale_timesteps": values["rescale_timesteps"],
         }
-    )
-
-
-def _classifier_diffusion(values: dict[str, Any]) -> DiffusionConfig:
-    """Return the noise that a classifier was trained on; prediction, variance and loss mean nothing for it."""
-    return DiffusionConfig.model_validate(
-        {
-            "schedule": _schedule(values["noise_schedule"]),
-            "num_timesteps": values["diffusion_steps"],
-            "rescale_timesteps": values["rescale_timesteps"],
-        }
-    )
-
-
-def _schedule(name: str) -> str:
-    if name not in ("linear", "cosine"):
-        raise ValueError(f"--noise_schedule {name}: expected linear or cosine")
-    return name
+    return DiffusionConfig.model_validate(fields)
 
 
 def _optional(number: int) -> int | None:
@@ -288,18 +269,20 @@ def _multipliers(
         return _numbers(text, float)
     if size not in defaults[code]:
         sizes = ", ".join(map(str, defaults[code]))
-        raise ValueError(f"{code} has no default channel_mult for images of {size} pixels, only for {sizes}")
+        raise ValueError(
+            f"{code} has no default channel_mult for image_size {size}, only for {sizes}; pass --channel_mult"
+        )
     return defaults[code][size]
 
 
 def _attended(size: int, mult: tuple[float, ...], text: str) -> tuple[int, ...]:
-    """Return the sizes with attention; like the published code, pass over those that no feature map has."""
+    """Return the sizes with attention; like the published code, ignore sizes that no feature map has."""
     factors = [size // resolution for resolution in _numbers(text, int) if resolution > 0]
     return tuple(dict.fromkeys(size // factor for factor in factors if factor in {1 << i for i in range(len(mult))}))
 
 
 def _effective(diffusion: DiffusionConfig) -> DiffusionConfig:
-    """Return the diffusion with settings that have no effect in it reset: scales of 1, and those of absent losses."""
+    """Return the diffusion with fields reset that have no effect: scales of 1, and those of unused losses."""
     unscaled = diffusion.num_timesteps == 1000
     changes: dict[str, Any] = {"rescale_timesteps": False} if unscaled else {}
     if diffusion.loss == "rescaled_simple" and (unscaled or not diffusion.learns_variance):
@@ -308,7 +291,7 @@ def _effective(diffusion: DiffusionConfig) -> DiffusionConfig:
 
 
 def _differing(described: dict[Code, tuple[Architecture, DiffusionConfig]]) -> str:
-    """Return what the defaults of the two codes make of the same flags, and what to add to the command."""
+    """Return how the defaults of the repositories differ for these flags, and what to add to the command."""
     fields = {"rescale_timesteps": "rescale_timesteps", "loss": "rescale_learned_sigmas"}
     found = [flag for field, flag in fields.items() if len({getattr(d, field) for _, d in described.values()}) > 1]
     defaults = "; ".join(f"{code} {' and '.join(f'{f} {_DEFAULTS[code][f]}' for f in found)}" for code in described)

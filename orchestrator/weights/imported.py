@@ -1,4 +1,4 @@
-"""Networks of a user's own, named by where Python imports them from: feature networks, and noisy classifiers."""
+"""The user's own feature networks and noisy classifiers, imported by their Python name."""
 
 import hashlib
 import importlib
@@ -16,7 +16,7 @@ from models.guidance import log_prob_gradient
 
 
 def import_named(option: str, module: str, attribute: str) -> Any:
-    """Return what a module on the workers' path calls `attribute`; ValueError where it cannot be imported."""
+    """Import an attribute of a module; raise ValueError, which names the option, if that fails."""
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -24,44 +24,44 @@ def import_named(option: str, module: str, attribute: str) -> Any:
 
 
 def fingerprint_of(option: str, network: Any) -> str:
-    """Return what tells a network from others: its `fingerprint`, or of a torch module the SHA-256 of its state.
+    """Return the attribute `fingerprint` of a network, or the SHA-256 of the state of a torch module without one.
 
     Raises:
-        ValueError: it has neither.
+        ValueError: the network has no `fingerprint` and is not a torch module.
     """
     found = getattr(network, "fingerprint", None)
     if found is None and isinstance(network, torch.nn.Module):
         state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in network.state_dict().items()}
         found = hashlib.sha256(safetensors.torch.save(state)).hexdigest()
     if found is None:
-        raise ValueError(f"{option} is no torch module, so it must have a `fingerprint` of its weights")
+        raise ValueError(f"{option} is not a torch module, so it must have an attribute `fingerprint` of its weights")
     return str(found)
 
 
 @dataclass(frozen=True)
 class ImportedClassifier:
-    """A classifier of noisy images that is not a network of ours."""
+    """A classifier of noisy images that the user provides."""
 
     function: Callable[[Tensor, Tensor, Tensor], Tensor]  # x_t [B, C, H, W] in [-1, 1], timesteps [B], labels [B]
     classes: tuple[str, ...]  # in the order of its logits [B, K]
     sha256: str
-    multiply_adds: int  # for one image, forward and back to the input
+    multiply_adds: int  # for one image, forward and backward to the input
 
     def towards(self, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return (x_t, t) -> logits for samples of the labels y int64 [B]."""
+        """Return the function (x_t, t) -> logits for samples of the labels y, int64 [B]."""
         return lambda x, t: self.function(x, t, y)
 
 
 def is_imported(path: str) -> bool:
-    """Return whether a path names a function, as package.module:function, and no file."""
+    """Return whether a path has the form package.module:function, and so is not a file."""
     return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", path) is not None
 
 
 def import_classifier(path: str, channels: int, image_size: int, device: torch.device | str) -> ImportedClassifier:
-    """Return the classifier that `package.module:function` names, tried on one image.
+    """Import the classifier `package.module:function`, and try it on one image.
 
-    It is a function (x_t, t, y) -> logits, or a torch module, which is moved to the device. Its attribute `classes`
-    names its classes; without it they are numbered. See `fingerprint_of` for what tells it from others.
+    It is a function (x_t, t, y) -> logits [B, K], or a torch module, which is moved to the device. Its attribute
+    `classes` names the classes; without it they are numbered. `fingerprint_of` identifies its weights.
 
     Raises:
         ValueError: it cannot be imported, has no fingerprint, or does not return logits with a gradient.
@@ -76,7 +76,7 @@ def import_classifier(path: str, channels: int, image_size: int, device: torch.d
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         logits = function(x, zero, zero)
     if logits.ndim != 2 or len(logits) != 1:
-        raise ValueError(f"{option} returned {tuple(logits.shape)} for one image, and logits are [1, K]")
+        raise ValueError(f"{option} returned shape {tuple(logits.shape)} for one image; logits [1, K] are expected")
     log_prob_gradient(lambda x, t: function(x, t, zero), x, zero, zero)
     classes = tuple(getattr(function, "classes", map(str, range(logits.shape[1]))))
     return ImportedClassifier(function, classes, sha256, counter.get_total_flops())

@@ -1,4 +1,4 @@
-"""Conversion of weights: the published code's `.pt`, safetensors with their architecture, folders for diffusers."""
+"""Conversion of weights between `.pt` files of the published code, safetensors and diffusers folders."""
 
 from functools import partial
 
@@ -23,14 +23,12 @@ from orchestrator.weights.shapes import Shapes, invisible_settings
 
 
 def convert(config: ConversionConfig) -> str:
-    """Read the source, check it, write it as the output asks; return the output's URI.
-
-    The same conversion again finds its output and is done.
+    """Convert weights and return the URI of the output; if the output exists and is equal, do nothing.
 
     Raises:
-        FileNotFoundError: no source.
-        ValueError: the source is damaged or no such file, its tensors do not fit the stated architecture, the output's
-            format cannot express the network, or there is another output already.
+        FileNotFoundError: the weights do not exist.
+        ValueError: the weights are damaged or do not fit the architecture, the format of the output cannot express the
+            network, or another output exists.
     """
     source, output = config.path(config.weights), config.path(config.output)
     is_published = source.endswith(".pt")
@@ -38,7 +36,7 @@ def convert(config: ConversionConfig) -> str:
     network = load_published(source, partial(_describe, config)) if is_published else load_network(taken)
     for uri, data in _objects(network, output).items():
         if not storage.put_if_absent(uri, data) and storage.read_bytes(uri) != data:
-            raise ValueError(f"{uri} is there already and holds something else; choose another --output")
+            raise ValueError(f"{uri} exists and has other content; pass another --output, or delete it")
     parameters = sum(parameter.numel() for parameter in network.module.parameters())
     print(f"{output}: {type(network.module).__name__} of {parameters:,} parameters from {taken}")
     if is_published:
@@ -47,17 +45,17 @@ def convert(config: ConversionConfig) -> str:
 
 
 def plan(config: ConversionConfig) -> tuple[ConversionConfig, str]:
-    """Return the config, and what a conversion would read and write."""
+    """Return the config, and lines that say what a conversion would read and write."""
     source = config.path(config.weights)
     lines = [f"reads   {source}", f"writes  {config.path(config.output)}", *_ignored_flags(config)]
     return config, "\n".join(lines if storage.exists(source) else [*lines, f"not there yet: {source}"])
 
 
 def _describe(config: ConversionConfig, shapes: Shapes) -> tuple[Architecture, DiffusionConfig]:
-    """Return the architecture and diffusion of a `.pt` file with these tensors, as the config states them.
+    """Return the architecture and diffusion of a `.pt` file with these tensors, by the options of the config.
 
     Raises:
-        ValueError: there is no such network, or the file's name is that of another one.
+        ValueError: there is no such network, or another one was released under the file's name.
     """
     if config.flags is None and not config.uses_model:
         return describe_entry(released_entry(config.weights, config.recipe), shapes)
@@ -75,14 +73,14 @@ def _describe(config: ConversionConfig, shapes: Shapes) -> tuple[Architecture, D
 
 
 def _assumptions(config: ConversionConfig, network: Network) -> str:
-    """Return what the conversion took from the config because the weights do not tell it."""
+    """Return lines that list the settings which the weights do not determine, and their origin."""
     diffusion, classes = network.diffusion.model_dump(), network.architecture.num_classes
     lines = [
-        f"classes: {classes or 'none'}, as the file tells",
-        f"the file cannot tell {_listed(invisible_settings(network.architecture))}: taken from {config.described_by}",
-        f"the file cannot tell the diffusion {_listed(diffusion)}: taken from {config.described_by}",
+        f"classes: {classes or 'none'} (from the file)",
+        f"not in the file: {_listed(invisible_settings(network.architecture))} (from {config.described_by})",
+        f"not in the file: diffusion {_listed(diffusion)} (from {config.described_by})",
         *_ignored_flags(config),
-        "A wrong one of these settings shows in samples only, so look at some before you rely on the weights.",
+        "If one of these settings is wrong, only samples show it: look at some before you use the weights.",
     ]
     return "\n".join(lines)
 
@@ -92,7 +90,7 @@ def _ignored_flags(config: ConversionConfig) -> list[str]:
         return []
     parsed = parse_flags(config.flags, config.flags_from)
     ignored = ", ".join(f"--{flag}" for flag in parsed.ignored) or "none"
-    return [f"flags: those of {' or '.join(parsed.codes)}; ignored, as they do not shape the network: {ignored}"]
+    return [f"flags: of {' or '.join(parsed.codes)}; ignored, since they do not change the network: {ignored}"]
 
 
 def _listed(settings: dict[str, object]) -> str:
@@ -100,7 +98,7 @@ def _listed(settings: dict[str, object]) -> str:
 
 
 def _objects(network: Network, output: str) -> dict[str, bytes]:
-    """What the output consists of: URI -> bytes."""
+    """Return the content of the output by URI."""
     weights = network.module.state_dict()
     if output.endswith(".safetensors"):
         return {output: encode_weights(weights, network.architecture, network.diffusion, network.classes)}

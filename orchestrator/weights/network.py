@@ -1,6 +1,7 @@
-"""A network on disk: weights with their architecture in a safetensors header, or a released `.pt` file."""
+"""Networks on disk: safetensors files with their architecture in the header, and released `.pt` files."""
 
 import hashlib
+import io
 import json
 import re
 import tempfile
@@ -24,14 +25,14 @@ from orchestrator.weights.published import check_tensors, decode_state_dict, rel
 from orchestrator.weights.shapes import Shapes, num_classes_of, shapes_of, with_classes_of
 
 FORMAT_VERSION = 1
-BEST = "best.json"  # in a run's folder: the best snapshot of each average, as `jobs/evaluate_run.py` found it
+BEST = "best.json"  # in a run's folder: the best snapshot of each average, written by `jobs/evaluate_run.py`
 ANY = "any"  # its key for the best of all averages
-COPY_BYTES = 16 << 20  # of a file that is being written are in memory
+COPY_BYTES = 16 << 20  # memory for writing a file
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network as its file tells it: weights, architecture, the diffusion that it was trained for, its classes."""
+    """A network from a file, with its architecture, its diffusion process and the names of its classes."""
 
     module: nn.Module
     architecture: Architecture
@@ -40,49 +41,46 @@ class Network:
     sha256: str  # of the file
 
     def towards(self, y: Tensor) -> nn.Module:
-        """Return what guides samples of the labels y: the network, whatever they are."""
+        """Return the function that guides samples towards the labels y: the network itself."""
         return self.module
 
     @property
     def device(self) -> torch.device:
-        """Return the device that its parameters are on."""
+        """Return the device of the parameters."""
         return next(self.module.parameters()).device
 
 
 def load_network(uri: str, device: torch.device | str = "cpu", recipe: str | None = None) -> Network:
-    """Read a network in evaluation mode: a safetensors file, the newest of a training run, or a released `.pt` file.
+    """Load a network in evaluation mode from a safetensors file, a training run (its newest file) or a `.pt` file.
 
-    A `.pt` file (float32, or float16 which is widened) does not tell its architecture: its name must be that of a
-    released one, or `recipe` be the zoo's name for it. Its classes are named by their indices, and the file
-    tells how many there are.
+    A `.pt` file does not contain its architecture. Therefore it must have the name of a released file, or `recipe` must
+    be the name of a zoo entry. Its classes are named by their indices. Float16 weights are converted to float32.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: not such a file, or a tensor is missing, extra or misshapen; the message names it.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not valid, or a tensor is missing, unexpected or has another shape.
     """
     if uri.endswith(".pt"):
         return load_published(uri, partial(describe_entry, released_entry(uri, recipe)), device)
     if recipe is not None:
-        raise ValueError(f"recipe={recipe!r} is for .pt files; {uri} carries its architecture")
+        raise ValueError(f"recipe={recipe!r} is for .pt files; {uri} contains its architecture")
     uri = uri if uri.endswith(".safetensors") else storage.join(uri, "weights", latest_weights(uri))
     data = storage.read_bytes(uri)
     try:
         weights = safetensors.torch.load(data)
-        about = json.loads(_metadata(data)["admiral"])
+        about = _read_about(io.BytesIO(data))
         architecture, diffusion = described(about)
         classes = tuple(about["classes"])
-    except KeyError as error:
-        raise ValueError(f"{uri} is not a weights file of Admiral's: its header has no {error}") from error
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise ValueError(f"{uri} is not a weights file of Admiral's: {error}") from error
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise _not_ours(uri, error) from error
     module = _filled(uri, architecture, weights, device)
     return Network(module, architecture, diffusion, classes, hashlib.sha256(data).hexdigest())
 
 
 def described(about: dict[str, Any]) -> tuple[Architecture, DiffusionConfig]:
-    """Return the architecture and diffusion that a weights file states; ValueError if in another format."""
+    """Return the architecture and diffusion in the header of a weights file; raise ValueError for another format."""
     if about["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"format_version={about['format_version']} is not {FORMAT_VERSION}")
+        raise ValueError(f"format_version={about['format_version']} is not supported; {FORMAT_VERSION} is expected")
     architecture = ARCHITECTURES[about["kind"]].model_validate(about["architecture"])
     return architecture, DiffusionConfig.model_validate(about["diffusion"])
 
@@ -92,11 +90,11 @@ def load_published(
     describe: Callable[[Shapes], tuple[Architecture, DiffusionConfig]],
     device: torch.device | str = "cpu",
 ) -> Network:
-    """Read a `.pt` file as the network that `describe` makes of the names and shapes of its tensors.
+    """Load a `.pt` file as the network that `describe` returns for the names and shapes of its tensors.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: not such a file, or its tensors are not those of that network.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not valid, or its tensors do not fit that network.
     """
     data = storage.read_bytes(uri)
     weights = decode_state_dict(uri, data)
@@ -107,24 +105,29 @@ def load_published(
 
 
 def describe_entry(entry: zoo.Entry, shapes: Shapes) -> tuple[Architecture, DiffusionConfig]:
-    """Return a released model's architecture and diffusion, with as many classes as the file has if it has some."""
+    """Return the architecture and diffusion of a zoo entry, with the number of classes of the file if it has any."""
     conditional = entry.network.num_classes is not None and num_classes_of(shapes) is not None
     return with_classes_of(shapes, entry.network) if conditional else entry.network, entry.diffusion
 
 
 def _filled(uri: str, architecture: Architecture, weights: dict[str, Tensor], device: torch.device | str) -> nn.Module:
-    """The network with these weights as float32, in evaluation mode, on `device`."""
-    with torch.device("meta"):  # shapes only: weights that are replaced at once need not be drawn
+    """Return the network with these weights as float32 on `device`, in evaluation mode."""
+    with torch.device("meta"):  # do not initialise weights that are replaced at once
         module = architecture.build()
     check_tensors(uri, module.state_dict(), weights, architecture)
     module.to_empty(device=device).load_state_dict(weights)
     return module.eval().requires_grad_(False)
 
 
-def _metadata(data: bytes) -> dict[str, str]:
-    """The string metadata in a safetensors header: 8 bytes of length, then JSON."""
-    length = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + length]).get("__metadata__", {})
+def _read_about(file: Any) -> dict[str, Any]:
+    """Return what `_about` wrote into a safetensors header, which is 8 bytes of length and then JSON."""
+    length = int.from_bytes(file.read(8), "little")
+    return json.loads(json.loads(file.read(length)).get("__metadata__", {})["admiral"])
+
+
+def _not_ours(uri: str, error: Exception) -> ValueError:
+    reason = f"its header has no {error}" if isinstance(error, KeyError) else error
+    return ValueError(f"{uri} is not a weights file of Admiral: {reason}")
 
 
 def save_weights(
@@ -135,9 +138,9 @@ def save_weights(
     classes: tuple[str, ...],
     training: dict[str, Any] | None = None,
 ) -> None:
-    """Write a safetensors file that carries its architecture; an existing one is left as it is.
+    """Write a safetensors file with the architecture in its header, unless the file exists.
 
-    `training` is small JSON on where the weights come from, such as the images seen.
+    training: small JSON about the origin of the weights, such as the number of images seen.
     """
     if not storage.exists(uri):
         write_tensors(uri, weights, _about(architecture, diffusion, classes, training))
@@ -149,7 +152,7 @@ def encode_weights(
     diffusion: DiffusionConfig,
     classes: tuple[str, ...],
 ) -> bytes:
-    """The bytes of such a file."""
+    """Return the content of the file that `save_weights` writes."""
     return safetensors.torch.save(_saveable(weights), metadata=_about(architecture, diffusion, classes))
 
 
@@ -159,7 +162,6 @@ def _about(
     classes: tuple[str, ...],
     training: dict[str, Any] | None = None,
 ) -> dict[str, str]:
-    """What a weights file says of itself, in the header."""
     about = {
         "format_version": FORMAT_VERSION,
         "kind": architecture.kind,
@@ -172,17 +174,16 @@ def _about(
 
 
 def weights_about(uri: str) -> dict[str, Any]:
-    """What a weights file says of itself, without reading its tensors.
+    """Return the header of a weights file without reading its tensors.
 
     Raises:
-        ValueError: it is not a weights file of Admiral's.
+        ValueError: it is not a weights file of Admiral.
     """
     with storage.open_input(uri) as file:
-        length = int.from_bytes(file.read(8), "little")
         try:
-            return json.loads(json.loads(file.read(length))["__metadata__"]["admiral"])
+            return _read_about(file)
         except (ValueError, KeyError) as error:
-            raise ValueError(f"{uri} is not a weights file of Admiral's: its header has no {error}") from error
+            raise _not_ours(uri, error) from error
 
 
 def weights_file(
@@ -192,11 +193,13 @@ def weights_file(
     kind: str | None = None,
     at: str | None = None,
 ) -> str:
-    """Return the file that `path`, relative or not, names: itself, or of a training run the weights of `kind`.
+    """Return the weights file that `path` names: the path itself, or a file of the training run at this path.
 
-    `at` says which of them, see `weights_at`; None means the newest. `noted` is the file that an earlier attempt at the
-    same job took. If it is of this run it is returned again, so that weights that were written since do not change the
-    job. `locate` makes a URI of a path.
+    locate: returns the URI of a path.
+    noted: the file that an earlier attempt at the same job used. It is returned again if it belongs to this run, so
+        that newer weights do not change the job.
+    kind: see `latest_weights`.
+    at: see `weights_at`; None = the newest weights.
     """
     if path.endswith((".pt", ".safetensors")) or is_imported(path):
         return path
@@ -207,18 +210,18 @@ def weights_file(
 
 
 def latest_weights(run: str, kind: str | None = None) -> str:
-    """Return the name, in a training run's weights/, of its newest weights; of `kind`, or of the last kind by name.
+    """Return the name of the newest file in a training run's folder weights/.
 
-    kind: "ema-0.9999", "raw".
+    kind: "ema-0.9999" or "raw"; None = the last kind by name.
 
     Raises:
         FileNotFoundError: the run has no weights.
-        ValueError: it has none of this kind.
+        ValueError: the run has no weights of this kind.
     """
     folder = storage.join(run, "weights")
     names = sorted(name for name in storage.list_names(folder) if name.endswith(".safetensors"))
     if not names:
-        raise FileNotFoundError(f"{run}: no weights there; has the training finished?")
+        raise FileNotFoundError(f"{run} has no weights; a training writes them at its end, or with --snapshot-every")
     if kind is None:
         return names[-1]
     kinds = {name.removesuffix(".safetensors").split("-", 2)[-1]: name for name in names}  # the newest of each
@@ -228,12 +231,13 @@ def latest_weights(run: str, kind: str | None = None) -> str:
 
 
 def weights_at(run: str, at: str, kind: str | None = None) -> str:
-    """Return the name, in a training run's weights/, of its weights of `kind` at a moment of the training.
+    """Return the name of a snapshot of `kind` in a training run's folder weights/.
 
-    at: a number of images; or "best", which `jobs/evaluate_run.py` has found, of `kind` or of all.
+    at: a number of images, or "best" for the best snapshot of `kind`, or of all kinds, according to
+        `jobs/evaluate_run.py`.
 
     Raises:
-        FileNotFoundError: the run was not evaluated, so that no snapshot is known as the best.
+        FileNotFoundError: `at` is "best" and the run was not evaluated.
         ValueError: there is no such snapshot.
     """
     if at == "best":
@@ -248,15 +252,17 @@ def weights_at(run: str, at: str, kind: str | None = None) -> str:
     found = sorted(name for name in names if re.match(rf"images-0*{re.escape(at)}-{re.escape(kind or '')}", name))
     if not found:
         moments = sorted({int(name.split("-")[1]) for name in names if name.startswith("images-")})
-        raise ValueError(f"--at {at}: {run} has no such weights; it has some at {', '.join(map(str, moments))} images")
+        raise ValueError(
+            f"--at {at}: {run} has no such snapshot; it has snapshots at {', '.join(map(str, moments))} images"
+        )
     return found[-1]
 
 
 def write_tensors(uri: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
-    """Write a safetensors file; return its SHA-256.
+    """Write a safetensors file and return its SHA-256.
 
-    The library writes a local temporary file straight from the tensors' memory, and that file is streamed to `uri`. So
-    a file of any size takes COPY_BYTES of memory, and as much local disk space as it has bytes.
+    The library writes a temporary local file directly from the memory of the tensors, and that file is streamed to
+    `uri`. Writing needs COPY_BYTES of memory, and local disk space for the whole file.
     """
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory(prefix="admiral-") as folder:
@@ -270,5 +276,5 @@ def write_tensors(uri: str, tensors: dict[str, Tensor], metadata: dict[str, str]
 
 
 def _saveable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors as the library takes them; those that already are so are not copied."""
+    """Return the tensors on the CPU and contiguous, as the library requires; tensors that are so are not copied."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

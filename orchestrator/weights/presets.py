@@ -5,12 +5,12 @@ from orchestrator.weights.config import ConversionConfig
 
 
 def conversion_presets() -> dict[str, tuple[str, ConversionConfig]]:
-    """Weights to convert."""
+    """Return the conversions by name, each with a line of description."""
     digits = ConversionConfig(weights="digits/diffusion", output="digits/diffusion.pt")
     images = ConversionConfig(weights="images/diffusion", output="images/diffusion.pt")
     released = ConversionConfig(weights="64x64_diffusion.pt", output="64x64_diffusion.safetensors")
     return {
         "digits": (f"{DIGITS}: the diffusion model, for the published code", digits),
         "images": (f"{IMAGES}: the diffusion model, for the published code", images),
-        "released": ("a released .pt file, to one that carries its architecture", released),
+        "released": ("a released .pt file, converted to a file that contains its architecture", released),
     }

@@ -1,4 +1,4 @@
-"""What the names and shapes of a file's tensors tell of its network, and why they do not fit an architecture."""
+"""What the names and shapes of tensors say about a network, and why they do not fit an architecture."""
 
 import math
 import re
@@ -16,8 +16,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 Kind = Literal["diffusion model", "upsampler", "classifier"]
 
 _FIRST = "input_blocks.0.0.weight"
-NUM_ROWS = 5  # differing tensors that a message lists
-_MAX_CHANGES = 4  # options that an explanation changes
+NUM_ROWS = 5  # mismatched tensors that a message lists
+_MAX_CHANGES = 4  # options in an explanation
 _SECTIONS = ("time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out")
 _FLAGS = {  # field -> the published flag
     "in_channels": "in_channels",
@@ -50,7 +50,7 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
 
 
 def network_kind(shapes: Shapes) -> Kind | None:
-    """Return which of the published networks has tensors of these names; None if none has."""
+    """Return the kind of published network that has tensors of these names; None if there is none."""
     if _FIRST not in shapes:
         return None
     if not any(name.startswith("output_blocks.") for name in shapes):
@@ -62,22 +62,26 @@ def num_classes_of(shapes: Shapes) -> int | None:
     """Return the number of classes of a network with these tensors; None if it is not conditioned on classes."""
     name: str | None = "label_emb.weight"
     if network_kind(shapes) == "classifier":
-        # by pool: attention; adaptive, whose layer is a convolution, and spatial_v2; spatial
+        # pool=attention; pool=adaptive (a convolution) and spatial_v2; pool=spatial
         name = next((name for name in ("out.2.c_proj.weight", "out.3.weight", "out.2.weight") if name in shapes), None)
     return shapes[name][0] if name and name in shapes else None
 
 
 def with_classes_of(shapes: Shapes, architecture: Architecture) -> Architecture:
-    """Return the architecture with the number of classes that the tensors tell, if they tell one."""
+    """Return the architecture with the number of classes of these tensors, if they determine it."""
     number = num_classes_of(shapes)
     if number is None and isinstance(architecture, ClassifierConfig):
         return architecture
     return architecture.model_copy(update={"num_classes": number})
 
 
-def describe_mismatch(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], architecture: Architecture) -> str:
-    """Return which tensors differ in name or shape and what explains it; empty if none does."""
-    there, here = shapes_of(found), shapes_of(wanted)
+def describe_mismatch(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], architecture: Architecture) -> str:
+    """Return which tensors differ in name or shape, and which options explain it; an empty string if none differs.
+
+    found: the tensors of the file.
+    expected: the tensors of `architecture`.
+    """
+    there, here = shapes_of(found), shapes_of(expected)
     names = sorted(_differing(there, here), key=_network_order)
     if not names:
         return ""
@@ -85,18 +89,18 @@ def describe_mismatch(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor],
     rows += [f"and {len(names) - NUM_ROWS} more"] if len(names) > NUM_ROWS else []
     total = len(there.keys() | here.keys())
     return (
-        f"{total - len(names)} of {total} tensors fit. Differing tensors, as name: shape in the file / shape here: "
+        f"{total - len(names)} of {total} tensors fit. Mismatched tensors, as name: shape in the file / shape here: "
         f"{'; '.join(rows)}. {_explanation(there, here, architecture)}"
     )
 
 
 def invisible_settings(architecture: Architecture) -> dict[str, Any]:
-    """Return the settings that change what a network computes, but no tensor's name or shape."""
+    """Return the settings that change what a network computes, but not the name or shape of a tensor."""
     fields = ["num_head_channels"] if architecture.num_head_channels else ["num_heads"]
     if architecture.low_res_size:
         fields.insert(0, "low_res_size")
     if isinstance(architecture, ClassifierConfig):
-        is_size_visible = architecture.pool == "attention"  # it has an embedding of each position
+        is_size_visible = architecture.pool == "attention"  # which has an embedding for each position
     else:
         is_size_visible = False
         if architecture.num_heads_upsample and not architecture.num_head_channels:
@@ -121,14 +125,14 @@ def _shape(shapes: Shapes, name: str) -> str:
 
 
 def _explanation(there: Shapes, here: Shapes, architecture: Architecture) -> str:
-    """Return the options that leave the fewest differences, each with the file's value and the one given."""
-    unexplained = "No option explains this: the file is another kind of network, or was changed."
+    """Return the options that explain the most mismatches, each with the value in the file and the one given."""
+    unexplained = "No option explains this: the file holds another kind of network, or was modified."
     kind = network_kind(there)
     if kind is None:
         return unexplained
     if (kind == "classifier") != (architecture.kind == "classifier"):
         expected = "a classifier" if architecture.kind == "classifier" else "a diffusion model"
-        return f"The file holds {'an' if kind == 'upsampler' else 'a'} {kind}, and {expected} is expected."
+        return f"The file holds {'an' if kind == 'upsampler' else 'a'} {kind}, but {expected} is expected."
     if _squeezed(there) == _squeezed(here):
         return "Only dimensions of size 1 differ: attention is a Conv1d with weights [out, in, 1] in guided-diffusion."
     changed, left = architecture, len(_differing(there, here))
@@ -142,8 +146,8 @@ def _explanation(there: Shapes, here: Shapes, architecture: Architecture) -> str
         changed, left = other, fewest
     if not changes:
         return unexplained
-    rest = "That explains all differences." if not left else f"With that, {left} tensors still differ."
-    return f"Nearest explanation: {'; '.join(changes)}. {rest}"
+    rest = "This explains all mismatches." if not left else f"{left} mismatches remain."
+    return f"Closest explanation: {'; '.join(changes)}. {rest}"
 
 
 def _squeezed(shapes: Shapes) -> dict[str, list[int]]:
@@ -152,7 +156,7 @@ def _squeezed(shapes: Shapes) -> dict[str, list[int]]:
 
 @lru_cache(maxsize=256)
 def _shapes(architecture: Architecture) -> Shapes:
-    """Return the shapes of a network's tensors, without any memory for them."""
+    """Return the shapes of a network's tensors without allocating memory for them."""
     with torch.device("meta"):
         return shapes_of(architecture.build().state_dict())
 
@@ -161,7 +165,7 @@ def _change(field: str, other: Architecture, architecture: Architecture) -> str:
     flag = (_CLASSIFIER_FLAGS if architecture.kind == "classifier" else {}).get(field) or _FLAGS[field]
     there, here = getattr(other, field), getattr(architecture, field)
     if field == "low_res_size" and there:
-        there = "set"  # to what, the tensors do not say
+        there = "set"  # the tensors do not determine its value
     return f"{flag} (--model.{field.replace('_', '-')}) is {_text(there)} in the file, {_text(here)} here"
 
 
@@ -170,26 +174,26 @@ def _text(value: Any) -> str:
 
 
 def _neighbours(architecture: Architecture, there: Shapes) -> Iterator[tuple[str, Architecture]]:
-    """Yield architectures that differ in one field, with the field's name."""
+    """Yield architectures that differ in one field, with the name of the field."""
     for field, value in _candidates(architecture, there):
         changes: dict[str, Any] = {field: value}
         if field not in type(architecture).model_fields or getattr(architecture, field) == value:
             continue
-        if field == "channel_mult":  # the feature maps are others, and only those that exist may have attention
+        if field == "channel_mult":  # only feature maps that exist may have attention
             sizes = [architecture.image_size >> level for level in range(len(value))]
             kept = tuple(size for size in architecture.attention_resolutions if size in sizes)
             changes["attention_resolutions"] = kept
-        elif field == "image_size":  # attention stays at the same levels
+        elif field == "image_size":  # keep attention at the same levels
             levels = [architecture.sizes.index(size) for size in architecture.attention_resolutions]
             changes["attention_resolutions"] = tuple(value >> level for level in levels)
         try:
             yield field, type(architecture).model_validate(architecture.model_dump() | changes)
-        except ValueError:  # no such network
+        except ValueError:  # not a valid network
             continue
 
 
 def _candidates(architecture: Architecture, there: Shapes) -> Iterator[tuple[str, Any]]:
-    """Yield fields and values: where tensors tell the value, that one, else all that are common."""
+    """Yield fields and values to try: the value that the tensors determine, or all common ones."""
     width = there.get("time_embed.0.weight", ())[1:]
     yield from (("model_channels", value) for value in width)
     yield "num_classes", num_classes_of(there)
@@ -212,7 +216,7 @@ def _candidates(architecture: Architecture, there: Shapes) -> Iterator[tuple[str
 
 
 def _levels(architecture: Architecture, there: Shapes) -> Iterator[tuple[str, Any]]:
-    """Yield channel_mult and attention_resolutions as they are, if the file has this many blocks a resolution."""
+    """Yield the file's channel_mult and attention_resolutions, if it has this many blocks per resolution."""
     blocks = [int(match[1]) for name in there if (match := re.match(r"input_blocks\.(\d+)\.", name))]
     stride = architecture.num_res_blocks + 1
     firsts = range(1, max(blocks, default=0) + 1, stride)

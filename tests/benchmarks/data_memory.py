@@ -1,10 +1,10 @@
-"""Memory of the stream on a set many times the object store: nothing may spill. Run by hand:
+"""Memory of the stream for a dataset many times the size of the object store: nothing may spill. Run by hand:
 
     python -m tests.benchmarks.data_memory [--store-mib 300] [--times 10] [--image-size 64] [--step-ms 0]
 
-Writes synthetic photographs of ImageNet's sizes, reads all of them once by one worker, and prints one line of JSON:
-what was spilled, the object store's peak, the peak memory that each process has for itself (USS), and the seconds from
-the first `next()` to the first batch with warm workers.
+Writes synthetic photographs of ImageNet's sizes, reads all of them once with one worker, and prints one line of JSON:
+the bytes spilled, the peak of the object store, the peak memory of each kind of process (USS), and the seconds from the
+first `next()` to the first batch with running workers.
 """
 
 import json
@@ -26,28 +26,28 @@ ROW_GROUP = 64
 
 @dataclass(frozen=True)
 class Options:
-    """What is read."""
+    """The dataset and its reader."""
 
-    store_mib: int = 300  # of the object store; Ray wants 75 or more
+    store_mib: int = 300  # of the object store; Ray needs at least 75
     times: float = 10.0  # size of the set, in object stores
     image_size: int = 64  # pixels
     distinct: int = 600  # photographs; the set repeats them
     batch_size: int = 256  # images in a step
-    step_ms: float = 0.0  # what a step takes, milliseconds
+    step_ms: float = 0.0  # duration of a step, milliseconds
     workers: int = 1  # training workers that share the set; one of them reads here
 
 
 class Peaks(threading.Thread):
-    """Looks at the object store and at this process and Ray's every tenth of a second, until told to stop."""
+    """Records peaks of the object store, of this process and of Ray's processes every 0.1 s until it is stopped."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.store = self.driver = self.task = 0  # bytes
-        self._told = threading.Event()
+        self._stopped = threading.Event()
 
     def run(self) -> None:
         this = psutil.Process()
-        while not self._told.wait(0.1):
+        while not self._stopped.wait(0.1):
             self.store = max(self.store, _store_statistics()["used"])
             self.driver = max(self.driver, this.memory_full_info().uss)
             for child in this.children(recursive=True):
@@ -55,17 +55,17 @@ class Peaks(threading.Thread):
                     if child.name().startswith("ray::"):
                         self.task = max(self.task, child.memory_full_info().uss)
                 except (psutil.NoSuchProcess, psutil.AccessDenied):
-                    continue  # it has just ended
+                    continue  # the process has just ended
 
     def stop(self) -> None:
-        self._told.set()
+        self._stopped.set()
         self.join()
 
 
 def _store_statistics() -> dict[str, int]:
-    """Return the bytes of the cluster's object stores: used now, and spilled to disk since their start."""
+    """Return the bytes of all object stores in the cluster: used now, and spilled to disk since their start."""
     import ray
-    from ray._private import internal_api  # the only place where Ray tells; nowhere else do we reach into it
+    from ray._private import internal_api  # there is no public interface
 
     state = internal_api.get_state_from_address(ray.get_runtime_context().gcs_address)
     found = internal_api.get_memory_info_reply(state).store_stats
@@ -73,7 +73,7 @@ def _store_statistics() -> dict[str, int]:
 
 
 def measure(options: Options) -> dict[str, float]:
-    """Read the set once; sizes in MiB, times in seconds."""
+    """Read the dataset once, and return sizes in MiB and times in seconds."""
     images = photographs(options.distinct)
     mean = sum(map(len, images)) / len(images)
     rows = int(options.times * (options.store_mib << 20) / mean / ROW_GROUP + 1) * ROW_GROUP
@@ -83,7 +83,7 @@ def measure(options: Options) -> dict[str, float]:
         order = OrderPlan(manifest.row_group_sizes("train"), options.batch_size, OrderConfig(num_streams=4))
 
         def read(end: int) -> tuple[int, float]:
-            """Images read, and when the first batch was there."""
+            """Return the number of images, and the seconds until the first batch."""
             begin, first, count = time.perf_counter(), 0.0, 0
             for shares in batches(manifest, order, 0, options.workers, 0, options.image_size, flip=True, end=end):
                 first = first or time.perf_counter() - begin
@@ -91,7 +91,7 @@ def measure(options: Options) -> dict[str, float]:
                 time.sleep(options.step_ms / 1e3)
             return count, first
 
-        read(options.batch_size)  # warms Ray's processes
+        read(options.batch_size)  # starts Ray's processes
         peaks = Peaks()
         peaks.start()
         begin = time.perf_counter()

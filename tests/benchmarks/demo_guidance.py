@@ -1,12 +1,12 @@
-"""Every kind of guidance at the same costs, on scanned digits: under half an hour on two quiet cores.
+"""Every kind of guidance at equal cost on scanned digits, in less than half an hour on two idle cores.
 
     make demo-guidance
 
-Trains a diffusion model with label dropout and snapshots, and a classifier; both are the digits' presets otherwise. The
-first snapshot is the weaker model. Then a search draws every setting of a grid to the same n. Prints a table: kind,
-scale, steps, network evaluations in passes of the model, the Fréchet distance freed of its bias, and the share of the
-samples that a feature network recognises as what they should be. `guidance.png` and `kinds.png` lie in the search's
-folder.
+Trains a diffusion model with label dropout and snapshots, and a classifier. Both have the digits preset otherwise. The
+first snapshot is the weaker model. Then a search draws every setting of a grid to the same n. Prints a table with the
+kind, the scale, the steps, the network evaluations in passes of the model, the bias-corrected Fréchet distance, and the
+accuracy: the share of samples that the feature network classifies as their label. The search's folder holds
+`guidance.png` and `kinds.png`.
 """
 
 import subprocess
@@ -28,19 +28,19 @@ OBJECTIVE = "fd_digits"
 
 @dataclass(frozen=True)
 class Demo:
-    """The grid, and how far it is drawn."""
+    """The grid and the trainings."""
 
     store: str = "runs/demo-guidance"  # dataset, networks and search
     scales: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)
     num_steps: tuple[int, ...] = (8, 16)
     samples: int = 1024  # of each setting
     total_images: int = 89_600  # of each training
-    weak_images: int = 12_800  # about; the snapshot that is the weaker model
+    weak_images: int = 12_800  # approximately; the length of training of the weaker model
     workers: int = 2
 
 
 def demonstrate(demo: Demo) -> dict[str, Any]:
-    """Train what is not there yet, search, and return the content of search.json."""
+    """Train the networks that do not exist yet, search, and return the content of search.json."""
     length = ["--total-images", str(demo.total_images), "--num-workers", str(demo.workers)]
     run = "digits/dropout"
     _job(demo, "prepare_dataset")
@@ -64,9 +64,9 @@ def _job(demo: Demo, job: str, *arguments: str) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return a line for each setting, the best of each kind marked."""
+    """Return a line for each setting, with the best of each kind marked."""
     best = [trial["number"] for trial in best_by_kind(result["trials"], OBJECTIVE).values()]
-    lines = [f"{'kind':16} {'scale':>5} {'steps':>5} {'passes':>6}   {'fd_digits, freed of bias':28} recognised"]
+    lines = [f"{'kind':16} {'scale':>5} {'steps':>5} {'passes':>6}   {'fd_digits, bias-corrected':28} recognised"]
     for trial in sorted(result["trials"], key=lambda trial: trial["behind_winner"][OBJECTIVE]["value"]):
         setting, distance = Setting(**trial["setting"]), trial["objective"][OBJECTIVE]
         known = trial["metrics"]["accuracy"]

@@ -1,12 +1,13 @@
-"""The search beside the full grid, on scanned digits: its regret, from a quarter of the network evaluations.
+"""A search compared with the full grid on scanned digits: its regret at a quarter of the network evaluations.
 
     make demo-search SEED=0
 
-Trains the digits' networks where they are not there yet, draws every setting of a grid to the full n, then lets the
-search halve the same settings with a budget of a quarter of these evaluations. What the grid drew fills the search's
-cache, since equal samples need not be drawn twice: the search's budget counts every sample that it would have drawn.
-Ends with one line of JSON, with the regret by the grid's own samples; exit code 1 where the search's winner is surely
-worse than the grid's, or cost too much. `python -m tests.benchmarks.search_regret` measures regret over many searches.
+Trains the digits networks if they do not exist yet and draws every setting of a grid to the full n. Then it runs
+successive halving on the same settings with a quarter of these evaluations as its budget. The search reuses the grid's
+samples, but its budget counts every sample that it would have drawn. The last line is JSON with the regret on the
+grid's samples. The exit code is 1 if the search's winner is significantly worse than the grid's, or if the search cost
+too much.
+`python -m tests.benchmarks.search_regret` measures the regret of many searches.
 """
 
 import json
@@ -37,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Demo:
-    """The grid, and what the search may spend."""
+    """The grid and the budget of the search."""
 
     seed: int = 0  # labels and noise, and the search's proposals
     folder: str = "runs/demo-search"  # networks, the grid, the search
@@ -45,16 +46,16 @@ class Demo:
     num_steps: tuple[int, ...] = (5, 10, 20, 40)
     samplers: tuple[str, ...] = ("ddpm", "ddim")
     rungs: tuple[int, ...] = (64, 128, 256, 512, 1024)  # the grid is drawn to the last one
-    share: float = 0.25  # of the grid's network evaluations, that the search may take
+    share: float = 0.25  # budget of the search, as a share of the network evaluations of the grid
     workers: int = 2
     weights: str = "digits/diffusion"
     classifier: str = "digits/classifier"
     dataset: str = "datasets/digits"
-    draw_again: bool = False  # let the search draw its samples itself
+    draw_again: bool = False  # do not reuse the samples of the grid
 
 
 def demonstrate(demo: Demo) -> dict[str, Any]:
-    """Grid, search and their comparison; answers the JSON line."""
+    """Run the grid and the search, and return their comparison."""
     count = len(demo.scales) * len(demo.num_steps) * len(demo.samplers)
     grid, halving = grid_config(demo, count), halving_config(demo, count)
     with session(demo.workers and demo.workers + 1):
@@ -73,7 +74,7 @@ def demonstrate(demo: Demo) -> dict[str, Any]:
 
 
 def grid_config(demo: Demo, count: int) -> SearchConfig:
-    """Every setting, drawn to the full n: a search with one rung and no proposals."""
+    """Return the config of the grid: a search with one rung, at the full n."""
     return SearchConfig(
         store=os.path.abspath(demo.folder),
         weights=(demo.weights,),
@@ -92,7 +93,7 @@ def grid_config(demo: Demo, count: int) -> SearchConfig:
 
 
 def halving_config(demo: Demo, count: int) -> SearchConfig:
-    """The search of the same settings, one of which is drawn once more on fresh seeds."""
+    """Return the config of the search of the same settings."""
     changes = {
         "output": f"search-seed{demo.seed}",
         "rungs": demo.rungs,
@@ -102,7 +103,7 @@ def halving_config(demo: Demo, count: int) -> SearchConfig:
 
 
 def fill_cache(grid: SearchConfig, halving: SearchConfig) -> None:
-    """The grid's batches where the search looks for its own; not the records, which it makes itself."""
+    """Link the grid's batches, but not its records, into the folder of the search."""
     source, target = (Path(config.path(config.output), "trials") for config in (grid, halving))
     shutil.copytree(
         source, target, copy_function=_link, dirs_exist_ok=True,
@@ -116,7 +117,7 @@ def _link(source: str, target: str) -> None:
 
 
 def compare(demo: Demo, grid: SearchConfig, grid_result: Any, search_result: Any) -> dict[str, Any]:
-    """How the search's winner stands against the grid's, by the grid's own samples; and what each took."""
+    """Compare the search's winner with the grid's on the grid's samples, and the costs of both."""
     n, count = demo.rungs[-1], len(grid_result["trials"])
     outcomes = {}
     for trial in grid_result["trials"]:
@@ -131,8 +132,8 @@ def compare(demo: Demo, grid: SearchConfig, grid_result: Any, search_result: Any
     taken = [found["evaluations"] - found["final_evaluations"] for found in (search_result, grid_result)]
     ratio = taken[0] / taken[1]
     broken = [
-        f"the search's winner is surely worse: {describe(regret)}" if chosen != best and regret.low > 0 else "",
-        f"it took {ratio:.3f} of the grid's evaluations" if ratio > demo.share else "",
+        f"the search's winner is significantly worse: {describe(regret)}" if chosen != best and regret.low > 0 else "",
+        f"the search took {ratio:.3f} of the grid's evaluations" if ratio > demo.share else "",
     ]
     return {
         "seed": demo.seed,
@@ -148,7 +149,7 @@ def compare(demo: Demo, grid: SearchConfig, grid_result: Any, search_result: Any
 
 
 def variance_ratios(scores: list[np.ndarray], best: np.ndarray) -> dict[str, float]:
-    """Variance of an unpaired difference from the best over that of the paired one: quartiles over all settings."""
+    """Return quartiles over all settings of the variance of unpaired differences from the best over paired ones."""
     ratios = []
     for other in scores:
         paired = differences(other, best).var(ddof=1)
@@ -159,7 +160,7 @@ def variance_ratios(scores: list[np.ndarray], best: np.ndarray) -> dict[str, flo
 
 
 def train(demo: Demo) -> None:
-    """Dataset and networks, by the jobs, where they are not there yet."""
+    """Prepare the dataset and train the networks if they do not exist yet."""
     for job in ("prepare_dataset", "train_adm", "train_classifier"):
         command = [sys.executable, f"jobs/{job}.py", "digits", "--store", os.path.abspath(demo.folder)]
         subprocess.run(command, cwd=ROOT, check=True)

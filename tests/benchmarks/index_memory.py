@@ -1,9 +1,9 @@
-"""Memory and time of indexing a source of many images in one process. Run by hand:
+"""Memory and time of indexing a source with many images in one process. Run by hand:
 
     python -m tests.benchmarks.index_memory [--classes 21841] [--images 640]
 
-Lists class folders with the names of ImageNet-21k that nowhere exist, reads them as a source, and prints the peak of
-resident memory beside what the process held before.
+Reads a simulated source with the class folders of ImageNet-21k, and prints the peak of resident memory and the resident
+memory before it.
 """
 
 import resource
@@ -17,19 +17,19 @@ import tyro
 from orchestrator import storage
 from orchestrator.data.sources import Choices, list_source, read_source
 
-PERMUTED = 7919  # a prime: folders come in no order, as from a file system
+PERMUTED = 7919  # a prime, so that folders are listed in no order, as by a file system
 
 
 @dataclass(frozen=True)
 class Options:
-    """How much is listed."""
+    """The size of the source."""
 
     classes: int = 21_841  # folders
     images: int = 640  # in each folder
 
 
 def main(options: Options) -> None:
-    """List, index, and print what it took."""
+    """List and index the source, and print time and memory."""
 
     def list_tree(uri: str) -> Iterator[list[tuple[str, int]]]:
         for number in range(options.classes):

@@ -1,10 +1,10 @@
-"""How often do 95% intervals hold the truth, where the notes of a report say that they do, and beyond? Run by hand:
+"""Coverage of 95% intervals, in the conditions for which they are promised and in others. Run by hand:
 
     python -m tests.benchmarks.interval_coverage [--replications 1000] [--seed 0] [--only NAME]
 
-A row for each world and metric: the share of intervals that hold the truth, with its own error, and the share of
-estimates that carry a note. The truth of a corrected distance is known; that of a metric at its n is the mean over all
-replications. `docs/promises.md` has the table, and the fast tests run the worlds of its first part.
+Prints a row for each simulated world and metric: the share of intervals that contain the true value, and the share of
+estimates that have a note. The true value of a bias-corrected distance is known; that of a metric at its n is the mean
+over all replications. `docs/promises.md` has the table, and the fast tests run the worlds in its first part.
 """
 
 from collections.abc import Callable
@@ -29,26 +29,27 @@ from models.metrics import (
 )
 
 Array = NDArray[np.float64]
-Draw = Callable[[], dict[str, tuple[Estimate, float | None]]]  # by metric an estimate, and the truth where it is known
+Draw = Callable[[], dict[str, tuple[Estimate, float | None]]]  # estimate and true value (None = unknown) by metric
 DIMENSION = 6
 
 
 @dataclass(frozen=True)
 class Row:
-    """A metric in a world."""
+    """The coverage of a metric in a world."""
 
     world: str
     metric: str
-    held: float  # share of the intervals that are there
+    held: float  # share of the intervals that contain the true value
     noted: float  # share of the estimates with a note
 
 
 def frechet_world(
     rng: np.random.Generator, n: int, m: int | None = None, shift: float = 0.3, tail: float = 0.0
 ) -> Draw:
-    """A Gaussian model beside a Gaussian reference; tail > 0 makes all features log-normal; m: rows of the reference.
+    """Return a world with a Gaussian model and a Gaussian reference; if tail > 0, features are log-normal.
 
-    The truth is the distance to the population, of which a reference of m rows is a sample.
+    m: rows of the reference, which is a sample of a population; None = the population. The true value is the distance
+        to the population.
     """
     reference = Gaussian(np.zeros(DIMENSION), np.eye(DIMENSION))
     if tail:
@@ -68,7 +69,7 @@ def frechet_world(
 
 
 def broken_world(rng: np.random.Generator, n: int) -> Draw:
-    """One sample in a hundred is far off."""
+    """Return a world in which 1% of the samples are outliers."""
     reference = Gaussian(np.zeros(DIMENSION), np.eye(DIMENSION))
     far = np.zeros(DIMENSION)
     far[0] = 20
@@ -84,8 +85,7 @@ def broken_world(rng: np.random.Generator, n: int) -> Draw:
 
 
 def balanced_world(rng: np.random.Generator, n: int, num_classes: int = 5, balanced: bool = True) -> Draw:
-    """Classes apart, with labels in turn or at random; the kernel distance, precision and coverage beside the Fréchet
-    distance."""
+    """Return a world with separate classes, with balanced or random labels, and all metrics of features."""
     centres = rng.standard_normal((num_classes, DIMENSION))
     spread = (centres - centres.mean(0)).T @ (centres - centres.mean(0)) / num_classes + np.eye(DIMENSION)
     real = centres[np.arange(300) % num_classes] + rng.standard_normal((300, DIMENSION))
@@ -115,18 +115,18 @@ def balanced_world(rng: np.random.Generator, n: int, num_classes: int = 5, balan
 
 
 def score_world(rng: np.random.Generator, n: int, num_classes: int) -> Draw:
-    """Class probabilities that are neither sure nor even."""
+    """Return a world with class probabilities that are neither certain nor uniform."""
     directions = 2 * rng.standard_normal((4, num_classes))
     return lambda: {"inception_score": (inception_score(softmax(rng.standard_normal((n, 4)) @ directions)), None)}
 
 
 def mean_world(rng: np.random.Generator, n: int) -> Draw:
-    """Few normal scores."""
+    """Return a world with n normal scores."""
     return lambda: {"mean": (mean_estimate(rng.standard_normal(n)), 0.0)}
 
 
 def worlds(rng: np.random.Generator) -> dict[str, Draw]:
-    """All worlds by name: first those in which intervals are promised to hold, then those with a note."""
+    """Return all worlds by name: first those for which coverage is promised, then those with a note."""
     many = 16 * DIMENSION
     return {
         "n = 16 D": frechet_world(rng, many),
@@ -148,7 +148,7 @@ IN_CONDITION = ("n = 16 D", "n = 100 D", "labels in turn", "labels at random", "
 
 
 def measure(world: str, draw: Draw, replications: int) -> list[Row]:
-    """A row for each metric of a world."""
+    """Return a row for each metric of a world."""
     runs = [draw() for _ in range(replications)]
     rows = []
     for metric in runs[0]:
@@ -163,7 +163,7 @@ def measure(world: str, draw: Draw, replications: int) -> list[Row]:
 
 @dataclass(frozen=True)
 class Options:
-    """What is simulated."""
+    """The simulation."""
 
     replications: int = 1_000
     seed: int = 0
@@ -173,7 +173,7 @@ class Options:
 def main(options: Options) -> None:
     """Print the table."""
     print(options)
-    print("| world | metric | intervals that hold the truth | estimates with a note |\n|---|---|---|---|")
+    print("| world | metric | intervals with the true value | estimates with a note |\n|---|---|---|---|")
     for number, world in enumerate(worlds(np.random.default_rng(options.seed))):
         if options.only in (None, world):
             draw = worlds(np.random.default_rng([options.seed, number]))[world]

@@ -1,14 +1,14 @@
-"""How fast metrics are beside plain ways to the same numbers: alternating runs, median of the ratios with interval.
+"""Speed of metrics compared with straightforward implementations: alternating runs, and the median ratio.
 
-Seconds are of the CPU, summed over threads, so that others' load on the machine hardly shows.
+Times are CPU seconds summed over threads, so that other load on the machine has little effect.
 
     python -m tests.benchmarks.metric_speed [--only NAME] [--pairs N] [--num-threads N]
 
-- inception: features of a batch by torch-fidelity and by Admiral, the same random weights. It needs the package
-  (`pip install -e '.[bench]'`), and says so where it is not there.
+- inception: features of a batch by torch-fidelity and by Admiral, with the same random weights. It needs the package
+  torch-fidelity (`pip install -e '.[bench]'`).
 - frechet: by scipy's `sqrtm` of the product, and by symmetric eigenvalues.
 - precision: of 10,000 samples and 10,000 references, by `torch.cdist` with whole matrices, and by exact blocks.
-- merging: seconds for 1 to 64 shards of the same features; a constant time for each block means linear.
+- merging: seconds for 1 to 64 shards of the same features. The time is linear if it is constant for each block.
 """
 
 import json
@@ -30,6 +30,7 @@ from torch import Tensor
 from models.inception import InceptionNetwork
 from models.manifolds import precision_recall
 from models.metrics import BLOCK, Moments, block_moments, frechet_distance, merge_in_order, moments
+from tests.benchmarks.pool_efficiency import median_interval
 from tests.reference_metrics import random_weights
 
 DIMENSION = 2048
@@ -37,7 +38,7 @@ DIMENSION = 2048
 
 @dataclass
 class Options:
-    only: Literal["all", "inception", "frechet", "precision", "merging"] = "all"  # what is timed
+    only: Literal["all", "inception", "frechet", "precision", "merging"] = "all"  # the comparison to run
     pairs: int = 3  # alternating runs of each
     num_threads: int = 1  # CPU threads
     batch_size: int = 16  # images of the Inception network
@@ -49,7 +50,7 @@ def main(options: Options) -> None:
     """Print the table."""
     torch.set_num_threads(options.num_threads)
     print(options)
-    print(f"{'what':12} {'plain s':>9} {'ours s':>9} {'plain/ours':>10}  {'from':>6} {'to':>6}  wanted")
+    print(f"{'what':12} {'plain s':>9} {'ours s':>9} {'plain/ours':>10}  {'from':>6} {'to':>6}  goal")
     for name, time_it in (("inception", inception), ("frechet", frechet), ("precision", precision)):
         if options.only in ("all", name):
             time_it(options)
@@ -58,11 +59,11 @@ def main(options: Options) -> None:
 
 
 def inception(options: Options) -> None:
-    """Features of one batch."""
+    """Time the features of one batch."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
-        print(f"inception    not timed: torch-fidelity cannot be imported ({error}); pip install -e '.[bench]'")
+        print(f"inception    skipped: torch-fidelity cannot be imported ({error}); run pip install -e '.[bench]'")
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "weights.pth")
@@ -79,12 +80,12 @@ def inception(options: Options) -> None:
             return peer(channels_first)[0]
 
     difference = np.linalg.norm(plain().numpy() - ours(pixels).pool) / np.linalg.norm(ours(pixels).pool)
-    assert difference < 1e-4, f"the two disagree by {difference}"
+    assert difference < 1e-4, f"the features differ by {difference}"
     _row("inception", options.pairs * 4, plain, lambda: ours(pixels), 1.5)
 
 
 def _random_inception() -> dict[str, Tensor]:
-    """The golden data's weights: right names and shapes, and sensible sizes."""
+    """Return the random weights of the golden data."""
     golden = Path(__file__).parents[1] / "golden" / "metrics"
     shapes = json.loads((golden / "inception_state_dict.json").read_text())["shapes"]
     with np.load(golden / "inception_random_weights.npz") as arrays:
@@ -92,7 +93,7 @@ def _random_inception() -> dict[str, Tensor]:
 
 
 def frechet(options: Options) -> None:
-    """The distance of two covariances of 2,048 dimensions."""
+    """Time the distance of two Gaussians of 2,048 dimensions."""
     import scipy.linalg
 
     rng = np.random.default_rng(1)
@@ -111,7 +112,7 @@ def frechet(options: Options) -> None:
 
 
 def precision(options: Options) -> None:
-    """Precision and recall of unit Gaussians in 2,048 dimensions."""
+    """Time precision and recall of unit Gaussians in 2,048 dimensions."""
     rng = np.random.default_rng(2)
     reference, samples = (rng.standard_normal((options.rows, DIMENSION), np.float32) for _ in range(2))
     before = _peak_bytes()
@@ -121,7 +122,7 @@ def precision(options: Options) -> None:
         return found[0].value, found[1].value
 
     ours()
-    print(f"precision    {(_peak_bytes() - before) / 2**30:.2f} GiB more at the peak than the features took, wanted 2")
+    print(f"precision    {(_peak_bytes() - before) / 2**30:.2f} GiB at the peak in addition to the features; goal: 2")
     real, fake = torch.from_numpy(reference), torch.from_numpy(samples)
 
     def plain() -> tuple[float, float]:
@@ -135,7 +136,7 @@ def precision(options: Options) -> None:
 
 
 def merging() -> None:
-    """Statistics of the same 64 blocks as 1 to 64 shards, and of 16 to 256 blocks."""
+    """Time merging the same 64 blocks in 1 to 64 shards, and 16 to 256 blocks."""
     blocks = list(block_moments(np.random.default_rng(3).standard_normal((64 * BLOCK, 512), np.float32)))
 
     def merged(parts: list[list[Moments]]) -> Moments:
@@ -152,14 +153,13 @@ def merging() -> None:
         print(f"merging      {count:3} blocks: {seconds * 1e3:7.1f} ms, {seconds * 1e3 / count:5.2f} ms each")
 
 
-def _row(name: str, pairs: int, plain: Callable[[], Any], ours: Callable[[], Any], wanted: float) -> None:
+def _row(name: str, pairs: int, plain: Callable[[], Any], ours: Callable[[], Any], goal: float) -> None:
     seconds = np.array([[_seconds(plain), _seconds(ours)] for _ in range(pairs)])
     ratios = np.sort(seconds[:, 0] / seconds[:, 1])
-    reach = 0.98 * math.sqrt(len(ratios))  # the median lies between these order statistics with 95%
-    low, high = int(max(0, len(ratios) / 2 - reach)), int(min(len(ratios) - 1, len(ratios) / 2 + reach))
+    low, high = median_interval(ratios)
     medians = np.median(seconds, axis=0)
-    numbers = f"{medians[0]:9.2f} {medians[1]:9.2f} {np.median(ratios):10.2f}  {ratios[low]:6.2f} {ratios[high]:6.2f}"
-    print(f"{name:12} {numbers}  {wanted:g}")
+    numbers = f"{medians[0]:9.2f} {medians[1]:9.2f} {np.median(ratios):10.2f}  {low:6.2f} {high:6.2f}"
+    print(f"{name:12} {numbers}  {goal:g}")
 
 
 def _seconds(function: Callable[[], Any]) -> float:

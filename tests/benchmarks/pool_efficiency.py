@@ -1,11 +1,11 @@
-"""What the pool costs: two actors against two plain processes that do the same ranges. Run by hand:
+"""The overhead of the worker pool: two actors compared with two plain processes. Run by hand:
 
     python -m tests.benchmarks.pool_efficiency --store DIR [--pairs 20] [--shards 8]
 
-DIR holds the quickstart's `digits/diffusion` and `digits/classifier`. Both sides sample with the same function to the
-same kind of folder, each with its workers warm; the plain processes take ranges from one queue. A pair is one short
-run of each, in alternating order. Prints the rate of both, and the median ratio of the pool's to the plain one's with a
-95% interval of the median; passes (exit code 0) where the lower end is at least 0.95.
+DIR contains `digits/diffusion` and `digits/classifier` of the quickstart. Both sides sample with the same function and
+running workers; the plain processes take ranges from a queue. A pair is one short run of each side, in random order.
+Prints the rates of both, and the median ratio of the pool's rate to the plain rate with a 95% interval. The exit code
+is 0 if the lower end of the interval is at least 0.95.
 """
 
 import multiprocessing
@@ -37,7 +37,7 @@ Run = Callable[[list[Shard]], None]
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured."""
+    """The measurement."""
 
     store: str  # with digits/diffusion and digits/classifier
     pairs: int = 20  # alternating pairs
@@ -46,11 +46,11 @@ class Options:
 
 
 def main(options: Options) -> int:
-    """Print the figures; answers the exit code."""
+    """Print the rates, and return the exit code."""
     rng, rates = np.random.default_rng(0), dict[str, list[float]](pool=[], plain=[])
     with tempfile.TemporaryDirectory() as folder, actors(options, folder) as ours, processes(options, folder) as plain:
         sides, begin = {"pool": ours, "plain": plain}, 0
-        for pair in range(-1, options.pairs):  # the first pair warms up
+        for pair in range(-1, options.pairs):  # the first pair is a warm-up
             for name in rng.permutation(list(sides)):
                 shards = [Shard(begin + i * SIZE, begin + (i + 1) * SIZE) for i in range(options.shards)]
                 begin += options.shards * SIZE
@@ -69,14 +69,14 @@ def main(options: Options) -> int:
 
 
 def median_interval(ordered: np.ndarray) -> tuple[float, float]:
-    """Order statistics that hold the median in at least 95% of cases: n/2 -+ 1.96 sqrt(n)/2, outwards."""
+    """Return order statistics that contain the median with at least 95%: n/2 -+ 1.96 sqrt(n)/2, rounded outwards."""
     half = 0.98 * np.sqrt(len(ordered))
     low, high = int(np.floor(len(ordered) / 2 - half)), int(np.ceil(len(ordered) / 2 + half))
     return float(ordered[max(low, 0)]), float(ordered[min(high, len(ordered) - 1)])
 
 
 def generation(options: Options, output: str) -> GenerationConfig:
-    """The digits, guided."""
+    """Return the config of guided sampling of digits."""
     return GenerationConfig(
         store=options.store, weights="digits/diffusion", classifier="digits/classifier", output=output,
         num_samples=10**9, sampler=SamplerConfig(name="ddim", num_steps=options.num_steps),
@@ -86,7 +86,7 @@ def generation(options: Options, output: str) -> GenerationConfig:
 
 @contextmanager
 def actors(options: Options, folder: str) -> Iterator[Run]:
-    """Our side."""
+    """Yield a function that samples shards with the pool."""
     make = partial(make_generator, generation(options, storage.join(folder, "pool")))
     with session(WORKERS, object_store_memory=100 << 20), pool(make, WORKERS) as workers:
 
@@ -99,7 +99,7 @@ def actors(options: Options, folder: str) -> Iterator[Run]:
 
 @contextmanager
 def processes(options: Options, folder: str) -> Iterator[Run]:
-    """The plain side: processes that load once and take shards from a queue."""
+    """Yield a function that samples shards with plain processes, which take them from a queue."""
     context = multiprocessing.get_context("spawn")
     todo, done = context.Queue(), context.Queue()
     config = generation(options, storage.join(folder, "plain"))
@@ -121,8 +121,8 @@ def processes(options: Options, folder: str) -> Iterator[Run]:
 
 
 def work(config: GenerationConfig, todo: Any, done: Any) -> None:
-    """A plain process."""
-    os.nice(15)  # as Ray starts its workers, so that both sides have the same rank among what else runs here
+    """Sample shards from a queue, in a plain process."""
+    os.nice(15)  # like Ray's workers, so that both sides have the same priority
     make_shard = make_generator(config)
     while (shard := todo.get()) is not None:
         done.put(make_shard(shard))

@@ -1,10 +1,10 @@
-"""Is the driver a bottleneck? The pool's own scheduling over a thousand actors whose work is a timer. Run by hand:
+"""The cost of the pool's scheduling in the driver, for a thousand simulated actors. Run by hand:
 
     python -m tests.benchmarks.scheduler [--actors 1000] [--ranges 100000] [--seconds 5]
 
-Three figures. The rate at which ranges are handed out when work takes no time: the most that the driver can do, beside
-what a loop of `ray.wait` over all running calls would take for each answer. A whole run of ranges of random length: how
-busy its actors are, and its tail, from the moment when the first actor has nothing left to do. And the driver's memory.
+Prints the maximum rate at which the driver assigns ranges, and for comparison the time of `ray.wait` over all running
+calls for each result. Then simulates a whole run of ranges with random durations, and prints its efficiency, its tail
+(the time from the last assignment to the end), and the memory of the driver.
 """
 
 import itertools
@@ -23,24 +23,24 @@ from tests.cluster.timed_actors import Clock, TimedActor
 
 @dataclass(frozen=True)
 class Options:
-    """What is simulated."""
+    """The simulation."""
 
     actors: int = 1_000
     ranges: int = 100_000
-    seconds: float = 1.0  # mean length of a range in the whole run, uniform between a half and one and a half of it
-    ray_wait: bool = True  # also measure ray.wait over as many calls, on a real Ray
+    seconds: float = 1.0  # mean duration of a range in the whole run; uniform from 0.5 to 1.5 times it
+    ray_wait: bool = True  # also measure ray.wait over as many calls
     seed: int = 0
 
 
 def main(options: Options) -> None:
-    """Print the figures."""
+    """Print the results."""
     print(options)
     for actors in (1, 10, 100, options.actors):
         seconds, _, _ = simulate(actors, min(options.ranges, 20_000), lambda _: 0.0)
-        print(f"{actors:5d} actors, work of no length: {min(options.ranges, 20_000) / seconds:9,.0f} ranges/s")
+        print(f"{actors:5d} actors, work without duration: {min(options.ranges, 20_000) / seconds:9,.0f} ranges/s")
     if options.ray_wait:
         print(
-            f"{options.actors:5d} calls under ray.wait: {ray_wait_seconds(options.actors) * 1e3:.2f} ms for each answer"
+            f"{options.actors:5d} calls under ray.wait: {ray_wait_seconds(options.actors) * 1e3:.2f} ms for each result"
         )
     draws = random.Random(options.seed)
     lengths = [options.seconds * draws.uniform(0.5, 1.5) for _ in range(options.ranges)]
@@ -49,13 +49,13 @@ def main(options: Options) -> None:
     ideal = sum(lengths) / options.actors
     print(
         f"{options.ranges:,} ranges of {options.seconds:g} s on {options.actors:,} actors: {seconds:.1f} s, "
-        f"ideally {ideal:.1f} s ({ideal / seconds:.1%}); {options.ranges / seconds:,.0f} ranges/s, tail {tail:.2f} s; "
+        f"ideal {ideal:.1f} s ({ideal / seconds:.1%}); {options.ranges / seconds:,.0f} ranges/s, tail {tail:.2f} s; "
         f"driver's memory at a tenth {memory[0] / 2**20:.2f} MiB, at the end {memory[1] / 2**20:.2f} MiB"
     )
 
 
 def simulate(actors: int, ranges: int, length: Callable[[int], float]) -> tuple[float, float, tuple[int, int]]:
-    """(seconds, seconds of the tail, traced bytes at a tenth and at the end) of mapping `ranges` over `actors`."""
+    """Map `ranges` over `actors`; return the seconds, those of the tail, and traced bytes at a tenth and at the end."""
     clock = Clock()
     workers = [TimedActor(clock, length) for _ in range(actors)]
     for worker in workers:
@@ -77,14 +77,14 @@ def simulate(actors: int, ranges: int, length: Callable[[int], float]) -> tuple[
 
 
 class _Forgetful(list):
-    """A list that keeps nothing: the simulation's own memory must not grow."""
+    """A list that stays empty, so that the simulation's own memory does not grow."""
 
     def append(self, item: object) -> None:
         pass
 
 
-def ray_wait_seconds(calls: int, looks: int = 50) -> float:
-    """How long `ray.wait` for the first of so many running calls takes, which such a loop pays for each answer."""
+def ray_wait_seconds(calls: int, repetitions: int = 50) -> float:
+    """Return the mean seconds of `ray.wait` for the first of `calls` running calls."""
     import ray
 
     @ray.remote
@@ -95,11 +95,11 @@ def ray_wait_seconds(calls: int, looks: int = 50) -> float:
     with session(1, object_store_memory=100 << 20):
         actor = Sleeper.remote()  # type: ignore[attr-defined]
         running = [actor.work.remote(3600.0) for _ in range(calls)]
-        done = [ray.put(None) for _ in range(looks)]
+        done = [ray.put(None) for _ in range(repetitions)]
         begun = time.perf_counter()
-        for one in itertools.islice(done, looks):
+        for one in itertools.islice(done, repetitions):
             ray.wait([*running, one], num_returns=1)
-        return (time.perf_counter() - begun) / looks
+        return (time.perf_counter() - begun) / repetitions
 
 
 if __name__ == "__main__":

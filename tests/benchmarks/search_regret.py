@@ -1,15 +1,15 @@
-"""The regret of a search: how much worse than the best setting is what it chooses, over hundreds of replayed searches.
+"""The regret of searches: how much worse than the best setting is the chosen one, over hundreds of replayed searches.
 
     python -m tests.benchmarks.search_regret --store runs/demo-search
 
-Draws 24 settings x 2,048 samples of the digits model on three seeds once, and keeps their features. Each replay
-shuffles these 6,144 indices within their classes, for all settings alike, and lets every strategy search the first
-2,048. The truth is the bias-corrected Fréchet distance of all 6,144. Prints a table; every strategy compares trials by
-the same objective, so that only the allocation differs.
+Draws 24 settings x 2,048 samples of the digits model on three seeds once, and stores their features. Each replay
+shuffles these 6,144 indices within their classes, in the same way for all settings, and every strategy searches the
+first 2,048. The truth is the bias-corrected Fréchet distance of all 6,144. Prints a table. Every strategy compares
+trials by the same objective, so that only the allocation differs.
 
     python -m tests.benchmarks.search_regret --synthetic 2 --replays 40 --full 1024
 
-does the same with synthetic features of as many worlds, without a model.
+does the same in 2 worlds of synthetic features, without a model.
 """
 
 import itertools
@@ -37,18 +37,18 @@ from orchestrator.generation.worker import SamplingWorker
 from orchestrator.search.config import Limit, SearchConfig, space_of
 from orchestrator.search.cost import SampleBudget
 from orchestrator.search.evaluator import sampled_by
-from orchestrator.search.halving import Evaluation, Outcome, Rules, SuccessiveHalving
+from orchestrator.search.halving import Outcome, SuccessiveHalving
 from orchestrator.search.job import passes_of
 from orchestrator.search.space import UNGUIDED, GridProposals, Setting, SpaceConfig
 
 OBJECTIVE = "fd_digits"
 FIRST = 64  # samples at the first rung; each next one has twice as many
-BATCH = 256  # samples that are drawn at once, and kept in one file
+BATCH = 256  # samples that are drawn and stored together
 
 
 @dataclass(frozen=True)
 class Regret:
-    """What is drawn, and how often it is searched."""
+    """What is drawn, and how many searches run."""
 
     store: str = "runs/demo-search"  # with the digits' dataset and networks, as `make demo-search` leaves them
     cache: str = "runs/search-regret"  # features of all settings
@@ -68,7 +68,7 @@ class Regret:
 
 
 def config_of(regret: Regret) -> SearchConfig:
-    """Return the search whose settings are drawn."""
+    """Return the config of the search whose settings are drawn."""
     return SearchConfig(
         store=regret.store, weights=(regret.weights,), classifier="digits/classifier", reference="datasets/digits",
         output="regret", batch_size=BATCH, rungs=rungs_to(regret.full), num_workers=regret.workers,
@@ -99,7 +99,7 @@ def path_of(regret: Regret, part: Part) -> Path:
 
 
 def fill(regret: Regret, grid: list[Setting]) -> None:
-    """Draw what the cache lacks."""
+    """Draw the batches that are missing from the cache."""
     Path(regret.cache).mkdir(parents=True, exist_ok=True)
     todo = [part for part in parts(regret, grid) if not path_of(regret, part).exists()]
     begin = time.monotonic()
@@ -125,7 +125,7 @@ def make_drawer(regret: Regret) -> Callable[[Part], None]:
 
 
 class World:
-    """Settings whose samples lie in memory, shuffled anew for each replay."""
+    """Settings with their samples in memory, which are shuffled for each replay."""
 
     def __init__(self, features: dict[Setting, np.ndarray], labels: np.ndarray, reference: Gaussian, full: int) -> None:
         self.full, self.rungs = full, rungs_to(full)
@@ -135,7 +135,7 @@ class World:
         self.best = min(self.truth, key=lambda setting: self.truth[setting])
 
     def shuffle(self, seed: int) -> None:
-        """Choose the indices of a replay: index i is of class i modulo K, as in a balanced generation."""
+        """Choose the indices of a replay: index i has class i modulo K, as with balanced labels."""
         self.seed, rng = seed, np.random.default_rng([20, seed])
         classes = [rng.permutation(np.flatnonzero(self._labels == label)) for label in np.unique(self._labels)]
         each = -(-self.full // len(classes))
@@ -164,7 +164,7 @@ class World:
 
 @dataclass
 class Found:
-    """What a strategy chose, and what it spent."""
+    """The choice of a strategy, and its cost."""
 
     setting: Setting
     samples: float
@@ -173,14 +173,14 @@ class Found:
 
 
 def uniform(world: World, share: float) -> Found:
-    """As many samples of each setting as the budget affords."""
+    """Draw the same number of samples of every setting."""
     n = int(share * world.full)
     chosen = min(world.settings, key=lambda setting: world.value(setting, n))
     return Found(chosen, n * len(world.settings), share * world.full_evaluations)
 
 
 def plain_halving(world: World, share: float) -> Found:
-    """Successive halving: equal samples for each rung, the better half goes on, until one is left."""
+    """Run plain successive halving: every rung has an equal budget and keeps the better half, until one is left."""
     alive, drawn, rungs = list(world.settings), dict.fromkeys(world.settings, 0), 0
     rungs = int(np.ceil(np.log2(len(alive))))
     for _ in range(rungs):
@@ -193,7 +193,7 @@ def plain_halving(world: World, share: float) -> Found:
 
 
 def asha(world: World, share: float) -> Found:
-    """ASHA with reduction factor 2: a trial goes on once it is in the better half of its rung so far."""
+    """Run ASHA with reduction factor 2: promote a trial as soon as it is in the better half of its rung."""
     drawn = dict.fromkeys(world.settings, 0)
     at: list[list[Setting]] = [[] for _ in world.rungs]
     waiting = [world.settings[i] for i in np.random.default_rng([21, world.seed]).permutation(len(world.settings))]
@@ -225,27 +225,19 @@ def _spent(chosen: Setting, drawn: dict[Setting, int]) -> Found:
 
 
 def ours(world: World, share: float, proxy: bool = False) -> Found:
-    """The search of this package."""
+    """Run the search of `orchestrator.search`."""
     limit = Limit(100 * share, "%") if share < 1 else Limit()
     budget = SampleBudget(limit, 1, world.full_evaluations)
-    rules = Rules((OBJECTIVE,), (), world.rungs, len(world.settings), len(world.settings), 0, 0.05, 0, 1)
-    halving = SuccessiveHalving(rules, GridProposals(world.settings, proxy), budget)
-    replay(halving, lambda task: world.outcome(task.setting, task.n))
+    config = SearchConfig(weights=("w",), classifier="c", reference="r", output="o", rungs=world.rungs)
+    config = config.model_copy(update={"finalists": 0})  # the truth is known, so that no final evaluation is needed
+    proposals = GridProposals(world.settings, proxy)
+    halving = SuccessiveHalving(
+        config, len(world.settings), proposals, budget, lambda task: world.outcome(task.setting, task.n)
+    )
+    list(halving.run())
     best = [trial for trial in halving.trials if trial.setting == world.best]
     chosen = halving.ranked()[0].setting
     return Found(chosen, budget.samples, budget.evaluations, any(trial.eliminated for trial in best))
-
-
-def replay(halving: SuccessiveHalving, outcome: Callable[[Evaluation], Outcome]) -> None:
-    """Run a search whose outcomes are there."""
-    rounds = halving.run()
-    outcomes: list[Outcome] | None = None
-    try:
-        while True:
-            found = next(rounds) if outcomes is None else rounds.send(outcomes)
-            outcomes = [outcome(task) for task in found.tasks]
-    except StopIteration:
-        pass
 
 
 Strategy = Callable[[World, float], Found]
@@ -301,9 +293,9 @@ def load(regret: Regret) -> World:
 
 
 def synthetic(regret: Regret, seed: int) -> World:
-    """Return a world like a guided model's: scale sharpens classes and shrinks their spread, steps lessen an error.
+    """Return a world like that of a guided model: the scale separates and narrows classes, steps reduce an error.
 
-    32 dimensions with a falling spectrum, 10 classes, noise that the settings share as they would share x_T.
+    It has 32 dimensions with a falling spectrum, 10 classes, and noise that the settings share as they would share x_T.
     """
     rng, count = np.random.default_rng([7, seed]), 3 * regret.full
     dimensions, classes = 32, 10

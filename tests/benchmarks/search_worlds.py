@@ -1,9 +1,9 @@
-"""How often a search eliminates the best trial, in worlds whose best is known.
+"""How often a search eliminates the best trial, in simulated worlds whose best trial is known.
 
     python -m tests.benchmarks.search_worlds --runs 200
 
 Prints for each world the share of searches that eliminated the best, the share that chose it, and the samples of the
-full grid that were drawn; with and without a budget. The family-wise error is to be at most alpha = 0.05.
+full grid that were drawn, with and without a budget. The family-wise error must be at most alpha = 0.05.
 """
 
 from collections.abc import Callable
@@ -12,18 +12,17 @@ from dataclasses import dataclass
 import tyro
 
 from orchestrator.search.config import Limit
-from orchestrator.search.objectives import Constraint
-from tests.orchestrator.search.worlds import PRECISE, World, bounded, catastrophes, normal, rules, search, trade_off
+from tests.orchestrator.search.worlds import PRECISE, World, bounded, catastrophes, config_of, normal, search, trade_off
 
 
 @dataclass(frozen=True)
 class Case:
-    """A world with its number of trials and its best one."""
+    """A world, its number of trials and its best trial."""
 
     make: Callable[[int], World]
     trials: int = 24
     best: int = 0
-    constraints: tuple[Constraint, ...] = ()
+    constraints: tuple[str, ...] = ()
 
 
 CASES = {
@@ -38,7 +37,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Worlds:
-    """How often each world is searched; run r has the seed r."""
+    """The number of searches of each world; run r has the seed r."""
 
     runs: int = 200
     worlds: tuple[str, ...] = tuple(CASES)
@@ -50,10 +49,11 @@ def main(worlds: Worlds) -> None:
         for budget, limit in (("no budget", Limit()), ("25%", Limit(25, "%"))):
             eliminated = chosen = drawn = 0
             for run in range(worlds.runs):
-                halving, _ = search(rules(case.trials, constraints=case.constraints), case.make(run), limit=limit)
+                config = config_of(case.trials, constraints=case.constraints)
+                halving, _ = search(config, case.make(run), limit=limit)
                 eliminated += halving.trials[case.best].eliminated is not None
                 chosen += [trial.number for trial in halving.ranked()[:1]] == [case.best]
-                drawn += sum(halving.rules.rungs[trial.level] for trial in halving.trials)
+                drawn += sum(halving.config.rungs[trial.level] for trial in halving.trials)
             share = drawn / worlds.runs / case.trials / 1024
             rates = f"eliminated {eliminated / worlds.runs:.3f}  chosen {chosen / worlds.runs:.3f}"
             print(f"{name:14} {budget:10} {rates}  drawn {share:.3f}", flush=True)

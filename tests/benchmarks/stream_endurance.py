@@ -1,12 +1,11 @@
-"""Memory of every process, log files and metrics while thousands of units pass through the stream. Run by hand:
+"""Growth of memory, log files and metrics while the stream reads thousands of units. Run by hand:
 
     python -m tests.benchmarks.stream_endurance [--units 10000] [--step-ms 0]
 
-Starts a Ray of its own with its dashboard and its metrics, as a cluster has them. A row for each tenth of the units:
-the resident memory of each kind of process in MiB (of the largest one where there are several), the number of files in
-the session's log folder, and the number of Prometheus series that the node exports. Passes (exit code 0) where no kind
-of process has grown by more than 20 MiB since the warm-up, the first three tenths, and there are at most 10 more files
-and 20 more series.
+Starts a Ray with dashboard and metrics. Prints a row for each tenth of the units: the resident memory in MiB of the
+largest process of each kind, the number of files in the log folder of the session, and the number of Prometheus series
+of the node. The first three tenths are a warm-up. The exit code is 0 if after that no process has grown by more than
+20 MiB, and there are at most 10 more files and 20 more series.
 """
 
 import logging
@@ -27,11 +26,11 @@ import tyro
 
 from cluster.stream import stream
 
-WARM_UP = 3  # tenths: Ray's metrics take some ten seconds to be there
-GROWTH_MIB = 20.0  # of a kind of process, at most
-MOST = {"log files": 10.0, "series": 20.0}  # more, at most
+WARM_UP = 3  # tenths; Ray's metrics appear after about ten seconds
+GROWTH_MIB = 20.0  # accepted growth of a process
+MOST = {"log files": 10.0, "series": 20.0}  # accepted growth of counts
 
-KINDS = {  # of processes, by what their command lines hold
+KINDS = {  # regular expressions for the command lines of processes
     "gcs": "gcs_server",
     "raylet": "raylet/raylet",
     "dashboard": "dashboard/dashboard.py",
@@ -43,11 +42,11 @@ KINDS = {  # of processes, by what their command lines hold
 
 @dataclass(frozen=True)
 class Options:
-    """What passes through."""
+    """The units."""
 
     units: int = 10_000
     rows: int = 64  # of a unit, 12 KiB each
-    step_ms: float = 0.0  # what the consumer does with a unit, milliseconds
+    step_ms: float = 0.0  # time of the consumer for a unit, milliseconds
 
 
 def read_unit(rows: int, unit: int) -> Iterator[dict[str, np.ndarray]]:
@@ -82,7 +81,7 @@ def memory() -> dict[str, float]:
         try:
             line, size = " ".join(process.cmdline()), process.memory_info().rss / 2**20
         except psutil.Error:
-            continue  # it has just ended
+            continue  # the process has just ended
         for kind, pattern in KINDS.items():
             if re.search(pattern, line):
                 found[kind] = max(found[kind], size)

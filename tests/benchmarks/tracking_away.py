@@ -1,10 +1,10 @@
-"""What a tracking server that is away costs a step: the same loop while it answers, and while it does not. By hand:
+"""The cost of an unreachable tracking server for a training step. Run by hand:
 
     python -m tests.benchmarks.tracking_away [--pairs 20] [--steps 100]
 
-Each step is a matrix product and a record of ten numbers, far more than trainings log. A pair is one window of each, in
-either order; while the server is away its connections are reset. Prints the milliseconds of a step, the median ratio
-with a 95% interval of the median, and how many of the numbers are in MLflow in the end.
+Each step is a matrix product and logs ten numbers, which is far more than trainings log. A pair is one window with a
+reachable server and one with a server that resets all connections, in random order. Prints the milliseconds of a step,
+the median ratio with a 95% interval, and the number of records in MLflow at the end.
 """
 
 import tempfile
@@ -25,26 +25,26 @@ from tests.chaos.proxy import Proxy
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured."""
+    """The measurement."""
 
     pairs: int = 20  # alternating windows
     steps: int = 100  # of a window
 
 
 def main(options: Options) -> None:
-    """Print the figures."""
+    """Print the results."""
     rng, seconds, step = np.random.default_rng(0), dict[str, list[float]](there=[], away=[]), 0
     with tempfile.TemporaryDirectory() as folder, servers.mlflow_server(folder) as (uri, _):
         proxy = Proxy(uri)
         tracker = Tracker("away", f"{folder}/run", proxy.endpoint)
-        for pair in range(-1, options.pairs):  # the first pair warms up
+        for pair in range(-1, options.pairs):  # the first pair is a warm-up
             for name in rng.permutation(list(seconds)):
                 rule = proxy.add("reset") if name == "away" else None
                 taken = window(tracker, range(step, step + options.steps))
                 step += options.steps
                 if rule is not None:
                     proxy.remove(rule)
-                while tracker.unsent:  # else the next window would pay for it
+                while tracker.unsent:  # so that the next window does not send these
                     time.sleep(0.1)
                 if pair >= 0:
                     seconds[name].append(taken / options.steps)
@@ -62,7 +62,7 @@ def main(options: Options) -> None:
 
 
 def window(tracker: Tracker, steps: range) -> float:
-    """Seconds of these steps, each with its record."""
+    """Return the seconds of these steps, each of which logs its numbers."""
     matrix = torch.ones(700, 700)
     begin = time.perf_counter()
     for step in steps:

@@ -1,12 +1,12 @@
-"""What Ray costs a training: the same loop with the same decode work, under Ray and in plain processes. Run by hand:
+"""The overhead of Ray in a training: the same loop under Ray and in plain processes. Run by hand:
 
     python -m tests.benchmarks.train_overhead [--pairs 20] [--steps 16] [--workers 2]
 
-One side is `train_loop` under Ray Train with its real stream; the other is the same loop in spawned processes over gloo
-that decode for themselves. Both are started once and go on all the time, but only one at a time: all processes of the
-other are stopped meanwhile, those of Ray too, so that what is read ahead is paid for by the side that reads. A pair is
-one window of each. Prints the seconds of a step on both sides, and the median ratio with a 95% interval of the median;
-passes (exit code 0) where the lower end is at most 1.02.
+One side is `train_loop` under Ray Train with its stream. The other side is the same loop in plain processes with gloo,
+which decode their images themselves. Both sides are started once, and only one runs at a time: all processes of the
+other, including Ray's, are stopped by SIGSTOP, so that each side pays for its own read-ahead. A pair is one window of
+each side. Prints the seconds of a step on both sides, and the median ratio with a 95% interval. The exit code is 0 if
+the lower end of the interval is at most 1.02.
 
 Fewer images are read ahead than in a real training, so that each window pays for the images that it reads.
 """
@@ -43,14 +43,14 @@ from tests.benchmarks.pool_efficiency import median_interval
 from tests.chaos.plain import start_plainly
 
 IMAGES = 2048  # JPEGs in the dataset
-WIDTH, HEIGHT = 500, 375  # pixels, as ImageNet's are in the middle
-PATIENCE_SECONDS = 120.0  # for the steps of a window, or of the start
+WIDTH, HEIGHT = 500, 375  # pixels, the median of ImageNet
+TIMEOUT_SECONDS = 120.0  # for the steps of a window
 Kind = Literal["plain", "ray"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured."""
+    """The measurement."""
 
     pairs: int = 20  # alternating windows of both sides
     steps: int = 16  # of a window
@@ -58,12 +58,12 @@ class Options:
     image_size: int = 32  # pixels
     batch_size: int = 64  # images in a step, over all workers
     read_ahead: int = 1024  # rows that Ray reads before they are needed
-    side: Kind | None = None  # used by the benchmark itself: be one side, in `folder`
+    side: Kind | None = None  # used by the benchmark itself: run one side in `folder`
     folder: str = ""
 
 
 def main(options: Options) -> int:
-    """Print the figures; answers the exit code."""
+    """Print the results, and return the exit code."""
     if options.side is not None:
         serve(options, options.side)
         return 0
@@ -75,7 +75,7 @@ def main(options: Options) -> int:
             for kind in times:
                 sides.append(stack.enter_context(started(replace(options, side=kind, folder=folder))))
                 sides[-1].halt()
-            for pair in range(-2, options.pairs):  # the first two warm up
+            for pair in range(-2, options.pairs):  # the first two pairs are a warm-up
                 for side in sides:
                     seconds = side.measure(options.steps)
                     if pair >= 0:
@@ -89,14 +89,14 @@ def main(options: Options) -> int:
 
 
 class Side:
-    """One of the two, as a tree of processes that can be stopped and let go on."""
+    """One side: a tree of processes that can be stopped and continued."""
 
     def __init__(self, kind: Kind, process: subprocess.Popen, stamps: Path) -> None:
         self.kind = kind
         self._process, self._stamps = process, stamps
 
     def measure(self, steps: int) -> float:
-        """Let it go on for so many steps after the one that was interrupted; their mean seconds."""
+        """Continue for `steps` steps after the interrupted one; return their mean seconds."""
         before = len(self.step_ends())
         self._signal(signal.SIGCONT)
         self.await_steps(before + 1 + steps)
@@ -105,22 +105,22 @@ class Side:
         return (ends[-1] - ends[0]) / steps
 
     def halt(self) -> None:
-        """Stop all of it where it is."""
+        """Stop all processes."""
         self._signal(signal.SIGSTOP)
 
     def step_ends(self) -> list[float]:
-        """When rank 0 came to the end of its steps."""
+        """Return the times at which rank 0 finished its steps."""
         if not self._stamps.exists():
             return []
         found = self._stamps.read_bytes()
         return [moment for (moment,) in struct.iter_unpack("d", found[: len(found) // 8 * 8])]
 
     def await_steps(self, count: int) -> None:
-        """Wait until it has done so many."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        """Wait until `count` steps are finished."""
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while len(self.step_ends()) < count:
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the {self.kind} side does not go on (exit code {self._process.returncode})")
+                raise RuntimeError(f"the {self.kind} side is stalled (exit code {self._process.returncode})")
             time.sleep(0.02)
 
     def _signal(self, number: signal.Signals) -> None:
@@ -131,7 +131,7 @@ class Side:
 
 @contextlib.contextmanager
 def started(options: Options) -> Iterator[Side]:
-    """A side in processes of its own, past its first steps."""
+    """Start a side in its own processes, and yield it after its first steps."""
     assert options.side is not None
     settings = [f"--{name.replace('_', '-')}={value}" for name, value in vars(options).items()]
     process = subprocess.Popen([sys.executable, "-m", "tests.benchmarks.train_overhead", *settings])
@@ -147,7 +147,7 @@ def started(options: Options) -> Iterator[Side]:
 
 
 def serve(options: Options, kind: Kind) -> None:
-    """Be one side, without end."""
+    """Run one side until it is killed."""
     loop = partial(stamped_loop, config_of(options), str(_stamps(options)), options.read_ahead)
     if kind == "plain":
         start_plainly(loop, options.workers).join()
@@ -157,11 +157,11 @@ def serve(options: Options, kind: Kind) -> None:
 
 
 def stamped_loop(config: AdmConfig, stamps: str, read_ahead: int, context: WorkerContext) -> None:
-    """The real loop. Rank 0 leaves the time of every step in a file."""
+    """Run the training loop; rank 0 writes the time of every step to a file."""
     dataset.READ_AHEAD_ROWS = read_ahead
     with open(stamps if context.rank == 0 else "/dev/null", "ab", buffering=0) as file:
 
-        def stopping() -> bool:  # the loop asks once a step
+        def stopping() -> bool:  # the loop calls this once a step
             file.write(struct.pack("d", time.monotonic()))
             return context.stopping()
 
@@ -169,7 +169,7 @@ def stamped_loop(config: AdmConfig, stamps: str, read_ahead: int, context: Worke
 
 
 def config_of(options: Options) -> AdmConfig:
-    """A training of a small ADM, in which a step takes some four times as long as the decoding of its images."""
+    """Return the config of a small ADM, whose step takes about four times as long as decoding its images."""
     model = UNetConfig(
         image_size=options.image_size, model_channels=32, num_res_blocks=1, channel_mult=(1, 1),
         attention_resolutions=(16,), num_head_channels=32, num_classes=None,
@@ -183,7 +183,7 @@ def config_of(options: Options) -> AdmConfig:
 
 
 def make_dataset(folder: str) -> None:
-    """JPEGs of smooth noise, prepared as a dataset."""
+    """Write JPEGs of smooth noise, and prepare them as a dataset."""
     rng = np.random.default_rng(0)
     source = Path(folder) / "images" / "0"
     source.mkdir(parents=True)

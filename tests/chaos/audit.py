@@ -1,4 +1,4 @@
-"""What a training left behind, as hashes that must be equal: its state at the end, and what its steps consumed."""
+"""Hashes of a training that must be equal: the final state, and the rows that its steps consumed."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ RECORD = re.compile(r"(\d{12})-(\d{4})-of-(\d{4})-process-(\d+)-(\w+)\.json")
 
 
 class Recorded(NamedTuple):
-    """Who recorded a step."""
+    """The worker that wrote the audit log of a step."""
 
     position: int
     rank: int
@@ -27,7 +27,7 @@ class Recorded(NamedTuple):
 
 
 def recorded(name: str) -> Recorded | None:
-    """What the name of a step's record tells; None where it is no such name."""
+    """Parse the name of an audit log; return None for any other name."""
     if (found := RECORD.search(name)) is None:
         return None
     position, rank, world_size, process, attempt = found.groups()
@@ -35,17 +35,17 @@ def recorded(name: str) -> Recorded | None:
 
 
 def state_hash(config: AdmConfig) -> str:
-    """SHA-256 of the state at the training's end: weights, every average, the optimizer, and the rest of a checkpoint.
+    """Return the SHA-256 of the final checkpoint: weights, every EMA, the optimizer and all other state.
 
-    The weights that the training left are held against it.
+    Check that the exported weights are equal to the EMAs in the checkpoint.
     """
     found = newest_checkpoint(config.path(config.output))
-    assert found is not None and found.position == config.length, f"{config.output} has not come to its end"
+    assert found is not None and found.position == config.length, f"{config.output} has not finished"
     for rate in config.ema_rates:
         name = f"weights/images-{config.length:012d}-ema-{rate}.safetensors"
         network = load_network(storage.join(config.path(config.output), name)).module
         for key, parameter in network.named_parameters():
-            assert torch.equal(parameter, found.tensors[f"ema-{rate}.{key}"]), f"{name} has another {key}"
+            assert torch.equal(parameter, found.tensors[f"ema-{rate}.{key}"]), f"{name} differs in {key}"
     digest = hashlib.sha256(json.dumps(found.facts, sort_keys=True).encode())
     for key in sorted(found.tensors):
         tensor = found.tensors[key].contiguous()
@@ -54,23 +54,22 @@ def state_hash(config: AdmConfig) -> str:
 
 
 def consumed(config: AdmConfig, first: int = 0) -> list[dict[str, Any]]:
-    """Every row that the training's steps consumed, in the order of the global batches, from position `first` on.
+    """Return every row that the steps consumed, in the order of the global batches, from position `first` on.
 
-    Whatever several attempts consumed of one position must be the same; with reduction=exact, to the last bit of the
-    losses.
+    Check that all attempts at a position consumed the same rows; with reduction=exact, also with bit-equal losses.
     """
     assert config.audit_dir is not None
     folder = config.path(config.audit_dir)
     of_position: dict[int, dict[int, dict[int, list]]] = defaultdict(lambda: defaultdict(dict))
     for name in storage.list_names(folder):
         who = recorded(name)
-        assert who is not None, f"{name} is no record of a step"
+        assert who is not None, f"{name} is not an audit log of a step"
         if who.position < first:
             continue
         rows = _rows(storage.read_json(storage.join(folder, name)), who.position)
         seen = of_position[who.position][who.world_size].setdefault(who.rank, rows)
         same = seen == rows if config.reduction == "exact" else _without_loss(seen) == _without_loss(rows)
-        assert same, f"two attempts consumed other rows: {name}"
+        assert same, f"two attempts consumed different rows: {name}"
     assert sorted(of_position) == list(range(first, config.length, config.batch_size)), "steps are missing"
     return [row for position in sorted(of_position) for row in _whole_batch(position, of_position[position])]
 
@@ -80,11 +79,11 @@ def _rows(content: dict[str, Any], position: int) -> list[dict[str, Any]]:
 
 
 def _whole_batch(position: int, by_world_size: dict[int, dict[int, list]]) -> list[dict[str, Any]]:
-    """One step's rows over all workers; what another number of workers consumed of it must be the same."""
+    """Return the rows of a step over all workers; check that every number of workers consumed the same rows."""
     whole = [
         [row for rank in sorted(ranks) for row in ranks[rank]] for w, ranks in by_world_size.items() if len(ranks) == w
     ]
-    assert whole, f"no attempt recorded all of the step at {position}"
+    assert whole, f"no attempt recorded the whole step at {position}"
     for world_size, ranks in by_world_size.items():
         share = len(whole[0]) // world_size
         for rank, rows in ranks.items():
@@ -98,12 +97,12 @@ def _without_loss(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def order_hash(rows: list[dict[str, Any]]) -> str:
-    """SHA-256 of the unsorted list of (position, sample, flip, t, CRC of pixels)."""
+    """Return the SHA-256 of the unsorted list of (position, sample, flip, t, CRC of pixels)."""
     return _hash_of(rows, "position", "sample", "flip", "t", "pixels")
 
 
 def noise_hash(rows: list[dict[str, Any]]) -> str:
-    """SHA-256 of the list of (position, sample, CRC of noise)."""
+    """Return the SHA-256 of the list of (position, sample, CRC of noise)."""
     return _hash_of(rows, "position", "sample", "noise")
 
 

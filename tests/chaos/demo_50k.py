@@ -1,11 +1,11 @@
-"""Fifty thousand samples while workers and drivers are killed: nothing lost, nothing doubled, every pixel the same.
+"""Generation of 50,000 samples under kills: none is missing, none is duplicated, and all pixels are equal.
 
     make demo-50k SAMPLES=50000 KILLS=10 SEED=0
 
-Trains the digits' networks where they are not there yet, generates the samples to s3:// on a server of this machine,
-once undisturbed and once while sampling workers are SIGKILLed and the driver is SIGKILLed and started again by the same
-command, compares both image by image, and measures the disturbed ones. Keeps the drivers' memory as memory.csv and
-memory.png. Ends with one line of JSON; exit code 1 where a promise is broken.
+Trains the digits networks if they do not exist yet, and generates the samples twice to s3:// on a local server. In the
+second generation, sampling workers are killed, and the driver is killed and restarted by the same command. Compares
+both sets image by image, measures the second one, and plots the memory of the drivers (memory.csv, memory.png). The
+last line is JSON. The exit code is 1 if a promise is broken.
 """
 
 import contextlib
@@ -36,46 +36,48 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKER = f"ray::{WorkerActor.__name__}"  # what Ray calls the process of a sampling worker
-LOOK_SECONDS = 0.05  # between two looks at the run
-GROWTH = 16 << 20  # bytes by which a driver may grow from a tenth of the samples to their end: what allocators keep
+WORKER = f"ray::{WorkerActor.__name__}"  # process title of a sampling worker
+POLL_SECONDS = 0.05
+GROWTH = 16 << 20  # accepted growth of a driver, in bytes, after a tenth of the samples; allocators keep some memory
 
 
 @dataclass(frozen=True)
 class Demo:
-    """How much is made, and how much is broken on the way."""
+    """The samples and the kills."""
 
     samples: int = 50_000  # images
     kills: int = 10  # sampling workers to SIGKILL
-    driver_kills: int = 2  # times that the driver is SIGKILLed and started again
-    seed: int = 0  # of the moments and the victims
+    driver_kills: int = 2  # times that the driver is killed and restarted
+    seed: int = 0  # of the times and the victims
     shard_size: int = 512  # images in a shard
-    folder: str = "runs/demo-50k"  # networks, curves and the tracking file
+    folder: str = "runs/demo-50k"  # networks, plots and the MLflow file
     settings: tuple[str, ...] = (
         "--sampler.name", "ddim", "--sampler.num-steps", "5", "--guidance.scale", "1.0",
     )  # further options of jobs/generate_samples.py digits  # fmt: skip
-    weights: str | None = None  # the digits' diffusion model and classifier where they are trained already,
-    classifier: str | None = None  # as files; without them both are trained here
+    weights: str | None = None  # file of a trained diffusion model; None = train it
+    classifier: str | None = None  # file of a trained classifier; None = train it
     evaluate: bool = True  # measure the samples
 
 
 @dataclass
 class Run:
-    """What was seen of one generation, over all lives of its driver."""
+    """The observations of a generation, over all restarts of its driver."""
 
     shards: int  # to be made
-    killed: list[str] = field(default_factory=list)  # what each victim was doing
-    memory: list[tuple[float, int, int, int]] = field(default_factory=list)  # seconds, life, shards done, driver's RSS
+    killed: list[str] = field(default_factory=list)  # the state of each victim
+    memory: list[tuple[float, int, int, int]] = field(
+        default_factory=list
+    )  # seconds, number of the restart, shards done, RSS of the driver
 
     def growth(self, life: int) -> tuple[float, float]:
-        """The driver's memory in MiB at a tenth of all samples (or where its life began) and at its end."""
+        """Return the memory of a driver in MiB at a tenth of all samples (or at its start) and at its end."""
         rows = [(done, rss) for _, number, done, rss in self.memory if number == life]
         tenth = next(rss for done, rss in rows if done >= max(self.shards / 10, rows[0][0] + 1))
         return tenth / 2**20, rows[-1][1] / 2**20
 
 
 def demonstrate(demo: Demo, bucket: str) -> dict[str, Any]:
-    """Both runs and their comparison, on a Ray session and an S3 server that are there; answers the JSON line."""
+    """Run both generations on the running Ray session and S3 server, and return their comparison."""
     undisturbed = generate(demo, f"{bucket}/undisturbed", events=[])
     rng = np.random.default_rng(demo.seed)
     workers = [(moment, "worker") for moment in rng.uniform(0.0, 0.9, demo.kills)]
@@ -98,10 +100,10 @@ def demonstrate(demo: Demo, bucket: str) -> dict[str, Any]:
 
 
 def broken_promises(demo: Demo, result: dict[str, Any]) -> list[str]:
-    """In words, what a result does not keep of what was promised."""
+    """Return a description of each broken promise."""
     promises = {
         f"{result['missing']} samples are missing": result["missing"] == 0,
-        f"{result['doubled']} samples are doubled": result["doubled"] == 0,
+        f"{result['doubled']} samples are duplicated": result["doubled"] == 0,
         "pixels differ from the undisturbed run's": result["hashes_equal"],
         f"only {result['kills']} workers were killed": result["kills"] == demo.kills,
         f"only {result['driver_kills']} drivers were killed": result["driver_kills"] == demo.driver_kills,
@@ -114,7 +116,7 @@ def broken_promises(demo: Demo, result: dict[str, Any]) -> list[str]:
 
 
 def generate(demo: Demo, output: str, events: list[tuple[float, str]], rng: Any = None) -> Run:
-    """Run the job to its end, whatever is killed on the way: at each (share of shards done, victim) of `events`."""
+    """Run the job to its end, with a kill at each (share of finished shards, victim) of `events`."""
     command = [
         sys.executable, "jobs/generate_samples.py", "digits", "--store", demo.folder, "--output", output,
         "--num-samples", str(demo.samples), "--shard-size", str(demo.shard_size), "--num-workers", "2", *demo.settings,
@@ -122,14 +124,14 @@ def generate(demo: Demo, output: str, events: list[tuple[float, str]], rng: Any 
     run, begun, life = Run(-(-demo.samples // demo.shard_size)), time.monotonic(), 0
     driver = subprocess.Popen(command, cwd=ROOT)
     while driver.poll() is None:
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
         done = len(list_shards(output))
         with contextlib.suppress(psutil.NoSuchProcess):
-            if rss := psutil.Process(driver.pid).memory_info().rss:  # nothing while it ends
+            if rss := psutil.Process(driver.pid).memory_info().rss:  # 0 while the process ends
                 run.memory.append((time.monotonic() - begun, life, done, rss))
         if not events or done < events[0][0] * run.shards or not (victims := sampling_workers()):
             continue
-        time.sleep(float(rng.uniform(0, 0.5)))  # so that it hits anything, not only the end of a shard
+        time.sleep(float(rng.uniform(0, 0.5)))  # so that a kill can occur at any moment of a shard
         if events[0][1] == "driver":
             driver.kill()
             if driver.wait() == -signal.SIGKILL:
@@ -145,7 +147,7 @@ def generate(demo: Demo, output: str, events: list[tuple[float, str]], rng: Any 
 
 
 def sampling_workers() -> list[psutil.Process]:
-    """The processes beneath this one's Ray that sample or get ready to."""
+    """Return the processes of Ray workers that sample or start."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -155,7 +157,7 @@ def sampling_workers() -> list[psutil.Process]:
 
 
 def kill(victim: psutil.Process) -> str:
-    """SIGKILL a worker; answers what it was doing, or nothing where it had ended by itself."""
+    """Kill a worker; return whether it was working or starting, or an empty string if it had already ended."""
     with contextlib.suppress(psutil.NoSuchProcess, IndexError):
         doing = "working" if victim.cmdline()[0].startswith(f"{WORKER}.work") else "starting"
         victim.kill()
@@ -164,11 +166,11 @@ def kill(victim: psutil.Process) -> str:
     return ""
 
 
-# ------------------------------------------------------------------------------------------------ what came out
+# ------------------------------------------------------------------------------------------------ results
 
 
 def compare(demo: Demo, bucket: str) -> dict[str, Any]:
-    """Every index counted, and its pixels' hash beside the undisturbed run's."""
+    """Count missing and duplicated indices, and compare the pixel hashes of both generations."""
     hashes: dict[str, dict[int, bytes]] = {}
     doubled = 0
     for name in ("undisturbed", "disturbed"):
@@ -182,20 +184,20 @@ def compare(demo: Demo, bucket: str) -> dict[str, Any]:
 
 
 def evaluate(demo: Demo, samples: str, output: str) -> dict[str, Any]:
-    """The metrics of the samples, by the job, in shards; its report is kept beside the curves."""
+    """Measure the samples by the job, copy its report to the folder, and return the metrics."""
     command = [
         sys.executable, "jobs/evaluate_samples.py", "digits", "--store", demo.folder,
         "--samples", samples, "--output", output, "--num-workers", "2",
     ]  # fmt: skip
     subprocess.run(command, cwd=ROOT, check=True)
-    for name in ("report.json", "report.html"):  # the server forgets everything
+    for name in ("report.json", "report.html"):  # the server loses everything at its end
         Path(demo.folder, name).write_bytes(storage.read_bytes(storage.join(output, name)))
     metrics = storage.read_json(storage.join(output, "report.json"))["metrics"]
     return {name: {"value": metric["value"], "interval": metric["interval"]} for name, metric in metrics.items()}
 
 
 def draw_memory(demo: Demo, runs: dict[str, Run]) -> None:
-    """memory.csv and memory.png: what the drivers held against the shards done."""
+    """Write memory.csv and memory.png: the memory of the drivers against the finished shards."""
     os.makedirs(demo.folder, exist_ok=True)
     with open(Path(demo.folder, "memory.csv"), "w", newline="") as file:
         table = csv.writer(file)
@@ -216,11 +218,11 @@ def draw_memory(demo: Demo, runs: dict[str, Run]) -> None:
     plt.close(figure)
 
 
-# ------------------------------------------------------------------------------------------------ its surroundings
+# ------------------------------------------------------------------------------------------------ setup
 
 
 def train(demo: Demo) -> Demo:
-    """The digits, and their diffusion model and classifier, as the quickstart makes them, where they are not given."""
+    """Prepare the digits, and train their diffusion model and classifier unless they are given."""
     trained = demo.weights and demo.classifier
     for job in ("prepare_dataset",) if trained else ("prepare_dataset", "train_adm", "train_classifier"):
         subprocess.run([sys.executable, f"jobs/{job}.py", "digits", "--store", demo.folder], cwd=ROOT, check=True)
@@ -232,7 +234,7 @@ def train(demo: Demo) -> Demo:
 
 @contextlib.contextmanager
 def bucket_on_local_s3() -> Iterator[str]:
-    """A bucket on an S3 server of this machine, spoken to over HTTP; the server ends with the context."""
+    """Yield a bucket on a local S3 server, which ends with the context."""
     with s3_server() as endpoint:
         os.environ |= {
             "AWS_ENDPOINT_URL": endpoint,
@@ -245,7 +247,7 @@ def bucket_on_local_s3() -> Iterator[str]:
 
 
 def main(demo: Demo) -> int:
-    """Everything; prints the JSON line and answers the exit code."""
+    """Run the demo, print the result as JSON, and return the exit code."""
     demo = replace(demo, folder=os.path.abspath(demo.folder))
     os.makedirs(demo.folder, exist_ok=True)
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{demo.folder}/mlflow.db"

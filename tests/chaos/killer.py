@@ -1,7 +1,7 @@
-"""Kills the processes of a training at the moments that a plan names, and keeps account of what it hit.
+"""Kills the processes of a training at planned moments, and counts the kills.
 
-Moments are made certain, not waited for: the proxy holds the request that marks one (the record of a step, a part of a
-checkpoint, its commit), the victim is killed while it is held, and what is held never reaches the storage.
+The proxy makes each moment certain: it holds the request that marks the moment (the audit log of a step, a part of a
+checkpoint, or its commit), the victim is killed, and the held request never reaches the storage.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ from orchestrator.training.config import AdmConfig
 from tests.chaos.audit import Recorded, recorded
 from tests.chaos.proxy import Proxy, Request, Rule
 
-PATIENCE_SECONDS = 180.0  # for a moment to come
+TIMEOUT_SECONDS = 180.0  # for a planned moment
 
 Phase = Literal["mid-step", "mid-upload", "between upload and commit", "first step after a resume", "stop"]
 Victim = Literal["any worker", "the driver"]
 
 
 class Kill(NamedTuple):
-    """What to kill, and when. `position` in images: of the step, or of the checkpoint that is being written."""
+    """What to kill and when; `position` is that of the step or of the checkpoint being written, in images."""
 
     phase: Phase
     position: int
@@ -39,7 +39,7 @@ class Kill(NamedTuple):
 
 @dataclass
 class Account:
-    """What was really hit."""
+    """The kills that were carried out."""
 
     kills: Counter[str] = field(default_factory=Counter)  # by phase and victim
     stops: int = 0
@@ -53,18 +53,19 @@ class Account:
 
 
 def random_plan(config: AdmConfig, count: int, seed: int, drivers: bool) -> list[Kill]:
-    """So many kills in random phases at rising positions, from after the first checkpoint to the end of the training.
+    """Return `count` kills in random phases at increasing positions, all after the first checkpoint.
 
-    Where `drivers`, some hit the driver. At most one for each checkpoint, so that the training gets on.
+    If `drivers`, some kills are of the driver. There is at most one kill for each checkpoint, so that the training
+    makes progress.
     """
     rng = random.Random(seed)
     marks = list(range(2 * config.checkpoint_every, config.length, config.checkpoint_every))
     if count > len(marks):
-        raise ValueError(f"{count} kills do not fit a training of {len(marks)} checkpoints")
+        raise ValueError(f"{count} kills do not fit into a training of {len(marks)} checkpoints")
     kills: list[Kill] = []
     phases: list[Phase] = ["mid-step", "mid-upload", "between upload and commit", "first step after a resume"]
     for mark in sorted(rng.sample(marks, count)):
-        # All phases have their turn, in random order; there is a resume only after a kill.
+        # Use all phases in random order, before any is used again. Only after a kill there is a resume.
         if not kills or not phases:
             phases = ["mid-step", "mid-upload", "between upload and commit", "first step after a resume"]
         phase = rng.choice(phases if kills else phases[:3])
@@ -75,7 +76,7 @@ def random_plan(config: AdmConfig, count: int, seed: int, drivers: bool) -> list
 
 
 class Killer(threading.Thread):
-    """Carries a plan out, beside the training."""
+    """A thread that carries out a plan during the training."""
 
     def __init__(
         self, proxy: Proxy, config: AdmConfig, plan: list[Kill], driver: Callable[[], int], seed: int = 0
@@ -85,20 +86,22 @@ class Killer(threading.Thread):
         self._rng = random.Random(seed)
         self._seen = len(proxy.requests)
         self._workers: dict[int, Recorded] = {}  # rank -> the newest process known
-        self._ended: set[int] = set()  # processes of attempts that were hit
+        self._ended: set[int] = set()  # processes of attempts that were killed
         self._training_over = threading.Event()
         self.account = Account()
         self.error: BaseException | None = None
 
     def run(self) -> None:
-        """Every kill of the plan, one after the other. The next moment is watched for before this one is let go."""
+        """Carry out the kills in order; add the rule for the next moment before the held request is released."""
         try:
             rule = self._watch_for(self._plan[0])
             for number, kill in enumerate(self._plan, 1):
                 request = self._await(kill, rule)
                 self._learn_processes()
                 if kill.phase == "first step after a resume":
-                    assert (who := recorded(request.target)) and who.position > 0, f"{kill}: nothing was resumed"
+                    assert (who := recorded(request.target)) and who.position > 0, (
+                        f"{kill}: the training did not resume"
+                    )
                 else:
                     self._await_checkpoint_before(kill)
                 self._ended |= {worker.process for worker in self._workers.values()}
@@ -110,7 +113,7 @@ class Killer(threading.Thread):
             self._proxy.clear()
 
     def check(self) -> None:
-        """The training is over: raise what went wrong; AssertionError where it ended before the plan did."""
+        """Raise the error of the thread, or AssertionError if the training ended before the plan."""
         self._training_over.set()
         if self.is_alive():
             self.join()
@@ -120,12 +123,12 @@ class Killer(threading.Thread):
         assert done == len(self._plan), f"{done} of {len(self._plan)} kills were carried out"
 
     def _await(self, kill: Kill, rule: Rule) -> Request:
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while (request := rule.wait(0.2)) is None:
             if self._training_over.is_set():
-                raise AssertionError(f"the training came to its end before {kill}")
+                raise AssertionError(f"the training ended before {kill}")
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{kill} did not come to pass in {PATIENCE_SECONDS:g} s")
+                raise TimeoutError(f"the moment of {kill} did not come within {TIMEOUT_SECONDS:g} s")
         return request
 
     def _watch_for(self, kill: Kill) -> Rule:
@@ -141,8 +144,8 @@ class Killer(threading.Thread):
         return self._proxy.add("hold", "PUT", target, times=1)
 
     def _learn_processes(self) -> None:
-        """Find out who takes part in the attempt of now, from the first records of all its workers."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        """Find the processes of the current attempt from the first audit logs of all its workers."""
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         self._workers = {rank: who for rank, who in self._workers.items() if who.process not in self._ended}
         while True:
             requests = self._proxy.requests
@@ -154,15 +157,15 @@ class Killer(threading.Thread):
             if self._workers and len(self._workers) == next(iter(self._workers.values())).world_size:
                 return
             if time.monotonic() > deadline:
-                raise TimeoutError(f"of this attempt only these workers took a step: {self._workers}")
+                raise TimeoutError(f"only these workers of the attempt took a step: {self._workers}")
             time.sleep(0.02)
 
     def _await_checkpoint_before(self, kill: Kill) -> None:
-        """Wait for a commit, so that there is something to resume from."""
+        """Wait until the checkpoint before a kill is committed, so that the training can resume from it."""
         every = self._config.checkpoint_every
-        wanted = (kill.position - 1) // every * every
-        folder = storage.join(self._config.path(self._config.output), "checkpoints", f"images-{wanted:012d}")
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        position = (kill.position - 1) // every * every
+        folder = storage.join(self._config.path(self._config.output), "checkpoints", f"images-{position:012d}")
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while not any(name.startswith("commit-") for name in storage.list_names(folder)):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no checkpoint was committed in {folder}")
@@ -171,16 +174,16 @@ class Killer(threading.Thread):
     def _hit(self, kill: Kill) -> None:
         if kill.phase == "stop":
             os.kill(self._driver(), signal.SIGTERM)
-            time.sleep(2)  # for the wish to reach the workers, of which none can end the step meanwhile
+            time.sleep(2)  # until the stop flag has reached the workers, none of which can end the step meanwhile
             self.account.stops += 1
             return
         rank = self._rng.choice(sorted(self._workers))
         process = self._driver() if kill.victim == "the driver" else self._workers[rank].process
-        if kill.victim == "the driver":  # its workers live on for seconds, and would train on; they may write on
+        if kill.victim == "the driver":  # its workers train for some seconds; let them write no audit logs
             for worker in self._workers.values():
                 self._proxy.add("stall", "PUT", f"-process-{worker.process}-")
         victim = psutil.Process(process)
-        assert victim.status() != psutil.STATUS_ZOMBIE, f"{kill}: process {process} was dead before"
+        assert victim.status() != psutil.STATUS_ZOMBIE, f"{kill}: process {process} was already dead"
         victim.kill()
         with contextlib.suppress(psutil.NoSuchProcess):
             while victim.status() != psutil.STATUS_ZOMBIE:

@@ -1,4 +1,4 @@
-"""A whole node is lost: Ray's own processes of it die at once, its workers do not know yet."""
+"""The loss of a whole node: Ray's own processes on it die first, and its workers do not notice at once."""
 
 import contextlib
 import logging
@@ -21,11 +21,13 @@ HEALTH_CHECKS = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000,
 
 @contextlib.contextmanager
 def cluster() -> Iterator[Any]:
-    """A head without CPUs and two nodes for one training worker each, all on this machine."""
+    """Yield a local cluster: a head without CPUs, and two nodes with one training worker each."""
     from ray.cluster_utils import Cluster
 
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp")))  # short: sockets
+        folder = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp"))
+        )  # short, because paths of sockets are limited
         (folder / "ray").mkdir()
         stack.enter_context(servers.environment(RAY_TMPDIR=str(folder), RAY_AUTH_MODE="disabled"))
         logging.getLogger("ray").setLevel(logging.ERROR)
@@ -42,14 +44,14 @@ def add_node(made: Any) -> Any:
 
 
 def lose_a_node(argv: list[str], proxy: Proxy) -> int:
-    """Train by the real job on two nodes; one is lost in the middle of a step, and another comes. Answers 1."""
+    """Train by the job on two nodes; kill one in the middle of a step, add another, and return the number of kills."""
     held = proxy.add("hold", "PUT", rf"/{3 * CHECKPOINT:012d}-0001-of-0002-process-", times=1)
     with cluster() as made, servers.environment(RAY_ADDRESS=made.address):
         job = start_job(argv)
         try:
             request = held.wait(180)
             worker = recorded(request.target) if request else None
-            assert worker is not None, "the training did not come so far"
+            assert worker is not None, "the training did not reach the third checkpoint"
             raylets = {node.all_processes["raylet"][0].process.pid for node in made.worker_nodes}
             (lost,) = raylets & {parent.pid for parent in psutil.Process(worker.process).parents()}
             os.kill(lost, signal.SIGKILL)

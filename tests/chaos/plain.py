@@ -1,4 +1,4 @@
-"""The training loop in plain processes, without Ray: a process group over gloo, for tests and for comparison."""
+"""The training loop in plain processes with a gloo process group, without Ray, for tests and comparisons."""
 
 import os
 import tempfile
@@ -20,7 +20,7 @@ Loop = Callable[[WorkerContext], None]
 
 
 def train_plainly(config: Config, workers: int, steps: int | None = None) -> None:
-    """Train on so many processes of this machine, to the end or for so many steps."""
+    """Train with a number of local processes, to the end or for a number of steps."""
     torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["orchestrator.training.job"])
     context = start_plainly(partial(train_loop, config), workers, steps)
     while not context.join():
@@ -28,7 +28,7 @@ def train_plainly(config: Config, workers: int, steps: int | None = None) -> Non
 
 
 def start_plainly(loop: Loop, workers: int, steps: int | None = None) -> torch.multiprocessing.ProcessContext:
-    """A process group of plain processes that run `loop`, and are asked to stop after so many steps."""
+    """Start plain processes in one process group that run `loop`; after `steps` steps their stop flag is set."""
     meeting = os.path.join(tempfile.gettempdir(), f"admiral-meeting-{uuid.uuid4().hex}")
     context = torch.multiprocessing.start_processes(
         _worker,
@@ -42,7 +42,7 @@ def start_plainly(loop: Loop, workers: int, steps: int | None = None) -> torch.m
 
 
 def _worker(rank: int, workers: int, meeting: str, loop: Loop, steps: int | None, environment: dict[str, str]) -> None:
-    os.environ.update(environment)  # the fork server has that of the moment when it was first needed
+    os.environ.update(environment)  # the fork server has the environment of its start
     if workers > 1:
         torch.distributed.init_process_group(
             "gloo", f"file://{meeting}", timedelta(seconds=60), rank=rank, world_size=workers

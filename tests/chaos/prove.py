@@ -1,8 +1,8 @@
-"""P0: one SHA-256, five times. Run by `make prove`, or by hand as `python -m tests.chaos.prove --seed 0`.
+"""Promise P0: the same SHA-256 five times. Run by `make prove`, or by `python -m tests.chaos.prove --seed 0`.
 
-A small diffusion model is trained by the real loop under Ray, with reduction=exact: by 1, 2 and 4 workers, by 2 workers
-of which some are killed at random, and by 2, then 1, then 4 workers. What is printed is the hash of the state at the
-end: weights, every average, the optimizer. Exit code 1 where two of them differ.
+Trains a small diffusion model under Ray with reduction=exact: with 1, 2 and 4 workers, with 2 workers under random
+kills, and with 2, then 1, then 4 workers. Prints the hash of each final state: weights, every EMA and the optimizer.
+The exit code is 1 if two hashes differ.
 """
 
 import sys
@@ -24,25 +24,25 @@ KILLS = 3
 
 @dataclass(frozen=True)
 class Options:
-    """What may differ from one proof to the next."""
+    """The kills."""
 
     seed: int = 0  # of the kills
 
 
 def main(options: Options) -> None:
-    """Print the hashes as they come."""
+    """Print the hash of each training as soon as it has finished."""
     hashes = set()
-    with ground(options.seed) as place, session(8):  # 4 workers, and room for the tasks that read their data
+    with ground(options.seed) as place, session(8):  # 4 workers, and the tasks that read their data
         for what, state, order in _proofs(place, options.seed):
             print(f"{state}  {what}", flush=True)
             hashes.add((state, order))
     if len(hashes) > 1:
-        print("they differ", file=sys.stderr)
+        print("the hashes differ", file=sys.stderr)
     sys.exit(len(hashes) != 1)
 
 
 def _proofs(place: Ground, seed: int) -> Iterator[tuple[str, str, str]]:
-    """What was done, the hash of the state at the end, and that of the order in which rows were consumed."""
+    """Yield a description of each training, the hash of its final state, and the hash of the order of its rows."""
 
     def hashes(config: AdmConfig) -> tuple[str, str]:
         return state_hash(config), order_hash(consumed(config))

@@ -1,6 +1,6 @@
-"""An HTTP proxy before an S3 server: it spoils requests by rule, and lets a test see them and hold them.
+"""An HTTP proxy for an S3 server that injects faults by rules, records requests, and holds them on request of a test.
 
-Like real object storage, it lets no half upload become an object: a body goes on to the server whole or not at all.
+Like real object storage, it never stores a partial upload: a body is forwarded completely or not at all.
 """
 
 import asyncio
@@ -16,26 +16,26 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 T = TypeVar("T")
 Fault = Literal[
-    "503",  # "slow down" in the place of an answer
-    "denied",  # 403: these credentials may not do this
-    "expired",  # 400: these credentials were good once
+    "503",  # "slow down" instead of a response
+    "denied",  # 403: the credentials do not allow this
+    "expired",  # 400: the credentials have expired
     "redirect",  # 301: the bucket is in another region
-    "lost redirect",  # the same, and the answer does not say in which
+    "lost redirect",  # the same, without the name of the region
     "skewed",  # 403: the clock of the client is wrong
-    "quota",  # 403: no more bytes may be stored
+    "quota",  # 403: the storage quota is exceeded
     "archived",  # 403: the object must be restored from an archive first
     "unsupported",  # 501: the server does not know this header or operation
     "bad header",  # 400: the server does not accept this header
     "unconditional",  # the server ignores If-None-Match
-    "reset",  # the connection ends without an answer
-    "stall",  # nothing comes, for as long as the client waits
-    "half",  # half of the upload is taken, then the connection ends
-    "slow",  # the upload is taken at SLOW_BYTES a second
-    "swallow",  # the server acts, and its answer is lost
-    "cut",  # half of the answer comes
-    "hold",  # the server gets it when the rule is let go, and never where the client is gone by then
+    "reset",  # the connection ends without a response
+    "stall",  # no response, as long as the client waits
+    "half",  # the connection ends after half of the upload
+    "slow",  # the upload runs at SLOW_BYTES per second
+    "swallow",  # the server handles the request, and its response is lost
+    "cut",  # half of the response is sent
+    "hold",  # forwarded when the rule is released, unless the client has closed the connection
 ]
-SLOW_BYTES = 8 << 20  # a second
+SLOW_BYTES = 8 << 20  # per second
 REFUSALS = {  # status line, code and message, as S3 words them
     "503": ("503 Slow Down", "SlowDown", "Please reduce your request rate."),
     "denied": ("403 Forbidden", "AccessDenied", "Access Denied"),
@@ -57,34 +57,34 @@ REFUSALS = {  # status line, code and message, as S3 words them
 class Request(NamedTuple):
     method: str
     target: str  # path and query
-    part: str = ""  # of the object: the Range header
+    part: str = ""  # the Range header
 
 
 @dataclass
 class Rule:
-    """What befalls a request: the first rule that matches it and is not used up yet counts."""
+    """A fault and the requests that it affects; the first rule that matches and is not used up applies."""
 
     fault: Fault
-    method: str = ".*"  # regular expression for the whole of it
-    target: str = ".*"  # regular expression, anywhere in path and query
-    header: str = ""  # regular expression, anywhere in the header lines, of any case
-    times: int | None = None  # it befalls so many requests; None: without end
-    probability: float = 1.0  # that it befalls one that matches
-    requests: list[Request] = field(default_factory=list)  # those that it befell
+    method: str = ".*"  # regular expression for the whole method
+    target: str = ".*"  # regular expression to search in path and query
+    header: str = ""  # case-insensitive regular expression to search in the header
+    times: int | None = None  # number of requests to affect; None = no limit
+    probability: float = 1.0  # that the rule affects a request that matches
+    requests: list[Request] = field(default_factory=list)  # requests that it affected
     _met: threading.Event = field(default_factory=threading.Event)
     _let_go: threading.Event = field(default_factory=threading.Event)
 
     def wait(self, seconds: float) -> Request | None:
-        """The first request that it befell, once there is one; None where none comes in time."""
+        """Wait for the first affected request and return it; return None after a timeout."""
         return self.requests[0] if self._met.wait(seconds) else None
 
     def let_go(self) -> None:
-        """End a hold: what is held goes to the server, unless its client is gone."""
+        """Forward held requests, unless their client has closed the connection."""
         self._let_go.set()
 
 
 class Proxy:
-    """Listens on a free port of this machine from its making on, until it is closed."""
+    """A proxy that listens on a free local port until it is closed."""
 
     def __init__(self, endpoint: str, seed: int = 0) -> None:
         host, port = endpoint.removeprefix("http://").split(":")
@@ -94,16 +94,18 @@ class Proxy:
         self._times_seen = Counter[tuple[str, str]]()
         self._befallen = Counter[str]()
         self._open: set[asyncio.StreamWriter] = set()
-        self.requests: list[Request] = []  # all of them, as they came
+        self.requests: list[Request] = []  # all requests in order of arrival
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="fault proxy", daemon=True).start()
         listener = socket.create_server(("127.0.0.1", 0))
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)  # little is on its way and not taken yet
+        listener.setsockopt(
+            socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16
+        )  # a small buffer, so that slow uploads are slow for the client
         self.endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self._listening = self._run(asyncio.start_server(self._serve, sock=listener))
 
     def add(self, fault: Fault, method: str = ".*", target: str = ".*", **further: Any) -> Rule:
-        """Spoil requests from now on."""
+        """Add a rule, which affects requests from now on."""
         rule = Rule(fault, method, target, **further)
         with self._lock:
             self._rules.append(rule)
@@ -111,7 +113,7 @@ class Proxy:
         return rule
 
     def remove(self, rule: Rule) -> None:
-        """Let `rule` befall no further request; what it holds is let go."""
+        """Remove a rule, and forward the requests that it holds."""
         with self._lock:
             self._rules.remove(rule)
         rule.let_go()
@@ -122,11 +124,11 @@ class Proxy:
             self.remove(rule)
 
     def faults(self) -> dict[str, int]:
-        """How many requests each kind of fault befell so far, by rules that are gone too."""
+        """Return the number of affected requests by fault, including those of removed rules."""
         return dict(self._befallen)
 
     def close(self) -> None:
-        """Listen no more; what is held or stalled ends."""
+        """Stop listening, and end all connections."""
 
         async def stop() -> None:
             self._listening.close()
@@ -143,8 +145,10 @@ class Proxy:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=30)
 
     def _befalls(self, request: Request, head: str) -> Rule | None:
-        """The rule that takes this request. Chance is keyed by the seed, by what is asked for within the bucket, and by
-        how often that was asked for before."""
+        """Return the rule that applies to a request, if any.
+
+        The random draw depends on the seed, the request within its bucket, and how many times it was made before.
+        """
         with self._lock:
             self.requests.append(request)
             self._times_seen[request[:2]] += 1
@@ -165,7 +169,7 @@ class Proxy:
         return None
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection, which carries one request."""
+        """Handle a connection, which has one request."""
         self._open.add(writer)
         try:
             head = await reader.readuntil(b"\r\n\r\n")
@@ -221,7 +225,7 @@ class Proxy:
 
 
 async def _is_gone(reader: asyncio.StreamReader) -> bool:
-    """Whether the client ended its side: while it waits for an answer it sends nothing and ends nothing."""
+    """Return whether the client has closed the connection; a waiting client sends nothing."""
     try:
         async with asyncio.timeout(0.05):
             return await reader.read(1) == b""

@@ -1,11 +1,11 @@
-"""Random kills, many of them, and one line of JSON about what came of it. Run by hand, or by `make chaos`:
+"""Trainings under random kills, and one line of JSON with the result. Run by hand, or by `make chaos`:
 
     python -m tests.chaos.run --kills 20 --seed 0
 
-Trainings by the real job with 2 and 4 workers, on s3:// behind a proxy that also fails requests at random, lose workers
-and drivers at random moments of every phase. A last one loses a whole node. Every one must end with the state, and have
-consumed the rows, of a training that nothing befell. The drift of reduction=fast is measured beside it. Exit code 1
-where anything differs; the same seed makes the same plan.
+The training job runs with 2 and 4 workers on s3:// behind a proxy that also fails requests at random. Workers and
+drivers are killed at random moments of every phase, and a last training loses a whole node. Every training must end
+with the state of an undisturbed training, and must have consumed the same rows. The drift of reduction=fast is measured
+too. The exit code is 1 if anything differs. The same seed gives the same plan.
 """
 
 import json
@@ -32,18 +32,18 @@ KILLS = 5  # in a training
 
 @dataclass(frozen=True)
 class Options:
-    """How much is killed."""
+    """The kills."""
 
     kills: int = 20  # SIGKILLs of workers and drivers
     seed: int = 0  # of the plans
 
 
 def main(options: Options) -> None:
-    """Carry it out; the last line is the JSON."""
+    """Run all trainings, and print the result as JSON in the last line."""
     counts: Counter[str] = Counter()
     with ground(options.seed) as place:
-        wanted = _undisturbed(place, "exact")
-        found: dict[str, dict[str, str]] = {"undisturbed, 1 worker": wanted}
+        expected = _undisturbed(place, "exact")
+        found: dict[str, dict[str, str]] = {"undisturbed, 1 worker": expected}
         left = options.kills
         for number, workers in zip(range(options.kills), cycle((2, 4)), strict=False):
             if not left:
@@ -65,7 +65,7 @@ def main(options: Options) -> None:
         found["a node lost"] = _hashes(config_of(argv))
         drift = _drift_of_fast(place, options.seed)
         failed = place.proxy.faults()
-    equal = all(hashes == wanted for hashes in found.values())
+    equal = all(hashes == expected for hashes in found.values())
     result: dict[str, Any] = {
         "seed": options.seed,
         "kills": sum(counts.values()),
@@ -93,7 +93,7 @@ def _hashes(config: AdmConfig) -> dict[str, str]:
 
 
 def _drift_of_fast(place: Ground, seed: int) -> dict[str, float]:
-    """The largest difference of a weight after a training by reduction=fast on 4 workers: by kills, and from exact."""
+    """Return the largest differences of weights after reduction=fast on 4 workers: under kills, and from exact."""
     weights = {}
     for name, kills in (("fast", 0), ("fast-killed", 2)):
         argv = arguments(place.store, name, 4, CHECKPOINTS, reduction="fast")

@@ -1,4 +1,4 @@
-"""The 50,000 run in small: workers and a driver are killed, and every sample is there once, equal to the bit."""
+"""A small demo-50k: workers and a driver are killed, and every sample exists once with equal pixels."""
 
 from pathlib import Path
 
@@ -14,7 +14,9 @@ from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
 
 
 @pytest.mark.ray
-def test_in_small(ray_session: None, s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_under_kills(
+    ray_session: None, s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     weights = save_network(str(tmp_path), "unet.safetensors", UNET)
@@ -33,10 +35,10 @@ def test_in_small(ray_session: None, s3_bucket: str, tmp_path: Path, monkeypatch
     make_shard = make_generator(parse("", generation_presets(), list(here)))
     for shard in (Shard(16, 32), Shard(288, 294)):
         made = make_shard(shard).digests
-        assert made == (check_shard(f"{s3_bucket}/disturbed", shard),), "without a pool the pixels are others"
+        assert made == (check_shard(f"{s3_bucket}/disturbed", shard),), "the pixels differ without a pool"
 
 
-def test_a_broken_promise_is_said() -> None:
+def test_a_broken_promise_is_reported() -> None:
     kept = {
         "missing": 0, "doubled": 0, "hashes_equal": True, "kills": 10, "driver_kills": 2,
         "driver_mib_at_tenth": 400.0, "driver_mib_at_end": 405.0,

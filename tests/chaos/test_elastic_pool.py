@@ -1,4 +1,4 @@
-"""The pool on a cluster that grows and shrinks: nodes of this machine, with real ports, that come and are killed."""
+"""The worker pool on a cluster whose nodes, which are local processes, are added and killed."""
 
 import contextlib
 import logging
@@ -29,7 +29,7 @@ DRAWN_BEFORE = 4  # batches, before the second node joins
 
 @contextlib.contextmanager
 def connected() -> Iterator[Any]:
-    """A cluster of a head without CPUs; nodes that die are found dead within seconds."""
+    """Yield a cluster with a head without CPUs, which detects dead nodes within seconds."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -47,7 +47,7 @@ def kill(node: Any) -> None:
 
 
 def grow_and_shrink() -> None:
-    """Half of the pool has no room at first; a second node joins, the first one dies; all items are done once."""
+    """Start a pool of two on one CPU, add a second node, kill the first, and check that all items are done once."""
     from cluster.workers import pool
 
     done, where = [], set()
@@ -63,13 +63,13 @@ def grow_and_shrink() -> None:
             if len(where) == 2 and len(nodes) == 2:
                 kill(nodes[0])
                 nodes.append(None)
-    assert sorted(done) == list(range(200)), "an item is missing or came twice"
-    assert len(nodes) == 3, "the second node's worker never took part"
+    assert sorted(done) == list(range(200)), "an item is missing or duplicated"
+    assert len(nodes) == 3, "the worker of the second node did nothing"
     print("grown and shrunk")
 
 
 def make_locator():  # type: ignore[no-untyped-def]
-    """A worker that says on which node it works, and takes a tenth of a second for it."""
+    """Return a worker that needs 0.1 s for an item and returns the id of its node."""
     import time
 
     import ray
@@ -82,11 +82,15 @@ def make_locator():  # type: ignore[no-untyped-def]
 
 
 def search_meanwhile(store: str) -> None:
-    """A search on one node; a second one joins, then the first one dies. It answers as if nothing had been."""
+    """Search on one node, add a second one, and kill the first."""
     log = Path(store, "log")
     job.make_worker = partial(make_waiting_worker, str(log))
     with connected() as cluster:
-        node = {"num_cpus": 2, "num_gpus": 1, "object_store_memory": 100 << 20}  # by name alone: room for one worker
+        node = {
+            "num_cpus": 2,
+            "num_gpus": 1,
+            "object_store_memory": 100 << 20,
+        }  # the GPU exists by name only; one worker fits on a node
         first = cluster.add_node(**node)
 
         with ThreadPoolExecutor(1) as thread:
@@ -103,15 +107,15 @@ def search_meanwhile(store: str) -> None:
 
 
 def drawn(log: Path) -> list[str]:
-    """The node of every batch that was begun."""
+    """Return the node of every batch that was started."""
     return log.read_text().split() if log.exists() else []
 
 
 def make_waiting_worker(log: str, config: SearchConfig) -> Callable[[evaluator.Block], evaluator.Made]:
-    """The real worker, which notes where it is; from the DRAWN_BEFOREth batch on it waits for the first node's end."""
+    """Return the real worker, which logs its node and, after DRAWN_BEFORE batches, waits for the kill."""
     import ray
 
-    real = evaluator.make_worker(config.model_copy(update={"num_gpus": 0}))  # there are none but by name
+    real = evaluator.make_worker(config.model_copy(update={"num_gpus": 0}))  # the GPU exists by name only
 
     def work(block: evaluator.Block) -> evaluator.Made:
         with Path(log).open("a") as file:  # one short line: appended whole
@@ -131,11 +135,11 @@ def search_config(store: str, output: str, workers: int, num_gpus: float = 0) ->
     )  # fmt: skip
 
 
-def run(story: str) -> str:
-    """What a story prints in a process of its own."""
+def run(call: str) -> str:
+    """Call a function of this module in its own process, and return its output."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", f"from tests.chaos import test_elastic_pool as t; t.{story}"]
+    command = [sys.executable, "-c", f"from tests.chaos import test_elastic_pool as t; t.{call}"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -143,20 +147,20 @@ def run(story: str) -> str:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_workers_come_with_nodes_and_go_with_them() -> None:
+def test_the_pool_grows_and_shrinks_with_the_nodes() -> None:
     assert "grown and shrunk" in run("grow_and_shrink()")
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_search_outlives_its_first_node(tmp_path: Path) -> None:
+def test_a_search_survives_the_loss_of_its_first_node(tmp_path: Path) -> None:
     store = str(tmp_path)
     prepare(digits(store))
     for name, architecture in (("unet.safetensors", UNET), ("classifier.safetensors", CLASSIFIER)):
         save_network(store, name, architecture)
     assert "searched" in run(f"search_meanwhile({store!r})")
     first, *_, last = nodes = drawn(tmp_path / "log")
-    print(f"{len(nodes)} batches begun, {nodes.count(first)} of them on the first node")
+    print(f"{len(nodes)} batches started, {nodes.count(first)} of them on the first node")
     assert len(set(nodes)) == 2 and nodes.count(first) < nodes.count(last)
     undisturbed = storage.read_json(job.search(search_config(store, "undisturbed", 0)))
     assert storage.read_json(f"{store}/elastic/search.json") == undisturbed

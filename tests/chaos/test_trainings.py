@@ -1,4 +1,4 @@
-"""Promises P1, P2, P3, P12 and P8 of a training whose workers are killed while storage fails, held by hashes."""
+"""Promises P1, P2, P3, P8 and P12: hashes of trainings whose workers are killed."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -30,7 +30,7 @@ SEED = 0
 
 @pytest.fixture(scope="module")
 def store(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A bucket that holds the digits."""
+    """Return a bucket with the digits dataset."""
     folder = tmp_path_factory.mktemp("tracking")
     with servers.environment(MLFLOW_TRACKING_URI=f"sqlite:///{folder}/mlflow.db"):
         storage.make_bucket("s3://chaos-tests")
@@ -40,7 +40,7 @@ def store(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(scope="module")
 def undisturbed(store: str) -> tuple[str, list[dict[str, Any]]]:
-    """The state's hash at the end of a training that nothing befell, in this process, and what its steps consumed."""
+    """Train without kills in this process; return the hash of the final state and the consumed rows."""
     config = config_of(arguments(store, "undisturbed", 0, checkpoints=5))
     train(config)
     return state_hash(config), consumed(config)
@@ -53,7 +53,9 @@ PLAN = [
 ]
 
 
-def test_three_kills_change_no_bit(store: str, undisturbed: tuple[str, list[dict[str, Any]]], ray_proxy: Proxy) -> None:
+def test_three_kills_do_not_change_a_bit(
+    store: str, undisturbed: tuple[str, list[dict[str, Any]]], ray_proxy: Proxy
+) -> None:
     config = config_of(arguments(store, "killed", 2, checkpoints=5))
     with servers.environment(AWS_ENDPOINT_URL=ray_proxy.endpoint):
         account = train_by_processes(config, ray_proxy, PLAN, SEED)
@@ -62,7 +64,7 @@ def test_three_kills_change_no_bit(store: str, undisturbed: tuple[str, list[dict
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_three_kills_under_ray_change_no_bit(
+def test_three_kills_under_ray_do_not_change_a_bit(
     store: str, undisturbed: tuple[str, list[dict[str, Any]]], ray_session: None, ray_proxy: Proxy
 ) -> None:
     config = config_of(arguments(store, "killed-under-ray", 2, checkpoints=5))
@@ -82,10 +84,10 @@ def test_order_noise_and_losses_are_the_same_for_every_number_of_workers(
 ) -> None:
     _, rows = undisturbed
     assert any(row["flip"] for row in rows) and not all(row["flip"] for row in rows)
-    assert len({row["noise"] for row in rows}) == len(rows), "every row has noise of its own"
-    changes = {"reduction": "fast", "model.dropout": 0.0}  # fast: microbatches are not the same
+    assert len({row["noise"] for row in rows}) == len(rows), "two rows share their noise"
+    changes = {"reduction": "fast", "model.dropout": 0.0}  # fast: microbatches depend on the number of workers
     one, two, four = (config_of(arguments(store, f"order-{w}", w, checkpoints=1, **changes)) for w in (1, 2, 4))
-    train_plainly(one, 1, steps=3)  # from here on weights are equal, and no longer fresh
+    train_plainly(one, 1, steps=3)  # the others start from its weights, so that all are equal
     for config in (two, four):
         _copy(one.path(one.output), config.path(config.output), ["config.json", "checkpoints/"])
     found = []
@@ -106,7 +108,7 @@ def _copy(source: str, target: str, names: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_of_two_drivers_of_one_run_one_is_refused(store: str, undisturbed: tuple[str, list[dict[str, Any]]]) -> None:
+def test_a_second_driver_of_a_run_is_refused(store: str, undisturbed: tuple[str, list[dict[str, Any]]]) -> None:
     argv = arguments(store, "shared", 0, checkpoints=5)
     jobs = [start_job(argv) for _ in range(2)]
     said = {job.pid: job.communicate(timeout=300)[0] for job in jobs}
@@ -118,12 +120,12 @@ def test_of_two_drivers_of_one_run_one_is_refused(store: str, undisturbed: tuple
     assert state_hash(config) == wanted and order_hash(consumed(config)) == order_hash(rows)
 
 
-def test_a_plan_of_kills_is_the_same_again() -> None:
+def test_the_same_seed_gives_the_same_plan_of_kills() -> None:
     config = config_of(arguments("s3://nowhere", "plan", 2, checkpoints=30))
     plan = random_plan(config, 20, SEED, drivers=True)
     assert plan == random_plan(config, 20, SEED, drivers=True) != random_plan(config, 20, SEED + 1, drivers=True)
     assert {kill.phase for kill in plan[:5]} >= {"mid-step", "mid-upload", "between upload and commit"}
     assert plan[0].phase != "first step after a resume"
     assert [kill.position for kill in plan] == sorted({kill.position for kill in plan})
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="30 kills"):
         random_plan(config, 30, SEED, drivers=True)

@@ -1,4 +1,4 @@
-"""A small training that can be killed: on scanned digits, on s3:// behind a fault proxy, by the real job."""
+"""Small trainings for fault injection: on scanned digits, on s3:// behind a fault proxy."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ CHECKPOINT = 4 * BATCH  # images from one checkpoint to the next
 
 
 class Ground(NamedTuple):
-    """Where trainings take place."""
+    """The storage of the trainings."""
 
     proxy: Proxy
     store: str
@@ -38,7 +38,7 @@ class Ground(NamedTuple):
 
 @contextlib.contextmanager
 def ground(seed: int) -> Iterator[Ground]:
-    """An S3 server, a fault proxy before it, and a bucket that holds the digits."""
+    """Yield an S3 server with a fault proxy and a bucket with the digits dataset."""
     with contextlib.ExitStack() as stack:
         endpoint = stack.enter_context(s3_server())
         proxy = Proxy(endpoint, seed)
@@ -57,17 +57,17 @@ def ground(seed: int) -> Iterator[Ground]:
 
 
 def prepare_digits(store: str) -> None:
-    """The dataset of all trainings here."""
+    """Prepare the digits dataset."""
     prepare(parse(None, dataset_presets(), ["digits", "--store", store]))
 
 
 def arguments(store: str, output: str, workers: int, checkpoints: int, **changes: Any) -> list[str]:
-    """The command line of a training of so many checkpoints. Dropout, flips and averages of two lengths play a part."""
+    """Return the command line of a training of `checkpoints` checkpoints, with dropout, flips and two EMAs."""
     settings = {
         "store": store, "output": output, "audit_dir": f"{output}/audit", "num_workers": workers, "reduction": "exact",
         "total_images": checkpoints * CHECKPOINT, "batch_size": BATCH, "checkpoint_every": CHECKPOINT,
         "random_flip": "", "model.dropout": 0.1, "ema_rates": "0.9 0.99", "log_every": CHECKPOINT, "max_failures": 20,
-        "snapshot_every": CHECKPOINT,  # such checkpoints are never skipped, and kills are planned at each
+        "snapshot_every": CHECKPOINT,  # checkpoints with a snapshot are never skipped, and kills need each of them
     }  # fmt: skip
     argv = ["digits"]
     for name, value in (settings | changes).items():
@@ -80,7 +80,7 @@ def config_of(argv: list[str]) -> AdmConfig:
 
 
 def train_here(config: AdmConfig, proxy: Proxy, plan: list[Kill], seed: int = 0) -> Account:
-    """Train to the end by this process as the driver, through the workers' deaths that a plan names."""
+    """Train to the end with this process as the driver, while a plan kills workers."""
     killer = Killer(proxy, config, plan, os.getpid, seed)
     killer.start()
     try:
@@ -91,7 +91,7 @@ def train_here(config: AdmConfig, proxy: Proxy, plan: list[Kill], seed: int = 0)
 
 
 def train_by_processes(config: AdmConfig, proxy: Proxy, plan: list[Kill], seed: int = 0) -> Account:
-    """Train to the end by plain processes, without Ray, whose group starts again after every death."""
+    """Train to the end in plain processes, without Ray; the process group is restarted after every kill."""
     killer = Killer(proxy, config, plan, os.getpid, seed)
     killer.start()
     try:
@@ -105,12 +105,12 @@ def train_by_processes(config: AdmConfig, proxy: Proxy, plan: list[Kill], seed: 
 
 
 def train_in_parts(configs: list[AdmConfig], proxy: Proxy, plan: list[Kill]) -> None:
-    """Train by one config after the other, each stopped by SIGTERM to this process where the plan says so."""
+    """Train with one config after another; the plan stops each but the last by SIGTERM to this process."""
     killer = Killer(proxy, configs[0], plan, os.getpid)
     killer.start()
     try:
         for config in configs[:-1]:
-            with contextlib.suppress(KeyboardInterrupt):  # it was asked to stop, and did
+            with contextlib.suppress(KeyboardInterrupt):  # raised after the stop
                 train(config)
         train(configs[-1])
     finally:
@@ -118,7 +118,7 @@ def train_in_parts(configs: list[AdmConfig], proxy: Proxy, plan: list[Kill]) -> 
 
 
 def train_by_job(argv: list[str], proxy: Proxy, plan: list[Kill], seed: int = 0) -> Account:
-    """Train to the end by the real job in a process of its own, started again after every death of its own."""
+    """Train to the end by the job in its own process, which is restarted whenever it is killed."""
     jobs: list[subprocess.Popen[str]] = []
     killer = Killer(proxy, config_of(argv), plan, lambda: jobs[-1].pid, seed)
     if plan:
@@ -136,6 +136,6 @@ def train_by_job(argv: list[str], proxy: Proxy, plan: list[Kill], seed: int = 0)
 
 
 def start_job(argv: list[str]) -> subprocess.Popen[str]:
-    """The real job, in a process of its own; what it says comes through its stdout."""
+    """Start the training job in its own process, with stderr redirected to stdout."""
     command = [sys.executable, "jobs/train_adm.py", *argv]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

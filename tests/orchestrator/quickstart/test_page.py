@@ -1,4 +1,4 @@
-"""The page says no more than its intervals do."""
+"""The report of the quickstart."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ def trial(scale: float, precision: tuple[float, float] | None, recall: tuple[flo
     return {"setting": {"guidance": {"scale": scale}, "sampler": {"num_steps": 10}}, "rungs": {"256": found}}
 
 
-def test_a_change_counts_only_where_the_intervals_are_apart() -> None:
+def test_a_change_is_significant_only_if_the_intervals_do_not_overlap() -> None:
     apart = trade_off([trial(0, (0.1, 0.2), (0.7, 0.8)), trial(8, (0.3, 0.4), (0.5, 0.6))], 10)
     assert apart["precision_rises"] and apart["recall_falls"]
     overlapping = trade_off([trial(0, (0.1, 0.3), (0.5, 0.8)), trial(8, (0.2, 0.4), (0.4, 0.6))], 10)

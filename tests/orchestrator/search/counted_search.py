@@ -1,4 +1,4 @@
-"""A search whose workers note every batch that they draw; it is run as a module, with CONFIG and LOG as arguments."""
+"""A search whose workers log every batch that they draw; run it as a module with the arguments CONFIG and LOG."""
 
 import sys
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from orchestrator.search.evaluator import Block, Made
 
 
 def make_counted_worker(log: str, config: SearchConfig) -> Callable[[Block], Made]:
-    """The real worker; whatever it draws is noted before it is drawn."""
+    """Return the real worker, which logs each batch before it draws it."""
     real = worker.make_batch
 
     def counted(networks: Any, generation: Any, number: int, draw: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What passes cost in the tests of the search: each guide as much as the model, so that evaluations are whole."""
+"""The costs of passes in tests of the search; a guide costs as much as the model, except for the kind auto."""
 
 from models.diffusion import DiffusionConfig
 from orchestrator.search.space import Passes

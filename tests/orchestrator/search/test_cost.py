@@ -1,4 +1,4 @@
-"""The budget of a search: whole batches, only what is new, its three units, and a clock that outlives a kill."""
+"""The budget of a search: whole batches, new samples only, its three units, and a clock that survives a kill."""
 
 from pathlib import Path
 
@@ -13,37 +13,37 @@ from orchestrator.search.halving import Evaluation
 from orchestrator.search.space import Setting
 
 CHEAP = Setting(weights="w", sampler=SamplerConfig(name="ddim", num_steps=10), evaluations=10)
-DEAR = Setting(weights="w", sampler=SamplerConfig(name="ddim", num_steps=40), evaluations=40)
+COSTLY = Setting(weights="w", sampler=SamplerConfig(name="ddim", num_steps=40), evaluations=40)
 
 
 def test_a_promoted_trial_pays_for_its_new_batches_only() -> None:
     budget = SampleBudget(Limit(), batch_size=64, full=0)
-    budget.spend([Evaluation(CHEAP, 250, 0), Evaluation(DEAR, 250, 0)])
+    budget.spend([Evaluation(CHEAP, 250, 0), Evaluation(COSTLY, 250, 0)])
     assert (budget.samples, budget.evaluations) == (512, 256 * 50)
     budget.spend([Evaluation(CHEAP, 500, 0)])
     budget.spend([Evaluation(CHEAP, 500, 9)])
     assert budget.of(CHEAP) == 512 + 512 and budget.samples == 256 + 1024
     budget.spend([Evaluation(CHEAP, 250, 0)])
-    assert budget.samples == 1280, "drawn already"
+    assert budget.samples == 1280, "all of them were drawn before"
 
 
-def test_a_budget_of_samples_keeps_the_finals_in_reserve() -> None:
+def test_a_budget_of_samples_keeps_a_reserve_for_the_final_evaluation() -> None:
     budget = SampleBudget(Limit(3 * 256 + 1024), batch_size=64, full=0)
     final = [Evaluation(CHEAP, 1000, 9)]
     assert budget.fitting([Evaluation(CHEAP, 250, seed) for seed in range(5)], 1.0, final) == 3
-    assert budget.fitting([Evaluation(CHEAP, 250, seed) for seed in range(5)], 0.5, final) == 1, "half of what is left"
+    assert budget.fitting([Evaluation(CHEAP, 250, seed) for seed in range(5)], 0.5, final) == 1, "half of the rest"
     budget.spend([Evaluation(CHEAP, 250, seed) for seed in range(3)])
-    assert budget.fitting([Evaluation(DEAR, 250, 0)], 1.0, final) == 0
-    assert budget.fitting([Evaluation(DEAR, 250, 0)], 1.0, []) == 1
+    assert budget.fitting([Evaluation(COSTLY, 250, 0)], 1.0, final) == 0
+    assert budget.fitting([Evaluation(COSTLY, 250, 0)], 1.0, []) == 1
 
 
 def test_a_share_counts_network_evaluations() -> None:
     budget = SampleBudget(Limit(10, "%"), batch_size=64, full=64 * 500)
     assert budget.fitting([Evaluation(CHEAP, 64, seed) for seed in range(9)], 1.0, []) == 5
-    assert budget.fitting([Evaluation(DEAR, 64, 0), Evaluation(CHEAP, 64, 0), Evaluation(CHEAP, 64, 1)], 1.0, []) == 2
+    assert budget.fitting([Evaluation(COSTLY, 64, 0), Evaluation(CHEAP, 64, 0), Evaluation(CHEAP, 64, 1)], 1.0, []) == 2
 
 
-def test_the_clock_goes_on_after_a_kill_and_rounds_begin_as_they_did(
+def test_the_clock_continues_after_a_kill_and_replayed_rounds_begin_at_the_same_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, uri = 0.0, str(tmp_path / "clock.json")
@@ -54,7 +54,7 @@ def test_the_clock_goes_on_after_a_kill_and_rounds_begin_as_they_did(
         return SampleBudget(Limit(1.0, "h"), batch_size=64, full=0, clock=clock), clock
 
     budget, clock = start()
-    assert budget.fitting([Evaluation(DEAR, 640, 0)] * 9, 1.0, []) == 9, "nothing is known of the speed yet"
+    assert budget.fitting([Evaluation(COSTLY, 640, 0)] * 9, 1.0, []) == 9, "the speed is not known yet"
     now = 600.0  # ten minutes for 6,400 evaluations
     budget.spend([Evaluation(CHEAP, 640, 0)])
     settings = [Evaluation(CHEAP, 640, seed) for seed in range(1, 9)]
@@ -66,7 +66,7 @@ def test_the_clock_goes_on_after_a_kill_and_rounds_begin_as_they_did(
     budget, clock = start()
     now = 5_001.0
     budget.spend([Evaluation(CHEAP, 640, 0)])
-    assert budget.fitting(settings, 1.0, []) == 5, "a replayed evaluation takes as long as it took"
+    assert budget.fitting(settings, 1.0, []) == 5, "a replayed evaluation takes its recorded time"
     assert clock.seconds == 701.0
     budget.spend([Evaluation(CHEAP, 640, 1)])
     clock.save()

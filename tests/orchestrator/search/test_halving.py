@@ -1,4 +1,4 @@
-"""The halving: nested rungs, a budget that is shared out, decisions with sureness, rounds that can be replayed."""
+"""Successive halving: nested rungs, the allocation of a budget, decisions by tests, and replay."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +9,8 @@ import pytest
 from models.scores import share_scores
 from orchestrator.search.config import Limit
 from orchestrator.search.cost import SampleBudget
-from orchestrator.search.halving import Evaluation, Outcome, Rules, SuccessiveHalving
-from orchestrator.search.objectives import EVALUATIONS, Constraint
+from orchestrator.search.halving import Evaluation, Outcome, SuccessiveHalving
+from orchestrator.search.objectives import EVALUATIONS
 from orchestrator.search.space import OptunaProposals, Setting, Space, SpaceConfig
 from tests.orchestrator.search.passes import PASSES
 from tests.orchestrator.search.worlds import (
@@ -20,8 +20,8 @@ from tests.orchestrator.search.worlds import (
     World,
     bounded,
     catastrophes,
+    config_of,
     normal,
-    rules,
     search,
     trade_off,
 )
@@ -31,12 +31,12 @@ FULL = 512
 
 
 def quality(setting: Setting) -> float:
-    """Best, at 0, near scale 1.5 with most steps."""
+    """Return a quality that is best, at 0, near scale 1.5 with the most steps."""
     return (setting.guidance.scale - 1.5) ** 2 + 5 / setting.sampler.num_steps + 0.3 * (setting.sampler.name == "ddpm")
 
 
 def world(task: Evaluation) -> Outcome:
-    """Scores that share most of their noise; an index has the same at every rung."""
+    """Return scores that share most of their noise; the score of an index is the same at every rung."""
     common = np.random.default_rng([1, task.seed]).standard_normal(FULL)
     own = np.random.default_rng([2, task.seed, int(task.setting.name[-8:], 16)]).standard_normal(FULL)
     scores = quality(task.setting) + 2 * common + 0.5 * own
@@ -46,10 +46,10 @@ def world(task: Evaluation) -> Outcome:
 def proposed(
     world: World = world, limit: Limit | None = None, trials: int = 18, **changes: Any
 ) -> tuple[SuccessiveHalving, list[list[Evaluation]]]:
-    """A search whose settings Optuna proposes."""
-    chosen: Rules = rules(trials, **{"rungs": (64, 128, 256, FULL), "round_size": 6, "finalists": 2} | changes)
-    proposals = OptunaProposals(Space(SPACE, ("w",), PASSES, np.inf), chosen.seed, len(chosen.objectives), 6)
-    return search(chosen, world, limit=limit, proposals=proposals)
+    """Run a search whose settings Optuna proposes."""
+    config = config_of(trials, **{"rungs": (64, 128, 256, FULL), "round_size": 6, "finalists": 2} | changes)
+    proposals = OptunaProposals(Space(SPACE, ("w",), PASSES, np.inf), config.seed, len(config.objective), 6)
+    return search(config, world, limit=limit, proposals=proposals)
 
 
 def test_all_trials_start_and_the_winner_is_found() -> None:
@@ -58,12 +58,12 @@ def test_all_trials_start_and_the_winner_is_found() -> None:
     winner = halving.finalists[0]
     assert quality(winner.setting) < min(quality(t.setting) for t in halving.trials) + 0.1
     assert winner.fresh is not None and winner.eliminated is None
-    assert {task.seed for task in asked[-1]} == {9}, "the finals are on fresh seeds"
-    drawn = sum(halving.rules.rungs[trial.level] for trial in halving.trials)
-    assert drawn < 0.6 * len(halving.trials) * FULL, "decisions save nothing"
+    assert {task.seed for task in asked[-1]} == {9}, "the final evaluation is on fresh seeds"
+    drawn = sum(halving.config.rungs[trial.level] for trial in halving.trials)
+    assert drawn < 0.6 * len(halving.trials) * FULL, "elimination saves nothing"
 
 
-def test_a_search_is_a_function_of_its_seed_and_replays_to_where_it_stood() -> None:
+def test_the_same_seed_gives_the_same_search() -> None:
     first, asked = proposed(limit=Limit(3_000))
     again, asked_again = proposed(limit=Limit(3_000))
     assert asked == asked_again and [t.setting for t in first.ranked()] == [t.setting for t in again.ranked()]
@@ -75,24 +75,18 @@ def test_rungs_are_nested_and_no_setting_is_proposed_twice() -> None:
     halving, asked = proposed()
     seen: dict[Setting, int] = {}
     for task in (task for tasks in asked for task in tasks if task.seed == 0):
-        assert task.n == halving.rules.rungs[seen.get(task.setting, -1) + 1], "a rung was left out or drawn twice"
+        assert task.n == halving.config.rungs[seen.get(task.setting, -1) + 1], "a rung was skipped or drawn twice"
         seen[task.setting] = seen.get(task.setting, -1) + 1
     assert len({trial.setting for trial in halving.trials}) == len(halving.trials) == 18
 
 
-def test_a_budget_is_shared_out_over_the_rungs_with_the_finals_paid_for() -> None:
+def test_a_budget_is_shared_among_the_rungs_and_pays_for_the_final_evaluation() -> None:
     for samples in (64 * 6 + 2 * FULL, 2_000, 3_000):
         budget = SampleBudget(Limit(samples), 64, 0)
         proposals = OptunaProposals(Space(SPACE, ("w",), PASSES, np.inf), 0, 1, 6)
-        chosen = rules(18, rungs=(64, 128, 256, FULL), round_size=6, finalists=2)
-        halving = SuccessiveHalving(chosen, proposals, budget)
-        rounds, outcomes = halving.run(), None
-        try:
-            while True:
-                found = next(rounds) if outcomes is None else rounds.send(outcomes)
-                outcomes = [world(task) for task in found.tasks]
-        except StopIteration:
-            pass
+        config = config_of(18, rungs=(64, 128, 256, FULL), round_size=6, finalists=2)
+        halving = SuccessiveHalving(config, 18, proposals, budget, world)
+        list(halving.run())
         assert halving.stopped_by_budget and budget.samples <= samples
         assert len(halving.finalists) == 2 and halving.finalists[0].fresh is not None
 
@@ -100,7 +94,7 @@ def test_a_budget_is_shared_out_over_the_rungs_with_the_finals_paid_for() -> Non
 def test_a_smaller_budget_halves_faster_and_the_best_are_promoted() -> None:
     counts = {}
     for share in (20.0, 40.0):
-        halving, asked = search(rules(16), normal(lambda i: 0.1 * i, 0, 16), limit=Limit(share, "%"))
+        halving, asked = search(config_of(16), normal(lambda i: 0.1 * i, 0, 16), limit=Limit(share, "%"))
         counts[share] = [len(tasks) for tasks in asked[:-1]]
         assert all(a >= b for a, b in zip(counts[share], counts[share][1:], strict=False))
         waiting = [trial for trial in halving.trials if trial.waits]
@@ -109,13 +103,13 @@ def test_a_smaller_budget_halves_faster_and_the_best_are_promoted() -> None:
     assert sum(counts[20.0]) < sum(counts[40.0]) and counts[20.0][0] == counts[40.0][0] == 16
 
 
-def test_where_one_trial_is_left_nothing_more_is_drawn() -> None:
-    halving, asked = search(rules(6), normal(lambda i: 20.0 * (i > 0), 0, 6))
+def test_the_rungs_end_when_one_trial_is_left() -> None:
+    halving, asked = search(config_of(6), normal(lambda i: 20.0 * (i > 0), 0, 6))
     assert [len(tasks) for tasks in asked] == [6, 6, 1] or [len(tasks) for tasks in asked] == [6, 1]
-    assert all("surely worse" in str(trial.eliminated) for trial in halving.trials[1:])
+    assert all("significantly worse" in str(trial.eliminated) for trial in halving.trials[1:])
 
 
-def test_a_failing_trial_is_recorded_and_stops_nothing() -> None:
+def test_a_failing_trial_is_recorded_and_the_others_go_on() -> None:
     def failing(task: Evaluation) -> Outcome:
         return Outcome(failed="FloatingPointError: NaN") if task.setting.sampler.num_steps == 20 else world(task)
 
@@ -125,23 +119,23 @@ def test_a_failing_trial_is_recorded_and_stops_nothing() -> None:
     assert halving.finalists[0].setting.sampler.num_steps == 10
 
 
-def test_a_constraint_eliminates_what_surely_breaks_it_and_bars_the_rest_from_winning() -> None:
+def test_a_trial_that_breaks_a_constraint_is_eliminated_or_cannot_win() -> None:
     def precise(task: Evaluation) -> Outcome:
         scale = task.setting.guidance.scale
         hits = np.random.default_rng(int(scale)).random(task.n) < (0.9 if scale < 3 else 0.1)
         scores = normal(lambda i: -i, 0, 6)(task).scores | {PRECISION: share_scores(hits)}
         return Outcome(scores, unbiased=(PRECISION,))
 
-    halving, _ = search(rules(6, constraints=PRECISE), precise)
+    halving, _ = search(config_of(6, constraints=PRECISE), precise)
     assert halving.finalists[0].number == 2
-    assert all("surely breaks precision" in str(trial.eliminated) for trial in halving.trials[3:])
+    assert all("significantly breaks precision" in str(trial.eliminated) for trial in halving.trials[3:])
 
 
-def test_where_its_value_is_biased_a_constraint_eliminates_nothing() -> None:
+def test_a_constraint_on_a_biased_value_eliminates_no_trial() -> None:
     def biased(task: Evaluation) -> Outcome:
         return Outcome(normal(lambda i: 9.0, 0, 3)(task).scores)
 
-    halving, _ = search(rules(3, constraints=(Constraint.parse("fd_digits<=1"),)), biased)
+    halving, _ = search(config_of(3, constraints=("fd_digits<=1",)), biased)
     assert not any(trial.eliminated for trial in halving.trials) and not halving.finalists
 
 
@@ -149,7 +143,7 @@ def test_two_objectives_keep_a_front() -> None:
     def two(task: Evaluation) -> Outcome:
         return Outcome(world(task).scores | {EVALUATIONS: np.full(task.n, float(task.setting.evaluations))})
 
-    halving, _ = proposed(two, objectives=(FD, EVALUATIONS))
+    halving, _ = proposed(two, objective=(FD, EVALUATIONS))
     running = [trial.setting for trial in halving.trials if trial.runs]
     assert len({setting.sampler.num_steps for setting in running}) > 1, "cheaper settings belong to the front"
     for trial in halving.trials:
@@ -160,7 +154,7 @@ def test_two_objectives_keep_a_front() -> None:
 
 
 @pytest.mark.parametrize("rungs", [(64,), (64, FULL)])
-def test_few_rungs_do(rungs: tuple[int, ...]) -> None:
+def test_one_or_two_rungs_suffice(rungs: tuple[int, ...]) -> None:
     assert proposed(rungs=rungs)[0].finalists
 
 
@@ -174,20 +168,20 @@ WORLDS: dict[str, Callable[[int], World]] = {
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_the_best_is_eliminated_no_oftener_than_alpha(name: str) -> None:
-    """Of 20 searches; `python -m tests.benchmarks.search_worlds` runs more. Trial 0 is the best."""
+def test_the_best_trial_is_eliminated_in_at_most_alpha_of_searches(name: str) -> None:
+    """Run 20 searches in which trial 0 is the best; `python -m tests.benchmarks.search_worlds` runs more."""
     wrong = 0
     for run in range(20):
-        halving, _ = search(rules(8, constraints=PRECISE if name == "bounded" else ()), WORLDS[name](run))
+        halving, _ = search(config_of(8, constraints=PRECISE if name == "bounded" else ()), WORLDS[name](run))
         wrong += halving.trials[0].eliminated is not None
     assert wrong <= 2, f"{wrong} of 20"
 
 
-def test_guidance_is_not_rewarded_at_few_samples() -> None:
-    """A trade-off in 64 dimensions, where the kernel distance and a correction without strata choose too much of it."""
+def test_few_samples_do_not_favour_guidance() -> None:
+    """KID, and a bias correction without strata, choose too much guidance in this world of 64 dimensions."""
     chosen = []
     for run in range(4):
-        halving, _ = search(rules(6, rungs=(64, 128, 256)), trade_off(run, 6, full=256))
+        halving, _ = search(config_of(6, rungs=(64, 128, 256)), trade_off(run, 6, full=256))
         chosen.append(halving.ranked()[0].number)
         assert halving.trials[2].eliminated is None
     assert np.mean(chosen) == pytest.approx(2, abs=0.6)

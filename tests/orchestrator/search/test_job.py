@@ -1,4 +1,4 @@
-"""The search as a whole: killed and continued, its records, its result and pictures."""
+"""The whole search: kill and resume, records, result and pictures."""
 
 import io
 import os
@@ -35,13 +35,14 @@ from orchestrator.search.space import Setting, SpaceConfig
 from tests.benchmarks.demo_search import Demo, compare, demonstrate, grid_config, halving_config
 from tests.orchestrator.digits import digits
 from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
+from tests.orchestrator.search.counted_search import make_counted_worker
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store with the digits and two networks of random weights."""
+    """Return a store with the digits dataset and two networks of random weights."""
     folder = str(tmp_path_factory.mktemp("store"))
     prepare(digits(folder))
     for name, architecture in (("unet.safetensors", UNET), ("classifier.safetensors", CLASSIFIER)):
@@ -59,47 +60,48 @@ def config(store: str, **changes: Any) -> SearchConfig:
 
 
 def files(folder: str) -> dict[str, int]:
-    """Finished objects with their time of writing."""
+    """Return the modification times of all finished objects."""
     found = (Path(folder, name) for name in storage.list_names(folder, recursive=True))
     return {str(path): path.stat().st_mtime_ns for path in found}
 
 
 @pytest.mark.ray
-def test_killed_and_continued_it_repeats_no_finished_batch_and_answers_alike(
-    store: str, ray_session: None, tmp_path: Path
+def test_a_killed_search_resumes_without_repeating_a_batch_and_has_the_same_result(
+    store: str, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted, log = config(store, output="killed"), tmp_path / "log"
     command = [sys.executable, "-m", "tests.orchestrator.search.counted_search", wanted.model_dump_json(), str(log)]
     environment = os.environ | {"RAY_ADDRESS": address()}
     driver = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
     while not log.exists() or len(log.read_text().split()) < 3:
-        assert driver.poll() is None, "it ended before it could be killed"
+        assert driver.poll() is None, "the search ended before it was killed"
         time.sleep(0.05)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    time.sleep(2)  # its workers notice, and end
+    time.sleep(2)  # its workers notice the death and end
     folder = f"{store}/killed/trials"
     before, drawn_before = files(folder), len(log.read_text().split())
     finished = sum(name.endswith(".safetensors") and "block" in name for name in before)
     assert not Path(store, "killed", "search.json").exists()
 
-    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
-    assert again.returncode == 0, again.stderr[-3000:]
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "make_worker", partial(make_counted_worker, str(log)))
+        search(wanted)
     after, drawn = files(folder), log.read_text().split()
     assert {name: after[name] for name in before} == before, "a finished object was written again"
     blocks = sum("block" in name for name in after)
     assert len(drawn) - drawn_before == blocks - finished, "a finished batch was drawn again"
-    assert max(Counter(drawn).values()) <= 2, "a batch was drawn twice although nothing was killed"
+    assert max(Counter(drawn).values()) <= 2, "a batch was drawn twice in one attempt"
 
     result = storage.read_json(f"{store}/killed/search.json")
-    assert result["samples"] == 32 * blocks, "the books agree with what was drawn"
+    assert result["samples"] == 32 * blocks, "the counted samples differ from those that were drawn"
     check_result(store, wanted, result)
     undisturbed = storage.read_json(search(config(store, output="undisturbed", num_workers=0)))
-    assert undisturbed == result, "kills, workers or the order of completion changed the result"
+    assert undisturbed == result, "a kill, the number of workers or the order of completion changed the result"
 
 
 def check_result(store: str, wanted: SearchConfig, result: dict[str, Any]) -> None:
-    """What search.json says, what generation takes of it, and the pictures beside it."""
+    """Check the content of search.json, sampling from it, and the pictures."""
     assert result["seeds"] == {"search": 0, "final": wanted.fresh_seed} and not result["failed"]
     assert result["winner"]["seed"] == wanted.fresh_seed and result["winner"]["n"] == 96
     assert result["winner"]["metrics"]["fd_digits"]["interval"] is not None
@@ -107,7 +109,7 @@ def check_result(store: str, wanted: SearchConfig, result: dict[str, Any]) -> No
     for trial in result["trials"]:
         assert set(trial["rungs"]) <= {"32", "96"} and trial["samples"] >= 32
         status = trial["status"]
-        assert status in ("winner", "not eliminated") or "surely" in status or "not promoted" in status
+        assert status in ("winner", "not eliminated") or "significantly" in status or "not promoted" in status
         if status == "not eliminated":
             assert trial["behind_winner"]["fd_digits"]["value"] >= 0
     assert result["finalists"][0]["behind_winner"]["fd_digits"]["value"] == 0
@@ -130,10 +132,10 @@ def check_result(store: str, wanted: SearchConfig, result: dict[str, Any]) -> No
     assert all(str(Setting(**trial["setting"])) in page for trial in result["trials"])
 
 
-def test_a_failing_trial_is_in_the_result_and_a_larger_budget_goes_on(
+def test_a_failing_trial_is_in_the_result_and_a_larger_budget_resumes_the_search(
     store: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Random weights at a scale of 1e38 leave the finite numbers."""
+    """With random weights, a scale of 1e38 gives non-finite samples."""
     space = SpaceConfig(scales=(0.0, 1.0, 1e38), num_steps=(2,), continuous=False)
     changes = {"space": space, "trials": 3, "round_size": 3, "finalists": 1, "num_workers": 0}
     wanted = config(store, output="failing", budget="224", **changes)
@@ -150,7 +152,7 @@ def test_a_failing_trial_is_in_the_result_and_a_larger_budget_goes_on(
 
 
 def make_breaking_worker(folder: str, config: SearchConfig) -> Callable[[evaluator.Block], evaluator.Made]:
-    """Make the real worker, whose memory has an error once."""
+    """Return the real worker, which raises a memory error once."""
     real = evaluator.make_block
 
     def make_block(*arguments: Any) -> evaluator.Made:
@@ -172,20 +174,20 @@ def make_breaking_worker(folder: str, config: SearchConfig) -> Callable[[evaluat
 
 @pytest.mark.ray
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_error_of_the_machine_is_no_trials_result(
+def test_an_error_of_the_machine_is_not_recorded_as_a_result(
     store: str, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
 ) -> None:
     wanted = config(store, output=f"broken-{num_workers}", space=SpaceConfig(scales=(0.0,), continuous=False,
                     num_steps=(2,)), trials=1, round_size=1, finalists=1, num_workers=num_workers)  # fmt: skip
     monkeypatch.setattr(job, "make_worker", partial(make_breaking_worker, str(tmp_path)))
-    if not num_workers:  # nobody tries it again but the same command
+    if not num_workers:  # without a pool, only the same command retries it
         with pytest.raises(RuntimeError, match="uncorrectable ECC"):
             search(wanted)
     result = storage.read_json(search(wanted))
     assert Path(tmp_path, "broke").exists() and not result["failed"] and len(result["trials"]) == 1
 
 
-def test_a_damaged_block_is_named_and_made_again_once_it_is_gone(store: str) -> None:
+def test_a_damaged_block_is_named_and_regenerated_after_it_is_deleted(store: str) -> None:
     wanted = config(store, output="damaged", space=SpaceConfig(scales=(0.0,), continuous=False, num_steps=(2,)),
                     trials=1, round_size=1, finalists=1, num_workers=0)  # fmt: skip
     result = storage.read_json(search(wanted))
@@ -202,15 +204,15 @@ def test_a_damaged_block_is_named_and_made_again_once_it_is_gone(store: str) -> 
     assert storage.read_json(search(wanted)) == result
 
 
-def test_a_dry_run_says_what_it_may_cost(store: str) -> None:
+def test_a_dry_run_estimates_the_cost(store: str) -> None:
     text = plan(config(store))[1]
     assert "4 settings of a grid of 4, and any scale between" in text
     found = re.search(r"at most 576 samples, ([\d,]+) network evaluations", text)
-    assert found, "4 x 96, and two finals of 96"
-    # half of the settings are guided, by a classifier whose gradient costs less than twice the model's pass
+    assert found, "4 x 96, and 2 x 96 in the final evaluation"
+    # half of the settings are guided, and the gradient of the classifier costs less than two passes of the model
     assert 576 * 2.5 < int(found[1].replace(",", "")) < 576 * 2.5 * 2
     assert "at most 250 samples" in plan(config(store, budget="250"))[1]
-    assert "at most 230 samples" in plan(config(store, budget="10%"))[1], "and the finals"
+    assert "at most 230 samples" in plan(config(store, budget="10%"))[1], "including the final evaluation"
     assert "or 1.5h" in plan(config(store, budget="1.5h"))[1]
 
 
@@ -221,14 +223,14 @@ def test_presets_are_valid() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rungs": (64, 32)}, "must rise"),
+        ({"rungs": (64, 32)}, "rungs"),
         ({"rungs": (8, 32)}, "at least 32"),
-        ({"classifier": None}, "need a classifier"),
-        ({"fresh_seed": 0}, "nothing would be fresh"),
+        ({"classifier": None}, "--classifier"),
+        ({"fresh_seed": 0}, "fresh_seed=0"),
         ({"constraints": ("recall=0.4",)}, "not of the form"),
-        ({"budget": "soon"}, "neither samples"),
+        ({"budget": "soon"}, "budget='soon'"),
         ({"constraints": ("evaluations>=9",)}, "only be bounded from above"),
-        ({"budget": "200"}, "is less than 224 samples: a trial to the first rung, and the finals"),
+        ({"budget": "200"}, "budget=200 must be at least 224 samples"),
         ({"objective": ("recall", "recall")}, "twice"),
     ],
 )
@@ -237,10 +239,10 @@ def test_a_wrong_config_is_one_clear_error(changes: dict[str, Any], message: str
         config("store", **changes)
 
 
-def test_what_does_not_fit_is_an_error_before_ray_starts(store: str) -> None:
-    with pytest.raises(ValueError, match=r"'fid' is no metric that a search can compare trials by: fd_digits, "):
+def test_a_wrong_objective_or_constraint_is_an_error_before_ray_starts(store: str) -> None:
+    with pytest.raises(ValueError, match=r"'fid' is not a metric .* use fd_digits, "):
         search(config(store, output="wrong", objective=("fid",)))
-    with pytest.raises(ValueError, match="no setting of the space keeps evaluations<=1"):
+    with pytest.raises(ValueError, match="constraints=evaluations<=1"):
         search(config(store, output="wrong", constraints=("evaluations<=1",)))
 
 
@@ -249,7 +251,7 @@ def test_budgets_are_samples_hours_or_a_share() -> None:
     assert Limit.parse("25%") == Limit(25, "%") and Limit.parse(None) == Limit()
 
 
-def test_the_demo_in_small_agrees_with_the_grid_and_its_books_are_right(store: str) -> None:
+def test_a_small_demo_agrees_with_the_grid_and_counts_its_samples(store: str) -> None:
     demo = Demo(
         folder=store, scales=(0.0, 1.0, 30.0, 90.0), num_steps=(2, 3), samplers=("ddim",), rungs=(64, 192),
         share=0.9, workers=0, weights="unet.safetensors", classifier="classifier.safetensors", dataset="digits",
@@ -265,11 +267,11 @@ def test_the_demo_in_small_agrees_with_the_grid_and_its_books_are_right(store: s
     assert results[1]["samples"] == result["search_samples"]
     worst = max(results[0]["trials"], key=lambda trial: trial["objective"]["fd_digits"]["value"])
     wrong = results[1] | {"winner": results[1]["winner"] | {"setting": worst["setting"]}}
-    assert "surely worse" in compare(demo, grid, results[0], wrong)["broken"][0]
+    assert "significantly worse" in compare(demo, grid, results[0], wrong)["broken"][0]
     assert "of the grid's evaluations" in compare(replace(demo, share=0.01), grid, *results)["broken"][0]
 
 
-def test_labels_of_other_classes_are_refused_or_left_out() -> None:
+def test_labels_of_other_classes_are_refused_or_not_measured() -> None:
     def reference(*classes: str) -> Reference:
         return Reference("datasets/some", "digits", {}, None, classes=classes)
 
@@ -281,7 +283,7 @@ def test_labels_of_other_classes_are_refused_or_left_out() -> None:
         unmatched(("a", "b"), reference("b", "a"))
 
 
-def test_a_newer_snapshot_between_two_attempts_changes_nothing(store: str) -> None:
+def test_a_newer_snapshot_does_not_change_a_search_that_is_resumed(store: str) -> None:
     save_network(store, "going/weights/images-000000000512-ema-0.9.safetensors", UNET)
     wanted = config(store, output="attempts", weights=("going",), trials=1, num_workers=0)
     uri = search(wanted)

@@ -1,4 +1,4 @@
-"""What may be tried: parameters only where they have a meaning, bounds kept, proposals that repeat and learn."""
+"""The space of settings and its proposals: parameters with an effect only, bounds, determinism, learning."""
 
 from itertools import pairwise
 from typing import Any
@@ -25,7 +25,7 @@ def space(config: SpaceConfig = ALL, most: float = np.inf) -> Space:
     return Space(config, ("long", "short"), PASSES, most)
 
 
-def test_parameters_without_a_meaning_are_not_varied() -> None:
+def test_parameters_without_an_effect_are_not_varied() -> None:
     grid = space().grid()
     assert len(grid) == len(set(grid))
     assert {setting.sampler.eta for setting in grid if setting.sampler.name != "ddim"} == {0.0}
@@ -73,7 +73,7 @@ def test_a_bound_on_evaluations_is_kept_without_sampling() -> None:
 
 
 def proposed(seed: int, config: SpaceConfig = ALL) -> list[Setting]:
-    """Three rounds, told the same."""
+    """Return the proposals of three rounds with the same outcomes."""
     proposals = OptunaProposals(space(config), seed, num_objectives=1, round_size=6)
     found = []
     for _ in range(3):
@@ -83,11 +83,12 @@ def proposed(seed: int, config: SpaceConfig = ALL) -> list[Setting]:
     return found
 
 
-def test_the_same_seed_and_answers_give_the_same_proposals() -> None:
+def test_the_same_seed_and_outcomes_give_the_same_proposals() -> None:
     continuous = ALL.model_copy(update={"continuous": True})
     for config in (ALL, continuous):
-        assert proposed(3, config) == proposed(3, config) != proposed(4, config)
-        assert len(set(proposed(3, config))) == 18
+        first = proposed(3, config)
+        assert first == proposed(3, config) != proposed(4, config)
+        assert len(set(first)) == 18
 
 
 def test_proposals_learn() -> None:
@@ -105,19 +106,19 @@ def test_the_first_round_covers_the_space() -> None:
     assert scales[0] < 0.5 and scales[-1] > 4 and all(b > a for a, b in pairwise(scales))
 
 
-def test_an_exhausted_space_proposes_what_there_is() -> None:
+def test_an_exhausted_space_proposes_what_is_left() -> None:
     config = SpaceConfig(scales=(0.0, 1.0), continuous=False, num_steps=(10,))
     assert len(OptunaProposals(Space(config, ("w",), PASSES, np.inf), 0, 1, 6).ask(6)) == 2
 
 
-def test_a_grid_is_proposed_once_in_order() -> None:
+def test_a_grid_is_proposed_once_as_a_whole() -> None:
     grid = space().grid()
     proposals = GridProposals(grid, proxy=False)
-    assert proposals.ask(5) + proposals.ask(len(grid)) == grid and not proposals.ask(5)
+    assert proposals.ask(5) == grid and not proposals.ask(5)
 
 
 def test_few_steps_narrow_the_scales_of_more_steps_by_sampler() -> None:
-    """ddpm is best at scale 4 with 5 steps, ddim at 1; with 8 times as many steps the best scale is 2.3 times lower."""
+    """With 5 steps ddpm is best at scale 4 and ddim at 1; 8 times as many steps lower the best scale 2.3 times."""
     scales = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
     config = SpaceConfig(scales=scales, continuous=False, num_steps=(5, 10, 40), samplers=("ddpm", "ddim"))
     proposals = GridProposals(Space(config, ("w",), PASSES, np.inf).grid(), proxy=True)
@@ -136,7 +137,7 @@ def test_few_steps_narrow_the_scales_of_more_steps_by_sampler() -> None:
     assert not proposals.ask(100)
 
 
-def test_a_kind_whose_fewest_steps_failed_is_not_lost() -> None:
+def test_if_the_fewest_steps_fail_more_steps_are_still_tried() -> None:
     (few, more) = space(SpaceConfig(scales=(0.0,), continuous=False, num_steps=(5, 10))).grid()[:2]
     assert narrowed({few: np.inf}, [more]) == [more]
 
@@ -144,9 +145,9 @@ def test_a_kind_whose_fewest_steps_failed_is_not_lost() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scales": (1.0, 0.5)}, "must rise"),
-        ({"num_steps": (10, 10)}, "must rise"),
-        ({"scales": (-1.0, 1.0)}, "must not be negative"),
+        ({"scales": (1.0, 0.5)}, "scales"),
+        ({"num_steps": (10, 10)}, "num_steps"),
+        ({"scales": (-1.0, 1.0)}, "scales"),
         ({"intervals": ((0.8, 0.2),)}, "0 <= low < high <= 1"),
         ({"samplers": ("euler",)}, "ddpm"),
     ],

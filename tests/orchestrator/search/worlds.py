@@ -1,4 +1,4 @@
-"""Worlds that searches are replayed in: settings whose scores are known functions of setting and index."""
+"""Simulated searches: the scores of a setting are a known function of the setting and the index."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +9,9 @@ from models.guidance import GuidanceConfig
 from models.metrics import Gaussian
 from models.samplers import SamplerConfig
 from models.scores import frechet_scores, share_scores
-from orchestrator.search.config import Limit
+from orchestrator.search.config import Limit, SearchConfig
 from orchestrator.search.cost import SampleBudget
-from orchestrator.search.halving import Evaluation, Outcome, Proposals, Rules, SuccessiveHalving
-from orchestrator.search.objectives import Constraint
+from orchestrator.search.halving import Evaluation, Outcome, Proposals, SuccessiveHalving
 from orchestrator.search.space import GridProposals, Setting
 
 FD, PRECISION = "fd_digits", "precision"
@@ -20,43 +19,34 @@ World = Callable[[Evaluation], Outcome]
 
 
 def grid(count: int) -> list[Setting]:
-    """Settings that differ in their scale, which numbers them."""
+    """Return settings that differ in the guidance scale; setting i has the scale i."""
     sampler = SamplerConfig(name="ddim", num_steps=10)
     guides = [GuidanceConfig(scale=float(i)) for i in range(count)]
     return [Setting(weights="w", sampler=sampler, guidance=guide, evaluations=20) for guide in guides]
 
 
-def rules(trials: int, **changes: Any) -> Rules:
+def config_of(trials: int, **changes: Any) -> SearchConfig:
     settings: dict[str, Any] = {
-        "objectives": (FD,), "constraints": (), "rungs": (64, 128, 256, 512, 1024), "trials": trials,
-        "round_size": trials, "finalists": 1, "alpha": 0.05, "seed": 0, "fresh_seed": 9,
+        "weights": ("w",), "classifier": "c", "reference": "r", "output": "o", "objective": (FD,), "finalists": 1,
+        "rungs": (64, 128, 256, 512, 1024), "trials": trials, "round_size": trials, "fresh_seed": 9,
     }  # fmt: skip
-    return Rules(**settings | changes)
+    return SearchConfig(**settings | changes)
 
 
 def search(
-    chosen: Rules, world: World, settings: list[Setting] | None = None, limit: Limit | None = None,
+    config: SearchConfig, world: World, settings: list[Setting] | None = None, limit: Limit | None = None,
     proposals: Proposals | None = None,
 ) -> tuple[SuccessiveHalving, list[list[Evaluation]]]:  # fmt: skip
-    """Run a search in a world; return it with the evaluations that it asked for, round by round."""
-    settings = settings or grid(chosen.trials)
-    full = chosen.rungs[-1] * float(sum(setting.evaluations for setting in settings))
-    halving = SuccessiveHalving(
-        chosen, proposals or GridProposals(settings, False), SampleBudget(limit or Limit(), 1, full)
-    )
-    asked: list[list[Evaluation]] = []
-    rounds, outcomes = halving.run(), None
-    while True:
-        try:
-            found = next(rounds) if outcomes is None else rounds.send(outcomes)
-        except StopIteration:
-            return halving, asked
-        asked.append(found.tasks)
-        outcomes = [world(task) for task in found.tasks]
+    """Run a search in a world; return it with the evaluations of each round."""
+    settings = settings or grid(config.trials)
+    full = config.rungs[-1] * float(sum(setting.evaluations for setting in settings))
+    budget = SampleBudget(limit or Limit(), 1, full)
+    halving = SuccessiveHalving(config, config.trials, proposals or GridProposals(settings, False), budget, world)
+    return halving, [found.tasks for found in halving.run()]
 
 
 def normal(quality: Callable[[int], float], run: int, count: int, full: int = 1024) -> World:
-    """Normal scores, half of whose variance is common to all trials."""
+    """Return normal scores; half of their variance is common to all trials."""
     rng = np.random.default_rng([30, run])
     scores = rng.standard_normal(full) + rng.standard_normal((count, full))
 
@@ -68,7 +58,7 @@ def normal(quality: Callable[[int], float], run: int, count: int, full: int = 10
 
 
 def catastrophes(run: int, count: int, full: int = 1024) -> World:
-    """Trial 0 is the best; all others are better by 0.3, but 1% of their samples fail, which costs 50 each."""
+    """Return scores by which trial 0 is the best: the others gain 0.3, but lose 50 in each of 1% of their samples."""
     rng = np.random.default_rng([31, run])
     scores = rng.standard_normal(full) + 0.5 * rng.standard_normal((count, full))
     scores[1:] += 50.0 * (rng.random((count - 1, full)) < 0.01) - 0.3
@@ -80,7 +70,7 @@ def catastrophes(run: int, count: int, full: int = 1024) -> World:
 
 
 def bounded(run: int, count: int, full: int = 1024) -> World:
-    """Precision must be at least 0.6. Trial 0, at 0.62, is the best that keeps it; better ones are at 0.58."""
+    """Return scores with a precision; trial 0 is the best with at least 0.6, and better ones have 0.58."""
     rng = np.random.default_rng([32, run])
     scores = rng.standard_normal(full) + rng.standard_normal((count, full))
     level, kept = rng.random((count, full)), np.where(np.arange(count) % 2, 0.58, 0.62)
@@ -94,13 +84,13 @@ def bounded(run: int, count: int, full: int = 1024) -> World:
     return world
 
 
-PRECISE = (Constraint.parse("precision>=0.6"),)
+PRECISE = ("precision>=0.6",)
 
 
 def trade_off(run: int, count: int, full: int = 1024, dimension: int = 64) -> World:
-    """Features of ten classes in 64 dimensions: guidance moves them apart and narrows them. Trial 2 is the best.
+    """Return scores of features of ten classes in 64 dimensions; trial 2 is the best.
 
-    True distances rise on both sides of it: with too little guidance samples are blurred.
+    More guidance moves the classes apart and narrows them, and less guidance blurs the samples.
     """
     rng = np.random.default_rng([33, run])
     spectrum = np.geomspace(1.0, 0.02, dimension)

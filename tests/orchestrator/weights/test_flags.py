@@ -1,4 +1,4 @@
-"""Flag strings of the published code give exactly the architecture and diffusion that they gave there."""
+"""Flags of the published code give exactly the architecture and diffusion process of the published code."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ ID_LSUN = (
 ID: Code = "improved-diffusion"
 TRAIN = "--lr 1e-4 --batch_size 128"
 
-# The README of each code. The two DDPM models have no flags; these are improved-diffusion's for them.
+# From the README of each repository. The two DDPM models have no flags there; these are flags of improved-diffusion.
 PUBLISHED: dict[str, tuple[str, Code | None]] = {
     "adm-64": (ADM_64, None),
     "adm-128": (ADM_128, None),
@@ -128,7 +128,7 @@ OTHERS: list[tuple[str, Code | None, Shapes, dict[str, Any], dict[str, Any]]] = 
     ("--predict_xstart True --use_kl True", None, BASE, {}, {"prediction": "x_start", "loss": "rescaled_kl"}),
     ("--sigma_small 1 " + ID_UNSCALED, None, BASE, {}, {"variance": "fixed_small"}),
     (
-        "--diffusion_steps 400 --num_head_channels 32 --learn_sigma True",  # the second flag tells the code
+        "--diffusion_steps 400 --num_head_channels 32 --learn_sigma True",  # the second flag determines the repository
         None,
         BASE,
         {"num_head_channels": 32, "out_channels": 6},
@@ -151,7 +151,7 @@ def shapes(architecture: Architecture) -> Shapes:
 
 
 def test_every_model_of_the_zoo_is_in_the_table() -> None:
-    assert PUBLISHED.keys() == ZOO.keys() - {"adm-64-edm"}, "whose weights are adm-64's"
+    assert PUBLISHED.keys() == ZOO.keys() - {"adm-64-edm"}, "adm-64-edm has the weights of adm-64"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -163,7 +163,7 @@ def test_published_flags_give_the_zoos_entry(name: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "code", "found", "model", "process"), OTHERS)
-def test_flags_that_are_left_out_have_the_codes_defaults(
+def test_omitted_flags_have_the_defaults_of_their_repository(
     text: str, code: Code | None, found: Shapes, model: dict[str, Any], process: dict[str, Any]
 ) -> None:
     architecture, diffusion = parse_flags(text, code).describe(found)
@@ -182,7 +182,7 @@ def test_ignored_flags_are_named_once_and_in_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "code", "wanted"),
+    ("text", "code", "expected"),
     [
         ("", None, "empty"),
         ("--num_channel 64", None, "--num_channel;.*--num_channels"),
@@ -197,13 +197,13 @@ def test_ignored_flags_are_named_once_and_in_order() -> None:
         ("--sigma_small True --resblock_updown True", None, "--resblock_updown.*--sigma_small.*--flags-from"),
     ],
 )
-def test_what_the_published_scripts_would_refuse_is_refused(text: str, code: Code | None, wanted: str) -> None:
-    with pytest.raises(ValueError, match=wanted):
+def test_flags_that_the_published_scripts_refuse_are_refused(text: str, code: Code | None, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
         parse_flags(text, code)
 
 
 @pytest.mark.parametrize(
-    ("text", "code", "found", "wanted"),
+    ("text", "code", "found", "expected"),
     [
         (ID_64 + ID_COSINE, None, BASE, "rescale_timesteps.*rescale_learned_sigmas.*--flags-from"),
         (ID_64 + ID_COSINE + "--rescale_timesteps True", None, BASE, r"\(guided-diffusion rescale_learned_sigmas"),
@@ -216,6 +216,6 @@ def test_what_the_published_scripts_would_refuse_is_refused(text: str, code: Cod
         ("--sigma_small True", None, CLASSIFIER, "no classifier"),
     ],
 )
-def test_flags_of_no_network_are_refused(text: str, code: Code | None, found: Shapes, wanted: str) -> None:
-    with pytest.raises(ValueError, match=wanted):
+def test_flags_without_a_valid_network_are_refused(text: str, code: Code | None, found: Shapes, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
         parse_flags(text, code).describe(found)

@@ -1,4 +1,4 @@
-"""Classifiers of a user's own: imported by name, told apart by their weights, and guiding as ours do."""
+"""Classifiers of the user: import by name, fingerprints, and guidance equal to that of a classifier file."""
 
 import sys
 from pathlib import Path
@@ -34,7 +34,7 @@ class Linear(nn.Module):
 
 @pytest.fixture(autouse=True)
 def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A user's module of this name."""
+    """Return a module of the user, which can be imported as `users_own`."""
     module = ModuleType("users_own")
     vars(module).update(linear=Linear(0), other=Linear(1), plain=lambda x, t, y: x.flatten(1)[:, :10])
     monkeypatch.setitem(sys.modules, "users_own", module)
@@ -50,12 +50,12 @@ def config(folder: Path, classifier: str, scale: float = 2.0) -> GenerationConfi
     )  # fmt: skip
 
 
-def test_names_of_functions_are_no_paths() -> None:
+def test_names_of_functions_differ_from_paths() -> None:
     assert is_imported("package.module:function") and is_imported("a:b")
     assert not any(map(is_imported, ("runs/classifier", "s3://bucket/c.pt", "C:\\c.pt", "classifier.safetensors")))
 
 
-def test_ours_by_its_import_path_gives_the_same_samples(tmp_path: Path, module: ModuleType) -> None:
+def test_an_imported_classifier_gives_the_same_samples_as_its_file(tmp_path: Path, module: ModuleType) -> None:
     save_network(str(tmp_path), "classifier.safetensors", CLASSIFIER)
     by_file = config(tmp_path, "classifier.safetensors")
     networks = load_networks(by_file, "cpu")
@@ -74,7 +74,7 @@ def test_ours_by_its_import_path_gives_the_same_samples(tmp_path: Path, module: 
     assert (make_batch(load_networks(unguided, "cpu"), unguided, 0).images != mine).any()
 
 
-def test_other_weights_are_another_fingerprint_and_other_samples(tmp_path: Path) -> None:
+def test_other_weights_have_another_fingerprint_and_other_samples(tmp_path: Path) -> None:
     found = []
     for name in ("linear", "other"):
         asked = config(tmp_path, f"users_own:{name}")
@@ -87,7 +87,7 @@ def test_other_weights_are_another_fingerprint_and_other_samples(tmp_path: Path)
 def test_its_cost_is_counted(tmp_path: Path) -> None:
     passes = passes_of([("classifier", None)], config(tmp_path, "users_own:linear"))
     guided = Setting(weights="w", sampler=SamplerConfig(name="ddim", num_steps=10), guidance=GuidanceConfig(scale=1.0))
-    linear = 2 * 3 * 8 * 8 * 10  # multiply-adds forward, and back to the input
+    linear = 2 * 3 * 8 * 8 * 10  # multiply-adds, forward and backward to the input
     assert import_classifier("users_own:linear", 3, 8, "cpu").multiply_adds == linear
     assert 10 < passes.of(guided) < 10.1
 
@@ -100,12 +100,12 @@ def test_its_cost_is_counted(tmp_path: Path) -> None:
         ("users_own:plain", "fingerprint"),
     ],
 )
-def test_what_cannot_be_used_is_refused(name: str, words: str) -> None:
+def test_a_classifier_that_cannot_be_used_is_refused(name: str, words: str) -> None:
     with pytest.raises(ValueError, match=f"--classifier {name}.*{words}"):
         import_classifier(name, 3, 8, "cpu")
 
 
-def test_what_returns_no_logits_is_refused(module: ModuleType) -> None:
+def test_a_function_that_does_not_return_logits_is_refused(module: ModuleType) -> None:
     class Images(Linear):
         def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             return x

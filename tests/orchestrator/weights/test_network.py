@@ -1,4 +1,4 @@
-"""Weights files carry their architecture, and what is no such file is refused by name."""
+"""Weights files contain their architecture; other files are refused with their name."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ TINY = UNetConfig(
 )
 
 
-def test_weights_come_back_with_their_architecture(tmp_path: Path) -> None:
+def test_saved_weights_load_with_their_architecture(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module, uri = TINY.build(), str(tmp_path / "weights" / "images-64-ema.safetensors")
     save_weights(uri, module.state_dict(), TINY, DiffusionConfig(schedule="cosine"), ("a", "b", "c"))
@@ -29,21 +29,19 @@ def test_weights_come_back_with_their_architecture(tmp_path: Path) -> None:
         assert torch.equal(tensor, network.module.state_dict()[name])
 
 
-def test_a_wrong_tensor_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "tensor", "expected"),
+    [
+        ("out.2.bias", None, r"missing / \(6,\)"),
+        ("new", torch.zeros(2), r"\(2,\) / missing"),
+        ("out.2.bias", torch.zeros(5), r"\(5,\) / \(6,\)"),
+    ],
+)
+def test_a_wrong_tensor_is_named(tmp_path: Path, name: str, tensor: torch.Tensor | None, expected: str) -> None:
     weights, uri = dict(TINY.build().state_dict()), str(tmp_path / "w.safetensors")
-    weights["out.2.bias"] = torch.zeros(5)
-    save_weights(uri, weights, TINY, DiffusionConfig(), ())
-    with pytest.raises(ValueError, match=r"out\.2\.bias: \(5,\) / \(6,\)"):
-        load_network(uri)
-
-
-@pytest.mark.parametrize(("name", "wanted"), [("out.2.bias", r"missing / \(6,\)"), ("new", r"\(2,\) / missing")])
-def test_a_missing_or_extra_tensor_is_named(tmp_path: Path, name: str, wanted: str) -> None:
-    weights, uri = dict(TINY.build().state_dict()), str(tmp_path / "w.safetensors")
-    if weights.pop(name, None) is None:
-        weights[name] = torch.zeros(2)
-    save_weights(uri, weights, TINY, DiffusionConfig(), ())
-    with pytest.raises(ValueError, match=f"{name}: {wanted}"):
+    weights.pop(name, None)
+    save_weights(uri, weights if tensor is None else weights | {name: tensor}, TINY, DiffusionConfig(), ())
+    with pytest.raises(ValueError, match=f"{name}: {expected}"):
         load_network(uri)
 
 
@@ -53,7 +51,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path: Path) -> None:
     data = uri.read_bytes()
     for length in (0, 7, 8, 100, len(data) // 2, len(data) - 1):
         uri.write_bytes(data[:length])
-        with pytest.raises(ValueError, match=r"w\.safetensors is not a weights file of Admiral's"):
+        with pytest.raises(ValueError, match=r"w\.safetensors is not a weights file of Admiral"):
             load_network(str(uri))
 
 
@@ -63,7 +61,7 @@ def test_a_file_without_architecture_or_of_another_format_is_refused(tmp_path: P
     with pytest.raises(ValueError, match="its header has no 'admiral'"):
         load_network(str(uri))
     uri.write_bytes(safetensors.torch.save({}, metadata={"admiral": '{"format_version": 99}'}))
-    with pytest.raises(ValueError, match="format_version=99 is not 1"):
+    with pytest.raises(ValueError, match="format_version=99"):
         load_network(str(uri))
 
 
@@ -72,5 +70,5 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
     storage.write_bytes(uri, b"not safetensors at all")
     with pytest.raises(ValueError, match="is not a weights file"):
         load_network(uri)
-    with pytest.raises(FileNotFoundError, match="has the training finished"):
+    with pytest.raises(FileNotFoundError, match="has no weights"):
         load_network(str(tmp_path / "empty"))

@@ -1,4 +1,4 @@
-"""Where tensors do not fit, the message lists the first of them and names the option that explains it."""
+"""Errors about tensors that do not fit: which tensors are listed, and which option explains the mismatch."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ CLASSIFIER = ClassifierConfig(
     num_head_channels=32,
     num_classes=7,
 )
-# what the file has instead -> the option, the file's value, the value here
+# change of the architecture in the file -> the option, its value in the file, its value here
 UNET_CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "width": ({"model_channels": 96}, r"num_channels \(--model.model-channels\) is 96 in the file, 64 here"),
     "variance": ({"out_channels": 3}, r"learn_sigma \(--model.out-channels\) is 3 in the file, 6 here"),
@@ -67,24 +67,24 @@ def weights(architecture: Architecture) -> dict[str, torch.Tensor]:
         return dict(architecture.build().state_dict())
 
 
-def mismatch(found: Architecture, wanted: Architecture) -> str:
-    return describe_mismatch(weights(found), weights(wanted), wanted)
+def mismatch(found: Architecture, expected: Architecture) -> str:
+    return describe_mismatch(weights(found), weights(expected), expected)
 
 
 @pytest.mark.parametrize("case", UNET_CHANGES)
 def test_a_changed_option_of_a_diffusion_model_is_named(case: str) -> None:
-    changes, wanted = UNET_CHANGES[case]
+    changes, expected = UNET_CHANGES[case]
     text = mismatch(changed(UNET, changes), UNET)
-    assert text.endswith("That explains all differences.")
+    assert text.endswith("This explains all mismatches.")
     assert text.count(" in the file, ") == 1
-    with pytest.raises(ValueError, match=wanted):
+    with pytest.raises(ValueError, match=expected):
         raise ValueError(text)
 
 
 @pytest.mark.parametrize("case", CLASSIFIER_CHANGES)
 def test_a_changed_option_of_a_classifier_is_named(case: str) -> None:
-    changes, wanted = CLASSIFIER_CHANGES[case]
-    with pytest.raises(ValueError, match=wanted):
+    changes, expected = CLASSIFIER_CHANGES[case]
+    with pytest.raises(ValueError, match=expected):
         raise ValueError(mismatch(changed(CLASSIFIER, changes), CLASSIFIER))
 
 
@@ -94,9 +94,9 @@ def test_several_options_are_named_together() -> None:
         assert part in text
 
 
-def test_rows_are_few_and_in_the_networks_order() -> None:
+def test_few_tensors_are_listed_in_the_order_of_the_network() -> None:
     text = mismatch(changed(UNET, {"model_channels": 96}), UNET)
-    rows = text.split("shape here: ")[1].split(". Nearest")[0].split("; ")
+    rows = text.split("shape here: ")[1].split(". Closest")[0].split("; ")
     assert len(rows) == NUM_ROWS + 1 and rows[-1].endswith("more")
     assert rows[0] == "time_embed.0.bias: (384,) / (256,)" and rows[4].startswith(
         "label_emb.weight: (7, 384) / (7, 256)"
@@ -111,12 +111,12 @@ def test_equal_tensors_are_no_mismatch() -> None:
 
 
 def test_another_kind_of_network_is_named() -> None:
-    assert "holds a classifier, and a diffusion model is expected" in mismatch(CLASSIFIER, UNET)
-    assert "holds a diffusion model, and a classifier is expected" in mismatch(UNET, CLASSIFIER)
+    assert "holds a classifier, but a diffusion model is expected" in mismatch(CLASSIFIER, UNET)
+    assert "holds a diffusion model, but a classifier is expected" in mismatch(UNET, CLASSIFIER)
     assert "No option explains" in describe_mismatch({"fc.weight": torch.zeros(2, 2)}, weights(UNET), UNET)
 
 
-def test_attention_that_is_no_conv1d_is_named() -> None:
+def test_attention_without_a_conv1d_is_explained() -> None:
     found = {name: t[:, :, 0] if ".qkv.weight" in name else t for name, t in weights(UNET).items()}
     assert "Conv1d" in describe_mismatch(found, weights(UNET), UNET)
 
@@ -130,7 +130,7 @@ def test_kinds_and_classes_are_read_from_shapes(pool: str) -> None:
     assert network_kind({"fc.weight": (2, 2)}) is None
 
 
-def test_settings_without_a_trace_in_the_file_are_listed() -> None:
+def test_settings_that_the_tensors_do_not_determine_are_listed() -> None:
     assert invisible_settings(UNET).keys() == {"image_size", "num_heads", "use_new_attention_order", "dropout"}
     assert invisible_settings(CLASSIFIER).keys() == {"num_head_channels", "use_new_attention_order", "dropout"}
     for field, value in invisible_settings(UNET).items():
