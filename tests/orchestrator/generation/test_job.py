@@ -23,6 +23,7 @@ from orchestrator.generation.samples import Shard, check_shard, count_samples, l
 from orchestrator.generation.sampling import canonical_batch, counted_batch, load_networks, verified_batch
 from orchestrator.generation.worker import SamplingWorker
 from orchestrator.metrics_log import history
+from orchestrator.progress import Progress
 from orchestrator.weights.network import Network
 from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
 
@@ -84,6 +85,15 @@ def test_the_last_numbers_in_mlflow_are_those_of_the_end(store: str, monkeypatch
     folder = generate(config(store, "numbers"))
     assert history(folder, "samples")[-1][1] == 21
     assert not history(folder, "mfu"), "nobody knows the peak of this CPU"
+
+
+def test_the_progress_line_moves_within_a_shard(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[Shard, int]] = []
+    monkeypatch.setattr(Progress, "update_item", lambda self, shard, done: shown.append((shard, done)))
+    generate(config(store, "progress", tracking=False))
+    assert shown == [
+        (Shard(0, 8), 4), (Shard(0, 8), 8), (Shard(8, 16), 4), (Shard(8, 16), 8), (Shard(16, 21), 4), (Shard(16, 21), 5)
+    ]  # fmt: skip
 
 
 def test_mfu_counts_every_evaluation_of_every_network(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
