@@ -20,6 +20,7 @@ from models.diffusion import LossSecondMomentTimesteps
 from orchestrator import storage
 from orchestrator.arithmetic import arithmetic, choose_device, platform
 from orchestrator.closing import print_closing
+from orchestrator.config import read_config
 from orchestrator.cost import GPUS, not_there_yet, priced, training_cost
 from orchestrator.data.dataset import Manifest, ahead, batches, load_manifest
 from orchestrator.order import OrderPlan
@@ -60,6 +61,8 @@ def train(config: Config) -> str:
         RuntimeError: the training failed, or another driver trains this run.
         KeyboardInterrupt: it was asked to stop before its end; its place is kept.
     """
+    if config.report:
+        return report(config)
     manifest = load_manifest(config.path(config.dataset))
     config = _checked(config, manifest)
     run = config.path(config.branch or config.output)
@@ -80,6 +83,20 @@ def train(config: Config) -> str:
     for line in classifier_lines(run, config.model.num_classes or 1) if config.model.kind == "classifier" else []:
         print(line)
     print_closing([storage.join(run, NAME)], [following(config)])
+    return run
+
+
+def report(config: Config) -> str:
+    """Write the page of a run as it stands, whether it is being trained or was killed; return the run's URI.
+
+    Raises:
+        FileNotFoundError: there is no such run.
+    """
+    run = config.path(config.output)
+    if not read_config(run):
+        raise FileNotFoundError(f"--output {config.output}: {run} is not a training run; train it first")
+    write_run_page(run, config)
+    print_closing([storage.join(run, NAME)], [])
     return run
 
 
