@@ -31,12 +31,14 @@ GuidanceKind = Literal["none", "classifier", "classifier_free", "auto"]
 
 
 class GuidanceConfig(BaseModel, frozen=True, extra="forbid"):
-    """By what, how strongly, and where in the chain samples are guided."""
+    """The kind, the scale and the interval of guidance."""
 
-    kind: GuidanceKind = "classifier"  # classifier_free: the model without its class; auto: a weaker model
-    scale: float = Field(0.0, ge=0)  # 0 = unguided; times grad log p(y | x_t), or how far from the weaker prediction
-    weak_weights: str | None = None  # of the weaker model: a run's folder or a file; kind auto only
-    interval: Interval = WHOLE_CHAIN  # guided part of the chain, as fractions: 0 = clean, 1 = noise
+    kind: GuidanceKind = "classifier"  # classifier_free: the model without the class; auto: a weaker model
+    scale: float = Field(
+        0.0, ge=0
+    )  # 0 = no guidance; factor of grad log p(y | x_t), or of the difference of predictions
+    weak_weights: str | None = None  # for auto: weaker model, a run's folder or a file
+    interval: Interval = WHOLE_CHAIN  # guided part of the chain as fractions: 0 = clean, 1 = noise
 
     @field_validator("interval")
     @classmethod

@@ -29,9 +29,11 @@ class JobConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     # Every job
     store: Operational[str] = Field(
         default_factory=lambda: os.environ.get("ADMIRAL_STORE", "runs")
-    )  # folder or URI under which all relative paths of this job lie; the environment's ADMIRAL_STORE, else runs
-    tracking: Operational[bool] = True  # send numbers and artefacts to MLflow; else they lie in the output folder only
-    dry_run: bool = False  # print the resolved config and what would be read and written, then stop
+    )  # folder or URI that relative paths start from; default: $ADMIRAL_STORE, else runs
+    tracking: Operational[bool] = (
+        True  # log to MLflow; if false, metrics and artefacts are written to the output folder only
+    )
+    dry_run: bool = False  # print the resolved config and what the job would read, write and cost, then exit
 
     @property
     def operational(self) -> frozenset[str]:

@@ -35,10 +35,12 @@ Level = Literal["ok", "warning", "WRONG"]
 
 
 class DoctorConfig(JobConfig):
-    """How closely it looks."""
+    """Sizes and timeouts of the checks."""
 
-    megabytes: int = Field(32, gt=0)  # of the object that times storage, and of the sum that times the network
-    timeout: float = Field(120.0, gt=0)  # seconds that a node has to answer
+    megabytes: int = Field(
+        32, gt=0
+    )  # size of the object that times the store, and of the all-reduce that times the network
+    timeout: float = Field(120.0, gt=0)  # seconds within which a node must answer
 
 
 def doctor_presets() -> dict[str, tuple[str, DoctorConfig]]:

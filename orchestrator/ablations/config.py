@@ -66,11 +66,11 @@ class AblationsConfig(JobConfig):
     """Which table, and with what it is run."""
 
     table: str  # a YAML file, or the name of a table that comes with Admiral
-    output: str  # the table's folder: runs/, evaluations/, and the results
-    rows: Operational[tuple[str, ...]] = ()  # only these, and the first one; none = all
-    seeds: Operational[tuple[int, ...]] = ()  # of the trainings; none = the table's
-    dataset: str | None = None  # the prepared dataset; None = the preset's
-    together: Operational[int] = Field(1, gt=0)  # trainings at once; those for which there is no room wait, and say so
+    output: str  # folder of the results, with runs/ and evaluations/ in it
+    rows: Operational[tuple[str, ...]] = ()  # only these rows and the first one; none = all
+    seeds: Operational[tuple[int, ...]] = ()  # seeds of the trainings; none = those of the table
+    dataset: str | None = None  # folder of a prepared dataset; None = that of the preset
+    together: Operational[int] = Field(1, gt=0)  # trainings that run at the same time
     num_workers: Operational[int] = Field(1, ge=0)  # workers of each training; 0 = in this process, without Ray
     num_gpus: Operational[int] = Field(0, ge=0, le=1)  # GPUs for each worker
     num_threads: Operational[int] = Field(1, gt=0)  # CPU threads of each worker

@@ -10,22 +10,24 @@ from orchestrator.data.sources import Choices, Layout
 class PrepareConfig(JobConfig):
     """Preparing a dataset."""
 
-    source: str  # URI or path of a folder or an archive; or digits, scikit-learn's 1,797 scanned digits
-    output: str  # the dataset's folder
-    name: str  # what reports call the dataset
-    layout: Layout = "auto"  # how the source holds its images; auto: told from its files
-    labels: str | None = None  # a label map, CSV or JSON, for images whose names do not say their class
-    image_column: str | None = None  # of Parquet: encoded images; None: told from its columns
-    label_column: str | None = None  # of Parquet, or a field of WebDataset's .json: labels; None: told from the names
-    split: str | None = None  # splits of names that tell none: extra=train,holdout=out; or none: names tell no splits
+    source: str  # folder or archive, as path or URI; digits = scikit-learn's 1,797 scanned digits
+    output: str  # folder of the dataset
+    name: str  # name of the dataset in reports
+    layout: Layout = "auto"  # how the source stores its images; auto = detected from its files
+    labels: str | None = None  # CSV or JSON file with the label of each image, if names do not contain the class
+    image_column: str | None = None  # Parquet column with encoded images; None = detected
+    label_column: str | None = None  # Parquet column or field of WebDataset's .json with labels; None = detected
+    split: str | None = None  # splits by name, such as extra=train,holdout=out; none = names do not contain splits
     accept_classes: Operational[bool] = False  # read the source even if its classes or splits look suspicious
-    background: str = "drop"  # behind transparent images: white, black, R,G,B; drop: ignore transparency, as published
-    exif_orientation: ExifOrientation = "ignore"  # apply: rotate images as their EXIF block says; ignore: as published
-    copy_parquet: bool = False  # shuffle Parquet into shards of the dataset's own; False: register it in place
-    resolution: int | None = Field(None, gt=0)  # store ADM's centre crops of this size, as PNGs, not whole images
-    seed: int = Field(0, ge=0, lt=2**64)  # of the shuffle and of the split
-    validation_fraction: float = Field(0.0, ge=0, lt=1)  # share of the training images kept as the split validation
-    max_corrupt_fraction: Operational[float] = Field(0.001, ge=0, le=1)  # stop where a larger share cannot be decoded
+    background: str = (
+        "drop"  # colour behind transparent images: white, black or R,G,B; drop = ignore alpha, as published
+    )
+    exif_orientation: ExifOrientation = "ignore"  # apply = rotate images as their EXIF data say; ignore, as published
+    copy_parquet: bool = False  # shuffle Parquet into new shards; False = register it in place
+    resolution: int | None = Field(None, gt=0)  # store ADM's centre crops of this size as PNG; None = whole images
+    seed: int = Field(0, ge=0, lt=2**64)  # decides the shuffle and the validation split
+    validation_fraction: float = Field(0.0, ge=0, lt=1)  # fraction of the training images for a validation split
+    max_corrupt_fraction: Operational[float] = Field(0.001, ge=0, le=1)  # stop if a larger fraction cannot be decoded
     num_workers: Operational[int] = Field(0, ge=0)  # workers that read and write; 0 = in this process, without Ray
 
     _check_background = field_validator("background")(check_background)

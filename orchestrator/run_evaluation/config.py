@@ -11,15 +11,15 @@ from orchestrator.search.config import TrialsConfig
 class RunEvaluationConfig(TrialsConfig):
     """Which snapshots of a training run are evaluated, and how they are sampled."""
 
-    weights: str  # the training run's folder
-    ema: Operational[tuple[str, ...]] = ()  # averages by name, as ema-0.9999; none = all that the run keeps
-    sigma_rel: Operational[tuple[float, ...]] = ()  # lengths of post-hoc averages, of a run trained with --power-emas
+    weights: str  # folder of a training run
+    ema: Operational[tuple[str, ...]] = ()  # averages of the run, such as ema-0.9999; none = all
+    sigma_rel: Operational[tuple[float, ...]] = ()  # lengths of post-hoc averages; the run needs power_emas
     objective: tuple[str, ...] = Field(("fd_digits",), min_length=1)  # metrics, the main one first
     sampler: SamplerConfig = SamplerConfig(name="ddim", num_steps=25)
     guidance: Operational[GuidanceConfig] = GuidanceConfig()
     scales: Operational[tuple[float, ...]] = ()  # several guidance scales; none = guidance.scale alone
-    num_samples: Operational[int] = Field(2_000, ge=64)  # of each snapshot, all with the same labels and noise
-    follow: Operational[bool] = False  # while the run is being trained, wait for its next snapshots
+    num_samples: Operational[int] = Field(2_000, ge=64)  # samples of each snapshot, all with the same labels and noise
+    follow: Operational[bool] = False  # wait for new snapshots while the run is being trained
 
     @property
     def most_samples(self) -> int:

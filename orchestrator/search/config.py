@@ -39,18 +39,20 @@ class Limit(NamedTuple):
 class TrialsConfig(JobConfig):
     """How settings are sampled, each on the same labels and noise, and what their samples are measured by."""
 
-    classifier: str | None = None  # the noisy classifier that guides
-    reference: str  # a prepared dataset (its training split), or a published reference batch (.npz) with images
-    output: str  # the folder of records and results
-    objective: tuple[str, ...] = Field(("fd_digits",), min_length=1, max_length=2)  # a metric, or two: fd_digits recall
-    seed: int = Field(0, ge=0)  # labels and noise of all settings alike
-    labels: str = "balanced"  # as a generation takes them: balanced, uniform, ...
-    batch_size: int = Field(64, gt=0)  # canonical batch B
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention
-    compile: Operational[bool] = False  # torch.compile the networks: slower to start, faster on long runs
-    extractor: str = "digits"  # inception, efficientnet, digits, or one's own as package.module.name
-    extractor_weights: str | None = None  # inception's file; None: its released name in the store's extractors/
-    num_workers: Operational[int] = Field(1, ge=0)  # sampling workers of all settings; 0 = in this process, without Ray
+    classifier: str | None = None  # classifier for guidance: a run's folder or a file
+    reference: str  # prepared dataset (its training split) or published batch (.npz) with images
+    output: str  # folder of records and results
+    objective: tuple[str, ...] = Field(
+        ("fd_digits",), min_length=1, max_length=2
+    )  # one or two metrics, such as fd_digits recall
+    seed: int = Field(0, ge=0)  # decides labels and noise, which all settings share
+    labels: str = "balanced"  # balanced, uniform, or as in generate_samples
+    batch_size: int = Field(64, gt=0)  # canonical batch size B
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # precision of convolutions and attention
+    compile: Operational[bool] = False  # torch.compile the networks: a slower start, but faster on long runs
+    extractor: str = "digits"  # inception, efficientnet, digits, or your own as package.module.name
+    extractor_weights: str | None = None  # weights file of inception; None = the released file in extractors/
+    num_workers: Operational[int] = Field(1, ge=0)  # sampling workers for all trials; 0 = in this process, without Ray
     num_gpus: Operational[float] = Field(0.0, ge=0)  # GPUs for each worker
     num_threads: Operational[int] = Field(1, gt=0)  # CPU threads of each worker
     cost: Operational[CostConfig] = CostConfig()  # what --dry-run counts with
@@ -101,17 +103,19 @@ class TrialsConfig(JobConfig):
 class SearchConfig(TrialsConfig):
     """What is tried, on which networks, and how it is judged."""
 
-    weights: tuple[str, ...] = Field(min_length=1)  # diffusion models to choose from: averages of several lengths, say
+    weights: tuple[str, ...] = Field(min_length=1)  # diffusion models to choose from, such as several averages of a run
     space: SpaceConfig = SpaceConfig()
     constraints: tuple[str, ...] = ()  # bounds on metrics, such as evaluations<=25 or recall>=0.4
-    rungs: tuple[int, ...] = Field((64, 128, 256, 512, 1024, 2048), min_length=1)  # n at which trials are compared
-    trials: int = Field(24, gt=0)  # settings tried at most
+    rungs: tuple[int, ...] = Field(
+        (64, 128, 256, 512, 1024, 2048), min_length=1
+    )  # numbers of samples at which trials are compared
+    trials: int = Field(24, gt=0)  # most settings to try
     round_size: int = Field(8, gt=0)  # settings that Optuna proposes at once; a grid is proposed as a whole
-    proxy: bool = False  # of a grid: settings of the fewest steps first, and of more steps those near the best scales
-    finalists: int = Field(2, gt=0)  # the best few, scored again on fresh seeds
+    proxy: bool = False  # for a grid: try the fewest steps first, then more steps near the best scales
+    finalists: int = Field(2, gt=0)  # best trials that are evaluated again on fresh seeds
     alpha: float = Field(0.05, gt=0, lt=1)  # family-wise error: probability of ever eliminating the best trial
-    budget: Operational[str | None] = None  # samples ("20000"), hours ("1.5h") or a share of all trials' ("25%")
-    fresh_seed: int = Field(1_000_003, ge=0)  # labels and noise of the finals, by which nothing was chosen
+    budget: Operational[str | None] = None  # samples (20000), hours (1.5h), or a share of the cost of all trials (25%)
+    fresh_seed: int = Field(1_000_003, ge=0)  # seed of the final evaluation, which no decision has used
 
     @property
     def most_samples(self) -> int:

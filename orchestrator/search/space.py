@@ -57,15 +57,17 @@ class Setting(BaseModel, frozen=True, extra="forbid"):
 class SpaceConfig(BaseModel, frozen=True, extra="forbid"):
     """The values that a search may combine."""
 
-    guidance: tuple[GuidanceKind, ...] = Field(("classifier",), min_length=1)  # kinds of it
-    weak_weights: tuple[str, ...] = ()  # weaker models of the kind auto: earlier snapshots, other averages
+    guidance: tuple[GuidanceKind, ...] = Field(("classifier",), min_length=1)  # kinds of guidance
+    weak_weights: tuple[str, ...] = ()  # weaker models for the kind auto, such as earlier snapshots
     scales: tuple[float, ...] = Field((0.0, 0.5, 1.0, 2.0, 4.0, 8.0), min_length=1)  # guidance scales, rising
-    continuous: bool = True  # any scale between those given, not those alone
+    continuous: bool = True  # also try scales between those given
     num_steps: tuple[int, ...] = Field((10, 25), min_length=1)  # steps of the chain, rising
-    samplers: tuple[SamplerName, ...] = Field(("ddim",), min_length=1)  # by name
-    etas: tuple[float, ...] = Field((0.0,), min_length=1)  # of ddim: 0 = deterministic, 1 = ancestral
-    s_churn: tuple[float, ...] = Field((0.0,), min_length=1)  # of edm: how much noise is added on the way
-    intervals: tuple[Interval, ...] = Field((WHOLE_CHAIN,), min_length=1)  # guided part: 0 = clean, 1 = noisy
+    samplers: tuple[SamplerName, ...] = Field(("ddim",), min_length=1)  # names of samplers
+    etas: tuple[float, ...] = Field((0.0,), min_length=1)  # for ddim: 0 = deterministic, 1 = ancestral
+    s_churn: tuple[float, ...] = Field((0.0,), min_length=1)  # for edm: amount of noise that is added
+    intervals: tuple[Interval, ...] = Field(
+        (WHOLE_CHAIN,), min_length=1
+    )  # guided parts of the chain: 0 = clean, 1 = noise
 
     @model_validator(mode="after")
     def _check(self) -> "SpaceConfig":

@@ -55,11 +55,11 @@ class ConversionConfig(JobConfig):
     """What to convert, and into what. A .pt file's architecture comes from its released name or one set of options."""
 
     weights: str = Field(min_length=1)  # a training run's folder, a .safetensors file or a .pt file
-    output: str = Field(min_length=1)  # a .safetensors or .pt file, or with format=diffusers a folder
-    format: Literal["diffusers"] | None = None  # diffusers = a UNet2DModel folder; None = the output's ending says
-    recipe: str | None = None  # a .pt file's architecture: the zoo's name for it
-    flags: str | None = None  # a .pt file's architecture: the flags that trained it, as "--num_channels 128 ..."
-    flags_from: Code | None = None  # the code whose defaults complete the flags; None = the one that the flags tell
+    output: str = Field(min_length=1)  # a .safetensors or .pt file; with format=diffusers a folder
+    format: Literal["diffusers"] | None = None  # diffusers = a UNet2DModel folder; None = by the ending of output
+    recipe: str | None = None  # for a .pt file: released model that has its architecture
+    flags: str | None = None  # for a .pt file: flags of its training, such as "--num_channels 128 ..."
+    flags_from: Code | None = None  # code whose defaults complete the flags; None = detected from the flags
     model: ModelOptions = ModelOptions()
     diffusion: DiffusionConfig = DiffusionConfig()  # what the network was trained for; with --model.* options only
 
