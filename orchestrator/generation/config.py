@@ -1,4 +1,4 @@
-"""What decides the samples, and where they go."""
+"""The config of a generation."""
 
 from typing import Literal, Self
 
@@ -14,7 +14,7 @@ from orchestrator.generation.recipes import recommended, recorded, winner
 
 
 class GenerationConfig(JobConfig):
-    """What decides the samples, and where they go."""
+    """What decides the samples, and where they are written."""
 
     weights: str  # diffusion model: a training run's folder, a .safetensors file or a released .pt file
     ema: str | None = None  # average of the run to use, such as ema-0.9999; None = the one in the newest file
@@ -47,24 +47,28 @@ class GenerationConfig(JobConfig):
 
     @property
     def operational(self) -> frozenset[str]:
-        """Return what changes no pixel; networks count by the hashes of their weights."""
+        """Return the fields that change no pixel; networks are compared by the hashes of their weights instead."""
         return super().operational | {"weights", "ema", "at", "classifier", "upsampler", "recipe", "from_search"}
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.guidance.scale and self.guidance.kind == "classifier" and self.classifier is None:
-            raise ValueError(f"guidance.scale={self.guidance.scale} needs a classifier")
+            raise ValueError(
+                f"guidance.scale={self.guidance.scale} needs a classifier; pass one, or set another guidance.kind"
+            )
         if self.batch_size and self.shard_size % self.batch_size:
             raise ValueError(f"shard_size={self.shard_size} is not a multiple of batch_size={self.batch_size}")
         if (self.ema or self.at) and self.weights.endswith((".pt", ".safetensors")):
             chosen = f"ema={self.ema!r}" if self.ema else f"at={self.at!r}"
-            raise ValueError(f"{chosen} chooses from a training run; weights={self.weights!r} is a file")
+            raise ValueError(
+                f"{chosen} needs a training run, but weights={self.weights} is a file; pass the run's folder"
+            )
         if wrong := [index for index in self.indices if index < 0]:
-            raise ValueError(f"indices={wrong} are not in 0, 1, ...")
+            raise ValueError(f"indices={wrong} must not be negative")
         return self
 
     def starting_from(self, preset: Self) -> Self:
-        """Return `preset` as --recipe, --from-search or, with --indices, the folder's own run.json change it."""
+        """Return `preset` with the settings of --recipe, --from-search or, with --indices, the folder's run.json."""
         if self.indices and storage.exists(run := storage.join(self.path(self.output), "run.json")):
             settings = preset.model_dump(exclude_unset=True) | recorded(storage.read_json(run))
             return type(self).model_validate(settings)

@@ -1,4 +1,4 @@
-"""Generations by name."""
+"""Presets of generations."""
 
 from models.guidance import GuidanceConfig
 from models.samplers import SamplerConfig

@@ -1,4 +1,4 @@
-"""What decides a training: one config for the diffusion models, one for the noisy classifier."""
+"""The configs of trainings: one for the diffusion models, one for the noisy classifier."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Self
@@ -16,7 +16,7 @@ from orchestrator.order import OrderConfig
 
 
 def passes(every: int, before: int, position: int) -> bool:
-    """Whether `position` images, reached after `before` images, is at a mark: the first past a multiple of `every`."""
+    """Return whether a multiple of `every` lies in (before, position]."""
     return position // every > before // every
 
 
@@ -30,11 +30,11 @@ class LossScaleConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 class TrainingConfig(JobConfig):
-    """What training a network takes, whichever it is. Lengths are counted in images, not in steps."""
+    """What all trainings have in common. Lengths and intervals are in images, not in steps."""
 
     remedy: ClassVar[str] = (
-        "take the other values from there, choose another --output, or continue one of its checkpoints with the new "
-        "values in a run of their own by --branch NEW-OUTPUT"
+        "use the values of that config, choose another --output, or continue a checkpoint with the new values in a "
+        "new run by --branch NEW-OUTPUT"
     )
 
     # Data and output
@@ -115,7 +115,7 @@ class TrainingConfig(JobConfig):
 
     @property
     def operational(self) -> frozenset[str]:
-        """Return the marked fields, and the length unless the learning rate falls towards it."""
+        """Return the operational fields, which include total_images if the learning rate is constant."""
         return super().operational | ({"total_images"} if self.lr_schedule == "constant" else set())
 
     def starting_from(self, preset: Self) -> Self:
@@ -128,22 +128,22 @@ class TrainingConfig(JobConfig):
 
     @property
     def length(self) -> int:
-        """Images of the training in whole steps."""
+        """Return the length in images, rounded up to whole steps."""
         return -(-self.total_images // self.batch_size) * self.batch_size
 
     def passes(self, every: int, position: int) -> bool:
-        """Whether the step that ended at `position` images is at a mark of `every` images."""
+        """Return whether the step that ended at `position` images passed a multiple of `every` images."""
         return passes(every, position - self.batch_size, position)
 
     def microbatch_rows(self, world_size: int) -> int:
-        """Images of a forward pass: a worker's share of a step or less, with reduction=exact a stream's share."""
+        """Return the images in a forward pass: at most a worker's share of a step; if exact, a stream's share."""
         if self.reduction == "exact":
             return self.batch_size // self.order.num_streams
         share = self.batch_size // world_size
         return min(self.microbatch_size or share, share)
 
     def in_dtype(self, network: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """`network` with its convolutions and attention computed in the config's dtype."""
+        """Return `network` under autocast to the dtype of the config."""
 
         def call(x: Tensor, *args: Any, **inputs: Any) -> Tensor:
             with autocast(x.device, self.dtype):
@@ -153,7 +153,7 @@ class TrainingConfig(JobConfig):
 
     @property
     def profiled(self) -> range:
-        """Steps of an attempt that are profiled, counted from 0."""
+        """Return the steps of an attempt that are profiled; the first step is 0."""
         begin, _, end = (self.profile_steps or "0:0").partition(":")
         return range(int(begin), int(end))
 
@@ -162,7 +162,7 @@ class TrainingConfig(JobConfig):
     def _check_profile_steps(cls, steps: str | None) -> str | None:
         begin, _, end = (steps or "0:1").partition(":")
         if not (begin.isdecimal() and end.isdecimal() and int(begin) < int(end)):
-            raise ValueError(f"{steps!r} is not BEGIN:END with BEGIN < END, such as 10:15")
+            raise ValueError(f"{steps} is not BEGIN:END with BEGIN < END, such as 10:15")
         return steps
 
     @model_validator(mode="after")
@@ -179,14 +179,14 @@ class TrainingConfig(JobConfig):
             )
         if self.microbatch_size is not None and self.reduction == "exact":
             raise ValueError(
-                f"microbatch_size={self.microbatch_size} has no place in reduction=exact, whose microbatches are one "
-                f"stream's share, {batch // streams} images; raise order.num_streams to make them smaller"
+                f"microbatch_size={self.microbatch_size} cannot be combined with reduction=exact, where a microbatch "
+                f"is one stream's share, {batch // streams} images; raise order.num_streams to make it smaller"
             )
         return self
 
 
 class AdmConfig(TrainingConfig):
-    """Training a diffusion model."""
+    """The training of a diffusion model."""
 
     job: ClassVar[str] = "train"
 
@@ -206,9 +206,9 @@ class AdmConfig(TrainingConfig):
     @field_validator("model", mode="after")
     @classmethod
     def _fit_out_channels(cls, model: UNetConfig, info: ValidationInfo) -> UNetConfig:
-        """Give a network for grey images the grey outputs: the default of `out_channels` is that of RGB."""
+        """Set out_channels for grey images if it has the value for RGB images, which is the default."""
         diffusion = info.data.get("diffusion")
-        if diffusion is None:  # which has an error of its own
+        if diffusion is None:  # its own validation failed
             return model
         outputs = 2 if diffusion.learns_variance else 1
         if model.out_channels == 3 * outputs:
@@ -224,19 +224,19 @@ class AdmConfig(TrainingConfig):
     def _check_averages(self) -> "AdmConfig":
         for rate in self.ema_rates:
             if not 0 <= rate < 1:
-                raise ValueError(f"ema_rates has {rate}; a rate is in [0, 1)")
+                raise ValueError(f"ema_rates={rate} is not in [0, 1)")
         for sigma_rel in self.power_emas:
             gamma_of(sigma_rel)
         if self.power_emas and self.snapshot_every is None:
             raise ValueError(
-                f"power_emas={self.power_emas} are of use only with snapshots to put together afterwards: "
-                f"set snapshot_every, to {max(self.total_images // 16, 1)} or so"
+                f"power_emas={self.power_emas} needs snapshots, which post-hoc EMA combines; "
+                f"set snapshot_every, for example to {max(self.total_images // 16, 1)}"
             )
         return self
 
 
 class NoisyClassifierConfig(TrainingConfig):
-    """Training the noisy classifier: without averages and previews, at uniform timesteps."""
+    """The training of the noisy classifier: uniform timesteps, no averages and no previews."""
 
     job: ClassVar[str] = "train classifier"
     timesteps: ClassVar[Literal["uniform"]] = "uniform"
@@ -253,7 +253,7 @@ Config = AdmConfig | NoisyClassifierConfig
 
 
 class AverageConfig(JobConfig):
-    """Which average to make."""
+    """Which average to compute."""
 
     weights: str = Field(min_length=1)  # folder of a run that was trained with power_emas
     sigma_rel: float = Field(0.075, gt=0)  # length of the average: its standard deviation / length of the training

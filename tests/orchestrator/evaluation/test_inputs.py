@@ -116,7 +116,7 @@ def test_images_of_several_sizes_are_refused_unless_cropped(images: np.ndarray, 
 
 
 def test_what_cannot_be_measured_is_one_error(images: np.ndarray, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="none holds no finished samples"):
+    with pytest.raises(FileNotFoundError, match="none has no finished samples"):
         open_images(str(tmp_path / "none"))
     whole = Path(write("tar", str(tmp_path), images[:20])).read_bytes()
     (tmp_path / "short.tar").write_bytes(whole[: len(whole) // 2])

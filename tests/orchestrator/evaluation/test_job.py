@@ -49,7 +49,7 @@ def report(uri: str) -> dict[str, Any]:
 
 
 def test_samples_that_are_not_there_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="none holds no finished samples: generate them first"):
+    with pytest.raises(FileNotFoundError, match="none has no finished samples"):
         evaluate(EvaluationConfig(store=str(tmp_path), samples="none", reference="digits", output="evaluation"))
 
 

@@ -147,11 +147,11 @@ def test_indices_take_all_else_from_the_folder(store: str, capsys: pytest.Captur
 def test_a_plan_needs_no_weights(store: str) -> None:
     absent = config(store, "planned", weights="a/run", classifier=None, guidance=GuidanceConfig(), num_gpus=1)
     unknown = plan(absent)[1]
-    assert "known as soon as the weights are there" in unknown and f"not there yet: {store}/a/run" in unknown
+    assert "cost    unknown until the weights exist" in unknown and f"not there yet: {store}/a/run" in unknown
     assert "FLOPs" in plan(absent, {"a/run": (UNET, DiffusionConfig())})[1]
     resolved, text = plan(config(store, "planned"))
     assert "not there yet" not in text and resolved.weights == "unet.safetensors"
-    with pytest.raises(ValueError, match="is no upsampler of images of 8 pixels"):
+    with pytest.raises(ValueError, match="is not an upsampler for images of 8 pixels"):
         plan(config(store, "planned", upsampler="unet.safetensors"))
 
 
@@ -176,7 +176,7 @@ def test_a_cascade_keeps_both_stages(store: str) -> None:
     assert np.array_equal(base, read_range(generate(config(store, "whole")), 0, 10)[0]), "the base samples changed"
     assert storage.read_json(storage.join(folder, "upsampled", "manifest.json"))["num_samples"] == 10
 
-    with pytest.raises(ValueError, match="is no upsampler of images of 8 pixels"):
+    with pytest.raises(ValueError, match="is not an upsampler for images of 8 pixels"):
         generate(config(store, "wrong", upsampler="unet.safetensors"))
 
 
@@ -272,7 +272,7 @@ def test_another_hands_shard_with_other_pixels_is_an_error(store: str, monkeypat
         return None, ""
 
     monkeypatch.setattr(generation, "_verify", verify)
-    with pytest.raises(RuntimeError, match="was written meanwhile, with other pixels"):
+    with pytest.raises(RuntimeError, match="was written by another worker with other pixels"):
         make_shard(Shard(0, 8))
 
 

@@ -51,14 +51,14 @@ def test_the_last_class_with_weight_takes_what_rounding_leaves(tmp_path: Path) -
 
 def test_without_classes_there_is_no_label() -> None:
     assert read("balanced", classes=())(INDICES[:3]).tolist() == [-1, -1, -1]
-    with pytest.raises(ValueError, match="nothing conditions these samples"):
+    with pytest.raises(ValueError, match="needs samples that are conditioned on classes"):
         read("3", classes=())
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"fox": 1}, "no class 'fox'; the network knows 4, from 'cat' to 'eel'"),
+        ({"fox": 1}, "no class 'fox'; it has 4 classes, from 'cat' to 'eel'"),
         ([4], "no class '4'"),
         ({"cat": -1, "dog": 2}, "must be numbers of 0 or more"),
         ({"cat": 0}, "not all 0"),
