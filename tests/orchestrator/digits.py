@@ -1,4 +1,4 @@
-"""The scanned digits as a dataset, for the tests of whatever reads one."""
+"""The scanned digits as a dataset, for tests."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Small networks with random weights, none of them zero, for the tests of whatever samples."""
+"""Small networks with random weights that are not zero, for tests of sampling."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The doctor on machines that are not well: each illness has its words, and none is invented."""
+"""Test that the doctor reports every problem of a node, and no others."""
 
 import os
 import time

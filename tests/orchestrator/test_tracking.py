@@ -1,4 +1,4 @@
-"""MLflow has one run for each job, however often it starts; a server that is away holds nobody up and loses nothing."""
+"""Test that a job has one MLflow run over all its starts, and that an unreachable server delays and loses nothing."""
 
 import http.server
 import json

@@ -1,4 +1,4 @@
-"""Samples are functions of (config, seed, index); shards are whole or absent."""
+"""Test that samples depend only on (config, seed, index), and that generation resumes."""
 
 import json
 import shutil

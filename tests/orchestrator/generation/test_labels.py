@@ -1,4 +1,4 @@
-"""Label policies: pure functions of the index, with the distribution that was asked for."""
+"""Test that label policies are pure functions of the index with the requested distribution."""
 
 import json
 from pathlib import Path

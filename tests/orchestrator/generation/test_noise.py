@@ -1,4 +1,4 @@
-"""Noise drawn ahead is the noise of its keys, in the order of the plan."""
+"""Test that noise drawn ahead is the noise of its keys in the order of the plan."""
 
 import numpy as np
 import pytest

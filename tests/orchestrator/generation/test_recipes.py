@@ -1,4 +1,4 @@
-"""Settings from elsewhere: a published recommendation, a search's winner; the command line has the last word."""
+"""Test settings from a published recipe or a search, which options override."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A sampling worker: one way to a device, networks and batches, for generation, search and likelihood."""
+"""Test that generation, search and likelihood create their device and networks in the same way."""
 
 import numpy as np
 import pytest

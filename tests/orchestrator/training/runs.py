@@ -1,4 +1,4 @@
-"""A small training of the digits, and what training runs leave behind, for the tests that look at it."""
+"""A small training on the digits, and access to its checkpoints, for tests."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""A training goes on with other operational settings, to a larger length, or from a checkpoint in a new run."""
+"""Test that a training continues with other settings, to a larger length, or from a checkpoint in a new run."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""reduction=exact: one SHA-256 of everything trained, whatever the number of workers and however often it changes."""
+"""Test that reduction=exact gives the same SHA-256 of all weights on any number of workers, also if it changes."""
 
 import hashlib
 import uuid

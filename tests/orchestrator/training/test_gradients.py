@@ -1,4 +1,4 @@
-"""What a step holds in memory decides whether blocks are recomputed; one training computes on one platform."""
+"""Test the memory estimate, the reductions, and that exact gradients need equal platforms."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A training starts from any `.pt` file of its own model, whatever its number of classes and its name."""
+"""Test that a training starts from any `.pt` file of its architecture, whatever its number of classes and its name."""
 
 from pathlib import Path
 from typing import Any

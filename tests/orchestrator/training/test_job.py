@@ -1,4 +1,4 @@
-"""Training in this process: resumes are exact, bad gradients are bounded, schedules count images."""
+"""Test training in this process: resuming, non-finite gradients, schedules, checkpoints and snapshots."""
 
 import errno
 import shutil

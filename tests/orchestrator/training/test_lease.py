@@ -1,4 +1,4 @@
-"""One driver trains a run: a living one is not disturbed, a dead one is not waited for longer than need be."""
+"""Test that one driver trains a run, and that a dead driver is not waited for longer than needed."""
 
 import os
 import signal
