@@ -177,9 +177,7 @@ def counted_batch(config: GenerationConfig, networks: Networks, memory: float, m
     """
     uses: list[tuple[Network | None, Use]] = [(networks.weights, "sampling"), (networks.upsampler, "sampling")]
     guide = networks.guide(config.guidance.kind)
-    if config.guidance.scale and isinstance(
-        guide, Network
-    ):  # memory of an imported classifier is not counted; `verified_batch` tries it
+    if config.guidance.scale and isinstance(guide, Network):  # an imported classifier is tried, but not counted
         uses.append((guide, "guiding" if config.guidance.kind == "classifier" else "sampling"))
     kept = sum(4 * count_parameters(network.architecture) for network in networks.loaded)
     half, size = config.dtype != "float32", min(most, LARGEST_BATCH)
@@ -215,54 +213,58 @@ def verified_batch(size: int, draw: Callable[[int], object]) -> int:
 
 def _two_steps(networks: Networks, config: GenerationConfig, size: int) -> None:
     """Draw two guided steps of each stage for a batch of `size` images."""
-    indices, low_res = np.arange(size), None
-    for network, sampler in ((networks.weights, config.sampler), (networks.upsampler, config.upsampling)):
-        if network is not None:
-            short = sampler.model_copy(update={"num_steps": 2, "respacing": None})
-            guidance = config.guidance.model_copy(update={"interval": WHOLE_CHAIN})
-            guide = networks.guide(guidance.kind) if low_res is None else None
-            labels = networks.labels(indices)
-            with autocast(network.device, config.dtype):
-                low_res = sample_batch(network, short, indices, labels, 0, guide, guidance, low_res)
+    short = {
+        "sampler": config.sampler.model_copy(update={"num_steps": 2, "respacing": None}),
+        "upsampling": config.upsampling.model_copy(update={"num_steps": 2, "respacing": None}),
+        "guidance": config.guidance.model_copy(update={"interval": WHOLE_CHAIN}),
+    }
+    make_batch(networks, config.model_copy(update={**short, "batch_size": size}), 0)
 
 
 # ------------------------------------------------------------------------------------------------ batches
 
 
-def make_batch(networks: Networks, config: GenerationConfig, number: int, draw: DrawNoise | None = None) -> Samples:
-    """Return the canonical batch `number`: always B indices, so that an index is always drawn in the same shape."""
+class _Stage(NamedTuple):
+    """A diffusion model and how it is sampled; a cascade has two of them (ADM section 5)."""
+
+    network: Network
+    sampler: SamplerConfig
+    guide: Network | ImportedClassifier | None
+    guidance: GuidanceConfig | None
+
+
+def _stages(networks: Networks, config: GenerationConfig) -> list[_Stage]:
+    found = [_Stage(networks.weights, config.sampler, networks.guide(config.guidance.kind), config.guidance)]
+    return found + ([_Stage(networks.upsampler, config.upsampling, None, None)] if networks.upsampler else [])
+
+
+def make_batch(
+    networks: Networks, config: GenerationConfig, number: int, draw: DrawNoise | None = None
+) -> tuple[Samples, ...]:
+    """Return the samples of the canonical batch `number` in each stage.
+
+    A batch always has B indices, so that an index is always drawn in the same batch shape.
+    """
     indices = _indices(config, number)
-    labels = networks.labels(indices)
-    with autocast(networks.weights.device, config.dtype):
-        images = sample_batch(
-            networks.weights, config.sampler, indices, labels, config.seed,
-            networks.guide(config.guidance.kind), config.guidance,
-            clip=config.clip, rounding=config.rounding, draw=draw,
-        )  # fmt: skip
-    return Samples(indices, labels, images)
-
-
-def upsample_batch(
-    upsampler: Network, config: GenerationConfig, batch: Samples, draw: DrawNoise | None = None
-) -> Samples:
-    """Return a canonical batch enlarged by the second stage of a cascade (ADM section 5)."""
-    with autocast(upsampler.device, config.dtype):
-        images = sample_batch(
-            upsampler, config.upsampling, batch.indices, batch.labels, config.seed, low_res=batch.images,
-            clip=config.clip, rounding=config.rounding, draw=draw,
-        )  # fmt: skip
-    return Samples(batch.indices, batch.labels, images)
+    labels, low_res, made = networks.labels(indices), None, list[Samples]()
+    for network, sampler, guide, guidance in _stages(networks, config):
+        with autocast(network.device, config.dtype):
+            low_res = sample_batch(
+                network, sampler, indices, labels, config.seed, guide, guidance, low_res,
+                config.clip, config.rounding, draw,
+            )  # fmt: skip
+        made.append(Samples(indices, labels, low_res))
+    return tuple(made)
 
 
 def noise_plan(networks: Networks, config: GenerationConfig, numbers: Iterable[int]) -> Iterator[Draw]:
     """Yield the noise keys of canonical batches in the order of use; the second stage of a batch follows its first."""
     for number in numbers:
-        for network, sampler in ((networks.weights, config.sampler), (networks.upsampler, config.upsampling)):
-            if network is not None:
-                key = partial(Draw, tuple(_indices(config, number).tolist()), _shape(network))
-                start, step = _purposes(network)
-                yield key(start)
-                yield from (key(step, t) for t in noise_timesteps(sampler, _chain(network, sampler)))
+        for network, sampler, *_ in _stages(networks, config):
+            key = partial(Draw, tuple(_indices(config, number).tolist()), _shape(network))
+            start, step = _purposes(network)
+            yield key(start)
+            yield from (key(step, t) for t in noise_timesteps(sampler, _chain(network, sampler)))
 
 
 def _indices(config: GenerationConfig, number: int) -> np.ndarray:

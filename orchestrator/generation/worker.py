@@ -12,7 +12,7 @@ from orchestrator.arithmetic import choose_device, set_arithmetic
 from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.noise import NoiseAhead
 from orchestrator.generation.samples import Samples
-from orchestrator.generation.sampling import Networks, load_networks, make_batch, noise_plan, upsample_batch
+from orchestrator.generation.sampling import Networks, load_networks, make_batch, noise_plan
 from orchestrator.weights.network import Network
 
 
@@ -62,6 +62,4 @@ class SamplingWorker:
         plan = noise_plan(self.networks, config, numbers)
         with NoiseAhead(config.seed, plan, pin=self.device.type == "cuda") as draw:
             for number in numbers:
-                batch = make_batch(self.networks, config, number, draw)
-                upsampler = self.networks.upsampler
-                yield (batch,) if upsampler is None else (batch, upsample_batch(upsampler, config, batch, draw))
+                yield make_batch(self.networks, config, number, draw)

@@ -123,7 +123,7 @@ def test_samples_are_the_same_from_either_file(tmp_path: Path) -> None:
     for name in ("tiny.pt", "tiny.safetensors"):
         sampler = SamplerConfig(name="ddim", num_steps=4)
         config = GenerationConfig(store=str(tmp_path), weights=name, output="samples", batch_size=4, sampler=sampler)
-        batches.append(make_batch(load_networks(config, "cpu"), config, 0))
+        batches.extend(make_batch(load_networks(config, "cpu"), config, 0))
     assert batches[0].labels.tolist() == [0, 1, 2, 0]
     assert batches[0].images.std() > 10, "the samples are flat"
     assert (batches[0].images == batches[1].images).all()
