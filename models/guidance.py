@@ -34,9 +34,7 @@ class GuidanceConfig(BaseModel, frozen=True, extra="forbid"):
     """The kind, the scale and the interval of guidance."""
 
     kind: GuidanceKind = "classifier"  # classifier_free: the model without the class; auto: a weaker model
-    scale: float = Field(
-        0.0, ge=0
-    )  # 0 = no guidance; factor of grad log p(y | x_t), or of the difference of predictions
+    scale: float = Field(0.0, ge=0)  # 0 = no guidance; factor of grad log p(y | x_t), or of a difference of predictions
     weak_weights: str | None = None  # for auto: weaker model, a run's folder or a file
     interval: Interval = WHOLE_CHAIN  # guided part of the chain as fractions: 0 = clean, 1 = noise
 

@@ -28,9 +28,7 @@ class EncoderConfig(BaseModel, frozen=True, extra="forbid"):
     in_channels: int = Field(3, gt=0)  # channels of the image
     model_channels: int = Field(128, gt=0)  # base width
     num_res_blocks: int = Field(2, gt=0)  # residual blocks per resolution
-    channel_mult: tuple[float, ...] = Field(
-        (1, 2, 3, 4), min_length=1
-    )  # width of each resolution, as a multiple of model_channels
+    channel_mult: tuple[float, ...] = Field((1, 2, 3, 4), min_length=1)  # width of each resolution / model_channels
     attention_resolutions: tuple[int, ...] = (32, 16, 8)  # feature map sizes with attention, pixels
     num_heads: int = Field(4, gt=0)  # attention heads if num_head_channels is None
     num_head_channels: int | None = Field(None, gt=0)  # channels per attention head; None = num_heads heads

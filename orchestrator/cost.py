@@ -28,9 +28,7 @@ class CostConfig(BaseModel, frozen=True, extra="forbid"):
     """GPUs and prices that --dry-run assumes."""
 
     gpu: Literal["B200", "H200", "H100", "A100", "L40S", "A10G", "L4", "V100", "T4"] = "H100"  # kind of GPU
-    mfu: float | None = Field(
-        None, gt=0, le=1
-    )  # fraction of the GPU's peak FLOP/s that is used (MFU); None = as published
+    mfu: float | None = Field(None, gt=0, le=1)  # fraction of the GPU's peak FLOP/s (MFU); None = as published
     usd_per_hour: float | None = Field(None, gt=0)  # price of one GPU for one hour in dollars; None = no price
     spot_discount: float = Field(0.0, ge=0, lt=1)  # discount on spot instances, as a fraction of the price
 

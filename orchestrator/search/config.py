@@ -42,9 +42,7 @@ class TrialsConfig(JobConfig):
     classifier: str | None = None  # classifier for guidance: a run's folder or a file
     reference: str  # prepared dataset (its training split) or published batch (.npz) with images
     output: str  # folder of records and results
-    objective: tuple[str, ...] = Field(
-        ("fd_digits",), min_length=1, max_length=2
-    )  # one or two metrics, such as fd_digits recall
+    objective: tuple[str, ...] = Field(("fd_digits",), min_length=1, max_length=2)  # one or two metrics
     seed: int = Field(0, ge=0)  # decides labels and noise, which all settings share
     labels: str = "balanced"  # balanced, uniform, or as in generate_samples
     batch_size: int = Field(64, gt=0)  # canonical batch size B
@@ -106,9 +104,7 @@ class SearchConfig(TrialsConfig):
     weights: tuple[str, ...] = Field(min_length=1)  # diffusion models to choose from, such as several averages of a run
     space: SpaceConfig = SpaceConfig()
     constraints: tuple[str, ...] = ()  # bounds on metrics, such as evaluations<=25 or recall>=0.4
-    rungs: tuple[int, ...] = Field(
-        (64, 128, 256, 512, 1024, 2048), min_length=1
-    )  # numbers of samples at which trials are compared
+    rungs: tuple[int, ...] = Field((64, 128, 256, 512, 1024, 2048), min_length=1)  # numbers of samples to compare at
     trials: int = Field(24, gt=0)  # most settings to try
     round_size: int = Field(8, gt=0)  # settings that Optuna proposes at once; a grid is proposed as a whole
     proxy: bool = False  # for a grid: try the fewest steps first, then more steps near the best scales

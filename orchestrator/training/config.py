@@ -41,69 +41,45 @@ class TrainingConfig(JobConfig):
     dataset: str  # folder of a prepared dataset
     output: str  # folder of the run
     diffusion: DiffusionConfig
-    classes: Literal["model", "dataset"] = (
-        "model"  # take the number of classes from model.num_classes, or from the dataset
-    )
+    classes: Literal["model", "dataset"] = "model"  # take the number of classes from model.num_classes or the dataset
     order: OrderConfig = OrderConfig()
     crop: Literal["center", "random"] = "center"  # centre crop as for ADM, or random crop as for its classifier
     random_flip: bool = True  # mirror each image with probability 1/2
     # Length and batches
     total_images: int = Field(gt=0)  # length of the training in images; a larger value continues a finished training
-    extend: Operational[bool] = (
-        False  # allow a larger total_images with lr_schedule=linear, which changes the learning rate
-    )
+    extend: Operational[bool] = False  # allow a larger total_images with lr_schedule=linear
     seed: int = Field(0, ge=0, lt=2**64)  # decides order, flips, crops, timesteps, noise and initial weights
     batch_size: int = Field(256, gt=0)  # images in an optimizer step, over all workers
-    microbatch_size: Operational[int | None] = Field(
-        None, gt=0
-    )  # most images in a forward pass of a worker; None = its whole share
+    microbatch_size: Operational[int | None] = Field(None, gt=0)  # most images in a forward pass; None = worker's share
     # Optimizer
-    init_from: str | None = (
-        None  # start from these weights: a run's folder, a .safetensors or a .pt file of this architecture
-    )
+    init_from: str | None = None  # start from these weights: a run's folder, a .safetensors or a .pt file
     learning_rate: float = Field(1e-4, gt=0)  # learning rate of AdamW
     weight_decay: float = Field(0.0, ge=0)  # weight decay of AdamW
     warmup_images: int = Field(0, ge=0)  # the learning rate rises linearly over this many images
     lr_schedule: Literal["constant", "linear"] = "constant"  # after the warm-up; linear falls to zero at the end
     max_grad_norm: float | None = Field(None, gt=0)  # clip the gradient to this norm; None = no clipping
-    max_nonfinite_steps: Operational[int] = Field(
-        20, ge=0
-    )  # steps in a row that may be skipped for a non-finite gradient
+    max_nonfinite_steps: Operational[int] = Field(20, ge=0)  # consecutive steps that non-finite gradients may skip
     loss_scale: LossScaleConfig = LossScaleConfig()
     # Arithmetic
-    reduction: Literal["fast", "exact"] = (
-        "fast"  # sum of gradients; exact = weights equal to the bit on any number of workers, slower
-    )
+    reduction: Literal["fast", "exact"] = "fast"  # exact = weights equal to the bit on any number of workers
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # precision of convolutions and attention, by autocast
     tf32: bool = False  # allow TF32 in float32 convolutions and matrix products; the published code does not
-    recompute: Operational[bool | None] = (
-        None  # recompute activations in the backward pass, a third slower; None = if memory is short
-    )
-    num_threads: Operational[int] = Field(
-        1, gt=0
-    )  # CPU threads of each worker; another number changes the last bits of the weights
+    recompute: Operational[bool | None] = None  # recompute activations in the backward pass; None = if needed
+    num_threads: Operational[int] = Field(1, gt=0)  # CPU threads of each worker; changes the last bits of weights
     compile: Operational[bool] = False  # torch.compile the network: a slower start, but faster on long runs
     # Checkpoints and weights
     checkpoint_every: Operational[int] = Field(1_000_000, gt=0)  # images between two checkpoints
     keep_checkpoints: Operational[int] = Field(3, gt=0)  # how many of the newest checkpoints are kept
-    keep_every: Operational[int | None] = Field(
-        None, gt=0
-    )  # also keep the first checkpoint after each multiple of this many images
-    snapshot_every: Operational[int | None] = Field(
-        None, gt=0
-    )  # images between two snapshots of the weights; None = only at the end
+    keep_every: Operational[int | None] = Field(None, gt=0)  # also keep the first checkpoint after every N images
+    snapshot_every: Operational[int | None] = Field(None, gt=0)  # images between two snapshots; None = at the end
     restart_from_scratch: Operational[bool] = False  # start at image 0 if there are checkpoints but none can be used
     branch: Operational[str | None] = None  # new run that continues a checkpoint of output with other settings
     branch_at: Operational[int | None] = None  # position of that checkpoint in images; None = the newest
-    takeover: Operational[bool] = (
-        False  # train even if another driver holds the lease on the folder; that driver then stops
-    )
+    takeover: Operational[bool] = False  # train even if another driver holds the lease, which then stops
     # Validation and logging
     report: Operational[bool] = False  # write report.html of a run that is being trained or was killed, then exit
     log_every: Operational[int] = Field(10_000, gt=0)  # images between two records of metrics
-    eval_every: Operational[int | None] = Field(
-        None, gt=0
-    )  # images between two evaluations of the validation split; None = never
+    eval_every: Operational[int | None] = Field(None, gt=0)  # evaluate the validation split every N images
     eval_images: Operational[int] = Field(1_000, gt=1)  # images of the validation split in each evaluation
     profile_steps: Operational[str | None] = None  # profile these steps of this start into profile/, such as 10:15
     audit_dir: Operational[str | None] = None  # folder for the audit log of every sample of every step; slow
@@ -192,13 +168,9 @@ class AdmConfig(TrainingConfig):
 
     # Diffusion model
     model: UNetConfig
-    label_dropout: float = Field(
-        0.0, ge=0, lt=1
-    )  # fraction of labels that are dropped; classifier-free guidance needs about 0.1
+    label_dropout: float = Field(0.0, ge=0, lt=1)  # fraction of dropped labels; classifier-free guidance needs some 0.1
     timesteps: Literal["uniform", "loss_second_moment"] = "uniform"  # how timesteps are sampled; IDDPM section 3.3
-    ema_rates: tuple[float, ...] = Field(
-        (0.9999,), min_length=1
-    )  # decay of each exponential moving average of the weights
+    ema_rates: tuple[float, ...] = Field((0.9999,), min_length=1)  # EMA decay of each average of the weights
     power_emas: tuple[float, ...] = ()  # sigma_rel of each power-function average, for post-hoc EMA; such as 0.05 0.1
     preview_every: Operational[int] = Field(10_000_000, gt=0)  # images between two pictures of samples
     preview: Operational[SamplerConfig] = SamplerConfig(name="ddim", num_steps=25)  # sampler of those pictures
