@@ -87,7 +87,8 @@ def options_of(
         text, heading = texts[name]
         is_operational = marked or MARK in field.metadata
         if is_config(kind := field.annotation):
-            about = NESTED.format(name=f"--{prefix}{name}".replace("_", "-"), about=(kind.__doc__ or "").split("\n")[0])
+            about = text or (kind.__doc__ or "").split("\n")[0]
+            about = NESTED.format(name=f"--{prefix}{name}".replace("_", "-"), about=about)
             options |= options_of(kind, f"{prefix}{name}.", about, is_operational)
         else:
             bounds = tuple(field.metadata)

@@ -29,7 +29,7 @@ class GenerationConfig(JobConfig):
     labels: str = "balanced"  # balanced, uniform, a list such as 3,7, or a .json file with a list or weights
     sampler: SamplerConfig = SamplerConfig()
     guidance: GuidanceConfig = GuidanceConfig()
-    upsampling: SamplerConfig = SamplerConfig()  # how the second stage is drawn, unguided as published
+    upsampling: SamplerConfig = SamplerConfig()  # The sampler of the second stage, which is not guided, as published.
     clip: bool = True  # clamp the predicted x_0 to [-1, 1], as published
     rounding: Rounding = "truncate"  # of grey levels; the published code truncates
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # precision of convolutions and attention, by autocast

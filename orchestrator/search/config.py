@@ -53,7 +53,7 @@ class TrialsConfig(JobConfig):
     num_workers: Operational[int] = Field(1, ge=0)  # sampling workers for all trials; 0 = in this process, without Ray
     num_gpus: Operational[float] = Field(0.0, ge=0)  # GPUs for each worker
     num_threads: Operational[int] = Field(1, gt=0)  # CPU threads of each worker
-    cost: Operational[CostConfig] = CostConfig()  # what --dry-run counts with
+    cost: Operational[CostConfig] = CostConfig()
 
     @property
     def most_samples(self) -> int:

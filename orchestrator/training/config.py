@@ -173,7 +173,7 @@ class AdmConfig(TrainingConfig):
     ema_rates: tuple[float, ...] = Field((0.9999,), min_length=1)  # EMA decay of each average of the weights
     power_emas: tuple[float, ...] = ()  # sigma_rel of each power-function average, for post-hoc EMA; such as 0.05 0.1
     preview_every: Operational[int] = Field(10_000_000, gt=0)  # images between two pictures of samples
-    preview: Operational[SamplerConfig] = SamplerConfig(name="ddim", num_steps=25)  # sampler of those pictures
+    preview: Operational[SamplerConfig] = SamplerConfig(name="ddim", num_steps=25)  # The sampler of previews.
 
     @field_validator("model", mode="after")
     @classmethod

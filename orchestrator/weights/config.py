@@ -13,16 +13,16 @@ from orchestrator.weights.shapes import Shapes, num_classes_of
 
 
 class ModelOptions(UNetConfig, frozen=True, extra="forbid"):
-    """The architecture of a .pt file, for one that neither its name, --recipe nor --flags tells.
+    """The architecture of a .pt file, if its name, --recipe or --flags do not state it.
 
     The fields are those of a diffusion model, and of a classifier if there is a pool. They are checked only when the
     architecture is made of them.
     """
 
-    image_size: int = Field(0, ge=0)  # pixels, as the weights do not tell it; 0 = --model.* options are not used
-    num_classes: int | None = Field(None, gt=0)  # None = as many as the file has
+    image_size: int = Field(0, ge=0)  # pixels, which the weights do not contain; 0 = --model.* options are not used
+    num_classes: int | None = Field(None, gt=0)  # None = as in the file
     pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] | None = (
-        None  # a classifier's; None = no classifier
+        None  # pooling of a classifier; None = not a classifier
     )
 
     def architecture(self, shapes: Shapes) -> Architecture:
@@ -61,7 +61,7 @@ class ConversionConfig(JobConfig):
     flags: str | None = None  # for a .pt file: flags of its training, such as "--num_channels 128 ..."
     flags_from: Code | None = None  # code whose defaults complete the flags; None = detected from the flags
     model: ModelOptions = ModelOptions()
-    diffusion: DiffusionConfig = DiffusionConfig()  # what the network was trained for; with --model.* options only
+    diffusion: DiffusionConfig = DiffusionConfig()  # The diffusion process of the network; only with --model.* options.
 
     @property
     def uses_model(self) -> bool:
