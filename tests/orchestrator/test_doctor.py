@@ -64,7 +64,7 @@ def test_little_shared_memory_and_little_disk(monkeypatch: pytest.MonkeyPatch) -
     assert doctor._shared_memory().level == doctor._disk().level == "ok"
     monkeypatch.setattr(doctor, "SHARED_MEMORY", 1 << 60)
     monkeypatch.setattr(doctor, "DISK", 1 << 60)
-    assert doctor._shared_memory().level == "WRONG" and "docker's --ipc" in doctor._shared_memory().words
+    assert doctor._shared_memory().level == "WRONG" and "docker's --shm-size" in doctor._shared_memory().words
     assert doctor._disk().level == "warning"
 
 

@@ -60,11 +60,11 @@ def test_without_classes_there_is_no_label() -> None:
     [
         ({"fox": 1}, "no class 'fox'; it has 4 classes, from 'cat' to 'eel'"),
         ([4], "no class '4'"),
-        ({"cat": -1, "dog": 2}, "must be numbers of 0 or more"),
+        ({"cat": -1, "dog": 2}, "must be numbers of at least 0"),
         ({"cat": 0}, "not all 0"),
         ({"cat": "much"}, "must be numbers"),
-        ([], "neither a list of classes nor an object"),
-        (3, "neither a list of classes nor an object"),
+        ([], "must contain a list of classes"),
+        (3, "must contain a list of classes"),
     ],
 )
 def test_a_wrong_file_is_one_clear_error(tmp_path: Path, content: Any, message: str) -> None:
