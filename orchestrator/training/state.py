@@ -52,8 +52,12 @@ class TrainingState:
         self._decays: dict[str, Callable[[int], float]] = {}  # EMA decay of each average at an update
         self._decays |= {f"ema-{rate}": partial(_constant, rate) for rate in config.ema_rates}
         self._decays |= {f"power-{s}": partial(power_decay, gamma_of(s)) for s in config.power_emas}
-        self.averages = {name: _copy_of(self.model) for name in self._decays}
-        self.timesteps = _timestep_sampler(config)
+        parameters = dict(self.model.named_parameters())
+        self.averages = {
+            name: {key: tensor.detach().clone() for key, tensor in parameters.items()} for name in self._decays
+        }
+        learned, count = config.timesteps == "loss_second_moment", config.diffusion.num_timesteps
+        self.timesteps: TimestepSampler = (LossSecondMomentTimesteps if learned else UniformTimesteps)(count)
         self.best_validation: Tensor | None = None  # losses float64 [images] of the best evaluation
         if eval_images:
             self.best_validation = torch.full((eval_images,), torch.inf, dtype=torch.float64)
@@ -202,19 +206,8 @@ def _to_host(value: Tensor) -> Callable[[], float]:
     return wait
 
 
-def _timestep_sampler(config: Config) -> TimestepSampler:
-    count = config.diffusion.num_timesteps
-    if config.timesteps == "loss_second_moment":
-        return LossSecondMomentTimesteps(count)
-    return UniformTimesteps(count)
-
-
 def _constant(rate: float, update: int) -> float:
     return rate
-
-
-def _copy_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
 
 
 def _loaded(

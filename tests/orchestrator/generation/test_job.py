@@ -123,7 +123,7 @@ def test_a_start_that_fails_before_its_first_shard_binds_nothing(store: str, mon
 
 
 def test_more_samples_draw_only_what_is_missing(store: str) -> None:
-    """A finished folder grows behind its last shard, which stays; the samples are those of a single start."""
+    """The last shard of the finished folder stays, and the samples equal those of a single start."""
     folder = generate(config(store, "grown", num_samples=6))
     first = Path(folder, "shards", "000000-000006.parquet")
     written = first.stat().st_mtime_ns
@@ -200,7 +200,7 @@ def test_compiled_networks_draw_the_same_images(store: str) -> None:
 
 
 def finished_copy(store: str, output: str) -> Path:
-    """A finished folder of one's own, without its manifest: the next run looks at every shard."""
+    """Return a copy of a finished folder without its manifest, so that the next job verifies every shard."""
     folder = Path(store, output)
     shutil.copytree(generate(config(store, "whole")), folder)
     (folder / "manifest.json").unlink()
@@ -263,11 +263,11 @@ def test_two_jobs_on_one_folder_do_no_harm(store: str) -> None:
     assert len(list_shards(storage.join(store, "shared"))) == 3
 
 
-def test_another_hands_shard_with_other_pixels_is_an_error(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_of_another_worker_with_other_pixels_is_an_error(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     other = generate(config(store, "other-seed", seed=1))
     make_shard = make_generator(config(store, "raced"))
 
-    def verify(folder: str, shard: Shard) -> tuple[None, str]:  # nothing is there; then another hand is quicker
+    def verify(folder: str, shard: Shard) -> tuple[None, str]:  # as if another worker writes the shard after this check
         shutil.copytree(Path(other, "shards"), Path(folder, "shards"))
         return None, ""
 
@@ -315,7 +315,7 @@ def test_on_a_cpu_the_batch_follows_a_rule(store: str) -> None:
 
 @pytest.mark.parametrize(("gigabytes", "expected"), [(80, 256), (16, 64), (4, 8), (0.001, 1)])
 def test_on_a_gpu_the_batch_follows_counted_memory(store: str, gigabytes: float, expected: int) -> None:
-    """The same for every card of a kind: nothing is timed. ADM-64 with its classifier, in half precision."""
+    """The batch size of ADM-64 with its classifier in half precision is equal on all GPUs of a kind."""
     network, classifier = zoo.entry("adm-64"), zoo.entry("classifier-64")
     loaded = load_networks(config(store, "any"), "cpu")
     networks = loaded._replace(

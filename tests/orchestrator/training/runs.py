@@ -35,7 +35,7 @@ def adm(store: str, output: str, **changes: object) -> AdmConfig:
 
 
 def context(stop_after: int | None = None, records: list | None = None) -> WorkerContext:
-    """This process as the only worker; it is asked to stop after so many questions."""
+    """Return the context of a single worker in this process, which is asked to stop in step `stop_after`."""
     asked = iter(range(10**9))
 
     def stopping() -> bool:

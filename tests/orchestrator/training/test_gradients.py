@@ -74,7 +74,7 @@ def test_a_thousand_streams_sum_to_the_same_bits_on_any_number_of_workers() -> N
 
 
 class _Pair:
-    """A group of two workers, of which the other one computes elsewhere."""
+    """A group of two workers, of which the other one has another device."""
 
     def gather(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
         return [mine, mine | {"device": "NVIDIA L4"}]
