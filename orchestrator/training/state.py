@@ -56,8 +56,9 @@ class TrainingState:
         self.averages = {
             name: {key: tensor.detach().clone() for key, tensor in parameters.items()} for name in self._decays
         }
-        learned, count = config.timesteps == "loss_second_moment", config.diffusion.num_timesteps
-        self.timesteps: TimestepSampler = (LossSecondMomentTimesteps if learned else UniformTimesteps)(count)
+        self.timesteps: TimestepSampler = UniformTimesteps(config.diffusion.num_timesteps)
+        if config.timesteps == "loss_second_moment":
+            self.timesteps = LossSecondMomentTimesteps(config.diffusion.num_timesteps)
         self.best_validation: Tensor | None = None  # losses float64 [images] of the best evaluation
         if eval_images:
             self.best_validation = torch.full((eval_images,), torch.inf, dtype=torch.float64)
