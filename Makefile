@@ -51,9 +51,11 @@ findings: $(INSTALLED)  ## the papers' findings, looked for on scanned digits
 gpu-check: $(INSTALLED)  ## what must hold on a GPU, and how fast it is; ARGS=--tiny tries it on a CPU
 	$(BIN)/python -m tests.gpu.check $(ARGS)
 
-lint: $(INSTALLED)  ## ruff and mypy
+lint: $(INSTALLED)  ## ruff, mypy, spelling and wording
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/python -m tests.prose
 	$(BIN)/mypy models orchestrator cluster jobs tests
 
 cluster: $(INSTALLED)  ## a Ray head, two nodes, S3, MLflow over PostgreSQL, as processes of this machine

@@ -4,7 +4,9 @@ import shlex
 import sys
 from collections.abc import Iterable
 
-EVERYWHERE = ("images", "digits")  # presets that every job has
+from orchestrator.config import SIZES
+
+EVERYWHERE = ("images", "digits", *(f"imagenet{size}" for size in SIZES))  # presets of all jobs that may follow
 
 
 def next_command(job: str, **options: str) -> str:

@@ -73,10 +73,10 @@ def _copy_outputs(folder: str) -> None:
         "digits/diffusion": [
             "images/diffusion",
             "parity/diffusion",
-            "adm-64/training",
-            "upsampler-64-256/training",
+            "imagenet64/diffusion",
+            "imagenet64_256/upsampler",
         ],
-        "digits/classifier": ["images/classifier", "classifier-64/training"],
+        "digits/classifier": ["images/classifier", "imagenet64/classifier"],
         "digits/samples": ["images/samples", "imagenet64/samples", "adm256/samples"],
         "digits/search": ["images/search", "imagenet64/search"],
     }.items():

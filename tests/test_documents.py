@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from jobs.command_line import parse
+from jobs.options import options_of
 from orchestrator.data.job import prepare
 from orchestrator.data.presets import dataset_presets
+from orchestrator.evaluation.metrics import metric_named
 from orchestrator.training.job import plan
 from tests.jobs.test_command_line import ALL_PRESETS
 from tests.test_commands import commands
@@ -99,6 +101,55 @@ def test_names_that_do_not_exist_are_found() -> None:
         "`jobs/*.py`, `tests/test_commands.py::test_commands_are_found`, [here](cluster.md#on-aws), [there](https://nowhere)\n"
     )
     assert not missing_names(right, ROOT / "docs")
+
+
+# ------------------------------------------------------------------------------------------------ options and metrics
+
+# Options of other commands: ray, docker, mlflow, guided-diffusion, and those of our scripts in tests/.
+OTHERS = {"--working-dir", "--runtime-env-json", "--metrics-export-port", "--ipc", "--resume_checkpoint",
+          "--rescale_timesteps", "--rescale_learned_sigmas", "--synthetic"}  # fmt: skip
+
+
+def known_options() -> set[str]:
+    """Return every option of every job, and the groups of nested ones such as --model.*."""
+    configs = {type(config) for presets in ALL_PRESETS.values() for _, config in presets().values()}
+    flags = {option.flag for config in configs for option in options_of(config).values()}
+    groups = {f"{flag.rpartition('.')[0]}.*" for flag in flags if "." in flag}
+    return flags | groups | {"--help", "--preset", "--no-tracking"}
+
+
+def unknown_options(text: str, known: set[str]) -> list[str]:
+    """Return the options in a page's prose that no job has."""
+    ours = [span for span in spans(text) if span.startswith("--") or "jobs/" in span]
+    found = [option for span in ours for option in re.findall(r"(?<!\S)--[a-z][\w.*-]*", span)]
+    return [option for option in found if option not in known | OTHERS]
+
+
+def unknown_metrics(text: str) -> list[str]:
+    """Return the names in a page's prose that look like a metric's, and are none."""
+    families = r"(?:s?fid|s?fd|kid|cmmd|inception_score|precision|recall|density|coverage|clipped|vendi|authpct)"
+    names = [span for span in spans(text) if re.fullmatch(rf"{families}(?:_[a-z0-9_]+)?", span)]
+    return [name for name in names if not is_metric(name)]
+
+
+def is_metric(name: str) -> bool:
+    """Return whether reports have a metric of this name."""
+    try:
+        return bool(metric_named(name))
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_and_metrics_of_a_page_exist(page: Path) -> None:
+    text = page.read_text()
+    assert not unknown_options(text, known_options()) and not unknown_metrics(text)
+
+
+def test_options_and_metrics_that_do_not_exist_are_found() -> None:
+    text = "`--learning-rate`, `--model.*`, `--learning-rat 3`, `precision`, `fd_infinity_digits`, `recall_at_10`"
+    assert unknown_options(text, known_options()) == ["--learning-rat"] and is_metric("fid")
+    assert unknown_metrics("`fidelity`, `fid`, `clipped_nothing`") == ["clipped_nothing"]
 
 
 # ------------------------------------------------------------------------------------------------ messages

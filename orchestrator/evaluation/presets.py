@@ -1,6 +1,6 @@
 """Evaluations and likelihoods by name."""
 
-from orchestrator.config import DIGITS, IMAGES
+from orchestrator.config import DIGITS, IMAGENET, IMAGES, SIZES
 from orchestrator.evaluation.config import EvaluationConfig
 from orchestrator.evaluation.likelihood import LikelihoodConfig
 
@@ -30,8 +30,23 @@ def evaluation_presets() -> dict[str, tuple[str, EvaluationConfig]]:
     return {
         "digits": (DIGITS, digits),
         "images": (f"{IMAGES}, by EfficientNet with ImageNet weights, which a package brings", images),
+        **{
+            f"imagenet{size}": (f"{IMAGENET} at {size}x{size}, by FID's Inception network", _imagenet(size))
+            for size in SIZES
+        },
         "released": ("ImageNet 64x64 against the published reference batch, by FID's Inception network", released),
     }
+
+
+def _imagenet(size: int) -> EvaluationConfig:
+    """Return the evaluation of the samples that the same preset generates, against the training images."""
+    return EvaluationConfig(
+        samples=f"imagenet{size}/samples",
+        reference="datasets/imagenet",
+        output=f"imagenet{size}/evaluation",
+        extractor="inception",
+        num_gpus=1,
+    )
 
 
 def likelihood_presets() -> dict[str, tuple[str, LikelihoodConfig]]:

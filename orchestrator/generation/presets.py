@@ -1,8 +1,9 @@
 """Presets of generations."""
 
+from models import zoo
 from models.guidance import GuidanceConfig
 from models.samplers import SamplerConfig
-from orchestrator.config import DIGITS, IMAGES
+from orchestrator.config import DIGITS, IMAGENET, IMAGES, SIZES
 from orchestrator.generation.config import GenerationConfig
 
 
@@ -50,6 +51,23 @@ def generation_presets() -> dict[str, tuple[str, GenerationConfig]]:
     return {
         "digits": (DIGITS, digits),
         "images": (IMAGES, images),
+        **{f"imagenet{size}": (f"{IMAGENET} at {size}x{size}, as published", _imagenet(size)) for size in SIZES},
         "released": ("the released ADM-G on ImageNet 64x64, as recommended", released),
         "cascade": ("the same, enlarged to 256x256 by the released upsampler (ADM-G + ADM-U)", cascade),
     }
+
+
+def _imagenet(size: int) -> GenerationConfig:
+    """Return the generation by the models that the same preset trains, with the published sampler and scale."""
+    recipe = zoo.entry(f"adm-{size}").recipes[0]
+    return GenerationConfig(
+        weights=f"imagenet{size}/diffusion",
+        classifier=f"imagenet{size}/classifier",
+        output=f"imagenet{size}/samples",
+        sampler=recipe.sampler,
+        guidance=recipe.guidance,
+        labels="uniform",
+        dtype="float16",
+        compile=True,
+        num_gpus=1,
+    )

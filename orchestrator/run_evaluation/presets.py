@@ -1,7 +1,7 @@
 """Evaluations of training runs by name."""
 
 from models.samplers import SamplerConfig
-from orchestrator.config import DIGITS, IMAGES
+from orchestrator.config import DIGITS, IMAGENET, IMAGES, SIZES
 from orchestrator.run_evaluation.config import RunEvaluationConfig
 
 
@@ -24,11 +24,20 @@ def run_evaluation_presets() -> dict[str, tuple[str, RunEvaluationConfig]]:
         dtype="bfloat16",
         num_gpus=1,
     )
-    imagenet64 = RunEvaluationConfig(
-        weights="imagenet64/diffusion",
-        classifier="imagenet64/classifier",
+    return {
+        "digits": (DIGITS, digits),
+        "images": (IMAGES, images),
+        **{f"imagenet{size}": (f"{IMAGENET} at {size}x{size}", _imagenet(size)) for size in SIZES},
+    }
+
+
+def _imagenet(size: int) -> RunEvaluationConfig:
+    """Return the evaluation of the snapshots of a training by the same preset."""
+    return RunEvaluationConfig(
+        weights=f"imagenet{size}/diffusion",
+        classifier=f"imagenet{size}/classifier",
         reference="datasets/imagenet",
-        output="imagenet64/quality",
+        output=f"imagenet{size}/quality",
         objective=("fid",),
         sampler=SamplerConfig(name="ddim", num_steps=50),
         labels="uniform",
@@ -36,8 +45,3 @@ def run_evaluation_presets() -> dict[str, tuple[str, RunEvaluationConfig]]:
         dtype="bfloat16",
         num_gpus=1,
     )
-    return {
-        "digits": (DIGITS, digits),
-        "images": (IMAGES, images),
-        "imagenet64": ("a training of ImageNet at 64x64", imagenet64),
-    }

@@ -1,6 +1,6 @@
 """Searches by name."""
 
-from orchestrator.config import DIGITS, IMAGES
+from orchestrator.config import DIGITS, IMAGENET, IMAGES, SIZES
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.space import SpaceConfig
 
@@ -51,5 +51,27 @@ def search_presets() -> dict[str, tuple[str, SearchConfig]]:
     return {
         "digits": (DIGITS, digits),
         "images": (IMAGES, images),
+        **{
+            f"imagenet{size}": (f"{IMAGENET} at {size}x{size}, by FID at 25 and 50 steps", _imagenet(size))
+            for size in SIZES
+        },
         "released": ("the released ADM-G on ImageNet 256x256", released),
     }
+
+
+def _imagenet(size: int) -> SearchConfig:
+    """Return the search over scales for the models that the same preset trains."""
+    return SearchConfig(
+        weights=(f"imagenet{size}/diffusion",),
+        classifier=f"imagenet{size}/classifier",
+        reference="datasets/imagenet",
+        output=f"imagenet{size}/search",
+        space=SpaceConfig(num_steps=(25, 50), samplers=("ddim",)),
+        objective=("fid",),
+        rungs=(1_000, 5_000, 10_000),
+        trials=16,
+        labels="uniform",
+        extractor="inception",
+        dtype="bfloat16",
+        num_gpus=1,
+    )

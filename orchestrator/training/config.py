@@ -215,9 +215,11 @@ class NoisyClassifierConfig(TrainingConfig):
     ema_rates: ClassVar[tuple[float, ...]] = ()
     power_emas: ClassVar[tuple[float, ...]] = ()
 
+    # Classifier
     model: ClassifierConfig
     weight_decay: float = Field(0.05, ge=0)  # weight decay of AdamW
     crop: Literal["center", "random"] = "random"  # centre crop as for ADM, or random crop as for its classifier
+    noised: bool = True  # train on noised images, as guidance needs; False = on clean images at timestep 0
     loss_scale: LossScaleConfig = LossScaleConfig(initial=16.0)
 
 

@@ -12,7 +12,7 @@ from models.diffusion import Diffusion, TimestepSampler
 from models.images import area_downsample, from_uint8
 from orchestrator.data.dataset import StreamShare
 from orchestrator.order import Purpose, sample_rng
-from orchestrator.training.config import Config
+from orchestrator.training.config import Config, NoisyClassifierConfig
 
 Terms = dict[str, Tensor]  # float [n] by name; "loss" is minimised, "t" int64 [n] are timesteps
 Network = Callable[..., Tensor]
@@ -120,13 +120,17 @@ def adm_losses(config: Config, diffusion: Diffusion, timesteps: TimestepSampler)
 
 
 def classifier_losses(config: Config, diffusion: Diffusion, timesteps: TimestepSampler) -> Losses:
-    """Return the losses of a noisy classifier (ADM section 4.1): cross entropy, top-1 and top-5 accuracy."""
-    assert config.model.num_classes, "a classifier has classes"
-    top = min(5, config.model.num_classes)
+    """Return the losses of a noisy classifier (ADM section 4.1): cross entropy, top-1 and top-5 accuracy.
+
+    With `noised=False` the images stay clean and the timestep is 0, as in the published code.
+    """
+    assert isinstance(config, NoisyClassifierConfig) and config.model.num_classes, "a classifier has classes"
+    top, noised = min(5, config.model.num_classes), config.noised
 
     def losses(model: Network, batch: Microbatch) -> Terms:
         t, _ = _drawn(batch, timesteps)
-        x_t = diffusion.q_sample(batch.x_start, t, batch.noise)
+        x_t = diffusion.q_sample(batch.x_start, t, batch.noise) if noised else batch.x_start
+        t = t if noised else torch.zeros_like(t)
         logits = model(x_t, diffusion.model_timesteps(t, x_t))
         loss = cross_entropy(logits, batch.labels, reduction="none")
         right = logits.detach().topk(top, dim=1).indices == batch.labels[:, None]

@@ -7,7 +7,7 @@ and bfloat16 where float32 was published: it is two to four times as fast on ten
 normalisation stay in float32. --dtype float32 gives the published precision.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 from models import zoo
 from models.diffusion import DiffusionConfig
@@ -19,12 +19,13 @@ from orchestrator.training.config import AdmConfig, AverageConfig, NoisyClassifi
 
 Adm = tuple[str, AdmConfig]
 Classifier = tuple[str, NoisyClassifierConfig]
+AnyTraining = TypeVar("AnyTraining", AdmConfig, NoisyClassifierConfig)
 
 
 def adm_presets() -> dict[str, Adm]:
     """Diffusion models to train."""
     lsun: dict[str, Any] = {"batch_size": 256, "learning_rate": 1e-4, "dtype": "float16", "at_once": 16}
-    return {
+    presets = {
         "digits": (DIGITS, _digits_diffusion()),
         "images": (f"{IMAGES}: ADM at 64 pixels, on one GPU", _images_diffusion()),
         "imagenet64": _published("adm-64", 540_000, 2048, 3e-4, dtype="float16", at_once=64),
@@ -43,11 +44,12 @@ def adm_presets() -> dict[str, Adm]:
         "iddpm_lsun_bedroom": _iddpm("iddpm-lsun-bedroom", 1_200_000, 128, 1e-4, dataset="lsun_bedroom"),
         "ddpm_cifar10": _ddpm_cifar10(),
     }
+    return {name: (about, _in_folder(config, name, "diffusion")) for name, (about, config) in presets.items()}
 
 
 def classifier_presets() -> dict[str, Classifier]:
-    """Noisy classifiers to train."""
-    return {
+    """Return the noisy classifiers to train."""
+    presets = {
         "digits": (DIGITS, _digits_classifier()),
         "images": (f"{IMAGES}: ADM's classifier at 64 pixels, on one GPU", _images_classifier()),
         "imagenet64": _published_classifier("classifier-64", 300_000, 1024, 6e-4, weight_decay=0.2),
@@ -55,17 +57,24 @@ def classifier_presets() -> dict[str, Classifier]:
         "imagenet256": _published_classifier("classifier-256", 500_000, 256, 3e-4),
         "imagenet512": _published_classifier("classifier-512", 500_000, 256, 3e-4, at_once=16),
     }
+    return {name: (about, _in_folder(config, name, "classifier")) for name, (about, config) in presets.items()}
 
 
 def upsampler_presets() -> dict[str, Adm]:
-    """Upsamplers to train: second stages of a cascade."""
-    return {
+    """Return the upsamplers to train: the second stages of a cascade."""
+    presets = {
         "digits": (f"{DIGITS}: from 8 to 16 pixels", _digits_upsampler()),
         "images": (f"{IMAGES}: from 64 to 256 pixels, on one GPU", _images_upsampler()),
         "imagenet64_256": _published("upsampler-64-256", 500_000, 256, 1e-4, dtype="float16", at_once=16),
         "imagenet128_512": _published("upsampler-128-512", 1_050_000, 256, 1e-4, dtype="float16", at_once=8),
         "iddpm_imagenet64_256": _iddpm("iddpm-upsampler-64-256", 500_000, 256, 3e-4, at_once=16),
     }
+    return {name: (about, _in_folder(config, name, "upsampler")) for name, (about, config) in presets.items()}
+
+
+def _in_folder(config: AnyTraining, preset: str, kind: str) -> AnyTraining:
+    """Return the config with the output PRESET/KIND, where the same preset of the other jobs looks for it."""
+    return config.model_copy(update={"output": f"{preset}/{kind}"})
 
 
 def trained_networks() -> dict[str, tuple[Architecture, DiffusionConfig]]:
@@ -99,7 +108,7 @@ def _published(
     entry = zoo.entry(name)
     settings: dict[str, Any] = {
         "dataset": f"datasets/{dataset}",
-        "output": f"{name}/training",
+        "output": name,
         "model": entry.network,
         "diffusion": entry.diffusion,
         "order": _published_order(entry.network.image_size),
@@ -144,7 +153,7 @@ def _published_classifier(
     entry = zoo.entry(name)
     config = NoisyClassifierConfig(
         dataset="datasets/imagenet",
-        output=f"{name}/training",
+        output=name,
         model=entry.network,
         diffusion=entry.diffusion,
         order=_published_order(entry.network.image_size),

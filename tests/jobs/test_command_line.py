@@ -130,7 +130,7 @@ def refusal(presets: dict[str, Any], argv: list[str], capsys: pytest.CaptureFixt
         ("preset: digits\nmodel: 3", "model=a value is not accepted; accepted: the fields model.*"),
         ("preset: digits\norder: {num_streams: 3}", "order.num_streams=3 is not a power of two"),
         ("preset: digits\nbatch_size: 63", "batch_size=63 is not a multiple of order.num_streams=4"),
-        ("preset: digist\nbatch_size: 64", "unknown preset digist; did you mean digits?"),
+        ("preset: digitz\nbatch_size: 64", "unknown preset digitz; did you mean digits?"),
         ("preset: [digits]", "unknown preset "),
         ("batch_size: 64", ", imagenet64, "),
         ("- a list", "mapping"),

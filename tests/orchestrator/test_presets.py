@@ -1,9 +1,28 @@
 """Test that presets of the same name fit each other: each job reads what the previous job writes."""
 
+import pytest
+
+from orchestrator.config import SIZES
 from orchestrator.data.presets import dataset_presets
 from orchestrator.data.shards import ROW_GROUP_IMAGES
+from orchestrator.evaluation.presets import evaluation_presets
+from orchestrator.generation.presets import generation_presets
 from orchestrator.order import OPEN_BYTES_LIMIT
+from orchestrator.run_evaluation.presets import run_evaluation_presets
+from orchestrator.search.presets import search_presets
 from orchestrator.training.presets import adm_presets, classifier_presets, upsampler_presets
+
+
+@pytest.mark.parametrize("preset", ["digits", "images", *(f"imagenet{size}" for size in SIZES)])
+def test_one_name_leads_through_all_jobs(preset: str) -> None:
+    model, classifier = adm_presets()[preset][1], classifier_presets()[preset][1]
+    search, generation = search_presets()[preset][1], generation_presets()[preset][1]
+    along, evaluation = run_evaluation_presets()[preset][1], evaluation_presets()[preset][1]
+    assert model.output in search.weights and generation.weights == along.weights == model.output
+    assert search.classifier == generation.classifier == along.classifier == classifier.output
+    assert evaluation.samples == generation.output
+    datasets = {model.dataset, classifier.dataset, search.reference, along.reference, evaluation.reference}
+    assert datasets <= {config.output for _, config in dataset_presets().values()} and len(datasets) == 1
 
 
 def test_trainings_that_validate_have_a_dataset_that_holds_images_out() -> None:

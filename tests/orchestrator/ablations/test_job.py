@@ -16,7 +16,7 @@ from orchestrator.ablations.result import Measured, conclude, table_lines
 from orchestrator.data.job import prepare
 from orchestrator.training.config import AdmConfig
 from orchestrator.training.presets import adm_presets
-from tests.benchmarks.findings import FINDINGS, judged
+from tests.benchmarks.findings import FINDINGS, NOISE, judged
 from tests.orchestrator.digits import digits
 
 TABLE: dict[str, Any] = {
@@ -183,7 +183,7 @@ def test_every_finding_names_a_row_and_a_metric_of_its_table() -> None:
         table = presets[finding.table][1].read_table()
         assert finding.row in table.rows and table.compared_with()[finding.row], finding
         objectives = presets[finding.table][1].evaluation(table, finding.row, 0).objective
-        assert finding.metric in (*objectives, *(["bits_per_dim"] if table.likelihood else [])), finding
+        assert finding.metric in (*objectives, *(["bits_per_dim", NOISE] if table.likelihood else [])), finding
 
 
 def test_a_finding_is_judged_by_its_interval() -> None:

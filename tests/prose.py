@@ -1,0 +1,117 @@
+"""A check of wording, and a report of sizes: part of `make lint`.
+
+    python -m tests.prose
+
+Fails if a text of the project uses a word that has a standard term (CONTRIBUTING.md, "Wording"). Prints the lines of
+code of each package and the longest functions, which is a report and not a gate.
+"""
+
+import ast
+import io
+import re
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("models", "orchestrator", "cluster", "jobs", "tests")
+LONGEST = 10  # functions that the report lists
+
+# What a reader would stumble over, and the field's term for it.
+REPLACED = {
+    r"adopt(s|ed|ing)? a dataset": "register in place",
+    r"answers? (with|the (URI|path|name))": "return",
+    r"at every look|looks at the validation": "evaluation",
+    r"\bby heart\b": "memorise",
+    r"came of (it|them)": "the result",
+    r"\bentrants?\b": "new trials",
+    r"freed of (its )?bias": "corrected for bias",
+    r"\bheats?\b": "evaluation of a trial at a rung",
+    r"\bhears?\b": "receive",
+    r"\b(failures|attempts|times|steps|items) in a row\b(?! group)": "consecutive",
+    r"\blasting error": "permanent error",
+    r"\blearnt\b": "learned",
+    r"makes? no step": "is stalled",
+    r"\bmade again\b|\bmakes? again\b": "regenerate",
+    r"\bover-fit": "overfit",
+    r"\bpurses?\b": "budget",
+    r"\bput back\b": "restore",
+    r"\bset aside\b": "quarantine",
+    r"\bsound tar\b": "valid tar archive",
+    r"\bstor(y|ies)\b": "workflow",
+    r"\bthing\(s\)": "count the noun: 3 checks failed",
+    r"\bunless another hand\b": "unless another worker did",
+    r"\bwish(es|ed)?\b|\bon wish\b": "requested, accepted value",
+    r"\bwhoever\b": "whichever worker, or the one who",
+    r"\bwants? (to|so|a|the|its|no)\b": "need, require",
+}  # fmt: skip
+
+
+class Text(NamedTuple):
+    """A line that a person reads."""
+
+    path: Path
+    line: int
+    text: str
+
+
+def texts(path: Path) -> Iterator[Text]:
+    """Yield the lines of a document, or the comments and strings of a module."""
+    content = path.read_text()
+    if path.suffix != ".py":
+        yield from (Text(path, number, line) for number, line in enumerate(content.splitlines(), 1))
+        return
+    for token in tokenize.generate_tokens(io.StringIO(content).readline):
+        if token.type in (tokenize.COMMENT, tokenize.STRING):
+            for offset, line in enumerate(token.string.splitlines()):
+                yield Text(path, token.start[0] + offset, line)
+
+
+def stumbles(text: str) -> list[tuple[str, str]]:
+    """Return each wording that has a standard term, with that term."""
+    return [(found[0], term) for words, term in REPLACED.items() if (found := re.search(words, text, re.IGNORECASE))]
+
+
+def pages() -> list[Path]:
+    """Return every file with prose of ours."""
+    files = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile", "ray_cluster.yaml")]
+    files += sorted((ROOT / "docs").glob("*.md"))
+    for package in PACKAGES:
+        files += sorted((ROOT / package).rglob("*.py"))
+    return [path for path in files if path != Path(__file__).resolve()]
+
+
+def report() -> str:
+    """Return lines by package, and the longest functions."""
+    rows, functions = [], []
+    for package in PACKAGES:
+        lines = code = 0
+        for path in (ROOT / package).rglob("*.py"):
+            content = path.read_text()
+            lines += content.count("\n")
+            code += sum(bool(line.strip()) and not line.strip().startswith("#") for line in content.splitlines())
+            for node in ast.walk(ast.parse(content)):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
+                    length = node.end_lineno - node.lineno + 1
+                    functions.append((length, f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"))
+        rows.append(f"{package:14}{lines:8,} lines{code:8,} without blank lines and comments")
+    longest = [f"{length:5} lines  {where}" for length, where in sorted(functions, reverse=True)[:LONGEST]]
+    return "\n".join([*rows, "longest functions", *longest])
+
+
+def main() -> int:
+    """Print the report and what has a standard term; return the number of such places."""
+    print(report())
+    count = 0
+    for path in pages():
+        for place in texts(path):
+            for words, term in stumbles(place.text):
+                count += 1
+                print(f"{place.path.relative_to(ROOT)}:{place.line}: {words!r}; use: {term}")
+    return count
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main()))
