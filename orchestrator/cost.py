@@ -1,7 +1,7 @@
-"""What a job will cost before it runs: FLOPs, memory of each GPU, GPU-hours. `--dry-run` prints it.
+"""The cost of a job, estimated before it runs: FLOPs, memory of each GPU, GPU-hours. `--dry-run` prints it.
 
-A FLOP is one floating-point operation, so a multiply-add is two. Time is FLOPs over the card's peak, times the share of
-the peak that published code reached on the same networks; whoever has measured his own says so by --cost.mfu.
+A FLOP is one floating-point operation, so a multiply-add is two. Time is FLOPs divided by the GPU's peak FLOP/s and by the
+MFU, which is --cost.mfu or what published code reached on the same networks.
 """
 
 from collections.abc import Sequence

@@ -86,7 +86,7 @@ class TrainingConfig(JobConfig):
     # Workers
     num_workers: Operational[int] = Field(1, ge=0)  # training workers; 0 = in this process, without Ray
     num_gpus: Operational[int] = Field(0, ge=0, le=1)  # GPUs for each worker
-    max_failures: Operational[int] = Field(3, ge=0)  # attempts in a row that may fail without a new checkpoint
+    max_failures: Operational[int] = Field(3, ge=0)  # consecutive attempts that may fail without a new checkpoint
     cost: Operational[CostConfig] = CostConfig()
 
     @property

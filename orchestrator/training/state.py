@@ -83,7 +83,7 @@ class TrainingState:
         """Wait for the gradient norm of the last step, and update averages, counts and loss scale accordingly.
 
         Raises:
-            ArithmeticError: more than `max_nonfinite_steps` steps in a row were skipped.
+            ArithmeticError: more than `max_nonfinite_steps` consecutive steps were skipped.
         """
         if self._last_norm is None:
             return
@@ -99,7 +99,7 @@ class TrainingState:
             self.log2_loss_scale = max(scaling.floor, self.log2_loss_scale - scaling.backoff)
         if self.bad_steps > self._config.max_nonfinite_steps:
             raise ArithmeticError(
-                f"the gradient was not finite in {self.bad_steps} steps in a row, at "
+                f"the gradient was not finite in {self.bad_steps} consecutive steps, at "
                 f"{self.position - self._config.batch_size:,} images; lower --learning-rate, or check the last images"
             )
 

@@ -104,7 +104,7 @@ def test_gradients_that_are_not_finite_are_skipped_then_end_the_run(
     config = adm(store, "poisoned", max_nonfinite_steps=2)
     fresh = TrainingState(config, torch.device("cpu")).tensors()
     monkeypatch.setattr("orchestrator.training.losses.from_uint8", lambda images, channels: _poison(images, channels))
-    with pytest.raises(ArithmeticError, match="not finite in 3 steps in a row"):
+    with pytest.raises(ArithmeticError, match="not finite in 3 consecutive steps"):
         train_loop(config, context())
     found = newest_checkpoint(config.path(config.output))
     assert found is not None
