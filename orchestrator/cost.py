@@ -1,7 +1,7 @@
 """The cost of a job, estimated before it runs: FLOPs, memory of each GPU, GPU-hours. `--dry-run` prints it.
 
-A FLOP is one floating-point operation, so a multiply-add is two. Time is FLOPs divided by the GPU's peak FLOP/s and by the
-MFU, which is --cost.mfu or what published code reached on the same networks.
+A FLOP is one floating-point operation, so a multiply-add is two. Time is FLOPs divided by the GPU's peak FLOP/s and by
+the MFU, which is --cost.mfu or what published code reached on the same networks.
 """
 
 from collections.abc import Sequence
