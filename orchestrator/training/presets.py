@@ -29,6 +29,7 @@ def adm_presets() -> dict[str, Adm]:
         "digits": (DIGITS, _digits_diffusion()),
         "images": (f"{IMAGES}: ADM at 64 pixels, on one GPU", _images_diffusion()),
         "imagenet64": _published("adm-64", 540_000, 2048, 3e-4, dtype="float16", at_once=64),
+        "imagenet64_1024": _for_1024_workers(),
         "imagenet128": _published("adm-128", 4_360_000, 256, 1e-4, dtype="float16"),
         "imagenet256": _published("adm-256", 1_980_000, 256, 1e-4, dtype="float16"),
         "imagenet256_uncond": _published("adm-256-uncond", 1_980_000, 256, 1e-4, dtype="float16"),
@@ -123,6 +124,17 @@ def _published(
         "num_gpus": 1,
     }
     return _summary(name, iterations, batch_size, "dtype" not in changes), AdmConfig(**settings | changes)
+
+
+def _for_1024_workers() -> Adm:
+    """Return the training of `imagenet64` with the largest number of streams, for large clusters.
+
+    The order of the images depends on the number of streams, so it differs from that of `imagenet64`. A worker holds at
+    most as many open images as there.
+    """
+    order = OrderConfig(num_streams=1024, shuffle_row_groups=8)
+    about, config = _published("adm-64", 540_000, 2048, 3e-4, dtype="float16", at_once=8, num_workers=256, order=order)
+    return f"{about}; for up to 1,024 workers", config
 
 
 def _iddpm(name: str, iterations: int, batch_size: int, learning_rate: float, **changes: Any) -> Adm:
