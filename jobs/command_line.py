@@ -252,11 +252,11 @@ def _explained(error: pydantic.ValidationError, options: Mapping[str, Option]) -
     first = error.errors()[0]
     if first["type"] in ("extra_forbidden", "invalid_key"):
         fields = [*options, *dict.fromkeys(name.rpartition(".")[0] for name in options if "." in name)]
-        place, value = list(first["loc"]), first["input"]
+        unknown, value = [str(part) for part in first["loc"]], first["input"]
         while isinstance(value, dict) and value:
-            name, value = next(iter(value.items()))
-            place.append(name)
-        return _unknown("field", ".".join(map(str, place)), fields, "PRESET --help lists all fields")
+            key, value = next(iter(value.items()))
+            unknown.append(str(key))
+        return _unknown("field", ".".join(unknown), fields, "PRESET --help lists all fields")
     place = [part for part in first["loc"] if isinstance(part, str)]  # without positions in lists
     name = ".".join(place)
     if first["type"] != "value_error":  # a check of a type or of bounds, which pydantic describes in its own words
