@@ -89,7 +89,7 @@ def test_a_learning_rate_that_falls_to_the_end_is_stretched_only_if_asked_to(
 ) -> None:
     falling: dict[str, Any] = {"lr_schedule": "linear"}
     train(quiet(store, "falling", total_images=48, **falling))
-    with pytest.raises(ValueError, match=r"--total-images 96: .* made with 48.*--extend.*from 0\.0005"):
+    with pytest.raises(ValueError, match=r"--total-images 96: .* falls to zero at 48.*--extend.*to 0\.0005"):
         train(quiet(store, "falling", **falling))
     with pytest.raises(ValueError, match=r"learning_rate: 0\.001 there, 0\.002 here"):
         train(quiet(store, "falling", **falling, extend=True, learning_rate=2e-3))
