@@ -1,4 +1,4 @@
-"""Make an average of a training's weights of any length, afterwards: a preset's name first, then overrides."""
+"""Compute an average of a training's weights of any length after the training (post-hoc EMA)."""
 
 from jobs.command_line import main
 from orchestrator.training.averages import average, plan

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -60,10 +60,10 @@ def main(
     run: Callable[[Config], object],
     plan: Callable[[Config], tuple[JobConfig, str]],
 ) -> None:
-    """Parse the command line, then `run(config)`; with --dry-run print the two that `plan(config)` returns instead.
+    """Parse the command line and call `run(config)`; with --dry-run print the config and the text that `plan` returns.
 
-    Exit codes: 0 done, 1 the job failed, 2 the command line or the config is wrong, 130 interrupted. Errors are one
-    line on stderr; with ADMIRAL_DEBUG=1 the traceback comes instead.
+    Exit codes: 0 done, 1 the job failed, 2 the command line or the config is wrong, 130 interrupted. An error is one
+    line on stderr. With ADMIRAL_DEBUG=1 it is a traceback.
     """
     redact_output()
     config = parse(description, presets, sys.argv[1:])
@@ -79,26 +79,26 @@ def main(
             raise
         _fail(1, _as_typed(_message(error), options_of(type(config))) + _option_of(error, config))
     except KeyboardInterrupt:
-        _fail(130, "interrupted; the same command goes on from here")
+        _fail(130, "interrupted; the same command resumes the job")
 
 
 def parse(description: str | None, presets: Presets[Config], argv: list[str]) -> Config:
-    """Return the config for `argv`: a preset's name or `--preset FILE` first, then overrides of its fields.
+    """Return the config for `argv`: the name of a preset or `--preset FILE` first, then options that change its fields.
 
-    If there is only one preset, its name may be left out.
-
-    If the config refers to other settings (`JobConfig.starting_from`), the overrides apply to those.
+    The name may be left out if there is only one preset. If the config refers to settings that are stored elsewhere
+    (`JobConfig.starting_from`), the options change those settings.
 
     Raises:
-        SystemExit: with code 0 after help is printed, with code 2 after one line about what is wrong.
+        SystemExit: with code 0 after printing help, with code 2 after printing one line about an error.
     """
     about, name = " ".join((description or "").split()), argv[0] if argv else ""
     if name in ("-h", "--help") and len(presets) > 1:
-        _show(_list_of(presets, about))
+        print(_list_of(presets, about))
+        raise SystemExit(0)
     if name.split("=", 1)[0] == "--preset":
         flag, *rest = name.split("=", 1) + argv[1:]
         if not rest:
-            _fail(2, f"{flag} needs a path or URI")
+            _fail(2, f"{flag} needs a value; accepted: the path or URI of a YAML or JSON file")
         argv, presets = rest, {rest[0]: ("from a file", _read_preset(rest[0], presets))}
     elif len(presets) == 1 and (not name or name.startswith("-")):
         argv = [*presets, *argv]
@@ -110,7 +110,8 @@ def parse(description: str | None, presets: Presets[Config], argv: list[str]) ->
     summary, preset = presets[name]
     options = options_of(type(preset))
     if "-h" in words or "--help" in words:
-        _show(help_page(f"{_program()} {name} [OPTIONS]", f"{about} Preset {name}: {summary}.", preset))
+        print(help_page(f"{_program()} {name} [OPTIONS]", f"{about} Preset {name}: {summary}.", preset))
+        raise SystemExit(0)
     changes = _changes(words, options)
     try:
         config = _changed(preset, changes)
@@ -133,19 +134,19 @@ def _list_of(presets: Presets[Config], about: str) -> str:
     ]
     for name, (summary, _) in presets.items():
         lines += textwrap.wrap(summary, 120, initial_indent=f"  {name:<22}", subsequent_indent=" " * 24)
-    end = "PRESET --help lists its options. FILE is YAML or JSON: `preset: PRESET`, and the fields that differ from it."
+    end = "`PRESET --help` lists the options. FILE is YAML or JSON with `preset: PRESET` and the fields to change."
     return "\n".join([*lines, "", end])
 
 
 def _changes(words: list[str], options: Mapping[str, Option]) -> dict[str, Any]:
-    """Return the values that the words of a command line give to options, nested as the configs are."""
+    """Return the values that the words of a command line give to the options, as a nested dict like the config."""
     flags = {flag: option for option in options.values() for flag in option.flags}
     tree: dict[str, Any] = {}
     while words:
         typed, equals, value = words[0].partition("=")
         flag = typed.replace("_", "-")
         if not flag.startswith("--"):
-            _fail(2, f"{typed} belongs to no option; --help lists all options")
+            _fail(2, f"{typed} is not an option and not a value of one; --help lists all options")
         if flag not in flags:
             _fail(2, _unknown("option", typed, _option_names(options), "--help lists all options"))
         option = flags[flag]
@@ -165,9 +166,9 @@ def _changes(words: list[str], options: Mapping[str, Option]) -> dict[str, Any]:
 
 
 def _values(words: list[str], option: Option, flags: Collection[str]) -> list[str]:
-    """Return the words that are values of an option: one, or of an option of several values all before the next option.
+    """Return the words that are values of an option: at most one, or all before the next option if it takes several.
 
-    A text may begin with dashes, unless it is the name of an option.
+    A text may begin with dashes if it is not the name of an option.
     """
     found = []
     for word in words if option.item else words[:1]:
@@ -178,7 +179,7 @@ def _values(words: list[str], option: Option, flags: Collection[str]) -> list[st
 
 
 def _option_names(options: Mapping[str, Option]) -> list[str]:
-    """Return the names of options as fields, with `no_` for the negation of a boolean."""
+    """Return the dotted field names of the options, and of the negations of booleans, which have `no_` in them."""
     return [*options, *(_negated(name) for name, option in options.items() if option.is_bool), "help"]
 
 
@@ -187,7 +188,7 @@ def _negated(name: str) -> str:
 
 
 def _unknown(kind: str, name: str, names: Collection[str], otherwise: str) -> str:
-    """Return the error about a name that is not in `names`: it suggests a similar name, or says `otherwise`."""
+    """Return the error about a name that is not in `names`, with a similar name or else with the text `otherwise`."""
     wanted = name.removeprefix("--").replace("-", "_")
     new = RENAMED.get(re.sub(r"(^|\.)no_(?=\w+$)", r"\1", wanted), "")
     guesses = [RENAMED.get(wanted, ""), _negated(new), new]
@@ -203,22 +204,17 @@ def _unknown(kind: str, name: str, names: Collection[str], otherwise: str) -> st
 
 
 def _read_preset(location: str, presets: Presets[Config]) -> Config:
-    """Read a preset from a YAML or JSON file, which has the fields that differ from the preset that `preset` names."""
+    """Return the preset that a YAML or JSON file names as `preset`, changed by the other fields of the file."""
     try:
         tree = yaml.safe_load(storage.read_bytes(storage.resolve(location)))
         if not isinstance(tree, dict):
-            raise ValueError("the file must be a mapping of fields to values")
+            raise ValueError("the file is not a mapping of fields to values")
         if "preset" not in tree and len(presets) > 1:
             raise ValueError(f"the field preset is missing; set it to one of {', '.join(presets)}")
         base = str(tree.pop("preset", next(iter(presets))))
         if base not in presets:
             raise ValueError(_unknown("preset", base, presets, f"the presets are {', '.join(presets)}"))
-        config = presets[base][1]
-        options = options_of(type(config))
-        fields = [*options, *dict.fromkeys(name.rpartition(".")[0] for name in options if "." in name)]
-        if unknown := [name for name in _leaves(tree) if name not in fields]:
-            raise ValueError(_unknown("field", unknown[0], fields, f"{base} --help lists all fields"))
-        return _changed(config, tree)
+        return _changed(presets[base][1], tree)
     except FileNotFoundError:
         _fail(2, f"--preset {location} does not exist")
     except yaml.MarkedYAMLError as error:
@@ -229,17 +225,11 @@ def _read_preset(location: str, presets: Presets[Config]) -> Config:
         _fail(2, f"{location}: {_message(error)}")
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of the values in a nested dict."""
-    for name, value in tree.items():
-        yield from _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [f"{prefix}{name}"]
-
-
 def _changed(config: Config, changes: dict[str, Any]) -> Config:
-    """Return the config with other values, all checked.
+    """Return a validated copy of the config with other values.
 
     Raises:
-        ValueError: a value is not accepted; the message names the field by its whole name.
+        ValueError: a field does not exist or a value is not accepted; the message has the dotted name of the field.
     """
     try:
         return type(config).model_validate(_merged(config.model_dump(), changes))
@@ -248,7 +238,7 @@ def _changed(config: Config, changes: dict[str, Any]) -> Config:
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with the values of `changes` in place of its own."""
+    """Return a nested dict with the values of `changes` in place of those of `base`."""
     both = {name: _merged(base[name], value) if isinstance(value, dict) and isinstance(base.get(name), dict) else value
             for name, value in changes.items()}  # fmt: skip
     return {**base, **both}
@@ -258,28 +248,35 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explained(error: pydantic.ValidationError, options: Mapping[str, Option]) -> str:
-    """Return what is wrong with the first value that is not accepted: the whole name of its field, and what is."""
+    """Return one line about the first error: the dotted name of the field, its value, and what is accepted."""
     first = error.errors()[0]
-    place = [part for part in first["loc"] if isinstance(part, str)]
+    if first["type"] in ("extra_forbidden", "invalid_key"):
+        fields = [*options, *dict.fromkeys(name.rpartition(".")[0] for name in options if "." in name)]
+        unknown, value = [str(part) for part in first["loc"]], first["input"]
+        while isinstance(value, dict) and value:
+            key, value = next(iter(value.items()))
+            unknown.append(str(key))
+        return _unknown("field", ".".join(unknown), fields, "PRESET --help lists all fields")
+    place = [part for part in first["loc"] if isinstance(part, str)]  # without positions in lists
     name = ".".join(place)
-    if first["type"] != "value_error":  # pydantic's own check of a type or of bounds
+    if first["type"] != "value_error":  # a check of a type or of bounds, which pydantic describes in its own words
         shown = options[name].shown(first["input"]) if name in options else "a value"
         accepted = options[name].accepted if name in options else f"the fields {name}.*"
         near = difflib.get_close_matches(shown, first.get("ctx", {}).get("expected", "").split("'"), 1)
         advice = f"; did you mean {near[0]}?" if near else ""
         return f"{name}={shown} is not accepted; accepted: {accepted}{advice}"
     message = first["msg"].removeprefix("Value error, ")
-    of = ".".join(place[:-1] if name in options else place)  # the nested config whose validator it is
+    nested = ".".join(place[:-1] if name in options else place)  # whose validator knows its fields by short names
 
-    def whole(found: re.Match[str]) -> str:
-        return f"{of}.{found[0]}" if f"{of}.{found[0]}" in options else found[0]
+    def dotted(found: re.Match[str]) -> str:
+        return f"{nested}.{found[0]}" if f"{nested}.{found[0]}" in options else found[0]
 
-    message = re.sub(r"(?<![\w.-])[a-z]\w*(?==)", whole, message) if of else message
+    message = re.sub(r"(?<![\w.-])[a-z]\w*(?==)", dotted, message)
     return message if not name or re.search(r"\w=|--", message) else f"{name}: {message}"
 
 
 def _as_typed(message: str, options: Mapping[str, Option]) -> str:
-    """Return a message with the options in it as they are typed: `num_workers=3` becomes `--num-workers 3`."""
+    """Return a message with the options as the user types them: `num_workers=3` becomes `--num-workers 3`."""
 
     def typed(found: re.Match[str]) -> str:
         if found["name"] not in options:
@@ -293,7 +290,7 @@ def _as_typed(message: str, options: Mapping[str, Option]) -> str:
 
 
 def _option_of(error: Exception, config: JobConfig) -> str:
-    """Return the option of the path that an error of a file names, as ` (--dataset datasets/digits)`; "" if none."""
+    """Return the option whose value is the path in an error about a file, as ` (--dataset datasets/digits)`, or ""."""
     message = str(error)
     if not isinstance(error, OSError) or "--" in message:
         return ""
@@ -302,16 +299,11 @@ def _option_of(error: Exception, config: JobConfig) -> str:
 
 
 def _message(error: Exception) -> str:
-    """Return an error's message as one line, without the number and the quotes that Python puts around some."""
+    """Return the message of an error as one line, without errno and without quotes around paths."""
     if isinstance(error, OSError) and error.strerror:
         parts = [error.strerror, *map(str, filter(None, (error.filename, error.filename2)))]
         return ": ".join(parts)
     return " ".join(str(error).split())
-
-
-def _show(page: str) -> NoReturn:
-    print(page)
-    raise SystemExit(0)
 
 
 def _program() -> str:

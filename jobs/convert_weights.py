@@ -1,4 +1,4 @@
-"""Convert weights between .pt, safetensors and diffusers: a preset's name first, then overrides."""
+"""Convert weights between .pt, safetensors and diffusers."""
 
 from jobs.command_line import main
 from orchestrator.weights.job import convert, plan

@@ -1,4 +1,4 @@
-"""Check every node of the cluster, the store and the tracking server, and say what is wrong."""
+"""Check every node of the cluster, the store and the tracking server."""
 
 from jobs.command_line import main
 from orchestrator.doctor import doctor_presets, examine, plan

@@ -1,4 +1,4 @@
-"""Estimate bits per dimension, with the pictures of progressive coding: a preset's name first, then overrides."""
+"""Estimate bits per dimension of a diffusion model, with pictures of progressive coding."""
 
 from functools import partial
 

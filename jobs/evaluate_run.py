@@ -1,4 +1,4 @@
-"""Measure the snapshots of a training run, and name the best one: a preset's name first, then overrides."""
+"""Evaluate the snapshots of a training run, and find the best one."""
 
 from jobs.command_line import main
 from orchestrator.run_evaluation.job import evaluate_run, plan

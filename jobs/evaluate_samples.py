@@ -1,4 +1,4 @@
-"""Measure samples against a dataset or a published batch: a preset's name first, then overrides."""
+"""Evaluate samples against a dataset or a published reference batch."""
 
 from jobs.command_line import main
 from orchestrator.evaluation.job import evaluate, plan

@@ -1,4 +1,4 @@
-"""Generate samples, guided or not, as shards: a preset's name first, then overrides."""
+"""Generate samples with or without guidance."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""The options of a job, read from its config: names, help texts, accepted values, and the help page."""
+"""The options of a job: names, help texts and accepted values, which are read from the class of its config."""
 
 import ast
 import inspect
@@ -18,51 +18,51 @@ NESTED = "{name}.*: {about}"  # heading of the options of a nested config
 
 
 class Option(NamedTuple):
-    """A field of a config, or of one nested in it."""
+    """A field of a config or of a nested config."""
 
-    name: str  # as order.num_streams
-    kind: Any  # its type
-    bounds: tuple[Any, ...]  # what pydantic checks beyond the type
-    text: str  # what it means: the comment behind the field
-    group: str  # heading in --help: the comment line above the field or one before it
-    is_operational: bool = False  # may change whenever the job is started again in the same folder
+    name: str  # dotted, such as order.num_streams
+    kind: Any  # the type
+    bounds: tuple[Any, ...]  # what pydantic checks beside the type
+    text: str  # the help text: the comment behind the field
+    group: str  # the heading in --help: the comment line above this field or above an earlier one
+    is_operational: bool = False  # may change at every restart in the same folder
 
     @property
     def flag(self) -> str:
-        """The option as it is typed."""
+        """Return the option as the user types it."""
         return f"--{self.name.replace('_', '-')}"
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """The option and, of a boolean, its negation."""
+        """Return the option and, for a boolean, its negation."""
         negation = re.sub(r"(--|\.)(?=[\w-]+$)", r"\1no-", self.flag)
         return (self.flag, negation) if self.is_bool else (self.flag,)
 
     @property
     def is_bool(self) -> bool:
-        """Whether it may stand without a value."""
+        """Return whether the option is a boolean, which needs no value."""
         return bool in _alternatives(self.kind)
 
     @property
     def is_text(self) -> bool:
-        """Whether its values may be any words."""
+        """Return whether a value may be any text."""
         return str in _alternatives(self.kind) or self.item is str
 
     @property
     def item(self) -> Any:
-        """The type of each value where it takes several, else None."""
+        """Return the type of each value if the option takes several values, else None."""
         found = next((kind for kind in _alternatives(self.kind) if get_origin(kind) is tuple), None)
         return None if found is None else found if get_args(found)[-1] is not ... else get_args(found)[0]
 
     @property
     def accepted(self) -> str:
-        """What it accepts, in words."""
+        """Return a description of the accepted values."""
         kinds = _alternatives(self.kind)
         words = _words(next(kind for kind in kinds if kind is not type(None)), self.bounds)
         return f"{words}, or none" if type(None) in kinds else words
 
     def value(self, words: list[str]) -> Any:
-        """Return words of a command line as a value that pydantic converts."""
+        """Return the words of a command line in the structure that pydantic expects for this field."""
         if type(None) in _alternatives(self.kind) and [word.lower() for word in words] == ["none"]:
             return None
         if self.item is None:
@@ -71,7 +71,7 @@ class Option(NamedTuple):
         return words if size == 1 else [words[at : at + size] for at in range(0, len(words), size)]
 
     def shown(self, value: Any) -> str:
-        """Return a value as it is typed."""
+        """Return a value as the user types it."""
         if isinstance(value, (tuple, list)):
             return " ".join(map(self.shown, value))
         return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
@@ -80,14 +80,15 @@ class Option(NamedTuple):
 def options_of(
     config: type[pydantic.BaseModel], prefix: str = "", group: str = "", marked: bool = False
 ) -> dict[str, Option]:
-    """Return the options of a config by name, those of nested configs included."""
+    """Return the options of a config and of its nested configs by dotted name."""
     options: dict[str, Option] = {}
     texts = _texts(config)
     for name, field in config.model_fields.items():
         text, heading = texts[name]
         is_operational = marked or MARK in field.metadata
         if is_config(kind := field.annotation):
-            about = NESTED.format(name=f"--{prefix}{name}".replace("_", "-"), about=(kind.__doc__ or "").split("\n")[0])
+            about = text or (kind.__doc__ or "").split("\n")[0]
+            about = NESTED.format(name=f"--{prefix}{name}".replace("_", "-"), about=about)
             options |= options_of(kind, f"{prefix}{name}.", about, is_operational)
         else:
             bounds = tuple(field.metadata)
@@ -101,7 +102,7 @@ def is_config(kind: Any) -> TypeGuard[type[pydantic.BaseModel]]:
 
 
 def help_page(usage: str, about: str, config: pydantic.BaseModel) -> str:
-    """Return the page of --help: every option with the config's value, its meaning and what it accepts, by groups."""
+    """Return the help page: all options in groups, each with its value in the config, its text and what it accepts."""
     width = min(shutil.get_terminal_size((120, 24)).columns, 120)
     groups: dict[str, list[str]] = {}
     for option in options_of(type(config)).values():
@@ -114,7 +115,7 @@ def help_page(usage: str, about: str, config: pydantic.BaseModel) -> str:
         groups.setdefault(option.group, []).extend(lines)
     head = textwrap.fill(about, width)
     pages = ["\n".join([heading, *lines]) for heading, lines in groups.items()]
-    return "\n\n".join([f"usage: {usage}", head, "Each option is shown with the value that it has now.", *pages])
+    return "\n\n".join([f"usage: {usage}", head, "Every option is shown with its value in this preset.", *pages])
 
 
 def _value(config: Any, name: str) -> Any:
@@ -124,12 +125,12 @@ def _value(config: Any, name: str) -> Any:
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:
-    """Return the types of a union; any other type alone."""
+    """Return the types of a union, or a tuple of any other type alone."""
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def _words(kind: Any, bounds: tuple[Any, ...]) -> str:
-    """Return what a type with bounds accepts, in words."""
+    """Return a description of the values that a type with bounds accepts."""
     if get_origin(kind) is Literal:
         *most, last = map(str, get_args(kind))
         return f"{', '.join(most)} or {last}" if most else last
@@ -155,15 +156,15 @@ def _limits(bounds: tuple[Any, ...]) -> Iterator[str]:
 
 
 def _bound(bounds: tuple[Any, ...], name: str) -> Any:
-    """Return the limit of this name, such as gt or min_length; None if there is none."""
+    """Return the limit of this name, such as gt or min_length, or None."""
     return next((found for bound in bounds if (found := getattr(bound, name, None)) is not None), None)
 
 
 @cache
 def _texts(config: type[pydantic.BaseModel]) -> Mapping[str, tuple[str, str]]:
-    """Return (meaning, group) of each field, from the comments in the source of the config and of those it extends.
+    """Return (help text, group) of each field, read from the source code of the config and of its base classes.
 
-    A comment behind a field is its meaning. A comment on a line of its own is the heading of the fields below it.
+    The comment behind a field is its help text. A comment on a line of its own is the heading of the fields below it.
     """
     found: dict[str, tuple[str, str]] = {}
     for base in reversed(config.__mro__):

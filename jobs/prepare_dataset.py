@@ -1,4 +1,4 @@
-"""Prepare a dataset, shuffled Parquet shards and a manifest: a preset's name first, then overrides."""
+"""Prepare a dataset: shuffled Parquet shards and a manifest."""
 
 from jobs.command_line import main
 from orchestrator.data.job import plan, prepare_and_track

@@ -1,4 +1,4 @@
-"""Prepare, train, search, generate and evaluate scanned digits on this machine, and write a page about it."""
+"""Prepare, train, search, generate and evaluate on scanned digits on this machine, and write a report."""
 
 from jobs.command_line import main
 from orchestrator.quickstart.job import plan, quickstart

@@ -1,4 +1,4 @@
-"""Train and evaluate the rows of a table of ablations: a preset's name first, then overrides."""
+"""Train and evaluate the rows of a table of ablations."""
 
 from jobs.command_line import main
 from orchestrator.ablations.job import plan, run_ablations

@@ -1,4 +1,4 @@
-"""Train an ADM diffusion model: a preset's name first, then overrides."""
+"""Train an ADM diffusion model."""
 
 from jobs.command_line import main
 from orchestrator.training.job import plan, train

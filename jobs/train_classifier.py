@@ -1,4 +1,4 @@
-"""Train the noisy classifier that guides sampling: a preset's name first, then overrides."""
+"""Train the noisy classifier that guides sampling."""
 
 from jobs.command_line import main
 from orchestrator.training.job import plan, train

@@ -1,4 +1,4 @@
-"""Train an ADM upsampler, the second stage of a cascade: a preset's name first, then overrides."""
+"""Train an ADM upsampler, the second stage of a cascade."""
 
 from jobs.command_line import main
 from orchestrator.training.job import plan, train

@@ -1,4 +1,4 @@
-"""Search guidance scale and number of steps: a preset's name first, then overrides."""
+"""Search for the best guidance, sampler and number of steps."""
 
 from functools import partial
 

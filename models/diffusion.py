@@ -24,13 +24,13 @@ class DiffusionConfig(BaseModel, frozen=True, extra="forbid"):
     """The diffusion process and what the network predicts."""
 
     schedule: Literal["linear", "cosine", "quad", "warmup10", "warmup50", "const", "jsd"] = "linear"  # noise schedule
-    num_timesteps: int = Field(1000, ge=2)  # T, steps of the training process
-    prediction: Literal["eps", "x_start", "previous_x"] = "eps"  # what the first channels of the output mean
+    num_timesteps: int = Field(1000, ge=2)  # T, the number of diffusion steps
+    prediction: Literal["eps", "x_start", "previous_x"] = "eps"  # what the network predicts: noise, x_0 or x_(t-1)
     variance: Literal["fixed_small", "fixed_large", "learned", "learned_range"] = (
-        "learned_range"  # of p(x_t-1 given x_t)
+        "learned_range"  # variance of p(x_(t-1) | x_t)
     )
     loss: Literal["simple", "rescaled_simple", "kl", "rescaled_kl"] = "simple"  # training objective
-    rescale_timesteps: bool = False  # give the network t * 1000 / T instead of t
+    rescale_timesteps: bool = False  # pass t * 1000 / T to the network instead of t
 
     @property
     def learns_variance(self) -> bool:

@@ -31,12 +31,12 @@ GuidanceKind = Literal["none", "classifier", "classifier_free", "auto"]
 
 
 class GuidanceConfig(BaseModel, frozen=True, extra="forbid"):
-    """Kind, scale and interval of guidance."""
+    """The kind, the scale and the interval of guidance."""
 
-    kind: GuidanceKind = "classifier"  # classifier_free uses the model without its class; auto uses a weaker model
-    scale: float = Field(0.0, ge=0)  # 0 = unguided; factor of grad log p(y | x_t), or of the extrapolation
-    weak_weights: str | None = None  # kind auto only: a run folder or a file of the weaker model
-    interval: Interval = WHOLE_CHAIN  # guided part of the chain, as fractions: 0 = clean, 1 = noise
+    kind: GuidanceKind = "classifier"  # classifier_free: the model without the class; auto: a weaker model
+    scale: float = Field(0.0, ge=0)  # 0 = no guidance; factor of grad log p(y | x_t), or of a difference of predictions
+    weak_weights: str | None = None  # for auto: weaker model, a run's folder or a file
+    interval: Interval = WHOLE_CHAIN  # guided part of the chain as fractions: 0 = clean, 1 = noise
 
     @field_validator("interval")
     @classmethod

@@ -255,14 +255,14 @@ class SamplerConfig(BaseModel, frozen=True, extra="forbid"):
     name: SamplerName = "ddpm"  # dpm_solver is DPM-Solver++(2M); edm is algorithm 2 of arXiv 2206.00364
     num_steps: int = Field(250, ge=2)  # steps of the chain; heun and edm evaluate the network twice per step
     eta: float = Field(0.0, ge=0, le=1)  # ddim only: 0 = deterministic, 1 = ancestral; DDIM eq. 16
-    respacing: str | None = None  # published syntax, e.g. "90,60,60,20,20"; None = derived from num_steps
-    rho: float = Field(7.0, gt=0)  # edm only: a larger rho takes more steps at small noise levels; eq. 5
+    respacing: str | None = None  # timesteps in the published syntax, such as "90,60,60,20,20"; None = by num_steps
+    rho: float = Field(7.0, gt=0)  # edm only: larger values put more steps at small noise levels; eq. 5
     sigma_min: float = Field(0.002, gt=0)  # edm only: smallest noise level, sqrt((1 - abar) / abar)
     sigma_max: float = Field(80.0, gt=0)  # edm only: largest noise level
-    s_churn: float = Field(0.0, ge=0)  # edm only: amount of noise added along the chain; 0 = deterministic
+    s_churn: float = Field(0.0, ge=0)  # edm only: amount of noise that is added between steps; 0 = deterministic
     s_min: float = Field(0.0, ge=0)  # edm only: smallest noise level at which noise is added
     s_max: float | None = Field(None, gt=0)  # edm only: largest noise level at which noise is added; None = any
-    s_noise: float = Field(1.0, gt=0)  # edm only: factor on the added noise
+    s_noise: float = Field(1.0, gt=0)  # edm only: factor of the added noise
 
     @model_validator(mode="after")
     def _check_meaning(self) -> Self:

@@ -26,16 +26,16 @@ class EncoderConfig(BaseModel, frozen=True, extra="forbid"):
 
     image_size: int = Field(64, gt=0)  # height and width of the input, pixels
     in_channels: int = Field(3, gt=0)  # channels of the image
-    model_channels: int = Field(128, gt=0)  # width that channel_mult multiplies
+    model_channels: int = Field(128, gt=0)  # base width
     num_res_blocks: int = Field(2, gt=0)  # residual blocks per resolution
     channel_mult: tuple[float, ...] = Field((1, 2, 3, 4), min_length=1)  # width of each resolution / model_channels
     attention_resolutions: tuple[int, ...] = (32, 16, 8)  # feature map sizes with attention, pixels
-    num_heads: int = Field(4, gt=0)  # attention heads, if num_head_channels is None
+    num_heads: int = Field(4, gt=0)  # attention heads if num_head_channels is None
     num_head_channels: int | None = Field(None, gt=0)  # channels per attention head; None = num_heads heads
-    dropout: float = Field(0.0, ge=0, lt=1)  # in residual blocks, during training only
-    use_scale_shift_norm: bool = True  # AdaGN: embeddings scale and shift the normalised map; False = they are added
-    resblock_updown: bool = True  # BigGAN residual blocks change the resolution; False = plain layers
-    conv_resample: bool = True  # plain layers change the resolution by convolutions; False = by pooling and nearest
+    dropout: float = Field(0.0, ge=0, lt=1)  # dropout rate in residual blocks, in training
+    use_scale_shift_norm: bool = True  # AdaGN: embeddings scale and shift feature maps; False = they are added
+    resblock_updown: bool = True  # BigGAN residual blocks change the resolution; False = plain layers do
+    conv_resample: bool = True  # plain layers use a convolution; False = pooling and nearest neighbour
     use_new_attention_order: bool = False  # qkv channels as [qkv][head][c]; False = [head][qkv][c]
     rescale_residual: bool = False  # scale residual sums by 1/sqrt(2)
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass, to save memory
@@ -88,9 +88,9 @@ class UNetConfig(EncoderConfig, frozen=True, extra="forbid"):
 
     out_channels: int = Field(6, gt=0)  # 3 = mean only, 6 = mean and learned variance
     num_classes: int | None = Field(None, gt=0)  # None = not conditioned on classes
-    null_class: bool = False  # one more label, num_classes, means "no class", for classifier-free guidance
-    num_heads_upsample: int | None = Field(None, gt=0)  # attention heads in the decoder; None = num_heads
-    low_res_size: int | None = Field(None, gt=0)  # size of the image to upsample, pixels; None = not an upsampler
+    null_class: bool = False  # embed a null class, which classifier-free guidance needs
+    num_heads_upsample: int | None = Field(None, gt=0)  # attention heads of the decoder; None = num_heads
+    low_res_size: int | None = Field(None, gt=0)  # size of the image to upsample in pixels; None = not an upsampler
 
     def build(self) -> "UNet":
         """Return the network with new weights; a super-resolution network if low_res_size is set."""
@@ -135,7 +135,7 @@ class ClassifierConfig(EncoderConfig, frozen=True, extra="forbid"):
 
     num_classes: int = Field(1000, gt=0)  # number of logits
     pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = (
-        "attention"  # how the logits are computed from the map
+        "attention"  # how logits are pooled from feature maps
     )
 
     def build(self) -> "NoisyClassifier":

@@ -1,4 +1,4 @@
-"""A worker's device, and how it computes: the one place where PyTorch's global switches are set."""
+"""A worker's device and its arithmetic. PyTorch's global switches are set only here."""
 
 import contextlib
 import os
@@ -9,50 +9,49 @@ from typing import Any
 import numpy as np
 import torch
 
-# What CUDA and cuBLAS read when they start, hence before the first tensor is made. What is set already wins.
+# CUDA and cuBLAS read these when they start, before the first tensor. The environment of the process has precedence.
 _ENVIRONMENT = {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic matrix products ask for it
-    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # batches of several shapes leave no memory in fragments
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # needed for deterministic matrix products
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # avoids fragmentation by batches of several shapes
 }
 
 
 def choose_device(num_gpus: float) -> torch.device:
-    """Return a worker's device: the CPU where it has no GPU, whatever else is in the machine.
+    """Return a worker's device: a GPU, or with num_gpus=0 the CPU even if there is a GPU.
 
     Raises:
-        ValueError: the worker is to have a GPU and sees none.
+        ValueError: the worker needs a GPU and sees none.
     """
     if not num_gpus:
         return torch.device("cpu")
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     if not torch.cuda.is_available():
         raise ValueError(
-            f"num_gpus={num_gpus:g}, but this worker sees no GPU: pass --num-gpus 0 to compute on CPUs, or see what "
-            "jobs/doctor.py says of this node"
+            f"num_gpus={num_gpus:g}, but this worker sees no GPU; pass --num-gpus 0 to compute on CPUs, or run "
+            "jobs/doctor.py to find out why"
         )
     return torch.device("cuda")
 
 
 def set_arithmetic(num_threads: int | None = None, deterministic: bool = True, tf32: bool = False) -> None:
-    """Set how this process computes from now on.
+    """Set PyTorch's global switches in this process.
 
-    num_threads: threads of CPU arithmetic; None leaves the number as it is. deterministic: the same computation gives
-    the same bits on a GPU, and operations that cannot promise this raise RuntimeError; otherwise cuDNN benchmarks its
-    algorithms for each shape. tf32: float32 convolutions and products may round inputs to 10 bits of mantissa; off
-    by default, because the V100s of the published results have no TF32.
+    num_threads: CPU threads; None = unchanged. deterministic: the same computation gives the same bits on a GPU, and
+    operations that are not deterministic raise RuntimeError; if False, cuDNN benchmarks its algorithms for each shape.
+    tf32: allow TF32 in float32 convolutions and matrix products; the V100s of the published results do not have it.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-    # In deterministic mode PyTorch fills every new tensor with NaN by default, which takes a sixth of a guided step.
+    # In deterministic mode PyTorch fills new tensors with NaN by default, which takes a sixth of a guided step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
 def arithmetic(num_threads: int, deterministic: bool, tf32: bool) -> Iterator[None]:
-    """`set_arithmetic` while inside."""
+    """Call `set_arithmetic`, and restore the previous settings at the end of the context."""
     before = (
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
@@ -75,7 +74,7 @@ def arithmetic(num_threads: int, deterministic: bool, tf32: bool) -> Iterator[No
 
 
 def platform(device: torch.device) -> dict[str, Any]:
-    """Return the kind of device and software on which results are equal to the bit."""
+    """Return the device and the software versions; on equal platforms results are equal to the bit."""
     software: dict[str, Any] = {"torch": torch.__version__, "numpy": np.__version__}
     if device.type == "cuda":
         software |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}

@@ -4,18 +4,20 @@ import shlex
 import sys
 from collections.abc import Iterable
 
-EVERYWHERE = ("images", "digits")  # presets of these names are in every job
+from orchestrator.config import SIZES
+
+EVERYWHERE = ("images", "digits", *(f"imagenet{size}" for size in SIZES))  # presets of all jobs that may follow
 
 
 def next_command(job: str, **options: str) -> str:
-    """Return the command of the job that follows this one, with these options and, where it can be, the same preset."""
+    """Return the command of the next job, with these options and the preset of this job if the next one has it."""
     preset = next((name for name in sys.argv[1:2] if name in EVERYWHERE), EVERYWHERE[0])
     given = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
     return shlex.join(["python", f"jobs/{job}.py", preset, *given])
 
 
 def print_closing(opened: Iterable[str], following: Iterable[str]) -> None:
-    """Print what to open, and what to run next, a line each."""
+    """Print one line for each place to open and for each command to run next."""
     for place in opened:
         print(f"open  {place}")
     for command in following:

@@ -1,4 +1,4 @@
-"""What every job's config has, and how a folder is bound to one config."""
+"""The base class of all job configs, and the binding of output folders to a config."""
 
 import os
 from typing import Annotated, Any, ClassVar, Self, TypeVar
@@ -9,31 +9,31 @@ from cluster.session import is_submitted
 from orchestrator import storage
 from orchestrator.redaction import redact_tree
 
-# What presets of the same names are in every job.
+# Summaries of the presets that every job has.
 DIGITS = "the quickstart's 1,797 scanned digits, small enough for two cores"
-IMAGES = "one's own images"
+IMAGES = "your own images"
 IMAGENET = "ImageNet"
 SIZES = (64, 128, 256, 512)  # pixels of the ImageNet presets
 
 T = TypeVar("T")
 
-# A field with this mark does not change results, so it may change whenever the job is started again. --help shows it.
+# Marks a field that does not change results, so that it may change at every restart. --help shows the mark.
 MARK = "operational"
 Operational = Annotated[T, MARK]
-NOT_COMPARED = {"store", "output", "dry_run"}  # the same results, moved to another folder, are the same
+NOT_COMPARED = {"store", "output", "dry_run"}  # a folder may be moved
 
 
 class JobConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
-    """What every job has. The comment behind a field is its text in --help; one above fields is their heading."""
+    """The fields of every job. --help shows comments behind fields as texts, and comments above fields as headings."""
 
-    remedy: ClassVar[str] = "choose another --output or the same config"  # if a folder was made with other settings
+    remedy: ClassVar[str] = "choose another --output or the same config"  # for a folder with another config
 
     # Every job
     store: Operational[str] = Field(
         default_factory=lambda: os.environ.get("ADMIRAL_STORE", "runs")
-    )  # folder or URI under which all relative paths of this job lie; the environment's ADMIRAL_STORE, else runs
-    tracking: Operational[bool] = True  # send numbers and artefacts to MLflow; else they lie in the output folder only
-    dry_run: bool = False  # print the resolved config and what would be read and written, then stop
+    )  # folder or URI that relative paths start from; default: $ADMIRAL_STORE, else runs
+    tracking: Operational[bool] = True  # log to MLflow, and not only to files in the output folder
+    dry_run: bool = False  # print the resolved config and what the job would read, write and cost, then exit
 
     @property
     def operational(self) -> frozenset[str]:
@@ -45,28 +45,28 @@ class JobConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
         return self.model_dump(mode="json", exclude=NOT_COMPARED | self.operational)
 
     def starting_from(self, preset: Self) -> Self:
-        """`preset` as it is changed by what this config refers to: where the command line starts from instead."""
+        """Return `preset` with the settings that this config refers to; the command line is then applied to it."""
         return preset
 
     def path(self, path: str) -> str:
-        """Return a URI or absolute path as it is, with its `~` expanded; a relative one under the store.
+        """Return a relative path joined to the store; return a URI or an absolute path as it is, with `~` expanded.
 
         Raises:
-            ValueError: the path is relative, the store too, and this is a submitted job, whose folder is a
-                temporary copy of the checkout.
+            ValueError: path and store are relative and this is a submitted job, which runs in a temporary copy of the
+                checkout.
         """
         if storage.is_absolute(path):
             return storage.resolve(path) if path.startswith("~") else path
         if not storage.is_absolute(self.store) and is_submitted():
             raise ValueError(
-                f"store={self.store!r} is relative, and this job runs in a temporary copy of the checkout: "
-                "set ADMIRAL_STORE (or pass --store) to a URI or an absolute path that all nodes see"
+                f"store={self.store} is relative, and this job runs in a temporary copy of the checkout; "
+                "set ADMIRAL_STORE or --store to a URI or to an absolute path that all nodes see"
             )
         return storage.join(storage.resolve(self.store), path)
 
     @property
     def shared(self) -> tuple[str, ...]:
-        """The URIs that all nodes of a cluster must see alike: the store and, where it is used, the tracking server."""
+        """Return the URIs that must be the same on all nodes: the store and, if it is used, the tracking server."""
         return self.path(""), *([tracking_uri(self)] if self.tracking else [])
 
 
@@ -76,45 +76,45 @@ def experiment_name() -> str:
 
 
 def tracking_uri(config: JobConfig) -> str:
-    """MLFLOW_TRACKING_URI, else a SQLite file in the store where that is local.
+    """Return MLFLOW_TRACKING_URI, or by default the URI of a SQLite file in a local store.
 
     Raises:
-        ValueError: neither works here; the message says what to set.
+        ValueError: neither is possible; the message says what to set.
     """
     given = os.environ.get("MLFLOW_TRACKING_URI")
     if not given:
         root = config.path("")
         if "://" in root:
             raise ValueError(
-                f"store={config.store} is not a local folder, so MLFLOW_TRACKING_URI must be set, or pass --no-tracking"
+                f"store={config.store} is not a local folder, so MLFLOW_TRACKING_URI must be set; or pass --no-tracking"
             )
         os.makedirs(root, exist_ok=True)
         return f"sqlite:///{os.path.join(root, 'mlflow.db')}"
     if is_submitted() and given.startswith("sqlite:///") and not given.startswith("sqlite:////"):
         raise ValueError(
-            f"MLFLOW_TRACKING_URI={given} is a relative path, and this job runs in a temporary copy of the checkout: "
-            "pass a server's URI, or sqlite:////absolute/path"
+            f"MLFLOW_TRACKING_URI={given} is a relative path, and this job runs in a temporary copy of the checkout; "
+            "set it to the URI of a server or to sqlite:////ABSOLUTE/PATH"
         )
     return given
 
 
-NOTES = {"files", "parent", "extended"}  # parts of a config.json that no later attempt is compared with
+NOTES = {"files", "parent", "extended"}  # parts of config.json that are not compared
 
 
 def check_config(folder: str, config: JobConfig, finished: bool, **facts: Any) -> dict[str, Any]:
-    """Check that a folder with `finished` work was made with this config; return its config.json, empty if none.
+    """Check that a folder with finished work was made with this config; return its config.json, or {}.
 
-    Facts are what else changes results, such as hashes; one may replace a field, as a hash its file's path.
+    facts: what else changes results, such as hashes of files. A fact may have the name of a field and replaces it.
 
     Raises:
-        ValueError: the folder has work that was made with another config; the message names the fields that differ.
+        ValueError: the finished work was made with another config; the message names the fields that differ.
     """
     found = read_config(folder)
     changes = _changes(found, config, facts) if found else ""
     if finished and changes:
         raise ValueError(
-            f"{folder} was made with another config ({changes}); only what --help marks [operational] may change: "
-            f"{config.remedy}"
+            f"{folder} was made with another config ({changes}); only fields that --help marks [operational] may "
+            f"change: {config.remedy}"
         )
     return found
 
@@ -122,52 +122,51 @@ def check_config(folder: str, config: JobConfig, finished: bool, **facts: Any) -
 def check_or_write_config(
     folder: str, config: JobConfig, finished: bool, notes: dict[str, Any] | None = None, **facts: Any
 ) -> None:
-    """Do as `check_config`, and bind the folder to this config if it has no finished work, whatever it was bound to.
+    """Call `check_config`, and write config.json if the folder has no finished work.
 
-    `notes` are written with the config and not compared: the file of weights that was taken for each path, and the
-    like.
+    notes: written into config.json and not compared, such as the weight file that was chosen for each path.
     """
     found = check_config(folder, config, finished, **facts)
     if finished and found:
         return
     if found and (changes := _changes(found, config, facts)):
-        print(f"{folder} has nothing finished, so it takes the new config ({changes})")
+        print(f"{folder} has no finished work, so its config is replaced ({changes})")
     storage.write_json(storage.join(folder, "config.json"), _compared(config, facts) | (notes or {}))
 
 
 def _compared(config: JobConfig, facts: dict[str, Any]) -> dict[str, Any]:
-    """By patterns only: what is written must not depend on the environment of the process that compares."""
+    """Return what is compared, redacted by patterns only so that it does not depend on the environment."""
     return redact_tree(config.fingerprint() | facts, whole=False)
 
 
 def _changes(found: dict[str, Any], config: JobConfig, facts: dict[str, Any]) -> str:
-    """Return how a config.json differs from a config; it may hold notes, and fields that older versions compared."""
+    """Return how a config.json differs from a config, without notes and fields that are not compared."""
     ignored = (NOTES | NOT_COMPARED | config.operational) - facts.keys()
     kept = {name: value for name, value in found.items() if name not in ignored}
     return differences(redact_tree(kept, whole=False), _compared(config, facts))
 
 
 def noted_files(folder: str) -> dict[str, str]:
-    """Return the files of weights that the folder's first attempt took, by their paths in its config."""
+    """Return the weight files that the first attempt in a folder chose, by their paths in its config."""
     return read_config(folder).get("files", {})
 
 
 def read_config(folder: str) -> dict[str, Any]:
-    """Return the folder's config.json; empty if there is none."""
+    """Return the folder's config.json, or {}."""
     uri = storage.join(folder, "config.json")
     return storage.read_json(uri) if storage.exists(uri) else {}
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """The leaves in which two nested dictionaries differ, in words; empty where they are equal."""
-    there, here = _flat(found), _flat(wanted)
+    """Return a description of the values in which two nested dicts differ; "" if they are equal."""
+    there, here = flatten(found), flatten(wanted)
     differing = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
     return ", ".join(f"{name}: {there.get(name)} there, {here.get(name)} here" for name in differing)
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict with its paths as keys: {"a": {"b": 1}} -> {"a.b": 1}."""
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested dict with dotted names as keys: {"a": {"b": 1}} -> {"a.b": 1}."""
     leaves: dict[str, Any] = {}
     for name, value in tree.items():
-        leaves |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        leaves |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return leaves

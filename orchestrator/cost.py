@@ -1,7 +1,7 @@
-"""What a job will cost before it runs: FLOPs, memory of each GPU, GPU-hours. `--dry-run` prints it.
+"""The cost of a job, estimated before it runs: FLOPs, memory of each GPU, GPU-hours. `--dry-run` prints it.
 
-A FLOP is one floating-point operation, so a multiply-add is two. Time is FLOPs over the card's peak, times the share of
-the peak that published code reached on the same networks; whoever has measured his own says so by --cost.mfu.
+A FLOP is one floating-point operation, so a multiply-add is two. Time is FLOPs divided by the GPU's peak FLOP/s and by
+the MFU, which is --cost.mfu or what published code reached on the same networks.
 """
 
 from collections.abc import Sequence
@@ -25,23 +25,23 @@ from models.unet import Architecture
 
 
 class CostConfig(BaseModel, frozen=True, extra="forbid"):
-    """What --dry-run prices the job for."""
+    """GPUs and prices that --dry-run assumes."""
 
-    gpu: Literal["B200", "H200", "H100", "A100", "L40S", "A10G", "L4", "V100", "T4"] = "H100"  # one for each worker
-    mfu: float | None = Field(None, gt=0, le=1)  # share of its peak that is reached; None = as published
-    usd_per_hour: float | None = Field(None, gt=0)  # dollars for one GPU and hour; None = no price
-    spot_discount: float = Field(0.0, ge=0, lt=1)  # share by which spot instances are cheaper
+    gpu: Literal["B200", "H200", "H100", "A100", "L40S", "A10G", "L4", "V100", "T4"] = "H100"  # kind of GPU
+    mfu: float | None = Field(None, gt=0, le=1)  # fraction of the GPU's peak FLOP/s (MFU); None = as published
+    usd_per_hour: float | None = Field(None, gt=0)  # price of one GPU for one hour in dollars; None = no price
+    spot_discount: float = Field(0.0, ge=0, lt=1)  # discount on spot instances, as a fraction of the price
 
 
 class Gpu(NamedTuple):
-    """A GPU by its data sheet: bytes, and dense FLOP/s in half precision on tensor cores and in float32 beside them."""
+    """The data sheet of a GPU: bytes, dense FLOP/s in half precision on tensor cores, and in float32 without them."""
 
     memory: float
     half: float
     single: float
 
 
-GPUS = {  # as the driver names them; a name that is part of another comes after it
+GPUS = {  # names in the driver; a name that is a part of another one comes after it
     "B200": Gpu(180e9, 2250e12, 80e12),
     "H200": Gpu(141e9, 989e12, 67e12),
     "H100": Gpu(80e9, 989e12, 67e12),
@@ -55,13 +55,13 @@ GPUS = {  # as the driver names them; a name that is part of another comes after
 
 
 def peak_flops(device: str, dtype: str) -> float | None:
-    """Return the FLOP/s that the maker of a device of this name promises; None where it is not known."""
+    """Return the peak FLOP/s of a device by its name, or None if it is unknown."""
     gpu = next((gpu for model, gpu in GPUS.items() if model in device), None)
     return gpu and (gpu.single if dtype == "float32" else gpu.half)
 
 
 class Mfu(NamedTuple):
-    """The share of a card's peak that a published code reached, and where that is written."""
+    """The fraction of a GPU's peak FLOP/s that published code reached (MFU), and the source of the number."""
 
     share: float
     source: str
@@ -71,26 +71,26 @@ TRAINING = Mfu(0.37, "ADM table 7: 34 to 39% on V100s")
 CLASSIFIER_TRAINING = Mfu(0.11, "ADM table 10: 10 to 11% on V100s")
 SAMPLING = Mfu(0.21, "arXiv 2112.10752 table 18: ADM-256, 250 steps, 0.12 images/s on an A100")
 GUIDED_SAMPLING = Mfu(0.14, "arXiv 2112.10752 table 18: guided ADM-256, 250 steps, 0.07 images/s on an A100")
-EXTRACTION = Mfu(0.3, "nothing is published on it")
+EXTRACTION = Mfu(0.3, "a guess, nothing is published")
 
 
 class Cost(NamedTuple):
-    """What a job asks of its workers."""
+    """The cost of a job."""
 
     images: int
     flops_per_image: float
-    memory: dict[str, int]  # bytes on each GPU, by what they hold
+    memory: dict[str, int]  # bytes on each GPU, by what they are used for
     mfu: Mfu
     note: str  # how FLOPs were counted
 
     @property
     def flops(self) -> float:
-        """Of the whole job."""
+        """Return the FLOPs of the whole job."""
         return self.images * self.flops_per_image
 
 
 def training_cost(network: Architecture, images: int, memory: dict[str, int]) -> Cost:
-    """Training on `images` images; `memory` is what each GPU holds, in bytes, by what holds it."""
+    """Return the cost of training on `images` images; memory: bytes on each GPU, by what they are used for."""
     known = CLASSIFIER_TRAINING if network.kind == "classifier" else TRAINING
     return Cost(images, training_flops(network), memory, known, "three forward passes an image")
 
@@ -103,9 +103,9 @@ def sampling_cost(
     half: bool,
     guide: Architecture | None = None,
 ) -> Cost:
-    """Sampling `images` images, `batch` at a time on each GPU.
+    """Return the cost of sampling `images` images, in batches of `batch` on each GPU.
 
-    guide: the classifier, the weaker model or `model` itself, whose evaluations guide.
+    guide: the network that guidance evaluates: the classifier, the weaker model or `model` itself.
     """
     networks = [model, guide] if guide and guide is not model else [model]
     passes = [peak_memory(model, "sampling", batch, half)]
@@ -122,7 +122,7 @@ def sampling_cost(
 
 
 def extraction_cost(extractor: Extractor, image_size: int, images: int, batch: int) -> Cost:
-    """Features of `images` images by any extractor: one image goes through it, and is counted."""
+    """Return the cost of extracting features of `images` images, from the FLOPs counted on one image."""
     with FlopCounterMode(display=False) as counter, LiveBytes() as live, torch.no_grad():
         extractor(np.zeros((1, image_size, image_size, 3), np.uint8))
     memory = {f"activations of {batch} images": batch * live.peak}
@@ -130,26 +130,26 @@ def extraction_cost(extractor: Extractor, image_size: int, images: int, batch: i
 
 
 def assumed_mfu(config: CostConfig, published: Mfu) -> Mfu:
-    """Return the utilization that the config states, or else the published one."""
+    """Return the MFU of the config, or by default the published one."""
     return Mfu(config.mfu, "--cost.mfu") if config.mfu else published
 
 
 def gpu_seconds(cost: Cost, config: CostConfig, half: bool) -> float:
-    """Seconds that one card would take."""
+    """Return the seconds that the job takes on one GPU."""
     gpu = GPUS[config.gpu]
     peak = gpu.half if half else gpu.single
     return cost.flops / (peak * assumed_mfu(config, cost.mfu).share)
 
 
 def fits(cost: Cost, config: CostConfig) -> bool:
-    """Whether the card's memory holds it."""
+    """Return whether the job fits into the memory of the GPU."""
     return sum(cost.memory.values()) < GPUS[config.gpu].memory
 
 
 def priced(cost: Cost, config: CostConfig, num_workers: int, num_gpus: float, half: bool) -> str:
-    """Return the cost in lines: work, memory against the card, time, money, and what is assumed.
+    """Return lines about the cost: work, memory, time, money, and the assumptions.
 
-    num_gpus: of each worker. Without GPUs only the work is stated: nothing is known of the CPUs.
+    num_gpus: for each worker; with 0 only the work is given, because the speed of CPUs is unknown.
     """
     work = f"work    {cost.flops:.3g} FLOPs: {cost.images:,} images x {cost.flops_per_image / 1e12:.3g} TFLOPs"
     if not num_gpus:
@@ -160,7 +160,7 @@ def priced(cost: Cost, config: CostConfig, num_workers: int, num_gpus: float, ha
     gpu, gpus = GPUS[config.gpu], max(num_workers, 1)
     memory = sum(cost.memory.values())
     parts = ", ".join(f"{size / 1e9:.1f} {name}" for name, size in cost.memory.items())
-    excess = "" if fits(cost, config) else ": TOO MUCH, take smaller batches or more workers"
+    excess = "" if fits(cost, config) else ": TOO MUCH, use smaller batches or more workers"
     seconds = gpu_seconds(cost, config, half)
     mfu = assumed_mfu(config, cost.mfu)
     peak = (gpu.half if half else gpu.single) / 1e12
@@ -171,13 +171,13 @@ def priced(cost: Cost, config: CostConfig, num_workers: int, num_gpus: float, ha
             f"time    {seconds / 3600:,.3g} {config.gpu}-hours = {_duration(seconds / gpus)} on {gpus}",
             *money(seconds / 3600, config),
             f"assumed {mfu.share:.0%} of {peak:,.4g} TFLOP/s in {'half precision' if half else 'float32'} "
-            f"({mfu.source}); 2 FLOPs a multiply-add, {cost.note}; no time for data, checkpoints and communication",
+            f"({mfu.source}); 2 FLOPs a multiply-add, {cost.note}; no time for data, checkpoints, communication",
         ]
     )
 
 
 def money(gpu_hours: float, config: CostConfig) -> list[str]:
-    """Return the line that says what so many GPU-hours cost; none without a price."""
+    """Return the line with the price of GPU-hours; none if the config has no price."""
     if config.usd_per_hour is None:
         return []
     full = gpu_hours * config.usd_per_hour
@@ -187,7 +187,7 @@ def money(gpu_hours: float, config: CostConfig) -> list[str]:
 
 
 def not_there_yet(uris: Sequence[str]) -> list[str]:
-    """Return the line of a dry run that names the inputs that are still missing; none if all are there."""
+    """Return the line of a dry run that names missing inputs; none if all exist."""
     return [f"not there yet: {', '.join(uris)}"] if uris else []
 
 

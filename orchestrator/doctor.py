@@ -1,4 +1,4 @@
-"""The doctor: looks at every node before the first GPU second is paid for, and says in words what is wrong."""
+"""The doctor: checks of every node, the store and the tracking server, before a job uses GPUs."""
 
 import importlib.metadata
 import os
@@ -26,28 +26,30 @@ from orchestrator.config import JobConfig, tracking_uri
 from orchestrator.progress import counted
 
 PACKAGES = ("ray", "torch", "numpy", "pyarrow", "mlflow")
-SHARED_MEMORY = 1 << 30  # bytes; a container's default is 64 MB
+SHARED_MEMORY = 1 << 30  # bytes; the default of containers is 64 MB
 DISK = 20 << 30  # bytes
-CLOCK_SECONDS = 60.0  # S3 refuses requests that are 15 minutes off; more than this means that nobody sets the clocks
+CLOCK_SECONDS = 60.0  # largest difference of clocks; S3 refuses requests that are 15 minutes off
 SAME_EVERYWHERE = ("ADMIRAL_STORE", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE")
 
 Level = Literal["ok", "warning", "WRONG"]
 
 
 class DoctorConfig(JobConfig):
-    """How closely it looks."""
+    """Sizes and timeouts of the checks."""
 
-    megabytes: int = Field(32, gt=0)  # of the object that times storage, and of the sum that times the network
-    timeout: float = Field(120.0, gt=0)  # seconds that a node has to answer
+    megabytes: int = Field(
+        32, gt=0
+    )  # size of the object that times the store, and of the all-reduce that times the network
+    timeout: float = Field(120.0, gt=0)  # seconds within which a node must answer
 
 
 def doctor_presets() -> dict[str, tuple[str, DoctorConfig]]:
-    """Ways to look at a cluster."""
+    """Presets of the doctor."""
     return {"cluster": ("every node, the store, the tracking server and the network", DoctorConfig())}
 
 
 class Finding(NamedTuple):
-    """What one check found."""
+    """The result of a check."""
 
     check: str
     level: Level
@@ -55,10 +57,10 @@ class Finding(NamedTuple):
 
 
 def examine(config: DoctorConfig) -> None:
-    """Check every node and what lies between them; print what was found.
+    """Check every node, and the connections between nodes; print the results.
 
     Raises:
-        RuntimeError: something is wrong; it says how much, and the lines above it what.
+        RuntimeError: some checks failed; their lines are printed above.
     """
     with session(1):
         there = nodes()
@@ -77,12 +79,12 @@ def examine(config: DoctorConfig) -> None:
         )
         wrong += _print("network", _network([*sound], config))
     if wrong:
-        raise RuntimeError(f"{counted(wrong, 'check')} failed: see the lines that say WRONG")
-    print("nothing is wrong")
+        raise RuntimeError(f"{counted(wrong, 'check')} failed; see the lines with WRONG above")
+    print("all checks passed")
 
 
 def plan(config: DoctorConfig) -> tuple[DoctorConfig, str]:
-    """Return the config, and what the doctor would look at."""
+    """Return the config and the text of a dry run: what the doctor would check."""
     return config, (
         f"reads   every node: packages, GPUs, /dev/shm, compiler, disk, clock; {config.path('')}; the tracking server\n"
         f"writes  {config.megabytes} MB from each node below {storage.join(config.path(''), 'doctor')}, deleted again"
@@ -100,18 +102,18 @@ def _print(place: str, findings: list[Finding]) -> int:
 
 
 class Examination(NamedTuple):
-    """What a node tells of itself."""
+    """The results of all checks of a node."""
 
     findings: list[Finding]
     versions: dict[str, str]
-    environment: dict[str, str]  # name -> digest of the value, so that a secret is compared and not told
+    environment: dict[str, str]  # hash of the value by name, so that secrets are compared without being sent
     clock: float  # seconds since 1970
 
 
 def examine_node(node: Node, store: str, megabytes: int) -> Examination:
-    """Make all checks that a node makes on itself."""
+    """Run the checks of the node of this process."""
     receive_environment()
-    # A store that is away is a finding: it must not take longer than the time that a node has to answer.
+    # An unreachable store must be reported before the timeout of the node.
     os.environ.setdefault("ADMIRAL_STORAGE_RETRY_SECONDS", "20")
     checks: list[Callable[[], Finding]] = [
         partial(_gpus, node),
@@ -126,8 +128,8 @@ def examine_node(node: Node, store: str, megabytes: int) -> Examination:
 
 
 def _gpus(node: Node) -> Finding:
-    """Ray's GPUs against those that torch can use."""
-    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # a task without GPUs of its own sees none
+    """Compare the GPUs that Ray counts with those that torch can use."""
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides all GPUs from a task that requests none
     driver = _output(["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"])
     usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not node.gpus and driver is None:
@@ -149,13 +151,15 @@ def _shared_memory() -> Finding:
     words = f"{size / 2**30:.1f} GiB"
     if size < SHARED_MEMORY:
         return Finding(
-            "/dev/shm", "WRONG", f"{words}: NCCL and the object store need more; see docker's --ipc or an emptyDir"
+            "/dev/shm",
+            "WRONG",
+            f"{words}: NCCL and the object store need more; set docker's --shm-size, or mount an emptyDir",
         )
     return Finding("/dev/shm", "ok", words)
 
 
 def _compiler(needed: bool) -> Finding:
-    """Compiles a line of C++ that includes Python's headers, as torch.compile does."""
+    """Compile a line of C++ that includes Python's headers, as torch.compile does."""
     level: Level = "WRONG" if needed else "warning"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
@@ -179,7 +183,7 @@ def _disk() -> Finding:
 
 
 def _store(store: str, megabytes: int) -> Finding:
-    """Write, read, list, create once and only once, delete; and how fast."""
+    """Write, read, list, put_if_absent and delete an object, and time it."""
     folder = storage.join(store, "doctor", uuid.uuid4().hex)
     try:
         finding = _store_is_used(store, folder, megabytes)
@@ -189,33 +193,35 @@ def _store(store: str, megabytes: int) -> Finding:
         storage.delete(folder + "/")
     except (OSError, ValueError) as error:
         if finding.level == "ok":
-            words = f"{finding.words}; but old checkpoints will stay, and files of this check do: {error}"
+            words = (
+                f"{finding.words}; but nothing can be deleted, so old checkpoints and files of this check stay: {error}"
+            )
             return Finding("store", "warning", " ".join(words.split()))
     return finding
 
 
 def _store_is_used(store: str, folder: str, megabytes: int) -> Finding:
-    """Use the store as jobs do, below `folder`."""
+    """Use the store as jobs do, in `folder`."""
     data, uri = os.urandom(megabytes * 1_000_000), storage.join(folder, "object")
     begin = time.perf_counter()
     storage.write_bytes(uri, data)
     written = time.perf_counter()
     if storage.read_bytes(uri) != data:
-        return Finding("store", "WRONG", f"{store} gives back other bytes than were written")
+        return Finding("store", "WRONG", f"{store} returned other bytes than were written")
     read = time.perf_counter()
     if storage.list_names(folder) != ["object"]:
-        return Finding("store", "WRONG", f"{store} does not list what was just written")
+        return Finding("store", "WRONG", f"{store} does not list an object that was just written")
     claim = storage.join(folder, "claim")
     if not storage.put_if_absent(claim, b"first") or storage.put_if_absent(claim, b"second"):
         return Finding(
-            "store", "WRONG", f"{store} does not honour If-None-Match: two writers would overwrite each other"
+            "store", "WRONG", f"{store} does not support If-None-Match, so two writers could overwrite each other"
         )
     rates = f"{megabytes / (written - begin):.0f} MB/s written, {megabytes / (read - written):.0f} MB/s read"
     return Finding("store", "ok", f"{store}: {rates}, listed, created once")
 
 
 def _output(command: list[str]) -> str | None:
-    """What a program prints; None where there is none, or it fails."""
+    """Return what a program prints, or None if it does not exist or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (FileNotFoundError, subprocess.TimeoutExpired):
@@ -227,20 +233,20 @@ def _output(command: list[str]) -> str | None:
 
 
 def _differences(answers: dict[Node, Examination]) -> list[Finding]:
-    """What should be the same everywhere and is not."""
+    """Compare package versions, environment variables and clocks of all nodes."""
     findings = []
     for package in (*PACKAGES, "python"):
         found = {node: answer.versions[package] for node, answer in answers.items()}
         if len(set(found.values())) > 1:
             listed = ", ".join(f"{version} on {node}" for node, version in found.items())
-            findings.append(Finding("versions", "WRONG", f"{package}: {listed}: use one image on all nodes"))
+            findings.append(Finding("versions", "WRONG", f"{package}: {listed}; use one image on all nodes"))
     for name in SAME_EVERYWHERE:
         if len({answer.environment[name] for answer in answers.values()}) > 1:
             findings.append(Finding("environment", "WRONG", f"{name} is not the same on all nodes"))
     clocks = [answer.clock for answer in answers.values()]
     if clocks and max(clocks) - min(clocks) > CLOCK_SECONDS:
         findings.append(
-            Finding("clock", "WRONG", f"clocks differ by {max(clocks) - min(clocks):.0f} s: set them by NTP")
+            Finding("clock", "WRONG", f"clocks differ by {max(clocks) - min(clocks):.0f} s; synchronise them by NTP")
         )
     if not findings and answers:
         versions = next(iter(answers.values())).versions
@@ -249,18 +255,18 @@ def _differences(answers: dict[Node, Examination]) -> list[Finding]:
 
 
 def _roles(there: list[Node]) -> list[Finding]:
-    """A head beside other nodes should leave the work to them."""
+    """Check that the head of a cluster with several nodes has no CPUs and GPUs for work."""
     head = there[0]
     if len(there) == 1 or not head.is_head:
         return []
     if head.cpus or head.gpus:
-        words = f"{head} offers {head.cpus:g} CPUs and {head.gpus:g} GPUs, so work may land on it: start it with none"
+        words = f"{head} offers {head.cpus:g} CPUs and {head.gpus:g} GPUs, so work may run on it; start it with none"
         return [Finding("head", "warning", words)]
-    return [Finding("head", "ok", "holds no work")]
+    return [Finding("head", "ok", "offers no CPUs and GPUs")]
 
 
 def _tracking(config: DoctorConfig, machines: int) -> Finding:
-    """The tracking server, as the driver sees it: it alone talks to it."""
+    """Check the tracking server from the driver, the only process that uses it."""
     try:
         uri = tracking_uri(config)
     except ValueError as error:
@@ -270,7 +276,7 @@ def _tracking(config: DoctorConfig, machines: int) -> Finding:
         return Finding(
             "MLflow",
             level,
-            f"{uri.split('://')[0]} file" + ("" if machines == 1 else ": several machines want a server"),
+            f"{uri.split('://')[0]} file" + ("" if machines == 1 else ", but several machines need a server"),
         )
     begin = time.perf_counter()
     try:
@@ -282,10 +288,10 @@ def _tracking(config: DoctorConfig, machines: int) -> Finding:
 
 
 def _network(there: list[Node], config: DoctorConfig) -> list[Finding]:
-    """What nodes that train together exchange: gradients between GPUs over NCCL, everything else over gloo."""
+    """Time all-reduce between the nodes: by NCCL between GPUs, and by gloo."""
     workers = [node for node in there if node.gpus] or [node for node in there if node.cpus]
     if len(workers) < 2:
-        return [Finding("all-reduce", "ok", "one node: nothing to cross")]
+        return [Finding("all-reduce", "ok", "not needed on one node")]
     found = []
     for library in ("NCCL", "gloo") if all(node.gpus for node in workers) else ("gloo",):
         name = f"all-reduce by {library}"

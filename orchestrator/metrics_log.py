@@ -1,4 +1,4 @@
-"""The numbers of a run: records that are appended to `metrics.jsonl` in its folder, and read back in order."""
+"""The metrics of a run: records that are appended to `metrics.jsonl` in its folder."""
 
 import json
 import logging
@@ -10,57 +10,58 @@ from typing import NamedTuple
 from orchestrator import storage
 
 NAME = "metrics.jsonl"
-PART_BYTES = 1 << 20  # of a part on object storage, before the next begins
-READ_BYTES = 256 << 10  # of one read
+PART_BYTES = 1 << 20  # size of a part on object storage from which a new part begins
+READ_BYTES = 256 << 10  # size of a read
 FLUSH_SECONDS = 1.0  # between two writes of a part
 
 log = logging.getLogger(__name__)
 
 
 class Record(NamedTuple):
-    """Numbers that belong together: all were reported at one step."""
+    """The metrics of one step."""
 
     time: int  # milliseconds since 1970
     step: int
     metrics: dict[str, float]
-    child: str = ""  # the child run that they belong to, such as a trial; "" is the run itself
+    child: str = ""  # the child run, such as a trial; "" = the run itself
 
 
 class Position(NamedTuple):
-    """A place between two records."""
+    """A position between two records."""
 
-    number: int = 0  # records before it
-    part: int = 0  # number of the part's first record
-    offset: int = 0  # bytes before it in the part
+    number: int = 0  # number of records before it
+    part: int = 0  # number of the first record in its part
+    offset: int = 0  # bytes before it in its part
 
 
 class MetricsLog:
-    """Append records to the metrics of a folder, and read them.
+    """Appends records to the metrics of a folder and reads them.
 
-    On a local disk `metrics.jsonl` is one file, and every record is written at once, so that a SIGKILL loses nothing.
-    An object cannot be appended to. On object storage `metrics.jsonl` is therefore a folder of parts, each named after
-    the number of its first record. A thread rewrites the last part with the new records, at most once a second, until
-    it has PART_BYTES. A SIGKILL loses the last second, a request never carries more than 1 MiB, and 200,000 records of
-    500 bytes make 100 objects.
+    On a local disk `metrics.jsonl` is one file, and every record is written immediately, so a SIGKILL loses nothing.
+    On object storage, where objects cannot be appended to, it is a folder of parts. Each part is named after the number
+    of its first record. A thread rewrites the last part with new records once a second, until it has PART_BYTES. So a
+    SIGKILL loses the last second, requests have about 1 MiB at most, and 200,000 records of 500 bytes are 100 objects.
     """
 
     def __init__(self, folder: str) -> None:
         self._uri = storage.join(folder, NAME)
         self._path = _local_path(self._uri)
-        self._lock = threading.Lock()  # of what waits; held for moments
-        self._writing = threading.Lock()  # of the storage; held while it is slow
-        self._waiting: list[bytes] = []  # lines that are not in storage yet
+        self._lock = threading.Lock()  # of _waiting; never held during I/O
+        self._writing = threading.Lock()  # of the storage; held during I/O
+        self._waiting: list[bytes] = []  # lines that are not in storage
         self._closed = threading.Event()
         self._failing = False
         self._parts = sorted(_parts(self._uri)) or [0]
-        self._last = b"" if self._path else _read(_parts(self._uri).get(self._parts[-1], ""))  # the last part's bytes
+        self._last = (
+            b"" if self._path else _read(_parts(self._uri).get(self._parts[-1], ""))
+        )  # content of the last part
         self.count = _repaired(self._path) if self._path else self._parts[-1] + self._last.count(b"\n")  # in storage
         if not self._path:
             self._roll()
             threading.Thread(target=self._flush_regularly, name="metrics", daemon=True).start()
 
     def append(self, *records: Record) -> None:
-        """Write records: on a local disk before this returns, on object storage within about a second."""
+        """Append records: on a local disk before this returns, on object storage within about a second."""
         lines = [
             json.dumps(_fields(record)).encode() + b"\n" for record in records
         ]  # NaN stays NaN, as Python reads it
@@ -70,7 +71,7 @@ class MetricsLog:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits. If that fails, warn once, and keep it for the next flush."""
+        """Write the records that are not in storage. If that fails, warn once and keep them for the next flush."""
         with self._writing:
             with self._lock:
                 lines = list(self._waiting)
@@ -81,7 +82,7 @@ class MetricsLog:
             except OSError as error:
                 if not self._failing:
                     log.warning(
-                        "%s cannot be written; the numbers wait in memory, the job continues: %s", self._uri, error
+                        "%s cannot be written; the records wait in memory, the job continues: %s", self._uri, error
                     )
                 self._failing = True
                 return
@@ -93,14 +94,14 @@ class MetricsLog:
                 self._roll()
 
     def close(self) -> None:
-        """Write what waits, for the last time."""
+        """Write the remaining records."""
         self._closed.set()
         self.flush()
         if self._waiting:
-            log.error("%d records of numbers could not be written to %s and are lost", len(self._waiting), self._uri)
+            log.error("%d records could not be written to %s and are lost", len(self._waiting), self._uri)
 
     def read(self, position: Position) -> tuple[list[Record], Position]:
-        """Return the records in storage that follow, about READ_BYTES of them, and the position behind them."""
+        """Return the records after `position`, about READ_BYTES of them, and the position after those."""
         number, part, offset = position
         while number < self.count:
             uri = self._uri if self._path else _part(self._uri, part)
@@ -125,7 +126,7 @@ class MetricsLog:
             try:
                 while rest:
                     rest = rest[file.write(rest) :]
-            except OSError:  # a full disk may have taken half a line
+            except OSError:  # a full disk may have a part of a line
                 file.truncate(size)
                 raise
 
@@ -141,7 +142,7 @@ class MetricsLog:
 
 
 def read_records(folder: str) -> Iterator[Record]:
-    """Yield all records of a folder; none where it has no metrics."""
+    """Yield all records of a folder; none if it has no metrics."""
     parts = _parts(storage.join(folder, NAME))
     for first in sorted(parts):
         data = _read(parts[first])
@@ -149,13 +150,13 @@ def read_records(folder: str) -> Iterator[Record]:
 
 
 def history(folder: str, name: str) -> list[tuple[int, float]]:
-    """Return (step, value) of a metric of the run in `folder`; where a step was repeated, its latest value."""
+    """Return (step, value) of a metric of the run in `folder`; for a step that was repeated, the latest value."""
     found = {r.step: r.metrics[name] for r in read_records(folder) if not r.child and name in r.metrics}
     return sorted(found.items())
 
 
 def _local_path(uri: str) -> str:
-    """Return the path of a local URI; "" of any other."""
+    """Return the path of a local URI, or "" for another one."""
     return uri.removeprefix("file://") if "://" not in uri or uri.startswith("file://") else ""
 
 
@@ -179,7 +180,7 @@ def _read(uri: str) -> bytes:
 
 
 def _repaired(path: str) -> int:
-    """Cut a line off that a kill left unfinished; return how many lines there are."""
+    """Remove an incomplete last line, which a kill may have left; return the number of lines."""
     count = end = 0
     if not os.path.exists(path):
         return 0
@@ -192,7 +193,7 @@ def _repaired(path: str) -> int:
 
 
 def _fields(record: Record) -> dict[str, object]:
-    """Return a record as it stands in the file."""
+    """Return the JSON of a record."""
     child = {"child": record.child} if record.child else {}
     return {"time": record.time, "step": record.step, **child, "metrics": record.metrics}
 

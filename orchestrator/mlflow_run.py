@@ -1,53 +1,52 @@
-"""The MLflow run of a job: what is asked of the server, and which of its errors are for ever."""
+"""The MLflow run of a job: requests to the server, and which of its errors are permanent."""
 
 import io
 import logging
 import os
 import re
 import threading
-from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel
 
-from orchestrator.config import experiment_name
+from orchestrator.config import experiment_name, flatten
 from orchestrator.metrics_log import Record
 from orchestrator.redaction import command, redact, redact_patterns
 
-BATCH_NUMBERS = 1_000  # in one request; MLflow takes no more
-BATCH_PARAMETERS = 100  # likewise
-LONGEST_PARAMETER = 6_000  # characters; MLflow takes no longer ones
-CURSOR = "admiral.records"  # tag: time of the first record of metrics.jsonl, and how many of its records MLflow has
-IDENTITY = "admiral.identity"  # tag by which a job finds its run again
-# MLflow 3 shows an experiment as traces of language models, unless a browser comes by such a link, came by one before,
-# or follows the list of experiments to one with this tag.
+BATCH_NUMBERS = 1_000  # MLflow's limit for the metrics of a request
+BATCH_PARAMETERS = 100  # MLflow's limit for the parameters of a request
+LONGEST_PARAMETER = 6_000  # MLflow's limit in characters
+CURSOR = "admiral.records"  # tag: time of the first record of metrics.jsonl, and number of records that MLflow has
+IDENTITY = "admiral.identity"  # tag by which a restarted job finds its run
+# By default MLflow 3 opens an experiment in its view for traces of language models. The tag and the query of the link
+# select the view for model training.
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 VIEW = "?workflowType=machine_learning"
-REFUSED_RECORD = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE"}  # codes: the same record fails again
+REFUSED_RECORD = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE"}  # error codes that refuse a record
 REFUSED_RECORD |= {"RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
 DENIED = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}
-REFUSED_JOB = REFUSED_RECORD | DENIED | {"ENDPOINT_NOT_FOUND", "NOT_FOUND"}  # codes: no job can be tracked like this
-# The same in words: gateways before MLflow have no codes, databases and stores have others.
+REFUSED_JOB = REFUSED_RECORD | DENIED | {"ENDPOINT_NOT_FOUND", "NOT_FOUND"}  # error codes that refuse the job
+# Messages with the same meaning: gateways have no error codes, databases and stores have others.
 DENIED_WORDS = re.compile("(?i)unauthorized|forbidden|not authenticated|authentication failed")
 UNKNOWN_WORDS = re.compile("MLFLOW_ALLOW_FILE_STORE|unsupported URI|Can't load plugin")
 REFUSED_WORDS = re.compile(
     "unable to open database file|readonly database|not in a valid JSON format|CERTIFICATE_VERIFY_FAILED"
 )
-RACE_WORDS = re.compile("(?i)unique constraint|duplicate entry")  # another driver of this run wrote the same row first
+RACE_WORDS = re.compile("(?i)unique constraint|duplicate entry")  # another driver of this run wrote the same row
 PROGRAMMING_ERRORS = (TypeError, AttributeError, LookupError, ImportError, NameError, UnidentifiedImageError)
-FILE_ERRORS = (FileNotFoundError, NotADirectoryError, PermissionError)  # of the folder of a SQLite file
+FILE_ERRORS = (FileNotFoundError, NotADirectoryError, PermissionError)  # about the folder of a SQLite file
 
 
 class Refused(Exception):
-    """The server would refuse this job for ever; the message ends with what to do."""
+    """The server refuses this job for ever; the message ends with what to do."""
 
 
 class MlflowRun:
-    """A job's run and its children on the server at `uri`.
+    """The MLflow run of a job and its child runs, on the server at `uri`.
 
-    Every method but the first waits for the server, raises its errors, and may be called again after one.
+    All methods wait for the server, raise its errors, and may be called again after an error.
     """
 
     def __init__(self, uri: str, job: str, output: str, parent: str = "") -> None:
@@ -55,12 +54,12 @@ class MlflowRun:
         self.id = self._experiment = ""
         self._uri, self._job, self._output, self._parent = uri, job, output, parent
         self._client: Any = None
-        self._pictures: dict[str, str] = {}  # the latest of each folder: what the run's page opens with
+        self._pictures: dict[str, str] = {}  # the latest one of each folder, for the description of the run
         self._children: dict[str, str] = {}  # name -> run
-        self._lock = threading.Lock()  # of these runs, which several threads make
+        self._lock = threading.Lock()  # of _children, which two threads change
 
     def open(self, config: BaseModel | None) -> None:
-        """Find the run or make it; its tags and parameters say what it is."""
+        """Find the run or create it, and set its tags and parameters."""
         _prepare_mlflow(self._uri)
         from mlflow import MlflowClient
         from mlflow.tracking.context.registry import resolve_tags
@@ -68,7 +67,7 @@ class MlflowRun:
 
         client = MlflowClient(self._uri)
         experiment = _experiment(client, self._uri)
-        # The author and the source as `mlflow.start_run` finds them, and the commit of this checkout.
+        # `resolve_tags` adds user and source, as `mlflow.start_run` does.
         tags = {"mlflow.note.content": description(self._job, self._output, "", [])}
         if commit := get_git_commit(__file__):
             tags["mlflow.source.git.commit"] = commit
@@ -79,27 +78,27 @@ class MlflowRun:
         client.set_tag(run, "admiral.command", command())
         if self._parent:
             client.set_tag(run, "admiral.parent", redact(self._parent))
-        if config is not None:  # MLflow keeps them as they were when the run began
+        if config is not None:  # those of the first start stay
             _log_parameters(client, run, config.model_dump(mode="json"))
         self._client, self.id, self._experiment = client, run, experiment.experiment_id
 
     @property
     def page(self) -> str:
-        """The address of the run's page on a server; "" where there is none."""
+        """Return the URL of the run's page, or "" if MLflow is a file."""
         server = re.sub("(://)[^/]*@", r"\1", self._uri).rstrip("/")
         return f"{server}/#/experiments/{self._experiment}/runs/{self.id}{VIEW}" if self._uri.startswith("http") else ""
 
     def records_sent(self, first: Record) -> int:
-        """Return how many records of the file that begins with `first` the server has."""
+        """Return the number of records that the server has of the metrics.jsonl whose first record is `first`."""
         begun, _, count = self._client.get_run(self.id).data.tags.get(CURSOR, "").partition(" ")
         return int(count) if begun == str(first.time) else 0
 
     def mark_sent(self, first: Record, count: int) -> None:
-        """Keep what `records_sent` returns."""
+        """Set the number that `records_sent` returns."""
         self._client.set_tag(self.id, CURSOR, f"{first.time} {count}")
 
     def log_numbers(self, records: list[Record]) -> None:
-        """Send records to the run and its children. MLflow keeps points once that are equal in all fields."""
+        """Send records to the run and its children. MLflow ignores points that it has already."""
         from mlflow.entities import Metric
 
         numbers: dict[str, list[Metric]] = {}
@@ -116,14 +115,14 @@ class MlflowRun:
         self._client.log_text(self.id, redact(text), name)
 
     def log_picture(self, name: str, png: bytes) -> None:
-        """Send a picture as an artefact, and show it on the run's page."""
+        """Send a picture as an artefact, and show it in the description of the run."""
         _log_picture(self._client, self.id, name, png)
         self._pictures[name.rpartition("/")[0] or name] = name
         text = description(self._job, self._output, self.id, list(self._pictures.values()))
         self._client.set_tag(self.id, "mlflow.note.content", text)
 
     def log_child(self, name: str, parameters: dict[str, Any], picture: bytes | None) -> None:
-        """Send what a child run has besides numbers, and end it."""
+        """Send the parameters and the picture of a child run, and end it."""
         child = self._child(name)
         _log_parameters(self._client, child, parameters)
         if picture is not None and "admiral.picture" not in self._client.get_run(child).data.tags:
@@ -136,7 +135,7 @@ class MlflowRun:
         self._client.set_terminated(self.id, status)
 
     def _child(self, name: str) -> str:
-        """Return the child run of this name, made if need be."""
+        """Return the id of the child run of this name; create it if it does not exist."""
         with self._lock:
             if name not in self._children:
                 tags = {"mlflow.parentRunId": self.id}
@@ -145,7 +144,7 @@ class MlflowRun:
 
 
 def description(job: str, output: str, run: str, pictures: list[str]) -> str:
-    """Return what a run's page opens with, in Markdown: the job, its outputs and command, and its latest pictures."""
+    """Return the description of a run in Markdown: job, output folder, command and latest pictures."""
     lines = [f"Admiral, **{job}**: outputs in `{output}`, the whole config in the artefact `config.json`."]
     lines += [f"```\n{command()}\n```"]
     lines += [f"![{name}](get-artifact?path={quote(name)}&run_uuid={run})" for name in pictures]
@@ -153,9 +152,9 @@ def description(job: str, output: str, run: str, pictures: list[str]) -> str:
 
 
 def is_refused(error: Exception, opening: bool) -> bool:
-    """Return whether the same request would fail again, server or not.
+    """Return whether an error is permanent, so that the same request would fail again.
 
-    opening: what refuses the whole job counts too. Later on it may pass, as when a token is renewed.
+    opening: also count errors that refuse the whole job. Later they may be temporary, such as an expired token.
     """
     text = str(error)
     if RACE_WORDS.search(text):
@@ -169,28 +168,28 @@ def is_refused(error: Exception, opening: bool) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """Return the first line of an error, without secrets."""
+    """Return the first line of an error, redacted."""
     if isinstance(error, OSError) and error.strerror:
         return redact(f"{error.filename}: {error.strerror}")
     text = (str(error) or type(error).__name__).strip().splitlines()[0]
-    text = re.sub(r"^API request to .*\(Caused by \w+\((.*)\)\)$", r"\1", text)  # what urllib3 wraps around a cause
+    text = re.sub(r"^API request to .*\(Caused by \w+\((.*)\)\)$", r"\1", text)  # urllib3 wraps the cause
     return redact(re.sub(r"\[Errno -?\d+\] |^\"|\"$", "", text))[:400]
 
 
 def refusal(where: str, error: Exception) -> str:
-    """Return the line that says what is wrong and what to do."""
+    """Return one line that says what is wrong and what to do."""
     what, cure = reason(error), "set MLFLOW_TRACKING_URI to a server's address or to sqlite:////PATH/mlflow.db"
     if isinstance(error, Refused):
         what, _, cure = what.partition("; ")
     elif UNKNOWN_WORDS.search(str(error)):
-        what = "MLflow 3 keeps no runs under such an address"
+        what = "MLflow 3 does not accept such an address"
     elif getattr(error, "error_code", "") in DENIED or DENIED_WORDS.search(str(error)):
         cure = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-    return f"{where} refuses this job: {what}; {cure}; --no-tracking goes on without MLflow"
+    return f"{where} refuses this job: {what}; {cure}, or pass --no-tracking"
 
 
 def _experiment(client: Any, uri: str) -> Any:
-    """Return the experiment of all jobs, made if need be.
+    """Return the experiment of all jobs; create it if it does not exist.
 
     Raises:
         Refused: it was deleted.
@@ -201,23 +200,25 @@ def _experiment(client: Any, uri: str) -> Any:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            client.create_experiment(name, _artifact_root(uri), tags=KIND)
+            file = uri.removeprefix("sqlite:///")
+            artifacts = os.path.join(os.path.dirname(file), "mlflow") if file != uri else None  # None: by the server
+            client.create_experiment(name, artifacts, tags=KIND)
         except MlflowException:
-            if client.get_experiment_by_name(name) is None:  # else another job has made it meanwhile
+            if client.get_experiment_by_name(name) is None:  # another job did not create it meanwhile
                 raise
         found = client.get_experiment_by_name(name)
     if found.lifecycle_stage == "deleted":
         restore = f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
-        raise Refused(f"experiment {name} is deleted; bring it back by {restore} or set MLFLOW_EXPERIMENT_NAME")
+        raise Refused(f"experiment {name} is deleted; restore it by {restore}, or set MLFLOW_EXPERIMENT_NAME")
     for key, value in KIND.items():
-        if key not in found.tags:  # made by an earlier version or by hand
+        if key not in found.tags:  # created by an earlier version or by hand
             client.set_experiment_tag(found.experiment_id, key, value)
     return found
 
 
 def _run_of(client: Any, experiment: str, identity: str, name: str, tags: dict[str, str]) -> str:
-    """Return the run of this identity, from an earlier attempt or made now: an answer may have been lost."""
-    # MLflow's filters know no escapes, so that quotes are percent-encoded in the tag.
+    """Return the id of the run with this identity; create it if neither an earlier start nor a lost request did."""
+    # MLflow's filters have no escapes, so quotes are percent-encoded.
     identity = re.sub(r"[\"'`\\%\x00-\x1f]", lambda found: quote(found[0]), redact_patterns(identity))
     if found := client.search_runs([experiment], f"tags.`{IDENTITY}` = '{identity}'", max_results=1):
         return found[0].info.run_id
@@ -225,21 +226,12 @@ def _run_of(client: Any, experiment: str, identity: str, name: str, tags: dict[s
     return client.create_run(experiment, run_name=redact_patterns(name), tags=tags).info.run_id
 
 
-def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (dotted name, value) of each field."""
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{path}{name}.")
-        else:
-            yield f"{path}{name}", str(value)
-
-
 def _log_parameters(client: Any, run: str, values: dict[str, Any]) -> None:
-    """Log the fields of a nested dict by their dotted names."""
+    """Log the values of a nested dict by dotted names, without those that the run has already."""
     from mlflow.entities import Param
 
-    there = client.get_run(run).data.params  # what is there cannot be changed
-    texts = {name: redact(value) for name, value in _leaves(values) if name not in there}
+    there = client.get_run(run).data.params  # MLflow does not let parameters change
+    texts = {name: redact(str(value)) for name, value in flatten(values).items() if name not in there}
     new = [
         Param(key, text if len(text) <= LONGEST_PARAMETER else "long: see config.json") for key, text in texts.items()
     ]
@@ -247,26 +239,19 @@ def _log_parameters(client: Any, run: str, values: dict[str, Any]) -> None:
         client.log_batch(run, params=new[first : first + BATCH_PARAMETERS])
 
 
-def _artifact_root(uri: str) -> str | None:
-    """Return where artefacts go: beside the SQLite file, or (None) where the server puts them."""
-    return (
-        os.path.join(os.path.dirname(uri.removeprefix("sqlite:///")), "mlflow") if uri.startswith("sqlite:") else None
-    )
-
-
 def _log_picture(client: Any, run: str, name: str, png: bytes) -> None:
     client.log_image(run, Image.open(io.BytesIO(png)), artifact_file=name)
 
 
 def _prepare_mlflow(uri: str) -> None:
-    """Silence MLflow, and leave all retries to the caller."""
+    """Silence MLflow and switch off its retries, because the caller retries."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it may hold a password
-    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # blind ones would make a second run where an answer was lost
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # would create a second run if an answer is lost
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     for name in ("alembic", "mlflow", "mlflow.store.db.utils", "urllib3.connectionpool"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if not uri.startswith("http"):
         import mlflow.store.db.utils
 
-        mlflow.store.db.utils.MAX_RETRY_COUNT = 1  # its ten tries take two minutes, in which nothing can be said
+        mlflow.store.db.utils.MAX_RETRY_COUNT = 1  # ten retries would take two minutes without a log line

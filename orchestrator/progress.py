@@ -2,7 +2,8 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -15,13 +16,13 @@ def counted(count: float, noun: str) -> str:
 
 
 class _Terminal:
-    """Standard error, to which a write never fails: tqdm keeps its lock where one does, and then waits for ever."""
+    """Standard error without errors of writes: after one, tqdm keeps its lock, and its next call waits for ever."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(sys.stderr, name)
 
     def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # the terminal, or whoever read the pipe, is gone
+        with contextlib.suppress(OSError):  # the terminal or the reader of the pipe is gone
             sys.stderr.write(text)
 
     def flush(self) -> None:
@@ -30,38 +31,59 @@ class _Terminal:
 
 
 class Progress:
-    """A line that is told how far the work is."""
+    """The handle on a progress line. Several threads may use it."""
 
     def __init__(self, bar: tqdm) -> None:
         self._bar = bar
+        self._lock = threading.Lock()
+        self._parts: dict[Hashable, int] = {}  # units done of each item
+        self._finished: set[Hashable] = set()
 
     @property
     def done(self) -> int:
-        """How far it is."""
+        """Return the number of units that are done."""
         return int(self._bar.n)
 
     def start(self, done: int, description: str = "") -> None:
-        """Begin, or begin again: `done` was done before, and time and rate count from now on."""
+        """Start or restart the line at `done` units; time and rate count from now on."""
         self._bar.initial = self._bar.n = self._bar.last_print_n = done
         self._bar.start_t = self._bar.last_print_t = self._bar._time()
         self._bar.set_description(description or None)
 
-    def skip(self, count: int) -> None:
-        """Count what was done before: it is no part of the rate."""
-        self._bar.initial += count
-        self._bar.last_print_n += count
-        self._bar.n += count
-
     def update_to(self, done: int, **numbers: float) -> None:
-        """Show `done`, and the numbers beside it."""
+        """Show that `done` units are done, and numbers beside it."""
         if numbers:
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in numbers.items()}, refresh=False)
         self._bar.update(done - self._bar.n)
 
+    def update_item(self, item: Hashable, done: int) -> None:
+        """Show that `done` units of an item are done.
+
+        Calls that come late are ignored: those for a finished item, and those with less than an earlier call, as when
+        a second worker starts the item again.
+        """
+        with self._lock:
+            if item not in self._finished and done > (before := self._parts.get(item, 0)):
+                self._parts[item] = done
+                self._bar.update(done - before)
+
+    def finish_item(self, item: Hashable, count: int, in_rate: bool = True) -> None:
+        """Show that an item of `count` units is finished.
+
+        in_rate: False for an item that was finished before this job started, so that the rate does not count it.
+        """
+        with self._lock:
+            self._finished.add(item)
+            count -= self._parts.pop(item, 0)
+            if not in_rate:
+                self._bar.initial += count
+                self._bar.last_print_n += count
+            self._bar.update(count)
+
 
 @contextlib.contextmanager
 def progress_line(total: int, unit: str, description: str = "") -> Iterator[Progress]:
-    """A progress line on stderr while inside; where that is no terminal, a line only every 30 seconds."""
+    """Show a progress line on stderr until the end of the context; if stderr is no terminal, every 30 seconds only."""
     interval = 0.5 if sys.stderr.isatty() else 30.0
     with tqdm(
         total=total,

@@ -1,4 +1,4 @@
-"""Take secrets out of everything that leaves this process: log lines, errors, reports, and what is sent to MLflow."""
+"""Redaction of secrets in everything that leaves this process: log lines, errors, reports, and data for MLflow."""
 
 import contextlib
 import json
@@ -12,8 +12,8 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 MASK = "***"
-SHORTEST_VALUE = 8  # characters; masking shorter ones ("mlflow", "admin") would garble ordinary text
-# Variables that hold a secret by their name; those that end in _FILE and the like hold a place.
+SHORTEST_VALUE = 8  # characters; shorter values, such as "admin", are parts of ordinary words
+# Names of variables with secrets. Names that end in _FILE are not among them, because their values are paths.
 _NAMES = re.compile(
     r"(TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIALS?|(ACCESS|API|PRIVATE|SECRET)_?KEY(_ID)?)$|^AWS_BEARER_TOKEN_"
 )
@@ -27,22 +27,24 @@ _PATTERNS = (
 
 
 def redact(text: str) -> str:
-    """Return `text` without the secrets of the environment, wherever they stand, and of URIs and options."""
+    """Return `text` without secret values of the environment and without secrets in URIs and options."""
     for value in sorted(_secret_values(), key=len, reverse=True):
         text = text.replace(value, MASK)
     return redact_patterns(text)
 
 
 def redact_patterns(text: str) -> str:
-    """Return `text` without what URIs and options hold. The result does not depend on the environment, so that it
-    can be compared with that of another process."""
+    """Return `text` without secrets in URIs and options.
+
+    The result does not depend on the environment, so it can be compared with the result of another process.
+    """
     for pattern in _PATTERNS:
         text = pattern.sub(rf"\g<1>{MASK}", text)
     return text
 
 
 def redact_tree(tree: Any, whole: bool = True) -> Any:
-    """Return a JSON value with `redact` (or, without `whole`, `redact_patterns`) applied to each string in it."""
+    """Return a JSON value with all strings redacted by `redact`, or if not `whole` by `redact_patterns`."""
     if isinstance(tree, dict):
         return {name: redact_tree(value, whole) for name, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -51,12 +53,12 @@ def redact_tree(tree: Any, whole: bool = True) -> Any:
 
 
 def command() -> str:
-    """Return the command line of this process as one types it in a shell."""
+    """Return the command line of this process for a shell, redacted."""
     return redact(shlex.join(["python", *sys.argv]))
 
 
 def redact_output() -> None:
-    """Redact all that this process prints or logs from now on, whoever does it: lines, tracebacks, warnings."""
+    """Redact everything that this process prints or logs from now on, including tracebacks and warnings."""
     for stream in (sys.stdout, sys.stderr):
         if not getattr(stream.write, "redacts", False):
             stream.write = _redacted(stream.write)  # type: ignore[method-assign]
@@ -73,14 +75,14 @@ def _redacted(write: Callable[[str], int]) -> Callable[[str], int]:
 
 
 def _redact_logs() -> None:
-    """Redact log records where they are made: a handler may send them elsewhere than to a stream."""
+    """Redact log records when they are created, because a handler may send them to other places than a stream."""
     make = logging.getLogRecordFactory()
     if getattr(make, "redacts", False):
         return
 
     def redacted(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make(*args, **kwargs)
-        with contextlib.suppress(TypeError, ValueError):  # of arguments that do not fit: logging reports them itself
+        with contextlib.suppress(TypeError, ValueError):  # arguments that do not fit, which logging reports itself
             record.msg, record.args = redact(record.getMessage()), None
         return record
 
@@ -89,7 +91,7 @@ def _redact_logs() -> None:
 
 
 def _secret_values() -> Iterator[str]:
-    """Yield the values that must not be seen, in each form in which they may be written."""
+    """Yield the secret values of the environment in every form in which they may be written."""
     for name, value in os.environ.items():
         found = [value] if _NAMES.search(name) else []
         if address := re.match(r"[\w+.-]+://([^/\s]*)@", value):

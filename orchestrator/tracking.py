@@ -1,7 +1,7 @@
-"""Tracking of a job, from the driver only: numbers go to `metrics.jsonl` in its folder, and threads fill MLflow.
+"""Tracking of a job, in the driver only: numbers go to `metrics.jsonl` in its folder, and threads fill MLflow from it.
 
-MLflow never holds the work up. How many records its server has is written in a tag of the run, so that the next start
-of the job sends the rest, however long the server was away and whatever ended the job.
+The job never waits for MLflow. A tag of the MLflow run holds the number of records that the server has, so the next
+start of the job sends the others, however long the server was unreachable and however the job ended.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
@@ -23,24 +23,37 @@ from orchestrator.metrics_log import MetricsLog, Position, Record, read_records
 from orchestrator.mlflow_run import MlflowRun, is_refused, reason, refusal
 from orchestrator.redaction import redact, redact_patterns
 
-QUEUE_CAPACITY = 2_000  # artefacts that wait in memory while the server is away; new ones beyond it are dropped
-RETRY_SECONDS = 5.0  # between two tries while the server is away
-POLL_SECONDS = 1.0  # between two looks for new numbers
-FIRST_ANSWER_SECONDS = 20.0  # how long a job waits, before its first step, to learn whether it is refused
-PATIENCE_SECONDS = 60.0  # how long the end of a job waits for a server that takes nothing
-WARNINGS = 5  # about what is refused; the last line counts all
-SENT = "tracking.json"  # in the job's folder: MLflow has all of its numbers
+QUEUE_CAPACITY = 2_000  # artefacts in memory while the server is unreachable; more are dropped
+RETRY_SECONDS = 5.0  # between two tries while the server is unreachable
+POLL_SECONDS = 1.0  # between two reads of metrics.jsonl
+FIRST_ANSWER_SECONDS = 20.0  # how long a job waits at its start to learn whether MLflow refuses it
+PATIENCE_SECONDS = 60.0  # how long a job waits at its end for a server that takes nothing
+WARNINGS = 5  # most warnings about refused records; the last line has the count
+SENT = "tracking.json"  # file in the job's folder that says that MLflow has all numbers
 
-Send = Callable[[], object]  # record something; it may be called again after a failure
+Send = Callable[[], object]  # sends an artefact; may be called again after an error
+Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
 
-class Tracker:
-    """The handle of a job on its metrics and its MLflow run. Only `check`, `flush` and `finish` wait.
+class _PermanentError(Exception):
+    """MLflow refuses a request for ever; `error` is its answer."""
 
-    One thread sends the numbers, another the artefacts, so that neither waits for the other's store. Without a `uri`
-    nothing is sent, and only `metrics.jsonl` is written.
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class _GivenUp(Exception):
+    """The job has ended and does not wait for MLflow any more."""
+
+
+class Tracker:
+    """Records the metrics and artefacts of a job. Only `check`, `flush` and `finish` wait.
+
+    One thread sends numbers and another one artefacts, because the artefact store may be another server. Without a
+    `uri` only `metrics.jsonl` is written.
     """
 
     def __init__(
@@ -50,8 +63,8 @@ class Tracker:
         self._log = MetricsLog(output)
         self._mlflow = MlflowRun(self._uri, job, output, parent)
         self._artifacts: queue.SimpleQueue[Send | None] = queue.SimpleQueue()
-        self._put_artifacts = self._settled_artifacts = 0  # each counted by one thread only
-        self._known_children: set[tuple[str, int]] | None = None  # (name, step) that metrics.jsonl has
+        self._put_artifacts = self._settled_artifacts = 0  # each is changed by one thread only
+        self._known_children: set[tuple[str, int]] | None = None  # (name, step) in metrics.jsonl
         self._answered, self._finishing, self._abandoned = threading.Event(), threading.Event(), threading.Event()
         self._refusal: Exception | None = None
         self._status = "FINISHED"
@@ -65,14 +78,14 @@ class Tracker:
 
     @property
     def unsent(self) -> int:
-        """Records of numbers that MLflow does not have yet."""
+        """Return the number of records that MLflow does not have."""
         return self._log.count - self._sent
 
     def check(self) -> None:
-        """Wait for the server's first answer.
+        """Wait for the first answer of the server.
 
         Raises:
-            ValueError: it would refuse this job for ever; the message says what to do.
+            ValueError: the server refuses this job for ever; the message says what to do.
         """
         if self._uri:
             self._answered.wait(FIRST_ANSWER_SECONDS)
@@ -82,29 +95,29 @@ class Tracker:
             raise ValueError(refusal(self._mlflow.where, self._refusal)) from self._refusal
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
-        """Record numbers at `step` (images for training, samples for generation)."""
+        """Record metrics at `step`, in images for a training and in samples for a generation."""
         self._log.append(Record(_now(), step, {name: float(value) for name, value in values.items()}))
         publish(self._job, values)
 
     def flush(self) -> None:
-        """Write the numbers so far into the job's folder, where a page reads them."""
+        """Write all metrics so far to storage, from where pages read them."""
         self._log.flush()
 
     def picture(self, name: str, png: bytes) -> None:
-        """Record a picture under `name`, which ends in .png."""
+        """Record a picture; `name` ends in .png."""
         self._put(partial(self._mlflow.log_picture, name, png))
 
     def record(self, name: str, content: dict[str, Any] | str) -> None:
-        """Record a JSON document, or a text such as a page."""
+        """Record a JSON document or a text, such as an HTML page."""
         text = content if isinstance(content, str) else json.dumps(content, indent=2)
         self._put(partial(self._mlflow.log_text, name, text))
 
     def child(
         self, name: str, parameters: dict[str, Any], history: dict[int, dict[str, float]], picture: bytes | None = None
     ) -> None:
-        """Record a child run, such as one trial of a search; it is known by its name.
+        """Record a child run, such as a trial of a search, by its name.
 
-        history: numbers by step. What an earlier attempt recorded of them is not recorded twice.
+        history: metrics by step; steps that an earlier attempt recorded are skipped.
         """
         if self._known_children is None:
             self._known_children = {(record.child, record.step) for record in read_records(self._output)}
@@ -115,9 +128,9 @@ class Tracker:
         self._put(partial(self._mlflow.log_child, name, parameters, picture))
 
     def finish(self, status: str) -> None:
-        """Hand everything over and end the run as FINISHED, KILLED or FAILED.
+        """End the run with the status FINISHED, KILLED or FAILED, after all records are sent.
 
-        Waits for as long as the server goes on taking records, and PATIENCE_SECONDS more.
+        Stops waiting if the server takes nothing for PATIENCE_SECONDS.
         """
         self._log.close()
         self._artifacts.put(None)
@@ -137,7 +150,7 @@ class Tracker:
             storage.write_json(sent, {"mlflow": redact_patterns(self._uri), "run": self._mlflow.id})
 
     def _conclude(self) -> None:
-        """Say where the run is, and what MLflow does not have in the end."""
+        """Print where the run is; warn about records that MLflow does not have."""
         if self._mlflow.id and self._mlflow.page:
             print(f"View run: {self._mlflow.page}")
         elif self._mlflow.id:
@@ -154,80 +167,79 @@ class Tracker:
     # ------------------------------------------------------------------------------------------ in the threads
 
     def _send_numbers(self) -> None:
-        """Open the run, send the records of metrics.jsonl as they come, and at the end set the run's status."""
-        if not self._open():
-            return
-        publishing = threading.Thread(target=self._send_artifacts, name="artefacts", daemon=True)
-        publishing.start()
-        self._threads.append(publishing)
+        """Open the run, send the records of metrics.jsonl as they are written, and set the run's status at the end."""
+        try:
+            self._open()
+            publishing = threading.Thread(target=self._send_artifacts, name="artefacts", daemon=True)
+            publishing.start()
+            self._threads.append(publishing)
+            self._follow_log()
+        except _GivenUp:
+            pass
+        except _PermanentError as refused:
+            words = "%s takes no more records, the job continues: %s"
+            log.warning(words, self._mlflow.where, reason(refused.error))
+
+    def _open(self) -> None:
+        """Open the run; give up if the first answer is that this job is refused for ever."""
+        while not self._mlflow.id:
+            try:
+                self._retry(partial(self._mlflow.open, self._config), self._mlflow.where, opening=True)
+            except _PermanentError as refused:
+                if not self._answered.is_set():
+                    self._refusal = refused.error
+                    self._answered.set()
+                    raise _GivenUp from refused
+                text = refusal(self._mlflow.where, refused.error)
+                log.warning("%s. The job continues, and its numbers are kept", text)
+                self._abandoned.wait(10 * RETRY_SECONDS)
+        self._answered.set()
+
+    def _follow_log(self) -> None:
+        """Send the records of metrics.jsonl that MLflow lacks, until the job has finished and all are sent."""
         position, first = Position(), None
-        while not self._abandoned.is_set():
-            last_look = self._finishing.is_set()
-            records, behind = self._read(position)
-            if first is None and records:
-                first = records[0]
-                self._recall(first)
-            if first is not None and records:
+        while True:
+            is_finishing = self._finishing.is_set()
+            records, following = self._retry(partial(self._log.read, position), self._output)
+            if records:
+                if first is None:
+                    first = records[0]
+                    sent = self._retry(partial(self._mlflow.records_sent, first), self._mlflow.where)
+                    self._sent = min(sent, self._log.count)
                 self._send(records[max(self._sent - position.number, 0) :])
-                self._mark(first, behind.number)
-                position = behind
-            elif last_look:
-                self._until_taken(partial(self._mlflow.end, self._status), self._mlflow.where)
+                if following.number > self._sent:
+                    self._retry(partial(self._mlflow.mark_sent, first, following.number), self._mlflow.where)
+                    self._sent = following.number
+                position = following
+            elif is_finishing:
+                self._retry(partial(self._mlflow.end, self._status), self._mlflow.where)
                 return
             else:
                 self._finishing.wait(POLL_SECONDS)
 
-    def _open(self) -> bool:
-        """Open the run; return False if the first answer is that this job is refused for ever."""
-        opening = partial(self._mlflow.open, self._config)
-        while (error := self._until_taken(opening, self._mlflow.where, opening=True)) is not None:
-            if not self._answered.is_set():
-                self._refusal = error
-                self._answered.set()
-                return False
-            log.warning("%s. The job continues, and its numbers are kept", refusal(self._mlflow.where, error))
-            self._abandoned.wait(10 * RETRY_SECONDS)
-        self._answered.set()
-        return bool(self._mlflow.id)
-
-    def _read(self, position: Position) -> tuple[list[Record], Position]:
-        """Return the records behind `position`, none if there are none yet, and the position behind them."""
-        found: list[tuple[list[Record], Position]] = []
-        self._until_taken(lambda: found.append(self._log.read(position)), self._output)
-        return found[0] if found else ([], position)
-
-    def _recall(self, first: Record) -> None:
-        """Ask MLflow how many records it has of the file that begins with this one."""
-
-        def ask() -> None:
-            self._sent = min(self._mlflow.records_sent(first), self._log.count)
-
-        self._until_taken(ask, self._mlflow.where)
-
-    def _mark(self, first: Record, count: int) -> None:
-        if not self._abandoned.is_set() and count > self._sent:
-            self._until_taken(partial(self._mlflow.mark_sent, first, count), self._mlflow.where)
-            self._sent = count
-
     def _send(self, records: list[Record]) -> None:
-        """Send records; leave those out that are refused, and only those."""
-        error = self._until_taken(partial(self._mlflow.log_numbers, records), self._mlflow.where) if records else None
-        if error is not None and len(records) > 1:
+        """Send records. If MLflow refuses some of them, leave only those out."""
+        if not records:
+            return
+        try:
+            self._retry(partial(self._mlflow.log_numbers, records), self._mlflow.where)
+        except _PermanentError as refused:
+            if len(records) == 1:
+                self._refuse(f"the numbers of step {records[0].step}", refused.error)
+                return
             middle = len(records) // 2
             self._send(records[:middle])
             self._send(records[middle:])
-        elif error is not None:
-            self._refuse(f"the numbers of step {records[0].step}", error)
 
     def _send_artifacts(self) -> None:
-        """Send the oldest artefact until it is taken or refused, then the next, until the job has finished."""
-        while (send := self._artifacts.get()) is not None:
-            error = self._until_taken(send, f"the artefact store of {self._mlflow.where}")
-            if self._abandoned.is_set():
-                return
-            self._settled_artifacts += 1
-            if error is not None:
-                self._refuse("an artefact", error)
+        """Send the artefacts in their order until the job has finished. Each is sent or refused before the next."""
+        with contextlib.suppress(_GivenUp):
+            while (send := self._artifacts.get()) is not None:
+                try:
+                    self._retry(send, f"the artefact store of {self._mlflow.where}")
+                except _PermanentError as refused:
+                    self._refuse("an artefact", refused.error)
+                self._settled_artifacts += 1
 
     def _put(self, send: Send) -> None:
         if not self._uri:
@@ -238,15 +250,20 @@ class Tracker:
         self._put_artifacts += 1
         self._artifacts.put(send)
 
-    def _until_taken(self, send: Callable[[], object], what: str, opening: bool = False) -> Exception | None:
-        """Call `send` until it succeeds or the job gives up; return the error if it can never succeed."""
+    def _retry(self, call: Callable[[], Result], what: str, opening: bool = False) -> Result:
+        """Call `call` until it succeeds, and return its result.
+
+        Raises:
+            _PermanentError: it can never succeed.
+            _GivenUp: the job has ended.
+        """
         away = False
         while not self._abandoned.is_set():
             try:
-                send()
-            except Exception as error:  # noqa: BLE001 - whatever tracking does, the work goes on
+                result = call()
+            except Exception as error:
                 if is_refused(error, opening):
-                    return error
+                    raise _PermanentError(error) from error
                 if not away:
                     words = "%s is unreachable; retrying in the background, the job continues: %s"
                     log.warning(words, what, reason(error))
@@ -255,8 +272,8 @@ class Tracker:
                 self._abandoned.wait(RETRY_SECONDS)
             else:
                 self._last_taken = time.monotonic()
-                return None
-        return None
+                return result
+        raise _GivenUp
 
     def _refuse(self, what: str, error: Exception) -> None:
         self._refused += 1
@@ -267,12 +284,12 @@ class Tracker:
 
 @contextlib.contextmanager
 def tracked(job: str, config: JobConfig, output: str, parent: str = "") -> Iterator[Tracker]:
-    """The job's tracker: one MLflow run for each output folder, however often the job is started again.
+    """Yield the tracker of a job. All starts of a job with the same output folder share one MLflow run.
 
-    parent: what this run continues, for a tag of the MLflow run.
+    parent: the run that this one continues, for a tag of the MLflow run.
 
     Raises:
-        ValueError: MLflow would refuse this job for ever; the message says what to do.
+        ValueError: MLflow refuses this job for ever; the message says what to do.
     """
     tracker = Tracker(job, output, tracking_uri(config) if config.tracking else None, config, parent)
     tracker.check()
@@ -285,7 +302,7 @@ def tracked(job: str, config: JobConfig, output: str, parent: str = "") -> Itera
 
 
 def catch_up(job: str, config: JobConfig, output: str) -> None:
-    """Send to MLflow what the finished job of this folder could not. Raises what `tracked` does."""
+    """Send the metrics of a finished job that MLflow does not have. Raises what `tracked` does."""
     sent, numbers = storage.join(output, SENT), storage.join(output, metrics_log.NAME)
     if config.tracking and not storage.exists(sent) and storage.exists(numbers):
         with tracked(job, config, output):

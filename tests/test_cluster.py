@@ -58,8 +58,14 @@ def raylet_of_a_training_worker(cluster: LocalCluster) -> psutil.Process:
 def test_the_doctor_finds_nothing_wrong(cluster: LocalCluster, outputs: list[str]) -> None:
     said = submit(cluster, "jobs/doctor.py", "--megabytes", "4")
     outputs.append(said)
-    assert "nothing is wrong" in said and f"{NODES + 1} nodes" in said
-    for words in ("holds no work", "created once", "GB/s between 2 nodes", "answers in", "g++ and Python's headers"):
+    assert "all checks passed" in said and f"{NODES + 1} nodes" in said
+    for words in (
+        "offers no CPUs and GPUs",
+        "created once",
+        "GB/s between 2 nodes",
+        "answers in",
+        "g++ and Python's headers",
+    ):
         assert words in said
 
 

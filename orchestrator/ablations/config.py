@@ -65,12 +65,12 @@ class Table(BaseModel, frozen=True, extra="forbid"):
 class AblationsConfig(JobConfig):
     """The table and its hardware."""
 
-    table: str  # a YAML file, or the name of one of Admiral's tables
-    output: str  # folder of the results
-    rows: Operational[tuple[str, ...]] = ()  # only these rows and the first one; empty = all rows
-    seeds: Operational[tuple[int, ...]] = ()  # training seeds; empty = those of the table
-    dataset: str | None = None  # a prepared dataset; None = that of the preset
-    together: Operational[int] = Field(1, gt=0)  # maximum number of concurrent trainings; others wait for resources
+    table: str  # a YAML file, or the name of a table that comes with Admiral
+    output: str  # folder of the results, with runs/ and evaluations/ in it
+    rows: Operational[tuple[str, ...]] = ()  # only these rows and the first one; none = all
+    seeds: Operational[tuple[int, ...]] = ()  # seeds of the trainings; none = those of the table
+    dataset: str | None = None  # folder of a prepared dataset; None = that of the preset
+    together: Operational[int] = Field(1, gt=0)  # trainings that run at the same time
     num_workers: Operational[int] = Field(1, ge=0)  # workers of each training; 0 = in this process, without Ray
     num_gpus: Operational[int] = Field(0, ge=0, le=1)  # GPUs for each worker
     num_threads: Operational[int] = Field(1, gt=0)  # CPU threads of each worker

@@ -41,19 +41,19 @@ INTERPOLATION_STEPS = 9  # images of an interpolation, including both ends
 class LikelihoodConfig(JobConfig):
     """Model, dataset and accuracy of a likelihood estimate."""
 
-    weights: str  # the diffusion model: a training run's folder, or a file of weights
-    dataset: str  # a prepared dataset's folder
-    split: Literal["train", "validation"] = "validation"  # the split of the dataset
+    weights: str  # diffusion model: a training run's folder or a weights file
+    dataset: str  # folder of a prepared dataset
+    split: Literal["train", "validation"] = "validation"  # split whose images are used
     output: str  # folder of the estimate
-    num_samples: int | None = Field(None, gt=0)  # number of images, the first of the split; None = all
-    respacing: str = ""  # chain of the bound, such as "250"; empty = every timestep, as published
+    num_samples: int | None = Field(None, gt=0)  # number of images, from the start of the split; None = all
+    respacing: str = ""  # timesteps of the bound in the published syntax, such as "250"; empty = all
     clip: bool = True  # clamp the predicted x_0 to [-1, 1], as published
-    seed: int = Field(0, ge=0)  # of the noise, by image
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention, by autocast
-    compile: Operational[bool] = False  # use torch.compile: slower to start, faster for long estimates
+    seed: int = Field(0, ge=0)  # decides the noise of each image
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # precision of convolutions and attention, by autocast
+    compile: Operational[bool] = False  # torch.compile the network: a slower start, but faster on long runs
     batch_size: int = Field(32, gt=0)  # images in a batch
-    num_strips: int = Field(10, ge=0)  # rows in the picture of progressive generation
-    interpolation_depths: tuple[int, ...] = (250, 500, 750)  # chain indices of the interpolated encodings
+    num_strips: int = Field(10, ge=0)  # rows of the picture of progressive generation; 0 = no picture
+    interpolation_depths: tuple[int, ...] = (250, 500, 750)  # timesteps at which two images are encoded and mixed
     num_workers: Operational[int] = Field(1, ge=0)  # workers; 0 = in this process, without Ray
     num_gpus: Operational[float] = Field(0.0, ge=0)  # GPUs for each worker
     num_threads: Operational[int] = Field(1, gt=0)  # CPU threads of each worker

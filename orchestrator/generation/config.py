@@ -1,4 +1,4 @@
-"""What decides the samples, and where they go."""
+"""The config of a generation."""
 
 from typing import Literal, Self
 
@@ -14,57 +14,61 @@ from orchestrator.generation.recipes import recommended, recorded, winner
 
 
 class GenerationConfig(JobConfig):
-    """What decides the samples, and where they go."""
+    """What decides the samples, and where they are written."""
 
-    weights: str  # the diffusion model: a training run's folder, a .safetensors file or a released .pt file
-    ema: str | None = None  # which of a run's weights, as "ema-0.9999"; None = the newest file
-    at: str | None = None  # which of its snapshots: a number of images, or best as evaluate_run found; None = newest
-    classifier: str | None = None  # the noisy classifier that guides, likewise; or yours, as package.module:function
-    upsampler: str | None = None  # a second stage that enlarges the samples (ADM-U), likewise; both are kept
-    recipe: str | None = None  # a released model's name: start from its published sampler, steps and guidance
-    from_search: str | None = None  # a search.json: start from its winner's setting, weights and classifier
-    output: str  # the samples' folder; enlarged ones lie in upsampled/ beneath it
+    weights: str  # diffusion model: a training run's folder, a .safetensors file or a released .pt file
+    ema: str | None = None  # average of the run to use, such as ema-0.9999; None = the one in the newest file
+    at: str | None = None  # snapshot of the run: a number of images, or best as evaluate_run found; None = newest
+    classifier: str | None = None  # classifier for guidance: a run's folder, a file, or package.module:function
+    upsampler: str | None = None  # second stage that enlarges the samples (ADM-U): a run's folder or a file
+    recipe: str | None = None  # released model whose published weights, sampler and guidance are the defaults
+    from_search: str | None = None  # folder of a search whose best weights, sampler and guidance are the defaults
+    output: str  # folder of the samples; enlarged ones are in upsampled/
     num_samples: int = Field(50_000, gt=0)  # images to generate
-    seed: int = Field(0, ge=0, lt=2**64)  # label, x_T and every step's noise of an index follow from it
-    labels: str = "balanced"  # index modulo classes; or "uniform" by seed, "3,7" in turn, a .json list or distribution
+    seed: int = Field(0, ge=0, lt=2**64)  # decides the label, x_T and the step noise of each index
+    labels: str = "balanced"  # balanced, uniform, a list such as 3,7, or a .json file with a list or weights
     sampler: SamplerConfig = SamplerConfig()
     guidance: GuidanceConfig = GuidanceConfig()
-    upsampling: SamplerConfig = SamplerConfig()  # how the second stage is drawn, unguided as published
+    upsampling: SamplerConfig = SamplerConfig()  # The sampler of the second stage, which is not guided, as published.
     clip: bool = True  # clamp the predicted x_0 to [-1, 1], as published
     rounding: Rounding = "truncate"  # of grey levels; the published code truncates
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention, by autocast
-    tf32: bool = False  # let float32 convolutions and products round to TF32 on GPUs that have it; published: no
-    compile: bool = False  # torch.compile the networks: slower to start, faster on long runs
-    batch_size: int = Field(0, ge=0)  # canonical batch B: index i always runs in batch floor(i/B); 0 = by memory
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # precision of convolutions and attention, by autocast
+    tf32: bool = False  # allow TF32 in float32 convolutions and matrix products; the published code does not
+    compile: bool = False  # torch.compile the networks: a slower start, but faster on long runs
+    batch_size: int = Field(0, ge=0)  # canonical batch size B: index i is drawn in batch floor(i/B); 0 = by memory
     shard_size: int = Field(512, gt=0)  # images in a shard, a multiple of B
-    indices: Operational[tuple[int, ...]] = ()  # regenerate only these, into regenerated/, and compare
-    export: Operational[Literal["npz", "png"] | None] = None  # at the end: samples.npz as published, or png/
+    indices: Operational[tuple[int, ...]] = ()  # draw only these again, write them to regenerated/, and compare
+    export: Operational[Literal["npz", "png"] | None] = None  # also write samples.npz as published, or a folder png/
     num_workers: Operational[int] = Field(1, ge=0)  # sampling workers; 0 = in this process, without Ray
     num_gpus: Operational[float] = Field(0.0, ge=0)  # GPUs for each worker
     num_threads: Operational[int] = Field(1, gt=0)  # CPU threads of each worker
     cost: Operational[CostConfig] = CostConfig()
-    mixed_platforms: Operational[bool] = False  # let workers of other kinds join: pixels may then differ
+    mixed_platforms: Operational[bool] = False  # accept workers on other devices or software; pixels may then differ
 
     @property
     def operational(self) -> frozenset[str]:
-        """Return what changes no pixel; networks count by the hashes of their weights."""
+        """Return the fields that change no pixel; networks are compared by the hashes of their weights instead."""
         return super().operational | {"weights", "ema", "at", "classifier", "upsampler", "recipe", "from_search"}
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.guidance.scale and self.guidance.kind == "classifier" and self.classifier is None:
-            raise ValueError(f"guidance.scale={self.guidance.scale} needs a classifier")
+            raise ValueError(
+                f"guidance.scale={self.guidance.scale} needs a classifier; pass one, or set another guidance.kind"
+            )
         if self.batch_size and self.shard_size % self.batch_size:
             raise ValueError(f"shard_size={self.shard_size} is not a multiple of batch_size={self.batch_size}")
         if (self.ema or self.at) and self.weights.endswith((".pt", ".safetensors")):
             chosen = f"ema={self.ema!r}" if self.ema else f"at={self.at!r}"
-            raise ValueError(f"{chosen} chooses from a training run; weights={self.weights!r} is a file")
+            raise ValueError(
+                f"{chosen} needs a training run, but weights={self.weights} is a file; pass the run's folder"
+            )
         if wrong := [index for index in self.indices if index < 0]:
-            raise ValueError(f"indices={wrong} are not in 0, 1, ...")
+            raise ValueError(f"indices={wrong} must not be negative")
         return self
 
     def starting_from(self, preset: Self) -> Self:
-        """Return `preset` as --recipe, --from-search or, with --indices, the folder's own run.json change it."""
+        """Return `preset` with the settings of --recipe, --from-search or, with --indices, the folder's run.json."""
         if self.indices and storage.exists(run := storage.join(self.path(self.output), "run.json")):
             settings = preset.model_dump(exclude_unset=True) | recorded(storage.read_json(run))
             return type(self).model_validate(settings)

@@ -1,4 +1,4 @@
-"""What a generation will read, write and cost, from the architectures alone."""
+"""The cost of a generation, estimated from the architectures."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -17,22 +17,22 @@ from orchestrator.weights.network import Network, described, latest_weights, wei
 from orchestrator.weights.published import released_entry
 
 UNGUIDED = GuidanceConfig()
-ASSUMED_BATCHES = (64, 32, 16, 8, 4, 2, 1)  # images, where B is yet to be probed: the first that fits
+ASSUMED_BATCHES = (64, 32, 16, 8, 4, 2, 1)  # the first that fits is B if the config leaves it open
 
 
 class Outline(NamedTuple):
-    """What the cost of sampling depends on."""
+    """What the cost of sampling with a network depends on."""
 
     uri: str
     architecture: Architecture
     diffusion: DiffusionConfig
 
 
-Trained = Mapping[str, tuple[Architecture, DiffusionConfig]]  # what trainings will leave, by their output
+Trained = Mapping[str, tuple[Architecture, DiffusionConfig]]  # the networks of presets, by the output of their training
 
 
 def cost_lines(config: GenerationConfig, images: int, trained: Trained) -> list[str]:
-    """Return the lines of a plan: what `images` images read, write and cost, with the assumptions."""
+    """Return the lines of a dry run about `images` images: what is read and written, the cost and the assumptions."""
     named = [
         path for path in (config.weights, config.classifier, config.upsampler, config.guidance.weak_weights) if path
     ]
@@ -46,7 +46,7 @@ def cost_lines(config: GenerationConfig, images: int, trained: Trained) -> list[
             for path in (config.upsampler, config.guidance.weak_weights)
         )
     except FileNotFoundError:
-        return [*lines, "cost    known as soon as the weights are there", *absent]
+        return [*lines, "cost    unknown until the weights exist", *absent]
     written = images * sum(3 * network.architecture.image_size**2 for network in (base, upsampler) if network)
     guides = {"classifier": classifier, "classifier_free": base, "auto": weak}
     half = config.dtype != "float32"
@@ -63,7 +63,7 @@ def cost_lines(config: GenerationConfig, images: int, trained: Trained) -> list[
 
 
 def absent_weights(config: JobConfig, paths: Sequence[str]) -> list[str]:
-    """Return the URIs of those weights that are not there yet, in whole or in training."""
+    """Return the URIs of the weights that do not exist yet."""
     return [config.path(path) for path in paths if not is_imported(path) and not _is_there(config, path)]
 
 
@@ -75,11 +75,10 @@ def _is_there(config: JobConfig, path: str) -> bool:
 
 
 def outline(config: JobConfig, path: str, recipe: str | None = None, trained: Trained | None = None) -> Outline:
-    """Return the outline of a released file by its name alone, so that it need not be there yet; of others from their
-    file, or from what is known of the training that will write it.
+    """Return the outline of weights: of a released file by its name, of others from their file or from `trained`.
 
     Raises:
-        FileNotFoundError: they are not there, and nothing is known of their training.
+        FileNotFoundError: the weights do not exist, and `trained` does not have them.
     """
     uri = config.path(path)
     if uri.endswith(".pt"):
@@ -92,7 +91,7 @@ def outline(config: JobConfig, path: str, recipe: str | None = None, trained: Tr
 
 
 def classifier_outline(config: GenerationConfig, trained: Trained | None = None) -> Outline | None:
-    """Return the outline of the classifier; None where there is none, or one that is imported."""
+    """Return the outline of the classifier; None if there is none or if it is imported."""
     if config.classifier is None or is_imported(config.classifier):
         return None
     return outline(config, config.classifier, None, trained)
@@ -105,9 +104,9 @@ def costs(
     guides: Mapping[str, Outline | None],
     upsampler: Outline | None,
 ) -> list[Cost]:
-    """Return the cost of each stage, in batches as large as the card holds where B is left open.
+    """Return the cost of each stage. If the config leaves B open, it is the largest that fits into the GPU's memory.
 
-    guides: by kind of guidance, the network that it evaluates beside the model.
+    guides: the network that each kind of guidance evaluates beside the model.
     """
     half, stages = config.dtype != "float32", _stages(config, base, guides.get(config.guidance.kind), upsampler)
     for batch in [config.batch_size] if config.batch_size else ASSUMED_BATCHES:
@@ -118,14 +117,14 @@ def costs(
 
 
 def flops_per_sample(config: GenerationConfig, networks: Networks) -> float:
-    """Return the FLOPs of one sample, in a cascade of both its stages; those of an imported classifier do not count."""
+    """Return the FLOPs of one sample over all stages, without those of an imported classifier."""
     guide = networks.guide(config.guidance.kind)
     stages = _stages(config, networks.weights, guide if isinstance(guide, Network) else None, networks.upsampler)
     return sum(sampling_flops(stage.evaluations, stage.model, stage.guide) for stage in stages)
 
 
 class _Stage(NamedTuple):
-    """One chain: a network, how often it and its guide are evaluated, and the guide."""
+    """One stage: a network, the number of evaluations of it and of its guide, and the guide."""
 
     model: Architecture
     evaluations: Evaluations

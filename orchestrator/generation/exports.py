@@ -1,4 +1,4 @@
-"""Samples for other programs: the published .npz, or a folder of pictures; streamed, shard by shard."""
+"""Exports of samples for other programs: the published .npz, or a folder of PNGs; streamed shard by shard."""
 
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -10,17 +10,16 @@ from numpy.lib import format as npy
 from orchestrator import storage
 from orchestrator.generation.samples import count_samples, read_range, read_rows
 
-BLOCK = 512  # images held at once
-THREADS = 8  # pictures written at once
-NEVER = (1980, 1, 1, 0, 0, 0)  # the zip format's first moment, so that equal samples give equal files
+BLOCK = 512  # images in memory
+THREADS = 8  # images that are written at the same time
+EPOCH = (1980, 1, 1, 0, 0, 0)  # first date of the zip format; a fixed date, so that equal samples give equal files
 
 
 def export_npz(folder: str, uri: str) -> None:
-    """Write a finished folder as the published code does: `arr_0` uint8 [N, H, W, 3] and, where samples have
-    labels, `arr_1` int64 [N].
+    """Write samples in the published format: `arr_0` uint8 [N, H, W, 3], and `arr_1` int64 [N] if they have labels.
 
     Raises:
-        FileNotFoundError: the samples are not all there.
+        FileNotFoundError: the folder is not finished.
     """
     count, labels = count_samples(folder), list[np.ndarray]()
 
@@ -40,9 +39,9 @@ def export_npz(folder: str, uri: str) -> None:
 def write_array(
     archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: np.dtype, blocks: Iterable[np.ndarray]
 ) -> None:
-    """Stream an array, whose blocks follow each other along its first axis, into an archive as `name`.npy."""
-    member = zipfile.ZipInfo(f"{name}.npy", NEVER)
-    member.file_size = int(np.prod(shape, dtype=object)) * dtype.itemsize  # says whether 64-bit sizes are needed
+    """Stream an array into an archive as `name`.npy; its blocks follow each other along the first axis."""
+    member = zipfile.ZipInfo(f"{name}.npy", EPOCH)
+    member.file_size = int(np.prod(shape, dtype=object)) * dtype.itemsize  # decides whether zip64 is used
     with archive.open(member, "w") as data:
         header = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         npy.write_array_header_1_0(data, header)
@@ -51,10 +50,10 @@ def write_array(
 
 
 def export_png(folder: str, uri: str) -> None:
-    """Write each sample of a finished folder as `uri`/000017.png, the very bytes that its shard holds.
+    """Write each sample as `uri`/000017.png, with the same bytes as in its shard.
 
     Raises:
-        FileNotFoundError: the samples are not all there.
+        FileNotFoundError: the folder is not finished.
     """
     count = count_samples(folder)
 

@@ -1,4 +1,5 @@
-"""Generation: samples that are functions of (config, seed, index), written as finished shards by a pool of workers."""
+"""Generation: a pool of workers draws samples and writes them as shards. A sample depends only on the config, the seed
+and its index."""
 
 import contextlib
 import logging
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from cluster.item_progress import Report, item_progress, no_report
 from cluster.session import session
 from cluster.workers import map_items
 from orchestrator import storage
@@ -50,8 +52,8 @@ from orchestrator.progress import Progress, counted, progress_line
 from orchestrator.tracking import Tracker, catch_up, tracked
 from orchestrator.weights.network import weights_file
 
-METRICS_SECONDS = 5.0  # between two reports to MLflow
-PICTURE_SECONDS = 30.0  # between two contact sheets
+METRICS_SECONDS = 5.0  # between two records of metrics
+PICTURE_SECONDS = 30.0  # between two contact sheets of the newest samples
 SHEET = 100  # images of a contact sheet
 
 log = logging.getLogger(__name__)
@@ -61,7 +63,7 @@ log = logging.getLogger(__name__)
 
 
 def generate(config: GenerationConfig) -> str:
-    """Make the samples that are still missing, export them if asked to; return their folder's URI.
+    """Generate the samples that are missing, export them if the config says so, and return their folder's URI.
 
     Raises:
         ValueError: weights, classifier and output folder do not fit each other.
@@ -76,7 +78,7 @@ def generate(config: GenerationConfig) -> str:
         print(f"{output} is complete: {counted(config.num_samples, 'sample')}")
         catch_up("generate", config, folders[0])
     else:
-        _make_missing(config, folders, flops_per_sample(config, networks))
+        _generate_missing(config, folders, flops_per_sample(config, networks))
         print(f"{output}: {counted(config.num_samples, 'sample')}")
     command = next_command("evaluate_samples", samples=config.output)
     print_closing([storage.join(folder, "samples.png") for folder in folders], [command])
@@ -87,7 +89,7 @@ def generate(config: GenerationConfig) -> str:
 
 
 def _checked(config: GenerationConfig) -> tuple[GenerationConfig, Networks]:
-    """Return the config with its files of weights, and the networks, after all checks that need no worker.
+    """Make all checks that need no worker; return the config with the weight files that it refers to, and the networks.
 
     Raises what `generate` does.
     """
@@ -106,7 +108,7 @@ def _checked(config: GenerationConfig) -> tuple[GenerationConfig, Networks]:
 
 
 def _with_files(config: GenerationConfig) -> GenerationConfig:
-    """Return the config with the files of weights that it means: those of the first attempt, which run.json notes."""
+    """Return the config with the weight files that it refers to: those that run.json records, or else the newest."""
     run = storage.join(config.path(config.output), "run.json")
     noted = storage.read_json(run)["record"] if storage.exists(run) else {}
     files = {name: getattr(config, name) for name in ("weights", "classifier", "upsampler")}
@@ -121,24 +123,26 @@ def _with_files(config: GenerationConfig) -> GenerationConfig:
     return config.model_copy(update=files)
 
 
-def _make_missing(config: GenerationConfig, folders: list[str], flops: float) -> None:
-    """Hand every shard to the pool: those that are there are verified, the others made; then declare them finished.
+def _session(config: GenerationConfig) -> contextlib.AbstractContextManager[None]:
+    cpus, gpus = config.num_workers * config.num_threads, config.num_workers * config.num_gpus
+    return session(cpus, num_gpus=gpus, shared=config.shared)
+
+
+def _generate_missing(config: GenerationConfig, folders: list[str], flops: float) -> None:
+    """Have the pool verify the shards that exist and draw the others, then write the manifests.
 
     flops: of one sample.
     """
     digests: dict[str, dict[Shard, str]] = {folder: {} for folder in folders}
     with (
-        session(
-            config.num_workers * config.num_threads,
-            num_gpus=config.num_workers * config.num_gpus,
-            shared=config.shared,
-        ),
+        _session(config),
         tracked("generate", config, folders[0]) as tracker,
         progress_line(config.num_samples, "samples") as progress,
+        item_progress(progress.update_item, config.num_workers) as report,
     ):
         live = _Live(tracker, progress, folders[-1], flops / max(config.num_workers, 1))
         finished = map_items(
-            partial(make_generator, config),
+            partial(make_generator, config, report=report),
             _shards(config),
             config.num_workers,
             num_cpus=config.num_threads,
@@ -158,25 +162,26 @@ def _make_missing(config: GenerationConfig, folders: list[str], flops: float) ->
 
 
 class _Live:
-    """What one sees while shards come in: the line, and now and then numbers and the newest pictures in MLflow."""
+    """Shows the progress while shards arrive: the progress line, and metrics and the newest samples in MLflow."""
 
     def __init__(self, tracker: Tracker, progress: Progress, folder: str, flops: float) -> None:
-        """flops: of a sample, over the number of workers."""
+        """flops: of a sample, divided by the number of workers."""
         self._tracker, self._progress, self._folder, self._flops = tracker, progress, folder, flops
-        self._peak: float | None = None  # FLOP/s of a worker, where it is known
-        self._made, self._begun = 0, time.monotonic()
+        self._peak: float | None = None  # FLOP/s of a worker, if it is known
+        self._done = self._drawn = 0  # samples in finished shards, and those of them that this job drew
+        self._begun = time.monotonic()
         self._numbers_at = self._picture_at = self._begun
 
     def update(self, shard: Shard, made: "Finished") -> None:
-        """Count a shard."""
+        """Count a finished shard."""
         count, now = shard.end - shard.begin, time.monotonic()
+        self._done += count
         for reason in made.damaged:
-            log.warning("regenerated, the old bytes are kept under quarantine/: %s", reason)
+            log.warning("a damaged shard was regenerated; its old bytes are in quarantine/: %s", reason)
+        self._progress.finish_item(shard, count, in_rate=made.drawn)
         if not made.drawn:
-            self._progress.skip(count)
             return
-        self._progress.update_to(self._progress.done + count)
-        self._made, self._peak = self._made + count, made.peak
+        self._drawn, self._peak = self._drawn + count, made.peak
         if now - self._numbers_at > METRICS_SECONDS:
             self.report()
             self._numbers_at = now
@@ -186,12 +191,12 @@ class _Live:
             self._picture_at = now
 
     def report(self) -> None:
-        """Report how many there are, and how fast those of this job came: also as the share of the GPUs' peak."""
-        rate = self._made / (time.monotonic() - self._begun)
-        metrics = {"samples": self._progress.done, "samples_per_second": rate}
+        """Record the number of samples, the rate at which this job draws them, and the model FLOPs utilization."""
+        rate = self._drawn / (time.monotonic() - self._begun)
+        metrics = {"samples": self._done, "samples_per_second": rate}
         if self._peak:
             metrics["mfu"] = rate * self._flops / self._peak
-        self._tracker.metrics(metrics, self._progress.done)
+        self._tracker.metrics(metrics, self._done)
 
 
 def _sheet(images: np.ndarray) -> bytes:
@@ -199,17 +204,13 @@ def _sheet(images: np.ndarray) -> bytes:
 
 
 def regenerate(config: GenerationConfig) -> None:
-    """Regenerate `indices` by their canonical batches, keep them under regenerated/ and compare their pixels.
+    """Draw `indices` again in their canonical batches, write them to regenerated/, and compare their pixels.
 
     Raises:
-        RuntimeError: some differ from those in the folder.
+        RuntimeError: some of them differ from the samples in the folder.
     """
     wanted, differing = sorted(set(config.indices)), list[str]()
-    with session(
-        config.num_workers * config.num_threads,
-        num_gpus=config.num_workers * config.num_gpus,
-        shared=config.shared,
-    ):
+    with _session(config):
         make = partial(make_index_maker, config)
         made = dict(map_items(make, wanted, config.num_workers, config.num_threads, config.num_gpus))
     for stage, folder in enumerate(folders_of(config)):
@@ -217,7 +218,7 @@ def regenerate(config: GenerationConfig) -> None:
         for index in wanted:
             image = made[index][stage]
             storage.write_bytes(storage.join(folder, "regenerated", f"{index:06d}.png"), png(image))
-            found = "not there to be compared"
+            found = "not in the folder, so not compared"
             if any(shard.begin <= index < shard.end for shard in there):
                 difference = np.abs(read_range(folder, index, index + 1)[0][0].astype(int) - image).max()
                 found = f"differs by up to {difference} grey levels" if difference else "equal"
@@ -236,32 +237,32 @@ def _export(config: GenerationConfig, folder: str) -> str:
 
 
 def folders_of(config: GenerationConfig) -> list[str]:
-    """The folder of the samples and, in a cascade, of the enlarged ones."""
+    """Return the folder of the samples and, in a cascade, the folder of the enlarged samples."""
     output = config.path(config.output)
     return [output, storage.join(output, "upsampled")] if config.upsampler else [output]
 
 
 def _shards(config: GenerationConfig) -> Iterator[Shard]:
-    """Yield the shards that the finished folders will have."""
+    """Yield the shards of the finished folders."""
     there = {shard for folder in folders_of(config) for shard in list_shards(folder)}
     return shards_of(config.num_samples, config.shard_size, there)
 
 
 def missing_shards(config: GenerationConfig) -> list[Shard]:
-    """Return the shards that are not there yet, by their names."""
+    """Return the shards that are missing in at least one folder; shards are found by name."""
     there = [set(list_shards(folder)) for folder in folders_of(config)]
     return [shard for shard in _shards(config) if not all(shard in found for found in there)]
 
 
 def plan(config: GenerationConfig, trained: Trained | None = None) -> tuple[GenerationConfig, str]:
-    """Return the resolved config, and what a generation would read, write and cost.
+    """Return the resolved config, and the text of a dry run: what the generation would read, write and cost.
 
-    trained: what trainings will leave, for weights that are not there yet.
+    trained: the network and diffusion of presets, by output, for weights that do not exist yet.
 
     Raises:
         ValueError: what `generate` would refuse before it starts.
     """
-    with contextlib.suppress(FileNotFoundError):  # the last line names what is not there yet
+    with contextlib.suppress(FileNotFoundError):  # the last line of the text names the files that are missing
         config, _ = _checked(config)
     todo, shards = missing_shards(config), len(list(_shards(config)))
     images = sum(shard.end - shard.begin for shard in todo)
@@ -273,19 +274,19 @@ def plan(config: GenerationConfig, trained: Trained | None = None) -> tuple[Gene
 
 
 class Finished(NamedTuple):
-    """A shard as a worker left it."""
+    """The result of a worker for one shard."""
 
-    digests: tuple[str, ...]  # in each folder
-    drawn: bool  # now, by this worker
-    damaged: tuple[str, ...] = ()  # what was found damaged
-    peak: float | None = None  # FLOP/s of the worker's device, where it is known
+    digests: tuple[str, ...]  # of the shard in each folder
+    drawn: bool  # False if the shard existed already
+    damaged: tuple[str, ...] = ()  # what was wrong with a shard that was replaced
+    peak: float | None = None  # peak FLOP/s of the worker's device, if it is known
 
 
 def _make_worker(config: GenerationConfig) -> tuple[SamplingWorker, GenerationConfig]:
-    """Set up a worker; return it and the config with B in it: the folder's, if it has finished samples, or its own.
+    """Return a worker, and the config with the batch size B: that of the folders, or else one chosen on this worker.
 
     Raises:
-        ValueError: the folder belongs to another config, or to another platform.
+        ValueError: the folders were made with another config or on another platform.
     """
     worker = SamplingWorker(config)
     size = _batch_size_of(config, worker) or config.batch_size
@@ -296,7 +297,7 @@ def _make_worker(config: GenerationConfig) -> tuple[SamplingWorker, GenerationCo
 
 
 def _batch_size_of(config: GenerationConfig, worker: SamplingWorker) -> int:
-    """Return the B that the folders are bound to, 0 if to none. Raises what `_make_worker` does."""
+    """Return the batch size in the run.json of the folders, 0 if they have none. Raises what `_make_worker` does."""
     size = config.batch_size
     for folder in folders_of(config):
         wanted = fingerprint(config.model_copy(update={"batch_size": size}), worker.networks)
@@ -308,9 +309,9 @@ def _batch_size_of(config: GenerationConfig, worker: SamplingWorker) -> int:
 
 
 def _bind(config: GenerationConfig, asked: int, worker: SamplingWorker) -> int:
-    """Bind the folders to this config, unless another worker did; return the B that they are bound to.
+    """Write run.json into the folders unless another worker did; return the batch size in it.
 
-    asked: the batch size that the job's config states, 0 if it leaves it open.
+    asked: the batch size in the config of the job, 0 if that leaves the choice to the workers.
     """
     for folder in folders_of(config):
         wanted = fingerprint(config, worker.networks)
@@ -319,9 +320,9 @@ def _bind(config: GenerationConfig, asked: int, worker: SamplingWorker) -> int:
 
 
 def _record(config: GenerationConfig, networks: Networks) -> dict[str, Any]:
-    """Return what is noted in run.json and never compared with another attempt's config."""
+    """Return the part of run.json that is for information only: later attempts are not compared with it."""
     commit = None
-    with contextlib.suppress(OSError):  # no git here
+    with contextlib.suppress(OSError):  # git is not installed
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     begun = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -331,23 +332,26 @@ def _record(config: GenerationConfig, networks: Networks) -> dict[str, Any]:
     return {"commit": commit, "begun": begun, "classes": networks.classes, **noted}
 
 
-def make_generator(config: GenerationConfig) -> Callable[[Shard], Finished]:
-    """A worker: networks loaded once, then shards, each verified where it is there and drawn where it is not.
+def make_generator(config: GenerationConfig, report: Report = no_report) -> Callable[[Shard], Finished]:
+    """Load the networks; return a function that verifies a shard if it exists and draws it if it does not.
 
-    The first shard that is drawn binds the folders to the config, so that a start that fails before binds nothing.
+    The first shard that is drawn binds the folders to the config, so an attempt that fails earlier binds nothing.
+
+    report: called after every batch with the shard and the number of its samples that are drawn.
     """
     asked = config.batch_size
     worker, config = _make_worker(config)
     folders, peak = folders_of(config), peak_flops(platform(worker.device)["device"], config.dtype)
-    encoder = ThreadPoolExecutor(1, "encoder")  # pictures are encoded while the next batch is drawn
+    encoder = ThreadPoolExecutor(1, "encoder")  # encodes PNGs while the next batch is drawn
 
     def draw(shard: Shard, size: int) -> list[pa.Table]:
         encoded: list[list[Any]] = [[] for _ in folders]
         first = shard.begin // size
         sized = config.model_copy(update={"batch_size": size})
-        for stages in worker.batches(sized, range(first, -(-shard.end // size))):
+        for number, stages in enumerate(worker.batches(sized, range(first, -(-shard.end // size))), first + 1):
             for rows, samples in zip(encoded, stages, strict=True):
                 rows.append(encoder.submit(encode_rows, samples))
+            report(shard, min(number * size, shard.end) - shard.begin)
         whole = [pa.concat_tables([part.result() for part in rows]) for rows in encoded]
         return [rows.slice(shard.begin - first * size, shard.end - shard.begin) for rows in whole]
 
@@ -357,7 +361,7 @@ def make_generator(config: GenerationConfig) -> Callable[[Shard], Finished]:
         if all(found):
             return Finished(found, drawn=False)
         tables = draw(shard, config.batch_size)
-        if (size := _bind(config, asked, worker)) != config.batch_size:  # another worker was quicker, with another B
+        if (size := _bind(config, asked, worker)) != config.batch_size:  # another worker wrote another batch size first
             config = config.model_copy(update={"batch_size": size})
             tables = draw(shard, size)
         digests = []
@@ -369,20 +373,21 @@ def make_generator(config: GenerationConfig) -> Callable[[Shard], Finished]:
 
 
 def _verify(folder: str, shard: Shard) -> tuple[str | None, str]:
-    """(digest, "") of a whole shard, (None, "") of an absent one, (None, reason) of one found damaged twice."""
-    try:
-        return check_shard(folder, shard), ""
-    except DamagedShard:
-        pass
-    try:
-        return check_shard(folder, shard), ""
-    except DamagedShard as error:
-        quarantine_shard(folder, shard)
-        return None, str(error)
+    """Return (digest, "") for a valid shard, (None, "") if there is none, and (None, reason) for a damaged one."""
+    for _ in range(2):  # the first read may have been cut short
+        try:
+            return check_shard(folder, shard), ""
+        except DamagedShard as error:
+            reason = str(error)
+    quarantine_shard(folder, shard)
+    return None, reason
 
 
 def make_index_maker(config: GenerationConfig) -> Callable[[int], tuple[np.ndarray, ...]]:
-    """A worker that draws one index by its canonical batch: uint8 [H, W, 3] of each stage."""
+    """Load the networks; return a function from an index to its image uint8 [H, W, 3] of each stage.
+
+    The function draws the canonical batch that holds the index.
+    """
     worker, config = _make_worker(config)
 
     def make_index(index: int) -> tuple[np.ndarray, ...]:

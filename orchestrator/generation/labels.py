@@ -1,4 +1,4 @@
-"""Which class each sample shall be of: a pure function of the policy, the seed and the index."""
+"""The labels of samples: a pure function of the policy, the seed and the index."""
 
 import hashlib
 from collections.abc import Callable
@@ -13,18 +13,18 @@ from orchestrator.order import Purpose, index_rng
 
 @dataclass(frozen=True)
 class Labels:
-    """A policy, read and checked. Called with indices int64 [n] it returns their labels int64 [n], -1 = no class."""
+    """A policy. Called with indices int64 [n] it returns labels int64 [n]; -1 = no class."""
 
-    num_classes: int  # 0 where nothing conditions the samples
+    num_classes: int  # 0 if the samples are not conditioned on a class
     seed: int
-    balanced: bool = False  # index modulo classes
-    in_turn: tuple[int, ...] = ()  # index i is of in_turn[i mod its length]
+    balanced: bool = False  # label = index modulo num_classes
+    in_turn: tuple[int, ...] = ()  # label of index i = in_turn[i modulo its length]
     cumulative: tuple[float, ...] = ()  # drawn by seed: label = the first with cumulative > u, u uniform in [0, 1)
-    sha256: str | None = None  # of the file that it was read from
+    sha256: str | None = None  # of the file with the policy
 
     @property
     def given(self) -> bool:
-        """Return whether the number of samples of each class is given by the policy and not drawn."""
+        """Return whether the policy decides the number of samples of each class, without a random draw."""
         return self.balanced or bool(self.in_turn)
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
@@ -41,19 +41,22 @@ class Labels:
 
 
 def read_labels(policy: str, classes: tuple[str, ...], seed: int, path: Callable[[str], str]) -> Labels:
-    """The policy that a config names.
+    """Return the policy that a config names.
 
-    "balanced"; "uniform" (drawn by seed); classes in turn, by name or number, as "3,7"; or a .json file, in which a
-    list is taken in turn and an object gives each class the weight with which it is drawn. `path` makes a URI of it.
+    "balanced"; "uniform", drawn by the seed; classes that are repeated in turn, by name or number, such as "3,7"; or a
+    .json file. A list in the file is repeated in turn; an object has a weight for each class, by which classes are
+    drawn. `path` resolves the name of the file.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a class that the network does not know, or weights that are no distribution.
+        FileNotFoundError: the file does not exist.
+        ValueError: the network does not have a class, or the weights are not a distribution.
     """
     if policy in ("balanced", "uniform"):
         return Labels(len(classes), seed, balanced=policy == "balanced")
     if not classes:
-        raise ValueError(f"labels={policy!r}: nothing conditions these samples; leave labels at 'balanced'")
+        raise ValueError(
+            f"labels={policy} needs samples that are conditioned on classes, and these are not; pass --labels balanced"
+        )
     if not policy.endswith(".json"):
         return Labels(len(classes), seed, in_turn=_numbers(policy, policy.split(","), classes))
     data = storage.read_bytes(path(policy))
@@ -66,19 +69,19 @@ def read_labels(policy: str, classes: tuple[str, ...], seed: int, path: Callable
         cumulative = np.cumsum(weights / weights.sum())
         cumulative[np.flatnonzero(weights)[-1] :] = 1.0  # rounding must not leave a gap below 1
         return Labels(len(classes), seed, cumulative=tuple(cumulative.tolist()), sha256=sha256)
-    raise ValueError(f"labels={policy!r} holds neither a list of classes nor an object of their weights")
+    raise ValueError(f"labels={policy} must contain a list of classes, or an object with their weights")
 
 
 def _numbers(policy: str, wanted: list[Any], classes: tuple[str, ...]) -> tuple[int, ...]:
-    """The labels of classes given by name, or else by number."""
+    """Return the labels of classes that are given by name or by number."""
     by_name = {name: number for number, name in enumerate(classes)}
     by_number = {str(number): number for number in range(len(classes))}
     names = [str(name).strip() for name in wanted]
     unknown = [name for name in names if name not in by_name and name not in by_number]
     if unknown:
         raise ValueError(
-            f"labels={policy!r}: no class {unknown[0]!r}; the network knows {len(classes)}, from {classes[0]!r} to "
-            f"{classes[-1]!r}"
+            f"labels={policy}: the network has no class {unknown[0]!r}; it has {len(classes)} classes, from "
+            f"{classes[0]!r} to {classes[-1]!r}"
         )
     numbers = [by_name.get(name, by_number.get(name, -1)) for name in names]
     return tuple(numbers)
@@ -87,5 +90,5 @@ def _numbers(policy: str, wanted: list[Any], classes: tuple[str, ...]) -> tuple[
 def _weights(policy: str, values: list[Any]) -> list[float]:
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     if not numeric or not np.isfinite(values).all() or min(values) < 0 or not sum(values):
-        raise ValueError(f"labels={policy!r}: the weights must be numbers of 0 or more, not all 0")
+        raise ValueError(f"labels={policy}: the weights must be numbers of at least 0, and not all 0")
     return values

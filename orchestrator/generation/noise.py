@@ -1,4 +1,4 @@
-"""The noise of generated images, drawn by threads before the chain asks for it."""
+"""The noise of generated images, which threads draw ahead of the sampler."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from orchestrator.order import Purpose, index_rng
 
-THREADS = 2  # numpy draws without the interpreter's lock
-AHEAD = 4  # tensors drawn before they are asked for
+THREADS = 2  # numpy releases the GIL while it draws
+AHEAD = 4  # tensors that are drawn ahead
 
 
 class Draw(NamedTuple):
@@ -22,14 +22,14 @@ class Draw(NamedTuple):
     indices: tuple[int, ...]
     shape: tuple[int, int, int]  # C, H, W
     purpose: Purpose
-    timestep: int = 0  # the original one
+    timestep: int = 0  # of the original chain
 
 
 DrawNoise = Callable[[Draw], Tensor]
 
 
 def draw_noise(seed: int, draw: Draw) -> Tensor:
-    """The noise of a key: equal for equal keys, whatever else is drawn."""
+    """Return the noise of a key; it depends on the seed and the key only."""
     rows = np.empty((len(draw.indices), *draw.shape), np.float32)
     for row, index in zip(rows, draw.indices, strict=True):
         index_rng(seed, index, draw.purpose, draw.timestep).standard_normal(out=row, dtype=np.float32)
@@ -37,9 +37,9 @@ def draw_noise(seed: int, draw: Draw) -> Tensor:
 
 
 class NoiseAhead:
-    """`draw_noise` for a plan of draws, in its order: while one is used, threads draw the next ones.
+    """A context that returns the noise of a plan of draws in its order, while threads draw the next tensors.
 
-    A context; `pin` puts the tensors where a GPU fetches them without waiting.
+    pin: return tensors in pinned memory, from which copies to a GPU are asynchronous.
     """
 
     def __init__(self, seed: int, plan: Iterable[Draw], pin: bool = False) -> None:
@@ -52,7 +52,7 @@ class NoiseAhead:
     def __call__(self, draw: Draw) -> Tensor:
         planned, tensor = self._drawn.popleft()
         if planned != draw:
-            raise RuntimeError(f"the chain asks for {draw.purpose.name} {draw.timestep}, which is not what was planned")
+            raise RuntimeError(f"the noise of {draw.purpose.name} {draw.timestep} is not the next in the plan")
         self._go_on(1)
         return tensor.result()
 

@@ -1,4 +1,4 @@
-"""Generations by name."""
+"""Presets of generations."""
 
 from models import zoo
 from models.guidance import GuidanceConfig

@@ -1,4 +1,4 @@
-"""Where a generation's settings come from, if not from its own options: a publication, a search, or its own folder."""
+"""Settings of a generation that are not options: those of a publication, of a search, or of the samples folder."""
 
 from typing import Any
 
@@ -11,17 +11,17 @@ from orchestrator import storage
 
 
 def recommended(name: str) -> dict[str, Any]:
-    """Fields of a generation's config as published for the zoo's model `name`: its first recipe.
+    """Return fields of a generation's config as published for the model `name` of the zoo.
 
     Raises:
-        ValueError: the zoo has no such model, or knows no recommendation for it.
+        ValueError: the zoo has no such model, or no published settings for it.
     """
     entry = zoo.entry(name)
     if not entry.recipes or entry.checkpoint is None or entry.network.kind == "classifier":
         known = [other for other, found in zoo.ZOO.items() if found.recipes and found.checkpoint]
-        raise ValueError(f"recipe={name!r}: nothing is published on how to sample it; there is for {', '.join(known)}")
+        raise ValueError(f"recipe={name} has no published sampler and guidance; accepted: {', '.join(known)}")
     if entry.network.low_res_size:
-        raise ValueError(f"recipe={name!r} is an upsampler: name the model whose samples it enlarges")
+        raise ValueError(f"recipe={name} is an upsampler; name the model whose samples it enlarges")
     recipe = entry.recipes[0]
     return {
         "output": f"{name}/samples",
@@ -33,7 +33,7 @@ def recommended(name: str) -> dict[str, Any]:
 
 
 def recorded(run: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a generation's config that a folder's run.json tells."""
+    """Return the fields of a generation's config that are in a folder's run.json."""
     config, record = run["config"], run["record"]
     names = {"weights", "classifier", "upsampler", "recipe", "labels"} & record.keys()
     hashes = {"weights", "classifier", "upsampler", "weak_weights", "labels", "numerics_version", "num_samples"}
@@ -43,9 +43,9 @@ def recorded(run: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Setting(BaseModel, extra="forbid"):
-    """What a search can choose. A key that is not here is refused: half a setting would give other samples."""
+    """A setting of a search. Other keys are refused, because a generation without them would give other samples."""
 
-    weights: str  # the diffusion model, as a path or under the store
+    weights: str  # path of the diffusion model
     sampler: SamplerConfig
     guidance: GuidanceConfig
 
@@ -55,18 +55,18 @@ class _Winner(BaseModel):
 
 
 class _SearchResult(BaseModel):
-    classifier: str | None  # likewise
+    classifier: str | None
     winner: _Winner
 
 
 def winner(uri: str) -> dict[str, Any]:
-    """Fields of a generation's config as a search found them best: sampler, guidance, weights and classifier.
+    """Return the best settings of a search: sampler, guidance, weights and classifier.
 
-    `uri` is its search.json, or the folder that holds it.
+    uri: its search.json, or the folder with it.
 
     Raises:
-        FileNotFoundError: no search.json there.
-        ValueError: it is none, or has a setting that a generation does not know.
+        FileNotFoundError: there is no search.json.
+        ValueError: the file is not the result of a search, or has a setting that a generation does not have.
     """
     uri = uri if uri.endswith(".json") else storage.join(uri, "search.json")
     try:

@@ -1,4 +1,4 @@
-"""A folder of samples: run.json, shards of consecutive indices, and manifest.json last.
+"""A folder of samples: run.json, shards of consecutive indices, and manifest.json, which is written last.
 
 A shard is a Parquet file with `index`, `label`, `image` (PNG) and `sha256` (of the raw pixels, uint8 [H, W, 3] in
 C order). The digest of a shard is the SHA-256 of its rows' digests, one after another.
@@ -21,7 +21,7 @@ from orchestrator.data.images import decode
 from orchestrator.pictures import png
 
 FORMAT_VERSION = 1
-DECODERS = 4  # images decoded at once
+DECODERS = 4  # threads that decode images
 
 
 class Samples(NamedTuple):
@@ -33,7 +33,7 @@ class Samples(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """The indices [begin, end) of one object."""
+    """The indices [begin, end) of one file."""
 
     begin: int
     end: int
@@ -43,18 +43,18 @@ class Shard(NamedTuple):
         return f"{self.begin:06d}-{self.end:06d}.parquet"
 
     def uri(self, folder: str) -> str:
-        """Where it lies in a folder of samples."""
+        """Return the URI of the shard in a folder of samples."""
         return storage.join(folder, "shards", self.name)
 
 
 class DamagedShard(ValueError):
-    """An object that is not the whole shard that its name promises."""
+    """A file that is not the complete shard of its name."""
 
 
 def shards_of(num_samples: int, size: int, there: Iterable[Shard] = ()) -> Iterator[Shard]:
-    """Yield the shards of a folder in index order: those that are `there`, and between them others, `size` at most.
+    """Yield the shards of a folder in index order: existing ones in `there`, and new ones of at most `size` samples.
 
-    So a folder that was finished with fewer samples keeps its last shard, which may have fewer than `size`.
+    The last shard of a folder that was finished with fewer samples stays, although it may have fewer than `size`.
     """
     begin = 0
     for shard in [*sorted(there), Shard(num_samples, num_samples)]:
@@ -68,7 +68,7 @@ def shards_of(num_samples: int, size: int, there: Iterable[Shard] = ()) -> Itera
 
 
 def list_shards(folder: str) -> list[Shard]:
-    """The shards that are there, in index order."""
+    """Return the existing shards in index order."""
     names = storage.list_names(storage.join(folder, "shards"))
     bounds = [name.removesuffix(".parquet").split("-") for name in names if name.endswith(".parquet")]
     return sorted(Shard(int(begin), int(end)) for begin, end in bounds)
@@ -78,10 +78,10 @@ def list_shards(folder: str) -> list[Shard]:
 
 
 def check_run(folder: str, wanted: dict[str, Any], platform: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """The folder's run.json, if there is one, held to a config and (where given) a platform.
+    """Return the folder's run.json, or None; check that its config is `wanted` and its platform is `platform`.
 
     Raises:
-        ValueError: the folder was made with another config, or on another platform; the message names what differs.
+        ValueError: config or platform differ; the message names the differences.
     """
     uri = storage.join(folder, "run.json")
     if not storage.exists(uri):
@@ -89,7 +89,7 @@ def check_run(folder: str, wanted: dict[str, Any], platform: dict[str, Any] | No
     run = storage.read_json(uri)
     if run.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{uri}: format_version={run.get('format_version')} is not {FORMAT_VERSION}")
-    # Not compared: a batch size that is not asked for, and the number of samples, which older folders noted here.
+    # A batch size that the config leaves open is not compared, nor num_samples, which older folders have here.
     compared = run["config"].keys() - {"num_samples"} - ({"batch_size"} - wanted.keys())
     if changes := differences({name: run["config"][name] for name in compared}, wanted):
         raise ValueError(
@@ -98,20 +98,20 @@ def check_run(folder: str, wanted: dict[str, Any], platform: dict[str, Any] | No
         )
     if platform is not None and (changes := differences(run["platform"], platform)):
         raise ValueError(
-            f"{folder} is made on another platform ({changes}): pixels may differ in their last bits; "
-            "--mixed-platforms allows it"
+            f"{folder} was made on another platform ({changes}), so pixels may differ; pass --mixed-platforms to "
+            "continue it here"
         )
     return run
 
 
 def write_run(folder: str, config: dict[str, Any], platform: dict[str, Any], record: dict[str, Any]) -> None:
-    """Write run.json unless there is one: what decides the samples, where they were made, and what is only noted."""
+    """Write run.json unless it exists: `config` and `platform` are compared later, `record` is not."""
     run = {"format_version": FORMAT_VERSION, "config": config, "platform": platform, "record": record}
     storage.put_if_absent(storage.join(folder, "run.json"), storage.json_bytes(run))
 
 
 def read_run(folder: str) -> dict[str, Any]:
-    """The folder's run.json: `config` (what decides the samples), `platform`, and `record`, which is only noted."""
+    """Return the folder's run.json with `config`, `platform` and `record`."""
     return storage.read_json(storage.join(folder, "run.json"))
 
 
@@ -119,7 +119,7 @@ def read_run(folder: str) -> dict[str, Any]:
 
 
 def encode_rows(samples: Samples) -> pa.Table:
-    """Samples as the rows of a shard."""
+    """Return samples as the rows of a shard."""
     return pa.table(
         {
             "index": pa.array(samples.indices, pa.int64()),
@@ -131,10 +131,12 @@ def encode_rows(samples: Samples) -> pa.Table:
 
 
 def put_shard(folder: str, shard: Shard, rows: pa.Table, replace: bool = False) -> str:
-    """Write a shard whole, unless another worker did; return its digest.
+    """Write a shard unless it exists, and return its digest.
+
+    replace: overwrite an existing shard.
 
     Raises:
-        RuntimeError: the other worker's pixels differ from these.
+        RuntimeError: another worker has written the shard with other pixels.
     """
     buffer = io.BytesIO()
     pq.write_table(rows, buffer, compression="none")  # PNG does not compress again
@@ -143,15 +145,15 @@ def put_shard(folder: str, shard: Shard, rows: pa.Table, replace: bool = False) 
     elif not storage.put_if_absent(shard.uri(folder), buffer.getvalue()) and check_shard(folder, shard) != _digest(
         rows
     ):
-        raise RuntimeError(f"{shard.uri(folder)} was written meanwhile, with other pixels than were drawn here")
+        raise RuntimeError(f"{shard.uri(folder)} was written by another worker with other pixels")
     return _digest(rows)
 
 
 def check_shard(folder: str, shard: Shard) -> str | None:
-    """The digest of a shard, read and verified to its last pixel; None where there is none.
+    """Read a shard, verify all pixels, and return its digest; None if there is no such shard.
 
     Raises:
-        DamagedShard: it is truncated, its pixels are not those that its hashes tell, or rows are wrong.
+        DamagedShard: the file is truncated, pixels do not have the stored hashes, or rows are missing.
     """
     uri = shard.uri(folder)
     try:
@@ -159,15 +161,15 @@ def check_shard(folder: str, shard: Shard) -> str | None:
     except FileNotFoundError:
         return None
     if rows["index"].to_pylist() != list(range(*shard)):
-        raise DamagedShard(f"{uri} does not hold the indices {shard.begin} to {shard.end - 1}, each once")
+        raise DamagedShard(f"{uri} does not have exactly the indices {shard.begin} to {shard.end - 1}")
     for index, image, sha256 in zip(*(rows[name].to_pylist() for name in ("index", "image", "sha256")), strict=True):
         if hashlib.sha256(_pixels(uri, index, image).tobytes()).digest() != sha256:
-            raise DamagedShard(f"{uri}: the pixels of index {index} are not those of their SHA-256")
+            raise DamagedShard(f"{uri}: the pixels of index {index} do not have the stored SHA-256")
     return _digest(rows)
 
 
 def quarantine_shard(folder: str, shard: Shard) -> None:
-    """Keep the bytes of a damaged shard under quarantine/, before it is regenerated."""
+    """Copy a damaged shard to quarantine/."""
     storage.put_if_absent(storage.join(folder, "quarantine", shard.name), storage.read_bytes(shard.uri(folder)))
 
 
@@ -176,7 +178,7 @@ def _read_rows(uri: str) -> pa.Table:
     try:
         rows = pq.read_table(io.BytesIO(data))
     except (pa.ArrowException, OSError) as error:
-        raise DamagedShard(f"{uri} is no intact Parquet file: {error}") from error
+        raise DamagedShard(f"{uri} is not a valid Parquet file: {error}") from error
     if missing := {"index", "label", "image", "sha256"} - set(rows.column_names):
         raise DamagedShard(f"{uri} has no column {min(missing)!r}")
     return rows
@@ -197,13 +199,13 @@ def _digest(rows: pa.Table) -> str:
 
 
 def write_manifest(folder: str, digests: dict[Shard, str]) -> None:
-    """Declare a folder finished: its shards in index order, each with the digest of its pixels.
+    """Write manifest.json, which marks a folder as finished: its shards in index order with their digests.
 
     Raises:
-        RuntimeError: a shard that was there is gone.
+        RuntimeError: a shard was deleted during the job.
     """
     if gone := digests.keys() - set(list_shards(folder)):
-        raise RuntimeError(f"{min(gone).uri(folder)} was there and is gone; the same command makes it again")
+        raise RuntimeError(f"{min(gone).uri(folder)} was deleted during the job; the same command generates it again")
     shards = [
         {"name": shard.name, "rows": shard.end - shard.begin, "sha256": digest}
         for shard, digest in sorted(digests.items())
@@ -213,42 +215,42 @@ def write_manifest(folder: str, digests: dict[Shard, str]) -> None:
 
 
 def is_finished(folder: str, num_samples: int = 0) -> bool:
-    """Return whether a folder was declared finished, with at least so many samples."""
+    """Return whether a folder is finished and has at least `num_samples` samples."""
     uri = storage.join(folder, "manifest.json")
     return storage.exists(uri) and storage.read_json(uri)["num_samples"] >= num_samples
 
 
 def count_samples(folder: str) -> int:
-    """How many samples a finished folder holds.
+    """Return the number of samples in a finished folder.
 
     Raises:
-        FileNotFoundError: none were generated there, or not to their end.
+        FileNotFoundError: the folder is not finished.
     """
     if not is_finished(folder):
-        raise FileNotFoundError(f"{folder} holds no finished samples: generate them first")
+        raise FileNotFoundError(f"{folder} has no finished samples; generate them first")
     return storage.read_json(storage.join(folder, "manifest.json"))["num_samples"]
 
 
 def read_range(folder: str, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [n, H, W, 3] and labels int64 [n] of the indices [begin, end) of a samples folder.
+    """Return images uint8 [n, H, W, 3] and labels int64 [n] of the indices [begin, end) in a samples folder.
 
     Raises:
-        FileNotFoundError: some of them are not there.
-        DamagedShard: a shard of them cannot be read.
+        FileNotFoundError: some of the samples do not exist.
+        DamagedShard: a shard cannot be read.
     """
     images: list[np.ndarray] = []
     labels: list[int] = []
-    with ThreadPoolExecutor(DECODERS) as threads:  # Pillow decodes without the interpreter's lock
+    with ThreadPoolExecutor(DECODERS) as threads:  # Pillow releases the GIL while it decodes
         for _, rows in read_rows(folder, begin, end):
             images += threads.map(partial(_pixels, folder), rows["index"], rows["image"])
             labels += rows["label"]
     if len(images) != end - begin:
-        raise FileNotFoundError(f"{folder} holds {len(images)} of the indices {begin} to {end - 1}")
+        raise FileNotFoundError(f"{folder} has only {len(images)} of the indices {begin} to {end - 1}")
     return np.stack(images), np.array(labels, np.int64)
 
 
 def read_rows(folder: str, begin: int, end: int) -> Iterator[tuple[Shard, dict[str, list[Any]]]]:
-    """Shard by shard, the columns of those rows whose index lies in [begin, end); images are PNG bytes."""
+    """Yield (shard, columns) of the rows whose index is in [begin, end); images are PNG bytes."""
     for shard in list_shards(folder):
         if shard.begin < end and shard.end > begin:
             rows = _read_rows(shard.uri(folder))
@@ -257,5 +259,5 @@ def read_rows(folder: str, begin: int, end: int) -> Iterator[tuple[Shard, dict[s
 
 
 def pixel_hashes(images: np.ndarray) -> list[str]:
-    """SHA-256 of the raw pixels of each of uint8 [n, H, W, 3] images."""
+    """Return the SHA-256 of the raw pixels of each image; images uint8 [n, H, W, 3]."""
     return [hashlib.sha256(image.tobytes()).hexdigest() for image in images]

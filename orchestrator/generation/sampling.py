@@ -1,4 +1,4 @@
-"""Sampling: what decides a sample, and how a canonical batch of them is drawn."""
+"""Sampling: the networks of a generation, its fingerprint, and canonical batches."""
 
 import logging
 import re
@@ -24,12 +24,12 @@ from orchestrator.order import Purpose
 from orchestrator.weights.imported import ImportedClassifier, import_classifier, is_imported
 from orchestrator.weights.network import Network, load_network, weights_file
 
-NUMERICS_VERSION = 1  # raised by hand when the same config begins to give other samples
+NUMERICS_VERSION = 1  # raised by hand if a change of the code gives other samples for the same config
 LARGEST_BATCH = 256  # images on a GPU
-MEMORY_SHARE = 0.7  # of a GPU's memory that what is counted may take
+MEMORY_SHARE = 0.7  # fraction of a GPU's memory for what is counted
 OUT_OF_MEMORY = re.compile("(?i)out of memory|STATUS_ALLOC_FAILED|unable to find an engine")  # CUDA, cuBLAS, cuDNN
-CPU_BATCH = 64  # images, fewer where these would have more than
-CPU_PIXELS = 2**18  # pixels
+CPU_BATCH = 64  # most images in a batch on a CPU
+CPU_PIXELS = 2**18  # most pixels in a batch on a CPU
 
 log = logging.getLogger(__name__)
 
@@ -38,17 +38,17 @@ log = logging.getLogger(__name__)
 
 
 class Networks(NamedTuple):
-    """What sampling needs."""
+    """The networks and labels of a generation."""
 
     weights: Network
     classifier: Network | ImportedClassifier | None
     upsampler: Network | None
     labels: Labels
-    weak: Network | None = None  # of autoguidance
+    weak: Network | None = None  # the weaker model of autoguidance
 
     @property
     def num_classes(self) -> int:
-        """Classes that a sample can be of; 0 where nothing conditions it."""
+        """Return the number of classes; 0 if samples are not conditioned on a class."""
         return self.labels.num_classes
 
     @property
@@ -58,22 +58,22 @@ class Networks(NamedTuple):
 
     @property
     def loaded(self) -> list[Network]:
-        """Return those of our own that there are."""
+        """Return all networks that are not imported."""
         found = (self.weights, self.classifier, self.upsampler, self.weak)
         return [network for network in found if isinstance(network, Network)]
 
     def guide(self, kind: GuidanceKind) -> Network | ImportedClassifier | None:
-        """Return the network whose evaluations a kind of guidance adds."""
+        """Return the network that a kind of guidance evaluates beside the model."""
         guides = {"classifier": self.classifier, "classifier_free": self.weights, "auto": self.weak}
         return guides.get(kind)
 
 
 def load_networks(config: GenerationConfig, device: torch.device | str) -> Networks:
-    """Read and check them.
+    """Load the networks of a generation.
 
     Raises:
-        FileNotFoundError: no weights there.
-        ValueError: they do not fit each other.
+        FileNotFoundError: weights do not exist.
+        ValueError: the networks do not fit each other or the config.
     """
 
     def load(path: str | None, recipe: str | None = None) -> Network | None:
@@ -90,10 +90,12 @@ def load_networks(config: GenerationConfig, device: torch.device | str) -> Netwo
         classifier = load(config.classifier, recipes[0].classifier if recipes else None)
     if isinstance(classifier, Network) and classifier.architecture.image_size != size:
         raise ValueError(
-            f"{config.classifier} sees {classifier.architecture.image_size} pixels, but samples have {size}"
+            f"--classifier {config.classifier} is for {classifier.architecture.image_size} pixels, samples have {size}"
         )
     if upsampler and upsampler.architecture.low_res_size != size:
-        raise ValueError(f"{config.upsampler} is no upsampler of images of {size} pixels, which the samples have")
+        raise ValueError(
+            f"--upsampler {config.upsampler} is not an upsampler for images of {size} pixels, the size of the samples"
+        )
     for other, path in ((classifier, config.classifier), (upsampler, config.upsampler)):
         if other and other.classes and model.architecture.num_classes and other.classes != model.classes:
             raise ValueError(f"{path} and {config.weights} were trained on different classes")
@@ -125,11 +127,11 @@ def _check_guidance(config: GenerationConfig, model: Network, weak: Network | No
 
 
 def fingerprint(config: GenerationConfig, networks: Networks) -> dict[str, Any]:
-    """All that decides the samples, but for the platform; B only where the config says it."""
+    """Return everything that decides the samples except the platform, with B only if the config sets it."""
     unused = {"num_samples"} if config.batch_size else {"num_samples", "batch_size"}
     unused |= {"upsampling"} if not config.upsampler else set()
     chosen = {name: value for name, value in config.fingerprint().items() if name not in unused}
-    del chosen["guidance"]["weak_weights"]  # counts by its hash
+    del chosen["guidance"]["weak_weights"]  # its hash counts
     _leave_out_later_defaults(chosen)
     stages = {"weights": networks.weights, "classifier": networks.classifier, "upsampler": networks.upsampler}
     stages |= {"weak_weights": networks.weak} if networks.weak else {}
@@ -139,7 +141,7 @@ def fingerprint(config: GenerationConfig, networks: Networks) -> dict[str, Any]:
 
 
 def _leave_out_later_defaults(chosen: dict[str, Any]) -> None:
-    """Forget settings that came later and change nothing, so that folders begun before them go on."""
+    """Remove newer fields with default values, so that folders from before these fields existed can be continued."""
     for name in {"sampler", "upsampling"} & chosen.keys():
         if chosen[name]["name"] != "edm":
             chosen[name] = {field: value for field, value in chosen[name].items() if field not in EDM_FIELDS}
@@ -153,14 +155,14 @@ def _leave_out_later_defaults(chosen: dict[str, Any]) -> None:
 
 
 def canonical_batch(config: GenerationConfig, networks: Networks, device: torch.device) -> int:
-    """Return B, where the config leaves it open: what counted memory allows, hence the same on every card of a kind.
+    """Return the batch size B, if the config leaves it open, from the counted memory of a GPU or by a rule for CPUs.
 
-    On a CPU it is 64, or as many images as have 2^18 pixels.
+    It is equal on all GPUs of a kind. On a CPU it is 64, or fewer so that a batch has at most 2^18 pixels.
 
     Raises:
         RuntimeError: not even one image fits into the GPU's memory.
     """
-    most = config.shard_size & -config.shard_size  # B must divide it; powers of two do up to here
+    most = config.shard_size & -config.shard_size  # the largest power of two that divides it
     if device.type == "cpu":
         size = (networks.upsampler or networks.weights).architecture.image_size
         return max(1, min(most, CPU_BATCH, 2 ** int(np.log2(CPU_PIXELS / size**2))))
@@ -169,14 +171,13 @@ def canonical_batch(config: GenerationConfig, networks: Networks, device: torch.
 
 
 def counted_batch(config: GenerationConfig, networks: Networks, memory: float, most: int) -> int:
-    """Return the largest power of two, up to `most` and 256, with which sampling takes at most 70% of `memory` bytes.
+    """Return the largest power of two up to `most` and 256 for which sampling needs at most 70% of `memory` bytes.
 
-    What is counted leaves out workspaces of convolutions and fragments: hence the rest. From some ten images on,
-    larger batches are hardly faster.
+    The rest is for workspaces of convolutions and fragmentation, which are not counted.
     """
     uses: list[tuple[Network | None, Use]] = [(networks.weights, "sampling"), (networks.upsampler, "sampling")]
     guide = networks.guide(config.guidance.kind)
-    if config.guidance.scale and isinstance(guide, Network):  # what is imported is not counted, but tried
+    if config.guidance.scale and isinstance(guide, Network):  # an imported classifier is tried, but not counted
         uses.append((guide, "guiding" if config.guidance.kind == "classifier" else "sampling"))
     kept = sum(4 * count_parameters(network.architecture) for network in networks.loaded)
     half, size = config.dtype != "float32", min(most, LARGEST_BATCH)
@@ -189,10 +190,10 @@ def counted_batch(config: GenerationConfig, networks: Networks, memory: float, m
 
 
 def verified_batch(size: int, draw: Callable[[int], object]) -> int:
-    """Return `size`, or the first half, quarter ... of it that `draw` finds memory for.
+    """Halve `size` until `draw(size)` does not run out of memory, and return it.
 
     Raises:
-        RuntimeError: it finds none for a single image; or it fails for another reason.
+        RuntimeError: not even one image fits into the GPU's memory, or `draw` fails for another reason.
     """
     while True:
         try:
@@ -203,60 +204,67 @@ def verified_batch(size: int, draw: Callable[[int], object]) -> int:
                 raise
         if size == 1:
             raise RuntimeError("not even one image fits into the GPU's memory")
-        log.warning("a batch of %d images was counted to fit into the GPU's memory, and does not: taking half", size)
+        log.warning(
+            "a batch of %d images does not fit into the GPU's memory although its estimate does; trying half of it",
+            size,
+        )
         size //= 2
 
 
 def _two_steps(networks: Networks, config: GenerationConfig, size: int) -> None:
-    """Draw two steps of each stage, guided ones, of a batch of `size` images."""
-    indices, low_res = np.arange(size), None
-    for network, sampler in ((networks.weights, config.sampler), (networks.upsampler, config.upsampling)):
-        if network is not None:
-            short = sampler.model_copy(update={"num_steps": 2, "respacing": None})
-            guidance = config.guidance.model_copy(update={"interval": WHOLE_CHAIN})
-            guide = networks.guide(guidance.kind) if low_res is None else None
-            labels = networks.labels(indices)
-            with autocast(network.device, config.dtype):
-                low_res = sample_batch(network, short, indices, labels, 0, guide, guidance, low_res)
+    """Draw two guided steps of each stage for a batch of `size` images."""
+    short = {
+        "sampler": config.sampler.model_copy(update={"num_steps": 2, "respacing": None}),
+        "upsampling": config.upsampling.model_copy(update={"num_steps": 2, "respacing": None}),
+        "guidance": config.guidance.model_copy(update={"interval": WHOLE_CHAIN}),
+    }
+    make_batch(networks, config.model_copy(update={**short, "batch_size": size}), 0)
 
 
 # ------------------------------------------------------------------------------------------------ batches
 
 
-def make_batch(networks: Networks, config: GenerationConfig, number: int, draw: DrawNoise | None = None) -> Samples:
-    """The canonical batch `number`: always B whole indices, so that an index never sees another batch shape."""
+class _Stage(NamedTuple):
+    """A diffusion model and how it is sampled; a cascade has two of them (ADM section 5)."""
+
+    network: Network
+    sampler: SamplerConfig
+    guide: Network | ImportedClassifier | None
+    guidance: GuidanceConfig | None
+
+
+def _stages(networks: Networks, config: GenerationConfig) -> list[_Stage]:
+    found = [_Stage(networks.weights, config.sampler, networks.guide(config.guidance.kind), config.guidance)]
+    return found + ([_Stage(networks.upsampler, config.upsampling, None, None)] if networks.upsampler else [])
+
+
+def make_batch(
+    networks: Networks, config: GenerationConfig, number: int, draw: DrawNoise | None = None
+) -> tuple[Samples, ...]:
+    """Return the samples of the canonical batch `number` in each stage.
+
+    A batch always has B indices, so that an index is always drawn in the same batch shape.
+    """
     indices = _indices(config, number)
-    labels = networks.labels(indices)
-    with autocast(networks.weights.device, config.dtype):
-        images = sample_batch(
-            networks.weights, config.sampler, indices, labels, config.seed,
-            networks.guide(config.guidance.kind), config.guidance,
-            clip=config.clip, rounding=config.rounding, draw=draw,
-        )  # fmt: skip
-    return Samples(indices, labels, images)
-
-
-def upsample_batch(
-    upsampler: Network, config: GenerationConfig, batch: Samples, draw: DrawNoise | None = None
-) -> Samples:
-    """The second stage of a cascade (ADM section 5): a canonical batch of samples enlarged, with noise of its own."""
-    with autocast(upsampler.device, config.dtype):
-        images = sample_batch(
-            upsampler, config.upsampling, batch.indices, batch.labels, config.seed, low_res=batch.images,
-            clip=config.clip, rounding=config.rounding, draw=draw,
-        )  # fmt: skip
-    return Samples(batch.indices, batch.labels, images)
+    labels, low_res, made = networks.labels(indices), None, list[Samples]()
+    for network, sampler, guide, guidance in _stages(networks, config):
+        with autocast(network.device, config.dtype):
+            low_res = sample_batch(
+                network, sampler, indices, labels, config.seed, guide, guidance, low_res,
+                config.clip, config.rounding, draw,
+            )  # fmt: skip
+        made.append(Samples(indices, labels, low_res))
+    return tuple(made)
 
 
 def noise_plan(networks: Networks, config: GenerationConfig, numbers: Iterable[int]) -> Iterator[Draw]:
-    """What the canonical batches `numbers` will draw, in order; each one's second stage comes right after it."""
+    """Yield the noise keys of canonical batches in the order of use; the second stage of a batch follows its first."""
     for number in numbers:
-        for network, sampler in ((networks.weights, config.sampler), (networks.upsampler, config.upsampling)):
-            if network is not None:
-                key = partial(Draw, tuple(_indices(config, number).tolist()), _shape(network))
-                start, step = _purposes(network)
-                yield key(start)
-                yield from (key(step, t) for t in noise_timesteps(sampler, _chain(network, sampler)))
+        for network, sampler, *_ in _stages(networks, config):
+            key = partial(Draw, tuple(_indices(config, number).tolist()), _shape(network))
+            start, step = _purposes(network)
+            yield key(start)
+            yield from (key(step, t) for t in noise_timesteps(sampler, _chain(network, sampler)))
 
 
 def _indices(config: GenerationConfig, number: int) -> np.ndarray:
@@ -292,15 +300,16 @@ def sample_batch(
     rounding: Rounding = "truncate",
     draw: DrawNoise | None = None,
 ) -> np.ndarray:
-    """Sample the images of `indices` int64 [n] towards `labels` int64 [n]; uint8 [n, H, W, 3].
+    """Draw the samples of `indices` int64 [n] with `labels` int64 [n]; return them as uint8 [n, H, W, 3].
 
-    x_T and step noise of an image depend on (seed, index, original timestep) only. Labels count where the network is
-    conditional, or guided by a classifier; `guide` is what `Networks.guide` says of the kind of guidance. `low_res`
-    uint8 [n, h, w, 3] is what an upsampler enlarges. `clip` clamps the predicted x_0; `draw` is where noise of this
-    seed comes from, if it is drawn ahead.
+    x_T and the step noise of a sample depend only on (seed, index, original timestep).
+
+    labels: used if the network is class-conditional or guided by a classifier. guide: the network that `Networks.guide`
+    returns for the kind of guidance. low_res: uint8 [n, h, w, 3], the images that an upsampler enlarges. clip: clamp
+    the predicted x_0 to [-1, 1]. draw: returns noise that was drawn ahead.
 
     Raises:
-        FloatingPointError: a chain left the finite numbers.
+        FloatingPointError: samples are not finite.
     """
     architecture, diffusion = network.architecture, _chain(network, sampler)
     device = network.device
@@ -319,5 +328,5 @@ def sample_batch(
     chain = sample(sampler, denoise, diffusion, x_T, lambda t: draw(key(step, t)).to(device, non_blocking=True))
     x = final_x(chain)
     if not torch.isfinite(x).all():
-        raise FloatingPointError(f"samples {indices[0]} to {indices[-1]} hold values that are not finite")
+        raise FloatingPointError(f"samples {indices[0]} to {indices[-1]} are not finite")
     return to_uint8(x, rounding).cpu().numpy()

@@ -1,6 +1,6 @@
-"""A sampling worker: its device, its networks ready on it, and canonical batches, their noise drawn ahead.
+"""Sampling workers: device, networks, and canonical batches.
 
-Generation, search and likelihood set their workers up here, and evaluation chooses its device here.
+Generation, search and likelihood create their workers here; evaluation chooses its device here.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,15 +12,15 @@ from orchestrator.arithmetic import choose_device, set_arithmetic
 from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.noise import NoiseAhead
 from orchestrator.generation.samples import Samples
-from orchestrator.generation.sampling import Networks, load_networks, make_batch, noise_plan, upsample_batch
+from orchestrator.generation.sampling import Networks, load_networks, make_batch, noise_plan
 from orchestrator.weights.network import Network
 
 
 def prepare_device(num_gpus: float, num_threads: int | None = None, tf32: bool = False) -> torch.device:
-    """Return a worker's device, with settings by which equal work gives equal bits.
+    """Choose a worker's device, set PyTorch to deterministic arithmetic, and return the device.
 
     Raises:
-        ValueError: the worker is to have a GPU and sees none.
+        ValueError: the config has num_gpus, but the worker sees no GPU.
     """
     device = choose_device(num_gpus)
     if device.type == "cuda":
@@ -31,7 +31,7 @@ def prepare_device(num_gpus: float, num_threads: int | None = None, tf32: bool =
 
 
 def lay_out(network: Network, device: torch.device, dtype: str = "float32") -> Network:
-    """Return the network as it samples fastest on the device: in its memory layout, with frozen weights of `dtype`."""
+    """Convert a network for fast sampling: channels_last on a GPU, and weights in `dtype`; return it."""
     if device.type == "cuda":  # on CPUs it makes GroupNorm slower
         network.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if dtype != "float32":
@@ -40,7 +40,7 @@ def lay_out(network: Network, device: torch.device, dtype: str = "float32") -> N
 
 
 class SamplingWorker:
-    """The networks of a generation, loaded on this worker's device."""
+    """The device and the networks of a generation."""
 
     def __init__(self, config: GenerationConfig) -> None:
         self.device = prepare_device(config.num_gpus, config.num_threads, config.tf32)
@@ -49,19 +49,17 @@ class SamplingWorker:
             lay_out(network, self.device, config.dtype)
 
     def compile(self) -> None:
-        """Compile the networks; their first batch takes longer by that."""
+        """Compile the networks, which happens in the first batch."""
         for network in self.networks.loaded:
             compile_blocks(network.module)
 
     def batches(self, config: GenerationConfig, numbers: Iterable[int]) -> Iterator[tuple[Samples, ...]]:
-        """Sample the canonical batches `numbers`: of each the Samples of every stage, two in a cascade.
+        """Yield the samples of each canonical batch in `numbers`, for every stage: one, or two in a cascade.
 
-        `config` has its batch size B, and may differ from the worker's in what loads no network.
+        config: with the batch size B; it may differ from the worker's config in fields that load no networks.
         """
         numbers = list(numbers)
         plan = noise_plan(self.networks, config, numbers)
         with NoiseAhead(config.seed, plan, pin=self.device.type == "cuda") as draw:
             for number in numbers:
-                batch = make_batch(self.networks, config, number, draw)
-                upsampler = self.networks.upsampler
-                yield (batch,) if upsampler is None else (batch, upsample_batch(upsampler, config, batch, draw))
+                yield make_batch(self.networks, config, number, draw)

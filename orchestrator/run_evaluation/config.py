@@ -11,15 +11,15 @@ from orchestrator.search.config import TrialsConfig
 class RunEvaluationConfig(TrialsConfig):
     """The snapshots of a training run to evaluate, and how to sample them."""
 
-    weights: str  # folder of the training run
-    ema: Operational[tuple[str, ...]] = ()  # averages to evaluate, such as ema-0.9999; empty = all of the run
-    sigma_rel: Operational[tuple[float, ...]] = ()  # lengths of post-hoc averages; needs a training with --power-emas
-    objective: tuple[str, ...] = Field(("fd_digits",), min_length=1)  # metrics to compare, the main one first
+    weights: str  # folder of a training run
+    ema: Operational[tuple[str, ...]] = ()  # averages of the run, such as ema-0.9999; none = all
+    sigma_rel: Operational[tuple[float, ...]] = ()  # lengths of post-hoc averages; the run needs power_emas
+    objective: tuple[str, ...] = Field(("fd_digits",), min_length=1)  # metrics, the main one first
     sampler: SamplerConfig = SamplerConfig(name="ddim", num_steps=25)
     guidance: Operational[GuidanceConfig] = GuidanceConfig()
-    scales: Operational[tuple[float, ...]] = ()  # guidance scales to evaluate; empty = guidance.scale only
-    num_samples: Operational[int] = Field(2_000, ge=64)  # samples of each snapshot, with the same labels and noise
-    follow: Operational[bool] = False  # wait for new snapshots until the training ends
+    scales: Operational[tuple[float, ...]] = ()  # several guidance scales; none = guidance.scale alone
+    num_samples: Operational[int] = Field(2_000, ge=64)  # samples of each snapshot, all with the same labels and noise
+    follow: Operational[bool] = False  # wait for new snapshots while the run is being trained
 
     @property
     def most_samples(self) -> int:

@@ -82,8 +82,8 @@ def evaluate_run(config: RunEvaluationConfig) -> str:
                 with progress_line(len(todo) * config.num_samples, "samples") as progress:
                     for snapshot, task in todo:
                         if not storage.exists(record_uri(config, task)):
-                            evaluate(config, workers, facts, task)
-                        progress.update_to(progress.done + config.num_samples)
+                            evaluate(config, workers, facts, task, progress.update_item)
+                        progress.finish_item(task, config.num_samples)
                         points.append(Point(snapshot, task.setting, read_outcome(config, task)))
                         _track(points[-1], tracker)
         result = conclude(config, points)

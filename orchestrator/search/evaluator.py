@@ -14,6 +14,7 @@ import safetensors
 import safetensors.numpy
 import torch
 
+from cluster.item_progress import Report, no_report
 from cluster.workers import Pool
 from models.features import Extractor, Features, extract
 from models.guidance import GuidanceConfig
@@ -90,7 +91,9 @@ class Facts(NamedTuple):
     unmatched: str  # why labels cannot be matched with the classes of the reference or the extractor; "" if they can
 
 
-def evaluate(config: TrialsConfig, workers: Pool, facts: Facts, task: Evaluation) -> dict[str, float]:
+def evaluate(
+    config: TrialsConfig, workers: Pool, facts: Facts, task: Evaluation, report: Report = no_report
+) -> dict[str, float]:
     """Draw the missing ones of a setting's first n samples in the shared pool, measure them, and write a record.
 
     Return the mean scores, for Ray Tune's table.
@@ -108,9 +111,10 @@ def evaluate(config: TrialsConfig, workers: Pool, facts: Facts, task: Evaluation
     names = [_block_name(number) for number in range(-(-task.n // config.batch_size))]
     there = set(storage.list_names(folder))
     todo = [Block(task.setting, task.seed, number) for number, name in enumerate(names) if name not in there]
-    for _, made in workers.map(todo):
+    for done, (_, made) in enumerate(workers.map(todo), 1):
         if made.failed:
             return _record(config, task, failed=made.failed)
+        report(task, min(done * config.batch_size, task.n))
         seconds += made.seconds
     drawn = concatenate(_read_block(storage.join(folder, name)) for name in names)
     try:

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from cluster import tuner
+from cluster.item_progress import item_progress
 from cluster.session import session
 from cluster.tuner import run_rounds
 from cluster.workers import pool
@@ -71,7 +72,9 @@ def search(config: SearchConfig) -> str:
         halving, budget, clock = _start(config, space)
         with pool(partial(make_worker, config), config.num_workers, config.num_threads, config.num_gpus) as workers:
             rounds = _Rounds(config, halving, budget, clock, tracker)
-            run_rounds(partial(evaluate, config, workers, facts), rounds.run(), _together(config), rounds.done)
+            with item_progress(rounds.drawn, config.num_workers) as report:
+                work = partial(evaluate, config, workers, facts, report=report)
+                run_rounds(work, rounds.run(), _together(config), rounds.done)
         result = conclude(config, halving, budget)
         command = next_command("generate_samples", from_search=config.output)
         page = search_page(result, write_pictures(config, result, extractor, tracker), command)
@@ -220,11 +223,16 @@ class _Rounds:
                 yield tuner.Round([(task.setting.name, task) for task in todo], stopped)
         self._track(done)
 
+    def drawn(self, task: Evaluation, count: int) -> None:
+        """Show that `count` samples of an evaluation are drawn."""
+        if self._progress is not None:
+            self._progress.update_item(task, count)
+
     def done(self, task: Evaluation) -> None:
         """Show the progress and save the clock after an evaluation."""
         self._clock.save()
         if self._progress is not None:
-            self._progress.update_to(self._progress.done + self._budget.new(task))
+            self._progress.finish_item(task, self._budget.new(task))
 
     def _track(self, tasks: list[Evaluation]) -> None:
         """Log the trials of a round, each to its own MLflow run."""

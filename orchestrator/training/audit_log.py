@@ -1,4 +1,4 @@
-"""The audit log: what every step of a training consumed, row by row, to show that order and noise are as planned."""
+"""The audit log: every sample that a training consumed, so that tests can check the order and the noise."""
 
 import os
 import uuid
@@ -11,10 +11,10 @@ from orchestrator.training.losses import Microbatch, Terms
 
 
 class AuditLog:
-    """One worker's part of the log: an object for each step, whole or absent, written before the weights change.
+    """Writes one worker's part of the log: one object for each step, before the weights change.
 
-    Its name tells position, rank, number of workers, process and attempt, so that what a killed attempt left and what
-    the next one repeats stand side by side.
+    The name of an object holds position, rank, number of workers, process and attempt. So the steps of an attempt that
+    was killed and their repetitions by the next attempt are both in the log.
     """
 
     def __init__(self, folder: str, rank: int, world_size: int) -> None:
@@ -22,7 +22,7 @@ class AuditLog:
         self._who = f"{rank:04d}-of-{world_size:04d}-process-{os.getpid()}-{uuid.uuid4().hex[:12]}"
 
     def write(self, position: int, batches: list[Microbatch], found: list[Terms]) -> None:
-        """Record the step that starts at `position` images, from the tensors that it consumed and its loss terms."""
+        """Write the record of the step that starts at `position` images: the tensors that it used, and its losses."""
         rows = []
         for batch, terms in zip(batches, found, strict=True):
             columns = (

@@ -1,4 +1,4 @@
-"""Post-hoc EMA: an average of any length, put together from the power-function averages that a training kept."""
+"""Post-hoc EMA: an average of any length, computed from the power-function averages that a training stored."""
 
 from models.ema import Profile, combination
 from orchestrator import storage
@@ -8,16 +8,16 @@ from orchestrator.training.config import AverageConfig
 from orchestrator.training.snapshots import power_snapshots
 from orchestrator.weights.network import load_network, save_weights, weights_about
 
-WORST_PROFILE = 0.1  # relative distance of the profiles up to which the result stands for the average
+WORST_PROFILE = 0.1  # largest relative error of the averaging profile that is accepted
 
 
 def average(config: AverageConfig) -> str:
-    """Put the average together and write it as weights; return their URI.
+    """Compute the average as a linear combination of snapshots, and return the URI of its weights file.
 
-    The snapshots are read one after the other: no more than two are in memory.
+    The snapshots are read one after the other, so at most two of them are in memory.
 
     Raises:
-        ValueError: the run kept no power-function averages, none at `images`, or too few to come near the length.
+        ValueError: the run has no power-function averages, none at `images`, or too few to approximate the length.
     """
     output = average_uri(config)
     run, chosen = config.path(config.weights), _chosen(config)
@@ -27,8 +27,8 @@ def average(config: AverageConfig) -> str:
     coefficients, off = combination(kept, wanted)
     if off > WORST_PROFILE:
         raise ValueError(
-            f"sigma_rel={config.sigma_rel}: the {len(chosen)} snapshots in {run} only come within {off:.0%} of it; "
-            "take a length nearer to those of power_emas, or train with a smaller snapshot_every"
+            f"sigma_rel={config.sigma_rel}: the profile from the {len(chosen)} snapshots in {run} is {off:.0%} off; "
+            "choose a length nearer to those of power_emas, or train with a smaller snapshot_every"
         )
     network = load_network(chosen[-1][2])
     total = {name: 0.0 * tensor.double() for name, tensor in network.module.state_dict().items()}
@@ -39,15 +39,15 @@ def average(config: AverageConfig) -> str:
     training = about[-1]["training"] | {"average": f"posthoc-{config.sigma_rel}"}
     save_weights(output, weights, network.architecture, network.diffusion, network.classes, training)
     print(
-        f"{output}: sigma_rel {config.sigma_rel:g} out of {len(chosen)} snapshots; its profile is {off:.2%} off, "
-        f"which is good: up to {WORST_PROFILE:.0%} is accepted"
+        f"{output}: sigma_rel {config.sigma_rel:g} from {len(chosen)} snapshots; its profile is {off:.2%} off, "
+        f"which is good (up to {WORST_PROFILE:.0%} is accepted)"
     )
     print_closing([], [next_command("generate_samples", weights=output)])
     return output
 
 
 def plan(config: AverageConfig) -> tuple[AverageConfig, str]:
-    """Return the config, and what would be read and written."""
+    """Return the config and the text of a dry run: what would be read and written."""
     run = config.path(config.weights)
     if not storage.list_names(storage.join(run, "weights")):
         return config, "\n".join([f"reads   {run}", *not_there_yet([run])])
@@ -56,21 +56,21 @@ def plan(config: AverageConfig) -> tuple[AverageConfig, str]:
 
 
 def _chosen(config: AverageConfig) -> list[tuple[int, float, str]]:
-    """The snapshots up to the wanted moment, oldest first."""
+    """Return (images, sigma_rel, URI) of the snapshots up to the end of the average, oldest first."""
     run = config.path(config.weights)
     found = power_snapshots(run)
     if not found:
-        raise ValueError(f"{run} keeps no power-function averages: train with power_emas, such as 0.05 0.1")
-    moments = sorted({images for images, _, _ in found})
-    last = moments[-1] if config.images is None else config.images
-    if last not in moments:
-        near = min(moments, key=lambda images: abs(images - last))
+        raise ValueError(f"{run} has no power-function averages; train with --power-emas 0.05 0.1")
+    positions = sorted({images for images, _, _ in found})
+    last = positions[-1] if config.images is None else config.images
+    if last not in positions:
+        near = min(positions, key=lambda images: abs(images - last))
         raise ValueError(f"images={last}: {run} has no snapshot there; the nearest is at {near}")
     return [snapshot for snapshot in found if snapshot[0] <= last]
 
 
 def average_uri(config: AverageConfig) -> str:
-    """Return where the average is written."""
+    """Return the URI of the average's weights file."""
     if config.output is not None:
         return config.path(config.output)
     images = _chosen(config)[-1][0]

@@ -1,4 +1,4 @@
-"""Checkpoints beside the training: staged at a step's end, written by a thread, old ones removed."""
+"""Asynchronous checkpoints: copied to the host after a step, written by a thread; old ones are removed."""
 
 import logging
 import math
@@ -14,18 +14,18 @@ from orchestrator.training.checkpoints import Checkpoint
 from orchestrator.training.config import TrainingConfig
 from orchestrator.training.state import TrainingState
 
-PATIENCE_SECONDS = 60.0  # how long a needed checkpoint may wait for the one before; collectives time out later
-MAX_LOST = 3  # consecutive checkpoints that may fail to be written
+PATIENCE_SECONDS = 60.0  # how long a needed checkpoint waits for the previous one; collectives time out after 300 s
+MAX_LOST = 3  # consecutive checkpoints that cannot be written, after which the training ends
 
 log = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
-    """Rank 0's writer of the run's checkpoints.
+    """Writes the checkpoints of a run, on rank 0.
 
-    `save` copies the state to the host and returns; a thread writes it to storage, commits it and prunes. If storage
-    fails, a warning says so, the training goes on and tries again at the next mark; MAX_LOST consecutive failures end
-    it. If old checkpoints cannot be removed, a warning says so, and the new one counts.
+    `save` copies the state to the host and returns. A thread writes and commits the checkpoint, calls `after` with it,
+    and removes old checkpoints. If the storage fails, it logs a warning and the training continues until the next
+    checkpoint; after MAX_LOST consecutive failures the training ends.
     """
 
     def __init__(self, run: str, config: TrainingConfig, after: Callable[[Checkpoint], None]) -> None:
@@ -42,34 +42,34 @@ class CheckpointWriter:
         self._thread.shutdown(wait=True)
 
     def save(self, state: TrainingState, needed: bool = False, last: bool = False) -> None:
-        """Stage the state and have it written; while another checkpoint is being written, skip this one.
+        """Copy the state and start writing it, or skip this checkpoint if the previous one is still being written.
 
-        If it is `needed`, because its weights are kept or a node goes away, it waits up to PATIENCE_SECONDS for the one
-        before. The `last` one waits until both are written.
+        needed: wait up to PATIENCE_SECONDS for the previous one, because this checkpoint has a snapshot or a node is
+        preempted. last: wait until the previous checkpoint and this one are written.
 
         Raises:
             ArithmeticError: the state is not finite; nothing is written.
-            RuntimeError: MAX_LOST consecutive checkpoints could not be written, or the last one.
+            RuntimeError: MAX_LOST consecutive checkpoints or the last checkpoint could not be written.
         """
         if not self._settled(math.inf if last else PATIENCE_SECONDS if needed else 0):
             log.warning(
-                "no checkpoint at %d images: the one before is still being written; the training goes on. "
-                "If this comes often, raise checkpoint_every or check the storage", state.position,
+                "no checkpoint at %d images: the previous one is still being written; the training continues. "
+                "If this happens often, raise --checkpoint-every or check the storage", state.position,
             )  # fmt: skip
             return
         state.check_finite()
         self._stage(state)
         self._pending = self._thread.submit(self._write, Checkpoint(state.position, self._staged, state.facts()))
         if last:
-            self._lost = MAX_LOST - 1  # nobody tries again later
+            self._lost = MAX_LOST - 1  # a failure now is final
             self._settled(math.inf)
 
     def poll(self) -> None:
-        """Check, without waiting, whether the last checkpoint is written. Raises as `save` does."""
+        """Check without waiting whether a checkpoint failed. Raises what `save` does."""
         self._settled(0)
 
     def _settled(self, patience: float) -> bool:
-        """Whether nothing is being written, after at most `patience` seconds."""
+        """Wait at most `patience` seconds; return whether no checkpoint is being written."""
         if self._pending is None:
             return True
         if wait([self._pending], patience if patience < math.inf else None).not_done:
@@ -79,14 +79,14 @@ class CheckpointWriter:
         if self._lost >= MAX_LOST:
             raise RuntimeError(f"the last checkpoints could not be written: {error}") from error
         if error:
-            log.warning("a checkpoint could not be written, the training goes on without it: %s", error)
+            log.warning("a checkpoint could not be written, the training continues without it: %s", error)
         return True
 
     def _stage(self, state: TrainingState) -> None:
-        """Copy the state to the host, into the same memory every time."""
+        """Copy the state into host memory, which is allocated once."""
         live = state.tensors()
         on_gpu = any(tensor.is_cuda for tensor in live.values())
-        if not self._staged:  # contiguous, as they are written
+        if not self._staged:  # contiguous, because safetensors writes no other tensors
             self._staged = {name: torch.empty(t.shape, dtype=t.dtype, pin_memory=on_gpu) for name, t in live.items()}
         for name, tensor in live.items():
             self._staged[name].copy_(tensor, non_blocking=True)
@@ -100,6 +100,4 @@ class CheckpointWriter:
         try:
             checkpoints.prune_checkpoints(self._run, checkpoint.position, keep, keep_every)
         except OSError as error:
-            log.warning(
-                "old checkpoints of %s could not be removed and stay; the training goes on: %s", self._run, error
-            )
+            log.warning("old checkpoints of %s could not be removed; the training continues: %s", self._run, error)

@@ -1,4 +1,4 @@
-"""Training checkpoints on disk: written whole, committed by their last object, found by listing, pruned."""
+"""Training checkpoints in storage: each is a folder of files, and counts from its commit object on."""
 
 import hashlib
 import logging
@@ -18,7 +18,7 @@ from orchestrator.training.config import passes
 from orchestrator.weights.network import write_tensors
 
 FORMAT_VERSION = 1
-FILE_BYTES = 256 << 20  # of a checkpoint's files: reading holds twice this beside the state itself
+FILE_BYTES = 256 << 20  # most bytes of a file; reading needs twice as much memory beside the state
 
 _NAME = re.compile(r"images-(?P<position>\d{12,})/(?P<kind>commit|state)-(?P<attempt>\w+)(-\d+)?\.(json|safetensors)")
 
@@ -26,23 +26,23 @@ log = logging.getLogger(__name__)
 
 
 class UnusableCheckpoints(ValueError):
-    """A run has checkpoints, and none of them can be used."""
+    """A run has checkpoints, but none of them can be used."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that a resume needs: tensors by name, and the position in images seen."""
+    """The state of a training at `position` images."""
 
     position: int
     tensors: dict[str, Tensor]
-    facts: dict[str, Any]  # small JSON: skipped steps and the like
+    facts: dict[str, Any]  # the rest of the state as JSON, such as the number of skipped steps
 
 
 def save_checkpoint(run: str, checkpoint: Checkpoint, attempt: str = "") -> str:
-    """Write `run`/checkpoints/images-N/, committed by its last object; return that object's URI.
+    """Write the files of a checkpoint into `run`/checkpoints/images-N/, then its commit object; return the URI of that.
 
-    The tensors are written in a few files. All names hold `attempt` (by default a fresh one), so a dying writer of
-    an earlier attempt cannot touch them, nor they its; only the commit object makes a checkpoint count.
+    All names contain `attempt` (by default a random id), so two writers never write the same object. The checkpoint
+    counts when its commit object exists.
     """
     folder, attempt, files = _folder(run, checkpoint.position), attempt or uuid.uuid4().hex[:12], {}
     for number, tensors in enumerate(_in_parts(checkpoint.tensors, FILE_BYTES)):
@@ -60,21 +60,21 @@ def save_checkpoint(run: str, checkpoint: Checkpoint, attempt: str = "") -> str:
 
 
 def positions(run: str) -> list[int]:
-    """Return where a run has committed checkpoints, in images seen, the newest first."""
+    """Return the positions of the committed checkpoints of a run in images, the newest first."""
     return list(dict.fromkeys(int(found["position"]) for _, found in _commits(run)))
 
 
 def read_newest(run: str, at: int | None = None) -> Iterator[Checkpoint]:
     """Yield the newest usable checkpoint in parts, one for each of its files; nothing if the run has no checkpoints.
 
-    at: only a checkpoint at this position, in images seen; None: any.
+    The first part has no tensors. If a file is damaged, the parts of the previous checkpoint follow, and the first of
+    them has no tensors either.
 
-    A part without tensors comes first. If a file turns out to be damaged, the checkpoint before follows, again with
-    such a part at its beginning.
+    at: use only a checkpoint at this position in images; None = any.
 
     Raises:
         UnusableCheckpoints: there are checkpoints, but all are damaged or written in another format.
-        OSError: storage failed, so nobody can tell what is there.
+        OSError: the storage failed, so it is unknown which checkpoints exist.
     """
     reasons = []
     for uri, found in _commits(run):
@@ -88,21 +88,21 @@ def read_newest(run: str, at: int | None = None) -> Iterator[Checkpoint]:
                 yield Checkpoint(commit["position"], tensors, commit["facts"])
             return
         except (ValueError, KeyError, FileNotFoundError, safetensors.SafetensorError) as error:
-            log.warning("checkpoint %s cannot be used (%s); trying the one before", uri, error)
+            log.warning("checkpoint %s cannot be used (%s); trying the previous one", uri, error)
             reasons.append(f"{uri} ({error})")
     if reasons:
         raise UnusableCheckpoints(
-            f"{run} has checkpoints, but none can be used: {', '.join(reasons)}. Restore them, run the version of "
-            "the code that wrote them, or pass --restart-from-scratch to start at image 0"
+            f"{run} has checkpoints, but none can be used: {', '.join(reasons)}. Restore the files, run the version "
+            "of the code that wrote them, or pass --restart-from-scratch to start at image 0"
         )
 
 
 def prune_checkpoints(run: str, newest: int, keep: int, keep_every: int | None = None) -> None:
-    """Remove what the checkpoint at `newest` images, just written by the caller, makes superfluous.
+    """Remove old checkpoints, and files of attempts that died before their commit.
 
-    The `keep` newest stay, and the first past each multiple of `keep_every`. Files that no commit names are what dead
-    attempts left. A commit goes before its files, so that no committed checkpoint ever lacks one. What is beyond
-    `newest`, and what is not named like a checkpoint's object, is not touched.
+    The `keep` newest checkpoints stay, and the first one after each multiple of `keep_every` images. A commit object is
+    removed before its files, so that a committed checkpoint is always complete. Checkpoints beyond `newest`, which
+    the caller has just written, and objects with other names are left alone.
     """
     root = storage.join(run, "checkpoints")
     matches = filter(None, map(_NAME.fullmatch, storage.list_names(root, recursive=True)))
@@ -118,11 +118,11 @@ def prune_checkpoints(run: str, newest: int, keep: int, keep_every: int | None =
             storage.delete(storage.join(root, name))
     for position in {position for position, *_ in there} - kept:
         if not storage.list_names(_folder(run, position)):
-            storage.delete(_folder(run, position) + "/")  # with what a dead attempt had only half written there
+            storage.delete(_folder(run, position) + "/")  # with temporary files of writers that were killed
 
 
 def _in_parts(tensors: dict[str, Tensor], most: int) -> Iterator[dict[str, Tensor]]:
-    """Yield the tensors in parts of at most `most` bytes, or one tensor."""
+    """Yield the tensors in parts of at most `most` bytes; a larger tensor is a part of its own."""
     part, size = dict[str, Tensor](), 0
     for name, tensor in tensors.items():
         if part and size + tensor.nbytes > most:
@@ -137,9 +137,9 @@ def _folder(run: str, position: int) -> str:
 
 
 def _commits(run: str) -> Iterator[tuple[str, re.Match[str]]]:
-    """Yield the URI and the parts of the name of every commit object, those with the most images first.
+    """Yield the URI and the matched name of every commit object, the newest checkpoint first.
 
-    Each folder is listed by itself: on a local disk a recursive listing leaves out what it cannot read.
+    Each folder is listed separately, because a recursive listing of a local disk skips folders that it cannot read.
     """
     root = storage.join(run, "checkpoints")
     for folder in reversed(storage.list_names(root)):
@@ -160,5 +160,5 @@ def _read_commit(uri: str) -> dict[str, Any]:
 def _read_tensors(uri: str, digest: str) -> dict[str, Tensor]:
     data = storage.read_bytes(uri)
     if hashlib.sha256(data).hexdigest() != digest:
-        raise ValueError(f"{uri} has another SHA-256 than its commit object says")
+        raise ValueError(f"the SHA-256 of {uri} is not the one in its commit object")
     return safetensors.torch.load(data)

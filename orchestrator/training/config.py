@@ -1,7 +1,7 @@
-"""What decides a training: one config for the diffusion models, one for the noisy classifier."""
+"""The configs of trainings: one for the diffusion models, one for the noisy classifier."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
@@ -10,107 +10,116 @@ from models.diffusion import DiffusionConfig
 from models.ema import gamma_of
 from models.samplers import SamplerConfig
 from models.unet import ClassifierConfig, UNetConfig, autocast
-from orchestrator.config import JobConfig, Operational
+from orchestrator.config import JobConfig, Operational, read_config
 from orchestrator.cost import CostConfig
 from orchestrator.order import OrderConfig
 
 
 def passes(every: int, before: int, position: int) -> bool:
-    """Whether `position` images, reached after `before` images, is at a mark: the first past a multiple of `every`."""
+    """Return whether a multiple of `every` lies in (before, position]."""
     return position // every > before // every
 
 
 class LossScaleConfig(BaseModel, frozen=True, extra="forbid"):
-    """The factor that keeps float16 gradients from vanishing, as a power of two; other dtypes go without."""
+    """The loss scale for float16, a power of two; other dtypes have none."""
 
-    initial: float = 20.0  # its logarithm to base 2 at the start
-    growth: float = Field(1e-3, ge=0)  # added to the logarithm by a good step
-    backoff: float = Field(1.0, gt=0)  # taken from the logarithm by a step whose gradient is not finite
-    floor: float = 0.0  # the logarithm never falls below
+    initial: float = 20.0  # base-2 logarithm of the scale at the start
+    growth: float = Field(1e-3, ge=0)  # added to the logarithm after a step with a finite gradient
+    backoff: float = Field(1.0, gt=0)  # subtracted from the logarithm after a step with a non-finite gradient
+    floor: float = 0.0  # smallest value of the logarithm
 
 
 class TrainingConfig(JobConfig):
-    """What training a network takes, whichever it is. Lengths are counted in images, not in steps."""
+    """What all trainings have in common. Lengths and intervals are in images, not in steps."""
 
     remedy: ClassVar[str] = (
-        "take the other values from there, choose another --output, or continue one of its checkpoints with the new "
-        "values in a run of their own by --branch NEW-OUTPUT"
+        "use the values of that config, choose another --output, or continue a checkpoint with the new values in a "
+        "new run by --branch NEW-OUTPUT"
     )
 
     # Data and output
-    dataset: str  # a prepared dataset's folder
-    output: str  # the run's folder
+    dataset: str  # folder of a prepared dataset
+    output: str  # folder of the run
     diffusion: DiffusionConfig
-    classes: Literal["model", "dataset"] = "model"  # dataset = model.num_classes becomes what the dataset has
+    classes: Literal["model", "dataset"] = "model"  # take the number of classes from model.num_classes or the dataset
     order: OrderConfig = OrderConfig()
-    crop: Literal["center", "random"] = "center"  # ADM's centre crop, or its classifier's random crop
-    random_flip: bool = True  # mirror half of the images
+    crop: Literal["center", "random"] = "center"  # centre crop as for ADM, or random crop as for its classifier
+    random_flip: bool = True  # mirror each image with probability 1/2
     # Length and batches
-    total_images: int = Field(gt=0)  # length of the training; a larger one continues a finished training
-    extend: Operational[bool] = False  # let a larger total_images stretch lr_schedule linear, too
-    seed: int = Field(0, ge=0, lt=2**64)  # order, flips, crops, timesteps, noise and initial weights follow from it
-    batch_size: int = Field(256, gt=0)  # images in a step, over all workers
-    microbatch_size: Operational[int | None] = Field(None, gt=0)  # largest forward pass of a worker; None = its share
+    total_images: int = Field(gt=0)  # length of the training in images; a larger value continues a finished training
+    extend: Operational[bool] = False  # allow a larger total_images with lr_schedule=linear
+    seed: int = Field(0, ge=0, lt=2**64)  # decides order, flips, crops, timesteps, noise and initial weights
+    batch_size: int = Field(256, gt=0)  # images in an optimizer step, over all workers
+    microbatch_size: Operational[int | None] = Field(None, gt=0)  # most images in a forward pass; None = worker's share
     # Optimizer
-    init_from: str | None = None  # start from these weights: a run's folder, a .safetensors or a .pt file of this model
-    learning_rate: float = Field(1e-4, gt=0)  # AdamW's learning rate
-    weight_decay: float = Field(0.0, ge=0)  # AdamW's weight decay
-    warmup_images: int = Field(0, ge=0)  # the learning rate rises linearly over these
-    lr_schedule: Literal["constant", "linear"] = "constant"  # after the warm-up; linear = falls to zero at the end
-    max_grad_norm: float | None = Field(None, gt=0)  # largest norm of the gradient
-    max_nonfinite_steps: Operational[int] = Field(20, ge=0)  # consecutive steps skipped for a non-finite gradient
+    init_from: str | None = None  # start from these weights: a run's folder, a .safetensors or a .pt file
+    learning_rate: float = Field(1e-4, gt=0)  # learning rate of AdamW
+    weight_decay: float = Field(0.0, ge=0)  # weight decay of AdamW
+    warmup_images: int = Field(0, ge=0)  # the learning rate rises linearly over this many images
+    lr_schedule: Literal["constant", "linear"] = "constant"  # after the warm-up; linear falls to zero at the end
+    max_grad_norm: float | None = Field(None, gt=0)  # clip the gradient to this norm; None = no clipping
+    max_nonfinite_steps: Operational[int] = Field(20, ge=0)  # consecutive steps that non-finite gradients may skip
     loss_scale: LossScaleConfig = LossScaleConfig()
     # Arithmetic
-    reduction: Literal["fast", "exact"] = "fast"  # exact = weights equal to the bit on any number of workers; slower
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of convolutions and attention, by autocast
-    tf32: bool = False  # let float32 convolutions and products round to TF32 on GPUs that have it; published: no
-    recompute: Operational[bool | None] = None  # blocks in the backward pass, slower by a third; None = if needed
-    num_threads: Operational[int] = Field(1, gt=0)  # CPU threads of each worker; another number gives other last bits
-    compile: Operational[bool] = False  # torch.compile the network: slower to start, faster on long runs
+    reduction: Literal["fast", "exact"] = "fast"  # exact = weights equal to the bit on any number of workers
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # precision of convolutions and attention, by autocast
+    tf32: bool = False  # allow TF32 in float32 convolutions and matrix products; the published code does not
+    recompute: Operational[bool | None] = None  # recompute activations in the backward pass; None = if needed
+    num_threads: Operational[int] = Field(1, gt=0)  # CPU threads of each worker; changes the last bits of weights
+    compile: Operational[bool] = False  # torch.compile the network: a slower start, but faster on long runs
     # Checkpoints and weights
-    checkpoint_every: Operational[int] = Field(1_000_000, gt=0)  # images from one checkpoint to the next
-    keep_checkpoints: Operational[int] = Field(3, gt=0)  # newest checkpoints that are kept
-    keep_every: Operational[int | None] = Field(None, gt=0)  # keep the first past each multiple of this for ever, too
-    snapshot_every: Operational[int | None] = Field(None, gt=0)  # images between sets of weights; None = at the end
-    restart_from_scratch: Operational[bool] = False  # start at image 0 if no checkpoint can be used
-    branch: Operational[str | None] = None  # continue a checkpoint of output in this new run, where fields may differ
-    branch_at: Operational[int | None] = None  # images of that checkpoint; None = the newest
-    takeover: Operational[bool] = False  # train even if another driver holds the lease on the folder; that one stops
+    checkpoint_every: Operational[int] = Field(1_000_000, gt=0)  # images between two checkpoints
+    keep_checkpoints: Operational[int] = Field(3, gt=0)  # how many of the newest checkpoints are kept
+    keep_every: Operational[int | None] = Field(None, gt=0)  # also keep the first checkpoint after every N images
+    snapshot_every: Operational[int | None] = Field(None, gt=0)  # images between two snapshots; None = at the end
+    restart_from_scratch: Operational[bool] = False  # start at image 0 if there are checkpoints but none can be used
+    branch: Operational[str | None] = None  # new run that continues a checkpoint of output with other settings
+    branch_at: Operational[int | None] = None  # position of that checkpoint in images; None = the newest
+    takeover: Operational[bool] = False  # train even if another driver holds the lease, which then stops
     # Validation and logging
-    log_every: Operational[int] = Field(10_000, gt=0)  # images from one line of numbers to the next
+    report: Operational[bool] = False  # write report.html of a run that is being trained or was killed, then exit
+    log_every: Operational[int] = Field(10_000, gt=0)  # images between two records of metrics
     eval_every: Operational[int | None] = Field(None, gt=0)  # evaluate the validation split every N images
-    eval_images: Operational[int] = Field(1_000, gt=1)  # images of that split that are evaluated
-    profile_steps: Operational[str | None] = None  # as 10:15: trace these steps of this attempt into profile/
-    audit_dir: Operational[str | None] = None  # folder for the audit log: what every step consumed, row by row; slow
+    eval_images: Operational[int] = Field(1_000, gt=1)  # images of the validation split in each evaluation
+    profile_steps: Operational[str | None] = None  # profile these steps of this start into profile/, such as 10:15
+    audit_dir: Operational[str | None] = None  # folder for the audit log of every sample of every step; slow
     # Workers
     num_workers: Operational[int] = Field(1, ge=0)  # training workers; 0 = in this process, without Ray
     num_gpus: Operational[int] = Field(0, ge=0, le=1)  # GPUs for each worker
-    max_failures: Operational[int] = Field(3, ge=0)  # attempts in a row that may fail without a new checkpoint
+    max_failures: Operational[int] = Field(3, ge=0)  # consecutive attempts that may fail without a new checkpoint
     cost: Operational[CostConfig] = CostConfig()
 
     @property
     def operational(self) -> frozenset[str]:
-        """Return the marked fields, and the length unless the learning rate falls towards it."""
+        """Return the operational fields, which include total_images if the learning rate is constant."""
         return super().operational | ({"total_images"} if self.lr_schedule == "constant" else set())
+
+    def starting_from(self, preset: Self) -> Self:
+        """Return `preset` with the values in the config.json of the run that --report is about."""
+        if not self.report:
+            return preset
+        recorded = read_config(self.path(self.output))
+        fields = {name: value for name, value in recorded.items() if name in type(self).model_fields}
+        return type(self).model_validate(preset.model_dump() | fields)
 
     @property
     def length(self) -> int:
-        """Images of the training in whole steps."""
+        """Return the length in images, rounded up to whole steps."""
         return -(-self.total_images // self.batch_size) * self.batch_size
 
     def passes(self, every: int, position: int) -> bool:
-        """Whether the step that ended at `position` images is at a mark of `every` images."""
+        """Return whether the step that ended at `position` images passed a multiple of `every` images."""
         return passes(every, position - self.batch_size, position)
 
     def microbatch_rows(self, world_size: int) -> int:
-        """Images of a forward pass: a worker's share of a step or less, with reduction=exact a stream's share."""
+        """Return the images in a forward pass: at most a worker's share of a step; if exact, a stream's share."""
         if self.reduction == "exact":
             return self.batch_size // self.order.num_streams
         share = self.batch_size // world_size
         return min(self.microbatch_size or share, share)
 
     def in_dtype(self, network: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """`network` with its convolutions and attention computed in the config's dtype."""
+        """Return `network` under autocast to the dtype of the config."""
 
         def call(x: Tensor, *args: Any, **inputs: Any) -> Tensor:
             with autocast(x.device, self.dtype):
@@ -120,7 +129,7 @@ class TrainingConfig(JobConfig):
 
     @property
     def profiled(self) -> range:
-        """Steps of an attempt that are profiled, counted from 0."""
+        """Return the steps of an attempt that are profiled; the first step is 0."""
         begin, _, end = (self.profile_steps or "0:0").partition(":")
         return range(int(begin), int(end))
 
@@ -129,7 +138,7 @@ class TrainingConfig(JobConfig):
     def _check_profile_steps(cls, steps: str | None) -> str | None:
         begin, _, end = (steps or "0:1").partition(":")
         if not (begin.isdecimal() and end.isdecimal() and int(begin) < int(end)):
-            raise ValueError(f"{steps!r} is not BEGIN:END with BEGIN < END, such as 10:15")
+            raise ValueError(f"{steps} is not BEGIN:END with BEGIN < END, such as 10:15")
         return steps
 
     @model_validator(mode="after")
@@ -146,32 +155,32 @@ class TrainingConfig(JobConfig):
             )
         if self.microbatch_size is not None and self.reduction == "exact":
             raise ValueError(
-                f"microbatch_size={self.microbatch_size} has no place in reduction=exact, whose microbatches are one "
-                f"stream's share, {batch // streams} images; raise order.num_streams to make them smaller"
+                f"microbatch_size={self.microbatch_size} cannot be combined with reduction=exact, where a microbatch "
+                f"is one stream's share, {batch // streams} images; raise order.num_streams to make it smaller"
             )
         return self
 
 
 class AdmConfig(TrainingConfig):
-    """Training a diffusion model."""
+    """The training of a diffusion model."""
 
     job: ClassVar[str] = "train"
 
     # Diffusion model
     model: UNetConfig
-    label_dropout: float = Field(0.0, ge=0, lt=1)  # share of labels left out; classifier-free guidance needs 0.1 or so
-    timesteps: Literal["uniform", "loss_second_moment"] = "uniform"  # how often each is trained; IDDPM section 3.3
-    ema_rates: tuple[float, ...] = Field((0.9999,), min_length=1)  # one average of the weights for each rate
-    power_emas: tuple[float, ...] = ()  # lengths (sigma_rel) of power-function averages; (0.05, 0.1) = post-hoc EMA
-    preview_every: Operational[int] = Field(10_000_000, gt=0)  # images from one picture of samples to the next
-    preview: Operational[SamplerConfig] = SamplerConfig(name="ddim", num_steps=25)  # how those samples are drawn
+    label_dropout: float = Field(0.0, ge=0, lt=1)  # fraction of dropped labels; classifier-free guidance needs some 0.1
+    timesteps: Literal["uniform", "loss_second_moment"] = "uniform"  # how timesteps are sampled; IDDPM section 3.3
+    ema_rates: tuple[float, ...] = Field((0.9999,), min_length=1)  # EMA decay of each average of the weights
+    power_emas: tuple[float, ...] = ()  # sigma_rel of each power-function average, for post-hoc EMA; such as 0.05 0.1
+    preview_every: Operational[int] = Field(10_000_000, gt=0)  # images between two pictures of samples
+    preview: Operational[SamplerConfig] = SamplerConfig(name="ddim", num_steps=25)  # The sampler of previews.
 
     @field_validator("model", mode="after")
     @classmethod
     def _fit_out_channels(cls, model: UNetConfig, info: ValidationInfo) -> UNetConfig:
-        """Give a network for grey images the grey outputs: the default of `out_channels` is that of RGB."""
+        """Set out_channels for grey images if it has the value for RGB images, which is the default."""
         diffusion = info.data.get("diffusion")
-        if diffusion is None:  # which has an error of its own
+        if diffusion is None:  # its own validation failed
             return model
         outputs = 2 if diffusion.learns_variance else 1
         if model.out_channels == 3 * outputs:
@@ -187,19 +196,19 @@ class AdmConfig(TrainingConfig):
     def _check_averages(self) -> "AdmConfig":
         for rate in self.ema_rates:
             if not 0 <= rate < 1:
-                raise ValueError(f"ema_rates has {rate}; a rate is in [0, 1)")
+                raise ValueError(f"ema_rates={rate} is not in [0, 1)")
         for sigma_rel in self.power_emas:
             gamma_of(sigma_rel)
         if self.power_emas and self.snapshot_every is None:
             raise ValueError(
-                f"power_emas={self.power_emas} are of use only with snapshots to put together afterwards: "
-                f"set snapshot_every, to {max(self.total_images // 16, 1)} or so"
+                f"power_emas={self.power_emas} needs snapshots, which post-hoc EMA combines; "
+                f"set snapshot_every, for example to {max(self.total_images // 16, 1)}"
             )
         return self
 
 
 class NoisyClassifierConfig(TrainingConfig):
-    """Training the noisy classifier: without averages and previews, at uniform timesteps."""
+    """The training of the noisy classifier: uniform timesteps, no averages and no previews."""
 
     job: ClassVar[str] = "train classifier"
     timesteps: ClassVar[Literal["uniform"]] = "uniform"
@@ -208,9 +217,9 @@ class NoisyClassifierConfig(TrainingConfig):
 
     # Classifier
     model: ClassifierConfig
-    weight_decay: float = Field(0.05, ge=0)  # AdamW's weight decay
-    crop: Literal["center", "random"] = "random"  # ADM's centre crop, or its classifier's random crop
-    noised: bool = True  # train on noised images, as guidance needs; False: on clean images at timestep 0
+    weight_decay: float = Field(0.05, ge=0)  # weight decay of AdamW
+    crop: Literal["center", "random"] = "random"  # centre crop as for ADM, or random crop as for its classifier
+    noised: bool = True  # train on noised images, as guidance needs; False = on clean images at timestep 0
     loss_scale: LossScaleConfig = LossScaleConfig(initial=16.0)
 
 
@@ -218,9 +227,9 @@ Config = AdmConfig | NoisyClassifierConfig
 
 
 class AverageConfig(JobConfig):
-    """Which average to make."""
+    """Which average to compute."""
 
-    weights: str = Field(min_length=1)  # the run folder of a training with power_emas
-    sigma_rel: float = Field(0.075, gt=0)  # length of the average: the spread of its weights / length of the training
-    images: int | None = Field(None, gt=0)  # when, at one of the run's snapshots; None = at the last
-    output: str | None = None  # a .safetensors file; None = in the run's weights/posthoc/
+    weights: str = Field(min_length=1)  # folder of a run that was trained with power_emas
+    sigma_rel: float = Field(0.075, gt=0)  # length of the average: its standard deviation / length of the training
+    images: int | None = Field(None, gt=0)  # snapshot at which the average ends, in images; None = the last
+    output: str | None = None  # a .safetensors file; None = a file in weights/posthoc/ of the run

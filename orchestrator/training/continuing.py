@@ -1,4 +1,4 @@
-"""How a training goes on: in its own folder, to a larger length, or from one of its checkpoints in a new run."""
+"""Continuing a training: in its own folder, to a larger length, or from one of its checkpoints in a new run."""
 
 import logging
 
@@ -16,12 +16,13 @@ log = logging.getLogger(__name__)
 
 
 def check_folder(config: Config) -> str:
-    """Check that the run's folder may go on with this config; return how the learning rate of a longer run goes on.
+    """Check that the run in the output folder can continue with this config.
 
-    That is empty unless the learning rate falls towards an end that is now moved.
+    Return a description of the learning rate from here on if the training becomes longer and its learning rate falls
+    linearly to zero, else "".
 
     Raises:
-        ValueError: the run has checkpoints of another config, or beyond its end.
+        ValueError: the run has checkpoints that were made with another config, or beyond `total_images`.
     """
     run = config.path(config.output)
     there, found = checkpoints.positions(run), read_config(run)
@@ -29,53 +30,56 @@ def check_folder(config: Config) -> str:
         return ""
     if there[0] > config.length:
         raise ValueError(
-            f"--total-images {config.total_images}: {run} is already at {there[0]:,} images; pass as many or more"
+            f"--total-images {config.total_images}: {run} is already at {there[0]:,} images; pass at least that many"
         )
     before, course = found.get("total_images", config.total_images), ""
     if before < config.total_images and config.lr_schedule == found.get("lr_schedule") == "linear":
         shorter = config.model_copy(update={"total_images": before})
         course = (
-            f"at {there[0]:,} images the learning rate goes on from {learning_rate(config, there[0]):.3g} (it was "
-            f"{learning_rate(shorter, there[0]):.3g}) and falls linearly to zero at {config.total_images:,}"
+            f"at {there[0]:,} images the learning rate changes from {learning_rate(shorter, there[0]):.3g} to "
+            f"{learning_rate(config, there[0]):.3g}, and then falls linearly to zero at {config.total_images:,}"
         )
         if not config.extend:
             raise ValueError(
-                f"--total-images {config.total_images}: {run} was made with {before}, where its learning rate reaches "
-                f"zero; pass --extend to make it longer: {course}"
+                f"--total-images {config.total_images}: the learning rate of {run} falls to zero at {before} images; "
+                f"pass --extend to train longer: {course}"
             )
     check_config(run, shorter if course else config, finished=True)
     if config.reduction == "exact" and found.get("num_threads", config.num_threads) != config.num_threads:
         log.warning(
-            "--num-threads %d, but %s was begun with %d: with --reduction exact the weights will differ in their last "
-            "bits from those of an undisturbed run; the training goes on",
+            "--num-threads %d, but %s was started with %d: with --reduction exact the last bits of the weights will "
+            "differ from those of a run that was not interrupted; the training continues",
             config.num_threads, run, found["num_threads"],
         )  # fmt: skip
     return course
 
 
 def bind(config: Config) -> None:
-    """Check the run's folder and write its config, which it is bound to from the first checkpoint on.
+    """Check the run's folder and write its config.json, to which the run is bound from its first checkpoint on.
 
     Raises what `check_folder` does.
     """
     course, run = check_folder(config), config.path(config.output)
     there, found = checkpoints.positions(run), read_config(run)
+    length = {"total_images": config.total_images}
+    if not there or not found:
+        check_or_write_config(run, config, bool(there), length | {"num_threads": config.num_threads})
+        return
+    changed = found | length
     if course:
-        extended = [*found.get("extended", []), {"at": there[0], "total_images": found["total_images"]}]
-        changed = found | {"total_images": config.total_images, "extended": extended}
-        storage.write_json(storage.join(run, "config.json"), changed)
+        changed["extended"] = [*found.get("extended", []), {"at": there[0], "total_images": found["total_images"]}]
         print(f"{run} is extended from {found['total_images']:,} to {config.total_images:,} images: {course}")
-    else:
-        check_or_write_config(run, config, bool(there), {"num_threads": config.num_threads})
+    if changed != found:
+        storage.write_json(storage.join(run, "config.json"), changed)
 
 
 def branch_off(config: Config, eval_images: int) -> Config:
-    """Copy the state at a checkpoint of the config's run into the new run `config.branch`; return that run's config.
+    """Copy the state at a checkpoint of the run into the new run `config.branch`, and return the config of the new run.
 
-    Averages that the run lacks begin with its weights. Nothing is copied if the new run has checkpoints already.
+    Averages that the checkpoint lacks start at its weights. If the new run has checkpoints, nothing is copied.
 
     Raises:
-        ValueError: there is no such checkpoint, or it does not fit the config, or the new run is another one.
+        ValueError: there is no such checkpoint, it does not fit the config, or the new run is not a branch of this run.
     """
     assert config.branch is not None
     source, at = config.path(config.output), config.branch_at
@@ -83,10 +87,10 @@ def branch_off(config: Config, eval_images: int) -> Config:
     run = child.path(child.output)
     if checkpoints.positions(run):
         if parent_of(run).rpartition(" at ")[0] != source:
-            raise ValueError(f"--branch {config.branch} is a run of its own already: choose a new folder")
+            raise ValueError(f"--branch {config.branch} is not a branch of {source}; choose a new folder")
         return child
     if not (there := checkpoints.positions(source)):
-        raise ValueError(f"--branch {config.branch}: {source} has no checkpoint to branch off; train it first")
+        raise ValueError(f"--branch {config.branch}: {source} has no checkpoint; train it first")
     if at not in (None, *there):
         raise ValueError(f"--branch-at {at}: the checkpoints of {source} are at {', '.join(map(str, there))} images")
     state = TrainingState(child, torch.device("cpu"), eval_images)
@@ -97,12 +101,12 @@ def branch_off(config: Config, eval_images: int) -> Config:
         raise
     except ValueError as error:
         raise ValueError(
-            f"--branch {config.branch}: {error}. A branch keeps the network and its optimizer; to start from the "
-            "weights alone pass --init-from"
+            f"--branch {config.branch}: {error}. A branch keeps the network and the optimizer; pass --init-from to "
+            "start from the weights alone"
         ) from error
     if state.position % child.batch_size:
         raise ValueError(
-            f"--batch-size {child.batch_size}: {source} branches off at {state.position} images, which is no multiple"
+            f"--batch-size {child.batch_size}: the branch starts at {state.position} images, which is not a multiple"
         )
     if child.dtype != "float16" or not state.log2_loss_scale:
         state.log2_loss_scale = fresh_scale
@@ -116,6 +120,6 @@ def branch_off(config: Config, eval_images: int) -> Config:
 
 
 def parent_of(run: str) -> str:
-    """Return which run this one branched off, and where; empty if it did not."""
+    """Return the run of which this one is a branch and the position of the checkpoint, or ""."""
     parent = read_config(run).get("parent")
     return f"{parent['run']} at {parent['images']} images" if parent else ""

@@ -1,4 +1,4 @@
-"""From the microbatches of a step to one gradient: as fast as can be, or equal to the bit on any number of workers."""
+"""The gradient of a step from its microbatches: by DDP, or equal to the bit on any number of workers."""
 
 import contextlib
 from collections.abc import Callable
@@ -17,14 +17,14 @@ from orchestrator.training.config import Config, TrainingConfig
 from orchestrator.training.losses import Losses, Microbatch, Terms, blank_microbatch
 from orchestrator.training.state import TrainingState
 
-COMPILE_TIMEOUT = timedelta(hours=1)  # until the last worker has compiled its network
-MEMORY_SHARE = 0.85  # of a GPU's memory that what is counted may take: workspaces and fragments are not
+COMPILE_TIMEOUT = timedelta(hours=1)  # for all workers to compile the network
+MEMORY_SHARE = 0.85  # fraction of a GPU's memory for what is counted; workspaces and fragmentation are not counted
 
-Backward = Callable[[nn.Module, Microbatch], Terms]  # forward and backward of one microbatch; gradients add up in .grad
+Backward = Callable[[nn.Module, Microbatch], Terms]  # forward and backward pass of a microbatch; adds to .grad
 
 
 def prepare_network(config: Config, context: WorkerContext, group: Group, state: TrainingState, losses: Losses) -> None:
-    """Choose whether blocks are recomputed, and have them compiled before any worker waits for another's step."""
+    """Choose whether activations are recomputed, and compile the network on all workers before the first step."""
     memory = None
     if context.device.type == "cuda":
         memory = torch.cuda.get_device_properties(context.device).total_memory
@@ -40,10 +40,10 @@ def prepare_network(config: Config, context: WorkerContext, group: Group, state:
 
 
 def recomputes(config: Config, world_size: int, memory: float | None) -> bool:
-    """Return whether blocks are recomputed in the backward pass on GPUs of `memory` bytes; None: on CPUs.
+    """Return whether activations are recomputed in the backward pass on a GPU of `memory` bytes (None: on a CPU).
 
-    Where the config leaves it open they are if the model says so on CPUs, and on GPUs if what is counted without takes
-    more than 85% of the memory.
+    With recompute=none they are recomputed on a GPU if they would need more than 85% of its memory, and on a CPU if
+    the model has gradient_checkpointing.
     """
     if config.recompute is not None:
         return config.recompute
@@ -54,7 +54,7 @@ def recomputes(config: Config, world_size: int, memory: float | None) -> bool:
 
 
 def memory_of(config: Config, network: Architecture, world_size: int) -> dict[str, int]:
-    """Return the bytes that a worker of `world_size` holds at the peak of a step, counted, by what holds them."""
+    """Return the peak memory of a worker in a step, in bytes, by what it is used for."""
     averages, rows = len(config.ema_rates) + len(config.power_emas), config.microbatch_rows(world_size)
     found = {
         f"weights, AdamW and {averages} average(s)": training_state_bytes(network, averages),
@@ -70,9 +70,9 @@ def memory_of(config: Config, network: Architecture, world_size: int) -> dict[st
 def make_reduction(
     config: Config, context: WorkerContext, group: Group, state: TrainingState, losses: Losses
 ) -> Callable[[list[Microbatch]], list[Terms]]:
-    """A function from a worker's microbatches to the gradient of the mean loss over the whole step, left in .grad.
+    """Return a function that computes the gradient of the mean loss of a step from this worker's microbatches.
 
-    It returns the microbatches' loss terms. Gradients are those of the loss times the loss scale.
+    The function leaves the gradient, times the loss scale, in `.grad` and returns the loss terms of the microbatches.
     """
     model: nn.Module = state.model
     exact = config.reduction == "exact"
@@ -96,16 +96,16 @@ def make_reduction(
 
 
 def _dropout_seed(config: TrainingConfig, position: int, batch: Microbatch) -> int:
-    """Another dropout mask for every microbatch, the same again after a resume: by seed, images seen, first stream.
+    """Return the seed of a microbatch's dropout masks, by the config's seed, the position and the first stream.
 
-    Where several microbatches begin in one stream's share, the later ones count the images before them as seen.
+    If several microbatches begin in the share of one stream, their offsets in the share distinguish them.
     """
     key = (config.seed, position + batch.offset, batch.stream)
     return int(keyed_rng(Purpose.DROPOUT, *key).integers(2**63))
 
 
 def fast_gradients(model: nn.Module, batches: list[Microbatch], backward: Backward) -> list[Terms]:
-    """Accumulate over a worker's microbatches; DDP averages over workers during the last one's backward pass."""
+    """Accumulate gradients over microbatches; DDP averages over workers in the last backward pass."""
     found = []
     for number, batch in enumerate(batches, 1):
         alone = isinstance(model, DistributedDataParallel) and number < len(batches)
@@ -115,14 +115,14 @@ def fast_gradients(model: nn.Module, batches: list[Microbatch], backward: Backwa
 
 
 def exact_gradients(model: nn.Module, batches: list[Microbatch], backward: Backward, group: Group) -> list[Terms]:
-    """Sum over all canonical streams in one fixed binary tree, whoever owns them.
+    """Sum the gradients of all canonical streams in one fixed binary tree.
 
-    `batches` holds one microbatch for each of this worker's streams, a power of two of them. A worker adds up its own
-    subtree, then the workers theirs, so the sum has the same bits for every number of workers. Beside the gradients
-    of one microbatch this holds one set for each level of the subtree.
+    `batches` holds one microbatch for each stream of this worker; their number is a power of two. Each worker sums its
+    subtree, and then all workers sum the subtrees in tree order. So the bits of the sum do not depend on the number of
+    workers. Needs memory for one set of gradients for each level of the subtree, beside that of a microbatch.
     """
     parameters = list(model.parameters())
-    waiting: list[list[torch.Tensor]] = []  # sums of whole subtrees without their right neighbours, largest first
+    waiting: list[list[torch.Tensor]] = []  # sums of subtrees whose right sibling is not complete, largest first
     found = []
     for number, batch in enumerate(batches, 1):
         found.append(backward(model, batch))

@@ -1,11 +1,11 @@
 """Training: one loop for the diffusion model, the noisy classifier and the upsampler.
 
-Units are images, not steps, so that a schedule survives another batch size or worker count. Order and randomness
-come from the order plan and its keys, never from a rank.
+Lengths and intervals are in images, not steps, so that they do not depend on the batch size. The order of the samples
+and all randomness come from the order plan and its keys; nothing depends on the rank of a worker.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -20,11 +20,12 @@ from models.diffusion import LossSecondMomentTimesteps
 from orchestrator import storage
 from orchestrator.arithmetic import arithmetic, choose_device, platform
 from orchestrator.closing import print_closing
+from orchestrator.config import read_config
 from orchestrator.cost import GPUS, not_there_yet, priced, training_cost
 from orchestrator.data.dataset import Manifest, ahead, batches, load_manifest
 from orchestrator.order import OrderPlan
-from orchestrator.progress import counted, progress_line
-from orchestrator.tracking import catch_up, tracked
+from orchestrator.progress import Progress, counted, progress_line
+from orchestrator.tracking import Tracker, catch_up, tracked
 from orchestrator.training import checkpoints
 from orchestrator.training.audit_log import AuditLog
 from orchestrator.training.checkpoint_writer import CheckpointWriter
@@ -34,7 +35,7 @@ from orchestrator.training.continuing import bind, branch_off, check_folder, par
 from orchestrator.training.gradients import make_reduction, memory_of, prepare_network, recomputes
 from orchestrator.training.initial_weights import begin_with, check_initial_weights
 from orchestrator.training.lease import Lease
-from orchestrator.training.losses import Microbatch, Terms, make_losses, make_microbatches
+from orchestrator.training.losses import Losses, Microbatch, Terms, make_losses, make_microbatches
 from orchestrator.training.meter import Meter
 from orchestrator.training.page import NAME, STARTED, write_run_page
 from orchestrator.training.previews import previews
@@ -44,7 +45,7 @@ from orchestrator.training.state import TrainingState, take_step
 from orchestrator.training.validation import Validation, validation_count
 from orchestrator.training.verdict import classifier_lines, following
 
-CPUS_OF_DATA = 1  # for the tasks that read a worker's data, beside those of its arithmetic
+CPUS_OF_DATA = 1  # per worker, for the tasks that read its data; its arithmetic has num_threads more
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +54,17 @@ log = logging.getLogger(__name__)
 
 
 def train(config: Config) -> str:
-    """Train until `config.total_images`, from wherever an earlier attempt came to; return the run's URI.
+    """Train until `config.total_images` images, from the newest checkpoint if there is one; return the run's URI.
+
+    With `config.report` only write the page of the run.
 
     Raises:
         ValueError: config, dataset and output folder do not fit each other.
         RuntimeError: the training failed, or another driver trains this run.
-        KeyboardInterrupt: it was asked to stop before its end; its place is kept.
+        KeyboardInterrupt: the training was asked to stop before its end, and wrote a checkpoint.
     """
+    if config.report:
+        return report(config)
     manifest = load_manifest(config.path(config.dataset))
     config = _checked(config, manifest)
     run = config.path(config.branch or config.output)
@@ -83,8 +88,22 @@ def train(config: Config) -> str:
     return run
 
 
+def report(config: Config) -> str:
+    """Write the page of a run as it stands, whether it is being trained or was killed; return the run's URI.
+
+    Raises:
+        FileNotFoundError: there is no such run.
+    """
+    run = config.path(config.output)
+    if not read_config(run):
+        raise FileNotFoundError(f"--output {config.output}: {run} is not a training run; train it first")
+    write_run_page(run, config)
+    print_closing([storage.join(run, NAME)], [])
+    return run
+
+
 def _run(config: Config, run: str, lease: Lease) -> None:
-    """Run the workers until the training is over. Raises what `train` does."""
+    """Run the workers until the end of the training. Raises what `train` does."""
     with (
         session(
             config.num_workers * (config.num_threads + CPUS_OF_DATA),
@@ -92,31 +111,14 @@ def _run(config: Config, run: str, lease: Lease) -> None:
             shared=config.shared,
         ),
         tracked(config.job, config, run, parent_of(run)) as tracker,
-        progress_line(config.total_images, "images", _starting(config)) as progress,
+        progress_line(
+            config.total_images, "images", f"starting {counted(config.num_workers or 1, 'worker')}"
+        ) as progress,
     ):
-
-        def on_record(record: dict[str, Any]) -> None:
-            if "picture" in record:
-                storage.write_bytes(storage.join(run, record["picture"]), record["png"])
-                tracker.picture(record["picture"], record["png"])
-            if "started" in record:
-                progress.start(record["started"])
-                tracker.metrics({STARTED: 1.0}, step=record["started"])
-            if "metrics" in record:
-                shown = {name: value for name, value in record["metrics"].items() if name in ("loss", "accuracy")}
-                progress.update_to(record["images"], **shown)
-                tracker.metrics(record["metrics"], step=record["images"])
-            if "platform" in record:
-                tracker.record("platform.json", record)
-            if "stacks" in record:
-                name = f"stacks/images-{progress.done:012d}-rank-{record['rank']}.txt"
-                storage.write_bytes(storage.join(run, name), record["stacks"].encode())
-                log.warning("worker %d makes no step; its stacks are in %s", record["rank"], storage.join(run, name))
-
         stopped = run_workers(
             partial(train_loop, config),
             config.num_workers,
-            on_record,
+            partial(_on_record, run, tracker, progress),
             cpus=config.num_threads + CPUS_OF_DATA,
             max_failures=config.max_failures,
             num_gpus=config.num_gpus,
@@ -126,78 +128,108 @@ def _run(config: Config, run: str, lease: Lease) -> None:
         tracker.record(NAME, write_run_page(run, config))
         if stopped and not storage.exists(final_weights(run, config)):
             if lease.is_lost():
-                raise RuntimeError(f"another driver took over {run}: this one stopped, and its place is kept")
+                raise RuntimeError(f"another driver took over {run}, so this one stopped; its checkpoint is kept")
             raise KeyboardInterrupt
 
 
-def _starting(config: Config) -> str:
-    """Return what the progress line says until the first step."""
-    return f"starting {counted(config.num_workers or 1, 'worker')}"
+def _on_record(run: str, tracker: Tracker, progress: Progress, record: dict[str, Any]) -> None:
+    """Show, write and track what a record of a worker holds."""
+    if "picture" in record:
+        storage.write_bytes(storage.join(run, record["picture"]), record["png"])
+        tracker.picture(record["picture"], record["png"])
+    if "started" in record:
+        progress.start(record["started"])
+        tracker.metrics({STARTED: 1.0}, step=record["started"])
+    if "metrics" in record:
+        shown = {name: value for name, value in record["metrics"].items() if name in ("loss", "accuracy")}
+        progress.update_to(record["images"], **shown)
+        tracker.metrics(record["metrics"], step=record["images"])
+    if "platform" in record:
+        tracker.record("platform.json", record)
+    if "stacks" in record:
+        uri = storage.join(run, f"stacks/images-{progress.done:012d}-rank-{record['rank']}.txt")
+        storage.write_bytes(uri, record["stacks"].encode())
+        log.warning("worker %d is stalled; its stacks are in %s, the job still waits for it", record["rank"], uri)
 
 
 def plan(config: Config) -> tuple[Config, str]:
-    """Return the resolved config, and what a training would read, write and cost, as far as its inputs are there.
+    """Return the resolved config and the text of a dry run: what the training would read, write and cost.
 
     Raises:
         ValueError: what `train` would refuse before it starts.
     """
-    dataset, first = config.path(config.dataset), config.path(config.init_from) if config.init_from else None
-    absent, read, epochs, opened = [dataset], f"reads   {dataset}", "", []
-    workers = max(config.num_workers, 1)
+    dataset, absent, data_lines = config.path(config.dataset), list[str](), list[str]()
     if storage.exists(storage.join(dataset, "manifest.json")):
-        manifest, absent = load_manifest(dataset), []
+        manifest = load_manifest(dataset)
         config = _checked(config, manifest)
-        order, open_bytes = _order(config, manifest), _open_bytes(config, manifest) / 2**20
-        read = f"{read}: {manifest.num_samples('train'):,} images"
-        epochs = f", {config.total_images / order.images_per_epoch:.1f} epochs of {order.images_per_epoch:,}"
-        opened = [f"open    {open_bytes:.1f} MiB of images at once in each of {workers} workers"]
-    course = "" if config.branch else check_folder(config)
+        data_lines = _data_lines(config, manifest)
+    else:
+        absent.append(dataset)
+    extension = "" if config.branch else check_folder(config)
+    first = config.path(config.init_from) if config.init_from else ""
     try:
         check_initial_weights(config)
     except FileNotFoundError:
-        absent.append(str(first))
-    averages = len(config.ema_rates) + len(config.power_emas)
-    parameters, half = count_parameters(config.model), config.dtype != "float32"
-    recomputed = recomputes(config, workers, GPUS[config.cost.gpu].memory if config.num_gpus else None)
-    network = config.model.model_copy(update={"gradient_checkpointing": recomputed})
-    cost = training_cost(network, config.length, memory_of(config, network, workers))
+        absent.append(first)
     lines = [
-        read,
+        f"reads   {dataset}",
+        *data_lines,
         *([f"starts  from {first}"] if first else []),
-        *([f"goes on from a checkpoint of {config.path(config.output)}"] if config.branch else []),
-        *([f"extends {course}"] if course else []),
-        f"writes  {config.path(config.branch or config.output)}: weights, and a checkpoint of "
-        f"{training_state_bytes(config.model, averages) / 2**30:.2f} GiB every {config.checkpoint_every:,} images",
-        f"network {parameters:,} parameters, {config.model.num_classes or 'no'} classes",
-        f"length  {config.total_images:,} images = {config.length // config.batch_size:,} steps of "
-        f"{config.batch_size}{epochs}",
-        *opened,
-        *(["blocks  are recomputed in the backward pass, to save memory"] if recomputed else []),
-        priced(cost, config.cost, config.num_workers, config.num_gpus, half),
+        *([f"resumes a checkpoint of {config.path(config.output)}"] if config.branch else []),
+        *([f"extends {extension}"] if extension else []),
+        *_cost_lines(config),
         *not_there_yet(absent),
     ]
     return config, "\n".join(lines)
 
 
+def _data_lines(config: Config, manifest: Manifest) -> list[str]:
+    """Return the lines of a dry run that need the dataset."""
+    order, workers = _order(config, manifest), counted(max(config.num_workers, 1), "worker")
+    epochs, open_bytes = config.total_images / order.images_per_epoch, _open_bytes(config, manifest)
+    return [
+        f"        {manifest.num_samples('train'):,} images; {epochs:.1f} epochs of {order.images_per_epoch:,}",
+        f"        {open_bytes / 2**20:.1f} MiB of decoded images in memory, in each of {workers}",
+    ]
+
+
+def _cost_lines(config: Config) -> list[str]:
+    """Return the lines of a dry run about what is written and what it costs."""
+    workers = max(config.num_workers, 1)
+    recomputed = recomputes(config, workers, GPUS[config.cost.gpu].memory if config.num_gpus else None)
+    network = config.model.model_copy(update={"gradient_checkpointing": recomputed})
+    cost = training_cost(network, config.length, memory_of(config, network, workers))
+    checkpoint = training_state_bytes(config.model, len(config.ema_rates) + len(config.power_emas))
+    steps = f"{config.length // config.batch_size:,} steps of {config.batch_size}"
+    return [
+        f"writes  {config.path(config.branch or config.output)}: weights, and a checkpoint of "
+        f"{checkpoint / 2**30:.2f} GiB every {config.checkpoint_every:,} images",
+        f"network {count_parameters(config.model):,} parameters, {config.model.num_classes or 'no'} classes",
+        f"length  {config.total_images:,} images = {steps}",
+        *(["memory  activations are recomputed in the backward pass"] if recomputed else []),
+        priced(cost, config.cost, config.num_workers, config.num_gpus, config.dtype != "float32"),
+    ]
+
+
 def _checked(config: Config, manifest: Manifest) -> Config:
-    """Return the config with what the dataset says, after all checks that need no worker.
+    """Make all checks that need no worker; return the config with the dataset's number of classes.
 
     Raises:
         ValueError: config, dataset and this machine do not fit each other.
     """
     config = _with_classes(config, manifest)
     if not config.num_workers and not config.dry_run:
-        choose_device(config.num_gpus)  # refused here where there is none
-    _open_bytes(config, manifest)  # refused here where it is too much, or the split impossible
+        choose_device(config.num_gpus)  # raises if there is no GPU
+    _open_bytes(config, manifest)  # raises if it is too much, or if the order is impossible
     _validation_count(config, manifest)
     return config
 
 
 def _with_classes(config: Config, manifest: Manifest) -> Config:
-    """The config with the dataset's number of classes, where it asks for that.
+    """Return the config with the number of classes, which is the dataset's with classes=dataset.
 
     Raises:
-        ValueError: the dataset does not fit: other classes, no labels, crops of another kind or size.
+        ValueError: the dataset does not fit: it has other classes, no labels, or crops of another kind or size.
     """
     there = len(manifest.classes)
     wanted = (there or None) if config.classes == "dataset" else config.model.num_classes
@@ -208,19 +240,19 @@ def _with_classes(config: Config, manifest: Manifest) -> Config:
             f"pass --model.num-classes {there}, or --classes dataset"
         )
     if wanted is None and config.model.kind == "classifier":
-        raise ValueError(f"{config.dataset} has no classes, and a classifier needs some")
+        raise ValueError(f"--dataset {config.dataset} has no classes, but a classifier needs them")
     changes: dict[str, Any] = {"num_classes": wanted}
     if isinstance(config, AdmConfig) and config.label_dropout:
         if wanted is None:
             raise ValueError(
-                f"--label-dropout {config.label_dropout} needs labels, and the model is not conditioned on any"
+                f"--label-dropout {config.label_dropout} needs a class-conditional model; set --model.num-classes"
             )
         changes["null_class"] = True
     return config.model_copy(update={"model": config.model.model_copy(update=changes)})
 
 
 def _open_bytes(config: Config, manifest: Manifest) -> int:
-    """Bytes of decoded images in each worker's open windows; ValueError where they are too many."""
+    """Return the bytes of decoded images in a worker's open windows; raise ValueError if they are too many."""
     return _order(config, manifest).open_bytes(max(config.num_workers, 1), config.model.image_size**2 * 3)
 
 
@@ -232,7 +264,7 @@ def _order(config: TrainingConfig, manifest: Manifest) -> OrderPlan:
 
 
 def train_loop(config: Config, context: WorkerContext) -> None:
-    """What every worker runs: from the last checkpoint to the end, or until the driver wants to stop."""
+    """Train from the newest checkpoint until the end, or until the driver asks the workers to stop."""
     with arithmetic(config.num_threads, config.reduction == "exact", config.tf32):
         _train(config, context)
 
@@ -241,16 +273,14 @@ def _train(config: Config, context: WorkerContext) -> None:
     run = config.path(config.output)
     manifest = load_manifest(config.path(config.dataset))
     group = Group(context.rank, context.world_size)
-    note_platforms(config, context, group)
-    state, is_resumed = _restored(config, context, group, manifest)
-    losses = make_losses(config, state.timesteps)
-    prepare_network(config, context, group, state, losses)
+    report_platform(config, context, group)
 
     def after_saving(checkpoint: Checkpoint) -> None:
         context.report({"saved": checkpoint.position})
         if is_due(config, checkpoint.position):
             write_snapshots(run, config, manifest.classes, checkpoint)
 
+    state, losses = _prepared(config, context, group, manifest, after_saving)
     with (
         CheckpointWriter(run, config, after_saving) as writer,
         StepProfiler(
@@ -258,13 +288,6 @@ def _train(config: Config, context: WorkerContext) -> None:
         ) as profiler,
         Watchdog(context.rank, context.report) as watchdog,
     ):
-        # Go on from the newest usable checkpoint; what a kill kept it from leaving behind is made up for.
-        if is_resumed:
-            state.check_finite()
-            if context.rank == 0:
-                after_saving(Checkpoint(state.position, state.tensors(), state.facts()))
-        else:
-            begin_with(config, state, group)
         reduced_gradients = make_reduction(config, context, group, state, losses)
         validation = Validation(config, manifest, group) if config.eval_every else None
         meter = Meter(config, context, group)
@@ -274,7 +297,7 @@ def _train(config: Config, context: WorkerContext) -> None:
             context.report({"started": state.position})
 
         while state.position < config.length:
-            # One step: this worker's images, their losses, one update.
+            # One step: load this worker's images, compute gradients, update the weights.
             watchdog.step()
             with meter.waiting():
                 undecodable, share = next(stream)
@@ -284,11 +307,11 @@ def _train(config: Config, context: WorkerContext) -> None:
                 audit.write(state.position, share, terms)
             stopping, preempted = group.any(context.stopping(), context.preempted())
             norm = take_step(config, state)
-            _learn_timesteps(state, group, terms)
+            _update_timestep_sampler(state, group, terms)
             meter.add(terms, norm, undecodable)
 
-            # Numbers, pictures and checkpoints at their marks; stopping at a step's end, all workers together.
-            for record in _news(config, state, manifest, group, meter, validation):
+            # Report and save at the intervals of the config. All workers stop after the same step.
+            for record in _records(config, state, manifest, group, meter, validation):
                 context.report(record)
             if context.rank == 0:
                 last, needed = stopping or state.position >= config.length, preempted or is_due(config, state.position)
@@ -300,11 +323,31 @@ def _train(config: Config, context: WorkerContext) -> None:
                 break
 
 
-def note_platforms(config: Config, context: WorkerContext, group: Group) -> None:
-    """Report what the workers compute on.
+def _prepared(
+    config: Config,
+    context: WorkerContext,
+    group: Group,
+    manifest: Manifest,
+    after_saving: Callable[[Checkpoint], None],
+) -> tuple[TrainingState, Losses]:
+    """Return the state of the newest usable checkpoint or else the initial state, and the losses."""
+    state, is_resumed = _restored(config, context, group, manifest)
+    losses = make_losses(config, state.timesteps)
+    prepare_network(config, context, group, state, losses)
+    if not is_resumed:
+        begin_with(config, state, group)
+        return state, losses
+    state.check_finite()
+    if context.rank == 0:  # an attempt that was killed may not have written the snapshot of its last checkpoint
+        after_saving(Checkpoint(state.position, state.tensors(), state.facts()))
+    return state, losses
+
+
+def report_platform(config: Config, context: WorkerContext, group: Group) -> None:
+    """Report the device and software of the workers.
 
     Raises:
-        ValueError: it differs, and gradients are to be equal to the bit.
+        ValueError: they differ between workers, and the config has reduction=exact.
     """
     platforms = group.gather(platform(context.device))
     others = [found for found in platforms if found != platforms[0]]
@@ -312,18 +355,18 @@ def note_platforms(config: Config, context: WorkerContext, group: Group) -> None
         differing = {name: (platforms[0].get(name), others[0].get(name)) for name in platforms[0] | others[0]}
         words = ", ".join(f"{name}: {one} and {other}" for name, (one, other) in differing.items() if one != other)
         raise ValueError(
-            f"the workers compute on different platforms ({words}), which reduction=exact cannot allow: choose nodes "
-            "of one kind (ADMIRAL_ACCELERATOR), or --reduction fast"
+            f"reduction=exact needs equal devices and software on all workers, and they differ ({words}); choose nodes "
+            "of one kind by ADMIRAL_ACCELERATOR, or pass --reduction fast"
         )
     if context.rank == 0:
         context.report({"platform": platforms[0], "others": others})
 
 
 def _restored(config: Config, context: WorkerContext, group: Group, manifest: Manifest) -> tuple[TrainingState, bool]:
-    """Return the state of the newest usable checkpoint and True, or a fresh state and False if there is none.
+    """Return the state of the newest usable checkpoint and True, or an initial state and False if there is none.
 
     Raises:
-        UnusableCheckpoints: there are some, none can be used, and the config does not say to restart from scratch.
+        UnusableCheckpoints: no checkpoint can be used, and restart_from_scratch is not set.
     """
     make = partial(TrainingState, config, context.device, _validation_count(config, manifest))
     state = make()
@@ -332,12 +375,12 @@ def _restored(config: Config, context: WorkerContext, group: Group, manifest: Ma
     except UnusableCheckpoints:
         if not config.restart_from_scratch:
             raise
-    log.warning("restart_from_scratch: none of the checkpoints can be used; the training starts at image 0")
-    del state  # partly overwritten, and there may be no memory for two
+    log.warning("--restart-from-scratch: no checkpoint can be used; the training starts at image 0")
+    del state  # a damaged checkpoint may have changed it, and there may be no memory for two states
     return make(), False
 
 
-def _news(
+def _records(
     config: Config,
     state: TrainingState,
     manifest: Manifest,
@@ -345,7 +388,7 @@ def _news(
     meter: Meter,
     validation: Validation | None,
 ) -> Iterator[dict[str, Any]]:
-    """Numbers and pictures whose mark the last step passed, as records of rank 0; every worker must ask for them."""
+    """Yield the metrics and pictures that are due after this step, on rank 0; all workers must iterate over them."""
     if config.passes(config.log_every, state.position):
         yield from meter.report(state)
     every = config.eval_every
@@ -362,7 +405,7 @@ def _validation_count(config: Config, manifest: Manifest) -> int:
 def _shares(
     config: Config, context: WorkerContext, manifest: Manifest, position: int
 ) -> Iterator[tuple[int, list[Microbatch]]]:
-    """This worker's microbatches of every step from `position` on, and how many of their images stand for others."""
+    """Yield the number of undecodable images and the microbatches of this worker, for every step from `position` on."""
     stream = batches(
         manifest,
         _order(config, manifest),
@@ -388,8 +431,8 @@ def _shares(
         )
 
 
-def _learn_timesteps(state: TrainingState, group: Group, found: list[Terms]) -> None:
-    """Tell the loss-aware timestep sampler of a good step's losses, all workers', in the streams' canonical order."""
+def _update_timestep_sampler(state: TrainingState, group: Group, found: list[Terms]) -> None:
+    """Give a loss-aware timestep sampler the losses of all workers in the order of the streams, if they are finite."""
     if not isinstance(state.timesteps, LossSecondMomentTimesteps):
         return
     state.settle()

@@ -1,13 +1,13 @@
 """The lease on a training's folder: one driver trains a run at a time.
 
-The holder is the driver whose object has the highest number in RUN/lease/. A number is taken with put_if_absent, so
-only one of several drivers gets it, and nobody writes another driver's object. The holder writes its own object anew
-every RENEW_SECONDS until it is done. It stops if it finds a higher number, or that its own object was removed.
+The holder is the driver whose object has the highest number in RUN/lease/. A driver takes a number by put_if_absent, so
+only one of several drivers gets it, and no driver writes the object of another one. The holder rewrites its object
+every RENEW_SECONDS. It stops if there is a higher number, or if its own object was removed.
 
-The clocks of machines are not compared, and the times that a storage keeps are not read, because not every storage has
-them. Instead another driver watches the holder's object. If the object changes, the holder lives. If it does not change
-for EXPIRE_SECONDS, the lease has expired. If the holder ran on the same machine and its process has ended, nothing is
-waited for, so that a killed driver can be started again at once.
+Clocks of machines and modification times of objects are not used, because not every storage has the latter. Instead,
+another driver watches the holder's object. If the object changes, the holder is alive. If it does not change for
+EXPIRE_SECONDS, the lease has expired. If the holder ran on the same machine and its process has ended, the lease has
+expired at once, so a killed driver can be restarted without waiting.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from orchestrator import storage
 
 RENEW_SECONDS = 30.0
 EXPIRE_SECONDS = 120.0
-WATCH_SECONDS = 5.0  # between two looks at a holder's object
+WATCH_SECONDS = 5.0  # between two reads of a holder's object
 
 log = logging.getLogger(__name__)
 
 
 class Lease:
-    """Holds the lease on a run's folder while inside; `is_lost` once another driver took it over.
+    """A context that holds the lease on a run's folder.
 
     Raises:
         RuntimeError: another driver holds it, and `takeover` is not set.
@@ -62,7 +62,7 @@ class Lease:
         self._remove(self._name)
 
     def is_lost(self) -> bool:
-        """Return whether another driver took the lease over."""
+        """Return whether another driver has taken over the lease."""
         return self._lost.is_set()
 
     def is_held(self) -> bool:
@@ -77,12 +77,12 @@ class Lease:
         while not self._over.wait(RENEW_SECONDS):
             try:
                 if self._names()[-1:] != [self._name]:
-                    log.warning("another driver took over %s: this one stops at its next step", self._run)
+                    log.warning("another driver took over %s; this one stops after its next step", self._run)
                     self._lost.set()
                     return
                 storage.write_bytes(self._uri(self._name), self._content())
             except Exception as error:  # noqa: BLE001 - one failed renewal must not cost the later ones
-                log.warning("the lease on %s could not be renewed; the training goes on: %s", self._run, error)
+                log.warning("the lease on %s could not be renewed; the training continues: %s", self._run, error)
 
     def _names(self) -> list[str]:
         return [name for name in storage.list_names(self._folder) if re.fullmatch(r"\d{6}\.json", name)]
@@ -91,11 +91,15 @@ class Lease:
         return storage.join(self._folder, name)
 
     def _remove(self, name: str) -> None:
-        """Remove a driver's object, or make it say that the lease is released if this driver may not delete."""
+        """Remove a driver's object; if it cannot be deleted, mark it as released."""
         try:
             storage.delete(self._uri(name))
         except OSError as error:
-            log.warning("the lease on %s is released, but its object could not be removed: %s", self._run, error)
+            log.warning(
+                "the lease on %s is released, but its object could not be removed; the job continues: %s",
+                self._run,
+                error,
+            )
             with contextlib.suppress(OSError):
                 storage.write_bytes(self._uri(name), storage.json_bytes(None))
 
@@ -105,7 +109,7 @@ class Lease:
         return storage.json_bytes(holder | {"held_seconds": round(held, 3)})
 
     def _await_end_of(self, name: str, quiet: bool = False) -> None:
-        """Return when the holder with this object has ended or its lease has expired; RuntimeError if it lives."""
+        """Wait until the holder with this object has ended or its lease has expired; RuntimeError if it is alive."""
         if not name:
             return
         try:
@@ -118,7 +122,7 @@ class Lease:
                 return
             log.log(
                 logging.DEBUG if quiet else logging.WARNING,
-                "pid %s on %s has the lease on %s; waiting up to %g s to see whether it still runs",
+                "pid %s on %s holds the lease on %s; waiting up to %g s to see whether it is alive",
                 holder["pid"], holder["host"], self._run, EXPIRE_SECONDS,
             )  # fmt: skip
             deadline = time.monotonic() + EXPIRE_SECONDS
@@ -132,24 +136,24 @@ class Lease:
 
 def _refusal(run: str, holder: dict[str, Any]) -> RuntimeError:
     return RuntimeError(
-        f"{run} is being trained by pid {holder['pid']} on {holder['host']}, which had held it for "
-        f"{holder['held_seconds']:,.0f} s when it last renewed its lease: wait for it, stop it, or pass --takeover"
+        f"{run} is being trained by pid {holder['pid']} on {holder['host']}, which has held the lease for at least "
+        f"{holder['held_seconds']:,.0f} s; wait for it, stop it, or pass --takeover"
     )
 
 
 def _machine() -> str:
-    """Return what only processes have in common that see each other's pids; empty if that cannot be known here."""
+    """Return an id that is equal for processes that see each other's pids; "" if it cannot be determined."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"  # containers may share a host's name, not its pids
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"  # containers may share a host name but not pids
     except OSError:
         return ""
 
 
 def _process(pid: int) -> str:
-    """Return when a process of this machine started, in the kernel's ticks; empty if it has ended."""
+    """Return the start time of a process of this machine in clock ticks; "" if it has ended."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
-    return "" if state in "ZX" else fields[18]  # another process may have been given the pid since
+    return "" if state in "ZX" else fields[18]  # tells the process from a later one with the same pid

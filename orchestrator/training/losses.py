@@ -1,4 +1,4 @@
-"""What a training step looks at and what it minimises."""
+"""The microbatches of a training step and their losses."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,18 +14,18 @@ from orchestrator.data.dataset import StreamShare
 from orchestrator.order import Purpose, sample_rng
 from orchestrator.training.config import Config, NoisyClassifierConfig
 
-Terms = dict[str, Tensor]  # float [n] by name; "loss" is minimised, "t" int64 [n] are the timesteps
+Terms = dict[str, Tensor]  # float [n] by name; "loss" is minimised, "t" int64 [n] are timesteps
 Network = Callable[..., Tensor]
 Losses = Callable[[Network, "Microbatch"], Terms]
 
 
 @dataclass(frozen=True, eq=False)
 class Microbatch:
-    """One microbatch of a worker: what the losses look at.
+    """One microbatch of a worker, from which losses are computed.
 
-    x_start float32 [n, C, H, W] in [-1, 1]; labels int64 [n]; u float64 [n] uniform in [0, 1), which becomes the
-    timestep; noise float32 like x_start. Each row's u and noise depend on (seed, epoch, sample) alone. samples int64
-    [n] are the rows' numbers in the dataset, flips bool [n] which of them are mirrored.
+    x_start float32 [n, C, H, W] in [-1, 1]; labels int64 [n]; noise float32 like x_start; u float64 [n] in [0, 1), from
+    which timesteps are computed. Noise and u of a row depend only on (seed, epoch, sample). samples int64 [n] are the
+    numbers of the rows in the dataset; flips bool [n] says which rows are mirrored.
     """
 
     x_start: Tensor
@@ -35,10 +35,10 @@ class Microbatch:
     samples: np.ndarray
     flips: np.ndarray
     stream: int  # canonical stream of the first row
-    offset: int  # of the first row in its stream's share of the step
+    offset: int  # of the first row in the share of its stream
 
     def to(self, device: torch.device) -> "Microbatch":
-        """The same on a device; from pinned memory the copy runs beside the arithmetic."""
+        """Return the microbatch on a device; the copy from pinned memory is asynchronous."""
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("x_start", "labels", "noise")}
         return replace(self, **moved)
 
@@ -68,7 +68,7 @@ def make_microbatches(
     keys = [(share.epoch, int(sample)) for share in shares for sample in share.samples]
     if label_dropout:
         dropped = [sample_rng(seed, *key, Purpose.LABEL_DROPOUT).random() < label_dropout for key in keys]
-        assert null_label is not None, "the training has checked it"
+        assert null_label is not None, "checked before the training starts"
         labels = np.where(dropped, null_label, labels)
     places = [(share.stream, offset) for share in shares for offset in range(len(share.samples))]
     batches = []
@@ -87,23 +87,23 @@ def make_microbatches(
 
 
 def blank_microbatch(config: Config, rows: int) -> Microbatch:
-    """Return `rows` black images without noise: something to compile a network for."""
+    """Return `rows` grey images without noise, for which a network can be compiled."""
     x = torch.zeros(rows, config.model.in_channels, config.model.image_size, config.model.image_size)
     zeros = np.zeros(rows, np.int64)
     return Microbatch(x, torch.from_numpy(zeros), torch.zeros_like(x), zeros / 1.0, zeros, zeros > 0, 0, 0)
 
 
 def make_losses(config: Config, timesteps: TimestepSampler) -> Losses:
-    """The loss terms of a diffusion model or a noisy classifier, at timesteps that `timesteps` draws."""
+    """Return the losses of a diffusion model or a noisy classifier, at timesteps from `timesteps`."""
     diffusion = Diffusion(config.diffusion)
     losses = classifier_losses if config.model.kind == "classifier" else adm_losses
     return losses(config, diffusion, timesteps)
 
 
 def adm_losses(config: Config, diffusion: Diffusion, timesteps: TimestepSampler) -> Losses:
-    """The diffusion model's loss terms for each image, given its class and its small version where the model is.
+    """Return the losses of a diffusion model, conditioned on class and low-resolution image if the model is.
 
-    "loss" is weighted as the timestep sampler says, "unweighted_loss" is not.
+    With a loss-aware timestep sampler, "loss" has its weights and "unweighted_loss" has not.
     """
 
     def losses(model: Network, batch: Microbatch) -> Terms:
@@ -120,7 +120,7 @@ def adm_losses(config: Config, diffusion: Diffusion, timesteps: TimestepSampler)
 
 
 def classifier_losses(config: Config, diffusion: Diffusion, timesteps: TimestepSampler) -> Losses:
-    """Return the cross entropy of the class of a noised image (ADM section 4.1), with top-1 and top-5 accuracy.
+    """Return the losses of a noisy classifier (ADM section 4.1): cross entropy, top-1 and top-5 accuracy.
 
     With `noised=False` the images stay clean and the timestep is 0, as in the published code.
     """
@@ -140,7 +140,7 @@ def classifier_losses(config: Config, diffusion: Diffusion, timesteps: TimestepS
 
 
 def _drawn(batch: Microbatch, timesteps: TimestepSampler) -> tuple[Tensor, Tensor]:
-    """Timesteps int64 [n] and loss weights float32 [n] by the rows' own uniforms, on their device."""
+    """Return timesteps int64 [n] and loss weights float32 [n] from the u of the rows, on the device of the batch."""
     t, weights = timesteps.draw(batch.u)
     device = batch.x_start.device
 

@@ -1,4 +1,4 @@
-"""What a training says of itself: means of the losses, speeds, norms."""
+"""The metrics of a training: mean losses, speed, norms, memory."""
 
 import resource
 import time
@@ -20,9 +20,9 @@ from orchestrator.training.state import TrainingState, learning_rate
 
 
 class Meter:
-    """Running sums of a worker's numbers; all workers' means are reported every `log_every` images.
+    """Sums the metrics of a worker, and reports the means over all workers.
 
-    Between reports nothing waits for the device: sums of losses stay there.
+    Sums of losses stay on the device, so that only a report waits for it.
     """
 
     def __init__(self, config: Config, context: WorkerContext, group: Group) -> None:
@@ -39,13 +39,13 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time inside as waiting for data."""
+        """Count the time in this context as waiting for data."""
         begin = time.perf_counter()
         yield
         self._waited += time.perf_counter() - begin
 
     def add(self, found: list[Terms], norm: Tensor, undecodable: int) -> None:
-        """Take in one step: its microbatches' loss terms, the gradient's norm, how many images stand for others."""
+        """Add a step: loss terms of its microbatches, gradient norm, number of undecodable images."""
         self._names = [name for name in found[0] if name != "t"]
         for terms in found:
             sums = sums_by_quartile(terms, self._names, self._config.diffusion.num_timesteps)
@@ -55,7 +55,7 @@ class Meter:
         self._steps += 1
 
     def report(self, state: TrainingState) -> Iterator[dict[str, Any]]:
-        """The means since the last report, as a record of rank 0; every worker must call it."""
+        """Yield the means since the last report as a record, on rank 0; all workers must iterate."""
         state.settle()
         elapsed = time.perf_counter() - self._since
         assert self._sums is not None, "a report follows a step"
@@ -86,9 +86,9 @@ class Meter:
 
 
 def sums_by_quartile(terms: Terms, names: list[str], num_timesteps: int) -> Tensor:
-    """Sums of the named terms [n] over images by quartile of t, and (the last row) how many: float64 [names + 1, 4].
+    """Return sums of the named terms by quartile of t, float64 [names + 1, 4]; the last row is the number of images.
 
-    Stays on the terms' device, and waits for nothing.
+    The result is on the device of the terms, and the host does not wait for it.
     """
     values = torch.stack([terms[name].double() for name in names] + [torch.ones_like(terms["t"], dtype=torch.float64)])
     quartile = 4 * terms["t"] // num_timesteps
@@ -97,7 +97,7 @@ def sums_by_quartile(terms: Terms, names: list[str], num_timesteps: int) -> Tens
 
 
 def means_by_quartile(sums: Tensor, names: list[str]) -> dict[str, float]:
-    """Of such sums the means: NAME over all images, NAME_q0 to NAME_q3 by quartile of t, where it has images."""
+    """Return the means from these sums: NAME over all images, NAME_q0 to NAME_q3 in the quartiles that have images."""
     found = {}
     *rows, counts = sums.tolist()
     for name, row in zip(names, rows, strict=True):
@@ -107,7 +107,7 @@ def means_by_quartile(sums: Tensor, names: list[str]) -> dict[str, float]:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """The most bytes that this worker held so far: of its GPU, or without one of its process."""
+    """Return the peak memory of this worker in bytes: of its GPU, or of its process if it has none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kilobytes

@@ -1,4 +1,4 @@
-"""A training's page: one self-contained HTML file with losses, samples, attempts, checkpoints and weights."""
+"""The page of a training: one self-contained HTML file with losses, samples, attempts, checkpoints and weights."""
 
 import base64
 from datetime import UTC, datetime
@@ -13,24 +13,24 @@ from orchestrator.training.config import Config
 from orchestrator.training.verdict import classifier_lines, following
 
 NAME = "report.html"
-STARTED = "attempt_started"  # the number by which metrics.jsonl notes an attempt, at the images from which it goes on
-CURVES = ("loss", "accuracy", "grad_norm")  # where there are such numbers; validation is drawn into the same axes
+STARTED = "attempt_started"  # metric that marks the start of an attempt, at its position in images
+CURVES = ("loss", "accuracy", "grad_norm")  # those that a run has; validation metrics share their axes
 
 Curve = list[tuple[int, float]]
 
 
 def write_run_page(run: str, config: Config) -> str:
-    """Write report.html into the folder of a run, as far as the run has come, and return it."""
+    """Write report.html of the run as it stands now, and return the page."""
     records = [record for record in read_records(run) if not record.child]
     curves: dict[str, dict[int, float]] = {}
     for record in records:
         for name, value in record.metrics.items():
-            curves.setdefault(name, {})[record.step] = value  # of a step that was repeated, the latest
+            curves.setdefault(name, {})[record.step] = value  # the latest one of a step that was repeated
     found = {name: sorted(values.items()) for name, values in curves.items()}
     attempts = [record for record in records if STARTED in record.metrics]
     found.pop(STARTED, None)
     pictures = storage.list_names(storage.join(run, "samples"), recursive=True)
-    newest = {name.split("/")[0]: name for name in pictures}  # of each average, by the order of their names
+    newest = {name.split("/")[0]: name for name in pictures}  # of each average; names sort by images
     page = template(Path(__file__).with_suffix(".html")).render(
         run=run,
         images=max((record.step for record in records), default=0),
@@ -56,19 +56,19 @@ def write_run_page(run: str, config: Config) -> str:
 
 
 def _rate(records: list[Record]) -> float:
-    """Return images a second from the first record to the last, pauses between attempts included; 0 if unknown."""
+    """Return the mean images per second from the first to the last record, including pauses; 0 if unknown."""
     if len(records) < 2 or records[-1].time <= records[0].time:
         return 0.0
     return 1000 * (records[-1].step - records[0].step) / (records[-1].time - records[0].time)
 
 
 def _folders(uri: str) -> list[str]:
-    """Return the names of the folders beneath one, sorted."""
+    """Return the sorted names of the folders in a folder."""
     return sorted({name.split("/")[0] for name in storage.list_names(uri, recursive=True) if "/" in name})
 
 
 def _png(curves: dict[str, Curve], restarts: list[int]) -> str:
-    """Return the curves as a PNG in base 64; "" where there are none."""
+    """Return the curves as a base64-encoded PNG, or "" if there are none."""
     names = [name for name in CURVES if name in curves]
     if not names:
         return ""

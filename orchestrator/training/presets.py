@@ -1,10 +1,10 @@
-"""Trainings by name: the published models with their published hyper-parameters, the quickstart's, and one's own.
+"""Presets of trainings: published models with their published hyper-parameters, the quickstart, and your own images.
 
 Sources: ADM is Dhariwal & Nichol 2021 (arXiv 2105.05233), the appendix's tables and the flags in its code's README;
 IDDPM is Nichol & Dhariwal 2021 (arXiv 2102.09672), README; DDPM is Ho et al. 2020 (arXiv 2006.11239), appendix B.
-Architectures are the zoo's. Ours are `microbatch_size`, an estimate for cards of 80 GB; torch.compile, which fuses
-normalisation and activation; and bfloat16 where float32 was published: tensor cores make it two to four times as fast,
-weights, sums and normalisation stay in float32, and --dtype float32 gives what was published.
+Architectures are those of the zoo. Not published are `microbatch_size`, an estimate for GPUs with 80 GB; `compile`;
+and bfloat16 where float32 was published: it is two to four times as fast on tensor cores, and weights, sums and
+normalisation stay in float32. --dtype float32 gives the published precision.
 """
 
 from typing import Any, TypeVar
@@ -79,14 +79,14 @@ def _in_folder(config: AnyTraining, preset: str, kind: str) -> AnyTraining:
 
 
 def trained_networks() -> dict[str, tuple[Architecture, DiffusionConfig]]:
-    """Return the network and diffusion that each preset's training will leave, by its output."""
+    """Return the network and the diffusion process of each preset by its output."""
     configs = [found for presets in (adm_presets(), classifier_presets(), upsampler_presets())
                for _, found in presets.values()]  # fmt: skip
     return {config.output: (config.model, config.diffusion) for config in configs}
 
 
 def average_presets() -> dict[str, tuple[str, AverageConfig]]:
-    """Averages of weights to make afterwards."""
+    """Post-hoc averages of weights."""
     return {
         "digits": (DIGITS, AverageConfig(weights="digits/diffusion")),
         "images": (IMAGES, AverageConfig(weights="images/diffusion")),
@@ -102,9 +102,9 @@ def _published(
     at_once: int | None = None,
     **changes: Any,
 ) -> Adm:
-    """A model of the zoo, trained as its authors say: AdamW without decay, EMA 0.9999, images mirrored by chance.
+    """Return the published training of a model of the zoo: AdamW without weight decay, EMA 0.9999, random flips.
 
-    `at_once` becomes the microbatch size; no `dtype` means that it was float32.
+    at_once: the microbatch size. Without a `dtype` the model was trained in float32, and the preset uses bfloat16.
     """
     entry = zoo.entry(name)
     settings: dict[str, Any] = {
@@ -123,7 +123,7 @@ def _published(
         "num_workers": 8,
         "num_gpus": 1,
     }
-    return _told(name, iterations, batch_size, "dtype" not in changes), AdmConfig(**settings | changes)
+    return _summary(name, iterations, batch_size, "dtype" not in changes), AdmConfig(**settings | changes)
 
 
 def _for_1024_workers() -> Adm:
@@ -138,13 +138,13 @@ def _for_1024_workers() -> Adm:
 
 
 def _iddpm(name: str, iterations: int, batch_size: int, learning_rate: float, **changes: Any) -> Adm:
-    """IDDPM's models: images are never mirrored, and those trained for the bound draw timesteps by their losses."""
+    """Return a training of IDDPM: no flips; models that are trained on the bound sample timesteps by their losses."""
     timesteps = "loss_second_moment" if name.endswith("-vlb") else "uniform"
     return _published(name, iterations, batch_size, learning_rate, random_flip=False, timesteps=timesteps, **changes)
 
 
 def _ddpm_cifar10() -> Adm:
-    """DDPM on CIFAR-10: 800K steps of 128, 2e-4 after 5,000 steps of warm-up, gradients clipped at 1."""
+    """Return DDPM on CIFAR-10: 800K steps of 128, learning rate 2e-4 after 5,000 warm-up steps, gradient norm 1."""
     changes: dict[str, Any] = {
         "dataset": "cifar10",
         "warmup_images": 5_000 * 128,
@@ -161,7 +161,7 @@ def _published_classifier(
     weight_decay: float = 0.05,
     at_once: int | None = None,
 ) -> Classifier:
-    """A noisy classifier of the zoo as its authors trained it: random crops, the learning rate falling to zero."""
+    """Return the published training of a noisy classifier: random crops, a learning rate that falls to zero."""
     entry = zoo.entry(name)
     config = NoisyClassifierConfig(
         dataset="datasets/imagenet",
@@ -182,24 +182,24 @@ def _published_classifier(
         num_workers=8,
         num_gpus=1,
     )
-    return _told(name, iterations, batch_size, True), config
+    return _summary(name, iterations, batch_size, True), config
 
 
 def _published_order(image_size: int) -> OrderConfig:
-    """For up to 64 workers; 8 of them may each hold 1.5 GiB of open images at 256 pixels, and 3 GiB at 512."""
+    """Return an order for up to 64 workers; each of 8 workers then holds 1.5 GiB of images at 256 pixels, 3 at 512."""
     return OrderConfig(num_streams=64, shuffle_row_groups=8 if image_size <= 256 else 4)
 
 
-def _told(name: str, iterations: int, batch_size: int, was_float32: bool) -> str:
+def _summary(name: str, iterations: int, batch_size: int, was_float32: bool) -> str:
     but = ", but in bfloat16 instead of float32" if was_float32 else ""
     return f"the zoo's {name} as published: {iterations:,} steps of {batch_size}{but}"
 
 
-# ------------------------------------------------------------------------------------------------ one's own images
+# ------------------------------------------------------------------------------------------------ your own images
 
 
 def _images_diffusion() -> AdmConfig:
-    """ADM at 64 pixels, two thirds as wide; classes are the dataset's, averages of any length can be made later."""
+    """Return ADM at 64 pixels with two thirds of its width, classes of the dataset, and averages for post-hoc EMA."""
     return AdmConfig(
         dataset="datasets/images",
         output="images/diffusion",
@@ -225,7 +225,7 @@ def _images_diffusion() -> AdmConfig:
 
 
 def _images_classifier() -> NoisyClassifierConfig:
-    """ADM's classifier at 64 pixels; little data is soon learnt by heart, so look at its validation accuracy."""
+    """Return ADM's classifier at 64 pixels with dropout, and with validation because small datasets overfit soon."""
     return NoisyClassifierConfig(
         dataset="datasets/images",
         output="images/classifier",
@@ -246,7 +246,7 @@ def _images_classifier() -> NoisyClassifierConfig:
 
 
 def _images_upsampler() -> AdmConfig:
-    """ADM's upsampler, two thirds as wide."""
+    """Return ADM's upsampler with two thirds of its width."""
     diffusion = _images_diffusion()
     network = zoo.entry("upsampler-64-256").network
     changes = {
@@ -268,7 +268,7 @@ def _images_upsampler() -> AdmConfig:
 
 
 def _digits_diffusion() -> AdmConfig:
-    """At the scans' own 8x8 pixels: enough of an ADM to draw digits after two minutes of two cores."""
+    """Return a small ADM at 8x8 pixels, which draws digits after two minutes on two cores."""
     return AdmConfig(
         dataset="datasets/digits",
         output="digits/diffusion",
@@ -284,7 +284,7 @@ def _digits_diffusion() -> AdmConfig:
             num_classes=10,
         ),
         diffusion=zoo.COSINE,
-        random_flip=False,  # a mirrored digit is none
+        random_flip=False,  # mirrored digits are not digits
         total_images=89_600,
         batch_size=64,
         learning_rate=2e-3,
@@ -331,7 +331,7 @@ def _digits_classifier() -> NoisyClassifierConfig:
 
 
 def _digits_upsampler() -> AdmConfig:
-    """From the scans' 8 pixels to 16."""
+    """Return an upsampler from 8 to 16 pixels."""
     digits = _digits_diffusion()
     model = digits.model.model_copy(update={"image_size": 16, "low_res_size": 8, "attention_resolutions": (8,)})
     changes = {
@@ -339,7 +339,7 @@ def _digits_upsampler() -> AdmConfig:
         "model": model,
         "total_images": 38_400,
         "learning_rate": 1e-3,
-        "ema_rates": (0.98,),  # a longer average would still hold the fresh weights after so short a training
+        "ema_rates": (0.98,),  # a longer average would still contain the initial weights
         "power_emas": (),
         "snapshot_every": None,
         "diffusion": zoo.LINEAR,

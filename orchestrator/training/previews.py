@@ -1,4 +1,4 @@
-"""Pictures of samples while a model is being trained, on noise and labels that are the same every time."""
+"""Pictures of samples during a training, always with the same noise and labels."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,13 +18,13 @@ from orchestrator.weights.network import Network
 
 SAMPLES = 40  # images in a picture
 COLUMNS = 10
-SMALLEST_SIDE = 32  # pixels that an image is at least shown with
+SMALLEST_SIDE = 32  # pixels; smaller images are enlarged
 
 
 def previews(config: AdmConfig, state: TrainingState, manifest: Manifest, group: Group) -> Iterator[dict[str, Any]]:
-    """One picture for each average of the weights, as records for the driver.
+    """Yield a picture for each average of the weights as a record, on rank 0.
 
-    Every worker must call it and samples a share; rank 0 yields the pictures, the others nothing.
+    All workers must iterate, because each of them draws a share of the samples.
     """
     device = next(state.model.parameters()).device
     module = config.model.build().to(device).eval()
@@ -42,14 +42,14 @@ def previews(config: AdmConfig, state: TrainingState, manifest: Manifest, group:
 
 
 def _share(config: AdmConfig, network: Network, manifest: Manifest, group: Group) -> np.ndarray:
-    """This worker's part of a picture's images, uint8 [n, H, W, 3]."""
+    """Return this worker's share of the samples, uint8 [n, H, W, 3]."""
     size, channels = config.model.image_size, config.model.in_channels
     indices = np.array_split(np.arange(SAMPLES), group.world_size)[group.rank]
     parts = [np.zeros((0, size, size, 3), np.uint8)]
-    at_once = config.microbatch_rows(group.world_size)  # what fits in training fits here
+    at_once = config.microbatch_rows(group.world_size)  # fits into memory, because training does
     for some in (indices[begin : begin + at_once] for begin in range(0, len(indices), at_once)):
         labels, small = some % max(1, len(manifest.classes)), None
-        if config.model.low_res_size:  # an upsampler is shown on real images, made small
+        if config.model.low_res_size:  # an upsampler gets downsampled real images
             pixels, labels = read_images(manifest, "train", some[0], some[-1] + 1, size)
             small = to_uint8(
                 area_downsample(from_uint8(torch.from_numpy(pixels), channels), config.model.low_res_size)

@@ -1,4 +1,4 @@
-"""A profile of some steps: what each operation took, and on a GPU what held memory."""
+"""A profile of some steps: times of operations, and on a GPU the memory they use."""
 
 import os
 import tempfile
@@ -11,10 +11,10 @@ from orchestrator import storage
 
 
 class StepProfiler:
-    """Traces the steps of one process from `steps.start` to `steps.stop`, counted from its first; a context.
+    """A context that profiles `steps` of a process; the first step is 0. With an empty range it does nothing.
 
-    Writes trace.json, which chrome://tracing and Perfetto open, and on a GPU memory.pickle, for pytorch.org/memory_viz,
-    into the folder `folder` (a URI). With no steps it does nothing.
+    Writes trace.json for chrome://tracing or Perfetto and, on a GPU, memory.pickle for pytorch.org/memory_viz into
+    `folder`, a URI.
     """
 
     def __init__(self, folder: str, steps: range, device: torch.device) -> None:
@@ -27,11 +27,11 @@ class StepProfiler:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._running is not None:  # the training ends before the window does
+        if self._running is not None:  # the training ended before the last of these steps
             self._write()
 
     def step(self) -> None:
-        """Say that a step is over."""
+        """Count a finished step."""
         self._done += 1
         self._turn()
 

@@ -1,4 +1,4 @@
-"""What a training leaves to sample from: files of weights beneath the run's weights/."""
+"""Snapshots of a training: weights files in the folder weights/ of the run."""
 
 import re
 from typing import NamedTuple
@@ -10,9 +10,9 @@ from orchestrator.weights.network import save_weights
 
 
 def snapshot_uris(run: str, config: Config, position: int) -> dict[str, str]:
-    """Where the weights at `position` images lie, by the average's name, in the order of writing.
+    """Return the URIs of the weights at `position` images by the name of the average, in the order of writing.
 
-    Power-function averages, which are there to be put together, lie apart in weights/power/.
+    Power-function averages, which post-hoc EMA combines, are in weights/power/.
     """
     images = f"images-{position:012d}"
     if not config.ema_rates:
@@ -26,19 +26,19 @@ def snapshot_uris(run: str, config: Config, position: int) -> dict[str, str]:
 
 
 def final_weights(run: str, config: Config) -> str:
-    """The last object that a training writes."""
+    """Return the URI of the last weights file that a training writes."""
     *_, last = snapshot_uris(run, config, config.length).values()
     return last
 
 
 def is_due(config: Config, position: int) -> bool:
-    """Whether weights are to be kept of `position` images: at the marks and at the end."""
+    """Return whether a snapshot is due at `position` images: every snapshot_every images and at the end."""
     marked = config.snapshot_every is not None and config.passes(config.snapshot_every, position)
     return marked or position >= config.length
 
 
 def write_snapshots(run: str, config: Config, classes: tuple[str, ...], state: Checkpoint) -> None:
-    """Write every average in a training state (or, where there is none, its weights); what is there already stays."""
+    """Write the averages in a checkpoint, or its weights if it has no averages; existing files are kept."""
     for name, uri in snapshot_uris(run, config, state.position).items():
         prefix = "model." if name == "raw" else f"{name}."
         weights = {key.removeprefix(prefix): t for key, t in state.tensors.items() if key.startswith(prefix)}
@@ -47,22 +47,22 @@ def write_snapshots(run: str, config: Config, classes: tuple[str, ...], state: C
 
 
 class Snapshot(NamedTuple):
-    """Weights that a training has kept."""
+    """A weights file of a training."""
 
     images: int
-    average: str  # "ema-0.9999", "raw"; of a post-hoc average "posthoc-0.05"
-    name: str  # beneath the run's weights/
+    average: str  # "ema-0.9999", "raw", or "posthoc-0.05" for a post-hoc average
+    name: str  # of the file in weights/
 
 
 def snapshots(run: str) -> list[Snapshot]:
-    """Return the weights that a run has kept, oldest first, without its power-function averages."""
+    """Return the snapshots of a run, oldest first, without its power-function averages."""
     names = storage.list_names(storage.join(run, "weights"))
     found = [(name, re.fullmatch(r"images-(\d+)-(.+)\.safetensors", name)) for name in names]
     return sorted(Snapshot(int(parts[1]), parts[2], name) for name, parts in found if parts)
 
 
 def power_snapshots(run: str) -> list[tuple[int, float, str]]:
-    """Images, sigma_rel and URI of every power-function average that a run has kept, oldest first."""
+    """Return (images, sigma_rel, URI) of every power-function average of a run, oldest first."""
     folder = storage.join(run, "weights", "power")
     found = []
     for name in storage.list_names(folder):

@@ -1,4 +1,4 @@
-"""Everything that training changes, and the one step that changes it."""
+"""The state of a training, and the step that updates it."""
 
 import logging
 import math
@@ -25,15 +25,17 @@ log = logging.getLogger(__name__)
 class TrainingState:
     """Weights, their averages, the optimizer, the loss scale, the timestep sampler's history, and the position.
 
-    `eval_images` is how many images of the validation split are looked at, 0 if none.
+    eval_images: number of images in an evaluation of the validation split, 0 without validation.
 
-    The host does not wait for a step: the device decides whether the weights change, and what else depends on that
-    (averages, counts, loss scale) follows with `settle`, at the latest in the next step.
+    The host does not wait for a step. The device skips the update of the weights if the gradient is not finite. What
+    else depends on that (averages, counts, loss scale) is updated by `settle`, at the latest in the next step.
     """
 
     def __init__(self, config: Config, device: torch.device, eval_images: int = 0) -> None:
         self._config = config
-        self._last_norm: Callable[[], float] | None = None  # of a step that is not settled
+        self._last_norm: Callable[[], float] | None = (
+            None  # waits for the norm of the last step, if that is not settled
+        )
         torch.manual_seed(int(keyed_rng(Purpose.WEIGHTS, config.seed).integers(2**63)))
         self.model = config.model.build().to(device)
         if device.type == "cuda":  # on CPUs it makes GroupNorm slower
@@ -41,7 +43,7 @@ class TrainingState:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
-        for parameter in self.model.parameters():  # what the first step would make, so that all states look alike
+        for parameter in self.model.parameters():  # as the first step would, so that every checkpoint has these tensors
             self.optimizer.state[parameter] = {
                 "step": torch.zeros((), device=device),
                 "exp_avg": torch.zeros_like(parameter),
@@ -50,13 +52,18 @@ class TrainingState:
         self._decays: dict[str, Callable[[int], float]] = {}  # EMA decay of each average at an update
         self._decays |= {f"ema-{rate}": partial(_constant, rate) for rate in config.ema_rates}
         self._decays |= {f"power-{s}": partial(power_decay, gamma_of(s)) for s in config.power_emas}
-        self.averages = {name: _copy_of(self.model) for name in self._decays}
-        self.timesteps = _timestep_sampler(config)
-        self.best_validation: Tensor | None = None  # losses float64 [images] at the best look at the validation split
+        parameters = dict(self.model.named_parameters())
+        self.averages = {
+            name: {key: tensor.detach().clone() for key, tensor in parameters.items()} for name in self._decays
+        }
+        self.timesteps: TimestepSampler = UniformTimesteps(config.diffusion.num_timesteps)
+        if config.timesteps == "loss_second_moment":
+            self.timesteps = LossSecondMomentTimesteps(config.diffusion.num_timesteps)
+        self.best_validation: Tensor | None = None  # losses float64 [images] of the best evaluation
         if eval_images:
             self.best_validation = torch.full((eval_images,), torch.inf, dtype=torch.float64)
         self.best_validation_position = 0
-        self.overfits = False  # since the best look the loss has surely risen
+        self.overfits = False  # the validation loss has risen significantly since the best evaluation
         self.position = 0  # images seen
         self.updates = 0  # steps that were not skipped
         self.bad_steps = 0  # steps skipped since the last good one
@@ -64,19 +71,19 @@ class TrainingState:
 
     @property
     def loss_scale(self) -> float:
-        """The factor on losses, hence on gradients."""
+        """Return the factor of the loss and so of the gradients."""
         self.settle()
         return 2.0**self.log2_loss_scale
 
     def note_step(self, norm: Tensor) -> None:
-        """Keep the norm of a step's gradient, float64 [] on the device, until the step is settled."""
+        """Remember the gradient norm of a step, float64 [] on the device, for `settle`."""
         self._last_norm = _to_host(norm)
 
     def settle(self) -> None:
-        """Take in what the last step's norm decides, once it is on the host; weights are as that step left them.
+        """Wait for the gradient norm of the last step, and update averages, counts and loss scale accordingly.
 
         Raises:
-            ArithmeticError: more than `max_nonfinite_steps` steps in a row were skipped.
+            ArithmeticError: more than `max_nonfinite_steps` consecutive steps were skipped.
         """
         if self._last_norm is None:
             return
@@ -92,8 +99,8 @@ class TrainingState:
             self.log2_loss_scale = max(scaling.floor, self.log2_loss_scale - scaling.backoff)
         if self.bad_steps > self._config.max_nonfinite_steps:
             raise ArithmeticError(
-                f"the gradient was not finite in {self.bad_steps} steps in a row, at "
-                f"{self.position - self._config.batch_size:,} images: lower learning_rate, or look at the last images"
+                f"the gradient was not finite in {self.bad_steps} consecutive steps, at "
+                f"{self.position - self._config.batch_size:,} images; lower --learning-rate, or check the last images"
             )
 
     def _update_averages(self) -> None:
@@ -103,7 +110,7 @@ class TrainingState:
             torch._foreach_lerp_(list(average.values()), parameters, 1 - self._decays[name](self.updates))
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it by name: the live tensors, not copies."""
+        """Return all tensors of the state by name; they are not copies."""
         self.settle()
         found = {f"model.{name}": tensor.detach() for name, tensor in self.model.state_dict().items()}
         for average, tensors in self.averages.items():
@@ -118,19 +125,19 @@ class TrainingState:
         return found
 
     def facts(self) -> dict[str, Any]:
-        """The rest of it, small enough for JSON."""
+        """Return the rest of the state as JSON."""
         self.settle()
         return {name: getattr(self, name) for name in _FACTS}
 
     def restore(self, run: str, group: Group, at: int | None = None, branching: bool = False) -> bool:
-        """Take over the newest usable checkpoint of `run`, if there is one: rank 0 reads it, file by file, for all.
+        """Load the newest usable checkpoint of `run`; return False if there is none. Rank 0 reads it for all workers.
 
-        at: only the checkpoint at this position. branching: this state is of a new run, whose averages and timestep
-        sampler may be others: what the checkpoint lacks of them starts anew, the averages at its weights.
+        at: load only the checkpoint at this position. branching: this is the state of a new run, which may have other
+        averages and another timestep sampler; averages that the checkpoint lacks start at its weights.
 
         Raises:
-            UnusableCheckpoints: there are some, and none can be used; some tensors may be overwritten.
-            ValueError: it holds other tensors than this state.
+            UnusableCheckpoints: no checkpoint can be used; some tensors may be overwritten.
+            ValueError: the tensors of the checkpoint are not those of this state.
         """
         live, missing = self.tensors(), None
         for part, names in group.from_first(_loaded(run, live, at, branching)):
@@ -148,31 +155,27 @@ class TrainingState:
         return missing is not None
 
     def check_finite(self) -> None:
-        """Check that this state may be committed.
-
-        Raises:
-            ArithmeticError: a weight, an average or the optimizer holds NaN or infinity.
-        """
+        """Raise ArithmeticError if a weight, an average or the state of the optimizer is not finite."""
         for name, tensor in self.tensors().items():
             if tensor is not self.best_validation and not tensor.isfinite().all():
                 raise ArithmeticError(
-                    f"{name} is not finite at {self.position:,} images, so no checkpoint or weights are written of it: "
-                    "lower learning_rate or set max_grad_norm, in another output"
+                    f"{name} is not finite at {self.position:,} images, so no checkpoint and no weights are written; "
+                    "train into another --output with a lower --learning-rate or with --max-grad-norm"
                 )
 
 
 def learning_rate(config: TrainingConfig, position: int) -> float:
-    """The learning rate of the step that starts at `position` images: warm-up, then constant or linear to zero."""
+    """Return the learning rate of the step at `position` images: warm-up, then constant or linear to zero."""
     warm = min(1.0, (position + config.batch_size) / config.warmup_images) if config.warmup_images else 1.0
     left = 1 - position / config.length if config.lr_schedule == "linear" else 1.0
     return config.learning_rate * warm * left
 
 
 def take_step(config: TrainingConfig, state: TrainingState) -> Tensor:
-    """One update of the weights by the gradients in place; return their norm, float64 [] on the device.
+    """Update the weights by the gradients in `.grad`; return the norm of the gradient, float64 [] on the device.
 
-    Where the norm is not finite the step is skipped and the position goes on: gradients are reduced already, so all
-    workers do the same. Raises as `TrainingState.settle` does, for the step before.
+    If the norm is not finite, the weights stay and only the position advances. All workers do the same, because their
+    gradients are equal. Raises what `TrainingState.settle` does for the previous step.
     """
     state.settle()
     gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
@@ -182,7 +185,7 @@ def take_step(config: TrainingConfig, state: TrainingState) -> Tensor:
         torch._foreach_mul_(gradients, (clipping.clamp(max=1.0) / state.loss_scale).float())
     for options in state.optimizer.param_groups:
         options["lr"] = learning_rate(config, state.position)
-    state.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # the fused kernel skips then
+    state.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # the fused kernel then skips the update
     state.optimizer.step()
     state.position += config.batch_size
     state.note_step(norm)
@@ -190,7 +193,7 @@ def take_step(config: TrainingConfig, state: TrainingState) -> Tensor:
 
 
 def _to_host(value: Tensor) -> Callable[[], float]:
-    """Copy a number to the host behind what the device does; return a function that waits for it."""
+    """Start to copy a number to the host; return a function that waits for it."""
     if not value.is_cuda:
         return value.item
     host, copied = torch.empty_like(value, device="cpu", pin_memory=True), torch.cuda.Event()
@@ -204,25 +207,14 @@ def _to_host(value: Tensor) -> Callable[[], float]:
     return wait
 
 
-def _timestep_sampler(config: Config) -> TimestepSampler:
-    count = config.diffusion.num_timesteps
-    if config.timesteps == "loss_second_moment":
-        return LossSecondMomentTimesteps(count)
-    return UniformTimesteps(count)
-
-
 def _constant(rate: float, update: int) -> float:
     return rate
-
-
-def _copy_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
 
 
 def _loaded(
     run: str, live: dict[str, Tensor], at: int | None, branching: bool
 ) -> Iterator[tuple[checkpoints.Checkpoint, list[str]]]:
-    """Read the newest usable checkpoint into the tensors `live`; yield of each part the names of its tensors."""
+    """Read the newest usable checkpoint into the tensors `live`; yield each part with the names of its tensors."""
     for part in checkpoints.read_newest(run, at):
         names = []
         for name, tensor in part.tensors.items():
@@ -230,10 +222,12 @@ def _loaded(
                 live[name].copy_(tensor)
                 names.append(name)
             elif not _may_differ(name, branching):
-                raise ValueError(f"the checkpoint in {run} has {name} {tuple(tensor.shape)}: not this model's")
+                raise ValueError(
+                    f"the checkpoint in {run} has {name} {tuple(tensor.shape)}, which does not fit this model"
+                )
         yield checkpoints.Checkpoint(part.position, {}, part.facts), names
 
 
 def _may_differ(name: str, branching: bool) -> bool:
-    """Whether a tensor may be in a checkpoint and not in the state that takes it over, or the other way round."""
+    """Return whether a tensor may be only in a checkpoint or only in the state that is loaded from it."""
     return name == BEST_VALIDATION or (branching and not name.startswith(("model.", "optimizer.", "power-")))

@@ -1,4 +1,4 @@
-"""How well a network in training does on images that it is not trained on, and whether it begins to over-fit."""
+"""Evaluation of a network on the validation split during its training, and a warning about overfitting."""
 
 import logging
 from collections.abc import Iterator
@@ -17,17 +17,17 @@ from orchestrator.training.losses import Terms, make_losses, make_microbatches
 from orchestrator.training.meter import means_by_quartile, sums_by_quartile
 from orchestrator.training.state import TrainingState
 
-EPOCH = 2**64 - 1  # of the keys of noise and timesteps: the same at every look, and no epoch of the training
-SURE = 4.0  # standard errors by which the loss must have risen before it is called over-fitting
+EPOCH = 2**64 - 1  # in the keys of noise and timesteps; never an epoch of the training
+SURE = 4.0  # standard errors by which the loss must have risen for the warning
 
 log = logging.getLogger(__name__)
 
 
 class Validation:
-    """Looks at the first images of the validation split, always with the same noise and timesteps.
+    """Evaluates the losses on the first images of the validation split, always with the same noise and timesteps.
 
-    So looks differ by the weights alone, and a rise of the loss can be told from chance image by image. Blocks of
-    images are dealt to the workers.
+    So two evaluations differ by the weights only, and the loss is compared image by image. Blocks of images are
+    distributed over the workers.
     """
 
     def __init__(self, config: Config, manifest: Manifest, group: Group) -> None:
@@ -44,9 +44,9 @@ class Validation:
             self._images, self._labels = pixels, labels
 
     def evaluate(self, state: TrainingState) -> Iterator[dict[str, Any]]:
-        """Means of the loss terms over the split, as a record of rank 0; every worker must call it.
+        """Yield the mean loss terms as a record, on rank 0; all workers must iterate.
 
-        "val_loss_above_best" says how far the loss is above its best so far; a warning comes once where that is sure.
+        "val_loss_above_best" is the difference to the lowest loss so far. A warning is logged once it is significant.
         """
         device = next(state.model.parameters()).device
         state.model.eval()
@@ -81,10 +81,10 @@ class Validation:
         return {name: values.cpu() for name, values in terms.items()}
 
     def _above_best(self, state: TrainingState, losses: Tensor) -> float:
-        """How far the loss is above its best so far; becomes the best where it is below."""
-        assert state.best_validation is not None, "states of trainings with validation hold it"
+        """Return the difference of the loss to the best one so far, and keep the loss if it is the best."""
+        assert state.best_validation is not None, "the state of a training with validation has it"
         rise = losses - state.best_validation
-        if rise.mean() <= 0:  # a loss that is not finite is never the best
+        if rise.mean() <= 0:  # False if the loss is not finite
             state.best_validation.copy_(losses)
             state.best_validation_position, state.overfits = state.position, False
             return 0.0
@@ -93,8 +93,8 @@ class Validation:
             state.overfits = True
             if self._group.rank == 0:
                 log.warning(
-                    "the network over-fits: at %s images its validation loss is %.4g +- %.2g above that at %s images; "
-                    "stop earlier, raise weight_decay or dropout, or take more data",
+                    "the network is overfitting: at %s images its validation loss is %.4g +- %.2g above that at %s "
+                    "images; the training continues. Train shorter, raise weight_decay or dropout, or use more data",
                     f"{state.position:,}",
                     mean,
                     error,
@@ -104,14 +104,10 @@ class Validation:
 
 
 def validation_count(config: TrainingConfig, manifest: Manifest) -> int:
-    """How many images of the validation split are looked at.
-
-    Raises:
-        ValueError: there is no such split.
-    """
+    """Return the number of images in an evaluation; ValueError if there is no validation split."""
     if "validation" not in manifest.splits:
         raise ValueError(
-            f"eval_every={config.eval_every}, but dataset {manifest.name!r} has no validation split: "
-            "prepare it with --validation-fraction 0.05, say, or pass --eval-every none"
+            f"eval_every={config.eval_every}, but dataset {manifest.name} has no validation split; "
+            "prepare it with --validation-fraction 0.05, or pass --eval-every none"
         )
     return min(config.eval_images, manifest.num_samples("validation"))

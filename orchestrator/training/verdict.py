@@ -1,16 +1,16 @@
-"""What a finished training says of itself: a classifier's accuracy by noise level, and what to do next."""
+"""The last lines of a training: a classifier's accuracy by noise level, and the next command."""
 
 from orchestrator.closing import next_command
 from orchestrator.metrics_log import history
 from orchestrator.training.config import Config, NoisyClassifierConfig
 
 LEVELS = ("little noise", "some noise", "much noise", "almost pure noise")  # the quartiles of the timesteps
-GAP = 0.2  # of accuracy between training and validation images from which on a classifier is overfitting
+GAP = 0.2  # difference of accuracy between training and validation images from which a classifier overfits
 USEFUL = 0.5  # least accuracy at little noise, from chance (0) to certainty (1), of a classifier that can guide
 
 
 def classifier_lines(run: str, num_classes: int) -> list[str]:
-    """Return the last accuracy of a classifier by quartile of timesteps, and a verdict; nothing without numbers."""
+    """Return lines with the accuracy of a classifier by quartile of timesteps and a verdict; none without metrics."""
     found = {name: history(run, name) for name in ("accuracy", "val_accuracy")}
     shown = "val_accuracy" if found["val_accuracy"] else "accuracy"
     if not found[shown]:
@@ -31,7 +31,7 @@ def classifier_lines(run: str, num_classes: int) -> list[str]:
 
 
 def following(config: Config) -> str:
-    """Return the command that uses the weights of a training."""
+    """Return the command for the next job, which uses the weights of this training."""
     if isinstance(config, NoisyClassifierConfig):
         return next_command("tune_guidance", classifier=config.output)
     if config.model.low_res_size:

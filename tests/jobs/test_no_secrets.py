@@ -1,4 +1,4 @@
-"""Canaries in each variable and address that can hold a secret are in nothing that a job prints or writes."""
+"""Test that nothing a job prints or writes contains a secret of its environment or its options."""
 
 from pathlib import Path
 

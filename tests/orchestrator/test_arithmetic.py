@@ -1,4 +1,4 @@
-"""The device and the switches of arithmetic: what is set, and that it is set back."""
+"""Test that PyTorch's switches are set and restored."""
 
 import os
 import subprocess

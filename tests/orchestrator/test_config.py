@@ -1,4 +1,4 @@
-"""Folders are held to one config, and submitted jobs to absolute places."""
+"""Test that folders are bound to one config, and that submitted jobs need absolute paths."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The doctor on machines that are not well: each illness has its words, and none is invented."""
+"""Test that the doctor reports every problem of a node, and no others."""
 
 import os
 import time
@@ -64,7 +64,7 @@ def test_little_shared_memory_and_little_disk(monkeypatch: pytest.MonkeyPatch) -
     assert doctor._shared_memory().level == doctor._disk().level == "ok"
     monkeypatch.setattr(doctor, "SHARED_MEMORY", 1 << 60)
     monkeypatch.setattr(doctor, "DISK", 1 << 60)
-    assert doctor._shared_memory().level == "WRONG" and "docker's --ipc" in doctor._shared_memory().words
+    assert doctor._shared_memory().level == "WRONG" and "docker's --shm-size" in doctor._shared_memory().words
     assert doctor._disk().level == "warning"
 
 
@@ -77,9 +77,9 @@ def test_a_store_that_works_is_left_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("broken", "words"),
     [
-        ({"read_bytes": lambda uri: b""}, "gives back other bytes"),
+        ({"read_bytes": lambda uri: b""}, "returned other bytes"),
         ({"list_names": lambda uri: []}, "does not list"),
-        ({"put_if_absent": lambda uri, data: True}, "does not honour If-None-Match"),
+        ({"put_if_absent": lambda uri, data: True}, "does not support If-None-Match"),
     ],
 )
 def test_a_store_that_only_seems_to_work(
@@ -125,7 +125,7 @@ def test_tracking_of_several_machines_wants_a_server(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert doctor._tracking(config, machines=1).level == "ok"
     several = doctor._tracking(config, machines=2)
-    assert several.level == "WRONG" and "several machines want a server" in several.words
+    assert several.level == "WRONG" and "several machines need a server" in several.words
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     away = doctor._tracking(config, machines=2)
     assert away.level == "WRONG" and "does not answer" in away.words

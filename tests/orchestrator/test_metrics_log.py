@@ -1,4 +1,4 @@
-"""Records of numbers are in storage before anything else happens to them, whatever ends the process."""
+"""Test that records of metrics survive a kill and a full disk."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Presets fit each other: what one job leaves by its preset, the next one takes by its own."""
+"""Test that presets of the same name fit each other: each job reads what the previous job writes."""
 
 import pytest
 

@@ -1,20 +1,31 @@
-"""The line: what was done before counts, and is no part of the rate."""
+"""Test the progress line: what was done before the job started counts, but does not enter the rate."""
 
 import subprocess
 import sys
 
-from orchestrator.progress import Progress, counted, progress_line
+from orchestrator.progress import counted, progress_line
 from tests.submission import ROOT
 
 
-def test_what_was_done_before_is_no_part_of_the_rate() -> None:
+def test_what_was_done_before_does_not_enter_the_rate() -> None:
     with progress_line(100, "samples") as progress:
-        progress.skip(60)
-        progress.update_to(progress.done + 10)
+        progress.finish_item("first", 60, in_rate=False)
+        progress.finish_item("second", 10)
         assert progress.done == 70
         bar = progress._bar
         assert (bar.n - bar.initial, bar.total) == (10, 100)
-        assert isinstance(progress, Progress)
+
+
+def test_the_line_moves_within_an_item_and_never_back() -> None:
+    with progress_line(100, "samples") as progress:
+        for item, done, shown in (("a", 8, 8), ("b", 4, 12), ("a", 16, 20), ("a", 8, 20)):
+            progress.update_item(item, done)
+            assert progress.done == shown
+        progress.finish_item("a", 20)
+        assert progress.done == 24
+        progress.update_item("a", 12)  # a report that arrives late
+        progress.finish_item("b", 20, in_rate=False)
+        assert progress.done == 40
 
 
 def test_a_start_leaves_what_came_before_out_of_time_and_rate() -> None:

@@ -1,4 +1,4 @@
-"""A canary in every variable and argument that can hold a secret is seen nowhere."""
+"""Test that no secret of the environment or the command line is printed, logged or written."""
 
 import io
 import logging

@@ -1,4 +1,4 @@
-"""MLflow has one run for each job, however often it starts; a server that is away holds nobody up and loses nothing."""
+"""Test that a job has one MLflow run over all its starts, and that an unreachable server delays and loses nothing."""
 
 import http.server
 import json
@@ -34,7 +34,7 @@ AWAY = "http://127.0.0.1:9"  # nothing listens there
 
 @pytest.fixture
 def uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A SQLite file, to which the environment points."""
+    """Set MLFLOW_TRACKING_URI to a SQLite file and return it."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     return os.environ["MLFLOW_TRACKING_URI"]
 
@@ -46,7 +46,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def runs_of(output: str, job: str = "train") -> list[Any]:
-    """The runs of the job with this output, and their children."""
+    """Return the runs of the job with this output, and their children."""
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     found = [run for run in runs if run.data.tags[mlflow_run.IDENTITY] == f"{job} {output}".replace("'", "%27")]
@@ -55,14 +55,14 @@ def runs_of(output: str, job: str = "train") -> list[Any]:
 
 
 def sent(output: str, name: str) -> list[tuple[int, float]]:
-    """(step, value) of all points of a metric that MLflow has of the one run with this output."""
+    """Return (step, value) of all points of a metric that MLflow has of the one run with this output."""
     run = runs_of(output)[0]
     points = MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).get_metric_history(run.info.run_id, name)
     return sorted((point.step, point.value) for point in points)
 
 
 def artifacts(output: str, job: str = "train") -> set[str]:
-    """Names of the artefacts of the one run with this output."""
+    """Return the names of the artefacts of the one run with this output."""
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     return {entry.path for entry in client.list_artifacts(runs_of(output, job)[0].info.run_id)}
 
@@ -248,7 +248,7 @@ def test_a_job_ends_although_its_queue_is_full(
 
 @contextmanager
 def answering(status: int, body: str) -> Iterator[str]:
-    """A server that gives every request the same answer."""
+    """Start a server that gives the same answer to every request; yield its address."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -272,7 +272,7 @@ def answering(status: int, body: str) -> Iterator[str]:
 
 
 def refused(tmp_path: Path) -> str:
-    """The one line with which a job is refused."""
+    """Return the one line with which a job is refused."""
     with pytest.raises(ValueError) as caught, tracked("train", JobConfig(store=str(tmp_path)), f"{tmp_path}/run"):
         pytest.fail("the first step was made")
     said = str(caught.value)
@@ -370,7 +370,7 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def proxy(mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A fault proxy before a real MLflow server."""
+    """Start a fault proxy in front of a real MLflow server."""
     proxy = Proxy(mlflow_server)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.endpoint)
     monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.2)

@@ -1,4 +1,4 @@
-"""The price of a generation is that of the published models."""
+"""Test that the estimated cost of a generation agrees with published numbers."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Exports: the published file and a folder of pictures hold what the shards hold."""
+"""Test that the exported .npz and PNGs have the samples of the shards."""
 
 import io
 import zipfile

@@ -1,4 +1,4 @@
-"""Samples are functions of (config, seed, index); shards are whole or absent."""
+"""Test that samples depend only on (config, seed, index), and that generation resumes."""
 
 import json
 import shutil
@@ -23,6 +23,7 @@ from orchestrator.generation.samples import Shard, check_shard, count_samples, l
 from orchestrator.generation.sampling import canonical_batch, counted_batch, load_networks, verified_batch
 from orchestrator.generation.worker import SamplingWorker
 from orchestrator.metrics_log import history
+from orchestrator.progress import Progress
 from orchestrator.weights.network import Network
 from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
 
@@ -86,6 +87,15 @@ def test_the_last_numbers_in_mlflow_are_those_of_the_end(store: str, monkeypatch
     assert not history(folder, "mfu"), "nobody knows the peak of this CPU"
 
 
+def test_the_progress_line_moves_within_a_shard(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[Shard, int]] = []
+    monkeypatch.setattr(Progress, "update_item", lambda self, shard, done: shown.append((shard, done)))
+    generate(config(store, "progress", tracking=False))
+    assert shown == [
+        (Shard(0, 8), 4), (Shard(0, 8), 8), (Shard(8, 16), 4), (Shard(8, 16), 8), (Shard(16, 21), 4), (Shard(16, 21), 5)
+    ]  # fmt: skip
+
+
 def test_mfu_counts_every_evaluation_of_every_network(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "peak_flops", lambda device, dtype: 1e9)
     folder = generate(config(store, "mfu", num_samples=4, tracking=False))
@@ -113,7 +123,7 @@ def test_a_start_that_fails_before_its_first_shard_binds_nothing(store: str, mon
 
 
 def test_more_samples_draw_only_what_is_missing(store: str) -> None:
-    """A finished folder grows behind its last shard, which stays; the samples are those of a single start."""
+    """The last shard of the finished folder stays, and the samples equal those of a single start."""
     folder = generate(config(store, "grown", num_samples=6))
     first = Path(folder, "shards", "000000-000006.parquet")
     written = first.stat().st_mtime_ns
@@ -137,11 +147,11 @@ def test_indices_take_all_else_from_the_folder(store: str, capsys: pytest.Captur
 def test_a_plan_needs_no_weights(store: str) -> None:
     absent = config(store, "planned", weights="a/run", classifier=None, guidance=GuidanceConfig(), num_gpus=1)
     unknown = plan(absent)[1]
-    assert "known as soon as the weights are there" in unknown and f"not there yet: {store}/a/run" in unknown
+    assert "cost    unknown until the weights exist" in unknown and f"not there yet: {store}/a/run" in unknown
     assert "FLOPs" in plan(absent, {"a/run": (UNET, DiffusionConfig())})[1]
     resolved, text = plan(config(store, "planned"))
     assert "not there yet" not in text and resolved.weights == "unet.safetensors"
-    with pytest.raises(ValueError, match="is no upsampler of images of 8 pixels"):
+    with pytest.raises(ValueError, match="is not an upsampler for images of 8 pixels"):
         plan(config(store, "planned", upsampler="unet.safetensors"))
 
 
@@ -166,7 +176,7 @@ def test_a_cascade_keeps_both_stages(store: str) -> None:
     assert np.array_equal(base, read_range(generate(config(store, "whole")), 0, 10)[0]), "the base samples changed"
     assert storage.read_json(storage.join(folder, "upsampled", "manifest.json"))["num_samples"] == 10
 
-    with pytest.raises(ValueError, match="is no upsampler of images of 8 pixels"):
+    with pytest.raises(ValueError, match="is not an upsampler for images of 8 pixels"):
         generate(config(store, "wrong", upsampler="unet.safetensors"))
 
 
@@ -190,7 +200,7 @@ def test_compiled_networks_draw_the_same_images(store: str) -> None:
 
 
 def finished_copy(store: str, output: str) -> Path:
-    """A finished folder of one's own, without its manifest: the next run looks at every shard."""
+    """Return a copy of a finished folder without its manifest, so that the next job verifies every shard."""
     folder = Path(store, output)
     shutil.copytree(generate(config(store, "whole")), folder)
     (folder / "manifest.json").unlink()
@@ -253,16 +263,16 @@ def test_two_jobs_on_one_folder_do_no_harm(store: str) -> None:
     assert len(list_shards(storage.join(store, "shared"))) == 3
 
 
-def test_another_hands_shard_with_other_pixels_is_an_error(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_of_another_worker_with_other_pixels_is_an_error(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     other = generate(config(store, "other-seed", seed=1))
     make_shard = make_generator(config(store, "raced"))
 
-    def verify(folder: str, shard: Shard) -> tuple[None, str]:  # nothing is there; then another hand is quicker
+    def verify(folder: str, shard: Shard) -> tuple[None, str]:  # as if another worker writes the shard after this check
         shutil.copytree(Path(other, "shards"), Path(folder, "shards"))
         return None, ""
 
     monkeypatch.setattr(generation, "_verify", verify)
-    with pytest.raises(RuntimeError, match="was written meanwhile, with other pixels"):
+    with pytest.raises(RuntimeError, match="was written by another worker with other pixels"):
         make_shard(Shard(0, 8))
 
 
@@ -305,7 +315,7 @@ def test_on_a_cpu_the_batch_follows_a_rule(store: str) -> None:
 
 @pytest.mark.parametrize(("gigabytes", "expected"), [(80, 256), (16, 64), (4, 8), (0.001, 1)])
 def test_on_a_gpu_the_batch_follows_counted_memory(store: str, gigabytes: float, expected: int) -> None:
-    """The same for every card of a kind: nothing is timed. ADM-64 with its classifier, in half precision."""
+    """The batch size of ADM-64 with its classifier in half precision is equal on all GPUs of a kind."""
     network, classifier = zoo.entry("adm-64"), zoo.entry("classifier-64")
     loaded = load_networks(config(store, "any"), "cpu")
     networks = loaded._replace(

@@ -1,4 +1,4 @@
-"""Label policies: pure functions of the index, with the distribution that was asked for."""
+"""Test that label policies are pure functions of the index with the requested distribution."""
 
 import json
 from pathlib import Path
@@ -51,20 +51,20 @@ def test_the_last_class_with_weight_takes_what_rounding_leaves(tmp_path: Path) -
 
 def test_without_classes_there_is_no_label() -> None:
     assert read("balanced", classes=())(INDICES[:3]).tolist() == [-1, -1, -1]
-    with pytest.raises(ValueError, match="nothing conditions these samples"):
+    with pytest.raises(ValueError, match="needs samples that are conditioned on classes"):
         read("3", classes=())
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"fox": 1}, "no class 'fox'; the network knows 4, from 'cat' to 'eel'"),
+        ({"fox": 1}, "no class 'fox'; it has 4 classes, from 'cat' to 'eel'"),
         ([4], "no class '4'"),
-        ({"cat": -1, "dog": 2}, "must be numbers of 0 or more"),
+        ({"cat": -1, "dog": 2}, "must be numbers of at least 0"),
         ({"cat": 0}, "not all 0"),
         ({"cat": "much"}, "must be numbers"),
-        ([], "neither a list of classes nor an object"),
-        (3, "neither a list of classes nor an object"),
+        ([], "must contain a list of classes"),
+        (3, "must contain a list of classes"),
     ],
 )
 def test_a_wrong_file_is_one_clear_error(tmp_path: Path, content: Any, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Noise drawn ahead is the noise of its keys, in the order of the plan."""
+"""Test that noise drawn ahead is the noise of its keys in the order of the plan."""
 
 import numpy as np
 import pytest
@@ -23,5 +23,5 @@ def test_drawn_ahead_it_is_equal_to_the_bit() -> None:
 
 
 def test_an_ask_out_of_plan_is_an_error_and_not_other_noise() -> None:
-    with NoiseAhead(0, KEYS) as draw, pytest.raises(RuntimeError, match="not what was planned"):
+    with NoiseAhead(0, KEYS) as draw, pytest.raises(RuntimeError, match="is not the next in the plan"):
         draw(KEYS[1])

@@ -1,4 +1,4 @@
-"""Settings from elsewhere: a published recommendation, a search's winner; the command line has the last word."""
+"""Test settings from a published recipe or a search, which options override."""
 
 import json
 from pathlib import Path
@@ -34,8 +34,8 @@ def test_every_published_recommendation_is_a_valid_config(name: str) -> None:
 
 def test_what_nobody_recommends_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     for name, message in (
-        ("adm-65", "no released model 'adm-65'"),
-        ("classifier-64", "nothing is published on how to sample it; there is for adm-64"),
+        ("adm-65", "the zoo has no model 'adm-65'"),
+        ("classifier-64", "has no published sampler and guidance; accepted: adm-64"),
         ("upsampler-64-256", "is an upsampler"),
     ):
         with pytest.raises(SystemExit) as end:

@@ -1,4 +1,4 @@
-"""A sampling worker: one way to a device, networks and batches, for generation, search and likelihood."""
+"""Test that generation, search and likelihood create their device and networks in the same way."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> GenerationConfig:
 
 def test_batches_are_those_of_noise_that_is_not_drawn_ahead(config: GenerationConfig) -> None:
     networks = load_networks(config, "cpu")
-    expected = [make_batch(networks, config, number).images for number in (2, 5)]
+    expected = [make_batch(networks, config, number)[0].images for number in (2, 5)]
     found = [batch.images for (batch,) in SamplingWorker(config).batches(config, [2, 5])]
     np.testing.assert_array_equal(found, expected)
 
@@ -38,7 +38,7 @@ def test_a_worker_samples_by_other_settings_than_its_own(config: GenerationConfi
     setting = {"sampler": SamplerConfig(name=name, num_steps=3), "guidance": GuidanceConfig(), "seed": 9}
     other = config.model_copy(update=setting)
     ((batch,),) = worker.batches(other, [0])
-    np.testing.assert_array_equal(batch.images, make_batch(worker.networks, other, 0).images)
+    np.testing.assert_array_equal(batch.images, make_batch(worker.networks, other, 0)[0].images)
     ((own,),) = worker.batches(config, [0])
     assert not np.array_equal(batch.images, own.images)
 

@@ -1,4 +1,4 @@
-"""A small training of the digits, and what training runs leave behind, for the tests that look at it."""
+"""A small training on the digits, and access to its checkpoints, for tests."""
 
 from dataclasses import replace
 
@@ -35,7 +35,7 @@ def adm(store: str, output: str, **changes: object) -> AdmConfig:
 
 
 def context(stop_after: int | None = None, records: list | None = None) -> WorkerContext:
-    """This process as the only worker; it is asked to stop after so many questions."""
+    """Return the context of a single worker in this process, which is asked to stop in step `stop_after`."""
     asked = iter(range(10**9))
 
     def stopping() -> bool:

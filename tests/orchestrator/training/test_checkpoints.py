@@ -1,4 +1,4 @@
-"""Checkpoints count when committed and whole."""
+"""Test that a checkpoint counts only if it is committed and complete."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A config is refused where its parts do not fit each other."""
+"""Test that a config is refused if its fields do not fit each other."""
 
 import numpy as np
 import pytest

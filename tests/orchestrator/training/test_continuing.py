@@ -1,4 +1,4 @@
-"""A training goes on with other operational settings, to a larger length, or from a checkpoint in a new run."""
+"""Test that a training continues with other settings, to a larger length, or from a checkpoint in a new run."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ from orchestrator import storage
 from orchestrator.config import read_config
 from orchestrator.data.config import PrepareConfig
 from orchestrator.data.job import prepare
+from orchestrator.metrics_log import MetricsLog, Record
 from orchestrator.training import job
 from orchestrator.training.checkpoints import positions, read_newest
 from orchestrator.training.config import AdmConfig
@@ -88,12 +89,12 @@ def test_a_learning_rate_that_falls_to_the_end_is_stretched_only_if_asked_to(
 ) -> None:
     falling: dict[str, Any] = {"lr_schedule": "linear"}
     train(quiet(store, "falling", total_images=48, **falling))
-    with pytest.raises(ValueError, match=r"--total-images 96: .* made with 48.*--extend.*from 0\.0005"):
+    with pytest.raises(ValueError, match=r"--total-images 96: .* falls to zero at 48.*--extend.*to 0\.0005"):
         train(quiet(store, "falling", **falling))
     with pytest.raises(ValueError, match=r"learning_rate: 0\.001 there, 0\.002 here"):
         train(quiet(store, "falling", **falling, extend=True, learning_rate=2e-3))
     train(quiet(store, "falling", **falling, extend=True))
-    assert "goes on from 0.0005 (it was 0) and falls linearly to zero at 96" in capsys.readouterr().out
+    assert "changes from 0 to 0.0005, and then falls linearly to zero at 96" in capsys.readouterr().out
     found = read_config(f"{store}/falling")
     assert found["total_images"] == 96 and found["extended"] == [{"at": 48, "total_images": 48}]
     train(quiet(store, "falling", **falling))  # as the folder says now
@@ -138,10 +139,10 @@ def test_an_unchanged_branch_has_the_bits_of_its_parent(store: str) -> None:
     ("changes", "wanted"),
     [
         ({"branch_at": 33}, r"--branch-at 33: the checkpoints of .* are at 32 images"),
-        ({"branch": "digits-of-old"}, "is a run of its own already"),
+        ({"branch": "digits-of-old"}, "--branch digits-of-old is not a branch of"),
         ({"batch_size": 24, "total_images": 96}, "--batch-size 24: .* at 32 images, which is no multiple"),
         ({"power_emas": (0.1,), "snapshot_every": 32}, "--branch child-of-few: .* lacks power-0"),
-        ({"output": "nothing"}, "has no checkpoint to branch off"),
+        ({"output": "nothing"}, "has no checkpoint; train it first"),
     ],
 )
 def test_impossible_branches_are_refused(store: str, changes: dict[str, Any], wanted: str) -> None:
@@ -169,3 +170,18 @@ def test_a_plan_refuses_weights_that_do_not_fit(store: str) -> None:
     for starting in (plan, train):
         with pytest.raises(ValueError, match=r"--model\.model-channels"):
             starting(quiet(store, "wide", init_from="source", model=wide))
+
+
+def test_the_page_of_a_killed_run_is_written_on_request(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    killed, records = quiet(store, "killed"), list[dict[str, Any]]()
+    bind(killed)
+    train_loop(killed, context(3, records))
+    metrics_log = MetricsLog(f"{store}/killed")
+    metrics_log.append(*(Record(0, r["images"], r["metrics"]) for r in records if "metrics" in r))
+    asked = quiet(store, "killed", report=True, total_images=16, learning_rate=1.0)
+    assert train(asked.starting_from(asked)) == f"{store}/killed"
+    page = storage.read_bytes(f"{store}/killed/report.html").decode()
+    assert "32 of 96 images" in page and "data:image/png;base64," in page and "images-000000000048" in page
+    assert f"open  {store}/killed/report.html" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="--output nowhere"):
+        train(quiet(store, "nowhere", report=True))

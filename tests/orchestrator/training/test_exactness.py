@@ -1,4 +1,4 @@
-"""reduction=exact: one SHA-256 of everything trained, whatever the number of workers and however often it changes."""
+"""Test that reduction=exact gives the same SHA-256 of all weights on any number of workers, also if it changes."""
 
 import hashlib
 import uuid
@@ -31,7 +31,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config_of(store: str, output: str, **changes: object) -> AdmConfig:
-    """A training in which everything plays a part that could break the tie: dropout, clipping, learnt timesteps."""
+    """Return a training with everything that could depend on the number of workers: dropout, clipping, timesteps."""
     model = UNetConfig(
         image_size=8, in_channels=1, out_channels=2, model_channels=32, num_res_blocks=1, channel_mult=(1, 2),
         attention_resolutions=(4,), num_classes=10, dropout=0.2,
@@ -47,7 +47,7 @@ def config_of(store: str, output: str, **changes: object) -> AdmConfig:
 
 
 def _worker(rank: int, world_size: int, meeting: str, config: AdmConfig, steps: int) -> None:
-    """One worker process: joins its group, and stops after so many steps."""
+    """Run one worker process, which joins its group and stops after a number of steps."""
     torch.distributed.init_process_group(
         "gloo", f"file://{meeting}", timedelta(minutes=5), rank=rank, world_size=world_size
     )
@@ -64,7 +64,7 @@ def run(config: AdmConfig, world_size: int, steps: int = STEPS) -> None:
 
 
 def digest(config: AdmConfig) -> str:
-    """SHA-256 of weights, averages, optimizer and the timestep sampler's history at the end."""
+    """Return the SHA-256 of weights, averages, optimizer and the timestep sampler's history at the end."""
     found = newest_checkpoint(config.path(config.output))
     assert found is not None and found.position == config.total_images
     return hashlib.sha256(

@@ -1,4 +1,4 @@
-"""What a step holds in memory decides whether blocks are recomputed; one training computes on one platform."""
+"""Test the memory estimate, the reductions, and that exact gradients need equal platforms."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from models.costs import count_parameters
 from orchestrator.arithmetic import platform
 from orchestrator.order import OrderConfig
 from orchestrator.training.gradients import exact_gradients, memory_of, recomputes
-from orchestrator.training.job import note_platforms
+from orchestrator.training.job import report_platform
 from orchestrator.training.presets import adm_presets
 
 ADM_256 = adm_presets()["imagenet256"][1]  # a step of 256 images
@@ -74,7 +74,7 @@ def test_a_thousand_streams_sum_to_the_same_bits_on_any_number_of_workers() -> N
 
 
 class _Pair:
-    """A group of two workers, of which the other one computes elsewhere."""
+    """A group of two workers, of which the other one has another device."""
 
     def gather(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
         return [mine, mine | {"device": "NVIDIA L4"}]
@@ -83,7 +83,7 @@ class _Pair:
 def test_exact_gradients_are_refused_on_different_platforms() -> None:
     records: list[dict[str, Any]] = []
     context = WorkerContext(0, 2, torch.device("cpu"), records.append, lambda: False, streams_on_cluster=False)
-    note_platforms(ADM_256, context, _Pair())  # type: ignore[arg-type]
+    report_platform(ADM_256, context, _Pair())  # type: ignore[arg-type]
     assert records[0]["platform"] == platform(torch.device("cpu")) and len(records[0]["others"]) == 1
     with pytest.raises(ValueError, match=r"device: .* and NVIDIA L4"):
-        note_platforms(ADM_256.model_copy(update={"reduction": "exact"}), context, _Pair())  # type: ignore[arg-type]
+        report_platform(ADM_256.model_copy(update={"reduction": "exact"}), context, _Pair())  # type: ignore[arg-type]

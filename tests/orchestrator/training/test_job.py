@@ -1,4 +1,4 @@
-"""Training in this process: resumes are exact, bad gradients are bounded, schedules count images."""
+"""Test training in this process: resuming, non-finite gradients, schedules, checkpoints and snapshots."""
 
 import errno
 import shutil
@@ -71,7 +71,7 @@ def test_a_checkpoint_of_another_state_is_refused(store: str) -> None:
     run = learning.path("learning")
     for changes in ({"timesteps": "uniform"}, {"diffusion": DiffusionConfig(schedule="cosine", num_timesteps=500)}):
         other = TrainingState(learning.model_copy(update=changes), torch.device("cpu"))
-        with pytest.raises(ValueError, match=r"has timesteps\.(counts|history) \(1000.*: not this model's"):
+        with pytest.raises(ValueError, match=r"has timesteps\.(counts|history) \(1000.*, which does not fit"):
             other.restore(run, Group(0, 1))
     train_loop(adm(store, "uniform"), context(1))
     with pytest.raises(ValueError, match=r"lacks timesteps\.counts, which this model has"):
@@ -104,7 +104,7 @@ def test_gradients_that_are_not_finite_are_skipped_then_end_the_run(
     config = adm(store, "poisoned", max_nonfinite_steps=2)
     fresh = TrainingState(config, torch.device("cpu")).tensors()
     monkeypatch.setattr("orchestrator.training.losses.from_uint8", lambda images, channels: _poison(images, channels))
-    with pytest.raises(ArithmeticError, match="not finite in 3 steps in a row"):
+    with pytest.raises(ArithmeticError, match="not finite in 3 consecutive steps"):
         train_loop(config, context())
     found = newest_checkpoint(config.path(config.output))
     assert found is not None
@@ -367,7 +367,7 @@ def test_a_training_starts_from_other_weights_and_says_what_it_makes_anew(
         else:
             assert torch.equal(tensor, wanted[name])
         assert torch.equal(state.tensors()[f"ema-0.9.{name}"], tensor), "averages start there too"
-    assert "has no classes and this model 10: label_emb.weight starts anew" in caplog.text
+    assert "has no classes and this model 10: label_emb.weight is re-initialised" in caplog.text
 
     other = adm(store, "misfit", init_from="source", model=UNET.model_copy(update={"model_channels": 64}))
     with pytest.raises(ValueError, match=r"num_channels \(--model.model-channels\) is 32 in the file, 64 here"):
@@ -397,7 +397,7 @@ def test_an_average_of_another_length_is_made_afterwards(store: str) -> None:
     moved = sum(float((raw[f"model.{name}"] - tensor).square().sum()) for name, tensor in wanted.items())
     missed = sum(float((found[name] - tensor).square().sum()) for name, tensor in wanted.items())
     assert missed**0.5 < 0.05 * moved**0.5
-    with pytest.raises(ValueError, match=r"sigma_rel=0\.28: the 40 snapshots .* only come within"):
+    with pytest.raises(ValueError, match=r"sigma_rel=0\.28: the profile from the 40 snapshots"):
         average(AverageConfig(store=store, weights="power", sigma_rel=0.28, images=640))
     with pytest.raises(ValueError, match="has no snapshot there; the nearest is at 32"):
         average(AverageConfig(store=store, weights="power", images=40))
@@ -423,9 +423,9 @@ def test_overfitting_is_told_from_chance(store: str, caplog: pytest.LogCaptureFi
     assert validation._above_best(state, losses + noise + 0.01) == pytest.approx(0.01) and not state.overfits
     assert not caplog.records
     assert validation._above_best(state, losses + noise + 0.05) == pytest.approx(0.05) and state.overfits
-    assert "over-fits: at 0 images its validation loss is 0.05 +- 0.0075 above that at 0 images" in caplog.text
+    assert "is overfitting: at 0 images its validation loss is 0.05 +- 0.0075 above that at 0 images" in caplog.text
     assert validation._above_best(state, losses - 0.01) == 0 and not state.overfits
-    with pytest.raises(ValueError, match="has no validation split: prepare it with"):
+    with pytest.raises(ValueError, match="has no validation split; prepare it with"):
         splits = {"train": manifest.splits["train"]}
         Validation(config, manifest.model_copy(update={"splits": splits}), Group(0, 1))
 
@@ -443,10 +443,10 @@ def test_a_dataset_that_cannot_fill_the_batches_is_refused_before_anything_start
         ({"batch_size": 15}, "batch_size=15 is not a multiple of order.num_streams=2; use 14 or 16"),
         ({"num_workers": 4}, "num_workers=4 does not divide order.num_streams=2; use a power of two up to 2"),
         ({"order": OrderConfig(num_streams=3)}, "order.num_streams=3 is not a power of two"),
-        ({"microbatch_size": 4, "reduction": "exact"}, "has no place in reduction=exact, .* 8 images"),
-        ({"power_emas": (0.05,)}, "set snapshot_every, to 6"),
+        ({"microbatch_size": 4, "reduction": "exact"}, "cannot be combined with reduction=exact, .* 8 images"),
+        ({"power_emas": (0.05,)}, "set snapshot_every, for example to 6"),
         ({"power_emas": (0.5,), "snapshot_every": 16}, r"sigma_rel=0\.5 is not in"),
-        ({"ema_rates": (1.0,)}, r"ema_rates has 1\.0"),
+        ({"ema_rates": (1.0,)}, r"ema_rates=1\.0"),
     ],
 )
 def test_impossible_settings_are_refused(store: str, changes: dict, wanted: str) -> None:

@@ -1,4 +1,4 @@
-"""One driver trains a run: a living one is not disturbed, a dead one is not waited for longer than need be."""
+"""Test that one driver trains a run, and that a dead driver is not waited for longer than needed."""
 
 import os
 import signal
@@ -37,7 +37,9 @@ def never_expires(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_second_driver_is_refused_with_the_holders_host_pid_and_age(tmp_path: Path, never_expires: None) -> None:
     with Lease(str(tmp_path)) as first:
-        with pytest.raises(RuntimeError, match=rf"by pid {os.getpid()} on \S+, .*held it for \d+ s.*--takeover"):
+        with pytest.raises(
+            RuntimeError, match=rf"by pid {os.getpid()} on \S+, .*held the lease for at least \d+ s.*--takeover"
+        ):
             Lease(str(tmp_path)).__enter__()
         assert not first.is_lost()
     with Lease(str(tmp_path)):

@@ -1,4 +1,4 @@
-"""Numbers of a training: means by quartile of t are means over images, whatever the microbatches."""
+"""Test that means by quartile of t are means over images, whatever the microbatches."""
 
 import pytest
 import torch

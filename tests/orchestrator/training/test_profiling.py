@@ -1,4 +1,4 @@
-"""A window of profiled steps becomes a trace in the run's folder."""
+"""Test that profiled steps are written as a trace into the run's folder."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Test what a finished classifier says of itself."""
+"""Test the verdict on a finished classifier."""
 
 from pathlib import Path
 

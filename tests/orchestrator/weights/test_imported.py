@@ -68,10 +68,10 @@ def test_an_imported_classifier_gives_the_same_samples_as_its_file(tmp_path: Pat
     vars(function).update(fingerprint="ours", classes=CLASSES)
     vars(module)["ours"] = function
     imported = config(tmp_path, "users_own:ours")
-    mine, again = (make_batch(load_networks(c, "cpu"), c, 0).images for c in (by_file, imported))
+    mine, again = (make_batch(load_networks(c, "cpu"), c, 0)[0].images for c in (by_file, imported))
     np.testing.assert_array_equal(mine, again)
     unguided = config(tmp_path, "users_own:ours", scale=0.0)
-    assert (make_batch(load_networks(unguided, "cpu"), unguided, 0).images != mine).any()
+    assert (make_batch(load_networks(unguided, "cpu"), unguided, 0)[0].images != mine).any()
 
 
 def test_other_weights_have_another_fingerprint_and_other_samples(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_other_weights_have_another_fingerprint_and_other_samples(tmp_path: Path
         asked = config(tmp_path, f"users_own:{name}")
         networks = load_networks(asked, "cpu")
         assert isinstance(networks.classifier, ImportedClassifier) and networks.classes == CLASSES
-        found.append((fingerprint(asked, networks)["classifier"], make_batch(networks, asked, 0).images))
+        found.append((fingerprint(asked, networks)["classifier"], make_batch(networks, asked, 0)[0].images))
     assert found[0][0] != found[1][0] and (found[0][1] != found[1][1]).any()
 
 

@@ -13,6 +13,7 @@ from models.unet import Architecture, ClassifierConfig, UNetConfig
 from models.zoo import ZOO, Entry
 from orchestrator import storage
 from orchestrator.generation.config import GenerationConfig
+from orchestrator.generation.samples import Samples
 from orchestrator.generation.sampling import load_networks, make_batch
 from orchestrator.weights.config import ConversionConfig
 from orchestrator.weights.job import convert, plan
@@ -121,11 +122,11 @@ def test_samples_are_the_same_from_either_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
     torch.save({key: 0.1 * torch.randn_like(t) for key, t in TINY.build().state_dict().items()}, tmp_path / "tiny.pt")
     convert(ConversionConfig(store=str(tmp_path), weights="tiny.pt", output="tiny.safetensors"))
-    batches = []
+    batches: list[Samples] = []
     for name in ("tiny.pt", "tiny.safetensors"):
         sampler = SamplerConfig(name="ddim", num_steps=4)
         config = GenerationConfig(store=str(tmp_path), weights=name, output="samples", batch_size=4, sampler=sampler)
-        batches.append(make_batch(load_networks(config, "cpu"), config, 0))
+        batches.extend(make_batch(load_networks(config, "cpu"), config, 0))
     assert batches[0].labels.tolist() == [0, 1, 2, 0]
     assert batches[0].images.std() > 10, "the samples are flat"
     assert (batches[0].images == batches[1].images).all()

@@ -1,0 +1,38 @@
+"""Test that the driver hears how far an item is before the item is done."""
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from cluster.item_progress import REPORT_SECONDS, Report, item_progress
+from cluster.workers import map_items
+
+STEPS = 4
+
+
+def make_worker(report: Report) -> Callable[[int], int]:
+    def work(item: int) -> int:
+        for step in range(1, STEPS + 1):
+            report(item, step)
+            time.sleep(1.5 * REPORT_SECONDS)
+        return item
+
+    return work
+
+
+@pytest.mark.ray
+def test_reports_arrive_while_the_item_is_in_work(ray_session: None) -> None:
+    seen: list[tuple[int, int]] = []
+    with item_progress(lambda item, done: seen.append((item, done)), 1) as report:
+        results = map_items(lambda: make_worker(report), [7], 1)
+        assert list(results) == [(7, 7)]
+        assert (7, 1) in seen and (7, STEPS - 1) in seen
+
+
+def test_without_workers_the_driver_is_called_directly() -> None:
+    seen: list[threading.Thread] = []
+    with item_progress(lambda item, done: seen.append(threading.current_thread()), 0) as report:
+        report("item", 1)
+    assert seen == [threading.current_thread()]
