@@ -1,4 +1,4 @@
-"""Progress within the items of a pool: workers report how far an item is, and the driver hears of it."""
+"""Progress within the items of a pool: workers report how far an item is, and the driver receives it."""
 
 import contextlib
 import logging
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-REPORT_SECONDS = 0.5  # between two reports of a process, and between two looks of the driver
+REPORT_SECONDS = 0.5  # between two reports of a process, and between two reads by the driver
 
 Report = Callable[[Any, int], None]  # takes an item and how much of it is done
 
@@ -36,7 +36,7 @@ def item_progress(on_progress: Report, num_workers: int) -> Iterator[Report]:
     def pump() -> None:
         while not ended.wait(REPORT_SECONDS):
             try:
-                for record in relay.pull():
+                for record in relay.exchange(stop=False):
                     on_progress(record["item"], record["done"])
             except Exception as error:  # noqa: BLE001 - the line is late, and nothing else
                 log.debug("the progress of the workers could not be read, trying again: %s", error)

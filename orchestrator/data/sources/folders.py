@@ -336,7 +336,7 @@ def _entries(
     if strangers:
         reading.findings["images_named_after_another_class"] = finding(strangers)
     for labels, _ in {id(labels): (labels, base) for labels, base in chosen.values()}.values():
-        if labels.in_order and (count := sum(numbered.values())) not in (0, given := len(labels.in_order)):
-            raise ValueError(f"label map {labels.uri} has {given} numbers, but there are {count} images")
+        if labels.in_order and (count := sum(numbered.values())) not in (0, expected := len(labels.in_order)):
+            raise ValueError(f"label map {labels.uri} has {expected} numbers, but there are {count} images")
         if unused := labels.unused():
             reading.findings["labels_without_image"] = finding(unused)

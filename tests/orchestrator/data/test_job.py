@@ -84,9 +84,9 @@ def test_an_interrupted_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     written: list[str] = []
     write = shards._write_shard
 
-    def record(output: str, shard: shards.ShardPlan, *rest: Any) -> None:
+    def record(output: str, plan: shards.Plan, shard: shards.ShardPlan, *rest: Any) -> None:
         written.append(shard.path)
-        write(output, shard, *rest)
+        write(output, plan, shard, *rest)
 
     monkeypatch.setattr(shards, "_write_shard", record)
     assert prepare(config) == whole
