@@ -38,7 +38,7 @@ def outputs() -> list[str]:
 
 
 def asked(cluster: LocalCluster, path: str) -> str:
-    """What the job server answers to whoever has the token."""
+    """Return the response of the job server to a request with the token."""
     url = f"{cluster.environment['RAY_API_SERVER_ADDRESS']}{path}"
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}"})
     with urllib.request.urlopen(request, timeout=30) as answer:

@@ -1,4 +1,4 @@
-"""All stories one after another on a cluster of this machine, and a job that is stopped and goes on."""
+"""All jobs of the workflow, one after another on a cluster of this machine, and a job that is stopped and resumed."""
 
 import json
 import re

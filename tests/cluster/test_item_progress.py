@@ -1,4 +1,4 @@
-"""Test that the driver hears how far an item is before the item is done."""
+"""Test that the driver learns how far an item is before the item is done."""
 
 import threading
 import time
