@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform as machine
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,14 @@ _ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # needed for deterministic matrix products
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # avoids fragmentation by batches of several shapes
 }
+
+# The words of CUDA, cuBLAS, cuDNN and PyTorch's CPU allocator.
+_OUT_OF_MEMORY = re.compile("(?i)out of memory|STATUS_ALLOC_FAILED|unable to find an engine|can't allocate memory")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether the error says that a device or this process has no memory left."""
+    return _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def choose_device(num_gpus: float) -> torch.device:

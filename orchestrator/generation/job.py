@@ -116,7 +116,12 @@ def _with_files(config: GenerationConfig) -> GenerationConfig:
         if path is not None:
             kind, at = (config.ema, config.at) if name == "weights" else (None, None)
             same = name != "weights" or (noted.get("ema"), noted.get("at")) == (kind, at)
-            files[name] = weights_file(path, config.path, noted.get(name) if same else None, kind, at)
+            try:
+                files[name] = weights_file(path, config.path, noted.get(name) if same else None, kind, at)
+            except FileNotFoundError as error:
+                if name != "classifier" or config.guidance.scale:
+                    raise
+                raise FileNotFoundError(f"{error}; --guidance.scale 0 needs none: pass --classifier none") from error
     if config.guidance.weak_weights is not None:
         weak = weights_file(config.guidance.weak_weights, config.path, noted.get("weak_weights"), None)
         files["guidance"] = config.guidance.model_copy(update={"weak_weights": weak})

@@ -1,7 +1,6 @@
 """Sampling: the networks of a generation, its fingerprint, and canonical batches."""
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from models.guidance import WHOLE_CHAIN, GuidanceConfig, GuidanceKind, Guided, g
 from models.images import Rounding, from_uint8, to_uint8
 from models.samplers import EDM_FIELDS, SamplerConfig, final_x, noise_timesteps, respacing_for, sample
 from models.unet import autocast
+from orchestrator.arithmetic import is_out_of_memory
 from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.labels import Labels, read_labels
 from orchestrator.generation.noise import Draw, DrawNoise, draw_noise
@@ -27,7 +27,6 @@ from orchestrator.weights.network import Network, load_network, weights_file
 NUMERICS_VERSION = 1  # raised by hand if a change of the code gives other samples for the same config
 LARGEST_BATCH = 256  # images on a GPU
 MEMORY_SHARE = 0.7  # fraction of a GPU's memory for what is counted
-OUT_OF_MEMORY = re.compile("(?i)out of memory|STATUS_ALLOC_FAILED|unable to find an engine")  # CUDA, cuBLAS, cuDNN
 CPU_BATCH = 64  # most images in a batch on a CPU
 CPU_PIXELS = 2**18  # most pixels in a batch on a CPU
 
@@ -199,8 +198,8 @@ def verified_batch(size: int, draw: Callable[[int], object]) -> int:
         try:
             draw(size)
             return size
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not OUT_OF_MEMORY.search(str(error)):
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
                 raise
         if size == 1:
             raise RuntimeError("not even one image fits into the GPU's memory")

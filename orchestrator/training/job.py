@@ -18,7 +18,7 @@ from cluster.watchdog import Watchdog
 from models.costs import count_parameters, training_state_bytes
 from models.diffusion import LossSecondMomentTimesteps
 from orchestrator import storage
-from orchestrator.arithmetic import arithmetic, choose_device, platform
+from orchestrator.arithmetic import arithmetic, choose_device, is_out_of_memory, platform
 from orchestrator.closing import print_closing
 from orchestrator.config import read_config
 from orchestrator.cost import GPUS, not_there_yet, priced, training_cost
@@ -266,7 +266,17 @@ def _order(config: TrainingConfig, manifest: Manifest) -> OrderPlan:
 def train_loop(config: Config, context: WorkerContext) -> None:
     """Train from the newest checkpoint until the end, or until the driver asks the workers to stop."""
     with arithmetic(config.num_threads, config.reduction == "exact", config.tf32):
-        _train(config, context)
+        try:
+            _train(config, context)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            rows, exact = config.microbatch_rows(context.world_size), config.reduction == "exact"
+            smaller = "a larger --order.num-streams" if exact else f"--microbatch-size {rows // 2}"
+            raise torch.OutOfMemoryError(
+                f"out of memory with microbatches of {rows} images: "
+                f"pass {smaller}, --recompute true or --dtype bfloat16"
+            ) from error
 
 
 def _train(config: Config, context: WorkerContext) -> None:
