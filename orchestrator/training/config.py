@@ -100,7 +100,8 @@ class TrainingConfig(JobConfig):
             return preset
         recorded = read_config(self.path(self.output))
         fields = {name: value for name, value in recorded.items() if name in type(self).model_fields}
-        return type(self).model_validate(preset.model_dump() | fields)
+        unused = {"num_workers": 0, "microbatch_size": None}  # those of the preset may not fit the run's batches
+        return type(self).model_validate(preset.model_dump() | fields | unused)
 
     @property
     def length(self) -> int:

@@ -182,7 +182,8 @@ def test_the_page_of_a_killed_run_is_written_on_request(store: str, capsys: pyte
     metrics_log = MetricsLog(f"{store}/killed")
     metrics_log.append(*(Record(0, r["images"], r["metrics"]) for r in records if "metrics" in r))
     asked = quiet(store, "killed", report=True, total_images=16, learning_rate=1.0)
-    assert train(asked.starting_from(asked)) == f"{store}/killed"
+    preset = asked.model_copy(update={"num_workers": 64, "microbatch_size": 3})  # which do not fit the run
+    assert train(asked.starting_from(preset)) == f"{store}/killed"
     page = storage.read_bytes(f"{store}/killed/report.html").decode()
     assert "32 of 96 images" in page and "data:image/png;base64," in page and "images-000000000048" in page
     assert f"open  {store}/killed/report.html" in capsys.readouterr().out
