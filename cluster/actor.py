@@ -12,6 +12,12 @@ DEVICE_ERROR = re.compile(
     "CUDA error|device-side assert|uncorrectable ECC|illegal memory access|NCCL|CUBLAS_STATUS_(INTERNAL|EXECUTION)|"
     "CUDNN_STATUS_(INTERNAL|EXECUTION|MAPPING)|cuDNN.*INTERNAL"
 )
+# Words of Ray and gloo about a worker that is lost, and what they mean.
+LOSSES = {
+    "node has died": "its node was lost",
+    "worker process has died": "its process was killed, perhaps because the node ran out of memory",
+    "gloo/transport": "the connection to another worker was lost",
+}
 
 
 class WorkerActor:
@@ -80,4 +86,10 @@ def reason_of(error: BaseException) -> str:
         return f"{type(cause).__name__}: {' '.join(str(cause).split())}"[:500]
     if isinstance(error, ActorUnavailableError):  # Ray does not know the cause yet
         return "its process ended"
-    return f"its process ended: {(str(error).strip().splitlines() or [''])[-1].strip()[:300]}"
+    words = (str(error).strip().splitlines() or [""])[-1].strip()
+    return meaning if (meaning := in_short(words)) != words else f"its process ended: {words[:300]}"
+
+
+def in_short(reason: str) -> str:
+    """Return the meaning of what Ray or gloo say about a lost worker, or else the reason itself."""
+    return next((meaning for words, meaning in LOSSES.items() if words in reason), reason)

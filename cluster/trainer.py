@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cluster.actor import in_short
 from cluster.capacity import Resources, refuse_infeasible, wait_for_room, worker_resources
 from cluster.metrics import publish
 
@@ -119,7 +120,7 @@ def _run_on_ray(
             if _has_no_room(error):
                 wait_for_room(num_workers, resources, stop)
                 continue
-            reason = attempt.reason or _reason(error)
+            reason = in_short(attempt.reason) or _reason(error)
             failures = 1 if attempt.saved > saved else failures + 1
             saved = max(saved, attempt.saved)
             publish("train", {"failed_attempts": failures})
@@ -204,7 +205,9 @@ def _has_no_room(error: Exception) -> bool:
 def _reason(error: Exception) -> str:
     """Return Ray's last line about each failed worker, joined to one line."""
     failures = getattr(error, "worker_failures", {0: error})
-    return "; ".join(f"worker {rank}: {str(reason).strip().splitlines()[-1]}" for rank, reason in failures.items())
+    return "; ".join(
+        f"worker {rank}: {in_short(str(reason).strip().splitlines()[-1])}" for rank, reason in failures.items()
+    )
 
 
 def _run_worker(config: dict[str, Any]) -> None:

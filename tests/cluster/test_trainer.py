@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cluster.actor import in_short
 from cluster.trainer import WorkerContext, _PreemptionNotice, _relayed, _tolerant, run_workers
 
 
@@ -175,3 +176,16 @@ def test_a_preemption_notice_is_returned_once(monkeypatch: pytest.MonkeyPatch) -
     notice = _PreemptionNotice(get_info, rank=0)
     assert done.wait(60)
     assert notice() and not notice()
+
+
+@pytest.mark.parametrize(
+    ("words", "meaning"),
+    [
+        ("The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR", "killed"),
+        ("The actor died because its node has died. Node Id: 3f", "node was lost"),
+        ("RuntimeError: [third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error", "connection"),
+        ("ValueError: --batch-size 3", "ValueError: --batch-size 3"),
+    ],
+)
+def test_words_of_libraries_about_lost_workers_become_one_short_reason(words: str, meaning: str) -> None:
+    assert meaning in in_short(words) and len(in_short(words)) < 80
