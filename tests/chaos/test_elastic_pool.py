@@ -158,6 +158,8 @@ def test_a_search_survives_the_loss_of_its_first_node(tmp_path: Path) -> None:
     prepare(digits(store))
     for name, architecture in (("unet.safetensors", UNET), ("classifier.safetensors", CLASSIFIER)):
         save_network(store, name, architecture)
+    # The GPUs of the nodes exist by name only, so the features of the reference are extracted here.
+    evaluator.reference_of(search_config(store, "elastic", 0), UNET.image_size, num_workers=0)
     assert "searched" in run(f"search_meanwhile({store!r})")
     first, *_, last = nodes = drawn(tmp_path / "log")
     print(f"{len(nodes)} batches started, {nodes.count(first)} of them on the first node")
