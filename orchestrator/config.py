@@ -3,7 +3,7 @@
 import os
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter
 
 from cluster.session import is_submitted
 from orchestrator import storage
@@ -20,6 +20,7 @@ T = TypeVar("T")
 # Marks a field that does not change results, so that it may change at every restart. --help shows the mark.
 MARK = "operational"
 Operational = Annotated[T, MARK]
+_ANY = TypeAdapter(Any)
 NOT_COMPARED = {"store", "output", "dry_run"}  # a folder may be moved
 
 
@@ -142,8 +143,24 @@ def _compared(config: JobConfig, facts: dict[str, Any]) -> dict[str, Any]:
 def _changes(found: dict[str, Any], config: JobConfig, facts: dict[str, Any]) -> str:
     """Return how a config.json differs from a config, without notes and fields that are not compared."""
     ignored = (NOTES | NOT_COMPARED | config.operational) - facts.keys()
-    kept = {name: value for name, value in found.items() if name not in ignored}
+    recorded = _with_defaults(found, config)
+    kept = {name: value for name, value in recorded.items() if name not in ignored}
     return differences(redact_tree(kept, whole=False), _compared(config, facts))
+
+
+def _with_defaults(found: dict[str, Any], config: BaseModel) -> dict[str, Any]:
+    """Return what a config.json holds, with the defaults of fields that its version of the code did not have yet."""
+    compared = config.fingerprint() if isinstance(config, JobConfig) else config.model_dump(mode="json")
+    filled = dict(found)
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if name not in compared:
+            continue
+        if name not in found and not field.is_required():
+            filled[name] = _ANY.dump_python(field.get_default(call_default_factory=True), mode="json")
+        elif isinstance(value, BaseModel) and isinstance(found.get(name), dict):
+            filled[name] = _with_defaults(found[name], value)
+    return filled
 
 
 def noted_files(folder: str) -> dict[str, str]:

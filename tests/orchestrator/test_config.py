@@ -1,10 +1,13 @@
 """Test that folders are bound to one config, and that submitted jobs need absolute paths."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from orchestrator.ablations.config import changed
 from orchestrator.config import JobConfig, Operational, check_or_write_config, experiment_name, noted_files
+from orchestrator.training.presets import classifier_presets
 
 
 class Config(JobConfig):
@@ -34,6 +37,23 @@ def test_a_folder_without_finished_work_takes_any_config(tmp_path: Path) -> None
 def test_fields_that_older_versions_compared_are_no_difference(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"seed": 1, "num_workers": 4}')
     check_or_write_config(str(tmp_path), Config(seed=1, num_workers=8), True)
+
+
+@pytest.mark.parametrize(("path", "value"), [(("noised",), False), (("model", "dropout"), 0.5)])
+def test_fields_that_older_versions_did_not_have_count_as_their_defaults(
+    tmp_path: Path, path: tuple[str, ...], value: object
+) -> None:
+    made = classifier_presets()["digits"][1]
+    check_or_write_config(str(tmp_path), made, finished=True)
+    written = json.loads((tmp_path / "config.json").read_text())
+    part = written
+    for name in path[:-1]:
+        part = part[name]
+    del part[path[-1]]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    check_or_write_config(str(tmp_path), made, finished=True)
+    with pytest.raises(ValueError, match=path[-1]):
+        check_or_write_config(str(tmp_path), changed(made, {".".join(path): value}), finished=True)
 
 
 def test_files_are_noted_once_and_not_compared(tmp_path: Path) -> None:
