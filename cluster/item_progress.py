@@ -38,7 +38,7 @@ def item_progress(on_progress: Report, num_workers: int) -> Iterator[Report]:
             try:
                 for record in relay.exchange(stop=False):
                     on_progress(record["item"], record["done"])
-            except Exception as error:  # noqa: BLE001 - the line is late, and nothing else
+            except Exception as error:  # noqa: BLE001 - only the progress line is affected
                 log.debug("the progress of the workers could not be read, trying again: %s", error)
 
     thread = threading.Thread(target=pump, name="progress", daemon=True)
