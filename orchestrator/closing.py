@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from orchestrator.config import SIZES
 
-EVERYWHERE = ("images", "digits", *(f"imagenet{size}" for size in SIZES))  # presets of all jobs that may follow
+# Presets of all jobs that may follow.
+EVERYWHERE = ("images", "images_cpu", "digits", *(f"imagenet{size}" for size in SIZES))
 
 
 def next_command(job: str, **options: str) -> str:

@@ -12,6 +12,8 @@ from orchestrator.redaction import redact_tree
 # Summaries of the presets that every job has.
 DIGITS = "the quickstart's 1,797 scanned digits, small enough for two cores"
 IMAGES = "your own images"
+IMAGES_CPU = f"{IMAGES} at 16 pixels, on two CPU cores"
+TWO_CORES = {"num_gpus": 0, "num_workers": 2}
 IMAGENET = "ImageNet"
 SIZES = (64, 128, 256, 512)  # pixels of the ImageNet presets
 

@@ -72,7 +72,6 @@ def _copy_outputs(folder: str) -> None:
     for source, names in {
         "digits/diffusion": [
             "images/diffusion",
-            "parity/diffusion",
             "imagenet64/diffusion",
             "imagenet64_256/upsampler",
         ],
@@ -91,8 +90,10 @@ def _write_sources(folder: str) -> None:
     """Pictures in folders of classes and as the tar of tars, and a manifest of ImageNet's size, without its shards."""
     images = pictures(600)
     write_tree(f"{folder}/pictures", images)
-    rows = [f"{image.cls}/{image.name}.png,{'odd' if number % 2 else 'even'}" for number, image in enumerate(images)]
-    Path(folder, "parity.csv").write_text("\n".join(["key,label", *rows]))
+    rows = [
+        f"{image.cls}/{image.name}.png,{'thing' if number % 2 else 'person'}" for number, image in enumerate(images)
+    ]
+    Path(folder, "people.csv").write_text("\n".join(["key,label", *rows]))
     if not storage.exists("s3://bucket"):
         storage.make_bucket("s3://bucket")
     write_tar_of_tars("s3://bucket/ILSVRC2012_img_train", images)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import os
 import pydoc
 import re
@@ -11,14 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.command_line import parse
 from jobs.options import options_of
-from orchestrator.data.job import prepare
-from orchestrator.data.presets import dataset_presets
 from orchestrator.evaluation.metrics import metric_named
-from orchestrator.training.job import plan
 from tests.jobs.test_command_line import ALL_PRESETS
-from tests.test_commands import commands
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -189,23 +185,23 @@ def test_messages_are_those_of_the_code() -> None:
 # ------------------------------------------------------------------------------------------------ the tutorial
 
 
-def test_the_tutorials_trainings_can_be_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its pictures are written, prepared, and what its preset files ask for is priced; nothing is trained."""
+def test_the_tutorials_pictures_are_sorted_by_category(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test its script on a package of three icons, one of them in two skin tones."""
     monkeypatch.setenv("ADMIRAL_STORE", str(tmp_path))
-    text = TUTORIAL.read_text()
-    exec(compile(next(content for language, content in blocks(text) if language == "python"), "tutorial", "exec"), {})
-    files = re.findall(r"^cat > \$ADMIRAL_STORE/(\S+) <<'YAML'\n(.*?)^YAML$", text, flags=re.MULTILINE | re.DOTALL)
-    for name, content in files:
-        (tmp_path / name).write_text(content)
-    planned = 0
-    for job, arguments in commands("\n".join(content for language, content in blocks(text) if language == "bash")):
-        words = [word.replace("$ADMIRAL_STORE", str(tmp_path)) for word in arguments]
-        if job == "prepare_dataset":
-            prepare(parse("", dataset_presets(), words))
-        if job in ("train_adm", "train_classifier"):
-            assert "images" in plan(parse("", ALL_PRESETS[job](), words))[1]
-            planned += 1
-    assert planned == 4 and len(files) == 2
+    folder = tmp_path / "package" / "img" / "twitter" / "64"
+    folder.mkdir(parents=True)
+    for name in ("flag.png", "hand.png", "hand-dark.png", "tone.png"):
+        (folder / name).write_bytes(b"")
+    emoji = [{"category": "Flags", "image": "flag.png"}, {"category": "Component", "image": "tone.png"},
+             {"category": "People & Body", "image": "hand.png", "skin_variations": {"1": {"image": "hand-dark.png"}}},
+             {"category": "Objects", "image": "of another vendor.png"}]  # fmt: skip
+    (tmp_path / "package" / "emoji.json").write_text(json.dumps(emoji))
+    script = next(content for language, content in blocks(TUTORIAL.read_text()) if language == "python")
+    exec(compile(script, "tutorial", "exec"), {})
+    found = sorted(path.relative_to(tmp_path).as_posix() for path in (tmp_path / "pictures").rglob("*.png"))
+    assert found == ["pictures/flags/flag.png", "pictures/people/hand-dark.png", "pictures/people/hand.png"]
+    labels = ["flags/flag.png,thing", "people/hand.png,person", "people/hand-dark.png,person"]
+    assert (tmp_path / "people.csv").read_text().splitlines() == ["key,label", *labels]
 
 
 @pytest.mark.ray
@@ -226,7 +222,7 @@ def test_the_tutorial_ends_with_a_grid_and_a_page(tmp_path: Path) -> None:
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-3000:]
     store = tmp_path / "admiral-tutorial"
-    assert "<img" in (store / "images/evaluation/report.html").read_text()
-    assert len(list((store / "images/samples/png").iterdir())) == 600
-    assert (store / "images/samples/samples.png").exists(), "the grid"
-    assert list((store / "parity/diffusion/weights").glob("*.safetensors"))
+    assert "<img" in (store / "images_cpu/evaluation/report.html").read_text()
+    assert len(list((store / "images_cpu/samples/png").iterdir())) == 900
+    assert (store / "images_cpu/samples/samples.png").exists(), "the grid"
+    assert list((store / "people/diffusion/weights").glob("*.safetensors"))

@@ -28,9 +28,11 @@ def dataset_presets() -> dict[str, tuple[str, PrepareConfig]]:
     lsun = PrepareConfig(
         source="bedroom_train_lmdb", output="datasets/lsun-bedroom", name="lsun-bedroom", resolution=256, num_workers=8
     )
+    about = "a folder for each class, archives, Parquet, or files with a label map"
     return {
         "digits": (DIGITS, digits),
-        "images": (f"{IMAGES}: a folder for each class, archives, Parquet, or files with a label map", images),
+        "images": (f"{IMAGES}: {about}", images),
+        "images_cpu": (f"the same as images: {about}", images),
         "imagenet": ("ILSVRC2012 as downloaded: a tar of tars, read without unpacking", imagenet),
         "cifar10": ("CIFAR-10 from its binary archive, with its own training and test images", cifar10),
         "cifar100": ("CIFAR-100 from its binary archive, with its 100 fine classes", cifar100),

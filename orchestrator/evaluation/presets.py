@@ -1,6 +1,6 @@
 """Presets of evaluations and likelihood estimates."""
 
-from orchestrator.config import DIGITS, IMAGENET, IMAGES, SIZES
+from orchestrator.config import DIGITS, IMAGENET, IMAGES, IMAGES_CPU, SIZES, TWO_CORES
 from orchestrator.evaluation.config import EvaluationConfig
 from orchestrator.evaluation.likelihood import LikelihoodConfig
 
@@ -27,9 +27,14 @@ def evaluation_presets() -> dict[str, tuple[str, EvaluationConfig]]:
         extractor="efficientnet",
         num_gpus=1,
     )
+    images_cpu = images.model_copy(
+        update={"samples": "images_cpu/samples", "output": "images_cpu/evaluation", **TWO_CORES}
+    )
+    efficientnet = "with EfficientNet and its ImageNet weights from a Python package"
     return {
         "digits": (DIGITS, digits),
-        "images": (f"{IMAGES}, with EfficientNet and its ImageNet weights from a Python package", images),
+        "images": (f"{IMAGES}, {efficientnet}", images),
+        "images_cpu": (f"{IMAGES_CPU}, {efficientnet}", images_cpu),
         **{
             f"imagenet{size}": (f"{IMAGENET} at {size}x{size}, by the Inception network of FID", _imagenet(size))
             for size in SIZES
@@ -66,4 +71,14 @@ def likelihood_presets() -> dict[str, tuple[str, LikelihoodConfig]]:
         interpolation_depths=(60, 125, 190),
         num_gpus=1,
     )
-    return {"digits": (DIGITS, digits), "images": (IMAGES, images)}
+    images_cpu = images.model_copy(
+        update={
+            "weights": "images_cpu/diffusion",
+            "output": "images_cpu/likelihood",
+            "num_samples": 100,
+            "respacing": "50",
+            "interpolation_depths": (10, 25, 40),
+            **TWO_CORES,
+        }
+    )
+    return {"digits": (DIGITS, digits), "images": (IMAGES, images), "images_cpu": (IMAGES_CPU, images_cpu)}

@@ -3,7 +3,7 @@
 from models import zoo
 from models.guidance import GuidanceConfig
 from models.samplers import SamplerConfig
-from orchestrator.config import DIGITS, IMAGENET, IMAGES, SIZES
+from orchestrator.config import DIGITS, IMAGENET, IMAGES, IMAGES_CPU, SIZES, TWO_CORES
 from orchestrator.generation.config import GenerationConfig
 
 
@@ -48,9 +48,21 @@ def generation_presets() -> dict[str, tuple[str, GenerationConfig]]:
         compile=True,
         num_gpus=1,
     )
+    images_cpu = images.model_copy(
+        update={
+            "weights": "images_cpu/diffusion",
+            "classifier": "images_cpu/classifier",
+            "output": "images_cpu/samples",
+            "num_samples": 1_000,
+            "dtype": "float32",
+            "compile": False,
+            **TWO_CORES,
+        }
+    )
     return {
         "digits": (DIGITS, digits),
         "images": (IMAGES, images),
+        "images_cpu": (IMAGES_CPU, images_cpu),
         **{f"imagenet{size}": (f"{IMAGENET} at {size}x{size}, as published", _imagenet(size)) for size in SIZES},
         "released": ("the released ADM-G on ImageNet 64x64, as recommended", released),
         "cascade": ("the same, enlarged to 256x256 by the released upsampler (ADM-G + ADM-U)", cascade),

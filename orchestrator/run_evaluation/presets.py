@@ -1,7 +1,7 @@
 """Presets of evaluations of training runs."""
 
 from models.samplers import SamplerConfig
-from orchestrator.config import DIGITS, IMAGENET, IMAGES, SIZES
+from orchestrator.config import DIGITS, IMAGENET, IMAGES, IMAGES_CPU, SIZES, TWO_CORES
 from orchestrator.run_evaluation.config import RunEvaluationConfig
 
 
@@ -24,9 +24,19 @@ def run_evaluation_presets() -> dict[str, tuple[str, RunEvaluationConfig]]:
         dtype="bfloat16",
         num_gpus=1,
     )
+    images_cpu = images.model_copy(
+        update={
+            "weights": "images_cpu/diffusion",
+            "classifier": "images_cpu/classifier",
+            "output": "images_cpu/quality",
+            "dtype": "float32",
+            **TWO_CORES,
+        }
+    )
     return {
         "digits": (DIGITS, digits),
         "images": (IMAGES, images),
+        "images_cpu": (IMAGES_CPU, images_cpu),
         **{f"imagenet{size}": (f"{IMAGENET} at {size}x{size}", _imagenet(size)) for size in SIZES},
     }
 

@@ -1,6 +1,6 @@
 """Searches by name."""
 
-from orchestrator.config import DIGITS, IMAGENET, IMAGES, SIZES
+from orchestrator.config import DIGITS, IMAGENET, IMAGES, IMAGES_CPU, SIZES, TWO_CORES
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.space import SpaceConfig
 
@@ -48,9 +48,23 @@ def search_presets() -> dict[str, tuple[str, SearchConfig]]:
         dtype="bfloat16",
         num_gpus=1,
     )
+    images_cpu = images.model_copy(
+        update={
+            "weights": ("images_cpu/diffusion",),
+            "classifier": "images_cpu/classifier",
+            "output": "images_cpu/search",
+            "space": SpaceConfig(scales=(0.0, 0.5, 1.0, 2.0, 4.0), continuous=False, num_steps=(25,)),
+            "rungs": (64, 128, 256, 512),
+            "trials": 5,
+            "budget": "60%",
+            "dtype": "float32",
+            **TWO_CORES,
+        }
+    )
     return {
         "digits": (DIGITS, digits),
         "images": (IMAGES, images),
+        "images_cpu": (IMAGES_CPU, images_cpu),
         **{
             f"imagenet{size}": (f"{IMAGENET} at {size}x{size}, by FID at 25 and 50 steps", _imagenet(size))
             for size in SIZES

@@ -13,7 +13,7 @@ from models import zoo
 from models.diffusion import DiffusionConfig
 from models.samplers import SamplerConfig
 from models.unet import Architecture, ClassifierConfig, UNetConfig
-from orchestrator.config import DIGITS, IMAGES
+from orchestrator.config import DIGITS, IMAGES, IMAGES_CPU, TWO_CORES
 from orchestrator.order import OrderConfig
 from orchestrator.training.config import AdmConfig, AverageConfig, NoisyClassifierConfig
 
@@ -28,6 +28,7 @@ def adm_presets() -> dict[str, Adm]:
     presets = {
         "digits": (DIGITS, _digits_diffusion()),
         "images": (f"{IMAGES}: ADM at 64 pixels, on one GPU", _images_diffusion()),
+        "images_cpu": (f"{IMAGES_CPU}: a small ADM", _images_cpu_diffusion()),
         "imagenet64": _published("adm-64", 540_000, 2048, 3e-4, dtype="float16", at_once=64),
         "imagenet64_1024": _for_1024_workers(),
         "imagenet128": _published("adm-128", 4_360_000, 256, 1e-4, dtype="float16"),
@@ -53,6 +54,7 @@ def classifier_presets() -> dict[str, Classifier]:
     presets = {
         "digits": (DIGITS, _digits_classifier()),
         "images": (f"{IMAGES}: ADM's classifier at 64 pixels, on one GPU", _images_classifier()),
+        "images_cpu": (f"{IMAGES_CPU}: a small classifier", _images_cpu_classifier()),
         "imagenet64": _published_classifier("classifier-64", 300_000, 1024, 6e-4, weight_decay=0.2),
         "imagenet128": _published_classifier("classifier-128", 300_000, 256, 3e-4),
         "imagenet256": _published_classifier("classifier-256", 500_000, 256, 3e-4),
@@ -262,6 +264,54 @@ def _images_upsampler() -> AdmConfig:
         "snapshot_every": None,
     }
     return diffusion.model_copy(update=changes)
+
+
+_SMALL = {"image_size": 16, "model_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 2, 2),
+          "attention_resolutions": (8, 4), "num_head_channels": 16}  # fmt: skip
+
+
+def _images_cpu_diffusion() -> AdmConfig:
+    """Return a small ADM at 16 pixels, which takes half an hour on two cores."""
+    diffusion = _images_diffusion()
+    changes = {
+        "model": diffusion.model.model_copy(update=_SMALL),
+        "order": OrderConfig(),
+        "total_images": 384_000,
+        "batch_size": 64,
+        "dtype": "float32",
+        "compile": False,
+        "learning_rate": 1e-3,
+        "lr_schedule": "linear",
+        "warmup_images": 6_400,
+        "ema_rates": (0.999,),
+        "power_emas": (),
+        "snapshot_every": None,
+        "checkpoint_every": 32_000,
+        "eval_every": 32_000,
+        "preview_every": 64_000,
+        "log_every": 3_200,
+        **TWO_CORES,
+    }
+    return diffusion.model_copy(update=changes)
+
+
+def _images_cpu_classifier() -> NoisyClassifierConfig:
+    """Return a small classifier at 16 pixels, which takes five minutes on two cores."""
+    classifier = _images_classifier()
+    changes = {
+        "model": classifier.model.model_copy(update=_SMALL),
+        "order": OrderConfig(),
+        "total_images": 64_000,
+        "batch_size": 64,
+        "dtype": "float32",
+        "compile": False,
+        "learning_rate": 1e-3,
+        "checkpoint_every": 16_000,
+        "eval_every": 6_400,
+        "log_every": 1_600,
+        **TWO_CORES,
+    }
+    return classifier.model_copy(update=changes)
 
 
 # ------------------------------------------------------------------------------------------------ the quickstart's

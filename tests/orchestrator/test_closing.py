@@ -12,7 +12,7 @@ from orchestrator.training.verdict import following
 from tests.jobs.test_command_line import ALL_PRESETS
 
 
-@pytest.mark.parametrize("here", ["digits", "imagenet64", "released"])
+@pytest.mark.parametrize("here", ["digits", "images_cpu", "imagenet64", "released"])
 def test_the_next_command_is_accepted(here: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["job.py", here])
     commands = [following(presets()["digits"][1]) for presets in (adm_presets, classifier_presets, upsampler_presets)]

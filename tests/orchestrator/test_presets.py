@@ -13,7 +13,7 @@ from orchestrator.search.presets import search_presets
 from orchestrator.training.presets import adm_presets, classifier_presets, upsampler_presets
 
 
-@pytest.mark.parametrize("preset", ["digits", "images", *(f"imagenet{size}" for size in SIZES)])
+@pytest.mark.parametrize("preset", ["digits", "images", "images_cpu", *(f"imagenet{size}" for size in SIZES)])
 def test_one_name_leads_through_all_jobs(preset: str) -> None:
     model, classifier = adm_presets()[preset][1], classifier_presets()[preset][1]
     search, generation = search_presets()[preset][1], generation_presets()[preset][1]
