@@ -21,7 +21,7 @@ def cluster() -> Iterator[LocalCluster]:
         yield stands
 
 
-def test_a_stopped_job_goes_on_from_where_it_was(cluster: LocalCluster) -> None:
+def test_a_stopped_job_resumes_where_it_stopped(cluster: LocalCluster) -> None:
     training = ["jobs/train_adm.py", "digits", "--total-images", "64000", "--log-every", "640"]
     running = start_job(cluster, *training, submission_id="to-be-stopped")
     assert running.stdout is not None

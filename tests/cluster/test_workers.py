@@ -139,7 +139,7 @@ def test_an_item_that_kills_every_worker_is_named_in_the_end(clock: Clock) -> No
 
 
 @pytest.mark.parametrize("later", [0.0, 0.2], ids=["all are ready", "the sound one is ready later"])
-def test_one_sick_worker_that_raises_at_once_fails_no_item(
+def test_one_faulty_worker_that_raises_at_once_fails_no_item(
     clock: Clock, caplog: pytest.LogCaptureFixture, later: float
 ) -> None:
     """59 of 60 items failed permanently when an item was retried on the worker that was idle first."""
@@ -183,7 +183,7 @@ def test_a_hang_has_a_deadline_although_no_worker_is_idle(
         list(Pool[int, int]([TimedActor(clock, lambda item: NEVER if item == 4 else 0.0)]).map(range(8)))
 
 
-def test_a_sound_item_that_misses_the_deadline_gets_a_longer_one(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_valid_item_that_misses_the_deadline_gets_a_longer_one(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "HANG_SECONDS", 0.1)
     assert list(Pool[int, int]([TimedActor(clock, lambda _: 0.35)]).map([7])) == [(7, 7)]
 
@@ -362,7 +362,7 @@ def make_sick(folder: str, count: int) -> Callable[[Task], int]:
 
 @pytest.mark.ray
 @pytest.mark.parametrize(("sick", "num_workers"), [(1, 2), (3, 16)])
-def test_sick_workers_cost_only_their_share(
+def test_faulty_workers_cost_only_their_share(
     ray_session: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -89,7 +89,7 @@ def _possible(spec: str) -> bool:
     return True
 
 
-def test_the_network_is_told_original_timesteps() -> None:
+def test_the_network_receives_original_timesteps() -> None:
     x = randn(3, 1, 2, 2)
     t = torch.tensor([0, 1, 9])
     assert process("10").model_timesteps(t, x).tolist() == [0, 111, 999]

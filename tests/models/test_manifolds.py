@@ -90,7 +90,7 @@ def test_clipped_metrics_fall_with_the_share_of_good_samples() -> None:
     assert density.value == pytest.approx(0.5, abs=0.05) and coverage.value == pytest.approx(0.5, abs=0.05)
 
 
-def test_copies_in_the_reference_are_said() -> None:
+def test_copies_in_the_reference_are_noted() -> None:
     rng = generator(13)
     reference = np.repeat(rng.standard_normal((20, 3)), 6, axis=0)
     found = manifolds(reference, rng.standard_normal((50, 3)))

@@ -234,7 +234,7 @@ def test_fd_infinity_is_where_the_distances_of_subsets_lead() -> None:
     assert found.distance - found.corrected.value == pytest.approx(found.bias) and found.bias > 1e-3
 
 
-def test_dead_features_do_no_harm() -> None:
+def test_constant_features_do_no_harm() -> None:
     rng = generator(9)
     alive = rng.standard_normal((200, 3))
     reference = moments(rng.standard_normal((300, 3)) * 1.1)

@@ -15,7 +15,7 @@ from models.paired_tests import (
 )
 
 
-def test_the_best_is_eliminated_no_oftener_than_the_level_says() -> None:
+def test_the_best_is_eliminated_at_most_at_the_stated_level() -> None:
     """All of ten models are equally good, so each is the best; three looks at nested samples."""
     alpha, models, looks = 0.05, 10, (700, 1000, 1400)
     level = level_of_a_test(alpha, len(looks), models - 1, 0)

@@ -43,7 +43,7 @@ def test_no_gpus_means_the_cpu_and_a_gpu_that_is_not_there_is_refused(monkeypatc
         choose_device(1)
 
 
-def test_what_cuda_reads_at_its_start_is_set_unless_the_user_has_set_it() -> None:
+def test_cuda_variables_are_set_unless_the_user_has_set_them() -> None:
     """In a process of its own, as in a worker."""
     code = (
         "import os, torch; torch.cuda.is_available = lambda: True\n"

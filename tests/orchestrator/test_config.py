@@ -17,7 +17,7 @@ class Config(JobConfig):
     num_workers: Operational[int] = 1
 
 
-def test_a_folder_takes_its_config_again_and_refuses_another(tmp_path: Path) -> None:
+def test_a_folder_accepts_its_config_and_refuses_another(tmp_path: Path) -> None:
     check_or_write_config(str(tmp_path), Config(seed=1), True, weights="abc")
     check_or_write_config(str(tmp_path), Config(seed=1, num_workers=8, store="/elsewhere"), True, weights="abc")
     with pytest.raises(ValueError, match=r"seed: 1 there, 2 here"):
@@ -26,7 +26,7 @@ def test_a_folder_takes_its_config_again_and_refuses_another(tmp_path: Path) -> 
         check_or_write_config(str(tmp_path), Config(seed=1), True, weights="def")
 
 
-def test_a_folder_without_finished_work_takes_any_config(tmp_path: Path) -> None:
+def test_a_folder_without_finished_work_accepts_any_config(tmp_path: Path) -> None:
     check_or_write_config(str(tmp_path), Config(seed=1), False)
     check_or_write_config(str(tmp_path), Config(seed=2), False)
     check_or_write_config(str(tmp_path), Config(seed=2), True)

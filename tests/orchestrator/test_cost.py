@@ -48,7 +48,7 @@ TABLE_10 = {
 @pytest.mark.parametrize(
     "names", [("adm-256",), *(pytest.param(names, marks=pytest.mark.slow) for names in TABLE_10 if len(names) > 1)]
 )
-def test_training_takes_the_papers_v100_days(names: tuple[str, ...]) -> None:
+def test_training_cost_matches_the_papers_v100_days(names: tuple[str, ...]) -> None:
     assert sum(v100_days(name) for name in names) == pytest.approx(TABLE_10[names], rel=0.01)
 
 
@@ -84,7 +84,7 @@ def v100_days(name: str) -> float:
     return gpu_seconds(whole_training(name), config, half=True) / DAY
 
 
-def test_guided_sampling_takes_what_was_measured_on_an_a100() -> None:
+def test_guided_sampling_cost_matches_a_measurement_on_an_a100() -> None:
     network, classifier = ZOO["adm-256"].network, ZOO["classifier-256"].network
     guided = sampling_cost(network, Evaluations(250, 250), images=1, batch=1, half=True, guide=classifier)
     plain = sampling_cost(network, Evaluations(250, 0), images=1, batch=1, half=True)

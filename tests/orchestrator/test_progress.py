@@ -7,7 +7,7 @@ from orchestrator.progress import counted, progress_line
 from tests.submission import ROOT
 
 
-def test_what_was_done_before_does_not_enter_the_rate() -> None:
+def test_the_rate_excludes_earlier_attempts() -> None:
     with progress_line(100, "samples") as progress:
         progress.finish_item("first", 60, in_rate=False)
         progress.finish_item("second", 10)
@@ -46,7 +46,7 @@ def test_counts_agree_with_their_nouns() -> None:
     ]  # fmt: skip
 
 
-def test_a_terminal_that_goes_away_costs_the_line_and_not_the_job() -> None:
+def test_a_closed_terminal_does_not_end_the_job() -> None:
     """tqdm keeps its lock where a write raises, so that its next call would wait for ever."""
     code = (
         "import sys\n"

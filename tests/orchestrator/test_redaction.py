@@ -61,7 +61,7 @@ def test_user_and_password_of_an_address(name: str, monkeypatch: pytest.MonkeyPa
         "Authorization: Bearer canary-canary",
     ],
 )
-def test_secrets_that_no_variable_holds(text: str) -> None:
+def test_secrets_outside_of_variables_are_redacted(text: str) -> None:
     assert "canary" not in redact_patterns(text) and "ary@" not in redact_patterns(text)
 
 
@@ -75,7 +75,7 @@ def test_secrets_that_no_variable_holds(text: str) -> None:
         "python jobs/generate_samples.py digits --output it's",
     ],
 )
-def test_what_is_no_secret_stays(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_without_secrets_is_unchanged(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/home/me@work")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "python jobs")
     assert redact(text) == text

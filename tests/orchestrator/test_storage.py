@@ -88,7 +88,7 @@ def test_one_of_many_creators_wins(root: str) -> None:
 
 
 @pytest.mark.parametrize("root", ["local", "file", "s3"], indirect=True)  # fsspec's memory:// commits at once
-def test_streamed_output_is_whole_or_absent(root: str) -> None:
+def test_streamed_output_is_complete_or_absent(root: str) -> None:
     uri = storage.join(root, "shard.bin")
     data = bytes(range(256)) * (1 << 17)  # 32 MiB: more than one part
     with pytest.raises(RuntimeError, match="half way"), storage.open_output(uri) as file:
@@ -279,7 +279,7 @@ def test_an_upload_cut_half_way_leaves_no_object(s3_bucket: str, proxy: Proxy, m
     assert storage.read_bytes(f"{s3_bucket}/x") == DATA
 
 
-def test_a_slow_upload_is_no_stalled_one(s3_bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_upload_is_not_a_stalled_one(s3_bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(storage._S3_OPTIONS["config_kwargs"], "read_timeout", 3.0)  # seconds
     rule = proxy.add("slow", "PUT")
     storage.write_bytes(f"{s3_bucket}/x", LARGE)  # four seconds of sending, half a second of waiting

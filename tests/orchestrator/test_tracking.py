@@ -71,7 +71,7 @@ def artifacts(output: str, job: str = "train") -> set[str]:
 
 
 @pytest.mark.parametrize("name", ["digits", 'it\'s 100% "mine"'])
-def test_a_job_started_again_goes_on_in_its_run(uri: str, tmp_path: Path, name: str) -> None:
+def test_a_restarted_job_resumes_its_tracked_run(uri: str, tmp_path: Path, name: str) -> None:
     output = f"{tmp_path}/{name}"
     for step in (64, 128):
         with tracked("train", JobConfig(store=str(tmp_path)), output) as tracker:
@@ -136,7 +136,7 @@ def test_pages_and_documents_are_artefacts(uri: str, tmp_path: Path) -> None:
     assert artifacts(f"{tmp_path}/run", "evaluate") == {"config.json", "report.json", "report.html", "samples.png"}
 
 
-def test_what_is_refused_does_not_hold_up_the_rest(uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_refused_record_does_not_block_the_others(uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     output = f"{tmp_path}/digits"
     with tracked("train", JobConfig(store=str(tmp_path)), output) as tracker:
         for step in range(5):
@@ -150,7 +150,7 @@ def test_what_is_refused_does_not_hold_up_the_rest(uri: str, tmp_path: Path, cap
     assert "no such name?" in caplog.text and "2 records were refused" in caplog.text
 
 
-def test_a_driver_that_another_one_was_quicker_than_tries_again(
+def test_a_driver_that_loses_a_race_retries(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Two drivers of one run log its parameters at the same moment, and the database refuses one of them."""
@@ -210,7 +210,7 @@ def test_a_finished_job_catches_up_once(
     catch_up("train", config, output)
 
 
-def test_a_folder_made_anew_is_sent_from_its_beginning(uri: str, tmp_path: Path) -> None:
+def test_a_recreated_folder_is_sent_from_its_beginning(uri: str, tmp_path: Path) -> None:
     output = f"{tmp_path}/run"
     for value in (1.0, 2.0):
         with tracked("train", JobConfig(store=str(tmp_path)), output) as tracker:
@@ -439,7 +439,7 @@ def test_the_last_line_is_a_link_without_password(
 
 
 @pytest.mark.slow
-def test_a_server_that_is_killed_and_comes_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_killed_server_that_restarts_gets_all_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     port = free_port()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.5)

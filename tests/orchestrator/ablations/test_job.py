@@ -135,7 +135,7 @@ def test_rows_are_compared_with_the_row_that_they_name() -> None:
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted(TABLES.glob("*.yaml"))])
-def test_every_row_of_every_table_that_comes_with_admiral_is_a_config(name: str) -> None:
+def test_every_row_of_every_included_table_is_a_config(name: str) -> None:
     preset = ablation_presets()[name][1]
     table = preset.read_table()
     trainings = {row: preset.training(table, row, table.seeds[0]) for row in table.rows}
@@ -165,7 +165,7 @@ def test_a_wrong_table_is_refused(tmp_path: Path, changes: dict[str, Any], words
         plan(config(str(tmp_path), {**TABLE, **changes}))
 
 
-def test_a_row_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_row_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--rows nothing"):
         plan(config(str(tmp_path), rows=("nothing",)))
 

@@ -93,7 +93,7 @@ def test_batches_do_not_depend_on_workers_or_restarts(prepared: Manifest, crop: 
     assert 0.4 < flips.mean() < 0.6
 
 
-def test_a_row_that_cannot_be_decoded_shows_the_next_good_one(prepared: Manifest, tmp_path: Path) -> None:
+def test_a_row_that_cannot_be_decoded_is_replaced_by_the_next_valid_one(prepared: Manifest, tmp_path: Path) -> None:
     manifest = _with_damage(prepared, tmp_path, lambda row: row in (5, 6))
     plain = global_batches(prepared, 1, 0, 22)
     damaged = global_batches(manifest, 1, 0, 22)
@@ -113,7 +113,7 @@ def test_a_row_that_cannot_be_decoded_shows_the_next_good_one(prepared: Manifest
         assert same(global_batches(manifest, world_size, 9 * 64, 13), damaged[9:])
 
 
-def test_damage_past_repair_names_the_shard(prepared: Manifest, tmp_path: Path) -> None:
+def test_irreparable_damage_names_the_shard(prepared: Manifest, tmp_path: Path) -> None:
     manifest = _with_damage(prepared, tmp_path, lambda row: True)
     with pytest.raises(ValueError, match=r"no image of row group \d+ of .*train-00000-of-00001\.parquet"):
         global_batches(manifest, 1, 0, 1)
@@ -148,7 +148,7 @@ def test_a_plan_for_other_row_groups_is_refused_at_once(prepared: Manifest) -> N
         batches(prepared, make_order(prepared), 0, 1, 3, 16)
 
 
-def test_read_images_is_the_manifests_order(prepared: Manifest) -> None:
+def test_read_images_returns_the_order_of_the_manifest(prepared: Manifest) -> None:
     rows = table(prepared, "validation")
     images, labels = read_images(prepared, "validation", 0, 360, 8)
     assert labels.tolist() == rows["label"] and labels.dtype == np.int64
@@ -161,7 +161,7 @@ def test_read_images_is_the_manifests_order(prepared: Manifest) -> None:
         read_images(prepared, "validation", 350, 361, 8)
 
 
-def test_batches_end_where_they_are_told(prepared: Manifest) -> None:
+def test_batches_end_at_the_given_position(prepared: Manifest) -> None:
     order = make_order(prepared)
     found = list(batches(prepared, order, 0, 1, 64, 16, use_ray=False, end=64 * 30))
     assert len(found) == 29, "from the second step into the second epoch"

@@ -73,7 +73,7 @@ def test_a_tree_and_its_tar_of_tars_give_the_same_shards(tmp_path: Path, s3_buck
         assert there == here
 
 
-def test_an_interrupted_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_job_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
     config = digits(str(tmp_path))
     whole = prepare(config)
@@ -105,7 +105,7 @@ def test_a_finished_dataset_is_found_and_another_config_refused(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("change", ["gone", "longer"])
-def test_a_source_that_changed_half_way_is_refused(change: str, tmp_path: Path) -> None:
+def test_a_source_that_changed_since_the_first_attempt_is_refused(change: str, tmp_path: Path) -> None:
     source = layouts.write_tree(str(tmp_path / "images"), pictures(10))
     config = three(tmp_path, source)
     Path(prepare(config).folder, "manifest.json").unlink()
@@ -376,7 +376,7 @@ prepare(PrepareConfig(store=sys.argv[1], source=sys.argv[2], output="out", name=
 """
 
 
-def test_a_killed_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_job_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
     source = layouts.write_tree(str(tmp_path / "images"), pictures(60))
     command = [sys.executable, "-c", DIES, str(tmp_path), source, "77"]

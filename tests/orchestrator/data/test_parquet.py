@@ -152,7 +152,7 @@ def test_a_copy_is_shuffled(resolution: int | None, tmp_path: Path, monkeypatch:
     np.testing.assert_array_equal(images, np.stack([center_crop(decode(found[n].data), 16) for n in numbers]))
 
 
-def test_staging_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_staging_resumes_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = pictures(20)
     for i in range(3):
         write_parquet(str(tmp_path / "public"), found[i::3], file=f"train-{i}.parquet")

@@ -457,7 +457,7 @@ def test_trials(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert report["num_classes"] == len(manifest.classes)
 
 
-def test_what_was_understood_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_detected_layout_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "in", tiny_imagenet() | {"train/notes.docx": b"", "train/.DS_Store": b""})
     prepare(config(tmp_path, Trial({}, "")))
     text = capsys.readouterr().out

@@ -68,7 +68,7 @@ def test_shards_change_nothing(images: np.ndarray, tmp_path: Path) -> None:
     assert all(other == first for other in others)
 
 
-def test_where_nothing_is_missing_no_gpu_is_needed(images: np.ndarray, tmp_path: Path) -> None:
+def test_complete_features_need_no_gpu(images: np.ndarray, tmp_path: Path) -> None:
     """A driver and the trials of a search read finished features on nodes without a GPU."""
     some = sharded(tmp_path / "in", images, 2)
     if not torch.cuda.is_available():
@@ -78,7 +78,7 @@ def test_where_nothing_is_missing_no_gpu_is_needed(images: np.ndarray, tmp_path:
     assert extract_all(some, str(tmp_path / "out"), TOY, num_workers=0, num_gpus=1.0) == made
 
 
-def test_a_block_is_read_while_the_network_sees_the_one_before(images: np.ndarray, tmp_path: Path) -> None:
+def test_the_next_block_is_read_during_the_forward_pass(images: np.ndarray, tmp_path: Path) -> None:
     begun = {block: threading.Event() for block in range(0, COUNT, BLOCK)}
 
     def read(begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
@@ -108,7 +108,7 @@ def test_the_pool_changes_nothing(
     assert alone.mean.tobytes() == together.mean.tobytes() and alone.m2.tobytes() == together.m2.tobytes()
 
 
-def test_what_is_missing_is_made_and_the_rest_left_alone(images: np.ndarray, tmp_path: Path) -> None:
+def test_only_missing_features_are_extracted(images: np.ndarray, tmp_path: Path) -> None:
     some = sharded(tmp_path / "in", images, 1)
     files = extract_all(some, str(tmp_path / "out"), TOY, num_workers=0)
     before = contents(files)

@@ -37,7 +37,7 @@ def config(store: str, output: str, **changes: object) -> LikelihoodConfig:
     return LikelihoodConfig(**settings | changes)
 
 
-def test_the_numbers_add_up_and_the_pictures_are_there(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_has_consistent_numbers_and_all_pictures(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     uri = estimate(config(store, "whole"))
     found = storage.read_json(uri)
     bits = found["bits_per_dim"]

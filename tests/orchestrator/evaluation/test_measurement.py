@@ -96,7 +96,7 @@ def test_statistics_alone_leave_out_what_needs_images(sets: tuple[FeatureFiles, 
 
 
 @pytest.mark.parametrize("count", [1, 4, 20])
-def test_few_samples_are_told_what_they_cannot_give(
+def test_few_samples_have_notes_about_missing_metrics(
     count: int, tmp_path: Path, sets: tuple[FeatureFiles, Reference]
 ) -> None:
     _, reference = sets

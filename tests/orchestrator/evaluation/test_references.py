@@ -53,7 +53,7 @@ def test_without_statistics_the_images_give_them(images: np.ndarray, tmp_path: P
     assert found.count == 40
 
 
-def test_what_a_file_cannot_give_is_said(images: np.ndarray, tmp_path: Path) -> None:
+def test_metrics_that_a_file_cannot_give_are_explained(images: np.ndarray, tmp_path: Path) -> None:
     found = opened(tmp_path, mu=np.zeros(12), sigma=np.eye(12))
     assert "no images (arr_0)" in found.missing["rows"] and "not mu_s and sigma_s" in found.missing["spatial"]
     assert found.files is None and found.count is None

@@ -65,7 +65,7 @@ def test_a_released_model_is_priced_before_it_is_there() -> None:
     assert "50,000 images x 633 TFLOPs" in lines and "14% of 989 TFLOP/s" in lines
 
 
-def test_a_batch_that_is_not_said_is_one_that_the_card_holds() -> None:
+def test_a_batch_size_that_is_not_given_fits_the_gpu() -> None:
     _, preset = generation_presets()["released"]
     large = preset.model_copy(update=recommended("adm-512"))
     lines = "\n".join(cost_lines(large, 50_000, {}))

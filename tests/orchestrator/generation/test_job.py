@@ -66,7 +66,7 @@ def test_an_index_depends_on_seed_and_index_only(store: str) -> None:
     assert not np.array_equal(whole, other)
 
 
-def test_only_missing_shards_are_made_again(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_missing_shards_are_regenerated(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = config(store, "resumed")
     folder = generate(wanted)
     before = pixel_hashes(read_range(folder, 0, 21)[0])
@@ -137,7 +137,7 @@ def test_more_samples_draw_only_what_is_missing(store: str) -> None:
         generate(config(store, "grown", num_samples=6))
 
 
-def test_indices_take_all_else_from_the_folder(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_indices_read_all_other_settings_from_the_folder(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     generate(config(store, "whole"))
     asked = config(store, "whole", indices=(3,), seed=9, num_samples=1, classifier=None, guidance=GuidanceConfig())
     generate(asked.starting_from(asked.model_copy(update={"indices": ()})).model_copy(update={"indices": (3,)}))
@@ -181,7 +181,7 @@ def test_a_cascade_keeps_both_stages(store: str) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_half_precision_draws_nearly_the_same_images(store: str, sampler: str) -> None:
+def test_half_precision_gives_nearly_the_same_images(store: str, sampler: str) -> None:
     chain = SamplerConfig(name=sampler, num_steps=4)
     exact = read_range(generate(config(store, f"{sampler}-float32", num_samples=8, sampler=chain)), 0, 8)[0]
     half = generate(config(store, f"{sampler}-bfloat16", num_samples=8, sampler=chain, dtype="bfloat16"))
@@ -252,7 +252,7 @@ def test_the_manifest_holds_the_digests_of_the_pixels(store: str) -> None:
         assert entry["sha256"] == check_shard(folder, shard) and entry["name"] == shard.name
 
 
-def test_two_jobs_on_one_folder_do_no_harm(store: str) -> None:
+def test_two_jobs_on_one_folder_give_the_same_samples(store: str) -> None:
     jobs = [threading.Thread(target=generate, args=(config(store, "shared"),)) for _ in range(2)]
     for job in jobs:
         job.start()
@@ -408,7 +408,7 @@ def test_networks_that_cannot_guide_are_refused(store: str, guidance: dict[str, 
 # ------------------------------------------------------------------------------------------------ indices, options
 
 
-def test_indices_are_made_again_and_compared(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_indices_are_regenerated_and_compared(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder = finished_copy(store, "regenerated")
     generate(config(store, "regenerated", indices=(20, 3)))
     assert capsys.readouterr().out.count("equal") == 2

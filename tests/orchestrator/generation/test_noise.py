@@ -22,6 +22,6 @@ def test_drawn_ahead_it_is_equal_to_the_bit() -> None:
             assert torch.equal(draw(key), draw_noise(2**63, key))
 
 
-def test_an_ask_out_of_plan_is_an_error_and_not_other_noise() -> None:
+def test_an_unplanned_request_is_an_error_and_not_other_noise() -> None:
     with NoiseAhead(0, KEYS) as draw, pytest.raises(RuntimeError, match="is not the next in the plan"):
         draw(KEYS[1])

@@ -16,7 +16,7 @@ def parsed(*argv: str) -> GenerationConfig:
     return parse("Generate.", generation_presets(), ["digits", *argv])
 
 
-def test_a_recipe_takes_the_published_recommendation_and_options_come_after_it() -> None:
+def test_a_recipe_is_the_published_recommendation_and_options_override_it() -> None:
     config = parsed("--recipe", "adm-256", "--guidance.scale", "1.5", "--sampler.num-steps", "100")
     assert (config.weights, config.classifier) == ("256x256_diffusion.pt", "256x256_classifier.pt")
     assert (config.sampler.name, config.sampler.num_steps, config.guidance.scale) == ("ddpm", 100, 1.5)
@@ -51,7 +51,7 @@ def write_search(folder: Path, setting: dict[str, Any]) -> str:
     return str(folder / "search.json")
 
 
-def test_from_search_takes_the_winner(tmp_path: Path) -> None:
+def test_from_search_uses_the_winner(tmp_path: Path) -> None:
     sampler, guidance = {"name": "dpm_solver", "num_steps": 12}, {"kind": "classifier", "scale": 2.5}
     plain = {"weights": "run", "sampler": sampler, "guidance": guidance}
     config = parsed("--from-search", write_search(tmp_path, plain), "--guidance.scale", "3")
@@ -75,7 +75,7 @@ def test_from_search_takes_the_winner(tmp_path: Path) -> None:
         ({"guidance": {"scale": -1.0}, "sampler": {"name": "ddim"}, "weights": "run"}, "scale"),
     ],
 )
-def test_a_setting_that_cannot_be_followed_whole_is_an_error(
+def test_a_setting_that_generation_cannot_use_completely_is_an_error(
     tmp_path: Path, setting: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:

@@ -72,9 +72,7 @@ def test_every_snapshot_of_every_average_at_every_scale(store: str, capsys: pyte
     assert all(curve in page for curve in curves) and page.count("data:image/png") == 2
 
 
-def test_what_is_evaluated_is_not_drawn_again_and_more_may_be_asked_for(
-    store: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluated_points_are_not_repeated_and_more_can_be_added(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write_snapshot(store, "again", 64, "ema-0.9")
     evaluate_run(config(store, "again"))
     drawn: list[Any] = []

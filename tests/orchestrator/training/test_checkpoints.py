@@ -82,7 +82,7 @@ def test_a_late_writer_of_an_earlier_attempt_changes_nothing(tmp_path: Path) -> 
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_damaged_checkpoint_does_not_keep_a_sound_one_from_its_place(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_can_be_replaced(tmp_path: Path) -> None:
     run = str(tmp_path)
     save_checkpoint(run, checkpoint(64))
     damaged = Path(save_checkpoint(run, checkpoint(128), attempt="zzz"))  # the first that a reader would try

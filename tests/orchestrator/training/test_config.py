@@ -32,7 +32,7 @@ def test_a_network_of_one_channel_refuses_coloured_images() -> None:
         make_microbatches([share], channels=1, seed=0, rows=2)
 
 
-def test_labels_are_left_out_by_seed_epoch_and_sample() -> None:
+def test_labels_are_dropped_by_seed_epoch_and_sample() -> None:
     """However the samples are dealt to workers and microbatches, the same ones lose their labels."""
     count, seed = 4_000, 3
 

@@ -87,9 +87,7 @@ def test_a_longer_training_has_the_bits_of_one_that_was_as_long_from_the_start(s
         train(quiet(store, "longer", total_images=64))
 
 
-def test_a_learning_rate_that_falls_to_the_end_is_stretched_only_if_asked_to(
-    store: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_linear_learning_rate_is_extended_only_on_request(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     falling: dict[str, Any] = {"lr_schedule": "linear"}
     train(quiet(store, "falling", total_images=48, **falling))
     with pytest.raises(ValueError, match=r"--total-images 96: .* falls to zero at 48.*--extend.*to 0\.0005"):

@@ -102,7 +102,7 @@ def test_another_network_is_refused_by_option(tmp_path: Path, changes: dict[str,
         begun(config(tmp_path))
 
 
-def test_a_released_name_tells_the_architecture_as_before(
+def test_a_released_name_still_gives_the_architecture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(ZOO, "tiny", Entry("tiny.pt", UNET, DiffusionConfig(schedule="cosine")))

@@ -236,7 +236,7 @@ def test_a_notice_of_preemption_is_answered_with_a_checkpoint(store: str) -> Non
     assert kept == {"images-000000000032", "images-000000000064"}
 
 
-def test_a_full_disk_costs_checkpoints_not_the_training(
+def test_a_full_disk_does_not_end_the_training(
     store: str, unhurried: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = adm(store, "full", total_images=128, checkpoint_every=32)
@@ -285,7 +285,7 @@ def test_a_checkpoint_that_comes_due_while_one_is_written_is_skipped(
     assert skipped == [32, 48] and final_state(config)
 
 
-def test_old_checkpoints_that_cannot_be_removed_stay_and_the_training_goes_on(
+def test_old_checkpoints_that_cannot_be_removed_stay_and_the_training_continues(
     store: str, unhurried: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(uri: str) -> None:
@@ -335,9 +335,7 @@ def test_a_run_without_a_usable_checkpoint_stops_unless_told_to_restart(store: s
         assert torch.equal(tensor, final_state(config)[name]), f"{name} did not start afresh"
 
 
-def test_a_restart_from_scratch_undoes_what_a_half_read_checkpoint_left(
-    store: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_restart_from_scratch_discards_a_partly_read_checkpoint(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "FILE_BYTES", 10_000)
     whole, config = adm(store, "all-files"), adm(store, "last-file")
     train_loop(whole, context())
@@ -351,7 +349,7 @@ def test_a_restart_from_scratch_undoes_what_a_half_read_checkpoint_left(
         assert torch.equal(tensor, final_state(config)[name]), f"{name} was left by the damaged checkpoint"
 
 
-def test_a_training_starts_from_other_weights_and_says_what_it_makes_anew(
+def test_initial_weights_are_loaded_and_reinitialised_tensors_are_named(
     store: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = adm(store, "source", model=UNET.model_copy(update={"num_classes": None}))
@@ -382,7 +380,7 @@ def test_the_datasets_classes_become_the_models(store: str) -> None:
     assert load_network(config.path("own-classes")).architecture.num_classes == 10
 
 
-def test_an_average_of_another_length_is_made_afterwards(store: str) -> None:
+def test_posthoc_ema_gives_an_average_of_another_length(store: str) -> None:
     config = adm(
         store, "power", power_emas=(0.05, 0.1, 0.075), total_images=640, snapshot_every=32, checkpoint_every=320
     )
@@ -403,7 +401,7 @@ def test_an_average_of_another_length_is_made_afterwards(store: str) -> None:
         average(AverageConfig(store=store, weights="power", images=40))
 
 
-def test_validation_takes_the_same_noise_every_time(store: str) -> None:
+def test_validation_uses_the_same_noise_every_time(store: str) -> None:
     records: list = []
     config = adm(store, "validated", eval_every=32, eval_images=50, learning_rate=1e-12)
     train_loop(config, context(records=records))
@@ -412,7 +410,7 @@ def test_validation_takes_the_same_noise_every_time(store: str) -> None:
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5), "nothing but the weights may change"
 
 
-def test_overfitting_is_told_from_chance(store: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_overfitting_is_distinguished_from_chance(store: str, caplog: pytest.LogCaptureFixture) -> None:
     config = adm(store, "overfit", eval_every=32, eval_images=200)
     manifest = load_manifest(config.path("digits"))
     validation, state = Validation(config, manifest, Group(0, 1)), TrainingState(config, torch.device("cpu"), 200)

@@ -21,7 +21,7 @@ def test_means_by_quartile_are_over_images() -> None:
     assert means_by_quartile(sums, ["loss"]) == {"loss": 3.75, "loss_q0": 1.5, "loss_q1": 4.0, "loss_q3": 8.0}
 
 
-def test_a_report_holds_what_happened_since_the_last() -> None:
+def test_a_report_covers_the_time_since_the_last_one() -> None:
     config = AdmConfig(
         dataset="d", output="o", diffusion=DiffusionConfig(), total_images=64, batch_size=4, learning_rate=0.5,
         order=OrderConfig(num_streams=2), dtype="float16",

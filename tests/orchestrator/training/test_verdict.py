@@ -26,5 +26,5 @@ def test_accuracy_by_noise_level_and_verdict(
     assert ("validation" in first) == (validation is not None) and verdict in second
 
 
-def test_without_numbers_there_is_no_verdict(tmp_path: Path) -> None:
+def test_without_metrics_there_is_no_verdict(tmp_path: Path) -> None:
     assert not classifier_lines(str(tmp_path), 10)

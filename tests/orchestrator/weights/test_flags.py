@@ -155,7 +155,7 @@ def test_every_model_of_the_zoo_is_in_the_table() -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_flags_give_the_zoos_entry(name: str) -> None:
+def test_published_flags_give_the_entry_of_the_zoo(name: str) -> None:
     text, code = PUBLISHED[name]
     architecture, diffusion = parse_flags(text, code).describe(shapes(ZOO[name].network))
     assert architecture == ZOO[name].network
