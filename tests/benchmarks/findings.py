@@ -30,6 +30,7 @@ from orchestrator.weights.network import load_network
 ROOT = Path(__file__).resolve().parents[2]
 FD = "fd_digits"
 NOISE = "log10 of the gradient's variance"
+BATCHES = 100  # gradients from which a variance is estimated
 DATASET, CLEAN_CLASSIFIER = "datasets/digits", "digits/clean-classifier"
 
 Json = dict[str, Any]
@@ -125,24 +126,25 @@ def gradient_noise(store: str, seeds: list[int]) -> Json:
     """Return how importance sampling changes the variance of the bound's gradient, over networks of all seeds.
 
     The difference is of log10 of the covariance's trace, by importance sampling minus by uniform timesteps, at the last
-    weights of the row "cosine, bound", over 100 batches of 64 images.
+    weights of the row "cosine, bound", over BATCHES batches of 64 images.
     """
     changes = []
     for seed in seeds:
         run = storage.join(store, "ablations", IDDPM, "runs", f"cosine--bound-seed{seed}")
-        changes.append(_change_of_noise(run, storage.join(store, DATASET), seed))
+        changes.append(change_of_noise(run, storage.join(store, DATASET), seed))
     half = student_quantile(0.975, len(seeds) - 1) * float(np.std(changes, ddof=1)) / len(seeds) ** 0.5
     mean = float(np.mean(changes))
     return describe(Estimate(mean, len(seeds), mean - half, mean + half))
 
 
-def _change_of_noise(run: str, dataset: str, seed: int) -> float:
+def change_of_noise(run: str, dataset: str, seed: int) -> float:
+    """Return log10 of the gradient's variance by importance sampling over that by uniform timesteps."""
     network, rng = load_network(run), np.random.default_rng(seed)
     diffusion, manifest = Diffusion(network.diffusion), load_manifest(dataset)
     size, count = network.architecture.image_size, manifest.num_samples("train")
     pixels, labels = read_images(manifest, "train", 0, count, size)
     images, classes = from_uint8(torch.from_numpy(pixels), network.architecture.in_channels), torch.from_numpy(labels)
-    parameters = list(network.module.parameters())
+    parameters = list(network.module.requires_grad_().parameters())
 
     def losses(timesteps: np.ndarray) -> torch.Tensor:
         rows = torch.from_numpy(rng.integers(count, size=len(timesteps)))
@@ -152,7 +154,7 @@ def _change_of_noise(run: str, dataset: str, seed: int) -> float:
 
     def variance(timesteps: TimestepSampler) -> float:
         gradients = []
-        for _ in range(100):
+        for _ in range(BATCHES):
             t, weights = timesteps.draw(rng.random(64))
             loss = (losses(t) * torch.from_numpy(weights)).mean()
             gradients.append(torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)]))

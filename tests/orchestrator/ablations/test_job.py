@@ -16,6 +16,7 @@ from orchestrator.ablations.result import Measured, conclude, table_lines
 from orchestrator.data.job import prepare
 from orchestrator.training.config import AdmConfig
 from orchestrator.training.presets import adm_presets
+from tests.benchmarks import findings
 from tests.benchmarks.findings import FINDINGS, NOISE, judged
 from tests.orchestrator.digits import digits
 
@@ -184,6 +185,12 @@ def test_every_finding_names_a_row_and_a_metric_of_its_table() -> None:
         assert finding.row in table.rows and table.compared_with()[finding.row], finding
         objectives = presets[finding.table][1].evaluation(table, finding.row, 0).objective
         assert finding.metric in (*objectives, *(["bits_per_dim", NOISE] if table.likelihood else [])), finding
+
+
+def test_the_noise_of_gradients_is_measured(small_world: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test that a stored network is measured; without gradients this failed after 45 minutes of trainings."""
+    monkeypatch.setattr(findings, "BATCHES", 3)
+    assert np.isfinite(findings.change_of_noise(f"{small_world}/digits/diffusion", f"{small_world}/datasets/digits", 0))
 
 
 def test_a_finding_is_judged_by_its_interval() -> None:
