@@ -276,7 +276,7 @@ def _images_cpu_diffusion() -> AdmConfig:
     changes = {
         "model": diffusion.model.model_copy(update=_SMALL),
         "order": OrderConfig(),
-        "total_images": 384_000,
+        "total_images": 320_000,
         "batch_size": 64,
         "dtype": "float32",
         "compile": False,
