@@ -9,14 +9,19 @@ from orchestrator.pictures import COLOURS, figure_png, subplots
 from orchestrator.search.result import number
 
 Json = dict[str, Any]
+MARKERS = "osD^v"  # one for each time that the colours are used
 
 
 def ablations_page(result: Json) -> tuple[str, dict[str, bytes]]:
     """Return the page for the content of ablations.json, and its pictures (PNG) by name."""
     pictures = {"ablations.png": quality_figure(result)}
+    notes: dict[str, list[str]] = {}
+    for row, found in result["rows"].items():
+        notes.setdefault(next(iter(found["values"].values()))["note"], []).append(row)
     page = template(Path(__file__).with_suffix(".html")).render(
         result=result,
         number=number,
+        notes=notes,
         names=list(next(iter(result["rows"].values()))["values"]),
         pictures={name: base64.b64encode(data).decode() for name, data in pictures.items()},
     )
@@ -27,18 +32,22 @@ def quality_figure(result: Json) -> bytes:
     """Draw the first objective along each training, and the final one against worker-hours and parameters."""
     name = result["objective"][0]
     figure, (along, hours, parameters) = subplots(1, 3, figsize=(10.8, 3.6))
-    for colour, (row, found) in zip(COLOURS * 9, result["rows"].items(), strict=False):
+    for index, (row, found) in enumerate(result["rows"].items()):
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index // len(COLOURS) % len(MARKERS)]
         images = [point["images"] for point in found["curve"]]
-        along.plot(images, [point[name] for point in found["curve"]], "o-", color=colour, markersize=3, label=row)
+        values = [point[name] for point in found["curve"]]
+        along.plot(images, values, f"{marker}-", color=colour, markersize=4, label=row)
         value = found["values"][name]
         ends = value["interval"] or [value["value"]] * 2
         error = [[value["value"] - ends[0]], [ends[1] - value["value"]]]
-        for axis, x in ((hours, found["hours"]), (parameters, found["parameters"])):
+        for axis, x in ((hours, found["hours"]), (parameters, found["parameters"] / 1e6)):
             if x is not None:
-                axis.errorbar(x, value["value"], yerr=error, fmt="o", color=colour, markersize=4)
+                axis.errorbar(x, value["value"], yerr=error, fmt=marker, color=colour, markersize=5)
     title = f"{name.replace('_', ' ')}, bias-corrected"
     along.set(xlabel="images, one training seed", ylabel=title)
     hours.set(xlabel="worker-hours of training")
-    parameters.set(xlabel="parameters")
+    parameters.set(xlabel="million parameters")
+    for axis in (along, hours, parameters):
+        axis.locator_params(axis="x", nbins=4)
     figure.legend(*along.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure_png(figure)

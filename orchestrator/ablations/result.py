@@ -49,7 +49,7 @@ def conclude(against: dict[str, str | None], measured: list[Measured], failed: d
 
 
 def _row(mine: list[Measured], against: str | None, others: list[Measured]) -> Json:
-    objectives, hours = list(mine[0].scores), [one.hours for one in mine if one.hours is not None]
+    objectives, hours = mine[0].quality["objective"], [one.hours for one in mine if one.hours is not None]
     values = {name: [one.last["objective"][name]["value"] for one in mine] for name in objectives}
     metrics = {name: [one.last["metrics"][name]["value"] for one in mine] for name in mine[0].last["metrics"]}
     if mine[0].bits:
