@@ -37,7 +37,18 @@ def generation_presets() -> dict[str, tuple[str, GenerationConfig]]:
             "output": "adm64-256/samples",
         }
     )
-    images = GenerationConfig(
+    return {
+        "digits": (DIGITS, digits),
+        "images": (IMAGES, _images()),
+        "images_cpu": (IMAGES_CPU, _images_cpu()),
+        **{f"imagenet{size}": (f"{IMAGENET} at {size}x{size}, as published", _imagenet(size)) for size in SIZES},
+        "released": ("the released ADM-G on ImageNet 64x64, as recommended", released),
+        "cascade": ("the same, enlarged to 256x256 by the released upsampler (ADM-G + ADM-U)", cascade),
+    }
+
+
+def _images() -> GenerationConfig:
+    return GenerationConfig(
         weights="images/diffusion",
         classifier="images/classifier",
         output="images/samples",
@@ -48,25 +59,19 @@ def generation_presets() -> dict[str, tuple[str, GenerationConfig]]:
         compile=True,
         num_gpus=1,
     )
-    images_cpu = images.model_copy(
-        update={
-            "weights": "images_cpu/diffusion",
-            "classifier": "images_cpu/classifier",
-            "output": "images_cpu/samples",
-            "num_samples": 1_000,
-            "dtype": "float32",
-            "compile": False,
-            **TWO_CORES,
-        }
-    )
-    return {
-        "digits": (DIGITS, digits),
-        "images": (IMAGES, images),
-        "images_cpu": (IMAGES_CPU, images_cpu),
-        **{f"imagenet{size}": (f"{IMAGENET} at {size}x{size}, as published", _imagenet(size)) for size in SIZES},
-        "released": ("the released ADM-G on ImageNet 64x64, as recommended", released),
-        "cascade": ("the same, enlarged to 256x256 by the released upsampler (ADM-G + ADM-U)", cascade),
+
+
+def _images_cpu() -> GenerationConfig:
+    changes = {
+        "weights": "images_cpu/diffusion",
+        "classifier": "images_cpu/classifier",
+        "output": "images_cpu/samples",
+        "num_samples": 1_000,
+        "dtype": "float32",
+        "compile": False,
+        **TWO_CORES,
     }
+    return _images().model_copy(update=changes)
 
 
 def _imagenet(size: int) -> GenerationConfig:

@@ -35,7 +35,20 @@ def search_presets() -> dict[str, tuple[str, SearchConfig]]:
         dtype="bfloat16",
         num_gpus=1,
     )
-    images = SearchConfig(
+    return {
+        "digits": (DIGITS, digits),
+        "images": (IMAGES, _images()),
+        "images_cpu": (IMAGES_CPU, _images_cpu()),
+        **{
+            f"imagenet{size}": (f"{IMAGENET} at {size}x{size}, by FID at 25 and 50 steps", _imagenet(size))
+            for size in SIZES
+        },
+        "released": ("the released ADM-G on ImageNet 256x256", released),
+    }
+
+
+def _images() -> SearchConfig:
+    return SearchConfig(
         weights=("images/diffusion",),
         classifier="images/classifier",
         reference="datasets/images",
@@ -48,29 +61,21 @@ def search_presets() -> dict[str, tuple[str, SearchConfig]]:
         dtype="bfloat16",
         num_gpus=1,
     )
-    images_cpu = images.model_copy(
-        update={
-            "weights": ("images_cpu/diffusion",),
-            "classifier": "images_cpu/classifier",
-            "output": "images_cpu/search",
-            "space": SpaceConfig(scales=(0.0, 0.5, 1.0, 2.0, 4.0), continuous=False, num_steps=(25,)),
-            "rungs": (64, 128, 256, 512),
-            "trials": 5,
-            "budget": "60%",
-            "dtype": "float32",
-            **TWO_CORES,
-        }
-    )
-    return {
-        "digits": (DIGITS, digits),
-        "images": (IMAGES, images),
-        "images_cpu": (IMAGES_CPU, images_cpu),
-        **{
-            f"imagenet{size}": (f"{IMAGENET} at {size}x{size}, by FID at 25 and 50 steps", _imagenet(size))
-            for size in SIZES
-        },
-        "released": ("the released ADM-G on ImageNet 256x256", released),
+
+
+def _images_cpu() -> SearchConfig:
+    changes = {
+        "weights": ("images_cpu/diffusion",),
+        "classifier": "images_cpu/classifier",
+        "output": "images_cpu/search",
+        "space": SpaceConfig(scales=(0.0, 0.5, 1.0, 2.0, 4.0), continuous=False, num_steps=(25,)),
+        "rungs": (64, 128, 256, 512),
+        "trials": 5,
+        "budget": "60%",
+        "dtype": "float32",
+        **TWO_CORES,
     }
+    return _images().model_copy(update=changes)
 
 
 def _imagenet(size: int) -> SearchConfig:
