@@ -80,10 +80,17 @@ class SampleBudget:
 
         The reserve is for the final evaluation. A budget in % does not include it.
         """
-        reserve = [] if self._limit.unit == "%" else reserve
+        prices = [self._price(task.setting, self.new(task)) for task in tasks]
+        return int((np.cumsum(prices) <= share * self._left(reserve)).sum())
+
+    def pays(self, settings: list[Setting], count: int, share: float, reserve: list[Evaluation]) -> bool:
+        """Return whether `share` of what remains beside `reserve` pays for `count` more samples of each setting."""
+        return sum(self._price(setting, count) for setting in settings) <= share * self._left(reserve)
+
+    def _left(self, reserve: list[Evaluation]) -> float:
         spent = {"samples": self.samples, "%": self.evaluations, "h": self._seconds}[self._limit.unit]
-        left = share * (self._most - spent - sum(map(self._price, reserve)))
-        return int((np.cumsum([self._price(task) for task in tasks]) <= left).sum())
+        kept = [] if self._limit.unit == "%" else reserve
+        return self._most - spent - sum(self._price(task.setting, self.new(task)) for task in kept)
 
     def spend(self, tasks: list[Evaluation]) -> None:
         """Count the samples of these evaluations as drawn, at the end of a round."""
@@ -96,12 +103,12 @@ class SampleBudget:
         """Return the number of samples that an evaluation has to draw, in whole batches."""
         return max(0, whole(task.n, self._batch_size) - self._drawn[task.setting, task.seed])
 
-    def _price(self, task: Evaluation) -> float:
-        """Return the cost of an evaluation: samples, network evaluations, or seconds at the speed so far."""
+    def _price(self, setting: Setting, count: int) -> float:
+        """Return the cost of new samples: their number, their network evaluations, or seconds at the speed so far."""
         if self._limit.unit == "samples":
-            return self.new(task)
+            return count
         seconds = self._seconds / (self.evaluations or 1) if self._limit.unit == "h" else 1.0
-        return self.new(task) * task.setting.evaluations * seconds
+        return count * setting.evaluations * seconds
 
 
 def whole(n: int, batch_size: int) -> int:

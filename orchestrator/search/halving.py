@@ -141,16 +141,28 @@ class SuccessiveHalving:
                 self._proposals.tell(trial.setting, values, self.violation(trial) if values else 0.0)
 
     def _promote(self, level: int) -> list[Trial]:
-        """Return the trials to promote to a rung: as many as an equal share of the remaining budget can pay for."""
+        """Return the trials to promote to a rung: as many as an equal share of the remaining budget can pay for.
+
+        The budget is shared among the rungs that it can reach, since a share kept for a higher one would be lost.
+        """
         candidates = self._best_first([trial for trial in self.trials if trial.runs])
         tasks, reserve = [self._task(trial, level) for trial in candidates], self._reserve(candidates)
-        count = self._budget.fitting(tasks, 1 / (len(self.config.rungs) - level), reserve)
+        count = self._budget.fitting(tasks, 1 / self._reachable(candidates, level, reserve), reserve)
         if count < 2:
             count = min(2, self._budget.fitting(tasks, 1.0, reserve))
         for trial in candidates[count:]:
             trial.waits = f"not promoted at n={self.config.rungs[level - 1]}"
         self.stopped_by_budget |= count < len(candidates)
         return candidates[:count]
+
+    def _reachable(self, candidates: list[Trial], level: int, reserve: list[Evaluation]) -> int:
+        """Return the number of rungs from `level` on for which equal shares pay for the best two trials; at least 1."""
+        rungs, best = self.config.rungs, [trial.setting for trial in candidates[:2]]
+        for top in range(len(rungs) - 1, level, -1):
+            count = top - level + 1
+            if self._budget.pays(best, rungs[top] - rungs[top - 1], 1 / count, reserve):
+                return count
+        return 1
 
     def _evaluate(self, trials: list[Trial], level: int, text: str) -> Iterator[Round]:
         """Evaluate trials at a rung, and eliminate those that are significantly worse than another one."""

@@ -283,7 +283,7 @@ def _images_cpu_diffusion() -> AdmConfig:
         "learning_rate": 1e-3,
         "lr_schedule": "linear",
         "warmup_images": 6_400,
-        "ema_rates": (0.998,),
+        "ema_rates": (0.99,),
         "power_emas": (),
         "snapshot_every": None,
         "checkpoint_every": 32_000,

@@ -180,11 +180,14 @@ def uniform(world: World, share: float) -> Found:
 
 
 def plain_halving(world: World, share: float) -> Found:
-    """Run plain successive halving: every rung has an equal budget and keeps the better half, until one is left."""
-    alive, drawn, rungs = list(world.settings), dict.fromkeys(world.settings, 0), 0
+    """Run plain successive halving: every rung has an equal budget and keeps the better half, until one is left.
+
+    The budget is of network evaluations, as that of the others.
+    """
+    alive, drawn = list(world.settings), dict.fromkeys(world.settings, 0)
     rungs = int(np.ceil(np.log2(len(alive))))
     for _ in range(rungs):
-        more = int(share * world.full * len(world.settings) / rungs / len(alive))
+        more = int(share * world.full_evaluations / rungs / sum(setting.evaluations for setting in alive))
         for setting in alive:
             drawn[setting] = min(drawn[setting] + more, world.full)
         alive.sort(key=lambda setting: world.value(setting, drawn[setting]))
