@@ -69,7 +69,7 @@ def _images_cpu() -> SearchConfig:
         "classifier": "images_cpu/classifier",
         "output": "images_cpu/search",
         "space": SpaceConfig(scales=(0.0, 0.5, 1.0, 2.0, 4.0), continuous=False, num_steps=(25,)),
-        "rungs": (64, 128, 256, 512),
+        "rungs": (64, 128, 256),
         "trials": 5,
         "budget": "60%",
         "dtype": "float32",

@@ -296,12 +296,12 @@ def _images_cpu_diffusion() -> AdmConfig:
 
 
 def _images_cpu_classifier() -> NoisyClassifierConfig:
-    """Return a small classifier at 16 pixels, which takes five minutes on two cores."""
+    """Return a small classifier at 16 pixels, which takes a few minutes on two cores."""
     classifier = _images_classifier()
     changes = {
         "model": classifier.model.model_copy(update=_SMALL),
         "order": OrderConfig(),
-        "total_images": 64_000,
+        "total_images": 32_000,
         "batch_size": 64,
         "dtype": "float32",
         "compile": False,
