@@ -271,7 +271,7 @@ _SMALL = {"image_size": 16, "model_channels": 32, "num_res_blocks": 1, "channel_
 
 
 def _images_cpu_diffusion() -> AdmConfig:
-    """Return a small ADM at 16 pixels, which takes a quarter of an hour on two cores."""
+    """Return a small ADM at 16 pixels, which takes half an hour on two cores."""
     diffusion = _images_diffusion()
     changes = {
         "model": diffusion.model.model_copy(update=_SMALL),
