@@ -3,7 +3,9 @@
 import logging
 import threading
 import time
+import uuid
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -36,11 +38,15 @@ class _Relay:
 
 
 class Relay:
-    """A handle on one relay for the driver and, after it was sent there, for the workers."""
+    """A handle on one relay for the driver and, after it was sent there, for the workers.
+
+    It is sent as a name: Ray prints a warning about every actor that may restart and whose arguments contain a handle.
+    """
 
     def __init__(self, capacity: int = 10_000) -> None:
         # Ray would keep a record of each call, and these add up over the days of a training.
-        options = {**on_this_node(), "enable_task_events": False}
+        self._name = f"relay-{uuid.uuid4().hex}"
+        options = {**on_this_node(), "enable_task_events": False, "name": self._name}
         self._actor = _Relay.options(**options).remote(capacity)  # type: ignore[attr-defined]
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -70,5 +76,12 @@ class Relay:
                 log.debug("the driver's relay did not respond, trying again: %s", error)
             time.sleep(POLL_SECONDS)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_actor": self._actor, "_thread": None, "_stopping": False}
+    def __reduce__(self) -> tuple[Callable[[str], "Relay"], tuple[str]]:
+        return _find, (self._name,)
+
+
+def _find(name: str) -> Relay:
+    """Return the relay of this job with this name; ValueError if the driver has ended."""
+    relay = Relay.__new__(Relay)
+    relay._name, relay._actor, relay._thread, relay._stopping = name, ray.get_actor(name), None, False
+    return relay

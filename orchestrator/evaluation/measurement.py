@@ -54,8 +54,12 @@ class Closest:
     own_distances: np.ndarray  # [Q] of these training images to the nearest other one
 
     def first(self, count: int) -> list[dict[str, float]]:
-        """Return the closest pairs, relative to the distance of the training image to its own nearest one."""
-        ratios = self.distances / np.maximum(self.own_distances, np.finfo(np.float64).tiny)
+        """Return the closest pairs, relative to the distance of the training image to its own nearest one.
+
+        The ratio of a training image that has an exact copy is infinite, or 0 if the sample is a copy too.
+        """
+        with np.errstate(over="ignore"):
+            ratios = self.distances / np.maximum(self.own_distances, np.finfo(np.float64).tiny)
         return [
             {
                 "sample": int(self.rows[i]),

@@ -23,12 +23,14 @@ def make_worker(report: Report) -> Callable[[int], int]:
 
 
 @pytest.mark.ray
-def test_reports_arrive_while_the_item_is_in_work(ray_session: None) -> None:
+def test_reports_arrive_while_the_item_is_in_work(ray_session: None, capfd: pytest.CaptureFixture[str]) -> None:
+    """Test it, and that Ray prints no warning about a handle in the arguments of a worker that may restart."""
     seen: list[tuple[int, int]] = []
     with item_progress(lambda item, done: seen.append((item, done)), 1) as report:
         results = map_items(lambda: make_worker(report), [7], 1)
         assert list(results) == [(7, 7)]
         assert (7, 1) in seen and (7, STEPS - 1) in seen
+    assert "constructor arguments" not in capfd.readouterr().err
 
 
 def test_without_workers_the_driver_is_called_directly() -> None:

@@ -11,7 +11,7 @@ from models import manifolds
 from orchestrator.evaluation.extraction import FeatureFiles, chosen, extract_all
 from orchestrator.evaluation.extractors import own_extractor
 from orchestrator.evaluation.inputs import open_images
-from orchestrator.evaluation.measurement import Limits, measure_files, strata_of
+from orchestrator.evaluation.measurement import Closest, Limits, measure_files, strata_of
 from orchestrator.evaluation.metrics import describe, measure
 from orchestrator.evaluation.references import Reference
 from tests.orchestrator.evaluation.test_metrics import compare
@@ -25,6 +25,12 @@ def test_subsets_are_drawn_over_all_classes() -> None:
     assert len(rows) == len(set(rows.tolist())) == 100 and (np.diff(rows) > 0).all()
     assert set(rows % 10) == set(range(10))  # samples of index i are of class i % 10
     np.testing.assert_array_equal(chosen(5, 9), np.arange(5))
+
+
+@pytest.mark.filterwarnings("error")
+def test_training_images_with_exact_copies_come_last_among_the_closest_and_cause_no_warning() -> None:
+    closest = Closest(np.arange(3), np.arange(3), np.array([5.0, 3.0, 1.0]), np.array([0.0, 1.0, 2.0]))
+    assert [pair["sample"] for pair in closest.first(3)] == [2, 1, 0]
 
 
 def make_sets(folder: Path, num_samples: int) -> tuple[FeatureFiles, Reference]:
