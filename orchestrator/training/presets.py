@@ -268,6 +268,8 @@ def _images_upsampler() -> AdmConfig:
 
 _SMALL = {"image_size": 16, "model_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 2, 2),
           "attention_resolutions": (8, 4), "num_head_channels": 16}  # fmt: skip
+_SMALL_TRAINING = {"order": OrderConfig(), "batch_size": 64, "learning_rate": 1e-3, "dtype": "float32",
+                   "compile": False, **TWO_CORES}  # fmt: skip
 
 
 def _images_cpu_diffusion() -> AdmConfig:
@@ -275,12 +277,8 @@ def _images_cpu_diffusion() -> AdmConfig:
     diffusion = _images_diffusion()
     changes = {
         "model": diffusion.model.model_copy(update=_SMALL),
-        "order": OrderConfig(),
+        **_SMALL_TRAINING,
         "total_images": 160_000,
-        "batch_size": 64,
-        "dtype": "float32",
-        "compile": False,
-        "learning_rate": 1e-3,
         "lr_schedule": "linear",
         "warmup_images": 6_400,
         "ema_rates": (0.99,),
@@ -290,7 +288,6 @@ def _images_cpu_diffusion() -> AdmConfig:
         "eval_every": 32_000,
         "preview_every": 32_000,
         "log_every": 3_200,
-        **TWO_CORES,
     }
     return diffusion.model_copy(update=changes)
 
@@ -300,16 +297,11 @@ def _images_cpu_classifier() -> NoisyClassifierConfig:
     classifier = _images_classifier()
     changes = {
         "model": classifier.model.model_copy(update=_SMALL),
-        "order": OrderConfig(),
+        **_SMALL_TRAINING,
         "total_images": 32_000,
-        "batch_size": 64,
-        "dtype": "float32",
-        "compile": False,
-        "learning_rate": 1e-3,
         "checkpoint_every": 16_000,
         "eval_every": 6_400,
         "log_every": 1_600,
-        **TWO_CORES,
     }
     return classifier.model_copy(update=changes)
 
