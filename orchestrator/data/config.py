@@ -41,5 +41,5 @@ class PrepareConfig(JobConfig):
         for name in ("resolution", "validation_fraction"):
             if value := getattr(self, name):
                 raise ValueError(
-                    f"{name}={value} needs a copy of source={self.source}: pass --copy-parquet, or omit {name}"
+                    f"{name}={value} needs a copy of source={self.source}: pass --copy-parquet, or omit it"
                 )
