@@ -38,8 +38,8 @@ class PrepareConfig(JobConfig):
 
     def check_registering(self) -> None:
         """Raise ValueError if an option needs a copy of the source."""
-        for name in ("resolution", "validation_fraction"):
+        for name, unused in (("resolution", "none"), ("validation_fraction", "0")):
             if value := getattr(self, name):
                 raise ValueError(
-                    f"{name}={value} needs a copy of source={self.source}: pass --copy-parquet, or omit it"
+                    f"{name}={value} needs a copy of source={self.source}: pass --copy-parquet, or {name}={unused}"
                 )
