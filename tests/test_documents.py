@@ -192,15 +192,15 @@ def test_the_tutorials_pictures_are_sorted_by_category(tmp_path: Path, monkeypat
     folder.mkdir(parents=True)
     for name in ("flag.png", "hand.png", "hand-dark.png", "tone.png"):
         (folder / name).write_bytes(b"")
-    emoji = [{"category": "Flags", "image": "flag.png"}, {"category": "Component", "image": "tone.png"},
-             {"category": "People & Body", "image": "hand.png", "skin_variations": {"1": {"image": "hand-dark.png"}}},
-             {"category": "Objects", "image": "of another vendor.png"}]  # fmt: skip
+    emoji = [{"subcategory": "country-flag", "image": "flag.png"}, {"subcategory": "skin-tone", "image": "tone.png"},
+             {"subcategory": "hands", "image": "hand.png", "skin_variations": {"1": {"image": "hand-dark.png"}}},
+             {"subcategory": "face-smiling", "image": "of another vendor.png"}]  # fmt: skip
     (tmp_path / "package" / "emoji.json").write_text(json.dumps(emoji))
     script = next(content for language, content in blocks(TUTORIAL.read_text()) if language == "python")
     exec(compile(script, "tutorial", "exec"), {})
     found = sorted(path.relative_to(tmp_path).as_posix() for path in (tmp_path / "pictures").rglob("*.png"))
-    assert found == ["pictures/flags/flag.png", "pictures/people/hand-dark.png", "pictures/people/hand.png"]
-    labels = ["flags/flag.png,thing", "people/hand.png,person", "people/hand-dark.png,person"]
+    assert found == ["pictures/flags/flag.png", "pictures/hands/hand-dark.png", "pictures/hands/hand.png"]
+    labels = ["flags/flag.png,thing", "hands/hand.png,person", "hands/hand-dark.png,person"]
     assert (tmp_path / "people.csv").read_text().splitlines() == ["key,label", *labels]
 
 

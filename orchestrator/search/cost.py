@@ -46,7 +46,7 @@ class Clock:
 
 
 class SampleBudget:
-    """The samples that a search has drawn, and what remains of its limit.
+    """The samples that a search has drawn, and what remains of its limit, in samples, network evaluations or seconds.
 
     A trial that is promoted pays only for its new samples.
     """
@@ -75,22 +75,17 @@ class SampleBudget:
         """Return the number of samples of one setting, on all seeds."""
         return sum(count for (other, _), count in self._drawn.items() if other == setting)
 
-    def fitting(self, tasks: list[Evaluation], share: float, reserve: list[Evaluation]) -> int:
-        """Return how many of the tasks, in order, can be paid from `share` of what remains beside `reserve`.
-
-        The reserve is for the final evaluation. A budget in % does not include it.
-        """
-        prices = [self._price(task.setting, self.new(task)) for task in tasks]
-        return int((np.cumsum(prices) <= share * self._left(reserve)).sum())
-
-    def pays(self, settings: list[Setting], count: int, share: float, reserve: list[Evaluation]) -> bool:
-        """Return whether `share` of what remains beside `reserve` pays for `count` more samples of each setting."""
-        return sum(self._price(setting, count) for setting in settings) <= share * self._left(reserve)
-
-    def _left(self, reserve: list[Evaluation]) -> float:
+    def left(self, reserve: list[Evaluation]) -> float:
+        """Return what remains beside `reserve`, the final evaluation, which a budget in % does not include."""
         spent = {"samples": self.samples, "%": self.evaluations, "h": self._seconds}[self._limit.unit]
-        kept = [] if self._limit.unit == "%" else reserve
-        return self._most - spent - sum(self._price(task.setting, self.new(task)) for task in kept)
+        return self._most - spent - (0.0 if self._limit.unit == "%" else sum(self.prices(reserve)))
+
+    def prices(self, tasks: list[Evaluation]) -> list[float]:
+        """Return the cost of new samples by task: their number, network evaluations, or seconds at the speed so far."""
+        if self._limit.unit == "samples":
+            return [self.new(task) for task in tasks]
+        seconds = self._seconds / (self.evaluations or 1) if self._limit.unit == "h" else 1.0
+        return [self.new(task) * task.setting.evaluations * seconds for task in tasks]
 
     def spend(self, tasks: list[Evaluation]) -> None:
         """Count the samples of these evaluations as drawn, at the end of a round."""
@@ -102,13 +97,6 @@ class SampleBudget:
     def new(self, task: Evaluation) -> int:
         """Return the number of samples that an evaluation has to draw, in whole batches."""
         return max(0, whole(task.n, self._batch_size) - self._drawn[task.setting, task.seed])
-
-    def _price(self, setting: Setting, count: int) -> float:
-        """Return the cost of new samples: their number, their network evaluations, or seconds at the speed so far."""
-        if self._limit.unit == "samples":
-            return count
-        seconds = self._seconds / (self.evaluations or 1) if self._limit.unit == "h" else 1.0
-        return count * setting.evaluations * seconds
 
 
 def whole(n: int, batch_size: int) -> int:

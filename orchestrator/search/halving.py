@@ -129,7 +129,7 @@ class SuccessiveHalving:
             count = min(self.config.round_size, self._num_trials - first)
             trials = [Trial(first + i, setting) for i, setting in enumerate(self._proposals.ask(count))]
             tasks = [self._task(trial, 0) for trial in trials]
-            fitting = self._budget.fitting(tasks, 1.0, self._reserve(trials))
+            fitting = affordable(self._budget.prices(tasks), self._budget.left(self._reserve(trials)))
             self.stopped_by_budget |= fitting < len(trials)
             self.trials += trials[:fitting]
             if not trials[:fitting]:
@@ -141,28 +141,23 @@ class SuccessiveHalving:
                 self._proposals.tell(trial.setting, values, self.violation(trial) if values else 0.0)
 
     def _promote(self, level: int) -> list[Trial]:
-        """Return the trials to promote to a rung: as many as an equal share of the remaining budget can pay for.
+        """Return the trials to promote to a rung, best first: half of them, or more if the budget pays for more.
 
-        The budget is shared among the rungs that it can reach, since a share kept for a higher one would be lost.
+        The budget keeps the cost of the last rung for the best two, and has equal shares for the rungs before it.
         """
         candidates = self._best_first([trial for trial in self.trials if trial.runs])
-        tasks, reserve = [self._task(trial, level) for trial in candidates], self._reserve(candidates)
-        count = self._budget.fitting(tasks, 1 / self._reachable(candidates, level, reserve), reserve)
-        if count < 2:
-            count = min(2, self._budget.fitting(tasks, 1.0, reserve))
+        top, pair, half = len(self.config.rungs) - 1, candidates[:2], max(-(-len(candidates) // 2), 2)
+        left = self._budget.left(self._reserve(candidates))
+        prices = self._budget.prices([self._task(trial, level) for trial in candidates])
+        count = affordable(prices, left)
+        if level < top:
+            to_top, below = (self._budget.prices([self._task(trial, end) for trial in pair]) for end in (top, top - 1))
+            share = (left - sum(to_top) + sum(below)) / (top - level)
+            count = min(count, max(half, affordable(prices, share)))
         for trial in candidates[count:]:
             trial.waits = f"not promoted at n={self.config.rungs[level - 1]}"
         self.stopped_by_budget |= count < len(candidates)
         return candidates[:count]
-
-    def _reachable(self, candidates: list[Trial], level: int, reserve: list[Evaluation]) -> int:
-        """Return the number of rungs from `level` on for which equal shares pay for the best two trials; at least 1."""
-        rungs, best = self.config.rungs, [trial.setting for trial in candidates[:2]]
-        for top in range(len(rungs) - 1, level, -1):
-            count = top - level + 1
-            if self._budget.pays(best, rungs[top] - rungs[top - 1], 1 / count, reserve):
-                return count
-        return 1
 
     def _evaluate(self, trials: list[Trial], level: int, text: str) -> Iterator[Round]:
         """Evaluate trials at a rung, and eliminate those that are significantly worse than another one."""
@@ -286,6 +281,11 @@ class SuccessiveHalving:
         broken = [max(self.violation(trial), 0.0) for trial in trials]
         order = sorted(range(len(trials)), key=lambda i: (broken[i], ranks[i], values[i, 0], trials[i].number))
         return [trials[i] for i in order]
+
+
+def affordable(prices: list[float], amount: float) -> int:
+    """Return how many of the first prices an amount pays for."""
+    return int((np.cumsum(prices) <= amount).sum())
 
 
 def mean_value(outcome: Outcome, name: str) -> float:

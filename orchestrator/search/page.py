@@ -6,7 +6,7 @@ from typing import Any
 
 from orchestrator.evaluation.page import template
 from orchestrator.search.objectives import sign_of
-from orchestrator.search.result import label, number
+from orchestrator.search.result import contradictions, has_several_weights, label, number
 from orchestrator.search.space import Setting
 
 Json = dict[str, Any]
@@ -18,8 +18,7 @@ def search_page(result: Json, pictures: dict[str, bytes], command: str) -> str:
     pictures: PNGs by file name.
     command: samples with the winner's setting.
     """
-    several = len({trial["setting"]["weights"] for trial in result["trials"]}) > 1
-    objective = result["objective"][0]
+    several, objective = has_several_weights(result), result["objective"][0]
 
     def rank(trial: Json) -> tuple[int, float]:
         found = trial["objective"].get(objective, trial["metrics"][objective])
@@ -32,5 +31,6 @@ def search_page(result: Json, pictures: dict[str, bytes], command: str) -> str:
         pictures={name: base64.b64encode(data).decode() for name, data in pictures.items()},
         label=lambda setting: label(Setting(**setting), several),
         number=number,
+        warnings=contradictions(result),
         command=command,
     )

@@ -138,19 +138,18 @@ def pareto(names: tuple[str, str], trials: list[Json]) -> list[Json]:
 def summary(result: Json, most: int = 8) -> str:
     """Return lines for the terminal: the winner on fresh seeds, and by how much the other trials are worse."""
     objective, winner = result["objective"][0], result["winner"]
-    several = len({trial["setting"]["weights"] for trial in result["trials"]}) > 1
+    several = has_several_weights(result)
     value = winner["objective"].get(objective, winner["metrics"][objective])
     lines = [
         f"winner  {label(Setting(**winner['setting']), several)}",
         f"        {objective} {number(value)}, bias-corrected, on {winner['n']:,} fresh samples "
         f"(seed {winner['seed']})",
     ]
-    lines += [
-        f"next    worse by {number(final['behind_winner'][objective])} on the same samples: "
-        f"{label(Setting(**final['setting']), several)}"
-        for final in result["finalists"][1:]
-        if objective in final["behind_winner"]
-    ]
+    for final in result["finalists"][1:]:
+        if objective in final["behind_winner"]:
+            found = label(Setting(**final["setting"]), several)
+            lines.append(f"next    {compared(final['behind_winner'][objective])} on the same samples: {found}")
+    lines += [f"warning {text}" for text in contradictions(result)]
     lines.append(
         f"cost    {result['samples']:,} samples, {result['evaluations']:,.0f} network evaluations, "
         f"{len(result['trials'])} trials" + (", limited by the budget" if result["stopped_by_budget"] else "")
@@ -168,6 +167,31 @@ def summary(result: Json, most: int = 8) -> str:
     ]
     lines += [f"failed  {setting}: {reason}" for setting, reason in result["failed"].items()]
     return "\n".join(lines)
+
+
+def contradictions(result: Json) -> list[str]:
+    """Return a warning for each finalist that is significantly better than the winner on the fresh samples."""
+    objective, several = result["objective"][0], has_several_weights(result)
+    found = [(final, final["behind_winner"].get(objective, {"interval": None})) for final in result["finalists"]]
+    return [
+        f"on the fresh samples {label(Setting(**final['setting']), several)} is significantly better than the winner, "
+        "which the samples of the search chose; use that setting, or continue the search with a larger budget"
+        for final, worse in found
+        if worse["interval"] and worse["interval"][1] < 0
+    ]
+
+
+def has_several_weights(result: Json) -> bool:
+    """Return whether the trials of a search sampled with several diffusion models."""
+    return len({trial["setting"]["weights"] for trial in result["trials"]}) > 1
+
+
+def compared(worse: Json) -> str:
+    """Return by how much something is worse, or better if the difference is negative, with its interval."""
+    if worse["value"] >= 0:
+        return f"worse by {number(worse)}"
+    interval = worse["interval"] and [-end for end in reversed(worse["interval"])]
+    return f"better by {number({'value': -worse['value'], 'interval': interval})}"
 
 
 def label(setting: Setting, several: bool) -> str:

@@ -103,12 +103,13 @@ def test_a_smaller_budget_halves_faster_and_the_best_are_promoted() -> None:
     assert sum(counts[20.0]) < sum(counts[40.0]) and counts[20.0][0] == counts[40.0][0] == 16
 
 
-def test_no_share_of_the_budget_is_kept_for_a_rung_that_it_cannot_reach() -> None:
-    """Test that 10% of the cost of 24 trials is spent; it pays for two trials up to 512 samples, not up to 2,048."""
+@pytest.mark.parametrize(
+    ("share", "counts"), [(10, [24, 12, 6, 3, 2]), (25, [24, 24, 18, 9, 5, 2]), (100, [24, 24, 24, 24, 24, 24])]
+)
+def test_half_of_the_trials_are_promoted_and_more_if_the_budget_pays_for_more(share: float, counts: list[int]) -> None:
     config = config_of(24, rungs=(64, 128, 256, 512, 1024, 2048))
-    halving, asked = search(config, normal(lambda i: 0.02 * i, 0, 24), limit=Limit(10, "%"))
-    drawn = sum(config.rungs[trial.level] for trial in halving.trials) / (24 * 2048)
-    assert 0.09 < drawn <= 0.1 and len(asked[1]) > 12, (drawn, [len(tasks) for tasks in asked])
+    _, asked = search(config, normal(lambda i: 0.0, 0, 24, full=2048), limit=Limit(share, "%"))
+    assert [len(tasks) for tasks in asked[:-1]] == counts
 
 
 def test_the_rungs_end_when_one_trial_is_left() -> None:
