@@ -22,8 +22,7 @@ from orchestrator.generation.cost import classifier_outline, costs, outline
 from orchestrator.generation.sampling import NUMERICS_VERSION, load_networks
 from orchestrator.progress import progress_line
 from orchestrator.run_evaluation.config import RunEvaluationConfig
-from orchestrator.run_evaluation.page import quality_page
-from orchestrator.run_evaluation.pictures import curve_figure, snapshots_figure
+from orchestrator.run_evaluation.page import curve_figure, quality_page, snapshots_figure
 from orchestrator.run_evaluation.result import Point, best_files, conclude, summary
 from orchestrator.search.evaluator import (
     Facts,
@@ -38,7 +37,7 @@ from orchestrator.search.evaluator import (
 from orchestrator.search.halving import Evaluation
 from orchestrator.search.job import passes_of
 from orchestrator.search.objectives import Objective
-from orchestrator.search.space import Guide, Passes, Setting
+from orchestrator.search.space import Passes, Setting
 from orchestrator.tracking import Tracker, tracked
 from orchestrator.training.averages import average, average_uri
 from orchestrator.training.config import AverageConfig
@@ -76,16 +75,7 @@ def evaluate_run(config: RunEvaluationConfig) -> str:
     ):
         reference, _ = reference_of(config, facts.image_size, config.num_workers)
         facts = facts._replace(unmatched=unmatched(classes, reference) or facts.unmatched)
-        points: list[Point] = []
-        with pool(partial(make_worker, config), config.num_workers, config.num_threads, config.num_gpus) as workers:
-            for todo in _rounds(config, passes):
-                with progress_line(len(todo) * config.num_samples, "samples") as progress:
-                    for snapshot, task in todo:
-                        if not storage.exists(record_uri(config, task)):
-                            evaluate(config, workers, facts, task, progress.update_item)
-                        progress.finish_item(task, config.num_samples)
-                        points.append(Point(snapshot, task.setting, read_outcome(config, task)))
-                        _track(points[-1], tracker)
+        points = _evaluate_snapshots(config, facts, passes, tracker)
         result = conclude(config, points)
         pictures = {"quality.png": curve_figure(result), "snapshots.png": snapshots_figure(config, result)}
         for name, picture in pictures.items():
@@ -106,13 +96,28 @@ def evaluate_run(config: RunEvaluationConfig) -> str:
     return uri
 
 
+def _evaluate_snapshots(config: RunEvaluationConfig, facts: Facts, passes: Passes, tracker: Tracker) -> list[Point]:
+    """Evaluate the snapshots that have no stored result; return all of them, and log their metrics by images."""
+    points: list[Point] = []
+    with pool(partial(make_worker, config), config.num_workers, config.num_threads, config.num_gpus) as workers:
+        for todo in _rounds(config, passes):
+            with progress_line(len(todo) * config.num_samples, "samples") as progress:
+                for snapshot, task in todo:
+                    if not storage.exists(record_uri(config, task)):
+                        evaluate(config, workers, facts, task, progress.update_item)
+                    progress.finish_item(task, config.num_samples)
+                    point = Point(snapshot, task.setting, read_outcome(config, task))
+                    points.append(point)
+                    values = {f"{name}/{point.curve}": m["value"] for name, m in point.outcome.metrics.items()}
+                    tracker.metrics(values, step=snapshot.images)
+    return points
+
+
 def _rounds(config: RunEvaluationConfig, passes: Passes) -> Iterator[list[tuple[Snapshot, Evaluation]]]:
     """Yield the evaluations of existing snapshots and, with `follow`, of new ones until the training ends."""
     run, done = config.path(config.weights), set[Snapshot]()
     while True:
-        is_trained = (
-            config.follow and Lease(run).is_held()
-        )  # before listing snapshots, so that the last one is not missed
+        is_trained = config.follow and Lease(run).is_held()  # asked before listing, so that no snapshot is missed
         new = [snapshot for snapshot in _snapshots(config) if snapshot not in done]
         if new:
             yield [(snapshot, task) for snapshot in new for task in _tasks(config, passes, snapshot)]
@@ -151,12 +156,6 @@ def _tasks(config: RunEvaluationConfig, passes: Passes, snapshot: Snapshot) -> I
         yield Evaluation(setting, config.num_samples, config.seed)
 
 
-def _track(point: Point, tracker: Tracker) -> None:
-    """Log the metrics of a snapshot, with its number of training images as the step."""
-    found = {f"{name}/{point.curve}": metric["value"] for name, metric in point.outcome.metrics.items()}
-    tracker.metrics(found, step=point.snapshot.images)
-
-
 def _files(config: RunEvaluationConfig) -> dict[str, str]:
     """Return the files of the guides' weights: those that config.json records, or the newest ones."""
     noted = noted_files(config.path(config.output))
@@ -164,9 +163,13 @@ def _files(config: RunEvaluationConfig) -> dict[str, str]:
     return {path: weights_file(path, config.path, noted.get(path)) for path in paths}
 
 
-def _generation(config: RunEvaluationConfig, files: dict[str, str], snapshot: Snapshot) -> GenerationConfig:
+def _generation(
+    config: RunEvaluationConfig, files: dict[str, str], snapshot: Snapshot
+) -> tuple[GenerationConfig, Passes]:
+    """Return the config that samples from a snapshot, and the cost of a pass of each guide."""
     weights = storage.join(config.weights, "weights", snapshot.name)
-    return sampled_by(config, files, weights, config.guidance.weak_weights)
+    generation = sampled_by(config, files, weights, config.guidance.weak_weights)
+    return generation, passes_of({(guide.kind, guide.weak_weights) for guide in config.guides}, generation, files)
 
 
 def _check_or_write_config(
@@ -178,7 +181,7 @@ def _check_or_write_config(
         ValueError: the networks, the objectives and the extractor do not fit together, or the folder belongs to another
             evaluation or to an earlier training in the same run folder.
     """
-    generation = _generation(config, files, first)
+    generation, passes = _generation(config, files, first)
     networks = load_networks(generation, "cpu")
     size = networks.weights.architecture.image_size
     loaded = config.extractor_loader(size)(CPU)
@@ -194,11 +197,7 @@ def _check_or_write_config(
     finished = bool(storage.list_names(storage.join(output, "trials")))
     check_or_write_config(output, config, finished, {"files": files}, **noted)
     facts = Facts(size, networks.labels.given, loaded.knows(networks.classes))
-    return facts, networks.classes, passes_of(_guides(config), generation, files)
-
-
-def _guides(config: RunEvaluationConfig) -> set[Guide]:
-    return {(guide.kind, guide.weak_weights) for guide in config.guides}
+    return facts, networks.classes, passes
 
 
 def plan(config: RunEvaluationConfig) -> tuple[RunEvaluationConfig, str]:
@@ -208,21 +207,18 @@ def plan(config: RunEvaluationConfig) -> tuple[RunEvaluationConfig, str]:
     if not found:
         return config, f"{reads}\nnot there yet: snapshots of the requested averages"
     files = _files(config)
-    generation = _generation(config, files, found[0])
-    passes = passes_of(_guides(config), generation, files)
+    generation, passes = _generation(config, files, found[0])
     model = outline(generation, generation.weights)
     classifier = classifier_outline(generation)
     weak = config.guidance.weak_weights and outline(generation, files[config.guidance.weak_weights])
     guides = {"classifier": classifier, "classifier_free": model, "auto": weak or None}
     lines, half = list[str](), config.dtype != "float32"
-    for number, guidance in enumerate(config.guides):
-        tasks = [list(_tasks(config, passes, snapshot))[number] for snapshot in found]
-        images = config.num_samples * sum(not storage.exists(record_uri(config, task)) for task in tasks)
+    tasks = [task for snapshot in found for task in _tasks(config, passes, snapshot)]
+    for guidance in config.guides:
+        todo = [t for t in tasks if t.setting.guidance == guidance and not storage.exists(record_uri(config, t))]
         sampled = generation.model_copy(update={"sampler": config.sampler, "guidance": guidance})
-        lines += [
-            priced(cost, config.cost, config.num_workers, config.num_gpus, half)
-            for cost in costs(sampled, images, model, guides, None)
-        ]
+        for cost in costs(sampled, config.num_samples * len(todo), model, guides, None):
+            lines.append(priced(cost, config.cost, config.num_workers, config.num_gpus, half))
     return config, "\n".join(
         [
             f"{reads}: {len(found)} snapshots from {found[0].images:,} to {found[-1].images:,} images",

@@ -47,7 +47,9 @@ def conclude(config: RunEvaluationConfig, points: list[Point]) -> Json:
         for along in curves.values()
         for before, point in zip([None, *along], along, strict=False)
     ]
-    level = [found for found in described if found["curve"] == best.curve and not _is_worse(found["behind_best"], name)]
+    level = [
+        found for found in described if found["curve"] == best.curve and found["behind_best"][name]["interval"][0] <= 0
+    ]
     return {
         "run": config.weights,
         "objective": list(config.objective),
@@ -90,24 +92,13 @@ def _verdict(change: Json) -> str:
     return "getting worse: overfitting" if low > 0 else "no significant change"
 
 
-def _is_worse(behind: Json, name: str) -> bool:
-    return behind[name]["interval"][0] > 0
-
-
 def best_files(result: Json) -> dict[str, str]:
     """Return the best weights of each average and of all averages, as file names in the run's weights/."""
     name = result["objective"][0]
-    found: dict[str, Json] = {}
-    for point in result["points"]:
-        value = point["behind_best"][name]["value"]
-        if point["average"] not in found or value < found[point["average"]]["behind_best"][name]["value"]:
-            found[point["average"]] = point
-    files = {average: _file(point) for average, point in found.items()}
-    return files | {ANY: _file(result["best"])}
-
-
-def _file(point: Json) -> str:
-    return point["weights"].rpartition("/weights/")[2]
+    best = {ANY: result["best"]}
+    for point in sorted(result["points"], key=lambda point: point["behind_best"][name]["value"]):
+        best.setdefault(point["average"], point)
+    return {average: point["weights"].rpartition("/weights/")[2] for average, point in best.items()}
 
 
 def summary(result: Json) -> str:
