@@ -60,26 +60,12 @@ class LikelihoodConfig(JobConfig):
     cost: Operational[CostConfig] = CostConfig()
 
 
-class Bound(NamedTuple):
-    """A work item: the bound of images [begin, end)."""
+class Item(NamedTuple):
+    """A work item: a file of the output folder, and the method of the worker that makes its content."""
 
-    begin: int
-    end: int
-
-    @property
-    def name(self) -> str:
-        return f"terms/{self.begin:08d}-{self.end:08d}.safetensors"
-
-
-class Picture(NamedTuple):
-    """A work item: a picture of progressive generation, or of interpolation at one depth."""
-
-    kind: Literal["progressive", "interpolation"]
-    depth: int = 0
-
-    @property
-    def name(self) -> str:
-        return "progressive-generation.png" if self.kind == "progressive" else f"interpolation-{self.depth:04d}.png"
+    name: str
+    method: Literal["bound", "progressive", "interpolation"]
+    arguments: tuple[int, ...] = ()
 
 
 # ------------------------------------------------------------------------------------------------ in the driver
@@ -120,12 +106,12 @@ def estimate(config: LikelihoodConfig) -> str:
         work = map_items(partial(make_worker, config), todo, config.num_workers, config.num_threads, config.num_gpus)
         for done, _ in enumerate(work, start=len(items) - len(todo) + 1):
             progress.update_to(done)
-        report = _conclude(output, [item for item in items if isinstance(item, Bound)])
+        report = _conclude(output, [item.name for item in items if item.method == "bound"])
         curve = rate_distortion_png(report["rate_bits_per_dim"], report["distortion_grey_levels"])
         storage.write_bytes(storage.join(output, "rate-distortion.png"), curve)
         tracker.picture("rate-distortion.png", curve)
         for item in items:
-            if isinstance(item, Picture):
+            if item.method != "bound":
                 tracker.picture(item.name, storage.read_bytes(storage.join(output, item.name)))
         tracker.metrics({"bits_per_dim": report["bits_per_dim"]["value"]})
         tracker.record("likelihood.json", report)
@@ -182,16 +168,22 @@ def _count(config: LikelihoodConfig, manifest: Manifest) -> int:
     return min(config.num_samples or there, there)
 
 
-def _items(config: LikelihoodConfig, manifest: Manifest) -> list[Bound | Picture]:
-    count = _count(config, manifest)
-    bounds = [Bound(begin, min(begin + config.batch_size, count)) for begin in range(0, count, config.batch_size)]
-    strips = [Picture("progressive")] if config.num_strips else []
-    return [*bounds, *strips, *(Picture("interpolation", depth) for depth in config.interpolation_depths)]
+def _items(config: LikelihoodConfig, manifest: Manifest) -> list[Item]:
+    """Return the terms of the bound of each batch, in index order, and the pictures."""
+    count, items = _count(config, manifest), list[Item]()
+    for begin in range(0, count, config.batch_size):
+        end = min(begin + config.batch_size, count)
+        items.append(Item(f"terms/{begin:08d}-{end:08d}.safetensors", "bound", (begin, end)))
+    if config.num_strips:
+        items.append(Item("progressive-generation.png", "progressive"))
+    for depth in config.interpolation_depths:
+        items.append(Item(f"interpolation-{depth:04d}.png", "interpolation", (depth,)))
+    return items
 
 
-def _conclude(output: str, bounds: list[Bound]) -> dict[str, Any]:
+def _conclude(output: str, names: list[str]) -> dict[str, Any]:
     """Return the content of likelihood.json, computed from the terms of all batches in index order."""
-    parts = [safetensors.numpy.load(storage.read_bytes(storage.join(output, bound.name))) for bound in bounds]
+    parts = [safetensors.numpy.load(storage.read_bytes(storage.join(output, name))) for name in names]
     terms = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return {
         "bits_per_dim": describe(mean_estimate(terms["total"].astype(np.float64))),
@@ -244,10 +236,10 @@ class _Worker:
         y = labels if self.network.architecture.num_classes else None
         return self.diffusion.denoiser(self.network.module, y=y, clip=self.config.clip)
 
-    def bound(self, item: Bound) -> bytes:
-        """Compute the terms of the bound, while the noise of later steps is drawn in the background."""
-        x_start, labels = self.images(item.begin, item.end)
-        key = partial(Draw, tuple(range(item.begin, item.end)), self.shape, Purpose.LIKELIHOOD)
+    def bound(self, begin: int, end: int) -> bytes:
+        """Compute the terms of the bound of a range of images; the noise of later steps is drawn in the background."""
+        x_start, labels = self.images(begin, end)
+        key = partial(Draw, tuple(range(begin, end)), self.shape, Purpose.LIKELIHOOD)
         plan = (key(int(t)) for t in self.diffusion.timestep_map[::-1])
         with NoiseAhead(self.config.seed, plan, pin=self.device.type == "cuda") as draw:
             bits = bits_per_dim(
@@ -283,17 +275,14 @@ class _Worker:
         return grid_png(to_uint8(images).cpu().numpy(), columns=columns, scale=max(1, SHOWN_PIXELS // self.size))
 
 
-def make_worker(config: LikelihoodConfig) -> Callable[[Bound | Picture], None]:
+def make_worker(config: LikelihoodConfig) -> Callable[[Item], None]:
     """Load the network; return the function that does the work items."""
     worker, output = _Worker(config), config.path(config.output)
 
     @torch.inference_mode()
-    def work(item: Bound | Picture) -> None:
+    def work(item: Item) -> None:
         with autocast(worker.device, config.dtype):
-            if isinstance(item, Bound):
-                data = worker.bound(item)
-            else:
-                data = worker.progressive() if item.kind == "progressive" else worker.interpolation(item.depth)
+            data = getattr(worker, item.method)(*item.arguments)
         storage.put_if_absent(storage.join(output, item.name), data)
 
     return work
