@@ -70,7 +70,11 @@ def evaluate_run(config: RunEvaluationConfig) -> str:
         )
     facts, classes, passes = _check_or_write_config(config, files, found[0])
     with (
-        session(config.num_workers * config.num_threads, shared=config.shared),
+        session(
+            config.num_workers * config.num_threads,
+            num_gpus=config.num_workers * config.num_gpus,
+            shared=config.shared,
+        ),
         tracked("evaluate run", config, output) as tracker,
     ):
         reference, _ = reference_of(config, facts.image_size, config.num_workers)
