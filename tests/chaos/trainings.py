@@ -121,8 +121,7 @@ def train_by_job(argv: list[str], proxy: Proxy, plan: list[Kill], seed: int = 0)
     """Train to the end by the job in its own process, which is restarted whenever it is killed."""
     jobs: list[subprocess.Popen[str]] = []
     killer = Killer(proxy, config_of(argv), plan, lambda: jobs[-1].pid, seed)
-    if plan:
-        killer.start()
+    killer.start()
     while True:
         job = start_job(argv)
         jobs.append(job)
