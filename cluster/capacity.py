@@ -12,7 +12,7 @@ from cluster.nodes import Node, nodes
 from cluster.session import accelerator
 
 WAIT_SECONDS = 30.0  # until the first log line about a wait; the pause then doubles each time
-POLL_SECONDS = 0.5  # between two checks whether the wait is over
+POLL_SECONDS = 0.5  # between two checks whether actors still wait
 STATE_SECONDS = 10  # timeout of Ray's State API
 NODE_GROUP = "ray.io/node-group"  # a label of nodes that Ray's autoscaler, its cluster launcher or KubeRay started
 
@@ -78,7 +78,7 @@ def wait_for_room(count: int, resources: Resources, stop: Callable[[], bool]) ->
 
     request, wait_log = placement_group([resources] * count), WaitLog(resources)
     try:
-        while not request.wait(POLL_SECONDS):
+        while not request.wait(timeout_seconds=1):
             if stop():
                 return False
             wait_log.update(count, count, "the job starts when there is room for all of them")
