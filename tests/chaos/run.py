@@ -50,7 +50,8 @@ def main(options: Options) -> None:
             plan = random_plan(config_of(argv), min(KILLS, left), seed, drivers=True)
             print(f"{name}: {', '.join(f'{k.victim} {k.phase} at {k.position}' for k in plan)}", flush=True)
             faults = [place.proxy.add(fault, probability=0.01) for fault in ("503", "reset", "half", "swallow")]
-            counts += train_by_job(argv, place.proxy, plan, seed).kills
+            train_by_job(argv, place.proxy, plan, seed)
+            counts.update(f"{kill.phase} of {kill.victim}" for kill in plan)
             for rule in faults:
                 place.proxy.remove(rule)
             found[name] = _hashes(config_of(argv))
