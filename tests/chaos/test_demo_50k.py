@@ -20,16 +20,16 @@ def test_generation_under_kills(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     weights = save_network(str(tmp_path), "unet.safetensors", UNET)
     classifier = save_network(str(tmp_path), "classifier.safetensors", CLASSIFIER)
-    settings = (
-        "--weights", weights, "--classifier", classifier, "--sampler.num-steps", "40", "--batch-size", "8",
-    )  # fmt: skip
+    networks = ("--weights", weights, "--classifier", classifier)
+    settings = (*networks, "--sampler.num-steps", "40", "--batch-size", "8")
     demo = Demo(samples=102, kills=2, driver_kills=1, seed=11, shard_size=16, folder=str(tmp_path), settings=settings)
     run = disturb(demo, s3_bucket)
     print(run.killed)
     assert len(run.killed) == 3 and run.killed.count("driver") == 1
 
-    here = ["--output", f"{s3_bucket}/undisturbed", "--num-samples", "102", "--shard-size", "16", "--num-workers", "0"]
-    generate(parse("", generation_presets(), ["digits", *settings, *here]))
+    here = ["--store", demo.folder, "--output", f"{s3_bucket}/undisturbed", "--num-workers", "0"]
+    size = ["--num-samples", str(demo.samples), "--shard-size", str(demo.shard_size)]
+    generate(parse("", generation_presets(), ["digits", *settings, *here, *size]))
     assert compare(demo, s3_bucket) == {"missing": 0, "doubled": 0, "hashes_equal": True}
 
 

@@ -118,13 +118,9 @@ def test_gpu_workers_are_spot_and_on_demand_where_there_is_none(launcher: dict[s
     assert scheduler_verdict(launcher, {}, {"CPU": 1}) == ["data"], "no GPU is started for what needs none"
 
 
-def test_the_head_holds_no_work(launcher: dict[str, Any]) -> None:
-    head = launcher["available_node_types"][launcher["head_node_type"]]
-    assert head["resources"] == {"CPU": 0}
+def test_the_head_holds_no_work_nothing_is_open_and_no_key_is_written(launcher: dict[str, Any]) -> None:
+    assert launcher["available_node_types"][launcher["head_node_type"]]["resources"] == {"CPU": 0}
     assert launcher["available_node_types"]["gpu-spot"]["resources"]["GPU"] == 8
-
-
-def test_nothing_is_open_and_no_key_is_written(launcher: dict[str, Any]) -> None:
     assert launcher["provider"]["use_internal_ips"] is True
     for name, node_type in launcher["available_node_types"].items():
         node = node_type["node_config"]
@@ -137,9 +133,9 @@ def test_nothing_is_open_and_no_key_is_written(launcher: dict[str, Any]) -> None
     assert "ssh_private_key" not in launcher["auth"]
 
 
-@pytest.mark.parametrize("variable", ["ADMIRAL_STORE=", "MLFLOW_TRACKING_URI=", "REGISTRY/"])
-def test_store_tracking_and_image_are_set_once(variable: str) -> None:
-    assert LAUNCHER.read_text().count(variable) == 1
+def test_store_tracking_and_image_are_set_once() -> None:
+    for variable in ("ADMIRAL_STORE=", "MLFLOW_TRACKING_URI=", "REGISTRY/"):
+        assert LAUNCHER.read_text().count(variable) == 1
 
 
 # ------------------------------------------------------------------------------------------------ Kubernetes
