@@ -153,7 +153,7 @@ class LocalCluster:
         return self.folder / "logs" / f"{name.replace(' ', '-')}.log"
 
     def processes(self) -> list[psutil.Process]:
-        """Return the running processes of this cluster, except workers of Ray, which overwrite their variables."""
+        """Return the running processes of this cluster, except a few of Ray's that overwrite their variables."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):  # it has ended, or is another user's
