@@ -35,7 +35,7 @@ prove: $(INSTALLED)  ## the same weights to the bit, by 1, 2 and 4 workers, thro
 chaos: $(INSTALLED)  ## KILLS=20 SEED=0: trainings under random kills, which must change no bit
 	$(BIN)/python -m tests.chaos.run --kills $(or $(KILLS),20) --seed $(or $(SEED),0)
 
-demo-50k: $(INSTALLED)  ## SAMPLES=50000 KILLS=10 SEED=0: samples under kills, compared and measured
+demo-50k: $(INSTALLED)  ## SAMPLES=50000 KILLS=10 SEED=0: samples under kills, compared pixel by pixel
 	$(BIN)/python -m tests.chaos.demo_50k --samples $(or $(SAMPLES),50000) --kills $(or $(KILLS),10) --seed $(or $(SEED),0)
 
 demo-search: $(INSTALLED)  ## SEED=0: the search beside the full grid, on scanned digits

@@ -12,7 +12,7 @@ from cluster.nodes import Node, nodes
 from cluster.session import accelerator
 
 WAIT_SECONDS = 30.0  # until the first log line about a wait; the pause then doubles each time
-POLL_SECONDS = 0.5  # between two checks whether the wait is over
+POLL_SECONDS = 0.5  # between two checks whether actors still wait
 STATE_SECONDS = 10  # timeout of Ray's State API
 NODE_GROUP = "ray.io/node-group"  # a label of nodes that Ray's autoscaler, its cluster launcher or KubeRay started
 
@@ -56,41 +56,42 @@ def refuse_infeasible(resources: Resources, at_once: int = 1) -> None:
 class WaitLog:
     """A log of what workers wait for, with pauses that double between the lines."""
 
-    def __init__(self, resources: Resources, first_after: float) -> None:
-        self._resources, self._next, self._pause = resources, time.monotonic() + first_after, WAIT_SECONDS
+    def __init__(self, resources: Resources) -> None:
+        self._resources, self._next, self._pause = resources, time.monotonic() + WAIT_SECONDS, WAIT_SECONDS
 
     def update(self, waiting: int, count: int, otherwise: str) -> None:
         """Log a line if it is due. `otherwise` says what the job does while no worker has started."""
         if time.monotonic() < self._next:
             return
         going = "the others go on" if waiting < count else otherwise
-        log.warning(
-            "waiting for %d of %d workers: each needs %s; %s", waiting, count, _shortage(self._resources), going
-        )
+        needs = _shortage(self._resources)
+        log.warning("waiting for %d of %d workers: each needs %s; %s", waiting, count, needs, going)
         self._next, self._pause = time.monotonic() + self._pause, 2 * self._pause
 
 
-def wait_for_room(count: int, resources: Resources, stop: Callable[[], bool]) -> None:
-    """Wait until the cluster has room for `count` workers at the same time, or `stop` returns True.
+def wait_for_room(count: int, resources: Resources, stop: Callable[[], bool]) -> bool:
+    """Wait until the cluster has room for `count` workers at once; return False if `stop` returns True before.
 
     Meanwhile the request is in Ray's queue, where the autoscaler sees it, and the log says what the job waits for.
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    request, wait_log = placement_group([resources] * count), WaitLog(resources, first_after=0)
+    request, wait_log = placement_group([resources] * count), WaitLog(resources)
     try:
-        while not request.wait(0) and not stop():
+        while not request.wait(timeout_seconds=1):
+            if stop():
+                return False
             wait_log.update(count, count, "the job starts when there is room for all of them")
-            time.sleep(POLL_SECONDS)
+        return True
     finally:
         remove_placement_group(request)
 
 
 def report_waiting(actors: list[Any], resources: Resources, ended: threading.Event) -> None:
-    """Log what actors wait for, for the first time after 30 s, until all have started."""
+    """Log what actors wait for until all have started."""
     import ray
 
-    waiting, wait_log = [actor.is_there.remote() for actor in actors], WaitLog(resources, first_after=WAIT_SECONDS)
+    waiting, wait_log = [actor.is_there.remote() for actor in actors], WaitLog(resources)
     while waiting and not ended.wait(POLL_SECONDS):
         _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0)
         if waiting:

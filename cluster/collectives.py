@@ -99,8 +99,8 @@ class Group:
             while len(sums) > 1:
                 sums = [left + right for left, right in zip(sums[::2], sums[1::2], strict=True)]
             dist.all_gather_into_tensor(mine, sums[0])
-            total = mine.split([tensor.numel() for tensor in bucket] + [len(mine) - sum(t.numel() for t in bucket)])
-            for tensor, part in zip(bucket, total, strict=False):
+            sizes = [tensor.numel() for tensor in bucket]
+            for tensor, part in zip(bucket, mine[: sum(sizes)].split(sizes), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
 

@@ -1,8 +1,8 @@
 """A small cluster of processes on this machine: `make cluster` starts it, and `make cluster-stop` ends it.
 
 It has an S3 server, an MLflow server, a Ray head without CPUs for work and two worker nodes. Each node is a process
-with ports of its own, and Ray asks for a token. One folder holds all of it: the list of the processes
-(processes.json), the variables that a shell needs (environment), the logs and the data.
+with ports of its own, and Ray asks for a token. One folder holds all of it: the variables that a shell needs
+(environment), the logs and the data.
 """
 
 import argparse
@@ -17,13 +17,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import botocore.session
+import fsspec
 import psutil
 
 from cluster.servers import end_processes, free_port, is_listening, start_server
 
 # Not below ~/.local/state: Ray's sockets lie beneath this folder, and their paths may have 107 characters.
 FOLDER = Path.home() / ".admiral" / "cluster"
+MARK = "ADMIRAL_LOCAL_CLUSTER"  # a variable of every process of a cluster: the cluster's folder
 BUCKET = "admiral"
 NODES = 2
 CPUS_OF_NODE = 4  # logical: two training workers and the readers of their data fit on one node
@@ -36,8 +37,9 @@ class LocalCluster:
     """A cluster whose files lie in one folder."""
 
     def __init__(self, folder: Path = FOLDER) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()
         self.environment: dict[str, str] = {}
+        self.head = ""  # address of Ray's head
         self.metrics: dict[str, str] = {}  # URL of each node's metrics, by the node's name
 
     def start(self) -> None:
@@ -48,7 +50,7 @@ class LocalCluster:
                 start.
         """
         make_private(self.folder)
-        if self._alive():
+        if self.processes():
             raise RuntimeError(f"a cluster of {self.folder} is running already: `make cluster-stop` ends it")
         self._clear(keep_logs=False)
         (self.folder / "logs").mkdir()
@@ -57,7 +59,7 @@ class LocalCluster:
             self._start_mlflow()
             self._start_head()
             for number in range(1, NODES + 1):  # one by one: two at the same moment take each other's ports
-                self._start_node(f"ray node {number}", {"address": self._head, "num-cpus": CPUS_OF_NODE})
+                self._start_node(f"ray node {number}", {"address": self.head, "num-cpus": CPUS_OF_NODE})
         except BaseException:
             self.stop()
             raise
@@ -75,14 +77,13 @@ class LocalCluster:
             "ADMIRAL_STORE": f"s3://{BUCKET}/runs",
         }
         self._launch("s3", ["moto.server", "--host", "127.0.0.1", "--port", str(port)], partial(is_listening, port))
-        client = botocore.session.get_session().create_client(
+        files = fsspec.filesystem(
             "s3",
+            key=self.environment["AWS_ACCESS_KEY_ID"],
+            secret=self.environment["AWS_SECRET_ACCESS_KEY"],
             endpoint_url=self.environment["AWS_ENDPOINT_URL"],
-            region_name=self.environment["AWS_DEFAULT_REGION"],
-            aws_access_key_id=self.environment["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=self.environment["AWS_SECRET_ACCESS_KEY"],
         )
-        client.create_bucket(Bucket=BUCKET)
+        files.mkdir(BUCKET)
 
     def _start_mlflow(self) -> None:
         port = free_port()
@@ -102,7 +103,7 @@ class LocalCluster:
 
     def _start_head(self) -> None:
         port, dashboard = free_port(), free_port()
-        self._head = f"127.0.0.1:{port}"
+        self.head = f"127.0.0.1:{port}"
         self.environment |= {
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
             "RAY_AUTH_MODE": "token",
@@ -142,55 +143,37 @@ class LocalCluster:
         )
 
     def _launch(self, name: str, module: list[str], is_ready: Callable[[], bool], **environment: str) -> None:
-        """Start a Python module as a server, and record its process at once."""
-
-        def record(server: psutil.Popen) -> None:
-            records = [*self.processes(), {"name": name, "pid": server.pid, "born": server.create_time()}]
-            (self.folder / "processes.json").write_text(json.dumps(records, indent=2))
-
+        """Start a Python module as a server."""
         others = ("RAY_", "MLFLOW_", "AWS_", "ADMIRAL_")  # would lead to another cluster
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(others)}
-        start_server(
-            [sys.executable, "-m", *module],
-            is_ready,
-            self._log(name),
-            inherited | self.environment | environment,
-            on_start=record,
-        )
+        settings = inherited | self.environment | {MARK: str(self.folder)} | environment
+        start_server([sys.executable, "-m", *module], is_ready, self._log(name), settings)
 
     def _log(self, name: str) -> Path:
         return self.folder / "logs" / f"{name.replace(' ', '-')}.log"
 
-    def processes(self) -> list[dict]:
-        """Return the name, process id and time of creation of every process that was started.
-
-        The time tells the process from a later one that has its id.
-        """
-        path = self.folder / "processes.json"
-        return json.loads(path.read_text()) if path.exists() else []
-
-    def _alive(self) -> list[psutil.Process]:
+    def processes(self) -> list[psutil.Process]:
+        """Return the running processes of this cluster, except a few of Ray's that overwrite their variables."""
         found = []
-        for record in self.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process = psutil.Process(record["pid"])
-                if process.create_time() == record["born"] and process.status() != psutil.STATUS_ZOMBIE:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):  # it has ended, or is another user's
+                if process.environ().get(MARK) == str(self.folder):
                     found.append(process)
         return found
 
     def stop(self) -> int:
-        """End the processes of this cluster with their descendants, and return how many of them ran.
-
-        All files but the logs are removed.
+        """End the processes of this cluster with their descendants, and return how many ran. Keep only the logs.
 
         Raises:
             RuntimeError: the folder belongs to another user.
         """
         make_private(self.folder)
-        running = self._alive()[::-1]
-        end_processes(running)
+        ended = 0
+        while running := self.processes():  # again for those that were started meanwhile
+            end_processes(running)
+            ended += len(running)
         self._clear(keep_logs=True)
-        return len(running)
+        return ended
 
     def _clear(self, keep_logs: bool) -> None:
         for path in self.folder.iterdir():

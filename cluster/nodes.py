@@ -1,12 +1,11 @@
 """The nodes of the session's cluster: their resources, a call on each of them, and the network between them."""
 
-import contextlib
 import os
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,12 +43,7 @@ def nodes() -> list[Node]:
     if ray is None or not ray.is_initialized():
         return []
     found = [
-        Node(
-            record["NodeID"],
-            record["NodeManagerAddress"],
-            HEAD_RESOURCE in record["Resources"],
-            record["Resources"],
-        )
+        Node(record["NodeID"], record["NodeManagerAddress"], HEAD_RESOURCE in (all_of := record["Resources"]), all_of)
         for record in ray.nodes()
         if record["Alive"]
     ]
@@ -131,59 +125,42 @@ def all_reduce_bandwidth(there: list[Node], megabytes: int, timeout: float, use_
     Raises:
         RuntimeError: a node could not reach the others; the message is that node's error.
     """
-    rank = {node.id: number for number, node in enumerate(there)}
-    meeting = on_each(there[:1], _free_address, timeout)[there[0]]
+    meeting = on_each(there[:1], lambda node: f"tcp://{node.address}:{free_port(node.address)}", timeout)[there[0]]
     if isinstance(meeting, Exception):
         raise RuntimeError(f"{there[0]}: {meeting}")
 
     def measure(node: Node) -> float:
-        with _process_group(rank[node.id], len(rank), meeting, use_gpu, timeout):
-            return _seconds_of_sum(megabytes, use_gpu)
+        import torch.distributed as dist
 
-    answers = on_each(there, measure, timeout)
-    for node, answer in answers.items():
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides the GPUs from a task that has reserved none
+        dist.init_process_group(
+            "nccl" if use_gpu else "gloo",
+            init_method=meeting,
+            rank=there.index(node),
+            world_size=len(there),
+            timeout=timedelta(seconds=timeout),
+        )
+        try:
+            return _seconds_of_sum(megabytes, "cuda" if use_gpu else "cpu")
+        finally:
+            dist.destroy_process_group()
+
+    seconds = []
+    for node, answer in on_each(there, measure, timeout).items():
         if isinstance(answer, Exception):
             raise RuntimeError(f"{node}: {answer}")
-    slowest = max(answer for answer in answers.values() if not isinstance(answer, Exception))
-    return 2 * (len(there) - 1) / len(there) * megabytes / 1e3 / slowest
+        seconds.append(answer)
+    return 2 * (len(there) - 1) / len(there) * megabytes / 1e3 / max(seconds)
 
 
-def _free_address(node: Node) -> str:
-    return f"tcp://{node.address}:{free_port(node.address)}"
-
-
-@contextlib.contextmanager
-def _process_group(rank: int, size: int, meeting: str, use_gpu: bool, timeout: float) -> Iterator[None]:
-    from datetime import timedelta
-
-    import torch.distributed
-
-    backend = "nccl" if use_gpu else "gloo"
-    limit = timedelta(seconds=timeout)
-    torch.distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=size, timeout=limit)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def _seconds_of_sum(megabytes: int, use_gpu: bool) -> float:
-    """Return the median time of five all-reduces after a first one, which opens the connections."""
+def _seconds_of_sum(megabytes: int, device: str) -> float:
+    """Return the mean time of ten all-reduces after two others, which open the connections."""
     import torch
+    from torch.utils.benchmark import Timer
 
-    def wait(_: Any = None) -> None:
-        if use_gpu:
-            torch.cuda.synchronize()
-
-    # Ray hides the GPUs from a task that has reserved none.
-    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-    values = torch.ones(megabytes * 250_000, device="cuda" if use_gpu else "cpu")  # float32
-    seconds = []
-    for _ in range(6):
-        wait()
-        begin = time.perf_counter()
-        torch.distributed.all_reduce(values)
-        wait()
-        seconds.append(time.perf_counter() - begin)
-        values.fill_(1.0)
-    return sorted(seconds[1:])[2]
+    values = torch.zeros(megabytes * 250_000, device=device)  # float32
+    return (
+        Timer("all_reduce(values)", globals={"all_reduce": torch.distributed.all_reduce, "values": values})
+        .timeit(10)
+        .mean
+    )

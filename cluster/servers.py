@@ -32,12 +32,10 @@ def start_server(
     log: Path | None = None,
     environment: Mapping[str, str] | None = None,
     seconds: float = 120.0,
-    on_start: Callable[[psutil.Popen], None] = lambda server: None,
 ) -> psutil.Popen:
     """Start a server in a session of its own, and return its process once `is_ready` returns True.
 
     log: the file for what the server prints; None discards it. environment: None means that of this process.
-    on_start: called with the process as soon as it runs.
 
     Raises:
         RuntimeError: the server ended, or was not ready within `seconds`; the message has the last lines of its log.
@@ -54,7 +52,6 @@ def start_server(
             start_new_session=True,
         )
     try:
-        on_start(server)
         deadline = time.monotonic() + seconds
         while not is_ready():
             if server.poll() is not None or time.monotonic() > deadline:

@@ -21,7 +21,7 @@ QUIET_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every worker's print appears twice
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # notice a dead worker sooner than after 2 s
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # then `wait_for_room` waits for resources
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # then `wait_for_room` waits again
     "RAY_AIR_NEW_OUTPUT": "0",  # else Tune prints tables although verbose=0
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else every worker of `uv run` builds an environment
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # else gloo warns of dead workers, which we report in one line

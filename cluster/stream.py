@@ -1,8 +1,6 @@
 """An ordered, prefetching reader: Ray actors read units, and their blocks of arrays arrive in the units' order."""
 
 import logging
-import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,8 +20,6 @@ ReadUnit = Callable[[Unit], Iterator[Block]]
 READERS = 2  # processes of one stream, on the CPU that its worker has reserved for data
 LOST_READERS = 5  # processes that may die while they read one unit, before the unit counts as the cause
 CHECK_SECONDS = 0.2  # between two checks for room and for the end, while no block arrives
-CLOSING_PAUSE = 0.05  # seconds between two checks whether the readers have ended
-CLOSING_SECONDS = 10  # a consumer that stops early waits at most this long for the readers to end
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +78,6 @@ class _Reader:
         self._closed = False
         self._running: dict[Any, _Reading] = {}  # by the generator of references to its blocks
         self._idle: list[Any] = []  # readers
-        self._pids: list[Any] = []  # references to the process ids of all readers
 
     def close(self) -> None:
         """End the readers and the thread. A thread that calls Ray after its shutdown would end this process."""
@@ -93,7 +88,6 @@ class _Reader:
         import ray
 
         try:
-            self._reference = ray.put(self._read_unit)
             self._idle = [self._new_reader() for _ in range(READERS)]
             self._read_all()
             self.readings.put(None)
@@ -103,27 +97,15 @@ class _Reader:
             self.readings.put(error)
         finally:
             with suppress(Exception):  # Ray may have been shut down
-                self._end_readers()
+                for reader in [*self._idle, *(reading.reader for reading in self._running.values())]:
+                    ray.kill(reader)
 
     def _new_reader(self) -> Any:
         import ray
 
         # Without task events, because Ray's records of calls would grow with the number of units.
         actor: Any = ray.remote(_ReaderActor).options(**on_this_node(), enable_task_events=False)
-        reader = actor.remote(self._reference)
-        self._pids.append(reader.pid.remote())
-        return reader
-
-    def _end_readers(self) -> None:
-        """End the readers, and wait until their processes have ended."""
-        import ray
-
-        started = [pid for pid in self._pids if ray.wait([pid], timeout=0)[0]]  # the others have read nothing
-        for reader in [*self._idle, *(reading.reader for reading in self._running.values())]:
-            ray.kill(reader)
-        deadline = time.monotonic() + CLOSING_SECONDS
-        while any(_runs(pid) for pid in started) and time.monotonic() < deadline:
-            time.sleep(CLOSING_PAUSE)
+        return actor.remote(self._read_unit)
 
     def _read_all(self) -> None:
         import ray
@@ -177,26 +159,11 @@ class _Reader:
         del self._running[generator]
 
 
-def _runs(pid: Any) -> bool:
-    """Return whether the process of a reader still runs. `pid` is a reference to its process id."""
-    import ray
-    from ray.exceptions import RayError
-
-    try:
-        os.kill(ray.get(pid), 0)
-    except (ProcessLookupError, RayError):  # it has ended, or it died before it returned its id
-        return False
-    return True
-
-
 class _ReaderActor:
     """An actor that reads one unit at a time."""
 
     def __init__(self, read_unit: ReadUnit[Any]) -> None:
         self._read_unit = read_unit
-
-    def pid(self) -> int:
-        return os.getpid()
 
     def read(self, unit: Any, taken: int) -> Iterator[Block]:
         """Yield the blocks of a unit without the first `taken`, which came from an earlier reader."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import logging.handlers
 import signal
 import tempfile
 import threading
@@ -17,9 +18,9 @@ import torch
 from cluster.actor import in_short
 from cluster.capacity import Resources, refuse_infeasible, wait_for_room, worker_resources
 from cluster.metrics import publish
+from cluster.relay import Record, Relay, relayed, tolerant
 
 PROCESS_GROUP_TIMEOUT_S = 300  # a collective that hangs for longer ends the attempt
-POLL_SECONDS = 0.5  # between two exchanges with the workers
 PREEMPTION_SECONDS = 2.0  # between two checks for a preemption notice; Ray itself checks every 5
 
 # Deterministic errors of a worker: another attempt would raise them again, so none is made.
@@ -27,7 +28,7 @@ PERMANENT_ERRORS = (
     ValueError, TypeError, ArithmeticError, LookupError, FileNotFoundError, PermissionError, torch.OutOfMemoryError,
 )  # fmt: skip
 
-Record = dict[str, Any]
+Loop = Callable[["WorkerContext"], None]
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class WorkerContext:
 
 
 def run_workers(
-    loop: Callable[[WorkerContext], None],
+    loop: Loop,
     num_workers: int,
     on_record: Callable[[Record], None],
     cpus: int = 1,
@@ -75,29 +76,24 @@ def run_workers(
 
     with _stop_signals(signalled.set):
         if num_workers == 0:
-            _run_here(loop, _tolerant(on_record), num_gpus, is_asked_to_stop)
+            _run_here(loop, on_record, num_gpus, is_asked_to_stop)
         else:
             resources = worker_resources(cpus, num_gpus)
             refuse_infeasible(resources, at_once=num_workers)
-            _run_on_ray(loop, num_workers, _tolerant(on_record), max_failures, resources, is_asked_to_stop)
+            _run_on_ray(loop, num_workers, on_record, max_failures, resources, is_asked_to_stop)
     return is_asked_to_stop()
 
 
-def _run_here(
-    loop: Callable[[WorkerContext], None],
-    on_record: Callable[[Record], None],
-    num_gpus: int,
-    stop: Callable[[], bool],
-) -> None:
+def _run_here(loop: Loop, on_record: Callable[[Record], None], num_gpus: int, stop: Callable[[], bool]) -> None:
     device = torch.device("cuda" if num_gpus else "cpu")
     try:
-        loop(WorkerContext(0, 1, device, on_record, stop, streams_on_cluster=False))
+        loop(WorkerContext(0, 1, device, tolerant(on_record), stop, streams_on_cluster=False))
     except ArithmeticError as error:
         raise RuntimeError(str(error)) from error
 
 
 def _run_on_ray(
-    loop: Callable[[WorkerContext], None],
+    loop: Loop,
     num_workers: int,
     on_record: Callable[[Record], None],
     max_failures: int,
@@ -106,20 +102,17 @@ def _run_on_ray(
 ) -> None:
     from ray.train import TrainingFailedError
 
-    from cluster.relay import Relay
-
     relay = Relay()
     saved, failures = -1, 0
-    while not stop():
+    while not stop() and wait_for_room(num_workers, resources, stop):
         attempt = _Attempt(on_record)
         try:
-            with _relayed(relay, attempt.handle, stop):
+            with relayed(relay, attempt.handle, stop):
                 _fit(loop, relay, num_workers, resources)
             break
         except TrainingFailedError as error:
-            if _has_no_room(error):
-                wait_for_room(num_workers, resources, stop)
-                continue
+            if type(getattr(error, "controller_failure", None)).__name__ == "WorkerGroupStartupTimeoutError":
+                continue  # another job was quicker to take the room
             reason = in_short(attempt.reason) or _reason(error)
             failures = 1 if attempt.saved > saved else failures + 1
             saved = max(saved, attempt.saved)
@@ -148,7 +141,7 @@ class _Attempt:
             self.reason, self.is_permanent = record["failure"], record["permanent"]
 
 
-def _fit(loop: Callable[[WorkerContext], None], relay: Any, num_workers: int, resources: Resources) -> None:
+def _fit(loop: Loop, relay: Relay, num_workers: int, resources: Resources) -> None:
     """Run Ray Train once, in a thread: in the main thread it would handle Ctrl-C itself and save nothing."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -171,35 +164,16 @@ def _fit(loop: Callable[[WorkerContext], None], relay: Any, num_workers: int, re
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
             ),
         )
-        ended: Future[None] = Future()
+        ended: Future[Any] = Future()
 
         def fit() -> None:
             try:
-                trainer.fit()
-                ended.set_result(None)
+                ended.set_result(trainer.fit())
             except BaseException as error:  # noqa: BLE001 - raised again below
                 ended.set_exception(error)
 
         threading.Thread(target=fit, name="training", daemon=True).start()
         ended.result()
-
-
-def _tolerant(on_record: Callable[[Record], None]) -> Callable[[Record], None]:
-    """Return `on_record` with a warning in place of an error."""
-
-    def call(record: Record) -> None:
-        try:
-            on_record(record)
-        except Exception as error:  # noqa: BLE001 - a failed record must not end the training
-            reason = f"{type(error).__name__}: {error}"
-            log.warning("a record of the training could not be handled, the training goes on: %s", reason)
-
-    return call
-
-
-def _has_no_room(error: Exception) -> bool:
-    """Return whether no worker was started because the cluster had no room for all of them."""
-    return type(getattr(error, "controller_failure", None)).__name__ == "WorkerGroupStartupTimeoutError"
 
 
 def _reason(error: Exception) -> str:
@@ -228,7 +202,7 @@ def _run_worker(config: dict[str, Any]) -> None:
                 relay.push,
                 relay.stopping,
                 streams_on_cluster=True,
-                preempted=_PreemptionNotice(ray.train.get_preemption_info, context.get_world_rank()),
+                preempted=_preemption_notices(ray.train.get_preemption_info, context.get_world_rank()),
             )
         )
     except Exception as error:
@@ -237,84 +211,49 @@ def _run_worker(config: dict[str, Any]) -> None:
         raise
 
 
-class _DriverHandler(logging.Handler):
+class _DriverHandler(logging.handlers.QueueHandler):
     """A log handler that sends warnings to the driver, because nobody reads the workers' logs."""
 
+    queue: Any  # the relay
+
     def __init__(self, relay: Any) -> None:
-        super().__init__(logging.WARNING)
-        self._relay = relay
+        super().__init__(relay)
+        self.setLevel(logging.WARNING)
 
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self._relay.push({"warning": record.getMessage()})
-        except Exception:  # noqa: BLE001 - like the handlers of the standard library
-            self.handleError(record)
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self.queue.push({"warning": record.getMessage()})
 
 
-class _PreemptionNotice:
-    """A callable that returns True once for each new answer of `get_info`.
+def _preemption_notices(get_info: Callable[[], Any], rank: int) -> Callable[[], bool]:
+    """Return a function that returns True once for each new result of `get_info`.
 
     A thread calls `get_info`, because that call waits for all workers. Rank 0 logs the notice.
     """
+    new = threading.Event()
 
-    def __init__(self, get_info: Callable[[], Any], rank: int) -> None:
-        self._get_info, self._rank, self._new = get_info, rank, threading.Event()
-        threading.Thread(target=self._watch, name="preemption", daemon=True).start()
-
-    def _watch(self) -> None:
+    def watch() -> None:
         seen, failed = None, False
         while True:
             try:
-                info = self._get_info()
+                info = get_info()
             except Exception as error:  # noqa: BLE001 - a failed call must not lose a later notice
                 if not failed:
                     log.warning("preemption notices cannot be read, trying again; the training goes on: %s", error)
                 info, failed = seen, True
             if info != seen:
                 seen = info
-                if self._rank == 0:
+                if rank == 0:
                     log.warning("preemption notice received, writing a checkpoint; the training goes on: %s", info)
-                self._new.set()
+                new.set()
             time.sleep(PREEMPTION_SECONDS)
 
-    def __call__(self) -> bool:
-        is_new = self._new.is_set()
-        self._new.clear()
-        return is_new
+    def is_new() -> bool:
+        found = new.is_set()
+        new.clear()
+        return found
 
-
-@contextlib.contextmanager
-def _relayed(relay: Any, on_record: Callable[[Record], None], stop: Callable[[], bool]) -> Iterator[None]:
-    """Pass the workers' records to `on_record` in a thread, and ask the workers to stop once `stop` returns True.
-
-    If a call to the relay fails, a warning is logged once and the call is repeated. When the context ends, the
-    remaining records are passed on.
-    """
-    ended, warned = threading.Event(), set[str]()
-
-    def exchange() -> None:
-        try:
-            records = relay.exchange(stop())
-        except Exception as error:  # noqa: BLE001 - see above
-            if str(error) not in warned:
-                log.warning("the workers' records cannot be fetched, trying again; the training goes on: %s", error)
-                warned.add(str(error))
-            return
-        for record in records:
-            on_record(record)
-
-    def run() -> None:
-        while not ended.wait(POLL_SECONDS):
-            exchange()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        exchange()
+    threading.Thread(target=watch, name="preemption", daemon=True).start()
+    return is_new
 
 
 @contextlib.contextmanager

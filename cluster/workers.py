@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import takewhile
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -133,7 +132,7 @@ class _Here(Pool[Item, Result]):
 
 @dataclass(eq=False)
 class _Worker:
-    """The state of a worker from the view of one mapping."""
+    """The state of a worker from the view of one mapping, which gives it one item at a time."""
 
     actor: Any
     node: str = "a node that is not known yet"
@@ -144,15 +143,23 @@ class _Worker:
     strikes: int = 0  # consecutive items that failed on it
     failures: int = 0  # in total, without those of items that fail on all workers
     reason: str = ""  # of the last failure
+    task: Any = None  # the task that it runs, or ran last
+    begun: float = 0.0  # time at which the task began, in seconds
+    deadline: float = 0.0  # of the task, in seconds after `begun`
 
     @property
     def is_benched(self) -> bool:
         return self.strikes >= STRIKES_TO_BENCH
 
+    def note(self, reason: str) -> None:
+        """Record a failure."""
+        self.failures += 1
+        self.reason = reason
+
 
 @dataclass(eq=False)
 class _Task(Generic[Item]):
-    """An item that is not done, or was given to several workers."""
+    """An item and its failures."""
 
     item: Item
     failures: int = 0  # errors that it raised, and deadlines that it missed
@@ -162,17 +169,6 @@ class _Task(Generic[Item]):
     failed_on: list[_Worker] = field(default_factory=list)
     failed_at: float = 0.0  # time of the first failure, in seconds
     copies: int = 0  # workers that have it now
-    ended: bool = False  # done, or failed permanently
-
-
-@dataclass(eq=False)
-class _Call(Generic[Item]):
-    """An item that runs on a worker."""
-
-    worker: _Worker
-    task: _Task[Item]
-    begun: float  # time in seconds
-    deadline: float  # seconds after `begun`
 
 
 class _Mapping(Generic[Item, Result]):
@@ -186,15 +182,14 @@ class _Mapping(Generic[Item, Result]):
         self._tries = tries
         self._workers = [_Worker(actor) for actor in actors]
         self._idle: deque[_Worker] = deque()
+        self._busy: dict[_Worker, None] = {}  # in the order in which their tasks began
         self._away: deque[tuple[float, _Worker]] = deque()  # (time of the next search for it, worker)
         self._fresh = (_Task(item) for item in items)
         self._next = next(self._fresh, None)
-        self._waiting: deque[_Task[Item]] = deque()  # failed tasks
-        self._calls: dict[_Call[Item], None] = {}  # in the order in which they began
-        self._answers: SimpleQueue[tuple[Callable[[Any], None], Any]] = SimpleQueue()
-        self._open = 0  # number of items that have begun and not ended
+        self._open: set[_Task[Item]] = set()  # tasks that have begun, and have neither succeeded nor been given up
+        self._waiting: deque[_Task[Item]] = deque()  # those of them that failed
+        self._answers: SimpleQueue[tuple[Callable[[Any], tuple[Item, Result] | None], Any]] = SimpleQueue()
         self._seconds, self._longest, self._done = 0.0, 0.0, 0  # of all done items
-        self._results: deque[tuple[Item, Result]] = deque()  # at most one
         self._failed, self._reasons = 0, list[str]()
         self._any_made = False
         self._begun, self._checked = time.monotonic(), 0.0
@@ -206,18 +201,19 @@ class _Mapping(Generic[Item, Result]):
             self._find(worker)
         while self._next is not None or self._open:
             self._hand_out()
+            result = None
             with contextlib.suppress(Empty):
                 take, future = self._answers.get(timeout=POLL_SECONDS)
-                take(future)
-            while self._results:
-                yield self._results.popleft()
+                result = take(future)
+            if result is not None:
+                yield result
             if time.monotonic() > self._checked + POLL_SECONDS:
                 self._check()
         self._publish()
         self._conclude()
 
-    def _ask(self, reference: Any, take: Callable[[Any], None]) -> None:
-        """Let the loop call `take(future)` when the call of an actor has returned."""
+    def _ask(self, reference: Any, take: Callable[[Any], tuple[Item, Result] | None]) -> None:
+        """Let the loop call `take(future)`, which may return a result, when the call of an actor has returned."""
         reference.future().add_done_callback(lambda future: self._answers.put((take, future)))
 
     # A worker is found, created and given items. When its process ends, for any reason, it is searched for again.
@@ -251,9 +247,10 @@ class _Mapping(Generic[Item, Result]):
     def _not_made(self, worker: _Worker, error: BaseException) -> None:
         worker.there = is_raised(error)
         worker.starts += 1
-        self._note(worker, f"it could not be created: {reason_of(error)}")
+        worker.note(f"it could not be created: {reason_of(error)}")
         if worker.starts >= START_TRIES:
-            self._remove(worker)
+            log.warning("the worker on %s is not used any more, the others go on: %s", worker.node, worker.reason)
+            worker.there, worker.out = False, True
         elif is_device_error(error):
             self._restart(worker)
         else:
@@ -261,7 +258,7 @@ class _Mapping(Generic[Item, Result]):
 
     def _strike(self, worker: _Worker, reason: str, restart: bool, died: bool) -> None:
         """Record an item that failed on a worker, and restart the worker if it must be."""
-        self._note(worker, reason)
+        worker.note(reason)
         worker.sound = False
         worker.strikes += 1
         if worker.strikes == STRIKES_TO_BENCH:
@@ -274,32 +271,23 @@ class _Mapping(Generic[Item, Result]):
         else:
             self._idle.append(worker)
 
-    def _note(self, worker: _Worker, reason: str) -> None:
-        worker.failures += 1
-        worker.reason = reason
-
     def _restart(self, worker: _Worker) -> None:
         log.warning("restarting the worker on %s, the job goes on: %s", worker.node, worker.reason)
         worker.there = False
         restart_process(worker.actor)
         self._find_later(worker)
 
-    def _remove(self, worker: _Worker) -> None:
-        log.warning("the worker on %s is not used any more, the others go on: %s", worker.node, worker.reason)
-        worker.there, worker.out = False, True
-
     # An item is given to a worker, and is done, fails, or hangs.
 
     def _hand_out(self) -> None:
         for _ in range(len(self._idle)):
             worker = self._idle.popleft()
-            task = self._choose(worker)
-            if task is not None:
+            if (task := self._choose(worker)) is not None:
                 task.copies += 1
-                deadline = max(HANG_SECONDS, HANGING * self._longest) * 2**task.missed
-                call = _Call(worker, task, time.monotonic(), deadline)
-                self._calls[call] = None
-                self._ask(worker.actor.work.remote(task.item, deadline), partial(self._answered, call))
+                worker.task, worker.begun = task, time.monotonic()
+                worker.deadline = max(HANG_SECONDS, HANGING * self._longest) * 2**task.missed
+                self._busy[worker] = None
+                self._ask(worker.actor.work.remote(task.item, worker.deadline), partial(self._answered, worker))
                 continue
             self._idle.append(worker)
             if not self._waiting and not worker.is_benched:
@@ -315,16 +303,16 @@ class _Mapping(Generic[Item, Result]):
                 return task
         if self._next is not None:
             task, self._next = self._next, next(self._fresh, None)
-            self._open += 1
+            self._open.add(task)
             return task
-        first = next((call for call in self._calls if call.task.copies == 1 and not call.task.ended), None)
+        first = next((busy for busy in self._busy if busy.task.copies == 1 and busy.task in self._open), None)
         if first is None or worker in first.task.failed_on or not self._is_straggling(first):
             return None
         return first.task
 
-    def _is_straggling(self, call: _Call[Item]) -> bool:
+    def _is_straggling(self, worker: _Worker) -> bool:
         mean = self._seconds / self._done if self._done else float("inf")
-        return time.monotonic() - call.begun > max(POLL_SECONDS, STRAGGLING * mean)
+        return time.monotonic() - worker.begun > max(POLL_SECONDS, STRAGGLING * mean)
 
     def _has_untried(self, task: _Task[Item]) -> bool:
         """Return whether there is a worker that has not tried an item, or one that is still worth waiting for."""
@@ -332,44 +320,38 @@ class _Mapping(Generic[Item, Result]):
         usable = (w for w in self._workers if (w.there or absent_too) and not w.out and not w.is_benched)
         return any(worker not in task.failed_on for worker in usable)
 
-    def _answered(self, call: _Call[Item], future: Any) -> None:
-        del self._calls[call]
-        worker, task = call.worker, call.task
+    def _answered(self, worker: _Worker, future: Any) -> tuple[Item, Result] | None:
+        """Return the item and its result, or None if it failed or another worker was quicker."""
+        del self._busy[worker]
+        task, seconds = worker.task, time.monotonic() - worker.begun
         task.copies -= 1
         if (error := future.exception()) is None:
             worker.sound, worker.strikes = True, 0
             self._idle.append(worker)
-            if not task.ended:  # no other worker was quicker
-                self._finish(call, future.result())
-            return
+            if task not in self._open:
+                return None
+            self._open.remove(task)
+            self._seconds += seconds
+            self._longest = max(self._longest, seconds)
+            self._done += 1
+            return task.item, future.result()
         died, broken = not is_raised(error), is_device_error(error)
-        seconds = time.monotonic() - call.begun
-        hung = died and seconds >= call.deadline
-        reason = f"item {task.item} gave no result in {seconds:.0f} s" if hung else reason_of(error)
+        hung = died and seconds >= worker.deadline
+        lost = (died and not hung) or broken
         task.missed += hung
-        was_sound = worker.sound
-        self._strike(worker, reason, restart=broken, died=died)
-        if not task.ended:
-            self._retry(task, worker, reason, lost=(died and not hung) or broken, was_sound=was_sound)
-
-    def _finish(self, call: _Call[Item], result: Result) -> None:
-        seconds = time.monotonic() - call.begun
-        self._seconds += seconds
-        self._longest = max(self._longest, seconds)
-        self._done += 1
-        self._open -= 1
-        call.task.ended = True
-        self._results.append((call.task.item, result))
-
-    def _retry(self, task: _Task[Item], worker: _Worker, reason: str, lost: bool, was_sound: bool) -> None:
-        """Retry an item, or give it up if it fails on sound workers or on all workers."""
         task.lost += lost
         task.failures += not lost
-        task.proven += not lost and was_sound
+        task.proven += not lost and worker.sound
         task.failed_at = task.failed_at or time.monotonic()
         task.failed_on.append(worker)
-        if task.copies:  # another worker has it too
-            return
+        reason = f"item {task.item} gave no result in {seconds:.0f} s" if hung else reason_of(error)
+        self._strike(worker, reason, restart=broken, died=died)
+        if task in self._open and not task.copies:
+            self._retry(task, reason)
+        return None
+
+    def _retry(self, task: _Task[Item], reason: str) -> None:
+        """Retry an item, or give it up if it fails on sound workers or on all workers."""
         alone = task.failures >= MOST_TRIES or not self._has_untried(task)
         if task.lost < LOST_WORKERS and task.proven < self._tries and not (task.failures >= self._tries and alone):
             self._waiting.append(task)
@@ -377,8 +359,7 @@ class _Mapping(Generic[Item, Result]):
         for tried in task.failed_on:  # the item is the cause, not these workers
             tried.strikes = max(0, tried.strikes - 1)
             tried.failures -= 1
-        task.ended = True
-        self._open -= 1
+        self._open.remove(task)
         self._failed += 1
         text = f"{task.item}, {task.failures + task.lost} times: {reason}"
         if len(self._reasons) < 5:
@@ -403,11 +384,11 @@ class _Mapping(Generic[Item, Result]):
             return
         mean = self._seconds / self._done
         limit = max(SLOW_SECONDS, SLOW * mean)
-        slow = list(takewhile(lambda call: now - call.begun > limit, self._calls))
-        for call in slow:
-            self._note(call.worker, f"item {call.task.item} runs for {now - call.begun:.0f} s, others for {mean:.1f} s")
+        slow = [worker for worker in self._busy if now - worker.begun > limit]
+        for worker in slow:
+            worker.note(f"item {worker.task.item} runs for {now - worker.begun:.0f} s, others for {mean:.1f} s")
         if slow:
-            named = "; ".join(f"{call.worker.node}: {call.worker.reason}" for call in slow[:3])
+            named = "; ".join(f"{worker.node}: {worker.reason}" for worker in slow[:3])
             log.warning("slow workers (%d), the job goes on: %s", len(slow), named)
             self._name_after, self._name_pause = now + self._name_pause, 2 * self._name_pause
 
@@ -415,7 +396,7 @@ class _Mapping(Generic[Item, Result]):
         publish(
             "pool",
             {
-                "items_running": len(self._calls),
+                "items_running": len(self._busy),
                 "items_done": self._done,
                 "items_failed": self._failed,
                 "items_to_repeat": len(self._waiting),
@@ -427,8 +408,8 @@ class _Mapping(Generic[Item, Result]):
 
     def _conclude(self) -> None:
         """Log the workers that failed. Raise `ItemsFailed` if items failed."""
-        for call in filter(self._is_straggling, self._calls):  # another worker did the item
-            self._note(call.worker, f"it gave no result for item {call.task.item}, which another worker has done")
+        for worker in filter(self._is_straggling, self._busy):
+            worker.note(f"it gave no result for item {worker.task.item}, which another worker has done")
         summary = self._summary()
         if self._failed:
             reasons = "; ".join(self._reasons)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +60,14 @@ def submit(cluster: LocalCluster, *job: str) -> str:
     output, _ = running.communicate(timeout=600)
     assert running.returncode == 0, output[-3000:]
     return output
+
+
+def asked(cluster: LocalCluster, path: str) -> str:
+    """Return the response of the job server to a request with the token."""
+    url = f"{cluster.environment['RAY_API_SERVER_ADDRESS']}{path}"
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return str(answer.read().decode())
 
 
 def store(cluster: LocalCluster) -> s3fs.S3FileSystem:

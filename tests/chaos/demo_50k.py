@@ -4,24 +4,21 @@
 
 Trains the digits networks if they do not exist yet, and generates the samples twice to s3:// on a local server. In the
 second generation, sampling workers are killed, and the driver is killed and restarted by the same command. Compares
-both sets image by image, measures the second one, and plots the memory of the drivers (memory.csv, memory.png). The
-last line is JSON. The exit code is 1 if a promise is broken.
+both sets image by image, and the memory of the drivers at half and at the end. The last line is JSON. The exit code is
+1 if a promise is broken.
 """
 
 import contextlib
-import csv
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import psutil
 import tyro
@@ -31,9 +28,7 @@ from cluster.servers import s3_server
 from cluster.session import address, session
 from orchestrator import storage
 from orchestrator.generation.samples import list_shards, read_rows
-
-matplotlib.use("agg")
-from matplotlib import pyplot as plt
+from tests import servers
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = f"ray::{WorkerActor.__name__}"  # process title of a sampling worker
@@ -52,13 +47,10 @@ class Demo:
     driver_kills: int = 2  # times that the driver is killed and restarted
     seed: int = 0  # of the times and the victims
     shard_size: int = 512  # images in a shard
-    folder: str = "runs/demo-50k"  # networks, plots and the MLflow file
+    folder: str = "runs/demo-50k"  # networks and the MLflow file
     settings: tuple[str, ...] = (
         "--sampler.name", "ddim", "--sampler.num-steps", "5", "--guidance.scale", "1.0",
     )  # further options of jobs/generate_samples.py digits  # fmt: skip
-    weights: str | None = None  # file of a trained diffusion model; None = train it
-    classifier: str | None = None  # file of a trained classifier; None = train it
-    evaluate: bool = True  # measure the samples
 
 
 @dataclass
@@ -67,13 +59,11 @@ class Run:
 
     shards: int  # to be made
     killed: list[str] = field(default_factory=list)  # the state of each victim
-    memory: list[tuple[float, int, int, int]] = field(
-        default_factory=list
-    )  # seconds, number of the restart, shards done, RSS of the driver
+    memory: list[tuple[int, int, int]] = field(default_factory=list)  # restarts, shards done, resident bytes of driver
 
     def growth(self, life: int) -> tuple[float, float]:
         """Return the memory of a driver in MiB at half of all samples (or at its start) and at its end."""
-        rows = [(done, rss) for _, number, done, rss in self.memory if number == life]
+        rows = [(done, rss) for number, done, rss in self.memory if number == life]
         half = next(rss for done, rss in rows if done >= max(self.shards / 2, rows[0][0] + 1))
         return half / 2**20, rows[-1][1] / 2**20
 
@@ -81,13 +71,8 @@ class Run:
 def demonstrate(demo: Demo, bucket: str) -> dict[str, Any]:
     """Run both generations on the running Ray session and S3 server, and return their comparison."""
     undisturbed = generate(demo, f"{bucket}/undisturbed", events=[])
-    rng = np.random.default_rng(demo.seed)
-    workers = [(moment, "worker") for moment in rng.uniform(0.0, 0.9, demo.kills)]
-    drivers = [(moment, "driver") for moment in rng.uniform(0.2, 0.8, demo.driver_kills)]
-    disturbed = generate(demo, f"{bucket}/disturbed", sorted(workers + drivers), rng)
-    draw_memory(demo, {"undisturbed": undisturbed, "disturbed": disturbed})
+    disturbed = disturb(demo, bucket)
     result = {"samples": demo.samples, "seed": demo.seed, **compare(demo, bucket)}
-    lives = max(life for _, life, _, _ in disturbed.memory)
     begin, end = undisturbed.growth(0)
     result |= {
         "kills": disturbed.killed.count("working") + disturbed.killed.count("starting"),
@@ -95,10 +80,18 @@ def demonstrate(demo: Demo, bucket: str) -> dict[str, Any]:
         "driver_kills": disturbed.killed.count("driver"),
         "driver_mib_at_half": round(begin, 1),
         "driver_mib_at_end": round(end, 1),
-        "last_driver_mib": [round(number, 1) for number in disturbed.growth(lives)],
+        "last_driver_mib": [round(number, 1) for number in disturbed.growth(disturbed.memory[-1][0])],
     }
     result["broken"] = broken_promises(demo, result)
     return result
+
+
+def disturb(demo: Demo, bucket: str) -> Run:
+    """Run the generation with its kills, each as soon as a random share of the shards is done."""
+    rng = np.random.default_rng(demo.seed)
+    workers = [(moment, "worker") for moment in rng.uniform(0.0, 0.9, demo.kills)]
+    drivers = [(moment, "driver") for moment in rng.uniform(0.2, 0.8, demo.driver_kills)]
+    return generate(demo, f"{bucket}/disturbed", sorted(workers + drivers), rng)
 
 
 def broken_promises(demo: Demo, result: dict[str, Any]) -> list[str]:
@@ -114,23 +107,20 @@ def broken_promises(demo: Demo, result: dict[str, Any]) -> list[str]:
     return [broken for broken, kept in promises.items() if not kept]
 
 
-# ------------------------------------------------------------------------------------------------ one generation
-
-
 def generate(demo: Demo, output: str, events: list[tuple[float, str]], rng: Any = None) -> Run:
     """Run the job to its end, with a kill at each (share of finished shards, victim) of `events`."""
     command = [
         sys.executable, "jobs/generate_samples.py", "digits", "--store", demo.folder, "--output", output,
         "--num-samples", str(demo.samples), "--shard-size", str(demo.shard_size), "--num-workers", "2", *demo.settings,
     ]  # fmt: skip
-    run, begun, life = Run(-(-demo.samples // demo.shard_size)), time.monotonic(), 0
+    run, life = Run(-(-demo.samples // demo.shard_size)), 0
     driver = subprocess.Popen(command, cwd=ROOT)
     while driver.poll() is None:
         time.sleep(POLL_SECONDS)
         done = len(list_shards(output))
         with contextlib.suppress(psutil.NoSuchProcess):
             if rss := psutil.Process(driver.pid).memory_info().rss:  # 0 while the process ends
-                run.memory.append((time.monotonic() - begun, life, done, rss))
+                run.memory.append((life, done, rss))
         if not events or done < events[0][0] * run.shards or not (victims := sampling_workers()):
             continue
         time.sleep(float(rng.uniform(0, 0.5)))  # so that a kill can occur at any moment of a shard
@@ -168,9 +158,6 @@ def kill(victim: psutil.Process) -> str:
     return ""
 
 
-# ------------------------------------------------------------------------------------------------ results
-
-
 def compare(demo: Demo, bucket: str) -> dict[str, Any]:
     """Count missing and duplicated indices, and compare the pixel hashes of both generations."""
     hashes: dict[str, dict[int, bytes]] = {}
@@ -185,81 +172,21 @@ def compare(demo: Demo, bucket: str) -> dict[str, Any]:
     return {"missing": missing, "doubled": doubled, "hashes_equal": equal}
 
 
-def evaluate(demo: Demo, samples: str, output: str) -> dict[str, Any]:
-    """Measure the samples by the job, copy its report to the folder, and return the metrics."""
-    command = [
-        sys.executable, "jobs/evaluate_samples.py", "digits", "--store", demo.folder,
-        "--samples", samples, "--output", output, "--num-workers", "2",
-    ]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, check=True)
-    for name in ("report.json", "report.html"):  # the server loses everything at its end
-        Path(demo.folder, name).write_bytes(storage.read_bytes(storage.join(output, name)))
-    metrics = storage.read_json(storage.join(output, "report.json"))["metrics"]
-    return {name: {"value": metric["value"], "interval": metric["interval"]} for name, metric in metrics.items()}
-
-
-def draw_memory(demo: Demo, runs: dict[str, Run]) -> None:
-    """Write memory.csv and memory.png: the memory of the drivers against the finished shards."""
-    os.makedirs(demo.folder, exist_ok=True)
-    with open(Path(demo.folder, "memory.csv"), "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["run", "seconds", "life", "shards_done", "driver_rss_bytes"])
-        table.writerows([name, f"{row[0]:.2f}", *row[1:]] for name, run in runs.items() for row in run.memory)
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    for name, run in runs.items():
-        for life in sorted({row[1] for row in run.memory}):
-            rows = [row for row in run.memory if row[1] == life]
-            axes.plot(
-                [100 * row[2] / run.shards for row in rows],
-                [row[3] / 2**20 for row in rows],
-                label=name if run.memory[-1][1] == 0 else f"{name}, driver {life + 1}",
-            )
-    axes.set(xlabel="samples on storage, %", ylabel="resident memory of the driver, MiB", ylim=(0, None))
-    axes.legend()
-    figure.savefig(Path(demo.folder, "memory.png"), dpi=120)
-    plt.close(figure)
-
-
-# ------------------------------------------------------------------------------------------------ setup
-
-
-def train(demo: Demo) -> Demo:
-    """Prepare the digits, and train their diffusion model and classifier unless they are given."""
-    trained = demo.weights and demo.classifier
-    for job in ("prepare_dataset",) if trained else ("prepare_dataset", "train_adm", "train_classifier"):
-        subprocess.run([sys.executable, f"jobs/{job}.py", "digits", "--store", demo.folder], cwd=ROOT, check=True)
-    if not (demo.weights and demo.classifier):
-        return demo
-    given = ("--weights", os.path.abspath(demo.weights), "--classifier", os.path.abspath(demo.classifier))
-    return replace(demo, settings=(*demo.settings, *given))
-
-
-@contextlib.contextmanager
-def bucket_on_local_s3() -> Iterator[str]:
-    """Yield a bucket on a local S3 server, which ends with the context."""
-    with s3_server() as endpoint:
-        os.environ |= {
-            "AWS_ENDPOINT_URL": endpoint,
-            "AWS_ACCESS_KEY_ID": "demo",
-            "AWS_SECRET_ACCESS_KEY": "demo",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
-        storage.make_bucket("s3://demo")
-        yield "s3://demo"
-
-
 def main(demo: Demo) -> int:
     """Run the demo, print the result as JSON, and return the exit code."""
     demo = replace(demo, folder=os.path.abspath(demo.folder))
     os.makedirs(demo.folder, exist_ok=True)
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{demo.folder}/mlflow.db"
     begun = time.monotonic()
-    with bucket_on_local_s3() as bucket, session(4):
-        os.environ["RAY_ADDRESS"] = address()
-        demo = train(demo)
-        result = demonstrate(demo, bucket)
-        if demo.evaluate:
-            result["metrics"] = evaluate(demo, f"{bucket}/disturbed", f"{bucket}/evaluation")
+    with contextlib.ExitStack() as stack:
+        tracking = {"MLFLOW_TRACKING_URI": f"sqlite:///{demo.folder}/mlflow.db"}
+        server = {"AWS_ENDPOINT_URL": stack.enter_context(s3_server()), **servers.S3_SETTINGS}
+        stack.enter_context(servers.environment(**tracking, **server))
+        stack.enter_context(session(4))
+        stack.enter_context(servers.environment(RAY_ADDRESS=address()))
+        storage.make_bucket("s3://demo")
+        for job in ("prepare_dataset", "train_adm", "train_classifier"):
+            subprocess.run([sys.executable, f"jobs/{job}.py", "digits", "--store", demo.folder], cwd=ROOT, check=True)
+        result = demonstrate(demo, "s3://demo")
     result["seconds"] = round(time.monotonic() - begun)
     print(json.dumps(result))
     return 1 if result["broken"] else 0

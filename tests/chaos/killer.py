@@ -1,4 +1,4 @@
-"""Kills the processes of a training at planned moments, and counts the kills.
+"""Kills the processes of a training at planned moments.
 
 The proxy makes each moment certain: it holds the request that marks the moment (the audit log of a step, a part of a
 checkpoint, or its commit), the victim is killed, and the held request never reaches the storage.
@@ -11,9 +11,7 @@ import re
 import signal
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import psutil
@@ -35,21 +33,6 @@ class Kill(NamedTuple):
     phase: Phase
     position: int
     victim: Victim = "any worker"
-
-
-@dataclass
-class Account:
-    """The kills that were carried out."""
-
-    kills: Counter[str] = field(default_factory=Counter)  # by phase and victim
-    stops: int = 0
-
-    @property
-    def by_phase(self) -> dict[str, int]:
-        counts = Counter[str]()
-        for kind, number in self.kills.items():
-            counts[kind.split(" of ")[0]] += number
-        return dict(counts)
 
 
 def random_plan(config: AdmConfig, count: int, seed: int, drivers: bool) -> list[Kill]:
@@ -78,9 +61,7 @@ def random_plan(config: AdmConfig, count: int, seed: int, drivers: bool) -> list
 class Killer(threading.Thread):
     """A thread that carries out a plan during the training."""
 
-    def __init__(
-        self, proxy: Proxy, config: AdmConfig, plan: list[Kill], driver: Callable[[], int], seed: int = 0
-    ) -> None:
+    def __init__(self, proxy: Proxy, config: AdmConfig, plan: list[Kill], driver: Callable[[], int], seed: int) -> None:
         super().__init__(name="killer", daemon=True)
         self._proxy, self._config, self._plan, self._driver = proxy, config, plan, driver
         self._rng = random.Random(seed)
@@ -88,8 +69,8 @@ class Killer(threading.Thread):
         self._workers: dict[int, Recorded] = {}  # rank -> the newest process known
         self._ended: set[int] = set()  # processes of attempts that were killed
         self._training_over = threading.Event()
-        self.account = Account()
-        self.error: BaseException | None = None
+        self._done = 0  # kills of the plan that were carried out
+        self._error: BaseException | None = None
 
     def run(self) -> None:
         """Carry out the kills in order; add the rule for the next moment before the held request is released."""
@@ -107,20 +88,20 @@ class Killer(threading.Thread):
                 self._ended |= {worker.process for worker in self._workers.values()}
                 held, rule = rule, self._watch_for(self._plan[number]) if number < len(self._plan) else rule
                 self._hit(kill)
+                self._done = number
                 self._proxy.remove(held)
         except BaseException as error:  # noqa: BLE001 - raised by `check`, in the main thread
-            self.error = error
+            self._error = error
             self._proxy.clear()
 
     def check(self) -> None:
-        """Raise the error of the thread, or AssertionError if the training ended before the plan."""
+        """Raise the error of the thread, or AssertionError if the training ended before all kills were carried out."""
         self._training_over.set()
         if self.is_alive():
             self.join()
-        if self.error is not None:
-            raise self.error
-        done = sum(self.account.kills.values()) + self.account.stops
-        assert done == len(self._plan), f"{done} of {len(self._plan)} kills were carried out"
+        if self._error is not None:
+            raise self._error
+        assert self._done == len(self._plan), f"{self._done} of {len(self._plan)} kills were carried out"
 
     def _await(self, kill: Kill, rule: Rule) -> Request:
         deadline = time.monotonic() + TIMEOUT_SECONDS
@@ -175,7 +156,6 @@ class Killer(threading.Thread):
         if kill.phase == "stop":
             os.kill(self._driver(), signal.SIGTERM)
             time.sleep(2)  # until the stop flag has reached the workers, none of which can end the step meanwhile
-            self.account.stops += 1
             return
         rank = self._rng.choice(sorted(self._workers))
         process = self._driver() if kill.victim == "the driver" else self._workers[rank].process
@@ -188,4 +168,16 @@ class Killer(threading.Thread):
         with contextlib.suppress(psutil.NoSuchProcess):
             while victim.status() != psutil.STATUS_ZOMBIE:
                 time.sleep(0.01)
-        self.account.kills[f"{kill.phase} of {kill.victim}"] += 1
+
+
+@contextlib.contextmanager
+def killing(
+    proxy: Proxy, config: AdmConfig, plan: list[Kill], driver: Callable[[], int] = os.getpid, seed: int = 0
+) -> Iterator[None]:
+    """Carry out a plan while the context trains; AssertionError if the training ends before all kills."""
+    killer = Killer(proxy, config, plan, driver, seed)
+    killer.start()
+    try:
+        yield
+    finally:
+        killer.check()

@@ -1,4 +1,7 @@
-"""The loss of a whole node: Ray's own processes on it die first, and its workers do not notice at once."""
+"""Clusters of several nodes, which are local processes, and the loss of a whole node.
+
+Ray's own processes on a node die first, and its workers do not notice at once.
+"""
 
 import contextlib
 import logging
@@ -20,33 +23,35 @@ HEALTH_CHECKS = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000,
 
 
 @contextlib.contextmanager
-def cluster() -> Iterator[Any]:
-    """Yield a local cluster: a head without CPUs, and two nodes with one training worker each."""
+def head_alone() -> Iterator[Any]:
+    """Yield a cluster that has only a head without CPUs. It detects dead nodes within seconds."""
     from ray.cluster_utils import Cluster
 
     with contextlib.ExitStack() as stack:
-        folder = Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp"))
-        )  # short, because paths of sockets are limited
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp")))  # short, for sockets
         (folder / "ray").mkdir()
         stack.enter_context(servers.environment(RAY_TMPDIR=str(folder), RAY_AUTH_MODE="disabled"))
         logging.getLogger("ray").setLevel(logging.ERROR)
         head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 100 << 20}
         made = Cluster(initialize_head=True, head_node_args=head | {"_system_config": HEALTH_CHECKS})
         stack.callback(made.shutdown)
-        for _ in range(2):
-            add_node(made)
         yield made
 
 
-def add_node(made: Any) -> Any:
-    return made.add_node(num_cpus=2, object_store_memory=100 << 20)
+def add_node(made: Any, num_cpus: int, num_gpus: int = 0) -> Any:
+    return made.add_node(num_cpus=num_cpus, num_gpus=num_gpus, object_store_memory=100 << 20)
+
+
+def kill(node: Any) -> None:
+    os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
 
 
 def lose_a_node(argv: list[str], proxy: Proxy) -> int:
     """Train by the job on two nodes; kill one in the middle of a step, add another, and return the number of kills."""
     held = proxy.add("hold", "PUT", rf"/{3 * CHECKPOINT:012d}-0001-of-0002-process-", times=1)
-    with cluster() as made, servers.environment(RAY_ADDRESS=made.address):
+    with head_alone() as made, servers.environment(RAY_ADDRESS=made.address):
+        for _ in range(2):
+            add_node(made, num_cpus=2)  # for one training worker
         job = start_job(argv)
         try:
             request = held.wait(180)
@@ -55,7 +60,7 @@ def lose_a_node(argv: list[str], proxy: Proxy) -> int:
             raylets = {node.all_processes["raylet"][0].process.pid for node in made.worker_nodes}
             (lost,) = raylets & {parent.pid for parent in psutil.Process(worker.process).parents()}
             os.kill(lost, signal.SIGKILL)
-            add_node(made)
+            add_node(made, num_cpus=2)
             proxy.remove(held)
             output, _ = job.communicate(timeout=400)
         finally:

@@ -5,6 +5,7 @@ kills, and with 2, then 1, then 4 workers. Prints the hash of each final state: 
 The exit code is 1 if two hashes differ.
 """
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from cluster.session import session
 from orchestrator.training.config import AdmConfig
 from orchestrator.training.job import train
 from tests.chaos.audit import consumed, order_hash, state_hash
-from tests.chaos.killer import Kill, random_plan
-from tests.chaos.trainings import CHECKPOINT, Ground, arguments, config_of, ground, train_here, train_in_parts
+from tests.chaos.killer import Kill, killing, random_plan
+from tests.chaos.trainings import CHECKPOINT, Ground, arguments, config_of, ground
 
 CHECKPOINTS = 6  # in a training
 KILLS = 3
@@ -57,11 +58,15 @@ def _proofs(place: Ground, seed: int) -> Iterator[tuple[str, str, str]]:
 
     config = training("killed", 2)
     plan = random_plan(config, KILLS, seed, drivers=False)
-    account = train_here(config, place.proxy, plan, seed)
-    yield f"2 workers, {sum(account.kills.values())} killed: {', '.join(account.by_phase)}", *hashes(config)
+    with killing(place.proxy, config, plan, seed=seed):
+        train(config)
+    yield f"2 workers, {len(plan)} killed: {', '.join(dict.fromkeys(kill.phase for kill in plan))}", *hashes(config)
 
     parts = [training("resized", workers) for workers in (2, 1, 4)]
-    train_in_parts(parts, place.proxy, [Kill("stop", 2 * CHECKPOINT), Kill("stop", 4 * CHECKPOINT)])
+    with killing(place.proxy, parts[0], [Kill("stop", 2 * CHECKPOINT), Kill("stop", 4 * CHECKPOINT)]):
+        for config in parts:
+            with contextlib.suppress(KeyboardInterrupt):  # raised after a stop
+                train(config)
     yield "2, then 1, then 4 workers", *hashes(parts[-1])
 
 

@@ -1,4 +1,4 @@
-"""A small demo-50k: workers and a driver are killed, and every sample exists once with equal pixels."""
+"""A small demo-50k: workers and a driver are killed, and all samples are those of a generation in this process."""
 
 from pathlib import Path
 
@@ -6,10 +6,9 @@ import pytest
 
 from cluster.session import address
 from jobs.command_line import parse
-from orchestrator.generation.job import make_generator
+from orchestrator.generation.job import generate
 from orchestrator.generation.presets import generation_presets
-from orchestrator.generation.samples import Shard, check_shard
-from tests.chaos.demo_50k import Demo, Run, broken_promises, demonstrate
+from tests.chaos.demo_50k import Demo, Run, broken_promises, compare, disturb
 from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
 
 
@@ -21,21 +20,17 @@ def test_generation_under_kills(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     weights = save_network(str(tmp_path), "unet.safetensors", UNET)
     classifier = save_network(str(tmp_path), "classifier.safetensors", CLASSIFIER)
-    sampling = ("--sampler.num-steps", "40", "--batch-size", "8")
-    demo = Demo(
-        samples=166, kills=2, driver_kills=1, seed=11, shard_size=16, folder=str(tmp_path),
-        settings=("--weights", weights, "--classifier", classifier, *sampling),
-    )  # fmt: skip
-    result = demonstrate(demo, s3_bucket)
-    print(result)
-    assert result["broken"] == [] and (tmp_path / "memory.png").exists()
-    assert (result["kills"], result["driver_kills"], result["missing"], result["doubled"]) == (2, 1, 0, 0)
+    networks = ("--weights", weights, "--classifier", classifier)
+    settings = (*networks, "--sampler.num-steps", "40", "--batch-size", "8")
+    demo = Demo(samples=102, kills=2, driver_kills=1, seed=11, shard_size=16, folder=str(tmp_path), settings=settings)
+    run = disturb(demo, s3_bucket)
+    print(run.killed)
+    assert len(run.killed) == 3 and run.killed.count("driver") == 1
 
-    here = ("digits", *demo.settings, "--output", f"{tmp_path}/here", "--shard-size", "16", "--num-workers", "0")
-    make_shard = make_generator(parse("", generation_presets(), list(here)))
-    for shard in (Shard(16, 32), Shard(160, 166)):
-        made = make_shard(shard).digests
-        assert made == (check_shard(f"{s3_bucket}/disturbed", shard),), "the pixels differ without a pool"
+    here = ["--store", demo.folder, "--output", f"{s3_bucket}/undisturbed", "--num-workers", "0"]
+    size = ["--num-samples", str(demo.samples), "--shard-size", str(demo.shard_size)]
+    generate(parse("", generation_presets(), ["digits", *settings, *here, *size]))
+    assert compare(demo, s3_bucket) == {"missing": 0, "doubled": 0, "hashes_equal": True}
 
 
 def test_a_broken_promise_is_reported() -> None:
@@ -50,6 +45,6 @@ def test_a_broken_promise_is_reported() -> None:
 
 
 def test_memory_is_compared_from_half_of_the_samples_on() -> None:
-    rows = [(0.0, 0, 0, 100), (1.0, 0, 5, 200), (2.0, 0, 50, 300), (3.0, 0, 100, 310), (4.0, 1, 100, 400)]
-    run = Run(100, [], [(seconds, life, done, mib << 20) for seconds, life, done, mib in rows])
+    rows = [(0, 0, 100), (0, 5, 200), (0, 50, 300), (0, 100, 310), (1, 100, 400)]
+    run = Run(100, [], [(life, done, mib << 20) for life, done, mib in rows])
     assert run.growth(0) == (300, 310)

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from orchestrator.data.job import prepare
 from orchestrator.search import evaluator, job
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.space import SpaceConfig
+from tests.chaos.nodes import add_node, head_alone, kill
 from tests.orchestrator.digits import digits
 from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
 
@@ -29,21 +29,13 @@ DRAWN_BEFORE = 4  # batches, before the second node joins
 
 @contextlib.contextmanager
 def connected() -> Iterator[Any]:
-    """Yield a cluster with a head without CPUs, which detects dead nodes within seconds."""
+    """Yield a cluster without work nodes, and connect to it."""
     import ray
-    from ray.cluster_utils import Cluster
 
-    health = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 2}
-    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 100 << 20, "_system_config": health}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
-
-
-def kill(node: Any) -> None:
-    os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+    with head_alone() as made:
+        ray.init(address=made.address, log_to_driver=False, logging_level=logging.ERROR)
+        yield made
+        ray.shutdown()
 
 
 def grow_and_shrink() -> None:
@@ -51,15 +43,15 @@ def grow_and_shrink() -> None:
     from cluster.workers import pool
 
     done, where = [], set()
-    with connected() as cluster, contextlib.ExitStack() as stack:
-        nodes = [cluster.add_node(num_cpus=1, object_store_memory=100 << 20)]
+    with connected() as made, contextlib.ExitStack() as stack:
+        nodes = [add_node(made, num_cpus=1)]
         workers = stack.enter_context(pool(make_locator, 2))
         for item, node in workers.map(range(200)):
             done.append(item)
             where.add(node)
             if len(done) == 20:
                 assert len(where) == 1
-                nodes.append(cluster.add_node(num_cpus=1, object_store_memory=100 << 20))
+                nodes.append(add_node(made, num_cpus=1))
             if len(where) == 2 and len(nodes) == 2:
                 kill(nodes[0])
                 nodes.append(None)
@@ -85,19 +77,13 @@ def search_meanwhile(store: str) -> None:
     """Search on one node, add a second one, and kill the first."""
     log = Path(store, "log")
     job.make_worker = partial(make_waiting_worker, str(log))
-    with connected() as cluster:
-        node = {
-            "num_cpus": 2,
-            "num_gpus": 1,
-            "object_store_memory": 100 << 20,
-        }  # the GPU exists by name only; one worker fits on a node
-        first = cluster.add_node(**node)
-
+    with connected() as made:
+        first = add_node(made, num_cpus=2, num_gpus=1)  # the GPU exists by name only; one worker fits on a node
         with ThreadPoolExecutor(1) as thread:
             searching = thread.submit(job.search, search_config(store, "elastic", 2, num_gpus=1))
             while len(drawn(log)) < DRAWN_BEFORE and not searching.done():
                 time.sleep(0.1)
-            cluster.add_node(**node)
+            add_node(made, num_cpus=2, num_gpus=1)
             while len(set(drawn(log))) < 2 and not searching.done():
                 time.sleep(0.1)
             kill(first)

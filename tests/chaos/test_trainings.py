@@ -11,7 +11,7 @@ from orchestrator.training.config import AdmConfig
 from orchestrator.training.job import train
 from tests import servers
 from tests.chaos.audit import consumed, noise_hash, order_hash, state_hash
-from tests.chaos.killer import Account, Kill, random_plan
+from tests.chaos.killer import Kill, killing, random_plan
 from tests.chaos.plain import train_plainly
 from tests.chaos.proxy import Proxy
 from tests.chaos.trainings import (
@@ -22,7 +22,6 @@ from tests.chaos.trainings import (
     prepare_digits,
     start_job,
     train_by_processes,
-    train_here,
 )
 
 SEED = 0
@@ -58,8 +57,8 @@ def test_three_kills_do_not_change_a_bit(
 ) -> None:
     config = config_of(arguments(store, "killed", 2, checkpoints=5))
     with servers.environment(AWS_ENDPOINT_URL=ray_proxy.endpoint):
-        account = train_by_processes(config, ray_proxy, PLAN, SEED)
-    _hold_to(config, account, *undisturbed)
+        train_by_processes(config, ray_proxy, PLAN, SEED)
+    _hold_to(config, *undisturbed)
 
 
 @pytest.mark.ray
@@ -68,12 +67,12 @@ def test_three_kills_under_ray_do_not_change_a_bit(
     store: str, undisturbed: tuple[str, list[dict[str, Any]]], ray_session: None, ray_proxy: Proxy
 ) -> None:
     config = config_of(arguments(store, "killed-under-ray", 2, checkpoints=5))
-    _hold_to(config, train_here(config, ray_proxy, PLAN, SEED), *undisturbed)
+    with killing(ray_proxy, config, PLAN, seed=SEED):
+        train(config)
+    _hold_to(config, *undisturbed)
 
 
-def _hold_to(config: AdmConfig, account: Account, wanted: str, rows: list[dict[str, Any]]) -> None:
-    print(f"seed {SEED}: {dict(account.kills)}")
-    assert sum(account.kills.values()) == len(PLAN)
+def _hold_to(config: AdmConfig, wanted: str, rows: list[dict[str, Any]]) -> None:
     assert order_hash(consumed(config)) == order_hash(rows)
     assert noise_hash(consumed(config)) == noise_hash(rows)
     assert state_hash(config) == wanted

@@ -1,7 +1,6 @@
 """Small trainings for fault injection: on scanned digits, on s3:// behind a fault proxy."""
 
 import contextlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,10 +16,9 @@ from orchestrator import storage
 from orchestrator.data.job import prepare
 from orchestrator.data.presets import dataset_presets
 from orchestrator.training.config import AdmConfig
-from orchestrator.training.job import train
 from orchestrator.training.presets import adm_presets
 from tests import servers
-from tests.chaos.killer import Account, Kill, Killer
+from tests.chaos.killer import Kill, killing
 from tests.chaos.plain import train_plainly
 from tests.chaos.proxy import Proxy
 
@@ -79,60 +77,26 @@ def config_of(argv: list[str]) -> AdmConfig:
     return parse(None, adm_presets(), argv)
 
 
-def train_here(config: AdmConfig, proxy: Proxy, plan: list[Kill], seed: int = 0) -> Account:
-    """Train to the end with this process as the driver, while a plan kills workers."""
-    killer = Killer(proxy, config, plan, os.getpid, seed)
-    killer.start()
-    try:
-        train(config)
-    finally:
-        killer.check()
-    return killer.account
-
-
-def train_by_processes(config: AdmConfig, proxy: Proxy, plan: list[Kill], seed: int = 0) -> Account:
+def train_by_processes(config: AdmConfig, proxy: Proxy, plan: list[Kill], seed: int = 0) -> None:
     """Train to the end in plain processes, without Ray; the process group is restarted after every kill."""
-    killer = Killer(proxy, config, plan, os.getpid, seed)
-    killer.start()
-    try:
+    with killing(proxy, config, plan, seed=seed):
         for _ in range(len(plan)):
             with contextlib.suppress(ProcessExitedException, ProcessRaisedException):
                 train_plainly(config, config.num_workers)
         train_plainly(config, config.num_workers)
-    finally:
-        killer.check()
-    return killer.account
 
 
-def train_in_parts(configs: list[AdmConfig], proxy: Proxy, plan: list[Kill]) -> None:
-    """Train with one config after another; the plan stops each but the last by SIGTERM to this process."""
-    killer = Killer(proxy, configs[0], plan, os.getpid)
-    killer.start()
-    try:
-        for config in configs[:-1]:
-            with contextlib.suppress(KeyboardInterrupt):  # raised after the stop
-                train(config)
-        train(configs[-1])
-    finally:
-        killer.check()
-
-
-def train_by_job(argv: list[str], proxy: Proxy, plan: list[Kill], seed: int = 0) -> Account:
+def train_by_job(argv: list[str], proxy: Proxy, plan: list[Kill], seed: int = 0) -> None:
     """Train to the end by the job in its own process, which is restarted whenever it is killed."""
     jobs: list[subprocess.Popen[str]] = []
-    killer = Killer(proxy, config_of(argv), plan, lambda: jobs[-1].pid, seed)
-    if plan:
-        killer.start()
-    while True:
-        job = start_job(argv)
-        jobs.append(job)
-        output, _ = job.communicate()
-        if job.returncode == 0:
-            break
-        if job.returncode > 0 or len(jobs) > len(plan) + 1:
-            raise RuntimeError(f"the job ended with code {job.returncode}: {output[-3000:]}")
-    killer.check()
-    return killer.account
+    with killing(proxy, config_of(argv), plan, lambda: jobs[-1].pid, seed):
+        while not jobs or jobs[-1].returncode:
+            if len(jobs) > len(plan) + 1:
+                raise RuntimeError(f"the job ended {len(jobs)} times")
+            jobs.append(start_job(argv))
+            output, _ = jobs[-1].communicate()
+            if jobs[-1].returncode > 0:
+                raise RuntimeError(f"the job ended with code {jobs[-1].returncode}: {output[-3000:]}")
 
 
 def start_job(argv: list[str]) -> subprocess.Popen[str]:

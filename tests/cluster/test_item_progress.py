@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.item_progress import REPORT_SECONDS, Report, item_progress
+from cluster import relay
+from cluster.item_progress import Report, item_progress
 from cluster.workers import map_items
 
 STEPS = 4
@@ -16,15 +17,18 @@ def make_worker(report: Report) -> Callable[[int], int]:
     def work(item: int) -> int:
         for step in range(1, STEPS + 1):
             report(item, step)
-            time.sleep(1.5 * REPORT_SECONDS)
+            time.sleep(0.3)
         return item
 
     return work
 
 
 @pytest.mark.ray
-def test_reports_arrive_while_the_item_is_in_work(ray_session: None, capfd: pytest.CaptureFixture[str]) -> None:
+def test_reports_arrive_while_the_item_is_in_work(
+    ray_session: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Test it, and that Ray prints no warning about a handle in the arguments of a worker that may restart."""
+    monkeypatch.setattr(relay, "POLL_SECONDS", 0.05)
     seen: list[tuple[int, int]] = []
     with item_progress(lambda item, done: seen.append((item, done)), 1) as report:
         results = map_items(lambda: make_worker(report), [7], 1)

@@ -51,7 +51,7 @@ def test_a_failed_call_does_not_lose_the_stop_flag(monkeypatch: pytest.MonkeyPat
         return True
 
     monkeypatch.setattr(module, "POLL_SECONDS", 0.001)
-    monkeypatch.setattr(module.ray, "get", get)
+    monkeypatch.setattr("ray.get", get)
     relay = Relay.__new__(Relay)
     relay.__dict__ |= {"_actor": Answers(), "_thread": None, "_stopping": False}
     relay.stopping()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.session import KEEPER, LOCAL_ENVIRONMENT, PUBLIC, QUIET_ENVIRONMENT, address
+from cluster.session import KEEPER, LOCAL_ENVIRONMENT, PUBLIC, QUIET_ENVIRONMENT, address, session
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = {
@@ -67,7 +67,15 @@ def test_workers_of_a_local_ray_inherit_the_environment(ray_session: None) -> No
 
 
 def test_too_few_gpus_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    command = [sys.executable, "-c", "from cluster.session import session\nwith session(1, num_gpus=4): pass"]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert "this machine has 0 GPUs and this job needs 4" in done.stderr
+    import ray
+
+    ended: list[bool] = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("cluster.session._connect", lambda **_: None)
+    monkeypatch.setattr("cluster.session._interrupt_on_sigterm", lambda: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
+    with pytest.raises(RuntimeError, match="this machine has 0 GPUs and this job needs 4"), session(1, num_gpus=4):
+        pass
+    assert ended, "the local Ray is shut down"

@@ -3,84 +3,67 @@
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.actor import in_short
-from cluster.trainer import WorkerContext, _PreemptionNotice, _relayed, _tolerant, run_workers
+from cluster.relay import relayed
+from cluster.trainer import WorkerContext, _preemption_notices, run_workers
 
 
 class Loop:
-    """A loop whose first attempts die, some of them after progress. Then it raises or returns."""
+    """A loop whose process is killed in every attempt, in the first two after progress."""
 
-    def __init__(self, folder: Path, deaths_with_progress: int, deaths_without: int, error: str = "") -> None:
-        self.folder, self.deaths_with_progress, self.deaths_without = folder, deaths_with_progress, deaths_without
-        self.error = error
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def __call__(self, context: WorkerContext) -> None:
         attempt = len(list(self.folder.iterdir()))
         (self.folder / f"attempt-{attempt}").touch()
-        if attempt < self.deaths_with_progress:
-            context.report({"saved": attempt})
+        context.report({"saved": min(attempt, 1)})
         context.report({"attempt": attempt})
-        if attempt < self.deaths_with_progress + self.deaths_without:
-            self._die_after_reports(context)
-        if self.error:
-            raise ValueError(self.error)
-
-    def _die_after_reports(self, context: WorkerContext) -> None:
-        import time
-
         time.sleep(1.0)  # a report goes out by itself
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.ray
-def test_deaths_are_survived_while_there_is_progress_and_permanent_errors_end_at_once(
+def test_deaths_are_survived_while_there_is_progress(
     ray_session: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     records: list[dict[str, Any]] = []
-    loop = Loop(tmp_path, deaths_with_progress=2, deaths_without=0, error="learning_rate=-1 is negative")
-    with pytest.raises(RuntimeError, match="training failed: ValueError: learning_rate=-1 is negative"):
-        run_workers(loop, 1, records.append, max_failures=1)
-    assert len(list(tmp_path.iterdir())) == 3, "two deaths after progress, then the error once"
+    with pytest.raises(RuntimeError, match="training failed: worker 0: "):
+        run_workers(Loop(tmp_path), 1, records.append, max_failures=1)
     assert [record["attempt"] for record in records if "attempt" in record] == [0, 1, 2]
     assert caplog.text.count("an attempt failed, going on from the last checkpoint") == 2
 
 
 def until_asked(context: WorkerContext) -> None:
-    import time
-
+    """Wait for the stop flag; the next attempt would wait again."""
     context.report({"begun": True})
     while not context.stopping():
         time.sleep(0.05)
     context.report({"stopped": True})
+    raise ValueError("learning_rate=-1 is negative")
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_asks_the_workers_to_stop_and_waits_for_them(ray_session: None, number: signal.Signals) -> None:
+def test_a_signal_asks_the_workers_to_stop_and_a_permanent_error_ends_the_training(ray_session: None) -> None:
+    """For SIGTERM see test_capacity.py."""
     records: list[dict[str, Any]] = []
 
     def on_record(record: dict[str, Any]) -> None:
         records.append(record)
         if "begun" in record:
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGINT)
 
-    before = signal.getsignal(number)
-    assert run_workers(until_asked, 1, on_record)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(RuntimeError, match="training failed: ValueError: learning_rate=-1 is negative"):
+        run_workers(until_asked, 1, on_record)
     assert records == [{"begun": True}, {"stopped": True}], "its last record arrived too"
-    assert signal.getsignal(number) is before
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_deaths_without_progress_end_the_run(ray_session: None, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="training failed: worker 0: "):
-        run_workers(Loop(tmp_path, deaths_with_progress=0, deaths_without=9), 1, lambda record: None, max_failures=1)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 class Records:
@@ -103,7 +86,7 @@ class Records:
 def test_records_after_a_failed_callback_or_call_still_arrive(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("cluster.trainer.POLL_SECONDS", 0.001)
+    monkeypatch.setattr("cluster.relay.POLL_SECONDS", 0.001)
     seen: list[int] = []
 
     def on_record(record: dict[str, Any]) -> None:
@@ -112,16 +95,16 @@ def test_records_after_a_failed_callback_or_call_still_arrive(
             raise KeyError("loss")
 
     relay = Records(4)
-    with _relayed(relay, _tolerant(on_record), lambda: False):
+    with relayed(relay, on_record):
         assert relay.empty.wait(60), "no more records arrive"
     assert seen == [0, 1, 2, 3]
-    assert "KeyError: 'loss'" in caplog.text and "the training goes on" in caplog.text
+    assert "KeyError: 'loss'" in caplog.text and "the job goes on" in caplog.text
 
 
 def test_the_stop_flag_is_sent_again_if_a_call_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.trainer.POLL_SECONDS", 0.001)
+    monkeypatch.setattr("cluster.relay.POLL_SECONDS", 0.001)
     relay = Records(2)
-    with _relayed(relay, lambda record: None, lambda: True):
+    with relayed(relay, lambda record: None, lambda: True):
         assert relay.empty.wait(60)
     assert relay.stops > 2
 
@@ -141,11 +124,11 @@ def test_a_callback_that_fails_in_this_process_loses_one_record(caplog: pytest.L
     assert seen == [1] and "KeyError" in caplog.text
 
 
-def test_a_failed_call_does_not_lose_a_later_preemption_notice(
+def test_a_preemption_notice_is_returned_once_and_survives_a_failed_call(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("cluster.trainer.PREEMPTION_SECONDS", 0.001)
-    answers, done = iter([None, ConnectionError("no answer"), "node a"]), threading.Event()
+    answers, done = iter([None, ConnectionError("no answer"), "node a", "node a"]), threading.Event()
 
     def get_info() -> Any:
         answer = next(answers, done)
@@ -156,26 +139,9 @@ def test_a_failed_call_does_not_lose_a_later_preemption_notice(
             threading.Event().wait()  # a barrier that nobody else reaches
         return answer
 
-    notice = _PreemptionNotice(get_info, rank=0)
+    is_new = _preemption_notices(get_info, rank=0)
     assert done.wait(60), "the watching thread died"
-    assert notice() and "no answer" in caplog.text
-
-
-def test_a_preemption_notice_is_returned_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.trainer.PREEMPTION_SECONDS", 0.001)
-    answers, asked, done = iter([None, None, "node a", "node a", "node a"]), [], threading.Event()
-
-    def get_info() -> Any:
-        try:
-            asked.append(next(answers))
-        except StopIteration:
-            done.set()
-            threading.Event().wait()  # a barrier that nobody else reaches
-        return asked[-1]
-
-    notice = _PreemptionNotice(get_info, rank=0)
-    assert done.wait(60)
-    assert notice() and not notice()
+    assert is_new() and not is_new() and "no answer" in caplog.text
 
 
 @pytest.mark.parametrize(

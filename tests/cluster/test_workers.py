@@ -22,8 +22,12 @@ from tests.cluster.timed_actors import Clock, TimedActor
 NEVER = float("inf")
 
 
-def make_squarer(folder: str, dies_at: int, fails_at: int) -> Callable[[int], int]:
-    """A worker that squares. It kills its process once, at one item, and always fails at another."""
+def make_squarer(folder: str, dies_at: int, fails_at: int, deaths_at_start: int = 0) -> Callable[[int], int]:
+    """Return a worker that squares. Its process is killed at its first starts and once at one item; another fails."""
+    starts = len(list(Path(folder).glob("start-*")))
+    if starts < deaths_at_start:
+        Path(folder, f"start-{starts}").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def work(item: int) -> int:
         mark = Path(folder, "died")
@@ -278,36 +282,22 @@ def test_a_signal_ends_the_wait_for_workers(clock: Clock, number: signal.Signals
         signal.signal(number, before)
 
 
-def make_slow_starter(folder: str) -> Callable[[int], int]:
-    """Return a worker whose process is killed the first two times that it is created."""
-    marks = len(list(Path(folder).glob("start*")))
-    if marks < 2:
-        Path(folder, f"start{marks}").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return lambda item: item
-
-
-@pytest.mark.ray
-def test_a_worker_killed_while_it_is_made_is_made_again(ray_session: None, tmp_path: Path) -> None:
-    done = list(map_items(partial(make_slow_starter, str(tmp_path)), range(4), num_workers=1))
-    assert sorted(done) == [(item, item) for item in range(4)] and (tmp_path / "start1").exists()
-
-
 @pytest.mark.ray
 def test_a_killed_worker_loses_nothing_and_a_bad_item_is_named(ray_session: None, tmp_path: Path) -> None:
-    make = partial(make_squarer, str(tmp_path), dies_at=7, fails_at=9)
+    """The worker is killed twice while it is made, and once at work."""
+    make = partial(make_squarer, str(tmp_path), dies_at=7, fails_at=9, deaths_at_start=2)
     done = []
     with pytest.raises(ItemsFailed, match=r"1 items failed.*9, 3 times: ValueError: item 9 is bad"):
-        for item, result in map_items(make, range(20), num_workers=2):
+        for item, result in map_items(make, range(20), num_workers=1):
             done.append((item, result))
-    assert (tmp_path / "died").exists(), "no worker was killed"
+    assert {path.name for path in tmp_path.iterdir()} == {"start-0", "start-1", "died"}, "it was not killed"
     assert sorted(done) == [(item, item * item) for item in range(20) if item != 9]
 
 
 @pytest.mark.ray
 def test_the_job_ends_if_no_worker_can_be_made(ray_session: None) -> None:
     with pytest.raises(RuntimeError, match="FileNotFoundError: no weights there"):
-        list(map_items(make_nothing, range(3), num_workers=2))
+        list(map_items(make_nothing, range(3), num_workers=1))
 
 
 class Task(NamedTuple):
@@ -361,22 +351,17 @@ def make_sick(folder: str, count: int) -> Callable[[Task], int]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("sick", "num_workers"), [(1, 2), (3, 16)])
 def test_faulty_workers_cost_only_their_share(
-    ray_session: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    sick: int,
-    num_workers: int,
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Every fault, on one pool: the health of workers belongs to a mapping, so each begins anew."""
+    sick, num_workers = 2, 5
     monkeypatch.setattr(workers, "POLL_SECONDS", 0.1)
     monkeypatch.setattr(workers, "SLOW_SECONDS", 0.5)
     with pool(partial(make_sick, str(tmp_path), sick), num_workers, num_cpus=0.1) as workers_of_pool:
         for fault in ("cannot be made", "raises at once", "raises after two", "dies", "is slow", "hangs"):
             caplog.clear()
-            tasks = [Task(fault, number) for number in range(40 * num_workers)]
+            tasks = [Task(fault, number) for number in range(30 * num_workers)]
             assert sorted(workers_of_pool.map(tasks)) == [(task, task.number) for task in tasks], fault
             (tmp_path / "can be made").touch()
             print(fault, *(record.message for record in caplog.records), sep="\n  ")
