@@ -89,7 +89,7 @@ def replicate(row: str, seed: int, mean: float) -> Measured:
     point = {"images": 64, "average": "ema", "curve": "ema", "evaluations": 2, "objective": {"fd_digits": estimate},
              "metrics": {"recall": {"value": 0.5}}}  # fmt: skip
     quality = {"points": [point], "objective": ["fd_digits"]}
-    return Measured(row, seed, quality, point, {"fd_digits": scores}, None, None, 1.0, 10)
+    return Measured(row, seed, quality, point, point["objective"], {"fd_digits": scores}, None, 1.0, 10)
 
 
 def test_intervals_hold_the_spread_over_training_seeds() -> None:
