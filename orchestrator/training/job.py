@@ -55,15 +55,21 @@ log = logging.getLogger(__name__)
 def train(config: Config) -> str:
     """Train until `config.total_images` images, from the newest checkpoint if there is one; return the run's URI.
 
-    With `config.report` only write the page of the run.
+    With `config.report` only write the page of the run as it stands, whether it is being trained or was killed.
 
     Raises:
+        FileNotFoundError: there is no dataset or, with `config.report`, no run.
         ValueError: config, dataset and output folder do not fit each other.
         RuntimeError: the training failed, or another driver trains this run.
         KeyboardInterrupt: the training was asked to stop before its end, and wrote a checkpoint.
     """
     if config.report:
-        return report(config)
+        run = config.path(config.output)
+        if not read_config(run):
+            raise FileNotFoundError(f"--output {config.output}: {run} is not a training run; train it first")
+        write_run_page(run, config)
+        print_closing([storage.join(run, NAME)], [])
+        return run
     manifest = load_manifest(config.path(config.dataset))
     config = _checked(config, manifest)
     run = config.path(config.branch or config.output)
@@ -84,20 +90,6 @@ def train(config: Config) -> str:
     for line in classifier_lines(run, config):
         print(line)
     print_closing([storage.join(run, NAME)], [following(config)])
-    return run
-
-
-def report(config: Config) -> str:
-    """Write the page of a run as it stands, whether it is being trained or was killed; return the run's URI.
-
-    Raises:
-        FileNotFoundError: there is no such run.
-    """
-    run = config.path(config.output)
-    if not read_config(run):
-        raise FileNotFoundError(f"--output {config.output}: {run} is not a training run; train it first")
-    write_run_page(run, config)
-    print_closing([storage.join(run, NAME)], [])
     return run
 
 
@@ -162,7 +154,12 @@ def plan(config: Config) -> tuple[Config, str]:
     if storage.exists(storage.join(dataset, "manifest.json")):
         manifest = load_manifest(dataset)
         config = _checked(config, manifest)
-        lines += _data_lines(config, manifest)
+        order, workers = _order(config, manifest), counted(max(config.num_workers, 1), "worker")
+        epochs, open_bytes = config.total_images / order.images_per_epoch, _open_bytes(config, manifest)
+        lines += [
+            f"        {manifest.num_samples('train'):,} images; {epochs:.1f} epochs of {order.images_per_epoch:,}",
+            f"        {open_bytes / 2**20:.1f} MiB of decoded images in memory, in each of {workers}",
+        ]
     else:
         absent.append(dataset)
     if config.init_from:
@@ -176,16 +173,6 @@ def plan(config: Config) -> tuple[Config, str]:
     elif extension := check_folder(config):
         lines.append(f"extends {extension}")
     return config, "\n".join([*lines, *_cost_lines(config), *not_there_yet(absent)])
-
-
-def _data_lines(config: Config, manifest: Manifest) -> list[str]:
-    """Return the lines of a dry run that need the dataset."""
-    order, workers = _order(config, manifest), counted(max(config.num_workers, 1), "worker")
-    epochs, open_bytes = config.total_images / order.images_per_epoch, _open_bytes(config, manifest)
-    return [
-        f"        {manifest.num_samples('train'):,} images; {epochs:.1f} epochs of {order.images_per_epoch:,}",
-        f"        {open_bytes / 2**20:.1f} MiB of decoded images in memory, in each of {workers}",
-    ]
 
 
 def _cost_lines(config: Config) -> list[str]:
@@ -323,8 +310,22 @@ def _prepared(
     manifest: Manifest,
     after_saving: Callable[[Checkpoint], None],
 ) -> tuple[TrainingState, Losses]:
-    """Return the state of the newest usable checkpoint or else the initial state, and the losses."""
-    state, is_resumed = _restored(config, context, group, manifest)
+    """Return the state of the newest usable checkpoint or else the initial state, and the losses.
+
+    Raises:
+        UnusableCheckpoints: no checkpoint can be used, and restart_from_scratch is not set.
+    """
+    make = partial(TrainingState, config, context.device, validation_count(config, manifest))
+    state: TrainingState | None = make()
+    try:
+        is_resumed = state.restore(config.path(config.output), group)
+    except UnusableCheckpoints:
+        if not config.restart_from_scratch:
+            raise
+        log.warning("--restart-from-scratch: no checkpoint can be used; the training starts at image 0")
+        state = None  # a damaged checkpoint may have changed it, and there may be no memory for two states
+    if state is None:
+        state, is_resumed = make(), False
     losses = make_losses(config, state.timesteps)
     prepare_network(config, context, group, state, losses)
     if not is_resumed:
@@ -353,24 +354,6 @@ def report_platform(config: Config, context: WorkerContext, group: Group) -> Non
         )
     if context.rank == 0:
         context.report({"platform": platforms[0], "others": others})
-
-
-def _restored(config: Config, context: WorkerContext, group: Group, manifest: Manifest) -> tuple[TrainingState, bool]:
-    """Return the state of the newest usable checkpoint and True, or an initial state and False if there is none.
-
-    Raises:
-        UnusableCheckpoints: no checkpoint can be used, and restart_from_scratch is not set.
-    """
-    make = partial(TrainingState, config, context.device, validation_count(config, manifest))
-    state = make()
-    try:
-        return state, state.restore(config.path(config.output), group)
-    except UnusableCheckpoints:
-        if not config.restart_from_scratch:
-            raise
-    log.warning("--restart-from-scratch: no checkpoint can be used; the training starts at image 0")
-    del state  # a damaged checkpoint may have changed it, and there may be no memory for two states
-    return make(), False
 
 
 def _records(

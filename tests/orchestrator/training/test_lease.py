@@ -12,12 +12,10 @@ import pytest
 
 from cluster.trainer import WorkerContext
 from orchestrator import storage
-from orchestrator.data.job import prepare
 from orchestrator.training import job, lease
 from orchestrator.training.config import AdmConfig
 from orchestrator.training.job import train
 from orchestrator.training.lease import Lease
-from tests.orchestrator.digits import digits
 from tests.orchestrator.training.test_exactness import config_of
 
 
@@ -134,13 +132,6 @@ def test_a_driver_that_may_not_delete_releases_its_lease(
 
 
 # ------------------------------------------------------------------------------------------------ in a training
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = str(tmp_path_factory.mktemp("store"))
-    prepare(digits(folder))
-    return folder
 
 
 @pytest.fixture
