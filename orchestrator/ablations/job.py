@@ -5,7 +5,6 @@ the same command continues after an interruption. If a row fails, this is report
 """
 
 import logging
-from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -98,24 +97,19 @@ def run_ablations(config: AblationsConfig) -> str:
 
 
 def _trainings(config: AblationsConfig, table: Table, replicates: list[Replicate]) -> dict[str, AdmConfig]:
-    """Return the trainings of the table by folder; rows that differ only in their evaluation share one."""
-    found: dict[str, AdmConfig] = {}
-    for one in replicates:
-        training = config.training(table, *one)
-        found.setdefault(training.output, training)
-    return found
+    """Return the trainings of the table by the name of their folder; rows may share one."""
+    trainings = (config.training(table, *one) for one in replicates)
+    return {training.output.rpartition("/")[2]: training for training in trainings}
 
 
 def _train_all(config: AblationsConfig, trainings: dict[str, AdmConfig]) -> None:
-    def rounds() -> Iterator[Round[AdmConfig]]:
-        print(f"{len(trainings)} trainings, up to {config.together} at once", flush=True)
-        yield Round([(name.rpartition("/")[2], training) for name, training in trainings.items()], [])
-
     def done(training: AdmConfig) -> None:
         reason = _failure(config, training)
         print(f"{training.output}: {f'failed: {reason}' if reason else 'trained'}", flush=True)
 
-    run_rounds(partial(_train, config), rounds(), config.together if config.num_workers else 0, done)
+    print(f"{len(trainings)} trainings, up to {config.together} at once", flush=True)
+    rounds = iter([Round(list(trainings.items()), [])])
+    run_rounds(partial(_train, config), rounds, config.together if config.num_workers else 0, done)
 
 
 def _train(config: AblationsConfig, training: AdmConfig) -> dict[str, float]:
@@ -180,7 +174,7 @@ def plan(config: AblationsConfig) -> tuple[AblationsConfig, str]:
         taken = gpu_seconds(cost, config.cost, training.dtype != "float32") / 3600
         time = f"{taken:,.3g} {config.cost.gpu}-hours" if config.num_gpus else f"{cost.flops:.3g} FLOPs"
         size = f"{count_parameters(training.model):,} parameters, {training.length:,} images"
-        lines.append(f"trains  {name.rpartition('/')[2]}: {size}, {time}")
+        lines.append(f"trains  {name}: {size}, {time}")
         hours += taken
     samples = sum(config.evaluation(table, *one).num_samples for one in replicates)
     lines.append(f"samples {samples:,} for each snapshot, over all runs")
