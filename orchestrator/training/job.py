@@ -316,16 +316,16 @@ def _prepared(
         UnusableCheckpoints: no checkpoint can be used, and restart_from_scratch is not set.
     """
     make = partial(TrainingState, config, context.device, validation_count(config, manifest))
-    state: TrainingState | None = make()
+    state, is_resumed = make(), None
     try:
         is_resumed = state.restore(config.path(config.output), group)
     except UnusableCheckpoints:
         if not config.restart_from_scratch:
             raise
         log.warning("--restart-from-scratch: no checkpoint can be used; the training starts at image 0")
-        state = None  # a damaged checkpoint may have changed it, and there may be no memory for two states
-    if state is None:
-        state, is_resumed = make(), False
+    if is_resumed is None:
+        del state  # a damaged checkpoint may have changed it, and there may be no memory for two states
+        state = make()
     losses = make_losses(config, state.timesteps)
     prepare_network(config, context, group, state, losses)
     if not is_resumed:
