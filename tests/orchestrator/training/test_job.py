@@ -305,7 +305,7 @@ def test_weights_are_not_written_of_a_checkpoint_that_is_not_finite(store: str) 
 def test_a_run_without_a_usable_checkpoint_stops_unless_told_to_restart(
     store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "FILE_BYTES", 10_000)  # so that a damaged checkpoint is read in part
+    monkeypatch.setattr(checkpoints, "FILE_BYTES", 500_000)  # several files, of which the last one is damaged
     whole, config = adm(store, "undamaged"), adm(store, "damaged")
     train_loop(whole, context())
     train_loop(config, context(stop_after=3))
