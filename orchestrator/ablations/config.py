@@ -57,9 +57,9 @@ class Table(BaseModel, frozen=True, extra="forbid"):
         first = next(iter(self.rows))
         return {name: None if name == first else row.against or first for name, row in self.rows.items()}
 
-    def names(self) -> dict[str, str]:
-        """Return the folder name of each row."""
-        return {name: "".join(c if c.isalnum() or c in ".-" else "-" for c in name) for name in self.rows}
+    def folder(self, row: str, seed: int) -> str:
+        """Return the folder name of a row with one training seed."""
+        return f"{''.join(c if c.isalnum() or c in '.-' else '-' for c in row)}-seed{seed}"
 
 
 class AblationsConfig(JobConfig):
@@ -88,9 +88,8 @@ class AblationsConfig(JobConfig):
             table = Table.model_validate(yaml.safe_load(data))
         except yaml.MarkedYAMLError as error:
             place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-            raise ValueError(
-                f"--table {self.table} is not valid YAML: {place}{error.problem or error.context}"
-            ) from error
+            reason = f"{place}{error.problem or error.context}"
+            raise ValueError(f"--table {self.table} is not valid YAML: {reason}") from error
         except ValidationError as error:
             raise ValueError(f"--table {self.table}: {_problem(error)}") from error
         if unknown := [name for name in self.rows if name not in table.rows]:
@@ -100,42 +99,40 @@ class AblationsConfig(JobConfig):
         rows = {name: row for name, row in table.rows.items() if name in selected}
         return table.model_copy(update={"rows": rows, "seeds": self.seeds or table.seeds})
 
-    def _with_hardware(self, config: AnyConfig) -> AnyConfig:
-        hardware = {"store": self.store, "tracking": self.tracking, "cost": self.cost, "num_workers": self.num_workers}
-        hardware |= {"num_gpus": self.num_gpus, "num_threads": self.num_threads}
-        return config.model_copy(update=hardware)
-
     def training(self, table: Table, row: str, seed: int) -> AdmConfig:
         """Return the training of a row; rows with the same training share the run of the first of them."""
         alike = next(name for name in table.rows if table.rows[name].training == table.rows[row].training)
-        preset = self._with_hardware(_preset("base", table.base, adm_presets()))
-        changes: Changes = {"seed": seed, "output": f"{self.output}/runs/{table.names()[alike]}-seed{seed}"}
+        changes: Changes = {"seed": seed, "output": f"{self.output}/runs/{table.folder(alike, seed)}"}
         changes |= {"dataset": self.dataset} if self.dataset else {}
-        return changed(preset, table.training | table.rows[row].training | changes)
+        return self._changed("base", table.base, adm_presets(), table.training | table.rows[row].training | changes)
 
     def evaluation(self, table: Table, row: str, seed: int) -> RunEvaluationConfig:
         """Return the evaluation of a row's run; all rows use the same labels and noise."""
-        preset = self._with_hardware(_preset("evaluate", table.evaluate, run_evaluation_presets()))
-        output = f"{self.output}/evaluations/{table.names()[row]}-seed{seed}"
+        output = f"{self.output}/evaluations/{table.folder(row, seed)}"
         changes: Changes = {"weights": self.training(table, row, seed).output, "output": output}
         changes |= {"reference": self.dataset} if self.dataset else {}
-        return changed(preset, table.evaluation | table.rows[row].evaluation | changes)
+        changes = table.evaluation | table.rows[row].evaluation | changes
+        return self._changed("evaluate", table.evaluate, run_evaluation_presets(), changes)
 
     def bound(self, table: Table, row: str, seed: int) -> LikelihoodConfig | None:
         """Return the estimate of a row's bits/dim, or None if the table does not include it."""
         if table.likelihood is None:
             return None
-        preset = self._with_hardware(_preset("likelihood", table.likelihood, likelihood_presets()))
-        output = f"{self.output}/likelihoods/{table.names()[row]}-seed{seed}"
+        output = f"{self.output}/likelihoods/{table.folder(row, seed)}"
         changes: Changes = {"weights": self.training(table, row, seed).output, "output": output}
         changes |= {"dataset": self.dataset} if self.dataset else {}
-        return changed(preset, table.bound | table.rows[row].likelihood | changes)
+        changes = table.bound | table.rows[row].likelihood | changes
+        return self._changed("likelihood", table.likelihood, likelihood_presets(), changes)
 
-
-def _preset(field: str, name: str, presets: Mapping[str, tuple[str, AnyConfig]]) -> AnyConfig:
-    if name not in presets:
-        raise ValueError(f"{field}: {name} is not a preset; the presets are {', '.join(presets)}")
-    return presets[name][1]
+    def _changed(
+        self, field: str, name: str, presets: Mapping[str, tuple[str, AnyConfig]], changes: Changes
+    ) -> AnyConfig:
+        """Return the preset that a field of the table names, with these changes and the hardware of this config."""
+        if name not in presets:
+            raise ValueError(f"{field}: {name} is not a preset; the presets are {', '.join(presets)}")
+        same = ("store", "tracking", "cost", "num_workers", "num_gpus", "num_threads")
+        hardware = {name: getattr(self, name) for name in same}
+        return changed(presets[name][1].model_copy(update=hardware), changes)
 
 
 def changed(config: AnyConfig, changes: Changes) -> AnyConfig:

@@ -5,7 +5,6 @@ the same command continues after an interruption. If a row fails, this is report
 """
 
 import logging
-from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from models.costs import count_parameters
 from orchestrator import storage
 from orchestrator.ablations.config import AblationsConfig, Table
 from orchestrator.ablations.page import ablations_page
-from orchestrator.ablations.result import Measured, conclude, table_lines
+from orchestrator.ablations.result import BITS, Measured, conclude, table_lines
 from orchestrator.closing import print_closing
 from orchestrator.config import check_or_write_config
 from orchestrator.cost import TRAINING, assumed_mfu, gpu_seconds, money, training_cost
@@ -70,17 +69,20 @@ def run_ablations(config: AblationsConfig) -> str:
         failed, measured = dict[str, str](), list[Measured]()
         for number, one in enumerate(replicates, 1):
             print(f"{one}: evaluation {number} of {len(replicates)}", flush=True)
+            reason = _failure(config, config.training(table, *one))
             try:
-                measured.append(_measure(config, table, one))
-                _track(measured[-1], tracker)
+                if not reason:
+                    measured.append(_measure(config, table, one))
+                    _track(measured[-1], tracker)
             except FAILURES as error:
-                failed[str(one)] = _failure(config, table, one) or f"{type(error).__name__}: {error}"
-                log.warning("%s failed, the other rows continue: %s", one, failed[str(one)])
+                reason = f"{type(error).__name__}: {error}"
+            if reason:
+                failed[str(one)] = reason
+                log.warning("%s failed, the other rows continue: %s", one, reason)
         result = {"table": table.model_dump(mode="json"), **conclude(table.compared_with(), measured, failed)}
-        page, pictures = ablations_page(result)
-        for name, picture in pictures.items():
-            storage.write_bytes(storage.join(output, name), picture)
-            tracker.picture(name, picture)
+        page, picture = ablations_page(result)
+        storage.write_bytes(storage.join(output, "ablations.png"), picture)
+        tracker.picture("ablations.png", picture)
         storage.write_bytes(storage.join(output, "ablations.html"), page.encode())
         tracker.record("ablations.html", page)
         tracker.record("ablations.json", result)
@@ -95,24 +97,19 @@ def run_ablations(config: AblationsConfig) -> str:
 
 
 def _trainings(config: AblationsConfig, table: Table, replicates: list[Replicate]) -> dict[str, AdmConfig]:
-    """Return the trainings of the table by folder; rows that differ only in their evaluation share one."""
-    found: dict[str, AdmConfig] = {}
-    for one in replicates:
-        training = config.training(table, *one)
-        found.setdefault(training.output, training)
-    return found
+    """Return the trainings of the table by the name of their folder; rows may share one."""
+    trainings = (config.training(table, *one) for one in replicates)
+    return {training.output.rpartition("/")[2]: training for training in trainings}
 
 
 def _train_all(config: AblationsConfig, trainings: dict[str, AdmConfig]) -> None:
-    def rounds() -> Iterator[Round[AdmConfig]]:
-        print(f"{len(trainings)} trainings, up to {config.together} at once", flush=True)
-        yield Round([(name.rpartition("/")[2], training) for name, training in trainings.items()], [])
-
     def done(training: AdmConfig) -> None:
-        reason = _read_failure(config, training)
+        reason = _failure(config, training)
         print(f"{training.output}: {f'failed: {reason}' if reason else 'trained'}", flush=True)
 
-    run_rounds(partial(_train, config), rounds(), config.together if config.num_workers else 0, done)
+    print(f"{len(trainings)} trainings, up to {config.together} at once", flush=True)
+    rounds = iter([Round(list(trainings.items()), [])])
+    run_rounds(partial(_train, config), rounds, config.together if config.num_workers else 0, done)
 
 
 def _train(config: AblationsConfig, training: AdmConfig) -> dict[str, float]:
@@ -131,13 +128,10 @@ def _failure_uri(config: AblationsConfig, training: AdmConfig) -> str:
     return storage.join(config.path(config.output), "failures", f"{training.output.rpartition('/')[2]}.json")
 
 
-def _read_failure(config: AblationsConfig, training: AdmConfig) -> str | None:
+def _failure(config: AblationsConfig, training: AdmConfig) -> str:
+    """Return why a training failed, or ""."""
     uri = _failure_uri(config, training)
-    return storage.read_json(uri)["failed"] if storage.exists(uri) else None
-
-
-def _failure(config: AblationsConfig, table: Table, one: Replicate) -> str | None:
-    return _read_failure(config, config.training(table, *one))
+    return storage.read_json(uri)["failed"] if storage.exists(uri) else ""
 
 
 # ------------------------------------------------------------------------------------------------ evaluations
@@ -146,18 +140,17 @@ def _failure(config: AblationsConfig, table: Table, one: Replicate) -> str | Non
 def _measure(config: AblationsConfig, table: Table, one: Replicate) -> Measured:
     """Evaluate a row's run, and return the results of its last snapshot."""
     training, evaluation = config.training(table, *one), config.evaluation(table, *one)
-    if reason := _read_failure(config, training):
-        raise RuntimeError(reason)
     quality = storage.read_json(evaluate_run(evaluation))
     last = max(quality["points"], key=lambda point: (point["images"], point["average"]))
     task = Evaluation(Setting(**last["setting"]), evaluation.num_samples, evaluation.seed)
     outcome = read_outcome(evaluation, task)
-    bound = config.bound(table, *one)
+    values = dict(last["objective"])
+    if bound := config.bound(table, *one):
+        values[BITS] = storage.read_json(estimate(bound))["bits_per_dim"]
     rates = [rate for _, rate in history(config.path(training.output), "images_per_second")]
     seconds = training.length / float(np.median(rates)) if rates else None
     return Measured(
-        one.row, one.seed, quality, last, outcome.scores, outcome.strata,
-        storage.read_json(estimate(bound))["bits_per_dim"] if bound else None,
+        one.row, one.seed, quality, last, values, outcome.scores, outcome.strata,
         seconds and seconds * max(config.num_workers, 1) / 3600, count_parameters(training.model),
     )  # fmt: skip
 
@@ -166,37 +159,29 @@ def _track(one: Measured, tracker: Tracker) -> None:
     """Log a replicate as a child run: its objectives along the training, and bits/dim."""
     points = [point for point in one.quality["points"] if point["curve"] == one.last["curve"]]
     history = {p["images"]: {name: found["value"] for name, found in p["objective"].items()} for p in points}
-    if one.bits:
-        history[one.last["images"]]["bits_per_dim"] = one.bits["value"]
+    history[one.last["images"]] = {name: found["value"] for name, found in one.values.items()}
     tracker.child(f"{one.row}, seed {one.seed}", {"row": one.row, "seed": one.seed}, history)
 
 
 def plan(config: AblationsConfig) -> tuple[AblationsConfig, str]:
     """Return the config, and what the table would train and cost."""
-    table = config.read_table()
+    table, workers, hours = config.read_table(), max(config.num_workers, 1), 0.0
     replicates = [Replicate(row, seed) for row in table.rows for seed in table.seeds]
     trainings = _trainings(config, table, replicates)
-    workers, hours = max(config.num_workers, 1), 0.0
     lines = [f"writes  {config.path(config.output)}: {len(trainings)} trainings, {len(replicates)} evaluations"]
     for name, training in trainings.items():
         cost = training_cost(training.model, training.length, memory_of(training, training.model, workers))
         taken = gpu_seconds(cost, config.cost, training.dtype != "float32") / 3600
-        parameters = count_parameters(training.model)
         time = f"{taken:,.3g} {config.cost.gpu}-hours" if config.num_gpus else f"{cost.flops:.3g} FLOPs"
-        lines.append(
-            f"trains  {name.rpartition('/')[2]}: {parameters:,} parameters, {training.length:,} images, {time}"
-        )
+        size = f"{count_parameters(training.model):,} parameters, {training.length:,} images"
+        lines.append(f"trains  {name}: {size}, {time}")
         hours += taken
     samples = sum(config.evaluation(table, *one).num_samples for one in replicates)
     lines.append(f"samples {samples:,} for each snapshot, over all runs")
-    if not config.num_gpus:
-        return config, "\n".join([*lines, "time    not estimated for CPUs; --num-gpus 1 estimates it for GPUs"])
-    mfu = assumed_mfu(config.cost, TRAINING)
-    return config, "\n".join(
-        [
-            *lines,
-            f"time    {hours:,.3g} {config.cost.gpu}-hours for all trainings",
-            *money(hours, config.cost),
-            f"assumed {mfu.share:.0%} of the peak FLOPS ({mfu.source})",
-        ]
-    )
+    if config.num_gpus:
+        mfu = assumed_mfu(config.cost, TRAINING)
+        lines += [f"time    {hours:,.3g} {config.cost.gpu}-hours for all trainings", *money(hours, config.cost)]
+        lines.append(f"assumed {mfu.share:.0%} of the peak FLOPS ({mfu.source})")
+    else:
+        lines.append("time    not estimated for CPUs; --num-gpus 1 estimates it for GPUs")
+    return config, "\n".join(lines)

@@ -12,9 +12,9 @@ Json = dict[str, Any]
 MARKERS = "osD^v"  # one for each time that the colours are used
 
 
-def ablations_page(result: Json) -> tuple[str, dict[str, bytes]]:
-    """Return the page for the content of ablations.json, and its pictures (PNG) by name."""
-    pictures = {"ablations.png": quality_figure(result)}
+def ablations_page(result: Json) -> tuple[str, bytes]:
+    """Return the page for the content of ablations.json, and its picture (PNG)."""
+    picture = quality_figure(result)
     notes: dict[str, list[str]] = {}
     for row, found in result["rows"].items():
         notes.setdefault(next(iter(found["values"].values()))["note"], []).append(row)
@@ -23,9 +23,9 @@ def ablations_page(result: Json) -> tuple[str, dict[str, bytes]]:
         number=number,
         notes=notes,
         names=list(next(iter(result["rows"].values()))["values"]),
-        pictures={name: base64.b64encode(data).decode() for name, data in pictures.items()},
+        picture=base64.b64encode(picture).decode(),
     )
-    return page, pictures
+    return page, picture
 
 
 def quality_figure(result: Json) -> bytes:

@@ -12,6 +12,7 @@ from orchestrator.search.result import number
 
 Json = dict[str, Any]
 BITS = "bits_per_dim"
+ONE_SEED = "one training seed: the interval does not include the spread between trainings"
 
 
 class Measured(NamedTuple):
@@ -21,9 +22,9 @@ class Measured(NamedTuple):
     seed: int
     quality: Json  # the content of quality.json
     last: Json  # its point with the most images
+    values: dict[str, Json]  # estimates of the objectives at the last point and, if the table includes it, of bits/dim
     scores: dict[str, np.ndarray]  # scores [n] of the last point by objective, less is better
     strata: np.ndarray | None
-    bits: dict[str, Any] | None  # an estimate of bits/dim
     hours: float | None  # worker-hours of the training; None = too short to be measured
     parameters: int
 
@@ -50,10 +51,7 @@ def conclude(against: dict[str, str | None], measured: list[Measured], failed: d
 
 def _row(mine: list[Measured], against: str | None, others: list[Measured]) -> Json:
     objectives, hours = mine[0].quality["objective"], [one.hours for one in mine if one.hours is not None]
-    values = {name: [one.last["objective"][name]["value"] for one in mine] for name in objectives}
     metrics = {name: [one.last["metrics"][name]["value"] for one in mine] for name in mine[0].last["metrics"]}
-    if mine[0].bits:
-        values[BITS] = [one.bits["value"] for one in mine if one.bits]
     return {
         "seeds": [one.seed for one in mine],
         "images": mine[0].last["images"],
@@ -61,10 +59,10 @@ def _row(mine: list[Measured], against: str | None, others: list[Measured]) -> J
         "evaluations": mine[0].last["evaluations"],
         "parameters": mine[0].parameters,
         "hours": float(np.mean(hours)) if hours else None,
-        "values": {name: describe(_mean(found, _single(mine, name))) for name, found in values.items()},
+        "values": {name: describe(_mean([one.values[name] for one in mine])) for name in mine[0].values},
         "metrics": {name: float(np.mean(found)) for name, found in metrics.items()},
         "against": against,
-        "differences": {name: _difference(mine, others, name) for name in values} if others else {},
+        "differences": {name: _difference(mine, others, name) for name in mine[0].values} if others else {},
         "curve": [
             {"images": point["images"], **{name: point["objective"][name]["value"] for name in objectives}}
             for point in mine[0].quality["points"]
@@ -73,25 +71,17 @@ def _row(mine: list[Measured], against: str | None, others: list[Measured]) -> J
     }
 
 
-def _single(mine: list[Measured], name: str) -> Json | None:
-    """Return the estimate of the only training seed, or None if there are several."""
-    if len(mine) > 1:
-        return None
-    return mine[0].bits if name == BITS else mine[0].last["objective"][name]
-
-
-def _mean(values: list[float], single: Json | None) -> Estimate:
+def _mean(estimates: list[Json]) -> Estimate:
     """Return the mean over training seeds with Student's interval, which includes the spread between trainings.
 
-    For one training seed, the interval is that of its estimate `single`.
+    For one training seed, the interval is that of its estimate.
     """
-    count, mean = len(values), float(np.mean(values))
-    if single is not None:
-        low, high = single["interval"] or (None, None)
-        return Estimate(
-            mean, 1, low, high, note="one training seed: the interval does not include the spread between trainings"
-        )
-    half = student_quantile(0.975, count - 1) * float(np.std(values, ddof=1)) / np.sqrt(count)
+    count, mean = len(estimates), float(np.mean([found["value"] for found in estimates]))
+    if count == 1:
+        low, high = estimates[0]["interval"] or (None, None)
+        return Estimate(mean, 1, low, high, ONE_SEED)
+    spread = float(np.std([found["value"] for found in estimates], ddof=1))
+    half = student_quantile(0.975, count - 1) * spread / np.sqrt(count)
     return Estimate(mean, count, mean - half, mean + half, note=f"over {count} training seeds")
 
 
@@ -100,21 +90,15 @@ def _difference(mine: list[Measured], others: list[Measured], name: str) -> Json
     pairs = [(one, other) for one in mine for other in others if one.seed == other.seed]
     if not pairs:
         return None
-    if name == BITS:
-        values = [one.bits["value"] - other.bits["value"] for one, other in pairs if one.bits and other.bits]
-    else:
-        sign = sign_of(name)
-        values = [sign * float((one.scores[name] - other.scores[name]).mean()) for one, other in pairs]
-    if len(pairs) > 1:
-        return describe(_mean(values, None))
-    one, other = pairs[0]
-    note = "one training seed: the interval does not include the spread between trainings"
-    if name == BITS:
-        return describe(Estimate(values[0], 1, note=note))
-    found = interval(
-        sign_of(name) * differences(one.scores[name], other.scores[name]), len(one.scores[name]), one.strata
-    )
-    return describe(Estimate(found.value, 1, found.low, found.high, note=note))
+    return describe(_mean([_paired(one, other, name) for one, other in pairs]))
+
+
+def _paired(one: Measured, other: Measured, name: str) -> Json:
+    """Return the difference of two trainings by the same seed; an interval needs scores by sample."""
+    if name not in one.scores:
+        return {"value": one.values[name]["value"] - other.values[name]["value"], "interval": None}
+    scores = sign_of(name) * differences(one.scores[name], other.scores[name])
+    return describe(interval(scores, len(scores), one.strata))
 
 
 def table_lines(result: Json) -> list[str]:

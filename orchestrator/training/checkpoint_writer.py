@@ -1,7 +1,6 @@
 """Asynchronous checkpoints: copied to the host after a step, written by a thread; old ones are removed."""
 
 import logging
-import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Self
@@ -51,7 +50,7 @@ class CheckpointWriter:
             ArithmeticError: the state is not finite; nothing is written.
             RuntimeError: MAX_LOST consecutive checkpoints or the last checkpoint could not be written.
         """
-        if not self._settled(math.inf if last else PATIENCE_SECONDS if needed else 0):
+        if not self._settled(None if last else PATIENCE_SECONDS if needed else 0):
             log.warning(
                 "no checkpoint at %d images: the previous one is still being written; the training continues. "
                 "If this happens often, raise --checkpoint-every or check the storage", state.position,
@@ -62,17 +61,17 @@ class CheckpointWriter:
         self._pending = self._thread.submit(self._write, Checkpoint(state.position, self._staged, state.facts()))
         if last:
             self._lost = MAX_LOST - 1  # a failure now is final
-            self._settled(math.inf)
+            self._settled(None)
 
     def poll(self) -> None:
         """Check without waiting whether a checkpoint failed. Raises what `save` does."""
         self._settled(0)
 
-    def _settled(self, patience: float) -> bool:
-        """Wait at most `patience` seconds; return whether no checkpoint is being written."""
+    def _settled(self, patience: float | None) -> bool:
+        """Wait at most `patience` seconds (None: without limit); return whether no checkpoint is being written."""
         if self._pending is None:
             return True
-        if wait([self._pending], patience if patience < math.inf else None).not_done:
+        if wait([self._pending], patience).not_done:
             return False
         error, self._pending = self._pending.exception(), None
         self._lost = self._lost + 1 if error else 0

@@ -48,12 +48,8 @@ def save_checkpoint(run: str, checkpoint: Checkpoint, attempt: str = "") -> str:
     for number, tensors in enumerate(_in_parts(checkpoint.tensors, FILE_BYTES)):
         name = f"state-{attempt}-{number:03d}.safetensors"
         files[name] = write_tensors(storage.join(folder, name), tensors)
-    commit = {
-        "format_version": FORMAT_VERSION,
-        "position": checkpoint.position,
-        "facts": checkpoint.facts,
-        "files": files,  # SHA-256 of each
-    }
+    commit = {"format_version": FORMAT_VERSION, "position": checkpoint.position, "facts": checkpoint.facts}
+    commit["files"] = files  # SHA-256 of each
     uri = storage.join(folder, f"commit-{attempt}.json")
     storage.put_if_absent(uri, storage.json_bytes(commit))
     return uri
@@ -81,7 +77,9 @@ def read_newest(run: str, at: int | None = None) -> Iterator[Checkpoint]:
         if at not in (None, int(found["position"])):
             continue
         try:
-            commit = _read_commit(uri)
+            commit = storage.read_json(uri)
+            if (version := commit["format_version"]) != FORMAT_VERSION:
+                raise ValueError(f"format_version={version}; this version of the code reads {FORMAT_VERSION}")
             yield Checkpoint(commit["position"], {}, commit["facts"])
             for name, digest in commit["files"].items():
                 tensors = _read_tensors(storage.join(uri.rpartition("/")[0], name), digest)
@@ -146,15 +144,6 @@ def _commits(run: str) -> Iterator[tuple[str, re.Match[str]]]:
         for name in reversed(storage.list_names(storage.join(root, folder))):
             if (found := _NAME.fullmatch(folder + name)) and found["kind"] == "commit":
                 yield storage.join(root, folder, name), found
-
-
-def _read_commit(uri: str) -> dict[str, Any]:
-    commit = storage.read_json(uri)
-    if not isinstance(commit, dict):
-        raise ValueError("it is not the commit object of a checkpoint")
-    if commit["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"format_version={commit['format_version']}; this version of the code reads {FORMAT_VERSION}")
-    return commit
 
 
 def _read_tensors(uri: str, digest: str) -> dict[str, Tensor]:

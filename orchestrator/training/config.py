@@ -81,7 +81,7 @@ class TrainingConfig(JobConfig):
     log_every: Operational[int] = Field(10_000, gt=0)  # images between two records of metrics
     eval_every: Operational[int | None] = Field(None, gt=0)  # evaluate the validation split every N images
     eval_images: Operational[int] = Field(1_000, gt=1)  # images of the validation split in each evaluation
-    profile_steps: Operational[str | None] = None  # profile these steps of this start into profile/, such as 10:15
+    profile_steps: Operational[tuple[int, int] | None] = None  # profile steps BEGIN to END of this start into profile/
     audit_dir: Operational[str | None] = None  # folder for the audit log of every sample of every step; slow
     # Workers
     num_workers: Operational[int] = Field(1, ge=0)  # training workers; 0 = in this process, without Ray
@@ -128,20 +128,6 @@ class TrainingConfig(JobConfig):
 
         return call
 
-    @property
-    def profiled(self) -> range:
-        """Return the steps of an attempt that are profiled; the first step is 0."""
-        begin, _, end = (self.profile_steps or "0:0").partition(":")
-        return range(int(begin), int(end))
-
-    @field_validator("profile_steps")
-    @classmethod
-    def _check_profile_steps(cls, steps: str | None) -> str | None:
-        begin, _, end = (steps or "0:1").partition(":")
-        if not (begin.isdecimal() and end.isdecimal() and int(begin) < int(end)):
-            raise ValueError(f"{steps} is not BEGIN:END with BEGIN < END, such as 10:15")
-        return steps
-
     @model_validator(mode="after")
     def _splits_evenly(self) -> "TrainingConfig":
         streams, batch, workers = self.order.num_streams, self.batch_size, max(self.num_workers, 1)
@@ -154,6 +140,8 @@ class TrainingConfig(JobConfig):
             raise ValueError(
                 f"num_workers={workers} does not divide order.num_streams={streams}; use a power of two up to {streams}"
             )
+        if self.profile_steps and not 0 <= self.profile_steps[0] < self.profile_steps[1]:
+            raise ValueError(f"profile_steps={self.profile_steps} is not BEGIN END with BEGIN < END, such as 10 15")
         if self.microbatch_size is not None and self.reduction == "exact":
             raise ValueError(
                 f"microbatch_size={self.microbatch_size} cannot be combined with reduction=exact, where a microbatch "
@@ -212,6 +200,7 @@ class NoisyClassifierConfig(TrainingConfig):
     """The training of the noisy classifier: uniform timesteps, no averages and no previews."""
 
     job: ClassVar[str] = "train classifier"
+    label_dropout: ClassVar[float] = 0.0
     timesteps: ClassVar[Literal["uniform"]] = "uniform"
     ema_rates: ClassVar[tuple[float, ...]] = ()
     power_emas: ClassVar[tuple[float, ...]] = ()

@@ -45,29 +45,27 @@ def check_initial_weights(config: Config) -> None:
 
 
 def _read(config: Config, fresh: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the weights to start from, and notes for the user; `fresh` are random weights of the same names."""
+    """Return the weights to start from, and notes for the user; `fresh` are random weights of the same names.
+
+    A `.pt` file that is not a released one must have the config's architecture.
+    """
     assert config.init_from is not None
-    uri = config.path(config.init_from)
-    source, notes = _source(uri, config)
+    uri, model, notes = config.path(config.init_from), config.model, list[str]()
+    if uri.endswith(".pt") and not entry_by_file_name(uri):
+        settings = ", ".join(f"{name}={value}" for name, value in invisible_settings(model).items())
+        notes.append(
+            f"{uri} does not contain its architecture; the training assumes that of --model.*, with {settings}, "
+            "and the process of --diffusion.*"
+        )
+        if model.kind == "unet":  # the published code has no null class
+            model = model.model_copy(update={"null_class": False})
+        source = load_published(uri, lambda shapes: (with_classes_of(shapes, model), config.diffusion))
+    else:
+        source = load_network(uri)
     weights = _fitting(uri, source, config, fresh, notes)
     if source.diffusion != config.diffusion:
         notes.append(f"{uri} was trained for another diffusion process: {source.diffusion}")
     return weights, notes
-
-
-def _source(uri: str, config: Config) -> tuple[Network, list[str]]:
-    """Return the network to start from; a `.pt` file that is not a released one must have the config's architecture."""
-    if not uri.endswith(".pt") or entry_by_file_name(uri):
-        return load_network(uri), []
-    settings = ", ".join(f"{name}={value}" for name, value in invisible_settings(config.model).items())
-    note = (
-        f"{uri} does not contain its architecture; the training assumes that of --model.*, with {settings}, "
-        "and the process of --diffusion.*"
-    )
-    model = config.model
-    if model.kind == "unet":  # the published code has no null class
-        model = model.model_copy(update={"null_class": False})
-    return load_published(uri, lambda shapes: (with_classes_of(shapes, model), config.diffusion)), [note]
 
 
 def _fitting(
@@ -81,7 +79,11 @@ def _fitting(
     if there == here:
         check_tensors(uri, fresh, weights, config.model)
         return weights
-    anew = [name for name, tensor in fresh.items() if name not in weights or _is_for_classes(weights[name], tensor)]
+
+    def depends_on_classes(there: Tensor, here: Tensor) -> bool:
+        return there.shape != here.shape and there.shape[1:] == here.shape[1:]  # the class is the first dimension
+
+    anew = [name for name, tensor in fresh.items() if name not in weights or depends_on_classes(weights[name], tensor)]
     dropped = [name for name in weights if name not in fresh]
     weights = {name: tensor for name, tensor in weights.items() if name in fresh}
     weights |= {name: fresh[name].cpu() for name in anew if here and fresh[name].shape[0] == here}
@@ -103,8 +105,3 @@ def _fit_null_class(uri: str, weights: dict[str, Tensor], fresh: dict[str, Tenso
     elif lacking == -1:
         weights[name] = weights[name][:-1]
         notes.append(f"{uri} has a null class and this model has none; its row in {name} is left out")
-
-
-def _is_for_classes(there: Tensor, here: Tensor) -> bool:
-    """Return whether two tensors differ only in the size of their first dimension, which is the class."""
-    return there.shape != here.shape and there.shape[1:] == here.shape[1:]

@@ -37,13 +37,12 @@ from orchestrator.training.initial_weights import begin_with, check_initial_weig
 from orchestrator.training.lease import Lease
 from orchestrator.training.losses import Losses, Microbatch, Terms, make_losses, make_microbatches
 from orchestrator.training.meter import Meter
-from orchestrator.training.page import NAME, STARTED, write_run_page
+from orchestrator.training.page import NAME, STARTED, classifier_lines, following, write_run_page
 from orchestrator.training.previews import previews
-from orchestrator.training.profiling import StepProfiler
+from orchestrator.training.profiling import step_profiler
 from orchestrator.training.snapshots import final_weights, is_due, write_snapshots
 from orchestrator.training.state import TrainingState, take_step
 from orchestrator.training.validation import Validation, validation_count
-from orchestrator.training.verdict import classifier_lines, following
 
 CPUS_OF_DATA = 1  # per worker, for the tasks that read its data; its arithmetic has num_threads more
 
@@ -56,15 +55,21 @@ log = logging.getLogger(__name__)
 def train(config: Config) -> str:
     """Train until `config.total_images` images, from the newest checkpoint if there is one; return the run's URI.
 
-    With `config.report` only write the page of the run.
+    With `config.report` only write the page of the run as it stands, whether it is being trained or was killed.
 
     Raises:
+        FileNotFoundError: there is no dataset or, with `config.report`, no run.
         ValueError: config, dataset and output folder do not fit each other.
         RuntimeError: the training failed, or another driver trains this run.
         KeyboardInterrupt: the training was asked to stop before its end, and wrote a checkpoint.
     """
     if config.report:
-        return report(config)
+        run = config.path(config.output)
+        if not read_config(run):
+            raise FileNotFoundError(f"--output {config.output}: {run} is not a training run; train it first")
+        write_run_page(run, config)
+        print_closing([storage.join(run, NAME)], [])
+        return run
     manifest = load_manifest(config.path(config.dataset))
     config = _checked(config, manifest)
     run = config.path(config.branch or config.output)
@@ -76,29 +81,15 @@ def train(config: Config) -> str:
         return run
     with Lease(run, config.takeover) as lease:
         if config.branch:
-            config = branch_off(config, _validation_count(config, manifest))
+            config = branch_off(config, validation_count(config, manifest))
         bind(config)
         if not checkpoints.positions(run):
             check_initial_weights(config)
         _run(config, run, lease)
     print(f"{run} is trained: {config.total_images:,} images, weights in {storage.join(run, 'weights')}")
-    for line in classifier_lines(run, config.model.num_classes or 1) if config.model.kind == "classifier" else []:
+    for line in classifier_lines(run, config):
         print(line)
     print_closing([storage.join(run, NAME)], [following(config)])
-    return run
-
-
-def report(config: Config) -> str:
-    """Write the page of a run as it stands, whether it is being trained or was killed; return the run's URI.
-
-    Raises:
-        FileNotFoundError: there is no such run.
-    """
-    run = config.path(config.output)
-    if not read_config(run):
-        raise FileNotFoundError(f"--output {config.output}: {run} is not a training run; train it first")
-    write_run_page(run, config)
-    print_closing([storage.join(run, NAME)], [])
     return run
 
 
@@ -158,39 +149,30 @@ def plan(config: Config) -> tuple[Config, str]:
     Raises:
         ValueError: what `train` would refuse before it starts.
     """
-    dataset, absent, data_lines = config.path(config.dataset), list[str](), list[str]()
+    dataset, absent = config.path(config.dataset), list[str]()
+    lines = [f"reads   {dataset}"]
     if storage.exists(storage.join(dataset, "manifest.json")):
         manifest = load_manifest(dataset)
         config = _checked(config, manifest)
-        data_lines = _data_lines(config, manifest)
+        order, workers = _order(config, manifest), counted(max(config.num_workers, 1), "worker")
+        epochs, open_bytes = config.total_images / order.images_per_epoch, _open_bytes(config, manifest)
+        lines += [
+            f"        {manifest.num_samples('train'):,} images; {epochs:.1f} epochs of {order.images_per_epoch:,}",
+            f"        {open_bytes / 2**20:.1f} MiB of decoded images in memory, in each of {workers}",
+        ]
     else:
         absent.append(dataset)
-    extension = "" if config.branch else check_folder(config)
-    first = config.path(config.init_from) if config.init_from else ""
-    try:
-        check_initial_weights(config)
-    except FileNotFoundError:
-        absent.append(first)
-    lines = [
-        f"reads   {dataset}",
-        *data_lines,
-        *([f"starts  from {first}"] if first else []),
-        *([f"resumes a checkpoint of {config.path(config.output)}"] if config.branch else []),
-        *([f"extends {extension}"] if extension else []),
-        *_cost_lines(config),
-        *not_there_yet(absent),
-    ]
-    return config, "\n".join(lines)
-
-
-def _data_lines(config: Config, manifest: Manifest) -> list[str]:
-    """Return the lines of a dry run that need the dataset."""
-    order, workers = _order(config, manifest), counted(max(config.num_workers, 1), "worker")
-    epochs, open_bytes = config.total_images / order.images_per_epoch, _open_bytes(config, manifest)
-    return [
-        f"        {manifest.num_samples('train'):,} images; {epochs:.1f} epochs of {order.images_per_epoch:,}",
-        f"        {open_bytes / 2**20:.1f} MiB of decoded images in memory, in each of {workers}",
-    ]
+    if config.init_from:
+        lines.append(f"starts  from {config.path(config.init_from)}")
+        try:
+            check_initial_weights(config)
+        except FileNotFoundError:
+            absent.append(config.path(config.init_from))
+    if config.branch:
+        lines.append(f"resumes a checkpoint of {config.path(config.output)}")
+    elif extension := check_folder(config):
+        lines.append(f"extends {extension}")
+    return config, "\n".join([*lines, *_cost_lines(config), *not_there_yet(absent)])
 
 
 def _cost_lines(config: Config) -> list[str]:
@@ -212,24 +194,10 @@ def _cost_lines(config: Config) -> list[str]:
 
 
 def _checked(config: Config, manifest: Manifest) -> Config:
-    """Make all checks that need no worker; return the config with the dataset's number of classes.
+    """Make all checks that need no worker; return the config with the number of classes, which may be the dataset's.
 
     Raises:
         ValueError: config, dataset and this machine do not fit each other.
-    """
-    config = _with_classes(config, manifest)
-    if not config.num_workers and not config.dry_run:
-        choose_device(config.num_gpus)  # raises if there is no GPU
-    _open_bytes(config, manifest)  # raises if it is too much, or if the order is impossible
-    _validation_count(config, manifest)
-    return config
-
-
-def _with_classes(config: Config, manifest: Manifest) -> Config:
-    """Return the config with the number of classes, which is the dataset's with classes=dataset.
-
-    Raises:
-        ValueError: the dataset does not fit: it has other classes, no labels, or crops of another kind or size.
     """
     there = len(manifest.classes)
     wanted = (there or None) if config.classes == "dataset" else config.model.num_classes
@@ -241,13 +209,15 @@ def _with_classes(config: Config, manifest: Manifest) -> Config:
         )
     if wanted is None and config.model.kind == "classifier":
         raise ValueError(f"--dataset {config.dataset} has no classes, but a classifier needs them")
-    changes: dict[str, Any] = {"num_classes": wanted}
-    if isinstance(config, AdmConfig) and config.label_dropout:
-        if wanted is None:
-            raise ValueError(
-                f"--label-dropout {config.label_dropout} needs a class-conditional model; set --model.num-classes"
-            )
-        changes["null_class"] = True
+    if config.label_dropout and wanted is None:
+        raise ValueError(
+            f"--label-dropout {config.label_dropout} needs a class-conditional model; set --model.num-classes"
+        )
+    if not config.num_workers and not config.dry_run:
+        choose_device(config.num_gpus)  # raises if there is no GPU
+    _open_bytes(config, manifest)  # raises if it is too much, or if the order is impossible
+    validation_count(config, manifest)
+    changes = {"num_classes": wanted} | ({"null_class": True} if config.label_dropout else {})
     return config.model_copy(update={"model": config.model.model_copy(update=changes)})
 
 
@@ -293,9 +263,9 @@ def _train(config: Config, context: WorkerContext) -> None:
     state, losses = _prepared(config, context, group, manifest, after_saving)
     with (
         CheckpointWriter(run, config, after_saving) as writer,
-        StepProfiler(
-            storage.join(run, "profile"), config.profiled if context.rank == 0 else range(0), context.device
-        ) as profiler,
+        step_profiler(
+            storage.join(run, "profile"), config.profile_steps if context.rank == 0 else None
+        ) as finished_step,
         Watchdog(context.rank, context.report) as watchdog,
     ):
         reduced_gradients = make_reduction(config, context, group, state, losses)
@@ -328,7 +298,7 @@ def _train(config: Config, context: WorkerContext) -> None:
                 if last or needed or config.passes(config.checkpoint_every, state.position):
                     writer.save(state, needed=needed, last=last)
                 writer.poll()
-            profiler.step()
+            finished_step()
             if stopping:
                 break
 
@@ -340,8 +310,22 @@ def _prepared(
     manifest: Manifest,
     after_saving: Callable[[Checkpoint], None],
 ) -> tuple[TrainingState, Losses]:
-    """Return the state of the newest usable checkpoint or else the initial state, and the losses."""
-    state, is_resumed = _restored(config, context, group, manifest)
+    """Return the state of the newest usable checkpoint or else the initial state, and the losses.
+
+    Raises:
+        UnusableCheckpoints: no checkpoint can be used, and restart_from_scratch is not set.
+    """
+    make = partial(TrainingState, config, context.device, validation_count(config, manifest))
+    state, is_resumed = make(), None
+    try:
+        is_resumed = state.restore(config.path(config.output), group)
+    except UnusableCheckpoints:
+        if not config.restart_from_scratch:
+            raise
+        log.warning("--restart-from-scratch: no checkpoint can be used; the training starts at image 0")
+    if is_resumed is None:
+        del state  # a damaged checkpoint may have changed it, and there may be no memory for two states
+        state = make()
     losses = make_losses(config, state.timesteps)
     prepare_network(config, context, group, state, losses)
     if not is_resumed:
@@ -372,24 +356,6 @@ def report_platform(config: Config, context: WorkerContext, group: Group) -> Non
         context.report({"platform": platforms[0], "others": others})
 
 
-def _restored(config: Config, context: WorkerContext, group: Group, manifest: Manifest) -> tuple[TrainingState, bool]:
-    """Return the state of the newest usable checkpoint and True, or an initial state and False if there is none.
-
-    Raises:
-        UnusableCheckpoints: no checkpoint can be used, and restart_from_scratch is not set.
-    """
-    make = partial(TrainingState, config, context.device, _validation_count(config, manifest))
-    state = make()
-    try:
-        return state, state.restore(config.path(config.output), group)
-    except UnusableCheckpoints:
-        if not config.restart_from_scratch:
-            raise
-    log.warning("--restart-from-scratch: no checkpoint can be used; the training starts at image 0")
-    del state  # a damaged checkpoint may have changed it, and there may be no memory for two states
-    return make(), False
-
-
 def _records(
     config: Config,
     state: TrainingState,
@@ -408,10 +374,6 @@ def _records(
         yield from previews(config, state, manifest, group)
 
 
-def _validation_count(config: Config, manifest: Manifest) -> int:
-    return validation_count(config, manifest) if config.eval_every else 0
-
-
 def _shares(
     config: Config, context: WorkerContext, manifest: Manifest, position: int
 ) -> Iterator[tuple[int, list[Microbatch]]]:
@@ -428,17 +390,10 @@ def _shares(
         end=config.length,
         use_ray=context.streams_on_cluster,
     )
-    rows = config.microbatch_rows(context.world_size)
+    rows, pinned = config.microbatch_rows(context.world_size), context.device.type == "cuda"
     for shares in stream:
         undecodable = sum(int(share.undecodable.sum()) for share in shares)
-        pinned = context.device.type == "cuda"
-        dropout = config.label_dropout if isinstance(config, AdmConfig) else 0.0
-        yield (
-            undecodable,
-            make_microbatches(
-                shares, config.model.in_channels, config.seed, rows, pinned, dropout, config.model.num_classes
-            ),
-        )
+        yield undecodable, make_microbatches(shares, config, rows, pinned, config.label_dropout)
 
 
 def _update_timestep_sampler(state: TrainingState, group: Group, found: list[Terms]) -> None:

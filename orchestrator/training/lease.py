@@ -45,8 +45,11 @@ class Lease:
     def __enter__(self) -> Self:
         while True:
             newest = max(self._names(), default="")
-            if not self._takeover:
-                self._await_end_of(newest)
+            if not self._takeover and (holder := self._living_holder(newest, logging.WARNING)):
+                raise RuntimeError(
+                    f"{self._run} is being trained by pid {holder['pid']} on {holder['host']}, which has held the "
+                    f"lease for at least {holder['held_seconds']:,.0f} s; wait for it, stop it, or pass --takeover"
+                )
             self._name = f"{int(newest.removesuffix('.json') or 0) + 1:06d}.json"
             if storage.put_if_absent(self._uri(self._name), self._content()):
                 break
@@ -67,11 +70,7 @@ class Lease:
 
     def is_held(self) -> bool:
         """Return whether a driver holds the lease; takes up to EXPIRE_SECONDS if it runs on another machine."""
-        try:
-            self._await_end_of(max(self._names(), default=""), quiet=True)
-        except RuntimeError:
-            return True
-        return False
+        return self._living_holder(max(self._names(), default=""), logging.DEBUG) is not None
 
     def _keep_renewing(self) -> None:
         while not self._over.wait(RENEW_SECONDS):
@@ -95,11 +94,7 @@ class Lease:
         try:
             storage.delete(self._uri(name))
         except OSError as error:
-            log.warning(
-                "the lease on %s is released, but its object could not be removed; the job continues: %s",
-                self._run,
-                error,
-            )
+            log.warning("the released lease on %s could not be removed; the job continues: %s", self._run, error)
             with contextlib.suppress(OSError):
                 storage.write_bytes(self._uri(name), storage.json_bytes(None))
 
@@ -108,37 +103,28 @@ class Lease:
         holder = {"host": socket.gethostname(), "pid": pid, "machine": _machine(), "process": _process(pid)}
         return storage.json_bytes(holder | {"held_seconds": round(held, 3)})
 
-    def _await_end_of(self, name: str, quiet: bool = False) -> None:
-        """Wait until the holder with this object has ended or its lease has expired; RuntimeError if it is alive."""
+    def _living_holder(self, name: str, level: int) -> dict[str, Any] | None:
+        """Return the holder with this object, or None if it has ended; may wait until its lease expires."""
         if not name:
-            return
+            return None
         try:
             seen = storage.read_bytes(self._uri(name))
             if not (holder := json.loads(seen)):
-                return  # released
+                return None  # released
             if holder["machine"] and holder["machine"] == _machine():
-                if holder["process"] == _process(holder["pid"]):
-                    raise _refusal(self._run, holder)
-                return
+                return holder if holder["process"] == _process(holder["pid"]) else None
             log.log(
-                logging.DEBUG if quiet else logging.WARNING,
-                "pid %s on %s holds the lease on %s; waiting up to %g s to see whether it is alive",
+                level, "pid %s on %s holds the lease on %s; waiting up to %g s to see whether it is alive",
                 holder["pid"], holder["host"], self._run, EXPIRE_SECONDS,
             )  # fmt: skip
             deadline = time.monotonic() + EXPIRE_SECONDS
             while time.monotonic() < deadline:
                 time.sleep(WATCH_SECONDS)
                 if (now := storage.read_bytes(self._uri(name))) != seen:
-                    raise _refusal(self._run, json.loads(now) or holder)
+                    return json.loads(now)  # None if it was released meanwhile
         except FileNotFoundError:
-            return  # released
-
-
-def _refusal(run: str, holder: dict[str, Any]) -> RuntimeError:
-    return RuntimeError(
-        f"{run} is being trained by pid {holder['pid']} on {holder['host']}, which has held the lease for at least "
-        f"{holder['held_seconds']:,.0f} s; wait for it, stop it, or pass --takeover"
-    )
+            pass  # released
+        return None
 
 
 def _machine() -> str:

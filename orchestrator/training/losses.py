@@ -44,21 +44,16 @@ class Microbatch:
 
 
 def make_microbatches(
-    shares: list[StreamShare],
-    channels: int,
-    seed: int,
-    rows: int,
-    pinned: bool = False,
-    label_dropout: float = 0.0,
-    null_label: int | None = None,
+    shares: list[StreamShare], config: Config, rows: int, pinned: bool = False, label_dropout: float = 0.0
 ) -> list[Microbatch]:
     """Cut a worker's shares of a step into microbatches of `rows` rows (the last may be smaller), on the CPU.
 
-    Each label becomes `null_label` with probability `label_dropout`.
+    Each label becomes that of the null class, model.num_classes, with probability `label_dropout`.
 
     Raises:
         ValueError: an image is coloured, and the network has one channel.
     """
+    channels, seed = config.model.in_channels, config.seed
     images = np.concatenate([share.images for share in shares])
     if channels == 1 and not (images[..., :1] == images).all():
         raise ValueError("--model.in-channels 1 is for grey images, and some images of the dataset are coloured")
@@ -68,8 +63,8 @@ def make_microbatches(
     keys = [(share.epoch, int(sample)) for share in shares for sample in share.samples]
     if label_dropout:
         dropped = [sample_rng(seed, *key, Purpose.LABEL_DROPOUT).random() < label_dropout for key in keys]
-        assert null_label is not None, "checked before the training starts"
-        labels = np.where(dropped, null_label, labels)
+        assert config.model.num_classes is not None, "checked before the training starts"
+        labels = np.where(dropped, config.model.num_classes, labels)
     places = [(share.stream, offset) for share in shares for offset in range(len(share.samples))]
     batches = []
     for begin in range(0, len(keys), rows):

@@ -1,60 +1,33 @@
-"""A profile of some steps: times of operations, and on a GPU the memory they use."""
+"""A profile of some steps: the time and the memory of each operation."""
 
-import os
 import tempfile
-from typing import Self
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile, schedule
 
 from orchestrator import storage
 
 
-class StepProfiler:
-    """A context that profiles `steps` of a process; the first step is 0. With an empty range it does nothing.
+@contextmanager
+def step_profiler(folder: str, steps: tuple[int, int] | None) -> Iterator[Callable[[], None]]:
+    """Profile the steps [begin, end) of this process; yield a function to call after every step.
 
-    Writes trace.json for chrome://tracing or Perfetto and, on a GPU, memory.pickle for pytorch.org/memory_viz into
-    `folder`, a URI.
+    Writes trace.json for chrome://tracing or Perfetto into `folder`, a URI. If `steps` is None, it does nothing.
     """
+    if steps is None:
+        yield lambda: None
+        return
+    begin, end = steps
 
-    def __init__(self, folder: str, steps: range, device: torch.device) -> None:
-        self._folder, self._steps, self._device = folder, steps, device
-        self._done = 0
-        self._running: profile | None = None
-
-    def __enter__(self) -> Self:
-        self._turn()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._running is not None:  # the training ended before the last of these steps
-            self._write()
-
-    def step(self) -> None:
-        """Count a finished step."""
-        self._done += 1
-        self._turn()
-
-    def _turn(self) -> None:
-        if self._steps and self._done == self._steps.start:
-            on_gpu = self._device.type == "cuda"
-            if on_gpu:
-                torch.cuda.memory._record_memory_history()
-            activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
-            self._running = profile(activities=activities, record_shapes=True)
-            self._running.start()
-        elif self._running is not None and self._done == self._steps.stop:
-            self._write()
-
-    def _write(self) -> None:
-        assert self._running is not None
-        self._running.stop()
+    def write(finished: profile) -> None:
         with tempfile.TemporaryDirectory() as here:
-            self._running.export_chrome_trace(os.path.join(here, "trace.json"))
-            if self._device.type == "cuda":
-                torch.cuda.memory._dump_snapshot(os.path.join(here, "memory.pickle"))
-                torch.cuda.memory._record_memory_history(enabled=None)
-            for name in sorted(os.listdir(here)):
-                with open(os.path.join(here, name), "rb") as file:
-                    storage.write_bytes(storage.join(self._folder, name), file.read())
-        self._running = None
+            trace = Path(here, "trace.json")
+            finished.export_chrome_trace(str(trace))
+            storage.write_bytes(storage.join(folder, trace.name), trace.read_bytes())
+
+    warmup = min(1, begin)
+    plan = schedule(wait=begin - warmup, warmup=warmup, active=end - begin, repeat=1)
+    with profile(schedule=plan, on_trace_ready=write, record_shapes=True, profile_memory=True) as profiler:
+        yield profiler.step

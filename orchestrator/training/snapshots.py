@@ -1,6 +1,7 @@
 """Snapshots of a training: weights files in the folder weights/ of the run."""
 
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from orchestrator import storage
@@ -56,16 +57,16 @@ class Snapshot(NamedTuple):
 
 def snapshots(run: str) -> list[Snapshot]:
     """Return the snapshots of a run, oldest first, without its power-function averages."""
-    names = storage.list_names(storage.join(run, "weights"))
-    found = [(name, re.fullmatch(r"images-(\d+)-(.+)\.safetensors", name)) for name in names]
-    return sorted(Snapshot(int(parts[1]), parts[2], name) for name, parts in found if parts)
+    return sorted(_listed(storage.join(run, "weights")))
 
 
 def power_snapshots(run: str) -> list[tuple[int, float, str]]:
     """Return (images, sigma_rel, URI) of every power-function average of a run, oldest first."""
     folder = storage.join(run, "weights", "power")
-    found = []
+    return [(images, float(sigma_rel), storage.join(folder, name)) for images, sigma_rel, name in _listed(folder)]
+
+
+def _listed(folder: str) -> Iterator[Snapshot]:
     for name in storage.list_names(folder):
-        if parts := re.fullmatch(r"images-(\d+)-([\d.]+)\.safetensors", name):
-            found.append((int(parts[1]), float(parts[2]), storage.join(folder, name)))
-    return found
+        if parts := re.fullmatch(r"images-(\d+)-(.+)\.safetensors", name):
+            yield Snapshot(int(parts[1]), parts[2], name)

@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,9 +32,7 @@ class TrainingState:
 
     def __init__(self, config: Config, device: torch.device, eval_images: int = 0) -> None:
         self._config = config
-        self._last_norm: Callable[[], float] | None = (
-            None  # waits for the norm of the last step, if that is not settled
-        )
+        self._last_norm: Callable[[], float] | None = None  # waits for the norm of a step that is not settled
         torch.manual_seed(int(keyed_rng(Purpose.WEIGHTS, config.seed).integers(2**63)))
         self.model = config.model.build().to(device)
         if device.type == "cuda":  # on CPUs it makes GroupNorm slower
@@ -49,12 +46,9 @@ class TrainingState:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-        self._decays: dict[str, Callable[[int], float]] = {}  # EMA decay of each average at an update
-        self._decays |= {f"ema-{rate}": partial(_constant, rate) for rate in config.ema_rates}
-        self._decays |= {f"power-{s}": partial(power_decay, gamma_of(s)) for s in config.power_emas}
         parameters = dict(self.model.named_parameters())
         self.averages = {
-            name: {key: tensor.detach().clone() for key, tensor in parameters.items()} for name in self._decays
+            name: {key: tensor.detach().clone() for key, tensor in parameters.items()} for name in self._decays(1)
         }
         self.timesteps: TimestepSampler = UniformTimesteps(config.diffusion.num_timesteps)
         if config.timesteps == "loss_second_moment":
@@ -76,8 +70,19 @@ class TrainingState:
         return 2.0**self.log2_loss_scale
 
     def note_step(self, norm: Tensor) -> None:
-        """Remember the gradient norm of a step, float64 [] on the device, for `settle`."""
-        self._last_norm = _to_host(norm)
+        """Start to copy the gradient norm of a step, float64 [] on the device, to the host for `settle`."""
+        if not norm.is_cuda:
+            self._last_norm = norm.item
+            return
+        host, copied = torch.empty_like(norm, device="cpu", pin_memory=True), torch.cuda.Event()
+        host.copy_(norm, non_blocking=True)
+        copied.record()
+
+        def wait() -> float:
+            copied.synchronize()
+            return float(host)
+
+        self._last_norm = wait
 
     def settle(self) -> None:
         """Wait for the gradient norm of the last step, and update averages, counts and loss scale accordingly.
@@ -106,8 +111,14 @@ class TrainingState:
     def _update_averages(self) -> None:
         """e = r e + (1 - r) p for every average's decay r, in float32."""
         parameters = [tensor.detach() for tensor in self.model.parameters()]
+        decays = self._decays(self.updates)
         for name, average in self.averages.items():
-            torch._foreach_lerp_(list(average.values()), parameters, 1 - self._decays[name](self.updates))
+            torch._foreach_lerp_(list(average.values()), parameters, 1 - decays[name])
+
+    def _decays(self, update: int) -> dict[str, float]:
+        """Return the decay of each average at an update, which is counted from 1."""
+        powers = {f"power-{s}": power_decay(gamma_of(s), update) for s in self._config.power_emas}
+        return {f"ema-{rate}": rate for rate in self._config.ema_rates} | powers
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors of the state by name; they are not copies."""
@@ -190,25 +201,6 @@ def take_step(config: TrainingConfig, state: TrainingState) -> Tensor:
     state.position += config.batch_size
     state.note_step(norm)
     return norm
-
-
-def _to_host(value: Tensor) -> Callable[[], float]:
-    """Start to copy a number to the host; return a function that waits for it."""
-    if not value.is_cuda:
-        return value.item
-    host, copied = torch.empty_like(value, device="cpu", pin_memory=True), torch.cuda.Event()
-    host.copy_(value, non_blocking=True)
-    copied.record()
-
-    def wait() -> float:
-        copied.synchronize()
-        return float(host)
-
-    return wait
-
-
-def _constant(rate: float, update: int) -> float:
-    return rate
 
 
 def _loaded(

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from cluster.collectives import Group
 from models.diffusion import UniformTimesteps
-from models.unet import NoisyClassifier, UNet
 from orchestrator.data.dataset import Manifest, StreamShare, read_images
 from orchestrator.training.config import Config, TrainingConfig
 from orchestrator.training.losses import Terms, make_losses, make_microbatches
@@ -34,51 +33,44 @@ class Validation:
         self._config, self._group = config, group
         self._losses = make_losses(config, UniformTimesteps(config.diffusion.num_timesteps))
         count, rows = validation_count(config, manifest), config.microbatch_rows(group.world_size)
-        blocks = [(begin, min(begin + rows, count)) for begin in range(0, count, rows)]
-        share = -(-len(blocks) // group.world_size)
-        self._blocks = blocks[group.rank * share : (group.rank + 1) * share]
-        if self._blocks:
-            self._first = self._blocks[0][0]
-            end = self._blocks[-1][1]
-            pixels, labels = read_images(manifest, "validation", self._first, end, config.model.image_size)
-            self._images, self._labels = pixels, labels
+        share = rows * -(-count // (rows * group.world_size))  # images of a worker, in whole microbatches
+        begin, end = (min(count, share * rank) for rank in (group.rank, group.rank + 1))
+        self._shares: list[StreamShare] = []
+        if begin == end:
+            return
+        images, labels = read_images(manifest, "validation", begin, end, config.model.image_size)
+        for first in range(0, end - begin, rows):
+            some = slice(first, first + rows)
+            samples = np.arange(begin, end)[some]
+            no = np.zeros(len(samples), bool)
+            self._shares.append(
+                StreamShare(
+                    stream=0, epoch=EPOCH, images=images[some], labels=labels[some], samples=samples, flips=no,
+                    undecodable=no,
+                )
+            )  # fmt: skip
 
     def evaluate(self, state: TrainingState) -> Iterator[dict[str, Any]]:
         """Yield the mean loss terms as a record, on rank 0; all workers must iterate.
 
         "val_loss_above_best" is the difference to the lowest loss so far. A warning is logged once it is significant.
         """
-        device = next(state.model.parameters()).device
+        config, device, mine = self._config, next(state.model.parameters()).device, list[Terms]()
         state.model.eval()
         with torch.no_grad():
-            mine = [self._terms(state.model, block, device) for block in self._blocks]
+            for share in self._shares:
+                (batch,) = make_microbatches([share], config, len(share.samples))
+                terms = self._losses(config.in_dtype(state.model), batch.to(device))
+                mine.append({name: values.cpu() for name, values in terms.items()})
         state.model.train()
         found = [terms for share in self._group.gather(mine) for terms in share]
         whole = {name: torch.cat([terms[name] for terms in found]) for name in found[0]}
         names = [name for name in whole if name != "t"]
-        sums = sums_by_quartile(whole, names, self._config.diffusion.num_timesteps)
+        sums = sums_by_quartile(whole, names, config.diffusion.num_timesteps)
         means = {f"val_{name}": mean for name, mean in means_by_quartile(sums, names).items()}
         means["val_loss_above_best"] = self._above_best(state, whole["loss"].double())
         if self._group.rank == 0:
             yield {"images": state.position, "metrics": means}
-
-    def _terms(self, model: UNet | NoisyClassifier | Any, block: tuple[int, int], device: torch.device) -> Terms:
-        begin, end = block
-        rows = slice(begin - self._first, end - self._first)
-        count = end - begin
-        share = StreamShare(
-            stream=0,
-            epoch=EPOCH,
-            images=self._images[rows],
-            labels=self._labels[rows],
-            samples=np.arange(begin, end),
-            flips=np.zeros(count, bool),
-            undecodable=np.zeros(count, bool),
-        )
-        config = self._config
-        (batch,) = make_microbatches([share], config.model.in_channels, config.seed, count)
-        terms = self._losses(config.in_dtype(model), batch.to(device))
-        return {name: values.cpu() for name, values in terms.items()}
 
     def _above_best(self, state: TrainingState, losses: Tensor) -> float:
         """Return the difference of the loss to the best one so far, and keep the loss if it is the best."""
@@ -95,16 +87,15 @@ class Validation:
                 log.warning(
                     "the network is overfitting: at %s images its validation loss is %.4g +- %.2g above that at %s "
                     "images; the training continues. Train shorter, raise weight_decay or dropout, or use more data",
-                    f"{state.position:,}",
-                    mean,
-                    error,
-                    f"{state.best_validation_position:,}",
-                )
+                    f"{state.position:,}", mean, error, f"{state.best_validation_position:,}",
+                )  # fmt: skip
         return mean
 
 
 def validation_count(config: TrainingConfig, manifest: Manifest) -> int:
-    """Return the number of images in an evaluation; ValueError if there is no validation split."""
+    """Return the number of images in an evaluation, 0 without eval_every; ValueError if there is no such split."""
+    if not config.eval_every:
+        return 0
     if "validation" not in manifest.splits:
         raise ValueError(
             f"eval_every={config.eval_every}, but dataset {manifest.name} has no validation split; "

@@ -164,7 +164,7 @@ class Bench:
             )
             for stream in range(streams)
         ]  # fmt: skip
-        return make_microbatches(shares, 3, 0, config.microbatch_rows(1), pinned=self.on_gpu)
+        return make_microbatches(shares, config, config.microbatch_rows(1), pinned=self.on_gpu)
 
     @contextlib.contextmanager
     def trainer(self, config: AdmConfig) -> Iterator[tuple[TrainingState, Callable[[list[Microbatch]], list[Terms]]]]:

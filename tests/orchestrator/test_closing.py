@@ -7,8 +7,8 @@ import pytest
 
 from jobs.command_line import parse
 from orchestrator.closing import next_command, print_closing
+from orchestrator.training.page import following
 from orchestrator.training.presets import adm_presets, classifier_presets, upsampler_presets
-from orchestrator.training.verdict import following
 from tests.jobs.test_command_line import ALL_PRESETS
 
 

@@ -12,7 +12,7 @@ from orchestrator.ablations import job
 from orchestrator.ablations.config import TABLES, AblationsConfig, changed
 from orchestrator.ablations.job import plan, run_ablations
 from orchestrator.ablations.presets import ablation_presets
-from orchestrator.ablations.result import Measured, conclude, table_lines
+from orchestrator.ablations.result import Json, Measured, conclude, table_lines
 from orchestrator.data.job import prepare
 from orchestrator.training.config import AdmConfig
 from orchestrator.training.presets import adm_presets
@@ -86,10 +86,10 @@ PAIR: dict[str, str | None] = {"base": None, "other": "base"}
 def replicate(row: str, seed: int, mean: float) -> Measured:
     scores = mean + np.random.default_rng(7).standard_normal(200)
     estimate = {"value": mean, "interval": [mean - 0.2, mean + 0.2]}
-    point = {"images": 64, "average": "ema", "curve": "ema", "evaluations": 2, "objective": {"fd_digits": estimate},
-             "metrics": {"recall": {"value": 0.5}}}  # fmt: skip
+    point: Json = {"images": 64, "average": "ema", "curve": "ema", "evaluations": 2,
+                   "objective": {"fd_digits": estimate}, "metrics": {"recall": {"value": 0.5}}}  # fmt: skip
     quality = {"points": [point], "objective": ["fd_digits"]}
-    return Measured(row, seed, quality, point, {"fd_digits": scores}, None, None, 1.0, 10)
+    return Measured(row, seed, quality, point, point["objective"], {"fd_digits": scores}, None, 1.0, 10)
 
 
 def test_intervals_hold_the_spread_over_training_seeds() -> None:

@@ -29,7 +29,7 @@ def adm(store: str, output: str, **changes: object) -> AdmConfig:
         "store": store, "dataset": "digits", "output": output, "model": UNET,
         "diffusion": DiffusionConfig(schedule="cosine"), "order": OrderConfig(num_streams=2, shuffle_row_groups=2),
         "total_images": 96, "batch_size": 16, "learning_rate": 1e-3, "ema_rates": (0.9, 0.5), "random_flip": False,
-        "checkpoint_every": 32, "log_every": 32, "num_workers": 0,
+        "checkpoint_every": 32, "log_every": 32, "num_workers": 0, "tracking": False,
     }  # fmt: skip
     return AdmConfig(**settings | changes)
 
@@ -46,6 +46,7 @@ def context(stop_after: int | None = None, records: list | None = None) -> Worke
 
 
 def final_state(config: AdmConfig) -> dict[str, torch.Tensor]:
+    """Return the tensors of the checkpoint at the end of a training."""
     found = newest_checkpoint(config.path(config.output))
     assert found is not None and found.position == config.total_images
     return found.tensors

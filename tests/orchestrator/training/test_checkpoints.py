@@ -17,20 +17,12 @@ def checkpoint(position: int) -> Checkpoint:
     return Checkpoint(position, {"model.weight": torch.full((2, 3), float(position))}, {"bad_steps": 1})
 
 
-def test_the_newest_committed_checkpoint_comes_back(tmp_path: Path) -> None:
-    assert newest_checkpoint(str(tmp_path)) is None
-    for position in (64, 128):
-        save_checkpoint(str(tmp_path), checkpoint(position))
-    found = newest_checkpoint(str(tmp_path))
-    assert found is not None and found.position == 128 and found.facts == {"bad_steps": 1}
-    assert torch.equal(found.tensors["model.weight"], torch.full((2, 3), 128.0))
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "uncommitted"])
+@pytest.mark.parametrize("damage", ["nothing", "truncated", "flipped", "missing", "uncommitted"])
 def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
+    assert newest_checkpoint(str(tmp_path)) is None
     save_checkpoint(str(tmp_path), checkpoint(64))
-    newest = Path(save_checkpoint(str(tmp_path), checkpoint(128))).parent
-    (state,) = newest.glob("state-*.safetensors")
+    commit = Path(save_checkpoint(str(tmp_path), checkpoint(128)))
+    (state,) = commit.parent.glob("state-*.safetensors")
     data = state.read_bytes()
     if damage == "truncated":
         state.write_bytes(data[:-1])
@@ -38,11 +30,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, damage: str)
         state.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     elif damage == "missing":
         state.unlink()
-    else:
-        (commit,) = newest.glob("commit-*.json")
+    elif damage == "uncommitted":
         commit.unlink()
-    found = newest_checkpoint(str(tmp_path))
-    assert found is not None and found.position == 64
+    found, position = newest_checkpoint(str(tmp_path)), 128 if damage == "nothing" else 64
+    assert found is not None and found.position == position and found.facts == {"bad_steps": 1}
+    assert torch.equal(found.tensors["model.weight"], torch.full((2, 3), float(position)))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "newer"])
@@ -112,13 +104,14 @@ def test_pruning_keeps_the_newest_and_the_marked_and_clears_up_after_the_dead(tm
     run = str(tmp_path)
     for position in (64, 128, 192, 256, 320):
         save_checkpoint(run, checkpoint(position), attempt="old")
+        prune_checkpoints(run, position, keep=1, keep_every=100)  # the first ones past 100, 200 and 300 images stay
     for position in (256, 300):  # uploads that a kill cut off
         (tmp_path / f"checkpoints/images-{position:012d}").mkdir(exist_ok=True)
         (tmp_path / f"checkpoints/images-{position:012d}/state-dead-000.safetensors").write_bytes(b"half")
     save_checkpoint(run, checkpoint(384), attempt="new")
     foreign = tmp_path / "checkpoints" / "README.txt"
     foreign.write_bytes(b"not ours")
-    prune_checkpoints(run, newest=320, keep=2, keep_every=128)
+    prune_checkpoints(run, newest=320, keep=1, keep_every=100)
     left = sorted(str(path.relative_to(tmp_path / "checkpoints")) for path in tmp_path.rglob("*.*"))
     wanted = [
         f"images-{position:012d}/{name}"
@@ -130,15 +123,6 @@ def test_pruning_keeps_the_newest_and_the_marked_and_clears_up_after_the_dead(tm
     assert folders == {name.split("/")[0] for name in wanted}, "empty folders go too"
     found = newest_checkpoint(run)
     assert found is not None and found.position == 384
-
-
-def test_the_first_checkpoint_past_each_mark_stays(tmp_path: Path) -> None:
-    run = str(tmp_path)
-    for position in (64, 512, 576, 1024, 1088, 1536):  # batches of 64; every 500 images and at two stops
-        save_checkpoint(run, checkpoint(position))
-        prune_checkpoints(run, position, keep=1, keep_every=500)
-    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert kept == [f"images-{position:012d}" for position in (512, 1024, 1536)]
 
 
 def test_pruning_removes_only_literal_names_of_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,108 +8,93 @@ from mlflow import MlflowClient
 
 from orchestrator import storage
 from orchestrator.config import read_config
-from orchestrator.data.config import PrepareConfig
-from orchestrator.data.job import prepare
 from orchestrator.metrics_log import MetricsLog, Record
 from orchestrator.training import job
 from orchestrator.training.checkpoints import positions, read_newest
-from orchestrator.training.config import AdmConfig
 from orchestrator.training.continuing import bind
 from orchestrator.training.job import plan, train, train_loop
 from tests.orchestrator.training.runs import adm, context, final_state
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store that holds the digits."""
-    folder = str(tmp_path_factory.mktemp("store"))
-    prepare(PrepareConfig(store=folder, source="digits", output="digits", name="digits", validation_fraction=0.2))
-    return folder
-
-
-def quiet(store: str, output: str, **changes: Any) -> AdmConfig:
-    return adm(store, output, tracking=False, **changes)
-
-
-@pytest.mark.parametrize("message", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"])
-def test_a_start_that_fails_binds_nothing(store: str, monkeypatch: pytest.MonkeyPatch, message: str) -> None:
-    output = f"smaller-{message[:4]}"
+def test_a_start_that_fails_binds_nothing(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = iter(["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"])
 
     def out_of_memory(*_: object, **__: object) -> None:
-        raise RuntimeError(message)
+        raise RuntimeError(next(messages))
 
     with monkeypatch.context() as patch:
         patch.setattr(job, "take_step", out_of_memory)
-        with pytest.raises(RuntimeError, match=r"out of memory.* --microbatch-size 16"):
-            train(quiet(store, output, batch_size=32))
-    train(quiet(store, output, batch_size=16, microbatch_size=4))
-    assert read_config(f"{store}/{output}")["batch_size"] == 16
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"out of memory.* --microbatch-size 16"):
+                train(adm(store, "smaller", batch_size=32))
+    train(adm(store, "smaller", batch_size=16, microbatch_size=4))
+    assert read_config(f"{store}/smaller")["batch_size"] == 16
 
 
 def test_what_changes_results_is_refused_once_there_is_a_checkpoint(store: str) -> None:
-    train_loop(quiet(store, "taken"), context(1))
-    train(quiet(store, "taken"))
+    train_loop(adm(store, "taken"), context(1))
+    train(adm(store, "taken"))
     for changed in (train, plan):
         with pytest.raises(ValueError, match=r"learning_rate: 0\.001 there, 0\.002 here.*--branch NEW-OUTPUT"):
-            changed(quiet(store, "taken", learning_rate=2e-3))
+            changed(adm(store, "taken", learning_rate=2e-3))
 
 
 def test_operational_settings_change_at_a_restart(store: str) -> None:
-    train_loop(quiet(store, "changed", eval_every=16, eval_images=20), context(2))
+    train_loop(adm(store, "changed", eval_every=16, eval_images=20), context(2))
     changes: dict[str, Any] = {
         "microbatch_size": 4, "checkpoint_every": 16, "log_every": 16, "snapshot_every": 64,
         "eval_every": 32, "eval_images": 30, "max_nonfinite_steps": 1, "max_failures": 1,
     }  # fmt: skip
-    train(quiet(store, "changed", **changes))
-    assert final_state(quiet(store, "changed"))["validation.best"].shape == (30,)
-    train(quiet(store, "changed", total_images=128))  # without evaluation
-    assert "validation.best" not in final_state(quiet(store, "changed", total_images=128))
+    train(adm(store, "changed", **changes))
+    assert final_state(adm(store, "changed"))["validation.best"].shape == (30,)
+    train(adm(store, "changed", total_images=128))  # without evaluation
+    assert "validation.best" not in final_state(adm(store, "changed", total_images=128))
 
 
 def test_other_threads_are_warned_of_where_bits_are_promised(store: str, caplog: pytest.LogCaptureFixture) -> None:
     exact: dict[str, Any] = {"reduction": "exact", "total_images": 16}
-    train(quiet(store, "threads", **exact))
-    bind(quiet(store, "threads", **exact, num_workers=2))
+    train(adm(store, "threads", **exact))
+    bind(adm(store, "threads", **exact, num_workers=2))
     assert not caplog.records
-    bind(quiet(store, "threads", **exact, num_threads=2))
+    bind(adm(store, "threads", **exact, num_threads=2))
     assert "--num-threads 2" in caplog.text and "last bits" in caplog.text
 
 
 def test_a_longer_training_has_the_bits_of_one_that_was_as_long_from_the_start(store: str) -> None:
-    straight, longer = quiet(store, "straight"), quiet(store, "longer", total_images=48)
+    straight, longer = adm(store, "straight"), adm(store, "longer", total_images=48)
     train(straight)
     train(longer)
-    train_loop(quiet(store, "longer"), context(1))  # stopped on the way, and continued
-    train(quiet(store, "longer", log_every=16))
+    train_loop(adm(store, "longer"), context(1))  # stopped on the way, and continued
+    train(adm(store, "longer", log_every=16))
     for name, tensor in final_state(straight).items():
-        assert torch.equal(tensor, final_state(quiet(store, "longer"))[name]), name
+        assert torch.equal(tensor, final_state(adm(store, "longer"))[name]), name
     with pytest.raises(ValueError, match=r"--total-images 64: .* is already at 96 images"):
-        train(quiet(store, "longer", total_images=64))
+        train(adm(store, "longer", total_images=64))
 
 
 def test_a_linear_learning_rate_is_extended_only_on_request(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     falling: dict[str, Any] = {"lr_schedule": "linear"}
-    train(quiet(store, "falling", total_images=48, **falling))
+    train(adm(store, "falling", total_images=48, **falling))
     with pytest.raises(ValueError, match=r"--total-images 96: .* falls to zero at 48.*--extend.*to 0\.0005"):
-        train(quiet(store, "falling", **falling))
+        train(adm(store, "falling", **falling))
     with pytest.raises(ValueError, match=r"learning_rate: 0\.001 there, 0\.002 here"):
-        train(quiet(store, "falling", **falling, extend=True, learning_rate=2e-3))
-    train(quiet(store, "falling", **falling, extend=True))
+        train(adm(store, "falling", **falling, extend=True, learning_rate=2e-3))
+    train(adm(store, "falling", **falling, extend=True))
     assert "changes from 0 to 0.0005, and then falls linearly to zero at 96" in capsys.readouterr().out
     found = read_config(f"{store}/falling")
     assert found["total_images"] == 96 and found["extended"] == [{"at": 48, "total_images": 48}]
-    train(quiet(store, "falling", **falling))  # as the folder says now
+    train(adm(store, "falling", **falling))  # as the folder says now
 
 
 def test_a_branch_continues_a_checkpoint_with_other_settings(
     store: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    parent = quiet(store, "parent", keep_checkpoints=9)
+    parent = adm(store, "parent", keep_checkpoints=9)
     train(parent)
     changed: dict[str, Any] = {"learning_rate": 1e-4, "ema_rates": (0.9, 0.7), "model": parent.model.model_copy(
         update={"dropout": 0.3})}  # fmt: skip
-    branching = adm(store, "parent", branch="child", branch_at=32, **changed)
+    branching = adm(store, "parent", branch="child", branch_at=32, tracking=True, **changed)
     train(branching)
     train(branching)  # the same command finds its end
     found = read_config(f"{store}/child")
@@ -130,10 +115,10 @@ def tensors_at(run: str, position: int) -> dict[str, torch.Tensor]:
 
 
 def test_an_unchanged_branch_has_the_bits_of_its_parent(store: str) -> None:
-    train(quiet(store, "origin", keep_checkpoints=9))
-    train(quiet(store, "origin", branch="copy", branch_at=32))
-    for name, tensor in final_state(quiet(store, "origin")).items():
-        assert torch.equal(tensor, final_state(quiet(store, "copy"))[name]), name
+    train(adm(store, "origin", keep_checkpoints=9))
+    train(adm(store, "origin", branch="copy", branch_at=32))
+    for name, tensor in final_state(adm(store, "origin")).items():
+        assert torch.equal(tensor, final_state(adm(store, "copy"))[name]), name
 
 
 @pytest.mark.parametrize(
@@ -149,41 +134,41 @@ def test_an_unchanged_branch_has_the_bits_of_its_parent(store: str) -> None:
 def test_impossible_branches_are_refused(store: str, changes: dict[str, Any], wanted: str) -> None:
     for name in ("few", "digits-of-old"):
         if not positions(f"{store}/{name}"):
-            train_loop(quiet(store, name, total_images=32), context())
+            train_loop(adm(store, name, total_images=32), context())
     settings = {"output": "few", "branch": "child-of-few"} | changes
     with pytest.raises(ValueError, match=wanted):
-        train(quiet(store, **settings))
+        train(adm(store, **settings))
     assert not positions(f"{store}/child-of-few")
 
 
 def test_a_plan_needs_no_dataset_and_no_weights(store: str) -> None:
-    config, text = plan(quiet(store, "planned", dataset="none", init_from="nowhere.safetensors", num_gpus=1))
+    config, text = plan(adm(store, "planned", dataset="none", init_from="nowhere.safetensors", num_gpus=1))
     assert "FLOPs" in text and f"not there yet: {store}/none, {store}/nowhere.safetensors" in text
     assert not storage.exists(f"{store}/planned")
     model = config.model.model_copy(update={"num_classes": None})
-    resolved, text = plan(quiet(store, "planned", classes="dataset", model=model))
+    resolved, text = plan(adm(store, "planned", classes="dataset", model=model))
     assert resolved.model.num_classes == 10 and "10 classes" in text and "not there yet" not in text
 
 
 def test_a_plan_refuses_weights_that_do_not_fit(store: str) -> None:
-    train(quiet(store, "source", total_images=16))
-    wide = quiet(store, "wide", init_from="source").model.model_copy(update={"model_channels": 64})
+    train(adm(store, "source", total_images=16))
+    wide = adm(store, "wide", init_from="source").model.model_copy(update={"model_channels": 64})
     for starting in (plan, train):
         with pytest.raises(ValueError, match=r"--model\.model-channels"):
-            starting(quiet(store, "wide", init_from="source", model=wide))
+            starting(adm(store, "wide", init_from="source", model=wide))
 
 
 def test_the_page_of_a_killed_run_is_written_on_request(store: str, capsys: pytest.CaptureFixture[str]) -> None:
-    killed, records = quiet(store, "killed"), list[dict[str, Any]]()
+    killed, records = adm(store, "killed"), list[dict[str, Any]]()
     bind(killed)
     train_loop(killed, context(3, records))
     metrics_log = MetricsLog(f"{store}/killed")
     metrics_log.append(*(Record(0, r["images"], r["metrics"]) for r in records if "metrics" in r))
-    asked = quiet(store, "killed", report=True, total_images=16, learning_rate=1.0)
+    asked = adm(store, "killed", report=True, total_images=16, learning_rate=1.0)
     preset = asked.model_copy(update={"num_workers": 64, "microbatch_size": 3})  # which do not fit the run
     assert train(asked.starting_from(preset)) == f"{store}/killed"
     page = storage.read_bytes(f"{store}/killed/report.html").decode()
     assert "32 of 96 images" in page and "data:image/png;base64," in page and "images-000000000048" in page
     assert f"open  {store}/killed/report.html" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="--output nowhere"):
-        train(quiet(store, "nowhere", report=True))
+        train(adm(store, "nowhere", report=True))

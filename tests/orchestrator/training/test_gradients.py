@@ -25,19 +25,15 @@ ADM_256 = adm_presets()["imagenet256"][1]  # a step of 256 images
         ({"microbatch_size": 4}, 8, 80, False),
         ({"microbatch_size": 4, "recompute": True}, 8, 80, True),
         ({"recompute": False}, 8, 24, False),
+        ({}, 1, None, False),
+        ({"model": ADM_256.model.model_copy(update={"gradient_checkpointing": True})}, 1, None, True),
     ],
 )
-def test_blocks_are_recomputed_where_memory_asks_for_it(
-    changes: dict[str, Any], workers: int, gigabytes: float, expected: bool
+def test_blocks_are_recomputed_where_memory_asks_for_it_and_on_cpus_where_the_model_does(
+    changes: dict[str, Any], workers: int, gigabytes: float | None, expected: bool
 ) -> None:
     config = ADM_256.model_copy(update=changes)
-    assert recomputes(config, workers, gigabytes * 1e9) is expected
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_on_cpus_the_model_decides(checkpointing: bool) -> None:
-    model = ADM_256.model.model_copy(update={"gradient_checkpointing": checkpointing})
-    assert recomputes(ADM_256.model_copy(update={"model": model}), 1, None) is checkpointing
+    assert recomputes(config, workers, gigabytes and gigabytes * 1e9) is expected
 
 
 def test_exact_sums_hold_a_set_of_gradients_for_each_level() -> None:

@@ -9,20 +9,15 @@ from torch import Tensor
 
 from cluster.collectives import Group
 from models.diffusion import DiffusionConfig
-from models.unet import Architecture, ClassifierConfig, UNetConfig
+from models.unet import Architecture
 from models.zoo import ZOO, Entry
 from orchestrator.order import OrderConfig
 from orchestrator.training.config import AdmConfig, NoisyClassifierConfig
 from orchestrator.training.initial_weights import begin_with
 from orchestrator.training.state import TrainingState
+from orchestrator.weights.network import save_weights
+from tests.orchestrator.networks import CLASSIFIER, UNET
 
-UNET = UNetConfig(
-    image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1,), attention_resolutions=(), num_classes=10
-)
-CLASSIFIER = ClassifierConfig(
-    image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1,), attention_resolutions=(), num_classes=10,
-    num_head_channels=16,
-)  # fmt: skip
 SETTINGS: dict[str, Any] = {
     "dataset": "none", "output": "none", "order": OrderConfig(num_streams=1), "total_images": 16, "batch_size": 16,
     "num_workers": 0, "init_from": "ema_0.9999_100000.pt",
@@ -32,7 +27,10 @@ SETTINGS: dict[str, Any] = {
 def write(folder: Path, architecture: Architecture, name: str = "ema_0.9999_100000.pt") -> dict[str, Tensor]:
     torch.manual_seed(1)
     weights = {key: torch.randn_like(tensor) for key, tensor in architecture.build().state_dict().items()}
-    torch.save(weights, folder / name)
+    if name.endswith(".pt"):
+        torch.save(weights, folder / name)
+    else:
+        save_weights(str(folder / name), weights, architecture, DiffusionConfig(), ())
     return weights
 
 
@@ -44,7 +42,10 @@ def config(folder: Path, **changes: Any) -> AdmConfig:
 def begun(training: AdmConfig | NoisyClassifierConfig) -> dict[str, Tensor]:
     state = TrainingState(training, torch.device("cpu"))
     begin_with(training, state, Group(0, 1))
-    return dict(state.model.state_dict())
+    weights = dict(state.model.state_dict())
+    for average in state.averages.values():
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in average.items()), "averages start there too"
+    return weights
 
 
 def test_a_foreign_file_is_read_as_the_trainings_own_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -56,13 +57,15 @@ def test_a_foreign_file_is_read_as_the_trainings_own_model(tmp_path: Path, caplo
 
 
 @pytest.mark.parametrize("there", [None, 7])
-def test_classes_may_be_others(tmp_path: Path, there: int | None, caplog: pytest.LogCaptureFixture) -> None:
-    weights = write(tmp_path, UNET.model_copy(update={"num_classes": there}))
-    started = begun(config(tmp_path))
-    assert started["label_emb.weight"].shape[0] == 10
+@pytest.mark.parametrize("file", ["ema_0.9999_100000.pt", "images-000000000096-ema-0.9.safetensors"])
+def test_classes_may_be_others(tmp_path: Path, there: int | None, file: str, caplog: pytest.LogCaptureFixture) -> None:
+    weights = write(tmp_path, UNET.model_copy(update={"num_classes": there}), file)
+    started = begun(config(tmp_path, init_from=file))
+    fresh = TrainingState(config(tmp_path), torch.device("cpu")).model.state_dict()
+    assert torch.equal(started["label_emb.weight"], fresh["label_emb.weight"])
     for name in weights.keys() - {"label_emb.weight"}:
         assert torch.equal(started[name], weights[name])
-    assert "label_emb.weight is re-initialised" in caplog.text
+    assert f"has {there or 'no'} classes and this model 10: label_emb.weight is re-initialised" in caplog.text
 
 
 def test_fine_tuning_for_classifier_free_guidance_adds_a_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

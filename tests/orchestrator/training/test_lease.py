@@ -12,13 +12,11 @@ import pytest
 
 from cluster.trainer import WorkerContext
 from orchestrator import storage
-from orchestrator.data.job import prepare
 from orchestrator.training import job, lease
 from orchestrator.training.config import AdmConfig
 from orchestrator.training.job import train
 from orchestrator.training.lease import Lease
-from tests.orchestrator.digits import digits
-from tests.orchestrator.training.test_exactness import config_of
+from tests.orchestrator.training.runs import adm
 
 
 def write_holder(run: Path, number: int = 1, **changes: Any) -> Path:
@@ -29,13 +27,13 @@ def write_holder(run: Path, number: int = 1, **changes: Any) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def never_expires(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a test hang rather than pass if it waits until a lease expires."""
     monkeypatch.setattr(lease, "EXPIRE_SECONDS", 1e9)
 
 
-def test_a_second_driver_is_refused_with_the_holders_host_pid_and_age(tmp_path: Path, never_expires: None) -> None:
+def test_a_second_driver_is_refused_with_the_holders_host_pid_and_age(tmp_path: Path) -> None:
     with Lease(str(tmp_path)) as first:
         with pytest.raises(
             RuntimeError, match=rf"by pid {os.getpid()} on \S+, .*held the lease for at least \d+ s.*--takeover"
@@ -48,7 +46,7 @@ def test_a_second_driver_is_refused_with_the_holders_host_pid_and_age(tmp_path: 
 
 
 def test_a_holder_on_another_machine_lives_if_its_object_changes(
-    tmp_path: Path, never_expires: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "WATCH_SECONDS", 0.001)
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.001)
@@ -68,9 +66,7 @@ def test_a_lease_that_nobody_renews_expires(tmp_path: Path, monkeypatch: pytest.
         assert storage.list_names(str(tmp_path / "lease")) == ["000002.json"]
 
 
-def test_a_lease_that_is_released_is_not_waited_for(
-    tmp_path: Path, never_expires: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lease_that_is_released_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_holder(tmp_path)
     monkeypatch.setattr(lease.time, "sleep", lambda seconds: path.unlink())
     with Lease(str(tmp_path)):
@@ -78,7 +74,7 @@ def test_a_lease_that_is_released_is_not_waited_for(
 
 
 @pytest.mark.parametrize("reaped", [True, False])
-def test_a_killed_holder_on_this_machine_is_not_waited_for(tmp_path: Path, never_expires: None, reaped: bool) -> None:
+def test_a_killed_holder_on_this_machine_is_not_waited_for(tmp_path: Path, reaped: bool) -> None:
     child = subprocess.Popen(["sleep", "1000"])
     write_holder(tmp_path, machine=lease._machine(), pid=child.pid, process=lease._process(child.pid))
     with pytest.raises(RuntimeError, match=f"by pid {child.pid} on node7"):
@@ -93,7 +89,7 @@ def test_a_killed_holder_on_this_machine_is_not_waited_for(tmp_path: Path, never
     child.wait()
 
 
-def test_a_pid_that_was_given_to_another_process_is_not_the_holder(tmp_path: Path, never_expires: None) -> None:
+def test_a_pid_that_was_given_to_another_process_is_not_the_holder(tmp_path: Path) -> None:
     write_holder(tmp_path, machine=lease._machine(), pid=os.getpid(), process="1")
     with Lease(str(tmp_path)):
         pass
@@ -121,9 +117,7 @@ def test_a_renewal_that_fails_does_not_cost_later_ones(tmp_path: Path, monkeypat
         assert renewed.wait(60) and not held.is_lost()
 
 
-def test_a_driver_that_may_not_delete_releases_its_lease(
-    tmp_path: Path, never_expires: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_driver_that_may_not_delete_releases_its_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(uri: str) -> None:
         raise PermissionError(uri)
 
@@ -134,13 +128,6 @@ def test_a_driver_that_may_not_delete_releases_its_lease(
 
 
 # ------------------------------------------------------------------------------------------------ in a training
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = str(tmp_path_factory.mktemp("store"))
-    prepare(digits(folder))
-    return folder
 
 
 @pytest.fixture
@@ -162,8 +149,8 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     yield asked
 
 
-def test_a_second_training_of_a_run_is_refused_or_takes_over(store: str, never_expires: None) -> None:
-    config = config_of(store, "twice", total_images=16, num_workers=0)
+def test_a_second_training_of_a_run_is_refused_or_takes_over(store: str) -> None:
+    config = adm(store, "twice", total_images=16)
     with Lease(config.path("twice")) as held:
         with pytest.raises(RuntimeError, match=f"by pid {os.getpid()} on"):
             train(config)
@@ -173,14 +160,14 @@ def test_a_second_training_of_a_run_is_refused_or_takes_over(store: str, never_e
 
 
 def test_sigterm_releases_the_lease(store: str, stops: list[bool]) -> None:
-    config = config_of(store, "stopped", num_workers=0, takeover=True)
+    config = adm(store, "stopped", takeover=True)
     with pytest.raises(KeyboardInterrupt):
         train(config)
     assert stops and not storage.list_names(storage.join(config.path("stopped"), "lease"))
 
 
 def test_a_training_that_lost_its_lease_stops(store: str, stops: list[bool]) -> None:
-    config = config_of(store, "lost", num_workers=0)
+    config = adm(store, "lost")
     with pytest.raises(RuntimeError, match="another driver took over"):
         train(config)
     (left,) = Path(config.path("lost"), "lease").iterdir()

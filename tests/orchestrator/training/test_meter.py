@@ -4,13 +4,9 @@ import pytest
 import torch
 
 from cluster.collectives import Group
-from cluster.trainer import WorkerContext
-from models.diffusion import DiffusionConfig
-from models.unet import UNetConfig
-from orchestrator.order import OrderConfig
-from orchestrator.training.config import AdmConfig
 from orchestrator.training.meter import Meter, means_by_quartile, sums_by_quartile
 from orchestrator.training.state import TrainingState
+from tests.orchestrator.training.runs import adm, context
 
 
 def test_means_by_quartile_are_over_images() -> None:
@@ -22,15 +18,8 @@ def test_means_by_quartile_are_over_images() -> None:
 
 
 def test_a_report_covers_the_time_since_the_last_one() -> None:
-    config = AdmConfig(
-        dataset="d", output="o", diffusion=DiffusionConfig(), total_images=64, batch_size=4, learning_rate=0.5,
-        order=OrderConfig(num_streams=2), dtype="float16",
-        model=UNetConfig(
-            image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1,), attention_resolutions=()
-        ),
-    )  # fmt: skip
-    worker = WorkerContext(0, 1, torch.device("cpu"), print, lambda: False, streams_on_cluster=False)
-    state, meter = TrainingState(config, worker.device), Meter(config, worker, Group(0, 1))
+    config = adm("none", "none", batch_size=4, dtype="float16")
+    state, meter = TrainingState(config, torch.device("cpu")), Meter(config, context(), Group(0, 1))
     for loss, norm, undecodable in ((1.0, 3.0, 0), (2.0, torch.nan, 2)):
         meter.add(
             [{"loss": torch.full((4,), loss), "t": torch.zeros(4, dtype=torch.int64)}], torch.tensor(norm), undecodable

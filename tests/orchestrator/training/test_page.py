@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.metrics_log import MetricsLog, Record
-from orchestrator.training.verdict import classifier_lines
+from orchestrator.training.page import classifier_lines
+from orchestrator.training.presets import adm_presets, classifier_presets
 
 
 @pytest.mark.parametrize(
@@ -15,16 +16,15 @@ from orchestrator.training.verdict import classifier_lines
 def test_accuracy_by_noise_level_and_verdict(
     training: float, validation: float | None, verdict: str, tmp_path: Path
 ) -> None:
+    config = classifier_presets()["digits"][1]
+    assert not classifier_lines(str(tmp_path), config), "there are no metrics yet"
     numbers = {"accuracy": training, "accuracy_q0": training, "accuracy_q3": 0.1}
     if validation is not None:
         numbers |= {"val_accuracy": validation, "val_accuracy_q0": validation, "val_accuracy_q3": 0.1}
     log = MetricsLog(str(tmp_path))
     log.append(Record(0, 1, numbers))
     log.close()
-    first, second = classifier_lines(str(tmp_path), 10)
+    first, second = classifier_lines(str(tmp_path), config)
     assert "10.0% at almost pure noise" in first and "chance: 10.0%" in first
     assert ("validation" in first) == (validation is not None) and verdict in second
-
-
-def test_without_metrics_there_is_no_verdict(tmp_path: Path) -> None:
-    assert not classifier_lines(str(tmp_path), 10)
+    assert not classifier_lines(str(tmp_path), adm_presets()["digits"][1]), "a diffusion model has no verdict"
