@@ -327,11 +327,6 @@ class FrechetExpansion:
     reference_bias: float = 0.0  # distance of a perfect model at infinite n, because the reference is finite
 
     @property
-    def variance(self) -> float:
-        """Return the variance of the distance over sets of n samples; up to twice too large for a perfect model."""
-        return float(mean_variance(self.influence, self.strata)[0])
-
-    @property
     def estimate(self) -> Estimate:
         """Return the biased distance; its interval covers what n samples of this model give on average."""
         n, fewest = len(self.influence), MIN_CORRECTED_RATIO * self.dimension

@@ -93,8 +93,8 @@ class UNetConfig(EncoderConfig, frozen=True, extra="forbid"):
     low_res_size: int | None = Field(None, gt=0)  # size of the image to upsample in pixels; None = not an upsampler
 
     def build(self) -> "UNet":
-        """Return the network with new weights; a super-resolution network if low_res_size is set."""
-        return UNet(self) if self.low_res_size is None else SuperResUNet(self)
+        """Return the network with new weights."""
+        return UNet(self)
 
     def example_inputs(self, batch: int) -> dict[str, Tensor]:
         """Return the encoder's arguments, and y int64 [B] and low_res float32 [B, C, h, w] if they are needed."""
@@ -415,7 +415,10 @@ class Encoder(nn.Module):
 
 
 class UNet(Encoder):
-    """The ADM U-Net: predicts noise (or x_start) and, with twice the channels, the reverse variance."""
+    """The ADM U-Net: predicts noise (or x_start) and, with twice the channels, the reverse variance.
+
+    A super-resolution network also takes a low-resolution image, which is upsampled bilinearly and concatenated to x.
+    """
 
     def __init__(self, config: UNetConfig) -> None:
         low_res_channels = config.in_channels if config.low_res_size else 0
@@ -436,7 +439,12 @@ class UNet(Encoder):
         yield from self.output_blocks
 
     def forward(
-        self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, time_embedding: Tensor | None = None
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None = None,
+        time_embedding: Tensor | None = None,
+        low_res: Tensor | None = None,
     ) -> Tensor:
         """Return the prediction, float32 [B, out, H, W].
 
@@ -445,15 +453,22 @@ class UNet(Encoder):
             timesteps: original indices [B].
             y: labels int64 [B], for class-conditional networks only.
             time_embedding: `embed_timesteps(timesteps)` [B, 4 * model_channels], if it was computed beforehand.
+            low_res: images [B, C, h, w] in [-1, 1], for super-resolution networks only.
 
         Raises:
-            ValueError: y is missing or unexpected.
+            ValueError: y or low_res is missing or unexpected.
         """
         if (y is not None) != (self.config.num_classes is not None):
             raise ValueError(
                 f"y is {'given' if y is not None else 'None'} but num_classes={self.config.num_classes}; "
                 "class-conditional networks need labels, and others take none"
             )
+        if (low_res is not None) != (self.config.low_res_size is not None):
+            raise ValueError(
+                f"low_res is {'given' if low_res is not None else 'None'} but low_res_size={self.config.low_res_size}"
+            )
+        if low_res is not None:
+            x = torch.cat([x, F.interpolate(low_res, x.shape[-2:], mode="bilinear")], dim=1)
         emb = self.embed_timesteps(timesteps) if time_embedding is None else time_embedding
         if y is not None:
             emb = emb + self.label_emb(y)
@@ -465,28 +480,6 @@ class UNet(Encoder):
         for stage in self.output_blocks:
             h = self.run(stage, torch.cat([h, skips.pop()], dim=1), emb)
         return in_float32(self.out, h)
-
-
-class SuperResUNet(UNet):
-    """A U-Net that also takes a low-resolution image, which is upsampled bilinearly and concatenated to x."""
-
-    def __init__(self, config: UNetConfig) -> None:
-        if config.low_res_size is None:
-            raise ValueError("low_res_size=None, but a super-resolution network needs the size of its input images")
-        super().__init__(config)
-
-    def forward(  # type: ignore[override]  # the low-resolution image is not optional here
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        y: Tensor | None = None,
-        time_embedding: Tensor | None = None,
-        *,
-        low_res: Tensor,
-    ) -> Tensor:
-        """Return the prediction like `UNet.forward`, for `low_res` [B, C, h, w] in [-1, 1]."""
-        upsampled = F.interpolate(low_res, x.shape[-2:], mode="bilinear")
-        return super().forward(torch.cat([x, upsampled], dim=1), timesteps, y, time_embedding)
 
 
 class AttentionPool(nn.Module):

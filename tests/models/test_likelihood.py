@@ -11,7 +11,6 @@ from models.diffusion import Diffusion, DiffusionConfig
 from models.likelihood import (
     BitsPerDim,
     bits_per_dim,
-    decode,
     interpolate,
     interpolated_latent,
     prior_bits_per_dim,
@@ -115,7 +114,7 @@ def test_interpolation_ends_at_its_two_images() -> None:
     for lam, end in ((0.0, 0), (1.0, 1)):
         got = interpolate(denoise, diffusion, pair, noises, lam, 20, back)
         x_t = diffusion.q_sample(pair[end], 20, noises[end])
-        assert torch.equal(got, decode(denoise, diffusion, x_t, 20, back))
+        assert torch.equal(got, final_x(ddpm(denoise, diffusion, x_t, back, start=20)))
     # from shallow depth the images come back; half way lies between them
     ends = [interpolate(denoise, diffusion, pair, noises, lam, 1, back).mean().item() for lam in (0, 0.5, 1)]
     assert ends == pytest.approx([-0.4, 0.05, 0.5], abs=0.05)
