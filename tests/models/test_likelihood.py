@@ -1,6 +1,7 @@
 """Likelihood: for Gaussian data, every term of the bound has a closed form."""
 
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -42,6 +43,7 @@ def images() -> Tensor:
     return torch.from_numpy(np.round((x + 1) * 127.5) / 127.5 - 1).float()
 
 
+@cache
 def gaussian_bits() -> tuple[Diffusion, BitsPerDim]:
     diffusion = process()
     return diffusion, bits_per_dim(DATA.denoiser(diffusion), diffusion, images(), noise)

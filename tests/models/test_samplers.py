@@ -100,20 +100,6 @@ def test_solvers_converge_to_the_ode_with_their_order(sampler: str, schedule: st
     assert orders == pytest.approx([order, order], abs=0.15), errors
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_second_order_beats_first(schedule: str) -> None:
-    diffusion = process("50", schedule=schedule)
-    abar = diffusion.alphas_cumprod
-    exact = DATA.ode(X_T, abar[-1], abar[0])
-    chains = {
-        name: list(entry.run(DATA.denoiser(diffusion), diffusion, X_T, no_noise))
-        for name, entry in SAMPLERS.items()
-        if not entry.stochastic and entry.spacing != "levels"
-    }
-    error = {name: (chain[-2].x - exact).abs().max() for name, chain in chains.items()}
-    assert error["heun"] < error["ddim"] / 10
-
-
 def test_ddim_with_eta_1_over_all_steps_is_ddpm_with_the_posterior_variance() -> None:
     diffusion = process(variance="fixed_small")
     x_t, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
