@@ -46,6 +46,7 @@ from models.samplers import (
 )
 from models.unet import ClassifierConfig, NoisyClassifier, UNet, UNetConfig, timestep_embedding
 from orchestrator.weights.flags import parse_flags
+from orchestrator.weights.shapes import shapes_of
 from tests.comparison import Compute, GoldenFile, Row
 
 LOSSES = {"MSE": "simple", "RESCALED_MSE": "rescaled_simple", "KL": "kl", "RESCALED_KL": "rescaled_kl"}
@@ -728,17 +729,15 @@ def compare_checkpoint(path: Path) -> list[Row]:
     file = f"checkpoints/{path.name}"
     try:
         flags = " ".join(f"--{flag}={value}" for flag, value in content["all_flags"].items())
-        config, _ = parse_flags(flags, "guided-diffusion").describe(content["shapes"])
+        published = {name: tuple(shape) for name, shape in content["shapes"].items()}
+        config, _ = parse_flags(flags, "guided-diffusion").describe(published)
         with torch.device("meta"):
             network = config.build()
     except Exception as error:  # noqa: BLE001  # reported as this file's failure
         return [Row(file, "*", "FAIL", note=f"{type(error).__name__}: {error}")]
-    shapes = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
-    wrong = {
-        name: (shapes.get(name), content["shapes"].get(name))
-        for name in shapes.keys() | content["shapes"].keys()
-        if shapes.get(name) != content["shapes"].get(name)
-    }
+    shapes = shapes_of(network.state_dict())
+    names = shapes.keys() | published.keys()
+    wrong = {name: (shapes.get(name), published.get(name)) for name in names if shapes.get(name) != published.get(name)}
     return [
         exact_row(file, "names and shapes", wrong, {}),
         exact_row(file, "num_tensors", len(shapes), content["num_tensors"]),
@@ -747,7 +746,7 @@ def compare_checkpoint(path: Path) -> list[Row]:
 
 
 def count_parameters(network: torch.nn.Module) -> int:
-    """Compare the numbers of parameters."""
+    """Return the number of parameters of a network."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 

@@ -356,7 +356,7 @@ def test_intervals_of_other_metrics_hold() -> None:
     rng = generator(15)
     reference, directions = rng.standard_normal((150, 4)), rng.standard_normal((4, 10))
 
-    def probabilities(n: int) -> Array:
+    def probabilities(n: int) -> NDArray[np.floating]:
         return softmax(rng.standard_normal((n, 4)) @ directions)
 
     draws: dict[str, tuple[Callable[[], Estimate], float | None]] = {
