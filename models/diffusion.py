@@ -445,28 +445,29 @@ def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Te
 # Timestep sampling
 
 
-def _draw(probabilities: NDArray[np.float64], u: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return timesteps [B] for uniform u [B] by the inverse CDF, and the weights 1 / (T p(t)) of their losses."""
-    cdf = np.cumsum(probabilities)
-    t = np.searchsorted(cdf / cdf[-1], u, side="right").astype(np.int64)
-    return t, (1.0 / (len(probabilities) * probabilities[t])).astype(np.float32)
-
-
 class UniformTimesteps:
     """Sample all timesteps with equal probability and weight 1."""
 
     def __init__(self, num_timesteps: int) -> None:
         self.num_timesteps = num_timesteps
 
+    def weights(self) -> NDArray[np.float64]:
+        """Return unnormalised probabilities, float64 [T]."""
+        return np.ones(self.num_timesteps)
+
     def draw(self, u: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Return timesteps int64 [B] and loss weights float32 [B] for uniform u [B] in [0, 1)."""
-        return _draw(np.full(self.num_timesteps, 1.0 / self.num_timesteps), u)
+        """Return timesteps [B] for uniform u [B] in [0, 1) by the inverse CDF, and loss weights 1 / (T p(t)) [B]."""
+        weights = self.weights()
+        probabilities = weights / weights.sum()
+        cdf = np.cumsum(probabilities)
+        t = np.searchsorted(cdf / cdf[-1], u, side="right").astype(np.int64)
+        return t, (1.0 / (self.num_timesteps * probabilities[t])).astype(np.float32)
 
     def update(self, t: NDArray[np.int64], losses: NDArray[np.float64]) -> None:
         """Do nothing; the probabilities do not depend on the losses."""
 
 
-class LossSecondMomentTimesteps:
+class LossSecondMomentTimesteps(UniformTimesteps):
     """Sample timesteps with p(t) proportional to sqrt(E[L_t^2]) over the latest losses (IDDPM eq. 18).
 
     Sampling is uniform until every timestep has a full history, and a share `uniform_prob` of it stays uniform. With
@@ -474,7 +475,7 @@ class LossSecondMomentTimesteps:
     """
 
     def __init__(self, num_timesteps: int, history_per_term: int = 10, uniform_prob: float = 0.001) -> None:
-        self.num_timesteps = num_timesteps
+        super().__init__(num_timesteps)
         self.history_per_term = history_per_term
         self.uniform_prob = uniform_prob
         self.history = np.zeros((num_timesteps, history_per_term), dtype=np.float64)  # oldest first
@@ -483,14 +484,9 @@ class LossSecondMomentTimesteps:
     def weights(self) -> NDArray[np.float64]:
         """Return unnormalised probabilities, float64 [T]; ones until the history is full."""
         if (self.counts < self.history_per_term).any():
-            return np.ones(self.num_timesteps)
+            return super().weights()
         moments = np.sqrt(np.mean(self.history**2, axis=1))
         return moments / moments.sum() * (1 - self.uniform_prob) + self.uniform_prob / self.num_timesteps
-
-    def draw(self, u: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Return timesteps int64 [B] and loss weights float32 [B] for uniform u [B] in [0, 1)."""
-        weights = self.weights()
-        return _draw(weights / weights.sum(), u)
 
     def update(self, t: NDArray[np.int64], losses: NDArray[np.float64]) -> None:
         """Add unweighted losses [N] at timesteps [N] to the history, in the order given."""

@@ -41,10 +41,9 @@ class EfficientNetLite0:
             if block or conv != "_expand_conv"  # the first block does not expand
         }
         parts = ("weight", "bias", "running_mean", "running_var")
-        expected = {f"{conv}.weight" for conv in norms} | {
-            f"{norm}.{part}" for norm in norms.values() for part in parts
-        }
-        if missing := sorted((expected | {"_fc.weight", "_fc.bias"}) - set(state)):
+        expected = {"_fc.weight", "_fc.bias"} | {f"{conv}.weight" for conv in norms}
+        expected |= {f"{norm}.{part}" for norm in norms.values() for part in parts}
+        if missing := sorted(expected - set(state)):
             raise ValueError(
                 f"{len(missing)} tensors are missing from the EfficientNet-Lite0 weights: {missing[0]!r}..."
             )

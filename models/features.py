@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.images import from_uint8
+
 
 @dataclass(frozen=True)
 class Features:
@@ -134,13 +136,9 @@ class DigitsNetwork(nn.Module):
     def forward(self, images: NDArray[np.uint8]) -> Features:
         """Return `pool` and `logits` of images uint8 [B, H, W, 3]."""
         check_images(images)
-        pool, logits = self.embed(_to_unit(images).to(self.head.weight.device))
+        x = from_uint8(torch.from_numpy(np.ascontiguousarray(images)))
+        pool, logits = self.embed(x.to(self.head.weight.device))
         return Features(pool.cpu().numpy(), None, logits.cpu().numpy())
-
-
-def _to_unit(images: NDArray[np.uint8]) -> Tensor:
-    """Convert uint8 [B, H, W, 3] to float32 [B, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def train_digits_network(
@@ -166,7 +164,8 @@ def train_digits_network(
     order = rng.permutation(len(images))
     train, held_out = order[: 2 * len(order) // 3], order[2 * len(order) // 3 :]
     with _one_thread():
-        _fit(network, _to_unit(images[train]), torch.from_numpy(labels[train].astype(np.int64)), num_epochs, rng)
+        x, y = from_uint8(torch.from_numpy(images[train])), torch.from_numpy(labels[train].astype(np.int64))
+        _fit(network, x, y, num_epochs, rng)
         predicted = extract(network.eval(), images[held_out], batch_size=64).logits
     assert predicted is not None
     network._accuracy.fill_(float((predicted.argmax(1) == labels[held_out]).mean()))

@@ -26,7 +26,6 @@ WHOLE_CHAIN: Interval = (0.0, 1.0)
 
 GRADIENT_NORM = 2.0**8  # norm of a sample's gradient at the logits, at the start of the backward pass
 
-
 GuidanceKind = Literal["none", "classifier", "classifier_free", "auto"]
 
 
@@ -98,23 +97,16 @@ def log_prob_gradient(classifier: Model, x: Tensor, t: Timestep, y: Tensor) -> T
 
 
 def classifier_gradient(
-    classifier: Model,
-    diffusion: Diffusion,
-    y: Tensor,
-    scale: float,
-    interval: Interval = WHOLE_CHAIN,
+    classifier: Model, diffusion: Diffusion, y: Tensor, scale: float, interval: Interval = WHOLE_CHAIN
 ) -> Gradient:
     """Return a function (x_t, t) -> scale * grad log p(y | x_t), or None if the timestep is outside `interval`.
 
     The function raises ValueError for timesteps [B] if the interval is not the whole chain.
     """
     on_chain = diffusion.on_chain(classifier)
-    inside = guided_timesteps(interval, diffusion.config.num_timesteps)
 
     def gradient(x_t: Tensor, t: Timestep) -> Tensor | None:
-        if not is_inside(diffusion, t, interval, inside):
-            return None
-        return scale * log_prob_gradient(on_chain, x_t, t, y)
+        return scale * log_prob_gradient(on_chain, x_t, t, y) if is_inside(diffusion, t, interval) else None
 
     return gradient
 
@@ -159,11 +151,10 @@ def extrapolated(
     unclipped; `clip` clamps the resulting x_0. Variances are those of `denoise`. Outside `interval`, `weak` is not
     evaluated.
     """
-    inside = guided_timesteps(interval, diffusion.config.num_timesteps)
 
     def guided_denoise(x_t: Tensor, t: Timestep) -> Prediction:
         prediction = denoise(x_t, t)
-        if not is_inside(diffusion, t, interval, inside):
+        if not is_inside(diffusion, t, interval):
             return diffusion.with_eps(prediction, x_t, t, prediction.eps, clip)
         eps = prediction.eps + scale * (prediction.eps - weak(x_t, t).eps)
         return diffusion.with_eps(prediction, x_t, t, eps, clip)
@@ -171,22 +162,17 @@ def extrapolated(
     return guided_denoise
 
 
-def is_inside(diffusion: Diffusion, t: Timestep, interval: Interval, inside: range) -> bool:
+def is_inside(diffusion: Diffusion, t: Timestep, interval: Interval) -> bool:
     """Return whether chain index t is guided; ValueError for timesteps [B] unless the whole chain is guided."""
     if interval == WHOLE_CHAIN:
         return True
     if not isinstance(t, int):
         raise ValueError(f"guidance in interval={interval} needs an int timestep for the whole batch, not a tensor")
-    return int(diffusion.timestep_map[t]) in inside
+    return int(diffusion.timestep_map[t]) in guided_timesteps(interval, diffusion.config.num_timesteps)
 
 
 def guided(
-    denoise: Denoise,
-    sampler_name: str,
-    classifier: Model,
-    diffusion: Diffusion,
-    y: Tensor,
-    config: GuidanceConfig,
+    denoise: Denoise, sampler_name: str, classifier: Model, diffusion: Diffusion, y: Tensor, config: GuidanceConfig
 ) -> Denoise:
     """Return `denoise` guided by a classifier towards labels y [B]; at scale 0 `denoise` itself.
 
@@ -217,36 +203,19 @@ class Guided:
         return diffusion.denoiser(model, y=y if self.is_conditional else None, low_res=self.low_res, clip=clip)
 
 
-def _by_classifier(chain: Guided, diffusion: Diffusion, sampler_name: str, config: GuidanceConfig) -> Denoise:
-    assert chain.guide is not None
-    plain = chain.denoiser(chain.model, diffusion, chain.y, chain.clip)
-    return guided(plain, sampler_name, chain.guide, diffusion, chain.y, config)
-
-
-def _classifier_free(chain: Guided, diffusion: Diffusion, sampler_name: str, config: GuidanceConfig) -> Denoise:
-    assert chain.null_label is not None
-    conditional, unconditional = (
-        chain.denoiser(chain.model, diffusion, y, clip=False)
-        for y in (chain.y, torch.full_like(chain.y, chain.null_label))
-    )
-    return extrapolated(conditional, unconditional, diffusion, config.scale, config.interval, chain.clip)
-
-
-def _auto(chain: Guided, diffusion: Diffusion, sampler_name: str, config: GuidanceConfig) -> Denoise:
-    assert chain.guide is not None
-    strong, weak = (chain.denoiser(model, diffusion, chain.y, clip=False) for model in (chain.model, chain.guide))
-    return extrapolated(strong, weak, diffusion, config.scale, config.interval, chain.clip)
-
-
-GUIDANCE: dict[str, Callable[[Guided, Diffusion, str, GuidanceConfig], Denoise]] = {
-    "classifier": _by_classifier,
-    "classifier_free": _classifier_free,
-    "auto": _auto,
-}
-
-
 def guided_denoiser(chain: Guided, diffusion: Diffusion, sampler_name: str, config: GuidanceConfig) -> Denoise:
     """Return the denoiser of a chain with the configured guidance; at scale 0 it is bit-equal to the unguided one."""
     if config.scale == 0:
         return chain.denoiser(chain.model, diffusion, chain.y, chain.clip)
-    return GUIDANCE[config.kind](chain, diffusion, sampler_name, config)
+    if config.kind == "classifier":
+        assert chain.guide is not None
+        plain = chain.denoiser(chain.model, diffusion, chain.y, chain.clip)
+        return guided(plain, sampler_name, chain.guide, diffusion, chain.y, config)
+    strong = chain.denoiser(chain.model, diffusion, chain.y, clip=False)
+    if config.kind == "classifier_free":
+        assert chain.null_label is not None
+        weak = chain.denoiser(chain.model, diffusion, torch.full_like(chain.y, chain.null_label), clip=False)
+    else:
+        assert chain.guide is not None
+        weak = chain.denoiser(chain.guide, diffusion, chain.y, clip=False)
+    return extrapolated(strong, weak, diffusion, config.scale, config.interval, chain.clip)

@@ -80,11 +80,6 @@ def progressive_generation(steps: Iterable[Step], every: int) -> Tensor:
     return torch.stack([slots[slot] for slot in sorted(slots, reverse=True)], dim=1)
 
 
-def decode(denoise: Denoise, diffusion: Diffusion, x_t: Tensor, t: int, noise: Noise) -> Tensor:
-    """Return images decoded from x_t ~ q(x_t | x_0), by ancestral sampling from chain index t on."""
-    return final_x(ddpm(denoise, diffusion, x_t, noise, start=t))
-
-
 def interpolate(
     denoise: Denoise,
     diffusion: Diffusion,
@@ -94,14 +89,14 @@ def interpolate(
     t: int,
     noise: Noise,
 ) -> Tensor:
-    """Interpolate between two images (DDPM section 4.4) by decoding (1 - lam) x_t + lam x_t'.
+    """Interpolate between two images (DDPM section 4.4) by decoding (1 - lam) x_t + lam x_t' from index t on.
 
     Args:
         noises: independent noise for the encodings of the two images.
         t: the chain index of the encodings.
         noise: noise for decoding; it can be the same for all values of lam.
     """
-    return decode(denoise, diffusion, interpolated_latent(diffusion, x_starts, noises, lam, t), t, noise)
+    return final_x(ddpm(denoise, diffusion, interpolated_latent(diffusion, x_starts, noises, lam, t), noise, start=t))
 
 
 def interpolated_latent(

@@ -3,26 +3,20 @@
 As in `models.metrics`, the reference is fixed and only the samples are random. A metric that is a mean over samples has
 the interval of a mean. Recall and coverage depend on the set of samples as a whole, so they have the jackknife's
 interval: the influence of a sample is what the metric would lose without it. This interval is conservative (Efron &
-Stein 1981). The pairs of samples and reference rows can be divided among workers (`Run`); the numbers stay bit-equal.
+Stein 1981).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from models.metrics import Array, Estimate, Strata, check_features, mean_estimate, proportion_estimate, score_estimate
-from models.neighbours import Indices, Mask, blocks, nearest, pairs_within, squared_radii
+from models.neighbours import Indices, blocks, nearest, squared_radii
 
 OPENAI_BLOCK = 10_000  # rows and columns of one block in the published evaluator
-
-SHARE_ROWS = 8192  # rows of one task of a `Run`
-
-# Return step(reference, samples, *task) for every task, in the order of the tasks.
-Run = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -37,19 +31,7 @@ class Manifolds:
     clipped_coverage: Estimate
 
 
-def here(reference: Array, samples: Array) -> Run:
-    """Return a `Run` that does the tasks one after another in this process."""
-    return lambda step, tasks: [step(reference, samples, *task) for task in tasks]
-
-
-def shares(num_rows: int) -> list[slice]:
-    """Return the consecutive slices of rows that the tasks of a `Run` consist of."""
-    return [slice(start, min(start + SHARE_ROWS, num_rows)) for start in range(0, num_rows, SHARE_ROWS)]
-
-
-def manifolds(
-    reference: Array, samples: Array, k: int = 3, strict_k: int = 5, run: Run | None = None, strata: Strata = None
-) -> Manifolds:
+def manifolds(reference: Array, samples: Array, k: int = 3, strict_k: int = 5, strata: Strata = None) -> Manifolds:
     """Return `precision_recall` with k neighbours and `density_coverage` with strict_k neighbours.
 
     Precision and recall use all rows. Density and coverage compare equal numbers of rows, because coverage saturates
@@ -57,7 +39,7 @@ def manifolds(
     to the classes.
     """
     check_features(reference, samples)
-    fidelity = precision_recall(reference, samples, k, run, strata)
+    fidelity = precision_recall(reference, samples, k, strata)
     rng, count = np.random.default_rng([len(reference), len(samples)]), min(len(reference), len(samples))
     if len(reference) > count:
         reference = reference[_drawn(rng, len(reference), count, None)]
@@ -73,9 +55,7 @@ def _drawn(rng: np.random.Generator, n: int, count: int, strata: Strata) -> Indi
     return np.sort(order[np.floor((np.arange(count) + rng.random()) * (n / count)).astype(np.int64)])
 
 
-def precision_recall(
-    reference: Array, samples: Array, k: int = 3, run: Run | None = None, strata: Strata = None
-) -> tuple[Estimate, Estimate]:
+def precision_recall(reference: Array, samples: Array, k: int = 3, strata: Strata = None) -> tuple[Estimate, Estimate]:
     """Return improved precision and recall (Kynkaanniemi et al. 2019, eq. 1-2) with their intervals.
 
     Precision is the share of samples [N, D] inside a ball around a reference row [M, D] that reaches to its k-th
@@ -86,41 +66,23 @@ def precision_recall(
         ValueError: one of the sets has at most k rows.
     """
     check_features(reference, samples)
-    run, (n, m) = run or here(reference, samples), (len(samples), len(reference))
-    real_radii = np.concatenate(run(_radii_step, [(0, k, rows) for rows in shares(m)]))
-    radii = np.concatenate(run(_radii_step, [(1, k, rows) for rows in shares(n)]))
-    found = run(_fidelity_step, [(real_radii, radii[rows], rows) for rows in shares(n)])
-    precision = proportion_estimate(np.concatenate([precise for precise, *_ in found]), strata)
-    holders, indices = (np.sum(parts, axis=0) for parts in list(zip(*found, strict=True))[1:])
-    alone = np.bincount(indices[holders == 1], minlength=n)  # reference rows that only this sample recalls
+    n, m = len(samples), len(reference)
+    real_radii, radii = squared_radii(reference, k), squared_radii(samples, k)
+    precise = np.zeros(n, np.bool_)
+    holders, holder = np.zeros(m, np.int64), np.zeros(m, np.int64)  # of each reference row: how many samples, and one
+    for block in blocks(samples, reference):
+        rows, _ = block.within(real_radii)
+        precise[rows] = True
+        rows, recalled = block.within(radii[block.rows, None])
+        holders += np.bincount(recalled, minlength=m)
+        holder[recalled] = rows
+    alone = np.bincount(holder[holders == 1], minlength=n)  # reference rows that only this sample recalls
+    precision = proportion_estimate(precise, strata)
     recall = _set_estimate(float((holders > 0).mean()), alone / m, strata)
     return (
         replace(precision, n_reference=m).noted(_copies("reference", real_radii, k)),
         replace(recall, n_reference=m).noted(_copies("sample", radii, k)),
     )
-
-
-def _radii_step(reference: Array, samples: Array, which: int, k: int, rows: slice) -> Array:
-    return squared_radii((reference, samples)[which], k, rows)
-
-
-def _fidelity_step(
-    reference: Array, samples: Array, real_radii: Array, radii: Array, share: slice
-) -> tuple[Mask, Indices, Indices]:
-    """Return what the samples of one share contribute to precision and recall.
-
-    These are: whether each of the samples lies in a ball of the reference; in how many balls of these samples each
-    reference row lies; and the sum of the indices of the samples in whose balls it lies.
-    """
-    precise, holders, indices = np.zeros(len(radii), np.bool_), *np.zeros((2, len(reference)), np.int64)
-    for block in blocks(samples, reference, share):
-        rows = slice(block.rows.start - share.start, block.rows.stop - share.start)
-        inside, _ = pairs_within(samples, reference, block, real_radii)
-        precise[rows][inside] = True
-        by, inside = pairs_within(samples, reference, block, radii[rows, None])
-        holders += np.bincount(inside, minlength=len(reference))
-        np.add.at(indices, inside, by + block.rows.start)
-    return precise, holders, indices
 
 
 def density_coverage(
@@ -140,16 +102,17 @@ def density_coverage(
     n, m, own = len(samples), len(reference), nearest(reference, reference, k)
     radii = own.squared[:, -1]
     clipped = np.minimum(radii, np.median(radii))
+    inside = np.nextafter(radii, -1)  # a ball's surface is outside
     counts, narrow, held = np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(m, np.int64)
     pairs = []  # (sample, ball) where the ball holds few samples
     for block in blocks(samples, reference):
-        rows, balls = pairs_within(samples, reference, block, radii, strict=True)
-        counts[block.rows] = np.bincount(rows, minlength=len(block.lower))
+        rows, balls = block.within(inside)
+        counts += np.bincount(rows, minlength=n)
         few = held[balls] <= k
-        pairs.append(np.stack([rows[few] + block.rows.start, balls[few]]))
+        pairs.append(np.stack([rows[few], balls[few]]))
         held += np.bincount(balls, minlength=m)
-        rows, _ = pairs_within(samples, reference, block, clipped)
-        narrow[block.rows] = np.bincount(rows, minlength=len(block.lower))
+        rows, _ = block.within(clipped)
+        narrow += np.bincount(rows, minlength=n)
     at, balls = np.concatenate(pairs, axis=1)
     lost = (np.bincount(at[held[balls] <= most], minlength=n) / m for most in (1, k))  # without each sample
     perfect = np.bincount(own.index[own.squared <= clipped[:, None]], minlength=m).clip(max=k).mean() / k
@@ -214,7 +177,7 @@ def _copies(what: str, radii: Array, k: int) -> str:
     return f"{count:,} {what} rows have {k} or more exact copies, so their balls have no size" if count else ""
 
 
-def realism(reference: Array, samples: Array, k: int = 3, run: Run | None = None) -> Array:
+def realism(reference: Array, samples: Array, k: int = 3) -> Array:
     """Return the realism [N] of each sample (Kynkaanniemi et al. 2019, eq. 3).
 
     Realism is the largest ratio of a reference ball's radius to its centre's distance from the sample. It is at least 1
@@ -224,18 +187,12 @@ def realism(reference: Array, samples: Array, k: int = 3, run: Run | None = None
     Raises:
         ValueError: all balls have radius 0, or the reference has at most k rows.
     """
-    check_features(reference, samples)
-    run = run or here(reference, samples)
-    radii = np.concatenate(run(_radii_step, [(0, k, rows) for rows in shares(len(reference))]))
-    if not (radii > 0).any():
-        raise ValueError(f"every reference row has {k} exact copies, so realism is not defined; remove the copies")
-    return np.concatenate(run(_realism_step, [(radii, rows) for rows in shares(len(samples))]))
-
-
-def _realism_step(reference: Array, samples: Array, radii: Array, rows: slice) -> Array:
+    radii = squared_radii(reference, k)
     wide = radii > 0
+    if not wide.any():
+        raise ValueError(f"every reference row has {k} exact copies, so realism is not defined; remove the copies")
     with np.errstate(divide="ignore"):
-        squared = nearest(samples[rows], reference[wide], 1, weights=1 / radii[wide]).squared[:, 0]
+        squared = nearest(samples, reference[wide], 1, weights=1 / radii[wide]).squared[:, 0]
         return 1 / np.sqrt(squared)
 
 

@@ -75,13 +75,12 @@ def mean_estimate(scores: Array, note: str = "", strata: Strata = None) -> Estim
     """Return the mean of scores [n] with Student's interval; ValueError for fewer than 2 scores."""
     if scores.ndim != 1 or len(scores) < 2:
         raise ValueError(f"scores have shape {scores.shape}; expected [n] with n of at least 2")
-    value = float(scores.mean(dtype=np.float64))
-    return _interval(value, len(scores), *mean_variance(scores, strata), note)
+    return score_estimate(float(scores.mean(dtype=np.float64)), scores, strata, note)
 
 
-def score_estimate(value: float, scores: Array, strata: Strata = None) -> Estimate:
+def score_estimate(value: float, scores: Array, strata: Strata = None, note: str = "") -> Estimate:
     """Return a value that is not the mean of scores [n], but has the sampling error of that mean."""
-    return _interval(value, len(scores), *mean_variance(scores, strata))
+    return _interval(value, len(scores), *mean_variance(scores, strata), note)
 
 
 def proportion_estimate(hits: NDArray[np.bool_], strata: Strata = None) -> Estimate:
@@ -327,17 +326,11 @@ class FrechetExpansion:
     reference_bias: float = 0.0  # distance of a perfect model at infinite n, because the reference is finite
 
     @property
-    def variance(self) -> float:
-        """Return the variance of the distance over sets of n samples; up to twice too large for a perfect model."""
-        return float(mean_variance(self.influence, self.strata)[0])
-
-    @property
     def estimate(self) -> Estimate:
         """Return the biased distance; its interval covers what n samples of this model give on average."""
         n, fewest = len(self.influence), MIN_CORRECTED_RATIO * self.dimension
         note = f"biased upwards: n={n} is below {MIN_CORRECTED_RATIO} D, D={self.dimension}" if n < fewest else ""
-        found = _interval(self.distance, n, *mean_variance(self.influence, self.strata), note)
-        return self._described(found, self.bias)
+        return self._described(score_estimate(self.distance, self.influence, self.strata, note), self.bias)
 
     @property
     def corrected(self) -> Estimate:
@@ -348,7 +341,7 @@ class FrechetExpansion:
         """
         n, value = len(self.influence), self.distance - self.bias
         if n >= MIN_CORRECTED_RATIO * self.dimension:
-            found = _interval(value, n, *mean_variance(self.influence, self.strata))
+            found = score_estimate(value, self.influence, self.strata)
         else:
             found = Estimate(value, n, note=f"no interval: n={n} is below {MIN_CORRECTED_RATIO} D, D={self.dimension}")
         below = f"the estimate is {value:.3g}; it is set to 0, since no distance is negative" if value < 0 else ""

@@ -1,11 +1,12 @@
 """Samplers: generators that call `denoise` and yield a Step after every step of the chain.
 
-Chain indices run from `start` (by default the last index) down to 0. The caller provides the noise: `noise(t)` returns
-standard normal noise with the shape of x for the *original* timestep t, so that chains of different lengths can share
-it. It is called only if the noise is used: not at t = 0, and never by deterministic samplers.
+Chain indices run from the last one down to 0. The caller provides the noise: `noise(t)` returns standard normal noise
+with the shape of x for the *original* timestep t, so that chains of different lengths can share it. It is called only
+if the noise is used: not at t = 0, and never by deterministic samplers.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -61,32 +62,20 @@ def ddim_reverse_step(diffusion: Diffusion, prediction: Prediction, x_t: Tensor,
 # Whole chains
 
 
-def _descending(diffusion: Diffusion, start: int | None) -> range:
-    """Return the chain indices from `start` (None = the last) down to 0."""
-    return range(diffusion.num_timesteps - 1 if start is None else start, -1, -1)
-
-
 def ddpm(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise, start: int | None = None) -> Iterator[Step]:
-    """Sample by ancestral sampling (DDPM algorithm 2)."""
+    """Sample by ancestral sampling (DDPM algorithm 2); `start` is the chain index of x_T, by default the last one."""
     x = x_T
-    for t in _descending(diffusion, start):
+    for t in reversed(range(diffusion.num_timesteps if start is None else start + 1)):
         prediction = denoise(x, t)
         original = int(diffusion.timestep_map[t])
         x = ddpm_step(diffusion, prediction, x, t, noise(original)) if t > 0 else prediction.mean
         yield Step(t, x, prediction.pred_x_start)
 
 
-def ddim(
-    denoise: Denoise,
-    diffusion: Diffusion,
-    x_T: Tensor,
-    noise: Noise,
-    start: int | None = None,
-    eta: float = 0.0,
-) -> Iterator[Step]:
+def ddim(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise, eta: float = 0.0) -> Iterator[Step]:
     """Sample by DDIM eq. 12; eta = 0 is deterministic, eta = 1 has the posterior variance of DDPM."""
     x = x_T
-    for t in _descending(diffusion, start):
+    for t in reversed(range(diffusion.num_timesteps)):
         prediction = denoise(x, t)
         z = noise(int(diffusion.timestep_map[t])) if eta > 0 and t > 0 else None
         x = ddim_step(diffusion, prediction, x, t, z, eta)
@@ -102,9 +91,7 @@ def ddim_reverse(denoise: Denoise, diffusion: Diffusion, x_0: Tensor) -> Iterato
         yield Step(t, x, prediction.pred_x_start)
 
 
-def dpm_solver(
-    denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise, start: int | None = None
-) -> Iterator[Step]:
+def dpm_solver(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise) -> Iterator[Step]:
     """Sample by DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2), ending with the predicted x_0.
 
     It is deterministic and of second order in the log signal-to-noise ratio, with one network evaluation for each step.
@@ -113,7 +100,7 @@ def dpm_solver(
     alpha, sigma = diffusion.sqrt_alphas_cumprod, diffusion.sqrt_one_minus_alphas_cumprod
     lam = np.log(alpha / sigma)
     x, previous = x_T, None
-    for t in _descending(diffusion, start):
+    for t in reversed(range(diffusion.num_timesteps)):
         x_start = denoise(x, t).pred_x_start
         if t == 0:
             x = x_start
@@ -128,7 +115,7 @@ def dpm_solver(
         previous = x_start
 
 
-def heun(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise, start: int | None = None) -> Iterator[Step]:
+def heun(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise) -> Iterator[Step]:
     """Sample by Heun's second-order method on the DDIM ODE (DDIM eq. 14), ending with the predicted x_0.
 
     In the angle phi with tan(phi) = sqrt((1 - abar) / abar) the ODE is dx / dphi = cos(phi) eps - sin(phi) x_0. Steps
@@ -142,7 +129,7 @@ def heun(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise, star
         return float(cos[t]) * prediction.eps - float(sin[t]) * prediction.pred_x_start
 
     x = x_T
-    for t in _descending(diffusion, start):
+    for t in reversed(range(diffusion.num_timesteps)):
         prediction = denoise(x, t)
         if t == 0:
             x = prediction.pred_x_start
@@ -236,9 +223,7 @@ SAMPLERS = {
     "ddim": Sampler(ddim, 1, stochastic=False, guidance="score", spacing="stride", takes_eta=True),
     "dpm_solver": Sampler(dpm_solver, 1, stochastic=False, guidance="score", spacing="even"),
     "heun": Sampler(heun, 2, stochastic=False, guidance="score", spacing="even"),
-    "edm": Sampler(
-        edm, 2, stochastic=False, guidance="score", spacing="levels"
-    ),  # needs noise only at steps with churn
+    "edm": Sampler(edm, 2, stochastic=False, guidance="score", spacing="levels"),  # noise only at steps with churn
 }
 
 EDM_FIELDS = ("rho", "sigma_min", "sigma_max", "s_churn", "s_min", "s_max", "s_noise")  # of SamplerConfig
@@ -287,24 +272,20 @@ def respacing_for(config: SamplerConfig, num_timesteps: int) -> str:
     """
     if SAMPLERS[config.name].spacing == "levels":
         return ""
-    if config.respacing is not None:
-        spec = config.respacing
-        kept = len(space_timesteps(num_timesteps, spec))
-        if kept != config.num_steps:
-            raise ValueError(f"respacing={spec!r} keeps {kept} steps but num_steps={config.num_steps}")
-        return spec
-    spec = f"{'ddim' if SAMPLERS[config.name].spacing == 'stride' else ''}{config.num_steps}"
-    space_timesteps(num_timesteps, spec)
+    if (spec := config.respacing) is None:
+        spec = f"{'ddim' if SAMPLERS[config.name].spacing == 'stride' else ''}{config.num_steps}"
+    kept = len(space_timesteps(num_timesteps, spec))
+    if kept != config.num_steps:
+        raise ValueError(f"respacing={spec!r} keeps {kept} steps but num_steps={config.num_steps}")
     return spec
 
 
 def sample(config: SamplerConfig, denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise) -> Iterator[Step]:
     """Run the whole chain of the configured sampler; `diffusion` must be respaced by `respacing_for`."""
-    sampler = SAMPLERS[config.name]
-    options: dict[str, Any] = {"eta": config.eta} if sampler.takes_eta else {}
-    if sampler.spacing == "levels":
+    options: dict[str, Any] = {"eta": config.eta} if SAMPLERS[config.name].takes_eta else {}
+    if SAMPLERS[config.name].spacing == "levels":
         options["config"] = config
-    return sampler.run(denoise, diffusion, x_T, noise, **options)
+    return SAMPLERS[config.name].run(denoise, diffusion, x_T, noise, **options)
 
 
 def noise_timesteps(config: SamplerConfig, diffusion: Diffusion) -> list[int]:
@@ -330,9 +311,7 @@ def evaluated_timesteps(config: SamplerConfig, diffusion: DiffusionConfig) -> li
 
 def final_x(steps: Iterable[Step]) -> Tensor:
     """Run a chain to its end and return the final x; ValueError if the chain has no steps."""
-    step = None
-    for step in steps:  # noqa: B007
-        pass
-    if step is None:
+    last = deque(steps, maxlen=1)
+    if not last:
         raise ValueError("the chain has no steps")
-    return step.x
+    return last[0].x

@@ -27,11 +27,6 @@ NUM_GROUPS = 20  # groups of samples that the jackknife leaves out in turn
 LEFT_OUT = 16  # neighbours kept beyond the k-th, because nearer ones can be left out
 
 
-def num_directions(n: int, dimension: int) -> int:
-    """Return d = min(D, n / 4), the number of principal directions in which n samples are compared."""
-    return max(1, min(dimension, n // SAMPLES_PER_DIRECTION))
-
-
 def expand_leading_frechet(samples: Array, reference: Moments | Gaussian, strata: Strata = None) -> FrechetExpansion:
     """Return the Fréchet distance of samples [n, D] in the reference's first d = min(D, n / 4) principal directions.
 
@@ -50,7 +45,7 @@ def expand_leading_frechet(samples: Array, reference: Moments | Gaussian, strata
     n, dimension = samples.shape
     if dimension != len(gaussian.mean):
         raise ValueError(f"samples have {dimension} dimensions, and the reference has {len(gaussian.mean)}")
-    directions = num_directions(n, dimension)
+    directions = max(1, min(dimension, n // SAMPLES_PER_DIRECTION))
     if directions == dimension:
         return expand_frechet(samples, reference, strata)
     variances, axes = gaussian.principal_axes

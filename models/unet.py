@@ -8,6 +8,7 @@ embedding and the output layers then stay in float32, as in the published code.
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import ClassVar, Literal, Self, cast
 
@@ -93,8 +94,8 @@ class UNetConfig(EncoderConfig, frozen=True, extra="forbid"):
     low_res_size: int | None = Field(None, gt=0)  # size of the image to upsample in pixels; None = not an upsampler
 
     def build(self) -> "UNet":
-        """Return the network with new weights; a super-resolution network if low_res_size is set."""
-        return UNet(self) if self.low_res_size is None else SuperResUNet(self)
+        """Return the network with new weights."""
+        return UNet(self)
 
     def example_inputs(self, batch: int) -> dict[str, Tensor]:
         """Return the encoder's arguments, and y int64 [B] and low_res float32 [B, C, h, w] if they are needed."""
@@ -111,13 +112,9 @@ class UNetConfig(EncoderConfig, frozen=True, extra="forbid"):
         return (self.num_classes or 0) + self.null_class
 
     @model_validator(mode="after")
-    def _check_null_class(self) -> Self:
+    def _check_classes_and_heads(self) -> Self:
         if self.null_class and self.num_classes is None:
             raise ValueError("null_class=True needs num_classes, because an unconditional network has no labels")
-        return self
-
-    @model_validator(mode="after")
-    def _check_decoder_heads(self) -> Self:
         if self.num_heads_upsample is not None and self.num_head_channels is None:
             for width, size in zip(self.widths, self.sizes, strict=True):
                 if size in self.attention_resolutions and width % self.num_heads_upsample:
@@ -267,46 +264,29 @@ def _residual(x: Tensor, h: Tensor, scale: float) -> Tensor:
     return x + h if scale == 1.0 else (x + h) * scale
 
 
-class Upsample(nn.Module):
-    """Doubling of height and width by nearest neighbour, followed by a 3x3 convolution if `use_conv`."""
-
-    def __init__(self, channels: int, use_conv: bool) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+def upsample(channels: int, use_conv: bool) -> nn.Module:
+    """Double height and width by nearest neighbour, followed by a 3x3 convolution if `use_conv`."""
+    conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
+    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=conv))
 
 
-class Downsample(nn.Module):
-    """Halving of height and width by a strided 3x3 convolution if `use_conv`, otherwise by 2x2 means."""
-
-    def __init__(self, channels: int, use_conv: bool) -> None:
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+def downsample(channels: int, use_conv: bool) -> nn.Module:
+    """Halve height and width by a strided 3x3 convolution if `use_conv`, otherwise by 2x2 means."""
+    op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
+    return nn.Sequential(OrderedDict(op=op))
 
 
 class ResBlock(nn.Module):
     """Residual block conditioned on an embedding [B, 4 * model_channels]; it can change the resolution."""
 
     def __init__(
-        self,
-        config: EncoderConfig,
-        in_channels: int,
-        out_channels: int,
-        resample: Literal["up", "down"] | None = None,
+        self, config: EncoderConfig, in_channels: int, out_channels: int, resample: Literal["up", "down"] | None = None
     ) -> None:
         super().__init__()
         self.scale_shift = config.use_scale_shift_norm
         self.residual_scale = math.sqrt(0.5) if config.rescale_residual else 1.0
-        self.resample: nn.Module = nn.Identity()  # no parameters, so no names in the state dict
-        if resample == "up":
-            self.resample = Upsample(in_channels, use_conv=False)
-        elif resample == "down":
-            self.resample = Downsample(in_channels, use_conv=False)
+        resamplings = {"up": nn.Upsample(scale_factor=2), "down": nn.AvgPool2d(2), None: nn.Identity()}
+        self.resample = resamplings[resample]  # no parameters, so no names in the state dict
         self.in_layers = nn.Sequential(
             GroupNorm(in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
         )
@@ -359,7 +339,7 @@ def _encoder_stages(config: EncoderConfig, in_channels: int) -> Iterator[tuple[S
             yield Stage(*layers), width
         if level < len(config.widths) - 1:
             down = ResBlock(config, width, width, "down") if config.resblock_updown else None
-            yield Stage(down or Downsample(width, config.conv_resample)), width
+            yield Stage(down or downsample(width, config.conv_resample)), width
 
 
 def _decoder_stages(config: UNetConfig, skip_widths: list[int]) -> Iterator[Stage]:
@@ -373,7 +353,7 @@ def _decoder_stages(config: UNetConfig, skip_widths: list[int]) -> Iterator[Stag
                 layers.append(AttentionBlock(config, width, config.num_heads_upsample or config.num_heads))
             if level and index == config.num_res_blocks:
                 up = ResBlock(config, width, width, "up") if config.resblock_updown else None
-                layers.append(up or Upsample(width, config.conv_resample))
+                layers.append(up or upsample(width, config.conv_resample))
             yield Stage(*layers)
 
 
@@ -415,7 +395,10 @@ class Encoder(nn.Module):
 
 
 class UNet(Encoder):
-    """The ADM U-Net: predicts noise (or x_start) and, with twice the channels, the reverse variance."""
+    """The ADM U-Net: predicts noise (or x_start) and, with twice the channels, the reverse variance.
+
+    A super-resolution network also takes a low-resolution image, which is upsampled bilinearly and concatenated to x.
+    """
 
     def __init__(self, config: UNetConfig) -> None:
         low_res_channels = config.in_channels if config.low_res_size else 0
@@ -436,7 +419,12 @@ class UNet(Encoder):
         yield from self.output_blocks
 
     def forward(
-        self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, time_embedding: Tensor | None = None
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None = None,
+        time_embedding: Tensor | None = None,
+        low_res: Tensor | None = None,
     ) -> Tensor:
         """Return the prediction, float32 [B, out, H, W].
 
@@ -445,15 +433,22 @@ class UNet(Encoder):
             timesteps: original indices [B].
             y: labels int64 [B], for class-conditional networks only.
             time_embedding: `embed_timesteps(timesteps)` [B, 4 * model_channels], if it was computed beforehand.
+            low_res: images [B, C, h, w] in [-1, 1], for super-resolution networks only.
 
         Raises:
-            ValueError: y is missing or unexpected.
+            ValueError: y or low_res is missing or unexpected.
         """
         if (y is not None) != (self.config.num_classes is not None):
             raise ValueError(
                 f"y is {'given' if y is not None else 'None'} but num_classes={self.config.num_classes}; "
                 "class-conditional networks need labels, and others take none"
             )
+        if (low_res is not None) != (self.config.low_res_size is not None):
+            raise ValueError(
+                f"low_res is {'given' if low_res is not None else 'None'} but low_res_size={self.config.low_res_size}"
+            )
+        if low_res is not None:
+            x = torch.cat([x, F.interpolate(low_res, x.shape[-2:], mode="bilinear")], dim=1)
         emb = self.embed_timesteps(timesteps) if time_embedding is None else time_embedding
         if y is not None:
             emb = emb + self.label_emb(y)
@@ -465,28 +460,6 @@ class UNet(Encoder):
         for stage in self.output_blocks:
             h = self.run(stage, torch.cat([h, skips.pop()], dim=1), emb)
         return in_float32(self.out, h)
-
-
-class SuperResUNet(UNet):
-    """A U-Net that also takes a low-resolution image, which is upsampled bilinearly and concatenated to x."""
-
-    def __init__(self, config: UNetConfig) -> None:
-        if config.low_res_size is None:
-            raise ValueError("low_res_size=None, but a super-resolution network needs the size of its input images")
-        super().__init__(config)
-
-    def forward(  # type: ignore[override]  # the low-resolution image is not optional here
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        y: Tensor | None = None,
-        time_embedding: Tensor | None = None,
-        *,
-        low_res: Tensor,
-    ) -> Tensor:
-        """Return the prediction like `UNet.forward`, for `low_res` [B, C, h, w] in [-1, 1]."""
-        upsampled = F.interpolate(low_res, x.shape[-2:], mode="bilinear")
-        return super().forward(torch.cat([x, upsampled], dim=1), timesteps, y, time_embedding)
 
 
 class AttentionPool(nn.Module):

@@ -83,7 +83,7 @@ class DinoV2:
     def __init__(self, state: Mapping[str, Tensor], device: str | torch.device = "cpu") -> None:
         """Load the published tensors; ValueError with the name of the first one that is missing or unknown."""
         weights = _Weights(state, device)
-        self.device, self.dimension = weights.device, weights.width("cls_token")
+        self.device, self.dimension = weights.device, weights["cls_token"].shape[-1]
         self.blocks = [
             Block(
                 weights.linear(f"{block}.norm1"), weights.linear(f"{block}.attn.qkv"),
@@ -169,9 +169,6 @@ class _Weights:
         """Return several linear layers with the same input as one."""
         weights, biases = zip(*(self.linear(f"{name}.{part}_proj") for part in parts), strict=True)
         return torch.cat(weights), torch.cat(biases)
-
-    def width(self, name: str) -> int:
-        return int(self[name].shape[-1])
 
     def numbered(self, prefix: str) -> Iterator[str]:
         """Return the names of all blocks with this prefix, in order."""

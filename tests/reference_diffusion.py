@@ -45,18 +45,13 @@ from models.samplers import (
     sample,
 )
 from models.unet import ClassifierConfig, NoisyClassifier, UNet, UNetConfig, timestep_embedding
+from orchestrator.weights.flags import parse_flags
+from orchestrator.weights.shapes import shapes_of
 from tests.comparison import Compute, GoldenFile, Row
 
 LOSSES = {"MSE": "simple", "RESCALED_MSE": "rescaled_simple", "KL": "kl", "RESCALED_KL": "rescaled_kl"}
 EDM_SETTINGS = {"rho", "sigma_min", "sigma_max", "S_churn", "S_min", "S_max", "S_noise"}
 PREDICTIONS = {"EPSILON": "eps", "START_X": "x_start", "PREVIOUS_X": "previous_x"}
-CHANNEL_MULT: dict[int, tuple[float, ...]] = {  # the published scripts' widths where --channel_mult is empty
-    32: (1, 2, 2, 2),
-    64: (1, 2, 3, 4),
-    128: (1, 1, 2, 3, 4),
-    256: (1, 1, 2, 2, 4, 4),
-    512: (0.5, 1, 1, 2, 2, 4, 4),
-}
 
 
 def recognises(folder: Path) -> bool:
@@ -94,44 +89,6 @@ def network_config(kind: str, arguments: dict[str, Any]) -> UNetConfig | Classif
     elif kind != "unet":
         raise ValueError(f"unknown kind of network {kind!r}")
     return UNetConfig(**given)
-
-
-def config_from_flags(kind: str, flags: dict[str, Any]) -> UNetConfig | ClassifierConfig:
-    """Return the config for flags of the published command lines."""
-    prefix = "classifier_" if kind == "classifier" else ""
-    size = flags["large_size"] if kind == "superres" else flags["image_size"]
-    mult = flags.get("channel_mult") or ""
-    widths = tuple(float(part) for part in mult.split(",")) if mult else CHANNEL_MULT[size]
-    if kind == "superres" and size == 512:
-        widths = CHANNEL_MULT[256]
-    common = {
-        "image_size": size,
-        "channel_mult": widths,
-        "attention_resolutions": tuple(map(int, flags[f"{prefix}attention_resolutions"].split(","))),
-        "use_scale_shift_norm": flags[f"{prefix}use_scale_shift_norm"],
-        "resblock_updown": flags[f"{prefix}resblock_updown"],
-    }
-    if kind == "classifier":
-        return ClassifierConfig(
-            model_channels=flags["classifier_width"],
-            num_res_blocks=flags["classifier_depth"],
-            pool=flags["classifier_pool"],
-            num_head_channels=64,
-            num_classes=1000,
-            **common,
-        )
-    return UNetConfig(
-        model_channels=flags["num_channels"],
-        num_res_blocks=flags["num_res_blocks"],
-        num_heads=flags["num_heads"],
-        num_head_channels=None if flags["num_head_channels"] == -1 else flags["num_head_channels"],
-        use_new_attention_order=flags.get("use_new_attention_order", False),
-        num_classes=1000 if flags["class_cond"] else None,
-        out_channels=6 if flags["learn_sigma"] else 3,
-        dropout=flags["dropout"],
-        low_res_size=flags["small_size"] if kind == "superres" else None,
-        **common,
-    )
 
 
 class Folder:
@@ -771,17 +728,16 @@ def compare_checkpoint(path: Path) -> list[Row]:
     content = json.loads(path.read_text())
     file = f"checkpoints/{path.name}"
     try:
-        config = config_from_flags(content["kind"], content["all_flags"])
+        flags = " ".join(f"--{flag}={value}" for flag, value in content["all_flags"].items())
+        published = {name: tuple(shape) for name, shape in content["shapes"].items()}
+        config, _ = parse_flags(flags, "guided-diffusion").describe(published)
         with torch.device("meta"):
             network = config.build()
     except Exception as error:  # noqa: BLE001  # reported as this file's failure
         return [Row(file, "*", "FAIL", note=f"{type(error).__name__}: {error}")]
-    shapes = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
-    wrong = {
-        name: (shapes.get(name), content["shapes"].get(name))
-        for name in shapes.keys() | content["shapes"].keys()
-        if shapes.get(name) != content["shapes"].get(name)
-    }
+    shapes = shapes_of(network.state_dict())
+    names = shapes.keys() | published.keys()
+    wrong = {name: (shapes.get(name), published.get(name)) for name in names if shapes.get(name) != published.get(name)}
     return [
         exact_row(file, "names and shapes", wrong, {}),
         exact_row(file, "num_tensors", len(shapes), content["num_tensors"]),
@@ -790,7 +746,7 @@ def compare_checkpoint(path: Path) -> list[Row]:
 
 
 def count_parameters(network: torch.nn.Module) -> int:
-    """Compare the numbers of parameters."""
+    """Return the number of parameters of a network."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 

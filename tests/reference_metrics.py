@@ -31,7 +31,7 @@ from models.metrics import (
     split_scores,
     vendi_score,
 )
-from models.neighbours import blocks, nearest, pairs_within, squared_radii
+from models.neighbours import blocks, nearest, squared_radii
 from tests.comparison import Row
 from tests.reference_batches import compare_batches
 
@@ -55,11 +55,9 @@ def balls_holding(
     points: NDArray[Any], centres: NDArray[Any], radii: NDArray[Any], strict: bool = False
 ) -> NDArray[np.int64]:
     """Return how many of the balls around centres [M, D] with squared radii [M] hold each point [N, D]."""
-    counts = np.zeros(len(points), np.int64)
-    for block in blocks(points, centres):
-        rows, _ = pairs_within(points, centres, block, radii, strict)
-        counts[block.rows] = np.bincount(rows, minlength=len(block.lower))
-    return counts
+    limits = np.nextafter(radii, -1) if strict else radii
+    rows = np.concatenate([block.within(limits)[0] for block in blocks(points, centres)])
+    return np.bincount(rows, minlength=len(points))
 
 
 def recognises(folder: Path) -> bool:

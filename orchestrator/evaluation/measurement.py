@@ -1,16 +1,14 @@
 """All metrics of stored features, with realism, closest pairs and metrics of each class."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 
-from cluster.workers import pool
-from models.manifolds import Run, here, manifolds, precision_recall, realism, shares
-from models.metrics import by_class, class_frechet_estimate, expand_frechet, moments
+from cluster.workers import map_items
+from models.manifolds import Manifolds, manifolds, precision_recall, realism
+from models.metrics import Strata, by_class, class_frechet_estimate, expand_frechet, moments
 from orchestrator.evaluation.extraction import ArrayName, FeatureFiles, chosen
 from orchestrator.evaluation.memorization import nearest_training_features
 from orchestrator.evaluation.metrics import Comparison, Estimates, Rows, measure, vendi_estimate
@@ -148,12 +146,16 @@ def _rows(
     assert files is not None
     rows, real = chosen(made.count, limits.samples), files.chosen_pool(limits.references)
     samples = features[rows] if len(rows) < made.count else features
-    with _pairs(files, limits, real, made, samples, num_workers, num_gpus) as run:
-        found = manifolds(real, samples, k=NEIGHBOURS, run=run, strata=strata if len(rows) == made.count else None)
-        try:
-            result.rows, result.realism = rows, realism(real, samples, run=run)
-        except ValueError as error:
-            result.missing["realism"] = str(error)
+    balanced = strata if len(rows) == made.count else None
+    if num_workers and num_gpus:  # this process may have no GPU
+        worker = partial(_make_neighbours, made, files, limits, balanced, num_gpus)
+        ((_, (found, ratios)),) = map_items(worker, ["metrics of neighbours"], 1, num_gpus=num_gpus)
+    else:
+        found, ratios = _neighbours(real, samples, balanced, 0 if num_workers else num_gpus)
+    if isinstance(ratios, str):
+        result.missing["realism"] = ratios
+    else:
+        result.rows, result.realism = rows, ratios
     kernel = real[chosen(len(real), limits.pairs)], samples[chosen(len(samples), limits.pairs)]
     result.same_images = made.count == files.count and _same_rows(features, real)
     if not reference.training:  # only copies of training images are of interest
@@ -163,6 +165,26 @@ def _rows(
     squared = near.squared[:, 0]
     result.closest = Closest(pair_rows, near.index[:, 0], np.sqrt(squared), np.sqrt(own))
     return Rows(real, samples, found, kernel, nearest=(squared, own), num_training=files.count)
+
+
+def _neighbours(
+    real: np.ndarray, samples: np.ndarray, strata: Strata, num_gpus: float
+) -> tuple[Manifolds, np.ndarray | str]:
+    """Return the metrics of neighbours, and the realism of each sample or the reason why it is not defined."""
+    with prepare_device(num_gpus):
+        found = manifolds(real, samples, k=NEIGHBOURS, strata=strata)
+        try:
+            return found, realism(real, samples)
+        except ValueError as error:
+            return found, str(error)
+
+
+def _make_neighbours(
+    made: FeatureFiles, files: FeatureFiles, limits: Limits, strata: Strata, num_gpus: float
+) -> Callable[[str], tuple[Manifolds, np.ndarray | str]]:
+    """Load both sets of features in a worker; return the function that computes the metrics of neighbours."""
+    real, samples = files.chosen_pool(limits.references), made.pool(chosen(made.count, limits.samples))
+    return lambda _: _neighbours(real, samples, strata, num_gpus)
 
 
 def _same_rows(a: np.ndarray, b: np.ndarray) -> bool:
@@ -203,54 +225,3 @@ def _per_class(
 
     found = by_class(metrics, real, real_labels[rows], features, labels)
     return {label: estimates for label, estimates in found.items() if estimates}
-
-
-# ------------------------------------------------------------------------------------------------ over the pool
-
-
-@contextlib.contextmanager
-def _pairs(
-    files: FeatureFiles,
-    limits: Limits,
-    real: np.ndarray,
-    made: FeatureFiles,
-    samples: np.ndarray,
-    num_workers: int,
-    num_gpus: float,
-) -> Iterator[Run]:
-    """Yield a `Run` over a pool of workers, or in this process if there is only one task."""
-    if num_workers == 0 or len(shares(len(samples))) == 1:
-        with prepare_device(0 if num_workers else num_gpus):
-            yield here(real, samples)
-        return
-    with pool(partial(_make_pairs, files, made, limits, num_gpus), num_workers, num_gpus=num_gpus) as workers:
-
-        def run(step: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Sequence[Any]:
-            results = dict(workers.map([_Share(i, step, task) for i, task in enumerate(tasks)]))
-            return [results[share] for share in sorted(results, key=lambda share: share.number)]
-
-        yield run
-
-
-@dataclass(frozen=True, eq=False)
-class _Share:
-    """A task of a `Run`, on its way to a worker."""
-
-    number: int
-    step: Callable[..., Any]
-    task: tuple[Any, ...]
-
-    def __repr__(self) -> str:  # in the message of its failure; its arrays would fill pages
-        return f"a share of {self.step.__name__}"
-
-
-def _make_pairs(files: FeatureFiles, made: FeatureFiles, limits: Limits, num_gpus: float) -> Callable[[_Share], Any]:
-    """Load both sets of features; return the function that does the tasks of a worker."""
-    device = prepare_device(num_gpus)
-    real, samples = files.chosen_pool(limits.references), made.pool(chosen(made.count, limits.samples))
-
-    def work(share: _Share) -> Any:
-        with device:
-            return share.step(real, samples, *share.task)
-
-    return work

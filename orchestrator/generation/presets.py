@@ -76,7 +76,8 @@ def _images_cpu() -> GenerationConfig:
 
 def _imagenet(size: int) -> GenerationConfig:
     """Return the generation by the models that the same preset trains, with the published sampler and scale."""
-    recipe = zoo.entry(f"adm-{size}").recipes[0]
+    recipe = zoo.entry(f"adm-{size}").recipe
+    assert recipe is not None
     return GenerationConfig(
         weights=f"imagenet{size}/diffusion",
         classifier=f"imagenet{size}/classifier",

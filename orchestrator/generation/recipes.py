@@ -17,12 +17,12 @@ def recommended(name: str) -> dict[str, Any]:
         ValueError: the zoo has no such model, or no published settings for it.
     """
     entry = zoo.entry(name)
-    if not entry.recipes or entry.checkpoint is None or entry.network.kind == "classifier":
-        known = [other for other, found in zoo.ZOO.items() if found.recipes and found.checkpoint]
+    if not entry.recipe or entry.checkpoint is None or entry.network.kind == "classifier":
+        known = [other for other, found in zoo.ZOO.items() if found.recipe and found.checkpoint]
         raise ValueError(f"recipe={name} has no published sampler and guidance; accepted: {', '.join(known)}")
     if entry.network.low_res_size:
         raise ValueError(f"recipe={name} is an upsampler; name the model whose samples it enlarges")
-    recipe = entry.recipes[0]
+    recipe = entry.recipe
     return {
         "output": f"{name}/samples",
         "weights": entry.checkpoint,

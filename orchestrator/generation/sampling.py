@@ -80,13 +80,13 @@ def load_networks(config: GenerationConfig, device: torch.device | str) -> Netwo
 
     weights = config.path(weights_file(config.weights, config.path, kind=config.ema, at=config.at))
     model = load_network(weights, device, config.recipe if weights.endswith(".pt") else None)
-    recipes = zoo.entry(config.recipe).recipes if config.recipe else ()
+    recipe = zoo.entry(config.recipe).recipe if config.recipe else None
     upsampler, size = load(config.upsampler), model.architecture.image_size
     classifier: Network | ImportedClassifier | None
     if config.classifier and is_imported(config.classifier):
         classifier = import_classifier(config.classifier, model.architecture.in_channels, size, device)
     else:
-        classifier = load(config.classifier, recipes[0].classifier if recipes else None)
+        classifier = load(config.classifier, recipe.classifier if recipe else None)
     if isinstance(classifier, Network) and classifier.architecture.image_size != size:
         raise ValueError(
             f"--classifier {config.classifier} is for {classifier.architecture.image_size} pixels, samples have {size}"

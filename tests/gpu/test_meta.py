@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.diffusion import Diffusion, DiffusionConfig
-from models.guidance import GUIDANCE, GuidanceConfig, GuidanceKind, Guided, guided_denoiser
+from models.guidance import GuidanceConfig, GuidanceKind, Guided, guided_denoiser
 from models.samplers import SAMPLERS, SamplerConfig, final_x, respacing_for, sample
 from tests.gpu.bench import TINY_CLASSIFIER, TINY_UNET
 
@@ -37,7 +37,7 @@ def given(config: Any) -> dict[str, Tensor]:
     return {name: tensor.to(META) for name, tensor in config.example_inputs(2).items()}
 
 
-@pytest.mark.parametrize("kind", ["none", *GUIDANCE])
+@pytest.mark.parametrize("kind", get_args(GuidanceKind))
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_chain_stays_on_its_device_and_waits_for_nothing(name: str, kind: GuidanceKind) -> None:
     sampler = SamplerConfig(name=name, num_steps=2, s_churn=1.0 if name == "edm" else 0.0)

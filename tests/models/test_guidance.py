@@ -107,19 +107,6 @@ def test_the_mean_moves_by_variance_times_gradient_and_nothing_else_does() -> No
 
 
 @pytest.mark.parametrize("sampler_name", ["ddpm", "ddim"])
-def test_scale_0_is_the_unguided_sampler_to_the_bit(sampler_name: str) -> None:
-    diffusion = process()
-    classifier = ExactClassifier(diffusion)
-    denoise = exact_denoiser(diffusion, None)
-    y = torch.ones(6, dtype=torch.int64)
-    unguided = guided(denoise, sampler_name, classifier, diffusion, y, GuidanceConfig(scale=0))
-    sampler = {"ddpm": ddpm, "ddim": ddim}[sampler_name]
-    results = [final_x(sampler(d, diffusion, noise(0), noise)) for d in (denoise, unguided)]
-    assert torch.equal(*results)
-    assert classifier.calls == 0
-
-
-@pytest.mark.parametrize("sampler_name", ["ddpm", "ddim"])
 def test_guided_samples_follow_their_labels(sampler_name: str) -> None:
     diffusion = process()
     y = torch.tensor([0, 1] * 3)

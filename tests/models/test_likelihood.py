@@ -1,6 +1,7 @@
 """Likelihood: for Gaussian data, every term of the bound has a closed form."""
 
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from models.diffusion import Diffusion, DiffusionConfig
 from models.likelihood import (
     BitsPerDim,
     bits_per_dim,
-    decode,
     interpolate,
     interpolated_latent,
     prior_bits_per_dim,
@@ -43,6 +43,7 @@ def images() -> Tensor:
     return torch.from_numpy(np.round((x + 1) * 127.5) / 127.5 - 1).float()
 
 
+@cache
 def gaussian_bits() -> tuple[Diffusion, BitsPerDim]:
     diffusion = process()
     return diffusion, bits_per_dim(DATA.denoiser(diffusion), diffusion, images(), noise)
@@ -115,7 +116,7 @@ def test_interpolation_ends_at_its_two_images() -> None:
     for lam, end in ((0.0, 0), (1.0, 1)):
         got = interpolate(denoise, diffusion, pair, noises, lam, 20, back)
         x_t = diffusion.q_sample(pair[end], 20, noises[end])
-        assert torch.equal(got, decode(denoise, diffusion, x_t, 20, back))
+        assert torch.equal(got, final_x(ddpm(denoise, diffusion, x_t, back, start=20)))
     # from shallow depth the images come back; half way lies between them
     ends = [interpolate(denoise, diffusion, pair, noises, lam, 1, back).mean().item() for lam in (0, 0.5, 1)]
     assert ends == pytest.approx([-0.4, 0.05, 0.5], abs=0.05)

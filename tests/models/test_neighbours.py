@@ -44,7 +44,7 @@ def test_ties_go_to_the_lowest_index_and_a_row_is_not_its_own_neighbour() -> Non
     found = nearest(grid, grid, 4)
     assert found.index[0].tolist() == [1, 2, 3, 4] and found.squared[0].tolist() == [0, 0, 1, 1]
     assert found.index[45].tolist() == [46, 47, 42, 43]
-    crowd = np.zeros((50, 2))  # more copies than candidates are kept
+    crowd = np.zeros((50, 2))  # every row is a candidate
     assert nearest(crowd, crowd, 3).index[10].tolist() == [0, 1, 2]
 
 

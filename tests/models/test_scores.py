@@ -10,7 +10,6 @@ from models.scores import (
     expand_leading_frechet,
     frechet_scores,
     inception_scores,
-    num_directions,
     recall_scores,
 )
 
@@ -19,11 +18,6 @@ RUNS = 200
 
 def standard(dimension: int) -> Gaussian:
     return Gaussian(np.zeros(dimension), np.eye(dimension))
-
-
-def test_directions_grow_with_the_samples() -> None:
-    assert [num_directions(n, 32) for n in (3, 64, 128, 4096)] == [1, 16, 32, 32]
-    assert num_directions(500, 2048) == 125
 
 
 def test_leading_directions_are_those_of_the_reference() -> None:

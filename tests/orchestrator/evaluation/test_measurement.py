@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models import manifolds
 from orchestrator.evaluation.extraction import FeatureFiles, chosen, extract_all
 from orchestrator.evaluation.extractors import own_extractor
 from orchestrator.evaluation.inputs import open_images
@@ -79,7 +78,7 @@ def test_labels_are_strata_where_their_counts_are_fixed() -> None:
 
 @pytest.mark.ray
 def test_the_pool_changes_nothing(tmp_path: Path, ray_session: None) -> None:
-    made, reference = make_sets(tmp_path, manifolds.SHARE_ROWS + 100)  # two shares
+    made, reference = make_sets(tmp_path, 900)
     here, pooled = (measure_files(made, reference, "toy", LIMITS, workers) for workers in (0, 2))
     assert pooled.estimates == here.estimates and pooled.per_class == here.per_class
     np.testing.assert_array_equal(pooled.realism, here.realism)

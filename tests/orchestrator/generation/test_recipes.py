@@ -27,7 +27,8 @@ def test_a_recipe_is_the_published_recommendation_and_options_override_it() -> N
 
 @pytest.mark.parametrize("name", ["adm-64", "adm-128", "adm-256", "adm-256-uncond", "adm-512", "lsun-cat"])
 def test_every_published_recommendation_is_a_valid_config(name: str) -> None:
-    config, recipe = parsed("--recipe", name), zoo.entry(name).recipes[0]
+    config, recipe = parsed("--recipe", name), zoo.entry(name).recipe
+    assert recipe is not None
     assert config.sampler == recipe.sampler and config.guidance == recipe.guidance
     assert (config.classifier is None) == (recipe.classifier is None)
 
