@@ -32,7 +32,6 @@ def test_a_small_quickstart_runs_all_stages_once(
         "prepare", "train", "train_classifier", "search",
         "generate_guided", "evaluate_guided", "generate_unguided", "evaluate_unguided",
     }  # fmt: skip
-    assert numbers["peak_rss_bytes"] > 2**20
     winner = numbers["search"]["winner"]
     assert winner["guidance"]["scale"] in (0.0, 2.0) and winner["sampler"]["num_steps"] == 4
     assert winner["sampler"]["name"] == "ddpm"
