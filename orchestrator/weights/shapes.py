@@ -17,30 +17,21 @@ Kind = Literal["diffusion model", "upsampler", "classifier"]
 
 _FIRST = "input_blocks.0.0.weight"
 NUM_ROWS = 5  # mismatched tensors that a message lists
-_MAX_CHANGES = 4  # options in an explanation
-_SECTIONS = ("time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out")
-_FLAGS = {  # field -> the published flag
-    "in_channels": "in_channels",
+MAX_CHANGES = 4  # options in an explanation
+_FLAGS = {  # field -> the published flag, where it has another name
     "model_channels": "num_channels",
     "out_channels": "learn_sigma",
     "num_classes": "class_cond",
     "low_res_size": "large_size and small_size",
     "channel_mult": "channel_mult, or the image_size that sets it",
-    "num_res_blocks": "num_res_blocks",
-    "attention_resolutions": "attention_resolutions",
-    "use_scale_shift_norm": "use_scale_shift_norm",
-    "resblock_updown": "resblock_updown",
-    "conv_resample": "conv_resample",
-    "pool": "classifier_pool",
-    "image_size": "image_size",
 }
 _CLASSIFIER_FLAGS = {
     "model_channels": "classifier_width",
     "num_res_blocks": "classifier_depth",
     "num_classes": "out_channels",
-    "attention_resolutions": "classifier_attention_resolutions",
-    "use_scale_shift_norm": "classifier_use_scale_shift_norm",
-    "resblock_updown": "classifier_resblock_updown",
+    "channel_mult": _FLAGS["channel_mult"],
+    **{field: f"classifier_{field}" for field in ("attention_resolutions", "use_scale_shift_norm", "resblock_updown")},
+    "pool": "classifier_pool",
 }
 
 
@@ -60,11 +51,11 @@ def network_kind(shapes: Shapes) -> Kind | None:
 
 def num_classes_of(shapes: Shapes) -> int | None:
     """Return the number of classes of a network with these tensors; None if it is not conditioned on classes."""
-    name: str | None = "label_emb.weight"
+    names = ["label_emb.weight"]
     if network_kind(shapes) == "classifier":
         # pool=attention; pool=adaptive (a convolution) and spatial_v2; pool=spatial
-        name = next((name for name in ("out.2.c_proj.weight", "out.3.weight", "out.2.weight") if name in shapes), None)
-    return shapes[name][0] if name and name in shapes else None
+        names = ["out.2.c_proj.weight", "out.3.weight", "out.2.weight"]
+    return next((shapes[name][0] for name in names if name in shapes), None)
 
 
 def with_classes_of(shapes: Shapes, architecture: Architecture) -> Architecture:
@@ -82,10 +73,10 @@ def describe_mismatch(found: Mapping[str, Tensor], expected: Mapping[str, Tensor
     expected: the tensors of `architecture`.
     """
     there, here = shapes_of(found), shapes_of(expected)
-    names = sorted(_differing(there, here), key=_network_order)
+    names = _differing(there, here)
     if not names:
         return ""
-    rows = [f"{name}: {_shape(there, name)} / {_shape(here, name)}" for name in names[:NUM_ROWS]]
+    rows = [f"{name}: {there.get(name, 'missing')} / {here.get(name, 'missing')}" for name in names[:NUM_ROWS]]
     rows += [f"and {len(names) - NUM_ROWS} more"] if len(names) > NUM_ROWS else []
     total = len(there.keys() | here.keys())
     return (
@@ -96,32 +87,23 @@ def describe_mismatch(found: Mapping[str, Tensor], expected: Mapping[str, Tensor
 
 def invisible_settings(architecture: Architecture) -> dict[str, Any]:
     """Return the settings that change what a network computes, but not the name or shape of a tensor."""
-    fields = ["num_head_channels"] if architecture.num_head_channels else ["num_heads"]
-    if architecture.low_res_size:
-        fields.insert(0, "low_res_size")
-    if isinstance(architecture, ClassifierConfig):
-        is_size_visible = architecture.pool == "attention"  # which has an embedding for each position
-    else:
-        is_size_visible = False
-        if architecture.num_heads_upsample and not architecture.num_head_channels:
-            fields.append("num_heads_upsample")
-    if not is_size_visible:
-        fields.insert(0, "image_size")
-    return {field: getattr(architecture, field) for field in [*fields, "use_new_attention_order", "dropout"]}
+    has_fixed_heads = bool(architecture.num_head_channels)
+    invisible = {
+        # the pool "attention" has an embedding for each position
+        "image_size": not (isinstance(architecture, ClassifierConfig) and architecture.pool == "attention"),
+        "low_res_size": bool(architecture.low_res_size),
+        "num_head_channels": has_fixed_heads,
+        "num_heads": not has_fixed_heads,
+        "num_heads_upsample": not has_fixed_heads and bool(getattr(architecture, "num_heads_upsample", None)),
+        "use_new_attention_order": True,
+        "dropout": True,
+    }
+    return {field: getattr(architecture, field) for field, is_invisible in invisible.items() if is_invisible}
 
 
-def _differing(there: Shapes, here: Shapes) -> set[str]:
-    return {name for name in there.keys() | here.keys() if there.get(name) != here.get(name)}
-
-
-def _network_order(name: str) -> tuple[Any, ...]:
-    section = name.split(".", 1)[0]
-    parts = [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
-    return _SECTIONS.index(section) if section in _SECTIONS else len(_SECTIONS), parts
-
-
-def _shape(shapes: Shapes, name: str) -> str:
-    return str(shapes[name]) if name in shapes else "missing"
+def _differing(there: Shapes, here: Shapes) -> list[str]:
+    """Return the names of tensors that differ, in the order of the network."""
+    return [name for name in dict.fromkeys([*here, *there]) if there.get(name) != here.get(name)]
 
 
 def _explanation(there: Shapes, here: Shapes, architecture: Architecture) -> str:
@@ -133,11 +115,8 @@ def _explanation(there: Shapes, here: Shapes, architecture: Architecture) -> str
     if (kind == "classifier") != (architecture.kind == "classifier"):
         expected = "a classifier" if architecture.kind == "classifier" else "a diffusion model"
         return f"The file holds {'an' if kind == 'upsampler' else 'a'} {kind}, but {expected} is expected."
-    if _squeezed(there) == _squeezed(here):
-        return "Only dimensions of size 1 differ: attention is a Conv1d with weights [out, in, 1] in guided-diffusion."
-    changed, left = architecture, len(_differing(there, here))
-    changes: list[str] = []
-    while left and len(changes) < _MAX_CHANGES:
+    changed, left, changes = architecture, len(_differing(there, here)), list[str]()
+    while left and len(changes) < MAX_CHANGES:
         tried = [(len(_differing(there, _shapes(other))), field, other) for field, other in _neighbours(changed, there)]
         fewest, field, other = min(tried, key=lambda row: row[0], default=(left, "", changed))
         if fewest >= left:
@@ -146,12 +125,8 @@ def _explanation(there: Shapes, here: Shapes, architecture: Architecture) -> str
         changed, left = other, fewest
     if not changes:
         return unexplained
-    rest = "This explains all mismatches." if not left else f"{left} mismatches remain."
+    rest = f"{left} mismatches remain." if left else "This explains all mismatches."
     return f"Closest explanation: {'; '.join(changes)}. {rest}"
-
-
-def _squeezed(shapes: Shapes) -> dict[str, list[int]]:
-    return {name: [size for size in shape if size != 1] for name, shape in shapes.items()}
 
 
 @lru_cache(maxsize=256)
@@ -162,7 +137,7 @@ def _shapes(architecture: Architecture) -> Shapes:
 
 
 def _change(field: str, other: Architecture, architecture: Architecture) -> str:
-    flag = (_CLASSIFIER_FLAGS if architecture.kind == "classifier" else {}).get(field) or _FLAGS[field]
+    flag = (_CLASSIFIER_FLAGS if architecture.kind == "classifier" else _FLAGS).get(field, field)
     there, here = getattr(other, field), getattr(architecture, field)
     if field == "low_res_size" and there:
         there = "set"  # the tensors do not determine its value
