@@ -40,7 +40,7 @@ def test_a_small_quickstart_runs_all_stages_once(
         for found in (numbers["metrics_guided"][name], numbers["metrics_unguided"][name]):
             assert found["n"] == 96 and {"value", "n", "interval", "note", "seeds", "extractor"} <= found.keys()
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5 and 'src="http' not in page
+    assert page.count("data:image/png;base64,") == 4 and 'src="http' not in page
     assert (tmp_path / "mlflow.db").exists()
 
     stages_before = (tmp_path / "stages.json").read_text()

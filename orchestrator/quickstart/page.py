@@ -11,12 +11,12 @@ from orchestrator import storage
 from orchestrator.evaluation.metrics import bias_note, metric_named
 from orchestrator.evaluation.page import template
 from orchestrator.generation.samples import count_samples, read_range
-from orchestrator.metrics_log import history
-from orchestrator.pictures import COLOURS, distances_figure, figure_png, grid_png, subplots
+from orchestrator.pictures import distances_figure, grid_png
 from orchestrator.redaction import redact
 from orchestrator.search.pictures import guidance_figure
 
 PER_CLASS = 10  # samples of each class in the grids
+PAGES = ("diffusion", "classifier", "search", "guided-evaluation", "unguided-evaluation")  # folders with a report.html
 
 # The order of the table.
 METRICS = (
@@ -52,16 +52,14 @@ def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> 
     pictures = {
         **{name: class_grid(storage.join(digits, name)) for name in evaluations},
         "guidance": guidance_figure(search["trials"], search["objective"], "digits"),
-        "losses": loss_figure(digits),
         "distances": distances_figure(nearest),
     }
-    files = ("diffusion/config.json", "classifier/config.json", "search/config.json", "guided/run.json")
     page = template(Path(__file__).with_suffix(".html")).render(
         numbers=numbers,
         pictures={name: base64.b64encode(data).decode() for name, data in pictures.items()},
         nearest=nearest,
         stages=stages,
-        settings={name: storage.read_bytes(storage.join(digits, name)).decode() for name in files},
+        pages=[storage.join(digits, name, "report.html") for name in PAGES],
         metrics={name: metric_named(name) for name in METRICS},
         bias_note=bias_note,
         tracking_uri=redact(os.environ["MLFLOW_TRACKING_URI"]),
@@ -77,15 +75,3 @@ def class_grid(samples: str) -> bytes:
     images, labels = read_range(samples, 0, min(512, count_samples(samples)))
     rows = [images[labels == label][:PER_CLASS] for label in np.unique(labels)]
     return grid_png(np.concatenate(rows), columns=PER_CLASS, scale=4, gap=2)
-
-
-def loss_figure(digits: str) -> bytes:
-    """Return a PNG of the training losses against the images seen."""
-    figure, axes = subplots(1, 2, figsize=(8.6, 2.8))
-    curves = (("diffusion", "hybrid loss"), ("classifier", "cross entropy"))
-    for axis, (run, label) in zip(axes, curves, strict=True):
-        losses = history(storage.join(digits, run), "loss")
-        steps, values = [step / 1000 for step, _ in losses], [value for _, value in losses]
-        axis.plot(steps, values, color=COLOURS[0], linewidth=1.2)
-        axis.set(xlabel="thousand images", title=f"{run}: {label}", yscale="log")
-    return figure_png(figure)

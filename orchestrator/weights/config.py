@@ -1,6 +1,6 @@
 """The config of a conversion of weights."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -31,11 +31,9 @@ class ModelOptions(UNetConfig, frozen=True, extra="forbid"):
         Raises:
             ValueError: there is no such network; the message names the field.
         """
-        fields: dict[str, Any] = self.model_dump()
-        if self.num_classes is None and (found := num_classes_of(shapes)):
-            fields["num_classes"] = found
-        if self.pool is not None and fields["num_classes"] is None:
-            del fields["num_classes"]
+        fields = self.model_dump(exclude_none=True)
+        if found := num_classes_of(shapes):
+            fields.setdefault("num_classes", found)
         kind: type[Architecture] = UNetConfig if self.pool is None else ClassifierConfig
         try:
             return kind.model_validate({name: value for name, value in fields.items() if name in kind.model_fields})
