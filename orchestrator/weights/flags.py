@@ -103,9 +103,9 @@ class PublishedFlags(NamedTuple):
             except ValueError as error:
                 refusals.append(error)
         if not described:
-            error = refusals[0]
-            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-            raise ValueError(f"--flags: {reason.removeprefix('Value error, ')}") from error
+            first = refusals[0]
+            reason = first.errors()[0]["msg"] if isinstance(first, ValidationError) else str(first)
+            raise ValueError(f"--flags: {reason.removeprefix('Value error, ')}") from first
         if len(described) > 1:
             self._check_scaling()
         return described[0]

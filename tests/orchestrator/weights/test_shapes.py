@@ -87,7 +87,7 @@ def test_few_tensors_are_listed_in_the_order_of_the_network() -> None:
     rows = text.split("shape here: ")[1].split(". Closest")[0].split("; ")
     assert len(rows) == NUM_ROWS + 1 and rows[-1].endswith("more")
     assert rows[0] == "time_embed.0.weight: (384, 96) / (256, 64)"
-    assert rows[4] == "label_emb.weight: (7, 384) / (7, 256)"
+    assert rows[4] == "input_blocks.0.0.weight: (96, 3, 3, 3) / (64, 3, 3, 3)"
     rows = mismatch(changed(UNET, {"resblock_updown": False}), UNET).split("; ")
     assert "input_blocks.3.0.in_layers.0.weight: missing / (64,)" in rows[0]
 
