@@ -117,7 +117,6 @@ def costs(
 
 def flops_per_sample(config: GenerationConfig, networks: Networks) -> float:
     """Return the FLOPs of one sample over all stages, without those of an imported classifier."""
-    kind = config.guidance.kind
-    guide = networks.guide(kind)
-    guides = {kind: guide if isinstance(guide, Network) else None}
+    guide = networks.guide(config.guidance.kind)
+    guides: dict[str, Network | None] = {config.guidance.kind: guide if isinstance(guide, Network) else None}
     return sum(cost.flops for cost in costs(config, 1, networks.weights, guides, networks.upsampler))

@@ -152,7 +152,7 @@ def _visible_settings(there: Shapes, architecture: Architecture) -> dict[str, An
     depth, resampling = _depth(there, architecture)
     firsts = range(1, _last_block(there) + 1, depth + 1)  # the first block of each resolution
     widths = [_width(there, first) for first in firsts]
-    settings = {
+    settings: dict[str, Any] = {
         "model_channels": unit,
         "num_classes": num_classes_of(there),
         "num_res_blocks": depth,
