@@ -77,7 +77,6 @@ def _copy_outputs(folder: str) -> None:
         ],
         "digits/classifier": ["images/classifier", "imagenet64/classifier"],
         "digits/samples": ["images/samples", "imagenet64/samples", "adm256/samples"],
-        "digits/search": ["images/search", "images_cpu/search", "imagenet64/search"],
     }.items():
         for name in names:
             shutil.copytree(f"{folder}/{source}", f"{folder}/{name}")

@@ -32,7 +32,6 @@ def test_a_small_quickstart_runs_all_stages_once(
         "prepare", "train", "train_classifier", "search",
         "generate_guided", "evaluate_guided", "generate_unguided", "evaluate_unguided",
     }  # fmt: skip
-    assert numbers["peak_rss_bytes"] > 2**20
     winner = numbers["search"]["winner"]
     assert winner["guidance"]["scale"] in (0.0, 2.0) and winner["sampler"]["num_steps"] == 4
     assert winner["sampler"]["name"] == "ddpm"
@@ -41,7 +40,7 @@ def test_a_small_quickstart_runs_all_stages_once(
         for found in (numbers["metrics_guided"][name], numbers["metrics_unguided"][name]):
             assert found["n"] == 96 and {"value", "n", "interval", "note", "seeds", "extractor"} <= found.keys()
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5 and 'src="http' not in page
+    assert page.count("data:image/png;base64,") == 4 and 'src="http' not in page
     assert (tmp_path / "mlflow.db").exists()
 
     stages_before = (tmp_path / "stages.json").read_text()

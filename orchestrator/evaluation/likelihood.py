@@ -25,7 +25,7 @@ from orchestrator.cost import CostConfig, not_there_yet, priced, sampling_cost
 from orchestrator.data.dataset import Manifest, load_manifest, read_images
 from orchestrator.evaluation.metrics import describe
 from orchestrator.generation.cost import Trained, absent_weights, outline
-from orchestrator.generation.noise import Draw, NoiseAhead, draw_noise
+from orchestrator.generation.noise import Draw, draw_noise, noise_ahead
 from orchestrator.generation.worker import lay_out, prepare_device
 from orchestrator.order import Purpose
 from orchestrator.pictures import COLOURS, figure_png, grid_png, subplots
@@ -241,7 +241,7 @@ class _Worker:
         x_start, labels = self.images(begin, end)
         key = partial(Draw, tuple(range(begin, end)), self.shape, Purpose.LIKELIHOOD)
         plan = (key(int(t)) for t in self.diffusion.timestep_map[::-1])
-        with NoiseAhead(self.config.seed, plan, pin=self.device.type == "cuda") as draw:
+        with noise_ahead(self.config.seed, plan, pin=self.device.type == "cuda") as draw:
             bits = bits_per_dim(
                 self.denoiser(labels), self.diffusion, x_start,
                 lambda t: draw(key(t)).to(self.device, non_blocking=True),

@@ -1,16 +1,16 @@
-"""The config of a generation."""
+"""The config of a generation, and settings from elsewhere: a publication, a search or the folder of the samples."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
+from models import zoo
 from models.guidance import GuidanceConfig
 from models.images import Rounding
 from models.samplers import SamplerConfig
 from orchestrator import storage
 from orchestrator.config import JobConfig, Operational
 from orchestrator.cost import CostConfig
-from orchestrator.generation.recipes import recommended, recorded, winner
 
 
 class GenerationConfig(JobConfig):
@@ -67,13 +67,78 @@ class GenerationConfig(JobConfig):
             raise ValueError(f"indices={wrong} must not be negative")
         return self
 
+    @property
+    def search_result(self) -> str | None:
+        """Return the URI of the search.json that `from_search` names, or None."""
+        if self.from_search is None:
+            return None
+        uri = self.path(self.from_search)
+        return uri if uri.endswith(".json") else storage.join(uri, "search.json")
+
     def starting_from(self, preset: Self) -> Self:
-        """Return `preset` with the settings of --recipe, --from-search or, with --indices, the folder's run.json."""
+        """Return `preset` with the settings of --recipe, --from-search or, with --indices, the folder's run.json.
+
+        A dry run keeps the settings of the preset if the search has no result yet.
+        """
         if self.indices and storage.exists(run := storage.join(self.path(self.output), "run.json")):
             settings = preset.model_dump(exclude_unset=True) | recorded(storage.read_json(run))
             return type(self).model_validate(settings)
         if self.recipe is not None:
             preset = preset.model_copy(update=recommended(self.recipe))
-        if self.from_search is not None:
-            preset = preset.model_copy(update=winner(self.path(self.from_search)))
+        if (result := self.search_result) and not (self.dry_run and not storage.exists(result)):
+            preset = preset.model_copy(update=winner(result))
         return preset
+
+
+def recommended(name: str) -> dict[str, Any]:
+    """Return fields of a generation's config as published for the model `name` of the zoo.
+
+    Raises:
+        ValueError: the zoo has no such model, or no published settings for it.
+    """
+    entry = zoo.entry(name)
+    if not entry.recipe or entry.checkpoint is None or entry.network.kind == "classifier":
+        known = [other for other, found in zoo.ZOO.items() if found.recipe and found.checkpoint]
+        raise ValueError(f"recipe={name} has no published sampler and guidance; accepted: {', '.join(known)}")
+    if entry.network.low_res_size:
+        raise ValueError(f"recipe={name} is an upsampler; name the model whose samples it enlarges")
+    recipe = entry.recipe
+    return {
+        "output": f"{name}/samples",
+        "weights": entry.checkpoint,
+        "classifier": zoo.entry(recipe.classifier).checkpoint if recipe.classifier else None,
+        "sampler": recipe.sampler,
+        "guidance": recipe.guidance,
+    }
+
+
+def recorded(run: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a generation's config that are in a folder's run.json."""
+    config, record = run["config"], run["record"]
+    names = {"weights", "classifier", "upsampler", "recipe", "labels"} & record.keys()
+    hashes = {"weights", "classifier", "upsampler", "weak_weights", "labels", "numerics_version", "num_samples"}
+    fields = {name: value for name, value in config.items() if name not in hashes}
+    fields["guidance"] = fields["guidance"] | {"weak_weights": record.get("weak_weights")}
+    return fields | {name: record[name] for name in names}
+
+
+class _Setting(BaseModel, extra="forbid"):
+    """A setting of a search. Other keys are refused, because a generation without them would give other samples."""
+
+    weights: str  # path of the diffusion model
+    sampler: SamplerConfig
+    guidance: GuidanceConfig
+
+
+def winner(uri: str) -> dict[str, Any]:
+    """Return the best settings in a search.json: sampler, guidance, weights and classifier.
+
+    Raises:
+        FileNotFoundError: there is no search.json.
+        ValueError: the file is not the result of a search, or has a setting that a generation does not have.
+    """
+    result = storage.read_json(uri)
+    try:
+        return {"classifier": result["classifier"], **dict(_Setting.model_validate(result["winner"]["setting"]))}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{uri} is not the result of a search: {error}") from error

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from models.costs import Evaluations, sampling_evaluations, sampling_flops
+from models.costs import sampling_evaluations
 from models.diffusion import DiffusionConfig
 from models.guidance import GuidanceConfig
 from models.unet import Architecture
@@ -13,17 +13,15 @@ from orchestrator.cost import Cost, fits, not_there_yet, priced, sampling_cost
 from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.sampling import Networks
 from orchestrator.weights.imported import is_imported
-from orchestrator.weights.network import Network, described, latest_weights, weights_about, weights_file
+from orchestrator.weights.network import Network, described, weights_about, weights_file
 from orchestrator.weights.published import released_entry
 
-UNGUIDED = GuidanceConfig()
 ASSUMED_BATCHES = (64, 32, 16, 8, 4, 2, 1)  # the first that fits is B if the config leaves it open
 
 
 class Outline(NamedTuple):
     """What the cost of sampling with a network depends on."""
 
-    uri: str
     architecture: Architecture
     diffusion: DiffusionConfig
 
@@ -38,6 +36,8 @@ def cost_lines(config: GenerationConfig, images: int, trained: Trained) -> list[
     ]
     lines = [f"reads   {', '.join(path if is_imported(path) else config.path(path) for path in named)}"]
     absent = not_there_yet(absent_weights(config, named))
+    if config.search_result and not storage.exists(config.search_result):
+        absent.append(f"not there yet: {config.search_result}; sampler, guidance and weights are those of the preset")
     try:
         base = outline(config, config.weights, config.recipe, trained)
         classifier = classifier_outline(config, trained)
@@ -48,18 +48,13 @@ def cost_lines(config: GenerationConfig, images: int, trained: Trained) -> list[
     except FileNotFoundError:
         return [*lines, "cost    unknown until the weights exist", *absent]
     written = images * sum(3 * network.architecture.image_size**2 for network in (base, upsampler) if network)
+    lines.append(f"writes  {written / 1e9:,.3g} GB at most")
+    if config.classifier and not classifier:
+        lines.append(f"        not counted: --classifier {config.classifier}")
     guides = {"classifier": classifier, "classifier_free": base, "auto": weak}
-    half = config.dtype != "float32"
-    return [
-        *lines,
-        f"writes  {written / 1e9:,.3g} GB at most",
-        *([f"        not counted: --classifier {config.classifier}"] if config.classifier and not classifier else []),
-        *(
-            priced(cost, config.cost, config.num_workers, config.num_gpus, half)
-            for cost in costs(config, images, base, guides, upsampler)
-        ),
-        *absent,
-    ]
+    for cost in costs(config, images, base, guides, upsampler):
+        lines.append(priced(cost, config.cost, config.num_workers, config.num_gpus, config.dtype != "float32"))
+    return lines + absent
 
 
 def absent_weights(config: JobConfig, paths: Sequence[str]) -> list[str]:
@@ -80,14 +75,12 @@ def outline(config: JobConfig, path: str, recipe: str | None = None, trained: Tr
     Raises:
         FileNotFoundError: the weights do not exist, and `trained` does not have them.
     """
-    uri = config.path(path)
-    if uri.endswith(".pt"):
-        entry = released_entry(uri, recipe)
-        return Outline(uri, entry.network, entry.diffusion)
-    if not _is_there(config, path) and trained and path in trained:
-        return Outline(uri, *trained[path])
-    file = uri if uri.endswith(".safetensors") else storage.join(uri, "weights", latest_weights(uri))
-    return Outline(uri, *described(weights_about(file)))
+    if path.endswith(".pt"):
+        entry = released_entry(path, recipe)
+        return Outline(entry.network, entry.diffusion)
+    if trained and path in trained and not _is_there(config, path):
+        return Outline(*trained[path])
+    return Outline(*described(weights_about(config.path(weights_file(path, config.path)))))
 
 
 def classifier_outline(config: GenerationConfig, trained: Trained | None = None) -> Outline | None:
@@ -100,17 +93,23 @@ def classifier_outline(config: GenerationConfig, trained: Trained | None = None)
 def costs(
     config: GenerationConfig,
     images: int,
-    base: Outline,
-    guides: Mapping[str, Outline | None],
-    upsampler: Outline | None,
+    base: Outline | Network,
+    guides: Mapping[str, Outline | Network | None],
+    upsampler: Outline | Network | None,
 ) -> list[Cost]:
     """Return the cost of each stage. If the config leaves B open, it is the largest that fits into the GPU's memory.
 
     guides: the network that each kind of guidance evaluates beside the model.
     """
-    half, stages = config.dtype != "float32", _stages(config, base, guides.get(config.guidance.kind), upsampler)
+    guided_by = guides.get(config.guidance.kind) if config.guidance.scale else None
+    evaluations = sampling_evaluations(config.sampler, config.guidance, base.diffusion)
+    stages = [(base.architecture, evaluations, guided_by.architecture if guided_by else None)]
+    if upsampler is not None:
+        evaluations = sampling_evaluations(config.upsampling, GuidanceConfig(), upsampler.diffusion)
+        stages.append((upsampler.architecture, evaluations, None))
     for batch in [config.batch_size] if config.batch_size else ASSUMED_BATCHES:
-        found = [sampling_cost(stage.model, stage.evaluations, images, batch, half, stage.guide) for stage in stages]
+        half = config.dtype != "float32"
+        found = [sampling_cost(model, passes, images, batch, half, guide) for model, passes, guide in stages]
         if all(fits(cost, config.cost) for cost in found):
             break
     return found
@@ -119,28 +118,5 @@ def costs(
 def flops_per_sample(config: GenerationConfig, networks: Networks) -> float:
     """Return the FLOPs of one sample over all stages, without those of an imported classifier."""
     guide = networks.guide(config.guidance.kind)
-    stages = _stages(config, networks.weights, guide if isinstance(guide, Network) else None, networks.upsampler)
-    return sum(sampling_flops(stage.evaluations, stage.model, stage.guide) for stage in stages)
-
-
-class _Stage(NamedTuple):
-    """One stage: a network, the number of evaluations of it and of its guide, and the guide."""
-
-    model: Architecture
-    evaluations: Evaluations
-    guide: Architecture | None
-
-
-def _stages(
-    config: GenerationConfig,
-    base: Outline | Network,
-    guide: Outline | Network | None,
-    upsampler: Outline | Network | None,
-) -> list[_Stage]:
-    guided_by = guide.architecture if guide and config.guidance.scale else None
-    evaluations = sampling_evaluations(config.sampler, config.guidance, base.diffusion)
-    found = [_Stage(base.architecture, evaluations, guided_by)]
-    if upsampler is not None:
-        enlarging = sampling_evaluations(config.upsampling, UNGUIDED, upsampler.diffusion)
-        found.append(_Stage(upsampler.architecture, enlarging, None))
-    return found
+    guides: dict[str, Network | None] = {config.guidance.kind: guide if isinstance(guide, Network) else None}
+    return sum(cost.flops for cost in costs(config, 1, networks.weights, guides, networks.upsampler))

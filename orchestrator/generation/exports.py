@@ -31,12 +31,12 @@ def export_npz(folder: str, uri: str) -> None:
 
     shape = read_range(folder, 0, 1)[0].shape[1:]
     with storage.open_output(uri) as file, zipfile.ZipFile(file, "w") as archive:
-        write_array(archive, "arr_0", (count, *shape), np.dtype(np.uint8), blocks())
+        _write_array(archive, "arr_0", (count, *shape), np.dtype(np.uint8), blocks())
         if labels[0][0] >= 0:
-            write_array(archive, "arr_1", (count,), np.dtype(np.int64), labels)
+            _write_array(archive, "arr_1", (count,), np.dtype(np.int64), labels)
 
 
-def write_array(
+def _write_array(
     archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: np.dtype, blocks: Iterable[np.ndarray]
 ) -> None:
     """Stream an array into an archive as `name`.npy; its blocks follow each other along the first axis."""

@@ -6,7 +6,7 @@ import logging
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,21 +40,15 @@ from orchestrator.generation.samples import (
     write_manifest,
     write_run,
 )
-from orchestrator.generation.sampling import (
-    Networks,
-    canonical_batch,
-    fingerprint,
-    load_networks,
-)
+from orchestrator.generation.sampling import Networks, canonical_batch, fingerprint, load_networks
 from orchestrator.generation.worker import SamplingWorker
 from orchestrator.pictures import grid_png, png
-from orchestrator.progress import Progress, counted, progress_line
-from orchestrator.tracking import Tracker, catch_up, tracked
+from orchestrator.progress import counted, progress_line
+from orchestrator.tracking import catch_up, tracked
 from orchestrator.weights.network import weights_file
 
 METRICS_SECONDS = 5.0  # between two records of metrics
-PICTURE_SECONDS = 30.0  # between two contact sheets of the newest samples
-SHEET = 100  # images of a contact sheet
+SHEET = 100  # images of samples.png
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +77,10 @@ def generate(config: GenerationConfig) -> str:
     command = next_command("evaluate_samples", samples=config.output)
     print_closing([storage.join(folder, "samples.png") for folder in folders], [command])
     if config.export:
+        export, name = {"npz": (export_npz, "samples.npz"), "png": (export_png, "png")}[config.export]
         for folder in folders:
-            print(f"exported to {_export(config, folder)}")
+            export(folder, target := storage.join(folder, name))
+            print(f"exported to {target}")
     return output
 
 
@@ -111,21 +107,23 @@ def _with_files(config: GenerationConfig) -> GenerationConfig:
     """Return the config with the weight files that it refers to: those that run.json records, or else the newest."""
     run = storage.join(config.path(config.output), "run.json")
     noted = storage.read_json(run)["record"] if storage.exists(run) else {}
-    files = {name: getattr(config, name) for name in ("weights", "classifier", "upsampler")}
-    for name, path in files.items():
-        if path is not None:
-            kind, at = (config.ema, config.at) if name == "weights" else (None, None)
-            same = name != "weights" or (noted.get("ema"), noted.get("at")) == (kind, at)
-            try:
-                files[name] = weights_file(path, config.path, noted.get(name) if same else None, kind, at)
-            except FileNotFoundError as error:
-                if name != "classifier" or config.guidance.scale:
-                    raise
-                raise FileNotFoundError(f"{error}; --guidance.scale 0 needs none: pass --classifier none") from error
-    if config.guidance.weak_weights is not None:
-        weak = weights_file(config.guidance.weak_weights, config.path, noted.get("weak_weights"), None)
-        files["guidance"] = config.guidance.model_copy(update={"weak_weights": weak})
-    return config.model_copy(update=files)
+    if (noted.get("ema"), noted.get("at")) != (config.ema, config.at):  # another snapshot is requested
+        noted.pop("weights", None)
+
+    def file(name: str, path: str | None) -> str | None:
+        return path and weights_file(path, config.path, noted.get(name))
+
+    weights = weights_file(config.weights, config.path, noted.get("weights"), config.ema, config.at)
+    try:
+        classifier = file("classifier", config.classifier)
+    except FileNotFoundError as error:
+        if config.guidance.scale:
+            raise
+        raise FileNotFoundError(f"{error}; --guidance.scale 0 needs none: pass --classifier none") from error
+    upsampler, weak = file("upsampler", config.upsampler), file("weak_weights", config.guidance.weak_weights)
+    guidance = config.guidance.model_copy(update={"weak_weights": weak})
+    changes = {"weights": weights, "classifier": classifier, "upsampler": upsampler, "guidance": guidance}
+    return config.model_copy(update=changes)
 
 
 def _session(config: GenerationConfig) -> contextlib.AbstractContextManager[None]:
@@ -139,73 +137,35 @@ def _generate_missing(config: GenerationConfig, folders: list[str], flops: float
     flops: of one sample.
     """
     digests: dict[str, dict[Shard, str]] = {folder: {} for folder in folders}
+    done = drawn = 0  # samples in finished shards, and those of them that this job drew
     with (
         _session(config),
         tracked("generate", config, folders[0]) as tracker,
         progress_line(config.num_samples, "samples") as progress,
         item_progress(progress.update_item, config.num_workers) as report,
     ):
-        live = _Live(tracker, progress, folders[-1], flops / max(config.num_workers, 1))
-        finished = map_items(
-            partial(make_generator, config, report=report),
-            _shards(config),
-            config.num_workers,
-            num_cpus=config.num_threads,
-            num_gpus=config.num_gpus,
-        )
-        for shard, made in finished:
-            live.update(shard, made)
+        make, num_workers = partial(make_generator, config, report=report), config.num_workers
+        begun = reported = time.monotonic()
+        for shard, made in map_items(make, _shards(config), num_workers, config.num_threads, config.num_gpus):
+            for reason in made.damaged:
+                log.warning("a damaged shard was regenerated; its old bytes are in quarantine/: %s", reason)
             for folder, digest in zip(folders, made.digests, strict=True):
                 digests[folder][shard] = digest
-        live.report()
+            count, now = shard.end - shard.begin, time.monotonic()
+            progress.finish_item(shard, count, in_rate=made.drawn)
+            done, drawn = done + count, drawn + count * made.drawn
+            if now - reported > METRICS_SECONDS or done == config.num_samples:
+                metrics = {"samples": done, "samples_per_second": drawn / (now - begun)}
+                if made.peak:
+                    metrics["mfu"] = metrics["samples_per_second"] * flops / (made.peak * max(num_workers, 1))
+                tracker.metrics(metrics, done)
+                reported = now
         for folder in folders:
             first, _ = read_range(folder, 0, min(SHEET, config.num_samples))
-            sheet = _sheet(first)
+            sheet = grid_png(first, columns=10, scale=max(1, 48 // first.shape[1]))
             storage.write_bytes(storage.join(folder, "samples.png"), sheet)
             tracker.picture(f"{folder.rsplit('/', 1)[-1]}.png", sheet)
             write_manifest(folder, digests[folder])
-
-
-class _Live:
-    """Shows the progress while shards arrive: the progress line, and metrics and the newest samples in MLflow."""
-
-    def __init__(self, tracker: Tracker, progress: Progress, folder: str, flops: float) -> None:
-        """flops: of a sample, divided by the number of workers."""
-        self._tracker, self._progress, self._folder, self._flops = tracker, progress, folder, flops
-        self._peak: float | None = None  # FLOP/s of a worker, if it is known
-        self._done = self._drawn = 0  # samples in finished shards, and those of them that this job drew
-        self._begun = time.monotonic()
-        self._numbers_at = self._picture_at = self._begun
-
-    def update(self, shard: Shard, made: "Finished") -> None:
-        """Count a finished shard."""
-        count, now = shard.end - shard.begin, time.monotonic()
-        self._done += count
-        for reason in made.damaged:
-            log.warning("a damaged shard was regenerated; its old bytes are in quarantine/: %s", reason)
-        self._progress.finish_item(shard, count, in_rate=made.drawn)
-        if not made.drawn:
-            return
-        self._drawn, self._peak = self._drawn + count, made.peak
-        if now - self._numbers_at > METRICS_SECONDS:
-            self.report()
-            self._numbers_at = now
-        if now - self._picture_at > PICTURE_SECONDS:
-            newest, _ = read_range(self._folder, shard.begin, min(shard.end, shard.begin + SHEET))
-            self._tracker.picture("newest.png", _sheet(newest))
-            self._picture_at = now
-
-    def report(self) -> None:
-        """Record the number of samples, the rate at which this job draws them, and the model FLOPs utilization."""
-        rate = self._drawn / (time.monotonic() - self._begun)
-        metrics = {"samples": self._done, "samples_per_second": rate}
-        if self._peak:
-            metrics["mfu"] = rate * self._flops / self._peak
-        self._tracker.metrics(metrics, self._done)
-
-
-def _sheet(images: np.ndarray) -> bytes:
-    return grid_png(images, columns=10, scale=max(1, 48 // images.shape[1]))
 
 
 def regenerate(config: GenerationConfig) -> None:
@@ -231,14 +191,6 @@ def regenerate(config: GenerationConfig) -> None:
             print(f"{folder} index {index}: {pixel_hashes(image[None])[0]} {found}")
     if differing:
         raise RuntimeError(f"{len(differing)} regenerated samples differ from the stored ones: {', '.join(differing)}")
-
-
-def _export(config: GenerationConfig, folder: str) -> str:
-    if config.export == "npz":
-        export_npz(folder, target := storage.join(folder, "samples.npz"))
-    else:
-        export_png(folder, target := storage.join(folder, "png"))
-    return target
 
 
 def folders_of(config: GenerationConfig) -> list[str]:
@@ -283,8 +235,8 @@ class Finished(NamedTuple):
 
     digests: tuple[str, ...]  # of the shard in each folder
     drawn: bool  # False if the shard existed already
-    damaged: tuple[str, ...] = ()  # what was wrong with a shard that was replaced
-    peak: float | None = None  # peak FLOP/s of the worker's device, if it is known
+    damaged: tuple[str, ...]  # what was wrong with a shard that was replaced
+    peak: float | None  # peak FLOP/s of the worker's device, if it is known
 
 
 def _make_worker(config: GenerationConfig) -> tuple[SamplingWorker, GenerationConfig]:
@@ -294,23 +246,19 @@ def _make_worker(config: GenerationConfig) -> tuple[SamplingWorker, GenerationCo
         ValueError: the folders were made with another config or on another platform.
     """
     worker = SamplingWorker(config)
-    size = _batch_size_of(config, worker) or config.batch_size
-    size = size or canonical_batch(config, worker.networks, worker.device)
+    size = _batch_size_of(config, worker) or canonical_batch(config, worker.networks, worker.device)
     if config.compile:
         worker.compile()
     return worker, config.model_copy(update={"batch_size": size})
 
 
 def _batch_size_of(config: GenerationConfig, worker: SamplingWorker) -> int:
-    """Return the batch size in the run.json of the folders, 0 if they have none. Raises what `_make_worker` does."""
-    size = config.batch_size
+    """Return the batch size in the folders' run.json, or else that of the config. Raises what `_make_worker` does."""
+    here = None if config.mixed_platforms else platform(worker.device)
     for folder in folders_of(config):
-        wanted = fingerprint(config.model_copy(update={"batch_size": size}), worker.networks)
-        run = check_run(folder, wanted, None if config.mixed_platforms else platform(worker.device))
-        if run is None:
-            return 0
-        size = run["config"]["batch_size"]
-    return size
+        if run := check_run(folder, fingerprint(config, worker.networks), here):
+            config = config.model_copy(update={"batch_size": run["config"]["batch_size"]})
+    return config.batch_size
 
 
 def _bind(config: GenerationConfig, asked: int, worker: SamplingWorker) -> int:
@@ -349,30 +297,30 @@ def make_generator(config: GenerationConfig, report: Report = no_report) -> Call
     folders, peak = folders_of(config), peak_flops(platform(worker.device)["device"], config.dtype)
     encoder = ThreadPoolExecutor(1, "encoder")  # encodes PNGs while the next batch is drawn
 
-    def draw(shard: Shard, size: int) -> list[pa.Table]:
-        encoded: list[list[Any]] = [[] for _ in folders]
-        first = shard.begin // size
-        sized = config.model_copy(update={"batch_size": size})
-        for number, stages in enumerate(worker.batches(sized, range(first, -(-shard.end // size))), first + 1):
-            for rows, samples in zip(encoded, stages, strict=True):
-                rows.append(encoder.submit(encode_rows, samples))
-            report(shard, min(number * size, shard.end) - shard.begin)
-        whole = [pa.concat_tables([part.result() for part in rows]) for rows in encoded]
+    def draw(shard: Shard) -> list[pa.Table]:
+        size = config.batch_size
+        first, encoded = shard.begin // size, list[tuple[Future[pa.Table], ...]]()
+        for number in range(first, -(-shard.end // size)):
+            stages = worker.batch(config, number)
+            encoded.append(tuple(encoder.submit(encode_rows, samples) for samples in stages))
+            report(shard, min((number + 1) * size, shard.end) - shard.begin)
+        whole = [pa.concat_tables([part.result() for part in parts]) for parts in zip(*encoded, strict=True)]
         return [rows.slice(shard.begin - first * size, shard.end - shard.begin) for rows in whole]
 
     def make_shard(shard: Shard) -> Finished:
         nonlocal config
         found, damaged = zip(*(_verify(folder, shard) for folder in folders), strict=True)
         if all(found):
-            return Finished(found, drawn=False)
-        tables = draw(shard, config.batch_size)
+            return Finished(found, drawn=False, damaged=(), peak=peak)
+        tables = draw(shard)
         if (size := _bind(config, asked, worker)) != config.batch_size:  # another worker wrote another batch size first
             config = config.model_copy(update={"batch_size": size})
-            tables = draw(shard, size)
-        digests = []
-        for folder, rows, digest, reason in zip(folders, tables, found, damaged, strict=True):
-            digests.append(digest or put_shard(folder, shard, rows, replace=bool(reason)))
-        return Finished(tuple(digests), drawn=True, damaged=tuple(filter(None, damaged)), peak=peak)
+            tables = draw(shard)
+        digests = tuple(
+            digest or put_shard(folder, shard, rows, replace=bool(reason))
+            for folder, rows, digest, reason in zip(folders, tables, found, damaged, strict=True)
+        )
+        return Finished(digests, drawn=True, damaged=tuple(filter(None, damaged)), peak=peak)
 
     return make_shard
 
@@ -397,7 +345,6 @@ def make_index_maker(config: GenerationConfig) -> Callable[[int], tuple[np.ndarr
 
     def make_index(index: int) -> tuple[np.ndarray, ...]:
         number, place = divmod(index, config.batch_size)
-        (stages,) = worker.batches(config, [number])
-        return tuple(samples.images[place] for samples in stages)
+        return tuple(samples.images[place] for samples in worker.batch(config, number))
 
     return make_index

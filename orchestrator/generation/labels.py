@@ -17,22 +17,19 @@ class Labels:
 
     num_classes: int  # 0 if the samples are not conditioned on a class
     seed: int
-    balanced: bool = False  # label = index modulo num_classes
-    in_turn: tuple[int, ...] = ()  # label of index i = in_turn[i modulo its length]
-    cumulative: tuple[float, ...] = ()  # drawn by seed: label = the first with cumulative > u, u uniform in [0, 1)
+    in_turn: tuple[int, ...] | None = None  # label of index i = in_turn[i modulo its length]; None = drawn by seed
+    cumulative: tuple[float, ...] = ()  # label = the first with cumulative > u, u uniform in [0, 1); () = uniform
     sha256: str | None = None  # of the file with the policy
 
     @property
     def given(self) -> bool:
         """Return whether the policy decides the number of samples of each class, without a random draw."""
-        return self.balanced or bool(self.in_turn)
+        return self.in_turn is not None
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
         if not self.num_classes:
             return np.full(len(indices), -1)
-        if self.balanced:
-            return indices % self.num_classes
-        if self.in_turn:
+        if self.in_turn is not None:
             return np.array(self.in_turn)[indices % len(self.in_turn)]
         draws = [index_rng(self.seed, int(index), Purpose.LABEL) for index in indices]
         if self.cumulative:
@@ -52,15 +49,14 @@ def read_labels(policy: str, classes: tuple[str, ...], seed: int, path: Callable
         ValueError: the network does not have a class, or the weights are not a distribution.
     """
     if policy in ("balanced", "uniform"):
-        return Labels(len(classes), seed, balanced=policy == "balanced")
+        return Labels(len(classes), seed, in_turn=tuple(range(len(classes))) if policy == "balanced" else None)
     if not classes:
         raise ValueError(
             f"labels={policy} needs samples that are conditioned on classes, and these are not; pass --labels balanced"
         )
     if not policy.endswith(".json"):
         return Labels(len(classes), seed, in_turn=_numbers(policy, policy.split(","), classes))
-    data = storage.read_bytes(path(policy))
-    wanted, sha256 = storage.read_json(path(policy)), hashlib.sha256(data).hexdigest()
+    wanted, sha256 = storage.read_json(uri := path(policy)), hashlib.sha256(storage.read_bytes(uri)).hexdigest()
     if isinstance(wanted, list) and wanted:
         return Labels(len(classes), seed, in_turn=_numbers(policy, wanted, classes), sha256=sha256)
     if isinstance(wanted, dict) and wanted:
@@ -74,17 +70,16 @@ def read_labels(policy: str, classes: tuple[str, ...], seed: int, path: Callable
 
 def _numbers(policy: str, wanted: list[Any], classes: tuple[str, ...]) -> tuple[int, ...]:
     """Return the labels of classes that are given by name or by number."""
-    by_name = {name: number for number, name in enumerate(classes)}
-    by_number = {str(number): number for number in range(len(classes))}
+    known = {str(number): number for number in range(len(classes))}
+    known |= {name: number for number, name in enumerate(classes)}  # names come before numbers
     names = [str(name).strip() for name in wanted]
-    unknown = [name for name in names if name not in by_name and name not in by_number]
-    if unknown:
-        raise ValueError(
-            f"labels={policy}: the network has no class {unknown[0]!r}; it has {len(classes)} classes, from "
-            f"{classes[0]!r} to {classes[-1]!r}"
-        )
-    numbers = [by_name.get(name, by_number.get(name, -1)) for name in names]
-    return tuple(numbers)
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"labels={policy}: the network has no class {name!r}; it has {len(classes)} classes, from "
+                f"{classes[0]!r} to {classes[-1]!r}"
+            )
+    return tuple(known[name] for name in names)
 
 
 def _weights(policy: str, values: list[Any]) -> list[float]:

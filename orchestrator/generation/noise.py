@@ -1,5 +1,6 @@
 """The noise of generated images, which threads draw ahead of the sampler."""
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,9 +26,6 @@ class Draw(NamedTuple):
     timestep: int = 0  # of the original chain
 
 
-DrawNoise = Callable[[Draw], Tensor]
-
-
 def draw_noise(seed: int, draw: Draw) -> Tensor:
     """Return the noise of a key; it depends on the seed and the key only."""
     rows = np.empty((len(draw.indices), *draw.shape), np.float32)
@@ -36,36 +34,31 @@ def draw_noise(seed: int, draw: Draw) -> Tensor:
     return torch.from_numpy(rows)
 
 
-class NoiseAhead:
-    """A context that returns the noise of a plan of draws in its order, while threads draw the next tensors.
+@contextlib.contextmanager
+def noise_ahead(seed: int, plan: Iterable[Draw], pin: bool = False) -> Iterator[Callable[[Draw], Tensor]]:
+    """Yield a function that returns the noise of a plan of draws in its order, while threads draw the next tensors.
 
     pin: return tensors in pinned memory, from which copies to a GPU are asynchronous.
     """
+    following, drawn = iter(plan), deque[tuple[Draw, Future[Tensor]]]()
+    threads = ThreadPoolExecutor(THREADS, "noise")
 
-    def __init__(self, seed: int, plan: Iterable[Draw], pin: bool = False) -> None:
-        self._seed, self._pin = seed, pin
-        self._plan: Iterator[Draw] = iter(plan)
-        self._drawn: deque[tuple[Draw, Future[Tensor]]] = deque()
-        self._threads = ThreadPoolExecutor(THREADS, "noise")
-        self._go_on(AHEAD)
+    def make(draw: Draw) -> Tensor:
+        tensor = draw_noise(seed, draw)
+        return tensor.pin_memory() if pin else tensor
 
-    def __call__(self, draw: Draw) -> Tensor:
-        planned, tensor = self._drawn.popleft()
+    def submit(count: int) -> None:
+        drawn.extend((draw, threads.submit(make, draw)) for draw in islice(following, count))
+
+    def next_noise(draw: Draw) -> Tensor:
+        planned, tensor = drawn.popleft()
         if planned != draw:
             raise RuntimeError(f"the noise of {draw.purpose.name} {draw.timestep} is not the next in the plan")
-        self._go_on(1)
+        submit(1)
         return tensor.result()
 
-    def __enter__(self) -> "NoiseAhead":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._threads.shutdown(cancel_futures=True)
-
-    def _go_on(self, count: int) -> None:
-        for draw in islice(self._plan, count):
-            self._drawn.append((draw, self._threads.submit(self._make, draw)))
-
-    def _make(self, draw: Draw) -> Tensor:
-        tensor = draw_noise(self._seed, draw)
-        return tensor.pin_memory() if self._pin else tensor
+    try:
+        submit(AHEAD)
+        yield next_noise
+    finally:
+        threads.shutdown(cancel_futures=True)

@@ -110,11 +110,6 @@ def write_run(folder: str, config: dict[str, Any], platform: dict[str, Any], rec
     storage.put_if_absent(storage.join(folder, "run.json"), storage.json_bytes(run))
 
 
-def read_run(folder: str) -> dict[str, Any]:
-    """Return the folder's run.json with `config`, `platform` and `record`."""
-    return storage.read_json(storage.join(folder, "run.json"))
-
-
 # ------------------------------------------------------------------------------------------------ shards
 
 
@@ -125,7 +120,7 @@ def encode_rows(samples: Samples) -> pa.Table:
             "index": pa.array(samples.indices, pa.int64()),
             "label": pa.array(samples.labels, pa.int64()),
             "image": pa.array([png(image) for image in samples.images], pa.binary()),
-            "sha256": pa.array([hashlib.sha256(image.tobytes()).digest() for image in samples.images], pa.binary(32)),
+            "sha256": pa.array(map(_sha256, samples.images), pa.binary(32)),
         }
     )
 
@@ -138,15 +133,13 @@ def put_shard(folder: str, shard: Shard, rows: pa.Table, replace: bool = False) 
     Raises:
         RuntimeError: another worker has written the shard with other pixels.
     """
-    buffer = io.BytesIO()
+    buffer, uri, digest = io.BytesIO(), shard.uri(folder), _digest(rows)
     pq.write_table(rows, buffer, compression="none")  # PNG does not compress again
     if replace:
-        storage.write_bytes(shard.uri(folder), buffer.getvalue())
-    elif not storage.put_if_absent(shard.uri(folder), buffer.getvalue()) and check_shard(folder, shard) != _digest(
-        rows
-    ):
-        raise RuntimeError(f"{shard.uri(folder)} was written by another worker with other pixels")
-    return _digest(rows)
+        storage.write_bytes(uri, buffer.getvalue())
+    elif not storage.put_if_absent(uri, buffer.getvalue()) and check_shard(folder, shard) != digest:
+        raise RuntimeError(f"{uri} was written by another worker with other pixels")
+    return digest
 
 
 def check_shard(folder: str, shard: Shard) -> str | None:
@@ -163,7 +156,7 @@ def check_shard(folder: str, shard: Shard) -> str | None:
     if rows["index"].to_pylist() != list(range(*shard)):
         raise DamagedShard(f"{uri} does not have exactly the indices {shard.begin} to {shard.end - 1}")
     for index, image, sha256 in zip(*(rows[name].to_pylist() for name in ("index", "image", "sha256")), strict=True):
-        if hashlib.sha256(_pixels(uri, index, image).tobytes()).digest() != sha256:
+        if _sha256(_pixels(uri, index, image)) != sha256:
             raise DamagedShard(f"{uri}: the pixels of index {index} do not have the stored SHA-256")
     return _digest(rows)
 
@@ -191,6 +184,10 @@ def _pixels(uri: str, index: int, image: bytes) -> np.ndarray:
         raise DamagedShard(f"{uri}: the image of index {index} cannot be decoded: {error}") from error
 
 
+def _sha256(image: np.ndarray) -> bytes:
+    return hashlib.sha256(image.tobytes()).digest()
+
+
 def _digest(rows: pa.Table) -> str:
     return hashlib.sha256(b"".join(rows["sha256"].to_pylist())).hexdigest()
 
@@ -214,10 +211,12 @@ def write_manifest(folder: str, digests: dict[Shard, str]) -> None:
     storage.write_bytes(storage.join(folder, "manifest.json"), storage.json_bytes(manifest))
 
 
-def is_finished(folder: str, num_samples: int = 0) -> bool:
+def is_finished(folder: str, num_samples: int) -> bool:
     """Return whether a folder is finished and has at least `num_samples` samples."""
-    uri = storage.join(folder, "manifest.json")
-    return storage.exists(uri) and storage.read_json(uri)["num_samples"] >= num_samples
+    try:
+        return count_samples(folder) >= num_samples
+    except FileNotFoundError:
+        return False
 
 
 def count_samples(folder: str) -> int:
@@ -226,9 +225,10 @@ def count_samples(folder: str) -> int:
     Raises:
         FileNotFoundError: the folder is not finished.
     """
-    if not is_finished(folder):
-        raise FileNotFoundError(f"{folder} has no finished samples; generate them first")
-    return storage.read_json(storage.join(folder, "manifest.json"))["num_samples"]
+    try:
+        return storage.read_json(storage.join(folder, "manifest.json"))["num_samples"]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder} has no finished samples; generate them first") from error
 
 
 def read_range(folder: str, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
@@ -238,8 +238,7 @@ def read_range(folder: str, begin: int, end: int) -> tuple[np.ndarray, np.ndarra
         FileNotFoundError: some of the samples do not exist.
         DamagedShard: a shard cannot be read.
     """
-    images: list[np.ndarray] = []
-    labels: list[int] = []
+    images, labels = list[np.ndarray](), list[int]()
     with ThreadPoolExecutor(DECODERS) as threads:  # Pillow releases the GIL while it decodes
         for _, rows in read_rows(folder, begin, end):
             images += threads.map(partial(_pixels, folder), rows["index"], rows["image"])
@@ -260,4 +259,4 @@ def read_rows(folder: str, begin: int, end: int) -> Iterator[tuple[Shard, dict[s
 
 def pixel_hashes(images: np.ndarray) -> list[str]:
     """Return the SHA-256 of the raw pixels of each image; images uint8 [n, H, W, 3]."""
-    return [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
+    return [_sha256(image).hex() for image in images]

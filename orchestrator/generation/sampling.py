@@ -1,7 +1,7 @@
 """Sampling: the networks of a generation, its fingerprint, and canonical batches."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from models.unet import autocast
 from orchestrator.arithmetic import is_out_of_memory
 from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.labels import Labels, read_labels
-from orchestrator.generation.noise import Draw, DrawNoise, draw_noise
+from orchestrator.generation.noise import Draw, noise_ahead
 from orchestrator.generation.samples import Samples
 from orchestrator.order import Purpose
 from orchestrator.weights.imported import ImportedClassifier, import_classifier, is_imported
@@ -44,11 +44,6 @@ class Networks(NamedTuple):
     upsampler: Network | None
     labels: Labels
     weak: Network | None = None  # the weaker model of autoguidance
-
-    @property
-    def num_classes(self) -> int:
-        """Return the number of classes; 0 if samples are not conditioned on a class."""
-        return self.labels.num_classes
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -127,16 +122,18 @@ def _check_guidance(config: GenerationConfig, model: Network, weak: Network | No
 
 def fingerprint(config: GenerationConfig, networks: Networks) -> dict[str, Any]:
     """Return everything that decides the samples except the platform, with B only if the config sets it."""
-    unused = {"num_samples"} if config.batch_size else {"num_samples", "batch_size"}
-    unused |= {"upsampling"} if not config.upsampler else set()
-    chosen = {name: value for name, value in config.fingerprint().items() if name not in unused}
-    del chosen["guidance"]["weak_weights"]  # its hash counts
+    chosen = config.fingerprint()
+    del chosen["num_samples"], chosen["guidance"]["weak_weights"]  # the weaker model counts by its hash
+    if not config.batch_size:
+        del chosen["batch_size"]
+    if not config.upsampler:
+        del chosen["upsampling"]
     _leave_out_later_defaults(chosen)
     stages = {"weights": networks.weights, "classifier": networks.classifier, "upsampler": networks.upsampler}
     stages |= {"weak_weights": networks.weak} if networks.weak else {}
     hashes = {name: network.sha256 if network else None for name, network in stages.items()}
-    labels = {"labels": networks.labels.sha256 or config.labels}
-    return {**chosen, **hashes, **labels, "numerics_version": NUMERICS_VERSION}
+    labels = networks.labels.sha256 or config.labels
+    return {**chosen, **hashes, "labels": labels, "numerics_version": NUMERICS_VERSION}
 
 
 def _leave_out_later_defaults(chosen: dict[str, Any]) -> None:
@@ -223,66 +220,23 @@ def _two_steps(networks: Networks, config: GenerationConfig, size: int) -> None:
 # ------------------------------------------------------------------------------------------------ batches
 
 
-class _Stage(NamedTuple):
-    """A diffusion model and how it is sampled; a cascade has two of them (ADM section 5)."""
-
-    network: Network
-    sampler: SamplerConfig
-    guide: Network | ImportedClassifier | None
-    guidance: GuidanceConfig | None
-
-
-def _stages(networks: Networks, config: GenerationConfig) -> list[_Stage]:
-    found = [_Stage(networks.weights, config.sampler, networks.guide(config.guidance.kind), config.guidance)]
-    return found + ([_Stage(networks.upsampler, config.upsampling, None, None)] if networks.upsampler else [])
-
-
-def make_batch(
-    networks: Networks, config: GenerationConfig, number: int, draw: DrawNoise | None = None
-) -> tuple[Samples, ...]:
-    """Return the samples of the canonical batch `number` in each stage.
+def make_batch(networks: Networks, config: GenerationConfig, number: int) -> tuple[Samples, ...]:
+    """Return the samples of the canonical batch `number` in each stage: one, or two in a cascade (ADM section 5).
 
     A batch always has B indices, so that an index is always drawn in the same batch shape.
     """
-    indices = _indices(config, number)
-    labels, low_res, made = networks.labels(indices), None, list[Samples]()
-    for network, sampler, guide, guidance in _stages(networks, config):
-        with autocast(network.device, config.dtype):
-            low_res = sample_batch(
-                network, sampler, indices, labels, config.seed, guide, guidance, low_res,
-                config.clip, config.rounding, draw,
-            )  # fmt: skip
-        made.append(Samples(indices, labels, low_res))
+    indices = np.arange(number * config.batch_size, (number + 1) * config.batch_size)
+    labels = networks.labels(indices)
+    draw = partial(
+        sample_batch, indices=indices, labels=labels, seed=config.seed, clip=config.clip, rounding=config.rounding
+    )
+    with autocast(networks.weights.device, config.dtype):
+        guide = networks.guide(config.guidance.kind)
+        images = draw(networks.weights, config.sampler, guide=guide, guidance=config.guidance)
+        made = [Samples(indices, labels, images)]
+        if networks.upsampler:
+            made.append(Samples(indices, labels, draw(networks.upsampler, config.upsampling, low_res=images)))
     return tuple(made)
-
-
-def noise_plan(networks: Networks, config: GenerationConfig, numbers: Iterable[int]) -> Iterator[Draw]:
-    """Yield the noise keys of canonical batches in the order of use; the second stage of a batch follows its first."""
-    for number in numbers:
-        for network, sampler, *_ in _stages(networks, config):
-            key = partial(Draw, tuple(_indices(config, number).tolist()), _shape(network))
-            start, step = _purposes(network)
-            yield key(start)
-            yield from (key(step, t) for t in noise_timesteps(sampler, _chain(network, sampler)))
-
-
-def _indices(config: GenerationConfig, number: int) -> np.ndarray:
-    return np.arange(number * config.batch_size, (number + 1) * config.batch_size)
-
-
-def _shape(network: Network) -> tuple[int, int, int]:
-    architecture = network.architecture
-    return architecture.in_channels, architecture.image_size, architecture.image_size
-
-
-def _purposes(network: Network) -> tuple[Purpose, Purpose]:
-    if network.architecture.low_res_size:
-        return Purpose.UPSAMPLE_START, Purpose.UPSAMPLE_STEP
-    return Purpose.START, Purpose.STEP
-
-
-def _chain(network: Network, sampler: SamplerConfig) -> Diffusion:
-    return Diffusion(network.diffusion, respacing_for(sampler, network.diffusion.num_timesteps))
 
 
 @torch.no_grad()
@@ -297,35 +251,39 @@ def sample_batch(
     low_res: np.ndarray | None = None,
     clip: bool = True,
     rounding: Rounding = "truncate",
-    draw: DrawNoise | None = None,
 ) -> np.ndarray:
     """Draw the samples of `indices` int64 [n] with `labels` int64 [n]; return them as uint8 [n, H, W, 3].
 
-    x_T and the step noise of a sample depend only on (seed, index, original timestep).
+    x_T and the step noise of a sample depend only on (seed, index, original timestep). Threads draw the noise of later
+    steps ahead.
 
     labels: used if the network is class-conditional or guided by a classifier. guide: the network that `Networks.guide`
     returns for the kind of guidance. low_res: uint8 [n, h, w, 3], the images that an upsampler enlarges. clip: clamp
-    the predicted x_0 to [-1, 1]. draw: returns noise that was drawn ahead.
+    the predicted x_0 to [-1, 1].
 
     Raises:
         FloatingPointError: samples are not finite.
     """
-    architecture, diffusion = network.architecture, _chain(network, sampler)
-    device = network.device
-    key = partial(Draw, tuple(indices.tolist()), _shape(network))
-    start, step = _purposes(network)
-    draw = draw or partial(draw_noise, seed)
+    architecture, device = network.architecture, network.device
+    diffusion = Diffusion(network.diffusion, respacing_for(sampler, network.diffusion.num_timesteps))
     y = torch.from_numpy(labels).to(device)
     small = None if low_res is None else from_uint8(torch.from_numpy(low_res).to(device), architecture.in_channels)
-    chosen = guidance if guide and guidance else GuidanceConfig()
-    chain_of = Guided(
+    chain = Guided(
         network.module, y, bool(architecture.num_classes), small, clip, null_label=architecture.num_classes,
         guide=guide.towards(y) if guide else None,
     )  # fmt: skip
-    denoise = guided_denoiser(chain_of, diffusion, sampler.name, chosen)
-    x_T = draw(key(start)).to(device, non_blocking=True)
-    chain = sample(sampler, denoise, diffusion, x_T, lambda t: draw(key(step, t)).to(device, non_blocking=True))
-    x = final_x(chain)
+    denoise = guided_denoiser(chain, diffusion, sampler.name, guidance if guide and guidance else GuidanceConfig())
+    start, step = (
+        (Purpose.UPSAMPLE_START, Purpose.UPSAMPLE_STEP) if architecture.low_res_size else (Purpose.START, Purpose.STEP)
+    )
+    key = partial(
+        Draw, tuple(indices.tolist()), (architecture.in_channels, architecture.image_size, architecture.image_size)
+    )
+    plan = [key(start), *(key(step, t) for t in noise_timesteps(sampler, diffusion))]
+    with noise_ahead(seed, plan, pin=device.type == "cuda") as noise:
+        x_T = noise(key(start)).to(device, non_blocking=True)
+        steps = sample(sampler, denoise, diffusion, x_T, lambda t: noise(key(step, t)).to(device, non_blocking=True))
+        x = final_x(steps)
     if not torch.isfinite(x).all():
         raise FloatingPointError(f"samples {indices[0]} to {indices[-1]} are not finite")
     return to_uint8(x, rounding).cpu().numpy()

@@ -1,18 +1,12 @@
-"""Sampling workers: device, networks, and canonical batches.
-
-Generation, search and likelihood create their workers here; evaluation chooses its device here.
-"""
-
-from collections.abc import Iterable, Iterator
+"""Sampling workers: device, networks and batches; shared by generation, search, likelihood and evaluation."""
 
 import torch
 
 from models.unet import compile_blocks, halve_weights
 from orchestrator.arithmetic import choose_device, set_arithmetic
 from orchestrator.generation.config import GenerationConfig
-from orchestrator.generation.noise import NoiseAhead
 from orchestrator.generation.samples import Samples
-from orchestrator.generation.sampling import Networks, load_networks, make_batch, noise_plan
+from orchestrator.generation.sampling import load_networks, make_batch
 from orchestrator.weights.network import Network
 
 
@@ -44,7 +38,7 @@ class SamplingWorker:
 
     def __init__(self, config: GenerationConfig) -> None:
         self.device = prepare_device(config.num_gpus, config.num_threads, config.tf32)
-        self.networks: Networks = load_networks(config, self.device)
+        self.networks = load_networks(config, self.device)
         for network in self.networks.loaded:
             lay_out(network, self.device, config.dtype)
 
@@ -53,13 +47,9 @@ class SamplingWorker:
         for network in self.networks.loaded:
             compile_blocks(network.module)
 
-    def batches(self, config: GenerationConfig, numbers: Iterable[int]) -> Iterator[tuple[Samples, ...]]:
-        """Yield the samples of each canonical batch in `numbers`, for every stage: one, or two in a cascade.
+    def batch(self, config: GenerationConfig, number: int) -> tuple[Samples, ...]:
+        """Return the samples of a canonical batch in each stage: one, or two in a cascade.
 
         config: with the batch size B; it may differ from the worker's config in fields that load no networks.
         """
-        numbers = list(numbers)
-        plan = noise_plan(self.networks, config, numbers)
-        with NoiseAhead(config.seed, plan, pin=self.device.type == "cuda") as draw:
-            for number in numbers:
-                yield make_batch(self.networks, config, number, draw)
+        return make_batch(self.networks, config, number)

@@ -4,13 +4,10 @@ import contextlib
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from cluster.servers import s3_server
 from cluster.session import address, session
@@ -21,9 +18,6 @@ from orchestrator.tracking import tracked
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 BUCKET = "admiral"
-
-
-Stage = tuple[str, list[str]]  # name, command line
 
 
 def quickstart(config: QuickstartConfig) -> None:
@@ -38,14 +32,19 @@ def quickstart(config: QuickstartConfig) -> None:
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(_local_s3()) if config.storage == "s3" else folder
         os.environ["ADMIRAL_STORE"] = store
-        done = _Stages(store)
+        record = storage.join(store, "stages.json")
+        done: dict[str, dict[str, Any]] = storage.read_json(record) if storage.exists(record) else {}
         with session(2 * config.num_workers):
             os.environ["RAY_ADDRESS"] = address()
             for name, command in _stages(config):
-                done.run(name, command + ([] if config.tracking else ["--no-tracking"]))
+                if name in done:
+                    print(f"{name}: already done")
+                    continue
+                done[name] = _run(name, command + ([] if config.tracking else ["--no-tracking"]))
+                storage.write_json(record, done)
         scale, steps = _winner(store)
         with tracked("quickstart", config, folder) as tracker:
-            page = write_report(store, folder, done.record)
+            page = write_report(store, folder, done)
             tracker.record("report.html", Path(page).read_text(encoding="utf-8"))
     print(f"winner  guidance scale {scale:g}, {steps} steps")
     print(f"open    {page}")
@@ -57,8 +56,8 @@ def plan(config: QuickstartConfig) -> tuple[QuickstartConfig, str]:
     return config, "\n".join(" ".join(["python", *command]) for _, command in _stages(config, preview=True))
 
 
-def _stages(config: QuickstartConfig, preview: bool = False) -> Iterator[Stage]:
-    """Yield the command line of every job; the later ones need the result of the search."""
+def _stages(config: QuickstartConfig, preview: bool = False) -> Iterator[tuple[str, list[str]]]:
+    """Yield name and command line of every stage; the last four need the result of the search."""
     workers = ["--num-workers", str(config.num_workers)]
     count = ["--num-samples", str(config.num_samples)]
     yield "prepare", ["jobs/prepare_dataset.py", "digits"]
@@ -84,60 +83,18 @@ def _winner(store: str) -> tuple[float, int]:
     return setting["guidance"]["scale"], setting["sampler"]["num_steps"]
 
 
-class _Stages:
-    """Runs stages as processes, and records the time and memory of each in the store."""
-
-    def __init__(self, store: str) -> None:
-        self._uri = storage.join(store, "stages.json")
-        self.record: dict[str, dict[str, Any]] = storage.read_json(self._uri) if storage.exists(self._uri) else {}
-
-    def run(self, name: str, command: list[str]) -> None:
-        if name in self.record:
-            print(f"{name}: already done")
-            return
-        print(f"{name}: python {' '.join(command)}", flush=True)
-        begin = time.perf_counter()
-        with _peak_memory() as peak:
-            script, *arguments = command
-            process = subprocess.run([sys.executable, str(JOBS.parent / script), *arguments], check=False)
-        if process.returncode:
-            raise RuntimeError(
-                f"stage {name} failed with exit code {process.returncode}; fix the error above and run the "
-                "same command again, which resumes at this stage"
-            )
-        self.record[name] = {
-            "seconds": time.perf_counter() - begin,
-            "peak_rss_bytes": peak[0],
-            "command": command,
-        }
-        storage.write_json(self._uri, self.record)
-
-
-@contextlib.contextmanager
-def _peak_memory() -> Iterator[list[int]]:
-    """Yield a list with the peak resident memory, in bytes, of this process and its descendants within the context."""
-    peak, over = [0], threading.Event()
-
-    def watch() -> None:
-        while not over.wait(1.0):
-            peak[0] = max(peak[0], _resident(psutil.Process()))
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        over.set()
-        thread.join()
-        peak[0] = max(peak[0], _resident(psutil.Process()))
-
-
-def _resident(root: psutil.Process) -> int:
-    total = 0
-    for process in [root, *root.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            total += process.memory_info().rss
-    return total
+def _run(name: str, command: list[str]) -> dict[str, Any]:
+    """Run a stage as a process; return its seconds and its command line. Raises RuntimeError if it fails."""
+    print(f"{name}: python {' '.join(command)}", flush=True)
+    begin = time.perf_counter()
+    script, *arguments = command
+    process = subprocess.run([sys.executable, str(JOBS.parent / script), *arguments], check=False)
+    if process.returncode:
+        raise RuntimeError(
+            f"stage {name} failed with exit code {process.returncode}; fix the error above and run the same command "
+            "again, which resumes at this stage"
+        )
+    return {"seconds": time.perf_counter() - begin, "command": command}
 
 
 @contextlib.contextmanager

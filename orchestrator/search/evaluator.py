@@ -288,7 +288,7 @@ def make_block(config: TrialsConfig, worker: SamplingWorker, extractor: Extracto
         return Made()
     begin = time.perf_counter()
     generation = config.generation(block.setting.weights, block.seed, block.setting)
-    ((batch,),) = worker.batches(generation, [block.number])
+    (batch,) = worker.batch(generation, block.number)
     features = extract(extractor, batch.images, EXTRACTOR_BATCH)
     arrays = {name: array for name, array in vars(features).items() if array is not None} | {"labels": batch.labels}
     if block.number == 0:

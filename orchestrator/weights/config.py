@@ -1,14 +1,14 @@
 """The config of a conversion of weights."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from models.diffusion import DiffusionConfig
-from models.unet import ARCHITECTURES, Architecture, ClassifierConfig, UNetConfig
+from models.unet import Architecture, ClassifierConfig, UNetConfig
 from orchestrator.config import JobConfig
 from orchestrator.weights.flags import Code, parse_flags
-from orchestrator.weights.published import entry_by_file_name, released_entry
+from orchestrator.weights.published import released_entry
 from orchestrator.weights.shapes import Shapes, num_classes_of
 
 
@@ -31,12 +31,10 @@ class ModelOptions(UNetConfig, frozen=True, extra="forbid"):
         Raises:
             ValueError: there is no such network; the message names the field.
         """
-        fields: dict[str, Any] = self.model_dump()
-        if self.num_classes is None and (found := num_classes_of(shapes)):
-            fields["num_classes"] = found
-        if self.pool is not None and fields["num_classes"] is None:
-            del fields["num_classes"]
-        kind = ARCHITECTURES[UNetConfig.kind if self.pool is None else ClassifierConfig.kind]
+        fields = self.model_dump(exclude_none=True)
+        if found := num_classes_of(shapes):
+            fields.setdefault("num_classes", found)
+        kind: type[Architecture] = UNetConfig if self.pool is None else ClassifierConfig
         try:
             return kind.model_validate({name: value for name, value in fields.items() if name in kind.model_fields})
         except ValidationError as error:
@@ -78,7 +76,7 @@ class ConversionConfig(JobConfig):
         return f"--recipe {self.recipe}" if self.recipe else "its released name"
 
     @model_validator(mode="after")
-    def _check_names(self) -> "ConversionConfig":
+    def _check_output(self) -> "ConversionConfig":
         is_file = self.output.endswith((".safetensors", ".pt"))
         if self.format is None and not is_file:
             raise ValueError(
@@ -91,7 +89,8 @@ class ConversionConfig(JobConfig):
     @model_validator(mode="after")
     def _check_architecture(self) -> "ConversionConfig":
         """Refuse options that contradict each other, and a .pt file without an architecture."""
-        given = {"--recipe": self.recipe is not None, "--flags": self.flags is not None, "--model.*": self.uses_model}
+        recipe = f"--recipe {self.recipe}"
+        given = {recipe: self.recipe is not None, "--flags": self.flags is not None, "--model.*": self.uses_model}
         options = [option for option, is_given in given.items() if is_given]
         if len(options) > 1:
             raise ValueError(
@@ -103,27 +102,15 @@ class ConversionConfig(JobConfig):
             raise ValueError(
                 "--diffusion.* needs --model.*; released names, --recipe and --flags include the diffusion"
             )
-        if not self.weights.endswith(".pt"):
-            if options:
-                value = f" {self.recipe}" if self.recipe else ""
-                raise ValueError(
-                    f"{options[0]}{value} is for .pt files; --weights {self.weights} contains its architecture"
-                )
-        elif self.flags is not None:
+        if options and not self.weights.endswith(".pt"):
+            raise ValueError(f"{options[0]} is for .pt files; --weights {self.weights} contains its architecture")
+        if self.flags is not None:
             parse_flags(self.flags, self.flags_from)
         elif self.uses_model:
             self._check_model()
-        else:
-            self._check_released()
+        elif self.weights.endswith(".pt"):
+            released_entry(self.weights, self.recipe)
         return self
-
-    def _check_released(self) -> None:
-        recipe, named = released_entry(self.weights, self.recipe), entry_by_file_name(self.weights)
-        if named and (named.network, named.diffusion) != (recipe.network, recipe.diffusion):
-            raise ValueError(
-                f"--recipe {self.recipe} contradicts the name of --weights {self.weights}, which was released as "
-                "another model; rename the file, or leave the option out"
-            )
 
     def _check_model(self) -> None:
         if not self.model.image_size:

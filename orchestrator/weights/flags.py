@@ -1,13 +1,14 @@
 """The flags of guided-diffusion and improved-diffusion, and the network that they describe.
 
 A `.pt` file of these repositories does not contain its architecture. The flags of the training script define it. An
-omitted flag has the default of its repository, and two defaults differ between the repositories (`_DEFAULTS`).
+omitted flag has the default of its repository, and two defaults differ between the repositories (`_SCALING`).
 """
 
+import argparse
 import difflib
 import shlex
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -20,7 +21,7 @@ Code = Literal["guided-diffusion", "improved-diffusion"]
 CODES: tuple[Code, ...] = get_args(Code)
 
 # Defaults by flag. The type of the default is the type of the flag.
-_SHARED_DEFAULTS: dict[str, Any] = {
+_DEFAULTS: dict[str, Any] = {
     "image_size": 64,
     "large_size": 256,
     "small_size": 64,
@@ -29,8 +30,8 @@ _SHARED_DEFAULTS: dict[str, Any] = {
     "num_heads": 4,
     "num_heads_upsample": -1,
     "num_head_channels": -1,
-    "attention_resolutions": "16,8",
-    "channel_mult": "",
+    "attention_resolutions": (16, 8),
+    "channel_mult": (),
     "dropout": 0.0,
     "class_cond": False,
     "use_scale_shift_norm": True,
@@ -46,18 +47,15 @@ _SHARED_DEFAULTS: dict[str, Any] = {
     "rescale_learned_sigmas": False,
     "classifier_width": 128,
     "classifier_depth": 2,
-    "classifier_attention_resolutions": "32,16,8",
+    "classifier_attention_resolutions": (32, 16, 8),
     "classifier_use_scale_shift_norm": True,
     "classifier_resblock_updown": True,
     "classifier_pool": "attention",
 }
-_DEFAULTS: dict[Code, dict[str, Any]] = {
-    "guided-diffusion": _SHARED_DEFAULTS,
-    "improved-diffusion": _SHARED_DEFAULTS | {"rescale_timesteps": True, "rescale_learned_sigmas": True},
-}
+_SCALING = ("rescale_timesteps", "rescale_learned_sigmas")  # False in guided-diffusion, True in improved-diffusion
 _OWN_FLAGS: dict[Code, set[str]] = {
     "guided-diffusion": {"num_head_channels", "channel_mult", "resblock_updown", "use_new_attention_order"}
-    | {flag for flag in _SHARED_DEFAULTS if flag.startswith("classifier_")},
+    | {flag for flag in _DEFAULTS if flag.startswith("classifier_")},
     "improved-diffusion": {"sigma_small"},
 }
 # Flags of training, sampling and memory, which do not change what the network computes.
@@ -78,8 +76,7 @@ _UPSAMPLER_MULT: dict[Code, dict[int, tuple[float, ...]]] = {
 }
 
 
-@dataclass(frozen=True)
-class PublishedFlags:
+class PublishedFlags(NamedTuple):
     """The flags that the user passed, and the repositories that have all of them."""
 
     given: dict[str, Any]  # flag -> value
@@ -95,39 +92,49 @@ class PublishedFlags:
         Raises:
             ValueError: there is no such network, or the two repositories would give different ones.
         """
-        kind, num_classes = network_kind(shapes) or "diffusion model", num_classes_of(shapes)
-        described: dict[Code, tuple[Architecture, DiffusionConfig]] = {}
-        refusals = []
+        kind, num_classes = network_kind(shapes) or "diffusion model", num_classes_of(shapes) or 1000
+        self._check_kind(kind)
+        described, refusals = [], []
         for code in self.codes:
+            values = _DEFAULTS | dict.fromkeys(_SCALING, code == "improved-diffusion") | self.given
             try:
-                described[code] = self._describe(code, kind, num_classes)
+                build = _classifier if kind == "classifier" else _unet
+                described.append((build(code, values, kind, num_classes), _diffusion(values, kind)))
             except ValueError as error:
                 refusals.append(error)
         if not described:
-            raise refusals[0]
-        first, *others = (diffusion for _, diffusion in described.values())
-        for other in others:
-            if _effective(first) != _effective(other):
-                raise ValueError(f"--flags fit both {' and '.join(described)}, and {_differing(described)}")
-        return next(iter(described.values()))
+            first = refusals[0]
+            reason = first.errors()[0]["msg"] if isinstance(first, ValidationError) else str(first)
+            raise ValueError(f"--flags: {reason.removeprefix('Value error, ')}") from first
+        if len(described) > 1:
+            self._check_scaling()
+        return described[0]
 
-    def _describe(self, code: Code, kind: Kind, num_classes: int | None) -> tuple[Architecture, DiffusionConfig]:
-        values = _DEFAULTS[code] | self.given
-        try:
-            if kind == "classifier":
-                return _classifier(code, values, num_classes or 1000), _diffusion(values, kind)
-            for flag in {"image_size"} if kind == "upsampler" else {"large_size", "small_size"}:
-                if flag in self.given:
-                    raise ValueError(
-                        f"--{flag} is not a flag for this kind of network; by its first convolution, the file "
-                        f"holds {'an upsampler' if kind == 'upsampler' else 'no upsampler'}"
-                    )
-            return _unet(code, values, kind == "upsampler", num_classes or 1000), _diffusion(values, kind)
-        except ValidationError as error:
-            reason = error.errors()[0]
-            raise ValueError(f"--flags: {reason['msg'].removeprefix('Value error, ')}") from error
-        except ValueError as error:
-            raise ValueError(f"--flags: {error}") from error
+    def _check_kind(self, kind: Kind) -> None:
+        """Raise ValueError if the flags set sizes that this kind of network does not have."""
+        foreign = {"upsampler": ["image_size"], "diffusion model": ["large_size", "small_size"], "classifier": []}[kind]
+        for flag in self.given.keys() & foreign:
+            raise ValueError(
+                f"--flags: --{flag} is not a flag for this kind of network; by its first convolution, the file holds "
+                f"{'an upsampler' if kind == 'upsampler' else 'no upsampler'}"
+            )
+
+    def _check_scaling(self) -> None:
+        """Raise ValueError if the result depends on the default of a flag in which the repositories differ."""
+        values = _DEFAULTS | self.given
+        if values["diffusion_steps"] == 1000:  # all scales are 1
+            return
+        relevant = _SCALING if values["learn_sigma"] and not values["use_kl"] else _SCALING[:1]
+        if missing := [flag for flag in relevant if flag not in self.given]:
+            raise ValueError(
+                f"--flags fit both {' and '.join(CODES)}, whose defaults of {' and '.join(missing)} are False and "
+                f"True; add --flags-from {' or '.join(CODES)}"
+            )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"--flags: {message}; pass flags and values, as in '--num_channels 128 --learn_sigma True'")
 
 
 def parse_flags(text: str, code: Code | None = None) -> PublishedFlags:
@@ -138,71 +145,52 @@ def parse_flags(text: str, code: Code | None = None) -> PublishedFlags:
     Raises:
         ValueError: a flag is unknown, or has a wrong value or none, or flags of both repositories are mixed.
     """
-    given: dict[str, Any] = {}
-    ignored: dict[str, None] = {}  # in order, each once
-    for flag, value in _pairs(text):
-        if flag in _IGNORED:
-            ignored[flag] = None
-        elif flag in _SHARED_DEFAULTS:
-            given[flag] = _value(flag, value)
-        else:
-            known = sorted(_IGNORED | _SHARED_DEFAULTS.keys())
-            near = difflib.get_close_matches(flag.replace("-", "_"), known, 1)
-            hint = f"did you mean --{near[0]}?" if near else f"{' and '.join(CODES)} do not have it"
-            raise ValueError(f"--flags: unknown flag --{flag}; {hint}")
+    parser = _Parser(argument_default=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+    for flag in _IGNORED:
+        parser.add_argument(f"--{flag}")
+    for flag in _DEFAULTS:
+        parser.add_argument(f"--{flag}", type=partial(_value, flag))
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"--flags {text!r}: {error}") from error
+    if not words:
+        raise ValueError("--flags is empty; pass the flags that the model was trained with")
+    found, unknown = parser.parse_known_args(words)
+    for word in unknown:
+        name = word.partition("=")[0]
+        near = difflib.get_close_matches(name.strip("-").replace("-", "_"), sorted(_IGNORED | _DEFAULTS.keys()), 1)
+        hint = f"did you mean --{near[0]}?" if near else f"{' and '.join(CODES)} do not have it"
+        raise ValueError(f"--flags: unknown flag {name}; {hint}")
+    given = {flag: value for flag, value in vars(found).items() if flag in _DEFAULTS}
+    ignored = tuple(flag for flag in vars(found) if flag in _IGNORED)
     own = {name: sorted(given.keys() & flags) for name, flags in _OWN_FLAGS.items()}
     codes = tuple(name for name in CODES if not any(own[other] for other in CODES if other != name))
     if code is None and not codes:
         mixed = ", ".join(f"--{flags[0]} is a flag of {name} only" for name, flags in own.items())
         raise ValueError(f"--flags: {mixed}; choose the defaults with --flags-from {' or '.join(CODES)}")
-    return PublishedFlags(given, tuple(ignored), (code,) if code else codes)
-
-
-def _pairs(text: str) -> list[tuple[str, str]]:
-    """Split the string into pairs of a flag without its dashes and a value."""
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise ValueError(f"--flags {text!r}: {error}") from error
-    pairs = []
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise ValueError(f"--flags: {word!r} is not a flag; pass only flags and values, as in '--num_channels 128'")
-        flag, equals, value = word[2:].partition("=")
-        if not equals:
-            if not words or words[0].startswith("--"):
-                raise ValueError(f"--flags: --{flag} needs a value, as in '--num_channels 128 --learn_sigma True'")
-            value = words.pop(0)
-        pairs.append((flag, value))
-    if not pairs:
-        raise ValueError("--flags is empty; pass the flags that the model was trained with")
-    return pairs
+    return PublishedFlags(given, ignored, (code,) if code else codes)
 
 
 def _value(flag: str, text: str) -> Any:
-    kind = type(_SHARED_DEFAULTS[flag])
+    kind = type(_DEFAULTS[flag])
     try:
-        if flag == "channel_mult":
-            _numbers(text, float)
-        elif flag.endswith("attention_resolutions"):
-            _numbers(text, int)
+        if kind is tuple:
+            number = float if flag == "channel_mult" else int
+            return tuple(number(part) for part in text.split(",")) if text else ()
         return TypeAdapter(kind).validate_python(text)
     except ValueError as error:
-        kinds = {bool: "True or False", int: "an integer", float: "a number", str: "numbers separated by commas"}
-        raise ValueError(f"--flags: --{flag} {text}: expected {kinds[kind]}") from error
+        kinds = {bool: "True or False", int: "an integer", float: "a number", tuple: "numbers separated by commas"}
+        raise argparse.ArgumentTypeError(f"{text}: expected {kinds[kind]}") from error
 
 
-def _numbers(text: str, kind: type) -> tuple[Any, ...]:
-    return tuple(kind(number) for number in text.split(",")) if text else ()
-
-
-def _unet(code: Code, values: dict[str, Any], upsampler: bool, num_classes: int) -> UNetConfig:
-    size = values["large_size"] if upsampler else values["image_size"]
-    mult = _multipliers(code, size, values["channel_mult"], _UPSAMPLER_MULT if upsampler else _CHANNEL_MULT)
+def _unet(code: Code, values: dict[str, Any], kind: Kind, num_classes: int) -> UNetConfig:
+    is_upsampler = kind == "upsampler"
+    size = values["large_size"] if is_upsampler else values["image_size"]
+    mult = values["channel_mult"] or _multipliers(_UPSAMPLER_MULT if is_upsampler else _CHANNEL_MULT, code, size)
     return UNetConfig(
         image_size=size,
-        low_res_size=values["small_size"] if upsampler else None,
+        low_res_size=values["small_size"] if is_upsampler else None,
         model_channels=values["num_channels"],
         out_channels=6 if values["learn_sigma"] else 3,
         num_res_blocks=values["num_res_blocks"],
@@ -219,11 +207,11 @@ def _unet(code: Code, values: dict[str, Any], upsampler: bool, num_classes: int)
     )
 
 
-def _classifier(code: Code, values: dict[str, Any], num_classes: int) -> ClassifierConfig:
+def _classifier(code: Code, values: dict[str, Any], kind: Kind, num_classes: int) -> ClassifierConfig:
     if code != "guided-diffusion":
-        raise ValueError(f"the file holds a classifier, since it has no output_blocks, and {code} has no classifier")
+        raise ValueError(f"the file holds a {kind}, since it has no output_blocks, and {code} has no {kind}")
     size = values["image_size"]
-    mult = _multipliers(code, size, "", _CHANNEL_MULT)
+    mult = _multipliers(_CHANNEL_MULT, code, size)
     return ClassifierConfig(
         image_size=size,
         model_channels=values["classifier_width"],
@@ -262,11 +250,7 @@ def _optional(number: int) -> int | None:
     return None if number == -1 else number
 
 
-def _multipliers(
-    code: Code, size: int, text: str, defaults: dict[Code, dict[int, tuple[float, ...]]]
-) -> tuple[float, ...]:
-    if text:
-        return _numbers(text, float)
+def _multipliers(defaults: dict[Code, dict[int, tuple[float, ...]]], code: Code, size: int) -> tuple[float, ...]:
     if size not in defaults[code]:
         sizes = ", ".join(map(str, defaults[code]))
         raise ValueError(
@@ -275,24 +259,7 @@ def _multipliers(
     return defaults[code][size]
 
 
-def _attended(size: int, mult: tuple[float, ...], text: str) -> tuple[int, ...]:
+def _attended(size: int, mult: tuple[float, ...], resolutions: tuple[int, ...]) -> tuple[int, ...]:
     """Return the sizes with attention; like the published code, ignore sizes that no feature map has."""
-    factors = [size // resolution for resolution in _numbers(text, int) if resolution > 0]
+    factors = [size // resolution for resolution in resolutions if resolution > 0]
     return tuple(dict.fromkeys(size // factor for factor in factors if factor in {1 << i for i in range(len(mult))}))
-
-
-def _effective(diffusion: DiffusionConfig) -> DiffusionConfig:
-    """Return the diffusion with fields reset that have no effect: scales of 1, and those of unused losses."""
-    unscaled = diffusion.num_timesteps == 1000
-    changes: dict[str, Any] = {"rescale_timesteps": False} if unscaled else {}
-    if diffusion.loss == "rescaled_simple" and (unscaled or not diffusion.learns_variance):
-        changes["loss"] = "simple"
-    return diffusion.model_copy(update=changes)
-
-
-def _differing(described: dict[Code, tuple[Architecture, DiffusionConfig]]) -> str:
-    """Return how the defaults of the repositories differ for these flags, and what to add to the command."""
-    fields = {"rescale_timesteps": "rescale_timesteps", "loss": "rescale_learned_sigmas"}
-    found = [flag for field, flag in fields.items() if len({getattr(d, field) for _, d in described.values()}) > 1]
-    defaults = "; ".join(f"{code} {' and '.join(f'{f} {_DEFAULTS[code][f]}' for f in found)}" for code in described)
-    return f"their defaults differ ({defaults}). Add --flags-from {' or '.join(described)}"

@@ -13,10 +13,10 @@ from orchestrator.weights.flags import parse_flags
 from orchestrator.weights.network import (
     Network,
     describe_entry,
-    encode_weights,
     load_network,
     load_published,
     weights_file,
+    weights_header,
 )
 from orchestrator.weights.published import encode_state_dict, entry_by_file_name, released_entry
 from orchestrator.weights.shapes import Shapes, invisible_settings
@@ -57,19 +57,19 @@ def _describe(config: ConversionConfig, shapes: Shapes) -> tuple[Architecture, D
     Raises:
         ValueError: there is no such network, or another one was released under the file's name.
     """
-    if config.flags is None and not config.uses_model:
-        return describe_entry(released_entry(config.weights, config.recipe), shapes)
     if config.flags is not None:
-        architecture, diffusion = parse_flags(config.flags, config.flags_from).describe(shapes)
+        described = parse_flags(config.flags, config.flags_from).describe(shapes)
+    elif config.uses_model:
+        described = config.model.architecture(shapes), config.diffusion
     else:
-        architecture, diffusion = config.model.architecture(shapes), config.diffusion
+        described = describe_entry(released_entry(config.weights, config.recipe), shapes)
     named = entry_by_file_name(config.weights)
-    if named and (architecture, diffusion) != describe_entry(named, shapes):
+    if named and described != describe_entry(named, shapes):
         raise ValueError(
             f"{config.described_by} contradicts the name of --weights {config.weights}, which was released as another "
             "model; rename the file if it is not the released one, or leave the options out"
         )
-    return architecture, diffusion
+    return described
 
 
 def _assumptions(config: ConversionConfig, network: Network) -> str:
@@ -101,7 +101,8 @@ def _objects(network: Network, output: str) -> dict[str, bytes]:
     """Return the content of the output by URI."""
     weights = network.module.state_dict()
     if output.endswith(".safetensors"):
-        return {output: encode_weights(weights, network.architecture, network.diffusion, network.classes)}
+        header = weights_header(network.architecture, network.diffusion, network.classes)
+        return {output: safetensors.torch.save(weights, header)}
     if output.endswith(".pt"):
         return {output: encode_state_dict(weights, network.architecture)}
     config = diffusers_config(network.architecture)

@@ -1,11 +1,11 @@
 """Networks on disk: safetensors files with their architecture in the header, and released `.pt` files."""
 
+import contextlib
 import hashlib
 import io
 import json
-import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,15 +64,13 @@ def load_network(uri: str, device: torch.device | str = "cpu", recipe: str | Non
         return load_published(uri, partial(describe_entry, released_entry(uri, recipe)), device)
     if recipe is not None:
         raise ValueError(f"recipe={recipe!r} is for .pt files; {uri} contains its architecture")
-    uri = uri if uri.endswith(".safetensors") else storage.join(uri, "weights", latest_weights(uri))
+    uri = weights_file(uri, str)
     data = storage.read_bytes(uri)
-    try:
+    with _reading(uri):
         weights = safetensors.torch.load(data)
         about = _read_about(io.BytesIO(data))
         architecture, diffusion = described(about)
         classes = tuple(about["classes"])
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise _not_ours(uri, error) from error
     module = _filled(uri, architecture, weights, device)
     return Network(module, architecture, diffusion, classes, hashlib.sha256(data).hexdigest())
 
@@ -120,14 +118,19 @@ def _filled(uri: str, architecture: Architecture, weights: dict[str, Tensor], de
 
 
 def _read_about(file: Any) -> dict[str, Any]:
-    """Return what `_about` wrote into a safetensors header, which is 8 bytes of length and then JSON."""
+    """Return what `weights_header` describes from a safetensors file: 8 bytes of length, then a header in JSON."""
     length = int.from_bytes(file.read(8), "little")
     return json.loads(json.loads(file.read(length)).get("__metadata__", {})["admiral"])
 
 
-def _not_ours(uri: str, error: Exception) -> ValueError:
-    reason = f"its header has no {error}" if isinstance(error, KeyError) else error
-    return ValueError(f"{uri} is not a weights file of Admiral: {reason}")
+@contextlib.contextmanager
+def _reading(uri: str) -> Iterator[None]:
+    """Raise a ValueError that names the file if its content is not that of a weights file."""
+    try:
+        yield
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        reason = f"its header has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{uri} is not a weights file of Admiral: {reason}") from error
 
 
 def save_weights(
@@ -143,25 +146,16 @@ def save_weights(
     training: small JSON about the origin of the weights, such as the number of images seen.
     """
     if not storage.exists(uri):
-        write_tensors(uri, weights, _about(architecture, diffusion, classes, training))
+        write_tensors(uri, weights, weights_header(architecture, diffusion, classes, training))
 
 
-def encode_weights(
-    weights: dict[str, Tensor],
-    architecture: Architecture,
-    diffusion: DiffusionConfig,
-    classes: tuple[str, ...],
-) -> bytes:
-    """Return the content of the file that `save_weights` writes."""
-    return safetensors.torch.save(_saveable(weights), metadata=_about(architecture, diffusion, classes))
-
-
-def _about(
+def weights_header(
     architecture: Architecture,
     diffusion: DiffusionConfig,
     classes: tuple[str, ...],
     training: dict[str, Any] | None = None,
 ) -> dict[str, str]:
+    """Return the metadata of a weights file for safetensors; the parameters are those of `save_weights`."""
     about = {
         "format_version": FORMAT_VERSION,
         "kind": architecture.kind,
@@ -179,11 +173,8 @@ def weights_about(uri: str) -> dict[str, Any]:
     Raises:
         ValueError: it is not a weights file of Admiral.
     """
-    with storage.open_input(uri) as file:
-        try:
-            return _read_about(file)
-        except (ValueError, KeyError) as error:
-            raise _not_ours(uri, error) from error
+    with storage.open_input(uri) as file, _reading(uri):
+        return _read_about(file)
 
 
 def weights_file(
@@ -198,64 +189,48 @@ def weights_file(
     locate: returns the URI of a path.
     noted: the file that an earlier attempt at the same job used. It is returned again if it belongs to this run, so
         that newer weights do not change the job.
-    kind: see `latest_weights`.
-    at: see `weights_at`; None = the newest weights.
+    kind: "ema-0.9999" or "raw"; None = the last kind by name.
+    at: a number of images, or "best" for the best snapshot of `kind`, or of all kinds, according to
+        `jobs/evaluate_run.py`; None = the newest.
+
+    Raises:
+        FileNotFoundError: the run has no weights, or `at` is "best" and the run was not evaluated.
+        ValueError: the run has no weights of this kind or no such snapshot.
     """
     if path.endswith((".pt", ".safetensors")) or is_imported(path):
         return path
     folder = storage.join(path, "weights")
     if noted and noted.startswith(f"{folder}/"):
         return noted
-    return storage.join(folder, weights_at(locate(path), at, kind) if at else latest_weights(locate(path), kind))
+    return storage.join(folder, _best(locate(path), kind) if at == "best" else _snapshot(locate(path), kind, at))
 
 
-def latest_weights(run: str, kind: str | None = None) -> str:
-    """Return the name of the newest file in a training run's folder weights/.
-
-    kind: "ema-0.9999" or "raw"; None = the last kind by name.
-
-    Raises:
-        FileNotFoundError: the run has no weights.
-        ValueError: the run has no weights of this kind.
-    """
-    folder = storage.join(run, "weights")
-    names = sorted(name for name in storage.list_names(folder) if name.endswith(".safetensors"))
+def _snapshot(run: str, kind: str | None, at: str | None) -> str:
+    """Return the name of the last file in weights/, such as images-000000000512-ema-0.9999.safetensors, that fits."""
+    names = sorted(name for name in storage.list_names(storage.join(run, "weights")) if name.endswith(".safetensors"))
     if not names:
         raise FileNotFoundError(f"{run} has no weights; a training writes them at its end, or with --snapshot-every")
-    if kind is None:
-        return names[-1]
-    kinds = {name.removesuffix(".safetensors").split("-", 2)[-1]: name for name in names}  # the newest of each
-    if kind not in kinds:
-        raise ValueError(f"{run} has no weights {kind!r}; it has {', '.join(kinds)}")
-    return kinds[kind]
-
-
-def weights_at(run: str, at: str, kind: str | None = None) -> str:
-    """Return the name of a snapshot of `kind` in a training run's folder weights/.
-
-    at: a number of images, or "best" for the best snapshot of `kind`, or of all kinds, according to
-        `jobs/evaluate_run.py`.
-
-    Raises:
-        FileNotFoundError: `at` is "best" and the run was not evaluated.
-        ValueError: there is no such snapshot.
-    """
-    if at == "best":
-        uri = storage.join(run, BEST)
-        if not storage.exists(uri):
-            raise FileNotFoundError(f"--at best: {run} was not evaluated yet; run jobs/evaluate_run.py first")
-        best: dict[str, str] = storage.read_json(uri)
-        if (kind or ANY) not in best:
-            raise ValueError(f"--at best: no weights {kind!r} were evaluated, only {', '.join(best.keys() - {ANY})}")
-        return best[kind or ANY]
-    names = storage.list_names(storage.join(run, "weights"))
-    found = sorted(name for name in names if re.match(rf"images-0*{re.escape(at)}-{re.escape(kind or '')}", name))
+    parts = [name.removesuffix(".safetensors").split("-", 2) for name in names]
+    kinds, moments = [part[2] for part in parts], [str(int(part[1])) for part in parts]
+    if kind not in (None, *kinds):
+        raise ValueError(f"{run} has no weights {kind!r}; it has {', '.join(dict.fromkeys(kinds))}")
+    found = [n for n, k, m in zip(names, kinds, moments, strict=True) if kind in (None, k) and at in (None, m)]
     if not found:
-        moments = sorted({int(name.split("-")[1]) for name in names if name.startswith("images-")})
         raise ValueError(
-            f"--at {at}: {run} has no such snapshot; it has snapshots at {', '.join(map(str, moments))} images"
+            f"--at {at}: {run} has no such snapshot; it has snapshots at {', '.join(dict.fromkeys(moments))} images"
         )
     return found[-1]
+
+
+def _best(run: str, kind: str | None) -> str:
+    """Return the name of the best snapshot of `kind`, or of all kinds."""
+    uri = storage.join(run, BEST)
+    if not storage.exists(uri):
+        raise FileNotFoundError(f"--at best: {run} was not evaluated yet; run jobs/evaluate_run.py first")
+    best: dict[str, str] = storage.read_json(uri)
+    if (kind or ANY) not in best:
+        raise ValueError(f"--at best: no weights {kind!r} were evaluated, only {', '.join(best.keys() - {ANY})}")
+    return best[kind or ANY]
 
 
 def write_tensors(uri: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:

@@ -70,15 +70,13 @@ def _refuse_nested(uri: str, weights: dict[Any, Any]) -> None:
             f"{uri} holds the state of an optimizer (opt*.pt of the published code); pass the weights beside it: "
             "ema_*.pt or model*.pt"
         )
-    others = {name: value for name, value in weights.items() if not isinstance(value, Tensor)}
-    nested = [name for name, value in others.items() if isinstance(value, dict)]
-    if nested:
-        raise ValueError(
-            f"{uri} is not a flat dictionary of tensors: it holds the dictionaries {', '.join(map(repr, nested))}; "
-            f"save only the one with the network: torch.save(torch.load(path)[{nested[0]!r}], 'weights.pt')"
-        )
-    for name, value in others.items():
-        raise ValueError(f"{uri} is not a flat dictionary of tensors: {name!r} is a {type(value).__name__}")
+    for name, value in sorted(weights.items(), key=lambda item: not isinstance(item[1], dict)):  # dictionaries first
+        if not isinstance(value, Tensor):
+            save = f"; if it holds the network, save only that: torch.save(torch.load(path)[{name!r}], 'weights.pt')"
+            raise ValueError(
+                f"{uri} is not a flat dictionary of tensors: {name!r} is a {type(value).__name__}"
+                f"{save if isinstance(value, dict) else ''}"
+            )
 
 
 def encode_state_dict(weights: dict[str, Tensor], architecture: Architecture) -> bytes:

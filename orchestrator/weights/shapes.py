@@ -2,45 +2,39 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from models.unet import Architecture, ClassifierConfig
-from models.zoo import MULT_64, MULT_128, MULT_256, MULT_512
 
 Shapes = Mapping[str, tuple[int, ...]]
 Kind = Literal["diffusion model", "upsampler", "classifier"]
 
 _FIRST = "input_blocks.0.0.weight"
 NUM_ROWS = 5  # mismatched tensors that a message lists
-_MAX_CHANGES = 4  # options in an explanation
-_SECTIONS = ("time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out")
-_FLAGS = {  # field -> the published flag
-    "in_channels": "in_channels",
+_POOLS = (  # a tensor, its number of dimensions, and the pool of the classifiers that have it
+    ("out.2.c_proj.weight", 3, "attention"),
+    ("out.3.weight", 4, "adaptive"),
+    ("out.3.weight", 2, "spatial_v2"),
+    ("out.2.weight", 2, "spatial"),
+)
+_FLAGS = {  # field -> the published flag, where it has another name
     "model_channels": "num_channels",
     "out_channels": "learn_sigma",
     "num_classes": "class_cond",
     "low_res_size": "large_size and small_size",
     "channel_mult": "channel_mult, or the image_size that sets it",
-    "num_res_blocks": "num_res_blocks",
-    "attention_resolutions": "attention_resolutions",
-    "use_scale_shift_norm": "use_scale_shift_norm",
-    "resblock_updown": "resblock_updown",
-    "conv_resample": "conv_resample",
-    "pool": "classifier_pool",
-    "image_size": "image_size",
 }
 _CLASSIFIER_FLAGS = {
     "model_channels": "classifier_width",
     "num_res_blocks": "classifier_depth",
     "num_classes": "out_channels",
-    "attention_resolutions": "classifier_attention_resolutions",
-    "use_scale_shift_norm": "classifier_use_scale_shift_norm",
-    "resblock_updown": "classifier_resblock_updown",
+    "channel_mult": _FLAGS["channel_mult"],
+    **{field: f"classifier_{field}" for field in ("attention_resolutions", "use_scale_shift_norm", "resblock_updown")},
+    "pool": "classifier_pool",
 }
 
 
@@ -60,11 +54,11 @@ def network_kind(shapes: Shapes) -> Kind | None:
 
 def num_classes_of(shapes: Shapes) -> int | None:
     """Return the number of classes of a network with these tensors; None if it is not conditioned on classes."""
-    name: str | None = "label_emb.weight"
+    names = ["label_emb.weight"]
     if network_kind(shapes) == "classifier":
         # pool=attention; pool=adaptive (a convolution) and spatial_v2; pool=spatial
-        name = next((name for name in ("out.2.c_proj.weight", "out.3.weight", "out.2.weight") if name in shapes), None)
-    return shapes[name][0] if name and name in shapes else None
+        names = ["out.2.c_proj.weight", "out.3.weight", "out.2.weight"]
+    return next((shapes[name][0] for name in names if name in shapes), None)
 
 
 def with_classes_of(shapes: Shapes, architecture: Architecture) -> Architecture:
@@ -82,10 +76,10 @@ def describe_mismatch(found: Mapping[str, Tensor], expected: Mapping[str, Tensor
     expected: the tensors of `architecture`.
     """
     there, here = shapes_of(found), shapes_of(expected)
-    names = sorted(_differing(there, here), key=_network_order)
+    names = _differing(there, here)
     if not names:
         return ""
-    rows = [f"{name}: {_shape(there, name)} / {_shape(here, name)}" for name in names[:NUM_ROWS]]
+    rows = [f"{name}: {there.get(name, 'missing')} / {here.get(name, 'missing')}" for name in names[:NUM_ROWS]]
     rows += [f"and {len(names) - NUM_ROWS} more"] if len(names) > NUM_ROWS else []
     total = len(there.keys() | here.keys())
     return (
@@ -96,36 +90,27 @@ def describe_mismatch(found: Mapping[str, Tensor], expected: Mapping[str, Tensor
 
 def invisible_settings(architecture: Architecture) -> dict[str, Any]:
     """Return the settings that change what a network computes, but not the name or shape of a tensor."""
-    fields = ["num_head_channels"] if architecture.num_head_channels else ["num_heads"]
-    if architecture.low_res_size:
-        fields.insert(0, "low_res_size")
-    if isinstance(architecture, ClassifierConfig):
-        is_size_visible = architecture.pool == "attention"  # which has an embedding for each position
-    else:
-        is_size_visible = False
-        if architecture.num_heads_upsample and not architecture.num_head_channels:
-            fields.append("num_heads_upsample")
-    if not is_size_visible:
-        fields.insert(0, "image_size")
-    return {field: getattr(architecture, field) for field in [*fields, "use_new_attention_order", "dropout"]}
+    has_fixed_heads = bool(architecture.num_head_channels)
+    invisible = {
+        # the pool "attention" has an embedding for each position
+        "image_size": not (isinstance(architecture, ClassifierConfig) and architecture.pool == "attention"),
+        "low_res_size": bool(architecture.low_res_size),
+        "num_head_channels": has_fixed_heads,
+        "num_heads": not has_fixed_heads,
+        "num_heads_upsample": not has_fixed_heads and bool(getattr(architecture, "num_heads_upsample", None)),
+        "use_new_attention_order": True,
+        "dropout": True,
+    }
+    return {field: getattr(architecture, field) for field, is_invisible in invisible.items() if is_invisible}
 
 
-def _differing(there: Shapes, here: Shapes) -> set[str]:
-    return {name for name in there.keys() | here.keys() if there.get(name) != here.get(name)}
-
-
-def _network_order(name: str) -> tuple[Any, ...]:
-    section = name.split(".", 1)[0]
-    parts = [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
-    return _SECTIONS.index(section) if section in _SECTIONS else len(_SECTIONS), parts
-
-
-def _shape(shapes: Shapes, name: str) -> str:
-    return str(shapes[name]) if name in shapes else "missing"
+def _differing(there: Shapes, here: Shapes) -> list[str]:
+    """Return the names of tensors that differ, in the order of the network."""
+    return [name for name in dict.fromkeys([*here, *there]) if there.get(name) != here.get(name)]
 
 
 def _explanation(there: Shapes, here: Shapes, architecture: Architecture) -> str:
-    """Return the options that explain the most mismatches, each with the value in the file and the one given."""
+    """Return the options that differ from the settings in the file, each with the value there and the one given."""
     unexplained = "No option explains this: the file holds another kind of network, or was modified."
     kind = network_kind(there)
     if kind is None:
@@ -133,37 +118,22 @@ def _explanation(there: Shapes, here: Shapes, architecture: Architecture) -> str
     if (kind == "classifier") != (architecture.kind == "classifier"):
         expected = "a classifier" if architecture.kind == "classifier" else "a diffusion model"
         return f"The file holds {'an' if kind == 'upsampler' else 'a'} {kind}, but {expected} is expected."
-    if _squeezed(there) == _squeezed(here):
-        return "Only dimensions of size 1 differ: attention is a Conv1d with weights [out, in, 1] in guided-diffusion."
-    changed, left = architecture, len(_differing(there, here))
-    changes: list[str] = []
-    while left and len(changes) < _MAX_CHANGES:
-        tried = [(len(_differing(there, _shapes(other))), field, other) for field, other in _neighbours(changed, there)]
-        fewest, field, other = min(tried, key=lambda row: row[0], default=(left, "", changed))
-        if fewest >= left:
-            break
-        changes.append(_change(field, other, changed))
-        changed, left = other, fewest
-    if not changes:
+    try:
+        found = type(architecture).model_validate(architecture.model_dump() | _visible_settings(there, architecture))
+        with torch.device("meta"):
+            left = len(_differing(there, shapes_of(found.build().state_dict())))
+    except (LookupError, ValueError):  # tensors are missing, or there is no such network
         return unexplained
-    rest = "This explains all mismatches." if not left else f"{left} mismatches remain."
+    changes = [_change(field, found, architecture) for field, value in found if value != getattr(architecture, field)]
+    if left >= len(_differing(there, here)):
+        return unexplained
+    rest = f"{left} mismatches remain." if left else "This explains all mismatches."
     return f"Closest explanation: {'; '.join(changes)}. {rest}"
 
 
-def _squeezed(shapes: Shapes) -> dict[str, list[int]]:
-    return {name: [size for size in shape if size != 1] for name, shape in shapes.items()}
-
-
-@lru_cache(maxsize=256)
-def _shapes(architecture: Architecture) -> Shapes:
-    """Return the shapes of a network's tensors without allocating memory for them."""
-    with torch.device("meta"):
-        return shapes_of(architecture.build().state_dict())
-
-
-def _change(field: str, other: Architecture, architecture: Architecture) -> str:
-    flag = (_CLASSIFIER_FLAGS if architecture.kind == "classifier" else {}).get(field) or _FLAGS[field]
-    there, here = getattr(other, field), getattr(architecture, field)
+def _change(field: str, found: Architecture, architecture: Architecture) -> str:
+    flag = (_CLASSIFIER_FLAGS if architecture.kind == "classifier" else _FLAGS).get(field, field)
+    there, here = getattr(found, field), getattr(architecture, field)
     if field == "low_res_size" and there:
         there = "set"  # the tensors do not determine its value
     return f"{flag} (--model.{field.replace('_', '-')}) is {_text(there)} in the file, {_text(here)} here"
@@ -173,59 +143,68 @@ def _text(value: Any) -> str:
     return ",".join(f"{number:g}" for number in value) or "empty" if isinstance(value, tuple) else str(value)
 
 
-def _neighbours(architecture: Architecture, there: Shapes) -> Iterator[tuple[str, Architecture]]:
-    """Yield architectures that differ in one field, with the name of the field."""
-    for field, value in _candidates(architecture, there):
-        changes: dict[str, Any] = {field: value}
-        if field not in type(architecture).model_fields or getattr(architecture, field) == value:
-            continue
-        if field == "channel_mult":  # only feature maps that exist may have attention
-            sizes = [architecture.image_size >> level for level in range(len(value))]
-            kept = tuple(size for size in architecture.attention_resolutions if size in sizes)
-            changes["attention_resolutions"] = kept
-        elif field == "image_size":  # keep attention at the same levels
-            levels = [architecture.sizes.index(size) for size in architecture.attention_resolutions]
-            changes["attention_resolutions"] = tuple(value >> level for level in levels)
-        try:
-            yield field, type(architecture).model_validate(architecture.model_dump() | changes)
-        except ValueError:  # not a valid network
-            continue
+def _visible_settings(there: Shapes, architecture: Architecture) -> dict[str, Any]:
+    """Return the fields that the tensors of a network of this kind determine. Raises LookupError if some are missing.
 
-
-def _candidates(architecture: Architecture, there: Shapes) -> Iterator[tuple[str, Any]]:
-    """Yield fields and values to try: the value that the tensors determine, or all common ones."""
-    width = there.get("time_embed.0.weight", ())[1:]
-    yield from (("model_channels", value) for value in width)
-    yield "num_classes", num_classes_of(there)
-    for inputs in there.get(_FIRST, ())[1:2]:
-        if architecture.low_res_size:
-            yield "low_res_size", None
-            inputs //= 2
-        elif inputs == 2 * architecture.in_channels:
-            yield "low_res_size", max(architecture.image_size // 4, 1)
-        yield "in_channels", inputs
-    yield from (("out_channels", value) for value in there.get("out.2.weight", ())[:1])
-    for field in ("use_scale_shift_norm", "resblock_updown", "conv_resample"):
-        yield field, not getattr(architecture, field)
-    yield from (("num_res_blocks", value) for value in range(1, 7))
-    yield from _levels(architecture, there)
-    yield from (("channel_mult", value) for value in (MULT_64, (1, 2, 2, 2), MULT_128, MULT_256, MULT_512))
-    yield from (("pool", value) for value in ("attention", "adaptive", "spatial", "spatial_v2"))
-    for positions in there.get("out.2.positional_embedding", ())[1:]:
-        yield "image_size", math.isqrt(positions - 1) << (len(architecture.channel_mult) - 1)
-
-
-def _levels(architecture: Architecture, there: Shapes) -> Iterator[tuple[str, Any]]:
-    """Yield the file's channel_mult and attention_resolutions, if it has this many blocks per resolution."""
-    blocks = [int(match[1]) for name in there if (match := re.match(r"input_blocks\.(\d+)\.", name))]
-    stride = architecture.num_res_blocks + 1
-    firsts = range(1, max(blocks, default=0) + 1, stride)
-    widths = [there.get(f"input_blocks.{first}.0.out_layers.3.weight", ())[:1] for first in firsts]
-    if all(widths):
-        unit = (there.get("time_embed.0.weight", ())[1:] or (architecture.model_channels,))[0]
-        yield "channel_mult", tuple(width / unit for (width,) in widths)
-    sizes = enumerate(architecture.sizes[: len(firsts)])
-    yield (
-        "attention_resolutions",
-        tuple(size for level, size in sizes if f"input_blocks.{firsts[level]}.1.qkv.weight" in there),
+    What remains open, such as the image size of a diffusion model, is as in `architecture`.
+    """
+    unit, inputs = there["time_embed.0.weight"][1], there[_FIRST][1]
+    depth, resampling = _depth(there, architecture)
+    firsts = range(1, _last_block(there) + 1, depth + 1)  # the first block of each resolution
+    widths = [_width(there, first) for first in firsts]
+    settings: dict[str, Any] = {
+        "model_channels": unit,
+        "num_classes": num_classes_of(there),
+        "num_res_blocks": depth,
+        "channel_mult": tuple(width / unit for width in widths),
+        "use_scale_shift_norm": there["input_blocks.1.0.emb_layers.1.weight"][0] == 2 * widths[0],
+        **resampling,
+    }
+    image_size = architecture.image_size
+    if isinstance(architecture, ClassifierConfig):
+        settings["in_channels"] = inputs
+        pools = [pool for name, dims, pool in _POOLS if len(there.get(name, ())) == dims]
+        settings["pool"] = pools[0]
+        if positions := there.get("out.2.positional_embedding"):
+            settings["image_size"] = image_size = math.isqrt(positions[1] - 1) << (len(widths) - 1)
+    else:
+        is_upsampler = inputs == 2 * architecture.in_channels
+        settings["in_channels"] = inputs // 2 if is_upsampler else inputs
+        settings["low_res_size"] = (architecture.low_res_size or max(image_size // 4, 1)) if is_upsampler else None
+        settings["out_channels"] = there["out.2.weight"][0]
+    settings["attention_resolutions"] = tuple(
+        image_size >> level for level, first in enumerate(firsts) if f"input_blocks.{first}.1.qkv.weight" in there
     )
+    return settings
+
+
+def _last_block(there: Shapes) -> int:
+    return max(int(match[1]) for name in there if (match := re.match(r"input_blocks\.(\d+)\.", name)))
+
+
+def _width(there: Shapes, block: int) -> int:
+    return there[f"input_blocks.{block}.0.out_layers.3.weight"][0]
+
+
+def _depth(there: Shapes, architecture: Architecture) -> tuple[int, dict[str, bool]]:
+    """Return the residual blocks per resolution, and the fields that say how the resolution changes.
+
+    A convolution or a gap without tensors shows where the resolution changes. If residual blocks change it, the decoder
+    has a second residual block there. A classifier has no decoder, but all blocks of a resolution have the same width;
+    if several depths fit, those of `architecture` and of its number of resolutions come first.
+    """
+    last = _last_block(there)
+    for block in range(1, last):
+        is_convolution = f"input_blocks.{block}.0.op.weight" in there
+        if is_convolution or f"input_blocks.{block}.0.out_layers.3.weight" not in there:
+            return block - 1, {"resblock_updown": False, "conv_resample": is_convolution}
+    for depth in range(1, last + 1):
+        if any(f"output_blocks.{depth}.{part}.in_layers.0.weight" in there for part in (1, 2)):
+            return depth, {"resblock_updown": True}
+    widths = [_width(there, block) for block in range(1, last + 1)]
+    as_given = (architecture.num_res_blocks, (last + 1) // len(architecture.channel_mult) - 1)
+    for depth in (depth for depth in (*as_given, *range(1, last + 1)) if depth > 0):
+        levels = [set(widths[begin : begin + depth + 1]) for begin in range(0, last, depth + 1)]
+        if (last + 1) % (depth + 1) == 0 and all(len(level) == 1 for level in levels):
+            return depth, {"resblock_updown": True} if len(levels) > 1 else {}
+    raise LookupError("the widths of the blocks fit no depth")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import tyro
 
-from orchestrator.generation.noise import Draw, NoiseAhead, draw_noise
+from orchestrator.generation.noise import Draw, draw_noise, noise_ahead
 from orchestrator.order import Purpose
 from tests.benchmarks.pool_efficiency import median_interval
 
@@ -56,7 +56,7 @@ def row(options: Options, shape: tuple[int, int, int, int], name: str, step: Cal
             draw_noise(0, key)
 
     def ahead() -> None:
-        with NoiseAhead(0, keys) as draw:
+        with noise_ahead(0, keys) as draw:
             for key in keys:
                 step()
                 draw(key)

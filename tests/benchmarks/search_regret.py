@@ -114,7 +114,7 @@ def make_drawer(regret: Regret) -> Callable[[Part], None]:
 
     def draw(part: Part) -> None:
         generation = config.generation(part.setting.weights, part.seed, part.setting)
-        ((batch,),) = worker.batches(generation, [part.number])
+        (batch,) = worker.batch(generation, part.number)
         features = extract(extractor, batch.images, EXTRACTOR_BATCH)
         np.savez(path_of(regret, part), pool=features.pool, labels=batch.labels)
 

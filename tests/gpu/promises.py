@@ -20,7 +20,7 @@ from models.manifolds import manifolds, precision_recall
 from models.samplers import SAMPLERS, SamplerConfig
 from models.unet import ClassifierConfig, UNetConfig, halve_weights
 from orchestrator.arithmetic import arithmetic
-from orchestrator.generation.noise import Draw, NoiseAhead, draw_noise
+from orchestrator.generation.noise import Draw, draw_noise, noise_ahead
 from orchestrator.generation.sampling import sample_batch
 from orchestrator.order import Purpose
 from orchestrator.training.gradients import exact_gradients
@@ -156,7 +156,7 @@ def noise(bench: Bench) -> None:
     keys = [Draw(tuple(range(images)), (3, size, size), Purpose.STEP, t) for t in range(count)]
     ballast = torch.randn(64 if bench.tiny else 2048, 64 if bench.tiny else 2048, device=bench.device)
     arrived = []
-    with NoiseAhead(0, keys, pin=bench.on_gpu) as draw:
+    with noise_ahead(0, keys, pin=bench.on_gpu) as draw:
         for key in keys:
             for _ in range(20):
                 ballast = torch.tanh(ballast @ ballast)

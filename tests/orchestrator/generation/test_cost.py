@@ -4,10 +4,9 @@ import pytest
 
 from models.guidance import GuidanceConfig
 from models.samplers import SamplerConfig
-from orchestrator.generation.config import GenerationConfig
+from orchestrator.generation.config import GenerationConfig, recommended
 from orchestrator.generation.cost import cost_lines, costs, outline
 from orchestrator.generation.presets import generation_presets
-from orchestrator.generation.recipes import recommended
 
 
 def adm_256(**changes: object) -> GenerationConfig:

@@ -2,7 +2,6 @@
 
 import io
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from PIL import Image
 
 from orchestrator import storage
 from orchestrator.evaluation.npz import open_batch
-from orchestrator.generation.exports import export_npz, export_png, write_array
+from orchestrator.generation.exports import export_npz, export_png
 from orchestrator.generation.samples import (
     Samples,
     Shard,
@@ -57,18 +56,14 @@ def test_samples_without_classes_have_no_labels_in_the_npz(tmp_path: Path) -> No
     assert np.load(tmp_path / "samples.npz").files == ["arr_0"]
 
 
-def test_unfinished_samples_are_not_exported(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [("manifest.json", "no finished samples"), (f"shards/{Shard(600, 900).name}", "212 of the indices 512 to 1023")],
+)
+def test_incomplete_samples_leave_no_half_file(tmp_path: Path, lost: str, message: str) -> None:
     folder = make_folder(str(tmp_path / "samples"))
-    storage.delete(storage.join(folder, "manifest.json"))
-    with pytest.raises(FileNotFoundError, match="no finished samples"):
-        export_npz(folder, str(tmp_path / "samples.npz"))
-    assert not (tmp_path / "samples.npz").exists()
-
-
-def test_a_lost_shard_leaves_no_half_file(tmp_path: Path) -> None:
-    folder = make_folder(str(tmp_path / "samples"))
-    storage.delete(Shard(600, 900).uri(folder))
-    with pytest.raises(FileNotFoundError, match="212 of the indices 512 to 1023"):
+    storage.delete(storage.join(folder, lost))
+    with pytest.raises(FileNotFoundError, match=message):
         export_npz(folder, str(tmp_path / "samples.npz"))
     assert not (tmp_path / "samples.npz").exists()
 
@@ -80,36 +75,6 @@ def test_pictures_are_the_samples(tmp_path: Path) -> None:
     assert len(list((tmp_path / "png").iterdir())) == 310
     for index in (0, 299, 300, 309):
         assert np.array_equal(np.asarray(Image.open(tmp_path / "png" / f"{index:06d}.png")), images[index])
-
-
-class Sparse(io.FileIO):
-    """A file in which large writes of zeros become a hole, so that gigabytes of them cost nothing on disk."""
-
-    def write(self, data: bytes) -> int:  # type: ignore[override]
-        view = memoryview(data)
-        if view.nbytes > 1 << 20 and not np.frombuffer(view, np.uint8).any():
-            self.seek(view.nbytes, io.SEEK_CUR)
-            return view.nbytes
-        return super().write(data) or 0
-
-
-def zeros(count: int) -> Iterator[np.ndarray]:
-    block = np.zeros((512, 256, 256, 3), np.uint8)
-    for begin in range(0, count, 512):
-        yield block[: min(512, count - begin)]
-
-
-@pytest.mark.slow
-def test_beyond_4_gib_sizes_have_64_bits(tmp_path: Path) -> None:
-    count = 4 * 2**30 // (256 * 256 * 3) + 1_000
-    with Sparse(tmp_path / "large.npz", "w") as file, zipfile.ZipFile(file, "w") as archive:
-        write_array(archive, "arr_0", (count, 256, 256, 3), np.dtype(np.uint8), zeros(count))
-        write_array(archive, "arr_1", (count,), np.dtype(np.int64), [np.arange(count) % 1000])
-    assert (tmp_path / "large.npz").stat().st_size > 4 * 2**30
-    batch = open_batch(str(tmp_path / "large.npz"), num_classes=1000)  # reads all of it, for the checksums
-    assert batch.num_images == count and not batch.rows(count - 3, count).any()
-    assert batch.labels is not None and batch.labels[-1] == (count - 1) % 1000
-    assert np.load(tmp_path / "large.npz", mmap_mode=None)["arr_1"].shape == (count,)
 
 
 def test_64_bit_sizes_are_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.generation.noise import Draw, NoiseAhead, draw_noise
+from orchestrator.generation.noise import Draw, draw_noise, noise_ahead
 from orchestrator.order import Purpose, index_rng
 
 KEYS = [Draw((8, 9, 10), (3, 4, 4), Purpose.STEP, timestep) for timestep in range(40)]
@@ -17,11 +17,11 @@ def test_noise_is_that_of_its_index_whatever_it_is_drawn_with() -> None:
 
 
 def test_drawn_ahead_it_is_equal_to_the_bit() -> None:
-    with NoiseAhead(2**63, KEYS) as draw:
+    with noise_ahead(2**63, KEYS) as draw:
         for key in KEYS:
             assert torch.equal(draw(key), draw_noise(2**63, key))
 
 
 def test_an_unplanned_request_is_an_error_and_not_other_noise() -> None:
-    with NoiseAhead(0, KEYS) as draw, pytest.raises(RuntimeError, match="is not the next in the plan"):
+    with noise_ahead(0, KEYS) as draw, pytest.raises(RuntimeError, match="is not the next in the plan"):
         draw(KEYS[1])

@@ -17,11 +17,11 @@ def make_counted_worker(log: str, config: SearchConfig) -> Callable[[Block], Mad
     """Return the real worker, which logs each batch before it draws it."""
     real = worker.make_batch
 
-    def counted(networks: Any, generation: Any, number: int, draw: Any) -> Any:
+    def counted(networks: Any, generation: Any, number: int) -> Any:
         sampler, scale = generation.sampler, generation.guidance.scale
         with Path(log).open("a") as file:  # one short line: appended whole
             file.write(f"{sampler.name}-{sampler.num_steps}-{scale}-{generation.seed}-{number}\n")
-        return real(networks, generation, number, draw)
+        return real(networks, generation, number)
 
     worker.make_batch = counted  # type: ignore[assignment]
     return evaluator.make_worker(config)

@@ -32,11 +32,18 @@ class Linear(nn.Module):
         return x.flatten(1) @ self.weight
 
 
+class Images(Linear):
+    """No logits: the pixels as they are."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return x
+
+
 @pytest.fixture(autouse=True)
 def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Return a module of the user, which can be imported as `users_own`."""
     module = ModuleType("users_own")
-    vars(module).update(linear=Linear(0), other=Linear(1), plain=lambda x, t, y: x.flatten(1)[:, :10])
+    vars(module).update(linear=Linear(0), other=Linear(1), images=Images(0), plain=lambda x, t, y: x.flatten(1)[:, :10])
     monkeypatch.setitem(sys.modules, "users_own", module)
     return module
 
@@ -98,18 +105,9 @@ def test_its_cost_is_counted(tmp_path: Path) -> None:
         ("users_own:absent", "absent"),
         ("no_such_module:f", "no_such_module"),
         ("users_own:plain", "fingerprint"),
+        ("users_own:images", r"\(1, 3, 8, 8\) for one image"),
     ],
 )
 def test_a_classifier_that_cannot_be_used_is_refused(name: str, words: str) -> None:
     with pytest.raises(ValueError, match=f"--classifier {name}.*{words}"):
         import_classifier(name, 3, 8, "cpu")
-
-
-def test_a_function_that_does_not_return_logits_is_refused(module: ModuleType) -> None:
-    class Images(Linear):
-        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            return x
-
-    vars(module)["images"] = Images(0)
-    with pytest.raises(ValueError, match=r"\(1, 3, 8, 8\) for one image"):
-        import_classifier("users_own:images", 3, 8, "cpu")

@@ -18,24 +18,22 @@ from orchestrator.generation.sampling import load_networks, make_batch
 from orchestrator.weights.config import ConversionConfig
 from orchestrator.weights.job import convert, plan
 from orchestrator.weights.network import load_network, save_weights
+from tests.orchestrator.networks import CLASSES, UNET
 from tests.small_world import run
 
-TINY = UNetConfig(
-    image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1,), attention_resolutions=(), num_classes=3
-)
 COSINE = DiffusionConfig(schedule="cosine")
 
 
 @pytest.fixture(autouse=True)
 def _tiny_model_in_the_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ZOO, "tiny", Entry("tiny.pt", TINY, COSINE))
+    monkeypatch.setitem(ZOO, "tiny", Entry("tiny.pt", UNET, COSINE))
 
 
 @pytest.fixture
 def weights(tmp_path: Path) -> dict[str, Tensor]:
     """Write the released file tiny.pt, with unusual float32 values among the others, and return its tensors."""
     torch.manual_seed(0)
-    weights = {key: torch.randn_like(tensor) for key, tensor in TINY.build().state_dict().items()}
+    weights = {key: torch.randn_like(tensor) for key, tensor in UNET.build().state_dict().items()}
     weights["out.2.bias"] = torch.tensor([0.0, -0.0, 1e-45, torch.inf, torch.finfo().max, torch.nan])
     torch.save(weights, tmp_path / "tiny.pt")
     return weights
@@ -51,7 +49,7 @@ def test_pt_to_safetensors_to_pt_is_equal_to_the_bit(tmp_path: Path, weights: di
     store = str(tmp_path)
     middle = convert(ConversionConfig(store=store, weights="tiny.pt", output="middle.safetensors"))
     network = load_network(middle)
-    assert network.architecture == TINY and network.diffusion == COSINE and network.classes == ("0", "1", "2")
+    assert network.architecture == UNET and network.diffusion == COSINE and network.classes == CLASSES
     convert(ConversionConfig(store=store, weights="middle.safetensors", output="back/tiny.pt"))
     assert_same_bits(torch.load(tmp_path / "back" / "tiny.pt", weights_only=True), weights)
     again = convert(ConversionConfig(store=store, weights="back/tiny.pt", output="again.safetensors"))
@@ -59,9 +57,7 @@ def test_pt_to_safetensors_to_pt_is_equal_to_the_bit(tmp_path: Path, weights: di
 
 
 def test_a_training_run_is_converted(tmp_path: Path, weights: dict[str, Tensor]) -> None:
-    save_weights(
-        str(tmp_path / "run" / "weights" / "images-64-ema.safetensors"), weights, TINY, COSINE, ("a", "b", "c")
-    )
+    save_weights(str(tmp_path / "run" / "weights" / "images-64-ema.safetensors"), weights, UNET, COSINE, CLASSES)
     convert(ConversionConfig(store=str(tmp_path), weights="run", output="run.pt"))
     assert_same_bits(torch.load(tmp_path / "run.pt", weights_only=True), weights)
 
@@ -90,11 +86,10 @@ def test_an_equal_output_is_accepted_and_another_refused(
         ({"weights": "run", "recipe": "tiny"}, "--recipe tiny is for .pt files"),
         ({"weights": "run", "flags": "--num_channels 64"}, "--flags is for .pt files"),
         ({"weights": "run", "model": {"image_size": 8}}, r"--model\.\* is for .pt files"),
-        ({"weights": "other.pt", "flags": "--lr 1", "recipe": "tiny"}, "--recipe and --flags"),
+        ({"weights": "other.pt", "flags": "--lr 1", "recipe": "tiny"}, "--recipe tiny and --flags"),
         ({"weights": "other.pt", "flags": "--lr 1", "model": {"image_size": 8}}, r"--flags and --model\.\*"),
         ({"weights": "other.pt", "flags": "--num_channel 64"}, "--num_channels"),
         ({"weights": "other.pt", "flags": "--lr 1", "diffusion": COSINE}, r"--diffusion\.\*.*--model\.\*"),
-        ({"recipe": "adm-64"}, "--recipe adm-64 contradicts.*tiny.pt"),
         ({"flags_from": "improved-diffusion"}, "--flags-from improved-diffusion.*--flags"),
         ({"weights": "other.pt", "model": {"model_channels": 64}}, "--model.image-size"),
         ({"weights": "other.pt", "model": {"image_size": 64, "model_channels": 65}}, "model_channels=65"),
@@ -120,14 +115,14 @@ def test_a_dry_run_names_input_output_and_a_missing_file() -> None:
 
 def test_samples_are_the_same_from_either_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    torch.save({key: 0.1 * torch.randn_like(t) for key, t in TINY.build().state_dict().items()}, tmp_path / "tiny.pt")
+    torch.save({key: 0.1 * torch.randn_like(t) for key, t in UNET.build().state_dict().items()}, tmp_path / "tiny.pt")
     convert(ConversionConfig(store=str(tmp_path), weights="tiny.pt", output="tiny.safetensors"))
     batches: list[Samples] = []
     for name in ("tiny.pt", "tiny.safetensors"):
         sampler = SamplerConfig(name="ddim", num_steps=4)
         config = GenerationConfig(store=str(tmp_path), weights=name, output="samples", batch_size=4, sampler=sampler)
         batches.extend(make_batch(load_networks(config, "cpu"), config, 0))
-    assert batches[0].labels.tolist() == [0, 1, 2, 0]
+    assert batches[0].labels.tolist() == [0, 1, 2, 3]
     assert batches[0].images.std() > 10, "the samples are flat"
     assert (batches[0].images == batches[1].images).all()
 
@@ -147,13 +142,13 @@ FOREIGN_FLAGS = (
     "--num_channels 32 --num_res_blocks 1 --learn_sigma True --class_cond True --noise_schedule cosine "
     "--lr 1e-4 --batch_size=64"
 )
-FOREIGN_OPTIONS = {
-    "image_size": 64,
-    "model_channels": 32,
-    "num_res_blocks": 1,
-    "attention_resolutions": (16, 8),
-    "resblock_updown": False,
-}
+FOREIGN_OPTIONS = FOREIGN.model_dump(
+    include={"image_size", "model_channels", "num_res_blocks", "attention_resolutions", "resblock_updown"}
+)
+MODEL_OPTIONS = [
+    "--model.image-size", "64", "--model.model-channels", "32", "--model.num-res-blocks", "1",
+    "--model.no-resblock-updown", "--model.attention-resolutions", "16", "8", "--diffusion.schedule", "cosine",
+]  # fmt: skip
 CLASSIFIER = ClassifierConfig(
     image_size=64, model_channels=64, num_res_blocks=1, num_head_channels=64, num_classes=7, channel_mult=(1, 2, 3, 4)
 )
@@ -193,40 +188,22 @@ def test_a_foreign_file_is_converted_by_flags_or_options(
         assert "from --model.* and --diffusion.*" in printed
 
 
-@pytest.mark.parametrize("arguments", [["--flags", FOREIGN_FLAGS], [f"--flags={FOREIGN_FLAGS}"]])
-def test_the_command_line_takes_the_flag_string(
-    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("arguments", [["--flags", FOREIGN_FLAGS], [f"--flags={FOREIGN_FLAGS}"], MODEL_OPTIONS])
+def test_the_command_line_takes_flags_and_model_options(tmp_path: Path, arguments: list[str]) -> None:
     write_foreign(tmp_path)
-    monkeypatch.setenv("ADMIRAL_STORE", str(tmp_path))
-    ends = ["--weights", "ema_0.9999_100000.pt", "--output", "out.safetensors"]
-    run("convert_weights", ["released", *arguments, *ends, "--store", str(tmp_path)])
-    assert load_network(str(tmp_path / "out.safetensors")).architecture == FOREIGN
-
-
-def test_the_command_line_takes_model_options(tmp_path: Path) -> None:
-    write_foreign(tmp_path, FOREIGN.model_copy(update={"out_channels": 3}))
-    options = "--model.image-size 64 --model.model-channels 32 --model.num-res-blocks 1 --model.no-resblock-updown "
-    options += "--model.attention-resolutions 16 8 --model.out-channels 3 --diffusion.variance fixed_small "
-    options += f"--weights ema_0.9999_100000.pt --output out.safetensors --store {tmp_path}"
-    run("convert_weights", ["released", *options.split()])
+    ends = ["--weights", "ema_0.9999_100000.pt", "--output", "out.safetensors", "--store", str(tmp_path)]
+    run("convert_weights", ["released", *arguments, *ends])
     network = load_network(str(tmp_path / "out.safetensors"))
-    assert network.architecture.num_classes == 7 and network.diffusion.variance == "fixed_small"
+    assert network.architecture == FOREIGN and network.diffusion == COSINE
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {"flags": "--classifier_width 64 --classifier_depth 1 --noise_schedule cosine"},
-        {
-            "model": {
-                "image_size": 64, "model_channels": 64, "num_res_blocks": 1, "num_head_channels": 64,
-                "pool": "attention",
-            },
-            "diffusion": COSINE,
-        },
+        {"model": CLASSIFIER.model_dump(exclude={"num_classes", "channel_mult"}), "diffusion": COSINE},
     ],
-)  # fmt: skip
+)
 def test_a_foreign_classifier_is_recognised(tmp_path: Path, options: dict[str, Any]) -> None:
     write_foreign(tmp_path, CLASSIFIER)
     network = load_network(convert(foreign_config(tmp_path, **options)))
@@ -252,10 +229,14 @@ def test_a_mismatch_names_the_option_and_writes_nothing(tmp_path: Path, options:
     assert not storage.exists(str(tmp_path / "out.safetensors"))
 
 
-def test_flags_that_contradict_a_released_name_are_refused(tmp_path: Path, weights: dict[str, Tensor]) -> None:
-    config = foreign_config(tmp_path, weights="tiny.pt", flags="--num_channels 32 --channel_mult 1 --class_cond True")
-    with pytest.raises(ValueError, match=r"--flags contradicts.*tiny\.pt"):
-        convert(config)
+@pytest.mark.parametrize(
+    "options", [{"flags": "--num_channels 32 --channel_mult 1 --class_cond True"}, {"recipe": "adm-64"}]
+)
+def test_options_that_contradict_a_released_name_are_refused(
+    tmp_path: Path, weights: dict[str, Tensor], options: dict[str, str]
+) -> None:
+    with pytest.raises(ValueError, match=r"--(flags|recipe adm-64) contradicts.*tiny\.pt"):
+        convert(foreign_config(tmp_path, weights="tiny.pt", **options))
 
 
 def test_a_dry_run_names_the_flags_that_are_ignored() -> None:

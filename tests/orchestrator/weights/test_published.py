@@ -10,29 +10,23 @@ import torch
 from torch import Tensor
 
 from models.diffusion import DiffusionConfig
-from models.unet import ClassifierConfig, UNetConfig
+from models.unet import Architecture
 from models.zoo import ZOO, Entry
 from orchestrator import storage
 from orchestrator.weights.network import load_network
 from orchestrator.weights.published import encode_state_dict, released_entry
+from tests.orchestrator.networks import CLASSES, CLASSIFIER, UNET
 
-TINY = UNetConfig(
-    image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1,), attention_resolutions=(), num_classes=3
-)
-TINY_CLASSIFIER = ClassifierConfig(
-    image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1,), attention_resolutions=(), num_classes=3,
-    num_head_channels=16,
-)  # fmt: skip
 COSINE = DiffusionConfig(schedule="cosine")
 
 
 @pytest.fixture(autouse=True)
 def _tiny_models_in_the_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ZOO, "tiny", Entry("tiny.pt", TINY, COSINE))
-    monkeypatch.setitem(ZOO, "tiny-classifier", Entry("tiny_classifier.pt", TINY_CLASSIFIER, COSINE))
+    monkeypatch.setitem(ZOO, "tiny", Entry("tiny.pt", UNET, COSINE))
+    monkeypatch.setitem(ZOO, "tiny-classifier", Entry("tiny_classifier.pt", CLASSIFIER, COSINE))
 
 
-def random_weights(architecture: UNetConfig | ClassifierConfig = TINY) -> dict[str, Tensor]:
+def random_weights(architecture: Architecture = UNET) -> dict[str, Tensor]:
     torch.manual_seed(0)
     return {key: torch.randn_like(tensor) for key, tensor in architecture.build().state_dict().items()}
 
@@ -45,37 +39,25 @@ def saved(value: object, *, as_zip: bool = True) -> bytes:
 
 @pytest.mark.parametrize("as_zip", [True, False], ids=["zip", "older format"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_released_file_loads_by_its_name(tmp_path: Path, dtype: torch.dtype, as_zip: bool) -> None:
+@pytest.mark.parametrize("prefix", ["", "module."], ids=["plain", "saved from DDP"])
+def test_a_released_file_loads_by_its_name(tmp_path: Path, dtype: torch.dtype, as_zip: bool, prefix: str) -> None:
     weights = {name: tensor.to(dtype) for name, tensor in random_weights().items()}
-    (tmp_path / "tiny.pt").write_bytes(saved(weights, as_zip=as_zip))
+    stored = {prefix + name: tensor for name, tensor in weights.items()}
+    (tmp_path / "tiny.pt").write_bytes(saved(stored, as_zip=as_zip))
     network = load_network(str(tmp_path / "tiny.pt"))
-    assert network.architecture == TINY and network.diffusion == COSINE and network.classes == ("0", "1", "2")
+    assert network.architecture == UNET and network.diffusion == COSINE and network.classes == CLASSES
     assert not network.module.training
     for name, tensor in network.module.state_dict().items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, weights[name].double().float()), f"{name} was not widened exactly"
 
 
-def test_the_prefix_of_ddp_is_removed(tmp_path: Path) -> None:
-    weights = random_weights()
-    torch.save({f"module.{name}": tensor.half() for name, tensor in weights.items()}, tmp_path / "tiny.pt")
-    loaded = load_network(str(tmp_path / "tiny.pt")).module.state_dict()
-    assert all(torch.equal(loaded[name], tensor.half().float()) for name, tensor in weights.items())
-
-
-def test_a_released_model_with_other_classes_has_those_of_the_file(tmp_path: Path) -> None:
-    for name, architecture in (("tiny", TINY), ("tiny-classifier", TINY_CLASSIFIER)):
-        architecture = architecture.model_copy(update={"num_classes": 5})
-        uri = tmp_path / f"{name}-tuned.pt"
-        torch.save(random_weights(architecture), uri)
-        network = load_network(str(uri), recipe=name)
-        assert network.architecture == architecture and len(network.classes) == 5
-
-
-def test_a_classifier_loads_as_one(tmp_path: Path) -> None:
-    (tmp_path / "tiny_classifier.pt").write_bytes(saved(random_weights(TINY_CLASSIFIER)))
-    network = load_network(str(tmp_path / "tiny_classifier.pt"))
-    assert network.architecture == TINY_CLASSIFIER and network.classes == ("0", "1", "2")
+@pytest.mark.parametrize("name", ["tiny", "tiny-classifier"])
+def test_a_released_model_with_other_classes_has_those_of_the_file(tmp_path: Path, name: str) -> None:
+    architecture = ZOO[name].network.model_copy(update={"num_classes": 5})
+    torch.save(random_weights(architecture), tmp_path / "tuned.pt")
+    network = load_network(str(tmp_path / "tuned.pt"), recipe=name)
+    assert network.architecture == architecture and network.classes == CLASSES[:5]
 
 
 def test_another_file_name_needs_a_recipe(tmp_path: Path) -> None:
@@ -83,7 +65,7 @@ def test_another_file_name_needs_a_recipe(tmp_path: Path) -> None:
     storage.write_bytes(uri, saved(random_weights()))
     with pytest.raises(ValueError, match=r"ema_0.9999_540000.pt.*--flags.*--model.*--recipe.*adm-64.*tiny"):
         load_network(uri)
-    assert load_network(uri, recipe="tiny").architecture == TINY
+    assert load_network(uri, recipe="tiny").architecture == UNET
     with pytest.raises(ValueError, match="no released model 'huge'"):
         load_network(uri, recipe="huge")
     with pytest.raises(ValueError, match="contains its architecture"):
@@ -161,13 +143,13 @@ def test_a_wrong_tensor_is_named(tmp_path: Path, name: str, tensor: Tensor | Non
 
 
 def test_a_network_that_the_published_code_cannot_express_is_not_written() -> None:
-    architecture = TINY.model_copy(update={"rescale_residual": True})
+    architecture = UNET.model_copy(update={"rescale_residual": True})
     with pytest.raises(ValueError, match="rescale_residual=True"):
         encode_state_dict(random_weights(architecture), architecture)
 
 
 def test_a_view_is_written_without_the_rest_of_its_storage() -> None:
     weights = {"a": torch.randn(1_000_000)[:10]}
-    data = encode_state_dict(weights, TINY)
+    data = encode_state_dict(weights, UNET)
     assert len(data) < 10_000
     assert torch.equal(torch.load(io.BytesIO(data), weights_only=True)["a"], weights["a"])

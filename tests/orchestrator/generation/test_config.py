@@ -9,7 +9,9 @@ import pytest
 from jobs.command_line import parse
 from models import zoo
 from orchestrator.generation.config import GenerationConfig
+from orchestrator.generation.job import plan
 from orchestrator.generation.presets import generation_presets
+from orchestrator.training.presets import trained_networks
 
 
 def parsed(*argv: str) -> GenerationConfig:
@@ -33,22 +35,23 @@ def test_every_published_recommendation_is_a_valid_config(name: str) -> None:
     assert (config.classifier is None) == (recipe.classifier is None)
 
 
-def test_what_nobody_recommends_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    for name, message in (
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
         ("adm-65", "adm-65"),
         ("classifier-64", "has no published sampler and guidance; accepted: adm-64"),
         ("upsampler-64-256", "is an upsampler"),
-    ):
-        with pytest.raises(SystemExit) as end:
-            parsed("--recipe", name)
-        assert end.value.code == 2 and message in capsys.readouterr().err
+    ],
+)
+def test_what_nobody_recommends_is_an_error(name: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parsed("--recipe", name)
+    assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 def write_search(folder: Path, setting: dict[str, Any]) -> str:
-    folder.mkdir(exist_ok=True)
-    (folder / "search.json").write_text(
-        json.dumps({"classifier": "guide", "winner": {"setting": setting}, "trials": []})
-    )
+    search = {"classifier": "guide", "winner": {"setting": setting}, "trials": []}
+    (folder / "search.json").write_text(json.dumps(search))
     return str(folder / "search.json")
 
 
@@ -69,10 +72,7 @@ def test_from_search_uses_the_winner(tmp_path: Path) -> None:
     ("setting", "message"),
     [
         ({"guidance": {"scale": 1.0}, "weights": "run"}, "sampler"),
-        (
-            {"guidance": {}, "sampler": {"name": "ddim", "temperature": 0.9}, "weights": "run"},
-            "temperature",
-        ),
+        ({"guidance": {}, "sampler": {"name": "ddim", "temperature": 0.9}, "weights": "run"}, "temperature"),
         ({"guidance": {"scale": -1.0}, "sampler": {"name": "ddim"}, "weights": "run"}, "scale"),
     ],
 )
@@ -82,6 +82,13 @@ def test_a_setting_that_generation_cannot_use_completely_is_an_error(
     with pytest.raises(SystemExit) as end:
         parsed("--from-search", write_search(tmp_path, setting))
     assert end.value.code == 2 and message in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        parsed("--from-search", str(tmp_path / "absent.json"))
-    assert "no such file or folder" in capsys.readouterr().err
+
+
+def test_only_a_dry_run_needs_no_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    absent = ["--from-search", "a/search", "--store", str(tmp_path), "--num-gpus", "1"]
+    with pytest.raises(SystemExit) as end:
+        parsed(*absent)
+    assert end.value.code == 2 and "a/search/search.json" in capsys.readouterr().err
+    config, text = plan(parsed(*absent, "--dry-run", "--guidance.scale", "3"), trained_networks())
+    assert (config.weights, config.guidance.scale) == ("digits/diffusion", 3.0)
+    assert "FLOPs" in text and f"not there yet: {tmp_path}/a/search/search.json" in text
