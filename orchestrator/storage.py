@@ -25,14 +25,6 @@ from orchestrator.storage_errors import Place, attempt, reason, without_password
 from orchestrator.storage_local import is_part, link_exclusively, local_part
 from orchestrator.storage_s3 import UPLOAD_BYTES, S3Upload, create_on_s3, s3_options
 
-_S3_OPTIONS: dict[str, Any] = {
-    "use_listings_cache": False,  # other processes write here too, so a listing must be current
-    "config_kwargs": {
-        "connect_timeout": 5,  # seconds
-        "read_timeout": 15,  # seconds without a byte; the request is then repeated
-        "retries": {"mode": "standard", "total_max_attempts": 3},  # of one request, with jitter
-    },
-}
 _REQUESTS = 16  # concurrent requests
 _MERGE_GAP = 256 << 10  # ranges with fewer bytes between them are read by one request, which is cheaper
 _MERGED_BYTES = 16 << 20  # of such a request at most, to bound its memory
@@ -397,7 +389,7 @@ def _locate(uri: str) -> Place:
         if protocol not in ("s3", "s3a"):
             return Place(uri, *fsspec.core.url_to_fs(uri))
         receive_environment()
-        fs = fsspec.filesystem("s3", **s3_options(_S3_OPTIONS))
+        fs = fsspec.filesystem("s3", **s3_options())
     except (ValueError, ImportError) as error:
         raise ValueError(f"cannot open {without_passwords(uri)!r}: {error}") from error
     fs.retries = 1  # the client retries requests and `attempt` retries operations; a third level is too much

@@ -21,7 +21,7 @@ from orchestrator import metrics_log, storage
 from orchestrator.config import JobConfig, tracking_uri
 from orchestrator.metrics_log import MetricsLog, Position, Record, read_records
 from orchestrator.mlflow_run import MlflowRun, is_refused, reason, refusal
-from orchestrator.redaction import redact, redact_patterns
+from orchestrator.redaction import redact_patterns
 
 QUEUE_CAPACITY = 2_000  # artefacts in memory while the server is unreachable; more are dropped
 RETRY_SECONDS = 5.0  # between two tries while the server is unreachable
@@ -150,10 +150,8 @@ class Tracker:
 
     def _conclude(self) -> None:
         """Print where the run is; warn about records that MLflow does not have."""
-        if self._mlflow.id and self._mlflow.page:
+        if self._mlflow.id:
             print(f"View run: {self._mlflow.page}")
-        elif self._mlflow.id:
-            print(f"View run: mlflow ui --backend-store-uri {redact(self._uri)}")
         if self.unsent:
             place = storage.join(self._output, metrics_log.NAME)
             words = "%d records are in %s and not in %s; the same command sends them once it answers"
