@@ -71,7 +71,7 @@ def examine(config: DoctorConfig) -> None:
             sick = [Finding("node", "WRONG", f"{type(answer).__name__}: {answer}")]
             wrong += _print(str(node), well[node].findings if node in well else sick)
         tracking = _tracking(config, machines=len({node.address for node in there}))
-        wrong += _print("all nodes", [*_differences(well), *_roles(there), tracking])
+        wrong += _print("all nodes", [*_differences(well), tracking])
         wrong += _print("network", _network([*well], config))
     if wrong:
         raise RuntimeError(f"{counted(wrong, 'check')} failed; see the lines with WRONG above")
@@ -224,17 +224,6 @@ def _differences(answers: dict[Node, Examination]) -> list[Finding]:
         versions = next(iter(answers.values())).versions
         findings.append(Finding("versions", "ok", ", ".join(f"{name} {version}" for name, version in versions.items())))
     return findings
-
-
-def _roles(there: list[Node]) -> list[Finding]:
-    """Check that the head of a cluster with several nodes has no CPUs and GPUs for work."""
-    head = there[0]
-    if len(there) == 1 or not head.is_head:
-        return []
-    if head.cpus or head.gpus:
-        words = f"{head} offers {head.cpus:g} CPUs and {head.gpus:g} GPUs, so work may run on it; start it with none"
-        return [Finding("head", "warning", words)]
-    return [Finding("head", "ok", "offers no CPUs and GPUs")]
 
 
 def _tracking(config: DoctorConfig, machines: int) -> Finding:
