@@ -104,9 +104,7 @@ class MetricsLog:
         number, part, offset = position
         while number < self.count:
             uri = self._uri if self._path is not None else _part(self._uri, part)
-            with storage.open_input(uri) as file:
-                file.seek(offset)
-                data = file.read(READ_BYTES)
+            data = storage.read_range(uri, offset, offset + READ_BYTES)
             data = data[: data.rfind(b"\n") + 1]
             if data:
                 records = _records(data)

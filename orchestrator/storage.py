@@ -21,7 +21,7 @@ import botocore.exceptions
 import fsspec
 
 from cluster.session import receive_environment
-from orchestrator.storage_errors import Place, attempt, reason, without_passwords
+from orchestrator.storage_errors import Place, attempt, error_code, reason, without_passwords
 from orchestrator.storage_local import is_part, link_exclusively, local_part
 from orchestrator.storage_s3 import UPLOAD_BYTES, S3Upload, create_on_s3, s3_options
 
@@ -76,6 +76,17 @@ def read_bytes(uri: str) -> bytes:
     """Return the whole object. Raises FileNotFoundError or PermissionError with the URI."""
     place = _locate(uri)
     return attempt("read", place, place.fs.cat_file, place.path)
+
+
+def read_range(uri: str, begin: int, end: int) -> bytes:
+    """Return bytes [begin, end) of the object by one request. If the object ends before `end`, there are fewer."""
+    place = _locate(uri)
+    try:
+        return attempt("read", place, place.fs.cat_file, place.path, start=begin, end=end)
+    except OSError as error:
+        if error_code(error) == "InvalidRange":
+            return b""
+        raise
 
 
 def write_bytes(uri: str, data: bytes) -> None:
