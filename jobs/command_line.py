@@ -20,39 +20,6 @@ from orchestrator.redaction import redact_output
 Config = TypeVar("Config", bound=JobConfig)
 Presets = Mapping[str, tuple[str, Config]]  # name -> (one line of description, config)
 
-# Old field name -> new field name. An entry counts where the config lacks the old field and has the new one.
-RENAMED = {
-    "images": "total_images",
-    "checkpoint_images": "checkpoint_every",
-    "snapshot_images": "snapshot_every",
-    "log_images": "log_every",
-    "preview_images": "preview_every",
-    "keep_every_images": "keep_every",
-    "validation_images": "eval_every",
-    "validation_samples": "eval_images",
-    "anneal": "lr_schedule",
-    "clip_norm": "max_grad_norm",
-    "max_bad_steps": "max_nonfinite_steps",
-    "flip": "random_flip",
-    "use_gpu": "num_gpus",
-    "threads": "num_threads",
-    "order.seed": "seed",
-    "order.window": "order.shuffle_row_groups",
-    "record": "audit_dir",
-    "price": "cost",
-    "price.utilization": "cost.mfu",
-    "price.card": "cost.gpu",
-    "like": "recipe",
-    "copies": "num_memorization_samples",
-    "space.steps": "space.num_steps",
-    "source": "weights",
-    "run": "weights",
-    "classifier_images": "classifier_total_images",
-    "steps": "num_steps",
-    "folder": "images",  # a preset, as is the next
-    "photographs": "images",
-}
-
 
 def main(
     description: str | None,
@@ -123,15 +90,8 @@ def parse(description: str | None, presets: Presets[Config], argv: list[str]) ->
 
 def _list_of(presets: Presets[Config], about: str) -> str:
     """Return the page of --help without a preset."""
-    program = _program()
-    lines = [
-        f"usage: {program} PRESET [OPTIONS]",
-        f"       {program} --preset FILE [OPTIONS]",
-        "",
-        about,
-        "",
-        "Presets",
-    ]
+    usage = f"usage: {_program()} PRESET [OPTIONS]\n       {_program()} --preset FILE [OPTIONS]"
+    lines = [usage, "", about, "", "Presets"]
     for name, (summary, _) in presets.items():
         lines += textwrap.wrap(summary, 120, initial_indent=f"  {name:<22}", subsequent_indent=" " * 24)
     end = "`PRESET --help` lists the options. FILE is YAML or JSON with `preset: PRESET` and the fields to change."
@@ -148,9 +108,11 @@ def _changes(words: list[str], options: Mapping[str, Option]) -> dict[str, Any]:
         if not flag.startswith("--"):
             _fail(2, f"{typed} is not an option and not a value of one; --help lists all options")
         if flag not in flags:
-            _fail(2, _unknown("option", typed, _option_names(options), "--help lists all options"))
+            _fail(2, _unknown("option", typed, [*flags, "--help"], "--help lists all options"))
         option = flags[flag]
         is_negation = flag != option.flag
+        if is_negation and equals:
+            _fail(2, f"{typed} takes no value; pass {typed}, or {option.flag} {value}")
         values = [value] if equals else _values(words[1:], option, flags) if not is_negation else []
         words = words[1 if equals else 1 + len(values) :]
         if option.is_bool and not values:
@@ -178,26 +140,12 @@ def _values(words: list[str], option: Option, flags: Collection[str]) -> list[st
     return found
 
 
-def _option_names(options: Mapping[str, Option]) -> list[str]:
-    """Return the dotted field names of the options, and of the negations of booleans, which have `no_` in them."""
-    return [*options, *(_negated(name) for name, option in options.items() if option.is_bool), "help"]
-
-
-def _negated(name: str) -> str:
-    return re.sub(r"\w+$", r"no_\g<0>", name)
-
-
 def _unknown(kind: str, name: str, names: Collection[str], otherwise: str) -> str:
     """Return the error about a name that is not in `names`, with a similar name or else with the text `otherwise`."""
-    wanted = name.removeprefix("--").replace("-", "_")
-    new = RENAMED.get(re.sub(r"(^|\.)no_(?=\w+$)", r"\1", wanted), "")
-    guesses = [RENAMED.get(wanted, ""), _negated(new), new]
-    guesses += [known for known in names if known.endswith(f".{wanted}") or known.startswith(f"{new or wanted}.")]
-    guesses += difflib.get_close_matches(wanted, names, 1)
-    near = next((guess for guess in guesses if guess in names), None)
-    if near and kind == "option":
-        near = f"--{near.replace('_', '-')}"
-    return f"unknown {kind} {name}; " + (f"did you mean {near}?" if near else otherwise)
+    wanted = name.replace("_", "-") if kind == "option" else name.replace("-", "_")
+    nested = [n for n in names if n.endswith(f".{wanted.removeprefix('--')}") or n.startswith(f"{wanted}.")]
+    near = [*nested, *difflib.get_close_matches(wanted, names, 1)]
+    return f"unknown {kind} {name}; " + (f"did you mean {near[0]}?" if near else otherwise)
 
 
 # ------------------------------------------------------------------------------------------------ preset files
@@ -239,9 +187,11 @@ def _changed(config: Config, changes: dict[str, Any]) -> Config:
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Return a nested dict with the values of `changes` in place of those of `base`."""
-    both = {name: _merged(base[name], value) if isinstance(value, dict) and isinstance(base.get(name), dict) else value
-            for name, value in changes.items()}  # fmt: skip
-    return {**base, **both}
+    merged = dict(base)
+    for name, value in changes.items():
+        is_nested = isinstance(value, dict) and isinstance(base.get(name), dict)
+        merged[name] = _merged(base[name], value) if is_nested else value
+    return merged
 
 
 # ------------------------------------------------------------------------------------------------ messages

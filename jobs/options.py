@@ -8,13 +8,12 @@ import textwrap
 import types
 from collections.abc import Iterator, Mapping
 from functools import cache
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple, TypeGuard, Union, get_args, get_origin
 
 import pydantic
 
 from orchestrator.config import MARK
-
-NESTED = "{name}.*: {about}"  # heading of the options of a nested config
 
 
 class Option(NamedTuple):
@@ -88,8 +87,8 @@ def options_of(
         is_operational = marked or MARK in field.metadata
         if is_config(kind := field.annotation):
             about = text or (kind.__doc__ or "").split("\n")[0]
-            about = NESTED.format(name=f"--{prefix}{name}".replace("_", "-"), about=about)
-            options |= options_of(kind, f"{prefix}{name}.", about, is_operational)
+            heading = f"{f'--{prefix}{name}'.replace('_', '-')}.*: {about}"
+            options |= options_of(kind, f"{prefix}{name}.", heading, is_operational)
         else:
             bounds = tuple(field.metadata)
             options[prefix + name] = Option(prefix + name, kind, bounds, text, group or heading, is_operational)
@@ -106,7 +105,7 @@ def help_page(usage: str, about: str, config: pydantic.BaseModel) -> str:
     width = min(shutil.get_terminal_size((120, 24)).columns, 120)
     groups: dict[str, list[str]] = {}
     for option in options_of(type(config)).values():
-        value = _value(config, option.name)
+        value = attrgetter(option.name)(config)
         lines = [f"  {', '.join(option.flags)} {option.shown(value)}".rstrip()]
         accepted = "" if option.kind is str else f" Accepted: {option.accepted}."
         mark = f" [{MARK}]" if option.is_operational else ""
@@ -116,12 +115,6 @@ def help_page(usage: str, about: str, config: pydantic.BaseModel) -> str:
     head = textwrap.fill(about, width)
     pages = ["\n".join([heading, *lines]) for heading, lines in groups.items()]
     return "\n\n".join([f"usage: {usage}", head, "Every option is shown with its value in this preset.", *pages])
-
-
-def _value(config: Any, name: str) -> Any:
-    for part in name.split("."):
-        config = getattr(config, part)
-    return config
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:

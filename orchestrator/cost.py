@@ -12,14 +12,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.costs import (
-    Evaluations,
-    LiveBytes,
-    count_parameters,
-    peak_memory,
-    sampling_flops,
-    training_flops,
-)
+from models.costs import Evaluations, LiveBytes, count_parameters, peak_memory, sampling_flops, training_flops
 from models.features import Extractor
 from models.unet import Architecture
 
@@ -109,15 +102,16 @@ def sampling_cost(
     """
     networks = [model, guide] if guide and guide is not model else [model]
     passes = [peak_memory(model, "sampling", batch, half)]
-    passes += [peak_memory(guide, "guiding", batch, half)] if guide and guide.kind == "classifier" else []
+    known, note = SAMPLING, f"{evaluations.model} evaluations an image"
+    if guide and guide.kind == "classifier":
+        passes.append(peak_memory(guide, "guiding", batch, half))
+        known, note = GUIDED_SAMPLING, f"{note}, {evaluations.guide} with the classifier's gradient"
+    elif guide:
+        note = f"{note}, {evaluations.guide} of the guide beside it"
     memory = {
         "weights": sum(4 * count_parameters(each) for each in networks),
         f"activations of {batch} images": max(passes),
     }
-    known = GUIDED_SAMPLING if guide and guide.kind == "classifier" else SAMPLING
-    words = "with the classifier's gradient" if guide and guide.kind == "classifier" else "of the guide beside it"
-    guided = f", {evaluations.guide} {words}" if guide else ""
-    note = f"{evaluations.model} evaluations an image{guided}"
     return Cost(images, sampling_flops(evaluations, model, guide), memory, known, note)
 
 
@@ -157,8 +151,7 @@ def priced(cost: Cost, config: CostConfig, num_workers: int, num_gpus: float, ha
             f"{work}; 2 FLOPs a multiply-add, {cost.note}\n"
             "time    not estimated for CPUs; --num-gpus 1 prices it on GPUs"
         )
-    gpu, gpus = GPUS[config.gpu], max(num_workers, 1)
-    memory = sum(cost.memory.values())
+    gpu, gpus, memory = GPUS[config.gpu], max(num_workers, 1), sum(cost.memory.values())
     parts = ", ".join(f"{size / 1e9:.1f} {name}" for name, size in cost.memory.items())
     excess = "" if fits(cost, config) else ": TOO MUCH, use smaller batches or more workers"
     seconds = gpu_seconds(cost, config, half)

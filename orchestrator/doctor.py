@@ -1,5 +1,6 @@
 """The doctor: checks of every node, the store and the tracking server, before a job uses GPUs."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -10,10 +11,8 @@ import tempfile
 import time
 import urllib.request
 import uuid
-from collections.abc import Callable
 from functools import partial
 from hashlib import sha256
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -37,9 +36,7 @@ Level = Literal["ok", "warning", "WRONG"]
 class DoctorConfig(JobConfig):
     """Sizes and timeouts of the checks."""
 
-    megabytes: int = Field(
-        32, gt=0
-    )  # size of the object that times the store, and of the all-reduce that times the network
+    megabytes: int = Field(32, gt=0)  # size of the object that times the store, and of the all-reduce
     timeout: float = Field(120.0, gt=0)  # seconds within which a node must answer
 
 
@@ -68,16 +65,14 @@ def examine(config: DoctorConfig) -> None:
         print(f"{counted(len(there), 'node')}, {cpus}, {gpus}")
         look = partial(examine_node, store=config.path(""), megabytes=config.megabytes)
         answers = on_each(there, look, config.timeout)
+        well = {node: answer for node, answer in answers.items() if isinstance(answer, Examination)}
         wrong = 0
         for node, answer in answers.items():
-            sick = Finding("node", "WRONG", f"{type(answer).__name__}: {answer}")
-            wrong += _print(str(node), answer.findings if isinstance(answer, Examination) else [sick])
-        sound = {node: answer for node, answer in answers.items() if isinstance(answer, Examination)}
-        wrong += _print(
-            "all nodes",
-            [*_differences(sound), *_roles(there), _tracking(config, len({node.address for node in there}))],
-        )
-        wrong += _print("network", _network([*sound], config))
+            sick = [Finding("node", "WRONG", f"{type(answer).__name__}: {answer}")]
+            wrong += _print(str(node), well[node].findings if node in well else sick)
+        tracking = _tracking(config, machines=len({node.address for node in there}))
+        wrong += _print("all nodes", [*_differences(well), tracking])
+        wrong += _print("network", _network([*well], config))
     if wrong:
         raise RuntimeError(f"{counted(wrong, 'check')} failed; see the lines with WRONG above")
     print("all checks passed")
@@ -115,22 +110,19 @@ def examine_node(node: Node, store: str, megabytes: int) -> Examination:
     receive_environment()
     # An unreachable store must be reported before the timeout of the node.
     os.environ.setdefault("ADMIRAL_STORAGE_RETRY_SECONDS", "20")
-    checks: list[Callable[[], Finding]] = [
-        partial(_gpus, node),
-        _shared_memory,
-        partial(_compiler, needed=node.gpus > 0),
-        _disk,
-        partial(_store, store, megabytes),
-    ]
+    findings = [_gpus(node), _shared_memory(), _compiler(node.gpus > 0), _disk(), _store(store, megabytes)]
     versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
     digests = {name: sha256(os.environ.get(name, "").encode()).hexdigest() for name in SAME_EVERYWHERE}
-    return Examination([check() for check in checks], versions, digests, time.time())
+    return Examination(findings, versions, digests, time.time())
 
 
 def _gpus(node: Node) -> Finding:
     """Compare the GPUs that Ray counts with those that torch can use."""
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides all GPUs from a task that requests none
-    driver = _output(["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"])
+    driver = None  # of each GPU a line: version of the driver, name of the GPU
+    with contextlib.suppress(FileNotFoundError, subprocess.SubprocessError):
+        query = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.strip() or None
     usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not node.gpus and driver is None:
         return Finding("GPU", "ok", "none")
@@ -150,26 +142,20 @@ def _shared_memory() -> Finding:
     size = shutil.disk_usage("/dev/shm").total
     words = f"{size / 2**30:.1f} GiB"
     if size < SHARED_MEMORY:
-        return Finding(
-            "/dev/shm",
-            "WRONG",
-            f"{words}: NCCL and the object store need more; set docker's --shm-size, or mount an emptyDir",
-        )
+        words += ": NCCL and the object store need more; set docker's --shm-size, or mount an emptyDir"
+        return Finding("/dev/shm", "WRONG", words)
     return Finding("/dev/shm", "ok", words)
 
 
 def _compiler(needed: bool) -> Finding:
     """Compile a line of C++ that includes Python's headers, as torch.compile does."""
     level: Level = "WRONG" if needed else "warning"
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cpp")
-        source.write_text("#include <Python.h>\nint probe() { return PY_MAJOR_VERSION; }\n")
-        headers = sysconfig.get_path("include")
-        command = ["g++", "-shared", "-fPIC", f"-I{headers}", str(source), "-o", f"{folder}/probe.so"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        except FileNotFoundError:
-            return Finding("compiler", level, "g++ is not installed, and torch.compile needs it")
+    command = ["g++", "-shared", "-fPIC", f"-I{sysconfig.get_path('include')}", "-x", "c++", "-", "-o", "/dev/null"]
+    source = "#include <Python.h>\nint probe() { return PY_MAJOR_VERSION; }\n"
+    try:
+        done = subprocess.run(command, input=source, capture_output=True, text=True, timeout=60, check=False)
+    except FileNotFoundError:
+        return Finding("compiler", level, "g++ is not installed, and torch.compile needs it")
     if done.returncode:
         reason = next((line for line in done.stderr.splitlines() if "error" in line), "g++ failed")
         return Finding("compiler", level, f"{reason.strip()}; torch.compile needs g++ and Python's headers")
@@ -193,10 +179,8 @@ def _store(store: str, megabytes: int) -> Finding:
         storage.delete(folder + "/")
     except (OSError, ValueError) as error:
         if finding.level == "ok":
-            words = (
-                f"{finding.words}; but nothing can be deleted, so old checkpoints and files of this check stay: {error}"
-            )
-            return Finding("store", "warning", " ".join(words.split()))
+            words = f"{finding.words}; but nothing can be deleted, so old checkpoints and files of this check stay"
+            return Finding("store", "warning", f"{words}: {' '.join(str(error).split())}")
     return finding
 
 
@@ -213,20 +197,10 @@ def _store_is_used(store: str, folder: str, megabytes: int) -> Finding:
         return Finding("store", "WRONG", f"{store} does not list an object that was just written")
     claim = storage.join(folder, "claim")
     if not storage.put_if_absent(claim, b"first") or storage.put_if_absent(claim, b"second"):
-        return Finding(
-            "store", "WRONG", f"{store} does not support If-None-Match, so two writers could overwrite each other"
-        )
+        words = f"{store} does not support If-None-Match, so two writers could overwrite each other"
+        return Finding("store", "WRONG", words)
     rates = f"{megabytes / (written - begin):.0f} MB/s written, {megabytes / (read - written):.0f} MB/s read"
     return Finding("store", "ok", f"{store}: {rates}, listed, created once")
-
-
-def _output(command: list[str]) -> str | None:
-    """Return what a program prints, or None if it does not exist or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 # ------------------------------------------------------------------------------------------------ between nodes
@@ -244,25 +218,12 @@ def _differences(answers: dict[Node, Examination]) -> list[Finding]:
         if len({answer.environment[name] for answer in answers.values()}) > 1:
             findings.append(Finding("environment", "WRONG", f"{name} is not the same on all nodes"))
     clocks = [answer.clock for answer in answers.values()]
-    if clocks and max(clocks) - min(clocks) > CLOCK_SECONDS:
-        findings.append(
-            Finding("clock", "WRONG", f"clocks differ by {max(clocks) - min(clocks):.0f} s; synchronise them by NTP")
-        )
+    if clocks and (spread := max(clocks) - min(clocks)) > CLOCK_SECONDS:
+        findings.append(Finding("clock", "WRONG", f"clocks differ by {spread:.0f} s; synchronise them by NTP"))
     if not findings and answers:
         versions = next(iter(answers.values())).versions
         findings.append(Finding("versions", "ok", ", ".join(f"{name} {version}" for name, version in versions.items())))
     return findings
-
-
-def _roles(there: list[Node]) -> list[Finding]:
-    """Check that the head of a cluster with several nodes has no CPUs and GPUs for work."""
-    head = there[0]
-    if len(there) == 1 or not head.is_head:
-        return []
-    if head.cpus or head.gpus:
-        words = f"{head} offers {head.cpus:g} CPUs and {head.gpus:g} GPUs, so work may run on it; start it with none"
-        return [Finding("head", "warning", words)]
-    return [Finding("head", "ok", "offers no CPUs and GPUs")]
 
 
 def _tracking(config: DoctorConfig, machines: int) -> Finding:
@@ -272,12 +233,10 @@ def _tracking(config: DoctorConfig, machines: int) -> Finding:
     except ValueError as error:
         return Finding("MLflow", "WRONG", str(error))
     if not uri.startswith("http"):
-        level: Level = "ok" if machines == 1 else "WRONG"
-        return Finding(
-            "MLflow",
-            level,
-            f"{uri.split('://')[0]} file" + ("" if machines == 1 else ", but several machines need a server"),
-        )
+        words = f"{uri.split('://')[0]} file"
+        if machines == 1:
+            return Finding("MLflow", "ok", words)
+        return Finding("MLflow", "WRONG", f"{words}, but several machines need a server")
     begin = time.perf_counter()
     try:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10) as answer:
@@ -298,8 +257,8 @@ def _network(there: list[Node], config: DoctorConfig) -> list[Finding]:
         try:
             rate = all_reduce_bandwidth(workers, config.megabytes, config.timeout, use_gpu=library == "NCCL")
         except RuntimeError as error:
-            reason = f"{error}: see {library.upper()}_SOCKET_IFNAME in the container file"
-            found.append(Finding(name, "WRONG", reason))
+            words = f"{error}: see {library.upper()}_SOCKET_IFNAME in the container file"
+            found.append(Finding(name, "WRONG", words))
         else:
             words = f"{rate:.2f} GB/s between {len(workers)} nodes, {config.megabytes} MB"
             found.append(Finding(name, "ok", words))

@@ -45,29 +45,30 @@ class MetricsLog:
 
     def __init__(self, folder: str) -> None:
         self._uri = storage.join(folder, NAME)
-        self._path = _local_path(self._uri)
+        self._path = storage.local_path(self._uri)
         self._lock = threading.Lock()  # of _waiting; never held during I/O
         self._writing = threading.Lock()  # of the storage; held during I/O
         self._waiting: list[bytes] = []  # lines that are not in storage
         self._closed = threading.Event()
         self._failing = False
-        self._parts = sorted(_parts(self._uri)) or [0]
-        self._last = (
-            b"" if self._path else _read(_parts(self._uri).get(self._parts[-1], ""))
-        )  # content of the last part
-        self.count = _repaired(self._path) if self._path else self._parts[-1] + self._last.count(b"\n")  # in storage
-        if not self._path:
-            self._roll()
-            threading.Thread(target=self._flush_regularly, name="metrics", daemon=True).start()
+        self._last = b""  # content of the last part on object storage
+        self._parts = [0]
+        if self._path is not None:
+            self.count = _repair(self._path)  # of the records in storage
+            return
+        if parts := _parts(self._uri):
+            self._parts = sorted(parts)
+            self._last = storage.read_bytes(parts[self._parts[-1]])
+        self.count = self._parts[-1] + self._last.count(b"\n")
+        self._begin_part_if_full()
+        threading.Thread(target=self._flush_regularly, name="metrics", daemon=True).start()
 
     def append(self, *records: Record) -> None:
         """Append records: on a local disk before this returns, on object storage within about a second."""
-        lines = [
-            json.dumps(_fields(record)).encode() + b"\n" for record in records
-        ]  # NaN stays NaN, as Python reads it
+        lines = [_line(record) for record in records]
         with self._lock:
             self._waiting += lines
-        if self._path:
+        if self._path is not None:
             self.flush()
 
     def flush(self) -> None:
@@ -81,17 +82,15 @@ class MetricsLog:
                 self._write(b"".join(lines))
             except OSError as error:
                 if not self._failing:
-                    log.warning(
-                        "%s cannot be written; the records wait in memory, the job continues: %s", self._uri, error
-                    )
+                    words = "%s cannot be written; the records wait in memory, the job continues: %s"
+                    log.warning(words, self._uri, error)
                 self._failing = True
                 return
             self._failing = False
             with self._lock:
                 del self._waiting[: len(lines)]
             self.count += len(lines)
-            if not self._path:
-                self._roll()
+            self._begin_part_if_full()
 
     def close(self) -> None:
         """Write the remaining records."""
@@ -104,11 +103,11 @@ class MetricsLog:
         """Return the records after `position`, about READ_BYTES of them, and the position after those."""
         number, part, offset = position
         while number < self.count:
-            uri = self._uri if self._path else _part(self._uri, part)
+            uri = self._uri if self._path is not None else _part(self._uri, part)
             data = storage.read_range(uri, offset, offset + READ_BYTES)
             data = data[: data.rfind(b"\n") + 1]
             if data:
-                records = [_record(line) for line in data.splitlines()]
+                records = _records(data)
                 return records, Position(number + len(records), part, offset + len(data))
             if number not in self._parts or number == part:
                 raise OSError(f"{uri} ends before record {self.count}")
@@ -116,7 +115,7 @@ class MetricsLog:
         return [], Position(number, part, offset)
 
     def _write(self, data: bytes) -> None:
-        if not self._path:
+        if self._path is None:
             storage.write_bytes(_part(self._uri, self._parts[-1]), self._last + data)
             self._last += data
             return
@@ -130,8 +129,7 @@ class MetricsLog:
                 file.truncate(size)
                 raise
 
-    def _roll(self) -> None:
-        """Begin the next part if the last one is full."""
+    def _begin_part_if_full(self) -> None:
         if len(self._last) >= PART_BYTES:
             self._parts.append(self.count)
             self._last = b""
@@ -145,8 +143,7 @@ def read_records(folder: str) -> Iterator[Record]:
     """Yield all records of a folder; none if it has no metrics."""
     parts = _parts(storage.join(folder, NAME))
     for first in sorted(parts):
-        data = _read(parts[first])
-        yield from (_record(line) for line in data[: data.rfind(b"\n") + 1].splitlines())
+        yield from _records(storage.read_bytes(parts[first]))
 
 
 def history(folder: str, name: str) -> list[tuple[int, float]]:
@@ -155,15 +152,10 @@ def history(folder: str, name: str) -> list[tuple[int, float]]:
     return sorted(found.items())
 
 
-def _local_path(uri: str) -> str:
-    """Return the path of a local URI, or "" for another one."""
-    return uri.removeprefix("file://") if "://" not in uri or uri.startswith("file://") else ""
-
-
 def _parts(uri: str) -> dict[int, str]:
     """Return the URI of each part by the number of its first record."""
-    if _local_path(uri):
-        return {0: uri}
+    if storage.local_path(uri) is not None:
+        return {0: uri} if storage.exists(uri) else {}
     names = [name for name in storage.list_names(uri) if name.endswith(".jsonl")]
     return {int(name.removesuffix(".jsonl")): storage.join(uri, name) for name in names}
 
@@ -172,31 +164,25 @@ def _part(uri: str, first: int) -> str:
     return storage.join(uri, f"{first:09d}.jsonl")
 
 
-def _read(uri: str) -> bytes:
-    try:
-        return storage.read_bytes(uri) if uri else b""
-    except FileNotFoundError:
-        return b""
-
-
-def _repaired(path: str) -> int:
+def _repair(path: str) -> int:
     """Remove an incomplete last line, which a kill may have left; return the number of lines."""
     count = end = 0
-    if not os.path.exists(path):
-        return 0
-    with open(path, "rb+") as file:
-        while data := file.read(1 << 20):
-            count += data.count(b"\n")
-            end = file.tell() - len(data) + data.rfind(b"\n") + 1 if b"\n" in data else end
-        file.truncate(end)
+    if os.path.exists(path):
+        with open(path, "rb+") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    count, end = count + 1, end + len(line)
+            file.truncate(end)
     return count
 
 
-def _fields(record: Record) -> dict[str, object]:
-    """Return the JSON of a record."""
+def _line(record: Record) -> bytes:
+    """Return the record as a line of JSON, in which NaN stays NaN, as Python reads it."""
     child = {"child": record.child} if record.child else {}
-    return {"time": record.time, "step": record.step, **child, "metrics": record.metrics}
+    fields = {"time": record.time, "step": record.step, **child, "metrics": record.metrics}
+    return json.dumps(fields).encode() + b"\n"
 
 
-def _record(line: bytes) -> Record:
-    return Record(**json.loads(line))
+def _records(data: bytes) -> list[Record]:
+    """Return the records of all complete lines."""
+    return [Record(**json.loads(line)) for line in data[: data.rfind(b"\n") + 1].splitlines()]

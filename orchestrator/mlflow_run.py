@@ -84,9 +84,11 @@ class MlflowRun:
 
     @property
     def page(self) -> str:
-        """Return the URL of the run's page, or "" if MLflow is a file."""
+        """Return the URL of the run's page, or the command that shows it if MLflow is a file."""
+        if not self._uri.startswith("http"):
+            return f"mlflow ui --backend-store-uri {redact(self._uri)}"
         server = re.sub("(://)[^/]*@", r"\1", self._uri).rstrip("/")
-        return f"{server}/#/experiments/{self._experiment}/runs/{self.id}{VIEW}" if self._uri.startswith("http") else ""
+        return f"{server}/#/experiments/{self._experiment}/runs/{self.id}{VIEW}"
 
     def records_sent(self, first: Record) -> int:
         """Return the number of records that the server has of the metrics.jsonl whose first record is `first`."""

@@ -99,9 +99,10 @@ class Unit:
 
 class _Window(NamedTuple):
     stream: int
+    number: int  # in the stream's epoch
     first: int  # offset of its first row in the stream's epoch
-    number: int
-    rows: int  # number of its rows that the epoch's batches use
+    row_groups: np.ndarray
+    rows: int  # how many of its rows the epoch's batches use
 
 
 class OrderPlan:
@@ -113,7 +114,7 @@ class OrderPlan:
     reached, because each row group belongs to one stream. The rows that are left out differ from epoch to epoch, and no
     sample occurs twice in an epoch.
 
-    Attributes: row_group_sizes; num_samples; rows_per_stream (B/P); batches_per_epoch; images_per_epoch.
+    Attributes: row_group_sizes; batch_size; rows_per_stream (B/P); batches_per_epoch; images_per_epoch.
 
     Raises:
         ValueError: num_streams is no power of two, does not divide batch_size, or is larger than the number of row
@@ -131,12 +132,9 @@ class OrderPlan:
                 f"order.num_streams={streams} is more than the {groups} row groups of the dataset; lower "
                 "--order.num-streams, or prepare the dataset with more row groups"
             )
-        self.config, self.seed = config, seed
-        self.row_group_sizes = row_group_sizes
-        self.batch_size = batch_size
+        self.config, self.seed, self.row_group_sizes, self.batch_size = config, seed, row_group_sizes, batch_size
         self.rows_per_stream = batch_size // streams
         self._sizes = np.array(row_group_sizes, dtype=np.int64)
-        self.num_samples = int(self._sizes.sum())
         sure = int(np.sort(self._sizes)[: groups // streams].sum())
         self.batches_per_epoch = sure // self.rows_per_stream
         if self.batches_per_epoch == 0:
@@ -187,15 +185,11 @@ class OrderPlan:
         while True:
             order = keyed_rng(Purpose.ROW_GROUPS, self.seed, epoch).permutation(len(self._sizes))
             begin = step * self.rows_per_stream
-            windows = [
-                window
-                for stream in streams
-                for window in self._windows(order, stream)
-                if window.first + window.rows > begin
-            ]
+            windows = [window for stream in streams for window in self._windows(order, stream)]
+            windows = [window for window in windows if window.first + window.rows > begin]
             windows.sort(key=lambda window: (max(window.first, begin) // self.rows_per_stream, window.stream))
             for window in windows:
-                yield self._unit(epoch, order, window, begin)
+                yield self._unit(epoch, window, begin)
             epoch, step = epoch + 1, 0
 
     def open_bytes(self, world_size: int, bytes_per_row: int) -> int:
@@ -217,24 +211,20 @@ class OrderPlan:
 
     def _windows(self, order: np.ndarray, stream: int) -> Iterator[_Window]:
         """Yield the windows of a stream that the epoch's batches use."""
-        dealt, end, first = order[stream :: self.config.num_streams], self._stream_rows, 0
-        for number, start in enumerate(range(0, len(dealt), self.config.shuffle_row_groups)):
-            rows = int(self._sizes[dealt[start : start + self.config.shuffle_row_groups]].sum())
+        dealt, size = order[stream :: self.config.num_streams], self.config.shuffle_row_groups
+        first, end = 0, self.batches_per_epoch * self.rows_per_stream
+        for number, start in enumerate(range(0, len(dealt), size)):
+            row_groups = dealt[start : start + size]
+            rows = int(self._sizes[row_groups].sum())
             if first < end:
-                yield _Window(stream, first, number, min(rows, end - first))
+                yield _Window(stream, number, first, row_groups, min(rows, end - first))
             first += rows
 
-    def _unit(self, epoch: int, order: np.ndarray, window: _Window, begin: int) -> Unit:
+    def _unit(self, epoch: int, window: _Window, begin: int) -> Unit:
         """Return the rows of a window from the stream's row `begin` on, as far as the epoch's batches use them."""
-        start = window.number * self.config.shuffle_row_groups
-        groups = order[window.stream :: self.config.num_streams][start : start + self.config.shuffle_row_groups]
-        pairs = zip(groups, self._sizes[groups], strict=True)
-        rows = np.concatenate([np.stack([np.full(n, group), np.arange(n)], 1) for group, n in pairs])
+        groups = zip(window.row_groups, self._sizes[window.row_groups], strict=True)
+        rows = np.concatenate([np.stack([np.full(size, group), np.arange(size)], 1) for group, size in groups])
         key = epoch * self.config.num_streams + window.stream
         rows = rows[keyed_rng(Purpose.WINDOW, self.seed, key, window.number).permutation(len(rows))]
         skipped = max(begin - window.first, 0)
         return Unit(epoch, window.stream, window.first + skipped, rows[skipped : window.rows])
-
-    @property
-    def _stream_rows(self) -> int:
-        return self.batches_per_epoch * self.rows_per_stream

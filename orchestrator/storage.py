@@ -25,14 +25,6 @@ from orchestrator.storage_errors import Place, attempt, error_code, reason, with
 from orchestrator.storage_local import is_part, link_exclusively, local_part
 from orchestrator.storage_s3 import UPLOAD_BYTES, S3Upload, create_on_s3, s3_options
 
-_S3_OPTIONS: dict[str, Any] = {
-    "use_listings_cache": False,  # other processes write here too, so a listing must be current
-    "config_kwargs": {
-        "connect_timeout": 5,  # seconds
-        "read_timeout": 15,  # seconds without a byte; the request is then repeated
-        "retries": {"mode": "standard", "total_max_attempts": 3},  # of one request, with jitter
-    },
-}
 _REQUESTS = 16  # concurrent requests
 _MERGE_GAP = 256 << 10  # ranges with fewer bytes between them are read by one request, which is cheaper
 _MERGED_BYTES = 16 << 20  # of such a request at most, to bound its memory
@@ -43,9 +35,23 @@ log = logging.getLogger(__name__)
 
 def resolve(uri: str) -> str:
     """Return the URI without a trailing slash. A plain path becomes absolute, and a leading `~` is expanded."""
-    if (path := _local_path(uri)) is None or "://" in uri:
+    if (path := local_path(uri)) is None or "://" in uri:
         return uri.rstrip("/")
     return os.path.abspath(path)
+
+
+def local_path(uri: str) -> str | None:
+    """Return the path of a plain path or a file:// URI with `~` expanded, or None for any other URI.
+
+    Raises:
+        ValueError: a file:// URI is relative, and would be a different folder for every process.
+    """
+    if not uri.startswith(("file:", "local:")):
+        return None if "://" in uri else os.path.expanduser(uri)
+    path = os.path.expanduser(uri.partition(":")[2].removeprefix("//"))
+    if not os.path.isabs(path):
+        raise ValueError(f"{uri} is relative; expected file:///absolute/path: pass that, or the plain path {path}")
+    return path
 
 
 def is_absolute(uri: str) -> bool:
@@ -54,7 +60,7 @@ def is_absolute(uri: str) -> bool:
     Raises:
         ValueError: a relative file:// URI.
     """
-    path = _local_path(uri)
+    path = local_path(uri)
     return path is None or os.path.isabs(path)
 
 
@@ -136,7 +142,10 @@ def open_output(uri: str) -> Iterator[BinaryIO]:
         with local_part("write", place, os.replace) as part:
             yield part
         return
-    file: Any = S3Upload(place) if place.is_s3 else attempt("open", place, place.fs.open, place.path, "wb", **_LATER)
+    if place.is_s3:
+        file: Any = S3Upload(place)
+    else:
+        file = attempt("open", place, place.fs.open, place.path, "wb", autocommit=False)
     try:
         yield file
         file.close()
@@ -153,9 +162,6 @@ def open_output(uri: str) -> Iterator[BinaryIO]:
             words = "an unfinished upload of %s remains until the bucket's lifecycle rule deletes it: %s"
             log.warning(words, without_passwords(uri), reason(error))
         raise
-
-
-_LATER = {"autocommit": False}  # fsspec's file then creates the object in `commit`
 
 
 def exists(uri: str) -> bool:
@@ -314,34 +320,26 @@ def delete(uri: str) -> None:
     Objects are deleted one by one, because many servers do not support DeleteObjects, which also hides refusals.
     """
     place = _locate(uri)
-
-    def remove(path: str) -> None:
-        attempt("delete", place, place.fs.rm_file, path)
-
     with contextlib.suppress(FileNotFoundError):
         if not uri.endswith("/"):
-            remove(place.path)
+            attempt("delete", place, place.fs.rm_file, place.path)
         elif place.is_local:
             attempt("delete", place, place.fs.rm, place.path, recursive=True)
-        elif place.is_s3:
-            with ThreadPoolExecutor(_REQUESTS) as threads:
-                objects: list[str] = attempt("list", place, place.fs.find, place.path)
-                list(threads.map(remove, objects))
         else:
-            for name in list_names(uri, recursive=True):
-                remove(f"{place.path}/{name}")
+            if place.is_s3:  # includes the empty objects that some programs create for folders
+                paths: list[str] = attempt("list", place, place.fs.find, place.path)
+            else:
+                paths = [f"{place.path}/{name}" for name in list_names(uri, recursive=True)]
+            with ThreadPoolExecutor(_REQUESTS) as threads:
+                list(threads.map(lambda path: attempt("delete", place, place.fs.rm_file, path), paths))
 
 
 def make_bucket(uri: str) -> None:
-    """Create the bucket (or local folder) of this URI if it does not exist."""
+    """Create the bucket of an s3:// URI on a local server if it does not exist. Jobs do not create buckets."""
     place = _locate(uri)
-    if not place.is_s3:
-        attempt("make", place, place.fs.makedirs, place.path, exist_ok=True)
-    elif not exists(f"s3://{(bucket := place.fs.split_path(place.path)[0])}"):
-        region = place.fs.client_kwargs.get("region_name", "us-east-1")
-        # us-east-1 is the only location that S3 does not accept by its name.
-        there = {} if region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": region}}
-        attempt("make", place, place.fs.call_s3, "create_bucket", Bucket=bucket, **there)
+    bucket = place.fs.split_path(place.path)[0]
+    if not exists(f"s3://{bucket}"):
+        attempt("make", place, place.fs.call_s3, "create_bucket", Bucket=bucket)
 
 
 def read_json(uri: str) -> Any:
@@ -374,9 +372,6 @@ class _RemoteFile(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def tell(self) -> int:
-        return self._position
-
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         return self._position
@@ -392,7 +387,7 @@ class _RemoteFile(io.RawIOBase):
 
 
 def _locate(uri: str) -> Place:
-    if (path := _local_path(uri)) is not None:
+    if (path := local_path(uri)) is not None:
         path = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
         return Place(uri, fsspec.filesystem("file"), path.rstrip("/") or "/")
     protocol, _, rest = uri.partition("://")
@@ -405,22 +400,8 @@ def _locate(uri: str) -> Place:
         if protocol not in ("s3", "s3a"):
             return Place(uri, *fsspec.core.url_to_fs(uri))
         receive_environment()
-        fs = fsspec.filesystem("s3", **s3_options(_S3_OPTIONS))
+        fs = fsspec.filesystem("s3", **s3_options())
     except (ValueError, ImportError) as error:
         raise ValueError(f"cannot open {without_passwords(uri)!r}: {error}") from error
     fs.retries = 1  # the client retries requests and `attempt` retries operations; a third level is too much
     return Place(uri, fs, rest.rstrip("/"))
-
-
-def _local_path(uri: str) -> str | None:
-    """Return the path of a plain path or a file:// URI with `~` expanded, or None for any other URI.
-
-    Raises:
-        ValueError: a file:// URI is relative, and would be a different folder for every process.
-    """
-    if not uri.startswith(("file:", "local:")):
-        return None if "://" in uri else os.path.expanduser(uri)
-    path = os.path.expanduser(uri.partition(":")[2].removeprefix("//"))
-    if not os.path.isabs(path):
-        raise ValueError(f"{uri} is relative; expected file:///absolute/path: pass that, or the plain path {path}")
-    return path

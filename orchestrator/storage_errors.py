@@ -125,7 +125,7 @@ def attempt(action: str, place: Place, function: Callable[P, T], *args: P.args, 
     with_fresh_session = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_is_of_credentials),
         wait=tenacity.wait_random_exponential(multiplier=0.5, min=0.1, max=4),  # seconds
-        stop=_asked_enough,
+        stop=tenacity.stop_after_attempt(4),
         before_sleep=lambda _: place.fs.connect(refresh=True),  # s3fs caches credentials, and their absence, for ever
         reraise=True,
     )
@@ -133,15 +133,6 @@ def attempt(action: str, place: Place, function: Callable[P, T], *args: P.args, 
         return with_fresh_session(patiently, _clarified, place, function, *args, **kwargs)
     except (OSError, RecursionError, botocore.exceptions.BotoCoreError) as error:
         raise explained(action, place, error) from error
-
-
-def _asked_enough(state: tenacity.RetryCallState) -> bool:
-    """Return whether to stop retrying a credential error.
-
-    A server that rejects credentials is tried twice. A service that should provide them is tried four times.
-    """
-    error = state.outcome.exception() if state.outcome else None
-    return state.attempt_number >= (2 if _response(error) else 4)
 
 
 def _clarified(place: Place, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import psutil
+
 from orchestrator.storage_errors import Place, attempt, explained
 
 _PART = ".part"  # extension of a hidden file that is being written; such files are never listed
@@ -102,20 +104,10 @@ def _remove_dead_parts(folder: Path) -> None:
     with contextlib.suppress(OSError):
         for name in filter(is_part, os.listdir(folder)):
             found = re.fullmatch(rf"\.{re.escape(socket.gethostname())}\.(\d+)\.\w+\.part", name)
-            if not found or _is_running(int(found[1])):
+            if not found or psutil.pid_exists(int(found[1])):
                 continue
             # The process may run in another container of this name under another id. Then it holds the lock. Without
             # locks no file is removed.
             with contextlib.suppress(OSError), (folder / name).open("r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 (folder / name).unlink()
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # it belongs to another user
-    return True

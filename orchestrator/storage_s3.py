@@ -17,8 +17,15 @@ UPLOAD_BYTES = 16 << 20  # of a part of a multipart upload
 _UPLOADS = 4  # parts in flight; an upload holds these and one more in memory
 
 
-def s3_options(base: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with the options that the environment sets: the standard variables and two of our own.
+CONFIG: dict[str, Any] = {  # of botocore
+    "connect_timeout": 5,  # seconds
+    "read_timeout": 15,  # seconds without a byte; the request is then repeated
+    "retries": {"mode": "standard", "total_max_attempts": 3},  # of one request, with jitter
+}
+
+
+def s3_options() -> dict[str, Any]:
+    """Return the options of the filesystem: CONFIG, the standard variables of the environment, and two of our own.
 
     ADMIRAL_S3_ADDRESSING is path or virtual (the bucket is in the path or in the host name). The default is path for
     custom endpoints and virtual for AWS, unless the profile sets it. ADMIRAL_S3_ANONYMOUS=1 sends no credentials.
@@ -26,9 +33,10 @@ def s3_options(base: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: one of these two variables has another value.
     """
-    config = dict(base["config_kwargs"])
+    config = dict(CONFIG)
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    options: dict[str, Any] = {**base, "endpoint_url": endpoint, "config_kwargs": config}
+    options: dict[str, Any] = {"endpoint_url": endpoint, "config_kwargs": config}
+    options["use_listings_cache"] = False  # other processes write here too, so a listing must be current
     if endpoint or _profile_has_endpoint(os.environ.get("AWS_PROFILE"), os.environ.get("AWS_CONFIG_FILE")):
         # Many servers other than AWS reject the x-amz-checksum headers that botocore adds to all requests by default.
         config |= dict.fromkeys(("request_checksum_calculation", "response_checksum_validation"), "when_required")

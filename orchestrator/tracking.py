@@ -21,14 +21,13 @@ from orchestrator import metrics_log, storage
 from orchestrator.config import JobConfig, tracking_uri
 from orchestrator.metrics_log import MetricsLog, Position, Record, read_records
 from orchestrator.mlflow_run import MlflowRun, is_refused, reason, refusal
-from orchestrator.redaction import redact, redact_patterns
+from orchestrator.redaction import redact_patterns
 
 QUEUE_CAPACITY = 2_000  # artefacts in memory while the server is unreachable; more are dropped
 RETRY_SECONDS = 5.0  # between two tries while the server is unreachable
 POLL_SECONDS = 1.0  # between two reads of metrics.jsonl
 FIRST_ANSWER_SECONDS = 20.0  # how long a job waits at its start to learn whether MLflow refuses it
 PATIENCE_SECONDS = 60.0  # how long a job waits at its end for a server that takes nothing
-WARNINGS = 5  # most warnings about refused records; the last line has the count
 SENT = "tracking.json"  # file in the job's folder that says that MLflow has all numbers
 
 Send = Callable[[], object]  # sends an artefact; may be called again after an error
@@ -62,8 +61,7 @@ class Tracker:
         self._job, self._output, self._uri, self._config = job, output, uri or "", config
         self._log = MetricsLog(output)
         self._mlflow = MlflowRun(self._uri, job, output, parent)
-        self._artifacts: queue.SimpleQueue[Send | None] = queue.SimpleQueue()
-        self._put_artifacts = self._settled_artifacts = 0  # each is changed by one thread only
+        self._artifacts: queue.Queue[Send | None] = queue.Queue()
         self._known_children: set[tuple[str, int]] | None = None  # (name, step) in metrics.jsonl
         self._answered, self._finishing, self._abandoned = threading.Event(), threading.Event(), threading.Event()
         self._refusal: Exception | None = None
@@ -133,7 +131,8 @@ class Tracker:
         Stops waiting if the server takes nothing for PATIENCE_SECONDS.
         """
         self._log.close()
-        self._artifacts.put(None)
+        self._artifacts.put(None)  # ends their thread
+        self._artifacts.task_done()  # it is not one of the artefacts, which are counted
         self._status, self._last_taken = status, time.monotonic()
         self._finishing.set()
         while any(thread.is_alive() for thread in self._threads):
@@ -151,15 +150,13 @@ class Tracker:
 
     def _conclude(self) -> None:
         """Print where the run is; warn about records that MLflow does not have."""
-        if self._mlflow.id and self._mlflow.page:
+        if self._mlflow.id:
             print(f"View run: {self._mlflow.page}")
-        elif self._mlflow.id:
-            print(f"View run: mlflow ui --backend-store-uri {redact(self._uri)}")
         if self.unsent:
             place = storage.join(self._output, metrics_log.NAME)
             words = "%d records are in %s and not in %s; the same command sends them once it answers"
             log.warning(words, self.unsent, place, self._mlflow.where)
-        if lost := self._put_artifacts - self._settled_artifacts + self._dropped:
+        if lost := self._artifacts.unfinished_tasks + self._dropped:
             log.warning("%d artefacts are not in %s", lost, self._mlflow.where)
         if self._refused:
             log.warning("%d records were refused and are not in %s", self._refused, self._mlflow.where)
@@ -169,7 +166,8 @@ class Tracker:
     def _send_numbers(self) -> None:
         """Open the run, send the records of metrics.jsonl as they are written, and set the run's status at the end."""
         try:
-            self._open()
+            self._retry(partial(self._mlflow.open, self._config), self._mlflow.where)
+            self._answered.set()
             publishing = threading.Thread(target=self._send_artifacts, name="artefacts", daemon=True)
             publishing.start()
             self._threads.append(publishing)
@@ -177,23 +175,12 @@ class Tracker:
         except _GivenUp:
             pass
         except _PermanentError as refused:
-            words = "%s takes no more records, the job continues: %s"
-            log.warning(words, self._mlflow.where, reason(refused.error))
-
-    def _open(self) -> None:
-        """Open the run; give up if the first answer is that this job is refused for ever."""
-        while not self._mlflow.id:
-            try:
-                self._retry(partial(self._mlflow.open, self._config), self._mlflow.where, opening=True)
-            except _PermanentError as refused:
-                if not self._answered.is_set():
-                    self._refusal = refused.error
-                    self._answered.set()
-                    raise _GivenUp from refused
-                text = refusal(self._mlflow.where, refused.error)
-                log.warning("%s. The job continues, and its numbers are kept", text)
-                self._abandoned.wait(10 * RETRY_SECONDS)
-        self._answered.set()
+            if self._answered.is_set():
+                words = "%s takes no more records, the job continues: %s"
+                log.warning(words, self._mlflow.where, reason(refused.error))
+            else:
+                self._refusal = refused.error
+                self._answered.set()
 
     def _follow_log(self) -> None:
         """Send the records of metrics.jsonl that MLflow lacks, until the job has finished and all are sent."""
@@ -239,19 +226,19 @@ class Tracker:
                     self._retry(send, f"the artefact store of {self._mlflow.where}")
                 except _PermanentError as refused:
                     self._refuse("an artefact", refused.error)
-                self._settled_artifacts += 1
+                self._artifacts.task_done()
 
     def _put(self, send: Send) -> None:
-        if not self._uri:
-            return
-        if self._put_artifacts - self._settled_artifacts >= QUEUE_CAPACITY:
+        if self._uri and self._artifacts.unfinished_tasks >= QUEUE_CAPACITY:
             self._dropped += 1
-            return
-        self._put_artifacts += 1
-        self._artifacts.put(send)
+        elif self._uri:
+            self._artifacts.put(send)
 
-    def _retry(self, call: Callable[[], Result], what: str, opening: bool = False) -> Result:
+    def _retry(self, call: Callable[[], Result], what: str) -> Result:
         """Call `call` until it succeeds, and return its result.
+
+        Before the first answer of the server, errors that refuse the whole job are permanent too. Later they may be
+        temporary, such as those of a gateway while the server starts.
 
         Raises:
             _PermanentError: it can never succeed.
@@ -262,7 +249,7 @@ class Tracker:
             try:
                 result = call()
             except Exception as error:
-                if is_refused(error, opening):
+                if is_refused(error, opening=not self._answered.is_set()):
                     raise _PermanentError(error) from error
                 if not away:
                     words = "%s is unreachable; retrying in the background, the job continues: %s"
@@ -276,10 +263,10 @@ class Tracker:
         raise _GivenUp
 
     def _refuse(self, what: str, error: Exception) -> None:
-        self._refused += 1
-        if self._refused <= WARNINGS:
-            words = "%s refuses %s, which is left out there; the job continues: %s"
+        if not self._refused:
+            words = "%s refuses %s, which is left out there; the job continues and counts all such records: %s"
             log.warning(words, self._mlflow.where, what, reason(error))
+        self._refused += 1
 
 
 @contextlib.contextmanager

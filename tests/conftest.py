@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +34,24 @@ def s3_bucket(s3_server: str) -> str:
     name = f"test-{uuid.uuid4().hex[:12]}"
     s3fs.S3FileSystem(endpoint_url=s3_server).mkdir(name)
     return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def _empty_tracking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Create MLflow's tables once, because that takes seconds."""
+    from mlflow import MlflowClient
+
+    file = tmp_path_factory.mktemp("tracking") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture
+def sqlite_tracking(_empty_tracking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Set MLFLOW_TRACKING_URI to a new SQLite file and return it."""
+    shutil.copy(_empty_tracking, tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri := f"sqlite:///{tmp_path}/mlflow.db")
+    return uri
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jobs.command_line import parse
-from orchestrator import storage
+from orchestrator import storage, storage_s3
 from orchestrator.data.job import prepare
 from orchestrator.data.presets import dataset_presets
 from orchestrator.evaluation.job import evaluate
@@ -38,8 +38,8 @@ def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
         proxy.add(fault, probability=0.04)
     proxy.add("stall", probability=0.02, times=3)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-    monkeypatch.setitem(storage._S3_OPTIONS["config_kwargs"], "read_timeout", 2.0)  # seconds
-    monkeypatch.setitem(storage._S3_OPTIONS["config_kwargs"], "retries", {"total_max_attempts": 1})
+    monkeypatch.setitem(storage_s3.CONFIG, "read_timeout", 2.0)  # seconds
+    monkeypatch.setitem(storage_s3.CONFIG, "retries", {"total_max_attempts": 1})
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
     yield proxy
     proxy.close()

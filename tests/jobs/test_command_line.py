@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from jobs.command_line import RENAMED, _option_names, main, parse
+from jobs.command_line import main, parse
 from jobs.options import options_of
 from orchestrator.ablations.presets import ablation_presets
 from orchestrator.config import JobConfig
@@ -120,7 +119,6 @@ def refusal(presets: dict[str, Any], argv: list[str], capsys: pytest.CaptureFixt
         ("preset: digits\nlearning-rate: 1", "unknown field learning-rate; did you mean learning_rate?"),
         ("preset: digits\nmodel: {dropuot: 0}", "unknown field model.dropuot; did you mean model.dropout?"),
         ("preset: digits\nmodel: {learning_rat: 0}", "unknown field model.learning_rat; "),
-        ("preset: digits\nprice: {}", "did you mean cost?"),
         ("preset: digits\nqqq: 1", "unknown field qqq; PRESET --help lists"),
         ("preset: digits\n1: 1", "unknown field 1; "),
         (
@@ -146,14 +144,6 @@ def test_a_wrong_preset_file_is_one_line(
     assert message.startswith(f"job.py: error: {tmp_path}/mine.yaml: ") and key in message
 
 
-def test_a_preset_file_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "/none/such.yaml does not exist" in refusal(adm_presets(), ["--preset", "/none/such.yaml"], capsys)
-
-
-def test_a_preset_file_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--preset needs a value" in refusal(adm_presets(), ["--preset"], capsys)
-
-
 @pytest.mark.parametrize(
     ("argv", "key"),
     [
@@ -175,6 +165,8 @@ def test_a_preset_file_must_be_named(capsys: pytest.CaptureFixture[str]) -> None
         (["imagenet46"], "unknown preset imagenet46; did you mean imagenet64?"),
         (["--batch-size", "64"], ", imagenet64, "),
         ([], ", imagenet64, "),
+        (["--preset", "/none/such.yaml"], "/none/such.yaml does not exist"),
+        (["--preset"], "--preset needs a value"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(argv: list[str], key: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,53 +176,9 @@ def test_a_wrong_command_line_is_one_line(argv: list[str], key: str, capsys: pyt
 # ------------------------------------------------------------------------------------------------ unknown names
 
 
-def config_type(job: str) -> type[JobConfig]:
-    """Return the type of the job's configs."""
-    return type(next(iter(ALL_PRESETS[job]().values()))[1])
-
-
-def renamed_in(job: str) -> dict[str, str]:
-    """Return the new name of every renamed option of the job by its old name."""
-    options = _option_names(options_of(config_type(job)))
-    return {old: new for old, new in RENAMED.items() if new in options and old not in options}
-
-
-@pytest.mark.parametrize("job", ALL_PRESETS)
-def test_an_old_option_is_refused_with_its_new_name(job: str, capsys: pytest.CaptureFixture[str]) -> None:
-    presets = ALL_PRESETS[job]()
-    for old, new in renamed_in(job).items():
-        dashed = old.replace("_", "-")
-        for words in ([f"--{dashed}", "5"], [f"--{old}", "5"], [f"--{dashed}=5"], [f"--{dashed}"]):
-            message = refusal(presets, [next(iter(presets)), "--dry-run", *words], capsys)
-            assert f"unknown option {words[0].split('=')[0]}; did you mean --{new.replace('_', '-')}?" in message
-
-
-@pytest.mark.parametrize("job", ALL_PRESETS)
-def test_an_old_field_of_a_preset_file_is_refused_with_its_new_name(
-    job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    presets = ALL_PRESETS[job]()
-    for old, new in renamed_in(job).items():
-        tree: Any = 5
-        for name in reversed(old.split(".")):
-            tree = {name: tree}
-        (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"preset": next(iter(presets)), **tree}))
-        message = refusal(presets, ["--preset", str(tmp_path / "mine.yaml")], capsys)
-        assert f"{tmp_path}/mine.yaml: unknown field {old}; did you mean {new}?" in message
-
-
-def test_every_old_name_belongs_to_a_job() -> None:
-    assert RENAMED.keys() - {old for job in ALL_PRESETS for old in renamed_in(job)} == {"price"}, "a group of options"
-
-
 @pytest.mark.parametrize(
     ("job", "option", "near"),
     [
-        ("train_adm", "--no-flip", "--no-random-flip"),
-        ("train_adm", "--no_flip", "--no-random-flip"),
-        ("train_adm", "--no-anneal", "--lr-schedule"),
-        ("train_adm", "--no-use-gpu", "--num-gpus"),
-        ("train_adm", "--price", "--cost.gpu"),
         ("train_adm", "--no-random-flop", "--no-random-flip"),
         ("train_adm", "--learning-rat", "--learning-rate"),
         ("train_adm", "--no-learning-rate", "--learning-rate"),
@@ -250,16 +198,9 @@ def test_an_unknown_option_is_refused_with_a_similar_one(
     assert f"unknown option {option}; did you mean {near}?" in message
 
 
-@pytest.mark.parametrize("job", ALL_PRESETS)
-def test_an_option_like_no_other_is_refused(job: str, capsys: pytest.CaptureFixture[str]) -> None:
-    presets = ALL_PRESETS[job]()
-    message = refusal(presets, [next(iter(presets)), "--qqq", "1"], capsys)
+def test_an_option_like_no_other_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(adm_presets(), ["digits", "--qqq", "1"], capsys)
     assert "unknown option --qqq; --help lists all options" in message
-
-
-def test_an_old_name_that_a_job_still_has_is_accepted() -> None:
-    assert parse("Average.", average_presets(), ["digits", "--images", "64"]).images == 64
-    assert parse("Prepare.", dataset_presets(), ["digits", "--source", "there"]).source == "there"
 
 
 def test_every_spelling_of_an_option_is_accepted() -> None:
@@ -310,28 +251,24 @@ def test_pairs_and_texts_with_dashes_are_read() -> None:
 # ------------------------------------------------------------------------------------------------ the run
 
 
-def test_a_failing_job_is_one_line_and_exit_code_1(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ValueError("dataset=x is not there;\nprepare it first"), 1, "dataset=x is not there; prepare it first"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command resumes the job"),
+    ],
+)
+def test_a_job_that_fails_or_is_interrupted_prints_one_line(
+    error: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(config: JobConfig) -> None:
-        raise ValueError("dataset=x is not there;\nprepare it first")
+        raise error
 
     monkeypatch.setattr(sys, "argv", ["job.py", "plain"])
     with pytest.raises(SystemExit) as end:
         main("A job.", {"plain": ("nothing", JobConfig())}, run, lambda config: (config, ""))
-    assert end.value.code == 1
-    assert capsys.readouterr().err == "job.py: error: dataset=x is not there; prepare it first\n"
-
-
-def test_an_interrupted_job_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def run(config: JobConfig) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sys, "argv", ["job.py", "plain"])
-    with pytest.raises(SystemExit) as end:
-        main("A job.", {"plain": ("nothing", JobConfig())}, run, lambda config: (config, ""))
-    assert end.value.code == 130
-    assert capsys.readouterr().err == "job.py: error: interrupted; the same command resumes the job\n"
+    assert end.value.code == code
+    assert capsys.readouterr().err == f"job.py: error: {said}\n"
 
 
 def test_a_dry_run_prints_config_and_plan_and_runs_nothing(

@@ -113,13 +113,6 @@ def test_what_differs_between_nodes_is_named() -> None:
     assert "3600 s" in found[2].words
 
 
-def test_a_head_among_others_should_hold_no_work() -> None:
-    assert doctor._roles([HEAD]) == []
-    assert [found.level for found in doctor._roles([HEAD, WORKER])] == ["ok"]
-    [found] = doctor._roles([replace(HEAD, resources={"GPU": 8}), WORKER])
-    assert found.level == "warning" and "0 CPUs and 8 GPUs" in found.words
-
-
 def test_tracking_of_several_machines_wants_a_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = DoctorConfig(store=str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -1,51 +1,20 @@
-"""Local and network file systems: literal names, failing listings, no hard links, killed writers, odd paths."""
+"""Local and network file systems: failing listings, no hard links, full disks, killed writers, odd paths."""
 
 import errno
 import os
+import resource
 import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from orchestrator import storage
 from orchestrator.config import JobConfig
-
-ODD = ("lr[12]", "lr*", "lr?", "[a-z]", "a#b", "a b%20", "x::y", "{a,b}")
-
-
-@pytest.fixture(params=["local", "file", "memory", "s3"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty folder on each kind of storage."""
-    if request.param == "s3":
-        return str(request.getfixturevalue("s3_bucket"))
-    return {"local": str(tmp_path), "file": f"file://{tmp_path}", "memory": f"memory://{tmp_path}"}[request.param]
-
-
-@pytest.mark.parametrize("odd", ODD)
-def test_names_are_literal(odd: str, root: str) -> None:
-    if root.startswith("memory://") and "::" in odd:
-        pytest.skip("fsspec chains filesystems by it")
-    others = ["lr1", "lr2", "a", "ab", "xy", "{a"]
-    for run in (odd, *others):
-        storage.write_bytes(storage.join(root, run, "deep/x"), run.encode())
-    uri = storage.join(root, odd)
-    assert storage.read_bytes(f"{uri}/deep/x") == odd.encode() and storage.exists(uri)
-    assert storage.list_names(uri) == ["deep/"] and storage.list_names(uri, recursive=True) == ["deep/x"]
-    assert [name for files in storage.list_tree(uri) for name, _ in files] == ["deep/x"]
-    assert storage.size_of(f"{uri}/deep/x") == len(odd) and storage.open_input(f"{uri}/deep/x").read() == odd.encode()
-    assert not storage.put_if_absent(f"{uri}/deep/x", b"") and storage.put_if_absent(f"{uri}/deep/y", b"")
-    with storage.open_output(f"{uri}/deep/z") as file:
-        file.write(b"z")
-    storage.delete(f"{uri}/deep/z")
-    assert storage.list_names(f"{uri}/deep") == ["x", "y"]
-    storage.delete(uri + "/")
-    assert not storage.exists(uri)
-    left = [run for run in others if storage.exists(storage.join(root, run, "deep/x"))]
-    assert left == others, "other runs lost objects"
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EIO])
@@ -123,15 +92,48 @@ def test_file_systems_that_cannot_sync_a_folder(number: int, tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("number", [errno.EDQUOT, errno.ENOSPC])
-def test_a_full_quota_has_its_own_message(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_quota_has_its_own_message_and_leaves_the_old_object(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(_: int) -> None:
         raise OSError(number, os.strerror(number))
 
+    uri = str(tmp_path / "x")
+    storage.write_bytes(uri, b"old")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"quota|space") as caught:
-        storage.write_bytes(str(tmp_path / "x"), b"data")
-    assert str(tmp_path / "x") in str(caught.value) and "Errno" not in str(caught.value)
-    assert os.listdir(tmp_path) == []
+        storage.write_bytes(uri, b"new")
+    assert uri in str(caught.value) and "Errno" not in str(caught.value)
+    assert storage.read_bytes(uri) == b"old" and os.listdir(tmp_path) == ["x"]
+
+
+def stream_out(uri: str, data: bytes) -> None:
+    with storage.open_output(uri) as file:
+        file.write(data)
+
+
+@pytest.mark.parametrize("write", [storage.write_bytes, storage.put_if_absent, stream_out])
+def test_a_full_disk_is_one_clear_error(write: Callable[[str, bytes], object], tmp_path: Path) -> None:
+    uri = str(tmp_path / "run" / "x")
+    with _file_size_limit(1 << 20), pytest.raises(OSError, match=r"cannot (write|create): .*run/x'") as caught:
+        write(uri, bytes(4 << 20))
+    assert "too large" in str(caught.value).lower() and "Errno" not in str(caught.value)
+    assert list((tmp_path / "run").iterdir()) == [], "nothing half written stays"
+    write(uri, b"small")
+    assert storage.read_bytes(uri) == b"small"
+
+
+@contextmanager
+def _file_size_limit(limit: int) -> Iterator[None]:
+    """Limit the size of this process's files, which looks like a full disk to a writer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 WRITER = """
@@ -160,6 +162,12 @@ def test_files_of_killed_writers_are_removed(write: Callable[[str, bytes], objec
     foreign.touch()
     write(str(tmp_path / "c"), b"data")
     assert sorted(os.listdir(tmp_path)) == [foreign.name, "b", "c"]
+
+
+def test_a_file_in_the_place_of_a_folder_is_no_object_of_that_name(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(OSError, match=r"cannot create .*run/x"):
+        storage.put_if_absent(str(tmp_path / "run" / "x"), b"")
 
 
 def test_only_hidden_parts_are_hidden(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""S3 servers that differ from AWS or refuse requests: what works, and the message for each refusal."""
+"""S3 servers that fail for a while, differ from AWS, or refuse requests, with the message for each refusal."""
 
 import uuid
 from collections.abc import Callable, Iterator
@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import s3fs
 
-from orchestrator import doctor, storage, storage_errors
+from orchestrator import doctor, storage, storage_errors, storage_s3
 from tests import servers
 from tests.chaos.proxy import Fault, Proxy
 
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
+DATA = bytes(range(256)) * 1000
 LARGE = bytes(range(256)) * (1 << 17)  # 32 MiB: two parts of a streamed output
-CHECKSUMS = r"^(x-amz-checksum|x-amz-sdk-checksum|x-amz-trailer)"
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """Yield a fault proxy in front of the storage, with retries that do not wait."""
     proxy = Proxy(s3_server, seed=7)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-    monkeypatch.setitem(storage._S3_OPTIONS["config_kwargs"], "retries", {"total_max_attempts": 1})
+    monkeypatch.setitem(storage_s3.CONFIG, "retries", {"total_max_attempts": 1})
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
     yield proxy
     proxy.close()
@@ -29,7 +29,8 @@ def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 
 def stream_out(uri: str, data: bytes) -> None:
     with storage.open_output(uri) as file:
-        file.write(data)
+        for start in range(0, len(data), 3 << 20):
+            file.write(data[start : start + (3 << 20)])
 
 
 def one_line(error: BaseException) -> str:
@@ -39,8 +40,108 @@ def one_line(error: BaseException) -> str:
     return said
 
 
+# ------------------------------------------------------------------------------------------------ faults that end
+
+
+@pytest.mark.parametrize("fault", ["503", "reset", "cut", "stall", "half", "swallow"])
+def test_transient_faults_are_retried(
+    fault: Fault, s3_bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(storage_s3.CONFIG, "read_timeout", 0.5)  # seconds
+    uri = f"{s3_bucket}/x"
+    for operation in (
+        lambda: storage.write_bytes(uri, DATA),
+        lambda: storage.read_bytes(uri) == DATA or pytest.fail("other bytes"),
+        lambda: storage.open_input(uri).read() == DATA or pytest.fail("other bytes"),
+        lambda: storage.list_names(s3_bucket) == ["x"] or pytest.fail("not listed"),
+        lambda: storage.exists(uri) or pytest.fail("not found"),
+        lambda: storage.put_if_absent(f"{s3_bucket}/{fault}", DATA) or pytest.fail("not created"),
+        lambda: storage.delete(f"{s3_bucket}/{fault}"),
+        lambda: stream_out(uri, DATA),
+    ):
+        rule = proxy.add(fault, times=1)
+        operation()
+        assert len(rule.requests) == 1, "the fault befell nothing"
+    assert storage.read_bytes(uri) == DATA and storage.list_names(s3_bucket) == ["x"]
+
+
+def test_ranges_that_lie_close_together_share_a_request(
+    s3_bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_MERGED_BYTES", 4 << 20)
+    storage.write_bytes(f"{s3_bucket}/x", bytes(6 << 20))
+
+    def requests(count: int, gap: int, size: int) -> int:
+        before = len(proxy.requests)
+        found = storage.read_ranges(s3_bucket, [storage.Range("x", i * gap, size) for i in range(count)])
+        assert found == [bytes(size)] * count
+        return len(proxy.requests) - before
+
+    assert requests(512, 1 << 12, 1 << 12) == 1
+    assert requests(6, 1 << 20, 1 << 12) == 6, "what lies between is larger than a request is worth"
+    assert requests(24, 1 << 18, 1 << 18) == 2, "no more than so much at once"
+    for fault in ("503", "reset", "cut"):
+        proxy.add(fault, times=1)
+    assert requests(6, 1 << 20, 1 << 12) == 6 + 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "request_kind"),
+    [
+        ("503", ("POST", "uploads")),  # beginning of the upload
+        ("503", ("PUT", "partNumber=2")),
+        ("half", ("PUT", "partNumber=2")),
+        ("reset", ("POST", "uploadId")),  # its end
+        ("swallow", ("POST", "uploadId")),
+    ],
+)
+def test_long_faults_within_a_streamed_output(
+    fault: Fault, request_kind: tuple[str, str], s3_bucket: str, proxy: Proxy
+) -> None:
+    rule = proxy.add(fault, *request_kind, times=2)
+    stream_out(f"{s3_bucket}/x", LARGE)
+    assert len(rule.requests) == 2
+    assert storage.read_bytes(f"{s3_bucket}/x") == LARGE
+
+
+def test_an_upload_cut_half_way_leaves_no_object(s3_bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADMIRAL_STORAGE_RETRY_SECONDS", "0.5")
+    rule = proxy.add("half", "PUT|POST", "x")
+    for write in (storage.write_bytes, storage.put_if_absent, stream_out):
+        befallen = len(rule.requests)
+        with pytest.raises(OSError, match=rf"cannot .*{s3_bucket}/x"):
+            write(f"{s3_bucket}/x", DATA)
+        assert len(rule.requests) > befallen
+    proxy.remove(rule)
+    assert not storage.exists(f"{s3_bucket}/x") and storage.list_names(s3_bucket, recursive=True) == []
+    storage.write_bytes(f"{s3_bucket}/x", DATA)
+    assert storage.read_bytes(f"{s3_bucket}/x") == DATA
+
+
+def test_a_slow_upload_is_not_a_stalled_one(s3_bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(storage_s3.CONFIG, "read_timeout", 3.0)  # seconds
+    rule = proxy.add("slow", "PUT")
+    storage.write_bytes(f"{s3_bucket}/x", LARGE)  # four seconds of sending, half a second of waiting
+    assert len(rule.requests) == 1, "it was taken for a stalled one, and sent again"
+    assert storage.read_bytes(f"{s3_bucket}/x") == LARGE
+
+
+def test_random_faults_are_survived(s3_bucket: str, proxy: Proxy) -> None:
+    for fault in ("503", "reset", "cut", "half", "swallow"):
+        proxy.add(fault, probability=0.06)
+    for number in range(30):
+        storage.write_bytes(f"{s3_bucket}/{number}", DATA)
+        assert storage.put_if_absent(f"{s3_bucket}/create/{number}", DATA)
+        assert storage.read_bytes(f"{s3_bucket}/create/{number}") == DATA
+    assert storage.list_names(f"{s3_bucket}/create") == sorted(map(str, range(30)))
+    assert all(proxy.faults().values()), f"some fault befell nothing: {proxy.faults()}"
+
+
+# ------------------------------------------------------------------------------------------------ other servers
+
+
 def test_a_server_that_rejects_checksum_headers(s3_bucket: str, proxy: Proxy) -> None:
-    proxy.add("bad header", header=r"\n" + CHECKSUMS.removeprefix("^"))
+    proxy.add("bad header", header=r"\n(x-amz-checksum|x-amz-sdk-checksum|x-amz-trailer)")
     storage.write_bytes(f"{s3_bucket}/x", b"data")
     assert storage.put_if_absent(f"{s3_bucket}/run/claim", b"claim")
     stream_out(f"{s3_bucket}/run/large", LARGE)
