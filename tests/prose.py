@@ -1,10 +1,12 @@
-"""A check of wording, which is a part of `make lint`.
+"""A check of wording, and a report of sizes: part of `make lint`.
 
     python -m tests.prose
 
-Fails if a text of the project uses a word that has a standard term (CONTRIBUTING.md, "Wording").
+Fails if a text of the project uses a word that has a standard term (CONTRIBUTING.md, "Wording"). Prints the lines of
+code of each package and the longest functions, which is a report and not a gate.
 """
 
+import ast
 import io
 import re
 import sys
@@ -15,6 +17,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("models", "orchestrator", "cluster", "jobs", "tests")
+LONGEST = 10  # functions that the report lists
 
 # What a reader would stumble over, and the field's term for it.
 REPLACED = {
@@ -81,8 +84,27 @@ def pages() -> list[Path]:
     return [path for path in files if path not in quoting]
 
 
+def report() -> str:
+    """Return lines by package, and the longest functions."""
+    rows, functions = [], []
+    for package in PACKAGES:
+        lines = code = 0
+        for path in (ROOT / package).rglob("*.py"):
+            content = path.read_text()
+            lines += content.count("\n")
+            code += sum(bool(line.strip()) and not line.strip().startswith("#") for line in content.splitlines())
+            for node in ast.walk(ast.parse(content)):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
+                    length = node.end_lineno - node.lineno + 1
+                    functions.append((length, f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"))
+        rows.append(f"{package:14}{lines:8,} lines{code:8,} without blank lines and comments")
+    longest = [f"{length:5} lines  {where}" for length, where in sorted(functions, reverse=True)[:LONGEST]]
+    return "\n".join([*rows, "longest functions", *longest])
+
+
 def main() -> int:
-    """Print what has a standard term; return the number of such places."""
+    """Print the report and what has a standard term; return the number of such places."""
+    print(report())
     count = 0
     for path in pages():
         for place in texts(path):
