@@ -114,7 +114,8 @@ def help_page(usage: str, about: str, config: pydantic.BaseModel) -> str:
         groups.setdefault(option.group, []).extend(lines)
     head = textwrap.fill(about, width)
     pages = ["\n".join([heading, *lines]) for heading, lines in groups.items()]
-    return "\n\n".join([f"usage: {usage}", head, "Every option is shown with its value in this preset.", *pages])
+    values = f"Every option is shown with its value in this preset. [{MARK}] options may change when a job is resumed."
+    return "\n\n".join([f"usage: {usage}", head, values, *pages])
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:

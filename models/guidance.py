@@ -32,8 +32,8 @@ GuidanceKind = Literal["none", "classifier", "classifier_free", "auto"]
 class GuidanceConfig(BaseModel, frozen=True, extra="forbid"):
     """The kind, the scale and the interval of guidance."""
 
-    kind: GuidanceKind = "classifier"  # classifier_free: the model without the class; auto: a weaker model
-    scale: float = Field(0.0, ge=0)  # 0 = no guidance; factor of grad log p(y | x_t), or of a difference of predictions
+    kind: GuidanceKind = "classifier"  # by a classifier, the model without the class, or a weaker model
+    scale: float = Field(0.0, ge=0)  # factor of the guidance term; 0 = no guidance
     weak_weights: str | None = None  # for auto: weaker model, a run's folder or a file
     interval: Interval = WHOLE_CHAIN  # guided part of the chain as fractions: 0 = clean, 1 = noise
 

@@ -35,7 +35,7 @@ class JobConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     store: Operational[str] = Field(
         default_factory=lambda: os.environ.get("ADMIRAL_STORE", "runs")
     )  # folder or URI that relative paths start from; default: $ADMIRAL_STORE, else runs
-    tracking: Operational[bool] = True  # log to MLflow, and not only to files in the output folder
+    tracking: Operational[bool] = True  # log to MLflow as well as to files in the output folder
     dry_run: bool = False  # print the resolved config and what the job would read, write and cost, then exit
 
     @property

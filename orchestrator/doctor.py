@@ -37,7 +37,7 @@ class DoctorConfig(JobConfig):
     """Sizes and timeouts of the checks."""
 
     megabytes: int = Field(32, gt=0)  # size of the object that times the store, and of the all-reduce
-    timeout: float = Field(120.0, gt=0)  # seconds within which a node must answer
+    timeout: float = Field(120.0, gt=0)  # seconds within which a node must respond
 
 
 def doctor_presets() -> dict[str, tuple[str, DoctorConfig]]:

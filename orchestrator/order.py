@@ -74,7 +74,7 @@ def index_rng(seed: int, index: int, purpose: Purpose, timestep: int = 0) -> np.
 class OrderConfig(BaseModel, frozen=True, extra="forbid"):
     """The order of the samples; any change gives other batches."""
 
-    num_streams: int = Field(4, gt=0)  # canonical streams P, a power of two; the number of workers must divide it
+    num_streams: int = Field(4, gt=0)  # streams of images, a power of two; the number of workers must divide it
     shuffle_row_groups: int = Field(4, gt=0)  # row groups of a stream that are shuffled together
 
 

@@ -67,7 +67,7 @@ class AblationsConfig(JobConfig):
 
     table: str  # a YAML file, or the name of a table that comes with Admiral
     output: str  # folder of the results, with runs/ and evaluations/ in it
-    rows: Operational[tuple[str, ...]] = ()  # only these rows and the first one; none = all
+    rows: Operational[tuple[str, ...]] = ()  # rows to run besides the first one; none = all
     seeds: Operational[tuple[int, ...]] = ()  # seeds of the trainings; none = those of the table
     dataset: str | None = None  # folder of a prepared dataset; None = that of the preset
     together: Operational[int] = Field(1, gt=0)  # trainings that run at the same time

@@ -19,8 +19,8 @@ class PrepareConfig(JobConfig):
     label_column: str | None = None  # Parquet column or field of WebDataset's .json with labels; None = detected
     split: str | None = None  # splits by name, such as extra=train,holdout=out; none = names do not contain splits
     accept_classes: Operational[bool] = False  # read the source even if its classes or splits look suspicious
-    background: str = "drop"  # behind transparent images: white, black, R,G,B; drop = ignore alpha, as published
-    exif_orientation: ExifOrientation = "ignore"  # apply = rotate images as their EXIF data say; ignore, as published
+    background: str = "drop"  # colour behind transparency: white, black, R,G,B; drop = ignore alpha, as published
+    exif_orientation: ExifOrientation = "ignore"  # apply = rotate according to EXIF; ignore = do not, as published
     copy_parquet: bool = False  # shuffle Parquet into new shards; False = register it in place
     resolution: int | None = Field(None, gt=0)  # store ADM's centre crops of this size as PNG; None = whole images
     seed: int = Field(0, ge=0, lt=2**64)  # decides the shuffle and the validation split

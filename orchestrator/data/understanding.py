@@ -65,7 +65,7 @@ class Understanding(BaseModel, frozen=True, extra="forbid"):
             lines.append(("found", finding_text(kind, found)))
         looked = self.sample
         behind = "transparency ignored" if background == "drop" else f"drawn on {background}"
-        turned = "rotated" if exif_orientation == "apply" else "left as they lie"
+        turned = "rotated" if exif_orientation == "apply" else "not rotated"
         lines.append(
             ("images", f"of {looked.images} looked at, {looked.transparent} are transparent ({behind}), "
              f"{looked.rotated} have an EXIF rotation ({turned}), {looked.undecodable} cannot be decoded")

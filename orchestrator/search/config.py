@@ -44,7 +44,7 @@ class TrialsConfig(JobConfig):
     objective: tuple[str, ...] = Field(("fd_digits",), min_length=1, max_length=2)  # one or two metrics
     seed: int = Field(0, ge=0)  # decides labels and noise, which all settings share
     labels: str = "balanced"  # balanced, uniform, or as in generate_samples
-    batch_size: int = Field(64, gt=0)  # canonical batch size B
+    batch_size: int = Field(64, gt=0)  # images in a batch
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # precision of convolutions and attention
     compile: Operational[bool] = False  # torch.compile the networks: a slower start, but faster on long runs
     extractor: str = "digits"  # inception, efficientnet, digits, or your own as package.module.name
@@ -95,8 +95,8 @@ class SearchConfig(TrialsConfig):
     weights: tuple[str, ...] = Field(min_length=1)  # diffusion models to choose from, such as several averages of a run
     space: SpaceConfig = SpaceConfig()
     constraints: tuple[str, ...] = ()  # bounds on metrics, such as evaluations<=25 or recall>=0.4
-    rungs: tuple[int, ...] = Field((64, 128, 256, 512, 1024, 2048), min_length=1)  # numbers of samples to compare at
-    trials: int = Field(24, gt=0)  # most settings to try
+    rungs: tuple[int, ...] = Field((64, 128, 256, 512, 1024, 2048), min_length=1)  # numbers of samples for comparisons
+    trials: int = Field(24, gt=0)  # limit of settings to try
     round_size: int = Field(8, gt=0)  # settings that Optuna proposes at once; a grid is proposed as a whole
     proxy: bool = False  # for a grid: try the fewest steps first, then more steps near the best scales
     finalists: int = Field(2, gt=0)  # best trials that are evaluated again on fresh seeds

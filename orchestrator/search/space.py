@@ -73,7 +73,7 @@ class SpaceConfig(BaseModel, frozen=True, extra="forbid"):
     samplers: tuple[SamplerName, ...] = Field(("ddim",), min_length=1)  # names of samplers
     etas: tuple[float, ...] = Field((0.0,), min_length=1)  # for ddim: 0 = deterministic, 1 = ancestral
     s_churn: tuple[float, ...] = Field((0.0,), min_length=1)  # for edm: amount of noise that is added
-    intervals: tuple[Interval, ...] = Field((WHOLE_CHAIN,), min_length=1)  # guided parts: 0 = clean, 1 = noise
+    intervals: tuple[Interval, ...] = Field((WHOLE_CHAIN,), min_length=1)  # guided parts of the chain: 0 clean, 1 noise
 
     @model_validator(mode="after")
     def _check(self) -> "SpaceConfig":

@@ -41,7 +41,7 @@ class TrainingConfig(JobConfig):
     dataset: str  # folder of a prepared dataset
     output: str  # folder of the run
     diffusion: DiffusionConfig
-    classes: Literal["model", "dataset"] = "model"  # take the number of classes from model.num_classes or the dataset
+    classes: Literal["model", "dataset"] = "model"  # source of the number of classes: model.num_classes or the dataset
     order: OrderConfig = OrderConfig()
     crop: Literal["center", "random"] = "center"  # centre crop as for ADM, or random crop as for its classifier
     random_flip: bool = True  # mirror each image with probability 1/2
@@ -56,7 +56,7 @@ class TrainingConfig(JobConfig):
     learning_rate: float = Field(1e-4, gt=0)  # learning rate of AdamW
     weight_decay: float = Field(0.0, ge=0)  # weight decay of AdamW
     warmup_images: int = Field(0, ge=0)  # the learning rate rises linearly over this many images
-    lr_schedule: Literal["constant", "linear"] = "constant"  # after the warm-up; linear falls to zero at the end
+    lr_schedule: Literal["constant", "linear"] = "constant"  # after the warm-up; linear = falls to zero at the end
     max_grad_norm: float | None = Field(None, gt=0)  # clip the gradient to this norm; None = no clipping
     max_nonfinite_steps: Operational[int] = Field(20, ge=0)  # consecutive steps that non-finite gradients may skip
     loss_scale: LossScaleConfig = LossScaleConfig()
@@ -75,7 +75,7 @@ class TrainingConfig(JobConfig):
     restart_from_scratch: Operational[bool] = False  # start at image 0 if there are checkpoints but none can be used
     branch: Operational[str | None] = None  # new run that continues a checkpoint of output with other settings
     branch_at: Operational[int | None] = None  # position of that checkpoint in images; None = the newest
-    takeover: Operational[bool] = False  # train even if another driver holds the lease, which then stops
+    takeover: Operational[bool] = False  # train even if another driver does, which then stops
     # Validation and logging
     report: Operational[bool] = False  # write report.html of a run that is being trained or was killed, then exit
     log_every: Operational[int] = Field(10_000, gt=0)  # images between two records of metrics
@@ -157,7 +157,7 @@ class AdmConfig(TrainingConfig):
 
     # Diffusion model
     model: UNetConfig
-    label_dropout: float = Field(0.0, ge=0, lt=1)  # fraction of dropped labels; classifier-free guidance needs some 0.1
+    label_dropout: float = Field(0.0, ge=0, lt=1)  # fraction of dropped labels; about 0.1 for classifier-free guidance
     timesteps: Literal["uniform", "loss_second_moment"] = "uniform"  # how timesteps are sampled; IDDPM section 3.3
     ema_rates: tuple[float, ...] = Field((0.9999,), min_length=1)  # EMA decay of each average of the weights
     power_emas: tuple[float, ...] = ()  # sigma_rel of each power-function average, for post-hoc EMA; such as 0.05 0.1

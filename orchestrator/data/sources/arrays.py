@@ -216,7 +216,7 @@ def _items(uri: str) -> Iterator[tuple[bytes, memoryview]]:
     try:
         import lmdb
     except ModuleNotFoundError as error:
-        raise ValueError(f"--source {uri} is an LMDB, which needs a package: pip install 'admiral[lmdb]'") from error
+        raise ValueError(f"--source {uri} is an LMDB, which needs a package: pip install -e '.[lmdb]'") from error
     path = uri.removeprefix("file://").removesuffix("/.")
     try:
         with (
