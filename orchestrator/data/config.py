@@ -4,7 +4,7 @@ from pydantic import Field, field_validator
 
 from orchestrator.config import JobConfig, Operational
 from orchestrator.data.images import ExifOrientation, check_background
-from orchestrator.data.sources import Choices, Layout
+from orchestrator.data.sources.index import Choices, Layout
 
 
 class PrepareConfig(JobConfig):
@@ -35,11 +35,3 @@ class PrepareConfig(JobConfig):
         """Return the options about the source."""
         labels = self.path(self.labels) if self.labels else None
         return Choices(self.layout, labels, self.image_column, self.label_column, self.split)
-
-    def check_registering(self) -> None:
-        """Raise ValueError if an option needs a copy of the source."""
-        for name, unused in (("resolution", "none"), ("validation_fraction", "0")):
-            if value := getattr(self, name):
-                raise ValueError(
-                    f"{name}={value} needs a copy of source={self.source}: pass --copy-parquet, or {name}={unused}"
-                )

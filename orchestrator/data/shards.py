@@ -9,7 +9,6 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -20,17 +19,16 @@ from pydantic import BaseModel
 
 from orchestrator import storage
 from orchestrator.data.crops import center_crop
-from orchestrator.data.dataset import SCHEMA, Shard
+from orchestrator.data.dataset import SCHEMA, Shard, ahead
 from orchestrator.data.images import ExifOrientation, decode_and_describe
-from orchestrator.data.sources import Findings, Source, finding, read_ranges
-from orchestrator.data.sources.index import INDEX, Finding
+from orchestrator.data.sources.archives import read_ranges
+from orchestrator.data.sources.index import INDEX, Finding, Findings, Source, finding
 from orchestrator.data.understanding import Understanding
 from orchestrator.pictures import png
 
 ROW_GROUP_IMAGES = 128  # at most; row groups of large splits have at least half of it
 SHARD_BYTES = 64 << 20  # shards of large splits have at least this size, and at most twice
 MIN_ROW_GROUPS = 16  # of a split with at least as many images: four for each of four streams
-FETCH_BYTES = 64 << 20  # of encoded images that a worker reads at once; it holds two such reads
 _METADATA_KEY = b"admiral"  # in a shard's footer: facts for the manifest
 _FACTS_BUFFER = 64 << 10  # bytes that are fetched at a time, because the columns are small
 
@@ -115,7 +113,7 @@ def plan_shards(source: Source, order: dict[str, np.ndarray], resolution: int | 
     for split, rows in order.items():
         # A PNG has about two thirds of the bytes of its pixels.
         stored = 2 * resolution**2 if resolution else float(sizes[rows].mean())
-        shards += plan_split(split, len(rows), stored or source.size / len(source.index))
+        shards += plan_split(split, len(rows), stored or source.listing.sizes.sum() / len(source.index))
     return tuple(shards)
 
 
@@ -161,82 +159,51 @@ def _write_shard(output: str, plan: Plan, shard: ShardPlan, places: pa.Table, re
     sizes: list[tuple[int, int]] = []
     with storage.open_output(storage.join(output, shard.path)) as file:
         writer = pq.ParquetWriter(file, SHARD_SCHEMA, compression="none", use_dictionary=False)
-        for group, images in _row_groups(plan.source, shard, places):
+        for group, images in ahead(_row_groups(plan.source, shard, places)):
             rows = []
             for place, data in zip(group.to_pylist(), images, strict=True):
                 try:
-                    made = _row(plan, resolution, place, data)
+                    row, *kinds = _row(plan, resolution, place, data)
                 except ValueError as error:
                     quarantine.append({"key": place["key"], "reason": str(error)})
                     continue
-                sizes.append((made.columns["width"], made.columns["height"]))
-                rows.append(made.columns)
-                for kind, here in zip(found, (made.transparent, made.rotated), strict=True):
+                rows.append(row)
+                for kind, here in zip(found, kinds, strict=True):
                     found[kind] += [place["key"]] if here else []
+            sizes += [(row["width"], row["height"]) for row in rows]
             if rows:
                 writer.write_table(pa.Table.from_pylist(rows, schema=SHARD_SCHEMA), row_group_size=len(rows))
-        smallest, largest = ((min(n), max(n)) for n in zip(*sizes, strict=True)) if sizes else ((0, 0), (0, 0))
+        width, height = ((min(n), max(n)) for n in zip(*(sizes or [(0, 0)]), strict=True))
         findings = {kind: finding(keys).model_dump() for kind, keys in found.items() if keys}
-        facts = {"quarantine": quarantine, "width": smallest, "height": largest, "findings": findings}
+        facts = {"quarantine": quarantine, "width": width, "height": height, "findings": findings}
         writer.add_key_value_metadata({_METADATA_KEY.decode(): json.dumps(facts)})
         writer.close()
 
 
 def _row_groups(source: str, shard: ShardPlan, places: pa.Table) -> Iterator[tuple[pa.Table, list[bytes]]]:
-    """Yield the places and the encoded images of every row group. A thread fetches the next images meanwhile."""
-    runs: list[list[int]] = [[]]  # row groups that are fetched together
-    sizes, begin, fetched = places["size"].to_numpy(), 0, 0
+    """Yield the places and the encoded images of every row group."""
+    begin = 0
     for count in shard.row_groups:
-        size = int(sizes[begin : begin + count].sum())
-        if runs[-1] and fetched + size > FETCH_BYTES:
-            runs.append([])
-            fetched = 0
-        runs[-1].append(count)
-        begin, fetched = begin + count, fetched + size
-
-    def fetch(begin: int, count: int) -> list[bytes]:
-        wanted = places.slice(begin, count)
-        columns = (wanted[name].to_pylist() for name in ("key", "object", "start", "size"))
-        ranges = [storage.Range(name or key, *place) for key, name, *place in zip(*columns, strict=True)]
-        return read_ranges(source, ranges)
-
-    starts = np.cumsum([0, *map(sum, runs)])
-    with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(fetch, 0, sum(runs[0]))
-        for number, run in enumerate(runs):
-            images = coming.result()
-            if number + 1 < len(runs):
-                coming = ahead.submit(fetch, int(starts[number + 1]), sum(runs[number + 1]))
-            begin = 0
-            for count in run:
-                yield places.slice(starts[number] + begin, count), images[begin : begin + count]
-                begin += count
+        group = places.slice(begin, count)
+        columns = (group[name].to_pylist() for name in ("key", "object", "start", "size"))
+        ranges = [storage.Range(name or key, start, size) for key, name, start, size in zip(*columns, strict=True)]
+        yield group, read_ranges(source, ranges)
+        begin += count
 
 
-class _Row(NamedTuple):
-    """One row of a shard, and properties of the image's file."""
+def _row(plan: Plan, resolution: int | None, place: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bool, bool]:
+    """Return one row of a shard, whether its image is transparent, and whether it is rotated.
 
-    columns: dict[str, Any]
-    transparent: bool
-    rotated: bool
-
-
-def _row(plan: Plan, resolution: int | None, place: dict[str, Any], data: bytes) -> _Row:
-    """Return one row of a shard. Raises ValueError if the image cannot be decoded."""
+    Raises:
+        ValueError: the image cannot be decoded.
+    """
     image, transparent, rotated = decode_and_describe(data, plan.background, plan.exif_orientation)
-    digest = hashlib.sha256(data).digest()
-    if resolution is not None:
-        data = png(center_crop(image, resolution))
-    width, height = (resolution, resolution) if resolution is not None else image.size
-    columns = {
-        "key": place["key"],
-        "label": place["label"],
-        "image": data,
-        "width": width,
-        "height": height,
-        "sha256": digest,
-    }
-    return _Row(columns, transparent, rotated)
+    row = {"key": place["key"], "label": place["label"], "sha256": hashlib.sha256(data).digest()}
+    if resolution is None:
+        row |= {"image": data, "width": image.width, "height": image.height}
+    else:
+        row |= {"image": png(center_crop(image, resolution)), "width": resolution, "height": resolution}
+    return row, transparent, rotated
 
 
 def read_facts(output: str, path: str) -> Facts:

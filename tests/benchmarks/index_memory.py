@@ -15,7 +15,8 @@ from unittest import mock
 import tyro
 
 from orchestrator import storage
-from orchestrator.data.sources import Choices, list_source, read_source
+from orchestrator.data.sources import read_source
+from orchestrator.data.sources.index import Choices, list_source
 
 PERMUTED = 7919  # a prime, so that folders are listed in no order, as by a file system
 

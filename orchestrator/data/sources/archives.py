@@ -1,16 +1,13 @@
 """Files in tar and zip archives, which are read by their offsets without unpacking, and loose files."""
 
-import io
 import json
 import re
 import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import islice
 from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
@@ -29,7 +26,6 @@ _SIDECAR_BYTES = 1 << 20  # of a .cls or .json beside an image at most
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of a member of a zip
 _BATCH = 1 << 14  # files that are Python objects at the same time
 _MEMBER_BYTES = 1 << 30  # of an unpacked image at most
-_PEEK = 64  # members that a dry run reads of a large archive
 _HIDDEN = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"}
 
 MEMBERS = pa.schema(
@@ -52,8 +48,7 @@ class File(NamedTuple):
     sidecar: str | None
 
 
-@dataclass
-class Piece:
+class Piece(NamedTuple):
     """Loose files, or an archive's members."""
 
     object: str | None
@@ -61,49 +56,24 @@ class Piece:
     prefix: str  # of the members' names in the tree
     members: pa.Table  # of MEMBERS
 
+    def files(self) -> Iterator[File]:
+        """Yield the files. Only some of them are Python objects at the same time."""
+        for batch in self.members.to_batches(max_chunksize=_BATCH):
+            for name, start, size, sidecar in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                yield File(self.prefix + name, self.object, start or 0, size, sidecar)
 
-@dataclass
-class Tree:
+
+class Tree(NamedTuple):
     """All files of a source by name, as if each archive were an unpacked folder of its name."""
 
-    named: str  # the source as the user wrote it
-    uri: str
+    listing: Listing
     pieces: list[Piece]
     left_out: dict[str, int]  # number of archives that were not opened
-
-    @property
-    def archives(self) -> int:
-        """Return the number of archives."""
-        return len({piece.object for piece in self.pieces if piece.object})
 
     def files(self) -> Iterator[File]:
         """Yield all files."""
         for piece in self.pieces:
-            yield from files_of(piece)
-
-    def drain(self) -> Iterator[File]:
-        """Yield and remove all files, so that 14 million names are not held in memory beside the index."""
-        while self.pieces:
-            piece = self.pieces.pop(0)
-            batches = piece.members.to_batches(max_chunksize=_BATCH)[::-1]
-            piece.members = MEMBERS.empty_table()
-            while batches:
-                yield from _files(piece, batches.pop())
-
-    def read(self, file: File) -> bytes:
-        """Return the content of a file."""
-        return read_ranges(self.uri, [storage.Range(file.object or file.name, file.start, file.size)])[0]
-
-
-def files_of(piece: Piece) -> Iterator[File]:
-    """Yield the files of one piece."""
-    for batch in piece.members.to_batches(max_chunksize=_BATCH):
-        yield from _files(piece, batch)
-
-
-def _files(piece: Piece, batch: pa.RecordBatch) -> Iterator[File]:
-    for name, start, size, sidecar in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-        yield File(piece.prefix + name, piece.object, start or 0, size, sidecar)
+            yield from piece.files()
 
 
 def is_hidden(name: str) -> bool:
@@ -126,15 +96,19 @@ def open_tree(listing: Listing, label_key: str | None, num_workers: int) -> Tree
         ValueError: an archive is damaged.
     """
     archives = [name for name in listing.matching(ARCHIVES) if not is_hidden(name)]
-    loose = any(is_image(name) and not is_hidden(name) for name in _names(listing))
-    left_out = {}
-    if loose and archives:
+    loose, left_out = listing.names, {}
+    if archives and any(is_image(name) and not is_hidden(name) for name in listing.names.to_pylist()):
         left_out = {f"archive {archives[0]}" if len(archives) == 1 else "archives": len(archives)}
         archives = []
-    pieces = [Piece(None, "", "", _loose(listing, bool(archives)))]
+    sizes = pa.array(listing.sizes)
+    if archives:
+        keep = pc.invert(pc.match_substring_regex(loose, ARCHIVES))
+        loose, sizes = loose.filter(keep), sizes.filter(keep)
+    nothing = pa.nulls(len(loose))
+    pieces = [Piece(None, "", "", pa.table([loose, nothing, sizes, nothing], names=MEMBERS.names))]
     if archives:
         pieces += _scan_all(listing, archives, label_key, num_workers)
-    return Tree(listing.named, listing.uri, pieces, left_out)
+    return Tree(listing, pieces, left_out)
 
 
 def _scan_all(listing: Listing, archives: list[str], label_key: str | None, num_workers: int) -> list[Piece]:
@@ -147,29 +121,7 @@ def _scan_all(listing: Listing, archives: list[str], label_key: str | None, num_
             found[part] = members
             progress.update_to(len(found))
     parts.sort(key=lambda part: part.prefix)
-    return [Piece(part.object, part.stem, part.prefix, found.pop(part)) for part in parts]
-
-
-def first_members(listing: Listing) -> Tree:
-    """Return the tree of the first members of the first archive, for a source that is too large to scan."""
-    name = listing.matching(ARCHIVES)[0]
-    part = _parts(listing, name, False)[0]
-    members = _scan(listing.uri, None, part, _PEEK)
-    return Tree(listing.named, listing.uri, [Piece(name, part.stem, part.prefix, members)], {})
-
-
-def _names(listing: Listing) -> Iterator[str]:
-    for chunk in listing.names.chunks:
-        yield from chunk.to_pylist()
-
-
-def _loose(listing: Listing, without_archives: bool) -> pa.Table:
-    names, sizes = listing.names, pa.array(listing.sizes)
-    if without_archives:
-        keep = pc.invert(pc.match_substring_regex(names, ARCHIVES))
-        names, sizes = names.filter(keep), sizes.filter(keep)
-    nothing = pa.nulls(len(names))  # needs no memory
-    return pa.table([names, nothing, sizes, nothing], names=MEMBERS.names)
+    return [Piece(part.object, part.stem, part.prefix, found[part]) for part in parts]
 
 
 # ----------------------------------------------------------------------------------------------------------- scanning
@@ -203,15 +155,12 @@ def _parts(listing: Listing, name: str, alone: bool) -> list[_Part]:
     return nested or [whole]
 
 
-def _scan(uri: str, label_key: str | None, part: _Part, limit: int | None = None) -> pa.Table:
-    """Return the first `limit` files of an archive (None: all), sorted by name."""
+def _scan(uri: str, label_key: str | None, part: _Part) -> pa.Table:
+    """Return the files of an archive, sorted by name."""
     with storage.open_input(storage.join(uri, part.object), _SCAN_BYTES) as file:
-        members = _zip_files if part.object.lower().endswith(".zip") else _tar_files
-        rows = sorted(islice(members(file, part, uri, label_key), limit))
-    columns = zip(*rows, strict=True) if rows else [()] * len(MEMBERS)
-    return pa.Table.from_arrays(
-        [pa.array(column, field.type) for column, field in zip(columns, MEMBERS, strict=True)], schema=MEMBERS
-    )
+        is_zip = part.object.lower().endswith(".zip")
+        rows = sorted(_zip_files(file, part, uri) if is_zip else _tar_files(file, part, uri, label_key))
+    return pa.Table.from_pylist([dict(zip(MEMBERS.names, row, strict=True)) for row in rows], MEMBERS)
 
 
 def _tar_files(
@@ -225,9 +174,7 @@ def _tar_files(
         yield _clean(member.name), member.offset_data, member.size, sidecar
 
 
-def _zip_files(
-    file: BinaryIO, part: _Part, uri: str, label_key: str | None
-) -> Iterator[tuple[str, int, int, str | None]]:
+def _zip_files(file: BinaryIO, part: _Part, uri: str) -> Iterator[tuple[str, int, int, None]]:
     """Yield the files of a zip. The place of a file begins at its local header, which says how to unpack it."""
     where = storage.join(uri, part.object)
     try:
@@ -297,28 +244,17 @@ def _sidecar(name: str, data: bytes, label_key: str | None) -> str:
 
 def read_ranges(uri: str, ranges: Sequence[storage.Range]) -> list[bytes]:
     """Return the contents of files; those in zips are unpacked. Raises what `storage.read_ranges` raises."""
-    unpack: list[Callable[[bytes], bytes]] = [
-        _unzip if wanted.name.lower().endswith(".zip") else bytes for wanted in ranges
-    ]
-    return [made(data) for made, data in zip(unpack, storage.read_ranges(uri, ranges), strict=True)]
+    found = zip(ranges, storage.read_ranges(uri, ranges), strict=True)
+    return [_unzip(data) if wanted.name.lower().endswith(".zip") else data for wanted, data in found]
 
 
 def _unzip(data: bytes) -> bytes:
-    """Unpack a member of a zip from its local header on. Return no bytes if it is damaged."""
+    """Unpack a member of a zip from its local header on. Return no bytes, which are no image, if it is damaged."""
     try:
-        return _member(data)
-    except (zlib.error, struct.error, IndexError):
-        return b""  # which is no image, so that it is quarantined
-
-
-def _member(data: bytes) -> bytes:
-    _, _, _, method, _, _, _, size, plain, name, extra = _LOCAL_HEADER.unpack_from(data)
-    begin = _LOCAL_HEADER.size + name + extra
-    if method == zipfile.ZIP_DEFLATED:
-        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[begin:], _MEMBER_BYTES)
-    if size == 0xFFFFFFFF:  # zip64 has the sizes in an extra field: the number 1, its length, the sizes
-        fields = io.BytesIO(data[begin - extra : begin])
-        while struct.unpack("<H", fields.read(2))[0] != 1:
-            fields.read(int.from_bytes(fields.read(2), "little"))
-        plain = struct.unpack("<HQ", fields.read(10))[1]
-    return data[begin : begin + plain]
+        _, _, _, method, _, _, _, _, size, name, extra = _LOCAL_HEADER.unpack_from(data)
+        content = data[_LOCAL_HEADER.size + name + extra :]
+        if method == zipfile.ZIP_DEFLATED:
+            return zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, _MEMBER_BYTES)
+        return content[:size]  # zip64 has the largest number here: all bytes up to the next member
+    except (zlib.error, struct.error):
+        return b""

@@ -6,14 +6,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Literal
 
 from orchestrator import storage
-from orchestrator.data.sources.archives import File, Tree, is_hidden, is_image
-from orchestrator.data.sources.index import ACCEPTED, OUT, Entry, Reading, Splits, finding
+from orchestrator.data.sources.archives import File, Tree, is_hidden, is_image, read_ranges
+from orchestrator.data.sources.index import ACCEPTED, OUT, Entry, Layout, Reading, Splits, finding
 from orchestrator.data.sources.labels import LabelMap, parse_label_map
-
-ByNames = Literal["auto", "folder", "flat", "unlabelled"]
 
 # Files that may give the classes of images. The meaning of those that match the last pattern is not known.
 _LABEL_FILES = (
@@ -26,7 +23,6 @@ _LABEL_FILES = (
 _NAME_FILES = r"(synset_words|synsets|wnids|words|classes|class_names|LOC_synset_mapping)\.txt"  # of classes
 _BETWEEN = {"images", "image", "imgs", "img", "jpegimages", "jpegs", "jpeg", "jpg", "png", "data", "pictures"}
 _COMPANION_BYTES = 512 << 20  # larger label files are not read
-_OUT_IMAGES = "images that --split leaves out"
 _ABOVE = 4  # folders above a source in which Kaggle's label files are searched
 
 
@@ -42,29 +38,32 @@ class _Survey:
     companions: list[File] = field(default_factory=list)
 
 
-def read_names(
-    tree: Tree, layout: ByNames, labels: LabelMap | None, splits: Splits, beyond: list[tuple[str, bytes]]
-) -> Reading:
+def read_names(tree: Tree, layout: Layout, labels: LabelMap | None, splits: Splits) -> Reading:
     """Read a tree of images: class folders, files named <class>_<anything>, or images with label files.
 
-    labels: the user's label map. beyond: (name, content) of Kaggle's label files above the source.
+    layout: auto, folder, flat or unlabelled. labels: the user's label map.
 
     Raises:
         ValueError: there are no images, or their classes cannot be determined.
     """
     survey = _survey(tree)
     if not survey.folders:
-        raise ValueError(f"--source {tree.named} holds no images{_listed(survey.endings)}; accepted: {ACCEPTED}")
-    reading = Reading("", tree.named, tree.uri, iter(()), left_out=_left_out(tree, survey))
+        endings = ", ".join(ending for ending, _ in survey.endings.most_common(5))
+        others = f", but files that end in {endings}" if endings else ""
+        raise ValueError(f"--source {tree.listing.named} holds no images{others}; accepted: {ACCEPTED}")
+    endings = {f"files that end in {ending}": count for ending, count in survey.endings.most_common()}
+    reading = Reading("", left_out=tree.left_out | endings)
+    if survey.hidden:
+        reading.left_out["hidden files"] = survey.hidden
     if empty := [piece.stem for piece in tree.pieces if piece.object and not len(piece.members)]:
         reading.findings["archives_without_files"] = finding(empty)
     places = _places(survey, splits, layout, reading)
-    beside = _companions(tree, survey, beyond)
+    beside = _companions(tree, survey)
     if labels is not None:
         reading.layout = f"images with the labels of {labels.uri}"
-        chosen = dict.fromkeys({split for split, _ in places.values()}, (labels, ""))
+        chosen = {split: (labels, "") for split, _ in places.values()}
     else:
-        chosen = _choose(reading, layout, survey, places, beside)
+        chosen = _choose(tree, reading, layout, survey, places, beside)
     classes = {name for _, name in places.values() if name}
     _name_companions(reading, survey, chosen, beside, classes)
     reading.flat = layout == "flat" or (layout == "auto" and not chosen and not classes)
@@ -74,7 +73,7 @@ def read_names(
     elif layout == "unlabelled" and labels is None:
         reading.layout = "images without labels"
     elif layout == "folder" and not classes:
-        raise ValueError(f"--source {tree.named} has no class folders, which --layout folder needs")
+        raise ValueError(f"--source {tree.listing.named} has no class folders, which --layout folder needs")
     if (
         labels is not None
         or layout in ("flat", "unlabelled")
@@ -107,19 +106,10 @@ def _survey(tree: Tree) -> _Survey:
     return found
 
 
-def _listed(endings: Counter[str]) -> str:
-    return f", but files that end in {', '.join(ending for ending, _ in endings.most_common(5))}" if endings else ""
-
-
-def _left_out(tree: Tree, survey: _Survey) -> dict[str, int]:
-    endings = {f"files that end in {ending}": count for ending, count in survey.endings.most_common()}
-    return tree.left_out | endings | ({"hidden files": survey.hidden} if survey.hidden else {})
-
-
 # -------------------------------------------------------------------------------------------- meaning of the folders
 
 
-def _places(survey: _Survey, splits: Splits, layout: ByNames, reading: Reading) -> dict[str, tuple[str, str]]:
+def _places(survey: _Survey, splits: Splits, layout: Layout, reading: Reading) -> dict[str, tuple[str, str]]:
     """Return the split and the class of the images in every folder. Either may be empty.
 
     Folders around all images are ignored, and so are folders such as `images` between a class and its images. One level
@@ -157,74 +147,67 @@ def _inner(chain: list[str], level: int | None) -> list[str]:
 
 def _suspect(reading: Reading, survey: _Survey, splits: Splits, inner: dict[str, list[str]]) -> None:
     """Record names that make this interpretation of the folders suspicious."""
-    like = sorted({part for chain in inner.values() for part in chain if splits.looks_like(part)})
-    if like:
+    if like := sorted({part for chain in inner.values() for part in chain if splits.looks_like(part)}):
         reading.suspicions["names_like_splits"] = finding(like)
     if nested := sorted("/".join(chain) for chain in inner.values() if len(chain) > 1):
         reading.suspicions["folders_within_classes"] = finding(nested)
-    classes = {chain[0] for chain in inner.values() if chain}
-    empty = {part for folder in survey.without for part in folder.split("/")[-1:]} - {
-        part for folder in survey.folders for part in folder.split("/")
-    }
-    if classes and (names := sorted(empty - {""})):
-        reading.findings["folders_without_images"] = finding(names)
+    parts = {part for folder in survey.folders for part in folder.split("/")}
+    empty = sorted({folder.rpartition("/")[2] for folder in survey.without} - parts - {""})
+    if empty and any(inner.values()):
+        reading.findings["folders_without_images"] = finding(empty)
 
 
 # ------------------------------------------------------------------------------------------------------ label files
 
 
-def _companions(tree: Tree, survey: _Survey, beyond: list[tuple[str, bytes]]) -> dict[str, LabelMap | str]:
-    """Return the label files beside the images by name, as label maps or as the reason why they cannot be read."""
-    found: dict[str, LabelMap | str] = {}
-    contents = [(name, data) for name, data in beyond]
+def _companions(tree: Tree, survey: _Survey) -> dict[str, LabelMap | None]:
+    """Return the label maps in files beside the images by name; None if a file that may be one cannot be read."""
+    contents = _kaggle_files_above(tree.listing.uri)
     for file in survey.companions:
         if not re.fullmatch(_NAME_FILES, file.name.rpartition("/")[2]) and file.size <= _COMPANION_BYTES:
-            contents.append((file.name, tree.read(file)))
+            place = storage.Range(file.object or file.name, file.start, file.size)
+            contents.append((file.name, read_ranges(tree.listing.uri, [place])[0]))
+    found: dict[str, LabelMap | None] = {}
     for name, data in contents:
         try:
             found[name] = parse_label_map(name, data)
-        except ValueError as error:
-            found[name] = str(error)
+        except ValueError:
+            found[name] = None  # reported as a file that is not used
     return found
 
 
 def _choose(
+    tree: Tree,
     reading: Reading,
-    layout: ByNames,
+    layout: Layout,
     survey: _Survey,
     places: dict[str, tuple[str, str]],
-    beside: dict[str, LabelMap | str],
+    beside: dict[str, LabelMap | None],
 ) -> dict[str, tuple[LabelMap, str]]:
     """Return (label map, folder that its keys are relative to) for every split that has one.
 
     EDM's dataset.json is used for all images. Other label files are used for splits without class folders.
     """
-    maps = {name: found for name, found in beside.items() if isinstance(found, LabelMap)}
+    maps = {name: found for name, found in beside.items() if found is not None}
     named = Counter[str]()  # images in class folders, by split
     for folder, (split, name) in places.items():
         named[split] += survey.folders[folder] if name else 0
         beside_classes = not name and any(other for part, other in places.values() if part == split)
         if beside_classes and layout in ("auto", "folder") and not any(map(_is_edm, maps)):
             raise ValueError(
-                f"--source {reading.named}: {survey.folders[folder]} images lie beside class folders and in none of "
-                f"them, for example {survey.first[folder]}; move them, or pass --labels FILE"
+                f"--source {tree.listing.named}: {survey.folders[folder]} images lie beside class folders and in none "
+                f"of them, for example {survey.first[folder]}; move them, or pass --labels FILE"
             )
-    if layout == "auto":
-        for name, found in maps.items():
-            if _is_edm(name):
-                base = name.removesuffix("dataset.json")
-                reading.layout = f"images with the labels of {name}"
-                if found.null:
-                    reading.layout = f"images without labels, as {name} says"
-                return {split: (found, base) for split, _ in places.values()}
+    if layout == "auto" and (edm := next(filter(_is_edm, maps), None)):
+        labels = maps[edm]
+        reading.layout = f"images without labels, as {edm} says" if labels.null else f"images with the labels of {edm}"
+        return {split: (labels, edm.removesuffix("dataset.json")) for split, _ in places.values()}
     chosen = {}
     for split in [] if layout in ("flat", "unlabelled") else sorted(named):
-        if named[split]:
-            continue
-        for name, found in maps.items():
-            if not found.null and _serves(name, split):
-                chosen[split] = found, name.rpartition("/")[0] + "/" if "/" in name else ""
-                break
+        serving = [name for name, found in maps.items() if not found.null and _serves(name, split)]
+        if serving and not named[split]:
+            folder, slash, _ = serving[0].rpartition("/")
+            chosen[split] = maps[serving[0]], folder + slash
     reading.layout = "class folders" if any(named.values()) else "images with labels in files beside them"
     return chosen
 
@@ -245,38 +228,37 @@ def _name_companions(
     reading: Reading,
     survey: _Survey,
     chosen: dict[str, tuple[LabelMap, str]],
-    beside: dict[str, LabelMap | str],
+    beside: dict[str, LabelMap | None],
     classes: set[str],
 ) -> None:
     """Record how each known file beside the images is used. An unused label file is suspicious."""
     serves = defaultdict(list)
     for split, (found, _) in chosen.items():
         serves[found.uri].append(split or "all")
-    for name in sorted({file.name for file in survey.companions} | set(beside)):
-        label_map = beside.get(name)
+    within = {file.name for file in survey.companions}  # others lie above the source, and may belong to other images
+    unused = []
+    for name in sorted(within | set(beside)):
+        labels = beside.get(name)
         if name in serves:
             reading.companions[name] = f"used for the labels of {' and '.join(serves[name])} images"
-        elif label_map is None:
-            reading.companions[name] = "not used"
-        elif isinstance(label_map, LabelMap) and label_map.names and label_map.names <= classes:
+        elif labels and labels.names and labels.names <= classes:
             reading.companions[name] = "not used: the folders name the same classes"
         else:
             reading.companions[name] = "not used"
-            if name not in {file.name for file in survey.companions}:
-                continue  # it lies above the source, and may belong to another part of the tree
-            unused = reading.suspicions.get("unused_label_files", finding([])).examples
-            reading.suspicions["unused_label_files"] = finding([*unused, name])
+            unused += [name] if name in within and name in beside else []
+    if unused:
+        reading.suspicions["unused_label_files"] = finding(unused)
 
 
-def kaggle_files_above(uri: str) -> list[tuple[str, bytes]]:
+def _kaggle_files_above(uri: str) -> list[tuple[str, bytes]]:
     """Return (name, content) of the label files of Kaggle's ImageNet in the folders above a part of its tree."""
     found, parts = [], uri.rstrip("/").split("/")
     if not {"ILSVRC", "Data", "CLS-LOC"} & set(parts[-_ABOVE:]):
         return []
-    for depth in range(1, _ABOVE + 1):
+    for depth in range(1, min(_ABOVE + 1, len(parts))):
         for name in ("LOC_val_solution.csv", "LOC_train_solution.csv"):
             place = "/".join([*parts[:-depth], name])
-            if len(parts) > depth and storage.exists(place):
+            if storage.exists(place):
                 found.append((place, storage.read_bytes(place)))
     return found
 
@@ -286,17 +268,17 @@ def kaggle_files_above(uri: str) -> list[tuple[str, bytes]]:
 
 def _check_flat(tree: Tree) -> None:
     """Raise ValueError unless the name of every image begins with <class>_."""
-    odd = [file.name for file in _images(tree.files()) if "_" not in file.name.rpartition("/")[2]]
+    odd = [file.name for file in _images(tree) if "_" not in file.name.rpartition("/")[2]]
     if odd:
         raise ValueError(
-            f"--source {tree.named}: {len(odd)} images have no class: they lie in no class folder, and their names do "
-            f"not begin with a class and _, for example {odd[0]}; pass --labels FILE, or --layout unlabelled if there "
-            "are no classes"
+            f"--source {tree.listing.named}: {len(odd)} images have no class: they lie in no class folder, and their "
+            f"names do not begin with a class and _, for example {odd[0]}; pass --labels FILE, or --layout unlabelled "
+            "if there are no classes"
         )
 
 
-def _images(files: Iterator[File]) -> Iterator[File]:
-    return (file for file in files if not is_hidden(file.name) and is_image(file.name))
+def _images(tree: Tree) -> Iterator[File]:
+    return (file for file in tree.files() if not is_hidden(file.name) and is_image(file.name))
 
 
 def _entries(
@@ -305,16 +287,17 @@ def _entries(
     places: dict[str, tuple[str, str]],
     chosen: dict[str, tuple[LabelMap, str]],
 ) -> Iterator[Entry]:
-    """Yield the images, which empties the tree, and record findings about their labels."""
+    """Yield the images, and record findings about their labels."""
     numbered = Counter[str]()  # images of each split that got a label by their position
     classes, strangers = {name for _, name in places.values()}, list[str]()
     if chosen:
         reading.classes = next((labels.classes for labels, _ in chosen.values()), None)
-    for file in _images(tree.drain()):
+    for file in _images(tree):
         folder, _, name = file.name.rpartition("/")
         split, label = places[folder]
         if split == OUT:
-            reading.left_out[_OUT_IMAGES] = reading.left_out.get(_OUT_IMAGES, 0) + 1
+            kind = "images that --split leaves out"
+            reading.left_out[kind] = reading.left_out.get(kind, 0) + 1
             continue
         found: str | int | None = label or None
         prefix = name.partition("_")[0]
@@ -335,7 +318,7 @@ def _entries(
         yield Entry(file.name, found, split, file.object, file.start, file.size)
     if strangers:
         reading.findings["images_named_after_another_class"] = finding(strangers)
-    for labels, _ in {id(labels): (labels, base) for labels, base in chosen.values()}.values():
+    for labels in {id(labels): labels for labels, _ in chosen.values()}.values():
         if labels.in_order and (count := sum(numbered.values())) not in (0, expected := len(labels.in_order)):
             raise ValueError(f"label map {labels.uri} has {expected} numbers, but there are {count} images")
         if unused := labels.unused():

@@ -10,7 +10,9 @@ import pytest
 
 from orchestrator import storage
 from orchestrator.data.images import decode
-from orchestrator.data.sources import Choices, Source, list_source, read_ranges, read_source
+from orchestrator.data.sources import read_source
+from orchestrator.data.sources.archives import read_ranges
+from orchestrator.data.sources.index import Choices, Source, list_source
 from orchestrator.data.sources.labels import read_label_map
 from orchestrator.data.sources.staging import staged
 from tests.orchestrator.data import layouts
@@ -40,7 +42,7 @@ def contents(source: Source, folder: Path | None = None) -> list[tuple[str, byte
     keys, names, starts, sizes = (source.index[name].to_pylist() for name in ("key", "object", "start", "size"))
     places = [storage.Range(name or key, *place) for key, name, *place in zip(keys, names, starts, sizes, strict=True)]
     labels = [source.classes[i] if i >= 0 else "" for i in source.index["label"].to_pylist()]
-    return sorted(zip(labels, read_ranges(source.reading.uri, places), strict=True))
+    return sorted(zip(labels, read_ranges(source.uri, places), strict=True))
 
 
 def check_layout(kind: str, store: str, images: list[Picture]) -> None:
