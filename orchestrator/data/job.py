@@ -60,7 +60,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     """
     output = config.path(config.output)
     if not storage.exists(storage.join(output, "manifest.json")):
-        listing = _list(config)
+        listing = list_source(config)
         if _registers(config, listing):
             manifest, understanding = _understand_registered(config, listing)
             check_or_write_config(output, config, finished=False)
@@ -112,7 +112,7 @@ def plan(config: PrepareConfig) -> tuple[PrepareConfig, str]:
     if storage.exists(storage.join(output, "manifest.json")):
         return config, f"{output} is already prepared"
     try:
-        listing = _list(config)
+        listing = list_source(config)
     except FileNotFoundError:
         return config, "\n".join([f"reads   {config.source}", f"writes  {output}", *not_there_yet([config.source])])
     if _registers(config, listing):
@@ -125,7 +125,7 @@ def plan(config: PrepareConfig) -> tuple[PrepareConfig, str]:
             f"reads   {config.source}: {len(listing.names):,} objects, {total / 2**30:,.1f} GiB, whose images will be "
             f"counted when the job runs\nwrites  {output}"
         )
-    source, _, order = _understand(config, listing, 0)
+    source, _, order = _understand(config.model_copy(update={"num_workers": 0}), listing)
     lines = [f"reads   {config.source}: {len(source.index):,} images, {listing.sizes.sum() / 2**20:,.1f} MiB"]
     planned = plan_shards(source, order, config.resolution)
     for split, rows in order.items():
@@ -141,20 +141,13 @@ def plan(config: PrepareConfig) -> tuple[PrepareConfig, str]:
 # ------------------------------------------------------------------------------------------------- what to write
 
 
-def _list(config: PrepareConfig) -> Listing:
-    """List the source's objects."""
-    if config.source == "digits":
-        return Listing("digits", "digits", pa.chunked_array([], pa.large_string()), np.array([], np.int64))
-    return list_source(config.path(config.source))
-
-
 def _registers(config: PrepareConfig, listing: Listing) -> bool:
     """Return whether the source consists of Parquet files that stay where they are.
 
     Raises:
         ValueError: it does, but an option needs a copy of them.
     """
-    if detect(listing, config.choices) != "parquet" or config.copy_parquet:
+    if detect(listing, config) != "parquet" or config.copy_parquet:
         return False
     for name, unused in (("resolution", "none"), ("validation_fraction", "0")):
         if value := getattr(config, name):
@@ -166,7 +159,7 @@ def _registers(config: PrepareConfig, listing: Listing) -> bool:
 
 def _understand_registered(config: PrepareConfig, listing: Listing) -> tuple[Manifest, Understanding]:
     """Return the manifest of Parquet files that stay where they are, and print what was understood of them."""
-    found = open_parquet(listing, config.choices)
+    found = open_parquet(listing, config)
     manifest, findings = found.register(config.name)
     understanding = understand_registered(found, manifest, findings)
     _show(config, understanding)
@@ -174,11 +167,9 @@ def _understand_registered(config: PrepareConfig, listing: Listing) -> tuple[Man
     return manifest.model_copy(update=decoding), understanding
 
 
-def _understand(
-    config: PrepareConfig, listing: Listing, num_workers: int
-) -> tuple[Source, Understanding, dict[str, np.ndarray]]:
+def _understand(config: PrepareConfig, listing: Listing) -> tuple[Source, Understanding, dict[str, np.ndarray]]:
     """Return the images of a source and their shuffled order by split, and print what was understood of it."""
-    source = read_source(listing, config.choices, num_workers)
+    source = read_source(listing, config)
     understanding = understand(source)
     _show(config, understanding)
     return source, understanding, _order(source, config)
@@ -200,9 +191,9 @@ def _agree_on_plan(config: PrepareConfig, output: str, listing: Listing) -> Plan
     folder, found = storage.join(output, "staged"), read_plan(output)
     if found is not None and _holds(config, output, listing, found):
         if found.source == folder and not storage.exists(folder):  # it was deleted
-            staged(read_source(listing, config.choices, config.num_workers), folder, config.num_workers)
+            staged(read_source(listing, config), folder, config.num_workers)
         return found
-    source, understanding, order = _understand(config, listing, config.num_workers)
+    source, understanding, order = _understand(config, listing)
     check_or_write_config(output, config, finished=False)
     if source.reading.images is not None:
         source = staged(source, folder, config.num_workers)
@@ -225,7 +216,6 @@ def _holds(config: PrepareConfig, output: str, listing: Listing, plan: Plan) -> 
     Raises:
         ValueError: some shards are finished, by a plan for another config or source.
     """
-    begun = {shard.path for shard in plan.shards} & set(storage.list_names(output, recursive=True))
     try:
         check_config(output, config, finished=True)
         if plan.digest != listing.digest():
@@ -234,7 +224,7 @@ def _holds(config: PrepareConfig, output: str, listing: Listing, plan: Plan) -> 
                 "objects with other names or sizes: pass another --output"
             )
     except ValueError:
-        if begun:
+        if {shard.path for shard in plan.shards} & set(storage.list_names(output, recursive=True)):
             raise
         for name in ("index.json", "staged/"):
             storage.delete(storage.join(output, name))
@@ -251,13 +241,9 @@ def _order(source: Source, config: PrepareConfig) -> dict[str, np.ndarray]:
         ValueError: the source already has validation images.
     """
     shuffled = keyed_rng(Purpose.SHARDS, config.seed).permutation(len(source.index))
-    splits = source.index["split"].combine_chunks()
-    names = [name or "train" for name in splits.dictionary.to_pylist()]
-    given = splits.indices.to_numpy()[shuffled]
-    order = {
-        split: shuffled[np.isin(given, [code for code, name in enumerate(names) if name == split])]
-        for split in ("train", "validation", "test")
-    }
+    given = source.index["split"].to_numpy()[shuffled]
+    given[given == ""] = "train"
+    order = {split: shuffled[given == split] for split in ("train", "validation", "test")}
     if config.validation_fraction:
         if len(order["validation"]):
             raise ValueError(
@@ -297,10 +283,9 @@ def _write_shards(config: PrepareConfig, output: str, plan: Plan) -> list[Facts]
 
 def _summarize(config: PrepareConfig, output: str, plan: Plan, facts: list[Facts]) -> None:
     """Write quarantine.json, report.json and the manifest from the facts about the shards."""
-    by_split = {
-        split: [fact for shard, fact in zip(plan.shards, facts, strict=True) if shard.split == split]
-        for split in plan.splits
-    }
+    by_split: dict[str, list[Facts]] = {}
+    for shard, fact in zip(plan.shards, facts, strict=True):
+        by_split.setdefault(shard.split, []).append(fact)
     quarantine = [entry for fact in facts for entry in fact.quarantine]
     storage.write_json(storage.join(output, "quarantine.json"), redact_tree(quarantine))
     findings = dict(plan.understanding.findings)
@@ -350,9 +335,8 @@ def _copies(by_split: dict[str, list[Facts]]) -> Findings:
     findings = {}
     for kind, which in (("duplicate_images", within), ("duplicate_images_across_splits", across)):
         if len(which):
-            shown = which[:5]
-            pairs = zip(rows["key"].take(shown).to_pylist(), rows["key"].take(original[shown]).to_pylist(), strict=True)
-            cases = [f"{key} = {earlier}" for key, earlier in pairs]
+            names, earlier = (rows["key"].take(places[:5]).to_pylist() for places in (which, original[which]))
+            cases = [f"{name} = {other}" for name, other in zip(names, earlier, strict=True)]
             findings[kind] = finding(cases, len(which))
     return findings
 
@@ -385,18 +369,17 @@ def _finish(output: str, manifest: Manifest, understanding: Understanding, findi
 
 
 def _span(spans: list[tuple[int, int]]) -> tuple[int, int]:
-    """Return the smallest and the largest of all values; (0, 0) if there are none."""
-    found = [span for span in spans if span != (0, 0)]
-    return (min(low for low, _ in found), max(high for _, high in found)) if found else (0, 0)
+    """Return the smallest and the largest of all values. A shard without images has (0, 0)."""
+    lows, highs = zip(*([span for span in spans if span != (0, 0)] or [(0, 0)]), strict=True)
+    return min(lows), max(highs)
 
 
 def contact_sheet(manifest: Manifest) -> bytes:
     """Return a PNG of the first training images, sorted by class, with the names of their classes."""
     split = "train" if "train" in manifest.splits else next(iter(manifest.splits))
     shard = manifest.shards(split)[0]
-    columns = [manifest.image_column, *([manifest.label_column] if manifest.label_column else [])]
     with storage.open_input(storage.join(manifest.root, shard.path)) as file:
-        groups = pq.ParquetFile(file).iter_batches(CONTACT_SHEET_IMAGES, columns=columns)
+        groups = pq.ParquetFile(file).iter_batches(CONTACT_SHEET_IMAGES, columns=list(manifest.columns))
         batch = pa.Table.from_batches([next(groups)]).flatten()
     labels = batch[manifest.label_column].to_pylist() if manifest.label_column else [-1] * len(batch)
     rows = []

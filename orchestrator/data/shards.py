@@ -63,10 +63,6 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
     def num_images(self) -> int:
         return sum(shard.num_images for shard in self.shards)
 
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(shard.split for shard in self.shards))
-
 
 class Facts(NamedTuple):
     """What the manifest needs to know about a finished shard."""
@@ -96,15 +92,12 @@ def plan_split(split: str, count: int, image_bytes: float) -> list[ShardPlan]:
     num_shards = 1
     while num_shards < num_groups and image_bytes * count >= 2 * SHARD_BYTES * num_shards:
         num_shards *= 2
-    share = num_groups // num_shards
-    return [
-        ShardPlan(
-            path=f"{split}-{i:05d}-of-{num_shards:05d}.parquet",
-            split=split,
-            row_groups=tuple(groups[i * share : (i + 1) * share]),
-        )
-        for i in range(num_shards)
-    ]
+    shards = []
+    for number in range(num_shards):
+        share = slice(number * num_groups // num_shards, (number + 1) * num_groups // num_shards)
+        path = f"{split}-{number:05d}-of-{num_shards:05d}.parquet"
+        shards.append(ShardPlan(path=path, split=split, row_groups=tuple(groups[share])))
+    return shards
 
 
 def plan_shards(source: Source, order: dict[str, np.ndarray], resolution: int | None) -> tuple[ShardPlan, ...]:

@@ -1,10 +1,12 @@
 """Readers of the layouts that images come in. Each module reads a family of layouts and yields one entry an image."""
 
+from orchestrator import storage
+from orchestrator.data.config import Layout, PrepareConfig
 from orchestrator.data.sources import arrays, parquet
 from orchestrator.data.sources.archives import open_tree
 from orchestrator.data.sources.folders import read_names
-from orchestrator.data.sources.index import ACCEPTED, Choices, Layout, Listing, Reading, Source, Splits, make_source
-from orchestrator.data.sources.labels import read_label_map
+from orchestrator.data.sources.index import ACCEPTED, Listing, Reading, Source, Splits, make_source
+from orchestrator.data.sources.labels import parse_label_map
 from orchestrator.data.sources.webdataset import is_webdataset, read_webdataset
 
 # Layouts that are recognized by the name of an object. Others are recognized by folders and file names.
@@ -37,7 +39,7 @@ _REFUSED = (
 )
 
 
-def detect(listing: Listing, choices: Choices) -> Layout:
+def detect(listing: Listing, config: PrepareConfig) -> Layout:
     """Return the user's layout, or the one that the names of objects show, or auto if they show none.
 
     Raises:
@@ -45,9 +47,9 @@ def detect(listing: Listing, choices: Choices) -> Layout:
     """
     detected: Layout = "digits" if listing.uri == "digits" else "auto"
     detected = next((layout for layout, pattern in _BY_OBJECT if listing.has(pattern)), detected)
-    layout = detected if choices.layout == "auto" else choices.layout
-    if choices.labels and layout in ("parquet", "cifar", "downsampled", "lsun", "digits", "webdataset"):
-        raise ValueError(f"--labels {choices.labels}: the layout {layout} has its own labels; omit --labels")
+    layout = detected if config.layout == "auto" else config.layout
+    if config.labels and layout in ("parquet", "cifar", "downsampled", "lsun", "digits", "webdataset"):
+        raise ValueError(f"--labels {config.labels}: the layout {layout} has its own labels; omit --labels")
     if layout != "auto":
         return layout
     if not listing.has(_IMAGES):
@@ -57,17 +59,17 @@ def detect(listing: Listing, choices: Choices) -> Layout:
     return "auto"
 
 
-def read_source(listing: Listing, choices: Choices, num_workers: int) -> Source:
-    """Return a source with the index of its images. `num_workers` workers (0: this process) scan its archives.
+def read_source(listing: Listing, config: PrepareConfig) -> Source:
+    """Return a source with the index of its images.
 
     Raises:
         ValueError: the source does not have this layout, cannot be interpreted, or is damaged.
     """
-    return make_source(_read(listing, choices, num_workers), listing)
+    return make_source(_read(listing, config), listing)
 
 
-def _read(listing: Listing, choices: Choices, num_workers: int) -> Reading:
-    layout, splits = detect(listing, choices), Splits(choices.split)
+def _read(listing: Listing, config: PrepareConfig) -> Reading:
+    layout, splits = detect(listing, config), Splits(config.split)
     match layout:
         case "digits":
             return arrays.read_digits()
@@ -78,9 +80,9 @@ def _read(listing: Listing, choices: Choices, num_workers: int) -> Reading:
         case "lsun":
             return arrays.read_lmdb(listing, splits)
         case "parquet":
-            return parquet.open_parquet(listing, choices).reading()
-    tree = open_tree(listing, choices.label_column, num_workers)
-    if layout == "webdataset" or (layout == "auto" and not choices.labels and is_webdataset(tree)):
+            return parquet.open_parquet(listing, config).reading()
+    tree = open_tree(listing, config.label_column, config.num_workers)
+    if layout == "webdataset" or (layout == "auto" and not config.labels and is_webdataset(tree)):
         return read_webdataset(tree, splits)
-    labels = read_label_map(choices.labels) if choices.labels else None
-    return read_names(tree, layout, labels, splits)
+    uri = config.path(config.labels) if config.labels else None
+    return read_names(tree, layout, parse_label_map(uri, storage.read_bytes(uri)) if uri else None, splits)

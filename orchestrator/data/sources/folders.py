@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 
 from orchestrator import storage
+from orchestrator.data.config import Layout
 from orchestrator.data.sources.archives import File, Tree, is_hidden, is_image, read_ranges
-from orchestrator.data.sources.index import ACCEPTED, OUT, Entry, Layout, Reading, Splits, finding
+from orchestrator.data.sources.index import ACCEPTED, OUT, Entry, Reading, Splits, finding
 from orchestrator.data.sources.labels import LabelMap, parse_label_map
 
 # Files that may give the classes of images. The meaning of those that match the last pattern is not known.
@@ -48,8 +49,8 @@ def read_names(tree: Tree, layout: Layout, labels: LabelMap | None, splits: Spli
     """
     survey = _survey(tree)
     if not survey.folders:
-        endings = ", ".join(ending for ending, _ in survey.endings.most_common(5))
-        others = f", but files that end in {endings}" if endings else ""
+        others = ", ".join(ending for ending, _ in survey.endings.most_common(5))
+        others = f", but files that end in {others}" if others else ""
         raise ValueError(f"--source {tree.listing.named} holds no images{others}; accepted: {ACCEPTED}")
     endings = {f"files that end in {ending}": count for ending, count in survey.endings.most_common()}
     reading = Reading("", left_out=tree.left_out | endings)
@@ -61,7 +62,7 @@ def read_names(tree: Tree, layout: Layout, labels: LabelMap | None, splits: Spli
     beside = _companions(tree, survey)
     if labels is not None:
         reading.layout = f"images with the labels of {labels.uri}"
-        chosen = {split: (labels, "") for split, _ in places.values()}
+        chosen = {split: labels for split, _ in places.values()}
     else:
         chosen = _choose(tree, reading, layout, survey, places, beside)
     classes = {name for _, name in places.values() if name}
@@ -74,14 +75,10 @@ def read_names(tree: Tree, layout: Layout, labels: LabelMap | None, splits: Spli
         reading.layout = "images without labels"
     elif layout == "folder" and not classes:
         raise ValueError(f"--source {tree.listing.named} has no class folders, which --layout folder needs")
-    if (
-        labels is not None
-        or layout in ("flat", "unlabelled")
-        or any(_is_edm(found.uri) for found, _ in chosen.values())
-    ):
+    if labels or layout in ("flat", "unlabelled") or any(_is_edm(found.uri) for found in chosen.values()):
         reading.suspicions.pop("folders_within_classes", None)  # folders are not used as classes
         places = {folder: (split, "") for folder, (split, _) in places.items()}
-    if labels is not None or layout == "unlabelled":
+    if labels or layout == "unlabelled":
         reading.suspicions.pop("unused_label_files", None)  # the user has decided which labels are used
     reading.entries = _entries(tree, reading, places, chosen)
     return reading
@@ -170,7 +167,7 @@ def _companions(tree: Tree, survey: _Survey) -> dict[str, LabelMap | None]:
     found: dict[str, LabelMap | None] = {}
     for name, data in contents:
         try:
-            found[name] = parse_label_map(name, data)
+            found[name] = parse_label_map(name, data, base=name[: name.rfind("/") + 1])
         except ValueError:
             found[name] = None  # reported as a file that is not used
     return found
@@ -183,8 +180,8 @@ def _choose(
     survey: _Survey,
     places: dict[str, tuple[str, str]],
     beside: dict[str, LabelMap | None],
-) -> dict[str, tuple[LabelMap, str]]:
-    """Return (label map, folder that its keys are relative to) for every split that has one.
+) -> dict[str, LabelMap]:
+    """Return the label map of every split that has one.
 
     EDM's dataset.json is used for all images. Other label files are used for splits without class folders.
     """
@@ -199,16 +196,15 @@ def _choose(
                 f"of them, for example {survey.first[folder]}; move them, or pass --labels FILE"
             )
     if layout == "auto" and (edm := next(filter(_is_edm, maps), None)):
-        labels = maps[edm]
-        reading.layout = f"images without labels, as {edm} says" if labels.null else f"images with the labels of {edm}"
-        return {split: (labels, edm.removesuffix("dataset.json")) for split, _ in places.values()}
+        described = "images without labels, as {} says" if maps[edm].null else "images with the labels of {}"
+        reading.layout = described.format(edm)
+        return {split: maps[edm] for split, _ in places.values()}
+    reading.layout = "class folders" if any(named.values()) else "images with labels in files beside them"
     chosen = {}
     for split in [] if layout in ("flat", "unlabelled") else sorted(named):
-        serving = [name for name, found in maps.items() if not found.null and _serves(name, split)]
+        serving = [found for name, found in maps.items() if not found.null and _serves(name, split)]
         if serving and not named[split]:
-            folder, slash, _ = serving[0].rpartition("/")
-            chosen[split] = maps[serving[0]], folder + slash
-    reading.layout = "class folders" if any(named.values()) else "images with labels in files beside them"
+            chosen[split] = serving[0]
     return chosen
 
 
@@ -219,21 +215,20 @@ def _is_edm(name: str) -> bool:
 def _serves(name: str, split: str) -> bool:
     """Return whether a label file of a known kind has the labels of a split."""
     last = name.rpartition("/")[2]
-    if re.fullmatch("|".join(_LABEL_FILES[1:4]), last):
-        return split in (("train",) if "train" in last else ("validation", ""))
-    return False
+    known = re.fullmatch("|".join(_LABEL_FILES[1:4]), last) is not None
+    return known and split in (("train",) if "train" in last else ("validation", ""))
 
 
 def _name_companions(
     reading: Reading,
     survey: _Survey,
-    chosen: dict[str, tuple[LabelMap, str]],
+    chosen: dict[str, LabelMap],
     beside: dict[str, LabelMap | None],
     classes: set[str],
 ) -> None:
     """Record how each known file beside the images is used. An unused label file is suspicious."""
     serves = defaultdict(list)
-    for split, (found, _) in chosen.items():
+    for split, found in chosen.items():
         serves[found.uri].append(split or "all")
     within = {file.name for file in survey.companions}  # others lie above the source, and may belong to other images
     unused = []
@@ -282,16 +277,13 @@ def _images(tree: Tree) -> Iterator[File]:
 
 
 def _entries(
-    tree: Tree,
-    reading: Reading,
-    places: dict[str, tuple[str, str]],
-    chosen: dict[str, tuple[LabelMap, str]],
+    tree: Tree, reading: Reading, places: dict[str, tuple[str, str]], chosen: dict[str, LabelMap]
 ) -> Iterator[Entry]:
     """Yield the images, and record findings about their labels."""
     numbered = Counter[str]()  # images of each split that got a label by their position
     classes, strangers = {name for _, name in places.values()}, list[str]()
     if chosen:
-        reading.classes = next((labels.classes for labels, _ in chosen.values()), None)
+        reading.classes = next(iter(chosen.values())).classes
     for file in _images(tree):
         folder, _, name = file.name.rpartition("/")
         split, label = places[folder]
@@ -303,22 +295,20 @@ def _entries(
         prefix = name.partition("_")[0]
         if reading.flat:
             found = prefix
+        elif split in chosen and chosen[split].in_order:
+            match = re.match(r"ILSVRC2012_(?:val|test)_(\d+)", name)  # else the position in the order of the names
+            place = int(match[1]) - 1 if match else numbered[split]
+            numbered[split] += not match
+            found = chosen[split].in_order.get(place)
         elif split in chosen:
-            labels, base = chosen[split]
-            if labels.in_order:
-                match = re.match(r"ILSVRC2012_(?:val|test)_(\d+)", name)  # else the position in the order of the names
-                place = int(match[1]) - 1 if match else numbered[split]
-                numbered[split] += not match
-                found = labels.in_order[place] if 0 <= place < len(labels.in_order) else None
-            else:
-                found, given = labels.find(file.name, base)
-                split = given or split
+            found, given = chosen[split].find(file.name)
+            split = given or split
         elif found != prefix and prefix in classes:
             strangers.append(file.name)
         yield Entry(file.name, found, split, file.object, file.start, file.size)
     if strangers:
         reading.findings["images_named_after_another_class"] = finding(strangers)
-    for labels in {id(labels): labels for labels, _ in chosen.values()}.values():
+    for labels in dict.fromkeys(chosen.values()):
         if labels.in_order and (count := sum(numbered.values())) not in (0, expected := len(labels.in_order)):
             raise ValueError(f"label map {labels.uri} has {expected} numbers, but there are {count} images")
         if unused := labels.unused():

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from pydantic import BaseModel
 
 from orchestrator import storage
+from orchestrator.data.config import PrepareConfig
 
 ACCEPTED = (
     "class folders <class>/<image>, files <class>_<anything>, tars or zips of these, WebDataset, Parquet, CIFAR's "
@@ -34,21 +35,6 @@ INDEX = pa.schema(
     ]
 )
 _OBJECTS = pa.schema([("name", pa.large_string()), ("size", pa.int64())])
-
-
-Layout = Literal[
-    "auto", "folder", "flat", "unlabelled", "webdataset", "parquet", "cifar", "downsampled", "lsun", "digits"
-]
-
-
-class Choices(NamedTuple):
-    """The user's options for a source. None and auto mean that the source decides."""
-
-    layout: Layout = "auto"
-    labels: str | None = None  # URI of a label map
-    image_column: str | None = None
-    label_column: str | None = None
-    split: str | None = None
 
 
 class Entry(NamedTuple):
@@ -106,26 +92,31 @@ class Listing:
         return int(self.sizes[pc.index(self.names, name).as_py()])
 
 
-def list_source(uri: str) -> Listing:
-    """List the objects beneath `uri`. If `uri` is an object itself, list that object beneath its folder.
+def list_source(config: PrepareConfig) -> Listing:
+    """List the objects beneath the source. If it is an object itself, list that object beneath its folder.
 
     Raises:
         FileNotFoundError: there is neither an object nor a folder.
     """
+    if config.source == "digits":
+        return _listing("digits", "digits", iter(()))
+    uri = config.path(config.source)
     try:
         size = storage.size_of(uri)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--source {uri} does not exist") from error
     if size is None:
-        folder, objects = uri.rstrip("/"), (found for some in storage.list_tree(uri) for found in some)
-    else:
-        folder, name = uri.rsplit("/", 1)
-        objects = iter([(name, size)])
+        return _listing(uri, uri.rstrip("/"), (found for some in storage.list_tree(uri) for found in some))
+    folder, name = uri.rsplit("/", 1)
+    return _listing(uri, folder, iter([(name, size)]))
+
+
+def _listing(named: str, uri: str, objects: Iterator[tuple[str, int]]) -> Listing:
     chunks = []
     while some := list(islice(objects, _CHUNK)):
         chunks.append(pa.record_batch(list(zip(*some, strict=True)), schema=_OBJECTS))
     table = pa.Table.from_batches(chunks, _OBJECTS).sort_by("name")
-    return Listing(uri, folder, table["name"], table["size"].to_numpy())
+    return Listing(named, uri, table["name"], table["size"].to_numpy())
 
 
 # ------------------------------------------------------------------------------------------------------------- source

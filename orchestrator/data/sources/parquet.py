@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestrator import storage
+from orchestrator.data.config import PrepareConfig
 from orchestrator.data.dataset import Manifest, Shard
-from orchestrator.data.sources.index import ACCEPTED, Choices, Entry, Findings, Listing, Reading, Splits, finding
+from orchestrator.data.sources.index import ACCEPTED, Entry, Findings, Listing, Reading, Splits, finding
 
 PARQUET = r"(^|/)[^./][^/]*\.parquet$"
 FAIR_SPREAD = 0.5  # share of the spread of random labels, below which the labels of a row group count as sorted
@@ -176,28 +177,28 @@ def narrow_row_groups(rows: np.ndarray, lowest: np.ndarray, highest: np.ndarray,
 # ------------------------------------------------------------------------------------------------------------ footers
 
 
-def open_parquet(listing: Listing, choices: Choices) -> ParquetSource:
+def open_parquet(listing: Listing, config: PrepareConfig) -> ParquetSource:
     """Read the footers of the Parquet files beneath a source, and find the columns of images and labels.
 
     Raises:
         ValueError: there are no files, one is damaged, or no column has images; the message names the file.
     """
-    names, splits = listing.matching(PARQUET), Splits(choices.split)
+    names, splits = listing.matching(PARQUET), Splits(config.split)
     if not names:
         raise ValueError(f"--source {listing.named} contains no Parquet files; accepted: {ACCEPTED}")
     with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as threads:
         footers = list(threads.map(lambda name: _read_footer(storage.join(listing.uri, name), name), names))
-    images = {_image_column(footer, choices.image_column) for footer in footers}
-    labels = {_label_column(footer, choices.label_column) for footer in footers}
+    images = {_image_column(footer, config.image_column) for footer in footers}
+    labels = {_label_column(footer, config.label_column) for footer in footers}
     if len(images) > 1 or len(labels) > 1:
         raise ValueError(
             f"--source {listing.named}: its files have different columns: {sorted(map(str, images | labels))}"
         )
     image, label = images.pop(), labels.pop()
     guesses = []
-    if choices.image_column is None and image != "image.bytes":
+    if config.image_column is None and image != "image.bytes":
         guesses.append(f"column {image} as images (--image-column)")
-    if choices.label_column is None and label != "label":
+    if config.label_column is None and label != "label":
         guesses.append(f"column {label} as labels (--label-column)" if label else "no column as labels")
     of_file = {name: splits.of_shard(name) for name in names}
     odd = [name for name, split in of_file.items() if not split] if any(of_file.values()) else []
