@@ -78,35 +78,31 @@ class Facts(NamedTuple):
 # ------------------------------------------------------------------------------------------------- the plan
 
 
-def plan_split(split: str, count: int, image_bytes: float) -> list[ShardPlan]:
-    """Divide a split into row groups, and these into shards. Both numbers are powers of two.
-
-    The row groups are equal within one row, so they can be dealt evenly to any number of streams.
-    """
-    num_groups = MIN_ROW_GROUPS
-    while count > ROW_GROUP_IMAGES * num_groups:
-        num_groups *= 2
-    num_groups = min(num_groups, 2 ** int(math.log2(count)))
-    bounds = [index * count // num_groups for index in range(num_groups + 1)]
-    groups = [end - start for start, end in pairwise(bounds)]
-    num_shards = 1
-    while num_shards < num_groups and image_bytes * count >= 2 * SHARD_BYTES * num_shards:
-        num_shards *= 2
-    shards = []
-    for number in range(num_shards):
-        share = slice(number * num_groups // num_shards, (number + 1) * num_groups // num_shards)
-        path = f"{split}-{number:05d}-of-{num_shards:05d}.parquet"
-        shards.append(ShardPlan(path=path, split=split, row_groups=tuple(groups[share])))
-    return shards
-
-
 def plan_shards(source: Source, order: dict[str, np.ndarray], resolution: int | None) -> tuple[ShardPlan, ...]:
-    """Return the shards of every split. `order` gives the rows of the source's index in their shuffled order."""
-    sizes, shards = source.index["size"].to_numpy(), []
+    """Divide every split into row groups, and these into shards. Both numbers are powers of two.
+
+    The row groups of a split are equal within one row, so they can be dealt evenly to any number of streams.
+
+    order: the rows of the source's index in their shuffled order, by split.
+    """
+    sizes, shards = source.index["size"].to_numpy(), list[ShardPlan]()
     for split, rows in order.items():
+        count, num_groups, num_shards = len(rows), MIN_ROW_GROUPS, 1
+        while count > ROW_GROUP_IMAGES * num_groups:
+            num_groups *= 2
+        num_groups = min(num_groups, 2 ** int(math.log2(count)))
+        bounds = [index * count // num_groups for index in range(num_groups + 1)]
+        groups = [end - start for start, end in pairwise(bounds)]
         # A PNG has about two thirds of the bytes of its pixels.
-        stored = 2 * resolution**2 if resolution else float(sizes[rows].mean())
-        shards += plan_split(split, len(rows), stored or source.listing.sizes.sum() / len(source.index))
+        image_bytes = 2 * resolution**2 if resolution else float(sizes[rows].mean())
+        image_bytes = image_bytes or source.listing.sizes.sum() / len(source.index)  # before the images are staged
+        while num_shards < num_groups and image_bytes * count >= 2 * SHARD_BYTES * num_shards:
+            num_shards *= 2
+        share = num_groups // num_shards
+        for number in range(num_shards):
+            path = f"{split}-{number:05d}-of-{num_shards:05d}.parquet"
+            mine = tuple(groups[number * share : (number + 1) * share])
+            shards.append(ShardPlan(path=path, split=split, row_groups=mine))
     return tuple(shards)
 
 

@@ -48,32 +48,30 @@ class File(NamedTuple):
     sidecar: str | None
 
 
-class Piece(NamedTuple):
-    """Loose files, or an archive's members."""
+class Archive(NamedTuple):
+    """An archive: a whole object, or a tar within a tar. Loose files belong to an archive without a name."""
 
-    object: str | None
-    stem: str  # the archive's name without its extension
-    prefix: str  # of the members' names in the tree
-    members: pa.Table  # of MEMBERS
-
-    def files(self) -> Iterator[File]:
-        """Yield the files. Only some of them are Python objects at the same time."""
-        for batch in self.members.to_batches(max_chunksize=_BATCH):
-            for name, start, size, sidecar in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                yield File(self.prefix + name, self.object, start or 0, size, sidecar)
+    object: str | None = None  # relative to the source
+    uri: str = ""
+    begin: int = 0  # bytes of the object
+    end: int = 0
+    stem: str = ""  # the archive's name without its extension
+    prefix: str = ""  # of its files' names in the tree
 
 
 class Tree(NamedTuple):
     """All files of a source by name, as if each archive were an unpacked folder of its name."""
 
     listing: Listing
-    pieces: list[Piece]
+    members: dict[Archive, pa.Table]  # of MEMBERS
     left_out: dict[str, int]  # number of archives that were not opened
 
-    def files(self) -> Iterator[File]:
-        """Yield all files."""
-        for piece in self.pieces:
-            yield from piece.files()
+    def files(self, archive: Archive | None = None) -> Iterator[File]:
+        """Yield the files of one archive, or all files. Only some of them are Python objects at the same time."""
+        for part in self.members if archive is None else [archive]:
+            for batch in self.members[part].to_batches(max_chunksize=_BATCH):
+                for name, start, size, sidecar in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                    yield File(part.prefix + name, part.object, start or 0, size, sidecar)
 
 
 def is_hidden(name: str) -> bool:
@@ -105,68 +103,55 @@ def open_tree(listing: Listing, label_key: str | None, num_workers: int) -> Tree
         keep = pc.invert(pc.match_substring_regex(loose, ARCHIVES))
         loose, sizes = loose.filter(keep), sizes.filter(keep)
     nothing = pa.nulls(len(loose))
-    pieces = [Piece(None, "", "", pa.table([loose, nothing, sizes, nothing], names=MEMBERS.names))]
+    members = {Archive(): pa.table([loose, nothing, sizes, nothing], names=MEMBERS.names)}
     if archives:
-        pieces += _scan_all(listing, archives, label_key, num_workers)
-    return Tree(listing, pieces, left_out)
+        members |= _scan_all(listing, archives, label_key, num_workers)
+    return Tree(listing, members, left_out)
 
 
-def _scan_all(listing: Listing, archives: list[str], label_key: str | None, num_workers: int) -> list[Piece]:
-    """Return one piece for each archive, sorted by the names of the files."""
-    parts = [part for name in archives for part in _parts(listing, name, len(archives) == 1)]
-    scan = partial(_scan, listing.uri, label_key)
-    found: dict[_Part, pa.Table] = {}
-    with progress_line(len(parts), "archives", "scanning") as progress:
-        for part, members in map_items(lambda: scan, parts, num_workers):
-            found[part] = members
+def _scan_all(listing: Listing, names: list[str], label_key: str | None, num_workers: int) -> dict[Archive, pa.Table]:
+    """Return the files of each archive, sorted by the names of the files."""
+    archives = [archive for name in names for archive in _archives(listing, name, len(names) == 1)]
+    scan = partial(_scan, label_key)
+    found: dict[Archive, pa.Table] = {}
+    with progress_line(len(archives), "archives", "scanning") as progress:
+        for archive, members in map_items(lambda: scan, archives, num_workers):
+            found[archive] = members
             progress.update_to(len(found))
-    parts.sort(key=lambda part: part.prefix)
-    return [Piece(part.object, part.stem, part.prefix, found[part]) for part in parts]
+    return {archive: found[archive] for archive in sorted(archives, key=lambda archive: archive.prefix)}
 
 
 # ----------------------------------------------------------------------------------------------------------- scanning
 
 
-class _Part(NamedTuple):
-    """An archive: a whole object, or a tar within a tar."""
-
-    object: str
-    begin: int  # bytes of the object
-    end: int
-    stem: str
-    prefix: str
-
-
-def _parts(listing: Listing, name: str, alone: bool) -> list[_Part]:
+def _archives(listing: Listing, name: str, alone: bool) -> list[Archive]:
     """Return the archive, or the tars in it. If it is `alone`, its name is not a folder around its files."""
-    stem, size = re.sub(r"(?i)\.(tar|zip)$", "", name), listing.size(name)
+    stem, uri = re.sub(ARCHIVES, "", name), storage.join(listing.uri, name)
     prefix = "" if alone else f"{stem}/"
-    whole = _Part(name, 0, size, stem, prefix)
+    whole = Archive(name, uri, 0, listing.size(name), stem, prefix)
     if name.lower().endswith(".zip"):
         return [whole]
     nested = []
-    with storage.open_input(storage.join(listing.uri, name), _HEADER_BYTES) as file:
-        for member in _tar_members(file, whole, listing.uri):
+    with storage.open_input(uri, _HEADER_BYTES) as file:
+        for member in _tar_members(file, whole):
             if is_image(member.name):
                 return [whole]
             if member.name.lower().endswith(".tar") and not is_hidden(_clean(member.name)):
-                inner, begin = re.sub(r"(?i)\.tar$", "", _clean(member.name)), member.offset_data
-                nested.append(_Part(name, begin, begin + member.size, inner, f"{prefix}{inner}/"))
+                inner, begin = _clean(member.name)[: -len(".tar")], member.offset_data
+                nested.append(Archive(name, uri, begin, begin + member.size, inner, f"{prefix}{inner}/"))
     return nested or [whole]
 
 
-def _scan(uri: str, label_key: str | None, part: _Part) -> pa.Table:
+def _scan(label_key: str | None, archive: Archive) -> pa.Table:
     """Return the files of an archive, sorted by name."""
-    with storage.open_input(storage.join(uri, part.object), _SCAN_BYTES) as file:
-        is_zip = part.object.lower().endswith(".zip")
-        rows = sorted(_zip_files(file, part, uri) if is_zip else _tar_files(file, part, uri, label_key))
+    with storage.open_input(archive.uri, _SCAN_BYTES) as file:
+        is_zip = archive.uri.lower().endswith(".zip")
+        rows = sorted(_zip_files(file, archive) if is_zip else _tar_files(file, archive, label_key))
     return pa.Table.from_pylist([dict(zip(MEMBERS.names, row, strict=True)) for row in rows], MEMBERS)
 
 
-def _tar_files(
-    file: BinaryIO, part: _Part, uri: str, label_key: str | None
-) -> Iterator[tuple[str, int, int, str | None]]:
-    for member in _tar_members(file, part, uri):
+def _tar_files(file: BinaryIO, archive: Archive, label_key: str | None) -> Iterator[tuple[str, int, int, str | None]]:
+    for member in _tar_members(file, archive):
         sidecar = None
         if member.name.lower().endswith((".cls", ".json")) and member.size <= _SIDECAR_BYTES:
             file.seek(member.offset_data)
@@ -174,23 +159,22 @@ def _tar_files(
         yield _clean(member.name), member.offset_data, member.size, sidecar
 
 
-def _zip_files(file: BinaryIO, part: _Part, uri: str) -> Iterator[tuple[str, int, int, None]]:
+def _zip_files(file: BinaryIO, archive: Archive) -> Iterator[tuple[str, int, int, None]]:
     """Yield the files of a zip. The place of a file begins at its local header, which says how to unpack it."""
-    where = storage.join(uri, part.object)
     try:
-        with zipfile.ZipFile(file) as archive:
-            members = sorted(archive.infolist(), key=lambda member: member.header_offset)
-            ends = [member.header_offset for member in members[1:]] + [archive.start_dir]
+        with zipfile.ZipFile(file) as opened:
+            members = sorted(opened.infolist(), key=lambda member: member.header_offset)
+            ends = [member.header_offset for member in members[1:]] + [opened.start_dir]
     except (zipfile.BadZipFile, NotImplementedError, UnicodeError, struct.error, EOFError) as error:
-        raise ValueError(f"{where} is not a valid zip archive: {error}") from error
+        raise ValueError(f"{archive.uri} is not a valid zip archive: {error}") from error
     for member, end in zip(members, ends, strict=True):
         if member.is_dir():
             continue
         streamed = member.flag_bits & 8 and member.compress_type == zipfile.ZIP_STORED  # without its size
         if member.flag_bits & 1 or streamed or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(
-                f"{where}: {member.filename} is encrypted, streamed without its size, or compressed by another method "
-                "than deflate; zip it again, or unpack it"
+                f"{archive.uri}: {member.filename} is encrypted, streamed without its size, or compressed "
+                "by another method than deflate; zip it again, or unpack it"
             )
         yield _clean(member.filename), member.header_offset, end - member.header_offset, None
 
@@ -199,19 +183,19 @@ def _clean(name: str) -> str:
     return re.sub(r"^(\./)+|^/+", "", name.replace("\\", "/")) or name
 
 
-def _tar_members(file: BinaryIO, part: _Part, uri: str) -> Iterator[tarfile.TarInfo]:
+def _tar_members(file: BinaryIO, archive: Archive) -> Iterator[tarfile.TarInfo]:
     """Yield the regular files of a tar, and skip their contents.
 
     Raises:
         ValueError: it is no tar, or it is truncated.
     """
-    where = storage.join(uri, part.object) + (f" ({part.stem}.tar in it)" if part.begin else "")
-    file.seek(part.begin)
+    where = archive.uri + (f" ({archive.stem}.tar in it)" if archive.begin else "")
+    file.seek(archive.begin)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # else it keeps all of them in memory
-                if member.offset_data + member.size > part.end:
+                if member.offset_data + member.size > archive.end:
                     raise ValueError(f"{where} is truncated: {member.name} ends after its last byte; copy it again")
                 if member.isreg():
                     yield member
@@ -219,8 +203,8 @@ def _tar_members(file: BinaryIO, part: _Part, uri: str) -> Iterator[tarfile.TarI
     except tarfile.TarError as error:
         raise ValueError(f"{where} is not a valid tar archive: {error}") from error
     file.seek(end)
-    if end + tarfile.BLOCKSIZE > part.end or file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-        raise ValueError(f"{where} is truncated or damaged at byte {end - part.begin} (no end mark); copy it again")
+    if end + tarfile.BLOCKSIZE > archive.end or file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise ValueError(f"{where} is truncated or damaged at byte {end - archive.begin} (no end mark); copy it again")
 
 
 def _sidecar(name: str, data: bytes, label_key: str | None) -> str:

@@ -9,8 +9,8 @@ from orchestrator.data.sources.index import Entry, Reading, Splits, finding
 
 def is_webdataset(tree: Tree) -> bool:
     """Return whether the first archive with images has a .cls or .json for one of them."""
-    for piece in tree.pieces:
-        files = list(piece.files()) if piece.object else []
+    for archive in tree.members:
+        files = list(tree.files(archive)) if archive.object else []
         images = {_sample(file) for file in files if _is_image(file)}
         if images:
             return any(file.sidecar and _sample(file) in images for file in files)
@@ -24,7 +24,7 @@ def read_webdataset(tree: Tree, splits: Splits) -> Reading:
         ValueError: no sample has a label, or a label is neither an integer nor a name (when entries are read).
     """
     reading = Reading("WebDataset")
-    of_tar = {piece.stem: splits.of_shard(piece.stem) for piece in tree.pieces if piece.object}
+    of_tar = {archive.stem: splits.of_shard(archive.stem) for archive in tree.members if archive.object}
     if any(of_tar.values()) and (others := [stem for stem, split in of_tar.items() if not split]):
         reading.suspicions["names_like_splits"] = finding(others)
     reading.entries = _entries(tree, of_tar, reading)
@@ -34,11 +34,11 @@ def read_webdataset(tree: Tree, splits: Splits) -> Reading:
 def _entries(tree: Tree, of_tar: dict[str, str], reading: Reading) -> Iterator[Entry]:
     keys: set[str] = set()  # of .json files that have no label
     labelled, differing = 0, []
-    for piece in tree.pieces:
-        if piece.object is None:
+    for archive in tree.members:
+        if archive.object is None:
             continue
         labels: dict[str, dict[str, str | int]] = {".cls": {}, ".json": {}}
-        for file in piece.files():
+        for file in tree.files(archive):
             if file.sidecar is not None:
                 fields = json.loads(file.sidecar)
                 keys.update(fields.get("keys", ()))
@@ -48,15 +48,15 @@ def _entries(tree: Tree, of_tar: dict[str, str], reading: Reading) -> Iterator[E
         both = labels[".json"] | labels[".cls"]
         labelled += len(both)
         differing += [
-            f"{piece.stem}/{name.removeprefix(piece.prefix)}"
+            f"{archive.stem}/{name.removeprefix(archive.prefix)}"
             for name, label in labels[".json"].items()
             if both[name] != label
         ]
-        for file in piece.files():
+        for file in tree.files(archive):
             if _is_image(file):
                 sample = _sample(file)
-                key = f"{piece.stem}/{sample.removeprefix(piece.prefix)}"
-                yield Entry(key, both.get(sample), of_tar[piece.stem], file.object, file.start, file.size)
+                key = f"{archive.stem}/{sample.removeprefix(archive.prefix)}"
+                yield Entry(key, both.get(sample), of_tar[archive.stem], file.object, file.start, file.size)
     if not labelled:
         raise ValueError(
             f"--source {tree.listing.named}: no sample has a label; the .json files have the fields "
