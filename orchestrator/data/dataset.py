@@ -233,13 +233,18 @@ def _assemble(
 
 
 def _take(blocks: list[Block], count: int) -> Block:
-    """Remove and return the first `count` rows of some blocks."""
-    rows = blocks[0]
-    if len(blocks) > 1:
-        rows = {name: np.concatenate([block[name] for block in blocks]) for name in rows}
-    rest = {name: column[count:] for name, column in rows.items()}
-    blocks[:] = [rest] if len(rest["samples"]) else []
-    return {name: column[:count] for name, column in rows.items()}
+    """Remove and return the first `count` rows of some blocks. Rows of a single block are not copied."""
+    taken: list[Block] = []
+    while count:
+        block = blocks.pop(0)
+        if len(block["samples"]) > count:
+            blocks.insert(0, {name: column[count:] for name, column in block.items()})
+            block = {name: column[:count] for name, column in block.items()}
+        count -= len(block["samples"])
+        taken.append(block)
+    if len(taken) == 1:
+        return taken[0]
+    return {name: np.concatenate([block[name] for block in taken]) for name in taken[0]}
 
 
 def read_images(manifest: Manifest, split: str, begin: int, end: int, image_size: int) -> tuple[np.ndarray, np.ndarray]:
