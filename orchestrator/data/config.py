@@ -1,10 +1,15 @@
 """The config for preparing a dataset."""
 
+from typing import Literal
+
 from pydantic import Field, field_validator
 
 from orchestrator.config import JobConfig, Operational
 from orchestrator.data.images import ExifOrientation, check_background
-from orchestrator.data.sources import Choices, Layout
+
+Layout = Literal[
+    "auto", "folder", "flat", "unlabelled", "webdataset", "parquet", "cifar", "downsampled", "lsun", "digits"
+]
 
 
 class PrepareConfig(JobConfig):
@@ -29,17 +34,3 @@ class PrepareConfig(JobConfig):
     num_workers: Operational[int] = Field(0, ge=0)  # workers that read and write; 0 = in this process, without Ray
 
     _check_background = field_validator("background")(check_background)
-
-    @property
-    def choices(self) -> Choices:
-        """Return the options about the source."""
-        labels = self.path(self.labels) if self.labels else None
-        return Choices(self.layout, labels, self.image_column, self.label_column, self.split)
-
-    def check_registering(self) -> None:
-        """Raise ValueError if an option needs a copy of the source."""
-        for name, unused in (("resolution", "none"), ("validation_fraction", "0")):
-            if value := getattr(self, name):
-                raise ValueError(
-                    f"{name}={value} needs a copy of source={self.source}: pass --copy-parquet, or {name}={unused}"
-                )

@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import takewhile
 from typing import Literal, TypeVar
 
@@ -77,6 +76,11 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     def fingerprint(self) -> str:
         """Return a SHA-256 of the manifest, which differs for every dataset."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Return the paths of the columns with the images and, if there are any, with the labels."""
+        return (self.image_column, self.label_column) if self.label_column else (self.image_column,)
 
     @property
     def root(self) -> str:
@@ -215,26 +219,32 @@ def _assemble(
     blocks: Iterator[Block], order: OrderPlan, streams: range, steps: Iterator[tuple[int, int]]
 ) -> Iterator[list[StreamShare]]:
     """Collect blocks by their stream, and take the rows of every step from each; `steps` gives their epochs."""
-    waiting = {number: _Waiting() for number in streams}
+    waiting: dict[int, list[Block]] = {number: [] for number in streams}
     for epoch, _ in steps:
         shares = []
         for number, rows in waiting.items():
-            while rows.count < order.rows_per_stream:
+            while sum(len(block["samples"]) for block in rows) < order.rows_per_stream:
                 block = next(blocks)
-                waiting[int(block["stream"][0])].add(block)
-            taken = rows.take(order.rows_per_stream)
-            shares.append(
-                StreamShare(
-                    stream=number,
-                    epoch=epoch,
-                    images=taken["image"],
-                    labels=taken["label"],
-                    samples=taken["sample"],
-                    flips=taken["flip"],
-                    undecodable=taken["undecodable"],
-                )
-            )
+                waiting[int(block["stream"][0])].append(block)
+            taken = _take(rows, order.rows_per_stream)
+            del taken["stream"]  # one number for all rows
+            shares.append(StreamShare(stream=number, epoch=epoch, **taken))
         yield shares
+
+
+def _take(blocks: list[Block], count: int) -> Block:
+    """Remove and return the first `count` rows of some blocks. Rows of a single block are not copied."""
+    taken: list[Block] = []
+    while count:
+        block = blocks.pop(0)
+        if len(block["samples"]) > count:
+            blocks.insert(0, {name: column[count:] for name, column in block.items()})
+            block = {name: column[:count] for name, column in block.items()}
+        count -= len(block["samples"])
+        taken.append(block)
+    if len(taken) == 1:
+        return taken[0]
+    return {name: np.concatenate([block[name] for block in taken]) for name in taken[0]}
 
 
 def read_images(manifest: Manifest, split: str, begin: int, end: int, image_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -256,36 +266,8 @@ def read_images(manifest: Manifest, split: str, begin: int, end: int, image_size
             pairs = np.stack([np.full(len(rows), group), rows], axis=1)
             blocks += read(Unit(epoch=0, stream=0, first=0, rows=pairs))
         first += size
-    images, labels = (np.concatenate([block[name] for block in blocks]) for name in ("image", "label"))
+    images, labels = (np.concatenate([block[name] for block in blocks]) for name in ("images", "labels"))
     return images, labels
-
-
-class _Waiting:
-    """Decoded rows of one stream that belong to no batch yet."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._blocks: list[Block] = []
-
-    def add(self, block: Block) -> None:
-        self._blocks.append(block)
-        self.count += len(block["sample"])
-
-    def take(self, count: int) -> Block:
-        """Remove and return the first `count` rows."""
-        taken: list[Block] = []
-        missing = count
-        while missing:
-            block = self._blocks.pop(0)
-            if len(block["sample"]) > missing:
-                self._blocks.insert(0, {name: column[missing:] for name, column in block.items()})
-                block = {name: column[:missing] for name, column in block.items()}
-            missing -= len(block["sample"])
-            taken.append(block)
-        self.count -= count
-        if len(taken) == 1:
-            return taken[0]
-        return {name: np.concatenate([block[name] for block in taken]) for name in taken[0]}
 
 
 class _Reader:
@@ -302,15 +284,11 @@ class _Reader:
         rows_per_stream: int = 1,
     ) -> None:
         manifest.check(split, image_size, crop)
-        shards = manifest.shards(split)
         sizes = np.array(manifest.row_group_sizes(split), dtype=np.int64)
-        self._uris = [storage.join(manifest.root, shard.path) for shard in shards]
-        self._image_column, self._label_column = manifest.image_column, manifest.label_column
-        self._decode = partial(decode, background=manifest.background, exif_orientation=manifest.exif_orientation)
-        self._numbers = {name: label for label, name in enumerate(manifest.classes)}
-        self._bytes = [shard.bytes for shard in shards]
-        self._places = np.array([(i, j) for i, shard in enumerate(shards) for j in range(len(shard.row_groups))])
+        self._manifest = manifest
+        self._row_groups = [(s, place) for s in manifest.shards(split) for place in range(len(s.row_groups))]
         self._first_samples = np.cumsum(sizes) - sizes
+        self._numbers = {name: label for label, name in enumerate(manifest.classes)}
         self._num_classes = 0 if split in manifest.unlabelled else len(manifest.classes)
         self._seed, self._image_size, self._crop, self._flip = seed, image_size, crop, flip
         most = max(1, min(BLOCK_ROWS, BLOCK_BYTES // (image_size**2 * 3)))
@@ -322,10 +300,10 @@ class _Reader:
         begin = -unit.first % self.block_rows or self.block_rows
         for rows in np.split(unit.rows, range(begin, len(unit.rows), self.block_rows)):
             block = {
-                "image": np.empty((len(rows), self._image_size, self._image_size, 3), np.uint8),
-                "label": np.empty(len(rows), np.int64),
-                "sample": self._first_samples[rows[:, 0]] + rows[:, 1],
-                "flip": np.zeros(len(rows), bool),
+                "images": np.empty((len(rows), self._image_size, self._image_size, 3), np.uint8),
+                "labels": np.empty(len(rows), np.int64),
+                "samples": self._first_samples[rows[:, 0]] + rows[:, 1],
+                "flips": np.zeros(len(rows), bool),
                 "undecodable": np.zeros(len(rows), bool),
                 "stream": np.full(len(rows), unit.stream),
             }
@@ -334,38 +312,39 @@ class _Reader:
             yield block
 
     def _read_row_group(self, group: int) -> pa.Table:
-        shard, place = self._places[group]
-        columns = (self._image_column, *([self._label_column] if self._label_column else []))
-        table = read_row_group(self._uris[shard], self._bytes[shard], int(place), columns)
-        return table.rename_columns({self._image_column: "image"} | dict.fromkeys(columns[1:], "label"))
+        shard, place = self._row_groups[group]
+        columns = self._manifest.columns
+        table = read_row_group(storage.join(self._manifest.root, shard.path), shard.bytes, place, columns)
+        return table.rename_columns(dict(zip(columns, ("image", "label"), strict=False)))
+
+    def _named(self, group: int) -> str:
+        shard, place = self._row_groups[group]
+        return f"row group {place} of {storage.join(self._manifest.root, shard.path)}"
 
     def _fill(self, block: Block, place: int, table: pa.Table, group: int, row: int, epoch: int) -> None:
         """Fill in one sample. If its image cannot be decoded, it gets the next good image of its row group."""
-        sample = int(block["sample"][place])
+        sample = int(block["samples"][place])
         image, found = self._next_good(table, group, row)
-        label = table["label"][found].as_py() if self._label_column else -1
+        label = table["label"][found].as_py() if self._manifest.label_column else -1
         label = self._numbers.get(label, -1) if isinstance(label, str) else label
         if self._num_classes and not 0 <= label < self._num_classes:
             raise ValueError(
-                f"label {label} of row {found} in row group {self._places[group][1]} of "
-                f"{self._uris[self._places[group][0]]} is not in [0, {self._num_classes}); prepare the dataset again"
+                f"label {label} of row {found} in {self._named(group)} is not in [0, {self._num_classes}); prepare the "
+                "dataset again"
             )
         mirrored = self._flip and sample_rng(self._seed, epoch, sample, Purpose.FLIP).random() < 0.5
         if self._crop == "random":
-            rng = sample_rng(self._seed, epoch, sample, Purpose.CROP)
-            pixels = random_crop(image, self._image_size, rng)
+            pixels = random_crop(image, self._image_size, sample_rng(self._seed, epoch, sample, Purpose.CROP))
         else:
             pixels = center_crop(image, self._image_size)
-        block["image"][place] = pixels[:, ::-1] if mirrored else pixels
-        block["label"][place], block["flip"][place], block["undecodable"][place] = label, mirrored, found != row
+        block["images"][place] = pixels[:, ::-1] if mirrored else pixels
+        block["labels"][place], block["flips"][place], block["undecodable"][place] = label, mirrored, found != row
 
     def _next_good(self, table: pa.Table, group: int, row: int) -> tuple[Image.Image, int]:
         """Return the first image from `row` on that can be decoded, and its row; after the last row comes the first."""
-        for step in range(len(table)):
-            found = (row + step) % len(table)
+        for found in (*range(row, len(table)), *range(row)):
             try:
-                return self._decode(table["image"][found].as_py() or b""), found
+                return self._manifest.decode(table["image"][found].as_py() or b""), found
             except ValueError:
                 continue  # counted by the caller: the row is marked as undecodable
-        shard, place = self._places[group]
-        raise ValueError(f"no image of row group {place} of {self._uris[shard]} can be decoded")
+        raise ValueError(f"no image of {self._named(group)} can be decoded")

@@ -26,24 +26,11 @@ from orchestrator.data.config import PrepareConfig
 from orchestrator.data.crops import center_crop
 from orchestrator.data.dataset import Manifest, load_manifest
 from orchestrator.data.shards import Facts, Plan, make_shard_writer, plan_shards, read_plan, write_plan
-from orchestrator.data.sources import (
-    Findings,
-    Layout,
-    Listing,
-    Source,
-    detect,
-    finding,
-    list_source,
-    open_parquet,
-    read_source,
-)
+from orchestrator.data.sources import detect, read_source
+from orchestrator.data.sources.index import Finding, Findings, Listing, Source, finding, list_source
+from orchestrator.data.sources.parquet import open_parquet
 from orchestrator.data.sources.staging import staged
-from orchestrator.data.understanding import (
-    Understanding,
-    describe_first_files,
-    understand,
-    understand_registered,
-)
+from orchestrator.data.understanding import Understanding, finding_text, understand, understand_registered
 from orchestrator.order import Purpose, keyed_rng
 from orchestrator.pictures import captioned_grid_png
 from orchestrator.progress import counted, progress_line
@@ -73,9 +60,11 @@ def prepare(config: PrepareConfig) -> Manifest:
     """
     output = config.path(config.output)
     if not storage.exists(storage.join(output, "manifest.json")):
-        listing = _list(config)
-        if _layout(config, listing) == "parquet" and not config.copy_parquet:
-            _register(config, output, listing)
+        listing = list_source(config)
+        if _registers(config, listing):
+            manifest, understanding = _understand_registered(config, listing)
+            check_or_write_config(output, config, finished=False)
+            _finish(output, manifest, understanding, understanding.findings)
         else:
             with session(config.num_workers, shared=(config.path(""),)):
                 plan = _agree_on_plan(config, output, listing)
@@ -107,7 +96,7 @@ def prepare_and_track(config: PrepareConfig) -> str:
             names = ", ".join(f"{name} ({count})" for name, count in small.items())
             print(f"  classes of {split} with fewer than {SMALL_CLASS} images: {names}")
     for kind, found in report["findings"].items():
-        print(f"  {kind.replace('_', ' ')}: {found['count']:,} ({', '.join(found['examples'])})")
+        print(f"  {finding_text(kind, Finding.model_validate(found))}")
     command = next_command("train_adm", dataset=config.output)
     print_closing([storage.join(output, "contact-sheet.png")], [command])
     return output
@@ -123,24 +112,21 @@ def plan(config: PrepareConfig) -> tuple[PrepareConfig, str]:
     if storage.exists(storage.join(output, "manifest.json")):
         return config, f"{output} is already prepared"
     try:
-        listing = _list(config)
+        listing = list_source(config)
     except FileNotFoundError:
         return config, "\n".join([f"reads   {config.source}", f"writes  {output}", *not_there_yet([config.source])])
-    if _layout(config, listing) == "parquet" and not config.copy_parquet:
-        found = open_parquet(listing, config.choices)
-        manifest, findings = found.register(config.name)
-        _show(config, understand_registered(found, manifest, findings))
+    if _registers(config, listing):
+        manifest, _ = _understand_registered(config, listing)
         return config, f"registers {manifest.registered}\nwrites    {output}: a manifest"
-    if (total := _bytes_in_tars(listing)) > DRY_SCAN_BYTES:
-        print(describe_first_files(listing))
+    # Unlike a zip, a tar must be read through to list its files.
+    tars = pc.ends_with(listing.names, ".tar", ignore_case=True).to_numpy()
+    if (total := int(listing.sizes[tars].sum())) > DRY_SCAN_BYTES:
         return config, (
             f"reads   {config.source}: {len(listing.names):,} objects, {total / 2**30:,.1f} GiB, whose images will be "
             f"counted when the job runs\nwrites  {output}"
         )
-    source = read_source(listing, config.choices, 0)
-    _show(config, understand(source))
-    lines = [f"reads   {config.source}: {len(source.index):,} images, {source.size / 2**20:,.1f} MiB"]
-    order = _order(source, config)
+    source, _, order = _understand(config.model_copy(update={"num_workers": 0}), listing)
+    lines = [f"reads   {config.source}: {len(source.index):,} images, {listing.sizes.sum() / 2**20:,.1f} MiB"]
     planned = plan_shards(source, order, config.resolution)
     for split, rows in order.items():
         shards = [shard for shard in planned if shard.split == split]
@@ -155,24 +141,38 @@ def plan(config: PrepareConfig) -> tuple[PrepareConfig, str]:
 # ------------------------------------------------------------------------------------------------- what to write
 
 
-def _list(config: PrepareConfig) -> Listing:
-    """List the source's objects."""
-    if config.source == "digits":
-        return Listing("digits", "digits", pa.chunked_array([], pa.large_string()), np.array([], np.int64))
-    return list_source(config.path(config.source))
+def _registers(config: PrepareConfig, listing: Listing) -> bool:
+    """Return whether the source consists of Parquet files that stay where they are.
+
+    Raises:
+        ValueError: it does, but an option needs a copy of them.
+    """
+    if detect(listing, config) != "parquet" or config.copy_parquet:
+        return False
+    for name, unused in (("resolution", "none"), ("validation_fraction", "0")):
+        if value := getattr(config, name):
+            raise ValueError(
+                f"{name}={value} needs a copy of source={config.source}: pass --copy-parquet, or {name}={unused}"
+            )
+    return True
 
 
-def _layout(config: PrepareConfig, listing: Listing) -> Layout:
-    layout = detect(listing, config.choices)
-    if layout == "parquet" and not config.copy_parquet:
-        config.check_registering()
-    return layout
+def _understand_registered(config: PrepareConfig, listing: Listing) -> tuple[Manifest, Understanding]:
+    """Return the manifest of Parquet files that stay where they are, and print what was understood of them."""
+    found = open_parquet(listing, config)
+    manifest, findings = found.register(config.name)
+    understanding = understand_registered(found, manifest, findings)
+    _show(config, understanding)
+    decoding = {"background": config.background, "exif_orientation": config.exif_orientation}
+    return manifest.model_copy(update=decoding), understanding
 
 
-def _bytes_in_tars(listing: Listing) -> int:
-    """Return the total size of the tars in a source. Unlike a zip, a tar must be read through to list its files."""
-    tars = pc.ends_with(listing.names, ".tar", ignore_case=True)
-    return int(listing.sizes[tars.to_numpy(zero_copy_only=False)].sum())
+def _understand(config: PrepareConfig, listing: Listing) -> tuple[Source, Understanding, dict[str, np.ndarray]]:
+    """Return the images of a source and their shuffled order by split, and print what was understood of it."""
+    source = read_source(listing, config)
+    understanding = understand(source)
+    _show(config, understanding)
+    return source, understanding, _order(source, config)
 
 
 def _show(config: PrepareConfig, found: Understanding) -> None:
@@ -182,20 +182,8 @@ def _show(config: PrepareConfig, found: Understanding) -> None:
         ValueError: it is suspicious, and the user has not accepted it.
     """
     print(found.text(config.background, config.exif_orientation), flush=True)
-    if not config.accept_classes:
-        found.refuse_suspicious()
-
-
-def _register(config: PrepareConfig, output: str, listing: Listing) -> None:
-    """Write a manifest of Parquet files that stay where they are."""
-    found = open_parquet(listing, config.choices)
-    manifest, findings = found.register(config.name)
-    understanding = understand_registered(found, manifest, findings)
-    _show(config, understanding)
-    check_or_write_config(output, config, finished=False)
-    decoding = {"background": config.background, "exif_orientation": config.exif_orientation}
-    report = {"understanding": understanding.model_dump(mode="json"), "findings": _plain(findings)}
-    _finish(output, manifest.model_copy(update=decoding), report)
+    if found.suspicions and not config.accept_classes:
+        raise ValueError(f"--source {found.source} looks suspicious: {'; '.join(found.suspicions.values())}")
 
 
 def _agree_on_plan(config: PrepareConfig, output: str, listing: Listing) -> Plan:
@@ -203,18 +191,15 @@ def _agree_on_plan(config: PrepareConfig, output: str, listing: Listing) -> Plan
     folder, found = storage.join(output, "staged"), read_plan(output)
     if found is not None and _holds(config, output, listing, found):
         if found.source == folder and not storage.exists(folder):  # it was deleted
-            staged(read_source(listing, config.choices, config.num_workers), folder, config.num_workers)
+            staged(read_source(listing, config), folder, config.num_workers)
         return found
-    source = read_source(listing, config.choices, config.num_workers)
-    understanding = understand(source)
-    _show(config, understanding)
-    order = _order(source, config)
+    source, understanding, order = _understand(config, listing)
     check_or_write_config(output, config, finished=False)
     if source.reading.images is not None:
         source = staged(source, folder, config.num_workers)
     made = Plan(
-        source=source.reading.uri,
-        digest=source.digest,
+        source=source.uri,
+        digest=listing.digest(),
         classes=source.classes,
         shards=plan_shards(source, order, config.resolution),
         background=config.background,
@@ -231,7 +216,6 @@ def _holds(config: PrepareConfig, output: str, listing: Listing, plan: Plan) -> 
     Raises:
         ValueError: some shards are finished, by a plan for another config or source.
     """
-    begun = {shard.path for shard in plan.shards} & set(storage.list_names(output, recursive=True))
     try:
         check_config(output, config, finished=True)
         if plan.digest != listing.digest():
@@ -240,7 +224,7 @@ def _holds(config: PrepareConfig, output: str, listing: Listing, plan: Plan) -> 
                 "objects with other names or sizes: pass another --output"
             )
     except ValueError:
-        if begun:
+        if {shard.path for shard in plan.shards} & set(storage.list_names(output, recursive=True)):
             raise
         for name in ("index.json", "staged/"):
             storage.delete(storage.join(output, name))
@@ -257,13 +241,9 @@ def _order(source: Source, config: PrepareConfig) -> dict[str, np.ndarray]:
         ValueError: the source already has validation images.
     """
     shuffled = keyed_rng(Purpose.SHARDS, config.seed).permutation(len(source.index))
-    splits = source.index["split"].combine_chunks()
-    names = [name or "train" for name in splits.dictionary.to_pylist()]
-    given = splits.indices.to_numpy()[shuffled]
-    order = {
-        split: shuffled[np.isin(given, [code for code, name in enumerate(names) if name == split])]
-        for split in ("train", "validation", "test")
-    }
+    given = source.index["split"].to_numpy()[shuffled]
+    given[given == ""] = "train"
+    order = {split: shuffled[given == split] for split in ("train", "validation", "test")}
     if config.validation_fraction:
         if len(order["validation"]):
             raise ValueError(
@@ -303,10 +283,9 @@ def _write_shards(config: PrepareConfig, output: str, plan: Plan) -> list[Facts]
 
 def _summarize(config: PrepareConfig, output: str, plan: Plan, facts: list[Facts]) -> None:
     """Write quarantine.json, report.json and the manifest from the facts about the shards."""
-    by_split = {
-        split: [fact for shard, fact in zip(plan.shards, facts, strict=True) if shard.split == split]
-        for split in plan.splits
-    }
+    by_split: dict[str, list[Facts]] = {}
+    for shard, fact in zip(plan.shards, facts, strict=True):
+        by_split.setdefault(shard.split, []).append(fact)
     quarantine = [entry for fact in facts for entry in fact.quarantine]
     storage.write_json(storage.join(output, "quarantine.json"), redact_tree(quarantine))
     findings = dict(plan.understanding.findings)
@@ -330,8 +309,7 @@ def _summarize(config: PrepareConfig, output: str, plan: Plan, facts: list[Facts
         content=_content(facts),
     )
     splits = {split: _class_counts(plan.classes, found) for split, found in by_split.items()}
-    understanding = plan.understanding.model_dump(mode="json")
-    _finish(output, manifest, {"understanding": understanding, "splits": splits, "findings": _plain(findings)})
+    _finish(output, manifest, plan.understanding, findings, splits=splits)
 
 
 def _content(facts: list[Facts]) -> str:
@@ -357,9 +335,8 @@ def _copies(by_split: dict[str, list[Facts]]) -> Findings:
     findings = {}
     for kind, which in (("duplicate_images", within), ("duplicate_images_across_splits", across)):
         if len(which):
-            shown = which[:5]
-            pairs = zip(rows["key"].take(shown).to_pylist(), rows["key"].take(original[shown]).to_pylist(), strict=True)
-            cases = [f"{key} = {earlier}" for key, earlier in pairs]
+            names, earlier = (rows["key"].take(places[:5]).to_pylist() for places in (which, original[which]))
+            cases = [f"{name} = {other}" for name, other in zip(names, earlier, strict=True)]
             findings[kind] = finding(cases, len(which))
     return findings
 
@@ -383,29 +360,26 @@ def _class_counts(classes: tuple[str, ...], facts: list[Facts]) -> dict[str, Any
     }
 
 
-def _finish(output: str, manifest: Manifest, report: dict[str, Any]) -> None:
+def _finish(output: str, manifest: Manifest, understanding: Understanding, findings: Findings, **counts: Any) -> None:
     """Write the report, then the manifest, which marks the dataset as finished."""
+    plain = {kind: found.model_dump(mode="json") for kind, found in findings.items()}
+    report = {"understanding": understanding.model_dump(mode="json"), **counts, "findings": plain}
     storage.write_json(storage.join(output, "report.json"), redact_tree(report))
     storage.put_if_absent(storage.join(output, "manifest.json"), storage.json_bytes(manifest.model_dump(mode="json")))
 
 
-def _plain(findings: Findings) -> dict[str, Any]:
-    return {kind: found.model_dump(mode="json") for kind, found in findings.items()}
-
-
 def _span(spans: list[tuple[int, int]]) -> tuple[int, int]:
-    """Return the smallest and the largest of all values; (0, 0) if there are none."""
-    found = [span for span in spans if span != (0, 0)]
-    return (min(low for low, _ in found), max(high for _, high in found)) if found else (0, 0)
+    """Return the smallest and the largest of all values. A shard without images has (0, 0)."""
+    lows, highs = zip(*([span for span in spans if span != (0, 0)] or [(0, 0)]), strict=True)
+    return min(lows), max(highs)
 
 
 def contact_sheet(manifest: Manifest) -> bytes:
     """Return a PNG of the first training images, sorted by class, with the names of their classes."""
     split = "train" if "train" in manifest.splits else next(iter(manifest.splits))
     shard = manifest.shards(split)[0]
-    columns = [manifest.image_column, *([manifest.label_column] if manifest.label_column else [])]
     with storage.open_input(storage.join(manifest.root, shard.path)) as file:
-        groups = pq.ParquetFile(file).iter_batches(CONTACT_SHEET_IMAGES, columns=columns)
+        groups = pq.ParquetFile(file).iter_batches(CONTACT_SHEET_IMAGES, columns=list(manifest.columns))
         batch = pa.Table.from_batches([next(groups)]).flatten()
     labels = batch[manifest.label_column].to_pylist() if manifest.label_column else [-1] * len(batch)
     rows = []
@@ -414,10 +388,8 @@ def contact_sheet(manifest: Manifest) -> bytes:
             image = manifest.decode(data or b"")
         except ValueError:  # this happens only in registered files
             continue
-        named = isinstance(label, str)
-        caption = label if named else manifest.classes[label] if 0 <= label < len(manifest.classes) else ""
-        rows.append(
-            (manifest.classes.index(label) if named else label, caption, center_crop(image, CONTACT_SHEET_PIXELS))
-        )
+        number = manifest.classes.index(label) if isinstance(label, str) else label
+        caption = manifest.classes[number] if 0 <= number < len(manifest.classes) else ""
+        rows.append((number, caption, center_crop(image, CONTACT_SHEET_PIXELS)))
     rows.sort(key=lambda row: row[0])
     return captioned_grid_png(np.stack([row[2] for row in rows]), [row[1] for row in rows], columns=10)

@@ -9,7 +9,6 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -20,17 +19,16 @@ from pydantic import BaseModel
 
 from orchestrator import storage
 from orchestrator.data.crops import center_crop
-from orchestrator.data.dataset import SCHEMA, Shard
+from orchestrator.data.dataset import SCHEMA, Shard, ahead
 from orchestrator.data.images import ExifOrientation, decode_and_describe
-from orchestrator.data.sources import Findings, Source, finding, read_ranges
-from orchestrator.data.sources.index import INDEX, Finding
+from orchestrator.data.sources.archives import read_ranges
+from orchestrator.data.sources.index import INDEX, Finding, Findings, Source, finding
 from orchestrator.data.understanding import Understanding
 from orchestrator.pictures import png
 
 ROW_GROUP_IMAGES = 128  # at most; row groups of large splits have at least half of it
 SHARD_BYTES = 64 << 20  # shards of large splits have at least this size, and at most twice
 MIN_ROW_GROUPS = 16  # of a split with at least as many images: four for each of four streams
-FETCH_BYTES = 64 << 20  # of encoded images that a worker reads at once; it holds two such reads
 _METADATA_KEY = b"admiral"  # in a shard's footer: facts for the manifest
 _FACTS_BUFFER = 64 << 10  # bytes that are fetched at a time, because the columns are small
 
@@ -65,10 +63,6 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
     def num_images(self) -> int:
         return sum(shard.num_images for shard in self.shards)
 
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(shard.split for shard in self.shards))
-
 
 class Facts(NamedTuple):
     """What the manifest needs to know about a finished shard."""
@@ -84,38 +78,31 @@ class Facts(NamedTuple):
 # ------------------------------------------------------------------------------------------------- the plan
 
 
-def plan_split(split: str, count: int, image_bytes: float) -> list[ShardPlan]:
-    """Divide a split into row groups, and these into shards. Both numbers are powers of two.
-
-    The row groups are equal within one row, so they can be dealt evenly to any number of streams.
-    """
-    num_groups = MIN_ROW_GROUPS
-    while count > ROW_GROUP_IMAGES * num_groups:
-        num_groups *= 2
-    num_groups = min(num_groups, 2 ** int(math.log2(count)))
-    bounds = [index * count // num_groups for index in range(num_groups + 1)]
-    groups = [end - start for start, end in pairwise(bounds)]
-    num_shards = 1
-    while num_shards < num_groups and image_bytes * count >= 2 * SHARD_BYTES * num_shards:
-        num_shards *= 2
-    share = num_groups // num_shards
-    return [
-        ShardPlan(
-            path=f"{split}-{i:05d}-of-{num_shards:05d}.parquet",
-            split=split,
-            row_groups=tuple(groups[i * share : (i + 1) * share]),
-        )
-        for i in range(num_shards)
-    ]
-
-
 def plan_shards(source: Source, order: dict[str, np.ndarray], resolution: int | None) -> tuple[ShardPlan, ...]:
-    """Return the shards of every split. `order` gives the rows of the source's index in their shuffled order."""
-    sizes, shards = source.index["size"].to_numpy(), []
+    """Divide every split into row groups, and these into shards. Both numbers are powers of two.
+
+    The row groups of a split are equal within one row, so they can be dealt evenly to any number of streams.
+
+    order: the rows of the source's index in their shuffled order, by split.
+    """
+    sizes, shards = source.index["size"].to_numpy(), list[ShardPlan]()
     for split, rows in order.items():
+        count, num_groups, num_shards = len(rows), MIN_ROW_GROUPS, 1
+        while count > ROW_GROUP_IMAGES * num_groups:
+            num_groups *= 2
+        num_groups = min(num_groups, 2 ** int(math.log2(count)))
+        bounds = [index * count // num_groups for index in range(num_groups + 1)]
+        groups = [end - start for start, end in pairwise(bounds)]
         # A PNG has about two thirds of the bytes of its pixels.
-        stored = 2 * resolution**2 if resolution else float(sizes[rows].mean())
-        shards += plan_split(split, len(rows), stored or source.size / len(source.index))
+        image_bytes = 2 * resolution**2 if resolution else float(sizes[rows].mean())
+        image_bytes = image_bytes or source.listing.sizes.sum() / len(source.index)  # before the images are staged
+        while num_shards < num_groups and image_bytes * count >= 2 * SHARD_BYTES * num_shards:
+            num_shards *= 2
+        share = num_groups // num_shards
+        for number in range(num_shards):
+            path = f"{split}-{number:05d}-of-{num_shards:05d}.parquet"
+            mine = tuple(groups[number * share : (number + 1) * share])
+            shards.append(ShardPlan(path=path, split=split, row_groups=mine))
     return tuple(shards)
 
 
@@ -161,82 +148,51 @@ def _write_shard(output: str, plan: Plan, shard: ShardPlan, places: pa.Table, re
     sizes: list[tuple[int, int]] = []
     with storage.open_output(storage.join(output, shard.path)) as file:
         writer = pq.ParquetWriter(file, SHARD_SCHEMA, compression="none", use_dictionary=False)
-        for group, images in _row_groups(plan.source, shard, places):
+        for group, images in ahead(_row_groups(plan.source, shard, places)):
             rows = []
             for place, data in zip(group.to_pylist(), images, strict=True):
                 try:
-                    made = _row(plan, resolution, place, data)
+                    row, *kinds = _row(plan, resolution, place, data)
                 except ValueError as error:
                     quarantine.append({"key": place["key"], "reason": str(error)})
                     continue
-                sizes.append((made.columns["width"], made.columns["height"]))
-                rows.append(made.columns)
-                for kind, here in zip(found, (made.transparent, made.rotated), strict=True):
+                rows.append(row)
+                for kind, here in zip(found, kinds, strict=True):
                     found[kind] += [place["key"]] if here else []
+            sizes += [(row["width"], row["height"]) for row in rows]
             if rows:
                 writer.write_table(pa.Table.from_pylist(rows, schema=SHARD_SCHEMA), row_group_size=len(rows))
-        smallest, largest = ((min(n), max(n)) for n in zip(*sizes, strict=True)) if sizes else ((0, 0), (0, 0))
+        width, height = ((min(n), max(n)) for n in zip(*(sizes or [(0, 0)]), strict=True))
         findings = {kind: finding(keys).model_dump() for kind, keys in found.items() if keys}
-        facts = {"quarantine": quarantine, "width": smallest, "height": largest, "findings": findings}
+        facts = {"quarantine": quarantine, "width": width, "height": height, "findings": findings}
         writer.add_key_value_metadata({_METADATA_KEY.decode(): json.dumps(facts)})
         writer.close()
 
 
 def _row_groups(source: str, shard: ShardPlan, places: pa.Table) -> Iterator[tuple[pa.Table, list[bytes]]]:
-    """Yield the places and the encoded images of every row group. A thread fetches the next images meanwhile."""
-    runs: list[list[int]] = [[]]  # row groups that are fetched together
-    sizes, begin, fetched = places["size"].to_numpy(), 0, 0
+    """Yield the places and the encoded images of every row group."""
+    begin = 0
     for count in shard.row_groups:
-        size = int(sizes[begin : begin + count].sum())
-        if runs[-1] and fetched + size > FETCH_BYTES:
-            runs.append([])
-            fetched = 0
-        runs[-1].append(count)
-        begin, fetched = begin + count, fetched + size
-
-    def fetch(begin: int, count: int) -> list[bytes]:
-        wanted = places.slice(begin, count)
-        columns = (wanted[name].to_pylist() for name in ("key", "object", "start", "size"))
-        ranges = [storage.Range(name or key, *place) for key, name, *place in zip(*columns, strict=True)]
-        return read_ranges(source, ranges)
-
-    starts = np.cumsum([0, *map(sum, runs)])
-    with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(fetch, 0, sum(runs[0]))
-        for number, run in enumerate(runs):
-            images = coming.result()
-            if number + 1 < len(runs):
-                coming = ahead.submit(fetch, int(starts[number + 1]), sum(runs[number + 1]))
-            begin = 0
-            for count in run:
-                yield places.slice(starts[number] + begin, count), images[begin : begin + count]
-                begin += count
+        group = places.slice(begin, count)
+        columns = (group[name].to_pylist() for name in ("key", "object", "start", "size"))
+        ranges = [storage.Range(name or key, start, size) for key, name, start, size in zip(*columns, strict=True)]
+        yield group, read_ranges(source, ranges)
+        begin += count
 
 
-class _Row(NamedTuple):
-    """One row of a shard, and properties of the image's file."""
+def _row(plan: Plan, resolution: int | None, place: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bool, bool]:
+    """Return one row of a shard, whether its image is transparent, and whether it is rotated.
 
-    columns: dict[str, Any]
-    transparent: bool
-    rotated: bool
-
-
-def _row(plan: Plan, resolution: int | None, place: dict[str, Any], data: bytes) -> _Row:
-    """Return one row of a shard. Raises ValueError if the image cannot be decoded."""
+    Raises:
+        ValueError: the image cannot be decoded.
+    """
     image, transparent, rotated = decode_and_describe(data, plan.background, plan.exif_orientation)
-    digest = hashlib.sha256(data).digest()
-    if resolution is not None:
-        data = png(center_crop(image, resolution))
-    width, height = (resolution, resolution) if resolution is not None else image.size
-    columns = {
-        "key": place["key"],
-        "label": place["label"],
-        "image": data,
-        "width": width,
-        "height": height,
-        "sha256": digest,
-    }
-    return _Row(columns, transparent, rotated)
+    row = {"key": place["key"], "label": place["label"], "sha256": hashlib.sha256(data).digest()}
+    if resolution is None:
+        row |= {"image": data, "width": image.width, "height": image.height}
+    else:
+        row |= {"image": png(center_crop(image, resolution)), "width": resolution, "height": resolution}
+    return row, transparent, rotated
 
 
 def read_facts(output: str, path: str) -> Facts:

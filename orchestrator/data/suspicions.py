@@ -21,7 +21,7 @@ class Suspicion(NamedTuple):
     """One kind of suspicious interpretation."""
 
     name: str
-    test: Callable[[Source], list[str]]  # returns the cases
+    test: Callable[[Source], list[str]] | None  # returns the cases; None: the layout has recorded them under this name
     message: str  # {cases} stands for the first cases
     accept: str  # options that settle the matter
     counted: bool = True  # the test needs the index of the images, not only names
@@ -60,11 +60,11 @@ def _classes_apart(source: Source) -> list[str]:
 
 
 def _hollow_splits(source: Source) -> list[str]:
-    found = []
-    for split, counts in source.counts().items():
-        if source.classes and counts.sum() >= _PER_CLASS * len(counts) and (counts > 0).mean() < _MOST:
-            found.append(f"{split or 'train'} has {(counts > 0).sum()} of {len(counts)} classes")
-    return found
+    return [
+        f"{split or 'train'} has {(counts > 0).sum()} of {len(counts)} classes"
+        for split, counts in source.counts().items()
+        if source.classes and counts.sum() >= _PER_CLASS * len(counts) and (counts > 0).mean() < _MOST
+    ]
 
 
 def _alike(source: Source) -> list[str]:
@@ -105,24 +105,14 @@ def _few_labelled(source: Source) -> list[str]:
     return list(missing.examples) if missing and missing.count > len(source.index) else []
 
 
-def _from_names(kind: str) -> Callable[[Source], list[str]]:
-    """Return a test for a suspicion that the layout itself has recorded."""
-
-    def found(source: Source) -> list[str]:
-        noted = source.reading.suspicions.get(kind)
-        return list(noted.examples) if noted else []
-
-    return found
-
-
 CLASSES = "--accept-classes, or --labels FILE, --layout unlabelled"
 SUSPICIONS = (
-    Suspicion("names_like_splits", _from_names("names_like_splits"),
+    Suspicion("names_like_splits", None,
               "some names look like splits and others beside or beneath them do not: {cases}",
               "--split NAME=SPLIT with train, validation, test or out for each name, or --accept-classes", False),
-    Suspicion("unused_label_files", _from_names("unused_label_files"), "{cases} may contain labels and is not used",
+    Suspicion("unused_label_files", None, "{cases} may contain labels and is not used",
               "--labels FILE to use it, or --accept-classes"),
-    Suspicion("folders_within_classes", _from_names("folders_within_classes"),
+    Suspicion("folders_within_classes", None,
               "class folders contain further folders; the outermost one is used as the class: {cases}", CLASSES),
     Suspicion("one_class", _one_class, "all images have one class: {cases}", CLASSES, False),
     Suspicion("no_class_names", _no_class_names, "these do not look like names of classes: {cases}", CLASSES, False),
@@ -145,9 +135,12 @@ def suspicions(source: Source) -> dict[str, str]:
     """Return every suspicion about a source by its name, as a sentence with the options that settle it."""
     found = {}
     for suspicion in SUSPICIONS:
-        if (len(source.index) or not suspicion.counted) and (cases := suspicion.test(source)):
-            named = ", ".join(cases[:EXAMPLES]) + (
-                f" and {len(cases) - EXAMPLES} more" if len(cases) > EXAMPLES else ""
-            )
+        if not len(source.index) and suspicion.counted:
+            continue
+        recorded = source.reading.suspicions.get(suspicion.name)
+        cases = suspicion.test(source) if suspicion.test else recorded.examples if recorded else ()
+        if cases:
+            more = f" and {len(cases) - EXAMPLES} more" if len(cases) > EXAMPLES else ""
+            named = ", ".join(cases[:EXAMPLES]) + more
             found[suspicion.name] = f"{suspicion.message.format(cases=named)} (pass {suspicion.accept})"
     return found

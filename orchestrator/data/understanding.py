@@ -1,7 +1,8 @@
 """What was understood of a source: for the terminal before anything is written, and for the report."""
 
+from collections import Counter
+from collections.abc import Mapping
 from itertools import islice
-from typing import Any
 
 import numpy as np
 from pydantic import BaseModel
@@ -9,8 +10,8 @@ from pydantic import BaseModel
 from orchestrator import storage
 from orchestrator.data.dataset import Manifest
 from orchestrator.data.images import ExifOrientation, decode_and_describe
-from orchestrator.data.sources import Findings, Listing, Source, first_files, read_ranges
-from orchestrator.data.sources.index import INDEX
+from orchestrator.data.sources.archives import read_ranges
+from orchestrator.data.sources.index import INDEX, Finding, Findings, Source
 from orchestrator.data.sources.parquet import ParquetSource
 from orchestrator.data.suspicions import suspicions
 
@@ -72,71 +73,54 @@ class Understanding(BaseModel, frozen=True, extra="forbid"):
         )  # fmt: skip
         return "\n".join(f"{name:9} {words}" for name, words in lines)
 
-    def refuse_suspicious(self) -> None:
-        """Raise ValueError with all suspicions, if there are any."""
-        if self.suspicions:
-            raise ValueError(f"--source {self.source} looks suspicious: {'; '.join(self.suspicions.values())}")
 
-
-def finding_text(kind: str, found: Any) -> str:
+def finding_text(kind: str, found: Finding) -> str:
     """Return a finding as text: its kind, count and examples."""
     examples = f" ({', '.join(found.examples)})" if found.examples else ""
     return f"{kind.replace('_', ' ')}: {found.count:,}{examples}"
 
 
-def understand(source: Source, default_split: str = "train") -> Understanding:
+def understand(source: Source) -> Understanding:
     """Return what was understood of a source. This reads some of its images."""
-    counts = source.counts()
-    total = source.total()
-    named = [(name, int(total[label])) for label, name in enumerate(source.classes) if total[label]]
-    splits = {split or default_split: 0 for split in counts}
-    for split, found in counts.items():
-        splits[split or default_split] += int(found.sum())
-    return Understanding(
-        source=source.reading.named,
-        layout=source.reading.layout,
-        splits=splits,
-        num_classes=len(source.classes),
-        first_classes=dict(islice(named, FIRST_CLASSES)),
-        label_files=source.reading.companions,
-        left_out=source.reading.left_out,
-        findings=source.findings,
-        guesses=source.reading.guesses,
-        sample=_look_at(_some_images(source)),
-        suspicions=suspicions(source),
-    )
+    total, splits = source.total(), Counter[str]()
+    for split, found in source.counts().items():
+        splits[split or "train"] += int(found.sum())
+    named = {name: int(count) for name, count in zip(source.classes, total, strict=False) if count}
+    return _understanding(source, dict(splits), dict(islice(named.items(), FIRST_CLASSES)), _some_images(source))
 
 
 def understand_registered(source: ParquetSource, manifest: Manifest, findings: Findings) -> Understanding:
     """Return what was understood of Parquet files. This reads their footers and the first images of the first file."""
     reading, listing = source.reading(), source.listing
     assert reading.images is not None
-    uncounted = Source(reading, "", 0, manifest.classes, INDEX.empty_table(), findings)
-    first = storage.join(listing.uri, next(iter(source.footers)))
+    uncounted = Source(listing, reading, listing.uri, manifest.classes, INDEX.empty_table(), findings)
+    splits = {split: manifest.num_samples(split) for split in manifest.splits}
+    images = list(islice(reading.images(next(iter(source.footers.values())).uri), SAMPLE))
+    return _understanding(uncounted, splits, dict.fromkeys(manifest.classes[:FIRST_CLASSES]), images)
+
+
+def _understanding(
+    source: Source, splits: dict[str, int], first_classes: Mapping[str, int | None], images: list[bytes]
+) -> Understanding:
+    reading = source.reading
     return Understanding(
-        source=listing.named,
+        source=source.listing.named,
         layout=reading.layout,
-        splits={split: manifest.num_samples(split) for split in manifest.splits},
-        num_classes=len(manifest.classes),
-        first_classes=dict.fromkeys(manifest.classes[:FIRST_CLASSES]),
-        label_files={},
-        left_out={},
-        findings=findings,
-        guesses=source.guessed,
-        sample=_look_at(list(islice(reading.images(first), SAMPLE))),
-        suspicions=suspicions(uncounted),
+        splits=splits,
+        num_classes=len(source.classes),
+        first_classes=dict(first_classes),
+        label_files=reading.companions,
+        left_out=reading.left_out,
+        findings=source.findings,
+        guesses=reading.guesses,
+        sample=_look_at(images),
+        suspicions=suspicions(source),
     )
-
-
-def describe_first_files(listing: Listing) -> str:
-    """Return a line about a source whose archives are too large for a dry run to scan."""
-    archive, names = first_files(listing)
-    return f"{'source':9} {listing.named}: archives; {archive} begins with {', '.join(names[:FIRST_CLASSES])}"
 
 
 def _look_at(images: list[bytes]) -> Sample:
     """Decode images and count those with each property."""
-    found = {"transparent": 0, "rotated": 0, "undecodable": 0}
+    found = Counter[str]()
     for data in images:
         try:
             decoded = decode_and_describe(data)
@@ -150,11 +134,10 @@ def _look_at(images: list[bytes]) -> Sample:
 
 def _some_images(source: Source) -> list[bytes]:
     """Return the encoded bytes of up to SAMPLE images, or the first of one object if images are read in order."""
-    reading, index = source.reading, source.index
-    if reading.images is not None:
-        uri = storage.join(reading.uri, index["object"][0].as_py())
-        return list(islice(reading.images(uri), SAMPLE))
+    index = source.index
+    if source.reading.images is not None:
+        return list(islice(source.reading.images(storage.join(source.uri, index["object"][0].as_py())), SAMPLE))
     rows = index.take(np.unique(np.linspace(0, len(index) - 1, SAMPLE).astype(int))).to_pylist()
     return read_ranges(
-        reading.uri, [storage.Range(row["object"] or row["key"], row["start"], row["size"]) for row in rows]
+        source.uri, [storage.Range(row["object"] or row["key"], row["start"], row["size"]) for row in rows]
     )

@@ -15,7 +15,9 @@ from unittest import mock
 import tyro
 
 from orchestrator import storage
-from orchestrator.data.sources import Choices, list_source, read_source
+from orchestrator.data.config import PrepareConfig
+from orchestrator.data.sources import read_source
+from orchestrator.data.sources.index import list_source
 
 PERMUTED = 7919  # a prime, so that folders are listed in no order, as by a file system
 
@@ -36,14 +38,15 @@ def main(options: Options) -> None:
             name = f"n{number * PERMUTED % options.classes:08d}"
             yield [(f"{name}/{name}_{image}.JPEG", 100_000 + image) for image in range(options.images)]
 
+    config = PrepareConfig(source="/nowhere", output="/nowhere", name="simulated")
     before, begun = _peak_mib(), time.monotonic()
     with (
         mock.patch.object(storage, "list_tree", list_tree),
         mock.patch.object(storage, "size_of", lambda uri: None),
     ):
-        listing = list_source("/nowhere")
+        listing = list_source(config)
         listed = _peak_mib()
-        source = read_source(listing, Choices(), num_workers=0)
+        source = read_source(listing, config)
     print(
         f"{len(source.index):,} images of {len(source.classes):,} classes in {time.monotonic() - begun:.0f} s: "
         f"peak {_peak_mib():,.0f} MiB, {listed:,.0f} when they were listed, {before:,.0f} before; "

@@ -1,43 +1,13 @@
 """Readers of the layouts that images come in. Each module reads a family of layouts and yields one entry an image."""
 
-from typing import Literal, NamedTuple
-
+from orchestrator import storage
+from orchestrator.data.config import Layout, PrepareConfig
 from orchestrator.data.sources import arrays, parquet
-from orchestrator.data.sources.archives import first_members, open_tree, read_ranges
-from orchestrator.data.sources.folders import kaggle_files_above, read_names
-from orchestrator.data.sources.index import (
-    ACCEPTED,
-    Findings,
-    Listing,
-    Reading,
-    Source,
-    Splits,
-    finding,
-    list_source,
-    make_source,
-)
-from orchestrator.data.sources.labels import read_label_map
+from orchestrator.data.sources.archives import open_tree
+from orchestrator.data.sources.folders import read_names
+from orchestrator.data.sources.index import ACCEPTED, Listing, Reading, Source, Splits, make_source
+from orchestrator.data.sources.labels import parse_label_map
 from orchestrator.data.sources.webdataset import is_webdataset, read_webdataset
-
-__all__ = [
-    "Choices",
-    "Findings",
-    "Layout",
-    "Listing",
-    "Source",
-    "detect",
-    "finding",
-    "first_files",
-    "list_source",
-    "make_source",
-    "open_parquet",
-    "read_ranges",
-    "read_source",
-]
-
-Layout = Literal[
-    "auto", "folder", "flat", "unlabelled", "webdataset", "parquet", "cifar", "downsampled", "lsun", "digits"
-]
 
 # Layouts that are recognized by the name of an object. Others are recognized by folders and file names.
 _BY_OBJECT: tuple[tuple[Layout, str], ...] = (
@@ -47,6 +17,7 @@ _BY_OBJECT: tuple[tuple[Layout, str], ...] = (
     ("lsun", arrays.LMDB),
 )
 
+_IMAGES = r"(?i)\.(jpe?g|jpe|jfif|png|webp|gif|bmp|tiff?|avif|jp2|tar|zip)$"  # single images, or archives of them
 _PICKLE = "and a pickle is never opened: "
 # Objects that cannot be read, and what to use instead.
 _REFUSED = (
@@ -68,17 +39,7 @@ _REFUSED = (
 )
 
 
-class Choices(NamedTuple):
-    """The user's options for a source. None and auto mean that the source decides."""
-
-    layout: Layout = "auto"
-    labels: str | None = None  # URI of a label map
-    image_column: str | None = None
-    label_column: str | None = None
-    split: str | None = None
-
-
-def detect(listing: Listing, choices: Choices) -> Layout:
+def detect(listing: Listing, config: PrepareConfig) -> Layout:
     """Return the user's layout, or the one that the names of objects show, or auto if they show none.
 
     Raises:
@@ -86,9 +47,9 @@ def detect(listing: Listing, choices: Choices) -> Layout:
     """
     detected: Layout = "digits" if listing.uri == "digits" else "auto"
     detected = next((layout for layout, pattern in _BY_OBJECT if listing.has(pattern)), detected)
-    layout = detected if choices.layout == "auto" else choices.layout
-    if choices.labels and layout in ("parquet", "cifar", "downsampled", "lsun", "digits", "webdataset"):
-        raise ValueError(f"--labels {choices.labels}: the layout {layout} has its own labels; omit --labels")
+    layout = detected if config.layout == "auto" else config.layout
+    if config.labels and layout in ("parquet", "cifar", "downsampled", "lsun", "digits", "webdataset"):
+        raise ValueError(f"--labels {config.labels}: the layout {layout} has its own labels; omit --labels")
     if layout != "auto":
         return layout
     if not listing.has(_IMAGES):
@@ -98,27 +59,17 @@ def detect(listing: Listing, choices: Choices) -> Layout:
     return "auto"
 
 
-_IMAGES = r"(?i)\.(jpe?g|jpe|jfif|png|webp|gif|bmp|tiff?|avif|jp2|tar|zip)$"
-
-
-def open_parquet(listing: Listing, choices: Choices) -> parquet.ParquetSource:
-    """Read the footers of a source's Parquet files. Raises what `parquet.open_parquet` raises."""
-    if not listing.has(parquet.PARQUET):
-        raise ValueError(f"--source {listing.named} contains no Parquet files; accepted: {ACCEPTED}")
-    return parquet.open_parquet(listing, choices.image_column, choices.label_column, Splits(choices.split))
-
-
-def read_source(listing: Listing, choices: Choices, num_workers: int) -> Source:
-    """Return a source with the index of its images. `num_workers` workers (0: this process) scan its archives.
+def read_source(listing: Listing, config: PrepareConfig) -> Source:
+    """Return a source with the index of its images.
 
     Raises:
         ValueError: the source does not have this layout, cannot be interpreted, or is damaged.
     """
-    return make_source(_read(listing, choices, num_workers), listing)
+    return make_source(_read(listing, config), listing)
 
 
-def _read(listing: Listing, choices: Choices, num_workers: int) -> Reading:
-    layout, splits = detect(listing, choices), Splits(choices.split)
+def _read(listing: Listing, config: PrepareConfig) -> Reading:
+    layout, splits = detect(listing, config), Splits(config.split)
     match layout:
         case "digits":
             return arrays.read_digits()
@@ -129,15 +80,9 @@ def _read(listing: Listing, choices: Choices, num_workers: int) -> Reading:
         case "lsun":
             return arrays.read_lmdb(listing, splits)
         case "parquet":
-            return open_parquet(listing, choices).reading()
-    tree = open_tree(listing, choices.label_column, num_workers)
-    if layout == "webdataset" or (layout == "auto" and not choices.labels and is_webdataset(tree)):
+            return parquet.open_parquet(listing, config).reading()
+    tree = open_tree(listing, config.label_column, config.num_workers)
+    if layout == "webdataset" or (layout == "auto" and not config.labels and is_webdataset(tree)):
         return read_webdataset(tree, splits)
-    labels = read_label_map(choices.labels) if choices.labels else None
-    return read_names(tree, layout, labels, splits, kaggle_files_above(listing.uri))
-
-
-def first_files(listing: Listing) -> tuple[str, list[str]]:
-    """Return the name of a source's first archive, and the names of the first files in it."""
-    tree = first_members(listing)
-    return tree.pieces[0].object or "", [file.name for file in tree.files()]
+    uri = config.path(config.labels) if config.labels else None
+    return read_names(tree, layout, parse_label_map(uri, storage.read_bytes(uri)) if uri else None, splits)

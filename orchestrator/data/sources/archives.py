@@ -1,16 +1,13 @@
 """Files in tar and zip archives, which are read by their offsets without unpacking, and loose files."""
 
-import io
 import json
 import re
 import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import islice
 from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
@@ -29,7 +26,6 @@ _SIDECAR_BYTES = 1 << 20  # of a .cls or .json beside an image at most
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of a member of a zip
 _BATCH = 1 << 14  # files that are Python objects at the same time
 _MEMBER_BYTES = 1 << 30  # of an unpacked image at most
-_PEEK = 64  # members that a dry run reads of a large archive
 _HIDDEN = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"}
 
 MEMBERS = pa.schema(
@@ -52,58 +48,30 @@ class File(NamedTuple):
     sidecar: str | None
 
 
-@dataclass
-class Piece:
-    """Loose files, or an archive's members."""
+class Archive(NamedTuple):
+    """An archive: a whole object, or a tar within a tar. Loose files belong to an archive without a name."""
 
-    object: str | None
-    stem: str  # the archive's name without its extension
-    prefix: str  # of the members' names in the tree
-    members: pa.Table  # of MEMBERS
+    object: str | None = None  # relative to the source
+    uri: str = ""
+    begin: int = 0  # bytes of the object
+    end: int = 0
+    stem: str = ""  # the archive's name without its extension
+    prefix: str = ""  # of its files' names in the tree
 
 
-@dataclass
-class Tree:
+class Tree(NamedTuple):
     """All files of a source by name, as if each archive were an unpacked folder of its name."""
 
-    named: str  # the source as the user wrote it
-    uri: str
-    pieces: list[Piece]
+    listing: Listing
+    members: dict[Archive, pa.Table]  # of MEMBERS
     left_out: dict[str, int]  # number of archives that were not opened
 
-    @property
-    def archives(self) -> int:
-        """Return the number of archives."""
-        return len({piece.object for piece in self.pieces if piece.object})
-
-    def files(self) -> Iterator[File]:
-        """Yield all files."""
-        for piece in self.pieces:
-            yield from files_of(piece)
-
-    def drain(self) -> Iterator[File]:
-        """Yield and remove all files, so that 14 million names are not held in memory beside the index."""
-        while self.pieces:
-            piece = self.pieces.pop(0)
-            batches = piece.members.to_batches(max_chunksize=_BATCH)[::-1]
-            piece.members = MEMBERS.empty_table()
-            while batches:
-                yield from _files(piece, batches.pop())
-
-    def read(self, file: File) -> bytes:
-        """Return the content of a file."""
-        return read_ranges(self.uri, [storage.Range(file.object or file.name, file.start, file.size)])[0]
-
-
-def files_of(piece: Piece) -> Iterator[File]:
-    """Yield the files of one piece."""
-    for batch in piece.members.to_batches(max_chunksize=_BATCH):
-        yield from _files(piece, batch)
-
-
-def _files(piece: Piece, batch: pa.RecordBatch) -> Iterator[File]:
-    for name, start, size, sidecar in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-        yield File(piece.prefix + name, piece.object, start or 0, size, sidecar)
+    def files(self, archive: Archive | None = None) -> Iterator[File]:
+        """Yield the files of one archive, or all files. Only some of them are Python objects at the same time."""
+        for part in self.members if archive is None else [archive]:
+            for batch in self.members[part].to_batches(max_chunksize=_BATCH):
+                for name, start, size, sidecar in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                    yield File(part.prefix + name, part.object, start or 0, size, sidecar)
 
 
 def is_hidden(name: str) -> bool:
@@ -126,98 +94,64 @@ def open_tree(listing: Listing, label_key: str | None, num_workers: int) -> Tree
         ValueError: an archive is damaged.
     """
     archives = [name for name in listing.matching(ARCHIVES) if not is_hidden(name)]
-    loose = any(is_image(name) and not is_hidden(name) for name in _names(listing))
-    left_out = {}
-    if loose and archives:
+    loose, left_out = listing.names, {}
+    if archives and any(is_image(name) and not is_hidden(name) for name in listing.names.to_pylist()):
         left_out = {f"archive {archives[0]}" if len(archives) == 1 else "archives": len(archives)}
         archives = []
-    pieces = [Piece(None, "", "", _loose(listing, bool(archives)))]
+    sizes = pa.array(listing.sizes)
     if archives:
-        pieces += _scan_all(listing, archives, label_key, num_workers)
-    return Tree(listing.named, listing.uri, pieces, left_out)
+        keep = pc.invert(pc.match_substring_regex(loose, ARCHIVES))
+        loose, sizes = loose.filter(keep), sizes.filter(keep)
+    nothing = pa.nulls(len(loose))
+    members = {Archive(): pa.table([loose, nothing, sizes, nothing], names=MEMBERS.names)}
+    if archives:
+        members |= _scan_all(listing, archives, label_key, num_workers)
+    return Tree(listing, members, left_out)
 
 
-def _scan_all(listing: Listing, archives: list[str], label_key: str | None, num_workers: int) -> list[Piece]:
-    """Return one piece for each archive, sorted by the names of the files."""
-    parts = [part for name in archives for part in _parts(listing, name, len(archives) == 1)]
-    scan = partial(_scan, listing.uri, label_key)
-    found: dict[_Part, pa.Table] = {}
-    with progress_line(len(parts), "archives", "scanning") as progress:
-        for part, members in map_items(lambda: scan, parts, num_workers):
-            found[part] = members
+def _scan_all(listing: Listing, names: list[str], label_key: str | None, num_workers: int) -> dict[Archive, pa.Table]:
+    """Return the files of each archive, sorted by the names of the files."""
+    archives = [archive for name in names for archive in _archives(listing, name, len(names) == 1)]
+    scan = partial(_scan, label_key)
+    found: dict[Archive, pa.Table] = {}
+    with progress_line(len(archives), "archives", "scanning") as progress:
+        for archive, members in map_items(lambda: scan, archives, num_workers):
+            found[archive] = members
             progress.update_to(len(found))
-    parts.sort(key=lambda part: part.prefix)
-    return [Piece(part.object, part.stem, part.prefix, found.pop(part)) for part in parts]
-
-
-def first_members(listing: Listing) -> Tree:
-    """Return the tree of the first members of the first archive, for a source that is too large to scan."""
-    name = listing.matching(ARCHIVES)[0]
-    part = _parts(listing, name, False)[0]
-    members = _scan(listing.uri, None, part, _PEEK)
-    return Tree(listing.named, listing.uri, [Piece(name, part.stem, part.prefix, members)], {})
-
-
-def _names(listing: Listing) -> Iterator[str]:
-    for chunk in listing.names.chunks:
-        yield from chunk.to_pylist()
-
-
-def _loose(listing: Listing, without_archives: bool) -> pa.Table:
-    names, sizes = listing.names, pa.array(listing.sizes)
-    if without_archives:
-        keep = pc.invert(pc.match_substring_regex(names, ARCHIVES))
-        names, sizes = names.filter(keep), sizes.filter(keep)
-    nothing = pa.nulls(len(names))  # needs no memory
-    return pa.table([names, nothing, sizes, nothing], names=MEMBERS.names)
+    return {archive: found[archive] for archive in sorted(archives, key=lambda archive: archive.prefix)}
 
 
 # ----------------------------------------------------------------------------------------------------------- scanning
 
 
-class _Part(NamedTuple):
-    """An archive: a whole object, or a tar within a tar."""
-
-    object: str
-    begin: int  # bytes of the object
-    end: int
-    stem: str
-    prefix: str
-
-
-def _parts(listing: Listing, name: str, alone: bool) -> list[_Part]:
+def _archives(listing: Listing, name: str, alone: bool) -> list[Archive]:
     """Return the archive, or the tars in it. If it is `alone`, its name is not a folder around its files."""
-    stem, size = re.sub(r"(?i)\.(tar|zip)$", "", name), listing.size(name)
+    stem, uri = re.sub(ARCHIVES, "", name), storage.join(listing.uri, name)
     prefix = "" if alone else f"{stem}/"
-    whole = _Part(name, 0, size, stem, prefix)
+    whole = Archive(name, uri, 0, listing.size(name), stem, prefix)
     if name.lower().endswith(".zip"):
         return [whole]
     nested = []
-    with storage.open_input(storage.join(listing.uri, name), _HEADER_BYTES) as file:
-        for member in _tar_members(file, whole, listing.uri):
+    with storage.open_input(uri, _HEADER_BYTES) as file:
+        for member in _tar_members(file, whole):
             if is_image(member.name):
                 return [whole]
             if member.name.lower().endswith(".tar") and not is_hidden(_clean(member.name)):
-                inner, begin = re.sub(r"(?i)\.tar$", "", _clean(member.name)), member.offset_data
-                nested.append(_Part(name, begin, begin + member.size, inner, f"{prefix}{inner}/"))
+                inner, begin = _clean(member.name)[: -len(".tar")], member.offset_data
+                nested.append(Archive(name, uri, begin, begin + member.size, inner, f"{prefix}{inner}/"))
     return nested or [whole]
 
 
-def _scan(uri: str, label_key: str | None, part: _Part, limit: int | None = None) -> pa.Table:
-    """Return the first `limit` files of an archive (None: all), sorted by name."""
-    with storage.open_input(storage.join(uri, part.object), _SCAN_BYTES) as file:
-        members = _zip_files if part.object.lower().endswith(".zip") else _tar_files
-        rows = sorted(islice(members(file, part, uri, label_key), limit))
-    columns = zip(*rows, strict=True) if rows else [()] * len(MEMBERS)
-    return pa.Table.from_arrays(
-        [pa.array(column, field.type) for column, field in zip(columns, MEMBERS, strict=True)], schema=MEMBERS
-    )
+def _scan(label_key: str | None, archive: Archive) -> pa.Table:
+    """Return the files of an archive, sorted by name."""
+    with storage.open_input(archive.uri, _SCAN_BYTES) as file:
+        is_zip = archive.uri.lower().endswith(".zip")
+        rows = sorted(_zip_files(file, archive) if is_zip else _tar_files(file, archive, label_key))
+    return pa.Table.from_pylist([dict(zip(MEMBERS.names, row, strict=True)) for row in rows], MEMBERS)
 
 
-def _tar_files(
-    file: BinaryIO, part: _Part, uri: str, label_key: str | None
-) -> Iterator[tuple[str, int, int, str | None]]:
-    for member in _tar_members(file, part, uri):
+def _tar_files(file: BinaryIO, archive: Archive, label_key: str | None) -> Iterator[tuple[str, int, int, str | None]]:
+    for member in _tar_members(file, archive):
         sidecar = None
         if member.name.lower().endswith((".cls", ".json")) and member.size <= _SIDECAR_BYTES:
             file.seek(member.offset_data)
@@ -225,25 +159,22 @@ def _tar_files(
         yield _clean(member.name), member.offset_data, member.size, sidecar
 
 
-def _zip_files(
-    file: BinaryIO, part: _Part, uri: str, label_key: str | None
-) -> Iterator[tuple[str, int, int, str | None]]:
+def _zip_files(file: BinaryIO, archive: Archive) -> Iterator[tuple[str, int, int, None]]:
     """Yield the files of a zip. The place of a file begins at its local header, which says how to unpack it."""
-    where = storage.join(uri, part.object)
     try:
-        with zipfile.ZipFile(file) as archive:
-            members = sorted(archive.infolist(), key=lambda member: member.header_offset)
-            ends = [member.header_offset for member in members[1:]] + [archive.start_dir]
+        with zipfile.ZipFile(file) as opened:
+            members = sorted(opened.infolist(), key=lambda member: member.header_offset)
+            ends = [member.header_offset for member in members[1:]] + [opened.start_dir]
     except (zipfile.BadZipFile, NotImplementedError, UnicodeError, struct.error, EOFError) as error:
-        raise ValueError(f"{where} is not a valid zip archive: {error}") from error
+        raise ValueError(f"{archive.uri} is not a valid zip archive: {error}") from error
     for member, end in zip(members, ends, strict=True):
         if member.is_dir():
             continue
         streamed = member.flag_bits & 8 and member.compress_type == zipfile.ZIP_STORED  # without its size
         if member.flag_bits & 1 or streamed or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(
-                f"{where}: {member.filename} is encrypted, streamed without its size, or compressed by another method "
-                "than deflate; zip it again, or unpack it"
+                f"{archive.uri}: {member.filename} is encrypted, streamed without its size, or compressed "
+                "by another method than deflate; zip it again, or unpack it"
             )
         yield _clean(member.filename), member.header_offset, end - member.header_offset, None
 
@@ -252,19 +183,19 @@ def _clean(name: str) -> str:
     return re.sub(r"^(\./)+|^/+", "", name.replace("\\", "/")) or name
 
 
-def _tar_members(file: BinaryIO, part: _Part, uri: str) -> Iterator[tarfile.TarInfo]:
+def _tar_members(file: BinaryIO, archive: Archive) -> Iterator[tarfile.TarInfo]:
     """Yield the regular files of a tar, and skip their contents.
 
     Raises:
         ValueError: it is no tar, or it is truncated.
     """
-    where = storage.join(uri, part.object) + (f" ({part.stem}.tar in it)" if part.begin else "")
-    file.seek(part.begin)
+    where = archive.uri + (f" ({archive.stem}.tar in it)" if archive.begin else "")
+    file.seek(archive.begin)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # else it keeps all of them in memory
-                if member.offset_data + member.size > part.end:
+                if member.offset_data + member.size > archive.end:
                     raise ValueError(f"{where} is truncated: {member.name} ends after its last byte; copy it again")
                 if member.isreg():
                     yield member
@@ -272,8 +203,8 @@ def _tar_members(file: BinaryIO, part: _Part, uri: str) -> Iterator[tarfile.TarI
     except tarfile.TarError as error:
         raise ValueError(f"{where} is not a valid tar archive: {error}") from error
     file.seek(end)
-    if end + tarfile.BLOCKSIZE > part.end or file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-        raise ValueError(f"{where} is truncated or damaged at byte {end - part.begin} (no end mark); copy it again")
+    if end + tarfile.BLOCKSIZE > archive.end or file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise ValueError(f"{where} is truncated or damaged at byte {end - archive.begin} (no end mark); copy it again")
 
 
 def _sidecar(name: str, data: bytes, label_key: str | None) -> str:
@@ -297,28 +228,17 @@ def _sidecar(name: str, data: bytes, label_key: str | None) -> str:
 
 def read_ranges(uri: str, ranges: Sequence[storage.Range]) -> list[bytes]:
     """Return the contents of files; those in zips are unpacked. Raises what `storage.read_ranges` raises."""
-    unpack: list[Callable[[bytes], bytes]] = [
-        _unzip if wanted.name.lower().endswith(".zip") else bytes for wanted in ranges
-    ]
-    return [made(data) for made, data in zip(unpack, storage.read_ranges(uri, ranges), strict=True)]
+    found = zip(ranges, storage.read_ranges(uri, ranges), strict=True)
+    return [_unzip(data) if wanted.name.lower().endswith(".zip") else data for wanted, data in found]
 
 
 def _unzip(data: bytes) -> bytes:
-    """Unpack a member of a zip from its local header on. Return no bytes if it is damaged."""
+    """Unpack a member of a zip from its local header on. Return no bytes, which are no image, if it is damaged."""
     try:
-        return _member(data)
-    except (zlib.error, struct.error, IndexError):
-        return b""  # which is no image, so that it is quarantined
-
-
-def _member(data: bytes) -> bytes:
-    _, _, _, method, _, _, _, size, plain, name, extra = _LOCAL_HEADER.unpack_from(data)
-    begin = _LOCAL_HEADER.size + name + extra
-    if method == zipfile.ZIP_DEFLATED:
-        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[begin:], _MEMBER_BYTES)
-    if size == 0xFFFFFFFF:  # zip64 has the sizes in an extra field: the number 1, its length, the sizes
-        fields = io.BytesIO(data[begin - extra : begin])
-        while struct.unpack("<H", fields.read(2))[0] != 1:
-            fields.read(int.from_bytes(fields.read(2), "little"))
-        plain = struct.unpack("<HQ", fields.read(10))[1]
-    return data[begin : begin + plain]
+        _, _, _, method, _, _, _, _, size, name, extra = _LOCAL_HEADER.unpack_from(data)
+        content = data[_LOCAL_HEADER.size + name + extra :]
+        if method == zipfile.ZIP_DEFLATED:
+            return zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, _MEMBER_BYTES)
+        return content[:size]  # zip64 has the largest number here: all bytes up to the next member
+    except (zlib.error, struct.error):
+        return b""

@@ -5,8 +5,9 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.lib import format as npy
@@ -26,7 +27,7 @@ def read_digits() -> Reading:
     """Read scikit-learn's 1,797 scanned digits; keys are digit-0000 and so on."""
     labels = _digits().target.tolist()
     entries = (Entry(f"digit-{row:04d}", str(label), "", "digits", row) for row, label in enumerate(labels))
-    return Reading("scikit-learn's scanned digits", "digits", "digits", entries, tuple("0123456789"), _digit_images)
+    return Reading("scikit-learn's scanned digits", entries, tuple("0123456789"), _digit_images)
 
 
 def digits_pixels() -> tuple[np.ndarray, np.ndarray]:
@@ -58,19 +59,17 @@ def read_cifar(listing: Listing, splits: Splits) -> Reading:
         ValueError: a file is truncated, or the names of the classes are missing.
     """
     objects = listing.matching(CIFAR)
-    if archives := [name for name in objects if name.endswith(".gz")]:
-        objects = archives[:1]
-        files = _archive(storage.join(listing.uri, archives[0]))
-    else:
-        beside = [*objects, *listing.matching(_NAMES)]
-        files = {_stem(name): storage.read_bytes(storage.join(listing.uri, name)) for name in beside}
+    archives = [name for name in objects if name.endswith(".gz")][:1]
+    objects = archives or objects
+    files: dict[str, bytes] = {}
+    for name in archives or listing.matching(_NAMES):
+        files |= _files(storage.join(listing.uri, name))
     names = files.get("fine_label_names", files.get("batches.meta"))
     if names is None:
         raise ValueError(
-            f"--source {listing.named}: batches.meta.txt or fine_label_names.txt is missing beside {objects[0]}; add it"
+            f"--source {listing.named}: no batches.meta.txt or fine_label_names.txt names the classes; add it"
         )
     classes = tuple(names.decode().split())
-    layout = f"CIFAR-{len(classes)}, binary version"
 
     def entries() -> Iterator[Entry]:
         for name in objects:
@@ -78,7 +77,7 @@ def read_cifar(listing: Listing, splits: Splits) -> Reading:
                 split = "" if splits.ignored else "test" if batch.startswith("test") else "train"
                 yield Entry(f"{batch}/{number:05d}", label, split, name, row)
 
-    return Reading(layout, listing.named, listing.uri, entries(), classes, _cifar_images)
+    return Reading(f"CIFAR-{len(classes)}, binary version", entries(), classes, _cifar_images)
 
 
 def _cifar_images(uri: str) -> Iterator[bytes]:
@@ -88,8 +87,7 @@ def _cifar_images(uri: str) -> Iterator[bytes]:
 
 def _records(uri: str) -> Iterator[tuple[str, int, int, np.ndarray]]:
     """Yield (batch, number in it, label, pixels) of every image in an archive or in one batch."""
-    files = _archive(uri) if uri.endswith(".gz") else {_stem(uri): storage.read_bytes(uri)}
-    for batch, data in files.items():
+    for batch, data in _files(uri).items():
         if not re.fullmatch(r"data_batch_[1-5]|test_batch|train|test", batch):
             continue
         labels = 2 if batch in ("train", "test") else 1  # coarse and fine, or one
@@ -99,9 +97,11 @@ def _records(uri: str) -> Iterator[tuple[str, int, int, np.ndarray]]:
             yield batch, number, int(record[labels - 1]), record[labels:]
 
 
-def _archive(uri: str) -> dict[str, bytes]:
-    """Return the files of a small compressed tar, by name without folder and extension."""
+def _files(uri: str) -> dict[str, bytes]:
+    """Return a file, or the files of a small compressed tar, by name without folder and extension."""
     data = storage.read_bytes(uri)
+    if not uri.endswith(".gz"):
+        return {_stem(uri): data}
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as tar:
             files = [(member.name, tar.extractfile(member)) for member in tar if member.isreg()]
@@ -128,57 +128,48 @@ def read_npz(listing: Listing, splits: Splits) -> Reading:
 
     def entries() -> Iterator[Entry]:
         for name in names:
-            uri = storage.join(listing.uri, name)
-            for row, label in enumerate(_npz_labels(uri).tolist()):
-                split = of_file[name] if all(of_file.values()) else ""
-                yield Entry(f"{_stem(name)}/{row:07d}", label - 1, split, name, row)
+            split = of_file[name] if all(of_file.values()) else ""
+            with _open_npz(storage.join(listing.uri, name)) as (labels, _, _):
+                for row, label in enumerate(labels.tolist()):
+                    yield Entry(f"{_stem(name)}/{row:07d}", label - 1, split, name, row)
 
-    return Reading("downsampled ImageNet", listing.named, listing.uri, entries(), images=_npz_images)
-
-
-def _npz_labels(uri: str) -> np.ndarray:
-    with storage.open_input(uri) as file, _arrays(uri, file) as archive, archive.open("labels.npy") as data:
-        labels = npy.read_array(data, allow_pickle=False)
-    count = _npz_shape(uri)[0]
-    if labels.dtype.kind not in "iu" or labels.shape != (count,) or (count and labels.min() < 1):
-        raise ValueError(f"{uri}: labels are {labels.dtype} {labels.shape}; accepted: {count} integers from 1 on")
-    return labels
-
-
-def _npz_shape(uri: str) -> tuple[int, int]:
-    with storage.open_input(uri) as file, _arrays(uri, file) as archive, archive.open("data.npy") as data:
-        return _npz_header(uri, data)
-
-
-def _npz_header(uri: str, data: Any) -> tuple[int, int]:
-    """Read the header of the images, and return their number and their height."""
-    read = npy.read_array_header_1_0 if npy.read_magic(data) == (1, 0) else npy.read_array_header_2_0
-    shape, fortran, dtype = read(data)
-    side = round((shape[-1] / 3) ** 0.5) if len(shape) == 2 else 0
-    if dtype != np.uint8 or fortran or len(shape) != 2 or 3 * side**2 != shape[1]:
-        raise ValueError(f"{uri}: data is {dtype} {shape}; accepted: uint8 [N, 3 x S x S] in planes")
-    return shape[0], side
+    return Reading("downsampled ImageNet", entries(), images=_npz_images)
 
 
 def _npz_images(uri: str) -> Iterator[bytes]:
-    with storage.open_input(uri, 8 << 20) as file, _arrays(uri, file) as archive, archive.open("data.npy") as data:
-        count, side = _npz_header(uri, data)
-        for _ in range(count):
+    with _open_npz(uri) as (labels, data, side):
+        for _ in labels:
             if len(row := data.read(3 * side**2)) < 3 * side**2:
                 raise ValueError(f"{uri} is truncated; copy it again")
             yield png(np.frombuffer(row, np.uint8).reshape(3, side, side).transpose(1, 2, 0))
 
 
-def _arrays(uri: str, file: Any) -> zipfile.ZipFile:
-    try:
-        archive = zipfile.ZipFile(file)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{uri} is not a valid .npz file: {error}") from error
-    if not {"data.npy", "labels.npy"} <= set(archive.namelist()):
-        raise ValueError(
-            f"{uri} contains {', '.join(archive.namelist()[:10])}; accepted: data and labels of downsampled ImageNet"
-        )
-    return archive
+@contextmanager
+def _open_npz(uri: str) -> Iterator[tuple[np.ndarray, IO[bytes], int]]:
+    """Yield the labels, int [N], a file with the images, N times [3, S, S], and S."""
+    with storage.open_input(uri, 8 << 20) as file:
+        try:
+            archive = zipfile.ZipFile(file)
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{uri} is not a valid .npz file: {error}") from error
+        if not {"data.npy", "labels.npy"} <= set(found := archive.namelist()):
+            raise ValueError(
+                f"{uri} contains {', '.join(found[:10])}; accepted: data and labels of downsampled ImageNet"
+            )
+        with archive.open("labels.npy") as data:
+            labels = npy.read_array(data, allow_pickle=False)
+        with archive.open("data.npy") as data:
+            read = npy.read_array_header_1_0 if npy.read_magic(data) == (1, 0) else npy.read_array_header_2_0
+            shape, fortran, dtype = read(data)
+            side = round((shape[-1] / 3) ** 0.5) if len(shape) == 2 else 0
+            if dtype != np.uint8 or fortran or not side or 3 * side**2 != shape[1]:
+                raise ValueError(f"{uri}: data is {dtype} {shape}; accepted: uint8 [N, 3 x S x S] in planes")
+            count = shape[0]
+            if labels.dtype.kind not in "iu" or labels.shape != (count,) or (count and labels.min() < 1):
+                raise ValueError(
+                    f"{uri}: labels are {labels.dtype} {labels.shape}; accepted: {count} integers from 1 on"
+                )
+            yield labels, data, side
 
 
 # --------------------------------------------------------------------------------------------------------------- LSUN
@@ -202,12 +193,11 @@ def read_lmdb(listing: Listing, splits: Splits) -> Reading:
             for row, (key, _) in enumerate(_items(storage.join(listing.uri, name) if name else listing.uri)):
                 yield Entry(f"{words[name]}/{key.decode('latin-1')}", label, split[name], name or ".", row)
 
-    return Reading("LSUN's LMDB", listing.named, listing.uri, entries(), images=_lmdb_images)
+    return Reading("LSUN's LMDB", entries(), images=_lmdb_images)
 
 
 def _lmdb_images(uri: str) -> Iterator[bytes]:
-    for _, value in _items(uri):
-        yield bytes(value)
+    yield from (bytes(value) for _, value in _items(uri))
 
 
 def _items(uri: str) -> Iterator[tuple[bytes, memoryview]]:

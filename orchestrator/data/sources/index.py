@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from pydantic import BaseModel
 
 from orchestrator import storage
+from orchestrator.data.config import PrepareConfig
 
 ACCEPTED = (
     "class folders <class>/<image>, files <class>_<anything>, tars or zips of these, WebDataset, Parquet, CIFAR's "
@@ -33,6 +34,7 @@ INDEX = pa.schema(
         pa.field("size", pa.int64(), nullable=False),
     ]
 )
+_OBJECTS = pa.schema([("name", pa.large_string()), ("size", pa.int64())])
 
 
 class Entry(NamedTuple):
@@ -63,12 +65,12 @@ def finding(cases: Sequence[str], count: int | None = None) -> Finding:
 
 @dataclass(eq=False)
 class Listing:
-    """The objects beneath a source: their names relative to `uri`, sorted, and their sizes in bytes, int64 [n]."""
+    """The objects beneath a source, sorted by their names."""
 
     named: str  # the source as the user wrote it: a folder or an object
     uri: str  # the folder
-    names: pa.ChunkedArray  # of large strings
-    sizes: np.ndarray
+    names: pa.ChunkedArray  # of large strings, relative to `uri`
+    sizes: np.ndarray  # int64 [n], in bytes
 
     def digest(self) -> str:
         """Return a hash of names and sizes, which differs if the source has changed."""
@@ -90,37 +92,31 @@ class Listing:
         return int(self.sizes[pc.index(self.names, name).as_py()])
 
 
-def list_source(uri: str) -> Listing:
-    """List the objects beneath `uri`. If `uri` is an object itself, list that object beneath its folder.
+def list_source(config: PrepareConfig) -> Listing:
+    """List the objects beneath the source. If it is an object itself, list that object beneath its folder.
 
     Raises:
         FileNotFoundError: there is neither an object nor a folder.
     """
+    if config.source == "digits":
+        return _listing("digits", "digits", iter(()))
+    uri = config.path(config.source)
     try:
         size = storage.size_of(uri)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--source {uri} does not exist") from error
-    if size is not None:
-        folder, name = uri.rsplit("/", 1)
-        return Listing(uri, folder, _chunked([[name]]), np.array([size], np.int64))
-    names, sizes = list[pa.Array](), [np.array([], np.int64)]
-    files = (file for folder in storage.list_tree(uri) for file in folder)
-    while some := list(islice(files, _CHUNK)):
-        names.append(pa.array([name for name, _ in some], pa.large_string()))
-        sizes.append(np.array([size for _, size in some], np.int64))
-    found = _chunked(names).combine_chunks()
-    names.clear()
-    order = pc.sort_indices(found)
-    in_order = _chunked([found.take(order[begin : begin + _CHUNK]) for begin in range(0, len(order), _CHUNK)])
-    listing = Listing(uri, uri.rstrip("/"), in_order, np.concatenate(sizes)[order.to_numpy()])
-    del found, order
-    pa.default_memory_pool().release_unused()  # else this process keeps the memory of the sort
-    return listing
+    if size is None:
+        return _listing(uri, uri.rstrip("/"), (found for some in storage.list_tree(uri) for found in some))
+    folder, name = uri.rsplit("/", 1)
+    return _listing(uri, folder, iter([(name, size)]))
 
 
-def _chunked(parts: list[Any]) -> pa.ChunkedArray:
-    """Return names as chunks whose memory can be freed separately."""
-    return pa.chunked_array(parts, pa.large_string())
+def _listing(named: str, uri: str, objects: Iterator[tuple[str, int]]) -> Listing:
+    chunks = []
+    while some := list(islice(objects, _CHUNK)):
+        chunks.append(pa.record_batch(list(zip(*some, strict=True)), schema=_OBJECTS))
+    table = pa.Table.from_batches(chunks, _OBJECTS).sort_by("name")
+    return Listing(named, uri, table["name"], table["size"].to_numpy())
 
 
 # ------------------------------------------------------------------------------------------------------------- source
@@ -131,9 +127,7 @@ class Reading:
     """The interpretation of a source by a layout: an iterator of entries, and everything else that was found."""
 
     layout: str  # description for the user
-    named: str  # the source as the user wrote it
-    uri: str  # the folder that objects are relative to
-    entries: Iterator[Entry]
+    entries: Iterable[Entry] = ()
     classes: tuple[str, ...] | None = None  # in the order of the labels; None: sorted names, or numbers
     # Yields all images of an object (by its URI) in order, if they cannot be read by byte ranges. Then `start` of an
     # entry is its number in the object, and the images are staged.
@@ -150,9 +144,9 @@ class Reading:
 class Source:
     """The images to prepare: the index has their places, and their bytes are read on demand."""
 
+    listing: Listing
     reading: Reading
-    digest: str  # of the listing
-    size: int  # bytes of all objects
+    uri: str  # the folder that the objects of the index are relative to
     classes: tuple[str, ...]  # in the order of the labels; empty: all labels are -1
     index: pa.Table  # of INDEX, sorted by key, each key once
     findings: Findings
@@ -173,17 +167,13 @@ class Source:
 def make_source(reading: Reading, listing: Listing) -> Source:
     """Build the index from the entries of a reading. If several images have one key, keep the first of them.
 
-    This empties the listing, so that 14 million names are not held in memory twice.
-
     Raises:
         ValueError: there are no images, or their labels are not valid.
     """
-    digest, size = listing.digest(), int(listing.sizes.sum())
-    listing.names, listing.sizes = _chunked([]), np.array([], np.int64)
     names, index = _pack(reading.entries)
     if not len(index):
-        raise ValueError(f"--source {reading.named} holds no images")
-    classes, labels = _classes(reading, names, index["label"].to_numpy())
+        raise ValueError(f"--source {listing.named} holds no images")
+    classes, labels = _classes(listing.named, reading.classes, names, index["label"].to_numpy())
     index = index.set_column(1, INDEX.field("label"), pa.array(labels, pa.int32()))
     findings = dict(reading.findings)
     if classes and (labels < 0).any():
@@ -191,23 +181,11 @@ def make_source(reading: Reading, listing: Listing) -> Source:
     index, repeated = _sorted_once(index)
     if repeated:
         findings["duplicate_keys"] = finding(repeated)
-    present = np.zeros(len(classes), bool)
-    present[index["label"].to_numpy() if classes else []] = True
-    if not present.all():
-        findings["classes_without_images"] = finding([classes[label] for label in np.flatnonzero(~present)])
-    return Source(reading, digest, size, classes, index, findings)
-
-
-def _drop_unlabelled(index: pa.Table, findings: Findings) -> pa.Table:
-    """Return the images with labels. Report the others, and report splits without labels by their names."""
-    labelled = pc.greater_equal(index["label"], 0)
-    without, index = index.filter(pc.invert(labelled)), index.filter(labelled).combine_chunks()
-    splits = pc.unique(index["split"].cast(pa.string()))
-    for split in pc.unique(without["split"].cast(pa.string())).to_pylist():
-        keys = without["key"].filter(pc.equal(without["split"].cast(pa.string()), split))
-        kind = "images_without_label" if split in splits.to_pylist() else f"{split or 'other'}_images_without_labels"
-        findings[kind] = finding(keys[:EXAMPLES].to_pylist(), len(keys))
-    return index
+    if classes:
+        absent = np.setdiff1d(np.arange(len(classes)), index["label"].to_numpy())
+        if len(absent):
+            findings["classes_without_images"] = finding([classes[label] for label in absent])
+    return Source(listing, reading, listing.uri, classes, index, findings)
 
 
 def _pack(entries: Iterable[Entry]) -> tuple[list[str | int | None], pa.Table]:
@@ -215,65 +193,65 @@ def _pack(entries: Iterable[Entry]) -> tuple[list[str | int | None], pa.Table]:
     numbers: dict[str | int | None, int] = {}
     chunks, entries = [], iter(entries)
     while rows := list(islice(entries, _CHUNK)):
-        keys, labels, splits, objects, starts, sizes = zip(*rows, strict=True)
-        codes = [numbers.setdefault(label, len(numbers)) for label in labels]
-        packed = (keys, codes, splits, objects, starts, sizes)
-        columns = [pa.array(values, field.type) for field, values in zip(INDEX, packed, strict=True)]
-        chunks.append(pa.Table.from_arrays(columns, schema=INDEX))
-    table = pa.concat_tables(chunks or [INDEX.empty_table()]).unify_dictionaries()
-    chunks.clear()
-    columns = []
-    while table.num_columns:  # one by one, so that only one column is held twice
-        columns.append(table.column(0).combine_chunks())
-        table = table.remove_column(0)
-        pa.default_memory_pool().release_unused()
-    return list(numbers), pa.Table.from_arrays(columns, schema=INDEX)
+        columns: list[Any] = list(zip(*rows, strict=True))
+        columns[1] = [numbers.setdefault(label, len(numbers)) for label in columns[1]]
+        chunks.append(pa.table(columns, schema=INDEX))
+    table = pa.concat_tables(chunks or [INDEX.empty_table()])
+    return list(numbers), table.unify_dictionaries().combine_chunks()
 
 
-def _classes(reading: Reading, names: list[str | int | None], codes: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the classes, and the label of each image, int64 [n]. `codes` are places in `names`."""
+def _classes(
+    named: str, given: tuple[str, ...] | None, names: list[str | int | None], codes: np.ndarray
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the classes, and the label of each image, int64 [n]. `codes` are places in `names`.
+
+    given: the classes in the order of the labels; None means the sorted names, or the numbers from 0 on.
+    """
     kinds = {type(name) for name in names} - {type(None)}
     if kinds == {str, int}:
         raise ValueError(
-            f"--source {reading.named}: some images have class names and others class numbers; "
+            f"--source {named}: some images have class names and others class numbers; "
             "pass --labels with names for all of them"
         )
     if not kinds:
         return (), np.full(len(codes), -1)
-    if kinds == {int}:
-        numbers = [name for name in names if isinstance(name, int)]
-        classes = reading.classes or tuple(map(str, range(_highest(reading, numbers) + 1)))
-        labels = [-1 if name is None else name for name in names]
-        if min(numbers) < 0 or max(numbers) >= len(classes):
-            span = f"{min(numbers)} to {max(numbers)}"
-            raise ValueError(f"--source {reading.named}: labels are {span}; accepted: 0 to {len(classes) - 1}")
-    else:
-        classes = reading.classes or tuple(sorted(str(name) for name in names if name is not None))
+    if kinds == {str}:
+        classes = given or tuple(sorted(str(name) for name in names if name is not None))
         number = {name: label for label, name in enumerate(classes)}
         labels = [-1 if name is None else number[name] for name in names]  # type: ignore[index]
-    return classes, np.array(labels)[codes]
-
-
-def _highest(reading: Reading, numbers: list[int]) -> int:
-    """Return the largest class number. Raises ValueError if most of the numbers up to it are missing."""
-    if min(numbers) < 0 or max(numbers) >= 2 * len(numbers) + MAX_GAPS:
+        return classes, np.array(labels)[codes]
+    numbers = [name for name in names if isinstance(name, int)]
+    span = f"{min(numbers)} to {max(numbers)}"
+    if given is None and (min(numbers) < 0 or max(numbers) >= 2 * len(numbers) + MAX_GAPS):
         raise ValueError(
-            f"--source {reading.named}: labels are {min(numbers)} to {max(numbers)}, but only {len(numbers)} of them "
-            "occur; accepted: numbers from 0 without large gaps, or class names"
+            f"--source {named}: labels are {span}, but only {len(numbers)} of them occur; accepted: numbers from 0 "
+            "without large gaps, or class names"
         )
-    return max(numbers)
+    classes = given or tuple(map(str, range(max(numbers) + 1)))
+    if min(numbers) < 0 or max(numbers) >= len(classes):
+        raise ValueError(f"--source {named}: labels are {span}; accepted: 0 to {len(classes) - 1}")
+    return classes, np.array([-1 if name is None else name for name in names])[codes]
+
+
+def _drop_unlabelled(index: pa.Table, findings: Findings) -> pa.Table:
+    """Return the images with labels. Report the others, and report splits without labels by their names."""
+    labelled = pc.greater_equal(index["label"], 0)
+    without, index = index.filter(pc.invert(labelled)), index.filter(labelled)
+    splits = index["split"].unique().to_pylist()
+    for split in without["split"].unique().to_pylist():
+        keys = without["key"].filter(pc.equal(without["split"], split))
+        kind = "images_without_label" if split in splits else f"{split or 'other'}_images_without_labels"
+        findings[kind] = finding(keys[:EXAMPLES].to_pylist(), len(keys))
+    return index
 
 
 def _sorted_once(index: pa.Table) -> tuple[pa.Table, list[str]]:
     """Return the index sorted by key with each key once, and the keys that were repeated."""
-    keys = index["key"].chunk(0)
-    if pc.all(pc.greater(keys[1:], keys[:-1])).as_py() is not False:
-        return index, []
     by_place = [("key", "ascending"), ("object", "ascending"), ("start", "ascending")]
     plain = index.set_column(3, "object", index["object"].cast(pa.string()))
     index = index.take(pc.sort_indices(plain, by_place)).combine_chunks()
-    keys = index["key"].chunk(0)
-    again = np.zeros(len(keys), bool)
+    again = np.zeros(len(index), bool)
+    keys = index["key"].chunk(0) if len(index) else pa.array([], pa.large_string())
     again[1:] = pc.equal(keys[1:], keys[:-1]).to_numpy(zero_copy_only=False)
     return index.filter(pa.array(~again)).combine_chunks(), keys.filter(pa.array(again)).to_pylist()
 
@@ -299,7 +277,7 @@ class Splits:
     def __init__(self, option: str | None = None) -> None:
         self.ignored = option == "none"
         self._given = dict[str, str]()
-        for part in (option or "").split(",") if not self.ignored and option else ():
+        for part in option.split(",") if option and not self.ignored else ():
             name, _, split = part.partition("=")
             if not name or _WORDS.get(split, split) not in {*_WORDS.values(), OUT}:
                 raise ValueError(

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator import storage
 from orchestrator.data.sources.index import known_split
 
 FORMS = (
@@ -24,13 +23,14 @@ _GROUND_TRUTH_CLASSES = tuple(str(number) for number in range(1, 1001))  # numbe
 Label = str | int
 
 
-@dataclass
+@dataclass(eq=False)
 class LabelMap:
     """The labels of images, by name or for the images sorted by name. `find` records the keys that were used."""
 
     uri: str
-    labels: dict[str, tuple[Label, str]]  # by path or file name, with or without extension: label, split
-    in_order: list[int] = field(default_factory=list)  # labels of the images sorted by name
+    base: str = ""  # the folder that keys may be relative to, with a slash at the end
+    labels: dict[str, tuple[Label, str]] = field(default_factory=dict)  # by path or file name: label, split
+    in_order: dict[int, int] = field(default_factory=dict)  # labels of the images sorted by name, from 0 on
     classes: tuple[str, ...] | None = None  # None: sorted names, or numbers
     null: bool = False  # the file says that images have no labels
     used: set[str] = field(default_factory=set)
@@ -39,17 +39,17 @@ class LabelMap:
     @property
     def names(self) -> set[Label]:
         """Return all labels in the map."""
-        return {label for label, _ in self.labels.values()} | set(self.in_order)
+        return {label for label, _ in self.labels.values()} | set(self.in_order.values())
 
-    def find(self, path: str, base: str = "") -> tuple[Label | None, str]:
-        """Return the label (or None) and the split (or "") of an image. Keys are relative to the folder `base`.
+    def find(self, path: str) -> tuple[Label | None, str]:
+        """Return the label (or None) and the split (or "") of an image.
 
         Raises:
             ValueError: a key matches several images.
         """
-        within = path.removeprefix(base)
+        within = path.removeprefix(self.base)
         name = path.rpartition("/")[2]
-        for key in dict.fromkeys((path, within, _stem(within), name, _stem(name))):
+        for key in (path, within, _stem(within), name, _stem(name)):
             if key in self.labels:
                 if "/" not in key and "/" in within and self._by_name.setdefault(key, path) != path:
                     raise ValueError(
@@ -70,26 +70,23 @@ def _stem(name: str) -> str:
     return folder + slash + last.rpartition(".")[0] if "." in last else name
 
 
-def read_label_map(uri: str) -> LabelMap:
-    """Read a label map. Its labels are all integers, or all class names.
+def parse_label_map(uri: str, data: bytes, base: str = "") -> LabelMap:
+    """Return the label map in the bytes of a file. Its labels are all integers, or all class names.
+
+    base: the folder that its keys may be relative to, with a slash at the end.
 
     Raises:
         ValueError: it has no known form, an image has two labels, or a label is neither an integer nor a name.
     """
-    return parse_label_map(uri, storage.read_bytes(uri))
-
-
-def parse_label_map(uri: str, data: bytes) -> LabelMap:
-    """Read a label map from the bytes of its file. Raises what `read_label_map` raises, with `uri` in the message."""
     text = _text(uri, data)
     if text.lstrip()[:1] in ("{", "["):
         rows = list(_json_rows(uri, text))
         if rows == [("labels", None, "")]:
-            return LabelMap(uri, {}, null=True)
+            return LabelMap(uri, base, null=True)
     else:
         lines = [line for line in text.splitlines() if line.strip()]
         if lines and all(re.fullmatch(r"\s*\d+\s*", line) for line in lines):
-            return _in_order(uri, [int(line) for line in lines])
+            return _in_order(uri, base, [int(line) for line in lines])
         rows = list(_table_rows(uri, lines))
     found: dict[str, tuple[Any, str]] = {}
     for key, label, split in rows:
@@ -99,7 +96,7 @@ def parse_label_map(uri: str, data: bytes) -> LabelMap:
             raise ValueError(f"label map {uri} has two labels for {key}: {found[key][0]} and {label}; keep one")
     if not found:
         raise ValueError(f"label map {uri} names no images; accepted: {FORMS}")
-    return LabelMap(uri, _typed(uri, found))
+    return LabelMap(uri, base, _typed(uri, found))
 
 
 def _text(uri: str, data: bytes) -> str:
@@ -112,13 +109,13 @@ def _text(uri: str, data: bytes) -> str:
     raise ValueError(f"label map {uri} is not text; accepted: {FORMS}")
 
 
-def _in_order(uri: str, numbers: list[int]) -> LabelMap:
+def _in_order(uri: str, base: str, numbers: list[int]) -> LabelMap:
     """Return the map of a file with one number a line. ILSVRC2012's ground truth numbers its classes from 1."""
-    if "ground_truth" in uri.lower():
-        if min(numbers) < 1 or max(numbers) > len(_GROUND_TRUTH_CLASSES):
-            raise ValueError(f"label map {uri}: numbers are {min(numbers)} to {max(numbers)}; accepted: 1 to 1000")
-        return LabelMap(uri, {}, [number - 1 for number in numbers], _GROUND_TRUTH_CLASSES)
-    return LabelMap(uri, {}, numbers)
+    if "ground_truth" not in uri.lower():
+        return LabelMap(uri, base, in_order=dict(enumerate(numbers)))
+    if min(numbers) < 1 or max(numbers) > len(_GROUND_TRUTH_CLASSES):
+        raise ValueError(f"label map {uri}: numbers are {min(numbers)} to {max(numbers)}; accepted: 1 to 1000")
+    return LabelMap(uri, base, in_order=dict(enumerate(n - 1 for n in numbers)), classes=_GROUND_TRUTH_CLASSES)
 
 
 def _typed(uri: str, found: dict[str, tuple[Any, str]]) -> dict[str, tuple[Label, str]]:

@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestrator import storage
+from orchestrator.data.config import PrepareConfig
 from orchestrator.data.dataset import Manifest, Shard
-from orchestrator.data.sources.index import Entry, Finding, Findings, Listing, Reading, Splits, finding
+from orchestrator.data.sources.index import ACCEPTED, Entry, Findings, Listing, Reading, Splits, finding
 
 PARQUET = r"(^|/)[^./][^/]*\.parquet$"
 FAIR_SPREAD = 0.5  # share of the spread of random labels, below which the labels of a row group count as sorted
@@ -28,17 +29,11 @@ _LABELS = ("label", "labels", "fine_label", "class", "class_id", "cls", "categor
 log = logging.getLogger(__name__)
 
 
-class Columns(NamedTuple):
-    """The paths of the columns with images and labels."""
-
-    image: str
-    label: str | None  # None: the images have no labels
-
-
 @dataclass(frozen=True)
 class _Footer:
     """The footer of one file."""
 
+    uri: str
     shard: Shard
     schema: pa.Schema
     columns: dict[str, list[Any]]  # statistics of every row group, by the path of the column
@@ -51,49 +46,46 @@ class ParquetSource:
 
     listing: Listing
     footers: dict[str, _Footer]
-    columns: Columns
+    image_column: str
+    label_column: str | None  # None: the images have no labels
     splits: dict[str, str]  # split of every file; train if its name has none
-    guessed: tuple[str, ...]  # columns that were chosen by their names, as text
+    guesses: tuple[str, ...]  # columns that were chosen by their names, as text
     odd: tuple[str, ...]  # files without a split in their names, if other names have one
 
     def reading(self) -> Reading:
         """Return the files as a reading with keys <file>/<row>, whose images are staged."""
-        layout = f"Parquet, images in {self.columns.image}, labels in {self.columns.label or 'no column'}"
-        images = partial(_images, self.columns.image)
-        reading = Reading(
-            layout, self.listing.named, self.listing.uri, self._entries(), self._names(), images, guesses=self.guessed
-        )
+        layout = f"Parquet, images in {self.image_column}, labels in {self.label_column or 'no column'}"
+        images = partial(_images, self.image_column)
+        reading = Reading(layout, self._entries(), self._names(), images, guesses=self.guesses)
         if self.odd:
             reading.suspicions["names_like_splits"] = finding(self.odd)
         return reading
 
     def _entries(self) -> Iterator[Entry]:
         for name, footer in self.footers.items():
-            labels = self._labels(name) or [None] * footer.shard.rows
+            labels = self._labels(footer) if self.label_column else [None] * footer.shard.rows
             for row, label in enumerate(labels):
                 key = f"{name.removesuffix('.parquet')}/{row:08d}"
                 yield Entry(key, None if label == -1 else label, self.splits[name], name, row)
 
-    def _labels(self, name: str) -> list[Any] | None:
-        if self.columns.label is None:
-            return None
-        with storage.open_input(storage.join(self.listing.uri, name)) as file:
-            return pq.ParquetFile(file).read(columns=[self.columns.label]).column(0).to_pylist()
-
-    def _names(self) -> tuple[str, ...] | None:
-        """Return the names of the classes in the files' metadata, or None."""
-        label = self.columns.label or ""
-        named = {tuple(map(str, footer.features.get(label, {}).get("names") or ())) for footer in self._labelled()}
-        if len(named) > 1:
-            raise ValueError(f"--source {self.listing.named}: its files have different classes")
-        return (named.pop() if named else ()) or None
+    def _labels(self, footer: _Footer) -> list[Any]:
+        with storage.open_input(footer.uri) as file:
+            return pq.ParquetFile(file).read(columns=[self.label_column]).column(0).to_pylist()
 
     def _labelled(self) -> list[_Footer]:
         """Return the footers of the files whose labels are not all -1."""
         return [footer for footer in self.footers.values() if not self._is_unlabelled(footer)]
 
     def _is_unlabelled(self, footer: _Footer) -> bool:
-        return self.columns.label is None or all(found.max == -1 for found in footer.columns[self.columns.label])
+        return self.label_column is None or all(found.max == -1 for found in footer.columns[self.label_column])
+
+    def _names(self) -> tuple[str, ...] | None:
+        """Return the names of the classes in the files' metadata, or None."""
+        label = self.label_column or ""
+        named = {tuple(map(str, footer.features.get(label, {}).get("names") or ())) for footer in self._labelled()}
+        if len(named) > 1:
+            raise ValueError(f"--source {self.listing.named}: its files have different classes")
+        return (named.pop() if named else ()) or None
 
     def register(self, name: str) -> tuple[Manifest, Findings]:
         """Return a manifest of the files, which stay where they are, and the findings about them.
@@ -109,23 +101,24 @@ class ParquetSource:
             split: [footer for file, footer in self.footers.items() if self.splits[file] == split] for split in order
         }
         unlabelled = tuple(split for split, found in by_split.items() if all(map(self._is_unlabelled, found)))
+        classes = self._classes()
         manifest = Manifest(
             name=name,
-            classes=(classes := self._classes()),
+            classes=classes,
             splits={split: tuple(footer.shard for footer in found) for split, found in by_split.items()},
             unlabelled=unlabelled if classes else (),
             width=None,
             height=None,
             quarantined=0,
             registered=storage.resolve(self.listing.uri),
-            image_column=self.columns.image,
-            label_column=self.columns.label,
+            image_column=self.image_column,
+            label_column=self.label_column,
         )
         findings: Findings = {}
         for split, found in by_split.items():
             if split in unlabelled:
-                findings[f"{split}_images_without_labels"] = Finding(count=manifest.num_samples(split), examples=())
-            elif len(classes) > 1 and (odd := self._sorted_row_groups(found, len(classes))):
+                findings[f"{split}_images_without_labels"] = finding((), manifest.num_samples(split))
+            elif odd := [group for footer in found for group in self._sorted_row_groups(footer, len(classes))]:
                 findings[f"{split}_row_groups_sorted_by_class"] = finding(odd)
                 log.warning(
                     "%d of %d row groups of %s are sorted by class: batches would hold few classes, whatever the seed; "
@@ -136,24 +129,19 @@ class ParquetSource:
                 )
         return manifest, findings
 
-    def _sorted_row_groups(self, footers: list[_Footer], num_classes: int) -> list[str]:
-        odd = []
-        for footer in footers:
-            spans = self._spans(footer)
-            if spans is not None:
-                odd += [
-                    f"{footer.shard.path} row group {i}: labels {spans[0][i]} to {spans[1][i]}"
-                    for i in narrow_row_groups(np.array(footer.shard.row_groups), *spans, num_classes)
-                ]
-        return odd
+    def _sorted_row_groups(self, footer: _Footer, num_classes: int) -> list[str]:
+        low, high = self._spans(footer)
+        if num_classes < 2 or low.dtype.kind == "U":
+            return []
+        return [
+            f"{footer.shard.path} row group {i}: labels {low[i]} to {high[i]}"
+            for i in narrow_row_groups(np.array(footer.shard.row_groups), low, high, num_classes)
+        ]
 
-    def _spans(self, footer: _Footer) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return the smallest and the largest label of every row group, or None if labels are names."""
-        found = footer.columns[self.columns.label or ""]
-        if any(isinstance(statistics.min, str) for statistics in found):
-            return None
-        lows, highs = ([getattr(statistics, end) for statistics in found] for end in ("min", "max"))
-        return np.array(lows, np.int64), np.array(highs, np.int64)
+    def _spans(self, footer: _Footer) -> list[np.ndarray]:
+        """Return the smallest and the largest label of every row group: two arrays of numbers or of names."""
+        found = footer.columns[self.label_column or ""]
+        return [np.array([getattr(statistics, end) for statistics in found]) for end in ("min", "max")]
 
     def _classes(self) -> tuple[str, ...]:
         """Return the classes of all files with labels, or none if there is no such file.
@@ -162,18 +150,17 @@ class ParquetSource:
             ValueError: labels are not in [0, C).
         """
         labelled = self._labelled()
-        spans = [(footer, self._spans(footer)) for footer in labelled]
+        spans = [self._spans(footer) for footer in labelled]
         if not labelled:
             return ()
-        if any(span is None for _, span in spans):
-            names = (set(self._labels(footer.shard.path) or ()) for footer in labelled)
-            return tuple(sorted(set[str]().union(*names)))
-        classes = self._names() or tuple(map(str, range(max(int(span[1].max()) for _, span in spans if span) + 1)))
-        for footer, span in spans:
-            if span and (span[0].min() < 0 or span[1].max() >= len(classes)):
+        if any(low.dtype.kind == "U" for low, _ in spans):
+            return tuple(sorted({name for footer in labelled for name in self._labels(footer)}))
+        classes = self._names() or tuple(map(str, range(max(high.max() for _, high in spans) + 1)))
+        for footer, (low, high) in zip(labelled, spans, strict=True):
+            if low.min() < 0 or high.max() >= len(classes):
                 raise ValueError(
-                    f"{storage.join(self.listing.uri, footer.shard.path)} has labels from {span[0].min()} to "
-                    f"{span[1].max()}; accepted: 0 to {len(classes) - 1}, or -1 throughout a split that has none"
+                    f"{footer.uri} has labels from {low.min()} to {high.max()}; accepted: 0 to {len(classes) - 1}, or "
+                    "-1 throughout a split that has none"
                 )
         return classes
 
@@ -190,35 +177,34 @@ def narrow_row_groups(rows: np.ndarray, lowest: np.ndarray, highest: np.ndarray,
 # ------------------------------------------------------------------------------------------------------------ footers
 
 
-def open_parquet(listing: Listing, image_column: str | None, label_column: str | None, splits: Splits) -> ParquetSource:
+def open_parquet(listing: Listing, config: PrepareConfig) -> ParquetSource:
     """Read the footers of the Parquet files beneath a source, and find the columns of images and labels.
 
     Raises:
-        ValueError: a file is damaged, or no column has images; the message names the file.
+        ValueError: there are no files, one is damaged, or no column has images; the message names the file.
     """
-    names = listing.matching(PARQUET)
+    names, splits = listing.matching(PARQUET), Splits(config.split)
+    if not names:
+        raise ValueError(f"--source {listing.named} contains no Parquet files; accepted: {ACCEPTED}")
     with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as threads:
-        footers = dict(
-            zip(
-                names, threads.map(lambda name: _read_footer(storage.join(listing.uri, name), name), names), strict=True
-            )
-        )
-    images = {_image_column(storage.join(listing.uri, name), f, image_column) for name, f in footers.items()}
-    labels = {_label_column(storage.join(listing.uri, name), f, label_column) for name, f in footers.items()}
+        footers = list(threads.map(lambda name: _read_footer(storage.join(listing.uri, name), name), names))
+    images = {_image_column(footer, config.image_column) for footer in footers}
+    labels = {_label_column(footer, config.label_column) for footer in footers}
     if len(images) > 1 or len(labels) > 1:
         raise ValueError(
             f"--source {listing.named}: its files have different columns: {sorted(map(str, images | labels))}"
         )
-    columns = Columns(images.pop(), labels.pop())
-    guessed = []
-    if image_column is None and columns.image != "image.bytes":
-        guessed.append(f"column {columns.image} as images (--image-column)")
-    if label_column is None and columns.label != "label":
-        guessed.append(f"column {columns.label} as labels (--label-column)" if columns.label else "no column as labels")
+    image, label = images.pop(), labels.pop()
+    guesses = []
+    if config.image_column is None and image != "image.bytes":
+        guesses.append(f"column {image} as images (--image-column)")
+    if config.label_column is None and label != "label":
+        guesses.append(f"column {label} as labels (--label-column)" if label else "no column as labels")
     of_file = {name: splits.of_shard(name) for name in names}
     odd = [name for name, split in of_file.items() if not split] if any(of_file.values()) else []
     of_file = {name: split or "train" for name, split in of_file.items()}
-    return ParquetSource(listing, footers, columns, of_file, tuple(guessed), tuple(odd))
+    by_name = dict(zip(names, footers, strict=True))
+    return ParquetSource(listing, by_name, image, label, of_file, tuple(guesses), tuple(odd))
 
 
 def _read_footer(uri: str, name: str) -> _Footer:
@@ -237,10 +223,11 @@ def _read_footer(uri: str, name: str) -> _Footer:
         features = json.loads((footer.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError):
         features = {}
-    return _Footer(shard, footer.schema.to_arrow_schema(), columns, features if isinstance(features, dict) else {})
+    features = features if isinstance(features, dict) else {}
+    return _Footer(uri, shard, footer.schema.to_arrow_schema(), columns, features)
 
 
-def _image_column(uri: str, footer: _Footer, option: str | None) -> str:
+def _image_column(footer: _Footer, option: str | None) -> str:
     """Return the path of the column with encoded images: a binary column, or the field bytes of a struct."""
     found = {}
     for field in footer.schema:
@@ -250,34 +237,38 @@ def _image_column(uri: str, footer: _Footer, option: str | None) -> str:
             found[field.name] = field.name
     names = ", ".join(footer.schema.names)
     if option is not None and option.removesuffix(".bytes") not in found:
-        raise ValueError(f"--image-column {option}: {uri} has no such column of encoded images; it has {names}")
+        raise ValueError(f"--image-column {option}: {footer.uri} has no such column of encoded images; it has {names}")
     choices = [option.removesuffix(".bytes")] if option else [n for n in ("image", "img") if n in found] or list(found)
     if len(choices) != 1:
         images = [field.name for field in footer.schema if pa.types.is_struct(field.type)]
         why = f"its column {images[0]} has the paths of the images and not their bytes" if images and not found else ""
         why = why or f"{'several' if choices else 'none'} of its columns may be encoded images: it has {names}"
-        raise ValueError(f"{uri}: {why}; pass --image-column NAME for a column of encoded images")
+        raise ValueError(f"{footer.uri}: {why}; pass --image-column NAME for a column of encoded images")
     path = found[choices[0]]
     statistics = footer.columns.get(path, [])
     rows = footer.shard.row_groups
     if rows and all(s is not None and s.null_count == n for s, n in zip(statistics, rows, strict=True)):
-        raise ValueError(f"{uri}: column {path} is empty: the file has the paths of the images and not their bytes")
+        raise ValueError(
+            f"{footer.uri}: column {path} is empty: the file has the paths of the images and not their bytes"
+        )
     return path
 
 
-def _label_column(uri: str, footer: _Footer, option: str | None) -> str | None:
+def _label_column(footer: _Footer, option: str | None) -> str | None:
     names = footer.schema.names
     if option is not None and option not in names:
-        raise ValueError(f"--label-column {option}: {uri} has no such column; it has {', '.join(names)}")
+        raise ValueError(f"--label-column {option}: {footer.uri} has no such column; it has {', '.join(names)}")
     found = option or next((name for name in _LABELS if name in names), None)
     if found is None:
         return None
     kind = footer.schema.field(found).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise ValueError(f"{uri}: column {found} is {kind}; accepted as labels: integers or names")
+        raise ValueError(f"{footer.uri}: column {found} is {kind}; accepted as labels: integers or names")
     if any(s is None or not s.has_min_max or s.null_count for s in footer.columns[found]):
-        raise ValueError(f"{uri} has null labels, or its footer lacks the smallest and largest label: write it again")
+        raise ValueError(
+            f"{footer.uri} has null labels, or its footer lacks the smallest and largest label: write it again"
+        )
     return found
 
 
@@ -285,11 +276,5 @@ def _images(column: str, uri: str) -> Iterator[bytes]:
     """Yield all images of a file in order. A missing image yields no bytes, and is quarantined later."""
     with storage.open_input(uri) as file:
         for batch in pq.ParquetFile(file).iter_batches(_BATCH_ROWS, columns=[column]):
-            yield from (data or b"" for data in first_column(pa.Table.from_batches([batch])).to_pylist())
-
-
-def first_column(table: pa.Table) -> pa.ChunkedArray:
-    """Return the only column of a table, or the innermost field if it is a struct."""
-    while pa.types.is_struct(table.schema.field(0).type):
-        table = table.flatten()
-    return table.column(0)
+            column_of_bytes = pa.Table.from_batches([batch]).flatten().column(0)
+            yield from (data or b"" for data in column_of_bytes.to_pylist())

@@ -11,7 +11,6 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from cluster.workers import map_items
 from orchestrator import storage
@@ -21,29 +20,22 @@ from orchestrator.progress import progress_line
 
 def staged(source: Source, folder: str, num_workers: int) -> Source:
     """Copy the images of a source into `folder`, unless they are there, and return the source with their new places."""
-    reading, index = source.reading, source.index
-    assert reading.images is not None
-    names = pc.unique(index["object"]).to_pylist()
-    stage = partial(_stage, reading.uri, folder, reading.images)
-    places: dict[str, np.ndarray] = {}
-    with progress_line(len(index), "images", "staging") as progress:
-        for name, sizes in map_items(lambda: stage, names, num_workers):
-            places[name] = sizes
-            progress.update_to(min(len(index), progress.done + len(sizes)))
+    index, images = source.index, source.reading.images
+    assert images is not None
+    stage = partial(_stage, source.uri, folder, images)
+    names = index["object"].unique().to_pylist()
     objects, rows = index["object"].to_numpy(), index["start"].to_numpy()
     starts, sizes = np.zeros(len(index), np.int64), np.zeros(len(index), np.int64)
-    for name, found in places.items():
-        here = objects == name
-        starts[here], sizes[here] = (np.cumsum(found) - found)[rows[here]], found[rows[here]]
-    staged_names = pc.binary_join_element_wise(index["object"].cast(pa.string()), ".images", "")
-    columns = {"object": staged_names.cast(INDEX.field("object").type), "start": starts, "size": sizes}
+    with progress_line(len(index), "images", "staging") as progress:
+        for name, found in map_items(lambda: stage, names, num_workers):
+            here = objects == name
+            starts[here], sizes[here] = (np.cumsum(found) - found)[rows[here]], found[rows[here]]
+            progress.update_to(min(len(index), progress.done + len(found)))
+    columns = {"object": [f"{name}.images" for name in objects], "start": starts, "size": sizes}
     for name, column in columns.items():
-        index = index.set_column(
-            INDEX.get_field_index(name),
-            INDEX.field(name),
-            pa.array(column) if isinstance(column, np.ndarray) else column,
-        )
-    return replace(source, reading=replace(reading, uri=folder, images=None), index=index.combine_chunks())
+        field = INDEX.field(name)
+        index = index.set_column(INDEX.get_field_index(name), field, pa.array(column, field.type))
+    return replace(source, uri=folder, reading=replace(source.reading, images=None), index=index)
 
 
 def _stage(uri: str, folder: str, images: Callable[[str], Iterator[bytes]], name: str) -> np.ndarray:

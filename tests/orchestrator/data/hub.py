@@ -8,11 +8,10 @@ from urllib.parse import unquote, urlsplit
 
 
 class Hub:
-    """Serves `files` as hf://datasets/org/set to requests with `token`; `requests` holds (method, path, token)."""
+    """Serves `files` as hf://datasets/org/set to requests with `token`."""
 
     def __init__(self, files: dict[str, bytes], token: str) -> None:
         self.files, self.token = files, token
-        self.requests: list[tuple[str, str, str | None]] = []
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -36,49 +35,50 @@ class Hub:
         path = unquote(urlsplit(request.path).path)
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
         token = (request.headers.get("Authorization") or "").removeprefix("Bearer ") or None
-        self.requests.append((request.command, path, token))
         if "org/set" in path and token != self.token:
-            return self._send(request, 401, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access restricted"})
-        if path == "/api/datasets/org/set":
-            return self._send(request, 200, json.dumps({"id": "org/set", "sha": "0" * 40}).encode())
-        if match := re.fullmatch(r"/api/datasets/org/set/tree/[^/]+/?(.*)", path):
-            return self._send(request, 200, json.dumps(self._entries(match[1])).encode())
-        if path.startswith("/api/datasets/org/set/paths-info/"):
+            _send(request, 401, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access restricted"})
+        elif path == "/api/datasets/org/set":
+            _send_json(request, {"id": "org/set", "sha": "0" * 40})
+        elif match := re.fullmatch(r"/api/datasets/org/set/tree/[^/]+/?(.*)", path):
+            _send_json(request, self._entries(match[1]))
+        elif path.startswith("/api/datasets/org/set/paths-info/"):
             wanted = json.loads(body)["paths"]
             near = [entry for name in wanted for entry in self._entries(name.rpartition("/")[0])]
-            found = [entry for entry in near if entry["path"] in wanted]
-            return self._send(request, 200, json.dumps(found).encode())
-        if match := re.fullmatch(r"/datasets/org/set/resolve/[^/]+/(.+)", path):
-            return self._send_file(request, self.files[match[1]])
-        return self._send(request, 404, b"", {"X-Error-Code": "EntryNotFound"})
+            _send_json(request, [entry for entry in near if entry["path"] in wanted])
+        elif match := re.fullmatch(r"/datasets/org/set/resolve/[^/]+/(.+)", path):
+            _send_file(request, self.files[match[1]])
+        else:
+            _send(request, 404, b"", {"X-Error-Code": "EntryNotFound"})
 
     def _entries(self, folder: str) -> list[dict[str, object]]:
         prefix = f"{folder}/" if folder else ""
-        below = {name: data for name, data in self.files.items() if name.startswith(prefix)}
-        folders = {name.removeprefix(prefix).split("/")[0] for name in below if "/" in name.removeprefix(prefix)}
-        entries: list[dict[str, object]] = [
-            {"type": "directory", "path": prefix + name, "oid": "0" * 40, "size": 0} for name in sorted(folders)
-        ]
-        files = {name: data for name, data in below.items() if "/" not in name.removeprefix(prefix)}
-        return entries + [
-            {"type": "file", "path": name, "oid": "0" * 40, "size": len(data)} for name, data in files.items()
+        below = {name.removeprefix(prefix): data for name, data in self.files.items() if name.startswith(prefix)}
+        sizes = {name.split("/")[0]: len(data) for name, data in below.items()}
+        return [
+            {"type": "file" if name in below else "directory", "path": prefix + name, "oid": "0" * 40, "size": size}
+            for name, size in sorted(sizes.items())
         ]
 
-    def _send_file(self, request: BaseHTTPRequestHandler, data: bytes) -> None:
-        headers = {"ETag": '"x"', "X-Repo-Commit": "0" * 40, "Accept-Ranges": "bytes"}
-        if span := re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range") or ""):
-            begin, end = int(span[1]), min(int(span[2] or len(data) - 1), len(data) - 1)
-            headers["Content-Range"] = f"bytes {begin}-{end}/{len(data)}"
-            return self._send(request, 206, data[begin : end + 1], headers)
-        return self._send(request, 200, data, headers)
 
-    def _send(
-        self, request: BaseHTTPRequestHandler, code: int, body: bytes, headers: dict[str, str] | None = None
-    ) -> None:
-        request.send_response(code)
-        for name, value in ({"Content-Type": "application/json"} | (headers or {})).items():
-            request.send_header(name, value)
-        request.send_header("Content-Length", str(len(body)))
-        request.end_headers()
-        if request.command != "HEAD":
-            request.wfile.write(body)
+def _send_json(request: BaseHTTPRequestHandler, value: object) -> None:
+    _send(request, 200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+
+def _send_file(request: BaseHTTPRequestHandler, data: bytes) -> None:
+    headers = {"ETag": '"x"', "X-Repo-Commit": "0" * 40, "Accept-Ranges": "bytes"}
+    if span := re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range") or ""):
+        begin, end = int(span[1]), min(int(span[2] or len(data) - 1), len(data) - 1)
+        headers["Content-Range"] = f"bytes {begin}-{end}/{len(data)}"
+        _send(request, 206, data[begin : end + 1], headers)
+    else:
+        _send(request, 200, data, headers)
+
+
+def _send(request: BaseHTTPRequestHandler, code: int, body: bytes, headers: dict[str, str]) -> None:
+    request.send_response(code)
+    for name, value in headers.items():
+        request.send_header(name, value)
+    request.send_header("Content-Length", str(len(body)))
+    request.end_headers()
+    if request.command != "HEAD":
+        request.wfile.write(body)

@@ -1,5 +1,6 @@
 """The same images in every layout that people have them in."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -44,6 +45,10 @@ def tar_bytes(members: list[tuple[str, bytes]]) -> bytes:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return file.getvalue()
+
+
+def targz(members: list[tuple[str, bytes]]) -> bytes:
+    return gzip.compress(tar_bytes(members))
 
 
 def write_tree(uri: str, images: list[Picture]) -> str:
@@ -133,10 +138,4 @@ def cifar10_archive(per_batch: int, seed: int = 0) -> tuple[bytes, dict[str, tup
         found[name] = images, labels
     names = "airplane automobile bird cat deer dog frog horse ship truck".replace(" ", "\n")
     members.append(("cifar-10-batches-bin/batches.meta.txt", (names + "\n\n").encode()))
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return file.getvalue(), found
+    return targz(members), found

@@ -18,14 +18,9 @@ from orchestrator.data.images import decode
 from orchestrator.data.job import prepare
 from orchestrator.order import OrderConfig, OrderPlan, Purpose, sample_rng
 from tests.chaos.proxy import Proxy, Request
+from tests.orchestrator.data.layouts import pictures
 from tests.orchestrator.digits import digits, table
-from tests.synthetic import photographs, sizes_of, write_dataset
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    """The scanned digits."""
-    return prepare(digits(str(tmp_path_factory.mktemp("store"))))
+from tests.synthetic import sizes_of, write_dataset
 
 
 def test_manifests_that_are_none(tmp_path: Path, prepared: Manifest) -> None:
@@ -81,14 +76,12 @@ def test_batches_are_what_the_plan_and_the_shards_say(prepared: Manifest) -> Non
                 np.testing.assert_array_equal(image, expected[:, ::-1] if flip else expected)
 
 
-@pytest.mark.parametrize("crop", ["center", "random"])
-def test_batches_do_not_depend_on_workers_or_restarts(prepared: Manifest, crop: str) -> None:
-    expected = global_batches(prepared, 1, 0, 30, flip=True, crop=crop)
+def test_batches_do_not_depend_on_workers_or_restarts(prepared: Manifest) -> None:
+    expected = global_batches(prepared, 1, 0, 30, flip=True, crop="random")
     assert expected[0][0].epoch == 0 and expected[-1][0].epoch == 1
-    for world_size in (2, 4):
-        assert same(global_batches(prepared, world_size, 0, 30, flip=True, crop=crop), expected)
-    for step in (1, 13, 22, 29):
-        assert same(global_batches(prepared, 2, step * 64, 30 - step, flip=True, crop=crop), expected[step:])
+    for world_size, step in ((2, 0), (4, 0), (2, 1), (2, 13), (2, 22), (2, 29)):
+        found = global_batches(prepared, world_size, step * 64, 30 - step, flip=True, crop="random")
+        assert same(found, expected[step:])
     flips = np.concatenate([share.flips for step in expected for share in step])
     assert 0.4 < flips.mean() < 0.6
 
@@ -108,9 +101,7 @@ def test_a_row_that_cannot_be_decoded_is_replaced_by_the_next_valid_one(prepared
                     np.testing.assert_array_equal(image, center_crop(decode(rows["image"][7]), 16))
                     assert label == rows["label"][7]
     assert set(found) <= {5, 6} and found
-    for world_size in (2, 4):
-        assert same(global_batches(manifest, world_size, 0, 22), damaged)
-        assert same(global_batches(manifest, world_size, 9 * 64, 13), damaged[9:])
+    assert same(global_batches(manifest, 2, 9 * 64, 13), damaged[9:])
 
 
 def test_irreparable_damage_names_the_shard(prepared: Manifest, tmp_path: Path) -> None:
@@ -142,10 +133,16 @@ def _with_damage(manifest: Manifest, folder: Path, damaged: Callable[[int], bool
 
 
 def test_a_plan_for_other_row_groups_is_refused_at_once(prepared: Manifest) -> None:
+    order = make_order(prepared)
     with pytest.raises(ValueError, match=r"row groups .*split='validation'"):
-        batches(prepared, make_order(prepared), 0, 1, 0, 16, split="validation")
+        batches(prepared, order, 0, 1, 0, 16, split="validation")
     with pytest.raises(ValueError, match="position=3 is not a multiple"):
-        batches(prepared, make_order(prepared), 0, 1, 3, 16)
+        batches(prepared, order, 0, 1, 3, 16)
+
+
+def test_batches_end_at_the_given_position(prepared: Manifest) -> None:
+    found = list(batches(prepared, make_order(prepared), 0, 1, 64, 16, use_ray=False, end=64 * 30))
+    assert len(found) == 29, "from the second step into the second epoch"
 
 
 def test_read_images_returns_the_order_of_the_manifest(prepared: Manifest) -> None:
@@ -161,12 +158,6 @@ def test_read_images_returns_the_order_of_the_manifest(prepared: Manifest) -> No
         read_images(prepared, "validation", 350, 361, 8)
 
 
-def test_batches_end_at_the_given_position(prepared: Manifest) -> None:
-    order = make_order(prepared)
-    found = list(batches(prepared, order, 0, 1, 64, 16, use_ray=False, end=64 * 30))
-    assert len(found) == 29, "from the second step into the second epoch"
-
-
 def test_blocks_end_where_batches_end(prepared: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset, "BLOCK_ROWS", 40)
     order = make_order(prepared)
@@ -174,24 +165,17 @@ def test_blocks_end_where_batches_end(prepared: Manifest, monkeypatch: pytest.Mo
     assert order.rows_per_stream == 16 and read.block_rows == 32
     for position in (0, 5 * 64):  # from the start, and from the middle of a window
         for unit in islice(order.units(0, 1, position), 8):
-            blocks = [len(block["sample"]) for block in read(unit)]
+            blocks = [len(block["samples"]) for block in read(unit)]
             ends = unit.first + np.cumsum(blocks)
             assert ends[-1] == unit.first + len(unit.rows) and not (ends[:-1] % 32).any()
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_ray_gives_the_same_batches(prepared: Manifest, ray_session: None, world_size: int) -> None:
-    expected = global_batches(prepared, 1, 0, 30, flip=True, crop="random")
-    found = global_batches(prepared, world_size, 0, 30, flip=True, crop="random", use_ray=True)
-    assert same(found, expected)
-
-
-@pytest.mark.ray
-def test_ray_reads_from_s3(prepared: Manifest, s3_bucket: str, ray_session: None) -> None:
+def test_ray_gives_the_same_batches_from_s3(prepared: Manifest, s3_bucket: str, ray_session: None) -> None:
     manifest = prepare(digits(s3_bucket))
     assert manifest.folder == f"{s3_bucket}/digits" and manifest.splits == prepared.splits
-    assert same(global_batches(manifest, 2, 64, 5, use_ray=True), global_batches(prepared, 1, 64, 5))
+    expected = global_batches(prepared, 1, 64, 29, flip=True, crop="random")
+    assert same(global_batches(manifest, 2, 64, 29, flip=True, crop="random", use_ray=True), expected)
     storage.delete(storage.join(manifest.folder, manifest.shards("train")[0].path))
     with pytest.raises(RuntimeError, match=rf"reading data failed: FileNotFoundError.*{manifest.folder}/train-00000"):
         global_batches(manifest, 1, 0, 1, use_ray=True)
@@ -200,33 +184,27 @@ def test_ray_reads_from_s3(prepared: Manifest, s3_bucket: str, ray_session: None
 @pytest.mark.ray
 def test_no_row_group_is_fetched_twice(s3_bucket: str, ray_session: None, ray_proxy: Proxy) -> None:
     """Counted at the S3 server: an epoch of two workers, and again from its middle."""
-    images = photographs(20)
+    images = [image.data for image in pictures(7)]
     manifest = write_dataset(s3_bucket, images, sizes_of(images), rows=640, row_group=10)
     order = OrderPlan(manifest.row_group_sizes("train"), 64, OrderConfig(num_streams=4, shuffle_row_groups=2))
     middle = order.batch_size * 4  # inside a window of every stream
     fetched = {}
-    for position, rank in [(0, 0), (0, 1), (middle, 0), (middle, 1)]:
+    for position, rank in [(0, 0), (0, 1), (middle, 0)]:
         before = len(ray_proxy.requests)
-        for _ in batches(manifest, order, rank, 2, position, 32, end=order.images_per_epoch):
+        for _ in batches(manifest, order, rank, 2, position, 16, end=order.images_per_epoch):
             pass
         requests = [request for request in ray_proxy.requests[before:] if request.target.startswith(s3_bucket[4:])]
         assert {request.method for request in requests} == {"GET"}
         groups = _row_groups_of(manifest, requests)
-        footers = len(requests) - len(groups)
-        print(f"{rank=} {position=}: {len(groups)} requests for {len(set(groups))} row groups, {footers} for footers")
         assert len(set(groups)) == len(groups), "none twice by one worker"
         fetched[position, rank] = set(groups)
     assert not fetched[0, 0] & fetched[0, 1], "none by two workers"
-    for rank in (0, 1):
-        begun = set()
-        for unit in takewhile(lambda unit: unit.epoch == 0, order.units(rank, 2)):
-            if unit.first * order.config.num_streams < middle:
-                begun |= set(unit.row_groups)
-        again = begun & fetched[middle, rank]
-        print(f"{rank=}: a restart at {middle} reads {len(again)} of {len(begun)} begun row groups again")
-        assert 0 < len(again) <= len(order.streams(rank, 2)) * order.config.shuffle_row_groups, (
-            "those of the open windows"
-        )
+    begun = set()
+    for unit in takewhile(lambda unit: unit.epoch == 0, order.units(0, 2)):
+        if unit.first * order.config.num_streams < middle:
+            begun |= set(unit.row_groups)
+    again = begun & fetched[middle, 0]
+    assert 0 < len(again) <= len(order.streams(0, 2)) * order.config.shuffle_row_groups, "those of the open windows"
 
 
 def _row_groups_of(manifest: Manifest, requests: list[Request]) -> list[int]:

@@ -1,7 +1,6 @@
 """Parquet in the public ImageNet layout is registered from its footers, and errors name what is wrong."""
 
 import logging
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,10 @@ from orchestrator import storage
 from orchestrator.data import shards
 from orchestrator.data.config import PrepareConfig
 from orchestrator.data.crops import center_crop
-from orchestrator.data.dataset import Manifest, batches, read_images
+from orchestrator.data.dataset import Manifest, read_images
 from orchestrator.data.images import decode
 from orchestrator.data.job import contact_sheet, plan, prepare
 from orchestrator.data.sources.parquet import narrow_row_groups
-from orchestrator.order import OrderConfig, OrderPlan
 from orchestrator.training.job import train
 from orchestrator.training.presets import adm_presets
 from tests.orchestrator.data.layouts import CLASSES, Picture, pictures, write_parquet
@@ -109,18 +107,6 @@ def test_a_split_without_labels_is_refused_for_class_conditional_work(tmp_path: 
         train(digits)
 
 
-def test_batches_of_a_registered_set(tmp_path: Path) -> None:
-    manifest = prepare(config(tmp_path, write_parquet(str(tmp_path / "public"), SHUFFLED)))
-    assert manifest.classes == ("0", "1", "2")
-    order = OrderPlan(manifest.row_group_sizes("train"), 20, OrderConfig(num_streams=2, shuffle_row_groups=2))
-    images = {i: center_crop(decode(image.data), 16) for i, image in enumerate(SHUFFLED)}
-    for step in islice(batches(manifest, order, 0, 1, 0, 16, use_ray=False), order.batches_per_epoch):
-        for m in step:
-            for image, label, sample in zip(m.images, m.labels, m.samples, strict=True):
-                np.testing.assert_array_equal(image, images[int(sample)])
-                assert label == CLASSES.index(SHUFFLED[sample].cls)
-
-
 @pytest.mark.parametrize("num_classes", [2, 10, 1000])
 def test_random_row_groups_do_not_count_as_sorted(num_classes: int) -> None:
     """Of 1,000 row groups drawn at random one in fifty at most is suspected, of sorted ones all within a class."""
@@ -188,28 +174,29 @@ def test_options_that_need_a_copy_are_refused(tmp_path: Path) -> None:
 
 
 def test_unfit_parquet_is_refused(tmp_path: Path) -> None:
-    def refused(name: str, message: str) -> None:
+    def refused(name: str, message: str, columns: dict[str, Any] | None = None) -> None:
+        if columns:
+            (tmp_path / name).mkdir()
+            pq.write_table(pa.table(columns), tmp_path / name / "a.parquet")
         with pytest.raises(ValueError, match=message):
             prepare(config(tmp_path, str(tmp_path / name)))
 
     good = Path(write_parquet(str(tmp_path / "cut"), SHUFFLED), "data", "train-00000-of-00001.parquet")
     good.write_bytes(good.read_bytes()[:-100])
     refused("cut", r"train-00000-of-00001\.parquet is not a valid Parquet file")
-    (tmp_path / "columns").mkdir()
-    pq.write_table(pa.table({"text": ["x"], "label": [0]}), tmp_path / "columns" / "a.parquet")
-    refused("columns", r"a\.parquet: none of its columns .*text, label; pass --image-column")
     write_parquet(str(tmp_path / "mixed"), SHUFFLED, label=lambda image: CLASSES.index(image.cls) - 1)
     refused("mixed", r"has labels from -1 to 1; accepted: 0 to 1, or -1 throughout")
     write_parquet(str(tmp_path / "beyond"), SHUFFLED, classes=("ant", "bee"))
     refused("beyond", r"has labels from 0 to 2; accepted: 0 to 1")
-    values = pa.array([{"bytes": image.data} for image in SHUFFLED[:2]])
-    (tmp_path / "null").mkdir()
-    pq.write_table(pa.table({"image": values, "label": pa.array([0, None])}), tmp_path / "null" / "a.parquet")
-    refused("null", r"a\.parquet has null labels")
+    refused(
+        "columns", r"a\.parquet: none of its columns .*text, label; pass --image-column", {"text": ["x"], "label": [0]}
+    )
+    refused("null", r"a\.parquet has null labels", {"image": [b"x", b"y"], "label": [0, None]})
     assert not Path(tmp_path, "out").exists()
 
 
 def test_the_contact_sheet_of_a_registered_set(tmp_path: Path) -> None:
     source = write_parquet(str(tmp_path / "public"), [SHUFFLED[0]._replace(data=b"no image"), *SHUFFLED[1:]])
     manifest = prepare(config(tmp_path, source))
+    assert manifest.classes == ("0", "1", "2")
     assert decode(contact_sheet(manifest)).size == (10 * 66 + 2, 10 * 80 + 2), "the images that can be decoded"

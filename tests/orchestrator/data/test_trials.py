@@ -18,7 +18,7 @@ from orchestrator import storage
 from orchestrator.data.config import PrepareConfig
 from orchestrator.data.images import decode
 from orchestrator.data.job import plan, prepare
-from tests.orchestrator.data.layouts import cifar10_archive, tar_bytes
+from tests.orchestrator.data.layouts import tar_bytes, targz
 from tests.orchestrator.data.test_images import encode
 from tests.orchestrator.digits import table
 
@@ -127,12 +127,6 @@ def cifar100(root: str) -> dict[str, bytes]:
         files[f"{root}{name}.bin"] = records.tobytes()
     names = "\n".join(["apple", "train", *(f"fine{i}" for i in range(98))])
     return files | {f"{root}fine_label_names.txt": names.encode(), f"{root}coarse_label_names.txt": b"a\nb\n"}
-
-
-def targz(files: dict[str, bytes]) -> bytes:
-    import gzip
-
-    return gzip.compress(tar_bytes(list(files.items())))
 
 
 def downsampled(side: int, savez: Callable[..., None]) -> dict[str, bytes]:
@@ -393,14 +387,28 @@ TRIALS: dict[str, Trial] = {
         labelled("\n".join(map(json.dumps, RECORDS)).encode(), "metadata.jsonl"),
         {"train": each(PETS, 3)}, {"labels": "metadata.jsonl"},
     ),
+    "map for a tar": Trial(
+        {"val.tar": tar_bytes([(f"./{i:03d}.png", NEW()) for i in range(6)]),
+         "map.json": json.dumps({"labels": [[f"{i:03d}.png", i % 2] for i in range(6)]}).encode()},
+        {"train": {"0": 3, "1": 3}}, {"labels": "map.json"}, "val.tar",
+    ),
+    "map of a file name that several images share": Trial(
+        folders(NEW, ["a", "b"], 2) | {"map.csv": b"key,label\n0.png,0\n1.png,1\n"},
+        "has the file name 0.png, but a/0.png and b/0.png", {"labels": "map.csv"},
+    ),
+    "map of paths": Trial(
+        folders(NEW, ["a", "b"], 1) | {"map.csv": b"key,label\na/0.png,0\nb/0.png,1\n"},
+        {"train": {"0": 1, "1": 1}}, {"labels": "map.csv"},
+    ),
     "map of few": Trial(labelled(rows(","), count=20), "most images have no label", {"labels": "map.txt"}),
     "cifar-100 archive": Trial(
-        {"cifar-100-binary.tar.gz": targz(cifar100("cifar-100-binary/"))},
+        {"cifar-100-binary.tar.gz": targz(list(cifar100("cifar-100-binary/").items()))},
         {"train": {"apple": 2, "train": 2, "fine97": 2}, "test": {"apple": 1, "train": 1}},
     ),
     "cifar-100 unpacked": Trial(
         cifar100("cifar-100-binary/"), {"train": {"apple": 2, "train": 2, "fine97": 2}, "test": {"apple": 1}}
     ),
+    "cifar-10's pickles": Trial({"cifar-10-python.tar.gz": b"\x1f\x8b"}, "pickle.*cifar-10-binary"),
     "cifar-100's pickles": Trial({"cifar-100-python.tar.gz": b"\x1f\x8b"}, "pickle.*cifar-100?-binary"),
     "cifar-100's pickles, unpacked": Trial({"cifar-100-python/train": b"\x80\x04"}, "pickle.*cifar-10-binary"),
     "cifar-10 unpacked": Trial(
@@ -517,9 +525,3 @@ def test_links_between_folders_show_each_image_once(tmp_path: Path) -> None:
     os.symlink(tmp_path / "in", tmp_path / "in" / "dog" / "all")
     manifest = prepare(config(tmp_path, Trial({}, "")))
     assert manifest.classes == ("cat", "dog") and manifest.num_samples("train") == 6
-
-
-def test_a_cifar10_archive_still_gives_its_splits(tmp_path: Path) -> None:
-    write(tmp_path / "in", {"cifar-10-binary.tar.gz": cifar10_archive(20)[0]})
-    manifest = prepare(config(tmp_path, Trial({}, "")))
-    assert {split: manifest.num_samples(split) for split in manifest.splits} == {"train": 100, "test": 20}
