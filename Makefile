@@ -4,6 +4,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 STORE ?= local
+# Two files of tests at a time: many of their seconds are spent waiting for processes to start.
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help setup quickstart test test-all prove chaos demo-50k demo-search demo-guidance findings gpu-check cluster cluster-stop lint clean
@@ -24,10 +26,10 @@ quickstart: $(INSTALLED)  ## prepare, train, search, generate and evaluate scann
 	$(BIN)/python jobs/quickstart.py digits --storage $(STORE)
 
 test: $(INSTALLED) lint  ## the tests that CI runs
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow'
 
 test-all: $(INSTALLED) lint  ## every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 prove: $(INSTALLED)  ## the same weights to the bit, by 1, 2 and 4 workers, through kills, and through resizes
 	$(BIN)/python -m tests.chaos.prove --seed $(or $(SEED),0)

@@ -19,6 +19,12 @@ os.environ.pop("RAY_ADDRESS", None)
 os.environ.update(AWS_EC2_METADATA_DISABLED="true", MLFLOW_DISABLE_TELEMETRY="true", OMP_NUM_THREADS="1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that need Ray first: they take longest, and pytest-xdist hands out whole files in this order."""
+    on_ray = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: item.path not in on_ray)
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """Yield the endpoint of an S3 server; the standard AWS variables refer to it for the rest of the session."""

@@ -141,19 +141,21 @@ class SuccessiveHalving:
                 self._proposals.tell(trial.setting, values, self.violation(trial) if values else 0.0)
 
     def _promote(self, level: int) -> list[Trial]:
-        """Return the trials to promote to a rung, best first: half of them, or more if the budget pays for more.
+        """Return the trials to promote to a rung, best first.
 
-        The budget keeps the cost of the last rung for the best two, and has equal shares for the rungs before it.
+        The budget keeps the cost of the last rung for the best two, and has equal shares for the rungs before it. If a
+        share pays for less than a third of the trials, the last rung is out of reach, and half of them are promoted.
         """
         candidates = self._best_first([trial for trial in self.trials if trial.runs])
-        top, pair, half = len(self.config.rungs) - 1, candidates[:2], max(-(-len(candidates) // 2), 2)
+        top, pair = len(self.config.rungs) - 1, candidates[:2]
         left = self._budget.left(self._reserve(candidates))
         prices = self._budget.prices([self._task(trial, level) for trial in candidates])
         count = affordable(prices, left)
         if level < top:
             to_top, below = (self._budget.prices([self._task(trial, end) for trial in pair]) for end in (top, top - 1))
-            share = (left - sum(to_top) + sum(below)) / (top - level)
-            count = min(count, max(half, affordable(prices, share)))
+            share = affordable(prices, (left - sum(to_top) + sum(below)) / (top - level))
+            half = -(-len(candidates) // 2)
+            count = min(count, max(share if 3 * share >= len(candidates) else half, 2))
         for trial in candidates[count:]:
             trial.waits = f"not promoted at n={self.config.rungs[level - 1]}"
         self.stopped_by_budget |= count < len(candidates)

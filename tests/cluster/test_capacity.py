@@ -183,7 +183,7 @@ def test_a_training_without_room_says_what_it_waits_for_obeys_sigterm_and_starts
 
     def warning(text: str, *values: Any) -> None:
         lines.append(text % values)
-        next(acts, lambda: None)()  # type: ignore[no-untyped-call]
+        next(acts, lambda: None)()
 
     monkeypatch.setattr(capacity.log, "warning", warning)
     monkeypatch.setattr(capacity, "WAIT_SECONDS", 0.0)

@@ -5,12 +5,12 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from cluster.actor import in_short
-from cluster.relay import relayed
+from cluster.relay import Relay, relayed
 from cluster.trainer import WorkerContext, _preemption_notices, run_workers
 
 
@@ -95,7 +95,7 @@ def test_records_after_a_failed_callback_or_call_still_arrive(
             raise KeyError("loss")
 
     relay = Records(4)
-    with relayed(relay, on_record):
+    with relayed(cast(Relay, relay), on_record):
         assert relay.empty.wait(60), "no more records arrive"
     assert seen == [0, 1, 2, 3]
     assert "KeyError: 'loss'" in caplog.text and "the job goes on" in caplog.text
@@ -104,7 +104,7 @@ def test_records_after_a_failed_callback_or_call_still_arrive(
 def test_the_stop_flag_is_sent_again_if_a_call_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.relay.POLL_SECONDS", 0.001)
     relay = Records(2)
-    with relayed(relay, lambda record: None, lambda: True):
+    with relayed(cast(Relay, relay), lambda record: None, lambda: True):
         assert relay.empty.wait(60)
     assert relay.stops > 2
 

@@ -106,7 +106,9 @@ def test_a_smaller_budget_halves_faster_and_the_best_are_promoted() -> None:
 @pytest.mark.parametrize(
     ("share", "counts"), [(10, [24, 12, 6, 3, 2]), (25, [24, 24, 18, 9, 5, 2]), (100, [24, 24, 24, 24, 24, 24])]
 )
-def test_half_of_the_trials_are_promoted_and_more_if_the_budget_pays_for_more(share: float, counts: list[int]) -> None:
+def test_the_budget_keeps_the_last_rung_for_two_trials_or_promotes_half_if_it_cannot_reach_it(
+    share: float, counts: list[int]
+) -> None:
     config = config_of(24, rungs=(64, 128, 256, 512, 1024, 2048))
     _, asked = search(config, normal(lambda i: 0.0, 0, 24, full=2048), limit=Limit(share, "%"))
     assert [len(tasks) for tasks in asked[:-1]] == counts
