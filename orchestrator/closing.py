@@ -1,5 +1,6 @@
 """The last lines of a job: what to open, and the next command with its arguments filled in."""
 
+import argparse
 import shlex
 import sys
 from collections.abc import Iterable
@@ -11,8 +12,12 @@ EVERYWHERE = ("images", "images_cpu", "digits", *(f"imagenet{size}" for size in 
 
 
 def next_command(job: str, **options: str) -> str:
-    """Return the command of the next job, with these options and the preset of this job if the next one has it."""
+    """Return the command of the next job: this job's preset if the next one has it, these options, and its --store."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--store")
+    store = parser.parse_known_args(sys.argv[1:])[0].store
     preset = next((name for name in sys.argv[1:2] if name in EVERYWHERE), EVERYWHERE[0])
+    options |= {"store": store} if store else {}
     given = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
     return shlex.join(["python", f"jobs/{job}.py", preset, *given])
 

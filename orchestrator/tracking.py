@@ -144,7 +144,8 @@ class Tracker:
             self._conclude()
         sent = storage.join(self._output, SENT)
         if self.unsent:
-            storage.delete(sent)
+            if storage.exists(sent):  # otherwise storage that forbids deletes would end a finished job with an error
+                storage.delete(sent)
         elif self._log.count and status == "FINISHED" and not self._refused:
             storage.write_json(sent, {"mlflow": redact_patterns(self._uri), "run": self._mlflow.id})
 

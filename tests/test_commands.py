@@ -130,9 +130,10 @@ def test_the_command_can_be_planned(
 @pytest.mark.slow
 def test_readmes_table_runs_from_top_to_bottom(tmp_path: Path) -> None:
     environment = quiet_environment(ADMIRAL_STORE=str(tmp_path), PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}")
+    before = ("prepare_dataset", "train_adm", "train_classifier", "generate_samples")  # what the table starts from
     rows = re.findall(r"^\|.*\| `(python jobs/\w+\.py digits.*)` \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert len(rows) > 12
-    for row in rows:
+    assert len(rows) > 8
+    for row in (*(f"python jobs/{job}.py digits" for job in before), *rows):
         done = subprocess.run(
             ["bash", "-c", row], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )

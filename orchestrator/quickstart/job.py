@@ -31,16 +31,15 @@ def quickstart(config: QuickstartConfig) -> None:
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(_local_s3()) if config.storage == "s3" else folder
-        os.environ["ADMIRAL_STORE"] = store
         record = storage.join(store, "stages.json")
         done: dict[str, dict[str, Any]] = storage.read_json(record) if storage.exists(record) else {}
         with session(2 * config.num_workers):
             os.environ["RAY_ADDRESS"] = address()
-            for name, command in _stages(config):
+            for name, command in _stages(config, store):
                 if name in done:
                     print(f"{name}: already done")
                     continue
-                done[name] = _run(name, command + ([] if config.tracking else ["--no-tracking"]))
+                done[name] = _run(name, [*command, "--store", store, *([] if config.tracking else ["--no-tracking"])])
                 storage.write_json(record, done)
         scale, steps = _winner(store)
         with tracked("quickstart", config, folder) as tracker:
@@ -53,11 +52,11 @@ def quickstart(config: QuickstartConfig) -> None:
 
 def plan(config: QuickstartConfig) -> tuple[QuickstartConfig, str]:
     """Return the config, and the commands that the quickstart would run."""
-    return config, "\n".join(" ".join(["python", *command]) for _, command in _stages(config, preview=True))
+    return config, "\n".join(" ".join(["python", *command]) for _, command in _stages(config))
 
 
-def _stages(config: QuickstartConfig, preview: bool = False) -> Iterator[tuple[str, list[str]]]:
-    """Yield name and command line of every stage; the last four need the result of the search."""
+def _stages(config: QuickstartConfig, store: str | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Yield name and command line of every stage; the last four have the result of the search, if there is a store."""
     workers = ["--num-workers", str(config.num_workers)]
     count = ["--num-samples", str(config.num_samples)]
     yield "prepare", ["jobs/prepare_dataset.py", "digits"]
@@ -69,7 +68,7 @@ def _stages(config: QuickstartConfig, preview: bool = False) -> Iterator[tuple[s
     space += ["--space.samplers", "ddpm", "--space.no-continuous"]
     halving = ["--rungs", *map(str, config.rungs), "--trials", str(settings), "--finalists", "1"]
     yield "search", ["jobs/tune_guidance.py", "digits", *space, *halving, *workers]
-    scale, steps = (1.0, config.num_steps[0]) if preview else _winner(os.environ["ADMIRAL_STORE"])
+    scale, steps = _winner(store) if store else (1.0, config.num_steps[0])
     for name, guidance in (("guided", scale), ("unguided", 0.0)):
         sampling = ["--sampler.num-steps", str(steps), "--guidance.scale", str(guidance)]
         output = ["--output", f"digits/{name}"]

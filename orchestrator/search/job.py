@@ -65,7 +65,8 @@ def search(config: SearchConfig) -> str:
             catch_up("search", config, output)
             return result_uri
     cpus = config.num_workers and config.num_workers * config.num_threads + 1  # one for the trials
-    with session(cpus, shared=config.shared), tracked("search", config, output) as tracker:
+    gpus = config.num_workers * config.num_gpus
+    with session(cpus, num_gpus=gpus, shared=config.shared), tracked("search", config, output) as tracker:
         reference, extractor = reference_of(config, facts.image_size, config.num_workers)
         reason = unmatched(networks[config.weights[0]].classes, reference) or facts.unmatched
         facts = facts._replace(unmatched=reason)

@@ -28,6 +28,13 @@ def test_the_next_command_is_accepted(here: str, monkeypatch: pytest.MonkeyPatch
         parse("A job.", ALL_PRESETS[job](), [preset, *words])
 
 
+@pytest.mark.parametrize("words", [["--store", "/my runs"], ["--store=/my runs"]])
+def test_the_next_command_has_the_same_store(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["job.py", "digits", *words, "--classes", "10"])
+    command = shlex.split(next_command("generate_samples", weights="digits/diffusion"))
+    assert command[-4:] == ["--weights", "digits/diffusion", "--store", "/my runs"]
+
+
 def test_a_line_for_each_place_and_command(capsys: pytest.CaptureFixture[str]) -> None:
     print_closing(["a/report.html"], ["python jobs/doctor.py"])
     assert capsys.readouterr().out == "open  a/report.html\nnext  python jobs/doctor.py\n"

@@ -221,6 +221,7 @@ def test_without_tracking_only_the_file_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:///refused")
+    monkeypatch.setattr(storage, "delete", lambda uri: pytest.fail(f"{uri} does not exist"))
     with tracked("train", JobConfig(store=str(tmp_path), tracking=False), f"{tmp_path}/run") as tracker:
         tracker.metrics({"loss": 1.0}, step=1)
         tracker.record("report.html", "")
