@@ -40,7 +40,7 @@ def write_run_page(run: str, config: Config) -> str:
         curves=_png(curves, [record.step for record in attempts[1:]]),
         last={name: values[-1] for name, values in sorted(curves.items())},
         previews={
-            f"{name}: {path.rpartition('/')[2].removesuffix('.png')}": _base64(
+            f"{name} after {int(Path(path).stem.removeprefix('images-')):,} images": _base64(
                 storage.read_bytes(storage.join(run, "samples", path))
             )
             for name, path in newest.items()

@@ -73,7 +73,7 @@ def test_the_job_trains_writes_weights_and_is_found_finished(store: str, capsys:
     assert f"open  {run}/report.html" in printed and "next  python jobs/generate_samples.py" in printed
     page = storage.read_bytes(storage.join(run, "report.html")).decode()
     assert page.count("data:image/png;base64,") == 3, "the curves, and a picture of each average"
-    assert "ema-0.5: images-000000000096" in page and "images-000000000048" in page and "96 of 96 images" in page
+    assert "ema-0.5 after 96 images" in page and "images-000000000048" in page and "96 of 96 images" in page
     samples = storage.join(run, "samples")
     pictures = [f"{ema}/images-0000000000{at}.png" for ema in ("ema-0.5", "ema-0.9") for at in (48, 96)]
     assert sorted(storage.list_names(samples, recursive=True)) == pictures
