@@ -63,12 +63,13 @@ def test_the_stories_run_one_after_another(cluster: LocalCluster) -> None:
 
 def test_a_node_that_goes_away_leaves_a_checkpoint_first(cluster: LocalCluster) -> None:
     """The node of the training workers gets a preemption notice; the training goes on elsewhere."""
-    length = 12_800
+    length = 38_400  # it must still run when its first line of progress is seen
     options = ["--total-images", str(length), "--checkpoint-every", "1000000", "--log-every", "640"]
     training = start_job(cluster, "jobs/train_adm.py", "digits", "--output", "digits/preempted", *options)
     wait_for_steps(training)
-    actors = json.loads(asked(cluster, "/api/v0/actors?detail=1"))["data"]["result"]["result"]
-    node = next(a["node_id"] for a in actors if a["state"] == "ALIVE" and "TrainWorker" in a["class_name"])
+    alive = "filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"  # else the answer ends before the newest
+    actors = json.loads(asked(cluster, f"/api/v0/actors?detail=1&{alive}"))["data"]["result"]["result"]
+    node = next(actor["node_id"] for actor in actors if "TrainWorker" in actor["class_name"])
     where = ["--address", cluster.head, "--node-id", node, "--deadline-remaining-seconds", "20"]
     drain = ray_command(
         cluster, "drain-node", *where, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"
