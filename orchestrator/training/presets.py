@@ -208,7 +208,7 @@ def _images_upsampler() -> Settings:
 
 
 def _images_cpu_diffusion() -> Settings:
-    """Return a small ADM at 16 pixels, which takes half an hour on two cores.
+    """Return a small ADM at 16 pixels, which takes a quarter of an hour on two idle cores.
 
     It predicts x_0: after so few images a network that predicts the noise does not have the colours yet.
     """
