@@ -26,6 +26,7 @@ from orchestrator.redaction import redact_patterns
 QUEUE_CAPACITY = 2_000  # artefacts in memory while the server is unreachable; more are dropped
 RETRY_SECONDS = 5.0  # between two tries while the server is unreachable
 POLL_SECONDS = 1.0  # between two reads of metrics.jsonl
+REFUSALS_NAMED = 5  # refused records that are named in the log; later ones are only counted
 FIRST_ANSWER_SECONDS = 20.0  # how long a job waits at its start to learn whether MLflow refuses it
 PATIENCE_SECONDS = 60.0  # how long a job waits at its end for a server that takes nothing
 SENT = "tracking.json"  # file in the job's folder that says that MLflow has all numbers
@@ -264,7 +265,7 @@ class Tracker:
         raise _GivenUp
 
     def _refuse(self, what: str, error: Exception) -> None:
-        if not self._refused:
+        if self._refused < REFUSALS_NAMED:
             words = "%s refuses %s, which is left out there; the job continues and counts all such records: %s"
             log.warning(words, self._mlflow.where, what, reason(error))
         self._refused += 1
