@@ -16,6 +16,7 @@ from orchestrator.evaluation.measurement import Measurement
 from orchestrator.evaluation.metrics import bias_note, metric_named
 from orchestrator.evaluation.references import Reference
 from orchestrator.pictures import distances_figure, grid_png
+from orchestrator.redaction import redact
 
 COLUMNS = 10
 NUM_RANDOM = 100
@@ -25,9 +26,15 @@ SHOWN_PIXELS = 64  # approximate size of images on the page
 
 
 def template(path: Path) -> jinja2.Template:
-    """Return the template of a page, which extends frame.html in this folder."""
+    """Return the template of a page, which extends frame.html in this folder; it redacts all text that it is given."""
     loader = jinja2.FileSystemLoader([path.parent, Path(__file__).parent])
-    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(path.name)
+
+    def shown(value: Any) -> Any:
+        return redact(value) if type(value) is str else value  # the HTML of macros is of a subclass, and stays HTML
+
+    return jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, finalize=shown
+    ).get_template(path.name)
 
 
 def evaluation_page(

@@ -1,13 +1,14 @@
 """The page of an evaluation shows the right images."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from orchestrator.evaluation.inputs import ImageSet
-from orchestrator.evaluation.page import _grid
+from orchestrator.evaluation.page import _grid, template
 
 
 def test_the_images_are_those_that_were_asked_for() -> None:
@@ -29,3 +30,9 @@ def test_the_images_are_those_that_were_asked_for() -> None:
 def test_grids_show_small_images_large_and_large_ones_small(size: int) -> None:
     image = Image.open(io.BytesIO(_grid(np.full((20, size, size, 3), 90, np.uint8))))
     assert 300 <= image.width <= 700
+
+
+def test_no_page_shows_a_secret_of_a_path(tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text("{% macro bold(x) %}<b>{{ x }}</b>{% endmacro %}{{ bold(path) }} <{{ path }}>")
+    page = template(tmp_path / "page.html").render(path="s3://KEYID:topsecret@bucket/a & b")
+    assert page == "<b>s3://***@bucket/a &amp; b</b> <s3://***@bucket/a &amp; b>"
