@@ -34,10 +34,10 @@ def refuse_infeasible(resources: Resources, at_once: int = 1) -> None:
     Raises:
         ValueError: it cannot, even if no other job runs; the message names the largest node.
     """
-    there = [node for node in nodes() if node.resources.get("CPU")]
-    if not there or _may_grow():  # if there is only the head, nodes have not joined yet
+    candidates = [node for node in nodes() if node.resources.get("CPU")]
+    if not candidates or _may_grow():  # if there is only the head, nodes have not joined yet
         return
-    places = sum(_places(node, resources) for node in there)
+    places = sum(_places(node, resources) for node in candidates)
     if places >= at_once:
         return
     if places:
@@ -45,7 +45,9 @@ def refuse_infeasible(resources: Resources, at_once: int = 1) -> None:
             f"all workers start together, each needs {_named(resources)} on one node, and the cluster has room for "
             f"{places} of {at_once}: lower --num-workers, or use a larger cluster"
         )
-    largest = max(there, key=lambda node: [min(node.resources.get(n, 0), v) for n, v in reversed(resources.items())])
+    largest = max(
+        candidates, key=lambda node: [min(node.resources.get(n, 0), v) for n, v in reversed(resources.items())]
+    )
     has = _named({name: largest.resources.get(name, 0) for name in resources})
     raise ValueError(
         f"a worker needs {_named(resources)} on one node, and the largest node, {largest}, has {has}: "
@@ -118,10 +120,10 @@ def _shortage(resources: Resources) -> str:
     """Return as text what a worker needs, how much of it is free, and which jobs hold the rest."""
     import ray
 
-    there, free, held = ray.cluster_resources(), ray.available_resources(), _held()
+    total, free, held = ray.cluster_resources(), ray.available_resources(), _held()
     parts = [f"{_named(resources)} on one node"]
     for kind in (name for name in ("CPU", "GPU") if name in resources):
-        parts.append(f"{free.get(kind, 0):g} of {there.get(kind, 0):g} {kind}s are free")
+        parts.append(f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s are free")
         parts += [f"{job} holds {kinds[kind]:g} {kind}s" for job, kinds in held.items() if kinds[kind]]
     return ", ".join(parts)
 

@@ -48,9 +48,9 @@ class Group:
         """Return the items of all workers in the order of their ranks."""
         if self._cpu is None:
             return [item]
-        found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, item, group=self._cpu)
-        return found
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, item, group=self._cpu)
+        return gathered
 
     def from_first(self, items: Iterator[T]) -> Iterator[T]:
         """Yield the items of rank 0's iterator on every worker. The other iterators are not used.
@@ -90,17 +90,17 @@ class Group:
         if self.world_size == 1:
             return
         for bucket in _buckets(tensors):
-            mine = torch.cat([tensor.flatten() for tensor in bucket])
-            share = -(-len(mine) // self.world_size)
-            mine = torch.nn.functional.pad(mine, (0, share * self.world_size - len(mine)))
-            parts = torch.empty_like(mine)
-            dist.all_to_all_single(parts, mine)
+            values = torch.cat([tensor.flatten() for tensor in bucket])
+            share = -(-len(values) // self.world_size)
+            values = torch.nn.functional.pad(values, (0, share * self.world_size - len(values)))
+            parts = torch.empty_like(values)
+            dist.all_to_all_single(parts, values)
             sums = list(parts.split(share))
             while len(sums) > 1:
                 sums = [left + right for left, right in zip(sums[::2], sums[1::2], strict=True)]
-            dist.all_gather_into_tensor(mine, sums[0])
+            dist.all_gather_into_tensor(values, sums[0])
             sizes = [tensor.numel() for tensor in bucket]
-            for tensor, part in zip(bucket, mine[: sum(sizes)].split(sizes), strict=True):
+            for tensor, part in zip(bucket, values[: sum(sizes)].split(sizes), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
 

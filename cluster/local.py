@@ -154,12 +154,12 @@ class LocalCluster:
 
     def processes(self) -> list[psutil.Process]:
         """Return the running processes of this cluster, except a few of Ray's that overwrite their variables."""
-        found = []
+        running = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):  # it has ended, or is another user's
                 if process.environ().get(MARK) == str(self.folder):
-                    found.append(process)
-        return found
+                    running.append(process)
+        return running
 
     def stop(self) -> int:
         """End the processes of this cluster with their descendants, and return how many ran. Keep only the logs.
@@ -190,8 +190,8 @@ def make_private(folder: Path) -> None:
         RuntimeError: it is a link, a file, or the folder of another user, who could read and replace its files.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
         raise RuntimeError(f"{folder} must be a folder of the user {os.geteuid()}; remove it, or pass another --folder")
     folder.chmod(0o700)
 

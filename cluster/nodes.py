@@ -42,15 +42,15 @@ def nodes() -> list[Node]:
     ray: Any = sys.modules.get("ray")  # a process that has not imported Ray has no session
     if ray is None or not ray.is_initialized():
         return []
-    found = [
+    alive = [
         Node(record["NodeID"], record["NodeManagerAddress"], HEAD_RESOURCE in (all_of := record["Resources"]), all_of)
         for record in ray.nodes()
         if record["Alive"]
     ]
-    return sorted(found, key=lambda node: (not node.is_head, node.address, node.id))
+    return sorted(alive, key=lambda node: (not node.is_head, node.address, node.id))
 
 
-def on_each(there: list[Node], function: Callable[[Node], Result], timeout: float) -> dict[Node, Result | Exception]:
+def on_each(targets: list[Node], function: Callable[[Node], Result], timeout: float) -> dict[Node, Result | Exception]:
     """Call `function(node)` in a process on each node at the same time; return its results or errors by node.
 
     The result of a node that does not respond in `timeout` seconds is a TimeoutError. The calls reserve no CPU, so they
@@ -64,20 +64,20 @@ def on_each(there: list[Node], function: Callable[[Node], Result], timeout: floa
         node: task.options(
             num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)
         ).remote(node)
-        for node in there
+        for node in targets
     }
     ray.wait(list(calls.values()), num_returns=len(calls), timeout=timeout)
-    answers: dict[Node, Result | Exception] = {}
+    results: dict[Node, Result | Exception] = {}
     for node, call in calls.items():
         try:
-            answers[node] = ray.get(call, timeout=0.1)
+            results[node] = ray.get(call, timeout=0.1)
         except ray.exceptions.GetTimeoutError:
             ray.cancel(call, force=True)
-            answers[node] = TimeoutError(f"no response within {timeout:g} s")
+            results[node] = TimeoutError(f"no response within {timeout:g} s")
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None)
-            answers[node] = cause if isinstance(cause, Exception) else error
-    return answers
+            results[node] = cause if isinstance(cause, Exception) else error
+    return results
 
 
 def refuse_unshared(uris: Iterable[str]) -> None:
@@ -88,8 +88,8 @@ def refuse_unshared(uris: Iterable[str]) -> None:
     Raises:
         ValueError: a URI is a file or a folder of one machine; the message says what to set instead.
     """
-    there = nodes()
-    machines = len({node.address for node in there})
+    cluster_nodes = nodes()
+    machines = len({node.address for node in cluster_nodes})
     if machines < 2:
         return
     for uri in uris:
@@ -99,25 +99,25 @@ def refuse_unshared(uris: Iterable[str]) -> None:
                 "set it to a server's address (docs/cluster.md says how to start one)"
             )
         if "://" not in uri or uri.startswith("file://"):
-            _refuse_unshared_folder(Path(uri.removeprefix("file://")), there)
+            _refuse_unshared_folder(Path(uri.removeprefix("file://")), cluster_nodes)
 
 
-def _refuse_unshared_folder(folder: Path, there: list[Node]) -> None:
+def _refuse_unshared_folder(folder: Path, cluster_nodes: list[Node]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / f"seen-by-all-nodes-{uuid.uuid4().hex}"
     mark.touch()
     try:
-        answers = on_each(there, lambda node: mark.exists(), SHARED_SECONDS)
+        results = on_each(cluster_nodes, lambda node: mark.exists(), SHARED_SECONDS)
     finally:
         mark.unlink()
-    if blind := [str(node) for node, sees in answers.items() if sees is False]:
+    if blind := [str(node) for node, sees in results.items() if sees is False]:
         raise ValueError(
             f"store={folder} is not the same folder on {', '.join(blind)}: set ADMIRAL_STORE to object storage, or to "
             "a path that all nodes share"
         )
 
 
-def all_reduce_bandwidth(there: list[Node], megabytes: int, timeout: float, use_gpu: bool) -> float:
+def all_reduce_bandwidth(members: list[Node], megabytes: int, timeout: float, use_gpu: bool) -> float:
     """Return the bus bandwidth of an all-reduce over all nodes in GB/s, of GPUs by NCCL or of CPUs by gloo.
 
     As NCCL defines it, this is 2 (n - 1) / n times the bytes of the sum, divided by the seconds of one all-reduce.
@@ -125,9 +125,9 @@ def all_reduce_bandwidth(there: list[Node], megabytes: int, timeout: float, use_
     Raises:
         RuntimeError: a node could not reach the others; the message is that node's error.
     """
-    meeting = on_each(there[:1], lambda node: f"tcp://{node.address}:{free_port(node.address)}", timeout)[there[0]]
+    meeting = on_each(members[:1], lambda node: f"tcp://{node.address}:{free_port(node.address)}", timeout)[members[0]]
     if isinstance(meeting, Exception):
-        raise RuntimeError(f"{there[0]}: {meeting}")
+        raise RuntimeError(f"{members[0]}: {meeting}")
 
     def measure(node: Node) -> float:
         import torch.distributed as dist
@@ -136,8 +136,8 @@ def all_reduce_bandwidth(there: list[Node], megabytes: int, timeout: float, use_
         dist.init_process_group(
             "nccl" if use_gpu else "gloo",
             init_method=meeting,
-            rank=there.index(node),
-            world_size=len(there),
+            rank=members.index(node),
+            world_size=len(members),
             timeout=timedelta(seconds=timeout),
         )
         try:
@@ -146,11 +146,11 @@ def all_reduce_bandwidth(there: list[Node], megabytes: int, timeout: float, use_
             dist.destroy_process_group()
 
     seconds = []
-    for node, answer in on_each(there, measure, timeout).items():
-        if isinstance(answer, Exception):
-            raise RuntimeError(f"{node}: {answer}")
-        seconds.append(answer)
-    return 2 * (len(there) - 1) / len(there) * megabytes / 1e3 / max(seconds)
+    for node, result in on_each(members, measure, timeout).items():
+        if isinstance(result, Exception):
+            raise RuntimeError(f"{node}: {result}")
+        seconds.append(result)
+    return 2 * (len(members) - 1) / len(members) * megabytes / 1e3 / max(seconds)
 
 
 def _seconds_of_sum(megabytes: int, device: str) -> float:

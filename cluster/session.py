@@ -94,10 +94,10 @@ def session(
     _connect(runtime_env={"env_vars": _public_environment() | keeper}, **options)
     _interrupt_on_sigterm()
     kept = _keep(private, keeper[KEEPER]) if private else None
-    if alone and (there := ray.cluster_resources().get("GPU", 0)) < num_gpus:
+    if alone and (available := ray.cluster_resources().get("GPU", 0)) < num_gpus:
         ray.shutdown()
         advice = "lower --num-gpus or --num-workers, or submit the job to a cluster"
-        raise RuntimeError(f"this machine has {there:g} GPUs and this job needs {num_gpus:g}: {advice}")
+        raise RuntimeError(f"this machine has {available:g} GPUs and this job needs {num_gpus:g}: {advice}")
     for name in ("ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -189,8 +189,8 @@ def on_this_node() -> dict[str, Any]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = ray.get_runtime_context().get_node_id()
-    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
+    node_id = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False)}
 
 
 def receive_environment() -> None:

@@ -248,9 +248,9 @@ def _preemption_notices(get_info: Callable[[], Any], rank: int) -> Callable[[], 
             time.sleep(PREEMPTION_SECONDS)
 
     def is_new() -> bool:
-        found = new.is_set()
+        was_set = new.is_set()
         new.clear()
-        return found
+        return was_set
 
     threading.Thread(target=watch, name="preemption", daemon=True).start()
     return is_new

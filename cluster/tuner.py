@@ -44,17 +44,17 @@ def run_rounds(
         RuntimeError: a task raised an error, or its process died too often; the other tasks of the round are done.
     """
     if not max_concurrent:
-        for found in rounds:
-            for _, task in found.tasks:
+        for current in rounds:
+            for _, task in current.tasks:
                 evaluate(task)
                 done(task)
         return
     scheduler = _RoundScheduler(rounds, max_concurrent, done)
     trial = tune.with_parameters(_Trial, evaluate=evaluate)
-    here = {f"node:{get_node_ip_address()}": 0.001}  # no CPU, because other jobs may hold all of them
+    this_node = {f"node:{get_node_ip_address()}": 0.001}  # no CPU, because other jobs may hold all of them
     with tempfile.TemporaryDirectory(prefix="admiral-tune-") as folder:
         tuner = tune.Tuner(
-            tune.with_resources(trial, here),
+            tune.with_resources(trial, this_node),
             tune_config=tune.TuneConfig(
                 search_alg=_Proposals(scheduler), scheduler=scheduler, num_samples=-1, reuse_actors=True
             ),
@@ -143,8 +143,8 @@ class _RoundScheduler(FIFOScheduler, Generic[Task]):
             stopped = set(self._names.values())
             try:
                 if self.error is None:
-                    found = next(self._rounds)
-                    self._waiting, stopped = dict(found.tasks), set(found.stopped)
+                    following = next(self._rounds)
+                    self._waiting, stopped = dict(following.tasks), set(following.stopped)
             except StopIteration:
                 self.ended = True
             except Exception as error:  # noqa: BLE001 - raised by `run_rounds`, outside Tune's loop

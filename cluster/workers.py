@@ -136,9 +136,9 @@ class _Worker:
 
     actor: Any
     node: str = "a node that is not known yet"
-    there: bool = False  # its process runs
-    out: bool = False  # no longer used
-    sound: bool = False  # its last item succeeded
+    is_running: bool = False  # its process runs
+    dropped: bool = False  # no longer used
+    is_healthy: bool = False  # its last item succeeded
     starts: int = 0  # consecutive failures to create it
     strikes: int = 0  # consecutive items that failed on it
     failures: int = 0  # in total, without those of items that fail on all workers
@@ -163,7 +163,7 @@ class _Task(Generic[Item]):
 
     item: Item
     failures: int = 0  # errors that it raised, and deadlines that it missed
-    proven: int = 0  # of these, failures on sound workers
+    proven: int = 0  # of these, failures on healthy workers
     missed: int = 0  # of these, missed deadlines
     lost: int = 0  # workers that died with it, or whose device failed
     failed_on: list[_Worker] = field(default_factory=list)
@@ -232,7 +232,7 @@ class _Mapping(Generic[Item, Result]):
         elif error is not None:  # Ray restarts it when a node has room
             self._find_later(worker)
         else:
-            worker.there = True
+            worker.is_running = True
             if worker.node != future.result():  # failures on another node do not count on this one
                 worker.node, worker.starts, worker.strikes = future.result(), 0, 0
             self._ask(worker.actor.ready.remote(HANG_SECONDS), partial(self._made, worker))
@@ -245,12 +245,12 @@ class _Mapping(Generic[Item, Result]):
         self._idle.append(worker)
 
     def _not_made(self, worker: _Worker, error: BaseException) -> None:
-        worker.there = is_raised(error)
+        worker.is_running = is_raised(error)
         worker.starts += 1
         worker.note(f"it could not be created: {reason_of(error)}")
         if worker.starts >= START_TRIES:
             log.warning("the worker on %s is not used any more, the others go on: %s", worker.node, worker.reason)
-            worker.there, worker.out = False, True
+            worker.is_running, worker.dropped = False, True
         elif is_device_error(error):
             self._restart(worker)
         else:
@@ -259,12 +259,12 @@ class _Mapping(Generic[Item, Result]):
     def _strike(self, worker: _Worker, reason: str, restart: bool, died: bool) -> None:
         """Record an item that failed on a worker, and restart the worker if it must be."""
         worker.note(reason)
-        worker.sound = False
+        worker.is_healthy = False
         worker.strikes += 1
         if worker.strikes == STRIKES_TO_BENCH:
             log.warning("the worker on %s gets no items while others succeed: %s", worker.node, reason)
         if died:  # Ray restarts it
-            worker.there = False
+            worker.is_running = False
             self._find(worker)
         elif restart or worker.strikes % STRIKES_TO_RESTART == 0:
             self._restart(worker)
@@ -273,7 +273,7 @@ class _Mapping(Generic[Item, Result]):
 
     def _restart(self, worker: _Worker) -> None:
         log.warning("restarting the worker on %s, the job goes on: %s", worker.node, worker.reason)
-        worker.there = False
+        worker.is_running = False
         restart_process(worker.actor)
         self._find_later(worker)
 
@@ -295,7 +295,7 @@ class _Mapping(Generic[Item, Result]):
 
     def _choose(self, worker: _Worker) -> _Task[Item] | None:
         """Return an item for an idle worker: one that failed elsewhere, else a new one, else a straggler."""
-        if worker.is_benched and any(w.there and not w.is_benched for w in self._workers):
+        if worker.is_benched and any(w.is_running and not w.is_benched for w in self._workers):
             return None
         for task in self._waiting:
             if worker not in task.failed_on or not self._has_untried(task):
@@ -317,7 +317,7 @@ class _Mapping(Generic[Item, Result]):
     def _has_untried(self, task: _Task[Item]) -> bool:
         """Return whether there is a worker that has not tried an item, or one that is still worth waiting for."""
         absent_too = time.monotonic() < task.failed_at + PATIENCE_SECONDS
-        usable = (w for w in self._workers if (w.there or absent_too) and not w.out and not w.is_benched)
+        usable = (w for w in self._workers if (w.is_running or absent_too) and not w.dropped and not w.is_benched)
         return any(worker not in task.failed_on for worker in usable)
 
     def _answered(self, worker: _Worker, future: Any) -> tuple[Item, Result] | None:
@@ -326,7 +326,7 @@ class _Mapping(Generic[Item, Result]):
         task, seconds = worker.task, time.monotonic() - worker.begun
         task.copies -= 1
         if (error := future.exception()) is None:
-            worker.sound, worker.strikes = True, 0
+            worker.is_healthy, worker.strikes = True, 0
             self._idle.append(worker)
             if task not in self._open:
                 return None
@@ -341,7 +341,7 @@ class _Mapping(Generic[Item, Result]):
         task.missed += hung
         task.lost += lost
         task.failures += not lost
-        task.proven += not lost and worker.sound
+        task.proven += not lost and worker.is_healthy
         task.failed_at = task.failed_at or time.monotonic()
         task.failed_on.append(worker)
         reason = f"item {task.item} gave no result in {seconds:.0f} s" if hung else reason_of(error)
@@ -351,7 +351,7 @@ class _Mapping(Generic[Item, Result]):
         return None
 
     def _retry(self, task: _Task[Item], reason: str) -> None:
-        """Retry an item, or give it up if it fails on sound workers or on all workers."""
+        """Retry an item, or give it up if it fails on healthy workers or on all workers."""
         alone = task.failures >= MOST_TRIES or not self._has_untried(task)
         if task.lost < LOST_WORKERS and task.proven < self._tries and not (task.failures >= self._tries and alone):
             self._waiting.append(task)
@@ -374,8 +374,8 @@ class _Mapping(Generic[Item, Result]):
             self._find(self._away.popleft()[1])
         self._name_slow(now)
         self._publish()
-        waits = self._any_made or now < self._begun + PATIENCE_SECONDS or all(not w.out for w in self._workers)
-        if not any(w.there or (waits and not w.out) for w in self._workers):
+        waits = self._any_made or now < self._begun + PATIENCE_SECONDS or all(not w.dropped for w in self._workers)
+        if not any(w.is_running or (waits and not w.dropped) for w in self._workers):
             raise RuntimeError(f"no worker is left, and some items are not done: {self._summary()}")
 
     def _name_slow(self, now: float) -> None:
@@ -401,8 +401,8 @@ class _Mapping(Generic[Item, Result]):
                 "items_failed": self._failed,
                 "items_to_repeat": len(self._waiting),
                 "workers_idle": len(self._idle),
-                "workers_away": sum(not w.there and not w.out for w in self._workers),
-                "workers_lost": sum(w.out or w.is_benched for w in self._workers),
+                "workers_away": sum(not w.is_running and not w.dropped for w in self._workers),
+                "workers_lost": sum(w.dropped or w.is_benched for w in self._workers),
             },
         )
 
@@ -420,5 +420,7 @@ class _Mapping(Generic[Item, Result]):
 
     def _summary(self) -> str:
         failed = [w for w in self._workers if w.failures]
-        named = [f"{w.node}: {w.failures} times{', unused' * (w.out or w.is_benched)}: {w.reason}" for w in failed[:10]]
+        named = [
+            f"{w.node}: {w.failures} times{', unused' * (w.dropped or w.is_benched)}: {w.reason}" for w in failed[:10]
+        ]
         return "; ".join(named + [f"and {len(failed) - 10} more"] * (len(failed) > 10))

@@ -132,19 +132,19 @@ def _values(words: list[str], option: Option, flags: Collection[str]) -> list[st
 
     A text may begin with dashes if it is not the name of an option.
     """
-    found = []
+    values = []
     for word in words if option.item else words[:1]:
         if word.startswith("--") and (not option.is_text or word.partition("=")[0].replace("_", "-") in flags):
             break
-        found.append(word)
-    return found
+        values.append(word)
+    return values
 
 
 def _unknown(kind: str, name: str, names: Collection[str], otherwise: str) -> str:
     """Return the error about a name that is not in `names`, with a similar name or else with the text `otherwise`."""
-    wanted = name.replace("_", "-") if kind == "option" else name.replace("-", "_")
-    nested = [n for n in names if n.endswith(f".{wanted.removeprefix('--')}") or n.startswith(f"{wanted}.")]
-    near = [*nested, *difflib.get_close_matches(wanted, names, 1)]
+    requested = name.replace("_", "-") if kind == "option" else name.replace("-", "_")
+    nested = [n for n in names if n.endswith(f".{requested.removeprefix('--')}") or n.startswith(f"{requested}.")]
+    near = [*nested, *difflib.get_close_matches(requested, names, 1)]
     return f"unknown {kind} {name}; " + (f"did you mean {near[0]}?" if near else otherwise)
 
 
@@ -218,8 +218,8 @@ def _explained(error: pydantic.ValidationError, options: Mapping[str, Option]) -
     message = first["msg"].removeprefix("Value error, ")
     nested = ".".join(place[:-1] if name in options else place)  # whose validator knows its fields by short names
 
-    def dotted(found: re.Match[str]) -> str:
-        return f"{nested}.{found[0]}" if f"{nested}.{found[0]}" in options else found[0]
+    def dotted(match: re.Match[str]) -> str:
+        return f"{nested}.{match[0]}" if f"{nested}.{match[0]}" in options else match[0]
 
     message = re.sub(r"(?<![\w.-])[a-z]\w*(?==)", dotted, message)
     return message if not name or re.search(r"\w=|--", message) else f"{name}: {message}"
@@ -228,12 +228,12 @@ def _explained(error: pydantic.ValidationError, options: Mapping[str, Option]) -
 def _as_typed(message: str, options: Mapping[str, Option]) -> str:
     """Return a message with the options as the user types them: `num_workers=3` becomes `--num-workers 3`."""
 
-    def typed(found: re.Match[str]) -> str:
-        if found["name"] not in options:
-            return found[0]
-        value = re.sub(r"[(),'\"\[\]]", " ", found["value"]) if found["value"][0] in "(['\"" else found["value"]
+    def typed(match: re.Match[str]) -> str:
+        if match["name"] not in options:
+            return match[0]
+        value = re.sub(r"[(),'\"\[\]]", " ", match["value"]) if match["value"][0] in "(['\"" else match["value"]
         value = {"None": "none", "True": "true", "False": "false"}.get(value, " ".join(value.split()))
-        return f"{options[found['name']].flag} {value}"
+        return f"{options[match['name']].flag} {value}"
 
     value = r"""'[^']*'|"[^"]*"|\([^)]*\)|\[[^\]]*\]|[^\s;,()]*[^\s;,:.()]"""
     return re.sub(rf"(?<![\w.\-/?&])(?P<name>[a-z][\w.]*)=(?P<value>{value})", typed, message)

@@ -50,15 +50,15 @@ class Option(NamedTuple):
     @property
     def item(self) -> Any:
         """Return the type of each value if the option takes several values, else None."""
-        found = next((kind for kind in _alternatives(self.kind) if get_origin(kind) is tuple), None)
-        return None if found is None else found if get_args(found)[-1] is not ... else get_args(found)[0]
+        repeated = next((kind for kind in _alternatives(self.kind) if get_origin(kind) is tuple), None)
+        return None if repeated is None else repeated if get_args(repeated)[-1] is not ... else get_args(repeated)[0]
 
     @property
     def accepted(self) -> str:
         """Return a description of the accepted values."""
         kinds = _alternatives(self.kind)
-        words = _words(next(kind for kind in kinds if kind is not type(None)), self.bounds)
-        return f"{words}, or none" if type(None) in kinds else words
+        description = _words(next(kind for kind in kinds if kind is not type(None)), self.bounds)
+        return f"{description}, or none" if type(None) in kinds else description
 
     def value(self, words: list[str]) -> Any:
         """Return the words of a command line in the structure that pydantic expects for this field."""
@@ -151,7 +151,7 @@ def _limits(bounds: tuple[Any, ...]) -> Iterator[str]:
 
 def _bound(bounds: tuple[Any, ...], name: str) -> Any:
     """Return the limit of this name, such as gt or min_length, or None."""
-    return next((found for bound in bounds if (found := getattr(bound, name, None)) is not None), None)
+    return next((limit for bound in bounds if (limit := getattr(bound, name, None)) is not None), None)
 
 
 @cache
@@ -160,7 +160,7 @@ def _texts(config: type[pydantic.BaseModel]) -> Mapping[str, tuple[str, str]]:
 
     The comment behind a field is its help text. A comment on a line of its own is the heading of the fields below it.
     """
-    found: dict[str, tuple[str, str]] = {}
+    texts: dict[str, tuple[str, str]] = {}
     for base in reversed(config.__mro__):
         if is_config(base) and base is not pydantic.BaseModel:
             lines = textwrap.dedent(inspect.getsource(base)).splitlines()
@@ -173,5 +173,5 @@ def _texts(config: type[pydantic.BaseModel]) -> Mapping[str, tuple[str, str]]:
                         line.split("  # ")[1] for line in lines[node.lineno - 1 : node.end_lineno] if "  # " in line
                     ]
                     text = re.sub(r"\bNone\b", "none", " ".join(behind))
-                    found[node.target.id] = (text, heading or found.get(node.target.id, ("", "Options"))[1])
-    return found
+                    texts[node.target.id] = (text, heading or texts.get(node.target.id, ("", "Options"))[1])
+    return texts

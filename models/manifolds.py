@@ -156,19 +156,19 @@ def _set_estimate(value: float, lost: Array, strata: Strata) -> Estimate:
     """Return a share of the reference with the jackknife's interval; lost [n] is its decrease without each sample."""
     if not lost.any():
         return Estimate(value, len(lost), note="no interval: no single sample changes it")
-    found = score_estimate(value, len(lost) * lost, strata)
-    return _mapped(found, lambda x: float(np.clip(x, 0, 1)))
+    estimate = score_estimate(value, len(lost) * lost, strata)
+    return _mapped(estimate, lambda x: float(np.clip(x, 0, 1)))
 
 
-def _mapped(found: Estimate, function: Callable[[float], float]) -> Estimate:
-    low, high = (None if end is None else function(end) for end in (found.low, found.high))
-    return replace(found, value=function(found.value), low=low, high=high)
+def _mapped(estimate: Estimate, function: Callable[[float], float]) -> Estimate:
+    low, high = (None if end is None else function(end) for end in (estimate.low, estimate.high))
+    return replace(estimate, value=function(estimate.value), low=low, high=high)
 
 
-def _same_for_all(found: Estimate) -> Estimate:
-    if found.low is not None and found.low != found.high:
-        return replace(found, low=max(found.low, 0.0))
-    return Estimate(found.value, found.n, note="no interval: it is the same for every sample")
+def _same_for_all(estimate: Estimate) -> Estimate:
+    if estimate.low is not None and estimate.low != estimate.high:
+        return replace(estimate, low=max(estimate.low, 0.0))
+    return Estimate(estimate.value, estimate.n, note="no interval: it is the same for every sample")
 
 
 def _copies(what: str, radii: Array, k: int) -> str:

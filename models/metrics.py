@@ -341,11 +341,13 @@ class FrechetExpansion:
         """
         n, value = len(self.influence), self.distance - self.bias
         if n >= MIN_CORRECTED_RATIO * self.dimension:
-            found = score_estimate(value, self.influence, self.strata)
+            estimate = score_estimate(value, self.influence, self.strata)
         else:
-            found = Estimate(value, n, note=f"no interval: n={n} is below {MIN_CORRECTED_RATIO} D, D={self.dimension}")
+            estimate = Estimate(
+                value, n, note=f"no interval: n={n} is below {MIN_CORRECTED_RATIO} D, D={self.dimension}"
+            )
         below = f"the estimate is {value:.3g}; it is set to 0, since no distance is negative" if value < 0 else ""
-        return replace(self._described(found), value=max(value, 0.0)).noted(below)
+        return replace(self._described(estimate), value=max(value, 0.0)).noted(below)
 
     @property
     def scores(self) -> Array:
@@ -358,25 +360,25 @@ class FrechetExpansion:
         squares = np.sort(self.influence**2)
         return float(squares[-max(1, len(squares) // 100) :].sum() / max(squares.sum(), np.finfo(np.float64).tiny))
 
-    def _described(self, found: Estimate, bias: float | None = None) -> Estimate:
+    def _described(self, estimate: Estimate, bias: float | None = None) -> Estimate:
         """Return the estimate with an interval of at least 0, and with notes on heavy tails and on the reference."""
         tails = few = ""
-        if found.low is not None and found.high is not None:
-            low, high = max(found.low, 0.0), max(found.high, 0.0)
+        if estimate.low is not None and estimate.high is not None:
+            low, high = max(estimate.low, 0.0), max(estimate.high, 0.0)
             if self.tail_share > HEAVY_TAIL:
                 tails = (
                     f"heavy tails: 1% of the samples carry {100 * self.tail_share:.0f}% of the variance, so the "
                     "interval may be too short"
                 )
-            if self.reference_bias > (found.high - found.low) / 4 or (self.n_reference or np.inf) < (
+            if self.reference_bias > (estimate.high - estimate.low) / 4 or (self.n_reference or np.inf) < (
                 MIN_CORRECTED_RATIO * self.dimension
             ):
                 few = (
                     f"a perfect model would score about {self.reference_bias:.2g} instead of 0, because the reference "
                     f"has only {self.n_reference:,} rows"
                 )
-            found = replace(found, low=low, high=high)
-        return replace(found, n_reference=self.n_reference, bias=bias).noted(tails, few)
+            estimate = replace(estimate, low=low, high=high)
+        return replace(estimate, n_reference=self.n_reference, bias=bias).noted(tails, few)
 
 
 def expand_frechet(features: Array, reference: Moments | Gaussian, strata: Strata = None) -> FrechetExpansion:
@@ -548,8 +550,8 @@ def kid(reference: Array, samples: Array, strata: Strata = None) -> Estimate:
     offset = float(np.square(np.mean(reference, axis=0, dtype=np.float64)).sum())
     far = offset > FAR_FROM_ORIGIN * spread
     note = "features lie far from the origin, where this kernel depends on little more than their mean" if far else ""
-    found = mean_estimate(kid_scores(reference, samples), note, strata)
-    return replace(found, n_reference=len(reference))
+    estimate = mean_estimate(kid_scores(reference, samples), note, strata)
+    return replace(estimate, n_reference=len(reference))
 
 
 def kid_scores(reference: Array, samples: Array) -> Array:
@@ -620,8 +622,8 @@ def cmmd(reference: Array, samples: Array, strata: Strata = None) -> Estimate:
     within = sum(float(kernel(rows, y).sum()) for rows in _row_blocks(y)) / m**2
     value = 1000 * float(own.mean() - 2 * across.mean() + within)
     bias = -1000 * float(own.mean() / (n - 1) + within / (m - 1)) if min(n, m) > 1 else None
-    found = score_estimate(value, 2000 * (own - across), strata)
-    return replace(found, n_reference=m, bias=bias)
+    estimate = score_estimate(value, 2000 * (own - across), strata)
+    return replace(estimate, n_reference=m, bias=bias)
 
 
 def vendi_score(samples: Array) -> float:

@@ -134,9 +134,9 @@ def heun(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise) -> I
         if t == 0:
             x = prediction.pred_x_start
         else:
-            here, step = slope(prediction, t), float(phi[t - 1] - phi[t])
-            ahead = slope(denoise(x + step * here, t - 1), t - 1)
-            x = x + step * (here + ahead) / 2
+            slope_here, step = slope(prediction, t), float(phi[t - 1] - phi[t])
+            ahead = slope(denoise(x + step * slope_here, t - 1), t - 1)
+            x = x + step * (slope_here + ahead) / 2
         yield Step(t, x, prediction.pred_x_start)
 
 

@@ -84,8 +84,8 @@ def tracking_uri(config: JobConfig) -> str:
     Raises:
         ValueError: neither is possible; the message says what to set.
     """
-    given = os.environ.get("MLFLOW_TRACKING_URI")
-    if not given:
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
         root = config.path("")
         if "://" in root:
             raise ValueError(
@@ -93,12 +93,12 @@ def tracking_uri(config: JobConfig) -> str:
             )
         os.makedirs(root, exist_ok=True)
         return f"sqlite:///{os.path.join(root, 'mlflow.db')}"
-    if is_submitted() and given.startswith("sqlite:///") and not given.startswith("sqlite:////"):
+    if is_submitted() and uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         raise ValueError(
-            f"MLFLOW_TRACKING_URI={given} is a relative path, and this job runs in a temporary copy of the checkout; "
+            f"MLFLOW_TRACKING_URI={uri} is a relative path, and this job runs in a temporary copy of the checkout; "
             "set it to the URI of a server or to sqlite:////ABSOLUTE/PATH"
         )
-    return given
+    return uri
 
 
 NOTES = {"files", "parent", "extended"}  # parts of config.json that are not compared
@@ -112,14 +112,14 @@ def check_config(folder: str, config: JobConfig, finished: bool, **facts: Any) -
     Raises:
         ValueError: the finished work was made with another config; the message names the fields that differ.
     """
-    found = read_config(folder)
-    changes = _changes(found, config, facts) if found else ""
+    stored = read_config(folder)
+    changes = _changes(stored, config, facts) if stored else ""
     if finished and changes:
         raise ValueError(
             f"{folder} was made with another config ({changes}); only fields that --help marks [operational] may "
             f"change: {config.remedy}"
         )
-    return found
+    return stored
 
 
 def check_or_write_config(
@@ -129,10 +129,10 @@ def check_or_write_config(
 
     notes: written into config.json and not compared, such as the weight file that was chosen for each path.
     """
-    found = check_config(folder, config, finished, **facts)
-    if finished and found:
+    stored = check_config(folder, config, finished, **facts)
+    if finished and stored:
         return
-    if found and (changes := _changes(found, config, facts)):
+    if stored and (changes := _changes(stored, config, facts)):
         print(f"{folder} has no finished work, so its config is replaced ({changes})")
     storage.write_json(storage.join(folder, "config.json"), _compared(config, facts) | (notes or {}))
 
@@ -142,26 +142,26 @@ def _compared(config: JobConfig, facts: dict[str, Any]) -> dict[str, Any]:
     return redact_tree(config.fingerprint() | facts, whole=False)
 
 
-def _changes(found: dict[str, Any], config: JobConfig, facts: dict[str, Any]) -> str:
+def _changes(stored: dict[str, Any], config: JobConfig, facts: dict[str, Any]) -> str:
     """Return how a config.json differs from a config, without notes and fields that are not compared."""
     ignored = (NOTES | NOT_COMPARED | config.operational) - facts.keys()
-    recorded = _with_defaults(found, config)
+    recorded = _with_defaults(stored, config)
     kept = {name: value for name, value in recorded.items() if name not in ignored}
     return differences(redact_tree(kept, whole=False), _compared(config, facts))
 
 
-def _with_defaults(found: dict[str, Any], config: BaseModel) -> dict[str, Any]:
+def _with_defaults(stored: dict[str, Any], config: BaseModel) -> dict[str, Any]:
     """Return what a config.json holds, with the defaults of fields that its version of the code did not have yet."""
     compared = config.fingerprint() if isinstance(config, JobConfig) else config.model_dump(mode="json")
-    filled = dict(found)
+    filled = dict(stored)
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if name not in compared:
             continue
-        if name not in found and not field.is_required():
+        if name not in stored and not field.is_required():
             filled[name] = _ANY.dump_python(field.get_default(call_default_factory=True), mode="json")
-        elif isinstance(value, BaseModel) and isinstance(found.get(name), dict):
-            filled[name] = _with_defaults(found[name], value)
+        elif isinstance(value, BaseModel) and isinstance(stored.get(name), dict):
+            filled[name] = _with_defaults(stored[name], value)
     return filled
 
 
@@ -176,11 +176,11 @@ def read_config(folder: str) -> dict[str, Any]:
     return storage.read_json(uri) if storage.exists(uri) else {}
 
 
-def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+def differences(stored: dict[str, Any], requested: dict[str, Any]) -> str:
     """Return a description of the values in which two nested dicts differ; "" if they are equal."""
-    there, here = flatten(found), flatten(wanted)
-    differing = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
-    return ", ".join(f"{name}: {there.get(name)} there, {here.get(name)} here" for name in differing)
+    before, now = flatten(stored), flatten(requested)
+    differing = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    return ", ".join(f"{name}: {before.get(name)} there, {now.get(name)} here" for name in differing)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -50,7 +50,7 @@ class Finding(NamedTuple):
 
     check: str
     level: Level
-    words: str
+    text: str
 
 
 def examine(config: DoctorConfig) -> None:
@@ -60,19 +60,22 @@ def examine(config: DoctorConfig) -> None:
         RuntimeError: some checks failed; their lines are printed above.
     """
     with session(1):
-        there = nodes()
-        cpus, gpus = counted(sum(n.cpus for n in there), "CPU"), counted(sum(n.gpus for n in there), "GPU")
-        print(f"{counted(len(there), 'node')}, {cpus}, {gpus}")
+        cluster_nodes = nodes()
+        cpus, gpus = (
+            counted(sum(n.cpus for n in cluster_nodes), "CPU"),
+            counted(sum(n.gpus for n in cluster_nodes), "GPU"),
+        )
+        print(f"{counted(len(cluster_nodes), 'node')}, {cpus}, {gpus}")
         look = partial(examine_node, store=config.path(""), megabytes=config.megabytes)
-        answers = on_each(there, look, config.timeout)
-        well = {node: answer for node, answer in answers.items() if isinstance(answer, Examination)}
+        results = on_each(cluster_nodes, look, config.timeout)
+        healthy = {node: result for node, result in results.items() if isinstance(result, Examination)}
         wrong = 0
-        for node, answer in answers.items():
-            sick = [Finding("node", "WRONG", f"{type(answer).__name__}: {answer}")]
-            wrong += _print(str(node), well[node].findings if node in well else sick)
-        tracking = _tracking(config, machines=len({node.address for node in there}))
-        wrong += _print("all nodes", [*_differences(well), tracking])
-        wrong += _print("network", _network([*well], config))
+        for node, result in results.items():
+            failure = [Finding("node", "WRONG", f"{type(result).__name__}: {result}")]
+            wrong += _print(str(node), healthy[node].findings if node in healthy else failure)
+        tracking = _tracking(config, machines=len({node.address for node in cluster_nodes}))
+        wrong += _print("all nodes", [*_differences(healthy), tracking])
+        wrong += _print("network", _network([*healthy], config))
     if wrong:
         raise RuntimeError(f"{counted(wrong, 'check')} failed; see the lines with WRONG above")
     print("all checks passed")
@@ -89,7 +92,7 @@ def plan(config: DoctorConfig) -> tuple[DoctorConfig, str]:
 def _print(place: str, findings: list[Finding]) -> int:
     print(f"\n{place}")
     for finding in findings:
-        print(f"  {finding.level:8} {finding.check:14} {finding.words}")
+        print(f"  {finding.level:8} {finding.check:14} {finding.text}")
     return sum(finding.level == "WRONG" for finding in findings)
 
 
@@ -130,9 +133,11 @@ def _gpus(node: Node) -> Finding:
         return Finding("GPU", "WRONG", f"Ray counts {node.gpus:g} GPUs, but nvidia-smi finds no driver: install it")
     first = driver.splitlines()[0]
     if usable < node.gpus:
-        found = f"Ray counts {node.gpus:g} GPUs, torch {torch.__version__} (CUDA {torch.version.cuda}) can use {usable}"
+        mismatch = (
+            f"Ray counts {node.gpus:g} GPUs, torch {torch.__version__} (CUDA {torch.version.cuda}) can use {usable}"
+        )
         reason = "see nvidia-smi for the others" if usable else f"driver {first} is older or CUDA is absent"
-        return Finding("GPU", "WRONG", f"{found}: {reason}")
+        return Finding("GPU", "WRONG", f"{mismatch}: {reason}")
     if usable > node.gpus:
         return Finding("GPU", "warning", f"{usable} GPUs ({first}), but Ray may hand out {node.gpus:g}")
     return Finding("GPU", "ok", f"{usable} GPUs, driver {first}, CUDA {torch.version.cuda}")
@@ -140,11 +145,11 @@ def _gpus(node: Node) -> Finding:
 
 def _shared_memory() -> Finding:
     size = shutil.disk_usage("/dev/shm").total
-    words = f"{size / 2**30:.1f} GiB"
+    text = f"{size / 2**30:.1f} GiB"
     if size < SHARED_MEMORY:
-        words += ": NCCL and the object store need more; set docker's --shm-size, or mount an emptyDir"
-        return Finding("/dev/shm", "WRONG", words)
-    return Finding("/dev/shm", "ok", words)
+        text += ": NCCL and the object store need more; set docker's --shm-size, or mount an emptyDir"
+        return Finding("/dev/shm", "WRONG", text)
+    return Finding("/dev/shm", "ok", text)
 
 
 def _compiler(needed: bool) -> Finding:
@@ -179,8 +184,8 @@ def _store(store: str, megabytes: int) -> Finding:
         storage.delete(folder + "/")
     except (OSError, ValueError) as error:
         if finding.level == "ok":
-            words = f"{finding.words}; but nothing can be deleted, so old checkpoints and files of this check stay"
-            return Finding("store", "warning", f"{words}: {' '.join(str(error).split())}")
+            text = f"{finding.text}; but nothing can be deleted, so old checkpoints and files of this check stay"
+            return Finding("store", "warning", f"{text}: {' '.join(str(error).split())}")
     return finding
 
 
@@ -195,10 +200,10 @@ def _store_is_used(store: str, folder: str, megabytes: int) -> Finding:
     read = time.perf_counter()
     if storage.list_names(folder) != ["object"]:
         return Finding("store", "WRONG", f"{store} does not list an object that was just written")
-    claim = storage.join(folder, "claim")
-    if not storage.put_if_absent(claim, b"first") or storage.put_if_absent(claim, b"second"):
-        words = f"{store} does not support If-None-Match, so two writers could overwrite each other"
-        return Finding("store", "WRONG", words)
+    contested = storage.join(folder, "claim")
+    if not storage.put_if_absent(contested, b"first") or storage.put_if_absent(contested, b"second"):
+        text = f"{store} does not support If-None-Match, so two writers could overwrite each other"
+        return Finding("store", "WRONG", text)
     rates = f"{megabytes / (written - begin):.0f} MB/s written, {megabytes / (read - written):.0f} MB/s read"
     return Finding("store", "ok", f"{store}: {rates}, listed, created once")
 
@@ -206,22 +211,22 @@ def _store_is_used(store: str, folder: str, megabytes: int) -> Finding:
 # ------------------------------------------------------------------------------------------------ between nodes
 
 
-def _differences(answers: dict[Node, Examination]) -> list[Finding]:
+def _differences(examinations: dict[Node, Examination]) -> list[Finding]:
     """Compare package versions, environment variables and clocks of all nodes."""
     findings = []
     for package in (*PACKAGES, "python"):
-        found = {node: answer.versions[package] for node, answer in answers.items()}
-        if len(set(found.values())) > 1:
-            listed = ", ".join(f"{version} on {node}" for node, version in found.items())
+        by_node = {node: examination.versions[package] for node, examination in examinations.items()}
+        if len(set(by_node.values())) > 1:
+            listed = ", ".join(f"{version} on {node}" for node, version in by_node.items())
             findings.append(Finding("versions", "WRONG", f"{package}: {listed}; use one image on all nodes"))
     for name in SAME_EVERYWHERE:
-        if len({answer.environment[name] for answer in answers.values()}) > 1:
+        if len({examination.environment[name] for examination in examinations.values()}) > 1:
             findings.append(Finding("environment", "WRONG", f"{name} is not the same on all nodes"))
-    clocks = [answer.clock for answer in answers.values()]
+    clocks = [examination.clock for examination in examinations.values()]
     if clocks and (spread := max(clocks) - min(clocks)) > CLOCK_SECONDS:
         findings.append(Finding("clock", "WRONG", f"clocks differ by {spread:.0f} s; synchronise them by NTP"))
-    if not findings and answers:
-        versions = next(iter(answers.values())).versions
+    if not findings and examinations:
+        versions = next(iter(examinations.values())).versions
         findings.append(Finding("versions", "ok", ", ".join(f"{name} {version}" for name, version in versions.items())))
     return findings
 
@@ -233,33 +238,33 @@ def _tracking(config: DoctorConfig, machines: int) -> Finding:
     except ValueError as error:
         return Finding("MLflow", "WRONG", str(error))
     if not uri.startswith("http"):
-        words = f"{uri.split('://')[0]} file"
+        text = f"{uri.split('://')[0]} file"
         if machines == 1:
-            return Finding("MLflow", "ok", words)
-        return Finding("MLflow", "WRONG", f"{words}, but several machines need a server")
+            return Finding("MLflow", "ok", text)
+        return Finding("MLflow", "WRONG", f"{text}, but several machines need a server")
     begin = time.perf_counter()
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10) as answer:
-            answer.read()
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10) as response:
+            response.read()
     except OSError as error:
         return Finding("MLflow", "WRONG", f"{uri} does not answer: {error}")
     return Finding("MLflow", "ok", f"{uri} answers in {1e3 * (time.perf_counter() - begin):.0f} ms")
 
 
-def _network(there: list[Node], config: DoctorConfig) -> list[Finding]:
+def _network(cluster_nodes: list[Node], config: DoctorConfig) -> list[Finding]:
     """Time all-reduce between the nodes: by NCCL between GPUs, and by gloo."""
-    workers = [node for node in there if node.gpus] or [node for node in there if node.cpus]
+    workers = [node for node in cluster_nodes if node.gpus] or [node for node in cluster_nodes if node.cpus]
     if len(workers) < 2:
         return [Finding("all-reduce", "ok", "not needed on one node")]
-    found = []
+    findings = []
     for library in ("NCCL", "gloo") if all(node.gpus for node in workers) else ("gloo",):
         name = f"all-reduce by {library}"
         try:
             rate = all_reduce_bandwidth(workers, config.megabytes, config.timeout, use_gpu=library == "NCCL")
         except RuntimeError as error:
-            words = f"{error}: see {library.upper()}_SOCKET_IFNAME in the container file"
-            found.append(Finding(name, "WRONG", words))
+            text = f"{error}: see {library.upper()}_SOCKET_IFNAME in the container file"
+            findings.append(Finding(name, "WRONG", text))
         else:
-            words = f"{rate:.2f} GB/s between {len(workers)} nodes, {config.megabytes} MB"
-            found.append(Finding(name, "ok", words))
-    return found
+            text = f"{rate:.2f} GB/s between {len(workers)} nodes, {config.megabytes} MB"
+            findings.append(Finding(name, "ok", text))
+    return findings

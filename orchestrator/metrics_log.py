@@ -82,8 +82,8 @@ class MetricsLog:
                 self._write(b"".join(lines))
             except OSError as error:
                 if not self._failing:
-                    words = "%s cannot be written; the records wait in memory, the job continues: %s"
-                    log.warning(words, self._uri, error)
+                    message = "%s cannot be written; the records wait in memory, the job continues: %s"
+                    log.warning(message, self._uri, error)
                 self._failing = True
                 return
             self._failing = False
@@ -148,8 +148,8 @@ def read_records(folder: str) -> Iterator[Record]:
 
 def history(folder: str, name: str) -> list[tuple[int, float]]:
     """Return (step, value) of a metric of the run in `folder`; for a step that was repeated, the latest value."""
-    found = {r.step: r.metrics[name] for r in read_records(folder) if not r.child and name in r.metrics}
-    return sorted(found.items())
+    values = {r.step: r.metrics[name] for r in read_records(folder) if not r.child and name in r.metrics}
+    return sorted(values.items())
 
 
 def _parts(uri: str) -> dict[int, str]:

@@ -199,8 +199,8 @@ def _experiment(client: Any, uri: str) -> Any:
     from mlflow.exceptions import MlflowException
 
     name = experiment_name()
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         try:
             file = uri.removeprefix("sqlite:///")
             artifacts = os.path.join(os.path.dirname(file), "mlflow") if file != uri else None  # None: by the server
@@ -208,22 +208,22 @@ def _experiment(client: Any, uri: str) -> Any:
         except MlflowException:
             if client.get_experiment_by_name(name) is None:  # another job did not create it meanwhile
                 raise
-        found = client.get_experiment_by_name(name)
-    if found.lifecycle_stage == "deleted":
-        restore = f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
+        experiment = client.get_experiment_by_name(name)
+    if experiment.lifecycle_stage == "deleted":
+        restore = f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
         raise Refused(f"experiment {name} is deleted; restore it by {restore}, or set MLFLOW_EXPERIMENT_NAME")
     for key, value in KIND.items():
-        if key not in found.tags:  # created by an earlier version or by hand
-            client.set_experiment_tag(found.experiment_id, key, value)
-    return found
+        if key not in experiment.tags:  # created by an earlier version or by hand
+            client.set_experiment_tag(experiment.experiment_id, key, value)
+    return experiment
 
 
 def _run_of(client: Any, experiment: str, identity: str, name: str, tags: dict[str, str]) -> str:
     """Return the id of the run with this identity; create it if neither an earlier start nor a lost request did."""
     # MLflow's filters have no escapes, so quotes are percent-encoded.
-    identity = re.sub(r"[\"'`\\%\x00-\x1f]", lambda found: quote(found[0]), redact_patterns(identity))
-    if found := client.search_runs([experiment], f"tags.`{IDENTITY}` = '{identity}'", max_results=1):
-        return found[0].info.run_id
+    identity = re.sub(r"[\"'`\\%\x00-\x1f]", lambda match: quote(match[0]), redact_patterns(identity))
+    if runs := client.search_runs([experiment], f"tags.`{IDENTITY}` = '{identity}'", max_results=1):
+        return runs[0].info.run_id
     tags = {key: redact(value) for key, value in tags.items()} | {IDENTITY: identity}
     return client.create_run(experiment, run_name=redact_patterns(name), tags=tags).info.run_id
 
@@ -232,8 +232,8 @@ def _log_parameters(client: Any, run: str, values: dict[str, Any]) -> None:
     """Log the values of a nested dict by dotted names, without those that the run has already."""
     from mlflow.entities import Param
 
-    there = client.get_run(run).data.params  # MLflow does not let parameters change
-    texts = {name: redact(str(value)) for name, value in flatten(values).items() if name not in there}
+    logged = client.get_run(run).data.params  # MLflow does not let parameters change
+    texts = {name: redact(str(value)) for name, value in flatten(values).items() if name not in logged}
     new = [
         Param(key, text if len(text) <= LONGEST_PARAMETER else "long: see config.json") for key, text in texts.items()
     ]

@@ -199,15 +199,15 @@ class OrderPlan:
             ValueError: they are more than OPEN_BYTES_LIMIT.
         """
         streams, window, rows = len(self.streams(0, world_size)), self.config.shuffle_row_groups, int(self._sizes.max())
-        found = streams * window * rows * bytes_per_row
-        if found > OPEN_BYTES_LIMIT:
+        total = streams * window * rows * bytes_per_row
+        if total > OPEN_BYTES_LIMIT:
             raise ValueError(
-                f"a worker would hold {found / 2**30:.1f} GiB of open images ({streams} streams x window of {window} "
+                f"a worker would hold {total / 2**30:.1f} GiB of open images ({streams} streams x window of {window} "
                 f"row groups x {rows} rows x {bytes_per_row:,} bytes); at most {OPEN_BYTES_LIMIT / 2**30:.0f} GiB are "
                 f"accepted: raise num_workers, or lower order.shuffle_row_groups={window} or "
                 f"order.num_streams={self.config.num_streams}, or prepare the dataset with smaller row groups"
             )
-        return found
+        return total
 
     def _windows(self, order: np.ndarray, stream: int) -> Iterator[_Window]:
         """Yield the windows of a stream that the epoch's batches use."""

@@ -90,8 +90,8 @@ def distances_figure(distances: dict[str, list[float]]) -> bytes:
     figure, axis = subplots(figsize=(8.6, 2.6))
     bins = np.linspace(0, max(map(max, distances.values())), 50).tolist()
     labels = {"samples": "samples", "held_out": "held-out real images"}
-    for colour, (name, found) in zip(COLOURS, distances.items(), strict=False):
-        axis.hist(found, bins=bins, density=True, alpha=0.55, color=colour, label=labels[name])
+    for colour, (name, values) in zip(COLOURS, distances.items(), strict=False):
+        axis.hist(values, bins=bins, density=True, alpha=0.55, color=colour, label=labels[name])
     axis.set(xlabel="root mean square distance to the nearest training image, grey levels of 255", yticks=[])
     axis.legend(frameon=False)
     return figure_png(figure)

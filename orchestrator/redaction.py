@@ -93,11 +93,11 @@ def _redact_logs() -> None:
 def _secret_values() -> Iterator[str]:
     """Yield the secret values of the environment in every form in which they may be written."""
     for name, value in os.environ.items():
-        found = [value] if _NAMES.search(name) else []
+        secrets = [value] if _NAMES.search(name) else []
         if address := re.match(r"[\w+.-]+://([^/\s]*)@", value):
             user, _, password = address[1].partition(":")
-            found += [f"{user}:{password}", password or user]
-        for secret in found:
+            secrets += [f"{user}:{password}", password or user]
+        for secret in secrets:
             for form in {secret, unquote(secret), quote(secret, safe=""), json.dumps(secret)[1:-1]}:
                 if len(form) >= SHORTEST_VALUE:
                     yield form

@@ -159,8 +159,8 @@ def open_output(uri: str) -> Iterator[BinaryIO]:
         try:
             file.discard()
         except (OSError, botocore.exceptions.BotoCoreError) as error:
-            words = "an unfinished upload of %s remains until the bucket's lifecycle rule deletes it: %s"
-            log.warning(words, without_passwords(uri), reason(error))
+            message = "an unfinished upload of %s remains until the bucket's lifecycle rule deletes it: %s"
+            log.warning(message, without_passwords(uri), reason(error))
         raise
 
 
@@ -188,14 +188,14 @@ def list_names(uri: str, recursive: bool = False) -> list[str]:
         if recursive and not place.is_s3:  # fsspec's own walk omits folders that it cannot list
             return sorted(name for files in list_tree(uri) for name, _ in files if not name.endswith("/"))
         if recursive:
-            found = attempt("list", place, place.fs.find, place.path, detail=True).values()
+            entries = attempt("list", place, place.fs.find, place.path, detail=True).values()
         else:
-            found = attempt("list", place, place.fs.ls, place.path, detail=True)
+            entries = attempt("list", place, place.fs.ls, place.path, detail=True)
     except FileNotFoundError:
         return []
     prefix = place.path.rstrip("/") + "/"
     names = []
-    for entry in found:
+    for entry in entries:
         is_folder = entry["type"] == "directory"
         name = entry["name"].rstrip("/") if is_folder else entry["name"]
         if name.startswith(prefix) and not name.endswith("/") and not is_part(name):
@@ -206,8 +206,8 @@ def list_names(uri: str, recursive: bool = False) -> list[str]:
 def size_of(uri: str) -> int | None:
     """Return the size of an object in bytes, or None for a folder. Raises FileNotFoundError if there is neither."""
     place = _locate(uri)
-    found = attempt("look up", place, place.fs.info, place.path)
-    return None if found["type"] == "directory" else found["size"]
+    info = attempt("look up", place, place.fs.info, place.path)
+    return None if info["type"] == "directory" else info["size"]
 
 
 def list_tree(uri: str) -> Iterator[list[tuple[str, int]]]:
@@ -279,7 +279,7 @@ def read_ranges(uri: str, ranges: Sequence[Range]) -> list[bytes]:
         ValueError: an object ends before a range does.
     """
     root = _locate(uri)
-    found: dict[int, bytes] = {index: b"" for index, wanted in enumerate(ranges) if not wanted.size}
+    contents: dict[int, bytes] = {index: b"" for index, requested in enumerate(ranges) if not requested.size}
 
     def read(group: list[int]) -> None:
         first, last = ranges[group[0]], ranges[group[-1]]
@@ -291,18 +291,18 @@ def read_ranges(uri: str, ranges: Sequence[Range]) -> list[bytes]:
             raise ValueError(f"{place.uri} ends at byte {end}; expected {last.size} bytes at {last.start}")
         for index in group:
             begin = ranges[index].start - first.start
-            found[index] = bytes(data[begin : begin + ranges[index].size])
+            contents[index] = bytes(data[begin : begin + ranges[index].size])
 
     with ThreadPoolExecutor(_REQUESTS) as threads:
         list(threads.map(read, _merged(ranges)))
-    return [found[index] for index in range(len(ranges))]
+    return [contents[index] for index in range(len(ranges))]
 
 
 def _merged(ranges: Sequence[Range]) -> list[list[int]]:
     """Return lists of indices of ranges, one list for each request, sorted by their places."""
     groups: list[list[int]] = []
     begin = end = 0
-    for index in sorted((i for i, wanted in enumerate(ranges) if wanted.size), key=lambda i: ranges[i]):
+    for index in sorted((i for i, requested in enumerate(ranges) if requested.size), key=lambda i: ranges[i]):
         name, start, size = ranges[index]
         same = groups and ranges[groups[-1][0]].name == name
         if same and start <= end + _MERGE_GAP and start + size <= begin + _MERGED_BYTES:

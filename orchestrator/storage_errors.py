@@ -111,9 +111,9 @@ def attempt(action: str, place: Place, function: Callable[P, T], *args: P.args, 
         nonlocal is_reported
         if not is_reported and (state.seconds_since_start or 0) >= _REPORT_SECONDS and state.outcome:
             is_reported = True
-            words = "%s does not respond (%s); the job waits and retries for up to %g s"
+            message = "%s does not respond (%s); the job waits and retries for up to %g s"
             cause = reason(state.outcome.exception())
-            log.warning(words, without_passwords(place.uri), cause, _retry_seconds())
+            log.warning(message, without_passwords(place.uri), cause, _retry_seconds())
 
     patiently = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_is_transient),
@@ -148,11 +148,11 @@ def _clarified(place: Place, function: Callable[P, T], *args: P.args, **kwargs: 
 
 def _retry_seconds() -> float:
     """Return how long transient errors are retried. Raises ValueError if the variable is no number."""
-    given = os.environ.get("ADMIRAL_STORAGE_RETRY_SECONDS") or _RETRY_SECONDS
+    value = os.environ.get("ADMIRAL_STORAGE_RETRY_SECONDS") or _RETRY_SECONDS
     with contextlib.suppress(ValueError):
-        if (seconds := float(given)) >= 0:
+        if (seconds := float(value)) >= 0:
             return seconds
-    raise ValueError(f"ADMIRAL_STORAGE_RETRY_SECONDS={given}; expected a number of seconds, 0 or more")
+    raise ValueError(f"ADMIRAL_STORAGE_RETRY_SECONDS={value}; expected a number of seconds, 0 or more")
 
 
 def explained(action: str, place: Place, error: BaseException) -> OSError:
@@ -162,8 +162,8 @@ def explained(action: str, place: Place, error: BaseException) -> OSError:
     kind: type[OSError] = OSError
     if _is_redirect_loop(error):
         code = "PermanentRedirect"
-    if words := _WORDS.get(code) or _WORDS.get(cast(int, number)):
-        wrong, advice = f": {words[0]}", words[1]
+    if explanation := _WORDS.get(code) or _WORDS.get(cast(int, number)):
+        wrong, advice = f": {explanation[0]}", explanation[1]
         kind = PermissionError if code == "400" else FileNotFoundError if code == "NoSuchUpload" else OSError
     elif gated or isinstance(error, (PermissionError, *_NO_CREDENTIALS)) or code in _REFUSED_CREDENTIALS:
         kind, wrong = PermissionError, f": access denied ({reason(error)})"

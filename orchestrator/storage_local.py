@@ -103,8 +103,8 @@ def _remove_dead_parts(folder: Path) -> None:
     """Remove the unfinished files of processes of this host that have ended, as far as that is possible."""
     with contextlib.suppress(OSError):
         for name in filter(is_part, os.listdir(folder)):
-            found = re.fullmatch(rf"\.{re.escape(socket.gethostname())}\.(\d+)\.\w+\.part", name)
-            if not found or psutil.pid_exists(int(found[1])):
+            match = re.fullmatch(rf"\.{re.escape(socket.gethostname())}\.(\d+)\.\w+\.part", name)
+            if not match or psutil.pid_exists(int(match[1])):
                 continue
             # The process may run in another container of this name under another id. Then it holds the lock. Without
             # locks no file is removed.

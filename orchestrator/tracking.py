@@ -156,8 +156,8 @@ class Tracker:
             print(f"View run: {self._mlflow.page}")
         if self.unsent:
             place = storage.join(self._output, metrics_log.NAME)
-            words = "%d records are in %s and not in %s; the same command sends them once it answers"
-            log.warning(words, self.unsent, place, self._mlflow.where)
+            message = "%d records are in %s and not in %s; the same command sends them once it answers"
+            log.warning(message, self.unsent, place, self._mlflow.where)
         if lost := self._artifacts.unfinished_tasks + self._dropped:
             log.warning("%d artefacts are not in %s", lost, self._mlflow.where)
         if self._refused:
@@ -178,8 +178,8 @@ class Tracker:
             pass
         except _PermanentError as refused:
             if self._answered.is_set():
-                words = "%s takes no more records, the job continues: %s"
-                log.warning(words, self._mlflow.where, reason(refused.error))
+                message = "%s takes no more records, the job continues: %s"
+                log.warning(message, self._mlflow.where, reason(refused.error))
             else:
                 self._refusal = refused.error
                 self._answered.set()
@@ -254,8 +254,8 @@ class Tracker:
                 if is_refused(error, opening=not self._answered.is_set()):
                     raise _PermanentError(error) from error
                 if not away:
-                    words = "%s is unreachable; retrying in the background, the job continues: %s"
-                    log.warning(words, what, reason(error))
+                    message = "%s is unreachable; retrying in the background, the job continues: %s"
+                    log.warning(message, what, reason(error))
                 away = True
                 self._answered.set()
                 self._abandoned.wait(RETRY_SECONDS)
@@ -266,8 +266,8 @@ class Tracker:
 
     def _refuse(self, what: str, error: Exception) -> None:
         if self._refused < REFUSALS_NAMED:
-            words = "%s refuses %s, which is left out there; the job continues and counts all such records: %s"
-            log.warning(words, self._mlflow.where, what, reason(error))
+            message = "%s refuses %s, which is left out there; the job continues and counts all such records: %s"
+            log.warning(message, self._mlflow.where, what, reason(error))
         self._refused += 1
 
 

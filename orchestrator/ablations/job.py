@@ -56,9 +56,9 @@ def run_ablations(config: AblationsConfig) -> str:
     table, output = config.read_table(), config.path(config.output)
     replicates = [Replicate(row, seed) for row in table.rows for seed in table.seeds]
     trainings = _trainings(config, table, replicates)
-    for one in replicates:  # raises errors in the table before the first training
-        config.evaluation(table, *one)
-        config.bound(table, *one)
+    for replicate in replicates:  # raises errors in the table before the first training
+        config.evaluation(table, *replicate)
+        config.bound(table, *replicate)
     check_or_write_config(output, config, finished=bool(storage.list_names(storage.join(output, "runs"))))
     cpus = config.num_workers * (config.num_threads + CPUS_OF_DATA)
     with (
@@ -67,18 +67,18 @@ def run_ablations(config: AblationsConfig) -> str:
     ):
         _train_all(config, trainings)
         failed, measured = dict[str, str](), list[Measured]()
-        for number, one in enumerate(replicates, 1):
-            print(f"{one}: evaluation {number} of {len(replicates)}", flush=True)
-            reason = _failure(config, config.training(table, *one))
+        for number, replicate in enumerate(replicates, 1):
+            print(f"{replicate}: evaluation {number} of {len(replicates)}", flush=True)
+            reason = _failure(config, config.training(table, *replicate))
             try:
                 if not reason:
-                    measured.append(_measure(config, table, one))
+                    measured.append(_measure(config, table, replicate))
                     _track(measured[-1], tracker)
             except FAILURES as error:
                 reason = f"{type(error).__name__}: {error}"
             if reason:
-                failed[str(one)] = reason
-                log.warning("%s failed, the other rows continue: %s", one, reason)
+                failed[str(replicate)] = reason
+                log.warning("%s failed, the other rows continue: %s", replicate, reason)
         result = {"table": table.model_dump(mode="json"), **conclude(table.compared_with(), measured, failed)}
         page, picture = ablations_page(result)
         storage.write_bytes(storage.join(output, "ablations.png"), picture)
@@ -98,7 +98,7 @@ def run_ablations(config: AblationsConfig) -> str:
 
 def _trainings(config: AblationsConfig, table: Table, replicates: list[Replicate]) -> dict[str, AdmConfig]:
     """Return the trainings of the table by the name of their folder; rows may share one."""
-    trainings = (config.training(table, *one) for one in replicates)
+    trainings = (config.training(table, *replicate) for replicate in replicates)
     return {training.output.rpartition("/")[2]: training for training in trainings}
 
 
@@ -137,30 +137,30 @@ def _failure(config: AblationsConfig, training: AdmConfig) -> str:
 # ------------------------------------------------------------------------------------------------ evaluations
 
 
-def _measure(config: AblationsConfig, table: Table, one: Replicate) -> Measured:
+def _measure(config: AblationsConfig, table: Table, replicate: Replicate) -> Measured:
     """Evaluate a row's run, and return the results of its last snapshot."""
-    training, evaluation = config.training(table, *one), config.evaluation(table, *one)
+    training, evaluation = config.training(table, *replicate), config.evaluation(table, *replicate)
     quality = storage.read_json(evaluate_run(evaluation))
     last = max(quality["points"], key=lambda point: (point["images"], point["average"]))
     task = Evaluation(Setting(**last["setting"]), evaluation.num_samples, evaluation.seed)
     outcome = read_outcome(evaluation, task)
     values = dict(last["objective"])
-    if bound := config.bound(table, *one):
+    if bound := config.bound(table, *replicate):
         values[BITS] = storage.read_json(estimate(bound))["bits_per_dim"]
     rates = [rate for _, rate in history(config.path(training.output), "images_per_second")]
     seconds = training.length / float(np.median(rates)) if rates else None
     return Measured(
-        one.row, one.seed, quality, last, values, outcome.scores, outcome.strata,
+        replicate.row, replicate.seed, quality, last, values, outcome.scores, outcome.strata,
         seconds and seconds * max(config.num_workers, 1) / 3600, count_parameters(training.model),
     )  # fmt: skip
 
 
-def _track(one: Measured, tracker: Tracker) -> None:
+def _track(measured: Measured, tracker: Tracker) -> None:
     """Log a replicate as a child run: its objectives along the training, and bits/dim."""
-    points = [point for point in one.quality["points"] if point["curve"] == one.last["curve"]]
-    history = {p["images"]: {name: found["value"] for name, found in p["objective"].items()} for p in points}
-    history[one.last["images"]] = {name: found["value"] for name, found in one.values.items()}
-    tracker.child(f"{one.row}, seed {one.seed}", {"row": one.row, "seed": one.seed}, history)
+    points = [point for point in measured.quality["points"] if point["curve"] == measured.last["curve"]]
+    history = {p["images"]: {name: metric["value"] for name, metric in p["objective"].items()} for p in points}
+    history[measured.last["images"]] = {name: metric["value"] for name, metric in measured.values.items()}
+    tracker.child(f"{measured.row}, seed {measured.seed}", {"row": measured.row, "seed": measured.seed}, history)
 
 
 def plan(config: AblationsConfig) -> tuple[AblationsConfig, str]:
@@ -171,12 +171,12 @@ def plan(config: AblationsConfig) -> tuple[AblationsConfig, str]:
     lines = [f"writes  {config.path(config.output)}: {len(trainings)} trainings, {len(replicates)} evaluations"]
     for name, training in trainings.items():
         cost = training_cost(training.model, training.length, memory_of(training, training.model, workers))
-        taken = gpu_seconds(cost, config.cost, training.dtype != "float32") / 3600
-        time = f"{taken:,.3g} {config.cost.gpu}-hours" if config.num_gpus else f"{cost.flops:.3g} FLOPs"
+        gpu_hours = gpu_seconds(cost, config.cost, training.dtype != "float32") / 3600
+        time = f"{gpu_hours:,.3g} {config.cost.gpu}-hours" if config.num_gpus else f"{cost.flops:.3g} FLOPs"
         size = f"{count_parameters(training.model):,} parameters, {training.length:,} images"
         lines.append(f"trains  {name}: {size}, {time}")
-        hours += taken
-    samples = sum(config.evaluation(table, *one).num_samples for one in replicates)
+        hours += gpu_hours
+    samples = sum(config.evaluation(table, *replicate).num_samples for replicate in replicates)
     lines.append(f"samples {samples:,} for each snapshot, over all runs")
     if config.num_gpus:
         mfu = assumed_mfu(config.cost, TRAINING)

@@ -16,8 +16,8 @@ def ablations_page(result: Json) -> tuple[str, bytes]:
     """Return the page for the content of ablations.json, and its picture (PNG)."""
     picture = quality_figure(result)
     notes: dict[str, list[str]] = {}
-    for row, found in result["rows"].items():
-        notes.setdefault(next(iter(found["values"].values()))["note"], []).append(row)
+    for row, entry in result["rows"].items():
+        notes.setdefault(next(iter(entry["values"].values()))["note"], []).append(row)
     page = template(Path(__file__).with_suffix(".html")).render(
         result=result,
         number=number,
@@ -32,15 +32,15 @@ def quality_figure(result: Json) -> bytes:
     """Draw the first objective along each training, and the final one against worker-hours and parameters."""
     name = result["objective"][0]
     figure, (along, hours, parameters) = subplots(1, 3, figsize=(10.8, 3.6))
-    for index, (row, found) in enumerate(result["rows"].items()):
+    for index, (row, entry) in enumerate(result["rows"].items()):
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index // len(COLOURS) % len(MARKERS)]
-        images = [point["images"] for point in found["curve"]]
-        values = [point[name] for point in found["curve"]]
+        images = [point["images"] for point in entry["curve"]]
+        values = [point[name] for point in entry["curve"]]
         along.plot(images, values, f"{marker}-", color=colour, markersize=4, label=row)
-        value = found["values"][name]
+        value = entry["values"][name]
         ends = value["interval"] or [value["value"]] * 2
         error = [[value["value"] - ends[0]], [ends[1] - value["value"]]]
-        for axis, x in ((hours, found["hours"]), (parameters, found["parameters"] / 1e6)):
+        for axis, x in ((hours, entry["hours"]), (parameters, entry["parameters"] / 1e6)):
             if x is not None:
                 axis.errorbar(x, value["value"], yerr=error, fmt=marker, color=colour, markersize=5)
     title = f"{name.replace('_', ' ')}, bias-corrected"

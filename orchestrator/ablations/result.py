@@ -42,31 +42,33 @@ def conclude(against: dict[str, str | None], measured: list[Measured], failed: d
         raise RuntimeError(f"all rows failed: {failed}")
     replicates = {row: [one for one in measured if one.row == row] for row in against}
     rows = {
-        row: _row(mine, other, replicates[other] if other else [])
+        row: _row(results, other, replicates[other] if other else [])
         for row, other in against.items()
-        if (mine := replicates[row])
+        if (results := replicates[row])
     }
     return {"rows": rows, "failed": failed, "objective": measured[0].quality["objective"]}
 
 
-def _row(mine: list[Measured], against: str | None, others: list[Measured]) -> Json:
-    objectives, hours = mine[0].quality["objective"], [one.hours for one in mine if one.hours is not None]
-    metrics = {name: [one.last["metrics"][name]["value"] for one in mine] for name in mine[0].last["metrics"]}
+def _row(replicates: list[Measured], against: str | None, others: list[Measured]) -> Json:
+    objectives, hours = replicates[0].quality["objective"], [one.hours for one in replicates if one.hours is not None]
+    metrics = {
+        name: [one.last["metrics"][name]["value"] for one in replicates] for name in replicates[0].last["metrics"]
+    }
     return {
-        "seeds": [one.seed for one in mine],
-        "images": mine[0].last["images"],
-        "average": mine[0].last["average"],
-        "evaluations": mine[0].last["evaluations"],
-        "parameters": mine[0].parameters,
+        "seeds": [one.seed for one in replicates],
+        "images": replicates[0].last["images"],
+        "average": replicates[0].last["average"],
+        "evaluations": replicates[0].last["evaluations"],
+        "parameters": replicates[0].parameters,
         "hours": float(np.mean(hours)) if hours else None,
-        "values": {name: describe(_mean([one.values[name] for one in mine])) for name in mine[0].values},
-        "metrics": {name: float(np.mean(found)) for name, found in metrics.items()},
+        "values": {name: describe(_mean([one.values[name] for one in replicates])) for name in replicates[0].values},
+        "metrics": {name: float(np.mean(values)) for name, values in metrics.items()},
         "against": against,
-        "differences": {name: _difference(mine, others, name) for name in mine[0].values} if others else {},
+        "differences": {name: _difference(replicates, others, name) for name in replicates[0].values} if others else {},
         "curve": [
             {"images": point["images"], **{name: point["objective"][name]["value"] for name in objectives}}
-            for point in mine[0].quality["points"]
-            if point["curve"] == mine[0].last["curve"]
+            for point in replicates[0].quality["points"]
+            if point["curve"] == replicates[0].last["curve"]
         ],
     }
 
@@ -76,18 +78,18 @@ def _mean(estimates: list[Json]) -> Estimate:
 
     For one training seed, the interval is that of its estimate.
     """
-    count, mean = len(estimates), float(np.mean([found["value"] for found in estimates]))
+    count, mean = len(estimates), float(np.mean([estimate["value"] for estimate in estimates]))
     if count == 1:
         low, high = estimates[0]["interval"] or (None, None)
         return Estimate(mean, 1, low, high, ONE_SEED)
-    spread = float(np.std([found["value"] for found in estimates], ddof=1))
+    spread = float(np.std([estimate["value"] for estimate in estimates], ddof=1))
     half = student_quantile(0.975, count - 1) * spread / np.sqrt(count)
     return Estimate(mean, count, mean - half, mean + half, note=f"over {count} training seeds")
 
 
-def _difference(mine: list[Measured], others: list[Measured], name: str) -> Json | None:
+def _difference(replicates: list[Measured], others: list[Measured], name: str) -> Json | None:
     """Return this row minus another, paired by training seed, labels and noise; None = they share no seed."""
-    pairs = [(one, other) for one in mine for other in others if one.seed == other.seed]
+    pairs = [(one, other) for one in replicates for other in others if one.seed == other.seed]
     if not pairs:
         return None
     return describe(_mean([_paired(one, other, name) for one, other in pairs]))
@@ -105,12 +107,12 @@ def table_lines(result: Json) -> list[str]:
     """Return the table for a terminal: values, and differences from the row with which each row is compared."""
     names = list(next(iter(result["rows"].values()))["values"])
     lines = [f"{'row':28}" + "".join(f"{name:>34}  {'difference':28}" for name in names) + "  parameters   hours"]
-    for row, found in result["rows"].items():
+    for row, entry in result["rows"].items():
         cells = ""
         for name in names:
-            difference = found["differences"].get(name)
-            cells += f"{number(found['values'][name]):>34}  {number(difference) if difference else '':28}"
-        hours = "" if found["hours"] is None else f"{found['hours']:6.3g}"
-        lines.append(f"{row:28}{cells}  {found['parameters']:10,}  {hours}")
+            difference = entry["differences"].get(name)
+            cells += f"{number(entry['values'][name]):>34}  {number(difference) if difference else '':28}"
+        hours = "" if entry["hours"] is None else f"{entry['hours']:6.3g}"
+        lines.append(f"{row:28}{cells}  {entry['parameters']:10,}  {hours}")
     lines += [f"failed  {what}: {reason}" for what, reason in result["failed"].items()]
     return lines

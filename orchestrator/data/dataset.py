@@ -138,14 +138,14 @@ def load_manifest(folder: str) -> Manifest:
     """
     uri = storage.join(folder, "manifest.json")
     try:
-        found = Manifest.model_validate(storage.read_json(uri))
+        manifest = Manifest.model_validate(storage.read_json(uri))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{folder} holds no finished dataset: run jobs/prepare_dataset.py first") from error
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
         raise ValueError(f"{uri} is not a manifest of format 1: {where}: {problem['msg']}") from error
-    return found.model_copy(update={"folder": storage.resolve(folder)})
+    return manifest.model_copy(update={"folder": storage.resolve(folder)})
 
 
 # ------------------------------------------------------------------------------------------------- batches
@@ -324,13 +324,13 @@ class _Reader:
     def _fill(self, block: Block, place: int, table: pa.Table, group: int, row: int, epoch: int) -> None:
         """Fill in one sample. If its image cannot be decoded, it gets the next good image of its row group."""
         sample = int(block["samples"][place])
-        image, found = self._next_good(table, group, row)
-        label = table["label"][found].as_py() if self._manifest.label_column else -1
+        image, used_row = self._next_good(table, group, row)
+        label = table["label"][used_row].as_py() if self._manifest.label_column else -1
         label = self._numbers.get(label, -1) if isinstance(label, str) else label
         if self._num_classes and not 0 <= label < self._num_classes:
             raise ValueError(
-                f"label {label} of row {found} in {self._named(group)} is not in [0, {self._num_classes}); prepare the "
-                "dataset again"
+                f"label {label} of row {used_row} in {self._named(group)} is not in [0, {self._num_classes}); prepare "
+                "the dataset again"
             )
         mirrored = self._flip and sample_rng(self._seed, epoch, sample, Purpose.FLIP).random() < 0.5
         if self._crop == "random":
@@ -338,13 +338,13 @@ class _Reader:
         else:
             pixels = center_crop(image, self._image_size)
         block["images"][place] = pixels[:, ::-1] if mirrored else pixels
-        block["labels"][place], block["flips"][place], block["undecodable"][place] = label, mirrored, found != row
+        block["labels"][place], block["flips"][place], block["undecodable"][place] = label, mirrored, used_row != row
 
     def _next_good(self, table: pa.Table, group: int, row: int) -> tuple[Image.Image, int]:
         """Return the first image from `row` on that can be decoded, and its row; after the last row comes the first."""
-        for found in (*range(row, len(table)), *range(row)):
+        for candidate in (*range(row, len(table)), *range(row)):
             try:
-                return self._manifest.decode(table["image"][found].as_py() or b""), found
+                return self._manifest.decode(table["image"][candidate].as_py() or b""), candidate
             except ValueError:
                 continue  # counted by the caller: the row is marked as undecodable
         raise ValueError(f"no image of {self._named(group)} can be decoded")

@@ -116,11 +116,11 @@ def _colour(background: str) -> tuple[int, int, int] | None:
         return None
     try:
         numbers = re.fullmatch(r"(\d{1,3}),(\d{1,3}),(\d{1,3})", background)
-        found = tuple(map(int, numbers.groups())) if numbers else ImageColor.getrgb(background)
+        colour = tuple(map(int, numbers.groups())) if numbers else ImageColor.getrgb(background)
     except ValueError:
-        found = ()
-    if len(found) != 3 or max(found) > 255:
+        colour = ()
+    if len(colour) != 3 or max(colour) > 255:
         raise ValueError(
             f"--background {background} is not a colour; accepted: drop, white, black, or R,G,B from 0 to 255"
         )
-    return found[0], found[1], found[2]
+    return colour[0], colour[1], colour[2]

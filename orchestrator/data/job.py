@@ -91,12 +91,12 @@ def prepare_and_track(config: PrepareConfig) -> str:
         f"{output}: {described} images of {counted(len(manifest.classes), 'class')}, {manifest.quarantined} quarantined"
     )
     report = storage.read_json(storage.join(output, "report.json"))
-    for split, found in report.get("splits", {}).items():  # classes of registered files are not counted
-        if small := found.get("small_classes"):
+    for split, entry in report.get("splits", {}).items():  # classes of registered files are not counted
+        if small := entry.get("small_classes"):
             names = ", ".join(f"{name} ({count})" for name, count in small.items())
             print(f"  classes of {split} with fewer than {SMALL_CLASS} images: {names}")
-    for kind, found in report["findings"].items():
-        print(f"  {finding_text(kind, Finding.model_validate(found))}")
+    for kind, entry in report["findings"].items():
+        print(f"  {finding_text(kind, Finding.model_validate(entry))}")
     command = next_command("train_adm", dataset=config.output)
     print_closing([storage.join(output, "contact-sheet.png")], [command])
     return output
@@ -159,9 +159,9 @@ def _registers(config: PrepareConfig, listing: Listing) -> bool:
 
 def _understand_registered(config: PrepareConfig, listing: Listing) -> tuple[Manifest, Understanding]:
     """Return the manifest of Parquet files that stay where they are, and print what was understood of them."""
-    found = open_parquet(listing, config)
-    manifest, findings = found.register(config.name)
-    understanding = understand_registered(found, manifest, findings)
+    source = open_parquet(listing, config)
+    manifest, findings = source.register(config.name)
+    understanding = understand_registered(source, manifest, findings)
     _show(config, understanding)
     decoding = {"background": config.background, "exif_orientation": config.exif_orientation}
     return manifest.model_copy(update=decoding), understanding
@@ -175,29 +175,31 @@ def _understand(config: PrepareConfig, listing: Listing) -> tuple[Source, Unders
     return source, understanding, _order(source, config)
 
 
-def _show(config: PrepareConfig, found: Understanding) -> None:
+def _show(config: PrepareConfig, understanding: Understanding) -> None:
     """Print what was understood of the source.
 
     Raises:
         ValueError: it is suspicious, and the user has not accepted it.
     """
-    print(found.text(config.background, config.exif_orientation), flush=True)
-    if found.suspicions and not config.accept_classes:
-        raise ValueError(f"--source {found.source} looks suspicious: {'; '.join(found.suspicions.values())}")
+    print(understanding.text(config.background, config.exif_orientation), flush=True)
+    if understanding.suspicions and not config.accept_classes:
+        raise ValueError(
+            f"--source {understanding.source} looks suspicious: {'; '.join(understanding.suspicions.values())}"
+        )
 
 
 def _agree_on_plan(config: PrepareConfig, output: str, listing: Listing) -> Plan:
     """Return the plan of an earlier attempt if config and source are unchanged, else write a new one."""
-    folder, found = storage.join(output, "staged"), read_plan(output)
-    if found is not None and _holds(config, output, listing, found):
-        if found.source == folder and not storage.exists(folder):  # it was deleted
+    folder, existing = storage.join(output, "staged"), read_plan(output)
+    if existing is not None and _holds(config, output, listing, existing):
+        if existing.source == folder and not storage.exists(folder):  # it was deleted
             staged(read_source(listing, config), folder, config.num_workers)
-        return found
+        return existing
     source, understanding, order = _understand(config, listing)
     check_or_write_config(output, config, finished=False)
     if source.reading.images is not None:
         source = staged(source, folder, config.num_workers)
-    made = Plan(
+    new_plan = Plan(
         source=source.uri,
         digest=listing.digest(),
         classes=source.classes,
@@ -206,8 +208,8 @@ def _agree_on_plan(config: PrepareConfig, output: str, listing: Listing) -> Plan
         exif_orientation=config.exif_orientation,
         understanding=understanding,
     )
-    write_plan(output, made, source, order)
-    return made
+    write_plan(output, new_plan, source, order)
+    return new_plan
 
 
 def _holds(config: PrepareConfig, output: str, listing: Listing, plan: Plan) -> bool:
@@ -241,9 +243,9 @@ def _order(source: Source, config: PrepareConfig) -> dict[str, np.ndarray]:
         ValueError: the source already has validation images.
     """
     shuffled = keyed_rng(Purpose.SHARDS, config.seed).permutation(len(source.index))
-    given = source.index["split"].to_numpy()[shuffled]
-    given[given == ""] = "train"
-    order = {split: shuffled[given == split] for split in ("train", "validation", "test")}
+    splits = source.index["split"].to_numpy()[shuffled]
+    splits[splits == ""] = "train"
+    order = {split: shuffled[splits == split] for split in ("train", "validation", "test")}
     if config.validation_fraction:
         if len(order["validation"]):
             raise ValueError(
@@ -261,13 +263,13 @@ def _order(source: Source, config: PrepareConfig) -> dict[str, np.ndarray]:
 def _write_shards(config: PrepareConfig, output: str, plan: Plan) -> list[Facts]:
     """Write the missing shards, and return the facts about all shards in the order of the plan."""
     allowed = math.floor(config.max_corrupt_fraction * plan.num_images)
-    found: dict[int, Facts] = {}
+    written: dict[int, Facts] = {}
     quarantine: list[dict[str, str]] = []
     done = 0
     with progress_line(plan.num_images, "images") as progress:
         make_writer = partial(make_shard_writer, output, config.resolution)
         for number, facts in map_items(make_writer, range(len(plan.shards)), config.num_workers):
-            found[number] = facts
+            written[number] = facts
             quarantine += facts.quarantine
             if len(quarantine) > allowed:
                 named = "; ".join(f"{entry['key']}: {entry['reason']}" for entry in quarantine[:3])
@@ -278,7 +280,7 @@ def _write_shards(config: PrepareConfig, output: str, plan: Plan) -> list[Facts]
                 )
             done += plan.shards[number].num_images
             progress.update_to(done, quarantined=len(quarantine))
-    return [found[number] for number in range(len(plan.shards))]
+    return [written[number] for number in range(len(plan.shards))]
 
 
 def _summarize(config: PrepareConfig, output: str, plan: Plan, facts: list[Facts]) -> None:
@@ -299,7 +301,7 @@ def _summarize(config: PrepareConfig, output: str, plan: Plan, facts: list[Facts
     manifest = Manifest(
         name=config.name,
         classes=plan.classes,
-        splits={split: tuple(fact.shard for fact in found) for split, found in by_split.items()},
+        splits={split: tuple(fact.shard for fact in split_facts) for split, split_facts in by_split.items()},
         width=_span([fact.width for fact in facts]),
         height=_span([fact.height for fact in facts]),
         quarantined=len(quarantine),
@@ -308,7 +310,7 @@ def _summarize(config: PrepareConfig, output: str, plan: Plan, facts: list[Facts
         exif_orientation=config.exif_orientation,
         content=_content(facts),
     )
-    splits = {split: _class_counts(plan.classes, found) for split, found in by_split.items()}
+    splits = {split: _class_counts(plan.classes, split_facts) for split, split_facts in by_split.items()}
     _finish(output, manifest, plan.understanding, findings, splits=splits)
 
 
@@ -323,8 +325,8 @@ def _content(facts: list[Facts]) -> str:
 
 def _copies(by_split: dict[str, list[Facts]]) -> Findings:
     """Return the images whose bytes equal those of an earlier image, in the same split or in another one."""
-    rows = pa.concat_tables(fact.rows for found in by_split.values() for fact in found)
-    counts = [sum(fact.shard.rows for fact in found) for found in by_split.values()]
+    rows = pa.concat_tables(fact.rows for facts in by_split.values() for fact in facts)
+    counts = [sum(fact.shard.rows for fact in facts) for facts in by_split.values()]
     split = np.repeat(np.arange(len(counts)), counts)
     digests = np.frombuffer(b"".join(rows["sha256"].to_pylist()), "S32")
     _, first, group = np.unique(digests, return_index=True, return_inverse=True)
@@ -362,7 +364,7 @@ def _class_counts(classes: tuple[str, ...], facts: list[Facts]) -> dict[str, Any
 
 def _finish(output: str, manifest: Manifest, understanding: Understanding, findings: Findings, **counts: Any) -> None:
     """Write the report, then the manifest, which marks the dataset as finished."""
-    plain = {kind: found.model_dump(mode="json") for kind, found in findings.items()}
+    plain = {kind: entry.model_dump(mode="json") for kind, entry in findings.items()}
     report = {"understanding": understanding.model_dump(mode="json"), **counts, "findings": plain}
     storage.write_json(storage.join(output, "report.json"), redact_tree(report))
     storage.put_if_absent(storage.join(output, "manifest.json"), storage.json_bytes(manifest.model_dump(mode="json")))

@@ -101,8 +101,8 @@ def plan_shards(source: Source, order: dict[str, np.ndarray], resolution: int | 
         share = num_groups // num_shards
         for number in range(num_shards):
             path = f"{split}-{number:05d}-of-{num_shards:05d}.parquet"
-            mine = tuple(groups[number * share : (number + 1) * share])
-            shards.append(ShardPlan(path=path, split=split, row_groups=mine))
+            shard_groups = tuple(groups[number * share : (number + 1) * share])
+            shards.append(ShardPlan(path=path, split=split, row_groups=shard_groups))
     return tuple(shards)
 
 
@@ -144,7 +144,7 @@ def make_shard_writer(output: str, resolution: int | None) -> Callable[[int], Fa
 def _write_shard(output: str, plan: Plan, shard: ShardPlan, places: pa.Table, resolution: int | None) -> None:
     """Write one shard, equal to the byte every time. Images that cannot be decoded are listed in its footer."""
     quarantine: list[dict[str, str]] = []
-    found: dict[str, list[str]] = {"transparent_images": [], "rotated_images": []}
+    keys_by_kind: dict[str, list[str]] = {"transparent_images": [], "rotated_images": []}
     sizes: list[tuple[int, int]] = []
     with storage.open_output(storage.join(output, shard.path)) as file:
         writer = pq.ParquetWriter(file, SHARD_SCHEMA, compression="none", use_dictionary=False)
@@ -157,13 +157,13 @@ def _write_shard(output: str, plan: Plan, shard: ShardPlan, places: pa.Table, re
                     quarantine.append({"key": place["key"], "reason": str(error)})
                     continue
                 rows.append(row)
-                for kind, here in zip(found, kinds, strict=True):
-                    found[kind] += [place["key"]] if here else []
+                for kind, applies in zip(keys_by_kind, kinds, strict=True):
+                    keys_by_kind[kind] += [place["key"]] if applies else []
             sizes += [(row["width"], row["height"]) for row in rows]
             if rows:
                 writer.write_table(pa.Table.from_pylist(rows, schema=SHARD_SCHEMA), row_group_size=len(rows))
         width, height = ((min(n), max(n)) for n in zip(*(sizes or [(0, 0)]), strict=True))
-        findings = {kind: finding(keys).model_dump() for kind, keys in found.items() if keys}
+        findings = {kind: finding(keys).model_dump() for kind, keys in keys_by_kind.items() if keys}
         facts = {"quarantine": quarantine, "width": width, "height": height, "findings": findings}
         writer.add_key_value_metadata({_METADATA_KEY.decode(): json.dumps(facts)})
         writer.close()
@@ -205,5 +205,5 @@ def read_facts(output: str, path: str) -> Facts:
     row_groups = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
     shard = Shard(path=path, bytes=size, rows=footer.num_rows, row_groups=row_groups)
     facts = json.loads(footer.metadata[_METADATA_KEY])
-    findings = {kind: Finding.model_validate(found) for kind, found in facts["findings"].items()}
+    findings = {kind: Finding.model_validate(entry) for kind, entry in facts["findings"].items()}
     return Facts(shard, facts["quarantine"], tuple(facts["width"]), tuple(facts["height"]), findings, rows)

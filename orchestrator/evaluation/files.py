@@ -132,10 +132,12 @@ class ImageFiles:
         with ThreadPoolExecutor(THREADS) as threads:
             if self.in_tar:
                 with storage.open_input(self.uri) as file:
-                    found = [_member(file, place) for place in places]
+                    contents = [_member(file, place) for place in places]
             else:
-                found = list(threads.map(lambda place: storage.read_bytes(storage.join(self.uri, place.name)), places))
-            images = list(threads.map(self._pixels, places, found))
+                contents = list(
+                    threads.map(lambda place: storage.read_bytes(storage.join(self.uri, place.name)), places)
+                )
+            images = list(threads.map(self._pixels, places, contents))
         return np.stack(images), self.labels[begin:end]
 
     def _pixels(self, place: Place, data: bytes) -> np.ndarray:
@@ -148,9 +150,9 @@ class ImageFiles:
             raise ValueError(self._other_size(place, pixels.shape[:2]))
         return pixels
 
-    def _other_size(self, place: Place, found: tuple[int, ...]) -> str:
+    def _other_size(self, place: Place, size: tuple[int, ...]) -> str:
         assert self.shape is not None
-        sizes = f"{found[1]}x{found[0]} pixels, but the first image has {self.shape[1]}x{self.shape[0]}"
+        sizes = f"{size[1]}x{size[0]} pixels, but the first image has {self.shape[1]}x{self.shape[0]}"
         return f"{self.uri}: {place.name} has {sizes}; pass --image-size to crop all images to one size"
 
     def check_sizes(self, odd: set[str]) -> None:

@@ -71,11 +71,11 @@ class ImageSet:
         pixels: dict[int, np.ndarray] = {}
         labels = np.empty(len(indices), np.int64)
         for block in np.unique(indices // PICKED_AT_ONCE):
-            here = np.flatnonzero(indices // PICKED_AT_ONCE == block)
-            begin = int(indices[here].min())
-            found, found_labels = self.read(begin, int(indices[here].max()) + 1)
-            pixels |= {int(i): found[indices[i] - begin] for i in here}
-            labels[here] = found_labels[indices[here] - begin]
+            positions = np.flatnonzero(indices // PICKED_AT_ONCE == block)
+            begin = int(indices[positions].min())
+            block_pixels, block_labels = self.read(begin, int(indices[positions].max()) + 1)
+            pixels |= {int(i): block_pixels[indices[i] - begin] for i in positions}
+            labels[positions] = block_labels[indices[positions] - begin]
         return np.stack([pixels[i] for i in range(len(indices))]), labels
 
 
@@ -213,8 +213,8 @@ def _listed(kind: str, uri: str, listing: Listing, reference: Manifest | None, i
         read = replace(read, shape=read(first, first + 1)[0].shape[1:])
         read.check_sizes(listing.odd)
     if listing.odd:
-        some, usual = ", ".join(sorted(listing.odd)[:3]), next(p.name for p in places if p.name not in listing.odd)
-        warnings.append(f"{some}: most names are like {usual}; remove these files if they are not samples")
+        examples, usual = ", ".join(sorted(listing.odd)[:3]), next(p.name for p in places if p.name not in listing.odd)
+        warnings.append(f"{examples}: most names are like {usual}; remove these files if they are not samples")
     return ImageSet(
         uri, kind, len(places), identity, read, classes=() if unknown else tuple(classes), warnings=tuple(warnings)
     )

@@ -46,13 +46,13 @@ def evaluate(config: EvaluationConfig) -> str:
     """
     output = config.path(config.output)
     images = _samples(config)
-    found = _reference(config, images)
-    loader = _loader(config, images, found)
-    warnings, unmatched = _compare(config, images, found)
-    floor = _floor(config, found, images.count)
+    reference_input = _reference(config, images)
+    loader = _loader(config, images, reference_input)
+    warnings, unmatched = _compare(config, images, reference_input)
+    floor = _floor(config, reference_input, images.count)
     loaded = loader(CPU)
     with _naming(config, "reference"):
-        found.statistics(loaded)  # checks the reference before the features of the samples are extracted
+        reference_input.statistics(loaded)  # checks the reference before the features of the samples are extracted
     _print_warnings(warnings)
     report_uri = storage.join(output, "report.json")
     finished = storage.exists(report_uri)
@@ -66,17 +66,17 @@ def evaluate(config: EvaluationConfig) -> str:
         session(config.num_workers, num_gpus=config.num_workers * config.num_gpus, shared=config.shared),
         tracked("evaluate", config, output) as tracker,
     ):
-        made = _sample_features(config, images, loader)
+        sample_features = _sample_features(config, images, loader)
         folder = storage.join(output, "reference-features")
-        reference = extract_reference(found, loader, loaded, folder, config.num_workers, config.num_gpus)
+        reference = extract_reference(reference_input, loader, loaded, folder, config.num_workers, config.num_gpus)
         reasons = {"classes": unmatched, "accuracy": loaded.knows(reference.classes)}
         reference = replace(reference, missing=reference.missing | {what: why for what, why in reasons.items() if why})
-        measured, held_out = _measure(config, images, made, reference, loaded, floor, loader)
+        measured, held_out = _measure(config, images, sample_features, reference, loaded, floor, loader)
         if measured.same_images:
             warnings.append("samples and reference are the same images, so the distances are lower than for any model")
         report = _report(config, images, reference, loaded, measured) | {"held_out": held_out, "warnings": warnings}
         report = redact_tree(report)
-        page, pictures = evaluation_page(report, images, reference, measured, made.labels())
+        page, pictures = evaluation_page(report, images, reference, measured, sample_features.labels())
         tracker.metrics(_numbers(report))
         tracker.record("report.json", report)
         tracker.record("report.html", page)
@@ -109,9 +109,9 @@ def plan(config: EvaluationConfig) -> tuple[EvaluationConfig, str]:
         if not storage.exists(reference):
             raise FileNotFoundError(reference)
         if not absent:
-            found = _reference(config, images)
-            _compare(config, images, found)
-            _floor(config, found, images.count)
+            reference_input = _reference(config, images)
+            _compare(config, images, reference_input)
+            _floor(config, reference_input, images.count)
     except FileNotFoundError:
         absent.append(reference)
     lines = [
@@ -160,8 +160,8 @@ def _samples(config: EvaluationConfig) -> ImageSet:
     uri = config.path(config.reference)
     with _naming(config, "reference"):
         check_ending(uri, "reference")
-        known = not uri.endswith(".npz") and storage.exists(storage.join(uri, "manifest.json"))
-        manifest = load_reference_manifest(uri) if known else None
+        is_dataset = not uri.endswith(".npz") and storage.exists(storage.join(uri, "manifest.json"))
+        manifest = load_reference_manifest(uri) if is_dataset else None
     with _naming(config, "samples"):
         return open_images(config.path(config.samples), manifest, config.image_size)
 
@@ -173,22 +173,25 @@ def _reference(config: EvaluationConfig, images: ImageSet) -> ReferenceInput:
         return find_reference(uri, size)
 
 
-def _floor(config: EvaluationConfig, found: ReferenceInput, count: int) -> ImageSet | None:
+def _floor(config: EvaluationConfig, reference_input: ReferenceInput, count: int) -> ImageSet | None:
     """Return at most `count` held-out real images, or None if there are none."""
-    dataset = config.path(config.reference) if found.batch is None else None
+    dataset = config.path(config.reference) if reference_input.batch is None else None
     manifest = load_manifest(dataset) if dataset else None
     if config.floor is None:
         if dataset is None or manifest is None or "validation" not in manifest.splits:
             return None
-        return subset(split_images(dataset, "validation", found.image_size), count)
+        return subset(split_images(dataset, "validation", reference_input.image_size), count)
     with _naming(config, "floor"):
         uri = config.path(config.floor)
         if not uri.endswith((".npz", ".tar")) and storage.exists(storage.join(uri, "manifest.json")):
             held_out = split_images(uri, "validation", _image_size(config, open_images(config.path(config.samples))))
         else:
             held_out = open_images(uri, manifest, config.image_size)
-    if found.images is not None:
-        sides = Side.of(f"--floor {config.floor}", held_out), Side.of(f"--reference {config.reference}", found.images)
+    if reference_input.images is not None:
+        sides = (
+            Side.of(f"--floor {config.floor}", held_out),
+            Side.of(f"--reference {config.reference}", reference_input.images),
+        )
         check_compatible(*sides, config.extractor)
     return subset(held_out, count)
 
@@ -204,7 +207,7 @@ def _sample_features(config: EvaluationConfig, images: ImageSet, loader: LoadExt
 def _measure(
     config: EvaluationConfig,
     images: ImageSet,
-    made: FeatureFiles,
+    sample_features: FeatureFiles,
     reference: Reference,
     loaded: LoadedExtractor,
     floor: ImageSet | None,
@@ -212,12 +215,12 @@ def _measure(
 ) -> tuple[Measurement, dict[str, Any] | None]:
     """Measure the samples, and report the same metrics of held-out real images if there are any."""
     name, policy = loaded.network.name, images.made_by.get("config", {}).get("labels")
-    measured = measure_files(made, reference, name, Limits(), config.num_workers, policy, config.num_gpus)
+    measured = measure_files(sample_features, reference, name, Limits(), config.num_workers, policy, config.num_gpus)
     if floor is None:
         return measured, None
     features = _floor_features(config, floor, loader)
-    found = measure_files(features, reference, name, Limits(), config.num_workers, num_gpus=config.num_gpus)
-    return measured, {"uri": floor.uri, "n": floor.count, "metrics": _described(found)}
+    held_out = measure_files(features, reference, name, Limits(), config.num_workers, num_gpus=config.num_gpus)
+    return measured, {"uri": floor.uri, "n": floor.count, "metrics": _described(held_out)}
 
 
 def _floor_features(config: EvaluationConfig, floor: ImageSet, loader: LoadExtractor) -> FeatureFiles:
@@ -228,19 +231,19 @@ def _floor_features(config: EvaluationConfig, floor: ImageSet, loader: LoadExtra
     return extract_all(floor, folder, loader, config.num_workers, config.num_gpus)
 
 
-def _compare(config: EvaluationConfig, images: ImageSet, found: ReferenceInput) -> tuple[list[str], str]:
+def _compare(config: EvaluationConfig, images: ImageSet, reference_input: ReferenceInput) -> tuple[list[str], str]:
     """Return warnings, and the reason why the labels of samples and reference cannot be matched ("" = they can)."""
     samples, reference = f"--samples {config.samples}", f"--reference {config.reference}"
     warnings = [f"{samples}: {warning}" for warning in images.warnings]
-    if found.images is None:
+    if reference_input.images is None:
         return warnings, ""
-    warnings += [f"{reference}: {warning}" for warning in found.images.warnings]
-    sides = Side.of(samples, images), Side.of(reference, found.images)
+    warnings += [f"{reference}: {warning}" for warning in reference_input.images.warnings]
+    sides = Side.of(samples, images), Side.of(reference, reference_input.images)
     more, unmatched = check_compatible(*sides, config.extractor)
     return warnings + more, unmatched
 
 
-def _loader(config: EvaluationConfig, images: ImageSet, found: ReferenceInput | None) -> LoadExtractor:
+def _loader(config: EvaluationConfig, images: ImageSet, reference_input: ReferenceInput | None) -> LoadExtractor:
     reference = config.path(config.reference)
     return extractor_loader(
         config.extractor,
@@ -248,17 +251,17 @@ def _loader(config: EvaluationConfig, images: ImageSet, found: ReferenceInput | 
         None if reference.endswith(".npz") else reference,
         config.path("extractors"),
         _image_size(config, images) if config.extractor == "digits" else 0,
-        found.batch.extractor if found and found.batch else None,
+        reference_input.batch.extractor if reference_input and reference_input.batch else None,
     )
 
 
 def _image_size(config: EvaluationConfig, images: ImageSet) -> int:
-    found = image_size_of(images)
-    if config.image_size not in (None, found):
+    size = image_size_of(images)
+    if config.image_size not in (None, size):
         raise ValueError(
-            f"image_size={config.image_size}, but the samples in {images.uri} have {found} pixels; leave it out"
+            f"image_size={config.image_size}, but the samples in {images.uri} have {size} pixels; leave it out"
         )
-    return found
+    return size
 
 
 def _report(
@@ -313,7 +316,7 @@ def _pixel_distances(config: EvaluationConfig, images: ImageSet) -> dict[str, li
     if "validation" in load_manifest(uri).splits:
         queries["held_out"] = split_images(uri, "validation", size)
     count, workers = config.num_memorization_samples, (config.num_workers, config.num_gpus)
-    return {name: nearest_training_pixels(some, count, training, *workers) for name, some in queries.items()}
+    return {name: nearest_training_pixels(queried, count, training, *workers) for name, queried in queries.items()}
 
 
 def _described(measured: Measurement) -> dict[str, dict[str, Any]]:
@@ -323,22 +326,22 @@ def _described(measured: Measurement) -> dict[str, dict[str, Any]]:
 def _numbers(report: dict[str, Any]) -> dict[str, float]:
     """Return the metrics of a report for MLflow: values, their bias, and the values of held-out images."""
     held_out = report["held_out"]["metrics"] if report["held_out"] else {}
-    values = {name: found["value"] for name, found in report["metrics"].items()}
-    bias = {f"{name}_bias": found["bias"] for name, found in report["metrics"].items() if found["bias"] is not None}
-    return values | bias | {f"held_out_{name}": found["value"] for name, found in held_out.items()}
+    values = {name: metric["value"] for name, metric in report["metrics"].items()}
+    bias = {f"{name}_bias": metric["bias"] for name, metric in report["metrics"].items() if metric["bias"] is not None}
+    return values | bias | {f"held_out_{name}": metric["value"] for name, metric in held_out.items()}
 
 
 def _print(report: dict[str, Any]) -> None:
     """Print one line for each metric."""
     held_out = report["held_out"]["metrics"] if report["held_out"] else {}
-    for name, found in report["metrics"].items():
-        interval = "{:.4g} to {:.4g}".format(*found["interval"]) if found["interval"] else "none"
-        counts = f"n={found['n']}" + (f", {found['n_reference']} references" if found["n_reference"] else "")
+    for name, metric in report["metrics"].items():
+        interval = "{:.4g} to {:.4g}".format(*metric["interval"]) if metric["interval"] else "none"
+        counts = f"n={metric['n']}" + (f", {metric['n_reference']} references" if metric["n_reference"] else "")
         more = [f"held-out real images: {held_out[name]['value']:.4g}"] if name in held_out else []
-        if found["bias"] is not None:
-            more.append(bias_note(found["bias"]))
-        more += [found["note"]] if found["note"] else []
-        print(f"{name:30} {found['value']:10.4g}   95%: {interval:22} {counts}; {'; '.join(more)}".rstrip("; "))
+        if metric["bias"] is not None:
+            more.append(bias_note(metric["bias"]))
+        more += [metric["note"]] if metric["note"] else []
+        print(f"{name:30} {metric['value']:10.4g}   95%: {interval:22} {counts}; {'; '.join(more)}".rstrip("; "))
     for name, reason in report["not_available"].items():
         print(f"{name:30} {'-':>10}   {reason}")
 

@@ -91,8 +91,8 @@ def estimate(config: LikelihoodConfig) -> str:
         catch_up("likelihood", config, output)
         return report_uri
     items = _items(config, manifest)
-    there = set(storage.list_names(output, recursive=True))
-    todo = [item for item in items if item.name not in there]
+    existing = set(storage.list_names(output, recursive=True))
+    todo = [item for item in items if item.name not in existing]
     with (
         session(
             config.num_workers * config.num_threads,
@@ -147,8 +147,8 @@ def plan(config: LikelihoodConfig, trained: Trained | None = None) -> tuple[Like
         network = outline(config, config.weights, None, trained)
         evaluations = Evaluations(model=Diffusion(network.diffusion, config.respacing).num_timesteps, guide=0)
         cost = sampling_cost(network.architecture, evaluations, count or 1, config.batch_size, half)
-        one = [] if count else ["for one image, because the number of images is not known yet:"]
-        lines += [*one, priced(cost, config.cost, config.num_workers, config.num_gpus, half)]
+        caveat = [] if count else ["for one image, because the number of images is not known yet:"]
+        lines += [*caveat, priced(cost, config.cost, config.num_workers, config.num_gpus, half)]
     except FileNotFoundError:
         lines.append("cost    unknown until the weights exist")
     return config, "\n".join([*lines, *not_there_yet(absent)])
@@ -164,8 +164,8 @@ def _check(config: LikelihoodConfig, network: Network, manifest: Manifest) -> No
 
 
 def _count(config: LikelihoodConfig, manifest: Manifest) -> int:
-    there = manifest.num_samples(config.split)
-    return min(config.num_samples or there, there)
+    available = manifest.num_samples(config.split)
+    return min(config.num_samples or available, available)
 
 
 def _items(config: LikelihoodConfig, manifest: Manifest) -> list[Item]:

@@ -84,7 +84,7 @@ def strata_of(labels: np.ndarray, policy: str | None) -> np.ndarray | None:
 
 
 def measure_files(
-    made: FeatureFiles,
+    sample_files: FeatureFiles,
     reference: Reference,
     name: str,
     limits: Limits,
@@ -105,22 +105,22 @@ def measure_files(
     Raises:
         ValueError: the two sets of features come from different extractors.
     """
-    if made.fingerprint != reference.fingerprint:
+    if sample_files.fingerprint != reference.fingerprint:
         raise ValueError(
-            f"the features of the samples come from {made.fingerprint}, those of the reference from "
+            f"the features of the samples come from {sample_files.fingerprint}, those of the reference from "
             f"{reference.fingerprint}; they must come from the same extractor"
         )
-    result, labels, features, rows = Measurement(), made.labels(), made.pool(), None
+    result, labels, features, rows = Measurement(), sample_files.labels(), sample_files.pool(), None
     missing = dict(reference.missing)
-    if reference.files is not None and (fewest := min(made.count, reference.files.count)) < FEWEST:
+    if reference.files is not None and (fewest := min(sample_files.count, reference.files.count)) < FEWEST:
         missing["rows"] = f"one of the sets has {fewest} images, but {FEWEST} are needed"
     elif reference.files is not None:
         strata = strata_of(labels, policy)
-        rows = _rows(result, made, features, reference, limits, num_workers, num_gpus, strata)
+        rows = _rows(result, sample_files, features, reference, limits, num_workers, num_gpus, strata)
         result.per_class = _per_class(result, reference, features, labels, limits)
 
     def read(array: ArrayName) -> np.ndarray | None:
-        return features if array == "pool" else made.array(array)
+        return features if array == "pool" else sample_files.array(array)
 
     classes = len(reference.classes)
     comparison = Comparison(name, read, labels, reference.statistics, classes, rows, missing, strata_of(labels, policy))
@@ -133,7 +133,7 @@ def measure_files(
 
 def _rows(
     result: Measurement,
-    made: FeatureFiles,
+    sample_files: FeatureFiles,
     features: np.ndarray,
     reference: Reference,
     limits: Limits,
@@ -144,27 +144,27 @@ def _rows(
     """Compute metrics of pairs of samples and reference images; add realism and closest pairs to `result`."""
     files = reference.files
     assert files is not None
-    rows, real = chosen(made.count, limits.samples), files.chosen_pool(limits.references)
-    samples = features[rows] if len(rows) < made.count else features
-    balanced = strata if len(rows) == made.count else None
+    rows, real = chosen(sample_files.count, limits.samples), files.chosen_pool(limits.references)
+    samples = features[rows] if len(rows) < sample_files.count else features
+    balanced = strata if len(rows) == sample_files.count else None
     if num_workers and num_gpus:  # this process may have no GPU
-        worker = partial(_make_neighbours, made, files, limits, balanced, num_gpus)
-        ((_, (found, ratios)),) = map_items(worker, ["metrics of neighbours"], 1, num_gpus=num_gpus)
+        worker = partial(_make_neighbours, sample_files, files, limits, balanced, num_gpus)
+        ((_, (neighbour_metrics, ratios)),) = map_items(worker, ["metrics of neighbours"], 1, num_gpus=num_gpus)
     else:
-        found, ratios = _neighbours(real, samples, balanced, 0 if num_workers else num_gpus)
+        neighbour_metrics, ratios = _neighbours(real, samples, balanced, 0 if num_workers else num_gpus)
     if isinstance(ratios, str):
         result.missing["realism"] = ratios
     else:
         result.rows, result.realism = rows, ratios
     kernel = real[chosen(len(real), limits.pairs)], samples[chosen(len(samples), limits.pairs)]
-    result.same_images = made.count == files.count and _same_rows(features, real)
+    result.same_images = sample_files.count == files.count and _same_rows(features, real)
     if not reference.training:  # only copies of training images are of interest
-        return Rows(real, samples, found, kernel)
-    pair_rows = chosen(made.count, limits.pairs)
-    near, own = nearest_training_features(made, pair_rows, files, num_workers, num_gpus)
+        return Rows(real, samples, neighbour_metrics, kernel)
+    pair_rows = chosen(sample_files.count, limits.pairs)
+    near, own = nearest_training_features(sample_files, pair_rows, files, num_workers, num_gpus)
     squared = near.squared[:, 0]
     result.closest = Closest(pair_rows, near.index[:, 0], np.sqrt(squared), np.sqrt(own))
-    return Rows(real, samples, found, kernel, nearest=(squared, own), num_training=files.count)
+    return Rows(real, samples, neighbour_metrics, kernel, nearest=(squared, own), num_training=files.count)
 
 
 def _neighbours(
@@ -172,18 +172,18 @@ def _neighbours(
 ) -> tuple[Manifolds, np.ndarray | str]:
     """Return the metrics of neighbours, and the realism of each sample or the reason why it is not defined."""
     with prepare_device(num_gpus):
-        found = manifolds(real, samples, k=NEIGHBOURS, strata=strata)
+        metrics = manifolds(real, samples, k=NEIGHBOURS, strata=strata)
         try:
-            return found, realism(real, samples)
+            return metrics, realism(real, samples)
         except ValueError as error:
-            return found, str(error)
+            return metrics, str(error)
 
 
 def _make_neighbours(
-    made: FeatureFiles, files: FeatureFiles, limits: Limits, strata: Strata, num_gpus: float
+    sample_files: FeatureFiles, files: FeatureFiles, limits: Limits, strata: Strata, num_gpus: float
 ) -> Callable[[str], tuple[Manifolds, np.ndarray | str]]:
     """Load both sets of features in a worker; return the function that computes the metrics of neighbours."""
-    real, samples = files.chosen_pool(limits.references), made.pool(chosen(made.count, limits.samples))
+    real, samples = files.chosen_pool(limits.references), sample_files.pool(chosen(sample_files.count, limits.samples))
     return lambda _: _neighbours(real, samples, strata, num_gpus)
 
 
@@ -216,12 +216,12 @@ def _per_class(
     def metrics(reference: np.ndarray, samples: np.ndarray) -> Estimates:
         if min(len(reference), len(samples)) < 2:
             return {}
-        found = {"fd": class_frechet_estimate(reference, samples), "vendi_score": vendi_estimate(samples)}
-        if found["fd"].bias is not None:
-            found["fd_infinity"] = expand_frechet(samples, moments(reference)).corrected
+        estimates = {"fd": class_frechet_estimate(reference, samples), "vendi_score": vendi_estimate(samples)}
+        if estimates["fd"].bias is not None:
+            estimates["fd_infinity"] = expand_frechet(samples, moments(reference)).corrected
         if min(len(reference), len(samples)) > NEIGHBOURS:
-            found["precision"], found["recall"] = precision_recall(reference, samples, NEIGHBOURS)
-        return found
+            estimates["precision"], estimates["recall"] = precision_recall(reference, samples, NEIGHBOURS)
+        return estimates
 
-    found = by_class(metrics, real, real_labels[rows], features, labels)
-    return {label: estimates for label, estimates in found.items() if estimates}
+    by_label = by_class(metrics, real, real_labels[rows], features, labels)
+    return {label: estimates for label, estimates in by_label.items() if estimates}

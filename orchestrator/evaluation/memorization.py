@@ -50,9 +50,9 @@ def nearest_rows(
     if len(chunks) == 1 and num_workers:
         num_workers, num_gpus = 0, 0.0  # too little work to start workers; this process may have no GPU
     make_worker = partial(_make_search, queries, rows, k, num_gpus)
-    found = dict(map_items(make_worker, chunks, num_workers, num_gpus=num_gpus))
-    index = np.concatenate([found[chunk].index + chunk[0] for chunk in chunks], axis=1)
-    squared = np.concatenate([found[chunk].squared for chunk in chunks], axis=1)
+    by_chunk = dict(map_items(make_worker, chunks, num_workers, num_gpus=num_gpus))
+    index = np.concatenate([by_chunk[chunk].index + chunk[0] for chunk in chunks], axis=1)
+    squared = np.concatenate([by_chunk[chunk].squared for chunk in chunks], axis=1)
     order = np.lexsort((index, squared), axis=1)[:, :k]
     return Neighbours(np.take_along_axis(index, order, axis=1), np.take_along_axis(squared, order, axis=1))
 
@@ -76,12 +76,12 @@ def nearest_training_features(
 ) -> tuple[Neighbours, np.ndarray]:
     """Return the nearest training image of the samples `rows`, and its squared distance to its own nearest one [Q]."""
     read = partial(feature_rows, training)
-    found = nearest_rows(partial(samples.pool, rows), read, training.count, 1, num_workers, num_gpus)
-    matched, place = np.unique(found.index[:, 0], return_inverse=True)
+    neighbours = nearest_rows(partial(samples.pool, rows), read, training.count, 1, num_workers, num_gpus)
+    matched, place = np.unique(neighbours.index[:, 0], return_inverse=True)
     around = nearest_rows(partial(training.pool, matched), read, training.count, 2, num_workers, num_gpus)
     # A row finds itself first, unless it has copies, whose distance is 0 as well.
     others = np.where(around.index[:, 0] == matched, around.squared[:, 1], around.squared[:, 0])
-    return found, others[place]
+    return neighbours, others[place]
 
 
 def nearest_training_pixels(
@@ -92,6 +92,6 @@ def nearest_training_pixels(
     Copies of training images have distances near 0, far below those of held-out images.
     """
     queries = partial(pixel_rows, images, 0, min(count, images.count))
-    found = nearest_rows(queries, partial(pixel_rows, training), training.count, 1, num_workers, num_gpus)
+    neighbours = nearest_rows(queries, partial(pixel_rows, training), training.count, 1, num_workers, num_gpus)
     size = pixel_rows(images, 0, 1).shape[1]
-    return [float(distance) for distance in np.sqrt(found.squared[:, 0] / size)]
+    return [float(distance) for distance in np.sqrt(neighbours.squared[:, 0] / size)]

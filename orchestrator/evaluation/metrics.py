@@ -110,10 +110,10 @@ class Comparison:
 
     def array(self, name: ArrayName) -> np.ndarray:
         """Return features of all samples; RuntimeError if the extractor does not have them."""
-        found = self.logits if name == "logits" else self.read(name)
-        if found is None:
+        features = self.logits if name == "logits" else self.read(name)
+        if features is None:
             raise RuntimeError(f"the extractor {self.extractor} has no {name} features")
-        return found
+        return features
 
 
 # ------------------------------------------------------------------------------------------------ needs
@@ -240,8 +240,8 @@ def _authentic(c: Comparison) -> Estimate:
     squared, own = c.rows.nearest
     copies = int((squared == 0).sum())
     note = f"{copies:,} samples have exactly the features of a training image" if copies else ""
-    found = authentic_share(squared, own, _strata(c, len(squared))).noted(note)
-    return replace(found, n_reference=c.rows.num_training)
+    estimate = authentic_share(squared, own, _strata(c, len(squared))).noted(note)
+    return replace(estimate, n_reference=c.rows.num_training)
 
 
 def _hits(c: Comparison) -> np.ndarray:

@@ -248,8 +248,8 @@ def _check_images(member: _Member) -> None:
 
 def _labels(archive: zipfile.ZipFile, member: _Member, num_images: int, num_classes: int | None) -> NDArray[np.int64]:
     if member.dtype.kind not in "iu" or member.shape != (num_images,):
-        found = f"{member.dtype} {member.shape}"
-        raise ValueError(f"arr_1 (labels) is {found}; expected one integer for each of {num_images} images")
+        actual = f"{member.dtype} {member.shape}"
+        raise ValueError(f"arr_1 (labels) is {actual}; expected one integer for each of {num_images} images")
     labels = _load(archive, member)
     if num_images and (labels.min() < 0 or labels.max() >= (num_classes or np.inf)):
         limit = "" if num_classes is None else f"{num_classes - 1}"

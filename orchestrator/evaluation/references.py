@@ -58,9 +58,9 @@ class ReferenceInput:
                 f"{self.uri} has statistics of {owner} and no images, so they cannot be compared with features of "
                 f"{fingerprint}. Use that --extractor, or a reference with images"
             )
-        if (found := len(self.batch.pool.mean)) != loaded.network.dimension:
+        if (dimension := len(self.batch.pool.mean)) != loaded.network.dimension:
             raise ValueError(
-                f"{self.uri}: mu has {found} dimensions, and features of {fingerprint} have "
+                f"{self.uri}: mu has {dimension} dimensions, and features of {fingerprint} have "
                 f"{loaded.network.dimension}; both must come from the same extractor"
             )
         published: dict[ArrayName, Gaussian] = {"pool": self.batch.pool}
@@ -117,7 +117,7 @@ def open_reference(
 
 
 def extract_reference(
-    found: ReferenceInput,
+    reference_input: ReferenceInput,
     loader: LoadExtractor,
     loaded: LoadedExtractor,
     folder: str,
@@ -135,16 +135,16 @@ def extract_reference(
     Raises:
         ValueError: a file is damaged, or it has statistics of another extractor and no images.
     """
-    uri, images, missing = found.uri, found.images, dict[str, str]()
-    published = found.statistics(loaded)
+    uri, images, missing = reference_input.uri, reference_input.images, dict[str, str]()
+    published = reference_input.statistics(loaded)
     if published and "spatial" not in published:
         missing["spatial"] = f"{uri} has mu and sigma, but not mu_s and sigma_s"
     if images is None:
         missing["rows"] = f"{uri} has statistics but no images (arr_0)"
         return Reference(uri, loaded.fingerprint, dict(published), None, missing=missing, training=False)
-    training, classes = found.batch is None, tuple[str, ...]()
+    training, classes = reference_input.batch is None, tuple[str, ...]()
     if training:
-        files = split_features(uri, "train", loader, found.image_size, num_workers, num_gpus)
+        files = split_features(uri, "train", loader, reference_input.image_size, num_workers, num_gpus)
         classes = load_manifest(uri).classes
     else:
         files = extract_all(images, storage.join(folder, images.identity), loader, num_workers, num_gpus)

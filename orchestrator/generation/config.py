@@ -98,7 +98,7 @@ def recommended(name: str) -> dict[str, Any]:
     """
     entry = zoo.entry(name)
     if not entry.recipe or entry.checkpoint is None or entry.network.kind == "classifier":
-        known = [other for other, found in zoo.ZOO.items() if found.recipe and found.checkpoint]
+        known = [other for other, model in zoo.ZOO.items() if model.recipe and model.checkpoint]
         raise ValueError(f"recipe={name} has no published sampler and guidance; accepted: {', '.join(known)}")
     if entry.network.low_res_size:
         raise ValueError(f"recipe={name} is an upsampler; name the model whose samples it enlarges")

@@ -109,10 +109,10 @@ def costs(
         stages.append((upsampler.architecture, evaluations, None))
     for batch in [config.batch_size] if config.batch_size else ASSUMED_BATCHES:
         half = config.dtype != "float32"
-        found = [sampling_cost(model, passes, images, batch, half, guide) for model, passes, guide in stages]
-        if all(fits(cost, config.cost) for cost in found):
+        stage_costs = [sampling_cost(model, passes, images, batch, half, guide) for model, passes, guide in stages]
+        if all(fits(cost, config.cost) for cost in stage_costs):
             break
-    return found
+    return stage_costs
 
 
 def flops_per_sample(config: GenerationConfig, networks: Networks) -> float:

@@ -25,8 +25,8 @@ def export_npz(folder: str, uri: str) -> None:
 
     def blocks() -> Iterator[np.ndarray]:
         for begin in range(0, count, BLOCK):
-            images, some = read_range(folder, begin, min(begin + BLOCK, count))
-            labels.append(some)
+            images, block_labels = read_range(folder, begin, min(begin + BLOCK, count))
+            labels.append(block_labels)
             yield images
 
     shape = read_range(folder, 0, 1)[0].shape[1:]

@@ -91,9 +91,9 @@ def _checked(config: GenerationConfig) -> tuple[GenerationConfig, Networks]:
     """
     config = _with_files(config)
     networks, output = load_networks(config, "cpu"), config.path(config.output)
-    wanted = fingerprint(config, networks)
+    requested = fingerprint(config, networks)
     for folder in folders_of(config):
-        check_run(folder, wanted)
+        check_run(folder, requested)
     most = max((shard.end for folder in folders_of(config) for shard in list_shards(folder)), default=0)
     if most > config.num_samples and not config.indices:
         raise ValueError(
@@ -146,18 +146,18 @@ def _generate_missing(config: GenerationConfig, folders: list[str], flops: float
     ):
         make, num_workers = partial(make_generator, config, report=report), config.num_workers
         begun = reported = time.monotonic()
-        for shard, made in map_items(make, _shards(config), num_workers, config.num_threads, config.num_gpus):
-            for reason in made.damaged:
+        for shard, finished in map_items(make, _shards(config), num_workers, config.num_threads, config.num_gpus):
+            for reason in finished.damaged:
                 log.warning("a damaged shard was regenerated; its old bytes are in quarantine/: %s", reason)
-            for folder, digest in zip(folders, made.digests, strict=True):
+            for folder, digest in zip(folders, finished.digests, strict=True):
                 digests[folder][shard] = digest
             count, now = shard.end - shard.begin, time.monotonic()
-            progress.finish_item(shard, count, in_rate=made.drawn)
-            done, drawn = done + count, drawn + count * made.drawn
+            progress.finish_item(shard, count, in_rate=finished.drawn)
+            done, drawn = done + count, drawn + count * finished.drawn
             if now - reported > METRICS_SECONDS or done == config.num_samples:
                 metrics = {"samples": done, "samples_per_second": drawn / (now - begun)}
-                if made.peak:
-                    metrics["mfu"] = metrics["samples_per_second"] * flops / (made.peak * max(num_workers, 1))
+                if finished.peak:
+                    metrics["mfu"] = metrics["samples_per_second"] * flops / (finished.peak * max(num_workers, 1))
                 tracker.metrics(metrics, done)
                 reported = now
         for folder in folders:
@@ -174,21 +174,21 @@ def regenerate(config: GenerationConfig) -> None:
     Raises:
         RuntimeError: some of them differ from the samples in the folder.
     """
-    wanted, differing = sorted(set(config.indices)), list[str]()
+    indices, differing = sorted(set(config.indices)), list[str]()
     with _session(config):
         make = partial(make_index_maker, config)
-        made = dict(map_items(make, wanted, config.num_workers, config.num_threads, config.num_gpus))
+        drawn = dict(map_items(make, indices, config.num_workers, config.num_threads, config.num_gpus))
     for stage, folder in enumerate(folders_of(config)):
-        there = list_shards(folder)
-        for index in wanted:
-            image = made[index][stage]
+        shards = list_shards(folder)
+        for index in indices:
+            image = drawn[index][stage]
             storage.write_bytes(storage.join(folder, "regenerated", f"{index:06d}.png"), png(image))
-            found = "not in the folder, so not compared"
-            if any(shard.begin <= index < shard.end for shard in there):
+            outcome = "not in the folder, so not compared"
+            if any(shard.begin <= index < shard.end for shard in shards):
                 difference = np.abs(read_range(folder, index, index + 1)[0][0].astype(int) - image).max()
-                found = f"differs by up to {difference} grey levels" if difference else "equal"
+                outcome = f"differs by up to {difference} grey levels" if difference else "equal"
                 differing += [f"{index} in {folder}"] if difference else []
-            print(f"{folder} index {index}: {pixel_hashes(image[None])[0]} {found}")
+            print(f"{folder} index {index}: {pixel_hashes(image[None])[0]} {outcome}")
     if differing:
         raise RuntimeError(f"{len(differing)} regenerated samples differ from the stored ones: {', '.join(differing)}")
 
@@ -201,14 +201,14 @@ def folders_of(config: GenerationConfig) -> list[str]:
 
 def _shards(config: GenerationConfig) -> Iterator[Shard]:
     """Yield the shards of the finished folders."""
-    there = {shard for folder in folders_of(config) for shard in list_shards(folder)}
-    return shards_of(config.num_samples, config.shard_size, there)
+    existing = {shard for folder in folders_of(config) for shard in list_shards(folder)}
+    return shards_of(config.num_samples, config.shard_size, existing)
 
 
 def missing_shards(config: GenerationConfig) -> list[Shard]:
     """Return the shards that are missing in at least one folder; shards are found by name."""
-    there = [set(list_shards(folder)) for folder in folders_of(config)]
-    return [shard for shard in _shards(config) if not all(shard in found for found in there)]
+    existing = [set(list_shards(folder)) for folder in folders_of(config)]
+    return [shard for shard in _shards(config) if not all(shard in in_folder for in_folder in existing)]
 
 
 def plan(config: GenerationConfig, trained: Trained | None = None) -> tuple[GenerationConfig, str]:
@@ -254,22 +254,22 @@ def _make_worker(config: GenerationConfig) -> tuple[SamplingWorker, GenerationCo
 
 def _batch_size_of(config: GenerationConfig, worker: SamplingWorker) -> int:
     """Return the batch size in the folders' run.json, or else that of the config. Raises what `_make_worker` does."""
-    here = None if config.mixed_platforms else platform(worker.device)
+    this_platform = None if config.mixed_platforms else platform(worker.device)
     for folder in folders_of(config):
-        if run := check_run(folder, fingerprint(config, worker.networks), here):
+        if run := check_run(folder, fingerprint(config, worker.networks), this_platform):
             config = config.model_copy(update={"batch_size": run["config"]["batch_size"]})
     return config.batch_size
 
 
-def _bind(config: GenerationConfig, asked: int, worker: SamplingWorker) -> int:
+def _bind(config: GenerationConfig, requested_size: int, worker: SamplingWorker) -> int:
     """Write run.json into the folders unless another worker did; return the batch size in it.
 
     asked: the batch size in the config of the job, 0 if that leaves the choice to the workers.
     """
     for folder in folders_of(config):
-        wanted = fingerprint(config, worker.networks)
-        write_run(folder, wanted, platform(worker.device), _record(config, worker.networks))
-    return _batch_size_of(config.model_copy(update={"batch_size": asked}), worker)
+        requested = fingerprint(config, worker.networks)
+        write_run(folder, requested, platform(worker.device), _record(config, worker.networks))
+    return _batch_size_of(config.model_copy(update={"batch_size": requested_size}), worker)
 
 
 def _record(config: GenerationConfig, networks: Networks) -> dict[str, Any]:
@@ -292,7 +292,7 @@ def make_generator(config: GenerationConfig, report: Report = no_report) -> Call
 
     report: called after every batch with the shard and the number of its samples that are drawn.
     """
-    asked = config.batch_size
+    requested_size = config.batch_size
     worker, config = _make_worker(config)
     folders, peak = folders_of(config), peak_flops(platform(worker.device)["device"], config.dtype)
     encoder = ThreadPoolExecutor(1, "encoder")  # encodes PNGs while the next batch is drawn
@@ -309,16 +309,18 @@ def make_generator(config: GenerationConfig, report: Report = no_report) -> Call
 
     def make_shard(shard: Shard) -> Finished:
         nonlocal config
-        found, damaged = zip(*(_verify(folder, shard) for folder in folders), strict=True)
-        if all(found):
-            return Finished(found, drawn=False, damaged=(), peak=peak)
+        existing, damaged = zip(*(_verify(folder, shard) for folder in folders), strict=True)
+        if all(existing):
+            return Finished(existing, drawn=False, damaged=(), peak=peak)
         tables = draw(shard)
-        if (size := _bind(config, asked, worker)) != config.batch_size:  # another worker wrote another batch size first
+        if (
+            size := _bind(config, requested_size, worker)
+        ) != config.batch_size:  # another worker wrote another batch size first
             config = config.model_copy(update={"batch_size": size})
             tables = draw(shard)
         digests = tuple(
             digest or put_shard(folder, shard, rows, replace=bool(reason))
-            for folder, rows, digest, reason in zip(folders, tables, found, damaged, strict=True)
+            for folder, rows, digest, reason in zip(folders, tables, existing, damaged, strict=True)
         )
         return Finished(digests, drawn=True, damaged=tuple(filter(None, damaged)), peak=peak)
 

@@ -56,23 +56,23 @@ def read_labels(policy: str, classes: tuple[str, ...], seed: int, path: Callable
         )
     if not policy.endswith(".json"):
         return Labels(len(classes), seed, in_turn=_numbers(policy, policy.split(","), classes))
-    wanted, sha256 = storage.read_json(uri := path(policy)), hashlib.sha256(storage.read_bytes(uri)).hexdigest()
-    if isinstance(wanted, list) and wanted:
-        return Labels(len(classes), seed, in_turn=_numbers(policy, wanted, classes), sha256=sha256)
-    if isinstance(wanted, dict) and wanted:
+    content, sha256 = storage.read_json(uri := path(policy)), hashlib.sha256(storage.read_bytes(uri)).hexdigest()
+    if isinstance(content, list) and content:
+        return Labels(len(classes), seed, in_turn=_numbers(policy, content, classes), sha256=sha256)
+    if isinstance(content, dict) and content:
         weights = np.zeros(len(classes))
-        weights[list(_numbers(policy, list(wanted), classes))] = _weights(policy, list(wanted.values()))
+        weights[list(_numbers(policy, list(content), classes))] = _weights(policy, list(content.values()))
         cumulative = np.cumsum(weights / weights.sum())
         cumulative[np.flatnonzero(weights)[-1] :] = 1.0  # rounding must not leave a gap below 1
         return Labels(len(classes), seed, cumulative=tuple(cumulative.tolist()), sha256=sha256)
     raise ValueError(f"labels={policy} must contain a list of classes, or an object with their weights")
 
 
-def _numbers(policy: str, wanted: list[Any], classes: tuple[str, ...]) -> tuple[int, ...]:
+def _numbers(policy: str, requested: list[Any], classes: tuple[str, ...]) -> tuple[int, ...]:
     """Return the labels of classes that are given by name or by number."""
     known = {str(number): number for number in range(len(classes))}
     known |= {name: number for number, name in enumerate(classes)}  # names come before numbers
-    names = [str(name).strip() for name in wanted]
+    names = [str(name).strip() for name in requested]
     for name in names:
         if name not in known:
             raise ValueError(

@@ -51,13 +51,13 @@ class DamagedShard(ValueError):
     """A file that is not the complete shard of its name."""
 
 
-def shards_of(num_samples: int, size: int, there: Iterable[Shard] = ()) -> Iterator[Shard]:
+def shards_of(num_samples: int, size: int, existing: Iterable[Shard] = ()) -> Iterator[Shard]:
     """Yield the shards of a folder in index order: existing ones in `there`, and new ones of at most `size` samples.
 
     The last shard of a folder that was finished with fewer samples stays, although it may have fewer than `size`.
     """
     begin = 0
-    for shard in [*sorted(there), Shard(num_samples, num_samples)]:
+    for shard in [*sorted(existing), Shard(num_samples, num_samples)]:
         while begin < shard.begin:
             end = min((begin // size + 1) * size, shard.begin)
             yield Shard(begin, end)
@@ -77,7 +77,7 @@ def list_shards(folder: str) -> list[Shard]:
 # ------------------------------------------------------------------------------------------------ run.json
 
 
-def check_run(folder: str, wanted: dict[str, Any], platform: dict[str, Any] | None = None) -> dict[str, Any] | None:
+def check_run(folder: str, requested: dict[str, Any], platform: dict[str, Any] | None = None) -> dict[str, Any] | None:
     """Return the folder's run.json, or None; check that its config is `wanted` and its platform is `platform`.
 
     Raises:
@@ -90,8 +90,8 @@ def check_run(folder: str, wanted: dict[str, Any], platform: dict[str, Any] | No
     if run.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{uri}: format_version={run.get('format_version')} is not {FORMAT_VERSION}")
     # A batch size that the config leaves open is not compared, nor num_samples, which older folders have here.
-    compared = run["config"].keys() - {"num_samples"} - ({"batch_size"} - wanted.keys())
-    if changes := differences({name: run["config"][name] for name in compared}, wanted):
+    compared = run["config"].keys() - {"num_samples"} - ({"batch_size"} - requested.keys())
+    if changes := differences({name: run["config"][name] for name in compared}, requested):
         raise ValueError(
             f"{folder} was made with another config ({changes}); only what --help marks [operational] and "
             "--num-samples may change: choose another --output or the same config"

@@ -53,8 +53,8 @@ class Networks(NamedTuple):
     @property
     def loaded(self) -> list[Network]:
         """Return all networks that are not imported."""
-        found = (self.weights, self.classifier, self.upsampler, self.weak)
-        return [network for network in found if isinstance(network, Network)]
+        networks = (self.weights, self.classifier, self.upsampler, self.weak)
+        return [network for network in networks if isinstance(network, Network)]
 
     def guide(self, kind: GuidanceKind) -> Network | ImportedClassifier | None:
         """Return the network that a kind of guidance evaluates beside the model."""
@@ -109,11 +109,11 @@ def _check_guidance(config: GenerationConfig, model: Network, weak: Network | No
         )
     if weak is not None:
         fields = ("image_size", "in_channels", "num_classes", "low_res_size")
-        mine, its = (
+        model_fields, weak_fields = (
             {name: getattr(network.architecture, name, None) for name in fields} | {"diffusion": network.diffusion}
             for network in (model, weak)
         )
-        if differing := [name for name in mine if mine[name] != its[name]]:
+        if differing := [name for name in model_fields if model_fields[name] != weak_fields[name]]:
             raise ValueError(
                 f"guidance.weak_weights={config.guidance.weak_weights} and {config.weights} differ in "
                 f"{', '.join(differing)}; a weaker model is an earlier snapshot, or a smaller one of the same diffusion"
@@ -233,10 +233,10 @@ def make_batch(networks: Networks, config: GenerationConfig, number: int) -> tup
     with autocast(networks.weights.device, config.dtype):
         guide = networks.guide(config.guidance.kind)
         images = draw(networks.weights, config.sampler, guide=guide, guidance=config.guidance)
-        made = [Samples(indices, labels, images)]
+        stages = [Samples(indices, labels, images)]
         if networks.upsampler:
-            made.append(Samples(indices, labels, draw(networks.upsampler, config.upsampling, low_res=images)))
-    return tuple(made)
+            stages.append(Samples(indices, labels, draw(networks.upsampler, config.upsampling, low_res=images)))
+    return tuple(stages)
 
 
 @torch.no_grad()

@@ -37,8 +37,8 @@ def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> 
         "seconds_by_stage": {name: stage["seconds"] for name, stage in stages.items()},
         "seconds": sum(stage["seconds"] for stage in stages.values()),
         "num_samples": storage.read_json(storage.join(digits, "guided", "manifest.json"))["num_samples"],
-        **{f"accuracy_{name}": found["metrics"]["accuracy"]["value"] for name, found in evaluations.items()},
-        **{f"metrics_{name}": found["metrics"] for name, found in evaluations.items()},
+        **{f"accuracy_{name}": evaluation["metrics"]["accuracy"]["value"] for name, evaluation in evaluations.items()},
+        **{f"metrics_{name}": evaluation["metrics"] for name, evaluation in evaluations.items()},
         "held_out": evaluations["guided"]["held_out"],
         "extractor": evaluations["guided"]["extractor"],
         "search": {

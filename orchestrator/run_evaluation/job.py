@@ -60,15 +60,15 @@ def evaluate_run(config: RunEvaluationConfig) -> str:
     """
     run, output = config.path(config.weights), config.path(config.output)
     files = _files(config)
-    found = _snapshots(config)
-    if not found:
-        if there := sorted({snapshot.average for snapshot in snapshots(run)}):
-            raise ValueError(f"--ema {' '.join(config.ema)}: {config.weights} has only {', '.join(there)}")
+    existing = _snapshots(config)
+    if not existing:
+        if averages := sorted({snapshot.average for snapshot in snapshots(run)}):
+            raise ValueError(f"--ema {' '.join(config.ema)}: {config.weights} has only {', '.join(averages)}")
         raise FileNotFoundError(
             f"--weights {config.weights} has no snapshots yet; train with --snapshot-every, and run this command after "
             "the first snapshot"
         )
-    facts, classes, passes = _check_or_write_config(config, files, found[0])
+    facts, classes, passes = _check_or_write_config(config, files, existing[0])
     with (
         session(
             config.num_workers * config.num_threads,
@@ -135,7 +135,7 @@ def _rounds(config: RunEvaluationConfig, passes: Passes) -> Iterator[list[tuple[
 def _snapshots(config: RunEvaluationConfig) -> list[Snapshot]:
     """Return the snapshots to evaluate, oldest first; missing post-hoc averages are computed."""
     run = config.path(config.weights)
-    found = [snapshot for snapshot in snapshots(run) if not config.ema or snapshot.average in config.ema]
+    selected = [snapshot for snapshot in snapshots(run) if not config.ema or snapshot.average in config.ema]
     for images in sorted({images for images, _, _ in power_snapshots(run)}) if config.sigma_rel else []:
         for sigma_rel in config.sigma_rel:
             requested = AverageConfig(store=config.store, weights=config.weights, sigma_rel=sigma_rel, images=images)
@@ -147,8 +147,8 @@ def _snapshots(config: RunEvaluationConfig) -> list[Snapshot]:
                     "post-hoc average %g at %d images is skipped, the others continue: %s", sigma_rel, images, error
                 )
                 continue
-            found.append(Snapshot(images, f"posthoc-{sigma_rel:g}", f"posthoc/{uri.rpartition('/')[2]}"))
-    return sorted(found)
+            selected.append(Snapshot(images, f"posthoc-{sigma_rel:g}", f"posthoc/{uri.rpartition('/')[2]}"))
+    return sorted(selected)
 
 
 def _tasks(config: RunEvaluationConfig, passes: Passes, snapshot: Snapshot) -> Iterator[Evaluation]:
@@ -206,18 +206,18 @@ def _check_or_write_config(
 
 def plan(config: RunEvaluationConfig) -> tuple[RunEvaluationConfig, str]:
     """Return the config, and what an evaluation of the existing snapshots would read, write and cost."""
-    found, reference = _snapshots(config), config.path(config.reference)
+    existing, reference = _snapshots(config), config.path(config.reference)
     reads = f"reads   {config.path(config.weights)} and {reference}"
-    if not found:
+    if not existing:
         return config, f"{reads}\nnot there yet: snapshots of the requested averages"
     files = _files(config)
-    generation, passes = _generation(config, files, found[0])
+    generation, passes = _generation(config, files, existing[0])
     model = outline(generation, generation.weights)
     classifier = classifier_outline(generation)
     weak = config.guidance.weak_weights and outline(generation, files[config.guidance.weak_weights])
     guides = {"classifier": classifier, "classifier_free": model, "auto": weak or None}
     lines, half = list[str](), config.dtype != "float32"
-    tasks = [task for snapshot in found for task in _tasks(config, passes, snapshot)]
+    tasks = [task for snapshot in existing for task in _tasks(config, passes, snapshot)]
     for guidance in config.guides:
         todo = [t for t in tasks if t.setting.guidance == guidance and not storage.exists(record_uri(config, t))]
         sampled = generation.model_copy(update={"sampler": config.sampler, "guidance": guidance})
@@ -225,7 +225,7 @@ def plan(config: RunEvaluationConfig) -> tuple[RunEvaluationConfig, str]:
             lines.append(priced(cost, config.cost, config.num_workers, config.num_gpus, half))
     return config, "\n".join(
         [
-            f"{reads}: {len(found)} snapshots from {found[0].images:,} to {found[-1].images:,} images",
+            f"{reads}: {len(existing)} snapshots from {existing[0].images:,} to {existing[-1].images:,} images",
             f"writes  {config.path(config.output)}: records, quality.json and pictures; {BEST} in the run's folder",
             *lines,
         ]

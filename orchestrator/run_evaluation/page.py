@@ -38,11 +38,11 @@ def curve_figure(result: Json) -> bytes:
         curves.setdefault(point["curve"], []).append(point)
     for axis, name in zip(axes.flat, names, strict=True):
         for colour, (label, along) in zip(COLOURS * 9, curves.items(), strict=False):
-            found = [point["objective"].get(name, point["metrics"].get(name)) for point in along]
+            metrics = [point["objective"].get(name, point["metrics"].get(name)) for point in along]
             x = [point["images"] for point in along]
-            axis.plot(x, [metric["value"] for metric in found], "o-", color=colour, markersize=3.5, label=label)
-            if all(metric["interval"] for metric in found):
-                low, high = np.array([metric["interval"] for metric in found]).T
+            axis.plot(x, [metric["value"] for metric in metrics], "o-", color=colour, markersize=3.5, label=label)
+            if all(metric["interval"] for metric in metrics):
+                low, high = np.array([metric["interval"] for metric in metrics]).T
                 axis.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
         suffix = ", bias-corrected" if name in result["objective"] else ""
         axis.set(xlabel="images", title=name.replace("_", " ") + suffix)

@@ -48,7 +48,7 @@ def conclude(config: RunEvaluationConfig, points: list[Point]) -> Json:
         for before, point in zip([None, *along], along, strict=False)
     ]
     level = [
-        found for found in described if found["curve"] == best.curve and found["behind_best"][name]["interval"][0] <= 0
+        entry for entry in described if entry["curve"] == best.curve and entry["behind_best"][name]["interval"][0] <= 0
     ]
     return {
         "run": config.weights,
@@ -56,7 +56,7 @@ def conclude(config: RunEvaluationConfig, points: list[Point]) -> Json:
         "num_samples": config.num_samples,
         "seed": config.seed,
         "points": described,
-        "best": next(found for found in described if found["weights"] == best.setting.weights and found["best"]),
+        "best": next(entry for entry in described if entry["weights"] == best.setting.weights and entry["best"]),
         "as_good_from": level[0]["images"],
         "failed": failed,
     }

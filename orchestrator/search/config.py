@@ -26,13 +26,13 @@ class Limit(NamedTuple):
         """Parse a text such as "20000", "25%" or "1.5h"; raise ValueError for any other."""
         if text is None:
             return cls()
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)(%|h?)", text.replace(",", "").strip())
-        if not found or not float(found[1]):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)(%|h?)", text.replace(",", "").strip())
+        if not match or not float(match[1]):
             raise ValueError(
                 f"budget={text!r} is not a budget; pass a number of samples (20000), a share of the cost of all "
                 "trials (25%) or hours (1.5h)"
             )
-        return cls(float(found[1]), cast(Literal["%", "h"], found[2]) or "samples")
+        return cls(float(match[1]), cast(Literal["%", "h"], match[2]) or "samples")
 
 
 class TrialsConfig(JobConfig):

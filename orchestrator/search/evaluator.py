@@ -109,13 +109,13 @@ def evaluate(
     held = _held(config, facts.image_size)
     folder, seconds = folder_of(config, task), 0.0
     names = [_block_name(number) for number in range(-(-task.n // config.batch_size))]
-    there = set(storage.list_names(folder))
-    todo = [Block(task.setting, task.seed, number) for number, name in enumerate(names) if name not in there]
-    for done, (_, made) in enumerate(workers.map(todo), 1):
-        if made.failed:
-            return _record(config, task, failed=made.failed)
+    existing = set(storage.list_names(folder))
+    todo = [Block(task.setting, task.seed, number) for number, name in enumerate(names) if name not in existing]
+    for done, (_, result) in enumerate(workers.map(todo), 1):
+        if result.failed:
+            return _record(config, task, failed=result.failed)
         report(task, min(done * config.batch_size, task.n))
-        seconds += made.seconds
+        seconds += result.seconds
     drawn = concatenate(_read_block(storage.join(folder, name)) for name in names)
     try:
         outcome = _measured(config, task, drawn, held, facts)
@@ -179,12 +179,12 @@ def reference_of(config: TrialsConfig, image_size: int, num_workers: int) -> tup
     loader = config.extractor_loader(image_size)
     loaded, folder = loader(CPU), storage.join(config.path(config.output), "reference")
     uri = config.path(config.reference)
-    found = open_reference(uri, loader, loaded, folder, image_size, num_workers, config.num_gpus)
-    if found.files is None:
+    reference = open_reference(uri, loader, loaded, folder, image_size, num_workers, config.num_gpus)
+    if reference.files is None:
         raise ValueError(
             f"--reference {config.reference} holds statistics only; pass a prepared dataset or a batch with images"
         )
-    return found, loaded.network.name
+    return reference, loaded.network.name
 
 
 def unmatched(classes: tuple[str, ...], reference: Reference) -> str:
@@ -209,10 +209,13 @@ def unmatched(classes: tuple[str, ...], reference: Reference) -> str:
 @lru_cache(maxsize=1)
 def _held(config: TrialsConfig, image_size: int) -> Held:
     """Load the reference, which a process keeps for its next trials."""
-    found, name = reference_of(config, image_size, num_workers=0)
-    assert found.files is not None
+    reference, name = reference_of(config, image_size, num_workers=0)
+    assert reference.files is not None
     return Held(
-        name, found.statistics, found.files.pool(chosen(found.files.count, Limits.references)), len(found.classes)
+        name,
+        reference.statistics,
+        reference.files.pool(chosen(reference.files.count, Limits.references)),
+        len(reference.classes),
     )
 
 
@@ -245,10 +248,10 @@ def sampled_by(config: TrialsConfig, files: dict[str, str], weights: str, weak: 
     files: the weights file that the job uses for each path.
     weak: the weaker model; None = without one.
     """
-    found = config.generation(files.get(weights, weights), config.seed)
-    guidance = GuidanceConfig(kind="auto", weak_weights=files.get(weak, weak)) if weak else found.guidance
+    generation = config.generation(files.get(weights, weights), config.seed)
+    guidance = GuidanceConfig(kind="auto", weak_weights=files.get(weak, weak)) if weak else generation.guidance
     classifier = files.get(config.classifier or "", config.classifier)
-    return found.model_copy(update={"classifier": classifier, "guidance": guidance})
+    return generation.model_copy(update={"classifier": classifier, "guidance": guidance})
 
 
 def make_worker(config: TrialsConfig) -> Callable[[Block], Made]:

@@ -148,12 +148,12 @@ class SuccessiveHalving:
         """
         candidates = self._best_first([trial for trial in self.trials if trial.runs])
         top, pair = len(self.config.rungs) - 1, candidates[:2]
-        left = self._budget.left(self._reserve(candidates))
+        remaining = self._budget.left(self._reserve(candidates))
         prices = self._budget.prices([self._task(trial, level) for trial in candidates])
-        count = affordable(prices, left)
+        count = affordable(prices, remaining)
         if level < top:
             to_top, below = (self._budget.prices([self._task(trial, end) for trial in pair]) for end in (top, top - 1))
-            share = affordable(prices, (left - sum(to_top) + sum(below)) / (top - level))
+            share = affordable(prices, (remaining - sum(to_top) + sum(below)) / (top - level))
             half = -(-len(candidates) // 2)
             count = min(count, max(share if 3 * share >= len(candidates) else half, 2))
         for trial in candidates[count:]:
@@ -212,8 +212,10 @@ class SuccessiveHalving:
 
     def ranked(self) -> list[Trial]:
         """Return the trials that can win, best first: ordered by their rung, then by their outcomes there."""
-        found = [t for t in self.trials if t.outcomes and not (t.failed or t.eliminated) and self.violation(t) <= 0]
-        by_level = [[t for t in found if t.level == level] for level in range(len(self.config.rungs))]
+        candidates = [
+            t for t in self.trials if t.outcomes and not (t.failed or t.eliminated) and self.violation(t) <= 0
+        ]
+        by_level = [[t for t in candidates if t.level == level] for level in range(len(self.config.rungs))]
         return [trial for trials in reversed(by_level) for trial in self._best_first(trials)]
 
     def violation(self, trial: Trial) -> float:
@@ -222,40 +224,40 @@ class SuccessiveHalving:
         excesses = [c.excess(scores[c.metric]) for c in self._bounds if len(scores[c.metric])]
         return max((float(excess.mean()) for excess in excesses), default=0.0)
 
-    def _eliminate(self, there: list[Trial], level: int) -> None:
+    def _eliminate(self, at_rung: list[Trial], level: int) -> None:
         """Eliminate those of the trials at a rung that break a constraint or are worse than a rival, by tests."""
         n, bounds = self.config.rungs[level], self._bounds
-        rivals = [t for t in there if all(self._is_certain(bound, t, there, breaks=False) for bound in bounds)]
-        spans = {rival.number: self._spans(rival, there) for rival in rivals}
+        rivals = [t for t in at_rung if all(self._is_certain(bound, t, at_rung, breaks=False) for bound in bounds)]
+        spans = {rival.number: self._spans(rival, at_rung) for rival in rivals}
         decisions: list[str | None] = []  # all of them before any is applied, so that their order does not matter
-        for trial in there:
-            broken = [bound.metric for bound in bounds if self._is_certain(bound, trial, there, breaks=True)]
+        for trial in at_rung:
+            broken = [bound.metric for bound in bounds if self._is_certain(bound, trial, at_rung, breaks=True)]
             better = (r.number for r in rivals if r is not trial and self._is_worse(trial, r, spans[r.number]))
             if broken:
                 decisions.append(f"significantly breaks {broken[0]} at n={n}")
             else:
                 rival = next(better, None)
                 decisions.append(None if rival is None else f"significantly worse at n={n} than trial {rival}")
-        for trial, decision in zip(there, decisions, strict=True):
+        for trial, decision in zip(at_rung, decisions, strict=True):
             trial.eliminated = decision
 
-    def _is_certain(self, constraint: Constraint, trial: Trial, there: list[Trial], breaks: bool) -> bool:
+    def _is_certain(self, constraint: Constraint, trial: Trial, at_rung: list[Trial], breaks: bool) -> bool:
         """Return whether a test shows that a trial breaks a constraint (or satisfies it, if not `breaks`)."""
         outcome, name, sign = trial.outcomes[-1], constraint.metric, 1 if breaks else -1
         if name not in outcome.unbiased or not len(outcome.scores[name]):
             return False
-        span = max(float(np.ptp(other.outcomes[-1].scores[name])) for other in there)
+        span = max(float(np.ptp(other.outcomes[-1].scores[name])) for other in at_rung)
         excess = sign * constraint.excess(outcome.scores[name])
         return surely_positive(excess, outcome.strata, self._error, self.config.rungs[trial.level], span)
 
-    def _spans(self, rival: Trial, there: list[Trial]) -> dict[str, float]:
+    def _spans(self, rival: Trial, at_rung: list[Trial]) -> dict[str, float]:
         """Return by objective the widest range of paired differences from a rival over all trials at its rung."""
-        found = {}
+        spans = {}
         for name in self.config.objective:
-            its = rival.outcomes[-1].scores[name]
-            others = [differences(other.outcomes[-1].scores[name], its) for other in there]
-            found[name] = max(float(np.ptp(each)) if len(each) else 0.0 for each in others)
-        return found
+            rival_scores = rival.outcomes[-1].scores[name]
+            others = [differences(other.outcomes[-1].scores[name], rival_scores) for other in at_rung]
+            spans[name] = max(float(np.ptp(each)) if len(each) else 0.0 for each in others)
+        return spans
 
     def _is_worse(self, trial: Trial, rival: Trial, spans: dict[str, float]) -> bool:
         """Return whether tests show that the rival is better in every objective.
@@ -264,13 +266,15 @@ class SuccessiveHalving:
         """
         n, certain = self.config.rungs[trial.level], []
         for name in self.config.objective:
-            mine, its = trial.outcomes[-1].scores[name], rival.outcomes[-1].scores[name]
-            if not len(mine) or mine.mean() < its.mean():
+            own_scores, rival_scores = trial.outcomes[-1].scores[name], rival.outcomes[-1].scores[name]
+            if not len(own_scores) or own_scores.mean() < rival_scores.mean():
                 return False
             if name != EVALUATIONS:
                 strata = trial.outcomes[-1].strata
-                certain.append(surely_positive(differences(mine, its), strata, self._error, n, spans[name]))
-            elif mine[0] > its[0]:
+                certain.append(
+                    surely_positive(differences(own_scores, rival_scores), strata, self._error, n, spans[name])
+                )
+            elif own_scores[0] > rival_scores[0]:
                 certain.append(True)
         return bool(certain) and all(certain)
 

@@ -158,7 +158,7 @@ def _facts(networks: dict[str, Networks]) -> dict[str, Any]:
     """Return the fingerprint of the networks, to which the folder is bound."""
     (first, *_) = networks.values()
     return {
-        "weights": {path: found.weights.sha256 for path, found in networks.items()},
+        "weights": {path: loaded.weights.sha256 for path, loaded in networks.items()},
         "classifier": first.classifier.sha256 if first.classifier else None,
         "numerics_version": NUMERICS_VERSION,
     }
@@ -167,10 +167,10 @@ def _facts(networks: dict[str, Networks]) -> dict[str, Any]:
 def _image_size(config: SearchConfig, networks: dict[str, Networks]) -> int:
     """Return the image size in pixels; raise ValueError if the diffusion models generate images of different sizes."""
     size = networks[config.weights[0]].weights.architecture.image_size
-    for path, found in networks.items():
-        if found.weights.architecture.image_size != size:
+    for path, loaded in networks.items():
+        if loaded.weights.architecture.image_size != size:
             raise ValueError(
-                f"--weights {path} generates images of {found.weights.architecture.image_size} pixels, and "
+                f"--weights {path} generates images of {loaded.weights.architecture.image_size} pixels, and "
                 f"{config.weights[0]} of {size}; pass models of one image size"
             )
     return size
@@ -213,12 +213,12 @@ class _Rounds:
     def run(self) -> Iterator[tuner.Round[Evaluation]]:
         """Yield the evaluations that have no record; the search reads all outcomes from records."""
         done: list[Evaluation] = []
-        for found in self._halving.run():
+        for current in self._halving.run():
             self._track(done)
-            done = found.tasks
-            print(found.text, flush=True)
-            todo = [task for task in found.tasks if not storage.exists(record_uri(self._config, task))]
-            running = {task.setting for task in found.tasks}
+            done = current.tasks
+            print(current.text, flush=True)
+            todo = [task for task in current.tasks if not storage.exists(record_uri(self._config, task))]
+            running = {task.setting for task in current.tasks}
             stopped = [t.setting.name for t in self._halving.trials if not t.runs and t.setting not in running]
             with progress_line(sum(map(self._budget.new, todo)), "samples") as self._progress:
                 yield tuner.Round([(task.setting.name, task) for task in todo], stopped)
@@ -248,10 +248,10 @@ class _Rounds:
 
 def _flat(metrics: dict[str, Any]) -> dict[str, float]:
     """Return the values and the ends of their intervals, by name."""
-    found = {name: metric["value"] for name, metric in metrics.items()}
+    values = {name: metric["value"] for name, metric in metrics.items()}
     for end, name_of_end in enumerate(("low", "high")):
-        found |= {f"{n}_{name_of_end}": m["interval"][end] for n, m in metrics.items() if m["interval"]}
-    return found
+        values |= {f"{n}_{name_of_end}": m["interval"][end] for n, m in metrics.items() if m["interval"]}
+    return values
 
 
 def plan(config: SearchConfig, trained: Trained | None = None) -> tuple[SearchConfig, str]:

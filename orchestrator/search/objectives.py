@@ -36,20 +36,20 @@ class Objective(NamedTuple):
             raise ValueError(f"{name!r} is not a metric that a search can compare trials by; use {', '.join(known)}")
         return cls(name, known[name])
 
-    def scores(self, made: Comparison, evaluations: float) -> np.ndarray:
+    def scores(self, comparison: Comparison, evaluations: float) -> np.ndarray:
         """Return scores [n] of the samples, of which less is better; an empty array if n is too small.
 
         Raises:
             ValueError: the samples lack what the metric needs, such as labels of the reference's classes.
         """
         if self.metric is None:
-            return np.full(len(made.labels), float(evaluations))
+            return np.full(len(comparison.labels), float(evaluations))
         assert self.metric.scores is not None, "parse accepts no other metric"
-        if (reason := self.metric.lacks(made)) is not None:
+        if (reason := self.metric.lacks(comparison)) is not None:
             raise ValueError(f"{self.name} cannot be measured{f': {reason}' if reason else ''}")
-        return self.metric.scores(made)
+        return self.metric.scores(comparison)
 
-    def is_unbiased(self, made: Comparison, full: bool) -> bool:
+    def is_unbiased(self, comparison: Comparison, full: bool) -> bool:
         """Return whether the mean of the scores is an unbiased estimate of the metric.
 
         Paired differences of trials do not need this. `full` states that n is that of the last rung: the value of
@@ -58,7 +58,7 @@ class Objective(NamedTuple):
         arrays: dict[str, ArrayName] = {"fd": "pool", "sfd": "spatial"}
         if self.metric is None or self.metric.name not in arrays:
             return self.metric is None or self.metric.name != "recall" or full
-        n, dimension = made.array(arrays[self.metric.name]).shape
+        n, dimension = comparison.array(arrays[self.metric.name]).shape
         return n >= MIN_CORRECTED_RATIO * dimension
 
 
@@ -72,12 +72,12 @@ class Constraint(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> "Constraint":
         """Parse metric<=bound or metric>=bound; raise ValueError for any other text."""
-        found = re.fullmatch(r"\s*(\w+)\s*(<=|>=)\s*([-+.\deE]+)\s*", text)
-        if not found:
+        match = re.fullmatch(r"\s*(\w+)\s*(<=|>=)\s*([-+.\deE]+)\s*", text)
+        if not match:
             raise ValueError(f"constraint {text!r} is not of the form metric<=bound or metric>=bound")
-        if found[1] == EVALUATIONS and found[2] == ">=":
+        if match[1] == EVALUATIONS and match[2] == ">=":
             raise ValueError(f"constraint {text!r}: evaluations can only be bounded from above, as in evaluations<=25")
-        return cls(found[1], found[2] == "<=", float(found[3]))
+        return cls(match[1], match[2] == "<=", float(match[3]))
 
     def excess(self, scores: np.ndarray) -> np.ndarray:
         """Return numbers [n] whose mean is the excess of the metric over the bound (0 or less if it does not)."""

@@ -21,8 +21,8 @@ def search_page(result: Json, pictures: dict[str, bytes], command: str) -> str:
     several, objective = has_several_weights(result), result["objective"][0]
 
     def rank(trial: Json) -> tuple[int, float]:
-        found = trial["objective"].get(objective, trial["metrics"][objective])
-        return -trial["n"], sign_of(objective) * found["value"]
+        estimate = trial["objective"].get(objective, trial["metrics"][objective])
+        return -trial["n"], sign_of(objective) * estimate["value"]
 
     return template(Path(__file__).with_suffix(".html")).render(
         result=result,

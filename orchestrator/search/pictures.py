@@ -51,11 +51,11 @@ def guidance_figure(trials: list[Json], objectives: list[str], extractor: str) -
     names = [name for name in dict.fromkeys((*objectives, *usual[:1], *usual[2:], usual[1])) if name != EVALUATIONS][:4]
     for axis, name in zip(axes.flat, names, strict=True):
         for colour, (label, along) in zip(COLOURS_MORE * 9, curves(trials).items(), strict=False):
-            found = [trial["objective_by_rung"][n].get(name, trial["rungs"][n][name]) for trial in along]
-            x, y = [trial["setting"]["guidance"]["scale"] for trial in along], [metric["value"] for metric in found]
+            metrics = [trial["objective_by_rung"][n].get(name, trial["rungs"][n][name]) for trial in along]
+            x, y = [trial["setting"]["guidance"]["scale"] for trial in along], [metric["value"] for metric in metrics]
             axis.plot(x, y, "o-", color=colour, markersize=3.5, linewidth=1.2, label=label)
-            if all(metric["interval"] for metric in found):
-                low, high = np.array([metric["interval"] for metric in found]).T
+            if all(metric["interval"] for metric in metrics):
+                low, high = np.array([metric["interval"] for metric in metrics]).T
                 axis.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
         corrected = ", bias-corrected" if name in trials[0]["objective_by_rung"][n] else ""
         axis.set(xlabel="guidance scale", title=name.replace("_", " ") + corrected)
@@ -84,12 +84,12 @@ def curves(trials: list[Json]) -> dict[str, list[Json]]:
         guide = _guide_label(setting, kinds, weaker) if setting.guidance.scale else None
         chain = f"{setting.chain}, {setting.weights}" if several else setting.chain
         chains.setdefault(chain, {}).setdefault(guide, []).append(trial)
-    found = {}
+    groups = {}
     for chain, by_guide in chains.items():
         unguided = by_guide.pop(None, [])
         for guide, guided in (by_guide or {None: []}).items():
-            found[f"{chain}, {guide}" if guide else chain] = [*unguided, *guided]
-    return found
+            groups[f"{chain}, {guide}" if guide else chain] = [*unguided, *guided]
+    return groups
 
 
 def _guide_label(setting: Setting, kinds: bool, weaker: bool) -> str:
@@ -125,8 +125,8 @@ def front_figure(names: tuple[str, str], result: Json) -> bytes:
     first, second = names
     rungs = sorted({trial["n"] for trial in result["trials"]})
     for colour, n in zip(COLOURS_MORE, rungs, strict=False):
-        found = [(_side(trial, second), _side(trial, first)) for trial in result["trials"] if trial["n"] == n]
-        points = [(x, y) for x, y in found if x and y]
+        pairs = [(_side(trial, second), _side(trial, first)) for trial in result["trials"] if trial["n"] == n]
+        points = [(x, y) for x, y in pairs if x and y]
         if points:
             _bars(axis, points, colour, f"n = {n:,}")
     line = [(point[second]["value"], point[first]["value"]) for point in result["front"]]
@@ -190,9 +190,9 @@ def kinds_figure(config: SearchConfig, trials: list[Json]) -> bytes:
 
 def best_by_kind(trials: list[Json], name: str) -> dict[str, Json]:
     """Return the best trial of each kind of guidance, among those that reached the highest rung."""
-    found: dict[str, Json] = {}
+    best: dict[str, Json] = {}
     for trial in sorted(
         trials, key=lambda trial: (-trial["n"], trial["behind_winner"].get(name, {"value": 0})["value"])
     ):
-        found.setdefault(trial["setting"]["guidance"]["kind"], trial)
-    return found
+        best.setdefault(trial["setting"]["guidance"]["kind"], trial)
+    return best

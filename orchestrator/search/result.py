@@ -66,7 +66,7 @@ def _final(config: SearchConfig, trial: Trial, winner: Trial) -> Json:
 def _trial(config: SearchConfig, halving: SuccessiveHalving, trial: Trial, winner: Trial, budget: SampleBudget) -> Json:
     """Return a trial as search.json shows it, compared with the winner at the largest n that both reached."""
     level, n = min(trial.level, winner.level), config.rungs[trial.level]
-    there = sum(other.level >= level for other in halving.trials)
+    num_trials = sum(other.level >= level for other in halving.trials)
     return {
         "number": trial.number,
         "setting": trial.setting.model_dump(mode="json"),
@@ -77,7 +77,11 @@ def _trial(config: SearchConfig, halving: SuccessiveHalving, trial: Trial, winne
         "keeps_constraints": halving.violation(trial) <= 0,
         "objective": objectives_of(config, trial.outcomes[-1], n),
         "behind_winner": worse_by(
-            config, trial.outcomes[level], winner.outcomes[level], config.rungs[level], there * (there - 1) // 2
+            config,
+            trial.outcomes[level],
+            winner.outcomes[level],
+            config.rungs[level],
+            num_trials * (num_trials - 1) // 2,
         ),
         "objective_by_rung": {
             str(n): objectives_of(config, outcome, n) for n, outcome in zip(config.rungs, trial.outcomes, strict=False)
@@ -89,14 +93,14 @@ def _trial(config: SearchConfig, halving: SuccessiveHalving, trial: Trial, winne
 
 def objectives_of(config: TrialsConfig, outcome: Outcome, n: int) -> Json:
     """Return each bias-corrected objective, with a 95% interval if n is large enough for an unbiased value."""
-    found = {EVALUATIONS: outcome.metrics[EVALUATIONS]} if EVALUATIONS in config.objective else {}
+    estimates = {EVALUATIONS: outcome.metrics[EVALUATIONS]} if EVALUATIONS in config.objective else {}
     for name in config.objective:
         if name != EVALUATIONS and len(scores := sign_of(name) * outcome.scores[name]):
             estimate = interval(scores, n, outcome.strata)
             if name not in outcome.unbiased:
                 estimate = Estimate(estimate.value, n, note="no interval: n is too small for an unbiased value")
-            found[name] = describe(estimate)
-    return found
+            estimates[name] = describe(estimate)
+    return estimates
 
 
 def worse_by(config: TrialsConfig, outcome: Outcome, best: Outcome, n: int, pairs: int) -> Json:
@@ -105,12 +109,12 @@ def worse_by(config: TrialsConfig, outcome: Outcome, best: Outcome, n: int, pair
     pairs: the number of pairs compared at this n. The 95% intervals are simultaneous for all pairs (Bonferroni), so
     that they hold whichever trial was selected as the best.
     """
-    found = {}
+    estimates = {}
     for name in config.objective:
         if name != EVALUATIONS and len(outcome.scores[name]):
             worse = differences(outcome.scores[name], best.scores[name])
-            found[name] = describe(interval(worse, n, outcome.strata, level=0.025 / max(pairs, 1)))
-    return found
+            estimates[name] = describe(interval(worse, n, outcome.strata, level=0.025 / max(pairs, 1)))
+    return estimates
 
 
 def front_names(config: SearchConfig) -> tuple[str, str]:
@@ -147,8 +151,8 @@ def summary(result: Json, most: int = 8) -> str:
     ]
     for final in result["finalists"][1:]:
         if objective in final["behind_winner"]:
-            found = label(Setting(**final["setting"]), several)
-            lines.append(f"next    {compared(final['behind_winner'][objective])} on the same samples: {found}")
+            description = label(Setting(**final["setting"]), several)
+            lines.append(f"next    {compared(final['behind_winner'][objective])} on the same samples: {description}")
     lines += [f"warning {text}" for text in contradictions(result)]
     lines.append(
         f"cost    {result['samples']:,} samples, {result['evaluations']:,.0f} network evaluations, "
@@ -172,11 +176,11 @@ def summary(result: Json, most: int = 8) -> str:
 def contradictions(result: Json) -> list[str]:
     """Return a warning for each finalist that is significantly better than the winner on the fresh samples."""
     objective, several = result["objective"][0], has_several_weights(result)
-    found = [(final, final["behind_winner"].get(objective, {"interval": None})) for final in result["finalists"]]
+    comparisons = [(final, final["behind_winner"].get(objective, {"interval": None})) for final in result["finalists"]]
     return [
         f"on the fresh samples {label(Setting(**final['setting']), several)} is significantly better than the winner, "
         "which the samples of the search chose; use that setting, or continue the search with a larger budget"
-        for final, worse in found
+        for final, worse in comparisons
         if worse["interval"] and worse["interval"][1] < 0
     ]
 

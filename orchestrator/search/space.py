@@ -95,10 +95,10 @@ class SpaceConfig(BaseModel, frozen=True, extra="forbid"):
     @property
     def guides(self) -> tuple[Guide, ...]:
         """Every kind of guidance, combined with every weaker model if the kind is auto."""
-        found: list[Guide] = []
+        guides: list[Guide] = []
         for kind in self.guidance:
-            found += [(kind, weak) for weak in self.weak_weights] if kind == "auto" else [(kind, None)]
-        return tuple(found)
+            guides += [(kind, weak) for weak in self.weak_weights] if kind == "auto" else [(kind, None)]
+        return tuple(guides)
 
 
 @dataclass(frozen=True)
@@ -124,13 +124,13 @@ class Space:
     def grid(self) -> list[Setting]:
         """Return every allowed combination of the given values, each once."""
         c = self._config
-        found = (
+        settings = (
             self._setting(*values)
             for values in itertools.product(
                 self._weights, c.samplers, c.num_steps, c.etas, c.s_churn, c.guides, c.scales, c.intervals
             )
         )
-        return [setting for setting in dict.fromkeys(found) if self.allows(setting)]
+        return [setting for setting in dict.fromkeys(settings) if self.allows(setting)]
 
     def allows(self, setting: Setting) -> bool:
         """Return whether a setting takes at most the allowed number of network evaluations."""
@@ -213,7 +213,7 @@ def narrowed(fewest: dict[Setting, float], more: list[Setting]) -> list[Setting]
     scale falls with more steps: ADM's own is about 2.4 times as large at 25 DDIM steps as at 250. Therefore the lower
     bound is the largest scale of the grid that is at most the lower one of the two times (fewest / steps)^0.4.
     """
-    found: list[Setting] = []
+    kept: list[Setting] = []
     for setting in more:
         first = {other.guidance.scale: value for other, value in fewest.items() if _chain(other) == _chain(setting)}
         two = sorted(sorted(first, key=lambda scale: first[scale])[:2])
@@ -221,8 +221,8 @@ def narrowed(fewest: dict[Setting, float], more: list[Setting]) -> list[Setting]
         shifted = two[0] * (least / setting.sampler.num_steps) ** SHIFT
         below = max((scale for scale in first if scale <= shifted), default=two[0])
         if below <= setting.guidance.scale <= two[-1]:
-            found.append(setting)
-    return found
+            kept.append(setting)
+    return kept
 
 
 def _chain(setting: Setting) -> tuple[object, ...]:
@@ -245,8 +245,8 @@ class GridProposals:
     def ask(self, count: int) -> list[Setting]:
         if not self._waiting and self._rest:
             self._waiting, self._rest = narrowed(self._values, self._rest), []
-        found, self._waiting = self._waiting, []
-        return found
+        proposed, self._waiting = self._waiting, []
+        return proposed
 
     def tell(self, setting: Setting, values: list[float], violation: float) -> None:
         self._values[setting] = values[0] if values and violation <= 0 else np.inf
@@ -277,9 +277,9 @@ class OptunaProposals:
             self._study.enqueue_trial(parameters)
 
     def ask(self, count: int) -> list[Setting]:
-        found: list[Setting] = []
+        proposed: list[Setting] = []
         for _ in range(MAX_ATTEMPTS):
-            if len(found) == count:
+            if len(proposed) == count:
                 break
             trial = self._study.ask()
             setting = self._space.suggest(trial)
@@ -287,8 +287,8 @@ class OptunaProposals:
                 self._tell(trial, [], 1.0)
                 continue
             self._trials[setting] = trial
-            found.append(setting)
-        return found
+            proposed.append(setting)
+        return proposed
 
     def tell(self, setting: Setting, values: list[float], violation: float) -> None:
         self._tell(self._trials[setting], values, violation)

@@ -21,10 +21,10 @@ class AuditLog:
         self._folder = folder
         self._who = f"{rank:04d}-of-{world_size:04d}-process-{os.getpid()}-{uuid.uuid4().hex[:12]}"
 
-    def write(self, position: int, batches: list[Microbatch], found: list[Terms]) -> None:
+    def write(self, position: int, batches: list[Microbatch], losses: list[Terms]) -> None:
         """Write the record of the step that starts at `position` images: the tensors that it used, and its losses."""
         rows = []
-        for batch, terms in zip(batches, found, strict=True):
+        for batch, terms in zip(batches, losses, strict=True):
             columns = (
                 batch.samples.tolist(),
                 batch.flips.tolist(),

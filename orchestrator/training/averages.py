@@ -23,8 +23,8 @@ def average(config: AverageConfig) -> str:
     run, chosen = config.path(config.weights), _chosen(config)
     about = [weights_about(uri) for _, _, uri in chosen]
     kept = [Profile(a["training"]["updates"], sigma_rel) for a, (_, sigma_rel, _) in zip(about, chosen, strict=True)]
-    wanted = Profile(kept[-1].updates, config.sigma_rel)
-    coefficients, off = combination(kept, wanted)
+    requested = Profile(kept[-1].updates, config.sigma_rel)
+    coefficients, off = combination(kept, requested)
     if off > WORST_PROFILE:
         raise ValueError(
             f"sigma_rel={config.sigma_rel}: the profile from the {len(chosen)} snapshots in {run} is {off:.0%} off; "
@@ -58,15 +58,15 @@ def plan(config: AverageConfig) -> tuple[AverageConfig, str]:
 def _chosen(config: AverageConfig) -> list[tuple[int, float, str]]:
     """Return (images, sigma_rel, URI) of the snapshots up to the end of the average, oldest first."""
     run = config.path(config.weights)
-    found = power_snapshots(run)
-    if not found:
+    stored = power_snapshots(run)
+    if not stored:
         raise ValueError(f"{run} has no power-function averages; train with --power-emas 0.05 0.1")
-    positions = sorted({images for images, _, _ in found})
+    positions = sorted({images for images, _, _ in stored})
     last = positions[-1] if config.images is None else config.images
     if last not in positions:
         near = min(positions, key=lambda images: abs(images - last))
         raise ValueError(f"images={last}: {run} has no snapshot there; the nearest is at {near}")
-    return [snapshot for snapshot in found if snapshot[0] <= last]
+    return [snapshot for snapshot in stored if snapshot[0] <= last]
 
 
 def average_uri(config: AverageConfig) -> str:

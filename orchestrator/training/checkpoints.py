@@ -57,7 +57,7 @@ def save_checkpoint(run: str, checkpoint: Checkpoint, attempt: str = "") -> str:
 
 def positions(run: str) -> list[int]:
     """Return the positions of the committed checkpoints of a run in images, the newest first."""
-    return list(dict.fromkeys(int(found["position"]) for _, found in _commits(run)))
+    return list(dict.fromkeys(int(match["position"]) for _, match in _commits(run)))
 
 
 def read_newest(run: str, at: int | None = None) -> Iterator[Checkpoint]:
@@ -73,8 +73,8 @@ def read_newest(run: str, at: int | None = None) -> Iterator[Checkpoint]:
         OSError: the storage failed, so it is unknown which checkpoints exist.
     """
     reasons = []
-    for uri, found in _commits(run):
-        if at not in (None, int(found["position"])):
+    for uri, match in _commits(run):
+        if at not in (None, int(match["position"])):
             continue
         try:
             commit = storage.read_json(uri)
@@ -104,17 +104,17 @@ def prune_checkpoints(run: str, newest: int, keep: int, keep_every: int | None =
     """
     root = storage.join(run, "checkpoints")
     matches = filter(None, map(_NAME.fullmatch, storage.list_names(root, recursive=True)))
-    there = [(int(found["position"]), found["kind"], found["attempt"], found[0]) for found in matches]
-    there = [found for found in there if found[0] <= newest]
-    committed = {(position, attempt) for position, kind, attempt, _ in there if kind == "commit"}
+    objects = [(int(match["position"]), match["kind"], match["attempt"], match[0]) for match in matches]
+    objects = [entry for entry in objects if entry[0] <= newest]
+    committed = {(position, attempt) for position, kind, attempt, _ in objects if kind == "commit"}
     positions = sorted({position for position, _ in committed})
     kept = set(positions[-keep:])
     if keep_every:
         kept |= {position for before, position in pairwise([0, *positions]) if passes(keep_every, before, position)}
-    for position, _, attempt, name in sorted(there, key=lambda found: found[1]):  # "commit" before "state"
+    for position, _, attempt, name in sorted(objects, key=lambda entry: entry[1]):  # "commit" before "state"
         if position not in kept or (position, attempt) not in committed:
             storage.delete(storage.join(root, name))
-    for position in {position for position, *_ in there} - kept:
+    for position in {position for position, *_ in objects} - kept:
         if not storage.list_names(_folder(run, position)):
             storage.delete(_folder(run, position) + "/")  # with temporary files of writers that were killed
 
@@ -142,8 +142,8 @@ def _commits(run: str) -> Iterator[tuple[str, re.Match[str]]]:
     root = storage.join(run, "checkpoints")
     for folder in reversed(storage.list_names(root)):
         for name in reversed(storage.list_names(storage.join(root, folder))):
-            if (found := _NAME.fullmatch(folder + name)) and found["kind"] == "commit":
-                yield storage.join(root, folder, name), found
+            if (match := _NAME.fullmatch(folder + name)) and match["kind"] == "commit":
+                yield storage.join(root, folder, name), match
 
 
 def _read_tensors(uri: str, digest: str) -> dict[str, Tensor]:

@@ -25,19 +25,20 @@ def check_folder(config: Config) -> str:
         ValueError: the run has checkpoints that were made with another config, or beyond `total_images`.
     """
     run = config.path(config.output)
-    there, found = checkpoints.positions(run), read_config(run)
-    if not there:
+    positions, stored = checkpoints.positions(run), read_config(run)
+    if not positions:
         return ""
-    if there[0] > config.length:
+    if positions[0] > config.length:
         raise ValueError(
-            f"--total-images {config.total_images}: {run} is already at {there[0]:,} images; pass at least that many"
+            f"--total-images {config.total_images}: {run} is already at {positions[0]:,} images; pass at "
+            "least that many"
         )
-    before, course = found.get("total_images", config.total_images), ""
-    if before < config.total_images and config.lr_schedule == found.get("lr_schedule") == "linear":
+    before, course = stored.get("total_images", config.total_images), ""
+    if before < config.total_images and config.lr_schedule == stored.get("lr_schedule") == "linear":
         shorter = config.model_copy(update={"total_images": before})
         course = (
-            f"at {there[0]:,} images the learning rate changes from {learning_rate(shorter, there[0]):.3g} to "
-            f"{learning_rate(config, there[0]):.3g}, and then falls linearly to zero at {config.total_images:,}"
+            f"at {positions[0]:,} images the learning rate changes from {learning_rate(shorter, positions[0]):.3g} to "
+            f"{learning_rate(config, positions[0]):.3g}, and then falls linearly to zero at {config.total_images:,}"
         )
         if not config.extend:
             raise ValueError(
@@ -45,11 +46,11 @@ def check_folder(config: Config) -> str:
                 f"pass --extend to train longer: {course}"
             )
     check_config(run, shorter if course else config, finished=True)
-    if config.reduction == "exact" and found.get("num_threads", config.num_threads) != config.num_threads:
+    if config.reduction == "exact" and stored.get("num_threads", config.num_threads) != config.num_threads:
         log.warning(
             "--num-threads %d, but %s was started with %d: with --reduction exact the last bits of the weights will "
             "differ from those of a run that was not interrupted; the training continues",
-            config.num_threads, run, found["num_threads"],
+            config.num_threads, run, stored["num_threads"],
         )  # fmt: skip
     return course
 
@@ -60,16 +61,19 @@ def bind(config: Config) -> None:
     Raises what `check_folder` does.
     """
     course, run = check_folder(config), config.path(config.output)
-    there, found = checkpoints.positions(run), read_config(run)
+    positions, stored = checkpoints.positions(run), read_config(run)
     length = {"total_images": config.total_images}
-    if not there or not found:
-        check_or_write_config(run, config, bool(there), length | {"num_threads": config.num_threads})
+    if not positions or not stored:
+        check_or_write_config(run, config, bool(positions), length | {"num_threads": config.num_threads})
         return
-    changed = found | length
+    changed = stored | length
     if course:
-        changed["extended"] = [*found.get("extended", []), {"at": there[0], "total_images": found["total_images"]}]
-        print(f"{run} is extended from {found['total_images']:,} to {config.total_images:,} images: {course}")
-    if changed != found:
+        changed["extended"] = [
+            *stored.get("extended", []),
+            {"at": positions[0], "total_images": stored["total_images"]},
+        ]
+        print(f"{run} is extended from {stored['total_images']:,} to {config.total_images:,} images: {course}")
+    if changed != stored:
         storage.write_json(storage.join(run, "config.json"), changed)
 
 
@@ -89,10 +93,12 @@ def branch_off(config: Config, eval_images: int) -> Config:
         if parent_of(run).rpartition(" at ")[0] != source:
             raise ValueError(f"--branch {config.branch} is not a branch of {source}; choose a new folder")
         return child
-    if not (there := checkpoints.positions(source)):
+    if not (positions := checkpoints.positions(source)):
         raise ValueError(f"--branch {config.branch}: {source} has no checkpoint; train it first")
-    if at not in (None, *there):
-        raise ValueError(f"--branch-at {at}: the checkpoints of {source} are at {', '.join(map(str, there))} images")
+    if at not in (None, *positions):
+        raise ValueError(
+            f"--branch-at {at}: the checkpoints of {source} are at {', '.join(map(str, positions))} images"
+        )
     state = TrainingState(child, torch.device("cpu"), eval_images)
     fresh_scale = state.log2_loss_scale
     try:
@@ -110,8 +116,8 @@ def branch_off(config: Config, eval_images: int) -> Config:
         )
     if child.dtype != "float16" or not state.log2_loss_scale:
         state.log2_loss_scale = fresh_scale
-    there_config, here = read_config(source), child.fingerprint()
-    changes = differences({name: there_config[name] for name in here.keys() & there_config.keys()}, here)
+    source_config, own_fields = read_config(source), child.fingerprint()
+    changes = differences({name: source_config[name] for name in own_fields.keys() & source_config.keys()}, own_fields)
     notes = {"num_threads": child.num_threads, "parent": {"run": source, "images": state.position}}
     check_or_write_config(run, child, False, notes)
     checkpoints.save_checkpoint(run, Checkpoint(state.position, state.tensors(), state.facts()))

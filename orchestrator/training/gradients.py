@@ -56,15 +56,15 @@ def recomputes(config: Config, world_size: int, memory: float | None) -> bool:
 def memory_of(config: Config, network: Architecture, world_size: int) -> dict[str, int]:
     """Return the peak memory of a worker in a step, in bytes, by what it is used for."""
     averages, rows = len(config.ema_rates) + len(config.power_emas), config.microbatch_rows(world_size)
-    found = {
+    sizes = {
         f"weights, AdamW and {averages} average(s)": training_state_bytes(network, averages),
         f"activations and gradients of {rows} images": peak_memory(
             network, "training", rows, config.dtype != "float32"
         ),
     }
     if config.reduction == "exact" and (levels := (config.order.num_streams // world_size).bit_length() - 1):
-        found[f"gradients of {levels} subtrees"] = 4 * count_parameters(network) * levels
-    return found
+        sizes[f"gradients of {levels} subtrees"] = 4 * count_parameters(network) * levels
+    return sizes
 
 
 def make_reduction(
@@ -106,12 +106,12 @@ def _dropout_seed(config: TrainingConfig, position: int, batch: Microbatch) -> i
 
 def fast_gradients(model: nn.Module, batches: list[Microbatch], backward: Backward) -> list[Terms]:
     """Accumulate gradients over microbatches; DDP averages over workers in the last backward pass."""
-    found = []
+    terms = []
     for number, batch in enumerate(batches, 1):
         alone = isinstance(model, DistributedDataParallel) and number < len(batches)
         with model.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
-            found.append(backward(model, batch))
-    return found
+            terms.append(backward(model, batch))
+    return terms
 
 
 def exact_gradients(model: nn.Module, batches: list[Microbatch], backward: Backward, group: Group) -> list[Terms]:
@@ -123,9 +123,9 @@ def exact_gradients(model: nn.Module, batches: list[Microbatch], backward: Backw
     """
     parameters = list(model.parameters())
     waiting: list[list[torch.Tensor]] = []  # sums of subtrees whose right sibling is not complete, largest first
-    found = []
+    terms = []
     for number, batch in enumerate(batches, 1):
-        found.append(backward(model, batch))
+        terms.append(backward(model, batch))
         total = [parameter.grad for parameter in parameters if parameter.grad is not None]
         model.zero_grad(set_to_none=True)
         while number % 2 == 0:
@@ -136,4 +136,4 @@ def exact_gradients(model: nn.Module, batches: list[Microbatch], backward: Backw
     group.add_in_tree(total)
     for parameter, gradient in zip(parameters, total, strict=True):
         parameter.grad = gradient
-    return found
+    return terms

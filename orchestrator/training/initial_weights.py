@@ -72,24 +72,30 @@ def _fitting(
     uri: str, source: Network, config: Config, fresh: dict[str, Tensor], notes: list[str]
 ) -> dict[str, Tensor]:
     """Return the weights of the source, with random ones for class-dependent tensors if the classes differ."""
-    there, here = source.architecture.num_classes, config.model.num_classes
+    source_classes, own_classes = source.architecture.num_classes, config.model.num_classes
     weights = dict(source.module.state_dict())
-    if there == here and here:
+    if source_classes == own_classes and own_classes:
         _fit_null_class(uri, weights, fresh, notes)
-    if there == here:
+    if source_classes == own_classes:
         check_tensors(uri, fresh, weights, config.model)
         return weights
 
-    def depends_on_classes(there: Tensor, here: Tensor) -> bool:
-        return there.shape != here.shape and there.shape[1:] == here.shape[1:]  # the class is the first dimension
+    def depends_on_classes(theirs: Tensor, ours: Tensor) -> bool:
+        return theirs.shape != ours.shape and theirs.shape[1:] == ours.shape[1:]  # the class is the first dimension
 
-    anew = [name for name, tensor in fresh.items() if name not in weights or depends_on_classes(weights[name], tensor)]
+    reinitialised = [
+        name for name, tensor in fresh.items() if name not in weights or depends_on_classes(weights[name], tensor)
+    ]
     dropped = [name for name in weights if name not in fresh]
     weights = {name: tensor for name, tensor in weights.items() if name in fresh}
-    weights |= {name: fresh[name].cpu() for name in anew if here and fresh[name].shape[0] == here}
+    weights |= {
+        name: fresh[name].cpu() for name in reinitialised if own_classes and fresh[name].shape[0] == own_classes
+    }
     check_tensors(uri, fresh, weights, config.model)
-    changes = [f"{name} is re-initialised" for name in anew] + [f"{name} is left out" for name in dropped]
-    notes.append(f"{uri} has {there or 'no'} classes and this model {here or 'none'}: {'; '.join(changes)}")
+    changes = [f"{name} is re-initialised" for name in reinitialised] + [f"{name} is left out" for name in dropped]
+    notes.append(
+        f"{uri} has {source_classes or 'no'} classes and this model {own_classes or 'none'}: {'; '.join(changes)}"
+    )
     return weights
 
 
@@ -98,10 +104,10 @@ def _fit_null_class(uri: str, weights: dict[str, Tensor], fresh: dict[str, Tenso
     name = "label_emb.weight"
     if name not in weights or name not in fresh:
         return
-    lacking = len(fresh[name]) - len(weights[name])
-    if lacking == 1:
+    missing_rows = len(fresh[name]) - len(weights[name])
+    if missing_rows == 1:
         weights[name] = torch.cat([weights[name], torch.zeros_like(weights[name][:1])])
         notes.append(f"{uri} has no null class; a row of zeros for it is added to {name}")
-    elif lacking == -1:
+    elif missing_rows == -1:
         weights[name] = weights[name][:-1]
         notes.append(f"{uri} has a null class and this model has none; its row in {name} is left out")

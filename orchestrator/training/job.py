@@ -199,17 +199,17 @@ def _checked(config: Config, manifest: Manifest) -> Config:
     Raises:
         ValueError: config, dataset and this machine do not fit each other.
     """
-    there = len(manifest.classes)
-    wanted = (there or None) if config.classes == "dataset" else config.model.num_classes
-    manifest.check("train", config.model.image_size, config.crop, conditional=bool(wanted))
-    if wanted not in (None, there):
+    dataset_classes = len(manifest.classes)
+    num_classes = (dataset_classes or None) if config.classes == "dataset" else config.model.num_classes
+    manifest.check("train", config.model.image_size, config.crop, conditional=bool(num_classes))
+    if num_classes not in (None, dataset_classes):
         raise ValueError(
-            f"model.num_classes={wanted}, but {config.dataset} has {there} classes; "
-            f"pass --model.num-classes {there}, or --classes dataset"
+            f"model.num_classes={num_classes}, but {config.dataset} has {dataset_classes} classes; "
+            f"pass --model.num-classes {dataset_classes}, or --classes dataset"
         )
-    if wanted is None and config.model.kind == "classifier":
+    if num_classes is None and config.model.kind == "classifier":
         raise ValueError(f"--dataset {config.dataset} has no classes, but a classifier needs them")
-    if config.label_dropout and wanted is None:
+    if config.label_dropout and num_classes is None:
         raise ValueError(
             f"--label-dropout {config.label_dropout} needs a class-conditional model; set --model.num-classes"
         )
@@ -217,7 +217,7 @@ def _checked(config: Config, manifest: Manifest) -> Config:
         choose_device(config.num_gpus)  # raises if there is no GPU
     _open_bytes(config, manifest)  # raises if it is too much, or if the order is impossible
     validation_count(config, manifest)
-    changes = {"num_classes": wanted} | ({"null_class": True} if config.label_dropout else {})
+    changes = {"num_classes": num_classes} | ({"null_class": True} if config.label_dropout else {})
     return config.model_copy(update={"model": config.model.model_copy(update=changes)})
 
 
@@ -344,13 +344,15 @@ def report_platform(config: Config, context: WorkerContext, group: Group) -> Non
         ValueError: they differ between workers, and the config has reduction=exact.
     """
     platforms = group.gather(platform(context.device))
-    others = [found for found in platforms if found != platforms[0]]
+    others = [other for other in platforms if other != platforms[0]]
     if others and config.reduction == "exact":
         differing = {name: (platforms[0].get(name), others[0].get(name)) for name in platforms[0] | others[0]}
-        words = ", ".join(f"{name}: {one} and {other}" for name, (one, other) in differing.items() if one != other)
+        description = ", ".join(
+            f"{name}: {one} and {other}" for name, (one, other) in differing.items() if one != other
+        )
         raise ValueError(
-            f"reduction=exact needs equal devices and software on all workers, and they differ ({words}); choose nodes "
-            "of one kind by ADMIRAL_ACCELERATOR, or pass --reduction fast"
+            f"reduction=exact needs equal devices and software on all workers, and they differ ({description}); choose "
+            "nodes of one kind by ADMIRAL_ACCELERATOR, or pass --reduction fast"
         )
     if context.rank == 0:
         context.report({"platform": platforms[0], "others": others})
@@ -396,12 +398,12 @@ def _shares(
         yield undecodable, make_microbatches(shares, config, rows, pinned, config.label_dropout)
 
 
-def _update_timestep_sampler(state: TrainingState, group: Group, found: list[Terms]) -> None:
+def _update_timestep_sampler(state: TrainingState, group: Group, all_terms: list[Terms]) -> None:
     """Give a loss-aware timestep sampler the losses of all workers in the order of the streams, if they are finite."""
     if not isinstance(state.timesteps, LossSecondMomentTimesteps):
         return
     state.settle()
     if not state.bad_steps:
-        t, losses = (torch.cat([terms[name] for terms in found]).cpu().numpy() for name in ("t", "unweighted_loss"))
+        t, losses = (torch.cat([terms[name] for terms in all_terms]).cpu().numpy() for name in ("t", "unweighted_loss"))
         for pair in group.gather((t, losses)):
             state.timesteps.update(*pair)

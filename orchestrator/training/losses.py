@@ -68,16 +68,16 @@ def make_microbatches(
     places = [(share.stream, offset) for share in shares for offset in range(len(share.samples))]
     batches = []
     for begin in range(0, len(keys), rows):
-        some = slice(begin, begin + rows)
-        x_start = from_uint8(torch.from_numpy(images[some]), channels)
+        part = slice(begin, begin + rows)
+        x_start = from_uint8(torch.from_numpy(images[part]), channels)
         shape = x_start.shape[1:]
-        noise = [sample_rng(seed, *key, Purpose.NOISE).standard_normal(shape, np.float32) for key in keys[some]]
-        u = np.array([sample_rng(seed, *key, Purpose.TIMESTEP).random() for key in keys[some]])
+        noise = [sample_rng(seed, *key, Purpose.NOISE).standard_normal(shape, np.float32) for key in keys[part]]
+        u = np.array([sample_rng(seed, *key, Purpose.TIMESTEP).random() for key in keys[part]])
         x_start, y, noises = (
             tensor.pin_memory() if pinned else tensor
-            for tensor in (x_start.contiguous(), torch.from_numpy(labels[some]), torch.from_numpy(np.stack(noise)))
+            for tensor in (x_start.contiguous(), torch.from_numpy(labels[part]), torch.from_numpy(np.stack(noise)))
         )
-        batches.append(Microbatch(x_start, y, noises, u, samples[some], flips[some], *places[begin]))
+        batches.append(Microbatch(x_start, y, noises, u, samples[part], flips[part], *places[begin]))
     return batches
 
 

@@ -44,10 +44,10 @@ class Meter:
         yield
         self._waited += time.perf_counter() - begin
 
-    def add(self, found: list[Terms], norm: Tensor, undecodable: int) -> None:
+    def add(self, all_terms: list[Terms], norm: Tensor, undecodable: int) -> None:
         """Add a step: loss terms of its microbatches, gradient norm, number of undecodable images."""
-        self._names = [name for name in found[0] if name != "t"]
-        for terms in found:
+        self._names = [name for name in all_terms[0] if name != "t"]
+        for terms in all_terms:
             sums = sums_by_quartile(terms, self._names, self._config.diffusion.num_timesteps)
             self._sums = sums if self._sums is None else self._sums + sums
         self._norms.append(norm)
@@ -98,12 +98,12 @@ def sums_by_quartile(terms: Terms, names: list[str], num_timesteps: int) -> Tens
 
 def means_by_quartile(sums: Tensor, names: list[str]) -> dict[str, float]:
     """Return the means from these sums: NAME over all images, NAME_q0 to NAME_q3 in the quartiles that have images."""
-    found = {}
+    means = {}
     *rows, counts = sums.tolist()
     for name, row in zip(names, rows, strict=True):
-        found[name] = sum(row) / sum(counts)
-        found |= {f"{name}_q{q}": row[q] / counts[q] for q in range(4) if counts[q]}
-    return found
+        means[name] = sum(row) / sum(counts)
+        means |= {f"{name}_q{q}": row[q] / counts[q] for q in range(4) if counts[q]}
+    return means
 
 
 def _peak_memory(device: torch.device) -> int:

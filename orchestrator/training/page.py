@@ -88,7 +88,7 @@ def _curves(records: Iterable[Record]) -> dict[str, Curve]:
     for record in records:
         for name, value in record.metrics.items():
             values.setdefault(name, {})[record.step] = value
-    return {name: sorted(found.items()) for name, found in values.items() if name != STARTED}
+    return {name: sorted(points.items()) for name, points in values.items() if name != STARTED}
 
 
 def _rate(records: list[Record]) -> float:

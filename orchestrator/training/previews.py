@@ -47,12 +47,12 @@ def _share(config: AdmConfig, network: Network, manifest: Manifest, group: Group
     indices = np.array_split(np.arange(SAMPLES), group.world_size)[group.rank]
     parts = [np.zeros((0, size, size, 3), np.uint8)]
     at_once = config.microbatch_rows(group.world_size)  # fits into memory, because training does
-    for some in (indices[begin : begin + at_once] for begin in range(0, len(indices), at_once)):
-        labels, small = some % max(1, len(manifest.classes)), None
+    for part in (indices[begin : begin + at_once] for begin in range(0, len(indices), at_once)):
+        labels, small = part % max(1, len(manifest.classes)), None
         if config.model.low_res_size:  # an upsampler gets downsampled real images
-            pixels, labels = read_images(manifest, "train", some[0], some[-1] + 1, size)
+            pixels, labels = read_images(manifest, "train", part[0], part[-1] + 1, size)
             small = to_uint8(
                 area_downsample(from_uint8(torch.from_numpy(pixels), channels), config.model.low_res_size)
             ).numpy()
-        parts.append(sample_batch(network, config.preview, some, labels, config.seed, low_res=small))
+        parts.append(sample_batch(network, config.preview, part, labels, config.seed, low_res=small))
     return np.concatenate(parts)

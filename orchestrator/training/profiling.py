@@ -22,8 +22,8 @@ def step_profiler(folder: str, steps: tuple[int, int] | None) -> Iterator[Callab
     begin, end = steps
 
     def write(finished: profile) -> None:
-        with tempfile.TemporaryDirectory() as here:
-            trace = Path(here, "trace.json")
+        with tempfile.TemporaryDirectory() as local:
+            trace = Path(local, "trace.json")
             finished.export_chrome_trace(str(trace))
             storage.write_bytes(storage.join(folder, trace.name), trace.read_bytes())
 

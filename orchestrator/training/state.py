@@ -123,17 +123,17 @@ class TrainingState:
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors of the state by name; they are not copies."""
         self.settle()
-        found = {f"model.{name}": tensor.detach() for name, tensor in self.model.state_dict().items()}
+        by_name = {f"model.{name}": tensor.detach() for name, tensor in self.model.state_dict().items()}
         for average, tensors in self.averages.items():
-            found |= {f"{average}.{name}": tensor for name, tensor in tensors.items()}
+            by_name |= {f"{average}.{name}": tensor for name, tensor in tensors.items()}
         for name, parameter in self.model.named_parameters():
-            found |= {f"optimizer.{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
+            by_name |= {f"optimizer.{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
         if isinstance(self.timesteps, LossSecondMomentTimesteps):
-            found["timesteps.history"] = torch.from_numpy(self.timesteps.history)
-            found["timesteps.counts"] = torch.from_numpy(self.timesteps.counts)
+            by_name["timesteps.history"] = torch.from_numpy(self.timesteps.history)
+            by_name["timesteps.counts"] = torch.from_numpy(self.timesteps.counts)
         if self.best_validation is not None:
-            found[BEST_VALIDATION] = self.best_validation
-        return found
+            by_name[BEST_VALIDATION] = self.best_validation
+        return by_name
 
     def facts(self) -> dict[str, Any]:
         """Return the rest of the state as JSON."""

@@ -40,12 +40,12 @@ class Validation:
             return
         images, labels = read_images(manifest, "validation", begin, end, config.model.image_size)
         for first in range(0, end - begin, rows):
-            some = slice(first, first + rows)
-            samples = np.arange(begin, end)[some]
+            part = slice(first, first + rows)
+            samples = np.arange(begin, end)[part]
             no = np.zeros(len(samples), bool)
             self._shares.append(
                 StreamShare(
-                    stream=0, epoch=EPOCH, images=images[some], labels=labels[some], samples=samples, flips=no,
+                    stream=0, epoch=EPOCH, images=images[part], labels=labels[part], samples=samples, flips=no,
                     undecodable=no,
                 )
             )  # fmt: skip
@@ -55,16 +55,16 @@ class Validation:
 
         "val_loss_above_best" is the difference to the lowest loss so far. A warning is logged once it is significant.
         """
-        config, device, mine = self._config, next(state.model.parameters()).device, list[Terms]()
+        config, device, own_terms = self._config, next(state.model.parameters()).device, list[Terms]()
         state.model.eval()
         with torch.no_grad():
             for share in self._shares:
                 (batch,) = make_microbatches([share], config, len(share.samples))
                 terms = self._losses(config.in_dtype(state.model), batch.to(device))
-                mine.append({name: values.cpu() for name, values in terms.items()})
+                own_terms.append({name: values.cpu() for name, values in terms.items()})
         state.model.train()
-        found = [terms for share in self._group.gather(mine) for terms in share]
-        whole = {name: torch.cat([terms[name] for terms in found]) for name in found[0]}
+        all_terms = [terms for share in self._group.gather(own_terms) for terms in share]
+        whole = {name: torch.cat([terms[name] for terms in all_terms]) for name in all_terms[0]}
         names = [name for name in whole if name != "t"]
         sums = sums_by_quartile(whole, names, config.diffusion.num_timesteps)
         means = {f"val_{name}": mean for name, mean in means_by_quartile(sums, names).items()}

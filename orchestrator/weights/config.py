@@ -32,8 +32,8 @@ class ModelOptions(UNetConfig, frozen=True, extra="forbid"):
             ValueError: there is no such network; the message names the field.
         """
         fields = self.model_dump(exclude_none=True)
-        if found := num_classes_of(shapes):
-            fields.setdefault("num_classes", found)
+        if num_classes := num_classes_of(shapes):
+            fields.setdefault("num_classes", num_classes)
         kind: type[Architecture] = UNetConfig if self.pool is None else ClassifierConfig
         try:
             return kind.model_validate({name: value for name, value in fields.items() if name in kind.model_fields})

@@ -63,9 +63,9 @@ def diffusers_config(architecture: Architecture) -> dict[str, Any]:
         "flip_sin_to_cos": True,  # cosines first
         "block_out_channels": list(architecture.widths),
         "layers_per_block": architecture.num_res_blocks,
-        "down_block_types": ["AttnDownBlock2D" if here else plain_down for here in attended],
+        "down_block_types": ["AttnDownBlock2D" if attends else plain_down for attends in attended],
         "mid_block_type": "UNetMidBlock2D",
-        "up_block_types": ["AttnUpBlock2D" if here else plain_up for here in reversed(attended)],
+        "up_block_types": ["AttnUpBlock2D" if attends else plain_up for attends in reversed(attended)],
         "downsample_type": resample,
         "upsample_type": resample,
         "downsample_padding": 1,

@@ -156,18 +156,18 @@ def parse_flags(text: str, code: Code | None = None) -> PublishedFlags:
         raise ValueError(f"--flags {text!r}: {error}") from error
     if not words:
         raise ValueError("--flags is empty; pass the flags that the model was trained with")
-    found, unknown = parser.parse_known_args(words)
+    parsed, unknown = parser.parse_known_args(words)
     for word in unknown:
         name = word.partition("=")[0]
         near = difflib.get_close_matches(name.strip("-").replace("-", "_"), sorted(_IGNORED | _DEFAULTS.keys()), 1)
         hint = f"did you mean --{near[0]}?" if near else f"{' and '.join(CODES)} do not have it"
         raise ValueError(f"--flags: unknown flag {name}; {hint}")
-    given = {flag: value for flag, value in vars(found).items() if flag in _DEFAULTS}
-    ignored = tuple(flag for flag in vars(found) if flag in _IGNORED)
-    own = {name: sorted(given.keys() & flags) for name, flags in _OWN_FLAGS.items()}
-    codes = tuple(name for name in CODES if not any(own[other] for other in CODES if other != name))
+    given = {flag: value for flag, value in vars(parsed).items() if flag in _DEFAULTS}
+    ignored = tuple(flag for flag in vars(parsed) if flag in _IGNORED)
+    exclusive = {name: sorted(given.keys() & flags) for name, flags in _OWN_FLAGS.items()}
+    codes = tuple(name for name in CODES if not any(exclusive[other] for other in CODES if other != name))
     if code is None and not codes:
-        mixed = ", ".join(f"--{flags[0]} is a flag of {name} only" for name, flags in own.items())
+        mixed = ", ".join(f"--{flags[0]} is a flag of {name} only" for name, flags in exclusive.items())
         raise ValueError(f"--flags: {mixed}; choose the defaults with --flags-from {' or '.join(CODES)}")
     return PublishedFlags(given, ignored, (code,) if code else codes)
 

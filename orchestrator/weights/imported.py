@@ -29,13 +29,13 @@ def fingerprint_of(option: str, network: Any) -> str:
     Raises:
         ValueError: the network has no `fingerprint` and is not a torch module.
     """
-    found = getattr(network, "fingerprint", None)
-    if found is None and isinstance(network, torch.nn.Module):
+    fingerprint = getattr(network, "fingerprint", None)
+    if fingerprint is None and isinstance(network, torch.nn.Module):
         state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in network.state_dict().items()}
-        found = hashlib.sha256(safetensors.torch.save(state)).hexdigest()
-    if found is None:
+        fingerprint = hashlib.sha256(safetensors.torch.save(state)).hexdigest()
+    if fingerprint is None:
         raise ValueError(f"{option} is not a torch module, so it must have an attribute `fingerprint` of its weights")
-    return str(found)
+    return str(fingerprint)
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,13 @@ def convert(config: ConversionConfig) -> str:
     """
     source, output = config.path(config.weights), config.path(config.output)
     is_published = source.endswith(".pt")
-    taken = config.path(weights_file(config.weights, config.path))
-    network = load_published(source, partial(_describe, config)) if is_published else load_network(taken)
+    weights_uri = config.path(weights_file(config.weights, config.path))
+    network = load_published(source, partial(_describe, config)) if is_published else load_network(weights_uri)
     for uri, data in _objects(network, output).items():
         if not storage.put_if_absent(uri, data) and storage.read_bytes(uri) != data:
             raise ValueError(f"{uri} exists and has other content; pass another --output, or delete it")
     parameters = sum(parameter.numel() for parameter in network.module.parameters())
-    print(f"{output}: {type(network.module).__name__} of {parameters:,} parameters from {taken}")
+    print(f"{output}: {type(network.module).__name__} of {parameters:,} parameters from {weights_uri}")
     if is_published:
         print(_assumptions(config, network))
     return output

@@ -214,12 +214,12 @@ def _snapshot(run: str, kind: str | None, at: str | None) -> str:
     kinds, moments = [part[2] for part in parts], [str(int(part[1])) for part in parts]
     if kind not in (None, *kinds):
         raise ValueError(f"{run} has no weights {kind!r}; it has {', '.join(dict.fromkeys(kinds))}")
-    found = [n for n, k, m in zip(names, kinds, moments, strict=True) if kind in (None, k) and at in (None, m)]
-    if not found:
+    matching = [n for n, k, m in zip(names, kinds, moments, strict=True) if kind in (None, k) and at in (None, m)]
+    if not matching:
         raise ValueError(
             f"--at {at}: {run} has no such snapshot; it has snapshots at {', '.join(dict.fromkeys(moments))} images"
         )
-    return found[-1]
+    return matching[-1]
 
 
 def _best(run: str, kind: str | None) -> str:

@@ -47,10 +47,10 @@ def decode_state_dict(uri: str, data: bytes) -> dict[str, Tensor]:
     try:
         weights = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the reader fail in many ways
-        asked = re.search(r"GLOBAL (\S+)", str(error))
+        imported = re.search(r"GLOBAL (\S+)", str(error))
         reason = (
-            f"its pickle imports {asked[1]}, which tensors do not need, so it contains code or is damaged"
-            if asked
+            f"its pickle imports {imported[1]}, which tensors do not need, so it contains code or is damaged"
+            if imported
             else "it is truncated or damaged"
         )
         raise ValueError(f"{uri} is not a file of tensors from torch.save: {reason}") from error

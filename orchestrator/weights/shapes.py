@@ -75,16 +75,18 @@ def describe_mismatch(found: Mapping[str, Tensor], expected: Mapping[str, Tensor
     found: the tensors of the file.
     expected: the tensors of `architecture`.
     """
-    there, here = shapes_of(found), shapes_of(expected)
-    names = _differing(there, here)
+    file_shapes, own_shapes = shapes_of(found), shapes_of(expected)
+    names = _differing(file_shapes, own_shapes)
     if not names:
         return ""
-    rows = [f"{name}: {there.get(name, 'missing')} / {here.get(name, 'missing')}" for name in names[:NUM_ROWS]]
+    rows = [
+        f"{name}: {file_shapes.get(name, 'missing')} / {own_shapes.get(name, 'missing')}" for name in names[:NUM_ROWS]
+    ]
     rows += [f"and {len(names) - NUM_ROWS} more"] if len(names) > NUM_ROWS else []
-    total = len(there.keys() | here.keys())
+    total = len(file_shapes.keys() | own_shapes.keys())
     return (
         f"{total - len(names)} of {total} tensors fit. Mismatched tensors, as name: shape in the file / shape here: "
-        f"{'; '.join(rows)}. {_explanation(there, here, architecture)}"
+        f"{'; '.join(rows)}. {_explanation(file_shapes, own_shapes, architecture)}"
     )
 
 
@@ -104,104 +106,108 @@ def invisible_settings(architecture: Architecture) -> dict[str, Any]:
     return {field: getattr(architecture, field) for field, is_invisible in invisible.items() if is_invisible}
 
 
-def _differing(there: Shapes, here: Shapes) -> list[str]:
+def _differing(theirs: Shapes, ours: Shapes) -> list[str]:
     """Return the names of tensors that differ, in the order of the network."""
-    return [name for name in dict.fromkeys([*here, *there]) if there.get(name) != here.get(name)]
+    return [name for name in dict.fromkeys([*ours, *theirs]) if theirs.get(name) != ours.get(name)]
 
 
-def _explanation(there: Shapes, here: Shapes, architecture: Architecture) -> str:
+def _explanation(file_shapes: Shapes, own_shapes: Shapes, architecture: Architecture) -> str:
     """Return the options that differ from the settings in the file, each with the value there and the one given."""
     unexplained = "No option explains this: the file holds another kind of network, or was modified."
-    kind = network_kind(there)
+    kind = network_kind(file_shapes)
     if kind is None:
         return unexplained
     if (kind == "classifier") != (architecture.kind == "classifier"):
         expected = "a classifier" if architecture.kind == "classifier" else "a diffusion model"
         return f"The file holds {'an' if kind == 'upsampler' else 'a'} {kind}, but {expected} is expected."
     try:
-        found = type(architecture).model_validate(architecture.model_dump() | _visible_settings(there, architecture))
+        inferred = type(architecture).model_validate(
+            architecture.model_dump() | _visible_settings(file_shapes, architecture)
+        )
         with torch.device("meta"):
-            left = len(_differing(there, shapes_of(found.build().state_dict())))
+            remaining = len(_differing(file_shapes, shapes_of(inferred.build().state_dict())))
     except (LookupError, ValueError):  # tensors are missing, or there is no such network
         return unexplained
-    changes = [_change(field, found, architecture) for field, value in found if value != getattr(architecture, field)]
-    if left >= len(_differing(there, here)):
+    changes = [
+        _change(field, inferred, architecture) for field, value in inferred if value != getattr(architecture, field)
+    ]
+    if remaining >= len(_differing(file_shapes, own_shapes)):
         return unexplained
-    rest = f"{left} mismatches remain." if left else "This explains all mismatches."
+    rest = f"{remaining} mismatches remain." if remaining else "This explains all mismatches."
     return f"Closest explanation: {'; '.join(changes)}. {rest}"
 
 
-def _change(field: str, found: Architecture, architecture: Architecture) -> str:
+def _change(field: str, inferred: Architecture, architecture: Architecture) -> str:
     flag = (_CLASSIFIER_FLAGS if architecture.kind == "classifier" else _FLAGS).get(field, field)
-    there, here = getattr(found, field), getattr(architecture, field)
-    if field == "low_res_size" and there:
-        there = "set"  # the tensors do not determine its value
-    return f"{flag} (--model.{field.replace('_', '-')}) is {_text(there)} in the file, {_text(here)} here"
+    in_file, given = getattr(inferred, field), getattr(architecture, field)
+    if field == "low_res_size" and in_file:
+        in_file = "set"  # the tensors do not determine its value
+    return f"{flag} (--model.{field.replace('_', '-')}) is {_text(in_file)} in the file, {_text(given)} here"
 
 
 def _text(value: Any) -> str:
     return ",".join(f"{number:g}" for number in value) or "empty" if isinstance(value, tuple) else str(value)
 
 
-def _visible_settings(there: Shapes, architecture: Architecture) -> dict[str, Any]:
+def _visible_settings(shapes: Shapes, architecture: Architecture) -> dict[str, Any]:
     """Return the fields that the tensors of a network of this kind determine. Raises LookupError if some are missing.
 
     What remains open, such as the image size of a diffusion model, is as in `architecture`.
     """
-    unit, inputs = there["time_embed.0.weight"][1], there[_FIRST][1]
-    depth, resampling = _depth(there, architecture)
-    firsts = range(1, _last_block(there) + 1, depth + 1)  # the first block of each resolution
-    widths = [_width(there, first) for first in firsts]
+    unit, inputs = shapes["time_embed.0.weight"][1], shapes[_FIRST][1]
+    depth, resampling = _depth(shapes, architecture)
+    firsts = range(1, _last_block(shapes) + 1, depth + 1)  # the first block of each resolution
+    widths = [_width(shapes, first) for first in firsts]
     settings: dict[str, Any] = {
         "model_channels": unit,
-        "num_classes": num_classes_of(there),
+        "num_classes": num_classes_of(shapes),
         "num_res_blocks": depth,
         "channel_mult": tuple(width / unit for width in widths),
-        "use_scale_shift_norm": there["input_blocks.1.0.emb_layers.1.weight"][0] == 2 * widths[0],
+        "use_scale_shift_norm": shapes["input_blocks.1.0.emb_layers.1.weight"][0] == 2 * widths[0],
         **resampling,
     }
     image_size = architecture.image_size
     if isinstance(architecture, ClassifierConfig):
         settings["in_channels"] = inputs
-        pools = [pool for name, dims, pool in _POOLS if len(there.get(name, ())) == dims]
+        pools = [pool for name, dims, pool in _POOLS if len(shapes.get(name, ())) == dims]
         settings["pool"] = pools[0]
-        if positions := there.get("out.2.positional_embedding"):
+        if positions := shapes.get("out.2.positional_embedding"):
             settings["image_size"] = image_size = math.isqrt(positions[1] - 1) << (len(widths) - 1)
     else:
         is_upsampler = inputs == 2 * architecture.in_channels
         settings["in_channels"] = inputs // 2 if is_upsampler else inputs
         settings["low_res_size"] = (architecture.low_res_size or max(image_size // 4, 1)) if is_upsampler else None
-        settings["out_channels"] = there["out.2.weight"][0]
+        settings["out_channels"] = shapes["out.2.weight"][0]
     settings["attention_resolutions"] = tuple(
-        image_size >> level for level, first in enumerate(firsts) if f"input_blocks.{first}.1.qkv.weight" in there
+        image_size >> level for level, first in enumerate(firsts) if f"input_blocks.{first}.1.qkv.weight" in shapes
     )
     return settings
 
 
-def _last_block(there: Shapes) -> int:
-    return max(int(match[1]) for name in there if (match := re.match(r"input_blocks\.(\d+)\.", name)))
+def _last_block(shapes: Shapes) -> int:
+    return max(int(match[1]) for name in shapes if (match := re.match(r"input_blocks\.(\d+)\.", name)))
 
 
-def _width(there: Shapes, block: int) -> int:
-    return there[f"input_blocks.{block}.0.out_layers.3.weight"][0]
+def _width(shapes: Shapes, block: int) -> int:
+    return shapes[f"input_blocks.{block}.0.out_layers.3.weight"][0]
 
 
-def _depth(there: Shapes, architecture: Architecture) -> tuple[int, dict[str, bool]]:
+def _depth(shapes: Shapes, architecture: Architecture) -> tuple[int, dict[str, bool]]:
     """Return the residual blocks per resolution, and the fields that say how the resolution changes.
 
     A convolution or a gap without tensors shows where the resolution changes. If residual blocks change it, the decoder
     has a second residual block there. A classifier has no decoder, but all blocks of a resolution have the same width;
     if several depths fit, those of `architecture` and of its number of resolutions come first.
     """
-    last = _last_block(there)
+    last = _last_block(shapes)
     for block in range(1, last):
-        is_convolution = f"input_blocks.{block}.0.op.weight" in there
-        if is_convolution or f"input_blocks.{block}.0.out_layers.3.weight" not in there:
+        is_convolution = f"input_blocks.{block}.0.op.weight" in shapes
+        if is_convolution or f"input_blocks.{block}.0.out_layers.3.weight" not in shapes:
             return block - 1, {"resblock_updown": False, "conv_resample": is_convolution}
     for depth in range(1, last + 1):
-        if any(f"output_blocks.{depth}.{part}.in_layers.0.weight" in there for part in (1, 2)):
+        if any(f"output_blocks.{depth}.{part}.in_layers.0.weight" in shapes for part in (1, 2)):
             return depth, {"resblock_updown": True}
-    widths = [_width(there, block) for block in range(1, last + 1)]
+    widths = [_width(shapes, block) for block in range(1, last + 1)]
     as_given = (architecture.num_res_blocks, (last + 1) // len(architecture.channel_mult) - 1)
     for depth in (depth for depth in (*as_given, *range(1, last + 1)) if depth > 0):
         levels = [set(widths[begin : begin + depth + 1]) for begin in range(0, last, depth + 1)]

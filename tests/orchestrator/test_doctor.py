@@ -43,14 +43,14 @@ def test_gpus(
 ) -> None:
     driver(tmp_path, monkeypatch, usable)
     found = doctor._gpus(replace(WORKER, resources={"CPU": 8, "GPU": counted}))
-    assert (found.check, found.level) == ("GPU", level) and words in found.words
+    assert (found.check, found.level) == ("GPU", level) and words in found.text
 
 
 def test_a_compiler_is_needed_where_there_are_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor._compiler(needed=True).level == "ok"
     monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: str(tmp_path))  # where no headers are
     without_headers = doctor._compiler(needed=True)
-    assert without_headers.level == "WRONG" and "Python.h" in without_headers.words
+    assert without_headers.level == "WRONG" and "Python.h" in without_headers.text
     monkeypatch.setenv("PATH", str(tmp_path))
     assert doctor._compiler(needed=True) == Finding(
         "compiler", "WRONG", "g++ is not installed, and torch.compile needs it"
@@ -64,13 +64,13 @@ def test_little_shared_memory_and_little_disk(monkeypatch: pytest.MonkeyPatch) -
     assert doctor._shared_memory().level == doctor._disk().level == "ok"
     monkeypatch.setattr(doctor, "SHARED_MEMORY", 1 << 60)
     monkeypatch.setattr(doctor, "DISK", 1 << 60)
-    assert doctor._shared_memory().level == "WRONG" and "docker's --shm-size" in doctor._shared_memory().words
+    assert doctor._shared_memory().level == "WRONG" and "docker's --shm-size" in doctor._shared_memory().text
     assert doctor._disk().level == "warning"
 
 
 def test_a_store_that_works_is_left_as_it_was(tmp_path: Path) -> None:
     found = doctor._store(str(tmp_path), 1)
-    assert found.level == "ok" and "created once" in found.words
+    assert found.level == "ok" and "created once" in found.text
     assert not storage.list_names(str(tmp_path), recursive=True)
 
 
@@ -88,12 +88,12 @@ def test_a_store_that_only_seems_to_work(
     for name, function in broken.items():
         monkeypatch.setattr(storage, name, function)
     found = doctor._store(str(tmp_path), 1)
-    assert found.level == "WRONG" and words in found.words
+    assert found.level == "WRONG" and words in found.text
 
 
 def test_a_store_that_is_not_there() -> None:
     found = doctor._store("/proc/nothing", 1)
-    assert found.level == "WRONG" and "/proc/nothing" in found.words
+    assert found.level == "WRONG" and "/proc/nothing" in found.text
 
 
 def test_what_differs_between_nodes_is_named() -> None:
@@ -108,9 +108,9 @@ def test_what_differs_between_nodes_is_named() -> None:
     )
     found = doctor._differences({HEAD: alike, WORKER: other})
     assert [(f.check, f.level) for f in found] == [(c, "WRONG") for c in ("versions", "environment", "clock")]
-    assert found[0].words.startswith("torch: 1.0 on 10.0.0.1 (head), 2.0 on 10.0.0.2")
-    assert "AWS_SECRET_ACCESS_KEY" in found[1].words and "digest" not in found[1].words
-    assert "3600 s" in found[2].words
+    assert found[0].text.startswith("torch: 1.0 on 10.0.0.1 (head), 2.0 on 10.0.0.2")
+    assert "AWS_SECRET_ACCESS_KEY" in found[1].text and "digest" not in found[1].text
+    assert "3600 s" in found[2].text
 
 
 def test_tracking_of_several_machines_wants_a_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -118,10 +118,10 @@ def test_tracking_of_several_machines_wants_a_server(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert doctor._tracking(config, machines=1).level == "ok"
     several = doctor._tracking(config, machines=2)
-    assert several.level == "WRONG" and "several machines need a server" in several.words
+    assert several.level == "WRONG" and "several machines need a server" in several.text
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     away = doctor._tracking(config, machines=2)
-    assert away.level == "WRONG" and "does not answer" in away.words
+    assert away.level == "WRONG" and "does not answer" in away.text
 
 
 def test_nothing_of_the_gpus_that_ray_hid_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,7 +170,7 @@ def test_a_server_without_conditional_writes_is_refused(fault: Fault, s3_bucket:
     assert len(rule.requests) <= 2, "not retried"
     assert storage.read_bytes(f"{s3_bucket}/config.json") == b"of another run"
     found = doctor._store(s3_bucket, 1)
-    assert found.level == "WRONG" and "If-None-Match" in found.words
+    assert found.level == "WRONG" and "If-None-Match" in found.text
 
 
 def test_conditional_writes_are_verified_once(s3_bucket: str, proxy: Proxy) -> None:
@@ -231,7 +231,7 @@ def test_a_writer_that_may_not_delete_gets_an_error(s3_bucket: str, proxy: Proxy
         with pytest.raises(PermissionError, match="cannot delete: access denied"):
             storage.delete(uri)
     found = doctor._store(s3_bucket, 1)
-    assert found.level == "warning" and "cannot delete" in found.words
+    assert found.level == "warning" and "cannot delete" in found.text
 
 
 def test_an_outage_longer_than_any_number_of_tries_is_survived(s3_bucket: str, proxy: Proxy) -> None:

@@ -54,8 +54,8 @@ def detect(listing: Listing, config: PrepareConfig) -> Layout:
         return layout
     if not listing.has(_IMAGES):
         for pattern, what in _REFUSED:
-            if found := listing.matching(pattern):
-                raise ValueError(f"--source {listing.named}: {found[0]} {what}; accepted: {ACCEPTED}")
+            if matches := listing.matching(pattern):
+                raise ValueError(f"--source {listing.named}: {matches[0]} {what}; accepted: {ACCEPTED}")
     return "auto"
 
 

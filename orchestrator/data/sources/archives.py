@@ -113,12 +113,12 @@ def _scan_all(listing: Listing, names: list[str], label_key: str | None, num_wor
     """Return the files of each archive, sorted by the names of the files."""
     archives = [archive for name in names for archive in _archives(listing, name, len(names) == 1)]
     scan = partial(_scan, label_key)
-    found: dict[Archive, pa.Table] = {}
+    scanned: dict[Archive, pa.Table] = {}
     with progress_line(len(archives), "archives", "scanning") as progress:
         for archive, members in map_items(lambda: scan, archives, num_workers):
-            found[archive] = members
-            progress.update_to(len(found))
-    return {archive: found[archive] for archive in sorted(archives, key=lambda archive: archive.prefix)}
+            scanned[archive] = members
+            progress.update_to(len(scanned))
+    return {archive: scanned[archive] for archive in sorted(archives, key=lambda archive: archive.prefix)}
 
 
 # ----------------------------------------------------------------------------------------------------------- scanning
@@ -228,8 +228,8 @@ def _sidecar(name: str, data: bytes, label_key: str | None) -> str:
 
 def read_ranges(uri: str, ranges: Sequence[storage.Range]) -> list[bytes]:
     """Return the contents of files; those in zips are unpacked. Raises what `storage.read_ranges` raises."""
-    found = zip(ranges, storage.read_ranges(uri, ranges), strict=True)
-    return [_unzip(data) if wanted.name.lower().endswith(".zip") else data for wanted, data in found]
+    contents = zip(ranges, storage.read_ranges(uri, ranges), strict=True)
+    return [_unzip(data) if requested.name.lower().endswith(".zip") else data for requested, data in contents]
 
 
 def _unzip(data: bytes) -> bytes:

@@ -152,9 +152,9 @@ def _open_npz(uri: str) -> Iterator[tuple[np.ndarray, IO[bytes], int]]:
             archive = zipfile.ZipFile(file)
         except zipfile.BadZipFile as error:
             raise ValueError(f"{uri} is not a valid .npz file: {error}") from error
-        if not {"data.npy", "labels.npy"} <= set(found := archive.namelist()):
+        if not {"data.npy", "labels.npy"} <= set(members := archive.namelist()):
             raise ValueError(
-                f"{uri} contains {', '.join(found[:10])}; accepted: data and labels of downsampled ImageNet"
+                f"{uri} contains {', '.join(members[:10])}; accepted: data and labels of downsampled ImageNet"
             )
         with archive.open("labels.npy") as data:
             labels = npy.read_array(data, allow_pickle=False)
@@ -182,16 +182,16 @@ def read_lmdb(listing: Listing, splits: Splits) -> Reading:
         ValueError: they are not on a local disk, or the package lmdb is not installed (when entries are read).
     """
     folders = [name.removesuffix("data.mdb").rstrip("/") for name in listing.matching(LMDB)]
-    words = {name: (name or listing.uri).rsplit("/", 1)[-1].removesuffix("_lmdb") for name in folders}
-    split = {name: splits.of_shard(word) for name, word in words.items()}
-    category = {name: re.sub(r"_(train|val|test)$", "", word) for name, word in words.items()}
+    stems = {name: (name or listing.uri).rsplit("/", 1)[-1].removesuffix("_lmdb") for name in folders}
+    split = {name: splits.of_shard(word) for name, word in stems.items()}
+    category = {name: re.sub(r"_(train|val|test)$", "", word) for name, word in stems.items()}
     several = len(set(category.values())) > 1
 
     def entries() -> Iterator[Entry]:
         for name in folders:
             label = category[name] if several else None
             for row, (key, _) in enumerate(_items(storage.join(listing.uri, name) if name else listing.uri)):
-                yield Entry(f"{words[name]}/{key.decode('latin-1')}", label, split[name], name or ".", row)
+                yield Entry(f"{stems[name]}/{key.decode('latin-1')}", label, split[name], name or ".", row)
 
     return Reading("LSUN's LMDB", entries(), images=_lmdb_images)
 

@@ -75,7 +75,11 @@ class _Names:
             reading.layout = "images without labels"
         elif layout == "folder" and not classes:
             raise ValueError(f"{self._source} has no class folders, which --layout folder needs")
-        if labels or layout in ("flat", "unlabelled") or any(_is_edm(found.uri) for found in self._chosen.values()):
+        if (
+            labels
+            or layout in ("flat", "unlabelled")
+            or any(_is_edm(label_map.uri) for label_map in self._chosen.values())
+        ):
             reading.suspicions.pop("folders_within_classes", None)  # folders are not used as classes
             self._places = {folder: (split, "") for folder, (split, _) in self._places.items()}
         if labels or layout == "unlabelled":
@@ -170,7 +174,7 @@ class _Names:
 
         EDM's dataset.json is used for all images. Other label files are used for splits without class folders.
         """
-        maps = {name: found for name, found in self._maps.items() if found is not None}
+        maps = {name: label_map for name, label_map in self._maps.items() if label_map is not None}
         named = Counter[str]()  # images in class folders, by split
         for folder, (split, name) in self._places.items():
             named[split] += self._folders[folder] if name else 0
@@ -187,15 +191,15 @@ class _Names:
             return
         self._reading.layout = "class folders" if any(named.values()) else "images with labels in files beside them"
         for split in [] if self._layout in ("flat", "unlabelled") else sorted(named):
-            serving = [found for name, found in maps.items() if not found.null and _serves(name, split)]
+            serving = [label_map for name, label_map in maps.items() if not label_map.null and _serves(name, split)]
             if serving and not named[split]:
                 self._chosen[split] = serving[0]
 
     def _describe_label_files(self, classes: set[str]) -> None:
         """Record how each known file beside the images is used. An unused label file is suspicious."""
         serves = defaultdict(list)
-        for split, found in self._chosen.items():
-            serves[found.uri].append(split or "all")
+        for split, label_map in self._chosen.items():
+            serves[label_map.uri].append(split or "all")
         within = {file.name for file in self._companions}  # others lie above the source: they may be for other images
         unused = []
         for name in sorted(within | set(self._maps)):
@@ -239,20 +243,20 @@ class _Names:
                 kind = "images that --split leaves out"
                 reading.left_out[kind] = reading.left_out.get(kind, 0) + 1
                 continue
-            found: str | int | None = label or None
+            class_label: str | int | None = label or None
             prefix = name.partition("_")[0]
             if reading.flat:
-                found = prefix
+                class_label = prefix
             elif split in chosen and chosen[split].in_order:
                 match = re.match(r"ILSVRC2012_(?:val|test)_(\d+)", name)  # else the position in the order of the names
-                found = chosen[split].in_order.get(int(match[1]) - 1 if match else numbered[split])
+                class_label = chosen[split].in_order.get(int(match[1]) - 1 if match else numbered[split])
                 numbered[split] += not match
             elif split in chosen:
-                found, given = chosen[split].find(file.name)
-                split = given or split
-            elif found != prefix and prefix in classes:
+                class_label, given_split = chosen[split].find(file.name)
+                split = given_split or split
+            elif class_label != prefix and prefix in classes:
                 strangers.append(file.name)
-            yield Entry(file.name, found, split, file.object, file.start, file.size)
+            yield Entry(file.name, class_label, split, file.object, file.start, file.size)
         if strangers:
             reading.findings["images_named_after_another_class"] = finding(strangers)
         for labels in dict.fromkeys(chosen.values()):
@@ -288,12 +292,12 @@ def _serves(name: str, split: str) -> bool:
 
 def _kaggle_files_above(uri: str) -> list[tuple[str, bytes]]:
     """Return (name, content) of the label files of Kaggle's ImageNet in the folders above a part of its tree."""
-    found, parts = [], uri.rstrip("/").split("/")
+    files, parts = [], uri.rstrip("/").split("/")
     if not {"ILSVRC", "Data", "CLS-LOC"} & set(parts[-_ABOVE:]):
         return []
     for depth in range(1, min(_ABOVE + 1, len(parts))):
         for name in ("LOC_val_solution.csv", "LOC_train_solution.csv"):
             place = "/".join([*parts[:-depth], name])
             if storage.exists(place):
-                found.append((place, storage.read_bytes(place)))
-    return found
+                files.append((place, storage.read_bytes(place)))
+    return files

@@ -106,15 +106,15 @@ def list_source(config: PrepareConfig) -> Listing:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--source {uri} does not exist") from error
     if size is None:
-        return _listing(uri, uri.rstrip("/"), (found for some in storage.list_tree(uri) for found in some))
+        return _listing(uri, uri.rstrip("/"), (entry for listed in storage.list_tree(uri) for entry in listed))
     folder, name = uri.rsplit("/", 1)
     return _listing(uri, folder, iter([(name, size)]))
 
 
 def _listing(named: str, uri: str, objects: Iterator[tuple[str, int]]) -> Listing:
     chunks = []
-    while some := list(islice(objects, _CHUNK)):
-        chunks.append(pa.record_batch(list(zip(*some, strict=True)), schema=_OBJECTS))
+    while chunk := list(islice(objects, _CHUNK)):
+        chunks.append(pa.record_batch(list(zip(*chunk, strict=True)), schema=_OBJECTS))
     table = pa.Table.from_batches(chunks, _OBJECTS).sort_by("name")
     return Listing(named, uri, table["name"], table["size"].to_numpy())
 
@@ -153,11 +153,11 @@ class Source:
 
     def counts(self) -> dict[str, np.ndarray]:
         """Return the number of images of every class by split, int64 [classes], or [1] if there are no classes."""
-        labels, found = self.index["label"].to_numpy(), {}
+        labels, counts = self.index["label"].to_numpy(), {}
         for split in pc.unique(self.index["split"]).to_pylist():
             mask = pc.equal(self.index["split"], split).to_numpy()
-            found[split] = np.bincount(np.maximum(labels[mask], 0), minlength=max(1, len(self.classes)))
-        return found
+            counts[split] = np.bincount(np.maximum(labels[mask], 0), minlength=max(1, len(self.classes)))
+        return counts
 
     def total(self) -> np.ndarray:
         """Return the number of images of every class over all splits, int64 [classes]."""
@@ -201,7 +201,7 @@ def _pack(entries: Iterable[Entry]) -> tuple[list[str | int | None], pa.Table]:
 
 
 def _classes(
-    named: str, given: tuple[str, ...] | None, names: list[str | int | None], codes: np.ndarray
+    source: str, class_names: tuple[str, ...] | None, names: list[str | int | None], codes: np.ndarray
 ) -> tuple[tuple[str, ...], np.ndarray]:
     """Return the classes, and the label of each image, int64 [n]. `codes` are places in `names`.
 
@@ -210,26 +210,26 @@ def _classes(
     kinds = {type(name) for name in names} - {type(None)}
     if kinds == {str, int}:
         raise ValueError(
-            f"--source {named}: some images have class names and others class numbers; "
+            f"--source {source}: some images have class names and others class numbers; "
             "pass --labels with names for all of them"
         )
     if not kinds:
         return (), np.full(len(codes), -1)
     if kinds == {str}:
-        classes = given or tuple(sorted(str(name) for name in names if name is not None))
+        classes = class_names or tuple(sorted(str(name) for name in names if name is not None))
         number = {name: label for label, name in enumerate(classes)}
         labels = [-1 if name is None else number[name] for name in names]  # type: ignore[index]
         return classes, np.array(labels)[codes]
     numbers = [name for name in names if isinstance(name, int)]
     span = f"{min(numbers)} to {max(numbers)}"
-    if given is None and (min(numbers) < 0 or max(numbers) >= 2 * len(numbers) + MAX_GAPS):
+    if class_names is None and (min(numbers) < 0 or max(numbers) >= 2 * len(numbers) + MAX_GAPS):
         raise ValueError(
-            f"--source {named}: labels are {span}, but only {len(numbers)} of them occur; accepted: numbers from 0 "
+            f"--source {source}: labels are {span}, but only {len(numbers)} of them occur; accepted: numbers from 0 "
             "without large gaps, or class names"
         )
-    classes = given or tuple(map(str, range(max(numbers) + 1)))
+    classes = class_names or tuple(map(str, range(max(numbers) + 1)))
     if min(numbers) < 0 or max(numbers) >= len(classes):
-        raise ValueError(f"--source {named}: labels are {span}; accepted: 0 to {len(classes) - 1}")
+        raise ValueError(f"--source {source}: labels are {span}; accepted: 0 to {len(classes) - 1}")
     return classes, np.array([-1 if name is None else name for name in names])[codes]
 
 
@@ -298,9 +298,9 @@ class Splits:
         if self.ignored:
             return ""
         words = re.split(r"[/_.\-]", path.lower())
-        given = {self._given[word] for word in words if word in self._given}
-        found = given or {_WORDS[word] for word in words if word in _WORDS}
-        return found.pop() if len(found) == 1 else ""
+        by_option = {self._given[word] for word in words if word in self._given}
+        splits = by_option or {_WORDS[word] for word in words if word in _WORDS}
+        return splits.pop() if len(splits) == 1 else ""
 
     def looks_like(self, name: str) -> bool:
         """Return whether a folder's name looks like a split, even if `of_folder` finds none."""

@@ -88,15 +88,15 @@ def parse_label_map(uri: str, data: bytes, base: str = "") -> LabelMap:
         if lines and all(re.fullmatch(r"\s*\d+\s*", line) for line in lines):
             return _in_order(uri, base, [int(line) for line in lines])
         rows = list(_table_rows(uri, lines))
-    found: dict[str, tuple[Any, str]] = {}
+    entries: dict[str, tuple[Any, str]] = {}
     for key, label, split in rows:
         if split and not known_split(split):
             raise ValueError(f"label map {uri}: split {split!r} of {key}; accepted: train, validation, test")
-        if found.setdefault(key, (label, known_split(split))) != (label, known_split(split)):
-            raise ValueError(f"label map {uri} has two labels for {key}: {found[key][0]} and {label}; keep one")
-    if not found:
+        if entries.setdefault(key, (label, known_split(split))) != (label, known_split(split)):
+            raise ValueError(f"label map {uri} has two labels for {key}: {entries[key][0]} and {label}; keep one")
+    if not entries:
         raise ValueError(f"label map {uri} names no images; accepted: {FORMS}")
-    return LabelMap(uri, base, _typed(uri, found))
+    return LabelMap(uri, base, _typed(uri, entries))
 
 
 def _text(uri: str, data: bytes) -> str:
@@ -118,19 +118,19 @@ def _in_order(uri: str, base: str, numbers: list[int]) -> LabelMap:
     return LabelMap(uri, base, in_order=dict(enumerate(n - 1 for n in numbers)), classes=_GROUND_TRUTH_CLASSES)
 
 
-def _typed(uri: str, found: dict[str, tuple[Any, str]]) -> dict[str, tuple[Label, str]]:
+def _typed(uri: str, entries: dict[str, tuple[Any, str]]) -> dict[str, tuple[Label, str]]:
     """Return the labels as integers if all of them are integers, else as names."""
-    values = [label for label, _ in found.values()]
-    for key, (label, _) in found.items():
+    values = [label for label, _ in entries.values()]
+    for key, (label, _) in entries.items():
         if isinstance(label, bool | list | dict | None) or label == "":
             raise ValueError(f"label map {uri}: {key} has the label {json.dumps(label)}; accepted: integers or names")
     numeric = [isinstance(value, int | float) or re.fullmatch(r"-?\d+(\.\d*)?", value.strip()) for value in values]
     if not all(numeric):
         if any(isinstance(value, int | float) for value in values):
             raise ValueError(f"label map {uri} has numbers and names as labels; accepted: all integers, or all names")
-        return {key: (label.strip(), split) for key, (label, split) in found.items()}
+        return {key: (label.strip(), split) for key, (label, split) in entries.items()}
     whole: dict[str, tuple[Label, str]] = {}
-    for key, (label, split) in found.items():
+    for key, (label, split) in entries.items():
         if float(label) != int(float(label)):
             raise ValueError(f"label map {uri}: {key} has the label {label}; accepted: integers or names")
         whole[key] = int(float(label)), split
@@ -142,21 +142,21 @@ def _typed(uri: str, found: dict[str, tuple[Any, str]]) -> dict[str, tuple[Label
 
 def _json_rows(uri: str, text: str) -> Iterator[tuple[str, Any, str]]:
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except ValueError:
         try:
-            found = [json.loads(line) for line in text.splitlines() if line.strip()]  # JSON lines
+            content = [json.loads(line) for line in text.splitlines() if line.strip()]  # JSON lines
         except ValueError as error:
             raise ValueError(f"label map {uri} is not valid JSON: {error}") from error
-    if isinstance(found, dict) and "labels" in found and not isinstance(found["labels"], str | int):
-        found = found["labels"]
-        if found is None:
+    if isinstance(content, dict) and "labels" in content and not isinstance(content["labels"], str | int):
+        content = content["labels"]
+        if content is None:
             yield "labels", None, ""
             return
-    if isinstance(found, dict):
-        yield from ((key, label, "") for key, label in found.items())
+    if isinstance(content, dict):
+        yield from ((key, label, "") for key, label in content.items())
         return
-    for row in found if isinstance(found, list) else [found]:
+    for row in content if isinstance(content, list) else [content]:
         if isinstance(row, list) and len(row) == 2 and isinstance(row[0], str):
             yield row[0], row[1], ""
         elif isinstance(row, dict):
@@ -186,8 +186,8 @@ def _table_rows(uri: str, lines: list[str]) -> Iterator[tuple[str, str, str]]:
     for row in rows:
         if len(row) <= max(columns) or not row[columns[1]].strip():
             raise ValueError(f"label map {uri} has no label for {row[columns[0]] if row else 'an image'}; add it")
-        words = row[columns[1]].split()
-        value = words[0] if label == _PREDICTION else row[columns[1]].strip()
+        parts = row[columns[1]].split()
+        value = parts[0] if label == _PREDICTION else row[columns[1]].strip()
         yield row[columns[0]].strip(), value, row[split].strip() if split is not None and split < len(row) else ""
 
 
@@ -199,6 +199,6 @@ def _split_lines(lines: list[str]) -> list[list[str]]:
     return [line.split() for line in lines]
 
 
-def _named(found: Any, known: tuple[str, ...]) -> str | None:
+def _named(names: Any, known: tuple[str, ...]) -> str | None:
     """Return the first of the known names that was found."""
-    return next((name for name in known if name in found), None)
+    return next((name for name in known if name in names), None)

@@ -77,7 +77,7 @@ class ParquetSource:
         return [footer for footer in self.footers.values() if not self._is_unlabelled(footer)]
 
     def _is_unlabelled(self, footer: _Footer) -> bool:
-        return self.label_column is None or all(found.max == -1 for found in footer.columns[self.label_column])
+        return self.label_column is None or all(s.max == -1 for s in footer.columns[self.label_column])
 
     def _names(self) -> tuple[str, ...] | None:
         """Return the names of the classes in the files' metadata, or None."""
@@ -100,12 +100,12 @@ class ParquetSource:
         by_split = {
             split: [footer for file, footer in self.footers.items() if self.splits[file] == split] for split in order
         }
-        unlabelled = tuple(split for split, found in by_split.items() if all(map(self._is_unlabelled, found)))
+        unlabelled = tuple(split for split, footers in by_split.items() if all(map(self._is_unlabelled, footers)))
         classes = self._classes()
         manifest = Manifest(
             name=name,
             classes=classes,
-            splits={split: tuple(footer.shard for footer in found) for split, found in by_split.items()},
+            splits={split: tuple(footer.shard for footer in footers) for split, footers in by_split.items()},
             unlabelled=unlabelled if classes else (),
             width=None,
             height=None,
@@ -115,10 +115,10 @@ class ParquetSource:
             label_column=self.label_column,
         )
         findings: Findings = {}
-        for split, found in by_split.items():
+        for split, footers in by_split.items():
             if split in unlabelled:
                 findings[f"{split}_images_without_labels"] = finding((), manifest.num_samples(split))
-            elif odd := [group for footer in found for group in self._sorted_row_groups(footer, len(classes))]:
+            elif odd := [group for footer in footers for group in self._sorted_row_groups(footer, len(classes))]:
                 findings[f"{split}_row_groups_sorted_by_class"] = finding(odd)
                 log.warning(
                     "%d of %d row groups of %s are sorted by class: batches would hold few classes, whatever the seed; "
@@ -140,8 +140,8 @@ class ParquetSource:
 
     def _spans(self, footer: _Footer) -> list[np.ndarray]:
         """Return the smallest and the largest label of every row group: two arrays of numbers or of names."""
-        found = footer.columns[self.label_column or ""]
-        return [np.array([getattr(statistics, end) for statistics in found]) for end in ("min", "max")]
+        row_groups = footer.columns[self.label_column or ""]
+        return [np.array([getattr(statistics, end) for statistics in row_groups]) for end in ("min", "max")]
 
     def _classes(self) -> tuple[str, ...]:
         """Return the classes of all files with labels, or none if there is no such file.
@@ -229,22 +229,25 @@ def _read_footer(uri: str, name: str) -> _Footer:
 
 def _image_column(footer: _Footer, option: str | None) -> str:
     """Return the path of the column with encoded images: a binary column, or the field bytes of a struct."""
-    found = {}
+    columns = {}
     for field in footer.schema:
         if pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
-            found[field.name] = f"{field.name}.bytes"
+            columns[field.name] = f"{field.name}.bytes"
         elif pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
-            found[field.name] = field.name
+            columns[field.name] = field.name
     names = ", ".join(footer.schema.names)
-    if option is not None and option.removesuffix(".bytes") not in found:
+    if option is not None and option.removesuffix(".bytes") not in columns:
         raise ValueError(f"--image-column {option}: {footer.uri} has no such column of encoded images; it has {names}")
-    choices = [option.removesuffix(".bytes")] if option else [n for n in ("image", "img") if n in found] or list(found)
+    usual = [name for name in ("image", "img") if name in columns]
+    choices = [option.removesuffix(".bytes")] if option else usual or list(columns)
     if len(choices) != 1:
         images = [field.name for field in footer.schema if pa.types.is_struct(field.type)]
-        why = f"its column {images[0]} has the paths of the images and not their bytes" if images and not found else ""
+        why = (
+            f"its column {images[0]} has the paths of the images and not their bytes" if images and not columns else ""
+        )
         why = why or f"{'several' if choices else 'none'} of its columns may be encoded images: it has {names}"
         raise ValueError(f"{footer.uri}: {why}; pass --image-column NAME for a column of encoded images")
-    path = found[choices[0]]
+    path = columns[choices[0]]
     statistics = footer.columns.get(path, [])
     rows = footer.shard.row_groups
     if rows and all(s is not None and s.null_count == n for s, n in zip(statistics, rows, strict=True)):
@@ -258,18 +261,18 @@ def _label_column(footer: _Footer, option: str | None) -> str | None:
     names = footer.schema.names
     if option is not None and option not in names:
         raise ValueError(f"--label-column {option}: {footer.uri} has no such column; it has {', '.join(names)}")
-    found = option or next((name for name in _LABELS if name in names), None)
-    if found is None:
+    column = option or next((name for name in _LABELS if name in names), None)
+    if column is None:
         return None
-    kind = footer.schema.field(found).type
+    kind = footer.schema.field(column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise ValueError(f"{footer.uri}: column {found} is {kind}; accepted as labels: integers or names")
-    if any(s is None or not s.has_min_max or s.null_count for s in footer.columns[found]):
+        raise ValueError(f"{footer.uri}: column {column} is {kind}; accepted as labels: integers or names")
+    if any(s is None or not s.has_min_max or s.null_count for s in footer.columns[column]):
         raise ValueError(
             f"{footer.uri} has null labels, or its footer lacks the smallest and largest label: write it again"
         )
-    return found
+    return column
 
 
 def _images(column: str, uri: str) -> Iterator[bytes]:

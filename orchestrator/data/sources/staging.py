@@ -27,10 +27,13 @@ def staged(source: Source, folder: str, num_workers: int) -> Source:
     objects, rows = index["object"].to_numpy(), index["start"].to_numpy()
     starts, sizes = np.zeros(len(index), np.int64), np.zeros(len(index), np.int64)
     with progress_line(len(index), "images", "staging") as progress:
-        for name, found in map_items(lambda: stage, names, num_workers):
-            here = objects == name
-            starts[here], sizes[here] = (np.cumsum(found) - found)[rows[here]], found[rows[here]]
-            progress.update_to(min(len(index), progress.done + len(found)))
+        for name, image_sizes in map_items(lambda: stage, names, num_workers):
+            of_object = objects == name
+            starts[of_object], sizes[of_object] = (
+                (np.cumsum(image_sizes) - image_sizes)[rows[of_object]],
+                image_sizes[rows[of_object]],
+            )
+            progress.update_to(min(len(index), progress.done + len(image_sizes)))
     columns = {"object": [f"{name}.images" for name in objects], "start": starts, "size": sizes}
     for name, column in columns.items():
         field = INDEX.field(name)
