@@ -14,6 +14,7 @@ from cluster.session import on_this_node
 POLL_SECONDS = 0.5  # between two exchanges by the driver, and between two reads of the stop flag by a worker
 
 Record = dict[str, Any]
+Report = Callable[[Any, int], None]  # takes an item of a pool and how much of it is done
 
 log = logging.getLogger(__name__)
 
@@ -136,3 +137,22 @@ def relayed(
         ended.set()
         thread.join()
         exchange()
+
+
+def no_report(item: Any, done: int) -> None:
+    """Ignore a report."""
+
+
+@contextlib.contextmanager
+def item_progress(on_progress: Report, num_workers: int) -> Iterator[Report]:
+    """Yield the function by which workers report how far their items are; the driver calls `on_progress` with it.
+
+    The function can be sent to workers and never waits. A thread of this process calls `on_progress` twice a second.
+    With `num_workers=0` the function is `on_progress` itself.
+    """
+    if num_workers == 0:
+        yield on_progress
+        return
+    relay = Relay()
+    with relayed(relay, lambda record: on_progress(record["item"], record["done"])):
+        yield lambda item, done: relay.push({"item": item, "done": done})

@@ -58,6 +58,20 @@ def set_arithmetic(num_threads: int | None = None, deterministic: bool = True, t
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def prepare_device(num_gpus: float, num_threads: int | None = None, tf32: bool = False) -> torch.device:
+    """Choose a worker's device, set PyTorch to deterministic arithmetic, and return the device.
+
+    Raises:
+        ValueError: the config has num_gpus, but the worker sees no GPU.
+    """
+    device = choose_device(num_gpus)
+    if device.type == "cuda":
+        set_arithmetic(num_threads, deterministic=True, tf32=tf32)
+    elif num_threads is not None:
+        torch.set_num_threads(num_threads)
+    return device
+
+
 @contextlib.contextmanager
 def arithmetic(num_threads: int, deterministic: bool, tf32: bool) -> Iterator[None]:
     """Call `set_arithmetic`, and restore the previous settings at the end of the context."""

@@ -1,6 +1,5 @@
 """The HTML page of a table of ablations, with its plot."""
 
-import base64
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ def ablations_page(result: Json) -> tuple[str, bytes]:
         number=number,
         notes=notes,
         names=list(next(iter(result["rows"].values()))["values"]),
-        picture=base64.b64encode(picture).decode(),
+        picture=picture,
     )
     return page, picture
 

@@ -37,17 +37,26 @@ class Side:
         return float((self.pixels.max(axis=3) - self.pixels.min(axis=3)).mean())
 
     @property
-    def num_classes(self) -> int:
-        """Return the number of classes; 0 = there are no labels."""
+    def classes(self) -> "Classes":
+        """Return the classes of the labels."""
+        names = self.images.classes
         if self.labels[0] < 0:
-            return 0
-        return len(self.images.classes) or self.images.num_classes or int(self.labels.max()) + 1
+            return Classes(self.name, names, 0)
+        return Classes(self.name, names, len(names) or self.images.num_classes or int(self.labels.max()) + 1)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of samples or of a reference."""
+
+    owner: str  # as the user typed it
+    names: tuple[str, ...]  # in the order of the labels, if they are known
+    count: int  # 0 = there are no labels
 
     @property
-    def numbered(self) -> bool:
+    def are_numbers(self) -> bool:
         """Return whether the names of the classes are their numbers, as for an .npz and for released weights."""
-        classes = self.images.classes
-        return classes == tuple(str(label) for label in range(len(classes)))
+        return self.names == tuple(map(str, range(len(self.names))))
 
 
 def check_compatible(samples: Side, reference: Side, extractor: str) -> tuple[list[str], str]:
@@ -56,7 +65,7 @@ def check_compatible(samples: Side, reference: Side, extractor: str) -> tuple[li
     Raises:
         ValueError: class names or image sizes differ.
     """
-    reason = _match_classes(samples, reference)
+    reason = match_classes(samples.classes, reference.classes)
     warnings = [reason] if reason else []
     if samples.size != reference.size:
         sizes = "{} has images of {}x{} pixels, and {} of {}x{}".format(
@@ -76,41 +85,43 @@ def check_compatible(samples: Side, reference: Side, extractor: str) -> tuple[li
     return warnings, reason
 
 
-def _match_classes(samples: Side, reference: Side) -> str:
-    if not samples.num_classes or not reference.num_classes:
+def match_classes(samples: Classes, reference: Classes) -> str:
+    """Return the reason why labels of the two sets cannot be matched; "" if they can, or if one set has no labels.
+
+    Raises:
+        ValueError: both have class names, and the names differ.
+    """
+    if not samples.count or not reference.count:
         return ""  # the metrics that need labels report this
-    sample_classes, reference_classes = samples.images.classes, reference.images.classes
     left_out = "so accuracy and per-class metrics are not computed"
-    if samples.numbered and reference.numbered:
-        if samples.num_classes <= reference.num_classes:
+    if samples.are_numbers and reference.are_numbers:
+        if samples.count <= reference.count:
             return ""
         return (
-            f"{samples.name} has labels up to {samples.num_classes - 1}, and {reference.name} up to "
-            f"{reference.num_classes - 1}, {left_out}"
+            f"{samples.owner} has labels up to {samples.count - 1}, and {reference.owner} up to "
+            f"{reference.count - 1}, {left_out}"
         )
-    if samples.numbered or reference.numbered:
-        numbered, named = (samples, reference) if samples.numbered else (reference, samples)
+    if samples.are_numbers or reference.are_numbers:
+        numbered, named = (samples, reference) if samples.are_numbers else (reference, samples)
         return (
-            f"the classes of {numbered.name} are numbers from 0 to {numbered.num_classes - 1}, and {named.name} has "
-            f"{named.num_classes} names ({_some(named.images.classes)}): labels cannot be matched, {left_out}"
+            f"the classes of {numbered.owner} are numbers from 0 to {numbered.count - 1}, and {named.owner} has "
+            f"{named.count} names ({_some(named.names)}): labels cannot be matched, {left_out}"
         )
-    if sample_classes == reference_classes:
+    if samples.names == reference.names:
         return ""
-    if set(sample_classes) == set(reference_classes):
-        label = next(i for i, (a, b) in enumerate(zip(sample_classes, reference_classes, strict=True)) if a != b)
-        what = f"are in another order: label {label} is {sample_classes[label]!r} and {reference_classes[label]!r}"
+    if set(samples.names) == set(reference.names):
+        pairs = enumerate(zip(samples.names, reference.names, strict=True))
+        label, (own, other) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
+        difference = f"are in another order: label {label} is {own!r} and {other!r}"
     else:
-        parts = [
-            f"only {side.name} has {_some(sorted(own - other))}"
-            for side, own, other in (
-                (samples, set(sample_classes), set(reference_classes)),
-                (reference, set(reference_classes), set(sample_classes)),
-            )
-            if own - other
+        only = [
+            f"only {one.owner} has {_some(sorted(missing))}"
+            for one, other in ((samples, reference), (reference, samples))
+            if (missing := set(one.names) - set(other.names))
         ]
-        what = f"differ: {'; '.join(parts)}"
+        difference = f"differ: {'; '.join(only)}"
     raise ValueError(
-        f"the class names of {samples.name} and {reference.name} {what}. "
+        f"the class names of {samples.owner} and {reference.owner} {difference}. "
         "Pass as --reference the dataset that the samples' network was trained on"
     )
 

@@ -13,10 +13,10 @@ from cluster.workers import map_items
 from models.features import Features, extract
 from models.metrics import BLOCK, GROUP, Moments, block_moments, merge_in_order
 from orchestrator import storage
+from orchestrator.arithmetic import prepare_device
 from orchestrator.data.dataset import ahead
 from orchestrator.evaluation.extractors import CPU, LoadExtractor
 from orchestrator.evaluation.inputs import ImageSet, split_images
-from orchestrator.generation.worker import prepare_device
 from orchestrator.progress import progress_line
 
 EXTRACTOR_BATCH = 64  # images in a batch of the extractor, the last one padded

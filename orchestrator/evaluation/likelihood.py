@@ -20,18 +20,18 @@ from models.metrics import mean_estimate
 from models.samplers import ddpm
 from models.unet import autocast
 from orchestrator import storage
+from orchestrator.arithmetic import prepare_device
 from orchestrator.config import JobConfig, Operational, check_or_write_config, noted_files
 from orchestrator.cost import CostConfig, not_there_yet, priced, sampling_cost
 from orchestrator.data.dataset import Manifest, load_manifest, read_images
 from orchestrator.evaluation.metrics import describe
 from orchestrator.generation.cost import Trained, absent_weights, outline
 from orchestrator.generation.noise import Draw, draw_noise, noise_ahead
-from orchestrator.generation.worker import lay_out, prepare_device
 from orchestrator.order import Purpose
 from orchestrator.pictures import COLOURS, figure_png, grid_png, subplots
 from orchestrator.progress import progress_line
 from orchestrator.tracking import catch_up, tracked
-from orchestrator.weights.network import Network, load_network, weights_file
+from orchestrator.weights.network import Network, lay_out, load_network, weights_file
 
 STRIP_LENGTH = 10  # predictions of x_0 in a row of the picture of progressive generation
 SHOWN_PIXELS = 48  # approximate size of small images in pictures

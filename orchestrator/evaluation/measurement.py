@@ -9,11 +9,11 @@ import numpy as np
 from cluster.workers import map_items
 from models.manifolds import Manifolds, manifolds, precision_recall, realism
 from models.metrics import Strata, by_class, class_frechet_estimate, expand_frechet, moments
+from orchestrator.arithmetic import prepare_device
 from orchestrator.evaluation.extraction import ArrayName, FeatureFiles, chosen
 from orchestrator.evaluation.memorization import nearest_training_features
 from orchestrator.evaluation.metrics import Comparison, Estimates, Rows, measure, vendi_estimate
 from orchestrator.evaluation.references import Reference
-from orchestrator.generation.worker import prepare_device
 
 NEIGHBOURS = 3  # k of precision and recall; a class with at most k rows has neither
 FEWEST = 6  # images of each set that the metrics of neighbours need

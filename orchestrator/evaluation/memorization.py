@@ -13,9 +13,9 @@ from cluster.workers import map_items
 from models.images import area_downsample
 from models.metrics import BLOCK
 from models.neighbours import Neighbours, nearest
+from orchestrator.arithmetic import prepare_device
 from orchestrator.evaluation.extraction import FeatureFiles
 from orchestrator.evaluation.inputs import ImageSet
-from orchestrator.generation.worker import prepare_device
 
 CHUNK = 16 * BLOCK  # rows of the training set that are compared at once
 PIXELS = 32  # height and width at which larger images are compared

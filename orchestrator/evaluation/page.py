@@ -26,10 +26,12 @@ SHOWN_PIXELS = 64  # approximate size of images on the page
 
 
 def template(path: Path) -> jinja2.Template:
-    """Return the template of a page, which extends frame.html in this folder; it redacts all text that it is given."""
+    """Return the template of a page, which extends frame.html in this folder; it redacts text, and embeds PNG bytes."""
     loader = jinja2.FileSystemLoader([path.parent, Path(__file__).parent])
 
     def shown(value: Any) -> Any:
+        if isinstance(value, bytes):
+            return f"data:image/png;base64,{base64.b64encode(value).decode()}"
         return redact(value) if type(value) is str else value  # the HTML of macros is of a subclass, and stays HTML
 
     return jinja2.Environment(
@@ -46,7 +48,7 @@ def evaluation_page(
         pictures["copies"] = distances_figure(distances)
     page = template(Path(__file__).with_suffix(".html")).render(
         report=report,
-        pictures={name: base64.b64encode(data).decode() for name, data in pictures.items()},
+        pictures=pictures,
         metrics={name: metric_named(name) for name in report["metrics"]},
         bias_note=bias_note,
         made=made_lines(report["samples"]["made_by"]),

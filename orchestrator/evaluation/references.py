@@ -103,19 +103,6 @@ def find_reference(uri: str, image_size: int) -> ReferenceInput:
     return ReferenceInput(uri, image_size, split_images(uri, "train", image_size))
 
 
-def open_reference(
-    uri: str,
-    loader: LoadExtractor,
-    loaded: LoadedExtractor,
-    folder: str,
-    image_size: int,
-    num_workers: int,
-    num_gpus: float = 0.0,
-) -> Reference:
-    """Return the reference at `uri` with its features; see `find_reference` and `extract_reference`."""
-    return extract_reference(find_reference(uri, image_size), loader, loaded, folder, num_workers, num_gpus)
-
-
 def extract_reference(
     reference_input: ReferenceInput,
     loader: LoadExtractor,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from cluster.item_progress import Report, item_progress, no_report
+from cluster.relay import Report, item_progress, no_report
 from cluster.session import session
 from cluster.workers import map_items
 from orchestrator import storage
@@ -40,8 +40,14 @@ from orchestrator.generation.samples import (
     write_manifest,
     write_run,
 )
-from orchestrator.generation.sampling import Networks, canonical_batch, fingerprint, load_networks
-from orchestrator.generation.worker import SamplingWorker
+from orchestrator.generation.sampling import (
+    Networks,
+    SamplingWorker,
+    canonical_batch,
+    fingerprint,
+    load_networks,
+    make_batch,
+)
 from orchestrator.pictures import grid_png, png
 from orchestrator.progress import counted, progress_line
 from orchestrator.tracking import catch_up, tracked
@@ -301,7 +307,7 @@ def make_generator(config: GenerationConfig, report: Report = no_report) -> Call
         size = config.batch_size
         first, encoded = shard.begin // size, list[tuple[Future[pa.Table], ...]]()
         for number in range(first, -(-shard.end // size)):
-            stages = worker.batch(config, number)
+            stages = make_batch(worker.networks, config, number)
             encoded.append(tuple(encoder.submit(encode_rows, samples) for samples in stages))
             report(shard, min((number + 1) * size, shard.end) - shard.begin)
         whole = [pa.concat_tables([part.result() for part in parts]) for parts in zip(*encoded, strict=True)]
@@ -347,6 +353,6 @@ def make_index_maker(config: GenerationConfig) -> Callable[[int], tuple[np.ndarr
 
     def make_index(index: int) -> tuple[np.ndarray, ...]:
         number, place = divmod(index, config.batch_size)
-        return tuple(samples.images[place] for samples in worker.batch(config, number))
+        return tuple(samples.images[place] for samples in make_batch(worker.networks, config, number))
 
     return make_index

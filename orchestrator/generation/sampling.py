@@ -14,15 +14,15 @@ from models.diffusion import Diffusion
 from models.guidance import WHOLE_CHAIN, GuidanceConfig, GuidanceKind, Guided, guided_denoiser
 from models.images import Rounding, from_uint8, to_uint8
 from models.samplers import EDM_FIELDS, SamplerConfig, final_x, noise_timesteps, respacing_for, sample
-from models.unet import autocast
-from orchestrator.arithmetic import is_out_of_memory
+from models.unet import autocast, compile_blocks
+from orchestrator.arithmetic import is_out_of_memory, prepare_device
 from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.labels import Labels, read_labels
 from orchestrator.generation.noise import Draw, noise_ahead
 from orchestrator.generation.samples import Samples
 from orchestrator.order import Purpose
 from orchestrator.weights.imported import ImportedClassifier, import_classifier, is_imported
-from orchestrator.weights.network import Network, load_network, weights_file
+from orchestrator.weights.network import Network, lay_out, load_network, weights_file
 
 NUMERICS_VERSION = 1  # raised by hand if a change of the code gives other samples for the same config
 LARGEST_BATCH = 256  # images on a GPU
@@ -97,6 +97,21 @@ def load_networks(config: GenerationConfig, device: torch.device | str) -> Netwo
     _check_guidance(config, model, weak)
     classes = (classifier or model).classes
     return Networks(model, classifier, upsampler, read_labels(config.labels, classes, config.seed, config.path), weak)
+
+
+class SamplingWorker:
+    """The device and the networks of a generation, in a worker of generation or search."""
+
+    def __init__(self, config: GenerationConfig) -> None:
+        self.device = prepare_device(config.num_gpus, config.num_threads, config.tf32)
+        self.networks = load_networks(config, self.device)
+        for network in self.networks.loaded:
+            lay_out(network, self.device, config.dtype)
+
+    def compile(self) -> None:
+        """Compile the networks, which happens in the first batch."""
+        for network in self.networks.loaded:
+            compile_blocks(network.module)
 
 
 def _check_guidance(config: GenerationConfig, model: Network, weak: Network | None) -> None:

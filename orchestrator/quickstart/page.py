@@ -1,6 +1,5 @@
 """The report of the quickstart: one self-contained HTML file, and its numbers as JSON."""
 
-import base64
 import os
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> 
     }
     page = template(Path(__file__).with_suffix(".html")).render(
         numbers=numbers,
-        pictures={name: base64.b64encode(data).decode() for name, data in pictures.items()},
+        pictures=pictures,
         nearest=nearest,
         stages=stages,
         pages=[storage.join(digits, name, "report.html") for name in PAGES],

@@ -1,6 +1,5 @@
 """The HTML page of quality.json: a single file with the table, the curves and samples of the same seeds."""
 
-import base64
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ Json = dict[str, Any]
 
 def quality_page(result: Json, pictures: dict[str, bytes]) -> str:
     """Return the page for the content of quality.json and its pictures (PNG)."""
-    encoded = {name: base64.b64encode(data).decode() for name, data in pictures.items()}
-    return template(Path(__file__).with_suffix(".html")).render(result=result, number=number, pictures=encoded)
+    return template(Path(__file__).with_suffix(".html")).render(result=result, number=number, pictures=pictures)
 
 
 def curve_figure(result: Json) -> bytes:

@@ -14,7 +14,7 @@ import safetensors
 import safetensors.numpy
 import torch
 
-from cluster.item_progress import Report, no_report
+from cluster.relay import Report, no_report
 from cluster.workers import Pool
 from models.features import Extractor, Features, extract
 from models.guidance import GuidanceConfig
@@ -22,13 +22,14 @@ from models.manifolds import manifolds
 from models.metrics import Gaussian, Moments
 from orchestrator import storage
 from orchestrator.config import noted_files
+from orchestrator.evaluation.compatibility import Classes, match_classes
 from orchestrator.evaluation.extraction import EXTRACTOR_BATCH, ArrayName, Labelled, chosen, concatenate
 from orchestrator.evaluation.extractors import CPU
 from orchestrator.evaluation.measurement import NEIGHBOURS, Limits
 from orchestrator.evaluation.metrics import Comparison, Rows, describe, measure
-from orchestrator.evaluation.references import Reference, open_reference
+from orchestrator.evaluation.references import Reference, extract_reference, find_reference
 from orchestrator.generation.config import GenerationConfig
-from orchestrator.generation.worker import SamplingWorker
+from orchestrator.generation.sampling import SamplingWorker, make_batch
 from orchestrator.pictures import grid_png
 from orchestrator.search.config import TrialsConfig
 from orchestrator.search.halving import Evaluation, Outcome
@@ -178,8 +179,8 @@ def reference_of(config: TrialsConfig, image_size: int, num_workers: int) -> tup
     """
     loader = config.extractor_loader(image_size)
     loaded, folder = loader(CPU), storage.join(config.path(config.output), "reference")
-    uri = config.path(config.reference)
-    reference = open_reference(uri, loader, loaded, folder, image_size, num_workers, config.num_gpus)
+    reference_input = find_reference(config.path(config.reference), image_size)
+    reference = extract_reference(reference_input, loader, loaded, folder, num_workers, config.num_gpus)
     if reference.files is None:
         raise ValueError(
             f"--reference {config.reference} holds statistics only; pass a prepared dataset or a batch with images"
@@ -188,21 +189,10 @@ def reference_of(config: TrialsConfig, image_size: int, num_workers: int) -> tup
 
 
 def unmatched(classes: tuple[str, ...], reference: Reference) -> str:
-    """Return why labels of these classes cannot be matched with the reference's classes; "" if they can.
-
-    Raises:
-        ValueError: both have class names, and the names differ.
-    """
-    numbers = [tuple(map(str, range(len(names)))) for names in (classes, reference.classes)]
-    if not classes or not reference.classes or classes == reference.classes:
-        return ""
-    if classes == numbers[0] or reference.classes == numbers[1]:
-        return "the classes of the weights or of the reference have no names, so labels cannot be matched"
-    name = min(set(classes) ^ set(reference.classes), default="")
-    raise ValueError(
-        f"the class names of the weights and of reference={reference.uri} differ"
-        + (f": only one of them has {name!r}" if name else " in their order")
-        + ". Pass the dataset that the weights were trained on as --reference"
+    """Return why labels of these classes cannot be matched with the reference's classes; see `match_classes`."""
+    return match_classes(
+        Classes("--weights", classes, len(classes)),
+        Classes(f"--reference {reference.uri}", reference.classes, len(reference.classes)),
     )
 
 
@@ -291,7 +281,7 @@ def make_block(config: TrialsConfig, worker: SamplingWorker, extractor: Extracto
         return Made()
     begin = time.perf_counter()
     generation = config.generation(block.setting.weights, block.seed, block.setting)
-    (batch,) = worker.batch(generation, block.number)
+    (batch,) = make_batch(worker.networks, generation, block.number)
     features = extract(extractor, batch.images, EXTRACTOR_BATCH)
     arrays = {name: array for name, array in vars(features).items() if array is not None} | {"labels": batch.labels}
     if block.number == 0:

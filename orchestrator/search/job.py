@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from cluster import tuner
-from cluster.item_progress import item_progress
+from cluster.relay import item_progress
 from cluster.session import session
 from cluster.tuner import run_rounds
 from cluster.workers import pool

@@ -1,6 +1,5 @@
 """The report of a search: one self-contained HTML file with the winner, all settings tried, and the pictures."""
 
-import base64
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ def search_page(result: Json, pictures: dict[str, bytes], command: str) -> str:
         result=result,
         winner=result["winner"],
         trials=sorted(result["trials"], key=rank),
-        pictures={name: base64.b64encode(data).decode() for name, data in pictures.items()},
+        pictures=pictures,
         label=lambda setting: label(Setting(**setting), several),
         number=number,
         warnings=contradictions(result),

@@ -1,6 +1,5 @@
 """The page of a training, a self-contained HTML file, and the last lines of a training in the terminal."""
 
-import base64
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,8 +39,8 @@ def write_run_page(run: str, config: Config) -> str:
         curves=_png(curves, [record.step for record in attempts[1:]]),
         last={name: values[-1] for name, values in sorted(curves.items())},
         previews={
-            f"{name} after {int(Path(path).stem.removeprefix('images-')):,} images": _base64(
-                storage.read_bytes(storage.join(run, "samples", path))
+            f"{name} after {int(Path(path).stem.removeprefix('images-')):,} images": storage.read_bytes(
+                storage.join(run, "samples", path)
             )
             for name, path in newest.items()
         },
@@ -103,11 +102,11 @@ def _folders(uri: str) -> list[str]:
     return sorted({name.split("/")[0] for name in storage.list_names(uri, recursive=True) if "/" in name})
 
 
-def _png(curves: dict[str, Curve], restarts: list[int]) -> str:
-    """Return the curves as a base64-encoded PNG, or "" if there are none."""
+def _png(curves: dict[str, Curve], restarts: list[int]) -> bytes:
+    """Return the curves as a PNG, or no bytes if there are none."""
     names = [name for name in CURVES if name in curves]
     if not names:
-        return ""
+        return b""
     figure, axes = subplots(1, len(names), figsize=(4.3 * len(names), 2.9), squeeze=False)
     for axis, name in zip(axes.flat, names, strict=True):
         for shown, style in ((name, "-"), (f"val_{name}", "--")):
@@ -119,8 +118,4 @@ def _png(curves: dict[str, Curve], restarts: list[int]) -> str:
         axis.set(xlabel="thousand images", title=name.replace("_", " "))
         if name == "loss" and min(value for _, value in curves[name]) > 0:
             axis.set_yscale("log")
-    return _base64(figure_png(figure))
-
-
-def _base64(png: bytes) -> str:
-    return base64.b64encode(png).decode()
+    return figure_png(figure)

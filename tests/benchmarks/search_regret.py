@@ -32,8 +32,8 @@ from models.samplers import SamplerConfig
 from models.scores import frechet_scores
 from orchestrator.evaluation.extraction import EXTRACTOR_BATCH
 from orchestrator.evaluation.extractors import CPU
-from orchestrator.evaluation.references import open_reference
-from orchestrator.generation.worker import SamplingWorker
+from orchestrator.evaluation.references import extract_reference, find_reference
+from orchestrator.generation.sampling import SamplingWorker, make_batch
 from orchestrator.search.config import Limit, SearchConfig, space_of
 from orchestrator.search.cost import SampleBudget
 from orchestrator.search.evaluator import sampled_by
@@ -114,7 +114,7 @@ def make_drawer(regret: Regret) -> Callable[[Part], None]:
 
     def draw(part: Part) -> None:
         generation = config.generation(part.setting.weights, part.seed, part.setting)
-        (batch,) = worker.batch(generation, part.number)
+        (batch,) = make_batch(worker.networks, generation, part.number)
         features = extract(extractor, batch.images, EXTRACTOR_BATCH)
         np.savez(path_of(regret, part), pool=features.pool, labels=batch.labels)
 
@@ -287,7 +287,8 @@ def load(regret: Regret) -> World:
     fill(regret, grid)
     loader = config.extractor_loader(8)
     folder = str(Path(regret.cache, "reference"))
-    reference = open_reference(config.path(config.reference), loader, loader(CPU), folder, 8, 0).statistics["pool"]
+    input_ = find_reference(config.path(config.reference), 8)
+    reference = extract_reference(input_, loader, loader(CPU), folder, 0).statistics["pool"]
     files = {setting: [np.load(path_of(regret, part)) for part in parts(regret, [setting])] for setting in grid}
     features = {setting: np.concatenate([file["pool"] for file in found]) for setting, found in files.items()}
     labels = np.concatenate([file["labels"] for file in files[grid[0]]])

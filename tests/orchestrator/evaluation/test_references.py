@@ -12,7 +12,7 @@ from models.metrics import Gaussian, moments
 from orchestrator import storage
 from orchestrator.data.job import prepare
 from orchestrator.evaluation.extractors import CPU, LoadedExtractor, own_extractor
-from orchestrator.evaluation.references import Reference, find_reference, open_reference
+from orchestrator.evaluation.references import Reference, extract_reference, find_reference
 from tests.orchestrator.digits import digits
 from tests.orchestrator.evaluation.toy_extractor import FalseInception
 
@@ -30,7 +30,8 @@ def images() -> np.ndarray:
 
 def opened(path: Path, loader: Any = inception, **arrays: Any) -> Reference:
     np.savez(path / "reference.npz", **arrays)
-    return open_reference(str(path / "reference.npz"), loader, loader(CPU), str(path / "features"), 0, 0)
+    found = find_reference(str(path / "reference.npz"), 0)
+    return extract_reference(found, loader, loader(CPU), str(path / "features"), 0)
 
 
 def test_published_statistics_are_taken_and_images_serve_the_neighbours(images: np.ndarray, tmp_path: Path) -> None:
@@ -90,13 +91,13 @@ def test_samples_are_no_reference(tmp_path: Path) -> None:
 
 def test_a_dataset_is_extracted_once(tmp_path: Path) -> None:
     folder = prepare(digits(str(tmp_path))).folder
-    first = open_reference(folder, TOY, TOY(), "", 8, num_workers=0)
+    first = extract_reference(find_reference(folder, 8), TOY, TOY(), "", num_workers=0)
     assert first.files is not None and first.count == first.files.count == 1437 and len(first.classes) == 10
     before = {
         name: storage.read_bytes(storage.join(first.files.folder, name))
         for name in storage.list_names(first.files.folder)
     }
     assert "statistics.safetensors" in before
-    again = open_reference(folder, TOY, TOY(), "", 8, num_workers=0)
+    again = extract_reference(find_reference(folder, 8), TOY, TOY(), "", num_workers=0)
     np.testing.assert_array_equal(again.statistics["pool"].mean, moments(first.files.pool()).mean)
     assert before == {name: storage.read_bytes(storage.join(first.files.folder, name)) for name in before}

@@ -22,8 +22,14 @@ from orchestrator.generation import job as generation
 from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.job import generate, make_generator, missing_shards, plan
 from orchestrator.generation.samples import Shard, check_shard, count_samples, list_shards, pixel_hashes, read_range
-from orchestrator.generation.sampling import canonical_batch, counted_batch, load_networks, make_batch, verified_batch
-from orchestrator.generation.worker import SamplingWorker
+from orchestrator.generation.sampling import (
+    SamplingWorker,
+    canonical_batch,
+    counted_batch,
+    load_networks,
+    make_batch,
+    verified_batch,
+)
 from orchestrator.metrics_log import history
 from orchestrator.progress import Progress
 from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
@@ -113,7 +119,7 @@ def test_a_start_that_fails_before_its_first_shard_binds_nothing(store: str, mon
         raise RuntimeError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(SamplingWorker, "batch", out_of_memory)
+        patch.setattr(generation, "make_batch", out_of_memory)
         with pytest.raises(RuntimeError, match="out of memory"):
             generate(config(store, "failed", num_samples=4))
     folder = generate(config(store, "failed", num_samples=4, batch_size=2))
@@ -333,9 +339,10 @@ def test_a_worker_samples_by_other_settings_than_its_own(store: str, name: str) 
     own = config(store, "any")
     setting = {"sampler": SamplerConfig(name=name, num_steps=3), "guidance": GuidanceConfig(), "seed": 9}
     other, worker = own.model_copy(update=setting), SamplingWorker(own)
-    (batch,), (expected,) = worker.batch(other, 0), make_batch(load_networks(other, "cpu"), other, 0)
+    batches = (make_batch(networks, other, 0) for networks in (worker.networks, load_networks(other, "cpu")))
+    (batch,), (expected,) = batches
     np.testing.assert_array_equal(batch.images, expected.images)
-    assert not np.array_equal(batch.images, worker.batch(own, 0)[0].images)
+    assert not np.array_equal(batch.images, make_batch(worker.networks, own, 0)[0].images)
 
 
 # ------------------------------------------------------------------------------------------------ kinds of guidance

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from orchestrator.generation import worker
 from orchestrator.search import evaluator
 from orchestrator.search import job as search
 from orchestrator.search.config import SearchConfig
@@ -15,7 +14,7 @@ from orchestrator.search.evaluator import Block, Made
 
 def make_counted_worker(log: str, config: SearchConfig) -> Callable[[Block], Made]:
     """Return the real worker, which logs each batch before it draws it."""
-    real = worker.make_batch
+    real = evaluator.make_batch
 
     def counted(networks: Any, generation: Any, number: int) -> Any:
         sampler, scale = generation.sampler, generation.guidance.scale
@@ -23,7 +22,7 @@ def make_counted_worker(log: str, config: SearchConfig) -> Callable[[Block], Mad
             file.write(f"{sampler.name}-{sampler.num_steps}-{scale}-{generation.seed}-{number}\n")
         return real(networks, generation, number)
 
-    worker.make_batch = counted  # type: ignore[assignment]
+    evaluator.make_batch = counted  # type: ignore[assignment]
     return evaluator.make_worker(config)
 
 
