@@ -65,9 +65,9 @@ class WaitLog:
         """Log a line if it is due. `otherwise` says what the job does while no worker has started."""
         if time.monotonic() < self._next:
             return
-        going = "the others go on" if waiting < count else otherwise
+        consequence = "the others continue" if waiting < count else otherwise
         needs = _shortage(self._resources)
-        log.warning("waiting for %d of %d workers: each needs %s; %s", waiting, count, needs, going)
+        log.warning("waiting for %d of %d workers: each needs %s; %s", waiting, count, needs, consequence)
         self._next, self._pause = time.monotonic() + self._pause, 2 * self._pause
 
 

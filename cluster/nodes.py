@@ -13,7 +13,7 @@ from cluster.servers import free_port
 
 Result = TypeVar("Result")
 HEAD_RESOURCE = "node:__internal_head__"
-SHARED_SECONDS = 60.0  # for a node to look for a file; a node that does not answer is not reported
+SHARED_SECONDS = 60.0  # for a node to look for a file; a node that does not respond is not reported
 
 
 @dataclass(frozen=True)

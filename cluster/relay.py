@@ -98,7 +98,7 @@ def tolerant(on_record: Callable[[Record], None]) -> Callable[[Record], None]:
             on_record(record)
         except Exception as error:  # noqa: BLE001 - see above
             reason = f"{type(error).__name__}: {error}"
-            log.warning("a record of a worker could not be handled, the job goes on: %s", reason)
+            log.warning("a record of a worker could not be handled, the job continues: %s", reason)
 
     return call
 
@@ -119,7 +119,7 @@ def relayed(
             records = relay.exchange(stop())
         except Exception as error:  # noqa: BLE001 - see above
             if str(error) not in warned:
-                log.warning("the workers' records cannot be fetched, trying again; the job goes on: %s", error)
+                log.warning("the workers' records cannot be fetched, trying again; the job continues: %s", error)
                 warned.add(str(error))
             return
         for record in records:

@@ -63,7 +63,7 @@ def run_workers(
     If a worker dies, the whole group starts again, and `loop` must find its last checkpoint. After more than
     `max_failures` consecutive attempts without a record with a larger "saved" number, no further attempt is made.
     PERMANENT_ERRORS are not retried. SIGTERM, Ctrl-C, and `stop` when it returns True, ask all workers to stop at their
-    next step. If `on_record` raises for a record, a warning is logged and the training goes on.
+    next step. If `on_record` raises for a record, a warning is logged and the training continues.
 
     Raises:
         ValueError: the cluster can never hold all workers at once.
@@ -119,7 +119,7 @@ def _run_on_ray(
             publish("train", {"failed_attempts": failures})
             if attempt.is_permanent or failures > max_failures:
                 raise RuntimeError(f"training failed: {reason}") from error
-            log.warning("an attempt failed, going on from the last checkpoint: %s", reason)
+            log.warning("an attempt failed, continuing from the last checkpoint: %s", reason)
 
 
 class _Attempt:
@@ -238,12 +238,12 @@ def _preemption_notices(get_info: Callable[[], Any], rank: int) -> Callable[[], 
                 info = get_info()
             except Exception as error:  # noqa: BLE001 - a failed call must not lose a later notice
                 if not failed:
-                    log.warning("preemption notices cannot be read, trying again; the training goes on: %s", error)
+                    log.warning("preemption notices cannot be read, trying again; the training continues: %s", error)
                 info, failed = seen, True
             if info != seen:
                 seen = info
                 if rank == 0:
-                    log.warning("preemption notice received, writing a checkpoint; the training goes on: %s", info)
+                    log.warning("preemption notice received, writing a checkpoint; the training continues: %s", info)
                 new.set()
             time.sleep(PREEMPTION_SECONDS)
 

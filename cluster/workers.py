@@ -249,7 +249,7 @@ class _Mapping(Generic[Item, Result]):
         worker.starts += 1
         worker.note(f"it could not be created: {reason_of(error)}")
         if worker.starts >= START_TRIES:
-            log.warning("the worker on %s is not used any more, the others go on: %s", worker.node, worker.reason)
+            log.warning("the worker on %s is not used any more, the others continue: %s", worker.node, worker.reason)
             worker.is_running, worker.dropped = False, True
         elif is_device_error(error):
             self._restart(worker)
@@ -272,7 +272,7 @@ class _Mapping(Generic[Item, Result]):
             self._idle.append(worker)
 
     def _restart(self, worker: _Worker) -> None:
-        log.warning("restarting the worker on %s, the job goes on: %s", worker.node, worker.reason)
+        log.warning("restarting the worker on %s, the job continues: %s", worker.node, worker.reason)
         worker.is_running = False
         restart_process(worker.actor)
         self._find_later(worker)
@@ -364,7 +364,7 @@ class _Mapping(Generic[Item, Result]):
         text = f"{task.item}, {task.failures + task.lost} times: {reason}"
         if len(self._reasons) < 5:
             self._reasons.append(text)
-        log.warning("an item failed permanently, the others go on: %s", text)
+        log.warning("an item failed permanently, the others continue: %s", text)
 
     # Once a second: search for absent workers, log slow items, and publish metrics.
 
@@ -389,7 +389,7 @@ class _Mapping(Generic[Item, Result]):
             worker.note(f"item {worker.task.item} runs for {now - worker.begun:.0f} s, others for {mean:.1f} s")
         if slow:
             named = "; ".join(f"{worker.node}: {worker.reason}" for worker in slow[:3])
-            log.warning("slow workers (%d), the job goes on: %s", len(slow), named)
+            log.warning("slow workers (%d), the job continues: %s", len(slow), named)
             self._name_after, self._name_pause = now + self._name_pause, 2 * self._name_pause
 
     def _publish(self) -> None:

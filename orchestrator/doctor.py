@@ -247,8 +247,8 @@ def _tracking(config: DoctorConfig, machines: int) -> Finding:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10) as response:
             response.read()
     except OSError as error:
-        return Finding("MLflow", "WRONG", f"{uri} does not answer: {error}")
-    return Finding("MLflow", "ok", f"{uri} answers in {1e3 * (time.perf_counter() - begin):.0f} ms")
+        return Finding("MLflow", "WRONG", f"{uri} does not respond: {error}")
+    return Finding("MLflow", "ok", f"{uri} responds in {1e3 * (time.perf_counter() - begin):.0f} ms")
 
 
 def _network(cluster_nodes: list[Node], config: DoctorConfig) -> list[Finding]:

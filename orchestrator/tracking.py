@@ -156,7 +156,7 @@ class Tracker:
             print(f"View run: {self._mlflow.page}")
         if self.unsent:
             place = storage.join(self._output, metrics_log.NAME)
-            message = "%d records are in %s and not in %s; the same command sends them once it answers"
+            message = "%d records are in %s and not in %s; the same command sends them once it responds"
             log.warning(message, self.unsent, place, self._mlflow.where)
         if lost := self._artifacts.unfinished_tasks + self._dropped:
             log.warning("%d artefacts are not in %s", lost, self._mlflow.where)

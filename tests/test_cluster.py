@@ -53,7 +53,7 @@ def test_the_doctor_finds_nothing_wrong(cluster: LocalCluster, outputs: list[str
     said = submit(cluster, "jobs/doctor.py", "--megabytes", "4")
     outputs.append(said)
     assert "all checks passed" in said and f"{NODES + 1} nodes" in said
-    for words in ("created once", "GB/s between 2 nodes", "answers in", "Python's headers"):
+    for words in ("created once", "GB/s between 2 nodes", "responds in", "Python's headers"):
         assert words in said
 
 

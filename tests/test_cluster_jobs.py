@@ -62,7 +62,7 @@ def test_the_stories_run_one_after_another(cluster: LocalCluster) -> None:
 
 
 def test_a_node_that_goes_away_leaves_a_checkpoint_first(cluster: LocalCluster) -> None:
-    """The node of the training workers gets a preemption notice; the training goes on elsewhere."""
+    """The node of the training workers gets a preemption notice; the training continues elsewhere."""
     length = 38_400  # it must still run when its first line of progress is seen
     options = ["--total-images", str(length), "--checkpoint-every", "1000000", "--log-every", "640"]
     training = start_job(cluster, "jobs/train_adm.py", "digits", "--output", "digits/preempted", *options)

@@ -37,7 +37,7 @@ def test_deaths_are_survived_while_there_is_progress(
     with pytest.raises(RuntimeError, match="training failed: worker 0: "):
         run_workers(Loop(tmp_path), 1, records.append, max_failures=1)
     assert [record["attempt"] for record in records if "attempt" in record] == [0, 1, 2]
-    assert caplog.text.count("an attempt failed, going on from the last checkpoint") == 2
+    assert caplog.text.count("an attempt failed, continuing from the last checkpoint") == 2
 
 
 def until_asked(context: WorkerContext) -> None:
@@ -98,7 +98,7 @@ def test_records_after_a_failed_callback_or_call_still_arrive(
     with relayed(cast(Relay, relay), on_record):
         assert relay.empty.wait(60), "no more records arrive"
     assert seen == [0, 1, 2, 3]
-    assert "KeyError: 'loss'" in caplog.text and "the job goes on" in caplog.text
+    assert "KeyError: 'loss'" in caplog.text and "the job continues" in caplog.text
 
 
 def test_the_stop_flag_is_sent_again_if_a_call_fails(monkeypatch: pytest.MonkeyPatch) -> None:

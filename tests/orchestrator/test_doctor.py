@@ -121,7 +121,7 @@ def test_tracking_of_several_machines_wants_a_server(monkeypatch: pytest.MonkeyP
     assert several.level == "WRONG" and "several machines need a server" in several.text
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     away = doctor._tracking(config, machines=2)
-    assert away.level == "WRONG" and "does not answer" in away.text
+    assert away.level == "WRONG" and "does not respond" in away.text
 
 
 def test_nothing_of_the_gpus_that_ray_hid_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
