@@ -13,7 +13,7 @@ from orchestrator.cost import Cost, fits, not_there_yet, priced, sampling_cost
 from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.sampling import Networks
 from orchestrator.weights.imported import is_imported
-from orchestrator.weights.network import Network, described, weights_about, weights_file
+from orchestrator.weights.network import Network, parse_header, weights_about, weights_file
 from orchestrator.weights.published import released_entry
 
 ASSUMED_BATCHES = (64, 32, 16, 8, 4, 2, 1)  # the first that fits is B if the config leaves it open
@@ -80,7 +80,7 @@ def outline(config: JobConfig, path: str, recipe: str | None = None, trained: Tr
         return Outline(entry.network, entry.diffusion)
     if trained and path in trained and not _is_there(config, path):
         return Outline(*trained[path])
-    return Outline(*described(weights_about(config.path(weights_file(path, config.path)))))
+    return Outline(*parse_header(weights_about(config.path(weights_file(path, config.path)))))
 
 
 def classifier_outline(config: GenerationConfig, trained: Trained | None = None) -> Outline | None:
