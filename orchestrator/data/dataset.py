@@ -195,7 +195,7 @@ def batches(
     order.open_bytes(world_size, image_size**2 * 3)
     read = _Reader(manifest, split, order.seed, image_size, crop, flip, order.rows_per_stream)
     units = order.units(rank, world_size, position)
-    if end is not None:  # do not read units whose rows are all used after the last step, which is (epoch, step in it)
+    if end is not None:  # do not read units that are needed only after the last step; a step is (epoch, step within it)
         last_step = order.locate(max(0, -(-end // order.batch_size) - 1) * order.batch_size)
         units = takewhile(lambda unit: (unit.epoch, unit.first // order.rows_per_stream) <= last_step, units)
     if use_ray:

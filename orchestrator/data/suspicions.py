@@ -57,8 +57,7 @@ def _classes_apart(source: Source) -> list[str]:
     """Return classes that occur in other splits but not in the training split."""
     counts = source.counts()
     training = counts.get("train", counts.get(""))
-    others = [split_counts for split, split_counts in counts.items() if split not in ("train", "")]
-    if training is None or not others or not source.classes:
+    if training is None or not source.classes or counts.keys() <= {"train", ""}:
         return []
     return [source.classes[i] for i in np.flatnonzero((training == 0) & (source.total() > 0))]
 
@@ -75,7 +74,7 @@ def _hollow_splits(source: Source) -> list[str]:
 
 
 def _names_alike(source: Source) -> list[str]:
-    """Return classes whose names equal that of an earlier class except for case, spaces, underscores and hyphens."""
+    """Return classes whose name equals that of an earlier class except for case, spaces, underscores and hyphens."""
     alike = []
     seen: set[str] = set()
     for name in source.classes:

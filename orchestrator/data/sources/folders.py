@@ -31,7 +31,8 @@ _KAGGLE_LEVELS = 4  # folders above a source in which Kaggle's label files are s
 def read_names(tree: Tree, layout: Layout, labels: LabelMap | None, splits: Splits) -> Reading:
     """Read a tree of images: class folders, files named <class>_<anything>, or images with label files.
 
-    layout: auto, folder, flat or unlabelled. labels: the user's label map.
+    layout: auto, folder, flat or unlabelled.
+    labels: the label map that the user passed with --labels.
 
     Raises:
         ValueError: there are no images, or their classes cannot be determined.
@@ -57,9 +58,10 @@ class _TreeReader:
         """Return the reading of the tree; labels: the user's label map."""
         reading, layout = self._reading, self._layout
         self._survey_files()
-        archives = {archive.stem: members for archive, members in self._tree.members.items() if archive.object}
-        if empty := [stem for stem, members in archives.items() if not len(members)]:
-            reading.findings["archives_without_files"] = finding(empty)
+        members = self._tree.members
+        empty_archives = [archive.stem for archive in members if archive.object and not len(members[archive])]
+        if empty_archives:
+            reading.findings["archives_without_files"] = finding(empty_archives)
         self._interpret_folders()
         self._parse_label_files()
         if labels is not None:
@@ -76,9 +78,7 @@ class _TreeReader:
         elif layout == "unlabelled" and labels is None:
             reading.layout = "images without labels"
         elif layout == "folder" and not classes:
-            raise ValueError(
-                f"{self._source} has no class folders, which --layout folder needs; pass another --layout, or auto"
-            )
+            raise ValueError(f"{self._source} has no class folders, which --layout folder needs; pass another --layout")
         uses_edm = any(_is_edm(label_map.uri) for label_map in self._label_maps.values())
         if labels or layout in ("flat", "unlabelled") or uses_edm:  # folders are not used as classes
             reading.suspicions.pop("folders_within_classes", None)
