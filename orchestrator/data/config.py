@@ -13,7 +13,7 @@ Layout = Literal[
 
 
 class PrepareConfig(JobConfig):
-    """Preparing a dataset."""
+    """The source of a dataset, its interpretation, and how the images are stored."""
 
     source: str  # folder or archive, as path or URI; digits = scikit-learn's 1,797 scanned digits
     output: str  # folder of the dataset
@@ -28,7 +28,7 @@ class PrepareConfig(JobConfig):
     exif_orientation: ExifOrientation = "ignore"  # apply = rotate according to EXIF; ignore = do not, as published
     copy_parquet: bool = False  # shuffle Parquet into new shards; False = register it in place
     resolution: int | None = Field(None, gt=0)  # store ADM's centre crops of this size as PNG; None = whole images
-    seed: int = Field(0, ge=0, lt=2**64)  # decides the shuffle and the validation split
+    seed: int = Field(0, ge=0, lt=2**64)  # determines the shuffle and the validation split
     validation_fraction: float = Field(0.0, ge=0, lt=1)  # fraction of the training images for a validation split
     max_corrupt_fraction: Operational[float] = Field(0.001, ge=0, le=1)  # stop if a larger fraction cannot be decoded
     num_workers: Operational[int] = Field(0, ge=0)  # workers that read and write; 0 = in this process, without Ray

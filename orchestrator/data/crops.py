@@ -15,8 +15,8 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
     """Return a random square of a randomly resized RGB image: uint8 [size, size, 3].
 
-    The shorter side is uniform in [size, ceil(size / 0.8)], and so is the place of the square. ADM's classifiers were
-    trained on these crops.
+    The length of the resized shorter side is uniform in [size, ceil(size / 0.8)], and the position of the square is
+    uniform. ADM's classifiers were trained on these crops.
     """
     resized = _resize(image, int(rng.integers(size, math.ceil(size / 0.8), endpoint=True)))
     top = int(rng.integers(0, resized.height - size, endpoint=True))
@@ -29,7 +29,10 @@ def _square(image: Image.Image, left: int, top: int, size: int) -> np.ndarray:
 
 
 def _resize(image: Image.Image, shorter: int) -> Image.Image:
-    """Halve the image by BOX while its shorter side is at least twice `shorter`, then resize that side by BICUBIC."""
+    """Resize the image so that its shorter side has `shorter` pixels.
+
+    Halve it with a BOX filter while its shorter side is at least twice `shorter`, then resize it with BICUBIC.
+    """
     while min(image.size) >= 2 * shorter:
         image = _rows_first(image, image.width // 2, image.height // 2, Image.Resampling.BOX)
     scale = shorter / min(image.size)
@@ -37,9 +40,9 @@ def _resize(image: Image.Image, shorter: int) -> Image.Image:
 
 
 def _rows_first(image: Image.Image, width: int, height: int, filter: Image.Resampling) -> Image.Image:
-    """Resize the image along its rows, then along its columns.
+    """Resize the image along its rows, then along its columns, in two calls of Pillow.
 
-    Pillow rounds to 8 bits in between, so that the order matters. Before version 13 one call of Pillow always used this
-    order. Since then it resizes images that are more than twice as tall as wide along their columns first.
+    Pillow rounds to 8 bits in between, so that the order matters. Before version 13, a single call always used this
+    order. Since then, it resizes images that are more than twice as tall as wide along their columns first.
     """
     return image.resize((width, image.height), filter).resize((width, height), filter)

@@ -1,4 +1,4 @@
-"""Datasets: their manifest, and the reading of batches from their shards.
+"""The manifest of a dataset, and the reading of batches from its shards.
 
 On disk a dataset is `manifest.json` and Parquet shards with the columns `key`, `label`, `image` (the original encoded
 bytes), `width` and `height`. Shards that are registered in place keep their own columns and stay where they are. The id
@@ -24,8 +24,9 @@ from orchestrator.data.images import ExifOrientation, decode
 from orchestrator.data.row_groups import read_row_group
 from orchestrator.order import OrderPlan, Purpose, Unit, sample_rng
 
-READ_AHEAD_BYTES = 256 << 20  # decoded images that a worker reads ahead, or one unit for each reader if that is more
-READ_AHEAD_ROWS = 16384  # at most: reading further ahead only takes CPUs from the training
+# The limits of what a worker reads ahead, except that each reader always has one unit.
+READ_AHEAD_BYTES = 256 << 20  # of decoded images
+READ_AHEAD_ROWS = 16384  # reading further ahead only takes CPUs from the training
 BLOCK_ROWS, BLOCK_BYTES = 256, 16 << 20  # the largest block that is decoded at a time
 
 T = TypeVar("T")
@@ -49,37 +50,37 @@ class Shard(BaseModel, frozen=True, extra="forbid"):
     path: str  # relative to the manifest's root
     bytes: int
     rows: int
-    row_groups: tuple[int, ...]  # rows of each
+    row_groups: tuple[int, ...]  # number of rows in each
 
 
 class Manifest(BaseModel, frozen=True, extra="forbid"):
-    """The content of a dataset. `folder` is the place from which the manifest was read; it is not stored."""
+    """The content of a dataset."""
 
     format_version: Literal[1] = 1
     name: str
     classes: tuple[str, ...]  # names in the order of the labels; empty: all labels are -1
     splits: dict[str, tuple[Shard, ...]]
     unlabelled: tuple[str, ...] = ()  # splits whose labels are all -1 although there are classes
-    width: tuple[int, int] | None  # smallest and largest, in pixels; None: unknown
-    height: tuple[int, int] | None  # likewise
-    quarantined: int  # images that could not be decoded and were left out
+    width: tuple[int, int] | None  # smallest and largest in pixels; None: unknown
+    height: tuple[int, int] | None
+    quarantined: int  # images that were left out because they cannot be decoded
     resolution: int | None = None  # the images are ADM's centre crops of this size; None: original images
     registered: str | None = None  # folder of shards that are registered in place; None: they lie beside the manifest
     image_column: str = "image"  # column of the encoded bytes
     label_column: str | None = "label"  # column of the class numbers or names; None: there are no labels
-    background: str = "drop"  # behind transparent images, see `orchestrator.data.images.decode`
-    exif_orientation: ExifOrientation = "ignore"  # likewise
+    background: str = "drop"  # how images are decoded, see `orchestrator.data.images.decode_and_describe`
+    exif_orientation: ExifOrientation = "ignore"
     content: str = ""  # SHA-256 of all images and labels in their order; empty if registered in place
-    folder: str = Field("", exclude=True)
+    folder: str = Field("", exclude=True)  # URI of the folder from which the manifest was read; not stored
 
     @property
     def fingerprint(self) -> str:
-        """Return a SHA-256 of the manifest, which differs for every dataset."""
+        """Return the SHA-256 of the manifest, which identifies the dataset."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Return the paths of the columns with the images and, if there are any, with the labels."""
+        """Return the path of the column of images and, if there are labels, that of their column."""
         return (self.image_column, self.label_column) if self.label_column else (self.image_column,)
 
     @property
@@ -101,7 +102,7 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
         Raises:
             ValueError: it does not; the message says which dataset is needed instead.
         """
-        self.shards(split)
+        self.shards(split)  # raises an error if there is no such split
         if self.resolution is not None and (crop != "center" or image_size != self.resolution):
             raise ValueError(
                 f"dataset {self.name!r} holds centre crops of {self.resolution} pixels (resolution={self.resolution}), "
@@ -189,17 +190,18 @@ def batches(
     """
     if order.row_group_sizes != manifest.row_group_sizes(split):
         raise ValueError(f"the row groups of the order plan are not those of split={split!r} of {manifest.name!r}")
-    order.locate(position)  # raise errors here rather than at the first batch
-    order.open_bytes(world_size, image_size**2 * 3)  # likewise
+    # Call both for their errors, which should be raised here rather than at the first batch.
+    order.locate(position)
+    order.open_bytes(world_size, image_size**2 * 3)
     read = _Reader(manifest, split, order.seed, image_size, crop, flip, order.rows_per_stream)
     units = order.units(rank, world_size, position)
-    if end is not None:
+    if end is not None:  # do not read units that are needed only after the last step; a step is (epoch, step within it)
         last_step = order.locate(max(0, -(-end // order.batch_size) - 1) * order.batch_size)
         units = takewhile(lambda unit: (unit.epoch, unit.first // order.rows_per_stream) <= last_step, units)
     if use_ray:
-        rows = min(READ_AHEAD_ROWS, READ_AHEAD_BYTES // (image_size**2 * 3))
-        unit_rows = order.config.shuffle_row_groups * max(order.row_group_sizes)
-        blocks = stream(units, read, ahead=max(READERS, rows // unit_rows))
+        rows_ahead = min(READ_AHEAD_ROWS, READ_AHEAD_BYTES // (image_size**2 * 3))
+        rows_per_unit = order.config.shuffle_row_groups * max(order.row_group_sizes)
+        blocks = stream(units, read, ahead=max(READERS, rows_ahead // rows_per_unit))
     else:
         blocks = (block for unit in units for block in read(unit))
     steps = takewhile(lambda step: end is None or step[1] < end, order.steps(position))
@@ -207,7 +209,7 @@ def batches(
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yield the items. A thread computes the next one while the caller uses the last one."""
+    """Yield the items, none of which is None. A thread computes the next one while the caller uses the current one."""
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
         upcoming = thread.submit(next, items, None)
         while (item := upcoming.result()) is not None:
@@ -218,22 +220,25 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
 def _assemble(
     blocks: Iterator[Block], order: OrderPlan, streams: range, steps: Iterator[tuple[int, int]]
 ) -> Iterator[list[StreamShare]]:
-    """Collect blocks by their stream, and take the rows of every step from each; `steps` gives their epochs."""
-    waiting: dict[int, list[Block]] = {number: [] for number in streams}
+    """Queue the blocks of each stream, and yield the shares of every step, taken from the queues.
+
+    steps: (epoch, position) of every step.
+    """
+    queues: dict[int, list[Block]] = {number: [] for number in streams}
     for epoch, _ in steps:
         shares = []
-        for number, rows in waiting.items():
-            while sum(len(block["samples"]) for block in rows) < order.rows_per_stream:
+        for number, queue in queues.items():
+            while sum(len(block["samples"]) for block in queue) < order.rows_per_stream:
                 block = next(blocks)
-                waiting[int(block["stream"][0])].append(block)
-            taken = _take(rows, order.rows_per_stream)
-            del taken["stream"]  # one number for all rows
-            shares.append(StreamShare(stream=number, epoch=epoch, **taken))
+                queues[int(block["stream"][0])].append(block)
+            rows = _take(queue, order.rows_per_stream)
+            del rows["stream"]  # `number`, repeated for all rows
+            shares.append(StreamShare(stream=number, epoch=epoch, **rows))
         yield shares
 
 
 def _take(blocks: list[Block], count: int) -> Block:
-    """Remove and return the first `count` rows of some blocks. Rows of a single block are not copied."""
+    """Remove the first `count` rows from a list of blocks, and return them. Rows of a single block are not copied."""
     taken: list[Block] = []
     while count:
         block = blocks.pop(0)
@@ -259,19 +264,22 @@ def read_images(manifest: Manifest, split: str, begin: int, end: int, image_size
         )
     read = _Reader(manifest, split, seed=0, image_size=image_size, crop="center", flip=False)
     blocks: list[Block] = []
-    first = 0
+    first_row = 0  # of the row group, in the split
     for group, size in enumerate(manifest.row_group_sizes(split)):
-        rows = np.arange(max(begin - first, 0), min(end - first, size))
+        rows = np.arange(max(begin - first_row, 0), min(end - first_row, size))
         if len(rows):
-            pairs = np.stack([np.full(len(rows), group), rows], axis=1)
-            blocks += read(Unit(epoch=0, stream=0, first=0, rows=pairs))
-        first += size
+            group_and_row = np.stack([np.full(len(rows), group), rows], axis=1)
+            blocks += read(Unit(epoch=0, stream=0, first=0, rows=group_and_row))
+        first_row += size
     images, labels = (np.concatenate([block[name] for block in blocks]) for name in ("images", "labels"))
     return images, labels
 
 
 class _Reader:
-    """A function that reads a unit and yields decoded blocks. It is sent to other processes, so it holds no data."""
+    """A function that reads a unit and yields decoded blocks. It is pickled for other processes, so it holds no data.
+
+    A block has a row for each sample, and the arrays of `StreamShare` with the number of the stream.
+    """
 
     def __init__(
         self,
@@ -286,19 +294,20 @@ class _Reader:
         manifest.check(split, image_size, crop)
         sizes = np.array(manifest.row_group_sizes(split), dtype=np.int64)
         self._manifest = manifest
-        self._row_groups = [(s, place) for s in manifest.shards(split) for place in range(len(s.row_groups))]
-        self._first_samples = np.cumsum(sizes) - sizes
-        self._numbers = {name: label for label, name in enumerate(manifest.classes)}
+        # The shard of every row group of the split, and the row group's index within that shard.
+        self._row_groups = [(shard, i) for shard in manifest.shards(split) for i in range(len(shard.row_groups))]
+        self._first_samples = np.cumsum(sizes) - sizes  # id of the first sample of every row group
+        self._label_of_name = {name: label for label, name in enumerate(manifest.classes)}
         self._num_classes = 0 if split in manifest.unlabelled else len(manifest.classes)
         self._seed, self._image_size, self._crop, self._flip = seed, image_size, crop, flip
-        most = max(1, min(BLOCK_ROWS, BLOCK_BYTES // (image_size**2 * 3)))
-        # Blocks end where batches end, if a batch fits into a block: then no batch is assembled from pieces.
-        self.block_rows = most // rows_per_stream * rows_per_stream or most
+        max_rows = max(1, min(BLOCK_ROWS, BLOCK_BYTES // (image_size**2 * 3)))
+        # If a share fits into a block, end blocks where shares end: then no share is concatenated from several blocks.
+        self.block_rows = max_rows // rows_per_stream * rows_per_stream or max_rows
 
     def __call__(self, unit: Unit) -> Iterator[Block]:
-        groups = {group: self._read_row_group(group) for group in unit.row_groups}
-        begin = -unit.first % self.block_rows or self.block_rows
-        for rows in np.split(unit.rows, range(begin, len(unit.rows), self.block_rows)):
+        tables = {group: self._read_row_group(group) for group in unit.row_groups}
+        first_end = -unit.first % self.block_rows or self.block_rows
+        for rows in np.split(unit.rows, range(first_end, len(unit.rows), self.block_rows)):
             block = {
                 "images": np.empty((len(rows), self._image_size, self._image_size, 3), np.uint8),
                 "labels": np.empty(len(rows), np.int64),
@@ -307,44 +316,50 @@ class _Reader:
                 "undecodable": np.zeros(len(rows), bool),
                 "stream": np.full(len(rows), unit.stream),
             }
-            for place, (group, row) in enumerate(rows.tolist()):
-                self._fill(block, place, groups[group], group, row, unit.epoch)
+            for i, (group, row) in enumerate(rows.tolist()):
+                self._fill(block, i, tables[group], group, row, unit.epoch)
             yield block
 
     def _read_row_group(self, group: int) -> pa.Table:
-        shard, place = self._row_groups[group]
+        """Return the columns image and, if there are labels, label of a row group."""
+        shard, index = self._row_groups[group]
         columns = self._manifest.columns
-        table = read_row_group(storage.join(self._manifest.root, shard.path), shard.bytes, place, columns)
+        table = read_row_group(storage.join(self._manifest.root, shard.path), shard.bytes, index, columns)
         return table.rename_columns(dict(zip(columns, ("image", "label"), strict=False)))
 
-    def _named(self, group: int) -> str:
-        shard, place = self._row_groups[group]
-        return f"row group {place} of {storage.join(self._manifest.root, shard.path)}"
+    def _describe(self, group: int) -> str:
+        shard, index = self._row_groups[group]
+        return f"row group {index} of {storage.join(self._manifest.root, shard.path)}"
 
-    def _fill(self, block: Block, place: int, table: pa.Table, group: int, row: int, epoch: int) -> None:
-        """Fill in one sample. If its image cannot be decoded, it gets the next good image of its row group."""
-        sample = int(block["samples"][place])
-        image, used_row = self._next_good(table, group, row)
+    def _fill(self, block: Block, i: int, table: pa.Table, group: int, row: int, epoch: int) -> None:
+        """Fill row i of a block with `row` of a row group.
+
+        If its image cannot be decoded, use image and label of the next row of the row group whose image can.
+        """
+        sample = int(block["samples"][i])
+        image, used_row = self._decode_from(table, group, row)
         label = table["label"][used_row].as_py() if self._manifest.label_column else -1
-        label = self._numbers.get(label, -1) if isinstance(label, str) else label
+        label = self._label_of_name.get(label, -1) if isinstance(label, str) else label
         if self._num_classes and not 0 <= label < self._num_classes:
             raise ValueError(
-                f"label {label} of row {used_row} in {self._named(group)} is not in [0, {self._num_classes}); prepare "
-                "the dataset again"
+                f"label {label} of row {used_row} in {self._describe(group)} is not in [0, {self._num_classes}); "
+                "prepare the dataset again"
             )
         mirrored = self._flip and sample_rng(self._seed, epoch, sample, Purpose.FLIP).random() < 0.5
         if self._crop == "random":
             pixels = random_crop(image, self._image_size, sample_rng(self._seed, epoch, sample, Purpose.CROP))
         else:
             pixels = center_crop(image, self._image_size)
-        block["images"][place] = pixels[:, ::-1] if mirrored else pixels
-        block["labels"][place], block["flips"][place], block["undecodable"][place] = label, mirrored, used_row != row
+        block["images"][i] = pixels[:, ::-1] if mirrored else pixels
+        block["labels"][i] = label
+        block["flips"][i] = mirrored
+        block["undecodable"][i] = used_row != row
 
-    def _next_good(self, table: pa.Table, group: int, row: int) -> tuple[Image.Image, int]:
+    def _decode_from(self, table: pa.Table, group: int, row: int) -> tuple[Image.Image, int]:
         """Return the first image from `row` on that can be decoded, and its row; after the last row comes the first."""
         for candidate in (*range(row, len(table)), *range(row)):
             try:
                 return self._manifest.decode(table["image"][candidate].as_py() or b""), candidate
             except ValueError:
-                continue  # counted by the caller: the row is marked as undecodable
-        raise ValueError(f"no image of {self._named(group)} can be decoded")
+                continue  # the caller marks the row as undecodable
+        raise ValueError(f"no image of {self._describe(group)} can be decoded; repair the file")

@@ -1,4 +1,4 @@
-"""Decoding of images: encoded bytes to RGB pixels."""
+"""Decode images: encoded bytes to RGB pixels."""
 
 import io
 import re
@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
-# Pillow warns of odd EXIF blocks and palettes. The image can still be decoded, and the user can do nothing about it.
+# Pillow warns of unusual EXIF blocks and palettes. The image can be decoded, and the user can do nothing about it.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # Only these decoders of Pillow may run. Others start programs (EPS), or their code is little used and little tested.
@@ -16,7 +16,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000
 IMAGE_ENDINGS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2",
 )  # fmt: skip
-_METADATA = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # from which Pillow reads an orientation
+_ORIENTATION_KEYS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # metadata that may hold orientation
 MAX_ASPECT = 100  # longer side / shorter side; the time for a crop grows with it
 
 ExifOrientation = Literal["ignore", "apply"]
@@ -27,21 +27,21 @@ class Decoded(NamedTuple):
 
     image: Image.Image
     transparent: bool  # some pixels are not opaque
-    rotated: bool  # its EXIF orientation is not the upright one
+    rotated: bool  # its EXIF orientation is not upright, whether or not the rotation was applied
 
 
 def check_background(background: str) -> str:
-    """Return `background` if it is valid.
+    """Return `background` if it is valid: drop or a colour.
 
     Raises:
-        ValueError: it is neither drop nor a colour.
+        ValueError: it is neither.
     """
-    _colour(background)
+    _parse_background(background)
     return background
 
 
 def decode(data: bytes, background: str = "drop", exif_orientation: ExifOrientation = "ignore") -> Image.Image:
-    """Return the RGB image in `data`. See `decode_and_describe`, which has the same arguments and errors."""
+    """Return the RGB image in `data`; `decode_and_describe` describes the arguments and errors."""
     return decode_and_describe(data, background, exif_orientation).image
 
 
@@ -67,15 +67,16 @@ def decode_and_describe(data: bytes, background: str = "drop", exif_orientation:
         if rotated and exif_orientation == "apply":
             image = ImageOps.exif_transpose(image)
         transparent = _is_transparent(image)
-        colour = _colour(background)
+        colour = _parse_background(background)
         if transparent and colour is not None:
-            behind = Image.new("RGBA", image.size, (*colour, 255))
-            image = Image.alpha_composite(behind, image.convert("RGBA"))
-        return Decoded(_rgb(image), transparent, rotated)
+            backdrop = Image.new("RGBA", image.size, (*colour, 255))
+            image = Image.alpha_composite(backdrop, image.convert("RGBA"))
+        return Decoded(_to_rgb(image), transparent, rotated)
     except UnidentifiedImageError as error:
-        raise ValueError(f"it is none of {', '.join(FORMATS)}, which are accepted") from error
+        raise ValueError(f"it is none of {', '.join(FORMATS)}, the accepted formats") from error
     except Exception as error:  # damaged files make decoders fail in many ways
-        message = re.sub(r" object at 0x[0-9a-f]+", "", str(error))  # else equal input would give unequal messages
+        # Remove memory addresses, so that equal files give equal messages and therefore equal shards.
+        message = re.sub(r" object at 0x[0-9a-f]+", "", str(error))
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"{kind}{message}") from error
 
@@ -85,7 +86,7 @@ def _check_aspect(image: Image.Image) -> None:
         raise ValueError(f"{image.width} x {image.height} pixels: one side is more than {MAX_ASPECT} times the other")
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
@@ -95,7 +96,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    if image.format != "TIFF" and not _METADATA & image.info.keys():
+    """Return the EXIF orientation, 0 to 8; 0 and 1 are upright."""
+    if image.format != "TIFF" and not _ORIENTATION_KEYS & image.info.keys():
         return 1
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -110,12 +112,12 @@ def _is_transparent(image: Image.Image) -> bool:
     return min(alpha.getchannel("A").tobytes(), default=255) < 255
 
 
-def _colour(background: str) -> tuple[int, int, int] | None:
-    """Return red, green and blue of a background, or None for drop."""
+def _parse_background(background: str) -> tuple[int, int, int] | None:
+    """Return red, green and blue of a background, or None for drop; raise ValueError if it is neither."""
     if background == "drop":
         return None
+    numbers = re.fullmatch(r"(\d{1,3}),(\d{1,3}),(\d{1,3})", background)
     try:
-        numbers = re.fullmatch(r"(\d{1,3}),(\d{1,3}),(\d{1,3})", background)
         colour = tuple(map(int, numbers.groups())) if numbers else ImageColor.getrgb(background)
     except ValueError:
         colour = ()

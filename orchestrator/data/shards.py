@@ -1,7 +1,8 @@
-"""Writing of shards: a plan that assigns every image to a shard, and the worker that writes one shard.
+"""Write shards: a plan assigns every image to a shard, and each worker writes one shard at a time.
 
-The plan lies beside the shards. `index.parquet` has the place of every image in the source, with one row group for each
-shard, and `index.json` has the rest. A worker reads only its part, and no process holds more than one shard's images.
+The plan lies beside the shards. `index.parquet` has one row group for each shard, whose rows say where the bytes of the
+images are in the source. `index.json` has the rest. A worker reads only the row groups of its shards, and holds the
+images of at most two row groups.
 """
 
 import hashlib
@@ -26,22 +27,22 @@ from orchestrator.data.sources.index import INDEX, Finding, Findings, Source, fi
 from orchestrator.data.understanding import Understanding
 from orchestrator.pictures import png
 
-ROW_GROUP_IMAGES = 128  # at most; row groups of large splits have at least half of it
-SHARD_BYTES = 64 << 20  # shards of large splits have at least this size, and at most twice
-MIN_ROW_GROUPS = 16  # of a split with at least as many images: four for each of four streams
-_METADATA_KEY = b"admiral"  # in a shard's footer: facts for the manifest
-_FACTS_BUFFER = 64 << 10  # bytes that are fetched at a time, because the columns are small
+ROW_GROUP_IMAGES = 128  # most images in a row group; row groups of large splits have at least half as many
+SHARD_BYTES = 64 << 20  # smallest shard of a large split; the largest has less than twice as many bytes
+MIN_ROW_GROUPS = 16  # row groups of a split that has at least as many images: four for each of four streams
+_METADATA_KEY = b"admiral"  # key of the facts in a shard's footer
+_FACTS_BUFFER = 64 << 10  # bytes that are fetched at a time from a finished shard; the columns are small
 
-# The columns of all datasets, and the hash of the bytes that an image was made from.
+# The columns of all datasets, and the SHA-256 of the original bytes of each image.
 SHARD_SCHEMA = SCHEMA.append(pa.field("sha256", pa.binary(32), nullable=False))
 
 
 class ShardPlan(BaseModel, frozen=True, extra="forbid"):
     """One shard to write: consecutive images, divided into row groups."""
 
-    path: str
+    path: str  # relative to the dataset's folder
     split: str
-    row_groups: tuple[int, ...]  # images of each
+    row_groups: tuple[int, ...]  # number of images in each
 
     @property
     def num_images(self) -> int:
@@ -51,8 +52,8 @@ class ShardPlan(BaseModel, frozen=True, extra="forbid"):
 class Plan(BaseModel, frozen=True, extra="forbid"):
     """All shards to write, and their source."""
 
-    source: str  # URI
-    digest: str  # of the source's listing
+    source: str  # URI of the folder that the objects of index.parquet are relative to
+    digest: str  # hash of the source's listing, see `Listing.digest`
     classes: tuple[str, ...]
     shards: tuple[ShardPlan, ...]
     background: str  # how images are decoded, as in the manifest
@@ -68,52 +69,55 @@ class Facts(NamedTuple):
     """What the manifest needs to know about a finished shard."""
 
     shard: Shard
-    quarantine: list[dict[str, str]]  # key and reason
-    width: tuple[int, int]  # smallest and largest
+    quarantine: list[dict[str, str]]  # key of each image that cannot be decoded, and the reason
+    width: tuple[int, int]  # smallest and largest in pixels; (0, 0) if the shard has no images
     height: tuple[int, int]
     findings: Findings  # transparent and rotated images
-    rows: pa.Table  # key, label and sha256
+    rows: pa.Table  # columns key, label and sha256
 
 
 # ------------------------------------------------------------------------------------------------- the plan
 
 
-def plan_shards(source: Source, order: dict[str, np.ndarray], resolution: int | None) -> tuple[ShardPlan, ...]:
+def plan_shards(source: Source, rows_by_split: dict[str, np.ndarray], resolution: int | None) -> tuple[ShardPlan, ...]:
     """Divide every split into row groups, and these into shards. Both numbers are powers of two.
 
-    The row groups of a split are equal within one row, so they can be dealt evenly to any number of streams.
+    The sizes of a split's row groups differ by at most one row, so row groups can be dealt evenly to any number of
+    streams.
 
-    order: the rows of the source's index in their shuffled order, by split.
+    rows_by_split: the rows of the source's index in shuffled order, int64 [n] for each split.
     """
-    sizes, shards = source.index["size"].to_numpy(), list[ShardPlan]()
-    for split, rows in order.items():
+    sizes = source.index["size"].to_numpy()
+    shards: list[ShardPlan] = []
+    for split, rows in rows_by_split.items():
         count, num_groups, num_shards = len(rows), MIN_ROW_GROUPS, 1
         while count > ROW_GROUP_IMAGES * num_groups:
             num_groups *= 2
         num_groups = min(num_groups, 2 ** int(math.log2(count)))
         bounds = [index * count // num_groups for index in range(num_groups + 1)]
-        groups = [end - start for start, end in pairwise(bounds)]
+        group_sizes = [end - start for start, end in pairwise(bounds)]
         # A PNG has about two thirds of the bytes of its pixels.
         image_bytes = 2 * resolution**2 if resolution else float(sizes[rows].mean())
-        image_bytes = image_bytes or source.listing.sizes.sum() / len(source.index)  # before the images are staged
+        if not image_bytes:  # sizes are unknown until the images are staged
+            image_bytes = source.listing.sizes.sum() / len(source.index)
         while num_shards < num_groups and image_bytes * count >= 2 * SHARD_BYTES * num_shards:
             num_shards *= 2
-        share = num_groups // num_shards
+        groups_per_shard = num_groups // num_shards
         for number in range(num_shards):
             path = f"{split}-{number:05d}-of-{num_shards:05d}.parquet"
-            shard_groups = tuple(groups[number * share : (number + 1) * share])
-            shards.append(ShardPlan(path=path, split=split, row_groups=shard_groups))
+            row_groups = tuple(group_sizes[number * groups_per_shard : (number + 1) * groups_per_shard])
+            shards.append(ShardPlan(path=path, split=split, row_groups=row_groups))
     return tuple(shards)
 
 
-def write_plan(output: str, plan: Plan, source: Source, order: dict[str, np.ndarray]) -> None:
+def write_plan(output: str, plan: Plan, source: Source, rows_by_split: dict[str, np.ndarray]) -> None:
     """Write the plan into the dataset's folder, `index.json` last."""
-    rows, begin = np.concatenate(list(order.values())), 0
+    rows, begin = np.concatenate(list(rows_by_split.values())), 0
     with storage.open_output(storage.join(output, "index.parquet")) as file, pq.ParquetWriter(file, INDEX) as writer:
         for shard in plan.shards:
-            chosen = rows[begin : begin + shard.num_images]
-            writer.write_table(source.index.take(chosen), row_group_size=len(chosen))
-            begin += len(chosen)
+            shard_rows = rows[begin : begin + shard.num_images]
+            writer.write_table(source.index.take(shard_rows), row_group_size=len(shard_rows))
+            begin += len(shard_rows)
     storage.put_if_absent(storage.join(output, "index.json"), storage.json_bytes(plan.model_dump(mode="json")))
 
 
@@ -130,64 +134,76 @@ def make_shard_writer(output: str, resolution: int | None) -> Callable[[int], Fa
     """Return a function that writes the shard of a number, unless it exists, and returns its facts."""
     plan = read_plan(output)
     assert plan is not None
-    places = pq.ParquetFile(storage.open_input(storage.join(output, "index.parquet")))
+    index = pq.ParquetFile(storage.open_input(storage.join(output, "index.parquet")))
 
     def write(number: int) -> Facts:
         shard = plan.shards[number]
         if not storage.exists(storage.join(output, shard.path)):
-            _write_shard(output, plan, shard, places.read_row_group(number), resolution)
+            _write_shard(output, plan, shard, index.read_row_group(number), resolution)
         return read_facts(output, shard.path)
 
     return write
 
 
-def _write_shard(output: str, plan: Plan, shard: ShardPlan, places: pa.Table, resolution: int | None) -> None:
-    """Write one shard, equal to the byte every time. Images that cannot be decoded are listed in its footer."""
+def _write_shard(output: str, plan: Plan, shard: ShardPlan, index: pa.Table, resolution: int | None) -> None:
+    """Write one shard, with the same bytes on every call. Its footer lists the images that cannot be decoded.
+
+    index: the rows of index.parquet for this shard.
+    """
     quarantine: list[dict[str, str]] = []
-    keys_by_kind: dict[str, list[str]] = {"transparent_images": [], "rotated_images": []}
-    sizes: list[tuple[int, int]] = []
+    transparent_keys: list[str] = []
+    rotated_keys: list[str] = []
+    widths: list[int] = []
+    heights: list[int] = []
     with storage.open_output(storage.join(output, shard.path)) as file:
         writer = pq.ParquetWriter(file, SHARD_SCHEMA, compression="none", use_dictionary=False)
-        for group, images in ahead(_row_groups(plan.source, shard, places)):
+        for entries, images in ahead(_read_row_groups(plan.source, shard, index)):
             rows = []
-            for place, data in zip(group.to_pylist(), images, strict=True):
+            for entry, data in zip(entries.to_pylist(), images, strict=True):
                 try:
-                    row, *kinds = _row(plan, resolution, place, data)
+                    row, transparent, rotated = _row(plan, resolution, entry, data)
                 except ValueError as error:
-                    quarantine.append({"key": place["key"], "reason": str(error)})
+                    quarantine.append({"key": entry["key"], "reason": str(error)})
                     continue
                 rows.append(row)
-                for kind, applies in zip(keys_by_kind, kinds, strict=True):
-                    keys_by_kind[kind] += [place["key"]] if applies else []
-            sizes += [(row["width"], row["height"]) for row in rows]
+                widths.append(row["width"])
+                heights.append(row["height"])
+                if transparent:
+                    transparent_keys.append(entry["key"])
+                if rotated:
+                    rotated_keys.append(entry["key"])
             if rows:
                 writer.write_table(pa.Table.from_pylist(rows, schema=SHARD_SCHEMA), row_group_size=len(rows))
-        width, height = ((min(n), max(n)) for n in zip(*(sizes or [(0, 0)]), strict=True))
-        findings = {kind: finding(keys).model_dump() for kind, keys in keys_by_kind.items() if keys}
-        facts = {"quarantine": quarantine, "width": width, "height": height, "findings": findings}
+        keys_by_kind = {"transparent_images": transparent_keys, "rotated_images": rotated_keys}
+        facts = {
+            "quarantine": quarantine,
+            "width": (min(widths, default=0), max(widths, default=0)),
+            "height": (min(heights, default=0), max(heights, default=0)),
+            "findings": {kind: finding(keys).model_dump() for kind, keys in keys_by_kind.items() if keys},
+        }
         writer.add_key_value_metadata({_METADATA_KEY.decode(): json.dumps(facts)})
         writer.close()
 
 
-def _row_groups(source: str, shard: ShardPlan, places: pa.Table) -> Iterator[tuple[pa.Table, list[bytes]]]:
-    """Yield the places and the encoded images of every row group."""
+def _read_row_groups(source: str, shard: ShardPlan, index: pa.Table) -> Iterator[tuple[pa.Table, list[bytes]]]:
+    """Yield, for each row group, its rows of the index and its encoded images."""
     begin = 0
     for count in shard.row_groups:
-        group = places.slice(begin, count)
-        columns = (group[name].to_pylist() for name in ("key", "object", "start", "size"))
+        entries = index.slice(begin, count)
+        columns = (entries[name].to_pylist() for name in ("key", "object", "start", "size"))
         ranges = [storage.Range(name or key, start, size) for key, name, start, size in zip(*columns, strict=True)]
-        yield group, read_ranges(source, ranges)
+        yield entries, read_ranges(source, ranges)
         begin += count
 
 
-def _row(plan: Plan, resolution: int | None, place: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bool, bool]:
-    """Return one row of a shard, whether its image is transparent, and whether it is rotated.
+def _row(plan: Plan, resolution: int | None, entry: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bool, bool]:
+    """Return one row of a shard, whether its image is transparent, and whether it is rotated by EXIF.
 
     Raises:
         ValueError: the image cannot be decoded.
     """
     image, transparent, rotated = decode_and_describe(data, plan.background, plan.exif_orientation)
-    row = {"key": place["key"], "label": place["label"], "sha256": hashlib.sha256(data).digest()}
+    row = {"key": entry["key"], "label": entry["label"], "sha256": hashlib.sha256(data).digest()}
     if resolution is None:
         row |= {"image": data, "width": image.width, "height": image.height}
     else:

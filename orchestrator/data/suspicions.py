@@ -1,4 +1,7 @@
-"""Checks for a suspicious interpretation of a source. To add a check, add a row to the table SUSPICIONS."""
+"""Checks for a suspicious interpretation of a source. To add a check, add a row to the table SUSPICIONS.
+
+Every check is a function that returns the cases that make an interpretation suspicious, such as names of classes.
+"""
 
 import re
 from collections.abc import Callable
@@ -8,13 +11,13 @@ import numpy as np
 
 from orchestrator.data.sources.index import EXAMPLES, Source, Splits
 
-_NO_CLASS = {
+_NOT_CLASS_NAMES = {
     "image", "images", "img", "imgs", "jpegimages", "pictures", "photos", "data", "dataset", "train", "training", "val",
     "valid", "validation", "test", "testing", "eval", "evaluation", "dev", "all", "raw", "samples", "unlabeled",
     "unlabelled", "thumbnails", "masks", "annotations",
 }  # fmt: skip
-_MOST = 0.5  # share of the images or classes that counts as most of them
-_PER_CLASS = 4  # images for each class on average: a split with fewer may lack classes by chance
+_MOST = 0.5  # a larger fraction of the images or classes counts as most of them
+_MIN_IMAGES_PER_CLASS = 4  # on average: a split with fewer may lack classes by chance
 
 
 class Suspicion(NamedTuple):
@@ -23,8 +26,8 @@ class Suspicion(NamedTuple):
     name: str
     test: Callable[[Source], list[str]] | None  # returns the cases; None: the layout has recorded them under this name
     message: str  # {cases} stands for the first cases
-    accept: str  # options that settle the matter
-    counted: bool = True  # the test needs the index of the images, not only names
+    options: str  # what the user may pass to confirm or correct the interpretation
+    needs_index: bool = True  # the test needs the index of the images, not only the names of classes
 
 
 def _one_class(source: Source) -> list[str]:
@@ -32,10 +35,11 @@ def _one_class(source: Source) -> list[str]:
 
 
 def _no_class_names(source: Source) -> list[str]:
-    if source.reading.classes is not None:  # the source names its classes: CIFAR-100 has a class "train"
+    """Return class names that usually name a split or a collection of images."""
+    if source.reading.classes is not None:  # the source lists its classes, and CIFAR-100 has a class "train"
         return []
     splits = Splits()
-    return [name for name in source.classes if name.strip().lower() in _NO_CLASS or splits.looks_like(name)]
+    return [name for name in source.classes if name.strip().lower() in _NOT_CLASS_NAMES or splits.looks_like(name)]
 
 
 def _numbered_folders(source: Source) -> list[str]:
@@ -53,26 +57,36 @@ def _classes_apart(source: Source) -> list[str]:
     """Return classes that occur in other splits but not in the training split."""
     counts = source.counts()
     training = counts.get("train", counts.get(""))
-    others = [split_counts for split, split_counts in counts.items() if split not in ("train", "")]
-    if training is None or not others or not source.classes:
+    if training is None or not source.classes or counts.keys() <= {"train", ""}:
         return []
     return [source.classes[i] for i in np.flatnonzero((training == 0) & (source.total() > 0))]
 
 
 def _hollow_splits(source: Source) -> list[str]:
+    """Return the splits that lack most classes although they have enough images to contain them."""
+    if not source.classes:
+        return []
     return [
         f"{split or 'train'} has {(counts > 0).sum()} of {len(counts)} classes"
         for split, counts in source.counts().items()
-        if source.classes and counts.sum() >= _PER_CLASS * len(counts) and (counts > 0).mean() < _MOST
+        if counts.sum() >= _MIN_IMAGES_PER_CLASS * len(counts) and (counts > 0).mean() < _MOST
     ]
 
 
-def _alike(source: Source) -> list[str]:
-    plain: dict[str, str] = {}
-    return [name for name in source.classes if plain.setdefault(re.sub(r"[\s_-]+", "", name).lower(), name) != name]
+def _names_alike(source: Source) -> list[str]:
+    """Return classes whose name equals that of an earlier class except for case, spaces, underscores and hyphens."""
+    alike = []
+    seen: set[str] = set()
+    for name in source.classes:
+        normalized = re.sub(r"[\s_-]+", "", name).lower()
+        if normalized in seen:
+            alike.append(name)
+        seen.add(normalized)
+    return alike
 
 
 def _single_images(source: Source) -> list[str]:
+    """Return the classes with only one image, if most classes are such."""
     counts = source.total()
     if len(source.classes) < 10 or (counts == 1).mean() <= _MOST:
         return []
@@ -89,18 +103,19 @@ def _gaps(source: Source) -> list[str]:
 
 def _underscores(source: Source) -> list[str]:
     """Return classes that are parts of longer names: american of american_bulldog_1.jpg, american_pit_bull_2.jpg."""
-    if not source.reading.flat:
+    if not source.reading.flat or len(source.classes) >= len(source.index) / 2:
         return []
-    longer: dict[str, set[str]] = {}
-    for key in source.index["key"].to_pylist() if len(source.classes) < len(source.index) / 2 else []:
+    continuations: dict[str, set[str]] = {}  # of the class in file names, such as bulldog and pit_bull; "" if none
+    for key in source.index["key"].to_pylist():
         match = re.fullmatch(r"([^_]+)_(?:(.*)_)?\d+\.\w+", key.rpartition("/")[2])
-        if match is None:  # the class is not followed by a number
+        if match is None:  # the name does not end in a number
             return []
-        longer.setdefault(match[1], set()).add(match[2] or "")
-    return [f"{name} of {name}_{min(filter(None, rest))}" for name, rest in longer.items() if len(rest) > 1]
+        continuations.setdefault(match[1], set()).add(match[2] or "")
+    return [f"{name} of {name}_{min(filter(None, rest))}" for name, rest in continuations.items() if len(rest) > 1]
 
 
 def _few_labelled(source: Source) -> list[str]:
+    """Return images without a label, if they are more than those with one."""
     missing = source.findings.get("images_without_label")
     return list(missing.examples) if missing and missing.count > len(source.index) else []
 
@@ -121,8 +136,8 @@ SUSPICIONS = (
     Suspicion("classes_apart", _classes_apart, "other splits have classes that the training split lacks: {cases}",
               "--accept-classes"),
     Suspicion("hollow_splits", _hollow_splits, "a split lacks most classes: {cases}", "--accept-classes"),
-    Suspicion("names_alike", _alike, "names of classes differ only in case or spaces: {cases}", "--accept-classes",
-              False),
+    Suspicion("names_alike", _names_alike, "names of classes differ only in case or spaces: {cases}",
+              "--accept-classes", False),
     Suspicion("single_images", _single_images, "most classes have only one image: {cases}", CLASSES),
     Suspicion("gaps", _gaps, "most class numbers have no images: {cases}", "--accept-classes, or --labels with names"),
     Suspicion("underscores", _underscores, "the part of a name before the first _ is used as the class: {cases}",
@@ -132,15 +147,18 @@ SUSPICIONS = (
 
 
 def suspicions(source: Source) -> dict[str, str]:
-    """Return every suspicion about a source by its name, as a sentence with the options that settle it."""
+    """Return the message of every suspicion about a source by its name, with the options that the user may pass."""
     messages = {}
     for suspicion in SUSPICIONS:
-        if not len(source.index) and suspicion.counted:
+        if not len(source.index) and suspicion.needs_index:
             continue
-        recorded = source.reading.suspicions.get(suspicion.name)
-        cases = suspicion.test(source) if suspicion.test else recorded.examples if recorded else ()
+        cases: list[str] = []
+        if suspicion.test is not None:
+            cases = suspicion.test(source)
+        elif suspicion.name in source.reading.suspicions:
+            cases = list(source.reading.suspicions[suspicion.name].examples)
         if cases:
             more = f" and {len(cases) - EXAMPLES} more" if len(cases) > EXAMPLES else ""
-            named = ", ".join(cases[:EXAMPLES]) + more
-            messages[suspicion.name] = f"{suspicion.message.format(cases=named)} (pass {suspicion.accept})"
+            examples = ", ".join(cases[:EXAMPLES]) + more
+            messages[suspicion.name] = f"{suspicion.message.format(cases=examples)} (pass {suspicion.options})"
     return messages

@@ -1,4 +1,4 @@
-"""What was understood of a source: for the terminal before anything is written, and for the report."""
+"""The interpretation of a source, which is printed before anything is written, and stored in the report."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ from orchestrator.data.sources.index import INDEX, Finding, Findings, Source
 from orchestrator.data.sources.parquet import ParquetSource
 from orchestrator.data.suspicions import suspicions
 
-FIRST_CLASSES = 5  # number of classes that are printed
-SAMPLE = 64  # number of images that are decoded
+FIRST_CLASSES = 5  # classes that are printed
+SAMPLE = 64  # images that are decoded
 
 
 class Sample(BaseModel, frozen=True, extra="forbid"):
-    """Counts over some images, which are spread evenly over the source."""
+    """Counts over the images that were decoded, which are spread evenly over the source if possible."""
 
     images: int
     transparent: int = 0
@@ -33,64 +33,58 @@ class Understanding(BaseModel, frozen=True, extra="forbid"):
 
     source: str
     layout: str
-    splits: dict[str, int]  # images of each
+    splits: dict[str, int]  # number of images in each
     num_classes: int
-    first_classes: dict[str, int | None]  # number of images of each; None: not counted
-    label_files: dict[str, str]  # known files beside the images, and how they are used
-    left_out: dict[str, int]  # number of files that are no images, by kind
+    first_classes: dict[str, int | None]  # number of images in each; None: not counted
+    label_files: dict[str, str]  # label files beside the images, and how they are used
+    left_out: dict[str, int]  # number of files that are not used, by kind
     findings: Findings
-    guesses: tuple[str, ...]  # choices that were made by names
+    guesses: tuple[str, ...]  # choices that were made by names, for the user to check
     sample: Sample
-    suspicions: dict[str, str]
+    suspicions: dict[str, str]  # name of each suspicion -> its message
 
     def text(self, background: str, exif_orientation: ExifOrientation) -> str:
-        """Return the lines for the terminal."""
+        """Return the lines for the terminal. The arguments are those of `orchestrator.data.images.decode`."""
         splits = ", ".join(f"{split} {count:,} images" for split, count in self.splits.items())
-        first = ", ".join(
-            name if count is None else f"{name} ({count:,})" for name, count in self.first_classes.items()
-        )
-        more = ", ..." if self.num_classes > len(self.first_classes) else ""
-        lines = [
-            ("source", f"{self.source}: {self.layout}"),
-            ("splits", splits),
-            (
-                "classes",
-                f"{self.num_classes:,}: {first}{more}" if self.num_classes else "none: the images have no labels",
-            ),
-            *(("chosen", guess) for guess in self.guesses),
-            *(("beside", f"{name} is {use}") for name, use in self.label_files.items()),
-        ]
+        classes = "none: the images have no labels"
+        if self.num_classes:
+            first = [name if count is None else f"{name} ({count:,})" for name, count in self.first_classes.items()]
+            more = ", ..." if self.num_classes > len(first) else ""
+            classes = f"{self.num_classes:,}: {', '.join(first)}{more}"
+        lines = [("source", f"{self.source}: {self.layout}"), ("splits", splits), ("classes", classes)]
+        lines += [("chosen", guess) for guess in self.guesses]
+        lines += [("beside", f"{name} is {use}") for name, use in self.label_files.items()]
         if self.left_out:
-            lines.append(("left out", ", ".join(f"{what}: {count:,}" for what, count in self.left_out.items())))
-        for kind, finding in self.findings.items():
-            lines.append(("found", finding_text(kind, finding)))
+            lines.append(("left out", ", ".join(f"{kind}: {count:,}" for kind, count in self.left_out.items())))
+        lines += [("found", finding_text(kind, finding)) for kind, finding in self.findings.items()]
         sample = self.sample
-        behind = "transparency ignored" if background == "drop" else f"drawn on {background}"
-        turned = "rotated" if exif_orientation == "apply" else "not rotated"
+        transparency = "transparency ignored" if background == "drop" else f"drawn on {background}"
+        rotation = "rotated" if exif_orientation == "apply" else "not rotated"
         lines.append(
-            ("images", f"of {sample.images} looked at, {sample.transparent} are transparent ({behind}), "
-             f"{sample.rotated} have an EXIF rotation ({turned}), {sample.undecodable} cannot be decoded")
+            ("images", f"of {sample.images} sampled, {sample.transparent} are transparent ({transparency}), "
+             f"{sample.rotated} have an EXIF rotation ({rotation}), {sample.undecodable} cannot be decoded")
         )  # fmt: skip
         return "\n".join(f"{name:9} {text}" for name, text in lines)
 
 
 def finding_text(kind: str, finding: Finding) -> str:
-    """Return a finding as text: its kind, count and examples."""
+    """Return the kind, the count and the examples of a finding as text."""
     examples = f" ({', '.join(finding.examples)})" if finding.examples else ""
     return f"{kind.replace('_', ' ')}: {finding.count:,}{examples}"
 
 
 def understand(source: Source) -> Understanding:
-    """Return what was understood of a source. This reads some of its images."""
-    total, splits = source.total(), Counter[str]()
+    """Return the interpretation of a source. This decodes some of its images."""
+    splits = Counter[str]()
     for split, class_counts in source.counts().items():
         splits[split or "train"] += int(class_counts.sum())
-    named = {name: int(count) for name, count in zip(source.classes, total, strict=False) if count}
-    return _understanding(source, dict(splits), dict(islice(named.items(), FIRST_CLASSES)), _some_images(source))
+    # Without classes, `total` has one element and this dict is empty.
+    counts = {name: int(count) for name, count in zip(source.classes, source.total(), strict=False) if count}
+    return _understanding(source, dict(splits), dict(islice(counts.items(), FIRST_CLASSES)), _read_sample(source))
 
 
 def understand_registered(source: ParquetSource, manifest: Manifest, findings: Findings) -> Understanding:
-    """Return what was understood of Parquet files. This reads their footers and the first images of the first file."""
+    """Return the interpretation of Parquet files. This decodes the first images of the first file."""
     reading, listing = source.reading(), source.listing
     assert reading.images is not None
     uncounted = Source(listing, reading, listing.uri, manifest.classes, INDEX.empty_table(), findings)
@@ -104,7 +98,7 @@ def _understanding(
 ) -> Understanding:
     reading = source.reading
     return Understanding(
-        source=source.listing.named,
+        source=source.listing.source,
         layout=reading.layout,
         splits=splits,
         num_classes=len(source.classes),
@@ -113,12 +107,12 @@ def _understanding(
         left_out=reading.left_out,
         findings=source.findings,
         guesses=reading.guesses,
-        sample=_look_at(images),
+        sample=_decode_sample(images),
         suspicions=suspicions(source),
     )
 
 
-def _look_at(images: list[bytes]) -> Sample:
+def _decode_sample(images: list[bytes]) -> Sample:
     """Decode images and count those with each property."""
     counts = Counter[str]()
     for data in images:
@@ -132,12 +126,14 @@ def _look_at(images: list[bytes]) -> Sample:
     return Sample(images=len(images), **counts)
 
 
-def _some_images(source: Source) -> list[bytes]:
-    """Return the encoded bytes of up to SAMPLE images, or the first of one object if images are read in order."""
+def _read_sample(source: Source) -> list[bytes]:
+    """Return the encoded bytes of up to SAMPLE images of the index.
+
+    They are spread evenly over the index, or are the first images of one object if its images must be read in order.
+    """
     index = source.index
     if source.reading.images is not None:
         return list(islice(source.reading.images(storage.join(source.uri, index["object"][0].as_py())), SAMPLE))
     rows = index.take(np.unique(np.linspace(0, len(index) - 1, SAMPLE).astype(int))).to_pylist()
-    return read_ranges(
-        source.uri, [storage.Range(row["object"] or row["key"], row["start"], row["size"]) for row in rows]
-    )
+    ranges = [storage.Range(row["object"] or row["key"], row["start"], row["size"]) for row in rows]
+    return read_ranges(source.uri, ranges)

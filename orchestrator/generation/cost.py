@@ -13,10 +13,10 @@ from orchestrator.cost import Cost, fits, not_there_yet, priced, sampling_cost
 from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.sampling import Networks
 from orchestrator.weights.imported import is_imported
-from orchestrator.weights.network import Network, described, weights_about, weights_file
+from orchestrator.weights.network import Network, parse_header, weights_about, weights_file
 from orchestrator.weights.published import released_entry
 
-ASSUMED_BATCHES = (64, 32, 16, 8, 4, 2, 1)  # the first that fits is B if the config leaves it open
+ASSUMED_BATCHES = (64, 32, 16, 8, 4, 2, 1)  # with --batch-size 0, B is the first that fits into the GPU's memory
 
 
 class Outline(NamedTuple):
@@ -26,29 +26,31 @@ class Outline(NamedTuple):
     diffusion: DiffusionConfig
 
 
-Trained = Mapping[str, tuple[Architecture, DiffusionConfig]]  # the networks of presets, by the output of their training
+# The networks that the presets of trainings define, by the output of the training.
+Trained = Mapping[str, tuple[Architecture, DiffusionConfig]]
 
 
 def cost_lines(config: GenerationConfig, images: int, trained: Trained) -> list[str]:
-    """Return the lines of a dry run about `images` images: what is read and written, the cost and the assumptions."""
-    named = [
-        path for path in (config.weights, config.classifier, config.upsampler, config.guidance.weak_weights) if path
-    ]
-    lines = [f"reads   {', '.join(path if is_imported(path) else config.path(path) for path in named)}"]
-    absent = not_there_yet(absent_weights(config, named))
+    """Return the lines of a dry run about `images` images: what is read and written, the cost and the assumptions.
+
+    trained: the networks of weights that do not exist yet.
+    """
+    options = (config.weights, config.classifier, config.upsampler, config.guidance.weak_weights)
+    paths = [path for path in options if path]
+    lines = [f"reads   {', '.join(path if is_imported(path) else config.path(path) for path in paths)}"]
+    absent = not_there_yet(absent_weights(config, paths))
     if config.search_result and not storage.exists(config.search_result):
         absent.append(f"not there yet: {config.search_result}; sampler, guidance and weights are those of the preset")
     try:
         base = outline(config, config.weights, config.recipe, trained)
         classifier = classifier_outline(config, trained)
-        upsampler, weak = (
-            outline(config, path, None, trained) if path else None
-            for path in (config.upsampler, config.guidance.weak_weights)
-        )
+        upsampler = outline(config, config.upsampler, None, trained) if config.upsampler else None
+        weak_weights = config.guidance.weak_weights
+        weak = outline(config, weak_weights, None, trained) if weak_weights else None
     except FileNotFoundError:
         return [*lines, "cost    unknown until the weights exist", *absent]
-    written = images * sum(3 * network.architecture.image_size**2 for network in (base, upsampler) if network)
-    lines.append(f"writes  {written / 1e9:,.3g} GB at most")
+    written_bytes = images * sum(3 * network.architecture.image_size**2 for network in (base, upsampler) if network)
+    lines.append(f"writes  {written_bytes / 1e9:,.3g} GB at most")
     if config.classifier and not classifier:
         lines.append(f"        not counted: --classifier {config.classifier}")
     guides = {"classifier": classifier, "classifier_free": base, "auto": weak}
@@ -59,10 +61,11 @@ def cost_lines(config: GenerationConfig, images: int, trained: Trained) -> list[
 
 def absent_weights(config: JobConfig, paths: Sequence[str]) -> list[str]:
     """Return the URIs of the weights that do not exist yet."""
-    return [config.path(path) for path in paths if not is_imported(path) and not _is_there(config, path)]
+    return [config.path(path) for path in paths if not is_imported(path) and not _exists(config, path)]
 
 
-def _is_there(config: JobConfig, path: str) -> bool:
+def _exists(config: JobConfig, path: str) -> bool:
+    """Return whether `path` is a file, or a training run with weights."""
     try:
         return storage.exists(config.path(weights_file(path, config.path)))
     except FileNotFoundError:
@@ -70,7 +73,7 @@ def _is_there(config: JobConfig, path: str) -> bool:
 
 
 def outline(config: JobConfig, path: str, recipe: str | None = None, trained: Trained | None = None) -> Outline:
-    """Return the outline of weights: of a released file by its name, of others from their file or from `trained`.
+    """Return the outline of weights: of a .pt file by `recipe` or its name, of others from their file or `trained`.
 
     Raises:
         FileNotFoundError: the weights do not exist, and `trained` does not have them.
@@ -78,9 +81,9 @@ def outline(config: JobConfig, path: str, recipe: str | None = None, trained: Tr
     if path.endswith(".pt"):
         entry = released_entry(path, recipe)
         return Outline(entry.network, entry.diffusion)
-    if trained and path in trained and not _is_there(config, path):
+    if trained and path in trained and not _exists(config, path):
         return Outline(*trained[path])
-    return Outline(*described(weights_about(config.path(weights_file(path, config.path)))))
+    return Outline(*parse_header(weights_about(config.path(weights_file(path, config.path)))))
 
 
 def classifier_outline(config: GenerationConfig, trained: Trained | None = None) -> Outline | None:
@@ -97,19 +100,22 @@ def costs(
     guides: Mapping[str, Outline | Network | None],
     upsampler: Outline | Network | None,
 ) -> list[Cost]:
-    """Return the cost of each stage. If the config leaves B open, it is the largest that fits into the GPU's memory.
+    """Return the cost of each stage. If the config leaves B open, it is the first of ASSUMED_BATCHES that fits.
 
     guides: the network that each kind of guidance evaluates beside the model.
     """
-    guided_by = guides.get(config.guidance.kind) if config.guidance.scale else None
+    guide = guides.get(config.guidance.kind) if config.guidance.scale else None
     evaluations = sampling_evaluations(config.sampler, config.guidance, base.diffusion)
-    stages = [(base.architecture, evaluations, guided_by.architecture if guided_by else None)]
+    stages = [(base.architecture, evaluations, guide.architecture if guide else None)]
     if upsampler is not None:
         evaluations = sampling_evaluations(config.upsampling, GuidanceConfig(), upsampler.diffusion)
         stages.append((upsampler.architecture, evaluations, None))
+    half = config.dtype != "float32"
     for batch in [config.batch_size] if config.batch_size else ASSUMED_BATCHES:
-        half = config.dtype != "float32"
-        stage_costs = [sampling_cost(model, passes, images, batch, half, guide) for model, passes, guide in stages]
+        stage_costs = [
+            sampling_cost(model, model_evaluations, images, batch, half, guide_architecture)
+            for model, model_evaluations, guide_architecture in stages
+        ]
         if all(fits(cost, config.cost) for cost in stage_costs):
             break
     return stage_costs

@@ -10,8 +10,8 @@ from numpy.lib import format as npy
 from orchestrator import storage
 from orchestrator.generation.samples import count_samples, read_range, read_rows
 
-BLOCK = 512  # images in memory
-THREADS = 8  # images that are written at the same time
+BLOCK = 512  # images that are decoded at a time
+THREADS = 8  # PNG files that are written at the same time
 EPOCH = (1980, 1, 1, 0, 0, 0)  # first date of the zip format; a fixed date, so that equal samples give equal files
 
 
@@ -21,9 +21,11 @@ def export_npz(folder: str, uri: str) -> None:
     Raises:
         FileNotFoundError: the folder is not finished.
     """
-    count, labels = count_samples(folder), list[np.ndarray]()
+    count = count_samples(folder)
+    labels: list[np.ndarray] = []
 
-    def blocks() -> Iterator[np.ndarray]:
+    def image_blocks() -> Iterator[np.ndarray]:
+        """Yield the images block by block, and keep their labels for the second array."""
         for begin in range(0, count, BLOCK):
             images, block_labels = read_range(folder, begin, min(begin + BLOCK, count))
             labels.append(block_labels)
@@ -31,17 +33,17 @@ def export_npz(folder: str, uri: str) -> None:
 
     shape = read_range(folder, 0, 1)[0].shape[1:]
     with storage.open_output(uri) as file, zipfile.ZipFile(file, "w") as archive:
-        _write_array(archive, "arr_0", (count, *shape), np.dtype(np.uint8), blocks())
-        if labels[0][0] >= 0:
+        _write_array(archive, "arr_0", (count, *shape), np.dtype(np.uint8), image_blocks())
+        if labels[0][0] >= 0:  # -1 = no labels
             _write_array(archive, "arr_1", (count,), np.dtype(np.int64), labels)
 
 
 def _write_array(
     archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: np.dtype, blocks: Iterable[np.ndarray]
 ) -> None:
-    """Stream an array into an archive as `name`.npy; its blocks follow each other along the first axis."""
+    """Stream an array into an archive as `name`.npy; its blocks are consecutive along the first axis."""
     member = zipfile.ZipInfo(f"{name}.npy", EPOCH)
-    member.file_size = int(np.prod(shape, dtype=object)) * dtype.itemsize  # decides whether zip64 is used
+    member.file_size = int(np.prod(shape, dtype=object)) * dtype.itemsize  # zipfile uses zip64 if this is large
     with archive.open(member, "w") as data:
         header = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         npy.write_array_header_1_0(data, header)
@@ -57,9 +59,9 @@ def export_png(folder: str, uri: str) -> None:
     """
     count = count_samples(folder)
 
-    def write(item: tuple[int, bytes]) -> None:
-        storage.write_bytes(storage.join(uri, f"{item[0]:06d}.png"), item[1])
+    def write(index: int, image: bytes) -> None:
+        storage.write_bytes(storage.join(uri, f"{index:06d}.png"), image)
 
     with ThreadPoolExecutor(THREADS) as threads:
         for _, rows in read_rows(folder, 0, count):
-            list(threads.map(write, zip(rows["index"], rows["image"], strict=True)))
+            list(threads.map(write, rows["index"], rows["image"]))  # list, so that errors are raised here

@@ -1,4 +1,4 @@
-"""Presets of generations."""
+"""Named configs for generating samples."""
 
 from models import zoo
 from models.guidance import GuidanceConfig
@@ -8,7 +8,7 @@ from orchestrator.generation.config import GenerationConfig
 
 
 def generation_presets() -> dict[str, tuple[str, GenerationConfig]]:
-    """Samples to generate."""
+    """Return (description, config) of every generation by name."""
     digits = GenerationConfig(
         weights="digits/diffusion",
         classifier="digits/classifier",

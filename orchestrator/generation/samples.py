@@ -1,7 +1,7 @@
 """A folder of samples: run.json, shards of consecutive indices, and manifest.json, which is written last.
 
-A shard is a Parquet file with `index`, `label`, `image` (PNG) and `sha256` (of the raw pixels, uint8 [H, W, 3] in
-C order). The digest of a shard is the SHA-256 of its rows' digests, one after another.
+A shard is a Parquet file with the columns `index`, `label`, `image` (PNG) and `sha256` (of the raw pixels, uint8
+[H, W, 3] in C order). The digest of a shard is the SHA-256 of its rows' concatenated SHA-256s.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ class Samples(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """The indices [begin, end) of one file."""
+    """The indices [begin, end) of the samples in one file."""
 
     begin: int
     end: int
@@ -48,11 +48,11 @@ class Shard(NamedTuple):
 
 
 class DamagedShard(ValueError):
-    """A file that is not the complete shard of its name."""
+    """The file of a shard is damaged, incomplete, or that of another shard."""
 
 
 def shards_of(num_samples: int, size: int, existing: Iterable[Shard] = ()) -> Iterator[Shard]:
-    """Yield the shards of a folder in index order: existing ones in `there`, and new ones of at most `size` samples.
+    """Yield the shards of a finished folder in index order: the existing ones, and new ones of at most `size` samples.
 
     The last shard of a folder that was finished with fewer samples stays, although it may have fewer than `size`.
     """
@@ -78,7 +78,10 @@ def list_shards(folder: str) -> list[Shard]:
 
 
 def check_run(folder: str, requested: dict[str, Any], platform: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """Return the folder's run.json, or None; check that its config is `wanted` and its platform is `platform`.
+    """Return the folder's run.json, or None if there is none. Check that it has the requested config and platform.
+
+    requested: the fingerprint of a generation.
+    platform: the device and software of this worker; None = not compared.
 
     Raises:
         ValueError: config or platform differ; the message names the differences.
@@ -88,8 +91,11 @@ def check_run(folder: str, requested: dict[str, Any], platform: dict[str, Any] |
         return None
     run = storage.read_json(uri)
     if run.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{uri}: format_version={run.get('format_version')} is not {FORMAT_VERSION}")
-    # A batch size that the config leaves open is not compared, nor num_samples, which older folders have here.
+        raise ValueError(
+            f"{uri}: format_version={run.get('format_version')} is not supported, {FORMAT_VERSION} is expected; pass "
+            "another --output"
+        )
+    # A batch size that the config leaves open is not compared, nor num_samples, which only older folders have.
     compared = run["config"].keys() - {"num_samples"} - ({"batch_size"} - requested.keys())
     if changes := differences({name: run["config"][name] for name in compared}, requested):
         raise ValueError(
@@ -143,7 +149,7 @@ def put_shard(folder: str, shard: Shard, rows: pa.Table, replace: bool = False) 
 
 
 def check_shard(folder: str, shard: Shard) -> str | None:
-    """Read a shard, verify all pixels, and return its digest; None if there is no such shard.
+    """Read a shard, verify all pixels, and return its digest, or None if the shard does not exist.
 
     Raises:
         DamagedShard: the file is truncated, pixels do not have the stored hashes, or rows are missing.
@@ -167,6 +173,7 @@ def quarantine_shard(folder: str, shard: Shard) -> None:
 
 
 def _read_rows(uri: str) -> pa.Table:
+    """Read all rows of a shard; raise DamagedShard if it is not a valid file with all columns."""
     data = storage.read_bytes(uri)
     try:
         rows = pq.read_table(io.BytesIO(data))
@@ -201,8 +208,8 @@ def write_manifest(folder: str, digests: dict[Shard, str]) -> None:
     Raises:
         RuntimeError: a shard was deleted during the job.
     """
-    if gone := digests.keys() - set(list_shards(folder)):
-        raise RuntimeError(f"{min(gone).uri(folder)} was deleted during the job; the same command generates it again")
+    if deleted := digests.keys() - set(list_shards(folder)):
+        raise RuntimeError(f"{min(deleted).uri(folder)} was deleted during the job; the same command regenerates it")
     shards = [
         {"name": shard.name, "rows": shard.end - shard.begin, "sha256": digest}
         for shard, digest in sorted(digests.items())
@@ -238,18 +245,21 @@ def read_range(folder: str, begin: int, end: int) -> tuple[np.ndarray, np.ndarra
         FileNotFoundError: some of the samples do not exist.
         DamagedShard: a shard cannot be read.
     """
-    images, labels = list[np.ndarray](), list[int]()
+    images: list[np.ndarray] = []
+    labels: list[int] = []
     with ThreadPoolExecutor(DECODERS) as threads:  # Pillow releases the GIL while it decodes
         for _, rows in read_rows(folder, begin, end):
             images += threads.map(partial(_pixels, folder), rows["index"], rows["image"])
             labels += rows["label"]
     if len(images) != end - begin:
-        raise FileNotFoundError(f"{folder} has only {len(images)} of the indices {begin} to {end - 1}")
+        raise FileNotFoundError(
+            f"{folder} has only {len(images)} of the indices {begin} to {end - 1}; generate the others first"
+        )
     return np.stack(images), np.array(labels, np.int64)
 
 
 def read_rows(folder: str, begin: int, end: int) -> Iterator[tuple[Shard, dict[str, list[Any]]]]:
-    """Yield (shard, columns) of the rows whose index is in [begin, end); images are PNG bytes."""
+    """Yield (shard, columns) of the rows whose index is in [begin, end), shard by shard; images are PNG bytes."""
     for shard in list_shards(folder):
         if shard.begin < end and shard.end > begin:
             rows = _read_rows(shard.uri(folder))

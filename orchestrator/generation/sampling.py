@@ -1,4 +1,4 @@
-"""Sampling: the networks of a generation, its fingerprint, and canonical batches."""
+"""Sample from networks: load them, fingerprint what determines the samples, and draw canonical batches."""
 
 import logging
 from collections.abc import Callable
@@ -25,8 +25,8 @@ from orchestrator.weights.imported import ImportedClassifier, import_classifier,
 from orchestrator.weights.network import Network, lay_out, load_network, weights_file
 
 NUMERICS_VERSION = 1  # raised by hand if a change of the code gives other samples for the same config
-LARGEST_BATCH = 256  # images on a GPU
-MEMORY_SHARE = 0.7  # fraction of a GPU's memory for what is counted
+LARGEST_BATCH = 256  # most images in a batch on a GPU
+MEMORY_SHARE = 0.7  # fraction of a GPU's memory that the counted tensors may use
 CPU_BATCH = 64  # most images in a batch on a CPU
 CPU_PIXELS = 2**18  # most pixels in a batch on a CPU
 
@@ -57,7 +57,7 @@ class Networks(NamedTuple):
         return [network for network in networks if isinstance(network, Network)]
 
     def guide(self, kind: GuidanceKind) -> Network | ImportedClassifier | None:
-        """Return the network that a kind of guidance evaluates beside the model."""
+        """Return the network that a kind of guidance evaluates beside the model, or None."""
         guides = {"classifier": self.classifier, "classifier_free": self.weights, "auto": self.weak}
         return guides.get(kind)
 
@@ -70,37 +70,45 @@ def load_networks(config: GenerationConfig, device: torch.device | str) -> Netwo
         ValueError: the networks do not fit each other or the config.
     """
 
-    def load(path: str | None, recipe: str | None = None) -> Network | None:
-        return load_network(config.path(path), device, recipe if path.endswith(".pt") else None) if path else None
+    def load(path: str, recipe: str | None = None) -> Network:
+        return load_network(config.path(path), device, recipe if path.endswith(".pt") else None)
 
-    weights = config.path(weights_file(config.weights, config.path, kind=config.ema, at=config.at))
-    model = load_network(weights, device, config.recipe if weights.endswith(".pt") else None)
+    model = load(weights_file(config.weights, config.path, kind=config.ema, at=config.at), config.recipe)
     recipe = zoo.entry(config.recipe).recipe if config.recipe else None
-    upsampler, size = load(config.upsampler), model.architecture.image_size
-    classifier: Network | ImportedClassifier | None
+    upsampler = load(config.upsampler) if config.upsampler else None
+    image_size = model.architecture.image_size
+    classifier: Network | ImportedClassifier | None = None
     if config.classifier and is_imported(config.classifier):
-        classifier = import_classifier(config.classifier, model.architecture.in_channels, size, device)
-    else:
+        classifier = import_classifier(config.classifier, model.architecture.in_channels, image_size, device)
+    elif config.classifier:
         classifier = load(config.classifier, recipe.classifier if recipe else None)
-    if isinstance(classifier, Network) and classifier.architecture.image_size != size:
+    if isinstance(classifier, Network) and classifier.architecture.image_size != image_size:
         raise ValueError(
-            f"--classifier {config.classifier} is for {classifier.architecture.image_size} pixels, samples have {size}"
+            f"--classifier {config.classifier} is for images of {classifier.architecture.image_size} pixels, but "
+            f"samples have {image_size}; pass a classifier for {image_size} pixels"
         )
-    if upsampler and upsampler.architecture.low_res_size != size:
+    if upsampler and upsampler.architecture.low_res_size != image_size:
         raise ValueError(
-            f"--upsampler {config.upsampler} is not an upsampler for images of {size} pixels, the size of the samples"
+            f"--upsampler {config.upsampler} is not an upsampler for images of {image_size} pixels, the size of the "
+            "samples"
         )
-    for other, path in ((classifier, config.classifier), (upsampler, config.upsampler)):
-        if other and other.classes and model.architecture.num_classes and other.classes != model.classes:
-            raise ValueError(f"{path} and {config.weights} were trained on different classes")
-    weak = load(config.guidance.weak_weights)
+    for option, path, network in (
+        ("--classifier", config.classifier, classifier),
+        ("--upsampler", config.upsampler, upsampler),
+    ):
+        if network and network.classes and model.architecture.num_classes and network.classes != model.classes:
+            raise ValueError(
+                f"{option} {path} and --weights {config.weights} were trained on different classes; pass networks "
+                "that were trained on one dataset"
+            )
+    weak = load(config.guidance.weak_weights) if config.guidance.weak_weights else None
     _check_guidance(config, model, weak)
-    classes = (classifier or model).classes
-    return Networks(model, classifier, upsampler, read_labels(config.labels, classes, config.seed, config.path), weak)
+    labels = read_labels(config.labels, (classifier or model).classes, config.seed, config.path)
+    return Networks(model, classifier, upsampler, labels, weak)
 
 
 class SamplingWorker:
-    """The device and the networks of a generation, in a worker of generation or search."""
+    """The device of a worker, and the networks of a generation on it."""
 
     def __init__(self, config: GenerationConfig) -> None:
         self.device = prepare_device(config.num_gpus, config.num_threads, config.tf32)
@@ -109,7 +117,7 @@ class SamplingWorker:
             lay_out(network, self.device, config.dtype)
 
     def compile(self) -> None:
-        """Compile the networks, which happens in the first batch."""
+        """Compile the networks with torch.compile, which does its work in the first batch."""
         for network in self.networks.loaded:
             compile_blocks(network.module)
 
@@ -119,61 +127,66 @@ def _check_guidance(config: GenerationConfig, model: Network, weak: Network | No
     kind, architecture = config.guidance.kind, model.architecture
     if config.guidance.scale and kind == "classifier_free" and not getattr(architecture, "null_class", False):
         raise ValueError(
-            f"guidance.kind=classifier_free needs a model that was trained with --label-dropout, and {config.weights} "
-            "was not: fine-tune it (--init-from, --label-dropout 0.1), or choose another kind"
+            "--guidance.kind classifier_free needs a model that was trained with --label-dropout, but --weights "
+            f"{config.weights} was not: fine-tune it with --init-from and --label-dropout 0.1, or pass another "
+            "--guidance.kind"
         )
     if weak is not None:
         fields = ("image_size", "in_channels", "num_classes", "low_res_size")
-        model_fields, weak_fields = (
-            {name: getattr(network.architecture, name, None) for name in fields} | {"diffusion": network.diffusion}
-            for network in (model, weak)
-        )
-        if differing := [name for name in model_fields if model_fields[name] != weak_fields[name]]:
+        weak_fields = {name: getattr(weak.architecture, name, None) for name in fields}
+        differing = [name for name in fields if getattr(architecture, name, None) != weak_fields[name]]
+        differing += ["diffusion"] if model.diffusion != weak.diffusion else []
+        if differing:
             raise ValueError(
-                f"guidance.weak_weights={config.guidance.weak_weights} and {config.weights} differ in "
-                f"{', '.join(differing)}; a weaker model is an earlier snapshot, or a smaller one of the same diffusion"
+                f"--guidance.weak-weights {config.guidance.weak_weights} and --weights {config.weights} differ in "
+                f"{', '.join(differing)}; pass an earlier snapshot of the model, or a smaller model with the same "
+                "diffusion process"
             )
 
 
 def fingerprint(config: GenerationConfig, networks: Networks) -> dict[str, Any]:
-    """Return everything that decides the samples except the platform, with B only if the config sets it."""
-    chosen = config.fingerprint()
-    del chosen["num_samples"], chosen["guidance"]["weak_weights"]  # the weaker model counts by its hash
+    """Return everything that determines the samples except the platform, with B only if the config sets it.
+
+    Networks and a file of labels are represented by their SHA-256.
+    """
+    fields = config.fingerprint()
+    del fields["num_samples"], fields["guidance"]["weak_weights"]  # the hash of the weaker model is added below
     if not config.batch_size:
-        del chosen["batch_size"]
+        del fields["batch_size"]
     if not config.upsampler:
-        del chosen["upsampling"]
-    _leave_out_later_defaults(chosen)
-    stages = {"weights": networks.weights, "classifier": networks.classifier, "upsampler": networks.upsampler}
-    stages |= {"weak_weights": networks.weak} if networks.weak else {}
-    hashes = {name: network.sha256 if network else None for name, network in stages.items()}
+        del fields["upsampling"]
+    _drop_newer_defaults(fields)
+    loaded = {"weights": networks.weights, "classifier": networks.classifier, "upsampler": networks.upsampler}
+    loaded |= {"weak_weights": networks.weak} if networks.weak else {}
+    hashes = {name: network.sha256 if network else None for name, network in loaded.items()}
     labels = networks.labels.sha256 or config.labels
-    return {**chosen, **hashes, "labels": labels, "numerics_version": NUMERICS_VERSION}
+    return {**fields, **hashes, "labels": labels, "numerics_version": NUMERICS_VERSION}
 
 
-def _leave_out_later_defaults(chosen: dict[str, Any]) -> None:
+def _drop_newer_defaults(fields: dict[str, Any]) -> None:
     """Remove newer fields with default values, so that folders from before these fields existed can be continued."""
-    for name in {"sampler", "upsampling"} & chosen.keys():
-        if chosen[name]["name"] != "edm":
-            chosen[name] = {field: value for field, value in chosen[name].items() if field not in EDM_FIELDS}
-    if chosen["guidance"]["kind"] == "classifier":
-        del chosen["guidance"]["kind"]
-    if not chosen["tf32"]:
-        del chosen["tf32"]
+    for name in {"sampler", "upsampling"} & fields.keys():
+        if fields[name]["name"] != "edm":
+            fields[name] = {field: value for field, value in fields[name].items() if field not in EDM_FIELDS}
+    if fields["guidance"]["kind"] == "classifier":
+        del fields["guidance"]["kind"]
+    if not fields["tf32"]:
+        del fields["tf32"]
 
 
 # ------------------------------------------------------------------------------------------------ the canonical batch
 
 
 def canonical_batch(config: GenerationConfig, networks: Networks, device: torch.device) -> int:
-    """Return the batch size B, if the config leaves it open, from the counted memory of a GPU or by a rule for CPUs.
+    """Return a batch size B for a config that leaves it open: a power of two that divides `shard_size`.
 
-    It is equal on all GPUs of a kind. On a CPU it is 64, or fewer so that a batch has at most 2^18 pixels.
+    On a GPU it follows from the counted memory, so it is equal on all GPUs of a kind. On a CPU it is at most CPU_BATCH,
+    and a batch has at most CPU_PIXELS pixels.
 
     Raises:
         RuntimeError: not even one image fits into the GPU's memory.
     """
-    most = config.shard_size & -config.shard_size  # the largest power of two that divides it
+    most = config.shard_size & -config.shard_size  # the largest power of two that divides shard_size
     if device.type == "cpu":
         size = (networks.upsampler or networks.weights).architecture.image_size
         return max(1, min(most, CPU_BATCH, 2 ** int(np.log2(CPU_PIXELS / size**2))))
@@ -182,19 +195,21 @@ def canonical_batch(config: GenerationConfig, networks: Networks, device: torch.
 
 
 def counted_batch(config: GenerationConfig, networks: Networks, memory: float, most: int) -> int:
-    """Return the largest power of two up to `most` and 256 for which sampling needs at most 70% of `memory` bytes.
+    """Return the largest B for which sampling needs at most MEMORY_SHARE of `memory` bytes, or 1 if there is none.
 
-    The rest is for workspaces of convolutions and fragmentation, which are not counted.
+    B is a power of two up to `most`, which is one as well, and up to LARGEST_BATCH. The rest of the memory is for
+    workspaces of convolutions and fragmentation, which are not counted.
     """
     uses: list[tuple[Network | None, Use]] = [(networks.weights, "sampling"), (networks.upsampler, "sampling")]
     guide = networks.guide(config.guidance.kind)
-    if config.guidance.scale and isinstance(guide, Network):  # an imported classifier is tried, but not counted
+    # The memory of an imported classifier cannot be counted; `verified_batch` includes it.
+    if config.guidance.scale and isinstance(guide, Network):
         uses.append((guide, "guiding" if config.guidance.kind == "classifier" else "sampling"))
-    kept = sum(4 * count_parameters(network.architecture) for network in networks.loaded)
+    weight_bytes = sum(4 * count_parameters(network.architecture) for network in networks.loaded)
     half, size = config.dtype != "float32", min(most, LARGEST_BATCH)
     while size > 1:
         peaks = [peak_memory(network.architecture, use, size, half) for network, use in uses if network]
-        if kept + max(peaks) <= MEMORY_SHARE * memory:
+        if weight_bytes + max(peaks) <= MEMORY_SHARE * memory:
             break
         size //= 2
     return size
@@ -214,9 +229,12 @@ def verified_batch(size: int, draw: Callable[[int], object]) -> int:
             if not is_out_of_memory(error):
                 raise
         if size == 1:
-            raise RuntimeError("not even one image fits into the GPU's memory")
+            raise RuntimeError(
+                "not even one image fits into the GPU's memory; pass --dtype bfloat16, or use a GPU with more memory"
+            )
         log.warning(
-            "a batch of %d images does not fit into the GPU's memory although its estimate does; trying half of it",
+            "a batch of %d images does not fit into the GPU's memory although its estimate does; the job continues "
+            "with half as many",
             size,
         )
         size //= 2
@@ -224,12 +242,14 @@ def verified_batch(size: int, draw: Callable[[int], object]) -> int:
 
 def _two_steps(networks: Networks, config: GenerationConfig, size: int) -> None:
     """Draw two guided steps of each stage for a batch of `size` images."""
-    short = {
-        "sampler": config.sampler.model_copy(update={"num_steps": 2, "respacing": None}),
-        "upsampling": config.upsampling.model_copy(update={"num_steps": 2, "respacing": None}),
+    two_steps = {"num_steps": 2, "respacing": None}
+    changes = {
+        "sampler": config.sampler.model_copy(update=two_steps),
+        "upsampling": config.upsampling.model_copy(update=two_steps),
         "guidance": config.guidance.model_copy(update={"interval": WHOLE_CHAIN}),
+        "batch_size": size,
     }
-    make_batch(networks, config.model_copy(update={**short, "batch_size": size}), 0)
+    make_batch(networks, config.model_copy(update=changes), 0)
 
 
 # ------------------------------------------------------------------------------------------------ batches
@@ -238,19 +258,21 @@ def _two_steps(networks: Networks, config: GenerationConfig, size: int) -> None:
 def make_batch(networks: Networks, config: GenerationConfig, number: int) -> tuple[Samples, ...]:
     """Return the samples of the canonical batch `number` in each stage: one, or two in a cascade (ADM section 5).
 
-    A batch always has B indices, so that an index is always drawn in the same batch shape.
+    Batch k has the indices [k B, (k + 1) B), even if the generation has fewer samples. So an index is always drawn in
+    the same batch, and another batch size would change the last bits.
     """
     indices = np.arange(number * config.batch_size, (number + 1) * config.batch_size)
     labels = networks.labels(indices)
-    draw = partial(
+    draw_stage = partial(
         sample_batch, indices=indices, labels=labels, seed=config.seed, clip=config.clip, rounding=config.rounding
     )
     with autocast(networks.weights.device, config.dtype):
         guide = networks.guide(config.guidance.kind)
-        images = draw(networks.weights, config.sampler, guide=guide, guidance=config.guidance)
+        images = draw_stage(networks.weights, config.sampler, guide=guide, guidance=config.guidance)
         stages = [Samples(indices, labels, images)]
         if networks.upsampler:
-            stages.append(Samples(indices, labels, draw(networks.upsampler, config.upsampling, low_res=images)))
+            enlarged = draw_stage(networks.upsampler, config.upsampling, low_res=images)
+            stages.append(Samples(indices, labels, enlarged))
     return tuple(stages)
 
 
@@ -272,9 +294,10 @@ def sample_batch(
     x_T and the step noise of a sample depend only on (seed, index, original timestep). Threads draw the noise of later
     steps ahead.
 
-    labels: used if the network is class-conditional or guided by a classifier. guide: the network that `Networks.guide`
-    returns for the kind of guidance. low_res: uint8 [n, h, w, 3], the images that an upsampler enlarges. clip: clamp
-    the predicted x_0 to [-1, 1].
+    labels: used if the network is class-conditional or guided by a classifier.
+    guide: the network that `Networks.guide` returns for the kind of guidance.
+    low_res: the images that an upsampler enlarges, uint8 [n, h, w, 3].
+    clip: clamp the predicted x_0 to [-1, 1].
 
     Raises:
         FloatingPointError: samples are not finite.
@@ -282,18 +305,18 @@ def sample_batch(
     architecture, device = network.architecture, network.device
     diffusion = Diffusion(network.diffusion, respacing_for(sampler, network.diffusion.num_timesteps))
     y = torch.from_numpy(labels).to(device)
-    small = None if low_res is None else from_uint8(torch.from_numpy(low_res).to(device), architecture.in_channels)
+    low_res_x = None if low_res is None else from_uint8(torch.from_numpy(low_res).to(device), architecture.in_channels)
     chain = Guided(
-        network.module, y, bool(architecture.num_classes), small, clip, null_label=architecture.num_classes,
+        network.module, y, bool(architecture.num_classes), low_res_x, clip, null_label=architecture.num_classes,
         guide=guide.towards(y) if guide else None,
     )  # fmt: skip
     denoise = guided_denoiser(chain, diffusion, sampler.name, guidance if guide and guidance else GuidanceConfig())
-    start, step = (
-        (Purpose.UPSAMPLE_START, Purpose.UPSAMPLE_STEP) if architecture.low_res_size else (Purpose.START, Purpose.STEP)
-    )
-    key = partial(
-        Draw, tuple(indices.tolist()), (architecture.in_channels, architecture.image_size, architecture.image_size)
-    )
+    # The stages of a cascade use independent noise.
+    start, step = Purpose.START, Purpose.STEP
+    if architecture.low_res_size:
+        start, step = Purpose.UPSAMPLE_START, Purpose.UPSAMPLE_STEP
+    shape = (architecture.in_channels, architecture.image_size, architecture.image_size)
+    key = partial(Draw, tuple(indices.tolist()), shape)
     plan = [key(start), *(key(step, t) for t in noise_timesteps(sampler, diffusion))]
     with noise_ahead(seed, plan, pin=device.type == "cuda") as noise:
         x_T = noise(key(start)).to(device, non_blocking=True)

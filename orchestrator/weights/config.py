@@ -13,7 +13,7 @@ from orchestrator.weights.shapes import Shapes, num_classes_of
 
 
 class ModelOptions(UNetConfig, frozen=True, extra="forbid"):
-    """The architecture of a .pt file, if neither its name nor --recipe nor --flags gives it.
+    """The architecture of a .pt file, if neither its name nor --recipe nor --flags defines it.
 
     The fields are those of a diffusion model, or of a classifier if `pool` is set. They are checked when `architecture`
     is called.
@@ -29,7 +29,7 @@ class ModelOptions(UNetConfig, frozen=True, extra="forbid"):
         """Return the architecture, with the number of classes of the file if `num_classes` is None.
 
         Raises:
-            ValueError: there is no such network; the message names the field.
+            ValueError: the fields define no valid network; the message names the field.
         """
         fields = self.model_dump(exclude_none=True)
         if num_classes := num_classes_of(shapes):
@@ -40,12 +40,9 @@ class ModelOptions(UNetConfig, frozen=True, extra="forbid"):
         except ValidationError as error:
             raise ValueError(f"--model.*: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
 
+    # This replaces the validator of the base class, because image_size is 0 if the options are not used.
     @model_validator(mode="after")
     def _check_shape(self) -> "ModelOptions":
-        return self
-
-    @model_validator(mode="after")
-    def _check_decoder_heads(self) -> "ModelOptions":
         return self
 
 
@@ -54,10 +51,10 @@ class ConversionConfig(JobConfig):
 
     weights: str = Field(min_length=1)  # a training run's folder, a .safetensors file or a .pt file
     output: str = Field(min_length=1)  # a .safetensors or .pt file; with format=diffusers a folder
-    format: Literal["diffusers"] | None = None  # diffusers = a UNet2DModel folder; None = by the ending of output
-    recipe: str | None = None  # for a .pt file: released model that has its architecture
+    format: Literal["diffusers"] | None = None  # diffusers = a UNet2DModel folder; None = by the extension of output
+    recipe: str | None = None  # for a .pt file: released model with the same architecture
     flags: str | None = None  # for a .pt file: flags of its training, such as "--num_channels 128 ..."
-    flags_from: Code | None = None  # code whose defaults complete the flags; None = detected from the flags
+    flags_from: Code | None = None  # code whose defaults apply to omitted flags; None = detected from the flags
     model: ModelOptions = ModelOptions()
     diffusion: DiffusionConfig = DiffusionConfig()  # The diffusion process of the network; only with --model.* options.
 
@@ -68,7 +65,7 @@ class ConversionConfig(JobConfig):
 
     @property
     def described_by(self) -> str:
-        """Return the option that defines the architecture of a .pt file."""
+        """Return the option that defines the architecture of a .pt file, or "its released name"."""
         if self.flags is not None:
             return "--flags"
         if self.uses_model:
@@ -88,22 +85,25 @@ class ConversionConfig(JobConfig):
 
     @model_validator(mode="after")
     def _check_architecture(self) -> "ConversionConfig":
-        """Refuse options that contradict each other, and a .pt file without an architecture."""
-        recipe = f"--recipe {self.recipe}"
-        given = {recipe: self.recipe is not None, "--flags": self.flags is not None, "--model.*": self.uses_model}
-        options = [option for option, is_given in given.items() if is_given]
+        """Refuse options that contradict each other, and a .pt file whose architecture is not defined."""
+        options = [] if self.recipe is None else [f"--recipe {self.recipe}"]
+        options += [] if self.flags is None else ["--flags"]
+        options += ["--model.*"] if self.uses_model else []
         if len(options) > 1:
             raise ValueError(
                 f"{' and '.join(options)} both define the architecture of {self.weights}; pass one of them"
             )
         if self.flags_from and self.flags is None:
-            raise ValueError(f"--flags-from {self.flags_from} needs --flags; pass them, or leave it out")
+            raise ValueError(f"--flags-from {self.flags_from} needs --flags; pass --flags, or omit --flags-from")
         if self.diffusion != DiffusionConfig() and not self.uses_model:
             raise ValueError(
-                "--diffusion.* needs --model.*; released names, --recipe and --flags include the diffusion"
+                "--diffusion.* needs --model.*; released names, --recipe and --flags define the diffusion process as "
+                "well, so omit --diffusion.*"
             )
         if options and not self.weights.endswith(".pt"):
-            raise ValueError(f"{options[0]} is for .pt files; --weights {self.weights} contains its architecture")
+            raise ValueError(
+                f"{options[0]} is for .pt files; --weights {self.weights} contains its architecture, so omit the option"
+            )
         if self.flags is not None:
             parse_flags(self.flags, self.flags_from)
         elif self.uses_model:
@@ -113,13 +113,16 @@ class ConversionConfig(JobConfig):
         return self
 
     def _check_model(self) -> None:
+        """Check that the --model.* options define a network, as far as that is possible without its weights."""
         if not self.model.image_size:
             raise ValueError(
-                "--model.image-size is missing; the weights do not determine it, so --model.* options need it"
+                "--model.image-size is missing; the weights do not determine it, so pass it with the other --model.* "
+                "options"
             )
         self.model.architecture({})
-        channels, learns = self.model.in_channels, self.diffusion.learns_variance
-        if self.model.pool is None and self.model.out_channels != channels * (2 if learns else 1):
+        channels = self.model.in_channels
+        expected = 2 * channels if self.diffusion.learns_variance else channels
+        if self.model.pool is None and self.model.out_channels != expected:
             raise ValueError(
                 f"--model.out-channels {self.model.out_channels} does not fit --diffusion.variance "
                 f"{self.diffusion.variance}; fixed_small and fixed_large need {channels} channels, learned and "

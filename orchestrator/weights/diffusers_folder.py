@@ -1,8 +1,8 @@
 """Networks in the format of the diffusers library: config.json and tensors of a `UNet2DModel` folder.
 
-The layout is a public format (checked against version 0.42), and diffusers is not imported. A network that it cannot
-express is an error that names the field. The folder holds only the network: code that uses it must pass the timesteps
-of `Diffusion.model_timesteps`, and split the output into mean and variance.
+The format is public (checked against version 0.42), so diffusers is not imported. A network that it cannot express is
+an error that names the field. The folder holds only the network: code that uses it must pass the timesteps of
+`Diffusion.model_timesteps`, and split the output into mean and variance.
 """
 
 import re
@@ -15,6 +15,7 @@ from models.unet import NORM_GROUPS, Architecture, UNetConfig
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
+# Our name of a layer -> its name in diffusers: layers outside of blocks, and layers within a block.
 _OUTER_LAYERS = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
@@ -41,18 +42,15 @@ def diffusers_config(architecture: Architecture) -> dict[str, Any]:
     """Return the config.json of the `UNet2DModel` that is equivalent to this architecture.
 
     Raises:
-        ValueError: there is none; the message names the field.
+        ValueError: no UNet2DModel is equivalent; the message names the field.
     """
     if architecture.kind == "classifier":
         raise ValueError("--format diffusers cannot express a classifier; UNet2DModel is a diffusion model")
     _refuse_inexpressible(architecture)
-    attended = [size in architecture.attention_resolutions for size in architecture.sizes]
-    resample = "resnet" if architecture.resblock_updown else "conv"
-    plain_down, plain_up = (
-        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
-        if architecture.resblock_updown
-        else ("DownBlock2D", "UpBlock2D")
-    )
+    has_attention = [size in architecture.attention_resolutions for size in architecture.sizes]
+    resample, plain_down, plain_up = "conv", "DownBlock2D", "UpBlock2D"
+    if architecture.resblock_updown:
+        resample, plain_down, plain_up = "resnet", "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"
     return {
         "_class_name": "UNet2DModel",
         "sample_size": architecture.image_size,
@@ -63,9 +61,9 @@ def diffusers_config(architecture: Architecture) -> dict[str, Any]:
         "flip_sin_to_cos": True,  # cosines first
         "block_out_channels": list(architecture.widths),
         "layers_per_block": architecture.num_res_blocks,
-        "down_block_types": ["AttnDownBlock2D" if attends else plain_down for attends in attended],
+        "down_block_types": ["AttnDownBlock2D" if attends else plain_down for attends in has_attention],
         "mid_block_type": "UNetMidBlock2D",
-        "up_block_types": ["AttnUpBlock2D" if attends else plain_up for attends in reversed(attended)],
+        "up_block_types": ["AttnUpBlock2D" if attends else plain_up for attends in reversed(has_attention)],
         "downsample_type": resample,
         "upsample_type": resample,
         "downsample_padding": 1,
@@ -105,7 +103,7 @@ def diffusers_tensors(architecture: Architecture, weights: dict[str, Tensor]) ->
 
 
 def _refuse_inexpressible(architecture: UNetConfig) -> None:
-    """Raise ValueError, which names the field, if UNet2DModel has no counterpart."""
+    """Raise a ValueError that names the field, if UNet2DModel has no equivalent of it."""
     reason = None
     if architecture.low_res_size is not None:
         reason = f"low_res_size={architecture.low_res_size}: it has no second input image"
@@ -120,14 +118,19 @@ def _refuse_inexpressible(architecture: UNetConfig) -> None:
 
 
 def _head_channels(architecture: UNetConfig) -> int | None:
-    """Return the channels per attention head, which are equal in all blocks; None = one head in each block."""
+    """Return the channels per attention head, which are equal in all blocks; None = one head in each block.
+
+    Raises:
+        ValueError: blocks differ in the channels per head, which UNet2DModel cannot express.
+    """
     if architecture.num_head_channels:
         return architecture.num_head_channels
-    sizes = zip(architecture.widths, architecture.sizes, strict=True)
-    attended = {width for width, size in sizes if size in architecture.attention_resolutions}
+    resolutions = zip(architecture.widths, architecture.sizes, strict=True)
+    attended_widths = {width for width, size in resolutions if size in architecture.attention_resolutions}
     heads, decoder_heads = architecture.num_heads, architecture.num_heads_upsample or architecture.num_heads
-    channels = {width // heads for width in {*attended, architecture.widths[-1]}}
-    channels |= {width // decoder_heads for width in attended}
+    # The encoder and the middle block, which always has attention at the last width, then the decoder.
+    channels = {width // heads for width in {*attended_widths, architecture.widths[-1]}}
+    channels |= {width // decoder_heads for width in attended_widths}
     if len(channels) == 1:
         return channels.pop()
     if heads == decoder_heads == 1:
@@ -154,12 +157,12 @@ def _blocks(architecture: UNetConfig) -> Iterator[tuple[str, str]]:
     yield "middle_block.2", "mid_block.resnets.1"
     for number in range(levels * (depth + 1)):
         level, index = divmod(number, depth + 1)  # coarsest first
-        attended = architecture.sizes[levels - 1 - level] in architecture.attention_resolutions
+        has_attention = architecture.sizes[levels - 1 - level] in architecture.attention_resolutions
         yield f"output_blocks.{number}.0", f"up_blocks.{level}.resnets.{index}"
-        if attended:
+        if has_attention:
             yield f"output_blocks.{number}.1", f"up_blocks.{level}.attentions.{index}"
-        if index == depth:
-            yield f"output_blocks.{number}.{1 + attended}", f"up_blocks.{level}.upsamplers.0"
+        if index == depth:  # the last level has no upsampler
+            yield f"output_blocks.{number}.{1 + has_attention}", f"up_blocks.{level}.upsamplers.0"
 
 
 def _split_qkv(architecture: UNetConfig, packed: Tensor) -> tuple[Tensor, ...]:

@@ -23,7 +23,7 @@ from orchestrator.weights.shapes import Shapes, invisible_settings
 
 
 def convert(config: ConversionConfig) -> str:
-    """Convert weights and return the URI of the output; if the output exists and is equal, do nothing.
+    """Convert weights and return the URI of the output. If the output exists and is equal, write nothing.
 
     Raises:
         FileNotFoundError: the weights do not exist.
@@ -33,8 +33,8 @@ def convert(config: ConversionConfig) -> str:
     source, output = config.path(config.weights), config.path(config.output)
     is_published = source.endswith(".pt")
     weights_uri = config.path(weights_file(config.weights, config.path))
-    network = load_published(source, partial(_describe, config)) if is_published else load_network(weights_uri)
-    for uri, data in _objects(network, output).items():
+    network = load_published(source, partial(_describe_network, config)) if is_published else load_network(weights_uri)
+    for uri, data in _encode_output(network, output).items():
         if not storage.put_if_absent(uri, data) and storage.read_bytes(uri) != data:
             raise ValueError(f"{uri} exists and has other content; pass another --output, or delete it")
     parameters = sum(parameter.numel() for parameter in network.module.parameters())
@@ -45,17 +45,17 @@ def convert(config: ConversionConfig) -> str:
 
 
 def plan(config: ConversionConfig) -> tuple[ConversionConfig, str]:
-    """Return the config, and lines that say what a conversion would read and write."""
+    """Return the config, and the text of a dry run: what a conversion would read and write."""
     source = config.path(config.weights)
     lines = [f"reads   {source}", f"writes  {config.path(config.output)}", *_ignored_flags(config)]
     return config, "\n".join(lines if storage.exists(source) else [*lines, f"not there yet: {source}"])
 
 
-def _describe(config: ConversionConfig, shapes: Shapes) -> tuple[Architecture, DiffusionConfig]:
+def _describe_network(config: ConversionConfig, shapes: Shapes) -> tuple[Architecture, DiffusionConfig]:
     """Return the architecture and diffusion of a `.pt` file with these tensors, by the options of the config.
 
     Raises:
-        ValueError: there is no such network, or another one was released under the file's name.
+        ValueError: the options define no valid network, or another one was released under the file's name.
     """
     if config.flags is not None:
         described = parse_flags(config.flags, config.flags_from).describe(shapes)
@@ -63,22 +63,23 @@ def _describe(config: ConversionConfig, shapes: Shapes) -> tuple[Architecture, D
         described = config.model.architecture(shapes), config.diffusion
     else:
         described = describe_entry(released_entry(config.weights, config.recipe), shapes)
-    named = entry_by_file_name(config.weights)
-    if named and described != describe_entry(named, shapes):
+    released = entry_by_file_name(config.weights)
+    if released and described != describe_entry(released, shapes):
         raise ValueError(
             f"{config.described_by} contradicts the name of --weights {config.weights}, which was released as another "
-            "model; rename the file if it is not the released one, or leave the options out"
+            "model; rename the file if it is not the released one, or omit the options"
         )
     return described
 
 
 def _assumptions(config: ConversionConfig, network: Network) -> str:
     """Return lines that list the settings which the weights do not determine, and their origin."""
-    diffusion, classes = network.diffusion.model_dump(), network.architecture.num_classes
+    settings = _format_settings(invisible_settings(network.architecture))
+    diffusion = _format_settings(network.diffusion.model_dump())
     lines = [
-        f"classes: {classes or 'none'} (from the file)",
-        f"not in the file: {_listed(invisible_settings(network.architecture))} (from {config.described_by})",
-        f"not in the file: diffusion {_listed(diffusion)} (from {config.described_by})",
+        f"classes: {network.architecture.num_classes or 'none'} (from the file)",
+        f"not in the file: {settings} (from {config.described_by})",
+        f"not in the file: diffusion {diffusion} (from {config.described_by})",
         *_ignored_flags(config),
         "If one of these settings is wrong, only samples show it: look at some before you use the weights.",
     ]
@@ -86,6 +87,7 @@ def _assumptions(config: ConversionConfig, network: Network) -> str:
 
 
 def _ignored_flags(config: ConversionConfig) -> list[str]:
+    """Return the line that says which of the user's flags are ignored; none without --flags."""
     if config.flags is None:
         return []
     parsed = parse_flags(config.flags, config.flags_from)
@@ -93,12 +95,12 @@ def _ignored_flags(config: ConversionConfig) -> list[str]:
     return [f"flags: of {' or '.join(parsed.codes)}; ignored, since they do not change the network: {ignored}"]
 
 
-def _listed(settings: dict[str, object]) -> str:
+def _format_settings(settings: dict[str, object]) -> str:
     return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 
-def _objects(network: Network, output: str) -> dict[str, bytes]:
-    """Return the content of the output by URI."""
+def _encode_output(network: Network, output: str) -> dict[str, bytes]:
+    """Return the content of the output's objects, by URI."""
     weights = network.module.state_dict()
     if output.endswith(".safetensors"):
         header = weights_header(network.architecture, network.diffusion, network.classes)

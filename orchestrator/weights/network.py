@@ -26,8 +26,8 @@ from orchestrator.weights.shapes import Shapes, num_classes_of, shapes_of, with_
 
 FORMAT_VERSION = 1
 BEST = "best.json"  # in a run's folder: the best snapshot of each average, written by `jobs/evaluate_run.py`
-ANY = "any"  # its key for the best of all averages
-COPY_BYTES = 16 << 20  # memory for writing a file
+ANY = "any"  # key in best.json for the best snapshot of all averages
+COPY_BYTES = 16 << 20  # bytes that are copied at a time to write a file
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Network:
     architecture: Architecture
     diffusion: DiffusionConfig
     classes: tuple[str, ...]
-    sha256: str  # of the file
+    sha256: str  # of the file's bytes
 
     def towards(self, y: Tensor) -> nn.Module:
         """Return the function that guides samples towards the labels y: the network itself."""
@@ -66,21 +66,25 @@ def load_network(uri: str, device: torch.device | str = "cpu", recipe: str | Non
         raise ValueError(f"recipe={recipe!r} is for .pt files; {uri} contains its architecture")
     uri = weights_file(uri, str)
     data = storage.read_bytes(uri)
-    with _reading(uri):
+    with _name_file_in_errors(uri):
         weights = safetensors.torch.load(data)
-        about = _read_about(io.BytesIO(data))
-        architecture, diffusion = described(about)
-        classes = tuple(about["classes"])
-    module = _filled(uri, architecture, weights, device)
+        header = _read_header(io.BytesIO(data))
+        architecture, diffusion = parse_header(header)
+        classes = tuple(header["classes"])
+    module = _build_network(uri, architecture, weights, device)
     return Network(module, architecture, diffusion, classes, hashlib.sha256(data).hexdigest())
 
 
-def described(about: dict[str, Any]) -> tuple[Architecture, DiffusionConfig]:
-    """Return the architecture and diffusion in the header of a weights file; raise ValueError for another format."""
-    if about["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"format_version={about['format_version']} is not supported; {FORMAT_VERSION} is expected")
-    architecture = ARCHITECTURES[about["kind"]].model_validate(about["architecture"])
-    return architecture, DiffusionConfig.model_validate(about["diffusion"])
+def parse_header(header: dict[str, Any]) -> tuple[Architecture, DiffusionConfig]:
+    """Return the architecture and diffusion in the header of a weights file, as `weights_about` returns it.
+
+    Raises:
+        ValueError: the header has another format.
+    """
+    if header["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"format_version={header['format_version']} is not supported; {FORMAT_VERSION} is expected")
+    architecture = ARCHITECTURES[header["kind"]].model_validate(header["architecture"])
+    return architecture, DiffusionConfig.model_validate(header["diffusion"])
 
 
 def load_published(
@@ -97,19 +101,30 @@ def load_published(
     data = storage.read_bytes(uri)
     weights = decode_state_dict(uri, data)
     architecture, diffusion = describe(shapes_of(weights))
-    module = _filled(uri, architecture, weights, device)
+    module = _build_network(uri, architecture, weights, device)
     classes = tuple(str(index) for index in range(architecture.num_classes or 0))
     return Network(module, architecture, diffusion, classes, hashlib.sha256(data).hexdigest())
 
 
 def describe_entry(entry: zoo.Entry, shapes: Shapes) -> tuple[Architecture, DiffusionConfig]:
-    """Return the architecture and diffusion of a zoo entry, with the number of classes of the file if it has any."""
-    conditional = entry.network.num_classes is not None and num_classes_of(shapes) is not None
-    return with_classes_of(shapes, entry.network) if conditional else entry.network, entry.diffusion
+    """Return the architecture and diffusion of a zoo entry.
+
+    If the entry and the tensors of the file have classes, their number is that of the file.
+    """
+    architecture: Architecture = entry.network
+    if architecture.num_classes is not None and num_classes_of(shapes) is not None:
+        architecture = with_classes_of(shapes, architecture)
+    return architecture, entry.diffusion
 
 
-def _filled(uri: str, architecture: Architecture, weights: dict[str, Tensor], device: torch.device | str) -> nn.Module:
-    """Return the network with these weights as float32 on `device`, in evaluation mode."""
+def _build_network(
+    uri: str, architecture: Architecture, weights: dict[str, Tensor], device: torch.device | str
+) -> nn.Module:
+    """Return the network with these weights as float32 on `device`, in evaluation mode and without gradients.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected or has another shape.
+    """
     with torch.device("meta"):  # do not initialise weights that are replaced at once
         module = architecture.build()
     check_tensors(uri, module.state_dict(), weights, architecture)
@@ -117,15 +132,16 @@ def _filled(uri: str, architecture: Architecture, weights: dict[str, Tensor], de
     return module.eval().requires_grad_(False)
 
 
-def _read_about(file: Any) -> dict[str, Any]:
-    """Return what `weights_header` describes from a safetensors file: 8 bytes of length, then a header in JSON."""
+def _read_header(file: Any) -> dict[str, Any]:
+    """Read what `weights_header` wrote. A safetensors file begins with the length of its JSON header in 8 bytes."""
     length = int.from_bytes(file.read(8), "little")
-    return json.loads(json.loads(file.read(length)).get("__metadata__", {})["admiral"])
+    metadata = json.loads(file.read(length)).get("__metadata__", {})
+    return json.loads(metadata["admiral"])
 
 
 @contextlib.contextmanager
-def _reading(uri: str) -> Iterator[None]:
-    """Raise a ValueError that names the file if its content is not that of a weights file."""
+def _name_file_in_errors(uri: str) -> Iterator[None]:
+    """Turn errors about the content of a weights file into a ValueError that names the file."""
     try:
         yield
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
@@ -143,7 +159,7 @@ def save_weights(
 ) -> None:
     """Write a safetensors file with the architecture in its header, unless the file exists.
 
-    training: small JSON about the origin of the weights, such as the number of images seen.
+    training: how the weights were trained, such as the number of images seen; values that JSON can express.
     """
     if not storage.exists(uri):
         write_tensors(uri, weights, weights_header(architecture, diffusion, classes, training))
@@ -156,7 +172,7 @@ def weights_header(
     training: dict[str, Any] | None = None,
 ) -> dict[str, str]:
     """Return the metadata of a weights file for safetensors; the parameters are those of `save_weights`."""
-    about = {
+    header = {
         "format_version": FORMAT_VERSION,
         "kind": architecture.kind,
         "architecture": architecture.model_dump(mode="json"),
@@ -164,12 +180,12 @@ def weights_header(
         "classes": list(classes),
         "training": training or {},
     }
-    return {"admiral": json.dumps(about)}
+    return {"admiral": json.dumps(header)}
 
 
 def lay_out(network: Network, device: torch.device, dtype: str = "float32") -> Network:
-    """Convert a network for fast sampling: channels_last on a GPU, and weights in `dtype`; return it."""
-    if device.type == "cuda":  # on CPUs it makes GroupNorm slower
+    """Convert a network in place for fast sampling, and return it: channels_last on a GPU, and weights in `dtype`."""
+    if device.type == "cuda":  # on CPUs, channels_last makes GroupNorm slower
         network.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if dtype != "float32":
         halve_weights(network.module, getattr(torch, dtype))
@@ -177,26 +193,27 @@ def lay_out(network: Network, device: torch.device, dtype: str = "float32") -> N
 
 
 def weights_about(uri: str) -> dict[str, Any]:
-    """Return the header of a weights file without reading its tensors.
+    """Return the header of a weights file without reading its tensors; `weights_header` has its keys.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: it is not a weights file of Admiral.
     """
-    with storage.open_input(uri) as file, _reading(uri):
-        return _read_about(file)
+    with storage.open_input(uri) as file, _name_file_in_errors(uri):
+        return _read_header(file)
 
 
 def weights_file(
     path: str,
     locate: Callable[[str], str],
-    noted: str | None = None,
+    recorded: str | None = None,
     kind: str | None = None,
     at: str | None = None,
 ) -> str:
     """Return the weights file that `path` names: the path itself, or a file of the training run at this path.
 
     locate: returns the URI of a path.
-    noted: the file that an earlier attempt at the same job used. It is returned again if it belongs to this run, so
+    recorded: the file that an earlier attempt at the same job used. It is returned again if it belongs to this run, so
         that newer weights do not change the job.
     kind: "ema-0.9999" or "raw"; None = the last kind by name.
     at: a number of images, or "best" for the best snapshot of `kind`, or of all kinds, according to
@@ -209,36 +226,44 @@ def weights_file(
     if path.endswith((".pt", ".safetensors")) or is_imported(path):
         return path
     folder = storage.join(path, "weights")
-    if noted and noted.startswith(f"{folder}/"):
-        return noted
-    return storage.join(folder, _best(locate(path), kind) if at == "best" else _snapshot(locate(path), kind, at))
+    if recorded and recorded.startswith(f"{folder}/"):
+        return recorded
+    run = locate(path)
+    return storage.join(folder, _best_snapshot(run, kind) if at == "best" else _last_snapshot(run, kind, at))
 
 
-def _snapshot(run: str, kind: str | None, at: str | None) -> str:
-    """Return the name of the last file in weights/, such as images-000000000512-ema-0.9999.safetensors, that fits."""
+def _last_snapshot(run: str, kind: str | None, at: str | None) -> str:
+    """Return the name of the last file in weights/ that has this kind and this number of images, if they are given.
+
+    Names are such as images-000000000512-ema-0.9999.safetensors.
+    """
     names = sorted(name for name in storage.list_names(storage.join(run, "weights")) if name.endswith(".safetensors"))
     if not names:
         raise FileNotFoundError(f"{run} has no weights; a training writes them at its end, or with --snapshot-every")
-    parts = [name.removesuffix(".safetensors").split("-", 2) for name in names]
-    kinds, moments = [part[2] for part in parts], [str(int(part[1])) for part in parts]
+    kinds, images = [], []
+    for name in names:
+        _, number, name_kind = name.removesuffix(".safetensors").split("-", 2)
+        kinds.append(name_kind)
+        images.append(str(int(number)))
     if kind not in (None, *kinds):
         raise ValueError(f"{run} has no weights {kind!r}; it has {', '.join(dict.fromkeys(kinds))}")
-    matching = [n for n, k, m in zip(names, kinds, moments, strict=True) if kind in (None, k) and at in (None, m)]
+    matching = [n for n, k, i in zip(names, kinds, images, strict=True) if kind in (None, k) and at in (None, i)]
     if not matching:
         raise ValueError(
-            f"--at {at}: {run} has no such snapshot; it has snapshots at {', '.join(dict.fromkeys(moments))} images"
+            f"--at {at}: {run} has no such snapshot; it has snapshots at {', '.join(dict.fromkeys(images))} images"
         )
     return matching[-1]
 
 
-def _best(run: str, kind: str | None) -> str:
+def _best_snapshot(run: str, kind: str | None) -> str:
     """Return the name of the best snapshot of `kind`, or of all kinds."""
     uri = storage.join(run, BEST)
     if not storage.exists(uri):
         raise FileNotFoundError(f"--at best: {run} was not evaluated yet; run jobs/evaluate_run.py first")
     best: dict[str, str] = storage.read_json(uri)
     if (kind or ANY) not in best:
-        raise ValueError(f"--at best: no weights {kind!r} were evaluated, only {', '.join(best.keys() - {ANY})}")
+        evaluated = ", ".join(sorted(best.keys() - {ANY}))
+        raise ValueError(f"--at best: no weights {kind!r} of {run} were evaluated; accepted: {evaluated}")
     return best[kind or ANY]
 
 
@@ -248,17 +273,14 @@ def write_tensors(uri: str, tensors: dict[str, Tensor], metadata: dict[str, str]
     The library writes a temporary local file directly from the memory of the tensors, and that file is streamed to
     `uri`. Writing needs COPY_BYTES of memory, and local disk space for the whole file.
     """
+    # The library requires contiguous tensors. Those that are contiguous and on the CPU are not copied.
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory(prefix="admiral-") as folder:
         local = Path(folder, "tensors.safetensors")
-        safetensors.torch.save_file(_saveable(tensors), local, metadata)
+        safetensors.torch.save_file(on_cpu, local, metadata)
         with local.open("rb") as file, storage.open_output(uri) as output:
-            while part := file.read(COPY_BYTES):
-                digest.update(part)
-                output.write(part)
+            while chunk := file.read(COPY_BYTES):
+                digest.update(chunk)
+                output.write(chunk)
     return digest.hexdigest()
-
-
-def _saveable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors on the CPU and contiguous, as the library requires; tensors that are so are not copied."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

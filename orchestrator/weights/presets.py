@@ -1,11 +1,11 @@
-"""Conversions by name."""
+"""Named configs for converting weights."""
 
 from orchestrator.config import DIGITS, IMAGES, IMAGES_CPU
 from orchestrator.weights.config import ConversionConfig
 
 
 def conversion_presets() -> dict[str, tuple[str, ConversionConfig]]:
-    """Return the conversions by name, each with a line of description."""
+    """Return (description, config) of every conversion by name."""
     digits = ConversionConfig(weights="digits/diffusion", output="digits/diffusion.pt")
     images = ConversionConfig(weights="images/diffusion", output="images/diffusion.pt")
     images_cpu = ConversionConfig(weights="images_cpu/diffusion", output="images_cpu/diffusion.pt")

@@ -11,7 +11,7 @@ from models import zoo
 from models.unet import Architecture
 from orchestrator.weights.shapes import describe_mismatch
 
-DDP_PREFIX = "module."  # which DistributedDataParallel adds to the name of every tensor
+DDP_PREFIX = "module."  # DistributedDataParallel adds it to the name of every tensor
 
 
 def entry_by_file_name(uri: str) -> zoo.Entry | None:
@@ -56,27 +56,29 @@ def decode_state_dict(uri: str, data: bytes) -> dict[str, Tensor]:
         raise ValueError(f"{uri} is not a file of tensors from torch.save: {reason}") from error
     if not isinstance(weights, dict):
         raise ValueError(f"{uri} holds a {type(weights).__name__}; a dictionary of tensors is expected")
-    _refuse_nested(uri, weights)
+    _check_flat(uri, weights)
     tensors = {str(name): tensor for name, tensor in weights.items()}
     if tensors and all(name.startswith(DDP_PREFIX) for name in tensors):
         return {name.removeprefix(DDP_PREFIX): tensor for name, tensor in tensors.items()}
     return tensors
 
 
-def _refuse_nested(uri: str, weights: dict[Any, Any]) -> None:
-    """Raise ValueError if a dictionary holds more than tensors; the message says what the file is, if known."""
+def _check_flat(uri: str, weights: dict[Any, Any]) -> None:
+    """Raise ValueError unless all values of a dictionary are tensors; the message says what the file may be."""
     if {"state", "param_groups"} <= weights.keys():
         raise ValueError(
             f"{uri} holds the state of an optimizer (opt*.pt of the published code); pass the weights beside it: "
             "ema_*.pt or model*.pt"
         )
-    for name, value in sorted(weights.items(), key=lambda item: not isinstance(item[1], dict)):  # dictionaries first
-        if not isinstance(value, Tensor):
-            save = f"; if it holds the network, save only that: torch.save(torch.load(path)[{name!r}], 'weights.pt')"
-            raise ValueError(
-                f"{uri} is not a flat dictionary of tensors: {name!r} is a {type(value).__name__}"
-                f"{save if isinstance(value, dict) else ''}"
-            )
+    # Dictionaries come first, because one of them may be the network.
+    for name, value in sorted(weights.items(), key=lambda item: not isinstance(item[1], dict)):
+        if isinstance(value, Tensor):
+            continue
+        message = f"{uri} is not a flat dictionary of tensors: {name!r} is a {type(value).__name__}"
+        if isinstance(value, dict):
+            save = f"torch.save(torch.load(path)[{name!r}], 'weights.pt')"
+            message += f"; if it holds the network, save only that: {save}"
+        raise ValueError(message)
 
 
 def encode_state_dict(weights: dict[str, Tensor], architecture: Architecture) -> bytes:
@@ -86,25 +88,34 @@ def encode_state_dict(weights: dict[str, Tensor], architecture: Architecture) ->
         ValueError: the published code would load the file, but compute other results.
     """
     if architecture.rescale_residual:
-        raise ValueError("rescale_residual=True: the published code has no such option and would give other results")
+        raise ValueError(
+            "rescale_residual=True: the published code has no such option and would give other results; convert to "
+            ".safetensors instead"
+        )
     buffer = io.BytesIO()
-    # clone, because torch.save writes the whole storage of a tensor that is a view
+    # Clone the tensors, because torch.save writes the whole storage of a tensor that is a view.
     torch.save({name: tensor.detach().cpu().clone() for name, tensor in weights.items()}, buffer)
     return buffer.getvalue()
 
 
-def check_tensors(uri: str, expected: dict[str, Tensor], found: dict[str, Tensor], architecture: Architecture) -> None:
+def check_tensors(
+    uri: str, expected: dict[str, Tensor], tensors: dict[str, Tensor], architecture: Architecture
+) -> None:
     """Check that a file's tensors have the names and shapes of an architecture, and are float32 or float16.
+
+    expected: the tensors of `architecture`.
+    tensors: the tensors of the file at `uri`.
 
     Raises:
         ValueError: tensors are missing or unexpected, or have another shape or dtype. The message lists the first of
             them and the options that explain the mismatch.
     """
-    if mismatch := describe_mismatch(found, expected, architecture):
+    if mismatch := describe_mismatch(tensors, expected, architecture):
         raise ValueError(f"{uri} does not fit the architecture: {mismatch}")
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
         if not plain or tensor.dtype not in (torch.float32, torch.float16):
             raise ValueError(
-                f"{uri}: tensor {name} is {tensor.dtype} on {tensor.device}; float32 or float16 in memory is expected"
+                f"{uri}: tensor {name} is {tensor.dtype} on {tensor.device}; accepted: dense float32 or float16 "
+                "tensors with data"
             )

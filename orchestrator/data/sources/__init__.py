@@ -1,4 +1,4 @@
-"""Readers of the layouts that images come in. Each module reads a family of layouts and yields one entry an image."""
+"""Readers of the layouts of images. Each module reads a family of layouts, and yields one entry for each image."""
 
 from orchestrator import storage
 from orchestrator.data.config import Layout, PrepareConfig
@@ -9,7 +9,7 @@ from orchestrator.data.sources.index import ACCEPTED, Listing, Reading, Source, 
 from orchestrator.data.sources.labels import parse_label_map
 from orchestrator.data.sources.webdataset import is_webdataset, read_webdataset
 
-# Layouts that are recognized by the name of an object. Others are recognized by folders and file names.
+# Layouts that the name of one object reveals. The others follow from folders and file names.
 _BY_OBJECT: tuple[tuple[Layout, str], ...] = (
     ("cifar", arrays.CIFAR),
     ("parquet", parquet.PARQUET),
@@ -19,7 +19,7 @@ _BY_OBJECT: tuple[tuple[Layout, str], ...] = (
 
 _IMAGES = r"(?i)\.(jpe?g|jpe|jfif|png|webp|gif|bmp|tiff?|avif|jp2|tar|zip)$"  # single images, or archives of them
 _PICKLE = "and a pickle is never opened: "
-# Objects that cannot be read, and what to use instead.
+# Objects that are not read: a pattern of their names, then why, and what to use instead.
 _REFUSED = (
     (
         r"(^|/)cifar-10(0)?-python\.tar\.gz$|(^|/)cifar-100?-(batches-py|python)/",
@@ -40,22 +40,24 @@ _REFUSED = (
 
 
 def detect(listing: Listing, config: PrepareConfig) -> Layout:
-    """Return the user's layout, or the one that the names of objects show, or auto if they show none.
+    """Return the user's layout, or the one that the names of objects reveal, or auto if they reveal none.
 
     Raises:
-        ValueError: nothing can be read; the message says what was found and what is accepted.
+        ValueError: nothing can be read, or --labels is passed for a layout with labels of its own.
     """
-    detected: Layout = "digits" if listing.uri == "digits" else "auto"
-    detected = next((layout for layout, pattern in _BY_OBJECT if listing.has(pattern)), detected)
-    layout = detected if config.layout == "auto" else config.layout
+    layout: Layout = config.layout
+    if layout == "auto" and listing.uri == "digits":
+        layout = "digits"
+    elif layout == "auto":
+        layout = next((by_object for by_object, pattern in _BY_OBJECT if listing.has(pattern)), "auto")
     if config.labels and layout in ("parquet", "cifar", "downsampled", "lsun", "digits", "webdataset"):
         raise ValueError(f"--labels {config.labels}: the layout {layout} has its own labels; omit --labels")
     if layout != "auto":
         return layout
     if not listing.has(_IMAGES):
-        for pattern, what in _REFUSED:
+        for pattern, reason in _REFUSED:
             if matches := listing.matching(pattern):
-                raise ValueError(f"--source {listing.named}: {matches[0]} {what}; accepted: {ACCEPTED}")
+                raise ValueError(f"--source {listing.source}: {matches[0]} {reason}; accepted: {ACCEPTED}")
     return "auto"
 
 
@@ -63,7 +65,7 @@ def read_source(listing: Listing, config: PrepareConfig) -> Source:
     """Return a source with the index of its images.
 
     Raises:
-        ValueError: the source does not have this layout, cannot be interpreted, or is damaged.
+        ValueError: the source does not have the layout of the config, cannot be interpreted, or is damaged.
     """
     return make_source(_read(listing, config), listing)
 
@@ -84,5 +86,8 @@ def _read(listing: Listing, config: PrepareConfig) -> Reading:
     tree = open_tree(listing, config.label_column, config.num_workers)
     if layout == "webdataset" or (layout == "auto" and not config.labels and is_webdataset(tree)):
         return read_webdataset(tree, splits)
-    uri = config.path(config.labels) if config.labels else None
-    return read_names(tree, layout, parse_label_map(uri, storage.read_bytes(uri)) if uri else None, splits)
+    labels = None
+    if config.labels:
+        uri = config.path(config.labels)
+        labels = parse_label_map(uri, storage.read_bytes(uri))
+    return read_names(tree, layout, labels, splits)

@@ -1,4 +1,4 @@
-"""Files in tar and zip archives, which are read by their offsets without unpacking, and loose files."""
+"""The files of a source: loose files, and members of tar and zip archives, which are read by their offsets."""
 
 import json
 import re
@@ -19,21 +19,21 @@ from orchestrator.data.images import IMAGE_ENDINGS
 from orchestrator.data.sources.index import Listing
 from orchestrator.progress import progress_line
 
-ARCHIVES = r"(?i)\.(tar|zip)$"  # names of objects that are opened
+ARCHIVES = r"(?i)\.(tar|zip)$"  # names of archives
 _HEADER_BYTES = 64 << 10  # fetched at a time to read only the headers of large members
-_SCAN_BYTES = 8 << 20  # fetched at a time if members are images: reading all is faster than a request a header
-_SIDECAR_BYTES = 1 << 20  # of a .cls or .json beside an image at most
-_LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of a member of a zip
-_BATCH = 1 << 14  # files that are Python objects at the same time
-_MEMBER_BYTES = 1 << 30  # of an unpacked image at most
-_HIDDEN = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"}
+_SCAN_BYTES = 8 << 20  # fetched at a time if members are images: reading all is faster than a request for each header
+_MAX_SIDECAR_BYTES = 1 << 20  # larger .cls and .json files have no labels
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # precedes each member of a zip
+_BATCH_FILES = 1 << 14  # files that are Python objects at the same time
+_MAX_IMAGE_BYTES = 1 << 30  # of an image that is unpacked from a zip; longer data are truncated
+_HIDDEN = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"}  # folders that operating systems create
 
 MEMBERS = pa.schema(
     [
         pa.field("name", pa.large_string()),
         pa.field("start", pa.int64()),
         pa.field("size", pa.int64()),
-        pa.field("sidecar", pa.string()),  # content of a .cls or .json as JSON; null for other files
+        pa.field("sidecar", pa.string()),  # label of a .cls or .json, see `_parse_sidecar`; null for other files
     ]
 )
 
@@ -41,37 +41,37 @@ MEMBERS = pa.schema(
 class File(NamedTuple):
     """One file of a tree: a whole object, or a member of an archive."""
 
-    name: str
-    object: str | None  # the object with its bytes; None: the object of its own name
-    start: int
+    name: str  # in the tree
+    object: str | None  # the object with its bytes, relative to the source; None: the object of its own name
+    start: int  # of its bytes in the object
     size: int
-    sidecar: str | None
+    sidecar: str | None  # as in MEMBERS
 
 
 class Archive(NamedTuple):
     """An archive: a whole object, or a tar within a tar. Loose files belong to an archive without a name."""
 
-    object: str | None = None  # relative to the source
+    object: str | None = None  # name relative to the source
     uri: str = ""
-    begin: int = 0  # bytes of the object
+    begin: int = 0  # the archive is bytes [begin, end) of the object
     end: int = 0
     stem: str = ""  # the archive's name without its extension
-    prefix: str = ""  # of its files' names in the tree
+    prefix: str = ""  # begins the names of its files in the tree
 
 
 class Tree(NamedTuple):
     """All files of a source by name, as if each archive were an unpacked folder of its name."""
 
     listing: Listing
-    members: dict[Archive, pa.Table]  # of MEMBERS
-    left_out: dict[str, int]  # number of archives that were not opened
+    members: dict[Archive, pa.Table]  # a table with schema MEMBERS for each archive
+    left_out: dict[str, int]  # number of archives that were not opened, by a description
 
     def files(self, archive: Archive | None = None) -> Iterator[File]:
         """Yield the files of one archive, or all files. Only some of them are Python objects at the same time."""
-        for part in self.members if archive is None else [archive]:
-            for batch in self.members[part].to_batches(max_chunksize=_BATCH):
+        for source in self.members if archive is None else [archive]:
+            for batch in self.members[source].to_batches(max_chunksize=_BATCH_FILES):
                 for name, start, size, sidecar in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                    yield File(part.prefix + name, part.object, start or 0, size, sidecar)
+                    yield File(source.prefix + name, source.object, start or 0, size, sidecar)
 
 
 def is_hidden(name: str) -> bool:
@@ -87,23 +87,24 @@ def is_image(name: str) -> bool:
 def open_tree(listing: Listing, label_key: str | None, num_workers: int) -> Tree:
     """Return the tree of a source. `num_workers` workers (0: this process) scan its archives.
 
-    If there are loose images, the archives beside them are not opened. label_key: the field of a .json beside an image
-    that is its label; None means label or cls.
+    If there are loose images, the archives beside them are not opened.
+
+    label_key: the field with the label in the .json beside an image; None = label or cls.
 
     Raises:
         ValueError: an archive is damaged.
     """
     archives = [name for name in listing.matching(ARCHIVES) if not is_hidden(name)]
-    loose, left_out = listing.names, {}
+    left_out: dict[str, int] = {}
     if archives and any(is_image(name) and not is_hidden(name) for name in listing.names.to_pylist()):
         left_out = {f"archive {archives[0]}" if len(archives) == 1 else "archives": len(archives)}
         archives = []
-    sizes = pa.array(listing.sizes)
+    loose, sizes = listing.names, pa.array(listing.sizes)
     if archives:
-        keep = pc.invert(pc.match_substring_regex(loose, ARCHIVES))
-        loose, sizes = loose.filter(keep), sizes.filter(keep)
-    nothing = pa.nulls(len(loose))
-    members = {Archive(): pa.table([loose, nothing, sizes, nothing], names=MEMBERS.names)}
+        is_loose = pc.invert(pc.match_substring_regex(loose, ARCHIVES))
+        loose, sizes = loose.filter(is_loose), sizes.filter(is_loose)
+    nulls = pa.nulls(len(loose))
+    members = {Archive(): pa.table([loose, nulls, sizes, nulls], names=MEMBERS.names)}
     if archives:
         members |= _scan_all(listing, archives, label_key, num_workers)
     return Tree(listing, members, left_out)
@@ -124,43 +125,52 @@ def _scan_all(listing: Listing, names: list[str], label_key: str | None, num_wor
 # ----------------------------------------------------------------------------------------------------------- scanning
 
 
-def _archives(listing: Listing, name: str, alone: bool) -> list[Archive]:
-    """Return the archive, or the tars in it. If it is `alone`, its name is not a folder around its files."""
+def _archives(listing: Listing, name: str, is_only: bool) -> list[Archive]:
+    """Return the archive, or the tars in it.
+
+    is_only: the source has no other archive, so the archive's name is not a folder around its files.
+    """
     stem, uri = re.sub(ARCHIVES, "", name), storage.join(listing.uri, name)
-    prefix = "" if alone else f"{stem}/"
-    whole = Archive(name, uri, 0, listing.size(name), stem, prefix)
+    prefix = "" if is_only else f"{stem}/"
+    outer = Archive(name, uri, 0, listing.size(name), stem, prefix)
     if name.lower().endswith(".zip"):
-        return [whole]
+        return [outer]
     nested = []
     with storage.open_input(uri, _HEADER_BYTES) as file:
-        for member in _tar_members(file, whole):
+        for member in _tar_members(file, outer):
             if is_image(member.name):
-                return [whole]
-            if member.name.lower().endswith(".tar") and not is_hidden(_clean(member.name)):
-                inner, begin = _clean(member.name)[: -len(".tar")], member.offset_data
-                nested.append(Archive(name, uri, begin, begin + member.size, inner, f"{prefix}{inner}/"))
-    return nested or [whole]
+                return [outer]
+            member_name = _clean(member.name)
+            if member_name.lower().endswith(".tar") and not is_hidden(member_name):
+                inner_stem, begin = member_name[: -len(".tar")], member.offset_data
+                nested.append(Archive(name, uri, begin, begin + member.size, inner_stem, f"{prefix}{inner_stem}/"))
+    return nested or [outer]
 
 
 def _scan(label_key: str | None, archive: Archive) -> pa.Table:
     """Return the files of an archive, sorted by name."""
     with storage.open_input(archive.uri, _SCAN_BYTES) as file:
         is_zip = archive.uri.lower().endswith(".zip")
-        rows = sorted(_zip_files(file, archive) if is_zip else _tar_files(file, archive, label_key))
+        rows = sorted(_zip_rows(file, archive) if is_zip else _tar_rows(file, archive, label_key))
     return pa.Table.from_pylist([dict(zip(MEMBERS.names, row, strict=True)) for row in rows], MEMBERS)
 
 
-def _tar_files(file: BinaryIO, archive: Archive, label_key: str | None) -> Iterator[tuple[str, int, int, str | None]]:
+def _tar_rows(file: BinaryIO, archive: Archive, label_key: str | None) -> Iterator[tuple[str, int, int, str | None]]:
+    """Yield the files of a tar as rows of MEMBERS."""
     for member in _tar_members(file, archive):
         sidecar = None
-        if member.name.lower().endswith((".cls", ".json")) and member.size <= _SIDECAR_BYTES:
+        if member.name.lower().endswith((".cls", ".json")) and member.size <= _MAX_SIDECAR_BYTES:
             file.seek(member.offset_data)
-            sidecar = _sidecar(member.name, file.read(member.size), label_key)
+            sidecar = _parse_sidecar(member.name, file.read(member.size), label_key)
         yield _clean(member.name), member.offset_data, member.size, sidecar
 
 
-def _zip_files(file: BinaryIO, archive: Archive) -> Iterator[tuple[str, int, int, None]]:
-    """Yield the files of a zip. The place of a file begins at its local header, which says how to unpack it."""
+def _zip_rows(file: BinaryIO, archive: Archive) -> Iterator[tuple[str, int, int, None]]:
+    """Yield the files of a zip as rows of MEMBERS. Their bytes include the local header, which `_unzip` needs.
+
+    Raises:
+        ValueError: the zip is damaged, or a file cannot be unpacked from its local header.
+    """
     try:
         with zipfile.ZipFile(file) as opened:
             members = sorted(opened.infolist(), key=lambda member: member.header_offset)
@@ -170,8 +180,10 @@ def _zip_files(file: BinaryIO, archive: Archive) -> Iterator[tuple[str, int, int
     for member, end in zip(members, ends, strict=True):
         if member.is_dir():
             continue
-        streamed = member.flag_bits & 8 and member.compress_type == zipfile.ZIP_STORED  # without its size
-        if member.flag_bits & 1 or streamed or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        is_encrypted = member.flag_bits & 1
+        # The local header of a streamed file has no size, and only compressed data mark their own end.
+        has_no_size = member.flag_bits & 8 and member.compress_type == zipfile.ZIP_STORED
+        if is_encrypted or has_no_size or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(
                 f"{archive.uri}: {member.filename} is encrypted, streamed without its size, or compressed "
                 "by another method than deflate; zip it again, or unpack it"
@@ -180,6 +192,7 @@ def _zip_files(file: BinaryIO, archive: Archive) -> Iterator[tuple[str, int, int
 
 
 def _clean(name: str) -> str:
+    """Return a member's name with slashes, and without ./ or / at its beginning."""
     return re.sub(r"^(\./)+|^/+", "", name.replace("\\", "/")) or name
 
 
@@ -187,28 +200,30 @@ def _tar_members(file: BinaryIO, archive: Archive) -> Iterator[tarfile.TarInfo]:
     """Yield the regular files of a tar, and skip their contents.
 
     Raises:
-        ValueError: it is no tar, or it is truncated.
+        ValueError: it is not a tar, or it is truncated.
     """
-    where = archive.uri + (f" ({archive.stem}.tar in it)" if archive.begin else "")
+    described = archive.uri + (f" ({archive.stem}.tar in it)" if archive.begin else "")
     file.seek(archive.begin)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # else it keeps all of them in memory
+                tar.members.clear()  # type: ignore[attr-defined]  # otherwise it keeps all of them in memory
                 if member.offset_data + member.size > archive.end:
-                    raise ValueError(f"{where} is truncated: {member.name} ends after its last byte; copy it again")
+                    raise ValueError(f"{described} is truncated: {member.name} ends after its last byte; copy it again")
                 if member.isreg():
                     yield member
-            end = tar.offset
+            end = tar.offset  # of the block of zeros that follows the last member
     except tarfile.TarError as error:
-        raise ValueError(f"{where} is not a valid tar archive: {error}") from error
+        raise ValueError(f"{described} is not a valid tar archive: {error}") from error
     file.seek(end)
     if end + tarfile.BLOCKSIZE > archive.end or file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-        raise ValueError(f"{where} is truncated or damaged at byte {end - archive.begin} (no end mark); copy it again")
+        raise ValueError(
+            f"{described} is truncated or damaged at byte {end - archive.begin} (no end mark); copy it again"
+        )
 
 
-def _sidecar(name: str, data: bytes, label_key: str | None) -> str:
-    """Return a .cls or .json as JSON: {"label": ...}, or {"keys": [...]} if it has no label."""
+def _parse_sidecar(name: str, data: bytes, label_key: str | None) -> str:
+    """Return the label in a .cls or .json as JSON: {"label": LABEL}, or {"keys": [FIELD, ...]} if it has no label."""
     if name.lower().endswith(".cls"):
         text = data.decode("utf-8", "replace").strip()
         return json.dumps({"label": int(text) if re.fullmatch(r"-?\d+", text) else text})
@@ -229,16 +244,16 @@ def _sidecar(name: str, data: bytes, label_key: str | None) -> str:
 def read_ranges(uri: str, ranges: Sequence[storage.Range]) -> list[bytes]:
     """Return the contents of files; those in zips are unpacked. Raises what `storage.read_ranges` raises."""
     contents = zip(ranges, storage.read_ranges(uri, ranges), strict=True)
-    return [_unzip(data) if requested.name.lower().endswith(".zip") else data for requested, data in contents]
+    return [_unzip(data) if byte_range.name.lower().endswith(".zip") else data for byte_range, data in contents]
 
 
 def _unzip(data: bytes) -> bytes:
-    """Unpack a member of a zip from its local header on. Return no bytes, which are no image, if it is damaged."""
+    """Unpack a member of a zip from its local header on. If it is damaged, return no bytes, which are not an image."""
     try:
-        _, _, _, method, _, _, _, _, size, name, extra = _LOCAL_HEADER.unpack_from(data)
-        content = data[_LOCAL_HEADER.size + name + extra :]
+        _, _, _, method, _, _, _, _, size, name_length, extra_length = _LOCAL_HEADER.unpack_from(data)
+        content = data[_LOCAL_HEADER.size + name_length + extra_length :]
         if method == zipfile.ZIP_DEFLATED:
-            return zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, _MEMBER_BYTES)
-        return content[:size]  # zip64 has the largest number here: all bytes up to the next member
+            return zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, _MAX_IMAGE_BYTES)
+        return content[:size]  # in zip64, `size` is 2^32 - 1, and all bytes up to the next member are returned
     except (zlib.error, struct.error):
         return b""

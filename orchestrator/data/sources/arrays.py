@@ -1,4 +1,4 @@
-"""Layouts with arrays of pixels or databases. Their images are read in order and staged as files."""
+"""Layouts that store images in arrays or databases. Their images are read in order, and staged."""
 
 import io
 import re
@@ -19,12 +19,12 @@ from orchestrator.pictures import png
 CIFAR = r"(^|/)(cifar-10-binary\.tar\.gz|cifar-100-binary\.tar\.gz|(data_batch_[1-5]|test_batch|train|test)\.bin)$"
 NPZ = r"\.npz$"
 LMDB = r"(^|/)data\.mdb$"
-_NAMES = r"(^|/)(batches\.meta|fine_label_names)\.txt$"  # of CIFAR's classes, in unpacked folders
-_PIXELS = 3 * 32 * 32  # of a CIFAR image: three planes
+_CLASS_NAME_FILES = r"(^|/)(batches\.meta|fine_label_names)\.txt$"  # of CIFAR, in unpacked folders
+_IMAGE_BYTES = 3 * 32 * 32  # of a CIFAR image: planes of red, green and blue
 
 
 def read_digits() -> Reading:
-    """Read scikit-learn's 1,797 scanned digits; keys are digit-0000 and so on."""
+    """Read scikit-learn's 1,797 scanned digits. Keys are digit-0000 and so on."""
     labels = _digits().target.tolist()
     entries = (Entry(f"digit-{row:04d}", str(label), "", "digits", row) for row, label in enumerate(labels))
     return Reading("scikit-learn's scanned digits", entries, tuple("0123456789"), _digit_images)
@@ -62,20 +62,20 @@ def read_cifar(listing: Listing, splits: Splits) -> Reading:
     archives = [name for name in objects if name.endswith(".gz")][:1]
     objects = archives or objects
     files: dict[str, bytes] = {}
-    for name in archives or listing.matching(_NAMES):
-        files |= _files(storage.join(listing.uri, name))
-    names = files.get("fine_label_names", files.get("batches.meta"))
-    if names is None:
+    for name in archives or listing.matching(_CLASS_NAME_FILES):
+        files |= _read_files(storage.join(listing.uri, name))
+    class_names = files.get("fine_label_names", files.get("batches.meta"))
+    if class_names is None:
         raise ValueError(
-            f"--source {listing.named}: no batches.meta.txt or fine_label_names.txt names the classes; add it"
+            f"--source {listing.source}: no batches.meta.txt or fine_label_names.txt names the classes; add it"
         )
-    classes = tuple(names.decode().split())
+    classes = tuple(class_names.decode().split())
 
     def entries() -> Iterator[Entry]:
         for name in objects:
             for row, (batch, number, label, _) in enumerate(_records(storage.join(listing.uri, name))):
-                split = "" if splits.ignored else "test" if batch.startswith("test") else "train"
-                yield Entry(f"{batch}/{number:05d}", label, split, name, row)
+                split = "test" if batch.startswith("test") else "train"
+                yield Entry(f"{batch}/{number:05d}", label, "" if splits.ignored else split, name, row)
 
     return Reading(f"CIFAR-{len(classes)}, binary version", entries(), classes, _cifar_images)
 
@@ -86,18 +86,25 @@ def _cifar_images(uri: str) -> Iterator[bytes]:
 
 
 def _records(uri: str) -> Iterator[tuple[str, int, int, np.ndarray]]:
-    """Yield (batch, number in it, label, pixels) of every image in an archive or in one batch."""
-    for batch, data in _files(uri).items():
+    """Yield (batch, number in it, label, pixels uint8 [3072]) of every image in an archive or in one batch.
+
+    Raises:
+        ValueError: a batch is truncated.
+    """
+    for batch, data in _read_files(uri).items():
         if not re.fullmatch(r"data_batch_[1-5]|test_batch|train|test", batch):
             continue
-        labels = 2 if batch in ("train", "test") else 1  # coarse and fine, or one
-        if len(data) % (labels + _PIXELS):
-            raise ValueError(f"{uri}: {batch} has {len(data)} bytes; expected a multiple of {labels + _PIXELS}")
-        for number, record in enumerate(np.frombuffer(data, np.uint8).reshape(-1, labels + _PIXELS)):
-            yield batch, number, int(record[labels - 1]), record[labels:]
+        label_bytes = 2 if batch in ("train", "test") else 1  # CIFAR-100 has a coarse label before the fine one
+        record_bytes = label_bytes + _IMAGE_BYTES
+        if len(data) % record_bytes:
+            raise ValueError(
+                f"{uri}: {batch} has {len(data)} bytes; expected a multiple of {record_bytes}; download it again"
+            )
+        for number, record in enumerate(np.frombuffer(data, np.uint8).reshape(-1, record_bytes)):
+            yield batch, number, int(record[label_bytes - 1]), record[label_bytes:]
 
 
-def _files(uri: str) -> dict[str, bytes]:
+def _read_files(uri: str) -> dict[str, bytes]:
     """Return a file, or the files of a small compressed tar, by name without folder and extension."""
     data = storage.read_bytes(uri)
     if not uri.endswith(".gz"):
@@ -124,14 +131,15 @@ def read_npz(listing: Listing, splits: Splits) -> Reading:
         ValueError: a file is damaged or contains other arrays.
     """
     names = listing.matching(NPZ)
-    of_file = {name: splits.of_shard(_stem(name)) for name in names}
+    split_of_file = {name: splits.of_shard(_stem(name)) for name in names}
+    if not all(split_of_file.values()):  # the names of some files contain no split, so no name is trusted
+        split_of_file = dict.fromkeys(names, "")
 
     def entries() -> Iterator[Entry]:
         for name in names:
-            split = of_file[name] if all(of_file.values()) else ""
             with _open_npz(storage.join(listing.uri, name)) as (labels, _, _):
                 for row, label in enumerate(labels.tolist()):
-                    yield Entry(f"{_stem(name)}/{row:07d}", label - 1, split, name, row)
+                    yield Entry(f"{_stem(name)}/{row:07d}", label - 1, split_of_file[name], name, row)
 
     return Reading("downsampled ImageNet", entries(), images=_npz_images)
 
@@ -139,30 +147,36 @@ def read_npz(listing: Listing, splits: Splits) -> Reading:
 def _npz_images(uri: str) -> Iterator[bytes]:
     with _open_npz(uri) as (labels, data, side):
         for _ in labels:
-            if len(row := data.read(3 * side**2)) < 3 * side**2:
+            pixels = data.read(3 * side**2)
+            if len(pixels) < 3 * side**2:
                 raise ValueError(f"{uri} is truncated; copy it again")
-            yield png(np.frombuffer(row, np.uint8).reshape(3, side, side).transpose(1, 2, 0))
+            yield png(np.frombuffer(pixels, np.uint8).reshape(3, side, side).transpose(1, 2, 0))
 
 
 @contextmanager
 def _open_npz(uri: str) -> Iterator[tuple[np.ndarray, IO[bytes], int]]:
-    """Yield the labels, int [N], a file with the images, N times [3, S, S], and S."""
+    """Yield the labels, int [N]; a file with the images, uint8 [N, 3, S, S]; and S.
+
+    Raises:
+        ValueError: the file is not an .npz, or its arrays are not those of downsampled ImageNet.
+    """
     with storage.open_input(uri, 8 << 20) as file:
         try:
             archive = zipfile.ZipFile(file)
         except zipfile.BadZipFile as error:
             raise ValueError(f"{uri} is not a valid .npz file: {error}") from error
-        if not {"data.npy", "labels.npy"} <= set(members := archive.namelist()):
+        members = archive.namelist()
+        if not {"data.npy", "labels.npy"} <= set(members):
             raise ValueError(
                 f"{uri} contains {', '.join(members[:10])}; accepted: data and labels of downsampled ImageNet"
             )
         with archive.open("labels.npy") as data:
             labels = npy.read_array(data, allow_pickle=False)
         with archive.open("data.npy") as data:
-            read = npy.read_array_header_1_0 if npy.read_magic(data) == (1, 0) else npy.read_array_header_2_0
-            shape, fortran, dtype = read(data)
+            read_header = npy.read_array_header_1_0 if npy.read_magic(data) == (1, 0) else npy.read_array_header_2_0
+            shape, fortran_order, dtype = read_header(data)
             side = round((shape[-1] / 3) ** 0.5) if len(shape) == 2 else 0
-            if dtype != np.uint8 or fortran or not side or 3 * side**2 != shape[1]:
+            if dtype != np.uint8 or fortran_order or not side or 3 * side**2 != shape[1]:
                 raise ValueError(f"{uri}: data is {dtype} {shape}; accepted: uint8 [N, 3 x S x S] in planes")
             count = shape[0]
             if labels.dtype.kind not in "iu" or labels.shape != (count,) or (count and labels.min() < 1):
@@ -176,22 +190,23 @@ def _open_npz(uri: str) -> Iterator[tuple[np.ndarray, IO[bytes], int]]:
 
 
 def read_lmdb(listing: Listing, splits: Splits) -> Reading:
-    """Read LSUN's databases (bedroom_train_lmdb/). Each category is a class; a single category has no labels.
+    """Read LSUN's databases, such as bedroom_train_lmdb/. Each category is a class; a single category has no labels.
 
     Raises:
         ValueError: they are not on a local disk, or the package lmdb is not installed (when entries are read).
     """
     folders = [name.removesuffix("data.mdb").rstrip("/") for name in listing.matching(LMDB)]
-    stems = {name: (name or listing.uri).rsplit("/", 1)[-1].removesuffix("_lmdb") for name in folders}
-    split = {name: splits.of_shard(word) for name, word in stems.items()}
-    category = {name: re.sub(r"_(train|val|test)$", "", word) for name, word in stems.items()}
-    several = len(set(category.values())) > 1
+    stems = {folder: (folder or listing.uri).rsplit("/", 1)[-1].removesuffix("_lmdb") for folder in folders}
+    categories = {folder: re.sub(r"_(train|val|test)$", "", stem) for folder, stem in stems.items()}
+    has_labels = len(set(categories.values())) > 1
 
     def entries() -> Iterator[Entry]:
-        for name in folders:
-            label = category[name] if several else None
-            for row, (key, _) in enumerate(_items(storage.join(listing.uri, name) if name else listing.uri)):
-                yield Entry(f"{stems[name]}/{key.decode('latin-1')}", label, split[name], name or ".", row)
+        for folder, stem in stems.items():
+            label = categories[folder] if has_labels else None
+            split = splits.of_shard(stem)
+            uri = storage.join(listing.uri, folder) if folder else listing.uri
+            for row, (key, _) in enumerate(_items(uri)):
+                yield Entry(f"{stem}/{key.decode('latin-1')}", label, split, folder or ".", row)
 
     return Reading("LSUN's LMDB", entries(), images=_lmdb_images)
 
@@ -201,6 +216,7 @@ def _lmdb_images(uri: str) -> Iterator[bytes]:
 
 
 def _items(uri: str) -> Iterator[tuple[bytes, memoryview]]:
+    """Yield (key, encoded image) of every record of an LMDB; an image is valid until the next one is read."""
     if "://" in uri and not uri.startswith("file://"):
         raise ValueError(f"--source {uri}: an LMDB can only be read from a local disk; copy it there")
     try:
@@ -211,8 +227,8 @@ def _items(uri: str) -> Iterator[tuple[bytes, memoryview]]:
     try:
         with (
             lmdb.open(path, readonly=True, lock=False, readahead=False) as database,
-            database.begin(buffers=True) as rows,
+            database.begin(buffers=True) as transaction,
         ):
-            yield from ((bytes(key), value) for key, value in rows.cursor())
+            yield from ((bytes(key), value) for key, value in transaction.cursor())
     except lmdb.Error as error:
         raise ValueError(f"{uri} is not a valid LMDB: {error}") from error

@@ -1,10 +1,10 @@
-"""Label maps: files that give the classes of images. The meaning of their columns follows from their content."""
+"""Label maps: files that give the classes of images. The format of a file follows from its content."""
 
 import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,9 @@ FORMS = (
     'JSON {"NAME": LABEL, ...}, {"labels": [["NAME", LABEL], ...]} or records; or one class number a line for images '
     "sorted by name"
 )
-_KEYS = ("key", "file", "filename", "file_name", "image", "image_id", "imageid", "path", "name", "id", "img")
-_LABELS = ("label", "labels", "class", "class_id", "class_name", "category", "target", "wnid", "cls", "y")
+# Names of columns or fields, in lower case; the first one that a file has is used.
+_KEY_COLUMNS = ("key", "file", "filename", "file_name", "image", "image_id", "imageid", "path", "name", "id", "img")
+_LABEL_COLUMNS = ("label", "labels", "class", "class_id", "class_name", "category", "target", "wnid", "cls", "y")
 _PREDICTION = "predictionstring"  # Kaggle's ImageNet: a class and a box for each object; the first class is used
 _GROUND_TRUTH_CLASSES = tuple(str(number) for number in range(1, 1001))  # numbers of ILSVRC2012
 
@@ -25,16 +26,16 @@ Label = str | int
 
 @dataclass(eq=False)
 class LabelMap:
-    """The labels of images, by name or for the images sorted by name. `find` records the keys that were used."""
+    """The labels of images: by the names of the images, or by their position in the order of the names."""
 
     uri: str
     base: str = ""  # the folder that keys may be relative to, with a slash at the end
-    labels: dict[str, tuple[Label, str]] = field(default_factory=dict)  # by path or file name: label, split
-    in_order: dict[int, int] = field(default_factory=dict)  # labels of the images sorted by name, from 0 on
-    classes: tuple[str, ...] | None = None  # None: sorted names, or numbers
-    null: bool = False  # the file says that images have no labels
-    used: set[str] = field(default_factory=set)
-    _by_name: dict[str, str] = field(default_factory=dict)  # key that is only a file name -> its image
+    labels: dict[str, tuple[Label, str]] = field(default_factory=dict)  # path or name of an image -> label, split or ""
+    in_order: dict[int, int] = field(default_factory=dict)  # position of an image, from 0 on -> label
+    classes: tuple[str, ...] | None = None  # in the order of the labels; None: sorted names, or numbers
+    no_labels: bool = False  # the file says that the images have no labels
+    used: set[str] = field(default_factory=set)  # keys that `find` has returned labels for
+    _path_by_name: dict[str, str] = field(default_factory=dict)  # key without a folder -> path of its image
 
     @property
     def names(self) -> set[Label]:
@@ -47,14 +48,14 @@ class LabelMap:
         Raises:
             ValueError: a key matches several images.
         """
-        within = path.removeprefix(self.base)
+        relative = path.removeprefix(self.base)
         name = path.rpartition("/")[2]
-        for key in (path, within, _stem(within), name, _stem(name)):
+        for key in (path, relative, _stem(relative), name, _stem(name)):
             if key in self.labels:
-                if "/" not in key and "/" in within and self._by_name.setdefault(key, path) != path:
+                if "/" not in key and "/" in relative and self._path_by_name.setdefault(key, path) != path:
                     raise ValueError(
-                        f"label map {self.uri} has the file name {key}, but {self._by_name[key]} and {path} have this "
-                        "name: write the paths of the images"
+                        f"label map {self.uri} has the file name {key}, but {self._path_by_name[key]} and {path} have "
+                        "this name: write the paths of the images"
                     )
                 self.used.add(key)
                 return self.labels[key]
@@ -65,43 +66,46 @@ class LabelMap:
         return [key for key in self.labels if key not in self.used]
 
 
-def _stem(name: str) -> str:
-    folder, slash, last = name.rpartition("/")
-    return folder + slash + last.rpartition(".")[0] if "." in last else name
+def _stem(path: str) -> str:
+    """Return a path without the extension of its file name."""
+    folder, slash, name = path.rpartition("/")
+    return folder + slash + name.rpartition(".")[0] if "." in name else path
 
 
 def parse_label_map(uri: str, data: bytes, base: str = "") -> LabelMap:
-    """Return the label map in the bytes of a file. Its labels are all integers, or all class names.
+    """Parse the content of a label map. Its labels are all integers, or all class names.
 
     base: the folder that its keys may be relative to, with a slash at the end.
 
     Raises:
         ValueError: it has no known form, an image has two labels, or a label is neither an integer nor a name.
     """
-    text = _text(uri, data)
+    text = _decode_text(uri, data)
     if text.lstrip()[:1] in ("{", "["):
         rows = list(_json_rows(uri, text))
         if rows == [("labels", None, "")]:
-            return LabelMap(uri, base, null=True)
+            return LabelMap(uri, base, no_labels=True)
     else:
         lines = [line for line in text.splitlines() if line.strip()]
         if lines and all(re.fullmatch(r"\s*\d+\s*", line) for line in lines):
-            return _in_order(uri, base, [int(line) for line in lines])
+            return _map_in_order(uri, base, [int(line) for line in lines])
         rows = list(_table_rows(uri, lines))
     entries: dict[str, tuple[Any, str]] = {}
-    for key, label, split in rows:
-        if split and not known_split(split):
-            raise ValueError(f"label map {uri}: split {split!r} of {key}; accepted: train, validation, test")
-        if entries.setdefault(key, (label, known_split(split))) != (label, known_split(split)):
+    for key, label, split_name in rows:
+        split = known_split(split_name)
+        if split_name and not split:
+            raise ValueError(f"label map {uri}: split {split_name!r} of {key}; accepted: train, validation, test")
+        if entries.setdefault(key, (label, split)) != (label, split):
             raise ValueError(f"label map {uri} has two labels for {key}: {entries[key][0]} and {label}; keep one")
     if not entries:
         raise ValueError(f"label map {uri} names no images; accepted: {FORMS}")
-    return LabelMap(uri, base, _typed(uri, entries))
+    return LabelMap(uri, base, _convert_labels(uri, entries))
 
 
-def _text(uri: str, data: bytes) -> str:
-    """Return the text of a file in UTF-8, in UTF-16 with a byte order mark, or else in Latin-1."""
-    for encoding in ("utf-16",) if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "cp1252", "latin-1"):
+def _decode_text(uri: str, data: bytes) -> str:
+    """Return the text of a file in UTF-16 with a byte order mark, in UTF-8, or else in Windows-1252 or Latin-1."""
+    has_utf16_mark = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    for encoding in ("utf-16",) if has_utf16_mark else ("utf-8-sig", "cp1252", "latin-1"):
         try:
             return data.decode(encoding)
         except UnicodeDecodeError:
@@ -109,8 +113,12 @@ def _text(uri: str, data: bytes) -> str:
     raise ValueError(f"label map {uri} is not text; accepted: {FORMS}")
 
 
-def _in_order(uri: str, base: str, numbers: list[int]) -> LabelMap:
-    """Return the map of a file with one number a line. ILSVRC2012's ground truth numbers its classes from 1."""
+def _map_in_order(uri: str, base: str, numbers: list[int]) -> LabelMap:
+    """Return the map of a file with one number a line. ILSVRC2012's ground truth numbers its classes from 1.
+
+    Raises:
+        ValueError: a number is not one of ILSVRC2012, but the file has the name of its ground truth.
+    """
     if "ground_truth" not in uri.lower():
         return LabelMap(uri, base, in_order=dict(enumerate(numbers)))
     if min(numbers) < 1 or max(numbers) > len(_GROUND_TRUTH_CLASSES):
@@ -118,29 +126,41 @@ def _in_order(uri: str, base: str, numbers: list[int]) -> LabelMap:
     return LabelMap(uri, base, in_order=dict(enumerate(n - 1 for n in numbers)), classes=_GROUND_TRUTH_CLASSES)
 
 
-def _typed(uri: str, entries: dict[str, tuple[Any, str]]) -> dict[str, tuple[Label, str]]:
-    """Return the labels as integers if all of them are integers, else as names."""
-    values = [label for label, _ in entries.values()]
+def _convert_labels(uri: str, entries: dict[str, tuple[Any, str]]) -> dict[str, tuple[Label, str]]:
+    """Return the entries with integers as labels if all labels are integers, and otherwise with names.
+
+    Raises:
+        ValueError: a label is neither an integer nor a name, or there are both.
+    """
+    labels = [label for label, _ in entries.values()]
     for key, (label, _) in entries.items():
         if isinstance(label, bool | list | dict | None) or label == "":
             raise ValueError(f"label map {uri}: {key} has the label {json.dumps(label)}; accepted: integers or names")
-    numeric = [isinstance(value, int | float) or re.fullmatch(r"-?\d+(\.\d*)?", value.strip()) for value in values]
-    if not all(numeric):
-        if any(isinstance(value, int | float) for value in values):
+    is_number = [isinstance(label, int | float) or re.fullmatch(r"-?\d+(\.\d*)?", label.strip()) for label in labels]
+    if not all(is_number):
+        if any(isinstance(label, int | float) for label in labels):
             raise ValueError(f"label map {uri} has numbers and names as labels; accepted: all integers, or all names")
         return {key: (label.strip(), split) for key, (label, split) in entries.items()}
-    whole: dict[str, tuple[Label, str]] = {}
+    converted: dict[str, tuple[Label, str]] = {}
     for key, (label, split) in entries.items():
-        if float(label) != int(float(label)):
+        number = float(label)
+        if not number.is_integer():
             raise ValueError(f"label map {uri}: {key} has the label {label}; accepted: integers or names")
-        whole[key] = int(float(label)), split
-    return whole
+        converted[key] = int(number), split
+    return converted
 
 
 # -------------------------------------------------------------------------------------------------------------- forms
 
 
 def _json_rows(uri: str, text: str) -> Iterator[tuple[str, Any, str]]:
+    """Yield (key, label, split or "") of each image in a JSON file.
+
+    EDM writes {"labels": null} for images without labels, which is yielded as the only row ("labels", None, "").
+
+    Raises:
+        ValueError: it is not valid JSON, or has none of the accepted forms.
+    """
     try:
         content = json.loads(text)
     except ValueError:
@@ -161,34 +181,41 @@ def _json_rows(uri: str, text: str) -> Iterator[tuple[str, Any, str]]:
             yield row[0], row[1], ""
         elif isinstance(row, dict):
             names = {str(name).lower(): name for name in row}
-            key, label = _named(names, _KEYS), _named(names, _LABELS)
+            key, label = _first_of(_KEY_COLUMNS, names), _first_of(_LABEL_COLUMNS, names)
             if key is None or label is None:
                 raise ValueError(f"label map {uri}: records have the fields {', '.join(row)}; accepted: {FORMS}")
             yield str(row[names[key]]), row[names[label]], str(row.get(names.get("split"), "") or "")
         else:
-            raise ValueError(f"label map {uri} is no label map; accepted: {FORMS}")
+            raise ValueError(f"label map {uri} is not a label map; accepted: {FORMS}")
 
 
 def _table_rows(uri: str, lines: list[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield (key, label, split or "") of each image in a table.
+
+    Raises:
+        ValueError: it has no known columns, or an image has no label.
+    """
     rows = _split_lines(lines)
     if not rows:
         raise ValueError(f"label map {uri} names no images; accepted: {FORMS}")
     header = [name.strip().lower() for name in rows[0]]
-    key, label = _named(header, _KEYS), _named(header, (*_LABELS, _PREDICTION))
-    if key is not None and label is not None:
-        columns = header.index(key), header.index(label)
-        split = header.index("split") if "split" in header else None
+    key_name, label_name = _first_of(_KEY_COLUMNS, header), _first_of((*_LABEL_COLUMNS, _PREDICTION), header)
+    key_column, label_column, split_column = 0, 1, None
+    if key_name is not None and label_name is not None:
+        key_column, label_column = header.index(key_name), header.index(label_name)
+        split_column = header.index("split") if "split" in header else None
         rows = rows[1:]
-    elif len(rows[0]) < 2 or not re.search(r"[./\\\d]", rows[0][0]):  # a header of other names
+    elif len(rows[0]) < 2 or not re.search(r"[./\\\d]", rows[0][0]):  # not an image's name: a header of other names
         raise ValueError(f"label map {uri} has the columns {', '.join(rows[0])}; accepted: {FORMS}")
-    else:
-        columns, split = (0, 1), None
     for row in rows:
-        if len(row) <= max(columns) or not row[columns[1]].strip():
-            raise ValueError(f"label map {uri} has no label for {row[columns[0]] if row else 'an image'}; add it")
-        parts = row[columns[1]].split()
-        value = parts[0] if label == _PREDICTION else row[columns[1]].strip()
-        yield row[columns[0]].strip(), value, row[split].strip() if split is not None and split < len(row) else ""
+        if len(row) <= max(key_column, label_column) or not row[label_column].strip():
+            key = row[key_column] if key_column < len(row) else "an image"
+            raise ValueError(f"label map {uri} has no label for {key}; add it")
+        label = row[label_column].strip()
+        if label_name == _PREDICTION:
+            label = label.split()[0]
+        split = row[split_column].strip() if split_column is not None and split_column < len(row) else ""
+        yield row[key_column].strip(), label, split
 
 
 def _split_lines(lines: list[str]) -> list[list[str]]:
@@ -199,6 +226,6 @@ def _split_lines(lines: list[str]) -> list[list[str]]:
     return [line.split() for line in lines]
 
 
-def _named(names: Any, known: tuple[str, ...]) -> str | None:
-    """Return the first of the known names that was found."""
-    return next((name for name in known if name in names), None)
+def _first_of(candidates: tuple[str, ...], names: Container[str]) -> str | None:
+    """Return the first of the candidates that is in `names`, or None."""
+    return next((name for name in candidates if name in names), None)

@@ -1,4 +1,4 @@
-"""WebDataset: tars in which the members with one name up to the first dot are a sample: an image, a .cls, a .json."""
+"""WebDataset: tars in which members with the same name up to its first dot are a sample: an image, a .cls, a .json."""
 
 import json
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ def is_webdataset(tree: Tree) -> bool:
     """Return whether the first archive with images has a .cls or .json for one of them."""
     for archive in tree.members:
         files = list(tree.files(archive)) if archive.object else []
-        images = {_sample(file) for file in files if _is_image(file)}
-        if images:
-            return any(file.sidecar and _sample(file) in images for file in files)
+        samples = {_sample_name(file) for file in files if _is_image(file)}
+        if samples:
+            return any(file.sidecar and _sample_name(file) in samples for file in files)
     return False
 
 
@@ -24,16 +24,22 @@ def read_webdataset(tree: Tree, splits: Splits) -> Reading:
         ValueError: no sample has a label, or a label is neither an integer nor a name (when entries are read).
     """
     reading = Reading("WebDataset")
-    of_tar = {archive.stem: splits.of_shard(archive.stem) for archive in tree.members if archive.object}
-    if any(of_tar.values()) and (others := [stem for stem, split in of_tar.items() if not split]):
-        reading.suspicions["names_like_splits"] = finding(others)
-    reading.entries = _entries(tree, of_tar, reading)
+    split_of_tar = {archive.stem: splits.of_shard(archive.stem) for archive in tree.members if archive.object}
+    without_split = [stem for stem, split in split_of_tar.items() if not split]
+    if without_split and any(split_of_tar.values()):
+        reading.suspicions["names_like_splits"] = finding(without_split)
+    reading.entries = _entries(tree, split_of_tar, reading)
     return reading
 
 
-def _entries(tree: Tree, of_tar: dict[str, str], reading: Reading) -> Iterator[Entry]:
-    keys: set[str] = set()  # of .json files that have no label
-    labelled, differing = 0, []
+def _entries(tree: Tree, split_of_tar: dict[str, str], reading: Reading) -> Iterator[Entry]:
+    """Yield the images, and record the labels that differ between .cls and .json.
+
+    Raises:
+        ValueError: no sample has a label, or a label is neither an integer nor a name.
+    """
+    keys: set[str] = set()  # fields of the .json files that have no label
+    num_labelled, differing = 0, []
     for archive in tree.members:
         if archive.object is None:
             continue
@@ -44,22 +50,22 @@ def _entries(tree: Tree, of_tar: dict[str, str], reading: Reading) -> Iterator[E
                 keys.update(fields.get("keys", ()))
                 if "label" in fields:
                     ending = ".json" if file.name.lower().endswith(".json") else ".cls"
-                    labels[ending][_sample(file)] = _checked(tree, file, fields["label"])
-        both = labels[".json"] | labels[".cls"]
-        labelled += len(both)
+                    labels[ending][_sample_name(file)] = _check_label(tree, file, fields["label"])
+        merged = labels[".json"] | labels[".cls"]  # if a sample has both, the .cls is used
+        num_labelled += len(merged)
         differing += [
             f"{archive.stem}/{name.removeprefix(archive.prefix)}"
             for name, label in labels[".json"].items()
-            if both[name] != label
+            if merged[name] != label
         ]
         for file in tree.files(archive):
             if _is_image(file):
-                sample = _sample(file)
-                key = f"{archive.stem}/{sample.removeprefix(archive.prefix)}"
-                yield Entry(key, both.get(sample), of_tar[archive.stem], file.object, file.start, file.size)
-    if not labelled:
+                name = _sample_name(file)
+                key = f"{archive.stem}/{name.removeprefix(archive.prefix)}"
+                yield Entry(key, merged.get(name), split_of_tar[archive.stem], file.object, file.start, file.size)
+    if not num_labelled:
         raise ValueError(
-            f"--source {tree.listing.named}: no sample has a label; the .json files have the fields "
+            f"--source {tree.listing.source}: no sample has a label; the .json files have the fields "
             f"{', '.join(sorted(keys)[:20])}; pass --label-column with one of them, --labels FILE, or "
             "--layout unlabelled"
         )
@@ -68,16 +74,19 @@ def _entries(tree: Tree, of_tar: dict[str, str], reading: Reading) -> Iterator[E
 
 
 def _is_image(file: File) -> bool:
+    """Return whether a file is the image of a sample; names with several dots, such as 1.mask.png, are not."""
     name = file.name.rpartition("/")[2]
     return name.count(".") == 1 and is_image(name) and not is_hidden(file.name)
 
 
-def _sample(file: File) -> str:
+def _sample_name(file: File) -> str:
+    """Return the path of a file up to the first dot of its name."""
     folder, slash, name = file.name.rpartition("/")
     return folder + slash + name.partition(".")[0]
 
 
-def _checked(tree: Tree, file: File, label: object) -> str | int:
+def _check_label(tree: Tree, file: File, label: object) -> str | int:
+    """Return a label as an integer or a name; raise ValueError if it is neither."""
     if isinstance(label, float) and label.is_integer():
         return int(label)
     if isinstance(label, bool) or not isinstance(label, str | int):

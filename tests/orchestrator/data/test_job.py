@@ -132,7 +132,7 @@ def test_a_validation_split_is_taken_from_the_training_images(tmp_path: Path) ->
     assert all(key.startswith("test_batch/") for key in table(manifest, "test")["key"])
     for split in ("train", "val"):
         layouts.write_tree(str(tmp_path / "tree" / split), pictures(4))
-    with pytest.raises(ValueError, match=r"validation_fraction=0\.25, but source=.*has validation images of its own"):
+    with pytest.raises(ValueError, match=r"--validation-fraction 0\.25: --source .*has validation images of its own"):
         prepare(config.model_copy(update={"source": str(tmp_path / "tree"), "output": "both"}))
 
 

@@ -165,7 +165,8 @@ def test_staging_resumes_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
 def test_options_that_need_a_copy_are_refused(tmp_path: Path) -> None:
     source = write_parquet(str(tmp_path / "public"), SHUFFLED[:10])
     for field, value in (("resolution", 16), ("validation_fraction", 0.5)):
-        with pytest.raises(ValueError, match=rf"{field}={value} needs a copy of source=.*--copy-parquet"):
+        option = f"--{field.replace('_', '-')} {value}"
+        with pytest.raises(ValueError, match=rf"{option} needs a copy of .* --source .*--copy-parquet"):
             prepare(config(tmp_path, source, **{field: value}))
     storage.write_bytes(str(tmp_path / "map.csv"), b"key,label\na,b\n")
     with pytest.raises(ValueError, match=r"--labels .*map\.csv: the layout parquet has its own labels"):

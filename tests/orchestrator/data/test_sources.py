@@ -235,7 +235,7 @@ def test_a_source_that_does_not_exist_is_refused(tmp_path: Path, s3_bucket: str)
         ("m.csv", b"key,label,split\na.png,1,fold3\n", r"split 'fold3' of a\.png; accepted: train"),
         ("m.csv", b"key,label\n", r"names no images"),
         ("m.csv", b"key,label\na.png,1\nb.png\n", r"no label for b\.png"),
-        ("m.json", b"[1, 2]", r"is no label map"),
+        ("m.json", b"[1, 2]", r"is not a label map"),
         ("m.json", b'{"labels": [["a", 1.5]]}', r"a has the label 1\.5"),
         ("m.json", b'{"a": 1, "b": "cat"}', r"numbers and names as labels"),
         ("m.json", b"{", r"is not valid JSON"),
