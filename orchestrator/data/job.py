@@ -413,9 +413,15 @@ def _overall_range(ranges: list[tuple[int, int]]) -> tuple[int, int]:
 
 
 def contact_sheet(manifest: Manifest) -> bytes:
-    """Return a PNG of the first training images, sorted by class, with the names of their classes."""
+    """Return a PNG of the first training images, sorted by class, with the names of their classes.
+
+    Raises:
+        ValueError: there are no images, or none of the first ones can be decoded.
+    """
     split = "train" if "train" in manifest.splits else next(iter(manifest.splits))
-    shard = manifest.shards(split)[0]
+    shard = next((shard for shard in manifest.shards(split) if shard.rows), None)
+    if shard is None:
+        raise ValueError(f"dataset {manifest.folder} has no {split} images; pass --source with images to prepare")
     with storage.open_input(storage.join(manifest.root, shard.path)) as file:
         batches = pq.ParquetFile(file).iter_batches(CONTACT_SHEET_IMAGES, columns=list(manifest.columns))
         batch = pa.Table.from_batches([next(batches)]).flatten()
@@ -429,6 +435,11 @@ def contact_sheet(manifest: Manifest) -> bytes:
         number = manifest.classes.index(label) if isinstance(label, str) else label
         caption = manifest.classes[number] if 0 <= number < len(manifest.classes) else ""
         cells.append((number, caption, center_crop(image, CONTACT_SHEET_PIXELS)))
+    if not cells:
+        raise ValueError(
+            f"none of the first {len(batch)} images of {storage.join(manifest.root, shard.path)} can be decoded; pass "
+            f"--copy-parquet with another --output, which leaves out such images, or another --source"
+        )
     cells.sort(key=lambda cell: cell[0])  # by class number
     _, captions, images = zip(*cells, strict=True)
     return captioned_grid_png(np.stack(images), list(captions), columns=10)

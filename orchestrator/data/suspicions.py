@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from orchestrator.data.sources.index import EXAMPLES, Source, Splits
+from orchestrator.data.sources.index import Finding, Source, Splits, finding
 
 _NOT_CLASS_NAMES = {
     "image", "images", "img", "imgs", "jpegimages", "pictures", "photos", "data", "dataset", "train", "training", "val",
@@ -24,7 +24,7 @@ class Suspicion(NamedTuple):
     """One kind of suspicious interpretation."""
 
     name: str
-    test: Callable[[Source], list[str]] | None  # returns the cases; None: the layout has recorded them under this name
+    test: Callable[[Source], list[str] | Finding] | None  # None: the layout has recorded the cases under this name
     message: str  # {cases} stands for the first cases
     options: str  # what the user may pass to confirm or correct the interpretation
     needs_index: bool = True  # the test needs the index of the images, not only the names of classes
@@ -114,10 +114,10 @@ def _underscores(source: Source) -> list[str]:
     return [f"{name} of {name}_{min(filter(None, rest))}" for name, rest in continuations.items() if len(rest) > 1]
 
 
-def _few_labelled(source: Source) -> list[str]:
-    """Return images without a label, if they are more than those with one."""
+def _few_labelled(source: Source) -> list[str] | Finding:
+    """Return the finding about images without a label, if they are more than those with one."""
     missing = source.findings.get("images_without_label")
-    return list(missing.examples) if missing and missing.count > len(source.index) else []
+    return missing if missing and missing.count > len(source.index) else []
 
 
 CLASSES = "--accept-classes, or --labels FILE, --layout unlabelled"
@@ -152,13 +152,13 @@ def suspicions(source: Source) -> dict[str, str]:
     for suspicion in SUSPICIONS:
         if not len(source.index) and suspicion.needs_index:
             continue
-        cases: list[str] = []
-        if suspicion.test is not None:
-            cases = suspicion.test(source)
-        elif suspicion.name in source.reading.suspicions:
-            cases = list(source.reading.suspicions[suspicion.name].examples)
-        if cases:
-            more = f" and {len(cases) - EXAMPLES} more" if len(cases) > EXAMPLES else ""
-            examples = ", ".join(cases[:EXAMPLES]) + more
+        if suspicion.test is None:
+            cases = source.reading.suspicions.get(suspicion.name, finding([]))
+        else:
+            result = suspicion.test(source)
+            cases = result if isinstance(result, Finding) else finding(result)
+        if cases.count:
+            num_more = cases.count - len(cases.examples)
+            examples = ", ".join(cases.examples) + (f" and {num_more:,} more" if num_more else "")
             messages[suspicion.name] = f"{suspicion.message.format(cases=examples)} (pass {suspicion.options})"
     return messages

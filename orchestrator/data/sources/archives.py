@@ -142,8 +142,8 @@ def _archives(listing: Listing, name: str, is_only: bool) -> list[Archive]:
                 return [outer]
             member_name = _clean(member.name)
             if member_name.lower().endswith(".tar") and not is_hidden(member_name):
-                inner_stem, begin = member_name[: -len(".tar")], member.offset_data
-                nested.append(Archive(name, uri, begin, begin + member.size, inner_stem, f"{prefix}{inner_stem}/"))
+                inner_stem, begin = prefix + member_name[: -len(".tar")], member.offset_data
+                nested.append(Archive(name, uri, begin, begin + member.size, inner_stem, f"{inner_stem}/"))
     return nested or [outer]
 
 

@@ -249,7 +249,7 @@ class _TreeReader:
             ValueError: a label map of numbers in order has more or fewer numbers than there are images.
         """
         reading, label_maps = self._reading, self._label_maps
-        num_by_position = Counter[str]()  # images of each split whose label follows from their position
+        num_in_order = Counter[str]()  # by label map: images whose label follows from their position
         classes = {name for _, name in self._meanings.values()}
         misnamed: list[str] = []
         if label_maps:
@@ -267,10 +267,10 @@ class _TreeReader:
                 label = prefix
             elif split in label_maps and label_maps[split].in_order:
                 # ImageNet's images have a number, from 1 on. Other images count in the order of their names.
+                labels = label_maps[split]
                 match = re.match(r"ILSVRC2012_(?:val|test)_(\d+)", name)
-                position = int(match[1]) - 1 if match else num_by_position[split]
-                label = label_maps[split].in_order.get(position)
-                num_by_position[split] += not match
+                label = labels.in_order.get(int(match[1]) - 1 if match else num_in_order[labels.uri])
+                num_in_order[labels.uri] += not match
             elif split in label_maps:
                 label, given_split = label_maps[split].find(file.name)
                 split = given_split or split
@@ -280,8 +280,8 @@ class _TreeReader:
         if misnamed:
             reading.findings["images_named_after_another_class"] = finding(misnamed)
         for labels in dict.fromkeys(label_maps.values()):
-            count, expected = sum(num_by_position.values()), len(labels.in_order)
-            if expected and count not in (0, expected):
+            count, expected = num_in_order[labels.uri], len(labels.in_order)
+            if count not in (0, expected):
                 raise ValueError(
                     f"label map {labels.uri} has {expected} numbers, but there are {count} images; accepted: one "
                     "number for each image"

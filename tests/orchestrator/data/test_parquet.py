@@ -201,3 +201,9 @@ def test_the_contact_sheet_of_a_registered_set(tmp_path: Path) -> None:
     manifest = prepare(config(tmp_path, source))
     assert manifest.classes == ("0", "1", "2")
     assert decode(contact_sheet(manifest)).size == (10 * 66 + 2, 10 * 80 + 2), "the images that can be decoded"
+
+
+def test_a_registered_set_without_a_picture_that_can_be_decoded_says_so(tmp_path: Path) -> None:
+    source = write_parquet(str(tmp_path / "public"), [image._replace(data=b"no image") for image in SHUFFLED[:8]])
+    with pytest.raises(ValueError, match=r"none of the first 8 images of .*public.*parquet can be decoded"):
+        contact_sheet(prepare(config(tmp_path, source)))

@@ -525,3 +525,45 @@ def test_links_between_folders_show_each_image_once(tmp_path: Path) -> None:
     os.symlink(tmp_path / "in", tmp_path / "in" / "dog" / "all")
     manifest = prepare(config(tmp_path, Trial({}, "")))
     assert manifest.classes == ("cat", "dog") and manifest.num_samples("train") == 6
+
+
+def test_every_suspicion_counts_the_cases_that_it_does_not_name(tmp_path: Path) -> None:
+    new = Pictures()
+    nested = {f"{name}/{i}/{i}.png": new() for name in PETS for i in range(4)}
+    unlabelled = {f"{i}.png": new() for i in range(20)}
+    for files, options, expected in (
+        (nested, {}, "outermost one is used as the class: cat/0, cat/1, cat/2, cat/3, dog/0 and 3 more"),
+        (unlabelled | {"map.csv": b"key,label\n0.png,cat\n1.png,dog\n"}, {"labels": "map.csv"},
+         "most images have no label: .* and 13 more"),
+    ):  # fmt: skip
+        folder = f"in{len(files)}"
+        write(tmp_path / folder, files)
+        labels = f"{folder}/{options['labels']}" if options else None
+        source = PrepareConfig(store=str(tmp_path), source=folder, output="out", name="suspicious", labels=labels)
+        with pytest.raises(ValueError, match=expected):
+            plan(source)
+
+
+def test_a_map_of_numbers_in_order_counts_the_images_of_all_splits(tmp_path: Path) -> None:
+    """The numbers belong to the images in the order of their names, however many splits they are in."""
+    new = Pictures()
+    files = {f"{split}/{i}.png": new() for split in ("train", "val") for i in range(4)}
+    write(tmp_path / "in", files | {"map.txt": b"0\n1\n0\n1\n2\n2\n2\n2\n"})
+    manifest = prepare(
+        PrepareConfig(store=str(tmp_path), source="in", output="out", name="ordered", labels="in/map.txt",
+                      accept_classes=True)
+    )  # fmt: skip
+    assert sorted(table(manifest, "train")["label"]) == [0, 0, 1, 1]
+    assert sorted(table(manifest, "validation")["label"]) == [2, 2, 2, 2]
+
+
+def test_equal_names_within_two_tars_hide_no_image(tmp_path: Path) -> None:
+    new = Pictures()
+
+    def outer_tar() -> bytes:
+        samples = [(f"{i}.{ending}", data) for i in range(4) for ending, data in (("png", new()), ("cls", b"%d" % i))]
+        return tar_bytes([("0000.tar", tar_bytes(samples))])
+
+    write(tmp_path / "in", {"a.tar": outer_tar(), "b.tar": outer_tar()})
+    manifest = prepare(config(tmp_path, Trial({}, "", {"accept_classes": True})))
+    assert manifest.num_samples("train") == 8
