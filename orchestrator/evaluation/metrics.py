@@ -240,7 +240,7 @@ def _authentic(c: Comparison) -> Estimate:
     squared, own = c.rows.nearest
     copies = int((squared == 0).sum())
     note = f"{copies:,} samples have exactly the features of a training image" if copies else ""
-    estimate = authentic_share(squared, own, _strata(c, len(squared))).noted(note)
+    estimate = authentic_share(squared, own, _strata(c, len(squared))).with_notes(note)
     return replace(estimate, n_reference=c.rows.num_training)
 
 
