@@ -181,8 +181,10 @@ class Diffusion:
         self.num_timesteps = len(betas)
         if self.num_timesteps < 2:
             raise ValueError(f"respacing {respacing!r} keeps {self.num_timesteps} steps; a chain needs at least 2")
+        scale = 1000.0 / config.num_timesteps if config.rescale_timesteps else 1.0
+        self.model_timestep_map = np.float64(scale) * self.timestep_map  # what the network receives, float64 [T']
         self._make_tables(betas)
-        self._tensors: dict[tuple[str, torch.device], Tensor] = {}
+        self._tensors: dict[tuple[str, torch.device], Tensor] = {}  # cache of `at`
 
     def _make_tables(self, betas: NDArray[np.float64]) -> None:
         self.betas = betas
@@ -228,12 +230,6 @@ class Diffusion:
         """Return the timesteps that the network receives at chain indices t, float32 [B]."""
         timesteps = self.at("model_timestep_map", t, like)
         return timesteps.expand(len(like)) if isinstance(t, int) else timesteps.view(-1)
-
-    @property
-    def model_timestep_map(self) -> NDArray[np.float64]:
-        """Return the timestep that the network receives at each step of the chain, float64 [T']."""
-        scale = 1000.0 / self.config.num_timesteps if self.config.rescale_timesteps else 1.0
-        return np.float64(scale) * self.timestep_map
 
     def q_sample(self, x_start: Tensor, t: Timestep, noise: Tensor) -> Tensor:
         """Return x_t ~ q(x_t | x_0) from standard normal `noise` (DDPM eq. 4)."""

@@ -15,8 +15,6 @@ from torch.nn import functional as F
 from models.features import Features, check_images, fold_batch_norm
 
 SIZE = 224  # pixels, the input size of the network
-NUM_CLASSES = 1000
-DIMENSION = 1280
 NUM_BLOCKS = 16
 STRIDE_2 = {1, 3, 5, 11}  # blocks that halve height and width
 EPS = 1e-3  # of batch norm
@@ -29,8 +27,8 @@ class EfficientNetLite0:
     """Extractor with `pool` [B, 1280] and `logits` [B, 1000] for the classes of ImageNet."""
 
     name = "efficientnet_lite0"
-    dimension = DIMENSION
-    num_classes = NUM_CLASSES
+    dimension = 1280
+    num_classes = 1000
 
     def __init__(self, state: Mapping[str, Tensor], device: str | torch.device = "cpu") -> None:
         """Load the port's tensors.

@@ -64,7 +64,7 @@ def extract(extractor: Extractor, images: NDArray[np.uint8], batch_size: int) ->
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         if len(batch) < batch_size:
-            batch = batch[np.arange(batch_size) % len(batch)]  # repeats its images
+            batch = batch[np.arange(batch_size) % len(batch)]  # padded by repeating its images
         batches.append(extractor(batch))
 
     def concatenate(name: str) -> NDArray[np.float32] | None:

@@ -77,9 +77,9 @@ def precision_recall(reference: Array, samples: Array, k: int = 3, strata: Strat
         rows, recalled = block.within(sample_radii[block.rows, None])
         num_recalling += np.bincount(recalled, minlength=m)
         recalling_sample[recalled] = rows
-    recalled_by_it_alone = np.bincount(recalling_sample[num_recalling == 1], minlength=n)  # for each sample
+    num_recalled_alone = np.bincount(recalling_sample[num_recalling == 1], minlength=n)  # rows only this sample recalls
     precision = proportion_estimate(in_reference_ball, strata)
-    recall = _set_estimate(float((num_recalling > 0).mean()), recalled_by_it_alone / m, strata)
+    recall = _set_estimate(float((num_recalling > 0).mean()), num_recalled_alone / m, strata)
     return (
         replace(precision, n_reference=m).with_notes(_copies_note("reference", reference_radii, k)),
         replace(recall, n_reference=m).with_notes(_copies_note("sample", sample_radii, k)),
@@ -119,15 +119,15 @@ def density_coverage(
         rows, _ = block.within(clipped_radii)
         num_clipped_balls += np.bincount(rows, minlength=n)
     rows, balls = np.concatenate(pairs, axis=1)
-    only_sample = np.bincount(rows[num_samples[balls] <= 1], minlength=n)  # for each sample, balls without another one
-    needed_sample = np.bincount(rows[num_samples[balls] <= k], minlength=n)  # and balls that contain at most k samples
+    num_alone = np.bincount(rows[num_samples[balls] <= 1], minlength=n)  # of its balls, those without other samples
+    num_sparse = np.bincount(rows[num_samples[balls] <= k], minlength=n)  # of its balls, those with at most k samples
     near = neighbours.squared <= clipped_radii[:, None]
     reference_density = np.bincount(neighbours.index[near], minlength=m).clip(max=k).mean() / k
     estimates = (
         _density_estimate(num_balls / k, strata),
-        _set_estimate(float((num_samples > 0).mean()), only_sample / m, strata),
+        _set_estimate(float((num_samples > 0).mean()), num_alone / m, strata),
         _density_estimate(num_clipped_balls.clip(max=k) / k / max(reference_density, 1e-12), strata),
-        _set_estimate(float(num_samples.clip(max=k).mean()) / k, needed_sample / m / k, strata),
+        _set_estimate(float(num_samples.clip(max=k).mean()) / k, num_sparse / m / k, strata),
     )
     note = _copies_note("reference", radii, k)
     density, coverage, clipped_density, clipped_coverage = (

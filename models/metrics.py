@@ -651,7 +651,7 @@ def cmmd(reference: Array, samples: Array, strata: Strata = None) -> Estimate:
 def vendi_score(samples: Array) -> float:
     """Return the Vendi score with q = 1 (Friedman & Dieng 2023), the effective number of distinct samples.
 
-    It is exp of the entropy of the eigenvalues of the cosine kernel, divided by n.
+    It is exp of the entropy of the eigenvalues of K / n, where K is the matrix of cosine similarities.
     """
     check_features(samples)
     unit = np.asarray(samples, np.float64)
