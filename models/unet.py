@@ -75,7 +75,7 @@ class EncoderConfig(BaseModel, frozen=True, extra="forbid"):
         field = "num_heads" if self.num_head_channels is None else "num_head_channels"
         divisor = getattr(self, field)
         for width, size in zip(self.widths, self.sizes, strict=True):
-            has_attention = size in self.attention_resolutions or size == self.sizes[-1]  # as the middle block has
+            has_attention = size in self.attention_resolutions or size == self.sizes[-1]  # which the middle block has
             if has_attention and width % divisor:
                 raise ValueError(f"{field}={divisor} does not divide the {width} channels of an attention layer")
         return self

@@ -65,9 +65,9 @@ class FeatureFiles:
         return len(_blocks(self.count))
 
     def array(self, name: ArrayName, rows: np.ndarray | None = None) -> np.ndarray | None:
-        """Return an array of features, float32 [N, D] of all images or [n, D] of the indices `rows`, in their order.
+        """Return an array of features, float32 [N, D], of all images or of the indices `rows`, in their order.
 
-        Returns None if the extractor does not have these features.
+        Return None if the extractor does not have these features.
         """
         indices = np.arange(self.count) if rows is None else rows
         result: np.ndarray | None = None

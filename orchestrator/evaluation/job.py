@@ -46,10 +46,10 @@ def evaluate(config: EvaluationConfig) -> str:
     """
     output = config.path(config.output)
     images = _open_samples(config)
-    reference_input = _find_reference(config, images)
-    loader = _extractor_loader(config, images, reference_input)
-    warnings, class_mismatch = _check_compatible(config, images, reference_input)
-    floor = _find_floor(config, reference_input, images.count)
+    reference_input = _open_reference(config, images)
+    loader = _make_loader(config, images, reference_input)
+    warnings, class_mismatch = _check_sets(config, images, reference_input)
+    floor = _open_floor(config, reference_input, images.count)
     loaded = loader(CPU)
     with _option_in_errors(config, "reference"):
         reference_input.statistics(loaded)  # checks the reference before the features of the samples are extracted
@@ -119,9 +119,9 @@ def plan(config: EvaluationConfig) -> tuple[EvaluationConfig, str]:
         if not storage.exists(reference):
             raise FileNotFoundError(reference)
         if not absent:
-            reference_input = _find_reference(config, images)
-            _check_compatible(config, images, reference_input)
-            _find_floor(config, reference_input, images.count)
+            reference_input = _open_reference(config, images)
+            _check_sets(config, images, reference_input)
+            _open_floor(config, reference_input, images.count)
     except FileNotFoundError:
         absent.append(reference)
     lines = [
@@ -177,14 +177,14 @@ def _open_samples(config: EvaluationConfig) -> ImageSet:
         return open_images(config.path(config.samples), manifest, config.image_size)
 
 
-def _find_reference(config: EvaluationConfig, images: ImageSet) -> ReferenceInput:
+def _open_reference(config: EvaluationConfig, images: ImageSet) -> ReferenceInput:
     uri = config.path(config.reference)
     size = 0 if uri.endswith(".npz") else _image_size(config, images)
     with _option_in_errors(config, "reference"):
         return find_reference(uri, size)
 
 
-def _find_floor(config: EvaluationConfig, reference_input: ReferenceInput, count: int) -> ImageSet | None:
+def _open_floor(config: EvaluationConfig, reference_input: ReferenceInput, count: int) -> ImageSet | None:
     """Return at most `count` held-out real images, or None if there are none."""
     dataset = config.path(config.reference) if reference_input.batch is None else None
     manifest = load_manifest(dataset) if dataset else None
@@ -242,9 +242,7 @@ def _floor_features(config: EvaluationConfig, floor: ImageSet, loader: LoadExtra
     return extract_all(floor, folder, loader, config.num_workers, config.num_gpus)
 
 
-def _check_compatible(
-    config: EvaluationConfig, images: ImageSet, reference_input: ReferenceInput
-) -> tuple[list[str], str]:
+def _check_sets(config: EvaluationConfig, images: ImageSet, reference_input: ReferenceInput) -> tuple[list[str], str]:
     """Return warnings, and the reason why the labels of samples and reference cannot be matched ("" = they can)."""
     samples, reference = f"--samples {config.samples}", f"--reference {config.reference}"
     warnings = [f"{samples}: {warning}" for warning in images.warnings]
@@ -256,7 +254,7 @@ def _check_compatible(
     return warnings + more_warnings, class_mismatch
 
 
-def _extractor_loader(config: EvaluationConfig, images: ImageSet, reference_input: ReferenceInput) -> LoadExtractor:
+def _make_loader(config: EvaluationConfig, images: ImageSet, reference_input: ReferenceInput) -> LoadExtractor:
     reference = config.path(config.reference)
     return extractor_loader(
         config.extractor,

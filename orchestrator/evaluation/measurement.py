@@ -95,8 +95,8 @@ def measure_files(
 ) -> Measurement:
     """Compute all metrics of the samples' features against the reference.
 
-    The memory has one feature array at a time: n x D x 4 bytes, which is 0.4 GB for 50,000 x 2,048. Metrics of pairs
-    need twice that, and the chosen reference rows.
+    One feature array is in memory at a time: n x D x 4 bytes, which is 0.4 GB for 50,000 x 2,048. Metrics of pairs need
+    twice that, and the chosen reference rows.
 
     Args:
         name: the extractor's name.

@@ -75,9 +75,9 @@ def _make_search(
 def nearest_training_features(
     samples: FeatureFiles, rows: np.ndarray, training: FeatureFiles, num_workers: int, num_gpus: float = 0.0
 ) -> tuple[Neighbours, np.ndarray]:
-    """Return the nearest training image of each sample in `rows` [Q], and the squared distances [Q] of these images.
+    """Return the nearest training image of each of the samples `rows` [Q], and squared distances [Q].
 
-    The latter are the distances of these training images to their own nearest other training images.
+    These are the squared distances of the training images to their own nearest other training images.
     """
     read = partial(feature_rows, training)
     neighbours = nearest_rows(partial(samples.pool, rows), read, training.count, 1, num_workers, num_gpus)
