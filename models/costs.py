@@ -66,18 +66,19 @@ def sampling_evaluations(sampler: SamplerConfig, guidance: GuidanceConfig, diffu
         ValueError: the diffusion process has no such chain.
     """
     timesteps = evaluated_timesteps(sampler, diffusion)
-    inside = guided_timesteps(guidance.interval, diffusion.num_timesteps)
-    return Evaluations(len(timesteps), sum(t in inside for t in timesteps) if guidance.scale else 0)
+    guided = guided_timesteps(guidance.interval, diffusion.num_timesteps)
+    guide_evaluations = sum(t in guided for t in timesteps) if guidance.scale else 0
+    return Evaluations(len(timesteps), guide_evaluations)
 
 
 def sampling_flops(evaluations: Evaluations, model: Architecture, guide: Architecture | None) -> float:
     """Return the FLOPs of one sample; `guide` is the classifier, the weaker model or `model` itself."""
-    multiply_adds = guidance_multiply_adds(guide) if guide else 0
-    return 2.0 * (evaluations.model * forward_multiply_adds(model) + evaluations.guide * multiply_adds)
+    guide_multiply_adds = guidance_multiply_adds(guide) if guide else 0
+    return 2.0 * (evaluations.model * forward_multiply_adds(model) + evaluations.guide * guide_multiply_adds)
 
 
 def guidance_multiply_adds(guide: Architecture) -> int:
-    """Return the multiply-adds of a guide per image; for a classifier those of the forward and the backward pass."""
+    """Return the multiply-adds of a guide per image; a classifier needs a forward and a backward pass."""
     return (2 if guide.kind == "classifier" else 1) * forward_multiply_adds(guide)
 
 
@@ -86,11 +87,12 @@ def peak_memory(config: Architecture, use: Use, batch: int, half: bool = False) 
     """Return the peak memory of one pass over `batch` images in bytes, without the float32 weights.
 
     This counts all tensors: activations, gradients and, with `half`, the half-precision copies of the weights. It does
-    not include the workspace of convolutions and the fragmentation of the allocator.
+    not include the workspace of convolutions or the fragmentation of the allocator.
 
     Args:
-        use: "training" is a forward and backward pass, "guiding" a classifier's gradient with respect to its input,
-            and "sampling" a forward pass.
+        use: "training" is a forward and a backward pass, "guiding" is the gradient of a classifier with respect to its
+            input, and "sampling" is a forward pass.
+        half: whether the pass runs under autocast to a 16-bit type.
     """
     with FakeTensorMode():
         network = config.build().requires_grad_(use == "training").train(use == "training")
@@ -107,18 +109,18 @@ def peak_memory(config: Architecture, use: Use, batch: int, half: bool = False) 
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counter of the bytes of all live tensors that were created in this context."""
+    """Context that counts the bytes of all live tensors that were created in it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
+            # Views and in-place results share the storage of an input, which is already counted.
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in inputs:
                 self._add(leaf.untyped_storage())
         return result
 

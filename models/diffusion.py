@@ -42,12 +42,12 @@ class DiffusionConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 def ddpm_betas(schedule: str, beta_start: float, beta_end: float, num_timesteps: int) -> NDArray[np.float64]:
-    """Return the betas of one of DDPM's schedules, float64 [T]; unlike `betas_for` this does not scale them with T."""
+    """Return the betas of one of DDPM's schedules, float64 [T]; unlike `betas_for`, this does not scale them with T."""
 
     def warmup(fraction: float) -> NDArray[np.float64]:
         betas = np.full(num_timesteps, beta_end, dtype=np.float64)
-        rising = int(num_timesteps * fraction)
-        betas[:rising] = np.linspace(beta_start, beta_end, rising, dtype=np.float64)
+        warmup_steps = int(num_timesteps * fraction)
+        betas[:warmup_steps] = np.linspace(beta_start, beta_end, warmup_steps, dtype=np.float64)
         return betas
 
     match schedule:
@@ -67,7 +67,7 @@ def ddpm_betas(schedule: str, beta_start: float, beta_end: float, num_timesteps:
 
 
 def cosine_betas(num_timesteps: int) -> NDArray[np.float64]:
-    """Return the betas of a squared-cosine alphas_cumprod, each at most 0.999 (IDDPM eq. 17)."""
+    """Return the betas whose alphas_cumprod is a squared cosine, each at most 0.999, float64 [T] (IDDPM eq. 17)."""
 
     def alphas_cumprod(u: float) -> float:
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -89,11 +89,11 @@ def betas_for(schedule: str, num_timesteps: int) -> NDArray[np.float64]:
 
 
 def space_timesteps(num_timesteps: int, spec: str | Sequence[int]) -> NDArray[np.int64]:
-    """Return the original timesteps that a shorter chain keeps, sorted int64 (IDDPM section 4, DDIM section 4.2).
+    """Return the original timesteps of a shorter chain, sorted int64 (IDDPM section 4, DDIM section 4.2).
 
     Args:
-        spec: "ddimN" keeps N steps with an integer stride, from 0. A list such as "10,20,30" gives the number of steps
-            to keep in each of as many equal sections of the process.
+        spec: "ddimN" keeps N timesteps with an integer stride, from 0. A list such as "10,20,30" divides the process
+            into as many equal sections, and gives the number of timesteps to keep in each.
 
     Raises:
         ValueError: no such chain exists.
@@ -104,27 +104,30 @@ def space_timesteps(num_timesteps: int, spec: str | Sequence[int]) -> NDArray[np
             if len(range(0, num_timesteps, stride)) == count:
                 return np.arange(0, num_timesteps, stride, dtype=np.int64)
         possible = {-(-num_timesteps // stride) for stride in range(1, num_timesteps)}
-        near = sorted(sorted(possible, key=lambda n: abs(n - count))[:2])
+        nearest = sorted(sorted(possible, key=lambda n: abs(n - count))[:2])
         raise ValueError(
-            f"respacing {spec!r}: no integer stride keeps {count} of {num_timesteps} steps; the nearest are {near}"
+            f"respacing {spec!r}: no integer stride keeps {count} of {num_timesteps} steps; the nearest possible "
+            f"counts are {' and '.join(map(str, nearest))}"
         )
     counts = _step_counts(spec, spec) if isinstance(spec, str) else list(spec)
     if not counts:
         raise ValueError(f"respacing {spec!r} has no sections; write step counts such as '250' or '10,20'")
-    size_each, longer = divmod(num_timesteps, len(counts))
-    kept: set[int] = set()
+    base_size, num_longer = divmod(num_timesteps, len(counts))
+    timesteps: set[int] = set()
     start = 0
     for section, count in enumerate(counts):
-        size = size_each + (section < longer)
+        size = base_size + (section < num_longer)
         if size < count:
-            raise ValueError(f"respacing {spec!r}: section {section} has {size} steps, fewer than {count}")
-        stride_ = (size - 1) / (count - 1) if count > 1 else 1.0
-        position = 0.0  # summed in floating point and rounded half to even, as the published code does
+            raise ValueError(
+                f"respacing {spec!r}: section {section} has only {size} timesteps, so it cannot keep {count}"
+            )
+        spacing = (size - 1) / (count - 1) if count > 1 else 1.0
+        position = 0.0  # summed in floating point and rounded half to even, as in the published code
         for _ in range(count):
-            kept.add(start + round(position))
-            position += stride_
+            timesteps.add(start + round(position))
+            position += spacing
         start += size
-    return np.array(sorted(kept), dtype=np.int64)
+    return np.array(sorted(timesteps), dtype=np.int64)
 
 
 def _step_counts(text: str, spec: str) -> list[int]:
@@ -145,7 +148,7 @@ class Prediction:
     pred_x_start: Tensor
     mean: Tensor  # of p(x_{t-1} | x_t)
     variance: Tensor  # of p(x_{t-1} | x_t)
-    log_variance: Tensor  # its logarithm; finite also at t = 0, where a fixed variance is 0
+    log_variance: Tensor  # logarithm of the variance; also finite at t = 0, where a fixed variance is 0
 
 
 Denoise = Callable[[Tensor, Timestep], Prediction]
@@ -154,7 +157,8 @@ Denoise = Callable[[Tensor, Timestep], Prediction]
 class Diffusion:
     """The diffusion process, possibly respaced, with its float64 tables [T'].
 
-    `num_timesteps` is T', the number of steps of this chain; `timestep_map` int64 [T'] has their original timesteps.
+    `num_timesteps` is T', the number of steps of this chain. `timestep_map`, int64 [T'], has the original timestep of
+    each step.
 
     Raises:
         ValueError: the respacing is impossible, a beta is outside (0, 1], or the chain has fewer than two steps.
@@ -172,13 +176,15 @@ class Diffusion:
             self.timestep_map = np.arange(config.num_timesteps, dtype=np.int64)
         else:
             self.timestep_map = space_timesteps(config.num_timesteps, respacing)
-            kept = np.cumprod(1.0 - betas)[self.timestep_map]
-            betas = 1.0 - kept / np.append(1.0, kept[:-1])
+            alphas_cumprod = np.cumprod(1.0 - betas)[self.timestep_map]
+            betas = 1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
         self.num_timesteps = len(betas)
         if self.num_timesteps < 2:
             raise ValueError(f"respacing {respacing!r} keeps {self.num_timesteps} steps; a chain needs at least 2")
+        scale = 1000.0 / config.num_timesteps if config.rescale_timesteps else 1.0
+        self.model_timestep_map = np.float64(scale) * self.timestep_map  # what the network receives, float64 [T']
         self._make_tables(betas)
-        self._tensors: dict[tuple[str, torch.device], Tensor] = {}
+        self._tensors: dict[tuple[str, torch.device], Tensor] = {}  # cache of `at`
 
     def _make_tables(self, betas: NDArray[np.float64]) -> None:
         self.betas = betas
@@ -209,28 +215,21 @@ class Diffusion:
             self.fixed_large_log_variance = np.log(np.append(self.posterior_variance[1], betas[1:]))
 
     def at(self, table: str, t: Timestep, like: Tensor) -> Tensor:
-        """Return entries of a table as float32 on the device of `like`: 0-dim for an int t, [B, 1, ...] for t [B].
+        """Return entries of a table, float32 on the device of `like`: 0-dim for an int t, [B, 1, ...] for t [B].
 
-        The whole table is on the device from its first use on, so this does not synchronise with the host.
+        The first call copies the whole table to the device, so later calls do not synchronise with the host.
         """
         key = (table, like.device)
         if key not in self._tensors:
-            with torch.inference_mode(False):  # a later backward pass may need these cached tensors
-                values = getattr(self, table)
-                self._tensors[key] = torch.tensor(values, dtype=torch.float32, device=like.device)
+            with torch.inference_mode(False):  # a later backward pass may need this cached tensor
+                self._tensors[key] = torch.tensor(getattr(self, table), dtype=torch.float32, device=like.device)
         entries = self._tensors[key][t]
         return entries if isinstance(t, int) else entries.view(-1, *[1] * (like.ndim - 1))
 
     def model_timesteps(self, t: Timestep, like: Tensor) -> Tensor:
-        """Return the timesteps that the network gets at chain indices t, float32 [B]."""
+        """Return the timesteps that the network receives at chain indices t, float32 [B]."""
         timesteps = self.at("model_timestep_map", t, like)
         return timesteps.expand(len(like)) if isinstance(t, int) else timesteps.view(-1)
-
-    @property
-    def model_timestep_map(self) -> NDArray[np.float64]:
-        """Return the timestep that the network gets at each step of the chain, float64 [T']."""
-        scale = 1000.0 / self.config.num_timesteps if self.config.rescale_timesteps else 1.0
-        return np.float64(scale) * self.timestep_map
 
     def q_sample(self, x_start: Tensor, t: Timestep, noise: Tensor) -> Tensor:
         """Return x_t ~ q(x_t | x_0) from standard normal `noise` (DDPM eq. 4)."""
@@ -260,7 +259,7 @@ class Diffusion:
                 for an int t and [B, 1, 1, 1] otherwise.
         """
         if values is None and self.config.variance == "fixed_small":
-            # At t = 0 the variance is 0, and the published code takes the logarithm of the value at t = 1.
+            # These differ at t = 0, where the variance is 0 (see posterior_log_variance_clipped).
             return self.at("posterior_variance", t, like), self.at("posterior_log_variance_clipped", t, like)
         if values is None:
             log_variance = self.at("fixed_large_log_variance", t, like)
@@ -274,7 +273,7 @@ class Diffusion:
         return torch.exp(log_variance), log_variance
 
     def split_output(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-        """Split the network's output into mean part and variance part (or None), float32.
+        """Split the network's output into the prediction and the variance values (None if not learned), float32.
 
         Raises:
             ValueError: the number of output channels does not fit the configured variance.
@@ -286,34 +285,39 @@ class Diffusion:
                 f"{channels} image channels needs {expected}"
             )
         output = output.float()
-        return (output[:, :channels], output[:, channels:]) if self.config.learns_variance else (output, None)
+        if not self.config.learns_variance:
+            return output, None
+        return output[:, :channels], output[:, channels:]
 
     def predict(self, output: Tensor, x_t: Tensor, t: Timestep, clip: bool = True) -> Prediction:
-        """Return what the network's `output` [B, C or 2C, H, W] at x_t means; `clip` clamps pred_x_start to [-1, 1]."""
-        value, variance_values = self.split_output(output, x_t.shape[1])
+        """Convert the network's `output` [B, C or 2C, H, W] at x_t to a prediction.
+
+        `clip` clamps pred_x_start to [-1, 1], and eps is then the noise that is consistent with it.
+        """
+        predicted, variance_values = self.split_output(output, x_t.shape[1])
         match self.config.prediction:
             case "eps":
-                x_start = self.x_start_from_eps(x_t, t, value)
+                x_start = self.x_start_from_eps(x_t, t, predicted)
             case "x_start":
-                x_start = value
+                x_start = predicted
             case "previous_x":
-                x_start = self.at("previous_x_coef1", t, x_t) * value - self.at("previous_x_coef2", t, x_t) * x_t
+                x_start = self.at("previous_x_coef1", t, x_t) * predicted - self.at("previous_x_coef2", t, x_t) * x_t
         if clip:
             x_start = x_start.clamp(-1, 1)
-        previous = self.config.prediction == "previous_x"
+        predicts_mean = self.config.prediction == "previous_x"
         variance, log_variance = self.variance(variance_values, t, x_t)
         return Prediction(
             eps=self.eps_from_x_start(x_t, t, x_start),
             pred_x_start=x_start,
-            mean=value if previous else self.q_posterior_mean(x_start, x_t, t),
+            mean=predicted if predicts_mean else self.q_posterior_mean(x_start, x_t, t),
             variance=variance,
             log_variance=log_variance,
         )
 
     def with_eps(self, prediction: Prediction, x_t: Tensor, t: Timestep, eps: Tensor, clip: bool = False) -> Prediction:
-        """Return `prediction` at x_t with another noise, and the pred_x_start and mean that follow from it.
+        """Return `prediction` at x_t with its noise replaced by `eps`, and the pred_x_start and mean of this noise.
 
-        `clip` clamps pred_x_start to [-1, 1] again.
+        `clip` clamps pred_x_start to [-1, 1], and changes the noise to be consistent with it.
         """
         x_start = self.x_start_from_eps(x_t, t, eps)
         if clip:
@@ -325,8 +329,8 @@ class Diffusion:
     def on_chain(self, model: Model) -> Model:
         """Return a function (x_t, t, **kwargs) that calls `model` with the timestep of chain index t.
 
-        An int t means sampling. Then the time embeddings of the whole chain are computed once, at the first call and
-        without gradients, if the model has `embed_timesteps`.
+        Samplers pass an int t. Then, if the model has `embed_timesteps`, the time embeddings of the whole chain are
+        computed once, at the first call and without gradients.
         """
         embed = getattr(model, "embed_timesteps", None)
         embeddings: Tensor | None = None
@@ -337,8 +341,8 @@ class Diffusion:
             if isinstance(t, int) and embed is not None:
                 if embeddings is None:
                     with torch.inference_mode(False), torch.no_grad():
-                        chain = torch.arange(self.num_timesteps, device=x_t.device)
-                        embeddings = embed(self.at("model_timestep_map", chain, chain))
+                        indices = torch.arange(self.num_timesteps, device=x_t.device)
+                        embeddings = embed(self.model_timesteps(indices, like=indices))
                 kwargs["time_embedding"] = embeddings[t].expand(len(x_t), -1)
             return model(x_t, timesteps, **kwargs)
 
@@ -347,13 +351,19 @@ class Diffusion:
     def denoiser(
         self, model: Model, y: Tensor | None = None, low_res: Tensor | None = None, clip: bool = True
     ) -> Denoise:
-        """Return the function (x_t, t) -> Prediction that samplers take, for labels y [B] and low-resolution images."""
-        call = self.on_chain(model)
+        """Return the function (x_t, t) -> Prediction that samplers take.
+
+        Args:
+            y: labels int64 [B] of a conditional model.
+            low_res: images float32 [B, C, h, w] in [-1, 1] for an upsampler.
+            clip: clamp pred_x_start to [-1, 1].
+        """
+        network = self.on_chain(model)
         inputs = {"y": y, "low_res": low_res}
         kwargs = {name: value for name, value in inputs.items() if value is not None}
 
         def denoise(x_t: Tensor, t: Timestep) -> Prediction:
-            return self.predict(call(x_t, t, **kwargs), x_t, t, clip)
+            return self.predict(network(x_t, t, **kwargs), x_t, t, clip)
 
         return denoise
 
@@ -376,7 +386,7 @@ class Diffusion:
         return torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2)
 
     def losses(self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor, **model_kwargs: Any) -> dict[str, Tensor]:
-        """Return loss terms [B] at timesteps t int64 [B]: "loss" and, if it has parts, "mse" and "vb".
+        """Return loss terms [B] at chain indices t int64 [B]: "loss" and, if it has parts, "mse" and "vb".
 
         "simple" is DDPM eq. 14; with a learned variance it is IDDPM eq. 16, where the mean in the bound is detached, so
         that the bound trains only the variance. "rescaled_simple" multiplies this bound by T / 1000. "kl" is the
@@ -387,7 +397,7 @@ class Diffusion:
         if self.config.loss in ("kl", "rescaled_kl"):
             vb = self.vb_term(x_start, x_t, t, self.predict(output, x_t, t, clip=False))
             return {"loss": vb * self.num_timesteps if self.config.loss == "rescaled_kl" else vb}
-        value, variance_values = self.split_output(output, x_t.shape[1])
+        predicted, variance_values = self.split_output(output, x_t.shape[1])
         match self.config.prediction:
             case "eps":
                 target = noise
@@ -395,11 +405,11 @@ class Diffusion:
                 target = x_start
             case "previous_x":
                 target = self.q_posterior_mean(x_start, x_t, t)
-        mse = mean_flat((target - value) ** 2)
+        mse = mean_flat((target - predicted) ** 2)
         if variance_values is None:
             return {"loss": mse, "mse": mse}
-        frozen = torch.cat([value.detach(), variance_values], dim=1)
-        vb = self.vb_term(x_start, x_t, t, self.predict(frozen, x_t, t, clip=False))
+        mean_detached = torch.cat([predicted.detach(), variance_values], dim=1)
+        vb = self.vb_term(x_start, x_t, t, self.predict(mean_detached, x_t, t, clip=False))
         if self.config.loss == "rescaled_simple":
             vb = vb * (self.num_timesteps / 1000.0)
         return {"loss": mse + vb, "mse": mse, "vb": vb}
@@ -446,7 +456,7 @@ def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Te
 
 
 class UniformTimesteps:
-    """Sample all timesteps with equal probability and weight 1."""
+    """Samples all timesteps with equal probability, so that all loss weights are 1."""
 
     def __init__(self, num_timesteps: int) -> None:
         self.num_timesteps = num_timesteps
@@ -468,10 +478,11 @@ class UniformTimesteps:
 
 
 class LossSecondMomentTimesteps(UniformTimesteps):
-    """Sample timesteps with p(t) proportional to sqrt(E[L_t^2]) over the latest losses (IDDPM eq. 18).
+    """Samples timesteps with p(t) proportional to sqrt(E[L_t^2]) over the latest losses (IDDPM eq. 18).
 
-    Sampling is uniform until every timestep has a full history, and a share `uniform_prob` of it stays uniform. With
-    several workers each has a copy, and all must `update` with the gathered losses of all workers in a fixed order.
+    Sampling is uniform until every timestep has `history_per_term` losses. After that, a fraction `uniform_prob` of the
+    probability stays uniform. If there are several workers, each has a copy of this object. To keep the copies equal,
+    gather the losses of all workers in a fixed order and pass all of them to each `update`.
     """
 
     def __init__(self, num_timesteps: int, history_per_term: int = 10, uniform_prob: float = 0.001) -> None:
@@ -485,8 +496,9 @@ class LossSecondMomentTimesteps(UniformTimesteps):
         """Return unnormalised probabilities, float64 [T]; ones until the history is full."""
         if (self.counts < self.history_per_term).any():
             return super().weights()
-        moments = np.sqrt(np.mean(self.history**2, axis=1))
-        return moments / moments.sum() * (1 - self.uniform_prob) + self.uniform_prob / self.num_timesteps
+        root_mean_squares = np.sqrt(np.mean(self.history**2, axis=1))
+        probabilities = root_mean_squares / root_mean_squares.sum()
+        return probabilities * (1 - self.uniform_prob) + self.uniform_prob / self.num_timesteps
 
     def update(self, t: NDArray[np.int64], losses: NDArray[np.float64]) -> None:
         """Add unweighted losses [N] at timesteps [N] to the history, in the order given."""

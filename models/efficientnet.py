@@ -15,8 +15,6 @@ from torch.nn import functional as F
 from models.features import Features, check_images, fold_batch_norm
 
 SIZE = 224  # pixels, the input size of the network
-NUM_CLASSES = 1000
-DIMENSION = 1280
 NUM_BLOCKS = 16
 STRIDE_2 = {1, 3, 5, 11}  # blocks that halve height and width
 EPS = 1e-3  # of batch norm
@@ -29,11 +27,15 @@ class EfficientNetLite0:
     """Extractor with `pool` [B, 1280] and `logits` [B, 1000] for the classes of ImageNet."""
 
     name = "efficientnet_lite0"
-    dimension = DIMENSION
-    num_classes = NUM_CLASSES
+    dimension = 1280
+    num_classes = 1000
 
     def __init__(self, state: Mapping[str, Tensor], device: str | torch.device = "cpu") -> None:
-        """Load the port's tensors; ValueError with the name of the first one that is missing."""
+        """Load the port's tensors.
+
+        Raises:
+            ValueError: tensors are missing; the message names the first one.
+        """
         norms = {"_conv_stem": "_bn0", "_conv_head": "_bn1"} | {
             f"_blocks.{block}.{conv}": f"_blocks.{block}.{norm}"
             for block in range(NUM_BLOCKS)
@@ -45,15 +47,15 @@ class EfficientNetLite0:
         expected |= {f"{norm}.{part}" for norm in norms.values() for part in parts}
         if missing := sorted(expected - set(state)):
             raise ValueError(
-                f"{len(missing)} tensors are missing from the EfficientNet-Lite0 weights: {missing[0]!r}..."
+                f"{len(missing)} tensors are missing from the EfficientNet-Lite0 weights, first {missing[0]!r}"
             )
         self.device = torch.device(device)
         self.units = {}
         for conv, norm in norms.items():
-            tensors = (state[name].double() for name in (f"{conv}.weight", *(f"{norm}.{part}" for part in parts)))
-            weight, bias = fold_batch_norm(conv, EPS, *tensors)
-            on_device = weight.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
-            self.units[conv] = on_device, bias.to(self.device, torch.float32)
+            names = [f"{conv}.weight", *(f"{norm}.{part}" for part in parts)]
+            weight, bias = fold_batch_norm(conv, EPS, *(state[name].double() for name in names))
+            weight = weight.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
+            self.units[conv] = weight, bias.to(self.device, torch.float32)
         self.fc = [state[name].to(self.device, torch.float32) for name in ("_fc.weight", "_fc.bias")]
 
     @torch.inference_mode()
@@ -73,7 +75,9 @@ class EfficientNetLite0:
 
     def _block(self, name: str, x: Tensor, stride: int) -> Tensor:
         """Apply an inverted residual block; the input is added if the shapes are equal."""
-        y = self._unit(f"{name}._expand_conv", x).clamp_(0, 6) if f"{name}._expand_conv" in self.units else x
+        y = x
+        if f"{name}._expand_conv" in self.units:
+            y = self._unit(f"{name}._expand_conv", x).clamp_(0, 6)
         y = self._unit(f"{name}._depthwise_conv", y, stride, groups=y.shape[1]).clamp_(0, 6)
         y = self._unit(f"{name}._project_conv", y)
         return x + y if x.shape == y.shape else y
@@ -82,7 +86,7 @@ class EfficientNetLite0:
         """Convolve with TensorFlow's SAME padding, which pads more at the right and at the bottom."""
         weight, bias = self.units[name]
         sizes = zip(x.shape[2:], weight.shape[2:], strict=True)
-        needed = [max((-(-n // stride) - 1) * stride + kernel - n, 0) for n, kernel in sizes]
-        top, left = (n // 2 for n in needed)
-        x = F.pad(x, (left, needed[1] - left, top, needed[0] - top))
+        pad_height, pad_width = (max((-(-size // stride) - 1) * stride + kernel - size, 0) for size, kernel in sizes)
+        top, left = pad_height // 2, pad_width // 2
+        x = F.pad(x, (left, pad_width - left, top, pad_height - top))
         return F.conv2d(x, weight, bias, stride, groups=groups)

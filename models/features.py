@@ -29,16 +29,16 @@ class Features:
 
 
 class Extractor(Protocol):
-    """The interface of feature networks."""
+    """The interface of feature networks, which map images uint8 [B, H, W, 3] to features."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str: ...  # the end of the names of its metrics
 
     @property
-    def dimension(self) -> int: ...
+    def dimension(self) -> int: ...  # D, the number of pooled features
 
     @property
-    def num_classes(self) -> int | None: ...
+    def num_classes(self) -> int | None: ...  # K, the number of logits; None = it has none
 
     def __call__(self, images: NDArray[np.uint8]) -> Features: ...
 
@@ -52,24 +52,26 @@ def check_images(images: NDArray[np.uint8]) -> None:
 
 
 def extract(extractor: Extractor, images: NDArray[np.uint8], batch_size: int) -> Features:
-    """Return the features of images [N, H, W, 3], computed in batches of `batch_size`; the last batch is padded.
+    """Return the features of images uint8 [N, H, W, 3], computed in batches of `batch_size`; the last one is padded.
 
-    Row i therefore depends on image i, its position in the batch and `batch_size`, and not on N.
+    Therefore row i depends on image i, its position in the batch and `batch_size`, but not on N.
 
     Raises:
         ValueError: dtype or shape are wrong, or a feature is not finite.
     """
     check_images(images)
-    parts = []
+    batches = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
-        padded = batch[np.arange(batch_size) % len(batch)] if len(batch) < batch_size else batch
-        parts.append((len(batch), extractor(padded)))
+        if len(batch) < batch_size:
+            batch = batch[np.arange(batch_size) % len(batch)]  # padded by repeating its images
+        batches.append(extractor(batch))
 
-    def rows(name: str) -> list[NDArray[np.float32]]:
-        return [array[:n] for n, f in parts if (array := getattr(f, name)) is not None]
+    def concatenate(name: str) -> NDArray[np.float32] | None:
+        arrays = [getattr(features, name) for features in batches]
+        return None if arrays[0] is None else np.concatenate(arrays)[: len(images)]
 
-    pool, spatial, logits = (np.concatenate(r) if (r := rows(n)) else None for n in ("pool", "spatial", "logits"))
+    pool, spatial, logits = (concatenate(name) for name in ("pool", "spatial", "logits"))
     if pool is None or not np.isfinite(pool).all():
         raise ValueError(f"extractor {extractor.name!r} returned features with NaN or infinity")
     return Features(pool, spatial, logits)
@@ -78,13 +80,19 @@ def extract(extractor: Extractor, images: NDArray[np.uint8], batch_size: int) ->
 def fold_batch_norm(
     unit: str, eps: float, weight: Tensor, gain: Tensor, bias: Tensor, mean: Tensor, var: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return weight and bias of a convolution that is equal to the convolution `unit` followed by its batch norm.
+    """Return weight and bias of one convolution that replaces a convolution without bias and its batch norm.
+
+    Args:
+        unit: the name of the convolution, for error messages.
 
     Raises:
         ValueError: the shapes do not fit.
     """
-    if weight.ndim != 4 or any(v.shape != weight.shape[:1] for v in (gain, bias, mean, var)):
-        raise ValueError(f"{unit}: batch norm does not fit a convolution of shape {tuple(weight.shape)}")
+    if weight.ndim != 4 or any(vector.shape != weight.shape[:1] for vector in (gain, bias, mean, var)):
+        raise ValueError(
+            f"{unit}: the batch norm does not have one value for each output channel of a convolution of shape "
+            f"{tuple(weight.shape)}"
+        )
     scale = gain / torch.sqrt(var + eps)
     return weight * scale[:, None, None, None], bias - mean * scale
 
@@ -92,8 +100,9 @@ def fold_batch_norm(
 class DigitsNetwork(nn.Module):
     """A small convolutional network for handwritten digits, with 32 pooled features and 10 logits.
 
-    Images are resized to 16x16 first, so that one network serves 8x8 and 16x16 scans. The smooth activation keeps all
-    features varying, and so the covariance non-singular. `train_digits_network` trains one.
+    Images are resized to 16x16 first, so that one network is used for 8x8 and for 16x16 scans. The activation is
+    smooth, so that every feature varies between images and the covariance is not singular. `train_digits_network`
+    trains one.
     """
 
     name = "digits"
@@ -144,9 +153,9 @@ class DigitsNetwork(nn.Module):
 def train_digits_network(
     images: NDArray[np.uint8], labels: NDArray[np.int64], seed: int, num_epochs: int = 40
 ) -> DigitsNetwork:
-    """Train a `DigitsNetwork` on two thirds of the images, and measure its accuracy on the others, in seconds.
+    """Train a `DigitsNetwork` on two thirds of the images, and measure its accuracy on the others. This takes seconds.
 
-    Split, initial weights, order and shifts depend on `seed` alone, not on the number of threads.
+    The split, the initial weights, the order and the shifts depend only on `seed`, not on the number of threads.
 
     Args:
         images: uint8 [N, H, W, 3].
@@ -173,7 +182,7 @@ def train_digits_network(
 
 
 def _fit(network: DigitsNetwork, x: Tensor, y: Tensor, num_epochs: int, rng: np.random.Generator) -> None:
-    """Train by AdamW with a one-cycle learning rate, on shifted images x [N, 3, H, W] with classes y [N]."""
+    """Train by AdamW with a one-cycle learning rate, on randomly shifted images x [N, 3, H, W] with labels y [N]."""
     batch_size = min(64, len(x))
     steps_per_epoch = len(x) // batch_size
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
@@ -181,7 +190,7 @@ def _fit(network: DigitsNetwork, x: Tensor, y: Tensor, num_epochs: int, rng: np.
     for _ in range(num_epochs):
         order = rng.permutation(len(x))
         for rows in np.split(order[: steps_per_epoch * batch_size], steps_per_epoch):
-            _, logits = network.embed(_shifted(x[rows], rng))
+            _, logits = network.embed(_random_shift(x[rows], rng))
             loss = F.cross_entropy(logits, y[rows], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
@@ -192,27 +201,26 @@ def _fit(network: DigitsNetwork, x: Tensor, y: Tensor, num_epochs: int, rng: np.
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Use one thread, because the number of threads changes the order in which gradients are summed."""
-    threads = torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(num_threads)
 
 
 def _initialise(network: nn.Module, rng: np.random.Generator) -> None:
     """Set He-normal weights and zero biases from `rng`, independently of torch's global generator."""
     for parameter in network.parameters():
-        fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
-        scale = np.sqrt(2 / fan_in) if parameter.ndim > 1 else 0.0
+        scale = np.sqrt(2 / parameter[0].numel()) if parameter.ndim > 1 else 0.0  # biases have one dimension
         values = rng.standard_normal(tuple(parameter.shape), dtype=np.float32) * np.float32(scale)
         parameter.data.copy_(torch.from_numpy(values))
 
 
-def _shifted(x: Tensor, rng: np.random.Generator) -> Tensor:
-    """Shift each image of x [B, C, H, W] by up to H/8 pixels in both directions; the border becomes black (-1)."""
-    reach = x.shape[-1] // 8
-    padded = F.pad(x, (reach,) * 4, value=-1.0)
-    corners = rng.integers(0, 2 * reach + 1, (len(x), 2))
+def _random_shift(x: Tensor, rng: np.random.Generator) -> Tensor:
+    """Shift each image of x [B, C, H, W] by up to W/8 pixels in both directions; the border becomes black (-1)."""
+    max_shift = x.shape[-1] // 8
+    padded = F.pad(x, (max_shift,) * 4, value=-1.0)
+    corners = rng.integers(0, 2 * max_shift + 1, (len(x), 2))
     height, width = x.shape[-2:]
     return torch.stack([p[:, i : i + height, j : j + width] for p, (i, j) in zip(padded, corners, strict=True)])

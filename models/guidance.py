@@ -2,7 +2,7 @@
 
 Classifier guidance (Dhariwal & Nichol 2021, section 4) adds scale * grad log p(y | x_t) to the mean (`mean_shift`,
 algorithm 1) or to the predicted noise (`score_shift`, algorithm 2). Classifier-free guidance and autoguidance
-extrapolate away from a weaker prediction (`extrapolated`).
+extrapolate away from a weaker prediction (`extrapolation`).
 
 Scale 0 always means no guidance. Papers count differently: DiT's cfg-scale and Karras's w are our scale + 1.
 """
@@ -24,7 +24,7 @@ Interval = tuple[float, float]  # fractions of the chain, 0 = clean, 1 = noise
 
 WHOLE_CHAIN: Interval = (0.0, 1.0)
 
-GRADIENT_NORM = 2.0**8  # norm of a sample's gradient at the logits, at the start of the backward pass
+GRADIENT_NORM = 2.0**8  # a sample's scaled gradient at the logits has a norm from half of this up to this
 
 GuidanceKind = Literal["none", "classifier", "classifier_free", "auto"]
 
@@ -74,10 +74,10 @@ def guided_timesteps(interval: Interval, num_timesteps: int) -> range:
 def log_prob_gradient(classifier: Model, x: Tensor, t: Timestep, y: Tensor) -> Tensor:
     """Return grad_x log p(y | x), float32 [B, C, H, W], for `classifier(x, t)` -> logits [B, K] and labels y [B].
 
-    The classifier may run in fp16 or bf16, and its parameters need no gradients. Each sample's log p is multiplied by a
-    power of two, so that the gradient starts the backward pass with a norm near 256 even if the classifier is certain;
-    the result is divided by it in float32. Small gradients therefore do not underflow, and float32 results do not
-    change.
+    The classifier may run in fp16 or bf16, and its parameters need no gradients. If the classifier is certain, the
+    gradient is so small that it would underflow. Therefore each sample's log p is multiplied by a power of two, so that
+    its gradient at the logits has a norm of 128 to 256, and the result is divided by this power in float32.
+    Results of float32 classifiers do not change.
     """
     with torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone().requires_grad_()
@@ -85,13 +85,12 @@ def log_prob_gradient(classifier: Model, x: Tensor, t: Timestep, y: Tensor) -> T
         log_prob = F.log_softmax(logits, dim=-1).gather(1, y.clone()[:, None])[:, 0]
         with torch.no_grad():
             # The gradient of log p with respect to the logits is the one-hot vector of y minus the probabilities.
-            at_logits = (-F.softmax(logits, dim=-1)).scatter_add(1, y[:, None], torch.ones_like(logits))
-            exponent = torch.frexp(at_logits.norm(dim=1)).exponent
+            logits_gradient = (-F.softmax(logits, dim=-1)).scatter_add(1, y[:, None], torch.ones_like(logits))
+            exponent = torch.frexp(logits_gradient.norm(dim=1)).exponent
             scale = torch.ldexp(torch.full_like(log_prob, GRADIENT_NORM), -exponent)
         objective = (log_prob * scale).sum()
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # or the backward pass of float32 layers would run in half precision
+        # Under autocast, the backward pass of float32 layers would run in half precision.
+        with torch.autocast(x.device.type, enabled=False):
             gradient = torch.autograd.grad(objective, x)[0]
     return gradient.float() / scale.view(-1, *[1] * (x.ndim - 1))
 
@@ -106,7 +105,9 @@ def classifier_gradient(
     on_chain = diffusion.on_chain(classifier)
 
     def gradient(x_t: Tensor, t: Timestep) -> Tensor | None:
-        return scale * log_prob_gradient(on_chain, x_t, t, y) if is_inside(diffusion, t, interval) else None
+        if not is_guided(diffusion, t, interval):
+            return None
+        return scale * log_prob_gradient(on_chain, x_t, t, y)
 
     return gradient
 
@@ -115,10 +116,10 @@ def mean_shift(denoise: Denoise, gradient: Gradient) -> Denoise:
     """Add variance * gradient to the mean (ADM algorithm 1); pred_x_start and eps stay unguided."""
 
     def guided_denoise(x_t: Tensor, t: Timestep) -> Prediction:
-        prediction, g = denoise(x_t, t), gradient(x_t, t)
-        if g is None:
+        prediction, shift = denoise(x_t, t), gradient(x_t, t)
+        if shift is None:
             return prediction
-        return replace(prediction, mean=prediction.mean + prediction.variance * g)
+        return replace(prediction, mean=prediction.mean + prediction.variance * shift)
 
     return guided_denoise
 
@@ -127,16 +128,16 @@ def score_shift(denoise: Denoise, gradient: Gradient, diffusion: Diffusion) -> D
     """Subtract sqrt(1 - abar_t) * gradient from eps (ADM algorithm 2); the new pred_x_start is not clipped."""
 
     def guided_denoise(x_t: Tensor, t: Timestep) -> Prediction:
-        prediction, g = denoise(x_t, t), gradient(x_t, t)
-        if g is None:
+        prediction, shift = denoise(x_t, t), gradient(x_t, t)
+        if shift is None:
             return prediction
-        eps = prediction.eps - diffusion.at("sqrt_one_minus_alphas_cumprod", t, x_t) * g
+        eps = prediction.eps - diffusion.at("sqrt_one_minus_alphas_cumprod", t, x_t) * shift
         return diffusion.with_eps(prediction, x_t, t, eps)
 
     return guided_denoise
 
 
-def extrapolated(
+def extrapolation(
     denoise: Denoise,
     weak: Denoise,
     diffusion: Diffusion,
@@ -146,15 +147,15 @@ def extrapolated(
 ) -> Denoise:
     """Replace eps by eps_weak + (1 + scale) (eps - eps_weak).
 
-    This is classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, eq. 6) if `weak` gets no class, and
-    autoguidance (Karras et al. 2024, arXiv 2406.02507, eq. 3) if it is a worse model. Both predictions must be
-    unclipped; `clip` clamps the resulting x_0. Variances are those of `denoise`. Outside `interval`, `weak` is not
-    evaluated.
+    This is classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, eq. 6) if `weak` is the model without the
+    class, and autoguidance (Karras et al. 2024, arXiv 2406.02507, eq. 3) if it is a worse model. Both functions must
+    return unclipped predictions; `clip` clamps the resulting x_0. Variances are those of `denoise`. Outside `interval`,
+    `weak` is not evaluated.
     """
 
     def guided_denoise(x_t: Tensor, t: Timestep) -> Prediction:
         prediction = denoise(x_t, t)
-        if not is_inside(diffusion, t, interval):
+        if not is_guided(diffusion, t, interval):
             return diffusion.with_eps(prediction, x_t, t, prediction.eps, clip)
         eps = prediction.eps + scale * (prediction.eps - weak(x_t, t).eps)
         return diffusion.with_eps(prediction, x_t, t, eps, clip)
@@ -162,8 +163,8 @@ def extrapolated(
     return guided_denoise
 
 
-def is_inside(diffusion: Diffusion, t: Timestep, interval: Interval) -> bool:
-    """Return whether chain index t is guided; ValueError for timesteps [B] unless the whole chain is guided."""
+def is_guided(diffusion: Diffusion, t: Timestep, interval: Interval) -> bool:
+    """Return whether chain index t is inside `interval`; ValueError for t [B] unless it is the whole chain."""
     if interval == WHOLE_CHAIN:
         return True
     if not isinstance(t, int):
@@ -174,7 +175,7 @@ def is_inside(diffusion: Diffusion, t: Timestep, interval: Interval) -> bool:
 def guided(
     denoise: Denoise, sampler_name: str, classifier: Model, diffusion: Diffusion, y: Tensor, config: GuidanceConfig
 ) -> Denoise:
-    """Return `denoise` guided by a classifier towards labels y [B]; at scale 0 `denoise` itself.
+    """Return `denoise` guided by a classifier towards labels y [B]; at scale 0 this is `denoise` itself.
 
     The sampler's entry in the registry decides between `mean_shift` and `score_shift`.
     """
@@ -195,8 +196,8 @@ class Guided:
     is_conditional: bool  # whether `model` and a weaker model take labels
     low_res: Tensor | None = None  # float32 [B, C, h, w] in [-1, 1], the input of an upsampler
     clip: bool = True  # clamp the predicted x_0 to [-1, 1]
-    null_label: int | None = None  # the label that means no class, for the kind "classifier_free"
-    guide: Model | None = None  # the classifier, or the weaker model of the kind "auto"
+    null_label: int | None = None  # the label that means no class; needed for the kind "classifier_free"
+    guide: Model | None = None  # the classifier or the weaker model; needed for the kinds "classifier" and "auto"
 
     def denoiser(self, model: Model, diffusion: Diffusion, y: Tensor, clip: bool) -> Denoise:
         """Return the unguided denoiser of `model` for labels y [B]."""
@@ -209,8 +210,8 @@ def guided_denoiser(chain: Guided, diffusion: Diffusion, sampler_name: str, conf
         return chain.denoiser(chain.model, diffusion, chain.y, chain.clip)
     if config.kind == "classifier":
         assert chain.guide is not None
-        plain = chain.denoiser(chain.model, diffusion, chain.y, chain.clip)
-        return guided(plain, sampler_name, chain.guide, diffusion, chain.y, config)
+        unguided = chain.denoiser(chain.model, diffusion, chain.y, chain.clip)
+        return guided(unguided, sampler_name, chain.guide, diffusion, chain.y, config)
     strong = chain.denoiser(chain.model, diffusion, chain.y, clip=False)
     if config.kind == "classifier_free":
         assert chain.null_label is not None
@@ -218,4 +219,4 @@ def guided_denoiser(chain: Guided, diffusion: Diffusion, sampler_name: str, conf
     else:
         assert chain.guide is not None
         weak = chain.denoiser(chain.guide, diffusion, chain.y, clip=False)
-    return extrapolated(strong, weak, diffusion, config.scale, config.interval, chain.clip)
+    return extrapolation(strong, weak, diffusion, config.scale, config.interval, chain.clip)

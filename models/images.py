@@ -1,4 +1,4 @@
-"""Conversions between pictures, uint8 [n, H, W, 3], and network inputs, float32 [n, C, H, W] in [-1, 1]."""
+"""Conversions between images as pixels, uint8 [n, H, W, 3], and as network inputs, float32 [n, C, H, W] in [-1, 1]."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate
 def from_uint8(images: Tensor, channels: int = 3) -> Tensor:
     """Return images / 127.5 - 1: uint8 [n, H, W, 3] -> float32 [n, channels, H, W].
 
-    With channels=1 the pictures must be grey, because only their first channel is kept.
+    With channels=1 the images must be grey, because only their first channel is kept.
     """
     return images[..., :channels].permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -19,9 +19,9 @@ Rounding = Literal["truncate", "nearest"]
 
 
 def to_uint8(x: Tensor, rounding: Rounding = "truncate") -> Tensor:
-    """Return (x + 1) * 127.5 as pictures: float [n, C, H, W] -> uint8 [n, H, W, 3].
+    """Return (x + 1) * 127.5 as pixels: float [n, C, H, W] -> uint8 [n, H, W, 3].
 
-    Values are clamped and, as in the published code, truncated by default. A single channel becomes grey.
+    Values are clamped to 0..255 and truncated by default, as in the published code. A single channel becomes grey.
     """
     scaled = ((x + 1) * 127.5).clamp(0, 255)
     pixels = (scaled.round() if rounding == "nearest" else scaled).to(torch.uint8)
@@ -29,5 +29,5 @@ def to_uint8(x: Tensor, rounding: Rounding = "truncate") -> Tensor:
 
 
 def area_downsample(x: Tensor, size: int) -> Tensor:
-    """Return x [n, C, H, W] as [n, C, size, size] by means over areas, as in the training of published upsamplers."""
+    """Resize x [n, C, H, W] to [n, C, size, size] by means over areas, as in the training of published upsamplers."""
     return interpolate(x, (size, size), mode="area")

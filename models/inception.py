@@ -24,35 +24,42 @@ EPS = 1e-3  # of batch norm
 Units = Mapping[str, tuple[Tensor, Tensor]]  # name -> weight [O, I, h, w] and bias [O] of a convolution
 
 STEM = ["Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2"]
-FIVE = ["branch1x1", "branch5x5_1 branch5x5_2", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3", "average branch_pool"]
-SIX = [
+# The branches that blocks of the same kind share.
+MIXED_5 = [
+    "branch1x1",
+    "branch5x5_1 branch5x5_2",
+    "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3",
+    "average branch_pool",
+]
+MIXED_6 = [
     "branch1x1",
     "branch7x7_1 branch7x7_2 branch7x7_3",
     "branch7x7dbl_1 branch7x7dbl_2 branch7x7dbl_3 branch7x7dbl_4 branch7x7dbl_5",
     "average branch_pool",
 ]
-SEVEN = [
+MIXED_7 = [
     "branch1x1",
     "branch3x3_1 branch3x3_2a|branch3x3_2b",
     "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3a|branch3x3dbl_3b",
 ]
-# A block concatenates its branches in this order; a branch is a sequence of units, and a|b are two parallel units.
+# A block concatenates its branches in this order. A branch is a sequence of convolutions and of pools (POOLS), and a|b
+# are two parallel convolutions.
 BLOCKS: dict[str, list[str]] = {
-    "Mixed_5b": FIVE,
-    "Mixed_5c": FIVE,
-    "Mixed_5d": FIVE,
-    "Mixed_6a": ["branch3x3", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3", "shrink"],
-    "Mixed_6b": SIX,
-    "Mixed_6c": SIX,
-    "Mixed_6d": SIX,
-    "Mixed_6e": SIX,
+    "Mixed_5b": MIXED_5,
+    "Mixed_5c": MIXED_5,
+    "Mixed_5d": MIXED_5,
+    "Mixed_6a": ["branch3x3", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3", "downsample"],
+    "Mixed_6b": MIXED_6,
+    "Mixed_6c": MIXED_6,
+    "Mixed_6d": MIXED_6,
+    "Mixed_6e": MIXED_6,
     "Mixed_7a": [
         "branch3x3_1 branch3x3_2",
         "branch7x7x3_1 branch7x7x3_2 branch7x7x3_3 branch7x7x3_4",
-        "shrink",
+        "downsample",
     ],
-    "Mixed_7b": [*SEVEN, "average branch_pool"],
-    "Mixed_7c": [*SEVEN, "maximum branch_pool"],
+    "Mixed_7b": [*MIXED_7, "average branch_pool"],
+    "Mixed_7c": [*MIXED_7, "maximum branch_pool"],
 }
 STRIDE_2 = {
     "Conv2d_1a_3x3",
@@ -65,7 +72,7 @@ UNPADDED = STRIDE_2 | {"Conv2d_2a_3x3", "Conv2d_4a_3x3"}  # every other convolut
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "MaxPool_1": lambda x: F.max_pool2d(x, 3, 2),
     "MaxPool_2": lambda x: F.max_pool2d(x, 3, 2),
-    "shrink": lambda x: F.max_pool2d(x, 3, 2),
+    "downsample": lambda x: F.max_pool2d(x, 3, 2),
     "maximum": lambda x: F.max_pool2d(x, 3, 1, 1),
     "average": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
 }
@@ -73,8 +80,10 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def unit_names() -> list[str]:
     """Return the names of the 94 convolutions with batch norm and ReLU in the state dict."""
-    inside = [f"{b}.{u}" for b, branches in BLOCKS.items() for u in " ".join(branches).replace("|", " ").split()]
-    return [name for name in STEM + inside if name.split(".")[-1] not in POOLS]
+    names = list(STEM)
+    for block, branches in BLOCKS.items():
+        names += [f"{block}.{layer}" for branch in branches for layer in branch.replace("|", " ").split()]
+    return [name for name in names if name.split(".")[-1] not in POOLS]
 
 
 class InceptionNetwork:
@@ -102,16 +111,19 @@ class InceptionNetwork:
             raise ValueError(f"{len(missing)} tensors are missing from the Inception weights, first {missing[0]!r}")
         if unknown := sorted(set(state) - expected):
             raise ValueError(f"the Inception weights contain {len(unknown)} unknown tensors, first {unknown[0]!r}")
-        if state["fc.weight"].shape != (NUM_CLASSES, DIMENSION):
-            shape = tuple(state["fc.weight"].shape)
+        shape = tuple(state["fc.weight"].shape)
+        if shape != (NUM_CLASSES, DIMENSION):
             raise ValueError(f"fc.weight has shape {shape}; expected {(NUM_CLASSES, DIMENSION)}")
         self.device, self.dtype = torch.device(device), dtype
-        folded = {u: fold_batch_norm(u, EPS, *(state[f"{u}.{part}"].double() for part in parts)) for u in unit_names()}
-        _check_shapes(folded)
-        self.units = {
-            u: (w.to(self.device, dtype).contiguous(memory_format=torch.channels_last), b.to(self.device, dtype))
-            for u, (w, b) in folded.items()
+        folded = {
+            unit: fold_batch_norm(unit, EPS, *(state[f"{unit}.{part}"].double() for part in parts))
+            for unit in unit_names()
         }
+        _check_shapes(folded)
+        self.units = {}
+        for unit, (weight, bias) in folded.items():
+            weight = weight.to(self.device, dtype).contiguous(memory_format=torch.channels_last)
+            self.units[unit] = weight, bias.to(self.device, dtype)
         self.fc_weight = state["fc.weight"].to(self.device, dtype)
 
     @torch.inference_mode()
@@ -122,31 +134,34 @@ class InceptionNetwork:
         x = ((pixels - 128) / 128).permute(0, 3, 1, 2)
         # With TF32 or benchmarked algorithms, features would depend on the GPU and on earlier batches.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            for name, layer in activations(self.units, x):
+            for name, output in activations(self.units, x):
                 if name == "Mixed_6d":  # its first channels are branch1x1, TensorFlow's mixed_6/conv
-                    spatial = layer[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
-        pool = layer.mean((2, 3))
-        return Features(*(t.float().cpu().numpy() for t in (pool, spatial, pool @ self.fc_weight.T)))
+                    spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        pool = output.mean((2, 3))
+        logits = pool @ self.fc_weight.T
+        return Features(*(tensor.float().cpu().numpy() for tensor in (pool, spatial, logits)))
 
 
 def activations(units: Units, x: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, output) of every layer of the stem and then of every block, for x [B, 3, 299, 299] in [-1, 1)."""
     for name in STEM:
-        x = _step(units, name, x)
+        x = _apply(units, name, x)
         yield name, x
     for block, branches in BLOCKS.items():
         outputs = []
         for branch in branches:
             y = x
             for step in branch.split():
-                forks = [_step(units, name if name in POOLS else f"{block}.{name}", y) for name in step.split("|")]
-                y = torch.cat(forks, dim=1) if len(forks) > 1 else forks[0]
+                names = [name if name in POOLS else f"{block}.{name}" for name in step.split("|")]
+                parallel = [_apply(units, name, y) for name in names]
+                y = torch.cat(parallel, dim=1) if len(parallel) > 1 else parallel[0]
             outputs.append(y)
         x = torch.cat(outputs, dim=1)
         yield block, x
 
 
-def _step(units: Units, name: str, x: Tensor) -> Tensor:
+def _apply(units: Units, name: str, x: Tensor) -> Tensor:
+    """Apply a pool, or a convolution with ReLU."""
     if name in POOLS:
         return POOLS[name](x)
     weight, bias = units[name]
@@ -156,27 +171,29 @@ def _step(units: Units, name: str, x: Tensor) -> Tensor:
 
 def _check_shapes(units: Units) -> None:
     """Run the network on the meta device, to find wrong shapes before the first image."""
-    shadow = {name: (weight.to("meta"), bias.to("meta")) for name, (weight, bias) in units.items()}
-    layers = [("the input", torch.empty(1, 3, SIZE, SIZE, device="meta", dtype=torch.float64))]
+    meta_units = {name: (weight.to("meta"), bias.to("meta")) for name, (weight, bias) in units.items()}
+    outputs = [("the input", torch.empty(1, 3, SIZE, SIZE, device="meta", dtype=torch.float64))]
     try:
-        layers.extend(activations(shadow, layers[0][1]))
+        outputs.extend(activations(meta_units, outputs[0][1]))
     except RuntimeError as error:
-        raise ValueError(f"Inception weights do not fit together after {layers[-1][0]}: {error}") from error
-    if (shape := tuple(layers[-1][1].shape)) != (1, DIMENSION, 8, 8):
-        raise ValueError(f"Inception weights give an output of {shape}; expected {(1, DIMENSION, 8, 8)}")
+        raise ValueError(f"Inception weights do not fit together after {outputs[-1][0]}: {error}") from error
+    shape = tuple(outputs[-1][1].shape)
+    if shape != (1, DIMENSION, 8, 8):
+        raise ValueError(f"Inception weights give an output of shape {shape}; expected {(1, DIMENSION, 8, 8)}")
 
 
 def resize(images: Tensor) -> Tensor:
     """Resize float [B, H, W, 3] to [B, 299, 299, 3] like TensorFlow 1's ResizeBilinear, without rounding.
 
-    The source of pixel i is i * H / 299 in float32. So corners are not aligned, pixel centres are not shifted by a
-    half, and downsampling is not antialiased. Images of 299x299 do not change.
+    The source position of pixel i is i * H / 299 in float32. So corners are not aligned, pixel centres are not shifted
+    by a half, and downsampling is not antialiased. Images of 299x299 do not change.
     """
     for axis in (2, 1):  # the order of the axes affects the last bits
         length = images.shape[axis]
         source = torch.arange(SIZE, dtype=torch.float32) * torch.tensor(length / SIZE, dtype=torch.float32)
         low = source.long()
         fraction = (source - low).to(images).view(-1, *([1] * (3 - axis)))
-        left, right = (images.index_select(axis, i.to(images.device)) for i in (low, (low + 1).clamp(max=length - 1)))
+        high = (low + 1).clamp(max=length - 1)
+        left, right = (images.index_select(axis, index.to(images.device)) for index in (low, high))
         images = left + (right - left) * fraction
     return images

@@ -28,7 +28,7 @@ class BitsPerDim:
 
 
 def prior_bits_per_dim(diffusion: Diffusion, x_start: Tensor) -> Tensor:
-    """Return KL(q(x_T | x_0) || N(0, 1)) in bits per dimension [B]; it is small if the schedule ends in noise."""
+    """Return KL(q(x_T | x_0) || N(0, 1)) in bits per dimension [B]; it is near 0 if the schedule ends in pure noise."""
     t = diffusion.num_timesteps - 1
     mean = diffusion.at("sqrt_alphas_cumprod", t, x_start) * x_start
     log_variance = diffusion.at("log_one_minus_alphas_cumprod", t, x_start)
@@ -37,10 +37,10 @@ def prior_bits_per_dim(diffusion: Diffusion, x_start: Tensor) -> Tensor:
 
 
 def bits_per_dim(denoise: Denoise, diffusion: Diffusion, x_start: Tensor, noise: Noise) -> BitsPerDim:
-    """Return the bound on -log2 p(x_0) per dimension (DDPM eq. 5), with one noise and one evaluation for each step.
+    """Return the bound on -log2 p(x_0) per dimension (DDPM eq. 5), from one noise sample for each step of the chain.
 
     `x_start` must be 8-bit images scaled to [-1, 1], because the decoder term depends on grey levels. `noise` is called
-    with original timesteps, including t = 0.
+    with original timesteps, including t = 0. Each step takes one network evaluation.
     """
     vb, x_start_mse, mse = [], [], []
     for t in reversed(range(diffusion.num_timesteps)):
@@ -64,20 +64,22 @@ def bits_per_dim(denoise: Denoise, diffusion: Diffusion, x_start: Tensor, noise:
 def progressive_coding(bits: BitsPerDim) -> tuple[Tensor, Tensor]:
     """Return rate and distortion of DDPM's figure 5, float64 [B, T'].
 
-    Column i of the rate has the bits per dimension received before step i: the prior and the vb terms before it. Column
-    i of the distortion has the root mean squared error, in grey levels 0..255, of the x_0 predicted at that step.
+    Column i of the rate is the number of bits per dimension received before step i: the prior and the vb terms of
+    earlier steps. Column i of the distortion is the root mean squared error of the x_0 predicted at step i, in grey
+    levels 0..255.
     """
     received = torch.cat([bits.prior[:, None], bits.vb[:, :-1]], dim=1).double()
     return received.cumsum(dim=1), 127.5 * bits.x_start_mse.double().sqrt()
 
 
 def progressive_generation(steps: Iterable[Step], every: int) -> Tensor:
-    """Return the x_0 predicted along a chain, [B, slots, C, H, W], noisiest first (DDPM figure 6).
+    """Return the x_0 predicted along a chain, [B, n, C, H, W], noisiest first (DDPM figure 6).
 
-    Each slot is the last prediction of `every` consecutive chain indices, as in the published code.
+    The chain is divided into n groups of `every` consecutive chain indices, and the last prediction of each group is
+    returned, as in the published code.
     """
-    slots = {step.t // every: step.pred_x_start for step in steps}
-    return torch.stack([slots[slot] for slot in sorted(slots, reverse=True)], dim=1)
+    last_of_group = {step.t // every: step.pred_x_start for step in steps}  # later steps overwrite earlier ones
+    return torch.stack([last_of_group[group] for group in sorted(last_of_group, reverse=True)], dim=1)
 
 
 def interpolate(
@@ -89,19 +91,20 @@ def interpolate(
     t: int,
     noise: Noise,
 ) -> Tensor:
-    """Interpolate between two images (DDPM section 4.4) by decoding (1 - lam) x_t + lam x_t' from index t on.
+    """Interpolate between two images by decoding (1 - lam) x_t + lam x_t' with the reverse process (DDPM section 4.4).
 
     Args:
         noises: independent noise for the encodings of the two images.
         t: the chain index of the encodings.
         noise: noise for decoding; it can be the same for all values of lam.
     """
-    return final_x(ddpm(denoise, diffusion, interpolated_latent(diffusion, x_starts, noises, lam, t), noise, start=t))
+    latent = interpolated_latent(diffusion, x_starts, noises, lam, t)
+    return final_x(ddpm(denoise, diffusion, latent, noise, start=t))
 
 
 def interpolated_latent(
     diffusion: Diffusion, x_starts: tuple[Tensor, Tensor], noises: tuple[Tensor, Tensor], lam: float, t: int
 ) -> Tensor:
-    """Return (1 - lam) x_t + lam x_t' with x_t ~ q(x_t | x_0); its variance is smaller in the middle."""
+    """Return (1 - lam) x_t + lam x_t' with x_t ~ q(x_t | x_0); its variance is smallest at lam = 0.5."""
     first, second = (diffusion.q_sample(x, t, z) for x, z in zip(x_starts, noises, strict=True))
     return (1 - lam) * first + lam * second

@@ -2,8 +2,8 @@
 
 As in `models.metrics`, the reference is fixed and only the samples are random. A metric that is a mean over samples has
 the interval of a mean. Recall and coverage depend on the set of samples as a whole, so they have the jackknife's
-interval: the influence of a sample is what the metric would lose without it. This interval is conservative (Efron &
-Stein 1981).
+interval: the influence of a sample is the decrease of the metric without it. This interval is conservative (Efron &
+Stein 1981). The ball of a row has its centre there and reaches to its k-th nearest neighbour in the same set.
 """
 
 from collections.abc import Callable
@@ -39,17 +39,18 @@ def manifolds(reference: Array, samples: Array, k: int = 3, strict_k: int = 5, s
     to the classes.
     """
     check_features(reference, samples)
-    fidelity = precision_recall(reference, samples, k, strata)
-    rng, count = np.random.default_rng([len(reference), len(samples)]), min(len(reference), len(samples))
+    precision, recall = precision_recall(reference, samples, k, strata)
+    rng = np.random.default_rng([len(reference), len(samples)])
+    count = min(len(reference), len(samples))
     if len(reference) > count:
-        reference = reference[_drawn(rng, len(reference), count, None)]
+        reference = reference[_draw_rows(rng, len(reference), count, None)]
     if len(samples) > count:
-        rows = _drawn(rng, len(samples), count, strata)
+        rows = _draw_rows(rng, len(samples), count, strata)
         samples, strata = samples[rows], None if strata is None else strata[rows]
-    return Manifolds(*fidelity, *density_coverage(reference, samples, strict_k, strata))
+    return Manifolds(precision, recall, *density_coverage(reference, samples, strict_k, strata))
 
 
-def _drawn(rng: np.random.Generator, n: int, count: int, strata: Strata) -> Indices:
+def _draw_rows(rng: np.random.Generator, n: int, count: int, strata: Strata) -> Indices:
     """Return `count` of n row numbers, drawn at random and sorted; with strata in proportion to the classes."""
     order = rng.permutation(n) if strata is None else np.lexsort((rng.random(n), strata))
     return np.sort(order[np.floor((np.arange(count) + rng.random()) * (n / count)).astype(np.int64)])
@@ -58,30 +59,30 @@ def _drawn(rng: np.random.Generator, n: int, count: int, strata: Strata) -> Indi
 def precision_recall(reference: Array, samples: Array, k: int = 3, strata: Strata = None) -> tuple[Estimate, Estimate]:
     """Return improved precision and recall (Kynkaanniemi et al. 2019, eq. 1-2) with their intervals.
 
-    Precision is the share of samples [N, D] inside a ball around a reference row [M, D] that reaches to its k-th
-    neighbour. Recall is the share of reference rows inside such a ball around a sample. Collapsed samples have high
-    precision and low recall.
+    Precision is the share of samples [N, D] inside the ball of a reference row [M, D]. Recall is the share of reference
+    rows inside the ball of a sample. Collapsed samples have high precision and low recall.
 
     Raises:
         ValueError: one of the sets has at most k rows.
     """
     check_features(reference, samples)
     n, m = len(samples), len(reference)
-    real_radii, radii = squared_radii(reference, k), squared_radii(samples, k)
-    precise = np.zeros(n, np.bool_)
-    holders, holder = np.zeros(m, np.int64), np.zeros(m, np.int64)  # of each reference row: how many samples, and one
+    reference_radii, sample_radii = squared_radii(reference, k), squared_radii(samples, k)
+    in_reference_ball = np.zeros(n, np.bool_)
+    num_recalling = np.zeros(m, np.int64)  # for each reference row, the number of samples whose balls contain it
+    recalling_sample = np.zeros(m, np.int64)  # for each reference row, one of these samples
     for block in blocks(samples, reference):
-        rows, _ = block.within(real_radii)
-        precise[rows] = True
-        rows, recalled = block.within(radii[block.rows, None])
-        holders += np.bincount(recalled, minlength=m)
-        holder[recalled] = rows
-    alone = np.bincount(holder[holders == 1], minlength=n)  # reference rows that only this sample recalls
-    precision = proportion_estimate(precise, strata)
-    recall = _set_estimate(float((holders > 0).mean()), alone / m, strata)
+        rows, _ = block.within(reference_radii)
+        in_reference_ball[rows] = True
+        rows, recalled = block.within(sample_radii[block.rows, None])
+        num_recalling += np.bincount(recalled, minlength=m)
+        recalling_sample[recalled] = rows
+    num_recalled_alone = np.bincount(recalling_sample[num_recalling == 1], minlength=n)  # rows only this sample recalls
+    precision = proportion_estimate(in_reference_ball, strata)
+    recall = _set_estimate(float((num_recalling > 0).mean()), num_recalled_alone / m, strata)
     return (
-        replace(precision, n_reference=m).noted(_copies("reference", real_radii, k)),
-        replace(recall, n_reference=m).noted(_copies("sample", radii, k)),
+        replace(precision, n_reference=m).with_notes(_copies_note("reference", reference_radii, k)),
+        replace(recall, n_reference=m).with_notes(_copies_note("sample", sample_radii, k)),
     )
 
 
@@ -90,56 +91,62 @@ def density_coverage(
 ) -> tuple[Estimate, Estimate, Estimate, Estimate]:
     """Return density, coverage, clipped density and clipped coverage with their intervals.
 
-    Density is the number of the reference's k-neighbour balls in which a sample lies, divided by k; it can exceed 1.
-    Coverage is the share of these balls that hold a sample (Naeem et al. 2020, eq. 4-5; the surface is outside, as in
-    their code).
+    Density is the number of balls of the reference in which a sample lies, divided by k; it can exceed 1. Coverage is
+    the share of these balls that contain a sample (Naeem et al. 2020, eq. 4-5). The surface of a ball is outside of it,
+    as in their code.
 
-    The clipped metrics are those of Salvy, Talbot & Thirion (2026). For clipped density a sample counts for at most k
-    balls, a ball is at most as wide as the median, and the result is relative to that of the reference's own rows. For
-    clipped coverage a ball counts at most k samples, and the result is the share of good samples that covers as much.
+    The clipped metrics are those of Salvy, Talbot & Thirion (2026). For clipped density, a sample counts for at most k
+    balls, a ball is at most as wide as the median ball, and the result is divided by that of the reference's own rows.
+    For clipped coverage, a ball counts at most k samples, and the result is the share of good samples that is expected
+    to have this coverage. Good samples have the distribution of the reference.
     """
     check_features(reference, samples)
-    n, m, own = len(samples), len(reference), nearest(reference, reference, k)
-    radii = own.squared[:, -1]
-    clipped = np.minimum(radii, np.median(radii))
-    inside = np.nextafter(radii, -1)  # a ball's surface is outside
-    counts, narrow, held = np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(m, np.int64)
-    pairs = []  # (sample, ball) where the ball holds few samples
+    n, m = len(samples), len(reference)
+    neighbours = nearest(reference, reference, k)
+    radii = neighbours.squared[:, -1]
+    clipped_radii = np.minimum(radii, np.median(radii))
+    largest_inside = np.nextafter(radii, -1)  # because the surface of a ball is outside
+    num_balls = np.zeros(n, np.int64)  # for each sample, the balls that contain it
+    num_clipped_balls = np.zeros(n, np.int64)  # the same for balls with clipped radii
+    num_samples = np.zeros(m, np.int64)  # for each ball, the samples in it
+    pairs = []  # (sample, ball), without balls that are known to contain more than k samples
     for block in blocks(samples, reference):
-        rows, balls = block.within(inside)
-        counts += np.bincount(rows, minlength=n)
-        few = held[balls] <= k
-        pairs.append(np.stack([rows[few], balls[few]]))
-        held += np.bincount(balls, minlength=m)
-        rows, _ = block.within(clipped)
-        narrow += np.bincount(rows, minlength=n)
-    at, balls = np.concatenate(pairs, axis=1)
-    lost = (np.bincount(at[held[balls] <= most], minlength=n) / m for most in (1, k))  # without each sample
-    perfect = np.bincount(own.index[own.squared <= clipped[:, None]], minlength=m).clip(max=k).mean() / k
+        rows, balls = block.within(largest_inside)
+        num_balls += np.bincount(rows, minlength=n)
+        undecided = num_samples[balls] <= k
+        pairs.append(np.stack([rows[undecided], balls[undecided]]))
+        num_samples += np.bincount(balls, minlength=m)
+        rows, _ = block.within(clipped_radii)
+        num_clipped_balls += np.bincount(rows, minlength=n)
+    rows, balls = np.concatenate(pairs, axis=1)
+    num_alone = np.bincount(rows[num_samples[balls] <= 1], minlength=n)  # of its balls, those without other samples
+    num_sparse = np.bincount(rows[num_samples[balls] <= k], minlength=n)  # of its balls, those with at most k samples
+    near = neighbours.squared <= clipped_radii[:, None]
+    reference_density = np.bincount(neighbours.index[near], minlength=m).clip(max=k).mean() / k
     estimates = (
-        _same_for_all(mean_estimate(counts / k, strata=strata)),
-        _set_estimate(float((held > 0).mean()), next(lost), strata),
-        _same_for_all(mean_estimate(narrow.clip(max=k) / k / max(perfect, 1e-12), strata=strata)),
-        _set_estimate(float(held.clip(max=k).mean()) / k, next(lost) / k, strata),
+        _density_estimate(num_balls / k, strata),
+        _set_estimate(float((num_samples > 0).mean()), num_alone / m, strata),
+        _density_estimate(num_clipped_balls.clip(max=k) / k / max(reference_density, 1e-12), strata),
+        _set_estimate(float(num_samples.clip(max=k).mean()) / k, num_sparse / m / k, strata),
     )
-    good = _coverage_by_good(n, m, k) if m > k + 1 else np.linspace(0, 1, n + 1)
-    density, coverage, narrow_density, full = (
-        replace(e, n_reference=m).noted(_copies("reference", radii, k)) for e in estimates
+    note = _copies_note("reference", radii, k)
+    density, coverage, clipped_density, clipped_coverage = (
+        replace(estimate, n_reference=m).with_notes(note) for estimate in estimates
     )
+    expected = _expected_coverage(n, m, k) if m > k + 1 else np.linspace(0, 1, n + 1)
     return (
         density,
         coverage,
-        _mapped(narrow_density, lambda x: min(x, 1.0)),
-        _mapped(full, lambda x: float(np.searchsorted(good, x - 1e-12)) / (n + 1)),
+        _transform(clipped_density, lambda x: min(x, 1.0)),
+        _transform(clipped_coverage, lambda x: float(np.searchsorted(expected, x - 1e-12)) / (n + 1)),
     )
 
 
-def _coverage_by_good(n: int, m: int, k: int) -> Array:
+def _expected_coverage(n: int, m: int, k: int) -> Array:
     """Return the expected clipped coverage [n + 1] of m balls by n samples of which 0 to n are good.
 
-    A good sample is distributed as the reference is. A ball that reaches to the k-th of m - 1 others holds J of g good
-    samples, where J is beta-binomial with parameters k and m - k. Therefore E min(J, k) / k =
-    1 - sum over j < k of (1 - j / k) P(J = j).
+    A ball that reaches to the k-th nearest of the m - 1 other rows contains J of g good samples, where J is
+    beta-binomial with parameters k and m - k. Therefore E min(J, k) / k = 1 - sum over j < k of (1 - j / k) P(J = j).
     """
     expected = np.ones(n + 1)
     log_factorials = np.append(0.0, np.cumsum(np.log(np.arange(1, n + m))))
@@ -157,93 +164,98 @@ def _set_estimate(value: float, lost: Array, strata: Strata) -> Estimate:
     if not lost.any():
         return Estimate(value, len(lost), note="no interval: no single sample changes it")
     estimate = score_estimate(value, len(lost) * lost, strata)
-    return _mapped(estimate, lambda x: float(np.clip(x, 0, 1)))
+    return _transform(estimate, lambda x: float(np.clip(x, 0, 1)))
 
 
-def _mapped(estimate: Estimate, function: Callable[[float], float]) -> Estimate:
+def _transform(estimate: Estimate, function: Callable[[float], float]) -> Estimate:
+    """Apply an increasing function to the value and to both ends of the interval."""
     low, high = (None if end is None else function(end) for end in (estimate.low, estimate.high))
     return replace(estimate, value=function(estimate.value), low=low, high=high)
 
 
-def _same_for_all(estimate: Estimate) -> Estimate:
+def _density_estimate(densities: Array, strata: Strata) -> Estimate:
+    """Return the mean of the samples' densities [n], with an interval unless all densities are equal."""
+    estimate = mean_estimate(densities, strata=strata)
     if estimate.low is not None and estimate.low != estimate.high:
         return replace(estimate, low=max(estimate.low, 0.0))
     return Estimate(estimate.value, estimate.n, note="no interval: it is the same for every sample")
 
 
-def _copies(what: str, radii: Array, k: int) -> str:
+def _copies_note(which: str, radii: Array, k: int) -> str:
     """Return a note on balls of radius 0, or "" if there are none."""
     count = int((radii == 0).sum())
-    return f"{count:,} {what} rows have {k} or more exact copies, so their balls have no size" if count else ""
+    return f"{count:,} {which} rows have {k} or more exact copies, so their balls have radius 0" if count else ""
 
 
 def realism(reference: Array, samples: Array, k: int = 3) -> Array:
     """Return the realism [N] of each sample (Kynkaanniemi et al. 2019, eq. 3).
 
-    Realism is the largest ratio of a reference ball's radius to its centre's distance from the sample. It is at least 1
-    inside the reference's manifold, and infinite for an exact copy. Unlike the paper, this keeps the widest balls too.
-    Balls of radius 0 (of rows with k copies) are left out.
+    Realism is the maximum, over the balls of the reference, of the radius divided by the distance of the sample from
+    the centre. It is at least 1 for samples inside a ball, and infinite for an exact copy of a reference row. Unlike
+    the paper, this also uses the widest balls. It omits balls of radius 0, which are those of rows with k exact copies.
 
     Raises:
         ValueError: all balls have radius 0, or the reference has at most k rows.
     """
     radii = squared_radii(reference, k)
-    wide = radii > 0
-    if not wide.any():
+    positive = radii > 0
+    if not positive.any():
         raise ValueError(f"every reference row has {k} exact copies, so realism is not defined; remove the copies")
     with np.errstate(divide="ignore"):
-        squared = nearest(samples, reference[wide], 1, weights=1 / radii[wide]).squared[:, 0]
+        squared = nearest(samples, reference[positive], 1, weights=1 / radii[positive]).squared[:, 0]
         return 1 / np.sqrt(squared)
 
 
 def authenticity(reference: Array, samples: Array) -> Estimate:
     """Return AuthPct with its interval, in percent (Alaa et al. 2022); copies lower it.
 
-    It is the share of samples that are farther from their nearest reference row than that row is from its own nearest.
+    It is the share of samples that are farther from their nearest reference row than that row is from its own nearest
+    other row.
     """
-    own = nearest(samples, reference, 1)
-    return authentic_share(own.squared[:, 0], squared_radii(reference, 1)[own.index[:, 0]])
+    neighbours = nearest(samples, reference, 1)
+    return authentic_share(neighbours.squared[:, 0], squared_radii(reference, 1)[neighbours.index[:, 0]])
 
 
 def authentic_share(squared: Array, own_squared: Array, strata: Strata = None) -> Estimate:
-    """Return AuthPct from squared distances [N].
+    """Return AuthPct with its interval from squared distances [N].
 
     Args:
-        squared: of each sample to its nearest reference row.
-        own_squared: of that reference row to its own nearest other row.
+        squared: squared distance of each sample to its nearest reference row.
+        own_squared: squared distance of that reference row to its own nearest other row.
     """
-    return _mapped(proportion_estimate(squared > own_squared, strata), lambda x: 100 * x)
+    return _transform(proportion_estimate(squared > own_squared, strata), lambda x: 100 * x)
 
 
 # --- The published evaluator's arithmetic -------------------------------------------------------------------
 
 
 def precision_recall_openai(reference: Array, samples: Array, k: int = 3) -> tuple[float, float]:
-    """Return precision and recall in the float16 arithmetic of ADM's evaluator, for parity with published numbers only.
+    """Return precision and recall in the float16 arithmetic of ADM's evaluator, to compare with published numbers only.
 
-    Squared distances |u|^2 - 2 u.v + |v|^2 are formed in float16 from features, norms and products in
-    float16, in blocks of 10,000 rows; a block that overflows is formed again in float32.
+    Squared distances |u|^2 - 2 u.v + |v|^2 are computed from features, norms and products in float16, in blocks of
+    10,000 rows. A block that overflows is computed again in float32.
     """
     check_features(reference, samples)
-    real, fake = (torch.from_numpy(np.asarray(x, np.float32)) for x in (reference, samples))
-    real_radii, fake_radii = (_openai_radii(x, k) for x in (real, fake))
-    inside, recalled = torch.zeros(len(fake), dtype=torch.bool), torch.zeros(len(real), dtype=torch.bool)
-    for i in range(0, len(real), OPENAI_BLOCK):
+    x, y = (torch.from_numpy(np.asarray(features, np.float32)) for features in (reference, samples))
+    reference_radii, sample_radii = _openai_radii(x, k), _openai_radii(y, k)
+    precise, recalled = torch.zeros(len(y), dtype=torch.bool), torch.zeros(len(x), dtype=torch.bool)
+    for i in range(0, len(x), OPENAI_BLOCK):
         rows = slice(i, i + OPENAI_BLOCK)
-        for j in range(0, len(fake), OPENAI_BLOCK):
+        for j in range(0, len(y), OPENAI_BLOCK):
             columns = slice(j, j + OPENAI_BLOCK)
-            squares = _openai_squares(real[rows], fake[columns])
-            inside[columns] |= (squares <= real_radii[rows, None]).any(0)
-            recalled[rows] |= (squares <= fake_radii[columns]).any(1)
-    return float(inside.double().mean()), float(recalled.double().mean())
+            squares = _openai_squares(x[rows], y[columns])
+            precise[columns] |= (squares <= reference_radii[rows, None]).any(0)
+            recalled[rows] |= (squares <= sample_radii[columns]).any(1)
+    return float(precise.double().mean()), float(recalled.double().mean())
 
 
 def _openai_radii(features: Tensor, k: int) -> Tensor:
+    """Return the squared distance [N] of each row to its k-th nearest other row."""
     radii = []
     for rows in features.split(OPENAI_BLOCK):
-        blocks = [_openai_squares(rows, columns) for columns in features.split(OPENAI_BLOCK)]
-        smallest = [b.topk(min(k + 1, b.shape[1]), dim=1, largest=False).values for b in blocks]
-        radii.append(torch.cat(smallest, dim=1).kthvalue(k + 1, dim=1).values)  # the row itself is among them
+        squares = [_openai_squares(rows, columns) for columns in features.split(OPENAI_BLOCK)]
+        smallest = [block.topk(min(k + 1, block.shape[1]), dim=1, largest=False).values for block in squares]
+        radii.append(torch.cat(smallest, dim=1).kthvalue(k + 1, dim=1).values)  # k + 1, because the row is its nearest
     return torch.cat(radii)
 
 

@@ -2,14 +2,14 @@
 
 All functions are pure and compute in float64. Conventions of the whole module:
 
-- the reference set (or its published mean and covariance) is fixed; only the samples are random;
-- a 95% interval covers the value that the same protocol gives on average over sets of n samples; the interval of a
-  bias-corrected value covers the value at infinite n;
-- `strata` are the samples' labels if the number of samples in each class is fixed; then only the spread within each
-  class counts as sampling error;
-- `*_scores` return one number for each sample; their mean is the metric and their spread is its sampling error, so
-  models that draw the same indices are compared by the differences of their scores (`models.paired_tests`);
-- nothing is bootstrapped, because resampling adds the bias of these metrics a second time.
+- The reference set (or its published mean and covariance) is fixed. Only the samples are random.
+- A 95% interval covers the average of the metric over sets of n samples. The interval of a bias-corrected value covers
+  the value at infinite n.
+- `strata` are the samples' labels if the number of samples in each class is fixed. Then only the variance within each
+  class counts as sampling error.
+- `*_scores` return one number for each sample. Their mean is the metric and their variance gives its sampling error. So
+  models that draw the same indices are compared by the differences of their scores (`models.paired_tests`).
+- Nothing is bootstrapped, because resampling adds the bias of these metrics a second time.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -26,13 +26,13 @@ Array = NDArray[np.floating]
 Strata = NDArray[np.integer] | None  # [n] classes with fixed counts; None = the samples are drawn independently
 T = TypeVar("T")
 
-BLOCK = 512  # consecutive rows whose statistics are computed at once, whatever the shards are
-GROUP = 32  # consecutive blocks whose statistics are merged first, so that workers can share the groups
+BLOCK = 512  # consecutive rows whose statistics are computed together, for any size of the shards
+GROUP = 32  # consecutive blocks whose statistics are merged first, so that each worker can compute some groups
 Z95 = 1.959963984540054  # 97.5% point of the standard normal
 MIN_INTERVAL_RATIO = 2  # n / D; the influence function of the Fréchet distance needs a larger ratio
-MIN_SCORED = 100  # an Inception Score of fewer samples has no interval
+MIN_SCORED = 100  # samples; an Inception Score of fewer has no interval
 MIN_CORRECTED_RATIO = 16  # n / D; below it the remaining bias can exceed the width of the interval
-FAR_FROM_ORIGIN = 100  # |mean|^2 / variance; above it the cubic kernel has a note
+FAR_FROM_ORIGIN = 100  # |mean|^2 / variance; above it the kernel distance has a note
 HEAVY_TAIL = 0.5  # share of the variance in 1% of the samples; above it a note says that the interval may be too short
 
 
@@ -45,29 +45,30 @@ class Estimate:
     low: float | None = None
     high: float | None = None
     note: str = ""
-    n_reference: int | None = None  # number of reference rows; None = it uses none, or their number is unknown
-    bias: float | None = None  # bias in the value at this n; None = unknown
+    n_reference: int | None = None  # number of reference rows; None = the metric uses none, or the number is unknown
+    bias: float | None = None  # bias of the value at this n; None = unknown
 
-    def noted(self, *notes: str) -> "Estimate":
+    def with_notes(self, *notes: str) -> "Estimate":
         """Return this estimate with additional notes; empty notes are ignored."""
         return replace(self, note="; ".join(note for note in (self.note, *notes) if note))
 
 
 def mean_variance(scores: Array, strata: Strata = None) -> tuple[Array, int]:
-    """Return the variance of the mean of scores [n, ...] over samples, and its degrees of freedom.
+    """Return the variance of the mean of scores [n, ...] over the n samples, and its degrees of freedom.
 
     With strata it is the sum over classes of w_k^2 s_k^2 / n_k, where w_k = n_k / n. If a class has a single sample,
-    which has no spread, all samples are treated as independent; this is conservative.
+    the variance within it cannot be estimated. Then all samples are treated as independent, which is conservative.
     """
     n = len(scores)
     if strata is not None:
         order = np.argsort(strata, kind="stable")
         _, starts, counts = np.unique(strata[order], return_index=True, return_counts=True)
         if counts.min() > 1:
-            in_order, weights = scores[order], counts.reshape(-1, *[1] * (scores.ndim - 1))
-            residuals = in_order - np.repeat(np.add.reduceat(in_order, starts) / weights, counts, axis=0)
-            within = np.add.reduceat(residuals**2, starts) / (weights - 1)
-            return (weights * within).sum(axis=0) / n**2, n - len(counts)
+            by_class = scores[order]
+            sizes = counts.reshape(-1, *[1] * (scores.ndim - 1))
+            residuals = by_class - np.repeat(np.add.reduceat(by_class, starts) / sizes, counts, axis=0)
+            variances = np.add.reduceat(residuals**2, starts) / (sizes - 1)
+            return (sizes * variances).sum(axis=0) / n**2, n - len(counts)
     return scores.var(axis=0, ddof=1, dtype=np.float64) / n, n - 1
 
 
@@ -79,23 +80,27 @@ def mean_estimate(scores: Array, note: str = "", strata: Strata = None) -> Estim
 
 
 def score_estimate(value: float, scores: Array, strata: Strata = None, note: str = "") -> Estimate:
-    """Return a value that is not the mean of scores [n], but has the sampling error of that mean."""
+    """Return the estimate of a value that is not the mean of scores [n], but has the sampling error of that mean."""
     return _interval(value, len(scores), *mean_variance(scores, strata), note)
 
 
 def proportion_estimate(hits: NDArray[np.bool_], strata: Strata = None) -> Estimate:
     """Return the share of hits [n] with Wilson's score interval, which is valid near 0 and 1 too (Wilson 1927).
 
-    With strata it is the interval of the number of independent samples that would have the same variance.
+    With strata it is the interval for the effective sample size: the number of independent samples whose share would
+    have the same variance.
     """
     n, p = len(hits), float(hits.mean())
     size = float(n)
-    if strata is not None and 0 < p < 1 and (variance := float(mean_variance(hits.astype(np.float64), strata)[0])) > 0:
-        size = max(p * (1 - p) / variance, size)
-    centre, half = p + Z95**2 / (2 * size), Z95 * np.sqrt(p * (1 - p) / size + Z95**2 / (4 * size**2))
+    if strata is not None and 0 < p < 1:
+        variance = float(mean_variance(hits.astype(np.float64), strata)[0])
+        if variance > 0:
+            size = max(p * (1 - p) / variance, size)
+    centre = p + Z95**2 / (2 * size)
+    half = Z95 * np.sqrt(p * (1 - p) / size + Z95**2 / (4 * size**2))
     scale = 1 + Z95**2 / size
     low, high = float((centre - half) / scale), float((centre + half) / scale)
-    return Estimate(p, n, min(low, p), max(high, p))  # rounding alone could leave p outside at 0 and 1
+    return Estimate(p, n, min(low, p), max(high, p))  # if p is 0 or 1, rounding could leave it outside
 
 
 def by_class(
@@ -121,14 +126,14 @@ def student_quantile(p: float, degrees: int) -> float:
         return float(np.tan(np.pi * (p - 0.5)))
     if degrees == 2:
         return float((2 * p - 1) / np.sqrt(2 * p * (1 - p)))
-    z, v = NormalDist().inv_cdf(p), degrees
+    z = NormalDist().inv_cdf(p)
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return z + sum(term / v**power for power, term in enumerate(terms, 1))
+    return z + sum(term / degrees**power for power, term in enumerate(terms, 1))
 
 
 def _interval(value: float, n: int, variance: Array | float, degrees: int, note: str = "") -> Estimate:
@@ -159,7 +164,7 @@ class Gaussian:
                 f"mean has shape {self.mean.shape}, covariance {self.covariance.shape}; expected [D] and [D, D]"
             )
         if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
-            raise ValueError("mean or covariance holds values that are not finite")
+            raise ValueError("mean or covariance contains NaN or infinity")
         if not np.allclose(self.covariance, self.covariance.T, rtol=1e-4, atol=1e-6 * np.abs(self.covariance).max()):
             raise ValueError("covariance is not symmetric")
 
@@ -172,7 +177,7 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class Moments:
-    """Number of rows n, their mean [D] and the sum of their centred outer products m2 [D, D], float64."""
+    """Number n of rows, their mean [D] and the sum m2 [D, D] of the outer products of centred rows, float64."""
 
     n: int
     mean: Array
@@ -203,7 +208,7 @@ def block_moments(features: Array, block: int = BLOCK) -> Iterator[Moments]:
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Return the moments of both sets together (Chan, Golub & LeVeque 1979); their order affects the last bits."""
+    """Return the moments of the union of two sets (Chan, Golub & LeVeque 1979); their order affects the last bits."""
     n, delta = a.n + b.n, b.mean - a.mean
     m2 = a.m2 + b.m2 + np.outer(delta, delta) * (a.n * b.n / n)
     return Moments(n, a.mean + delta * (b.n / n), m2)
@@ -222,8 +227,8 @@ def merge_in_order(parts: Iterable[Moments]) -> Moments:
 def moments(features: Array) -> Moments:
     """Return the moments of features [N, D].
 
-    Blocks of 512 rows are merged in groups of 32, and then the groups in their order. Workers that compute whole groups
-    therefore get the same bits.
+    Blocks of 512 rows are merged in groups of 32, and then the groups are merged in order. Therefore workers that
+    compute whole groups get the same bits.
     """
     rows = BLOCK * GROUP
     starts = range(0, max(len(features), 1), rows)
@@ -236,7 +241,10 @@ def check_features(*arrays: Array) -> None:
         if array.ndim != 2 or 0 in array.shape:
             raise ValueError(f"features have shape {array.shape}; expected [N, D] with N, D > 0")
         if array.shape[1] != arrays[0].shape[1]:
-            raise ValueError(f"features of {arrays[0].shape[1]} and {array.shape[1]} dimensions cannot be compared")
+            raise ValueError(
+                f"features with {arrays[0].shape[1]} and {array.shape[1]} dimensions cannot be compared; both sets "
+                "must come from the same extractor"
+            )
         if not np.isfinite(array).all():
             raise ValueError("features contain NaN or infinity")
 
@@ -247,13 +255,13 @@ def check_features(*arrays: Array) -> None:
 def frechet_distance(a: Moments | Gaussian, b: Moments | Gaussian) -> float:
     """Return |m_a - m_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2), at least 0 (Heusel et al. 2017, eq. 6).
 
-    The last trace is computed from the eigenvalues of L' S_a L with S_b = L L', which are real and also valid for
-    n < D.
+    The last trace is the sum of the square roots of the eigenvalues of L' S_a L, where S_b = L L'. They are real, and
+    also valid for n < D.
 
     Raises:
         ValueError: the dimensions differ, or a covariance has negative eigenvalues.
     """
-    a, b = _gaussians(a, b)
+    a, b = _to_gaussians(a, b)
     factor = _factor(b.covariance)
     return _distance(a, b, np.linalg.eigvalsh(factor.T @ a.covariance @ factor))
 
@@ -261,8 +269,8 @@ def frechet_distance(a: Moments | Gaussian, b: Moments | Gaussian) -> float:
 def frechet_distance_of_rows(a: Array, b: Array) -> float:
     """Return the Fréchet distance of two small sets of rows [n, D] and [m, D].
 
-    With centred rows A / sqrt(n - 1) and B / sqrt(m - 1), tr (S_a S_b)^(1/2) is the sum of the singular values
-    of A B', which costs n m min(n, m) operations instead of D^3.
+    Let A and B be the centred rows divided by sqrt(n - 1) and sqrt(m - 1). Then tr (S_a S_b)^(1/2) is the sum of the
+    singular values of A B', which costs n m min(n, m) operations instead of D^3.
 
     Raises:
         ValueError: a set has fewer than two rows.
@@ -271,23 +279,25 @@ def frechet_distance_of_rows(a: Array, b: Array) -> float:
     if min(len(a), len(b)) < 2:
         raise ValueError(f"sets of {len(a)} and {len(b)} rows have no covariance; at least 2 are needed")
     means = [x.mean(axis=0, dtype=np.float64) for x in (a, b)]
-    rows = [(x - mean) / np.sqrt(len(x) - 1) for x, mean in zip((a, b), means, strict=True)]
-    overlap = np.linalg.svd(rows[0] @ rows[1].T, compute_uv=False).sum()
+    scaled = [(x - mean) / np.sqrt(len(x) - 1) for x, mean in zip((a, b), means, strict=True)]
+    root_trace = np.linalg.svd(scaled[0] @ scaled[1].T, compute_uv=False).sum()
     delta = means[0] - means[1]
-    return max(float(delta @ delta + sum(np.square(r).sum() for r in rows) - 2 * overlap), 0.0)
+    return max(float(delta @ delta + sum(np.square(rows).sum() for rows in scaled) - 2 * root_trace), 0.0)
 
 
-def _gaussians(a: Moments | Gaussian, b: Moments | Gaussian) -> tuple[Gaussian, Gaussian]:
-    a, b = (s.gaussian if isinstance(s, Moments) else s for s in (a, b))
+def _to_gaussians(a: Moments | Gaussian, b: Moments | Gaussian) -> tuple[Gaussian, Gaussian]:
+    """Return mean and covariance of both sets; ValueError if their dimensions differ."""
+    a, b = (statistics.gaussian if isinstance(statistics, Moments) else statistics for statistics in (a, b))
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"sets of {len(a.mean)} and {len(b.mean)} dimensions cannot be compared")
     return a, b
 
 
 def _distance(a: Gaussian, b: Gaussian, eigenvalues: Array) -> float:
-    overlap = np.sqrt(_nonnegative(eigenvalues)).sum()
+    """Return the Fréchet distance from the eigenvalues of L' S_a L, where S_b = L L'."""
+    root_trace = np.sqrt(_nonnegative(eigenvalues)).sum()
     delta = a.mean - b.mean
-    return max(float(delta @ delta + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap), 0.0)
+    return max(float(delta @ delta + np.trace(a.covariance) + np.trace(b.covariance) - 2 * root_trace), 0.0)
 
 
 def check_semidefinite(statistics: Gaussian) -> None:
@@ -305,7 +315,7 @@ def _factor(covariance: Array) -> Array:
 
 
 def _nonnegative(eigenvalues: Array) -> Array:
-    """Set eigenvalues that are negative by rounding to 0; ValueError for truly negative ones."""
+    """Replace eigenvalues that rounding made negative by 0; ValueError for others that are negative."""
     largest = max(float(np.abs(eigenvalues).max()), np.finfo(np.float64).tiny)
     smallest = float(eigenvalues.min())
     if smallest < -1e-5 * largest:
@@ -318,7 +328,7 @@ class FrechetExpansion:
     """A Fréchet distance to a fixed reference, expanded to second order around the samples' distribution."""
 
     distance: float  # the usual distance, biased upwards at small n
-    bias: float  # excess over the distance at infinite n, to order 1/n
+    bias: float  # of the distance at this n, to order 1/n
     influence: Array  # [n] first-order influence of each sample, mean 0
     dimension: int
     strata: Strata = None
@@ -327,27 +337,27 @@ class FrechetExpansion:
 
     @property
     def estimate(self) -> Estimate:
-        """Return the biased distance; its interval covers what n samples of this model give on average."""
-        n, fewest = len(self.influence), MIN_CORRECTED_RATIO * self.dimension
-        note = f"biased upwards: n={n} is below {MIN_CORRECTED_RATIO} D, D={self.dimension}" if n < fewest else ""
-        return self._described(score_estimate(self.distance, self.influence, self.strata, note), self.bias)
+        """Return the biased distance; its interval covers the average over sets of n samples of this model."""
+        n, note = len(self.influence), ""
+        if n < MIN_CORRECTED_RATIO * self.dimension:
+            note = f"biased upwards: n={n} is below {MIN_CORRECTED_RATIO} D, D={self.dimension}"
+        return self._with_notes(score_estimate(self.distance, self.influence, self.strata, note), self.bias)
 
     @property
     def corrected(self) -> Estimate:
         """Return FD-infinity, the distance at infinite n.
 
-        Chong & Forsyth (2020) fit the 1/n term to distances of subsets. Here it is computed, which adds no noise. Below
-        n = 16 D there is no interval, because bias of order (D/n)^2 remains.
+        Chong & Forsyth (2020) fit the 1/n term to distances of subsets. This computes the term from the samples, which
+        adds no noise. Below n = 16 D there is no interval, because bias of order (D/n)^2 remains.
         """
         n, value = len(self.influence), self.distance - self.bias
         if n >= MIN_CORRECTED_RATIO * self.dimension:
             estimate = score_estimate(value, self.influence, self.strata)
         else:
-            estimate = Estimate(
-                value, n, note=f"no interval: n={n} is below {MIN_CORRECTED_RATIO} D, D={self.dimension}"
-            )
-        below = f"the estimate is {value:.3g}; it is set to 0, since no distance is negative" if value < 0 else ""
-        return replace(self._described(estimate), value=max(value, 0.0)).noted(below)
+            note = f"no interval: n={n} is below {MIN_CORRECTED_RATIO} D, D={self.dimension}"
+            estimate = Estimate(value, n, note=note)
+        negative = f"the estimate is {value:.3g}; it is set to 0, because no distance is negative" if value < 0 else ""
+        return replace(self._with_notes(estimate), value=max(value, 0.0)).with_notes(negative)
 
     @property
     def scores(self) -> Array:
@@ -360,33 +370,32 @@ class FrechetExpansion:
         squares = np.sort(self.influence**2)
         return float(squares[-max(1, len(squares) // 100) :].sum() / max(squares.sum(), np.finfo(np.float64).tiny))
 
-    def _described(self, estimate: Estimate, bias: float | None = None) -> Estimate:
-        """Return the estimate with an interval of at least 0, and with notes on heavy tails and on the reference."""
-        tails = few = ""
+    def _with_notes(self, estimate: Estimate, bias: float | None = None) -> Estimate:
+        """Return the estimate with an interval of at least 0, and with notes on heavy tails and a small reference."""
+        notes = []
         if estimate.low is not None and estimate.high is not None:
-            low, high = max(estimate.low, 0.0), max(estimate.high, 0.0)
             if self.tail_share > HEAVY_TAIL:
-                tails = (
+                notes.append(
                     f"heavy tails: 1% of the samples carry {100 * self.tail_share:.0f}% of the variance, so the "
                     "interval may be too short"
                 )
-            if self.reference_bias > (estimate.high - estimate.low) / 4 or (self.n_reference or np.inf) < (
-                MIN_CORRECTED_RATIO * self.dimension
-            ):
-                few = (
+            has_few_rows = (self.n_reference or np.inf) < MIN_CORRECTED_RATIO * self.dimension
+            if has_few_rows or self.reference_bias > (estimate.high - estimate.low) / 4:
+                notes.append(
                     f"a perfect model would score about {self.reference_bias:.2g} instead of 0, because the reference "
                     f"has only {self.n_reference:,} rows"
                 )
-            estimate = replace(estimate, low=low, high=high)
-        return replace(estimate, n_reference=self.n_reference, bias=bias).noted(tails, few)
+            estimate = replace(estimate, low=max(estimate.low, 0.0), high=max(estimate.high, 0.0))
+        return replace(estimate, n_reference=self.n_reference, bias=bias).with_notes(*notes)
 
 
 def expand_frechet(features: Array, reference: Moments | Gaussian, strata: Strata = None) -> FrechetExpansion:
-    """Return the distance of features [n, D] to a fixed reference (mean m_r, covariance R), its bias and its error.
+    """Return the distance of features [n, D] to a fixed reference, its bias and the influence of each sample.
 
-    With T the symmetric transport map from S to R, the influence of a sample is s(x) = 2 (m - m_r)'(x - m) +
-    (x - m)'(I - T)(x - m) - tr((I - T) S); its spread gives the standard error. The second derivative gives
-    the bias: in the eigenbasis of L' S L with R = L L' a change E costs
+    Let m and S be the samples' mean and covariance, m_r and R those of the reference, and T the symmetric matrix of the
+    optimal transport map from N(m, S) to N(m_r, R). The influence of a sample x is 2 (m - m_r)'(x - m) +
+    (x - m)'(I - T)(x - m) - tr((I - T) S), and its variance gives the standard error. The second derivative gives the
+    bias: in the eigenbasis of L' S L with R = L L' and eigenvalues l_i, a change E of the covariance adds
     sum_ij E_ij^2 / (2 sqrt(l_i l_j) (sqrt(l_i) + sqrt(l_j))), and the mean of E_ij^2 is estimated from the samples.
 
     Raises:
@@ -396,71 +405,72 @@ def expand_frechet(features: Array, reference: Moments | Gaussian, strata: Strat
     n, dimension = features.shape
     if n <= MIN_INTERVAL_RATIO * dimension:
         raise ValueError(f"n={n} samples, D={dimension}: an influence function needs n > {MIN_INTERVAL_RATIO} D")
-    own, target = _gaussians(moments(features), reference)
+    model, target = _to_gaussians(moments(features), reference)
     factor = _factor(target.covariance)
-    values, vectors = np.linalg.eigh(factor.T @ own.covariance @ factor)
-    distance = _distance(own, target, values)
-    keep = values > dimension * np.finfo(np.float64).eps * values.max()  # elsewhere neither S nor T moves
-    values, basis = values[keep], factor @ vectors[:, keep]
+    values, vectors = np.linalg.eigh(factor.T @ model.covariance @ factor)
+    distance = _distance(model, target, values)
+    positive = values > dimension * np.finfo(np.float64).eps * values.max()  # other directions add nothing
+    values, basis = values[positive], factor @ vectors[:, positive]
     roots = np.sqrt(values)
 
     influence = np.empty(n)
     for start in range(0, n, 8 * BLOCK):
-        centred = features[start : start + 8 * BLOCK] - own.mean
+        centred = features[start : start + 8 * BLOCK] - model.mean
         influence[start : start + len(centred)] = (
-            2 * centred @ (own.mean - target.mean) + (centred**2).sum(1) - (centred @ basis) ** 2 @ (1 / roots)
+            2 * centred @ (model.mean - target.mean) + (centred**2).sum(1) - (centred @ basis) ** 2 @ (1 / roots)
         )
     influence -= influence.mean()
-    bias = _second_order(features, own, basis, roots, strata) / n
-    m = reference.n if isinstance(reference, Moments) else None
-    products = np.outer(roots, roots)
-    second = 0.5 * float((products / (roots[:, None] + roots) * (1 + np.eye(len(roots)))).sum())  # of Gaussian rows
-    reference_bias = 0.0 if m is None else (float(np.trace(target.covariance)) + second) / m
-    return FrechetExpansion(distance, bias, influence, dimension, strata, m, reference_bias)
+    bias = _scaled_bias(features, model, basis, roots, strata) / n
+    if not isinstance(reference, Moments):
+        return FrechetExpansion(distance, bias, influence, dimension, strata)
+    products = np.outer(roots, roots)  # the reference's bias is that of Gaussian rows
+    second_order = 0.5 * float((products / (roots[:, None] + roots) * (1 + np.eye(len(roots)))).sum())
+    reference_bias = (float(np.trace(target.covariance)) + second_order) / reference.n
+    return FrechetExpansion(distance, bias, influence, dimension, strata, reference.n, reference_bias)
 
 
-def _second_order(features: Array, own: Gaussian, basis: Array, roots: Array, strata: Strata) -> float:
+def _scaled_bias(features: Array, model: Gaussian, basis: Array, roots: Array, strata: Strata) -> float:
     """Return n times the bias of the Fréchet distance, from the variances of the samples' mean and covariance.
 
-    With strata, only the spread within classes changes the two, and the expected covariance exceeds the true one by
-    the spread between classes divided by n.
+    With strata, only the variance within classes changes the two, and the expected covariance exceeds the true one by
+    the covariance between classes divided by n.
     """
     curvature = 1 / (np.outer(roots, roots) * (roots[:, None] + roots))
     if strata is None or (counts := np.unique(strata, return_counts=True)[1]).min() < 2:
         fourth = np.zeros_like(curvature)
         for start in range(0, len(features), 8 * BLOCK):
-            squares = ((features[start : start + 8 * BLOCK] - own.mean) @ basis) ** 2
+            squares = ((features[start : start + 8 * BLOCK] - model.mean) @ basis) ** 2
             fourth += squares.T @ squares
         fourth = fourth / len(features) - np.diag(roots**4)
-        return float(np.trace(own.covariance) + 0.5 * (curvature * fourth).sum())
+        return float(np.trace(model.covariance) + 0.5 * (curvature * fourth).sum())
     total = 0.0
     for rows in np.split(np.argsort(strata, kind="stable"), np.cumsum(counts)[:-1]):
-        centred, count = features[rows] - own.mean, len(rows)
+        centred, count = features[rows] - model.mean, len(rows)
         y = centred @ basis
         fourth = ((y**2).T @ y**2 - (y.T @ y) ** 2 / count) / (count - 1)  # variances of y_i y_j in this class
         # With S_w within and S_b between classes: tr S_w + tr (I - T) S_b = tr T S_w + tr (I - T) S.
-        transported = (y.var(axis=0, ddof=1) / roots).sum()
-        stretched = ((centred**2).sum() - (y**2 / roots).sum()) / count
-        total += count * float(transported + stretched + 0.5 * (curvature * fourth).sum())
+        trace_within = (y.var(axis=0, ddof=1) / roots).sum()  # tr T S_w
+        trace_total = ((centred**2).sum() - (y**2 / roots).sum()) / count  # tr (I - T) S
+        total += count * float(trace_within + trace_total + 0.5 * (curvature * fourth).sum())
     return total / len(features)
 
 
 def frechet_estimate(features: Array, reference: Moments | Gaussian, strata: Strata = None) -> Estimate:
-    """Return the Fréchet distance of features [n, D] with its interval; for n <= 2 D with a note instead."""
+    """Return the Fréchet distance of features [n, D] with its interval; for n <= 2 D with a note and no interval."""
     n, dimension = features.shape
     if n > MIN_INTERVAL_RATIO * dimension:
         return expand_frechet(features, reference, strata).estimate
     note = f"no interval: n={n} is at most {MIN_INTERVAL_RATIO} D, D={dimension}, and most of the value may be bias"
-    m = reference.n if isinstance(reference, Moments) else None
-    return Estimate(frechet_distance(moments(features), reference), n, note=note, n_reference=m)
+    n_reference = reference.n if isinstance(reference, Moments) else None
+    return Estimate(frechet_distance(moments(features), reference), n, note=note, n_reference=n_reference)
 
 
 def class_frechet_estimate(reference: Array, features: Array) -> Estimate:
-    """Return the Fréchet distance of the rows of one class; without an interval if there are too few of them."""
+    """Return the Fréchet distance of the rows of one class; without an interval if one of the sets has too few."""
     n, dimension = features.shape
     if n > MIN_INTERVAL_RATIO * dimension and len(reference) > dimension:
         return frechet_estimate(features, moments(reference))
-    note = f"no interval, and biased upwards: n={n} and {len(reference)} references in D={dimension}"
+    note = f"no interval, and biased upwards: n={n} and {len(reference)} reference rows are few for D={dimension}"
     return Estimate(frechet_distance_of_rows(reference, features), n, note=note, n_reference=len(reference))
 
 
@@ -477,8 +487,8 @@ def softmax(logits: Array) -> Array:
 def inception_score(probabilities: Array, split_size: int = 5000, strata: Strata = None) -> Estimate:
     """Return exp of the mean KL(p(y|x) || p(y)), averaged over splits as in ADM's evaluator (Salimans et al. 2016).
 
-    The splits are `split_size` consecutive rows of probabilities [N, K]; a shorter last split has the same weight.
-    Samples that are sorted by class give a lower score. 0 log 0 counts as 0.
+    Each split has `split_size` consecutive rows of probabilities [N, K]; a shorter last split has the same weight.
+    Samples that are sorted by class have a lower score. 0 log 0 counts as 0.
     """
     starts = np.arange(0, len(probabilities), split_size)
     return _mean_of_splits(probabilities, np.append(starts, len(probabilities)), strata)
@@ -490,15 +500,17 @@ def inception_score_10split(
     """Return the Inception Score over `num_splits` equal splits; by default rows are shuffled as in torch-fidelity."""
     n = len(probabilities)
     if n < num_splits:
-        raise ValueError(f"n={n} samples cannot be divided into num_splits={num_splits}")
-    if shuffle_seed is not None:  # with NumPy's legacy generator, which defines the published protocol
-        order = np.random.RandomState(shuffle_seed).permutation(n)
+        raise ValueError(f"n={n} samples cannot be divided into num_splits={num_splits}; at least one each is needed")
+    if shuffle_seed is not None:
+        order = np.random.RandomState(shuffle_seed).permutation(n)  # the generator of the published protocol
         probabilities, strata = probabilities[order], None if strata is None else strata[order]
     return _mean_of_splits(probabilities, np.arange(num_splits + 1) * n // num_splits, strata)
 
 
 def split_scores(probabilities: Array, bounds: NDArray[np.integer]) -> tuple[Array, Array]:
-    """Return the Inception Score [S] of the rows between `bounds` [S + 1], and KL(p(y|x) || p(y)) [N] of each row.
+    """Return the Inception Score [S] of each split, and KL(p(y|x) || p(y)) [N] of each row within its split.
+
+    Split s has the rows bounds[s] to bounds[s + 1] of probabilities [N, K].
 
     Raises:
         ValueError: a row is not a probability distribution.
@@ -510,31 +522,35 @@ def split_scores(probabilities: Array, bounds: NDArray[np.integer]) -> tuple[Arr
     for i, (start, stop) in enumerate(pairwise(bounds)):
         p = np.asarray(probabilities[start:stop], np.float64)
         ratio = np.divide(p, p.mean(axis=0), out=np.ones_like(p), where=p > 0)
-        divergences[start:stop] = (p * np.log(ratio)).sum(axis=1)  # each row's own influence, up to a constant
+        divergences[start:stop] = (p * np.log(ratio)).sum(axis=1)  # influence on the log of the score, up to a constant
         scores[i] = np.exp(divergences[start:stop].mean())
     return scores, divergences
 
 
 def entropy_bias(probabilities: Array, strata: Strata = None) -> float:
-    """Return by how much the entropy of the mean of probabilities [n, K] is too small (Miller 1955)."""
+    """Return by how much the entropy of the mean of probabilities [n, K] is too small on average (Miller 1955)."""
     marginal = probabilities.mean(axis=0, dtype=np.float64)
     variance, _ = mean_variance(probabilities, strata)
     return float((variance[marginal > 0] / marginal[marginal > 0]).sum()) / 2
 
 
 def _mean_of_splits(probabilities: Array, bounds: NDArray[np.integer], strata: Strata) -> Estimate:
+    """Return the mean of the splits' Inception Scores with its interval and bias; `bounds` as in `split_scores`."""
     scores, divergences = split_scores(probabilities, bounds)
     n, classes = probabilities.shape
-    value, bias, variance, degrees = float(scores.mean()), 0.0, 0.0, 0
+    value = float(scores.mean())
     if n < MIN_SCORED:
         return Estimate(value, n, note=f"no interval: n={n} is below {MIN_SCORED}")
+    bias, variance, degrees = 0.0, 0.0, 0
     for score, (start, stop) in zip(scores, pairwise(bounds), strict=True):
-        part = None if strata is None else strata[start:stop]
-        spread, free = mean_variance(divergences[start:stop], part)
-        bias -= score * np.expm1(entropy_bias(probabilities[start:stop], part)) / len(scores)
-        variance, degrees = variance + score**2 * float(spread) / len(scores) ** 2, degrees + free
-    few = n < MIN_CORRECTED_RATIO * classes
-    note = f"the interval may be too short: n={n} is below {MIN_CORRECTED_RATIO} K, K={classes} classes" if few else ""
+        split_strata = None if strata is None else strata[start:stop]
+        split_variance, split_degrees = mean_variance(divergences[start:stop], split_strata)
+        bias -= score * np.expm1(entropy_bias(probabilities[start:stop], split_strata)) / len(scores)
+        variance += score**2 * float(split_variance) / len(scores) ** 2  # of exp(mean divergence), by the delta method
+        degrees += split_degrees
+    note = ""
+    if n < MIN_CORRECTED_RATIO * classes:
+        note = f"the interval may be too short: n={n} is below {MIN_CORRECTED_RATIO} K, K={classes} classes"
     return replace(_interval(value, n, variance, degrees, note), bias=float(bias))
 
 
@@ -546,16 +562,17 @@ def kid(reference: Array, samples: Array, strata: Strata = None) -> Estimate:
 
     It uses the full sets and no random subsets. It is unbiased at any n, so it can be slightly negative.
     """
-    spread = float(np.var(reference, axis=0, dtype=np.float64).sum())
-    offset = float(np.square(np.mean(reference, axis=0, dtype=np.float64)).sum())
-    far = offset > FAR_FROM_ORIGIN * spread
-    note = "features lie far from the origin, where this kernel depends on little more than their mean" if far else ""
+    variance = float(np.var(reference, axis=0, dtype=np.float64).sum())
+    squared_norm = float(np.square(np.mean(reference, axis=0, dtype=np.float64)).sum())
+    note = ""
+    if squared_norm > FAR_FROM_ORIGIN * variance:
+        note = "features lie far from the origin, where this kernel depends on little more than their mean"
     estimate = mean_estimate(kid_scores(reference, samples), note, strata)
     return replace(estimate, n_reference=len(reference))
 
 
 def kid_scores(reference: Array, samples: Array) -> Array:
-    """Return [n] scores with `kid` as their mean: the projection of the U-statistic on each sample.
+    """Return [n] scores whose mean is `kid`: the projection of the U-statistic on each sample.
 
     Raises:
         ValueError: the dimensions differ, a value is not finite, or a set has fewer than two rows.
@@ -564,14 +581,15 @@ def kid_scores(reference: Array, samples: Array) -> Array:
     n, m = len(samples), len(reference)
     if min(n, m) < 2:
         raise ValueError(
-            f"the unbiased kernel distance needs two rows of each set, but there are {n} samples, {m} references"
+            "the unbiased kernel distance needs at least two rows of each set, but there are "
+            f"{n} samples and {m} reference rows"
         )
     kernel = _CentredKernel(reference.mean(axis=0, dtype=np.float64))
-    within = sum(kernel(r, reference).sum() - kernel.diagonal(r).sum() for r in _row_blocks(reference))
-    across = np.concatenate([kernel(r, reference).mean(axis=1) for r in _row_blocks(samples)])
-    own = [(kernel(r, samples).sum(axis=1) - kernel.diagonal(r)) / (n - 1) for r in _row_blocks(samples)]
-    witness = np.concatenate(own) - across
-    value = witness.mean() - across.mean() + within / (m * (m - 1))
+    among_reference = sum(kernel(r, reference).sum() - kernel.diagonal(r).sum() for r in _row_blocks(reference))
+    to_reference = np.concatenate([kernel(r, reference).mean(axis=1) for r in _row_blocks(samples)])
+    to_samples = [(kernel(r, samples).sum(axis=1) - kernel.diagonal(r)) / (n - 1) for r in _row_blocks(samples)]
+    witness = np.concatenate(to_samples) - to_reference
+    value = witness.mean() - to_reference.mean() + among_reference / (m * (m - 1))
     return value + 2 * (witness - witness.mean())
 
 
@@ -581,22 +599,24 @@ def _row_blocks(features: Array) -> Iterator[Array]:
 
 
 class _CentredKernel:
-    """The kernel (x.y / D + 1)^3 without the terms of x or y alone.
+    """The kernel (x.y / D + 1)^3 without the terms that depend on x alone or y alone.
 
-    These terms cancel in the distance, but their rounding errors would dominate it far from the origin.
+    These terms cancel in the distance, but far from the origin their rounding errors would dominate it.
 
-    With x = mean + u, y = mean + v and A = |mean|^2 / D + 1 the base is A + w, where w = mean.(u + v) / D + u.v / D.
+    With x = mean + u, y = mean + v and A = |mean|^2 / D + 1, the kernel is (A + w)^3, where
+    w = mean.(u + v) / D + u.v / D.
     """
 
     def __init__(self, mean: Array) -> None:
         self.mean, self.a = mean, float(mean @ mean) / len(mean) + 1
 
     def __call__(self, x: Array, y: Array) -> Array:
+        """Return the kernel [n, m] of rows x [n, D] and y [m, D]."""
         u, v = x - self.mean, y - self.mean
         return self._cube((u @ self.mean)[:, None] / u.shape[1] + v @ self.mean / u.shape[1], u @ v.T / u.shape[1])
 
     def diagonal(self, x: Array) -> Array:
-        """Return the kernel of each row with itself."""
+        """Return the kernel [n] of each row of x [n, D] with itself."""
         u = x - self.mean
         return self._cube(2 * u @ self.mean / u.shape[1], (u * u).sum(axis=1) / u.shape[1])
 
@@ -617,19 +637,21 @@ def cmmd(reference: Array, samples: Array, strata: Strata = None) -> Estimate:
     def kernel(u: Array, v: Array) -> Array:
         return np.expm1((u @ v.T - 1) / 100)  # |u - v|^2 = 2 - 2 u.v; the constant 1 cancels
 
-    own = np.concatenate([kernel(rows, x).mean(axis=1) for rows in _row_blocks(x)])
-    across = np.concatenate([kernel(rows, y).mean(axis=1) for rows in _row_blocks(x)])
-    within = sum(float(kernel(rows, y).sum()) for rows in _row_blocks(y)) / m**2
-    value = 1000 * float(own.mean() - 2 * across.mean() + within)
-    bias = -1000 * float(own.mean() / (n - 1) + within / (m - 1)) if min(n, m) > 1 else None
-    estimate = score_estimate(value, 2000 * (own - across), strata)
+    to_samples = np.concatenate([kernel(rows, x).mean(axis=1) for rows in _row_blocks(x)])
+    to_reference = np.concatenate([kernel(rows, y).mean(axis=1) for rows in _row_blocks(x)])
+    among_reference = sum(float(kernel(rows, y).sum()) for rows in _row_blocks(y)) / m**2
+    value = 1000 * float(to_samples.mean() - 2 * to_reference.mean() + among_reference)
+    bias = None
+    if min(n, m) > 1:
+        bias = -1000 * float(to_samples.mean() / (n - 1) + among_reference / (m - 1))
+    estimate = score_estimate(value, 2000 * (to_samples - to_reference), strata)
     return replace(estimate, n_reference=m, bias=bias)
 
 
 def vendi_score(samples: Array) -> float:
-    """Return the effective number of distinct samples: exp of the cosine kernel's entropy.
+    """Return the Vendi score with q = 1 (Friedman & Dieng 2023), the effective number of distinct samples.
 
-    This is the Vendi score of Friedman & Dieng (2023) with q = 1.
+    It is exp of the entropy of the eigenvalues of K / n, where K is the matrix of cosine similarities.
     """
     check_features(samples)
     unit = np.asarray(samples, np.float64)

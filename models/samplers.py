@@ -2,7 +2,7 @@
 
 Chain indices run from the last one down to 0. The caller provides the noise: `noise(t)` returns standard normal noise
 with the shape of x for the *original* timestep t, so that chains of different lengths can share it. It is called only
-if the noise is used: not at t = 0, and never by deterministic samplers.
+if the noise is used: it is not called at t = 0 or by deterministic samplers.
 """
 
 import math
@@ -52,7 +52,7 @@ def ddim_step(
 
 
 def ddim_reverse_step(diffusion: Diffusion, prediction: Prediction, x_t: Tensor, t: Timestep) -> Tensor:
-    """Return x_{t+1} by deterministic DDIM in reverse (DDIM section 4.3); pure noise at the last index."""
+    """Return x_{t+1} by deterministic DDIM in reverse (DDIM section 4.3); at the last index it is pure noise."""
     alphas_cumprod_next = diffusion.at("alphas_cumprod_next", t, x_t)
     return (
         torch.sqrt(alphas_cumprod_next) * prediction.pred_x_start + torch.sqrt(1 - alphas_cumprod_next) * prediction.eps
@@ -98,8 +98,8 @@ def dpm_solver(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise
     The first step has no history and the last has no finite end point, so both are of first order.
     """
     alpha, sigma = diffusion.sqrt_alphas_cumprod, diffusion.sqrt_one_minus_alphas_cumprod
-    lam = np.log(alpha / sigma)
-    x, previous = x_T, None
+    lam = np.log(alpha / sigma)  # lam, h, d and r are the paper's names
+    x, previous_x_start = x_T, None
     for t in reversed(range(diffusion.num_timesteps)):
         x_start = denoise(x, t).pred_x_start
         if t == 0:
@@ -107,20 +107,21 @@ def dpm_solver(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise
         else:
             h = lam[t - 1] - lam[t]
             d = x_start
-            if previous is not None:
+            if previous_x_start is not None:
                 extrapolation = float(h / (lam[t] - lam[t + 1])) / 2  # 1 / (2 r)
-                d = x_start + extrapolation * (x_start - previous)
+                d = x_start + extrapolation * (x_start - previous_x_start)
             x = float(sigma[t - 1] / sigma[t]) * x - float(alpha[t - 1] * np.expm1(-h)) * d
         yield Step(t, x, x_start)
-        previous = x_start
+        previous_x_start = x_start
 
 
 def heun(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise) -> Iterator[Step]:
     """Sample by Heun's second-order method on the DDIM ODE (DDIM eq. 14), ending with the predicted x_0.
 
-    In the angle phi with tan(phi) = sqrt((1 - abar) / abar) the ODE is dx / dphi = cos(phi) eps - sin(phi) x_0. Steps
-    in phi stay bounded at the noisy end. Steps in tan(phi), as in Karras et al. 2022 (algorithm 1), diverge there,
-    because tan(phi) is up to 2e4 for cosine schedules. Each step takes two network evaluations, the last step one.
+    With the angle phi, where tan(phi) = sqrt((1 - abar) / abar), the ODE is dx / dphi = cos(phi) eps - sin(phi) x_0.
+    Steps in phi stay bounded at the noisy end. Steps in tan(phi), as in Karras et al. 2022 (algorithm 1), diverge
+    there, because tan(phi) is up to 2e4 for cosine schedules. Each step takes two network evaluations, and the last
+    step takes one.
     """
     cos, sin = diffusion.sqrt_alphas_cumprod, diffusion.sqrt_one_minus_alphas_cumprod
     phi = np.arctan2(sin, cos)
@@ -134,20 +135,21 @@ def heun(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise) -> I
         if t == 0:
             x = prediction.pred_x_start
         else:
-            slope_here, step = slope(prediction, t), float(phi[t - 1] - phi[t])
-            ahead = slope(denoise(x + step * slope_here, t - 1), t - 1)
-            x = x + step * (slope_here + ahead) / 2
+            step = float(phi[t - 1] - phi[t])
+            start_slope = slope(prediction, t)
+            end_slope = slope(denoise(x + step * start_slope, t - 1), t - 1)
+            x = x + step * (start_slope + end_slope) / 2
         yield Step(t, x, prediction.pred_x_start)
 
 
 class EdmStep(NamedTuple):
     """The noise levels of one step of EDM's sampler, with their chain indices."""
 
-    here: float
-    churned: float  # the level after adding noise; equal to `here` if none is added
+    start: float
+    churned: float  # the level after adding noise; equal to `start` if none is added
     churned_t: int
-    following: float
-    following_t: int | None  # None = clean
+    end: float
+    end_t: int | None  # None = clean
 
 
 def edm_steps(config: "SamplerConfig", diffusion: Diffusion) -> list[EdmStep]:
@@ -159,8 +161,10 @@ def edm_steps(config: "SamplerConfig", diffusion: Diffusion) -> list[EdmStep]:
     levels = diffusion.sqrt_one_minus_alphas_cumprod / diffusion.sqrt_alphas_cumprod
 
     def nearest(sigma: float) -> tuple[float, int | None]:
+        if sigma < levels[0] / 2:
+            return 0.0, None
         t = int(np.abs(levels - sigma).argmin())
-        return (0.0, None) if sigma < levels[0] / 2 else (float(levels[t]), t)
+        return float(levels[t]), t
 
     low, high = (
         np.clip(sigma, levels[0], levels[-1]) ** (1 / config.rho) for sigma in (config.sigma_min, config.sigma_max)
@@ -168,39 +172,40 @@ def edm_steps(config: "SamplerConfig", diffusion: Diffusion) -> list[EdmStep]:
     sigmas = (high + np.arange(config.num_steps) / (config.num_steps - 1) * (low - high)) ** config.rho
     chain = [nearest(sigma) for sigma in sigmas] + [(0.0, None)]
     steps = []
-    for (here, t), (following, following_t) in pairwise(chain):
-        churned, churned_t = here, t
-        if config.s_min <= here and (config.s_max is None or here <= config.s_max):
-            churned, churned_t = nearest(here * (1 + min(config.s_churn / config.num_steps, math.sqrt(2) - 1)))
+    for (start, t), (end, end_t) in pairwise(chain):
+        churned, churned_t = start, t
+        if config.s_min <= start and (config.s_max is None or start <= config.s_max):
+            churned, churned_t = nearest(start * (1 + min(config.s_churn / config.num_steps, math.sqrt(2) - 1)))
         assert churned_t is not None
-        steps.append(EdmStep(here, churned, churned_t, following, following_t))
+        steps.append(EdmStep(start, churned, churned_t, end, end_t))
     return steps
 
 
 def edm(denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise, config: "SamplerConfig") -> Iterator[Step]:
     """Sample by EDM's stochastic sampler (algorithm 2) on a discrete model; `noise` is called with the step's number.
 
-    It takes Heun steps in sigma over x = sqrt(1 + sigma^2) x_t in float64; the network gets x_t in float32. `diffusion`
-    must not be respaced. Each step takes two network evaluations, the last step one.
+    The state is x = sqrt(1 + sigma^2) x_t in float64, in which it takes Heun steps in sigma. The network receives x_t
+    in float32. `diffusion` must not be respaced. Each step takes two network evaluations, and the last step takes one.
     """
     steps = edm_steps(config, diffusion)
 
-    def denoised(x: Tensor, sigma: float, t: int) -> Tensor:
+    def predict_x_start(x: Tensor, sigma: float, t: int) -> Tensor:
         return denoise((x / math.sqrt(1 + sigma**2)).float(), t).pred_x_start.double()
 
-    x = x_T.double() * steps[0].here
+    x = x_T.double() * steps[0].start
     for number, step in enumerate(steps):
-        if step.churned > step.here:
-            spread = math.sqrt(step.churned**2 - step.here**2) * config.s_noise
-            x = x + spread * noise(number).double()
-        x_start = denoised(x, step.churned, step.churned_t)
-        slope, move = (x - x_start) / step.churned, step.following - step.churned
-        following = x + move * slope
-        if step.following_t is not None:
-            ahead = (following - denoised(following, step.following, step.following_t)) / step.following
-            following = x + move * (slope + ahead) / 2
-        x = following
-        yield Step(step.churned_t, (x / math.sqrt(1 + step.following**2)).float(), x_start.float())
+        if step.churned > step.start:
+            std = math.sqrt(step.churned**2 - step.start**2) * config.s_noise
+            x = x + std * noise(number).double()
+        x_start = predict_x_start(x, step.churned, step.churned_t)
+        start_slope = (x - x_start) / step.churned
+        delta = step.end - step.churned
+        x_end = x + delta * start_slope
+        if step.end_t is not None:
+            end_slope = (x_end - predict_x_start(x_end, step.end, step.end_t)) / step.end
+            x_end = x + delta * (start_slope + end_slope) / 2
+        x = x_end
+        yield Step(step.churned_t, (x / math.sqrt(1 + step.end**2)).float(), x_start.float())
 
 
 # The registry, and the config that chooses from it
@@ -211,11 +216,11 @@ class Sampler:
     """An entry of the registry of samplers."""
 
     run: Callable[..., Iterator[Step]]
-    evaluations_per_step: int  # network evaluations; at t = 0 every sampler takes one
-    stochastic: bool  # needs noise at every step; with takes_eta only if eta > 0
+    evaluations_per_step: int  # network evaluations; the last step always takes one
+    stochastic: bool  # draws noise at every step, for any config
     guidance: Literal["mean", "score"]  # what classifier guidance shifts: ADM algorithm 1 or 2
     spacing: Literal["even", "stride", "levels"]  # of num_steps over timesteps: "250", "ddim250", or EDM's eq. 5
-    takes_eta: bool = False
+    takes_eta: bool = False  # draws noise if eta > 0
 
 
 SAMPLERS = {
@@ -257,7 +262,8 @@ class SamplerConfig(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(f"respacing={self.respacing!r} has no effect with name='edm'; leave it out")
         if self.name != "edm":
             for field in EDM_FIELDS:
-                if (value := getattr(self, field)) != type(self).model_fields[field].default:
+                value = getattr(self, field)
+                if value != type(self).model_fields[field].default:
                     raise ValueError(f"{field}={value:g} has no effect with name={self.name!r}; use name='edm'")
         return self
 
@@ -265,38 +271,45 @@ class SamplerConfig(BaseModel, frozen=True, extra="forbid"):
 def respacing_for(config: SamplerConfig, num_timesteps: int) -> str:
     """Return config.respacing or, if it is None, the stride ("ddim25") or even spacing ("250") of the sampler.
 
-    EDM's sampler has an empty respacing, which means all timesteps.
+    For EDM's sampler this is "", which means all timesteps.
 
     Raises:
         ValueError: num_timesteps has no such spacing, or config.respacing contradicts num_steps.
     """
-    if SAMPLERS[config.name].spacing == "levels":
+    spacing, spec = SAMPLERS[config.name].spacing, config.respacing
+    if spacing == "levels":
         return ""
-    if (spec := config.respacing) is None:
-        spec = f"{'ddim' if SAMPLERS[config.name].spacing == 'stride' else ''}{config.num_steps}"
-    kept = len(space_timesteps(num_timesteps, spec))
-    if kept != config.num_steps:
-        raise ValueError(f"respacing={spec!r} keeps {kept} steps but num_steps={config.num_steps}")
+    if spec is None:
+        spec = f"ddim{config.num_steps}" if spacing == "stride" else str(config.num_steps)
+    num_kept = len(space_timesteps(num_timesteps, spec))
+    if num_kept != config.num_steps:
+        raise ValueError(
+            f"respacing={spec!r} keeps {num_kept} steps, but num_steps={config.num_steps}; make them equal"
+        )
     return spec
 
 
 def sample(config: SamplerConfig, denoise: Denoise, diffusion: Diffusion, x_T: Tensor, noise: Noise) -> Iterator[Step]:
     """Run the whole chain of the configured sampler; `diffusion` must be respaced by `respacing_for`."""
-    options: dict[str, Any] = {"eta": config.eta} if SAMPLERS[config.name].takes_eta else {}
-    if SAMPLERS[config.name].spacing == "levels":
+    sampler = SAMPLERS[config.name]
+    options: dict[str, Any] = {}
+    if sampler.takes_eta:
+        options["eta"] = config.eta
+    if sampler.spacing == "levels":
         options["config"] = config
-    return SAMPLERS[config.name].run(denoise, diffusion, x_T, noise, **options)
+    return sampler.run(denoise, diffusion, x_T, noise, **options)
 
 
 def noise_timesteps(config: SamplerConfig, diffusion: Diffusion) -> list[int]:
-    """Return the arguments with which `sample` calls `noise`, in this order; an empty list if it is deterministic.
+    """Return the arguments with which `sample` calls `noise`, in order; an empty list if the chain is deterministic.
 
     They are original timesteps, and for EDM's sampler the numbers of its steps.
     """
     if SAMPLERS[config.name].spacing == "levels":
-        return [number for number, step in enumerate(edm_steps(config, diffusion)) if step.churned > step.here]
-    draws = SAMPLERS[config.name].stochastic or config.eta > 0
-    return [int(t) for t in diffusion.timestep_map[:0:-1]] if draws else []
+        return [number for number, step in enumerate(edm_steps(config, diffusion)) if step.churned > step.start]
+    if SAMPLERS[config.name].stochastic or config.eta > 0:
+        return [int(t) for t in diffusion.timestep_map[:0:-1]]  # all but the first timestep, noisiest first
+    return []
 
 
 def evaluated_timesteps(config: SamplerConfig, diffusion: DiffusionConfig) -> list[int]:
@@ -304,7 +317,7 @@ def evaluated_timesteps(config: SamplerConfig, diffusion: DiffusionConfig) -> li
     spacing = respacing_for(config, diffusion.num_timesteps)
     if SAMPLERS[config.name].spacing == "levels":
         steps = edm_steps(config, Diffusion(diffusion))
-        return [t for step in steps for t in (step.churned_t, step.following_t) if t is not None]
+        return [t for step in steps for t in (step.churned_t, step.end_t) if t is not None]
     chain = [int(t) for t in space_timesteps(diffusion.num_timesteps, spacing)]
     return chain + chain[:-1] * (SAMPLERS[config.name].evaluations_per_step - 1)
 

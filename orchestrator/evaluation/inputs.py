@@ -12,12 +12,12 @@ import numpy as np
 from orchestrator import storage
 from orchestrator.data.dataset import Manifest, load_manifest, read_images
 from orchestrator.data.images import IMAGE_ENDINGS
-from orchestrator.evaluation.files import ImageFiles, Listing, folder_places, list_images, tar_places
+from orchestrator.evaluation.files import ImageFiles, Listing, folder_files, list_images, tar_files
 from orchestrator.evaluation.npz import ImageRows, PublishedBatch, open_batch
 from orchestrator.generation.samples import count_samples, read_range
 
 PICKED_AT_ONCE = 512  # images read at once to pick some of them
-_RECORDS = {"run.json", "config.json"}  # files of a samples folder that record how it was generated
+_RECORDS = {"run.json", "config.json"}  # files of a samples folder that state how the samples were generated
 _PICKLE = "is a pickle, which is never opened because it can run code; if you trust it, load it and save "
 _PREPARE = "prepare a dataset from it with jobs/prepare_dataset.py --source, and pass that"
 _ARRAY = "is a single array; save it as arr_0 of an .npz with numpy.savez('images.npz', numpy.load('images.npy'))"
@@ -59,12 +59,12 @@ class ImageSet:
     kind: str  # "samples", "npz", "folder", "tar" or "dataset"
     count: int
     identity: str  # differs between sets of different images
-    read: ReadImages  # rows [begin, end) -> images uint8 [n, H, W, 3], labels int64 [n] (-1 = no label)
+    read: ReadImages  # (begin, end) -> images uint8 [n, H, W, 3], labels int64 [n] (-1 = no label) of [begin, end)
     seed: int | None = None  # of samples that Admiral generated
     classes: tuple[str, ...] = ()  # names in the order of the labels, if they are known
     num_classes: int = 0  # upper bound of labels without names
     warnings: tuple[str, ...] = ()  # for the user, before the evaluation
-    made_by: dict[str, Any] = field(default_factory=dict)  # run.json of samples that Admiral generated
+    made_by: dict[str, Any] = field(default_factory=dict)  # config and record of samples that Admiral generated
 
     def pick(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return images and labels of these indices, in this order; each range of 512 is read once."""
@@ -80,9 +80,10 @@ class ImageSet:
 
 
 def check_ending(uri: str, role: Literal["samples", "reference"]) -> None:
-    """Raise ValueError if files with this ending cannot be samples or a reference; it says what to pass instead."""
+    """Raise ValueError if files with this ending cannot be used for `role`; the message says what to pass instead."""
     for endings, for_samples, for_reference in _UNUSABLE:
-        if uri.lower().endswith(endings) and (reason := for_samples if role == "samples" else for_reference):
+        reason = for_samples if role == "samples" else for_reference
+        if reason and uri.lower().endswith(endings):
             raise ValueError(f"{uri} {reason}")
 
 
@@ -105,18 +106,18 @@ def open_images(uri: str, reference: Manifest | None = None, image_size: int | N
     if uri.endswith(".npz"):
         return batch_images(open_batch(uri))
     if uri.endswith(".tar"):
-        kind, listing = "tar", list_images(tar_places(uri))
-        if not listing.places:
-            raise ValueError(f"{uri} has no images ({', '.join(IMAGE_ENDINGS)})")
-    elif "manifest.json" in (names := storage.list_names(uri)) or _RECORDS & set(names):
-        return _samples(uri)
-    else:
-        kind, listing = "folder", list_images(folder_places(uri))
-        if not listing.places:
-            raise FileNotFoundError(
-                f"{uri} has no finished samples; generate them first, or pass an .npz, a .tar or a folder of images"
-            )
-    return _listed(kind, uri, listing, reference, image_size)
+        listing = list_images(tar_files(uri))
+        if not listing.files:
+            raise ValueError(f"{uri} has no images; names of images end in {', '.join(IMAGE_ENDINGS)}")
+        return _image_files("tar", uri, listing, reference, image_size)
+    if {"manifest.json", *_RECORDS} & set(storage.list_names(uri)):
+        return _generated_samples(uri)
+    listing = list_images(folder_files(uri))
+    if not listing.files:
+        raise FileNotFoundError(
+            f"{uri} has no finished samples; generate them first, or pass an .npz, a .tar or a folder of images"
+        )
+    return _image_files("folder", uri, listing, reference, image_size)
 
 
 def split_images(dataset: str, split: str, image_size: int) -> ImageSet:
@@ -127,11 +128,13 @@ def split_images(dataset: str, split: str, image_size: int) -> ImageSet:
     read = partial(read_images, manifest, split, image_size=image_size)
     identity = _digest([split, image_size, shards])
     classes = () if split in manifest.unlabelled else manifest.classes
-    warnings = list[str]()
-    if manifest.width and manifest.height and (largest := min(manifest.width[1], manifest.height[1])) < image_size:
-        warnings.append(f"all its images are upsampled to {image_size} pixels, because they have at most {largest}")
+    warnings: tuple[str, ...] = ()
+    if manifest.width and manifest.height:
+        largest = min(manifest.width[1], manifest.height[1])
+        if largest < image_size:
+            warnings = (f"all its images are upsampled to {image_size} pixels, because they have at most {largest}",)
     count = manifest.num_samples(split)
-    return ImageSet(f"{dataset} {split}", "dataset", count, identity, read, classes=classes, warnings=tuple(warnings))
+    return ImageSet(f"{dataset} {split}", "dataset", count, identity, read, classes=classes, warnings=warnings)
 
 
 def image_size_of(images: ImageSet) -> int:
@@ -149,26 +152,25 @@ def _digest(content: object) -> str:
 # ------------------------------------------------------------------------------------------------ samples
 
 
-def _samples(folder: str) -> ImageSet:
+def _generated_samples(folder: str) -> ImageSet:
     """Return the samples in a folder of jobs/generate_samples.py."""
     manifest_uri = storage.join(folder, "manifest.json")
     if storage.exists(manifest_uri) and "splits" in storage.read_json(manifest_uri):
         raise ValueError(f"{folder} is a dataset, not samples; pass it as the reference")
     count = count_samples(folder)
-    (record,) = _RECORDS & set(storage.list_names(folder))
-    content = storage.read_json(storage.join(folder, record))
-    made_by, noted = content.get("config", content) | {"num_samples": count}, content.get("record", {})
-    classes = tuple(noted.get("classes", ()))  # older folders do not have them
-    read = partial(read_range, folder)
+    (name,) = _RECORDS & set(storage.list_names(folder))
+    content = storage.read_json(storage.join(folder, name))
+    config = content.get("config", content) | {"num_samples": count}
+    record = content.get("record", {})
     return ImageSet(
         folder,
         "samples",
         count,
-        _digest(made_by),
-        read,
-        made_by.get("seed"),
-        classes,
-        made_by={"config": made_by, "record": noted},
+        identity=_digest(config),
+        read=partial(read_range, folder),
+        seed=config.get("seed"),
+        classes=tuple(record.get("classes", ())),  # older folders do not have them
+        made_by={"config": config, "record": record},
     )
 
 
@@ -177,44 +179,47 @@ def _samples(folder: str) -> ImageSet:
 
 def batch_images(batch: PublishedBatch) -> ImageSet:
     """Return the images of a published batch; ValueError if it holds statistics only."""
-    rows = partial(_batch_rows, batch.rows, batch.labels)
+    read = partial(_read_batch, batch.rows, batch.labels)
     identity = f"{batch.checksum:08x}-{batch.num_images}"
     num_classes = 0 if batch.labels is None else int(batch.labels.max()) + 1
-    return ImageSet(batch.uri, "npz", batch.num_images, identity, rows, num_classes=num_classes)
+    return ImageSet(batch.uri, "npz", batch.num_images, identity, read, num_classes=num_classes)
 
 
-def _batch_rows(rows: ImageRows, labels: np.ndarray | None, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+def _read_batch(rows: ImageRows, labels: np.ndarray | None, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
     return rows(begin, end), np.full(end - begin, -1) if labels is None else labels[begin:end]
 
 
 # ------------------------------------------------------------------------------------------------ images as files
 
 
-def _listed(kind: str, uri: str, listing: Listing, reference: Manifest | None, image_size: int | None) -> ImageSet:
-    """Return image files as a set, with labels if all their folders are named after classes."""
-    places, warnings = listing.places, list(listing.warnings)
+def _image_files(kind: str, uri: str, listing: Listing, reference: Manifest | None, image_size: int | None) -> ImageSet:
+    """Return image files as a set, with labels if all their folders are named after classes of the reference."""
+    files, warnings = listing.files, list(listing.warnings)
     classes = reference.classes if reference else ()
     decoding = reference.model_dump(include={"background", "exif_orientation"}) if reference else {}
-    decoding = {} if decoding == {"background": "drop", "exif_orientation": "ignore"} else decoding  # as without one
-    number = {name: label for label, name in enumerate(classes)}
-    folders = [place.name.rsplit("/", 2)[-2] if "/" in place.name else "" for place in places]
-    unknown = sorted(set(folders) - set(number))
-    if unknown and (known := sorted(set(folders) & set(number))):
+    if decoding == {"background": "drop", "exif_orientation": "ignore"}:
+        decoding = {}  # the defaults, so that the identity is that without a reference
+    label_of = {name: label for label, name in enumerate(classes)}
+    folders = [file.name.rsplit("/", 2)[-2] if "/" in file.name else "" for file in files]
+    matching = sorted(set(folders) & set(classes))
+    others = sorted(set(folders) - set(classes))
+    if matching and others:
         warnings.append(
-            f"{known[0]!r} is a class of the reference but {unknown[0]!r} is not, so images get no labels from folders"
+            f"{matching[0]!r} is a class of the reference, but {others[0]!r} is not; so folders give images no labels"
         )
-    labels = np.array([-1] * len(places) if unknown else [number[folder] for folder in folders])
-    identity = _digest(
-        [image_size, [(place.name, place.offset, place.size) for place in places], *([decoding] if decoding else [])]
-    )
-    read = ImageFiles(uri, kind == "tar", places, labels, image_size, decoding)
+    labels = np.array([-1] * len(files) if others else [label_of[folder] for folder in folders])
+    content = [image_size, [(file.name, file.offset, file.size) for file in files]]
+    identity = _digest([*content, decoding] if decoding else content)
+    read = ImageFiles(uri, kind == "tar", files, labels, image_size, decoding)
+    first = next(i for i, file in enumerate(files) if file.name not in listing.unusual)
     if image_size is None:
-        first = next(i for i, place in enumerate(places) if place.name not in listing.odd)
         read = replace(read, shape=read(first, first + 1)[0].shape[1:])
-        read.check_sizes(listing.odd)
-    if listing.odd:
-        examples, usual = ", ".join(sorted(listing.odd)[:3]), next(p.name for p in places if p.name not in listing.odd)
-        warnings.append(f"{examples}: most names are like {usual}; remove these files if they are not samples")
+        read.check_sizes(listing.unusual)
+    if listing.unusual:
+        examples = ", ".join(sorted(listing.unusual)[:3])
+        warnings.append(
+            f"{examples}: most names are like {files[first].name}; remove these files if they are not samples"
+        )
     return ImageSet(
-        uri, kind, len(places), identity, read, classes=() if unknown else tuple(classes), warnings=tuple(warnings)
+        uri, kind, len(files), identity, read, classes=() if others else tuple(classes), warnings=tuple(warnings)
     )

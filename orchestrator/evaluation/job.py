@@ -20,7 +20,7 @@ from orchestrator.evaluation.extractors import CPU, LoadedExtractor, LoadExtract
 from orchestrator.evaluation.inputs import ImageSet, check_ending, image_size_of, open_images, split_images
 from orchestrator.evaluation.measurement import Limits, Measurement, measure_files
 from orchestrator.evaluation.memorization import nearest_training_pixels
-from orchestrator.evaluation.metrics import bias_note, describe
+from orchestrator.evaluation.metrics import Estimates, bias_note, describe
 from orchestrator.evaluation.page import evaluation_page
 from orchestrator.evaluation.references import (
     Reference,
@@ -45,19 +45,23 @@ def evaluate(config: EvaluationConfig) -> str:
         FileNotFoundError: samples, reference or the extractor's weights do not exist or are not finished.
     """
     output = config.path(config.output)
-    images = _samples(config)
-    reference_input = _reference(config, images)
-    loader = _loader(config, images, reference_input)
-    warnings, unmatched = _compare(config, images, reference_input)
-    floor = _floor(config, reference_input, images.count)
+    images = _open_samples(config)
+    reference_input = _open_reference(config, images)
+    loader = _make_loader(config, images, reference_input)
+    warnings, class_mismatch = _check_sets(config, images, reference_input)
+    floor = _open_floor(config, reference_input, images.count)
     loaded = loader(CPU)
-    with _naming(config, "reference"):
+    with _option_in_errors(config, "reference"):
         reference_input.statistics(loaded)  # checks the reference before the features of the samples are extracted
     _print_warnings(warnings)
     report_uri = storage.join(output, "report.json")
     finished = storage.exists(report_uri)
-    facts: dict[str, Any] = {"samples": images.identity, "extractor": loaded.fingerprint, "extractor_weights": None}
-    check_or_write_config(output, config, finished, **facts)
+    identities: dict[str, Any] = {
+        "samples": images.identity,
+        "extractor": loaded.fingerprint,
+        "extractor_weights": None,  # the fingerprint identifies them
+    }
+    check_or_write_config(output, config, finished, **identities)
     if finished:
         print(f"{output} is complete: {images.count:,} samples were evaluated")
         catch_up("evaluate", config, output)
@@ -69,39 +73,45 @@ def evaluate(config: EvaluationConfig) -> str:
         sample_features = _sample_features(config, images, loader)
         folder = storage.join(output, "reference-features")
         reference = extract_reference(reference_input, loader, loaded, folder, config.num_workers, config.num_gpus)
-        reasons = {"classes": unmatched, "accuracy": loaded.knows(reference.classes)}
-        reference = replace(reference, missing=reference.missing | {what: why for what, why in reasons.items() if why})
+        missing = dict(reference.missing)
+        if class_mismatch:
+            missing["classes"] = class_mismatch
+        if extractor_mismatch := loaded.class_mismatch(reference.classes):
+            missing["accuracy"] = extractor_mismatch
+        reference = replace(reference, missing=missing)
         measured, held_out = _measure(config, images, sample_features, reference, loaded, floor, loader)
         if measured.same_images:
             warnings.append("samples and reference are the same images, so the distances are lower than for any model")
         report = _report(config, images, reference, loaded, measured) | {"held_out": held_out, "warnings": warnings}
         report = redact_tree(report)
         page, pictures = evaluation_page(report, images, reference, measured, sample_features.labels())
-        tracker.metrics(_numbers(report))
+        tracker.metrics(_tracked_metrics(report))
         tracker.record("report.json", report)
         tracker.record("report.html", page)
         for name, picture in pictures.items():
             tracker.picture(f"{name}.png", picture)
     storage.write_bytes(storage.join(output, "report.html"), page.encode())
     storage.put_if_absent(report_uri, storage.json_bytes(report))
-    _print(report)
+    _print_metrics(report)
     _print_warnings(warnings)
     print_closing([storage.join(output, "report.html"), report_uri], [])
     return report_uri
 
 
 def plan(config: EvaluationConfig) -> tuple[EvaluationConfig, str]:
-    """Return the config, and what an evaluation would read, write and hold in memory, for the inputs that exist.
+    """Return the config, and what an evaluation would read, write, cost and hold in memory.
+
+    Inputs that do not exist yet are listed; if they come from a preset, their number of images is assumed.
 
     Raises:
         ValueError: `evaluate` would raise it too, before it starts.
     """
-    samples, reference, absent = config.path(config.samples), config.path(config.reference), list[str]()
-    size = config.image_size or ASSUMED_SIZE
-    planned = {preset.output: preset.num_samples for _, preset in generation_presets().values()}
-    count, kind = planned.get(config.samples), "samples"
+    samples, reference = config.path(config.samples), config.path(config.reference)
+    absent: list[str] = []
+    planned_counts = {preset.output: preset.num_samples for _, preset in generation_presets().values()}
+    count, kind, size = planned_counts.get(config.samples), "samples", config.image_size or ASSUMED_SIZE
     try:
-        images = _samples(config)
+        images = _open_samples(config)
         count, kind, size = images.count, images.kind, image_size_of(images)
     except FileNotFoundError:
         absent.append(samples)
@@ -109,9 +119,9 @@ def plan(config: EvaluationConfig) -> tuple[EvaluationConfig, str]:
         if not storage.exists(reference):
             raise FileNotFoundError(reference)
         if not absent:
-            reference_input = _reference(config, images)
-            _compare(config, images, reference_input)
-            _floor(config, reference_input, images.count)
+            reference_input = _open_reference(config, images)
+            _check_sets(config, images, reference_input)
+            _open_floor(config, reference_input, images.count)
     except FileNotFoundError:
         absent.append(reference)
     lines = [
@@ -120,60 +130,61 @@ def plan(config: EvaluationConfig) -> tuple[EvaluationConfig, str]:
     ]
     if count:
         try:
-            lines += _priced(config, count, size)
+            lines += _cost_lines(config, count, size)
         except FileNotFoundError as error:
             lines.append(f"cost    unknown until the extractor exists: {error}")
     return config, "\n".join([*lines, *not_there_yet(absent)])
 
 
-def _priced(config: EvaluationConfig, count: int, size: int) -> list[str]:
-    """Return the lines of a plan on the cost and memory of the features of `count` images."""
-    dimension, name, price = DigitsNetwork.dimension, DigitsNetwork.name, list[str]()
-    if config.extractor != name:  # the digits network may have to be trained first
+def _cost_lines(config: EvaluationConfig, count: int, size: int) -> list[str]:
+    """Return the lines of a plan on the cost and memory of the features of `count` images of `size` pixels."""
+    dimension, name = DigitsNetwork.dimension, DigitsNetwork.name
+    cost_lines: list[str] = []
+    if config.extractor != name:  # the digits network may not be trained yet, and costs next to nothing
         weights = config.path(config.extractor_weights) if config.extractor_weights else None
         network = extractor_loader(config.extractor, weights, None, config.path("extractors"), 0)(CPU).network
         dimension, name = network.dimension, network.name
         cost = extraction_cost(network, size, count, EXTRACTOR_BATCH)
-        price = [priced(cost, config.cost, config.num_workers, config.num_gpus, half=False)]
-    held = (count + min(count, Limits.samples) + Limits.references) * dimension * 4 / 2**30
+        cost_lines = [priced(cost, config.cost, config.num_workers, config.num_gpus, half=False)]
+    gibibytes = (count + min(count, Limits.samples) + Limits.references) * dimension * 4 / 2**30
     return [
         f"images  {count:,} by {name}, and those of the reference whose features do not exist yet",
-        f"memory  at most {held:.2f} GiB of features ({dimension} float32 each) and as much for computations, in the "
-        "driver and in each worker",
-        *price,
+        f"memory  at most {gibibytes:.2f} GiB of features ({dimension} float32 each) and as much for computations, in "
+        "the driver and in each worker",
+        *cost_lines,
     ]
 
 
 @contextmanager
-def _naming(config: EvaluationConfig, option: str) -> Iterator[None]:
+def _option_in_errors(config: EvaluationConfig, option: str) -> Iterator[None]:
     """Replace the path in errors by the option as the user typed it."""
-    typed: str = getattr(config, option)
+    value: str = getattr(config, option)
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
-        name, uri, text = f"--{option} {typed}", config.path(typed), str(error)
+        typed, uri, message = f"--{option} {value}", config.path(value), str(error)
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(text.replace(uri, name, 1) if uri in text else f"{name}: {text}") from error
+        raise kind(message.replace(uri, typed, 1) if uri in message else f"{typed}: {message}") from error
 
 
-def _samples(config: EvaluationConfig) -> ImageSet:
+def _open_samples(config: EvaluationConfig) -> ImageSet:
     uri = config.path(config.reference)
-    with _naming(config, "reference"):
+    with _option_in_errors(config, "reference"):
         check_ending(uri, "reference")
         is_dataset = not uri.endswith(".npz") and storage.exists(storage.join(uri, "manifest.json"))
         manifest = load_reference_manifest(uri) if is_dataset else None
-    with _naming(config, "samples"):
+    with _option_in_errors(config, "samples"):
         return open_images(config.path(config.samples), manifest, config.image_size)
 
 
-def _reference(config: EvaluationConfig, images: ImageSet) -> ReferenceInput:
+def _open_reference(config: EvaluationConfig, images: ImageSet) -> ReferenceInput:
     uri = config.path(config.reference)
     size = 0 if uri.endswith(".npz") else _image_size(config, images)
-    with _naming(config, "reference"):
+    with _option_in_errors(config, "reference"):
         return find_reference(uri, size)
 
 
-def _floor(config: EvaluationConfig, reference_input: ReferenceInput, count: int) -> ImageSet | None:
+def _open_floor(config: EvaluationConfig, reference_input: ReferenceInput, count: int) -> ImageSet | None:
     """Return at most `count` held-out real images, or None if there are none."""
     dataset = config.path(config.reference) if reference_input.batch is None else None
     manifest = load_manifest(dataset) if dataset else None
@@ -181,7 +192,7 @@ def _floor(config: EvaluationConfig, reference_input: ReferenceInput, count: int
         if dataset is None or manifest is None or "validation" not in manifest.splits:
             return None
         return subset(split_images(dataset, "validation", reference_input.image_size), count)
-    with _naming(config, "floor"):
+    with _option_in_errors(config, "floor"):
         uri = config.path(config.floor)
         if not uri.endswith((".npz", ".tar")) and storage.exists(storage.join(uri, "manifest.json")):
             held_out = split_images(uri, "validation", _image_size(config, open_images(config.path(config.samples))))
@@ -218,9 +229,9 @@ def _measure(
     measured = measure_files(sample_features, reference, name, Limits(), config.num_workers, policy, config.num_gpus)
     if floor is None:
         return measured, None
-    features = _floor_features(config, floor, loader)
-    held_out = measure_files(features, reference, name, Limits(), config.num_workers, num_gpus=config.num_gpus)
-    return measured, {"uri": floor.uri, "n": floor.count, "metrics": _described(held_out)}
+    floor_features = _floor_features(config, floor, loader)
+    held_out = measure_files(floor_features, reference, name, Limits(), config.num_workers, num_gpus=config.num_gpus)
+    return measured, {"uri": floor.uri, "n": floor.count, "metrics": _describe_all(held_out.estimates)}
 
 
 def _floor_features(config: EvaluationConfig, floor: ImageSet, loader: LoadExtractor) -> FeatureFiles:
@@ -231,7 +242,7 @@ def _floor_features(config: EvaluationConfig, floor: ImageSet, loader: LoadExtra
     return extract_all(floor, folder, loader, config.num_workers, config.num_gpus)
 
 
-def _compare(config: EvaluationConfig, images: ImageSet, reference_input: ReferenceInput) -> tuple[list[str], str]:
+def _check_sets(config: EvaluationConfig, images: ImageSet, reference_input: ReferenceInput) -> tuple[list[str], str]:
     """Return warnings, and the reason why the labels of samples and reference cannot be matched ("" = they can)."""
     samples, reference = f"--samples {config.samples}", f"--reference {config.reference}"
     warnings = [f"{samples}: {warning}" for warning in images.warnings]
@@ -239,11 +250,11 @@ def _compare(config: EvaluationConfig, images: ImageSet, reference_input: Refere
         return warnings, ""
     warnings += [f"{reference}: {warning}" for warning in reference_input.images.warnings]
     sides = Side.of(samples, images), Side.of(reference, reference_input.images)
-    more, unmatched = check_compatible(*sides, config.extractor)
-    return warnings + more, unmatched
+    more_warnings, class_mismatch = check_compatible(*sides, config.extractor)
+    return warnings + more_warnings, class_mismatch
 
 
-def _loader(config: EvaluationConfig, images: ImageSet, reference_input: ReferenceInput | None) -> LoadExtractor:
+def _make_loader(config: EvaluationConfig, images: ImageSet, reference_input: ReferenceInput) -> LoadExtractor:
     reference = config.path(config.reference)
     return extractor_loader(
         config.extractor,
@@ -251,11 +262,12 @@ def _loader(config: EvaluationConfig, images: ImageSet, reference_input: Referen
         None if reference.endswith(".npz") else reference,
         config.path("extractors"),
         _image_size(config, images) if config.extractor == "digits" else 0,
-        reference_input.batch.extractor if reference_input and reference_input.batch else None,
+        reference_input.batch.extractor if reference_input.batch else None,
     )
 
 
 def _image_size(config: EvaluationConfig, images: ImageSet) -> int:
+    """Return the size of the samples; ValueError if --image-size is another one."""
     size = image_size_of(images)
     if config.image_size not in (None, size):
         raise ValueError(
@@ -269,10 +281,9 @@ def _report(
 ) -> dict[str, Any]:
     """Return the content of report.json."""
     seeds = {"seed": images.seed, "indices": [0, images.count]}
-    accuracy = loaded.held_out_accuracy
-    size = {"uri": images.uri, "kind": images.kind, "identity": images.identity, "n": images.count}
+    samples = {"uri": images.uri, "kind": images.kind, "identity": images.identity, "n": images.count}
     return {
-        "samples": {**size, **seeds, "made_by": images.made_by},
+        "samples": {**samples, **seeds, "made_by": images.made_by},
         "reference": {
             "uri": reference.uri,
             "n": reference.count,
@@ -282,16 +293,14 @@ def _report(
         "extractor": {
             "name": loaded.network.name,
             "fingerprint": loaded.fingerprint,
-            "held_out_accuracy": accuracy,
+            "held_out_accuracy": loaded.held_out_accuracy,
         },
         "metrics": {
-            name: described | {"seeds": seeds, "extractor": loaded.fingerprint}
-            for name, described in _described(measured).items()
+            name: metric | {"seeds": seeds, "extractor": loaded.fingerprint}
+            for name, metric in _describe_all(measured.estimates).items()
         },
         "per_class": {
-            reference.classes[label] if reference.classes else str(label): {
-                name: describe(estimate) for name, estimate in estimates.items()
-            }
+            reference.classes[label] if reference.classes else str(label): _describe_all(estimates)
             for label, estimates in measured.per_class.items()
         },
         "not_available": measured.missing,
@@ -306,7 +315,7 @@ def _report(
 
 
 def _pixel_distances(config: EvaluationConfig, images: ImageSet) -> dict[str, list[float]]:
-    """Return distances to the nearest training image of samples, and of held-out real images if there are any."""
+    """Return pixel distances to the nearest training image, of samples and of held-out real images if there are any."""
     uri = config.path(config.reference)
     if uri.endswith(".npz") or not config.num_memorization_samples:
         return {}
@@ -316,14 +325,14 @@ def _pixel_distances(config: EvaluationConfig, images: ImageSet) -> dict[str, li
     if "validation" in load_manifest(uri).splits:
         queries["held_out"] = split_images(uri, "validation", size)
     count, workers = config.num_memorization_samples, (config.num_workers, config.num_gpus)
-    return {name: nearest_training_pixels(queried, count, training, *workers) for name, queried in queries.items()}
+    return {name: nearest_training_pixels(query, count, training, *workers) for name, query in queries.items()}
 
 
-def _described(measured: Measurement) -> dict[str, dict[str, Any]]:
-    return {name: describe(estimate) for name, estimate in measured.estimates.items()}
+def _describe_all(estimates: Estimates) -> dict[str, dict[str, Any]]:
+    return {name: describe(estimate) for name, estimate in estimates.items()}
 
 
-def _numbers(report: dict[str, Any]) -> dict[str, float]:
+def _tracked_metrics(report: dict[str, Any]) -> dict[str, float]:
     """Return the metrics of a report for MLflow: values, their bias, and the values of held-out images."""
     held_out = report["held_out"]["metrics"] if report["held_out"] else {}
     values = {name: metric["value"] for name, metric in report["metrics"].items()}
@@ -331,17 +340,20 @@ def _numbers(report: dict[str, Any]) -> dict[str, float]:
     return values | bias | {f"held_out_{name}": metric["value"] for name, metric in held_out.items()}
 
 
-def _print(report: dict[str, Any]) -> None:
+def _print_metrics(report: dict[str, Any]) -> None:
     """Print one line for each metric."""
     held_out = report["held_out"]["metrics"] if report["held_out"] else {}
     for name, metric in report["metrics"].items():
         interval = "{:.4g} to {:.4g}".format(*metric["interval"]) if metric["interval"] else "none"
         counts = f"n={metric['n']}" + (f", {metric['n_reference']} references" if metric["n_reference"] else "")
-        more = [f"held-out real images: {held_out[name]['value']:.4g}"] if name in held_out else []
+        notes = []
+        if name in held_out:
+            notes.append(f"held-out real images: {held_out[name]['value']:.4g}")
         if metric["bias"] is not None:
-            more.append(bias_note(metric["bias"]))
-        more += [metric["note"]] if metric["note"] else []
-        print(f"{name:30} {metric['value']:10.4g}   95%: {interval:22} {counts}; {'; '.join(more)}".rstrip("; "))
+            notes.append(bias_note(metric["bias"]))
+        if metric["note"]:
+            notes.append(metric["note"])
+        print(f"{name:30} {metric['value']:10.4g}   95%: {interval:22} {'; '.join([counts, *notes])}")
     for name, reason in report["not_available"].items():
         print(f"{name:30} {'-':>10}   {reason}")
 

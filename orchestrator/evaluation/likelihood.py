@@ -61,9 +61,9 @@ class LikelihoodConfig(JobConfig):
 
 
 class Item(NamedTuple):
-    """A work item: a file of the output folder, and the method of the worker that makes its content."""
+    """A work item: a file of the output folder, and the method of `_Worker` that returns its content."""
 
-    name: str
+    name: str  # relative to the output folder
     method: Literal["bound", "progressive", "interpolation"]
     arguments: tuple[int, ...] = ()
 
@@ -92,7 +92,8 @@ def estimate(config: LikelihoodConfig) -> str:
         return report_uri
     items = _items(config, manifest)
     existing = set(storage.list_names(output, recursive=True))
-    todo = [item for item in items if item.name not in existing]
+    missing = [item for item in items if item.name not in existing]
+    num_finished = len(items) - len(missing)
     with (
         session(
             config.num_workers * config.num_threads,
@@ -102,11 +103,13 @@ def estimate(config: LikelihoodConfig) -> str:
         tracked("likelihood", config, output) as tracker,
         progress_line(len(items), "batches and pictures") as progress,
     ):
-        progress.start(len(items) - len(todo))
-        work = map_items(partial(make_worker, config), todo, config.num_workers, config.num_threads, config.num_gpus)
-        for done, _ in enumerate(work, start=len(items) - len(todo) + 1):
+        progress.start(num_finished)
+        results = map_items(
+            partial(make_worker, config), missing, config.num_workers, config.num_threads, config.num_gpus
+        )
+        for done, _ in enumerate(results, start=num_finished + 1):
             progress.update_to(done)
-        report = _conclude(output, [item.name for item in items if item.method == "bound"])
+        report = _report(output, [item.name for item in items if item.method == "bound"])
         curve = rate_distortion_png(report["rate_bits_per_dim"], report["distortion_grey_levels"])
         storage.write_bytes(storage.join(output, "rate-distortion.png"), curve)
         tracker.picture("rate-distortion.png", curve)
@@ -155,12 +158,18 @@ def plan(config: LikelihoodConfig, trained: Trained | None = None) -> tuple[Like
 
 
 def _check(config: LikelihoodConfig, network: Network, manifest: Manifest) -> None:
+    """Raise ValueError if the weights do not fit the dataset, or a depth is not in the chain."""
     if network.architecture.num_classes and network.classes != manifest.classes:
-        raise ValueError(f"--weights {config.weights} and --dataset {config.dataset} have different classes")
-    steps = Diffusion(network.diffusion, config.respacing).num_timesteps
+        raise ValueError(
+            f"--weights {config.weights} and --dataset {config.dataset} have different classes; use the dataset on "
+            "which the weights were trained"
+        )
+    num_timesteps = Diffusion(network.diffusion, config.respacing).num_timesteps
     for depth in config.interpolation_depths:
-        if not 0 <= depth < steps:
-            raise ValueError(f"interpolation_depths contains {depth}; the chain's indices are 0 to {steps - 1}")
+        if not 0 <= depth < num_timesteps:
+            raise ValueError(
+                f"interpolation_depths contains {depth}; expected chain indices from 0 to {num_timesteps - 1}"
+            )
 
 
 def _count(config: LikelihoodConfig, manifest: Manifest) -> int:
@@ -181,7 +190,7 @@ def _items(config: LikelihoodConfig, manifest: Manifest) -> list[Item]:
     return items
 
 
-def _conclude(output: str, names: list[str]) -> dict[str, Any]:
+def _report(output: str, names: list[str]) -> dict[str, Any]:
     """Return the content of likelihood.json, computed from the terms of all batches in index order."""
     parts = [safetensors.numpy.load(storage.read_bytes(storage.join(output, name))) for name in names]
     terms = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -239,13 +248,14 @@ class _Worker:
     def bound(self, begin: int, end: int) -> bytes:
         """Compute the terms of the bound of a range of images; the noise of later steps is drawn in the background."""
         x_start, labels = self.images(begin, end)
-        key = partial(Draw, tuple(range(begin, end)), self.shape, Purpose.LIKELIHOOD)
-        plan = (key(int(t)) for t in self.diffusion.timestep_map[::-1])
-        with noise_ahead(self.config.seed, plan, pin=self.device.type == "cuda") as draw:
-            bits = bits_per_dim(
-                self.denoiser(labels), self.diffusion, x_start,
-                lambda t: draw(key(t)).to(self.device, non_blocking=True),
-            )  # fmt: skip
+        draw_at = partial(Draw, tuple(range(begin, end)), self.shape, Purpose.LIKELIHOOD)
+        planned = (draw_at(int(t)) for t in self.diffusion.timestep_map[::-1])
+        with noise_ahead(self.config.seed, planned, pin=self.device.type == "cuda") as draw:
+
+            def noise(t: int) -> Tensor:
+                return draw(draw_at(t)).to(self.device, non_blocking=True)
+
+            bits = bits_per_dim(self.denoiser(labels), self.diffusion, x_start, noise)
         rate, distortion = progressive_coding(bits)
         terms = {**vars(bits), "rate": rate, "distortion": distortion}
         return safetensors.numpy.save({name: tensor.cpu().numpy() for name, tensor in terms.items()})
@@ -254,21 +264,22 @@ class _Worker:
         """Draw progressive generation: one row of predictions of x_0 for each chain."""
         indices = range(self.config.num_strips)
         _, labels = self.images(0, len(indices))
-        x_T, step = self.noise(indices, 0, Purpose.START), partial(self.noise, indices, purpose=Purpose.STEP)
-        steps = ddpm(self.denoiser(labels), self.diffusion, x_T, step)
+        x_T = self.noise(indices, 0, Purpose.START)
+        step_noise = partial(self.noise, indices, purpose=Purpose.STEP)
+        steps = ddpm(self.denoiser(labels), self.diffusion, x_T, step_noise)
         strips = progressive_generation(steps, every=-(-self.diffusion.num_timesteps // STRIP_LENGTH))
         return self._grid(strips.flatten(0, 1), columns=strips.shape[1])
 
     def interpolation(self, depth: int) -> bytes:
-        """Draw images decoded between the encodings of the first two images."""
-        pixels, labels = self.images(0, 2)
-        ends = (pixels[:1], pixels[1:])
+        """Draw an interpolation between the first two images, which are at the ends, encoded at index `depth`."""
+        x, labels = self.images(0, 2)
+        ends = (x[:1], x[1:])
         noises = (self.noise(range(1), 0, Purpose.START), self.noise(range(1, 2), 0, Purpose.START))
+        step_noise = partial(self.noise, range(1), purpose=Purpose.STEP)  # the same for all images of the row
         row = [ends[0]]
         for lam in np.linspace(0, 1, INTERPOLATION_STEPS):
             denoise = self.denoiser(labels[:1] if lam < 0.5 else labels[1:])
-            on_the_way = partial(self.noise, range(1), purpose=Purpose.STEP)
-            row.append(interpolate(denoise, self.diffusion, ends, noises, float(lam), depth, on_the_way))
+            row.append(interpolate(denoise, self.diffusion, ends, noises, float(lam), depth, step_noise))
         return self._grid(torch.cat([*row, ends[1]]), columns=len(row) + 1)
 
     def _grid(self, images: Tensor, columns: int) -> bytes:
@@ -276,7 +287,7 @@ class _Worker:
 
 
 def make_worker(config: LikelihoodConfig) -> Callable[[Item], None]:
-    """Load the network; return the function that does the work items."""
+    """Load the network, and return the function that processes a work item."""
     worker, output = _Worker(config), config.path(config.output)
 
     @torch.inference_mode()

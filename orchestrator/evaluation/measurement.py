@@ -1,4 +1,4 @@
-"""All metrics of stored features, with realism, closest pairs and metrics of each class."""
+"""All metrics of stored features, with the realism of samples, the closest pairs and metrics of each class."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,13 +10,13 @@ from cluster.workers import map_items
 from models.manifolds import Manifolds, manifolds, precision_recall, realism
 from models.metrics import Strata, by_class, class_frechet_estimate, expand_frechet, moments
 from orchestrator.arithmetic import prepare_device
-from orchestrator.evaluation.extraction import ArrayName, FeatureFiles, chosen
+from orchestrator.evaluation.extraction import ArrayName, FeatureFiles, choose_rows
 from orchestrator.evaluation.memorization import nearest_training_features
 from orchestrator.evaluation.metrics import Comparison, Estimates, Rows, measure, vendi_estimate
 from orchestrator.evaluation.references import Reference
 
-NEIGHBOURS = 3  # k of precision and recall; a class with at most k rows has neither
-FEWEST = 6  # images of each set that the metrics of neighbours need
+NEIGHBOURS = 3  # k of precision and recall; a class with at most k images in one of the sets has neither
+MIN_IMAGES = 6  # images of each set that the metrics of pairs need
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Measurement:
 
     estimates: Estimates = field(default_factory=dict)
     per_class: dict[int, Estimates] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
-    rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # samples whose realism is known
+    missing: dict[str, str] = field(default_factory=dict)  # reasons by the names of metrics
+    rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # indices of samples with a realism
     realism: np.ndarray = field(default_factory=lambda: np.empty(0))  # realism of these samples
     closest: "Closest | None" = None
     same_images: bool = False  # whether samples and reference are the same images
@@ -52,9 +52,9 @@ class Closest:
     own_distances: np.ndarray  # [Q] of these training images to the nearest other one
 
     def first(self, count: int) -> list[dict[str, float]]:
-        """Return the closest pairs, relative to the distance of the training image to its own nearest one.
+        """Return the pairs with the smallest ratios of the two distances, smallest first.
 
-        The ratio of a training image that has an exact copy is infinite, or 0 if the sample is a copy too.
+        If another training image is an exact copy of this one, the ratio is infinite, or 0 if the sample is a copy too.
         """
         with np.errstate(over="ignore"):
             ratios = self.distances / np.maximum(self.own_distances, np.finfo(np.float64).tiny)
@@ -79,8 +79,9 @@ def strata_of(labels: np.ndarray, policy: str | None) -> np.ndarray | None:
     if labels.min() < 0 or policy == "uniform":
         return None
     counts = np.unique(labels, return_counts=True)[1]
-    in_turn = policy is not None and "," in policy
-    return labels if counts.min() > 1 and (in_turn or counts.max() - counts.min() <= 1) else None
+    is_list = policy is not None and "," in policy  # labels in turn from a list, so that their counts are fixed
+    is_balanced = counts.max() - counts.min() <= 1
+    return labels if counts.min() > 1 and (is_list or is_balanced) else None
 
 
 def measure_files(
@@ -94,13 +95,13 @@ def measure_files(
 ) -> Measurement:
     """Compute all metrics of the samples' features against the reference.
 
-    Memory holds one feature array at a time: n x D x 4 bytes, which is 0.4 GB for 50,000 x 2,048. Metrics of pairs hold
-    twice that and the drawn reference rows.
+    One feature array is in memory at a time: n x D x 4 bytes, which is 0.4 GB for 50,000 x 2,048. Metrics of pairs need
+    twice that, and the chosen reference rows.
 
     Args:
         name: the extractor's name.
         policy: see `strata_of`.
-        num_gpus: GPUs of each worker, for metrics of pairs.
+        num_gpus: GPUs for each worker, for metrics of pairs.
 
     Raises:
         ValueError: the two sets of features come from different extractors.
@@ -111,27 +112,29 @@ def measure_files(
             f"{reference.fingerprint}; they must come from the same extractor"
         )
     result, labels, features, rows = Measurement(), sample_files.labels(), sample_files.pool(), None
+    strata = strata_of(labels, policy)
     missing = dict(reference.missing)
-    if reference.files is not None and (fewest := min(sample_files.count, reference.files.count)) < FEWEST:
-        missing["rows"] = f"one of the sets has {fewest} images, but {FEWEST} are needed"
-    elif reference.files is not None:
-        strata = strata_of(labels, policy)
-        rows = _rows(result, sample_files, features, reference, limits, num_workers, num_gpus, strata)
-        result.per_class = _per_class(result, reference, features, labels, limits)
+    if reference.files is not None:
+        smaller = min(sample_files.count, reference.files.count)
+        if smaller < MIN_IMAGES:
+            missing["rows"] = f"one of the sets has {smaller} images, but {MIN_IMAGES} are needed"
+        else:
+            rows = _pair_metrics(result, sample_files, features, reference, limits, num_workers, num_gpus, strata)
+            result.per_class = _per_class(result, reference, features, labels, limits)
 
     def read(array: ArrayName) -> np.ndarray | None:
         return features if array == "pool" else sample_files.array(array)
 
-    classes = len(reference.classes)
-    comparison = Comparison(name, read, labels, reference.statistics, classes, rows, missing, strata_of(labels, policy))
-    result.estimates, lacking = measure(comparison)
-    result.missing |= lacking
+    num_classes = len(reference.classes)
+    comparison = Comparison(name, read, labels, reference.statistics, num_classes, rows, missing, strata)
+    result.estimates, reasons = measure(comparison)
+    result.missing |= reasons
     if rows is None:
         result.missing["per_class"] = missing["rows"]
     return result
 
 
-def _rows(
+def _pair_metrics(
     result: Measurement,
     sample_files: FeatureFiles,
     features: np.ndarray,
@@ -144,30 +147,34 @@ def _rows(
     """Compute metrics of pairs of samples and reference images; add realism and closest pairs to `result`."""
     files = reference.files
     assert files is not None
-    rows, real = chosen(sample_files.count, limits.samples), files.chosen_pool(limits.references)
-    samples = features[rows] if len(rows) < sample_files.count else features
-    balanced = strata if len(rows) == sample_files.count else None
+    rows, real = choose_rows(sample_files.count, limits.samples), files.pool_subset(limits.references)
+    is_subset = len(rows) < sample_files.count
+    samples = features[rows] if is_subset else features
+    if is_subset:
+        strata = None  # the class counts of a random subset are random
     if num_workers and num_gpus:  # this process may have no GPU
-        worker = partial(_make_neighbours, sample_files, files, limits, balanced, num_gpus)
-        ((_, (neighbour_metrics, ratios)),) = map_items(worker, ["metrics of neighbours"], 1, num_gpus=num_gpus)
+        make_worker = partial(_make_manifold_metrics, sample_files, files, limits, strata, num_gpus)
+        ((_, (manifold_metrics, realism_or_reason)),) = map_items(
+            make_worker, ["metrics of neighbours"], 1, num_gpus=num_gpus
+        )
     else:
-        neighbour_metrics, ratios = _neighbours(real, samples, balanced, 0 if num_workers else num_gpus)
-    if isinstance(ratios, str):
-        result.missing["realism"] = ratios
+        manifold_metrics, realism_or_reason = _manifold_metrics(real, samples, strata, 0 if num_workers else num_gpus)
+    if isinstance(realism_or_reason, str):
+        result.missing["realism"] = realism_or_reason
     else:
-        result.rows, result.realism = rows, ratios
-    kernel = real[chosen(len(real), limits.pairs)], samples[chosen(len(samples), limits.pairs)]
+        result.rows, result.realism = rows, realism_or_reason
+    kernel = real[choose_rows(len(real), limits.pairs)], samples[choose_rows(len(samples), limits.pairs)]
     result.same_images = sample_files.count == files.count and _same_rows(features, real)
     if not reference.training:  # only copies of training images are of interest
-        return Rows(real, samples, neighbour_metrics, kernel)
-    pair_rows = chosen(sample_files.count, limits.pairs)
-    near, own = nearest_training_features(sample_files, pair_rows, files, num_workers, num_gpus)
-    squared = near.squared[:, 0]
-    result.closest = Closest(pair_rows, near.index[:, 0], np.sqrt(squared), np.sqrt(own))
-    return Rows(real, samples, neighbour_metrics, kernel, nearest=(squared, own), num_training=files.count)
+        return Rows(real, samples, manifold_metrics, kernel)
+    queries = choose_rows(sample_files.count, limits.pairs)
+    neighbours, own_squared = nearest_training_features(sample_files, queries, files, num_workers, num_gpus)
+    squared = neighbours.squared[:, 0]
+    result.closest = Closest(queries, neighbours.index[:, 0], np.sqrt(squared), np.sqrt(own_squared))
+    return Rows(real, samples, manifold_metrics, kernel, nearest=(squared, own_squared), num_training=files.count)
 
 
-def _neighbours(
+def _manifold_metrics(
     real: np.ndarray, samples: np.ndarray, strata: Strata, num_gpus: float
 ) -> tuple[Manifolds, np.ndarray | str]:
     """Return the metrics of neighbours, and the realism of each sample or the reason why it is not defined."""
@@ -179,12 +186,13 @@ def _neighbours(
             return metrics, str(error)
 
 
-def _make_neighbours(
-    sample_files: FeatureFiles, files: FeatureFiles, limits: Limits, strata: Strata, num_gpus: float
+def _make_manifold_metrics(
+    sample_files: FeatureFiles, reference_files: FeatureFiles, limits: Limits, strata: Strata, num_gpus: float
 ) -> Callable[[str], tuple[Manifolds, np.ndarray | str]]:
-    """Load both sets of features in a worker; return the function that computes the metrics of neighbours."""
-    real, samples = files.chosen_pool(limits.references), sample_files.pool(chosen(sample_files.count, limits.samples))
-    return lambda _: _neighbours(real, samples, strata, num_gpus)
+    """Load both sets of features in a worker, and return the function that computes the metrics of neighbours."""
+    real = reference_files.pool_subset(limits.references)
+    samples = sample_files.pool(choose_rows(sample_files.count, limits.samples))
+    return lambda _: _manifold_metrics(real, samples, strata, num_gpus)
 
 
 def _same_rows(a: np.ndarray, b: np.ndarray) -> bool:
@@ -198,7 +206,7 @@ def _same_rows(a: np.ndarray, b: np.ndarray) -> bool:
 def _per_class(
     result: Measurement, reference: Reference, features: np.ndarray, labels: np.ndarray, limits: Limits
 ) -> dict[int, Estimates]:
-    """Return metrics within each class of which both sets have at least two images."""
+    """Return metrics of each class of which both sets have at least two images; if none, add the reason to `result`."""
     files = reference.files
     assert files is not None
     if reason := reference.missing.get("classes"):
@@ -211,16 +219,17 @@ def _per_class(
     if real_labels.min() < 0:
         result.missing["per_class"] = "the reference has no labels"
         return {}
-    rows, real = chosen(files.count, limits.class_references), files.chosen_pool(limits.class_references)
+    rows, real = choose_rows(files.count, limits.class_references), files.pool_subset(limits.class_references)
 
-    def metrics(reference: np.ndarray, samples: np.ndarray) -> Estimates:
-        if min(len(reference), len(samples)) < 2:
+    def metrics(real: np.ndarray, samples: np.ndarray) -> Estimates:
+        smaller = min(len(real), len(samples))
+        if smaller < 2:
             return {}
-        estimates = {"fd": class_frechet_estimate(reference, samples), "vendi_score": vendi_estimate(samples)}
+        estimates = {"fd": class_frechet_estimate(real, samples), "vendi_score": vendi_estimate(samples)}
         if estimates["fd"].bias is not None:
-            estimates["fd_infinity"] = expand_frechet(samples, moments(reference)).corrected
-        if min(len(reference), len(samples)) > NEIGHBOURS:
-            estimates["precision"], estimates["recall"] = precision_recall(reference, samples, NEIGHBOURS)
+            estimates["fd_infinity"] = expand_frechet(samples, moments(real)).corrected
+        if smaller > NEIGHBOURS:
+            estimates["precision"], estimates["recall"] = precision_recall(real, samples, NEIGHBOURS)
         return estimates
 
     by_label = by_class(metrics, real, real_labels[rows], features, labels)

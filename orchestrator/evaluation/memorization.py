@@ -1,6 +1,6 @@
 """Memorisation: the training images that are nearest to samples, in feature space and in pixels.
 
-The workers of a pool search the training set in chunks. Each holds the queries and one chunk in memory.
+The workers of a pool search the training set in chunks. Each worker has the queries and one chunk in memory.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,8 @@ def nearest_rows(
     """Return the k of `count` rows that are nearest to each query, exactly, for any number of workers.
 
     Args:
-        queries: loads the queries float32 [Q, D], in this process or in a worker.
+        queries: function that loads the queries float32 [Q, D], in this process or in a worker.
+        count: number of rows that are searched.
     """
     chunks = [(begin, min(begin + CHUNK, count)) for begin in range(0, count, CHUNK)]
     if len(chunks) == 1 and num_workers:
@@ -60,13 +61,13 @@ def nearest_rows(
 def _make_search(
     queries: Callable[[], np.ndarray], rows: Rows, k: int, num_gpus: float
 ) -> Callable[[tuple[int, int]], Neighbours]:
-    """Load the queries; return the function that searches a chunk."""
-    device, loaded = prepare_device(num_gpus), queries()
+    """Load the queries, and return the function that searches a chunk."""
+    device, loaded_queries = prepare_device(num_gpus), queries()
 
     def work(chunk: tuple[int, int]) -> Neighbours:
         targets = rows(*chunk)
         with device:
-            return nearest(loaded, targets, min(k, len(targets)))
+            return nearest(loaded_queries, targets, min(k, len(targets)))
 
     return work
 
@@ -74,14 +75,17 @@ def _make_search(
 def nearest_training_features(
     samples: FeatureFiles, rows: np.ndarray, training: FeatureFiles, num_workers: int, num_gpus: float = 0.0
 ) -> tuple[Neighbours, np.ndarray]:
-    """Return the nearest training image of the samples `rows`, and its squared distance to its own nearest one [Q]."""
+    """Return the nearest training image of each of the samples `rows` [Q], and squared distances [Q].
+
+    These are the squared distances of the training images to their own nearest other training images.
+    """
     read = partial(feature_rows, training)
     neighbours = nearest_rows(partial(samples.pool, rows), read, training.count, 1, num_workers, num_gpus)
-    matched, place = np.unique(neighbours.index[:, 0], return_inverse=True)
-    around = nearest_rows(partial(training.pool, matched), read, training.count, 2, num_workers, num_gpus)
-    # A row finds itself first, unless it has copies, whose distance is 0 as well.
-    others = np.where(around.index[:, 0] == matched, around.squared[:, 1], around.squared[:, 0])
-    return neighbours, others[place]
+    matches, inverse = np.unique(neighbours.index[:, 0], return_inverse=True)
+    second = nearest_rows(partial(training.pool, matches), read, training.count, 2, num_workers, num_gpus)
+    # An image is its own nearest one, or an exact copy is, at distance 0 as well.
+    own_squared = np.where(second.index[:, 0] == matches, second.squared[:, 1], second.squared[:, 0])
+    return neighbours, own_squared[inverse]
 
 
 def nearest_training_pixels(

@@ -56,11 +56,11 @@ def bias_note(bias: float) -> str:
 class Rows:
     """Features of reference images and of samples, for metrics of pairs."""
 
-    real: np.ndarray  # float32 [M, D]
+    real: np.ndarray  # float32 [M, D], the chosen reference images
     samples: np.ndarray  # float32 [n, D], all or some of the samples
-    manifolds: Manifolds
+    manifolds: Manifolds  # metrics of these rows
     kernel: tuple[np.ndarray, np.ndarray]  # reference rows and samples for the kernel distance
-    nearest: tuple[np.ndarray, np.ndarray] | None = None  # arguments of `models.manifolds.authentic_share`
+    nearest: tuple[np.ndarray, np.ndarray] | None = None  # arguments of `authentic_share`; None = no training images
     num_training: int = 0  # number of training images among which the nearest ones were searched
 
 
@@ -74,7 +74,7 @@ class Comparison:
     statistics: dict[ArrayName, Moments | Gaussian]  # of the reference
     num_classes: int  # of the reference, 0 = it has no classes
     rows: Rows | None  # None = the reference has no images, or one of the sets has too few
-    missing: dict[str, str] = field(default_factory=dict)  # reasons, by "rows", "spatial", "classes" or "accuracy"
+    missing: dict[str, str] = field(default_factory=dict)  # why "rows", "spatial", "classes" or "accuracy" are missing
     strata: np.ndarray | None = None  # the labels, if they are balanced or given instead of random
 
     @cached_property
@@ -109,7 +109,7 @@ class Comparison:
         return precision_recall_openai(self.rows.real, self.rows.samples)
 
     def array(self, name: ArrayName) -> np.ndarray:
-        """Return features of all samples; RuntimeError if the extractor does not have them."""
+        """Return an array of features of all samples; RuntimeError if the extractor does not have it."""
         features = self.logits if name == "logits" else self.read(name)
         if features is None:
             raise RuntimeError(f"the extractor {self.extractor} has no {name} features")
@@ -118,7 +118,7 @@ class Comparison:
 
 # ------------------------------------------------------------------------------------------------ needs
 
-# Return why a metric cannot be computed; "" = the metric does not apply, None = it can be computed.
+# A function that returns why a metric cannot be computed: None = it can, "" = the metric does not apply.
 Need = Callable[[Comparison], str | None]
 
 
@@ -126,13 +126,14 @@ def _covariance(c: Comparison) -> str | None:
     return None if len(c.labels) > 1 else "a single sample has no covariance"
 
 
-def _enough(array: ArrayName) -> Need:
-    """Return the requirement of more than 2 D samples, where D is the dimension of these features."""
+def _enough_samples(array: ArrayName) -> Need:
+    """Return the need for more than 2 D samples, where D is the dimension of these features."""
 
     def need(c: Comparison) -> str | None:
         n, dimension = len(c.labels), len(c.statistics[array].mean)
-        few = f"n={n} samples are too few: more than {MIN_INTERVAL_RATIO} D are needed, D={dimension}"
-        return None if n > MIN_INTERVAL_RATIO * dimension else few
+        if n > MIN_INTERVAL_RATIO * dimension:
+            return None
+        return f"n={n} samples are too few: more than {MIN_INTERVAL_RATIO} D are needed, D={dimension}"
 
     return need
 
@@ -152,8 +153,9 @@ def _ten_samples(c: Comparison) -> str | None:
 def _classes(c: Comparison) -> str | None:
     if reason := c.missing.get("classes") or c.missing.get("accuracy"):
         return reason
-    same = c.probabilities is not None and c.num_classes == c.probabilities.shape[1] and c.labels.min() >= 0
-    return None if same else "the extractor's classes are not those of the samples' labels"
+    if c.probabilities is not None and c.num_classes == c.probabilities.shape[1] and c.labels.min() >= 0:
+        return None
+    return "the extractor's classes are not those of the samples' labels"
 
 
 def _rows(c: Comparison) -> str | None:
@@ -174,7 +176,7 @@ def _clip(c: Comparison) -> str | None:
 
 # ------------------------------------------------------------------------------------------------ the table
 
-# Names that are reserved for the Inception network with its published weights.
+# Names in the table, and the names that are reserved for the Inception network with its published weights.
 INCEPTION_NAMES = {"fd": "fid", "fd_infinity": "fid_infinity", "sfd": "sfid", "sfd_infinity": "sfid_infinity"}
 
 
@@ -196,11 +198,15 @@ class Metric:
         """Return 1 if less is better, and -1 if more is better."""
         return 1 if self.better == "lower" else -1
 
-    def lacks(self, comparison: Comparison) -> str | None:
+    def missing_reason(self, comparison: Comparison) -> str | None:
         """Return why it cannot be computed; "" if it does not apply, and None if it can be computed."""
-        return next((reason for need in self.needs if (reason := need(comparison)) is not None), None)
+        for need in self.needs:
+            reason = need(comparison)
+            if reason is not None:
+                return reason
+        return None
 
-    def named(self, extractor: str) -> str:
+    def report_name(self, extractor: str) -> str:
         """Return its name in reports: `fd` is `fd_digits` with the extractor digits, and `fid` with Inception."""
         if extractor == "inception":
             return INCEPTION_NAMES.get(self.name, self.name)
@@ -208,15 +214,16 @@ class Metric:
 
 
 def _frechet(c: Comparison, array: ArrayName) -> Estimate:
-    if _enough(array)(c) is None:
+    if _enough_samples(array)(c) is None:
         return (c.expansion if array == "pool" else c.spatial_expansion).estimate
     return frechet_estimate(c.array(array), c.statistics[array])
 
 
-def _openai(c: Comparison, which: int) -> Estimate:
+def _openai(c: Comparison, index: Literal[0, 1]) -> Estimate:
+    """Return precision (0) or recall (1) in the published evaluator's arithmetic."""
     note = "no interval: float16 arithmetic of the published evaluator, only for comparison with published numbers"
     assert c.rows is not None
-    return Estimate(c.openai[which], len(c.rows.samples), note=note, n_reference=len(c.rows.real))
+    return Estimate(c.openai[index], len(c.rows.samples), note=note, n_reference=len(c.rows.real))
 
 
 def vendi_estimate(samples: np.ndarray) -> Estimate:
@@ -225,11 +232,11 @@ def vendi_estimate(samples: np.ndarray) -> Estimate:
 
 
 def _strata(c: Comparison, count: int) -> np.ndarray | None:
-    """Return the strata of `count` samples; None for a random subset, in which the class counts are random too."""
+    """Return the strata of `count` samples: None for a random subset, because its class counts are random."""
     return c.strata if count == len(c.labels) else None
 
 
-def _of_kernel(c: Comparison, distance: Callable[..., Estimate]) -> Estimate:
+def _kernel_distance(c: Comparison, distance: Callable[..., Estimate]) -> Estimate:
     assert c.rows is not None
     real, samples = c.rows.kernel
     return distance(real, samples, strata=_strata(c, len(samples)))
@@ -237,10 +244,10 @@ def _of_kernel(c: Comparison, distance: Callable[..., Estimate]) -> Estimate:
 
 def _authentic(c: Comparison) -> Estimate:
     assert c.rows is not None and c.rows.nearest is not None
-    squared, own = c.rows.nearest
+    squared, own_squared = c.rows.nearest
     copies = int((squared == 0).sum())
     note = f"{copies:,} samples have exactly the features of a training image" if copies else ""
-    estimate = authentic_share(squared, own, _strata(c, len(squared))).noted(note)
+    estimate = authentic_share(squared, own_squared, _strata(c, len(squared))).with_notes(note)
     return replace(estimate, n_reference=c.rows.num_training)
 
 
@@ -251,7 +258,7 @@ def _hits(c: Comparison) -> np.ndarray:
 
 _TABLE = (
     Metric(
-        "fd_infinity", lambda c: c.expansion.corrected, (_covariance, _enough("pool")), "lower",
+        "fd_infinity", lambda c: c.expansion.corrected, (_covariance, _enough_samples("pool")), "lower",
         "Fréchet distance between features of samples and reference, corrected for its bias at this n.",
         "metrics.expand_frechet", of_extractor=True,
     ),
@@ -262,7 +269,8 @@ _TABLE = (
         scores=lambda c: frechet_scores(c.pool, c.statistics["pool"], c.strata),
     ),
     Metric(
-        "sfd_infinity", lambda c: c.spatial_expansion.corrected, (_covariance, _spatial, _enough("spatial")), "lower",
+        "sfd_infinity", lambda c: c.spatial_expansion.corrected,
+        (_covariance, _spatial, _enough_samples("spatial")), "lower",
         "Fréchet distance of features that keep positions, corrected for its bias at this n.",
         "metrics.expand_frechet", of_extractor=True,
     ),
@@ -279,8 +287,7 @@ _TABLE = (
     ),
     Metric(
         "inception_score_10split", lambda c: inception_score_10split(c.probabilities, strata=c.strata),
-        (_logits, _ten_samples),
-        "higher",
+        (_logits, _ten_samples), "higher",
         "Inception Score over 10 shuffled splits.", "metrics.inception_score_10split", of_extractor=True,
     ),
     Metric(
@@ -326,12 +333,12 @@ _TABLE = (
         "Recall in the float16 arithmetic of the published evaluator.", "manifolds.precision_recall_openai",
     ),
     Metric(
-        "kid", lambda c: _of_kernel(c, kid), (_rows,), "lower",
+        "kid", lambda c: _kernel_distance(c, kid), (_rows,), "lower",
         "Squared MMD with the kernel (x·y/D + 1)³, unbiased at any n.", "metrics.kid",
         of_extractor=True, scores=lambda c: kid_scores(*c.rows.kernel),
     ),
     Metric(
-        "cmmd", lambda c: _of_kernel(c, cmmd), (_clip, _rows), "lower",
+        "cmmd", lambda c: _kernel_distance(c, cmmd), (_clip, _rows), "lower",
         "1,000 times the squared MMD of normalised CLIP features with the kernel exp(-|x-y|²/200).", "metrics.cmmd",
     ),
     Metric(
@@ -350,20 +357,23 @@ METRICS = {metric.name: metric for metric in _TABLE}
 
 def metric_named(name: str) -> Metric:
     """Return the entry for a metric's name in reports, with or without an extractor; ValueError if there is none."""
-    base = {of_inception: plain for plain, of_inception in INCEPTION_NAMES.items()}.get(name, name)
-    known = [metric for metric in _TABLE if base == metric.name or base.startswith(f"{metric.name}_")]
-    if not known:
+    table_names = {inception_name: table_name for table_name, inception_name in INCEPTION_NAMES.items()}
+    base = table_names.get(name, name)
+    candidates = [metric for metric in _TABLE if base == metric.name or base.startswith(f"{metric.name}_")]
+    if not candidates:
         raise ValueError(f"there is no metric {name!r}; the metrics are {', '.join(METRICS)}")
-    return max(known, key=lambda metric: len(metric.name))
+    return max(candidates, key=lambda metric: len(metric.name))
 
 
 def measure(comparison: Comparison) -> tuple[Estimates, dict[str, str]]:
     """Compute all possible metrics; return their estimates, and the reasons why others are missing, by name."""
-    estimates, missing = Estimates(), dict[str, str]()
+    estimates: Estimates = {}
+    missing: dict[str, str] = {}
     for metric in _TABLE:
-        name = metric.named(comparison.extractor)
-        if (reason := metric.lacks(comparison)) is None:
+        name = metric.report_name(comparison.extractor)
+        reason = metric.missing_reason(comparison)
+        if reason is None:
             estimates[name] = metric.compute(comparison)
-        elif reason:
+        elif reason:  # "" = the metric does not apply
             missing[name] = reason
     return estimates, missing

@@ -1,11 +1,11 @@
 """Batches of images and reference statistics in ADM's published layout.
 
-Such an .npz file holds `arr_0` (images), `arr_1` (labels), `mu` and `sigma`, and `mu_s` and `sigma_s` for spatial
+Such an .npz file contains `arr_0` (images), `arr_1` (labels), `mu` and `sigma`, and `mu_s` and `sigma_s` for spatial
 features. A string `extractor` may state the fingerprint of the feature network that the statistics come from.
 
-Files of tens of gigabytes are streamed. Every claim of a file is checked before it is used: sizes, checksums, dtypes,
+Files of tens of gigabytes are streamed. Everything in a file is checked before it is used: sizes, checksums, dtypes,
 shapes, and whether the statistics are a mean and a covariance. Nothing is unpickled, and nothing is extracted to disk.
-Whatever is wrong with a file raises one ValueError that names the file and the reason.
+A damaged or wrong file raises a ValueError that names the file and the reason.
 """
 
 import errno
@@ -29,9 +29,9 @@ from models.metrics import Gaussian, check_semidefinite
 from orchestrator import storage
 
 CHUNK = 1 << 24  # bytes read at once
-MAX_HELD = 2 << 30  # bytes of an array that is loaded as a whole: statistics, labels, images in Fortran order
+MAX_LOADED = 2 << 30  # bytes of an array that is loaded as a whole: statistics, labels, images in Fortran order
 MAX_HEADER = 10_000  # characters of an npy header
-BROKEN = (
+ARCHIVE_ERRORS = (  # what reading a damaged archive can raise, besides ValueError and OSError
     zipfile.BadZipFile,
     zlib.error,
     EOFError,
@@ -50,21 +50,22 @@ class _Member:
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    fortran: bool
-    header: int  # bytes before the data
+    fortran: bool  # in Fortran order
+    header: int  # bytes of the npy header, before the data
     offset: int | None  # of the data in the file; None = compressed
     checksum: int  # CRC-32 of header and data
 
     @property
     def size(self) -> int:
+        """Return the bytes of the data; exact for any shape, because the product is one of Python integers."""
         return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
 
 
 class ImageRows:
-    """Reads ranges of a file's images. It can be pickled; the copy opens the file again.
+    """Function that reads a range of a file's images. It can be pickled; the copy opens the file again.
 
-    The file stays open between calls. Compressed images can only be decompressed in order, so that a call continues
-    where the last one ended, and starts from the beginning if its range lies before that.
+    The file stays open between calls. Compressed images can only be decompressed in order. A call continues at the end
+    of the last range, or at the beginning of the file if its range starts before that.
     """
 
     def __init__(self, uri: str, member: _Member) -> None:
@@ -80,13 +81,13 @@ class ImageRows:
         count, *shape = self._member.shape
         if not 0 <= start <= stop <= count:
             raise ValueError(f"{self._uri}: rows {start}..{stop} are not within its {count} images")
-        row = int(np.prod(shape))
-        with self._lock, _reading(self._uri):
+        image_bytes = int(np.prod(shape))
+        with self._lock, _naming_errors(self._uri):
             if self._file is None:
                 self._file, self._first = self._open()
-            self._file.seek(self._first + start * row)
-            data = self._file.read((stop - start) * row)
-        if len(data) != (stop - start) * row:
+            self._file.seek(self._first + start * image_bytes)
+            data = self._file.read((stop - start) * image_bytes)
+        if len(data) != (stop - start) * image_bytes:
             raise ValueError(f"{self._uri} is not an intact .npz file: its images end early")
         return np.frombuffer(bytearray(data), np.uint8).reshape(-1, *shape)
 
@@ -103,11 +104,11 @@ class ImageRows:
 
 @dataclass(frozen=True)
 class PublishedBatch:
-    """The checked content of a file, with its images on demand. It can be sent to other processes."""
+    """The checked content of a file, with its images on demand. It can be pickled."""
 
     uri: str
-    num_images: int  # 0 = the file holds statistics only
-    labels: NDArray[np.int64] | None
+    num_images: int  # 0 = the file contains statistics only
+    labels: NDArray[np.int64] | None  # [N]; None = the file has none
     pool: Gaussian | None  # statistics of pooled features; None = the file has none
     spatial: Gaussian | None  # statistics of spatial features; None = the file has none
     images: _Member | None
@@ -122,7 +123,7 @@ class PublishedBatch:
     def rows(self) -> ImageRows:
         """Return the function that reads a range of the images."""
         if self.images is None:
-            raise ValueError(f"{self.uri} holds statistics but no images (arr_0)")
+            raise ValueError(f"{self.uri} has statistics but no images (arr_0)")
         return ImageRows(self.uri, self.images)
 
 
@@ -140,52 +141,63 @@ def open_batch(uri: str, num_classes: int | None = None) -> PublishedBatch:
         ValueError: the file is damaged, its images are not uint8 [N, H, W, 3], it does not have one label for each
             image, or its statistics are not a mean and a covariance.
     """
-    with _reading(uri), storage.open_input(uri) as file, zipfile.ZipFile(file) as archive:
+    with _naming_errors(uri), storage.open_input(uri) as file, zipfile.ZipFile(file) as archive:
         members = _members(archive, file)
         if not {"arr_0", "mu"} & set(members):
-            raise ValueError(f"has neither 'arr_0' (images) nor 'mu' (statistics); it holds {_names(archive)}")
+            raise ValueError(
+                f"it has neither 'arr_0' (images) nor 'mu' (statistics), but {_file_names(archive)}; save it in the "
+                "layout of numpy.savez('images.npz', images)"
+            )
         images = members.get("arr_0")
         if images:
             _check_images(images)
         count = images.shape[0] if images else 0
         labels = _labels(archive, members["arr_1"], count, num_classes) if "arr_1" in members else None
         pool, spatial = (_statistics(archive, members, *keys) for keys in (("mu", "sigma"), ("mu_s", "sigma_s")))
-        extractor = _text(archive, members["extractor"]) if "extractor" in members else None
+        extractor = _string(archive, members["extractor"]) if "extractor" in members else None
         for name in members:
-            _verify(archive, name)
+            _check_checksum(archive, name)
     return PublishedBatch(uri, count, labels, pool, spatial, images, extractor)
 
 
 @contextmanager
-def _reading(uri: str) -> Iterator[None]:
-    """Raise whatever a broken archive causes as a ValueError that names the file."""
+def _naming_errors(uri: str) -> Iterator[None]:
+    """Convert the errors of a damaged or wrong archive to a ValueError that names the file."""
     try:
         yield
-    except BROKEN as error:
+    except ARCHIVE_ERRORS as error:
         raise ValueError(f"{uri} is not an intact .npz file: {error}") from error
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        if error.errno != errno.EINVAL:  # which a seek to an impossible position raises
             raise
         raise ValueError(f"{uri} is not an intact .npz file: it points outside itself") from error
     except ValueError as error:
         raise ValueError(f"{uri}: {error}") from error
 
 
-def _names(archive: zipfile.ZipFile) -> list[str]:
-    return sorted(info.filename for info in archive.infolist())[:20]
+def _file_names(archive: zipfile.ZipFile) -> str:
+    """Return the names of the first 20 files in the archive, for error messages."""
+    return ", ".join(sorted(info.filename for info in archive.infolist())[:20]) or "no arrays"
 
 
 def _members(archive: zipfile.ZipFile, file: IO[bytes]) -> dict[str, _Member]:
-    """Return the arrays of the layout, after comparing the size that each header claims with the stored size."""
+    """Return the arrays of the layout by name.
+
+    Raises:
+        ValueError: an array is stored twice, is encrypted, or has a header that contradicts its stored size.
+    """
     members: dict[str, _Member] = {}
     for info in archive.infolist():
         name = info.filename.removesuffix(".npy")
         if name not in KEYS or name == info.filename:
             continue
         if name in members:
-            raise ValueError(f"it holds {info.filename!r} twice")
+            raise ValueError(f"it contains {info.filename!r} twice")
         if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError(f"{info.filename} is encrypted or compressed in a way that .npz files are not")
+            raise ValueError(
+                f"{info.filename} is encrypted or compressed by an unknown method; save it with numpy.savez or "
+                "numpy.savez_compressed"
+            )
         with archive.open(info) as data:
             shape, fortran, dtype = _header(data, name)
             header = data.tell()
@@ -202,24 +214,24 @@ def _header(data: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype
     """Return shape, Fortran order and dtype from an npy header of version 1, 2 or 3."""
     version = npy.read_magic(data)
     if version not in ((1, 0), (2, 0), (3, 0)):
-        raise ValueError(f"{name}: npy version {version} is unknown")
+        raise ValueError(f"{name}: npy version {version} is unknown; expected 1.0, 2.0 or 3.0")
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, fortran, dtype = read(data, max_header_size=MAX_HEADER)
     if dtype.hasobject:
-        raise ValueError(f"{name}: an array of Python objects is a pickle inside, which is never opened")
+        raise ValueError(f"{name}: an array of Python objects is stored as a pickle, which is never opened")
     if any(length < 0 for length in shape):
         raise ValueError(f"{name}: shape {shape} is impossible")
     return shape, fortran, dtype
 
 
 def _data_offset(file: IO[bytes], info: zipfile.ZipInfo) -> int:
-    """Return where a stored member's bytes begin: after the two fields of variable length in its local header."""
+    """Return where a stored member's bytes begin: after its local header, which ends in a name and an extra field."""
     file.seek(info.header_offset + 26)
-    name, extra = struct.unpack("<HH", file.read(4))
-    return int(info.header_offset + 30 + name + extra)
+    name_length, extra_length = struct.unpack("<HH", file.read(4))
+    return int(info.header_offset + 30 + name_length + extra_length)
 
 
-def _verify(archive: zipfile.ZipFile, name: str) -> None:
+def _check_checksum(archive: zipfile.ZipFile, name: str) -> None:
     """Read a member to its end, where zipfile compares its checksum."""
     with archive.open(f"{name}.npy") as data:
         while data.read(CHUNK):
@@ -227,8 +239,8 @@ def _verify(archive: zipfile.ZipFile, name: str) -> None:
 
 
 def _load(archive: zipfile.ZipFile, member: _Member) -> NDArray[Any]:
-    if member.size > MAX_HELD:
-        raise ValueError(f"{member.name}: {member.size} bytes are more than statistics or labels can be")
+    if member.size > MAX_LOADED:
+        raise ValueError(f"{member.name} has {member.size} bytes; statistics and labels have at most {MAX_LOADED}")
     with archive.open(f"{member.name}.npy") as data:
         return npy.read_array(data, allow_pickle=False, max_header_size=MAX_HEADER)
 
@@ -240,9 +252,9 @@ def _check_images(member: _Member) -> None:
     if len(member.shape) != 4 or member.shape[3] != 3 or 0 in member.shape:
         hint = " (channels come last)" if len(member.shape) == 4 and member.shape[1] == 3 else ""
         raise ValueError(f"arr_0 has shape {member.shape}; {expected}{hint}")
-    if member.fortran and member.size > MAX_HELD:
+    if member.fortran and member.size > MAX_LOADED:
         raise ValueError(
-            f"arr_0 is in Fortran order and too large ({member.size} bytes) to convert: save it in C order"
+            f"arr_0 is in Fortran order and too large to convert ({member.size} bytes); save it in C order"
         )
 
 
@@ -253,11 +265,11 @@ def _labels(archive: zipfile.ZipFile, member: _Member, num_images: int, num_clas
     labels = _load(archive, member)
     if num_images and (labels.min() < 0 or labels.max() >= (num_classes or np.inf)):
         limit = "" if num_classes is None else f"{num_classes - 1}"
-        raise ValueError(f"arr_1 holds labels from {labels.min()} to {labels.max()}; expected 0..{limit}")
+        raise ValueError(f"arr_1 has labels from {labels.min()} to {labels.max()}; expected 0..{limit}")
     return labels.astype(np.int64)
 
 
-def _text(archive: zipfile.ZipFile, member: _Member) -> str:
+def _string(archive: zipfile.ZipFile, member: _Member) -> str:
     if member.dtype.kind != "U" or int(np.prod(member.shape)) != 1:
         raise ValueError(f"{member.name} is {member.dtype} {member.shape}; expected one string")
     return str(_load(archive, member).item())
@@ -269,7 +281,7 @@ def _statistics(archive: zipfile.ZipFile, members: dict[str, _Member], mean: str
         return None
     if len(present) == 1:
         missing = covariance if mean in present else mean
-        raise ValueError(f"it has {present[0]!r} but not {missing!r}; it holds {_names(archive)}")
+        raise ValueError(f"it has {present[0]!r} but not {missing!r}; the file contains {_file_names(archive)}")
     for key in present:
         if members[key].dtype.kind != "f":
             raise ValueError(f"{key} has dtype {members[key].dtype}; expected floating point")

@@ -10,7 +10,7 @@ from orchestrator.evaluation.likelihood import LikelihoodConfig
 def evaluation_presets() -> dict[str, tuple[str, EvaluationConfig]]:
     """Return the presets of evaluations, with their descriptions.
 
-    Each evaluates the samples that the preset of generations with the same name draws.
+    Each evaluates the samples that the preset of the same name generates.
     """
 
     def preset(name: str, reference: str, **settings: Any) -> EvaluationConfig:

@@ -26,8 +26,8 @@ class Reference:
     files: FeatureFiles | None = None  # the features of these images
     classes: tuple[str, ...] = ()
     labels: np.ndarray | None = None  # int64 of all images, if they are already loaded
-    missing: dict[str, str] = field(default_factory=dict)  # what it lacks, and why
-    training: bool = True  # whether these are the training images, as in a dataset but not in a published batch
+    missing: dict[str, str] = field(default_factory=dict)  # see `Comparison.missing`
+    training: bool = True  # whether these are the training images, which they are for a dataset and not for an .npz
 
 
 @dataclass(frozen=True)
@@ -36,29 +36,32 @@ class ReferenceInput:
 
     uri: str
     image_size: int  # of a dataset's images; 0 for an .npz
-    images: ImageSet | None  # None = a file with statistics only
+    images: ImageSet | None  # None = an .npz with statistics only
     batch: PublishedBatch | None = None  # None = a dataset
 
     def statistics(self, loaded: LoadedExtractor) -> dict[ArrayName, Gaussian]:
-        """Return the statistics in a file if they come from this extractor, and otherwise an empty dictionary.
+        """Return the statistics in an .npz if they come from this extractor, and otherwise an empty dictionary.
 
-        The statistics of a file that states no extractor are those of the Inception network.
+        An .npz that states no extractor is assumed to have statistics of the Inception network.
 
         Raises:
-            ValueError: the statistics come from another extractor, and the file has no images.
+            ValueError: the statistics come from another extractor, and the file has no images; or their dimension is
+                not the extractor's.
         """
         if self.batch is None or self.batch.pool is None:
             return {}
         stated, fingerprint = self.batch.extractor, loaded.fingerprint
-        if stated != fingerprint if stated else loaded.network.name != "inception":
-            if self.images is not None:
-                return {}
-            owner = stated or "the Inception network (the file states no other extractor)"
+        matches = stated == fingerprint if stated else loaded.network.name == "inception"
+        if not matches and self.images is not None:
+            return {}
+        if not matches:
+            source = stated or "the Inception network (the file states no other extractor)"
             raise ValueError(
-                f"{self.uri} has statistics of {owner} and no images, so they cannot be compared with features of "
+                f"{self.uri} has statistics of {source} and no images, so they cannot be compared with features of "
                 f"{fingerprint}. Use that --extractor, or a reference with images"
             )
-        if (dimension := len(self.batch.pool.mean)) != loaded.network.dimension:
+        dimension = len(self.batch.pool.mean)
+        if dimension != loaded.network.dimension:
             raise ValueError(
                 f"{self.uri}: mu has {dimension} dimensions, and features of {fingerprint} have "
                 f"{loaded.network.dimension}; both must come from the same extractor"
@@ -73,7 +76,7 @@ def load_reference_manifest(uri: str) -> Manifest:
     """Return the manifest of a dataset that is used as a reference.
 
     Raises:
-        FileNotFoundError: there is no finished dataset.
+        FileNotFoundError: there is no complete dataset.
         ValueError: it is not a dataset; the message says what to pass instead.
     """
     check_ending(uri, "reference")
@@ -113,24 +116,27 @@ def extract_reference(
 ) -> Reference:
     """Extract the missing features of a reference, and return its statistics and features.
 
-    mu and sigma of a file are used if they come from this extractor; its images then only serve the metrics of pairs.
-    Otherwise the statistics are those of the images.
+    mu and sigma of an .npz are used if they come from this extractor; then its images are only used for metrics of
+    pairs. Otherwise the statistics are those of the images.
 
     Args:
+        loaded: the extractor that `loader` loads.
         folder: where features of an .npz are stored; those of a dataset are stored in the dataset's folder.
 
     Raises:
         ValueError: a file is damaged, or it has statistics of another extractor and no images.
     """
-    uri, images, missing = reference_input.uri, reference_input.images, dict[str, str]()
+    uri, images = reference_input.uri, reference_input.images
+    missing: dict[str, str] = {}
     published = reference_input.statistics(loaded)
     if published and "spatial" not in published:
         missing["spatial"] = f"{uri} has mu and sigma, but not mu_s and sigma_s"
     if images is None:
         missing["rows"] = f"{uri} has statistics but no images (arr_0)"
         return Reference(uri, loaded.fingerprint, dict(published), None, missing=missing, training=False)
-    training, classes = reference_input.batch is None, tuple[str, ...]()
-    if training:
+    is_dataset = reference_input.batch is None
+    classes: tuple[str, ...] = ()
+    if is_dataset:
         files = split_features(uri, "train", loader, reference_input.image_size, num_workers, num_gpus)
         classes = load_manifest(uri).classes
     else:
@@ -138,21 +144,25 @@ def extract_reference(
     if published:
         return Reference(uri, files.fingerprint, dict(published), None, images, files, missing=missing, training=False)
     statistics, labels = _stored_statistics(files, num_workers)
-    count = files.count
-    return Reference(uri, files.fingerprint, statistics, count, images, files, classes, labels, missing, training)
+    return Reference(
+        uri, files.fingerprint, statistics, files.count, images, files, classes, labels, missing, training=is_dataset
+    )
 
 
 def _stored_statistics(files: FeatureFiles, num_workers: int) -> tuple[dict[ArrayName, Moments | Gaussian], np.ndarray]:
-    """Return the moments and labels of all images, which are stored in a file beside the features."""
+    """Return the moments and labels of all images; compute them only once, and store them beside the features."""
     uri = storage.join(files.folder, "statistics.safetensors")
     names: tuple[ArrayName, ...] = ("pool", "spatial")
     if not storage.exists(uri):
+        arrays = {"labels": files.labels()}
         has_spatial = files.block(0).features.spatial is not None
-        moments = {name: files.moments(name, num_workers) for name in names if name == "pool" or has_spatial}
-        arrays = {f"{name}.{part}": getattr(m, part) for name, m in moments.items() for part in ("mean", "m2")}
-        storage.put_if_absent(uri, safetensors.numpy.save(arrays | {"labels": files.labels()}))
+        for name in names if has_spatial else names[:1]:
+            moments = files.moments(name, num_workers)
+            arrays |= {f"{name}.mean": moments.mean, f"{name}.m2": moments.m2}
+        storage.put_if_absent(uri, safetensors.numpy.save(arrays))
     arrays = safetensors.numpy.load(storage.read_bytes(uri))
-    if (n := len(arrays["labels"])) != files.count:
+    n = len(arrays["labels"])
+    if n != files.count:
         raise ValueError(f"{uri} is for {n} images, but there are {files.count}; delete it, and run the command again")
     present = [name for name in names if f"{name}.mean" in arrays]
     return {name: Moments(n, arrays[f"{name}.mean"], arrays[f"{name}.m2"]) for name in present}, arrays["labels"]

@@ -200,7 +200,7 @@ def _check_or_write_config(
     output = config.path(config.output)
     finished = bool(storage.list_names(storage.join(output, "trials")))
     check_or_write_config(output, config, finished, {"files": files}, **noted)
-    facts = Facts(size, networks.labels.given, loaded.knows(networks.classes))
+    facts = Facts(size, networks.labels.given, loaded.class_mismatch(networks.classes))
     return facts, networks.classes, passes
 
 

@@ -23,7 +23,7 @@ from models.metrics import Gaussian, Moments
 from orchestrator import storage
 from orchestrator.config import noted_files
 from orchestrator.evaluation.compatibility import Classes, match_classes
-from orchestrator.evaluation.extraction import EXTRACTOR_BATCH, ArrayName, Labelled, chosen, concatenate
+from orchestrator.evaluation.extraction import EXTRACTOR_BATCH, ArrayName, Labelled, choose_rows, concatenate
 from orchestrator.evaluation.extractors import CPU
 from orchestrator.evaluation.measurement import NEIGHBOURS, Limits
 from orchestrator.evaluation.metrics import Comparison, Rows, describe, measure
@@ -204,7 +204,7 @@ def _held(config: TrialsConfig, image_size: int) -> Held:
     return Held(
         name,
         reference.statistics,
-        reference.files.pool(chosen(reference.files.count, Limits.references)),
+        reference.files.pool(choose_rows(reference.files.count, Limits.references)),
         len(reference.classes),
     )
 

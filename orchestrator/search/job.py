@@ -147,7 +147,7 @@ def _check_or_write_config(config: SearchConfig, files: dict[str, str], networks
     _check_objectives(config, loaded.network.name)
     output, facts = config.path(config.output), _facts(networks) | {"extractor": loaded.fingerprint}
     check_or_write_config(output, config, _is_begun(output), {"files": files}, **facts)
-    return Facts(size, first.labels.given, loaded.knows(first.classes))
+    return Facts(size, first.labels.given, loaded.class_mismatch(first.classes))
 
 
 def _is_begun(output: str) -> bool:

@@ -30,7 +30,7 @@ class Objective(NamedTuple):
         Raises:
             ValueError: a search cannot compare trials by this metric, or there is none of this name.
         """
-        known: dict[str, Metric | None] = {m.named(extractor): m for m in METRICS.values() if m.scores}
+        known: dict[str, Metric | None] = {m.report_name(extractor): m for m in METRICS.values() if m.scores}
         known[EVALUATIONS] = None
         if name not in known:
             raise ValueError(f"{name!r} is not a metric that a search can compare trials by; use {', '.join(known)}")
@@ -45,7 +45,7 @@ class Objective(NamedTuple):
         if self.metric is None:
             return np.full(len(comparison.labels), float(evaluations))
         assert self.metric.scores is not None, "parse accepts no other metric"
-        if (reason := self.metric.lacks(comparison)) is not None:
+        if (reason := self.metric.missing_reason(comparison)) is not None:
             raise ValueError(f"{self.name} cannot be measured{f': {reason}' if reason else ''}")
         return self.metric.scores(comparison)
 

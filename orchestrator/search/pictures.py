@@ -47,7 +47,7 @@ def guidance_figure(trials: list[Json], objectives: list[str], extractor: str) -
     """
     figure, axes = subplots(2, 2, figsize=(8.6, 5.6))
     n = common_n(trials)
-    usual = (*(METRICS[name].named(extractor) for name in ("inception_score", "fd")), "precision", "recall")
+    usual = (*(METRICS[name].report_name(extractor) for name in ("inception_score", "fd")), "precision", "recall")
     names = [name for name in dict.fromkeys((*objectives, *usual[:1], *usual[2:], usual[1])) if name != EVALUATIONS][:4]
     for axis, name in zip(axes.flat, names, strict=True):
         for colour, (label, along) in zip(COLOURS_MORE * 9, curves(trials).items(), strict=False):

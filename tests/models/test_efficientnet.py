@@ -83,5 +83,5 @@ def test_folding_does_what_batch_norm_did() -> None:
     gain, bias, mean, var = torch.rand(4, 5, generator=generator)
     expected = F.batch_norm(F.conv2d(x, weight), mean, var, gain, bias, eps=1e-3)
     torch.testing.assert_close(F.conv2d(x, *fold_batch_norm("unit", 1e-3, weight, gain, bias, mean, var)), expected)
-    with pytest.raises(ValueError, match="unit: batch norm does not fit"):
+    with pytest.raises(ValueError, match="unit: the batch norm does not have one value"):
         fold_batch_norm("unit", 1e-3, weight, gain[:2], bias, mean, var)

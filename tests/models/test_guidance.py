@@ -16,7 +16,7 @@ from models.guidance import (
     GuidanceKind,
     Guided,
     classifier_gradient,
-    extrapolated,
+    extrapolation,
     guided,
     guided_denoiser,
     guided_timesteps,
@@ -229,7 +229,7 @@ def test_classifier_free_guidance_is_that_of_the_exact_classifier(t: int, scale:
     gradient = classifier_gradient(ExactClassifier(diffusion), diffusion, torch.full((6,), label), scale)
     conditional = exact_denoiser(diffusion, label)
     expected = score_shift(conditional, gradient, diffusion)(x_t, t)
-    found = extrapolated(conditional, exact_denoiser(diffusion, None), diffusion, scale, clip=False)(x_t, t)
+    found = extrapolation(conditional, exact_denoiser(diffusion, None), diffusion, scale, clip=False)(x_t, t)
     torch.testing.assert_close(found.eps, expected.eps, rtol=2e-4, atol=2e-4)
     torch.testing.assert_close(found.pred_x_start, expected.pred_x_start, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(found.variance, conditional(x_t, t).variance, rtol=0, atol=0)
@@ -247,9 +247,9 @@ def test_autoguidance_of_gaussians_has_the_closed_form(t: int) -> None:
 
     expected = (1 + scale) * eps(strong) - scale * eps(weak)
     arguments = (strong.denoiser(diffusion), weak.denoiser(diffusion), diffusion, scale)
-    found = extrapolated(*arguments, clip=False)(x_t, t)
+    found = extrapolation(*arguments, clip=False)(x_t, t)
     torch.testing.assert_close(found.eps, expected, rtol=1e-3, atol=1e-3)
-    clipped = extrapolated(*arguments, clip=True)(x_t, t)
+    clipped = extrapolation(*arguments, clip=True)(x_t, t)
     torch.testing.assert_close(clipped.pred_x_start, found.pred_x_start.clamp(-1, 1))
     torch.testing.assert_close(
         clipped.eps, diffusion.eps_from_x_start(x_t, t, clipped.pred_x_start), rtol=1e-4, atol=1e-4

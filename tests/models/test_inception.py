@@ -46,7 +46,7 @@ def test_features_do_not_depend_on_the_rest_of_the_batch(network: InceptionNetwo
         ({"fc.bias": None}, r"1 tensors .*'fc\.bias'"),
         ({"AuxLogits.fc.weight": torch.zeros(1)}, r"1 unknown tensors, first 'AuxLogits\.fc\.weight'"),
         ({"fc.weight": torch.zeros(1000, 2048)}, r"fc\.weight has shape \(1000, 2048\)"),
-        ({"Mixed_6b.branch1x1.bn.bias": torch.zeros(7)}, r"Mixed_6b\.branch1x1: batch norm"),
+        ({"Mixed_6b.branch1x1.bn.bias": torch.zeros(7)}, r"Mixed_6b\.branch1x1: the batch norm"),
         ({"Mixed_6b.branch1x1.conv.weight": torch.zeros(192, 760, 1, 1)}, "fit together after Mixed_6a"),
     ],
 )

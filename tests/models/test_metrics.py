@@ -167,7 +167,7 @@ def test_a_class_of_few_images_has_a_distance_without_an_interval() -> None:
     ("mean", "shape", "message"),
     [
         (np.zeros(3), np.eye(2), r"\(3,\).*\(2, 2\)"),
-        (np.array([0, np.inf]), np.eye(2), "not finite"),
+        (np.array([0, np.inf]), np.eye(2), "NaN or infinity"),
         (np.zeros(2), np.array([[1.0, 0.5], [0.1, 1.0]]), "not symmetric"),
         (np.zeros(2), np.diag([1.0, -0.5]), "positive semi-definite"),
     ],

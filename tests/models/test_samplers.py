@@ -159,7 +159,7 @@ def test_edm_follows_its_ode(schedule: str) -> None:
     errors = []
     for steps in (9, 18, 36):
         config = SamplerConfig(name="edm", num_steps=steps)
-        first = edm_steps(config, diffusion)[0].here
+        first = edm_steps(config, diffusion)[0].start
         found = final_x(sample(config, DATA.denoiser(diffusion), diffusion, X_T, no_noise))
         exact = DATA.mean + (X_T * first - DATA.mean) * DATA.std / (DATA.std**2 + first**2) ** 0.5
         errors.append((found - exact).abs().max().item())
@@ -180,7 +180,7 @@ def test_edm_asks_for_noise_by_the_steps_that_churn() -> None:
     config = SamplerConfig(name="edm", num_steps=12, s_churn=5, s_min=0.05, s_max=50)
     asked: list[int] = []
     steps = list(sample(config, DATA.denoiser(diffusion), diffusion, X_T, keyed_noise(X_T, asked)))
-    levels = [step.here for step in edm_steps(config, diffusion)]
+    levels = [step.start for step in edm_steps(config, diffusion)]
     assert asked == noise_timesteps(config, diffusion) == [i for i, level in enumerate(levels) if 0.05 <= level <= 50]
     assert 0 < len(asked) < len(steps) == 12
     assert not noise_timesteps(SamplerConfig(name="edm", num_steps=12), diffusion)
@@ -206,7 +206,7 @@ def test_edm_takes_its_authors_steps_for_adm_64() -> None:
     sampler = entry.recipe.sampler
     steps = edm_steps(sampler, Diffusion(entry.diffusion))
     assert len(steps) == 256 and len(evaluated_timesteps(sampler, entry.diffusion)) == 511
-    assert all(step.following <= step.here <= step.churned for step in steps)
+    assert all(step.end <= step.start <= step.churned for step in steps)
     x = final_x(
         sample(sampler, DATA.denoiser(Diffusion(entry.diffusion)), Diffusion(entry.diffusion), X_T, lambda _: X_T)
     )
@@ -228,9 +228,9 @@ def test_respacing_belongs_to_the_sampler() -> None:
     assert respacing_for(lsun, 1000) == "90,60,60,20,20"
     with pytest.raises(ValueError, match="no integer stride"):
         respacing_for(SamplerConfig(name="ddim", num_steps=300), 1000)
-    with pytest.raises(ValueError, match="fewer than 250"):
+    with pytest.raises(ValueError, match="cannot keep 250"):
         respacing_for(SamplerConfig(num_steps=250), 100)
-    with pytest.raises(ValueError, match="keeps 250 steps but"):
+    with pytest.raises(ValueError, match="keeps 250 steps"):
         respacing_for(SamplerConfig(num_steps=100, respacing="90,60,60,20,20"), 1000)
     with pytest.raises(ValidationError, match="eta=0"):
         SamplerConfig(name="ddpm", eta=0.5)

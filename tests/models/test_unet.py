@@ -62,7 +62,7 @@ def inputs(batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
         ("model_channels", 48, "multiples of 32"),
         ("image_size", 15, "cannot be halved"),
         ("attention_resolutions", (4,), "feature maps have the sizes"),
-        ("num_heads", 5, "split into heads"),
+        ("num_heads", 5, "num_heads=5 does not divide"),
         ("num_heads_upsample", 3, "num_heads_upsample=3"),
         ("channel_mult", (), "channel_mult"),
         ("num_layers", 2, "num_layers"),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.vit import CLIP, IMAGENET, Block, ClipVision, DinoV2, encode, pixels
+from models.vit import CLIP_COLOURS, IMAGENET_COLOURS, Block, ClipVision, DinoV2, encode, preprocess
 
 SEED = 31
 CPU = torch.device("cpu")
@@ -101,8 +101,8 @@ def test_features_depend_on_the_image_alone(network: type[DinoV2] | type[ClipVis
 
 
 def test_a_grey_image_stays_grey_at_any_size() -> None:
-    for size, colours in ((224, IMAGENET), (336, CLIP)):
-        found = pixels(np.full((1, 17, 17, 3), 51, np.uint8), size, colours, CPU)
+    for size, colours in ((224, IMAGENET_COLOURS), (336, CLIP_COLOURS)):
+        found = preprocess(np.full((1, 17, 17, 3), 51, np.uint8), size, colours, CPU)
         expected = (0.2 - torch.tensor(colours[0])) / torch.tensor(colours[1])
         torch.testing.assert_close(found, expected.view(1, 3, 1, 1).expand(1, 3, size, size), rtol=1e-4, atol=1e-5)
 

@@ -13,7 +13,7 @@ from models.features import Features
 from models.metrics import BLOCK, moments
 from orchestrator import storage
 from orchestrator.evaluation import extraction
-from orchestrator.evaluation.extraction import FeatureFiles, Labelled, chosen, concatenate, extract_all
+from orchestrator.evaluation.extraction import FeatureFiles, Labelled, choose_rows, concatenate, extract_all
 from orchestrator.evaluation.extractors import LoadedExtractor, own_extractor
 from orchestrator.evaluation.inputs import ImageSet
 from tests.orchestrator.evaluation.toy_extractor import ToyExtractor
@@ -126,7 +126,7 @@ def test_only_missing_features_are_extracted(images: np.ndarray, tmp_path: Path)
 
 def test_rows_and_moments_are_those_of_the_whole(images: np.ndarray, tmp_path: Path) -> None:
     files = extract_all(sharded(tmp_path / "in", images, 1), str(tmp_path / "out"), TOY, num_workers=0)
-    whole = files.whole()
+    whole = concatenate(files.block(number) for number in range(files.num_blocks))
     np.testing.assert_array_equal(files.pool(), whole.features.pool)
     rows = np.array([0, 511, 512, 700, COUNT - 1])
     np.testing.assert_array_equal(files.pool(rows), whole.features.pool[rows])
@@ -137,9 +137,9 @@ def test_rows_and_moments_are_those_of_the_whole(images: np.ndarray, tmp_path: P
 def test_few_rows_of_many_are_kept(images: np.ndarray, tmp_path: Path) -> None:
     files = extract_all(sharded(tmp_path / "in", images, 1), str(tmp_path / "out"), TOY, num_workers=0)
     before = storage.list_names(files.folder)
-    np.testing.assert_array_equal(files.chosen_pool(COUNT), files.pool())
+    np.testing.assert_array_equal(files.pool_subset(COUNT), files.pool())
     for _ in range(2):
-        np.testing.assert_array_equal(files.chosen_pool(100), files.pool(chosen(COUNT, 100)))
+        np.testing.assert_array_equal(files.pool_subset(100), files.pool(choose_rows(COUNT, 100)))
     assert set(storage.list_names(files.folder)) - set(before) == {f"pool-100-of-{files.count}.safetensors"}
 
 

@@ -64,10 +64,10 @@ def test_vision_transformers_load_from_their_published_files(
 def test_accuracy_is_of_classes_that_the_extractor_knows() -> None:
     wordnet = tuple(f"n{number:08d}" for number in range(1000))
     loaded = efficientnet_extractor(CPU)
-    assert loaded.knows(wordnet) == "" and "efficientnet" in loaded.knows(wordnet[::-1])
-    assert "not the samples' labels" in loaded.knows(tuple(map(str, range(1000))))
+    assert loaded.class_mismatch(wordnet) == "" and "efficientnet" in loaded.class_mismatch(wordnet[::-1])
+    assert "not those of the samples' labels" in loaded.class_mismatch(tuple(map(str, range(1000))))
     named = own_extractor("tests.orchestrator.evaluation.toy_extractor.ToyExtractor")._replace(classes=("a", "b", "c"))
-    assert named.knows(("a", "b", "c")) == "" and "toy" in named.knows(("a", "c", "b"))
+    assert named.class_mismatch(("a", "b", "c")) == "" and "toy" in named.class_mismatch(("a", "c", "b"))
 
 
 def test_the_right_file_is_checked_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

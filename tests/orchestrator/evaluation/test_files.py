@@ -11,7 +11,7 @@ from PIL import Image
 
 from orchestrator import storage
 from orchestrator.data.dataset import Manifest
-from orchestrator.evaluation.files import Place, list_images
+from orchestrator.evaluation.files import ListedFile, list_images
 from orchestrator.evaluation.inputs import open_images
 from orchestrator.pictures import png
 
@@ -51,16 +51,16 @@ def write(uri: str, names: Iterable[str], sizes: dict[str, int] | None = None) -
     ],
 )
 def test_names_are_reported(names: list[str], key_words: list[str]) -> None:
-    listing = list_images(map(Place, names))
-    assert not listing.odd and len(listing.warnings) == bool(key_words)
+    listing = list_images(map(ListedFile, names))
+    assert not listing.unusual and len(listing.warnings) == bool(key_words)
     for word in key_words:
         assert word in listing.warnings[0]
 
 
 def test_numbers_decide_the_order_where_names_have_one_pattern() -> None:
-    assert [place.name for place in list_images(map(Place, UNPADDED[::-1])).places] == UNPADDED
+    assert [file.name for file in list_images(map(ListedFile, UNPADDED[::-1])).files] == UNPADDED
     mixed = ["b1.png", "a10.png", "a2.png", "c.png"]
-    assert [place.name for place in list_images(map(Place, mixed)).places] == sorted(mixed)
+    assert [file.name for file in list_images(map(ListedFile, mixed)).files] == sorted(mixed)
 
 
 @pytest.mark.parametrize("form", ["images", "images.tar"])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.evaluation.extraction import FeatureFiles, chosen, extract_all
+from orchestrator.evaluation.extraction import FeatureFiles, choose_rows, concatenate, extract_all
 from orchestrator.evaluation.extractors import own_extractor
 from orchestrator.evaluation.inputs import open_images
 from orchestrator.evaluation.measurement import Closest, Limits, measure_files, strata_of
@@ -20,10 +20,10 @@ LIMITS = Limits()
 
 
 def test_subsets_are_drawn_over_all_classes() -> None:
-    rows = chosen(1000, 100)
+    rows = choose_rows(1000, 100)
     assert len(rows) == len(set(rows.tolist())) == 100 and (np.diff(rows) > 0).all()
     assert set(rows % 10) == set(range(10))  # samples of index i are of class i % 10
-    np.testing.assert_array_equal(chosen(5, 9), np.arange(5))
+    np.testing.assert_array_equal(choose_rows(5, 9), np.arange(5))
 
 
 @pytest.mark.filterwarnings("error")
@@ -57,7 +57,8 @@ def test_files_give_what_arrays_give_and_more(sets: tuple[FeatureFiles, Referenc
     made, reference = sets
     assert reference.files is not None
     found = measure_files(made, reference, "toy", LIMITS, num_workers=0)
-    in_memory, _ = measure(compare(made.whole(), reference.files.whole(), strata=made.labels()))
+    samples, real = (concatenate(files.block(number) for number in range(2)) for files in (made, reference.files))
+    in_memory, _ = measure(compare(samples, real, strata=made.labels()))
     assert in_memory.items() <= found.estimates.items()
     assert set(found.estimates) - set(in_memory) == {"sfd_toy", "sfd_infinity_toy", "authpct"}
     assert found.missing == {}

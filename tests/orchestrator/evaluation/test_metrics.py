@@ -62,9 +62,9 @@ def test_equal_distributions_are_near() -> None:
 @pytest.mark.parametrize("extractor", ["inception", "digits", "efficientnet_lite0"])
 def test_names_lead_back_to_the_table(extractor: str) -> None:
     for metric in METRICS.values():
-        assert metric_named(metric.named(extractor)) is metric
-    assert METRICS["fd"].named(extractor) == ("fid" if extractor == "inception" else f"fd_{extractor}")
-    assert METRICS["recall"].named(extractor) == "recall"
+        assert metric_named(metric.report_name(extractor)) is metric
+    assert METRICS["fd"].report_name(extractor) == ("fid" if extractor == "inception" else f"fd_{extractor}")
+    assert METRICS["recall"].report_name(extractor) == "recall"
     with pytest.raises(ValueError, match="no metric 'fvd'"):
         metric_named("fvd")
 
