@@ -164,7 +164,11 @@ def _limits(bounds: tuple[Any, ...]) -> Iterator[str]:
 
 def _bound(bounds: tuple[Any, ...], name: str) -> Any:
     """Return the limit of this name, such as gt or min_length, or None."""
-    return next((limit for bound in bounds if (limit := getattr(bound, name, None)) is not None), None)
+    for bound in bounds:
+        limit = getattr(bound, name, None)
+        if limit is not None:
+            return limit
+    return None
 
 
 @cache
