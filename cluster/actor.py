@@ -12,8 +12,8 @@ DEVICE_ERROR = re.compile(
     "CUDA error|device-side assert|uncorrectable ECC|illegal memory access|NCCL|CUBLAS_STATUS_(INTERNAL|EXECUTION)|"
     "CUDNN_STATUS_(INTERNAL|EXECUTION|MAPPING)|cuDNN.*INTERNAL"
 )
-# Words of Ray and gloo about a worker that is lost, and what they mean.
-LOSSES = {
+# What Ray and gloo say about a lost worker, and what it means.
+LOSS_MESSAGES = {
     "node has died": "its node was lost",
     "worker process has died": "its process was killed, perhaps because the node ran out of memory",
     "gloo/transport": "the connection to another worker was lost",
@@ -21,33 +21,39 @@ LOSSES = {
 
 
 class WorkerActor:
-    """The actor of a worker. The worker is created in `ready`, so that its errors are errors of a call."""
+    """A Ray actor that holds one worker of a pool.
+
+    The worker is created by a call of `ready` rather than by the constructor, so that its errors reach the caller and
+    do not end the actor.
+    """
 
     def __init__(self, make_worker: Callable[[], Callable[[Any], Any]]) -> None:
         self._make_worker = make_worker
         self._work: Callable[[Any], Any] | None = None
 
-    def is_there(self) -> str:
-        """Return the name of the node."""
+    def node_name(self) -> str:
+        """Return the address and the short id of the node of this process."""
         import ray
 
         return f"{ray.util.get_node_ip_address()} ({ray.get_runtime_context().get_node_id()[:6]})"
 
     def ready(self, deadline: float) -> None:
-        with _ending_after(deadline):
+        """Create the worker if it does not exist. End this process if that takes longer than `deadline` seconds."""
+        with _deadline(deadline):
             if self._work is None:
                 self._work = self._make_worker()
 
     def work(self, item: Any, deadline: float) -> Any:
-        self.ready(deadline)  # if it was restarted while it was idle, or by another mapping
+        """Return the result of an item. End this process if that takes longer than `deadline` seconds."""
+        self.ready(deadline)  # creates the worker if this process was restarted while idle, or by another mapping
         assert self._work is not None
-        with _ending_after(deadline):
+        with _deadline(deadline):
             return self._work(item)
 
 
 @contextlib.contextmanager
-def _ending_after(seconds: float) -> Iterator[None]:
-    """If the block lasts longer, write all stacks to this process's log and end the process, even inside C code."""
+def _deadline(seconds: float) -> Iterator[None]:
+    """Write all stacks to this process's log and end the process, even in C code, if the block lasts longer."""
     faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
     try:
         yield
@@ -62,8 +68,8 @@ def restart_process(actor: Any) -> None:
     ray.kill(actor, no_restart=False)
 
 
-def is_raised(error: BaseException) -> bool:
-    """Return whether a call raised an error in a process that is still alive."""
+def is_task_error(error: BaseException) -> bool:
+    """Return whether the code of a call raised this error, so that the actor's process is still alive."""
     from ray.exceptions import RayTaskError
 
     return isinstance(error, RayTaskError)
@@ -72,24 +78,25 @@ def is_raised(error: BaseException) -> bool:
 def is_device_error(error: BaseException) -> bool:
     """Return whether an error means that this process can no longer use its GPU."""
     cause = getattr(error, "cause", None)
-    names = {kind.__name__ for kind in type(cause).__mro__}  # by name, because not every driver has torch
-    if "OutOfMemoryError" in names:
+    class_names = {base.__name__ for base in type(cause).__mro__}  # by name, because not every driver has torch
+    if "OutOfMemoryError" in class_names:
         return False
-    return "AcceleratorError" in names or bool(DEVICE_ERROR.search(str(cause)))
+    return "AcceleratorError" in class_names or bool(DEVICE_ERROR.search(str(cause)))
 
 
 def reason_of(error: BaseException) -> str:
-    """Return in one line the error that a worker raised, or how its process ended according to Ray."""
+    """Return one line with the error that a worker raised, or with how its process ended according to Ray."""
     from ray.exceptions import ActorUnavailableError
 
-    if is_raised(error) and (cause := getattr(error, "cause", None)) is not None:
+    if is_task_error(error) and (cause := getattr(error, "cause", None)) is not None:
         return f"{type(cause).__name__}: {' '.join(str(cause).split())}"[:500]
     if isinstance(error, ActorUnavailableError):  # Ray does not know the cause yet
         return "its process ended"
-    words = (str(error).strip().splitlines() or [""])[-1].strip()
-    return meaning if (meaning := in_short(words)) != words else f"its process ended: {words[:300]}"
+    last_line = (str(error).strip().splitlines() or [""])[-1].strip()
+    summary = summarize_loss(last_line)
+    return summary if summary != last_line else f"its process ended: {last_line[:300]}"
 
 
-def in_short(reason: str) -> str:
-    """Return the meaning of what Ray or gloo say about a lost worker, or else the reason itself."""
-    return next((meaning for words, meaning in LOSSES.items() if words in reason), reason)
+def summarize_loss(message: str) -> str:
+    """Return a short text for a message of Ray or gloo about a lost worker; return any other message unchanged."""
+    return next((meaning for phrase, meaning in LOSS_MESSAGES.items() if phrase in message), message)

@@ -1,6 +1,7 @@
-"""CPUs and GPUs for workers: requests that no node can satisfy are refused, and waits are logged."""
+"""CPUs and GPUs for workers: refuse requests that no node can satisfy, and log what workers wait for."""
 
 import logging
+import os
 import re
 import threading
 import time
@@ -9,127 +10,139 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster.nodes import Node, nodes
-from cluster.session import accelerator
 
 WAIT_SECONDS = 30.0  # until the first log line about a wait; the pause then doubles each time
 POLL_SECONDS = 0.5  # between two checks whether actors still wait
 STATE_SECONDS = 10  # timeout of Ray's State API
 NODE_GROUP = "ray.io/node-group"  # a label of nodes that Ray's autoscaler, its cluster launcher or KubeRay started
 
-Resources = dict[str, float]
+Resources = dict[str, float]  # by Ray's names: CPU, GPU, accelerator_type:H100
 
 log = logging.getLogger(__name__)
 
 
 def worker_resources(num_cpus: float, num_gpus: float) -> Resources:
     """Return the resources that one worker reserves, by Ray's names."""
-    gpus = {"GPU": float(num_gpus)} if num_gpus else {}
-    kind = {f"accelerator_type:{accelerator()}": 0.001} if num_gpus and accelerator() else {}
-    return {"CPU": float(num_cpus)} | gpus | kind
+    resources = {"CPU": float(num_cpus)}
+    if num_gpus:
+        resources["GPU"] = float(num_gpus)
+        if kind := os.environ.get("ADMIRAL_ACCELERATOR"):  # by Ray's name, such as H100
+            resources[f"accelerator_type:{kind}"] = 0.001  # selects nodes of this kind; 1,000 workers fit on one
+    return resources
 
 
-def refuse_infeasible(resources: Resources, at_once: int = 1) -> None:
-    """Check that the cluster can hold `at_once` workers at the same time, unless an autoscaler may add nodes.
+def refuse_infeasible(resources: Resources, num_workers: int = 1) -> None:
+    """Check that the cluster can hold `num_workers` workers at the same time, unless an autoscaler may add nodes.
 
     Raises:
-        ValueError: it cannot, even if no other job runs; the message names the largest node.
+        ValueError: it cannot, even if no other job runs; the message has the number of workers that it can hold, or
+            the largest node.
     """
     candidates = [node for node in nodes() if node.resources.get("CPU")]
-    if not candidates or _may_grow():  # if there is only the head, nodes have not joined yet
+    if not candidates or _may_grow():  # without candidates, only the head has started, and nodes have yet to join
         return
-    places = sum(_places(node, resources) for node in candidates)
-    if places >= at_once:
+    capacity = sum(_capacity(node, resources) for node in candidates)
+    if capacity >= num_workers:
         return
-    if places:
+    if capacity:
         raise ValueError(
-            f"all workers start together, each needs {_named(resources)} on one node, and the cluster has room for "
-            f"{places} of {at_once}: lower --num-workers, or use a larger cluster"
+            f"all workers start together, each needs {_describe(resources)} on one node, and the cluster has room for "
+            f"{capacity} of {num_workers}: lower --num-workers, or use a larger cluster"
         )
-    largest = max(
-        candidates, key=lambda node: [min(node.resources.get(n, 0), v) for n, v in reversed(resources.items())]
-    )
-    has = _named({name: largest.resources.get(name, 0) for name in resources})
+
+    def usable(node: Node) -> list[float]:
+        """Return how much of each resource a worker could use on a node, GPUs before CPUs."""
+        return [min(node.resources.get(name, 0), value) for name, value in reversed(resources.items())]
+
+    largest = max(candidates, key=usable)
+    available = _describe({name: largest.resources.get(name, 0) for name in resources})
     raise ValueError(
-        f"a worker needs {_named(resources)} on one node, and the largest node, {largest}, has {has}: "
+        f"a worker needs {_describe(resources)} on one node, and the largest node, {largest}, has {available}: "
         "lower --num-threads or --num-gpus, or use a larger cluster"
     )
 
 
 class WaitLog:
-    """A log of what workers wait for, with pauses that double between the lines."""
+    """A log of what workers wait for. The pause between two lines doubles each time."""
 
     def __init__(self, resources: Resources) -> None:
-        self._resources, self._next, self._pause = resources, time.monotonic() + WAIT_SECONDS, WAIT_SECONDS
+        self._resources = resources
+        self._due = time.monotonic() + WAIT_SECONDS  # time of the next line
+        self._pause = WAIT_SECONDS  # between that line and the one after it
 
-    def update(self, waiting: int, count: int, otherwise: str) -> None:
-        """Log a line if it is due. `otherwise` says what the job does while no worker has started."""
-        if time.monotonic() < self._next:
+    def update(self, num_waiting: int, num_workers: int, if_all_wait: str) -> None:
+        """Log a line if it is due. `if_all_wait` says what the job does while no worker has started."""
+        if time.monotonic() < self._due:
             return
-        consequence = "the others continue" if waiting < count else otherwise
+        consequence = "the others continue" if num_waiting < num_workers else if_all_wait
         needs = _shortage(self._resources)
-        log.warning("waiting for %d of %d workers: each needs %s; %s", waiting, count, needs, consequence)
-        self._next, self._pause = time.monotonic() + self._pause, 2 * self._pause
+        log.warning("waiting for %d of %d workers: each needs %s; %s", num_waiting, num_workers, needs, consequence)
+        self._due, self._pause = time.monotonic() + self._pause, 2 * self._pause
 
 
-def wait_for_room(count: int, resources: Resources, stop: Callable[[], bool]) -> bool:
-    """Wait until the cluster has room for `count` workers at once; return False if `stop` returns True before.
+def wait_for_room(num_workers: int, resources: Resources, stop: Callable[[], bool]) -> bool:
+    """Wait until the cluster has room for all workers at once; return False if `stop` returns True before that.
 
-    Meanwhile the request is in Ray's queue, where the autoscaler sees it, and the log says what the job waits for.
+    A placement group puts the request into Ray's queue, where the autoscaler sees it. It reserves nothing after this
+    returns. Meanwhile the log says what the job waits for.
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    request, wait_log = placement_group([resources] * count), WaitLog(resources)
+    request, wait_log = placement_group([resources] * num_workers), WaitLog(resources)
     try:
         while not request.wait(timeout_seconds=1):
             if stop():
                 return False
-            wait_log.update(count, count, "the job starts when there is room for all of them")
+            wait_log.update(num_workers, num_workers, "the job starts when there is room for all of them")
         return True
     finally:
         remove_placement_group(request)
 
 
 def report_waiting(actors: list[Any], resources: Resources, ended: threading.Event) -> None:
-    """Log what actors wait for until all have started."""
+    """Log what actors of a pool wait for, until all have started or `ended` is set."""
     import ray
 
-    waiting, wait_log = [actor.is_there.remote() for actor in actors], WaitLog(resources)
+    waiting, wait_log = [actor.node_name.remote() for actor in actors], WaitLog(resources)
     while waiting and not ended.wait(POLL_SECONDS):
         _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0)
         if waiting:
             wait_log.update(len(waiting), len(actors), "the job starts with the first of them")
 
 
-def _places(node: Node, resources: Resources) -> int:
+def _capacity(node: Node, resources: Resources) -> int:
     """Return the number of workers that a node can hold if nothing else runs on it."""
     return int(min(node.resources.get(name, 0) // value for name, value in resources.items() if value))
 
 
 def _may_grow() -> bool:
+    """Return whether an autoscaler may manage this cluster."""
     import ray
 
     return any(NODE_GROUP in record.get("Labels", {}) for record in ray.nodes())
 
 
-def _named(resources: Resources) -> str:
-    counted = [f"{value:g} {name}s" for name, value in resources.items() if name in ("CPU", "GPU")]
-    return " and ".join(counted) + "".join(f" of kind {n.split(':')[1]}" for n in resources if ":" in n)
+def _describe(resources: Resources) -> str:
+    """Return the resources as text: 2 CPUs and 1 GPUs of kind H100."""
+    counts = [f"{value:g} {name}s" for name, value in resources.items() if name in ("CPU", "GPU")]
+    kinds = [f" of kind {name.split(':')[1]}" for name in resources if ":" in name]
+    return " and ".join(counts) + "".join(kinds)
 
 
 def _shortage(resources: Resources) -> str:
     """Return as text what a worker needs, how much of it is free, and which jobs hold the rest."""
     import ray
 
-    total, free, held = ray.cluster_resources(), ray.available_resources(), _held()
-    parts = [f"{_named(resources)} on one node"]
+    total, free, used = ray.cluster_resources(), ray.available_resources(), _used_by_job()
+    parts = [f"{_describe(resources)} on one node"]
     for kind in (name for name in ("CPU", "GPU") if name in resources):
         parts.append(f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s are free")
-        parts += [f"{job} holds {kinds[kind]:g} {kind}s" for job, kinds in held.items() if kinds[kind]]
+        parts += [f"{job} holds {counts[kind]:g} {kind}s" for job, counts in used.items() if counts[kind]]
     return ", ".join(parts)
 
 
-def _held() -> dict[str, Counter[str]]:
-    """Return the resources that each job holds, by the job's name, or nothing if there is no dashboard."""
+def _used_by_job() -> dict[str, Counter[str]]:
+    """Return the resources that each job holds, by the job's name, or an empty dict if there is no dashboard."""
     import ray
     from ray.util.state import list_actors, list_jobs, list_placement_groups
 
@@ -142,15 +155,16 @@ def _held() -> dict[str, Counter[str]]:
     except Exception as error:  # noqa: BLE001 - the log line then says only what is free
         log.debug("Ray's State API does not respond: %s", error)
         return {}
-    held: dict[str, Counter[str]] = {}
+    used: dict[str, Counter[str]] = {}
     for job_id, resources in [
         *((actor.job_id, actor.required_resources or {}) for actor in actors),
         *((group.creator_job_id, bundle["unit_resources"]) for group in groups for bundle in group.bundles or []),
     ]:
-        held.setdefault(names.get(job_id, f"job {job_id}"), Counter()).update(resources)
-    return held
+        used.setdefault(names.get(job_id, f"job {job_id}"), Counter()).update(resources)
+    return used
 
 
 def _job_name(job: Any) -> str:
+    """Return a job's script and id, without its arguments, which may contain secrets."""
     script = re.search(r"[\w.-]+\.py\b", job.entrypoint or "")
     return f"job {script[0] + ' ' if script else ''}({job.submission_id or job.job_id})"

@@ -9,15 +9,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 TIMEOUT = timedelta(minutes=5)  # a collective that hangs for longer ends the attempt
-BUCKET_VALUES = 16 << 20  # number of values that are added at a time
+BUCKET_VALUES = 16 << 20  # values that are reduced at a time, which bounds the memory of the copies
 
 T = TypeVar("T")
 
 
 class Group:
-    """A worker's handle on the process group. Small values are exchanged by the CPUs, which does not synchronize a GPU.
+    """A worker's handle on the process group.
 
-    All workers must call the same methods in the same order. A group of one worker does not use torch.distributed.
+    All workers must call the same methods in the same order. Flags, CPU tensors and objects are exchanged by gloo
+    between CPUs, which does not synchronize a GPU. A group of one worker does not use torch.distributed.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
@@ -32,8 +33,8 @@ class Group:
         dist.all_reduce(reduced, dist.ReduceOp.MAX, group=self._cpu)
         return tuple(bool(flag) for flag in reduced)
 
-    def meet(self, timeout: timedelta) -> None:
-        """Wait until all workers have called this, for `timeout` at most."""
+    def barrier(self, timeout: timedelta) -> None:
+        """Wait until all workers have called this. Raises RuntimeError after `timeout`."""
         if self._cpu is not None:
             dist.monitored_barrier(self._cpu, timeout)
 
@@ -52,8 +53,8 @@ class Group:
         dist.all_gather_object(gathered, item, group=self._cpu)
         return gathered
 
-    def from_first(self, items: Iterator[T]) -> Iterator[T]:
-        """Yield the items of rank 0's iterator on every worker. The other iterators are not used.
+    def broadcast_items(self, items: Iterator[T]) -> Iterator[T]:
+        """Yield the items of rank 0's iterator on every worker. The iterators of the other workers are not used.
 
         Raises:
             Exception: on every worker, the error that rank 0's iterator raises.
@@ -62,49 +63,48 @@ class Group:
             yield from items
             return
         while True:
-            step: list[Any] = [None]
-            if self.rank == 0:
-                step = [_next(items)]
-            dist.broadcast_object_list(step, src=0, group=self._cpu)
-            kind, item = step[0]
+            message: list[Any] = [_next(items) if self.rank == 0 else None]
+            dist.broadcast_object_list(message, src=0, group=self._cpu)
+            kind, item = message[0]
             if kind == "error":
                 raise item
             if kind == "end":
                 return
             yield item
 
-    def copy_from_first(self, tensors: list[Tensor]) -> None:
+    def broadcast(self, tensors: list[Tensor]) -> None:
         """Copy rank 0's values into `tensors` on every worker."""
         if self.world_size > 1:
             for tensor in tensors:  # the default group of workers with GPUs may have no backend for CPUs
                 dist.broadcast(tensor, src=0, group=None if tensor.is_cuda else self._cpu)
 
-    def add_in_tree(self, tensors: list[Tensor]) -> None:
-        """Replace every tensor by its sum over all workers, in one fixed binary tree over the ranks.
+    def all_reduce_in_tree(self, tensors: list[Tensor]) -> None:
+        """Replace every tensor by its sum over all workers, which is added in one fixed binary tree over the ranks.
 
-        Every worker adds one share of all values in the order of the tree: ranks 0 + 1, 2 + 3, and so on, then the sums
-        of these. If each worker contributes the sum over its own subtree of contiguous leaves, the result is equal to
-        the bit for every number of workers that is a power of two. Each worker sends twice the bytes of the tensors,
-        whatever the number of workers.
+        The tree adds ranks 0 + 1, 2 + 3, and so on, then the sums of these. If each worker contributes the sum over its
+        own subtree of contiguous leaves, the result is bit-equal for every number of workers that is a power of two.
+        The sum is a reduce-scatter and an all-gather: each worker adds one share of the values of all workers, then
+        sends the sums to the others. So it sends about twice the bytes of the tensors, whatever the number of workers.
         """
         if self.world_size == 1:
             return
         for bucket in _buckets(tensors):
             values = torch.cat([tensor.flatten() for tensor in bucket])
-            share = -(-len(values) // self.world_size)
-            values = torch.nn.functional.pad(values, (0, share * self.world_size - len(values)))
-            parts = torch.empty_like(values)
-            dist.all_to_all_single(parts, values)
-            sums = list(parts.split(share))
+            share_size = -(-len(values) // self.world_size)  # rounded up
+            values = torch.nn.functional.pad(values, (0, share_size * self.world_size - len(values)))
+            received = torch.empty_like(values)  # the share of this worker from every rank
+            dist.all_to_all_single(received, values)
+            sums = list(received.split(share_size))
             while len(sums) > 1:
                 sums = [left + right for left, right in zip(sums[::2], sums[1::2], strict=True)]
             dist.all_gather_into_tensor(values, sums[0])
             sizes = [tensor.numel() for tensor in bucket]
-            for tensor, part in zip(bucket, values[: sum(sizes)].split(sizes), strict=True):
-                tensor.copy_(part.view_as(tensor))
+            for tensor, total in zip(bucket, values[: sum(sizes)].split(sizes), strict=True):
+                tensor.copy_(total.view_as(tensor))
 
 
 def _next(items: Iterator[T]) -> tuple[str, Any]:
+    """Return ("item", next item), ("end", None) or ("error", exception), so that all workers can act on it."""
     try:
         return "item", next(items)
     except StopIteration:

@@ -1,8 +1,8 @@
 """A small cluster of processes on this machine: `make cluster` starts it, and `make cluster-stop` ends it.
 
-It has an S3 server, an MLflow server, a Ray head without CPUs for work and two worker nodes. Each node is a process
-with ports of its own, and Ray asks for a token. One folder holds all of it: the variables that a shell needs
-(environment), the logs and the data.
+It has an S3 server, an MLflow server, a Ray head without CPUs for work, and two worker nodes. Each node is a process
+with its own ports, and Ray asks for a token. One folder holds all files: the variables that a shell needs
+(`environment`), the logs and the data.
 """
 
 import argparse
@@ -22,19 +22,19 @@ import psutil
 
 from cluster.servers import end_processes, free_port, is_listening, start_server
 
-# Not below ~/.local/state: Ray's sockets lie beneath this folder, and their paths may have 107 characters.
+# Not below ~/.local/state: Ray's sockets lie in this folder, and the path of a socket may have at most 107 characters.
 FOLDER = Path.home() / ".admiral" / "cluster"
-MARK = "ADMIRAL_LOCAL_CLUSTER"  # a variable of every process of a cluster: the cluster's folder
+FOLDER_VARIABLE = "ADMIRAL_LOCAL_CLUSTER"  # environment variable of every process of a cluster: the cluster's folder
 BUCKET = "admiral"
 NODES = 2
 CPUS_OF_NODE = 4  # logical: two training workers and the readers of their data fit on one node
 OBJECT_STORE_BYTES = 150_000_000
-# Notice a dead node within seconds. Ray's default is a quarter of a minute.
+# With these, Ray notices a dead node within seconds. Its default is a quarter of a minute.
 HEALTH_CHECKS = {"health_check_period_ms": 1000, "health_check_timeout_ms": 3000, "health_check_failure_threshold": 3}
 
 
 class LocalCluster:
-    """A cluster whose files lie in one folder."""
+    """A cluster of processes whose files lie in one folder."""
 
     def __init__(self, folder: Path = FOLDER) -> None:
         self.folder = folder.absolute()
@@ -43,7 +43,7 @@ class LocalCluster:
         self.metrics: dict[str, str] = {}  # URL of each node's metrics, by the node's name
 
     def start(self) -> None:
-        """Start every service, one after another. If one of them fails, end those before it.
+        """Start the services one after another. If one of them fails, end those that were started before it.
 
         Raises:
             RuntimeError: a cluster of this folder is running, the folder belongs to another user, or a service did not
@@ -51,14 +51,14 @@ class LocalCluster:
         """
         make_private(self.folder)
         if self.processes():
-            raise RuntimeError(f"a cluster of {self.folder} is running already: `make cluster-stop` ends it")
+            raise RuntimeError(f"a cluster of {self.folder} is already running: `make cluster-stop` ends it")
         self._clear(keep_logs=False)
         (self.folder / "logs").mkdir()
         try:
             self._start_s3()
             self._start_mlflow()
             self._start_head()
-            for number in range(1, NODES + 1):  # one by one: two at the same moment take each other's ports
+            for number in range(1, NODES + 1):  # one by one: nodes that start together may pick the same ports
                 self._start_node(f"ray node {number}", {"address": self.head, "num-cpus": CPUS_OF_NODE})
         except BaseException:
             self.stop()
@@ -96,7 +96,7 @@ class LocalCluster:
             ["mlflow", "server", "--workers=1", "--host=127.0.0.1", f"--port={port}", *stores],
             partial(is_listening, port),
             MLFLOW_S3_ENDPOINT_URL=self.environment["AWS_ENDPOINT_URL"],
-            MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",  # else it starts eight processes for jobs of its own
+            MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",  # else MLflow starts eight processes for its own jobs
             MLFLOW_DISABLE_TELEMETRY="true",
         )
         self.environment["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{port}"
@@ -137,39 +137,39 @@ class LocalCluster:
             name,
             ["ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *flags],
             lambda: "Ray runtime started" in self._log(name).read_text(errors="replace"),
-            PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # so that a job's `python` is ours
+            PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # a job's `python` is this one
             RAY_JOB_STOP_WAIT_TIME_S="60",  # leaves time for a last checkpoint when a job is stopped
             OMP_NUM_THREADS="1",
         )
 
     def _launch(self, name: str, module: list[str], is_ready: Callable[[], bool], **environment: str) -> None:
-        """Start a Python module as a server."""
-        others = ("RAY_", "MLFLOW_", "AWS_", "ADMIRAL_")  # would lead to another cluster
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith(others)}
-        settings = inherited | self.environment | {MARK: str(self.folder)} | environment
+        """Start a Python module as a server. `module` is its name and its arguments."""
+        excluded = ("RAY_", "MLFLOW_", "AWS_", "ADMIRAL_")  # variables that would lead to another cluster
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(excluded)}
+        settings = inherited | self.environment | {FOLDER_VARIABLE: str(self.folder)} | environment
         start_server([sys.executable, "-m", *module], is_ready, self._log(name), settings)
 
     def _log(self, name: str) -> Path:
         return self.folder / "logs" / f"{name.replace(' ', '-')}.log"
 
     def processes(self) -> list[psutil.Process]:
-        """Return the running processes of this cluster, except a few of Ray's that overwrite their variables."""
+        """Return the running processes of this cluster, except those of Ray's that overwrite their environment."""
         running = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):  # it has ended, or is another user's
-                if process.environ().get(MARK) == str(self.folder):
+                if process.environ().get(FOLDER_VARIABLE) == str(self.folder):
                     running.append(process)
         return running
 
     def stop(self) -> int:
-        """End the processes of this cluster with their descendants, and return how many ran. Keep only the logs.
+        """End the processes of this cluster with their descendants, and return their number. Keep only the logs.
 
         Raises:
             RuntimeError: the folder belongs to another user.
         """
         make_private(self.folder)
         ended = 0
-        while running := self.processes():  # again for those that were started meanwhile
+        while running := self.processes():  # repeated, because processes may start others meanwhile
             end_processes(running)
             ended += len(running)
         self._clear(keep_logs=True)
@@ -184,7 +184,7 @@ class LocalCluster:
 
 
 def make_private(folder: Path) -> None:
-    """Make the folder if there is none, and let only this user enter it.
+    """Create the folder if it does not exist, and let only this user enter it.
 
     Raises:
         RuntimeError: it is a link, a file, or the folder of another user, who could read and replace its files.
@@ -197,7 +197,7 @@ def make_private(folder: Path) -> None:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a new file that only this user may read, in place of one that others may have open."""
+    """Write a new file that only this user may read. Delete an old one first, which others may have open."""
     path.unlink(missing_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
@@ -212,7 +212,7 @@ def main() -> None:
     cluster = LocalCluster(arguments.folder)
     try:
         if arguments.action == "stop":
-            print(f"ended {cluster.stop()} processes of {cluster.folder} and all that they had started")
+            print(f"ended {cluster.stop()} processes of {cluster.folder} and their descendants")
             return
         cluster.start()
     except RuntimeError as error:

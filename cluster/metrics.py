@@ -11,8 +11,8 @@ _lock = threading.Lock()
 
 
 def publish(job: str, values: Mapping[str, float]) -> None:
-    """Set the metrics of a job at this node's endpoint until this process ends. Without Ray, this does nothing."""
-    ray = sys.modules.get("ray")  # a process that has not imported Ray is not connected
+    """Set a job's metrics at this node's endpoint until this process ends. Without Ray, do nothing."""
+    ray = sys.modules.get("ray")  # a process that has not imported Ray is not connected to it
     if ray is None or not ray.is_initialized():
         return
     for name, value in values.items():
@@ -20,6 +20,7 @@ def publish(job: str, values: Mapping[str, float]) -> None:
 
 
 def _gauge(name: str) -> Any:
+    """Return the gauge of a metric, which is created once for each process."""
     from ray.util.metrics import Gauge
 
     metric = f"admiral_{re.sub('[^a-zA-Z0-9_]', '_', name)}"

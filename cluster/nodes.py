@@ -1,4 +1,4 @@
-"""The nodes of the session's cluster: their resources, a call on each of them, and the network between them."""
+"""The nodes of the cluster: their resources, a call on each of them, shared folders, and the network between them."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from cluster.servers import free_port
 
 Result = TypeVar("Result")
 HEAD_RESOURCE = "node:__internal_head__"
-SHARED_SECONDS = 60.0  # for a node to look for a file; a node that does not respond is not reported
+SHARED_SECONDS = 60.0  # within which a node must look for a file; a node that does not respond is not reported
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Node:
     id: str
     address: str
     is_head: bool
-    resources: dict[str, float] = field(compare=False)  # all of its resources, by Ray's names
+    resources: dict[str, float] = field(compare=False)  # in total, by Ray's names
 
     @property
     def cpus(self) -> float:
@@ -38,22 +38,22 @@ class Node:
 
 
 def nodes() -> list[Node]:
-    """Return all nodes that are alive, the head first, or none without a session."""
+    """Return all nodes that are alive, the head first, or an empty list without a session."""
     ray: Any = sys.modules.get("ray")  # a process that has not imported Ray has no session
     if ray is None or not ray.is_initialized():
         return []
-    alive = [
-        Node(record["NodeID"], record["NodeManagerAddress"], HEAD_RESOURCE in (all_of := record["Resources"]), all_of)
-        for record in ray.nodes()
-        if record["Alive"]
-    ]
+    alive = []
+    for record in ray.nodes():
+        if record["Alive"]:
+            resources = record["Resources"]
+            alive.append(Node(record["NodeID"], record["NodeManagerAddress"], HEAD_RESOURCE in resources, resources))
     return sorted(alive, key=lambda node: (not node.is_head, node.address, node.id))
 
 
 def on_each(targets: list[Node], function: Callable[[Node], Result], timeout: float) -> dict[Node, Result | Exception]:
-    """Call `function(node)` in a process on each node at the same time; return its results or errors by node.
+    """Call `function(node)` in a process on each node at the same time; return each node's result or error.
 
-    The result of a node that does not respond in `timeout` seconds is a TimeoutError. The calls reserve no CPU, so they
+    If a node does not respond within `timeout` seconds, its error is a TimeoutError. The calls reserve no CPU, so they
     also run on nodes without CPUs for work and on nodes that are fully used.
     """
     import ray
@@ -104,30 +104,32 @@ def refuse_unshared(uris: Iterable[str]) -> None:
 
 def _refuse_unshared_folder(folder: Path, cluster_nodes: list[Node]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    mark = folder / f"seen-by-all-nodes-{uuid.uuid4().hex}"
-    mark.touch()
+    probe = folder / f"seen-by-all-nodes-{uuid.uuid4().hex}"
+    probe.touch()
     try:
-        results = on_each(cluster_nodes, lambda node: mark.exists(), SHARED_SECONDS)
+        results = on_each(cluster_nodes, lambda node: probe.exists(), SHARED_SECONDS)
     finally:
-        mark.unlink()
-    if blind := [str(node) for node, sees in results.items() if sees is False]:
+        probe.unlink()
+    if without_probe := [str(node) for node, exists in results.items() if exists is False]:
         raise ValueError(
-            f"store={folder} is not the same folder on {', '.join(blind)}: set ADMIRAL_STORE to object storage, or to "
-            "a path that all nodes share"
+            f"store={folder} is not the same folder on {', '.join(without_probe)}: set ADMIRAL_STORE to object "
+            "storage, or to a path that all nodes share"
         )
 
 
 def all_reduce_bandwidth(members: list[Node], megabytes: int, timeout: float, use_gpu: bool) -> float:
     """Return the bus bandwidth of an all-reduce over all nodes in GB/s, of GPUs by NCCL or of CPUs by gloo.
 
-    As NCCL defines it, this is 2 (n - 1) / n times the bytes of the sum, divided by the seconds of one all-reduce.
+    As NCCL defines it, the bus bandwidth is 2 (n - 1) / n times the bytes of the tensor, divided by the seconds of one
+    all-reduce. Every node sends and receives `megabytes` MB of float32.
 
     Raises:
         RuntimeError: a node could not reach the others; the message is that node's error.
     """
-    meeting = on_each(members[:1], lambda node: f"tcp://{node.address}:{free_port(node.address)}", timeout)[members[0]]
-    if isinstance(meeting, Exception):
-        raise RuntimeError(f"{members[0]}: {meeting}")
+    first = members[0]
+    rendezvous = on_each([first], lambda node: f"tcp://{node.address}:{free_port(node.address)}", timeout)[first]
+    if isinstance(rendezvous, Exception):
+        raise RuntimeError(f"{first}: {rendezvous}")
 
     def measure(node: Node) -> float:
         import torch.distributed as dist
@@ -135,13 +137,13 @@ def all_reduce_bandwidth(members: list[Node], megabytes: int, timeout: float, us
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides the GPUs from a task that has reserved none
         dist.init_process_group(
             "nccl" if use_gpu else "gloo",
-            init_method=meeting,
+            init_method=rendezvous,
             rank=members.index(node),
             world_size=len(members),
             timeout=timedelta(seconds=timeout),
         )
         try:
-            return _seconds_of_sum(megabytes, "cuda" if use_gpu else "cpu")
+            return _time_all_reduce(megabytes, "cuda" if use_gpu else "cpu")
         finally:
             dist.destroy_process_group()
 
@@ -153,14 +155,11 @@ def all_reduce_bandwidth(members: list[Node], megabytes: int, timeout: float, us
     return 2 * (len(members) - 1) / len(members) * megabytes / 1e3 / max(seconds)
 
 
-def _seconds_of_sum(megabytes: int, device: str) -> float:
-    """Return the mean time of ten all-reduces after two others, which open the connections."""
+def _time_all_reduce(megabytes: int, device: str) -> float:
+    """Return the mean seconds of ten all-reduces. Timer runs others before them, which open the connections."""
     import torch
     from torch.utils.benchmark import Timer
 
     values = torch.zeros(megabytes * 250_000, device=device)  # float32
-    return (
-        Timer("all_reduce(values)", globals={"all_reduce": torch.distributed.all_reduce, "values": values})
-        .timeit(10)
-        .mean
-    )
+    timer = Timer("all_reduce(values)", globals={"all_reduce": torch.distributed.all_reduce, "values": values})
+    return timer.timeit(10).mean

@@ -14,7 +14,7 @@ import psutil
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """Return a TCP port of `host`, an address of this machine, on which nothing listens at this moment."""
+    """Return a TCP port on which nothing listens at this moment. `host` is an address of this machine."""
     with socket.socket() as server:
         server.bind((host, 0))
         return int(server.getsockname()[1])
@@ -33,9 +33,9 @@ def start_server(
     environment: Mapping[str, str] | None = None,
     seconds: float = 120.0,
 ) -> psutil.Popen:
-    """Start a server in a session of its own, and return its process once `is_ready` returns True.
+    """Start a server in its own process session, and return its process once `is_ready` returns True.
 
-    log: the file for what the server prints; None discards it. environment: None means that of this process.
+    log: the file for the server's output; None discards it. environment: None means that of this process.
 
     Raises:
         RuntimeError: the server ended, or was not ready within `seconds`; the message has the last lines of its log.
@@ -56,8 +56,8 @@ def start_server(
         while not is_ready():
             if server.poll() is not None or time.monotonic() > deadline:
                 state = f"was not ready within {seconds:g} s" if server.poll() is None else "ended"
-                last = " | ".join(log.read_text(errors="replace").strip().splitlines()[-5:]) if log else "not kept"
-                raise RuntimeError(f"{' '.join(command)} {state}; the last lines of its log: {last}")
+                lines = log.read_text(errors="replace").strip().splitlines() if log else ["not kept"]
+                raise RuntimeError(f"{' '.join(command)} {state}; the last lines of its log: {' | '.join(lines[-5:])}")
             time.sleep(0.1)
     except BaseException:
         end_processes([server])
@@ -66,17 +66,17 @@ def start_server(
 
 
 def end_processes(processes: Sequence[psutil.Process], seconds: float = 20.0) -> None:
-    """Send SIGTERM to the processes, and after `seconds` kill those that remain, with their descendants."""
-    family = list(processes)
+    """Send SIGTERM to the processes; kill them and their descendants if they still run after `seconds`."""
+    with_descendants = list(processes)
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            family += process.children(recursive=True)
+            with_descendants += process.children(recursive=True)
             process.terminate()
-    _, left = psutil.wait_procs(family, timeout=seconds)
-    for process in left:
+    _, running = psutil.wait_procs(with_descendants, timeout=seconds)
+    for process in running:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(left, timeout=seconds)
+    psutil.wait_procs(running, timeout=seconds)
 
 
 @contextlib.contextmanager

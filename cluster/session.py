@@ -15,13 +15,13 @@ from typing import Any
 
 from cluster.nodes import refuse_unshared
 
-# These silence messages that a user can do nothing about, and usage reports.
+# Settings of Ray and gloo for every process: no usage reports, fewer messages, earlier checks.
 QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every worker's print appears twice
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # notice a dead worker sooner than after 2 s
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # then `wait_for_room` waits again
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default notices a dead worker only after 2 s
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # then `capacity.wait_for_room` waits again
     "RAY_AIR_NEW_OUTPUT": "0",  # else Tune prints tables although verbose=0
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else every worker of `uv run` builds an environment
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # else gloo warns of dead workers, which we report in one line
@@ -30,14 +30,14 @@ QUIET_ENVIRONMENT = {
 for _name, _value in QUIET_ENVIRONMENT.items():  # at import, because Ray reads some of them when it is imported
     os.environ.setdefault(_name, _value)
 
-# For a local Ray only: a real cluster sets its own authentication mode and collects metrics.
+# For a local Ray only. A real cluster sets its own authentication mode and collects metrics.
 LOCAL_ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_enable_metrics_collection": "0"}
 
 # Variables that go into the runtime environment, which Ray writes into logs and job metadata.
 PUBLIC = ("OMP_NUM_THREADS", "PYTHONPATH", "PYTHONWARNINGS")
-# Variables that workers need as well. They may be secret, so they are passed through the memory of an actor.
+# Prefixes of variables that workers need as well. They may be secret, so an actor passes them on from its memory.
 PRIVATE_PREFIXES = ("AWS_", "HF_", "ADMIRAL_")
-KEEPER = "ADMIRAL_ENVIRONMENT_KEEPER"  # a variable with the name of this actor
+KEEPER = "ADMIRAL_ENVIRONMENT_KEEPER"  # environment variable with the name of that actor
 KEEPER_NAMESPACE = "admiral-environments"
 
 
@@ -59,21 +59,24 @@ def session(
     shuts it down at the end. A session within a session joins it. Until the process ends, SIGTERM raises
     KeyboardInterrupt.
 
-    num_cpus, num_gpus: what the job uses at the same time. A local Ray has at least so many logical CPUs.
+    num_cpus, num_gpus: what the job uses at the same time. A local Ray has at least this many logical CPUs.
     object_store_memory: bytes of the object store of a local Ray.
     shared: URIs that must mean the same place on all nodes.
 
     Raises:
         ConnectionError: the cluster cannot be reached, or it rejects the token.
-        RuntimeError: without a cluster, this machine has fewer GPUs.
+        RuntimeError: there is no cluster, and this machine has fewer GPUs.
         ValueError: one of `shared` is a file or a folder of one machine, and the cluster has several.
     """
     if not num_cpus:
         yield
         return
-    alone = not os.environ.get("RAY_ADDRESS")
-    for name, value in ({"RAY_AUTH_MODE": "token"} if _has_token() else LOCAL_ENVIRONMENT if alone else {}).items():
-        os.environ.setdefault(name, value)
+    is_local = not os.environ.get("RAY_ADDRESS")
+    if is_local:
+        for name, value in LOCAL_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+    elif _has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # without this, Ray does not look for a token
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     import ray
 
@@ -81,20 +84,22 @@ def session(
         refuse_unshared(shared)
         yield
         return
-    options: dict = {"logging_level": logging.ERROR, "log_to_driver": False}
-    private = {} if alone else _private_environment()  # workers of a local Ray inherit the environment
-    if alone:
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    private = {} if is_local else _private_environment()  # workers of a local Ray inherit the environment
+    if is_local:
         options |= {
-            "address": "local",  # else it joins a cluster that `ray start` has started on this machine
+            "address": "local",  # else Ray joins a cluster that `ray start` has started on this machine
             "num_cpus": max(math.ceil(num_cpus), os.cpu_count() or 1),
             "object_store_memory": object_store_memory,
             "include_dashboard": False,
         }
-    keeper = {KEEPER: f"keeper-{uuid.uuid4().hex}"} if private else {}
-    _connect(runtime_env={"env_vars": _public_environment() | keeper}, **options)
+    variables = _public_environment()
+    if private:
+        variables[KEEPER] = f"keeper-{uuid.uuid4().hex}"
+    _connect(runtime_env={"env_vars": variables}, **options)
     _interrupt_on_sigterm()
-    kept = _keep(private, keeper[KEEPER]) if private else None
-    if alone and (available := ray.cluster_resources().get("GPU", 0)) < num_gpus:
+    keeper = _start_keeper(variables[KEEPER], private) if private else None
+    if is_local and (available := ray.cluster_resources().get("GPU", 0)) < num_gpus:
         ray.shutdown()
         advice = "lower --num-gpus or --num-workers, or submit the job to a cluster"
         raise RuntimeError(f"this machine has {available:g} GPUs and this job needs {num_gpus:g}: {advice}")
@@ -104,18 +109,22 @@ def session(
         refuse_unshared(shared)
         yield
     finally:
-        del kept
+        del keeper  # ends the actor, which lives as long as its handle
         ray.shutdown()
 
 
 def _has_token() -> bool:
-    """Return whether there is a token for the cluster at RAY_ADDRESS. Ray looks for one only if it is told to."""
+    """Return whether there is a token where Ray looks for one."""
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
-    return bool(os.environ.get("RAY_ADDRESS")) and ("RAY_AUTH_TOKEN" in os.environ or file.is_file())
+    return "RAY_AUTH_TOKEN" in os.environ or file.is_file()
 
 
 def _connect(**options: Any) -> None:
-    """Call `ray.init`, and silence Ray's messages about processes that ended, because we log what matters."""
+    """Call `ray.init`, and silence Ray's messages about processes that ended, because Admiral logs its own.
+
+    Raises:
+        ConnectionError: the cluster cannot be reached, or it rejects the token.
+    """
     import ray
 
     try:
@@ -127,12 +136,7 @@ def _connect(**options: Any) -> None:
             "check the address, and set RAY_AUTH_TOKEN or save the token as ~/.ray/auth_token "
             "(`ray get-auth-token` on the head prints it)"
         ) from error
-    ray._private.worker._worker_logs_enabled = False  # `log_to_driver=False` does not silence the raylets
-
-
-def accelerator() -> str | None:
-    """Return the kind of GPU that workers request (Ray's name in ADMIRAL_ACCELERATOR), or None for any."""
-    return os.environ.get("ADMIRAL_ACCELERATOR") or None
+    ray._private.worker._worker_logs_enabled = False  # for the raylets, which `log_to_driver=False` does not silence
 
 
 def _private_environment() -> dict[str, str]:
@@ -155,7 +159,7 @@ def _public_environment() -> dict[str, str]:
 
 
 def _interrupt_on_sigterm() -> None:
-    """Let SIGTERM end the job like Ctrl-C, whatever it waits for. Ray's own handler exits with code 15."""
+    """Let SIGTERM end the job like Ctrl-C, whatever it waits for. Ray's own handler would exit with code 15."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
@@ -173,13 +177,13 @@ class _Keeper:
         return self._variables
 
 
-def _keep(variables: dict[str, str], name: str) -> Any:
-    """Return an actor of this name that holds the variables. It ends when the handle is deleted."""
+def _start_keeper(name: str, variables: dict[str, str]) -> Any:
+    """Return a handle on a new actor that holds the variables. The actor ends when the handle is deleted."""
     import ray
 
     options = {"name": name, "namespace": KEEPER_NAMESPACE, "max_concurrency": 100} | on_this_node()
     keeper: Any = ray.remote(_Keeper).options(**options).remote()
-    # By a call rather than the constructor, because Ray stores the arguments of constructors.
+    # Passed by a call rather than to the constructor, because Ray stores the arguments of constructors.
     ray.get(keeper.keep.remote(variables))
     return keeper
 
@@ -194,7 +198,7 @@ def on_this_node() -> dict[str, Any]:
 
 
 def receive_environment() -> None:
-    """Set the driver's private variables in a worker. Elsewhere, and the second time, this does nothing."""
+    """Set the driver's private variables in a worker. In the driver, and when called again, do nothing."""
     if name := os.environ.get(KEEPER):
         import ray
 

@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
-from cluster.actor import in_short
+from cluster.actor import summarize_loss
 from cluster.capacity import Resources, refuse_infeasible, wait_for_room, worker_resources
+from cluster.collectives import TIMEOUT
 from cluster.metrics import publish
-from cluster.relay import Record, Relay, relayed, tolerant
+from cluster.relay import Record, Relay, relay_records, warn_on_error
 
-PROCESS_GROUP_TIMEOUT_S = 300  # a collective that hangs for longer ends the attempt
-PREEMPTION_SECONDS = 2.0  # between two checks for a preemption notice; Ray itself checks every 5
+PREEMPTION_SECONDS = 2.0  # between two checks for a preemption notice; Ray itself checks every 5 s
 
-# Deterministic errors of a worker: another attempt would raise them again, so none is made.
+# Deterministic errors of a worker, which are not retried because another attempt would raise them again.
 PERMANENT_ERRORS = (
     ValueError, TypeError, ArithmeticError, LookupError, FileNotFoundError, PermissionError, torch.OutOfMemoryError,
 )  # fmt: skip
@@ -41,29 +41,30 @@ class WorkerContext:
     world_size: int
     device: torch.device
     report: Callable[[Record], None]  # sends numbers and pictures to the driver; never waits
-    stopping: Callable[[], bool]  # whether the driver has asked to stop; never waits
-    streams_on_cluster: bool  # read data in processes of the cluster, not in this process
-    preempted: Callable[[], bool] = lambda: False  # True once for each preemption notice of a node; never waits
+    stopping: Callable[[], bool]  # returns whether the driver has asked to stop; never waits
+    streams_on_cluster: bool  # whether data are read by Ray actors rather than in this process
+    preempted: Callable[[], bool] = lambda: False  # returns True once for each preemption notice; never waits
 
 
 def run_workers(
     loop: Loop,
     num_workers: int,
     on_record: Callable[[Record], None],
-    cpus: int = 1,
+    num_cpus: int = 1,
     max_failures: int = 3,
     num_gpus: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Run `loop` on `num_workers` workers (0: in this process) until it returns; return whether it was asked to stop.
 
-    Each worker has `cpus` CPUs and `num_gpus` GPUs (0 or 1). All workers start together. While the cluster has no room
-    for all of them, the log says what the job waits for.
+    Each worker has `num_cpus` CPUs and `num_gpus` GPUs (0 or 1). All workers start together. While the cluster has no
+    room for all of them, the log says what the job waits for.
 
-    If a worker dies, the whole group starts again, and `loop` must find its last checkpoint. After more than
-    `max_failures` consecutive attempts without a record with a larger "saved" number, no further attempt is made.
-    PERMANENT_ERRORS are not retried. SIGTERM, Ctrl-C, and `stop` when it returns True, ask all workers to stop at their
-    next step. If `on_record` raises for a record, a warning is logged and the training continues.
+    If a worker dies, the whole group starts again, and `loop` must find its last checkpoint. The training fails after
+    more than `max_failures` consecutive attempts without progress, that is, without a record whose "saved" number is
+    larger than before. PERMANENT_ERRORS are not retried. All workers are asked to stop at their next step by SIGTERM,
+    by Ctrl-C, and when `stop` returns True. If `on_record` raises for a record, a warning is logged and the training
+    continues.
 
     Raises:
         ValueError: the cluster can never hold all workers at once.
@@ -76,18 +77,20 @@ def run_workers(
 
     with _stop_signals(signalled.set):
         if num_workers == 0:
-            _run_here(loop, on_record, num_gpus, is_asked_to_stop)
+            _run_in_this_process(loop, on_record, num_gpus, is_asked_to_stop)
         else:
-            resources = worker_resources(cpus, num_gpus)
-            refuse_infeasible(resources, at_once=num_workers)
+            resources = worker_resources(num_cpus, num_gpus)
+            refuse_infeasible(resources, num_workers=num_workers)
             _run_on_ray(loop, num_workers, on_record, max_failures, resources, is_asked_to_stop)
     return is_asked_to_stop()
 
 
-def _run_here(loop: Loop, on_record: Callable[[Record], None], num_gpus: int, stop: Callable[[], bool]) -> None:
+def _run_in_this_process(
+    loop: Loop, on_record: Callable[[Record], None], num_gpus: int, stop: Callable[[], bool]
+) -> None:
     device = torch.device("cuda" if num_gpus else "cpu")
     try:
-        loop(WorkerContext(0, 1, device, tolerant(on_record), stop, streams_on_cluster=False))
+        loop(WorkerContext(0, 1, device, warn_on_error(on_record), stop, streams_on_cluster=False))
     except ArithmeticError as error:
         raise RuntimeError(str(error)) from error
 
@@ -103,17 +106,18 @@ def _run_on_ray(
     from ray.train import TrainingFailedError
 
     relay = Relay()
-    saved, failures = -1, 0
+    saved = -1  # the largest "saved" number of all attempts
+    failures = 0  # consecutive attempts without progress
     while not stop() and wait_for_room(num_workers, resources, stop):
         attempt = _Attempt(on_record)
         try:
-            with relayed(relay, attempt.handle, stop):
+            with relay_records(relay, attempt.handle, stop):
                 _fit(loop, relay, num_workers, resources)
             break
         except TrainingFailedError as error:
             if type(getattr(error, "controller_failure", None)).__name__ == "WorkerGroupStartupTimeoutError":
-                continue  # another job was quicker to take the room
-            reason = in_short(attempt.reason) or _reason(error)
+                continue  # another job has taken the resources in the meantime
+            reason = summarize_loss(attempt.reason) or _reason(error)
             failures = 1 if attempt.saved > saved else failures + 1
             saved = max(saved, attempt.saved)
             publish("train", {"failed_attempts": failures})
@@ -142,7 +146,7 @@ class _Attempt:
 
 
 def _fit(loop: Loop, relay: Relay, num_workers: int, resources: Resources) -> None:
-    """Run Ray Train once, in a thread: in the main thread it would handle Ctrl-C itself and save nothing."""
+    """Run Ray Train once, in a thread, because in the main thread it would handle Ctrl-C itself and save nothing."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -150,37 +154,37 @@ def _fit(loop: Loop, relay: Relay, num_workers: int, resources: Resources) -> No
         trainer = TorchTrainer(
             _run_worker,
             train_loop_config={"loop": loop, "relay": relay},
-            torch_config=TorchConfig(timeout_s=PROCESS_GROUP_TIMEOUT_S),
+            torch_config=TorchConfig(timeout_s=int(TIMEOUT.total_seconds())),
             scaling_config=ScalingConfig(
                 num_workers=num_workers,
                 use_gpu="GPU" in resources,
                 resources_per_worker=resources,
             ),
-            # Ray Train keeps no state of ours, so that each attempt is a run of its own. It must not wait for
-            # resources either: it would wait silently, and a signal could not end the wait.
+            # Each attempt is a separate run of Ray Train, which keeps no state between them. Ray Train must not wait
+            # for resources either, because it would wait silently, and a signal could not end the wait.
             run_config=RunConfig(
                 name=uuid.uuid4().hex,
                 storage_path=folder,
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
             ),
         )
-        ended: Future[Any] = Future()
+        result: Future[Any] = Future()
 
         def fit() -> None:
             try:
-                ended.set_result(trainer.fit())
+                result.set_result(trainer.fit())
             except BaseException as error:  # noqa: BLE001 - raised again below
-                ended.set_exception(error)
+                result.set_exception(error)
 
         threading.Thread(target=fit, name="training", daemon=True).start()
-        ended.result()
+        result.result()
 
 
 def _reason(error: Exception) -> str:
-    """Return Ray's last line about each failed worker, joined to one line."""
+    """Return one line with the last line of Ray's error about each failed worker."""
     failures = getattr(error, "worker_failures", {0: error})
     return "; ".join(
-        f"worker {rank}: {in_short(str(reason).strip().splitlines()[-1])}" for rank, reason in failures.items()
+        f"worker {rank}: {summarize_loss(str(reason).strip().splitlines()[-1])}" for rank, reason in failures.items()
     )
 
 
@@ -229,38 +233,38 @@ def _preemption_notices(get_info: Callable[[], Any], rank: int) -> Callable[[], 
 
     A thread calls `get_info`, because that call waits for all workers. Rank 0 logs the notice.
     """
-    new = threading.Event()
+    has_new = threading.Event()
 
     def watch() -> None:
-        seen, failed = None, False
+        previous, is_warned = None, False
         while True:
             try:
                 info = get_info()
             except Exception as error:  # noqa: BLE001 - a failed call must not lose a later notice
-                if not failed:
+                if not is_warned:
                     log.warning("preemption notices cannot be read, trying again; the training continues: %s", error)
-                info, failed = seen, True
-            if info != seen:
-                seen = info
+                info, is_warned = previous, True
+            if info != previous:
+                previous = info
                 if rank == 0:
                     log.warning("preemption notice received, writing a checkpoint; the training continues: %s", info)
-                new.set()
+                has_new.set()
             time.sleep(PREEMPTION_SECONDS)
 
-    def is_new() -> bool:
-        was_set = new.is_set()
-        new.clear()
+    def take_new() -> bool:
+        was_set = has_new.is_set()
+        has_new.clear()
         return was_set
 
     threading.Thread(target=watch, name="preemption", daemon=True).start()
-    return is_new
+    return take_new
 
 
 @contextlib.contextmanager
 def _stop_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop` on the first SIGTERM or Ctrl-C. The next one is handled as before.
+    """Call `stop` on the first SIGTERM or Ctrl-C. The previous handlers receive the next one.
 
-    Only the main thread can handle signals; in other threads this does nothing.
+    Only the main thread can handle signals. In other threads this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -271,12 +275,12 @@ def _stop_signals(stop: Callable[[], None]) -> Iterator[None]:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
-    def first(*_: object) -> None:
+    def handle_first(*_: object) -> None:
         restore()
         stop()
 
     for number in previous:
-        signal.signal(number, first)
+        signal.signal(number, handle_first)
     try:
         yield
     finally:

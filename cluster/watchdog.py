@@ -1,4 +1,4 @@
-"""A watchdog that writes the stacks of a worker that hangs, before the collective's timeout ends the attempt."""
+"""A watchdog that writes the stacks of a hung worker before the timeout of collectives ends the attempt."""
 
 import faulthandler
 import sys
@@ -7,14 +7,14 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Self
 
-HANG_SECONDS = 240.0  # without a step; collectives time out after 300
+HANG_SECONDS = 240.0  # without a step; less than the timeout of collectives, which is 300 s
 
 
 class Watchdog:
-    """Call `step` once a step. If no call arrives within `seconds`, the stacks of all threads are written.
+    """Write the stacks of all threads if `step` is not called within `seconds`.
 
-    They are reported to the driver as a record. A thread in C also writes them to stderr, because a hang may hold
-    Python's global interpreter lock.
+    A thread reports them to the driver as a record. faulthandler also writes them to stderr, because a thread that
+    hangs in C code may hold Python's global interpreter lock.
     """
 
     def __init__(self, rank: int, report: Callable[[dict[str, Any]], None], seconds: float = HANG_SECONDS) -> None:
@@ -36,11 +36,11 @@ class Watchdog:
         faulthandler.dump_traceback_later(self._seconds, file=sys.__stderr__ or sys.stderr)
 
     def _watch(self) -> None:
-        seen = 0
+        steps_before = 0
         while not self._ended.wait(self._seconds):
-            if self._steps == seen:
+            if self._steps == steps_before:
                 self._report({"rank": self._rank, "stacks": _stacks()})
-            seen = self._steps
+            steps_before = self._steps
 
 
 def _stacks() -> str:

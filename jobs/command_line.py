@@ -36,9 +36,9 @@ def main(
     config = parse(description, presets, sys.argv[1:])
     try:
         if config.dry_run:
-            resolved, described = plan(config)
+            resolved, text = plan(config)
             print(resolved.model_dump_json(indent=2))
-            print(described)
+            print(text)
         else:
             run(config)
     except (ValueError, OSError, RuntimeError) as error:
@@ -50,7 +50,7 @@ def main(
 
 
 def parse(description: str | None, presets: Presets[Config], argv: list[str]) -> Config:
-    """Return the config for `argv`: the name of a preset or `--preset FILE` first, then options that change its fields.
+    """Return the config for `argv`, which is a preset's name or `--preset FILE`, then options that change its fields.
 
     The name may be left out if there is only one preset. If the config refers to settings that are stored elsewhere
     (`JobConfig.starting_from`), the options change those settings.
@@ -58,38 +58,39 @@ def parse(description: str | None, presets: Presets[Config], argv: list[str]) ->
     Raises:
         SystemExit: with code 0 after printing help, with code 2 after printing one line about an error.
     """
-    about, name = " ".join((description or "").split()), argv[0] if argv else ""
+    about = " ".join((description or "").split())
+    name = argv[0] if argv else ""
     if name in ("-h", "--help") and len(presets) > 1:
-        print(_list_of(presets, about))
+        print(_presets_page(presets, about))
         raise SystemExit(0)
     if name.split("=", 1)[0] == "--preset":
-        flag, *rest = name.split("=", 1) + argv[1:]
-        if not rest:
-            _fail(2, f"{flag} needs a value; accepted: the path or URI of a YAML or JSON file")
-        argv, presets = rest, {rest[0]: ("from a file", _read_preset(rest[0], presets))}
+        argv = [*name.split("=", 1), *argv[1:]][1:]  # the path takes the place of a preset's name
+        if not argv:
+            _fail(2, "--preset needs a value; accepted: the path or URI of a YAML or JSON file")
+        presets = {argv[0]: ("from a file", _read_preset(argv[0], presets))}
     elif len(presets) == 1 and (not name or name.startswith("-")):
         argv = [*presets, *argv]
     elif not name or name.startswith("-"):
         _fail(2, f"the first argument must be a preset ({', '.join(presets)}) or --preset FILE")
     elif name not in presets:
         _fail(2, _unknown("preset", name, presets, f"the presets are {', '.join(presets)}"))
-    name, *words = argv
+    name, *arguments = argv
     summary, preset = presets[name]
     options = options_of(type(preset))
-    if "-h" in words or "--help" in words:
+    if "-h" in arguments or "--help" in arguments:
         print(help_page(f"{_program()} {name} [OPTIONS]", f"{about} Preset {name}: {summary}.", preset))
         raise SystemExit(0)
-    changes = _changes(words, options)
+    changes = _parse_options(arguments, options)
     try:
-        config = _changed(preset, changes)
-        start = config.starting_from(preset)
-        return config if start == preset else _changed(start, changes)
+        config = _apply(changes, preset)
+        base = config.starting_from(preset)
+        return config if base == preset else _apply(changes, base)
     except (ValueError, OSError) as error:
         _fail(2, _as_typed(_message(error), options))
 
 
-def _list_of(presets: Presets[Config], about: str) -> str:
-    """Return the page of --help without a preset."""
+def _presets_page(presets: Presets[Config], about: str) -> str:
+    """Return the page of --help without a preset, which lists the presets."""
     usage = f"usage: {_program()} PRESET [OPTIONS]\n       {_program()} --preset FILE [OPTIONS]"
     lines = [usage, "", about, "", "Presets"]
     for name, (summary, _) in presets.items():
@@ -98,61 +99,66 @@ def _list_of(presets: Presets[Config], about: str) -> str:
     return "\n".join([*lines, "", end])
 
 
-def _changes(words: list[str], options: Mapping[str, Option]) -> dict[str, Any]:
-    """Return the values that the words of a command line give to the options, as a nested dict like the config."""
+def _parse_options(arguments: list[str], options: Mapping[str, Option]) -> dict[str, Any]:
+    """Return the values that command-line arguments give to the options, as a nested dict like the config."""
     flags = {flag: option for option in options.values() for flag in option.flags}
     tree: dict[str, Any] = {}
-    while words:
-        typed, equals, value = words[0].partition("=")
+    while arguments:
+        typed, equals, value = arguments[0].partition("=")
         flag = typed.replace("_", "-")
         if not flag.startswith("--"):
-            _fail(2, f"{typed} is not an option and not a value of one; --help lists all options")
+            _fail(2, f"{typed} is not an option or the value of an option; --help lists all options")
         if flag not in flags:
             _fail(2, _unknown("option", typed, [*flags, "--help"], "--help lists all options"))
         option = flags[flag]
         is_negation = flag != option.flag
         if is_negation and equals:
             _fail(2, f"{typed} takes no value; pass {typed}, or {option.flag} {value}")
-        values = [value] if equals else _values(words[1:], option, flags) if not is_negation else []
-        words = words[1 if equals else 1 + len(values) :]
+        if equals:
+            values, consumed = [value], 1
+        else:
+            values = [] if is_negation else _values_of(option, arguments[1:], flags)
+            consumed = 1 + len(values)
+        arguments = arguments[consumed:]
         if option.is_bool and not values:
             values = ["false" if is_negation else "true"]
         if not values and not option.item:
             _fail(2, f"{typed} needs a value; accepted: {option.accepted}")
-        *path, last = option.name.split(".")
+        *sections, field = option.name.split(".")
         branch = tree
-        for part in path:
-            branch = branch.setdefault(part, {})
-        branch[last] = option.value(values)
+        for section in sections:
+            branch = branch.setdefault(section, {})
+        branch[field] = option.value(values)
     return tree
 
 
-def _values(words: list[str], option: Option, flags: Collection[str]) -> list[str]:
-    """Return the words that are values of an option: at most one, or all before the next option if it takes several.
+def _values_of(option: Option, arguments: list[str], flags: Collection[str]) -> list[str]:
+    """Return the values of an option: at most one argument, or all before the next option if it takes several values.
 
     A text may begin with dashes if it is not the name of an option.
     """
     values = []
-    for word in words if option.item else words[:1]:
-        if word.startswith("--") and (not option.is_text or word.partition("=")[0].replace("_", "-") in flags):
+    for argument in arguments if option.item else arguments[:1]:
+        is_flag = argument.partition("=")[0].replace("_", "-") in flags
+        if argument.startswith("--") and (is_flag or not option.is_text):
             break
-        values.append(word)
+        values.append(argument)
     return values
 
 
-def _unknown(kind: str, name: str, names: Collection[str], otherwise: str) -> str:
-    """Return the error about a name that is not in `names`, with a similar name or else with the text `otherwise`."""
+def _unknown(kind: str, name: str, names: Collection[str], advice: str) -> str:
+    """Return the error about a name that is not in `names`. It suggests a similar name, or else ends with `advice`."""
     requested = name.replace("_", "-") if kind == "option" else name.replace("-", "_")
     nested = [n for n in names if n.endswith(f".{requested.removeprefix('--')}") or n.startswith(f"{requested}.")]
-    near = [*nested, *difflib.get_close_matches(requested, names, 1)]
-    return f"unknown {kind} {name}; " + (f"did you mean {near[0]}?" if near else otherwise)
+    suggestions = [*nested, *difflib.get_close_matches(requested, names, 1)]
+    return f"unknown {kind} {name}; " + (f"did you mean {suggestions[0]}?" if suggestions else advice)
 
 
 # ------------------------------------------------------------------------------------------------ preset files
 
 
 def _read_preset(location: str, presets: Presets[Config]) -> Config:
-    """Return the preset that a YAML or JSON file names as `preset`, changed by the other fields of the file."""
+    """Return the preset that a YAML or JSON file names in its field `preset`, changed by the file's other fields."""
     try:
         tree = yaml.safe_load(storage.read_bytes(storage.resolve(location)))
         if not isinstance(tree, dict):
@@ -162,42 +168,42 @@ def _read_preset(location: str, presets: Presets[Config]) -> Config:
         base = str(tree.pop("preset", next(iter(presets))))
         if base not in presets:
             raise ValueError(_unknown("preset", base, presets, f"the presets are {', '.join(presets)}"))
-        return _changed(presets[base][1], tree)
+        return _apply(tree, presets[base][1])
     except FileNotFoundError:
         _fail(2, f"--preset {location} does not exist")
     except yaml.MarkedYAMLError as error:
         mark, problem = error.problem_mark, error.problem or error.context
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        _fail(2, f"{location}: {where}{problem}; the file must be YAML or JSON")
+        position = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        _fail(2, f"{location}: {position}{problem}; the file must be YAML or JSON")
     except (ValueError, OSError, yaml.YAMLError) as error:
         _fail(2, f"{location}: {_message(error)}")
 
 
-def _changed(config: Config, changes: dict[str, Any]) -> Config:
-    """Return a validated copy of the config with other values.
+def _apply(changes: dict[str, Any], config: Config) -> Config:
+    """Return a validated copy of the config with the values of `changes`, a nested dict.
 
     Raises:
         ValueError: a field does not exist or a value is not accepted; the message has the dotted name of the field.
     """
     try:
-        return type(config).model_validate(_merged(config.model_dump(), changes))
+        return type(config).model_validate(_merge(config.model_dump(), changes))
     except pydantic.ValidationError as error:
-        raise ValueError(_explained(error, options_of(type(config)))) from error
+        raise ValueError(_explain(error, options_of(type(config)))) from error
 
 
-def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Return a nested dict with the values of `changes` in place of those of `base`."""
     merged = dict(base)
     for name, value in changes.items():
         is_nested = isinstance(value, dict) and isinstance(base.get(name), dict)
-        merged[name] = _merged(base[name], value) if is_nested else value
+        merged[name] = _merge(base[name], value) if is_nested else value
     return merged
 
 
 # ------------------------------------------------------------------------------------------------ messages
 
 
-def _explained(error: pydantic.ValidationError, options: Mapping[str, Option]) -> str:
+def _explain(error: pydantic.ValidationError, options: Mapping[str, Option]) -> str:
     """Return one line about the first error: the dotted name of the field, its value, and what is accepted."""
     first = error.errors()[0]
     if first["type"] in ("extra_forbidden", "invalid_key"):
@@ -207,16 +213,18 @@ def _explained(error: pydantic.ValidationError, options: Mapping[str, Option]) -
             key, value = next(iter(value.items()))
             unknown.append(str(key))
         return _unknown("field", ".".join(unknown), fields, "PRESET --help lists all fields")
-    place = [part for part in first["loc"] if isinstance(part, str)]  # without positions in lists
-    name = ".".join(place)
-    if first["type"] != "value_error":  # a check of a type or of bounds, which pydantic describes in its own words
-        shown = options[name].shown(first["input"]) if name in options else "a value"
+    path = [part for part in first["loc"] if isinstance(part, str)]  # without positions in lists
+    name = ".".join(path)
+    if first["type"] != "value_error":  # a check of a type or of bounds, for which pydantic's message is too technical
+        shown = options[name].format(first["input"]) if name in options else "a value"
         accepted = options[name].accepted if name in options else f"the fields {name}.*"
-        near = difflib.get_close_matches(shown, first.get("ctx", {}).get("expected", "").split("'"), 1)
-        advice = f"; did you mean {near[0]}?" if near else ""
+        choices = first.get("ctx", {}).get("expected", "").split("'")
+        similar = difflib.get_close_matches(shown, choices, 1)
+        advice = f"; did you mean {similar[0]}?" if similar else ""
         return f"{name}={shown} is not accepted; accepted: {accepted}{advice}"
+    # A validator of a nested config names its fields without the name of the config.
     message = first["msg"].removeprefix("Value error, ")
-    nested = ".".join(place[:-1] if name in options else place)  # whose validator knows its fields by short names
+    nested = ".".join(path[:-1] if name in options else path)
 
     def dotted(match: re.Match[str]) -> str:
         return f"{nested}.{match[0]}" if f"{nested}.{match[0]}" in options else match[0]
@@ -231,7 +239,9 @@ def _as_typed(message: str, options: Mapping[str, Option]) -> str:
     def typed(match: re.Match[str]) -> str:
         if match["name"] not in options:
             return match[0]
-        value = re.sub(r"[(),'\"\[\]]", " ", match["value"]) if match["value"][0] in "(['\"" else match["value"]
+        value = match["value"]
+        if value[0] in "(['\"":  # a tuple, a list or a quoted text
+            value = re.sub(r"[(),'\"\[\]]", " ", value)
         value = {"None": "none", "True": "true", "False": "false"}.get(value, " ".join(value.split()))
         return f"{options[match['name']].flag} {value}"
 
@@ -244,8 +254,11 @@ def _option_of(error: Exception, config: JobConfig) -> str:
     message = str(error)
     if not isinstance(error, OSError) or "--" in message:
         return ""
-    paths = {name: value for name, value in config if isinstance(value, str) and (f"/{value}" in message)}
-    return f" (--{(name := max(paths, key=lambda n: len(paths[n]))).replace('_', '-')} {paths[name]})" if paths else ""
+    paths = {name: value for name, value in config if isinstance(value, str) and f"/{value}" in message}
+    if not paths:
+        return ""
+    longest = max(paths, key=lambda name: len(paths[name]))
+    return f" (--{longest.replace('_', '-')} {paths[longest]})"
 
 
 def _message(error: Exception) -> str:

@@ -24,7 +24,7 @@ class Option(NamedTuple):
     bounds: tuple[Any, ...]  # what pydantic checks beside the type
     text: str  # the help text: the comment behind the field
     group: str  # the heading in --help: the comment line above this field or above an earlier one
-    is_operational: bool = False  # may change at every restart in the same folder
+    is_operational: bool = False  # whether it may change when a job is resumed
 
     @property
     def flag(self) -> str:
@@ -50,48 +50,56 @@ class Option(NamedTuple):
     @property
     def item(self) -> Any:
         """Return the type of each value if the option takes several values, else None."""
-        repeated = next((kind for kind in _alternatives(self.kind) if get_origin(kind) is tuple), None)
-        return None if repeated is None else repeated if get_args(repeated)[-1] is not ... else get_args(repeated)[0]
+        kind = next((kind for kind in _alternatives(self.kind) if get_origin(kind) is tuple), None)
+        if kind is None:
+            return None
+        items = get_args(kind)
+        return items[0] if items[-1] is ... else kind
 
     @property
     def accepted(self) -> str:
         """Return a description of the accepted values."""
         kinds = _alternatives(self.kind)
-        description = _words(next(kind for kind in kinds if kind is not type(None)), self.bounds)
+        description = _describe(next(kind for kind in kinds if kind is not type(None)), self.bounds)
         return f"{description}, or none" if type(None) in kinds else description
 
-    def value(self, words: list[str]) -> Any:
-        """Return the words of a command line in the structure that pydantic expects for this field."""
-        if type(None) in _alternatives(self.kind) and [word.lower() for word in words] == ["none"]:
+    def value(self, arguments: list[str]) -> Any:
+        """Return command-line arguments in the structure that pydantic expects for this field."""
+        if type(None) in _alternatives(self.kind) and [argument.lower() for argument in arguments] == ["none"]:
             return None
         if self.item is None:
-            return words[0]
-        size = len(get_args(self.item)) if get_origin(self.item) is tuple and self.item != self.kind else 1
-        return words if size == 1 else [words[at : at + size] for at in range(0, len(words), size)]
+            return arguments[0]
+        is_nested = get_origin(self.item) is tuple and self.item != self.kind  # such as tuple[tuple[int, int], ...]
+        size = len(get_args(self.item)) if is_nested else 1
+        return arguments if size == 1 else [arguments[i : i + size] for i in range(0, len(arguments), size)]
 
-    def shown(self, value: Any) -> str:
+    def format(self, value: Any) -> str:
         """Return a value as the user types it."""
         if isinstance(value, (tuple, list)):
-            return " ".join(map(self.shown, value))
-        return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+            return " ".join(map(self.format, value))
+        return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def options_of(
-    config: type[pydantic.BaseModel], prefix: str = "", group: str = "", marked: bool = False
+    config: type[pydantic.BaseModel], prefix: str = "", group: str = "", is_operational: bool = False
 ) -> dict[str, Option]:
-    """Return the options of a config and of its nested configs by dotted name."""
+    """Return the options of a config and of its nested configs by dotted name.
+
+    prefix, group, is_operational: for a nested config, its dotted name with a dot at the end, its heading in --help,
+    and whether all of its fields are operational.
+    """
     options: dict[str, Option] = {}
     texts = _texts(config)
     for name, field in config.model_fields.items():
         text, heading = texts[name]
-        is_operational = marked or MARK in field.metadata
+        operational = is_operational or MARK in field.metadata
         if is_config(kind := field.annotation):
-            about = text or (kind.__doc__ or "").split("\n")[0]
-            heading = f"{f'--{prefix}{name}'.replace('_', '-')}.*: {about}"
-            options |= options_of(kind, f"{prefix}{name}.", heading, is_operational)
+            summary = text or (kind.__doc__ or "").split("\n")[0]
+            heading = f"{f'--{prefix}{name}'.replace('_', '-')}.*: {summary}"
+            options |= options_of(kind, f"{prefix}{name}.", heading, operational)
         else:
             bounds = tuple(field.metadata)
-            options[prefix + name] = Option(prefix + name, kind, bounds, text, group or heading, is_operational)
+            options[prefix + name] = Option(prefix + name, kind, bounds, text, group or heading, operational)
     return options
 
 
@@ -101,21 +109,23 @@ def is_config(kind: Any) -> TypeGuard[type[pydantic.BaseModel]]:
 
 
 def help_page(usage: str, about: str, config: pydantic.BaseModel) -> str:
-    """Return the help page: all options in groups, each with its value in the config, its text and what it accepts."""
+    """Return the page of --help for a preset.
+
+    It lists all options in groups, each with its value in the config, its help text and its accepted values.
+    """
     width = min(shutil.get_terminal_size((120, 24)).columns, 120)
     groups: dict[str, list[str]] = {}
     for option in options_of(type(config)).values():
         value = attrgetter(option.name)(config)
-        lines = [f"  {', '.join(option.flags)} {option.shown(value)}".rstrip()]
+        lines = [f"  {', '.join(option.flags)} {option.format(value)}".rstrip()]
         accepted = "" if option.kind is str else f" Accepted: {option.accepted}."
         mark = f" [{MARK}]" if option.is_operational else ""
         text = f"{option.text.rstrip('.')}.{accepted}{mark}"
         lines += textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
         groups.setdefault(option.group, []).extend(lines)
-    head = textwrap.fill(about, width)
-    pages = ["\n".join([heading, *lines]) for heading, lines in groups.items()]
-    values = f"Every option is shown with its value in this preset. [{MARK}] options may change when a job is resumed."
-    return "\n\n".join([f"usage: {usage}", head, values, *pages])
+    sections = ["\n".join([heading, *lines]) for heading, lines in groups.items()]
+    note = f"Every option is shown with its value in this preset. [{MARK}] options may change when a job is resumed."
+    return "\n\n".join([f"usage: {usage}", textwrap.fill(about, width), note, *sections])
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:
@@ -123,35 +133,42 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
-def _words(kind: Any, bounds: tuple[Any, ...]) -> str:
+def _describe(kind: Any, bounds: tuple[Any, ...] = ()) -> str:
     """Return a description of the values that a type with bounds accepts."""
     if get_origin(kind) is Literal:
-        *most, last = map(str, get_args(kind))
-        return f"{', '.join(most)} or {last}" if most else last
+        *others, last = map(str, get_args(kind))
+        return f"{', '.join(others)} or {last}" if others else last
     if get_origin(kind) is tuple:
         *items, last = get_args(kind)
         if last is not ...:
-            return " and ".join(_words(item, ()) for item in (*items, last))
-        least = _bound(bounds, "min_length") or 0
-        most_ = _bound(bounds, "max_length")
-        count = f"{least} to {most_} values" if most_ else "one or more values" if least else "any number of values"
-        return f"{count}, each {_words(items[0], ())}"
+            return " and ".join(map(_describe, (*items, last)))
+        minimum, maximum = _bound(bounds, "min_length"), _bound(bounds, "max_length")
+        if maximum:
+            count = f"{minimum or 0} to {maximum} values"
+        else:
+            count = "one or more values" if minimum else "any number of values"
+        return f"{count}, each {_describe(items[0])}"
     name = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
-    return " ".join([name, *filter(None, [" and ".join(_limits(bounds))])])
+    limits = " and ".join(_limits(bounds))
+    return f"{name} {limits}" if limits else name
 
 
-LIMITS = {"gt": "greater than", "ge": "of at least", "lt": "less than", "le": "of at most"}
+LIMITS = {"gt": "greater than", "ge": "of at least", "lt": "less than", "le": "of at most"}  # by pydantic's names
 
 
 def _limits(bounds: tuple[Any, ...]) -> Iterator[str]:
-    for name, words in LIMITS.items():
+    for name, phrase in LIMITS.items():
         if (limit := _bound(bounds, name)) is not None:
-            yield f"{words} {'2**64' if limit == 2**64 else limit}"
+            yield f"{phrase} {'2**64' if limit == 2**64 else limit}"
 
 
 def _bound(bounds: tuple[Any, ...], name: str) -> Any:
     """Return the limit of this name, such as gt or min_length, or None."""
-    return next((limit for bound in bounds if (limit := getattr(bound, name, None)) is not None), None)
+    for bound in bounds:
+        limit = getattr(bound, name, None)
+        if limit is not None:
+            return limit
+    return None
 
 
 @cache
@@ -167,11 +184,11 @@ def _texts(config: type[pydantic.BaseModel]) -> Mapping[str, tuple[str, str]]:
             heading = ""
             for node in ast.parse("\n".join(lines)).body[0].body:  # type: ignore[attr-defined]
                 if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                    above = lines[node.lineno - 2].strip()
-                    heading = above.removeprefix("# ") if above.startswith("# ") else heading
-                    behind = [
-                        line.split("  # ")[1] for line in lines[node.lineno - 1 : node.end_lineno] if "  # " in line
-                    ]
-                    text = re.sub(r"\bNone\b", "none", " ".join(behind))
+                    line_above = lines[node.lineno - 2].strip()
+                    if line_above.startswith("# "):
+                        heading = line_above.removeprefix("# ")
+                    field_lines = lines[node.lineno - 1 : node.end_lineno]
+                    comments = [line.split("  # ")[1] for line in field_lines if "  # " in line]
+                    text = re.sub(r"\bNone\b", "none", " ".join(comments))
                     texts[node.target.id] = (text, heading or texts.get(node.target.id, ("", "Options"))[1])
     return texts

@@ -1,4 +1,4 @@
-"""A worker's device and its arithmetic. PyTorch's global switches are set only here."""
+"""A worker's device and its arithmetic. Only this module sets PyTorch's global switches."""
 
 import contextlib
 import os
@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-# CUDA and cuBLAS read these when they start, before the first tensor. The environment of the process has precedence.
+# CUDA and cuBLAS read these variables when they start. A value that the process already has takes precedence.
 _ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # needed for deterministic matrix products
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # avoids fragmentation by batches of several shapes
 }
 
-# The words of CUDA, cuBLAS, cuDNN and PyTorch's CPU allocator.
+# Messages of CUDA, cuBLAS, cuDNN and PyTorch's CPU allocator.
 _OUT_OF_MEMORY = re.compile("(?i)out of memory|STATUS_ALLOC_FAILED|unable to find an engine|can't allocate memory")
 
 
@@ -29,7 +29,7 @@ def choose_device(num_gpus: float) -> torch.device:
     """Return a worker's device: a GPU, or with num_gpus=0 the CPU even if there is a GPU.
 
     Raises:
-        ValueError: the worker needs a GPU and sees none.
+        ValueError: num_gpus is positive, but torch can use no GPU.
     """
     if not num_gpus:
         return torch.device("cpu")
@@ -59,10 +59,12 @@ def set_arithmetic(num_threads: int | None = None, deterministic: bool = True, t
 
 
 def prepare_device(num_gpus: float, num_threads: int | None = None, tf32: bool = False) -> torch.device:
-    """Choose a worker's device, set PyTorch to deterministic arithmetic, and return the device.
+    """Return a worker's device after `choose_device`, and on a GPU set PyTorch to deterministic arithmetic.
+
+    num_threads: CPU threads; None = unchanged. tf32: as in `set_arithmetic`; it has no effect on a CPU.
 
     Raises:
-        ValueError: the config has num_gpus, but the worker sees no GPU.
+        ValueError: num_gpus is positive, but torch can use no GPU.
     """
     device = choose_device(num_gpus)
     if device.type == "cuda":
@@ -75,7 +77,7 @@ def prepare_device(num_gpus: float, num_threads: int | None = None, tf32: bool =
 @contextlib.contextmanager
 def arithmetic(num_threads: int, deterministic: bool, tf32: bool) -> Iterator[None]:
     """Call `set_arithmetic`, and restore the previous settings at the end of the context."""
-    before = (
+    previous = (
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cudnn.benchmark,
@@ -87,17 +89,17 @@ def arithmetic(num_threads: int, deterministic: bool, tf32: bool) -> Iterator[No
     try:
         yield
     finally:
-        threads, was_deterministic, benchmark, convolutions, products, filling = before
+        threads, was_deterministic, benchmark, convolution_tf32, matmul_tf32, fill_memory = previous
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(was_deterministic)
         torch.backends.cudnn.benchmark = benchmark
-        torch.backends.cudnn.allow_tf32 = convolutions
-        torch.backends.cuda.matmul.allow_tf32 = products
-        torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
+        torch.backends.cudnn.allow_tf32 = convolution_tf32
+        torch.backends.cuda.matmul.allow_tf32 = matmul_tf32
+        torch.utils.deterministic.fill_uninitialized_memory = fill_memory  # type: ignore[attr-defined]
 
 
 def platform(device: torch.device) -> dict[str, Any]:
-    """Return the device and the software versions; on equal platforms results are equal to the bit."""
+    """Return the device and the software versions. On equal platforms, results are bit-equal."""
     software: dict[str, Any] = {"torch": torch.__version__, "numpy": np.__version__}
     if device.type == "cuda":
         software |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}

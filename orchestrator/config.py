@@ -1,4 +1,4 @@
-"""The base class of all job configs, and the binding of output folders to a config."""
+"""The base class of all job configs, and the check that an output folder belongs to a config."""
 
 import os
 from typing import Annotated, Any, ClassVar, Self, TypeVar
@@ -19,7 +19,7 @@ SIZES = (64, 128, 256, 512)  # pixels of the ImageNet presets
 
 T = TypeVar("T")
 
-# Marks a field that does not change results, so that it may change at every restart. --help shows the mark.
+# The mark of a field that does not change results, so that it may change at every restart. --help shows it.
 MARK = "operational"
 Operational = Annotated[T, MARK]
 _ANY = TypeAdapter(Any)
@@ -27,14 +27,17 @@ NOT_COMPARED = {"store", "output", "dry_run"}  # a folder may be moved
 
 
 class JobConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
-    """The fields of every job. --help shows comments behind fields as texts, and comments above fields as headings."""
+    """The fields of every job.
+
+    --help shows the comment behind a field as its text, and a comment on the line above as a heading.
+    """
 
     remedy: ClassVar[str] = "choose another --output or the same config"  # for a folder with another config
 
     # Every job
     store: Operational[str] = Field(
         default_factory=lambda: os.environ.get("ADMIRAL_STORE", "runs")
-    )  # folder or URI that relative paths start from; default: $ADMIRAL_STORE, else runs
+    )  # folder or URI to which paths are relative; default: $ADMIRAL_STORE, else runs
     tracking: Operational[bool] = True  # log to MLflow as well as to files in the output folder
     dry_run: bool = False  # print the resolved config and what the job would read, write and cost, then exit
 
@@ -44,15 +47,18 @@ class JobConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
         return frozenset(name for name, field in type(self).model_fields.items() if MARK in field.metadata)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the fields that change results, as JSON has them."""
+        """Return the fields that change results, as JSON values."""
         return self.model_dump(mode="json", exclude=NOT_COMPARED | self.operational)
 
     def starting_from(self, preset: Self) -> Self:
-        """Return `preset` with the settings that this config refers to; the command line is then applied to it."""
+        """Return the config to which the command line is applied: `preset`, or settings that this config refers to.
+
+        An example is a generation with `--from-search`, which starts from the best settings of a search.
+        """
         return preset
 
     def path(self, path: str) -> str:
-        """Return a relative path joined to the store; return a URI or an absolute path as it is, with `~` expanded.
+        """Return a relative path joined to the store. Return a URI or an absolute path unchanged, with `~` expanded.
 
         Raises:
             ValueError: path and store are relative and this is a submitted job, which runs in a temporary copy of the
@@ -82,7 +88,7 @@ def tracking_uri(config: JobConfig) -> str:
     """Return MLFLOW_TRACKING_URI, or by default the URI of a SQLite file in a local store.
 
     Raises:
-        ValueError: neither is possible; the message says what to set.
+        ValueError: the variable is not set and the store is not local, or it has a relative path in a submitted job.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
@@ -101,13 +107,14 @@ def tracking_uri(config: JobConfig) -> str:
     return uri
 
 
-NOTES = {"files", "parent", "extended"}  # parts of config.json that are not compared
+NOTES = {"files", "parent", "extended"}  # fields of config.json that are recorded but not compared
 
 
 def check_config(folder: str, config: JobConfig, finished: bool, **facts: Any) -> dict[str, Any]:
-    """Check that a folder with finished work was made with this config; return its config.json, or {}.
+    """Check that the finished work of a folder was made with this config; return the folder's config.json, or {}.
 
-    facts: what else changes results, such as hashes of files. A fact may have the name of a field and replaces it.
+    finished: whether the folder has finished work. facts: what else changes results, such as hashes of files; a fact
+    with the name of a field replaces that field.
 
     Raises:
         ValueError: the finished work was made with another config; the message names the fields that differ.
@@ -138,20 +145,19 @@ def check_or_write_config(
 
 
 def _compared(config: JobConfig, facts: dict[str, Any]) -> dict[str, Any]:
-    """Return what is compared, redacted by patterns only so that it does not depend on the environment."""
-    return redact_tree(config.fingerprint() | facts, whole=False)
+    """Return the compared values, redacted by patterns only, so that they do not depend on the environment."""
+    return redact_tree(config.fingerprint() | facts, by_environment=False)
 
 
 def _changes(stored: dict[str, Any], config: JobConfig, facts: dict[str, Any]) -> str:
-    """Return how a config.json differs from a config, without notes and fields that are not compared."""
+    """Return how a config.json differs from a config in the values that are compared."""
     ignored = (NOTES | NOT_COMPARED | config.operational) - facts.keys()
-    recorded = _with_defaults(stored, config)
-    kept = {name: value for name, value in recorded.items() if name not in ignored}
-    return differences(redact_tree(kept, whole=False), _compared(config, facts))
+    recorded = {name: value for name, value in _with_defaults(stored, config).items() if name not in ignored}
+    return differences(redact_tree(recorded, by_environment=False), _compared(config, facts))
 
 
 def _with_defaults(stored: dict[str, Any], config: BaseModel) -> dict[str, Any]:
-    """Return what a config.json holds, with the defaults of fields that its version of the code did not have yet."""
+    """Return the values of a config.json, and defaults for fields that the code did not have when it was written."""
     compared = config.fingerprint() if isinstance(config, JobConfig) else config.model_dump(mode="json")
     filled = dict(stored)
     for name, field in type(config).model_fields.items():
@@ -177,15 +183,18 @@ def read_config(folder: str) -> dict[str, Any]:
 
 
 def differences(stored: dict[str, Any], requested: dict[str, Any]) -> str:
-    """Return a description of the values in which two nested dicts differ; "" if they are equal."""
+    """Return the values in which two nested dicts differ, as `seed: 1 before, 2 now`; "" if they are equal."""
     before, now = flatten(stored), flatten(requested)
     differing = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    return ", ".join(f"{name}: {before.get(name)} there, {now.get(name)} here" for name in differing)
+    return ", ".join(f"{name}: {before.get(name)} before, {now.get(name)} now" for name in differing)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return a nested dict with dotted names as keys: {"a": {"b": 1}} -> {"a.b": 1}."""
     leaves: dict[str, Any] = {}
     for name, value in tree.items():
-        leaves |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        if isinstance(value, dict):
+            leaves |= flatten(value, f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = value
     return leaves

@@ -1,7 +1,7 @@
 """The cost of a job, estimated before it runs: FLOPs, memory of each GPU, GPU-hours. `--dry-run` prints it.
 
-A FLOP is one floating-point operation, so a multiply-add is two. Time is FLOPs divided by the GPU's peak FLOP/s and by
-the MFU, which is --cost.mfu or what published code reached on the same networks.
+A FLOP is one floating-point operation, so a multiply-add is two. The time is the FLOPs divided by the GPU's peak FLOP/s
+and by the model FLOPs utilization (MFU), which is --cost.mfu or what published code reached on the same networks.
 """
 
 from collections.abc import Sequence
@@ -27,14 +27,14 @@ class CostConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 class Gpu(NamedTuple):
-    """The data sheet of a GPU: bytes, dense FLOP/s in half precision on tensor cores, and in float32 without them."""
+    """The data sheet of a GPU."""
 
-    memory: float
-    half: float
-    single: float
+    memory: float  # bytes
+    half: float  # dense FLOP/s in half precision on tensor cores
+    single: float  # FLOP/s in float32 without tensor cores
 
 
-GPUS = {  # names in the driver; a name that is a part of another one comes after it
+GPUS = {  # by a part of the driver's name; L40S comes before L4, which is a part of it
     "B200": Gpu(180e9, 2250e12, 80e12),
     "H200": Gpu(141e9, 989e12, 67e12),
     "H100": Gpu(80e9, 989e12, 67e12),
@@ -49,8 +49,10 @@ GPUS = {  # names in the driver; a name that is a part of another one comes afte
 
 def peak_flops(device: str, dtype: str) -> float | None:
     """Return the peak FLOP/s of a device by its name, or None if it is unknown."""
-    gpu = next((gpu for model, gpu in GPUS.items() if model in device), None)
-    return gpu and (gpu.single if dtype == "float32" else gpu.half)
+    for name, gpu in GPUS.items():
+        if name in device:
+            return gpu.single if dtype == "float32" else gpu.half
+    return None
 
 
 class Mfu(NamedTuple):
@@ -64,7 +66,7 @@ TRAINING = Mfu(0.37, "ADM table 7: 34 to 39% on V100s")
 CLASSIFIER_TRAINING = Mfu(0.11, "ADM table 10: 10 to 11% on V100s")
 SAMPLING = Mfu(0.21, "arXiv 2112.10752 table 18: ADM-256, 250 steps, 0.12 images/s on an A100")
 GUIDED_SAMPLING = Mfu(0.14, "arXiv 2112.10752 table 18: guided ADM-256, 250 steps, 0.07 images/s on an A100")
-EXTRACTION = Mfu(0.3, "a guess, nothing is published")
+EXTRACTION = Mfu(0.3, "an assumption; nothing is published")
 
 
 class Cost(NamedTuple):
@@ -84,8 +86,8 @@ class Cost(NamedTuple):
 
 def training_cost(network: Architecture, images: int, memory: dict[str, int]) -> Cost:
     """Return the cost of training on `images` images; memory: bytes on each GPU, by what they are used for."""
-    known = CLASSIFIER_TRAINING if network.kind == "classifier" else TRAINING
-    return Cost(images, training_flops(network), memory, known, "three forward passes an image")
+    mfu = CLASSIFIER_TRAINING if network.kind == "classifier" else TRAINING
+    return Cost(images, training_flops(network), memory, mfu, "three forward passes an image")
 
 
 def sampling_cost(
@@ -101,18 +103,18 @@ def sampling_cost(
     guide: the network that guidance evaluates: the classifier, the weaker model or `model` itself.
     """
     networks = [model, guide] if guide and guide is not model else [model]
-    passes = [peak_memory(model, "sampling", batch, half)]
-    known, note = SAMPLING, f"{evaluations.model} evaluations an image"
+    activations = [peak_memory(model, "sampling", batch, half)]
+    mfu, note = SAMPLING, f"{evaluations.model} evaluations an image"
     if guide and guide.kind == "classifier":
-        passes.append(peak_memory(guide, "guiding", batch, half))
-        known, note = GUIDED_SAMPLING, f"{note}, {evaluations.guide} with the classifier's gradient"
+        activations.append(peak_memory(guide, "guiding", batch, half))
+        mfu, note = GUIDED_SAMPLING, f"{note}, {evaluations.guide} with the classifier's gradient"
     elif guide:
         note = f"{note}, {evaluations.guide} of the guide beside it"
     memory = {
-        "weights": sum(4 * count_parameters(each) for each in networks),
-        f"activations of {batch} images": max(passes),
+        "weights": sum(4 * count_parameters(network) for network in networks),
+        f"activations of {batch} images": max(activations),
     }
-    return Cost(images, sampling_flops(evaluations, model, guide), memory, known, note)
+    return Cost(images, sampling_flops(evaluations, model, guide), memory, mfu, note)
 
 
 def extraction_cost(extractor: Extractor, image_size: int, images: int, batch: int) -> Cost:
@@ -141,17 +143,19 @@ def fits(cost: Cost, config: CostConfig) -> bool:
 
 
 def priced(cost: Cost, config: CostConfig, num_workers: int, num_gpus: float, half: bool) -> str:
-    """Return lines about the cost: work, memory, time, money, and the assumptions.
+    """Return the lines of a dry run about the cost: work, memory, time, money, and the assumptions.
 
-    num_gpus: for each worker; with 0 only the work is given, because the speed of CPUs is unknown.
+    num_gpus: for each worker; with 0 only the work is estimated, because the speed of CPUs is unknown. half: whether
+    the job computes in half precision.
     """
     work = f"work    {cost.flops:.3g} FLOPs: {cost.images:,} images x {cost.flops_per_image / 1e12:.3g} TFLOPs"
     if not num_gpus:
         return (
             f"{work}; 2 FLOPs a multiply-add, {cost.note}\n"
-            "time    not estimated for CPUs; --num-gpus 1 prices it on GPUs"
+            "time    not estimated for CPUs; --num-gpus 1 estimates it for GPUs"
         )
-    gpu, gpus, memory = GPUS[config.gpu], max(num_workers, 1), sum(cost.memory.values())
+    gpu, num_workers = GPUS[config.gpu], max(num_workers, 1)
+    memory = sum(cost.memory.values())
     parts = ", ".join(f"{size / 1e9:.1f} {name}" for name, size in cost.memory.items())
     excess = "" if fits(cost, config) else ": TOO MUCH, use smaller batches or more workers"
     seconds = gpu_seconds(cost, config, half)
@@ -161,7 +165,7 @@ def priced(cost: Cost, config: CostConfig, num_workers: int, num_gpus: float, ha
         [
             work,
             f"memory  {memory / 1e9:.1f} of {gpu.memory / 1e9:.0f} GB on each {config.gpu} ({parts}){excess}",
-            f"time    {seconds / 3600:,.3g} {config.gpu}-hours = {_duration(seconds / gpus)} on {gpus}",
+            f"time    {seconds / 3600:,.3g} {config.gpu}-hours = {_duration(seconds / num_workers)} on {num_workers}",
             *money(seconds / 3600, config),
             f"assumed {mfu.share:.0%} of {peak:,.4g} TFLOP/s in {'half precision' if half else 'float32'} "
             f"({mfu.source}); 2 FLOPs a multiply-add, {cost.note}; no time for data, checkpoints, communication",
@@ -170,17 +174,19 @@ def priced(cost: Cost, config: CostConfig, num_workers: int, num_gpus: float, ha
 
 
 def money(gpu_hours: float, config: CostConfig) -> list[str]:
-    """Return the line with the price of GPU-hours; none if the config has no price."""
+    """Return the line of a dry run with the price of GPU-hours, or an empty list if the config has no price."""
     if config.usd_per_hour is None:
         return []
-    full = gpu_hours * config.usd_per_hour
-    spot = f", ${full * (1 - config.spot_discount):,.2f} on spot instances" if config.spot_discount else ""
-    discount = f" less {config.spot_discount:.0%} on spot" if config.spot_discount else ""
-    return [f"money   ${full:,.2f}{spot}, by ${config.usd_per_hour:g} for a {config.gpu}-hour{discount}"]
+    dollars = gpu_hours * config.usd_per_hour
+    rate = f"${config.usd_per_hour:g} for a {config.gpu}-hour"
+    if not config.spot_discount:
+        return [f"money   ${dollars:,.2f}, by {rate}"]
+    on_spot = f"${dollars * (1 - config.spot_discount):,.2f} on spot instances"
+    return [f"money   ${dollars:,.2f}, {on_spot}, by {rate} less {config.spot_discount:.0%} on spot"]
 
 
 def not_there_yet(uris: Sequence[str]) -> list[str]:
-    """Return the line of a dry run that names missing inputs; none if all exist."""
+    """Return the line of a dry run that names missing inputs, or an empty list if there are none."""
     return [f"not there yet: {', '.join(uris)}"] if uris else []
 
 

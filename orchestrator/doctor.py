@@ -26,7 +26,7 @@ from orchestrator.progress import counted
 
 PACKAGES = ("ray", "torch", "numpy", "pyarrow", "mlflow")
 SHARED_MEMORY = 1 << 30  # bytes; the default of containers is 64 MB
-DISK = 20 << 30  # bytes
+DISK = 20 << 30  # bytes that should be free for Ray's spilling
 CLOCK_SECONDS = 60.0  # largest difference of clocks; S3 refuses requests that are 15 minutes off
 SAME_EVERYWHERE = ("ADMIRAL_STORE", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE")
 
@@ -41,7 +41,7 @@ class DoctorConfig(JobConfig):
 
 
 def doctor_presets() -> dict[str, tuple[str, DoctorConfig]]:
-    """Presets of the doctor."""
+    """Return the doctor's only preset."""
     return {"cluster": ("every node, the store, the tracking server and the network", DoctorConfig())}
 
 
@@ -61,23 +61,25 @@ def examine(config: DoctorConfig) -> None:
     """
     with session(1):
         cluster_nodes = nodes()
-        cpus, gpus = (
-            counted(sum(n.cpus for n in cluster_nodes), "CPU"),
-            counted(sum(n.gpus for n in cluster_nodes), "GPU"),
-        )
+        cpus = counted(sum(node.cpus for node in cluster_nodes), "CPU")
+        gpus = counted(sum(node.gpus for node in cluster_nodes), "GPU")
         print(f"{counted(len(cluster_nodes), 'node')}, {cpus}, {gpus}")
-        look = partial(examine_node, store=config.path(""), megabytes=config.megabytes)
-        results = on_each(cluster_nodes, look, config.timeout)
-        healthy = {node: result for node, result in results.items() if isinstance(result, Examination)}
-        wrong = 0
+        examine_this_node = partial(examine_node, store=config.path(""), megabytes=config.megabytes)
+        results = on_each(cluster_nodes, examine_this_node, config.timeout)
+        examinations = {}
+        num_failed = 0
         for node, result in results.items():
-            failure = [Finding("node", "WRONG", f"{type(result).__name__}: {result}")]
-            wrong += _print(str(node), healthy[node].findings if node in healthy else failure)
+            if isinstance(result, Examination):
+                examinations[node] = result
+                findings = result.findings
+            else:
+                findings = [Finding("node", "WRONG", f"{type(result).__name__}: {result}")]
+            num_failed += _print(str(node), findings)
         tracking = _tracking(config, machines=len({node.address for node in cluster_nodes}))
-        wrong += _print("all nodes", [*_differences(healthy), tracking])
-        wrong += _print("network", _network([*healthy], config))
-    if wrong:
-        raise RuntimeError(f"{counted(wrong, 'check')} failed; see the lines with WRONG above")
+        num_failed += _print("all nodes", [*_differences(examinations), tracking])
+        num_failed += _print("network", _network([*examinations], config))
+    if num_failed:
+        raise RuntimeError(f"{counted(num_failed, 'check')} failed; see the lines with WRONG above")
     print("all checks passed")
 
 
@@ -89,8 +91,9 @@ def plan(config: DoctorConfig) -> tuple[DoctorConfig, str]:
     )
 
 
-def _print(place: str, findings: list[Finding]) -> int:
-    print(f"\n{place}")
+def _print(heading: str, findings: list[Finding]) -> int:
+    """Print findings under a heading; return the number of those that are WRONG."""
+    print(f"\n{heading}")
     for finding in findings:
         print(f"  {finding.level:8} {finding.check:14} {finding.text}")
     return sum(finding.level == "WRONG" for finding in findings)
@@ -122,24 +125,23 @@ def examine_node(node: Node, store: str, megabytes: int) -> Examination:
 def _gpus(node: Node) -> Finding:
     """Compare the GPUs that Ray counts with those that torch can use."""
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides all GPUs from a task that requests none
-    driver = None  # of each GPU a line: version of the driver, name of the GPU
+    gpu_lines = None  # for each GPU "version of the driver, name of the GPU", or None without a driver
     with contextlib.suppress(FileNotFoundError, subprocess.SubprocessError):
         query = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.strip() or None
+        gpu_lines = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.strip() or None
     usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not node.gpus and driver is None:
+    if not node.gpus and gpu_lines is None:
         return Finding("GPU", "ok", "none")
-    if driver is None:
+    if gpu_lines is None:
         return Finding("GPU", "WRONG", f"Ray counts {node.gpus:g} GPUs, but nvidia-smi finds no driver: install it")
-    first = driver.splitlines()[0]
+    first = gpu_lines.splitlines()[0]
     if usable < node.gpus:
-        mismatch = (
-            f"Ray counts {node.gpus:g} GPUs, torch {torch.__version__} (CUDA {torch.version.cuda}) can use {usable}"
-        )
+        torch_version = f"torch {torch.__version__} (CUDA {torch.version.cuda})"
         reason = "see nvidia-smi for the others" if usable else f"driver {first} is older or CUDA is absent"
-        return Finding("GPU", "WRONG", f"{mismatch}: {reason}")
+        text = f"Ray counts {node.gpus:g} GPUs, {torch_version} can use {usable}: {reason}"
+        return Finding("GPU", "WRONG", text)
     if usable > node.gpus:
-        return Finding("GPU", "warning", f"{usable} GPUs ({first}), but Ray may hand out {node.gpus:g}")
+        return Finding("GPU", "warning", f"{usable} GPUs ({first}), but Ray may use only {node.gpus:g}")
     return Finding("GPU", "ok", f"{usable} GPUs, driver {first}, CUDA {torch.version.cuda}")
 
 
@@ -174,10 +176,10 @@ def _disk() -> Finding:
 
 
 def _store(store: str, megabytes: int) -> Finding:
-    """Write, read, list, put_if_absent and delete an object, and time it."""
+    """Use the store as jobs do, and time it. Delete everything at the end."""
     folder = storage.join(store, "doctor", uuid.uuid4().hex)
     try:
-        finding = _store_is_used(store, folder, megabytes)
+        finding = _exercise_store(store, folder, megabytes)
     except (OSError, ValueError) as error:
         finding = Finding("store", "WRONG", " ".join(str(error).split()))
     try:
@@ -189,8 +191,8 @@ def _store(store: str, megabytes: int) -> Finding:
     return finding
 
 
-def _store_is_used(store: str, folder: str, megabytes: int) -> Finding:
-    """Use the store as jobs do, in `folder`."""
+def _exercise_store(store: str, folder: str, megabytes: int) -> Finding:
+    """Write, read, list and create objects in `folder`, as jobs do."""
     data, uri = os.urandom(megabytes * 1_000_000), storage.join(folder, "object")
     begin = time.perf_counter()
     storage.write_bytes(uri, data)
@@ -200,8 +202,8 @@ def _store_is_used(store: str, folder: str, megabytes: int) -> Finding:
     read = time.perf_counter()
     if storage.list_names(folder) != ["object"]:
         return Finding("store", "WRONG", f"{store} does not list an object that was just written")
-    contested = storage.join(folder, "claim")
-    if not storage.put_if_absent(contested, b"first") or storage.put_if_absent(contested, b"second"):
+    claim = storage.join(folder, "claim")
+    if not storage.put_if_absent(claim, b"first") or storage.put_if_absent(claim, b"second"):
         text = f"{store} does not support If-None-Match, so two writers could overwrite each other"
         return Finding("store", "WRONG", text)
     rates = f"{megabytes / (written - begin):.0f} MB/s written, {megabytes / (read - written):.0f} MB/s read"
@@ -232,7 +234,7 @@ def _differences(examinations: dict[Node, Examination]) -> list[Finding]:
 
 
 def _tracking(config: DoctorConfig, machines: int) -> Finding:
-    """Check the tracking server from the driver, the only process that uses it."""
+    """Check the tracking server from this process, because only drivers use it."""
     try:
         uri = tracking_uri(config)
     except ValueError as error:
@@ -262,7 +264,7 @@ def _network(cluster_nodes: list[Node], config: DoctorConfig) -> list[Finding]:
         try:
             rate = all_reduce_bandwidth(workers, config.megabytes, config.timeout, use_gpu=library == "NCCL")
         except RuntimeError as error:
-            text = f"{error}: see {library.upper()}_SOCKET_IFNAME in the container file"
+            text = f"{error}: see {library.upper()}_SOCKET_IFNAME in cluster/deploy/Dockerfile"
             findings.append(Finding(name, "WRONG", text))
         else:
             text = f"{rate:.2f} GB/s between {len(workers)} nodes, {config.megabytes} MB"

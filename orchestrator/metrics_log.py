@@ -1,4 +1,4 @@
-"""The metrics of a run: records that are appended to `metrics.jsonl` in its folder."""
+"""The metrics of a run, which are records that are appended to `metrics.jsonl` in its folder."""
 
 import json
 import logging
@@ -10,8 +10,8 @@ from typing import NamedTuple
 from orchestrator import storage
 
 NAME = "metrics.jsonl"
-PART_BYTES = 1 << 20  # size of a part on object storage from which a new part begins
-READ_BYTES = 256 << 10  # size of a read
+PART_BYTES = 1 << 20  # a part on object storage that has this size is followed by a new part
+READ_BYTES = 256 << 10  # size of a read; a record is shorter
 FLUSH_SECONDS = 1.0  # between two writes of a part
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class Record(NamedTuple):
 
 
 class Position(NamedTuple):
-    """A position between two records."""
+    """A position between two records of the log."""
 
     number: int = 0  # number of records before it
     part: int = 0  # number of the first record in its part
@@ -35,39 +35,40 @@ class Position(NamedTuple):
 
 
 class MetricsLog:
-    """Appends records to the metrics of a folder and reads them.
+    """A log to which records are appended, and from which they are read.
 
     On a local disk `metrics.jsonl` is one file, and every record is written immediately, so a SIGKILL loses nothing.
     On object storage, where objects cannot be appended to, it is a folder of parts. Each part is named after the number
-    of its first record. A thread rewrites the last part with new records once a second, until it has PART_BYTES. So a
-    SIGKILL loses the last second, requests have about 1 MiB at most, and 200,000 records of 500 bytes are 100 objects.
+    of its first record. Once a second, a thread writes the last part again with the new records, until it has
+    PART_BYTES. So a SIGKILL loses at most the last second, a request has about 1 MiB at most, and 200,000 records of
+    500 bytes are 100 objects.
     """
 
     def __init__(self, folder: str) -> None:
         self._uri = storage.join(folder, NAME)
         self._path = storage.local_path(self._uri)
-        self._lock = threading.Lock()  # of _waiting; never held during I/O
-        self._writing = threading.Lock()  # of the storage; held during I/O
-        self._waiting: list[bytes] = []  # lines that are not in storage
+        self._lock = threading.Lock()  # guards _unwritten; never held during I/O
+        self._writing = threading.Lock()  # guards what is in storage; held during I/O
+        self._unwritten: list[bytes] = []  # lines that are not in storage yet
         self._closed = threading.Event()
-        self._failing = False
-        self._last = b""  # content of the last part on object storage
-        self._parts = [0]
+        self._is_failing = False
+        self._last_part = b""  # content of the last part on object storage
+        self._part_starts = [0]  # number of the first record of each part, in ascending order
         if self._path is not None:
-            self.count = _repair(self._path)  # of the records in storage
+            self.count = _repair(self._path)  # number of records in storage
             return
-        if parts := _parts(self._uri):
-            self._parts = sorted(parts)
-            self._last = storage.read_bytes(parts[self._parts[-1]])
-        self.count = self._parts[-1] + self._last.count(b"\n")
+        if parts := _list_parts(self._uri):
+            self._part_starts = sorted(parts)
+            self._last_part = storage.read_bytes(parts[self._part_starts[-1]])
+        self.count = self._part_starts[-1] + self._last_part.count(b"\n")
         self._begin_part_if_full()
         threading.Thread(target=self._flush_regularly, name="metrics", daemon=True).start()
 
     def append(self, *records: Record) -> None:
-        """Append records: on a local disk before this returns, on object storage within about a second."""
+        """Append records. They are written before this returns on a local disk, and within 1 s on object storage."""
         lines = [_line(record) for record in records]
         with self._lock:
-            self._waiting += lines
+            self._unwritten += lines
         if self._path is not None:
             self.flush()
 
@@ -75,20 +76,20 @@ class MetricsLog:
         """Write the records that are not in storage. If that fails, warn once and keep them for the next flush."""
         with self._writing:
             with self._lock:
-                lines = list(self._waiting)
+                lines = list(self._unwritten)
             if not lines:
                 return
             try:
                 self._write(b"".join(lines))
             except OSError as error:
-                if not self._failing:
+                if not self._is_failing:
                     message = "%s cannot be written; the records wait in memory, the job continues: %s"
                     log.warning(message, self._uri, error)
-                self._failing = True
+                self._is_failing = True
                 return
-            self._failing = False
+            self._is_failing = False
             with self._lock:
-                del self._waiting[: len(lines)]
+                del self._unwritten[: len(lines)]
             self.count += len(lines)
             self._begin_part_if_full()
 
@@ -96,43 +97,47 @@ class MetricsLog:
         """Write the remaining records."""
         self._closed.set()
         self.flush()
-        if self._waiting:
-            log.error("%d records could not be written to %s and are lost", len(self._waiting), self._uri)
+        if self._unwritten:
+            log.error("%d records could not be written to %s and are lost", len(self._unwritten), self._uri)
 
     def read(self, position: Position) -> tuple[list[Record], Position]:
-        """Return the records after `position`, about READ_BYTES of them, and the position after those."""
+        """Return about READ_BYTES of the records after `position`, and the position after them.
+
+        Raises:
+            OSError: storage failed, or a part has fewer records than were written.
+        """
         number, part, offset = position
         while number < self.count:
-            uri = self._uri if self._path is not None else _part(self._uri, part)
+            uri = self._uri if self._path is not None else _part_uri(self._uri, part)
             data = storage.read_range(uri, offset, offset + READ_BYTES)
             data = data[: data.rfind(b"\n") + 1]
             if data:
-                records = _records(data)
+                records = _parse_lines(data)
                 return records, Position(number + len(records), part, offset + len(data))
-            if number not in self._parts or number == part:
-                raise OSError(f"{uri} ends before record {self.count}")
-            part, offset = number, 0
+            if number not in self._part_starts or number == part:
+                raise OSError(f"{uri} ends before record {self.count}; another program has changed it")
+            part, offset = number, 0  # the next part begins with this record
         return [], Position(number, part, offset)
 
     def _write(self, data: bytes) -> None:
         if self._path is None:
-            storage.write_bytes(_part(self._uri, self._parts[-1]), self._last + data)
-            self._last += data
+            storage.write_bytes(_part_uri(self._uri, self._part_starts[-1]), self._last_part + data)
+            self._last_part += data
             return
         os.makedirs(os.path.dirname(self._path), exist_ok=True)
         with open(self._path, "ab", buffering=0) as file:
-            size, rest = file.tell(), memoryview(data)
+            size, remaining = file.tell(), memoryview(data)
             try:
-                while rest:
-                    rest = rest[file.write(rest) :]
-            except OSError:  # a full disk may have a part of a line
+                while remaining:
+                    remaining = remaining[file.write(remaining) :]
+            except OSError:  # a full disk may have stored a part of a line
                 file.truncate(size)
                 raise
 
     def _begin_part_if_full(self) -> None:
-        if len(self._last) >= PART_BYTES:
-            self._parts.append(self.count)
-            self._last = b""
+        if len(self._last_part) >= PART_BYTES:
+            self._part_starts.append(self.count)
+            self._last_part = b""
 
     def _flush_regularly(self) -> None:
         while not self._closed.wait(FLUSH_SECONDS):
@@ -140,19 +145,18 @@ class MetricsLog:
 
 
 def read_records(folder: str) -> Iterator[Record]:
-    """Yield all records of a folder; none if it has no metrics."""
-    parts = _parts(storage.join(folder, NAME))
-    for first in sorted(parts):
-        yield from _records(storage.read_bytes(parts[first]))
+    """Yield all records of a folder in their order, or nothing if it has no metrics."""
+    for _, part_uri in sorted(_list_parts(storage.join(folder, NAME)).items()):
+        yield from _parse_lines(storage.read_bytes(part_uri))
 
 
 def history(folder: str, name: str) -> list[tuple[int, float]]:
-    """Return (step, value) of a metric of the run in `folder`; for a step that was repeated, the latest value."""
+    """Return the (step, value) pairs of a metric of the run in `folder`, with the latest value of a repeated step."""
     values = {r.step: r.metrics[name] for r in read_records(folder) if not r.child and name in r.metrics}
     return sorted(values.items())
 
 
-def _parts(uri: str) -> dict[int, str]:
+def _list_parts(uri: str) -> dict[int, str]:
     """Return the URI of each part by the number of its first record."""
     if storage.local_path(uri) is not None:
         return {0: uri} if storage.exists(uri) else {}
@@ -160,7 +164,7 @@ def _parts(uri: str) -> dict[int, str]:
     return {int(name.removesuffix(".jsonl")): storage.join(uri, name) for name in names}
 
 
-def _part(uri: str, first: int) -> str:
+def _part_uri(uri: str, first: int) -> str:
     return storage.join(uri, f"{first:09d}.jsonl")
 
 
@@ -177,12 +181,12 @@ def _repair(path: str) -> int:
 
 
 def _line(record: Record) -> bytes:
-    """Return the record as a line of JSON, in which NaN stays NaN, as Python reads it."""
+    """Return the record as a line of JSON. NaN is written as NaN, which Python's JSON reader accepts."""
     child = {"child": record.child} if record.child else {}
     fields = {"time": record.time, "step": record.step, **child, "metrics": record.metrics}
     return json.dumps(fields).encode() + b"\n"
 
 
-def _records(data: bytes) -> list[Record]:
+def _parse_lines(data: bytes) -> list[Record]:
     """Return the records of all complete lines."""
     return [Record(**json.loads(line)) for line in data[: data.rfind(b"\n") + 1].splitlines()]

@@ -1,4 +1,4 @@
-"""The MLflow run of a job: requests to the server, and which of its errors are permanent."""
+"""The MLflow run of a job: requests to the server, and the classification of its errors."""
 
 import io
 import logging
@@ -28,79 +28,82 @@ REFUSED_RECORD = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE"}  # 
 REFUSED_RECORD |= {"RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
 DENIED = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}
 REFUSED_JOB = REFUSED_RECORD | DENIED | {"ENDPOINT_NOT_FOUND", "NOT_FOUND"}  # error codes that refuse the job
-# Messages with the same meaning: gateways have no error codes, databases and stores have others.
-DENIED_WORDS = re.compile("(?i)unauthorized|forbidden|not authenticated|authentication failed")
-UNKNOWN_WORDS = re.compile("MLFLOW_ALLOW_FILE_STORE|unsupported URI|Can't load plugin")
-REFUSED_WORDS = re.compile(
+# Messages with the same meanings, because gateways send no error codes, and databases and file stores have others.
+DENIED_MESSAGE = re.compile("(?i)unauthorized|forbidden|not authenticated|authentication failed")
+UNKNOWN_ADDRESS = re.compile("MLFLOW_ALLOW_FILE_STORE|unsupported URI|Can't load plugin")
+UNUSABLE_DATABASE = re.compile(
     "unable to open database file|readonly database|not in a valid JSON format|CERTIFICATE_VERIFY_FAILED"
 )
-RACE_WORDS = re.compile("(?i)unique constraint|duplicate entry")  # another driver of this run wrote the same row
+RACE = re.compile("(?i)unique constraint|duplicate entry")  # another driver of this run wrote the same row
 PROGRAMMING_ERRORS = (TypeError, AttributeError, LookupError, ImportError, NameError, UnidentifiedImageError)
 FILE_ERRORS = (FileNotFoundError, NotADirectoryError, PermissionError)  # about the folder of a SQLite file
 
 
 class Refused(Exception):
-    """The server refuses this job for ever; the message ends with what to do."""
+    """An error that refuses this job permanently. Its message is "PROBLEM; ADVICE"."""
 
 
 class MlflowRun:
-    """The MLflow run of a job and its child runs, on the server at `uri`.
+    """The MLflow run of a job and its child runs, on the server or in the database at `uri`.
 
-    All methods wait for the server, raise its errors, and may be called again after an error.
+    All methods wait for the server and raise its errors. After an error they may be called again.
     """
 
     def __init__(self, uri: str, job: str, output: str, parent: str = "") -> None:
-        self.where = f"MLflow at {redact(uri)}"
+        self.server = f"MLflow at {redact(uri)}"
         self.id = self._experiment = ""
         self._uri, self._job, self._output, self._parent = uri, job, output, parent
         self._client: Any = None
-        self._pictures: dict[str, str] = {}  # the latest one of each folder, for the description of the run
-        self._children: dict[str, str] = {}  # name -> run
-        self._lock = threading.Lock()  # of _children, which two threads change
+        self._pictures: dict[str, str] = {}  # the latest picture of each folder, for the description of the run
+        self._children: dict[str, str] = {}  # id of each child run by its name
+        self._lock = threading.Lock()  # guards _children, which two threads change
 
     def open(self, config: BaseModel | None) -> None:
-        """Find the run or create it, and set its tags and parameters."""
+        """Find the run or create it, and set its tags and parameters.
+
+        Raises:
+            Refused: the experiment was deleted.
+        """
         _prepare_mlflow(self._uri)
         from mlflow import MlflowClient
         from mlflow.tracking.context.registry import resolve_tags
         from mlflow.utils.git_utils import get_git_commit
 
         client = MlflowClient(self._uri)
-        experiment = _experiment(client, self._uri)
-        # `resolve_tags` adds user and source, as `mlflow.start_run` does.
+        experiment = _find_or_create_experiment(client, self._uri)
         tags = {"mlflow.note.content": description(self._job, self._output, "", [])}
         if commit := get_git_commit(__file__):
             tags["mlflow.source.git.commit"] = commit
-        tags = resolve_tags(tags)
+        tags = resolve_tags(tags)  # adds the user and the source, as `mlflow.start_run` does
         name = f"{self._job} {'/'.join(self._output.rstrip('/').split('/')[-2:])}"
-        run = _run_of(client, experiment.experiment_id, f"{self._job} {self._output}", name, tags)
+        run = _find_or_create_run(client, experiment.experiment_id, f"{self._job} {self._output}", name, tags)
         client.update_run(run, status="RUNNING")
         client.set_tag(run, "admiral.command", command())
         if self._parent:
             client.set_tag(run, "admiral.parent", redact(self._parent))
-        if config is not None:  # those of the first start stay
+        if config is not None:
             _log_parameters(client, run, config.model_dump(mode="json"))
         self._client, self.id, self._experiment = client, run, experiment.experiment_id
 
     @property
     def page(self) -> str:
-        """Return the URL of the run's page, or the command that shows it if MLflow is a file."""
+        """Return the URL of the run's page, or the command that shows it if MLflow is a local database."""
         if not self._uri.startswith("http"):
             return f"mlflow ui --backend-store-uri {redact(self._uri)}"
         server = re.sub("(://)[^/]*@", r"\1", self._uri).rstrip("/")
         return f"{server}/#/experiments/{self._experiment}/runs/{self.id}{VIEW}"
 
     def records_sent(self, first: Record) -> int:
-        """Return the number of records that the server has of the metrics.jsonl whose first record is `first`."""
-        begun, _, count = self._client.get_run(self.id).data.tags.get(CURSOR, "").partition(" ")
-        return int(count) if begun == str(first.time) else 0
+        """Return how many records of metrics.jsonl the server has. `first` is its first record, which identifies it."""
+        first_time, _, count = self._client.get_run(self.id).data.tags.get(CURSOR, "").partition(" ")
+        return int(count) if first_time == str(first.time) else 0
 
     def mark_sent(self, first: Record, count: int) -> None:
         """Set the number that `records_sent` returns."""
         self._client.set_tag(self.id, CURSOR, f"{first.time} {count}")
 
     def log_numbers(self, records: list[Record]) -> None:
-        """Send records to the run and its children. MLflow ignores points that it has already."""
+        """Send records to the run and its children. MLflow ignores metrics that it already has."""
         from mlflow.entities import Metric
 
         numbers: dict[str, list[Metric]] = {}
@@ -117,14 +120,17 @@ class MlflowRun:
         self._client.log_text(self.id, redact(text), name)
 
     def log_picture(self, name: str, png: bytes) -> None:
-        """Send a picture as an artefact, and show it in the description of the run."""
+        """Send a picture as an artefact, and show it in the description of the run.
+
+        The description shows only the latest picture of each folder.
+        """
         _log_picture(self._client, self.id, name, png)
         self._pictures[name.rpartition("/")[0] or name] = name
         text = description(self._job, self._output, self.id, list(self._pictures.values()))
         self._client.set_tag(self.id, "mlflow.note.content", text)
 
     def log_child(self, name: str, parameters: dict[str, Any], picture: bytes | None) -> None:
-        """Send the parameters and the picture of a child run, and end it."""
+        """Send the parameters and the picture of a child run, and set its status to FINISHED."""
         child = self._child(name)
         _log_parameters(self._client, child, parameters)
         if picture is not None and "admiral.picture" not in self._client.get_run(child).data.tags:
@@ -141,7 +147,9 @@ class MlflowRun:
         with self._lock:
             if name not in self._children:
                 tags = {"mlflow.parentRunId": self.id}
-                self._children[name] = _run_of(self._client, self._experiment, f"{self.id} {name}", name, tags)
+                self._children[name] = _find_or_create_run(
+                    self._client, self._experiment, f"{self.id} {name}", name, tags
+                )
             return self._children[name]
 
 
@@ -156,17 +164,18 @@ def description(job: str, output: str, run: str, pictures: list[str]) -> str:
 def is_refused(error: Exception, opening: bool) -> bool:
     """Return whether an error is permanent, so that the same request would fail again.
 
-    opening: also count errors that refuse the whole job. Later they may be temporary, such as an expired token.
+    opening: also count errors that refuse the whole job. After the first response of the server they may be temporary,
+    such as an expired token.
     """
-    text = str(error)
-    if RACE_WORDS.search(text):
+    text, code = str(error), getattr(error, "error_code", "")
+    if RACE.search(text):
         return False
-    if opening and (
-        isinstance(error, FILE_ERRORS) or any(p.search(text) for p in (DENIED_WORDS, UNKNOWN_WORDS, REFUSED_WORDS))
-    ):
+    if isinstance(error, (Refused, *PROGRAMMING_ERRORS)):
         return True
-    code = getattr(error, "error_code", "")
-    return code in (REFUSED_JOB if opening else REFUSED_RECORD) or isinstance(error, (Refused, *PROGRAMMING_ERRORS))
+    if not opening:
+        return code in REFUSED_RECORD
+    matches = any(pattern.search(text) for pattern in (DENIED_MESSAGE, UNKNOWN_ADDRESS, UNUSABLE_DATABASE))
+    return matches or code in REFUSED_JOB or isinstance(error, FILE_ERRORS)
 
 
 def reason(error: Exception) -> str:
@@ -178,19 +187,19 @@ def reason(error: Exception) -> str:
     return redact(re.sub(r"\[Errno -?\d+\] |^\"|\"$", "", text))[:400]
 
 
-def refusal(where: str, error: Exception) -> str:
-    """Return one line that says what is wrong and what to do."""
-    what, cure = reason(error), "set MLFLOW_TRACKING_URI to a server's address or to sqlite:////PATH/mlflow.db"
+def refusal(server: str, error: Exception) -> str:
+    """Return one line that says why `server` refuses the job and what to do."""
+    problem, advice = reason(error), "set MLFLOW_TRACKING_URI to a server's address or to sqlite:////PATH/mlflow.db"
     if isinstance(error, Refused):
-        what, _, cure = what.partition("; ")
-    elif UNKNOWN_WORDS.search(str(error)):
-        what = "MLflow 3 does not accept such an address"
-    elif getattr(error, "error_code", "") in DENIED or DENIED_WORDS.search(str(error)):
-        cure = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-    return f"{where} refuses this job: {what}; {cure}, or pass --no-tracking"
+        problem, _, advice = problem.partition("; ")
+    elif UNKNOWN_ADDRESS.search(str(error)):
+        problem = "MLflow 3 does not accept such an address"
+    elif getattr(error, "error_code", "") in DENIED or DENIED_MESSAGE.search(str(error)):
+        advice = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+    return f"{server} refuses this job: {problem}; {advice}, or pass --no-tracking"
 
 
-def _experiment(client: Any, uri: str) -> Any:
+def _find_or_create_experiment(client: Any, uri: str) -> Any:
     """Return the experiment of all jobs; create it if it does not exist.
 
     Raises:
@@ -202,11 +211,12 @@ def _experiment(client: Any, uri: str) -> Any:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
-            file = uri.removeprefix("sqlite:///")
-            artifacts = os.path.join(os.path.dirname(file), "mlflow") if file != uri else None  # None: by the server
+            artifacts = None  # the server selects the location
+            if uri.startswith("sqlite:///"):
+                artifacts = os.path.join(os.path.dirname(uri.removeprefix("sqlite:///")), "mlflow")
             client.create_experiment(name, artifacts, tags=KIND)
         except MlflowException:
-            if client.get_experiment_by_name(name) is None:  # another job did not create it meanwhile
+            if client.get_experiment_by_name(name) is None:  # else another job has created it meanwhile
                 raise
         experiment = client.get_experiment_by_name(name)
     if experiment.lifecycle_stage == "deleted":
@@ -218,8 +228,8 @@ def _experiment(client: Any, uri: str) -> Any:
     return experiment
 
 
-def _run_of(client: Any, experiment: str, identity: str, name: str, tags: dict[str, str]) -> str:
-    """Return the id of the run with this identity; create it if neither an earlier start nor a lost request did."""
+def _find_or_create_run(client: Any, experiment: str, identity: str, name: str, tags: dict[str, str]) -> str:
+    """Return the id of the run with this identity. Create it unless an earlier start or a lost request has."""
     # MLflow's filters have no escapes, so quotes are percent-encoded.
     identity = re.sub(r"[\"'`\\%\x00-\x1f]", lambda match: quote(match[0]), redact_patterns(identity))
     if runs := client.search_runs([experiment], f"tags.`{IDENTITY}` = '{identity}'", max_results=1):
@@ -234,11 +244,10 @@ def _log_parameters(client: Any, run: str, values: dict[str, Any]) -> None:
 
     logged = client.get_run(run).data.params  # MLflow does not let parameters change
     texts = {name: redact(str(value)) for name, value in flatten(values).items() if name not in logged}
-    new = [
-        Param(key, text if len(text) <= LONGEST_PARAMETER else "long: see config.json") for key, text in texts.items()
-    ]
-    for first in range(0, len(new), BATCH_PARAMETERS):
-        client.log_batch(run, params=new[first : first + BATCH_PARAMETERS])
+    short = {name: text if len(text) <= LONGEST_PARAMETER else "long: see config.json" for name, text in texts.items()}
+    parameters = [Param(name, text) for name, text in short.items()]
+    for first in range(0, len(parameters), BATCH_PARAMETERS):
+        client.log_batch(run, params=parameters[first : first + BATCH_PARAMETERS])
 
 
 def _log_picture(client: Any, run: str, name: str, png: bytes) -> None:
@@ -248,8 +257,8 @@ def _log_picture(client: Any, run: str, name: str, png: bytes) -> None:
 def _prepare_mlflow(uri: str) -> None:
     """Silence MLflow and switch off its retries, because the caller retries."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it may hold a password
-    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # would create a second run if an answer is lost
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # the URL may contain a password
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # a retry would create a second run if a response is lost
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     for name in ("alembic", "mlflow", "mlflow.store.db.utils", "urllib3.connectionpool"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -3,7 +3,7 @@
 Row groups are permuted by (seed, epoch) and dealt round-robin to P canonical streams. Each stream is divided into
 windows of consecutive row groups, and the rows of a window are shuffled together. A global batch of B images takes B/P
 rows from every stream, in the order of the streams. Worker r of W owns the streams [rP/W, (r+1)P/W). Therefore nothing
-depends on W, no row group belongs to two streams, and one integer, the number of images seen, is the position of a run.
+depends on W, no row group belongs to two streams, and the position of a run is one integer, the number of images seen.
 """
 
 from collections.abc import Iterator
@@ -43,8 +43,8 @@ class Purpose(IntEnum):
 def keyed_rng(purpose: Purpose, seed: int, *key: int) -> np.random.Generator:
     """Return the generator for a purpose, a seed and up to two further integers, all in [0, 2**64).
 
-    The key has words of fixed width. numpy's SeedSequence splits each integer into as many 32-bit words as it needs and
-    pads with zeros, so that plain lists would collide: [1, 2**32] with [1, 0, 1], and [1] with [1, 0].
+    Each integer takes two 32-bit words of the key. Plain lists would collide, because numpy's SeedSequence splits an
+    integer into as many words as it needs and pads with zeros: [1, 2**32] is [1, 0, 1], and [1] is [1, 0].
 
     Raises:
         ValueError: there are more integers, or one of them is out of range.
@@ -52,10 +52,10 @@ def keyed_rng(purpose: Purpose, seed: int, *key: int) -> np.random.Generator:
     parts = (seed, *key, *([0] * (2 - len(key))))
     if len(parts) != 3 or not all(0 <= part < 2**64 for part in parts):
         raise ValueError(f"key {(seed, *key)} must be a seed and at most two integers, each in [0, 2**64)")
-    words = [int(purpose)]
+    entropy = [int(purpose)]
     for part in parts:
-        words += [part & 0xFFFFFFFF, part >> 32]
-    return np.random.default_rng(np.array(words, dtype=np.uint32))
+        entropy += [part & 0xFFFFFFFF, part >> 32]
+    return np.random.default_rng(np.array(entropy, dtype=np.uint32))
 
 
 def sample_rng(seed: int, epoch: int, sample: int, purpose: Purpose) -> np.random.Generator:
@@ -64,15 +64,15 @@ def sample_rng(seed: int, epoch: int, sample: int, purpose: Purpose) -> np.rando
 
 
 def index_rng(seed: int, index: int, purpose: Purpose, timestep: int = 0) -> np.random.Generator:
-    """Return the generator of one generated image, for step noise also of one original timestep.
+    """Return the generator of one generated image, and for the noise of a step, of one original timestep.
 
-    Because the original timestep is part of the key, chains of different lengths share the noise of their common steps.
+    Because the key has the original timestep, chains of different lengths share the noise of their common timesteps.
     """
     return keyed_rng(purpose, seed, index, timestep)
 
 
 class OrderConfig(BaseModel, frozen=True, extra="forbid"):
-    """The order of the samples; any change gives other batches."""
+    """The order of the samples. Any change gives other batches."""
 
     num_streams: int = Field(4, gt=0)  # streams of images, a power of two; the number of workers must divide it
     shuffle_row_groups: int = Field(4, gt=0)  # row groups of a stream that are shuffled together
@@ -82,8 +82,8 @@ class OrderConfig(BaseModel, frozen=True, extra="forbid"):
 class Unit:
     """The remaining rows of one window, which are read together.
 
-    `first` is the offset of the first row in the stream's order of the epoch. `rows`, int64 [n, 2], holds (row group of
-    the manifest, row within it) in the order in which the rows are consumed.
+    `first` is the offset of the first row in the stream's order of the epoch. `rows`, int64 [n, 2], contains (row group
+    of the manifest, row within it) in the order in which the rows are consumed.
     """
 
     epoch: int
@@ -99,8 +99,8 @@ class Unit:
 
 class _Window(NamedTuple):
     stream: int
-    number: int  # in the stream's epoch
-    first: int  # offset of its first row in the stream's epoch
+    number: int  # position among the windows of the stream in this epoch
+    first: int  # offset of its first row in the stream's order of the epoch
     row_groups: np.ndarray
     rows: int  # how many of its rows the epoch's batches use
 
@@ -109,10 +109,10 @@ class OrderPlan:
     """The order of the samples for any number of workers, from any position.
 
     Every epoch has the same number of batches: floor(R_min / (B/P)). R_min is the sum of the floor(G/P) smallest of the
-    G row groups, which is the least number of rows that a stream can hold. If P divides G and all row groups have one
-    size, this is floor(N/B); `prepare` makes row groups that are equal within one row. In general floor(N/B) cannot be
-    reached, because each row group belongs to one stream. The rows that are left out differ from epoch to epoch, and no
-    sample occurs twice in an epoch.
+    G row groups, which is the least number of rows that a stream can hold. For N rows this is floor(N/B) if P divides G
+    and all row groups have one size; the sizes that `prepare_dataset` writes differ by one row at most. In general it
+    can be less, because each row group belongs to one stream. The rows that are left out differ from epoch to epoch,
+    and no sample occurs twice in an epoch.
 
     Attributes: row_group_sizes; batch_size; rows_per_stream (B/P); batches_per_epoch; images_per_epoch.
 
@@ -135,12 +135,12 @@ class OrderPlan:
         self.config, self.seed, self.row_group_sizes, self.batch_size = config, seed, row_group_sizes, batch_size
         self.rows_per_stream = batch_size // streams
         self._sizes = np.array(row_group_sizes, dtype=np.int64)
-        sure = int(np.sort(self._sizes)[: groups // streams].sum())
-        self.batches_per_epoch = sure // self.rows_per_stream
+        min_rows = int(np.sort(self._sizes)[: groups // streams].sum())
+        self.batches_per_epoch = min_rows // self.rows_per_stream
         if self.batches_per_epoch == 0:
             raise ValueError(
                 f"batch_size={batch_size} takes {self.rows_per_stream} rows from each stream, but a stream may have "
-                f"only {sure} rows; use batch_size <= {sure * streams}"
+                f"only {min_rows} rows; use batch_size <= {min_rows * streams}"
             )
         self.images_per_epoch = self.batches_per_epoch * batch_size
 
@@ -169,7 +169,7 @@ class OrderPlan:
         return range(rank * share, (rank + 1) * share)
 
     def steps(self, position: int) -> Iterator[tuple[int, int]]:
-        """Yield (epoch, images seen before the step) of each global step from `position` on, without end."""
+        """Yield (epoch, number of images seen before the step) of each global step from `position` on, without end."""
         self.locate(position)
         while True:
             yield self.locate(position)[0], position
@@ -193,12 +193,16 @@ class OrderPlan:
             epoch, step = epoch + 1, 0
 
     def open_bytes(self, world_size: int, bytes_per_row: int) -> int:
-        """Return the most bytes that a worker holds in open windows: (P/W) x window x rows of a row group x bytes.
+        """Return the most bytes of images that a worker holds in unfinished windows, of which each stream has one.
+
+        They are the product of P/W streams, the row groups of a window, the rows of the largest row group, and
+        `bytes_per_row`.
 
         Raises:
             ValueError: they are more than OPEN_BYTES_LIMIT.
         """
-        streams, window, rows = len(self.streams(0, world_size)), self.config.shuffle_row_groups, int(self._sizes.max())
+        streams, window = len(self.streams(0, world_size)), self.config.shuffle_row_groups
+        rows = int(self._sizes.max())
         total = streams * window * rows * bytes_per_row
         if total > OPEN_BYTES_LIMIT:
             raise ValueError(
@@ -222,8 +226,9 @@ class OrderPlan:
 
     def _unit(self, epoch: int, window: _Window, begin: int) -> Unit:
         """Return the rows of a window from the stream's row `begin` on, as far as the epoch's batches use them."""
-        groups = zip(window.row_groups, self._sizes[window.row_groups], strict=True)
-        rows = np.concatenate([np.stack([np.full(size, group), np.arange(size)], 1) for group, size in groups])
+        sizes = self._sizes[window.row_groups]
+        row_groups = np.repeat(window.row_groups, sizes)
+        rows = np.stack([row_groups, np.concatenate([np.arange(size) for size in sizes])], axis=1)
         key = epoch * self.config.num_streams + window.stream
         rows = rows[keyed_rng(Purpose.WINDOW, self.seed, key, window.number).permutation(len(rows))]
         skipped = max(begin - window.first, 0)

@@ -17,7 +17,7 @@ STYLE: dict[Any, Any] = {
 
 
 def grid_png(images: np.ndarray, columns: int, scale: int = 1, gap: int = 1) -> bytes:
-    """Return a grid of uint8 [N, H, W, 3] images, row by row, `gap` white pixels apart and enlarged `scale` times."""
+    """Return a PNG of uint8 [N, H, W, 3] images in rows, `gap` white pixels apart and then enlarged `scale` times."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(f"images are {images.dtype} {images.shape}; expected uint8 [N, H, W, 3]")
     count, height, width, _ = images.shape
@@ -30,16 +30,16 @@ def grid_png(images: np.ndarray, columns: int, scale: int = 1, gap: int = 1) -> 
 
 
 def captioned_grid_png(images: np.ndarray, captions: list[str], columns: int) -> bytes:
-    """Return a grid of uint8 [N, H, W, 3] images with their captions below, wrapped into lines."""
+    """Return a PNG of uint8 [N, H, W, 3] images in rows, each with its caption below, which is wrapped into lines."""
     count, height, width, _ = images.shape
-    line, letters = 14, max(1, width // 6)  # pixels of a line, and letters that fit on it
-    wrapped = [textwrap.wrap(caption, letters) for caption in captions]
-    lines = max(map(len, wrapped), default=1)
-    cells = np.full((count, height + line * lines, width, 3), 255, np.uint8)
-    for cell, image, parts in zip(cells, images, wrapped, strict=True):
+    line_height, characters = 14, max(1, width // 6)  # pixels of a line, and characters that fit on it
+    wrapped = [textwrap.wrap(caption, characters) for caption in captions]
+    text_height = line_height * max(map(len, wrapped), default=1)
+    cells = np.full((count, height + text_height, width, 3), 255, np.uint8)
+    for cell, image, lines in zip(cells, images, wrapped, strict=True):
         cell[:height] = image
-        text = Image.new("RGB", (width, line * lines), "white")
-        ImageDraw.Draw(text).multiline_text((1, 1), "\n".join(parts), fill="black", spacing=3)
+        text = Image.new("RGB", (width, text_height), "white")
+        ImageDraw.Draw(text).multiline_text((1, 1), "\n".join(lines), fill="black", spacing=3)
         cell[height:] = np.asarray(text)
     return grid_png(cells, columns, gap=2)
 
@@ -52,7 +52,7 @@ def png(image: np.ndarray) -> bytes:
 
 
 def subplots(*shape: int, **options: Any) -> tuple[Any, Any]:
-    """Return pyplot's figure and axes in Admiral's style, without the need for a display."""
+    """Return pyplot's figure and axes in Admiral's style. No display is needed."""
     import matplotlib  # imported here because workers do not need it
 
     matplotlib.use("agg")
@@ -73,7 +73,7 @@ def figure_png(figure: Any) -> bytes:
 
 
 def strips_figure(rows: list[tuple[str, np.ndarray]], title: str) -> bytes:
-    """Draw one row of uint8 [n, H, W, 3] images for each label."""
+    """Return a PNG with one row of uint8 [n, H, W, 3] images for each label."""
     figure, axes = subplots(len(rows), figsize=(8.6, 0.52 * len(rows) + 0.3), squeeze=False)
     for axis, (label, images) in zip(axes.flat, rows, strict=True):
         grid = grid_png(images, columns=len(images), scale=2)
@@ -86,7 +86,10 @@ def strips_figure(rows: list[tuple[str, np.ndarray]], title: str) -> bytes:
 
 
 def distances_figure(distances: dict[str, list[float]]) -> bytes:
-    """Draw histograms of the distances of samples and held-out real images to their nearest training image."""
+    """Return a PNG with histograms of the distances to the nearest training image.
+
+    distances: of the "samples" and of "held_out" real images.
+    """
     figure, axis = subplots(figsize=(8.6, 2.6))
     bins = np.linspace(0, max(map(max, distances.values())), 50).tolist()
     labels = {"samples": "samples", "held_out": "held-out real images"}

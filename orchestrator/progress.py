@@ -16,7 +16,7 @@ def counted(count: float, noun: str) -> str:
 
 
 class _Terminal:
-    """Standard error without errors of writes: after one, tqdm keeps its lock, and its next call waits for ever."""
+    """Standard error whose writes never raise. After an error, tqdm would keep its lock and hang in its next call."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(sys.stderr, name)
@@ -36,7 +36,7 @@ class Progress:
     def __init__(self, bar: tqdm) -> None:
         self._bar = bar
         self._lock = threading.Lock()
-        self._parts: dict[Hashable, int] = {}  # units done of each item
+        self._done_of: dict[Hashable, int] = {}  # units that are done of each unfinished item
         self._finished: set[Hashable] = set()
 
     @property
@@ -45,13 +45,13 @@ class Progress:
         return int(self._bar.n)
 
     def start(self, done: int, description: str = "") -> None:
-        """Start or restart the line at `done` units; time and rate count from now on."""
+        """Start or restart the line at `done` units. Time and rate are measured from now on."""
         self._bar.initial = self._bar.n = self._bar.last_print_n = done
         self._bar.start_t = self._bar.last_print_t = self._bar._time()
         self._bar.set_description(description or None)
 
     def update_to(self, done: int, **numbers: float) -> None:
-        """Show that `done` units are done, and numbers beside it."""
+        """Show that `done` units are done, with `numbers` behind them."""
         if numbers:
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in numbers.items()}, refresh=False)
         self._bar.update(done - self._bar.n)
@@ -59,12 +59,13 @@ class Progress:
     def update_item(self, item: Hashable, done: int) -> None:
         """Show that `done` units of an item are done.
 
-        Calls that come late are ignored: those for a finished item, and those with less than an earlier call, as when
-        a second worker starts the item again.
+        Outdated calls are ignored: those for a finished item, and those with fewer units than an earlier call, such as
+        from a second worker that repeats the item.
         """
         with self._lock:
-            if item not in self._finished and done > (before := self._parts.get(item, 0)):
-                self._parts[item] = done
+            before = self._done_of.get(item, 0)
+            if item not in self._finished and done > before:
+                self._done_of[item] = done
                 self._bar.update(done - before)
 
     def finish_item(self, item: Hashable, count: int, in_rate: bool = True) -> None:
@@ -74,7 +75,7 @@ class Progress:
         """
         with self._lock:
             self._finished.add(item)
-            count -= self._parts.pop(item, 0)
+            count -= self._done_of.pop(item, 0)
             if not in_rate:
                 self._bar.initial += count
                 self._bar.last_print_n += count
@@ -83,7 +84,7 @@ class Progress:
 
 @contextlib.contextmanager
 def progress_line(total: int, unit: str, description: str = "") -> Iterator[Progress]:
-    """Show a progress line on stderr until the end of the context; if stderr is no terminal, every 30 seconds only."""
+    """Show a progress line on stderr until the context ends. If stderr is no terminal, print it every 30 seconds."""
     interval = 0.5 if sys.stderr.isatty() else 30.0
     with tqdm(
         total=total,

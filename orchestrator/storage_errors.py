@@ -1,4 +1,4 @@
-"""The errors of `storage`: which of them are retried, for how long, and the messages of the others."""
+"""The errors of `storage`: retries of transient errors, and the messages of all others."""
 
 import contextlib
 import errno
@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_RETRY_SECONDS = 300.0  # for which transient errors are retried, unless ADMIRAL_STORAGE_RETRY_SECONDS is set
+_RETRY_SECONDS = 300.0  # how long transient errors are retried, unless ADMIRAL_STORAGE_RETRY_SECONDS is set
 _REPORT_SECONDS = 10.0  # retries that take longer are logged
 _TRANSIENT_ERRNOS = {errno.EBUSY, errno.EREMOTEIO, errno.ECONNRESET, errno.ETIMEDOUT}
 _TRANSIENT_CODES = {"SlowDown", "RequestTimeout", "ConditionalRequestConflict", "OperationAborted"}
@@ -39,19 +39,19 @@ _NO_CREDENTIALS = (
 _REFUSED_CREDENTIALS = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"}
 _REFUSED_CREDENTIALS |= {"InvalidAccessKeyId", "400"}  # 400: of a HEAD, which has no body; mostly an expired token
 
-# (what is wrong, what to do), by the code of a server's error or the number of an operating system's error.
-_WORDS: dict[str | int, tuple[str, str]] = dict.fromkeys(
+# (what is wrong, what to do), by the code of a server's error or by errno.
+_EXPLANATIONS: dict[str | int, tuple[str, str]] = dict.fromkeys(
     ("PermanentRedirect", "TemporaryRedirect", "301", "307", "AuthorizationHeaderMalformed"),
     (
         "the bucket is in another region",
         "set AWS_REGION to the bucket's region, and AWS_ENDPOINT_URL, if it is set, to the endpoint of that region",
     ),
 )
-_WORDS |= dict.fromkeys(
+_EXPLANATIONS |= dict.fromkeys(
     ("QuotaExceeded", "XMinioAdminBucketQuotaExceeded", "XMinioStorageFull", errno.EDQUOT),
     ("the storage quota is used up", "delete unneeded files or raise the quota, then run the same command again"),
 )
-_WORDS |= {
+_EXPLANATIONS |= {
     "RequestTimeTooSkewed": (
         "the clock of this machine differs from the server's by more than 15 minutes",
         "set the clock, preferably by NTP, then run the same command again",
@@ -77,17 +77,17 @@ _WORDS |= {
     errno.ENOSPC: ("no space left on device", "free some space, then run the same command again"),
     errno.ESTALE: ("stale file handle: the file system was unmounted or replaced", "mount it again"),
 }
-_READING = ("read", "open", "look up", "list", "delete")  # actions for which a file in place of a folder means absence
+_READING = ("read", "open", "look up", "list", "delete")  # in these, a file in the place of a folder means absence
 
 log = logging.getLogger(__name__)
 
 
-class Place(NamedTuple):
-    """A URI, its fsspec filesystem (one for each process and thread), and the path in that filesystem."""
+class Location(NamedTuple):
+    """The location of an object or a folder."""
 
     uri: str
-    fs: fsspec.AbstractFileSystem
-    path: str
+    fs: fsspec.AbstractFileSystem  # one for each process and thread
+    path: str  # in that filesystem
 
     @property
     def is_local(self) -> bool:
@@ -98,11 +98,13 @@ class Place(NamedTuple):
         return "s3" in self.fs.protocol
 
 
-def attempt(action: str, place: Place, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Return `function(...)`. Retry transient errors, and retry credential errors with a new session.
+def with_retries(action: str, location: Location, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Return `function(...)`. Retry transient errors, and retry errors of credentials with a new session.
+
+    action: a verb for the error message, such as "read".
 
     Raises:
-        OSError: the message has the action and the URI. It may be a FileNotFoundError, PermissionError or
+        OSError: the message has the action and the URI. The error may be a FileNotFoundError, a PermissionError or a
             FileExistsError.
     """
     is_reported = False
@@ -113,41 +115,41 @@ def attempt(action: str, place: Place, function: Callable[P, T], *args: P.args, 
             is_reported = True
             message = "%s does not respond (%s); the job waits and retries for up to %g s"
             cause = reason(state.outcome.exception())
-            log.warning(message, without_passwords(place.uri), cause, _retry_seconds())
+            log.warning(message, without_passwords(location.uri), cause, _retry_seconds())
 
-    patiently = tenacity.Retrying(
+    retry_transient = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_is_transient),
         wait=tenacity.wait_random_exponential(multiplier=0.25, max=8),  # seconds
         stop=tenacity.stop_after_delay(_retry_seconds()),
         before_sleep=report,
         reraise=True,
     )
-    with_fresh_session = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(_is_of_credentials),
+    retry_with_new_session = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_may_need_new_session),
         wait=tenacity.wait_random_exponential(multiplier=0.5, min=0.1, max=4),  # seconds
         stop=tenacity.stop_after_attempt(4),
-        before_sleep=lambda _: place.fs.connect(refresh=True),  # s3fs caches credentials, and their absence, for ever
+        before_sleep=lambda _: location.fs.connect(refresh=True),  # s3fs caches credentials, and that there are none
         reraise=True,
     )
     try:
-        return with_fresh_session(patiently, _clarified, place, function, *args, **kwargs)
+        return retry_with_new_session(retry_transient, _call_with_reason, location, function, *args, **kwargs)
     except (OSError, RecursionError, botocore.exceptions.BotoCoreError) as error:
-        raise explained(action, place, error) from error
+        raise explain(action, location, error) from error
 
 
-def _clarified(place: Place, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Return `function(...)`. If a HEAD is refused, whose response has no reason, raise the error of a LIST."""
+def _call_with_reason(location: Location, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Return `function(...)`. If a HEAD is refused, whose response has no reason, raise the error of a LIST instead."""
     try:
         return function(*args, **kwargs)
     except OSError as error:
         if error_code(error) in ("301", "403"):
-            bucket, key, _ = place.fs.split_path(place.path)
-            place.fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
+            bucket, key, _ = location.fs.split_path(location.path)
+            location.fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)  # raises with the reason
         raise
 
 
 def _retry_seconds() -> float:
-    """Return how long transient errors are retried. Raises ValueError if the variable is no number."""
+    """Return how long transient errors are retried. Raise ValueError if the variable is no number."""
     value = os.environ.get("ADMIRAL_STORAGE_RETRY_SECONDS") or _RETRY_SECONDS
     with contextlib.suppress(ValueError):
         if (seconds := float(value)) >= 0:
@@ -155,40 +157,45 @@ def _retry_seconds() -> float:
     raise ValueError(f"ADMIRAL_STORAGE_RETRY_SECONDS={value}; expected a number of seconds, 0 or more")
 
 
-def explained(action: str, place: Place, error: BaseException) -> OSError:
+def explain(action: str, location: Location, error: BaseException) -> OSError:
     """Return an error that says what is wrong, where, and what to do."""
     code, number = error_code(error), getattr(error, "errno", None)
-    gated = getattr(getattr(error.__cause__, "response", None), "status_code", None) in (401, 403)  # Hugging Face
+    http_status = getattr(getattr(error.__cause__, "response", None), "status_code", None)  # of Hugging Face
+    has_no_access = isinstance(error, (PermissionError, *_NO_CREDENTIALS)) or code in _REFUSED_CREDENTIALS
     kind: type[OSError] = OSError
     if _is_redirect_loop(error):
         code = "PermanentRedirect"
-    if explanation := _WORDS.get(code) or _WORDS.get(cast(int, number)):
-        wrong, advice = f": {explanation[0]}", explanation[1]
-        kind = PermissionError if code == "400" else FileNotFoundError if code == "NoSuchUpload" else OSError
-    elif gated or isinstance(error, (PermissionError, *_NO_CREDENTIALS)) or code in _REFUSED_CREDENTIALS:
-        kind, wrong = PermissionError, f": access denied ({reason(error)})"
+    if explanation := _EXPLANATIONS.get(code) or _EXPLANATIONS.get(cast(int, number)):
+        problem, advice = f": {explanation[0]}", explanation[1]
+        if code == "400":
+            kind = PermissionError
+        elif code == "NoSuchUpload":
+            kind = FileNotFoundError
+    elif has_no_access or http_status in (401, 403):
+        kind, problem = PermissionError, f": access denied ({reason(error)})"
         advice = f"make sure that this user may {action} there"
-        if not place.is_local:
+        if not location.is_local:
             advice = f"use credentials that may {action} there (docs/cluster.md, Credentials)"
     elif isinstance(error, FileNotFoundError) or (isinstance(error, NotADirectoryError) and action in _READING):
-        kind, wrong = FileNotFoundError, f": there is no such {'file or folder' if place.is_local else 'object'}"
+        kind, problem = FileNotFoundError, f": there is no such {'file or folder' if location.is_local else 'object'}"
         advice = "check the path, or run the job that writes it"
     else:
-        kind, wrong = FileExistsError if isinstance(error, FileExistsError) else OSError, f" ({reason(error)})"
+        kind = FileExistsError if isinstance(error, FileExistsError) else OSError
+        problem = f" ({reason(error)})"
         advice = "check the storage, then run the same command again"
         if _is_transient(error):
             advice = f"it was retried for {_retry_seconds():g} s (ADMIRAL_STORAGE_RETRY_SECONDS): {advice}"
-    shown = kind(without_passwords(f"cannot {action}{wrong}: '{place.uri}'; {advice}"))
-    shown.errno = number  # for callers; an error with one argument does not print it
-    return shown
+    explained = kind(without_passwords(f"cannot {action}{problem}: '{location.uri}'; {advice}"))
+    explained.errno = number  # for callers; an error with one argument does not print it
+    return explained
 
 
 def _is_transient(error: BaseException) -> bool:
     """Return whether a retry may help: for connection errors, timeouts, server errors and throttling."""
     if response := _response(error):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        again = status >= 500 or status == 429 or error_code(error) in _TRANSIENT_CODES
-        return again and status not in _PERMANENT_STATUSES
+        is_transient = status >= 500 or status == 429 or error_code(error) in _TRANSIENT_CODES
+        return is_transient and status not in _PERMANENT_STATUSES
     if "CERTIFICATE_VERIFY_FAILED" in str(error) or _is_redirect_loop(error):
         return False
     if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS:
@@ -197,19 +204,19 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def _is_redirect_loop(error: BaseException) -> bool:
-    """Return whether botocore followed a redirect without a target until the recursion limit."""
+    """Return whether botocore followed a redirect without a target up to Python's recursion limit."""
     return "maximum recursion depth exceeded" in str(error)
 
 
-def _is_of_credentials(error: BaseException) -> bool:
-    """Return whether new credentials may help. Keys in environment variables would be the same again."""
+def _may_need_new_session(error: BaseException) -> bool:
+    """Return whether a new session may get better credentials. Keys in environment variables would be the same."""
     if "AWS_ACCESS_KEY_ID" in os.environ:
         return False
     return isinstance(error, _NO_CREDENTIALS) or error_code(error) in _REFUSED_CREDENTIALS
 
 
 def _response(error: BaseException | None) -> dict[str, Any]:
-    """Return the server's response, which may be in a cause of the error, or an empty dict."""
+    """Return the server's response to which an error or one of its causes belongs, or an empty dict."""
     while error is not None:
         if isinstance(response := getattr(error, "response", None), dict):
             return response
@@ -218,12 +225,12 @@ def _response(error: BaseException | None) -> dict[str, Any]:
 
 
 def error_code(error: BaseException | None) -> str:
-    """Return the server's code of the error, or an empty string."""
+    """Return the error code in the server's response, or an empty string."""
     return str(_response(error).get("Error", {}).get("Code", ""))
 
 
 def reason(error: BaseException | None) -> str:
-    """Return the message of an error without its number."""
+    """Return the message of an error as one line, without errno and without passwords."""
     message = _response(error).get("Error", {}).get("Message") or getattr(error, "strerror", None) or str(error)
     return without_passwords(" ".join(str(message).split())) or "no response"
 

@@ -1,4 +1,4 @@
-"""Writing of local files for `storage`: complete or absent, on local disks, NFS and limited file systems."""
+"""Write local files for `storage`, so that they are complete or absent, also on NFS and limited file systems."""
 
 import contextlib
 import errno
@@ -13,44 +13,44 @@ from typing import BinaryIO
 
 import psutil
 
-from orchestrator.storage_errors import Place, attempt, explained
+from orchestrator.storage_errors import Location, explain, with_retries
 
 _PART = ".part"  # extension of a hidden file that is being written; such files are never listed
 
 
 @contextlib.contextmanager
-def local_part(action: str, place: Place, put: Callable[[Path, Path], None]) -> Iterator[BinaryIO]:
-    """Yield a temporary file to write. When the block ends, sync the file and let `put` give it its final name.
+def local_part(action: str, location: Location, rename: Callable[[Path, Path], None]) -> Iterator[BinaryIO]:
+    """Yield a temporary file to write. When the context ends, sync it and call `rename(part, target)`.
 
-    The temporary name contains host and process, and the file is locked while it is written. Therefore the next writer
-    can find and remove the files of killed processes of this host.
+    action: a verb for error messages. The temporary name contains the host and the process, and the file is locked
+    while it is written. Therefore the next writer can find and remove the files of killed processes of this host.
     """
-    target = Path(place.path)
+    target = Path(location.path)
     part = target.with_name(f".{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}{_PART}")
 
     def begin() -> BinaryIO:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_dead_parts(target.parent)
         file = part.open("xb")
-        with contextlib.suppress(OSError):  # some file systems have no locks; then no file is removed
+        with contextlib.suppress(OSError):  # on file systems without locks, no file of a killed process is removed
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file
 
     def finish() -> None:
         os.fsync(file.fileno())
-        put(part, target)
+        rename(part, target)
         _sync_folder(target.parent)
 
-    file = attempt(action, place, begin)
+    file = with_retries(action, location, begin)
     try:
         try:
             yield file
             file.flush()
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # its message has the hidden name, or none
-                raise explained(action, place, error) from error
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # such an error names the hidden file, or none
+                raise explain(action, location, error) from error
             raise
-        attempt(action, place, finish)
+        with_retries(action, location, finish)
     finally:
         with contextlib.suppress(OSError):  # a flush that failed before fails again
             file.close()
@@ -58,15 +58,15 @@ def local_part(action: str, place: Place, put: Callable[[Path, Path], None]) -> 
 
 
 def link_exclusively(part: Path, target: Path) -> None:
-    """Give a written file its final name by a hard link, which fails if the name exists.
+    """Give a written file its final name by a hard link. Raise FileExistsError if the name exists.
 
-    On file systems without hard links (exFAT, SMB, some FUSE) an empty file takes the name first, and the written file
-    then replaces it. Only one writer succeeds in this case too, but a kill between both steps leaves an empty file.
+    On file systems without hard links (exFAT, SMB, some FUSE), an empty file takes the name first, and the written file
+    then replaces it. There, too, only one writer succeeds, but a kill between the two steps leaves an empty file.
     """
     try:
         os.link(part, target)
     except FileExistsError:
-        if not os.path.lexists(target) or not os.path.samefile(part, target):  # the same file: NFS lost the response
+        if not os.path.lexists(target) or not os.path.samefile(part, target):  # the same file if NFS lost a response
             raise
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS):
@@ -95,6 +95,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def is_part(path: str) -> bool:
+    """Return whether a file has the name of a temporary file."""
     name = path.rpartition("/")[2]
     return name.startswith(".") and name.endswith(_PART)
 

@@ -1,4 +1,4 @@
-"""Shared fixtures: one local Ray and one S3 server for the whole session."""
+"""Fixtures for all tests, such as one local Ray and one S3 server for the whole session."""
 
 import contextlib
 import os
@@ -14,20 +14,20 @@ from tests import servers
 from tests.chaos.proxy import Proxy
 from tests.small_world import build
 
-# Ray and torch read these at their start: no other cluster, no metadata service, one thread.
+# Set before Ray, torch, MLflow and botocore start: no other cluster, no metadata service, no telemetry, one thread.
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.update(AWS_EC2_METADATA_DISABLED="true", MLFLOW_DISABLE_TELEMETRY="true", OMP_NUM_THREADS="1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files that need Ray first: they take longest, and pytest-xdist hands out whole files in this order."""
+    """Put the files that need Ray first. They take longest, and pytest-xdist assigns whole files in this order."""
     on_ray = {item.path for item in items if item.get_closest_marker("ray")}
     items.sort(key=lambda item: item.path not in on_ray)
 
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """Yield the endpoint of an S3 server; the standard AWS variables refer to it for the rest of the session."""
+    """Yield the endpoint of an S3 server, to which the standard AWS variables refer for the rest of the session."""
     with cluster.servers.s3_server() as endpoint, servers.environment(AWS_ENDPOINT_URL=endpoint, **servers.S3_SETTINGS):
         yield endpoint
 
@@ -44,7 +44,7 @@ def s3_bucket(s3_server: str) -> str:
 
 @pytest.fixture(scope="session")
 def _empty_tracking(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Create MLflow's tables once, because that takes seconds."""
+    """Return a SQLite file with MLflow's tables. They are created only once, because that takes seconds."""
     from mlflow import MlflowClient
 
     file = tmp_path_factory.mktemp("tracking") / "mlflow.db"
@@ -81,7 +81,7 @@ def ray_session(ray_proxy: Proxy) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return a store with a dataset, three trainings, samples and a search; tests must not change it."""
+    """Return a store with a dataset, three trainings, samples and a search. Tests must not change it."""
     folder = str(tmp_path_factory.mktemp("small-world"))
     build(folder)
     return folder

@@ -1,9 +1,9 @@
-"""A check of wording, and a report of sizes: part of `make lint`.
+"""Check the wording of all texts, and print the sizes of packages and functions. `make lint` runs this.
 
     python -m tests.prose
 
-Fails if a text of the project uses a word that has a standard term (CONTRIBUTING.md, "Wording"). Prints the lines of
-code of each package and the longest functions, which is a report and not a gate.
+It fails if a text of the project uses a word that has a standard term (CONTRIBUTING.md, "Wording"). The lines of code
+of each package and the longest functions are printed for information only.
 """
 
 import ast
@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("models", "orchestrator", "cluster", "jobs", "tests")
 LONGEST = 10  # functions that the report lists
 
-# What a reader would stumble over, and the field's term for it.
-REPLACED = {
+# Patterns of words that have a standard term, and that term.
+STANDARD_TERMS = {
     r"adopt(s|ed|ing)? a dataset": "register in place",
     r"answers? (with|the (URI|path|name))": "return",
     r"at every look|looks at the validation": "evaluation",
@@ -69,23 +69,24 @@ def texts(path: Path) -> Iterator[Text]:
                 yield Text(path, token.start[0] + offset, line)
 
 
-def stumbles(text: str) -> list[tuple[str, str]]:
-    """Return each wording that has a standard term, with that term."""
-    return [(found[0], term) for words, term in REPLACED.items() if (found := re.search(words, text, re.IGNORECASE))]
+def find_nonstandard(text: str) -> list[tuple[str, str]]:
+    """Return (the words, the standard term) for each pattern that occurs in the text."""
+    matches = ((re.search(pattern, text, re.IGNORECASE), term) for pattern, term in STANDARD_TERMS.items())
+    return [(match[0], term) for match, term in matches if match]
 
 
-def pages() -> list[Path]:
-    """Return every file with prose of ours."""
+def prose_files() -> list[Path]:
+    """Return the documents and modules of the project."""
     files = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile", "ray_cluster.yaml")]
     files += sorted((ROOT / "docs").glob("*.md"))
     for package in PACKAGES:
         files += sorted((ROOT / package).rglob("*.py"))
-    quoting = {Path(__file__).resolve(), ROOT / "tests" / "test_prose.py"}
-    return [path for path in files if path not in quoting]
+    exempt = {Path(__file__).resolve(), ROOT / "tests" / "test_prose.py"}  # they quote such words
+    return [path for path in files if path not in exempt]
 
 
 def report() -> str:
-    """Return lines by package, and the longest functions."""
+    """Return the lines of each package and the longest functions as text."""
     rows, functions = [], []
     for package in PACKAGES:
         lines = code = 0
@@ -98,19 +99,19 @@ def report() -> str:
                     length = node.end_lineno - node.lineno + 1
                     functions.append((length, f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"))
         rows.append(f"{package:14}{lines:8,} lines{code:8,} without blank lines and comments")
-    longest = [f"{length:5} lines  {where}" for length, where in sorted(functions, reverse=True)[:LONGEST]]
+    longest = [f"{length:5} lines  {name}" for length, name in sorted(functions, reverse=True)[:LONGEST]]
     return "\n".join([*rows, "longest functions", *longest])
 
 
 def main() -> int:
-    """Print the report and what has a standard term; return the number of such places."""
+    """Print the report and all words that have a standard term; return the number of these words."""
     print(report())
     count = 0
-    for path in pages():
-        for place in texts(path):
-            for words, term in stumbles(place.text):
+    for path in prose_files():
+        for text in texts(path):
+            for words, term in find_nonstandard(text.text):
                 count += 1
-                print(f"{place.path.relative_to(ROOT)}:{place.line}: {words!r}; use: {term}")
+                print(f"{text.path.relative_to(ROOT)}:{text.line}: {words!r}; use: {term}")
     return count
 
 

@@ -4,19 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.prose import stumbles, texts
+from tests.prose import find_nonstandard, texts
 
 
 @pytest.mark.parametrize(
     "text", ["is put back", "three failures in a row", "mirrored on wish", "the network over-fits"]
 )
 def test_a_word_that_has_a_standard_term_is_found(text: str) -> None:
-    assert len(stumbles(text)) == 1
+    assert len(find_nonstandard(text)) == 1
 
 
 @pytest.mark.parametrize("text", ["restored from quarantine", "rows in a row group", "history", "the network overfits"])
 def test_plain_words_pass(text: str) -> None:
-    assert not stumbles(text)
+    assert not find_nonstandard(text)
 
 
 def test_comments_and_strings_of_code_are_read_and_names_are_not(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def prepare_network(config: Config, context: WorkerContext, group: Group, state:
         terms = losses(config.in_dtype(state.model), blank_microbatch(config, rows).to(context.device))
         terms["loss"].sum().backward()
         state.model.zero_grad(set_to_none=True)
-        group.meet(COMPILE_TIMEOUT)
+        group.barrier(COMPILE_TIMEOUT)
 
 
 def recomputes(config: Config, world_size: int, memory: float | None) -> bool:
@@ -133,7 +133,7 @@ def exact_gradients(model: nn.Module, batches: list[Microbatch], backward: Backw
             number //= 2
         waiting.append(total)
     (total,) = waiting
-    group.add_in_tree(total)
+    group.all_reduce_in_tree(total)
     for parameter, gradient in zip(parameters, total, strict=True):
         parameter.grad = gradient
     return terms

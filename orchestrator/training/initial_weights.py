@@ -33,7 +33,7 @@ def begin_with(config: Config, state: TrainingState, group: Group) -> None:
             for name, tensor in average.items():
                 tensor.copy_(weights[name])
     # All workers draw the same random weights, but processors of different kinds may round them differently.
-    group.copy_from_first(list(state.tensors().values()))
+    group.broadcast(list(state.tensors().values()))
 
 
 def check_initial_weights(config: Config) -> None:

@@ -110,7 +110,7 @@ def _run(config: Config, run: str, lease: Lease) -> None:
             partial(train_loop, config),
             config.num_workers,
             partial(_on_record, run, tracker, progress),
-            cpus=config.num_threads + CPUS_OF_DATA,
+            num_cpus=config.num_threads + CPUS_OF_DATA,
             max_failures=config.max_failures,
             num_gpus=config.num_gpus,
             stop=lease.is_lost,

@@ -151,9 +151,9 @@ class TrainingState:
             ValueError: the tensors of the checkpoint are not those of this state.
         """
         live, missing = self.tensors(), None
-        for part, names in group.from_first(_loaded(run, live, at, branching)):
+        for part, names in group.broadcast_items(_loaded(run, live, at, branching)):
             missing = set(live) if missing is None or not names else missing - set(names)
-            group.copy_from_first([live[name] for name in names])
+            group.broadcast([live[name] for name in names])
             self.position = part.position
             for name in _FACTS:
                 setattr(self, name, part.facts[name])

@@ -57,7 +57,7 @@ def test_a_kind_of_gpu_that_no_node_has_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(capacity, "nodes", lambda: [node("a", CPU=8.0, GPU=8.0, **{"accelerator_type:A100": 1.0})])
     monkeypatch.setattr(capacity, "_may_grow", lambda: False)
     monkeypatch.setenv("ADMIRAL_ACCELERATOR", "A100")
-    refuse_infeasible(worker_resources(1, 1), at_once=8)
+    refuse_infeasible(worker_resources(1, 1), num_workers=8)
     monkeypatch.setenv("ADMIRAL_ACCELERATOR", "H100")
     with pytest.raises(ValueError, match="1 GPUs of kind H100"):
         refuse_infeasible(worker_resources(1, 1))
@@ -69,9 +69,9 @@ def test_infeasible_workers_of_pools_and_trainings_are_refused_at_once(ray_sessi
         with pytest.raises(ValueError, match=r"on one node, and the largest node, .*, has 4 CPUs"):
             list(map_items(make_nothing, range(3), num_workers=1, num_cpus=cpus, num_gpus=gpus))
         with pytest.raises(ValueError, match=r"on one node, and the largest node, .*, has 4 CPUs"):
-            run_workers(report_once, 1, lambda record: None, cpus=cpus, num_gpus=gpus)
+            run_workers(report_once, 1, lambda record: None, num_cpus=cpus, num_gpus=gpus)
     with pytest.raises(ValueError, match="room for 2 of 3"):
-        run_workers(report_once, 3, lambda record: None, cpus=2)
+        run_workers(report_once, 3, lambda record: None, num_cpus=2)
 
 
 def make_nothing() -> Any:
@@ -158,7 +158,7 @@ def test_a_training_reads_its_data_though_others_hold_all_cpus_that_it_left(ray_
         records.append(record)
 
     def train() -> None:
-        run_workers(reading, 1, on_record, cpus=3, stop=Path(tmp_path, "begun-0").exists)
+        run_workers(reading, 1, on_record, num_cpus=3, stop=Path(tmp_path, "begun-0").exists)
         Path(tmp_path, "read").touch()
 
     training = threading.Thread(target=train)
@@ -187,8 +187,8 @@ def test_a_training_without_room_says_what_it_waits_for_obeys_sigterm_and_starts
 
     monkeypatch.setattr(capacity.log, "warning", warning)
     monkeypatch.setattr(capacity, "WAIT_SECONDS", 0.0)
-    assert run_workers(report_once, 1, records.append, cpus=2) and records == []
-    assert not run_workers(report_once, 1, records.append, cpus=2) and records == [{"trained": True}]
+    assert run_workers(report_once, 1, records.append, num_cpus=2) and records == []
+    assert not run_workers(report_once, 1, records.append, num_cpus=2) and records == [{"trained": True}]
     expected = "waiting for 1 of 1 workers: each needs 2 CPUs on one node, 1 of 4 CPUs are free"
     assert [line[: len(expected)] for line in lines[:2]] == [expected] * 2
 

@@ -30,7 +30,7 @@ def _worker(rank: int, world_size: int, folder: str) -> None:
 
     received: list[int | str] = []
     try:
-        for item in group.from_first(items()):
+        for item in group.broadcast_items(items()):
             received.append(item)
     except ValueError as error:
         received.append(str(error))
@@ -38,10 +38,10 @@ def _worker(rank: int, world_size: int, folder: str) -> None:
     while len(leaves) > 1:
         leaves = leaves[0::2] + leaves[1::2]
     tensors = [leaves[0, :3].reshape(3, 1), leaves[0, 3:]]
-    group.add_in_tree(tensors)
-    group.meet(timedelta(minutes=1))
+    group.all_reduce_in_tree(tensors)
+    group.barrier(timedelta(minutes=1))
     copied = [torch.full((2,), float(rank))]
-    group.copy_from_first(copied)
+    group.broadcast(copied)
     found = {
         "any": group.any(rank == 1, False, True),
         "sum": group.sum(torch.tensor([1.0, rank])).tolist(),
@@ -81,9 +81,9 @@ def test_a_group_of_one_needs_no_process_group() -> None:
     group = Group(0, 1)
     assert group.any(True, False) == (True, False)
     assert group.gather(3) == [3]
-    assert list(group.from_first(iter([1, 2]))) == [1, 2]
+    assert list(group.broadcast_items(iter([1, 2]))) == [1, 2]
     assert group.sum(torch.ones(2)).tolist() == [1, 1]
     tensors = [torch.ones(2)]
-    group.add_in_tree(tensors)
-    group.copy_from_first(tensors)
+    group.all_reduce_in_tree(tensors)
+    group.broadcast(tensors)
     assert tensors[0].tolist() == [1, 1]

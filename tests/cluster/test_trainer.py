@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import pytest
 
-from cluster.actor import in_short
-from cluster.relay import Relay, relayed
+from cluster.actor import summarize_loss
+from cluster.relay import Relay, relay_records
 from cluster.trainer import WorkerContext, _preemption_notices, run_workers
 
 
@@ -95,7 +95,7 @@ def test_records_after_a_failed_callback_or_call_still_arrive(
             raise KeyError("loss")
 
     relay = Records(4)
-    with relayed(cast(Relay, relay), on_record):
+    with relay_records(cast(Relay, relay), on_record):
         assert relay.empty.wait(60), "no more records arrive"
     assert seen == [0, 1, 2, 3]
     assert "KeyError: 'loss'" in caplog.text and "the job continues" in caplog.text
@@ -104,7 +104,7 @@ def test_records_after_a_failed_callback_or_call_still_arrive(
 def test_the_stop_flag_is_sent_again_if_a_call_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.relay.POLL_SECONDS", 0.001)
     relay = Records(2)
-    with relayed(cast(Relay, relay), lambda record: None, lambda: True):
+    with relay_records(cast(Relay, relay), lambda record: None, lambda: True):
         assert relay.empty.wait(60)
     assert relay.stops > 2
 
@@ -154,4 +154,4 @@ def test_a_preemption_notice_is_returned_once_and_survives_a_failed_call(
     ],
 )
 def test_words_of_libraries_about_lost_workers_become_one_short_reason(words: str, meaning: str) -> None:
-    assert meaning in in_short(words) and len(in_short(words)) < 80
+    assert meaning in summarize_loss(words) and len(summarize_loss(words)) < 80

@@ -42,7 +42,7 @@ def test_trials_go_on_between_rounds_and_nothing_outlives_them(ray_session: None
     from ray.util.placement_group import placement_group_table
 
     seen, done = list[list[str]](), list[Task]()
-    run_rounds(partial(note, str(tmp_path)), halved(str(tmp_path), seen), max_concurrent=2, done=done.append)
+    run_rounds(partial(note, str(tmp_path)), halved(str(tmp_path), seen), max_concurrent=2, on_done=done.append)
     assert seen == [["0-0", "1-0", "2-0", "3-0"], ["0-1", "1-1"], ["0-2", "3-2"]], "a task was lost or done too early"
     assert len(done) == 8 == len(set(done)) and (tmp_path / "died").exists()
     assert {group["state"] for group in placement_group_table().values()} <= {"REMOVED"}
@@ -66,10 +66,10 @@ def test_a_task_that_raises_and_rounds_that_raise_end_in_their_own_error(ray_ses
 
     ended = list[int]()
     with pytest.raises(RuntimeError, match="task -2 is bad"):
-        run_rounds(bad, iter([Round([("a", 1), ("b", -2), ("c", 3)], [])]), max_concurrent=1, done=ended.append)
+        run_rounds(bad, iter([Round([("a", 1), ("b", -2), ("c", 3)], [])]), max_concurrent=1, on_done=ended.append)
     assert ended == [1, 3], "the others of its round are done"
     with pytest.raises(KeyError, match="the rounds are wrong"):
-        run_rounds(bad, bad_rounds(), max_concurrent=2, done=ended.append)
+        run_rounds(bad, bad_rounds(), max_concurrent=2, on_done=ended.append)
 
 
 class Item(NamedTuple):
@@ -102,7 +102,7 @@ def test_a_trial_that_stops_frees_its_share_of_the_pool_at_once(ray_session: Non
     num_workers = 2
     both = (Round([("bad", "bad"), ("good", "good")], []) for _ in range(1))
     with pool(partial(make_logger, str(tmp_path)), num_workers) as workers:
-        run_rounds(partial(map_over, workers), both, max_concurrent=2, done=lambda trial: None)
+        run_rounds(partial(map_over, workers), both, max_concurrent=2, on_done=lambda trial: None)
     begun = (tmp_path / "log").read_text().split()
     assert begun.count("good") == 40
     assert begun.count("bad") <= 3 + 2 * num_workers, "what the stopped trial had not asked for was done all the same"

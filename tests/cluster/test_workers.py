@@ -154,7 +154,7 @@ def test_one_faulty_worker_that_raises_at_once_fails_no_item(
     assert sick.kills >= 1 and len(sick.worked) == len(set(sick.worked)), "an item was retried where it had failed"
     assert "sick-node" in caplog.records[-1].message and "it is sick" in caplog.records[-1].message
     if not later:
-        assert len(sick.worked) == workers.STRIKES_TO_BENCH and out_of_use(caplog) == 1
+        assert len(sick.worked) == workers.FAILURES_TO_BENCH and out_of_use(caplog) == 1
 
 
 def test_three_sick_workers_that_are_ready_first_fail_no_item(clock: Clock) -> None:

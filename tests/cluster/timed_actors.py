@@ -86,7 +86,7 @@ class TimedActor:
 
         self.worked: list[Any] = []
         self.kills = 0
-        self.is_there = _Call(lambda: clock.after(start, node))
+        self.node_name = _Call(lambda: clock.after(start, node))
         self.ready = _Call(lambda deadline: clock.after(0.0, ready() if callable(ready) else ready))
 
         self._running: Future | None = None

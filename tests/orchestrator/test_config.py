@@ -20,9 +20,9 @@ class Config(JobConfig):
 def test_a_folder_accepts_its_config_and_refuses_another(tmp_path: Path) -> None:
     check_or_write_config(str(tmp_path), Config(seed=1), True, weights="abc")
     check_or_write_config(str(tmp_path), Config(seed=1, num_workers=8, store="/elsewhere"), True, weights="abc")
-    with pytest.raises(ValueError, match=r"seed: 1 there, 2 here"):
+    with pytest.raises(ValueError, match=r"seed: 1 before, 2 now"):
         check_or_write_config(str(tmp_path), Config(seed=2), True, weights="abc")
-    with pytest.raises(ValueError, match=r"weights: abc there, def here"):
+    with pytest.raises(ValueError, match=r"weights: abc before, def now"):
         check_or_write_config(str(tmp_path), Config(seed=1), True, weights="def")
 
 
@@ -30,7 +30,7 @@ def test_a_folder_without_finished_work_accepts_any_config(tmp_path: Path) -> No
     check_or_write_config(str(tmp_path), Config(seed=1), False)
     check_or_write_config(str(tmp_path), Config(seed=2), False)
     check_or_write_config(str(tmp_path), Config(seed=2), True)
-    with pytest.raises(ValueError, match=r"seed: 2 there, 1 here.*\[operational\]"):
+    with pytest.raises(ValueError, match=r"seed: 2 before, 1 now.*\[operational\]"):
         check_or_write_config(str(tmp_path), Config(seed=1), True)
 
 

@@ -35,7 +35,7 @@ def driver(folder: Path, monkeypatch: pytest.MonkeyPatch, usable: int | None) ->
         (8, 0, "WRONG", "can use 0: driver 550.54.15"),
         (8, 7, "WRONG", "can use 7: see nvidia-smi for the others"),
         (8, 8, "ok", "8 GPUs, driver 550.54.15"),
-        (0, 8, "warning", "Ray may hand out 0"),
+        (0, 8, "warning", "Ray may use only 0"),
     ],
 )
 def test_gpus(

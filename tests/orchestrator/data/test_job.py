@@ -75,7 +75,7 @@ def test_a_finished_dataset_is_found_and_another_config_refused(tmp_path: Path) 
     first = prepare(config)
     Path(source, "ant", "ant_000.png").unlink()
     assert prepare(config) == first, "the source is not looked at again"
-    with pytest.raises(ValueError, match=r"out was made with another config.*seed: 0 there, 5 here"):
+    with pytest.raises(ValueError, match=r"out was made with another config.*seed: 0 before, 5 now"):
         prepare(config.model_copy(update={"seed": 5}))
 
 

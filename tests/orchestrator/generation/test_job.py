@@ -110,7 +110,7 @@ def test_mfu_counts_every_evaluation_of_every_network(store: str, monkeypatch: p
 def test_the_same_folder_with_other_settings_is_refused(store: str) -> None:
     generate(config(store, "claimed", num_samples=4))
     generate(config(store, "claimed", num_samples=4, upsampling=SamplerConfig(num_steps=7)))  # there is no upsampler
-    with pytest.raises(ValueError, match=r"guidance\.scale: 2\.0 there, 3\.0 here"):
+    with pytest.raises(ValueError, match=r"guidance\.scale: 2\.0 before, 3\.0 now"):
         generate(config(store, "claimed", num_samples=4, guidance=GuidanceConfig(scale=3.0)))
 
 
@@ -278,7 +278,7 @@ def test_a_probed_batch_is_recorded_and_used_ever_after(store: str, monkeypatch:
     monkeypatch.setattr(generation, "canonical_batch", lambda *_: pytest.fail("probed again"))
     storage.delete(storage.join(folder, "manifest.json"))
     generate(config(store, "probed", batch_size=0))
-    with pytest.raises(ValueError, match="batch_size: 8 there, 4 here"):
+    with pytest.raises(ValueError, match="batch_size: 8 before, 4 now"):
         generate(config(store, "probed", batch_size=4))
 
 
@@ -440,5 +440,5 @@ def test_a_newer_snapshot_between_two_attempts_changes_nothing(store: str) -> No
     assert pixel_hashes(read_range(generate(wanted), 0, 21)[0]) == before
     assert storage.read_json(storage.join(folder, "run.json"))["record"]["weights"] == first
     for changes in ({"weights": second}, {"ema": "ema-0.9"}):
-        with pytest.raises(ValueError, match=r"weights: .* there, .* here"):
+        with pytest.raises(ValueError, match=r"weights: .* before, .* now"):
             generate(wanted.model_copy(update=changes))

@@ -147,7 +147,7 @@ def test_a_failing_trial_is_in_the_result_and_a_larger_budget_resumes_the_search
     capsys.readouterr()
     search(wanted.model_copy(update={"budget": None}))
     assert "is complete" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"alpha: 0\.05 there, 0\.1 here"):
+    with pytest.raises(ValueError, match=r"alpha: 0\.05 before, 0\.1 now"):
         search(wanted.model_copy(update={"alpha": 0.1}))
 
 

@@ -35,7 +35,7 @@ def test_what_changes_results_is_refused_once_there_is_a_checkpoint(store: str) 
     train_loop(adm(store, "taken"), context(1))
     train(adm(store, "taken"))
     for changed in (train, plan):
-        with pytest.raises(ValueError, match=r"learning_rate: 0\.001 there, 0\.002 here.*--branch NEW-OUTPUT"):
+        with pytest.raises(ValueError, match=r"learning_rate: 0\.001 before, 0\.002 now.*--branch NEW-OUTPUT"):
             changed(adm(store, "taken", learning_rate=2e-3))
 
 
@@ -77,7 +77,7 @@ def test_a_linear_learning_rate_is_extended_only_on_request(store: str, capsys: 
     train(adm(store, "falling", total_images=48, **falling))
     with pytest.raises(ValueError, match=r"--total-images 96: .* falls to zero at 48.*--extend.*to 0\.0005"):
         train(adm(store, "falling", **falling))
-    with pytest.raises(ValueError, match=r"learning_rate: 0\.001 there, 0\.002 here"):
+    with pytest.raises(ValueError, match=r"learning_rate: 0\.001 before, 0\.002 now"):
         train(adm(store, "falling", **falling, extend=True, learning_rate=2e-3))
     train(adm(store, "falling", **falling, extend=True))
     assert "changes from 0 to 0.0005, and then falls linearly to zero at 96" in capsys.readouterr().out

@@ -62,7 +62,7 @@ def test_a_thousand_streams_sum_to_the_same_bits_on_any_number_of_workers() -> N
     for workers in (1, 8, streams):
         share = streams // workers
         tree = [subtree(range(rank * share, (rank + 1) * share)) for rank in range(workers)]
-        while len(tree) > 1:  # as `Group.add_in_tree` adds the workers' sums
+        while len(tree) > 1:  # as `Group.all_reduce_in_tree` adds the workers' sums
             tree = [left + right for left, right in zip(tree[::2], tree[1::2], strict=True)]
         sums.append(tree[0])
     assert all(torch.equal(found, sums[0]) for found in sums)
