@@ -29,7 +29,7 @@ from orchestrator.search.space import Setting
 from orchestrator.tracking import Tracker, tracked
 from orchestrator.training.config import AdmConfig
 from orchestrator.training.gradients import memory_of
-from orchestrator.training.job import CPUS_OF_DATA, train
+from orchestrator.training.job import DATA_CPUS, train
 
 FAILURES = (ValueError, RuntimeError, OSError, ArithmeticError)  # errors of a row that do not end the job
 
@@ -60,7 +60,7 @@ def run_ablations(config: AblationsConfig) -> str:
         config.evaluation(table, *replicate)
         config.bound(table, *replicate)
     check_or_write_config(output, config, finished=bool(storage.list_names(storage.join(output, "runs"))))
-    cpus = config.num_workers * (config.num_threads + CPUS_OF_DATA)
+    cpus = config.num_workers * (config.num_threads + DATA_CPUS)
     with (
         session(cpus and cpus + 1, num_gpus=config.num_workers * config.num_gpus, shared=config.shared),
         tracked("ablations", config, output) as tracker,
