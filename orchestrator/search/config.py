@@ -35,6 +35,11 @@ class Limit(NamedTuple):
         return cls(float(match[1]), cast(Literal["%", "h"], match[2]) or "samples")
 
 
+def round_up(n: int, batch_size: int) -> int:
+    """Return n rounded up to whole batches."""
+    return -(-n // batch_size) * batch_size
+
+
 class TrialsConfig(JobConfig):
     """How settings are sampled, all with the same labels and noise, and how their samples are measured."""
 
@@ -124,7 +129,7 @@ class SearchConfig(TrialsConfig):
             raise ValueError(f"objective={self.objective} has a metric twice; pass one metric, or two different ones")
         for text in self.constraints:
             Constraint.parse(text)
-        first, last = (-(-n // self.batch_size) * self.batch_size for n in (self.rungs[0], self.rungs[-1]))
+        first, last = (round_up(n, self.batch_size) for n in (self.rungs[0], self.rungs[-1]))
         minimum = first + self.finalists * last
         limit = Limit.parse(self.budget)
         if limit.unit == "samples" and limit.amount < minimum:

@@ -10,7 +10,7 @@ from models.costs import forward_multiply_adds
 from models.unet import Architecture
 from orchestrator import storage
 from orchestrator.cost import GUIDED_SAMPLING, Cost, gpu_seconds
-from orchestrator.search.config import Limit, SearchConfig
+from orchestrator.search.config import Limit, SearchConfig, round_up
 from orchestrator.search.halving import Evaluation
 from orchestrator.search.space import Setting
 
@@ -98,11 +98,6 @@ class SampleBudget:
     def new_samples(self, task: Evaluation) -> int:
         """Return the number of samples that an evaluation has to draw, in whole batches."""
         return max(0, round_up(task.n, self._batch_size) - self._drawn[task.setting, task.seed])
-
-
-def round_up(n: int, batch_size: int) -> int:
-    """Return n rounded up to whole batches."""
-    return -(-n // batch_size) * batch_size
 
 
 def full_evaluations(config: SearchConfig, settings: list[Setting]) -> float:

@@ -117,9 +117,9 @@ def evaluate(
             return _write_record(config, task, failed=result.failed)
         report(task, min(done * config.batch_size, task.n))
         seconds += result.seconds
-    drawn = concatenate(_read_block(storage.join(folder, name)) for name in names)
+    samples = concatenate(_read_block(storage.join(folder, name)) for name in names)
     try:
-        outcome = _measure(config, task, drawn, reference, facts)
+        outcome = _measure(config, task, samples, reference, facts)
     except (ValueError, ArithmeticError) as error:  # caused by the samples, since measuring reads no storage
         return _write_record(config, task, failed=_one_line(error))
     return _write_record(config, task, outcome, worker_seconds=seconds)
@@ -130,11 +130,11 @@ def _one_line(error: BaseException) -> str:
 
 
 def _measure(
-    config: TrialsConfig, task: Evaluation, drawn: Labelled, reference: LoadedReference, facts: NetworkFacts
+    config: TrialsConfig, task: Evaluation, samples: Labelled, reference: LoadedReference, facts: NetworkFacts
 ) -> Outcome:
     """Return the metrics and scores of the first n samples; raise ValueError if they cannot be computed."""
-    features = {name: array[: task.n] for name, array in vars(drawn.features).items() if array is not None}
-    pool, labels = features["pool"], drawn.labels[: task.n]
+    features = {name: array[: task.n] for name, array in vars(samples.features).items() if array is not None}
+    pool, labels = features["pool"], samples.labels[: task.n]
     rows = Rows(reference.rows, pool, manifolds(reference.rows, pool, k=NEIGHBOURS), kernel=(reference.rows, pool))
     strata = labels if facts.labels_given else None
     missing = {"classes": facts.class_mismatch} if facts.class_mismatch else {}

@@ -87,5 +87,5 @@ class Constraint(NamedTuple):
 
     def excess(self, scores: np.ndarray) -> np.ndarray:
         """Return values [n] whose mean is by how much the metric breaks the bound; 0 or less if it satisfies it."""
-        above = sign_of(self.metric) * scores - self.bound
-        return above if self.at_most else -above
+        excess = sign_of(self.metric) * scores - self.bound
+        return excess if self.at_most else -excess

@@ -115,9 +115,9 @@ def common_n(trials: list[Json]) -> str:
 
 def _scale_axis(axis: Any, scales: list[float]) -> None:
     """Make the axis of guidance scales linear up to the least positive scale, and logarithmic above."""
-    least = min((scale for scale in scales if scale > 0), default=1.0)
-    axis.set_xscale("symlog", linthresh=max(least, 0.1))
-    ticks = [0.0, *(2.0**power for power in range(-3, 8) if least <= 2.0**power <= scales[-1] * 1.01)]
+    smallest = min((scale for scale in scales if scale > 0), default=1.0)
+    axis.set_xscale("symlog", linthresh=max(smallest, 0.1))
+    ticks = [0.0, *(2.0**power for power in range(-3, 8) if smallest <= 2.0**power <= scales[-1] * 1.01)]
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
 

@@ -48,14 +48,9 @@ def save_checkpoint(run: str, checkpoint: Checkpoint, attempt: str = "") -> str:
     for number, tensors in enumerate(_split(checkpoint.tensors, FILE_BYTES)):
         name = f"state-{attempt}-{number:03d}.safetensors"
         digests[name] = write_tensors(storage.join(folder, name), tensors)
-    commit = {
-        "format_version": FORMAT_VERSION,
-        "position": checkpoint.position,
-        "facts": checkpoint.facts,
-        "files": digests,
-    }
+    commit = {"format_version": FORMAT_VERSION, "position": checkpoint.position, "facts": checkpoint.facts}
     uri = storage.join(folder, f"commit-{attempt}.json")
-    storage.put_if_absent(uri, storage.json_bytes(commit))
+    storage.put_if_absent(uri, storage.json_bytes(commit | {"files": digests}))
     return uri
 
 

@@ -134,8 +134,8 @@ class TrainingConfig(JobConfig):
         if streams & (streams - 1):
             raise ValueError(f"order.num_streams={streams} is not a power of two")
         if batch % streams:
-            near = f"{max(batch // streams, 1) * streams} or {(batch // streams + 1) * streams}"
-            raise ValueError(f"batch_size={batch} is not a multiple of order.num_streams={streams}; use {near}")
+            accepted = f"{max(batch // streams, 1) * streams} or {(batch // streams + 1) * streams}"
+            raise ValueError(f"batch_size={batch} is not a multiple of order.num_streams={streams}; use {accepted}")
         if streams % workers:
             raise ValueError(
                 f"num_workers={workers} does not divide order.num_streams={streams}; use a power of two up to {streams}"

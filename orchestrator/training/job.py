@@ -119,7 +119,7 @@ def _run(config: Config, run: str, lease: Lease) -> None:
         tracker.record(REPORT, write_run_page(run, config))
         if stopped and not storage.exists(final_weights(run, config)):
             if lease.is_lost():
-                raise RuntimeError(f"another driver took over {run}, so this one wrote a checkpoint and stopped")
+                raise RuntimeError(f"another driver took over {run}, so this one stopped; its checkpoints are kept")
             raise KeyboardInterrupt
 
 

@@ -45,7 +45,7 @@ def write_run_page(run: str, config: Config) -> str:
             for name, path in newest.items()
         },
         attempts=[(f"{datetime.fromtimestamp(r.time / 1000, UTC):%Y-%m-%d %H:%M:%S}", r.step) for r in attempts],
-        checkpoints=_folders(storage.join(run, "checkpoints")),
+        checkpoints=[name.removesuffix("/") for name in storage.list_names(storage.join(run, "checkpoints"))],
         weights=[name for name in storage.list_names(storage.join(run, "weights")) if name.endswith(".safetensors")],
         config=storage.json_bytes(redact_tree(config.model_dump(mode="json"))).decode(),
     )
@@ -97,11 +97,6 @@ def _images_per_second(records: list[Record]) -> float:
     if len(records) < 2 or records[-1].time <= records[0].time:
         return 0.0
     return 1000 * (records[-1].step - records[0].step) / (records[-1].time - records[0].time)  # time is in ms
-
-
-def _folders(uri: str) -> list[str]:
-    """Return the sorted names of the folders in a folder."""
-    return sorted({name.split("/")[0] for name in storage.list_names(uri, recursive=True) if "/" in name})
 
 
 def _plot_curves(curves: dict[str, Curve], restarts: list[int]) -> bytes:
