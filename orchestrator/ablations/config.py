@@ -19,12 +19,12 @@ from orchestrator.training.config import AdmConfig
 from orchestrator.training.presets import adm_presets
 
 TABLES = Path(__file__).parent / "tables"
-Changes = dict[str, Any]  # by dotted names of fields, as model.num_res_blocks
+Changes = dict[str, Any]  # new values by the dotted names of fields, such as model.num_res_blocks
 AnyConfig = TypeVar("AnyConfig", bound=JobConfig)
 
 
 class Row(BaseModel, frozen=True, extra="forbid"):
-    """The fields in which a row differs from the table's presets."""
+    """The fields in which a row differs from the other rows of the table."""
 
     against: str | None = None  # the row with which it is compared; None = the first row
     training: Changes = {}
@@ -39,9 +39,9 @@ class Table(BaseModel, frozen=True, extra="forbid"):
     base: str  # a preset of jobs/train_adm.py
     evaluate: str  # a preset of jobs/evaluate_run.py
     likelihood: str | None = None  # a preset of jobs/estimate_likelihood.py; None = bits/dim are not computed
-    training: Changes = {}  # changes of the preset for all rows
-    evaluation: Changes = {}
-    bound: Changes = {}  # changes of the likelihood preset
+    training: Changes = {}  # changes of the preset `base`, for all rows
+    evaluation: Changes = {}  # changes of the preset `evaluate`
+    bound: Changes = {}  # changes of the preset `likelihood`
     seeds: tuple[int, ...] = Field((0,), min_length=1)  # training seeds; each row is trained with all of them
     rows: dict[str, Row] = Field(min_length=2)
 
@@ -49,17 +49,16 @@ class Table(BaseModel, frozen=True, extra="forbid"):
     def _check_against(self) -> "Table":
         for name, row in self.rows.items():
             if row.against is not None and row.against not in self.rows:
-                raise ValueError(f"rows: {name} has against={row.against!r}, which is not a row of the table")
+                raise ValueError(
+                    f"rows: {name} has against={row.against!r}, which is not a row of the table; the rows are "
+                    f"{', '.join(self.rows)}"
+                )
         return self
 
     def compared_with(self) -> dict[str, str | None]:
         """Return for each row the row with which it is compared; None for the first row."""
         first = next(iter(self.rows))
         return {name: None if name == first else row.against or first for name, row in self.rows.items()}
-
-    def folder(self, row: str, seed: int) -> str:
-        """Return the folder name of a row with one training seed."""
-        return f"{''.join(c if c.isalnum() or c in '.-' else '-' for c in row)}-seed{seed}"
 
 
 class AblationsConfig(JobConfig):
@@ -87,11 +86,11 @@ class AblationsConfig(JobConfig):
         try:
             table = Table.model_validate(yaml.safe_load(data))
         except yaml.MarkedYAMLError as error:
-            place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-            reason = f"{place}{error.problem or error.context}"
+            line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+            reason = f"{line}{error.problem or error.context}"
             raise ValueError(f"--table {self.table} is not valid YAML: {reason}") from error
         except ValidationError as error:
-            raise ValueError(f"--table {self.table}: {_problem(error)}") from error
+            raise ValueError(f"--table {self.table}: {_first_error(error)}") from error
         if unknown := [name for name in self.rows if name not in table.rows]:
             raise ValueError(f"--rows {unknown[0]}: there is no such row; the rows are {', '.join(table.rows)}")
         selected = {next(iter(table.rows)), *(self.rows or table.rows)}
@@ -100,66 +99,77 @@ class AblationsConfig(JobConfig):
         return table.model_copy(update={"rows": rows, "seeds": self.seeds or table.seeds})
 
     def training(self, table: Table, row: str, seed: int) -> AdmConfig:
-        """Return the training of a row; rows with the same training share the run of the first of them."""
-        alike = next(name for name in table.rows if table.rows[name].training == table.rows[row].training)
-        changes: Changes = {"seed": seed, "output": f"{self.output}/runs/{table.folder(alike, seed)}"}
-        changes |= {"dataset": self.dataset} if self.dataset else {}
-        return self._changed("base", table.base, adm_presets(), table.training | table.rows[row].training | changes)
+        """Return the config of a row's training; rows with the same training share the run of the first of them."""
+        first_alike = next(name for name in table.rows if table.rows[name].training == table.rows[row].training)
+        changes: Changes = {"seed": seed, "output": f"{self.output}/runs/{_folder_name(first_alike, seed)}"}
+        if self.dataset:
+            changes["dataset"] = self.dataset
+        changes = table.training | table.rows[row].training | changes
+        return self._preset_with("base", table.base, adm_presets(), changes)
 
     def evaluation(self, table: Table, row: str, seed: int) -> RunEvaluationConfig:
-        """Return the evaluation of a row's run; all rows use the same labels and noise."""
-        output = f"{self.output}/evaluations/{table.folder(row, seed)}"
+        """Return the config of the evaluation of a row's run; all rows use the same labels and noise."""
+        output = f"{self.output}/evaluations/{_folder_name(row, seed)}"
         changes: Changes = {"weights": self.training(table, row, seed).output, "output": output}
-        changes |= {"reference": self.dataset} if self.dataset else {}
+        if self.dataset:
+            changes["reference"] = self.dataset
         changes = table.evaluation | table.rows[row].evaluation | changes
-        return self._changed("evaluate", table.evaluate, run_evaluation_presets(), changes)
+        return self._preset_with("evaluate", table.evaluate, run_evaluation_presets(), changes)
 
-    def bound(self, table: Table, row: str, seed: int) -> LikelihoodConfig | None:
-        """Return the estimate of a row's bits/dim, or None if the table does not include it."""
+    def likelihood(self, table: Table, row: str, seed: int) -> LikelihoodConfig | None:
+        """Return the config of the estimate of a row's bits/dim, or None if the table does not include it."""
         if table.likelihood is None:
             return None
-        output = f"{self.output}/likelihoods/{table.folder(row, seed)}"
+        output = f"{self.output}/likelihoods/{_folder_name(row, seed)}"
         changes: Changes = {"weights": self.training(table, row, seed).output, "output": output}
-        changes |= {"dataset": self.dataset} if self.dataset else {}
+        if self.dataset:
+            changes["dataset"] = self.dataset
         changes = table.bound | table.rows[row].likelihood | changes
-        return self._changed("likelihood", table.likelihood, likelihood_presets(), changes)
+        return self._preset_with("likelihood", table.likelihood, likelihood_presets(), changes)
 
-    def _changed(
+    def _preset_with(
         self, field: str, name: str, presets: Mapping[str, tuple[str, AnyConfig]], changes: Changes
     ) -> AnyConfig:
         """Return the preset that a field of the table names, with these changes and the hardware of this config."""
         if name not in presets:
-            raise ValueError(f"{field}: {name} is not a preset; the presets are {', '.join(presets)}")
-        same = ("store", "tracking", "cost", "num_workers", "num_gpus", "num_threads")
-        hardware = {name: getattr(self, name) for name in same}
-        return changed(presets[name][1].model_copy(update=hardware), changes)
+            raise ValueError(f"the table has {field}: {name}, which is no preset; the presets are {', '.join(presets)}")
+        shared_fields = ("store", "tracking", "cost", "num_workers", "num_gpus", "num_threads")
+        hardware = {field: getattr(self, field) for field in shared_fields}
+        return with_changes(presets[name][1].model_copy(update=hardware), changes)
 
 
-def changed(config: AnyConfig, changes: Changes) -> AnyConfig:
+def _folder_name(row: str, seed: int) -> str:
+    """Return the folder name of a row with one training seed."""
+    return f"{''.join(c if c.isalnum() or c in '.-' else '-' for c in row)}-seed{seed}"
+
+
+def with_changes(config: AnyConfig, changes: Changes) -> AnyConfig:
     """Return the config with changed fields, which are given by their dotted names.
 
     Raises:
         ValueError: there is no such field, or its value is not accepted.
     """
-    tree = config.model_dump()
+    fields = config.model_dump()
     for name, value in changes.items():
         *path, last = name.split(".")
-        branch = tree
+        parent = fields
         for part in path:
-            branch = branch.get(part, {})
-        if last not in branch:
-            near = difflib.get_close_matches(last, branch, 1)
-            advice = f"; did you mean {'.'.join([*path, *near])}?" if near else "; --help of the job lists all fields"
-            raise ValueError(f"the table has an unknown field {name}{advice}")
-        branch[last] = value
+            parent = parent.get(part, {})
+        if last not in parent:
+            nearest = difflib.get_close_matches(last, parent, 1)
+            advice = "--help of the job lists all fields"
+            if nearest:
+                advice = f"did you mean {'.'.join([*path, *nearest])}?"
+            raise ValueError(f"the table has an unknown field {name}; {advice}")
+        parent[last] = value
     try:
-        return type(config).model_validate(tree)
+        return type(config).model_validate(fields)
     except ValidationError as error:
-        raise ValueError(f"the table: {_problem(error)}") from error
+        raise ValueError(f"the table: {_first_error(error)}") from error
 
 
-def _problem(error: ValidationError) -> str:
-    """Return the first problem with the dotted name of its field."""
+def _first_error(error: ValidationError) -> str:
+    """Return the first error with the dotted name of its field."""
     first = error.errors()[0]
     name = ".".join(map(str, first["loc"])) or "its values"
     if first["type"] == "extra_forbidden":

@@ -1,4 +1,4 @@
-"""The ablations job: the rows of a table are trained as trials of Ray Tune and evaluated with the same seeds.
+"""Ablations: the rows of a table are trained as trials of Ray Tune and evaluated with the same seeds.
 
 Every training is an ordinary run in its own folder, and every evaluation is that of `jobs/evaluate_run.py`. Therefore
 the same command continues after an interruption. If a row fails, this is reported, and the other rows continue.
@@ -22,6 +22,7 @@ from orchestrator.config import check_or_write_config
 from orchestrator.cost import TRAINING, assumed_mfu, gpu_seconds, money, training_cost
 from orchestrator.evaluation.likelihood import estimate
 from orchestrator.metrics_log import history
+from orchestrator.progress import counted
 from orchestrator.run_evaluation.job import evaluate_run
 from orchestrator.search.evaluator import read_outcome
 from orchestrator.search.halving import Evaluation
@@ -29,7 +30,7 @@ from orchestrator.search.space import Setting
 from orchestrator.tracking import Tracker, tracked
 from orchestrator.training.config import AdmConfig
 from orchestrator.training.gradients import memory_of
-from orchestrator.training.job import CPUS_OF_DATA, train
+from orchestrator.training.job import DATA_CPUS, train
 
 FAILURES = (ValueError, RuntimeError, OSError, ArithmeticError)  # errors of a row that do not end the job
 
@@ -58,9 +59,9 @@ def run_ablations(config: AblationsConfig) -> str:
     trainings = _trainings(config, table, replicates)
     for replicate in replicates:  # raises errors in the table before the first training
         config.evaluation(table, *replicate)
-        config.bound(table, *replicate)
+        config.likelihood(table, *replicate)
     check_or_write_config(output, config, finished=bool(storage.list_names(storage.join(output, "runs"))))
-    cpus = config.num_workers * (config.num_threads + CPUS_OF_DATA)
+    cpus = config.num_workers * (config.num_threads + DATA_CPUS)
     with (
         session(cpus and cpus + 1, num_gpus=config.num_workers * config.num_gpus, shared=config.shared),
         tracked("ablations", config, output) as tracker,
@@ -103,17 +104,19 @@ def _trainings(config: AblationsConfig, table: Table, replicates: list[Replicate
 
 
 def _train_all(config: AblationsConfig, trainings: dict[str, AdmConfig]) -> None:
-    def done(training: AdmConfig) -> None:
+    """Run all trainings, `together` at a time; print the result of each."""
+
+    def on_done(training: AdmConfig) -> None:
         reason = _failure(config, training)
         print(f"{training.output}: {f'failed: {reason}' if reason else 'trained'}", flush=True)
 
-    print(f"{len(trainings)} trainings, up to {config.together} at once", flush=True)
+    print(f"{counted(len(trainings), 'training')}, up to {config.together} at once", flush=True)
     rounds = iter([Round(list(trainings.items()), [])])
-    run_rounds(partial(_train, config), rounds, config.together if config.num_workers else 0, done)
+    run_rounds(partial(_train, config), rounds, config.together if config.num_workers else 0, on_done)
 
 
 def _train(config: AblationsConfig, training: AdmConfig) -> dict[str, float]:
-    """Train a run; write a file with the reason if it fails, which the next attempt removes."""
+    """Run a training; if it fails, write a file with the reason, which the next attempt removes."""
     uri = _failure_uri(config, training)
     if storage.exists(uri):
         storage.delete(uri)
@@ -138,20 +141,21 @@ def _failure(config: AblationsConfig, training: AdmConfig) -> str:
 
 
 def _measure(config: AblationsConfig, table: Table, replicate: Replicate) -> Measured:
-    """Evaluate a row's run, and return the results of its last snapshot."""
+    """Evaluate the run of a replicate, and return the results of its last snapshot."""
     training, evaluation = config.training(table, *replicate), config.evaluation(table, *replicate)
     quality = storage.read_json(evaluate_run(evaluation))
     last = max(quality["points"], key=lambda point: (point["images"], point["average"]))
     task = Evaluation(Setting(**last["setting"]), evaluation.num_samples, evaluation.seed)
     outcome = read_outcome(evaluation, task)
     values = dict(last["objective"])
-    if bound := config.bound(table, *replicate):
-        values[BITS] = storage.read_json(estimate(bound))["bits_per_dim"]
+    if likelihood := config.likelihood(table, *replicate):
+        values[BITS] = storage.read_json(estimate(likelihood))["bits_per_dim"]
     rates = [rate for _, rate in history(config.path(training.output), "images_per_second")]
     seconds = training.length / float(np.median(rates)) if rates else None
     return Measured(
         replicate.row, replicate.seed, quality, last, values, outcome.scores, outcome.strata,
-        seconds and seconds * max(config.num_workers, 1) / 3600, count_parameters(training.model),
+        hours=seconds and seconds * max(config.num_workers, 1) / 3600,
+        parameters=count_parameters(training.model),
     )  # fmt: skip
 
 
@@ -164,7 +168,7 @@ def _track(measured: Measured, tracker: Tracker) -> None:
 
 
 def plan(config: AblationsConfig) -> tuple[AblationsConfig, str]:
-    """Return the config, and what the table would train and cost."""
+    """Return the config and the text of a dry run: what the table would train, write and cost."""
     table, workers, hours = config.read_table(), max(config.num_workers, 1), 0.0
     replicates = [Replicate(row, seed) for row in table.rows for seed in table.seeds]
     trainings = _trainings(config, table, replicates)

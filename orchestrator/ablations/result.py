@@ -8,7 +8,7 @@ from models.metrics import Estimate, student_quantile
 from models.paired_tests import differences, interval
 from orchestrator.evaluation.metrics import describe
 from orchestrator.search.objectives import sign_of
-from orchestrator.search.result import number
+from orchestrator.search.result import format_estimate
 
 Json = dict[str, Any]
 BITS = "bits_per_dim"
@@ -40,35 +40,36 @@ def conclude(against: dict[str, str | None], measured: list[Measured], failed: d
     """
     if not measured:
         raise RuntimeError(f"all rows failed: {failed}")
-    replicates = {row: [one for one in measured if one.row == row] for row in against}
+    replicates = {row: [m for m in measured if m.row == row] for row in against}
     rows = {
-        row: _row(results, other, replicates[other] if other else [])
+        row: _describe_row(replicates[row], other, replicates[other] if other else [])
         for row, other in against.items()
-        if (results := replicates[row])
+        if replicates[row]
     }
     return {"rows": rows, "failed": failed, "objective": measured[0].quality["objective"]}
 
 
-def _row(replicates: list[Measured], against: str | None, others: list[Measured]) -> Json:
-    objectives, hours = replicates[0].quality["objective"], [one.hours for one in replicates if one.hours is not None]
-    metrics = {
-        name: [one.last["metrics"][name]["value"] for one in replicates] for name in replicates[0].last["metrics"]
-    }
+def _describe_row(replicates: list[Measured], against: str | None, others: list[Measured]) -> Json:
+    """Return a row as ablations.json shows it: means over its replicates, and differences from those of another row."""
+    first = replicates[0]
+    objectives = first.quality["objective"]
+    hours = [m.hours for m in replicates if m.hours is not None]
+    metrics = {name: [m.last["metrics"][name]["value"] for m in replicates] for name in first.last["metrics"]}
     return {
-        "seeds": [one.seed for one in replicates],
-        "images": replicates[0].last["images"],
-        "average": replicates[0].last["average"],
-        "evaluations": replicates[0].last["evaluations"],
-        "parameters": replicates[0].parameters,
+        "seeds": [m.seed for m in replicates],
+        "images": first.last["images"],
+        "average": first.last["average"],
+        "evaluations": first.last["evaluations"],
+        "parameters": first.parameters,
         "hours": float(np.mean(hours)) if hours else None,
-        "values": {name: describe(_mean([one.values[name] for one in replicates])) for name in replicates[0].values},
+        "values": {name: describe(_mean([m.values[name] for m in replicates])) for name in first.values},
         "metrics": {name: float(np.mean(values)) for name, values in metrics.items()},
         "against": against,
-        "differences": {name: _difference(replicates, others, name) for name in replicates[0].values} if others else {},
+        "differences": {name: _difference(replicates, others, name) for name in first.values} if others else {},
         "curve": [
             {"images": point["images"], **{name: point["objective"][name]["value"] for name in objectives}}
-            for point in replicates[0].quality["points"]
-            if point["curve"] == replicates[0].last["curve"]
+            for point in first.quality["points"]
+            if point["curve"] == first.last["curve"]
         ],
     }
 
@@ -89,18 +90,18 @@ def _mean(estimates: list[Json]) -> Estimate:
 
 def _difference(replicates: list[Measured], others: list[Measured], name: str) -> Json | None:
     """Return this row minus another, paired by training seed, labels and noise; None = they share no seed."""
-    pairs = [(one, other) for one in replicates for other in others if one.seed == other.seed]
+    pairs = [(replicate, other) for replicate in replicates for other in others if replicate.seed == other.seed]
     if not pairs:
         return None
-    return describe(_mean([_paired(one, other, name) for one, other in pairs]))
+    return describe(_mean([_paired_difference(replicate, other, name) for replicate, other in pairs]))
 
 
-def _paired(one: Measured, other: Measured, name: str) -> Json:
-    """Return the difference of two trainings by the same seed; an interval needs scores by sample."""
-    if name not in one.scores:
-        return {"value": one.values[name]["value"] - other.values[name]["value"], "interval": None}
-    scores = sign_of(name) * differences(one.scores[name], other.scores[name])
-    return describe(interval(scores, len(scores), one.strata))
+def _paired_difference(replicate: Measured, other: Measured, name: str) -> Json:
+    """Return the difference of two trainings with one seed; without scores of the samples, it has no interval."""
+    if name not in replicate.scores:
+        return {"value": replicate.values[name]["value"] - other.values[name]["value"], "interval": None}
+    scores = sign_of(name) * differences(replicate.scores[name], other.scores[name])
+    return describe(interval(scores, len(scores), replicate.strata))
 
 
 def table_lines(result: Json) -> list[str]:
@@ -111,8 +112,9 @@ def table_lines(result: Json) -> list[str]:
         cells = ""
         for name in names:
             difference = entry["differences"].get(name)
-            cells += f"{number(entry['values'][name]):>34}  {number(difference) if difference else '':28}"
+            text = format_estimate(difference) if difference else ""
+            cells += f"{format_estimate(entry['values'][name]):>34}  {text:28}"
         hours = "" if entry["hours"] is None else f"{entry['hours']:6.3g}"
         lines.append(f"{row:28}{cells}  {entry['parameters']:10,}  {hours}")
-    lines += [f"failed  {what}: {reason}" for what, reason in result["failed"].items()]
+    lines += [f"failed  {replicate}: {reason}" for replicate, reason in result["failed"].items()]
     return lines

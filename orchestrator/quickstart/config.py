@@ -11,7 +11,7 @@ class QuickstartConfig(JobConfig):
     """The storage of the quickstart and the size of its stages."""
 
     storage: Literal["local", "s3"] = "local"  # local = a folder; s3 = a local S3 server that is started for the job
-    folder: str = "runs/quickstart"  # local folder of report and MLflow file; with storage=local of everything
+    folder: str = "runs/quickstart"  # local folder of report and MLflow file, and with storage=local of all output
     num_workers: int = Field(2, ge=1)  # training, sampling and feature workers
     total_images: int = Field(89_600, gt=0)  # length of the diffusion model's training in images
     classifier_total_images: int = Field(32_000, gt=0)  # length of the classifier's training in images

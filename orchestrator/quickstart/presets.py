@@ -1,9 +1,9 @@
-"""Quickstarts by name."""
+"""Presets of the quickstart."""
 
 from orchestrator.config import DIGITS
 from orchestrator.quickstart.config import QuickstartConfig
 
 
 def quickstart_presets() -> dict[str, tuple[str, QuickstartConfig]]:
-    """Return the quickstarts by name, each with a line of description."""
+    """Return the presets, with their descriptions."""
     return {"digits": (DIGITS, QuickstartConfig())}

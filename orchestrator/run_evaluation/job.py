@@ -1,10 +1,11 @@
-"""Quality along a training: all snapshots of a run are sampled with the same labels and noise, and compared.
+"""The evaluation of a training run: all its snapshots are sampled with the same labels and noise, and compared.
 
 All snapshots use the same indices, so consecutive snapshots are compared by paired differences, in which most of the
 sampling error cancels. The evaluation runs during the training on its own workers, or afterwards. The result of each
 snapshot is stored, so that the same command continues after an interruption.
 """
 
+import itertools
 import logging
 import time
 from collections.abc import Iterator
@@ -25,19 +26,19 @@ from orchestrator.run_evaluation.config import RunEvaluationConfig
 from orchestrator.run_evaluation.page import curve_figure, quality_page, snapshots_figure
 from orchestrator.run_evaluation.result import Point, best_files, conclude, summary
 from orchestrator.search.evaluator import (
-    Facts,
+    NetworkFacts,
+    class_mismatch,
     evaluate,
     make_worker,
+    networks_config,
     read_outcome,
     record_uri,
     reference_of,
-    sampled_by,
-    unmatched,
 )
 from orchestrator.search.halving import Evaluation
-from orchestrator.search.job import passes_of
+from orchestrator.search.job import pass_costs
 from orchestrator.search.objectives import Objective
-from orchestrator.search.space import Passes, Setting
+from orchestrator.search.space import PassCosts, Setting
 from orchestrator.tracking import Tracker, tracked
 from orchestrator.training.averages import average, average_uri
 from orchestrator.training.config import AverageConfig
@@ -63,7 +64,9 @@ def evaluate_run(config: RunEvaluationConfig) -> str:
     existing = _snapshots(config)
     if not existing:
         if averages := sorted({snapshot.average for snapshot in snapshots(run)}):
-            raise ValueError(f"--ema {' '.join(config.ema)}: {config.weights} has only {', '.join(averages)}")
+            raise ValueError(
+                f"--ema {' '.join(config.ema)}: {config.weights} has only {', '.join(averages)}; pass some of them"
+            )
         raise FileNotFoundError(
             f"--weights {config.weights} has no snapshots yet; train with --snapshot-every, and run this command after "
             "the first snapshot"
@@ -78,7 +81,8 @@ def evaluate_run(config: RunEvaluationConfig) -> str:
         tracked("evaluate run", config, output) as tracker,
     ):
         reference, _ = reference_of(config, facts.image_size, config.num_workers)
-        facts = facts._replace(unmatched=unmatched(classes, reference) or facts.unmatched)
+        mismatch = class_mismatch(classes, reference)
+        facts = facts._replace(class_mismatch=mismatch or facts.class_mismatch)
         points = _evaluate_snapshots(config, facts, passes, tracker)
         result = conclude(config, points)
         pictures = {"quality.png": curve_figure(result), "snapshots.png": snapshots_figure(config, result)}
@@ -94,19 +98,21 @@ def evaluate_run(config: RunEvaluationConfig) -> str:
     storage.write_json(storage.join(run, BEST), best_files(result))
     print(summary(result))
     average = result["best"]["average"]
-    chosen = {} if average.startswith("posthoc") else {"ema": average}
-    command = next_command("generate_samples", weights=config.weights, **chosen, at="best")
+    options = {} if average.startswith("posthoc") else {"ema": average}
+    command = next_command("generate_samples", weights=config.weights, **options, at="best")
     print_closing([storage.join(output, "report.html"), uri], [command])
     return uri
 
 
-def _evaluate_snapshots(config: RunEvaluationConfig, facts: Facts, passes: Passes, tracker: Tracker) -> list[Point]:
-    """Evaluate the snapshots that have no stored result; return all of them, and log their metrics by images."""
+def _evaluate_snapshots(
+    config: RunEvaluationConfig, facts: NetworkFacts, passes: PassCosts, tracker: Tracker
+) -> list[Point]:
+    """Evaluate the snapshots that have no stored result; log the metrics of all snapshots by images and return them."""
     points: list[Point] = []
     with pool(partial(make_worker, config), config.num_workers, config.num_threads, config.num_gpus) as workers:
-        for todo in _rounds(config, passes):
-            with progress_line(len(todo) * config.num_samples, "samples") as progress:
-                for snapshot, task in todo:
+        for evaluations in _rounds(config, passes):
+            with progress_line(len(evaluations) * config.num_samples, "samples") as progress:
+                for snapshot, task in evaluations:
                     if not storage.exists(record_uri(config, task)):
                         evaluate(config, workers, facts, task, progress.update_item)
                     progress.finish_item(task, config.num_samples)
@@ -117,68 +123,70 @@ def _evaluate_snapshots(config: RunEvaluationConfig, facts: Facts, passes: Passe
     return points
 
 
-def _rounds(config: RunEvaluationConfig, passes: Passes) -> Iterator[list[tuple[Snapshot, Evaluation]]]:
+def _rounds(config: RunEvaluationConfig, passes: PassCosts) -> Iterator[list[tuple[Snapshot, Evaluation]]]:
     """Yield the evaluations of existing snapshots and, with `follow`, of new ones until the training ends."""
     run, done = config.path(config.weights), set[Snapshot]()
     while True:
-        is_trained = config.follow and Lease(run).is_held()  # asked before listing, so that no snapshot is missed
+        is_training = config.follow and Lease(run).is_held()  # checked before listing, so that no snapshot is missed
         new = [snapshot for snapshot in _snapshots(config) if snapshot not in done]
         if new:
             yield [(snapshot, task) for snapshot in new for task in _tasks(config, passes, snapshot)]
             done |= set(new)
-        elif not is_trained:
+        elif not is_training:
             return
         else:
             time.sleep(POLL_SECONDS)
 
 
 def _snapshots(config: RunEvaluationConfig) -> list[Snapshot]:
-    """Return the snapshots to evaluate, oldest first; missing post-hoc averages are computed."""
+    """Return the snapshots to evaluate, oldest first; compute the post-hoc averages that do not exist yet."""
     run = config.path(config.weights)
     selected = [snapshot for snapshot in snapshots(run) if not config.ema or snapshot.average in config.ema]
-    for images in sorted({images for images, _, _ in power_snapshots(run)}) if config.sigma_rel else []:
-        for sigma_rel in config.sigma_rel:
-            requested = AverageConfig(store=config.store, weights=config.weights, sigma_rel=sigma_rel, images=images)
-            uri = average_uri(requested)
-            try:
-                uri = uri if storage.exists(uri) else average(requested)
-            except ValueError as error:
-                log.warning(
-                    "post-hoc average %g at %d images is skipped, the others continue: %s", sigma_rel, images, error
-                )
-                continue
-            selected.append(Snapshot(images, f"posthoc-{sigma_rel:g}", f"posthoc/{uri.rpartition('/')[2]}"))
+    positions = sorted({images for images, _, _ in power_snapshots(run)}) if config.sigma_rel else []
+    for images, sigma_rel in itertools.product(positions, config.sigma_rel):
+        requested = AverageConfig(store=config.store, weights=config.weights, sigma_rel=sigma_rel, images=images)
+        uri = average_uri(requested)
+        try:
+            if not storage.exists(uri):
+                average(requested)
+        except ValueError as error:
+            log.warning(
+                "post-hoc average %g at %d images is skipped, the others continue: %s", sigma_rel, images, error
+            )
+            continue
+        selected.append(Snapshot(images, f"posthoc-{sigma_rel:g}", f"posthoc/{uri.rpartition('/')[2]}"))
     return sorted(selected)
 
 
-def _tasks(config: RunEvaluationConfig, passes: Passes, snapshot: Snapshot) -> Iterator[Evaluation]:
+def _tasks(config: RunEvaluationConfig, passes: PassCosts, snapshot: Snapshot) -> Iterator[Evaluation]:
     """Yield the evaluation of a snapshot at each guidance scale."""
     weights = storage.join(config.weights, "weights", snapshot.name)
-    for guidance in config.guides:
+    for guidance in config.guidances:
         setting = Setting(weights=weights, sampler=config.sampler, guidance=guidance)
-        setting = setting.model_copy(update={"evaluations": passes.of(setting)})
+        setting = setting.model_copy(update={"evaluations": passes.evaluations(setting)})
         yield Evaluation(setting, config.num_samples, config.seed)
 
 
 def _files(config: RunEvaluationConfig) -> dict[str, str]:
-    """Return the files of the guides' weights: those that config.json records, or the newest ones."""
-    noted = noted_files(config.path(config.output))
+    """Return the weights files of classifier and weaker model: those that config.json records, or the newest ones."""
+    recorded = noted_files(config.path(config.output))
     paths = [path for path in (config.classifier, config.guidance.weak_weights) if path]
-    return {path: weights_file(path, config.path, noted.get(path)) for path in paths}
+    return {path: weights_file(path, config.path, recorded.get(path)) for path in paths}
 
 
 def _generation(
     config: RunEvaluationConfig, files: dict[str, str], snapshot: Snapshot
-) -> tuple[GenerationConfig, Passes]:
-    """Return the config that samples from a snapshot, and the cost of a pass of each guide."""
+) -> tuple[GenerationConfig, PassCosts]:
+    """Return the config that loads a snapshot and its guides, and the cost of a pass of each guide."""
     weights = storage.join(config.weights, "weights", snapshot.name)
-    generation = sampled_by(config, files, weights, config.guidance.weak_weights)
-    return generation, passes_of({(guide.kind, guide.weak_weights) for guide in config.guides}, generation, files)
+    generation = networks_config(config, files, weights, config.guidance.weak_weights)
+    guides = {(guidance.kind, guidance.weak_weights) for guidance in config.guidances}
+    return generation, pass_costs(guides, generation, files)
 
 
 def _check_or_write_config(
     config: RunEvaluationConfig, files: dict[str, str], first: Snapshot
-) -> tuple[Facts, tuple[str, ...], Passes]:
+) -> tuple[NetworkFacts, tuple[str, ...], PassCosts]:
     """Check or write the config of the output folder; return facts and classes of the networks, and costs of passes.
 
     Raises:
@@ -191,7 +199,7 @@ def _check_or_write_config(
     loaded = config.extractor_loader(size)(CPU)
     for name in config.objective:
         Objective.parse(name, loaded.network.name)
-    noted = {
+    fingerprint = {
         "first_snapshot": networks.weights.sha256,
         "classifier": networks.classifier.sha256 if networks.classifier else None,
         "extractor": loaded.fingerprint,
@@ -199,15 +207,15 @@ def _check_or_write_config(
     }
     output = config.path(config.output)
     finished = bool(storage.list_names(storage.join(output, "trials")))
-    check_or_write_config(output, config, finished, {"files": files}, **noted)
-    facts = Facts(size, networks.labels.given, loaded.class_mismatch(networks.classes))
+    check_or_write_config(output, config, finished, {"files": files}, **fingerprint)
+    facts = NetworkFacts(size, networks.labels.given, loaded.class_mismatch(networks.classes))
     return facts, networks.classes, passes
 
 
 def plan(config: RunEvaluationConfig) -> tuple[RunEvaluationConfig, str]:
-    """Return the config, and what an evaluation of the existing snapshots would read, write and cost."""
-    existing, reference = _snapshots(config), config.path(config.reference)
-    reads = f"reads   {config.path(config.weights)} and {reference}"
+    """Return the config and the text of a dry run: what an evaluation of the existing snapshots would read and cost."""
+    existing = _snapshots(config)
+    reads = f"reads   {config.path(config.weights)} and {config.path(config.reference)}"
     if not existing:
         return config, f"{reads}\nnot there yet: snapshots of the requested averages"
     files = _files(config)
@@ -216,12 +224,13 @@ def plan(config: RunEvaluationConfig) -> tuple[RunEvaluationConfig, str]:
     classifier = classifier_outline(generation)
     weak = config.guidance.weak_weights and outline(generation, files[config.guidance.weak_weights])
     guides = {"classifier": classifier, "classifier_free": model, "auto": weak or None}
-    lines, half = list[str](), config.dtype != "float32"
+    lines: list[str] = []
+    half = config.dtype != "float32"
     tasks = [task for snapshot in existing for task in _tasks(config, passes, snapshot)]
-    for guidance in config.guides:
-        todo = [t for t in tasks if t.setting.guidance == guidance and not storage.exists(record_uri(config, t))]
-        sampled = generation.model_copy(update={"sampler": config.sampler, "guidance": guidance})
-        for cost in costs(sampled, config.num_samples * len(todo), model, guides, None):
+    for guidance in config.guidances:
+        missing = [t for t in tasks if t.setting.guidance == guidance and not storage.exists(record_uri(config, t))]
+        guided = generation.model_copy(update={"sampler": config.sampler, "guidance": guidance})
+        for cost in costs(guided, config.num_samples * len(missing), model, guides, None):
             lines.append(priced(cost, config.cost, config.num_workers, config.num_gpus, half))
     return config, "\n".join(
         [

@@ -9,18 +9,20 @@ from orchestrator.evaluation.page import template
 from orchestrator.pictures import COLOURS, figure_png, strips_figure, subplots
 from orchestrator.run_evaluation.config import RunEvaluationConfig
 from orchestrator.search.evaluator import first_images
-from orchestrator.search.result import number
+from orchestrator.search.result import format_estimate
 from orchestrator.search.space import Setting
 
-COLUMNS = 20  # samples of a snapshot
-MOST_ROWS = 12  # snapshots in the grid, evenly spaced
+COLUMNS = 20  # samples of a snapshot in the grid
+MAX_ROWS = 12  # snapshots in the grid, evenly spaced
 
 Json = dict[str, Any]
 
 
 def quality_page(result: Json, pictures: dict[str, bytes]) -> str:
     """Return the page for the content of quality.json and its pictures (PNG)."""
-    return template(Path(__file__).with_suffix(".html")).render(result=result, number=number, pictures=pictures)
+    return template(Path(__file__).with_suffix(".html")).render(
+        result=result, format_estimate=format_estimate, pictures=pictures
+    )
 
 
 def curve_figure(result: Json) -> bytes:
@@ -35,9 +37,9 @@ def curve_figure(result: Json) -> bytes:
     for point in result["points"]:
         curves.setdefault(point["curve"], []).append(point)
     for axis, name in zip(axes.flat, names, strict=True):
-        for colour, (label, along) in zip(COLOURS * 9, curves.items(), strict=False):
-            metrics = [point["objective"].get(name, point["metrics"].get(name)) for point in along]
-            x = [point["images"] for point in along]
+        for colour, (label, curve) in zip(COLOURS * 9, curves.items(), strict=False):
+            metrics = [point["objective"].get(name, point["metrics"].get(name)) for point in curve]
+            x = [point["images"] for point in curve]
             axis.plot(x, [metric["value"] for metric in metrics], "o-", color=colour, markersize=3.5, label=label)
             if all(metric["interval"] for metric in metrics):
                 low, high = np.array([metric["interval"] for metric in metrics]).T
@@ -51,10 +53,10 @@ def curve_figure(result: Json) -> bytes:
 
 def snapshots_figure(config: RunEvaluationConfig, result: Json) -> bytes:
     """Draw samples of the same indices, labels and noise by the snapshots of the best curve."""
-    along = [point for point in result["points"] if point["curve"] == result["best"]["curve"]]
-    places = np.unique(np.linspace(0, len(along) - 1, MOST_ROWS).round().astype(int))
+    curve = [point for point in result["points"] if point["curve"] == result["best"]["curve"]]
+    selected = np.unique(np.linspace(0, len(curve) - 1, MAX_ROWS).round().astype(int))
     rows = [
         (f"{point['images']:,}", first_images(config, Setting(**point["setting"]))[:COLUMNS])
-        for point in (along[place] for place in places)
+        for point in (curve[index] for index in selected)
     ]
     return strips_figure(rows, f"{result['best']['curve']}: the same seeds by the number of training images")

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from orchestrator.run_evaluation.config import RunEvaluationConfig
 from orchestrator.search.halving import Outcome
-from orchestrator.search.result import number, objectives_of, worse_by
+from orchestrator.search.result import format_estimate, objectives_of, worse_by
 from orchestrator.search.space import Setting
 from orchestrator.training.snapshots import Snapshot
 from orchestrator.weights.network import ANY
@@ -35,39 +35,38 @@ def conclude(config: RunEvaluationConfig, points: list[Point]) -> Json:
     measured = [point for point in points if not point.outcome.failed and len(point.outcome.scores[name])]
     failed = {f"{p.snapshot.name}, {p.setting}": p.outcome.failed for p in points if p.outcome.failed}
     if not measured:
-        reason = failed or f"--num-samples {config.num_samples} is too small for {name}"
+        reason = failed or f"--num-samples {config.num_samples} is too small for {name}; raise it"
         raise RuntimeError(f"no snapshot could be measured: {reason}")
     best = min(measured, key=lambda point: float(point.outcome.scores[name].mean()))
     curves: dict[str, list[Point]] = {}
     for point in sorted(measured, key=lambda point: point.snapshot.images):
         curves.setdefault(point.curve, []).append(point)
-    steps = sum(len(along) - 1 for along in curves.values())
+    num_changes = max(sum(len(curve) - 1 for curve in curves.values()), 1)
     described = [
-        _described(config, point, before, best, max(steps, 1), len(measured))
-        for along in curves.values()
-        for before, point in zip([None, *along], along, strict=False)
+        _describe(config, point, previous, best, num_changes, len(measured))
+        for curve in curves.values()
+        for previous, point in zip([None, *curve], curve, strict=False)
     ]
-    level = [
-        entry for entry in described if entry["curve"] == best.curve and entry["behind_best"][name]["interval"][0] <= 0
-    ]
+    best_curve = [point for point in described if point["curve"] == best.curve]
+    as_good = [point for point in best_curve if point["behind_best"][name]["interval"][0] <= 0]
     return {
         "run": config.weights,
         "objective": list(config.objective),
         "num_samples": config.num_samples,
         "seed": config.seed,
         "points": described,
-        "best": next(entry for entry in described if entry["weights"] == best.setting.weights and entry["best"]),
-        "as_good_from": level[0]["images"],
+        "best": next(point for point in described if point["best"]),
+        "as_good_from": as_good[0]["images"],
         "failed": failed,
     }
 
 
-def _described(
-    config: RunEvaluationConfig, point: Point, before: Point | None, best: Point, steps: int, count: int
+def _describe(
+    config: RunEvaluationConfig, point: Point, previous: Point | None, best: Point, num_changes: int, num_points: int
 ) -> Json:
-    """Return a point as JSON; its intervals are simultaneous over all steps, and over all differences from the best."""
+    """Return a point as JSON; intervals are simultaneous over all changes, and over all differences from the best."""
     n, outcome = config.num_samples, point.outcome
-    change = worse_by(config, outcome, before.outcome, n, steps) if before else None
+    change = worse_by(config, outcome, previous.outcome, n, num_changes) if previous else None
     return {
         "images": point.snapshot.images,
         "average": point.snapshot.average,
@@ -79,13 +78,13 @@ def _described(
         "metrics": outcome.metrics,
         "change": change,
         "verdict": _verdict(change[config.objective[0]]) if change else "first",
-        "behind_best": worse_by(config, outcome, best.outcome, n, count * (count - 1) // 2),
+        "behind_best": worse_by(config, outcome, best.outcome, n, num_points * (num_points - 1) // 2),
         "best": point is best,
     }
 
 
 def _verdict(change: Json) -> str:
-    """Return the assessment of a change."""
+    """Return the assessment of a change from the previous snapshot, by its interval; positive is worse."""
     low, high = change["interval"]
     if high < 0:
         return "still improving"
@@ -108,11 +107,11 @@ def summary(result: Json) -> str:
         f"{'images':>14}  {'average, guidance':28} {name + ', bias-corrected':34} change from the previous snapshot"
     ]
     for point in result["points"]:
-        change = f"{number(point['change'][name])}: {point['verdict']}" if point["change"] else ""
+        change = f"{format_estimate(point['change'][name])}: {point['verdict']}" if point["change"] else ""
         mark = " <- best" if point["best"] else ""
-        value = number(point["objective"][name])
+        value = format_estimate(point["objective"][name])
         lines.append(f"{point['images']:>14,}  {point['curve']:28} {value:34} {change}{mark}")
-    lines += [f"failed: {what}: {reason}" for what, reason in result["failed"].items()]
+    lines += [f"failed: {snapshot}: {reason}" for snapshot, reason in result["failed"].items()]
     lines.append(
         f"best    {best['curve']} at {best['images']:,} images; no significant difference from "
         f"{result['as_good_from']:,} images on, with {result['num_samples']:,} samples (simultaneous 95% intervals)"

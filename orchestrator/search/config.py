@@ -1,4 +1,4 @@
-"""The config of a search, and the part of it that every evaluation of settings shares."""
+"""The config of a search, and the base config of all jobs that evaluate settings."""
 
 import math
 import re
@@ -12,11 +12,11 @@ from orchestrator.cost import CostConfig
 from orchestrator.evaluation.extractors import LoadExtractor, extractor_loader
 from orchestrator.generation.config import GenerationConfig
 from orchestrator.search.objectives import EVALUATIONS, Constraint
-from orchestrator.search.space import Passes, Setting, Space, SpaceConfig
+from orchestrator.search.space import PassCosts, Setting, Space, SpaceConfig
 
 
 class Limit(NamedTuple):
-    """A budget, infinite where there is none."""
+    """A limit of the budget; by default infinite."""
 
     amount: float = math.inf
     unit: Literal["samples", "%", "h"] = "samples"  # % = of the network evaluations if all trials reach the last rung
@@ -29,10 +29,15 @@ class Limit(NamedTuple):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)(%|h?)", text.replace(",", "").strip())
         if not match or not float(match[1]):
             raise ValueError(
-                f"budget={text!r} is not a budget; pass a number of samples (20000), a share of the cost of all "
-                "trials (25%) or hours (1.5h)"
+                f"budget={text!r} is not accepted; pass a number of samples (20000), a share of the cost of all trials "
+                "(25%) or hours (1.5h)"
             )
         return cls(float(match[1]), cast(Literal["%", "h"], match[2]) or "samples")
+
+
+def round_up(n: int, batch_size: int) -> int:
+    """Return n rounded up to whole batches."""
+    return -(-n // batch_size) * batch_size
 
 
 class TrialsConfig(JobConfig):
@@ -42,8 +47,8 @@ class TrialsConfig(JobConfig):
     reference: str  # prepared dataset (its training split) or published batch (.npz) with images
     output: str  # folder of records and results
     objective: tuple[str, ...] = Field(("fd_digits",), min_length=1, max_length=2)  # one or two metrics
-    seed: int = Field(0, ge=0)  # decides labels and noise, which all settings share
-    labels: str = "balanced"  # balanced, uniform, or as in generate_samples
+    seed: int = Field(0, ge=0)  # seed of labels and noise, which all settings share
+    labels: str = "balanced"  # balanced, uniform, or any other value that generate_samples accepts
     batch_size: int = Field(64, gt=0)  # images in a batch
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # precision of convolutions and attention
     compile: Operational[bool] = False  # torch.compile the networks: a slower start, but faster on long runs
@@ -55,12 +60,12 @@ class TrialsConfig(JobConfig):
     cost: Operational[CostConfig] = CostConfig()
 
     @property
-    def most_samples(self) -> int:
-        """Return the largest number of samples of a setting."""
+    def max_samples(self) -> int:
+        """Return the maximum number of samples of a setting."""
         raise NotImplementedError
 
     @property
-    def most_networks(self) -> int:
+    def max_networks(self) -> int:
         """Return how many combinations of networks a worker keeps in memory."""
         return 1
 
@@ -78,7 +83,7 @@ class TrialsConfig(JobConfig):
         if setting is not None:
             fields |= {"sampler": setting.sampler, "guidance": setting.guidance}
         return GenerationConfig(
-            weights=weights, num_samples=self.most_samples, seed=seed, shard_size=self.batch_size, **fields
+            weights=weights, num_samples=self.max_samples, seed=seed, shard_size=self.batch_size, **fields
         )
 
     def extractor_loader(self, image_size: int) -> LoadExtractor:
@@ -95,21 +100,21 @@ class SearchConfig(TrialsConfig):
     weights: tuple[str, ...] = Field(min_length=1)  # diffusion models to choose from, such as several averages of a run
     space: SpaceConfig = SpaceConfig()
     constraints: tuple[str, ...] = ()  # bounds on metrics, such as evaluations<=25 or recall>=0.4
-    rungs: tuple[int, ...] = Field((64, 128, 256, 512, 1024, 2048), min_length=1)  # numbers of samples for comparisons
-    trials: int = Field(24, gt=0)  # limit of settings to try
+    rungs: tuple[int, ...] = Field((64, 128, 256, 512, 1024, 2048), min_length=1)  # samples at which trials compete
+    trials: int = Field(24, gt=0)  # maximum number of settings to try
     round_size: int = Field(8, gt=0)  # settings that Optuna proposes at once; a grid is proposed as a whole
     proxy: bool = False  # for a grid: try the fewest steps first, then more steps near the best scales
-    finalists: int = Field(2, gt=0)  # best trials that are evaluated again on fresh seeds
+    finalists: int = Field(2, gt=0)  # number of best trials that are evaluated again on fresh seeds
     alpha: float = Field(0.05, gt=0, lt=1)  # family-wise error: probability of ever eliminating the best trial
     budget: Operational[str | None] = None  # samples (20000), hours (1.5h), or a share of the cost of all trials (25%)
     fresh_seed: int = Field(1_000_003, ge=0)  # seed of the final evaluation, which no decision has used
 
     @property
-    def most_samples(self) -> int:
+    def max_samples(self) -> int:
         return self.rungs[-1]
 
     @property
-    def most_networks(self) -> int:
+    def max_networks(self) -> int:
         return len(self.weights) * (1 + len(self.space.weak_weights))
 
     @model_validator(mode="after")
@@ -121,15 +126,15 @@ class SearchConfig(TrialsConfig):
         if self.seed == self.fresh_seed:
             raise ValueError(f"fresh_seed={self.fresh_seed} must differ from seed, so that the final samples are new")
         if len(set(self.objective)) < len(self.objective):
-            raise ValueError(f"objective={self.objective} names a metric twice; pass one metric, or two different ones")
+            raise ValueError(f"objective={self.objective} has a metric twice; pass one metric, or two different ones")
         for text in self.constraints:
             Constraint.parse(text)
-        sizes = [-(-n // self.batch_size) * self.batch_size for n in self.rungs]
-        least = sizes[0] + self.finalists * sizes[-1]
+        first, last = (round_up(n, self.batch_size) for n in (self.rungs[0], self.rungs[-1]))
+        minimum = first + self.finalists * last
         limit = Limit.parse(self.budget)
-        if limit.unit == "samples" and limit.amount < least:
+        if limit.unit == "samples" and limit.amount < minimum:
             raise ValueError(
-                f"budget={self.budget} must be at least {least:,} samples, for one trial at the first rung and for "
+                f"budget={self.budget} must be at least {minimum:,} samples, for one trial at the first rung and for "
                 "the final evaluation"
             )
         return self
@@ -140,7 +145,7 @@ class SearchConfig(TrialsConfig):
         return tuple(c for c in map(Constraint.parse, self.constraints) if c.metric != EVALUATIONS)
 
     def num_trials(self, grid: list[Setting]) -> int:
-        """Return how many settings are tried."""
+        """Return the maximum number of settings to try."""
         return self.trials if self.space.continuous else min(self.trials, len(grid))
 
     def proposes_grid(self, grid: list[Setting]) -> bool:
@@ -148,15 +153,15 @@ class SearchConfig(TrialsConfig):
         return not self.space.continuous and len(grid) <= self.trials
 
 
-def space_of(config: SearchConfig, passes: Passes) -> Space:
-    """Return the space of settings, for networks with these costs of a pass.
+def space_of(config: SearchConfig, passes: PassCosts) -> Space:
+    """Return the space of settings for networks whose passes have these costs.
 
     Raises:
         ValueError: a number of steps does not fit a sampler, or no setting satisfies the bound on network evaluations.
     """
     bounds = map(Constraint.parse, config.constraints)
-    most = min((c.bound for c in bounds if c.metric == EVALUATIONS), default=np.inf)
-    space = Space(config.space, config.weights, passes, most)
+    max_evaluations = min((c.bound for c in bounds if c.metric == EVALUATIONS), default=np.inf)
+    space = Space(config.space, config.weights, passes, max_evaluations)
     if not space.grid():
         raise ValueError(f"constraints={', '.join(config.constraints)}: no setting of the space satisfies them")
     return space

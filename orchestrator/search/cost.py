@@ -1,4 +1,4 @@
-"""The cost of a search: what its trials have drawn, what the budget can still pay for, and an estimate in advance."""
+"""The cost of a search: the samples that its trials drew, what remains of the budget, and an estimate in advance."""
 
 import time
 from collections import Counter
@@ -10,7 +10,7 @@ from models.costs import forward_multiply_adds
 from models.unet import Architecture
 from orchestrator import storage
 from orchestrator.cost import GUIDED_SAMPLING, Cost, gpu_seconds
-from orchestrator.search.config import Limit, SearchConfig
+from orchestrator.search.config import Limit, SearchConfig, round_up
 from orchestrator.search.halving import Evaluation
 from orchestrator.search.space import Setting
 
@@ -24,17 +24,17 @@ class Clock:
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
-        noted: dict[str, Any] = storage.read_json(uri) if storage.exists(uri) else {"seconds": 0.0, "rounds": []}
-        self._before, self._rounds = noted["seconds"], noted["rounds"]
-        self._begin, self._round = time.monotonic(), 0
+        stored: dict[str, Any] = storage.read_json(uri) if storage.exists(uri) else {"seconds": 0.0, "rounds": []}
+        self._earlier_seconds, self._rounds = stored["seconds"], stored["rounds"]
+        self._start, self._round = time.monotonic(), 0
 
     @property
     def seconds(self) -> float:
-        """Return the seconds so far."""
-        return self._before + time.monotonic() - self._begin
+        """Return the seconds of all attempts so far."""
+        return self._earlier_seconds + time.monotonic() - self._start
 
     def next_round(self) -> float:
-        """Return the seconds at which the next round began, in this attempt or in an earlier one."""
+        """Begin the next round; return the seconds at which it began, in this attempt or in an earlier one."""
         if self._round == len(self._rounds):
             self._rounds.append(self.seconds)
         self._round += 1
@@ -46,74 +46,70 @@ class Clock:
 
 
 class SampleBudget:
-    """The samples that a search has drawn, and what remains of its limit, in samples, network evaluations or seconds.
+    """The samples that a search has drawn, and what remains of its limit.
 
-    A trial that is promoted pays only for its new samples.
+    The limit is in samples, network evaluations or seconds. A trial that is promoted pays only for its new samples.
+    full: network evaluations of which a limit in % is a share.
     """
 
     def __init__(self, limit: Limit, batch_size: int, full: float, clock: Clock | None = None) -> None:
         self._limit, self._batch_size, self._clock = limit, batch_size, clock
-        self._most = {"samples": 1, "%": full / 100, "h": 3600}[limit.unit] * limit.amount  # in the units of `_price`
-        self._drawn: Counter[tuple[Setting, int]] = Counter()
+        self._total = {"samples": 1, "%": full / 100, "h": 3600}[limit.unit] * limit.amount  # in the unit of `prices`
+        self._drawn: Counter[tuple[Setting, int]] = Counter()  # samples by setting and seed
         self._seconds = 0.0  # when this round began
 
     @property
     def samples(self) -> int:
-        """The number of samples drawn, in whole batches."""
+        """Return the number of samples drawn, in whole batches."""
         return self._drawn.total()
 
     @property
     def evaluations(self) -> float:
-        """The network evaluations for all samples, in passes of the diffusion model."""
+        """Return the network evaluations for all samples, in passes of the diffusion model."""
         return sum(count * setting.evaluations for (setting, _), count in self._drawn.items())
 
     def evaluations_of(self, seed: int) -> float:
         """Return the network evaluations for the samples of one seed: of the trials, or of the final evaluation."""
         return sum(count * setting.evaluations for (setting, other), count in self._drawn.items() if other == seed)
 
-    def of(self, setting: Setting) -> int:
+    def samples_of(self, setting: Setting) -> int:
         """Return the number of samples of one setting, on all seeds."""
         return sum(count for (other, _), count in self._drawn.items() if other == setting)
 
     def left(self, reserve: list[Evaluation]) -> float:
-        """Return what remains beside `reserve`, the final evaluation, which a budget in % does not include."""
+        """Return what remains after paying for `reserve`, the final evaluation, which a limit in % does not include."""
         spent = {"samples": self.samples, "%": self.evaluations, "h": self._seconds}[self._limit.unit]
-        return self._most - spent - (0.0 if self._limit.unit == "%" else sum(self.prices(reserve)))
+        return self._total - spent - (0.0 if self._limit.unit == "%" else sum(self.prices(reserve)))
 
     def prices(self, tasks: list[Evaluation]) -> list[float]:
         """Return the cost of new samples by task: their number, network evaluations, or seconds at the speed so far."""
         if self._limit.unit == "samples":
-            return [self.new(task) for task in tasks]
+            return [self.new_samples(task) for task in tasks]
         seconds = self._seconds / (self.evaluations or 1) if self._limit.unit == "h" else 1.0
-        return [self.new(task) * task.setting.evaluations * seconds for task in tasks]
+        return [self.new_samples(task) * task.setting.evaluations * seconds for task in tasks]
 
     def spend(self, tasks: list[Evaluation]) -> None:
         """Count the samples of these evaluations as drawn, at the end of a round."""
         for task in tasks:
-            self._drawn[task.setting, task.seed] += self.new(task)
+            self._drawn[task.setting, task.seed] += self.new_samples(task)
         if self._clock is not None:
             self._seconds = self._clock.next_round()
 
-    def new(self, task: Evaluation) -> int:
+    def new_samples(self, task: Evaluation) -> int:
         """Return the number of samples that an evaluation has to draw, in whole batches."""
-        return max(0, whole(task.n, self._batch_size) - self._drawn[task.setting, task.seed])
-
-
-def whole(n: int, batch_size: int) -> int:
-    """Return n rounded up to whole batches."""
-    return -(-n // batch_size) * batch_size
+        return max(0, round_up(task.n, self._batch_size) - self._drawn[task.setting, task.seed])
 
 
 def full_evaluations(config: SearchConfig, settings: list[Setting]) -> float:
     """Return the network evaluations if every trial reached the last rung, at the mean cost of these settings."""
-    each = float(np.mean([setting.evaluations for setting in settings]))
-    return config.num_trials(settings) * whole(config.rungs[-1], config.batch_size) * each
+    mean_evaluations = float(np.mean([setting.evaluations for setting in settings]))
+    return config.num_trials(settings) * round_up(config.rungs[-1], config.batch_size) * mean_evaluations
 
 
-def most_work(config: SearchConfig, settings: list[Setting], model: Architecture) -> tuple[float, float, float]:
+def max_work(config: SearchConfig, settings: list[Setting], model: Architecture) -> tuple[float, float, float]:
     """Return the samples, network evaluations and GPU-hours of a search in which no trial is eliminated.
 
-    The budget limits them, unless it is in hours. All settings have the mean cost of `settings`.
+    The budget limits them, unless it is in hours. The mean cost of `settings` is assumed for all trials.
     """
     evaluations = float(np.mean([setting.evaluations for setting in settings]))
     flops = evaluations * 2.0 * forward_multiply_adds(model)

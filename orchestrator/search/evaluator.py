@@ -1,6 +1,6 @@
-"""The evaluation of a setting at a rung: the shared pool draws its first n samples, which are measured and recorded.
+"""The evaluation of a setting at a rung: the shared pool draws its first n samples, and the trial measures them.
 
-The folder trials/<setting>/seed-<seed>/ holds a block of features for each canonical batch, which every rung reuses.
+The folder trials/<setting>/seed-<seed>/ holds a block of features for each canonical batch, which all rungs share.
 For each rung it holds the record n-<n>.json, and in n-<n>.safetensors the scores by which trials are compared.
 """
 
@@ -36,19 +36,19 @@ from orchestrator.search.halving import Evaluation, Outcome
 from orchestrator.search.objectives import EVALUATIONS, Objective
 from orchestrator.search.space import Setting
 
-PICTURED = 40  # samples in the picture of a trial
+PICTURE_SAMPLES = 40  # samples in the picture of a trial
 
 
 # ------------------------------------------------------------------------------------------------ records
 
 
-def folder_of(config: TrialsConfig, task: Evaluation) -> str:
-    return storage.join(config.path(config.output), "trials", task.setting.name, f"seed-{task.seed}")
+def _folder_of(config: TrialsConfig, setting: Setting, seed: int) -> str:
+    return storage.join(config.path(config.output), "trials", setting.name, f"seed-{seed}")
 
 
 def record_uri(config: TrialsConfig, task: Evaluation) -> str:
     """Return the URI of an evaluation's record, which holds its metrics or the reason why it failed."""
-    return storage.join(folder_of(config, task), f"n-{task.n:06d}.json")
+    return storage.join(_folder_of(config, task.setting, task.seed), f"n-{task.n:06d}.json")
 
 
 def read_outcome(config: TrialsConfig, task: Evaluation) -> Outcome:
@@ -75,7 +75,7 @@ def _block_name(number: int) -> str:
 # ------------------------------------------------------------------------------------------------ in a trial
 
 
-class Held(NamedTuple):
+class LoadedReference(NamedTuple):
     """The reference in memory: statistics of all its images, and the features of some of them."""
 
     extractor: str
@@ -84,20 +84,20 @@ class Held(NamedTuple):
     num_classes: int
 
 
-class Facts(NamedTuple):
+class NetworkFacts(NamedTuple):
     """What trials need to know about the networks."""
 
     image_size: int
     labels_given: bool  # the labels of the samples are not drawn at random
-    unmatched: str  # why labels cannot be matched with the classes of the reference or the extractor; "" if they can
+    class_mismatch: str  # why labels do not match the classes of the reference or the extractor; "" if they do
 
 
 def evaluate(
-    config: TrialsConfig, workers: Pool, facts: Facts, task: Evaluation, report: Report = no_report
+    config: TrialsConfig, workers: Pool, facts: NetworkFacts, task: Evaluation, report: Report = no_report
 ) -> dict[str, float]:
-    """Draw the missing ones of a setting's first n samples in the shared pool, measure them, and write a record.
+    """Draw those of a setting's first n samples that are missing, measure all n, and write a record.
 
-    Return the mean scores, for Ray Tune's table.
+    Return the mean scores, which Ray Tune receives.
 
     If the samples are not finite, do not fit into memory or cannot be measured, the record holds the reason. After the
     first such batch the pool receives no more work of this setting. Any other error is caused by the machine. It leaves
@@ -107,58 +107,60 @@ def evaluate(
         ItemsFailed: no worker of the pool could draw a batch.
         OSError: storage failed.
     """
-    held = _held(config, facts.image_size)
-    folder, seconds = folder_of(config, task), 0.0
+    reference = _load_reference(config, facts.image_size)
+    folder, seconds = _folder_of(config, task.setting, task.seed), 0.0
     names = [_block_name(number) for number in range(-(-task.n // config.batch_size))]
     existing = set(storage.list_names(folder))
-    todo = [Block(task.setting, task.seed, number) for number, name in enumerate(names) if name not in existing]
-    for done, (_, result) in enumerate(workers.map(todo), 1):
+    missing = [Block(task.setting, task.seed, number) for number, name in enumerate(names) if name not in existing]
+    for done, (_, result) in enumerate(workers.map(missing), 1):
         if result.failed:
-            return _record(config, task, failed=result.failed)
+            return _write_record(config, task, failed=result.failed)
         report(task, min(done * config.batch_size, task.n))
         seconds += result.seconds
-    drawn = concatenate(_read_block(storage.join(folder, name)) for name in names)
+    samples = concatenate(_read_block(storage.join(folder, name)) for name in names)
     try:
-        outcome = _measured(config, task, drawn, held, facts)
+        outcome = _measure(config, task, samples, reference, facts)
     except (ValueError, ArithmeticError) as error:  # caused by the samples, since measuring reads no storage
-        return _record(config, task, failed=_one_line(error))
-    return _record(config, task, outcome, worker_seconds=seconds)
+        return _write_record(config, task, failed=_one_line(error))
+    return _write_record(config, task, outcome, worker_seconds=seconds)
 
 
 def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _measured(config: TrialsConfig, task: Evaluation, drawn: Labelled, held: Held, facts: Facts) -> Outcome:
+def _measure(
+    config: TrialsConfig, task: Evaluation, samples: Labelled, reference: LoadedReference, facts: NetworkFacts
+) -> Outcome:
     """Return the metrics and scores of the first n samples; raise ValueError if they cannot be computed."""
-    features = {name: array[: task.n] for name, array in vars(drawn.features).items() if array is not None}
-    pool, labels = features["pool"], drawn.labels[: task.n]
-    rows = Rows(held.rows, pool, manifolds(held.rows, pool, k=NEIGHBOURS), kernel=(held.rows, pool))
+    features = {name: array[: task.n] for name, array in vars(samples.features).items() if array is not None}
+    pool, labels = features["pool"], samples.labels[: task.n]
+    rows = Rows(reference.rows, pool, manifolds(reference.rows, pool, k=NEIGHBOURS), kernel=(reference.rows, pool))
     strata = labels if facts.labels_given else None
-    missing = {"classes": facts.unmatched} if facts.unmatched else {}
+    missing = {"classes": facts.class_mismatch} if facts.class_mismatch else {}
     comparison = Comparison(
-        held.extractor, features.get, labels, held.statistics, held.num_classes, rows, missing, strata
+        reference.extractor, features.get, labels, reference.statistics, reference.num_classes, rows, missing, strata
     )
     metrics = {name: describe(estimate) for name, estimate in measure(comparison)[0].items()}
-    evaluations, full = task.setting.evaluations, task.n == config.most_samples
+    evaluations, is_last_rung = task.setting.evaluations, task.n == config.max_samples
     metrics[EVALUATIONS] = {"value": evaluations, "n": task.n, "interval": [evaluations] * 2, "note": "exact"}
     names = dict.fromkeys((*config.objective, *(bound.metric for bound in config.bounds)))
-    objectives = [Objective.parse(name, held.extractor) for name in names]
+    objectives = [Objective.parse(name, reference.extractor) for name in names]
     scores = {objective.name: objective.scores(comparison, evaluations) for objective in objectives}
-    if not all(np.isfinite(each).all() for each in scores.values()):
+    if not all(np.isfinite(values).all() for values in scores.values()):
         raise ValueError("the samples have scores that are not finite")
-    unbiased = tuple(objective.name for objective in objectives if objective.is_unbiased(comparison, full))
+    unbiased = tuple(objective.name for objective in objectives if objective.is_unbiased(comparison, is_last_rung))
     return Outcome(scores, strata, metrics, unbiased)
 
 
-def _record(
+def _write_record(
     config: TrialsConfig,
     task: Evaluation,
     outcome: Outcome | None = None,
     failed: str | None = None,
     worker_seconds: float = 0,
 ) -> dict[str, float]:
-    # the record is written last: if it exists, the scores exist too
+    """Write the scores, then the record, so that a record implies its scores; return the mean scores."""
     uri = record_uri(config, task)
     record = {"setting": task.setting.model_dump(mode="json"), "n": task.n, "seed": task.seed, "failed": failed}
     if outcome is not None:
@@ -188,8 +190,8 @@ def reference_of(config: TrialsConfig, image_size: int, num_workers: int) -> tup
     return reference, loaded.network.name
 
 
-def unmatched(classes: tuple[str, ...], reference: Reference) -> str:
-    """Return why labels of these classes cannot be matched with the reference's classes; see `match_classes`."""
+def class_mismatch(classes: tuple[str, ...], reference: Reference) -> str:
+    """Return why these classes cannot be matched with the reference's classes, or ""; see `match_classes`."""
     return match_classes(
         Classes("--weights", classes, len(classes)),
         Classes(f"--reference {reference.uri}", reference.classes, len(reference.classes)),
@@ -197,16 +199,12 @@ def unmatched(classes: tuple[str, ...], reference: Reference) -> str:
 
 
 @lru_cache(maxsize=1)
-def _held(config: TrialsConfig, image_size: int) -> Held:
-    """Load the reference, which a process keeps for its next trials."""
-    reference, name = reference_of(config, image_size, num_workers=0)
-    assert reference.files is not None
-    return Held(
-        name,
-        reference.statistics,
-        reference.files.pool(choose_rows(reference.files.count, Limits.references)),
-        len(reference.classes),
-    )
+def _load_reference(config: TrialsConfig, image_size: int) -> LoadedReference:
+    """Load the reference, which the process keeps for its next trials."""
+    reference, extractor = reference_of(config, image_size, num_workers=0)
+    assert reference.files is not None, "reference_of raises an error"
+    rows = reference.files.pool(choose_rows(reference.files.count, Limits.references))
+    return LoadedReference(extractor, reference.statistics, rows, len(reference.classes))
 
 
 def _read_block(uri: str) -> Labelled:
@@ -218,25 +216,27 @@ def _read_block(uri: str) -> Labelled:
 
 
 class Block(NamedTuple):
-    """A canonical batch of a setting."""
+    """A canonical batch of a setting, whose features are an object in storage."""
 
     setting: Setting
     seed: int
     number: int
 
 
-class Made(NamedTuple):
+class BlockResult(NamedTuple):
     """The result of a worker: the block is written, or the setting cannot be sampled."""
 
-    seconds: float = 0.0
-    failed: str | None = None
+    seconds: float = 0.0  # 0 if the block existed
+    failed: str | None = None  # why the setting cannot be sampled
 
 
-def sampled_by(config: TrialsConfig, files: dict[str, str], weights: str, weak: str | None = None) -> GenerationConfig:
-    """Return the config that loads a diffusion model with the networks that guide it.
+def networks_config(
+    config: TrialsConfig, files: dict[str, str], weights: str, weak: str | None = None
+) -> GenerationConfig:
+    """Return the config of a generation that loads a diffusion model with the networks that guide it.
 
     files: the weights file that the job uses for each path.
-    weak: the weaker model; None = without one.
+    weak: the weaker model of autoguidance; None = without one.
     """
     generation = config.generation(files.get(weights, weights), config.seed)
     guidance = GuidanceConfig(kind="auto", weak_weights=files.get(weak, weak)) if weak else generation.guidance
@@ -244,41 +244,38 @@ def sampled_by(config: TrialsConfig, files: dict[str, str], weights: str, weak: 
     return generation.model_copy(update={"classifier": classifier, "guidance": guidance})
 
 
-def make_worker(config: TrialsConfig) -> Callable[[Block], Made]:
+def make_worker(config: TrialsConfig) -> Callable[[Block], BlockResult]:
     """Return a function that draws batches of any trial, with the networks and the extractor loaded once."""
     files = noted_files(config.path(config.output))
 
-    @lru_cache(config.most_networks)
-    def loaded(path: str, weak: str | None) -> SamplingWorker:
-        worker = SamplingWorker(sampled_by(config, files, path, weak))
+    @lru_cache(config.max_networks)
+    def load_networks(path: str, weak: str | None) -> SamplingWorker:
+        worker = SamplingWorker(networks_config(config, files, path, weak))
         if config.compile:
             worker.compile()
         return worker
 
     @lru_cache(1)
-    def extractor(image_size: int, device: torch.device) -> Extractor:
+    def load_extractor(image_size: int, device: torch.device) -> Extractor:
         return config.extractor_loader(image_size)(device).network
 
-    def work(block: Block) -> Made:
+    def work(block: Block) -> BlockResult:
         try:
-            worker = loaded(block.setting.weights, block.setting.guidance.weak_weights)
+            worker = load_networks(block.setting.weights, block.setting.guidance.weak_weights)
             image_size = worker.networks.weights.architecture.image_size
-            return make_block(config, worker, extractor(image_size, worker.device), block)
-        except (
-            FloatingPointError,
-            torch.OutOfMemoryError,
-        ) as error:  # any other error is retried
-            return Made(failed=_one_line(error))
+            return make_block(config, worker, load_extractor(image_size, worker.device), block)
+        except (FloatingPointError, torch.OutOfMemoryError) as error:  # caused by the setting; other errors are retried
+            return BlockResult(failed=_one_line(error))
 
     return work
 
 
-def make_block(config: TrialsConfig, worker: SamplingWorker, extractor: Extractor, block: Block) -> Made:
+def make_block(config: TrialsConfig, worker: SamplingWorker, extractor: Extractor, block: Block) -> BlockResult:
     """Draw a canonical batch and write its features; write the images of the first batch too."""
-    folder = folder_of(config, Evaluation(block.setting, 0, block.seed))
+    folder = _folder_of(config, block.setting, block.seed)
     uri = storage.join(folder, _block_name(block.number))
     if storage.exists(uri):
-        return Made()
+        return BlockResult()
     begin = time.perf_counter()
     generation = config.generation(block.setting.weights, block.seed, block.setting)
     (batch,) = make_batch(worker.networks, generation, block.number)
@@ -286,17 +283,16 @@ def make_block(config: TrialsConfig, worker: SamplingWorker, extractor: Extracto
     arrays = {name: array for name, array in vars(features).items() if array is not None} | {"labels": batch.labels}
     if block.number == 0:
         arrays["images"] = batch.images
-        storage.write_bytes(storage.join(folder, "samples.png"), grid_png(batch.images[:PICTURED], 10, scale=4))
+        storage.write_bytes(storage.join(folder, "samples.png"), grid_png(batch.images[:PICTURE_SAMPLES], 10, scale=4))
     storage.put_if_absent(uri, safetensors.numpy.save(arrays))
-    return Made(seconds=time.perf_counter() - begin)
+    return BlockResult(seconds=time.perf_counter() - begin)
 
 
 def first_images(config: TrialsConfig, setting: Setting) -> np.ndarray:
     """Return the images uint8 [B, H, W, 3] of the first batch of a setting that was evaluated."""
-    uri = storage.join(folder_of(config, Evaluation(setting, 0, config.seed)), _block_name(0))
-    return _read_arrays(uri)["images"]
+    return _read_arrays(storage.join(_folder_of(config, setting, config.seed), _block_name(0)))["images"]
 
 
 def samples_picture(config: TrialsConfig, setting: Setting) -> bytes:
     """Return a PNG of the first samples of a setting that was evaluated."""
-    return storage.read_bytes(storage.join(folder_of(config, Evaluation(setting, 0, config.seed)), "samples.png"))
+    return storage.read_bytes(storage.join(_folder_of(config, setting, config.seed), "samples.png"))

@@ -1,9 +1,9 @@
 """Successive halving with paired tests: which trials are promoted to the next rung, and which are eliminated.
 
-A trial samples with one setting. A rung is a number of samples n at which trials are compared; a trial at a rung has
-drawn the first n samples of one set of indices. All trials start at the first rung. A budget determines how many are
-promoted, best first. A trial that is significantly worse than another is eliminated, whatever the budget is.
-Successive halving: Jamieson & Talwalkar 2016.
+A trial samples with one setting. A rung is a number of samples n at which trials are compared. All trials start at the
+first rung. At each rung, all trials have drawn the same n indices. A budget determines how many trials are promoted,
+best first. A trial that is significantly worse than another is eliminated, whatever the budget is. Successive halving:
+Jamieson & Talwalkar 2016.
 
 A search that was interrupted is replayed from its records. Nothing here depends on the order in which evaluations end.
 """
@@ -38,8 +38,8 @@ class Evaluation(NamedTuple):
 class Outcome:
     """The result of an evaluation, or the reason why it failed."""
 
-    scores: dict[str, np.ndarray] = field(default_factory=dict)  # [n] by objective and bounded metric, less is better
-    strata: Strata = None
+    scores: dict[str, np.ndarray] = field(default_factory=dict)  # [n] by objective and bounded metric; less is better
+    strata: Strata = None  # the labels of the samples, if they are not drawn at random
     metrics: dict[str, Any] = field(default_factory=dict)  # every metric, as search.json shows it
     unbiased: tuple[str, ...] = ()  # scores whose mean is an unbiased estimate of the metric
     failed: str | None = None
@@ -49,7 +49,7 @@ class Round(NamedTuple):
     """Evaluations that may run at the same time, and a line that describes them."""
 
     tasks: list[Evaluation]
-    text: str
+    description: str
 
 
 class Proposals(Protocol):
@@ -74,23 +74,23 @@ class Trial:
     setting: Setting
     outcomes: list[Outcome] = field(default_factory=list)  # by rung
     eliminated: str | None = None  # why it is not the best
-    waits: str | None = None  # why it was not promoted
-    failed: str | None = None
-    fresh: Outcome | None = None
+    not_promoted: str | None = None  # why the budget did not promote it
+    failed: str | None = None  # why it could not be sampled or measured
+    final: Outcome | None = None  # of the final evaluation on fresh seeds
 
     @property
     def level(self) -> int:
-        """The highest rung reached; -1 before the first."""
+        """Return the index of the highest rung reached; -1 before the first."""
         return len(self.outcomes) - 1
 
     @property
-    def runs(self) -> bool:
-        """Whether it can be promoted to the next rung."""
-        return not (self.eliminated or self.waits or self.failed)
+    def is_running(self) -> bool:
+        """Return whether the trial can be promoted to the next rung."""
+        return not (self.eliminated or self.not_promoted or self.failed)
 
 
 class SuccessiveHalving:
-    """The trials of a search.
+    """The trials of a search and all decisions about them.
 
     num_trials: maximum number of settings.
     outcome_of: returns the outcome of an evaluation. It is called for each evaluation of a round when the next round is
@@ -110,61 +110,64 @@ class SuccessiveHalving:
         self.trials: list[Trial] = []
         self.finalists: list[Trial] = []  # best first
         self.stopped_by_budget = False
-        self._error = level_of_a_test(config.alpha, len(config.rungs), num_trials - 1, len(self._bounds))
+        self._significance_level = level_of_a_test(config.alpha, len(config.rungs), num_trials - 1, len(self._bounds))
 
     def run(self) -> Iterator[Round]:
         """Yield the rounds of the search: the first rung for all proposals, the higher rungs, the final evaluation."""
-        yield from self._start()
+        yield from self._first_rung()
         for level in range(1, len(self.config.rungs)):
             trials = self._promote(level)
             if len(trials) < 2:
                 break  # nothing is left to compare, and the final evaluation measures the best
-            yield from self._evaluate(trials, level, self._text(level, len(trials)))
+            yield from self._evaluate(trials, level, self._describe_rung(level, len(trials)))
         yield from self._final_evaluation()
 
     # ------------------------------------------------------------------------------------------------ rungs
 
-    def _start(self) -> Iterator[Round]:
+    def _first_rung(self) -> Iterator[Round]:
+        """Evaluate all proposals that the budget allows, and report their outcomes to the source of proposals."""
         while (first := len(self.trials)) < self._num_trials and not self.stopped_by_budget:
             count = min(self.config.round_size, self._num_trials - first)
-            trials = [Trial(first + i, setting) for i, setting in enumerate(self._proposals.ask(count))]
-            tasks = [self._task(trial, 0) for trial in trials]
-            fitting = affordable(self._budget.prices(tasks), self._budget.left(self._reserve(trials)))
-            self.stopped_by_budget |= fitting < len(trials)
-            self.trials += trials[:fitting]
-            if not trials[:fitting]:
+            proposed = [Trial(first + i, setting) for i, setting in enumerate(self._proposals.ask(count))]
+            tasks = [self._task(trial, 0) for trial in proposed]
+            trials = proposed[: affordable(self._budget.prices(tasks), self._budget.left(self._reserve(proposed)))]
+            self.stopped_by_budget |= len(trials) < len(proposed)
+            if not trials:
                 break
-            text = f"rung 1 of {len(self.config.rungs)}: {counted(fitting, 'trial')} at n={self.config.rungs[0]}"
-            yield from self._evaluate(trials[:fitting], 0, text)
-            for trial in trials[:fitting]:
+            self.trials += trials
+            yield from self._evaluate(trials, 0, self._describe_rung(0, len(trials)))
+            for trial in trials:
                 values = [] if trial.failed else [mean_value(trial.outcomes[0], name) for name in self.config.objective]
                 self._proposals.tell(trial.setting, values, self.violation(trial) if values else 0.0)
 
     def _promote(self, level: int) -> list[Trial]:
         """Return the trials to promote to a rung, best first.
 
-        The budget keeps the cost of the last rung for the best two, and has equal shares for the rungs before it. If a
-        share pays for less than a third of the trials, the last rung is out of reach, and half of them are promoted.
+        The budget reserves the cost of the last rung for the best two, and has equal shares for the rungs before it. If
+        a share pays for less than a third of the trials, the last rung is out of reach, and half of them are promoted.
         """
-        candidates = self._best_first([trial for trial in self.trials if trial.runs])
-        top, pair = len(self.config.rungs) - 1, candidates[:2]
+        candidates = self._best_first([trial for trial in self.trials if trial.is_running])
+        last, best_two = len(self.config.rungs) - 1, candidates[:2]
         remaining = self._budget.left(self._reserve(candidates))
         prices = self._budget.prices([self._task(trial, level) for trial in candidates])
         count = affordable(prices, remaining)
-        if level < top:
-            to_top, below = (self._budget.prices([self._task(trial, end) for trial in pair]) for end in (top, top - 1))
-            share = affordable(prices, (remaining - sum(to_top) + sum(below)) / (top - level))
-            half = -(-len(candidates) // 2)
-            count = min(count, max(share if 3 * share >= len(candidates) else half, 2))
+        if level < last:
+            to_last = self._budget.prices([self._task(trial, last) for trial in best_two])
+            to_rung_before = self._budget.prices([self._task(trial, last - 1) for trial in best_two])
+            share = (remaining - sum(to_last) + sum(to_rung_before)) / (last - level)
+            target = affordable(prices, share)
+            if 3 * target < len(candidates):
+                target = -(-len(candidates) // 2)
+            count = min(count, max(target, 2))
         for trial in candidates[count:]:
-            trial.waits = f"not promoted at n={self.config.rungs[level - 1]}"
+            trial.not_promoted = f"not promoted at n={self.config.rungs[level - 1]}"
         self.stopped_by_budget |= count < len(candidates)
         return candidates[:count]
 
-    def _evaluate(self, trials: list[Trial], level: int, text: str) -> Iterator[Round]:
+    def _evaluate(self, trials: list[Trial], level: int, description: str) -> Iterator[Round]:
         """Evaluate trials at a rung, and eliminate those that are significantly worse than another one."""
         tasks = [self._task(trial, level) for trial in trials]
-        yield Round(tasks, text)
+        yield Round(tasks, description)
         self._budget.spend(tasks)
         for trial, outcome in zip(trials, map(self._outcome_of, tasks), strict=True):
             if outcome.failed:
@@ -184,21 +187,22 @@ class SuccessiveHalving:
             )
             self._budget.spend(tasks)
             for trial, task in zip(self.finalists, tasks, strict=True):
-                trial.fresh = self._outcome_of(task)
+                trial.final = self._outcome_of(task)
 
-    def _text(self, level: int, count: int) -> str:
-        """Return the line that announces a rung, with the fate of the trials at the rung below."""
-        below = [t for t in self.trials if t.level == level - 1 or t.failed]
+    def _describe_rung(self, level: int, count: int) -> str:
+        """Return the line that announces a rung with `count` trials, and how many others the rung before ended."""
+        n = self.config.rungs[level]
+        description = f"rung {level + 1} of {len(self.config.rungs)}: {counted(count, 'trial')} at n={n}"
+        if level == 0:
+            return description
+        before = [t for t in self.trials if t.level == level - 1 or t.failed]
         counts = {
-            "failed": sum(t.failed is not None for t in below),
-            "eliminated": sum(t.eliminated is not None for t in below),
-            "not promoted": sum(t.waits is not None and not t.failed for t in below),
+            "failed": sum(t.failed is not None for t in before),
+            "eliminated": sum(t.eliminated is not None for t in before),
+            "not promoted": sum(t.not_promoted is not None and not t.failed for t in before),
         }
-        fates = ", ".join(f"{number} {fate}" for fate, number in counts.items() if number)
-        text = (
-            f"rung {level + 1} of {len(self.config.rungs)}: {counted(count, 'trial')} at n={self.config.rungs[level]}"
-        )
-        return f"{text} ({fates})" if fates else text
+        ended = ", ".join(f"{number} {status}" for status, number in counts.items() if number)
+        return f"{description} ({ended})" if ended else description
 
     def _task(self, trial: Trial, level: int) -> Evaluation:
         return Evaluation(trial.setting, self.config.rungs[level], self.config.seed)
@@ -225,13 +229,16 @@ class SuccessiveHalving:
         return max((float(excess.mean()) for excess in excesses), default=0.0)
 
     def _eliminate(self, at_rung: list[Trial], level: int) -> None:
-        """Eliminate those of the trials at a rung that break a constraint or are worse than a rival, by tests."""
+        """Eliminate trials at a rung that significantly break a constraint or are significantly worse than a rival.
+
+        A rival is a trial that significantly satisfies all constraints.
+        """
         n, bounds = self.config.rungs[level], self._bounds
-        rivals = [t for t in at_rung if all(self._is_certain(bound, t, at_rung, breaks=False) for bound in bounds)]
+        rivals = [t for t in at_rung if all(self._is_significant(bound, t, at_rung, breaks=False) for bound in bounds)]
         spans = {rival.number: self._spans(rival, at_rung) for rival in rivals}
         decisions: list[str | None] = []  # all of them before any is applied, so that their order does not matter
         for trial in at_rung:
-            broken = [bound.metric for bound in bounds if self._is_certain(bound, trial, at_rung, breaks=True)]
+            broken = [bound.metric for bound in bounds if self._is_significant(bound, trial, at_rung, breaks=True)]
             better = (r.number for r in rivals if r is not trial and self._is_worse(trial, r, spans[r.number]))
             if broken:
                 decisions.append(f"significantly breaks {broken[0]} at n={n}")
@@ -241,42 +248,41 @@ class SuccessiveHalving:
         for trial, decision in zip(at_rung, decisions, strict=True):
             trial.eliminated = decision
 
-    def _is_certain(self, constraint: Constraint, trial: Trial, at_rung: list[Trial], breaks: bool) -> bool:
+    def _is_significant(self, constraint: Constraint, trial: Trial, at_rung: list[Trial], breaks: bool) -> bool:
         """Return whether a test shows that a trial breaks a constraint (or satisfies it, if not `breaks`)."""
         outcome, name, sign = trial.outcomes[-1], constraint.metric, 1 if breaks else -1
         if name not in outcome.unbiased or not len(outcome.scores[name]):
             return False
         span = max(float(np.ptp(other.outcomes[-1].scores[name])) for other in at_rung)
         excess = sign * constraint.excess(outcome.scores[name])
-        return surely_positive(excess, outcome.strata, self._error, self.config.rungs[trial.level], span)
+        return surely_positive(excess, outcome.strata, self._significance_level, self.config.rungs[trial.level], span)
 
     def _spans(self, rival: Trial, at_rung: list[Trial]) -> dict[str, float]:
         """Return by objective the widest range of paired differences from a rival over all trials at its rung."""
         spans = {}
         for name in self.config.objective:
             rival_scores = rival.outcomes[-1].scores[name]
-            others = [differences(other.outcomes[-1].scores[name], rival_scores) for other in at_rung]
-            spans[name] = max(float(np.ptp(each)) if len(each) else 0.0 for each in others)
+            paired = [differences(other.outcomes[-1].scores[name], rival_scores) for other in at_rung]
+            spans[name] = max(float(np.ptp(values)) if len(values) else 0.0 for values in paired)
         return spans
 
     def _is_worse(self, trial: Trial, rival: Trial, spans: dict[str, float]) -> bool:
         """Return whether tests show that the rival is better in every objective.
 
-        Network evaluations are known exactly: there the rival only must not be worse.
+        Network evaluations are known exactly, so in them it suffices that the rival is not worse.
         """
-        n, certain = self.config.rungs[trial.level], []
+        n, strata = self.config.rungs[trial.level], trial.outcomes[-1].strata
+        is_better = []  # of the rival, by objective
         for name in self.config.objective:
             own_scores, rival_scores = trial.outcomes[-1].scores[name], rival.outcomes[-1].scores[name]
             if not len(own_scores) or own_scores.mean() < rival_scores.mean():
                 return False
             if name != EVALUATIONS:
-                strata = trial.outcomes[-1].strata
-                certain.append(
-                    surely_positive(differences(own_scores, rival_scores), strata, self._error, n, spans[name])
-                )
+                paired = differences(own_scores, rival_scores)
+                is_better.append(surely_positive(paired, strata, self._significance_level, n, spans[name]))
             elif own_scores[0] > rival_scores[0]:
-                certain.append(True)
-        return bool(certain) and all(certain)
+                is_better.append(True)
+        return bool(is_better) and all(is_better)
 
     def _best_first(self, trials: list[Trial]) -> list[Trial]:
         """Order trials at one rung by constraint violation, Pareto front (with two objectives) and first objective."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from orchestrator.evaluation.page import template
 from orchestrator.search.objectives import sign_of
-from orchestrator.search.result import contradictions, has_several_weights, label, number
+from orchestrator.search.result import contradictions, format_estimate, has_several_weights, label
 from orchestrator.search.space import Setting
 
 Json = dict[str, Any]
@@ -15,9 +15,9 @@ def search_page(result: Json, pictures: dict[str, bytes], command: str) -> str:
     """Return the page for the content of search.json.
 
     pictures: PNGs by file name.
-    command: samples with the winner's setting.
+    command: generates samples with the winner's setting.
     """
-    several, objective = has_several_weights(result), result["objective"][0]
+    several_weights, objective = has_several_weights(result), result["objective"][0]
 
     def rank(trial: Json) -> tuple[int, float]:
         estimate = trial["objective"].get(objective, trial["metrics"][objective])
@@ -28,8 +28,8 @@ def search_page(result: Json, pictures: dict[str, bytes], command: str) -> str:
         winner=result["winner"],
         trials=sorted(result["trials"], key=rank),
         pictures=pictures,
-        label=lambda setting: label(Setting(**setting), several),
-        number=number,
+        label=lambda setting: label(Setting(**setting), several_weights),
+        format_estimate=format_estimate,
         warnings=contradictions(result),
         command=command,
     )

@@ -1,4 +1,4 @@
-"""Searches by name."""
+"""Presets of searches."""
 
 from orchestrator.config import DIGITS, IMAGENET, IMAGES, IMAGES_CPU, SIZES, TWO_CORES
 from orchestrator.search.config import SearchConfig
@@ -6,7 +6,7 @@ from orchestrator.search.space import SpaceConfig
 
 
 def search_presets() -> dict[str, tuple[str, SearchConfig]]:
-    """Return the searches by name, each with a line of description."""
+    """Return the presets, with their descriptions."""
     digits = SearchConfig(
         weights=("digits/diffusion",),
         classifier="digits/classifier",

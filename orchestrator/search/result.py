@@ -13,6 +13,8 @@ from orchestrator.search.halving import Outcome, SuccessiveHalving, Trial
 from orchestrator.search.objectives import EVALUATIONS, sign_of
 from orchestrator.search.space import Setting
 
+SUMMARY_TRIALS = 8  # trials that the summary lists besides the winner
+
 Json = dict[str, Any]
 
 
@@ -23,18 +25,20 @@ def conclude(config: SearchConfig, halving: SuccessiveHalving, budget: SampleBud
         RuntimeError: no trial was evaluated on fresh seeds.
     """
     failed = {label(trial.setting, len(config.weights) > 1): trial.failed for trial in halving.trials if trial.failed}
-    finalists = [trial for trial in halving.finalists if trial.fresh and not trial.fresh.failed]
+    finalists = [trial for trial in halving.finalists if trial.final and not trial.final.failed]
     if not finalists:
-        reason = failed or "none satisfies the constraints, or the budget is too small"
+        reason = failed or (
+            "no trial satisfies the constraints, or the budget is too small; relax --constraints or raise --budget"
+        )
         raise RuntimeError(f"the search has no winner, since no trial was evaluated on fresh seeds: {reason}")
     winner = finalists[0]
-    trials = [_trial(config, halving, trial, winner, budget) for trial in halving.trials if trial.outcomes]
+    trials = [_describe_trial(config, halving, trial, winner, budget) for trial in halving.trials if trial.outcomes]
     return {
         "objective": list(config.objective),
         "constraints": list(config.constraints),
         "classifier": config.classifier,
-        "winner": _final(config, winner, winner) | {"chosen_at_n": config.rungs[winner.level]},
-        "finalists": [_final(config, trial, winner) for trial in finalists],
+        "winner": _describe_finalist(config, winner, winner) | {"chosen_at_n": config.rungs[winner.level]},
+        "finalists": [_describe_finalist(config, trial, winner) for trial in finalists],
         "front": pareto(front_names(config), [trial for trial in trials if trial["keeps_constraints"]]),
         "trials": trials,
         "failed": failed,
@@ -48,45 +52,43 @@ def conclude(config: SearchConfig, halving: SuccessiveHalving, budget: SampleBud
     }
 
 
-def _final(config: SearchConfig, trial: Trial, winner: Trial) -> Json:
-    """Return a finalist as search.json shows it, by its fresh samples only."""
-    assert trial.fresh is not None and winner.fresh is not None
+def _describe_finalist(config: SearchConfig, trial: Trial, winner: Trial) -> Json:
+    """Return a finalist as search.json shows it, with the metrics of its fresh samples only."""
+    assert trial.final is not None and winner.final is not None
     n = config.rungs[-1]
     return {
         "number": trial.number,
         "setting": trial.setting.model_dump(mode="json"),
         "n": n,
         "seed": config.fresh_seed,
-        "objective": objectives_of(config, trial.fresh, n),
-        "behind_winner": worse_by(config, trial.fresh, winner.fresh, n, pairs=1),
-        "metrics": trial.fresh.metrics,
+        "objective": objectives_of(config, trial.final, n),
+        "behind_winner": worse_by(config, trial.final, winner.final, n, pairs=1),
+        "metrics": trial.final.metrics,
     }
 
 
-def _trial(config: SearchConfig, halving: SuccessiveHalving, trial: Trial, winner: Trial, budget: SampleBudget) -> Json:
+def _describe_trial(
+    config: SearchConfig, halving: SuccessiveHalving, trial: Trial, winner: Trial, budget: SampleBudget
+) -> Json:
     """Return a trial as search.json shows it, compared with the winner at the largest n that both reached."""
     level, n = min(trial.level, winner.level), config.rungs[trial.level]
     num_trials = sum(other.level >= level for other in halving.trials)
+    num_pairs = num_trials * (num_trials - 1) // 2
+    by_rung = list(zip(config.rungs, trial.outcomes, strict=False))
     return {
         "number": trial.number,
         "setting": trial.setting.model_dump(mode="json"),
-        "status": "winner" if trial is winner else trial.eliminated or trial.waits or "not eliminated",
+        "status": "winner" if trial is winner else trial.eliminated or trial.not_promoted or "not eliminated",
         "n": n,
-        "samples": budget.of(trial.setting),
-        "evaluations": budget.of(trial.setting) * trial.setting.evaluations,
+        "samples": budget.samples_of(trial.setting),
+        "evaluations": budget.samples_of(trial.setting) * trial.setting.evaluations,
         "keeps_constraints": halving.violation(trial) <= 0,
         "objective": objectives_of(config, trial.outcomes[-1], n),
         "behind_winner": worse_by(
-            config,
-            trial.outcomes[level],
-            winner.outcomes[level],
-            config.rungs[level],
-            num_trials * (num_trials - 1) // 2,
+            config, trial.outcomes[level], winner.outcomes[level], config.rungs[level], num_pairs
         ),
-        "objective_by_rung": {
-            str(n): objectives_of(config, outcome, n) for n, outcome in zip(config.rungs, trial.outcomes, strict=False)
-        },
-        "rungs": {str(n): outcome.metrics for n, outcome in zip(config.rungs, trial.outcomes, strict=False)},
+        "objective_by_rung": {str(n): objectives_of(config, outcome, n) for n, outcome in by_rung},
+        "rungs": {str(n): outcome.metrics for n, outcome in by_rung},
         "metrics": trial.outcomes[-1].metrics,
     }
 
@@ -104,7 +106,7 @@ def objectives_of(config: TrialsConfig, outcome: Outcome, n: int) -> Json:
 
 
 def worse_by(config: TrialsConfig, outcome: Outcome, best: Outcome, n: int, pairs: int) -> Json:
-    """Return by how much one outcome is worse than another: paired differences of each objective, positive if worse.
+    """Return by how much an outcome is worse than the best: paired differences of each objective, positive if worse.
 
     pairs: the number of pairs compared at this n. The 95% intervals are simultaneous for all pairs (Bonferroni), so
     that they hold whichever trial was selected as the best.
@@ -127,32 +129,33 @@ def pareto(names: tuple[str, str], trials: list[Json]) -> list[Json]:
     """Return the Pareto front ordered by its second axis; trials without intervals count only if none has them."""
     points = []
     for trial in trials:
-        sides = trial["objective"] | {EVALUATIONS: trial["metrics"][EVALUATIONS]}
-        if all(name in sides for name in names):
-            points.append({key: trial[key] for key in ("number", "setting", "n")} | {n: sides[n] for n in names})
+        estimates = trial["objective"] | {EVALUATIONS: trial["metrics"][EVALUATIONS]}
+        if all(name in estimates for name in names):
+            point = {key: trial[key] for key in ("number", "setting", "n")}
+            points.append(point | {name: estimates[name] for name in names})
     points = [point for point in points if all(point[name]["interval"] for name in names)] or points
     if not points:
         return []
     on_front = front(np.array([[sign_of(name) * point[name]["value"] for name in names] for point in points]))
-    return sorted(
-        (point for point, on in zip(points, on_front, strict=True) if on), key=lambda point: point[names[1]]["value"]
-    )
+    best = [point for point, is_on_front in zip(points, on_front, strict=True) if is_on_front]
+    return sorted(best, key=lambda point: point[names[1]]["value"])
 
 
-def summary(result: Json, most: int = 8) -> str:
+def summary(result: Json) -> str:
     """Return lines for the terminal: the winner on fresh seeds, and by how much the other trials are worse."""
     objective, winner = result["objective"][0], result["winner"]
-    several = has_several_weights(result)
+    several_weights = has_several_weights(result)
     value = winner["objective"].get(objective, winner["metrics"][objective])
     lines = [
-        f"winner  {label(Setting(**winner['setting']), several)}",
-        f"        {objective} {number(value)}, bias-corrected, on {winner['n']:,} fresh samples "
+        f"winner  {label(Setting(**winner['setting']), several_weights)}",
+        f"        {objective} {format_estimate(value)}, bias-corrected, on {winner['n']:,} fresh samples "
         f"(seed {winner['seed']})",
     ]
     for final in result["finalists"][1:]:
         if objective in final["behind_winner"]:
-            description = label(Setting(**final["setting"]), several)
-            lines.append(f"next    {compared(final['behind_winner'][objective])} on the same samples: {description}")
+            setting = label(Setting(**final["setting"]), several_weights)
+            difference = describe_difference(final["behind_winner"][objective])
+            lines.append(f"next    {difference} on the same samples: {setting}")
     lines += [f"warning {text}" for text in contradictions(result)]
     lines.append(
         f"cost    {result['samples']:,} samples, {result['evaluations']:,.0f} network evaluations, "
@@ -165,9 +168,9 @@ def summary(result: Json, most: int = 8) -> str:
             f"behind  the winner by bias-corrected {objective}, on the search's own samples; simultaneous 95% intervals"
         )
     lines += [
-        f"        {number(t['behind_winner'][objective]):30} n={t['behind_winner'][objective]['n']:<7,}"
-        f"{label(Setting(**t['setting']), several)} ({t['status']})"
-        for t in behind[:most]
+        f"        {format_estimate(t['behind_winner'][objective]):30} n={t['behind_winner'][objective]['n']:<7,}"
+        f"{label(Setting(**t['setting']), several_weights)} ({t['status']})"
+        for t in behind[:SUMMARY_TRIALS]
     ]
     lines += [f"failed  {setting}: {reason}" for setting, reason in result["failed"].items()]
     return "\n".join(lines)
@@ -175,14 +178,17 @@ def summary(result: Json, most: int = 8) -> str:
 
 def contradictions(result: Json) -> list[str]:
     """Return a warning for each finalist that is significantly better than the winner on the fresh samples."""
-    objective, several = result["objective"][0], has_several_weights(result)
-    comparisons = [(final, final["behind_winner"].get(objective, {"interval": None})) for final in result["finalists"]]
-    return [
-        f"on the fresh samples {label(Setting(**final['setting']), several)} is significantly better than the winner, "
-        "which the samples of the search chose; use that setting, or continue the search with a larger budget"
-        for final, worse in comparisons
-        if worse["interval"] and worse["interval"][1] < 0
-    ]
+    objective, several_weights = result["objective"][0], has_several_weights(result)
+    texts = []
+    for final in result["finalists"]:
+        worse = final["behind_winner"].get(objective)
+        if worse and worse["interval"] and worse["interval"][1] < 0:
+            texts.append(
+                f"on the fresh samples {label(Setting(**final['setting']), several_weights)} is significantly better "
+                "than the winner, which the samples of the search chose; use that setting, or continue the search with "
+                "a larger budget"
+            )
+    return texts
 
 
 def has_several_weights(result: Json) -> bool:
@@ -190,20 +196,20 @@ def has_several_weights(result: Json) -> bool:
     return len({trial["setting"]["weights"] for trial in result["trials"]}) > 1
 
 
-def compared(worse: Json) -> str:
+def describe_difference(worse: Json) -> str:
     """Return by how much something is worse, or better if the difference is negative, with its interval."""
     if worse["value"] >= 0:
-        return f"worse by {number(worse)}"
+        return f"worse by {format_estimate(worse)}"
     interval = worse["interval"] and [-end for end in reversed(worse["interval"])]
-    return f"better by {number({'value': -worse['value'], 'interval': interval})}"
+    return f"better by {format_estimate({'value': -worse['value'], 'interval': interval})}"
 
 
-def label(setting: Setting, several: bool) -> str:
+def label(setting: Setting, several_weights: bool) -> str:
     """Return a description of a setting, with its weights if the search has several."""
-    return f"{setting}, {setting.weights.removesuffix('.safetensors')}" if several else str(setting)
+    return f"{setting}, {setting.weights.removesuffix('.safetensors')}" if several_weights else str(setting)
 
 
-def number(estimate: Json) -> str:
-    """Return a value with its interval, if it has one."""
+def format_estimate(estimate: Json) -> str:
+    """Return the text of a value, with its interval if it has one."""
     interval = estimate["interval"]
     return f"{estimate['value']:.4g}" + (f" ({interval[0]:.4g} to {interval[1]:.4g})" if interval else "")

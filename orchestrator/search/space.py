@@ -1,4 +1,4 @@
-"""The settings that a search may try, and who proposes them: a grid, or Optuna."""
+"""The settings that a search may try, and two ways to propose them: a grid, or Optuna."""
 
 import hashlib
 import itertools
@@ -18,12 +18,12 @@ from models.guidance import WHOLE_CHAIN, GuidanceConfig, GuidanceKind, Interval,
 from models.samplers import SAMPLERS, SamplerConfig, SamplerName
 from orchestrator.order import Purpose, keyed_rng
 
-MAX_ATTEMPTS = 200  # proposals of Optuna in one round, of which those made before are dropped
+MAX_ATTEMPTS = 200  # proposals that Optuna is asked for in one round, because it may repeat earlier ones
 
 Guide = tuple[GuidanceKind, str | None]  # a kind of guidance, and the weaker model if the kind is auto
 UNGUIDED = GuidanceConfig(kind="none")
 
-SHIFT = 0.4  # the best scale falls as the number of steps to this power; ADM's scales at 25 and 250 steps give 0.38
+SCALE_EXPONENT = 0.4  # the best scale is about proportional to steps^-0.4; ADM's at 25 and 250 steps give 0.38
 
 Value = TypeVar("Value")
 
@@ -45,7 +45,7 @@ class Setting(BaseModel, frozen=True, extra="forbid"):
         return f"{self.sampler.name}-{self.sampler.num_steps}-scale{self.guidance.scale:.4g}-{digest[:8]}"
 
     @property
-    def chain(self) -> str:
+    def sampler_label(self) -> str:
         """Return a description of the sampler."""
         parts = [self.sampler.name, f"{self.sampler.num_steps} steps"]
         parts += [f"eta {self.sampler.eta:g}"] if self.sampler.eta else []
@@ -55,7 +55,7 @@ class Setting(BaseModel, frozen=True, extra="forbid"):
     def __str__(self) -> str:
         guidance = self.guidance
         kind = "" if guidance.kind in ("none", "classifier") else f"{guidance.kind} "
-        parts = [self.chain, f"{kind}scale {guidance.scale:.4g}"]
+        parts = [self.sampler_label, f"{kind}scale {guidance.scale:.4g}"]
         parts += [f"weaker model {guidance.weak_weights}"] if guidance.weak_weights else []
         low, high = guidance.interval
         parts += [f"guided from {low:g} to {high:g}"] if guidance.interval != WHOLE_CHAIN else []
@@ -67,9 +67,9 @@ class SpaceConfig(BaseModel, frozen=True, extra="forbid"):
 
     guidance: tuple[GuidanceKind, ...] = Field(("classifier",), min_length=1)  # kinds of guidance
     weak_weights: tuple[str, ...] = ()  # weaker models for the kind auto, such as earlier snapshots
-    scales: tuple[float, ...] = Field((0.0, 0.5, 1.0, 2.0, 4.0, 8.0), min_length=1)  # guidance scales, rising
+    scales: tuple[float, ...] = Field((0.0, 0.5, 1.0, 2.0, 4.0, 8.0), min_length=1)  # guidance scales, increasing
     continuous: bool = True  # also try scales between those given
-    num_steps: tuple[int, ...] = Field((10, 25), min_length=1)  # steps of the chain, rising
+    num_steps: tuple[int, ...] = Field((10, 25), min_length=1)  # numbers of sampling steps, increasing
     samplers: tuple[SamplerName, ...] = Field(("ddim",), min_length=1)  # names of samplers
     etas: tuple[float, ...] = Field((0.0,), min_length=1)  # for ddim: 0 = deterministic, 1 = ancestral
     s_churn: tuple[float, ...] = Field((0.0,), min_length=1)  # for edm: amount of noise that is added
@@ -94,7 +94,7 @@ class SpaceConfig(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def guides(self) -> tuple[Guide, ...]:
-        """Every kind of guidance, combined with every weaker model if the kind is auto."""
+        """Return every kind of guidance, combined with every weaker model if the kind is auto."""
         guides: list[Guide] = []
         for kind in self.guidance:
             guides += [(kind, weak) for weak in self.weak_weights] if kind == "auto" else [(kind, None)]
@@ -102,24 +102,26 @@ class SpaceConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 @dataclass(frozen=True)
-class Passes:
-    """The cost of a forward pass of each network."""
+class PassCosts:
+    """The cost of a pass of each guide, relative to a pass of the diffusion model."""
 
     diffusion: DiffusionConfig
     guides: Mapping[Guide, float]  # multiply-adds of a guide's pass, as a multiple of the diffusion model's
 
-    def of(self, setting: Setting) -> float:
+    def evaluations(self, setting: Setting) -> float:
         """Return the network evaluations for an image, in passes of the diffusion model."""
-        counted = sampling_evaluations(setting.sampler, setting.guidance, self.diffusion)
-        guide = self.guides[setting.guidance.kind, setting.guidance.weak_weights] if counted.guide else 0.0
-        return round(counted.model + counted.guide * guide, 4)
+        passes = sampling_evaluations(setting.sampler, setting.guidance, self.diffusion)
+        cost = self.guides[setting.guidance.kind, setting.guidance.weak_weights] if passes.guide else 0.0
+        return round(passes.model + passes.guide * cost, 4)
 
 
 class Space:
-    """The settings that a config allows with at most `most` network evaluations for an image."""
+    """The settings that a config allows with at most `max_evaluations` network evaluations for an image."""
 
-    def __init__(self, config: SpaceConfig, weights: tuple[str, ...], passes: Passes, most: float) -> None:
-        self._config, self._weights, self._passes, self._most = config, weights, passes, most
+    def __init__(
+        self, config: SpaceConfig, weights: tuple[str, ...], passes: PassCosts, max_evaluations: float
+    ) -> None:
+        self._config, self._weights, self._passes, self._max_evaluations = config, weights, passes, max_evaluations
 
     def grid(self) -> list[Setting]:
         """Return every allowed combination of the given values, each once."""
@@ -133,11 +135,11 @@ class Space:
         return [setting for setting in dict.fromkeys(settings) if self.allows(setting)]
 
     def allows(self, setting: Setting) -> bool:
-        """Return whether a setting takes at most the allowed number of network evaluations."""
-        return setting.evaluations <= self._most
+        """Return whether a setting needs at most the allowed number of network evaluations."""
+        return setting.evaluations <= self._max_evaluations
 
     def suggest(self, trial: optuna.Trial) -> Setting:
-        """Return the setting of a trial of an Optuna study; ask only for parameters that have an effect."""
+        """Return the setting of a trial of an Optuna study; define only parameters that have an effect."""
         c = self._config
 
         def choose(name: str, values: Sequence[Value], ordered: bool = True, used: bool = True) -> Value:
@@ -160,25 +162,25 @@ class Space:
         interval = choose("interval", c.intervals, ordered=False, used=scale > 0)
         return self._setting(weights, sampler, num_steps, eta, s_churn, guide, scale, interval)
 
-    def spread(self, count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
-        """Return parameters of `count` trials that cover the space evenly: a Latin square of scale, steps, sampler."""
+    def first_parameters(self, count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+        """Return Optuna parameters of `count` trials that cover scales, numbers of steps and samplers evenly."""
         c = self._config
 
-        def levels(values: int) -> list[int]:
+        def choices(values: int) -> list[int]:
             return rng.permutation(np.arange(count) % values).tolist()
 
-        places = (np.arange(count) + 0.5) / count * (len(c.scales) - 1)
+        positions = (np.arange(count) + 0.5) / count * (len(c.scales) - 1)
         columns = {
-            "scale": rng.permutation(places).tolist() if c.continuous else levels(len(c.scales)),
-            "num_steps": levels(len(c.num_steps)),
-            "sampler": levels(len(c.samplers)),
+            "scale": rng.permutation(positions).tolist() if c.continuous else choices(len(c.scales)),
+            "num_steps": choices(len(c.num_steps)),
+            "sampler": choices(len(c.samplers)),
         }
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
-    def _scale_at(self, place: float) -> float:
+    def _scale_at(self, position: float) -> float:
         """Return the scale at a fractional position in the list of scales, by linear interpolation, to four digits."""
         knots = self._config.scales
-        return float(f"{np.interp(place, np.arange(len(knots)), knots):.4g}")
+        return float(f"{np.interp(position, np.arange(len(knots)), knots):.4g}")
 
     def _setting(
         self,
@@ -191,8 +193,8 @@ class Space:
         scale: float,
         interval: Interval,
     ) -> Setting:
-        """Return a setting in which values that have no effect are at their defaults, so that equal ones are equal."""
-        chain = SamplerConfig(
+        """Return a setting whose values without effect are the defaults, so that equivalent settings are equal."""
+        sampler_config = SamplerConfig(
             name=sampler,
             num_steps=num_steps,
             eta=eta if SAMPLERS[sampler].takes_eta else 0.0,
@@ -202,50 +204,57 @@ class Space:
         guidance = UNGUIDED
         if kind != "none" and scale > 0:
             guidance = GuidanceConfig(kind=kind, scale=scale, weak_weights=weak_weights, interval=interval)
-        setting = Setting(weights=weights, sampler=chain, guidance=guidance)
-        return setting.model_copy(update={"evaluations": self._passes.of(setting)})
+        setting = Setting(weights=weights, sampler=sampler_config, guidance=guidance)
+        return setting.model_copy(update={"evaluations": self._passes.evaluations(setting)})
 
 
-def narrowed(fewest: dict[Setting, float], more: list[Setting]) -> list[Setting]:
-    """Return the settings with more steps that are worth a trial, given the objective of those with the fewest steps.
+def narrow_scales(measured: dict[Setting, float], candidates: list[Setting]) -> list[Setting]:
+    """Return the candidates, which have more steps, whose scales are worth a trial.
 
-    For each weights, sampler and eta, the two best scales at the fewest steps bound the scales at more steps. The best
-    scale falls with more steps: ADM's own is about 2.4 times as large at 25 DDIM steps as at 250. Therefore the lower
-    bound is the largest scale of the grid that is at most the lower one of the two times (fewest / steps)^0.4.
+    measured: the objective of the settings with the fewest steps.
+
+    For each combination of weights and sampler, the two best scales at the fewest steps bound the scales at more steps.
+    The best scale falls with more steps: ADM's own is about 2.4 times as large at 25 DDIM steps as at 250. Therefore
+    the lower bound is the largest scale of the grid up to the lower one of the two times (fewest / steps)^0.4.
     """
     kept: list[Setting] = []
-    for setting in more:
-        first = {other.guidance.scale: value for other, value in fewest.items() if _chain(other) == _chain(setting)}
-        two = sorted(sorted(first, key=lambda scale: first[scale])[:2])
-        least = min(other.sampler.num_steps for other in fewest if _chain(other) == _chain(setting))
-        shifted = two[0] * (least / setting.sampler.num_steps) ** SHIFT
-        below = max((scale for scale in first if scale <= shifted), default=two[0])
-        if below <= setting.guidance.scale <= two[-1]:
+    for setting in candidates:
+        alike = {other: value for other, value in measured.items() if _family(other) == _family(setting)}
+        objective = {other.guidance.scale: value for other, value in alike.items()}
+        best_two = sorted(sorted(objective, key=lambda scale: objective[scale])[:2])
+        fewest = min(other.sampler.num_steps for other in alike)
+        shifted = best_two[0] * (fewest / setting.sampler.num_steps) ** SCALE_EXPONENT
+        lowest = max((scale for scale in objective if scale <= shifted), default=best_two[0])
+        if lowest <= setting.guidance.scale <= best_two[-1]:
             kept.append(setting)
     return kept
 
 
-def _chain(setting: Setting) -> tuple[object, ...]:
+def _family(setting: Setting) -> tuple[object, ...]:
+    """Return what settings have in common that differ only in the number of steps and the guidance."""
     return setting.weights, setting.sampler.name, setting.sampler.eta, setting.sampler.s_churn
 
 
 class GridProposals:
     """Proposes all settings of a grid at once, whatever the requested count.
 
-    With `proxy`, it first proposes the settings with the fewest steps, then those that `narrowed` keeps of the others.
-    See `halving.Proposals` for the methods.
+    With `proxy`, it first proposes the settings with the fewest steps, then those of the others that `narrow_scales`
+    keeps. See `halving.Proposals` for the methods.
     """
 
     def __init__(self, grid: list[Setting], proxy: bool) -> None:
-        least = {chain: min(s.sampler.num_steps for s in grid if _chain(s) == chain) for chain in map(_chain, grid)}
-        first = [setting for setting in grid if not proxy or setting.sampler.num_steps == least[_chain(setting)]]
-        self._waiting, self._rest = first, [setting for setting in grid if setting not in first]
+        fewest: dict[tuple[object, ...], int] = {}
+        for setting in grid:
+            steps = setting.sampler.num_steps
+            fewest[_family(setting)] = min(steps, fewest.get(_family(setting), steps))
+        self._next = [s for s in grid if not proxy or s.sampler.num_steps == fewest[_family(s)]]
+        self._rest = [setting for setting in grid if setting not in self._next]
         self._values: dict[Setting, float] = {}
 
     def ask(self, count: int) -> list[Setting]:
-        if not self._waiting and self._rest:
-            self._waiting, self._rest = narrowed(self._values, self._rest), []
-        proposed, self._waiting = self._waiting, []
+        if not self._next and self._rest:
+            self._next, self._rest = narrow_scales(self._values, self._rest), []
+        proposed, self._next = self._next, []
         return proposed
 
     def tell(self, setting: Setting, values: list[float], violation: float) -> None:
@@ -253,10 +262,10 @@ class GridProposals:
 
 
 class OptunaProposals:
-    """Proposes settings by Optuna's TPE, which learns from the outcomes at the first rung.
+    """Proposes settings by Optuna's TPE sampler, which learns from the outcomes at the first rung.
 
     Each process starts a new study. The same calls of `ask` and `tell` in the same order give the same proposals.
-    Ray Tune's OptunaSearch cannot promise that: it tells the study of trials in the order in which they end, and TPE
+    Ray Tune's OptunaSearch cannot promise that: it reports trials to the study in the order in which they end, and TPE
     depends on this order.
     """
 
@@ -273,7 +282,7 @@ class OptunaProposals:
                 group=True,  # some settings lack some parameters
             )
         self._study = optuna.create_study(directions=["minimize"] * num_objectives, sampler=sampler)
-        for parameters in space.spread(round_size, rng):
+        for parameters in space.first_parameters(round_size, rng):
             self._study.enqueue_trial(parameters)
 
     def ask(self, count: int) -> list[Setting]:
@@ -284,7 +293,7 @@ class OptunaProposals:
             trial = self._study.ask()
             setting = self._space.suggest(trial)
             if setting in self._trials or not self._space.allows(setting):
-                self._tell(trial, [], 1.0)
+                self._tell(trial, [], 1.0)  # as a failed trial, so that Optuna proposes other settings
                 continue
             self._trials[setting] = trial
             proposed.append(setting)

@@ -19,7 +19,7 @@ class AuditLog:
 
     def __init__(self, folder: str, rank: int, world_size: int) -> None:
         self._folder = folder
-        self._who = f"{rank:04d}-of-{world_size:04d}-process-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        self._suffix = f"{rank:04d}-of-{world_size:04d}-process-{os.getpid()}-{uuid.uuid4().hex[:12]}"
 
     def write(self, position: int, batches: list[Microbatch], losses: list[Terms]) -> None:
         """Write the record of the step that starts at `position` images: the tensors that it used, and its losses."""
@@ -35,9 +35,9 @@ class AuditLog:
             )
             rows += [list(row) for row in zip(*columns, strict=True)]
         content = {"columns": ["sample", "flip", "t", "pixels", "noise", "loss"], "rows": rows}
-        storage.write_json(storage.join(self._folder, f"{position:012d}-{self._who}.json"), content)
+        storage.write_json(storage.join(self._folder, f"{position:012d}-{self._suffix}.json"), content)
 
 
 def _checksums(values: Tensor) -> list[int]:
-    """CRC-32 of every row's bytes."""
+    """Return the CRC-32 of each row's bytes."""
     return [zlib.crc32(row.tobytes()) for row in values.cpu().numpy()]

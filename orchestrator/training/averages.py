@@ -14,33 +14,37 @@ WORST_PROFILE = 0.1  # largest relative error of the averaging profile that is a
 def average(config: AverageConfig) -> str:
     """Compute the average as a linear combination of snapshots, and return the URI of its weights file.
 
-    The snapshots are read one after the other, so at most two of them are in memory.
+    The snapshots are read one after another, so at most two of them are in memory.
 
     Raises:
         ValueError: the run has no power-function averages, none at `images`, or too few to approximate the length.
     """
     output = average_uri(config)
-    run, chosen = config.path(config.weights), _chosen(config)
-    about = [weights_about(uri) for _, _, uri in chosen]
-    kept = [Profile(a["training"]["updates"], sigma_rel) for a, (_, sigma_rel, _) in zip(about, chosen, strict=True)]
-    requested = Profile(kept[-1].updates, config.sigma_rel)
-    coefficients, off = combination(kept, requested)
-    if off > WORST_PROFILE:
+    run, snapshots = config.path(config.weights), _select_snapshots(config)
+    trainings = [weights_about(uri)["training"] for _, _, uri in snapshots]
+    profiles = [
+        Profile(training["updates"], sigma_rel)
+        for training, (_, sigma_rel, _) in zip(trainings, snapshots, strict=True)
+    ]
+    requested = Profile(profiles[-1].updates, config.sigma_rel)
+    coefficients, error = combination(profiles, requested)
+    if error > WORST_PROFILE:
         raise ValueError(
-            f"sigma_rel={config.sigma_rel}: the profile from the {len(chosen)} snapshots in {run} is {off:.0%} off; "
-            "choose a length nearer to those of power_emas, or train with a smaller snapshot_every"
+            f"sigma_rel={config.sigma_rel}: the profile from the {len(snapshots)} snapshots in {run} has an error of "
+            f"{error:.0%}, and at most {WORST_PROFILE:.0%} is accepted; choose a length nearer to those of power_emas, "
+            "or train with a smaller snapshot_every"
         )
-    network = load_network(chosen[-1][2])
+    network = load_network(snapshots[-1][2])
     total = {name: 0.0 * tensor.double() for name, tensor in network.module.state_dict().items()}
-    for coefficient, (_, _, uri) in zip(coefficients, chosen, strict=True):
+    for coefficient, (_, _, uri) in zip(coefficients, snapshots, strict=True):
         for name, tensor in load_network(uri).module.state_dict().items():
             total[name].add_(tensor, alpha=float(coefficient))
     weights = {name: tensor.float() for name, tensor in total.items()}
-    training = about[-1]["training"] | {"average": f"posthoc-{config.sigma_rel}"}
+    training = trainings[-1] | {"average": f"posthoc-{config.sigma_rel}"}
     save_weights(output, weights, network.architecture, network.diffusion, network.classes, training)
     print(
-        f"{output}: sigma_rel {config.sigma_rel:g} from {len(chosen)} snapshots; its profile is {off:.2%} off, "
-        f"which is good (up to {WORST_PROFILE:.0%} is accepted)"
+        f"{output}: sigma_rel {config.sigma_rel:g} from {len(snapshots)} snapshots; its profile has an error of "
+        f"{error:.2%} (up to {WORST_PROFILE:.0%} is accepted)"
     )
     print_closing([], [next_command("generate_samples", weights=output)])
     return output
@@ -51,11 +55,11 @@ def plan(config: AverageConfig) -> tuple[AverageConfig, str]:
     run = config.path(config.weights)
     if not storage.list_names(storage.join(run, "weights")):
         return config, "\n".join([f"reads   {run}", *not_there_yet([run])])
-    lines = [f"reads   {uri}" for _, _, uri in _chosen(config)]
+    lines = [f"reads   {uri}" for _, _, uri in _select_snapshots(config)]
     return config, "\n".join([*lines, f"writes  {average_uri(config)}"])
 
 
-def _chosen(config: AverageConfig) -> list[tuple[int, float, str]]:
+def _select_snapshots(config: AverageConfig) -> list[tuple[int, float, str]]:
     """Return (images, sigma_rel, URI) of the snapshots up to the end of the average, oldest first."""
     run = config.path(config.weights)
     stored = power_snapshots(run)
@@ -64,8 +68,8 @@ def _chosen(config: AverageConfig) -> list[tuple[int, float, str]]:
     positions = sorted({images for images, _, _ in stored})
     last = positions[-1] if config.images is None else config.images
     if last not in positions:
-        near = min(positions, key=lambda images: abs(images - last))
-        raise ValueError(f"images={last}: {run} has no snapshot there; the nearest is at {near}")
+        nearest = min(positions, key=lambda images: abs(images - last))
+        raise ValueError(f"images={last}: {run} has no snapshot there; the nearest is at {nearest}")
     return [snapshot for snapshot in stored if snapshot[0] <= last]
 
 
@@ -73,6 +77,6 @@ def average_uri(config: AverageConfig) -> str:
     """Return the URI of the average's weights file."""
     if config.output is not None:
         return config.path(config.output)
-    images = _chosen(config)[-1][0]
+    images = _select_snapshots(config)[-1][0]
     name = f"images-{images:012d}-{config.sigma_rel:g}.safetensors"
     return storage.join(config.path(config.weights), "weights", "posthoc", name)

@@ -1,4 +1,4 @@
-"""Training checkpoints in storage: each is a folder of files, and counts from its commit object on."""
+"""Training checkpoints in storage: each is a folder of files, and is valid once its commit object exists."""
 
 import hashlib
 import logging
@@ -14,11 +14,11 @@ import safetensors.torch
 from torch import Tensor
 
 from orchestrator import storage
-from orchestrator.training.config import passes
+from orchestrator.training.config import passes_multiple
 from orchestrator.weights.network import write_tensors
 
 FORMAT_VERSION = 1
-FILE_BYTES = 256 << 20  # most bytes of a file; reading needs twice as much memory beside the state
+FILE_BYTES = 256 << 20  # maximum size of a file; reading a checkpoint needs twice as much memory beside the state
 
 _NAME = re.compile(r"images-(?P<position>\d{12,})/(?P<kind>commit|state)-(?P<attempt>\w+)(-\d+)?\.(json|safetensors)")
 
@@ -39,32 +39,31 @@ class Checkpoint:
 
 
 def save_checkpoint(run: str, checkpoint: Checkpoint, attempt: str = "") -> str:
-    """Write the files of a checkpoint into `run`/checkpoints/images-N/, then its commit object; return the URI of that.
+    """Write the files of a checkpoint to `run`/checkpoints/images-N/, then its commit object; return the latter's URI.
 
-    All names contain `attempt` (by default a random id), so two writers never write the same object. The checkpoint
-    counts when its commit object exists.
+    All names contain `attempt` (by default a random id), so two writers never write the same object.
     """
-    folder, attempt, files = _folder(run, checkpoint.position), attempt or uuid.uuid4().hex[:12], {}
-    for number, tensors in enumerate(_in_parts(checkpoint.tensors, FILE_BYTES)):
+    folder, attempt = _folder(run, checkpoint.position), attempt or uuid.uuid4().hex[:12]
+    digests = {}
+    for number, tensors in enumerate(_split(checkpoint.tensors, FILE_BYTES)):
         name = f"state-{attempt}-{number:03d}.safetensors"
-        files[name] = write_tensors(storage.join(folder, name), tensors)
+        digests[name] = write_tensors(storage.join(folder, name), tensors)
     commit = {"format_version": FORMAT_VERSION, "position": checkpoint.position, "facts": checkpoint.facts}
-    commit["files"] = files  # SHA-256 of each
     uri = storage.join(folder, f"commit-{attempt}.json")
-    storage.put_if_absent(uri, storage.json_bytes(commit))
+    storage.put_if_absent(uri, storage.json_bytes(commit | {"files": digests}))
     return uri
 
 
 def positions(run: str) -> list[int]:
-    """Return the positions of the committed checkpoints of a run in images, the newest first."""
+    """Return the positions, in images, of the committed checkpoints of a run, newest first."""
     return list(dict.fromkeys(int(match["position"]) for _, match in _commits(run)))
 
 
 def read_newest(run: str, at: int | None = None) -> Iterator[Checkpoint]:
     """Yield the newest usable checkpoint in parts, one for each of its files; nothing if the run has no checkpoints.
 
-    The first part has no tensors. If a file is damaged, the parts of the previous checkpoint follow, and the first of
-    them has no tensors either.
+    A part without tensors comes before the files. If a file is damaged, the previous checkpoint follows, which begins
+    with a part without tensors, too.
 
     at: use only a checkpoint at this position in images; None = any.
 
@@ -104,29 +103,31 @@ def prune_checkpoints(run: str, newest: int, keep: int, keep_every: int | None =
     """
     root = storage.join(run, "checkpoints")
     matches = filter(None, map(_NAME.fullmatch, storage.list_names(root, recursive=True)))
-    objects = [(int(match["position"]), match["kind"], match["attempt"], match[0]) for match in matches]
-    objects = [entry for entry in objects if entry[0] <= newest]
-    committed = {(position, attempt) for position, kind, attempt, _ in objects if kind == "commit"}
-    positions = sorted({position for position, _ in committed})
-    kept = set(positions[-keep:])
+    objects = [(int(match["position"]), match) for match in matches]
+    objects = [(position, match) for position, match in objects if position <= newest]
+    committed = {(position, match["attempt"]) for position, match in objects if match["kind"] == "commit"}
+    committed_positions = sorted({position for position, _ in committed})
+    kept = set(committed_positions[-keep:])
     if keep_every:
-        kept |= {position for before, position in pairwise([0, *positions]) if passes(keep_every, before, position)}
-    for position, _, attempt, name in sorted(objects, key=lambda entry: entry[1]):  # "commit" before "state"
-        if position not in kept or (position, attempt) not in committed:
-            storage.delete(storage.join(root, name))
-    for position in {position for position, *_ in objects} - kept:
+        steps = pairwise([0, *committed_positions])
+        kept |= {position for before, position in steps if passes_multiple(keep_every, before, position)}
+    for position, match in sorted(objects, key=lambda entry: entry[1]["kind"]):  # "commit" before "state"
+        if position not in kept or (position, match["attempt"]) not in committed:
+            storage.delete(storage.join(root, match[0]))
+    for position in {position for position, _ in objects} - kept:
         if not storage.list_names(_folder(run, position)):
             storage.delete(_folder(run, position) + "/")  # with temporary files of writers that were killed
 
 
-def _in_parts(tensors: dict[str, Tensor], most: int) -> Iterator[dict[str, Tensor]]:
-    """Yield the tensors in parts of at most `most` bytes; a larger tensor is a part of its own."""
+def _split(tensors: dict[str, Tensor], max_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """Yield the tensors in parts of at most `max_bytes`; a larger tensor is a part of its own."""
     part, size = dict[str, Tensor](), 0
     for name, tensor in tensors.items():
-        if part and size + tensor.nbytes > most:
+        if part and size + tensor.nbytes > max_bytes:
             yield part
             part, size = {}, 0
-        part[name], size = tensor, size + tensor.nbytes
+        part[name] = tensor
+        size += tensor.nbytes
     yield part
 
 

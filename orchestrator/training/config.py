@@ -15,7 +15,7 @@ from orchestrator.cost import CostConfig
 from orchestrator.order import OrderConfig
 
 
-def passes(every: int, before: int, position: int) -> bool:
+def passes_multiple(every: int, before: int, position: int) -> bool:
     """Return whether a multiple of `every` lies in (before, position]."""
     return position // every > before // every
 
@@ -41,16 +41,16 @@ class TrainingConfig(JobConfig):
     dataset: str  # folder of a prepared dataset
     output: str  # folder of the run
     diffusion: DiffusionConfig
-    classes: Literal["model", "dataset"] = "model"  # source of the number of classes: model.num_classes or the dataset
+    classes: Literal["model", "dataset"] = "model"  # number of classes: that of model.num_classes or of the dataset
     order: OrderConfig = OrderConfig()
     crop: Literal["center", "random"] = "center"  # centre crop as for ADM, or random crop as for its classifier
     random_flip: bool = True  # mirror each image with probability 1/2
     # Length and batches
     total_images: int = Field(gt=0)  # length of the training in images; a larger value continues a finished training
     extend: Operational[bool] = False  # allow a larger total_images with lr_schedule=linear
-    seed: int = Field(0, ge=0, lt=2**64)  # decides order, flips, crops, timesteps, noise and initial weights
+    seed: int = Field(0, ge=0, lt=2**64)  # seed of order, flips, crops, timesteps, noise and initial weights
     batch_size: int = Field(256, gt=0)  # images in an optimizer step, over all workers
-    microbatch_size: Operational[int | None] = Field(None, gt=0)  # most images in a forward pass; None = worker's share
+    microbatch_size: Operational[int | None] = Field(None, gt=0)  # images in a forward pass; None = the worker's share
     # Optimizer
     init_from: str | None = None  # start from these weights: a run's folder, a .safetensors or a .pt file
     learning_rate: float = Field(1e-4, gt=0)  # learning rate of AdamW
@@ -58,14 +58,14 @@ class TrainingConfig(JobConfig):
     warmup_images: int = Field(0, ge=0)  # the learning rate rises linearly over this many images
     lr_schedule: Literal["constant", "linear"] = "constant"  # after the warm-up; linear = falls to zero at the end
     max_grad_norm: float | None = Field(None, gt=0)  # clip the gradient to this norm; None = no clipping
-    max_nonfinite_steps: Operational[int] = Field(20, ge=0)  # consecutive steps that non-finite gradients may skip
+    max_nonfinite_steps: Operational[int] = Field(20, ge=0)  # consecutive non-finite gradients that are skipped
     loss_scale: LossScaleConfig = LossScaleConfig()
     # Arithmetic
     reduction: Literal["fast", "exact"] = "fast"  # exact = weights equal to the bit on any number of workers
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # precision of convolutions and attention, by autocast
     tf32: bool = False  # allow TF32 in float32 convolutions and matrix products; the published code does not
     recompute: Operational[bool | None] = None  # recompute activations in the backward pass; None = if needed
-    num_threads: Operational[int] = Field(1, gt=0)  # CPU threads of each worker; changes the last bits of weights
+    num_threads: Operational[int] = Field(1, gt=0)  # CPU threads of each worker; affects the last bits of weights
     compile: Operational[bool] = False  # torch.compile the network: a slower start, but faster on long runs
     # Checkpoints and weights
     checkpoint_every: Operational[int] = Field(1_000_000, gt=0)  # images between two checkpoints
@@ -75,13 +75,13 @@ class TrainingConfig(JobConfig):
     restart_from_scratch: Operational[bool] = False  # start at image 0 if there are checkpoints but none can be used
     branch: Operational[str | None] = None  # new run that continues a checkpoint of output with other settings
     branch_at: Operational[int | None] = None  # position of that checkpoint in images; None = the newest
-    takeover: Operational[bool] = False  # train even if another driver does, which then stops
+    takeover: Operational[bool] = False  # if another driver trains this run, stop it and continue here
     # Validation and logging
-    report: Operational[bool] = False  # write report.html of a run that is being trained or was killed, then exit
+    report: Operational[bool] = False  # only write report.html of a run that is being trained or was killed
     log_every: Operational[int] = Field(10_000, gt=0)  # images between two records of metrics
     eval_every: Operational[int | None] = Field(None, gt=0)  # evaluate the validation split every N images
     eval_images: Operational[int] = Field(1_000, gt=1)  # images of the validation split in each evaluation
-    profile_steps: Operational[tuple[int, int] | None] = None  # profile steps BEGIN to END of this start into profile/
+    profile_steps: Operational[tuple[int, int] | None] = None  # write a profile of steps [BEGIN, END) to profile/
     audit_dir: Operational[str | None] = None  # folder for the audit log of every sample of every step; slow
     # Workers
     num_workers: Operational[int] = Field(1, ge=0)  # training workers; 0 = in this process, without Ray
@@ -95,25 +95,25 @@ class TrainingConfig(JobConfig):
         return super().operational | ({"total_images"} if self.lr_schedule == "constant" else set())
 
     def starting_from(self, preset: Self) -> Self:
-        """Return `preset` with the values in the config.json of the run that --report is about."""
+        """Return `preset`, with --report updated by the values in the config.json of the run."""
         if not self.report:
             return preset
-        recorded = read_config(self.path(self.output))
-        fields = {name: value for name, value in recorded.items() if name in type(self).model_fields}
-        unused = {"num_workers": 0, "microbatch_size": None}  # those of the preset may not fit the run's batches
-        return type(self).model_validate(preset.model_dump() | fields | unused)
+        stored = read_config(self.path(self.output))
+        fields = {name: value for name, value in stored.items() if name in type(self).model_fields}
+        neutral = {"num_workers": 0, "microbatch_size": None}  # those of the preset may not fit the run's batches
+        return type(self).model_validate(preset.model_dump() | fields | neutral)
 
     @property
     def length(self) -> int:
         """Return the length in images, rounded up to whole steps."""
         return -(-self.total_images // self.batch_size) * self.batch_size
 
-    def passes(self, every: int, position: int) -> bool:
-        """Return whether the step that ended at `position` images passed a multiple of `every` images."""
-        return passes(every, position - self.batch_size, position)
+    def is_due(self, every: int, position: int) -> bool:
+        """Return whether the step that ended at `position` images reached or passed a multiple of `every` images."""
+        return passes_multiple(every, position - self.batch_size, position)
 
     def microbatch_rows(self, world_size: int) -> int:
-        """Return the images in a forward pass: at most a worker's share of a step; if exact, a stream's share."""
+        """Return the images in a forward pass: a stream's share if exact, else at most a worker's share of a step."""
         if self.reduction == "exact":
             return self.batch_size // self.order.num_streams
         share = self.batch_size // world_size
@@ -129,13 +129,13 @@ class TrainingConfig(JobConfig):
         return call
 
     @model_validator(mode="after")
-    def _splits_evenly(self) -> "TrainingConfig":
+    def _check_batches(self) -> "TrainingConfig":
         streams, batch, workers = self.order.num_streams, self.batch_size, max(self.num_workers, 1)
         if streams & (streams - 1):
             raise ValueError(f"order.num_streams={streams} is not a power of two")
         if batch % streams:
-            near = f"{max(batch // streams, 1) * streams} or {(batch // streams + 1) * streams}"
-            raise ValueError(f"batch_size={batch} is not a multiple of order.num_streams={streams}; use {near}")
+            accepted = f"{max(batch // streams, 1) * streams} or {(batch // streams + 1) * streams}"
+            raise ValueError(f"batch_size={batch} is not a multiple of order.num_streams={streams}; use {accepted}")
         if streams % workers:
             raise ValueError(
                 f"num_workers={workers} does not divide order.num_streams={streams}; use a power of two up to {streams}"
@@ -169,7 +169,7 @@ class AdmConfig(TrainingConfig):
     def _fit_out_channels(cls, model: UNetConfig, info: ValidationInfo) -> UNetConfig:
         """Set out_channels for grey images if it has the value for RGB images, which is the default."""
         diffusion = info.data.get("diffusion")
-        if diffusion is None:  # its own validation failed
+        if diffusion is None:  # validation of `diffusion` failed, which pydantic reports
             return model
         outputs = 2 if diffusion.learns_variance else 1
         if model.out_channels == 3 * outputs:

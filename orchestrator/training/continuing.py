@@ -18,11 +18,11 @@ log = logging.getLogger(__name__)
 def check_folder(config: Config) -> str:
     """Check that the run in the output folder can continue with this config.
 
-    Return a description of the learning rate from here on if the training becomes longer and its learning rate falls
-    linearly to zero, else "".
+    If the training becomes longer and its learning rate falls linearly to zero, return a description of how the
+    learning rate changes, else "".
 
     Raises:
-        ValueError: the run has checkpoints that were made with another config, or beyond `total_images`.
+        ValueError: the run has checkpoints that were made with another config, or that are beyond `total_images`.
     """
     run = config.path(config.output)
     positions, stored = checkpoints.positions(run), read_config(run)
@@ -33,54 +33,53 @@ def check_folder(config: Config) -> str:
             f"--total-images {config.total_images}: {run} is already at {positions[0]:,} images; pass at "
             "least that many"
         )
-    before, course = stored.get("total_images", config.total_images), ""
-    if before < config.total_images and config.lr_schedule == stored.get("lr_schedule") == "linear":
-        shorter = config.model_copy(update={"total_images": before})
-        course = (
+    old_length, change = stored.get("total_images", config.total_images), ""
+    if old_length < config.total_images and config.lr_schedule == stored.get("lr_schedule") == "linear":
+        shorter = config.model_copy(update={"total_images": old_length})
+        change = (
             f"at {positions[0]:,} images the learning rate changes from {learning_rate(shorter, positions[0]):.3g} to "
             f"{learning_rate(config, positions[0]):.3g}, and then falls linearly to zero at {config.total_images:,}"
         )
         if not config.extend:
             raise ValueError(
-                f"--total-images {config.total_images}: the learning rate of {run} falls to zero at {before} images; "
-                f"pass --extend to train longer: {course}"
+                f"--total-images {config.total_images}: the learning rate of {run} falls to zero at {old_length} "
+                f"images; pass --extend to train longer: {change}"
             )
-    check_config(run, shorter if course else config, finished=True)
+    check_config(run, shorter if change else config, finished=True)
     if config.reduction == "exact" and stored.get("num_threads", config.num_threads) != config.num_threads:
         log.warning(
             "--num-threads %d, but %s was started with %d: with --reduction exact the last bits of the weights will "
             "differ from those of a run that was not interrupted; the training continues",
             config.num_threads, run, stored["num_threads"],
         )  # fmt: skip
-    return course
+    return change
 
 
-def bind(config: Config) -> None:
-    """Check the run's folder and write its config.json, to which the run is bound from its first checkpoint on.
+def check_and_write_config(config: Config) -> None:
+    """Check the run's folder and write its config.json, which later attempts must match once there is a checkpoint.
 
     Raises what `check_folder` does.
     """
-    course, run = check_folder(config), config.path(config.output)
+    change, run = check_folder(config), config.path(config.output)
     positions, stored = checkpoints.positions(run), read_config(run)
     length = {"total_images": config.total_images}
     if not positions or not stored:
         check_or_write_config(run, config, bool(positions), length | {"num_threads": config.num_threads})
         return
-    changed = stored | length
-    if course:
-        changed["extended"] = [
-            *stored.get("extended", []),
-            {"at": positions[0], "total_images": stored["total_images"]},
-        ]
-        print(f"{run} is extended from {stored['total_images']:,} to {config.total_images:,} images: {course}")
-    if changed != stored:
-        storage.write_json(storage.join(run, "config.json"), changed)
+    updated = stored | length
+    if change:
+        extension = {"at": positions[0], "total_images": stored["total_images"]}
+        updated["extended"] = [*stored.get("extended", []), extension]
+        print(f"{run} is extended from {stored['total_images']:,} to {config.total_images:,} images: {change}")
+    if updated != stored:
+        storage.write_json(storage.join(run, "config.json"), updated)
 
 
 def branch_off(config: Config, eval_images: int) -> Config:
-    """Copy the state at a checkpoint of the run into the new run `config.branch`, and return the config of the new run.
+    """Copy a checkpoint of the run in `config.output` to the new run `config.branch`; return the new run's config.
 
     Averages that the checkpoint lacks start at its weights. If the new run has checkpoints, nothing is copied.
+    eval_images: see `TrainingState`.
 
     Raises:
         ValueError: there is no such checkpoint, it does not fit the config, or the new run is not a branch of this run.
@@ -100,7 +99,7 @@ def branch_off(config: Config, eval_images: int) -> Config:
             f"--branch-at {at}: the checkpoints of {source} are at {', '.join(map(str, positions))} images"
         )
     state = TrainingState(child, torch.device("cpu"), eval_images)
-    fresh_scale = state.log2_loss_scale
+    initial_scale = state.log2_loss_scale
     try:
         state.restore(source, Group(0, 1), at, branching=True)
     except UnusableCheckpoints:
@@ -112,10 +111,11 @@ def branch_off(config: Config, eval_images: int) -> Config:
         ) from error
     if state.position % child.batch_size:
         raise ValueError(
-            f"--batch-size {child.batch_size}: the branch starts at {state.position} images, which is not a multiple"
+            f"--batch-size {child.batch_size}: the branch starts at {state.position} images, which is not a multiple; "
+            "pass a divisor, or --branch-at the position of another checkpoint"
         )
-    if child.dtype != "float16" or not state.log2_loss_scale:
-        state.log2_loss_scale = fresh_scale
+    if child.dtype != "float16" or not state.log2_loss_scale:  # the checkpoint of another dtype has the scale 0
+        state.log2_loss_scale = initial_scale
     source_config, own_fields = read_config(source), child.fingerprint()
     changes = differences({name: source_config[name] for name in own_fields.keys() & source_config.keys()}, own_fields)
     notes = {"num_threads": child.num_threads, "parent": {"run": source, "images": state.position}}

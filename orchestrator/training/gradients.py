@@ -1,4 +1,4 @@
-"""The gradient of a step from its microbatches: by DDP, or equal to the bit on any number of workers."""
+"""The gradient of a step: fast by DDP, or exact, which means equal to the bit on any number of workers."""
 
 import contextlib
 from collections.abc import Callable
@@ -13,12 +13,13 @@ from cluster.trainer import WorkerContext
 from models.costs import count_parameters, peak_memory, training_state_bytes
 from models.unet import Architecture, compile_blocks
 from orchestrator.order import Purpose, keyed_rng
+from orchestrator.progress import counted
 from orchestrator.training.config import Config, TrainingConfig
 from orchestrator.training.losses import Losses, Microbatch, Terms, blank_microbatch
 from orchestrator.training.state import TrainingState
 
 COMPILE_TIMEOUT = timedelta(hours=1)  # for all workers to compile the network
-MEMORY_SHARE = 0.85  # fraction of a GPU's memory for what is counted; workspaces and fragmentation are not counted
+MEMORY_SHARE = 0.85  # fraction of a GPU's memory that `memory_of` may fill; it counts no workspaces or fragmentation
 
 Backward = Callable[[nn.Module, Microbatch], Terms]  # forward and backward pass of a microbatch; adds to .grad
 
@@ -49,15 +50,15 @@ def recomputes(config: Config, world_size: int, memory: float | None) -> bool:
         return config.recompute
     if memory is None:
         return config.model.gradient_checkpointing
-    kept = config.model.model_copy(update={"gradient_checkpointing": False})
-    return sum(memory_of(config, kept, world_size).values()) > MEMORY_SHARE * memory
+    network = config.model.model_copy(update={"gradient_checkpointing": False})
+    return sum(memory_of(config, network, world_size).values()) > MEMORY_SHARE * memory
 
 
 def memory_of(config: Config, network: Architecture, world_size: int) -> dict[str, int]:
     """Return the peak memory of a worker in a step, in bytes, by what it is used for."""
     averages, rows = len(config.ema_rates) + len(config.power_emas), config.microbatch_rows(world_size)
     sizes = {
-        f"weights, AdamW and {averages} average(s)": training_state_bytes(network, averages),
+        f"weights, AdamW and {counted(averages, 'average')}": training_state_bytes(network, averages),
         f"activations and gradients of {rows} images": peak_memory(
             network, "training", rows, config.dtype != "float32"
         ),
@@ -78,25 +79,26 @@ def make_reduction(
     exact = config.reduction == "exact"
     if not exact and context.world_size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    images = config.batch_size if exact else config.batch_size // context.world_size  # the tree sums, DDP averages
+    # The tree sums over all workers. DDP averages over them, so each divides by the size of its own share.
+    divisor = config.batch_size if exact else config.batch_size // context.world_size
 
     def backward(model: nn.Module, batch: Microbatch) -> Terms:
         torch.manual_seed(_dropout_seed(config, state.position, batch))
         terms = losses(config.in_dtype(model), batch)
-        (terms["loss"].sum() * (state.loss_scale / images)).backward()
+        (terms["loss"].sum() * (state.loss_scale / divisor)).backward()
         return {name: values.detach() for name, values in terms.items()}
 
-    def reduced(batches: list[Microbatch]) -> list[Terms]:
+    def compute_gradients(batches: list[Microbatch]) -> list[Terms]:
         state.model.zero_grad(set_to_none=True)
         if exact:
             return exact_gradients(model, batches, backward, group)
         return fast_gradients(model, batches, backward)
 
-    return reduced
+    return compute_gradients
 
 
 def _dropout_seed(config: TrainingConfig, position: int, batch: Microbatch) -> int:
-    """Return the seed of a microbatch's dropout masks, by the config's seed, the position and the first stream.
+    """Return the seed of a microbatch's dropout masks, which depends on the seed, the position and the first stream.
 
     If several microbatches begin in the share of one stream, their offsets in the share distinguish them.
     """
@@ -108,8 +110,8 @@ def fast_gradients(model: nn.Module, batches: list[Microbatch], backward: Backwa
     """Accumulate gradients over microbatches; DDP averages over workers in the last backward pass."""
     terms = []
     for number, batch in enumerate(batches, 1):
-        alone = isinstance(model, DistributedDataParallel) and number < len(batches)
-        with model.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
+        is_local = isinstance(model, DistributedDataParallel) and number < len(batches)
+        with model.no_sync() if is_local else contextlib.nullcontext():  # type: ignore[operator]
             terms.append(backward(model, batch))
     return terms
 
@@ -119,20 +121,20 @@ def exact_gradients(model: nn.Module, batches: list[Microbatch], backward: Backw
 
     `batches` holds one microbatch for each stream of this worker; their number is a power of two. Each worker sums its
     subtree, and then all workers sum the subtrees in tree order. So the bits of the sum do not depend on the number of
-    workers. Needs memory for one set of gradients for each level of the subtree, beside that of a microbatch.
+    workers. In addition to the gradients of a microbatch, each level of the subtree needs memory for one set.
     """
     parameters = list(model.parameters())
-    waiting: list[list[torch.Tensor]] = []  # sums of subtrees whose right sibling is not complete, largest first
+    pending: list[list[torch.Tensor]] = []  # sums of subtrees whose right sibling is not complete, largest first
     terms = []
     for number, batch in enumerate(batches, 1):
         terms.append(backward(model, batch))
         total = [parameter.grad for parameter in parameters if parameter.grad is not None]
         model.zero_grad(set_to_none=True)
         while number % 2 == 0:
-            total = list(torch._foreach_add(waiting.pop(), total))
+            total = list(torch._foreach_add(pending.pop(), total))
             number //= 2
-        waiting.append(total)
-    (total,) = waiting
+        pending.append(total)
+    (total,) = pending
     group.all_reduce_in_tree(total)
     for parameter, gradient in zip(parameters, total, strict=True):
         parameter.grad = gradient

@@ -15,8 +15,8 @@ from orchestrator.weights.shapes import invisible_settings, with_classes_of
 log = logging.getLogger(__name__)
 
 
-def begin_with(config: Config, state: TrainingState, group: Group) -> None:
-    """Load the weights of `init_from`, if it is set, into an initial state and its averages, equally on all workers.
+def load_initial_weights(config: Config, state: TrainingState, group: Group) -> None:
+    """Load the weights of `init_from`, if it is set, into a new state and its averages; make all workers' states equal.
 
     If the number of classes differs, class-dependent tensors are re-initialised, and a warning names them.
 
@@ -27,7 +27,7 @@ def begin_with(config: Config, state: TrainingState, group: Group) -> None:
     if config.init_from is not None and group.rank == 0:
         weights, notes = _read(config, state.model.state_dict())
         for note in notes:
-            log.warning("init_from: %s", note)
+            log.warning("--init-from: %s; the training continues", note)
         state.model.load_state_dict(weights)
         for average in state.averages.values():
             for name, tensor in average.items():
@@ -37,20 +37,21 @@ def begin_with(config: Config, state: TrainingState, group: Group) -> None:
 
 
 def check_initial_weights(config: Config) -> None:
-    """Check that the weights of `init_from` fit, before workers start. Raises what `begin_with` does."""
+    """Check that the weights of `init_from` fit, before workers start. Raises what `load_initial_weights` does."""
     if config.init_from is not None:
         with torch.device("meta"):
             module = config.model.build()
         _read(config, module.to_empty(device="cpu").state_dict())
 
 
-def _read(config: Config, fresh: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the weights to start from, and notes for the user; `fresh` are random weights of the same names.
+def _read(config: Config, random_weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the weights to start from, and notes for the user.
 
     A `.pt` file that is not a released one must have the config's architecture.
     """
     assert config.init_from is not None
-    uri, model, notes = config.path(config.init_from), config.model, list[str]()
+    uri, model = config.path(config.init_from), config.model
+    notes: list[str] = []
     if uri.endswith(".pt") and not entry_by_file_name(uri):
         settings = ", ".join(f"{name}={value}" for name, value in invisible_settings(model).items())
         notes.append(
@@ -62,36 +63,41 @@ def _read(config: Config, fresh: dict[str, Tensor]) -> tuple[dict[str, Tensor], 
         source = load_published(uri, lambda shapes: (with_classes_of(shapes, model), config.diffusion))
     else:
         source = load_network(uri)
-    weights = _fitting(uri, source, config, fresh, notes)
+    weights = _fit_classes(uri, source, config, random_weights, notes)
     if source.diffusion != config.diffusion:
         notes.append(f"{uri} was trained for another diffusion process: {source.diffusion}")
     return weights, notes
 
 
-def _fitting(
-    uri: str, source: Network, config: Config, fresh: dict[str, Tensor], notes: list[str]
+def _fit_classes(
+    uri: str, source: Network, config: Config, random_weights: dict[str, Tensor], notes: list[str]
 ) -> dict[str, Tensor]:
-    """Return the weights of the source, with random ones for class-dependent tensors if the classes differ."""
+    """Return the weights of the source, with random ones for class-dependent tensors if the number of classes differs.
+
+    Adds a note for each difference.
+    """
     source_classes, own_classes = source.architecture.num_classes, config.model.num_classes
     weights = dict(source.module.state_dict())
-    if source_classes == own_classes and own_classes:
-        _fit_null_class(uri, weights, fresh, notes)
     if source_classes == own_classes:
-        check_tensors(uri, fresh, weights, config.model)
+        if own_classes:
+            _fit_null_class(uri, weights, random_weights, notes)
+        check_tensors(uri, random_weights, weights, config.model)
         return weights
 
-    def depends_on_classes(theirs: Tensor, ours: Tensor) -> bool:
-        return theirs.shape != ours.shape and theirs.shape[1:] == ours.shape[1:]  # the class is the first dimension
+    def depends_on_classes(a: Tensor, b: Tensor) -> bool:
+        return a.shape != b.shape and a.shape[1:] == b.shape[1:]  # the class is the first dimension
 
     reinitialised = [
-        name for name, tensor in fresh.items() if name not in weights or depends_on_classes(weights[name], tensor)
+        name
+        for name, tensor in random_weights.items()
+        if name not in weights or depends_on_classes(weights[name], tensor)
     ]
-    dropped = [name for name in weights if name not in fresh]
-    weights = {name: tensor for name, tensor in weights.items() if name in fresh}
-    weights |= {
-        name: fresh[name].cpu() for name in reinitialised if own_classes and fresh[name].shape[0] == own_classes
-    }
-    check_tensors(uri, fresh, weights, config.model)
+    dropped = [name for name in weights if name not in random_weights]
+    weights = {name: tensor for name, tensor in weights.items() if name in random_weights}
+    for name in reinitialised:
+        if own_classes and random_weights[name].shape[0] == own_classes:
+            weights[name] = random_weights[name].cpu()
+    check_tensors(uri, random_weights, weights, config.model)
     changes = [f"{name} is re-initialised" for name in reinitialised] + [f"{name} is left out" for name in dropped]
     notes.append(
         f"{uri} has {source_classes or 'no'} classes and this model {own_classes or 'none'}: {'; '.join(changes)}"
@@ -99,12 +105,12 @@ def _fitting(
     return weights
 
 
-def _fit_null_class(uri: str, weights: dict[str, Tensor], fresh: dict[str, Tensor], notes: list[str]) -> None:
-    """Add a row of zeros for the null class to the label embedding, or remove it, if source and model differ in it."""
+def _fit_null_class(uri: str, weights: dict[str, Tensor], random_weights: dict[str, Tensor], notes: list[str]) -> None:
+    """Add a row of zeros for the null class to the label embedding, or remove its row, if only one model has one."""
     name = "label_emb.weight"
-    if name not in weights or name not in fresh:
+    if name not in weights or name not in random_weights:
         return
-    missing_rows = len(fresh[name]) - len(weights[name])
+    missing_rows = len(random_weights[name]) - len(weights[name])
     if missing_rows == 1:
         weights[name] = torch.cat([weights[name], torch.zeros_like(weights[name][:1])])
         notes.append(f"{uri} has no null class; a row of zeros for it is added to {name}")

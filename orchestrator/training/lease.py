@@ -39,7 +39,8 @@ class Lease:
 
     def __init__(self, run: str, takeover: bool = False) -> None:
         self._run, self._folder, self._takeover = run, storage.join(run, "lease"), takeover
-        self._over, self._lost, self._begun = threading.Event(), threading.Event(), time.monotonic()
+        self._released, self._lost = threading.Event(), threading.Event()
+        self._created = time.monotonic()
         self._thread = threading.Thread(target=self._keep_renewing, name="lease", daemon=True)
 
     def __enter__(self) -> Self:
@@ -54,13 +55,13 @@ class Lease:
             if storage.put_if_absent(self._uri(self._name), self._content()):
                 break
         for name in self._names():
-            if name < self._name:
+            if name < self._name:  # of an earlier holder
                 self._remove(name)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._released.set()
         self._thread.join()
         self._remove(self._name)
 
@@ -69,11 +70,11 @@ class Lease:
         return self._lost.is_set()
 
     def is_held(self) -> bool:
-        """Return whether a driver holds the lease; takes up to EXPIRE_SECONDS if it runs on another machine."""
+        """Return whether a driver holds the lease; wait up to EXPIRE_SECONDS if the driver is on another machine."""
         return self._living_holder(max(self._names(), default=""), logging.DEBUG) is not None
 
     def _keep_renewing(self) -> None:
-        while not self._over.wait(RENEW_SECONDS):
+        while not self._released.wait(RENEW_SECONDS):
             try:
                 if self._names()[-1:] != [self._name]:
                     log.warning("another driver took over %s; this one stops after its next step", self._run)
@@ -99,36 +100,41 @@ class Lease:
                 storage.write_bytes(self._uri(name), storage.json_bytes(None))
 
     def _content(self) -> bytes:
-        pid, held = os.getpid(), time.monotonic() - self._begun
-        holder = {"host": socket.gethostname(), "pid": pid, "machine": _machine(), "process": _process(pid)}
-        return storage.json_bytes(holder | {"held_seconds": round(held, 3)})
+        pid = os.getpid()
+        holder = {"host": socket.gethostname(), "pid": pid, "machine": _machine_id(), "process": _process_start(pid)}
+        return storage.json_bytes(holder | {"held_seconds": round(time.monotonic() - self._created, 3)})
 
-    def _living_holder(self, name: str, level: int) -> dict[str, Any] | None:
-        """Return the holder with this object, or None if it has ended; may wait until its lease expires."""
+    def _living_holder(self, name: str, log_level: int) -> dict[str, Any] | None:
+        """Return the content of a holder's object, or None if the holder has ended; may wait for its lease to expire.
+
+        name: of the object; "" = there is none.
+        """
         if not name:
             return None
         try:
-            seen = storage.read_bytes(self._uri(name))
-            if not (holder := json.loads(seen)):
+            content = storage.read_bytes(self._uri(name))
+            holder = json.loads(content)
+            if not holder:
                 return None  # released
-            if holder["machine"] and holder["machine"] == _machine():
-                return holder if holder["process"] == _process(holder["pid"]) else None
+            if holder["machine"] and holder["machine"] == _machine_id():
+                return holder if holder["process"] == _process_start(holder["pid"]) else None
             log.log(
-                level, "pid %s on %s holds the lease on %s; waiting up to %g s to see whether it is alive",
+                log_level, "pid %s on %s holds the lease on %s; waiting up to %g s to see whether it is alive",
                 holder["pid"], holder["host"], self._run, EXPIRE_SECONDS,
             )  # fmt: skip
             deadline = time.monotonic() + EXPIRE_SECONDS
             while time.monotonic() < deadline:
                 time.sleep(WATCH_SECONDS)
-                if (now := storage.read_bytes(self._uri(name))) != seen:
-                    return json.loads(now)  # None if it was released meanwhile
+                new_content = storage.read_bytes(self._uri(name))
+                if new_content != content:
+                    return json.loads(new_content)  # None if it was released meanwhile
         except FileNotFoundError:
             pass  # released
         return None
 
 
-def _machine() -> str:
-    """Return an id that is equal for processes that see each other's pids; "" if it cannot be determined."""
+def _machine_id() -> str:
+    """Return an id that processes share if they see each other's pids; "" if it cannot be determined."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"  # containers may share a host name but not pids
@@ -136,10 +142,13 @@ def _machine() -> str:
         return ""
 
 
-def _process(pid: int) -> str:
-    """Return the start time of a process of this machine in clock ticks; "" if it has ended."""
+def _process_start(pid: int) -> str:
+    """Return the start time of a process of this machine in clock ticks; "" if it has ended.
+
+    The start time distinguishes the process from a later one with the same pid.
+    """
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
-    return "" if state in "ZX" else fields[18]  # tells the process from a later one with the same pid
+    return "" if state in "ZX" else fields[18]  # zombie or dead

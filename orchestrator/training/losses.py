@@ -21,19 +21,14 @@ Losses = Callable[[Network, "Microbatch"], Terms]
 
 @dataclass(frozen=True, eq=False)
 class Microbatch:
-    """One microbatch of a worker, from which losses are computed.
+    """One microbatch of a worker. The noise and u of a row depend only on (seed, epoch, sample)."""
 
-    x_start float32 [n, C, H, W] in [-1, 1]; labels int64 [n]; noise float32 like x_start; u float64 [n] in [0, 1), from
-    which timesteps are computed. Noise and u of a row depend only on (seed, epoch, sample). samples int64 [n] are the
-    numbers of the rows in the dataset; flips bool [n] says which rows are mirrored.
-    """
-
-    x_start: Tensor
-    labels: Tensor
-    noise: Tensor
-    u: np.ndarray
-    samples: np.ndarray
-    flips: np.ndarray
+    x_start: Tensor  # float32 [n, C, H, W] in [-1, 1]
+    labels: Tensor  # int64 [n]
+    noise: Tensor  # float32, of the shape of x_start
+    u: np.ndarray  # float64 [n] in [0, 1), from which timesteps are computed
+    samples: np.ndarray  # int64 [n], index of each row in the dataset
+    flips: np.ndarray  # bool [n], whether a row is mirrored
     stream: int  # canonical stream of the first row
     offset: int  # of the first row in the share of its stream
 
@@ -44,11 +39,11 @@ class Microbatch:
 
 
 def make_microbatches(
-    shares: list[StreamShare], config: Config, rows: int, pinned: bool = False, label_dropout: float = 0.0
+    shares: list[StreamShare], config: Config, rows: int, pin_memory: bool = False, label_dropout: float = 0.0
 ) -> list[Microbatch]:
-    """Cut a worker's shares of a step into microbatches of `rows` rows (the last may be smaller), on the CPU.
+    """Split a worker's shares of a step into microbatches of `rows` rows (the last may be smaller), on the CPU.
 
-    Each label becomes that of the null class, model.num_classes, with probability `label_dropout`.
+    Each label is replaced by that of the null class, model.num_classes, with probability `label_dropout`.
 
     Raises:
         ValueError: an image is coloured, and the network has one channel.
@@ -56,7 +51,10 @@ def make_microbatches(
     channels, seed = config.model.in_channels, config.seed
     images = np.concatenate([share.images for share in shares])
     if channels == 1 and not (images[..., :1] == images).all():
-        raise ValueError("--model.in-channels 1 is for grey images, and some images of the dataset are coloured")
+        raise ValueError(
+            "--model.in-channels 1 is for grey images, but some images of the dataset are coloured; "
+            "pass --model.in-channels 3"
+        )
     labels = np.concatenate([share.labels for share in shares])
     samples = np.concatenate([share.samples for share in shares])
     flips = np.concatenate([share.flips for share in shares])
@@ -65,44 +63,44 @@ def make_microbatches(
         dropped = [sample_rng(seed, *key, Purpose.LABEL_DROPOUT).random() < label_dropout for key in keys]
         assert config.model.num_classes is not None, "checked before the training starts"
         labels = np.where(dropped, config.model.num_classes, labels)
-    places = [(share.stream, offset) for share in shares for offset in range(len(share.samples))]
+    origins = [(share.stream, offset) for share in shares for offset in range(len(share.samples))]
     batches = []
     for begin in range(0, len(keys), rows):
         part = slice(begin, begin + rows)
         x_start = from_uint8(torch.from_numpy(images[part]), channels)
         shape = x_start.shape[1:]
-        noise = [sample_rng(seed, *key, Purpose.NOISE).standard_normal(shape, np.float32) for key in keys[part]]
+        noises = [sample_rng(seed, *key, Purpose.NOISE).standard_normal(shape, np.float32) for key in keys[part]]
         u = np.array([sample_rng(seed, *key, Purpose.TIMESTEP).random() for key in keys[part]])
-        x_start, y, noises = (
-            tensor.pin_memory() if pinned else tensor
-            for tensor in (x_start.contiguous(), torch.from_numpy(labels[part]), torch.from_numpy(np.stack(noise)))
+        x_start, y, noise = (
+            tensor.pin_memory() if pin_memory else tensor
+            for tensor in (x_start.contiguous(), torch.from_numpy(labels[part]), torch.from_numpy(np.stack(noises)))
         )
-        batches.append(Microbatch(x_start, y, noises, u, samples[part], flips[part], *places[begin]))
+        batches.append(Microbatch(x_start, y, noise, u, samples[part], flips[part], *origins[begin]))
     return batches
 
 
 def blank_microbatch(config: Config, rows: int) -> Microbatch:
-    """Return `rows` grey images without noise, for which a network can be compiled."""
+    """Return a microbatch of zeros, for which a network is compiled."""
     x = torch.zeros(rows, config.model.in_channels, config.model.image_size, config.model.image_size)
     zeros = np.zeros(rows, np.int64)
-    return Microbatch(x, torch.from_numpy(zeros), torch.zeros_like(x), zeros / 1.0, zeros, zeros > 0, 0, 0)
+    u, flips = np.zeros(rows), np.zeros(rows, bool)
+    return Microbatch(x, torch.from_numpy(zeros), torch.zeros_like(x), u, zeros, flips, 0, 0)
 
 
 def make_losses(config: Config, timesteps: TimestepSampler) -> Losses:
-    """Return the losses of a diffusion model or a noisy classifier, at timesteps from `timesteps`."""
-    diffusion = Diffusion(config.diffusion)
-    losses = classifier_losses if config.model.kind == "classifier" else adm_losses
-    return losses(config, diffusion, timesteps)
+    """Return a function that computes the losses of a diffusion model or a noisy classifier."""
+    make = classifier_losses if config.model.kind == "classifier" else adm_losses
+    return make(config, Diffusion(config.diffusion), timesteps)
 
 
 def adm_losses(config: Config, diffusion: Diffusion, timesteps: TimestepSampler) -> Losses:
     """Return the losses of a diffusion model, conditioned on class and low-resolution image if the model is.
 
-    With a loss-aware timestep sampler, "loss" has its weights and "unweighted_loss" has not.
+    With a loss-aware timestep sampler, "loss" includes its weights and "unweighted_loss" does not.
     """
 
     def losses(model: Network, batch: Microbatch) -> Terms:
-        t, weights = _drawn(batch, timesteps)
+        t, weights = _draw_timesteps(batch, timesteps)
         condition = {"y": batch.labels} if config.model.num_classes else {}
         if config.model.low_res_size:
             condition["low_res"] = area_downsample(batch.x_start, config.model.low_res_size)
@@ -123,24 +121,24 @@ def classifier_losses(config: Config, diffusion: Diffusion, timesteps: TimestepS
     top, noised = min(5, config.model.num_classes), config.noised
 
     def losses(model: Network, batch: Microbatch) -> Terms:
-        t, _ = _drawn(batch, timesteps)
+        t, _ = _draw_timesteps(batch, timesteps)
         x_t = diffusion.q_sample(batch.x_start, t, batch.noise) if noised else batch.x_start
         t = t if noised else torch.zeros_like(t)
         logits = model(x_t, diffusion.model_timesteps(t, x_t))
         loss = cross_entropy(logits, batch.labels, reduction="none")
-        right = logits.detach().topk(top, dim=1).indices == batch.labels[:, None]
-        return {"loss": loss, "accuracy": right[:, 0].float(), "accuracy_top5": right.any(dim=1).float(), "t": t}
+        correct = logits.detach().topk(top, dim=1).indices == batch.labels[:, None]
+        return {"loss": loss, "accuracy": correct[:, 0].float(), "accuracy_top5": correct.any(dim=1).float(), "t": t}
 
     return losses
 
 
-def _drawn(batch: Microbatch, timesteps: TimestepSampler) -> tuple[Tensor, Tensor]:
+def _draw_timesteps(batch: Microbatch, timesteps: TimestepSampler) -> tuple[Tensor, Tensor]:
     """Return timesteps int64 [n] and loss weights float32 [n] from the u of the rows, on the device of the batch."""
     t, weights = timesteps.draw(batch.u)
     device = batch.x_start.device
 
-    def moved(values: np.ndarray) -> Tensor:
+    def to_device(values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(values)
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
-    return moved(t), moved(weights)
+    return to_device(t), to_device(weights)

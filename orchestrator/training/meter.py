@@ -22,27 +22,29 @@ from orchestrator.training.state import TrainingState, learning_rate
 class Meter:
     """Sums the metrics of a worker, and reports the means over all workers.
 
-    Sums of losses stay on the device, so that only a report waits for it.
+    The sums of losses stay on the device, so that the host waits for it only in a report.
     """
 
     def __init__(self, config: Config, context: WorkerContext, group: Group) -> None:
         self._config, self._context, self._group = config, context, group
-        self._flops = training_flops(config.model)  # of one image
-        self._peak = peak_flops(platform(context.device)["device"], config.dtype)
-        self._names: list[str] = []
-        self._restart()
+        self._flops_per_image = training_flops(config.model)
+        self._peak_flops = peak_flops(platform(context.device)["device"], config.dtype)
+        self._names: list[str] = []  # of the loss terms
+        self._reset()
 
-    def _restart(self) -> None:
+    def _reset(self) -> None:
         self._sums: Tensor | None = None  # float64 [terms + 1, 4]: by quartile of t; the last row counts images
         self._norms: list[Tensor] = []
-        self._steps, self._undecodable, self._waited, self._since = 0, 0, 0.0, time.perf_counter()
+        self._steps = self._undecodable = 0
+        self._data_wait = 0.0  # seconds
+        self._start = time.perf_counter()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Count the time in this context as waiting for data."""
         begin = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - begin
+        self._data_wait += time.perf_counter() - begin
 
     def add(self, all_terms: list[Terms], norm: Tensor, undecodable: int) -> None:
         """Add a step: loss terms of its microbatches, gradient norm, number of undecodable images."""
@@ -57,47 +59,48 @@ class Meter:
     def report(self, state: TrainingState) -> Iterator[dict[str, Any]]:
         """Yield the means since the last report as a record, on rank 0; all workers must iterate."""
         state.settle()
-        elapsed = time.perf_counter() - self._since
+        elapsed = time.perf_counter() - self._start
         assert self._sums is not None, "a report follows a step"
         sums = self._group.sum(self._sums.cpu())
-        waited, undecodable = self._group.sum(torch.tensor([self._waited / elapsed, self._undecodable])).tolist()
+        own = torch.tensor([self._data_wait / elapsed, self._undecodable])
+        data_wait, undecodable = self._group.sum(own).tolist()
         memory = max(self._group.gather(_peak_memory(self._context.device)))
         if self._context.rank == 0:
-            good = [norm for norm in torch.stack(self._norms).tolist() if isfinite(norm)]
+            finite_norms = [norm for norm in torch.stack(self._norms).tolist() if isfinite(norm)]
             rate = self._steps * self._config.batch_size / elapsed
-            squares = torch._foreach_norm([tensor.detach() for tensor in state.model.parameters()])
+            norms = torch._foreach_norm([tensor.detach() for tensor in state.model.parameters()])
             metrics = means_by_quartile(sums, self._names) | {
                 "images_per_second": rate,
-                "data_wait_fraction": waited / self._group.world_size,
+                "data_wait_fraction": data_wait / self._group.world_size,
                 "undecodable_images": undecodable,
                 "learning_rate": learning_rate(self._config, state.position - self._config.batch_size),
-                "skipped_steps": float(len(self._norms) - len(good)),
-                "param_norm": float(torch.stack(squares).norm()),
+                "skipped_steps": float(len(self._norms) - len(finite_norms)),
+                "param_norm": float(torch.stack(norms).norm()),
                 "peak_memory_bytes": float(memory),
             }
-            if good:
-                metrics["grad_norm"] = sum(good) / len(good)
+            if finite_norms:
+                metrics["grad_norm"] = sum(finite_norms) / len(finite_norms)
             if self._config.dtype == "float16":
                 metrics["log2_loss_scale"] = state.log2_loss_scale
-            if self._peak:
-                metrics["mfu"] = rate * self._flops / (self._peak * self._group.world_size)
+            if self._peak_flops:
+                metrics["mfu"] = rate * self._flops_per_image / (self._peak_flops * self._group.world_size)
             yield {"images": state.position, "metrics": metrics}
-        self._restart()
+        self._reset()
 
 
 def sums_by_quartile(terms: Terms, names: list[str], num_timesteps: int) -> Tensor:
-    """Return sums of the named terms by quartile of t, float64 [names + 1, 4]; the last row is the number of images.
+    """Return sums of the named terms by quartile of t, float64 [names + 1, 4]; the last row has the numbers of images.
 
     The result is on the device of the terms, and the host does not wait for it.
     """
     values = torch.stack([terms[name].double() for name in names] + [torch.ones_like(terms["t"], dtype=torch.float64)])
     quartile = 4 * terms["t"] // num_timesteps
-    inside = torch.nn.functional.one_hot(quartile, 4).to(values)
-    return values @ inside
+    is_in_quartile = torch.nn.functional.one_hot(quartile, 4).to(values)  # [n, 4]
+    return values @ is_in_quartile
 
 
 def means_by_quartile(sums: Tensor, names: list[str]) -> dict[str, float]:
-    """Return the means from these sums: NAME over all images, NAME_q0 to NAME_q3 in the quartiles that have images."""
+    """Return the means from `sums_by_quartile`: NAME of all images, NAME_q0 to NAME_q3 of quartiles with images."""
     means = {}
     *rows, counts = sums.tolist()
     for name, row in zip(names, rows, strict=True):

@@ -17,7 +17,7 @@ from orchestrator.config import DIGITS, IMAGES, IMAGES_CPU, TWO_CORES
 from orchestrator.order import OrderConfig
 from orchestrator.training.config import AdmConfig, AverageConfig, NoisyClassifierConfig
 
-Settings = dict[str, Any]  # fields of a config, without its output
+Settings = dict[str, Any]  # values by field of a config, without `output`
 AnyTraining = TypeVar("AnyTraining", AdmConfig, NoisyClassifierConfig)
 
 
@@ -83,14 +83,14 @@ def upsampler_presets() -> dict[str, tuple[str, AdmConfig]]:
 def _configs(
     make: type[AnyTraining], kind: str, presets: dict[str, tuple[str, Settings]]
 ) -> dict[str, tuple[str, AnyTraining]]:
-    """Return the configs with the output PRESET/KIND, where the same preset of the other jobs looks for it."""
+    """Return the configs with the output PRESET/KIND, from which the other jobs' presets of this name read it."""
     return {name: (about, make(output=f"{name}/{kind}", **settings)) for name, (about, settings) in presets.items()}
 
 
 def trained_networks() -> dict[str, tuple[Architecture, DiffusionConfig]]:
     """Return the network and the diffusion process of each preset by its output."""
-    presets = (adm_presets(), classifier_presets(), upsampler_presets())
-    configs = [config for each in presets for _, config in each.values()]
+    jobs = (adm_presets(), classifier_presets(), upsampler_presets())
+    configs = [config for presets in jobs for _, config in presets.values()]
     return {config.output: (config.model, config.diffusion) for config in configs}
 
 
@@ -113,8 +113,10 @@ def _published(
 ) -> tuple[str, Settings]:
     """Return the published training of a model of the zoo: AdamW without weight decay, EMA 0.9999, random flips.
 
-    Without a `dtype` the model was trained in float32, and the preset uses bfloat16. The order is for up to 64 workers;
-    each of 8 workers then holds 1.5 GiB of images at 256 pixels, 3 at 512.
+    remark: is appended to the description.
+    changes: fields that differ. Without `dtype`, the model was trained in float32, and the preset uses bfloat16.
+
+    The order allows up to 64 workers. Each of 8 workers holds 1.5 GiB of images at 256 pixels, and 3 GiB at 512.
     """
     entry = zoo.entry(name)
     settings = {
@@ -130,18 +132,19 @@ def _published(
         "num_workers": 8,
         "num_gpus": 1,
     }
-    but = "" if "dtype" in changes else ", but in bfloat16 instead of float32"
-    return f"the zoo's {name} as published: {iterations:,} steps of {batch_size}{but}{remark}", settings | changes
+    precision = "" if "dtype" in changes else ", but in bfloat16 instead of float32"
+    about = f"the zoo's {name} as published: {iterations:,} steps of {batch_size}{precision}{remark}"
+    return about, settings | changes
 
 
 def _iddpm(name: str, *published: Any, **changes: Any) -> tuple[str, Settings]:
-    """Return a training of IDDPM: no flips; models that are trained on the bound sample timesteps by their losses."""
+    """Return a published training of IDDPM: no flips; importance sampling of timesteps for the variational bound."""
     timesteps = "loss_second_moment" if name.endswith("-vlb") else "uniform"
     return _published(name, *published, random_flip=False, timesteps=timesteps, **changes)
 
 
 def _published_classifier(name: str, *published: Any, **changes: Any) -> tuple[str, Settings]:
-    """Return the published training of a noisy classifier: random crops, a learning rate that falls to zero."""
+    """Return the published training of a noisy classifier, whose learning rate falls to zero."""
     return _published(name, *published, lr_schedule="linear", eval_every=1_000_000, eval_images=5_000, **changes)
 
 
@@ -166,7 +169,7 @@ _SMALL_TRAINING: Settings = {"order": OrderConfig(), "batch_size": 64, "learning
 
 
 def _images_diffusion() -> Settings:
-    """Return ADM at 64 pixels with two thirds of its width, classes of the dataset, and averages for post-hoc EMA."""
+    """Return a training of ADM at 64 pixels with two thirds of its width, and with averages for post-hoc EMA."""
     return _IMAGES | {
         "model": zoo.entry("adm-64").network.model_copy(update={"model_channels": 128}),
         "total_images": 5_000_000,
@@ -182,7 +185,7 @@ def _images_diffusion() -> Settings:
 
 
 def _images_classifier() -> Settings:
-    """Return ADM's classifier at 64 pixels with dropout, and with validation because small datasets overfit soon."""
+    """Return a training of ADM's classifier at 64 pixels, with dropout and validation, since small data overfit."""
     return _IMAGES | {
         "model": zoo.entry("classifier-64").network.model_copy(update={"num_res_blocks": 2, "dropout": 0.1}),
         "total_images": 2_000_000,
@@ -193,7 +196,7 @@ def _images_classifier() -> Settings:
 
 
 def _images_upsampler() -> Settings:
-    """Return ADM's upsampler with two thirds of its width."""
+    """Return a training of ADM's upsampler with two thirds of its width."""
     entry = zoo.entry("upsampler-64-256")
     return _images_diffusion() | {
         "model": entry.network.model_copy(update={"model_channels": 128}),
@@ -208,9 +211,9 @@ def _images_upsampler() -> Settings:
 
 
 def _images_cpu_diffusion() -> Settings:
-    """Return a small ADM at 16 pixels, which takes a quarter of an hour on two idle cores.
+    """Return a training of a small ADM at 16 pixels, which takes a quarter of an hour on two idle cores.
 
-    It predicts x_0: after so few images a network that predicts the noise does not have the colours yet.
+    It predicts x_0, because a network that predicts the noise does not reproduce colours after so few images.
     """
     images = _images_diffusion()
     return images | _SMALL_TRAINING | {
@@ -230,7 +233,7 @@ def _images_cpu_diffusion() -> Settings:
 
 
 def _images_cpu_classifier() -> Settings:
-    """Return a small classifier at 16 pixels, which takes a few minutes on two cores."""
+    """Return a training of a small classifier at 16 pixels, which takes a few minutes on two cores."""
     images = _images_classifier()
     return images | _SMALL_TRAINING | {
         "model": images["model"].model_copy(update=_SMALL_NETWORK),
@@ -266,7 +269,7 @@ _DIGITS: Settings = {
 
 
 def _digits_diffusion() -> Settings:
-    """Return a small ADM at 8x8 pixels, which draws digits after two minutes on two cores."""
+    """Return a training of a small ADM at 8x8 pixels, which takes two minutes on two cores."""
     return _DIGITS | {
         "model": UNetConfig(out_channels=2, **_DIGITS_NETWORK),
         "total_images": 89_600,
@@ -283,7 +286,7 @@ def _digits_diffusion() -> Settings:
 
 
 def _digits_classifier() -> Settings:
-    """Return a small classifier at 8x8 pixels."""
+    """Return a training of a small classifier at 8x8 pixels."""
     return _DIGITS | {
         "model": ClassifierConfig(**_DIGITS_NETWORK),
         "crop": "center",  # the digits fill their scans: a random crop would cut them
@@ -295,7 +298,7 @@ def _digits_classifier() -> Settings:
 
 
 def _digits_upsampler() -> Settings:
-    """Return an upsampler from 8 to 16 pixels."""
+    """Return a training of an upsampler from 8 to 16 pixels."""
     digits = _digits_diffusion()
     larger = {"image_size": 16, "low_res_size": 8, "attention_resolutions": (8,)}
     return digits | {

@@ -1,4 +1,4 @@
-"""Pictures of samples during a training, always with the same noise and labels."""
+"""Previews of a training: pictures of samples, which always have the same noise and labels."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -22,9 +22,9 @@ SMALLEST_SIDE = 32  # pixels; smaller images are enlarged
 
 
 def previews(config: AdmConfig, state: TrainingState, manifest: Manifest, group: Group) -> Iterator[dict[str, Any]]:
-    """Yield a picture for each average of the weights as a record, on rank 0.
+    """Yield a record with a picture for each average of the weights, on rank 0.
 
-    All workers must iterate, because each of them draws a share of the samples.
+    All workers must iterate, because each of them generates a share of the samples.
     """
     device = next(state.model.parameters()).device
     module = config.model.build().to(device).eval()
@@ -33,7 +33,7 @@ def previews(config: AdmConfig, state: TrainingState, manifest: Manifest, group:
     for name, average in state.averages.items():
         module.load_state_dict(average)
         with autocast(device, config.dtype):
-            share = _share(config, network, manifest, group)
+            share = _generate_share(config, network, manifest, group)
         images = np.concatenate(group.gather(share))
         if group.rank == 0:
             scale = max(1, SMALLEST_SIDE // config.model.image_size)
@@ -41,18 +41,18 @@ def previews(config: AdmConfig, state: TrainingState, manifest: Manifest, group:
             yield {"picture": f"samples/{name}/images-{state.position:012d}.png", "png": picture}
 
 
-def _share(config: AdmConfig, network: Network, manifest: Manifest, group: Group) -> np.ndarray:
+def _generate_share(config: AdmConfig, network: Network, manifest: Manifest, group: Group) -> np.ndarray:
     """Return this worker's share of the samples, uint8 [n, H, W, 3]."""
     size, channels = config.model.image_size, config.model.in_channels
-    indices = np.array_split(np.arange(SAMPLES), group.world_size)[group.rank]
+    share = np.array_split(np.arange(SAMPLES), group.world_size)[group.rank]
     parts = [np.zeros((0, size, size, 3), np.uint8)]
-    at_once = config.microbatch_rows(group.world_size)  # fits into memory, because training does
-    for part in (indices[begin : begin + at_once] for begin in range(0, len(indices), at_once)):
-        labels, small = part % max(1, len(manifest.classes)), None
+    rows = config.microbatch_rows(group.world_size)  # fits into memory, because training does
+    for begin in range(0, len(share), rows):
+        indices = share[begin : begin + rows]
+        labels, low_res = indices % max(1, len(manifest.classes)), None
         if config.model.low_res_size:  # an upsampler gets downsampled real images
-            pixels, labels = read_images(manifest, "train", part[0], part[-1] + 1, size)
-            small = to_uint8(
-                area_downsample(from_uint8(torch.from_numpy(pixels), channels), config.model.low_res_size)
-            ).numpy()
-        parts.append(sample_batch(network, config.preview, part, labels, config.seed, low_res=small))
+            pixels, labels = read_images(manifest, "train", indices[0], indices[-1] + 1, size)
+            x = from_uint8(torch.from_numpy(pixels), channels)
+            low_res = to_uint8(area_downsample(x, config.model.low_res_size)).numpy()
+        parts.append(sample_batch(network, config.preview, indices, labels, config.seed, low_res=low_res))
     return np.concatenate(parts)

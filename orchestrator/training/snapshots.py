@@ -32,18 +32,18 @@ def final_weights(run: str, config: Config) -> str:
     return last
 
 
-def is_due(config: Config, position: int) -> bool:
+def is_snapshot_due(config: Config, position: int) -> bool:
     """Return whether a snapshot is due at `position` images: every snapshot_every images and at the end."""
-    marked = config.snapshot_every is not None and config.passes(config.snapshot_every, position)
-    return marked or position >= config.length
+    at_interval = config.snapshot_every is not None and config.is_due(config.snapshot_every, position)
+    return at_interval or position >= config.length
 
 
-def write_snapshots(run: str, config: Config, classes: tuple[str, ...], state: Checkpoint) -> None:
+def write_snapshots(run: str, config: Config, classes: tuple[str, ...], checkpoint: Checkpoint) -> None:
     """Write the averages in a checkpoint, or its weights if it has no averages; existing files are kept."""
-    for name, uri in snapshot_uris(run, config, state.position).items():
+    for name, uri in snapshot_uris(run, config, checkpoint.position).items():
         prefix = "model." if name == "raw" else f"{name}."
-        weights = {key.removeprefix(prefix): t for key, t in state.tensors.items() if key.startswith(prefix)}
-        training = {"images": state.position, "updates": state.facts["updates"], "average": name}
+        weights = {key.removeprefix(prefix): t for key, t in checkpoint.tensors.items() if key.startswith(prefix)}
+        training = {"images": checkpoint.position, "updates": checkpoint.facts["updates"], "average": name}
         save_weights(uri, weights, config.model, config.diffusion, classes, training)
 
 
@@ -57,16 +57,17 @@ class Snapshot(NamedTuple):
 
 def snapshots(run: str) -> list[Snapshot]:
     """Return the snapshots of a run, oldest first, without its power-function averages."""
-    return sorted(_listed(storage.join(run, "weights")))
+    return sorted(_list_snapshots(storage.join(run, "weights")))
 
 
 def power_snapshots(run: str) -> list[tuple[int, float, str]]:
     """Return (images, sigma_rel, URI) of every power-function average of a run, oldest first."""
     folder = storage.join(run, "weights", "power")
-    return [(images, float(sigma_rel), storage.join(folder, name)) for images, sigma_rel, name in _listed(folder)]
+    snapshots = _list_snapshots(folder)
+    return [(images, float(sigma_rel), storage.join(folder, name)) for images, sigma_rel, name in snapshots]
 
 
-def _listed(folder: str) -> Iterator[Snapshot]:
+def _list_snapshots(folder: str) -> Iterator[Snapshot]:
     for name in storage.list_names(folder):
-        if parts := re.fullmatch(r"images-(\d+)-(.+)\.safetensors", name):
-            yield Snapshot(int(parts[1]), parts[2], name)
+        if match := re.fullmatch(r"images-(\d+)-(.+)\.safetensors", name):
+            yield Snapshot(int(match[1]), match[2], name)

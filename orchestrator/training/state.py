@@ -26,13 +26,13 @@ class TrainingState:
 
     eval_images: number of images in an evaluation of the validation split, 0 without validation.
 
-    The host does not wait for a step. The device skips the update of the weights if the gradient is not finite. What
-    else depends on that (averages, counts, loss scale) is updated by `settle`, at the latest in the next step.
+    The host does not wait for the device in a step. The device skips the update of the weights if the gradient is not
+    finite. Averages, counts and loss scale depend on this, too; `settle` updates them, at the latest in the next step.
     """
 
     def __init__(self, config: Config, device: torch.device, eval_images: int = 0) -> None:
         self._config = config
-        self._last_norm: Callable[[], float] | None = None  # waits for the norm of a step that is not settled
+        self._read_norm: Callable[[], float] | None = None  # waits for the norm of a step that is not settled
         torch.manual_seed(int(keyed_rng(Purpose.WEIGHTS, config.seed).integers(2**63)))
         self.model = config.model.build().to(device)
         if device.type == "cuda":  # on CPUs it makes GroupNorm slower
@@ -40,7 +40,7 @@ class TrainingState:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
-        for parameter in self.model.parameters():  # as the first step would, so that every checkpoint has these tensors
+        for parameter in self.model.parameters():  # so that checkpoints before the first step have these tensors, too
             self.optimizer.state[parameter] = {
                 "step": torch.zeros((), device=device),
                 "exp_avg": torch.zeros_like(parameter),
@@ -65,24 +65,24 @@ class TrainingState:
 
     @property
     def loss_scale(self) -> float:
-        """Return the factor of the loss and so of the gradients."""
+        """Return the factor by which the loss and the gradients are multiplied."""
         self.settle()
         return 2.0**self.log2_loss_scale
 
-    def note_step(self, norm: Tensor) -> None:
+    def fetch_norm(self, norm: Tensor) -> None:
         """Start to copy the gradient norm of a step, float64 [] on the device, to the host for `settle`."""
         if not norm.is_cuda:
-            self._last_norm = norm.item
+            self._read_norm = norm.item
             return
-        host, copied = torch.empty_like(norm, device="cpu", pin_memory=True), torch.cuda.Event()
-        host.copy_(norm, non_blocking=True)
+        host_norm, copied = torch.empty_like(norm, device="cpu", pin_memory=True), torch.cuda.Event()
+        host_norm.copy_(norm, non_blocking=True)
         copied.record()
 
         def wait() -> float:
             copied.synchronize()
-            return float(host)
+            return float(host_norm)
 
-        self._last_norm = wait
+        self._read_norm = wait
 
     def settle(self) -> None:
         """Wait for the gradient norm of the last step, and update averages, counts and loss scale accordingly.
@@ -90,33 +90,34 @@ class TrainingState:
         Raises:
             ArithmeticError: more than `max_nonfinite_steps` consecutive steps were skipped.
         """
-        if self._last_norm is None:
+        if self._read_norm is None:
             return
-        norm, self._last_norm = self._last_norm(), None
-        scaling, half = self._config.loss_scale, self._config.dtype == "float16"
+        norm, self._read_norm = self._read_norm(), None
+        scaling, is_scaled = self._config.loss_scale, self._config.dtype == "float16"
         if math.isfinite(norm):
-            self.updates, self.bad_steps = self.updates + 1, 0
+            self.updates += 1
+            self.bad_steps = 0
             self._update_averages()
-            self.log2_loss_scale += scaling.growth if half else 0.0
+            self.log2_loss_scale += scaling.growth if is_scaled else 0.0
             return
         self.bad_steps += 1
-        if half:
+        if is_scaled:
             self.log2_loss_scale = max(scaling.floor, self.log2_loss_scale - scaling.backoff)
         if self.bad_steps > self._config.max_nonfinite_steps:
             raise ArithmeticError(
                 f"the gradient was not finite in {self.bad_steps} consecutive steps, at "
-                f"{self.position - self._config.batch_size:,} images; lower --learning-rate, or check the last images"
+                f"{self.position - self._config.batch_size:,} images; lower --learning-rate, or check the images there"
             )
 
     def _update_averages(self) -> None:
-        """e = r e + (1 - r) p for every average's decay r, in float32."""
+        """Update each average e with decay r by the parameters p: e = r e + (1 - r) p, in float32."""
         parameters = [tensor.detach() for tensor in self.model.parameters()]
         decays = self._decays(self.updates)
         for name, average in self.averages.items():
             torch._foreach_lerp_(list(average.values()), parameters, 1 - decays[name])
 
     def _decays(self, update: int) -> dict[str, float]:
-        """Return the decay of each average at an update, which is counted from 1."""
+        """Return the decay of each average at an update, counted from 1."""
         powers = {f"power-{s}": power_decay(gamma_of(s), update) for s in self._config.power_emas}
         return {f"ema-{rate}": rate for rate in self._config.ema_rates} | powers
 
@@ -136,34 +137,40 @@ class TrainingState:
         return by_name
 
     def facts(self) -> dict[str, Any]:
-        """Return the rest of the state as JSON."""
+        """Return the part of the state that is not tensors, as JSON."""
         self.settle()
         return {name: getattr(self, name) for name in _FACTS}
 
     def restore(self, run: str, group: Group, at: int | None = None, branching: bool = False) -> bool:
         """Load the newest usable checkpoint of `run`; return False if there is none. Rank 0 reads it for all workers.
 
-        at: load only the checkpoint at this position. branching: this is the state of a new run, which may have other
-        averages and another timestep sampler; averages that the checkpoint lacks start at its weights.
+        at: load only the checkpoint at this position.
+        branching: this is the state of a new run, which may have other averages and another timestep sampler; averages
+            that the checkpoint lacks start at its weights.
 
         Raises:
             UnusableCheckpoints: no checkpoint can be used; some tensors may be overwritten.
             ValueError: the tensors of the checkpoint are not those of this state.
         """
         live, missing = self.tensors(), None
-        for part, names in group.broadcast_items(_loaded(run, live, at, branching)):
-            missing = set(live) if missing is None or not names else missing - set(names)
+        for part, names in group.broadcast_items(_load_parts(run, live, at, branching)):
+            if missing is None or not names:  # a checkpoint begins with a part without tensors
+                missing = set(live)
+            missing -= set(names)
             group.broadcast([live[name] for name in names])
             self.position = part.position
             for name in _FACTS:
                 setattr(self, name, part.facts[name])
-        if lacking := [name for name in missing or () if not _may_differ(name, branching)]:
-            raise ValueError(f"the checkpoint in {run} lacks {min(lacking)}, which this model has")
-        for average in self.averages if branching else ():
-            for name, parameter in self.model.named_parameters():
-                if missing and f"{average}.{name}" in missing:
-                    live[f"{average}.{name}"].copy_(parameter.detach())
-        return missing is not None
+        if missing is None:
+            return False
+        if required := [name for name in missing if not _may_differ(name, branching)]:
+            raise ValueError(f"the checkpoint in {run} lacks {min(required)}, which this model has")
+        if branching:
+            for average in self.averages:
+                for name, parameter in self.model.named_parameters():
+                    if f"{average}.{name}" in missing:
+                        live[f"{average}.{name}"].copy_(parameter.detach())
+        return True
 
     def check_finite(self) -> None:
         """Raise ArithmeticError if a weight, an average or the state of the optimizer is not finite."""
@@ -177,9 +184,9 @@ class TrainingState:
 
 def learning_rate(config: TrainingConfig, position: int) -> float:
     """Return the learning rate of the step at `position` images: warm-up, then constant or linear to zero."""
-    warm = min(1.0, (position + config.batch_size) / config.warmup_images) if config.warmup_images else 1.0
-    left = 1 - position / config.length if config.lr_schedule == "linear" else 1.0
-    return config.learning_rate * warm * left
+    warmup = min(1.0, (position + config.batch_size) / config.warmup_images) if config.warmup_images else 1.0
+    decay = 1 - position / config.length if config.lr_schedule == "linear" else 1.0
+    return config.learning_rate * warmup * decay
 
 
 def take_step(config: TrainingConfig, state: TrainingState) -> Tensor:
@@ -194,19 +201,22 @@ def take_step(config: TrainingConfig, state: TrainingState) -> Tensor:
     if config.max_grad_norm or state.loss_scale != 1.0:
         clipping = (config.max_grad_norm or torch.inf) / (norm + 1e-6)
         torch._foreach_mul_(gradients, (clipping.clamp(max=1.0) / state.loss_scale).float())
-    for options in state.optimizer.param_groups:
-        options["lr"] = learning_rate(config, state.position)
+    for param_group in state.optimizer.param_groups:
+        param_group["lr"] = learning_rate(config, state.position)
     state.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # the fused kernel then skips the update
     state.optimizer.step()
     state.position += config.batch_size
-    state.note_step(norm)
+    state.fetch_norm(norm)
     return norm
 
 
-def _loaded(
+def _load_parts(
     run: str, live: dict[str, Tensor], at: int | None, branching: bool
 ) -> Iterator[tuple[checkpoints.Checkpoint, list[str]]]:
-    """Read the newest usable checkpoint into the tensors `live`; yield each part with the names of its tensors."""
+    """Copy the newest usable checkpoint to the tensors `live`; yield each of its parts, with the names of its tensors.
+
+    The parts that are yielded hold no tensors, because all workers receive them.
+    """
     for part in checkpoints.read_newest(run, at):
         names = []
         for name, tensor in part.tensors.items():

@@ -1,4 +1,4 @@
-"""Evaluation of a network on the validation split during its training, and a warning about overfitting."""
+"""Evaluation of the losses on the validation split during a training, and a warning about overfitting."""
 
 import logging
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ from orchestrator.training.losses import Terms, make_losses, make_microbatches
 from orchestrator.training.meter import means_by_quartile, sums_by_quartile
 from orchestrator.training.state import TrainingState
 
-EPOCH = 2**64 - 1  # in the keys of noise and timesteps; never an epoch of the training
-SURE = 4.0  # standard errors by which the loss must have risen for the warning
+EPOCH = 2**64 - 1  # in the keys of noise and timesteps; no training has so many epochs
+SIGNIFICANT_RISE = 4.0  # standard errors by which the loss must have risen for the warning
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 class Validation:
     """Evaluates the losses on the first images of the validation split, always with the same noise and timesteps.
 
-    So two evaluations differ by the weights only, and the loss is compared image by image. Blocks of images are
-    distributed over the workers.
+    Two evaluations therefore differ only in the weights, and their losses are compared image by image. Each worker
+    evaluates a contiguous share of the images.
     """
 
     def __init__(self, config: Config, manifest: Manifest, group: Group) -> None:
@@ -35,27 +35,29 @@ class Validation:
         count, rows = validation_count(config, manifest), config.microbatch_rows(group.world_size)
         share = rows * -(-count // (rows * group.world_size))  # images of a worker, in whole microbatches
         begin, end = (min(count, share * rank) for rank in (group.rank, group.rank + 1))
-        self._shares: list[StreamShare] = []
+        self._shares: list[StreamShare] = []  # one for each microbatch
         if begin == end:
             return
         images, labels = read_images(manifest, "validation", begin, end, config.model.image_size)
         for first in range(0, end - begin, rows):
             part = slice(first, first + rows)
             samples = np.arange(begin, end)[part]
-            no = np.zeros(len(samples), bool)
+            none = np.zeros(len(samples), bool)
             self._shares.append(
                 StreamShare(
-                    stream=0, epoch=EPOCH, images=images[part], labels=labels[part], samples=samples, flips=no,
-                    undecodable=no,
+                    stream=0, epoch=EPOCH, images=images[part], labels=labels[part], samples=samples, flips=none,
+                    undecodable=none,
                 )
             )  # fmt: skip
 
     def evaluate(self, state: TrainingState) -> Iterator[dict[str, Any]]:
         """Yield the mean loss terms as a record, on rank 0; all workers must iterate.
 
-        "val_loss_above_best" is the difference to the lowest loss so far. A warning is logged once it is significant.
+        "val_loss_above_best" is the difference from the lowest loss so far. If it becomes significant, a warning is
+        logged.
         """
-        config, device, own_terms = self._config, next(state.model.parameters()).device, list[Terms]()
+        config, device = self._config, next(state.model.parameters()).device
+        own_terms: list[Terms] = []
         state.model.eval()
         with torch.no_grad():
             for share in self._shares:
@@ -64,24 +66,28 @@ class Validation:
                 own_terms.append({name: values.cpu() for name, values in terms.items()})
         state.model.train()
         all_terms = [terms for share in self._group.gather(own_terms) for terms in share]
-        whole = {name: torch.cat([terms[name] for terms in all_terms]) for name in all_terms[0]}
-        names = [name for name in whole if name != "t"]
-        sums = sums_by_quartile(whole, names, config.diffusion.num_timesteps)
+        merged = {name: torch.cat([terms[name] for terms in all_terms]) for name in all_terms[0]}
+        names = [name for name in merged if name != "t"]
+        sums = sums_by_quartile(merged, names, config.diffusion.num_timesteps)
         means = {f"val_{name}": mean for name, mean in means_by_quartile(sums, names).items()}
-        means["val_loss_above_best"] = self._above_best(state, whole["loss"].double())
+        means["val_loss_above_best"] = self._compare_with_best(state, merged["loss"].double())
         if self._group.rank == 0:
             yield {"images": state.position, "metrics": means}
 
-    def _above_best(self, state: TrainingState, losses: Tensor) -> float:
-        """Return the difference of the loss to the best one so far, and keep the loss if it is the best."""
+    def _compare_with_best(self, state: TrainingState, losses: Tensor) -> float:
+        """Return how much the mean of `losses`, [images], is above the best one so far; store them if they are better.
+
+        If the difference is significant for the first time, log a warning.
+        """
         assert state.best_validation is not None, "the state of a training with validation has it"
         rise = losses - state.best_validation
         if rise.mean() <= 0:  # False if the loss is not finite
             state.best_validation.copy_(losses)
-            state.best_validation_position, state.overfits = state.position, False
+            state.best_validation_position = state.position
+            state.overfits = False
             return 0.0
         mean, error = float(rise.mean()), float(rise.std() / len(rise) ** 0.5)
-        if mean > SURE * error and not state.overfits:
+        if mean > SIGNIFICANT_RISE * error and not state.overfits:
             state.overfits = True
             if self._group.rank == 0:
                 log.warning(
@@ -93,7 +99,11 @@ class Validation:
 
 
 def validation_count(config: TrainingConfig, manifest: Manifest) -> int:
-    """Return the number of images in an evaluation, 0 without eval_every; ValueError if there is no such split."""
+    """Return the number of images in an evaluation, 0 without eval_every.
+
+    Raises:
+        ValueError: eval_every is set, but the dataset has no validation split.
+    """
     if not config.eval_every:
         return 0
     if "validation" not in manifest.splits:

@@ -22,7 +22,7 @@ from models.diffusion import Diffusion, LossSecondMomentTimesteps, TimestepSampl
 from models.images import from_uint8
 from models.metrics import Estimate, student_quantile
 from orchestrator import storage
-from orchestrator.ablations.result import BITS, number
+from orchestrator.ablations.result import BITS, format_estimate
 from orchestrator.data.dataset import load_manifest, read_images
 from orchestrator.evaluation.metrics import describe
 from orchestrator.weights.network import load_network
@@ -175,11 +175,11 @@ def judged(finding: Finding, result: Json) -> tuple[str, str]:
     if difference is None:
         return "not measured", "cannot be told"
     if difference["interval"] is None:
-        return number(difference), "cannot be told"
+        return format_estimate(difference), "cannot be told"
     low, high = (finding.sign * end for end in difference["interval"])
     low, high = min(low, high), max(low, high)
     verdict = "agrees" if low > 0 else "disagrees" if high < 0 else "cannot be told"
-    return f"{number(difference)}, {difference['n']} training seed{'s' * (difference['n'] > 1)}", verdict
+    return f"{format_estimate(difference)}, {difference['n']} training seed{'s' * (difference['n'] > 1)}", verdict
 
 
 def main(options: Findings) -> None:

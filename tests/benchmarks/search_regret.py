@@ -36,9 +36,9 @@ from orchestrator.evaluation.references import extract_reference, find_reference
 from orchestrator.generation.sampling import SamplingWorker, make_batch
 from orchestrator.search.config import Limit, SearchConfig, space_of
 from orchestrator.search.cost import SampleBudget
-from orchestrator.search.evaluator import sampled_by
+from orchestrator.search.evaluator import networks_config
 from orchestrator.search.halving import Outcome, SuccessiveHalving
-from orchestrator.search.job import passes_of
+from orchestrator.search.job import pass_costs
 from orchestrator.search.space import UNGUIDED, GridProposals, Setting, SpaceConfig
 
 OBJECTIVE = "fd_digits"
@@ -109,7 +109,7 @@ def fill(regret: Regret, grid: list[Setting]) -> None:
 
 def make_drawer(regret: Regret) -> Callable[[Part], None]:
     config = config_of(regret)
-    worker = SamplingWorker(sampled_by(config, {}, config.weights[0]))
+    worker = SamplingWorker(networks_config(config, {}, config.weights[0]))
     extractor = config.extractor_loader(worker.networks.weights.architecture.image_size)(CPU).network
 
     def draw(part: Part) -> None:
@@ -283,7 +283,7 @@ def rows(world: World, replays: int, shares: tuple[float, ...]) -> Iterator[dict
 def load(regret: Regret) -> World:
     """Fill the cache and read it."""
     config = config_of(regret)
-    grid = space_of(config, passes_of(config.space.guides, config.generation(config.weights[0], config.seed))).grid()
+    grid = space_of(config, pass_costs(config.space.guides, config.generation(config.weights[0], config.seed))).grid()
     fill(regret, grid)
     loader = config.extractor_loader(8)
     folder = str(Path(regret.cache, "reference"))

@@ -97,13 +97,13 @@ def drawn(log: Path) -> list[str]:
     return log.read_text().split() if log.exists() else []
 
 
-def make_waiting_worker(log: str, config: SearchConfig) -> Callable[[evaluator.Block], evaluator.Made]:
+def make_waiting_worker(log: str, config: SearchConfig) -> Callable[[evaluator.Block], evaluator.BlockResult]:
     """Return the real worker, which logs its node and, after DRAWN_BEFORE batches, waits for the kill."""
     import ray
 
     real = evaluator.make_worker(config.model_copy(update={"num_gpus": 0}))  # the GPU exists by name only
 
-    def work(block: evaluator.Block) -> evaluator.Made:
+    def work(block: evaluator.Block) -> evaluator.BlockResult:
         with Path(log).open("a") as file:  # one short line: appended whole
             file.write(f"{ray.get_runtime_context().get_node_id()}\n")
         while len(drawn(Path(log))) >= DRAWN_BEFORE and not Path(log).with_name("killed").exists():

@@ -164,7 +164,7 @@ class Bench:
             )
             for stream in range(streams)
         ]  # fmt: skip
-        return make_microbatches(shares, config, config.microbatch_rows(1), pinned=self.on_gpu)
+        return make_microbatches(shares, config, config.microbatch_rows(1), pin_memory=self.on_gpu)
 
     @contextlib.contextmanager
     def trainer(self, config: AdmConfig) -> Iterator[tuple[TrainingState, Callable[[list[Microbatch]], list[Terms]]]]:

@@ -7,7 +7,7 @@ import pytest
 
 from jobs.command_line import parse
 from orchestrator.closing import next_command, print_closing
-from orchestrator.training.page import following
+from orchestrator.training.page import command_for_next_job
 from orchestrator.training.presets import adm_presets, classifier_presets, upsampler_presets
 from tests.jobs.test_command_line import ALL_PRESETS
 
@@ -15,7 +15,9 @@ from tests.jobs.test_command_line import ALL_PRESETS
 @pytest.mark.parametrize("here", ["digits", "images_cpu", "imagenet64", "released"])
 def test_the_next_command_is_accepted(here: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["job.py", here])
-    commands = [following(presets()["digits"][1]) for presets in (adm_presets, classifier_presets, upsampler_presets)]
+    commands = [
+        command_for_next_job(presets()["digits"][1]) for presets in (adm_presets, classifier_presets, upsampler_presets)
+    ]
     commands += [
         next_command("train_adm", dataset="datasets/my images"),
         next_command("generate_samples", weights="run/weights/posthoc/x.safetensors"),

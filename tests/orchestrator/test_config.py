@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.ablations.config import changed
+from orchestrator.ablations.config import with_changes
 from orchestrator.config import JobConfig, Operational, check_or_write_config, experiment_name, noted_files
 from orchestrator.training.presets import classifier_presets
 
@@ -53,7 +53,7 @@ def test_fields_that_older_versions_did_not_have_count_as_their_defaults(
     (tmp_path / "config.json").write_text(json.dumps(written))
     check_or_write_config(str(tmp_path), made, finished=True)
     with pytest.raises(ValueError, match=path[-1]):
-        check_or_write_config(str(tmp_path), changed(made, {".".join(path): value}), finished=True)
+        check_or_write_config(str(tmp_path), with_changes(made, {".".join(path): value}), finished=True)
 
 
 def test_files_are_noted_once_and_not_compared(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import yaml
 
 from orchestrator import storage
 from orchestrator.ablations import job
-from orchestrator.ablations.config import TABLES, AblationsConfig, changed
+from orchestrator.ablations.config import TABLES, AblationsConfig, with_changes
 from orchestrator.ablations.job import plan, run_ablations
 from orchestrator.ablations.presets import ablation_presets
 from orchestrator.ablations.result import Json, Measured, conclude, table_lines
@@ -141,7 +141,7 @@ def test_every_row_of_every_included_table_is_a_config(name: str) -> None:
     table = preset.read_table()
     trainings = {row: preset.training(table, row, table.seeds[0]) for row in table.rows}
     for row in table.rows:
-        preset.evaluation(table, row, table.seeds[0]), preset.bound(table, row, table.seeds[0])
+        preset.evaluation(table, row, table.seeds[0]), preset.likelihood(table, row, table.seeds[0])
     folders = {training.output: training for training in trainings.values()}
     alike = {training.model_dump_json(exclude={"output"}) for training in trainings.values()}
     assert len(folders) == len(alike), "two rows with other changes train the same"
@@ -173,7 +173,7 @@ def test_an_unknown_row_is_refused(tmp_path: Path) -> None:
 
 def test_fields_are_changed_by_their_dotted_names() -> None:
     preset = adm_presets()["digits"][1]
-    found = changed(preset, {"model.model_channels": 64, "total_images": 640})
+    found = with_changes(preset, {"model.model_channels": 64, "total_images": 640})
     assert (found.model.model_channels, found.total_images) == (64, 640)
     assert found.model_dump(exclude={"model", "total_images"}) == preset.model_dump(exclude={"model", "total_images"})
 

@@ -9,10 +9,10 @@ from typing import Any
 from orchestrator.search import evaluator
 from orchestrator.search import job as search
 from orchestrator.search.config import SearchConfig
-from orchestrator.search.evaluator import Block, Made
+from orchestrator.search.evaluator import Block, BlockResult
 
 
-def make_counted_worker(log: str, config: SearchConfig) -> Callable[[Block], Made]:
+def make_counted_worker(log: str, config: SearchConfig) -> Callable[[Block], BlockResult]:
     """Return the real worker, which logs each batch before it draws it."""
     real = evaluator.make_batch
 

@@ -26,7 +26,7 @@ def test_a_promoted_trial_pays_for_its_new_batches_only() -> None:
     assert (budget.samples, budget.evaluations) == (512, 256 * 50)
     budget.spend([Evaluation(CHEAP, 500, 0)])
     budget.spend([Evaluation(CHEAP, 500, 9)])
-    assert budget.of(CHEAP) == 512 + 512 and budget.samples == 256 + 1024
+    assert budget.samples_of(CHEAP) == 512 + 512 and budget.samples == 256 + 1024
     budget.spend([Evaluation(CHEAP, 250, 0)])
     assert budget.samples == 1280, "all of them were drawn before"
 

@@ -57,7 +57,7 @@ def test_all_trials_start_and_the_winner_is_found() -> None:
     assert [len(tasks) for tasks in asked[:3]] == [6, 6, 6] and {t.n for tasks in asked[:3] for t in tasks} == {64}
     winner = halving.finalists[0]
     assert quality(winner.setting) < min(quality(t.setting) for t in halving.trials) + 0.1
-    assert winner.fresh is not None and winner.eliminated is None
+    assert winner.final is not None and winner.eliminated is None
     assert {task.seed for task in asked[-1]} == {9}, "the final evaluation is on fresh seeds"
     drawn = sum(halving.config.rungs[trial.level] for trial in halving.trials)
     assert drawn < 0.6 * len(halving.trials) * FULL, "elimination saves nothing"
@@ -88,7 +88,7 @@ def test_a_budget_is_shared_among_the_rungs_and_pays_for_the_final_evaluation() 
         halving = SuccessiveHalving(config, 18, proposals, budget, world)
         list(halving.run())
         assert halving.stopped_by_budget and budget.samples <= samples
-        assert len(halving.finalists) == 2 and halving.finalists[0].fresh is not None
+        assert len(halving.finalists) == 2 and halving.finalists[0].final is not None
 
 
 def test_a_smaller_budget_halves_faster_and_the_best_are_promoted() -> None:
@@ -97,8 +97,8 @@ def test_a_smaller_budget_halves_faster_and_the_best_are_promoted() -> None:
         halving, asked = search(config_of(16), normal(lambda i: 0.1 * i, 0, 16), limit=Limit(share, "%"))
         counts[share] = [len(tasks) for tasks in asked[:-1]]
         assert all(a >= b for a, b in zip(counts[share], counts[share][1:], strict=False))
-        waiting = [trial for trial in halving.trials if trial.waits]
-        assert waiting and all("not promoted at n=" in str(trial.waits) for trial in waiting)
+        waiting = [trial for trial in halving.trials if trial.not_promoted]
+        assert waiting and all("not promoted at n=" in str(trial.not_promoted) for trial in waiting)
         assert halving.ranked()[0].number < 4
     assert sum(counts[20.0]) < sum(counts[40.0]) and counts[20.0][0] == counts[40.0][0] == 16
 
@@ -155,7 +155,7 @@ def test_two_objectives_keep_a_front() -> None:
         return Outcome(world(task).scores | {EVALUATIONS: np.full(task.n, float(task.setting.evaluations))})
 
     halving, _ = proposed(two, objective=(FD, EVALUATIONS))
-    running = [trial.setting for trial in halving.trials if trial.runs]
+    running = [trial.setting for trial in halving.trials if trial.is_running]
     assert len({setting.sampler.num_steps for setting in running}) > 1, "cheaper settings belong to the front"
     for trial in halving.trials:
         if trial.eliminated:

@@ -27,7 +27,7 @@ from orchestrator.evaluation.references import Reference
 from orchestrator.generation.presets import generation_presets
 from orchestrator.search import evaluator, job
 from orchestrator.search.config import Limit, SearchConfig
-from orchestrator.search.evaluator import unmatched
+from orchestrator.search.evaluator import class_mismatch
 from orchestrator.search.job import plan, search
 from orchestrator.search.presets import search_presets
 from orchestrator.search.result import summary
@@ -151,11 +151,11 @@ def test_a_failing_trial_is_in_the_result_and_a_larger_budget_resumes_the_search
         search(wanted.model_copy(update={"alpha": 0.1}))
 
 
-def make_breaking_worker(folder: str, config: SearchConfig) -> Callable[[evaluator.Block], evaluator.Made]:
+def make_breaking_worker(folder: str, config: SearchConfig) -> Callable[[evaluator.Block], evaluator.BlockResult]:
     """Return the real worker, which raises a memory error once."""
     real = evaluator.make_block
 
-    def make_block(*arguments: Any) -> evaluator.Made:
+    def make_block(*arguments: Any) -> evaluator.BlockResult:
         if storage.put_if_absent(f"{folder}/broke", b""):
             raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
         return real(*arguments)
@@ -163,7 +163,7 @@ def make_breaking_worker(folder: str, config: SearchConfig) -> Callable[[evaluat
     evaluator.make_block = make_block  # type: ignore[assignment]
     work = evaluator.make_worker(config)
 
-    def work_and_restore(block: evaluator.Block) -> evaluator.Made:
+    def work_and_restore(block: evaluator.Block) -> evaluator.BlockResult:
         try:
             return work(block)
         finally:
@@ -275,12 +275,12 @@ def test_labels_of_other_classes_are_refused_or_not_measured() -> None:
     def reference(*classes: str) -> Reference:
         return Reference("datasets/some", "digits", {}, None, classes=classes)
 
-    assert unmatched(("a", "b"), reference("a", "b")) == "" == unmatched((), reference("a"))
-    assert "cannot be matched" in unmatched(("0", "1"), reference("a", "b"))
+    assert class_mismatch(("a", "b"), reference("a", "b")) == "" == class_mismatch((), reference("a"))
+    assert "cannot be matched" in class_mismatch(("0", "1"), reference("a", "b"))
     with pytest.raises(ValueError, match="only --weights has 'b'"):
-        unmatched(("a", "b"), reference("a", "c"))
+        class_mismatch(("a", "b"), reference("a", "c"))
     with pytest.raises(ValueError, match="another order"):
-        unmatched(("a", "b"), reference("b", "a"))
+        class_mismatch(("a", "b"), reference("b", "a"))
 
 
 def test_a_newer_snapshot_does_not_change_a_search_that_is_resumed(store: str) -> None:

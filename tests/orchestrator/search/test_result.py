@@ -4,7 +4,7 @@ import pytest
 
 from models.guidance import GuidanceConfig
 from models.samplers import SamplerConfig
-from orchestrator.search.result import compared, contradictions, label
+from orchestrator.search.result import contradictions, describe_difference, label
 from orchestrator.search.space import Setting
 
 
@@ -12,7 +12,7 @@ def test_settings_with_different_weights_have_different_labels() -> None:
     chosen = {"sampler": SamplerConfig(name="ddim", num_steps=10), "guidance": GuidanceConfig(scale=2.0)}
     settings = [Setting(weights=f"run/ema-{rate}.safetensors", **chosen) for rate in (0.9, 0.99)]
     assert len({str(setting) for setting in settings}) == 1
-    assert [label(setting, several=True) for setting in settings] == [
+    assert [label(setting, several_weights=True) for setting in settings] == [
         "ddim, 10 steps, scale 2, run/ema-0.9",
         "ddim, 10 steps, scale 2, run/ema-0.99",
     ]
@@ -26,4 +26,4 @@ def test_a_finalist_that_is_better_than_the_winner_on_fresh_samples_is_named(val
     result = {"objective": ["fd_digits"], "trials": [{"setting": setting}], "finalists": finalists}
     assert len(contradictions(result)) == contradicts
     ends = "0.6 to 2" if value > 0 else f"{-value - 0.7:.4g} to {-value + 0.7:.4g}"
-    assert compared(worse) == f"{'worse' if value > 0 else 'better'} by {abs(value):.4g} ({ends})"
+    assert describe_difference(worse) == f"{'worse' if value > 0 else 'better'} by {abs(value):.4g} ({ends})"

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from models.guidance import WHOLE_CHAIN
-from orchestrator.search.space import GridProposals, OptunaProposals, Setting, Space, SpaceConfig, narrowed
+from orchestrator.search.space import GridProposals, OptunaProposals, Setting, Space, SpaceConfig, narrow_scales
 from tests.orchestrator.search.passes import PASSES
 
 ALL = SpaceConfig(
@@ -139,7 +139,7 @@ def test_few_steps_narrow_the_scales_of_more_steps_by_sampler() -> None:
 
 def test_if_the_fewest_steps_fail_more_steps_are_still_tried() -> None:
     (few, more) = space(SpaceConfig(scales=(0.0,), continuous=False, num_steps=(5, 10))).grid()[:2]
-    assert narrowed({few: np.inf}, [more]) == [more]
+    assert narrow_scales({few: np.inf}, [more]) == [more]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from orchestrator.config import read_config
 from orchestrator.metrics_log import MetricsLog, Record
 from orchestrator.training import job
 from orchestrator.training.checkpoints import positions, read_newest
-from orchestrator.training.continuing import bind
+from orchestrator.training.continuing import check_and_write_config
 from orchestrator.training.job import plan, train, train_loop
 from tests.orchestrator.training.runs import adm, context, final_state
 
@@ -54,9 +54,9 @@ def test_operational_settings_change_at_a_restart(store: str) -> None:
 def test_other_threads_are_warned_of_where_bits_are_promised(store: str, caplog: pytest.LogCaptureFixture) -> None:
     exact: dict[str, Any] = {"reduction": "exact", "total_images": 16}
     train(adm(store, "threads", **exact))
-    bind(adm(store, "threads", **exact, num_workers=2))
+    check_and_write_config(adm(store, "threads", **exact, num_workers=2))
     assert not caplog.records
-    bind(adm(store, "threads", **exact, num_threads=2))
+    check_and_write_config(adm(store, "threads", **exact, num_threads=2))
     assert "--num-threads 2" in caplog.text and "last bits" in caplog.text
 
 
@@ -160,7 +160,7 @@ def test_a_plan_refuses_weights_that_do_not_fit(store: str) -> None:
 
 def test_the_page_of_a_killed_run_is_written_on_request(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     killed, records = adm(store, "killed"), list[dict[str, Any]]()
-    bind(killed)
+    check_and_write_config(killed)
     train_loop(killed, context(3, records))
     metrics_log = MetricsLog(f"{store}/killed")
     metrics_log.append(*(Record(0, r["images"], r["metrics"]) for r in records if "metrics" in r))

@@ -13,7 +13,7 @@ from models.unet import Architecture
 from models.zoo import ZOO, Entry
 from orchestrator.order import OrderConfig
 from orchestrator.training.config import AdmConfig, NoisyClassifierConfig
-from orchestrator.training.initial_weights import begin_with
+from orchestrator.training.initial_weights import load_initial_weights
 from orchestrator.training.state import TrainingState
 from orchestrator.weights.network import save_weights
 from tests.orchestrator.networks import CLASSIFIER, UNET
@@ -41,7 +41,7 @@ def config(folder: Path, **changes: Any) -> AdmConfig:
 
 def begun(training: AdmConfig | NoisyClassifierConfig) -> dict[str, Tensor]:
     state = TrainingState(training, torch.device("cpu"))
-    begin_with(training, state, Group(0, 1))
+    load_initial_weights(training, state, Group(0, 1))
     weights = dict(state.model.state_dict())
     for average in state.averages.values():
         assert all(torch.equal(tensor, weights[name]) for name, tensor in average.items()), "averages start there too"

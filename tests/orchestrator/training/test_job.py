@@ -24,7 +24,7 @@ from orchestrator.training.checkpoint_writer import CheckpointWriter
 from orchestrator.training.checkpoints import UnusableCheckpoints
 from orchestrator.training.config import AverageConfig, LossScaleConfig, NoisyClassifierConfig
 from orchestrator.training.gradients import _dropout_seed
-from orchestrator.training.job import _shares, train, train_loop
+from orchestrator.training.job import _read_microbatches, train, train_loop
 from orchestrator.training.snapshots import power_snapshots
 from orchestrator.training.state import TrainingState, learning_rate
 from orchestrator.training.validation import Validation
@@ -160,7 +160,7 @@ def test_every_microbatch_has_dropout_of_its_own(store: str) -> None:
         worker = replace(context(), rank=rank, world_size=world_size)
         found = []
         for position in (0, 16):
-            _, share = next(_shares(config, worker, manifest, position))
+            _, share = next(_read_microbatches(config, worker, manifest, position))
             found += [_dropout_seed(config, position, batch) for batch in share]
         return found
 
@@ -356,12 +356,12 @@ def test_overfitting_is_distinguished_from_chance(store: str, caplog: pytest.Log
     losses = torch.rand(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
     noise = torch.randn(200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     noise = 0.1 * (noise - noise.mean())
-    assert validation._above_best(state, losses) == 0
-    assert validation._above_best(state, losses + noise + 0.01) == pytest.approx(0.01) and not state.overfits
+    assert validation._compare_with_best(state, losses) == 0
+    assert validation._compare_with_best(state, losses + noise + 0.01) == pytest.approx(0.01) and not state.overfits
     assert not caplog.records
-    assert validation._above_best(state, losses + noise + 0.05) == pytest.approx(0.05) and state.overfits
+    assert validation._compare_with_best(state, losses + noise + 0.05) == pytest.approx(0.05) and state.overfits
     assert "is overfitting: at 0 images its validation loss is 0.05 +- 0.0075 above that at 0 images" in caplog.text
-    assert validation._above_best(state, losses - 0.01) == 0 and not state.overfits
+    assert validation._compare_with_best(state, losses - 0.01) == 0 and not state.overfits
     with pytest.raises(ValueError, match="has no validation split; prepare it with"):
         splits = {"train": manifest.splits["train"]}
         Validation(config, manifest.model_copy(update={"splits": splits}), Group(0, 1))

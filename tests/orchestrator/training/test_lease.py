@@ -51,7 +51,7 @@ def test_a_holder_on_another_machine_lives_if_its_object_changes(
     monkeypatch.setattr(lease, "WATCH_SECONDS", 0.001)
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.001)
     machines = threading.local()
-    monkeypatch.setattr(lease, "_machine", lambda: getattr(machines, "name", "elsewhere"))
+    monkeypatch.setattr(lease, "_machine_id", lambda: getattr(machines, "name", "elsewhere"))
     with Lease(str(tmp_path)):
         machines.name = "here"  # of this thread; the holder's own thread stays elsewhere
         with pytest.raises(RuntimeError, match=rf"by pid {os.getpid()} "):
@@ -76,7 +76,7 @@ def test_a_lease_that_is_released_is_not_waited_for(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("reaped", [True, False])
 def test_a_killed_holder_on_this_machine_is_not_waited_for(tmp_path: Path, reaped: bool) -> None:
     child = subprocess.Popen(["sleep", "1000"])
-    write_holder(tmp_path, machine=lease._machine(), pid=child.pid, process=lease._process(child.pid))
+    write_holder(tmp_path, machine=lease._machine_id(), pid=child.pid, process=lease._process_start(child.pid))
     with pytest.raises(RuntimeError, match=f"by pid {child.pid} on node7"):
         Lease(str(tmp_path)).__enter__()
     child.kill()
@@ -90,7 +90,7 @@ def test_a_killed_holder_on_this_machine_is_not_waited_for(tmp_path: Path, reape
 
 
 def test_a_pid_that_was_given_to_another_process_is_not_the_holder(tmp_path: Path) -> None:
-    write_holder(tmp_path, machine=lease._machine(), pid=os.getpid(), process="1")
+    write_holder(tmp_path, machine=lease._machine_id(), pid=os.getpid(), process="1")
     with Lease(str(tmp_path)):
         pass
 
@@ -154,7 +154,7 @@ def test_a_second_training_of_a_run_is_refused_or_takes_over(store: str) -> None
     with Lease(config.path("twice")) as held:
         with pytest.raises(RuntimeError, match=f"by pid {os.getpid()} on"):
             train(config)
-        held._over.set()  # as if it were stopped meanwhile
+        held._released.set()  # as if it were stopped meanwhile
         train(config.model_copy(update={"takeover": True}))
     assert train(config), "finished runs need no lease"
 

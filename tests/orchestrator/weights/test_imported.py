@@ -13,7 +13,7 @@ from models.guidance import GuidanceConfig
 from models.samplers import SamplerConfig
 from orchestrator.generation.config import GenerationConfig
 from orchestrator.generation.sampling import fingerprint, load_networks, make_batch
-from orchestrator.search.job import passes_of
+from orchestrator.search.job import pass_costs
 from orchestrator.search.space import Setting
 from orchestrator.weights.imported import ImportedClassifier, import_classifier, is_imported
 from tests.orchestrator.networks import CLASSES, CLASSIFIER, UNET, save_network
@@ -92,11 +92,11 @@ def test_other_weights_have_another_fingerprint_and_other_samples(tmp_path: Path
 
 
 def test_its_cost_is_counted(tmp_path: Path) -> None:
-    passes = passes_of([("classifier", None)], config(tmp_path, "users_own:linear"))
+    passes = pass_costs([("classifier", None)], config(tmp_path, "users_own:linear"))
     guided = Setting(weights="w", sampler=SamplerConfig(name="ddim", num_steps=10), guidance=GuidanceConfig(scale=1.0))
     linear = 2 * 3 * 8 * 8 * 10  # multiply-adds, forward and backward to the input
     assert import_classifier("users_own:linear", 3, 8, "cpu").multiply_adds == linear
-    assert 10 < passes.of(guided) < 10.1
+    assert 10 < passes.evaluations(guided) < 10.1
 
 
 @pytest.mark.parametrize(
