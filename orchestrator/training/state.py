@@ -154,10 +154,8 @@ class TrainingState:
         """
         live, missing = self.tensors(), None
         for part, names in group.broadcast_items(_load_parts(run, live, at, branching)):
-            if missing is None or not names:  # a checkpoint begins with a part without tensors
-                missing = set(live)
-            missing -= set(names)
-            group.broadcast([live[name] for name in names])
+            missing = set(live) if missing is None or names is None else missing - set(names)
+            group.broadcast([live[name] for name in names or ()])
             self.position = part.position
             for name in _FACTS:
                 setattr(self, name, part.facts[name])
@@ -212,13 +210,14 @@ def take_step(config: TrainingConfig, state: TrainingState) -> Tensor:
 
 def _load_parts(
     run: str, live: dict[str, Tensor], at: int | None, branching: bool
-) -> Iterator[tuple[checkpoints.Checkpoint, list[str]]]:
+) -> Iterator[tuple[checkpoints.Checkpoint, list[str] | None]]:
     """Copy the newest usable checkpoint to the tensors `live`; yield each of its parts, with the names of its tensors.
 
-    The parts that are yielded hold no tensors, because all workers receive them.
+    The names are None where a checkpoint begins. An empty list is a file with none of the tensors of `live`. The parts
+    that are yielded hold no tensors, because all workers receive them.
     """
     for part in checkpoints.read_newest(run, at):
-        names = []
+        names = list[str]()
         for name, tensor in part.tensors.items():
             if name in live and live[name].shape == tensor.shape:
                 live[name].copy_(tensor)
@@ -227,7 +226,7 @@ def _load_parts(
                 raise ValueError(
                     f"the checkpoint in {run} has {name} {tuple(tensor.shape)}, which does not fit this model"
                 )
-        yield checkpoints.Checkpoint(part.position, {}, part.facts), names
+        yield checkpoints.Checkpoint(part.position, {}, part.facts), names if part.tensors else None
 
 
 def _may_differ(name: str, branching: bool) -> bool:

@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 from orchestrator import storage
 from orchestrator.config import read_config
 from orchestrator.metrics_log import MetricsLog, Record
-from orchestrator.training import job
+from orchestrator.training import checkpoints, job
 from orchestrator.training.checkpoints import positions, read_newest
 from orchestrator.training.continuing import check_and_write_config
 from orchestrator.training.job import plan, train, train_loop
@@ -172,3 +172,17 @@ def test_the_page_of_a_killed_run_is_written_on_request(store: str, capsys: pyte
     assert f"open  {store}/killed/report.html" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="--output nowhere"):
         train(adm(store, "nowhere", report=True))
+
+
+def test_files_without_a_tensor_of_the_new_state_are_skipped(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test this for averages that a branch drops, and for losses of an evaluation that a restart drops.
+
+    The checkpoints of large models have whole files of such tensors.
+    """
+    monkeypatch.setattr(checkpoints, "FILE_BYTES", 1000)
+    train_loop(adm(store, "files", eval_every=16, eval_images=150), context(4))
+    train(adm(store, "files", ema_rates=(0.9, 0.5)))
+    train(adm(store, "files", branch="fewer", branch_at=64, ema_rates=(0.7,)))
+    names = final_state(adm(store, "fewer"))
+    averages = {".".join(name.split(".")[:2]) for name in names if name.startswith("ema-")}
+    assert averages == {"ema-0.7"}
