@@ -17,7 +17,7 @@ from orchestrator.training.config import AdmConfig
 from orchestrator.training.job import train
 from tests.chaos.audit import consumed, order_hash, state_hash
 from tests.chaos.killer import Kill, killing, random_plan
-from tests.chaos.trainings import CHECKPOINT, Ground, arguments, config_of, ground
+from tests.chaos.trainings import CHECKPOINT, ChaosStorage, arguments, chaos_storage, config_of
 
 CHECKPOINTS = 6  # in a training
 KILLS = 3
@@ -33,7 +33,7 @@ class Options:
 def main(options: Options) -> None:
     """Print the hash of each training as soon as it has finished."""
     hashes = set()
-    with ground(options.seed) as place, session(8):  # 4 workers, and the tasks that read their data
+    with chaos_storage(options.seed) as place, session(8):  # 4 workers, and the tasks that read their data
         for what, state, order in _proofs(place, options.seed):
             print(f"{state}  {what}", flush=True)
             hashes.add((state, order))
@@ -42,7 +42,7 @@ def main(options: Options) -> None:
     sys.exit(len(hashes) != 1)
 
 
-def _proofs(place: Ground, seed: int) -> Iterator[tuple[str, str, str]]:
+def _proofs(place: ChaosStorage, seed: int) -> Iterator[tuple[str, str, str]]:
     """Yield a description of each training, the hash of its final state, and the hash of the order of its rows."""
 
     def hashes(config: AdmConfig) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from orchestrator.training.job import train
 from tests.chaos.audit import consumed, noise_hash, order_hash, state_hash
 from tests.chaos.killer import random_plan
 from tests.chaos.nodes import lose_a_node
-from tests.chaos.trainings import arguments, config_of, ground, train_by_job
+from tests.chaos.trainings import arguments, chaos_storage, config_of, train_by_job
 
 CHECKPOINTS = 8  # in a training
 KILLS = 5  # in a training
@@ -38,7 +38,7 @@ class Options:
 def main(options: Options) -> None:
     """Run all trainings, and print the result as JSON in the last line."""
     counts: Counter[str] = Counter()
-    with ground(options.seed) as place:
+    with chaos_storage(options.seed) as place:
         config = config_of(arguments(place.store, "undisturbed", 0, CHECKPOINTS))
         train(config)
         expected = _hashes(config)
