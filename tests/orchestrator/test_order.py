@@ -52,15 +52,15 @@ def order_hash(sequence: np.ndarray) -> str:
 
 @pytest.mark.parametrize("num_streams", [2**k for k in range(11)])
 def test_every_divisor_gives_the_same_sequence(num_streams: int) -> None:
-    """Every W has one hash, and a restart with another W at a random step continues the same sequence."""
+    """All numbers of workers W have the same hash, and a restart with any W at a random step continues the sequence."""
     plan = make_plan(5 * num_streams + num_streams // 2, 2 * num_streams, num_streams, window=2)
     steps = plan.batches_per_epoch + 3  # into the next epoch
     expected = sequence(plan, 1, 0, steps)
     rng = np.random.default_rng(num_streams)
     for world_size in (2**k for k in range(num_streams.bit_length())):
-        found = order_hash(sequence(plan, world_size, 0, steps))
-        print(f"P={num_streams:4} W={world_size:4} {found[:32]} of {expected.size:,} samples")
-        assert found == order_hash(expected), f"{world_size=}"
+        digest = order_hash(sequence(plan, world_size, 0, steps))
+        print(f"P={num_streams:4} W={world_size:4} {digest[:32]} of {expected.size:,} samples")
+        assert digest == order_hash(expected), f"{world_size=}"
         step = int(rng.integers(1, steps))
         resumed = sequence(plan, world_size, step * plan.batch_size, steps - step)
         assert np.array_equal(resumed, expected[step:]), f"{world_size=} {step=}"
@@ -135,7 +135,7 @@ def test_even_row_groups_give_the_floor_and_uneven_ones_cannot() -> None:
     assert even.batches_per_epoch == 90 * 16 // 64
     digits = OrderPlan((90,) * 13 + (89,) * 3, 64, OrderConfig(num_streams=4))
     assert digits.batches_per_epoch == 1437 // 64
-    # N = 4 and B = 2 would make two batches, but the stream that is dealt the group of one has one row only
+    # N = 4 and B = 2 would give two batches, but the stream with the row group of one row has only one row
     assert OrderPlan((3, 1), 2, OrderConfig(num_streams=2)).batches_per_epoch == 1
 
 
@@ -150,7 +150,7 @@ def test_open_bytes_are_bounded() -> None:
     plan = OrderPlan((10, 12) * 8, 16, OrderConfig(num_streams=4, shuffle_row_groups=2))
     assert plan.open_bytes(1, 100) == 4 * 2 * 12 * 100
     assert plan.open_bytes(4, 100) == 2 * 12 * 100
-    # 256 pixels, row groups of 128: half a gigabyte for each of two workers, and none of it where it would be too much
+    # Images of 256 pixels in row groups of 128 are accepted for 8 workers, but are too large for one.
     large = OrderPlan((128,) * 1024, 256, OrderConfig(num_streams=64, shuffle_row_groups=4))
     assert large.open_bytes(8, 3 * 256**2) == 8 * 4 * 128 * 3 * 256**2
     with pytest.raises(ValueError, match=r"6\.0 GiB of open images.*num_workers, or lower order.shuffle_row_groups=4"):

@@ -42,7 +42,7 @@ def search(
     full = config.rungs[-1] * float(sum(setting.evaluations for setting in settings))
     budget = SampleBudget(limit or Limit(), 1, full)
     halving = SuccessiveHalving(config, config.trials, proposals or GridProposals(settings, False), budget, world)
-    return halving, [found.tasks for found in halving.run()]
+    return halving, [step.tasks for step in halving.run()]
 
 
 def normal(quality: Callable[[int], float], run: int, count: int, full: int = 1024) -> World:
