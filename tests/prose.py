@@ -1,9 +1,9 @@
-"""A check of wording, and a report of sizes: part of `make lint`.
+"""Check the wording of all texts, and report the sizes of the packages: part of `make lint`.
 
     python -m tests.prose
 
 Fails if a text of the project uses a word that has a standard term (CONTRIBUTING.md, "Wording"). Prints the lines of
-code of each package and the longest functions, which is a report and not a gate.
+code of each package and the longest functions, which never makes the check fail.
 """
 
 import ast
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("models", "orchestrator", "cluster", "jobs", "tests")
 LONGEST = 10  # functions that the report lists
 
-# What a reader would stumble over, and the field's term for it.
+# Wording that a reader would not search for (a pattern), and the standard term of the field.
 REPLACED = {
     r"adopt(s|ed|ing)? a dataset": "register in place",
     r"answers? (with|the (URI|path|name))": "return",
@@ -69,13 +69,14 @@ def texts(path: Path) -> Iterator[Text]:
                 yield Text(path, token.start[0] + offset, line)
 
 
-def stumbles(text: str) -> list[tuple[str, str]]:
+def nonstandard_terms(text: str) -> list[tuple[str, str]]:
     """Return each wording that has a standard term, with that term."""
-    return [(found[0], term) for words, term in REPLACED.items() if (found := re.search(words, text, re.IGNORECASE))]
+    matches = ((re.search(pattern, text, re.IGNORECASE), term) for pattern, term in REPLACED.items())
+    return [(match[0], term) for match, term in matches if match]
 
 
 def pages() -> list[Path]:
-    """Return every file with prose of ours."""
+    """Return all files of the project whose wording is checked."""
     files = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile", "ray_cluster.yaml")]
     files += sorted((ROOT / "docs").glob("*.md"))
     for package in PACKAGES:
@@ -98,19 +99,19 @@ def report() -> str:
                     length = node.end_lineno - node.lineno + 1
                     functions.append((length, f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"))
         rows.append(f"{package:14}{lines:8,} lines{code:8,} without blank lines and comments")
-    longest = [f"{length:5} lines  {where}" for length, where in sorted(functions, reverse=True)[:LONGEST]]
+    longest = [f"{length:5} lines  {location}" for length, location in sorted(functions, reverse=True)[:LONGEST]]
     return "\n".join([*rows, "longest functions", *longest])
 
 
 def main() -> int:
-    """Print the report and what has a standard term; return the number of such places."""
+    """Print the report and all wording that has a standard term, and return the number of occurrences."""
     print(report())
     count = 0
     for path in pages():
-        for place in texts(path):
-            for words, term in stumbles(place.text):
+        for text in texts(path):
+            for wording, term in nonstandard_terms(text.text):
                 count += 1
-                print(f"{place.path.relative_to(ROOT)}:{place.line}: {words!r}; use: {term}")
+                print(f"{text.path.relative_to(ROOT)}:{text.line}: {wording!r}; use: {term}")
     return count
 
 

@@ -6,7 +6,7 @@ import fsspec
 import pytest
 
 from tests import servers
-from tests.small_world import HERE, run
+from tests.small_world import IN_PROCESS, run
 
 STORE = "memory://canary-store@host/store"  # a URI that contains a token; one with a password is refused
 ENVIRONMENT = {
@@ -20,18 +20,18 @@ ENVIRONMENT = {
     "MLFLOW_TRACKING_PASSWORD": "canary-tracking",
     "HTTPS_PROXY": "http://user:canary-proxy@proxy:3128",
 }
-SHORT = ["--total-images", "128", "--batch-size", "32", *HERE]
+SHORT = ["--total-images", "128", "--batch-size", "32", *IN_PROCESS]
 STEPS = [
     ("prepare_dataset", []),
     ("train_adm", ["--checkpoint-every", "128", *SHORT]),
     ("train_classifier", SHORT),
-    ("generate_samples", ["--num-samples", "8", "--batch-size", "8", "--sampler.num-steps", "2", *HERE]),
-    ("evaluate_samples", ["--num-memorization-samples", "4", *HERE]),
+    ("generate_samples", ["--num-samples", "8", "--batch-size", "8", "--sampler.num-steps", "2", *IN_PROCESS]),
+    ("evaluate_samples", ["--num-memorization-samples", "4", *IN_PROCESS]),
     (
         "tune_guidance",
-        ["--space.num-steps", "2", "3", "--rungs", "64", "128", "--trials", "2", "--round-size", "2", *HERE],
+        ["--space.num-steps", "2", "3", "--rungs", "64", "128", "--trials", "2", "--round-size", "2", *IN_PROCESS],
     ),
-    ("evaluate_run", ["--num-samples", "64", "--sampler.num-steps", "2", *HERE]),
+    ("evaluate_run", ["--num-samples", "64", "--sampler.num-steps", "2", *IN_PROCESS]),
     ("average_weights", []),
 ]
 NAMES_PLACES = "index.json"  # it names the store, because shards are read from there

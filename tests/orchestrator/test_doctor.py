@@ -17,7 +17,7 @@ HEAD, WORKER = Node("aaaaaaaa", "10.0.0.1", True, {}), Node("bbbbbbbb", "10.0.0.
 
 
 def fake_driver(folder: Path, monkeypatch: pytest.MonkeyPatch, usable: int | None) -> None:
-    """Install an nvidia-smi that finds a driver, and let torch use `usable` GPUs; None means that there is no driver."""
+    """Install an nvidia-smi that finds a driver, and let torch use `usable` GPUs; None means no driver."""
     if usable is not None:
         program = folder / "nvidia-smi"
         program.write_text("#!/bin/sh\necho '550.54.15, NVIDIA H100 80GB HBM3'\n")

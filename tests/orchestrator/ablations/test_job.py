@@ -17,7 +17,7 @@ from orchestrator.data.job import prepare
 from orchestrator.training.config import AdmConfig
 from orchestrator.training.presets import adm_presets
 from tests.benchmarks import findings
-from tests.benchmarks.findings import FINDINGS, NOISE, judged
+from tests.benchmarks.findings import FINDINGS, NOISE, judge
 from tests.orchestrator.digits import digits
 
 TABLE: dict[str, Any] = {
@@ -201,5 +201,5 @@ def test_a_finding_is_judged_by_its_interval() -> None:
     finding = FINDINGS[0]
     for ends, verdict in (((0.1, 0.3), "agrees"), ((-0.3, -0.1), "disagrees"), ((-0.1, 0.3), "cannot be told")):
         difference = {"value": sum(ends) / 2, "interval": ends, "n": 2}
-        assert judged(finding, {"rows": {finding.row: {"differences": {finding.metric: difference}}}})[1] == verdict
-    assert judged(finding, {"rows": {}}) == ("not measured", "cannot be told")
+        assert judge(finding, {"rows": {finding.row: {"differences": {finding.metric: difference}}}})[1] == verdict
+    assert judge(finding, {"rows": {}}) == ("not measured", "cannot be told")

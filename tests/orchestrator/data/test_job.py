@@ -27,7 +27,7 @@ from tests.orchestrator.digits import digits, table
 
 
 def make_config(store: Path | str, source: str, **changes: Any) -> PrepareConfig:
-    return PrepareConfig(store=str(store), source=source, **{"output": "out", "name": "make_config", **changes})
+    return PrepareConfig(store=str(store), source=source, **{"output": "out", "name": "three", **changes})
 
 
 def objects(folder: str, ending: str = ".parquet") -> dict[str, bytes]:
@@ -331,7 +331,7 @@ def dying_row(*arguments):
     return row(*arguments)
 
 shards._row = dying_row
-prepare(PrepareConfig(store=sys.argv[1], source=sys.argv[2], output="out", name="make_config"))
+prepare(PrepareConfig(store=sys.argv[1], source=sys.argv[2], output="out", name="three"))
 """
 
 
