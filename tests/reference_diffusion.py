@@ -392,16 +392,16 @@ def of_edm_sampler(folder: Folder, golden: GoldenFile) -> Compute:
             variance="learned_range" if learned else "fixed_large",
         )  # fmt: skip
         y, noises = golden.tensor(f"{name}.y"), golden.tensor(f"{name}.noise_in_call_order")
-        plain, seen = diffusion.denoiser(network, labels(network, y), clip=False), list[float]()
+        plain_denoise, levels = diffusion.denoiser(network, labels(network, y), clip=False), list[float]()
 
         def denoise(x_t: Tensor, t: Timestep) -> Prediction:
-            seen.append(float(noise_levels(diffusion)[t]))
-            return plain(x_t, t)
+            levels.append(float(noise_levels(diffusion)[t]))
+            return plain_denoise(x_t, t)
 
         steps = list(sample(sampler, denoise, diffusion, golden.tensor(f"{name}.latents"), lambda step: noises[step]))
-        if len(seen) != case["network_evaluations"]:
-            raise ValueError(f"{len(seen)} network evaluations, golden {case['network_evaluations']}")
-        return steps[-1].x, seen
+        if len(levels) != case["network_evaluations"]:
+            raise ValueError(f"{len(levels)} network evaluations, golden {case['network_evaluations']}")
+        return steps[-1].x, levels
 
     @torch.no_grad()
     def compute(array: str) -> Any:
@@ -533,13 +533,13 @@ def of_bits_per_dim(folder: Folder, golden: GoldenFile) -> Compute:
     """Compare the terms of the bound, and the progressive coding curve."""
     stem = golden.path.stem
     unet = folder.unet(stem)
-    kept = golden.array("timestep_map")
+    timestep_map = golden.array("timestep_map")
     settings = folder.settings(stem)
     # the file states its chain by the timesteps that it keeps
     stated = [spec for key, spec in settings.items() if key.startswith("respacing")]
-    specs = [str(len(kept)), f"ddim{len(kept)}", *stated]
+    specs = [str(len(timestep_map)), f"ddim{len(timestep_map)}", *stated]
     num_timesteps = settings["num_timesteps"]
-    spec = next((s for s in specs if np.array_equal(possible_timesteps(num_timesteps, s), kept)), specs[0])
+    spec = next((s for s in specs if np.array_equal(possible_timesteps(num_timesteps, s), timestep_map)), specs[0])
     diffusion = folder.diffusion(stem, spec)
 
     @cache

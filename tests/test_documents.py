@@ -81,7 +81,7 @@ def link_target_exists(link: str, text: str, folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_what_a_page_names_exists(page: Path) -> None:
+def test_everything_that_a_page_names_exists(page: Path) -> None:
     assert not missing_names(page.read_text(), page.parent)
 
 
@@ -176,7 +176,7 @@ def messages_not_in_code(page: str) -> list[str]:
     return missing
 
 
-def test_messages_are_those_of_the_code() -> None:
+def test_quoted_messages_are_in_the_code() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     assert not messages_not_in_code(page)
     assert len(re.findall(r"^\| `", page, flags=re.MULTILINE)) > 20

@@ -83,10 +83,10 @@ def main(options: Options) -> None:
                 seconds[name][number] = passes[name]()
     print(options)
     print(f"{'loader':22} {'images/s':>9} {'ours/this':>10} {'95% interval':>17}")
-    for name, taken in seconds.items():
-        ratios = np.sort(taken / seconds["ours"])
+    for name, durations in seconds.items():
+        ratios = np.sort(durations / seconds["ours"])
         low, high = median_interval(ratios)
-        rate = options.images / np.median(taken)
+        rate = options.images / np.median(durations)
         print(f"{name:22} {rate:9.0f} {np.median(ratios):10.3f} {low:8.3f} to {high:5.3f}", flush=True)
 
 

@@ -188,8 +188,8 @@ def main(options: Findings) -> None:
     print("| paper | finding | measured by | difference seen here, 95% interval | verdict |\n|---|---|---|---|---|")
     for finding in FINDINGS:
         if finding.table in results:
-            seen, verdict = judge(finding, results[finding.table])
-            print(f"| {finding.paper} | {finding.text} | {finding.metric} | {seen} | {verdict} |")
+            measured, verdict = judge(finding, results[finding.table])
+            print(f"| {finding.paper} | {finding.text} | {finding.metric} | {measured} | {verdict} |")
 
 
 if __name__ == "__main__":

@@ -160,8 +160,10 @@ def measure(world: str, draw: Draw, replications: int) -> list[Row]:
             for estimate in estimates
             if estimate.low is not None and estimate.high is not None
         ]
-        held = float(np.mean([low <= truth <= high for low, high in with_interval])) if with_interval else float("nan")
-        rows.append(Row(world, metric, held, float(np.mean([bool(estimate.note) for estimate in estimates]))))
+        covered = (
+            float(np.mean([low <= truth <= high for low, high in with_interval])) if with_interval else float("nan")
+        )
+        rows.append(Row(world, metric, covered, float(np.mean([bool(estimate.note) for estimate in estimates]))))
     return rows
 
 
@@ -182,8 +184,8 @@ def main(options: Options) -> None:
         if options.only in (None, world):
             draw = worlds(np.random.default_rng([options.seed, number]))[world]
             for row in measure(world, draw, options.replications):
-                held = "no interval" if np.isnan(row.held) else f"{100 * row.held:.1f}%"
-                print(f"| {row.world} | `{row.metric}` | {held} | {100 * row.noted:.0f}% |", flush=True)
+                coverage = "no interval" if np.isnan(row.held) else f"{100 * row.held:.1f}%"
+                print(f"| {row.world} | `{row.metric}` | {coverage} | {100 * row.noted:.0f}% |", flush=True)
 
 
 if __name__ == "__main__":

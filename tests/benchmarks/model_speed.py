@@ -132,12 +132,12 @@ def _with_explicit_attention(path: Path) -> Path:
 
     @contextlib.contextmanager
     def swapped() -> Iterator[None]:
-        kept = F.scaled_dot_product_attention
+        fused = F.scaled_dot_product_attention
         F.scaled_dot_product_attention = explicit  # type: ignore[assignment]
         try:
             yield
         finally:
-            F.scaled_dot_product_attention = kept
+            F.scaled_dot_product_attention = fused
 
     def run() -> None:
         with swapped():

@@ -85,12 +85,12 @@ class Killer(threading.Thread):
                 else:
                     self._await_checkpoint_before(kill)
                 self._ended |= {worker.process for worker in self._workers.values()}
-                held = rule
+                held_rule = rule
                 if number < len(self._plan):
                     rule = self._watch_for(self._plan[number])
                 self._kill(kill)
                 self._done = number
-                self._proxy.remove(held)
+                self._proxy.remove(held_rule)
         except BaseException as error:  # noqa: BLE001 - raised by `check`, in the main thread
             self._error = error
             self._proxy.clear()
@@ -115,11 +115,11 @@ class Killer(threading.Thread):
 
     def _watch_for(self, kill: Kill) -> Rule:
         checkpoint = rf"{re.escape(self._config.output)}/checkpoints/images-{kill.position:012d}"
-        others = "".join(f"(?!{process}-)" for process in sorted(self._ended))
+        not_ended = "".join(f"(?!{process}-)" for process in sorted(self._ended))
         target = {
-            "mid-step": rf"/{kill.position:012d}-.*-process-{others}\d+",
-            "stop": rf"/{kill.position:012d}-.*-process-{others}\d+",
-            "first step after a resume": rf"/\d{{12}}-\d+-of-\d+-process-{others}\d+",
+            "mid-step": rf"/{kill.position:012d}-.*-process-{not_ended}\d+",
+            "stop": rf"/{kill.position:012d}-.*-process-{not_ended}\d+",
+            "first step after a resume": rf"/\d{{12}}-\d+-of-\d+-process-{not_ended}\d+",
             "mid-upload": rf"{checkpoint}/state-.*partNumber",
             "between upload and commit": rf"{checkpoint}/commit-",
         }[kill.phase]

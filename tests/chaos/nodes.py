@@ -48,20 +48,20 @@ def kill(node: Any) -> None:
 
 def lose_a_node(argv: list[str], proxy: Proxy) -> int:
     """Train by the job on two nodes; kill one in the middle of a step, add another, and return the number of kills."""
-    held = proxy.add("hold", "PUT", rf"/{3 * CHECKPOINT:012d}-0001-of-0002-process-", times=1)
+    rule = proxy.add("hold", "PUT", rf"/{3 * CHECKPOINT:012d}-0001-of-0002-process-", times=1)
     with head_alone() as cluster, servers.environment(RAY_ADDRESS=cluster.address):
         for _ in range(2):
             add_node(cluster, num_cpus=2)  # for one training worker
         job = start_job(argv)
         try:
-            request = held.wait(180)
+            request = rule.wait(180)
             worker = parse_audit_name(request.target) if request else None
             assert worker is not None, "the training did not reach the third checkpoint"
             raylets = {node.all_processes["raylet"][0].process.pid for node in cluster.worker_nodes}
             (lost,) = raylets & {parent.pid for parent in psutil.Process(worker.process).parents()}
             os.kill(lost, signal.SIGKILL)
             add_node(cluster, num_cpus=2)
-            proxy.remove(held)
+            proxy.remove(rule)
             output, _ = job.communicate(timeout=400)
         finally:
             job.kill()

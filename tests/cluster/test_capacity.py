@@ -82,7 +82,7 @@ def report_once(context: WorkerContext) -> None:
     context.report({"trained": True})
 
 
-def test_the_pauses_between_two_lines_double(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_pauses_between_log_lines_double(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now, lines = [1000.0], []
     monkeypatch.setattr(capacity, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(capacity, "_shortage", lambda resources: "2 CPUs on one node")

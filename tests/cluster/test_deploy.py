@@ -122,14 +122,14 @@ def node_types_to_start(launcher: dict[str, Any], unavailable: dict[str, float],
     return [launch.instance_type for launch in reply.to_launch]
 
 
-def test_gpu_workers_are_spot_and_on_demand_where_there_is_none(launcher: dict[str, Any]) -> None:
+def test_gpu_workers_are_spot_or_on_demand_if_no_spot_node_is_available(launcher: dict[str, Any]) -> None:
     one_gpu = {"GPU": 1, "CPU": 1, "accelerator_type:H100": 0.001}
     assert node_types_to_start(launcher, {}, one_gpu) == ["gpu-spot"]
     assert node_types_to_start(launcher, {"gpu-spot": 0.0}, one_gpu) == ["gpu-on-demand"]
     assert node_types_to_start(launcher, {}, {"CPU": 1}) == ["data"], "no GPU is started for what needs none"
 
 
-def test_the_head_holds_no_work_nothing_is_open_and_no_key_is_written(launcher: dict[str, Any]) -> None:
+def test_the_head_runs_no_work_and_the_launcher_opens_no_port_and_contains_no_key(launcher: dict[str, Any]) -> None:
     assert launcher["available_node_types"][launcher["head_node_type"]]["resources"] == {"CPU": 0}
     assert launcher["available_node_types"]["gpu-spot"]["resources"]["GPU"] == 8
     assert launcher["provider"]["use_internal_ips"] is True
@@ -308,7 +308,7 @@ def test_mlflow_starts_with_these_settings_and_rejects_requests_without_a_passwo
 # ------------------------------------------------------------------------------------------------ versions
 
 
-def test_versions_are_those_of_constraints_txt() -> None:
+def test_versions_agree_with_constraints_txt() -> None:
     texts = [leaf for path in [LAUNCHER, *MANIFESTS] for d in documents(path) for leaf in all_values(d)]
     images = {text for text in texts if isinstance(text, str) and "REGISTRY/admiral:" in text}
     assert images == {f"REGISTRY/admiral:{VERSION}"}

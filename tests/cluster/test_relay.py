@@ -81,16 +81,16 @@ def test_reports_arrive_while_the_item_is_in_work(
 ) -> None:
     """Ray also prints no warning about a handle in the arguments of a worker that may restart."""
     monkeypatch.setattr(module, "POLL_SECONDS", 0.05)
-    seen: list[tuple[int, int]] = []
-    with item_progress(lambda item, done: seen.append((item, done)), 1) as report:
+    reports: list[tuple[int, int]] = []
+    with item_progress(lambda item, done: reports.append((item, done)), 1) as report:
         results = map_items(lambda: make_worker(report), [7], 1)
         assert list(results) == [(7, 7)]
-        assert (7, 1) in seen and (7, STEPS - 1) in seen
+        assert (7, 1) in reports and (7, STEPS - 1) in reports
     assert "constructor arguments" not in capfd.readouterr().err
 
 
 def test_without_workers_the_driver_is_called_directly() -> None:
-    seen: list[threading.Thread] = []
-    with item_progress(lambda item, done: seen.append(threading.current_thread()), 0) as report:
+    threads: list[threading.Thread] = []
+    with item_progress(lambda item, done: threads.append(threading.current_thread()), 0) as report:
         report("item", 1)
-    assert seen == [threading.current_thread()]
+    assert threads == [threading.current_thread()]

@@ -49,7 +49,7 @@ def read_even_units_slowly(unit: int) -> Blocks:
         yield block
 
 
-def test_units_end_in_any_order_and_are_yielded_in_theirs(ray_session: None) -> None:
+def test_units_that_end_in_any_order_are_yielded_in_order(ray_session: None) -> None:
     blocks = list(stream(range(60), read_even_units_slowly, ahead=8))
     assert rows_of(iter(blocks)) == expected(range(60))
     assert all(len(set(block["unit"].tolist())) == 1 for block in blocks), "never across units"
@@ -146,13 +146,13 @@ def die(folder: str, unit: int) -> Blocks:
     yield from read_unit(unit)
 
 
-def test_a_unit_that_always_costs_its_process_ends_with_the_reason(ray_session: None, tmp_path: Path) -> None:
+def test_a_unit_that_always_kills_its_process_raises_the_reason(ray_session: None, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="reading data failed: its process "):
         list(stream(range(8), partial(die, str(tmp_path)), ahead=8))
     assert len(list(tmp_path.iterdir())) == LOST_READERS
 
 
-def test_no_file_nor_actor_for_each_unit(ray_session: None) -> None:
+def test_units_leave_no_files_and_no_actors(ray_session: None) -> None:
     """Ray Data's collectors and logs grew with the number of units when each chunk of them was a Dataset."""
     import ray
 
@@ -173,7 +173,9 @@ def test_no_file_nor_actor_for_each_unit(ray_session: None) -> None:
     ("store_mib", "image_size", "step_ms"),
     [(80, 64, 0.0), pytest.param(300, 256, 100.0, marks=pytest.mark.slow)],
 )
-def test_a_set_ten_times_the_object_store_spills_nothing(store_mib: int, image_size: int, step_ms: float) -> None:
+def test_a_dataset_of_ten_times_the_object_store_spills_nothing(
+    store_mib: int, image_size: int, step_ms: float
+) -> None:
     """Use a separate process and a separate Ray, because the size of the object store matters."""
     options = {"store-mib": store_mib, "image-size": image_size, "step-ms": step_ms, "distinct": 100}
     arguments = [argument for name, value in options.items() for argument in (f"--{name}", str(value))]

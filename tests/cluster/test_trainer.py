@@ -30,7 +30,7 @@ class Loop:
 
 
 @pytest.mark.ray
-def test_deaths_are_survived_while_there_is_progress(
+def test_a_training_survives_deaths_of_workers_while_it_makes_progress(
     ray_session: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     records: list[dict[str, Any]] = []
@@ -90,17 +90,17 @@ def test_records_after_a_failed_callback_or_call_still_arrive(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("cluster.relay.POLL_SECONDS", 0.001)
-    seen: list[int] = []
+    received: list[int] = []
 
     def on_record(record: dict[str, Any]) -> None:
-        seen.append(record["number"])
+        received.append(record["number"])
         if record["number"] == 0:
             raise KeyError("loss")
 
     relay = Records(4)
     with relayed(cast(Relay, relay), on_record):
         assert relay.empty.wait(60), "no more records arrive"
-    assert seen == [0, 1, 2, 3]
+    assert received == [0, 1, 2, 3]
     assert "KeyError: 'loss'" in caplog.text and "the job continues" in caplog.text
 
 
@@ -113,7 +113,7 @@ def test_the_stop_flag_is_sent_again_if_a_call_fails(monkeypatch: pytest.MonkeyP
 
 
 def test_a_callback_that_fails_in_this_process_loses_one_record(caplog: pytest.LogCaptureFixture) -> None:
-    seen: list[dict[str, Any]] = []
+    received: list[dict[str, Any]] = []
 
     def loop(context: WorkerContext) -> None:
         context.report({})
@@ -121,10 +121,10 @@ def test_a_callback_that_fails_in_this_process_loses_one_record(caplog: pytest.L
         assert context.stopping()
 
     def on_record(record: dict[str, Any]) -> None:
-        seen.append(record["images"])
+        received.append(record["images"])
 
-    assert run_workers(loop, 0, on_record, stop=lambda: bool(seen))
-    assert seen == [1] and "KeyError" in caplog.text
+    assert run_workers(loop, 0, on_record, stop=lambda: bool(received))
+    assert received == [1] and "KeyError" in caplog.text
 
 
 def test_a_preemption_notice_is_returned_once_and_survives_a_failed_call(

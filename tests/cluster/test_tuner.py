@@ -28,12 +28,12 @@ def write_mark(folder: str, task: Task) -> dict[str, float]:
     return {"level": task.level}
 
 
-def halving_rounds(folder: str, seen: list[list[str]]) -> Rounds[Task]:
+def halving_rounds(folder: str, finished: list[list[str]]) -> Rounds[Task]:
     """Yield rounds: no tasks, four trials, then two, then one of these and one that was stopped."""
     yield Round([], [])
     for level, (names, stopped) in enumerate([(("0", "1", "2", "3"), ()), (("0", "1"), ("2", "3")), (("0", "3"), ())]):
         yield Round([(name, Task(name, level)) for name in names], list(stopped))
-        seen.append(sorted(file.rsplit("-", 1)[0] for file in os.listdir(folder) if f"-{level}-" in file))
+        finished.append(sorted(file.rsplit("-", 1)[0] for file in os.listdir(folder) if f"-{level}-" in file))
 
 
 @pytest.mark.ray
@@ -41,11 +41,13 @@ def test_trials_go_on_between_rounds_and_nothing_outlives_them(ray_session: None
     import ray
     from ray.util.placement_group import placement_group_table
 
-    seen, done = list[list[str]](), list[Task]()
+    finished, done = list[list[str]](), list[Task]()
     run_rounds(
-        partial(write_mark, str(tmp_path)), halving_rounds(str(tmp_path), seen), max_concurrent=2, done=done.append
+        partial(write_mark, str(tmp_path)), halving_rounds(str(tmp_path), finished), max_concurrent=2, done=done.append
     )
-    assert seen == [["0-0", "1-0", "2-0", "3-0"], ["0-1", "1-1"], ["0-2", "3-2"]], "a task was lost or done too early"
+    assert finished == [["0-0", "1-0", "2-0", "3-0"], ["0-1", "1-1"], ["0-2", "3-2"]], (
+        "a task was lost or done too early"
+    )
     assert len(done) == 8 == len(set(done)) and (tmp_path / "died").exists()
     assert {group["state"] for group in placement_group_table().values()} <= {"REMOVED"}
     all_cpus = ray.cluster_resources()["CPU"]

@@ -48,7 +48,7 @@ def make_nothing() -> Callable[[int], int]:
     raise FileNotFoundError("no weights there")
 
 
-def test_without_workers_items_run_here_in_order(tmp_path: Path) -> None:
+def test_without_workers_items_run_in_this_process_in_order(tmp_path: Path) -> None:
     make = partial(make_squarer, str(tmp_path), dies_at=-1, fails_at=-1)
     assert list(map_items(make, [3, 1, 2], num_workers=0)) == [(3, 9), (1, 1), (2, 4)]
 
@@ -221,7 +221,7 @@ def test_which_errors_say_that_the_device_is_broken(name: str, message: str, bro
     assert is_device_error(task_error(error)) == broken
 
 
-def test_a_worker_that_cannot_be_made_is_left_out_if_others_are_made(
+def test_a_worker_that_cannot_be_created_is_not_used_if_others_can(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     error = task_error(OSError("SlowDown"))
@@ -247,7 +247,7 @@ def test_a_slow_worker_is_named(
     assert "slow-node" in caplog.records[-1].message
 
 
-def test_any_mixture_of_faults_loses_and_doubles_nothing(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_mixture_of_faults_loses_or_duplicates_an_item(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "HANG_SECONDS", 0.2)
     for seed in range(6):
         draws = random.Random(seed)
@@ -298,7 +298,7 @@ def test_a_killed_worker_loses_nothing_and_a_bad_item_is_named(ray_session: None
 
 
 @pytest.mark.ray
-def test_the_job_ends_if_no_worker_can_be_made(ray_session: None) -> None:
+def test_the_job_ends_if_no_worker_can_be_created(ray_session: None) -> None:
     with pytest.raises(RuntimeError, match="FileNotFoundError: no weights there"):
         list(map_items(make_nothing, range(3), num_workers=1))
 

@@ -84,13 +84,13 @@ class Bench:
         for _ in range(1 if self.tiny else warm):
             run()
         self.synchronize()
-        taken = []
+        durations = []
         for _ in range(1 if self.tiny else repeats):
             begin = time.perf_counter()
             run()
             self.synchronize()
-            taken.append(time.perf_counter() - begin)
-        return float(np.median(taken))
+            durations.append(time.perf_counter() - begin)
+        return float(np.median(durations))
 
     def memory(self, run: Callable[[], Any]) -> int:
         """Return the most bytes that the GPU holds while `run` runs; 0 on a CPU."""
@@ -155,12 +155,12 @@ class Bench:
     def microbatches(self, config: AdmConfig, seed: int = 0) -> list[Microbatch]:
         """Return the microbatches of one step, of random pictures, on the host."""
         rng, streams = np.random.default_rng(seed), config.order.num_streams
-        each, size = config.batch_size // streams, config.model.image_size
+        rows, size = config.batch_size // streams, config.model.image_size
         shares = [
             StreamShare(
-                stream=stream, epoch=0, images=rng.integers(0, 256, (each, size, size, 3), np.uint8),
-                labels=rng.integers(0, config.model.num_classes or 1, each), samples=np.arange(each) + each * stream,
-                flips=np.zeros(each, bool), undecodable=np.zeros(each, bool),
+                stream=stream, epoch=0, images=rng.integers(0, 256, (rows, size, size, 3), np.uint8),
+                labels=rng.integers(0, config.model.num_classes or 1, rows), samples=np.arange(rows) + rows * stream,
+                flips=np.zeros(rows, bool), undecodable=np.zeros(rows, bool),
             )
             for stream in range(streams)
         ]  # fmt: skip

@@ -78,8 +78,8 @@ def run_checks(bench: Bench, names: list[str], budget: float) -> None:
     begun = time.monotonic()
     for name in names:
         bench.check = name
-        if (left := budget - (time.monotonic() - begun)) < CHECKS[name].needs:
-            bench.say("skip", f"{left:.0f} s are left")
+        if (seconds_left := budget - (time.monotonic() - begun)) < CHECKS[name].needs:
+            bench.say("skip", f"{seconds_left:.0f} s are left")
             continue
         try:
             CHECKS[name].run(bench)

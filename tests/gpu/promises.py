@@ -128,27 +128,27 @@ def half_weights(bench: Bench) -> None:
 
 def float32_backward(bench: Bench) -> None:
     """Check that the classifier's float32 layers stay float32 in the guidance's backward pass inside autocast."""
-    seen: Counter[str] = Counter()
+    products: Counter[str] = Counter()
 
     class Products(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if function.overloadpacket.__name__ in ("mm", "bmm", "addmm"):
-                seen[str(next(each for each in args if isinstance(each, Tensor)).dtype)] += 1
+                products[str(next(argument for argument in args if isinstance(argument, Tensor)).dtype)] += 1
             return function(*args, **(kwargs or {}))
 
-    module, given = filled(TINY_CLASSIFIER, 0, bench.device).requires_grad_(False), example()
-    inputs = [given[name].to(bench.device) for name in ("x", "t", "y")]
+    module, example_inputs = filled(TINY_CLASSIFIER, 0, bench.device).requires_grad_(False), example()
+    inputs = [example_inputs[name].to(bench.device) for name in ("x", "t", "y")]
     with Products(), torch.no_grad():
         log_prob_gradient(module, *inputs)
-        without_autocast, seen_without_autocast = seen["torch.float32"], dict(seen)
-        seen.clear()
+        without_autocast, seen_without_autocast = products["torch.float32"], dict(products)
+        products.clear()
         with autocast(bench.device, "bfloat16"):
             log_prob_gradient(module, *inputs)
     # The output layers' products, forward and back, and the time embedding's: the rest is in half precision.
     bench.hold(
-        0 < seen["torch.float32"] < without_autocast,
-        f"products inside autocast {dict(seen)}, without {seen_without_autocast}",
-        seen=dict(seen),
+        0 < products["torch.float32"] < without_autocast,
+        f"products inside autocast {dict(products)}, without {seen_without_autocast}",
+        seen=dict(products),
     )
 
 
@@ -201,10 +201,10 @@ def determinism(bench: Bench) -> None:
 
 def exact(bench: Bench) -> None:
     """Check that reduction=exact gives bit-equal gradients in a second run and for 1, 2, 4 and 8 workers."""
-    streams, each = 8, 2 if bench.tiny else 4
+    streams, rows = 8, 2 if bench.tiny else 4
     model = bench.pair(64)[0].model_copy(update={"dropout": 0.1})
     for dtype in ("bfloat16",) if bench.tiny else ("bfloat16", "float16", "float32"):
-        config = bench.training(model, streams * each, dtype, streams, reduction="exact")
+        config = bench.training(model, streams * rows, dtype, streams, reduction="exact")
         with bench.trainer(config) as (state, _):
             losses = make_losses(config, state.timesteps)
             batches = [batch.to(bench.device) for batch in bench.microbatches(config)]
@@ -279,13 +279,13 @@ def _waits(bench: Bench, run: Callable[[], Any]) -> Counter[str]:
     bench.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        with warnings.catch_warnings(record=True) as seen:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return Counter(
-        f"{Path(warning.filename).name}:{warning.lineno}" for warning in seen if "synchron" in str(warning.message)
+        f"{Path(warning.filename).name}:{warning.lineno}" for warning in caught if "synchron" in str(warning.message)
     )
 
 

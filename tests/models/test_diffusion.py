@@ -74,7 +74,7 @@ def test_impossible_respacings_are_refused_with_the_reason(spec: str, message: s
         process(spec)
 
 
-def test_respacing_as_published() -> None:
+def test_respacing_keeps_the_published_timesteps() -> None:
     assert space_timesteps(1000, "250")[[0, 1, -2, -1]].tolist() == [0, 4, 995, 999]
     assert space_timesteps(1000, "ddim25")[[0, 1, -1]].tolist() == [0, 40, 960]
     assert space_timesteps(300, [10, 15, 20]).tolist() == space_timesteps(300, "10,15,20").tolist()
@@ -130,9 +130,9 @@ def test_one_index_and_a_tensor_of_it_give_the_same_bits() -> None:
         diffusion = process("10", variance=variance)
         out = output if diffusion.config.learns_variance else output[:, :3]
         for t in (0, 4, 9):
-            one, many = diffusion.predict(out, x_t, t), diffusion.predict(out, x_t, torch.full((3,), t))
+            scalar, batched = diffusion.predict(out, x_t, t), diffusion.predict(out, x_t, torch.full((3,), t))
             for field in ("eps", "pred_x_start", "mean", "variance", "log_variance"):
-                a, b = torch.broadcast_tensors(getattr(one, field), getattr(many, field))
+                a, b = torch.broadcast_tensors(getattr(scalar, field), getattr(batched, field))
                 assert torch.equal(a, b), (variance, t, field)
 
 
@@ -199,7 +199,7 @@ def test_the_decoder_is_a_distribution_over_grey_levels() -> None:
         assert levels[log_probs.argmax()].item() == pytest.approx(max(min(mean, 1), -1), abs=1 / 127 + 1e-6)
 
 
-def test_kl_of_gaussians() -> None:
+def test_the_kl_of_gaussians_is_that_of_torch() -> None:
     mean1, log_variance1, mean2, log_variance2 = (torch.tensor(v) for v in (0.3, -1.0, -0.2, 0.4))
     p = torch.distributions.Normal(mean1, (0.5 * log_variance1).exp())
     q = torch.distributions.Normal(mean2, (0.5 * log_variance2).exp())

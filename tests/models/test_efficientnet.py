@@ -45,7 +45,7 @@ def network() -> EfficientNetLite0:
     return EfficientNetLite0(state())
 
 
-def test_shapes_and_independence_of_the_batch(network: EfficientNetLite0) -> None:
+def test_features_have_their_shapes_and_do_not_depend_on_the_batch(network: EfficientNetLite0) -> None:
     images = torch.randint(
         0, 256, (3, 20, 30, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
     ).numpy()

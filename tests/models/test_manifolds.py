@@ -118,7 +118,7 @@ def test_copies_are_not_authentic() -> None:
     assert 30 < authenticity(reference, rng.standard_normal((500, 5))).value < 70
 
 
-def test_precision_within_classes_sees_what_the_whole_set_hides() -> None:
+def test_precision_within_classes_detects_swapped_classes() -> None:
     """With two swapped classes, the sets are equal but each class differs."""
     rng = generator(6)
     centres = np.array([[0.0, 0.0], [50.0, 0.0]])

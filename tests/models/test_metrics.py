@@ -292,7 +292,7 @@ def test_with_stratified_labels_only_the_spread_within_classes_counts() -> None:
     between = (centres - centres.mean(0)).T @ (centres - centres.mean(0)) / num_classes
     truth = Gaussian(centres.mean(0), between + np.eye(dimension))
     reference = Gaussian(truth.mean + 0.5, 1.5 * truth.covariance)
-    distance, held = frechet_distance(truth, reference), np.zeros((2, 2))
+    distance, covered = frechet_distance(truth, reference), np.zeros((2, 2))
     distances, bias = np.zeros(300), np.zeros(2)
     for run in range(300):
         features = centres[labels] + rng.standard_normal((n, dimension))
@@ -301,12 +301,12 @@ def test_with_stratified_labels_only_the_spread_within_classes_counts() -> None:
             low, high = expansion.corrected.low, expansion.corrected.high
             mean = mean_estimate(features[:, 0], strata=strata)
             assert low is not None and high is not None and mean.low is not None and mean.high is not None
-            held[i] += low <= distance <= high, mean.low <= truth.mean[0] <= mean.high
+            covered[i] += low <= distance <= high, mean.low <= truth.mean[0] <= mean.high
             distances[run], bias[i] = expansion.distance, bias[i] + expansion.bias / 300
-    excess, error, held = distances.mean() - distance, distances.std() / np.sqrt(300), held / 300
-    print("excess", excess, "+-", error, "bias: independent, stratified", bias, "held", held.tolist())
+    excess, error, covered = distances.mean() - distance, distances.std() / np.sqrt(300), covered / 300
+    print("excess", excess, "+-", error, "bias: independent, stratified", bias, "held", covered.tolist())
     assert abs(bias[1] - excess) < 3 * error < bias[0] - excess
-    assert (held[0] > 0.98).all() and (held[1] >= 0.90).all() and (held[1] <= 0.98).all()
+    assert (covered[0] > 0.98).all() and (covered[1] >= 0.90).all() and (covered[1] <= 0.98).all()
 
 
 def test_stratified_variances_are_the_sum_over_classes() -> None:

@@ -35,14 +35,14 @@ def test_constraints_share_the_error() -> None:
 
 def test_intervals_of_given_classes_hold_at_any_level() -> None:
     """Ten classes with means 0 to 9 and spreads 0.5 to 1.4, drawn in turn."""
-    labels, held = np.arange(200) % 10, {0.025: 0, 0.1: 0}
+    labels, covered = np.arange(200) % 10, {0.025: 0, 0.1: 0}
     for run in range(400):
         scores = labels + (0.5 + 0.1 * labels) * np.random.default_rng([8, run]).standard_normal(200)
-        for level in held:
+        for level in covered:
             estimate = interval(scores, 200, labels, level)
             assert estimate.low is not None and estimate.high is not None
-            held[level] += estimate.low <= 4.5 <= estimate.high
-    assert 0.92 * 400 <= held[0.025] <= 0.98 * 400 and 0.75 * 400 <= held[0.1] <= 0.85 * 400, held
+            covered[level] += estimate.low <= 4.5 <= estimate.high
+    assert 0.92 * 400 <= covered[0.025] <= 0.98 * 400 and 0.75 * 400 <= covered[0.1] <= 0.85 * 400, covered
     assert interval(scores[:20], 200, labels) == interval(scores[:20], 200), "scores of groups have no strata"
 
 
@@ -61,7 +61,7 @@ def test_few_samples_are_compared_by_a_bound_that_allows_for_rare_failures() -> 
     assert surely_positive(better, None, 1e-3, 256, span=0.8)
 
 
-def test_fronts() -> None:
+def test_the_front_contains_the_settings_that_no_other_dominates() -> None:
     values = np.array([[1.0, 5.0], [2.0, 2.0], [5.0, 1.0], [3.0, 3.0], [6.0, 6.0], [2.0, 2.0]])
     assert front(values).tolist() == [True, True, True, False, False, True]
     assert front_ranks(values).tolist() == [0, 0, 0, 1, 2, 0]

@@ -114,7 +114,7 @@ def test_the_lines_state_what_does_not_fit_and_what_is_assumed() -> None:
     assert "50%" in own and "--cost.mfu" in own
 
 
-def test_dollars_stand_beside_gpu_hours_where_a_price_is_stated() -> None:
+def test_dollars_are_printed_with_gpu_hours_if_a_price_is_given() -> None:
     cost = whole_training("adm-64")
     hours = gpu_seconds(cost, CostConfig(), half=True) / 3600
     stated = priced(cost, CostConfig(usd_per_hour=2.5, spot_discount=0.6), 8, 1, half=True)
@@ -147,7 +147,7 @@ def paper_table() -> str:
 
 
 @pytest.mark.slow
-def test_the_operators_page_holds_this_table() -> None:
+def test_the_cluster_page_contains_this_table() -> None:
     page = Path(__file__).resolve().parents[2] / "docs" / "cluster.md"
     assert paper_table() in page.read_text()
 

@@ -28,15 +28,15 @@ def share(plan: OrderPlan, rank: int, world_size: int, position: int) -> Iterato
     first_samples = np.cumsum(plan.row_group_sizes) - plan.row_group_sizes
     waiting: dict[int, list[np.ndarray]] = {stream: [] for stream in streams}
     while True:
-        taken = []
+        batch = []
         for stream in streams:
             while sum(map(len, waiting[stream])) < plan.rows_per_stream:
                 unit: Unit = next(units)
                 waiting[unit.stream].append(first_samples[unit.rows[:, 0]] + unit.rows[:, 1])
             ids = np.concatenate(waiting[stream])
-            taken.append(ids[: plan.rows_per_stream])
+            batch.append(ids[: plan.rows_per_stream])
             waiting[stream] = [ids[plan.rows_per_stream :]]
-        yield np.concatenate(taken)
+        yield np.concatenate(batch)
 
 
 def sequence(plan: OrderPlan, world_size: int, position: int, steps: int) -> np.ndarray:
@@ -82,8 +82,8 @@ def test_no_sample_twice_in_an_epoch_and_epochs_differ() -> None:
     ids = sequence(plan, 1, 0, 3 * per_epoch).reshape(3, -1)
     assert ids.shape[1] == plan.images_per_epoch
     sets = [set(epoch.tolist()) for epoch in ids]
-    assert all(len(seen) == plan.images_per_epoch for seen in sets)
-    assert all(0 <= i < sum(plan.row_group_sizes) for seen in sets for i in seen)
+    assert all(len(samples) == plan.images_per_epoch for samples in sets)
+    assert all(0 <= i < sum(plan.row_group_sizes) for samples in sets for i in samples)
     assert sets[0] != sets[1], "what is left out differs by epoch"
     assert len(set.union(*sets)) > plan.images_per_epoch
 
@@ -130,7 +130,7 @@ def test_another_seed_is_another_order() -> None:
     assert not np.array_equal(first, second)
 
 
-def test_even_row_groups_give_the_floor_and_uneven_ones_cannot() -> None:
+def test_equal_row_groups_give_all_full_batches_and_unequal_ones_fewer() -> None:
     even = OrderPlan((90,) * 16, 64, OrderConfig(num_streams=4))
     assert even.batches_per_epoch == 90 * 16 // 64
     digits = OrderPlan((90,) * 13 + (89,) * 3, 64, OrderConfig(num_streams=4))
@@ -139,7 +139,7 @@ def test_even_row_groups_give_the_floor_and_uneven_ones_cannot() -> None:
     assert OrderPlan((3, 1), 2, OrderConfig(num_streams=2)).batches_per_epoch == 1
 
 
-def test_position_is_arithmetic() -> None:
+def test_a_position_determines_epoch_and_batch() -> None:
     plan = OrderPlan((10,) * 8, 16, OrderConfig(num_streams=4))
     assert plan.images_per_epoch == 80
     assert plan.locate(0) == (0, 0) and plan.locate(64) == (0, 4) and plan.locate(80) == (1, 0)
@@ -195,7 +195,7 @@ def test_keys_do_not_collide() -> None:
     assert len({int(purpose) for purpose in Purpose}) == len(Purpose)
 
 
-def test_golden_draws() -> None:
+def test_keyed_draws_are_the_golden_ones() -> None:
     """If a version of numpy changes a distribution, this test must fail."""
     rng = sample_rng(7, 3, 1234567, Purpose.NOISE)
     assert rng.bit_generator.random_raw(3).tolist() == GOLDEN_RAW
@@ -205,6 +205,6 @@ def test_golden_draws() -> None:
     assert keyed_rng(Purpose.ROW_GROUPS, 7, 3).permutation(8).tolist() == GOLDEN_PERMUTATION
 
 
-def test_golden_order() -> None:
+def test_the_order_plan_is_the_golden_one() -> None:
     plan = OrderPlan((3,) * 8, 4, OrderConfig(num_streams=2, shuffle_row_groups=2), seed=5)
     assert sequence(plan, 1, 0, 3).tolist() == GOLDEN_ORDER

@@ -47,8 +47,8 @@ SPECIAL_NAMES = ("lr[12]", "lr*", "lr?", "[a-z]", "a#b", "a b%20", "x::y", "{a,b
 def test_names_are_literal(name: str, root: str) -> None:
     if root.startswith("memory://") and "::" in name:
         pytest.skip("fsspec uses :: to chain filesystems")
-    others = ["lr1", "lr2", "a", "ab", "xy", "{a"]
-    for run in (name, *others):
+    other_names = ["lr1", "lr2", "a", "ab", "xy", "{a"]
+    for run in (name, *other_names):
         storage.write_bytes(storage.join(root, run, "deep/x"), run.encode())
     uri = storage.join(root, name)
     assert storage.read_bytes(f"{uri}/deep/x") == name.encode() and storage.exists(uri)
@@ -62,8 +62,8 @@ def test_names_are_literal(name: str, root: str) -> None:
     assert storage.list_names(f"{uri}/deep") == ["x", "y"]
     storage.delete(uri + "/")
     assert not storage.exists(uri)
-    remaining = [run for run in others if storage.exists(storage.join(root, run, "deep/x"))]
-    assert remaining == others, "other runs lost objects"
+    remaining = [run for run in other_names if storage.exists(storage.join(root, run, "deep/x"))]
+    assert remaining == other_names, "other runs lost objects"
 
 
 def test_a_listing_contains_objects_written_after_an_earlier_listing(root: str) -> None:

@@ -286,7 +286,7 @@ def refusal(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("address", "cure"),
+    ("address", "advice"),
     [
         ("file:///tmp/mlruns", "sqlite:////PATH"),
         ("/tmp/mlruns", "sqlite:////PATH"),
@@ -303,7 +303,7 @@ def test_addresses_that_mlflow_cannot_use_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "cure"),
+    ("status", "body", "advice"),
     [
         (401, "<html>login</html>", "MLFLOW_TRACKING_USERNAME"),
         (403, json.dumps({"error_code": "PERMISSION_DENIED", "message": "no"}), "MLFLOW_TRACKING_TOKEN"),

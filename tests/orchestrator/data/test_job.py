@@ -52,12 +52,12 @@ def test_the_digits_are_prepared_with_their_pixels_and_labels(prepared: Manifest
 
 def test_the_same_config_gives_the_same_bytes(tmp_path: Path) -> None:
     source = layouts.write_tree(str(tmp_path / "tree"), pictures(10))
-    first, again, other = (
+    first, second, other_seed = (
         prepare(make_config(tmp_path, source, output=output, seed=seed))
         for output, seed in (("a", 0), ("b", 0), ("c", 1))
     )
-    assert objects(first.folder) == objects(again.folder)
-    assert table(first, "train")["key"] != table(other, "train")["key"]
+    assert objects(first.folder) == objects(second.folder)
+    assert table(first, "train")["key"] != table(other_seed, "train")["key"]
 
 
 def test_a_tree_and_its_tar_of_tars_give_the_same_shards(tmp_path: Path, s3_bucket: str) -> None:
@@ -279,20 +279,20 @@ def test_errors_of_workers_name_the_object(tmp_path: Path, ray_session: None) ->
 def make_dying_writer(output: str, resolution: int | None) -> Callable[[int], shards.Facts]:
     """Return a worker that is killed in the middle of shard 1, but only once, and always fails in shard 3."""
     write, row = shards.make_shard_writer(output, resolution), shards._row
-    current, seen = 0, 0
+    current, rows_written = 0, 0
 
     def dying_row(*arguments: Any) -> Any:
-        nonlocal seen
-        seen += 1
-        if seen == 5 and current == 1 and storage.put_if_absent(f"{output}/died", b""):
+        nonlocal rows_written
+        rows_written += 1
+        if rows_written == 5 and current == 1 and storage.put_if_absent(f"{output}/died", b""):
             os.kill(os.getpid(), signal.SIGKILL)
-        if seen == 5 and current == 3:
+        if rows_written == 5 and current == 3:
             raise OSError("the disk is gone")
         return row(*arguments)
 
     def write_or_die(number: int) -> shards.Facts:
-        nonlocal current, seen
-        current, seen = number, 0
+        nonlocal current, rows_written
+        current, rows_written = number, 0
         return write(number)
 
     shards._row = dying_row  # type: ignore[assignment]

@@ -99,8 +99,8 @@ def test_a_split_without_labels_is_refused_for_class_conditional_work(tmp_path: 
         manifest.check("test", 16, "center", conditional=True)
     assert read_images(manifest, "test", 0, 40, 16)[1].tolist() == [-1] * 40
 
-    alone = write_parquet(str(tmp_path / "alone"), SHUFFLED, label=lambda _: -1)
-    manifest = prepare(config(tmp_path, alone, output="unlabelled"))
+    unlabelled = write_parquet(str(tmp_path / "alone"), SHUFFLED, label=lambda _: -1)
+    manifest = prepare(config(tmp_path, unlabelled, output="unlabelled"))
     assert manifest.classes == ()
     digits = adm_presets()["digits"][1].model_copy(update={"store": str(tmp_path), "dataset": "unlabelled"})
     with pytest.raises(ValueError, match=r"split 'train' of dataset 'public' has no labels"):

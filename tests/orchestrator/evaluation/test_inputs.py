@@ -107,14 +107,6 @@ def test_folders_named_after_classes_give_labels(images: np.ndarray, tmp_path: P
     assert without.read(0, 6)[1].tolist() == [-1] * 6 and without.classes == ()
 
 
-def test_images_of_several_sizes_are_refused_unless_cropped(images: np.ndarray, tmp_path: Path) -> None:
-    storage.write_bytes(f"{tmp_path}/a.png", png(images[0]))
-    storage.write_bytes(f"{tmp_path}/b.png", png(images[1].repeat(2, axis=0)))
-    with pytest.raises(ValueError, match=r"b\.png has 6x12 pixels, .* 6x6; pass --image-size"):
-        open_images(str(tmp_path)).read(0, 2)
-    assert open_images(str(tmp_path), image_size=4).read(0, 2)[0].shape == (2, 4, 4, 3)
-
-
 def test_inputs_that_cannot_be_measured_raise_one_error(images: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="none has no finished samples"):
         open_images(str(tmp_path / "none"))

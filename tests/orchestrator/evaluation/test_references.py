@@ -98,6 +98,6 @@ def test_a_dataset_is_extracted_once(tmp_path: Path) -> None:
         for name in storage.list_names(first.files.folder)
     }
     assert "statistics.safetensors" in before
-    again = extract_reference(find_reference(folder, 8), TOY, TOY(), "", num_workers=0)
-    np.testing.assert_array_equal(again.statistics["pool"].mean, moments(first.files.pool()).mean)
+    second = extract_reference(find_reference(folder, 8), TOY, TOY(), "", num_workers=0)
+    np.testing.assert_array_equal(second.statistics["pool"].mean, moments(first.files.pool()).mean)
     assert before == {name: storage.read_bytes(storage.join(first.files.folder, name)) for name in before}

@@ -107,10 +107,10 @@ def test_a_run_is_followed_until_its_training_ends(store: str, monkeypatch: pyte
     lease_states = iter([(True, None), (True, 128), (True, None), (False, 192), (False, None)])
 
     def is_held(_: Any) -> bool:
-        held, images = next(lease_states)
+        is_training, images = next(lease_states)
         if images:  # a snapshot that is written during this call must be evaluated after it
             write_snapshot(store, "followed", images, "ema-0.9", seed=images)
-        return held
+        return is_training
 
     monkeypatch.setattr(job.Lease, "is_held", is_held)
     monkeypatch.setattr(job, "POLL_SECONDS", 0.0)

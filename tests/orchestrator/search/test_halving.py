@@ -77,10 +77,10 @@ def test_the_same_seed_gives_the_same_search() -> None:
 
 def test_rungs_are_nested_and_no_setting_is_proposed_twice() -> None:
     halving, rounds = search_with_optuna()
-    seen: dict[Setting, int] = {}
+    level_of: dict[Setting, int] = {}
     for task in (task for tasks in rounds for task in tasks if task.seed == 0):
-        assert task.n == halving.config.rungs[seen.get(task.setting, -1) + 1], "a rung was skipped or drawn twice"
-        seen[task.setting] = seen.get(task.setting, -1) + 1
+        assert task.n == halving.config.rungs[level_of.get(task.setting, -1) + 1], "a rung was skipped or drawn twice"
+        level_of[task.setting] = level_of.get(task.setting, -1) + 1
     assert len({trial.setting for trial in halving.trials}) == len(halving.trials) == 18
 
 

@@ -91,7 +91,7 @@ def test_the_same_seed_and_outcomes_give_the_same_proposals() -> None:
         assert len(set(first)) == 18
 
 
-def test_proposals_learn() -> None:
+def test_proposals_improve_with_outcomes() -> None:
     settings = propose_three_rounds(5, SpaceConfig(scales=(0.0, 1.0, 2.0, 4.0, 8.0), num_steps=(10,)))
     first, last = (np.mean([abs(s.guidance.scale - 1) for s in part]) for part in (settings[:6], settings[12:]))
     assert last < first / 1.5

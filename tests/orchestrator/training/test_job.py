@@ -203,8 +203,8 @@ def test_old_checkpoints_are_removed_and_snapshots_are_kept(store: str, unhurrie
     config = adm(store, "kept", checkpoint_every=16, keep_checkpoints=2, keep_every=32, snapshot_every=48)
     train_loop(config, context())
     run = config.path(config.output)
-    kept = {name.split("/")[0] for name in storage.list_names(storage.join(run, "checkpoints"), recursive=True)}
-    assert kept == {f"images-{position:012d}" for position in (32, 64, 80, 96)}
+    folders = {name.split("/")[0] for name in storage.list_names(storage.join(run, "checkpoints"), recursive=True)}
+    assert folders == {f"images-{position:012d}" for position in (32, 64, 80, 96)}
     names = storage.list_names(storage.join(run, "weights"))
     expected = [f"images-{at:012d}-ema-{rate}.safetensors" for at in (48, 96) for rate in (0.5, 0.9)]
     assert names == expected
@@ -216,8 +216,8 @@ def test_a_preemption_notice_writes_a_checkpoint(store: str) -> None:
     notices = iter([False, True, False, False])
     train_loop(config, replace(context(stop_after=4), preempted=lambda: next(notices)))
     run = config.path(config.output)
-    kept = {name.split("/")[0] for name in storage.list_names(storage.join(run, "checkpoints"), recursive=True)}
-    assert kept == {"images-000000000032", "images-000000000064"}
+    folders = {name.split("/")[0] for name in storage.list_names(storage.join(run, "checkpoints"), recursive=True)}
+    assert folders == {"images-000000000032", "images-000000000064"}
 
 
 def test_a_full_disk_does_not_end_the_training(

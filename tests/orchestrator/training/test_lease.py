@@ -113,8 +113,8 @@ def test_a_renewal_that_fails_does_not_prevent_later_ones(tmp_path: Path, monkey
         renewed.set()
 
     monkeypatch.setattr(storage, "write_bytes", write_bytes)
-    with Lease(str(tmp_path)) as held:
-        assert renewed.wait(60) and not held.is_lost()
+    with Lease(str(tmp_path)) as own_lease:
+        assert renewed.wait(60) and not own_lease.is_lost()
 
 
 def test_a_driver_that_may_not_delete_releases_its_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,10 +151,10 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
 
 def test_a_second_training_of_a_run_is_refused_or_takes_over(store: str) -> None:
     config = adm(store, "twice", total_images=16)
-    with Lease(config.path("twice")) as held:
+    with Lease(config.path("twice")) as other_lease:
         with pytest.raises(RuntimeError, match=f"by pid {os.getpid()} on"):
             train(config)
-        held._over.set()  # as if its driver had stopped meanwhile
+        other_lease._over.set()  # as if its driver had stopped meanwhile
         train(config.model_copy(update={"takeover": True}))
     assert train(config), "finished runs need no lease"
 

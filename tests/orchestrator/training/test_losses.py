@@ -46,9 +46,9 @@ def test_labels_are_dropped_by_seed_epoch_and_sample() -> None:
         return np.concatenate([batch.labels.numpy() for batch in microbatches])
 
     all_labels = labels(slice(None), 512)
-    kept = all_labels < 10
-    assert (all_labels[kept] == np.arange(count)[kept] % 10).all() and set(all_labels[~kept]) == {10}
-    assert abs((~kept).mean() - 0.1) < 4 * (0.09 / count) ** 0.5
+    is_kept = all_labels < 10
+    assert (all_labels[is_kept] == np.arange(count)[is_kept] % 10).all() and set(all_labels[~is_kept]) == {10}
+    assert abs((~is_kept).mean() - 0.1) < 4 * (0.09 / count) ** 0.5
     halves = [labels(slice(None, 1_000), 64), labels(slice(1_000, None), 300)]
     assert (np.concatenate(halves) == all_labels).all()
     assert (labels(slice(None), 512, epoch=1) != all_labels).any() and (

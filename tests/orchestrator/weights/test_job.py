@@ -47,13 +47,13 @@ def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 
 def test_pt_to_safetensors_to_pt_is_equal_to_the_bit(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     store = str(tmp_path)
-    middle = convert(ConversionConfig(store=store, weights="tiny.pt", output="middle.safetensors"))
-    network = load_network(middle)
+    first = convert(ConversionConfig(store=store, weights="tiny.pt", output="middle.safetensors"))
+    network = load_network(first)
     assert network.architecture == UNET and network.diffusion == COSINE and network.classes == CLASSES
     convert(ConversionConfig(store=store, weights="middle.safetensors", output="back/tiny.pt"))
     assert_same_bits(torch.load(tmp_path / "back" / "tiny.pt", weights_only=True), weights)
-    again = convert(ConversionConfig(store=store, weights="back/tiny.pt", output="again.safetensors"))
-    assert storage.read_bytes(again) == storage.read_bytes(middle)
+    second = convert(ConversionConfig(store=store, weights="back/tiny.pt", output="again.safetensors"))
+    assert storage.read_bytes(second) == storage.read_bytes(first)
 
 
 def test_a_training_run_is_converted(tmp_path: Path, weights: dict[str, Tensor]) -> None:
