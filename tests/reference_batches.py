@@ -31,7 +31,7 @@ def _batch_row(folder: Path, name: str, entry: dict[str, Any]) -> Row:
     except ValueError as error:
         is_refused = entry["expect"].startswith("refuse") and name in str(error)
         missing = [reason for reason in _stated_reasons(entry) if not re.search(reason, str(error))]
-        note = f"does not say {', '.join(missing)}: " if missing else ""
+        note = f"does not match {', '.join(missing)}: " if missing else ""
         note += str(error).replace(f"{folder}/", "")
         return Row(name, "load", "pass" if is_refused and not missing else "FAIL", note=note)
     if entry["expect"].startswith("refuse"):

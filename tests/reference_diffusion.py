@@ -358,7 +358,9 @@ def of_sampler_trajectories(folder: Folder, golden: GoldenFile) -> Compute:
             return interpolation(array)
         if group == "reverse":
             after = re.fullmatch(r"after_(\d+)_steps?", array)
-            return encoded()[int(after[1]) - 1].x if after else encoded()[-1].x if array == "final" else None
+            if after:
+                return encoded()[int(after[1]) - 1].x
+            return encoded()[-1].x if array == "final" else None
         match = re.fullmatch(r"(ddpm|ddim)(?:_guided_s([\d.]+))?(?:_eta([\d.]+))?", group)
         if match is None or array not in ("samples", "pred_xstart", "final"):
             return None

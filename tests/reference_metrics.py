@@ -236,7 +236,7 @@ def _fid(case: FeatureCase, name: str) -> tuple[Any, Tolerance]:
 
 def _means(case: FeatureCase, name: str) -> tuple[Any, Tolerance]:
     mean = case.gaussians[name.startswith("sample")].mean
-    return mean, _relative(1e-6 if name.endswith("openai") else 1e-6 if case.offset else 1e-10)
+    return mean, _relative(1e-6 if name.endswith("openai") or case.offset else 1e-10)
 
 
 def _sigma(case: FeatureCase, name: str) -> tuple[Any, Tolerance]:

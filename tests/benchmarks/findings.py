@@ -178,7 +178,11 @@ def judge(finding: Finding, result: Json) -> tuple[str, str]:
         return number(difference), "cannot be told"
     low, high = (finding.sign * end for end in difference["interval"])
     low, high = min(low, high), max(low, high)
-    verdict = "agrees" if low > 0 else "disagrees" if high < 0 else "cannot be told"
+    verdict = "cannot be told"
+    if low > 0:
+        verdict = "agrees"
+    elif high < 0:
+        verdict = "disagrees"
     return f"{number(difference)}, {difference['n']} training seed{'s' * (difference['n'] > 1)}", verdict
 
 

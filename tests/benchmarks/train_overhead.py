@@ -96,7 +96,7 @@ class Side:
         self._process, self._stamps = process, stamps
 
     def measure(self, steps: int) -> float:
-        """Continue for `steps` steps after the interrupted one; return their mean seconds."""
+        """Continue for `steps` steps after the interrupted one, and return their mean seconds."""
         before = len(self.step_ends())
         self._signal(signal.SIGCONT)
         self.await_steps(before + 1 + steps)

@@ -46,10 +46,10 @@ def random_plan(config: AdmConfig, count: int, seed: int, drivers: bool) -> list
     if count > len(marks):
         raise ValueError(f"{count} kills do not fit into a training of {len(marks)} checkpoints")
     kills: list[Kill] = []
-    phases: list[Phase] = ["mid-step", "mid-upload", "between upload and commit", "first step after a resume"]
+    phases: list[Phase] = []
     for mark in sorted(rng.sample(marks, count)):
         # Use all phases in random order before one is repeated. The first kill has no resume before it.
-        if not kills or not phases:
+        if not phases:
             phases = ["mid-step", "mid-upload", "between upload and commit", "first step after a resume"]
         phase = rng.choice(phases if kills else phases[:3])
         phases.remove(phase)

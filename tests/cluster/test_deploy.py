@@ -39,10 +39,12 @@ def documents(path: Path) -> list[dict[str, Any]]:
 
 
 def all_values(tree: Any) -> list[Any]:
-    """Yield the leaves of a tree of dicts and lists."""
+    """Return the leaves of a tree of dicts and lists."""
     if isinstance(tree, dict):
-        return [leaf for value in tree.values() for leaf in all_values(value)]
-    return [leaf for value in tree for leaf in all_values(value)] if isinstance(tree, list) else [tree]
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        return [leaf for value in tree for leaf in all_values(value)]
+    return [tree]
 
 
 def definition(kind: str) -> dict[str, Any]:
@@ -224,8 +226,12 @@ def test_each_role_has_a_service_account_of_its_own_and_only_the_head_has_the_to
 
 def sources(policy: dict[str, Any], port: int) -> list[dict[str, Any]]:
     """Return the sources that a policy allows to connect to a port."""
-    rules = policy["spec"]["ingress"]
-    return [s for r in rules if port in [p["port"] for p in r.get("ports", [{"port": port}])] for s in r["from"]]
+    result = []
+    for rule in policy["spec"]["ingress"]:
+        ports = [entry["port"] for entry in rule.get("ports", [])]
+        if not ports or port in ports:  # a rule without ports is for all of them
+            result += rule["from"]
+    return result
 
 
 def test_policies_restrict_connections_to_the_head_the_tracking_server_and_its_database() -> None:

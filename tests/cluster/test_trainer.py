@@ -41,7 +41,7 @@ def test_a_training_survives_deaths_of_workers_while_it_makes_progress(
 
 
 def wait_for_stop(context: WorkerContext) -> None:
-    """Wait for the stop flag; the next attempt would wait again."""
+    """Wait for the stop flag, and raise a permanent error. A second attempt would wait again."""
     context.report({"begun": True})
     while not context.stopping():
         time.sleep(0.05)
@@ -79,7 +79,7 @@ class Records:
         self.calls += 1
         self.stops += stop
         if self.calls == 2:
-            raise ConnectionError("the relay did not answer")
+            raise ConnectionError("the relay did not respond")
         if self.waiting:
             return [{"number": self.waiting.pop(0)}]
         self.empty.set()
@@ -139,7 +139,7 @@ def test_a_preemption_notice_is_returned_once_and_survives_a_failed_call(
             raise response
         if response is done:
             done.set()
-            threading.Event().wait()  # a barrier that nobody else reaches
+            threading.Event().wait()  # never returns, like a barrier that no other worker reaches
         return response
 
     is_new = _preemption_notices(get_info, rank=0)

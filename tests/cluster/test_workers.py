@@ -69,7 +69,7 @@ def task_error(error: Exception) -> RayTaskError:
 
 
 def num_unused_workers(caplog: pytest.LogCaptureFixture) -> int:
-    """Count the workers that are benched or left out."""
+    """Return the number of workers that are benched or not used any more."""
     phrases = ("gets no items while others succeed", "is not used any more")
     return sum(any(phrase in record.message for phrase in phrases) for record in caplog.records)
 
@@ -181,7 +181,11 @@ def test_a_hang_has_a_deadline_although_no_worker_is_idle(
     hangs = {0, 1}
 
     def seconds(item: int) -> float:
-        return NEVER if item in hangs and not hangs.discard(item) else 0.001  # type: ignore[func-returns-value]
+        """Hang at the first try of items 0 and 1."""
+        if item in hangs:
+            hangs.remove(item)
+            return NEVER
+        return 0.001
 
     both = [TimedActor(clock, seconds), TimedActor(clock, seconds)]
     assert sorted(item for item, _ in Pool[int, int](both).map(range(10))) == list(range(10))

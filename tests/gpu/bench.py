@@ -67,7 +67,10 @@ class Bench:
 
     def judge(self, kept: bool, message: str, **numbers: Any) -> None:
         """Record whether a speed is reached. On a CPU the finding is information only."""
-        self.say(("ok" if kept else "BROKEN") if self.on_gpu else "info", message, **numbers)
+        if self.on_gpu:
+            self.hold(kept, message, **numbers)
+        else:
+            self.say("info", message, **numbers)
 
     @cached_property
     def peak(self) -> float:

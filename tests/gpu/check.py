@@ -83,7 +83,7 @@ def run_checks(bench: Bench, names: list[str], budget: float) -> None:
             continue
         try:
             CHECKS[name].run(bench)
-        except Exception as error:  # noqa: BLE001 - the next check may still say something
+        except Exception as error:  # noqa: BLE001 - the next checks still run
             bench.say(
                 "BROKEN", f"{type(error).__name__}: {error}".splitlines()[0][:300], traceback=traceback.format_exc()
             )

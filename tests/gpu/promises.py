@@ -176,10 +176,8 @@ def determinism(bench: Bench) -> None:
     unet, classifier = networks
     batch, size = 4 if bench.tiny else 32, unet.architecture.image_size
     x = torch.randn(batch, 3, size, size, device=bench.device)
-    y, t = (
-        torch.arange(batch, device=bench.device) % len(unet.classes),
-        torch.full((batch,), 400.0, device=bench.device),
-    )
+    y = torch.arange(batch, device=bench.device) % len(unet.classes)
+    t = torch.full((batch,), 400.0, device=bench.device)
     for dtype in ("float16", "bfloat16", "float32"):
         gradients, images, failure = set(), set(), ""
         with arithmetic(torch.get_num_threads(), deterministic=True, tf32=False), autocast(bench.device, dtype):

@@ -275,7 +275,8 @@ def test_a_dry_run_prints_config_and_plan_and_runs_nothing(
 
     monkeypatch.setattr(sys, "argv", ["job.py", "plain", "--dry-run"])
     main("A job.", {"plain": ("nothing", JobConfig())}, run, lambda config: (config, "reads nothing"))
-    assert '"dry_run": true' in (text := capsys.readouterr().out) and text.endswith("reads nothing\n")
+    text = capsys.readouterr().out
+    assert '"dry_run": true' in text and text.endswith("reads nothing\n")
 
 
 def test_help_marks_what_may_change_at_any_restart(capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,7 +84,7 @@ def test_no_sample_twice_in_an_epoch_and_epochs_differ() -> None:
     sets = [set(epoch.tolist()) for epoch in ids]
     assert all(len(samples) == plan.images_per_epoch for samples in sets)
     assert all(0 <= i < sum(plan.row_group_sizes) for samples in sets for i in samples)
-    assert sets[0] != sets[1], "what is left out differs by epoch"
+    assert sets[0] != sets[1], "epochs omit different samples"
     assert len(set.union(*sets)) > plan.images_per_epoch
 
 

@@ -32,7 +32,7 @@ def test_trainings_that_validate_have_a_dataset_that_holds_images_out() -> None:
         for name, (_, config) in presets().items():
             if config.eval_every:
                 held_out = prepared[config.dataset].validation_fraction
-                assert held_out > 0, f"{name}: {config.dataset} holds nothing out"
+                assert held_out > 0, f"{name}: {config.dataset} has no validation images"
                 validating += 1
     assert validating >= 6
 

@@ -366,7 +366,7 @@ def test_no_secret_is_sent(
     assert "canary" not in caplog.text and "no such name?" in caplog.text
 
 
-# ------------------------------------------------------------------------------------------------ a server goes away
+# ------------------------------------------------------------------------------------------------ an unreachable server
 
 
 @pytest.fixture(scope="module")

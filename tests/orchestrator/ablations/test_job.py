@@ -56,7 +56,7 @@ def test_a_table_is_trained_evaluated_and_reported(
 
     monkeypatch.setattr(job, "train", recording_train)
     result = storage.read_json(run_ablations(config(str(tmp_path))))
-    assert len(trained) == 6, "the row of other steps has no training of its own"
+    assert len(trained) == 6, "the row of other steps uses the training of the base"
     assert list(result["rows"]) == ["base", "3 steps", "no AdaGN"]
     assert set(result["failed"]) == {"broken, seed 0", "broken, seed 1"} and "finite" in str(result["failed"])
     base, steps, plain = result["rows"].values()
@@ -186,7 +186,7 @@ def test_every_finding_names_a_row_and_a_metric_of_its_table() -> None:
         against = table.compared_with()[finding.row]
         assert finding.row in table.rows and against, finding
         same_training = table.rows[finding.row].training == table.rows[against].training
-        assert same_training or len(table.seeds) > 1, f"one seed says nothing about two trainings: {finding}"
+        assert same_training or len(table.seeds) > 1, f"one seed cannot compare two trainings: {finding}"
         objectives = presets[finding.table][1].evaluation(table, finding.row, 0).objective
         assert finding.metric in (*objectives, *(["bits_per_dim", NOISE] if table.likelihood else [])), finding
 

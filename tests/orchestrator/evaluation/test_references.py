@@ -42,8 +42,9 @@ def test_published_statistics_are_used_and_images_give_the_neighbours(images: np
         "sigma_s": np.eye(4),
     }
     reference = read_reference(tmp_path, arr_0=images, **published)
-    assert isinstance(pool := reference.statistics["pool"], Gaussian) and pool.mean.tolist() == [1] * 12
-    assert isinstance(spatial := reference.statistics["spatial"], Gaussian) and spatial.mean.tolist() == [1] * 4
+    for name, dimension in (("pool", 12), ("spatial", 4)):
+        statistics = reference.statistics[name]  # type: ignore[index]
+        assert isinstance(statistics, Gaussian) and statistics.mean.tolist() == [1] * dimension
     assert reference.files is not None and reference.files.count == 40 and reference.missing == {}
 
 

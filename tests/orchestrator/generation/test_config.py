@@ -23,9 +23,7 @@ def test_a_recipe_is_the_published_recommendation_and_options_override_it() -> N
     assert (config.weights, config.classifier) == ("256x256_diffusion.pt", "256x256_classifier.pt")
     assert (config.sampler.name, config.sampler.num_steps, config.guidance.scale) == ("ddpm", 100, 1.5)
     plain = generation_config("--recipe", "adm-512", "--weights", "mine.pt")
-    assert config.output == "adm-256/samples" and plain.output == "adm-512/samples", (
-        "each recipe has a folder of its own"
-    )
+    assert config.output == "adm-256/samples" and plain.output == "adm-512/samples", "each recipe has its own folder"
     assert (plain.weights, plain.sampler.num_steps, plain.guidance.scale) == ("mine.pt", 250, 4.0)
 
 

@@ -1,4 +1,4 @@
-"""Test that a training starts from any `.pt` file of its architecture, whatever its number of classes and its name."""
+"""Test that a training starts from any `.pt` file of its architecture, also with other classes or another name."""
 
 from pathlib import Path
 from typing import Any
