@@ -173,9 +173,7 @@ def test_units_leave_no_files_and_no_actors(ray_session: None) -> None:
     ("store_mib", "image_size", "step_ms"),
     [(80, 64, 0.0), pytest.param(300, 256, 100.0, marks=pytest.mark.slow)],
 )
-def test_a_dataset_of_ten_times_the_object_store_spills_nothing(
-    store_mib: int, image_size: int, step_ms: float
-) -> None:
+def test_a_dataset_of_ten_object_stores_spills_nothing(store_mib: int, image_size: int, step_ms: float) -> None:
     """Use a separate process and a separate Ray, because the size of the object store matters."""
     options = {"store-mib": store_mib, "image-size": image_size, "step-ms": step_ms, "distinct": 100}
     arguments = [argument for name, value in options.items() for argument in (f"--{name}", str(value))]

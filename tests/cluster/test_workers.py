@@ -225,9 +225,7 @@ def test_which_errors_say_that_the_device_is_broken(name: str, message: str, bro
     assert is_device_error(task_error(error)) == broken
 
 
-def test_a_worker_that_cannot_be_created_is_not_used_if_others_can(
-    clock: Clock, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_worker_that_cannot_be_created_is_not_used(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     error = task_error(OSError("SlowDown"))
     tries = iter([error] * 2)
     third_try = TimedActor(clock, lambda _: 0.001, ready=lambda: next(tries, None))

@@ -37,9 +37,7 @@ def test_a_listing_that_fails_is_an_error(
     assert str(folder) in str(caught.value) and "Errno" not in str(caught.value)
 
 
-def test_a_folder_that_is_deleted_while_it_is_listed_is_skipped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_deleted_during_a_listing_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a/x", "b/x"):
         storage.write_bytes(str(tmp_path / name), b"")
     scandir = os.scandir
@@ -54,9 +52,7 @@ def test_a_folder_that_is_deleted_while_it_is_listed_is_skipped(
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_file_systems_without_hard_links_are_supported(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_systems_may_lack_hard_links(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -82,7 +78,7 @@ def test_a_link_whose_response_was_lost_counts_as_done(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
-def test_file_systems_that_cannot_sync_a_folder_are_supported(
+def test_file_systems_may_be_unable_to_sync_a_folder(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fsync = os.fsync

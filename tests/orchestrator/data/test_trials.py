@@ -440,9 +440,7 @@ def config(root: Path, trial: Trial) -> PrepareConfig:
 
 
 @pytest.mark.parametrize("name", TRIALS)
-def test_every_layout_is_read_correctly_or_refused(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_layouts_are_read_correctly_or_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trial = TRIALS[name]
     write(tmp_path / "in", trial.files)
     trial_config = config(tmp_path, trial)

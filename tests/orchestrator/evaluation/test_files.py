@@ -73,9 +73,7 @@ def test_a_grid_among_samples_is_refused_and_an_unusual_name_reported(form: str,
     assert unusual in images.warnings[0] and "remove" in images.warnings[0]
 
 
-def test_a_different_size_is_refused_before_any_image_is_decoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_different_size_is_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = write(str(tmp_path), PADDED, {PADDED[17]: 9})
     with pytest.raises(ValueError, match=rf"{PADDED[17]} has 9x6 pixels, .* 6x6; pass --image-size"):
         open_images(uri)

@@ -145,9 +145,7 @@ def test_inputs_that_cannot_be_measured_raise_one_error(images: np.ndarray, tmp_
         ("a.folder", None, None),
     ],
 )
-def test_unusable_files_are_refused_by_their_ending(
-    name: str, for_samples: str | None, for_reference: str | None
-) -> None:
+def test_unusable_files_are_refused_by_ending(name: str, for_samples: str | None, for_reference: str | None) -> None:
     for role, message in (("samples", for_samples), ("reference", for_reference)):
         if message is None:
             check_ending(f"/some/{name}", role)  # type: ignore[arg-type]

@@ -219,9 +219,7 @@ def test_held_out_images_are_measured_like_the_samples(store: str, tmp_path: Pat
         evaluate(config(store, output="no-floor", floor="none.npz"))
 
 
-def test_samples_that_equal_the_reference_are_reported(
-    store: str, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_samples_equal_to_the_reference_are_reported(store: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     images = np.random.default_rng([77]).integers(0, 256, (300, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "once", images)
     np.savez(tmp_path / "again", images[::-1])

@@ -43,9 +43,7 @@ def test_every_published_recommendation_is_a_valid_config(name: str) -> None:
         ("upsampler-64-256", "is an upsampler"),
     ],
 )
-def test_models_without_a_published_recipe_are_refused(
-    name: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_models_without_a_recipe_are_refused(name: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         generation_config("--recipe", name)
     assert end.value.code == 2 and message in capsys.readouterr().err

@@ -114,9 +114,7 @@ def test_the_same_folder_with_other_settings_is_refused(store: str) -> None:
         generate(config(store, "claimed", num_samples=4, guidance=GuidanceConfig(scale=3.0)))
 
 
-def test_a_start_that_fails_before_its_first_shard_does_not_bind_the_folder(
-    store: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_start_that_fails_before_its_first_shard_binds_nothing(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_memory(*_: object) -> None:
         raise RuntimeError("CUDA out of memory")
 

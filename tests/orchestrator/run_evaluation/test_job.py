@@ -47,9 +47,7 @@ def config(store: str, run: str, **changes: Any) -> RunEvaluationConfig:
     return RunEvaluationConfig(**settings | changes)
 
 
-def test_every_snapshot_of_every_average_is_evaluated_at_every_scale(
-    store: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_snapshot_and_average_is_evaluated_at_every_scale(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     for images in (64, 128):
         for average in ("ema-0.9", "ema-0.99"):
             write_snapshot(store, "grid", images, average, seed=images)

@@ -38,9 +38,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(tmp_path: Path, damage: str) -> 
 
 
 @pytest.mark.parametrize("damage", ["truncated", "newer"])
-def test_a_run_with_only_unusable_checkpoints_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
-) -> None:
+def test_only_unusable_checkpoints_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     monkeypatch.setattr(checkpoints, "FORMAT_VERSION", 2 if damage == "newer" else 1)
     for position in (64, 128):
         save_checkpoint(str(tmp_path), checkpoint(position))

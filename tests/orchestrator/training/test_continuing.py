@@ -51,9 +51,7 @@ def test_operational_settings_change_at_a_restart(store: str) -> None:
     assert "validation.best" not in final_state(adm(store, "changed", total_images=128))
 
 
-def test_another_number_of_threads_is_a_warning_with_exact_reduction(
-    store: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_exact_reduction_warns_of_another_number_of_threads(store: str, caplog: pytest.LogCaptureFixture) -> None:
     exact: dict[str, Any] = {"reduction": "exact", "total_images": 16}
     train(adm(store, "threads", **exact))
     bind(adm(store, "threads", **exact, num_workers=2))
