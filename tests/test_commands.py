@@ -130,12 +130,8 @@ def test_every_command_has_a_dry_run(
 @pytest.mark.slow
 def test_readmes_table_runs_from_top_to_bottom(tmp_path: Path) -> None:
     environment = quiet_environment(ADMIRAL_STORE=str(tmp_path), PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}")
-    preparations = (
-        "prepare_dataset",
-        "train_adm",
-        "train_classifier",
-        "generate_samples",
-    )  # the table needs their outputs
+    # The table needs the outputs of these jobs.
+    preparations = ("prepare_dataset", "train_adm", "train_classifier", "generate_samples")
     rows = re.findall(r"^\|.*\| `(python jobs/\w+\.py digits.*)` \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert len(rows) > 8
     for row in (*(f"python jobs/{job}.py digits" for job in preparations), *rows):

@@ -155,14 +155,9 @@ def measure(world: str, draw: Draw, replications: int) -> list[Row]:
         estimates = [run[metric][0] for run in runs]
         known_truth = runs[0][metric][1]
         truth = float(np.mean([estimate.value for estimate in estimates])) if known_truth is None else known_truth
-        with_interval = [
-            (estimate.low, estimate.high)
-            for estimate in estimates
-            if estimate.low is not None and estimate.high is not None
-        ]
-        covered = (
-            float(np.mean([low <= truth <= high for low, high in with_interval])) if with_interval else float("nan")
-        )
+        ends = [(estimate.low, estimate.high) for estimate in estimates]
+        hits = [low <= truth <= high for low, high in ends if low is not None and high is not None]
+        covered = float(np.mean(hits)) if hits else float("nan")
         rows.append(Row(world, metric, covered, float(np.mean([bool(estimate.note) for estimate in estimates]))))
     return rows
 

@@ -42,23 +42,23 @@ def start_plainly(loop: Loop, workers: int, steps: int | None = None) -> torch.m
 
 
 def _worker(
-    rank: int, workers: int, rendezvous: str, loop: Loop, steps: int | None, environment: dict[str, str]
+    rank: int, world_size: int, rendezvous: str, loop: Loop, steps: int | None, environment: dict[str, str]
 ) -> None:
     os.environ.update(environment)  # the fork server has the environment of its start
-    if workers > 1:
+    if world_size > 1:
         torch.distributed.init_process_group(
-            "gloo", f"file://{rendezvous}", timedelta(seconds=60), rank=rank, world_size=workers
+            "gloo", f"file://{rendezvous}", timedelta(seconds=60), rank=rank, world_size=world_size
         )
     calls = count(1)
     loop(
         WorkerContext(
             rank,
-            workers,
+            world_size,
             torch.device("cpu"),
             report=lambda record: None,
             stopping=lambda: next(calls) == steps,
             streams_on_cluster=False,
         )
     )
-    if workers > 1:
+    if world_size > 1:
         torch.distributed.destroy_process_group()

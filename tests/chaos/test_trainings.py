@@ -85,21 +85,20 @@ def test_order_noise_and_losses_are_the_same_for_every_number_of_workers(
     assert any(row["flip"] for row in rows) and not all(row["flip"] for row in rows)
     assert len({row["noise"] for row in rows}) == len(rows), "two rows share their noise"
     changes = {"reduction": "fast", "model.dropout": 0.0}  # fast: microbatches depend on the number of workers
-    one_worker, two_workers, four_workers = (
-        config_of(arguments(store, f"order-{w}", w, checkpoints=1, **changes)) for w in (1, 2, 4)
-    )
-    train_plainly(one_worker, 1, steps=3)  # the others start from its weights, so that all are equal
-    for config in (two_workers, four_workers):
-        _copy(one_worker.path(one_worker.output), config.path(config.output), ["config.json", "checkpoints/"])
+    configs = [config_of(arguments(store, f"order-{w}", w, checkpoints=1, **changes)) for w in (1, 2, 4)]
+    single = configs[0]
+    train_plainly(single, 1, steps=3)  # the others start from its weights, so that all are equal
+    for config in configs[1:]:
+        _copy(single.path(single.output), config.path(config.output), ["config.json", "checkpoints/"])
     losses = []
-    for config in (one_worker, two_workers, four_workers):
+    for config in configs:
         train_plainly(config, config.num_workers)
         last_step = consumed(config, first=3 * BATCH)
         assert order_hash(last_step) == order_hash(rows[3 * BATCH : 4 * BATCH])
         assert noise_hash(last_step) == noise_hash(rows[3 * BATCH : 4 * BATCH])
         losses.append([row["loss"] for row in last_step])
     np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=1e-6)
-    assert order_hash(consumed(one_worker)) == order_hash(rows[: 4 * BATCH])
+    assert order_hash(consumed(single)) == order_hash(rows[: 4 * BATCH])
 
 
 def _copy(source: str, target: str, names: list[str]) -> None:

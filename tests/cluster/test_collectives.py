@@ -74,9 +74,8 @@ def test_all_workers_get_the_same_results(tmp_path: Path, world_size: int) -> No
     while len(tree) > 1:
         tree = tree[0::2] + tree[1::2]
     assert results[0]["tree"] == tree[0].view(np.int32).tolist()
-    assert results[0]["tree"] != _leaves().sum(axis=0).view(np.int32).tolist(), (
-        "the sum of these leaves depends on the order"
-    )
+    in_order = _leaves().sum(axis=0).view(np.int32).tolist()
+    assert results[0]["tree"] != in_order, "the sum of these leaves depends on the order"
 
 
 def test_a_group_of_one_needs_no_process_group() -> None:

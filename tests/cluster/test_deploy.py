@@ -74,19 +74,8 @@ def launcher() -> dict[str, Any]:
 def test_skypilots_job_has_its_keys_and_a_script() -> None:
     """The keys are those of SkyPilot's task schema: https://docs.skypilot.co/en/latest/reference/yaml-spec.html."""
     task = yaml.safe_load((ROOT / "cluster" / "deploy" / "skypilot.yaml").read_text())
-    task_fields = {
-        "name",
-        "num_nodes",
-        "resources",
-        "workdir",
-        "envs",
-        "secrets",
-        "file_mounts",
-        "setup",
-        "run",
-        "config",
-    }
-    assert task.keys() <= task_fields
+    fields = {"name", "num_nodes", "resources", "workdir", "envs", "secrets", "file_mounts", "setup", "run", "config"}
+    assert task.keys() <= fields
     resource_fields = {"accelerators", "use_spot", "image_id", "job_recovery", "infra", "cpus", "memory"}
     assert task["resources"].keys() <= resource_fields
     assert task["resources"]["image_id"] == f"docker:REGISTRY/admiral:{VERSION}"

@@ -42,12 +42,10 @@ def test_trials_go_on_between_rounds_and_nothing_outlives_them(ray_session: None
     from ray.util.placement_group import placement_group_table
 
     finished, done = list[list[str]](), list[Task]()
-    run_rounds(
-        partial(write_mark, str(tmp_path)), halving_rounds(str(tmp_path), finished), max_concurrent=2, done=done.append
-    )
-    assert finished == [["0-0", "1-0", "2-0", "3-0"], ["0-1", "1-1"], ["0-2", "3-2"]], (
-        "a task was lost or done too early"
-    )
+    rounds = halving_rounds(str(tmp_path), finished)
+    run_rounds(partial(write_mark, str(tmp_path)), rounds, max_concurrent=2, done=done.append)
+    expected = [["0-0", "1-0", "2-0", "3-0"], ["0-1", "1-1"], ["0-2", "3-2"]]
+    assert finished == expected, "a task was lost or done too early"
     assert len(done) == 8 == len(set(done)) and (tmp_path / "died").exists()
     assert {group["state"] for group in placement_group_table().values()} <= {"REMOVED"}
     all_cpus = ray.cluster_resources()["CPU"]

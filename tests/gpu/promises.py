@@ -145,11 +145,8 @@ def float32_backward(bench: Bench) -> None:
         with autocast(bench.device, "bfloat16"):
             log_prob_gradient(module, *inputs)
     # The output layers' products, forward and back, and the time embedding's: the rest is in half precision.
-    bench.hold(
-        0 < products["torch.float32"] < without_autocast,
-        f"products inside autocast {dict(products)}, without {seen_without_autocast}",
-        seen=dict(products),
-    )
+    message = f"products inside autocast {dict(products)}, without {seen_without_autocast}"
+    bench.hold(0 < products["torch.float32"] < without_autocast, message, seen=dict(products))
 
 
 def noise(bench: Bench) -> None:
@@ -164,9 +161,7 @@ def noise(bench: Bench) -> None:
                 ballast = torch.tanh(ballast @ ballast)
             arrived.append(draw(key).to(bench.device, non_blocking=True).clone())
     bench.synchronize()
-    wrong = sum(
-        not torch.equal(received.cpu(), draw_noise(0, key)) for received, key in zip(arrived, keys, strict=True)
-    )
+    wrong = sum(not torch.equal(tensor.cpu(), draw_noise(0, key)) for tensor, key in zip(arrived, keys, strict=True))
     bench.hold(not wrong, f"{wrong} of {count} tensors arrived changed")
 
 
@@ -283,7 +278,7 @@ def _waits(bench: Bench, run: Callable[[], Any]) -> Counter[str]:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return Counter(
-        f"{Path(warning.filename).name}:{warning.lineno}" for warning in caught if "synchron" in str(warning.message)
+        f"{Path(entry.filename).name}:{entry.lineno}" for entry in caught if "synchron" in str(entry.message)
     )
 
 

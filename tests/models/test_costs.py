@@ -95,13 +95,9 @@ def test_evaluations_are_those_that_the_sampler_makes(name: str) -> None:
     for respacing, interval in product(spacings, (WHOLE_CHAIN, (0.2, 0.8), (0.0, 0.0001), (0.95, 1.0))):
         sampler = SamplerConfig(name=name, num_steps=10, respacing=respacing)
         guidance = GuidanceConfig(scale=1.0, interval=interval)
-        assert count_evaluations(sampler, guidance) == sampling_evaluations(sampler, guidance, DiffusionConfig()), (
-            respacing,
-            interval,
-        )
-        assert count_evaluations(sampler, GuidanceConfig()) == sampling_evaluations(
-            sampler, GuidanceConfig(), DiffusionConfig()
-        )
+        for config in (guidance, GuidanceConfig()):
+            expected = sampling_evaluations(sampler, config, DiffusionConfig())
+            assert count_evaluations(sampler, config) == expected, (respacing, interval)
 
 
 def count_evaluations(sampler: SamplerConfig, guidance: GuidanceConfig) -> Evaluations:

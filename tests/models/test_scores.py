@@ -58,12 +58,10 @@ def test_collapse_scores_badly_at_few_samples() -> None:
     num_plain = num_corrected = 0
     for run in range(runs):
         perfect = np.random.default_rng([2, run]).standard_normal((n, dimension))
-        perfect_expansion, narrow_expansion = (
-            expand_frechet(x, standard(dimension)) for x in (perfect, 0.95 * perfect)
-        )
+        a, b = (expand_frechet(x, standard(dimension)) for x in (perfect, 0.95 * perfect))
         plain = differences(
-            perfect_expansion.influence + perfect_expansion.distance,
-            narrow_expansion.influence + narrow_expansion.distance,
+            a.influence + a.distance,
+            b.influence + b.distance,
         )
         num_plain += (interval(plain, n).low or 0) > 0
         perfect_scores, narrow_scores = (frechet_scores(x, standard(dimension)) for x in (perfect, 0.95 * perfect))

@@ -36,9 +36,8 @@ def stream_out(uri: str, data: bytes) -> None:
 def one_line(error: BaseException) -> str:
     """Return the message of an error, which must be readable."""
     message = str(error)
-    assert "\n" not in message and "Errno" not in message and "Error" not in message.replace("ClientError", "Error"), (
-        message
-    )
+    assert "\n" not in message and "Errno" not in message, message
+    assert "Error" not in message.replace("ClientError", "Error"), message
     return message
 
 

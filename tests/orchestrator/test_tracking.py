@@ -90,12 +90,8 @@ def test_the_parameters_of_a_run_are_the_fields_of_its_first_config(
             pass
     [run] = runs_of(f"{tmp_path}/adm")
     parameters = run.data.params
-    assert (parameters["batch_size"], parameters["model.image_size"], parameters["order.num_streams"]) == (
-        "2048",
-        "64",
-        "64",
-    )
-    assert parameters["num_workers"] == "8" and "MLflow" not in caplog.text
+    expected = {"batch_size": "2048", "model.image_size": "64", "order.num_streams": "64", "num_workers": "8"}
+    assert expected.items() <= parameters.items() and "MLflow" not in caplog.text
 
 
 def test_a_run_has_its_author_source_commit_and_command(
@@ -166,11 +162,8 @@ def test_a_driver_that_loses_a_race_retries(
     output = f"{tmp_path}/run"
     with tracked("train", JobConfig(store=str(tmp_path)), output) as tracker:
         tracker.metrics({"loss": 1.0})
-    assert (
-        not errors
-        and points_in_mlflow(output, "loss") == [(0, 1.0)]
-        and runs_of(output)[0].data.params["tracking"] == "True"
-    )
+    assert not errors and points_in_mlflow(output, "loss") == [(0, 1.0)]
+    assert runs_of(output)[0].data.params["tracking"] == "True"
     assert "refuses" not in caplog.text
 
 

@@ -205,9 +205,8 @@ def test_no_row_group_is_fetched_twice(s3_bucket: str, ray_session: None, ray_pr
         if unit.first * order.config.num_streams < middle:
             begun |= set(unit.row_groups)
     fetched_again = begun & fetched[middle, 0]
-    assert 0 < len(fetched_again) <= len(order.streams(0, 2)) * order.config.shuffle_row_groups, (
-        "those of the open windows"
-    )
+    in_open_windows = len(order.streams(0, 2)) * order.config.shuffle_row_groups
+    assert 0 < len(fetched_again) <= in_open_windows
 
 
 def _row_groups_of(manifest: Manifest, requests: list[Request]) -> list[int]:

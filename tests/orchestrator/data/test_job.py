@@ -63,9 +63,8 @@ def test_the_same_config_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_a_tree_and_its_tar_of_tars_give_the_same_shards(tmp_path: Path, s3_bucket: str) -> None:
     samples = pictures(30)
     on_disk = prepare(make_config(tmp_path, layouts.write_tree(str(tmp_path / "tree"), samples)))
-    on_s3 = prepare(
-        make_config(s3_bucket, layouts.write_tar_of_tars(f"{s3_bucket}/all", samples), validation_fraction=0.0)
-    )
+    tar = layouts.write_tar_of_tars(f"{s3_bucket}/all", samples)
+    on_s3 = prepare(make_config(s3_bucket, tar, validation_fraction=0.0))
     assert on_s3.splits == on_disk.splits and on_s3.classes == on_disk.classes == layouts.CLASSES
     for shard in on_disk.shards("train"):
         disk_bytes, s3_bytes = (storage.read_bytes(storage.join(m.folder, shard.path)) for m in (on_disk, on_s3))
@@ -161,16 +160,13 @@ def test_stored_crops_are_those_of_training_time(tmp_path: Path) -> None:
     encoded += [with_exif(encode(noise(48, 80, 3), "JPEG"), exif) for exif in (TURNED, b"Exif\0\0MM\0*\xff\xff")]
     samples = [layouts.Picture("ab"[i % 2], f"{i}", data) for i, data in enumerate(encoded)]
     source = layouts.write_tree(str(tmp_path / "images"), samples)
-    uncropped, crops = (
-        prepare(make_config(tmp_path, source)),
-        prepare(make_config(tmp_path, source, output="crops", resolution=32)),
-    )
+    uncropped = prepare(make_config(tmp_path, source))
+    crops = prepare(make_config(tmp_path, source, output="crops", resolution=32))
     assert crops.resolution == 32 and crops.width == crops.height == (32, 32) and uncropped.resolution is None
     assert table(uncropped, "train")["key"] == table(crops, "train")["key"]
     assert {data[:4] for data in table(crops, "train")["image"]} == {b"\x89PNG"}
-    (expected, labels), (stored, same_labels) = (
-        read_images(manifest, "train", 0, 32, 32) for manifest in (uncropped, crops)
-    )
+    expected, labels = read_images(uncropped, "train", 0, 32, 32)
+    stored, same_labels = read_images(crops, "train", 0, 32, 32)
     np.testing.assert_array_equal(stored, expected)
     np.testing.assert_array_equal(same_labels, labels)
 

@@ -94,12 +94,8 @@ def test_inputs_that_cannot_be_compared_are_refused_before_any_feature_is_extrac
     def refuse(*_: Any) -> None:
         raise AssertionError("an extractor was trained, or features were extracted")
 
-    for function in (
-        "job.extract_all",
-        "job.extract_reference",
-        "extraction.map_items",
-        "extractors.train_digits_network",
-    ):
+    functions = ["job.extract_all", "job.extract_reference", "extraction.map_items", "extractors.train_digits_network"]
+    for function in functions:
         monkeypatch.setattr(f"orchestrator.evaluation.{function}", refuse)
     names = ("one", "two", "three")
     samples = write_samples(str(tmp_path), "named", names)
@@ -146,9 +142,8 @@ def test_statistics_without_images_are_enough_for_the_extractor_that_they_state(
     np.savez(tmp_path / "statistics", **statistics, extractor=fingerprint)
     reference = str(tmp_path / "statistics.npz")
     by_statistics = storage.read_json(evaluate(config(store, output="by-mu", extractor="digits", reference=reference)))
-    assert by_statistics["metrics"]["fd_digits"]["value"] == pytest.approx(
-        by_images["metrics"]["fd_digits"]["value"], rel=1e-6
-    )
+    expected = by_images["metrics"]["fd_digits"]["value"]
+    assert by_statistics["metrics"]["fd_digits"]["value"] == pytest.approx(expected, rel=1e-6)
     assert "precision" in by_statistics["not_available"]
     for extractor, message in ((TOY, "toy-quarters"), ("digits", "digits-0123")):
         np.savez(tmp_path / "other", **statistics, extractor="digits-0123")
@@ -210,9 +205,8 @@ def test_held_out_images_are_measured_like_the_samples(store: str, tmp_path: Pat
     np.savez(tmp_path / "held-out", images[200:])
     np.savez(tmp_path / "few", images[200:500])
     files = {"reference": str(tmp_path / "reference.npz"), "floor": str(tmp_path / "held-out.npz")}
-    content = storage.read_json(
-        evaluate(config(store, output="with-floor", **files, samples=str(tmp_path / "few.npz")))
-    )
+    files |= {"samples": str(tmp_path / "few.npz")}
+    content = storage.read_json(evaluate(config(store, output="with-floor", **files)))
     assert content["held_out"]["n"] == content["metrics"]["fd_toy"]["n"] == 300
     assert content["held_out"]["metrics"]["precision"]["value"] > 0.7
     with pytest.raises(FileNotFoundError, match=r"--floor none\.npz"):
@@ -288,13 +282,12 @@ def test_a_published_batch_as_reference_leaves_its_folder_unchanged(store: str, 
     images = np.random.default_rng([73]).integers(0, 256, (300, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "reference", images)
     uri = evaluate(config(store, output="against-batch", reference=str(tmp_path / "reference.npz")))
-    content = storage.read_json(uri)
-    assert (
-        content["metrics"]["fd_toy"]["value"] < 0.2 and content["metrics"]["precision"]["value"] > 0.8
-    )  # noise is noise
-    assert content["not_available"]["per_class"] == "the reference has no labels"
-    assert content["nearest_training_image"] == {} and content["closest_pairs"] == []
-    assert content["reference"]["what"] == "reference images" and content["held_out"] is None
+    report = storage.read_json(uri)
+    assert report["metrics"]["fd_toy"]["value"] < 0.2  # both are noise
+    assert report["metrics"]["precision"]["value"] > 0.8
+    assert report["not_available"]["per_class"] == "the reference has no labels"
+    assert report["nearest_training_image"] == {} and report["closest_pairs"] == []
+    assert report["reference"]["what"] == "reference images" and report["held_out"] is None
     page = (Path(uri).parent / "report.html").read_text()
-    assert "authpct" not in content["metrics"] and "training image" not in page
+    assert "authpct" not in report["metrics"] and "training image" not in page
     assert sorted(path.name for path in tmp_path.iterdir()) == ["reference.npz"]

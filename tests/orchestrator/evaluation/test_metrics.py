@@ -28,15 +28,10 @@ def compare(
     strata: np.ndarray | None = None,
 ) -> Comparison:
     """Return a comparison of all samples with the whole reference."""
-    generated, real = samples.features, reference.features
-    rows = Rows(
-        real.pool,
-        generated.pool,
-        manifolds(real.pool, generated.pool, strata=strata),
-        kernel=(real.pool, generated.pool),
-    )
+    fake, real = samples.features, reference.features
+    rows = Rows(real.pool, fake.pool, manifolds(real.pool, fake.pool, strata=strata), kernel=(real.pool, fake.pool))
     statistics: dict[ArrayName, Moments | Gaussian] = {"pool": moments(real.pool)}
-    read: Any = vars(generated).get
+    read: Any = vars(fake).get
     return Comparison(extractor, read, samples.labels, statistics, num_classes, rows, strata=strata)
 
 

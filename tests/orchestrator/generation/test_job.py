@@ -143,14 +143,8 @@ def test_more_samples_draw_only_what_is_missing(store: str) -> None:
 
 def test_indices_read_all_other_settings_from_the_folder(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     generate(config(store, "whole"))
-    other_settings = config(
-        store, "whole", indices=(3,), seed=9, num_samples=1, classifier=None, guidance=GuidanceConfig()
-    )
-    generate(
-        other_settings.starting_from(other_settings.model_copy(update={"indices": ()})).model_copy(
-            update={"indices": (3,)}
-        )
-    )
+    job = config(store, "whole", indices=(3,), seed=9, num_samples=1, classifier=None, guidance=GuidanceConfig())
+    generate(job.starting_from(job.model_copy(update={"indices": ()})).model_copy(update={"indices": (3,)}))
     assert capsys.readouterr().out.count("equal") == 1
 
 
@@ -195,9 +189,7 @@ def test_half_precision_gives_nearly_the_same_images(store: str) -> None:
 def test_compiled_networks_draw_the_same_images(store: str) -> None:
     exact = read_range(generate(config(store, "whole")), 0, 4)[0]
     compiled = read_range(generate(config(store, "compiled", num_samples=4, compile=True)), 0, 4)[0]
-    assert np.abs(exact.astype(int) - compiled).max() <= 1, (
-        "rounding errors change a truncated grey level by at most one"
-    )
+    assert np.abs(exact.astype(int) - compiled).max() <= 1, "rounding errors change a grey level by at most one"
 
 
 # ------------------------------------------------------------------------------------------------ resuming

@@ -120,20 +120,18 @@ def test_a_generation_can_use_the_best_snapshot(store: str) -> None:
     for images in (64, 128):
         write_snapshot(store, "best", images, "ema-0.9", seed=images)
     result = storage.read_json(evaluate_run(config(store, "best")))
-    generation = GenerationConfig(store=store, weights="best", at="best", output="samples", num_samples=1)
-    best = load_networks(generation, "cpu").weights.sha256
-    first = load_networks(generation.model_copy(update={"at": str(result["best"]["images"])}), "cpu").weights.sha256
-    other = load_networks(
-        generation.model_copy(update={"at": str(192 - result["best"]["images"])}), "cpu"
-    ).weights.sha256
+    job = GenerationConfig(store=store, weights="best", at="best", output="samples", num_samples=1)
+    best = load_networks(job, "cpu").weights.sha256
+    first = load_networks(job.model_copy(update={"at": str(result["best"]["images"])}), "cpu").weights.sha256
+    other = load_networks(job.model_copy(update={"at": str(192 - result["best"]["images"])}), "cpu").weights.sha256
     assert best == first != other
     with pytest.raises(ValueError, match="snapshots at 64, 128"):
-        load_networks(generation.model_copy(update={"at": "65"}), "cpu")
+        load_networks(job.model_copy(update={"at": "65"}), "cpu")
     with pytest.raises(ValueError, match=r"ema-0\.5"):
-        load_networks(generation.model_copy(update={"ema": "ema-0.5"}), "cpu")
+        load_networks(job.model_copy(update={"ema": "ema-0.5"}), "cpu")
     write_snapshot(store, "unknown", 64, "ema-0.9")
     with pytest.raises(FileNotFoundError, match="evaluate_run"):
-        load_networks(generation.model_copy(update={"weights": "unknown"}), "cpu")
+        load_networks(job.model_copy(update={"weights": "unknown"}), "cpu")
 
 
 def test_a_plan_works_before_and_after_the_first_snapshot(store: str) -> None:

@@ -43,9 +43,8 @@ def test_a_budget_of_samples_keeps_a_reserve_for_the_final_evaluation() -> None:
 def test_a_share_counts_network_evaluations() -> None:
     budget = SampleBudget(Limit(10, "%"), batch_size=64, full=64 * 500)
     assert num_affordable(budget, [Evaluation(CHEAP, 64, seed) for seed in range(9)], []) == 5
-    assert (
-        num_affordable(budget, [Evaluation(COSTLY, 64, 0), Evaluation(CHEAP, 64, 0), Evaluation(CHEAP, 64, 1)], []) == 2
-    )
+    mixed = [Evaluation(COSTLY, 64, 0), Evaluation(CHEAP, 64, 0), Evaluation(CHEAP, 64, 1)]
+    assert num_affordable(budget, mixed, []) == 2
 
 
 def test_the_clock_continues_after_a_kill_and_replayed_rounds_begin_at_the_same_time(

@@ -54,9 +54,8 @@ def search_with_optuna(
 
 def test_all_trials_start_and_the_winner_is_found() -> None:
     halving, rounds = search_with_optuna()
-    assert [len(tasks) for tasks in rounds[:3]] == [6, 6, 6] and {task.n for tasks in rounds[:3] for task in tasks} == {
-        64
-    }
+    assert [len(tasks) for tasks in rounds[:3]] == [6, 6, 6]
+    assert {task.n for tasks in rounds[:3] for task in tasks} == {64}
     winner = halving.finalists[0]
     assert quality(winner.setting) < min(quality(trial.setting) for trial in halving.trials) + 0.1
     assert winner.fresh is not None and winner.eliminated is None
@@ -68,9 +67,8 @@ def test_all_trials_start_and_the_winner_is_found() -> None:
 def test_the_same_seed_gives_the_same_search() -> None:
     first, rounds = search_with_optuna(limit=Limit(3_000))
     second, second_rounds = search_with_optuna(limit=Limit(3_000))
-    assert rounds == second_rounds and [trial.setting for trial in first.ranked()] == [
-        trial.setting for trial in second.ranked()
-    ]
+    assert rounds == second_rounds
+    assert [trial.setting for trial in first.ranked()] == [trial.setting for trial in second.ranked()]
     other, _ = search_with_optuna(seed=1)
     assert [trial.setting for trial in other.trials] != [trial.setting for trial in first.trials]
 
@@ -130,9 +128,7 @@ def test_a_failing_trial_is_recorded_and_the_others_go_on() -> None:
 
     halving, _ = search_with_optuna(failing)
     failed = [trial for trial in halving.trials if trial.failed]
-    assert failed and all(
-        trial.setting.sampler.num_steps == 20 and trial.failed == "FloatingPointError: NaN" for trial in failed
-    )
+    assert {(trial.setting.sampler.num_steps, trial.failed) for trial in failed} == {(20, "FloatingPointError: NaN")}
     assert halving.finalists[0].setting.sampler.num_steps == 10
 
 

@@ -127,12 +127,10 @@ def test_few_steps_narrow_the_scales_of_more_steps_by_sampler() -> None:
     for setting in first:
         proposals.tell(setting, [abs(setting.guidance.scale - (4.5 if setting.sampler.name == "ddpm" else 1.1))], 0.0)
     rest = proposals.ask(100)
-    remaining_scales: dict[tuple[str, int], list[float]] = {}
+    scales_of: dict[tuple[str, int], list[float]] = {}
     for setting in rest:
-        remaining_scales.setdefault((setting.sampler.name, setting.sampler.num_steps), []).append(
-            setting.guidance.scale
-        )
-    assert remaining_scales == {
+        scales_of.setdefault((setting.sampler.name, setting.sampler.num_steps), []).append(setting.guidance.scale)
+    assert scales_of == {
         ("ddpm", 10): [1.0, 2.0, 4.0], ("ddpm", 40): [0.5, 1.0, 2.0, 4.0],
         ("ddim", 10): [0.0, 0.5, 1.0], ("ddim", 40): [0.0, 0.5, 1.0],
     }  # fmt: skip

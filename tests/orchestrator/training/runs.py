@@ -54,9 +54,7 @@ def final_state(config: AdmConfig) -> dict[str, torch.Tensor]:
 
 def newest_checkpoint(run: str) -> Checkpoint | None:
     """Return the newest usable checkpoint of `run`, or None if it has no checkpoints."""
-    checkpoint = None
+    newest = None
     for part in read_newest(run):
-        checkpoint = (
-            replace(checkpoint, tensors=checkpoint.tensors | part.tensors) if checkpoint and part.tensors else part
-        )
-    return checkpoint
+        newest = replace(newest, tensors=newest.tensors | part.tensors) if newest and part.tensors else part
+    return newest

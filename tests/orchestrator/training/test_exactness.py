@@ -53,9 +53,8 @@ def run(config: AdmConfig, world_size: int, steps: int = STEPS) -> None:
 def digest(config: AdmConfig) -> str:
     """Return the SHA-256 of weights, averages, optimizer and the timestep sampler's history at the end."""
     tensors = final_state(config)
-    return hashlib.sha256(
-        b"".join(name.encode() + tensors[name].numpy().tobytes() for name in sorted(tensors))
-    ).hexdigest()
+    data = b"".join(name.encode() + tensors[name].numpy().tobytes() for name in sorted(tensors))
+    return hashlib.sha256(data).hexdigest()
 
 
 def test_one_hash_for_every_number_of_workers_and_through_resizes(store: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,9 +44,7 @@ def weights_at_start(training: AdmConfig | NoisyClassifierConfig) -> dict[str, T
     begin_with(training, state, Group(0, 1))
     weights = dict(state.model.state_dict())
     for average in state.averages.values():
-        assert all(torch.equal(tensor, weights[name]) for name, tensor in average.items()), (
-            "averages start from these weights"
-        )
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in average.items())
     return weights
 
 

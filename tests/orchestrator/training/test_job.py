@@ -188,11 +188,7 @@ def test_the_loss_scale_backs_off_to_its_floor_and_is_kept(store: str, monkeypat
         train_loop(config, context(stop_after=2))
     checkpoint = newest_checkpoint(config.path(config.output))
     assert checkpoint is not None and checkpoint.position == 32
-    assert (
-        checkpoint.facts["log2_loss_scale"] == 0.5
-        and checkpoint.facts["bad_steps"] == 2
-        and checkpoint.facts["updates"] == 0
-    )
+    assert checkpoint.facts.items() >= {"log2_loss_scale": 0.5, "bad_steps": 2, "updates": 0}.items()
     train_loop(config, context())
     checkpoint = newest_checkpoint(config.path(config.output))
     assert checkpoint is not None and checkpoint.facts["log2_loss_scale"] == pytest.approx(0.5 + 2e-3)
@@ -253,9 +249,7 @@ def test_a_checkpoint_that_comes_due_while_one_is_written_is_skipped(
     two_skipped = threading.Event()
 
     def save_slowly(run: str, checkpoint: checkpoints.Checkpoint) -> str:
-        assert checkpoint.position > 16 or two_skipped.wait(60), (
-            "two checkpoints were not skipped while the first was written"
-        )
+        assert checkpoint.position > 16 or two_skipped.wait(60), "no checkpoints are skipped during the first write"
         return save(run, checkpoint)
 
     def warn(message: str, *arguments: int) -> None:

@@ -13,15 +13,9 @@ DIGITS = adm_presets()["digits"][1]
 
 
 def share_of(images: np.ndarray, samples: np.ndarray, epoch: int = 0) -> StreamShare:
-    all_false = np.zeros(len(samples), bool)
+    none = np.zeros(len(samples), bool)
     return StreamShare(
-        stream=0,
-        epoch=epoch,
-        images=images,
-        labels=samples % 10,
-        samples=samples,
-        flips=all_false,
-        undecodable=all_false,
+        stream=0, epoch=epoch, images=images, labels=samples % 10, samples=samples, flips=none, undecodable=none
     )
 
 
@@ -45,14 +39,14 @@ def test_labels_are_dropped_by_seed_epoch_and_sample() -> None:
         microbatches = make_microbatches([share], config, microbatch, label_dropout=0.1)
         return np.concatenate([batch.labels.numpy() for batch in microbatches])
 
-    all_labels = labels(slice(None), 512)
-    is_kept = all_labels < 10
-    assert (all_labels[is_kept] == np.arange(count)[is_kept] % 10).all() and set(all_labels[~is_kept]) == {10}
+    expected = labels(slice(None), 512)
+    is_kept = expected < 10
+    assert (expected[is_kept] == np.arange(count)[is_kept] % 10).all() and set(expected[~is_kept]) == {10}
     assert abs((~is_kept).mean() - 0.1) < 4 * (0.09 / count) ** 0.5
     halves = [labels(slice(None, 1_000), 64), labels(slice(1_000, None), 300)]
-    assert (np.concatenate(halves) == all_labels).all()
-    assert (labels(slice(None), 512, epoch=1) != all_labels).any() and (
-        labels(slice(None), 512, seed=4) != all_labels
+    assert (np.concatenate(halves) == expected).all()
+    assert (labels(slice(None), 512, epoch=1) != expected).any() and (
+        labels(slice(None), 512, seed=4) != expected
     ).any()
 
 
