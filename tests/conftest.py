@@ -20,7 +20,7 @@ os.environ.update(AWS_EC2_METADATA_DISABLED="true", MLFLOW_DISABLE_TELEMETRY="tr
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files that need Ray first. They take longest, and pytest-xdist assigns whole files in this order."""
+    """Put the files that need Ray first: they take longest, and pytest-xdist distributes files in this order."""
     on_ray = {item.path for item in items if item.get_closest_marker("ray")}
     items.sort(key=lambda item: item.path not in on_ray)
 

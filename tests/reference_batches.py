@@ -29,11 +29,11 @@ def _batch_row(folder: Path, name: str, entry: dict[str, Any]) -> Row:
     try:
         batch = open_batch(str(folder / name))
     except ValueError as error:
-        refused = entry["expect"].startswith("refuse") and name in str(error)
-        silent = [reason for reason in _stated_reasons(entry) if not re.search(reason, str(error))]
-        note = f"does not say {', '.join(silent)}: " if silent else ""
+        is_refused = entry["expect"].startswith("refuse") and name in str(error)
+        missing = [reason for reason in _stated_reasons(entry) if not re.search(reason, str(error))]
+        note = f"does not match {', '.join(missing)}: " if missing else ""
         note += str(error).replace(f"{folder}/", "")
-        return Row(name, "load", "pass" if refused and not silent else "FAIL", note=note)
+        return Row(name, "load", "pass" if is_refused and not missing else "FAIL", note=note)
     if entry["expect"].startswith("refuse"):
         return Row(name, "load", "FAIL", note=f"accepted, but: {entry['what']}")
     with np.load(folder / name, allow_pickle=False) as archive:
@@ -41,11 +41,11 @@ def _batch_row(folder: Path, name: str, entry: dict[str, Any]) -> Row:
     if match := re.search(r"equal to (\w+)", entry["expect"]):
         with np.load(folder / f"{match[1]}.npz", allow_pickle=False) as archive:
             arrays["arr_0"] = archive["arr_0"]
-    wrong = [key for key, value in _held(batch).items() if not _same(value, arrays.get(key))]
+    wrong = [key for key, value in _arrays_of(batch).items() if not _same(value, arrays.get(key))]
     return Row(name, "load", "FAIL" if wrong else "pass", note=f"differs in {', '.join(wrong)}" if wrong else "")
 
 
-# What a manifest says is wrong with a file -> what the message about it has to say.
+# Pattern in the manifest's description of a fault -> pattern that the error message must match.
 REASONS = {
     r"\bnan\b|\binf\b": "not finite",
     r"not symmetric": "not symmetric",
@@ -66,7 +66,7 @@ def _stated_reasons(entry: dict[str, Any]) -> list[str]:
     shape, dtype = arrays.get("arr_0", ([1, 1, 1, 3], "uint8"))
     if dtype not in ("uint8", "object"):
         return [dtype]  # found before any value is read
-    reasons = [reason for words, reason in REASONS.items() if re.search(words, text)]
+    reasons = [reason for pattern, reason in REASONS.items() if re.search(pattern, text)]
     if dtype == "uint8" and (len(shape) != 4 or shape[3] != 3 or 0 in shape):
         reasons.append(re.escape(str(tuple(shape))))
     if arrays and not {"arr_0", "mu"} & set(arrays):
@@ -80,13 +80,13 @@ def _stated_reasons(entry: dict[str, Any]) -> list[str]:
     return reasons
 
 
-def _held(batch: PublishedBatch) -> dict[str, NDArray[Any] | None]:
+def _arrays_of(batch: PublishedBatch) -> dict[str, NDArray[Any] | None]:
     images = batch.rows(0, batch.num_images) if batch.num_images else None
-    held: dict[str, NDArray[Any] | None] = {"arr_0": images, "arr_1": batch.labels}
+    arrays: dict[str, NDArray[Any] | None] = {"arr_0": images, "arr_1": batch.labels}
     for statistics, suffix in ((batch.pool, ""), (batch.spatial, "_s")):
-        held[f"mu{suffix}"] = None if statistics is None else statistics.mean
-        held[f"sigma{suffix}"] = None if statistics is None else statistics.covariance
-    return held
+        arrays[f"mu{suffix}"] = None if statistics is None else statistics.mean
+        arrays[f"sigma{suffix}"] = None if statistics is None else statistics.covariance
+    return arrays
 
 
 def _same(value: NDArray[Any] | None, golden: NDArray[Any] | None) -> bool:

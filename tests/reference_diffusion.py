@@ -65,30 +65,30 @@ def recognises(folder: Path) -> bool:
 
 def network_config(kind: str, arguments: dict[str, Any]) -> UNetConfig | ClassifierConfig:
     """Return the config for arguments of the published constructors, whose defaults differ from ours."""
-    given: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "num_heads": 1,
         "channel_mult": (1, 2, 4, 8),
         "use_scale_shift_norm": False,
         "resblock_updown": False,
     }
-    given |= arguments
-    factors = given.pop("attention_resolutions")
-    reached = [factor for factor in factors if factor < 2 ** len(given["channel_mult"])]  # others have no effect
-    given["attention_resolutions"] = tuple(given["image_size"] // factor for factor in reached)
+    fields |= arguments
+    factors = fields.pop("attention_resolutions")
+    effective = [factor for factor in factors if factor < 2 ** len(fields["channel_mult"])]  # others have no effect
+    fields["attention_resolutions"] = tuple(fields["image_size"] // factor for factor in effective)
     for name in ("num_head_channels", "num_heads_upsample"):
-        if given.get(name) == -1:
-            del given[name]
-    given["gradient_checkpointing"] = given.pop("use_checkpoint", False)
-    if given.pop("use_fp16", False) or given.pop("dims", 2) != 2:
+        if fields.get(name) == -1:
+            del fields[name]
+    fields["gradient_checkpointing"] = fields.pop("use_checkpoint", False)
+    if fields.pop("use_fp16", False) or fields.pop("dims", 2) != 2:
         raise ValueError(f"cannot compare a network with use_fp16 or dims other than 2: {arguments}")
     if kind == "classifier":
-        given["num_classes"] = given.pop("out_channels")
-        return ClassifierConfig(**{"pool": "adaptive", **given})
+        fields["num_classes"] = fields.pop("out_channels")
+        return ClassifierConfig(**{"pool": "adaptive", **fields})
     if kind == "super_resolution_unet":
-        given["low_res_size"] = given["image_size"] // 2  # any size: the images are upsampled to image_size
+        fields["low_res_size"] = fields["image_size"] // 2  # any size: the images are upsampled to image_size
     elif kind != "unet":
         raise ValueError(f"unknown kind of network {kind!r}")
-    return UNetConfig(**given)
+    return UNetConfig(**fields)
 
 
 class Folder:
@@ -109,23 +109,23 @@ class Folder:
         return network.eval()
 
     def settings(self, stem: str) -> dict[str, Any]:
-        """The diffusion of a file: the folder's, with what cases.json says for this file alone."""
+        """Return the diffusion settings of the folder, with the changes that cases.json states for this file."""
         own = self.cases.get(stem, {})
         return {**self.cases["diffusion"], **(own if isinstance(own, dict) else {})}
 
     def diffusion(self, stem: str, respacing: str = "", **changes: Any) -> Diffusion:
-        """The process of a file; `changes` overrides fields of its config."""
+        """Return the diffusion process of a file. `changes` overrides fields of its config."""
         fields = {k: v for k, v in self.settings(stem).items() if k in DiffusionConfig.model_fields}
         return Diffusion(DiffusionConfig(**{**fields, **changes}), respacing)
 
     def unet(self, stem: str, role: str = "model") -> UNet:
-        """The U-Net that plays `role` in a file."""
+        """Return the U-Net with this role in a file."""
         network = self.network(self.settings(stem)[role])
         assert isinstance(network, UNet)
         return network
 
     def classifier(self, stem: str) -> NoisyClassifier:
-        """The classifier of a file."""
+        """Return the classifier of a file."""
         network = self.network(self.settings(stem)["classifier"])
         assert isinstance(network, NoisyClassifier)
         return network
@@ -136,7 +136,7 @@ def labels(network: UNet, y: Tensor | None) -> Tensor | None:
     return None if network.config.num_classes is None else y
 
 
-# The kinds of files: each function gives, for the arrays of one file, what an array should equal
+# The kinds of files: each function returns a function that computes the expected value of an array by its name
 
 
 def of_network(folder: Folder, golden: GoldenFile) -> Compute:
@@ -279,19 +279,19 @@ def of_sampler_steps(folder: Folder, golden: GoldenFile) -> Compute:
         match = STEP.fullmatch(name)
         if match is None:
             return None
-        found = {key: value for key, value in match.groupdict().items() if value is not None}
-        mean_scale = float(found.get("mean_scale", found.get("ddpm_scale", 0)))
-        score_scale = float(found.get("score_scale", found.get("ddim_scale", 0)))
-        prediction = denoiser(found["clip"] == "1", mean_scale, score_scale)(x, t)
-        if "field" in found or "score_field" in found:
-            return prediction_field(prediction, found.get("field") or found["score_field"])
-        if "mean_scale" in found:
+        groups = {key: value for key, value in match.groupdict().items() if value is not None}
+        mean_scale = float(groups.get("mean_scale", groups.get("ddpm_scale", 0)))
+        score_scale = float(groups.get("score_scale", groups.get("ddim_scale", 0)))
+        prediction = denoiser(groups["clip"] == "1", mean_scale, score_scale)(x, t)
+        if "field" in groups or "score_field" in groups:
+            return prediction_field(prediction, groups.get("field") or groups["score_field"])
+        if "mean_scale" in groups:
             return prediction.mean
-        if "reverse" in found:
+        if "reverse" in groups:
             return ddim_reverse_step(diffusion, prediction, x, t)
         noise = golden.tensor("step.noise")
-        if "eta" in found:
-            return ddim_step(diffusion, prediction, x, t, noise, float(found["eta"]))
+        if "eta" in groups:
+            return ddim_step(diffusion, prediction, x, t, noise, float(groups["eta"]))
         return ddpm_step(diffusion, prediction, x, t, noise)
 
     return compute
@@ -344,7 +344,7 @@ def of_sampler_trajectories(folder: Folder, golden: GoldenFile) -> Compute:
         diffusion = chains["ddpm"]
         if name == "x_t":
             return interpolated_latent(diffusion, (first, second), (noise1, noise2), lam, t)
-        # the way back took noise[0] at its first step, at index t
+        # the reverse process used noise[0] in its first step, at index t
         noise = stored_noise(diffusion, golden.tensor("noise")[: t + 1].flip(0), first_is_last=False)
         denoise = diffusion.denoiser(unet, labels(unet, y))
         return interpolate(denoise, diffusion, (first, second), (noise1, noise2), lam, t, noise)
@@ -358,7 +358,9 @@ def of_sampler_trajectories(folder: Folder, golden: GoldenFile) -> Compute:
             return interpolation(array)
         if group == "reverse":
             after = re.fullmatch(r"after_(\d+)_steps?", array)
-            return encoded()[int(after[1]) - 1].x if after else encoded()[-1].x if array == "final" else None
+            if after:
+                return encoded()[int(after[1]) - 1].x
+            return encoded()[-1].x if array == "final" else None
         match = re.fullmatch(r"(ddpm|ddim)(?:_guided_s([\d.]+))?(?:_eta([\d.]+))?", group)
         if match is None or array not in ("samples", "pred_xstart", "final"):
             return None
@@ -376,7 +378,7 @@ def of_edm_sampler(folder: Folder, golden: GoldenFile) -> Compute:
     golden.tolerances = {}
     for name, case in cases.items():
         golden.tolerances[f"{name}.sample"] = {"tol": case["tolerance_of_sample"]}
-        for levels in ("u", "sigmas_in_call_order"):  # they are float32's
+        for levels in ("u", "sigmas_in_call_order"):  # computed in float32
             golden.tolerances[f"{name}.{levels}"] = {"tol": 1e-6 * float(golden.arrays[f"{name}.{levels}"].max())}
 
     @cache
@@ -392,16 +394,16 @@ def of_edm_sampler(folder: Folder, golden: GoldenFile) -> Compute:
             variance="learned_range" if learned else "fixed_large",
         )  # fmt: skip
         y, noises = golden.tensor(f"{name}.y"), golden.tensor(f"{name}.noise_in_call_order")
-        plain, seen = diffusion.denoiser(network, labels(network, y), clip=False), list[float]()
+        plain_denoise, levels = diffusion.denoiser(network, labels(network, y), clip=False), list[float]()
 
         def denoise(x_t: Tensor, t: Timestep) -> Prediction:
-            seen.append(float(noise_levels(diffusion)[t]))
-            return plain(x_t, t)
+            levels.append(float(noise_levels(diffusion)[t]))
+            return plain_denoise(x_t, t)
 
         steps = list(sample(sampler, denoise, diffusion, golden.tensor(f"{name}.latents"), lambda step: noises[step]))
-        if len(seen) != case["network_evaluations"]:
-            raise ValueError(f"{len(seen)} network evaluations, golden {case['network_evaluations']}")
-        return steps[-1].x, seen
+        if len(levels) != case["network_evaluations"]:
+            raise ValueError(f"{len(levels)} network evaluations, golden {case['network_evaluations']}")
+        return steps[-1].x, levels
 
     @torch.no_grad()
     def compute(array: str) -> Any:
@@ -533,13 +535,13 @@ def of_bits_per_dim(folder: Folder, golden: GoldenFile) -> Compute:
     """Compare the terms of the bound, and the progressive coding curve."""
     stem = golden.path.stem
     unet = folder.unet(stem)
-    kept = golden.array("timestep_map")
+    timestep_map = golden.array("timestep_map")
     settings = folder.settings(stem)
     # the file states its chain by the timesteps that it keeps
     stated = [spec for key, spec in settings.items() if key.startswith("respacing")]
-    specs = [str(len(kept)), f"ddim{len(kept)}", *stated]
+    specs = [str(len(timestep_map)), f"ddim{len(timestep_map)}", *stated]
     num_timesteps = settings["num_timesteps"]
-    spec = next((s for s in specs if np.array_equal(possible_timesteps(num_timesteps, s), kept)), specs[0])
+    spec = next((s for s in specs if np.array_equal(possible_timesteps(num_timesteps, s), timestep_map)), specs[0])
     diffusion = folder.diffusion(stem, spec)
 
     @cache
@@ -633,13 +635,13 @@ def of_training(folder: Folder, golden: GoldenFile) -> Compute:
         for rate, ema in emas.items():
             values[f"ema{rate}.{name}"] = ema[name]
     for name in values.keys() & golden.arrays.keys():
-        if name.startswith(("final.", "ema")):  # Adam turns the rounding of tiny gradients into whole steps
+        if name.startswith(("final.", "ema")):  # Adam turns rounding errors of tiny gradients into full steps
             golden.floors[name] = 2e-4 * sum(values["lr_used"])
     network.load_state_dict(weights)
     return values.get
 
 
-# Which kind a file is, by the arrays in it; networks go by their names in cases.json
+# Pattern of an array's name -> the kind of a file that has such an array; networks are named in cases.json instead
 Kind = Callable[[Folder, GoldenFile], Compute]
 KINDS: list[tuple[str, Kind]] = [
     (r"emb_dim\d+_max.*", of_timestep_embedding),
@@ -673,7 +675,7 @@ def compare_arrays(folder: Folder, path: Path) -> list[Row]:
     return golden.compare(compute)
 
 
-# What is not an array
+# Files that contain no arrays
 
 
 def respacing_cases(folder: Folder) -> dict[str, Any]:
@@ -706,9 +708,9 @@ def compare_respacing_cases(folder: Folder) -> list[Row]:
             rows.append(exact_row(file, f"{name} is refused", outcome, "refused"))
     for case in content.get("schedule_errors", []):
         outcome = attempt(case["schedule"], case["num_timesteps"], None)
-        wanted = "refused" if case["raises"] else f"{case['num_timesteps']} steps"
-        name = f"schedule {case['schedule']} {case['num_timesteps']} -> {wanted}"
-        rows.append(exact_row(file, name, outcome, wanted))
+        expected = "refused" if case["raises"] else f"{case['num_timesteps']} steps"
+        name = f"schedule {case['schedule']} {case['num_timesteps']} -> {expected}"
+        rows.append(exact_row(file, name, outcome, expected))
     return rows
 
 
@@ -766,15 +768,15 @@ def compare(path: Path) -> list[Row]:
     folder = Folder(path)
     rows = [compare_weights(folder, name) for name in folder.networks]
     rows += compare_respacing_cases(folder)
-    known = {"README.md", "cases.json", "respacing_cases.json", "edm_sampler.json"}
-    known |= {entry["weights"] for entry in folder.networks.values()}
+    known_files = {"README.md", "cases.json", "respacing_cases.json", "edm_sampler.json"}
+    known_files |= {entry["weights"] for entry in folder.networks.values()}
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         name = file.relative_to(path).as_posix()
         if file.suffix == ".npz":
             rows += compare_arrays(folder, file)
         elif name.startswith("checkpoints/") and file.suffix == ".json":
             rows += compare_checkpoint(file)
-        elif name not in known:
+        elif name not in known_files:
             rows.append(Row(name, "*", "not covered"))
     for name in folder.cases["tolerances"]:
         if not (path / name).is_file():

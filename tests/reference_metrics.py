@@ -46,8 +46,8 @@ def kid_subsets(
     rng = np.random.RandomState(seed)  # numpy's old generator, since the published protocol is defined by it
     values = []
     for _ in range(num_subsets):
-        some = samples[rng.choice(len(samples), subset_size, replace=False)]
-        values.append(kid(reference[rng.choice(len(reference), subset_size, replace=False)], some).value)
+        subset = samples[rng.choice(len(samples), subset_size, replace=False)]
+        values.append(kid(reference[rng.choice(len(reference), subset_size, replace=False)], subset).value)
     return float(np.mean(values)), float(np.std(values))
 
 
@@ -129,7 +129,7 @@ class FeatureCase:
 
     @cached_property
     def offset(self) -> bool:
-        """Whether means dwarf the spread, so that float32 results of peers have lost their meaning."""
+        """Return whether means are so much larger than the spread that float32 results of other code are useless."""
         spread = np.sqrt(np.trace(self.gaussians[0].covariance) / self.ref.shape[1])
         return bool(np.abs(self.gaussians[0].mean).mean() > 100 * spread)
 
@@ -177,8 +177,8 @@ class FeatureCase:
         return within - 2 * kernel(self.sample, self.ref)
 
     def neighbour_ratio(self) -> NDArray[np.float64]:
-        to_ref, own = nearest(self.sample, self.ref, 1), nearest(self.ref, self.ref, 1)
-        return np.sqrt(to_ref.squared[:, 0]) / np.sqrt(own.squared[to_ref.index[:, 0], 0]).clip(1e-30)
+        to_ref, within_ref = nearest(self.sample, self.ref, 1), nearest(self.ref, self.ref, 1)
+        return np.sqrt(to_ref.squared[:, 0]) / np.sqrt(within_ref.squared[to_ref.index[:, 0], 0]).clip(1e-30)
 
     def by_class(self, metric: Callable[[Any, Any], Any]) -> list[Any]:
         labels = self.arrays["ref_labels"], self.arrays["sample_labels"]
@@ -200,14 +200,14 @@ def compare_features(path: Path) -> list[Row]:
 
 
 Tolerance = Callable[[Any], float]
-FeatureCheck = Callable[[FeatureCase, str], tuple[Any, Tolerance] | str]  # a text says why there is no target
+FeatureCheck = Callable[[FeatureCase, str], tuple[Any, Tolerance] | str]  # a text states why there is no target
 
 
 def _feature_row(file: str, name: str, golden: Any, case: FeatureCase, check: FeatureCheck) -> Row:
-    found = check(case, name)
-    if isinstance(found, str):
-        return Row(file, name, "pass", note=found)
-    value, tolerance = found
+    result = check(case, name)
+    if isinstance(result, str):
+        return Row(file, name, "pass", note=result)
+    value, tolerance = result
     return _row(file, name, value, golden, tolerance(golden))
 
 
@@ -226,17 +226,17 @@ def _absolute(tolerance: float) -> Tolerance:
 
 def _fid(case: FeatureCase, name: str) -> tuple[Any, Tolerance]:
     if name == "fid_exact":
-        close = case.trace * 1e-3 > case.arrays[name] and min(len(case.ref), case.n) > case.ref.shape[1]
-        return case.fid, _absolute(min(1e-7 * case.trace + 1e-9, 1e-6 if close else np.inf))
+        is_close = case.trace * 1e-3 > case.arrays[name] and min(len(case.ref), case.n) > case.ref.shape[1]
+        return case.fid, _absolute(min(1e-7 * case.trace + 1e-9, 1e-6 if is_close else np.inf))
     if name in ("fid_openai", "fid_torch_fidelity"):  # float32 means
-        apart = case.offset or case.arrays[name] > 100 * case.trace
-        return case.fid, _relative(5e-4 if apart else 1e-6, floor=1e-6)
+        is_far = case.offset or case.arrays[name] > 100 * case.trace
+        return case.fid, _relative(5e-4 if is_far else 1e-6, floor=1e-6)
     return case.fid, _absolute(1e-6 * case.trace + 1e-6)
 
 
 def _means(case: FeatureCase, name: str) -> tuple[Any, Tolerance]:
     mean = case.gaussians[name.startswith("sample")].mean
-    return mean, _relative(1e-6 if name.endswith("openai") else 1e-6 if case.offset else 1e-10)
+    return mean, _relative(1e-6 if name.endswith("openai") or case.offset else 1e-10)
 
 
 def _sigma(case: FeatureCase, name: str) -> tuple[Any, Tolerance]:
@@ -246,12 +246,12 @@ def _sigma(case: FeatureCase, name: str) -> tuple[Any, Tolerance]:
 def _shards(case: FeatureCase, name: str) -> tuple[Any, Tolerance]:
     """Compare the merged statistics of shards with the golden mean and covariance."""
     merged, arrays = case.sharded(), case.arrays
-    loose = 1e-6 if case.offset else 1e-10
+    tolerance = 1e-6 if case.offset else 1e-10
     differences = [
         np.abs(merged.mean - arrays["sample_mu_f64"]).max() / np.abs(arrays["sample_mu_f64"]).max(),
         np.abs(merged.covariance - arrays["sample_sigma"]).max() / np.abs(arrays["sample_sigma"]).max(),
     ]
-    return arrays[name] + (0 if max(differences) <= loose else np.nan), _absolute(0)
+    return arrays[name] + (0 if max(differences) <= tolerance else np.nan), _absolute(0)
 
 
 def _kid(case: FeatureCase, name: str) -> tuple[Any, Tolerance] | str:
@@ -265,7 +265,7 @@ def _kid(case: FeatureCase, name: str) -> tuple[Any, Tolerance] | str:
 
 
 def _published_precision(case: FeatureCase, name: str) -> tuple[Any, Tolerance] | str:
-    """Compare with float32 results of other codes, in which one decision may differ from the exact one."""
+    """Compare with float32 results of other code, in which one decision may differ from the exact one."""
     if name.endswith("f16"):
         return case.openai["recall" in name], _absolute(0.01)
     if case.offset:
@@ -302,10 +302,10 @@ def _realism(case: FeatureCase, name: str) -> tuple[Any, Tolerance] | str:
 
 
 def _nearest(case: FeatureCase, name: str) -> tuple[Any, Tolerance]:
-    found = nearest(case.sample, case.ref, 1)
+    neighbours = nearest(case.sample, case.ref, 1)
     if "index" in name:
-        return found.index[:, 0], _absolute(0)
-    return np.sqrt(found.squared[:, 0]), _relative(1e-12)
+        return neighbours.index[:, 0], _absolute(0)
+    return np.sqrt(neighbours.squared[:, 0]), _relative(1e-12)
 
 
 def _ratio(case: FeatureCase, name: str) -> tuple[Any, Tolerance]:
@@ -333,7 +333,7 @@ def _classes(case: FeatureCase, name: str) -> tuple[Any, Tolerance]:
     return case.by_class(lambda r, s: precision_recall(r, s, k)["recall" in name].value), _absolute(1e-12)
 
 
-# Array names -> what Admiral computes for them, and how close it has to be.
+# Pattern of an array's name -> function that computes its value and its tolerance.
 FEATURE_CHECKS: list[tuple[str, FeatureCheck]] = [
     (r"ref|sample|(ref|sample)_labels|classes|kid_(subsets|subset_size|rng_seed)|\w+_min_rel_margin", _is_input),
     (r"(ref|sample)_mu_(openai|f64)", _means),
@@ -431,24 +431,24 @@ def compare_inception(path: Path) -> list[Row]:
     arrays = _load(path)
     tables = sorted(path.parent.glob("*state_dict*.json"))
     if len(tables) != 1:
-        return [Row(path.name, "*", "FAIL", note=f"wanted one *state_dict*.json beside it, found {len(tables)}")]
+        return [Row(path.name, "*", "FAIL", note=f"expected one *state_dict*.json beside it, found {len(tables)}")]
     try:
         state = random_weights(arrays, json.loads(tables[0].read_text())["shapes"])
         network = inception.InceptionNetwork(state)
     except (ValueError, KeyError) as error:
-        return [Row(path.name, "*", "FAIL", note=f"the network cannot be made: {error}")]
+        return [Row(path.name, "*", "FAIL", note=f"the network cannot be created: {error}")]
     rows = list(_weight_rows(path.name, arrays, state))
     outputs: dict[str, Arrays] = {}
     for name, golden in arrays.items():
-        images, _, what = name.partition("/")
+        images, _, output = name.partition("/")
         if images == "ablation_rel_l2":
-            as_it_should = (golden <= NETWORK) == (what == "as_defined")
-            note = "pool3 by a wrong choice" if what != "as_defined" else ""
-            rows.append(Row(path.name, name, "pass" if as_it_should else "FAIL", float(golden), NETWORK, note))
-        elif what:
+            is_expected = (golden <= NETWORK) == (output == "as_defined")
+            note = "pool3 by a wrong choice" if output != "as_defined" else ""
+            rows.append(Row(path.name, name, "pass" if is_expected else "FAIL", float(golden), NETWORK, note))
+        elif output:
             if images not in outputs:
                 outputs[images] = _network_outputs(network, state["fc.bias"], arrays[images])
-            row = partial(_network_row, path.name, name, what, golden, outputs[images])
+            row = partial(_network_row, path.name, name, output, golden, outputs[images])
             rows.append(_guarded(path.name, name, row))
         elif golden.dtype != np.uint8 and not name.startswith("weight_") and name not in ("seed", "fc_scale"):
             rows.append(Row(path.name, name, "not covered"))
@@ -466,7 +466,7 @@ def _weight_rows(file: str, arrays: Arrays, state: dict[str, torch.Tensor]) -> I
 
 
 def _network_outputs(network: inception.InceptionNetwork, bias: torch.Tensor, images: NDArray[np.uint8]) -> Arrays:
-    """Return all outputs for one set of images that golden arrays can name, by the first word of their names."""
+    """Return all outputs for one set of images that golden arrays contain, by the first part of their names."""
     features = network(images)
     assert features.spatial is not None and features.logits is not None
     with torch.inference_mode():
@@ -480,25 +480,25 @@ def _network_outputs(network: inception.InceptionNetwork, bias: torch.Tensor, im
     return {**named, **means, "resized": resized.numpy(), "biased": biased, "softmax": softmax(features.logits)}
 
 
-def _network_row(file: str, name: str, what: str, golden: NDArray[Any], outputs: Arrays) -> Row:
-    if match := re.fullmatch(r"resized_299_(?:stride(\d+)|full_image(\d+)|rows(\d+)to(\d+))", what):
+def _network_row(file: str, name: str, output: str, golden: NDArray[Any], outputs: Arrays) -> Row:
+    if match := re.fullmatch(r"resized_299_(?:stride(\d+)|full_image(\d+)|rows(\d+)to(\d+))", output):
         resized = outputs["resized"]
         if match[1]:
-            found = resized[:, :: int(match[1]), :: int(match[1])]
+            value = resized[:, :: int(match[1]), :: int(match[1])]
         else:
-            found = resized[int(match[2])] if match[2] else resized[0, int(match[3]) : int(match[4]) + 1]
-        return _row(file, name, found, golden, 1e-3)
-    if what.startswith("softmax_unbiased"):
+            value = resized[int(match[2])] if match[2] else resized[0, int(match[3]) : int(match[4]) + 1]
+        return _row(file, name, value, golden, 1e-3)
+    if output.startswith("softmax_unbiased"):
         return _row(file, name, outputs["softmax"], golden, 1e-4)
-    if what.startswith("logits_") and not what.startswith("logits_unbiased"):
-        found = outputs["biased"]
-    elif what in outputs:
-        found = outputs[what]
-    elif re.fullmatch(r"(pool3|spatial|logits_unbiased)(_\w+)?", what):
-        found = outputs[what.split("_")[0]]
+    if output.startswith("logits_") and not output.startswith("logits_unbiased"):
+        value = outputs["biased"]
+    elif output in outputs:
+        value = outputs[output]
+    elif re.fullmatch(r"(pool3|spatial|logits_unbiased)(_\w+)?", output):
+        value = outputs[output.split("_")[0]]
     else:
         return Row(file, name, "not covered")
-    error = float((np.linalg.norm(found - golden, axis=1) / np.linalg.norm(golden, axis=1)).max())
-    if what.endswith("pytorch_fid"):  # half-pixel resize and 2x/255 - 1: must not be what FID's own definition gives
+    error = float((np.linalg.norm(value - golden, axis=1) / np.linalg.norm(golden, axis=1)).max())
+    if output.endswith("pytorch_fid"):  # half-pixel resize and 2x/255 - 1: must differ from FID's own definition
         return Row(file, name, "pass" if error > NETWORK else "FAIL", error, note="another definition: must differ")
     return Row(file, name, "pass" if error <= NETWORK else "FAIL", error, NETWORK)

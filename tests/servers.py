@@ -1,4 +1,4 @@
-"""Servers that tests and proofs start on free ports."""
+"""Servers for tests on free ports, and changes of the environment."""
 
 import contextlib
 import http.server
@@ -42,33 +42,34 @@ def mlflow_server(folder: str, port: int | None = None) -> Iterator[tuple[str, C
 
 @dataclass
 class MetadataService:
-    """What tests see of the metadata service of an instance."""
+    """The state of a fake metadata service of an EC2 instance."""
 
     endpoint: str = ""
-    failures: int = 0  # so many of the next requests for credentials get 503
-    served: int = 0  # how often it gave credentials
+    failures: int = 0  # number of the next requests for credentials that get a 503
+    served: int = 0  # number of requests that got credentials
 
 
 @contextlib.contextmanager
 def metadata_service() -> Iterator[MetadataService]:
-    """Start the service from which an EC2 instance has its credentials."""
+    """Start a fake of the service from which an EC2 instance gets its credentials."""
     service = MetadataService()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_PUT(self) -> None:
-            self._answer("token", is_failing=False)  # botocore does without one
+            self._respond("token", is_failing=False)  # if this failed, botocore would continue without a token
 
         def do_GET(self) -> None:
             if self.path.endswith("/security-credentials/"):
-                self._answer("role")
+                self._respond("role")
                 return
             keys = {"AccessKeyId": "key-of-the-role", "SecretAccessKey": "secret", "Token": "token", "Code": "Success"}
             service.served += service.failures == 0
-            self._answer(json.dumps({**keys, "Type": "AWS-HMAC", "Expiration": "2099-01-01T00:00:00Z"}))
+            self._respond(json.dumps({**keys, "Type": "AWS-HMAC", "Expiration": "2099-01-01T00:00:00Z"}))
 
-        def _answer(self, body: str, is_failing: bool | None = None) -> None:
+        def _respond(self, body: str, is_failing: bool | None = None) -> None:
             if is_failing is None:
-                is_failing, service.failures = service.failures > 0, max(0, service.failures - 1)
+                is_failing = service.failures > 0
+                service.failures = max(0, service.failures - 1)
             self.send_response(503 if is_failing else 200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -89,7 +90,7 @@ def metadata_service() -> Iterator[MetadataService]:
 
 @contextlib.contextmanager
 def environment(**settings: str) -> Iterator[None]:
-    """These variables, and those from before again at the end."""
+    """Set environment variables, and restore their earlier values at the end."""
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:

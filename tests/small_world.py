@@ -7,16 +7,16 @@ from pathlib import Path
 from tests import servers
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
-HERE = ["--num-workers", "0"]
+IN_PROCESS = ["--num-workers", "0"]  # without Ray
 STEPS = [
     ("prepare_dataset", []),
-    ("train_adm", ["--total-images", "1280", "--snapshot-every", "320", *HERE]),
-    ("train_classifier", ["--total-images", "1280", *HERE]),
-    ("train_upsampler", ["--total-images", "1280", *HERE]),
-    ("generate_samples", ["--num-samples", "16", "--sampler.num-steps", "2", "--export", "npz", *HERE]),
+    ("train_adm", ["--total-images", "1280", "--snapshot-every", "320", *IN_PROCESS]),
+    ("train_classifier", ["--total-images", "1280", *IN_PROCESS]),
+    ("train_upsampler", ["--total-images", "1280", *IN_PROCESS]),
+    ("generate_samples", ["--num-samples", "16", "--sampler.num-steps", "2", "--export", "npz", *IN_PROCESS]),
     (
         "tune_guidance",
-        ["--space.num-steps", "2", "3", "--rungs", "64", "128", "--trials", "2", *HERE],
+        ["--space.num-steps", "2", "3", "--rungs", "64", "128", "--trials", "2", *IN_PROCESS],
     ),
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What tests of a cluster share: one of processes of this machine, and jobs submitted to it as users do."""
+"""Start a cluster of processes on this machine for tests, and submit jobs to it in the same way as a user."""
 
 import contextlib
 import os
@@ -19,25 +19,25 @@ BIN = Path(sys.executable).parent
 
 
 def quiet_environment(**changes: str) -> dict[str, str]:
-    """This environment without what would lead to another Ray, store or tracking server."""
-    left_out = ("RAY_", "ADMIRAL_", "MLFLOW_", "AWS_")
-    return {name: value for name, value in os.environ.items() if not name.startswith(left_out)} | changes
+    """Return this environment without the variables that name another Ray, store or tracking server."""
+    prefixes = ("RAY_", "ADMIRAL_", "MLFLOW_", "AWS_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(prefixes)} | changes
 
 
 @contextlib.contextmanager
 def local_cluster() -> Iterator[LocalCluster]:
-    """A cluster in a folder of its own; it ends with the context."""
-    stands = LocalCluster(Path(tempfile.mkdtemp(prefix="admiral-", dir="/tmp")))
-    stands.start()
+    """Start a cluster in a new folder, and stop it at the end."""
+    cluster = LocalCluster(Path(tempfile.mkdtemp(prefix="admiral-", dir="/tmp")))
+    cluster.start()
     try:
-        yield stands
+        yield cluster
     finally:
-        stands.stop()
-        shutil.rmtree(stands.folder)
+        cluster.stop()
+        shutil.rmtree(cluster.folder)
 
 
 def ray_command(cluster: LocalCluster, *arguments: str) -> subprocess.Popen[str]:
-    """`ray ARGUMENTS` as a user's shell with the cluster's environment would run it."""
+    """Start `ray ARGUMENTS` with the environment variables of the cluster."""
     return subprocess.Popen(
         [str(BIN / "ray"), *arguments],
         cwd=ROOT,
@@ -49,29 +49,29 @@ def ray_command(cluster: LocalCluster, *arguments: str) -> subprocess.Popen[str]
 
 
 def start_job(cluster: LocalCluster, *job: str, submission_id: str = "") -> subprocess.Popen[str]:
-    """Submit `python JOB...`; the process goes on until the job ends, and prints what it prints."""
+    """Submit `python JOB...`. The returned process prints the job's output, and runs until the job ends."""
     name = ["--submission-id", submission_id] if submission_id else []
     return ray_command(cluster, "job", "submit", *name, "--working-dir", ".", "--", "python", *job)
 
 
 def submit(cluster: LocalCluster, *job: str) -> str:
-    """What the job prints; it must succeed."""
+    """Run a job, which must succeed, and return its output."""
     running = start_job(cluster, *job)
     output, _ = running.communicate(timeout=600)
     assert running.returncode == 0, output[-3000:]
     return output
 
 
-def asked(cluster: LocalCluster, path: str) -> str:
+def job_server_response(cluster: LocalCluster, path: str) -> str:
     """Return the response of the job server to a request with the token."""
     url = f"{cluster.environment['RAY_API_SERVER_ADDRESS']}{path}"
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return str(answer.read().decode())
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return str(response.read().decode())
 
 
 def store(cluster: LocalCluster) -> s3fs.S3FileSystem:
-    """The cluster's S3."""
+    """Return the S3 server of the cluster."""
     environment = cluster.environment
     return s3fs.S3FileSystem(
         key=environment["AWS_ACCESS_KEY_ID"],

@@ -66,13 +66,13 @@ def write_dataset(
         file = io.BytesIO()
         with pq.ParquetWriter(file, SCHEMA, compression="none") as writer:
             for group in groups[first : first + 8]:
-                which = [row % len(images) for row in group]
+                numbers = [row % len(images) for row in group]
                 columns = [
                     [f"{row:08d}" for row in group],
                     [row % classes for row in group],
-                    [images[i] for i in which],
-                    [sizes[i][0] for i in which],
-                    [sizes[i][1] for i in which],
+                    [images[i] for i in numbers],
+                    [sizes[i][0] for i in numbers],
+                    [sizes[i][1] for i in numbers],
                 ]
                 writer.write_table(pa.table(columns, schema=SCHEMA))
         storage.write_bytes(storage.join(folder, path), file.getvalue())

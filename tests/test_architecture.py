@@ -1,4 +1,4 @@
-"""The architecture: which package may import which (imports inside functions included), and one plan for each."""
+"""The architecture: which package may import which (also inside functions), and the modules of every workflow."""
 
 import ast
 import re
@@ -21,7 +21,7 @@ WORKFLOWS = sorted(path.parent.name for path in (ROOT / "orchestrator").glob("*/
 
 
 def imported_modules(source: str) -> Iterator[str]:
-    """Yield the dotted names that a module imports, wherever the imports stand; `from a import b` gives a and a.b."""
+    """Yield the dotted names that a module imports, also inside functions. `from a import b` yields a and a.b."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -41,28 +41,32 @@ def part_of(path: Path) -> str:
     return names[0] if names[0] != "orchestrator" else "/".join(names[:2])
 
 
-def arrows() -> dict[str, set[str]]:
+def imports_by_part() -> dict[str, set[str]]:
     """Return for each part of the architecture the parts that it imports."""
     files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py") if path.name != "__init__.py"]
     part_by_module = {".".join(path.relative_to(ROOT).with_suffix("").parts): part_of(path) for path in files}
-    found: dict[str, set[str]] = {part_of(path): set() for path in files}
+    imports: dict[str, set[str]] = {part_of(path): set() for path in files}
     for path in files:
-        found[part_of(path)] |= {
+        imports[part_of(path)] |= {
             part_by_module[name] for name in imported_modules(path.read_text()) if name in part_by_module
         }
-    return {part: imported - {part} for part, imported in found.items()}
+    return {part: imported - {part} for part, imported in imports.items()}
 
 
-def floors(imports: dict[str, set[str]]) -> dict[str, int]:
-    """Return how high each part stands above what it imports; RecursionError where imports go in a circle."""
-    known: dict[str, int] = {}
+def levels(imports: dict[str, set[str]]) -> dict[str, int]:
+    """Return the level of each part: one more than the highest part that it imports, or 1.
 
-    def floor(part: str) -> int:
-        if part not in known:
-            known[part] = 1 + max(map(floor, imports[part]), default=0)
-        return known[part]
+    Raises:
+        RecursionError: the imports have a cycle.
+    """
+    by_part: dict[str, int] = {}
 
-    return {part: floor(part) for part in imports}
+    def level(part: str) -> int:
+        if part not in by_part:
+            by_part[part] = 1 + max(map(level, imports[part]), default=0)
+        return by_part[part]
+
+    return {part: level(part) for part in imports}
 
 
 @pytest.mark.parametrize("package", FORBIDDEN)
@@ -74,14 +78,14 @@ def test_packages_import_only_downwards(package: str) -> None:
         assert not wrong, f"{module.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
 
 
-def test_no_imports_go_in_a_circle() -> None:
-    heights = floors(arrows())
-    assert heights["models"] == heights["cluster"] == 1, "neither knows the rest"
-    assert max(heights, key=lambda part: heights[part]) == "jobs"
+def test_imports_have_no_cycle() -> None:
+    level_of = levels(imports_by_part())
+    assert level_of["models"] == level_of["cluster"] == 1, "neither imports another part"
+    assert max(level_of, key=lambda part: level_of[part]) == "jobs"
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS)
-def test_every_package_has_the_same_plan(workflow: str) -> None:
+def test_every_workflow_has_the_same_modules(workflow: str) -> None:
     for name in ("config.py", "presets.py", "job.py"):
         assert (ROOT / "orchestrator" / workflow / name).exists(), f"orchestrator/{workflow} has no {name}"
 
@@ -99,9 +103,9 @@ def test_imports_inside_functions_are_seen() -> None:
     assert "cluster.workers" in set(imported_modules(source))
 
 
-def test_a_circle_is_found() -> None:
+def test_an_import_cycle_is_detected() -> None:
     with pytest.raises(RecursionError):
-        floors({"a": {"b"}, "b": {"a"}})
+        levels({"a": {"b"}, "b": {"a"}})
 
 
 def test_dependencies_are_what_is_imported() -> None:
@@ -110,18 +114,18 @@ def test_dependencies_are_what_is_imported() -> None:
     modules = {{"pillow": "PIL", "scikit-learn": "sklearn", "pyyaml": "yaml"}.get(name, name) for name in names}
     files = [module for package in PACKAGES for module in (ROOT / package).rglob("*.py")]
     imported = set().union(*(imported_names(module.read_text()) for module in files))
-    behind = {"s3fs"}  # fsspec imports it for s3://
-    extras = {"lmdb"}  # imported only where its layout is read
-    assert modules - behind | extras == imported - set(sys.stdlib_module_names) - set(FORBIDDEN)
+    indirect = {"s3fs"}  # fsspec imports it for s3://
+    optional = {"lmdb"}  # imported only to read LSUN's layout
+    assert modules - indirect | optional == imported - set(sys.stdlib_module_names) - set(FORBIDDEN)
 
 
 def main() -> None:
-    """Print the parts of the architecture, the highest first, with what each imports."""
-    imports = arrows()
-    heights = floors(imports)
-    for part in sorted(imports, key=lambda part: (-heights[part], part)):
-        print(f"{heights[part]:2}  {part:24} -> {', '.join(sorted(imports[part])) or 'nothing'}")
-    print(f"{len(imports)} parts, {sum(map(len, imports.values()))} arrows, none upwards, no circle")
+    """Print the parts of the architecture, the highest level first, with the parts that each imports."""
+    imports = imports_by_part()
+    level_of = levels(imports)
+    for part in sorted(imports, key=lambda part: (-level_of[part], part)):
+        print(f"{level_of[part]:2}  {part:24} -> {', '.join(sorted(imports[part])) or 'nothing'}")
+    print(f"{len(imports)} parts, {sum(map(len, imports.values()))} imports, none upwards, no cycle")
 
 
 if __name__ == "__main__":

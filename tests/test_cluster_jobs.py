@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.local import LocalCluster
-from tests.submission import asked, local_cluster, ray_command, start_job, store, submit
+from tests.submission import job_server_response, local_cluster, ray_command, start_job, store, submit
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 RUNS = "admiral/runs/digits"
@@ -16,9 +16,9 @@ RUNS = "admiral/runs/digits"
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
-    with local_cluster() as stands:
-        submit(stands, "jobs/prepare_dataset.py", "digits")
-        yield stands
+    with local_cluster() as started:
+        submit(started, "jobs/prepare_dataset.py", "digits")
+        yield started
 
 
 def wait_for_steps(training: subprocess.Popen[str]) -> None:
@@ -31,20 +31,20 @@ def test_a_stopped_job_resumes_where_it_stopped(cluster: LocalCluster) -> None:
     running = start_job(cluster, *training, submission_id="to-be-stopped")
     wait_for_steps(running)
     stopping = ray_command(cluster, "job", "stop", "to-be-stopped")
-    said, _ = stopping.communicate(timeout=120)
-    assert stopping.returncode == 0, said
-    rest, _ = running.communicate(timeout=120)
-    assert "was stopped" in rest, rest[-2000:]  # Ray follows the log no further, and takes this for a success
+    output, _ = stopping.communicate(timeout=120)
+    assert stopping.returncode == 0, output
+    last_lines, _ = running.communicate(timeout=120)
+    assert "was stopped" in last_lines, last_lines[-2000:]  # Ray stops following the log, and reports success
     checkpoint = max(store(cluster).ls(f"{RUNS}/diffusion/checkpoints"))
     position = int(checkpoint.rsplit("/", 1)[1].removeprefix("images-")[:12])
-    assert 0 < position < 64_000, "at the step at which it was stopped"
-    again = submit(cluster, *training)
-    shown = [int(images) for images in re.findall(r" (\d+)/64000", again)]
+    assert 0 < position < 64_000, "the checkpoint is of the step at which the job was stopped"
+    resumed = submit(cluster, *training)
+    shown = [int(images) for images in re.findall(r" (\d+)/64000", resumed)]
     assert min(images for images in shown if images) >= position, "nothing is trained twice"
-    assert "is trained: 64,000 images" in again
+    assert "is trained: 64,000 images" in resumed
 
 
-def test_the_stories_run_one_after_another(cluster: LocalCluster) -> None:
+def test_all_jobs_of_the_workflow_run_one_after_another(cluster: LocalCluster) -> None:
     submit(cluster, "jobs/train_adm.py", "digits", "--total-images", "6400", "--output", "digits/short")
     submit(cluster, "jobs/train_classifier.py", "digits", "--total-images", "3200")
     weights = ["--weights", "digits/short"]
@@ -57,25 +57,26 @@ def test_the_stories_run_one_after_another(cluster: LocalCluster) -> None:
     files = store(cluster)
     report = json.loads(files.cat_file(f"{RUNS}/evaluation/report.json"))
     assert report["metrics"]["fd_digits"]["n"] == 256
-    again = submit(cluster, "jobs/generate_samples.py", "digits", *weights, "--num-samples", "256")
-    assert "is complete" in again, "nothing is done twice"
+    second = submit(cluster, "jobs/generate_samples.py", "digits", *weights, "--num-samples", "256")
+    assert "is complete" in second, "nothing is done twice"
 
 
-def test_a_node_that_goes_away_leaves_a_checkpoint_first(cluster: LocalCluster) -> None:
+def test_a_checkpoint_is_written_before_a_preempted_node_ends(cluster: LocalCluster) -> None:
     """The node of the training workers gets a preemption notice; the training continues elsewhere."""
-    length = 38_400  # it must still run when its first line of progress is seen
+    length = 38_400  # long enough that it still runs after its first line of progress
     options = ["--total-images", str(length), "--checkpoint-every", "1000000", "--log-every", "640"]
     training = start_job(cluster, "jobs/train_adm.py", "digits", "--output", "digits/preempted", *options)
     wait_for_steps(training)
-    alive = "filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"  # else the answer ends before the newest
-    actors = json.loads(asked(cluster, f"/api/v0/actors?detail=1&{alive}"))["data"]["result"]["result"]
+    # Without this filter, the response ends before the newest actors.
+    alive = "filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"
+    actors = json.loads(job_server_response(cluster, f"/api/v0/actors?detail=1&{alive}"))["data"]["result"]["result"]
     node = next(actor["node_id"] for actor in actors if "TrainWorker" in actor["class_name"])
-    where = ["--address", cluster.head, "--node-id", node, "--deadline-remaining-seconds", "20"]
+    target = ["--address", cluster.head, "--node-id", node, "--deadline-remaining-seconds", "20"]
     drain = ray_command(
-        cluster, "drain-node", *where, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"
+        cluster, "drain-node", *target, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"
     )
-    said, _ = drain.communicate(timeout=120)
-    assert drain.returncode == 0, said
+    printed, _ = drain.communicate(timeout=120)
+    assert drain.returncode == 0, printed
     output, _ = training.communicate(timeout=400)
     assert training.returncode == 0, output[-3000:]
     assert "preemption notice received" in output

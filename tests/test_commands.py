@@ -1,4 +1,4 @@
-"""Every command of README and docs does what it says: what is long as a dry run, the digits' in full."""
+"""Every command of README and docs works: all as dry runs, and those of the README's table completely."""
 
 import os
 import re
@@ -25,23 +25,23 @@ from tests.submission import BIN, ROOT, quiet_environment
 
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "ray_cluster.yaml"]
 MANIFESTS = sorted((ROOT / "cluster" / "deploy").rglob("*.yaml"))
-SHARD = 1024  # images of a shard in what stands for ImageNet
+SHARD = 1024  # images of a shard in the manifest that replaces ImageNet
 
 
 def commands(text: str) -> Iterator[tuple[str, list[str]]]:
-    """(job, arguments) of each `[python] jobs/JOB.py ...` in code, with lines that end in a backslash joined."""
+    """Yield (job, arguments) of each `[python] jobs/JOB.py ...` in code. Lines that end in a backslash are joined."""
     joined = re.sub(r"\\\n\s*", "", text)
-    for found in re.finditer(r"(?:python (?:/opt/admiral/)?|`)jobs/(\w+)\.py([^`\n|]*)", joined):
-        yield found[1], shlex.split(found[2], comments=True)
+    for match in re.finditer(r"(?:python (?:/opt/admiral/)?|`)jobs/(\w+)\.py([^`\n|]*)", joined):
+        yield match[1], shlex.split(match[2], comments=True)
 
 
 def all_commands() -> list[tuple[str, str, list[str]]]:
-    """(page, job, arguments), but for a job's name alone in a sentence."""
-    found = [(path.name, *command) for path in TEXTS for command in commands(path.read_text())]
+    """Return (page, job, arguments) of all commands, without job names that stand alone in a sentence."""
+    result = [(path.name, *command) for path in TEXTS for command in commands(path.read_text())]
     for path in MANIFESTS:
         for document in yaml.safe_load_all(path.read_text()):
-            found += [(path.name, *command) for command in commands(str(document.get("spec", {}).get("entrypoint")))]
-    return [command for command in found if command[2] or command[1] == "doctor"]
+            result += [(path.name, *command) for command in commands(str(document.get("spec", {}).get("entrypoint")))]
+    return [command for command in result if command[2] or command[1] == "doctor"]
 
 
 def test_commands_are_found() -> None:
@@ -58,7 +58,7 @@ def test_commands_are_found() -> None:
 
 @pytest.fixture(scope="module")
 def store(small_world: str, tmp_path_factory: pytest.TempPathFactory, s3_server: str) -> Iterator[str]:
-    """What the long steps would have left, as small as it can be: every training, samples, a search, and sources."""
+    """Yield a store with small outputs of all long steps: trainings, samples, a search, and sources."""
     folder = shutil.copytree(small_world, tmp_path_factory.mktemp("commands") / "store").as_posix()
     _copy_outputs(folder)
     _write_sources(folder)
@@ -68,7 +68,7 @@ def store(small_world: str, tmp_path_factory: pytest.TempPathFactory, s3_server:
 
 
 def _copy_outputs(folder: str) -> None:
-    """Under the names that other commands of the docs leave."""
+    """Copy the digits' outputs to the folders that other commands of the docs read."""
     for source, names in {
         "digits/diffusion": [
             "images/diffusion",
@@ -86,7 +86,7 @@ def _copy_outputs(folder: str) -> None:
 
 
 def _write_sources(folder: str) -> None:
-    """Pictures in folders of classes and as the tar of tars, and a manifest of ImageNet's size, without its shards."""
+    """Write pictures in class folders and as a tar of tars, and a manifest of ImageNet's size without its shards."""
     images = pictures(600)
     write_tree(f"{folder}/pictures", images)
     rows = [
@@ -106,38 +106,39 @@ def _write_sources(folder: str) -> None:
     storage.write_bytes(f"{folder}/datasets/imagenet/manifest.json", large.model_dump_json().encode())
 
 
-@pytest.mark.parametrize(("where", "job", "arguments"), all_commands())
-def test_the_command_can_be_planned(
-    where: str, job: str, arguments: list[str], store: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("page", "job", "arguments"), all_commands())
+def test_every_command_has_a_dry_run(
+    page: str, job: str, arguments: list[str], store: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (ROOT / "jobs" / f"{job}.py").exists(), f"{where} names jobs/{job}.py"
+    assert (ROOT / "jobs" / f"{job}.py").exists(), f"{page} names jobs/{job}.py"
     if "--preset" in arguments:
-        return  # a file that the page writes first: test_documents.py runs these
-    words = [re.sub(r"^/(?=weights/|others/)|^\$ADMIRAL_STORE/", f"{store}/", word) for word in arguments]
+        return  # the page writes this file first: test_documents.py runs these commands
+    options = [re.sub(r"^/(?=weights/|others/)|^\$ADMIRAL_STORE/", f"{store}/", argument) for argument in arguments]
     if job.startswith(("train", "generate", "tune")) and "--help" not in arguments:
-        words += ["--output", "planned"]  # what stands under the page's name was made in small, by other settings
+        options += ["--output", "planned"]  # the outputs under the page's name are small and have other settings
     try:
-        run(job, [*words, "--dry-run"])
+        run(job, [*options, "--dry-run"])
         assert '"dry_run": true' in capsys.readouterr().out
     except SystemExit as end:
-        assert end.code == 0 and "--help" in arguments, f"{where}: {capsys.readouterr().err}"
+        assert end.code == 0 and "--help" in arguments, f"{page}: {capsys.readouterr().err}"
 
 
-# ------------------------------------------------------------------------------------------------ in full
+# ------------------------------------------------------------------------------------------------ complete runs
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_readmes_table_runs_from_top_to_bottom(tmp_path: Path) -> None:
     environment = quiet_environment(ADMIRAL_STORE=str(tmp_path), PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}")
-    before = ("prepare_dataset", "train_adm", "train_classifier", "generate_samples")  # what the table starts from
+    # The table needs the outputs of these jobs.
+    preparations = ("prepare_dataset", "train_adm", "train_classifier", "generate_samples")
     rows = re.findall(r"^\|.*\| `(python jobs/\w+\.py digits.*)` \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert len(rows) > 8
-    for row in (*(f"python jobs/{job}.py digits" for job in before), *rows):
-        done = subprocess.run(
+    for row in (*(f"python jobs/{job}.py digits" for job in preparations), *rows):
+        process = subprocess.run(
             ["bash", "-c", row], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )
-        print(row, done.stdout[-300:], sep="\n")
-        assert done.returncode == 0, f"{row}: {done.stderr[-2000:]}"
+        print(row, process.stdout[-300:], sep="\n")
+        assert process.returncode == 0, f"{row}: {process.stderr[-2000:]}"
     with np.load(tmp_path / "digits/samples/samples.npz") as batch:
         assert batch["arr_0"].shape[1:] == (8, 8, 3) and batch["arr_0"].std() > 50

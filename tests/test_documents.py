@@ -1,4 +1,4 @@
-"""README and docs say what is true: names exist, messages are the code's, the tutorial runs."""
+"""README and docs are correct: all names exist, quoted messages are in the code, and the tutorial runs."""
 
 import ast
 import importlib.util
@@ -26,22 +26,22 @@ TUTORIAL = ROOT / "docs" / "tutorial.md"
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
-    """(language, content) of each block of code, in order."""
+    """Return (language, content) of each block of code, in order."""
     return re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def spans(text: str) -> list[str]:
-    """What stands in backticks within the prose."""
+    """Return the texts in backticks within the prose."""
     return re.findall(r"`([^`\n]+)`", re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL))
 
 
 def code(text: str) -> list[str]:
-    """All code of a page: blocks, and spans within the prose."""
+    """Return all code of a page: blocks, and spans within the prose."""
     return [content for _, content in blocks(text)] + spans(text)
 
 
 def missing_names(text: str, folder: Path) -> list[str]:
-    """Targets, modules, links, files and tests that a page in `folder` names, and that do not exist."""
+    """Return the targets, modules, links, files and tests that a page in `folder` names although they do not exist."""
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     missing = []
     for piece in code(text):
@@ -49,16 +49,16 @@ def missing_names(text: str, folder: Path) -> list[str]:
         modules = re.findall(r"\bpython -m ([\w.]+)", piece)
         missing += [f"python -m {module}" for module in modules if importlib.util.find_spec(module) is None]
     for span in spans(text):
-        if not is_there(span):
+        if not names_something_that_exists(span):
             missing.append(span)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
-        if "://" not in link and not leads_somewhere(link, text, folder):
+        if "://" not in link and not link_target_exists(link, text, folder):
             missing.append(link)
     return missing
 
 
-def is_there(span: str) -> bool:
-    """Whether a file, test or dotted name of this repository exists; True of everything else."""
+def names_something_that_exists(span: str) -> bool:
+    """Return whether the named file, test or dotted name of this repository exists. Other texts return True."""
     if re.fullmatch(rf"(?:{'|'.join(PACKAGES)})(?:\.\w+)+", span) and not span.endswith(".py"):
         return pydoc.locate(span) is not None
     path, _, test = span.partition("::")
@@ -69,8 +69,8 @@ def is_there(span: str) -> bool:
     return not test or re.search(rf"^def {test}\(", (ROOT / path).read_text(), flags=re.MULTILINE) is not None
 
 
-def leads_somewhere(link: str, text: str, folder: Path) -> bool:
-    """Whether a relative link's file exists, and has the heading that it names."""
+def link_target_exists(link: str, text: str, folder: Path) -> bool:
+    """Return whether the file of a relative link exists and has the heading that the link names."""
     name, _, anchor = link.partition("#")
     target = folder / name if name else None
     if target and not target.exists():
@@ -81,7 +81,7 @@ def leads_somewhere(link: str, text: str, folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_what_a_page_names_exists(page: Path) -> None:
+def test_everything_that_a_page_names_exists(page: Path) -> None:
     assert not missing_names(page.read_text(), page.parent)
 
 
@@ -92,16 +92,16 @@ def test_names_that_do_not_exist_are_found() -> None:
         "```bash\nmake neither\n```\n"
     )
     assert len(missing_names(wrong, ROOT / "docs")) == 8
-    right = (
+    correct = (
         "`make test`, `python -m tests.reference`, `models/zoo.py`, `orchestrator.order.keyed_rng`, `a/b.py`,\n"
         "`jobs/*.py`, `tests/test_commands.py::test_commands_are_found`, [here](cluster.md#on-aws), [there](https://nowhere)\n"
     )
-    assert not missing_names(right, ROOT / "docs")
+    assert not missing_names(correct, ROOT / "docs")
 
 
 # ------------------------------------------------------------------------------------------------ options and metrics
 
-# Options of other commands: ray, docker, mlflow, guided-diffusion, and those of our scripts in tests/.
+# Options of other commands: ray, docker, mlflow, guided-diffusion, and the scripts in tests/.
 OTHERS = {"--working-dir", "--runtime-env-json", "--metrics-export-port", "--ipc", "--resume_checkpoint",
           "--rescale_timesteps", "--rescale_learned_sigmas", "--synthetic"}  # fmt: skip
 
@@ -117,12 +117,12 @@ def known_options() -> set[str]:
 def unknown_options(text: str, known: set[str]) -> list[str]:
     """Return the options in a page's prose that no job has."""
     ours = [span for span in spans(text) if span.startswith("--") or "jobs/" in span]
-    found = [option for span in ours for option in re.findall(r"(?<!\S)--[a-z][\w.*-]*", span)]
-    return [option for option in found if option not in known | OTHERS]
+    options = [option for span in ours for option in re.findall(r"(?<!\S)--[a-z][\w.*-]*", span)]
+    return [option for option in options if option not in known | OTHERS]
 
 
 def unknown_metrics(text: str) -> list[str]:
-    """Return the names in a page's prose that look like a metric's, and are none."""
+    """Return the names in a page's prose that look like names of metrics, but are not."""
     families = r"(?:s?fid|s?fd|kid|cmmd|inception_score|precision|recall|density|coverage|clipped|vendi|authpct)"
     names = [span for span in spans(text) if re.fullmatch(rf"{families}(?:_[a-z0-9_]+)?", span)]
     return [name for name in names if not is_metric(name)]
@@ -151,8 +151,8 @@ def test_options_and_metrics_that_do_not_exist_are_found() -> None:
 # ------------------------------------------------------------------------------------------------ messages
 
 
-def sayings() -> str:
-    """All text of the code, with what is put in at run time left out: a line for each unbroken piece."""
+def message_texts() -> str:
+    """Return all strings of the code without the values inserted at run time, one line for each constant piece."""
     pieces = []
     for package in ("models", "orchestrator", "cluster", "jobs"):
         for path in (ROOT / package).rglob("*.py"):
@@ -162,31 +162,33 @@ def sayings() -> str:
     return "\n".join(pieces)
 
 
-def unsaid(page: str) -> list[str]:
-    """Pieces of the messages in a page's tables, in backticks in the first column, that the code does not say.
+def messages_not_in_code(page: str) -> list[str]:
+    """Return the pieces of messages that a page quotes but the code does not contain.
 
-    Where a message holds what differs from case to case the page has three dots.
+    Quotations are in backticks in the first column of a table, with three dots instead of values.
     """
-    said, found = sayings(), []
+    texts, missing = message_texts(), []
     for cell in re.findall(r"^\| ([^|]*) \|", page, flags=re.MULTILINE):
         for message in re.findall(r"`([^`]+)`", cell):
             if " " in message:
-                found += [piece for part in message.split("...") if (piece := part.strip()) and piece not in said]
-    return found
+                pieces = [part.strip() for part in message.split("...")]
+                missing += [piece for piece in pieces if piece and piece not in texts]
+    return missing
 
 
-def test_messages_are_those_of_the_code() -> None:
+def test_quoted_messages_are_in_the_code() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
-    assert not unsaid(page)
+    assert not messages_not_in_code(page)
     assert len(re.findall(r"^\| `", page, flags=re.MULTILINE)) > 20
-    assert unsaid("| `worker ... is stalled; its dog is in ...` | why | what |") == ["is stalled; its dog is in"]
+    row = "| `worker ... is stalled; its dog is in ...` | why | what |"
+    assert messages_not_in_code(row) == ["is stalled; its dog is in"]
 
 
 # ------------------------------------------------------------------------------------------------ the tutorial
 
 
 def test_the_tutorials_pictures_are_sorted_by_category(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Test its script on a package of three icons, one of them in two skin tones."""
+    """Run the tutorial's script on a package of three icons, one of them in two skin tones."""
     monkeypatch.setenv("ADMIRAL_STORE", str(tmp_path))
     folder = tmp_path / "package" / "img" / "twitter" / "64"
     folder.mkdir(parents=True)
@@ -198,8 +200,8 @@ def test_the_tutorials_pictures_are_sorted_by_category(tmp_path: Path, monkeypat
     (tmp_path / "package" / "emoji.json").write_text(json.dumps(emoji))
     script = next(content for language, content in blocks(TUTORIAL.read_text()) if language == "python")
     exec(compile(script, "tutorial", "exec"), {})
-    found = sorted(path.relative_to(tmp_path).as_posix() for path in (tmp_path / "pictures").rglob("*.png"))
-    assert found == ["pictures/flags/flag.png", "pictures/hands/hand-dark.png", "pictures/hands/hand.png"]
+    written = sorted(path.relative_to(tmp_path).as_posix() for path in (tmp_path / "pictures").rglob("*.png"))
+    assert written == ["pictures/flags/flag.png", "pictures/hands/hand-dark.png", "pictures/hands/hand.png"]
     labels = ["flags/flag.png,thing", "hands/hand.png,person", "hands/hand-dark.png,person"]
     assert (tmp_path / "people.csv").read_text().splitlines() == ["key,label", *labels]
 

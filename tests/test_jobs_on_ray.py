@@ -1,4 +1,4 @@
-"""The whole quickstart, small and by its command. For jobs on a cluster see test_cluster.py."""
+"""A small run of the complete quickstart by its command. test_cluster.py tests jobs on a cluster."""
 
 import contextlib
 import json
@@ -37,8 +37,8 @@ def test_a_small_quickstart_runs_all_stages_once(
     assert winner["sampler"]["name"] == "ddpm"
     assert numbers["search"]["samples"] <= 2 * 128 + 128, "more samples than all trials and the final evaluation need"
     for name in ("accuracy", "fd_digits", "kid_digits", "precision", "recall", "inception_score_digits"):
-        for found in (numbers["metrics_guided"][name], numbers["metrics_unguided"][name]):
-            assert found["n"] == 96 and {"value", "n", "interval", "note", "seeds", "extractor"} <= found.keys()
+        for metric in (numbers["metrics_guided"][name], numbers["metrics_unguided"][name]):
+            assert metric["n"] == 96 and {"value", "n", "interval", "note", "seeds", "extractor"} <= metric.keys()
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4 and 'src="http' not in page
     assert (tmp_path / "mlflow.db").exists()
@@ -47,7 +47,7 @@ def test_a_small_quickstart_runs_all_stages_once(
     (tmp_path / "report.html").unlink()
     for name in ("MLFLOW_TRACKING_URI", "ADMIRAL_STORE", "RAY_ADDRESS"):
         monkeypatch.setenv(name, f"sqlite:///{tmp_path}/mlflow.db")  # restored at the end; the quickstart sets them
-    monkeypatch.setattr(job, "session", lambda _: contextlib.nullcontext())  # no stage is left that needs Ray
+    monkeypatch.setattr(job, "session", lambda _: contextlib.nullcontext())  # all stages that need Ray are done
     monkeypatch.setattr(job, "address", lambda: "")
     job.quickstart(QuickstartConfig(folder=str(tmp_path)))
     assert capsys.readouterr().out.count("already done") == 8

@@ -1,4 +1,4 @@
-"""The golden comparison itself: right data pass, altered data fail, what nobody checks is named."""
+"""The golden comparison itself: correct data pass, altered data fail, and data without a check are reported."""
 
 import json
 import shutil
@@ -15,17 +15,17 @@ GOLDEN = Path(__file__).parent / "golden" / "diffusion"
 
 
 def verdicts(rows: list[Row]) -> dict[str, list[str]]:
-    """The cases of each verdict other than "pass"."""
-    found: dict[str, list[str]] = {}
+    """Return the cases of each verdict other than "pass"."""
+    cases: dict[str, list[str]] = {}
     for row in rows:
         if row.verdict != "pass":
-            found.setdefault(row.verdict, []).append(f"{row.file} {row.case} {row.note}".strip())
-    return found
+            cases.setdefault(row.verdict, []).append(f"{row.file} {row.case} {row.note}".strip())
+    return cases
 
 
 @pytest.fixture(scope="module")
 def part(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder laid out alike with fewer files, other names and other cases."""
+    """Return a folder of the same format with fewer files, other names and other cases."""
     folder = tmp_path_factory.mktemp("golden") / "other"
     folder.mkdir()
     names = {"unet_a": "first", "unet_b": "second", "classifier_attention": "judge", "classifier_spatial": "pools"}
@@ -52,15 +52,16 @@ def part(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def altered(path: Path, name: str, by: float) -> None:
+def alter_array(path: Path, name: str, change: float) -> None:
     with np.load(path) as archive:
         arrays = {key: archive[key].copy() for key in archive.files}
-    arrays[name].reshape(-1)[-1] += by
+    arrays[name].reshape(-1)[-1] += change
     np.savez(path, **arrays)
 
 
 @pytest.fixture
 def copy(part: Path, tmp_path: Path) -> Path:
+    """Return a copy of `part` that a test may change."""
     shutil.copytree(part, tmp_path / "copy")
     return tmp_path / "copy"
 
@@ -79,7 +80,7 @@ def test_names_and_cases_come_from_the_folder(part: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "array", "by"),
+    ("file", "array", "change"),
     [
         ("first.npz", "out", 1e-3),
         ("second.npz", "grad_param.out.2.bias", 1e-2),
@@ -93,23 +94,23 @@ def test_names_and_cases_come_from_the_folder(part: Path) -> None:
         ("first.npz", "out", float("nan")),
     ],
 )
-def test_an_altered_value_fails(copy: Path, file: str, array: str, by: float) -> None:
-    altered(copy / file, array, by)
+def test_an_altered_value_fails(copy: Path, file: str, array: str, change: float) -> None:
+    alter_array(copy / file, array, change)
     failed = verdicts(compare(copy))["FAIL"]
     assert any(case.startswith(f"{file} {array}") for case in failed), failed
 
 
-def test_what_no_check_knows_is_named(copy: Path) -> None:
+def test_arrays_and_files_without_a_check_are_reported(copy: Path) -> None:
     with np.load(copy / "first.npz") as archive:
         arrays = {key: archive[key] for key in archive.files}
     np.savez(copy / "first.npz", **arrays, surprise=np.zeros(3))
     np.savez(copy / "unknown.npz", thing=np.ones(2))
     (copy / "extra.bin").write_bytes(b"?")
-    found = verdicts(compare(copy))
-    assert found == {"not covered": ["extra.bin *", "first.npz surprise", "unknown.npz thing"]}
+    other_verdicts = verdicts(compare(copy))
+    assert other_verdicts == {"not covered": ["extra.bin *", "first.npz surprise", "unknown.npz thing"]}
 
 
-def test_what_is_missing_fails(copy: Path) -> None:
+def test_missing_files_and_arrays_fail(copy: Path) -> None:
     (copy / "bpd.npz").unlink()
     cases = json.loads((copy / "cases.json").read_text())
     cases["tolerances"]["judge.npz"]["more"] = {"tol": 1.0, "f64": 0.0}

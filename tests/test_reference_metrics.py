@@ -1,4 +1,4 @@
-"""Every golden array of the metrics agrees within its tolerance, and the comparison notices what does not."""
+"""Every golden array of the metrics agrees within its tolerance, and the comparison detects wrong numbers."""
 
 import shutil
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_a_folder_may_hold_only_a_part(tmp_path: Path, keep: str) -> None:
     assert not recognises(tmp_path / "npz" / "nothing")
 
 
-def test_files_beyond_the_manifest_and_missing_ones_are_told(tmp_path: Path) -> None:
+def test_files_outside_of_the_manifest_and_missing_files_are_reported(tmp_path: Path) -> None:
     shutil.copytree(GOLDEN / "npz", tmp_path / "npz")
     (tmp_path / "npz" / "ok_non_square.npz").rename(tmp_path / "npz" / "stranger.npz")
     verdicts = {row.file: row.verdict for row in compare(tmp_path)}

@@ -1,4 +1,4 @@
-"""Memory of the stream for a dataset many times the size of the object store: nothing may spill. Run by hand:
+"""Measure the memory of the stream for a dataset larger than the object store, which must not spill. Run by hand:
 
     python -m tests.benchmarks.data_memory [--store-mib 300] [--times 10] [--image-size 64] [--step-ms 0]
 
@@ -34,7 +34,7 @@ class Options:
     distinct: int = 600  # photographs; the set repeats them
     batch_size: int = 256  # images in a step
     step_ms: float = 0.0  # duration of a step, milliseconds
-    workers: int = 1  # training workers that share the set; one of them reads here
+    workers: int = 1  # training workers that share the set; only the first one is run
 
 
 class Peaks(threading.Thread):
@@ -68,8 +68,8 @@ def _store_statistics() -> dict[str, int]:
     from ray._private import internal_api  # there is no public interface
 
     state = internal_api.get_state_from_address(ray.get_runtime_context().gcs_address)
-    found = internal_api.get_memory_info_reply(state).store_stats
-    return {"used": found.object_store_bytes_used, "spilled": found.spilled_bytes_total}
+    statistics = internal_api.get_memory_info_reply(state).store_stats
+    return {"used": statistics.object_store_bytes_used, "spilled": statistics.spilled_bytes_total}
 
 
 def measure(options: Options) -> dict[str, float]:

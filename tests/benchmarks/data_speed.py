@@ -1,13 +1,13 @@
-"""Images a second into a loop that does nothing else, beside other loaders on the same cores, in one run. By hand:
+"""Compare the images/s of Admiral's stream with other loaders on the same cores. Run by hand:
 
     python -m tests.benchmarks.data_speed [--image-size 64] [--store local] [--rounds 7] [--mosaic-python PYTHON]
 
-All decode the same synthetic photographs of ImageNet's sizes with `--processes` processes. The ceiling is a bare pool
-of processes that reads the same row groups, decodes and crops, and hands over nothing. The others are a torch
-DataLoader over the images as files of their own, and mosaicml-streaming over its own local shards. The latter needs
-another numpy: make an environment of its own by `pip install '.[bench]'`, and pass its Python. All of them crop by
-`center_crop`. Every round runs all of them, in another order each time. A row is the median rate, and the median of our
-rate over its rate with a 95% interval.
+All loaders decode the same synthetic photographs of ImageNet's sizes with `--processes` processes, crop them with
+`center_crop`, and pass them to a loop that only counts them. The ceiling is a pool of processes that reads the same row
+groups, decodes and crops, but returns no images. The others are a torch DataLoader over one file for each image, and
+mosaicml-streaming over its own local shards. The latter needs another numpy: install `.[bench]` in a separate
+environment and pass its Python. Every round runs all loaders in a new random order. A row has the median rate, and the
+median ratio of Admiral's rate to this rate with a 95% interval.
 """
 
 import io
@@ -41,20 +41,20 @@ from tests.benchmarks.pool_efficiency import median_interval
 from tests.synthetic import photographs, sizes_of, write_dataset
 
 BATCH = 256  # images
-Pass = Callable[[], float]  # reads all images once: seconds
+Pass = Callable[[], float]  # reads all images once, and returns the seconds
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured."""
+    """The dataset and the loaders."""
 
     image_size: int = 64  # pixels
-    store: Literal["local", "s3"] = "local"  # where shards and files lie
+    store: Literal["local", "s3"] = "local"  # storage of shards and files
     rounds: int = 7
     images: int = 12288  # in a pass
     distinct: int = 600  # photographs; the set repeats them
-    processes: int = 2  # of every loader; ours: CPUs for its tasks
-    mosaic_python: str = ""  # of an environment with mosaicml-streaming; empty: leave it out
+    processes: int = 2  # of every loader; for Admiral, CPUs for its tasks
+    mosaic_python: str = ""  # Python of an environment with mosaicml-streaming; empty: do not measure it
 
 
 def main(options: Options) -> None:
@@ -83,16 +83,16 @@ def main(options: Options) -> None:
                 seconds[name][number] = passes[name]()
     print(options)
     print(f"{'loader':22} {'images/s':>9} {'ours/this':>10} {'95% interval':>17}")
-    for name, taken in seconds.items():
-        ratios = np.sort(taken / seconds["ours"])
+    for name, durations in seconds.items():
+        ratios = np.sort(durations / seconds["ours"])
         low, high = median_interval(ratios)
-        rate = options.images / np.median(taken)
+        rate = options.images / np.median(durations)
         print(f"{name:22} {rate:9.0f} {np.median(ratios):10.3f} {low:8.3f} to {high:5.3f}", flush=True)
 
 
 @contextmanager
 def _folder(options: Options) -> Iterator[str]:
-    """Where the set lies: a temporary folder, or a bucket of an S3 server on this machine."""
+    """Yield a folder for the dataset: a temporary one, or a bucket of an S3 server on this machine."""
     if options.store == "local":
         with tempfile.TemporaryDirectory() as folder:
             yield folder
@@ -114,9 +114,9 @@ def _ours(manifest: Manifest, options: Options) -> float:
 
 def _bare(pool: "multiprocessing.pool.Pool", manifest: Manifest, options: Options) -> float:
     jobs = [
-        (storage.join(manifest.root, shard.path), shard.bytes, place, options.image_size)
+        (storage.join(manifest.root, shard.path), shard.bytes, group, options.image_size)
         for shard in manifest.shards("train")
-        for place in range(len(shard.row_groups))
+        for group in range(len(shard.row_groups))
     ]
     begin = time.perf_counter()
     assert sum(pool.imap_unordered(_decode_row_group, jobs)) == options.images
@@ -124,8 +124,8 @@ def _bare(pool: "multiprocessing.pool.Pool", manifest: Manifest, options: Option
 
 
 def _decode_row_group(job: tuple[str, int, int, int]) -> int:
-    uri, size, place, image_size = job
-    images = read_row_group(uri, size, place, ("label", "image"))["image"]
+    uri, size, group, image_size = job
+    images = read_row_group(uri, size, group, ("label", "image"))["image"]
     for number, data in enumerate(images):
         _crop(decode(data.as_py()), image_size, number % 2 == 1)
     return len(images)
@@ -137,7 +137,7 @@ def _crop(image: Image.Image, size: int, mirrored: bool) -> np.ndarray:
 
 
 class Files(Dataset):
-    """Images as files of their own, as a user of torch would read them."""
+    """A torch dataset with one file for each image."""
 
     def __init__(self, paths: list[str], image_size: int) -> None:
         self.paths, self.image_size = paths, image_size
@@ -172,12 +172,12 @@ def _seconds(loader: "DataLoader[tuple[np.ndarray, int]]", images: int) -> float
     return time.perf_counter() - begin
 
 
-# -------------------------------------------------------------------------------------- in an environment of its own
+# -------------------------------------------------------------------------------------- in a separate environment
 
 
 @contextmanager
 def _mosaic(paths: list[str], options: Options) -> Iterator[Pass]:
-    """Its shards are made from the same files, and every pass is asked of another process."""
+    """Yield a function that requests a pass of mosaic_peer.py, a process with shards of the same files."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "paths").write_text("\n".join(paths))
         command = [options.mosaic_python, "-m", "tests.benchmarks.mosaic_peer", folder]

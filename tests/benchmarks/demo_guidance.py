@@ -1,4 +1,4 @@
-"""Every kind of guidance at equal cost on scanned digits, in less than half an hour on two idle cores.
+"""Compare every kind of guidance at equal cost on scanned digits, in less than half an hour on two idle cores.
 
     make demo-guidance
 
@@ -69,10 +69,10 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"{'kind':16} {'scale':>5} {'steps':>5} {'passes':>6}   {'fd_digits, bias-corrected':28} recognised"]
     for trial in sorted(result["trials"], key=lambda trial: trial["behind_winner"][OBJECTIVE]["value"]):
         setting, distance = Setting(**trial["setting"]), trial["objective"][OBJECTIVE]
-        known = trial["metrics"]["accuracy"]
+        accuracy = trial["metrics"]["accuracy"]
         lines.append(
             f"{setting.guidance.kind:16} {setting.guidance.scale:5g} {setting.sampler.num_steps:5} "
-            f"{trial['metrics']['evaluations']['value']:6.1f}   {_number(distance):28} {_number(known)}"
+            f"{trial['metrics']['evaluations']['value']:6.1f}   {_number(distance):28} {_number(accuracy)}"
             + "  best of its kind"
             * (trial["number"] in best)
         )

@@ -1,4 +1,4 @@
-"""A search compared with the full grid on scanned digits: its regret at a quarter of the network evaluations.
+"""Compare a search with the full grid on scanned digits: its regret at a quarter of the network evaluations.
 
     make demo-search SEED=0
 
@@ -129,8 +129,8 @@ def compare(demo: Demo, grid: SearchConfig, grid_result: Any, search_result: Any
     chosen = Setting(**search_result["winner"]["setting"])
     regret = interval(differences(scores[chosen], scores[best]), n, outcomes[best].strata)
     assert regret.low is not None
-    taken = [found["evaluations"] - found["final_evaluations"] for found in (search_result, grid_result)]
-    ratio = taken[0] / taken[1]
+    evaluations = [result["evaluations"] - result["final_evaluations"] for result in (search_result, grid_result)]
+    ratio = evaluations[0] / evaluations[1]
     broken = [
         f"the search's winner is significantly worse: {describe(regret)}" if chosen != best and regret.low > 0 else "",
         f"the search took {ratio:.3f} of the grid's evaluations" if ratio > demo.share else "",
@@ -144,7 +144,7 @@ def compare(demo: Demo, grid: SearchConfig, grid_result: Any, search_result: Any
         "search_samples": search_result["samples"],
         "evaluations_ratio": round(ratio, 4),
         "variance_unpaired_over_paired": variance_ratios(list(scores.values()), scores[best]),
-        "broken": [words for words in broken if words],
+        "broken": [text for text in broken if text],
     }
 
 

@@ -1,10 +1,10 @@
-"""The papers' findings, looked for in small: scanned digits on two cores, in about an hour.
+"""Check findings of the papers on a small scale: scanned digits on two cores, in about an hour.
 
     make findings
 
-Runs the small tables of `jobs/run_ablations.py`, two at a time, each in a process of its own. Then prints what
-each paper found, what is seen here with its 95% interval, and whether that agrees. A finding whose interval contains 0
-cannot be told at this size. The same command continues where it stopped.
+Runs the small tables of `jobs/run_ablations.py`, two at a time, each in its own process. Then prints each finding of a
+paper, the difference that is measured here with its 95% interval, and whether they agree. If the interval contains 0,
+the verdict is "cannot be told". The same command resumes the tables.
 """
 
 import subprocess
@@ -92,7 +92,7 @@ FINDINGS = [
 
 @dataclass(frozen=True)
 class Findings:
-    """Where the tables are stored, and which are run."""
+    """The tables that are run, and their store."""
 
     store: str = "runs/findings"
     processes: int = 2  # tables at once, each on one core
@@ -110,11 +110,11 @@ def run(options: Findings) -> dict[str, Json]:
         return storage.read_json(storage.join(options.store, "ablations", table, "ablations.json"))
 
     with ThreadPoolExecutor(options.processes) as pool:
-        found = dict(zip(options.tables, pool.map(result, options.tables), strict=True))
-    if IDDPM in found:
-        row = found[IDDPM]["rows"]["cosine, bound"]
+        results = dict(zip(options.tables, pool.map(result, options.tables), strict=True))
+    if IDDPM in results:
+        row = results[IDDPM]["rows"]["cosine, bound"]
         row["differences"][NOISE] = gradient_noise(options.store, row["seeds"])
-    return found
+    return results
 
 
 def _job(options: Findings, job: str, *arguments: str) -> None:
@@ -161,15 +161,15 @@ def change_of_noise(run: str, dataset: str, seed: int) -> float:
         return float(torch.stack(gradients).var(dim=0).sum())
 
     importance = LossSecondMomentTimesteps(diffusion.num_timesteps)
-    every = np.arange(diffusion.num_timesteps)
+    all_timesteps = np.arange(diffusion.num_timesteps)
     with torch.no_grad():
         for _ in range(importance.history_per_term):
-            importance.update(every, losses(every).double().numpy())
+            importance.update(all_timesteps, losses(all_timesteps).double().numpy())
     return float(np.log10(variance(importance) / variance(UniformTimesteps(diffusion.num_timesteps))))
 
 
-def judged(finding: Finding, result: Json) -> tuple[str, str]:
-    """Return what is seen here, and whether it agrees with the paper."""
+def judge(finding: Finding, result: Json) -> tuple[str, str]:
+    """Return the measured difference as text, and the verdict: agrees, disagrees or cannot be told."""
     row = result["rows"].get(finding.row)
     difference = row["differences"].get(finding.metric) if row else None
     if difference is None:
@@ -178,7 +178,11 @@ def judged(finding: Finding, result: Json) -> tuple[str, str]:
         return format_estimate(difference), "cannot be told"
     low, high = (finding.sign * end for end in difference["interval"])
     low, high = min(low, high), max(low, high)
-    verdict = "agrees" if low > 0 else "disagrees" if high < 0 else "cannot be told"
+    verdict = "cannot be told"
+    if low > 0:
+        verdict = "agrees"
+    elif high < 0:
+        verdict = "disagrees"
     return f"{format_estimate(difference)}, {difference['n']} training seed{'s' * (difference['n'] > 1)}", verdict
 
 
@@ -188,8 +192,8 @@ def main(options: Findings) -> None:
     print("| paper | finding | measured by | difference seen here, 95% interval | verdict |\n|---|---|---|---|---|")
     for finding in FINDINGS:
         if finding.table in results:
-            seen, verdict = judged(finding, results[finding.table])
-            print(f"| {finding.paper} | {finding.text} | {finding.metric} | {seen} | {verdict} |")
+            measured, verdict = judge(finding, results[finding.table])
+            print(f"| {finding.paper} | {finding.text} | {finding.metric} | {measured} | {verdict} |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Memory and time of indexing a source with many images in one process. Run by hand:
+"""Measure memory and time of indexing a source with many images in one process. Run by hand:
 
     python -m tests.benchmarks.index_memory [--classes 21841] [--images 640]
 
@@ -19,7 +19,7 @@ from orchestrator.data.config import PrepareConfig
 from orchestrator.data.sources import read_source
 from orchestrator.data.sources.index import list_source
 
-PERMUTED = 7919  # a prime, so that folders are listed in no order, as by a file system
+PERMUTED = 7919  # a prime, by which folders are listed unsorted, as by a file system
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Coverage of 95% intervals, in the conditions for which they are promised and in others. Run by hand:
+"""Measure the coverage of 95% intervals, in the conditions for which it is promised and in others. Run by hand:
 
     python -m tests.benchmarks.interval_coverage [--replications 1000] [--seed 0] [--only NAME]
 
@@ -62,8 +62,8 @@ def frechet_world(
         return np.exp(tail * z) if tail else z
 
     def draw() -> dict[str, tuple[Estimate, float | None]]:
-        found = expand_frechet(rows(n) + shift, reference if m is None else moments(rows(m)))
-        return {"fd_infinity": (found.corrected, truth), "fd": (found.estimate, None)}
+        expansion = expand_frechet(rows(n) + shift, reference if m is None else moments(rows(m)))
+        return {"fd_infinity": (expansion.corrected, truth), "fd": (expansion.estimate, None)}
 
     return draw
 
@@ -78,8 +78,8 @@ def broken_world(rng: np.random.Generator, n: int) -> Draw:
 
     def draw() -> dict[str, tuple[Estimate, float | None]]:
         broken = rng.random(n) < 0.01
-        found = expand_frechet(rng.standard_normal((n, DIMENSION)) + np.outer(broken, far), reference)
-        return {"fd_infinity": (found.corrected, truth), "fd": (found.estimate, None)}
+        expansion = expand_frechet(rng.standard_normal((n, DIMENSION)) + np.outer(broken, far), reference)
+        return {"fd_infinity": (expansion.corrected, truth), "fd": (expansion.estimate, None)}
 
     return draw
 
@@ -96,19 +96,19 @@ def balanced_world(rng: np.random.Generator, n: int, num_classes: int = 5, balan
         labels = np.arange(n) % num_classes if balanced else rng.integers(0, num_classes, n)
         strata = labels if balanced else None
         features = centres[labels] + 0.5 + rng.standard_normal((n, DIMENSION))
-        found, of_balls = expand_frechet(features, reference, strata), manifolds(real, features, strata=strata)
+        expansion, manifold = expand_frechet(features, reference, strata), manifolds(real, features, strata=strata)
         hits = rng.random(n) < np.linspace(0.6, 1, num_classes)[labels]
         return {
-            "fd_infinity": (found.corrected, truth),
-            "fd": (found.estimate, None),
+            "fd_infinity": (expansion.corrected, truth),
+            "fd": (expansion.estimate, None),
             "kid": (kid(real, features, strata), None),
             "accuracy": (proportion_estimate(hits, strata), 0.8),
-            "precision": (of_balls.precision, None),
-            "recall": (of_balls.recall, None),
-            "density": (of_balls.density, None),
-            "coverage": (of_balls.coverage, None),
-            "clipped_density": (of_balls.clipped_density, None),
-            "clipped_coverage": (of_balls.clipped_coverage, None),
+            "precision": (manifold.precision, None),
+            "recall": (manifold.recall, None),
+            "density": (manifold.density, None),
+            "coverage": (manifold.coverage, None),
+            "clipped_density": (manifold.clipped_density, None),
+            "clipped_coverage": (manifold.clipped_coverage, None),
         }
 
     return draw
@@ -153,11 +153,12 @@ def measure(world: str, draw: Draw, replications: int) -> list[Row]:
     rows = []
     for metric in runs[0]:
         estimates = [run[metric][0] for run in runs]
-        known = runs[0][metric][1]
-        truth = float(np.mean([e.value for e in estimates])) if known is None else known
-        with_interval = [(e.low, e.high) for e in estimates if e.low is not None and e.high is not None]
-        held = float(np.mean([low <= truth <= high for low, high in with_interval])) if with_interval else float("nan")
-        rows.append(Row(world, metric, held, float(np.mean([bool(e.note) for e in estimates]))))
+        known_truth = runs[0][metric][1]
+        truth = float(np.mean([estimate.value for estimate in estimates])) if known_truth is None else known_truth
+        ends = [(estimate.low, estimate.high) for estimate in estimates]
+        hits = [low <= truth <= high for low, high in ends if low is not None and high is not None]
+        covered = float(np.mean(hits)) if hits else float("nan")
+        rows.append(Row(world, metric, covered, float(np.mean([bool(estimate.note) for estimate in estimates]))))
     return rows
 
 
@@ -178,8 +179,8 @@ def main(options: Options) -> None:
         if options.only in (None, world):
             draw = worlds(np.random.default_rng([options.seed, number]))[world]
             for row in measure(world, draw, options.replications):
-                held = "no interval" if np.isnan(row.held) else f"{100 * row.held:.1f}%"
-                print(f"| {row.world} | `{row.metric}` | {held} | {100 * row.noted:.0f}% |", flush=True)
+                coverage = "no interval" if np.isnan(row.held) else f"{100 * row.held:.1f}%"
+                print(f"| {row.world} | `{row.metric}` | {coverage} | {100 * row.noted:.0f}% |", flush=True)
 
 
 if __name__ == "__main__":

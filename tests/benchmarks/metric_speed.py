@@ -1,4 +1,4 @@
-"""Speed of metrics compared with straightforward implementations: alternating runs, and the median ratio.
+"""Compare the speed of metrics with straightforward implementations, by alternating runs and their median ratio.
 
 Times are CPU seconds summed over threads, so that other load on the machine has little effect.
 
@@ -118,8 +118,8 @@ def precision(options: Options) -> None:
     before = _peak_bytes()
 
     def ours() -> tuple[float, float]:
-        found = precision_recall(reference, samples)
-        return found[0].value, found[1].value
+        estimates = precision_recall(reference, samples)
+        return estimates[0].value, estimates[1].value
 
     ours()
     print(f"precision    {(_peak_bytes() - before) / 2**30:.2f} GiB at the peak in addition to the features; goal: 2")

@@ -1,10 +1,10 @@
-"""Speed of the networks against a plain path of the same networks, by ratios within one run. Run by hand:
+"""Compare the speed of the networks with a plain implementation of the same networks. Run by hand:
 
     python -m tests.benchmarks.model_speed [--pairs 20] [--device cuda] [--dtype bfloat16] [--compile] [--large]
 
-The plain path is what a straightforward float32 implementation does with the same weights: explicit attention, time
-embeddings made at every step, and a guidance gradient with autograd watching the U-Net too. Each row alternates both
-paths and prints the median ratio with a 95% interval of the median; MFU counts 2 FLOPs a multiply-add.
+The plain path is a straightforward float32 implementation with the same weights: explicit attention, time embeddings
+that are computed at every step, and a guidance gradient for which autograd also records the U-Net. Each row alternates
+both paths, and prints the median ratio with a 95% interval of the median. MFU counts 2 FLOPs a multiply-add.
 """
 
 import contextlib
@@ -32,14 +32,14 @@ PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100": 989e12, "NVIDIA A100": 312e1
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured."""
+    """The measurement."""
 
     pairs: int = 20  # alternating pairs a row
     batch_size: int = 1  # images
     device: str = "cpu"  # torch device
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of our path; the plain one is float32
-    compile: bool = False  # torch.compile our path
-    large: bool = False  # ADM-64 too
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of Admiral's path; the plain one is float32
+    compile: bool = False  # use torch.compile in Admiral's path
+    large: bool = False  # also measure ADM-64
     num_threads: int = 1  # CPU threads
 
 
@@ -67,8 +67,8 @@ def main(options: Options) -> None:
     for name, unet_config, classifier_config in networks:
         unet = unet_config.build().to(options.device).eval()
         classifier = classifier_config.build().to(options.device).eval()
-        for what, multiply_adds, plain, ours in _paths(options, unet, classifier, unet_config, classifier_config):
-            _row(options, name, what, multiply_adds, plain, ours)
+        for operation, multiply_adds, plain, ours in _paths(options, unet, classifier, unet_config, classifier_config):
+            _row(options, name, operation, multiply_adds, plain, ours)
 
 
 Path = Callable[[], object]
@@ -77,7 +77,7 @@ Path = Callable[[], object]
 def _paths(
     options: Options, unet: UNet, classifier: NoisyClassifier, config: UNetConfig, classifier_config: ClassifierConfig
 ) -> Iterator[tuple[str, int, Path, Path]]:
-    """(name, multiply-adds of an image, plain path, our path)."""
+    """Yield (operation, multiply-adds of an image, plain path, Admiral's path)."""
     diffusion = Diffusion(DiffusionConfig(schedule="cosine"), "25")
     n, device = options.batch_size, options.device
     x = torch.randn(n, 3, config.image_size, config.image_size, device=device)
@@ -118,13 +118,13 @@ def _paths(
         return run
 
     cost, guide = forward_multiply_adds(config), forward_multiply_adds(classifier_config)
-    yield "forward", cost, _plainly(lambda: forward(unet)), ours(lambda: forward(fast))
-    yield "forward+backward", 3 * cost, _plainly(lambda: backward(unet)), ours(lambda: backward(fast))
-    yield "guided step", cost + 2 * guide, _plainly(plain_guided), ours(our_guided)
+    yield "forward", cost, _with_explicit_attention(lambda: forward(unet)), ours(lambda: forward(fast))
+    yield "forward+backward", 3 * cost, _with_explicit_attention(lambda: backward(unet)), ours(lambda: backward(fast))
+    yield "guided step", cost + 2 * guide, _with_explicit_attention(plain_guided), ours(our_guided)
 
 
-def _plainly(path: Path) -> Path:
-    """`path` with attention written out."""
+def _with_explicit_attention(path: Path) -> Path:
+    """Return `path` with explicit instead of fused attention."""
 
     def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scale = q.shape[-1] ** -0.25
@@ -132,12 +132,12 @@ def _plainly(path: Path) -> Path:
 
     @contextlib.contextmanager
     def swapped() -> Iterator[None]:
-        kept = F.scaled_dot_product_attention
+        fused = F.scaled_dot_product_attention
         F.scaled_dot_product_attention = explicit  # type: ignore[assignment]
         try:
             yield
         finally:
-            F.scaled_dot_product_attention = kept
+            F.scaled_dot_product_attention = fused
 
     def run() -> None:
         with swapped():
@@ -146,7 +146,7 @@ def _plainly(path: Path) -> Path:
     return run
 
 
-def _row(options: Options, name: str, what: str, multiply_adds: int, plain: Path, ours: Path) -> None:
+def _row(options: Options, name: str, operation: str, multiply_adds: int, plain: Path, ours: Path) -> None:
     for path in (plain, ours, plain, ours):  # warm up
         path()
     pairs = np.array([[_seconds(plain, options.device), _seconds(ours, options.device)] for _ in range(options.pairs)])
@@ -158,7 +158,7 @@ def _row(options: Options, name: str, what: str, multiply_adds: int, plain: Path
     peak = PEAK_FLOPS.get(torch.cuda.get_device_name(), 0.0) if options.device == "cuda" else 0.0
     mfu = f"{2 * multiply_adds * options.batch_size / (our_ms / 1e3) / peak:.0%}" if peak else "-"
     interval = f"{ratios[low]:.3f} to {ratios[high]:.3f}"
-    print(f"{name:10} {what:18} {plain_ms:9.1f} {our_ms:9.1f} {np.median(ratios):10.3f} {interval:>16}  {mfu}")
+    print(f"{name:10} {operation:18} {plain_ms:9.1f} {our_ms:9.1f} {np.median(ratios):10.3f} {interval:>16}  {mfu}")
 
 
 def _seconds(path: Path, device: str) -> float:

@@ -1,7 +1,7 @@
-"""mosaicml-streaming's side of `data_speed`: run by it, in an environment that has that package.
+"""The process of `data_speed` that measures mosaicml-streaming, in an environment with that package.
 
-Makes shards of the files named in FOLDER/paths, then reads them all once for every line of its standard input and
-answers the seconds that took.
+Writes shards of the files named in FOLDER/paths. Then, for every line of its standard input, it reads all images once
+and prints the seconds.
 """
 
 import io
@@ -18,21 +18,21 @@ from orchestrator.data.crops import center_crop
 
 
 class Images(StreamingDataset):
-    """Decode and crop as ADM does."""
+    """Decodes images, and crops them with `center_crop`."""
 
     def __init__(self, folder: str, image_size: int, batch_size: int) -> None:
         super().__init__(local=folder, shuffle=True, batch_size=batch_size)
         self.image_size = image_size
 
-    def __getitem__(self, at: int) -> tuple[np.ndarray, int]:
-        sample = super().__getitem__(at)
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        sample = super().__getitem__(index)
         image = Image.open(io.BytesIO(sample["image"])).convert("RGB")
         crop = center_crop(image, self.image_size)
-        return np.array(crop[:, ::-1] if at % 2 else crop), sample["label"]
+        return np.array(crop[:, ::-1] if index % 2 else crop), sample["label"]
 
 
 def main(folder: str, image_size: int, processes: int, batch_size: int) -> None:
-    """Write the shards, then serve."""
+    """Write the shards, and then read all images for every line of the standard input."""
     shards = str(Path(folder, "shards"))
     paths = Path(folder, "paths").read_text().splitlines()
     with MDSWriter(out=shards, columns={"image": "bytes", "label": "int"}) as writer:

@@ -1,4 +1,4 @@
-"""The time saved by drawing noise in advance. Run by hand:
+"""Measure the time saved by drawing noise in advance. Run by hand:
 
     python -m tests.benchmarks.noise_ahead [--pairs 8]
 

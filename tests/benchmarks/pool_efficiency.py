@@ -1,4 +1,4 @@
-"""The overhead of the worker pool: two actors compared with two plain processes. Run by hand:
+"""Measure the overhead of the worker pool: two actors compared with two plain processes. Run by hand:
 
     python -m tests.benchmarks.pool_efficiency --store DIR [--pairs 20] [--shards 8]
 

@@ -1,4 +1,4 @@
-"""The cost of the pool's scheduling in the driver, for a thousand simulated actors. Run by hand:
+"""Measure the cost of the pool's scheduling in the driver, for a thousand simulated actors. Run by hand:
 
     python -m tests.benchmarks.scheduler [--actors 1000] [--ranges 100000] [--seconds 5]
 
@@ -59,7 +59,7 @@ def simulate(actors: int, ranges: int, length: Callable[[int], float]) -> tuple[
     clock = Clock()
     workers = [TimedActor(clock, length) for _ in range(actors)]
     for worker in workers:
-        worker.worked = _Forgetful()
+        worker.worked = _EmptyList()
     last_handed = begun = time.perf_counter()
     memory = [0, 0]
 
@@ -76,7 +76,7 @@ def simulate(actors: int, ranges: int, length: Callable[[int], float]) -> tuple[
     return ended - begun, ended - last_handed, (memory[0], memory[1])
 
 
-class _Forgetful(list):
+class _EmptyList(list):
     """A list that stays empty, so that the simulation's own memory does not grow."""
 
     def append(self, item: object) -> None:
@@ -97,8 +97,8 @@ def ray_wait_seconds(calls: int, repetitions: int = 50) -> float:
         running = [actor.work.remote(3600.0) for _ in range(calls)]
         done = [ray.put(None) for _ in range(repetitions)]
         begun = time.perf_counter()
-        for one in itertools.islice(done, repetitions):
-            ray.wait([*running, one], num_returns=1)
+        for finished in itertools.islice(done, repetitions):
+            ray.wait([*running, finished], num_returns=1)
         return (time.perf_counter() - begun) / repetitions
 
 

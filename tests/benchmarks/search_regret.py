@@ -1,4 +1,4 @@
-"""The regret of searches: how much worse than the best setting is the chosen one, over hundreds of replayed searches.
+"""Measure the regret of searches: how much worse the chosen setting is than the best, over hundreds of replays.
 
     python -m tests.benchmarks.search_regret --store runs/demo-search
 
@@ -48,9 +48,9 @@ BATCH = 256  # samples that are drawn and stored together
 
 @dataclass(frozen=True)
 class Regret:
-    """What is drawn, and how many searches run."""
+    """The samples that are drawn, and the searches that are replayed."""
 
-    store: str = "runs/demo-search"  # with the digits' dataset and networks, as `make demo-search` leaves them
+    store: str = "runs/demo-search"  # with the digits' dataset and networks of `make demo-search`
     cache: str = "runs/search-regret"  # features of all settings
     weights: str = "digits/diffusion"
     scales: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0)
@@ -129,23 +129,23 @@ class World:
 
     def __init__(self, features: dict[Setting, np.ndarray], labels: np.ndarray, reference: Gaussian, full: int) -> None:
         self.full, self.rungs = full, rungs_to(full)
-        self.settings, self._features, self._labels, self.reference = list(features), features, labels, reference
-        strata = labels
-        self.truth = {s: float(frechet_scores(x, reference, strata).mean()) for s, x in features.items()}
+        self.settings = list(features)
+        self.reference = reference
+        self._features, self._labels = features, labels
+        self.truth = {s: float(frechet_scores(x, reference, labels).mean()) for s, x in features.items()}
         self.best = min(self.truth, key=lambda setting: self.truth[setting])
 
     def shuffle(self, seed: int) -> None:
         """Choose the indices of a replay: index i has class i modulo K, as with balanced labels."""
         self.seed, rng = seed, np.random.default_rng([20, seed])
         classes = [rng.permutation(np.flatnonzero(self._labels == label)) for label in np.unique(self._labels)]
-        each = -(-self.full // len(classes))
-        self._rows = np.stack([rows[:each] for rows in classes], axis=1).ravel()[: self.full]
+        rows_per_class = -(-self.full // len(classes))
+        self._rows = np.stack([rows[:rows_per_class] for rows in classes], axis=1).ravel()[: self.full]
         self._known: dict[tuple[Setting, int], Outcome] = {}
 
     def outcome(self, setting: Setting, n: int) -> Outcome:
         if (setting, n) not in self._known:
-            rows, labels = self._features[setting][self._rows[:n]], self._labels[self._rows[:n]]
-            strata = labels
+            rows, strata = self._features[setting][self._rows[:n]], self._labels[self._rows[:n]]
             scores = {OBJECTIVE: frechet_scores(rows, self.reference, strata)}
             self._known[setting, n] = Outcome(scores, strata, {}, (OBJECTIVE,))
         return self._known[setting, n]
@@ -155,7 +155,7 @@ class World:
 
     @property
     def full_evaluations(self) -> float:
-        """Network evaluations of the full grid."""
+        """Return the number of network evaluations of the full grid."""
         return self.full * float(sum(setting.evaluations for setting in self.settings))
 
 
@@ -163,7 +163,7 @@ class World:
 
 
 @dataclass
-class Found:
+class Choice:
     """The choice of a strategy, and its cost."""
 
     setting: Setting
@@ -172,17 +172,17 @@ class Found:
     eliminated_best: bool = False
 
 
-def uniform(world: World, share: float) -> Found:
+def uniform(world: World, share: float) -> Choice:
     """Draw the same number of samples of every setting."""
     n = int(share * world.full)
     chosen = min(world.settings, key=lambda setting: world.value(setting, n))
-    return Found(chosen, n * len(world.settings), share * world.full_evaluations)
+    return Choice(chosen, n * len(world.settings), share * world.full_evaluations)
 
 
-def plain_halving(world: World, share: float) -> Found:
+def plain_halving(world: World, share: float) -> Choice:
     """Run plain successive halving: every rung has an equal budget and keeps the better half, until one is left.
 
-    The budget is of network evaluations, as that of the others.
+    The budget is in network evaluations, like that of the other strategies.
     """
     alive, drawn = list(world.settings), dict.fromkeys(world.settings, 0)
     rungs = int(np.ceil(np.log2(len(alive))))
@@ -195,39 +195,39 @@ def plain_halving(world: World, share: float) -> Found:
     return _spent(alive[0], drawn)
 
 
-def asha(world: World, share: float) -> Found:
+def asha(world: World, share: float) -> Choice:
     """Run ASHA with reduction factor 2: promote a trial as soon as it is in the better half of its rung."""
     drawn = dict.fromkeys(world.settings, 0)
-    at: list[list[Setting]] = [[] for _ in world.rungs]
+    rungs: list[list[Setting]] = [[] for _ in world.rungs]
     waiting = [world.settings[i] for i in np.random.default_rng([21, world.seed]).permutation(len(world.settings))]
     while True:
-        move = _promotable(world, at)
-        if move is None and not waiting:
+        promotion = _promotable(world, rungs)
+        if promotion is None and not waiting:
             break
-        level, setting = move or (0, waiting.pop(0))
+        level, setting = promotion or (0, waiting.pop(0))
         cost = (world.rungs[level] - drawn[setting]) * setting.evaluations
         if sum(n * s.evaluations for s, n in drawn.items()) + cost > share * world.full_evaluations:
             break
         drawn[setting] = world.rungs[level]
-        at[level].append(setting)
-    top = max(level for level, found in enumerate(at) if found)
-    return _spent(min(at[top], key=lambda setting: world.value(setting, world.rungs[top])), drawn)
+        rungs[level].append(setting)
+    top = max(level for level, settings in enumerate(rungs) if settings)
+    return _spent(min(rungs[top], key=lambda setting: world.value(setting, world.rungs[top])), drawn)
 
 
-def _promotable(world: World, at: list[list[Setting]]) -> tuple[int, Setting] | None:
+def _promotable(world: World, rungs: list[list[Setting]]) -> tuple[int, Setting] | None:
     for level in range(len(world.rungs) - 2, -1, -1):
-        ranked = sorted(at[level], key=lambda setting: world.value(setting, world.rungs[level]))
+        ranked = sorted(rungs[level], key=lambda setting: world.value(setting, world.rungs[level]))
         for setting in ranked[: len(ranked) // 2]:
-            if setting not in at[level + 1]:
+            if setting not in rungs[level + 1]:
                 return level + 1, setting
     return None
 
 
-def _spent(chosen: Setting, drawn: dict[Setting, int]) -> Found:
-    return Found(chosen, sum(drawn.values()), sum(n * setting.evaluations for setting, n in drawn.items()))
+def _spent(chosen: Setting, drawn: dict[Setting, int]) -> Choice:
+    return Choice(chosen, sum(drawn.values()), sum(n * setting.evaluations for setting, n in drawn.items()))
 
 
-def ours(world: World, share: float, proxy: bool = False) -> Found:
+def ours(world: World, share: float, proxy: bool = False) -> Choice:
     """Run the search of `orchestrator.search`."""
     limit = Limit(100 * share, "%") if share < 1 else Limit()
     budget = SampleBudget(limit, 1, world.full_evaluations)
@@ -240,10 +240,10 @@ def ours(world: World, share: float, proxy: bool = False) -> Found:
     list(halving.run())
     best = [trial for trial in halving.trials if trial.setting == world.best]
     chosen = halving.ranked()[0].setting
-    return Found(chosen, budget.samples, budget.evaluations, any(trial.eliminated for trial in best))
+    return Choice(chosen, budget.samples, budget.evaluations, any(trial.eliminated for trial in best))
 
 
-Strategy = Callable[[World, float], Found]
+Strategy = Callable[[World, float], Choice]
 
 STRATEGIES: dict[str, Strategy] = {
     "uniform": uniform,
@@ -261,22 +261,22 @@ def rows(world: World, replays: int, shares: tuple[float, ...]) -> Iterator[dict
     """Yield a row for each strategy and budget."""
     runs: list[tuple[str, float, Strategy]] = [("full grid", 1.0, uniform), ("search, no budget", 1.0, ours)]
     runs += [(name, share, strategy) for share in shares for name, strategy in STRATEGIES.items()]
-    found: list[list[Found]] = [[] for _ in runs]
+    choices_by_run: list[list[Choice]] = [[] for _ in runs]
     for seed in range(replays):
         world.shuffle(seed)
-        for each, (_, share, strategy) in zip(found, runs, strict=True):
-            each.append(strategy(world, share))
-    for (name, share, _), each in zip(runs, found, strict=True):
-        regrets = np.array([world.truth[f.setting] - world.truth[world.best] for f in each])
+        for choices, (_, share, strategy) in zip(choices_by_run, runs, strict=True):
+            choices.append(strategy(world, share))
+    for (name, share, _), choices in zip(runs, choices_by_run, strict=True):
+        regrets = np.array([world.truth[choice.setting] - world.truth[world.best] for choice in choices])
         yield {
             "strategy": name,
             "share": share,
             "regret": float(regrets.mean()),
             "error": float(regrets.std(ddof=1) / np.sqrt(replays)),
-            "best": float(np.mean([f.setting == world.best for f in each])),
-            "eliminated": float(np.mean([f.eliminated_best for f in each])),
-            "samples": float(np.mean([f.samples for f in each])) / (world.full * len(world.settings)),
-            "evaluations": float(np.mean([f.evaluations for f in each])) / world.full_evaluations,
+            "best": float(np.mean([choice.setting == world.best for choice in choices])),
+            "eliminated": float(np.mean([choice.eliminated_best for choice in choices])),
+            "samples": float(np.mean([choice.samples for choice in choices])) / (world.full * len(world.settings)),
+            "evaluations": float(np.mean([choice.evaluations for choice in choices])) / world.full_evaluations,
         }
 
 
@@ -290,16 +290,16 @@ def load(regret: Regret) -> World:
     input_ = find_reference(config.path(config.reference), 8)
     reference = extract_reference(input_, loader, loader(CPU), folder, 0).statistics["pool"]
     files = {setting: [np.load(path_of(regret, part)) for part in parts(regret, [setting])] for setting in grid}
-    features = {setting: np.concatenate([file["pool"] for file in found]) for setting, found in files.items()}
+    features = {setting: np.concatenate([file["pool"] for file in batches]) for setting, batches in files.items()}
     labels = np.concatenate([file["labels"] for file in files[grid[0]]])
     gaussian = reference.gaussian if isinstance(reference, Moments) else reference
     return World(features, labels, gaussian, regret.full)
 
 
 def synthetic(regret: Regret, seed: int) -> World:
-    """Return a world like that of a guided model: the scale separates and narrows classes, steps reduce an error.
+    """Return a world like that of a guided model: the scale separates and narrows classes, and steps reduce an error.
 
-    It has 32 dimensions with a falling spectrum, 10 classes, and noise that the settings share as they would share x_T.
+    It has 32 dimensions with a falling spectrum, 10 classes, and noise that the settings share like x_T.
     """
     rng, count = np.random.default_rng([7, seed]), 3 * regret.full
     dimensions, classes = 32, 10
@@ -310,13 +310,13 @@ def synthetic(regret: Regret, seed: int) -> World:
     reference = moments(centres[drawn] + spread * rng.standard_normal((len(drawn), dimensions))).gaussian
     labels = np.arange(count) % classes
     shared, blur = rng.standard_normal((2, count, dimensions))
-    confused, other = rng.random(count), rng.integers(0, classes, count)
+    confused, wrong_label = rng.random(count), rng.integers(0, classes, count)
     drift = rng.standard_normal(dimensions) * np.sqrt(spectrum) * 0.3
     features = {}
     for sampler, steps, scale in itertools.product(regret.samplers, regret.num_steps, regret.scales):
-        error, alike = (1.0 / steps, 0.9) if sampler == "ddim" else (1.6 / steps, 0.5)
-        noise = np.sqrt(alike) * shared + np.sqrt(1 - alike) * rng.standard_normal((count, dimensions))
-        label = np.where(confused < 0.25 * np.exp(-scale), other, labels)
+        error, correlation = (1.0 / steps, 0.9) if sampler == "ddim" else (1.6 / steps, 0.5)
+        noise = np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * rng.standard_normal((count, dimensions))
+        label = np.where(confused < 0.25 * np.exp(-scale), wrong_label, labels)
         x = (1 + 0.03 * scale) * centres[label] + (1 - 0.05 * scale) * spread * noise
         x = x + error * (drift + 0.5 * np.exp(-scale / 2) * np.sqrt(spectrum) * blur)
         setting = Setting(

@@ -1,4 +1,4 @@
-"""How often a search eliminates the best trial, in simulated worlds whose best trial is known.
+"""Count how often a search eliminates the best trial, in simulated worlds whose best trial is known.
 
     python -m tests.benchmarks.search_worlds --runs 200
 

@@ -1,4 +1,4 @@
-"""Growth of memory, log files and metrics while the stream reads thousands of units. Run by hand:
+"""Measure the growth of memory, log files and metrics while the stream reads thousands of units. Run by hand:
 
     python -m tests.benchmarks.stream_endurance [--units 10000] [--step-ms 0]
 
@@ -75,8 +75,8 @@ def series() -> int:
 def memory() -> dict[str, float]:
     """Return the resident memory of the largest process of each kind, in MiB."""
     this = psutil.Process()
-    found = dict.fromkeys(["consumer", *KINDS], 0.0)
-    found["consumer"] = this.memory_info().rss / 2**20
+    sizes = dict.fromkeys(["consumer", *KINDS], 0.0)
+    sizes["consumer"] = this.memory_info().rss / 2**20
     for process in this.children(recursive=True):
         try:
             line, size = " ".join(process.cmdline()), process.memory_info().rss / 2**20
@@ -84,8 +84,8 @@ def memory() -> dict[str, float]:
             continue  # the process has just ended
         for kind, pattern in KINDS.items():
             if re.search(pattern, line):
-                found[kind] = max(found[kind], size)
-    return found
+                sizes[kind] = max(sizes[kind], size)
+    return sizes
 
 
 def main(options: Options) -> int:

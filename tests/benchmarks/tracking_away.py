@@ -1,4 +1,4 @@
-"""The cost of an unreachable tracking server for a training step. Run by hand:
+"""Measure the cost of an unreachable tracking server for a training step. Run by hand:
 
     python -m tests.benchmarks.tracking_away [--pairs 20] [--steps 100]
 
@@ -33,32 +33,33 @@ class Options:
 
 def main(options: Options) -> None:
     """Print the results."""
-    rng, seconds, step = np.random.default_rng(0), dict[str, list[float]](there=[], away=[]), 0
+    rng, seconds, step = np.random.default_rng(0), dict[str, list[float]](reachable=[], unreachable=[]), 0
     with tempfile.TemporaryDirectory() as folder, servers.mlflow_server(folder) as (uri, _):
         proxy = Proxy(uri)
-        tracker = Tracker("away", f"{folder}/run", proxy.endpoint)
+        tracker = Tracker("benchmark", f"{folder}/run", proxy.endpoint)
         for pair in range(-1, options.pairs):  # the first pair is a warm-up
             for name in rng.permutation(list(seconds)):
-                rule = proxy.add("reset") if name == "away" else None
-                taken = window(tracker, range(step, step + options.steps))
+                rule = proxy.add("reset") if name == "unreachable" else None
+                duration = window(tracker, range(step, step + options.steps))
                 step += options.steps
                 if rule is not None:
                     proxy.remove(rule)
                 while tracker.unsent:  # so that the next window does not send these
                     time.sleep(0.1)
                 if pair >= 0:
-                    seconds[name].append(taken / options.steps)
+                    seconds[name].append(duration / options.steps)
         tracker.finish("FINISHED")
         client = MlflowClient(uri)
         (run,) = client.search_runs([client.get_experiment_by_name(experiment_name()).experiment_id])
-        kept = len(client.get_metric_history(run.info.run_id, "number_0"))
+        num_stored = len(client.get_metric_history(run.info.run_id, "number_0"))
         proxy.close()
     for name, values in seconds.items():
-        print(f"{name:6} {np.median(values) * 1e3:7.2f} ms a step")
-    ratios = np.sort(np.array(seconds["away"]) / np.array(seconds["there"]))
+        print(f"{name:11} {np.median(values) * 1e3:7.2f} ms a step")
+    ratios = np.sort(np.array(seconds["unreachable"]) / np.array(seconds["reachable"]))
     low, high = median_interval(ratios)
-    print(f"away/there over {options.pairs} pairs: {np.median(ratios):.3f}, 95% interval {low:.3f} to {high:.3f}")
-    print(f"{kept:,} of {step:,} records of each number are in MLflow")
+    interval = f"95% interval {low:.3f} to {high:.3f}"
+    print(f"unreachable/reachable over {options.pairs} pairs: {np.median(ratios):.3f}, {interval}")
+    print(f"{num_stored:,} of {step:,} records of each number are in MLflow")
 
 
 def window(tracker: Tracker, steps: range) -> float:

@@ -1,4 +1,4 @@
-"""The overhead of Ray in a training: the same loop under Ray and in plain processes. Run by hand:
+"""Measure the overhead of Ray in a training: the same loop under Ray and in plain processes. Run by hand:
 
     python -m tests.benchmarks.train_overhead [--pairs 20] [--steps 16] [--workers 2]
 
@@ -58,7 +58,7 @@ class Options:
     image_size: int = 32  # pixels
     batch_size: int = 64  # images in a step, over all workers
     read_ahead: int = 1024  # rows that Ray reads before they are needed
-    side: Kind | None = None  # used by the benchmark itself: run one side in `folder`
+    side: Kind | None = None  # set by the benchmark itself to run one side in `folder`
     folder: str = ""
 
 
@@ -73,7 +73,7 @@ def main(options: Options) -> int:
         with contextlib.ExitStack() as stack:
             sides: list[Side] = []
             for kind in times:
-                sides.append(stack.enter_context(started(replace(options, side=kind, folder=folder))))
+                sides.append(stack.enter_context(start_side(replace(options, side=kind, folder=folder))))
                 sides[-1].halt()
             for pair in range(-2, options.pairs):  # the first two pairs are a warm-up
                 for side in sides:
@@ -96,7 +96,7 @@ class Side:
         self._process, self._stamps = process, stamps
 
     def measure(self, steps: int) -> float:
-        """Continue for `steps` steps after the interrupted one; return their mean seconds."""
+        """Continue for `steps` steps after the interrupted one, and return their mean seconds."""
         before = len(self.step_ends())
         self._signal(signal.SIGCONT)
         self.await_steps(before + 1 + steps)
@@ -112,8 +112,8 @@ class Side:
         """Return the times at which rank 0 finished its steps."""
         if not self._stamps.exists():
             return []
-        found = self._stamps.read_bytes()
-        return [moment for (moment,) in struct.iter_unpack("d", found[: len(found) // 8 * 8])]
+        data = self._stamps.read_bytes()
+        return [moment for (moment,) in struct.iter_unpack("d", data[: len(data) // 8 * 8])]
 
     def await_steps(self, count: int) -> None:
         """Wait until `count` steps are finished."""
@@ -130,7 +130,7 @@ class Side:
 
 
 @contextlib.contextmanager
-def started(options: Options) -> Iterator[Side]:
+def start_side(options: Options) -> Iterator[Side]:
     """Start a side in its own processes, and yield it after its first steps."""
     assert options.side is not None
     settings = [f"--{name.replace('_', '-')}={value}" for name, value in vars(options).items()]

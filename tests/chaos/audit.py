@@ -16,8 +16,8 @@ from tests.orchestrator.training.runs import newest_checkpoint
 RECORD = re.compile(r"(\d{12})-(\d{4})-of-(\d{4})-process-(\d+)-(\w+)\.json")
 
 
-class Recorded(NamedTuple):
-    """The worker that wrote the audit log of a step."""
+class AuditName(NamedTuple):
+    """The parts of the name of an audit log: the step's position, and the worker that wrote it."""
 
     position: int
     rank: int
@@ -26,12 +26,12 @@ class Recorded(NamedTuple):
     attempt: str
 
 
-def recorded(name: str) -> Recorded | None:
+def parse_audit_name(name: str) -> AuditName | None:
     """Parse the name of an audit log; return None for any other name."""
-    if (found := RECORD.search(name)) is None:
+    if (match := RECORD.search(name)) is None:
         return None
-    position, rank, world_size, process, attempt = found.groups()
-    return Recorded(int(position), int(rank), int(world_size), int(process), attempt)
+    position, rank, world_size, process, attempt = match.groups()
+    return AuditName(int(position), int(rank), int(world_size), int(process), attempt)
 
 
 def state_hash(config: AdmConfig) -> str:
@@ -39,16 +39,16 @@ def state_hash(config: AdmConfig) -> str:
 
     Check that the exported weights are equal to the EMAs in the checkpoint.
     """
-    found = newest_checkpoint(config.path(config.output))
-    assert found is not None and found.position == config.length, f"{config.output} has not finished"
+    checkpoint = newest_checkpoint(config.path(config.output))
+    assert checkpoint is not None and checkpoint.position == config.length, f"{config.output} has not finished"
     for rate in config.ema_rates:
         name = f"weights/images-{config.length:012d}-ema-{rate}.safetensors"
         network = load_network(storage.join(config.path(config.output), name)).module
         for key, parameter in network.named_parameters():
-            assert torch.equal(parameter, found.tensors[f"ema-{rate}.{key}"]), f"{name} differs in {key}"
-    digest = hashlib.sha256(json.dumps(found.facts, sort_keys=True).encode())
-    for key in sorted(found.tensors):
-        tensor = found.tensors[key].contiguous()
+            assert torch.equal(parameter, checkpoint.tensors[f"ema-{rate}.{key}"]), f"{name} differs in {key}"
+    digest = hashlib.sha256(json.dumps(checkpoint.facts, sort_keys=True).encode())
+    for key in sorted(checkpoint.tensors):
+        tensor = checkpoint.tensors[key].contiguous()
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
 
@@ -62,34 +62,34 @@ def consumed(config: AdmConfig, first: int = 0) -> list[dict[str, Any]]:
     folder = config.path(config.audit_dir)
     of_position: dict[int, dict[int, dict[int, list]]] = defaultdict(lambda: defaultdict(dict))
     for name in storage.list_names(folder):
-        who = recorded(name)
-        assert who is not None, f"{name} is not an audit log of a step"
-        if who.position < first:
+        log = parse_audit_name(name)
+        assert log is not None, f"{name} is not an audit log of a step"
+        if log.position < first:
             continue
-        rows = _rows(storage.read_json(storage.join(folder, name)), who.position)
-        seen = of_position[who.position][who.world_size].setdefault(who.rank, rows)
-        same = seen == rows if config.reduction == "exact" else _without_loss(seen) == _without_loss(rows)
-        assert same, f"two attempts consumed different rows: {name}"
+        rows = _rows(storage.read_json(storage.join(folder, name)), log.position)
+        earlier = of_position[log.position][log.world_size].setdefault(log.rank, rows)
+        equal = earlier == rows if config.reduction == "exact" else _without_loss(earlier) == _without_loss(rows)
+        assert equal, f"two attempts consumed different rows: {name}"
     assert sorted(of_position) == list(range(first, config.length, config.batch_size)), "steps are missing"
-    return [row for position in sorted(of_position) for row in _whole_batch(position, of_position[position])]
+    return [row for position in sorted(of_position) for row in _global_batch(position, of_position[position])]
 
 
 def _rows(content: dict[str, Any], position: int) -> list[dict[str, Any]]:
     return [{"position": position} | dict(zip(content["columns"], row, strict=True)) for row in content["rows"]]
 
 
-def _whole_batch(position: int, by_world_size: dict[int, dict[int, list]]) -> list[dict[str, Any]]:
+def _global_batch(position: int, by_world_size: dict[int, dict[int, list]]) -> list[dict[str, Any]]:
     """Return the rows of a step over all workers; check that every number of workers consumed the same rows."""
-    whole = [
+    complete = [
         [row for rank in sorted(ranks) for row in ranks[rank]] for w, ranks in by_world_size.items() if len(ranks) == w
     ]
-    assert whole, f"no attempt recorded the whole step at {position}"
+    assert complete, f"no attempt recorded the complete step at {position}"
     for world_size, ranks in by_world_size.items():
-        share = len(whole[0]) // world_size
+        rows_per_worker = len(complete[0]) // world_size
         for rank, rows in ranks.items():
-            expected = whole[0][rank * share : (rank + 1) * share]
+            expected = complete[0][rank * rows_per_worker : (rank + 1) * rows_per_worker]
             assert _without_loss(rows) == _without_loss(expected), f"worker {rank} of {world_size} at {position}"
-    return whole[0]
+    return complete[0]
 
 
 def _without_loss(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

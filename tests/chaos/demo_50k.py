@@ -57,12 +57,12 @@ class Demo:
 class Run:
     """The observations of a generation, over all restarts of its driver."""
 
-    shards: int  # to be made
-    killed: list[str] = field(default_factory=list)  # the state of each victim
+    shards: int  # number of shards to generate
+    killed: list[str] = field(default_factory=list)  # the state of each killed process
     memory: list[tuple[int, int, int]] = field(default_factory=list)  # restarts, shards done, resident bytes of driver
 
     def growth(self, life: int) -> tuple[float, float]:
-        """Return the memory of a driver in MiB at half of all samples (or at its start) and at its end."""
+        """Return the driver's MiB after `life` restarts, at half of all samples (or at its start) and at its end."""
         rows = [(done, rss) for number, done, rss in self.memory if number == life]
         half = next(rss for done, rss in rows if done >= max(self.shards / 2, rows[0][0] + 1))
         return half / 2**20, rows[-1][1] / 2**20
@@ -130,9 +130,9 @@ def generate(demo: Demo, output: str, events: list[tuple[float, str]], rng: Any 
                 events.pop(0)
                 run.killed.append("driver")
                 driver, life = subprocess.Popen(command, cwd=ROOT), life + 1
-        elif did := kill(victims[int(rng.integers(len(victims)))]):
+        elif state := kill(victims[int(rng.integers(len(victims)))]):
             events.pop(0)
-            run.killed.append(did)
+            run.killed.append(state)
     if driver.returncode:
         raise RuntimeError(f"the generation ended with exit code {driver.returncode}")
     return run
@@ -140,21 +140,21 @@ def generate(demo: Demo, output: str, events: list[tuple[float, str]], rng: Any 
 
 def sampling_workers() -> list[psutil.Process]:
     """Return the processes of Ray workers that sample or start."""
-    found = []
+    processes = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if "".join(process.cmdline()).startswith(WORKER):
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 def kill(victim: psutil.Process) -> str:
     """Kill a worker; return whether it was working or starting, or an empty string if it had already ended."""
     with contextlib.suppress(psutil.NoSuchProcess, IndexError):
-        doing = "working" if victim.cmdline()[0].startswith(f"{WORKER}.work") else "starting"
+        state = "working" if victim.cmdline()[0].startswith(f"{WORKER}.work") else "starting"
         victim.kill()
         victim.wait(timeout=30)
-        return doing
+        return state
     return ""
 
 
@@ -167,7 +167,7 @@ def compare(demo: Demo, bucket: str) -> dict[str, Any]:
         for _, rows in read_rows(f"{bucket}/{name}", 0, demo.samples):
             doubled += len(hashes[name].keys() & set(rows["index"]))
             hashes[name] |= zip(rows["index"], rows["sha256"], strict=True)
-    missing = sum(demo.samples - len(found) for found in hashes.values())
+    missing = sum(demo.samples - len(digests) for digests in hashes.values())
     equal = hashes["undisturbed"] == hashes["disturbed"] and len(set(hashes["disturbed"].values())) > demo.samples // 2
     return {"missing": missing, "doubled": doubled, "hashes_equal": equal}
 

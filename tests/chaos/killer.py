@@ -1,7 +1,7 @@
-"""Kills the processes of a training at planned moments.
+"""Kill the processes of a training at planned moments.
 
-The proxy makes each moment certain: it holds the request that marks the moment (the audit log of a step, a part of a
-checkpoint, or its commit), the victim is killed, and the held request never reaches the storage.
+The proxy makes each moment reproducible. It holds the request that marks the moment (the audit log of a step, a part of
+a checkpoint, or its commit). Then the victim is killed, so that the held request never reaches the storage.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import psutil
 
 from orchestrator import storage
 from orchestrator.training.config import AdmConfig
-from tests.chaos.audit import Recorded, recorded
+from tests.chaos.audit import AuditName, parse_audit_name
 from tests.chaos.proxy import Proxy, Request, Rule
 
 TIMEOUT_SECONDS = 180.0  # for a planned moment
@@ -28,7 +28,7 @@ Victim = Literal["any worker", "the driver"]
 
 
 class Kill(NamedTuple):
-    """What to kill and when; `position` is that of the step or of the checkpoint being written, in images."""
+    """A process to kill and the moment. `position` is that of the step or of the checkpoint, in images."""
 
     phase: Phase
     position: int
@@ -46,15 +46,15 @@ def random_plan(config: AdmConfig, count: int, seed: int, drivers: bool) -> list
     if count > len(marks):
         raise ValueError(f"{count} kills do not fit into a training of {len(marks)} checkpoints")
     kills: list[Kill] = []
-    phases: list[Phase] = ["mid-step", "mid-upload", "between upload and commit", "first step after a resume"]
+    phases: list[Phase] = []
     for mark in sorted(rng.sample(marks, count)):
-        # Use all phases in random order, before any is used again. Only after a kill there is a resume.
-        if not kills or not phases:
+        # Use all phases in random order before one is repeated. The first kill has no resume before it.
+        if not phases:
             phases = ["mid-step", "mid-upload", "between upload and commit", "first step after a resume"]
         phase = rng.choice(phases if kills else phases[:3])
         phases.remove(phase)
-        later = rng.randrange(0, config.checkpoint_every, config.batch_size) if phase == "mid-step" else 0
-        kills.append(Kill(phase, mark + later, "the driver" if drivers and rng.random() < 0.3 else "any worker"))
+        offset = rng.randrange(0, config.checkpoint_every, config.batch_size) if phase == "mid-step" else 0
+        kills.append(Kill(phase, mark + offset, "the driver" if drivers and rng.random() < 0.3 else "any worker"))
     return kills
 
 
@@ -66,7 +66,7 @@ class Killer(threading.Thread):
         self._proxy, self._config, self._plan, self._driver = proxy, config, plan, driver
         self._rng = random.Random(seed)
         self._seen = len(proxy.requests)
-        self._workers: dict[int, Recorded] = {}  # rank -> the newest process known
+        self._workers: dict[int, AuditName] = {}  # rank -> its newest process
         self._ended: set[int] = set()  # processes of attempts that were killed
         self._training_over = threading.Event()
         self._done = 0  # kills of the plan that were carried out
@@ -80,16 +80,17 @@ class Killer(threading.Thread):
                 request = self._await(kill, rule)
                 self._learn_processes()
                 if kill.phase == "first step after a resume":
-                    assert (who := recorded(request.target)) and who.position > 0, (
-                        f"{kill}: the training did not resume"
-                    )
+                    log = parse_audit_name(request.target)
+                    assert log is not None and log.position > 0, f"{kill}: the training did not resume"
                 else:
                     self._await_checkpoint_before(kill)
                 self._ended |= {worker.process for worker in self._workers.values()}
-                held, rule = rule, self._watch_for(self._plan[number]) if number < len(self._plan) else rule
-                self._hit(kill)
+                held_rule = rule
+                if number < len(self._plan):
+                    rule = self._watch_for(self._plan[number])
+                self._kill(kill)
                 self._done = number
-                self._proxy.remove(held)
+                self._proxy.remove(held_rule)
         except BaseException as error:  # noqa: BLE001 - raised by `check`, in the main thread
             self._error = error
             self._proxy.clear()
@@ -114,11 +115,11 @@ class Killer(threading.Thread):
 
     def _watch_for(self, kill: Kill) -> Rule:
         checkpoint = rf"{re.escape(self._config.output)}/checkpoints/images-{kill.position:012d}"
-        others = "".join(f"(?!{process}-)" for process in sorted(self._ended))
+        not_ended = "".join(f"(?!{process}-)" for process in sorted(self._ended))
         target = {
-            "mid-step": rf"/{kill.position:012d}-.*-process-{others}\d+",
-            "stop": rf"/{kill.position:012d}-.*-process-{others}\d+",
-            "first step after a resume": rf"/\d{{12}}-\d+-of-\d+-process-{others}\d+",
+            "mid-step": rf"/{kill.position:012d}-.*-process-{not_ended}\d+",
+            "stop": rf"/{kill.position:012d}-.*-process-{not_ended}\d+",
+            "first step after a resume": rf"/\d{{12}}-\d+-of-\d+-process-{not_ended}\d+",
             "mid-upload": rf"{checkpoint}/state-.*partNumber",
             "between upload and commit": rf"{checkpoint}/commit-",
         }[kill.phase]
@@ -127,13 +128,13 @@ class Killer(threading.Thread):
     def _learn_processes(self) -> None:
         """Find the processes of the current attempt from the first audit logs of all its workers."""
         deadline = time.monotonic() + TIMEOUT_SECONDS
-        self._workers = {rank: who for rank, who in self._workers.items() if who.process not in self._ended}
+        self._workers = {rank: log for rank, log in self._workers.items() if log.process not in self._ended}
         while True:
             requests = self._proxy.requests
             for request in requests[self._seen :]:
-                who = recorded(request.target) if f"{self._config.audit_dir}/" in request.target else None
-                if who is not None and who.process not in self._ended:
-                    self._workers[who.rank] = who
+                log = parse_audit_name(request.target) if f"{self._config.audit_dir}/" in request.target else None
+                if log is not None and log.process not in self._ended:
+                    self._workers[log.rank] = log
                 self._seen += 1
             if self._workers and len(self._workers) == next(iter(self._workers.values())).world_size:
                 return
@@ -152,14 +153,14 @@ class Killer(threading.Thread):
                 raise TimeoutError(f"no checkpoint was committed in {folder}")
             time.sleep(0.05)
 
-    def _hit(self, kill: Kill) -> None:
+    def _kill(self, kill: Kill) -> None:
         if kill.phase == "stop":
             os.kill(self._driver(), signal.SIGTERM)
-            time.sleep(2)  # until the stop flag has reached the workers, none of which can end the step meanwhile
+            time.sleep(2)  # the stop flag reaches the workers, none of which can end the step before
             return
         rank = self._rng.choice(sorted(self._workers))
         process = self._driver() if kill.victim == "the driver" else self._workers[rank].process
-        if kill.victim == "the driver":  # its workers train for some seconds; let them write no audit logs
+        if kill.victim == "the driver":  # its workers continue for some seconds, and must not write audit logs
             for worker in self._workers.values():
                 self._proxy.add("stall", "PUT", f"-process-{worker.process}-")
         victim = psutil.Process(process)

@@ -1,6 +1,6 @@
-"""Clusters of several nodes, which are local processes, and the loss of a whole node.
+"""Clusters of several nodes, which are local processes, and the loss of a node.
 
-Ray's own processes on a node die first, and its workers do not notice at once.
+A node is lost by killing its raylet. Its workers notice this only later.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from tests import servers
-from tests.chaos.audit import recorded
+from tests.chaos.audit import parse_audit_name
 from tests.chaos.proxy import Proxy
 from tests.chaos.trainings import CHECKPOINT, start_job
 
@@ -33,13 +33,13 @@ def head_alone() -> Iterator[Any]:
         stack.enter_context(servers.environment(RAY_TMPDIR=str(folder), RAY_AUTH_MODE="disabled"))
         logging.getLogger("ray").setLevel(logging.ERROR)
         head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 100 << 20}
-        made = Cluster(initialize_head=True, head_node_args=head | {"_system_config": HEALTH_CHECKS})
-        stack.callback(made.shutdown)
-        yield made
+        cluster = Cluster(initialize_head=True, head_node_args=head | {"_system_config": HEALTH_CHECKS})
+        stack.callback(cluster.shutdown)
+        yield cluster
 
 
-def add_node(made: Any, num_cpus: int, num_gpus: int = 0) -> Any:
-    return made.add_node(num_cpus=num_cpus, num_gpus=num_gpus, object_store_memory=100 << 20)
+def add_node(cluster: Any, num_cpus: int, num_gpus: int = 0) -> Any:
+    return cluster.add_node(num_cpus=num_cpus, num_gpus=num_gpus, object_store_memory=100 << 20)
 
 
 def kill(node: Any) -> None:
@@ -48,20 +48,20 @@ def kill(node: Any) -> None:
 
 def lose_a_node(argv: list[str], proxy: Proxy) -> int:
     """Train by the job on two nodes; kill one in the middle of a step, add another, and return the number of kills."""
-    held = proxy.add("hold", "PUT", rf"/{3 * CHECKPOINT:012d}-0001-of-0002-process-", times=1)
-    with head_alone() as made, servers.environment(RAY_ADDRESS=made.address):
+    rule = proxy.add("hold", "PUT", rf"/{3 * CHECKPOINT:012d}-0001-of-0002-process-", times=1)
+    with head_alone() as cluster, servers.environment(RAY_ADDRESS=cluster.address):
         for _ in range(2):
-            add_node(made, num_cpus=2)  # for one training worker
+            add_node(cluster, num_cpus=2)  # for one training worker
         job = start_job(argv)
         try:
-            request = held.wait(180)
-            worker = recorded(request.target) if request else None
+            request = rule.wait(180)
+            worker = parse_audit_name(request.target) if request else None
             assert worker is not None, "the training did not reach the third checkpoint"
-            raylets = {node.all_processes["raylet"][0].process.pid for node in made.worker_nodes}
+            raylets = {node.all_processes["raylet"][0].process.pid for node in cluster.worker_nodes}
             (lost,) = raylets & {parent.pid for parent in psutil.Process(worker.process).parents()}
             os.kill(lost, signal.SIGKILL)
-            add_node(made, num_cpus=2)
-            proxy.remove(held)
+            add_node(cluster, num_cpus=2)
+            proxy.remove(rule)
             output, _ = job.communicate(timeout=400)
         finally:
             job.kill()

@@ -29,10 +29,10 @@ def train_plainly(config: Config, workers: int, steps: int | None = None) -> Non
 
 def start_plainly(loop: Loop, workers: int, steps: int | None = None) -> torch.multiprocessing.ProcessContext:
     """Start plain processes in one process group that run `loop`; after `steps` steps their stop flag is set."""
-    meeting = os.path.join(tempfile.gettempdir(), f"admiral-meeting-{uuid.uuid4().hex}")
+    rendezvous = os.path.join(tempfile.gettempdir(), f"admiral-meeting-{uuid.uuid4().hex}")
     context = torch.multiprocessing.start_processes(
         _worker,
-        (workers, meeting, loop, steps, dict(os.environ)),
+        (workers, rendezvous, loop, steps, dict(os.environ)),
         nprocs=workers,
         join=False,
         start_method="forkserver",
@@ -41,22 +41,24 @@ def start_plainly(loop: Loop, workers: int, steps: int | None = None) -> torch.m
     return context
 
 
-def _worker(rank: int, workers: int, meeting: str, loop: Loop, steps: int | None, environment: dict[str, str]) -> None:
+def _worker(
+    rank: int, world_size: int, rendezvous: str, loop: Loop, steps: int | None, environment: dict[str, str]
+) -> None:
     os.environ.update(environment)  # the fork server has the environment of its start
-    if workers > 1:
+    if world_size > 1:
         torch.distributed.init_process_group(
-            "gloo", f"file://{meeting}", timedelta(seconds=60), rank=rank, world_size=workers
+            "gloo", f"file://{rendezvous}", timedelta(seconds=60), rank=rank, world_size=world_size
         )
-    asked = count(1)
+    calls = count(1)
     loop(
         WorkerContext(
             rank,
-            workers,
+            world_size,
             torch.device("cpu"),
             report=lambda record: None,
-            stopping=lambda: next(asked) == steps,
+            stopping=lambda: next(calls) == steps,
             streams_on_cluster=False,
         )
     )
-    if workers > 1:
+    if world_size > 1:
         torch.distributed.destroy_process_group()

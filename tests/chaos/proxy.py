@@ -1,4 +1,4 @@
-"""An HTTP proxy for an S3 server that injects faults by rules, records requests, and holds them on request of a test.
+"""An HTTP proxy for an S3 server that injects faults by rules, and can record and hold requests.
 
 Like real object storage, it never stores a partial upload: a body is forwarded completely or not at all.
 """
@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 T = TypeVar("T")
 Fault = Literal[
-    "503",  # "slow down" instead of a response
+    "503",  # 503 "slow down" instead of a response
     "denied",  # 403: the credentials do not allow this
     "expired",  # 400: the credentials have expired
     "redirect",  # 301: the bucket is in another region
@@ -36,7 +36,7 @@ Fault = Literal[
     "hold",  # forwarded when the rule is released, unless the client has closed the connection
 ]
 SLOW_BYTES = 8 << 20  # per second
-REFUSALS = {  # status line, code and message, as S3 words them
+REFUSALS = {  # status line, code and message of S3
     "503": ("503 Slow Down", "SlowDown", "Please reduce your request rate."),
     "denied": ("403 Forbidden", "AccessDenied", "Access Denied"),
     "expired": ("400 Bad Request", "ExpiredToken", "The provided token has expired."),
@@ -71,20 +71,20 @@ class Rule:
     times: int | None = None  # number of requests to affect; None = no limit
     probability: float = 1.0  # that the rule affects a request that matches
     requests: list[Request] = field(default_factory=list)  # requests that it affected
-    _met: threading.Event = field(default_factory=threading.Event)
-    _let_go: threading.Event = field(default_factory=threading.Event)
+    _has_affected: threading.Event = field(default_factory=threading.Event)
+    _released: threading.Event = field(default_factory=threading.Event)
 
     def wait(self, seconds: float) -> Request | None:
         """Wait for the first affected request and return it; return None after a timeout."""
-        return self.requests[0] if self._met.wait(seconds) else None
+        return self.requests[0] if self._has_affected.wait(seconds) else None
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Forward held requests, unless their client has closed the connection."""
-        self._let_go.set()
+        self._released.set()
 
 
 class Proxy:
-    """A proxy that listens on a free local port until it is closed."""
+    """A proxy that listens on a free local port until `close` is called."""
 
     def __init__(self, endpoint: str, seed: int = 0) -> None:
         host, port = endpoint.removeprefix("http://").split(":")
@@ -92,7 +92,7 @@ class Proxy:
         self._rules: list[Rule] = []
         self._lock = threading.Lock()
         self._times_seen = Counter[tuple[str, str]]()
-        self._befallen = Counter[str]()
+        self._num_affected = Counter[str]()
         self._open: set[asyncio.StreamWriter] = set()
         self.requests: list[Request] = []  # all requests in order of arrival
         self._loop = asyncio.new_event_loop()
@@ -109,14 +109,14 @@ class Proxy:
         rule = Rule(fault, method, target, **further)
         with self._lock:
             self._rules.append(rule)
-            self._befallen[fault] += 0
+            self._num_affected[fault] += 0
         return rule
 
     def remove(self, rule: Rule) -> None:
         """Remove a rule, and forward the requests that it holds."""
         with self._lock:
             self._rules.remove(rule)
-        rule.let_go()
+        rule.release()
 
     def clear(self) -> None:
         """Remove all rules."""
@@ -125,7 +125,7 @@ class Proxy:
 
     def faults(self) -> dict[str, int]:
         """Return the number of affected requests by fault, including those of removed rules."""
-        return dict(self._befallen)
+        return dict(self._num_affected)
 
     def close(self) -> None:
         """Stop listening, and end all connections."""
@@ -137,17 +137,17 @@ class Proxy:
             await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
 
         for rule in self._rules:
-            rule.let_go()
+            rule.release()
         self._run(stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=30)
 
-    def _befalls(self, request: Request, head: str) -> Rule | None:
+    def _matching_rule(self, request: Request, head: str) -> Rule | None:
         """Return the rule that applies to a request, if any.
 
-        The random draw depends on the seed, the request within its bucket, and how many times it was made before.
+        The random draw depends on the seed, the request within its bucket, and the number of its repetitions.
         """
         with self._lock:
             self.requests.append(request)
@@ -163,8 +163,8 @@ class Proxy:
                 key = f"{self._seed} {number} {request.method} {within} {self._times_seen[request[:2]]}"
                 if random.Random(key).random() < rule.probability:
                     rule.requests.append(request)
-                    self._befallen[rule.fault] += 1
-                    rule._met.set()
+                    self._num_affected[rule.fault] += 1
+                    rule._has_affected.set()
                     return rule
         return None
 
@@ -175,15 +175,15 @@ class Proxy:
             head = await reader.readuntil(b"\r\n\r\n")
             method, target, _ = head.split(b"\r\n", 1)[0].decode().split(" ")
             part = re.search(rb"\r\nrange: *([^\r]*)", head, re.IGNORECASE)
-            rule = self._befalls(Request(method, target, part[1].decode() if part else ""), head.decode())
-            await self._answer(rule, head, reader, writer)
+            rule = self._matching_rule(Request(method, target, part[1].decode() if part else ""), head.decode())
+            await self._respond(rule, head, reader, writer)
         except (asyncio.IncompleteReadError, ConnectionError):
-            pass  # the client is gone
+            pass  # the client has closed the connection
         finally:
             self._open.discard(writer)
             writer.transport.abort()
 
-    async def _answer(
+    async def _respond(
         self, rule: Rule | None, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         fault = rule.fault if rule else None
@@ -195,13 +195,13 @@ class Proxy:
         body = await reader.readexactly(length // 2)
         if fault == "half":
             return
-        while rule is not None and fault == "hold" and not rule._let_go.is_set():
+        while rule is not None and fault == "hold" and not rule._released.is_set():
             await asyncio.sleep(0.01)
         while (missing := length - len(body)) > 0:
-            taken = await reader.readexactly(min(missing, 1 << 18 if fault == "slow" else missing))
+            chunk = await reader.readexactly(min(missing, 1 << 18 if fault == "slow" else missing))
             if fault == "slow":
-                await asyncio.sleep(len(taken) / SLOW_BYTES)
-            body += taken
+                await asyncio.sleep(len(chunk) / SLOW_BYTES)
+            body += chunk
         if fault == "hold" and await _is_gone(reader):
             return
         if fault in REFUSALS:
@@ -211,11 +211,11 @@ class Proxy:
         elif fault != "reset":
             dropped = (b"expect:", b"connection:", *([b"if-none-match:"] if fault == "unconditional" else []))
             kept = [line for line in lines if not line.lower().startswith(dropped)]
-            answer = await self._ask(b"\r\n".join([*kept, b"Connection: close", b"", body]))
+            response = await self._forward(b"\r\n".join([*kept, b"Connection: close", b"", body]))
             if fault != "swallow":
-                await _send(writer, answer[: len(answer) // 2 + 100] if fault == "cut" else answer)
+                await _send(writer, response[: len(response) // 2 + 100] if fault == "cut" else response)
 
-    async def _ask(self, message: bytes) -> bytes:
+    async def _forward(self, message: bytes) -> bytes:
         reader, writer = await asyncio.open_connection(*self._server)
         try:
             writer.write(message)

@@ -21,7 +21,7 @@ from orchestrator.training.job import train
 from tests.chaos.audit import consumed, noise_hash, order_hash, state_hash
 from tests.chaos.killer import random_plan
 from tests.chaos.nodes import lose_a_node
-from tests.chaos.trainings import arguments, config_of, ground, train_by_job
+from tests.chaos.trainings import arguments, chaos_storage, config_of, train_by_job
 
 CHECKPOINTS = 8  # in a training
 KILLS = 5  # in a training
@@ -38,38 +38,38 @@ class Options:
 def main(options: Options) -> None:
     """Run all trainings, and print the result as JSON in the last line."""
     counts: Counter[str] = Counter()
-    with ground(options.seed) as place:
-        config = config_of(arguments(place.store, "undisturbed", 0, CHECKPOINTS))
+    with chaos_storage(options.seed) as chaos:
+        config = config_of(arguments(chaos.store, "undisturbed", 0, CHECKPOINTS))
         train(config)
         expected = _hashes(config)
-        found: dict[str, dict[str, str]] = {"undisturbed, 1 worker": expected}
-        for number, left in enumerate(range(options.kills, 0, -KILLS)):
+        hashes_of: dict[str, dict[str, str]] = {"undisturbed, 1 worker": expected}
+        for number, remaining in enumerate(range(options.kills, 0, -KILLS)):
             workers, seed = (2, 4)[number % 2], options.seed * 1000 + number
             name = f"{workers} workers, seed {seed}"
-            argv = arguments(place.store, f"killed-{number}", workers, CHECKPOINTS)
-            plan = random_plan(config_of(argv), min(KILLS, left), seed, drivers=True)
+            argv = arguments(chaos.store, f"killed-{number}", workers, CHECKPOINTS)
+            plan = random_plan(config_of(argv), min(KILLS, remaining), seed, drivers=True)
             print(f"{name}: {', '.join(f'{k.victim} {k.phase} at {k.position}' for k in plan)}", flush=True)
-            faults = [place.proxy.add(fault, probability=0.01) for fault in ("503", "reset", "half", "swallow")]
-            train_by_job(argv, place.proxy, plan, seed)
+            faults = [chaos.proxy.add(fault, probability=0.01) for fault in ("503", "reset", "half", "swallow")]
+            train_by_job(argv, chaos.proxy, plan, seed)
             counts.update(f"{kill.phase} of {kill.victim}" for kill in plan)
             for rule in faults:
-                place.proxy.remove(rule)
-            found[name] = _hashes(config_of(argv))
-            print(f"{name}: {found[name]}", flush=True)
-        argv = arguments(place.store, "node", 2, CHECKPOINTS)
-        counts["a node"] += lose_a_node(argv, place.proxy)
-        found["a node lost"] = _hashes(config_of(argv))
-        failed = place.proxy.faults()
-    equal = all(hashes == expected for hashes in found.values())
+                chaos.proxy.remove(rule)
+            hashes_of[name] = _hashes(config_of(argv))
+            print(f"{name}: {hashes_of[name]}", flush=True)
+        argv = arguments(chaos.store, "node", 2, CHECKPOINTS)
+        counts["a node"] += lose_a_node(argv, chaos.proxy)
+        hashes_of["a node lost"] = _hashes(config_of(argv))
+        failed = chaos.proxy.faults()
+    equal = all(hashes == expected for hashes in hashes_of.values())
     result: dict[str, Any] = {
         "seed": options.seed,
         "kills": sum(counts.values()),
         "by_kind": dict(sorted(counts.items())),
         "requests_failed": failed,
-        "trainings": len(found),
-        "hashes_compared": sum(len(hashes) for hashes in found.values()),
+        "trainings": len(hashes_of),
+        "hashes_compared": sum(len(hashes) for hashes in hashes_of.values()),
         "equal": equal,
-        "state": sorted({hashes["state"] for hashes in found.values()}),
+        "state": sorted({hashes["state"] for hashes in hashes_of.values()}),
     }
     print(json.dumps(result))
     sys.exit(0 if equal else 1)

@@ -27,21 +27,21 @@ def test_generation_under_kills(
     print(run.killed)
     assert len(run.killed) == 3 and run.killed.count("driver") == 1
 
-    here = ["--store", demo.folder, "--output", f"{s3_bucket}/undisturbed", "--num-workers", "0"]
+    location = ["--store", demo.folder, "--output", f"{s3_bucket}/undisturbed", "--num-workers", "0"]
     size = ["--num-samples", str(demo.samples), "--shard-size", str(demo.shard_size)]
-    generate(parse("", generation_presets(), ["digits", *settings, *here, *size]))
+    generate(parse("", generation_presets(), ["digits", *settings, *location, *size]))
     assert compare(demo, s3_bucket) == {"missing": 0, "doubled": 0, "hashes_equal": True}
 
 
 def test_a_broken_promise_is_reported() -> None:
-    kept = {
+    report = {
         "missing": 0, "doubled": 0, "hashes_equal": True, "kills": 10, "driver_kills": 2,
         "driver_mib_at_half": 400.0, "driver_mib_at_end": 405.0,
     }  # fmt: skip
-    assert broken_promises(Demo(), kept) == []
+    assert broken_promises(Demo(), report) == []
     for name, value in (("missing", 1), ("doubled", 1), ("hashes_equal", False), ("kills", 9), ("driver_kills", 1)):
-        assert len(broken_promises(Demo(), kept | {name: value})) == 1
-    assert broken_promises(Demo(), kept | {"driver_mib_at_end": 500.0}) == ["the driver's memory grew"]
+        assert len(broken_promises(Demo(), report | {name: value})) == 1
+    assert broken_promises(Demo(), report | {"driver_mib_at_end": 500.0}) == ["the driver's memory grew"]
 
 
 def test_memory_is_compared_from_half_of_the_samples_on() -> None:

@@ -32,9 +32,9 @@ def connected() -> Iterator[Any]:
     """Yield a cluster without work nodes, and connect to it."""
     import ray
 
-    with head_alone() as made:
-        ray.init(address=made.address, log_to_driver=False, logging_level=logging.ERROR)
-        yield made
+    with head_alone() as cluster:
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+        yield cluster
         ray.shutdown()
 
 
@@ -42,17 +42,17 @@ def grow_and_shrink() -> None:
     """Start a pool of two on one CPU, add a second node, kill the first, and check that all items are done once."""
     from cluster.workers import pool
 
-    done, where = [], set()
-    with connected() as made, contextlib.ExitStack() as stack:
-        nodes = [add_node(made, num_cpus=1)]
+    done, used_nodes = [], set()
+    with connected() as cluster, contextlib.ExitStack() as stack:
+        nodes = [add_node(cluster, num_cpus=1)]
         workers = stack.enter_context(pool(make_locator, 2))
         for item, node in workers.map(range(200)):
             done.append(item)
-            where.add(node)
+            used_nodes.add(node)
             if len(done) == 20:
-                assert len(where) == 1
-                nodes.append(add_node(made, num_cpus=1))
-            if len(where) == 2 and len(nodes) == 2:
+                assert len(used_nodes) == 1
+                nodes.append(add_node(cluster, num_cpus=1))
+            if len(used_nodes) == 2 and len(nodes) == 2:
                 kill(nodes[0])
                 nodes.append(None)
     assert sorted(done) == list(range(200)), "an item is missing or duplicated"
@@ -73,17 +73,17 @@ def make_locator():  # type: ignore[no-untyped-def]
     return work
 
 
-def search_meanwhile(store: str) -> None:
+def search_while_nodes_change(store: str) -> None:
     """Search on one node, add a second one, and kill the first."""
     log = Path(store, "log")
     job.make_worker = partial(make_waiting_worker, str(log))
-    with connected() as made:
-        first = add_node(made, num_cpus=2, num_gpus=1)  # the GPU exists by name only; one worker fits on a node
+    with connected() as cluster:
+        first = add_node(cluster, num_cpus=2, num_gpus=1)  # the GPU exists by name only; one worker fits on a node
         with ThreadPoolExecutor(1) as thread:
             searching = thread.submit(job.search, search_config(store, "elastic", 2, num_gpus=1))
             while len(drawn(log)) < DRAWN_BEFORE and not searching.done():
                 time.sleep(0.1)
-            add_node(made, num_cpus=2, num_gpus=1)
+            add_node(cluster, num_cpus=2, num_gpus=1)
             while len(set(drawn(log))) < 2 and not searching.done():
                 time.sleep(0.1)
             kill(first)
@@ -93,7 +93,7 @@ def search_meanwhile(store: str) -> None:
 
 
 def drawn(log: Path) -> list[str]:
-    """Return the node of every batch that was started."""
+    """Return the node of each batch that has started."""
     return log.read_text().split() if log.exists() else []
 
 
@@ -146,7 +146,7 @@ def test_a_search_survives_the_loss_of_its_first_node(tmp_path: Path) -> None:
         save_network(store, name, architecture)
     # The GPUs of the nodes exist by name only, so the features of the reference are extracted here.
     evaluator.reference_of(search_config(store, "elastic", 0), UNET.image_size, num_workers=0)
-    assert "searched" in run(f"search_meanwhile({store!r})")
+    assert "searched" in run(f"search_while_nodes_change({store!r})")
     first, *_, last = nodes = drawn(tmp_path / "log")
     print(f"{len(nodes)} batches started, {nodes.count(first)} of them on the first node")
     assert len(set(nodes)) == 2 and nodes.count(first) < nodes.count(last)

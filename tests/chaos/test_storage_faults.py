@@ -64,8 +64,8 @@ def test_all_jobs_succeed_while_storage_fails(
 
     proxy.clear()
     secret = servers.S3_SETTINGS["AWS_SECRET_ACCESS_KEY"]
-    said = "".join(capfd.readouterr()) + caplog.text
-    assert secret not in said and servers.S3_SETTINGS["AWS_ACCESS_KEY_ID"] not in said
+    output = "".join(capfd.readouterr()) + caplog.text
+    assert secret not in output and servers.S3_SETTINGS["AWS_ACCESS_KEY_ID"] not in output
     for name in storage.list_names(store, recursive=True):
         assert secret.encode() not in storage.read_bytes(f"{store}/{name}"), f"a secret in {name}"
     for path in tmp_path.rglob("*"):

@@ -58,7 +58,7 @@ def test_three_kills_do_not_change_a_bit(
     config = config_of(arguments(store, "killed", 2, checkpoints=5))
     with servers.environment(AWS_ENDPOINT_URL=ray_proxy.endpoint):
         train_by_processes(config, ray_proxy, PLAN, SEED)
-    _hold_to(config, *undisturbed)
+    _assert_equal_trainings(config, *undisturbed)
 
 
 @pytest.mark.ray
@@ -69,13 +69,13 @@ def test_three_kills_under_ray_do_not_change_a_bit(
     config = config_of(arguments(store, "killed-under-ray", 2, checkpoints=5))
     with killing(ray_proxy, config, PLAN, seed=SEED):
         train(config)
-    _hold_to(config, *undisturbed)
+    _assert_equal_trainings(config, *undisturbed)
 
 
-def _hold_to(config: AdmConfig, wanted: str, rows: list[dict[str, Any]]) -> None:
-    assert order_hash(consumed(config)) == order_hash(rows)
-    assert noise_hash(consumed(config)) == noise_hash(rows)
-    assert state_hash(config) == wanted
+def _assert_equal_trainings(config: AdmConfig, expected_hash: str, expected_rows: list[dict[str, Any]]) -> None:
+    assert order_hash(consumed(config)) == order_hash(expected_rows)
+    assert noise_hash(consumed(config)) == noise_hash(expected_rows)
+    assert state_hash(config) == expected_hash
 
 
 def test_order_noise_and_losses_are_the_same_for_every_number_of_workers(
@@ -85,19 +85,20 @@ def test_order_noise_and_losses_are_the_same_for_every_number_of_workers(
     assert any(row["flip"] for row in rows) and not all(row["flip"] for row in rows)
     assert len({row["noise"] for row in rows}) == len(rows), "two rows share their noise"
     changes = {"reduction": "fast", "model.dropout": 0.0}  # fast: microbatches depend on the number of workers
-    one, two, four = (config_of(arguments(store, f"order-{w}", w, checkpoints=1, **changes)) for w in (1, 2, 4))
-    train_plainly(one, 1, steps=3)  # the others start from its weights, so that all are equal
-    for config in (two, four):
-        _copy(one.path(one.output), config.path(config.output), ["config.json", "checkpoints/"])
-    found = []
-    for config in (one, two, four):
+    configs = [config_of(arguments(store, f"order-{w}", w, checkpoints=1, **changes)) for w in (1, 2, 4)]
+    single = configs[0]
+    train_plainly(single, 1, steps=3)  # the others start from its weights, so that all are equal
+    for config in configs[1:]:
+        _copy(single.path(single.output), config.path(config.output), ["config.json", "checkpoints/"])
+    losses = []
+    for config in configs:
         train_plainly(config, config.num_workers)
-        last = consumed(config, first=3 * BATCH)
-        assert order_hash(last) == order_hash(rows[3 * BATCH : 4 * BATCH])
-        assert noise_hash(last) == noise_hash(rows[3 * BATCH : 4 * BATCH])
-        found.append([row["loss"] for row in last])
-    np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-6)
-    assert order_hash(consumed(one)) == order_hash(rows[: 4 * BATCH])
+        last_step = consumed(config, first=3 * BATCH)
+        assert order_hash(last_step) == order_hash(rows[3 * BATCH : 4 * BATCH])
+        assert noise_hash(last_step) == noise_hash(rows[3 * BATCH : 4 * BATCH])
+        losses.append([row["loss"] for row in last_step])
+    np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=1e-6)
+    assert order_hash(consumed(single)) == order_hash(rows[: 4 * BATCH])
 
 
 def _copy(source: str, target: str, names: list[str]) -> None:
@@ -110,13 +111,13 @@ def _copy(source: str, target: str, names: list[str]) -> None:
 def test_a_second_driver_of_a_run_is_refused(store: str, undisturbed: tuple[str, list[dict[str, Any]]]) -> None:
     argv = arguments(store, "shared", 0, checkpoints=5)
     jobs = [start_job(argv) for _ in range(2)]
-    said = {job.pid: job.communicate(timeout=300)[0] for job in jobs}
+    outputs = {job.pid: job.communicate(timeout=300)[0] for job in jobs}
     trained, refused = sorted(jobs, key=lambda job: job.returncode)
-    assert trained.returncode == 0, said[trained.pid][-3000:]
-    assert refused.returncode == 1 and f"is being trained by pid {trained.pid}" in said[refused.pid]
+    assert trained.returncode == 0, outputs[trained.pid][-3000:]
+    assert refused.returncode == 1 and f"is being trained by pid {trained.pid}" in outputs[refused.pid]
     config = config_of(argv)
-    wanted, rows = undisturbed
-    assert state_hash(config) == wanted and order_hash(consumed(config)) == order_hash(rows)
+    expected_hash, rows = undisturbed
+    assert state_hash(config) == expected_hash and order_hash(consumed(config)) == order_hash(rows)
 
 
 def test_the_same_seed_gives_the_same_plan_of_kills() -> None:

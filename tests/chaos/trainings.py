@@ -27,15 +27,15 @@ BATCH = 16  # images in a step
 CHECKPOINT = 4 * BATCH  # images from one checkpoint to the next
 
 
-class Ground(NamedTuple):
-    """The storage of the trainings."""
+class ChaosStorage(NamedTuple):
+    """A bucket with the digits dataset, and the fault proxy in front of its server."""
 
     proxy: Proxy
     store: str
 
 
 @contextlib.contextmanager
-def ground(seed: int) -> Iterator[Ground]:
+def chaos_storage(seed: int) -> Iterator[ChaosStorage]:
     """Yield an S3 server with a fault proxy and a bucket with the digits dataset."""
     with contextlib.ExitStack() as stack:
         endpoint = stack.enter_context(s3_server())
@@ -51,7 +51,7 @@ def ground(seed: int) -> Iterator[Ground]:
         store = "s3://chaos"
         storage.make_bucket(store)
         prepare_digits(store)
-        yield Ground(proxy, store)
+        yield ChaosStorage(proxy, store)
 
 
 def prepare_digits(store: str) -> None:

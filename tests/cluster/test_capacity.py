@@ -31,7 +31,7 @@ def node(name: str, **resources: float) -> Node:
 
 
 @pytest.mark.parametrize(
-    ("cpus", "gpus", "at_once", "words"),
+    ("cpus", "gpus", "at_once", "message"),
     [
         (2, 0, 1, "a worker needs 2 CPUs on one node, and the largest node, .*, has 1 CPUs"),
         (1, 1, 1, "a worker needs 1 CPUs and 1 GPUs on one node, and the largest node, .*, has 1 CPUs and 0 GPUs"),
@@ -40,14 +40,14 @@ def node(name: str, **resources: float) -> Node:
     ],
 )
 def test_infeasible_requests_are_refused(
-    monkeypatch: pytest.MonkeyPatch, cpus: float, gpus: float, at_once: int, words: str
+    monkeypatch: pytest.MonkeyPatch, cpus: float, gpus: float, at_once: int, message: str
 ) -> None:
     monkeypatch.setattr(capacity, "nodes", lambda: [node("h"), node("a", CPU=1.0), node("b", CPU=1.0)])
     monkeypatch.setattr(capacity, "_may_grow", lambda: False)
-    if not words:
+    if not message:
         refuse_infeasible(worker_resources(cpus, gpus), at_once)
         return
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         refuse_infeasible(worker_resources(cpus, gpus), at_once)
     monkeypatch.setattr(capacity, "_may_grow", lambda: True)
     refuse_infeasible(worker_resources(cpus, gpus), at_once)
@@ -82,7 +82,7 @@ def report_once(context: WorkerContext) -> None:
     context.report({"trained": True})
 
 
-def test_the_pauses_between_two_lines_double(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_pauses_between_log_lines_double(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now, lines = [1000.0], []
     monkeypatch.setattr(capacity, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(capacity, "_shortage", lambda resources: "2 CPUs on one node")
@@ -130,7 +130,7 @@ def read_unit(unit: int) -> Iterator[dict[str, np.ndarray]]:
 
 
 def reading(context: WorkerContext) -> None:
-    """Read data while this worker has all CPUs but one, and another job has that one."""
+    """Read data while this worker holds all CPUs but one, and another job holds that one."""
     context.report({"begun": True})
     while not context.stopping():
         time.sleep(0.05)
@@ -149,7 +149,7 @@ def make_waiter(folder: str) -> Any:
 
 
 @pytest.mark.ray
-def test_a_training_reads_its_data_though_others_hold_all_cpus_that_it_left(ray_session: None, tmp_path: Path) -> None:
+def test_a_training_reads_its_data_although_another_job_holds_all_other_cpus(ray_session: None, tmp_path: Path) -> None:
     records: list[dict[str, Any]] = []
     begun = threading.Event()
 
@@ -171,7 +171,7 @@ def test_a_training_reads_its_data_though_others_hold_all_cpus_that_it_left(ray_
 
 
 @pytest.mark.ray
-def test_a_training_without_room_says_what_it_waits_for_obeys_sigterm_and_starts_when_there_is_room(
+def test_a_training_without_resources_logs_what_it_waits_for_obeys_sigterm_and_starts_later(
     ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ray.util.placement_group import placement_group, remove_placement_group
@@ -179,11 +179,11 @@ def test_a_training_without_room_says_what_it_waits_for_obeys_sigterm_and_starts
     holder = placement_group([{"CPU": 3}])
     assert holder.wait(DEADLINE)
     lines, records = list[str](), list[dict[str, Any]]()
-    acts = iter([lambda: os.kill(os.getpid(), signal.SIGTERM), lambda: remove_placement_group(holder)])
+    actions = iter([lambda: os.kill(os.getpid(), signal.SIGTERM), lambda: remove_placement_group(holder)])
 
     def warning(text: str, *values: Any) -> None:
         lines.append(text % values)
-        next(acts, lambda: None)()
+        next(actions, lambda: None)()
 
     monkeypatch.setattr(capacity.log, "warning", warning)
     monkeypatch.setattr(capacity, "WAIT_SECONDS", 0.0)

@@ -42,7 +42,7 @@ def _worker(rank: int, world_size: int, folder: str) -> None:
     group.barrier(timedelta(minutes=1))
     copied = [torch.full((2,), float(rank))]
     group.broadcast(copied)
-    found = {
+    results = {
         "any": group.any(rank == 1, False, True),
         "sum": group.sum(torch.tensor([1.0, rank])).tolist(),
         "gather": group.gather({"rank": rank}),
@@ -50,7 +50,7 @@ def _worker(rank: int, world_size: int, folder: str) -> None:
         "tree": torch.cat([tensor.flatten() for tensor in tensors]).view(torch.int32).tolist(),
         "copied": copied[0].tolist(),
     }
-    Path(folder, f"{world_size}-{rank}.json").write_text(json.dumps(found))
+    Path(folder, f"{world_size}-{rank}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
 
 
@@ -63,18 +63,19 @@ def _leaves() -> np.ndarray:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_all_workers_get_the_same_results(tmp_path: Path, world_size: int) -> None:
     torch.multiprocessing.start_processes(_worker, (world_size, str(tmp_path)), world_size, start_method="forkserver")
-    found = [json.loads((tmp_path / f"{world_size}-{rank}.json").read_text()) for rank in range(world_size)]
-    assert all(one == found[0] for one in found)
-    assert found[0]["any"] == [True, False, True]
-    assert found[0]["sum"] == [world_size, sum(range(world_size))]
-    assert found[0]["gather"] == [{"rank": rank} for rank in range(world_size)]
-    assert found[0]["received"] == [7, 8, "a damaged file"]
-    assert found[0]["copied"] == [0.0, 0.0]
+    results = [json.loads((tmp_path / f"{world_size}-{rank}.json").read_text()) for rank in range(world_size)]
+    assert all(result == results[0] for result in results)
+    assert results[0]["any"] == [True, False, True]
+    assert results[0]["sum"] == [world_size, sum(range(world_size))]
+    assert results[0]["gather"] == [{"rank": rank} for rank in range(world_size)]
+    assert results[0]["received"] == [7, 8, "a damaged file"]
+    assert results[0]["copied"] == [0.0, 0.0]
     tree = _leaves()
     while len(tree) > 1:
         tree = tree[0::2] + tree[1::2]
-    assert found[0]["tree"] == tree[0].view(np.int32).tolist()
-    assert found[0]["tree"] != _leaves().sum(axis=0).view(np.int32).tolist(), "these leaves tell orders apart"
+    assert results[0]["tree"] == tree[0].view(np.int32).tolist()
+    in_order = _leaves().sum(axis=0).view(np.int32).tolist()
+    assert results[0]["tree"] != in_order, "the sum of these leaves depends on the order"
 
 
 def test_a_group_of_one_needs_no_process_group() -> None:

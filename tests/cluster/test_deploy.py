@@ -29,9 +29,9 @@ VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["versi
 
 def pinned(package: str) -> str:
     """Return the only version of a package that constraints.txt allows."""
-    found = re.search(rf"^{re.escape(package)}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    assert found, f"constraints.txt does not pin {package}"
-    return found[1]
+    match = re.search(rf"^{re.escape(package)}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert match, f"constraints.txt does not pin {package}"
+    return match[1]
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
@@ -39,10 +39,12 @@ def documents(path: Path) -> list[dict[str, Any]]:
 
 
 def all_values(tree: Any) -> list[Any]:
-    """Yield the leaves of a tree of dicts and lists."""
+    """Return the leaves of a tree of dicts and lists."""
     if isinstance(tree, dict):
-        return [leaf for value in tree.values() for leaf in all_values(value)]
-    return [leaf for value in tree for leaf in all_values(value)] if isinstance(tree, list) else [tree]
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        return [leaf for value in tree for leaf in all_values(value)]
+    return [tree]
 
 
 def definition(kind: str) -> dict[str, Any]:
@@ -72,10 +74,10 @@ def launcher() -> dict[str, Any]:
 def test_skypilots_job_has_its_keys_and_a_script() -> None:
     """The keys are those of SkyPilot's task schema: https://docs.skypilot.co/en/latest/reference/yaml-spec.html."""
     task = yaml.safe_load((ROOT / "cluster" / "deploy" / "skypilot.yaml").read_text())
-    known = {"name", "num_nodes", "resources", "workdir", "envs", "secrets", "file_mounts", "setup", "run", "config"}
-    assert task.keys() <= known
-    resources = {"accelerators", "use_spot", "image_id", "job_recovery", "infra", "cpus", "memory"}
-    assert task["resources"].keys() <= resources
+    fields = {"name", "num_nodes", "resources", "workdir", "envs", "secrets", "file_mounts", "setup", "run", "config"}
+    assert task.keys() <= fields
+    resource_fields = {"accelerators", "use_spot", "image_id", "job_recovery", "infra", "cpus", "memory"}
+    assert task["resources"].keys() <= resource_fields
     assert task["resources"]["image_id"] == f"docker:REGISTRY/admiral:{VERSION}"
     assert set(task["envs"]) == {"ADMIRAL_STORE", "MLFLOW_TRACKING_URI", "JOB"} and "$JOB" in task["run"]
     subprocess.run(["bash", "-n"], input=task["run"], text=True, check=True)
@@ -91,7 +93,7 @@ def test_slurms_script_is_bash_whose_options_come_first() -> None:
     assert not any(line.startswith("#SBATCH") for line in lines[first:]), "Slurm ignores these"
 
 
-def scheduler_verdict(launcher: dict[str, Any], unavailable: dict[str, float], demand: dict[str, float]) -> list[str]:
+def node_types_to_start(launcher: dict[str, Any], unavailable: dict[str, float], demand: dict[str, float]) -> list[str]:
     """Return the node types that Ray's autoscaler would start for one worker."""
     from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
@@ -111,14 +113,14 @@ def scheduler_verdict(launcher: dict[str, Any], unavailable: dict[str, float], d
     return [launch.instance_type for launch in reply.to_launch]
 
 
-def test_gpu_workers_are_spot_and_on_demand_where_there_is_none(launcher: dict[str, Any]) -> None:
+def test_gpu_workers_are_spot_or_on_demand_if_no_spot_node_is_available(launcher: dict[str, Any]) -> None:
     one_gpu = {"GPU": 1, "CPU": 1, "accelerator_type:H100": 0.001}
-    assert scheduler_verdict(launcher, {}, one_gpu) == ["gpu-spot"]
-    assert scheduler_verdict(launcher, {"gpu-spot": 0.0}, one_gpu) == ["gpu-on-demand"]
-    assert scheduler_verdict(launcher, {}, {"CPU": 1}) == ["data"], "no GPU is started for what needs none"
+    assert node_types_to_start(launcher, {}, one_gpu) == ["gpu-spot"]
+    assert node_types_to_start(launcher, {"gpu-spot": 0.0}, one_gpu) == ["gpu-on-demand"]
+    assert node_types_to_start(launcher, {}, {"CPU": 1}) == ["data"], "no GPU is started for what needs none"
 
 
-def test_the_head_holds_no_work_nothing_is_open_and_no_key_is_written(launcher: dict[str, Any]) -> None:
+def test_the_head_runs_no_work_and_the_launcher_opens_no_port_and_contains_no_key(launcher: dict[str, Any]) -> None:
     assert launcher["available_node_types"][launcher["head_node_type"]]["resources"] == {"CPU": 0}
     assert launcher["available_node_types"]["gpu-spot"]["resources"]["GPU"] == 8
     assert launcher["provider"]["use_internal_ips"] is True
@@ -151,10 +153,10 @@ def test_manifests_parse_and_fit_their_schema(path: Path) -> None:
 
 def test_the_schema_finds_mistakes() -> None:
     validator = jsonschema.Draft202012Validator(definition("RayCluster"))
-    for place, value in (("authOptions", {"mode": "tokens"}), ("workerGroups", []), ("headGroupSpec", {})):
+    for field, value in (("authOptions", {"mode": "tokens"}), ("workerGroups", []), ("headGroupSpec", {})):
         broken = all_documents("RayCluster")["admiral"]
-        broken["spec"][place] = value
-        assert not validator.is_valid(broken), place
+        broken["spec"][field] = value
+        assert not validator.is_valid(broken), field
     broken = all_documents("RayCluster")["admiral"]
     broken["spec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] = 0
     assert not validator.is_valid(broken), "start parameters are strings"
@@ -187,12 +189,12 @@ def test_pods_are_not_root_and_have_shared_memory_and_token() -> None:
 def pods() -> dict[str, dict[str, Any]]:
     """Return the pod template of each role."""
     cluster = all_documents("RayCluster")["admiral"]["spec"]
-    found = {"head": cluster["headGroupSpec"]["template"]}
-    found |= {f"worker {group['groupName']}": group["template"] for group in cluster["workerGroupSpecs"]}
-    found |= {name: job["spec"]["submitterPodTemplate"] for name, job in all_documents("RayJob").items()}
+    templates = {"head": cluster["headGroupSpec"]["template"]}
+    templates |= {f"worker {group['groupName']}": group["template"] for group in cluster["workerGroupSpecs"]}
+    templates |= {name: job["spec"]["submitterPodTemplate"] for name, job in all_documents("RayJob").items()}
     for kind in ("Deployment", "StatefulSet"):
-        found |= {name: document["spec"]["template"] for name, document in all_documents(kind).items()}
-    return found
+        templates |= {name: document["spec"]["template"] for name, document in all_documents(kind).items()}
+    return templates
 
 
 def test_each_role_has_a_service_account_of_its_own_and_only_the_head_has_the_token_of_kubernetes() -> None:
@@ -203,18 +205,22 @@ def test_each_role_has_a_service_account_of_its_own_and_only_the_head_has_the_to
     assert {account for role, account in used.items() if role.startswith("worker")} == {"admiral-worker"}
     assert {used[job] for job in all_documents("RayJob")} == {"admiral-submitter"}
     for role, pod in pods().items():
-        where = [pod["spec"], accounts.get(used[role] or "", {})]
-        assert (role == "head") != any(place.get("automountServiceAccountToken") is False for place in where), role
+        specs = [pod["spec"], accounts.get(used[role] or "", {})]
+        assert (role == "head") != any(spec.get("automountServiceAccountToken") is False for spec in specs), role
     annotations = {name: account["metadata"].get("annotations", {}) for name, account in accounts.items()}
-    roles = {name: noted.get("eks.amazonaws.com/role-arn") for name, noted in annotations.items()}
+    roles = {name: annotation.get("eks.amazonaws.com/role-arn") for name, annotation in annotations.items()}
     assert roles["admiral-submitter"] is None
     assert roles["mlflow"] != roles["admiral-worker"], "its role writes artefacts and reads no weights"
 
 
 def sources(policy: dict[str, Any], port: int) -> list[dict[str, Any]]:
     """Return the sources that a policy allows to connect to a port."""
-    rules = policy["spec"]["ingress"]
-    return [s for r in rules if port in [p["port"] for p in r.get("ports", [{"port": port}])] for s in r["from"]]
+    result = []
+    for rule in policy["spec"]["ingress"]:
+        ports = [entry["port"] for entry in rule.get("ports", [])]
+        if not ports or port in ports:  # a rule without ports is for all of them
+            result += rule["from"]
+    return result
 
 
 def test_policies_restrict_connections_to_the_head_the_tracking_server_and_its_database() -> None:
@@ -288,8 +294,8 @@ def test_mlflow_starts_with_these_settings_and_rejects_requests_without_a_passwo
             urllib.request.urlopen(url, timeout=120)
         login = base64.b64encode(b"admiral:a-password-of-tests").decode()
         request = urllib.request.Request(url, headers={"Authorization": f"Basic {login}"})
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            assert json.load(answer)["experiment"]["name"] == "Default"
+        with urllib.request.urlopen(request, timeout=120) as response:
+            assert json.load(response)["experiment"]["name"] == "Default"
     finally:
         end_processes([server])
 
@@ -297,7 +303,7 @@ def test_mlflow_starts_with_these_settings_and_rejects_requests_without_a_passwo
 # ------------------------------------------------------------------------------------------------ versions
 
 
-def test_versions_are_those_of_constraints_txt() -> None:
+def test_versions_agree_with_constraints_txt() -> None:
     texts = [leaf for path in [LAUNCHER, *MANIFESTS] for d in documents(path) for leaf in all_values(d)]
     images = {text for text in texts if isinstance(text, str) and "REGISTRY/admiral:" in text}
     assert images == {f"REGISTRY/admiral:{VERSION}"}
@@ -311,7 +317,7 @@ def test_versions_are_those_of_constraints_txt() -> None:
 def test_the_container_is_not_root_and_can_compile() -> None:
     dockerfile = (DEPLOY / "Dockerfile").read_text()
     assert re.findall(r"^USER (\S+)$", dockerfile, re.MULTILINE)[-1] == "admiral"
-    for needed in (" gcc ", "rsync", "TORCHINDUCTOR_CACHE_DIR", "NCCL_SOCKET_IFNAME", "RAY_JOB_STOP_WAIT_TIME_S"):
-        assert needed in dockerfile
+    for text in (" gcc ", "rsync", "TORCHINDUCTOR_CACHE_DIR", "NCCL_SOCKET_IFNAME", "RAY_JOB_STOP_WAIT_TIME_S"):
+        assert text in dockerfile
     copied = set(re.findall(r"^COPY --chown=admiral (\w+) \w+$", dockerfile, re.MULTILINE))
     assert copied == {"models", "orchestrator", "cluster", "jobs"}

@@ -40,8 +40,8 @@ def test_a_link_or_a_folder_of_another_user_is_refused(
     (tmp_path / "link").symlink_to(tmp_path / "other")
     with pytest.raises(RuntimeError, match="link must be a folder of the user"):
         getattr(LocalCluster(tmp_path / "link"), action)()
-    me = os.geteuid()
-    monkeypatch.setattr(local.os, "geteuid", lambda: me + 1)
+    user_id = os.geteuid()
+    monkeypatch.setattr(local.os, "geteuid", lambda: user_id + 1)
     with pytest.raises(RuntimeError, match="other must be a folder of the user"):
         getattr(LocalCluster(tmp_path / "other"), action)()
     assert (tmp_path / "other" / "environment").exists(), "nothing of theirs is removed"

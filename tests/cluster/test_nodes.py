@@ -17,8 +17,8 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> dict[Node, str]:
     """Return the disks of a head and a worker, which a test may change."""
     disks = {HEAD: "", WORKER: ""}
 
-    def on_each(there: list[Node], function: Callable[[Node], bool], timeout: float) -> dict[Node, bool]:
-        return {node: function(node) and not disks[node] for node in there}
+    def on_each(targets: list[Node], function: Callable[[Node], bool], timeout: float) -> dict[Node, bool]:
+        return {node: function(node) and not disks[node] for node in targets}
 
     monkeypatch.setattr(nodes, "nodes", lambda: list(disks))
     monkeypatch.setattr(nodes, "on_each", on_each)

@@ -36,18 +36,18 @@ def test_records_reach_the_driver_and_the_stop_flag_reaches_the_workers(ray_sess
 
 
 def test_a_failed_call_does_not_lose_the_stop_flag(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Answers:
+    class LossyActor:
         """An actor whose first response is lost."""
 
-        asked = 0
+        calls = 0
 
         @property
         def stopping(self) -> Any:
             return self
 
         def remote(self) -> int:
-            self.asked += 1
-            return self.asked
+            self.calls += 1
+            return self.calls
 
     def get(number: int) -> bool:
         if number == 1:
@@ -57,7 +57,7 @@ def test_a_failed_call_does_not_lose_the_stop_flag(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "POLL_SECONDS", 0.001)
     monkeypatch.setattr("ray.get", get)
     relay = Relay.__new__(Relay)
-    relay.__dict__ |= {"_actor": Answers(), "_thread": None, "_stopping": False}
+    relay.__dict__ |= {"_actor": LossyActor(), "_thread": None, "_stopping": False}
     relay.stopping()
     thread = relay._thread
     assert isinstance(thread, threading.Thread)
@@ -79,18 +79,18 @@ def make_worker(report: Report) -> Callable[[int], int]:
 def test_reports_arrive_while_the_item_is_in_work(
     ray_session: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Test it, and that Ray prints no warning about a handle in the arguments of a worker that may restart."""
+    """Ray also prints no warning about a handle in the arguments of a worker that may restart."""
     monkeypatch.setattr(module, "POLL_SECONDS", 0.05)
-    seen: list[tuple[int, int]] = []
-    with item_progress(lambda item, done: seen.append((item, done)), 1) as report:
+    reports: list[tuple[int, int]] = []
+    with item_progress(lambda item, done: reports.append((item, done)), 1) as report:
         results = map_items(lambda: make_worker(report), [7], 1)
         assert list(results) == [(7, 7)]
-        assert (7, 1) in seen and (7, STEPS - 1) in seen
+        assert (7, 1) in reports and (7, STEPS - 1) in reports
     assert "constructor arguments" not in capfd.readouterr().err
 
 
 def test_without_workers_the_driver_is_called_directly() -> None:
-    seen: list[threading.Thread] = []
-    with item_progress(lambda item, done: seen.append(threading.current_thread()), 0) as report:
+    threads: list[threading.Thread] = []
+    with item_progress(lambda item, done: threads.append(threading.current_thread()), 0) as report:
         report("item", 1)
-    assert seen == [threading.current_thread()]
+    assert threads == [threading.current_thread()]

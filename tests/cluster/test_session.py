@@ -28,12 +28,12 @@ import ray
 from cluster.session import receive_environment, session
 from cluster.workers import map_items
 
-def make_look():
+def make_environment_reader():
     receive_environment()
     return lambda names: {name: os.environ.get(name) for name in names}
 
 with session(1):
-    ((_, seen),) = map_items(make_look, [sys.argv[1:]], num_workers=1)
+    ((_, seen),) = map_items(make_environment_reader, [sys.argv[1:]], num_workers=1)
     context = ray.get_runtime_context()
     node = ray.nodes()[0]
     folder = os.path.dirname(os.path.dirname(node["ObjectStoreSocketName"]))
@@ -49,10 +49,10 @@ def test_workers_of_a_running_cluster_have_the_drivers_environment_and_ray_store
     command = [sys.executable, "-c", DRIVER, *SECRET, *OTHER, *threads]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    answer = json.loads(done.stdout.splitlines()[-1])
-    assert answer["seen"] == SECRET | dict.fromkeys(OTHER) | threads
-    assert json.loads(answer["environment"])["env_vars"].keys() <= {*PUBLIC, KEEPER}
-    files = [path for path in Path(answer["folder"]).rglob("*") if path.is_file()]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["seen"] == SECRET | dict.fromkeys(OTHER) | threads
+    assert json.loads(report["environment"])["env_vars"].keys() <= {*PUBLIC, KEEPER}
+    files = [path for path in Path(report["folder"]).rglob("*") if path.is_file()]
     assert len(files) > 5, "there was something to search"
     assert not [path for path in files if b"canary" in path.read_bytes()]
 

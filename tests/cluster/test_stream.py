@@ -49,7 +49,7 @@ def read_even_units_slowly(unit: int) -> Blocks:
         yield block
 
 
-def test_units_end_in_any_order_and_are_yielded_in_theirs(ray_session: None) -> None:
+def test_units_that_end_in_any_order_are_yielded_in_order(ray_session: None) -> None:
     blocks = list(stream(range(60), read_even_units_slowly, ahead=8))
     assert rows_of(iter(blocks)) == expected(range(60))
     assert all(len(set(block["unit"].tolist())) == 1 for block in blocks), "never across units"
@@ -66,10 +66,10 @@ def test_endless_units_are_read_as_far_ahead_as_allowed(ray_session: None) -> No
     assert next(units) <= 2 + 5, "the units that have left, and those ahead"
 
 
-def wait_for(condition: Callable[[], bool], what: str) -> None:
+def wait_for(condition: Callable[[], bool], description: str) -> None:
     end = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < end, f"in vain: {what}"
+        assert time.monotonic() < end, f"waited 60 seconds in vain until {description}"
         time.sleep(0.01)
 
 
@@ -119,7 +119,7 @@ def test_units_that_cannot_be_listed_raise_their_own_error(ray_session: None) ->
 
 
 def die_once(folder: str, unit: int) -> Blocks:
-    """At the first try, unit 6 kills its process after two blocks, of which at least one has arrived."""
+    """Yield the unit's blocks. The first try of unit 6 kills its process after two blocks, one of which has arrived."""
     for number, block in enumerate(read_unit(unit)):
         if unit == 6 and number == 2 and not Path(folder, "died").exists():
             wait_for(Path(folder, "received").exists, "the consumer receives a block")
@@ -130,13 +130,13 @@ def die_once(folder: str, unit: int) -> Blocks:
 
 def test_a_unit_whose_process_dies_is_read_again(ray_session: None, tmp_path: Path) -> None:
     """Unit 6 has three blocks. Each of them is yielded exactly once."""
-    found = []
+    rows = []
     for block in stream(range(20), partial(die_once, str(tmp_path)), ahead=8):
-        found += rows_of(iter([block]))
-        if found[-1][0] == 6:
+        rows += rows_of(iter([block]))
+        if rows[-1][0] == 6:
             Path(tmp_path, "received").touch()
     assert Path(tmp_path, "died").exists()
-    assert found == expected(range(20))
+    assert rows == expected(range(20))
 
 
 def die(folder: str, unit: int) -> Blocks:
@@ -146,13 +146,13 @@ def die(folder: str, unit: int) -> Blocks:
     yield from read_unit(unit)
 
 
-def test_a_unit_that_always_costs_its_process_ends_with_the_reason(ray_session: None, tmp_path: Path) -> None:
+def test_a_unit_that_always_kills_its_process_raises_the_reason(ray_session: None, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="reading data failed: its process "):
         list(stream(range(8), partial(die, str(tmp_path)), ahead=8))
     assert len(list(tmp_path.iterdir())) == LOST_READERS
 
 
-def test_no_file_nor_actor_for_each_unit(ray_session: None) -> None:
+def test_units_leave_no_files_and_no_actors(ray_session: None) -> None:
     """Ray Data's collectors and logs grew with the number of units when each chunk of them was a Dataset."""
     import ray
 
@@ -173,16 +173,16 @@ def test_no_file_nor_actor_for_each_unit(ray_session: None) -> None:
     ("store_mib", "image_size", "step_ms"),
     [(80, 64, 0.0), pytest.param(300, 256, 100.0, marks=pytest.mark.slow)],
 )
-def test_a_set_ten_times_the_object_store_spills_nothing(store_mib: int, image_size: int, step_ms: float) -> None:
+def test_a_dataset_of_ten_object_stores_spills_nothing(store_mib: int, image_size: int, step_ms: float) -> None:
     """Use a separate process and a separate Ray, because the size of the object store matters."""
     options = {"store-mib": store_mib, "image-size": image_size, "step-ms": step_ms, "distinct": 100}
-    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    arguments = [argument for name, value in options.items() for argument in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "tests.benchmarks.data_memory", *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    print(found)
-    assert found["set_mib"] >= 10 * store_mib
-    assert found["spilled_mib"] == 0
-    assert found["peak_store_mib"] < store_mib
-    assert found["peak_driver_mib"] < 1000, "whatever the set's size"
+    measured = json.loads(done.stdout.splitlines()[-1])
+    print(measured)
+    assert measured["set_mib"] >= 10 * store_mib
+    assert measured["spilled_mib"] == 0
+    assert measured["peak_store_mib"] < store_mib
+    assert measured["peak_driver_mib"] < 1000, "whatever the set's size"

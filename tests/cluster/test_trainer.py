@@ -25,12 +25,12 @@ class Loop:
         (self.folder / f"attempt-{attempt}").touch()
         context.report({"saved": min(attempt, 1)})
         context.report({"attempt": attempt})
-        time.sleep(1.0)  # a report goes out by itself
+        time.sleep(1.0)  # the reports are sent in the background
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.ray
-def test_deaths_are_survived_while_there_is_progress(
+def test_a_training_survives_deaths_of_workers_while_it_makes_progress(
     ray_session: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     records: list[dict[str, Any]] = []
@@ -40,8 +40,8 @@ def test_deaths_are_survived_while_there_is_progress(
     assert caplog.text.count("an attempt failed, continuing from the last checkpoint") == 2
 
 
-def until_asked(context: WorkerContext) -> None:
-    """Wait for the stop flag; the next attempt would wait again."""
+def wait_for_stop(context: WorkerContext) -> None:
+    """Wait for the stop flag, and raise a permanent error. A second attempt would wait again."""
     context.report({"begun": True})
     while not context.stopping():
         time.sleep(0.05)
@@ -51,7 +51,7 @@ def until_asked(context: WorkerContext) -> None:
 
 @pytest.mark.ray
 def test_a_signal_asks_the_workers_to_stop_and_a_permanent_error_ends_the_training(ray_session: None) -> None:
-    """For SIGTERM see test_capacity.py."""
+    """The signal is SIGINT; test_capacity.py tests SIGTERM."""
     records: list[dict[str, Any]] = []
 
     def on_record(record: dict[str, Any]) -> None:
@@ -61,7 +61,7 @@ def test_a_signal_asks_the_workers_to_stop_and_a_permanent_error_ends_the_traini
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(RuntimeError, match="training failed: ValueError: learning_rate=-1 is negative"):
-        run_workers(until_asked, 1, on_record)
+        run_workers(wait_for_stop, 1, on_record)
     assert records == [{"begun": True}, {"stopped": True}], "its last record arrived too"
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -70,13 +70,16 @@ class Records:
     """A relay without Ray, which returns one record for each call. The second call fails."""
 
     def __init__(self, count: int) -> None:
-        self.waiting, self.calls, self.stops, self.empty = list(range(count)), 0, 0, threading.Event()
+        self.waiting = list(range(count))
+        self.calls = 0
+        self.stops = 0
+        self.empty = threading.Event()
 
     def exchange(self, stop: bool) -> list[dict[str, Any]]:
         self.calls += 1
         self.stops += stop
         if self.calls == 2:
-            raise ConnectionError("the relay did not answer")
+            raise ConnectionError("the relay did not respond")
         if self.waiting:
             return [{"number": self.waiting.pop(0)}]
         self.empty.set()
@@ -87,17 +90,17 @@ def test_records_after_a_failed_callback_or_call_still_arrive(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("cluster.relay.POLL_SECONDS", 0.001)
-    seen: list[int] = []
+    received: list[int] = []
 
     def on_record(record: dict[str, Any]) -> None:
-        seen.append(record["number"])
+        received.append(record["number"])
         if record["number"] == 0:
             raise KeyError("loss")
 
     relay = Records(4)
     with relay_records(cast(Relay, relay), on_record):
         assert relay.empty.wait(60), "no more records arrive"
-    assert seen == [0, 1, 2, 3]
+    assert received == [0, 1, 2, 3]
     assert "KeyError: 'loss'" in caplog.text and "the job continues" in caplog.text
 
 
@@ -110,7 +113,7 @@ def test_the_stop_flag_is_sent_again_if_a_call_fails(monkeypatch: pytest.MonkeyP
 
 
 def test_a_callback_that_fails_in_this_process_loses_one_record(caplog: pytest.LogCaptureFixture) -> None:
-    seen: list[dict[str, Any]] = []
+    received: list[dict[str, Any]] = []
 
     def loop(context: WorkerContext) -> None:
         context.report({})
@@ -118,26 +121,26 @@ def test_a_callback_that_fails_in_this_process_loses_one_record(caplog: pytest.L
         assert context.stopping()
 
     def on_record(record: dict[str, Any]) -> None:
-        seen.append(record["images"])
+        received.append(record["images"])
 
-    assert run_workers(loop, 0, on_record, stop=lambda: bool(seen))
-    assert seen == [1] and "KeyError" in caplog.text
+    assert run_workers(loop, 0, on_record, stop=lambda: bool(received))
+    assert received == [1] and "KeyError" in caplog.text
 
 
 def test_a_preemption_notice_is_returned_once_and_survives_a_failed_call(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("cluster.trainer.PREEMPTION_SECONDS", 0.001)
-    answers, done = iter([None, ConnectionError("no answer"), "node a", "node a"]), threading.Event()
+    responses, done = iter([None, ConnectionError("no answer"), "node a", "node a"]), threading.Event()
 
     def get_info() -> Any:
-        answer = next(answers, done)
-        if isinstance(answer, Exception):
-            raise answer
-        if answer is done:
+        response = next(responses, done)
+        if isinstance(response, Exception):
+            raise response
+        if response is done:
             done.set()
-            threading.Event().wait()  # a barrier that nobody else reaches
-        return answer
+            threading.Event().wait()  # never returns, like a barrier that no other worker reaches
+        return response
 
     is_new = _preemption_notices(get_info, rank=0)
     assert done.wait(60), "the watching thread died"
@@ -145,7 +148,7 @@ def test_a_preemption_notice_is_returned_once_and_survives_a_failed_call(
 
 
 @pytest.mark.parametrize(
-    ("words", "meaning"),
+    ("error", "meaning"),
     [
         ("The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR", "killed"),
         ("The actor died because its node has died. Node Id: 3f", "node was lost"),
@@ -153,5 +156,5 @@ def test_a_preemption_notice_is_returned_once_and_survives_a_failed_call(
         ("ValueError: --batch-size 3", "ValueError: --batch-size 3"),
     ],
 )
-def test_words_of_libraries_about_lost_workers_become_one_short_reason(words: str, meaning: str) -> None:
-    assert meaning in summarize_loss(words) and len(summarize_loss(words)) < 80
+def test_errors_of_libraries_about_lost_workers_become_one_short_reason(error: str, meaning: str) -> None:
+    assert meaning in summarize_loss(error) and len(summarize_loss(error)) < 80

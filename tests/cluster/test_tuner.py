@@ -19,8 +19,8 @@ class Task(NamedTuple):
     level: int
 
 
-def note(folder: str, task: Task) -> dict[str, float]:
-    """Write a file. The first process of trial 1 at level 1 ends itself."""
+def write_mark(folder: str, task: Task) -> dict[str, float]:
+    """Write a file for the task. The first process of trial 1 at level 1 kills itself."""
     if task == Task("1", 1) and not Path(folder, "died").exists():
         Path(folder, "died").touch()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -28,12 +28,12 @@ def note(folder: str, task: Task) -> dict[str, float]:
     return {"level": task.level}
 
 
-def halved(folder: str, seen: list[list[str]]) -> Rounds[Task]:
+def halving_rounds(folder: str, finished: list[list[str]]) -> Rounds[Task]:
     """Yield rounds: no tasks, four trials, then two, then one of these and one that was stopped."""
     yield Round([], [])
     for level, (names, stopped) in enumerate([(("0", "1", "2", "3"), ()), (("0", "1"), ("2", "3")), (("0", "3"), ())]):
         yield Round([(name, Task(name, level)) for name in names], list(stopped))
-        seen.append(sorted(file.rsplit("-", 1)[0] for file in os.listdir(folder) if f"-{level}-" in file))
+        finished.append(sorted(file.rsplit("-", 1)[0] for file in os.listdir(folder) if f"-{level}-" in file))
 
 
 @pytest.mark.ray
@@ -41,21 +41,23 @@ def test_trials_go_on_between_rounds_and_nothing_outlives_them(ray_session: None
     import ray
     from ray.util.placement_group import placement_group_table
 
-    seen, done = list[list[str]](), list[Task]()
-    run_rounds(partial(note, str(tmp_path)), halved(str(tmp_path), seen), max_concurrent=2, on_done=done.append)
-    assert seen == [["0-0", "1-0", "2-0", "3-0"], ["0-1", "1-1"], ["0-2", "3-2"]], "a task was lost or done too early"
+    finished, done = list[list[str]](), list[Task]()
+    rounds = halving_rounds(str(tmp_path), finished)
+    run_rounds(partial(write_mark, str(tmp_path)), rounds, max_concurrent=2, on_done=done.append)
+    expected = [["0-0", "1-0", "2-0", "3-0"], ["0-1", "1-1"], ["0-2", "3-2"]]
+    assert finished == expected, "a task was lost or done too early"
     assert len(done) == 8 == len(set(done)) and (tmp_path / "died").exists()
     assert {group["state"] for group in placement_group_table().values()} <= {"REMOVED"}
-    everything = ray.cluster_resources()["CPU"]
+    all_cpus = ray.cluster_resources()["CPU"]
     deadline = time.monotonic() + 30
-    while ray.available_resources()["CPU"] < everything and time.monotonic() < deadline:
+    while ray.available_resources()["CPU"] < all_cpus and time.monotonic() < deadline:
         time.sleep(0.1)  # nodes report what is free a moment later
-    assert ray.available_resources()["CPU"] == everything
+    assert ray.available_resources()["CPU"] == all_cpus
 
 
 @pytest.mark.ray
 def test_a_task_that_raises_and_rounds_that_raise_end_in_their_own_error(ray_session: None) -> None:
-    def bad(level: int) -> dict[str, float]:
+    def run_task(level: int) -> dict[str, float]:
         if level < 0:
             raise ValueError(f"task {level} is bad")
         return {}
@@ -64,12 +66,14 @@ def test_a_task_that_raises_and_rounds_that_raise_end_in_their_own_error(ray_ses
         yield Round([("a", 1)], [])
         raise KeyError("the rounds are wrong")
 
-    ended = list[int]()
+    finished = list[int]()
     with pytest.raises(RuntimeError, match="task -2 is bad"):
-        run_rounds(bad, iter([Round([("a", 1), ("b", -2), ("c", 3)], [])]), max_concurrent=1, on_done=ended.append)
-    assert ended == [1, 3], "the others of its round are done"
+        run_rounds(
+            run_task, iter([Round([("a", 1), ("b", -2), ("c", 3)], [])]), max_concurrent=1, on_done=finished.append
+        )
+    assert finished == [1, 3], "the others of its round are done"
     with pytest.raises(KeyError, match="the rounds are wrong"):
-        run_rounds(bad, bad_rounds(), max_concurrent=2, on_done=ended.append)
+        run_rounds(run_task, bad_rounds(), max_concurrent=2, on_done=finished.append)
 
 
 class Item(NamedTuple):
@@ -105,4 +109,4 @@ def test_a_trial_that_stops_frees_its_share_of_the_pool_at_once(ray_session: Non
         run_rounds(partial(map_over, workers), both, max_concurrent=2, on_done=lambda trial: None)
     begun = (tmp_path / "log").read_text().split()
     assert begun.count("good") == 40
-    assert begun.count("bad") <= 3 + 2 * num_workers, "what the stopped trial had not asked for was done all the same"
+    assert begun.count("bad") <= 3 + 2 * num_workers, "items that the stopped trial had not submitted were done"

@@ -7,14 +7,14 @@ from cluster.watchdog import Watchdog
 
 
 def test_the_stacks_of_a_hang_are_reported() -> None:
-    reported, heard = [], threading.Event()
+    reported, received = [], threading.Event()
 
     def report(record: dict[str, Any]) -> None:
         reported.append(record)
-        heard.set()
+        received.set()
 
     def hang_in_a_collective() -> None:
-        assert heard.wait(60)
+        assert received.wait(60)
 
     with Watchdog(rank=3, report=report, seconds=0.05):
         hang_in_a_collective()

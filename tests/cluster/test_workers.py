@@ -23,7 +23,10 @@ NEVER = float("inf")
 
 
 def make_squarer(folder: str, dies_at: int, fails_at: int, deaths_at_start: int = 0) -> Callable[[int], int]:
-    """Return a worker that squares. Its process is killed at its first starts and once at one item; another fails."""
+    """Return a worker that squares its item.
+
+    Its process is killed at the first `deaths_at_start` starts, and once at the item `dies_at`; `fails_at` raises.
+    """
     starts = len(list(Path(folder).glob("start-*")))
     if starts < deaths_at_start:
         Path(folder, f"start-{starts}").touch()
@@ -45,14 +48,14 @@ def make_nothing() -> Callable[[int], int]:
     raise FileNotFoundError("no weights there")
 
 
-def test_without_workers_items_run_here_in_order(tmp_path: Path) -> None:
+def test_without_workers_items_run_in_this_process_in_order(tmp_path: Path) -> None:
     make = partial(make_squarer, str(tmp_path), dies_at=-1, fails_at=-1)
     assert list(map_items(make, [3, 1, 2], num_workers=0)) == [(3, 9), (1, 1), (2, 4)]
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
-    """A clock for actors without Ray, which the pool can kill."""
+    """Yield a clock for actors without Ray, which the pool can kill."""
     monkeypatch.setattr(workers, "restart_process", lambda actor: actor.kill())
     monkeypatch.setattr(workers, "POLL_SECONDS", 0.02)
     clock = Clock()
@@ -60,15 +63,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     clock.end()
 
 
-def raised(error: Exception) -> RayTaskError:
+def task_error(error: Exception) -> RayTaskError:
     """Return what a call of an actor raises for an error in its code."""
     return RayTaskError("work", f"{type(error).__name__}: {error}", error)
 
 
-def out_of_use(caplog: pytest.LogCaptureFixture) -> int:
-    """Count the workers that are benched or left out."""
-    words = ("gets no items while others succeed", "is not used any more")
-    return sum(any(phrase in record.message for phrase in words) for record in caplog.records)
+def num_unused_workers(caplog: pytest.LogCaptureFixture) -> int:
+    """Return the number of workers that are benched or not used any more."""
+    phrases = ("gets no items while others succeed", "is not used any more")
+    return sum(any(phrase in record.message for phrase in phrases) for record in caplog.records)
 
 
 def test_a_thousand_workers_do_every_item_once_and_items_are_not_fetched_ahead(clock: Clock) -> None:
@@ -121,7 +124,7 @@ def test_the_mapping_ends_if_no_worker_is_left(clock: Clock) -> None:
 
 
 def test_an_item_that_always_fails_is_named_and_the_others_are_done(clock: Clock) -> None:
-    error = raised(ValueError("no such label"))
+    error = task_error(ValueError("no such label"))
     bad = TimedActor(clock, lambda _: 0.0, outcome=lambda item: error if item % 10 == 3 else item)
     done = []
     with pytest.raises(ItemsFailed, match=r"3 items failed.*3, 3 times: .*no such label"):
@@ -147,25 +150,25 @@ def test_one_faulty_worker_that_raises_at_once_fails_no_item(
     clock: Clock, caplog: pytest.LogCaptureFixture, later: float
 ) -> None:
     """59 of 60 items failed permanently when an item was retried on the worker that was idle first."""
-    sick = TimedActor(clock, lambda _: 0.0, outcome=lambda _: raised(RuntimeError("it is sick")), node="sick-node")
+    sick = TimedActor(clock, lambda _: 0.0, outcome=lambda _: task_error(RuntimeError("it is sick")), node="sick-node")
     sound = TimedActor(clock, lambda _: 0.01, start=later)
     done = [item for item, _ in Pool[int, int]([sick, sound]).map(range(60))]
     assert sorted(done) == list(range(60))
     assert sick.kills >= 1 and len(sick.worked) == len(set(sick.worked)), "an item was retried where it had failed"
     assert "sick-node" in caplog.records[-1].message and "it is sick" in caplog.records[-1].message
     if not later:
-        assert len(sick.worked) == workers.FAILURES_TO_BENCH and out_of_use(caplog) == 1
+        assert len(sick.worked) == workers.FAILURES_TO_BENCH and num_unused_workers(caplog) == 1
 
 
 def test_three_sick_workers_that_are_ready_first_fail_no_item(clock: Clock) -> None:
-    error = raised(RuntimeError("it is sick"))
+    error = task_error(RuntimeError("it is sick"))
     sick = [TimedActor(clock, lambda _: 0.0, outcome=lambda _: error) for _ in range(3)]
     sound = [TimedActor(clock, lambda _: 0.01, start=0.3) for _ in range(13)]
     assert sorted(item for item, _ in Pool[int, int](sick + sound).map(range(200))) == list(range(200))
 
 
 def test_if_every_item_fails_everywhere_all_are_named_and_the_workers_are_not_blamed(clock: Clock) -> None:
-    bad = [TimedActor(clock, lambda _: 0.001, outcome=lambda _: raised(OSError("no access"))) for _ in range(4)]
+    bad = [TimedActor(clock, lambda _: 0.001, outcome=lambda _: task_error(OSError("no access"))) for _ in range(4)]
     with pytest.raises(ItemsFailed, match=r"60 items failed, the others are done: .*no access") as failed:
         list(Pool[int, int](bad).map(range(60)))
     assert "workers that failed" not in str(failed.value)
@@ -178,7 +181,11 @@ def test_a_hang_has_a_deadline_although_no_worker_is_idle(
     hangs = {0, 1}
 
     def seconds(item: int) -> float:
-        return NEVER if item in hangs and not hangs.discard(item) else 0.001  # type: ignore[func-returns-value]
+        """Hang at the first try of items 0 and 1."""
+        if item in hangs:
+            hangs.remove(item)
+            return NEVER
+        return 0.001
 
     both = [TimedActor(clock, seconds), TimedActor(clock, seconds)]
     assert sorted(item for item, _ in Pool[int, int](both).map(range(10))) == list(range(10))
@@ -193,7 +200,7 @@ def test_a_valid_item_that_misses_the_deadline_gets_a_longer_one(clock: Clock, m
 
 
 def test_a_broken_device_ends_the_process_and_is_not_the_items_fault(clock: Clock) -> None:
-    error = raised(RuntimeError("CUDA error: uncorrectable ECC error encountered"))
+    error = task_error(RuntimeError("CUDA error: uncorrectable ECC error encountered"))
     failures = iter([error] * 5)
     broken = TimedActor(clock, lambda _: 0.0, outcome=lambda item: next(failures, item))
     assert list(Pool[int, int]([broken]).map([7])) == [(7, 7)]
@@ -215,20 +222,18 @@ def test_which_errors_say_that_the_device_is_broken(name: str, message: str, bro
     import torch
 
     error: Exception = getattr(torch, name, RuntimeError)(message)
-    assert is_device_error(raised(error)) == broken
+    assert is_device_error(task_error(error)) == broken
 
 
-def test_a_worker_that_cannot_be_made_is_left_out_if_others_are_made(
-    clock: Clock, caplog: pytest.LogCaptureFixture
-) -> None:
-    error = raised(OSError("SlowDown"))
+def test_a_worker_that_cannot_be_created_is_not_used(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    error = task_error(OSError("SlowDown"))
     tries = iter([error] * 2)
-    at_last = TimedActor(clock, lambda _: 0.001, ready=lambda: next(tries, None))
+    third_try = TimedActor(clock, lambda _: 0.001, ready=lambda: next(tries, None))
     never = TimedActor(clock, lambda _: 0.0, ready=error, node="sick-node")
     late = TimedActor(clock, lambda _: 0.001, start=0.3)
     items = range(400)
-    assert sorted(item for item, _ in Pool[int, int]([never, at_last, late]).map(items)) == list(items)
-    assert at_last.worked and not never.worked and out_of_use(caplog) == 1
+    assert sorted(item for item, _ in Pool[int, int]([never, third_try, late]).map(items)) == list(items)
+    assert third_try.worked and not never.worked and num_unused_workers(caplog) == 1
     assert "sick-node: 3 times, unused: it could not be created: OSError: SlowDown" in caplog.records[-1].message
 
 
@@ -239,28 +244,28 @@ def test_a_slow_worker_is_named(
     slow = TimedActor(clock, lambda _: 5.0, node="slow-node")
     sound = TimedActor(clock, lambda _: 0.005)
     assert sorted(item for item, _ in Pool[int, int]([slow, sound]).map(range(100))) == list(range(100))
-    named = [record.message for record in caplog.records if "slow workers" in record.message]
-    assert any("slow-node: item" in line for line in named)
+    slow_lines = [record.message for record in caplog.records if "slow workers" in record.message]
+    assert any("slow-node: item" in line for line in slow_lines)
     assert "slow-node" in caplog.records[-1].message
 
 
-def test_any_mixture_of_faults_loses_and_doubles_nothing(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_mixture_of_faults_loses_or_duplicates_an_item(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "HANG_SECONDS", 0.2)
     for seed in range(6):
         draws = random.Random(seed)
-        chance = [draws.choice([0.0, 0.0, 0.05, 0.5, 1.0]) for _ in range(16)]
-        chance[draws.randrange(16)] = 0.0
-        print(f"seed {seed}, chances of a fault {chance}")
-        actors = [faulty(clock, draws, each) for each in chance]
+        chances = [draws.choice([0.0, 0.0, 0.05, 0.5, 1.0]) for _ in range(16)]
+        chances[draws.randrange(16)] = 0.0
+        print(f"seed {seed}, chances of a fault {chances}")
+        actors = [faulty_actor(clock, draws, chance) for chance in chances]
         done = [item for item, _ in Pool[int, int](actors).map(range(300), tries=16)]
         assert sorted(done) == list(range(300))
 
 
-def faulty(clock: Clock, draws: random.Random, chance: float) -> TimedActor:
+def faulty_actor(clock: Clock, draws: random.Random, chance: float) -> TimedActor:
     """Return an actor that raises, dies, breaks its device or hangs, each with some probability."""
 
     def outcome(item: int) -> Any:
-        errors = [raised(ValueError("no")), raised(RuntimeError("CUDA error: unknown")), ActorDiedError()]
+        errors = [task_error(ValueError("no")), task_error(RuntimeError("CUDA error: unknown")), ActorDiedError()]
         return draws.choice(errors) if draws.random() < chance else item
 
     return TimedActor(clock, lambda _: NEVER if draws.random() < chance / 10 else 0.002, outcome=outcome)
@@ -284,7 +289,7 @@ def test_a_signal_ends_the_wait_for_workers(clock: Clock, number: signal.Signals
 
 @pytest.mark.ray
 def test_a_killed_worker_loses_nothing_and_a_bad_item_is_named(ray_session: None, tmp_path: Path) -> None:
-    """The worker is killed twice while it is made, and once at work."""
+    """The worker is killed twice while it is created, and once at work."""
     make = partial(make_squarer, str(tmp_path), dies_at=7, fails_at=9, deaths_at_start=2)
     done = []
     with pytest.raises(ItemsFailed, match=r"1 items failed.*9, 3 times: ValueError: item 9 is bad"):
@@ -295,7 +300,7 @@ def test_a_killed_worker_loses_nothing_and_a_bad_item_is_named(ray_session: None
 
 
 @pytest.mark.ray
-def test_the_job_ends_if_no_worker_can_be_made(ray_session: None) -> None:
+def test_the_job_ends_if_no_worker_can_be_created(ray_session: None) -> None:
     with pytest.raises(RuntimeError, match="FileNotFoundError: no weights there"):
         list(map_items(make_nothing, range(3), num_workers=1))
 
@@ -307,25 +312,25 @@ class Task(NamedTuple):
     number: int
 
 
-def claim(folder: str, count: int) -> bool:
-    """Whether this actor is one of the first `count` that asked, and so stays sick however often it is restarted."""
+def is_sick_actor(folder: str, count: int) -> bool:
+    """Return whether this actor is one of the first `count` that called this; it stays sick after every restart."""
     import ray
 
-    me = str(ray.get_runtime_context().get_actor_id())
+    actor_id = str(ray.get_runtime_context().get_actor_id())
     for number in range(count):
         file = Path(folder, f"sick{number}")
         try:
-            os.symlink(me, file)  # atomic, with its content
+            os.symlink(actor_id, file)  # atomic, with its content
         except FileExistsError:
-            if os.readlink(file) != me:
+            if os.readlink(file) != actor_id:
                 continue
         return True
     return False
 
 
 def make_sick(folder: str, count: int) -> Callable[[Task], int]:
-    """Make a worker that is sick if it is one of the first `count`; a sick one cannot be made at first."""
-    sick, seen = claim(folder, count), 0
+    """Return a worker that is sick if it is one of the first `count`; a sick one cannot be created at first."""
+    sick, seen = is_sick_actor(folder, count), 0
     mark = uuid.uuid4().hex
     if sick and not Path(folder, "can be made").exists():
         Path(folder, f"cannot be made-{mark}").touch()
@@ -354,7 +359,7 @@ def make_sick(folder: str, count: int) -> Callable[[Task], int]:
 def test_faulty_workers_cost_only_their_share(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Every fault, on one pool: the health of workers belongs to a mapping, so each begins anew."""
+    """Every fault is tested on the same pool, because the health of its workers is counted anew in each mapping."""
     sick, num_workers = 2, 5
     monkeypatch.setattr(workers, "POLL_SECONDS", 0.1)
     monkeypatch.setattr(workers, "SLOW_SECONDS", 0.5)

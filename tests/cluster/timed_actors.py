@@ -1,4 +1,4 @@
-"""Actors without Ray: their work is a time that passes. For tests and simulations of the pool's scheduling."""
+"""Actors without Ray, whose work is to wait. They serve tests and simulations of the pool's scheduling."""
 
 import heapq
 import itertools
@@ -10,16 +10,18 @@ from typing import Any
 
 
 class Clock:
-    """Completes futures at their moments, all from one thread."""
+    """Completes futures when they are due, all from one thread."""
 
     def __init__(self) -> None:
         self._due: list[tuple[float, int, Future, Any]] = []
-        self._count, self._changed, self._ended = itertools.count(), threading.Condition(), False
+        self._count = itertools.count()  # orders futures that are due at the same moment
+        self._changed = threading.Condition()
+        self._ended = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def after(self, seconds: float, outcome: Any) -> Future:
-        """A future that has `outcome`, or raises it, in so many seconds; never where they are infinite."""
+        """Return a future that has or raises `outcome` after `seconds`, or never if they are infinite."""
         future: Future = Future()
         with self._changed:
             heapq.heappush(self._due, (time.monotonic() + seconds, next(self._count), future, outcome))
@@ -27,7 +29,7 @@ class Clock:
         return future
 
     def end(self) -> None:
-        """Stop; what is not due yet never will be."""
+        """Stop the thread. Futures that are not due yet are never completed."""
         with self._changed:
             self._ended = True
             self._changed.notify()
@@ -51,7 +53,7 @@ class Clock:
 
 
 class _Call:
-    """What a call of an actor's method is: `.remote()`, and a reference that becomes a future."""
+    """A method of an actor: `.remote()` returns a reference, whose `future()` is the call's future."""
 
     def __init__(self, begin: Callable[..., Future]) -> None:
         self._begin = begin
@@ -69,8 +71,9 @@ class _Call:
 class TimedActor:
     """Returns each item itself after `seconds(item)`, and is ready after `start` seconds.
 
-    `outcome(item)` may return an exception instead of the item, and `ready` may be one that it dies of, or a function
-    that returns one or None. Like a real one, it dies at the deadline of an item. `kill` ends its process.
+    `outcome(item)` may return an exception, which the call then raises. `ready` is None, or an exception that is
+    raised instead of becoming ready, or a function that returns either. Like a real actor, it dies at the deadline of
+    an item. `kill` ends its process.
     """
 
     def __init__(
@@ -93,10 +96,10 @@ class TimedActor:
 
         def work(item: Any, deadline: float) -> Future:
             self.worked.append(item)
-            took = seconds(item)
-            if took > deadline:
+            duration = seconds(item)
+            if duration > deadline:
                 return clock.after(deadline, ActorDiedError())
-            self._running = clock.after(took, outcome(item))
+            self._running = clock.after(duration, outcome(item))
             return self._running
 
         def kill() -> None:

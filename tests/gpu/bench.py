@@ -1,4 +1,4 @@
-"""What the GPU checks share: networks with random weights, training and sampling steps, timing, and findings."""
+"""Shared parts of the GPU checks: networks with random weights, training and sampling steps, timing, and findings."""
 
 import contextlib
 import math
@@ -30,7 +30,7 @@ from orchestrator.training.state import TrainingState, take_step
 from orchestrator.weights.network import Network
 
 Verdict = Literal["ok", "BROKEN", "info", "skip"]
-UNKNOWN_CARD = 1e12  # FLOP/s, so that shares of the peak mean nothing and still can be printed
+UNKNOWN_CARD = 1e12  # FLOP/s; shares of this peak can be printed, but mean nothing
 
 TINY_UNET = UNetConfig(
     image_size=16, model_channels=32, num_res_blocks=1, channel_mult=(1, 2), attention_resolutions=(8,),
@@ -44,53 +44,56 @@ TINY_CLASSIFIER = ClassifierConfig(
 
 @dataclass
 class Bench:
-    """Where the checks run, and what they found."""
+    """The device on which the checks run, and their findings."""
 
     device: torch.device
     tiny: bool = False  # small networks and few repeats
     lines: list[dict[str, Any]] = field(default_factory=list)
-    check: str = ""  # the name of the one that runs
+    check: str = ""  # the name of the check that runs
 
     @property
     def on_gpu(self) -> bool:
         """Return whether this is a CUDA device."""
         return self.device.type == "cuda"
 
-    def say(self, verdict: Verdict, words: str, **numbers: Any) -> None:
-        """Note and print one line."""
-        self.lines.append({"check": self.check, "verdict": verdict, "words": words, **numbers})
-        print(f"{self.check:13} | {verdict:6} | {words}", flush=True)
+    def say(self, verdict: Verdict, message: str, **numbers: Any) -> None:
+        """Record and print one finding."""
+        self.lines.append({"check": self.check, "verdict": verdict, "words": message, **numbers})
+        print(f"{self.check:13} | {verdict:6} | {message}", flush=True)
 
-    def hold(self, kept: bool, words: str, **numbers: Any) -> None:
-        """Note whether a promise is kept."""
-        self.say("ok" if kept else "BROKEN", words, **numbers)
+    def hold(self, kept: bool, message: str, **numbers: Any) -> None:
+        """Record whether a promise is kept."""
+        self.say("ok" if kept else "BROKEN", message, **numbers)
 
-    def judge(self, kept: bool, words: str, **numbers: Any) -> None:
-        """Note whether a speed is reached; on a CPU it is no promise."""
-        self.say(("ok" if kept else "BROKEN") if self.on_gpu else "info", words, **numbers)
+    def judge(self, kept: bool, message: str, **numbers: Any) -> None:
+        """Record whether a speed is reached. On a CPU the finding is information only."""
+        if self.on_gpu:
+            self.hold(kept, message, **numbers)
+        else:
+            self.say("info", message, **numbers)
 
     @cached_property
     def peak(self) -> float:
-        """Return the maker's dense FLOP/s in half precision."""
+        """Return the dense FLOP/s in half precision of the data sheet."""
         return peak_flops(platform(self.device)["device"], "float16") or UNKNOWN_CARD
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was asked to."""
+        """Wait until the GPU has finished all queued work."""
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, run: Callable[[], Any], repeats: int = 5, warm: int = 2) -> float:
-        """Return the median time of `repeats` runs after `warm` others; one run each where it is tiny."""
+        """Return the median time of `repeats` runs after `warm` warm-up runs, or of one after one if `tiny`."""
         for _ in range(1 if self.tiny else warm):
             run()
         self.synchronize()
-        taken = []
+        durations = []
         for _ in range(1 if self.tiny else repeats):
             begin = time.perf_counter()
             run()
             self.synchronize()
-            taken.append(time.perf_counter() - begin)
-        return float(np.median(taken))
+            durations.append(time.perf_counter() - begin)
+        return float(np.median(durations))
 
     def memory(self, run: Callable[[], Any]) -> int:
         """Return the most bytes that the GPU holds while `run` runs; 0 on a CPU."""
@@ -105,7 +108,7 @@ class Bench:
     # ------------------------------------------------------------------------------------------------ networks
 
     def pair(self, size: int) -> tuple[UNetConfig, ClassifierConfig]:
-        """Return ADM's diffusion model and classifier for `size` pixels; the tiny ones whatever the size."""
+        """Return ADM's diffusion model and classifier for `size` pixels, or the tiny ones if `tiny`."""
         if self.tiny:
             return TINY_UNET, TINY_CLASSIFIER
         unet, classifier = zoo.entry(f"adm-{size}").network, zoo.entry(f"classifier-{size}").network
@@ -114,15 +117,15 @@ class Bench:
 
     def networks(self, size: int) -> tuple[Network, Network]:
         """Return both with random weights, frozen, as a sampling worker has them."""
-        found = []
+        networks = []
         configs: tuple[UNetConfig | ClassifierConfig, ...] = self.pair(size)
         for seed, config in enumerate(configs, 1):
             module = filled(config, seed, self.device).eval().requires_grad_(False)
             if self.on_gpu:
                 module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             classes = tuple(map(str, range(config.num_classes or 0)))
-            found.append(Network(module, config, DiffusionConfig(schedule="cosine"), classes, ""))
-        return found[0], found[1]
+            networks.append(Network(module, config, DiffusionConfig(schedule="cosine"), classes, ""))
+        return networks[0], networks[1]
 
     def guided_step(self, networks: tuple[Network, Network], batch: int, steps: int = 250) -> Callable[[], Tensor]:
         """Return one guided ancestral step in the middle of a chain of `steps`, for `batch` images."""
@@ -155,12 +158,12 @@ class Bench:
     def microbatches(self, config: AdmConfig, seed: int = 0) -> list[Microbatch]:
         """Return the microbatches of one step, of random pictures, on the host."""
         rng, streams = np.random.default_rng(seed), config.order.num_streams
-        each, size = config.batch_size // streams, config.model.image_size
+        rows, size = config.batch_size // streams, config.model.image_size
         shares = [
             StreamShare(
-                stream=stream, epoch=0, images=rng.integers(0, 256, (each, size, size, 3), np.uint8),
-                labels=rng.integers(0, config.model.num_classes or 1, each), samples=np.arange(each) + each * stream,
-                flips=np.zeros(each, bool), undecodable=np.zeros(each, bool),
+                stream=stream, epoch=0, images=rng.integers(0, 256, (rows, size, size, 3), np.uint8),
+                labels=rng.integers(0, config.model.num_classes or 1, rows), samples=np.arange(rows) + rows * stream,
+                flips=np.zeros(rows, bool), undecodable=np.zeros(rows, bool),
             )
             for stream in range(streams)
         ]  # fmt: skip
@@ -168,7 +171,7 @@ class Bench:
 
     @contextlib.contextmanager
     def trainer(self, config: AdmConfig) -> Iterator[tuple[TrainingState, Callable[[list[Microbatch]], list[Terms]]]]:
-        """A state on the device with random weights, and the function that makes a step of microbatches."""
+        """Yield a state with random weights on the device, and a function that takes a step of microbatches."""
         context = WorkerContext(0, 1, self.device, lambda record: None, lambda: False, streams_on_cluster=False)
         group = Group(0, 1)
         with arithmetic(config.num_threads, config.reduction == "exact", config.tf32):
@@ -186,9 +189,9 @@ class Bench:
             yield state, step
 
 
-def difference(found: Tensor, truth: Tensor) -> float:
-    """Return the relative error in norm, computed in float64 on the CPU; inf where something is not finite."""
-    a, b = found.detach().double().cpu(), truth.detach().double().cpu()
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """Return the relative error in norm, computed in float64 on the CPU; inf if it is not finite."""
+    a, b = actual.detach().double().cpu(), expected.detach().double().cpu()
     error = float((a - b).norm() / b.norm().clamp(min=1e-300))
     return error if math.isfinite(error) else math.inf
 

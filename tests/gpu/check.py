@@ -1,6 +1,6 @@
-"""Is Admiral right on this GPU, and how fast? Ten minutes on one card, without Ray:
+"""Check that Admiral is correct on this GPU, and how fast it is, in ten minutes on one GPU and without Ray:
 
-    make gpu-check                       # exit code 1 where a promise is broken
+    make gpu-check                       # exit code 1 if a promise is broken
     make gpu-check ARGS=--tiny           # the same on small networks, on a CPU too
 
 Prints one line for each finding, and writes them to runs/gpu-check.json. It needs torch, numpy, safetensors, fsspec,
@@ -18,17 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPORT = Path("runs/gpu-check.json")
-NOT_USED = ("botocore", "botocore.exceptions", "botocore.parsers", "tenacity", "yaml", "psutil")  # but imported
+NOT_USED = ("botocore", "botocore.exceptions", "botocore.parsers", "tenacity", "yaml", "psutil")  # imported, not called
 
 
 def stand_in(name: str) -> None:
-    """Make an empty module of this name, if there is none: every attribute is an exception for `except` to name."""
+    """Create a stub module if `name` is not installed. Each of its attributes is an exception class, for `except`."""
     if name in sys.modules or importlib.util.find_spec(name.split(".")[0]) is not None:
         return
     module = types.ModuleType(name)
     module.__path__ = []
-    made: dict[str, type] = {}
-    module.__getattr__ = lambda wanted: made.setdefault(wanted, type(wanted, (Exception,), {}))  # type: ignore[method-assign]
+    attributes: dict[str, type] = {}
+    module.__getattr__ = lambda attribute: attributes.setdefault(attribute, type(attribute, (Exception,), {}))  # type: ignore[method-assign]
     sys.modules[name] = module
     if "." in name:
         setattr(sys.modules[name.rpartition(".")[0]], name.rpartition(".")[2], module)
@@ -78,12 +78,12 @@ def run_checks(bench: Bench, names: list[str], budget: float) -> None:
     begun = time.monotonic()
     for name in names:
         bench.check = name
-        if (left := budget - (time.monotonic() - begun)) < CHECKS[name].needs:
-            bench.say("skip", f"{left:.0f} s are left")
+        if (seconds_left := budget - (time.monotonic() - begun)) < CHECKS[name].needs:
+            bench.say("skip", f"{seconds_left:.0f} s are left")
             continue
         try:
             CHECKS[name].run(bench)
-        except Exception as error:  # noqa: BLE001 - the next check may still say something
+        except Exception as error:  # noqa: BLE001 - the next checks still run
             bench.say(
                 "BROKEN", f"{type(error).__name__}: {error}".splitlines()[0][:300], traceback=traceback.format_exc()
             )

@@ -1,4 +1,4 @@
-"""What must hold on a GPU: the CPU's numbers, equal bits from run to run and for any number of workers, no waiting."""
+"""Promises on a GPU: the CPU's numbers, equal bits in every run and for any number of workers, and no waiting."""
 
 import hashlib
 import time
@@ -28,7 +28,7 @@ from orchestrator.training.losses import Microbatch, Terms, make_losses
 from orchestrator.weights.network import Network
 from tests.gpu.bench import TINY_CLASSIFIER, TINY_UNET, Bench, autocast, difference, example, filled
 
-# dtype, TF32 and the relative error against float32 on a CPU that is allowed: three times what CPUs themselves show
+# (dtype, TF32, accepted relative error against float32 on a CPU): three times the error between CPUs
 KINDS = (
     ("float32", False, 6e-5),
     ("float32", True, 1.5e-2),
@@ -38,7 +38,7 @@ KINDS = (
 
 
 def correctness(bench: Bench) -> None:
-    """Losses, gradients and the guidance's gradient against the CPU in float32, for every variant of the networks."""
+    """Compare losses, gradients and the guidance's gradient with float32 on the CPU, for every kind of network."""
     plain = {"resblock_updown": False, "use_scale_shift_norm": False, "num_head_channels": None, "num_heads": 1}
     variants = {
         "ADM": TINY_UNET,
@@ -51,25 +51,25 @@ def correctness(bench: Bench) -> None:
             worst = {name: _loss_errors(bench, config, dtype) for name, config in variants.items()}
             for pool in ("attention", "adaptive", "spatial", "spatial_v2"):
                 worst[pool] = _guidance_error(bench, pool, dtype)
-        words = ", ".join(f"{name} {error:.1e}" for name, error in worst.items())
-        bench.hold(max(worst.values()) < limit, f"{dtype}{', TF32' if tf32 else ''}: off by {words}", errors=worst)
+        errors = ", ".join(f"{name} {error:.1e}" for name, error in worst.items())
+        bench.hold(max(worst.values()) < limit, f"{dtype}{', TF32' if tf32 else ''}: off by {errors}", errors=worst)
 
 
 def _loss_errors(bench: Bench, config: UNetConfig, dtype: str) -> float:
     diffusion = Diffusion(DiffusionConfig(schedule="cosine"))
 
     def gradients(device: torch.device, dtype: str) -> Tensor:
-        module, given = filled(config, 0, device), {name: value.to(device) for name, value in example().items()}
-        condition = {"y": given["y"]} | ({"low_res": given["low_res"]} if config.low_res_size else {})
+        module, inputs = filled(config, 0, device), {name: value.to(device) for name, value in example().items()}
+        condition = {"y": inputs["y"]} | ({"low_res": inputs["low_res"]} if config.low_res_size else {})
 
-        def network(*arguments: Any, **inputs: Any) -> Tensor:
+        def network(*arguments: Any, **conditions: Any) -> Tensor:
             with autocast(device, dtype):
-                return module(*arguments, **inputs)
+                return module(*arguments, **conditions)
 
-        terms = diffusion.losses(network, given["x"], given["t"], given["noise"], **condition)
+        terms = diffusion.losses(network, inputs["x"], inputs["t"], inputs["noise"], **condition)
         terms["loss"].sum().backward()
-        found = [terms["loss"].detach()] + [p.grad.flatten() for p in module.parameters() if p.grad is not None]
-        return torch.cat([part.double().cpu() for part in found])
+        parts = [terms["loss"].detach()] + [p.grad.flatten() for p in module.parameters() if p.grad is not None]
+        return torch.cat([part.double().cpu() for part in parts])
 
     return difference(gradients(bench.device, dtype), gradients(torch.device("cpu"), "float32"))
 
@@ -78,15 +78,15 @@ def _guidance_error(bench: Bench, pool: str, dtype: str) -> float:
     config = TINY_CLASSIFIER.model_copy(update={"pool": pool})
 
     def gradient(device: torch.device, dtype: str) -> Tensor:
-        module, given = filled(config, 0, device).requires_grad_(False), example()
+        module, inputs = filled(config, 0, device).requires_grad_(False), example()
         with autocast(device, dtype), torch.no_grad():
-            return log_prob_gradient(module, *(given[name].to(device) for name in ("x", "t", "y")))
+            return log_prob_gradient(module, *(inputs[name].to(device) for name in ("x", "t", "y")))
 
     return difference(gradient(bench.device, dtype), gradient(torch.device("cpu"), "float32"))
 
 
 def chains(bench: Bench) -> None:
-    """Whole guided chains of every sampler on both devices, in float32: at most a grey level apart."""
+    """Run guided chains of every sampler on both devices in float32: they differ by at most one grey level."""
     configs: tuple[UNetConfig | ClassifierConfig, ...] = (TINY_UNET, TINY_CLASSIFIER)
     for name in SAMPLERS:
         images = []
@@ -99,22 +99,22 @@ def chains(bench: Bench) -> None:
             sampler, guidance = SamplerConfig(name=name, num_steps=5), GuidanceConfig(scale=1.0)
             with arithmetic(torch.get_num_threads(), deterministic=True, tf32=False):
                 images.append(sample_batch(model, sampler, np.arange(4), np.arange(4), 0, guide, guidance))
-        apart = np.abs(images[0].astype(int) - images[1])
-        words = f"{name}: at most {apart.max()} grey levels, {(apart > 0).mean():.2%} of pixels differ"
-        bench.hold(apart.max() <= 1, words)
+        differences = np.abs(images[0].astype(int) - images[1])
+        message = f"{name}: at most {differences.max()} grey levels, {(differences > 0).mean():.2%} of pixels differ"
+        bench.hold(differences.max() <= 1, message)
 
 
 def powers_of_two(bench: Bench) -> None:
-    """The factors that scale the guidance's gradients are exact."""
+    """Check that the factors that scale the guidance's gradients are exact."""
     k = torch.arange(-100, 101, dtype=torch.int32, device=bench.device)
-    made = torch.ldexp(torch.full((len(k),), GRADIENT_NORM, device=bench.device), k).double().cpu()
-    wrong = int((made != GRADIENT_NORM * 2.0 ** k.double().cpu()).sum())
+    computed = torch.ldexp(torch.full((len(k),), GRADIENT_NORM, device=bench.device), k).double().cpu()
+    wrong = int((computed != GRADIENT_NORM * 2.0 ** k.double().cpu()).sum())
     bench.hold(not wrong, f"torch.ldexp is off for {wrong} of {len(k)} exponents")
 
 
 def half_weights(bench: Bench) -> None:
-    """Weights kept in half precision give the bits of weights that autocast casts."""
-    given = {name: value.to(bench.device) for name, value in example().items()}
+    """Check that weights kept in half precision give the same bits as weights that autocast casts."""
+    inputs = {name: value.to(bench.device) for name, value in example().items()}
     for dtype in ("bfloat16", "float16"):
         outputs = []
         for halved in (False, True):
@@ -122,36 +122,35 @@ def half_weights(bench: Bench) -> None:
             if halved:
                 halve_weights(module, getattr(torch, dtype))
             with torch.no_grad(), autocast(bench.device, dtype):
-                outputs.append(module(given["x"], given["t"], given["y"]))
+                outputs.append(module(inputs["x"], inputs["t"], inputs["y"]))
         bench.hold(torch.equal(*outputs), f"{dtype}: {'equal' if torch.equal(*outputs) else 'OTHER'} bits")
 
 
 def float32_backward(bench: Bench) -> None:
-    """The classifier's float32 layers stay float32 in the guidance's backward pass inside autocast."""
-    seen: Counter[str] = Counter()
+    """Check that the classifier's float32 layers stay float32 in the guidance's backward pass inside autocast."""
+    products: Counter[str] = Counter()
 
     class Products(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if function.overloadpacket.__name__ in ("mm", "bmm", "addmm"):
-                seen[str(next(each for each in args if isinstance(each, Tensor)).dtype)] += 1
+                products[str(next(argument for argument in args if isinstance(argument, Tensor)).dtype)] += 1
             return function(*args, **(kwargs or {}))
 
-    module, given = filled(TINY_CLASSIFIER, 0, bench.device).requires_grad_(False), example()
-    inputs = [given[name].to(bench.device) for name in ("x", "t", "y")]
+    module, example_inputs = filled(TINY_CLASSIFIER, 0, bench.device).requires_grad_(False), example()
+    inputs = [example_inputs[name].to(bench.device) for name in ("x", "t", "y")]
     with Products(), torch.no_grad():
         log_prob_gradient(module, *inputs)
-        alone, kept = seen["torch.float32"], dict(seen)
-        seen.clear()
+        without_autocast, seen_without_autocast = products["torch.float32"], dict(products)
+        products.clear()
         with autocast(bench.device, "bfloat16"):
             log_prob_gradient(module, *inputs)
     # The output layers' products, forward and back, and the time embedding's: the rest is in half precision.
-    bench.hold(
-        0 < seen["torch.float32"] < alone, f"products inside autocast {dict(seen)}, without {kept}", seen=dict(seen)
-    )
+    message = f"products inside autocast {dict(products)}, without {seen_without_autocast}"
+    bench.hold(0 < products["torch.float32"] < without_autocast, message, seen=dict(products))
 
 
 def noise(bench: Bench) -> None:
-    """Noise that was drawn ahead reaches the device unharmed while that is busy."""
+    """Check that noise drawn ahead reaches the device unchanged while the device is busy."""
     size, count, images = (16, 12, 8) if bench.tiny else (64, 40, 64)
     keys = [Draw(tuple(range(images)), (3, size, size), Purpose.STEP, t) for t in range(count)]
     ballast = torch.randn(64 if bench.tiny else 2048, 64 if bench.tiny else 2048, device=bench.device)
@@ -162,20 +161,18 @@ def noise(bench: Bench) -> None:
                 ballast = torch.tanh(ballast @ ballast)
             arrived.append(draw(key).to(bench.device, non_blocking=True).clone())
     bench.synchronize()
-    wrong = sum(not torch.equal(found.cpu(), draw_noise(0, key)) for found, key in zip(arrived, keys, strict=True))
+    wrong = sum(not torch.equal(tensor.cpu(), draw_noise(0, key)) for tensor, key in zip(arrived, keys, strict=True))
     bench.hold(not wrong, f"{wrong} of {count} tensors arrived changed")
 
 
 def determinism(bench: Bench) -> None:
-    """Guided samples are equal to the bit from run to run, with the settings of a sampling worker."""
+    """Check that guided samples are bit-equal from run to run, with the settings of a sampling worker."""
     networks = bench.networks(64)
     unet, classifier = networks
     batch, size = 4 if bench.tiny else 32, unet.architecture.image_size
     x = torch.randn(batch, 3, size, size, device=bench.device)
-    y, t = (
-        torch.arange(batch, device=bench.device) % len(unet.classes),
-        torch.full((batch,), 400.0, device=bench.device),
-    )
+    y = torch.arange(batch, device=bench.device) % len(unet.classes)
+    t = torch.full((batch,), 400.0, device=bench.device)
     for dtype in ("float16", "bfloat16", "float32"):
         gradients, images, failure = set(), set(), ""
         with arithmetic(torch.get_num_threads(), deterministic=True, tf32=False), autocast(bench.device, dtype):
@@ -184,23 +181,23 @@ def determinism(bench: Bench) -> None:
                     gradient = log_prob_gradient(classifier.module, x, t, y)
                     gradients.add(hashlib.sha256(gradient.cpu().numpy().tobytes()).hexdigest())
                 for _ in range(2 if bench.tiny else 3):
-                    made = sample_batch(
+                    samples = sample_batch(
                         unet, SamplerConfig(num_steps=3), np.arange(batch), y.cpu().numpy(), 0, classifier,
                         GuidanceConfig(scale=4.0),
                     )  # fmt: skip
-                    images.add(hashlib.sha256(made.tobytes()).hexdigest())
+                    images.add(hashlib.sha256(samples.tobytes()).hexdigest())
             except RuntimeError as error:
                 failure = f"; raised {str(error).splitlines()[0][:150]}"
-        words = f"{dtype}: {len(gradients)} different gradients, {len(images)} different batches{failure}"
-        bench.hold(not failure and len(gradients) == len(images) == 1, words)
+        message = f"{dtype}: {len(gradients)} different gradients, {len(images)} different batches{failure}"
+        bench.hold(not failure and len(gradients) == len(images) == 1, message)
 
 
 def exact(bench: Bench) -> None:
-    """reduction=exact gives one gradient, again and again and for 1, 2, 4 and 8 workers."""
-    streams, each = 8, 2 if bench.tiny else 4
+    """Check that reduction=exact gives bit-equal gradients in a second run and for 1, 2, 4 and 8 workers."""
+    streams, rows = 8, 2 if bench.tiny else 4
     model = bench.pair(64)[0].model_copy(update={"dropout": 0.1})
     for dtype in ("bfloat16",) if bench.tiny else ("bfloat16", "float16", "float32"):
-        config = bench.training(model, streams * each, dtype, streams, reduction="exact")
+        config = bench.training(model, streams * rows, dtype, streams, reduction="exact")
         with bench.trainer(config) as (state, _):
             losses = make_losses(config, state.timesteps)
             batches = [batch.to(bench.device) for batch in bench.microbatches(config)]
@@ -212,7 +209,7 @@ def exact(bench: Bench) -> None:
                 return terms
 
             def summed(workers: int, state: Any = state, batches: Any = batches, back: Any = backward) -> list[Tensor]:
-                """The tree's sum as `workers` workers make it: their own subtrees, then one another's."""
+                """Return the tree's sum as `workers` workers compute it: subtrees are summed, then their sums."""
                 parts, share = [], streams // workers
                 for rank in range(workers):
                     state.model.zero_grad(set_to_none=True)
@@ -223,50 +220,50 @@ def exact(bench: Bench) -> None:
                     parts = [[a + b for a, b in zip(*pair, strict=True)] for pair in pairs]
                 return parts[0]
 
-            truth = summed(1)
+            expected = summed(1)
             differing = {
-                words: sum(not torch.equal(a, b) for a, b in zip(truth, summed(workers), strict=True))
-                for words, workers in {"again": 1, "2 workers": 2, "4 workers": 4, "8 workers": 8}.items()
+                label: sum(not torch.equal(a, b) for a, b in zip(expected, summed(workers), strict=True))
+                for label, workers in {"again": 1, "2 workers": 2, "4 workers": 4, "8 workers": 8}.items()
             }
-        bench.hold(not any(differing.values()), f"{dtype}: of {len(truth)} gradients differ {differing}")
+        bench.hold(not any(differing.values()), f"{dtype}: of {len(expected)} gradients differ {differing}")
 
 
 def neighbours(bench: Bench) -> None:
-    """Metrics of neighbours have the CPU's numbers to the bit, and take seconds."""
+    """Check that metrics of nearest neighbours are bit-equal to the CPU's, and take seconds."""
     rng, dimension = np.random.default_rng(0), 16 if bench.tiny else 2048
-    real, made = (rng.standard_normal((n, dimension), np.float32) for n in (10_000, 50_000))
-    some = 200 if bench.tiny else 2_000
+    real, generated = (rng.standard_normal((n, dimension), np.float32) for n in (10_000, 50_000))
+    subset_size = 200 if bench.tiny else 2_000
     with arithmetic(torch.get_num_threads(), deterministic=True, tf32=False):
-        truth = manifolds(real[:some], made[:some])
+        expected = manifolds(real[:subset_size], generated[:subset_size])
         with bench.device:
-            same = manifolds(real[:some], made[:some]) == truth
+            same = manifolds(real[:subset_size], generated[:subset_size]) == expected
             begin = time.perf_counter()
             if not bench.tiny:
-                precision_recall(real, made)
+                precision_recall(real, generated)
             seconds = time.perf_counter() - begin
-    words = f"{'equal' if same else 'OTHER'} numbers; precision and recall of 50,000 x 2,048 in {seconds:.0f} s"
-    bench.hold(same and seconds < 60, words, seconds=seconds)
+    message = f"{'equal' if same else 'OTHER'} numbers; precision and recall of 50,000 x 2,048 in {seconds:.0f} s"
+    bench.hold(same and seconds < 60, message, seconds=seconds)
 
 
 def waits(bench: Bench) -> None:
-    """The host waits for the GPU neither in a guided step nor in a training step; on a CPU, asks for no values."""
+    """Check that the host waits for the GPU in no guided and no training step; on a CPU, that it reads no values."""
     networks, batch = bench.networks(64), 2 if bench.tiny else 64
     with autocast(bench.device, "bfloat16"):
         step = bench.guided_step(networks, batch)
-        found = _waits(bench, step)
-    bench.hold(not found, f"a guided step waits {sum(found.values())} times: {dict(found)}")
+        counts = _waits(bench, step)
+    bench.hold(not counts, f"a guided step waits {sum(counts.values())} times: {dict(counts)}")
     config = bench.training(bench.pair(64)[0], 2 * batch, "bfloat16", microbatch_size=batch, max_grad_norm=1.0)
     with bench.trainer(config) as (state, step_of):
         batches = bench.microbatches(config)
-        found = _waits(bench, lambda: step_of(batches))
+        counts = _waits(bench, lambda: step_of(batches))
         state.settle()
     allowed = 0 if bench.on_gpu else 1  # the norm of the step before, which a GPU copies to the host by itself
-    words = f"a training step of 2 microbatches waits {sum(found.values())} times: {dict(found)}"
-    bench.hold(sum(found.values()) <= allowed, words)
+    message = f"a training step of 2 microbatches waits {sum(counts.values())} times: {dict(counts)}"
+    bench.hold(sum(counts.values()) <= allowed, message)
 
 
 def _waits(bench: Bench, run: Callable[[], Any]) -> Counter[str]:
-    """Count by place how often the second `run` asks for a value of a tensor."""
+    """Count how often the second `run` reads a tensor's value, by source line (by operation on a CPU)."""
     run()
     if not bench.on_gpu:
         with _Values() as values:
@@ -275,12 +272,14 @@ def _waits(bench: Bench, run: Callable[[], Any]) -> Counter[str]:
     bench.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        with warnings.catch_warnings(record=True) as seen:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return Counter(f"{Path(each.filename).name}:{each.lineno}" for each in seen if "synchron" in str(each.message))
+    return Counter(
+        f"{Path(entry.filename).name}:{entry.lineno}" for entry in caught if "synchron" in str(entry.message)
+    )
 
 
 class _Values(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""How fast a GPU runs Admiral: shares of its peak, beside the plain eager path; memory, checkpoints, features."""
+"""Speeds of Admiral on a GPU, as shares of its peak and against the plain eager path; memory, checkpoints, features."""
 
 import contextlib
 import json
@@ -26,14 +26,14 @@ from tests.gpu.bench import Bench, autocast, difference
 from tests.reference_metrics import random_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "metrics"
-STEPS = 250  # of the chains whose images a second are stated
+STEPS = 250  # of the chains for which images/s are printed
 
 
 def device(bench: Bench) -> None:
-    """What this is, and its two ceilings."""
-    words = f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    """Print the device, its memory bandwidth and its rate of matrix products."""
+    message = f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
     if not bench.on_gpu:
-        bench.say("info", f"{words}, a CPU")
+        bench.say("info", f"{message}, a CPU")
         return
     properties = torch.cuda.get_device_properties(bench.device)
     a = torch.empty(1 << 30, dtype=torch.uint8, device=bench.device).random_()
@@ -41,12 +41,12 @@ def device(bench: Bench) -> None:
     copied = 2 * a.nbytes / bench.seconds(lambda: b.copy_(a), 10)
     x, y = (torch.randn(8192, 8192, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
     product = 2 * 8192**3 / bench.seconds(lambda: x @ y, 10)
-    words = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {words}"
-    bench.say("info", f"{words}: copies {copied / 1e12:.2f} TB/s, bfloat16 products {product / 1e12:.0f} TFLOP/s")
+    message = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {message}"
+    bench.say("info", f"{message}: copies {copied / 1e12:.2f} TB/s, bfloat16 products {product / 1e12:.0f} TFLOP/s")
 
 
 def sampling(bench: Bench) -> None:
-    """Guided steps as a sampling worker makes them, beside the plain eager path of the published code."""
+    """Time guided steps with the settings of a sampling worker against the plain eager path of the published code."""
     for size, batches in ((64, (64, 256)), (256, (16,))):
         model, classifier = bench.pair(size)
         flops = sampling_flops(Evaluations(1, 1), model, classifier)
@@ -54,12 +54,12 @@ def sampling(bench: Bench) -> None:
             plain = _plain_sampling_seconds(bench, size, batch)
             ours, setup = _sampling_seconds(bench, size, batch)
             mfu = flops * batch / ours / bench.peak
-            words = (
+            message = (
                 f"ADM-{size} guided, {batch} images: {batch / ours / STEPS:.2f} images/s at {STEPS} steps, "
                 f"MFU {mfu:.0%}, {plain / ours:.2f} times the plain path; the first step took {setup:.0f} s"
             )
             numbers = {"rate": batch / ours / STEPS, "mfu": mfu, "gain": plain / ours, "setup": setup}
-            bench.judge((mfu >= 0.35 and plain / ours >= 2) or batch < batches[-1], words, **numbers)
+            bench.judge((mfu >= 0.35 and plain / ours >= 2) or batch < batches[-1], message, **numbers)
 
 
 def _sampling_seconds(bench: Bench, size: int, batch: int) -> tuple[float, float]:
@@ -86,7 +86,7 @@ def _plain_sampling_seconds(bench: Bench, size: int, batch: int) -> float:
 
 @contextlib.contextmanager
 def _written_out() -> Iterator[None]:
-    """Attention as the published code writes it: products and a softmax in float32."""
+    """Compute attention as the published code does: two products, and a softmax in float32."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scale = q.shape[-1] ** -0.25
@@ -101,16 +101,16 @@ def _written_out() -> Iterator[None]:
 
 
 def training(bench: Bench) -> None:
-    """Steps with optimizer and average, beside the plain eager path; memory against what --dry-run counts."""
+    """Time training steps against the plain eager path, and compare their memory with the count of --dry-run."""
     for size, batch in ((64, 64), (256, 12)):
         model, images = bench.pair(size)[0], 4 if bench.tiny else batch
         plain = _training_seconds(bench, size, images, "float16", plain=True)
         for dtype in ("bfloat16", "float16"):
             ours = _training_seconds(bench, size, images, dtype)
             mfu = training_flops(model) * images / ours / bench.peak
-            words = f"{images / ours:.0f} images/s, MFU {mfu:.0%}, {plain / ours:.2f} times the plain path"
-            kept = mfu >= 0.4 and plain / ours >= 2
-            bench.judge(kept, f"ADM-{size} {dtype}, {images} images: {words}", mfu=mfu, gain=plain / ours)
+            message = f"{images / ours:.0f} images/s, MFU {mfu:.0%}, {plain / ours:.2f} times the plain path"
+            is_fast = mfu >= 0.4 and plain / ours >= 2
+            bench.judge(is_fast, f"ADM-{size} {dtype}, {images} images: {message}", mfu=mfu, gain=plain / ours)
         _compare_memory(bench, size, images)
 
 
@@ -129,15 +129,15 @@ def _compare_memory(bench: Bench, size: int, images: int) -> None:
     config = bench.training(bench.pair(size)[0], images, "bfloat16")
     total = torch.cuda.get_device_properties(bench.device).total_memory
     network = config.model.model_copy(update={"gradient_checkpointing": recomputes(config, 1, total)})
-    told = sum(memory_of(config, network, 1).values())
+    counted = sum(memory_of(config, network, 1).values())
     with bench.trainer(config) as (_, step):
-        held = bench.memory(lambda: step(bench.microbatches(config)))
-    words = f"ADM-{size}, {images} images: holds {held / 1e9:.1f} GB, {told / 1e9:.1f} counted"
-    bench.hold(0.7 < held / told < 1.2, words, held=held, told=told)
+        peak = bench.memory(lambda: step(bench.microbatches(config)))
+    message = f"ADM-{size}, {images} images: holds {peak / 1e9:.1f} GB, {counted / 1e9:.1f} counted"
+    bench.hold(0.7 < peak / counted < 1.2, message, held=peak, told=counted)
 
 
 def compiling(bench: Bench) -> None:
-    """torch.compile: one graph for each shape of block, no breaks, none compiled again, the same numbers."""
+    """Check torch.compile: one graph for each shape of block, no breaks, no recompilation, and the same numbers."""
     networks, batch = bench.networks(64), 4 if bench.tiny else 64
     with autocast(bench.device, "bfloat16"):
         plain = bench.guided_step(networks, batch)()
@@ -148,20 +148,21 @@ def compiling(bench: Bench) -> None:
             blocks += sum(isinstance(layer, ResBlock | AttentionBlock) for layer in network.module.modules())
             if bench.on_gpu:
                 compile_blocks(network.module)
-            else:  # no time for a C++ compiler: the graphs are what counts here
+            else:  # a C++ compiler would take too long, and only the graphs are checked
                 compile_blocks(network.module, backend="aot_eager")
         step = bench.guided_step(networks, batch)
-        made = step()
+        output = step()
         graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
         step()
-        again = counters["stats"]["unique_graphs"] - graphs
-    off = difference(made, plain)
-    words = f"{graphs} graphs for {blocks} blocks, {breaks} breaks, {again} compiled again, off by {off:.1e}"
-    bench.hold(0 < graphs <= blocks and not breaks and not again and off < 5e-2, words, graphs=graphs, off=off)
+        recompiled = counters["stats"]["unique_graphs"] - graphs
+    error = difference(output, plain)
+    message = f"{graphs} graphs for {blocks} blocks, {breaks} breaks, {recompiled} compiled again, off by {error:.1e}"
+    kept = 0 < graphs <= blocks and not breaks and not recompiled and error < 5e-2
+    bench.hold(kept, message, graphs=graphs, off=error)
 
 
 def staging(bench: Bench) -> None:
-    """How long a checkpoint keeps the step waiting; what is staged is what was there."""
+    """Time how long a step waits while a checkpoint is staged, and check that the staged tensors are equal."""
     config = bench.training(bench.pair(64)[0], 4, "bfloat16")
     with bench.trainer(config) as (state, _), CheckpointWriter("none", config, lambda checkpoint: None) as writer:
         seconds = []
@@ -171,14 +172,13 @@ def staging(bench: Bench) -> None:
             seconds.append(time.perf_counter() - begin)
         size = sum(tensor.nbytes for tensor in state.tensors().values())
         same = all(torch.equal(writer._staged[name], tensor.cpu()) for name, tensor in state.tensors().items())
-    words = (
-        f"{size / 1e9:.2f} GB in {', '.join(f'{each:.2f}' for each in seconds)} s, {'equal' if same else 'OTHER'} bits"
-    )
-    bench.hold(same, words, seconds=seconds)
+    times = ", ".join(f"{duration:.2f}" for duration in seconds)
+    message = f"{size / 1e9:.2f} GB in {times} s, {'equal' if same else 'OTHER'} bits"
+    bench.hold(same, message, seconds=seconds)
 
 
 def features(bench: Bench) -> None:
-    """Inception with random weights: images a second, equal from run to run."""
+    """Time Inception with random weights, and check that its features are bit-equal from run to run."""
     shapes = json.loads((GOLDEN / "inception_state_dict.json").read_text())["shapes"]
     with np.load(GOLDEN / "inception_random_weights.npz") as arrays:
         weights = random_weights({name: arrays[name] for name in ("seed", "fc_scale")}, shapes)
@@ -191,7 +191,7 @@ def features(bench: Bench) -> None:
 
 
 def host_noise(bench: Bench) -> None:
-    """How fast one thread of the host draws noise, in steps of images."""
+    """Time the drawing of noise in one thread of the host, in image-steps/s."""
     for size, count in ((64, 64), (256, 16)):
         key = Draw(tuple(range(count)), (3, size, size), Purpose.STEP, 1)
         rate = count / bench.seconds(partial(draw_noise, 0, key), 3, 1)

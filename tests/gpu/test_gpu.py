@@ -1,4 +1,4 @@
-"""Every check of `make gpu-check`: on a GPU where there is one, and always the same code on a CPU, in small."""
+"""Every check of `make gpu-check` with small networks, on a CPU and, if there is one, on a GPU."""
 
 import pytest
 import torch
@@ -8,18 +8,18 @@ from tests.gpu.check import CHECKS, run_checks
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_in_small_on_a_cpu(name: str) -> None:
-    _holds(Bench(torch.device("cpu"), tiny=True), name)
+def test_small_networks_pass_on_a_cpu(name: str) -> None:
+    _assert_no_broken_promise(Bench(torch.device("cpu"), tiny=True), name)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 @pytest.mark.parametrize("name", CHECKS)
-def test_in_small_on_a_gpu(name: str) -> None:
-    _holds(Bench(torch.device("cuda"), tiny=True), name)
+def test_small_networks_pass_on_a_gpu(name: str) -> None:
+    _assert_no_broken_promise(Bench(torch.device("cuda"), tiny=True), name)
 
 
-def _holds(bench: Bench, name: str) -> None:
+def _assert_no_broken_promise(bench: Bench, name: str) -> None:
     run_checks(bench, [name], budget=1e9)
     assert bench.lines and not [line for line in bench.lines if line["verdict"] == "BROKEN"]
 

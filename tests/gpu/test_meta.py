@@ -1,7 +1,7 @@
-"""What needs no GPU to be known of one: on meta tensors no chain and no loss mixes devices or asks for a value.
+"""GPU mistakes that are found without a GPU: on meta tensors, no chain and no loss mixes devices or reads a value.
 
-An operation on tensors of two devices raises, and so does whatever would make the host wait for a number of the GPU.
-(Fake CUDA tensors would be nearer, but autograd aborts on them where PyTorch is built without CUDA.)
+An operation on tensors of two devices raises, and so does every operation that would make the host wait for the GPU.
+(Fake CUDA tensors would be closer to a GPU, but autograd aborts on them if PyTorch is built without CUDA.)
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def choices(field: str) -> tuple[str, ...]:
     return get_args(DiffusionConfig.model_fields[field].annotation)
 
 
-def given(config: Any) -> dict[str, Tensor]:
+def meta_inputs(config: Any) -> dict[str, Tensor]:
     return {name: tensor.to(META) for name, tensor in config.example_inputs(2).items()}
 
 
@@ -47,7 +47,7 @@ def test_a_chain_stays_on_its_device_and_waits_for_nothing(name: str, kind: Guid
     diffusion = Diffusion(DiffusionConfig(), respacing_for(sampler, 1000))
     with META:
         model, guide = MODEL.build().eval(), (CLASSIFIER if kind == "classifier" else MODEL).build()
-    inputs = given(MODEL)
+    inputs = meta_inputs(MODEL)
     denoise = guided_denoiser(
         Guided(model, inputs["y"], True, null_label=10, guide=guide.eval()), diffusion, name, guidance
     )
@@ -71,7 +71,7 @@ def test_losses_stay_on_their_device_and_wait_for_nothing(prediction: Any, varia
 def test_an_upsampler_stays_on_its_device_and_waits_for_nothing() -> None:
     with META:
         model = UPSAMPLER.build()
-    inputs, t = given(UPSAMPLER), torch.zeros(2, dtype=torch.int64, device=META)
+    inputs, t = meta_inputs(UPSAMPLER), torch.zeros(2, dtype=torch.int64, device=META)
     condition = {name: inputs[name] for name in ("y", "low_res")}
     terms = Diffusion(DiffusionConfig()).losses(model, inputs["x"], t, inputs["x"], **condition)
     terms["loss"].sum().backward()

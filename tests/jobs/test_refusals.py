@@ -29,17 +29,17 @@ JOBS = {
     "average_weights": ["digits", "--sigma-rel", "0.075"],
     "convert_weights": ["digits"],
 }
-WRITING = ("prepare_dataset", "train_adm", "train_classifier", "train_upsampler")  # with a dataset and nothing else
+TRAININGS = ("train_adm", "train_classifier", "train_upsampler")  # they need a dataset and nothing else
 
 
 def refusal(job: str, store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """Return what the job prints on stderr, which must be one line, with exit code 1."""
+    """Return the job's stderr, which must be one line; the exit code must be 1."""
     monkeypatch.setattr(sys, "argv", [f"{job}.py", *JOBS[job], "--store", store])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(f"jobs/{job}.py", run_name="__main__")
-    said = capsys.readouterr().err
-    assert end.value.code == 1 and said.count("\n") == 1 and store in said, f"{job}: exit {end.value.code}: {said}"
-    return said
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and error.count("\n") == 1 and store in error, f"{job}: exit {end.value.code}: {error}"
+    return error
 
 
 @pytest.fixture
@@ -51,46 +51,46 @@ def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_a_missing_bucket(
+def test_a_missing_bucket_is_refused(
     job: str, s3_server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "there is no such bucket" in refusal(job, "s3://never-made", monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
-    ("job", "fault", "words"),
+    ("job", "fault", "phrase"),
     [*((job, "denied", "access denied") for job in JOBS), ("train_adm", "expired", "expired")],
 )
-def test_no_access(
+def test_denied_access_is_refused_without_a_retry(
     job: str,
     fault: Fault,
-    words: str,
+    phrase: str,
     s3_bucket: str,
     proxy: Proxy,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     rule = proxy.add(fault)
-    assert words in refusal(job, s3_bucket, monkeypatch, capsys)
-    assert len(rule.requests) <= 2, "asked again, although nothing can change"
+    assert phrase in refusal(job, s3_bucket, monkeypatch, capsys)
+    assert len(rule.requests) <= 2, "it retried a request that cannot succeed"
 
 
-def test_a_store_that_may_only_be_read(
+def test_trainings_refuse_a_read_only_store(
     s3_bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["prepare_dataset.py", *JOBS["prepare_dataset"], "--store", s3_bucket])
     runpy.run_path("jobs/prepare_dataset.py", run_name="__main__")
     capsys.readouterr()
     proxy.add("denied", method="PUT|POST")
-    for job in WRITING[1:]:
-        said = refusal(job, s3_bucket, monkeypatch, capsys)
-        assert re.search(r"cannot create: access denied .*(lease|config\.json)", said)
+    for job in TRAININGS:
+        error = refusal(job, s3_bucket, monkeypatch, capsys)
+        assert re.search(r"cannot create: access denied .*(lease|config\.json)", error)
 
 
 # ------------------------------------------------------------------------------------------------ a full disk
 
 FREE_BYTES = 24_576  # enough for the configs and manifests, but not for the outputs of a job
-WORKS = {
+ARGUMENTS = {
     "prepare_dataset": [],
     "train_adm": ["--total-images", "1280", "--num-workers", "0"],
     "train_classifier": ["--total-images", "1280", "--num-workers", "0"],
@@ -115,8 +115,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("job", WORKS)
-def test_a_full_disk(
+@pytest.mark.parametrize("job", ARGUMENTS)
+def test_a_full_disk_ends_a_job_with_one_line(
     job: str,
     small_world: str,
     small_disk: Path,
@@ -126,23 +126,23 @@ def test_a_full_disk(
 ) -> None:
     store = shutil.copytree(small_world, tmp_path / "store")
     with pytest.raises(SystemExit) as end:
-        run(job, ["digits", *WORKS[job], "--store", str(store), "--output", str(small_disk / "output")])
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert end.value.code == 1 and f"{job}.py: error: " in said
-    assert "no space left" in said.lower() and str(small_disk) in said
+        run(job, ["digits", *ARGUMENTS[job], "--store", str(store), "--output", str(small_disk / "output")])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == 1 and f"{job}.py: error: " in error
+    assert "no space left" in error.lower() and str(small_disk) in error
 
 
 # ------------------------------------------------------------------------------------------------ another Ray
 
 
 @pytest.mark.ray
-def test_another_version_than_the_clusters(ray_session: None, tmp_path: Path) -> None:
-    pretending = (
+def test_a_ray_version_other_than_the_clusters_is_refused(ray_session: None, tmp_path: Path) -> None:
+    script = (
         "import ray, runpy, sys; ray.__version__ = '2.59.0'; sys.argv = ['prepare_dataset.py', 'digits', "
         "'--num-workers', '2']; runpy.run_path('jobs/prepare_dataset.py', run_name='__main__')"
     )
     environment = quiet_environment(RAY_ADDRESS=address(), ADMIRAL_STORE=str(tmp_path))
-    command = [sys.executable, "-c", pretending]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "2.59.0" in done.stderr and "2.60" in done.stderr
-    assert "Traceback" not in done.stderr and "mismatch" in done.stderr
+    command = [sys.executable, "-c", script]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 1 and "2.59.0" in process.stderr and "2.60" in process.stderr
+    assert "Traceback" not in process.stderr and "mismatch" in process.stderr

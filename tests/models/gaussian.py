@@ -19,20 +19,20 @@ class Gaussian:
     std: float = 0.5
 
     def marginal_variance(self, abar: NDArray[Any]) -> NDArray[Any]:
-        """Variance of x_t."""
+        """Return the variance of x_t."""
         return abar * self.std**2 + 1 - abar
 
     def x_start_variance(self, diffusion: Diffusion) -> NDArray[Any]:
-        """Variance of x_0 given x_t, float64 [T']."""
+        """Return the variance of x_0 given x_t, float64 [T']."""
         abar = diffusion.alphas_cumprod
         return self.std**2 * (1 - abar) / self.marginal_variance(abar)
 
     def reverse_variance(self, diffusion: Diffusion) -> NDArray[Any]:
-        """Variance of x_{t-1} given x_t, float64 [T']."""
+        """Return the variance of x_{t-1} given x_t, float64 [T']."""
         return diffusion.posterior_variance + diffusion.posterior_mean_coef1**2 * self.x_start_variance(diffusion)
 
     def denoiser(self, diffusion: Diffusion) -> Denoise:
-        """E[x_0 | x_t] and the exact reverse step."""
+        """Return a denoiser that computes E[x_0 | x_t] and the exact reverse step."""
         variance = self.reverse_variance(diffusion)
 
         def denoise(x_t: Tensor, t: Timestep) -> Prediction:
@@ -53,6 +53,6 @@ class Gaussian:
         return denoise
 
     def ode(self, x: Tensor, abar_from: float, abar_to: float) -> Tensor:
-        """The exact solution of the DDIM ODE: it maps marginals to marginals."""
+        """Return the exact solution of the DDIM ODE, which maps marginals to marginals."""
         scale = (self.marginal_variance(np.array(abar_to)) / self.marginal_variance(np.array(abar_from))) ** 0.5
         return abar_to**0.5 * self.mean + float(scale) * (x - abar_from**0.5 * self.mean)

@@ -9,4 +9,4 @@ TABLE_7 = {
     "upsampler-64-256": (31.7, 9.5),
     "upsampler-128-512": (8.0, 2.3),
 }
-FAST = ("adm-64", "adm-256")  # those whose networks are counted in every run of the tests
+FAST = ("adm-64", "adm-256")  # counted in every run of the tests; the others are slow tests

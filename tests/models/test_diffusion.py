@@ -35,9 +35,9 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("respacing", ["", "10", "ddim50", "10,20,30"])
 def test_tables_agree_with_each_other(schedule: str, respacing: str) -> None:
     diffusion = process(respacing, schedule=schedule, num_timesteps=100)
-    whole = process(schedule=schedule, num_timesteps=100)
+    full_chain = process(schedule=schedule, num_timesteps=100)
     # a shorter chain has the signal of the whole one where both have steps
-    np.testing.assert_allclose(diffusion.alphas_cumprod, whole.alphas_cumprod[diffusion.timestep_map], rtol=1e-10)
+    np.testing.assert_allclose(diffusion.alphas_cumprod, full_chain.alphas_cumprod[diffusion.timestep_map], rtol=1e-10)
     # the posterior mean of a noiseless x_t is the noiseless x_{t-1}
     signal = diffusion.posterior_mean_coef1 + diffusion.posterior_mean_coef2 * diffusion.sqrt_alphas_cumprod
     np.testing.assert_allclose(signal, np.sqrt(diffusion.alphas_cumprod_prev), rtol=1e-9)
@@ -69,12 +69,12 @@ def test_betas_outside_their_range_are_refused() -> None:
         ("0", "at least 2"),
     ],
 )
-def test_impossible_respacings_say_why(spec: str, message: str) -> None:
+def test_impossible_respacings_are_refused_with_the_reason(spec: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         process(spec)
 
 
-def test_respacing_as_published() -> None:
+def test_respacing_keeps_the_published_timesteps() -> None:
     assert space_timesteps(1000, "250")[[0, 1, -2, -1]].tolist() == [0, 4, 995, 999]
     assert space_timesteps(1000, "ddim25")[[0, 1, -1]].tolist() == [0, 40, 960]
     assert space_timesteps(300, [10, 15, 20]).tolist() == space_timesteps(300, "10,15,20").tolist()
@@ -108,7 +108,7 @@ def test_q_sample_has_the_stated_mean_and_variance() -> None:
 
 
 @pytest.mark.parametrize("clip", [False, True])
-def test_all_parameterisations_of_one_truth_agree(clip: bool) -> None:
+def test_all_parameterisations_of_the_same_x_start_agree(clip: bool) -> None:
     x_start, noise = randn(4, 3, 4, 4).clamp(-1, 1), randn(4, 3, 4, 4, seed=1)
     t = torch.tensor([1, 100, 500, 800])
     predictions: list[Prediction] = []
@@ -130,9 +130,9 @@ def test_one_index_and_a_tensor_of_it_give_the_same_bits() -> None:
         diffusion = process("10", variance=variance)
         out = output if diffusion.config.learns_variance else output[:, :3]
         for t in (0, 4, 9):
-            one, many = diffusion.predict(out, x_t, t), diffusion.predict(out, x_t, torch.full((3,), t))
+            scalar, batched = diffusion.predict(out, x_t, t), diffusion.predict(out, x_t, torch.full((3,), t))
             for field in ("eps", "pred_x_start", "mean", "variance", "log_variance"):
-                a, b = torch.broadcast_tensors(getattr(one, field), getattr(many, field))
+                a, b = torch.broadcast_tensors(getattr(scalar, field), getattr(batched, field))
                 assert torch.equal(a, b), (variance, t, field)
 
 
@@ -199,7 +199,7 @@ def test_the_decoder_is_a_distribution_over_grey_levels() -> None:
         assert levels[log_probs.argmax()].item() == pytest.approx(max(min(mean, 1), -1), abs=1 / 127 + 1e-6)
 
 
-def test_kl_of_gaussians() -> None:
+def test_the_kl_of_gaussians_is_that_of_torch() -> None:
     mean1, log_variance1, mean2, log_variance2 = (torch.tensor(v) for v in (0.3, -1.0, -0.2, 0.4))
     p = torch.distributions.Normal(mean1, (0.5 * log_variance1).exp())
     q = torch.distributions.Normal(mean2, (0.5 * log_variance2).exp())
@@ -222,8 +222,8 @@ def losses_of(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def test_loss_aware_sampling_is_unbiased_and_follows_the_losses() -> None:
     rng = np.random.default_rng([3, 1])
     sampler = LossSecondMomentTimesteps(20, history_per_term=10)
-    everything = np.repeat(np.arange(20), 10)
-    sampler.update(everything, losses_of(everything, rng))
+    all_timesteps = np.repeat(np.arange(20), 10)
+    sampler.update(all_timesteps, losses_of(all_timesteps, rng))
     u = (np.arange(200_000) + 0.5) / 200_000
     t, weights = sampler.draw(u)
     counts = np.bincount(t, minlength=20)
@@ -256,8 +256,8 @@ def test_loss_aware_sampling_does_not_depend_on_the_number_of_workers(workers: i
             assert all(np.array_equal(other[name], states[0][name]) for name in states[0])
         return states[0]
 
-    expected, got = state(1), state(workers)
-    assert all(np.array_equal(expected[name], got[name]) for name in expected)
+    expected, actual = state(1), state(workers)
+    assert all(np.array_equal(expected[name], actual[name]) for name in expected)
 
 
 def test_time_embeddings_of_a_chain_are_computed_once() -> None:

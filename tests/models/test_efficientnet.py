@@ -24,11 +24,12 @@ def state() -> dict[str, torch.Tensor]:
     norms, width, block = {"_bn0": 32, "_bn1": 1280}, 32, 0
     for repeats, kernel, expansion, out in stages:
         for _ in range(repeats):
-            name, wide = f"_blocks.{block}", width * expansion
+            name = f"_blocks.{block}"
+            expanded = width * expansion
             if expansion > 1:
-                shapes[f"{name}._expand_conv.weight"], norms[f"{name}._bn0"] = (wide, width, 1, 1), wide
-            shapes[f"{name}._depthwise_conv.weight"], norms[f"{name}._bn1"] = (wide, 1, kernel, kernel), wide
-            shapes[f"{name}._project_conv.weight"], norms[f"{name}._bn2"] = (out, wide, 1, 1), out
+                shapes[f"{name}._expand_conv.weight"], norms[f"{name}._bn0"] = (expanded, width, 1, 1), expanded
+            shapes[f"{name}._depthwise_conv.weight"], norms[f"{name}._bn1"] = (expanded, 1, kernel, kernel), expanded
+            shapes[f"{name}._project_conv.weight"], norms[f"{name}._bn2"] = (out, expanded, 1, 1), out
             width, block = out, block + 1
     shapes |= {
         f"{norm}.{part}": (n,)
@@ -44,7 +45,7 @@ def network() -> EfficientNetLite0:
     return EfficientNetLite0(state())
 
 
-def test_shapes_and_independence_of_the_batch(network: EfficientNetLite0) -> None:
+def test_features_have_their_shapes_and_do_not_depend_on_the_batch(network: EfficientNetLite0) -> None:
     images = torch.randint(
         0, 256, (3, 20, 30, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
     ).numpy()
@@ -59,7 +60,7 @@ def test_padding_is_tensorflow_s(network: EfficientNetLite0, size: int, stride: 
     """SAME: an output of ceil(size / stride), whose window i begins at i * stride - floor(total padding / 2)."""
     network.units["probe"] = torch.ones(1, 1, kernel, kernel), torch.zeros(1)
     x = torch.rand(1, 1, size, size, generator=torch.Generator().manual_seed(2))
-    found = network._unit("probe", x, stride)
+    output = network._unit("probe", x, stride)
     count = -(-size // stride)
     total = max((count - 1) * stride + kernel - size, 0)
     padded = F.pad(x, (total // 2, kernel) * 2)
@@ -67,7 +68,7 @@ def test_padding_is_tensorflow_s(network: EfficientNetLite0, size: int, stride: 
         torch.stack([padded[0, 0, i * stride :, j * stride :][:kernel, :kernel].sum() for j in range(count)])
         for i in (0, count // 2, count - 1)
     ])  # fmt: skip
-    torch.testing.assert_close(found[0, 0, [0, count // 2, count - 1]], expected)
+    torch.testing.assert_close(output[0, 0, [0, count // 2, count - 1]], expected)
 
 
 def test_missing_weights_are_named() -> None:

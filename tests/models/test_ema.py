@@ -34,32 +34,32 @@ def test_impossible_lengths_are_refused(sigma_rel: float) -> None:
 
 def tracked(path: np.ndarray, sigma_rel: float) -> np.ndarray:
     """Return the average after every update of a path of weights [updates, D]."""
-    average, gamma, found = np.zeros(path.shape[1]), gamma_of(sigma_rel), []
+    average, gamma, averages = np.zeros(path.shape[1]), gamma_of(sigma_rel), []
     for update, weights in enumerate(path, 1):
         average = weights + power_decay(gamma, update) * (average - weights)
-        found.append(average)
-    return np.stack(found)
+        averages.append(average)
+    return np.stack(averages)
 
 
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.075, 0.1, 0.15])
 @pytest.mark.parametrize("at", [1600, 1100])
-def test_a_third_average_is_put_together_from_two(sigma_rel: float, at: int) -> None:
+def test_a_third_average_is_reconstructed_from_two(sigma_rel: float, at: int) -> None:
     rng = np.random.default_rng(1)
     path = np.cumsum(rng.standard_normal((1600, 50)), axis=0) + 3  # weights that wander, far from zero
     sources = {length: tracked(path, length) for length in (0.05, 0.10)}
-    kept = [Profile(updates, length) for updates in range(100, at + 1, 100) for length in sources]
-    averages = np.stack([sources[profile.sigma_rel][int(profile.updates) - 1] for profile in kept])
-    coefficients, off = combination(kept, Profile(at, sigma_rel))
-    wanted = tracked(path, sigma_rel)[at - 1]
-    error = np.linalg.norm(coefficients @ averages - wanted)
+    profiles = [Profile(updates, length) for updates in range(100, at + 1, 100) for length in sources]
+    averages = np.stack([sources[profile.sigma_rel][int(profile.updates) - 1] for profile in profiles])
+    coefficients, estimated_error = combination(profiles, Profile(at, sigma_rel))
+    expected = tracked(path, sigma_rel)[at - 1]
+    error = np.linalg.norm(coefficients @ averages - expected)
     if sigma_rel in sources:
-        assert error < 1e-6 * np.linalg.norm(wanted) and off < 1e-5
+        assert error < 1e-6 * np.linalg.norm(expected) and estimated_error < 1e-5
     else:
-        assert error < 0.1 * np.linalg.norm(path[at - 1] - wanted)
-        assert off < 0.1
+        assert error < 0.1 * np.linalg.norm(path[at - 1] - expected)
+        assert estimated_error < 0.1
     assert coefficients.sum() == pytest.approx(1, abs=2e-3)
 
 
-def test_one_average_cannot_stand_for_a_much_longer_one_and_says_so() -> None:
-    _, off = combination([Profile(1000, 0.05)], Profile(1000, 0.2))
-    assert off > 0.3
+def test_the_error_of_an_average_that_replaces_a_much_longer_one_is_large() -> None:
+    _, estimated_error = combination([Profile(1000, 0.05)], Profile(1000, 0.2))
+    assert estimated_error > 0.3

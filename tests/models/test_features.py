@@ -25,7 +25,7 @@ def trained() -> DigitsNetwork:
     return train_digits_network(images, labels, seed=0)
 
 
-def test_names_held_out_scans_rightly(trained: DigitsNetwork) -> None:
+def test_held_out_scans_are_classified_correctly(trained: DigitsNetwork) -> None:
     print("seed 0, held-out accuracy", trained.held_out_accuracy)
     assert trained.held_out_accuracy >= 0.98
     images, labels = scanned_digits(8)  # the native resolution, never seen in training
@@ -60,10 +60,10 @@ def test_state_dict_carries_the_whole_network(trained: DigitsNetwork) -> None:
 
 def test_features_do_not_depend_on_how_many_images_follow(trained: DigitsNetwork) -> None:
     images, _ = scanned_digits(16)
-    whole = extract(trained, images[:100], batch_size=32)
-    assert whole.pool.shape == (100, trained.dimension) and whole.pool.dtype == np.float32
-    np.testing.assert_array_equal(extract(trained, images[:70], batch_size=32).pool, whole.pool[:70])
-    np.testing.assert_array_equal(extract(trained, images[64:100], batch_size=32).pool, whole.pool[64:])
+    all_features = extract(trained, images[:100], batch_size=32)
+    assert all_features.pool.shape == (100, trained.dimension) and all_features.pool.dtype == np.float32
+    np.testing.assert_array_equal(extract(trained, images[:70], batch_size=32).pool, all_features.pool[:70])
+    np.testing.assert_array_equal(extract(trained, images[64:100], batch_size=32).pool, all_features.pool[64:])
 
 
 @pytest.mark.parametrize(

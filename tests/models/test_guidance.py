@@ -82,11 +82,11 @@ def test_the_exact_classifier_turns_the_unconditional_score_into_the_conditional
     diffusion = process()
     x_t, y = torch.linspace(-1.5, 1.5, 6).view(6, 1, 1, 1), torch.tensor([0, 1, 0, 1, 0, 1])
     gradient = classifier_gradient(ExactClassifier(diffusion), diffusion, y, scale=1.0)
-    got = score_shift(exact_denoiser(diffusion, None), gradient, diffusion)(x_t, t)
+    actual = score_shift(exact_denoiser(diffusion, None), gradient, diffusion)(x_t, t)
     for label in (0, 1):
         rows, expected = y == label, exact_denoiser(diffusion, label)(x_t, t)
         for field in ("eps", "pred_x_start", "mean"):
-            a, b = getattr(got, field)[rows], getattr(expected, field)[rows]
+            a, b = getattr(actual, field)[rows], getattr(expected, field)[rows]
             torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
 
 
@@ -211,10 +211,10 @@ def test_guidance_works_where_gradients_are_off() -> None:
         x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
         expected = classifier_gradient(classifier, diffusion, y, 2.0)(x, 5)
     with torch.inference_mode():
-        got = classifier_gradient(classifier, diffusion, y.clone(), 2.0)(x.clone(), 5)
-    assert expected is not None and got is not None
+        actual = classifier_gradient(classifier, diffusion, y.clone(), 2.0)(x.clone(), 5)
+    assert expected is not None and actual is not None
     assert expected.abs().max() > 0 and not expected.requires_grad
-    assert torch.equal(got, expected)
+    assert torch.equal(actual, expected)
 
 
 # ------------------------------------------------------------------------------------------------ weaker predictions
@@ -229,10 +229,10 @@ def test_classifier_free_guidance_is_that_of_the_exact_classifier(t: int, scale:
     gradient = classifier_gradient(ExactClassifier(diffusion), diffusion, torch.full((6,), label), scale)
     conditional = exact_denoiser(diffusion, label)
     expected = score_shift(conditional, gradient, diffusion)(x_t, t)
-    found = extrapolation(conditional, exact_denoiser(diffusion, None), diffusion, scale, clip=False)(x_t, t)
-    torch.testing.assert_close(found.eps, expected.eps, rtol=2e-4, atol=2e-4)
-    torch.testing.assert_close(found.pred_x_start, expected.pred_x_start, rtol=2e-3, atol=2e-3)
-    torch.testing.assert_close(found.variance, conditional(x_t, t).variance, rtol=0, atol=0)
+    prediction = extrapolation(conditional, exact_denoiser(diffusion, None), diffusion, scale, clip=False)(x_t, t)
+    torch.testing.assert_close(prediction.eps, expected.eps, rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(prediction.pred_x_start, expected.pred_x_start, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(prediction.variance, conditional(x_t, t).variance, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("t", [0, 5, 19])
@@ -247,10 +247,10 @@ def test_autoguidance_of_gaussians_has_the_closed_form(t: int) -> None:
 
     expected = (1 + scale) * eps(strong) - scale * eps(weak)
     arguments = (strong.denoiser(diffusion), weak.denoiser(diffusion), diffusion, scale)
-    found = extrapolation(*arguments, clip=False)(x_t, t)
-    torch.testing.assert_close(found.eps, expected, rtol=1e-3, atol=1e-3)
+    prediction = extrapolation(*arguments, clip=False)(x_t, t)
+    torch.testing.assert_close(prediction.eps, expected, rtol=1e-3, atol=1e-3)
     clipped = extrapolation(*arguments, clip=True)(x_t, t)
-    torch.testing.assert_close(clipped.pred_x_start, found.pred_x_start.clamp(-1, 1))
+    torch.testing.assert_close(clipped.pred_x_start, prediction.pred_x_start.clamp(-1, 1))
     torch.testing.assert_close(
         clipped.eps, diffusion.eps_from_x_start(x_t, t, clipped.pred_x_start), rtol=1e-4, atol=1e-4
     )
@@ -272,16 +272,16 @@ class CountedModel(nn.Module):
 
 @pytest.mark.parametrize("kind", ["none", "classifier", "classifier_free", "auto"])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "edm"])
-def test_scale_0_is_unguided_to_the_bit_and_asks_no_other_network(kind: GuidanceKind, sampler: str) -> None:
+def test_scale_0_is_unguided_to_the_bit_and_calls_no_other_network(kind: GuidanceKind, sampler: str) -> None:
     model, weak, classifier = CountedModel(1), CountedModel(2), ExactClassifier(process())
     config = SamplerConfig(name=sampler, num_steps=6)
     diffusion = Diffusion(DiffusionConfig(variance="fixed_small"), respacing_for(config, 1000))
     y, x_T = torch.tensor([0, 1, 2, 3, 4, 5]), noise(0)
     chain = Guided(model, y, True, null_label=10, guide=classifier if kind == "classifier" else weak)
     denoise = guided_denoiser(chain, diffusion, sampler, GuidanceConfig(kind=kind, scale=0))
-    found = final_x(sample(config, denoise, diffusion, x_T, noise))
+    x = final_x(sample(config, denoise, diffusion, x_T, noise))
     plain = final_x(sample(config, diffusion.denoiser(model, y=y), diffusion, x_T, noise))
-    assert torch.equal(found, plain)
+    assert torch.equal(x, plain)
     assert not weak.labels and not classifier.calls and all(labels == y.tolist() for labels in model.labels)
 
 
@@ -312,6 +312,6 @@ def test_outside_the_interval_there_is_one_pass(kind: GuidanceKind) -> None:
         ({"kind": "classifier", "weak_weights": "x"}, "weak_weights='x'"),
     ],
 )
-def test_kinds_refuse_what_has_no_meaning(fields: dict[str, Any], message: str) -> None:
+def test_fields_that_a_kind_of_guidance_does_not_use_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         GuidanceConfig(**fields)

@@ -10,12 +10,12 @@ def test_every_grey_level_survives_the_round_trip_up_to_the_published_truncation
     x = from_uint8(levels)
     assert x.shape == (1, 3, 16, 16) and x.dtype == torch.float32
     assert x.min() == -1 and x.max() == 1
-    back = to_uint8(x).int() - levels.int()
-    assert set(back.unique().tolist()) <= {-1, 0}, "truncation may lose one level, and never gains one"
+    lost = to_uint8(x).int() - levels.int()
+    assert set(lost.unique().tolist()) <= {-1, 0}, "truncation may lose one level, and never gains one"
     assert torch.equal(to_uint8(x + 1e-4), levels)
 
 
-def test_values_outside_are_clamped() -> None:
+def test_values_outside_minus_1_to_1_are_clamped() -> None:
     x = torch.tensor([-3.0, -1.0, 1.0, 3.0]).reshape(1, 1, 2, 2)
     assert to_uint8(x)[0, :, :, 0].flatten().tolist() == [0, 0, 255, 255]
 
@@ -27,6 +27,6 @@ def test_one_channel_is_grey() -> None:
     assert torch.equal(to_uint8(x + 1e-4), grey.expand(-1, -1, -1, 3))
 
 
-def test_shrinking_takes_means_over_areas() -> None:
+def test_area_downsampling_takes_means() -> None:
     x = torch.arange(16.0).reshape(1, 1, 4, 4)
     assert area_downsample(x, 2).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]

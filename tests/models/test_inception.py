@@ -62,6 +62,6 @@ def test_resize_samples_at_multiples_of_the_ratio_without_smoothing() -> None:
     edge = torch.tensor([0.0, 10.0]).view(1, 1, 2, 1).expand(1, 1, 2, 3)
     row = resize(edge)[0, 0, :, 0]
     assert row[0] == 0 and row[-1] == 10 and row[75] == pytest.approx(10 * 75 * 2 / 299, abs=1e-5)
-    assert (row[150:] == 10).all()  # beyond the last source pixel its value goes on
+    assert (row[150:] == 10).all()  # beyond the last source pixel its value is repeated
     same = torch.rand(1, 299, 299, 3, generator=torch.Generator().manual_seed(1)) * 255
     assert torch.equal(resize(same), same)

@@ -40,7 +40,7 @@ def test_intervals_hold_in_the_stated_conditions(world: str) -> None:
         ("n = 2 K", "inception_score"),
     ],
 )
-def test_beyond_them_an_estimate_has_a_note(world: str, metric: str) -> None:
-    (found,) = (row for row in rows_of(world, 40) if row.metric == metric)
-    print(found)
-    assert found.noted > 0.4
+def test_outside_the_stated_conditions_an_estimate_has_a_note(world: str, metric: str) -> None:
+    (row,) = (candidate for candidate in rows_of(world, 40) if candidate.metric == metric)
+    print(row)
+    assert row.noted > 0.4

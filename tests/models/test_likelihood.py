@@ -34,7 +34,7 @@ def noise(t: int, size: int = SIZE) -> Tensor:
 
 
 def no_noise(t: int) -> Tensor:
-    raise AssertionError(f"noise was asked for at {t}")
+    raise AssertionError(f"noise was drawn for timestep {t}")
 
 
 def images() -> Tensor:
@@ -49,7 +49,7 @@ def gaussian_bits() -> tuple[Diffusion, BitsPerDim]:
     return diffusion, bits_per_dim(DATA.denoiser(diffusion), diffusion, images(), noise)
 
 
-def test_every_term_of_the_bound_is_the_information_that_its_step_gives() -> None:
+def test_every_term_of_the_bound_has_its_closed_form() -> None:
     diffusion, bits = gaussian_bits()
     # E KL(q(x_{t-1} | x_t, x_0) || q(x_{t-1} | x_t)) of Gaussians is half the log ratio of their variances
     ratio = DATA.reverse_variance(diffusion)[1:] / diffusion.posterior_variance[1:]
@@ -110,15 +110,15 @@ def test_interpolation_ends_at_its_two_images() -> None:
     pair = (torch.full((1, 1, 4, 4), -0.4), torch.full((1, 1, 4, 4), 0.5))
     noises = (noise(1, size=4), noise(2, size=4))
 
-    def back(t: int) -> Tensor:
+    def reverse_noise(t: int) -> Tensor:
         return noise(t, size=4)
 
     for lam, end in ((0.0, 0), (1.0, 1)):
-        got = interpolate(denoise, diffusion, pair, noises, lam, 20, back)
+        actual = interpolate(denoise, diffusion, pair, noises, lam, 20, reverse_noise)
         x_t = diffusion.q_sample(pair[end], 20, noises[end])
-        assert torch.equal(got, final_x(ddpm(denoise, diffusion, x_t, back, start=20)))
-    # from shallow depth the images come back; half way lies between them
-    ends = [interpolate(denoise, diffusion, pair, noises, lam, 1, back).mean().item() for lam in (0, 0.5, 1)]
+        assert torch.equal(actual, final_x(ddpm(denoise, diffusion, x_t, reverse_noise, start=20)))
+    # from t = 1 the images are reconstructed, and lambda = 0.5 lies between them
+    ends = [interpolate(denoise, diffusion, pair, noises, lam, 1, reverse_noise).mean().item() for lam in (0, 0.5, 1)]
     assert ends == pytest.approx([-0.4, 0.05, 0.5], abs=0.05)
     latent = interpolated_latent(diffusion, pair, noises, 0.5, 20)
     variance = latent.double().var().item() / (1 - diffusion.alphas_cumprod[20])

@@ -28,25 +28,25 @@ def generator(*key: int) -> np.random.Generator:
 def test_blocks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = generator(9)
     reference, samples = rng.standard_normal((300, 5)).astype(np.float32), rng.standard_normal((700, 5)) * 0.8
-    whole, expected = manifolds(reference, samples), realism(reference, samples)
+    expected_metrics, expected_realism = manifolds(reference, samples), realism(reference, samples)
     monkeypatch.setattr(neighbours, "BLOCK_BYTES", 4 * 300 * 17)
-    assert manifolds(reference, samples) == whole
-    np.testing.assert_array_equal(realism(reference, samples), expected)
+    assert manifolds(reference, samples) == expected_metrics
+    np.testing.assert_array_equal(realism(reference, samples), expected_realism)
 
 
-def test_density_and_coverage_are_of_as_many_samples_as_references() -> None:
-    """At n = 5 m, coverage would be 1 for spreads of 1 and 0.7."""
+def test_density_and_coverage_use_as_many_samples_as_references() -> None:
+    """With five times as many samples as references, coverage would be 1 for spreads of 1 and 0.7."""
     rng = generator(10)
     reference = rng.standard_normal((200, 4))
     good, narrow = (manifolds(reference, scale * rng.standard_normal((1000, 4))) for scale in (1.0, 0.7))
-    for found in (good.density, good.coverage, good.clipped_density, good.clipped_coverage):
-        assert found.n == found.n_reference == 200
+    for estimate in (good.density, good.coverage, good.clipped_density, good.clipped_coverage):
+        assert estimate.n == estimate.n_reference == 200
     assert good.precision.n == 1000 and good.precision.n_reference == 200
     assert good.coverage.value < 0.999 and narrow.coverage.value < good.coverage.value
-    _, everywhere, *_ = density_coverage(reference, 0.7 * rng.standard_normal((1000, 4)))
-    assert everywhere.value > narrow.coverage.value + 0.02
-    few = manifolds(reference, rng.standard_normal((60, 4)))
-    assert few.coverage.n == few.coverage.n_reference == 60 and few.recall.n_reference == 200
+    _, coverage_of_all, *_ = density_coverage(reference, 0.7 * rng.standard_normal((1000, 4)))
+    assert coverage_of_all.value > narrow.coverage.value + 0.02
+    small = manifolds(reference, rng.standard_normal((60, 4)))
+    assert small.coverage.n == small.coverage.n_reference == 60 and small.recall.n_reference == 200
 
 
 def test_clipped_density_and_coverage_are_those_of_their_definition() -> None:
@@ -56,15 +56,15 @@ def test_clipped_density_and_coverage_are_those_of_their_definition() -> None:
     within, across = (np.sqrt(np.square(a[:, None] - reference[None]).sum(-1)) for a in (reference, samples))
     radii = np.sort(within, axis=1)[:, k]
     narrow = np.minimum(radii, np.median(radii))
-    nearest_ones = (within <= radii[:, None]) & (within <= narrow[:, None]) & ~np.eye(120, dtype=bool)
-    perfect = np.minimum(nearest_ones.sum(0) / k, 1).mean()
+    neighbours_within = (within <= radii[:, None]) & (within <= narrow[:, None]) & ~np.eye(120, dtype=bool)
+    perfect = np.minimum(neighbours_within.sum(0) / k, 1).mean()
     _, _, density, coverage = density_coverage(reference, samples, k)
     expected = np.minimum((across <= narrow).sum(1) / k, 1).mean() / perfect
     assert density.value == pytest.approx(min(expected, 1), rel=1e-12)
     counts = np.arange(91)
-    of_good = [scipy.stats.betabinom(g, k, 120 - k).expect(lambda j: np.minimum(j, k)) / k for g in counts]
+    expected_coverage = [scipy.stats.betabinom(g, k, 120 - k).expect(lambda j: np.minimum(j, k)) / k for g in counts]
     covered = np.minimum((across < radii).sum(0), k).mean() / k
-    assert coverage.value == pytest.approx(np.searchsorted(of_good, covered - 1e-12) / 91)
+    assert coverage.value == pytest.approx(np.searchsorted(expected_coverage, covered - 1e-12) / 91)
 
 
 def test_clipped_metrics_fall_with_the_share_of_good_samples() -> None:
@@ -79,9 +79,9 @@ def test_clipped_metrics_fall_with_the_share_of_good_samples() -> None:
 def test_copies_in_the_reference_are_noted() -> None:
     rng = generator(13)
     reference = np.repeat(rng.standard_normal((20, 3)), 6, axis=0)
-    found = manifolds(reference, rng.standard_normal((50, 3)))
-    assert found.precision.value == 0 and found.density.n_reference == 50
-    assert "120 reference rows" in found.precision.note and "sample" not in found.recall.note
+    estimates = manifolds(reference, rng.standard_normal((50, 3)))
+    assert estimates.precision.value == 0 and estimates.density.n_reference == 50
+    assert "120 reference rows" in estimates.precision.note and "sample" not in estimates.recall.note
 
 
 def test_collapsed_samples_have_high_precision_and_low_recall() -> None:
@@ -118,7 +118,7 @@ def test_copies_are_not_authentic() -> None:
     assert 30 < authenticity(reference, rng.standard_normal((500, 5))).value < 70
 
 
-def test_precision_within_classes_sees_what_the_whole_set_hides() -> None:
+def test_precision_within_classes_detects_swapped_classes() -> None:
     """With two swapped classes, the sets are equal but each class differs."""
     rng = generator(6)
     centres = np.array([[0.0, 0.0], [50.0, 0.0]])
@@ -137,7 +137,7 @@ def test_too_few_rows_are_refused() -> None:
         realism(np.zeros((9, 2)), np.ones((9, 2)))
 
 
-def test_no_interval_is_made_up_where_all_samples_say_the_same() -> None:
+def test_equal_values_of_all_samples_give_no_interval() -> None:
     rng = generator(7)
     _, recall = precision_recall(rng.standard_normal((50, 2)), rng.standard_normal((50, 2)) + 1e3)
     assert recall.value == 0 and recall.low is None and "no single sample" in recall.note
@@ -158,8 +158,8 @@ def test_intervals_hold(scale: float, shift: float) -> None:
     names = ("precision", "recall", "density", "coverage", "clipped density", "clipped coverage", "authenticity")
     for name, estimates in zip(names, zip(*runs, strict=True), strict=True):
         truth = float(np.mean([e.value for e in estimates]))
-        held = np.mean([e.low is not None and e.high is not None and e.low <= truth <= e.high for e in estimates])
-        print(scale, shift, name, "mean", truth, "held", held)
+        covered = np.mean([e.low is not None and e.high is not None and e.low <= truth <= e.high for e in estimates])
+        print(scale, shift, name, "mean", truth, "held", covered)
         if truth < 0.99 or "clipped" not in name:  # clipped metrics end at 1
-            most = 1.0 if name in ("recall", "coverage", "clipped coverage") else 0.98  # the jackknife's is safe
-            assert 0.90 <= held <= most, name
+            upper_limit = 1.0 if name in ("recall", "coverage", "clipped coverage") else 0.98  # the jackknife's is safe
+            assert 0.90 <= covered <= upper_limit, name

@@ -69,22 +69,22 @@ def test_any_sharding_by_whole_blocks_gives_the_same_bits(num_shards: int) -> No
     features = generator(2).standard_normal((5 * BLOCK + 100, 9)).astype(np.float32)
     cuts = [BLOCK * (6 * i // num_shards) for i in range(1, num_shards)]
     shards = np.split(features, cuts)
-    answered_out_of_order = {i: list(block_moments(shards[i])) for i in reversed(range(num_shards))}
-    sharded = merge_in_order(b for i in range(num_shards) for b in answered_out_of_order[i])
-    whole = moments(features)
-    assert sharded.n == whole.n
-    assert sharded.mean.tobytes() == whole.mean.tobytes()
-    assert sharded.m2.tobytes() == whole.m2.tobytes()
+    blocks_of = {i: list(block_moments(shards[i])) for i in reversed(range(num_shards))}
+    sharded = merge_in_order(b for i in range(num_shards) for b in blocks_of[i])
+    unsharded = moments(features)
+    assert sharded.n == unsharded.n
+    assert sharded.mean.tobytes() == unsharded.mean.tobytes()
+    assert sharded.m2.tobytes() == unsharded.m2.tobytes()
 
 
-def test_groups_of_blocks_may_be_shared_out() -> None:
-    """Beyond 32 blocks the statistics are merged by groups, so that each may come from another worker."""
+def test_groups_of_blocks_give_the_same_bits() -> None:
+    """Statistics of more than 32 blocks are merged by groups of blocks, so that workers may compute one group each."""
     features = generator(21).standard_normal((2 * BLOCK * GROUP + 700, 3)).astype(np.float32)
     size = BLOCK * GROUP
     groups = [merge_in_order(block_moments(features[i : i + size])) for i in range(0, len(features), size)]
-    shared, whole = merge_in_order(groups), moments(features)
-    assert len(groups) == 3 and shared.m2.tobytes() == whole.m2.tobytes()
-    np.testing.assert_allclose(whole.gaussian.covariance, np.cov(features, rowvar=False, dtype=np.float64), rtol=1e-9)
+    merged, total = merge_in_order(groups), moments(features)
+    assert len(groups) == 3 and merged.m2.tobytes() == total.m2.tobytes()
+    np.testing.assert_allclose(total.gaussian.covariance, np.cov(features, rowvar=False, dtype=np.float64), rtol=1e-9)
 
 
 def test_merging_uneven_shards_loses_nothing() -> None:
@@ -129,7 +129,7 @@ def test_diagonal_covariances_leave_the_distance_of_standard_deviations() -> Non
     assert distance == pytest.approx(((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), rel=1e-12)
 
 
-def test_agrees_with_the_matrix_square_root() -> None:
+def test_the_distance_agrees_with_the_matrix_square_root() -> None:
     rng = generator(5)
     a, b = Gaussian(rng.standard_normal(8), covariance(rng, 8)), Gaussian(rng.standard_normal(8), covariance(rng, 8))
     root = scipy.linalg.sqrtm(a.covariance @ b.covariance)
@@ -172,7 +172,7 @@ def test_a_class_of_few_images_has_a_distance_without_an_interval() -> None:
         (np.zeros(2), np.diag([1.0, -0.5]), "positive semi-definite"),
     ],
 )
-def test_statistics_that_mean_nothing_are_refused(mean: Array, shape: Array, message: str) -> None:
+def test_invalid_statistics_are_refused(mean: Array, shape: Array, message: str) -> None:
     good = Gaussian(np.zeros(2), np.eye(2))
     with pytest.raises(ValueError, match=message):
         frechet_distance(good, Gaussian(mean, shape))
@@ -180,7 +180,7 @@ def test_statistics_that_mean_nothing_are_refused(mean: Array, shape: Array, mes
         frechet_distance(Gaussian(mean, shape), good)
 
 
-def test_other_dimensions_do_not_compare() -> None:
+def test_statistics_of_different_dimensions_are_refused() -> None:
     with pytest.raises(ValueError, match="2 and 3 dimensions"):
         frechet_distance(Gaussian(np.zeros(2), np.eye(2)), Gaussian(np.zeros(3), np.eye(3)))
 
@@ -189,7 +189,7 @@ def test_other_dimensions_do_not_compare() -> None:
 
 
 def test_influence_is_the_derivative_of_the_distance() -> None:
-    """Giving one sample a little more weight moves the distance by its influence (a finite difference)."""
+    """Compare the influence of a sample with the finite difference of the distance by the sample's weight."""
     rng = generator(7)
     reference = Gaussian(rng.standard_normal(3), covariance(rng, 3))
     features = rng.standard_normal((60, 3)) @ np.diag([1, 2, 0.5])
@@ -219,32 +219,32 @@ def test_bias_of_a_perfect_model_is_the_known_one() -> None:
     assert bias == pytest.approx((dimension + dimension * (dimension + 1) / 4) / n, rel=0.02)
 
 
-def test_fd_infinity_is_where_the_distances_of_subsets_lead() -> None:
-    """Chong & Forsyth (2020) fit a line in 1/n through distances of subsets; its end is what is computed here."""
+def test_fd_infinity_is_the_limit_of_the_distances_of_subsets() -> None:
+    """Compare with Chong & Forsyth (2020), who fit a line in 1/n through distances of subsets: FD_inf is its limit."""
     rng = generator(24)
     reference = Gaussian(np.zeros(8), covariance(rng, 8))
     factor = np.linalg.cholesky(reference.covariance)
     features = 0.9 * rng.standard_normal((8000, 8)) @ factor.T + 0.1
     sizes = np.array([500, 800, 1600, 4000])
-    parts = [np.split(features, 8000 // size) for size in sizes]
-    means = [np.mean([frechet_distance(moments(part), reference) for part in some]) for some in parts]
+    subsets_by_size = [np.split(features, 8000 // size) for size in sizes]
+    means = [np.mean([frechet_distance(moments(part), reference) for part in subsets]) for subsets in subsets_by_size]
     fitted = np.polyfit(1 / sizes, means, 1)[1]
-    found = expand_frechet(features, reference)
-    assert found.corrected.value == pytest.approx(fitted, abs=2e-4)
-    assert found.distance - found.corrected.value == pytest.approx(found.bias) and found.bias > 1e-3
+    expansion = expand_frechet(features, reference)
+    assert expansion.corrected.value == pytest.approx(fitted, abs=2e-4)
+    assert expansion.distance - expansion.corrected.value == pytest.approx(expansion.bias) and expansion.bias > 1e-3
 
 
-def test_constant_features_do_no_harm() -> None:
+def test_a_constant_feature_changes_nothing() -> None:
     rng = generator(9)
-    alive = rng.standard_normal((200, 3))
+    varying = rng.standard_normal((200, 3))
     reference = moments(rng.standard_normal((300, 3)) * 1.1)
     padded = Gaussian(np.append(reference.mean, 0), np.pad(reference.gaussian.covariance, (0, 1)))
-    plain, with_dead = expand_frechet(alive, reference), expand_frechet(np.pad(alive, ((0, 0), (0, 1))), padded)
-    assert with_dead.distance == pytest.approx(plain.distance, abs=1e-7)
-    np.testing.assert_allclose(with_dead.influence, plain.influence, atol=1e-6)
+    plain, with_constant = expand_frechet(varying, reference), expand_frechet(np.pad(varying, ((0, 0), (0, 1))), padded)
+    assert with_constant.distance == pytest.approx(plain.distance, abs=1e-7)
+    np.testing.assert_allclose(with_constant.influence, plain.influence, atol=1e-6)
 
 
-def test_small_n_is_said_and_refused() -> None:
+def test_small_n_is_noted_and_very_small_n_refused() -> None:
     features, reference = generator(10).standard_normal((20, 10)), Gaussian(np.zeros(10), np.eye(10))
     estimate = frechet_estimate(features, reference)
     assert estimate.value > 0 and estimate.low is None and estimate.high is None and "n=20" in estimate.note
@@ -256,10 +256,11 @@ def test_small_n_is_said_and_refused() -> None:
 
 
 def coverage(draw: Callable[[], Estimate], truth: float | None, num_runs: int = 200) -> float:
-    """Share of runs whose interval holds the truth, or where None is given the mean value of all runs."""
+    """Return the share of runs whose interval contains `truth`, or the mean of all runs if it is None."""
     runs = [draw() for _ in range(num_runs)]
-    target = float(np.mean([r.value for r in runs])) if truth is None else truth
-    return float(np.mean([r.low is not None and r.high is not None and r.low <= target <= r.high for r in runs]))
+    target = float(np.mean([run.value for run in runs])) if truth is None else truth
+    ends = [(run.low, run.high) for run in runs]
+    return float(np.mean([low is not None and high is not None and low <= target <= high for low, high in ends]))
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (0.95, 0.05), (0.8, 0.2)])
@@ -279,8 +280,8 @@ def test_intervals_of_the_frechet_distance_hold(scale: float, shift: float) -> N
     assert 0.90 <= plain <= 0.98 and 0.90 <= corrected <= (0.98 if truth else 1.0)  # an interval ends at 0
 
 
-def test_stratified_labels_leave_the_spread_within_classes_alone() -> None:
-    """Classes far apart, in turn: intervals that ignore it hold always, and the bias correction takes off too much."""
+def test_with_stratified_labels_only_the_spread_within_classes_counts() -> None:
+    """Classes are far apart and drawn in turn. Without strata, intervals are too wide and the correction too large."""
     rng = generator(25)
     dimension, num_classes, n = 3, 4, 200
     labels = np.arange(n) % num_classes
@@ -288,21 +289,21 @@ def test_stratified_labels_leave_the_spread_within_classes_alone() -> None:
     between = (centres - centres.mean(0)).T @ (centres - centres.mean(0)) / num_classes
     truth = Gaussian(centres.mean(0), between + np.eye(dimension))
     reference = Gaussian(truth.mean + 0.5, 1.5 * truth.covariance)
-    distance, held = frechet_distance(truth, reference), np.zeros((2, 2))
+    distance, covered = frechet_distance(truth, reference), np.zeros((2, 2))
     distances, bias = np.zeros(300), np.zeros(2)
     for run in range(300):
         features = centres[labels] + rng.standard_normal((n, dimension))
         for i, strata in enumerate((None, labels)):
-            found = expand_frechet(features, reference, strata)
-            low, high = found.corrected.low, found.corrected.high
+            expansion = expand_frechet(features, reference, strata)
+            low, high = expansion.corrected.low, expansion.corrected.high
             mean = mean_estimate(features[:, 0], strata=strata)
             assert low is not None and high is not None and mean.low is not None and mean.high is not None
-            held[i] += low <= distance <= high, mean.low <= truth.mean[0] <= mean.high
-            distances[run], bias[i] = found.distance, bias[i] + found.bias / 300
-    excess, error, held = distances.mean() - distance, distances.std() / np.sqrt(300), held / 300
-    print("excess", excess, "+-", error, "bias: independent, stratified", bias, "held", held.tolist())
+            covered[i] += low <= distance <= high, mean.low <= truth.mean[0] <= mean.high
+            distances[run], bias[i] = expansion.distance, bias[i] + expansion.bias / 300
+    excess, error, covered = distances.mean() - distance, distances.std() / np.sqrt(300), covered / 300
+    print("excess", excess, "+-", error, "bias: independent, stratified", bias, "held", covered.tolist())
     assert abs(bias[1] - excess) < 3 * error < bias[0] - excess
-    assert (held[0] > 0.98).all() and (held[1] >= 0.90).all() and (held[1] <= 0.98).all()
+    assert (covered[0] > 0.98).all() and (covered[1] >= 0.90).all() and (covered[1] <= 0.98).all()
 
 
 def test_stratified_variances_are_the_sum_over_classes() -> None:
@@ -312,12 +313,12 @@ def test_stratified_variances_are_the_sum_over_classes() -> None:
     expected = sum((labels == k).mean() ** 2 * scores[labels == k].var(ddof=1) / (labels == k).sum() for k in range(5))
     variance, degrees = mean_variance(scores, labels)
     assert float(variance) == pytest.approx(expected, rel=1e-12) and degrees == 295
-    alone = np.append(labels[:-1], 99)  # a class of one sample: as if drawn independently
-    assert mean_variance(scores, alone) == (pytest.approx(scores.var(ddof=1) / 300), 299)
-    share = proportion_estimate(scores > 0, labels)
+    with_single = np.append(labels[:-1], 99)  # a class of one sample: as if drawn independently
+    assert mean_variance(scores, with_single) == (pytest.approx(scores.var(ddof=1) / 300), 299)
+    stratified = proportion_estimate(scores > 0, labels)
     independent = proportion_estimate(scores > 0)
-    assert share.value == independent.value and share.low is not None and independent.low is not None
-    assert independent.low < share.low < share.value
+    assert stratified.value == independent.value and stratified.low is not None and independent.low is not None
+    assert independent.low < stratified.low < stratified.value
     probabilities = softmax(4 * np.eye(5)[labels] + rng.standard_normal((300, 5)))
     narrow, wide = inception_score(probabilities, strata=labels), inception_score(probabilities)
     assert narrow.value == wide.value and narrow.low is not None and wide.low is not None and narrow.low > wide.low
@@ -329,7 +330,7 @@ def test_quantiles_are_those_of_student_s_distribution() -> None:
         assert student_quantile(0.975, degrees) == pytest.approx(quantile, rel=2e-3)
 
 
-def test_heavy_tails_small_references_and_distances_below_zero_are_said() -> None:
+def test_heavy_tails_small_references_and_distances_below_zero_are_noted() -> None:
     rng = generator(28)
     reference = moments(rng.standard_normal((60, 4)))
     few = expand_frechet(rng.standard_normal((2000, 4)) + 1, reference)
@@ -340,16 +341,18 @@ def test_heavy_tails_small_references_and_distances_below_zero_are_said() -> Non
     broken = rng.standard_normal((2000, 4))
     broken[:5] += 30
     assert "heavy tails" in expand_frechet(broken, exact).estimate.note
-    same = rng.standard_normal((2000, 4))
-    itself = expand_frechet(same, moments(same)).corrected
-    assert itself.value == itself.low == 0 and "the estimate is -" in itself.note
+    features = rng.standard_normal((2000, 4))
+    self_estimate = expand_frechet(features, moments(features)).corrected
+    assert self_estimate.value == self_estimate.low == 0 and "the estimate is -" in self_estimate.note
 
 
-def test_what_a_perfect_model_scores_against_a_small_reference_is_told() -> None:
+def test_the_bias_of_a_small_reference_is_the_score_of_a_perfect_model() -> None:
     rng = generator(29)
-    found = [expand_frechet(rng.standard_normal((3000, 5)), moments(rng.standard_normal((200, 5)))) for _ in range(20)]
-    excess = np.mean([expansion.distance - expansion.bias for expansion in found])
-    assert np.mean([expansion.reference_bias for expansion in found]) == pytest.approx(excess, rel=0.15)
+    results = [
+        expand_frechet(rng.standard_normal((3000, 5)), moments(rng.standard_normal((200, 5)))) for _ in range(20)
+    ]
+    excess = np.mean([result.distance - result.bias for result in results])
+    assert np.mean([result.reference_bias for result in results]) == pytest.approx(excess, rel=0.15)
 
 
 def test_intervals_of_other_metrics_hold() -> None:
@@ -368,9 +371,9 @@ def test_intervals_of_other_metrics_hold() -> None:
         "a rare proportion": (lambda: proportion_estimate(rng.random(100) < 0.03), 0.03),
         "a skewed mean": (lambda: mean_estimate(rng.exponential(size=100)), 1.0),
     }
-    held = {name: coverage(draw, truth) for name, (draw, truth) in draws.items()}
-    print(held)
-    assert all(0.90 <= share <= 0.98 for share in held.values())
+    coverages = {name: coverage(draw, truth) for name, (draw, truth) in draws.items()}
+    print(coverages)
+    assert all(0.90 <= share <= 0.98 for share in coverages.values())
     assert inception_score(probabilities(20)).note == "no interval: n=20 is below 100"
 
 
@@ -421,30 +424,31 @@ def test_kernel_distance_is_the_mean_over_all_pairs_also_far_from_the_origin(off
 
     within = [np.mean([kernel(a, b) for i, a in enumerate(s) for j, b in enumerate(s) if i != j]) for s in (x, y)]
     expected = float(sum(within) - 2 * np.mean([kernel(a, b) for a in x for b in y]))
-    found = kid(y, x)
-    assert found.value == pytest.approx(expected, rel=tolerance)
+    estimate = kid(y, x)
+    assert estimate.value == pytest.approx(expected, rel=tolerance)
     assert kid_scores(y, x).mean() == pytest.approx(expected, rel=tolerance)
-    assert ("far from the origin" in found.note) == (offset > 0)
+    assert ("far from the origin" in estimate.note) == (offset > 0)
 
 
-def test_kernel_distance_says_what_is_too_small() -> None:
+def test_kernel_distance_refuses_a_single_sample() -> None:
     with pytest.raises(ValueError, match="1 samples"):
         kid(np.zeros((5, 2)), np.zeros((1, 2)))
 
 
-def test_cmmd_is_the_mean_over_all_pairs_and_its_bias_the_pairs_with_itself() -> None:
+def test_cmmd_is_the_mean_over_all_pairs_and_its_bias_comes_from_pairs_of_equal_rows() -> None:
     rng = generator(32)
     x, y = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (rng.standard_normal((9, 4)), rng.random((7, 4))))
 
     def kernel(a: Array, b: Array) -> Array:
         return np.exp(-np.square(a[:, None] - b[None]).sum(-1) / 200)
 
-    whole = 1000 * (kernel(x, x).mean() + kernel(y, y).mean() - 2 * kernel(x, y).mean())
-    apart = [kernel(a, a)[~np.eye(len(a), dtype=bool)].mean() for a in (x, y)]
-    unbiased = 1000 * (sum(apart) - 2 * kernel(x, y).mean())
-    found = cmmd(3 * y, 2 * x)  # only directions count
-    assert found.value == pytest.approx(whole, rel=1e-9) and found.bias == pytest.approx(whole - unbiased, rel=1e-9)
-    assert found.n_reference == 7
+    expected = 1000 * (kernel(x, x).mean() + kernel(y, y).mean() - 2 * kernel(x, y).mean())
+    off_diagonal = [kernel(a, a)[~np.eye(len(a), dtype=bool)].mean() for a in (x, y)]
+    unbiased = 1000 * (sum(off_diagonal) - 2 * kernel(x, y).mean())
+    estimate = cmmd(3 * y, 2 * x)  # only directions count
+    assert estimate.value == pytest.approx(expected, rel=1e-9)
+    assert estimate.bias == pytest.approx(expected - unbiased, rel=1e-9)
+    assert estimate.n_reference == 7
 
 
 def test_vendi_counts_distinct_samples() -> None:

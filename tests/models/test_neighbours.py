@@ -29,21 +29,21 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_nearest_is_the_direct_answer_even_far_from_the_origin(offset: float) -> None:
+def test_nearest_equals_the_direct_computation_even_far_from_the_origin(offset: float) -> None:
     rng = generator(1)
     queries, targets = rng.standard_normal((40, 6)) + offset, rng.standard_normal((70, 6)) + offset
     squares = all_squares(queries, targets)
-    found = nearest(queries, targets, 5)
-    np.testing.assert_array_equal(found.index, np.argsort(squares, axis=1, kind="stable")[:, :5])
-    np.testing.assert_allclose(found.squared, np.sort(squares, axis=1)[:, :5], rtol=1e-14)
+    result = nearest(queries, targets, 5)
+    np.testing.assert_array_equal(result.index, np.argsort(squares, axis=1, kind="stable")[:, :5])
+    np.testing.assert_allclose(result.squared, np.sort(squares, axis=1)[:, :5], rtol=1e-14)
 
 
 @pytest.mark.usefixtures("blocks")
 def test_ties_go_to_the_lowest_index_and_a_row_is_not_its_own_neighbour() -> None:
     grid = np.repeat(np.arange(30.0), 3)[:, None]  # each point three times, neighbours at distance 1 on both sides
-    found = nearest(grid, grid, 4)
-    assert found.index[0].tolist() == [1, 2, 3, 4] and found.squared[0].tolist() == [0, 0, 1, 1]
-    assert found.index[45].tolist() == [46, 47, 42, 43]
+    result = nearest(grid, grid, 4)
+    assert result.index[0].tolist() == [1, 2, 3, 4] and result.squared[0].tolist() == [0, 0, 1, 1]
+    assert result.index[45].tolist() == [46, 47, 42, 43]
     crowd = np.zeros((50, 2))  # every row is a candidate
     assert nearest(crowd, crowd, 3).index[10].tolist() == [0, 1, 2]
 

@@ -38,13 +38,13 @@ def process(respacing: str = "", **fields: Any) -> Diffusion:
 
 
 def no_noise(t: int) -> Tensor:
-    raise AssertionError(f"noise was asked for at {t}")
+    raise AssertionError(f"noise was drawn for timestep {t}")
 
 
-def keyed_noise(like: Tensor, asked: list[int] | None = None) -> Callable[[int], Tensor]:
+def keyed_noise(like: Tensor, drawn: list[int] | None = None) -> Callable[[int], Tensor]:
     def noise(t: int) -> Tensor:
-        if asked is not None:
-            asked.append(t)
+        if drawn is not None:
+            drawn.append(t)
         values = np.random.default_rng([11, t]).standard_normal(like.shape)
         return torch.from_numpy(values).to(like)
 
@@ -56,7 +56,7 @@ def keyed_noise(like: Tensor, asked: list[int] | None = None) -> Callable[[int],
 def test_ddpm_with_the_exact_reverse_step_has_the_exact_marginals(schedule: str, respacing: str) -> None:
     diffusion = process(respacing, schedule=schedule)
     denoise = DATA.denoiser(diffusion)
-    # a step is affine in x and in the noise: three probes tell its coefficients, which carry mean and variance on
+    # a step is affine in x and in the noise: three probes give its coefficients, which map mean and variance
     probes = torch.tensor([0.0, 1.0, 0.0]).view(3, 1, 1, 1)
     noise = torch.tensor([0.0, 0.0, 1.0]).view(3, 1, 1, 1)
     abar = diffusion.alphas_cumprod
@@ -134,7 +134,7 @@ def test_ddim_encoding_and_decoding_return_the_image_as_steps_grow() -> None:
     assert errors[-1] < 0.02 < errors[0]
 
 
-def test_noise_is_keyed_by_original_timesteps_and_asked_only_where_used() -> None:
+def test_noise_is_keyed_by_original_timesteps_and_drawn_only_where_used() -> None:
     diffusion = process("5")
     denoise = DATA.denoiser(diffusion)
     for name, eta, expected in (
@@ -144,11 +144,11 @@ def test_noise_is_keyed_by_original_timesteps_and_asked_only_where_used() -> Non
         ("dpm_solver", 0.0, []),
         ("heun", 0.0, []),
     ):
-        asked: list[int] = []
+        drawn: list[int] = []
         config = SamplerConfig(name=name, num_steps=5, eta=eta, respacing="5")
-        steps = list(sample(config, denoise, diffusion, X_T, keyed_noise(X_T, asked)))
+        steps = list(sample(config, denoise, diffusion, X_T, keyed_noise(X_T, drawn)))
         assert [step.t for step in steps] == [4, 3, 2, 1, 0]
-        assert asked == expected == noise_timesteps(config, diffusion), name
+        assert drawn == expected == noise_timesteps(config, diffusion), name
         assert all(step.x.shape == X_T.shape == step.pred_x_start.shape for step in steps)
 
 
@@ -160,9 +160,9 @@ def test_edm_follows_its_ode(schedule: str) -> None:
     for steps in (9, 18, 36):
         config = SamplerConfig(name="edm", num_steps=steps)
         first = edm_steps(config, diffusion)[0].start
-        found = final_x(sample(config, DATA.denoiser(diffusion), diffusion, X_T, no_noise))
+        final = final_x(sample(config, DATA.denoiser(diffusion), diffusion, X_T, no_noise))
         exact = DATA.mean + (X_T * first - DATA.mean) * DATA.std / (DATA.std**2 + first**2) ** 0.5
-        errors.append((found - exact).abs().max().item())
+        errors.append((final - exact).abs().max().item())
     assert errors[-1] < 0.02 and all(a / b > 3.5 for a, b in itertools.pairwise(errors)), errors  # second order
 
 
@@ -175,14 +175,14 @@ def test_edm_with_churn_keeps_the_data_distribution() -> None:
     assert x.std().item() == pytest.approx(DATA.std, rel=0.05)
 
 
-def test_edm_asks_for_noise_by_the_steps_that_churn() -> None:
+def test_edm_draws_noise_in_the_steps_that_churn() -> None:
     diffusion = process("", schedule="cosine")
     config = SamplerConfig(name="edm", num_steps=12, s_churn=5, s_min=0.05, s_max=50)
-    asked: list[int] = []
-    steps = list(sample(config, DATA.denoiser(diffusion), diffusion, X_T, keyed_noise(X_T, asked)))
+    drawn: list[int] = []
+    steps = list(sample(config, DATA.denoiser(diffusion), diffusion, X_T, keyed_noise(X_T, drawn)))
     levels = [step.start for step in edm_steps(config, diffusion)]
-    assert asked == noise_timesteps(config, diffusion) == [i for i, level in enumerate(levels) if 0.05 <= level <= 50]
-    assert 0 < len(asked) < len(steps) == 12
+    assert drawn == noise_timesteps(config, diffusion) == [i for i, level in enumerate(levels) if 0.05 <= level <= 50]
+    assert 0 < len(drawn) < len(steps) == 12
     assert not noise_timesteps(SamplerConfig(name="edm", num_steps=12), diffusion)
 
 
@@ -200,7 +200,7 @@ def test_settings_of_other_samplers_are_refused(fields: dict[str, Any], message:
 
 
 def test_edm_takes_its_authors_steps_for_adm_64() -> None:
-    """256 steps are 511 evaluations, although some fall on one of the model's 1,000 noise levels."""
+    """256 steps are 511 evaluations, although several steps share one of the model's 1,000 noise levels."""
     entry = zoo.entry("adm-64-edm")
     assert entry.recipe is not None
     sampler = entry.recipe.sampler
@@ -216,9 +216,9 @@ def test_edm_takes_its_authors_steps_for_adm_64() -> None:
 def test_a_chain_can_start_anywhere() -> None:
     diffusion = process("20")
     denoise = DATA.denoiser(diffusion)
-    whole = list(ddpm(denoise, diffusion, X_T, keyed_noise(X_T)))
-    rest = list(ddpm(denoise, diffusion, whole[9].x, keyed_noise(X_T), start=9))
-    assert torch.equal(rest[-1].x, whole[-1].x)
+    full_chain = list(ddpm(denoise, diffusion, X_T, keyed_noise(X_T)))
+    rest = list(ddpm(denoise, diffusion, full_chain[9].x, keyed_noise(X_T), start=9))
+    assert torch.equal(rest[-1].x, full_chain[-1].x)
 
 
 def test_respacing_belongs_to_the_sampler() -> None:

@@ -32,18 +32,18 @@ TINY: dict[str, Any] = {
 
 
 def tiny(**changes: Any) -> UNet:
-    """A small U-Net with no zero tensor, so that every part of it matters."""
+    """Return a small U-Net with no zero tensor, so that every part of it matters."""
     torch.manual_seed(0)
-    return stirred(UNetConfig(**{**TINY, "num_classes": 5, **changes}).build())
+    return add_noise(UNetConfig(**{**TINY, "num_classes": 5, **changes}).build())
 
 
 def tiny_classifier(**changes: Any) -> NoisyClassifier:
     torch.manual_seed(0)
     config = ClassifierConfig(**{**TINY, "num_head_channels": 16, "num_classes": 5, **changes})
-    return stirred(config.build())
+    return add_noise(config.build())
 
 
-def stirred(network: N) -> N:
+def add_noise(network: N) -> N:
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -147,7 +147,7 @@ def test_timestep_embedding_has_cosines_first_and_takes_fractions() -> None:
     torch.testing.assert_close(embedding[1], torch.tensor(expected))
 
 
-def test_labels_are_given_exactly_to_conditional_networks() -> None:
+def test_conditional_networks_need_labels_and_others_refuse_them() -> None:
     x, t, y = inputs()
     with pytest.raises(ValueError, match="num_classes=5"):
         tiny()(x, t)
@@ -180,7 +180,7 @@ def test_the_image_gradient_needs_no_parameter_gradients(checkpointing: bool) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_is_near_float32_and_answers_in_float32(dtype: torch.dtype) -> None:
+def test_autocast_is_close_to_float32_and_returns_float32(dtype: torch.dtype) -> None:
     network = tiny()
     with torch.no_grad():
         exact = network(*inputs())
@@ -198,7 +198,7 @@ def test_normalisation_is_computed_in_float32() -> None:
     torch.testing.assert_close(out.float(), norm(x.float()), atol=0.05, rtol=0.02)
 
 
-def test_memory_format_and_batch_do_not_matter() -> None:
+def test_memory_format_and_batch_do_not_change_the_output() -> None:
     network = tiny()
     x, t, y = inputs()
     with torch.no_grad():
@@ -208,18 +208,18 @@ def test_memory_format_and_batch_do_not_matter() -> None:
         torch.testing.assert_close(network(x.contiguous(memory_format=torch.channels_last), t, y), out)
 
 
-def test_a_time_embedding_stands_in_for_timesteps() -> None:
+def test_a_time_embedding_replaces_the_timesteps() -> None:
     network, classifier = tiny(), tiny_classifier()
     x, t, y = inputs()
-    nothing = torch.full_like(t, -1)
+    unused = torch.full_like(t, -1)
     with torch.no_grad():
         emb = network.embed_timesteps(t)
-        assert torch.equal(network(x, nothing, y, time_embedding=emb), network(x, t, y))
+        assert torch.equal(network(x, unused, y, time_embedding=emb), network(x, t, y))
         emb = classifier.embed_timesteps(t)
-        assert torch.equal(classifier(x, nothing, time_embedding=emb), classifier(x, t))
+        assert torch.equal(classifier(x, unused, time_embedding=emb), classifier(x, t))
 
 
-def test_super_resolution_sees_the_small_image() -> None:
+def test_super_resolution_depends_on_the_low_res_image() -> None:
     network = tiny(low_res_size=4)
     x, t, y = inputs()
     with torch.no_grad():

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def dinov2_shapes(depth: int, width: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of DINOv2's released files."""
+    """Return the shapes of the tensors of DINOv2's released files."""
     shapes: dict[str, tuple[int, ...]] = {
         "cls_token": (1, 1, width), "pos_embed": (1, 37 * 37 + 1, width), "mask_token": (1, width),
         "patch_embed.proj.weight": (width, 3, 14, 14), "patch_embed.proj.bias": (width,),
@@ -29,7 +29,7 @@ def dinov2_shapes(depth: int, width: int) -> dict[str, tuple[int, ...]]:
 
 
 def clip_shapes(depth: int, width: int, embedding: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of the image encoder in the released file, and one of the text encoder's."""
+    """Return the shapes of the image encoder in CLIP's released file, and of one tensor of the text encoder."""
     shapes: dict[str, tuple[int, ...]] = {
         "vision_model.embeddings.class_embedding": (width,), "vision_model.embeddings.position_ids": (1, 577),
         "vision_model.embeddings.patch_embedding.weight": (width, 3, 14, 14),
@@ -52,13 +52,13 @@ def random_state(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     return {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def some_images(size: int = 20) -> np.ndarray:
+def random_images(size: int = 20) -> np.ndarray:
     print("seed", SEED)
     return np.random.default_rng(SEED).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
 
 
 def test_dinov2_has_as_many_weights_as_its_released_file() -> None:
-    """1,217,586,395 bytes: four for each of 304,368,640 numbers, and names."""
+    """The file has 1,217,586,395 bytes: four for each of 304,368,640 numbers, and the names."""
     count = sum(int(np.prod(shape)) for shape in dinov2_shapes(24, 1024).values())
     assert count == 304_368_640 and 0 < 1_217_586_395 - 4 * count < 200_000
 
@@ -77,24 +77,24 @@ def test_a_block_is_torch_s_encoder_layer() -> None:
 
 
 def test_without_blocks_only_the_class_token_is_left() -> None:
-    """Layer scales of 0 switch the blocks off: what remains has a closed form, whatever the image."""
+    """Layer scales of 0 disable the blocks, so that the output has a closed form for every image."""
     state = random_state(dinov2_shapes(2, 128))
     state |= {name: torch.zeros(128) for name in state if name.endswith("gamma")}
     token = (state["cls_token"] + state["pos_embed"][:, :1])[0, 0]
     normalised = (token - token.mean()) / torch.sqrt(token.var(unbiased=False) + 1e-6)
     expected = normalised * state["norm.weight"] + state["norm.bias"]
-    found = DinoV2(state)(some_images())
-    assert found.pool.shape == (2, 128) and found.logits is None
-    np.testing.assert_allclose(found.pool, expected.expand(2, -1).numpy(), rtol=1e-4, atol=1e-5)
+    features = DinoV2(state)(random_images())
+    assert features.pool.shape == (2, 128) and features.logits is None
+    np.testing.assert_allclose(features.pool, expected.expand(2, -1).numpy(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("network", [DinoV2, ClipVision])
 def test_features_depend_on_the_image_alone(network: type[DinoV2] | type[ClipVision]) -> None:
     shapes = dinov2_shapes(2, 128) if network is DinoV2 else clip_shapes(2, 128, 48)
-    extractor, images = network(random_state(shapes)), some_images()
-    pair, alone = extractor(images).pool, extractor(images[1:]).pool
+    extractor, images = network(random_state(shapes)), random_images()
+    pair, single = extractor(images).pool, extractor(images[1:]).pool
     assert extractor.dimension == pair.shape[1] == (128 if network is DinoV2 else 48)
-    np.testing.assert_allclose(pair[1:], alone, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(pair[1:], single, rtol=1e-4, atol=1e-5)
     assert np.abs(pair[0] - pair[1]).max() > 1e-4
     if network is ClipVision:
         np.testing.assert_allclose(np.linalg.norm(pair, axis=1), 1, rtol=1e-5)
@@ -102,9 +102,9 @@ def test_features_depend_on_the_image_alone(network: type[DinoV2] | type[ClipVis
 
 def test_a_grey_image_stays_grey_at_any_size() -> None:
     for size, colours in ((224, IMAGENET_COLOURS), (336, CLIP_COLOURS)):
-        found = preprocess(np.full((1, 17, 17, 3), 51, np.uint8), size, colours, CPU)
+        actual = preprocess(np.full((1, 17, 17, 3), 51, np.uint8), size, colours, CPU)
         expected = (0.2 - torch.tensor(colours[0])) / torch.tensor(colours[1])
-        torch.testing.assert_close(found, expected.view(1, 3, 1, 1).expand(1, 3, size, size), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual, expected.view(1, 3, 1, 1).expand(1, 3, size, size), rtol=1e-4, atol=1e-5)
 
 
 def test_other_tensors_are_named() -> None:

@@ -44,7 +44,7 @@ def test_released_models_have_the_published_size(name: str) -> None:
     ("name", "millions"),
     [("ddpm-cifar10", 35.7), ("ddpm-256", 114), ("iddpm-imagenet64-cond", 270), ("iddpm-cifar10", 50)],
 )
-def test_older_models_have_about_the_size_that_papers_round(name: str, millions: float) -> None:
+def test_older_models_have_about_the_size_that_their_papers_state(name: str, millions: float) -> None:
     assert count_parameters(ZOO[name].network) / 1e6 == pytest.approx(millions, rel=0.06)
 
 

@@ -1,4 +1,4 @@
-"""Small networks with random weights that are not zero, for tests of sampling."""
+"""Small networks with random non-zero weights, for tests of sampling."""
 
 import torch
 
@@ -18,7 +18,7 @@ CLASSES = tuple("0123456789")
 
 
 def save_network(folder: str, name: str, architecture: UNetConfig | ClassifierConfig, seed: int = 1) -> str:
-    """Write `folder`/`name`; answer its URI."""
+    """Write a network with random weights to `folder`/`name`, and return its URI."""
     torch.manual_seed(seed)
     state = architecture.build().state_dict()
     weights = {key: tensor + 0.02 * torch.randn_like(tensor) for key, tensor in state.items()}

@@ -24,7 +24,7 @@ def _switches() -> tuple[object, ...]:
 
 @pytest.mark.parametrize("tf32", [False, True])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_switches_are_set_inside_and_set_back(deterministic: bool, tf32: bool) -> None:
+def test_switches_are_set_inside_and_restored(deterministic: bool, tf32: bool) -> None:
     before = _switches()
     with arithmetic(2, deterministic, tf32):
         assert _switches() == (2, deterministic, False, not deterministic, tf32, tf32, False)
@@ -34,9 +34,9 @@ def test_switches_are_set_inside_and_set_back(deterministic: bool, tf32: bool) -
     assert _switches() == before
 
 
-def test_no_gpus_means_the_cpu_and_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gpus_means_the_cpu_and_a_missing_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose_device(0) == torch.device("cpu"), "whatever else is in the machine"
+    assert choose_device(0) == torch.device("cpu"), "although the machine has a GPU"
     assert choose_device(0.5) == torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"num_gpus=1.*--num-gpus 0"):
@@ -44,7 +44,7 @@ def test_no_gpus_means_the_cpu_and_a_gpu_that_is_not_there_is_refused(monkeypatc
 
 
 def test_cuda_variables_are_set_unless_the_user_has_set_them() -> None:
-    """In a process of its own, as in a worker."""
+    """The variables are set in a new process, like that of a worker."""
     code = (
         "import os, torch; torch.cuda.is_available = lambda: True\n"
         "from orchestrator.arithmetic import choose_device; choose_device(1)\n"
@@ -56,6 +56,6 @@ def test_cuda_variables_are_set_unless_the_user_has_set_them() -> None:
     assert done.stdout.split() == [":16:8", "expandable_segments:True"]
 
 
-def test_a_platform_names_what_decides_the_last_bits() -> None:
-    here = platform(torch.device("cpu"))
-    assert here["torch"] == torch.__version__ and here["threads"] == torch.get_num_threads()
+def test_the_platform_contains_the_torch_version_and_the_number_of_threads() -> None:
+    description = platform(torch.device("cpu"))
+    assert description["torch"] == torch.__version__ and description["threads"] == torch.get_num_threads()

@@ -34,7 +34,7 @@ def test_a_folder_without_finished_work_accepts_any_config(tmp_path: Path) -> No
         check_or_write_config(str(tmp_path), Config(seed=1), True)
 
 
-def test_fields_that_older_versions_compared_are_no_difference(tmp_path: Path) -> None:
+def test_operational_fields_of_older_configs_are_not_compared(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"seed": 1, "num_workers": 4}')
     check_or_write_config(str(tmp_path), Config(seed=1, num_workers=8), True)
 
@@ -43,20 +43,20 @@ def test_fields_that_older_versions_compared_are_no_difference(tmp_path: Path) -
 def test_fields_that_older_versions_did_not_have_count_as_their_defaults(
     tmp_path: Path, path: tuple[str, ...], value: object
 ) -> None:
-    made = classifier_presets()["digits"][1]
-    check_or_write_config(str(tmp_path), made, finished=True)
+    config = classifier_presets()["digits"][1]
+    check_or_write_config(str(tmp_path), config, finished=True)
     written = json.loads((tmp_path / "config.json").read_text())
     part = written
     for name in path[:-1]:
         part = part[name]
     del part[path[-1]]
     (tmp_path / "config.json").write_text(json.dumps(written))
-    check_or_write_config(str(tmp_path), made, finished=True)
+    check_or_write_config(str(tmp_path), config, finished=True)
     with pytest.raises(ValueError, match=path[-1]):
-        check_or_write_config(str(tmp_path), with_changes(made, {".".join(path): value}), finished=True)
+        check_or_write_config(str(tmp_path), with_changes(config, {".".join(path): value}), finished=True)
 
 
-def test_files_are_noted_once_and_not_compared(tmp_path: Path) -> None:
+def test_files_are_recorded_once_and_not_compared(tmp_path: Path) -> None:
     assert noted_files(str(tmp_path)) == {}
     for newest in ("run/weights/1.safetensors", "run/weights/2.safetensors"):
         check_or_write_config(str(tmp_path), Config(), True, {"files": {"run": newest}}, weights="abc")

@@ -1,4 +1,4 @@
-"""What --dry-run prices a job at, against what the paper states; `python -m tests.orchestrator.test_cost` shows it.
+"""The costs that --dry-run prints agree with the papers; `python -m tests.orchestrator.test_cost` prints both.
 
 Sources: ADM (arXiv 2105.05233) table 7 for images/s on a V100 (theoretical, and reached), table 10 for V100-days; arXiv
 2112.10752 table 18 for sampling on an A100.
@@ -71,14 +71,14 @@ def test_the_assumed_mfu_lies_within_a_tenth_of_the_papers() -> None:
 
 
 def whole_training(name: str, batch: int = 1) -> Cost:
-    """The paper's training, as --dry-run counts it."""
+    """Return the cost that --dry-run counts for the paper's training."""
     network = ZOO[name].network
     memory = {"state": training_state_bytes(network, 1), "step": peak_memory(network, "training", batch, half=True)}
     return training_cost(network, IMAGES[name], memory)
 
 
 def v100_days(name: str) -> float:
-    """At the share of a V100 that table 7 says was reached."""
+    """Return the V100-days of the paper's training at the MFU of table 7."""
     theoretical, reached = TABLE_7[name]
     config = CostConfig(gpu="V100", mfu=reached / theoretical * PAPER_PEAK / GPUS["V100"].half)
     return gpu_seconds(whole_training(name), config, half=True) / DAY
@@ -94,18 +94,18 @@ def test_guided_sampling_cost_matches_a_measurement_on_an_a100() -> None:
 
 
 def test_features_are_counted_on_an_image() -> None:
-    def one_by_one(images: np.ndarray) -> Features:
+    def extractor(images: np.ndarray) -> Features:
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
         weights = torch.ones(5, 3, 1, 1)
         return Features(torch.nn.functional.conv2d(pixels, weights).mean((2, 3)).numpy(), None, None)
 
-    one_by_one.name, one_by_one.dimension, one_by_one.num_classes = "sum", 5, None  # type: ignore[attr-defined]
-    cost = extraction_cost(one_by_one, 16, images=10, batch=4)  # type: ignore[arg-type]
+    extractor.name, extractor.dimension, extractor.num_classes = "sum", 5, None  # type: ignore[attr-defined]
+    cost = extraction_cost(extractor, 16, images=10, batch=4)  # type: ignore[arg-type]
     assert cost.flops == 10 * 2 * 16 * 16 * 3 * 5
     assert sum(cost.memory.values()) >= 4 * 4 * 16 * 16 * (3 + 5), "pixels and features of four images in float32"
 
 
-def test_the_lines_say_what_does_not_fit_and_what_is_assumed() -> None:
+def test_the_lines_state_what_does_not_fit_and_what_is_assumed() -> None:
     cost = training_cost(ZOO["adm-256"].network, images=1000, memory={"weights": 9 * 10**9, "activations": 90 * 10**9})
     small, large = (priced(cost, CostConfig(gpu=gpu), 8, 1, half=True) for gpu in ("V100", "H200"))
     assert "TOO MUCH" in small and "TOO MUCH" not in large
@@ -114,7 +114,7 @@ def test_the_lines_say_what_does_not_fit_and_what_is_assumed() -> None:
     assert "50%" in own and "--cost.mfu" in own
 
 
-def test_dollars_stand_beside_gpu_hours_where_a_price_is_stated() -> None:
+def test_dollars_are_printed_with_gpu_hours_if_a_price_is_given() -> None:
     cost = whole_training("adm-64")
     hours = gpu_seconds(cost, CostConfig(), half=True) / 3600
     stated = priced(cost, CostConfig(usd_per_hour=2.5, spot_discount=0.6), 8, 1, half=True)
@@ -124,7 +124,7 @@ def test_dollars_stand_beside_gpu_hours_where_a_price_is_stated() -> None:
 
 
 def paper_table() -> str:
-    """The paper's networks as priced here, beside the paper's own figures."""
+    """Return a Markdown table of the costs of the paper's networks, computed here and stated in the paper."""
     lines = [
         "| network | parameters | forward GMAC | training TFLOPs/image | images/s at 120 TFLOP/s: here, paper "
         "| V100-days at the paper's share: here | at the assumed 37% | H100-days at 37% | memory, batch 8, half |",
@@ -147,7 +147,7 @@ def paper_table() -> str:
 
 
 @pytest.mark.slow
-def test_the_operators_page_holds_this_table() -> None:
+def test_the_cluster_page_contains_this_table() -> None:
     page = Path(__file__).resolve().parents[2] / "docs" / "cluster.md"
     assert paper_table() in page.read_text()
 

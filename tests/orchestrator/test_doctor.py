@@ -16,8 +16,8 @@ from orchestrator.doctor import DoctorConfig, Examination, Finding
 HEAD, WORKER = Node("aaaaaaaa", "10.0.0.1", True, {}), Node("bbbbbbbb", "10.0.0.2", False, {"CPU": 8, "GPU": 8})
 
 
-def driver(folder: Path, monkeypatch: pytest.MonkeyPatch, usable: int | None) -> None:
-    """An nvidia-smi that finds a driver, and so many GPUs that torch can use; None: no driver."""
+def fake_driver(folder: Path, monkeypatch: pytest.MonkeyPatch, usable: int | None) -> None:
+    """Install an nvidia-smi that finds a driver, and let torch use `usable` GPUs; None means no driver."""
     if usable is not None:
         program = folder / "nvidia-smi"
         program.write_text("#!/bin/sh\necho '550.54.15, NVIDIA H100 80GB HBM3'\n")
@@ -28,7 +28,7 @@ def driver(folder: Path, monkeypatch: pytest.MonkeyPatch, usable: int | None) ->
 
 
 @pytest.mark.parametrize(
-    ("counted", "usable", "level", "words"),
+    ("ray_gpus", "usable", "level", "phrase"),
     [
         (0, None, "ok", "none"),
         (8, None, "WRONG", "nvidia-smi finds no driver"),
@@ -38,12 +38,12 @@ def driver(folder: Path, monkeypatch: pytest.MonkeyPatch, usable: int | None) ->
         (0, 8, "warning", "Ray may use only 0"),
     ],
 )
-def test_gpus(
-    counted: int, usable: int | None, level: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_gpus_of_ray_the_driver_and_torch_are_compared(
+    ray_gpus: int, usable: int | None, level: str, phrase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver(tmp_path, monkeypatch, usable)
-    found = doctor._gpus(replace(WORKER, resources={"CPU": 8, "GPU": counted}))
-    assert (found.check, found.level) == ("GPU", level) and words in found.text
+    fake_driver(tmp_path, monkeypatch, usable)
+    finding = doctor._gpus(replace(WORKER, resources={"CPU": 8, "GPU": ray_gpus}))
+    assert (finding.check, finding.level) == ("GPU", level) and phrase in finding.text
 
 
 def test_a_compiler_is_needed_where_there_are_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +58,7 @@ def test_a_compiler_is_needed_where_there_are_gpus(tmp_path: Path, monkeypatch: 
     assert doctor._compiler(needed=False).level == "warning"
 
 
-def test_little_shared_memory_and_little_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_little_shared_memory_and_little_disk_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "SHARED_MEMORY", 0)
     monkeypatch.setattr(doctor, "DISK", 0)
     assert doctor._shared_memory().level == doctor._disk().level == "ok"
@@ -69,64 +69,65 @@ def test_little_shared_memory_and_little_disk(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_store_that_works_is_left_as_it_was(tmp_path: Path) -> None:
-    found = doctor._store(str(tmp_path), 1)
-    assert found.level == "ok" and "created once" in found.text
+    finding = doctor._store(str(tmp_path), 1)
+    assert finding.level == "ok" and "created once" in finding.text
     assert not storage.list_names(str(tmp_path), recursive=True)
 
 
 @pytest.mark.parametrize(
-    ("broken", "words"),
+    ("broken", "phrase"),
     [
         ({"read_bytes": lambda uri: b""}, "returned other bytes"),
         ({"list_names": lambda uri: []}, "does not list"),
         ({"put_if_absent": lambda uri, data: True}, "does not support If-None-Match"),
     ],
 )
-def test_a_store_that_only_seems_to_work(
-    broken: dict[str, Callable[..., object]], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_store_that_only_seems_to_work_is_reported(
+    broken: dict[str, Callable[..., object]], phrase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, function in broken.items():
         monkeypatch.setattr(storage, name, function)
-    found = doctor._store(str(tmp_path), 1)
-    assert found.level == "WRONG" and words in found.text
+    finding = doctor._store(str(tmp_path), 1)
+    assert finding.level == "WRONG" and phrase in finding.text
 
 
-def test_a_store_that_is_not_there() -> None:
-    found = doctor._store("/proc/nothing", 1)
-    assert found.level == "WRONG" and "/proc/nothing" in found.text
+def test_an_inaccessible_store_is_reported() -> None:
+    finding = doctor._store("/proc/nothing", 1)
+    assert finding.level == "WRONG" and "/proc/nothing" in finding.text
 
 
-def test_what_differs_between_nodes_is_named() -> None:
+def test_differences_between_nodes_are_named() -> None:
     now = time.time()
     versions = dict.fromkeys((*doctor.PACKAGES, "python"), "1.0")
-    alike = Examination([], versions, dict.fromkeys(doctor.SAME_EVERYWHERE, "digest"), now)
-    assert [found.level for found in doctor._differences({HEAD: alike, WORKER: alike})] == ["ok"]
-    other = alike._replace(
+    same = Examination([], versions, dict.fromkeys(doctor.SAME_EVERYWHERE, "digest"), now)
+    assert [findings.level for findings in doctor._differences({HEAD: same, WORKER: same})] == ["ok"]
+    other = same._replace(
         versions=versions | {"torch": "2.0"},
-        environment=alike.environment | {"AWS_SECRET_ACCESS_KEY": "another digest"},
+        environment=same.environment | {"AWS_SECRET_ACCESS_KEY": "another digest"},
         clock=now - 3600,
     )
-    found = doctor._differences({HEAD: alike, WORKER: other})
-    assert [(f.check, f.level) for f in found] == [(c, "WRONG") for c in ("versions", "environment", "clock")]
-    assert found[0].text.startswith("torch: 1.0 on 10.0.0.1 (head), 2.0 on 10.0.0.2")
-    assert "AWS_SECRET_ACCESS_KEY" in found[1].text and "digest" not in found[1].text
-    assert "3600 s" in found[2].text
+    findings = doctor._differences({HEAD: same, WORKER: other})
+    assert [finding.check for finding in findings] == ["versions", "environment", "clock"]
+    assert {finding.level for finding in findings} == {"WRONG"}
+    assert findings[0].text.startswith("torch: 1.0 on 10.0.0.1 (head), 2.0 on 10.0.0.2")
+    assert "AWS_SECRET_ACCESS_KEY" in findings[1].text and "digest" not in findings[1].text
+    assert "3600 s" in findings[2].text
 
 
-def test_tracking_of_several_machines_wants_a_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_tracking_of_several_machines_needs_a_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = DoctorConfig(store=str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert doctor._tracking(config, machines=1).level == "ok"
     several = doctor._tracking(config, machines=2)
     assert several.level == "WRONG" and "several machines need a server" in several.text
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
-    away = doctor._tracking(config, machines=2)
-    assert away.level == "WRONG" and "does not respond" in away.text
+    unreachable = doctor._tracking(config, machines=2)
+    assert unreachable.level == "WRONG" and "does not respond" in unreachable.text
 
 
-def test_nothing_of_the_gpus_that_ray_hid_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray hides all GPUs from a task that asks for none, as the doctor's do."""
-    driver(tmp_path, monkeypatch, usable=8)
+def test_gpus_that_ray_hides_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray hides all GPUs from tasks that request none, such as the doctor's."""
+    fake_driver(tmp_path, monkeypatch, usable=8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0 if "CUDA_VISIBLE_DEVICES" in os.environ else 8)
     assert doctor._gpus(WORKER).level == "ok"

@@ -16,17 +16,21 @@ def records(count: int, first: int = 0) -> list[Record]:
 
 
 def read_all(numbers: MetricsLog) -> list[Record]:
-    found, position = list[Record](), Position()
-    while (some := numbers.read(position))[0]:
-        found, position = found + some[0], some[1]
-    return found
+    """Return all records, which are read in several steps."""
+    all_records: list[Record] = []
+    position = Position()
+    while True:
+        new, position = numbers.read(position)
+        if not new:
+            return all_records
+        all_records += new
 
 
-@pytest.mark.parametrize("place", ["local", "s3"])
+@pytest.mark.parametrize("storage_kind", ["local", "s3"])
 def test_records_come_back_in_order_over_parts_and_starts(
-    place: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    storage_kind: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = str(tmp_path) if place == "local" else f"{request.getfixturevalue('s3_bucket')}/run"
+    folder = str(tmp_path) if storage_kind == "local" else f"{request.getfixturevalue('s3_bucket')}/run"
     monkeypatch.setattr(metrics_log, "PART_BYTES", 2_000)
     monkeypatch.setattr(metrics_log, "READ_BYTES", 500)
     for start in range(0, 300, 100):
@@ -38,12 +42,12 @@ def test_records_come_back_in_order_over_parts_and_starts(
                 numbers.flush()
         numbers.close()
     assert read_all(numbers) == records(300) == list(read_records(folder))
-    parts = storage.list_names(storage.join(folder, metrics_log.NAME)) if place == "s3" else []
+    parts = storage.list_names(storage.join(folder, metrics_log.NAME)) if storage_kind == "s3" else []
     assert len(parts) < 15, "a part is rewritten until it is full"
     assert history(folder, "loss") == [(step, float(step)) for step in range(300)]
 
 
-def test_a_step_that_is_repeated_counts_as_it_was_last(tmp_path: Path) -> None:
+def test_the_last_record_of_a_repeated_step_counts(tmp_path: Path) -> None:
     numbers = MetricsLog(str(tmp_path))
     numbers.append(Record(1, 5, {"loss": 2.0}), Record(2, 5, {"loss": 1.0}), Record(3, 5, {"loss": 9.0}, "trial 1"))
     assert history(str(tmp_path), "loss") == [(5, 1.0)]
@@ -59,7 +63,7 @@ def test_a_kill_loses_no_record_and_leaves_no_broken_line(tmp_path: Path) -> Non
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     with (tmp_path / metrics_log.NAME).open("ab") as file:
-        file.write(b'{"time": 1, "st')  # as a full disk or a dying machine leaves it
+        file.write(b'{"time": 1, "st')  # an incomplete line, which a full disk or a lost machine leaves
     numbers = MetricsLog(str(tmp_path))
     numbers.append(*records(1, 50))
     assert read_all(numbers) == records(51)
@@ -70,7 +74,7 @@ def test_on_object_storage_a_kill_loses_about_a_second(s3_bucket: str) -> None:
     numbers.append(*records(20))
     deadline = time.monotonic() + 30
     while not list(read_records(f"{s3_bucket}/run")) and time.monotonic() < deadline:
-        time.sleep(0.05)  # nobody closes it
+        time.sleep(0.05)  # the log is not closed before
     assert list(read_records(f"{s3_bucket}/run")) == records(20)
     numbers.close()
 

@@ -28,15 +28,15 @@ def share(plan: OrderPlan, rank: int, world_size: int, position: int) -> Iterato
     first_samples = np.cumsum(plan.row_group_sizes) - plan.row_group_sizes
     waiting: dict[int, list[np.ndarray]] = {stream: [] for stream in streams}
     while True:
-        taken = []
+        batch = []
         for stream in streams:
             while sum(map(len, waiting[stream])) < plan.rows_per_stream:
                 unit: Unit = next(units)
                 waiting[unit.stream].append(first_samples[unit.rows[:, 0]] + unit.rows[:, 1])
             ids = np.concatenate(waiting[stream])
-            taken.append(ids[: plan.rows_per_stream])
+            batch.append(ids[: plan.rows_per_stream])
             waiting[stream] = [ids[plan.rows_per_stream :]]
-        yield np.concatenate(taken)
+        yield np.concatenate(batch)
 
 
 def sequence(plan: OrderPlan, world_size: int, position: int, steps: int) -> np.ndarray:
@@ -52,15 +52,15 @@ def order_hash(sequence: np.ndarray) -> str:
 
 @pytest.mark.parametrize("num_streams", [2**k for k in range(11)])
 def test_every_divisor_gives_the_same_sequence(num_streams: int) -> None:
-    """Every W has one hash, and a restart with another W at a random step continues the same sequence."""
+    """All numbers of workers W have the same hash, and a restart with any W at a random step continues the sequence."""
     plan = make_plan(5 * num_streams + num_streams // 2, 2 * num_streams, num_streams, window=2)
     steps = plan.batches_per_epoch + 3  # into the next epoch
     expected = sequence(plan, 1, 0, steps)
     rng = np.random.default_rng(num_streams)
     for world_size in (2**k for k in range(num_streams.bit_length())):
-        found = order_hash(sequence(plan, world_size, 0, steps))
-        print(f"P={num_streams:4} W={world_size:4} {found[:32]} of {expected.size:,} samples")
-        assert found == order_hash(expected), f"{world_size=}"
+        digest = order_hash(sequence(plan, world_size, 0, steps))
+        print(f"P={num_streams:4} W={world_size:4} {digest[:32]} of {expected.size:,} samples")
+        assert digest == order_hash(expected), f"{world_size=}"
         step = int(rng.integers(1, steps))
         resumed = sequence(plan, world_size, step * plan.batch_size, steps - step)
         assert np.array_equal(resumed, expected[step:]), f"{world_size=} {step=}"
@@ -82,9 +82,9 @@ def test_no_sample_twice_in_an_epoch_and_epochs_differ() -> None:
     ids = sequence(plan, 1, 0, 3 * per_epoch).reshape(3, -1)
     assert ids.shape[1] == plan.images_per_epoch
     sets = [set(epoch.tolist()) for epoch in ids]
-    assert all(len(seen) == plan.images_per_epoch for seen in sets)
-    assert all(0 <= i < sum(plan.row_group_sizes) for seen in sets for i in seen)
-    assert sets[0] != sets[1], "what is left out differs by epoch"
+    assert all(len(samples) == plan.images_per_epoch for samples in sets)
+    assert all(0 <= i < sum(plan.row_group_sizes) for samples in sets for i in samples)
+    assert sets[0] != sets[1], "epochs omit different samples"
     assert len(set.union(*sets)) > plan.images_per_epoch
 
 
@@ -130,16 +130,16 @@ def test_another_seed_is_another_order() -> None:
     assert not np.array_equal(first, second)
 
 
-def test_even_row_groups_give_the_floor_and_uneven_ones_cannot() -> None:
+def test_equal_row_groups_give_all_full_batches_and_unequal_ones_fewer() -> None:
     even = OrderPlan((90,) * 16, 64, OrderConfig(num_streams=4))
     assert even.batches_per_epoch == 90 * 16 // 64
     digits = OrderPlan((90,) * 13 + (89,) * 3, 64, OrderConfig(num_streams=4))
     assert digits.batches_per_epoch == 1437 // 64
-    # N = 4 and B = 2 would make two batches, but the stream that is dealt the group of one has one row only
+    # N = 4 and B = 2 would give two batches, but the stream with the row group of one row has only one row
     assert OrderPlan((3, 1), 2, OrderConfig(num_streams=2)).batches_per_epoch == 1
 
 
-def test_position_is_arithmetic() -> None:
+def test_a_position_determines_epoch_and_batch() -> None:
     plan = OrderPlan((10,) * 8, 16, OrderConfig(num_streams=4))
     assert plan.images_per_epoch == 80
     assert plan.locate(0) == (0, 0) and plan.locate(64) == (0, 4) and plan.locate(80) == (1, 0)
@@ -150,7 +150,7 @@ def test_open_bytes_are_bounded() -> None:
     plan = OrderPlan((10, 12) * 8, 16, OrderConfig(num_streams=4, shuffle_row_groups=2))
     assert plan.open_bytes(1, 100) == 4 * 2 * 12 * 100
     assert plan.open_bytes(4, 100) == 2 * 12 * 100
-    # 256 pixels, row groups of 128: half a gigabyte for each of two workers, and none of it where it would be too much
+    # Images of 256 pixels in row groups of 128 are accepted for 8 workers, but are too large for one.
     large = OrderPlan((128,) * 1024, 256, OrderConfig(num_streams=64, shuffle_row_groups=4))
     assert large.open_bytes(8, 3 * 256**2) == 8 * 4 * 128 * 3 * 256**2
     with pytest.raises(ValueError, match=r"6\.0 GiB of open images.*num_workers, or lower order.shuffle_row_groups=4"):
@@ -195,7 +195,7 @@ def test_keys_do_not_collide() -> None:
     assert len({int(purpose) for purpose in Purpose}) == len(Purpose)
 
 
-def test_golden_draws() -> None:
+def test_keyed_draws_are_the_golden_ones() -> None:
     """If a version of numpy changes a distribution, this test must fail."""
     rng = sample_rng(7, 3, 1234567, Purpose.NOISE)
     assert rng.bit_generator.random_raw(3).tolist() == GOLDEN_RAW
@@ -205,6 +205,6 @@ def test_golden_draws() -> None:
     assert keyed_rng(Purpose.ROW_GROUPS, 7, 3).permutation(8).tolist() == GOLDEN_PERMUTATION
 
 
-def test_golden_order() -> None:
+def test_the_order_plan_is_the_golden_one() -> None:
     plan = OrderPlan((3,) * 8, 4, OrderConfig(num_streams=2, shuffle_row_groups=2), seed=5)
     assert sequence(plan, 1, 0, 3).tolist() == GOLDEN_ORDER

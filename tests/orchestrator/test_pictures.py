@@ -1,4 +1,4 @@
-"""Test the pictures: a caption is shown whole."""
+"""Test that captions of pictures are shown completely."""
 
 import io
 

@@ -14,14 +14,14 @@ from orchestrator.training.presets import adm_presets, classifier_presets, upsam
 
 
 @pytest.mark.parametrize("preset", ["digits", "images", "images_cpu", *(f"imagenet{size}" for size in SIZES)])
-def test_one_name_leads_through_all_jobs(preset: str) -> None:
+def test_presets_of_one_name_use_each_others_outputs(preset: str) -> None:
     model, classifier = adm_presets()[preset][1], classifier_presets()[preset][1]
     search, generation = search_presets()[preset][1], generation_presets()[preset][1]
-    along, evaluation = run_evaluation_presets()[preset][1], evaluation_presets()[preset][1]
-    assert model.output in search.weights and generation.weights == along.weights == model.output
-    assert search.classifier == generation.classifier == along.classifier == classifier.output
+    run_evaluation, evaluation = run_evaluation_presets()[preset][1], evaluation_presets()[preset][1]
+    assert model.output in search.weights and generation.weights == run_evaluation.weights == model.output
+    assert search.classifier == generation.classifier == run_evaluation.classifier == classifier.output
     assert evaluation.samples == generation.output
-    datasets = {model.dataset, classifier.dataset, search.reference, along.reference, evaluation.reference}
+    datasets = {model.dataset, classifier.dataset, search.reference, run_evaluation.reference, evaluation.reference}
     assert datasets <= {config.output for _, config in dataset_presets().values()} and len(datasets) == 1
 
 
@@ -32,7 +32,7 @@ def test_trainings_that_validate_have_a_dataset_that_holds_images_out() -> None:
         for name, (_, config) in presets().items():
             if config.eval_every:
                 held_out = prepared[config.dataset].validation_fraction
-                assert held_out > 0, f"{name}: {config.dataset} holds nothing out"
+                assert held_out > 0, f"{name}: {config.dataset} has no validation images"
                 validating += 1
     assert validating >= 6
 

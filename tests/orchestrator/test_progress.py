@@ -1,4 +1,4 @@
-"""Test the progress line: what was done before the job started counts, but does not enter the rate."""
+"""Test that the progress line counts the work of earlier attempts, but not in its rate."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ def test_a_start_leaves_what_came_before_out_of_time_and_rate() -> None:
         progress.update_to(610)
         assert (bar.n, bar.initial, bar.desc) == (610, 600, "")
         assert bar.format_dict["elapsed"] < 60
-        progress.start(400)  # a worker was lost, and with it what came after its last checkpoint
+        progress.start(400)  # a worker was lost, and with it the images after its last checkpoint
         assert (bar.n, bar.initial) == (400, 400)
 
 
@@ -47,11 +47,11 @@ def test_counts_agree_with_their_nouns() -> None:
 
 
 def test_a_closed_terminal_does_not_end_the_job() -> None:
-    """tqdm keeps its lock where a write raises, so that its next call would wait for ever."""
+    """tqdm keeps its lock if a write raises, so that its next call would wait forever."""
     code = (
         "import sys\n"
         "from orchestrator.progress import progress_line\n"
-        "sys.stdin.read()\n"  # until nobody reads stderr any more
+        "sys.stdin.read()\n"  # until the test has closed stderr
         "with progress_line(100, 'images') as progress:\n"
         "    for done in range(100):\n"
         "        progress.start(done)\n"

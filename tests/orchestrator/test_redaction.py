@@ -33,7 +33,7 @@ ADDRESSES = ["MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "
 
 
 @pytest.mark.parametrize("name", VARIABLES)
-def test_the_value_of_a_secret_variable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_value_of_a_secret_variable_is_redacted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, CANARY)
     for form in (CANARY, "canary-5f3a%2F9c%2Bxyz", f"{{'key': '{CANARY}'}}", f"x{CANARY}y"):
         assert "5f3a" not in redact(f"the server said {form}.")
@@ -41,10 +41,10 @@ def test_the_value_of_a_secret_variable(name: str, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("name", ADDRESSES)
-def test_user_and_password_of_an_address(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_and_password_of_an_address_are_redacted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "http://someone:canary-5f3a@host:5000/path")
-    said = redact("cannot reach http://someone:canary-5f3a@host:5000/path as someone:canary-5f3a (canary-5f3a)")
-    assert "5f3a" not in said and "host:5000/path" in said
+    text = redact("cannot reach http://someone:canary-5f3a@host:5000/path as someone:canary-5f3a (canary-5f3a)")
+    assert "5f3a" not in text and "host:5000/path" in text
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_text_without_secrets_is_unchanged(text: str, monkeypatch: pytest.Monkey
     assert redact(text) == text
 
 
-def test_log_lines(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_lines_are_redacted(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     factory = logging.getLogRecordFactory()
     monkeypatch.setenv("HF_TOKEN", CANARY)
     for name in ("stdout", "stderr"):
@@ -107,18 +107,18 @@ raise RuntimeError(f"raised with {secret}")
 """
 
 
-def test_whatever_a_process_prints() -> None:
-    """Also tracebacks, which the interpreter itself writes."""
+def test_the_output_of_a_process_is_redacted() -> None:
+    """The output includes tracebacks, which the interpreter itself writes."""
     command = [sys.executable, "-c", PROGRAM]
     environment = os.environ | {"AWS_BEARER_TOKEN_BEDROCK": CANARY, "PYTHONWARNINGS": "default"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    said = done.stdout + done.stderr
-    assert "canary" not in said
-    for words in ("printed ***", "://***@host", "warned of ***", "written ***", "RuntimeError: raised with ***"):
-        assert words in said
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    output = process.stdout + process.stderr
+    assert "canary" not in output
+    for phrase in ("printed ***", "://***@host", "warned of ***", "written ***", "RuntimeError: raised with ***"):
+        assert phrase in output
 
 
-def test_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_is_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         redaction.sys, "argv", ["jobs/x.py", "digits", "--store", "s3://u:canary@host/it's", "--seed", "1"]
     )

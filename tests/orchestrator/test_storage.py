@@ -1,4 +1,4 @@
-"""All kinds of storage behave alike: complete or absent objects, create-only writes, listings, bounded retries."""
+"""All kinds of storage behave the same: complete or absent objects, create-only writes, listings, bounded retries."""
 
 import time
 import uuid
@@ -13,7 +13,7 @@ from orchestrator import storage
 
 @pytest.fixture(params=["local", "file", "memory", "s3"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty folder on each kind of storage."""
+    """Return the URI of an empty folder on each kind of storage."""
     if request.param == "s3":
         return str(request.getfixturevalue("s3_bucket")) + "/run"
     if request.param == "memory":
@@ -21,7 +21,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "run") if request.param == "local" else f"file://{tmp_path}/run"
 
 
-def test_write_read_list_delete(root: str) -> None:
+def test_objects_are_written_read_listed_and_deleted(root: str) -> None:
     names = ["a.json", "deep/er/c.bin", "deep/b.bin"]
     assert storage.list_names(root) == [] and storage.list_names(root, recursive=True) == []
     for name in names:
@@ -40,21 +40,21 @@ def test_write_read_list_delete(root: str) -> None:
     assert storage.list_names(root, recursive=True) == []
 
 
-ODD = ("lr[12]", "lr*", "lr?", "[a-z]", "a#b", "a b%20", "x::y", "{a,b}")
+SPECIAL_NAMES = ("lr[12]", "lr*", "lr?", "[a-z]", "a#b", "a b%20", "x::y", "{a,b}")
 
 
-@pytest.mark.parametrize("odd", ODD)
-def test_names_are_literal(odd: str, root: str) -> None:
-    if root.startswith("memory://") and "::" in odd:
-        pytest.skip("fsspec chains filesystems by it")
-    others = ["lr1", "lr2", "a", "ab", "xy", "{a"]
-    for run in (odd, *others):
+@pytest.mark.parametrize("name", SPECIAL_NAMES)
+def test_names_are_literal(name: str, root: str) -> None:
+    if root.startswith("memory://") and "::" in name:
+        pytest.skip("fsspec uses :: to chain filesystems")
+    other_names = ["lr1", "lr2", "a", "ab", "xy", "{a"]
+    for run in (name, *other_names):
         storage.write_bytes(storage.join(root, run, "deep/x"), run.encode())
-    uri = storage.join(root, odd)
-    assert storage.read_bytes(f"{uri}/deep/x") == odd.encode() and storage.exists(uri)
+    uri = storage.join(root, name)
+    assert storage.read_bytes(f"{uri}/deep/x") == name.encode() and storage.exists(uri)
     assert storage.list_names(uri) == ["deep/"] and storage.list_names(uri, recursive=True) == ["deep/x"]
-    assert [name for files in storage.list_tree(uri) for name, _ in files] == ["deep/x"]
-    assert storage.size_of(f"{uri}/deep/x") == len(odd) and storage.open_input(f"{uri}/deep/x").read() == odd.encode()
+    assert [path for files in storage.list_tree(uri) for path, _ in files] == ["deep/x"]
+    assert storage.size_of(f"{uri}/deep/x") == len(name) and storage.open_input(f"{uri}/deep/x").read() == name.encode()
     assert not storage.put_if_absent(f"{uri}/deep/x", b"") and storage.put_if_absent(f"{uri}/deep/y", b"")
     with storage.open_output(f"{uri}/deep/z") as file:
         file.write(b"z")
@@ -62,21 +62,21 @@ def test_names_are_literal(odd: str, root: str) -> None:
     assert storage.list_names(f"{uri}/deep") == ["x", "y"]
     storage.delete(uri + "/")
     assert not storage.exists(uri)
-    left = [run for run in others if storage.exists(storage.join(root, run, "deep/x"))]
-    assert left == others, "other runs lost objects"
+    remaining = [run for run in other_names if storage.exists(storage.join(root, run, "deep/x"))]
+    assert remaining == other_names, "other runs lost objects"
 
 
-def test_a_new_object_shows_in_a_listing_made_before(root: str) -> None:
+def test_a_listing_contains_objects_written_after_an_earlier_listing(root: str) -> None:
     for count in range(1, 4):
         storage.write_bytes(storage.join(root, f"{count}.bin"), b"x")
         assert len(storage.list_names(root)) == count
 
 
-def test_create_only(root: str) -> None:
+def test_put_if_absent_never_replaces_an_object(root: str) -> None:
     uri = storage.join(root, "deep", "commit.json")
     assert storage.put_if_absent(uri, b"first")
     assert not storage.put_if_absent(uri, b"second")
-    assert not storage.put_if_absent(uri, b"first"), "the same bytes of another writer are still another writer's"
+    assert not storage.put_if_absent(uri, b"first"), "equal bytes of another writer do not count as written"
     assert storage.read_bytes(uri) == b"first"
     assert storage.list_names(storage.join(root, "deep")) == ["commit.json"]
 
@@ -154,7 +154,7 @@ def test_missing_objects_are_named_at_once(root: str) -> None:
     assert time.monotonic() - start < 10, "not retried"
 
 
-def test_json(root: str) -> None:
+def test_json_is_written_and_read_and_errors_name_the_object(root: str) -> None:
     uri = storage.join(root, "x.json")
     storage.write_json(uri, {"a": [1, 2.5, None], "ü": "ok"})
     assert storage.read_json(uri) == {"a": [1, 2.5, None], "ü": "ok"}
@@ -165,7 +165,7 @@ def test_json(root: str) -> None:
         storage.write_json(uri, float("nan"))
 
 
-def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_joined_and_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert storage.join("s3://bucket/run/", "a", "b/") == "s3://bucket/run/a/b"
     with pytest.raises(ValueError, match="expected a relative name"):
         storage.join("s3://bucket", "/etc")

@@ -30,7 +30,7 @@ def without_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def signed_url(uri: str) -> str:
-    """Return the URL that the client would request for an object; nothing is sent."""
+    """Return the URL that the client would request for an object. Nothing is sent."""
     _, filesystem, path = storage._locate(uri)
     return str(filesystem.sign(path))
 
@@ -54,10 +54,10 @@ def test_the_bucket_is_in_the_path_or_in_the_host(
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("AWS_REGION", "eu-west-1")
-    found = signed_url("s3://bucket/key")
+    url = signed_url("s3://bucket/key")
     if endpoint is None and style is None:
-        found = found.replace("bucket.s3.eu-west-1.", "bucket.s3.")  # both are AWS's own
-    assert found.startswith(start)
+        url = url.replace("bucket.s3.eu-west-1.", "bucket.s3.")  # both are endpoints of AWS
+    assert url.startswith(start)
 
 
 def test_the_region_is_signed_for(monkeypatch: pytest.MonkeyPatch, s3_server: str) -> None:
@@ -75,8 +75,8 @@ def test_a_profile_gives_credentials_and_addressing(
     monkeypatch.delenv("AWS_DEFAULT_REGION")
     monkeypatch.setenv("AWS_PROFILE", "team")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store.example")
-    found = signed_url("s3://bucket/key")
-    assert found.startswith("http://bucket.store.example/key?") and "key-of-the-team" in found
+    url = signed_url("s3://bucket/key")
+    assert url.startswith("http://bucket.store.example/key?") and "key-of-the-team" in url
     _, filesystem, _ = storage._locate("s3://bucket/key")
     assert filesystem.s3.meta.region_name == "eu-west-1"
 
@@ -90,7 +90,7 @@ def test_a_web_identity_reads_and_writes(
     monkeypatch.setenv("AWS_ENDPOINT_URL_STS", s3_server)
     storage.write_bytes(f"{s3_bucket}/object", b"data")
     assert storage.read_bytes(f"{s3_bucket}/object") == b"data"
-    assert "x-amz-security-token" in signed_url(f"{s3_bucket}/object"), "credentials that end"
+    assert "x-amz-security-token" in signed_url(f"{s3_bucket}/object"), "the credentials are temporary"
 
 
 def test_public_data_needs_no_credentials(

@@ -1,4 +1,4 @@
-"""Local and network file systems: failing listings, no hard links, full disks, killed writers, odd paths."""
+"""Local and network file systems: failing listings, no hard links, full disks, killed writers, unusual paths."""
 
 import errno
 import os
@@ -37,7 +37,7 @@ def test_a_listing_that_fails_is_an_error(
     assert str(folder) in str(caught.value) and "Errno" not in str(caught.value)
 
 
-def test_a_folder_that_is_deleted_while_it_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_deleted_during_a_listing_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a/x", "b/x"):
         storage.write_bytes(str(tmp_path / name), b"")
     scandir = os.scandir
@@ -52,7 +52,7 @@ def test_a_folder_that_is_deleted_while_it_is_listed(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_file_systems_without_hard_links(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_systems_may_lack_hard_links(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -67,18 +67,20 @@ def test_a_link_whose_response_was_lost_counts_as_done(tmp_path: Path, monkeypat
     """NFS repeats a request whose response was lost, and then finds its own file."""
     link = os.link
 
-    def twice(source: Path, target: Path) -> None:
+    def link_twice(source: Path, target: Path) -> None:
         link(source, target)
         link(source, target)
 
-    monkeypatch.setattr(os, "link", twice)
+    monkeypatch.setattr(os, "link", link_twice)
     assert storage.put_if_absent(str(tmp_path / "x"), b"first")
     monkeypatch.setattr(os, "link", link)
     assert not storage.put_if_absent(str(tmp_path / "x"), b"second")
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
-def test_file_systems_that_cannot_sync_a_folder(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_systems_may_be_unable_to_sync_a_folder(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fsync = os.fsync
 
     def sync(descriptor: int) -> None:
@@ -118,7 +120,7 @@ def test_a_full_disk_is_one_clear_error(write: Callable[[str, bytes], object], t
     with _file_size_limit(1 << 20), pytest.raises(OSError, match=r"cannot (write|create): .*run/x'") as caught:
         write(uri, bytes(4 << 20))
     assert "too large" in str(caught.value).lower() and "Errno" not in str(caught.value)
-    assert list((tmp_path / "run").iterdir()) == [], "nothing half written stays"
+    assert list((tmp_path / "run").iterdir()) == [], "an incomplete file was left"
     write(uri, b"small")
     assert storage.read_bytes(uri) == b"small"
 
@@ -164,13 +166,13 @@ def test_files_of_killed_writers_are_removed(write: Callable[[str, bytes], objec
     assert sorted(os.listdir(tmp_path)) == [foreign.name, "b", "c"]
 
 
-def test_a_file_in_the_place_of_a_folder_is_no_object_of_that_name(tmp_path: Path) -> None:
+def test_a_file_instead_of_a_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(OSError, match=r"cannot create .*run/x"):
         storage.put_if_absent(str(tmp_path / "run" / "x"), b"")
 
 
-def test_only_hidden_parts_are_hidden(tmp_path: Path) -> None:
+def test_listings_omit_only_parts_with_a_leading_dot(tmp_path: Path) -> None:
     storage.write_bytes(str(tmp_path / "volume.part"), b"")
     assert storage.list_names(str(tmp_path)) == ["volume.part"]
 
@@ -192,7 +194,7 @@ def test_a_relative_file_uri_is_refused(uri: str, monkeypatch: pytest.MonkeyPatc
         JobConfig(store=uri).path("digits")
 
 
-def test_the_home_folder_is_no_folder_of_that_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     assert storage.is_absolute("~/runs") and storage.resolve("~/runs") == f"{tmp_path}/home/runs"

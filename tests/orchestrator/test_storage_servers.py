@@ -1,4 +1,4 @@
-"""S3 servers that fail for a while, differ from AWS, or refuse requests, with the message for each refusal."""
+"""S3 servers that fail for a while, differ from AWS, or refuse requests. Each refusal has its own message."""
 
 import uuid
 from collections.abc import Callable, Iterator
@@ -35,12 +35,13 @@ def stream_out(uri: str, data: bytes) -> None:
 
 def one_line(error: BaseException) -> str:
     """Return the message of an error, which must be readable."""
-    said = str(error)
-    assert "\n" not in said and "Errno" not in said and "Error" not in said.replace("ClientError", "Error"), said
-    return said
+    message = str(error)
+    assert "\n" not in message and "Errno" not in message, message
+    assert "Error" not in message.replace("ClientError", "Error"), message
+    return message
 
 
-# ------------------------------------------------------------------------------------------------ faults that end
+# ------------------------------------------------------------------------------------------------ transient faults
 
 
 @pytest.mark.parametrize("fault", ["503", "reset", "cut", "stall", "half", "swallow"])
@@ -61,7 +62,7 @@ def test_transient_faults_are_retried(
     ):
         rule = proxy.add(fault, times=1)
         operation()
-        assert len(rule.requests) == 1, "the fault befell nothing"
+        assert len(rule.requests) == 1, "the fault did not occur"
     assert storage.read_bytes(uri) == DATA and storage.list_names(s3_bucket) == ["x"]
 
 
@@ -73,13 +74,13 @@ def test_ranges_that_lie_close_together_share_a_request(
 
     def requests(count: int, gap: int, size: int) -> int:
         before = len(proxy.requests)
-        found = storage.read_ranges(s3_bucket, [storage.Range("x", i * gap, size) for i in range(count)])
-        assert found == [bytes(size)] * count
+        data = storage.read_ranges(s3_bucket, [storage.Range("x", i * gap, size) for i in range(count)])
+        assert data == [bytes(size)] * count
         return len(proxy.requests) - before
 
     assert requests(512, 1 << 12, 1 << 12) == 1
-    assert requests(6, 1 << 20, 1 << 12) == 6, "what lies between is larger than a request is worth"
-    assert requests(24, 1 << 18, 1 << 18) == 2, "no more than so much at once"
+    assert requests(6, 1 << 20, 1 << 12) == 6, "large gaps between ranges are not read"
+    assert requests(24, 1 << 18, 1 << 18) == 2, "a request reads at most 4 MiB"
     for fault in ("503", "reset", "cut"):
         proxy.add(fault, times=1)
     assert requests(6, 1 << 20, 1 << 12) == 6 + 3
@@ -88,14 +89,14 @@ def test_ranges_that_lie_close_together_share_a_request(
 @pytest.mark.parametrize(
     ("fault", "request_kind"),
     [
-        ("503", ("POST", "uploads")),  # beginning of the upload
+        ("503", ("POST", "uploads")),  # the upload is created
         ("503", ("PUT", "partNumber=2")),
         ("half", ("PUT", "partNumber=2")),
-        ("reset", ("POST", "uploadId")),  # its end
+        ("reset", ("POST", "uploadId")),  # the upload is completed
         ("swallow", ("POST", "uploadId")),
     ],
 )
-def test_long_faults_within_a_streamed_output(
+def test_faults_within_a_streamed_output_are_retried(
     fault: Fault, request_kind: tuple[str, str], s3_bucket: str, proxy: Proxy
 ) -> None:
     rule = proxy.add(fault, *request_kind, times=2)
@@ -104,25 +105,25 @@ def test_long_faults_within_a_streamed_output(
     assert storage.read_bytes(f"{s3_bucket}/x") == LARGE
 
 
-def test_an_upload_cut_half_way_leaves_no_object(s3_bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_upload_leaves_no_object(s3_bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADMIRAL_STORAGE_RETRY_SECONDS", "0.5")
     rule = proxy.add("half", "PUT|POST", "x")
     for write in (storage.write_bytes, storage.put_if_absent, stream_out):
-        befallen = len(rule.requests)
+        before = len(rule.requests)
         with pytest.raises(OSError, match=rf"cannot .*{s3_bucket}/x"):
             write(f"{s3_bucket}/x", DATA)
-        assert len(rule.requests) > befallen
+        assert len(rule.requests) > before
     proxy.remove(rule)
     assert not storage.exists(f"{s3_bucket}/x") and storage.list_names(s3_bucket, recursive=True) == []
     storage.write_bytes(f"{s3_bucket}/x", DATA)
     assert storage.read_bytes(f"{s3_bucket}/x") == DATA
 
 
-def test_a_slow_upload_is_not_a_stalled_one(s3_bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_upload_is_not_sent_again(s3_bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(storage_s3.CONFIG, "read_timeout", 3.0)  # seconds
     rule = proxy.add("slow", "PUT")
     storage.write_bytes(f"{s3_bucket}/x", LARGE)  # four seconds of sending, half a second of waiting
-    assert len(rule.requests) == 1, "it was taken for a stalled one, and sent again"
+    assert len(rule.requests) == 1, "it was taken for a stalled upload and sent again"
     assert storage.read_bytes(f"{s3_bucket}/x") == LARGE
 
 
@@ -134,13 +135,13 @@ def test_random_faults_are_survived(s3_bucket: str, proxy: Proxy) -> None:
         assert storage.put_if_absent(f"{s3_bucket}/create/{number}", DATA)
         assert storage.read_bytes(f"{s3_bucket}/create/{number}") == DATA
     assert storage.list_names(f"{s3_bucket}/create") == sorted(map(str, range(30)))
-    assert all(proxy.faults().values()), f"some fault befell nothing: {proxy.faults()}"
+    assert all(proxy.faults().values()), f"a fault did not occur: {proxy.faults()}"
 
 
 # ------------------------------------------------------------------------------------------------ other servers
 
 
-def test_a_server_that_rejects_checksum_headers(s3_bucket: str, proxy: Proxy) -> None:
+def test_a_server_that_rejects_checksum_headers_is_supported(s3_bucket: str, proxy: Proxy) -> None:
     proxy.add("bad header", header=r"\n(x-amz-checksum|x-amz-sdk-checksum|x-amz-trailer)")
     storage.write_bytes(f"{s3_bucket}/x", b"data")
     assert storage.put_if_absent(f"{s3_bucket}/run/claim", b"claim")
@@ -150,7 +151,7 @@ def test_a_server_that_rejects_checksum_headers(s3_bucket: str, proxy: Proxy) ->
     assert storage.list_names(s3_bucket, recursive=True) == ["x"]
 
 
-def test_a_server_without_deletion_of_several_objects(s3_bucket: str, proxy: Proxy) -> None:
+def test_a_server_without_deletion_of_several_objects_is_supported(s3_bucket: str, proxy: Proxy) -> None:
     proxy.add("unsupported", "POST", r"\?delete")
     for name in ("a", "b/c", "b/d"):
         storage.write_bytes(f"{s3_bucket}/run/{name}", b"data")
@@ -163,14 +164,14 @@ def test_a_server_without_conditional_writes_is_refused(fault: Fault, s3_bucket:
     """The fault `unconditional` ignores the header, so that two writers could overwrite each other silently."""
     storage.write_bytes(f"{s3_bucket}/config.json", b"of another run")
     rule = proxy.add(fault, header="if-none-match")
-    assert not storage.put_if_absent(f"{s3_bucket}/config.json", b"mine"), "nothing is put where something is"
+    assert not storage.put_if_absent(f"{s3_bucket}/config.json", b"mine"), "an existing object is not replaced"
     with pytest.raises(OSError, match="If-None-Match") as caught:
         storage.put_if_absent(f"{s3_bucket}/new", b"mine")
     assert f"{s3_bucket}/new" in one_line(caught.value) and "docs/cluster.md" in str(caught.value)
     assert len(rule.requests) <= 2, "not retried"
     assert storage.read_bytes(f"{s3_bucket}/config.json") == b"of another run"
-    found = doctor._store(s3_bucket, 1)
-    assert found.level == "WRONG" and "If-None-Match" in found.text
+    finding = doctor._store(s3_bucket, 1)
+    assert finding.level == "WRONG" and "If-None-Match" in finding.text
 
 
 def test_conditional_writes_are_verified_once(s3_bucket: str, proxy: Proxy) -> None:
@@ -193,7 +194,7 @@ OPERATIONS: dict[str, Callable[[str], object]] = {
 
 
 @pytest.mark.parametrize(
-    ("fault", "words", "advice"),
+    ("fault", "reason", "advice"),
     [
         ("redirect", "the bucket is in another region", "AWS_REGION"),
         ("skewed", "clock", "NTP"),
@@ -204,14 +205,14 @@ OPERATIONS: dict[str, Callable[[str], object]] = {
 )
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_each_refusal_has_its_own_message(
-    operation: str, fault: Fault, words: str, advice: str, s3_bucket: str, proxy: Proxy
+    operation: str, fault: Fault, reason: str, advice: str, s3_bucket: str, proxy: Proxy
 ) -> None:
     """A refused HEAD has no body with a reason, but the message has one."""
     rule = proxy.add(fault)
-    with pytest.raises(OSError, match=words) as caught:
+    with pytest.raises(OSError, match=reason) as caught:
         OPERATIONS[operation](f"{s3_bucket}/x")
-    said = one_line(caught.value)
-    assert advice in said and f"{s3_bucket}/x" in said
+    message = one_line(caught.value)
+    assert advice in message and f"{s3_bucket}/x" in message
     assert len(rule.requests) <= 4, "not retried"
     assert isinstance(caught.value, PermissionError) == (fault == "denied")
 
@@ -230,11 +231,11 @@ def test_a_writer_that_may_not_delete_gets_an_error(s3_bucket: str, proxy: Proxy
     for uri in (f"{s3_bucket}/run/x", f"{s3_bucket}/run/"):
         with pytest.raises(PermissionError, match="cannot delete: access denied"):
             storage.delete(uri)
-    found = doctor._store(s3_bucket, 1)
-    assert found.level == "warning" and "cannot delete" in found.text
+    finding = doctor._store(s3_bucket, 1)
+    assert finding.level == "warning" and "cannot delete" in finding.text
 
 
-def test_an_outage_longer_than_any_number_of_tries_is_survived(s3_bucket: str, proxy: Proxy) -> None:
+def test_an_outage_of_40_failures_is_survived(s3_bucket: str, proxy: Proxy) -> None:
     uri = f"{s3_bucket}/x"
     for operation in (
         lambda: storage.write_bytes(uri, b"data"),
@@ -254,8 +255,8 @@ def test_a_long_outage_is_logged_once(
     monkeypatch.setattr(storage_errors, "_REPORT_SECONDS", 0.0)
     proxy.add("503", times=10)
     storage.write_bytes(f"{s3_bucket}/x", b"data")
-    (said,) = [record.getMessage() for record in caplog.records if record.name == "orchestrator.storage_errors"]
-    assert f"{s3_bucket}/x" in said and "retries for up to 300 s" in said
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "orchestrator.storage_errors"]
+    assert f"{s3_bucket}/x" in message and "retries for up to 300 s" in message
 
 
 def test_retries_are_bounded_by_one_setting(s3_bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +272,7 @@ def test_retries_are_bounded_by_one_setting(s3_bucket: str, proxy: Proxy, monkey
 
 @pytest.fixture
 def metadata(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[servers.MetadataService]:
-    """Let the credentials come from the metadata service of an instance only."""
+    """Yield a metadata service of an instance, which is the only source of credentials."""
     for name in KEYS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
@@ -307,7 +308,7 @@ def test_expired_credentials_are_fetched_again(s3_bucket: str, proxy: Proxy, met
         proxy.add("expired", method, times=1)
         assert storage.read_bytes(f"{s3_bucket}/x") == b"data"
         storage.write_bytes(f"{s3_bucket}/x", b"data")
-        assert metadata.served > fetched, "the session is the old one"
+        assert metadata.served > fetched, "the expired credentials were used again"
 
 
 def test_no_password_of_an_endpoint_is_shown(monkeypatch: pytest.MonkeyPatch, s3_server: str) -> None:

@@ -17,7 +17,7 @@ from orchestrator.data.job import prepare
 from orchestrator.training.config import AdmConfig
 from orchestrator.training.presets import adm_presets
 from tests.benchmarks import findings
-from tests.benchmarks.findings import FINDINGS, NOISE, judged
+from tests.benchmarks.findings import FINDINGS, NOISE, judge
 from tests.orchestrator.digits import digits
 
 TABLE: dict[str, Any] = {
@@ -43,20 +43,20 @@ def config(folder: str, table: dict[str, Any] = TABLE, **changes: Any) -> Ablati
     return AblationsConfig(**settings | changes)
 
 
-def test_a_table_from_its_trainings_to_its_page(
+def test_a_table_is_trained_evaluated_and_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare(digits(str(tmp_path)))
     trained: list[str] = []
     train = job.train
 
-    def noted(training: AdmConfig) -> str:
+    def recording_train(training: AdmConfig) -> str:
         trained.append(training.output)
         return train(training)
 
-    monkeypatch.setattr(job, "train", noted)
+    monkeypatch.setattr(job, "train", recording_train)
     result = storage.read_json(run_ablations(config(str(tmp_path))))
-    assert len(trained) == 6, "the row of other steps has no training of its own"
+    assert len(trained) == 6, "the row of other steps uses the training of the base"
     assert list(result["rows"]) == ["base", "3 steps", "no AdaGN"]
     assert set(result["failed"]) == {"broken, seed 0", "broken, seed 1"} and "finite" in str(result["failed"])
     base, steps, plain = result["rows"].values()
@@ -70,8 +70,8 @@ def test_a_table_from_its_trainings_to_its_page(
     assert all(row in page for row in ("base", "3 steps", "no AdaGN", "broken, seed 0"))
     assert "broken, seed 0" in capsys.readouterr().out
 
-    again = config(str(tmp_path), seeds=(0,), rows=("no AdaGN",))
-    result = storage.read_json(run_ablations(again))
+    second_config = config(str(tmp_path), seeds=(0,), rows=("no AdaGN",))
+    result = storage.read_json(run_ablations(second_config))
     assert list(result["rows"]) == ["base", "no AdaGN"]
     assert "one training seed" in result["rows"]["no AdaGN"]["differences"]["fd_digits"]["note"]
     assert (tmp_path / "table" / "ablations.png").stat().st_size > 10_000
@@ -92,19 +92,19 @@ def replicate(row: str, seed: int, mean: float) -> Measured:
     return Measured(row, seed, quality, point, point["objective"], {"fd_digits": scores}, None, 1.0, 10)
 
 
-def test_intervals_hold_the_spread_over_training_seeds() -> None:
+def test_intervals_include_the_spread_over_training_seeds() -> None:
     """In 400 tables with differences around 1 and three seeds, 95% of the intervals cover 1."""
-    rng, held = np.random.default_rng(0), 0
+    rng, covered = np.random.default_rng(0), 0
     for _ in range(400):
         spread = rng.normal(0, 1, (2, 3))
-        replicates = [replicate("base", s, 5 + spread[0, s]) for s in range(3)]
-        replicates += [replicate("other", s, 6 + spread[1, s]) for s in range(3)]
+        replicates = [replicate("base", seed, 5 + spread[0, seed]) for seed in range(3)]
+        replicates += [replicate("other", seed, 6 + spread[1, seed]) for seed in range(3)]
         low, high = conclude(PAIR, replicates, {})["rows"]["other"]["differences"]["fd_digits"]["interval"]
-        held += low <= 1 <= high
-    assert 0.92 <= held / 400 <= 0.98, held / 400
+        covered += low <= 1 <= high
+    assert 0.92 <= covered / 400 <= 0.98, covered / 400
 
 
-def test_one_seed_says_so_and_pairs_by_samples() -> None:
+def test_one_seed_has_a_note_and_is_paired_by_samples() -> None:
     result = conclude(PAIR, [replicate("base", 0, 5.0), replicate("other", 0, 4.0)], {"x": "lost"})
     difference = result["rows"]["other"]["differences"]["fd_digits"]
     assert difference["value"] == pytest.approx(-1.0) and difference["interval"][1] == pytest.approx(-1.0)
@@ -132,7 +132,7 @@ def test_rows_are_compared_with_the_row_that_they_name() -> None:
     assert differences == pytest.approx([-1.0, -3.0])
 
 
-# ------------------------------------------------------------------------------------------------ what is asked for
+# ------------------------------------------------------------------------------------------------ tables
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted(TABLES.glob("*.yaml"))])
@@ -141,16 +141,17 @@ def test_every_row_of_every_included_table_is_a_config(name: str) -> None:
     table = preset.read_table()
     trainings = {row: preset.training(table, row, table.seeds[0]) for row in table.rows}
     for row in table.rows:
-        preset.evaluation(table, row, table.seeds[0]), preset.likelihood(table, row, table.seeds[0])
+        preset.evaluation(table, row, table.seeds[0])
+        preset.likelihood(table, row, table.seeds[0])
     folders = {training.output: training for training in trainings.values()}
-    alike = {training.model_dump_json(exclude={"output"}) for training in trainings.values()}
-    assert len(folders) == len(alike), "two rows with other changes train the same"
+    configs = {training.model_dump_json(exclude={"output"}) for training in trainings.values()}
+    assert len(folders) == len(configs), "two folders have the same training"
     if name.endswith("_small"):  # counting the memory of the large ones takes long, and the documents' test does it
         assert f"{len(folders) * len(table.seeds)} trainings" in plan(preset)[1]
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"training": {"model.widths": 3}}, "model.widths"),
         ({"training": {"batch_size": "many"}}, "batch_size"),
@@ -161,8 +162,8 @@ def test_every_row_of_every_included_table_is_a_config(name: str) -> None:
         ({"training": {"learning_rat": 1}}, "did you mean learning_rate"),
     ],
 )
-def test_a_wrong_table_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_a_wrong_table_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         plan(config(str(tmp_path), {**TABLE, **changes}))
 
 
@@ -173,9 +174,9 @@ def test_an_unknown_row_is_refused(tmp_path: Path) -> None:
 
 def test_fields_are_changed_by_their_dotted_names() -> None:
     preset = adm_presets()["digits"][1]
-    found = with_changes(preset, {"model.model_channels": 64, "total_images": 640})
-    assert (found.model.model_channels, found.total_images) == (64, 640)
-    assert found.model_dump(exclude={"model", "total_images"}) == preset.model_dump(exclude={"model", "total_images"})
+    result = with_changes(preset, {"model.model_channels": 64, "total_images": 640})
+    assert (result.model.model_channels, result.total_images) == (64, 640)
+    assert result.model_dump(exclude={"model", "total_images"}) == preset.model_dump(exclude={"model", "total_images"})
 
 
 def test_every_finding_names_a_row_and_a_metric_of_its_table() -> None:
@@ -184,14 +185,14 @@ def test_every_finding_names_a_row_and_a_metric_of_its_table() -> None:
         table = presets[finding.table][1].read_table()
         against = table.compared_with()[finding.row]
         assert finding.row in table.rows and against, finding
-        same = table.rows[finding.row].training == table.rows[against].training
-        assert same or len(table.seeds) > 1, f"one seed says nothing about two trainings: {finding}"
+        same_training = table.rows[finding.row].training == table.rows[against].training
+        assert same_training or len(table.seeds) > 1, f"one seed cannot compare two trainings: {finding}"
         objectives = presets[finding.table][1].evaluation(table, finding.row, 0).objective
         assert finding.metric in (*objectives, *(["bits_per_dim", NOISE] if table.likelihood else [])), finding
 
 
 def test_the_noise_of_gradients_is_measured(small_world: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Test that a stored network is measured; without gradients this failed after 45 minutes of trainings."""
+    """A stored network is loaded without gradients, on which the measurement once failed after 45 minutes."""
     monkeypatch.setattr(findings, "BATCHES", 3)
     assert np.isfinite(findings.change_of_noise(f"{small_world}/digits/diffusion", f"{small_world}/datasets/digits", 0))
 
@@ -200,5 +201,5 @@ def test_a_finding_is_judged_by_its_interval() -> None:
     finding = FINDINGS[0]
     for ends, verdict in (((0.1, 0.3), "agrees"), ((-0.3, -0.1), "disagrees"), ((-0.1, 0.3), "cannot be told")):
         difference = {"value": sum(ends) / 2, "interval": ends, "n": 2}
-        assert judged(finding, {"rows": {finding.row: {"differences": {finding.metric: difference}}}})[1] == verdict
-    assert judged(finding, {"rows": {}}) == ("not measured", "cannot be told")
+        assert judge(finding, {"rows": {finding.row: {"differences": {finding.metric: difference}}}})[1] == verdict
+    assert judge(finding, {"rows": {}}) == ("not measured", "cannot be told")

@@ -1,4 +1,4 @@
-"""What the tests of datasets share."""
+"""A fixture of all tests of datasets."""
 
 import pytest
 
@@ -9,5 +9,5 @@ from tests.orchestrator.digits import digits
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    """The scanned digits; tests must not change them."""
+    """Return the manifest of the prepared digits, which tests must not change."""
     return prepare(digits(str(tmp_path_factory.mktemp("store"))))

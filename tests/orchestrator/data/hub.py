@@ -1,4 +1,4 @@
-"""A hub as the Hugging Face library knows it, in small: one gated dataset repository of files in memory."""
+"""A small Hugging Face hub with one gated dataset repository, whose files are in memory."""
 
 import json
 import re
@@ -16,10 +16,10 @@ class Hub:
 
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, *_: object) -> None:
-                """Nothing on the console."""
+                """Print nothing."""
 
             def do_GET(self) -> None:
-                hub.answer(self)
+                hub.respond(self)
 
             do_POST = do_HEAD = do_GET
 
@@ -31,7 +31,7 @@ class Hub:
         self._server.shutdown()
         self._server.server_close()
 
-    def answer(self, request: BaseHTTPRequestHandler) -> None:
+    def respond(self, request: BaseHTTPRequestHandler) -> None:
         path = unquote(urlsplit(request.path).path)
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
         token = (request.headers.get("Authorization") or "").removeprefix("Bearer ") or None
@@ -42,9 +42,9 @@ class Hub:
         elif match := re.fullmatch(r"/api/datasets/org/set/tree/[^/]+/?(.*)", path):
             _send_json(request, self._entries(match[1]))
         elif path.startswith("/api/datasets/org/set/paths-info/"):
-            wanted = json.loads(body)["paths"]
-            near = [entry for name in wanted for entry in self._entries(name.rpartition("/")[0])]
-            _send_json(request, [entry for entry in near if entry["path"] in wanted])
+            paths = json.loads(body)["paths"]
+            siblings = [entry for name in paths for entry in self._entries(name.rpartition("/")[0])]
+            _send_json(request, [entry for entry in siblings if entry["path"] in paths])
         elif match := re.fullmatch(r"/datasets/org/set/resolve/[^/]+/(.+)", path):
             _send_file(request, self.files[match[1]])
         else:

@@ -1,4 +1,4 @@
-"""The same images in every layout that people have them in."""
+"""Write the same images in every layout that `prepare_dataset` reads."""
 
 import gzip
 import io
@@ -26,15 +26,15 @@ class Picture(NamedTuple):
 
 
 def pictures(per_class: int, classes: tuple[str, ...] = CLASSES, seed: int = 3) -> list[Picture]:
-    """Random colour PNGs of several sizes, sorted by class, named <class>_<number>."""
+    """Return random colour PNGs of several sizes, sorted by class, named <class>_<number>."""
     rng = np.random.default_rng(seed)
-    found = []
+    result = []
     for name in classes:
         for i in range(per_class):
             height, width = rng.integers(20, 40, 2)
             data = encode(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-            found.append(Picture(name, f"{name}_{i:03d}", data))
-    return found
+            result.append(Picture(name, f"{name}_{i:03d}", data))
+    return result
 
 
 def tar_bytes(members: list[tuple[str, bytes]]) -> bytes:
@@ -52,21 +52,21 @@ def targz(members: list[tuple[str, bytes]]) -> bytes:
 
 
 def write_tree(uri: str, images: list[Picture]) -> str:
-    """<class>/<image>."""
+    """Write files <class>/<image>.png."""
     for image in images:
         storage.write_bytes(f"{uri}/{image.cls}/{image.name}.png", image.data)
     return uri
 
 
 def write_flat(uri: str, images: list[Picture]) -> str:
-    """<class>_<anything>."""
+    """Write files <class>_<number>.png."""
     for image in images:
         storage.write_bytes(f"{uri}/{image.name}.png", image.data)
     return uri
 
 
 def class_tars(images: list[Picture]) -> list[tuple[str, bytes]]:
-    """A tar for each class, by name."""
+    """Return the name and the bytes of one tar for each class."""
     return [
         (f"{cls}.tar", tar_bytes([(f"{i.name}.png", i.data) for i in images if i.cls == cls]))
         for cls in dict.fromkeys(image.cls for image in images)
@@ -74,20 +74,20 @@ def class_tars(images: list[Picture]) -> list[tuple[str, bytes]]:
 
 
 def write_tar_of_tars(uri: str, images: list[Picture]) -> str:
-    """As ILSVRC2012's training images come."""
+    """Write one tar that contains a tar for each class, as ILSVRC2012's training images are published."""
     storage.write_bytes(f"{uri}.tar", tar_bytes(class_tars(images)))
     return f"{uri}.tar"
 
 
 def write_class_tars(uri: str, images: list[Picture]) -> str:
-    """The outer tar unpacked, the inner ones not."""
+    """Write a folder with one tar for each class."""
     for name, data in class_tars(images):
         storage.write_bytes(f"{uri}/{name}", data)
     return uri
 
 
 def write_webdataset(uri: str, images: list[Picture], label: str = "cls", per_tar: int = 100) -> str:
-    """Two members for each sample."""
+    """Write WebDataset tars, with an image and a label file (`cls` or `json`) for each sample."""
     for begin in range(0, len(images), per_tar):
         members = []
         for image in images[begin : begin + per_tar]:
@@ -99,7 +99,7 @@ def write_webdataset(uri: str, images: list[Picture], label: str = "cls", per_ta
 
 
 def write_labelled(uri: str, images: list[Picture]) -> str:
-    """Files whose names say nothing, and a CSV beside their folder."""
+    """Write files with numbers as names, and a CSV of their labels beside the folder."""
     for i, image in enumerate(images):
         storage.write_bytes(f"{uri}/{i:05d}.png", image.data)
     rows = [f"{i:05d}.png,{image.cls}\n" for i, image in enumerate(images)]
@@ -115,7 +115,7 @@ def write_parquet(
     classes: tuple[str, ...] = (),
     label: Callable[[Picture], int] = lambda image: CLASSES.index(image.cls),
 ) -> str:
-    """The public ImageNet layout; `classes` writes their names as the Hugging Face library does."""
+    """Write a Parquet file in the public ImageNet layout; `classes` are stored as the Hugging Face library does."""
     values = [{"bytes": image.data, "path": f"{image.name}.png"} for image in images]
     table = pa.table({"image": values, "label": pa.array([label(image) for image in images], pa.int64())})
     if classes:
@@ -127,15 +127,15 @@ def write_parquet(
 
 
 def cifar10_archive(per_batch: int, seed: int = 0) -> tuple[bytes, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """A small archive of CIFAR-10's binary version, and its images [n, 32, 32, 3] and labels by batch."""
+    """Return a small archive of CIFAR-10's binary version, and its images [n, 32, 32, 3] and labels by batch."""
     rng = np.random.default_rng(seed)
-    found, members = {}, []
+    batches, members = {}, []
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
         images = rng.integers(0, 256, (per_batch, 32, 32, 3), dtype=np.uint8)
         labels = rng.permutation(per_batch).astype(np.uint8) % 10
         planes = images.transpose(0, 3, 1, 2).reshape(per_batch, -1)
         members.append((f"cifar-10-batches-bin/{name}.bin", np.concatenate([labels[:, None], planes], 1).tobytes()))
-        found[name] = images, labels
+        batches[name] = images, labels
     names = "airplane automobile bird cat deer dog frog horse ship truck".replace(" ", "\n")
     members.append(("cifar-10-batches-bin/batches.meta.txt", (names + "\n\n").encode()))
-    return targz(members), found
+    return targz(members), batches

@@ -1,4 +1,4 @@
-"""Crops are equal to the bit to those of the published code."""
+"""Crops are bit-equal to those of the published code."""
 
 import hashlib
 

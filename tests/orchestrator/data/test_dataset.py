@@ -1,4 +1,4 @@
-"""Batches follow the plan, wherever they are read from and by however many workers."""
+"""Batches follow the order plan for every storage and every number of workers."""
 
 from collections.abc import Callable
 from itertools import islice, takewhile
@@ -23,7 +23,7 @@ from tests.orchestrator.digits import digits, table
 from tests.synthetic import sizes_of, write_dataset
 
 
-def test_manifests_that_are_none(tmp_path: Path, prepared: Manifest) -> None:
+def test_missing_and_invalid_manifests_are_refused(tmp_path: Path, prepared: Manifest) -> None:
     with pytest.raises(FileNotFoundError, match="holds no finished dataset"):
         load_manifest(str(tmp_path))
     fields = prepared.model_dump(mode="json")
@@ -45,7 +45,7 @@ def make_order(manifest: Manifest, seed: int = 0, batch_size: int = 64, split: s
 def global_batches(
     manifest: Manifest, world_size: int, position: int, steps: int, **options: Any
 ) -> list[list[StreamShare]]:
-    """Every step's shares of all streams, made by `world_size` workers."""
+    """Return the shares of all streams in every step, read by `world_size` workers."""
     order, options = make_order(manifest), {"image_size": 16, "use_ray": False, **options}
     workers = [
         islice(batches(manifest, order, rank, world_size, position, **options), steps) for rank in range(world_size)
@@ -53,12 +53,13 @@ def global_batches(
     return [[share for part in parts for share in part] for parts in zip(*workers, strict=True)]
 
 
-def same(first: list[list[StreamShare]], second: list[list[StreamShare]]) -> bool:
+def equal_steps(first: list[list[StreamShare]], second: list[list[StreamShare]]) -> bool:
     names = ("images", "labels", "samples", "flips", "undecodable")
     return len(first) == len(second) and all(
-        (a.stream, a.epoch) == (b.stream, b.epoch) and all(np.array_equal(getattr(a, n), getattr(b, n)) for n in names)
-        for mine, yours in zip(first, second, strict=True)
-        for a, b in zip(mine, yours, strict=True)
+        (a.stream, a.epoch) == (b.stream, b.epoch)
+        and all(np.array_equal(getattr(a, name), getattr(b, name)) for name in names)
+        for first_shares, second_shares in zip(first, second, strict=True)
+        for a, b in zip(first_shares, second_shares, strict=True)
     )
 
 
@@ -80,32 +81,32 @@ def test_batches_do_not_depend_on_workers_or_restarts(prepared: Manifest) -> Non
     expected = global_batches(prepared, 1, 0, 30, flip=True, crop="random")
     assert expected[0][0].epoch == 0 and expected[-1][0].epoch == 1
     for world_size, step in ((2, 0), (4, 0), (2, 1), (2, 13), (2, 22), (2, 29)):
-        found = global_batches(prepared, world_size, step * 64, 30 - step, flip=True, crop="random")
-        assert same(found, expected[step:])
+        resumed = global_batches(prepared, world_size, step * 64, 30 - step, flip=True, crop="random")
+        assert equal_steps(resumed, expected[step:])
     flips = np.concatenate([share.flips for step in expected for share in step])
     assert 0.4 < flips.mean() < 0.6
 
 
 def test_a_row_that_cannot_be_decoded_is_replaced_by_the_next_valid_one(prepared: Manifest, tmp_path: Path) -> None:
-    manifest = _with_damage(prepared, tmp_path, lambda row: row in (5, 6))
+    manifest = _truncate_images(prepared, tmp_path, lambda row: row in (5, 6))
     plain = global_batches(prepared, 1, 0, 22)
     damaged = global_batches(manifest, 1, 0, 22)
-    rows, found = table(prepared, "train"), []
-    for mine, yours in zip(plain, damaged, strict=True):
-        for a, b in zip(mine, yours, strict=True):
+    rows, replaced = table(prepared, "train"), []
+    for plain_shares, damaged_shares in zip(plain, damaged, strict=True):
+        for a, b in zip(plain_shares, damaged_shares, strict=True):
             np.testing.assert_array_equal(a.samples, b.samples, "positions never move")
             for sample, undecodable, image, label in zip(b.samples, b.undecodable, b.images, b.labels, strict=True):
                 assert undecodable == (sample in (5, 6))
                 if undecodable:
-                    found.append(int(sample))
+                    replaced.append(int(sample))
                     np.testing.assert_array_equal(image, center_crop(decode(rows["image"][7]), 16))
                     assert label == rows["label"][7]
-    assert set(found) <= {5, 6} and found
-    assert same(global_batches(manifest, 2, 9 * 64, 13), damaged[9:])
+    assert set(replaced) <= {5, 6} and replaced
+    assert equal_steps(global_batches(manifest, 2, 9 * 64, 13), damaged[9:])
 
 
 def test_irreparable_damage_names_the_shard(prepared: Manifest, tmp_path: Path) -> None:
-    manifest = _with_damage(prepared, tmp_path, lambda row: True)
+    manifest = _truncate_images(prepared, tmp_path, lambda row: True)
     with pytest.raises(ValueError, match=r"no image of row group \d+ of .*train-00000-of-00001\.parquet"):
         global_batches(manifest, 1, 0, 1)
     shard = Path(manifest.folder, manifest.shards("train")[0].path)
@@ -117,13 +118,13 @@ def test_irreparable_damage_names_the_shard(prepared: Manifest, tmp_path: Path) 
         global_batches(manifest, 1, 0, 1)
 
 
-def _with_damage(manifest: Manifest, folder: Path, damaged: Callable[[int], bool]) -> Manifest:
-    """A copy of the training shard in which the bytes of some images are cut short."""
+def _truncate_images(manifest: Manifest, folder: Path, damaged: Callable[[int], bool]) -> Manifest:
+    """Return the manifest of a copy of the training shard in which the images of `damaged` rows are truncated."""
     shard, start = manifest.shards("train")[0], 0
-    whole = pq.ParquetFile(storage.join(manifest.folder, shard.path))
+    file = pq.ParquetFile(storage.join(manifest.folder, shard.path))
     with pq.ParquetWriter(folder / shard.path, SCHEMA) as writer:
-        for group in range(whole.num_row_groups):
-            rows = whole.read_row_group(group).to_pylist()
+        for group in range(file.num_row_groups):
+            rows = file.read_row_group(group).to_pylist()
             cut = [row | {"image": row["image"][:30]} if damaged(start + i) else row for i, row in enumerate(rows)]
             writer.write_table(pa.Table.from_pylist(cut, schema=SCHEMA))
             start += len(rows)
@@ -141,8 +142,8 @@ def test_a_plan_for_other_row_groups_is_refused_at_once(prepared: Manifest) -> N
 
 
 def test_batches_end_at_the_given_position(prepared: Manifest) -> None:
-    found = list(batches(prepared, make_order(prepared), 0, 1, 64, 16, use_ray=False, end=64 * 30))
-    assert len(found) == 29, "from the second step into the second epoch"
+    steps = list(batches(prepared, make_order(prepared), 0, 1, 64, 16, use_ray=False, end=64 * 30))
+    assert len(steps) == 29, "from the second step into the second epoch"
 
 
 def test_read_images_returns_the_order_of_the_manifest(prepared: Manifest) -> None:
@@ -152,8 +153,8 @@ def test_read_images_returns_the_order_of_the_manifest(prepared: Manifest) -> No
     expected = np.stack([np.asarray(decode(data)) for data in rows["image"]])
     np.testing.assert_array_equal(images, expected)
     for begin, end in [(0, 1), (20, 50), (44, 45), (359, 360)]:
-        found, _ = read_images(prepared, "validation", begin, end, 8)
-        np.testing.assert_array_equal(found, expected[begin:end])
+        part, _ = read_images(prepared, "validation", begin, end, 8)
+        np.testing.assert_array_equal(part, expected[begin:end])
     with pytest.raises(ValueError, match=r"rows \[350, 361\) .*'validation', which has 360 rows"):
         read_images(prepared, "validation", 350, 361, 8)
 
@@ -175,7 +176,7 @@ def test_ray_gives_the_same_batches_from_s3(prepared: Manifest, s3_bucket: str, 
     manifest = prepare(digits(s3_bucket))
     assert manifest.folder == f"{s3_bucket}/digits" and manifest.splits == prepared.splits
     expected = global_batches(prepared, 1, 64, 29, flip=True, crop="random")
-    assert same(global_batches(manifest, 2, 64, 29, flip=True, crop="random", use_ray=True), expected)
+    assert equal_steps(global_batches(manifest, 2, 64, 29, flip=True, crop="random", use_ray=True), expected)
     storage.delete(storage.join(manifest.folder, manifest.shards("train")[0].path))
     with pytest.raises(RuntimeError, match=rf"reading data failed: FileNotFoundError.*{manifest.folder}/train-00000"):
         global_batches(manifest, 1, 0, 1, use_ray=True)
@@ -183,7 +184,7 @@ def test_ray_gives_the_same_batches_from_s3(prepared: Manifest, s3_bucket: str, 
 
 @pytest.mark.ray
 def test_no_row_group_is_fetched_twice(s3_bucket: str, ray_session: None, ray_proxy: Proxy) -> None:
-    """Counted at the S3 server: an epoch of two workers, and again from its middle."""
+    """Requests are counted at the S3 server, for an epoch of two workers and for a restart in its middle."""
     images = [image.data for image in pictures(7)]
     manifest = write_dataset(s3_bucket, images, sizes_of(images), rows=640, row_group=10)
     order = OrderPlan(manifest.row_group_sizes("train"), 64, OrderConfig(num_streams=4, shuffle_row_groups=2))
@@ -203,25 +204,26 @@ def test_no_row_group_is_fetched_twice(s3_bucket: str, ray_session: None, ray_pr
     for unit in takewhile(lambda unit: unit.epoch == 0, order.units(0, 2)):
         if unit.first * order.config.num_streams < middle:
             begun |= set(unit.row_groups)
-    again = begun & fetched[middle, 0]
-    assert 0 < len(again) <= len(order.streams(0, 2)) * order.config.shuffle_row_groups, "those of the open windows"
+    fetched_again = begun & fetched[middle, 0]
+    in_open_windows = len(order.streams(0, 2)) * order.config.shuffle_row_groups
+    assert 0 < len(fetched_again) <= in_open_windows
 
 
 def _row_groups_of(manifest: Manifest, requests: list[Request]) -> list[int]:
-    """Which row groups these requests fetched; any other range must be a footer's."""
+    """Return the row groups that these requests fetched. Every other range must be a footer's."""
     starts, ends, first = {}, set(), 0
     for shard in manifest.shards("train"):
         metadata = pq.ParquetFile(storage.open_input(storage.join(manifest.folder, shard.path))).metadata
-        for place in range(metadata.num_row_groups):
-            starts[shard.path, metadata.row_group(place).column(1).dictionary_page_offset] = first + place
+        for group in range(metadata.num_row_groups):
+            starts[shard.path, metadata.row_group(group).column(1).dictionary_page_offset] = first + group
         ends.add((shard.path, shard.bytes - 1))
         first += metadata.num_row_groups
-    found = []
+    groups = []
     for request in requests:
         begin, end = map(int, request.part.removeprefix("bytes=").split("-"))
         path = request.target.rsplit("/", 1)[1]
         if (path, begin) in starts:
-            found.append(starts[path, begin])
+            groups.append(starts[path, begin])
         else:
             assert (path, end) in ends, f"{request} is neither a row group nor a footer"
-    return found
+    return groups

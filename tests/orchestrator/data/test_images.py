@@ -16,7 +16,7 @@ def encode(pixels: np.ndarray, form: str = "PNG", mode: str | None = None) -> by
     return file.getvalue()
 
 
-def test_everything_becomes_rgb() -> None:
+def test_every_mode_becomes_rgb() -> None:
     rng = np.random.default_rng(0)
     colour = rng.integers(0, 256, (12, 10, 3), dtype=np.uint8)
     grey, alpha = colour[..., 0], np.dstack([colour, colour[..., 0]])
@@ -27,7 +27,7 @@ def test_everything_becomes_rgb() -> None:
 
 
 @pytest.mark.parametrize("cut", [0, 10, 60, 200])
-def test_truncated_images_are_one_clear_error(cut: int) -> None:
+def test_truncated_images_raise_one_clear_error(cut: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     for form in ("PNG", "JPEG", "WEBP", "AVIF", "JPEG2000", "TIFF"):
         with pytest.raises(ValueError, match=r"it is none of JPEG|: |truncated|incomplete"):
@@ -48,25 +48,25 @@ def test_pixels_of_unknown_range_are_refused(pixels: type, message: str) -> None
         images.decode(encode(np.arange(64, dtype=pixels).reshape(8, 8), "TIFF"))
 
 
-BEHIND = {"drop": (9, 8, 7), "white": (255, 255, 255), "black": (0, 0, 0), "10,20,30": (10, 20, 30)}
+TRANSPARENT_PIXEL = {"drop": (9, 8, 7), "white": (255, 255, 255), "black": (0, 0, 0), "10,20,30": (10, 20, 30)}
 
 
-@pytest.mark.parametrize("background", BEHIND)
-def test_backgrounds(background: str) -> None:
-    """Pixel 0 is opaque, pixel 1 is transparent and hides a colour, pixel 2 is half transparent."""
+@pytest.mark.parametrize("background", TRANSPARENT_PIXEL)
+def test_transparent_pixels_get_the_background(background: str) -> None:
+    """Pixel 0 is opaque, pixel 1 is transparent and has a hidden colour, and pixel 2 is half transparent."""
     pixels = np.array([[[200, 100, 50, 255], [9, 8, 7, 0], [255, 0, 0, 128]]], np.uint8)
-    colour = np.array(BEHIND[background])
+    colour = np.array(TRANSPARENT_PIXEL[background])
     half = (255, 0, 0) if background == "drop" else np.round((128 * np.array([255, 0, 0]) + 127 * colour) / 255)
     for form in ("PNG", "TIFF"):
-        found = images.decode_and_describe(encode(pixels, form), background)
-        assert found.transparent
-        row = np.asarray(found.image)[0].astype(int)
-        assert row[0].tolist() == [200, 100, 50] and tuple(row[1]) == BEHIND[background]
+        decoded = images.decode_and_describe(encode(pixels, form), background)
+        assert decoded.transparent
+        row = np.asarray(decoded.image)[0].astype(int)
+        assert row[0].tolist() == [200, 100, 50] and tuple(row[1]) == TRANSPARENT_PIXEL[background]
         assert np.abs(row[2] - half).max() <= 1
     palette = io.BytesIO()
     Image.fromarray(np.zeros((2, 2), np.uint8)).save(palette, "PNG", transparency=0)
     if background != "drop":
-        assert images.decode(palette.getvalue(), background).getpixel((0, 0)) == BEHIND[background]
+        assert images.decode(palette.getvalue(), background).getpixel((0, 0)) == TRANSPARENT_PIXEL[background]
     opaque = images.decode_and_describe(
         encode(np.dstack([pixels[..., :3], np.full((1, 3), 255, np.uint8)])), background
     )
@@ -80,8 +80,8 @@ def test_a_background_that_is_no_colour_is_refused(background: str) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(orientation: int) -> None:
-    """The published rule ignores it; `apply` gives Pillow's own transposition."""
+def test_the_exif_orientation_is_ignored_or_applied(orientation: int) -> None:
+    """By default it is ignored, as in the published code; `apply` gives Pillow's transposition."""
     pixels = np.random.default_rng(1).integers(0, 256, (16, 24, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -105,7 +105,7 @@ def test_exif_orientation(orientation: int) -> None:
         b"8BPS" + bytes(99),
     ],
 )
-def test_other_decoders_do_not_run(data: bytes) -> None:
+def test_files_of_other_formats_are_not_decoded(data: bytes) -> None:
     with pytest.raises(ValueError, match="it is none of JPEG, PNG"):
         images.decode(data)
 
@@ -117,16 +117,16 @@ def test_long_images_are_refused_before_they_are_decoded() -> None:
     assert images.decode(encode(np.zeros((2, 200), np.uint8))).size == (200, 2)
 
 
-def test_damaged_images_are_value_errors_without_addresses() -> None:
-    """Flipped and cut files of every format: an image, or a ValueError that is the same each time."""
+def test_damaged_images_raise_a_reproducible_value_error() -> None:
+    """Damaged files of every format decode to an image, or raise the same ValueError each time, without addresses."""
     rng = np.random.default_rng(7)
     pixels = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
     for form in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000"):
-        whole = encode(pixels, form)
+        intact = encode(pixels, form)
         for _ in range(150):
-            data = bytearray(whole[: int(rng.integers(1, len(whole) + 1))])
-            for place in rng.integers(0, len(data), int(rng.integers(0, 8))):
-                data[place] = int(rng.integers(256))
+            data = bytearray(intact[: int(rng.integers(1, len(intact) + 1))])
+            for position in rng.integers(0, len(data), int(rng.integers(0, 8))):
+                data[position] = int(rng.integers(256))
             reasons = set()
             for _ in range(2):
                 try:

@@ -1,4 +1,4 @@
-"""Preparing is deterministic, resumable and honest about bad input."""
+"""Preparing a dataset is deterministic and resumable, and reports bad input."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ from tests.orchestrator.data.test_images import encode
 from tests.orchestrator.digits import digits, table
 
 
-def three(store: Path | str, source: str, **changes: Any) -> PrepareConfig:
+def make_config(store: Path | str, source: str, **changes: Any) -> PrepareConfig:
     return PrepareConfig(store=str(store), source=source, **{"output": "out", "name": "three", **changes})
 
 
@@ -35,7 +35,7 @@ def objects(folder: str, ending: str = ".parquet") -> dict[str, bytes]:
     return {name: storage.read_bytes(storage.join(folder, name)) for name in names}
 
 
-def test_digits(prepared: Manifest) -> None:
+def test_the_digits_are_prepared_with_their_pixels_and_labels(prepared: Manifest) -> None:
     sizes = prepared.row_group_sizes("train")
     assert prepared.num_samples("train") == sum(sizes) == 1437 and prepared.num_samples("validation") == 360
     assert len(sizes) == 16 and set(sizes) == {89, 90}
@@ -52,29 +52,31 @@ def test_digits(prepared: Manifest) -> None:
 
 def test_the_same_config_gives_the_same_bytes(tmp_path: Path) -> None:
     source = layouts.write_tree(str(tmp_path / "tree"), pictures(10))
-    first, again, other = (
-        prepare(three(tmp_path, source, output=output, seed=seed)) for output, seed in (("a", 0), ("b", 0), ("c", 1))
+    first, second, other_seed = (
+        prepare(make_config(tmp_path, source, output=output, seed=seed))
+        for output, seed in (("a", 0), ("b", 0), ("c", 1))
     )
-    assert objects(first.folder) == objects(again.folder)
-    assert table(first, "train")["key"] != table(other, "train")["key"]
+    assert objects(first.folder) == objects(second.folder)
+    assert table(first, "train")["key"] != table(other_seed, "train")["key"]
 
 
 def test_a_tree_and_its_tar_of_tars_give_the_same_shards(tmp_path: Path, s3_bucket: str) -> None:
-    found = pictures(30)
-    on_disk = prepare(three(tmp_path, layouts.write_tree(str(tmp_path / "tree"), found)))
-    on_s3 = prepare(three(s3_bucket, layouts.write_tar_of_tars(f"{s3_bucket}/all", found), validation_fraction=0.0))
+    samples = pictures(30)
+    on_disk = prepare(make_config(tmp_path, layouts.write_tree(str(tmp_path / "tree"), samples)))
+    tar = layouts.write_tar_of_tars(f"{s3_bucket}/all", samples)
+    on_s3 = prepare(make_config(s3_bucket, tar, validation_fraction=0.0))
     assert on_s3.splits == on_disk.splits and on_s3.classes == on_disk.classes == layouts.CLASSES
     for shard in on_disk.shards("train"):
-        there, here = (storage.read_bytes(storage.join(m.folder, shard.path)) for m in (on_disk, on_s3))
-        assert there == here
+        disk_bytes, s3_bytes = (storage.read_bytes(storage.join(m.folder, shard.path)) for m in (on_disk, on_s3))
+        assert disk_bytes == s3_bytes
 
 
 def test_a_finished_dataset_is_found_and_another_config_refused(tmp_path: Path) -> None:
     source = layouts.write_tree(str(tmp_path / "images"), pictures(10))
-    config = three(tmp_path, source)
+    config = make_config(tmp_path, source)
     first = prepare(config)
     Path(source, "ant", "ant_000.png").unlink()
-    assert prepare(config) == first, "the source is not looked at again"
+    assert prepare(config) == first, "the source is not read again"
     with pytest.raises(ValueError, match=r"out was made with another config.*seed: 0 before, 5 now"):
         prepare(config.model_copy(update={"seed": 5}))
 
@@ -82,7 +84,7 @@ def test_a_finished_dataset_is_found_and_another_config_refused(tmp_path: Path) 
 @pytest.mark.parametrize("change", ["gone", "longer"])
 def test_a_source_that_changed_since_the_first_attempt_is_refused(change: str, tmp_path: Path) -> None:
     source = layouts.write_tree(str(tmp_path / "images"), pictures(10))
-    config = three(tmp_path, source)
+    config = make_config(tmp_path, source)
     Path(prepare(config).folder, "manifest.json").unlink()
     image = Path(source, "ant", "ant_000.png")
     if change == "gone":
@@ -97,7 +99,7 @@ def test_a_source_that_changed_since_the_first_attempt_is_refused(change: str, t
 
 
 def is_mixed(groups: list[np.ndarray]) -> bool:
-    """Whether the chi-square of the classes in groups of labels is below its mean + 4 standard deviations."""
+    """Return whether the chi-square of the classes in groups of labels is below its mean + 4 standard deviations."""
     counts = np.array([np.bincount(group, minlength=3) for group in groups])
     expected = counts.sum(1, keepdims=True) / counts.shape[1]
     freedom = counts.shape[0] * (counts.shape[1] - 1)
@@ -111,20 +113,20 @@ def batch_labels(manifest: Manifest, epochs: int) -> list[np.ndarray]:
 
 
 def test_batches_of_class_sorted_input_are_mixed(tmp_path: Path) -> None:
-    """Those of a registered set that is sorted by class are not, by the same statistic."""
-    manifest = prepare(three(tmp_path, layouts.write_tar_of_tars(str(tmp_path / "sorted"), pictures(170))))
+    """By the same statistic, batches of a registered set that is sorted by class are not mixed."""
+    manifest = prepare(make_config(tmp_path, layouts.write_tar_of_tars(str(tmp_path / "sorted"), pictures(170))))
     groups = np.split(np.array(table(manifest, "train")["label"]), np.cumsum(manifest.row_group_sizes("train"))[:-1])
     assert is_mixed(groups)
     steps = batch_labels(manifest, epochs=3)
     assert len(steps) == 3 * 15 and is_mixed(steps)
     source = layouts.write_parquet(str(tmp_path / "registered"), pictures(170), rows=32)
-    assert not is_mixed(batch_labels(prepare(three(tmp_path, source, output="unshuffled")), epochs=1))
+    assert not is_mixed(batch_labels(prepare(make_config(tmp_path, source, output="unshuffled")), epochs=1))
 
 
 def test_a_validation_split_is_taken_from_the_training_images(tmp_path: Path) -> None:
     data, _ = layouts.cifar10_archive(20)
     storage.write_bytes(str(tmp_path / "cifar-10-binary.tar.gz"), data)
-    config = three(tmp_path, str(tmp_path / "cifar-10-binary.tar.gz"), validation_fraction=0.25)
+    config = make_config(tmp_path, str(tmp_path / "cifar-10-binary.tar.gz"), validation_fraction=0.25)
     manifest = prepare(config)
     assert {split: manifest.num_samples(split) for split in manifest.splits} == {
         "train": 75, "validation": 25, "test": 20,
@@ -156,20 +158,22 @@ def test_stored_crops_are_those_of_training_time(tmp_path: Path) -> None:
     encoded += [encode(noise(50, 70)), encode(noise(70, 50, 4)), encode(noise(50, 70, 3), "JPEG", "CMYK")]
     encoded += [encode(noise(99, 64, 3), mode="P"), encode(noise(32, 32, 3)), encode(noise(20, 30, 3))]
     encoded += [with_exif(encode(noise(48, 80, 3), "JPEG"), exif) for exif in (TURNED, b"Exif\0\0MM\0*\xff\xff")]
-    found = [layouts.Picture("ab"[i % 2], f"{i}", data) for i, data in enumerate(encoded)]
-    source = layouts.write_tree(str(tmp_path / "images"), found)
-    whole, crops = prepare(three(tmp_path, source)), prepare(three(tmp_path, source, output="crops", resolution=32))
-    assert crops.resolution == 32 and crops.width == crops.height == (32, 32) and whole.resolution is None
-    assert table(whole, "train")["key"] == table(crops, "train")["key"]
+    samples = [layouts.Picture("ab"[i % 2], f"{i}", data) for i, data in enumerate(encoded)]
+    source = layouts.write_tree(str(tmp_path / "images"), samples)
+    uncropped = prepare(make_config(tmp_path, source))
+    crops = prepare(make_config(tmp_path, source, output="crops", resolution=32))
+    assert crops.resolution == 32 and crops.width == crops.height == (32, 32) and uncropped.resolution is None
+    assert table(uncropped, "train")["key"] == table(crops, "train")["key"]
     assert {data[:4] for data in table(crops, "train")["image"]} == {b"\x89PNG"}
-    (expected, labels), (stored, same_labels) = (read_images(m, "train", 0, 32, 32) for m in (whole, crops))
+    expected, labels = read_images(uncropped, "train", 0, 32, 32)
+    stored, same_labels = read_images(crops, "train", 0, 32, 32)
     np.testing.assert_array_equal(stored, expected)
     np.testing.assert_array_equal(same_labels, labels)
 
 
-def test_crops_are_refused_where_others_are_wanted(tmp_path: Path) -> None:
+def test_stored_crops_are_refused_for_another_crop_or_size(tmp_path: Path) -> None:
     source = layouts.write_tree(str(tmp_path / "images"), pictures(10))
-    crops = prepare(three(tmp_path, source, resolution=16))
+    crops = prepare(make_config(tmp_path, source, resolution=16))
     crops.check("train", 16, "center", conditional=True)
     with pytest.raises(ValueError, match=r"crops of 16 pixels .*crop='random' of image_size=16.*without --resolution"):
         crops.check("train", 16, "random")
@@ -186,7 +190,7 @@ def test_corrupt_images_are_quarantined(tmp_path: Path) -> None:
     Path(source, "bee", "bee_007.png").write_bytes(good[: len(good) // 2])
     Path(source, "ant", "ant_003.png").write_bytes(b"no image")
     Path(source, "ant", "ant_004.png").write_bytes(b"")
-    config = three(tmp_path, source, max_corrupt_fraction=0.02)
+    config = make_config(tmp_path, source, max_corrupt_fraction=0.02)
     manifest = prepare(config)
     assert manifest.quarantined == 3 and manifest.num_samples("train") == 147
     quarantine = storage.read_json(storage.join(manifest.folder, "quarantine.json"))
@@ -204,11 +208,11 @@ def test_corrupt_images_are_quarantined(tmp_path: Path) -> None:
 
 
 def test_copies_are_reported(tmp_path: Path) -> None:
-    found = pictures(20)
-    found[3] = found[3]._replace(data=found[2].data)
-    layouts.write_tree(str(tmp_path / "images" / "train"), found)
-    layouts.write_tree(str(tmp_path / "images" / "val"), [found[7], *pictures(4, seed=9)])
-    prepare(three(tmp_path, str(tmp_path / "images")))
+    samples = pictures(20)
+    samples[3] = samples[3]._replace(data=samples[2].data)
+    layouts.write_tree(str(tmp_path / "images" / "train"), samples)
+    layouts.write_tree(str(tmp_path / "images" / "val"), [samples[7], *pictures(4, seed=9)])
+    prepare(make_config(tmp_path, str(tmp_path / "images")))
     findings = storage.read_json(str(tmp_path / "out" / "report.json"))["findings"]
     assert findings.keys() == {"duplicate_images", "duplicate_images_across_splits"}
     assert findings["duplicate_images"]["count"] == 1
@@ -225,19 +229,19 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_does_not_read_through_large_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = three(tmp_path, layouts.write_class_tars(str(tmp_path / "tars"), pictures(10)), num_workers=2)
+    config = make_config(tmp_path, layouts.write_class_tars(str(tmp_path / "tars"), pictures(10)), num_workers=2)
     assert "30 images" in plan(config)[1], "without Ray"
     monkeypatch.setattr("orchestrator.data.job.DRY_SCAN_BYTES", 1000)
     assert "3 objects, 0.0 GiB" in plan(config)[1]
 
 
-def test_the_contact_sheet_and_the_summary(
+def test_the_contact_sheet_is_written_and_the_summary_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    found = pictures(20)
-    source = layouts.write_tree(str(tmp_path / "images"), [found[0]._replace(name="again"), *found])
-    prepare_and_track(three(tmp_path, source))
+    samples = pictures(20)
+    source = layouts.write_tree(str(tmp_path / "images"), [samples[0]._replace(name="again"), *samples])
+    prepare_and_track(make_config(tmp_path, source))
     text = capsys.readouterr().out
     assert "train 61 images of 3 classes, 0 quarantined" in text
     assert "duplicate images: 1 (ant/" in text
@@ -254,9 +258,9 @@ def test_any_number_of_workers_gives_the_same_bytes(
 ) -> None:
     monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
     source = layouts.write_tar_of_tars(f"{s3_bucket}/all", pictures(60))
-    here, there = (prepare(three(tmp_path, source, output=f"with-{n}", num_workers=n)) for n in (0, 2))
-    assert len(here.shards("train")) == 16 and here.splits == there.splits
-    assert objects(here.folder) == objects(there.folder)
+    unpooled, pooled = (prepare(make_config(tmp_path, source, output=f"with-{n}", num_workers=n)) for n in (0, 2))
+    assert len(unpooled.shards("train")) == 16 and unpooled.splits == pooled.splits
+    assert objects(unpooled.folder) == objects(pooled.folder)
 
 
 @pytest.mark.ray
@@ -265,26 +269,26 @@ def test_errors_of_workers_name_the_object(tmp_path: Path, ray_session: None) ->
     bee = Path(tars, "bee.tar")
     bee.write_bytes(bee.read_bytes()[:3_000])
     with pytest.raises(ItemsFailed, match=r"bee\.tar is (truncated|not a valid tar)"):
-        prepare(three(tmp_path, tars, num_workers=2))
+        prepare(make_config(tmp_path, tars, num_workers=2))
 
 
 def make_dying_writer(output: str, resolution: int | None) -> Callable[[int], shards.Facts]:
-    """A worker that is killed in the middle of shard 1, the first time only, and fails in that of shard 3, always."""
+    """Return a worker that is killed in the middle of shard 1, but only once, and always fails in shard 3."""
     write, row = shards.make_shard_writer(output, resolution), shards._row
-    current, seen = 0, 0
+    current, rows_written = 0, 0
 
-    def dying_row(*place: Any) -> Any:
-        nonlocal seen
-        seen += 1
-        if seen == 5 and current == 1 and storage.put_if_absent(f"{output}/died", b""):
+    def dying_row(*arguments: Any) -> Any:
+        nonlocal rows_written
+        rows_written += 1
+        if rows_written == 5 and current == 1 and storage.put_if_absent(f"{output}/died", b""):
             os.kill(os.getpid(), signal.SIGKILL)
-        if seen == 5 and current == 3:
+        if rows_written == 5 and current == 3:
             raise OSError("the disk is gone")
-        return row(*place)
+        return row(*arguments)
 
     def write_or_die(number: int) -> shards.Facts:
-        nonlocal current, seen
-        current, seen = number, 0
+        nonlocal current, rows_written
+        current, rows_written = number, 0
         return write(number)
 
     shards._row = dying_row  # type: ignore[assignment]
@@ -292,11 +296,11 @@ def make_dying_writer(output: str, resolution: int | None) -> Callable[[int], sh
 
 
 @pytest.mark.ray
-def test_killed_workers(tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_workers_change_no_byte(tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
     source = layouts.write_tar_of_tars(str(tmp_path / "all"), pictures(60))
-    undisturbed = prepare(three(tmp_path, source))
-    config = three(tmp_path, source, output="killed", num_workers=2)
+    undisturbed = prepare(make_config(tmp_path, source))
+    config = make_config(tmp_path, source, output="killed", num_workers=2)
     with monkeypatch.context() as deadly:
         deadly.setattr("orchestrator.data.job.make_shard_writer", make_dying_writer)
         with pytest.raises(ItemsFailed, match=r"1 items failed, the others are done: 3, 3 times: .*the disk is gone"):
@@ -315,12 +319,12 @@ from orchestrator.data.config import PrepareConfig
 from orchestrator.data.job import prepare
 shards.SHARD_BYTES, row, left = 20_000, shards._row, int(sys.argv[3])
 
-def dying_row(*place):
+def dying_row(*arguments):
     global left
     left -= 1
     if not left:
         os.kill(os.getpid(), signal.SIGKILL)
-    return row(*place)
+    return row(*arguments)
 
 shards._row = dying_row
 prepare(PrepareConfig(store=sys.argv[1], source=sys.argv[2], output="out", name="three"))
@@ -330,11 +334,11 @@ prepare(PrepareConfig(store=sys.argv[1], source=sys.argv[2], output="out", name=
 def test_a_killed_job_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
     source = layouts.write_tree(str(tmp_path / "images"), pictures(60))
-    undisturbed = prepare(three(tmp_path, source, output="undisturbed"))
+    undisturbed = prepare(make_config(tmp_path, source, output="undisturbed"))
     command = [sys.executable, "-c", DIES, str(tmp_path), source, "77"]
     assert subprocess.run(command, capture_output=True, timeout=120).returncode == -signal.SIGKILL
-    there = {name for name in objects(str(tmp_path / "out")) if name.startswith("train")}
-    assert 2 <= len(there) < 16, "shards are written whole or not at all"
+    finished = {name for name in objects(str(tmp_path / "out")) if name.startswith("train")}
+    assert 2 <= len(finished) < 16, "shards are written whole or not at all"
     written: set[str] = set()
     write = shards._write_shard
 
@@ -343,6 +347,6 @@ def test_a_killed_job_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         write(output, plan, shard, *rest)
 
     monkeypatch.setattr(shards, "_write_shard", record)
-    manifest = prepare(three(tmp_path, source))
-    assert written == {shard.path for shard in manifest.shards("train")} - there, "finished shards are kept"
+    manifest = prepare(make_config(tmp_path, source))
+    assert written == {shard.path for shard in manifest.shards("train")} - finished, "finished shards are kept"
     assert objects(manifest.folder) == objects(undisturbed.folder) and manifest.splits == undisturbed.splits

@@ -1,4 +1,4 @@
-"""Parquet in the public ImageNet layout is registered from its footers, and errors name what is wrong."""
+"""Parquet in the public ImageNet layout is registered from its footers, and errors name the problem."""
 
 import logging
 from pathlib import Path
@@ -34,9 +34,9 @@ def report(manifest: Manifest) -> dict[str, Any]:
     return storage.read_json(storage.join(manifest.folder, "report.json"))["findings"]
 
 
-@pytest.mark.parametrize("place", ["disk", "s3"])
-def test_registering_copies_nothing_and_reads_all(place: str, tmp_path: Path, s3_bucket: str) -> None:
-    source = write_parquet(f"{tmp_path if place == 'disk' else s3_bucket}/public", SHUFFLED, classes=CLASSES)
+@pytest.mark.parametrize("storage_kind", ["disk", "s3"])
+def test_registering_copies_nothing_and_reads_all(storage_kind: str, tmp_path: Path, s3_bucket: str) -> None:
+    source = write_parquet(f"{tmp_path if storage_kind == 'disk' else s3_bucket}/public", SHUFFLED, classes=CLASSES)
     write_parquet(source, pictures(8, seed=4), file="validation-00000-of-00001.parquet", classes=CLASSES)
     manifest = prepare(config(tmp_path, source))
     assert manifest.registered == source and manifest.classes == CLASSES and manifest.resolution is None
@@ -49,7 +49,7 @@ def test_registering_copies_nothing_and_reads_all(place: str, tmp_path: Path, s3
 
 
 def test_only_footers_are_read(s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of six files of 1 MB each, the footers, and some images of the first."""
+    """Of six files of 1 MB each, only the footers are read, and some images of the first."""
     noise = np.random.default_rng(0).integers(0, 256, (60, 100_000), dtype=np.uint8)
     rows = [Picture(CLASSES[i % 3], f"{i}", row.tobytes()) for i, row in enumerate(noise)]
     for number in range(6):
@@ -57,13 +57,13 @@ def test_only_footers_are_read(s3_bucket: str, tmp_path: Path, monkeypatch: pyte
     read: list[int] = []
     cat_file = s3fs.S3FileSystem._cat_file
 
-    async def counted(self: Any, path: str, *args: Any, **kwargs: Any) -> bytes:
+    async def counting_cat_file(self: Any, path: str, *args: Any, **kwargs: Any) -> bytes:
         data = await cat_file(self, path, *args, **kwargs)
         read.append(len(data) if path.endswith(".parquet") else 0)
         return data
 
-    monkeypatch.setattr(s3fs.S3FileSystem, "_cat_file", counted)
-    s3fs.S3FileSystem.clear_instance_cache()  # what is open already holds the old method
+    monkeypatch.setattr(s3fs.S3FileSystem, "_cat_file", counting_cat_file)
+    s3fs.S3FileSystem.clear_instance_cache()  # cached instances use the old method
     assert prepare(config(tmp_path, source)).num_samples("train") == 60
     assert 0 < sum(read) <= 6 * (256 << 10) + (2 << 20)
 
@@ -81,8 +81,8 @@ def test_sorted_row_groups_are_measured_and_warned_of(tmp_path: Path, caplog: py
         with caplog.at_level(logging.WARNING):
             findings = report(prepare(config(tmp_path, source, output=f"{name}-out")))
         if name == "sorted":
-            found = findings["train_row_groups_sorted_by_class"]
-            assert found["count"] == 20 and "row group 0: labels 0 to 0" in found["examples"][0]
+            finding = findings["train_row_groups_sorted_by_class"]
+            assert finding["count"] == 20 and "row group 0: labels 0 to 0" in finding["examples"][0]
             assert "20 of 20 row groups of train" in caplog.text
         else:
             assert findings == {} and caplog.text == ""
@@ -99,8 +99,8 @@ def test_a_split_without_labels_is_refused_for_class_conditional_work(tmp_path: 
         manifest.check("test", 16, "center", conditional=True)
     assert read_images(manifest, "test", 0, 40, 16)[1].tolist() == [-1] * 40
 
-    alone = write_parquet(str(tmp_path / "alone"), SHUFFLED, label=lambda _: -1)
-    manifest = prepare(config(tmp_path, alone, output="unlabelled"))
+    unlabelled = write_parquet(str(tmp_path / "alone"), SHUFFLED, label=lambda _: -1)
+    manifest = prepare(config(tmp_path, unlabelled, output="unlabelled"))
     assert manifest.classes == ()
     digits = adm_presets()["digits"][1].model_copy(update={"store": str(tmp_path), "dataset": "unlabelled"})
     with pytest.raises(ValueError, match=r"split 'train' of dataset 'public' has no labels"):
@@ -109,56 +109,56 @@ def test_a_split_without_labels_is_refused_for_class_conditional_work(tmp_path: 
 
 @pytest.mark.parametrize("num_classes", [2, 10, 1000])
 def test_random_row_groups_do_not_count_as_sorted(num_classes: int) -> None:
-    """Of 1,000 row groups drawn at random one in fifty at most is suspected, of sorted ones all within a class."""
+    """Of 1,000 random row groups, at most one in fifty counts as sorted. Of sorted ones, all within a class do."""
     rng = np.random.default_rng(num_classes)
     for rows in (8, 32, 100):
         groups = rng.integers(0, num_classes, (1000, rows))
         for labels, most in ((groups, 20), (np.sort(groups, axis=None).reshape(1000, rows), None)):
-            found = narrow_row_groups(np.full(1000, rows), labels.min(1), labels.max(1), num_classes)
-            assert len(found) <= most if most is not None else len(found) >= 1000 - num_classes
+            narrow = narrow_row_groups(np.full(1000, rows), labels.min(1), labels.max(1), num_classes)
+            assert len(narrow) <= most if most is not None else len(narrow) >= 1000 - num_classes
 
 
 @pytest.mark.parametrize("resolution", [None, 16])
 def test_a_copy_is_shuffled(resolution: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHARD_BYTES", 50_000)
-    found = pictures(60)
-    source = write_parquet(str(tmp_path / "public"), found, classes=CLASSES)
-    write_parquet(source, found[:9], file="test-00000-of-00001.parquet", classes=CLASSES, label=lambda _: -1)
-    wanted = config(tmp_path, source, copy_parquet=True, resolution=resolution)
-    assert "reads" in plan(wanted)[1] and not Path(tmp_path, "out").exists()
-    manifest = prepare(wanted)
+    samples = pictures(60)
+    source = write_parquet(str(tmp_path / "public"), samples, classes=CLASSES)
+    write_parquet(source, samples[:9], file="test-00000-of-00001.parquet", classes=CLASSES, label=lambda _: -1)
+    copy_config = config(tmp_path, source, copy_parquet=True, resolution=resolution)
+    assert "reads" in plan(copy_config)[1] and not Path(tmp_path, "out").exists()
+    manifest = prepare(copy_config)
     assert manifest.registered is None and manifest.num_samples("train") == 180 and "test" not in manifest.splits
     assert report(manifest)["test_images_without_labels"]["count"] == 9
     assert not storage.exists(storage.join(manifest.folder, "staged"))
     rows = table(manifest, "train")
     numbers = [int(key.rsplit("/", 1)[1]) for key in rows["key"]]
     assert sorted(numbers) == list(range(180)) != numbers
-    assert rows["label"] == [CLASSES.index(found[number].cls) for number in numbers]
+    assert rows["label"] == [CLASSES.index(samples[number].cls) for number in numbers]
     images, _ = read_images(manifest, "train", 0, 180, 16)
-    np.testing.assert_array_equal(images, np.stack([center_crop(decode(found[n].data), 16) for n in numbers]))
+    np.testing.assert_array_equal(images, np.stack([center_crop(decode(samples[n].data), 16) for n in numbers]))
 
 
 def test_staging_resumes_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = pictures(20)
+    samples = pictures(20)
     for i in range(3):
-        write_parquet(str(tmp_path / "public"), found[i::3], file=f"train-{i}.parquet")
-    wanted = config(tmp_path, str(tmp_path / "public"), copy_parquet=True)
-    opened, calls = storage.open_output, 0
+        write_parquet(str(tmp_path / "public"), samples[i::3], file=f"train-{i}.parquet")
+    copy_config = config(tmp_path, str(tmp_path / "public"), copy_parquet=True)
+    open_output, calls = storage.open_output, 0
 
-    def fails(uri: str) -> Any:
+    def fail_at_the_second(uri: str) -> Any:
         nonlocal calls
         calls += "staged" in uri
         if calls == 2:
             raise OSError(28, "no space", uri)
-        return opened(uri)
+        return open_output(uri)
 
     with monkeypatch.context() as full:
-        full.setattr(storage, "open_output", fails)
+        full.setattr(storage, "open_output", fail_at_the_second)
         with pytest.raises(OSError, match="no space"):
-            prepare(wanted)
+            prepare(copy_config)
     assert len(list(Path(tmp_path, "out", "staged", "data").glob("*.sizes"))) == 1
-    manifest = prepare(wanted)
-    undisturbed = prepare(wanted.model_copy(update={"output": "undisturbed"}))
+    manifest = prepare(copy_config)
+    undisturbed = prepare(copy_config.model_copy(update={"output": "undisturbed"}))
     assert manifest.splits == undisturbed.splits and manifest.num_samples("train") == 60
 
 
@@ -174,8 +174,8 @@ def test_options_that_need_a_copy_are_refused(tmp_path: Path) -> None:
     assert not Path(tmp_path, "out").exists()
 
 
-def test_unfit_parquet_is_refused(tmp_path: Path) -> None:
-    def refused(name: str, message: str, columns: dict[str, Any] | None = None) -> None:
+def test_invalid_parquet_is_refused(tmp_path: Path) -> None:
+    def assert_refused(name: str, message: str, columns: dict[str, Any] | None = None) -> None:
         if columns:
             (tmp_path / name).mkdir()
             pq.write_table(pa.table(columns), tmp_path / name / "a.parquet")
@@ -184,19 +184,19 @@ def test_unfit_parquet_is_refused(tmp_path: Path) -> None:
 
     good = Path(write_parquet(str(tmp_path / "cut"), SHUFFLED), "data", "train-00000-of-00001.parquet")
     good.write_bytes(good.read_bytes()[:-100])
-    refused("cut", r"train-00000-of-00001\.parquet is not a valid Parquet file")
+    assert_refused("cut", r"train-00000-of-00001\.parquet is not a valid Parquet file")
     write_parquet(str(tmp_path / "mixed"), SHUFFLED, label=lambda image: CLASSES.index(image.cls) - 1)
-    refused("mixed", r"has labels from -1 to 1; accepted: 0 to 1, or -1 throughout")
+    assert_refused("mixed", r"has labels from -1 to 1; accepted: 0 to 1, or -1 throughout")
     write_parquet(str(tmp_path / "beyond"), SHUFFLED, classes=("ant", "bee"))
-    refused("beyond", r"has labels from 0 to 2; accepted: 0 to 1")
-    refused(
+    assert_refused("beyond", r"has labels from 0 to 2; accepted: 0 to 1")
+    assert_refused(
         "columns", r"a\.parquet: none of its columns .*text, label; pass --image-column", {"text": ["x"], "label": [0]}
     )
-    refused("null", r"a\.parquet has null labels", {"image": [b"x", b"y"], "label": [0, None]})
+    assert_refused("null", r"a\.parquet has null labels", {"image": [b"x", b"y"], "label": [0, None]})
     assert not Path(tmp_path, "out").exists()
 
 
-def test_the_contact_sheet_of_a_registered_set(tmp_path: Path) -> None:
+def test_the_contact_sheet_of_a_registered_set_omits_undecodable_images(tmp_path: Path) -> None:
     source = write_parquet(str(tmp_path / "public"), [SHUFFLED[0]._replace(data=b"no image"), *SHUFFLED[1:]])
     manifest = prepare(config(tmp_path, source))
     assert manifest.classes == ("0", "1", "2")

@@ -1,4 +1,4 @@
-"""A row group takes one request, a footer one for each process, and a damaged shard is one clear error."""
+"""A row group takes one request, a footer one request a process, and a damaged shard raises one clear error."""
 
 import re
 from collections.abc import Iterator
@@ -21,14 +21,14 @@ COLUMNS = ("label", "image")
 @pytest.fixture
 def proxy(s3_server: str) -> Iterator[Proxy]:
     """Yield a proxy through which this process uses the S3 server."""
-    found = Proxy(s3_server)
-    with servers.environment(AWS_ENDPOINT_URL=found.endpoint):
-        yield found
-    found.close()
+    proxy = Proxy(s3_server)
+    with servers.environment(AWS_ENDPOINT_URL=proxy.endpoint):
+        yield proxy
+    proxy.close()
 
 
 def make_dataset(folder: str) -> Manifest:
-    """Write two shards of eight row groups of four rows. Their images cannot be decoded, but no test does that."""
+    """Write two shards of eight row groups of four rows. Their images cannot be decoded, which no test needs."""
     row_groups._footer.cache_clear()
     return write_dataset(
         folder, [bytes([i]) * (1000 + i) for i in range(64)], sizes=[(1, 1)] * 64, rows=64, row_group=4
@@ -39,14 +39,14 @@ def test_a_row_group_is_one_request_and_a_footer_one_for_all(s3_bucket: str, pro
     manifest = make_dataset(s3_bucket)
     for shard in manifest.shards("train"):
         uri = storage.join(manifest.folder, shard.path)
-        whole = pq.read_table(storage.open_input(uri), columns=list(COLUMNS))
+        table = pq.read_table(storage.open_input(uri), columns=list(COLUMNS))
         before = len(proxy.requests)
-        for place in (3, 0, 7, 5):
-            found = read_row_group(uri, shard.bytes, place, COLUMNS)
-            assert found.equals(whole.slice(4 * place, 4))
+        for number in (3, 0, 7, 5):
+            row_group = read_row_group(uri, shard.bytes, number, COLUMNS)
+            assert row_group.equals(table.slice(4 * number, 4))
         requests = proxy.requests[before:]
         assert [request.method for request in requests] == ["GET"] * 5, "the footer's and four row groups'"
-        groups = [pq.ParquetFile(storage.open_input(uri)).metadata.row_group(place) for place in (3, 0, 7, 5)]
+        groups = [pq.ParquetFile(storage.open_input(uri)).metadata.row_group(number) for number in (3, 0, 7, 5)]
         for request, group in zip(requests[1:], groups, strict=True):
             label, image = group.column(1), group.column(2)
             first, end = label.dictionary_page_offset, image.dictionary_page_offset + image.total_compressed_size
@@ -62,7 +62,7 @@ def test_faults_are_retried(s3_bucket: str, proxy: Proxy) -> None:
     assert [len(rule.requests) for rule in rules] == [2, 2, 1]
 
 
-def test_damaged_shards_are_one_clear_error(s3_bucket: str, tmp_path: Path) -> None:
+def test_damaged_shards_raise_one_clear_error(s3_bucket: str, tmp_path: Path) -> None:
     for folder in (s3_bucket, str(tmp_path)):
         first, second = make_dataset(folder).shards("train")
         uri = storage.join(folder, first.path)
@@ -92,7 +92,7 @@ def test_damaged_shards_are_one_clear_error(s3_bucket: str, tmp_path: Path) -> N
             read_row_group(uri, second.bytes, 8, COLUMNS)
 
 
-def test_a_footer_longer_than_the_tail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_footer_longer_than_the_tail_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_groups, "_TAIL", 64)
     shard = make_dataset(str(tmp_path)).shards("train")[1]
     table = read_row_group(str(tmp_path / shard.path), shard.bytes, 2, COLUMNS)

@@ -42,17 +42,17 @@ def contents(source: Source, folder: Path | None = None) -> list[tuple[str, byte
     """Return (class, bytes) of every image, sorted. Images are staged in `folder` if that is necessary."""
     source = source if source.reading.images is None else staged(source, str(folder), 0)
     keys, names, starts, sizes = (source.index[name].to_pylist() for name in ("key", "object", "start", "size"))
-    places = [storage.Range(name or key, *place) for key, name, *place in zip(keys, names, starts, sizes, strict=True)]
+    ranges = [storage.Range(name or key, *span) for key, name, *span in zip(keys, names, starts, sizes, strict=True)]
     labels = [source.classes[i] if i >= 0 else "" for i in source.index["label"].to_pylist()]
-    return sorted(zip(labels, read_ranges(source.uri, places), strict=True))
+    return sorted(zip(labels, read_ranges(source.uri, ranges), strict=True))
 
 
-@pytest.mark.parametrize("place", ["disk", "s3"])
+@pytest.mark.parametrize("storage_kind", ["disk", "s3"])
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_every_layout_gives_the_same_images(kind: str, place: str, tmp_path: Path, s3_bucket: str) -> None:
+def test_every_layout_gives_the_same_images(kind: str, storage_kind: str, tmp_path: Path, s3_bucket: str) -> None:
     expected, write = LAYOUTS[kind]
     images = pictures(8)
-    uri = write(f"{tmp_path if place == 'disk' else s3_bucket}/some images", images)
+    uri = write(f"{tmp_path if storage_kind == 'disk' else s3_bucket}/some images", images)
     source = open_at(uri, f"{uri}.csv" if kind == "label map" else None)
     assert source.reading.layout.startswith(expected)
     names = ("0", "1", "2") if kind.startswith("webdataset") else CLASSES
@@ -76,8 +76,8 @@ def test_cifar10_is_read_from_its_binary_version(tmp_path: Path) -> None:
             for images, labels in batches.values()
             for image, label in zip(images, labels, strict=True)
         ]
-        found = [(name, decode(image).tobytes()) for name, image in contents(source, tmp_path / f"staged-{number}")]
-        assert sorted(found) == sorted(expected)
+        actual = [(name, decode(image).tobytes()) for name, image in contents(source, tmp_path / f"staged-{number}")]
+        assert sorted(actual) == sorted(expected)
     storage.write_bytes(str(tmp_path / "cut" / "cifar-10-binary.tar.gz"), data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"cifar-10-binary\.tar\.gz is not a valid tar\.gz"):
         open_at(str(tmp_path / "cut"))
@@ -101,14 +101,14 @@ def test_a_label_map_may_give_splits(tmp_path: Path) -> None:
         ("mine/{i.name}.png", ""),
     ],
 )
-def test_one_tar_of_a_tree_or_of_a_flat_folder(name: str, split: str, tmp_path: Path) -> None:
+def test_one_tar_of_a_tree_or_of_a_flat_folder_is_read(name: str, split: str, tmp_path: Path) -> None:
     storage.write_bytes(str(tmp_path / "all.tar"), tar_bytes([(name.format(i=image), image.data) for image in IMAGES]))
     source = open_at(str(tmp_path / "all.tar"))
     assert source.classes == CLASSES and set(source.index["split"].to_pylist()) == {split}
     assert contents(source) == sorted((image.cls, image.data) for image in IMAGES)
 
 
-def test_images_of_no_class(tmp_path: Path) -> None:
+def test_the_layout_unlabelled_ignores_classes(tmp_path: Path) -> None:
     for uri in (layouts.write_flat(str(tmp_path / "a"), IMAGES), layouts.write_class_tars(str(tmp_path / "b"), IMAGES)):
         source = open_at(uri, layout="unlabelled")
         assert source.classes == () and set(source.index["label"].to_pylist()) == {-1} and len(source.index) == 120
@@ -194,7 +194,7 @@ def test_a_damaged_inner_tar_is_named(tmp_path: Path) -> None:
         ({".DS_Store": b"x", "._a.png": b"x"}, r"holds no images"),
     ],
 )
-def test_unfit_sources_are_refused(files: dict[str, bytes], message: str, tmp_path: Path) -> None:
+def test_invalid_sources_are_refused(files: dict[str, bytes], message: str, tmp_path: Path) -> None:
     for name, data in files.items():
         storage.write_bytes(str(tmp_path / name), data)
     with pytest.raises(ValueError, match=message):
@@ -206,7 +206,7 @@ def test_a_gated_source_needs_its_token(monkeypatch: pytest.MonkeyPatch) -> None
 
     hub = Hub({"train/all.tar": tar_bytes(layouts.class_tars(IMAGES))}, token="hf_secret")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # other tests ask for that
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # other tests set it
     template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.delenv("HF_TOKEN", raising=False)

@@ -1,4 +1,4 @@
-"""Layouts of users: each is read correctly, or refused with the option that settles the matter (promise P15)."""
+"""Layouts of users: each is read correctly, or refused with the option that decides how to read it (promise P15)."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def write(root: Path, files: dict[str, bytes]) -> None:
 
 
 class Pictures:
-    """A source of pictures that all differ."""
+    """Returns a different picture in every call."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -170,7 +170,7 @@ def webdataset(label: Callable[[int], dict[str, Any]], shard: str = "train-{:04d
             ("jpg", new()), ("json", json.dumps(label(i)).encode()), ("txt", b"a caption"))]
         for s in range(2)
     ]  # fmt: skip
-    return {shard.format(s): tar_bytes(found) for s, found in enumerate(members)}
+    return {shard.format(s): tar_bytes(samples) for s, samples in enumerate(members)}
 
 
 def labelled(text: bytes, name: str = "map.txt", count: int = 6) -> dict[str, bytes]:
@@ -183,15 +183,16 @@ def rows(separator: str, header: str = "", labels: tuple[str, ...] = ("cat", "do
 
 
 class Trial(NamedTuple):
-    """Files, options, and the correct result: images by split and class, or a part of the error."""
+    """Files, options, and the expected result: the number of images by split and class, or a part of the error."""
 
     files: dict[str, bytes]
-    right: dict[str, dict[str, int]] | str
+    expected: dict[str, dict[str, int]] | str
     options: dict[str, Any] = {}  # noqa: RUF012
     source: str = ""  # within the files' folder
 
 
-def each(names: tuple[str, ...] | list[str], count: int) -> dict[str, int]:
+def even(names: tuple[str, ...] | list[str], count: int) -> dict[str, int]:
+    """Return the expected numbers of images if every class has `count`."""
     return dict.fromkeys(names, count)
 
 
@@ -203,7 +204,7 @@ FFHQ = {f"images1024x1024/{i // 4 * 1000:05d}/{i // 4 * 1000 + i % 4:05d}.png": 
 TWO_LABELS = {"img": encoded(12), "fine_label": [i % 4 for i in range(12)], "coarse_label": [i % 2 for i in range(12)]}
 TWO_IMAGES = {"photo": [picture(i) for i in range(8)], "thumb": [b"x"] * 8, "y": [i % 2 for i in range(8)]}
 RECORDS = [{"file_name": f"{i:03d}.png", "label": PETS[i % 2]} for i in range(6)]
-TINY = {"train": each(WNIDS, 4), "validation": each(WNIDS, 2)}
+TINY = {"train": even(WNIDS, 4), "validation": even(WNIDS, 2)}
 EDM = {"train": {"0": 0} | {str(i): 5 for i in (5, 6, 7)}}
 ILSVRC_IDS = {"train": {"490": 2, "361": 2, "171": 2, "822": 2, "297": 1, "1000": 1}}
 SUSPICIOUS_NUMBERS = "look like numbered folders.*00000.*--layout unlabelled"
@@ -218,8 +219,8 @@ TRIALS: dict[str, Trial] = {
     "kaggle from ILSVRC": Trial(kaggle(), TINY, {}, "ILSVRC"),
     "kaggle from Data": Trial(kaggle(), TINY, {}, "ILSVRC/Data"),
     "kaggle from CLS-LOC": Trial(kaggle(), TINY, {}, "ILSVRC/Data/CLS-LOC"),
-    "kaggle, the validation images": Trial(kaggle(), {"train": each(WNIDS, 2)}, {}, "ILSVRC/Data/CLS-LOC/val"),
-    "kaggle, the training images": Trial(kaggle(), {"train": each(WNIDS, 4)}, {}, "ILSVRC/Data/CLS-LOC/train"),
+    "kaggle, the validation images": Trial(kaggle(), {"train": even(WNIDS, 2)}, {}, "ILSVRC/Data/CLS-LOC/val"),
+    "kaggle, the training images": Trial(kaggle(), {"train": even(WNIDS, 4)}, {}, "ILSVRC/Data/CLS-LOC/train"),
     "validation images with ground truth": Trial(imagenet_val("ground truth"), ILSVRC_IDS),
     "validation images with solutions": Trial(
         imagenet_val("csv"), {"train": {"n01443537": 3, "n01629819": 4, "n02017213": 3}}
@@ -244,20 +245,20 @@ TRIALS: dict[str, Trial] = {
     "a stray folder beside splits": Trial(
         SPLITS | folders(NEW, ["extra/cat"], 3), "look like splits.*(extra|train).*--split"
     ),
-    "a stray folder, said": Trial(
-        SPLITS | folders(NEW, ["extra/cat"], 3), {"train": {"cat": 8, "dog": 5}, "validation": each(PETS, 2)},
+    "a stray folder, with its option": Trial(
+        SPLITS | folders(NEW, ["extra/cat"], 3), {"train": {"cat": 8, "dog": 5}, "validation": even(PETS, 2)},
         {"split": "extra=train"},
     ),
     "a stray folder, left out": Trial(
-        SPLITS | folders(NEW, ["extra/cat"], 3), {"train": each(PETS, 5), "validation": each(PETS, 2)},
+        SPLITS | folders(NEW, ["extra/cat"], 3), {"train": even(PETS, 5), "validation": even(PETS, 2)},
         {"split": "extra=out"},
     ),
     "splits within a wrapping folder": Trial(
-        {f"my set/v2/{k}": v for k, v in SPLITS.items()}, {"train": each(PETS, 5), "validation": each(PETS, 2)}
+        {f"my set/v2/{k}": v for k, v in SPLITS.items()}, {"train": even(PETS, 5), "validation": even(PETS, 2)}
     ),
     "splits beneath classes": Trial(
         folders(NEW, ["cat/train", "dog/train"], 4) | folders(NEW, ["cat/test", "dog/test"], 2),
-        {"train": each(PETS, 4), "test": each(PETS, 2)},
+        {"train": even(PETS, 4), "test": even(PETS, 2)},
     ),
     "splits beneath some classes": Trial(
         folders(NEW, ["cat/train", "cat/test", "dog/all"], 4), "look like splits.*(test|train)"
@@ -276,13 +277,13 @@ TRIALS: dict[str, Trial] = {
         "before the first _.*american_bulldog",
     ),
     "flat names with numbers": Trial(
-        {f"{name}_img_{i}.jpg": NEW() for name in PETS for i in range(5)}, {"train": each(PETS, 5)}
+        {f"{name}_img_{i}.jpg": NEW() for name in PETS for i in range(5)}, {"train": even(PETS, 5)}
     ),
-    "flat names within class folders, said": Trial(
+    "flat names within class folders, with its option": Trial(
         {f"{folder}/{name}_{i}.jpg": NEW() for folder in "ab" for name in PETS for i in range(3)},
-        {"train": each(PETS, 6)}, {"layout": "flat"},
+        {"train": even(PETS, 6)}, {"layout": "flat"},
     ),
-    "class folders that are none, said": Trial(
+    "class folders that are none, with its option": Trial(
         {f"{i}.png": NEW() for i in range(4)}, "no class folders", {"layout": "folder"}
     ),
     "a class called images": Trial(folders(NEW, ["cat", "pictures2", "masks"], 4), "names of classes: masks.*--labels"),
@@ -292,7 +293,7 @@ TRIALS: dict[str, Trial] = {
     "names that differ in case": Trial(folders(NEW, ["cat", "dog", "Cat "], 4), "case or spaces: cat"),
     "a class for every image": Trial({f"{i:03d}_a.png": NEW() for i in range(20)}, "(numbered|one image)"),
     "hidden folders and copies of systems": Trial(
-        folders(NEW, ["cat", "dog", ".ipynb_checkpoints", "__MACOSX/cat", "dog/@eaDir"], 4), {"train": each(PETS, 4)}
+        folders(NEW, ["cat", "dog", ".ipynb_checkpoints", "__MACOSX/cat", "dog/@eaDir"], 4), {"train": even(PETS, 4)}
     ),
     "a label file that is not used": Trial(
         folders(NEW, ["a0", "a1"], 4) | {"labels.csv": b"image,label\n0.png,fox\n"},
@@ -300,24 +301,24 @@ TRIALS: dict[str, Trial] = {
     ),
     "annotations that agree with folders": Trial(
         folders(NEW, ["val/cat", "val/dog"], 4) | {"val/val_annotations.txt": b"0.png\tcat\t1\n1.png\tdog\t1\n"},
-        {"validation": each(PETS, 4)},
+        {"validation": even(PETS, 4)},
     ),
     "an archive beside images": Trial(
-        folders(NEW, ["cat", "dog"], 4) | {"backup.zip": zipped({"cat/x.png": NEW()})}, {"train": each(PETS, 4)}
+        folders(NEW, ["cat", "dog"], 4) | {"backup.zip": zipped({"cat/x.png": NEW()})}, {"train": even(PETS, 4)}
     ),
     "endings of all kinds": Trial(
         folders(NEW, ["cat"], 4, ".JPE") | folders(NEW, ["dog"], 4, ".jfif") | folders(NEW, ["fox"], 3, ".heic"),
-        {"train": each(PETS, 4)},
+        {"train": even(PETS, 4)},
     ),
     "svhn": Trial(svhn(), "look like splits.*extra.*--split"),
-    "svhn, said": Trial(
+    "svhn, with its option": Trial(
         svhn(), {"train": {str(i): 5 for i in range(10)}, "test": {str(i): 1 for i in range(10)}},
         {"split": "extra=train", "copy_parquet": True},
     ),
     "parquet of cifar10": Trial(
         {"train.parquet": parquet({"img": encoded(12), "label": [i % 3 for i in range(12)]},
                                   {"label": {"names": ["ant", "bee", "cow"]}})},
-        {"train": each(("ant", "bee", "cow"), 4)}, {"copy_parquet": True},
+        {"train": even(("ant", "bee", "cow"), 4)}, {"copy_parquet": True},
     ),
     "parquet of cifar100": Trial(
         {"a.parquet": parquet(TWO_LABELS)}, {"train": {str(i): 3 for i in range(4)}}, {"copy_parquet": True}
@@ -331,12 +332,12 @@ TRIALS: dict[str, Trial] = {
     ),
     "parquet of plain bytes and names": Trial(
         {"a.parquet": parquet({"image": [picture(i) for i in range(8)], "label": [PETS[i % 2] for i in range(8)]})},
-        {"train": each(PETS, 4)}, {"copy_parquet": True},
+        {"train": even(PETS, 4)}, {"copy_parquet": True},
     ),
     "parquet of another column": Trial(
         {"a.parquet": parquet(TWO_IMAGES)}, "several of its columns.*photo.*thumb.*--image-column",
     ),
-    "parquet of another column, said": Trial(
+    "parquet of another column, with its option": Trial(
         {"a.parquet": parquet(TWO_IMAGES)}, {"train": {"0": 4, "1": 4}},
         {"copy_parquet": True, "image_column": "photo", "label_column": "y"},
     ),
@@ -350,25 +351,25 @@ TRIALS: dict[str, Trial] = {
     "webdataset without a label": Trial(
         webdataset(lambda i: {"class_id": i}), "no sample has a label.*class_id.*--label-column"
     ),
-    "webdataset, the label said": Trial(
+    "webdataset, with its label option": Trial(
         webdataset(lambda i: {"class_id": i % 2}), {"train": {"0": 6, "1": 6}}, {"label_column": "class_id"}
     ),
-    "webdataset of names": Trial(webdataset(lambda i: {"label": PETS[i % 2]}), {"train": each(PETS, 6)}),
+    "webdataset of names": Trial(webdataset(lambda i: {"label": PETS[i % 2]}), {"train": even(PETS, 6)}),
     "webdataset of floats": Trial(webdataset(lambda i: {"label": i / 2}), "label 0.5; accepted: an integer or a name"),
     "webdataset with a label map": Trial(
         webdataset(lambda i: {}) | {"map.csv": b"key,label\n" + b"".join(
             f"{s:02d}{i:02d},{PETS[i % 2]}\n".encode() for s in range(2) for i in range(6))},
-        {"train": each(PETS, 6)}, {"labels": "map.csv"},
+        {"train": even(PETS, 6)}, {"labels": "map.csv"},
     ),
-    "map of tabs": Trial(labelled(rows("\t")), {"train": each(PETS, 3)}, {"labels": "map.txt"}),
-    "map of semicolons": Trial(labelled(rows(";", "file;class")), {"train": each(PETS, 3)}, {"labels": "map.txt"}),
-    "map of spaces": Trial(labelled(rows(" ")), {"train": each(PETS, 3)}, {"labels": "map.txt"}),
+    "map of tabs": Trial(labelled(rows("\t")), {"train": even(PETS, 3)}, {"labels": "map.txt"}),
+    "map of semicolons": Trial(labelled(rows(";", "file;class")), {"train": even(PETS, 3)}, {"labels": "map.txt"}),
+    "map of spaces": Trial(labelled(rows(" ")), {"train": even(PETS, 3)}, {"labels": "map.txt"}),
     "map in Latin-1": Trial(
         labelled(rows(",", "key,label", ("chât", "chien")).decode().encode("latin-1")),
-        {"train": each(("chien", "chât"), 3)}, {"labels": "map.txt"},
+        {"train": even(("chien", "chât"), 3)}, {"labels": "map.txt"},
     ),
     "map without endings": Trial(
-        labelled(rows(",", "id,label").replace(b".png", b"")), {"train": each(PETS, 3)}, {"labels": "map.txt"}
+        labelled(rows(",", "id,label").replace(b".png", b"")), {"train": even(PETS, 3)}, {"labels": "map.txt"}
     ),
     "map of whole floats": Trial(
         labelled(rows(",", "key,label", ("0.0", "1.0"))), {"train": {"0": 3, "1": 3}}, {"labels": "map.txt"}
@@ -385,7 +386,7 @@ TRIALS: dict[str, Trial] = {
     ),
     "map of JSON lines": Trial(
         labelled("\n".join(map(json.dumps, RECORDS)).encode(), "metadata.jsonl"),
-        {"train": each(PETS, 3)}, {"labels": "metadata.jsonl"},
+        {"train": even(PETS, 3)}, {"labels": "metadata.jsonl"},
     ),
     "map for a tar": Trial(
         {"val.tar": tar_bytes([(f"./{i:03d}.png", NEW()) for i in range(6)]),
@@ -439,27 +440,27 @@ def config(root: Path, trial: Trial) -> PrepareConfig:
 
 
 @pytest.mark.parametrize("name", TRIALS)
-def test_trials(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_layouts_are_read_correctly_or_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trial = TRIALS[name]
     write(tmp_path / "in", trial.files)
-    wanted = config(tmp_path, trial)
-    if isinstance(trial.right, str):
+    trial_config = config(tmp_path, trial)
+    if isinstance(trial.expected, str):
         for work in (plan, prepare):
-            with pytest.raises(ValueError, match=trial.right):
-                work(wanted)
+            with pytest.raises(ValueError, match=trial.expected):
+                work(trial_config)
         assert not (tmp_path / "out").exists(), "a refused source leaves nothing"
         return
-    plan(wanted)
+    plan(trial_config)
     assert not (tmp_path / "out").exists(), "a dry run writes nothing"
     dry = capsys.readouterr().out
-    manifest = prepare(wanted)
+    manifest = prepare(trial_config)
     assert capsys.readouterr().out.startswith(dry.strip()[:40]), "both print what was understood"
-    for split, right in trial.right.items():
+    for split, expected in trial.expected.items():
         labels = np.array(table(manifest, split)["label"])
-        found = {name: int((labels == label).sum()) for label, name in enumerate(manifest.classes)}
-        found = found if manifest.classes else {"": len(labels)}
-        assert {name: found[name] for name in right} == right
-        assert len(right) >= len(manifest.classes) or sum(right.values()) <= len(labels)
+        counts = {name: int((labels == label).sum()) for label, name in enumerate(manifest.classes)}
+        counts = counts if manifest.classes else {"": len(labels)}
+        assert {name: counts[name] for name in expected} == expected
+        assert len(expected) >= len(manifest.classes) or sum(expected.values()) <= len(labels)
     report = storage.read_json(str(tmp_path / "out" / "report.json"))["understanding"]
     assert report["splits"] == {split: manifest.num_samples(split) for split in manifest.splits}
     assert report["num_classes"] == len(manifest.classes)
@@ -469,13 +470,13 @@ def test_the_detected_layout_is_printed(tmp_path: Path, capsys: pytest.CaptureFi
     write(tmp_path / "in", tiny_imagenet() | {"train/notes.docx": b"", "train/.DS_Store": b""})
     prepare(config(tmp_path, Trial({}, "")))
     text = capsys.readouterr().out
-    for words in (
+    for phrase in (
         "class folders", "train 12 images, validation 6 images", "3: n01443537 (6), n01629819 (6), n02017213 (6)",
         "val_annotations.txt is used for the labels of validation images", "wnids.txt is not used",
         "words.txt is not used", "files that end in .txt: 6", "files that end in .docx: 1", "hidden files: 1",
         "test images without labels: 5", "0 are transparent",
     ):  # fmt: skip
-        assert words in text
+        assert phrase in text
 
 
 def test_every_image_of_a_zip_is_its_own_bytes(tmp_path: Path) -> None:
@@ -487,7 +488,7 @@ def test_every_image_of_a_zip_is_its_own_bytes(tmp_path: Path) -> None:
         assert dict(zip(rows["key"], rows["image"], strict=True)) == files
 
 
-def test_pixels_of_downsampled_imagenet(tmp_path: Path) -> None:
+def test_pixels_of_downsampled_imagenet_are_unchanged(tmp_path: Path) -> None:
     files = downsampled(8, np.savez)
     write(tmp_path / "in", files)
     rows = table(prepare(config(tmp_path, Trial({}, ""))), "train")
@@ -503,18 +504,18 @@ def lsun(path: Path, images: list[bytes]) -> None:
             transaction.put(f"{i:040x}".encode(), data)
 
 
-def test_lsun(tmp_path: Path) -> None:
+def test_lsun_databases_are_read(tmp_path: Path) -> None:
     new = Pictures()
     images = {name: [new() for _ in range(5)] for name in ("bedroom_train", "bedroom_val", "cat_train")}
-    for name, found in images.items():
+    for name, pictures in images.items():
         (tmp_path / "in").mkdir(exist_ok=True)
-        lsun(tmp_path / "in" / f"{name}_lmdb", found)
+        lsun(tmp_path / "in" / f"{name}_lmdb", pictures)
     manifest = prepare(config(tmp_path, Trial({}, "", {"accept_classes": True})))
     assert manifest.classes == ("bedroom", "cat") and manifest.num_samples("validation") == 5
     rows = table(manifest, "train")
     assert sorted(rows["image"]) == sorted(images["bedroom_train"] + images["cat_train"])
-    alone = PrepareConfig(store=str(tmp_path), source="in/bedroom_train_lmdb", output="alone", name="bedrooms")
-    manifest = prepare(alone)
+    single = PrepareConfig(store=str(tmp_path), source="in/bedroom_train_lmdb", output="alone", name="bedrooms")
+    manifest = prepare(single)
     assert manifest.classes == () and sorted(table(manifest, "train")["image"]) == sorted(images["bedroom_train"])
 
 

@@ -1,4 +1,4 @@
-"""A file of golden Inception weights that tests use instead of the published one, which they cannot download."""
+"""Random Inception weights of the golden data, which replace the published file because tests cannot download it."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).parents[2] / "golden" / "metrics"
 
 
 def write_weights(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, torch.Tensor], str]:
-    """Write the weights to `path`, and make their digest the expected one; return state dict and digest."""
+    """Write the weights to `path`, and set their digest as the expected one. Return the state dict and the digest."""
     shapes = json.loads((GOLDEN / "inception_state_dict.json").read_text())["shapes"]
     with np.load(GOLDEN / "inception_random_weights.npz") as arrays:
         state = random_weights({name: arrays[name] for name in ("seed", "fc_scale")}, shapes)

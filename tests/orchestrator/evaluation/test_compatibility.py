@@ -1,4 +1,4 @@
-"""Samples and reference are compared before features are extracted; differences are errors or warnings."""
+"""Samples and reference are compared before features are extracted, and differences are errors or warnings."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ def read(size: tuple[int, int], colour: int, label: int, begin: int, end: int) -
 def side(
     name: str = "x", classes: tuple[str, ...] = (), size: tuple[int, int] = (8, 8), colour: int = 40, label: int = 2
 ) -> Side:
-    """A set with labels up to `label` (-1: without), some of its classes' names, and pixels of one colour."""
+    """Return a set with labels from 0 to `label` (-1: no labels), its class names, and pixels of one colour."""
     return Side.of(name, ImageSet(name, "npz", 100, name, partial(read, size, colour, label), classes=classes))
 
 
@@ -81,7 +81,7 @@ def test_without_labels_there_is_nothing_to_match() -> None:
     assert check_compatible(side(classes=NAMES), side(label=-1), "digits") == ([], "")
 
 
-def test_sizes_differ_by_a_warning_only_where_the_extractor_resizes() -> None:
+def test_different_sizes_are_a_warning_if_the_extractor_resizes_and_else_an_error() -> None:
     small, large = side("A", size=(64, 64)), side("B", size=(128, 256))
     for extractor in ("inception", "efficientnet"):
         (warning,), _ = check_compatible(small, large, extractor)
@@ -91,9 +91,11 @@ def test_sizes_differ_by_a_warning_only_where_the_extractor_resizes() -> None:
             check_compatible(small, large, extractor)
 
 
-@pytest.mark.parametrize(("here", "there", "count"), [(0, 0, 0), (60, 50, 0), (0, 60, 1), (60, 0, 1), (2, 0, 0)])
-def test_grey_against_colour_is_a_warning(here: int, there: int, count: int) -> None:
-    warnings, _ = check_compatible(side("A", colour=here), side("B", colour=there), "digits")
+@pytest.mark.parametrize(
+    ("samples_colour", "reference_colour", "count"), [(0, 0, 0), (60, 50, 0), (0, 60, 1), (60, 0, 1), (2, 0, 0)]
+)
+def test_grey_against_colour_is_a_warning(samples_colour: int, reference_colour: int, count: int) -> None:
+    warnings, _ = check_compatible(side("A", colour=samples_colour), side("B", colour=reference_colour), "digits")
     assert len(warnings) == count and all("grey" in warning for warning in warnings)
     if count:
-        assert f"64 images of {'B' if here else 'A'} are grey" in warnings[0]
+        assert f"64 images of {'B' if samples_colour else 'A'} are grey" in warnings[0]

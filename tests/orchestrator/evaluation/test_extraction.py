@@ -1,4 +1,4 @@
-"""Features in blocks of 512 indices do not depend on sharding, workers and interruptions (promise P5)."""
+"""Features in blocks of 512 indices do not depend on shards, workers and interruptions (promise P5)."""
 
 import threading
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ TOY = partial(own_extractor, "tests.orchestrator.evaluation.toy_extractor.ToyExt
 
 @dataclass(frozen=True)
 class Shards:
-    """Images in a number of files of uneven lengths, read by index."""
+    """Images in several files of unequal lengths, read by index."""
 
     folder: str
     bounds: tuple[int, ...]
@@ -61,8 +61,8 @@ def contents(files: FeatureFiles) -> dict[str, bytes]:
 def test_shards_change_nothing(images: np.ndarray, tmp_path: Path) -> None:
     extracted = []
     for num_shards in (1, 7, 64):
-        some = sharded(tmp_path / f"in{num_shards}", images, num_shards)
-        extracted.append(extract_all(some, str(tmp_path / f"out{num_shards}"), TOY, num_workers=0))
+        image_set = sharded(tmp_path / f"in{num_shards}", images, num_shards)
+        extracted.append(extract_all(image_set, str(tmp_path / f"out{num_shards}"), TOY, num_workers=0))
     first, *others = map(contents, extracted)
     assert sorted(first) == [f"{b:08d}-{min(b + BLOCK, COUNT):08d}.safetensors" for b in range(0, COUNT, BLOCK)]
     assert all(other == first for other in others)
@@ -70,12 +70,12 @@ def test_shards_change_nothing(images: np.ndarray, tmp_path: Path) -> None:
 
 def test_complete_features_need_no_gpu(images: np.ndarray, tmp_path: Path) -> None:
     """A driver and the trials of a search read finished features on nodes without a GPU."""
-    some = sharded(tmp_path / "in", images, 2)
+    image_set = sharded(tmp_path / "in", images, 2)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="sees no GPU"):
-            extract_all(some, str(tmp_path / "out"), TOY, num_workers=0, num_gpus=1.0)
-    made = extract_all(some, str(tmp_path / "out"), TOY, num_workers=0)
-    assert extract_all(some, str(tmp_path / "out"), TOY, num_workers=0, num_gpus=1.0) == made
+            extract_all(image_set, str(tmp_path / "out"), TOY, num_workers=0, num_gpus=1.0)
+    files = extract_all(image_set, str(tmp_path / "out"), TOY, num_workers=0)
+    assert extract_all(image_set, str(tmp_path / "out"), TOY, num_workers=0, num_gpus=1.0) == files
 
 
 def test_the_next_block_is_read_during_the_forward_pass(images: np.ndarray, tmp_path: Path) -> None:
@@ -90,48 +90,48 @@ def test_the_next_block_is_read_during_the_forward_pass(images: np.ndarray, tmp_
             assert begun[BLOCK].wait(60), "the second block was not read"
             return super().__call__(images)
 
-    some = ImageSet("some", "samples", COUNT, "x", read)
-    extract_all(some, str(tmp_path), lambda device: LoadedExtractor(Waiting(), "waiting"), num_workers=0)
+    image_set = ImageSet("some", "samples", COUNT, "x", read)
+    extract_all(image_set, str(tmp_path), lambda device: LoadedExtractor(Waiting(), "waiting"), num_workers=0)
 
 
 @pytest.mark.ray
 def test_the_pool_changes_nothing(
     images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None
 ) -> None:
-    some = sharded(tmp_path / "in", images, 7)
-    here = extract_all(some, str(tmp_path / "here"), TOY, num_workers=0)
-    pooled = extract_all(some, str(tmp_path / "pool"), TOY, num_workers=2)
-    assert contents(pooled) == contents(here)
-    alone = here.moments("pool", num_workers=0)
-    monkeypatch.setattr(extraction, "GROUP", 1)  # each block a share of its own
-    together = pooled.moments("pool", num_workers=2)
-    assert alone.mean.tobytes() == together.mean.tobytes() and alone.m2.tobytes() == together.m2.tobytes()
+    image_set = sharded(tmp_path / "in", images, 7)
+    unpooled = extract_all(image_set, str(tmp_path / "here"), TOY, num_workers=0)
+    pooled = extract_all(image_set, str(tmp_path / "pool"), TOY, num_workers=2)
+    assert contents(pooled) == contents(unpooled)
+    expected = unpooled.moments("pool", num_workers=0)
+    monkeypatch.setattr(extraction, "GROUP", 1)  # one item for each block
+    actual = pooled.moments("pool", num_workers=2)
+    assert expected.mean.tobytes() == actual.mean.tobytes() and expected.m2.tobytes() == actual.m2.tobytes()
 
 
 def test_only_missing_features_are_extracted(images: np.ndarray, tmp_path: Path) -> None:
-    some = sharded(tmp_path / "in", images, 1)
-    files = extract_all(some, str(tmp_path / "out"), TOY, num_workers=0)
+    image_set = sharded(tmp_path / "in", images, 1)
+    files = extract_all(image_set, str(tmp_path / "out"), TOY, num_workers=0)
     before = contents(files)
     middle = storage.join(files.folder, f"{BLOCK:08d}-{2 * BLOCK:08d}.safetensors")
     storage.delete(middle)
     read: list[tuple[int, int]] = []
 
-    def watched(begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    def recording_read(begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         read.append((begin, end))
-        return some.read(begin, end)
+        return image_set.read(begin, end)
 
-    extract_all(ImageSet("again", "samples", COUNT, "x", watched), str(tmp_path / "out"), TOY, num_workers=0)
+    extract_all(ImageSet("again", "samples", COUNT, "x", recording_read), str(tmp_path / "out"), TOY, num_workers=0)
     assert read == [(BLOCK, 2 * BLOCK)] and contents(files) == before
 
 
-def test_rows_and_moments_are_those_of_the_whole(images: np.ndarray, tmp_path: Path) -> None:
+def test_rows_and_moments_are_those_of_all_features(images: np.ndarray, tmp_path: Path) -> None:
     files = extract_all(sharded(tmp_path / "in", images, 1), str(tmp_path / "out"), TOY, num_workers=0)
-    whole = concatenate(files.block(number) for number in range(files.num_blocks))
-    np.testing.assert_array_equal(files.pool(), whole.features.pool)
+    everything = concatenate(files.block(number) for number in range(files.num_blocks))
+    np.testing.assert_array_equal(files.pool(), everything.features.pool)
     rows = np.array([0, 511, 512, 700, COUNT - 1])
-    np.testing.assert_array_equal(files.pool(rows), whole.features.pool[rows])
+    np.testing.assert_array_equal(files.pool(rows), everything.features.pool[rows])
     np.testing.assert_array_equal(files.labels(), np.arange(COUNT) % 3)
-    assert files.moments("spatial", 0).m2.tobytes() == moments(whole.features.spatial).m2.tobytes()  # type: ignore[arg-type]
+    assert files.moments("spatial", 0).m2.tobytes() == moments(everything.features.spatial).m2.tobytes()  # type: ignore[arg-type]
 
 
 def test_few_rows_of_many_are_kept(images: np.ndarray, tmp_path: Path) -> None:
@@ -153,6 +153,6 @@ def test_a_damaged_file_is_named(images: np.ndarray, tmp_path: Path) -> None:
 
 def test_concatenation_keeps_order() -> None:
     parts = [Labelled(Features(np.full((n, 4), n, np.float32)), np.arange(n)) for n in (3, 5)]
-    whole = concatenate(parts)
-    np.testing.assert_array_equal(whole.features.pool[:, 0], [3] * 3 + [5] * 5)
-    assert whole.features.spatial is None and whole.labels.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
+    merged = concatenate(parts)
+    np.testing.assert_array_equal(merged.features.pool[:, 0], [3] * 3 + [5] * 5)
+    assert merged.features.spatial is None and merged.labels.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]

@@ -29,7 +29,7 @@ def load(name: str, weights: str | None = None, dataset: str | None = None) -> e
     return extractor_loader(name, weights, dataset, "/nowhere/extractors", image_size=8)(CPU)
 
 
-def test_without_its_weights_inception_says_which_file_and_where() -> None:
+def test_the_error_of_missing_inception_weights_names_file_and_folder() -> None:
     with pytest.raises(FileNotFoundError) as error:
         load("inception")
     message = str(error.value)
@@ -61,7 +61,7 @@ def test_vision_transformers_load_from_their_published_files(
     assert loaded.network(np.zeros((1, 8, 8, 3), np.uint8)).pool.shape == (1, 64 if name == "dinov2" else 48)
 
 
-def test_accuracy_is_of_classes_that_the_extractor_knows() -> None:
+def test_accuracy_needs_the_classes_of_the_extractor() -> None:
     wordnet = tuple(f"n{number:08d}" for number in range(1000))
     loaded = efficientnet_extractor(CPU)
     assert loaded.class_mismatch(wordnet) == "" and "efficientnet" in loaded.class_mismatch(wordnet[::-1])
@@ -79,7 +79,7 @@ def test_the_right_file_is_checked_and_loaded(tmp_path: Path, monkeypatch: pytes
     np.testing.assert_allclose(loaded.network(images).pool, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_efficientnet_knows_a_palace_from_a_flower() -> None:
+def test_efficientnet_classifies_a_palace_and_a_flower() -> None:
     """Real ImageNet weights: scikit-learn's two photographs are a palace (698) with a bell cote (442), and a daisy."""
     loaded = efficientnet_extractor(CPU)
     china, flower = (image[:, 100:500] for image in load_sample_images().images)
@@ -90,7 +90,7 @@ def test_efficientnet_knows_a_palace_from_a_flower() -> None:
     assert loaded.fingerprint.startswith("efficientnet_lite0-57934424")
 
 
-def test_an_extractor_of_one_s_own_is_imported_by_its_dotted_name() -> None:
+def test_a_custom_extractor_is_imported_by_its_dotted_name() -> None:
     loaded = own_extractor("tests.orchestrator.evaluation.toy_extractor.ToyExtractor")
     assert loaded.fingerprint == "toy-quarters" and loaded.network.dimension == 12
     module = own_extractor("models.features.DigitsNetwork")  # its identity is that of its state
@@ -118,7 +118,7 @@ def test_each_dataset_has_its_own_digits_network(tmp_path: Path) -> None:
     for loaded, turn in ((first, 0), (second, 1)):
         logits = loaded.network(scans).logits
         assert logits is not None and (logits.argmax(axis=1) == (labels + turn) % 10).mean() > 0.7
-    # By its fingerprint a network is found without its dataset, for references with mu and sigma only.
+    # A fingerprint is enough to load a network without its dataset, for references that contain only mu and sigma.
     for loaded in (first, second):
         assert extractor_loader("digits", None, None, networks, 8, loaded.fingerprint)(CPU).fingerprint == (
             loaded.fingerprint

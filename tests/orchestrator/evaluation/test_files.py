@@ -25,7 +25,7 @@ def manifest(**changes: object) -> Manifest:
 
 
 def write(uri: str, names: Iterable[str], sizes: dict[str, int] | None = None) -> str:
-    """An image for each name, 6 pixels wide unless `sizes` has another width, in a folder or (.tar) in a tar."""
+    """Write an image for each name to a folder or, if `uri` ends in .tar, to a tar; `sizes` has widths other than 6."""
     images = {name: png(np.full((6, (sizes or {}).get(name, 6), 3), i, np.uint8)) for i, name in enumerate(names)}
     if not uri.endswith(".tar"):
         for name, data in images.items():
@@ -43,37 +43,37 @@ def write(uri: str, names: Iterable[str], sizes: dict[str, int] | None = None) -
     ("names", "key_words"),
     [
         (PADDED, []),
-        ([f"{a}{i}.png" for i in (1, 10, 2) for a in "abcdefgh"], []),  # no pattern is usual: the order of the names
+        ([f"{a}{i}.png" for i in (1, 10, 2) for a in "abcdefgh"], []),  # several patterns: sorted by name
         (UNPADDED, ["not padded", "2.png comes before 10.png"]),
         ([f"made/{name}" for name in UNPADDED], ["not padded", "made/2.png"]),
         ([*PADDED, "._000000.png", ".DS_Store", ".cache/1.png"], ["3 hidden", ".DS_Store"]),
         ([*PADDED, "a.txt", "b.TXT", "c.heic", "LICENSE"], ["ending", ".heic 1", "none 1"]),
     ],
 )
-def test_names_are_reported(names: list[str], key_words: list[str]) -> None:
+def test_unusual_names_are_reported(names: list[str], key_words: list[str]) -> None:
     listing = list_images(map(ListedFile, names))
     assert not listing.unusual and len(listing.warnings) == bool(key_words)
     for word in key_words:
         assert word in listing.warnings[0]
 
 
-def test_numbers_decide_the_order_where_names_have_one_pattern() -> None:
+def test_names_of_one_pattern_are_sorted_by_their_numbers() -> None:
     assert [file.name for file in list_images(map(ListedFile, UNPADDED[::-1])).files] == UNPADDED
     mixed = ["b1.png", "a10.png", "a2.png", "c.png"]
     assert [file.name for file in list_images(map(ListedFile, mixed)).files] == sorted(mixed)
 
 
 @pytest.mark.parametrize("form", ["images", "images.tar"])
-@pytest.mark.parametrize("odd", ["grid.png", "0_grid.png", "preview_000.png"])
-def test_a_grid_among_samples_is_refused_and_an_odd_name_reported(form: str, odd: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"{odd} \(60x6\) looks like a grid.*6x6.*remove"):
-        open_images(write(f"{tmp_path}/grid-{form}", [*PADDED, odd], {odd: 60}))
-    found = open_images(write(f"{tmp_path}/{form}", [*PADDED, odd]))
-    assert found.count == 21 and len(found.warnings) == 1
-    assert odd in found.warnings[0] and "remove" in found.warnings[0]
+@pytest.mark.parametrize("unusual", ["grid.png", "0_grid.png", "preview_000.png"])
+def test_a_grid_among_samples_is_refused_and_an_unusual_name_reported(form: str, unusual: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"{unusual} \(60x6\) looks like a grid.*6x6.*remove"):
+        open_images(write(f"{tmp_path}/grid-{form}", [*PADDED, unusual], {unusual: 60}))
+    images = open_images(write(f"{tmp_path}/{form}", [*PADDED, unusual]))
+    assert images.count == 21 and len(images.warnings) == 1
+    assert unusual in images.warnings[0] and "remove" in images.warnings[0]
 
 
-def test_a_size_that_differs_late_is_found_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_different_size_is_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = write(str(tmp_path), PADDED, {PADDED[17]: 9})
     with pytest.raises(ValueError, match=rf"{PADDED[17]} has 9x6 pixels, .* 6x6; pass --image-size"):
         open_images(uri)
@@ -87,9 +87,9 @@ def test_few_headers_of_a_remote_folder_are_read(s3_bucket: str, monkeypatch: py
     monkeypatch.setattr("orchestrator.evaluation.files.REMOTE_SIZES", 3)
     with pytest.raises(ValueError, match="looks like a grid"):
         open_images(write(f"{s3_bucket}/grid", [*PADDED, "grid.png"], {"grid.png": 60}))
-    found = open_images(write(f"{s3_bucket}/late", PADDED, {PADDED[17]: 9}))
+    images = open_images(write(f"{s3_bucket}/late", PADDED, {PADDED[17]: 9}))
     with pytest.raises(ValueError, match="--image-size"):
-        found.read(15, 20)
+        images.read(15, 20)
 
 
 def test_some_folders_named_after_classes_are_reported(tmp_path: Path) -> None:

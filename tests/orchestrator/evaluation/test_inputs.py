@@ -28,7 +28,7 @@ def images() -> np.ndarray:
 
 
 def write(form: str, folder: str, images: np.ndarray) -> str:
-    """The images at a URI beneath `folder`, in one of the forms."""
+    """Write the images below `folder` in one of the forms, and return the URI."""
     buffer = io.BytesIO()
     names = [f"{index:06d}.png" for index in range(len(images))]
     if form == "folder":
@@ -54,9 +54,9 @@ def write(form: str, folder: str, images: np.ndarray) -> str:
 
 @pytest.mark.parametrize("form", ["folder", "tar", "stored.npz", "deflated.npz", "fortran.npz"])
 def test_every_form_gives_the_same_pixels(form: str, images: np.ndarray, tmp_path: Path) -> None:
-    found = open_images(write(form, str(tmp_path), images))
-    assert found.count == COUNT and image_size_of(found) == 6
-    read = pickle.loads(pickle.dumps(found)).read  # noqa: S301 - as it travels to a worker
+    image_set = open_images(write(form, str(tmp_path), images))
+    assert image_set.count == COUNT and image_size_of(image_set) == 6
+    read = pickle.loads(pickle.dumps(image_set)).read  # noqa: S301 - as it is sent to a worker
     for begin, end in ((0, 3), (512, 1024), (1024, COUNT), (100, 900), (5, 6)):  # also backwards
         pixels, labels = read(begin, end)
         np.testing.assert_array_equal(pixels, images[begin:end])
@@ -66,34 +66,34 @@ def test_every_form_gives_the_same_pixels(form: str, images: np.ndarray, tmp_pat
 
 @pytest.mark.parametrize("form", ["tar", "stored.npz", "deflated.npz"])
 def test_object_storage_serves_ranges(form: str, images: np.ndarray, s3_bucket: str) -> None:
-    found = open_images(write(form, s3_bucket, images[:600]))
-    np.testing.assert_array_equal(found.read(500, 600)[0], images[500:600])
+    image_set = open_images(write(form, s3_bucket, images[:600]))
+    np.testing.assert_array_equal(image_set.read(500, 600)[0], images[500:600])
 
 
 def test_a_compressed_batch_is_read_once_from_its_start(
     images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = open_images(write("deflated.npz", str(tmp_path), images))
+    image_set = open_images(write("deflated.npz", str(tmp_path), images))
     opened: list[str] = []
     open_input = storage.open_input
 
-    def watched(uri: str) -> BinaryIO:
+    def recording_open(uri: str) -> BinaryIO:
         opened.append(uri)
         return open_input(uri)
 
-    monkeypatch.setattr(storage, "open_input", watched)
-    parts = [found.read(begin, min(begin + 100, COUNT))[0] for begin in range(0, COUNT, 100)]
+    monkeypatch.setattr(storage, "open_input", recording_open)
+    parts = [image_set.read(begin, min(begin + 100, COUNT))[0] for begin in range(0, COUNT, 100)]
     np.testing.assert_array_equal(np.concatenate(parts), images)
     assert len(opened) == 1
 
 
 def test_other_images_have_another_identity(images: np.ndarray, tmp_path: Path) -> None:
-    def opened(name: str, some: np.ndarray) -> ImageSet:
-        np.savez(tmp_path / name, some)
+    def saved_and_opened(name: str, pixels: np.ndarray) -> ImageSet:
+        np.savez(tmp_path / name, pixels)
         return open_images(str(tmp_path / name))
 
-    assert opened("a.npz", images[:9]).identity == opened("b.npz", images[:9]).identity
-    assert opened("c.npz", images[1:10]).identity != opened("a.npz", images[:9]).identity
+    assert saved_and_opened("a.npz", images[:9]).identity == saved_and_opened("b.npz", images[:9]).identity
+    assert saved_and_opened("c.npz", images[1:10]).identity != saved_and_opened("a.npz", images[:9]).identity
 
 
 def test_folders_named_after_classes_give_labels(images: np.ndarray, tmp_path: Path) -> None:
@@ -101,25 +101,17 @@ def test_folders_named_after_classes_give_labels(images: np.ndarray, tmp_path: P
         storage.write_bytes(
             f"{tmp_path}/cats/{index}.png" if index % 2 else f"{tmp_path}/dogs/{index}.png", png(images[index])
         )
-    found = open_images(str(tmp_path), manifest(classes=("dogs", "cats", "birds")))
-    assert found.read(0, 6)[1].tolist() == [1, 1, 1, 0, 0, 0] and found.classes == ("dogs", "cats", "birds")
+    image_set = open_images(str(tmp_path), manifest(classes=("dogs", "cats", "birds")))
+    assert image_set.read(0, 6)[1].tolist() == [1, 1, 1, 0, 0, 0] and image_set.classes == ("dogs", "cats", "birds")
     without = open_images(str(tmp_path), manifest(classes=("dogs", "birds")))
     assert without.read(0, 6)[1].tolist() == [-1] * 6 and without.classes == ()
 
 
-def test_images_of_several_sizes_are_refused_unless_cropped(images: np.ndarray, tmp_path: Path) -> None:
-    storage.write_bytes(f"{tmp_path}/a.png", png(images[0]))
-    storage.write_bytes(f"{tmp_path}/b.png", png(images[1].repeat(2, axis=0)))
-    with pytest.raises(ValueError, match=r"b\.png has 6x12 pixels, .* 6x6; pass --image-size"):
-        open_images(str(tmp_path)).read(0, 2)
-    assert open_images(str(tmp_path), image_size=4).read(0, 2)[0].shape == (2, 4, 4, 3)
-
-
-def test_what_cannot_be_measured_is_one_error(images: np.ndarray, tmp_path: Path) -> None:
+def test_inputs_that_cannot_be_measured_raise_one_error(images: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="none has no finished samples"):
         open_images(str(tmp_path / "none"))
-    whole = Path(write("tar", str(tmp_path), images[:20])).read_bytes()
-    (tmp_path / "short.tar").write_bytes(whole[: len(whole) // 2])
+    data = Path(write("tar", str(tmp_path), images[:20])).read_bytes()
+    (tmp_path / "short.tar").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"short\.tar is not a valid tar"):
         open_images(str(tmp_path / "short.tar"))
     (tmp_path / "text.tar").write_bytes(b"no archive" * 100)
@@ -153,9 +145,7 @@ def test_what_cannot_be_measured_is_one_error(images: np.ndarray, tmp_path: Path
         ("a.folder", None, None),
     ],
 )
-def test_files_of_no_use_are_known_by_their_ending(
-    name: str, for_samples: str | None, for_reference: str | None
-) -> None:
+def test_unusable_files_are_refused_by_ending(name: str, for_samples: str | None, for_reference: str | None) -> None:
     for role, message in (("samples", for_samples), ("reference", for_reference)):
         if message is None:
             check_ending(f"/some/{name}", role)  # type: ignore[arg-type]
@@ -165,18 +155,18 @@ def test_files_of_no_use_are_known_by_their_ending(
         assert "\n" not in str(error.value)
 
 
-def test_samples_carry_the_names_of_their_classes(tmp_path: Path) -> None:
+def test_samples_have_the_names_of_their_classes(tmp_path: Path) -> None:
     save_network(str(tmp_path), "unet.safetensors", UNET)
     settings = {"weights": "unet.safetensors", "output": "samples", "num_samples": 2, "num_workers": 0}
     folder = generate(GenerationConfig(store=str(tmp_path), **settings))
     assert open_images(folder).classes == tuple(str(label) for label in range(10))
     run = storage.read_json(f"{folder}/run.json")
-    del run["record"]["classes"]  # as older folders are
+    del run["record"]["classes"]  # older folders have none
     storage.write_json(f"{folder}/run.json", run)
     assert open_images(folder).classes == () and open_images(folder).count == 2
 
 
-def test_a_dataset_that_has_to_be_enlarged_is_reported(tmp_path: Path) -> None:
+def test_upsampling_of_a_dataset_is_reported(tmp_path: Path) -> None:
     folder = prepare(digits(str(tmp_path))).folder
     assert split_images(folder, "train", 8).warnings == ()
     (warning,) = split_images(folder, "train", 16).warnings

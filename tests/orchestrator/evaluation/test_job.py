@@ -24,7 +24,7 @@ TOY = "tests.orchestrator.evaluation.toy_extractor.ToyExtractor"
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store with the prepared digits, and 600 samples of noise as an .npz."""
+    """Return a store with the prepared digits, and 600 samples of noise as an .npz."""
     store = tmp_path_factory.mktemp("store")
     prepare(digits(str(store)))
     images = np.random.default_rng([72]).integers(0, 256, (600, 8, 8, 3), dtype=np.uint8)
@@ -41,16 +41,11 @@ def config(store: str, **changes: Any) -> EvaluationConfig:
 
 
 def report(uri: str) -> dict[str, Any]:
-    """What does not tell where things lie."""
+    """Return the parts of a report that contain no paths."""
     content = storage.read_json(uri)
     return {
         name: content[name] for name in ("metrics", "held_out", "per_class", "closest_pairs", "nearest_training_image")
     }
-
-
-def test_samples_that_are_not_there_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="none has no finished samples"):
-        evaluate(EvaluationConfig(store=str(tmp_path), samples="none", reference="digits", output="evaluation"))
 
 
 @pytest.mark.parametrize(
@@ -59,6 +54,7 @@ def test_samples_that_are_not_there_are_an_error(tmp_path: Path) -> None:
         ({"reference": "digit"}, "digit holds no finished dataset"),
         ({"reference": "none.npz"}, r"--reference none\.npz does not exist"),
         ({"samples": "none.npz"}, r"--samples none\.npz does not exist"),
+        ({"samples": "none"}, "none has no finished samples"),
         ({"reference": "a.pkl"}, r"--reference a\.pkl .*never opened"),
         ({"samples": "a.npy"}, r"--samples a\.npy .*arr_0"),
         ({"image_size": 16}, "image_size=16, but the samples"),
@@ -66,7 +62,7 @@ def test_samples_that_are_not_there_are_an_error(tmp_path: Path) -> None:
         ({"extractor": "vgg"}, "inception, dinov2"),
     ],
 )
-def test_a_mistake_claims_no_folder(store: str, changes: dict[str, Any], message: str) -> None:
+def test_a_wrong_config_creates_no_folder(store: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises((FileNotFoundError, ValueError), match=message):
         evaluate(config(store, output="mistaken", **changes))
     assert not storage.exists(storage.join(store, "mistaken"))
@@ -82,7 +78,7 @@ MADE_BY = {
 
 
 def write_samples(store: str, name: str, classes: tuple[str, ...]) -> str:
-    """A folder of 16 samples of noise as `generate` leaves it, of classes of these names."""
+    """Write 16 samples of noise with these class names in the format of `generate`, and return their `name`."""
     images = np.random.default_rng([75]).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
     folder, shard = storage.join(store, name), Shard(0, 16)
     write_run(folder, MADE_BY, {}, {"classes": classes})
@@ -92,20 +88,21 @@ def write_samples(store: str, name: str, classes: tuple[str, ...]) -> str:
 
 
 @pytest.mark.parametrize("extractor", [TOY, "digits"])
-def test_what_cannot_be_compared_is_refused_before_any_feature(
+def test_inputs_that_cannot_be_compared_are_refused_before_any_feature_is_extracted(
     extractor: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:
-        raise AssertionError("an extractor was loaded, or features were made")
+        raise AssertionError("an extractor was trained, or features were extracted")
 
-    for made in ("job.extract_all", "job.extract_reference", "extraction.map_items", "extractors.train_digits_network"):
-        monkeypatch.setattr(f"orchestrator.evaluation.{made}", refuse)
+    functions = ["job.extract_all", "job.extract_reference", "extraction.map_items", "extractors.train_digits_network"]
+    for function in functions:
+        monkeypatch.setattr(f"orchestrator.evaluation.{function}", refuse)
     names = ("one", "two", "three")
-    named = write_samples(str(tmp_path), "named", names)
+    samples = write_samples(str(tmp_path), "named", names)
     source = prepare(digits(str(tmp_path), output="others", name="others"))
     others = source.model_copy(update={"classes": tuple(f"class {label}" for label in range(10))})
     storage.write_bytes(f"{source.folder}/manifest.json", others.model_dump_json().encode())
-    settings = {"extractor": extractor, "samples": f"{tmp_path}/{named}"}
+    settings = {"extractor": extractor, "samples": f"{tmp_path}/{samples}"}
     with pytest.raises(
         ValueError, match=r"class names of --samples .*named and --reference .*others.*'one'.*'class 0'"
     ):
@@ -123,8 +120,8 @@ def test_what_cannot_be_compared_is_refused_before_any_feature(
 def test_warnings_are_on_the_terminal_in_the_report_and_on_the_page(
     store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    named = write_samples(str(tmp_path), "named", ("one", "two", "three"))
-    uri = evaluate(config(store, output="warned", samples=f"{tmp_path}/{named}"))
+    samples = write_samples(str(tmp_path), "named", ("one", "two", "three"))
+    uri = evaluate(config(store, output="warned", samples=f"{tmp_path}/{samples}"))
     content, printed = storage.read_json(uri), capsys.readouterr().out
     page = html.unescape((Path(uri).parent / "report.html").read_text())
     assert any("'one'" in warning for warning in content["warnings"])
@@ -136,17 +133,18 @@ def test_warnings_are_on_the_terminal_in_the_report_and_on_the_page(
         assert "'one'" in content["not_available"][name]
 
 
-def test_statistics_alone_serve_the_extractor_that_they_state(store: str, tmp_path: Path) -> None:
-    whole = storage.read_json(evaluate(config(store, output="by-images", extractor="digits")))
-    fingerprint = whole["extractor"]["fingerprint"]
+def test_statistics_without_images_are_enough_for_the_extractor_that_they_state(store: str, tmp_path: Path) -> None:
+    by_images = storage.read_json(evaluate(config(store, output="by-images", extractor="digits")))
+    fingerprint = by_images["extractor"]["fingerprint"]
     folder = storage.join(store, "digits", "features", "train-8", fingerprint)
     features = FeatureFiles(folder, 1437, fingerprint).pool().astype(np.float64)
     statistics = {"mu": features.mean(axis=0), "sigma": np.cov(features, rowvar=False)}
     np.savez(tmp_path / "statistics", **statistics, extractor=fingerprint)
     reference = str(tmp_path / "statistics.npz")
-    found = storage.read_json(evaluate(config(store, output="by-mu", extractor="digits", reference=reference)))
-    assert found["metrics"]["fd_digits"]["value"] == pytest.approx(whole["metrics"]["fd_digits"]["value"], rel=1e-6)
-    assert "precision" in found["not_available"]
+    by_statistics = storage.read_json(evaluate(config(store, output="by-mu", extractor="digits", reference=reference)))
+    expected = by_images["metrics"]["fd_digits"]["value"]
+    assert by_statistics["metrics"]["fd_digits"]["value"] == pytest.approx(expected, rel=1e-6)
+    assert "precision" in by_statistics["not_available"]
     for extractor, message in ((TOY, "toy-quarters"), ("digits", "digits-0123")):
         np.savez(tmp_path / "other", **statistics, extractor="digits-0123")
         with pytest.raises(ValueError, match=message):
@@ -166,14 +164,16 @@ def test_noise_is_measured_by_the_digits_network(store: str, capsys: pytest.Capt
     }  # fmt: skip
     assert next(iter(metrics)) == "fd_infinity_digits"
     assert content["extractor"]["held_out_accuracy"] > 0.97
-    for name, found in metrics.items():
-        assert found["n"] == 600 and found["extractor"] == content["extractor"]["fingerprint"]
-        unpaired = {"accuracy", "vendi_score", "inception_score_digits", "inception_score_10split_digits"}
-        at_equal_counts = {"density", "coverage", "clipped_density", "clipped_coverage"}
-        expected = None if name in unpaired else 600 if name in at_equal_counts else 1437
-        assert found["n_reference"] == expected, name
-        assert found["seeds"] == {"seed": None, "indices": [0, 600]}
-        assert found["interval"] or found["note"]
+    unpaired = {"accuracy", "vendi_score", "inception_score_digits", "inception_score_10split_digits"}
+    at_equal_counts = {"density", "coverage", "clipped_density", "clipped_coverage"}
+    for name, entry in metrics.items():
+        assert entry["n"] == 600 and entry["extractor"] == content["extractor"]["fingerprint"]
+        if name in unpaired:
+            assert entry["n_reference"] is None, name
+        else:
+            assert entry["n_reference"] == (600 if name in at_equal_counts else 1437), name
+        assert entry["seeds"] == {"seed": None, "indices": [0, 600]}
+        assert entry["interval"] or entry["note"]
     assert (
         metrics["fd_digits"]["value"] > 5 and metrics["precision"]["value"] < 0.5 and metrics["accuracy"]["value"] < 0.3
     )
@@ -183,7 +183,7 @@ def test_noise_is_measured_by_the_digits_network(store: str, capsys: pytest.Capt
     assert floor["n"] == 360 and set(floor["metrics"]) == set(metrics) and floor["uri"].endswith("validation")
     assert floor["metrics"]["precision"]["value"] > 0.8 and floor["metrics"]["fd_infinity_digits"]["value"] < 1
     assert list(content["per_class"]) == [str(digit) for digit in range(10)]
-    assert all(found["vendi_score"]["n"] == 60 for found in content["per_class"].values())
+    assert all(entry["vendi_score"]["n"] == 60 for entry in content["per_class"].values())
     assert len(content["nearest_training_image"]["samples"]) == len(content["nearest_training_image"]["held_out"]) == 50
     assert content["reproduce"]["config"]["extractor"] == "digits" and content["reproduce"]["command"].startswith(
         "python "
@@ -198,31 +198,32 @@ def test_noise_is_measured_by_the_digits_network(store: str, capsys: pytest.Capt
     assert Path(uri).read_bytes() == before and "is complete" in capsys.readouterr().out
 
 
-def test_held_out_images_are_measured_beside_the_samples(store: str, tmp_path: Path) -> None:
-    """--floor gives them for a reference without a validation split, as many as there are samples."""
+def test_held_out_images_are_measured_like_the_samples(store: str, tmp_path: Path) -> None:
+    """`--floor` names held-out images for a reference without a validation split; as many as samples are used."""
     images = np.random.default_rng([76]).integers(0, 256, (900, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "reference", images[:200])
     np.savez(tmp_path / "held-out", images[200:])
     np.savez(tmp_path / "few", images[200:500])
     files = {"reference": str(tmp_path / "reference.npz"), "floor": str(tmp_path / "held-out.npz")}
-    found = storage.read_json(evaluate(config(store, output="with-floor", **files, samples=str(tmp_path / "few.npz"))))
-    assert found["held_out"]["n"] == found["metrics"]["fd_toy"]["n"] == 300
-    assert found["held_out"]["metrics"]["precision"]["value"] > 0.7
+    files |= {"samples": str(tmp_path / "few.npz")}
+    content = storage.read_json(evaluate(config(store, output="with-floor", **files)))
+    assert content["held_out"]["n"] == content["metrics"]["fd_toy"]["n"] == 300
+    assert content["held_out"]["metrics"]["precision"]["value"] > 0.7
     with pytest.raises(FileNotFoundError, match=r"--floor none\.npz"):
         evaluate(config(store, output="no-floor", floor="none.npz"))
 
 
-def test_the_reference_against_itself_is_recognised(store: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_samples_equal_to_the_reference_are_reported(store: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     images = np.random.default_rng([77]).integers(0, 256, (300, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "once", images)
     np.savez(tmp_path / "again", images[::-1])
     files = {"reference": str(tmp_path / "once.npz"), "samples": str(tmp_path / "again.npz")}
-    found = storage.read_json(evaluate(config(store, output="itself", **files)))
-    assert any("same images" in warning for warning in found["warnings"])
-    assert found["metrics"]["fd_infinity_toy"]["value"] == 0 and "same images" in capsys.readouterr().out
+    content = storage.read_json(evaluate(config(store, output="itself", **files)))
+    assert any("same images" in warning for warning in content["warnings"])
+    assert content["metrics"]["fd_infinity_toy"]["value"] == 0 and "same images" in capsys.readouterr().out
 
 
-def test_the_report_says_how_the_samples_were_made(store: str, tmp_path: Path) -> None:
+def test_the_report_contains_the_settings_of_the_samples(store: str, tmp_path: Path) -> None:
     folder = write_samples(str(tmp_path), "made", tuple(str(digit) for digit in range(10)))
     uri = evaluate(config(store, output="with-making", samples=f"{tmp_path}/{folder}"))
     made_by = storage.read_json(uri)["samples"]["made_by"]
@@ -235,57 +236,58 @@ def test_the_report_says_how_the_samples_were_made(store: str, tmp_path: Path) -
     )
 
 
-def test_another_extractor_or_other_samples_need_another_folder(store: str) -> None:
+def test_another_extractor_needs_another_folder(store: str) -> None:
     evaluate(config(store, output="claimed"))
     with pytest.raises(ValueError, match="extractor: toy-quarters there, digits-"):
         evaluate(config(store, output="claimed", extractor="digits"))
 
 
 @pytest.mark.ray
-def test_the_pool_and_a_second_look_give_the_same_report(store: str, ray_session: None) -> None:
-    alone = report(evaluate(config(store, output="alone")))
+def test_the_pool_gives_the_same_report(store: str, ray_session: None) -> None:
+    unpooled = report(evaluate(config(store, output="alone")))
     pooled = report(evaluate(config(store, output="pooled", num_workers=2)))
-    assert pooled == alone
+    assert pooled == unpooled
 
 
 @pytest.mark.slow
-def test_the_names_of_the_papers_belong_to_inception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_metric_names_of_the_papers_belong_to_inception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The golden weights replace the published ones, with a reference in the published layout."""
     state, digest = write_weights(tmp_path / "weights.pth", monkeypatch)
     images = np.random.default_rng([74]).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "samples", images[:10])
-    own = InceptionNetwork(state)(images[10:])
-    spatial = own.spatial
+    features = InceptionNetwork(state)(images[10:])
+    spatial = features.spatial
     assert spatial is not None
     np.savez(
         tmp_path / "reference",
         images[10:],
-        mu=own.pool.mean(0), sigma=np.cov(own.pool, rowvar=False),
+        mu=features.pool.mean(0), sigma=np.cov(features.pool, rowvar=False),
         mu_s=spatial.mean(0), sigma_s=np.cov(spatial, rowvar=False),
     )  # fmt: skip
     settings = {"store": str(tmp_path), "output": "evaluation", "extractor": "inception", "num_workers": 0}
     files = {"samples": "samples.npz", "reference": "reference.npz", "extractor_weights": "weights.pth"}
-    found = storage.read_json(evaluate(EvaluationConfig(**settings, **files)))
-    assert set(found["metrics"]) == {
+    content = storage.read_json(evaluate(EvaluationConfig(**settings, **files)))
+    assert set(content["metrics"]) == {
         "fid", "sfid", "kid", "inception_score", "inception_score_10split", "precision", "recall", "precision_openai",
         "recall_openai", "density", "coverage", "clipped_density", "clipped_coverage", "vendi_score",
     }  # fmt: skip
-    assert found["extractor"]["fingerprint"] == f"inception-{digest[:12]}"
-    assert found["metrics"]["fid"]["interval"] is None and "2 D" in found["metrics"]["fid"]["note"]
-    assert found["metrics"]["fid"]["value"] == pytest.approx(
-        frechet_distance_of_rows(own.pool, InceptionNetwork(state)(images[:10]).pool), rel=1e-3
+    assert content["extractor"]["fingerprint"] == f"inception-{digest[:12]}"
+    assert content["metrics"]["fid"]["interval"] is None and "2 D" in content["metrics"]["fid"]["note"]
+    assert content["metrics"]["fid"]["value"] == pytest.approx(
+        frechet_distance_of_rows(features.pool, InceptionNetwork(state)(images[:10]).pool), rel=1e-3
     )
 
 
-def test_a_published_batch_as_reference_and_nothing_written_beside_it(store: str, tmp_path: Path) -> None:
+def test_a_published_batch_as_reference_leaves_its_folder_unchanged(store: str, tmp_path: Path) -> None:
     images = np.random.default_rng([73]).integers(0, 256, (300, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "reference", images)
     uri = evaluate(config(store, output="against-batch", reference=str(tmp_path / "reference.npz")))
-    found = storage.read_json(uri)
-    assert found["metrics"]["fd_toy"]["value"] < 0.2 and found["metrics"]["precision"]["value"] > 0.8  # noise is noise
-    assert found["not_available"]["per_class"] == "the reference has no labels"
-    assert found["nearest_training_image"] == {} and found["closest_pairs"] == []
-    assert found["reference"]["what"] == "reference images" and found["held_out"] is None
+    report = storage.read_json(uri)
+    assert report["metrics"]["fd_toy"]["value"] < 0.2  # both are noise
+    assert report["metrics"]["precision"]["value"] > 0.8
+    assert report["not_available"]["per_class"] == "the reference has no labels"
+    assert report["nearest_training_image"] == {} and report["closest_pairs"] == []
+    assert report["reference"]["what"] == "reference images" and report["held_out"] is None
     page = (Path(uri).parent / "report.html").read_text()
-    assert "authpct" not in found["metrics"] and "training image" not in page
+    assert "authpct" not in report["metrics"] and "training image" not in page
     assert sorted(path.name for path in tmp_path.iterdir()) == ["reference.npz"]

@@ -39,13 +39,13 @@ def config(store: str, output: str, **changes: object) -> LikelihoodConfig:
 
 def test_the_page_has_consistent_numbers_and_all_pictures(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     uri = estimate(config(store, "whole"))
-    found = storage.read_json(uri)
-    bits = found["bits_per_dim"]
+    result = storage.read_json(uri)
+    bits = result["bits_per_dim"]
     assert bits["n"] == 20 and bits["interval"][0] < bits["value"] < bits["interval"][1]
-    assert bits["value"] == pytest.approx(found["prior_bits_per_dim"] + sum(found["vb"]), rel=1e-5)
-    assert found["rate_bits_per_dim"][0] == pytest.approx(found["prior_bits_per_dim"], rel=1e-5)
-    assert found["rate_bits_per_dim"][-1] == pytest.approx(bits["value"] - found["vb"][-1], rel=1e-5)
-    assert np.all(np.diff(found["rate_bits_per_dim"]) >= 0), "bits received can only grow"
+    assert bits["value"] == pytest.approx(result["prior_bits_per_dim"] + sum(result["vb"]), rel=1e-5)
+    assert result["rate_bits_per_dim"][0] == pytest.approx(result["prior_bits_per_dim"], rel=1e-5)
+    assert result["rate_bits_per_dim"][-1] == pytest.approx(bits["value"] - result["vb"][-1], rel=1e-5)
+    assert np.all(np.diff(result["rate_bits_per_dim"]) >= 0), "bits received can only grow"
     names = storage.list_names(uri.removesuffix("/likelihood.json"))
     assert {"rate-distortion.png", "progressive-generation.png", "interpolation-0003.png"} <= set(names)
     capsys.readouterr()

@@ -42,9 +42,9 @@ def make_sets(folder: Path, num_samples: int) -> tuple[FeatureFiles, Reference]:
             images[labels == 2] //= 2
         np.savez(folder / name, images, labels)
         files.append(extract_all(open_images(str(folder / f"{name}.npz")), str(folder / f"{name}-features"), TOY, 0))
-    made, real = files
+    samples, real = files
     statistics: Any = {"pool": real.moments("pool", 0), "spatial": real.moments("spatial", 0)}
-    return made, Reference("real", real.fingerprint, statistics, 700, None, real, ("a", "b", "c"))
+    return samples, Reference("real", real.fingerprint, statistics, 700, None, real, ("a", "b", "c"))
 
 
 @pytest.fixture(scope="module")
@@ -53,20 +53,22 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureFiles, Refere
     return make_sets(tmp_path_factory.mktemp("sets"), 900)
 
 
-def test_files_give_what_arrays_give_and_more(sets: tuple[FeatureFiles, Reference]) -> None:
-    made, reference = sets
+def test_files_give_the_estimates_of_arrays_and_more(sets: tuple[FeatureFiles, Reference]) -> None:
+    samples, reference = sets
     assert reference.files is not None
-    found = measure_files(made, reference, "toy", LIMITS, num_workers=0)
-    samples, real = (concatenate(files.block(number) for number in range(2)) for files in (made, reference.files))
-    in_memory, _ = measure(compare(samples, real, strata=made.labels()))
-    assert in_memory.items() <= found.estimates.items()
-    assert set(found.estimates) - set(in_memory) == {"sfd_toy", "sfd_infinity_toy", "authpct"}
-    assert found.missing == {}
-    equal = {"density", "coverage", "clipped_density", "clipped_coverage"}
-    assert all(estimate.n == (700 if name in equal else 900) for name, estimate in found.estimates.items())
-    assert found.per_class[2]["fd"].value > 10 * found.per_class[0]["fd"].value
-    assert found.per_class[0]["precision"].value > found.per_class[2]["precision"].value
-    assert len(found.realism) == 900 and found.closest is not None and len(found.closest.first(10)) == 10
+    measured = measure_files(samples, reference, "toy", LIMITS, num_workers=0)
+    in_samples, in_reference = (
+        concatenate(files.block(number) for number in range(2)) for files in (samples, reference.files)
+    )
+    in_memory, _ = measure(compare(in_samples, in_reference, strata=samples.labels()))
+    assert in_memory.items() <= measured.estimates.items()
+    assert set(measured.estimates) - set(in_memory) == {"sfd_toy", "sfd_infinity_toy", "authpct"}
+    assert measured.missing == {}
+    at_equal_counts = {"density", "coverage", "clipped_density", "clipped_coverage"}
+    assert all(estimate.n == (700 if name in at_equal_counts else 900) for name, estimate in measured.estimates.items())
+    assert measured.per_class[2]["fd"].value > 10 * measured.per_class[0]["fd"].value
+    assert measured.per_class[0]["precision"].value > measured.per_class[2]["precision"].value
+    assert len(measured.realism) == 900 and measured.closest is not None and len(measured.closest.first(10)) == 10
 
 
 def test_labels_are_strata_where_their_counts_are_fixed() -> None:
@@ -79,26 +81,26 @@ def test_labels_are_strata_where_their_counts_are_fixed() -> None:
 
 @pytest.mark.ray
 def test_the_pool_changes_nothing(tmp_path: Path, ray_session: None) -> None:
-    made, reference = make_sets(tmp_path, 900)
-    here, pooled = (measure_files(made, reference, "toy", LIMITS, workers) for workers in (0, 2))
-    assert pooled.estimates == here.estimates and pooled.per_class == here.per_class
-    np.testing.assert_array_equal(pooled.realism, here.realism)
+    samples, reference = make_sets(tmp_path, 900)
+    unpooled, pooled = (measure_files(samples, reference, "toy", LIMITS, num_workers) for num_workers in (0, 2))
+    assert pooled.estimates == unpooled.estimates and pooled.per_class == unpooled.per_class
+    np.testing.assert_array_equal(pooled.realism, unpooled.realism)
 
 
 def test_features_of_different_extractors_are_not_compared(sets: tuple[FeatureFiles, Reference]) -> None:
-    made, reference = sets
-    other = FeatureFiles(made.folder, made.count, "inception-0123456789ab")
+    samples, reference = sets
+    other = FeatureFiles(samples.folder, samples.count, "inception-0123456789ab")
     with pytest.raises(ValueError, match=r"inception-\w+, .* toy-quarters"):
         measure_files(other, reference, "toy", LIMITS, num_workers=0)
 
 
-def test_statistics_alone_leave_out_what_needs_images(sets: tuple[FeatureFiles, Reference]) -> None:
-    made, reference = sets
-    alone = Reference("r", reference.fingerprint, {"pool": reference.statistics["pool"]}, None,
+def test_statistics_without_images_omit_metrics_that_need_images(sets: tuple[FeatureFiles, Reference]) -> None:
+    samples, reference = sets
+    statistics_only = Reference("r", reference.fingerprint, {"pool": reference.statistics["pool"]}, None,
                       missing={"rows": "no images", "spatial": "no mu_s"})  # fmt: skip
-    found = measure_files(made, alone, "toy", LIMITS, num_workers=0)
-    assert found.estimates["fd_toy"].value > 0 and "precision" not in found.estimates
-    assert found.missing["precision"] == "no images" and found.missing["sfd_toy"] == "no mu_s"
+    measured = measure_files(samples, statistics_only, "toy", LIMITS, num_workers=0)
+    assert measured.estimates["fd_toy"].value > 0 and "precision" not in measured.estimates
+    assert measured.missing["precision"] == "no images" and measured.missing["sfd_toy"] == "no mu_s"
 
 
 @pytest.mark.parametrize("count", [1, 4, 20])
@@ -107,11 +109,11 @@ def test_few_samples_have_notes_about_missing_metrics(
 ) -> None:
     _, reference = sets
     np.savez(tmp_path / "few", np.random.default_rng(count).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8))
-    made = extract_all(open_images(str(tmp_path / "few.npz")), str(tmp_path / "features"), TOY, 0)
-    found = measure_files(made, reference, "toy", LIMITS, num_workers=0)
-    assert ("fd_toy" in found.missing) == (count == 1) and ("precision" in found.missing) == (count <= 5)
-    assert "fd_infinity_toy" in found.missing and "labels" in found.missing["accuracy"]
+    samples = extract_all(open_images(str(tmp_path / "few.npz")), str(tmp_path / "features"), TOY, 0)
+    measured = measure_files(samples, reference, "toy", LIMITS, num_workers=0)
+    assert ("fd_toy" in measured.missing) == (count == 1) and ("precision" in measured.missing) == (count <= 5)
+    assert "fd_infinity_toy" in measured.missing and "labels" in measured.missing["accuracy"]
     if count > 1:
-        fd = found.estimates["fd_toy"]
+        fd = measured.estimates["fd_toy"]
         assert fd.low is None and f"n={count}" in fd.note
-    assert describe(found.estimates["inception_score_toy"])["n"] == count
+    assert describe(measured.estimates["inception_score_toy"])["n"] == count

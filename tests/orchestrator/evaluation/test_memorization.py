@@ -28,10 +28,10 @@ def test_chunks_change_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> N
     targets = rng.integers(0, 3, (200, 4)).astype(np.float32)  # few values: many ties
     queries = rng.integers(0, 3, (50, 4)).astype(np.float32)
     monkeypatch.setattr(memorization, "CHUNK", chunk)
-    found = nearest_rows(lambda: queries, partial(rows_of, targets), len(targets), 3, num_workers=0)
+    actual = nearest_rows(lambda: queries, partial(rows_of, targets), len(targets), 3, num_workers=0)
     expected = nearest(queries, targets, 3)
-    np.testing.assert_array_equal(found.index, expected.index)
-    np.testing.assert_array_equal(found.squared, expected.squared)
+    np.testing.assert_array_equal(actual.index, expected.index)
+    np.testing.assert_array_equal(actual.squared, expected.squared)
 
 
 @pytest.mark.ray
@@ -40,9 +40,9 @@ def test_the_pool_changes_nothing(monkeypatch: pytest.MonkeyPatch, ray_session: 
     targets, queries = rng.standard_normal((300, 6)), rng.standard_normal((40, 6))
     monkeypatch.setattr(memorization, "CHUNK", 70)
     load, read = partial(np.copy, queries), partial(rows_of, targets)
-    here, pooled = (nearest_rows(load, read, len(targets), 2, num_workers) for num_workers in (0, 2))
-    np.testing.assert_array_equal(pooled.index, here.index)
-    np.testing.assert_array_equal(pooled.squared, here.squared)
+    unpooled, pooled = (nearest_rows(load, read, len(targets), 2, num_workers) for num_workers in (0, 2))
+    np.testing.assert_array_equal(pooled.index, unpooled.index)
+    np.testing.assert_array_equal(pooled.squared, unpooled.squared)
 
 
 def test_copies_are_found_among_all_training_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,26 +50,26 @@ def test_copies_are_found_among_all_training_images(tmp_path: Path, monkeypatch:
     rng = np.random.default_rng([65])
     training = rng.integers(0, 256, (700, 4, 4, 3), dtype=np.uint8)
     training[300] = training[20]  # a copy within the training set
-    made = rng.integers(0, 256, (60, 4, 4, 3), dtype=np.uint8)
-    made[10:20] = training[600:610]
-    made[25] = training[20]
+    samples = rng.integers(0, 256, (60, 4, 4, 3), dtype=np.uint8)
+    samples[10:20] = training[600:610]
+    samples[25] = training[20]
     sets, files = {}, {}
-    for name, images in (("training", training), ("made", made)):
+    for name, images in (("training", training), ("made", samples)):
         np.savez(tmp_path / name, images)
         sets[name] = open_images(str(tmp_path / f"{name}.npz"))
         files[name] = extract_all(sets[name], str(tmp_path / f"{name}-features"), TOY, num_workers=0)
     rows = np.arange(60)
-    found, own = nearest_training_features(files["made"], rows, files["training"], num_workers=0)
-    assert found.index[10:20, 0].tolist() == list(range(600, 610)) and found.index[25, 0] == 20
-    assert own[25] == 0 and (own[10:20] > 0).all()
-    whole = authenticity(files["training"].pool(), files["made"].pool())
-    assert authentic_share(found.squared[:, 0], own) == whole
+    neighbours, own_squared = nearest_training_features(files["made"], rows, files["training"], num_workers=0)
+    assert neighbours.index[10:20, 0].tolist() == list(range(600, 610)) and neighbours.index[25, 0] == 20
+    assert own_squared[25] == 0 and (own_squared[10:20] > 0).all()
+    expected_share = authenticity(files["training"].pool(), files["made"].pool())
+    assert authentic_share(neighbours.squared[:, 0], own_squared) == expected_share
 
     distances = nearest_training_pixels(sets["made"], 40, sets["training"], num_workers=0)
     assert len(distances) == 40 and distances[10:20] == [0.0] * 10 and distances[25] == 0 and min(distances[:10]) > 10
 
 
-def test_large_images_are_compared_small(tmp_path: Path) -> None:
+def test_large_images_are_downsampled_before_they_are_compared(tmp_path: Path) -> None:
     images = np.random.default_rng([66]).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     np.savez(tmp_path / "large", images)
     assert memorization.pixel_rows(open_images(str(tmp_path / "large.npz")), 0, 3).shape == (3, 32 * 32 * 3)

@@ -28,10 +28,10 @@ def compare(
     strata: np.ndarray | None = None,
 ) -> Comparison:
     """Return a comparison of all samples with the whole reference."""
-    made, real = samples.features, reference.features
-    rows = Rows(real.pool, made.pool, manifolds(real.pool, made.pool, strata=strata), kernel=(real.pool, made.pool))
+    fake, real = samples.features, reference.features
+    rows = Rows(real.pool, fake.pool, manifolds(real.pool, fake.pool, strata=strata), kernel=(real.pool, fake.pool))
     statistics: dict[ArrayName, Moments | Gaussian] = {"pool": moments(real.pool)}
-    read: Any = vars(made).get
+    read: Any = vars(fake).get
     return Comparison(extractor, read, samples.labels, statistics, num_classes, rows, strata=strata)
 
 
@@ -41,26 +41,26 @@ def estimates(samples: Labelled, reference: Labelled) -> dict[str, Estimate]:
 
 def test_collapsed_samples_have_precision_without_recall() -> None:
     rng = np.random.default_rng(3)
-    found = estimates(labelled(rng, 0.3), labelled(rng, 1.0))
-    assert found["precision"].value > 0.98 and found["recall"].value < 0.3
-    assert found["fd_toy"].low is not None and found["fd_toy"].low > 1
-    assert found["accuracy"].value == 1 and found["inception_score_toy"].value == pytest.approx(3, rel=0.01)
-    assert all(estimate.n == 600 for estimate in found.values())
-    assert next(iter(found)) == "fd_infinity_toy" and found["fd_toy"].bias is not None
+    by_name = estimates(labelled(rng, 0.3), labelled(rng, 1.0))
+    assert by_name["precision"].value > 0.98 and by_name["recall"].value < 0.3
+    assert by_name["fd_toy"].low is not None and by_name["fd_toy"].low > 1
+    assert by_name["accuracy"].value == 1 and by_name["inception_score_toy"].value == pytest.approx(3, rel=0.01)
+    assert all(estimate.n == 600 for estimate in by_name.values())
+    assert next(iter(by_name)) == "fd_infinity_toy" and by_name["fd_toy"].bias is not None
 
 
-def test_equal_distributions_are_near() -> None:
+def test_equal_distributions_have_small_distances() -> None:
     rng = np.random.default_rng(4)
-    found = estimates(labelled(rng, 1.0), labelled(rng, 1.0))
-    assert found["fd_toy"].value < 0.1
-    assert found["kid_toy"].low is not None and found["kid_toy"].high is not None
-    assert found["kid_toy"].low < 0.02 and abs(found["kid_toy"].value) < 0.05
-    assert found["precision"].value > 0.85 and found["recall"].value > 0.85
-    assert found["density"].value == pytest.approx(1, abs=0.2) and found["coverage"].value > 0.85
+    by_name = estimates(labelled(rng, 1.0), labelled(rng, 1.0))
+    assert by_name["fd_toy"].value < 0.1
+    assert by_name["kid_toy"].low is not None and by_name["kid_toy"].high is not None
+    assert by_name["kid_toy"].low < 0.02 and abs(by_name["kid_toy"].value) < 0.05
+    assert by_name["precision"].value > 0.85 and by_name["recall"].value > 0.85
+    assert by_name["density"].value == pytest.approx(1, abs=0.2) and by_name["coverage"].value > 0.85
 
 
 @pytest.mark.parametrize("extractor", ["inception", "digits", "efficientnet_lite0"])
-def test_names_lead_back_to_the_table(extractor: str) -> None:
+def test_reported_names_identify_their_metric(extractor: str) -> None:
     for metric in METRICS.values():
         assert metric_named(metric.report_name(extractor)) is metric
     assert METRICS["fd"].report_name(extractor) == ("fid" if extractor == "inception" else f"fd_{extractor}")
@@ -71,61 +71,63 @@ def test_names_lead_back_to_the_table(extractor: str) -> None:
 
 def test_accuracy_needs_the_extractor_to_know_the_classes() -> None:
     rng = np.random.default_rng(5)
-    found, missing = measure(compare(labelled(rng, 1.0), labelled(rng, 1.0), num_classes=7))  # three logits
-    assert "accuracy" not in found and "classes" in missing["accuracy"]
+    measured, missing = measure(compare(labelled(rng, 1.0), labelled(rng, 1.0), num_classes=7))  # three logits
+    assert "accuracy" not in measured and "classes" in missing["accuracy"]
 
 
 def test_accuracy_needs_the_same_class_names() -> None:
     rng = np.random.default_rng(9)
-    made = compare(labelled(rng, 1.0), labelled(rng, 1.0))
-    found, missing = measure(replace(made, missing={"accuracy": "other names"}))
-    assert "accuracy" not in found and missing["accuracy"] == "other names"
+    comparison = compare(labelled(rng, 1.0), labelled(rng, 1.0))
+    measured, missing = measure(replace(comparison, missing={"accuracy": "other names"}))
+    assert "accuracy" not in measured and missing["accuracy"] == "other names"
 
 
 def test_balanced_labels_make_shorter_intervals() -> None:
     rng = np.random.default_rng(10)
-    made = compare(labelled(rng, 1.0), labelled(rng, 1.0))
-    shifted = made.pool + made.labels[:, None] * np.array([2, 0, 0, 0], np.float32)
-    made = replace(made, read={"pool": shifted, "logits": made.logits}.get, missing={"rows": "none"}, rows=None)
-    drawn, balanced = measure(made)[0], measure(replace(made, strata=made.labels))[0]
+    comparison = compare(labelled(rng, 1.0), labelled(rng, 1.0))
+    shifted = comparison.pool + comparison.labels[:, None] * np.array([2, 0, 0, 0], np.float32)
+    comparison = replace(
+        comparison, read={"pool": shifted, "logits": comparison.logits}.get, missing={"rows": "none"}, rows=None
+    )
+    drawn, balanced = measure(comparison)[0], measure(replace(comparison, strata=comparison.labels))[0]
     for name in ("fd_toy", "fd_infinity_toy"):
-        (a, b), (c, d) = ((e[name].low or 0.0, e[name].high or 0.0) for e in (drawn, balanced))
+        (a, b), (c, d) = ((by_name[name].low or 0.0, by_name[name].high or 0.0) for by_name in (drawn, balanced))
         assert 0 < d - c < 0.8 * (b - a)
     assert drawn["fd_toy"].value == balanced["fd_toy"].value
 
 
-def test_metrics_that_do_not_apply_are_neither_found_nor_missing() -> None:
+def test_metrics_that_do_not_apply_are_neither_measured_nor_missing() -> None:
     rng = np.random.default_rng(6)
-    found, missing = measure(compare(labelled(rng, 1.0), labelled(rng, 1.0)))
-    assert {"sfd_toy", "authpct", "precision_openai", "recall_openai"}.isdisjoint(found.keys() | missing.keys())
+    measured, missing = measure(compare(labelled(rng, 1.0), labelled(rng, 1.0)))
+    assert {"sfd_toy", "authpct", "precision_openai", "recall_openai"}.isdisjoint(measured.keys() | missing.keys())
     published, _ = measure(compare(labelled(rng, 1.0), labelled(rng, 1.0), extractor="inception"))
     assert {"fid", "precision_openai", "recall_openai"} <= published.keys()
 
 
 def test_features_are_read_once() -> None:
     """Each read of an array reads all blocks from storage."""
-    rng, asked = np.random.default_rng(8), list[str]()
-    made = compare(labelled(rng, 1.0), labelled(rng, 1.0))
+    rng, reads = np.random.default_rng(8), list[str]()
+    comparison = compare(labelled(rng, 1.0), labelled(rng, 1.0))
 
     def read(name: ArrayName) -> np.ndarray | None:
-        asked.append(name)
-        return made.read(name)
+        reads.append(name)
+        return comparison.read(name)
 
-    measure(replace(made, read=read))
-    assert sorted(asked) == ["logits", "pool"]
+    measure(replace(comparison, read=read))
+    assert sorted(reads) == ["logits", "pool"]
 
 
 def test_scores_are_negative_where_more_is_better() -> None:
     """The mean of the scores is the metric itself, with its sign; of FD it is the bias-corrected one."""
     rng = np.random.default_rng(7)
-    made = compare(labelled(rng, 0.9), labelled(rng, 1.0))
-    found, _ = measure(made)
+    comparison = compare(labelled(rng, 0.9), labelled(rng, 1.0))
+    measured, _ = measure(comparison)
     for name, value in (
-        ("fd", found["fd_infinity_toy"].value),
-        ("kid", found["kid_toy"].value),
-        ("precision", -found["precision"].value),
+        ("fd", measured["fd_infinity_toy"].value),
+        ("kid", measured["kid_toy"].value),
+        ("precision", -measured["precision"].value),
         ("accuracy", -1.0),
     ):
         metric = METRICS[name]
         assert metric.scores is not None and metric.sign == (1 if name in ("fd", "kid") else -1)
-        assert metric.scores(made).mean() == pytest.approx(value, abs=1e-9)
+        assert metric.scores(comparison).mean() == pytest.approx(value, abs=1e-9)

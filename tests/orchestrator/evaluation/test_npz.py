@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from orchestrator.evaluation.npz import PublishedBatch, open_batch
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "metrics" / "npz"
-REASONS = {  # what the message has to say beside the file's name
+REASONS = {  # the part of the message that states the reason
     "bad_float01.npz": "float32",
     "bad_float_m11.npz": "float32",
     "bad_float_0_255.npz": "float64",
@@ -83,11 +83,11 @@ def test_broken_files_are_refused_with_their_reason(name: str, reason: str) -> N
     assert name in str(error.value)
 
 
-def test_the_manifest_holds_no_broken_file_that_is_not_tried() -> None:
+def test_every_broken_file_of_the_manifest_is_tested() -> None:
     manifest = json.loads((GOLDEN / "MANIFEST.json").read_text())
     broken = {name for name in manifest if name.startswith("bad_")}
     assert broken - set(REASONS) == {"bad_stats_no_spatial.npz"}
-    batch = open_batch(str(GOLDEN / "bad_stats_no_spatial.npz"))  # FID can be had of it, sFID cannot
+    batch = open_batch(str(GOLDEN / "bad_stats_no_spatial.npz"))  # it is enough for FID, but not for sFID
     assert batch.pool is not None and batch.spatial is None
 
 
@@ -100,7 +100,7 @@ def test_labels_beyond_the_classes_are_refused() -> None:
         open_batch(path, num_classes=int(labels.max()))
 
 
-def test_rows_stay_within_the_file_and_batches_travel() -> None:
+def test_rows_beyond_the_file_are_refused_and_batches_can_be_pickled() -> None:
     batch = pickle.loads(pickle.dumps(open_batch(str(GOLDEN / "ok_samples_unlabelled.npz"))))  # noqa: S301
     np.testing.assert_array_equal(batch.rows(10, 20), images_of(batch)[10:20])
     with pytest.raises(ValueError, match="60\\.\\.65"):
@@ -110,18 +110,18 @@ def test_rows_stay_within_the_file_and_batches_travel() -> None:
 def test_statistics_may_state_their_extractor(tmp_path: Path) -> None:
     statistics: Any = {"mu": np.zeros(3), "sigma": np.eye(3)}
 
-    def stated(value: Any) -> str | None:
+    def write_and_read(value: Any) -> str | None:
         np.savez(tmp_path / "stated.npz", **statistics, extractor=value)
         return open_batch(str(tmp_path / "stated.npz")).extractor
 
     np.savez(tmp_path / "none.npz", **statistics)
     assert open_batch(str(tmp_path / "none.npz")).extractor is None
-    assert stated("digits-0123") == stated(np.array(["digits-0123"])) == "digits-0123"
+    assert write_and_read("digits-0123") == write_and_read(np.array(["digits-0123"])) == "digits-0123"
     for value in (7, np.array(["a", "b"]), b"digits"):
         with pytest.raises(ValueError, match=r"stated\.npz: extractor .* one string"):
-            stated(value)
+            write_and_read(value)
     with pytest.raises(ValueError, match="never opened"):
-        stated(np.array("digits", object))
+        write_and_read(np.array("digits", object))
 
 
 def test_two_members_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_two_members_of_one_name_are_refused(tmp_path: Path) -> None:
         open_batch(str(tmp_path / "twice.npz"))
 
 
-def test_damage_anywhere_is_found(tmp_path: Path) -> None:
+def test_damage_at_any_byte_is_detected(tmp_path: Path) -> None:
     """A changed byte or a missing end raises one ValueError, or changes nothing if the byte is unused."""
     rng = np.random.default_rng([30])
     print("seed 30")

@@ -11,7 +11,7 @@ from orchestrator.evaluation.inputs import ImageSet
 from orchestrator.evaluation.page import _grid, template
 
 
-def test_the_images_are_those_that_were_asked_for() -> None:
+def test_picked_images_are_those_of_the_given_indices() -> None:
     read: list[tuple[int, int]] = []
 
     def images(begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
@@ -19,15 +19,15 @@ def test_the_images_are_those_that_were_asked_for() -> None:
         rows = np.arange(begin, end, dtype=np.int64)
         return np.broadcast_to((rows % 251).astype(np.uint8)[:, None, None, None], (end - begin, 4, 4, 3)), rows
 
-    some = ImageSet("x", "npz", 2000, "x", images)
-    picked, labels = some.pick(np.array([1500, 3, 700, 5]))
+    image_set = ImageSet("x", "npz", 2000, "x", images)
+    picked, labels = image_set.pick(np.array([1500, 3, 700, 5]))
     assert labels.tolist() == [1500, 3, 700, 5]
     assert picked[:, 0, 0, 0].tolist() == [1500 % 251, 3, 700 % 251, 5]
     assert sorted(read) == [(3, 6), (700, 701), (1500, 1501)]
 
 
 @pytest.mark.parametrize("size", [8, 64, 200])
-def test_grids_show_small_images_large_and_large_ones_small(size: int) -> None:
+def test_grids_have_a_similar_width_for_all_image_sizes(size: int) -> None:
     image = Image.open(io.BytesIO(_grid(np.full((20, size, size, 3), 90, np.uint8))))
     assert 300 <= image.width <= 700
 

@@ -28,59 +28,60 @@ def images() -> np.ndarray:
     return np.random.default_rng([70]).integers(0, 256, (40, 4, 4, 3), dtype=np.uint8)
 
 
-def opened(path: Path, loader: Any = inception, **arrays: Any) -> Reference:
+def read_reference(path: Path, loader: Any = inception, **arrays: Any) -> Reference:
     np.savez(path / "reference.npz", **arrays)
-    found = find_reference(str(path / "reference.npz"), 0)
-    return extract_reference(found, loader, loader(CPU), str(path / "features"), 0)
+    source = find_reference(str(path / "reference.npz"), 0)
+    return extract_reference(source, loader, loader(CPU), str(path / "features"), 0)
 
 
-def test_published_statistics_are_taken_and_images_serve_the_neighbours(images: np.ndarray, tmp_path: Path) -> None:
+def test_published_statistics_are_used_and_images_give_the_neighbours(images: np.ndarray, tmp_path: Path) -> None:
     published = {
         "mu": np.ones(12, np.float32),
         "sigma": np.eye(12),
         "mu_s": np.ones(4, np.float32),
         "sigma_s": np.eye(4),
     }
-    found = opened(tmp_path, arr_0=images, **published)
-    assert isinstance(pool := found.statistics["pool"], Gaussian) and pool.mean.tolist() == [1] * 12
-    assert isinstance(spatial := found.statistics["spatial"], Gaussian) and spatial.mean.tolist() == [1] * 4
-    assert found.files is not None and found.files.count == 40 and found.missing == {}
+    reference = read_reference(tmp_path, arr_0=images, **published)
+    for name, dimension in (("pool", 12), ("spatial", 4)):
+        statistics = reference.statistics[name]  # type: ignore[index]
+        assert isinstance(statistics, Gaussian) and statistics.mean.tolist() == [1] * dimension
+    assert reference.files is not None and reference.files.count == 40 and reference.missing == {}
 
 
-def test_without_statistics_the_images_give_them(images: np.ndarray, tmp_path: Path) -> None:
-    found = opened(tmp_path, arr_0=images)
+def test_statistics_are_computed_from_images_if_the_file_has_none(images: np.ndarray, tmp_path: Path) -> None:
+    reference = read_reference(tmp_path, arr_0=images)
     expected = moments(FalseInception()(images).pool)
-    np.testing.assert_array_equal(found.statistics["pool"].mean, expected.mean)
-    assert found.count == 40
+    np.testing.assert_array_equal(reference.statistics["pool"].mean, expected.mean)
+    assert reference.count == 40
 
 
 def test_metrics_that_a_file_cannot_give_are_explained(images: np.ndarray, tmp_path: Path) -> None:
-    found = opened(tmp_path, mu=np.zeros(12), sigma=np.eye(12))
-    assert "no images (arr_0)" in found.missing["rows"] and "not mu_s and sigma_s" in found.missing["spatial"]
-    assert found.files is None and found.count is None
+    reference = read_reference(tmp_path, mu=np.zeros(12), sigma=np.eye(12))
+    assert "no images (arr_0)" in reference.missing["rows"] and "not mu_s and sigma_s" in reference.missing["spatial"]
+    assert reference.files is None and reference.count is None
 
 
 def test_statistics_of_another_extractor_are_never_compared(images: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"mu has 24 dimensions, and features of inception-\w+ have 12"):
-        opened(tmp_path, arr_0=images, mu=np.zeros(24), sigma=np.eye(24))
+        read_reference(tmp_path, arr_0=images, mu=np.zeros(24), sigma=np.eye(24))
     with pytest.raises(ValueError, match="cannot be compared with features of toy-quarters"):
-        opened(tmp_path, TOY, mu=np.zeros(12), sigma=np.eye(12))
-    with_images = opened(tmp_path, TOY, arr_0=images, mu=np.zeros(12), sigma=np.eye(12))
+        read_reference(tmp_path, TOY, mu=np.zeros(12), sigma=np.eye(12))
+    with_images = read_reference(tmp_path, TOY, arr_0=images, mu=np.zeros(12), sigma=np.eye(12))
     assert with_images.statistics["pool"].mean.min() > 1  # those of the images, not the file's
 
 
 def test_statistics_are_those_of_the_extractor_that_they_state(images: np.ndarray, tmp_path: Path) -> None:
     statistics = {"mu": np.full(12, 5.0), "sigma": np.eye(12)}
-    found = opened(tmp_path, TOY, **statistics, extractor="toy-quarters")
-    assert found.statistics["pool"].mean.tolist() == [5] * 12 and found.fingerprint == "toy-quarters"
+    reference = read_reference(tmp_path, TOY, **statistics, extractor="toy-quarters")
+    assert reference.statistics["pool"].mean.tolist() == [5] * 12 and reference.fingerprint == "toy-quarters"
     for loader in (TOY, inception):
         with pytest.raises(ValueError, match=r"of digits-0123 and no images.* (toy-quarters|inception-\w+)"):
-            opened(tmp_path, loader, **statistics, extractor="digits-0123")
-    of_images = opened(tmp_path, inception, arr_0=images, **statistics, extractor="digits-0123")
+            read_reference(tmp_path, loader, **statistics, extractor="digits-0123")
+    of_images = read_reference(tmp_path, inception, arr_0=images, **statistics, extractor="digits-0123")
     assert of_images.count == 40 and of_images.statistics["pool"].mean.tolist() != [5] * 12
 
 
-def test_samples_are_no_reference(tmp_path: Path) -> None:
+def test_samples_are_refused_as_a_reference(tmp_path: Path) -> None:
     storage.write_json(f"{tmp_path}/samples/run.json", {})
     with pytest.raises(ValueError, match=r"pass a dataset.*npz"):
         find_reference(f"{tmp_path}/samples", 8)
@@ -98,6 +99,6 @@ def test_a_dataset_is_extracted_once(tmp_path: Path) -> None:
         for name in storage.list_names(first.files.folder)
     }
     assert "statistics.safetensors" in before
-    again = extract_reference(find_reference(folder, 8), TOY, TOY(), "", num_workers=0)
-    np.testing.assert_array_equal(again.statistics["pool"].mean, moments(first.files.pool()).mean)
+    second = extract_reference(find_reference(folder, 8), TOY, TOY(), "", num_workers=0)
+    np.testing.assert_array_equal(second.statistics["pool"].mean, moments(first.files.pool()).mean)
     assert before == {name: storage.read_bytes(storage.join(first.files.folder, name)) for name in before}

@@ -1,4 +1,7 @@
-"""An extractor that is imported by its dotted name: the means of the four quarters of an image, in three colours."""
+"""A toy extractor, which tests import by its dotted name.
+
+Its features are the mean colours of the four quarters of an image.
+"""
 
 import numpy as np
 from numpy.typing import NDArray

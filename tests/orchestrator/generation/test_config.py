@@ -1,4 +1,4 @@
-"""Test settings from a published recipe or a search, which options override."""
+"""Test that a published recipe or a search gives the settings, which options override."""
 
 import json
 from pathlib import Path
@@ -14,22 +14,22 @@ from orchestrator.generation.presets import generation_presets
 from orchestrator.training.presets import trained_networks
 
 
-def parsed(*argv: str) -> GenerationConfig:
+def generation_config(*argv: str) -> GenerationConfig:
     return parse("Generate.", generation_presets(), ["digits", *argv])
 
 
 def test_a_recipe_is_the_published_recommendation_and_options_override_it() -> None:
-    config = parsed("--recipe", "adm-256", "--guidance.scale", "1.5", "--sampler.num-steps", "100")
+    config = generation_config("--recipe", "adm-256", "--guidance.scale", "1.5", "--sampler.num-steps", "100")
     assert (config.weights, config.classifier) == ("256x256_diffusion.pt", "256x256_classifier.pt")
     assert (config.sampler.name, config.sampler.num_steps, config.guidance.scale) == ("ddpm", 100, 1.5)
-    plain = parsed("--recipe", "adm-512", "--weights", "mine.pt")
-    assert config.output == "adm-256/samples" and plain.output == "adm-512/samples", "not among another's"
+    plain = generation_config("--recipe", "adm-512", "--weights", "mine.pt")
+    assert config.output == "adm-256/samples" and plain.output == "adm-512/samples", "each recipe has its own folder"
     assert (plain.weights, plain.sampler.num_steps, plain.guidance.scale) == ("mine.pt", 250, 4.0)
 
 
 @pytest.mark.parametrize("name", ["adm-64", "adm-128", "adm-256", "adm-256-uncond", "adm-512", "lsun-cat"])
 def test_every_published_recommendation_is_a_valid_config(name: str) -> None:
-    config, recipe = parsed("--recipe", name), zoo.entry(name).recipe
+    config, recipe = generation_config("--recipe", name), zoo.entry(name).recipe
     assert recipe is not None
     assert config.sampler == recipe.sampler and config.guidance == recipe.guidance
     assert (config.classifier is None) == (recipe.classifier is None)
@@ -43,9 +43,9 @@ def test_every_published_recommendation_is_a_valid_config(name: str) -> None:
         ("upsampler-64-256", "is an upsampler"),
     ],
 )
-def test_what_nobody_recommends_is_an_error(name: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_without_a_recipe_are_refused(name: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        parsed("--recipe", name)
+        generation_config("--recipe", name)
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -58,12 +58,12 @@ def write_search(folder: Path, setting: dict[str, Any]) -> str:
 def test_from_search_uses_the_winner(tmp_path: Path) -> None:
     sampler, guidance = {"name": "dpm_solver", "num_steps": 12}, {"kind": "classifier", "scale": 2.5}
     plain = {"weights": "run", "sampler": sampler, "guidance": guidance}
-    config = parsed("--from-search", write_search(tmp_path, plain), "--guidance.scale", "3")
+    config = generation_config("--from-search", write_search(tmp_path, plain), "--guidance.scale", "3")
     assert (config.sampler.name, config.sampler.num_steps, config.guidance.scale) == ("dpm_solver", 12, 3.0)
     assert (config.weights, config.classifier) == ("run", "guide"), "and not the preset's"
     edm = {"name": "edm", "num_steps": 12, "s_churn": 5.0, "s_min": 0.1, "s_max": 50.0}
-    more = plain | {"sampler": edm, "guidance": guidance | {"interval": [0.1, 0.7]}}
-    config = parsed("--from-search", write_search(tmp_path, more).removesuffix("/search.json"))
+    edm_setting = plain | {"sampler": edm, "guidance": guidance | {"interval": [0.1, 0.7]}}
+    config = generation_config("--from-search", write_search(tmp_path, edm_setting).removesuffix("/search.json"))
     assert config.sampler.model_dump(include=set(edm)) == edm, "every setting of the sampler, not only those searched"
     assert config.guidance.interval == (0.1, 0.7)
 
@@ -80,15 +80,15 @@ def test_a_setting_that_generation_cannot_use_completely_is_an_error(
     tmp_path: Path, setting: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
-        parsed("--from-search", write_search(tmp_path, setting))
+        generation_config("--from-search", write_search(tmp_path, setting))
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_only_a_dry_run_needs_no_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     absent = ["--from-search", "a/search", "--store", str(tmp_path), "--num-gpus", "1"]
     with pytest.raises(SystemExit) as end:
-        parsed(*absent)
+        generation_config(*absent)
     assert end.value.code == 2 and "a/search/search.json" in capsys.readouterr().err
-    config, text = plan(parsed(*absent, "--dry-run", "--guidance.scale", "3"), trained_networks())
+    config, text = plan(generation_config(*absent, "--dry-run", "--guidance.scale", "3"), trained_networks())
     assert (config.weights, config.guidance.scale) == ("digits/diffusion", 3.0)
     assert "FLOPs" in text and f"not there yet: {tmp_path}/a/search/search.json" in text

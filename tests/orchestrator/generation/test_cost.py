@@ -30,7 +30,7 @@ def test_a_guided_step_costs_what_the_architecture_says() -> None:
     assert work(adm_256()) / 250 == pytest.approx(2.53e12, rel=0.01)
 
 
-def test_what_is_not_evaluated_is_not_paid() -> None:
+def test_skipped_evaluations_cost_nothing() -> None:
     unguided = work(adm_256(guidance=GuidanceConfig()))
     half = work(adm_256(guidance=GuidanceConfig(scale=1.0, interval=(0.25, 0.75))))
     assert unguided == pytest.approx(250 * 2 * 1119.8e9, rel=0.01)
@@ -58,13 +58,13 @@ def test_a_cascade_pays_for_both_stages() -> None:
     assert base(**upsampler) > base() + 27 * 2 * 5e11
 
 
-def test_a_released_model_is_priced_before_it_is_there() -> None:
+def test_a_released_model_has_a_cost_before_its_weights_exist() -> None:
     lines = "\n".join(cost_lines(adm_256(store="/nowhere", dtype="bfloat16"), 50_000, {}))
     assert "not there yet: /nowhere/256x256_diffusion.pt" in lines and "9.83 GB at most" in lines
     assert "50,000 images x 633 TFLOPs" in lines and "14% of 989 TFLOP/s" in lines
 
 
-def test_a_batch_size_that_is_not_given_fits_the_gpu() -> None:
+def test_the_default_batch_size_fits_the_gpu() -> None:
     _, preset = generation_presets()["released"]
     large = preset.model_copy(update=recommended("adm-512"))
     lines = "\n".join(cost_lines(large, 50_000, {}))

@@ -57,12 +57,12 @@ def test_samples_without_classes_have_no_labels_in_the_npz(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("lost", "message"),
+    ("missing", "message"),
     [("manifest.json", "no finished samples"), (f"shards/{Shard(600, 900).name}", "212 of the indices 512 to 1023")],
 )
-def test_incomplete_samples_leave_no_half_file(tmp_path: Path, lost: str, message: str) -> None:
+def test_incomplete_samples_leave_no_incomplete_file(tmp_path: Path, missing: str, message: str) -> None:
     folder = make_folder(str(tmp_path / "samples"))
-    storage.delete(storage.join(folder, lost))
+    storage.delete(storage.join(folder, missing))
     with pytest.raises(FileNotFoundError, match=message):
         export_npz(folder, str(tmp_path / "samples.npz"))
     assert not (tmp_path / "samples.npz").exists()
@@ -78,7 +78,7 @@ def test_pictures_are_the_samples(tmp_path: Path) -> None:
 
 
 def test_64_bit_sizes_are_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 10_000)  # bytes: stands for 2 GiB
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 10_000)  # bytes, instead of 2 GiB
     folder = make_folder(str(tmp_path / "samples"))
     export_npz(folder, str(tmp_path / "samples.npz"))
     data = (tmp_path / "samples.npz").read_bytes()

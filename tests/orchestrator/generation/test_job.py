@@ -37,7 +37,7 @@ from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store with the weights of a diffusion model and a classifier."""
+    """Return a store with the weights of a diffusion model and a classifier."""
     folder = str(tmp_path_factory.mktemp("store"))
     save_network(folder, "unet.safetensors", UNET)
     save_network(folder, "classifier.safetensors", CLASSIFIER)
@@ -53,7 +53,7 @@ def config(store: str, output: str, **changes: object) -> GenerationConfig:
     return GenerationConfig(**settings | changes)
 
 
-def test_every_index_once_in_order_and_balanced_with_digests_in_the_manifest(store: str) -> None:
+def test_samples_are_complete_balanced_and_listed_with_their_digests(store: str) -> None:
     folder = generate(config(store, "whole"))
     images, labels = read_range(folder, 0, 21)
     assert images.shape == (21, 8, 8, 3) and images.dtype == np.uint8
@@ -66,26 +66,26 @@ def test_every_index_once_in_order_and_balanced_with_digests_in_the_manifest(sto
 
 
 def test_an_index_depends_on_seed_and_index_only(store: str) -> None:
-    whole = read_range(generate(config(store, "whole")), 0, 21)[0]
+    images = read_range(generate(config(store, "whole")), 0, 21)[0]
     fewer = read_range(generate(config(store, "fewer", num_samples=6)), 0, 6)[0]
-    assert np.array_equal(whole[:6], fewer), "the number of samples changed one of them"
+    assert np.array_equal(images[:6], fewer), "the number of samples changed one of them"
     shards = read_range(generate(config(store, "shards", shard_size=4)), 0, 21)[0]
-    assert np.array_equal(whole, shards), "the size of shards changed a sample"
+    assert np.array_equal(images, shards), "the size of shards changed a sample"
     other = read_range(generate(config(store, "other", seed=1)), 0, 21)[0]
-    assert not np.array_equal(whole, other)
+    assert not np.array_equal(images, other)
 
 
 def test_only_missing_shards_are_regenerated(store: str, capsys: pytest.CaptureFixture[str]) -> None:
-    wanted = config(store, "resumed")
-    folder = generate(wanted)
+    job_config = config(store, "resumed")
+    folder = generate(job_config)
     before = pixel_hashes(read_range(folder, 0, 21)[0])
     storage.delete(storage.join(folder, "shards", "000008-000016.parquet"))
     storage.delete(storage.join(folder, "manifest.json"))
-    assert [shard.name for shard in missing_shards(wanted)] == ["000008-000016.parquet"]
-    assert "1 of 3 shards are missing" in plan(wanted)[1]
-    generate(wanted)
+    assert [shard.name for shard in missing_shards(job_config)] == ["000008-000016.parquet"]
+    assert "1 of 3 shards are missing" in plan(job_config)[1]
+    generate(job_config)
     assert pixel_hashes(read_range(folder, 0, 21)[0]) == before
-    generate(wanted)
+    generate(job_config)
     assert "complete: 21 samples" in capsys.readouterr().out
 
 
@@ -99,7 +99,7 @@ def test_the_progress_line_moves_within_a_shard(store: str, monkeypatch: pytest.
 
 
 def test_mfu_counts_every_evaluation_of_every_network(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not history(generate(config(store, "whole")), "mfu"), "nobody knows the peak of this CPU"
+    assert not history(generate(config(store, "whole")), "mfu"), "the peak of this CPU is unknown"
     monkeypatch.setattr(generation, "peak_flops", lambda device, dtype: 1e9)
     folder = generate(config(store, "mfu", num_samples=4))
     (_, rate), (_, mfu) = history(folder, "samples_per_second")[-1], history(folder, "mfu")[-1]
@@ -135,16 +135,16 @@ def test_more_samples_draw_only_what_is_missing(store: str) -> None:
     names = storage.list_names(storage.join(folder, "shards"))
     assert names == [f"{a:06d}-{b:06d}.parquet" for a, b in ((0, 6), (6, 8), (8, 16), (16, 21))]
     assert first.stat().st_mtime_ns == written and count_samples(folder) == 21
-    whole = read_range(generate(config(store, "whole")), 0, 21)[0]
-    assert np.array_equal(read_range(folder, 0, 21)[0], whole)
+    expected = read_range(generate(config(store, "whole")), 0, 21)[0]
+    assert np.array_equal(read_range(folder, 0, 21)[0], expected)
     with pytest.raises(ValueError, match=r"--num-samples 6: .*pass --num-samples 21 or more"):
         generate(config(store, "grown", num_samples=6))
 
 
 def test_indices_read_all_other_settings_from_the_folder(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     generate(config(store, "whole"))
-    asked = config(store, "whole", indices=(3,), seed=9, num_samples=1, classifier=None, guidance=GuidanceConfig())
-    generate(asked.starting_from(asked.model_copy(update={"indices": ()})).model_copy(update={"indices": (3,)}))
+    job = config(store, "whole", indices=(3,), seed=9, num_samples=1, classifier=None, guidance=GuidanceConfig())
+    generate(job.starting_from(job.model_copy(update={"indices": ()})).model_copy(update={"indices": (3,)}))
     assert capsys.readouterr().out.count("equal") == 1
 
 
@@ -189,7 +189,7 @@ def test_half_precision_gives_nearly_the_same_images(store: str) -> None:
 def test_compiled_networks_draw_the_same_images(store: str) -> None:
     exact = read_range(generate(config(store, "whole")), 0, 4)[0]
     compiled = read_range(generate(config(store, "compiled", num_samples=4, compile=True)), 0, 4)[0]
-    assert np.abs(exact.astype(int) - compiled).max() <= 1, "rounding may tip a truncated grey level, no more"
+    assert np.abs(exact.astype(int) - compiled).max() <= 1, "rounding errors change a grey level by at most one"
 
 
 # ------------------------------------------------------------------------------------------------ resuming
@@ -214,7 +214,7 @@ def change_a_picture(data: bytes) -> bytes:
         lambda data, other: data[: len(data) // 2],
         lambda data, other: change_a_picture(data),
         lambda data, other: b"",
-        lambda data, other: other,  # a valid shard, but under the name of another one
+        lambda data, other: other,  # a valid shard with the name of another one
     ],
     ids=["truncated", "changed", "empty", "misnamed"],
 )
@@ -223,13 +223,13 @@ def test_a_damaged_shard_is_regenerated_and_its_bytes_are_kept(
 ) -> None:
     folder = finished_copy(store, request.node.callspec.id)
     shard, other = folder / "shards" / "000008-000016.parquet", folder / "shards" / "000000-000008.parquet"
-    whole, written = shard.read_bytes(), other.stat().st_mtime_ns
-    damaged = damage(whole, other.read_bytes())
+    intact, written = shard.read_bytes(), other.stat().st_mtime_ns
+    damaged = damage(intact, other.read_bytes())
     shard.write_bytes(damaged)
     generate(config(store, folder.name))
-    assert shard.read_bytes() == whole
+    assert shard.read_bytes() == intact
     assert (folder / "quarantine" / shard.name).read_bytes() == damaged
-    assert other.stat().st_mtime_ns == written, "a whole shard was rewritten"
+    assert other.stat().st_mtime_ns == written, "an intact shard was rewritten"
     assert "regenerated" in caplog.text and shard.name in caplog.text
 
 
@@ -239,8 +239,8 @@ def test_two_jobs_on_one_folder_give_the_same_samples(store: str) -> None:
         job.start()
     for job in jobs:
         job.join()
-    wanted = pixel_hashes(read_range(generate(config(store, "whole")), 0, 21)[0])
-    assert pixel_hashes(read_range(storage.join(store, "shared"), 0, 21)[0]) == wanted
+    expected = pixel_hashes(read_range(generate(config(store, "whole")), 0, 21)[0])
+    assert pixel_hashes(read_range(storage.join(store, "shared"), 0, 21)[0]) == expected
     assert len(list_shards(storage.join(store, "shared"))) == 3
 
 
@@ -260,7 +260,7 @@ def test_a_shard_of_another_worker_with_other_pixels_is_an_error(store: str, mon
 # ------------------------------------------------------------------------------------------------ platform and batch
 
 
-def test_another_platform_is_refused_unless_asked_for(store: str) -> None:
+def test_another_platform_is_refused_unless_it_is_allowed(store: str) -> None:
     folder = finished_copy(store, "elsewhere")
     run = json.loads((folder / "run.json").read_text())
     assert run["platform"]["torch"] == torch.__version__ and run["platform"]["threads"] == 1
@@ -272,7 +272,7 @@ def test_another_platform_is_refused_unless_asked_for(store: str) -> None:
     generate(config(store, "elsewhere", mixed_platforms=True))
 
 
-def test_a_probed_batch_is_recorded_and_used_ever_after(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probed_batch_size_is_recorded_and_reused(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = generate(config(store, "probed", batch_size=0))
     assert storage.read_json(storage.join(folder, "run.json"))["config"]["batch_size"] == 8  # the shard's size
     monkeypatch.setattr(generation, "canonical_batch", lambda *_: pytest.fail("probed again"))
@@ -282,24 +282,24 @@ def test_a_probed_batch_is_recorded_and_used_ever_after(store: str, monkeypatch:
         generate(config(store, "probed", batch_size=4))
 
 
-def test_on_a_cpu_the_batch_follows_a_rule(store: str) -> None:
+def test_on_a_cpu_the_batch_size_depends_on_the_image_size(store: str) -> None:
     networks = load_networks(config(store, "any"), "cpu")
-    wanted = config(store, "any", batch_size=0, shard_size=512)
-    assert canonical_batch(wanted, networks, torch.device("cpu")) == 64
+    job_config = config(store, "any", batch_size=0, shard_size=512)
+    assert canonical_batch(job_config, networks, torch.device("cpu")) == 64
     large = replace(networks.weights, architecture=UNET.model_copy(update={"image_size": 256}))
-    assert canonical_batch(wanted, networks._replace(weights=large), torch.device("cpu")) == 4
+    assert canonical_batch(job_config, networks._replace(weights=large), torch.device("cpu")) == 4
 
 
 @pytest.mark.parametrize(("gigabytes", "expected"), [(80, 256), (16, 64), (4, 8), (0.001, 1)])
-def test_on_a_gpu_the_batch_follows_counted_memory(store: str, gigabytes: float, expected: int) -> None:
+def test_on_a_gpu_the_batch_size_depends_on_the_counted_memory(store: str, gigabytes: float, expected: int) -> None:
     """The batch size of ADM-64 with its classifier in half precision is equal on all GPUs of a kind."""
     loaded = load_networks(config(store, "any"), "cpu")
     networks = loaded._replace(
         weights=replace(loaded.weights, architecture=zoo.entry("adm-64").network),
         classifier=replace(loaded.weights, architecture=zoo.entry("classifier-64").network),
     )
-    wanted = config(store, "any", batch_size=0, shard_size=512, dtype="float16")
-    assert counted_batch(wanted, networks, gigabytes * 1e9, most=512) == expected
+    job_config = config(store, "any", batch_size=0, shard_size=512, dtype="float16")
+    assert counted_batch(job_config, networks, gigabytes * 1e9, most=512) == expected
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_other_errors_of_the_first_batch_are_not_taken_for_memory() -> None:
 
 @pytest.mark.parametrize("name", ["ddim", "dpm_solver", "heun"])
 def test_a_worker_samples_by_other_settings_than_its_own(store: str, name: str) -> None:
-    """As the trials of a search do: the networks stay, sampler, guidance and seed change."""
+    """Trials of a search share the networks, and change sampler, guidance and seed."""
     own = config(store, "any")
     setting = {"sampler": SamplerConfig(name=name, num_steps=3), "guidance": GuidanceConfig(), "seed": 9}
     other, worker = own.model_copy(update=setting), SamplingWorker(own)
@@ -364,7 +364,7 @@ def test_every_kind_draws_other_samples_and_scale_0_the_unguided_ones(store: str
         assert not np.array_equal(guided_images(store, f"guided-{kind}", kind=kind, scale=2.0, **weak_weights), plain)
 
 
-def test_the_weaker_model_counts_by_its_hash(store: str) -> None:
+def test_the_weaker_model_is_compared_by_its_hash(store: str) -> None:
     save_network(store, "weaker.safetensors", UNET, seed=7)
     changes = {"guidance": GuidanceConfig(kind="auto", scale=1.0, weak_weights="weaker.safetensors")}
     folder = generate(config(store, "auto", **changes))
@@ -405,7 +405,7 @@ def test_indices_are_regenerated_and_compared(store: str, capsys: pytest.Capture
         generate(config(store, "regenerated", indices=(20, 3)))
 
 
-def test_clipping_and_rounding_change_what_they_should(store: str) -> None:
+def test_rounding_changes_pixels_by_at_most_one_level_and_clipping_changes_them(store: str) -> None:
     truncated = read_range(generate(config(store, "whole")), 0, 8)[0].astype(int)
     nearest = read_range(generate(config(store, "nearest", num_samples=8, rounding="nearest")), 0, 8)[0]
     assert set(np.unique(nearest - truncated)) == {0, 1}
@@ -413,7 +413,7 @@ def test_clipping_and_rounding_change_what_they_should(store: str) -> None:
     assert not np.array_equal(unclipped, truncated)
 
 
-def test_a_run_has_named_averages(store: str) -> None:
+def test_averages_of_a_run_are_selected_by_name(store: str) -> None:
     for seed, ema in enumerate(("ema-0.99", "ema-0.9999")):
         save_network(store, f"run/weights/images-000000000512-{ema}.safetensors", UNET, seed)
     last, first, second = (
@@ -431,14 +431,14 @@ def test_a_newer_snapshot_between_two_attempts_changes_nothing(store: str) -> No
         return name
 
     first = write_snapshots(512, seed=1)
-    wanted = config(store, "attempts", weights="going", classifier="guide")
-    folder = generate(wanted)
+    job_config = config(store, "attempts", weights="going", classifier="guide")
+    folder = generate(job_config)
     before = pixel_hashes(read_range(folder, 0, 21)[0])
     second = write_snapshots(1024, seed=7)
     storage.delete(storage.join(folder, "manifest.json"))
     storage.delete(storage.join(folder, "shards", "000008-000016.parquet"))
-    assert pixel_hashes(read_range(generate(wanted), 0, 21)[0]) == before
+    assert pixel_hashes(read_range(generate(job_config), 0, 21)[0]) == before
     assert storage.read_json(storage.join(folder, "run.json"))["record"]["weights"] == first
     for changes in ({"weights": second}, {"ema": "ema-0.9"}):
         with pytest.raises(ValueError, match=r"weights: .* before, .* now"):
-            generate(wanted.model_copy(update=changes))
+            generate(job_config.model_copy(update=changes))

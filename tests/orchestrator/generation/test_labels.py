@@ -17,7 +17,7 @@ def read(policy: str, seed: int = 3, classes: tuple[str, ...] = CLASSES) -> Labe
     return read_labels(policy, classes, seed, str)
 
 
-def test_balanced_and_uniform() -> None:
+def test_balanced_labels_alternate_and_uniform_labels_depend_on_their_index() -> None:
     assert read("balanced")(INDICES).tolist() == [index % 4 for index in INDICES]
     drawn = read("uniform")(INDICES)
     counts = np.bincount(drawn, minlength=4)
@@ -26,11 +26,11 @@ def test_balanced_and_uniform() -> None:
     assert not np.array_equal(read("uniform", seed=4)(INDICES), drawn)
 
 
-def test_classes_in_turn_by_name_before_number() -> None:
+def test_listed_classes_are_taken_in_turn_and_names_come_before_numbers() -> None:
     assert read("dog, 7,0")(np.arange(7)).tolist() == [1, 2, 0, 1, 2, 0, 1]
 
 
-def test_a_list_and_a_distribution_from_a_file(tmp_path: Path) -> None:
+def test_a_file_may_contain_a_list_or_a_distribution(tmp_path: Path) -> None:
     in_turn = tmp_path / "list.json"
     in_turn.write_text('["eel", 0, "cat"]')
     assert read(str(in_turn))(np.arange(4)).tolist() == [3, 0, 0, 3]
@@ -43,7 +43,7 @@ def test_a_list_and_a_distribution_from_a_file(tmp_path: Path) -> None:
     assert labels.sha256 and labels.sha256 != read(str(in_turn)).sha256
 
 
-def test_the_last_class_with_weight_takes_what_rounding_leaves(tmp_path: Path) -> None:
+def test_the_last_class_with_weight_gets_the_remainder_of_rounding(tmp_path: Path) -> None:
     weights = tmp_path / "weights.json"
     weights.write_text(json.dumps({"cat": 0.1, "dog": 0.2, "7": 0.3}))
     assert read(str(weights)).cumulative[2:] == (1.0, 1.0)

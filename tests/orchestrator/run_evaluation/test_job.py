@@ -47,47 +47,48 @@ def config(store: str, run: str, **changes: Any) -> RunEvaluationConfig:
     return RunEvaluationConfig(**settings | changes)
 
 
-def test_every_snapshot_of_every_average_at_every_scale(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_snapshot_and_average_is_evaluated_at_every_scale(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     for images in (64, 128):
         for average in ("ema-0.9", "ema-0.99"):
             write_snapshot(store, "grid", images, average, seed=images)
-    asked = config(store, "grid", scales=(0.0, 2.0), num_samples=80)
-    result = storage.read_json(evaluate_run(asked))
+    job_config = config(store, "grid", scales=(0.0, 2.0), num_samples=80)
+    result = storage.read_json(evaluate_run(job_config))
     curves = {f"ema-{rate} scale {scale}" for rate in ("0.9", "0.99") for scale in (0, 2)}
     assert {(p["images"], p["curve"]) for p in result["points"]} == {(n, c) for n in (64, 128) for c in curves}
     for point in result["points"]:
         assert point["metrics"]["precision"]["n"] == 80
         assert point["evaluations"] == (2 if point["setting"]["guidance"]["scale"] == 0 else pytest.approx(4, abs=1))
         assert (point["change"] is None) == (point["images"] == 64) == (point["verdict"] == "first")
-    twins = {(p["images"], p["setting"]["guidance"]["scale"]): p["objective"] for p in result["points"]}
-    assert len(twins) == 4 and all(
-        point["objective"] == twins[point["images"], point["setting"]["guidance"]["scale"]]
+    objectives = {(p["images"], p["setting"]["guidance"]["scale"]): p["objective"] for p in result["points"]}
+    assert len(objectives) == 4 and all(
+        point["objective"] == objectives[point["images"], point["setting"]["guidance"]["scale"]]
         for point in result["points"]
     ), "equal weights under two names are the same samples"
     for name in ("quality.png", "snapshots.png"):
-        data = storage.read_bytes(storage.join(asked.path(asked.output), name))
+        data = storage.read_bytes(storage.join(job_config.path(job_config.output), name))
         assert np.asarray(Image.open(io.BytesIO(data))).std() > 0
-    assert "--weights grid --ema ema-0.9" in (said := capsys.readouterr().out) and "--at best" in said
-    page = storage.read_bytes(storage.join(asked.path(asked.output), "report.html")).decode()
+    printed = capsys.readouterr().out
+    assert "--weights grid --ema ema-0.9" in printed and "--at best" in printed
+    page = storage.read_bytes(storage.join(job_config.path(job_config.output), "report.html")).decode()
     assert all(curve in page for curve in curves) and page.count("data:image/png") == 2
 
 
 def test_evaluated_points_are_not_repeated_and_more_can_be_added(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write_snapshot(store, "again", 64, "ema-0.9")
     evaluate_run(config(store, "again"))
-    drawn: list[Any] = []
+    evaluated: list[Any] = []
     evaluate = job.evaluate
 
-    def noted(*arguments: Any) -> Any:
-        drawn.append(arguments[-1])
+    def recording_evaluate(*arguments: Any) -> Any:
+        evaluated.append(arguments[-1])
         return evaluate(*arguments)
 
-    monkeypatch.setattr(job, "evaluate", noted)
+    monkeypatch.setattr(job, "evaluate", recording_evaluate)
     evaluate_run(config(store, "again"))
-    assert not drawn
+    assert not evaluated
     write_snapshot(store, "again", 128, "ema-0.9", seed=2)
     evaluate_run(config(store, "again", scales=(0.0, 1.0), num_samples=64))
-    assert len(drawn) == 3, "the new snapshot at both scales, the old one at the new scale"
+    assert len(evaluated) == 3, "the new snapshot at both scales, the old one at the new scale"
 
 
 def test_a_run_that_was_trained_anew_is_refused(store: str) -> None:
@@ -101,13 +102,13 @@ def test_a_run_that_was_trained_anew_is_refused(store: str) -> None:
 
 def test_a_run_is_followed_until_its_training_ends(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write_snapshot(store, "followed", 64, "ema-0.9")
-    looks = iter([(True, None), (True, 128), (True, None), (False, 192), (False, None)])
+    lease_states = iter([(True, None), (True, 128), (True, None), (False, 192), (False, None)])
 
     def is_held(_: Any) -> bool:
-        trained, images = next(looks)
-        if images:  # what is written while it is asked must be seen after it
+        is_training, images = next(lease_states)
+        if images:  # a snapshot that is written during this call must be evaluated after it
             write_snapshot(store, "followed", images, "ema-0.9", seed=images)
-        return trained
+        return is_training
 
     monkeypatch.setattr(job.Lease, "is_held", is_held)
     monkeypatch.setattr(job, "POLL_SECONDS", 0.0)
@@ -115,22 +116,22 @@ def test_a_run_is_followed_until_its_training_ends(store: str, monkeypatch: pyte
     assert [point["images"] for point in result["points"]] == [64, 128, 192]
 
 
-def test_the_best_snapshot_is_taken_by_a_generation(store: str) -> None:
+def test_a_generation_can_use_the_best_snapshot(store: str) -> None:
     for images in (64, 128):
         write_snapshot(store, "best", images, "ema-0.9", seed=images)
     result = storage.read_json(evaluate_run(config(store, "best")))
-    asked = GenerationConfig(store=store, weights="best", at="best", output="samples", num_samples=1)
-    taken = load_networks(asked, "cpu").weights.sha256
-    first = load_networks(asked.model_copy(update={"at": str(result["best"]["images"])}), "cpu").weights.sha256
-    other = load_networks(asked.model_copy(update={"at": str(192 - result["best"]["images"])}), "cpu").weights.sha256
-    assert taken == first != other
+    job = GenerationConfig(store=store, weights="best", at="best", output="samples", num_samples=1)
+    best = load_networks(job, "cpu").weights.sha256
+    first = load_networks(job.model_copy(update={"at": str(result["best"]["images"])}), "cpu").weights.sha256
+    other = load_networks(job.model_copy(update={"at": str(192 - result["best"]["images"])}), "cpu").weights.sha256
+    assert best == first != other
     with pytest.raises(ValueError, match="snapshots at 64, 128"):
-        load_networks(asked.model_copy(update={"at": "65"}), "cpu")
+        load_networks(job.model_copy(update={"at": "65"}), "cpu")
     with pytest.raises(ValueError, match=r"ema-0\.5"):
-        load_networks(asked.model_copy(update={"ema": "ema-0.5"}), "cpu")
+        load_networks(job.model_copy(update={"ema": "ema-0.5"}), "cpu")
     write_snapshot(store, "unknown", 64, "ema-0.9")
     with pytest.raises(FileNotFoundError, match="evaluate_run"):
-        load_networks(asked.model_copy(update={"weights": "unknown"}), "cpu")
+        load_networks(job.model_copy(update={"weights": "unknown"}), "cpu")
 
 
 def test_a_plan_works_before_and_after_the_first_snapshot(store: str) -> None:
@@ -145,7 +146,7 @@ def test_a_plan_works_before_and_after_the_first_snapshot(store: str) -> None:
     assert "2 snapshots from 64 to 96 images" in text and text.count("evaluations an image") == 2
 
 
-# ------------------------------------------------------------------------------------------------ what is said
+# ------------------------------------------------------------------------------------------------ curves and verdicts
 
 
 def point(images: int, mean: float, average: str = "ema-0.9", failed: str | None = None) -> Point:
@@ -159,13 +160,13 @@ def point(images: int, mean: float, average: str = "ema-0.9", failed: str | None
     return Point(Snapshot(images, average, name), setting, Outcome(scores, metrics=metrics, failed=failed))
 
 
-def test_a_curve_that_falls_levels_off_and_rises() -> None:
-    asked = config("runs", "run", num_samples=512)
+def test_verdicts_of_a_curve_that_falls_levels_off_and_rises() -> None:
+    job_config = config("runs", "run", num_samples=512)
     points = [point(1000 * i, mean) for i, mean in enumerate((5.0, 3.0, 2.0, 2.0, 2.5), 1)]
-    result = conclude(asked, [*points, point(3000, 4.0, "ema-0.99"), point(6000, 0.0, failed="NaN")])
-    first = [found for found in result["points"] if found["average"] == "ema-0.9"]
+    result = conclude(job_config, [*points, point(3000, 4.0, "ema-0.99"), point(6000, 0.0, failed="NaN")])
+    curve = [entry for entry in result["points"] if entry["average"] == "ema-0.9"]
     improving, level, worse = "still improving", "no significant change", "getting worse: overfitting"
-    assert [found["verdict"] for found in first] == ["first", improving, improving, level, worse]
+    assert [entry["verdict"] for entry in curve] == ["first", improving, improving, level, worse]
     assert result["best"]["images"] in (3000, 4000) and result["as_good_from"] == 3000
     files = best_files(result)
     assert files["ema-0.99"] == "images-000000003000-ema-0.99.safetensors"
@@ -174,7 +175,7 @@ def test_a_curve_that_falls_levels_off_and_rises() -> None:
     assert "NaN" in text and text.count("<- best") == 1
 
 
-def test_a_run_of_which_nothing_can_be_measured_is_an_error() -> None:
+def test_a_run_without_any_measured_snapshot_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="not finite"):
         conclude(config("runs", "run"), [point(1000, 0.0, failed="not finite")])
 

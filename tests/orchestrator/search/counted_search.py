@@ -1,4 +1,7 @@
-"""A search whose workers log every batch that they draw; run it as a module with the arguments CONFIG and LOG."""
+"""Run a search whose workers log every batch that they draw.
+
+Run it with `python -m tests.orchestrator.search.counted_search CONFIG LOG`: the config as JSON, and the log's path.
+"""
 
 import sys
 from collections.abc import Callable
@@ -16,13 +19,13 @@ def make_counted_worker(log: str, config: SearchConfig) -> Callable[[Block], Blo
     """Return the real worker, which logs each batch before it draws it."""
     real = evaluator.make_batch
 
-    def counted(networks: Any, generation: Any, number: int) -> Any:
+    def make_logged_batch(networks: Any, generation: Any, number: int) -> Any:
         sampler, scale = generation.sampler, generation.guidance.scale
         with Path(log).open("a") as file:  # one short line: appended whole
             file.write(f"{sampler.name}-{sampler.num_steps}-{scale}-{generation.seed}-{number}\n")
         return real(networks, generation, number)
 
-    evaluator.make_batch = counted  # type: ignore[assignment]
+    evaluator.make_batch = make_logged_batch  # type: ignore[assignment]
     return evaluator.make_worker(config)
 
 

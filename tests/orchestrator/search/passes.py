@@ -1,4 +1,4 @@
-"""The costs of passes in tests of the search; a guide costs as much as the model, except for the kind auto."""
+"""Costs of forward passes in tests of the search: a guide costs as much as the model, except for the kind auto."""
 
 from models.diffusion import DiffusionConfig
 from orchestrator.search.space import PassCosts

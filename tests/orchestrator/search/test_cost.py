@@ -16,7 +16,7 @@ CHEAP = Setting(weights="w", sampler=SamplerConfig(name="ddim", num_steps=10), e
 COSTLY = Setting(weights="w", sampler=SamplerConfig(name="ddim", num_steps=40), evaluations=40)
 
 
-def fitting(budget: SampleBudget, tasks: list[Evaluation], reserve: list[Evaluation]) -> int:
+def num_affordable(budget: SampleBudget, tasks: list[Evaluation], reserve: list[Evaluation]) -> int:
     return affordable(budget.prices(tasks), budget.left(reserve))
 
 
@@ -34,16 +34,17 @@ def test_a_promoted_trial_pays_for_its_new_batches_only() -> None:
 def test_a_budget_of_samples_keeps_a_reserve_for_the_final_evaluation() -> None:
     budget = SampleBudget(Limit(3 * 256 + 1024), batch_size=64, full=0)
     final = [Evaluation(CHEAP, 1000, 9)]
-    assert fitting(budget, [Evaluation(CHEAP, 250, seed) for seed in range(5)], final) == 3
+    assert num_affordable(budget, [Evaluation(CHEAP, 250, seed) for seed in range(5)], final) == 3
     budget.spend([Evaluation(CHEAP, 250, seed) for seed in range(3)])
-    assert fitting(budget, [Evaluation(COSTLY, 250, 0)], final) == 0
-    assert fitting(budget, [Evaluation(COSTLY, 250, 0)], []) == 1
+    assert num_affordable(budget, [Evaluation(COSTLY, 250, 0)], final) == 0
+    assert num_affordable(budget, [Evaluation(COSTLY, 250, 0)], []) == 1
 
 
 def test_a_share_counts_network_evaluations() -> None:
     budget = SampleBudget(Limit(10, "%"), batch_size=64, full=64 * 500)
-    assert fitting(budget, [Evaluation(CHEAP, 64, seed) for seed in range(9)], []) == 5
-    assert fitting(budget, [Evaluation(COSTLY, 64, 0), Evaluation(CHEAP, 64, 0), Evaluation(CHEAP, 64, 1)], []) == 2
+    assert num_affordable(budget, [Evaluation(CHEAP, 64, seed) for seed in range(9)], []) == 5
+    mixed = [Evaluation(COSTLY, 64, 0), Evaluation(CHEAP, 64, 0), Evaluation(CHEAP, 64, 1)]
+    assert num_affordable(budget, mixed, []) == 2
 
 
 def test_the_clock_continues_after_a_kill_and_replayed_rounds_begin_at_the_same_time(
@@ -57,11 +58,11 @@ def test_the_clock_continues_after_a_kill_and_replayed_rounds_begin_at_the_same_
         return SampleBudget(Limit(1.0, "h"), batch_size=64, full=0, clock=clock), clock
 
     budget, clock = start()
-    assert fitting(budget, [Evaluation(COSTLY, 640, 0)] * 9, []) == 9, "the speed is not known yet"
+    assert num_affordable(budget, [Evaluation(COSTLY, 640, 0)] * 9, []) == 9, "the speed is not known yet"
     now = 600.0  # ten minutes for 6,400 evaluations
     budget.spend([Evaluation(CHEAP, 640, 0)])
     settings = [Evaluation(CHEAP, 640, seed) for seed in range(1, 9)]
-    assert fitting(budget, settings, []) == 5 and fitting(budget, settings, settings[:1]) == 4
+    assert num_affordable(budget, settings, []) == 5 and num_affordable(budget, settings, settings[:1]) == 4
     now = 700.0
     clock.save()
 
@@ -69,7 +70,7 @@ def test_the_clock_continues_after_a_kill_and_replayed_rounds_begin_at_the_same_
     budget, clock = start()
     now = 5_001.0
     budget.spend([Evaluation(CHEAP, 640, 0)])
-    assert fitting(budget, settings, []) == 5, "a replayed evaluation takes its recorded time"
+    assert num_affordable(budget, settings, []) == 5, "a replayed evaluation takes its recorded time"
     assert clock.seconds == 701.0
     budget.spend([Evaluation(CHEAP, 640, 1)])
     clock.save()

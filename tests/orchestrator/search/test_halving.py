@@ -43,7 +43,7 @@ def world(task: Evaluation) -> Outcome:
     return Outcome({FD: scores[: task.n]}, metrics={FD: {"value": scores[: task.n].mean()}}, unbiased=(FD,))
 
 
-def proposed(
+def search_with_optuna(
     world: World = world, limit: Limit | None = None, trials: int = 18, **changes: Any
 ) -> tuple[SuccessiveHalving, list[list[Evaluation]]]:
     """Run a search whose settings Optuna proposes."""
@@ -53,30 +53,32 @@ def proposed(
 
 
 def test_all_trials_start_and_the_winner_is_found() -> None:
-    halving, asked = proposed()
-    assert [len(tasks) for tasks in asked[:3]] == [6, 6, 6] and {t.n for tasks in asked[:3] for t in tasks} == {64}
+    halving, rounds = search_with_optuna()
+    assert [len(tasks) for tasks in rounds[:3]] == [6, 6, 6]
+    assert {task.n for tasks in rounds[:3] for task in tasks} == {64}
     winner = halving.finalists[0]
-    assert quality(winner.setting) < min(quality(t.setting) for t in halving.trials) + 0.1
+    assert quality(winner.setting) < min(quality(trial.setting) for trial in halving.trials) + 0.1
     assert winner.final is not None and winner.eliminated is None
-    assert {task.seed for task in asked[-1]} == {9}, "the final evaluation is on fresh seeds"
+    assert {task.seed for task in rounds[-1]} == {9}, "the final evaluation uses fresh seeds"
     drawn = sum(halving.config.rungs[trial.level] for trial in halving.trials)
     assert drawn < 0.6 * len(halving.trials) * FULL, "elimination saves nothing"
 
 
 def test_the_same_seed_gives_the_same_search() -> None:
-    first, asked = proposed(limit=Limit(3_000))
-    again, asked_again = proposed(limit=Limit(3_000))
-    assert asked == asked_again and [t.setting for t in first.ranked()] == [t.setting for t in again.ranked()]
-    other, _ = proposed(seed=1)
-    assert [t.setting for t in other.trials] != [t.setting for t in first.trials]
+    first, rounds = search_with_optuna(limit=Limit(3_000))
+    second, second_rounds = search_with_optuna(limit=Limit(3_000))
+    assert rounds == second_rounds
+    assert [trial.setting for trial in first.ranked()] == [trial.setting for trial in second.ranked()]
+    other, _ = search_with_optuna(seed=1)
+    assert [trial.setting for trial in other.trials] != [trial.setting for trial in first.trials]
 
 
 def test_rungs_are_nested_and_no_setting_is_proposed_twice() -> None:
-    halving, asked = proposed()
-    seen: dict[Setting, int] = {}
-    for task in (task for tasks in asked for task in tasks if task.seed == 0):
-        assert task.n == halving.config.rungs[seen.get(task.setting, -1) + 1], "a rung was skipped or drawn twice"
-        seen[task.setting] = seen.get(task.setting, -1) + 1
+    halving, rounds = search_with_optuna()
+    level_of: dict[Setting, int] = {}
+    for task in (task for tasks in rounds for task in tasks if task.seed == 0):
+        assert task.n == halving.config.rungs[level_of.get(task.setting, -1) + 1], "a rung was skipped or drawn twice"
+        level_of[task.setting] = level_of.get(task.setting, -1) + 1
     assert len({trial.setting for trial in halving.trials}) == len(halving.trials) == 18
 
 
@@ -94,8 +96,8 @@ def test_a_budget_is_shared_among_the_rungs_and_pays_for_the_final_evaluation() 
 def test_a_smaller_budget_halves_faster_and_the_best_are_promoted() -> None:
     counts = {}
     for share in (20.0, 40.0):
-        halving, asked = search(config_of(16), normal(lambda i: 0.1 * i, 0, 16), limit=Limit(share, "%"))
-        counts[share] = [len(tasks) for tasks in asked[:-1]]
+        halving, rounds = search(config_of(16), normal(lambda i: 0.1 * i, 0, 16), limit=Limit(share, "%"))
+        counts[share] = [len(tasks) for tasks in rounds[:-1]]
         assert all(a >= b for a, b in zip(counts[share], counts[share][1:], strict=False))
         waiting = [trial for trial in halving.trials if trial.not_promoted]
         assert waiting and all("not promoted at n=" in str(trial.not_promoted) for trial in waiting)
@@ -110,13 +112,13 @@ def test_the_budget_keeps_the_last_rung_for_two_trials_or_promotes_half_if_it_ca
     share: float, counts: list[int]
 ) -> None:
     config = config_of(24, rungs=(64, 128, 256, 512, 1024, 2048))
-    _, asked = search(config, normal(lambda i: 0.0, 0, 24, full=2048), limit=Limit(share, "%"))
-    assert [len(tasks) for tasks in asked[:-1]] == counts
+    _, rounds = search(config, normal(lambda i: 0.0, 0, 24, full=2048), limit=Limit(share, "%"))
+    assert [len(tasks) for tasks in rounds[:-1]] == counts
 
 
 def test_the_rungs_end_when_one_trial_is_left() -> None:
-    halving, asked = search(config_of(6), normal(lambda i: 20.0 * (i > 0), 0, 6))
-    assert [len(tasks) for tasks in asked] == [6, 6, 1] or [len(tasks) for tasks in asked] == [6, 1]
+    halving, rounds = search(config_of(6), normal(lambda i: 20.0 * (i > 0), 0, 6))
+    assert [len(tasks) for tasks in rounds] == [6, 6, 1] or [len(tasks) for tasks in rounds] == [6, 1]
     assert all("significantly worse" in str(trial.eliminated) for trial in halving.trials[1:])
 
 
@@ -124,9 +126,9 @@ def test_a_failing_trial_is_recorded_and_the_others_go_on() -> None:
     def failing(task: Evaluation) -> Outcome:
         return Outcome(failed="FloatingPointError: NaN") if task.setting.sampler.num_steps == 20 else world(task)
 
-    halving, _ = proposed(failing)
+    halving, _ = search_with_optuna(failing)
     failed = [trial for trial in halving.trials if trial.failed]
-    assert failed and all(t.setting.sampler.num_steps == 20 and t.failed == "FloatingPointError: NaN" for t in failed)
+    assert {(trial.setting.sampler.num_steps, trial.failed) for trial in failed} == {(20, "FloatingPointError: NaN")}
     assert halving.finalists[0].setting.sampler.num_steps == 10
 
 
@@ -151,10 +153,10 @@ def test_a_constraint_on_a_biased_value_eliminates_no_trial() -> None:
 
 
 def test_two_objectives_keep_a_front() -> None:
-    def two(task: Evaluation) -> Outcome:
+    def add_evaluations(task: Evaluation) -> Outcome:
         return Outcome(world(task).scores | {EVALUATIONS: np.full(task.n, float(task.setting.evaluations))})
 
-    halving, _ = proposed(two, objective=(FD, EVALUATIONS))
+    halving, _ = search_with_optuna(add_evaluations, objective=(FD, EVALUATIONS))
     running = [trial.setting for trial in halving.trials if trial.is_running]
     assert len({setting.sampler.num_steps for setting in running}) > 1, "cheaper settings belong to the front"
     for trial in halving.trials:
@@ -166,7 +168,7 @@ def test_two_objectives_keep_a_front() -> None:
 
 @pytest.mark.parametrize("rungs", [(64,), (64, FULL)])
 def test_one_or_two_rungs_suffice(rungs: tuple[int, ...]) -> None:
-    assert proposed(rungs=rungs)[0].finalists
+    assert search_with_optuna(rungs=rungs)[0].finalists
 
 
 WORLDS: dict[str, Callable[[int], World]] = {

@@ -21,8 +21,8 @@ def test_settings_with_different_weights_have_different_labels() -> None:
 @pytest.mark.parametrize(("value", "contradicts"), [(1.3, False), (-0.2, False), (-0.97, True)])
 def test_a_finalist_that_is_better_than_the_winner_on_fresh_samples_is_named(value: float, contradicts: bool) -> None:
     setting = Setting(weights="w", sampler=SamplerConfig(name="ddim", num_steps=25)).model_dump(mode="json")
-    same, worse = ({"value": v, "interval": [v - h, v + h]} for v, h in ((0.0, 0.0), (value, 0.7)))
-    finalists = [{"setting": setting, "behind_winner": {"fd_digits": found}} for found in (same, worse)]
+    equal, worse = ({"value": v, "interval": [v - h, v + h]} for v, h in ((0.0, 0.0), (value, 0.7)))
+    finalists = [{"setting": setting, "behind_winner": {"fd_digits": difference}} for difference in (equal, worse)]
     result = {"objective": ["fd_digits"], "trials": [{"setting": setting}], "finalists": finalists}
     assert len(contradictions(result)) == contradicts
     ends = "0.6 to 2" if value > 0 else f"{-value - 0.7:.4g} to {-value + 0.7:.4g}"

@@ -72,28 +72,28 @@ def test_a_bound_on_evaluations_is_kept_without_sampling() -> None:
     assert all(setting.evaluations <= 25 for setting in proposals.ask(8))
 
 
-def proposed(seed: int, config: SpaceConfig = ALL) -> list[Setting]:
+def propose_three_rounds(seed: int, config: SpaceConfig = ALL) -> list[Setting]:
     """Return the proposals of three rounds with the same outcomes."""
     proposals = OptunaProposals(space(config), seed, num_objectives=1, round_size=6)
-    found = []
+    settings = []
     for _ in range(3):
         for setting in proposals.ask(6):
-            found.append(setting)
+            settings.append(setting)
             proposals.tell(setting, [abs(setting.guidance.scale - 1.0) + 1 / setting.sampler.num_steps], 0.0)
-    return found
+    return settings
 
 
 def test_the_same_seed_and_outcomes_give_the_same_proposals() -> None:
     continuous = ALL.model_copy(update={"continuous": True})
     for config in (ALL, continuous):
-        first = proposed(3, config)
-        assert first == proposed(3, config) != proposed(4, config)
+        first = propose_three_rounds(3, config)
+        assert first == propose_three_rounds(3, config) != propose_three_rounds(4, config)
         assert len(set(first)) == 18
 
 
-def test_proposals_learn() -> None:
-    found = proposed(5, SpaceConfig(scales=(0.0, 1.0, 2.0, 4.0, 8.0), num_steps=(10,)))
-    first, last = (np.mean([abs(s.guidance.scale - 1) for s in part]) for part in (found[:6], found[12:]))
+def test_proposals_improve_with_outcomes() -> None:
+    settings = propose_three_rounds(5, SpaceConfig(scales=(0.0, 1.0, 2.0, 4.0, 8.0), num_steps=(10,)))
+    first, last = (np.mean([abs(s.guidance.scale - 1) for s in part]) for part in (settings[:6], settings[12:]))
     assert last < first / 1.5
 
 
@@ -127,10 +127,10 @@ def test_few_steps_narrow_the_scales_of_more_steps_by_sampler() -> None:
     for setting in first:
         proposals.tell(setting, [abs(setting.guidance.scale - (4.5 if setting.sampler.name == "ddpm" else 1.1))], 0.0)
     rest = proposals.ask(100)
-    found: dict[tuple[str, int], list[float]] = {}
+    scales_of: dict[tuple[str, int], list[float]] = {}
     for setting in rest:
-        found.setdefault((setting.sampler.name, setting.sampler.num_steps), []).append(setting.guidance.scale)
-    assert found == {
+        scales_of.setdefault((setting.sampler.name, setting.sampler.num_steps), []).append(setting.guidance.scale)
+    assert scales_of == {
         ("ddpm", 10): [1.0, 2.0, 4.0], ("ddpm", 40): [0.5, 1.0, 2.0, 4.0],
         ("ddim", 10): [0.0, 0.5, 1.0], ("ddim", 40): [0.0, 0.5, 1.0],
     }  # fmt: skip

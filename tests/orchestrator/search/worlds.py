@@ -42,7 +42,7 @@ def search(
     full = config.rungs[-1] * float(sum(setting.evaluations for setting in settings))
     budget = SampleBudget(limit or Limit(), 1, full)
     halving = SuccessiveHalving(config, config.trials, proposals or GridProposals(settings, False), budget, world)
-    return halving, [found.tasks for found in halving.run()]
+    return halving, [step.tasks for step in halving.run()]
 
 
 def normal(quality: Callable[[int], float], run: int, count: int, full: int = 1024) -> World:
@@ -73,12 +73,12 @@ def bounded(run: int, count: int, full: int = 1024) -> World:
     """Return scores with a precision; trial 0 is the best with at least 0.6, and better ones have 0.58."""
     rng = np.random.default_rng([32, run])
     scores = rng.standard_normal(full) + rng.standard_normal((count, full))
-    level, kept = rng.random((count, full)), np.where(np.arange(count) % 2, 0.58, 0.62)
+    level, precision = rng.random((count, full)), np.where(np.arange(count) % 2, 0.58, 0.62)
     scores += np.where(np.arange(count) % 2, -0.5, 0.3)[:, None] * (np.arange(count) > 0)[:, None]
 
     def world(task: Evaluation) -> Outcome:
         i = int(task.setting.guidance.scale)
-        hits = level[i, : task.n] < kept[i]
+        hits = level[i, : task.n] < precision[i]
         return Outcome({FD: scores[i, : task.n], PRECISION: share_scores(hits)}, unbiased=(FD, PRECISION))
 
     return world

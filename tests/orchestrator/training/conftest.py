@@ -1,4 +1,4 @@
-"""Shared by the tests of trainings: a store that holds the digits."""
+"""A fixture of all tests of trainings."""
 
 import pytest
 
@@ -8,6 +8,7 @@ from tests.orchestrator.digits import digits
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return a store with the prepared digits."""
     folder = str(tmp_path_factory.mktemp("store"))
     prepare(digits(folder))
     return folder

@@ -1,4 +1,4 @@
-"""A small training on the digits, and access to its checkpoints, for tests."""
+"""Configure a small training on the digits for tests, and read its checkpoints."""
 
 from dataclasses import replace
 
@@ -35,11 +35,11 @@ def adm(store: str, output: str, **changes: object) -> AdmConfig:
 
 
 def context(stop_after: int | None = None, records: list | None = None) -> WorkerContext:
-    """Return the context of a single worker in this process, which is asked to stop in step `stop_after`."""
-    asked = iter(range(10**9))
+    """Return the context of a single worker in this process. Its stop flag is set in step `stop_after`."""
+    calls = iter(range(10**9))
 
     def stopping() -> bool:
-        return stop_after is not None and next(asked) + 1 >= stop_after
+        return stop_after is not None and next(calls) + 1 >= stop_after
 
     report = records.append if records is not None else lambda record: None
     return WorkerContext(0, 1, torch.device("cpu"), report, stopping, streams_on_cluster=False)
@@ -47,14 +47,14 @@ def context(stop_after: int | None = None, records: list | None = None) -> Worke
 
 def final_state(config: AdmConfig) -> dict[str, torch.Tensor]:
     """Return the tensors of the checkpoint at the end of a training."""
-    found = newest_checkpoint(config.path(config.output))
-    assert found is not None and found.position == config.total_images
-    return found.tensors
+    checkpoint = newest_checkpoint(config.path(config.output))
+    assert checkpoint is not None and checkpoint.position == config.total_images
+    return checkpoint.tensors
 
 
 def newest_checkpoint(run: str) -> Checkpoint | None:
     """Return the newest usable checkpoint of `run`, or None if it has no checkpoints."""
-    found = None
+    newest = None
     for part in read_newest(run):
-        found = replace(found, tensors=found.tensors | part.tensors) if found and part.tensors else part
-    return found
+        newest = replace(newest, tensors=newest.tensors | part.tensors) if newest and part.tensors else part
+    return newest

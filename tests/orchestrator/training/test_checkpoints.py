@@ -18,7 +18,7 @@ def checkpoint(position: int) -> Checkpoint:
 
 
 @pytest.mark.parametrize("damage", ["nothing", "truncated", "flipped", "missing", "uncommitted"])
-def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_newest_checkpoint_is_skipped(tmp_path: Path, damage: str) -> None:
     assert newest_checkpoint(str(tmp_path)) is None
     save_checkpoint(str(tmp_path), checkpoint(64))
     commit = Path(save_checkpoint(str(tmp_path), checkpoint(128)))
@@ -32,15 +32,13 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, damage: str)
         state.unlink()
     elif damage == "uncommitted":
         commit.unlink()
-    found, position = newest_checkpoint(str(tmp_path)), 128 if damage == "nothing" else 64
-    assert found is not None and found.position == position and found.facts == {"bad_steps": 1}
-    assert torch.equal(found.tensors["model.weight"], torch.full((2, 3), float(position)))
+    newest, position = newest_checkpoint(str(tmp_path)), 128 if damage == "nothing" else 64
+    assert newest is not None and newest.position == position and newest.facts == {"bad_steps": 1}
+    assert torch.equal(newest.tensors["model.weight"], torch.full((2, 3), float(position)))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "newer"])
-def test_checkpoints_of_which_none_can_be_used_are_not_the_same_as_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
-) -> None:
+def test_only_unusable_checkpoints_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     monkeypatch.setattr(checkpoints, "FORMAT_VERSION", 2 if damage == "newer" else 1)
     for position in (64, 128):
         save_checkpoint(str(tmp_path), checkpoint(position))
@@ -52,7 +50,7 @@ def test_checkpoints_of_which_none_can_be_used_are_not_the_same_as_none(
         newest_checkpoint(str(tmp_path))
 
 
-def test_a_listing_that_fails_is_not_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_that_cannot_be_listed_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = str(Path(save_checkpoint(str(tmp_path), checkpoint(64))).parent)
     real = LocalFileSystem.ls
 
@@ -77,11 +75,11 @@ def test_a_late_writer_of_an_earlier_attempt_changes_nothing(tmp_path: Path) -> 
 def test_a_damaged_checkpoint_can_be_replaced(tmp_path: Path) -> None:
     run = str(tmp_path)
     save_checkpoint(run, checkpoint(64))
-    damaged = Path(save_checkpoint(run, checkpoint(128), attempt="zzz"))  # the first that a reader would try
+    damaged = Path(save_checkpoint(run, checkpoint(128), attempt="zzz"))  # readers try this attempt first
     (damaged.parent / "state-zzz-000.safetensors").unlink()
     save_checkpoint(run, checkpoint(128), attempt="aaa")
-    found = newest_checkpoint(run)
-    assert found is not None and found.position == 128
+    newest = newest_checkpoint(run)
+    assert newest is not None and newest.position == 128
 
 
 def test_large_states_lie_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,36 +91,36 @@ def test_large_states_lie_in_several_files(tmp_path: Path, monkeypatch: pytest.M
     folder = Path(save_checkpoint(str(tmp_path), Checkpoint(7, tensors, {}))).parent
     assert len(list(folder.glob("state-*.safetensors"))) == 3
     for path in folder.glob("state-*.safetensors"):
-        safetensors.torch.load_file(path)  # the library's own reader takes what we stream
-    found = newest_checkpoint(str(tmp_path))
-    assert found is not None and found.tensors.keys() == tensors.keys()
+        safetensors.torch.load_file(path)  # the library itself can read the streamed file
+    newest = newest_checkpoint(str(tmp_path))
+    assert newest is not None and newest.tensors.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert found.tensors[name].dtype == tensor.dtype and torch.equal(found.tensors[name], tensor)
+        assert newest.tensors[name].dtype == tensor.dtype and torch.equal(newest.tensors[name], tensor)
 
 
-def test_pruning_keeps_the_newest_and_the_marked_and_clears_up_after_the_dead(tmp_path: Path) -> None:
+def test_pruning_keeps_the_newest_and_every_interval_and_removes_incomplete_uploads(tmp_path: Path) -> None:
     run = str(tmp_path)
     for position in (64, 128, 192, 256, 320):
         save_checkpoint(run, checkpoint(position), attempt="old")
         prune_checkpoints(run, position, keep=1, keep_every=100)  # the first ones past 100, 200 and 300 images stay
-    for position in (256, 300):  # uploads that a kill cut off
+    for position in (256, 300):  # uploads that a kill interrupted
         (tmp_path / f"checkpoints/images-{position:012d}").mkdir(exist_ok=True)
         (tmp_path / f"checkpoints/images-{position:012d}/state-dead-000.safetensors").write_bytes(b"half")
     save_checkpoint(run, checkpoint(384), attempt="new")
     foreign = tmp_path / "checkpoints" / "README.txt"
     foreign.write_bytes(b"not ours")
     prune_checkpoints(run, newest=320, keep=1, keep_every=100)
-    left = sorted(str(path.relative_to(tmp_path / "checkpoints")) for path in tmp_path.rglob("*.*"))
-    wanted = [
+    remaining = sorted(str(path.relative_to(tmp_path / "checkpoints")) for path in tmp_path.rglob("*.*"))
+    expected = [
         f"images-{position:012d}/{name}"
         for position, attempt in ((128, "old"), (256, "old"), (320, "old"), (384, "new"))
         for name in (f"commit-{attempt}.json", f"state-{attempt}-000.safetensors")
     ]
-    assert left == ["README.txt", *wanted]
+    assert remaining == ["README.txt", *expected]
     folders = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()}
-    assert folders == {name.split("/")[0] for name in wanted}, "empty folders go too"
-    found = newest_checkpoint(run)
-    assert found is not None and found.position == 384
+    assert folders == {name.split("/")[0] for name in expected}, "empty folders are removed too"
+    newest = newest_checkpoint(run)
+    assert newest is not None and newest.position == 384
 
 
 def test_pruning_removes_only_literal_names_of_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ def test_a_network_for_grey_images_has_grey_outputs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "wanted"),
+    ("changes", "message"),
     [
         ({"batch_size": 15}, "batch_size=15 is not a multiple of order.num_streams=2; use 14 or 16"),
         ({"num_workers": 4}, "num_workers=4 does not divide order.num_streams=2; use a power of two up to 2"),
@@ -36,6 +36,6 @@ def test_a_network_for_grey_images_has_grey_outputs() -> None:
         ({"profile_steps": (15, 10)}, r"profile_steps=\(15, 10\) is not BEGIN END"),
     ],
 )
-def test_impossible_settings_are_refused(changes: dict[str, Any], wanted: str) -> None:
-    with pytest.raises(ValueError, match=wanted):
+def test_impossible_settings_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         adm("none", "impossible", **changes)

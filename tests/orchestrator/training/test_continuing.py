@@ -16,7 +16,7 @@ from orchestrator.training.job import plan, train, train_loop
 from tests.orchestrator.training.runs import adm, context, final_state
 
 
-def test_a_start_that_fails_binds_nothing(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_start_does_not_bind_the_folder_to_its_config(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     messages = iter(["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"])
 
     def out_of_memory(*_: object, **__: object) -> None:
@@ -31,12 +31,12 @@ def test_a_start_that_fails_binds_nothing(store: str, monkeypatch: pytest.Monkey
     assert read_config(f"{store}/smaller")["batch_size"] == 16
 
 
-def test_what_changes_results_is_refused_once_there_is_a_checkpoint(store: str) -> None:
+def test_changes_of_results_are_refused_after_the_first_checkpoint(store: str) -> None:
     train_loop(adm(store, "taken"), context(1))
     train(adm(store, "taken"))
-    for changed in (train, plan):
+    for start in (train, plan):
         with pytest.raises(ValueError, match=r"learning_rate: 0\.001 before, 0\.002 now.*--branch NEW-OUTPUT"):
-            changed(adm(store, "taken", learning_rate=2e-3))
+            start(adm(store, "taken", learning_rate=2e-3))
 
 
 def test_operational_settings_change_at_a_restart(store: str) -> None:
@@ -51,7 +51,7 @@ def test_operational_settings_change_at_a_restart(store: str) -> None:
     assert "validation.best" not in final_state(adm(store, "changed", total_images=128))
 
 
-def test_other_threads_are_warned_of_where_bits_are_promised(store: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_exact_reduction_warns_of_another_number_of_threads(store: str, caplog: pytest.LogCaptureFixture) -> None:
     exact: dict[str, Any] = {"reduction": "exact", "total_images": 16}
     train(adm(store, "threads", **exact))
     check_and_write_config(adm(store, "threads", **exact, num_workers=2))
@@ -64,7 +64,7 @@ def test_a_longer_training_has_the_bits_of_one_that_was_as_long_from_the_start(s
     straight, longer = adm(store, "straight"), adm(store, "longer", total_images=48)
     train(straight)
     train(longer)
-    train_loop(adm(store, "longer"), context(1))  # stopped on the way, and continued
+    train_loop(adm(store, "longer"), context(1))  # it is stopped after one step, and continued below
     train(adm(store, "longer", log_every=16))
     for name, tensor in final_state(straight).items():
         assert torch.equal(tensor, final_state(adm(store, "longer"))[name]), name
@@ -73,17 +73,17 @@ def test_a_longer_training_has_the_bits_of_one_that_was_as_long_from_the_start(s
 
 
 def test_a_linear_learning_rate_is_extended_only_on_request(store: str, capsys: pytest.CaptureFixture[str]) -> None:
-    falling: dict[str, Any] = {"lr_schedule": "linear"}
-    train(adm(store, "falling", total_images=48, **falling))
+    schedule: dict[str, Any] = {"lr_schedule": "linear"}
+    train(adm(store, "falling", total_images=48, **schedule))
     with pytest.raises(ValueError, match=r"--total-images 96: .* falls to zero at 48.*--extend.*to 0\.0005"):
-        train(adm(store, "falling", **falling))
+        train(adm(store, "falling", **schedule))
     with pytest.raises(ValueError, match=r"learning_rate: 0\.001 before, 0\.002 now"):
-        train(adm(store, "falling", **falling, extend=True, learning_rate=2e-3))
-    train(adm(store, "falling", **falling, extend=True))
+        train(adm(store, "falling", **schedule, extend=True, learning_rate=2e-3))
+    train(adm(store, "falling", **schedule, extend=True))
     assert "changes from 0 to 0.0005, and then falls linearly to zero at 96" in capsys.readouterr().out
-    found = read_config(f"{store}/falling")
-    assert found["total_images"] == 96 and found["extended"] == [{"at": 48, "total_images": 48}]
-    train(adm(store, "falling", **falling))  # as the folder says now
+    stored = read_config(f"{store}/falling")
+    assert stored["total_images"] == 96 and stored["extended"] == [{"at": 48, "total_images": 48}]
+    train(adm(store, "falling", **schedule))  # the folder has the extended length now
 
 
 def test_a_branch_continues_a_checkpoint_with_other_settings(
@@ -92,13 +92,13 @@ def test_a_branch_continues_a_checkpoint_with_other_settings(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     parent = adm(store, "parent", keep_checkpoints=9)
     train(parent)
-    changed: dict[str, Any] = {"learning_rate": 1e-4, "ema_rates": (0.9, 0.7), "model": parent.model.model_copy(
+    changes: dict[str, Any] = {"learning_rate": 1e-4, "ema_rates": (0.9, 0.7), "model": parent.model.model_copy(
         update={"dropout": 0.3})}  # fmt: skip
-    branching = adm(store, "parent", branch="child", branch_at=32, tracking=True, **changed)
-    train(branching)
-    train(branching)  # the same command finds its end
-    found = read_config(f"{store}/child")
-    assert found["parent"] == {"run": f"{store}/parent", "images": 32} and found["learning_rate"] == 1e-4
+    child = adm(store, "parent", branch="child", branch_at=32, tracking=True, **changes)
+    train(child)
+    train(child)  # the same command finds the finished branch
+    stored = read_config(f"{store}/child")
+    assert stored["parent"] == {"run": f"{store}/parent", "images": 32} and stored["learning_rate"] == 1e-4
     at_start, source = (tensors_at(f"{store}/{name}", 32) for name in ("child", "parent"))
     for name, tensor in source.items():
         if not name.startswith("ema-0.5"):
@@ -106,7 +106,7 @@ def test_a_branch_continues_a_checkpoint_with_other_settings(
     for name in (name.removeprefix("ema-0.7.") for name in at_start if name.startswith("ema-0.7.")):
         assert torch.equal(at_start[f"ema-0.7.{name}"], source[f"model.{name}"]), "a new average begins at the weights"
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     assert run.data.tags["admiral.parent"] == f"{store}/parent at 32 images"
 
 
@@ -122,7 +122,7 @@ def test_an_unchanged_branch_has_the_bits_of_its_parent(store: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "wanted"),
+    ("changes", "message"),
     [
         ({"branch_at": 33}, r"--branch-at 33: the checkpoints of .* are at 32 images"),
         ({"branch": "digits-of-old"}, "--branch digits-of-old is not a branch of"),
@@ -131,12 +131,12 @@ def test_an_unchanged_branch_has_the_bits_of_its_parent(store: str) -> None:
         ({"output": "nothing"}, "has no checkpoint; train it first"),
     ],
 )
-def test_impossible_branches_are_refused(store: str, changes: dict[str, Any], wanted: str) -> None:
+def test_impossible_branches_are_refused(store: str, changes: dict[str, Any], message: str) -> None:
     for name in ("few", "digits-of-old"):
         if not positions(f"{store}/{name}"):
             train_loop(adm(store, name, total_images=32), context())
     settings = {"output": "few", "branch": "child-of-few"} | changes
-    with pytest.raises(ValueError, match=wanted):
+    with pytest.raises(ValueError, match=message):
         train(adm(store, **settings))
     assert not positions(f"{store}/child-of-few")
 
@@ -153,9 +153,9 @@ def test_a_plan_needs_no_dataset_and_no_weights(store: str) -> None:
 def test_a_plan_refuses_weights_that_do_not_fit(store: str) -> None:
     train(adm(store, "source", total_images=16))
     wide = adm(store, "wide", init_from="source").model.model_copy(update={"model_channels": 64})
-    for starting in (plan, train):
+    for start in (plan, train):
         with pytest.raises(ValueError, match=r"--model\.model-channels"):
-            starting(adm(store, "wide", init_from="source", model=wide))
+            start(adm(store, "wide", init_from="source", model=wide))
 
 
 def test_the_page_of_a_killed_run_is_written_on_request(store: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,10 +163,10 @@ def test_the_page_of_a_killed_run_is_written_on_request(store: str, capsys: pyte
     check_and_write_config(killed)
     train_loop(killed, context(3, records))
     metrics_log = MetricsLog(f"{store}/killed")
-    metrics_log.append(*(Record(0, r["images"], r["metrics"]) for r in records if "metrics" in r))
-    asked = adm(store, "killed", report=True, total_images=16, learning_rate=1.0)
-    preset = asked.model_copy(update={"num_workers": 64, "microbatch_size": 3})  # which do not fit the run
-    assert train(asked.starting_from(preset)) == f"{store}/killed"
+    metrics_log.append(*(Record(0, record["images"], record["metrics"]) for record in records if "metrics" in record))
+    report_config = adm(store, "killed", report=True, total_images=16, learning_rate=1.0)
+    preset = report_config.model_copy(update={"num_workers": 64, "microbatch_size": 3})  # they do not fit the run
+    assert train(report_config.starting_from(preset)) == f"{store}/killed"
     page = storage.read_bytes(f"{store}/killed/report.html").decode()
     assert "32 of 96 images" in page and "data:image/png;base64," in page and "images-000000000048" in page
     assert f"open  {store}/killed/report.html" in capsys.readouterr().out

@@ -33,27 +33,28 @@ def config_of(store: str, output: str, **changes: object) -> AdmConfig:
     return adm(store, output, **settings | changes)
 
 
-def _worker(rank: int, world_size: int, meeting: str, config: AdmConfig, steps: int) -> None:
+def _worker(rank: int, world_size: int, rendezvous: str, config: AdmConfig, steps: int) -> None:
     """Run one worker process, which joins its group and stops after a number of steps."""
     torch.distributed.init_process_group(
-        "gloo", f"file://{meeting}", timedelta(minutes=5), rank=rank, world_size=world_size
+        "gloo", f"file://{rendezvous}", timedelta(minutes=5), rank=rank, world_size=world_size
     )
-    asked = iter(range(1, 10**9))
-    stopping = lambda: next(asked) >= steps  # noqa: E731
+    calls = iter(range(1, 10**9))
+    stopping = lambda: next(calls) >= steps  # noqa: E731
     train_loop(config, WorkerContext(rank, world_size, torch.device("cpu"), print, stopping, streams_on_cluster=False))
     torch.distributed.destroy_process_group()
 
 
 def run(config: AdmConfig, world_size: int, steps: int = STEPS) -> None:
-    meeting = str(Path(config.store) / uuid.uuid4().hex)
-    arguments = (world_size, meeting, config, steps)
+    rendezvous = str(Path(config.store) / uuid.uuid4().hex)
+    arguments = (world_size, rendezvous, config, steps)
     torch.multiprocessing.start_processes(_worker, arguments, nprocs=world_size, start_method="forkserver")
 
 
 def digest(config: AdmConfig) -> str:
     """Return the SHA-256 of weights, averages, optimizer and the timestep sampler's history at the end."""
-    found = final_state(config)
-    return hashlib.sha256(b"".join(name.encode() + found[name].numpy().tobytes() for name in sorted(found))).hexdigest()
+    tensors = final_state(config)
+    data = b"".join(name.encode() + tensors[name].numpy().tobytes() for name in sorted(tensors))
+    return hashlib.sha256(data).hexdigest()
 
 
 def test_one_hash_for_every_number_of_workers_and_through_resizes(store: str, monkeypatch: pytest.MonkeyPatch) -> None:

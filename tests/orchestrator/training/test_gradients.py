@@ -29,7 +29,7 @@ ADM_256 = adm_presets()["imagenet256"][1]  # a step of 256 images
         ({"model": ADM_256.model.model_copy(update={"gradient_checkpointing": True})}, 1, None, True),
     ],
 )
-def test_blocks_are_recomputed_where_memory_asks_for_it_and_on_cpus_where_the_model_does(
+def test_activations_are_recomputed_if_gpu_memory_is_small_or_the_config_requires_it(
     changes: dict[str, Any], workers: int, gigabytes: float | None, expected: bool
 ) -> None:
     config = ADM_256.model_copy(update=changes)
@@ -39,8 +39,8 @@ def test_blocks_are_recomputed_where_memory_asks_for_it_and_on_cpus_where_the_mo
 def test_exact_sums_hold_a_set_of_gradients_for_each_level() -> None:
     config = ADM_256.model_copy(update={"reduction": "exact", "order": OrderConfig(num_streams=64)})
     for workers, levels in ((1, 6), (8, 3), (64, 0)):
-        found = memory_of(config, config.model, workers)
-        sums = [size for name, size in found.items() if "subtrees" in name]
+        memory = memory_of(config, config.model, workers)
+        sums = [size for name, size in memory.items() if "subtrees" in name]
         assert sums == ([4 * levels * count_parameters(config.model)] if levels else [])
 
 
@@ -54,9 +54,9 @@ def test_a_thousand_streams_sum_to_the_same_bits_on_any_number_of_workers() -> N
 
     def subtree(batches: range) -> torch.Tensor:
         exact_gradients(model, list(batches), backward, Group(0, 1))  # type: ignore[arg-type]
-        found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         model.zero_grad(set_to_none=True)
-        return found
+        return gradient
 
     sums = []
     for workers in (1, 8, streams):
@@ -65,15 +65,15 @@ def test_a_thousand_streams_sum_to_the_same_bits_on_any_number_of_workers() -> N
         while len(tree) > 1:  # as `Group.all_reduce_in_tree` adds the workers' sums
             tree = [left + right for left, right in zip(tree[::2], tree[1::2], strict=True)]
         sums.append(tree[0])
-    assert all(torch.equal(found, sums[0]) for found in sums)
-    assert not torch.equal(sums[0][:3], inputs.sum(0)), "these inputs tell orders apart"
+    assert all(torch.equal(total, sums[0]) for total in sums)
+    assert not torch.equal(sums[0][:3], inputs.sum(0)), "the sum of these inputs depends on the order"
 
 
 class _Pair:
-    """A group of two workers, of which the other one has another device."""
+    """A group of two workers, the second of which has another device."""
 
-    def gather(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
-        return [mine, mine | {"device": "NVIDIA L4"}]
+    def gather(self, value: dict[str, Any]) -> list[dict[str, Any]]:
+        return [value, value | {"device": "NVIDIA L4"}]
 
 
 def test_exact_gradients_are_refused_on_different_platforms() -> None:

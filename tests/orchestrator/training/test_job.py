@@ -40,12 +40,12 @@ def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_stopped_and_resumed_training_ends_with_the_same_bits(store: str) -> None:
-    whole, parts = adm(store, "whole"), adm(store, "parts")
-    train_loop(whole, context())
+    straight, resumed = adm(store, "whole"), adm(store, "parts")
+    train_loop(straight, context())
     for stop_after in (1, 2, 1):
-        train_loop(parts, context(stop_after))
-    train_loop(parts, context())
-    first, second = final_state(whole), final_state(parts)
+        train_loop(resumed, context(stop_after))
+    train_loop(resumed, context())
+    first, second = final_state(straight), final_state(resumed)
     assert first.keys() == second.keys()
     for kind in ("model.", "ema-0.9.", "ema-0.5.", "optimizer.exp_avg_sq."):
         assert any(name.startswith(kind) for name in first), f"no {kind} in the checkpoint"
@@ -66,7 +66,7 @@ def test_a_checkpoint_of_another_state_is_refused(store: str) -> None:
         TrainingState(learning, torch.device("cpu")).restore(learning.path("uniform"), Group(0, 1))
 
 
-def test_the_job_trains_writes_weights_and_is_found_finished(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_job_trains_writes_weights_and_is_not_repeated(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = adm(store, "job", preview_every=48, checkpoint_every=48)
     run = train(config)
     printed = capsys.readouterr().out
@@ -98,9 +98,9 @@ def test_gradients_that_are_not_finite_are_skipped_then_end_the_run(
     monkeypatch.setattr("orchestrator.training.losses.from_uint8", _poison)
     with pytest.raises(ArithmeticError, match="not finite in 3 consecutive steps"):
         train_loop(config, context())
-    found = newest_checkpoint(config.path(config.output))
-    assert found is not None
-    for name, tensor in found.tensors.items():
+    checkpoint = newest_checkpoint(config.path(config.output))
+    assert checkpoint is not None
+    for name, tensor in checkpoint.tensors.items():
         assert torch.equal(tensor, fresh[name]), f"{name} moved by a skipped step"
 
 
@@ -129,9 +129,9 @@ def test_the_noisy_classifier_learns(store: str) -> None:
 
 def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
     config = adm("none", "lr", total_images=160, warmup_images=64, lr_schedule="linear", learning_rate=1.0)
-    found = [learning_rate(config, position) for position in range(0, 160, 16)]
+    rates = [learning_rate(config, position) for position in range(0, 160, 16)]
     warm = np.minimum(1, np.arange(1, 11) / 4)
-    assert found == pytest.approx(list(warm * (1 - np.arange(10) / 10)))
+    assert rates == pytest.approx(list(warm * (1 - np.arange(10) / 10)))
 
 
 def numbers(records: list, name: str) -> list[float]:
@@ -139,36 +139,36 @@ def numbers(records: list, name: str) -> list[float]:
 
 
 def test_microbatches_add_up_to_the_whole_batch(store: str) -> None:
-    first = {"model": UNET.model_copy(update={"dropout": 0.0}), "total_images": 16}
-    whole = adm(store, "whole-batch", **first)
-    train_loop(whole, context())
-    gradients = {name: t for name, t in final_state(whole).items() if name.startswith("optimizer.exp_avg.")}
+    one_step = {"model": UNET.model_copy(update={"dropout": 0.0}), "total_images": 16}
+    unsplit = adm(store, "whole-batch", **one_step)
+    train_loop(unsplit, context())
+    gradients = {name: t for name, t in final_state(unsplit).items() if name.startswith("optimizer.exp_avg.")}
     assert gradients
     for rows in (4, 6, 17):
-        cut = adm(store, f"cut-{rows}", microbatch_size=rows, **first)
-        train_loop(cut, context())
-        tensors = final_state(cut)
+        split = adm(store, f"cut-{rows}", microbatch_size=rows, **one_step)
+        train_loop(split, context())
+        tensors = final_state(split)
         for name, tensor in gradients.items():
             assert torch.allclose(tensors[name], tensor, rtol=1e-4, atol=1e-7), (rows, name)
 
 
-def test_every_microbatch_has_dropout_of_its_own(store: str) -> None:
+def test_every_microbatch_has_its_own_dropout_mask(store: str) -> None:
     config = adm(store, "dropout", microbatch_size=4)
     manifest = load_manifest(config.path("digits"))
 
     def seeds(rank: int, world_size: int) -> list[int]:
         worker = replace(context(), rank=rank, world_size=world_size)
-        found = []
+        result = []
         for position in (0, 16):
             _, share = next(_read_microbatches(config, worker, manifest, position))
-            found += [_dropout_seed(config, position, batch) for batch in share]
-        return found
+            result += [_dropout_seed(config, position, batch) for batch in share]
+        return result
 
     assert len(set(seeds(0, 1))) == 8
     assert sorted(seeds(0, 2) + seeds(1, 2)) == sorted(seeds(0, 1)), "of streams, not of workers"
 
 
-def test_sixteen_bits_come_near_thirty_two(store: str) -> None:
+def test_half_precision_gives_nearly_the_losses_of_float32(store: str) -> None:
     losses = {}
     for dtype in ("float32", "bfloat16", "float16"):
         records: list = []
@@ -186,34 +186,34 @@ def test_the_loss_scale_backs_off_to_its_floor_and_is_kept(store: str, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr("orchestrator.training.losses.from_uint8", _poison)
         train_loop(config, context(stop_after=2))
-    found = newest_checkpoint(config.path(config.output))
-    assert found is not None and found.position == 32
-    assert found.facts["log2_loss_scale"] == 0.5 and found.facts["bad_steps"] == 2 and found.facts["updates"] == 0
+    checkpoint = newest_checkpoint(config.path(config.output))
+    assert checkpoint is not None and checkpoint.position == 32
+    assert checkpoint.facts.items() >= {"log2_loss_scale": 0.5, "bad_steps": 2, "updates": 0}.items()
     train_loop(config, context())
-    found = newest_checkpoint(config.path(config.output))
-    assert found is not None and found.facts["log2_loss_scale"] == pytest.approx(0.5 + 2e-3)
-    assert found.facts["bad_steps"] == 0 and found.facts["updates"] == 2
+    checkpoint = newest_checkpoint(config.path(config.output))
+    assert checkpoint is not None and checkpoint.facts["log2_loss_scale"] == pytest.approx(0.5 + 2e-3)
+    assert checkpoint.facts["bad_steps"] == 0 and checkpoint.facts["updates"] == 2
 
 
-def test_old_checkpoints_go_and_snapshots_stay(store: str, unhurried: None) -> None:
+def test_old_checkpoints_are_removed_and_snapshots_are_kept(store: str, unhurried: None) -> None:
     config = adm(store, "kept", checkpoint_every=16, keep_checkpoints=2, keep_every=32, snapshot_every=48)
     train_loop(config, context())
     run = config.path(config.output)
-    kept = {name.split("/")[0] for name in storage.list_names(storage.join(run, "checkpoints"), recursive=True)}
-    assert kept == {f"images-{position:012d}" for position in (32, 64, 80, 96)}
+    folders = {name.split("/")[0] for name in storage.list_names(storage.join(run, "checkpoints"), recursive=True)}
+    assert folders == {f"images-{position:012d}" for position in (32, 64, 80, 96)}
     names = storage.list_names(storage.join(run, "weights"))
-    wanted = [f"images-{at:012d}-ema-{rate}.safetensors" for at in (48, 96) for rate in (0.5, 0.9)]
-    assert names == wanted
+    expected = [f"images-{at:012d}-ema-{rate}.safetensors" for at in (48, 96) for rate in (0.5, 0.9)]
+    assert names == expected
     assert weights_about(storage.join(run, "weights", names[0]))["training"]["images"] == 48
 
 
-def test_a_notice_of_preemption_is_answered_with_a_checkpoint(store: str) -> None:
+def test_a_preemption_notice_writes_a_checkpoint(store: str) -> None:
     config = adm(store, "preempted", checkpoint_every=10**6)
     notices = iter([False, True, False, False])
     train_loop(config, replace(context(stop_after=4), preempted=lambda: next(notices)))
     run = config.path(config.output)
-    kept = {name.split("/")[0] for name in storage.list_names(storage.join(run, "checkpoints"), recursive=True)}
-    assert kept == {"images-000000000032", "images-000000000064"}
+    folders = {name.split("/")[0] for name in storage.list_names(storage.join(run, "checkpoints"), recursive=True)}
+    assert folders == {"images-000000000032", "images-000000000064"}
 
 
 def test_a_full_disk_does_not_end_the_training(
@@ -235,7 +235,7 @@ def test_a_full_disk_does_not_end_the_training(
     (warning,) = [record.getMessage() for record in caplog.records if "could not be written" in record.getMessage()]
     assert "No space left on device" in warning
 
-    monkeypatch.setattr(storage, "open_output", lambda uri: full(uri.replace(uri, "images-000000000064")))
+    monkeypatch.setattr(storage, "open_output", lambda uri: full("images-000000000064"))  # fails always
     with pytest.raises(RuntimeError, match=r"could not be written: .*No space left"):
         train_loop(adm(store, "fuller", total_images=128, checkpoint_every=32), context())
 
@@ -246,20 +246,20 @@ def test_a_checkpoint_that_comes_due_while_one_is_written_is_skipped(
     config = adm(store, "skipped", checkpoint_every=16, total_images=64)
     monkeypatch.setattr(checkpoint_writer, "PATIENCE_SECONDS", 1e9)
     save, warning, skipped = checkpoints.save_checkpoint, checkpoint_writer.log.warning, list[int]()
-    enough = threading.Event()
+    two_skipped = threading.Event()
 
-    def slow(run: str, found: checkpoints.Checkpoint) -> str:
-        assert found.position > 16 or enough.wait(60), "the first one is written until two others were skipped"
-        return save(run, found)
+    def save_slowly(run: str, checkpoint: checkpoints.Checkpoint) -> str:
+        assert checkpoint.position > 16 or two_skipped.wait(60), "no checkpoints are skipped during the first write"
+        return save(run, checkpoint)
 
     def warn(message: str, *arguments: int) -> None:
         warning(message, *arguments)
         if message.startswith("no checkpoint at"):
             skipped.append(arguments[0])
             if len(skipped) == 2:
-                enough.set()
+                two_skipped.set()
 
-    monkeypatch.setattr(checkpoints, "save_checkpoint", slow)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", save_slowly)
     monkeypatch.setattr(checkpoint_writer.log, "warning", warn)
     train_loop(config, context())
     assert skipped == [32, 48] and final_state(config)
@@ -281,7 +281,7 @@ def test_old_checkpoints_that_cannot_be_removed_stay_and_the_training_continues(
 
 
 @pytest.mark.parametrize("total_images", [16, 96])
-def test_nothing_that_is_not_finite_is_committed(store: str, total_images: int) -> None:
+def test_a_state_that_is_not_finite_is_not_committed(store: str, total_images: int) -> None:
     config = adm(store, f"infinite-{total_images}", learning_rate=1e39, total_images=total_images)
     with pytest.raises(RuntimeError, match=r"is not finite at (16|32) images"):
         train(config)
@@ -289,7 +289,7 @@ def test_nothing_that_is_not_finite_is_committed(store: str, total_images: int) 
     assert not [name for name in names if name.endswith(".safetensors") or "commit" in name]
 
 
-def test_weights_are_not_written_of_a_checkpoint_that_is_not_finite(store: str) -> None:
+def test_no_weights_are_written_from_a_checkpoint_that_is_not_finite(store: str) -> None:
     config = adm(store, "poisoned-checkpoint")
     state = TrainingState(config, torch.device("cpu"))
     state.position = config.length
@@ -302,12 +302,12 @@ def test_weights_are_not_written_of_a_checkpoint_that_is_not_finite(store: str) 
     assert not storage.list_names(storage.join(config.path(config.output), "weights"))
 
 
-def test_a_run_without_a_usable_checkpoint_stops_unless_told_to_restart(
+def test_a_run_without_a_usable_checkpoint_stops_unless_it_may_restart_from_scratch(
     store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints, "FILE_BYTES", 500_000)  # several files, of which the last one is damaged
-    whole, config = adm(store, "undamaged"), adm(store, "damaged")
-    train_loop(whole, context())
+    undamaged, config = adm(store, "undamaged"), adm(store, "damaged")
+    train_loop(undamaged, context())
     train_loop(config, context(stop_after=3))
     for folder in Path(config.path("damaged"), "checkpoints").iterdir():
         *_, last = sorted(folder.glob("state-*"))
@@ -315,7 +315,7 @@ def test_a_run_without_a_usable_checkpoint_stops_unless_told_to_restart(
     with pytest.raises(UnusableCheckpoints, match="--restart-from-scratch"):
         train_loop(config, context())
     train_loop(config.model_copy(update={"restart_from_scratch": True}), context())
-    for name, tensor in final_state(whole).items():
+    for name, tensor in final_state(undamaged).items():
         assert torch.equal(tensor, final_state(config)[name]), f"{name} was left by the damaged checkpoint"
 
 
@@ -329,11 +329,11 @@ def test_posthoc_ema_gives_an_average_of_another_length(store: str) -> None:
     for _, sigma_rel, uri in power_snapshots(run):
         if sigma_rel == 0.075:
             storage.delete(uri)
-    made = load_network(average(AverageConfig(store=store, weights="power", sigma_rel=0.075))).module
-    raw, wanted, found = final_state(config), direct.state_dict(), made.state_dict()
-    moved = sum(float((raw[f"model.{name}"] - tensor).square().sum()) for name, tensor in wanted.items())
-    missed = sum(float((found[name] - tensor).square().sum()) for name, tensor in wanted.items())
-    assert missed**0.5 < 0.05 * moved**0.5
+    reconstructed = load_network(average(AverageConfig(store=store, weights="power", sigma_rel=0.075))).module
+    raw, expected, actual = final_state(config), direct.state_dict(), reconstructed.state_dict()
+    distance = sum(float((raw[f"model.{name}"] - tensor).square().sum()) for name, tensor in expected.items())
+    error = sum(float((actual[name] - tensor).square().sum()) for name, tensor in expected.items())
+    assert error**0.5 < 0.05 * distance**0.5
     with pytest.raises(ValueError, match=r"sigma_rel=0\.28: the profile from the 40 snapshots"):
         average(AverageConfig(store=store, weights="power", sigma_rel=0.28, images=640))
     with pytest.raises(ValueError, match="has no snapshot there; the nearest is at 32"):

@@ -20,7 +20,7 @@ from tests.orchestrator.training.runs import adm
 
 
 def write_holder(run: Path, number: int = 1, **changes: Any) -> Path:
-    """Write the lease of another driver, by default one on another machine, and return its object."""
+    """Write the lease of another driver, by default on another machine, and return its path."""
     holder = {"host": "node7", "pid": 4242, "machine": "elsewhere", "process": "1", "held_seconds": 77.0} | changes
     path = run / f"lease/{number:06d}.json"
     storage.write_json(str(path), holder)
@@ -29,7 +29,7 @@ def write_holder(run: Path, number: int = 1, **changes: Any) -> Path:
 
 @pytest.fixture(autouse=True)
 def never_expires(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make a test hang rather than pass if it waits until a lease expires."""
+    """Make a test hang instead of passing if it waits until a lease expires."""
     monkeypatch.setattr(lease, "EXPIRE_SECONDS", 1e9)
 
 
@@ -53,7 +53,7 @@ def test_a_holder_on_another_machine_lives_if_its_object_changes(
     machines = threading.local()
     monkeypatch.setattr(lease, "_machine_id", lambda: getattr(machines, "name", "elsewhere"))
     with Lease(str(tmp_path)):
-        machines.name = "here"  # of this thread; the holder's own thread stays elsewhere
+        machines.name = "here"  # only in this thread; the holder's own thread stays on the machine "elsewhere"
         with pytest.raises(RuntimeError, match=rf"by pid {os.getpid()} "):
             Lease(str(tmp_path)).__enter__()
 
@@ -95,14 +95,14 @@ def test_a_pid_that_was_given_to_another_process_is_not_the_holder(tmp_path: Pat
         pass
 
 
-def test_a_takeover_stops_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_takeover_stops_the_other_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.001)
     with Lease(str(tmp_path)) as first, Lease(str(tmp_path), takeover=True) as second:
         assert first._lost.wait(60) and not second.is_lost()
     assert not storage.list_names(str(tmp_path / "lease"))
 
 
-def test_a_renewal_that_fails_does_not_cost_later_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_renewal_that_fails_does_not_prevent_later_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.001)
     real, calls, renewed = storage.write_bytes, iter(range(10**9)), threading.Event()
 
@@ -113,8 +113,8 @@ def test_a_renewal_that_fails_does_not_cost_later_ones(tmp_path: Path, monkeypat
         renewed.set()
 
     monkeypatch.setattr(storage, "write_bytes", write_bytes)
-    with Lease(str(tmp_path)) as held:
-        assert renewed.wait(60) and not held.is_lost()
+    with Lease(str(tmp_path)) as own_lease:
+        assert renewed.wait(60) and not own_lease.is_lost()
 
 
 def test_a_driver_that_may_not_delete_releases_its_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,8 +132,8 @@ def test_a_driver_that_may_not_delete_releases_its_lease(tmp_path: Path, monkeyp
 
 @pytest.fixture
 def stops(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """Trainings whose worker does nothing but send its driver SIGTERM, or lose the lease to another driver."""
-    asked: list[bool] = []
+    """Replace the training loop: it sends its driver SIGTERM or loses the lease. Yield an entry for each stop."""
+    stopped: list[bool] = []
 
     def loop(config: AdmConfig, context: WorkerContext) -> None:
         if config.takeover:
@@ -142,19 +142,19 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
             write_holder(Path(config.path(config.output)), number=7)
         while not context.stopping():
             threading.Event().wait(0.01)
-        asked.append(True)
+        stopped.append(True)
 
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.001)
     monkeypatch.setattr(job, "train_loop", loop)
-    yield asked
+    yield stopped
 
 
 def test_a_second_training_of_a_run_is_refused_or_takes_over(store: str) -> None:
     config = adm(store, "twice", total_images=16)
-    with Lease(config.path("twice")) as held:
+    with Lease(config.path("twice")) as other_lease:
         with pytest.raises(RuntimeError, match=f"by pid {os.getpid()} on"):
             train(config)
-        held._released.set()  # as if it were stopped meanwhile
+        other_lease._released.set()  # as if its driver had stopped meanwhile
         train(config.model_copy(update={"takeover": True}))
     assert train(config), "finished runs need no lease"
 
@@ -170,5 +170,5 @@ def test_a_training_that_lost_its_lease_stops(store: str, stops: list[bool]) -> 
     config = adm(store, "lost")
     with pytest.raises(RuntimeError, match="another driver took over"):
         train(config)
-    (left,) = Path(config.path("lost"), "lease").iterdir()
-    assert stops and left.name == "000007.json" and storage.read_json(str(left))["host"] == "node7"
+    (remaining,) = Path(config.path("lost"), "lease").iterdir()
+    assert stops and remaining.name == "000007.json" and storage.read_json(str(remaining))["host"] == "node7"

@@ -13,9 +13,9 @@ DIGITS = adm_presets()["digits"][1]
 
 
 def share_of(images: np.ndarray, samples: np.ndarray, epoch: int = 0) -> StreamShare:
-    no = np.zeros(len(samples), bool)
+    none = np.zeros(len(samples), bool)
     return StreamShare(
-        stream=0, epoch=epoch, images=images, labels=samples % 10, samples=samples, flips=no, undecodable=no
+        stream=0, epoch=epoch, images=images, labels=samples % 10, samples=samples, flips=none, undecodable=none
     )
 
 
@@ -29,27 +29,29 @@ def test_a_network_of_one_channel_refuses_coloured_images() -> None:
 
 
 def test_labels_are_dropped_by_seed_epoch_and_sample() -> None:
-    """However the samples are dealt to workers and microbatches, the same ones lose their labels."""
+    """The same samples lose their labels for every distribution to workers and microbatches."""
     count = 4_000
 
     def labels(rows: slice, microbatch: int, epoch: int = 0, seed: int = 3) -> np.ndarray:
         samples = np.arange(count)[rows]
         share = share_of(np.zeros((len(samples), 2, 2, 3), np.uint8), samples, epoch)
         config = DIGITS.model_copy(update={"seed": seed})
-        made = make_microbatches([share], config, microbatch, label_dropout=0.1)
-        return np.concatenate([batch.labels.numpy() for batch in made])
+        microbatches = make_microbatches([share], config, microbatch, label_dropout=0.1)
+        return np.concatenate([batch.labels.numpy() for batch in microbatches])
 
-    whole = labels(slice(None), 512)
-    kept = whole < 10
-    assert (whole[kept] == np.arange(count)[kept] % 10).all() and set(whole[~kept]) == {10}
-    assert abs((~kept).mean() - 0.1) < 4 * (0.09 / count) ** 0.5
+    expected = labels(slice(None), 512)
+    is_kept = expected < 10
+    assert (expected[is_kept] == np.arange(count)[is_kept] % 10).all() and set(expected[~is_kept]) == {10}
+    assert abs((~is_kept).mean() - 0.1) < 4 * (0.09 / count) ** 0.5
     halves = [labels(slice(None, 1_000), 64), labels(slice(1_000, None), 300)]
-    assert (np.concatenate(halves) == whole).all()
-    assert (labels(slice(None), 512, epoch=1) != whole).any() and (labels(slice(None), 512, seed=4) != whole).any()
+    assert (np.concatenate(halves) == expected).all()
+    assert (labels(slice(None), 512, epoch=1) != expected).any() and (
+        labels(slice(None), 512, seed=4) != expected
+    ).any()
 
 
 @pytest.mark.parametrize("noised", [True, False])
-def test_the_classifier_sees_noised_images_at_their_timesteps_or_clean_ones_at_0(noised: bool) -> None:
+def test_the_classifier_receives_noised_images_at_their_timesteps_or_clean_ones_at_0(noised: bool) -> None:
     config = classifier_presets()["digits"][1].model_copy(update={"noised": noised})
     rng = torch.Generator().manual_seed(0)
     x_start, noise = (torch.randn(4, 1, 8, 8, generator=rng) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Test that means by quartile of t are means over images, whatever the microbatches."""
+"""Test that means by quartile of t are means over images for every split into microbatches."""
 
 import pytest
 import torch
@@ -38,4 +38,4 @@ def test_a_report_covers_the_time_since_the_last_one() -> None:
     assert (
         first["peak_memory_bytes"] > 2**20 and 0 <= first["data_wait_fraction"] <= 1 and first["images_per_second"] > 0
     )
-    assert "mfu" not in first, "nobody knows the peak of this CPU"
+    assert "mfu" not in first, "the peak of this CPU is unknown"

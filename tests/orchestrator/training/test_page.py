@@ -13,7 +13,7 @@ from orchestrator.training.presets import adm_presets, classifier_presets
     ("training", "validation", "verdict"),
     [(0.9, 0.85, "it can guide"), (0.99, 0.6, "overfitting"), (0.3, 0.3, "too weak"), (0.9, None, "it can guide")],
 )
-def test_accuracy_by_noise_level_and_verdict(
+def test_accuracy_by_noise_level_and_verdict_are_printed(
     training: float, validation: float | None, verdict: str, tmp_path: Path
 ) -> None:
     config = classifier_presets()["digits"][1]

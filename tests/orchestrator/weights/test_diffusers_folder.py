@@ -1,4 +1,4 @@
-"""Folders for diffusers load there strictly and compute the same; other networks are refused by field."""
+"""diffusers loads the written folders strictly and computes the same; other networks are refused by field."""
 
 import os
 from pathlib import Path
@@ -54,7 +54,7 @@ INEXPRESSIBLE: dict[str, dict[str, Any]] = {
 }
 
 
-def changed(changes: dict[str, Any]) -> UNetConfig:
+def adm_with(changes: dict[str, Any]) -> UNetConfig:
     return UNetConfig.model_validate(ADM.model_dump() | changes)
 
 
@@ -66,7 +66,7 @@ def random_weights(architecture: UNetConfig) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("changes", EXPRESSIBLE.values(), ids=EXPRESSIBLE)
 def test_diffusers_computes_the_same(changes: dict[str, Any], tmp_path: Path) -> None:
-    architecture = changed(changes)
+    architecture = adm_with(changes)
     weights = random_weights(architecture)
     save_weights(str(tmp_path / "w.safetensors"), weights, architecture, DiffusionConfig(), ())
     convert(ConversionConfig(store=str(tmp_path), weights="w.safetensors", output="folder", format="diffusers"))
@@ -78,26 +78,26 @@ def test_diffusers_computes_the_same(changes: dict[str, Any], tmp_path: Path) ->
     t = torch.tensor([0, 1, 500, 999])
     y = None if architecture.num_classes is None else torch.tensor([0, 1, 2, 4])
     with torch.no_grad():
-        expected, found = ours(x, t, y), theirs(x, t, class_labels=y).sample
+        expected, actual = ours(x, t, y), theirs(x, t, class_labels=y).sample
     assert expected.std() > 0.1
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("field", INEXPRESSIBLE)
 def test_what_diffusers_cannot_express_is_refused_by_field(field: str) -> None:
     with pytest.raises(ValueError, match=f"cannot express.*{field}"):
-        diffusers_config(changed(INEXPRESSIBLE[field]))
+        diffusers_config(adm_with(INEXPRESSIBLE[field]))
 
 
 def test_a_refused_network_leaves_no_folder(tmp_path: Path) -> None:
-    architecture = changed({"rescale_residual": True})
+    architecture = adm_with({"rescale_residual": True})
     save_weights(str(tmp_path / "w.safetensors"), random_weights(architecture), architecture, DiffusionConfig(), ())
     with pytest.raises(ValueError, match="rescale_residual"):
         convert(ConversionConfig(store=str(tmp_path), weights="w.safetensors", output="folder", format="diffusers"))
     assert not storage.exists(str(tmp_path / "folder"))
 
 
-def test_which_released_models_diffusers_can_express() -> None:
+def test_diffusers_can_express_the_listed_released_models() -> None:
     expressible = set()
     for name, entry in ZOO.items():
         try:

@@ -162,11 +162,11 @@ def test_published_flags_give_the_entry_of_the_zoo(name: str) -> None:
     assert diffusion == ZOO[name].diffusion
 
 
-@pytest.mark.parametrize(("text", "code", "found", "model", "process"), OTHERS)
+@pytest.mark.parametrize(("text", "code", "file_shapes", "model", "process"), OTHERS)
 def test_omitted_flags_have_the_defaults_of_their_repository(
-    text: str, code: Code | None, found: Shapes, model: dict[str, Any], process: dict[str, Any]
+    text: str, code: Code | None, file_shapes: Shapes, model: dict[str, Any], process: dict[str, Any]
 ) -> None:
-    architecture, diffusion = parse_flags(text, code).describe(found)
+    architecture, diffusion = parse_flags(text, code).describe(file_shapes)
     assert architecture == UNetConfig.model_validate(PLAIN_64.model_dump() | model)
     assert diffusion == DiffusionConfig.model_validate(FIXED.model_dump() | process)
 
@@ -203,7 +203,7 @@ def test_flags_that_the_published_scripts_refuse_are_refused(text: str, code: Co
 
 
 @pytest.mark.parametrize(
-    ("text", "code", "found", "expected"),
+    ("text", "code", "file_shapes", "expected"),
     [
         (ID_64 + ID_COSINE, None, BASE, "rescale_timesteps.*rescale_learned_sigmas.*--flags-from"),
         (ID_64 + ID_COSINE + "--rescale_timesteps True", None, BASE, "of rescale_learned_sigmas.*--flags-from"),
@@ -216,6 +216,8 @@ def test_flags_that_the_published_scripts_refuse_are_refused(text: str, code: Co
         ("--sigma_small True", None, CLASSIFIER, "no classifier"),
     ],
 )
-def test_flags_without_a_valid_network_are_refused(text: str, code: Code | None, found: Shapes, expected: str) -> None:
+def test_flags_without_a_valid_network_are_refused(
+    text: str, code: Code | None, file_shapes: Shapes, expected: str
+) -> None:
     with pytest.raises(ValueError, match=expected):
-        parse_flags(text, code).describe(found)
+        parse_flags(text, code).describe(file_shapes)

@@ -33,7 +33,7 @@ class Linear(nn.Module):
 
 
 class Images(Linear):
-    """No logits: the pixels as they are."""
+    """Returns the pixels instead of logits."""
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return x
@@ -67,31 +67,31 @@ def test_an_imported_classifier_gives_the_same_samples_as_its_file(tmp_path: Pat
     by_file = config(tmp_path, "classifier.safetensors")
     networks = load_networks(by_file, "cpu")
     assert networks.classifier is not None
-    ours = networks.classifier.towards(torch.zeros(1))
+    from_file = networks.classifier.towards(torch.zeros(1))
 
     def function(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return ours(x, t)
+        return from_file(x, t)
 
     vars(function).update(fingerprint="ours", classes=CLASSES)
     vars(module)["ours"] = function
     imported = config(tmp_path, "users_own:ours")
-    mine, again = (make_batch(load_networks(c, "cpu"), c, 0)[0].images for c in (by_file, imported))
-    np.testing.assert_array_equal(mine, again)
+    file_images, imported_images = (make_batch(load_networks(c, "cpu"), c, 0)[0].images for c in (by_file, imported))
+    np.testing.assert_array_equal(file_images, imported_images)
     unguided = config(tmp_path, "users_own:ours", scale=0.0)
-    assert (make_batch(load_networks(unguided, "cpu"), unguided, 0)[0].images != mine).any()
+    assert (make_batch(load_networks(unguided, "cpu"), unguided, 0)[0].images != file_images).any()
 
 
 def test_other_weights_have_another_fingerprint_and_other_samples(tmp_path: Path) -> None:
-    found = []
+    results = []
     for name in ("linear", "other"):
-        asked = config(tmp_path, f"users_own:{name}")
-        networks = load_networks(asked, "cpu")
+        job_config = config(tmp_path, f"users_own:{name}")
+        networks = load_networks(job_config, "cpu")
         assert isinstance(networks.classifier, ImportedClassifier) and networks.classes == CLASSES
-        found.append((fingerprint(asked, networks)["classifier"], make_batch(networks, asked, 0)[0].images))
-    assert found[0][0] != found[1][0] and (found[0][1] != found[1][1]).any()
+        results.append((fingerprint(job_config, networks)["classifier"], make_batch(networks, job_config, 0)[0].images))
+    assert results[0][0] != results[1][0] and (results[0][1] != results[1][1]).any()
 
 
-def test_its_cost_is_counted(tmp_path: Path) -> None:
+def test_the_cost_of_an_imported_classifier_is_counted(tmp_path: Path) -> None:
     passes = pass_costs([("classifier", None)], config(tmp_path, "users_own:linear"))
     guided = Setting(weights="w", sampler=SamplerConfig(name="ddim", num_steps=10), guidance=GuidanceConfig(scale=1.0))
     linear = 2 * 3 * 8 * 8 * 10  # multiply-adds, forward and backward to the input
@@ -100,7 +100,7 @@ def test_its_cost_is_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "message"),
     [
         ("users_own:absent", "absent"),
         ("no_such_module:f", "no_such_module"),
@@ -108,6 +108,6 @@ def test_its_cost_is_counted(tmp_path: Path) -> None:
         ("users_own:images", r"\(1, 3, 8, 8\) for one image"),
     ],
 )
-def test_a_classifier_that_cannot_be_used_is_refused(name: str, words: str) -> None:
-    with pytest.raises(ValueError, match=f"--classifier {name}.*{words}"):
+def test_a_classifier_that_cannot_be_used_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"--classifier {name}.*{message}"):
         import_classifier(name, 3, 8, "cpu")

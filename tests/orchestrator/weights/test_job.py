@@ -39,21 +39,21 @@ def weights(tmp_path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.equal(found[name].view(torch.int32), tensor.view(torch.int32)), f"{name} differs"
+        assert torch.equal(actual[name].view(torch.int32), tensor.view(torch.int32)), f"{name} differs"
 
 
 def test_pt_to_safetensors_to_pt_is_equal_to_the_bit(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     store = str(tmp_path)
-    middle = convert(ConversionConfig(store=store, weights="tiny.pt", output="middle.safetensors"))
-    network = load_network(middle)
+    first = convert(ConversionConfig(store=store, weights="tiny.pt", output="middle.safetensors"))
+    network = load_network(first)
     assert network.architecture == UNET and network.diffusion == COSINE and network.classes == CLASSES
     convert(ConversionConfig(store=store, weights="middle.safetensors", output="back/tiny.pt"))
     assert_same_bits(torch.load(tmp_path / "back" / "tiny.pt", weights_only=True), weights)
-    again = convert(ConversionConfig(store=store, weights="back/tiny.pt", output="again.safetensors"))
-    assert storage.read_bytes(again) == storage.read_bytes(middle)
+    second = convert(ConversionConfig(store=store, weights="back/tiny.pt", output="again.safetensors"))
+    assert storage.read_bytes(second) == storage.read_bytes(first)
 
 
 def test_a_training_run_is_converted(tmp_path: Path, weights: dict[str, Tensor]) -> None:
@@ -191,8 +191,8 @@ def test_a_foreign_file_is_converted_by_flags_or_options(
 @pytest.mark.parametrize("arguments", [["--flags", FOREIGN_FLAGS], [f"--flags={FOREIGN_FLAGS}"], MODEL_OPTIONS])
 def test_the_command_line_takes_flags_and_model_options(tmp_path: Path, arguments: list[str]) -> None:
     write_foreign(tmp_path)
-    ends = ["--weights", "ema_0.9999_100000.pt", "--output", "out.safetensors", "--store", str(tmp_path)]
-    run("convert_weights", ["released", *arguments, *ends])
+    options = ["--weights", "ema_0.9999_100000.pt", "--output", "out.safetensors", "--store", str(tmp_path)]
+    run("convert_weights", ["released", *arguments, *options])
     network = load_network(str(tmp_path / "out.safetensors"))
     assert network.architecture == FOREIGN and network.diffusion == COSINE
 

@@ -27,7 +27,7 @@ def test_saved_weights_load_with_their_architecture(tmp_path: Path) -> None:
         (None, None, "images-000000001024-raw"),
         ("ema-0.99", None, "images-000000001024-ema-0.99"),
         ("ema-0.9999", "512", "images-000000000512-ema-0.9999"),
-        ("ema-0.99", "512", "images-000000000512-ema-0.99"),  # and not those of ema-0.9999, which begins like it
+        ("ema-0.99", "512", "images-000000000512-ema-0.99"),  # not ema-0.9999, which has the same prefix
         (None, "512", "images-000000000512-raw"),
     ],
 )

@@ -31,7 +31,7 @@ def random_weights(architecture: Architecture = UNET) -> dict[str, Tensor]:
     return {key: torch.randn_like(tensor) for key, tensor in architecture.build().state_dict().items()}
 
 
-def saved(value: object, *, as_zip: bool = True) -> bytes:
+def saved_bytes(value: object, *, as_zip: bool = True) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer, _use_new_zipfile_serialization=as_zip)
     return buffer.getvalue()
@@ -43,7 +43,7 @@ def saved(value: object, *, as_zip: bool = True) -> bytes:
 def test_a_released_file_loads_by_its_name(tmp_path: Path, dtype: torch.dtype, as_zip: bool, prefix: str) -> None:
     weights = {name: tensor.to(dtype) for name, tensor in random_weights().items()}
     stored = {prefix + name: tensor for name, tensor in weights.items()}
-    (tmp_path / "tiny.pt").write_bytes(saved(stored, as_zip=as_zip))
+    (tmp_path / "tiny.pt").write_bytes(saved_bytes(stored, as_zip=as_zip))
     network = load_network(str(tmp_path / "tiny.pt"))
     assert network.architecture == UNET and network.diffusion == COSINE and network.classes == CLASSES
     assert not network.module.training
@@ -62,7 +62,7 @@ def test_a_released_model_with_other_classes_has_those_of_the_file(tmp_path: Pat
 
 def test_another_file_name_needs_a_recipe(tmp_path: Path) -> None:
     uri = str(tmp_path / "ema_0.9999_540000.pt")
-    storage.write_bytes(uri, saved(random_weights()))
+    storage.write_bytes(uri, saved_bytes(random_weights()))
     with pytest.raises(ValueError, match=r"ema_0.9999_540000.pt.*--flags.*--model.*--recipe.*adm-64.*tiny"):
         load_network(uri)
     assert load_network(uri, recipe="tiny").architecture == UNET
@@ -91,7 +91,7 @@ class Code:
 @pytest.mark.parametrize("as_zip", [True, False], ids=["zip", "older format"])
 def test_code_in_the_pickle_is_refused_and_not_run(tmp_path: Path, as_zip: bool) -> None:
     marker = tmp_path / "marker"
-    (tmp_path / "tiny.pt").write_bytes(saved({**random_weights(), "evil": Code(marker)}, as_zip=as_zip))
+    (tmp_path / "tiny.pt").write_bytes(saved_bytes({**random_weights(), "evil": Code(marker)}, as_zip=as_zip))
     with pytest.raises(ValueError, match=r"tiny\.pt .* its pickle imports posix\.system"):
         load_network(str(tmp_path / "tiny.pt"))
     assert not marker.exists()
@@ -99,7 +99,7 @@ def test_code_in_the_pickle_is_refused_and_not_run(tmp_path: Path, as_zip: bool)
 
 @pytest.mark.parametrize("as_zip", [True, False], ids=["zip", "older format"])
 def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path: Path, as_zip: bool) -> None:
-    data, uri = saved({"a": torch.randn(8, 8), "b": torch.zeros(3)}, as_zip=as_zip), tmp_path / "tiny.pt"
+    data, uri = saved_bytes({"a": torch.randn(8, 8), "b": torch.zeros(3)}, as_zip=as_zip), tmp_path / "tiny.pt"
     for length in [*range(64), *range(64, len(data), 31), len(data) - 1]:
         uri.write_bytes(data[:length])
         with pytest.raises(ValueError, match=r"tiny\.pt is not a file of tensors .* damaged$"):
@@ -116,7 +116,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path: Path, as_zip: bo
     ],
 )
 def test_anything_but_a_flat_state_dict_is_refused(tmp_path: Path, value: object, expected: str) -> None:
-    (tmp_path / "tiny.pt").write_bytes(saved(value))
+    (tmp_path / "tiny.pt").write_bytes(saved_bytes(value))
     with pytest.raises(ValueError, match=expected):
         load_network(str(tmp_path / "tiny.pt"))
 
@@ -137,7 +137,7 @@ def test_a_wrong_tensor_is_named(tmp_path: Path, name: str, tensor: Tensor | Non
     weights.pop(name, None)
     if tensor is not None:
         weights[name] = tensor
-    (tmp_path / "tiny.pt").write_bytes(saved(weights))
+    (tmp_path / "tiny.pt").write_bytes(saved_bytes(weights))
     with pytest.raises(ValueError, match=expected):
         load_network(str(tmp_path / "tiny.pt"))
 

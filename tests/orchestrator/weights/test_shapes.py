@@ -61,8 +61,8 @@ def weights(architecture: Architecture) -> dict[str, torch.Tensor]:
         return dict(architecture.build().state_dict())
 
 
-def mismatch(found: Architecture, expected: Architecture) -> str:
-    return describe_mismatch(weights(found), weights(expected), expected)
+def mismatch(in_file: Architecture, expected: Architecture) -> str:
+    return describe_mismatch(weights(in_file), weights(expected), expected)
 
 
 @pytest.mark.parametrize(
