@@ -141,14 +141,15 @@ def _describe(kind: Any, bounds: tuple[Any, ...] = ()) -> str:
     if get_origin(kind) is tuple:
         *items, last = get_args(kind)
         if last is not ...:
-            return " and ".join(map(_describe, (*items, last)))
+            assert items == [last], f"{kind} is not described yet"
+            return f"two {_describe(last).removeprefix('a ')}s"  # such as "two whole numbers"
         minimum, maximum = _bound(bounds, "min_length"), _bound(bounds, "max_length")
         if maximum:
             count = f"{minimum or 0} to {maximum} values"
         else:
             count = "one or more values" if minimum else "any number of values"
         return f"{count}, each {_describe(items[0])}"
-    name = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
+    name = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
     limits = " and ".join(_limits(bounds))
     return f"{name} {limits}" if limits else name
 
@@ -189,6 +190,6 @@ def _texts(config: type[pydantic.BaseModel]) -> Mapping[str, tuple[str, str]]:
                         heading = line_above.removeprefix("# ")
                     field_lines = lines[node.lineno - 1 : node.end_lineno]
                     comments = [line.split("  # ")[1] for line in field_lines if "  # " in line]
-                    text = re.sub(r"\bNone\b", "none", " ".join(comments))
+                    text = re.sub(r"\b(None|True|False)\b", lambda match: match[0].lower(), " ".join(comments))
                     texts[node.target.id] = (text, heading or texts.get(node.target.id, ("", "Options"))[1])
     return texts
