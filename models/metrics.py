@@ -164,7 +164,7 @@ class Gaussian:
                 f"mean has shape {self.mean.shape}, covariance {self.covariance.shape}; expected [D] and [D, D]"
             )
         if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
-            raise ValueError("mean or covariance contains NaN or infinity")
+            raise ValueError("mean or covariance is not finite: it contains NaN or infinity")
         if not np.allclose(self.covariance, self.covariance.T, rtol=1e-4, atol=1e-6 * np.abs(self.covariance).max()):
             raise ValueError("covariance is not symmetric")
 

@@ -238,7 +238,7 @@ def test_the_report_contains_the_settings_of_the_samples(store: str, tmp_path: P
 
 def test_another_extractor_needs_another_folder(store: str) -> None:
     evaluate(config(store, output="claimed"))
-    with pytest.raises(ValueError, match="extractor: toy-quarters there, digits-"):
+    with pytest.raises(ValueError, match="extractor: toy-quarters before, digits-"):
         evaluate(config(store, output="claimed", extractor="digits"))
 
 

@@ -267,7 +267,7 @@ def test_another_platform_is_refused_unless_it_is_allowed(store: str) -> None:
     assert run["config"]["rounding"] == "truncate" and run["config"]["batch_size"] == 4
     run["platform"]["device"] = "NVIDIA H100"
     (folder / "run.json").write_text(json.dumps(run))
-    with pytest.raises(ValueError, match=r"another platform \(device: NVIDIA H100 there"):
+    with pytest.raises(ValueError, match=r"another platform \(device: NVIDIA H100 before"):
         generate(config(store, "elsewhere"))
     generate(config(store, "elsewhere", mixed_platforms=True))
 
