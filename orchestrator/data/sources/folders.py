@@ -250,6 +250,7 @@ class _TreeReader:
         """
         reading, label_maps = self._reading, self._label_maps
         num_in_order = Counter[str]()  # by label map: images whose label follows from their position
+        previous: dict[str, str] = {}  # by label map: the last of these images
         classes = {name for _, name in self._meanings.values()}
         misnamed: list[str] = []
         if label_maps:
@@ -271,6 +272,9 @@ class _TreeReader:
                 match = re.match(r"ILSVRC2012_(?:val|test)_(\d+)", name)
                 label = labels.in_order.get(int(match[1]) - 1 if match else num_in_order[labels.uri])
                 num_in_order[labels.uri] += not match
+                if not match:
+                    _check_order(labels, previous.get(labels.uri, ""), file.name)
+                    previous[labels.uri] = file.name
             elif split in label_maps:
                 label, given_split = label_maps[split].find(file.name)
                 split = given_split or split
@@ -286,8 +290,23 @@ class _TreeReader:
                     f"label map {labels.uri} has {expected} numbers, but there are {count} images; accepted: one "
                     "number for each image"
                 )
+            if labels.labels and not labels.used:
+                raise ValueError(
+                    f"label map {labels.uri} names none of the images: its first name is {next(iter(labels.labels))}, "
+                    f"and the first image is {next(self._images()).name}; accepted: names or paths of the images"
+                )
             if unused := labels.unused():
                 reading.findings["labels_without_image"] = finding(unused)
+
+
+def _check_order(labels: LabelMap, previous: str, name: str) -> None:
+    """Raise ValueError if two successive names are in the order of texts but not in that of their numbers: 10, 2."""
+    numbers, previous_numbers = (list(map(int, re.findall(r"\d+", text))) for text in (name, previous))
+    if numbers < previous_numbers and re.split(r"\d+", previous) == re.split(r"\d+", name):
+        raise ValueError(
+            f"label map {labels.uri} has one number for each image in the order of their names, but {previous} "
+            f"precedes {name} as text and follows it as a number; write rows of an image's name and its label"
+        )
 
 
 def _common_prefix(paths: list[list[str]]) -> list[str]:

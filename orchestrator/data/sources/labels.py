@@ -52,7 +52,7 @@ class LabelMap:
         name = path.rpartition("/")[2]
         for key in (path, relative, _stem(relative), name, _stem(name)):
             if key in self.labels:
-                if "/" not in key and "/" in relative and self._path_by_name.setdefault(key, path) != path:
+                if "/" not in key and self._path_by_name.setdefault(key, path) != path:
                     raise ValueError(
                         f"label map {self.uri} has the file name {key}, but {self._path_by_name[key]} and {path} have "
                         "this name: write the paths of the images"
@@ -195,7 +195,7 @@ def _table_rows(uri: str, lines: list[str]) -> Iterator[tuple[str, str, str]]:
     Raises:
         ValueError: it has no known columns, or an image has no label.
     """
-    rows = _split_lines(lines)
+    rows = _split_lines(uri, lines)
     if not rows:
         raise ValueError(f"label map {uri} names no images; accepted: {FORMS}")
     header = [name.strip().lower() for name in rows[0]]
@@ -218,11 +218,18 @@ def _table_rows(uri: str, lines: list[str]) -> Iterator[tuple[str, str, str]]:
         yield row[key_column].strip(), label, split
 
 
-def _split_lines(lines: list[str]) -> list[list[str]]:
-    """Split lines into columns at the separator that occurs in the first line."""
+def _split_lines(uri: str, lines: list[str]) -> list[list[str]]:
+    """Split lines into columns at the separator that occurs in the first line.
+
+    Raises:
+        ValueError: a quotation mark is not closed, so that one column contains the rest of the file.
+    """
     for separator in "\t;,":
         if lines and separator in lines[0]:
-            return list(csv.reader(io.StringIO("\n".join(lines)), delimiter=separator))
+            try:
+                return list(csv.reader(io.StringIO("\n".join(lines)), delimiter=separator, strict=True))
+            except csv.Error as error:
+                raise ValueError(f"label map {uri} has invalid quotation marks: {error}; correct them") from error
     return [line.split() for line in lines]
 
 

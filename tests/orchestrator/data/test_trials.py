@@ -397,6 +397,29 @@ TRIALS: dict[str, Trial] = {
         folders(NEW, ["a", "b"], 2) | {"map.csv": b"key,label\n0.png,0\n1.png,1\n"},
         "has the file name 0.png, but a/0.png and b/0.png", {"labels": "map.csv"},
     ),
+    "map of a file name that images in and above a folder share": Trial(
+        folders(NEW, ["b"], 2) | {"0.png": NEW(), "map.csv": b"key,label\n0.png,0\n1.png,1\n"},
+        "has the file name 0.png, but 0.png and b/0.png", {"labels": "map.csv"},
+    ),
+    "map of other images": Trial(
+        labelled(b"key,label\nother/000.png,0\nother/001.png,1\n"), "names none of the images.*other/000.png.*pictures",
+        {"labels": "map.txt"},
+    ),
+    "map with an open quotation mark": Trial(
+        labelled(rows(",", "key,label", ('"cat', "dog"))), "map.txt has invalid quotation marks", {"labels": "map.txt"}
+    ),
+    "a label file with an open quotation mark": Trial(
+        folders(NEW, PETS, 4) | {"labels.csv": b'image,label\n0.png,"' + b"x" * 200_000},
+        "labels.csv may contain labels",
+    ),
+    "map of numbers in order, for numbers as names": Trial(
+        {f"{i}.png": NEW() for i in range(12)} | {"map.txt": b"0\n1\n" * 6}, "11.png precedes 2.png",
+        {"labels": "map.txt"},
+    ),
+    "map of numbers in order, for padded names": Trial(
+        {f"a{i:02d}.png": NEW() for i in range(12)} | {"b1.png": NEW(), "map.txt": b"0\n1\n" * 6 + b"1\n"},
+        {"train": {"0": 6, "1": 7}}, {"labels": "map.txt"},
+    ),
     "map of paths": Trial(
         folders(NEW, ["a", "b"], 1) | {"map.csv": b"key,label\na/0.png,0\nb/0.png,1\n"},
         {"train": {"0": 1, "1": 1}}, {"labels": "map.csv"},
