@@ -9,7 +9,7 @@ from itertools import takewhile
 from orchestrator import storage
 from orchestrator.data.config import Layout
 from orchestrator.data.sources.archives import File, Tree, is_hidden, is_image, read_ranges
-from orchestrator.data.sources.index import ACCEPTED, OUT, Entry, Reading, Splits, finding
+from orchestrator.data.sources.index import ACCEPTED, Entry, Reading, Splits, finding
 from orchestrator.data.sources.labels import LabelMap, parse_label_map
 
 # Names of files that may give the classes of images. Those of the last pattern belong to no published dataset, so it is
@@ -133,7 +133,7 @@ class _TreeReader:
         common = list(takewhile(lambda part: not splits.of_folder(part), common))
         paths = {folder: path[len(common) :] for folder, path in paths.items()}
         depth = min(map(len, paths.values()))
-        split_levels = (i for i in range(depth) if all(splits.of_folder(path[i]) for path in paths.values()))
+        split_levels = (i for i in range(depth) if "" not in {splits.of_folder(path[i]) for path in paths.values()})
         level = next(split_levels, None)
         split = {folder: "" if level is None else splits.of_folder(path[level]) for folder, path in paths.items()}
         class_paths = {folder: _class_path(path, level) for folder, path in paths.items()}
@@ -141,6 +141,7 @@ class _TreeReader:
         nonempty = [path for path in class_paths.values() if path]
         num_common = min(len(_common_prefix(nonempty)), max(0, min(map(len, nonempty), default=0) - 1))
         class_paths = {folder: path[num_common:] for folder, path in class_paths.items()}
+        splits.check_used()
         self._record_suspicions(class_paths)
         self._meanings = {folder: (split[folder], path[0] if path else "") for folder, path in class_paths.items()}
 
@@ -234,7 +235,7 @@ class _TreeReader:
 
     def _check_flat(self) -> None:
         """Raise ValueError unless the name of every image begins with <class>_."""
-        without_class = [file.name for file in self._images() if "_" not in file.name.rpartition("/")[2]]
+        without_class = [file.name for file in self._images() if not re.search(r"(^|/)[^/_]+_[^/]*$", file.name)]
         if without_class:
             raise ValueError(
                 f"{self._source}: {len(without_class)} images have no class: they lie in no class folder, and their "
@@ -258,10 +259,6 @@ class _TreeReader:
         for file in self._images():
             folder, _, name = file.name.rpartition("/")
             split, folder_class = self._meanings[folder]
-            if split == OUT:
-                kind = "images that --split leaves out"
-                reading.left_out[kind] = reading.left_out.get(kind, 0) + 1
-                continue
             label: str | int | None = folder_class or None
             prefix = name.partition("_")[0]
             if reading.flat:

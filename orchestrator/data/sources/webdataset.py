@@ -24,10 +24,8 @@ def read_webdataset(tree: Tree, splits: Splits) -> Reading:
         ValueError: no sample has a label, or a label is neither an integer nor a name (when entries are read).
     """
     reading = Reading("WebDataset")
-    split_of_tar = {archive.stem: splits.of_shard(archive.stem) for archive in tree.members if archive.object}
-    without_split = [stem for stem, split in split_of_tar.items() if not split]
-    if without_split and any(split_of_tar.values()):
-        reading.suspicions["names_like_splits"] = finding(without_split)
+    stems = [archive.stem for archive in tree.members if archive.object]
+    split_of_tar = splits.of_shards(stems, reading.suspicions)
     reading.entries = _entries(tree, split_of_tar, reading)
     return reading
 

@@ -4,7 +4,7 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -191,12 +191,17 @@ class Trial(NamedTuple):
     source: str = ""  # within the files' folder
 
 
-def even(names: tuple[str, ...] | list[str], count: int) -> dict[str, int]:
+def even(names: Sequence[str], count: int) -> dict[str, int]:
     """Return the expected numbers of images if every class has `count`."""
     return dict.fromkeys(names, count)
 
 
 PETS = ["cat", "dog"]
+DOWNSAMPLED = list(downsampled(8, np.savez).values())
+HARD = {
+    f"data/{name}-00000.parquet": parquet({"image": encoded(8, 8 * i), "label": [j % 2 for j in range(8)]})
+    for i, name in enumerate(("train", "test_hard"))
+}
 NEW = Pictures()
 SPLITS = folders(NEW, ["train/cat", "train/dog"], 5) | folders(NEW, ["val/cat", "val/dog"], 2)
 FLAT_SPLITS = folders(NEW, ["train_32x32", "valid_32x32"], 4)
@@ -252,6 +257,18 @@ TRIALS: dict[str, Trial] = {
     "a stray folder, left out": Trial(
         SPLITS | folders(NEW, ["extra/cat"], 3), {"train": even(PETS, 5), "validation": even(PETS, 2)},
         {"split": "extra=out"},
+    ),
+    "an option that names no folder": Trial(
+        SPLITS, "--split vla=out: vla gives the split of no image", {"split": "vla=out"}
+    ),
+    "training images without labels": Trial(
+        {f"train/{i}.png": NEW() for i in range(4)}
+        | {f"val/{i}.png": NEW() for i in range(6)}
+        | {"val/val_annotations.txt": "".join(f"{i}.png\t{PETS[i % 2]}\t0\n" for i in range(6)).encode()},
+        "all training images or most images have no label: train/0.png.*--accept-classes",
+    ),
+    "flat names that begin with an underscore": Trial(
+        {f"{name}_{i}.png": NEW() for name in ("", "a") for i in range(4)}, "4 images have no class.*_0.png"
     ),
     "splits within a wrapping folder": Trial(
         {f"my set/v2/{k}": v for k, v in SPLITS.items()}, {"train": even(PETS, 5), "validation": even(PETS, 2)}
@@ -315,6 +332,24 @@ TRIALS: dict[str, Trial] = {
         svhn(), {"train": {str(i): 5 for i in range(10)}, "test": {str(i): 1 for i in range(10)}},
         {"split": "extra=train", "copy_parquet": True},
     ),
+    "svhn, one split left out": Trial(
+        svhn(), {"train": {str(i): 2 for i in range(10)}, "test": {str(i): 1 for i in range(10)}},
+        {"split": "extra=out", "copy_parquet": True},
+    ),
+    "parquet of more classes in the files that are left out": Trial(
+        HARD | {"data/extra.parquet": parquet({"image": encoded(8), "label": list(range(8))})},
+        {"train": even("01", 4), "test": even("01", 4)}, {"split": "extra=out", "copy_parquet": True},
+    ),
+    "parquet, an option of two words": Trial(
+        HARD, {"train": even("01", 4)}, {"split": "test_hard=out", "copy_parquet": True}
+    ),
+    "parquet, an option that names no file": Trial(HARD, "extra gives the split of no image", {"split": "extra=out"}),
+    "parquet, one file without rows": Trial(
+        HARD | {"data/train-00001.parquet": parquet({
+            "image": pa.array([], pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+            "label": pa.array([], pa.int64())})},
+        {"train": even("01", 4), "test": even("01", 4)}, {"copy_parquet": True},
+    ),
     "parquet of cifar10": Trial(
         {"train.parquet": parquet({"img": encoded(12), "label": [i % 3 for i in range(12)]},
                                   {"label": {"names": ["ant", "bee", "cow"]}})},
@@ -353,6 +388,11 @@ TRIALS: dict[str, Trial] = {
     ),
     "webdataset, with its label option": Trial(
         webdataset(lambda i: {"class_id": i % 2}), {"train": {"0": 6, "1": 6}}, {"label_column": "class_id"}
+    ),
+    "webdataset with numbers beside the names of splits": Trial(
+        {f"{split}{i}.tar": list(webdataset(lambda i: {"label": i % 2}).values())[i]
+         for i, split in enumerate(("train", "val"))},
+        {"train": even("01", 3), "validation": even("01", 3)},
     ),
     "webdataset of names": Trial(webdataset(lambda i: {"label": PETS[i % 2]}), {"train": even(PETS, 6)}),
     "webdataset of floats": Trial(webdataset(lambda i: {"label": i / 2}), "label 0.5; accepted: an integer or a name"),
@@ -432,6 +472,11 @@ TRIALS: dict[str, Trial] = {
     "cifar-100 unpacked": Trial(
         cifar100("cifar-100-binary/"), {"train": {"apple": 2, "train": 2, "fine97": 2}, "test": {"apple": 1}}
     ),
+    "cifar-10 and cifar-100 unpacked": Trial(
+        cifar100("cifar-100-binary/") | {"cifar-10-batches-bin/data_batch_1.bin": bytes([3]) + bytes(3072)},
+        "has CIFAR-10 and CIFAR-100",
+    ),
+    "cifar-100 without its test images": Trial(cifar100(""), {"train": {"apple": 2}}, {"split": "test=out"}),
     "cifar-10's pickles": Trial({"cifar-10-python.tar.gz": b"\x1f\x8b"}, "pickle.*cifar-10-binary"),
     "cifar-100's pickles": Trial({"cifar-100-python.tar.gz": b"\x1f\x8b"}, "pickle.*cifar-100?-binary"),
     "cifar-100's pickles, unpacked": Trial({"cifar-100-python/train": b"\x80\x04"}, "pickle.*cifar-10-binary"),
@@ -442,6 +487,18 @@ TRIALS: dict[str, Trial] = {
     ),
     "downsampled imagenet": Trial(
         downsampled(8, np.savez), {"train": {"0": 7, "1": 7, "2": 7}, "validation": {"0": 2, "1": 2, "2": 2}}
+    ),
+    "downsampled imagenet in folders": Trial(
+        {f"{name}/a.npz": data for name, data in zip(("train", "test", "val"), DOWNSAMPLED, strict=True)},
+        {"train": even("012", 4), "test": even("012", 3), "validation": even("012", 2)},
+    ),
+    "downsampled imagenet, one file without a split": Trial(
+        {f"{name}.npz": data for name, data in zip(("train", "more", "val"), DOWNSAMPLED, strict=True)},
+        "look like splits.*more.npz.*--split",
+    ),
+    "downsampled imagenet, damaged": Trial(
+        {name: data.replace(data[1000:1010], b"0123456789") for name, data in downsampled(8, np.savez).items()},
+        "is not a valid .npz file: Bad CRC",
     ),
     "downsampled imagenet, compressed": Trial(downsampled(8, np.savez_compressed), {"train": {"0": 7, "1": 7, "2": 7}}),
     "downsampled imagenet's pickles": Trial({"train_data_batch_1": b"\x80\x04"}, "pickle.*npz"),
@@ -478,6 +535,7 @@ def test_layouts_are_read_correctly_or_refused(name: str, tmp_path: Path, capsys
     dry = capsys.readouterr().out
     manifest = prepare(trial_config)
     assert capsys.readouterr().out.startswith(dry.strip()[:40]), "both print what was understood"
+    assert "=out" not in trial.options.get("split", "") or manifest.splits.keys() == trial.expected.keys()
     for split, expected in trial.expected.items():
         labels = np.array(table(manifest, split)["label"])
         counts = {name: int((labels == label).sum()) for label, name in enumerate(manifest.classes)}
