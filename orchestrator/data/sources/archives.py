@@ -157,9 +157,10 @@ def _scan(label_key: str | None, archive: Archive) -> pa.Table:
 
 def _tar_rows(file: BinaryIO, archive: Archive, label_key: str | None) -> Iterator[tuple[str, int, int, str | None]]:
     """Yield the files of a tar as rows of MEMBERS."""
+    endings = (".cls", ".json") if label_key in (None, "cls") else (".json",)
     for member in _tar_members(file, archive):
         sidecar = None
-        if member.name.lower().endswith((".cls", ".json")) and member.size <= _MAX_SIDECAR_BYTES:
+        if member.name.lower().endswith(endings) and member.size <= _MAX_SIDECAR_BYTES:
             file.seek(member.offset_data)
             sidecar = _parse_sidecar(member.name, file.read(member.size), label_key)
         yield _clean(member.name), member.offset_data, member.size, sidecar
@@ -192,7 +193,9 @@ def _zip_rows(file: BinaryIO, archive: Archive) -> Iterator[tuple[str, int, int,
 
 
 def _clean(name: str) -> str:
-    """Return a member's name with slashes, and without ./ or / at its beginning."""
+    """Return a member's name with slashes, and without ./ or / at its beginning. If it is not UTF-8, it is Latin-1."""
+    if re.search("[\udc80-\udcff]", name):  # how tarfile represents other bytes
+        name = name.encode("utf-8", "surrogateescape").decode("latin-1")
     return re.sub(r"^(\./)+|^/+", "", name.replace("\\", "/")) or name
 
 

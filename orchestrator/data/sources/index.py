@@ -98,6 +98,7 @@ def list_source(config: PrepareConfig) -> Listing:
 
     Raises:
         FileNotFoundError: there is neither an object nor a folder.
+        ValueError: the name of a file is not UTF-8.
     """
     if config.source == "digits":
         return _listing("digits", "digits", iter(()))
@@ -107,7 +108,10 @@ def list_source(config: PrepareConfig) -> Listing:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--source {uri} does not exist") from error
     if size is None:
-        return _listing(uri, uri.rstrip("/"), (entry for listed in storage.list_tree(uri) for entry in listed))
+        # The output may lie in the source. Its shards are not images of the source.
+        output = f"{storage.resolve(config.path(config.output))}/".removeprefix(f"{storage.resolve(uri)}/") or "//"
+        entries = (entry for listed in storage.list_tree(uri) for entry in listed if not entry[0].startswith(output))
+        return _listing(uri, uri.rstrip("/"), entries)
     folder, name = uri.rsplit("/", 1)
     return _listing(uri, folder, iter([(name, size)]))  # the source is an object
 
@@ -116,7 +120,10 @@ def _listing(source: str, uri: str, objects: Iterator[tuple[str, int]]) -> Listi
     """Return a listing of (name, size) pairs, of which only a chunk are Python objects at the same time."""
     chunks = []
     while chunk := list(islice(objects, _CHUNK)):
-        chunks.append(pa.record_batch(list(zip(*chunk, strict=True)), schema=_OBJECTS))
+        try:
+            chunks.append(pa.record_batch(list(zip(*chunk, strict=True)), schema=_OBJECTS))
+        except UnicodeEncodeError as error:
+            raise ValueError(f"--source {source}: the file name {error.object!a} is not UTF-8; rename it") from error
     table = pa.Table.from_batches(chunks, _OBJECTS).sort_by("name")
     return Listing(source, uri, table["name"], table["size"].to_numpy())
 

@@ -8,12 +8,13 @@ from orchestrator.data.sources.index import Entry, Reading, Splits, finding
 
 
 def is_webdataset(tree: Tree) -> bool:
-    """Return whether the first archive with images has a .cls or .json for one of them."""
-    for archive in tree.members:
-        files = list(tree.files(archive)) if archive.object else []
-        samples = {_sample_name(file) for file in files if _is_image(file)}
-        if samples:
-            return any(file.sidecar and _sample_name(file) in samples for file in files)
+    """Return whether an archive has a .cls or .json for one of its images."""
+    for archive, members in tree.members.items():
+        if archive.object and members["sidecar"].null_count < len(members):
+            files = list(tree.files(archive))
+            samples = {_sample_name(file) for file in files if _is_image(file)}
+            if any(file.sidecar and _sample_name(file) in samples for file in files):
+                return True
     return False
 
 

@@ -394,6 +394,32 @@ TRIALS: dict[str, Trial] = {
          for i, split in enumerate(("train", "val"))},
         {"train": even("01", 3), "validation": even("01", 3)},
     ),
+    "webdataset of which the first tar has no labels": Trial(
+        webdataset(lambda i: {"label": PETS[i % 2]}) | {"test.tar": tar_bytes([("00.jpg", NEW()), ("01.jpg", NEW())])},
+        {"train": even(PETS, 6)},
+    ),
+    "webdataset, with its label option beside other labels": Trial(
+        {"train.tar": tar_bytes([(f"{i}.{ending}", data) for i in range(6) for ending, data in (
+            ("png", NEW()), ("cls", b"%d" % i), ("json", b'{"pet": %d}' % (i % 2)))])},
+        {"train": even("01", 3)}, {"label_column": "pet"},
+    ),
+    "class folders with an option of parquet": Trial(
+        SPLITS, "--label-column pet: only Parquet", {"label_column": "pet"}
+    ),
+    "map with an option of parquet": Trial(
+        labelled(rows(",", "key,pet")), "--label-column pet: only Parquet.*label map",
+        {"labels": "map.txt", "label_column": "pet"},
+    ),
+    "cifar-100 with an option of parquet": Trial(
+        cifar100(""), "--label-column coarse: only Parquet", {"label_column": "coarse"}
+    ),
+    "tar of names in Latin-1": Trial(
+        {"a.tar": tar_bytes([(f"{name}/{i}.png", NEW()) for name in ("caf\udce9", "the") for i in range(4)])},
+        {"train": even(("café", "the"), 4)},
+    ),
+    "file names that are not UTF-8": Trial(
+        folders(NEW, ["cat", "caf\udce9"], 4), r"the file name 'caf\\udce9/\d.png' is not UTF-8; rename it"
+    ),
     "webdataset of names": Trial(webdataset(lambda i: {"label": PETS[i % 2]}), {"train": even(PETS, 6)}),
     "webdataset of floats": Trial(webdataset(lambda i: {"label": i / 2}), "label 0.5; accepted: an integer or a name"),
     "webdataset with a label map": Trial(
