@@ -4,7 +4,7 @@ from orchestrator import storage
 from orchestrator.data.config import Layout, PrepareConfig
 from orchestrator.data.sources import arrays, parquet
 from orchestrator.data.sources.archives import open_tree
-from orchestrator.data.sources.folders import read_names
+from orchestrator.data.sources.folders import TreeReader
 from orchestrator.data.sources.index import ACCEPTED, Listing, Reading, Source, Splits, make_source
 from orchestrator.data.sources.labels import parse_label_map
 from orchestrator.data.sources.webdataset import is_webdataset, read_webdataset
@@ -95,4 +95,4 @@ def _read(listing: Listing, config: PrepareConfig) -> Reading:
     if config.labels:
         uri = config.path(config.labels)
         labels = parse_label_map(uri, storage.read_bytes(uri))
-    return read_names(tree, layout, labels, splits)
+    return TreeReader(tree, layout, splits).read(labels)

@@ -219,9 +219,12 @@ def _tar_members(file: BinaryIO, archive: Archive) -> Iterator[tarfile.TarInfo]:
     except tarfile.TarError as error:
         raise ValueError(f"{described} is not a valid tar archive: {error}") from error
     file.seek(end)
-    if end + tarfile.BLOCKSIZE > archive.end or file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+    # Zeros up to the next multiple of RECORDSIZE follow the last member. What follows them is another tar.
+    padding = file.read(min(archive.end - end, tarfile.RECORDSIZE + tarfile.BLOCKSIZE))
+    if len(padding) < tarfile.BLOCKSIZE or padding.strip(b"\0"):
         raise ValueError(
-            f"{described} is truncated or damaged at byte {end - archive.begin} (no end mark); copy it again"
+            f"{described} is truncated or damaged at byte {end - archive.begin}, or another tar follows there; copy it "
+            "again, or unpack it with --ignore-zeros"
         )
 
 

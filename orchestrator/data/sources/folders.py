@@ -28,20 +28,11 @@ _MAX_LABEL_FILE_BYTES = 512 << 20  # larger label files are not read
 _KAGGLE_LEVELS = 4  # folders above a source in which Kaggle's label files are searched
 
 
-def read_names(tree: Tree, layout: Layout, labels: LabelMap | None, splits: Splits) -> Reading:
-    """Read a tree of images: class folders, files named <class>_<anything>, or images with label files.
+class TreeReader:
+    """Interprets a tree of images: class folders, files named <class>_<anything>, or images with label files.
 
     layout: auto, folder, flat or unlabelled.
-    labels: the label map that the user passed with --labels.
-
-    Raises:
-        ValueError: there are no images, or their classes cannot be determined.
     """
-    return _TreeReader(tree, layout, splits).read(labels)
-
-
-class _TreeReader:
-    """Interprets the names of folders and files in a tree of images."""
 
     def __init__(self, tree: Tree, layout: Layout, splits: Splits) -> None:
         self._tree, self._layout, self._splits = tree, layout, splits
@@ -55,7 +46,11 @@ class _TreeReader:
         self._label_maps: dict[str, LabelMap] = {}  # the label map of each split that uses one
 
     def read(self, labels: LabelMap | None) -> Reading:
-        """Return the reading of the tree; labels: the user's label map."""
+        """Return the reading of the tree; labels: the label map that the user passed with --labels.
+
+        Raises:
+            ValueError: there are no images, or their classes cannot be determined.
+        """
         reading, layout = self._reading, self._layout
         self._survey_files()
         members = self._tree.members

@@ -247,6 +247,8 @@ def _classes(
     if kinds == {str}:
         classes = class_names or tuple(sorted(str(name) for name in distinct_labels if name is not None))
         number_of = {name: number for number, name in enumerate(classes)}
+        if unknown := sorted(set(distinct_labels) - {None, *classes}):  # type: ignore[type-var]
+            raise ValueError(f"--source {source}: {unknown[0]} is not one of the classes that it lists: {classes}")
         labels = [-1 if name is None else number_of[name] for name in distinct_labels]  # type: ignore[index]
         return classes, np.array(labels)[codes]
     numbers = [label for label in distinct_labels if isinstance(label, int)]

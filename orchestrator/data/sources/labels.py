@@ -34,8 +34,7 @@ class LabelMap:
     in_order: dict[int, int] = field(default_factory=dict)  # position of an image, from 0 on -> label
     classes: tuple[str, ...] | None = None  # in the order of the labels; None: sorted names, or numbers
     no_labels: bool = False  # the file says that the images have no labels
-    used: set[str] = field(default_factory=set)  # keys that `find` has returned labels for
-    _path_by_name: dict[str, str] = field(default_factory=dict)  # key without a folder -> path of its image
+    used: dict[str, str] = field(default_factory=dict)  # key that `find` has returned a label for -> path of its image
 
     @property
     def names(self) -> set[Label]:
@@ -52,12 +51,11 @@ class LabelMap:
         name = path.rpartition("/")[2]
         for key in (path, relative, _stem(relative), name, _stem(name)):
             if key in self.labels:
-                if "/" not in key and self._path_by_name.setdefault(key, path) != path:
+                if self.used.setdefault(key, path) != path:
                     raise ValueError(
-                        f"label map {self.uri} has the file name {key}, but {self._path_by_name[key]} and {path} have "
-                        "this name: write the paths of the images"
+                        f"label map {self.uri} has the name {key}, but {self.used[key]} and {path} have this name: "
+                        "write the paths of the images"
                     )
-                self.used.add(key)
                 return self.labels[key]
         return None, ""
 

@@ -178,6 +178,8 @@ class ParquetSource:
             return ()
         ranges = [self._label_ranges(footer) for footer in labelled]
         if any(low.dtype.kind == "U" for low, _ in ranges):
+            if not all(low.dtype.kind == "U" for low, _ in ranges):
+                raise ValueError(f"--source {self.listing.source}: some files have class names and others numbers")
             return tuple(sorted({name for footer in labelled for name in self._read_labels(footer)}))
         classes = self._class_names() or tuple(map(str, range(max(high.max() for _, high in ranges) + 1)))
         for footer, (low, high) in zip(labelled, ranges, strict=True):

@@ -47,7 +47,7 @@ def _entries(tree: Tree, split_of_tar: dict[str, str], reading: Reading) -> Iter
             if file.sidecar is not None:
                 fields = json.loads(file.sidecar)
                 keys.update(fields.get("keys", ()))
-                if "label" in fields:
+                if fields.get("label", -1) not in (-1, "", None):  # these mean that there is no label, as in Parquet
                     ending = ".json" if file.name.lower().endswith(".json") else ".cls"
                     labels[ending][_sample_name(file)] = _check_label(tree, file, fields["label"])
         merged = labels[".json"] | labels[".cls"]  # if a sample has both, the .cls is used

@@ -365,6 +365,14 @@ TRIALS: dict[str, Trial] = {
     "parquet of faces": Trial(
         {"a.parquet": parquet({"image": encoded(9)})}, {"train": {"": 9}}, {"copy_parquet": True}
     ),
+    "parquet of names and of numbers": Trial(
+        HARD | {"data/train-1.parquet": parquet({"image": encoded(8), "label": PETS * 4})},
+        "some files have class names and others numbers", {"accept_classes": True},
+    ),
+    "parquet of a name that its metadata lack": Trial(
+        {"train.parquet": parquet({"image": encoded(8), "label": PETS * 4}, {"label": {"names": ["cat", "cow"]}})},
+        "dog is not one of the classes", {"copy_parquet": True},
+    ),
     "parquet of plain bytes and names": Trial(
         {"a.parquet": parquet({"image": [picture(i) for i in range(8)], "label": [PETS[i % 2] for i in range(8)]})},
         {"train": even(PETS, 4)}, {"copy_parquet": True},
@@ -420,6 +428,18 @@ TRIALS: dict[str, Trial] = {
     "file names that are not UTF-8": Trial(
         folders(NEW, ["cat", "caf\udce9"], 4), r"the file name 'caf\\udce9/\d.png' is not UTF-8; rename it"
     ),
+    "webdataset of some samples without a label": Trial(
+        {f"{name}.tar": tar_bytes([(f"{i}.{ending}", data) for i in range(6) for ending, data in (
+            ("png", NEW()), (kind, labels[i % 3]))]) for name, kind, labels in (
+                ("train", "cls", (b"cat", b"", b"dog")),
+                ("test", "cls", (b"-1",) * 3),
+                ("val", "json", (b'{"label": null}',) * 3))},
+        {"train": even(PETS, 2)},
+    ),
+    "a tar behind a tar": Trial(
+        {"a.tar": tar_bytes(list(folders(NEW, PETS, 2).items())) + tar_bytes(list(folders(NEW, ["fox"], 2).items()))},
+        "a.tar is truncated.*another tar follows.*--ignore-zeros",
+    ),
     "webdataset of names": Trial(webdataset(lambda i: {"label": PETS[i % 2]}), {"train": even(PETS, 6)}),
     "webdataset of floats": Trial(webdataset(lambda i: {"label": i / 2}), "label 0.5; accepted: an integer or a name"),
     "webdataset with a label map": Trial(
@@ -461,11 +481,15 @@ TRIALS: dict[str, Trial] = {
     ),
     "map of a file name that several images share": Trial(
         folders(NEW, ["a", "b"], 2) | {"map.csv": b"key,label\n0.png,0\n1.png,1\n"},
-        "has the file name 0.png, but a/0.png and b/0.png", {"labels": "map.csv"},
+        "has the name 0.png, but a/0.png and b/0.png", {"labels": "map.csv"},
     ),
     "map of a file name that images in and above a folder share": Trial(
         folders(NEW, ["b"], 2) | {"0.png": NEW(), "map.csv": b"key,label\n0.png,0\n1.png,1\n"},
-        "has the file name 0.png, but 0.png and b/0.png", {"labels": "map.csv"},
+        "has the name 0.png, but 0.png and b/0.png", {"labels": "map.csv"},
+    ),
+    "map of a path that two images have": Trial(
+        {"a/0.png": NEW(), "a/0.jpg": NEW(), "map.csv": b"key,label\na/0,0\n"},
+        "has the name a/0, but", {"labels": "map.csv"},
     ),
     "map of other images": Trial(
         labelled(b"key,label\nother/000.png,0\nother/001.png,1\n"), "names none of the images.*other/000.png.*pictures",
