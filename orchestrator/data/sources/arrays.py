@@ -160,41 +160,35 @@ def _npz_images(uri: str) -> Iterator[bytes]:
 
 
 @contextmanager
-def _npz_errors(uri: str) -> Iterator[None]:
-    try:
-        yield
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{uri} is not a valid .npz file: {error}; copy it again") from error
-
-
-@contextmanager
 def _open_npz(uri: str) -> Iterator[tuple[np.ndarray, IO[bytes], int]]:
     """Yield the labels, int [N]; a file with the images, uint8 [N, 3, S, S]; and S.
 
     Raises:
         ValueError: the file is not an .npz, or its arrays are not those of downsampled ImageNet.
     """
-    with _npz_errors(uri), storage.open_input(uri, 8 << 20) as file:
-        archive = zipfile.ZipFile(file)
-        members = archive.namelist()
-        if not {"data.npy", "labels.npy"} <= set(members):
-            raise ValueError(
-                f"{uri} contains {', '.join(members[:10])}; accepted: data and labels of downsampled ImageNet"
-            )
-        with archive.open("labels.npy") as data:
-            labels = npy.read_array(data, allow_pickle=False)
-        with archive.open("data.npy") as data:
-            read_header = npy.read_array_header_1_0 if npy.read_magic(data) == (1, 0) else npy.read_array_header_2_0
-            shape, fortran_order, dtype = read_header(data)
-            side = round((shape[-1] / 3) ** 0.5) if len(shape) == 2 else 0
-            if dtype != np.uint8 or fortran_order or not side or 3 * side**2 != shape[1]:
-                raise ValueError(f"{uri}: data is {dtype} {shape}; accepted: uint8 [N, 3 x S x S] in planes")
-            count = shape[0]
-            if labels.dtype.kind not in "iu" or labels.shape != (count,) or (count and labels.min() < 1):
+    try:
+        with storage.open_input(uri, 8 << 20) as file, zipfile.ZipFile(file) as archive:
+            members = archive.namelist()
+            if not {"data.npy", "labels.npy"} <= set(members):
                 raise ValueError(
-                    f"{uri}: labels are {labels.dtype} {labels.shape}; accepted: {count} integers from 1 on"
+                    f"{uri} contains {', '.join(members[:10])}; accepted: data and labels of downsampled ImageNet"
                 )
-            yield labels, data, side
+            with archive.open("labels.npy") as data:
+                labels = npy.read_array(data, allow_pickle=False)
+            with archive.open("data.npy") as data:
+                read_header = npy.read_array_header_1_0 if npy.read_magic(data) == (1, 0) else npy.read_array_header_2_0
+                shape, fortran_order, dtype = read_header(data)
+                side = round((shape[-1] / 3) ** 0.5) if len(shape) == 2 else 0
+                if dtype != np.uint8 or fortran_order or not side or 3 * side**2 != shape[1]:
+                    raise ValueError(f"{uri}: data is {dtype} {shape}; accepted: uint8 [N, 3 x S x S] in planes")
+                count = shape[0]
+                if labels.dtype.kind not in "iu" or labels.shape != (count,) or (count and labels.min() < 1):
+                    raise ValueError(
+                        f"{uri}: labels are {labels.dtype} {labels.shape}; accepted: {count} integers from 1 on"
+                    )
+                yield labels, data, side
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{uri} is not a valid .npz file: {error}; copy it again") from error
 
 
 # --------------------------------------------------------------------------------------------------------------- LSUN

@@ -215,7 +215,7 @@ class TreeReader:
             labels, use = self._parsed.get(name), "not used"
             if name in splits_by_file:
                 use = f"used for the labels of {' and '.join(splits_by_file[name])} images"
-            elif labels and labels.names and labels.names <= classes:
+            elif labels and labels.labels and {label for label, _ in labels.labels.values()} <= classes:
                 use = "not used: the folders name the same classes"
             elif name in companions and name in self._parsed:
                 unused.append(name)
@@ -287,7 +287,7 @@ class TreeReader:
                     f"label map {labels.uri} names none of the images: its first name is {next(iter(labels.labels))}, "
                     f"and the first image is {next(self._images()).name}; accepted: names or paths of the images"
                 )
-            if unused := labels.unused():
+            if unused := [key for key in labels.labels if key not in labels.used]:
                 reading.findings["labels_without_image"] = finding(unused)
 
 

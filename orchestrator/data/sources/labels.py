@@ -36,11 +36,6 @@ class LabelMap:
     no_labels: bool = False  # the file says that the images have no labels
     used: dict[str, str] = field(default_factory=dict)  # key that `find` has returned a label for -> path of its image
 
-    @property
-    def names(self) -> set[Label]:
-        """Return all labels in the map."""
-        return {label for label, _ in self.labels.values()} | set(self.in_order.values())
-
     def find(self, path: str) -> tuple[Label | None, str]:
         """Return the label (or None) and the split (or "") of an image.
 
@@ -58,10 +53,6 @@ class LabelMap:
                     )
                 return self.labels[key]
         return None, ""
-
-    def unused(self) -> list[str]:
-        """Return the keys that match no image."""
-        return [key for key in self.labels if key not in self.used]
 
 
 def _stem(path: str) -> str:

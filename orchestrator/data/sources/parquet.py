@@ -62,14 +62,9 @@ class ParquetSource:
         """
         layout = f"Parquet, images in {self.image_column}, labels in {self.label_column or 'no column'}"
         images = partial(_read_images, self.image_column)
+        entries, names = self._entries(), self._class_names()
         return Reading(
-            layout,
-            self._entries(),
-            self._class_names(),
-            images,
-            guesses=self.guesses,
-            suspicions=self.suspicions,
-            left_out=self.left_out,
+            layout, entries, names, images, guesses=self.guesses, suspicions=self.suspicions, left_out=self.left_out
         )
 
     def _entries(self) -> Iterator[Entry]:
@@ -177,8 +172,9 @@ class ParquetSource:
         if not labelled:
             return ()
         ranges = [self._label_ranges(footer) for footer in labelled]
-        if any(low.dtype.kind == "U" for low, _ in ranges):
-            if not all(low.dtype.kind == "U" for low, _ in ranges):
+        have_names = {low.dtype.kind == "U" for low, _ in ranges}
+        if True in have_names:
+            if False in have_names:
                 raise ValueError(f"--source {self.listing.source}: some files have class names and others numbers")
             return tuple(sorted({name for footer in labelled for name in self._read_labels(footer)}))
         classes = self._class_names() or tuple(map(str, range(max(high.max() for _, high in ranges) + 1)))
