@@ -203,7 +203,7 @@ def _tar_members(file: BinaryIO, archive: Archive) -> Iterator[tarfile.TarInfo]:
     """Yield the regular files of a tar, and skip their contents.
 
     Raises:
-        ValueError: it is not a tar, or it is truncated.
+        ValueError: it is not a tar, or it is truncated, or an image in it is a link.
     """
     described = archive.uri + (f" ({archive.stem}.tar in it)" if archive.begin else "")
     file.seek(archive.begin)
@@ -213,6 +213,11 @@ def _tar_members(file: BinaryIO, archive: Archive) -> Iterator[tarfile.TarInfo]:
                 tar.members.clear()  # type: ignore[attr-defined]  # otherwise it keeps all of them in memory
                 if member.offset_data + member.size > archive.end:
                     raise ValueError(f"{described} is truncated: {member.name} ends after its last byte; copy it again")
+                if is_image(member.name) and (member.issym() or member.islnk()):
+                    raise ValueError(
+                        f"{described}: {member.name} is a link to {member.linkname} and is not read; unpack the tar, "
+                        "or write it again with --dereference --hard-dereference"
+                    )
                 if member.isreg():
                     yield member
             end = tar.offset  # of the block of zeros that follows the last member
