@@ -206,13 +206,17 @@ def _load_or_write_plan(config: PrepareConfig, output: str, listing: Listing) ->
     staged_folder = storage.join(output, "staged")
     existing = read_plan(output)
     if existing is not None and _keep_plan(config, output, listing, existing):
-        if existing.source == staged_folder and not storage.exists(staged_folder):  # the user deleted it
-            staged(read_source(listing, config), staged_folder, config.num_workers)
+        if existing.source.startswith(staged_folder) and not storage.exists(existing.source):  # the user deleted it
+            staged(read_source(listing, config), existing.source, config.num_workers)
         return existing
+    if listing.uri == storage.resolve(output):
+        raise ValueError(f"--output {output} is the folder of --source; pass another folder for the shards")
     source, understanding, rows_by_split = _understand(config, listing)
     check_or_write_config(output, config, finished=False)
     if source.reading.images is not None:  # the images cannot be read by ranges of bytes
-        source = staged(source, staged_folder, config.num_workers)
+        # An earlier attempt may have staged other images: from another column, or before the source changed.
+        digest = hashlib.sha256(f"{listing.digest()} {source.reading.layout}".encode()).hexdigest()
+        source = staged(source, storage.join(staged_folder, digest[:16]), config.num_workers)
     new_plan = Plan(
         source=source.uri,
         digest=listing.digest(),

@@ -151,8 +151,7 @@ def _write_shard(output: str, plan: Plan, shard: ShardPlan, index: pa.Table, res
     index: the rows of index.parquet for this shard.
     """
     quarantine: list[dict[str, str]] = []
-    transparent_keys: list[str] = []
-    rotated_keys: list[str] = []
+    keys_by_kind: dict[str, list[str]] = {"transparent_images": [], "rotated_images": []}
     widths: list[int] = []
     heights: list[int] = []
     with storage.open_output(storage.join(output, shard.path)) as file:
@@ -168,13 +167,10 @@ def _write_shard(output: str, plan: Plan, shard: ShardPlan, index: pa.Table, res
                 rows.append(row)
                 widths.append(row["width"])
                 heights.append(row["height"])
-                if transparent:
-                    transparent_keys.append(entry["key"])
-                if rotated:
-                    rotated_keys.append(entry["key"])
+                for kind, found in (("transparent_images", transparent), ("rotated_images", rotated)):
+                    keys_by_kind[kind] += [entry["key"]] * found
             if rows:
                 writer.write_table(pa.Table.from_pylist(rows, schema=SHARD_SCHEMA), row_group_size=len(rows))
-        keys_by_kind = {"transparent_images": transparent_keys, "rotated_images": rotated_keys}
         facts = {
             "quarantine": quarantine,
             "width": (min(widths, default=0), max(widths, default=0)),

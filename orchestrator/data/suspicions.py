@@ -56,10 +56,9 @@ def _numbered_folders(source: Source) -> list[str]:
 def _classes_apart(source: Source) -> list[str]:
     """Return classes that occur in other splits but not in the training split."""
     counts = source.counts()
-    training = counts.get("train", counts.get(""))
-    if training is None or not source.classes or counts.keys() <= {"train", ""}:
+    if "train" not in counts or not source.classes:
         return []
-    return [source.classes[i] for i in np.flatnonzero((training == 0) & (source.total() > 0))]
+    return [source.classes[i] for i in np.flatnonzero((counts["train"] == 0) & (source.total() > 0))]
 
 
 def _hollow_splits(source: Source) -> list[str]:
@@ -67,7 +66,7 @@ def _hollow_splits(source: Source) -> list[str]:
     if not source.classes:
         return []
     return [
-        f"{split or 'train'} has {(counts > 0).sum()} of {len(counts)} classes"
+        f"{split} has {(counts > 0).sum()} of {len(counts)} classes"
         for split, counts in source.counts().items()
         if counts.sum() >= _MIN_IMAGES_PER_CLASS * len(counts) and (counts > 0).mean() < _MOST
     ]
@@ -115,9 +114,12 @@ def _underscores(source: Source) -> list[str]:
 
 
 def _few_labelled(source: Source) -> list[str] | Finding:
-    """Return the finding about images without a label, if they are more than those with one."""
-    missing = source.findings.get("images_without_label")
-    return missing if missing and missing.count > len(source.index) else []
+    """Return the finding about images without a label, if they are all training images, or more than the others."""
+    for kind in ("train_images_without_labels", "other_images_without_labels", "images_without_label"):
+        missing = source.findings.get(kind)
+        if missing and (missing.count > len(source.index) or kind.startswith("train")):
+            return missing
+    return []
 
 
 CLASSES = "--accept-classes, or --labels FILE, --layout unlabelled"
@@ -142,7 +144,8 @@ SUSPICIONS = (
     Suspicion("gaps", _gaps, "most class numbers have no images: {cases}", "--accept-classes, or --labels with names"),
     Suspicion("underscores", _underscores, "the part of a name before the first _ is used as the class: {cases}",
               "--accept-classes, or --labels FILE"),
-    Suspicion("few_labelled", _few_labelled, "most images have no label: {cases}", "--accept-classes"),
+    Suspicion("few_labelled", _few_labelled, "all training images or most images have no label: {cases}",
+              "--accept-classes to leave them out, or --labels FILE"),
 )  # fmt: skip
 
 

@@ -75,12 +75,10 @@ def finding_text(kind: str, finding: Finding) -> str:
 
 def understand(source: Source) -> Understanding:
     """Return the interpretation of a source. This decodes some of its images."""
-    splits = Counter[str]()
-    for split, class_counts in source.counts().items():
-        splits[split or "train"] += int(class_counts.sum())
+    splits = {split: int(class_counts.sum()) for split, class_counts in source.counts().items()}
     # Without classes, `total` has one element and this dict is empty.
     counts = {name: int(count) for name, count in zip(source.classes, source.total(), strict=False) if count}
-    return _understanding(source, dict(splits), dict(islice(counts.items(), FIRST_CLASSES)), _read_sample(source))
+    return _understanding(source, splits, dict(islice(counts.items(), FIRST_CLASSES)), _read_sample(source))
 
 
 def understand_registered(source: ParquetSource, manifest: Manifest, findings: Findings) -> Understanding:

@@ -4,7 +4,7 @@ from orchestrator import storage
 from orchestrator.data.config import Layout, PrepareConfig
 from orchestrator.data.sources import arrays, parquet
 from orchestrator.data.sources.archives import open_tree
-from orchestrator.data.sources.folders import read_names
+from orchestrator.data.sources.folders import TreeReader
 from orchestrator.data.sources.index import ACCEPTED, Listing, Reading, Source, Splits, make_source
 from orchestrator.data.sources.labels import parse_label_map
 from orchestrator.data.sources.webdataset import is_webdataset, read_webdataset
@@ -18,6 +18,7 @@ _BY_OBJECT: tuple[tuple[Layout, str], ...] = (
 )
 
 _IMAGES = r"(?i)\.(jpe?g|jpe|jfif|png|webp|gif|bmp|tiff?|avif|jp2|tar|zip)$"  # single images, or archives of them
+_NO_COLUMN = "only Parquet and WebDataset are read with it; omit it, and call the column of a label map `label`"
 _PICKLE = "and a pickle is never opened: "
 # Objects that are not read: a pattern of their names, then why, and what to use instead.
 _REFUSED = (
@@ -43,7 +44,7 @@ def detect(listing: Listing, config: PrepareConfig) -> Layout:
     """Return the user's layout, or the one that the names of objects reveal, or auto if they reveal none.
 
     Raises:
-        ValueError: nothing can be read, or --labels is passed for a layout with labels of its own.
+        ValueError: nothing can be read, or the layout does not use --labels or --label-column.
     """
     layout: Layout = config.layout
     if layout == "auto" and listing.uri == "digits":
@@ -52,6 +53,8 @@ def detect(listing: Listing, config: PrepareConfig) -> Layout:
         layout = next((by_object for by_object, pattern in _BY_OBJECT if listing.has(pattern)), "auto")
     if config.labels and layout in ("parquet", "cifar", "downsampled", "lsun", "digits", "webdataset"):
         raise ValueError(f"--labels {config.labels}: the layout {layout} has its own labels; omit --labels")
+    if config.label_column and layout not in ("auto", "parquet", "webdataset"):
+        raise ValueError(f"--label-column {config.label_column}: {_NO_COLUMN}")
     if layout != "auto":
         return layout
     if not listing.has(_IMAGES):
@@ -86,8 +89,10 @@ def _read(listing: Listing, config: PrepareConfig) -> Reading:
     tree = open_tree(listing, config.label_column, config.num_workers)
     if layout == "webdataset" or (layout == "auto" and not config.labels and is_webdataset(tree)):
         return read_webdataset(tree, splits)
+    if config.label_column:
+        raise ValueError(f"--label-column {config.label_column}: {_NO_COLUMN}")
     labels = None
     if config.labels:
         uri = config.path(config.labels)
         labels = parse_label_map(uri, storage.read_bytes(uri))
-    return read_names(tree, layout, labels, splits)
+    return TreeReader(tree, layout, splits).read(labels)

@@ -157,9 +157,10 @@ def _scan(label_key: str | None, archive: Archive) -> pa.Table:
 
 def _tar_rows(file: BinaryIO, archive: Archive, label_key: str | None) -> Iterator[tuple[str, int, int, str | None]]:
     """Yield the files of a tar as rows of MEMBERS."""
+    endings = (".cls", ".json") if label_key in (None, "cls") else (".json",)
     for member in _tar_members(file, archive):
         sidecar = None
-        if member.name.lower().endswith((".cls", ".json")) and member.size <= _MAX_SIDECAR_BYTES:
+        if member.name.lower().endswith(endings) and member.size <= _MAX_SIDECAR_BYTES:
             file.seek(member.offset_data)
             sidecar = _parse_sidecar(member.name, file.read(member.size), label_key)
         yield _clean(member.name), member.offset_data, member.size, sidecar
@@ -192,7 +193,9 @@ def _zip_rows(file: BinaryIO, archive: Archive) -> Iterator[tuple[str, int, int,
 
 
 def _clean(name: str) -> str:
-    """Return a member's name with slashes, and without ./ or / at its beginning."""
+    """Return a member's name with slashes, and without ./ or / at its beginning. If it is not UTF-8, it is Latin-1."""
+    if re.search("[\udc80-\udcff]", name):  # how tarfile represents other bytes
+        name = name.encode("utf-8", "surrogateescape").decode("latin-1")
     return re.sub(r"^(\./)+|^/+", "", name.replace("\\", "/")) or name
 
 
@@ -200,7 +203,7 @@ def _tar_members(file: BinaryIO, archive: Archive) -> Iterator[tarfile.TarInfo]:
     """Yield the regular files of a tar, and skip their contents.
 
     Raises:
-        ValueError: it is not a tar, or it is truncated.
+        ValueError: it is not a tar, or it is truncated, or an image in it is a link.
     """
     described = archive.uri + (f" ({archive.stem}.tar in it)" if archive.begin else "")
     file.seek(archive.begin)
@@ -210,15 +213,23 @@ def _tar_members(file: BinaryIO, archive: Archive) -> Iterator[tarfile.TarInfo]:
                 tar.members.clear()  # type: ignore[attr-defined]  # otherwise it keeps all of them in memory
                 if member.offset_data + member.size > archive.end:
                     raise ValueError(f"{described} is truncated: {member.name} ends after its last byte; copy it again")
+                if is_image(member.name) and (member.issym() or member.islnk()):
+                    raise ValueError(
+                        f"{described}: {member.name} is a link to {member.linkname} and is not read; unpack the tar, "
+                        "or write it again with --dereference --hard-dereference"
+                    )
                 if member.isreg():
                     yield member
             end = tar.offset  # of the block of zeros that follows the last member
     except tarfile.TarError as error:
         raise ValueError(f"{described} is not a valid tar archive: {error}") from error
     file.seek(end)
-    if end + tarfile.BLOCKSIZE > archive.end or file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+    # Zeros up to the next multiple of RECORDSIZE follow the last member. What follows them is another tar.
+    padding = file.read(min(archive.end - end, tarfile.RECORDSIZE + tarfile.BLOCKSIZE))
+    if len(padding) < tarfile.BLOCKSIZE or padding.strip(b"\0"):
         raise ValueError(
-            f"{described} is truncated or damaged at byte {end - archive.begin} (no end mark); copy it again"
+            f"{described} is truncated or damaged at byte {end - archive.begin}, or another tar follows there; copy it "
+            "again, or unpack it with --ignore-zeros"
         )
 
 

@@ -4,6 +4,7 @@ import io
 import re
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -17,6 +18,7 @@ from orchestrator.data.sources.index import Entry, Listing, Reading, Splits
 from orchestrator.pictures import png
 
 CIFAR = r"(^|/)(cifar-10-binary\.tar\.gz|cifar-100-binary\.tar\.gz|(data_batch_[1-5]|test_batch|train|test)\.bin)$"
+_CIFAR100 = r"(^|/)(cifar-100-binary\.tar\.gz|(train|test)\.bin)$"
 NPZ = r"\.npz$"
 LMDB = r"(^|/)data\.mdb$"
 _CLASS_NAME_FILES = r"(^|/)(batches\.meta|fine_label_names)\.txt$"  # of CIFAR, in unpacked folders
@@ -59,6 +61,10 @@ def read_cifar(listing: Listing, splits: Splits) -> Reading:
         ValueError: a file is truncated, or the names of the classes are missing.
     """
     objects = listing.matching(CIFAR)
+    if 0 < sum(bool(re.search(_CIFAR100, name)) for name in objects) < len(objects):
+        raise ValueError(
+            f"--source {listing.source} has CIFAR-10 and CIFAR-100; accepted: the folder or the archive of one of them"
+        )
     archives = [name for name in objects if name.endswith(".gz")][:1]
     objects = archives or objects
     files: dict[str, bytes] = {}
@@ -74,8 +80,9 @@ def read_cifar(listing: Listing, splits: Splits) -> Reading:
     def entries() -> Iterator[Entry]:
         for name in objects:
             for row, (batch, number, label, _) in enumerate(_records(storage.join(listing.uri, name))):
-                split = "test" if batch.startswith("test") else "train"
-                yield Entry(f"{batch}/{number:05d}", label, "" if splits.ignored else split, name, row)
+                split = splits.of_shard(batch) or "train"
+                yield Entry(f"{batch}/{number:05d}", label, split, name, row)
+        splits.check_used()
 
     return Reading(f"CIFAR-{len(classes)}, binary version", entries(), classes, _cifar_images)
 
@@ -113,7 +120,7 @@ def _read_files(uri: str) -> dict[str, bytes]:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as tar:
             files = [(member.name, tar.extractfile(member)) for member in tar if member.isreg()]
             return {_stem(name): file.read() for name, file in files if file}
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{uri} is not a valid tar.gz archive: {error}") from error
 
 
@@ -130,18 +137,17 @@ def read_npz(listing: Listing, splits: Splits) -> Reading:
     Raises:
         ValueError: a file is damaged or contains other arrays.
     """
-    names = listing.matching(NPZ)
-    split_of_file = {name: splits.of_shard(_stem(name)) for name in names}
-    if not all(split_of_file.values()):  # the names of some files contain no split, so no name is trusted
-        split_of_file = dict.fromkeys(names, "")
+    reading = Reading("downsampled ImageNet", images=_npz_images)
+    split_of_file = splits.of_shards(listing.matching(NPZ), reading.suspicions)
 
     def entries() -> Iterator[Entry]:
-        for name in names:
+        for name, split in split_of_file.items():
             with _open_npz(storage.join(listing.uri, name)) as (labels, _, _):
                 for row, label in enumerate(labels.tolist()):
-                    yield Entry(f"{_stem(name)}/{row:07d}", label - 1, split_of_file[name], name, row)
+                    yield Entry(f"{name.removesuffix('.npz')}/{row:07d}", label - 1, split, name, row)
 
-    return Reading("downsampled ImageNet", entries(), images=_npz_images)
+    reading.entries = entries()
+    return reading
 
 
 def _npz_images(uri: str) -> Iterator[bytes]:
@@ -160,30 +166,29 @@ def _open_npz(uri: str) -> Iterator[tuple[np.ndarray, IO[bytes], int]]:
     Raises:
         ValueError: the file is not an .npz, or its arrays are not those of downsampled ImageNet.
     """
-    with storage.open_input(uri, 8 << 20) as file:
-        try:
-            archive = zipfile.ZipFile(file)
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{uri} is not a valid .npz file: {error}") from error
-        members = archive.namelist()
-        if not {"data.npy", "labels.npy"} <= set(members):
-            raise ValueError(
-                f"{uri} contains {', '.join(members[:10])}; accepted: data and labels of downsampled ImageNet"
-            )
-        with archive.open("labels.npy") as data:
-            labels = npy.read_array(data, allow_pickle=False)
-        with archive.open("data.npy") as data:
-            read_header = npy.read_array_header_1_0 if npy.read_magic(data) == (1, 0) else npy.read_array_header_2_0
-            shape, fortran_order, dtype = read_header(data)
-            side = round((shape[-1] / 3) ** 0.5) if len(shape) == 2 else 0
-            if dtype != np.uint8 or fortran_order or not side or 3 * side**2 != shape[1]:
-                raise ValueError(f"{uri}: data is {dtype} {shape}; accepted: uint8 [N, 3 x S x S] in planes")
-            count = shape[0]
-            if labels.dtype.kind not in "iu" or labels.shape != (count,) or (count and labels.min() < 1):
+    try:
+        with storage.open_input(uri, 8 << 20) as file, zipfile.ZipFile(file) as archive:
+            members = archive.namelist()
+            if not {"data.npy", "labels.npy"} <= set(members):
                 raise ValueError(
-                    f"{uri}: labels are {labels.dtype} {labels.shape}; accepted: {count} integers from 1 on"
+                    f"{uri} contains {', '.join(members[:10])}; accepted: data and labels of downsampled ImageNet"
                 )
-            yield labels, data, side
+            with archive.open("labels.npy") as data:
+                labels = npy.read_array(data, allow_pickle=False)
+            with archive.open("data.npy") as data:
+                read_header = npy.read_array_header_1_0 if npy.read_magic(data) == (1, 0) else npy.read_array_header_2_0
+                shape, fortran_order, dtype = read_header(data)
+                side = round((shape[-1] / 3) ** 0.5) if len(shape) == 2 else 0
+                if dtype != np.uint8 or fortran_order or not side or 3 * side**2 != shape[1]:
+                    raise ValueError(f"{uri}: data is {dtype} {shape}; accepted: uint8 [N, 3 x S x S] in planes")
+                count = shape[0]
+                if labels.dtype.kind not in "iu" or labels.shape != (count,) or (count and labels.min() < 1):
+                    raise ValueError(
+                        f"{uri}: labels are {labels.dtype} {labels.shape}; accepted: {count} integers from 1 on"
+                    )
+                yield labels, data, side
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{uri} is not a valid .npz file: {error}; copy it again") from error
 
 
 # --------------------------------------------------------------------------------------------------------------- LSUN
@@ -196,19 +201,21 @@ def read_lmdb(listing: Listing, splits: Splits) -> Reading:
         ValueError: they are not on a local disk, or the package lmdb is not installed (when entries are read).
     """
     folders = [name.removesuffix("data.mdb").rstrip("/") for name in listing.matching(LMDB)]
-    stems = {folder: (folder or listing.uri).rsplit("/", 1)[-1].removesuffix("_lmdb") for folder in folders}
-    categories = {folder: re.sub(r"_(train|val|test)$", "", stem) for folder, stem in stems.items()}
+    stems = {folder: (folder or listing.uri.rsplit("/", 1)[-1]).removesuffix("_lmdb") for folder in folders}
+    categories = {folder: re.sub(r".*/|_(train|val|test)$", "", stem) for folder, stem in stems.items()}
+    reading = Reading("LSUN's LMDB", images=_lmdb_images)
+    split_of_stem = splits.of_shards(list(stems.values()), reading.suspicions)
     has_labels = len(set(categories.values())) > 1
 
     def entries() -> Iterator[Entry]:
         for folder, stem in stems.items():
             label = categories[folder] if has_labels else None
-            split = splits.of_shard(stem)
             uri = storage.join(listing.uri, folder) if folder else listing.uri
             for row, (key, _) in enumerate(_items(uri)):
-                yield Entry(f"{stem}/{key.decode('latin-1')}", label, split, folder or ".", row)
+                yield Entry(f"{stem}/{key.decode('latin-1')}", label, split_of_stem[stem], folder or ".", row)
 
-    return Reading("LSUN's LMDB", entries(), images=_lmdb_images)
+    reading.entries = entries()
+    return reading
 
 
 def _lmdb_images(uri: str) -> Iterator[bytes]:

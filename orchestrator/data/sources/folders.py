@@ -9,7 +9,7 @@ from itertools import takewhile
 from orchestrator import storage
 from orchestrator.data.config import Layout
 from orchestrator.data.sources.archives import File, Tree, is_hidden, is_image, read_ranges
-from orchestrator.data.sources.index import ACCEPTED, OUT, Entry, Reading, Splits, finding
+from orchestrator.data.sources.index import ACCEPTED, Entry, Reading, Splits, finding
 from orchestrator.data.sources.labels import LabelMap, parse_label_map
 
 # Names of files that may give the classes of images. Those of the last pattern belong to no published dataset, so it is
@@ -28,20 +28,11 @@ _MAX_LABEL_FILE_BYTES = 512 << 20  # larger label files are not read
 _KAGGLE_LEVELS = 4  # folders above a source in which Kaggle's label files are searched
 
 
-def read_names(tree: Tree, layout: Layout, labels: LabelMap | None, splits: Splits) -> Reading:
-    """Read a tree of images: class folders, files named <class>_<anything>, or images with label files.
+class TreeReader:
+    """Interprets a tree of images: class folders, files named <class>_<anything>, or images with label files.
 
     layout: auto, folder, flat or unlabelled.
-    labels: the label map that the user passed with --labels.
-
-    Raises:
-        ValueError: there are no images, or their classes cannot be determined.
     """
-    return _TreeReader(tree, layout, splits).read(labels)
-
-
-class _TreeReader:
-    """Interprets the names of folders and files in a tree of images."""
 
     def __init__(self, tree: Tree, layout: Layout, splits: Splits) -> None:
         self._tree, self._layout, self._splits = tree, layout, splits
@@ -55,7 +46,11 @@ class _TreeReader:
         self._label_maps: dict[str, LabelMap] = {}  # the label map of each split that uses one
 
     def read(self, labels: LabelMap | None) -> Reading:
-        """Return the reading of the tree; labels: the user's label map."""
+        """Return the reading of the tree; labels: the label map that the user passed with --labels.
+
+        Raises:
+            ValueError: there are no images, or their classes cannot be determined.
+        """
         reading, layout = self._reading, self._layout
         self._survey_files()
         members = self._tree.members
@@ -133,7 +128,7 @@ class _TreeReader:
         common = list(takewhile(lambda part: not splits.of_folder(part), common))
         paths = {folder: path[len(common) :] for folder, path in paths.items()}
         depth = min(map(len, paths.values()))
-        split_levels = (i for i in range(depth) if all(splits.of_folder(path[i]) for path in paths.values()))
+        split_levels = (i for i in range(depth) if "" not in {splits.of_folder(path[i]) for path in paths.values()})
         level = next(split_levels, None)
         split = {folder: "" if level is None else splits.of_folder(path[level]) for folder, path in paths.items()}
         class_paths = {folder: _class_path(path, level) for folder, path in paths.items()}
@@ -141,6 +136,7 @@ class _TreeReader:
         nonempty = [path for path in class_paths.values() if path]
         num_common = min(len(_common_prefix(nonempty)), max(0, min(map(len, nonempty), default=0) - 1))
         class_paths = {folder: path[num_common:] for folder, path in class_paths.items()}
+        splits.check_used()
         self._record_suspicions(class_paths)
         self._meanings = {folder: (split[folder], path[0] if path else "") for folder, path in class_paths.items()}
 
@@ -219,7 +215,7 @@ class _TreeReader:
             labels, use = self._parsed.get(name), "not used"
             if name in splits_by_file:
                 use = f"used for the labels of {' and '.join(splits_by_file[name])} images"
-            elif labels and labels.names and labels.names <= classes:
+            elif labels and labels.labels and {label for label, _ in labels.labels.values()} <= classes:
                 use = "not used: the folders name the same classes"
             elif name in companions and name in self._parsed:
                 unused.append(name)
@@ -234,7 +230,7 @@ class _TreeReader:
 
     def _check_flat(self) -> None:
         """Raise ValueError unless the name of every image begins with <class>_."""
-        without_class = [file.name for file in self._images() if "_" not in file.name.rpartition("/")[2]]
+        without_class = [file.name for file in self._images() if not re.search(r"(^|/)[^/_]+_[^/]*$", file.name)]
         if without_class:
             raise ValueError(
                 f"{self._source}: {len(without_class)} images have no class: they lie in no class folder, and their "
@@ -250,6 +246,7 @@ class _TreeReader:
         """
         reading, label_maps = self._reading, self._label_maps
         num_in_order = Counter[str]()  # by label map: images whose label follows from their position
+        previous: dict[str, str] = {}  # by label map: the last of these images
         classes = {name for _, name in self._meanings.values()}
         misnamed: list[str] = []
         if label_maps:
@@ -257,10 +254,6 @@ class _TreeReader:
         for file in self._images():
             folder, _, name = file.name.rpartition("/")
             split, folder_class = self._meanings[folder]
-            if split == OUT:
-                kind = "images that --split leaves out"
-                reading.left_out[kind] = reading.left_out.get(kind, 0) + 1
-                continue
             label: str | int | None = folder_class or None
             prefix = name.partition("_")[0]
             if reading.flat:
@@ -271,6 +264,9 @@ class _TreeReader:
                 match = re.match(r"ILSVRC2012_(?:val|test)_(\d+)", name)
                 label = labels.in_order.get(int(match[1]) - 1 if match else num_in_order[labels.uri])
                 num_in_order[labels.uri] += not match
+                if not match:
+                    _check_order(labels, previous.get(labels.uri, ""), file.name)
+                    previous[labels.uri] = file.name
             elif split in label_maps:
                 label, given_split = label_maps[split].find(file.name)
                 split = given_split or split
@@ -286,8 +282,23 @@ class _TreeReader:
                     f"label map {labels.uri} has {expected} numbers, but there are {count} images; accepted: one "
                     "number for each image"
                 )
-            if unused := labels.unused():
+            if labels.labels and not labels.used:
+                raise ValueError(
+                    f"label map {labels.uri} names none of the images: its first name is {next(iter(labels.labels))}, "
+                    f"and the first image is {next(self._images()).name}; accepted: names or paths of the images"
+                )
+            if unused := [key for key in labels.labels if key not in labels.used]:
                 reading.findings["labels_without_image"] = finding(unused)
+
+
+def _check_order(labels: LabelMap, previous: str, name: str) -> None:
+    """Raise ValueError if two successive names are in the order of texts but not in that of their numbers: 10, 2."""
+    numbers, previous_numbers = (list(map(int, re.findall(r"\d+", text))) for text in (name, previous))
+    if numbers < previous_numbers and re.split(r"\d+", previous) == re.split(r"\d+", name):
+        raise ValueError(
+            f"label map {labels.uri} has one number for each image in the order of their names, but {previous} "
+            f"precedes {name} as text and follows it as a number; write rows of an image's name and its label"
+        )
 
 
 def _common_prefix(paths: list[list[str]]) -> list[str]:

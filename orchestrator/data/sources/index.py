@@ -98,6 +98,7 @@ def list_source(config: PrepareConfig) -> Listing:
 
     Raises:
         FileNotFoundError: there is neither an object nor a folder.
+        ValueError: the name of a file is not UTF-8.
     """
     if config.source == "digits":
         return _listing("digits", "digits", iter(()))
@@ -107,7 +108,10 @@ def list_source(config: PrepareConfig) -> Listing:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--source {uri} does not exist") from error
     if size is None:
-        return _listing(uri, uri.rstrip("/"), (entry for listed in storage.list_tree(uri) for entry in listed))
+        # The output may lie in the source. Its shards are not images of the source.
+        output = f"{storage.resolve(config.path(config.output))}/".removeprefix(f"{storage.resolve(uri)}/") or "//"
+        entries = (entry for listed in storage.list_tree(uri) for entry in listed if not entry[0].startswith(output))
+        return _listing(uri, uri.rstrip("/"), entries)
     folder, name = uri.rsplit("/", 1)
     return _listing(uri, folder, iter([(name, size)]))  # the source is an object
 
@@ -116,7 +120,10 @@ def _listing(source: str, uri: str, objects: Iterator[tuple[str, int]]) -> Listi
     """Return a listing of (name, size) pairs, of which only a chunk are Python objects at the same time."""
     chunks = []
     while chunk := list(islice(objects, _CHUNK)):
-        chunks.append(pa.record_batch(list(zip(*chunk, strict=True)), schema=_OBJECTS))
+        try:
+            chunks.append(pa.record_batch(list(zip(*chunk, strict=True)), schema=_OBJECTS))
+        except UnicodeEncodeError as error:
+            raise ValueError(f"--source {source}: the file name {error.object!a} is not UTF-8; rename it") from error
     table = pa.Table.from_batches(chunks, _OBJECTS).sort_by("name")
     return Listing(source, uri, table["name"], table["size"].to_numpy())
 
@@ -162,7 +169,8 @@ class Source:
         counts: dict[str, np.ndarray] = {}
         for split in pc.unique(self.index["split"]).to_pylist():
             mask = pc.equal(self.index["split"], split).to_numpy()
-            counts[split] = np.bincount(np.maximum(labels[mask], 0), minlength=max(1, len(self.classes)))
+            added = np.bincount(np.maximum(labels[mask], 0), minlength=max(1, len(self.classes)))
+            counts[split or "train"] = counts.get(split or "train", 0) + added
         return counts
 
     def total(self) -> np.ndarray:
@@ -176,7 +184,7 @@ def make_source(reading: Reading, listing: Listing) -> Source:
     Raises:
         ValueError: there are no images, or their labels are not valid.
     """
-    distinct_labels, index = _pack(reading.entries)
+    distinct_labels, index = _pack(_kept(reading))
     if not len(index):
         raise ValueError(f"--source {listing.source} holds no images; accepted: {ACCEPTED}")
     classes, labels = _classes(listing.source, reading.classes, distinct_labels, index["label"].to_numpy())
@@ -192,6 +200,16 @@ def make_source(reading: Reading, listing: Listing) -> Source:
         if len(unused):
             findings["classes_without_images"] = finding([classes[label] for label in unused])
     return Source(listing, reading, listing.uri, classes, index, findings)
+
+
+def _kept(reading: Reading) -> Iterator[Entry]:
+    """Yield the entries of a reading except those that --split leaves out, which are counted."""
+    kind = "images that --split leaves out"
+    for entry in reading.entries:
+        if entry.split == OUT:
+            reading.left_out[kind] = reading.left_out.get(kind, 0) + 1
+        else:
+            yield entry
 
 
 def _pack(entries: Iterable[Entry]) -> tuple[list[str | int | None], pa.Table]:
@@ -229,6 +247,8 @@ def _classes(
     if kinds == {str}:
         classes = class_names or tuple(sorted(str(name) for name in distinct_labels if name is not None))
         number_of = {name: number for number, name in enumerate(classes)}
+        if unknown := sorted(set(distinct_labels) - {None, *classes}):  # type: ignore[type-var]
+            raise ValueError(f"--source {source}: {unknown[0]} is not one of the classes that it lists: {classes}")
         labels = [-1 if name is None else number_of[name] for name in distinct_labels]  # type: ignore[index]
         return classes, np.array(labels)[codes]
     numbers = [label for label in distinct_labels if isinstance(label, int)]
@@ -292,7 +312,9 @@ class Splits:
 
     def __init__(self, option: str | None = None) -> None:
         self.ignored = option == "none"  # names do not contain splits
+        self._option = option
         self._given: dict[str, str] = {}  # split of a name in lower case, by the option
+        self._used: set[str] = set()  # names of the option that have given a split
         if not option or self.ignored:
             return
         for part in option.split(","):
@@ -309,6 +331,7 @@ class Splits:
         if self.ignored:
             return ""
         if name.lower() in self._given:
+            self._used.add(name.lower())
             return self._given[name.lower()]
         words = set(_words(name)) - _NEUTRAL
         return _SPLIT_WORDS.get(words.pop(), "") if len(words) == 1 else ""
@@ -317,10 +340,34 @@ class Splits:
         """Return the split in the path of a shard such as data/train-00000-of-00014.parquet, or an empty string."""
         if self.ignored:
             return ""
-        words = re.split(r"[/_.\-]", path.lower())
-        by_option = {self._given[word] for word in words if word in self._given}
-        splits = by_option or {_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS}
+        path = path.lower()
+        given = [name for name in self._given if re.search(rf"(^|[/_.\-]){re.escape(name)}($|[/_.\-\d])", path)]
+        if given:
+            name = max(given, key=len)  # test_hard rather than test
+            self._used.add(name)
+            return self._given[name]
+        splits = {_SPLIT_WORDS[word] for word in re.findall(r"[^\W\d_]+", path) if word in _SPLIT_WORDS}
         return splits.pop() if len(splits) == 1 else ""
+
+    def of_shards(self, paths: Sequence[str], suspicions: Findings) -> dict[str, str]:
+        """Return the split of every shard; it is suspicious if only some of the paths contain one.
+
+        Raises what `check_used` raises.
+        """
+        splits = {path: self.of_shard(path) for path in paths}
+        self.check_used()
+        without_split = [path for path, split in splits.items() if not split]
+        if len(without_split) < len(splits) and without_split:
+            suspicions["names_like_splits"] = finding(without_split)
+        return splits
+
+    def check_used(self) -> None:
+        """Raise ValueError if a name of the option has given no split."""
+        if unused := self._given.keys() - self._used:
+            raise ValueError(
+                f"--split {self._option}: {', '.join(sorted(unused))} gives the split of no image; accepted: names of "
+                "folders, or parts of the names of files, that give splits"
+            )
 
     def looks_like(self, name: str) -> bool:
         """Return whether a folder's name looks like a split, even if `of_folder` finds none."""

@@ -34,13 +34,7 @@ class LabelMap:
     in_order: dict[int, int] = field(default_factory=dict)  # position of an image, from 0 on -> label
     classes: tuple[str, ...] | None = None  # in the order of the labels; None: sorted names, or numbers
     no_labels: bool = False  # the file says that the images have no labels
-    used: set[str] = field(default_factory=set)  # keys that `find` has returned labels for
-    _path_by_name: dict[str, str] = field(default_factory=dict)  # key without a folder -> path of its image
-
-    @property
-    def names(self) -> set[Label]:
-        """Return all labels in the map."""
-        return {label for label, _ in self.labels.values()} | set(self.in_order.values())
+    used: dict[str, str] = field(default_factory=dict)  # key that `find` has returned a label for -> path of its image
 
     def find(self, path: str) -> tuple[Label | None, str]:
         """Return the label (or None) and the split (or "") of an image.
@@ -52,18 +46,13 @@ class LabelMap:
         name = path.rpartition("/")[2]
         for key in (path, relative, _stem(relative), name, _stem(name)):
             if key in self.labels:
-                if "/" not in key and "/" in relative and self._path_by_name.setdefault(key, path) != path:
+                if self.used.setdefault(key, path) != path:
                     raise ValueError(
-                        f"label map {self.uri} has the file name {key}, but {self._path_by_name[key]} and {path} have "
-                        "this name: write the paths of the images"
+                        f"label map {self.uri} has the name {key}, but {self.used[key]} and {path} have this name: "
+                        "write the paths of the images"
                     )
-                self.used.add(key)
                 return self.labels[key]
         return None, ""
-
-    def unused(self) -> list[str]:
-        """Return the keys that match no image."""
-        return [key for key in self.labels if key not in self.used]
 
 
 def _stem(path: str) -> str:
@@ -195,7 +184,7 @@ def _table_rows(uri: str, lines: list[str]) -> Iterator[tuple[str, str, str]]:
     Raises:
         ValueError: it has no known columns, or an image has no label.
     """
-    rows = _split_lines(lines)
+    rows = _split_lines(uri, lines)
     if not rows:
         raise ValueError(f"label map {uri} names no images; accepted: {FORMS}")
     header = [name.strip().lower() for name in rows[0]]
@@ -218,11 +207,18 @@ def _table_rows(uri: str, lines: list[str]) -> Iterator[tuple[str, str, str]]:
         yield row[key_column].strip(), label, split
 
 
-def _split_lines(lines: list[str]) -> list[list[str]]:
-    """Split lines into columns at the separator that occurs in the first line."""
+def _split_lines(uri: str, lines: list[str]) -> list[list[str]]:
+    """Split lines into columns at the separator that occurs in the first line.
+
+    Raises:
+        ValueError: a quotation mark is not closed, so that one column contains the rest of the file.
+    """
     for separator in "\t;,":
         if lines and separator in lines[0]:
-            return list(csv.reader(io.StringIO("\n".join(lines)), delimiter=separator))
+            try:
+                return list(csv.reader(io.StringIO("\n".join(lines)), delimiter=separator, strict=True))
+            except csv.Error as error:
+                raise ValueError(f"label map {uri} has invalid quotation marks: {error}; correct them") from error
     return [line.split() for line in lines]
 
 

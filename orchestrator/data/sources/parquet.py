@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from orchestrator import storage
 from orchestrator.data.config import PrepareConfig
 from orchestrator.data.dataset import Manifest, Shard
-from orchestrator.data.sources.index import ACCEPTED, Entry, Findings, Listing, Reading, Splits, finding
+from orchestrator.data.sources.index import ACCEPTED, OUT, Entry, Findings, Listing, Reading, Splits, finding
 
 PARQUET = r"(^|/)[^./][^/]*\.parquet$"
 FAIR_SPREAD = 0.5  # a row group counts as sorted if its labels spread over less than this fraction of random labels
@@ -51,7 +51,8 @@ class ParquetSource:
     label_column: str | None  # None: the images have no labels
     splits: dict[str, str]  # split of every file; train if its name contains none
     guesses: tuple[str, ...]  # columns that were chosen by their names, as text
-    without_split: tuple[str, ...]  # files whose names contain no split, if other names do
+    suspicions: Findings
+    left_out: dict[str, int]  # files that are not used, by kind
 
     def reading(self) -> Reading:
         """Return the files as a reading with keys <file>/<row>, whose images are staged.
@@ -61,10 +62,10 @@ class ParquetSource:
         """
         layout = f"Parquet, images in {self.image_column}, labels in {self.label_column or 'no column'}"
         images = partial(_read_images, self.image_column)
-        reading = Reading(layout, self._entries(), self._class_names(), images, guesses=self.guesses)
-        if self.without_split:
-            reading.suspicions["names_like_splits"] = finding(self.without_split)
-        return reading
+        entries, names = self._entries(), self._class_names()
+        return Reading(
+            layout, entries, names, images, guesses=self.guesses, suspicions=self.suspicions, left_out=self.left_out
+        )
 
     def _entries(self) -> Iterator[Entry]:
         for name, footer in self.footers.items():
@@ -171,7 +172,10 @@ class ParquetSource:
         if not labelled:
             return ()
         ranges = [self._label_ranges(footer) for footer in labelled]
-        if any(low.dtype.kind == "U" for low, _ in ranges):
+        have_names = {low.dtype.kind == "U" for low, _ in ranges}
+        if True in have_names:
+            if False in have_names:
+                raise ValueError(f"--source {self.listing.source}: some files have class names and others numbers")
             return tuple(sorted({name for footer in labelled for name in self._read_labels(footer)}))
         classes = self._class_names() or tuple(map(str, range(max(high.max() for _, high in ranges) + 1)))
         for footer, (low, high) in zip(labelled, ranges, strict=True):
@@ -201,13 +205,20 @@ def open_parquet(listing: Listing, config: PrepareConfig) -> ParquetSource:
     """Read the footers of the Parquet files beneath a source, and find the columns of images and labels.
 
     Raises:
-        ValueError: there are no files, one is damaged, or no column has images; the message names the file.
+        ValueError: there are no files with rows, one is damaged, or no column has images; the message names the file.
     """
-    names, splits = listing.matching(PARQUET), Splits(config.split)
-    if not names:
-        raise ValueError(f"--source {listing.source} contains no Parquet files; accepted: {ACCEPTED}")
+    splits, suspicions = Splits(config.split), Findings()
+    split_of_file = splits.of_shards(listing.matching(PARQUET), suspicions)
+    names = [name for name, split in split_of_file.items() if split != OUT]
     with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as threads:
         footers = list(threads.map(lambda name: _read_footer(storage.join(listing.uri, name), name), names))
+    left_out = {
+        "files that --split leaves out": len(split_of_file) - len(names),
+        "files without rows": sum(not footer.shard.rows for footer in footers),
+    }
+    footers = [footer for footer in footers if footer.shard.rows]
+    if not footers:
+        raise ValueError(f"--source {listing.source} contains no Parquet files with rows; accepted: {ACCEPTED}")
     image_columns = {_image_column(footer, config.image_column) for footer in footers}
     label_columns = {_label_column(footer, config.label_column) for footer in footers}
     if len(image_columns) > 1 or len(label_columns) > 1:
@@ -222,16 +233,15 @@ def open_parquet(listing: Listing, config: PrepareConfig) -> ParquetSource:
         guesses.append(f"column {image} as images (--image-column)")
     if config.label_column is None and label != "label":
         guesses.append(f"column {label} as labels (--label-column)" if label else "no column as labels")
-    split_of_file = {name: splits.of_shard(name) for name in names}
-    without_split = [name for name, split in split_of_file.items() if not split]
     return ParquetSource(
         listing=listing,
-        footers=dict(zip(names, footers, strict=True)),
+        footers={footer.shard.path: footer for footer in footers},
         image_column=image,
         label_column=label,
         splits={name: split or "train" for name, split in split_of_file.items()},
         guesses=tuple(guesses),
-        without_split=tuple(without_split) if len(without_split) < len(names) else (),
+        suspicions=suspicions,
+        left_out={kind: count for kind, count in left_out.items() if count},
     )
 
 

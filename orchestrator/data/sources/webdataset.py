@@ -8,12 +8,13 @@ from orchestrator.data.sources.index import Entry, Reading, Splits, finding
 
 
 def is_webdataset(tree: Tree) -> bool:
-    """Return whether the first archive with images has a .cls or .json for one of them."""
-    for archive in tree.members:
-        files = list(tree.files(archive)) if archive.object else []
-        samples = {_sample_name(file) for file in files if _is_image(file)}
-        if samples:
-            return any(file.sidecar and _sample_name(file) in samples for file in files)
+    """Return whether an archive has a .cls or .json for one of its images."""
+    for archive, members in tree.members.items():
+        if archive.object and members["sidecar"].null_count < len(members):
+            files = list(tree.files(archive))
+            samples = {_sample_name(file) for file in files if _is_image(file)}
+            if any(file.sidecar and _sample_name(file) in samples for file in files):
+                return True
     return False
 
 
@@ -24,10 +25,8 @@ def read_webdataset(tree: Tree, splits: Splits) -> Reading:
         ValueError: no sample has a label, or a label is neither an integer nor a name (when entries are read).
     """
     reading = Reading("WebDataset")
-    split_of_tar = {archive.stem: splits.of_shard(archive.stem) for archive in tree.members if archive.object}
-    without_split = [stem for stem, split in split_of_tar.items() if not split]
-    if without_split and any(split_of_tar.values()):
-        reading.suspicions["names_like_splits"] = finding(without_split)
+    stems = [archive.stem for archive in tree.members if archive.object]
+    split_of_tar = splits.of_shards(stems, reading.suspicions)
     reading.entries = _entries(tree, split_of_tar, reading)
     return reading
 
@@ -48,7 +47,7 @@ def _entries(tree: Tree, split_of_tar: dict[str, str], reading: Reading) -> Iter
             if file.sidecar is not None:
                 fields = json.loads(file.sidecar)
                 keys.update(fields.get("keys", ()))
-                if "label" in fields:
+                if fields.get("label", -1) not in (-1, "", None):  # these mean that there is no label, as in Parquet
                     ending = ".json" if file.name.lower().endswith(".json") else ".cls"
                     labels[ending][_sample_name(file)] = _check_label(tree, file, fields["label"])
         merged = labels[".json"] | labels[".cls"]  # if a sample has both, the .cls is used

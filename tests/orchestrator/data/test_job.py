@@ -14,7 +14,7 @@ import pytest
 
 from cluster.workers import ItemsFailed
 from orchestrator import storage
-from orchestrator.data import images, shards
+from orchestrator.data import images, job, shards
 from orchestrator.data.config import PrepareConfig
 from orchestrator.data.dataset import Manifest, batches, load_manifest, read_images
 from orchestrator.data.job import plan, prepare, prepare_and_track
@@ -329,6 +329,24 @@ def dying_row(*arguments):
 shards._row = dying_row
 prepare(PrepareConfig(store=sys.argv[1], source=sys.argv[2], output="out", name="three"))
 """
+
+
+def test_an_output_in_the_source_is_no_part_of_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = layouts.write_tree(str(tmp_path / "images"), pictures(10))
+    undisturbed = prepare(make_config(tmp_path, source))
+    inside = make_config(tmp_path, source, output=f"{source}/prepared")
+
+    def fail(*_: Any) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as killed:
+        killed.setattr(job, "_summarize", fail)
+        with pytest.raises(OSError, match="killed"):
+            prepare(inside)
+    assert prepare(inside).splits == undisturbed.splits
+    other = layouts.write_tree(str(tmp_path / "other"), pictures(2))
+    with pytest.raises(ValueError, match=r"--output .*other is the folder of --source"):
+        prepare(make_config(tmp_path, other, output=other))
 
 
 def test_a_killed_job_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 import s3fs
 
 from orchestrator import storage
-from orchestrator.data import shards
+from orchestrator.data import job, shards
 from orchestrator.data.config import PrepareConfig
 from orchestrator.data.crops import center_crop
 from orchestrator.data.dataset import Manifest, read_images
@@ -156,10 +156,31 @@ def test_staging_resumes_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
         full.setattr(storage, "open_output", fail_at_the_second)
         with pytest.raises(OSError, match="no space"):
             prepare(copy_config)
-    assert len(list(Path(tmp_path, "out", "staged", "data").glob("*.sizes"))) == 1
+    assert len(list(Path(tmp_path, "out", "staged").rglob("*.sizes"))) == 1
     manifest = prepare(copy_config)
     undisturbed = prepare(copy_config.model_copy(update={"output": "undisturbed"}))
     assert manifest.splits == undisturbed.splits and manifest.num_samples("train") == 60
+
+
+def test_images_that_were_staged_from_another_column_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, thumbs = ([sample.data for sample in pictures(3, seed=seed)] for seed in (1, 2))
+    (tmp_path / "public").mkdir()
+    table_of_both = pa.table({"photo": photos, "thumb": thumbs, "label": [0, 1, 2] * 3})
+    pq.write_table(table_of_both, tmp_path / "public" / "train.parquet")
+    first = config(tmp_path, str(tmp_path / "public"), copy_parquet=True, image_column="thumb")
+
+    def fail(*_: Any) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as killed:
+        killed.setattr(job, "write_plan", fail)
+        with pytest.raises(OSError, match="killed"):
+            prepare(first)
+    manifest = prepare(first.model_copy(update={"image_column": "photo"}))
+    assert sorted(table(manifest, "train")["image"]) == sorted(photos)
+    assert not (tmp_path / "out" / "staged").exists()
 
 
 def test_options_that_need_a_copy_are_refused(tmp_path: Path) -> None:

@@ -185,11 +185,22 @@ def test_a_damaged_inner_tar_is_named(tmp_path: Path) -> None:
         open_at(uri)
 
 
+def tar_of_links() -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, target in (("cat/1.png", ""), ("dog/1.png", "cat/1.png")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.LNKTYPE if target else tarfile.REGTYPE, target
+            tar.addfile(member)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         ({"ant_1.png": b"x", "b.png": b"x"}, r"1 images have no class: .* b\.png.*--labels"),
         ({"w/a.tar": tar_bytes([("1.png", b"x"), ("1.json", b'{"label": 1.5}')])}, r"a\.tar: .*1\.json .*label 1\.5"),
+        ({"w/a.tar": tar_of_links()}, r"a\.tar: dog/1\.png is a link to cat/1\.png.*--hard-dereference"),
         ({"w/a.tar": b"not a tar"}, r"a\.tar is not a valid tar"),
         ({".DS_Store": b"x", "._a.png": b"x"}, r"holds no images"),
     ],

@@ -4,7 +4,7 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -191,12 +191,17 @@ class Trial(NamedTuple):
     source: str = ""  # within the files' folder
 
 
-def even(names: tuple[str, ...] | list[str], count: int) -> dict[str, int]:
+def even(names: Sequence[str], count: int) -> dict[str, int]:
     """Return the expected numbers of images if every class has `count`."""
     return dict.fromkeys(names, count)
 
 
 PETS = ["cat", "dog"]
+DOWNSAMPLED = list(downsampled(8, np.savez).values())
+HARD = {
+    f"data/{name}-00000.parquet": parquet({"image": encoded(8, 8 * i), "label": [j % 2 for j in range(8)]})
+    for i, name in enumerate(("train", "test_hard"))
+}
 NEW = Pictures()
 SPLITS = folders(NEW, ["train/cat", "train/dog"], 5) | folders(NEW, ["val/cat", "val/dog"], 2)
 FLAT_SPLITS = folders(NEW, ["train_32x32", "valid_32x32"], 4)
@@ -252,6 +257,18 @@ TRIALS: dict[str, Trial] = {
     "a stray folder, left out": Trial(
         SPLITS | folders(NEW, ["extra/cat"], 3), {"train": even(PETS, 5), "validation": even(PETS, 2)},
         {"split": "extra=out"},
+    ),
+    "an option that names no folder": Trial(
+        SPLITS, "--split vla=out: vla gives the split of no image", {"split": "vla=out"}
+    ),
+    "training images without labels": Trial(
+        {f"train/{i}.png": NEW() for i in range(4)}
+        | {f"val/{i}.png": NEW() for i in range(6)}
+        | {"val/val_annotations.txt": "".join(f"{i}.png\t{PETS[i % 2]}\t0\n" for i in range(6)).encode()},
+        "all training images or most images have no label: train/0.png.*--accept-classes",
+    ),
+    "flat names that begin with an underscore": Trial(
+        {f"{name}_{i}.png": NEW() for name in ("", "a") for i in range(4)}, "4 images have no class.*_0.png"
     ),
     "splits within a wrapping folder": Trial(
         {f"my set/v2/{k}": v for k, v in SPLITS.items()}, {"train": even(PETS, 5), "validation": even(PETS, 2)}
@@ -315,6 +332,24 @@ TRIALS: dict[str, Trial] = {
         svhn(), {"train": {str(i): 5 for i in range(10)}, "test": {str(i): 1 for i in range(10)}},
         {"split": "extra=train", "copy_parquet": True},
     ),
+    "svhn, one split left out": Trial(
+        svhn(), {"train": {str(i): 2 for i in range(10)}, "test": {str(i): 1 for i in range(10)}},
+        {"split": "extra=out", "copy_parquet": True},
+    ),
+    "parquet of more classes in the files that are left out": Trial(
+        HARD | {"data/extra.parquet": parquet({"image": encoded(8), "label": list(range(8))})},
+        {"train": even("01", 4), "test": even("01", 4)}, {"split": "extra=out", "copy_parquet": True},
+    ),
+    "parquet, an option of two words": Trial(
+        HARD, {"train": even("01", 4)}, {"split": "test_hard=out", "copy_parquet": True}
+    ),
+    "parquet, an option that names no file": Trial(HARD, "extra gives the split of no image", {"split": "extra=out"}),
+    "parquet, one file without rows": Trial(
+        HARD | {"data/train-00001.parquet": parquet({
+            "image": pa.array([], pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+            "label": pa.array([], pa.int64())})},
+        {"train": even("01", 4), "test": even("01", 4)}, {"copy_parquet": True},
+    ),
     "parquet of cifar10": Trial(
         {"train.parquet": parquet({"img": encoded(12), "label": [i % 3 for i in range(12)]},
                                   {"label": {"names": ["ant", "bee", "cow"]}})},
@@ -329,6 +364,14 @@ TRIALS: dict[str, Trial] = {
     ),
     "parquet of faces": Trial(
         {"a.parquet": parquet({"image": encoded(9)})}, {"train": {"": 9}}, {"copy_parquet": True}
+    ),
+    "parquet of names and of numbers": Trial(
+        HARD | {"data/train-1.parquet": parquet({"image": encoded(8), "label": PETS * 4})},
+        "some files have class names and others numbers", {"accept_classes": True},
+    ),
+    "parquet of a name that its metadata lack": Trial(
+        {"train.parquet": parquet({"image": encoded(8), "label": PETS * 4}, {"label": {"names": ["cat", "cow"]}})},
+        "dog is not one of the classes", {"copy_parquet": True},
     ),
     "parquet of plain bytes and names": Trial(
         {"a.parquet": parquet({"image": [picture(i) for i in range(8)], "label": [PETS[i % 2] for i in range(8)]})},
@@ -353,6 +396,49 @@ TRIALS: dict[str, Trial] = {
     ),
     "webdataset, with its label option": Trial(
         webdataset(lambda i: {"class_id": i % 2}), {"train": {"0": 6, "1": 6}}, {"label_column": "class_id"}
+    ),
+    "webdataset with numbers beside the names of splits": Trial(
+        {f"{split}{i}.tar": list(webdataset(lambda i: {"label": i % 2}).values())[i]
+         for i, split in enumerate(("train", "val"))},
+        {"train": even("01", 3), "validation": even("01", 3)},
+    ),
+    "webdataset of which the first tar has no labels": Trial(
+        webdataset(lambda i: {"label": PETS[i % 2]}) | {"test.tar": tar_bytes([("00.jpg", NEW()), ("01.jpg", NEW())])},
+        {"train": even(PETS, 6)},
+    ),
+    "webdataset, with its label option beside other labels": Trial(
+        {"train.tar": tar_bytes([(f"{i}.{ending}", data) for i in range(6) for ending, data in (
+            ("png", NEW()), ("cls", b"%d" % i), ("json", b'{"pet": %d}' % (i % 2)))])},
+        {"train": even("01", 3)}, {"label_column": "pet"},
+    ),
+    "class folders with an option of parquet": Trial(
+        SPLITS, "--label-column pet: only Parquet", {"label_column": "pet"}
+    ),
+    "map with an option of parquet": Trial(
+        labelled(rows(",", "key,pet")), "--label-column pet: only Parquet.*label map",
+        {"labels": "map.txt", "label_column": "pet"},
+    ),
+    "cifar-100 with an option of parquet": Trial(
+        cifar100(""), "--label-column coarse: only Parquet", {"label_column": "coarse"}
+    ),
+    "tar of names in Latin-1": Trial(
+        {"a.tar": tar_bytes([(f"{name}/{i}.png", NEW()) for name in ("caf\udce9", "the") for i in range(4)])},
+        {"train": even(("café", "the"), 4)},
+    ),
+    "file names that are not UTF-8": Trial(
+        folders(NEW, ["cat", "caf\udce9"], 4), r"the file name 'caf\\udce9/\d.png' is not UTF-8; rename it"
+    ),
+    "webdataset of some samples without a label": Trial(
+        {f"{name}.tar": tar_bytes([(f"{i}.{ending}", data) for i in range(6) for ending, data in (
+            ("png", NEW()), (kind, labels[i % 3]))]) for name, kind, labels in (
+                ("train", "cls", (b"cat", b"", b"dog")),
+                ("test", "cls", (b"-1",) * 3),
+                ("val", "json", (b'{"label": null}',) * 3))},
+        {"train": even(PETS, 2)},
+    ),
+    "a tar behind a tar": Trial(
+        {"a.tar": tar_bytes(list(folders(NEW, PETS, 2).items())) + tar_bytes(list(folders(NEW, ["fox"], 2).items()))},
+        "a.tar is truncated.*another tar follows.*--ignore-zeros",
     ),
     "webdataset of names": Trial(webdataset(lambda i: {"label": PETS[i % 2]}), {"train": even(PETS, 6)}),
     "webdataset of floats": Trial(webdataset(lambda i: {"label": i / 2}), "label 0.5; accepted: an integer or a name"),
@@ -395,7 +481,34 @@ TRIALS: dict[str, Trial] = {
     ),
     "map of a file name that several images share": Trial(
         folders(NEW, ["a", "b"], 2) | {"map.csv": b"key,label\n0.png,0\n1.png,1\n"},
-        "has the file name 0.png, but a/0.png and b/0.png", {"labels": "map.csv"},
+        "has the name 0.png, but a/0.png and b/0.png", {"labels": "map.csv"},
+    ),
+    "map of a file name that images in and above a folder share": Trial(
+        folders(NEW, ["b"], 2) | {"0.png": NEW(), "map.csv": b"key,label\n0.png,0\n1.png,1\n"},
+        "has the name 0.png, but 0.png and b/0.png", {"labels": "map.csv"},
+    ),
+    "map of a path that two images have": Trial(
+        {"a/0.png": NEW(), "a/0.jpg": NEW(), "map.csv": b"key,label\na/0,0\n"},
+        "has the name a/0, but", {"labels": "map.csv"},
+    ),
+    "map of other images": Trial(
+        labelled(b"key,label\nother/000.png,0\nother/001.png,1\n"), "names none of the images.*other/000.png.*pictures",
+        {"labels": "map.txt"},
+    ),
+    "map with an open quotation mark": Trial(
+        labelled(rows(",", "key,label", ('"cat', "dog"))), "map.txt has invalid quotation marks", {"labels": "map.txt"}
+    ),
+    "a label file with an open quotation mark": Trial(
+        folders(NEW, PETS, 4) | {"labels.csv": b'image,label\n0.png,"' + b"x" * 200_000},
+        "labels.csv may contain labels",
+    ),
+    "map of numbers in order, for numbers as names": Trial(
+        {f"{i}.png": NEW() for i in range(12)} | {"map.txt": b"0\n1\n" * 6}, "11.png precedes 2.png",
+        {"labels": "map.txt"},
+    ),
+    "map of numbers in order, for padded names": Trial(
+        {f"a{i:02d}.png": NEW() for i in range(12)} | {"b1.png": NEW(), "map.txt": b"0\n1\n" * 6 + b"1\n"},
+        {"train": {"0": 6, "1": 7}}, {"labels": "map.txt"},
     ),
     "map of paths": Trial(
         folders(NEW, ["a", "b"], 1) | {"map.csv": b"key,label\na/0.png,0\nb/0.png,1\n"},
@@ -409,6 +522,11 @@ TRIALS: dict[str, Trial] = {
     "cifar-100 unpacked": Trial(
         cifar100("cifar-100-binary/"), {"train": {"apple": 2, "train": 2, "fine97": 2}, "test": {"apple": 1}}
     ),
+    "cifar-10 and cifar-100 unpacked": Trial(
+        cifar100("cifar-100-binary/") | {"cifar-10-batches-bin/data_batch_1.bin": bytes([3]) + bytes(3072)},
+        "has CIFAR-10 and CIFAR-100",
+    ),
+    "cifar-100 without its test images": Trial(cifar100(""), {"train": {"apple": 2}}, {"split": "test=out"}),
     "cifar-10's pickles": Trial({"cifar-10-python.tar.gz": b"\x1f\x8b"}, "pickle.*cifar-10-binary"),
     "cifar-100's pickles": Trial({"cifar-100-python.tar.gz": b"\x1f\x8b"}, "pickle.*cifar-100?-binary"),
     "cifar-100's pickles, unpacked": Trial({"cifar-100-python/train": b"\x80\x04"}, "pickle.*cifar-10-binary"),
@@ -419,6 +537,18 @@ TRIALS: dict[str, Trial] = {
     ),
     "downsampled imagenet": Trial(
         downsampled(8, np.savez), {"train": {"0": 7, "1": 7, "2": 7}, "validation": {"0": 2, "1": 2, "2": 2}}
+    ),
+    "downsampled imagenet in folders": Trial(
+        {f"{name}/a.npz": data for name, data in zip(("train", "test", "val"), DOWNSAMPLED, strict=True)},
+        {"train": even("012", 4), "test": even("012", 3), "validation": even("012", 2)},
+    ),
+    "downsampled imagenet, one file without a split": Trial(
+        {f"{name}.npz": data for name, data in zip(("train", "more", "val"), DOWNSAMPLED, strict=True)},
+        "look like splits.*more.npz.*--split",
+    ),
+    "downsampled imagenet, damaged": Trial(
+        {name: data.replace(data[1000:1010], b"0123456789") for name, data in downsampled(8, np.savez).items()},
+        "is not a valid .npz file: Bad CRC",
     ),
     "downsampled imagenet, compressed": Trial(downsampled(8, np.savez_compressed), {"train": {"0": 7, "1": 7, "2": 7}}),
     "downsampled imagenet's pickles": Trial({"train_data_batch_1": b"\x80\x04"}, "pickle.*npz"),
@@ -455,6 +585,7 @@ def test_layouts_are_read_correctly_or_refused(name: str, tmp_path: Path, capsys
     dry = capsys.readouterr().out
     manifest = prepare(trial_config)
     assert capsys.readouterr().out.startswith(dry.strip()[:40]), "both print what was understood"
+    assert "=out" not in trial.options.get("split", "") or manifest.splits.keys() == trial.expected.keys()
     for split, expected in trial.expected.items():
         labels = np.array(table(manifest, split)["label"])
         counts = {name: int((labels == label).sum()) for label, name in enumerate(manifest.classes)}
