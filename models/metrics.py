@@ -543,6 +543,8 @@ def _mean_of_splits(probabilities: Array, bounds: NDArray[np.integer], strata: S
         return Estimate(value, n, note=f"no interval: n={n} is below {MIN_SCORED}")
     bias, variance, degrees = 0.0, 0.0, 0
     for score, (start, stop) in zip(scores, pairwise(bounds), strict=True):
+        if stop - start == 1:
+            continue  # the score of a single row is 1 for any row
         split_strata = None if strata is None else strata[start:stop]
         split_variance, split_degrees = mean_variance(divergences[start:stop], split_strata)
         bias -= score * np.expm1(entropy_bias(probabilities[start:stop], split_strata)) / len(scores)
