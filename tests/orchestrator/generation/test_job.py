@@ -32,6 +32,7 @@ from orchestrator.generation.sampling import (
 )
 from orchestrator.metrics_log import history
 from orchestrator.progress import Progress
+from orchestrator.weights.network import save_weights
 from tests.orchestrator.networks import CLASSIFIER, UNET, save_network
 
 
@@ -267,7 +268,7 @@ def test_another_platform_is_refused_unless_it_is_allowed(store: str) -> None:
     assert run["config"]["rounding"] == "truncate" and run["config"]["batch_size"] == 4
     run["platform"]["device"] = "NVIDIA H100"
     (folder / "run.json").write_text(json.dumps(run))
-    with pytest.raises(ValueError, match=r"another platform \(device: NVIDIA H100 there"):
+    with pytest.raises(ValueError, match=r"another platform \(device: NVIDIA H100 before"):
         generate(config(store, "elsewhere"))
     generate(config(store, "elsewhere", mixed_platforms=True))
 
@@ -442,3 +443,49 @@ def test_a_newer_snapshot_between_two_attempts_changes_nothing(store: str) -> No
     for changes in ({"weights": second}, {"ema": "ema-0.9"}):
         with pytest.raises(ValueError, match=r"weights: .* before, .* now"):
             generate(job_config.model_copy(update=changes))
+
+
+def save_with_classes(store: str, name: str, classes: tuple[str, ...], **changes: object) -> str:
+    """Write a network with random weights, these changes of its architecture and these names of classes."""
+    architecture = UNET.model_copy(update=changes)
+    save_weights(f"{store}/{name}", architecture.build().state_dict(), architecture, DiffusionConfig(), classes)
+    return name
+
+
+DIGITS = tuple("0123456789")
+LETTERS = tuple("abcdefghij")
+UNGUIDED = {"classifier": None, "guidance": GuidanceConfig()}
+
+
+def test_samples_of_a_model_without_classes_have_no_labels(store: str) -> None:
+    """The weights of such a model name the classes of its dataset too."""
+    weights = save_with_classes(store, "unconditional.safetensors", DIGITS, num_classes=None)
+    folder = generate(config(store, "no-classes", weights=weights, num_samples=4, **UNGUIDED))
+    assert read_range(folder, 0, 4)[1].tolist() == [-1] * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": "unconditional.safetensors", "upsampler": "letters-up.safetensors"}, "different classes"),
+        ({"weights": "unconditional.safetensors", "upsampler": "digits-up.safetensors", **UNGUIDED}, "no classes"),
+        ({"upsampler": "grey-up.safetensors"}, "in_channels"),
+        ({"classifier": "grey-classifier.safetensors"}, "in_channels"),
+        (
+            {"guidance": GuidanceConfig(kind="auto", scale=1.0, weak_weights="letters.safetensors")},
+            "--guidance.weak-weights letters.safetensors .*different classes",
+        ),
+        ({"guidance": GuidanceConfig(scale=1.0, interval=(0.4, 0.5))}, "none of the 4 steps"),
+    ],
+)
+def test_networks_and_settings_that_do_not_fit_are_refused(
+    store: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    save_with_classes(store, "unconditional.safetensors", DIGITS, num_classes=None)
+    save_with_classes(store, "letters.safetensors", LETTERS)
+    for name, classes, channels in (("letters", LETTERS, 3), ("digits", DIGITS, 3), ("grey", DIGITS, 1)):
+        changes_up = {"image_size": 16, "low_res_size": 8, "in_channels": channels, "out_channels": 2 * channels}
+        save_with_classes(store, f"{name}-up.safetensors", classes, **changes_up)
+    save_network(store, "grey-classifier.safetensors", CLASSIFIER.model_copy(update={"in_channels": 1}))
+    with pytest.raises(ValueError, match=message):
+        plan(config(store, "mistaken", **changes))
