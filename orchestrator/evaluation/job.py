@@ -4,7 +4,7 @@ import importlib.metadata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from cluster.session import session
 from models.features import DigitsNetwork
@@ -73,7 +73,7 @@ def evaluate(config: EvaluationConfig) -> str:
         session(config.num_workers, num_gpus=config.num_workers * config.num_gpus, shared=config.shared),
         tracked("evaluate", config, output) as tracker,
     ):
-        sample_features = _sample_features(config, images, loader)
+        sample_features = _features(config, images, loader, "samples")
         folder = storage.join(output, "reference-features")
         reference = extract_reference(reference_input, loader, loaded, folder, config.num_workers, config.num_gpus)
         if extractor_mismatch := loaded.class_mismatch(reference.classes):
@@ -85,7 +85,7 @@ def evaluate(config: EvaluationConfig) -> str:
         )
         held_out = None
         if floor is not None:
-            floor_features = _floor_features(config, floor, loader)
+            floor_features = _features(config, floor, loader, "floor")
             against = _without_classes(reference, floor_mismatch)
             floor_estimates = measure_files(floor_features, against, name, Limits(), *workers).estimates
             held_out = {"uri": floor.uri, "n": floor.count, "metrics": _describe_all(floor_estimates)}
@@ -215,25 +215,25 @@ def _open_floor(
     return subset(floor, images.count), *_check_set(config, "floor", floor, reference_input)
 
 
-def _sample_features(config: EvaluationConfig, images: ImageSet, loader: LoadExtractor) -> FeatureFiles:
-    """Extract features of the samples into their folder, or into the output folder if Admiral did not generate them."""
-    folder = storage.join(images.uri, "features")
-    if images.kind != "samples":
-        folder = storage.join(config.path(config.output), "features", images.identity)
+def _features(
+    config: EvaluationConfig, images: ImageSet, loader: LoadExtractor, option: Literal["samples", "floor"]
+) -> FeatureFiles:
+    """Extract features beside images of Admiral, which others can use too, and those of other images into the output.
+
+    Those are samples that Admiral generated, and the validation split of the reference.
+    """
+    folder = storage.join(config.path(config.output), "features" if option == "samples" else "floor-features")
+    folder = storage.join(folder, images.identity)
+    if option == "samples" and images.kind == "samples":
+        folder = storage.join(images.uri, "features")
+    if option == "floor" and config.floor is None:
+        folder = storage.join(config.path(config.reference), "features", f"validation-{images.identity}")
     return extract_all(images, folder, loader, config.num_workers, config.num_gpus)
 
 
 def _without_classes(reference: Reference, mismatch: str) -> Reference:
     """Return the reference without its classes if there is a reason why they cannot be matched with the labels."""
     return replace(reference, missing=reference.missing | {"classes": mismatch}) if mismatch else reference
-
-
-def _floor_features(config: EvaluationConfig, floor: ImageSet, loader: LoadExtractor) -> FeatureFiles:
-    """Extract features of held-out images; those of the validation split are stored in the dataset's folder."""
-    folder = storage.join(config.path(config.output), "floor-features", floor.identity)
-    if config.floor is None and floor.kind == "dataset":
-        folder = storage.join(config.path(config.reference), "features", f"validation-{floor.identity}")
-    return extract_all(floor, folder, loader, config.num_workers, config.num_gpus)
 
 
 def _check_set(
