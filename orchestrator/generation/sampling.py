@@ -101,37 +101,28 @@ def load_networks(config: GenerationConfig, device: torch.device | str) -> Netwo
 
 def _check_fit(config: GenerationConfig, networks: Networks) -> None:
     """Raise ValueError unless the networks are for the same images and classes."""
-    model, weights, classifier = networks.weights.architecture, f"--weights {config.weights}", networks.classifier
-    if isinstance(classifier, Network) and classifier.architecture.image_size != model.image_size:
-        raise ValueError(
-            f"--classifier {config.classifier} is for images of {classifier.architecture.image_size} pixels, but "
-            f"samples have {model.image_size}; pass a classifier for {model.image_size} pixels"
-        )
-    if networks.upsampler and networks.upsampler.architecture.low_res_size != model.image_size:
-        raise ValueError(
-            f"--upsampler {config.upsampler} is not an upsampler for images of {model.image_size} pixels, the size of "
-            "the samples"
-        )
-    for option, network in (
-        (weights, networks.weights),
-        (f"--classifier {config.classifier}", classifier),
-        (f"--upsampler {config.upsampler}", networks.upsampler),
-        (f"--guidance.weak-weights {config.guidance.weak_weights}", networks.weak),
+    model, weights = networks.weights.architecture, f"--weights {config.weights}"
+    labels_from = f"--classifier {config.classifier}" if networks.classifier else weights
+    for option, network, size in (
+        (weights, networks.weights, "image_size"),
+        (f"--classifier {config.classifier}", networks.classifier, "image_size"),
+        (f"--upsampler {config.upsampler}", networks.upsampler, "low_res_size"),
+        (f"--guidance.weak-weights {config.guidance.weak_weights}", networks.weak, "image_size"),
     ):
-        if network is None:
-            continue
-        if isinstance(network, Network) and network.architecture.in_channels != model.in_channels:
-            raise ValueError(
-                f"{option} and {weights} differ in in_channels; pass networks that were trained on the same images"
-            )
-        if isinstance(network, Network) and not network.architecture.num_classes:
+        if isinstance(network, Network):
+            own = network.architecture
+            if (getattr(own, size, None), own.in_channels) != (model.image_size, model.in_channels):
+                raise ValueError(
+                    f"{option} is not for images of {model.image_size} pixels with {model.in_channels} channels, as "
+                    f"{weights} generates them; pass a network that was trained on such images"
+                )
+        if network is None or (isinstance(network, Network) and not network.architecture.num_classes):
             continue
         if not networks.classes:
             raise ValueError(f"{option} needs labels, but {weights} has no classes; pass networks without classes")
         if network.classes != networks.classes:
-            guide = f"--classifier {config.classifier}" if classifier else weights
             raise ValueError(
-                f"{option} and {guide} were trained on different classes; pass networks that were trained on one "
+                f"{option} and {labels_from} were trained on different classes; pass networks that were trained on one "
                 "dataset"
             )
 
@@ -168,7 +159,7 @@ def _check_guidance(config: GenerationConfig, model: Network, weak: Network | No
             "--guidance.kind"
         )
     if weak is not None:
-        fields = ("image_size", "in_channels", "num_classes", "low_res_size")
+        fields = ("image_size", "num_classes", "low_res_size")
         weak_fields = {name: getattr(weak.architecture, name, None) for name in fields}
         differing = [name for name in fields if getattr(architecture, name, None) != weak_fields[name]]
         differing += ["diffusion"] if model.diffusion != weak.diffusion else []
