@@ -191,17 +191,17 @@ class Moments:
         return Gaussian(self.mean, self.m2 / (self.n - 1))
 
 
-def block_moments(features: Array, block: int = BLOCK) -> Iterator[Moments]:
-    """Yield the moments of each `block` consecutive rows of features [N, D]; the last block can be shorter.
+def block_moments(features: Array) -> Iterator[Moments]:
+    """Yield the moments of each 512 consecutive rows of features [N, D]; the last block can be shorter.
 
-    Shards that are cut at multiples of `block` give the same blocks, and therefore the same bits.
+    Shards that are cut at multiples of 512 give the same blocks, and therefore the same bits.
 
     Raises:
         ValueError: the shape is wrong, or a value is not finite.
     """
     check_features(features)
-    for start in range(0, len(features), block):
-        rows = np.array(features[start : start + block], dtype=np.float64, order="C")
+    for start in range(0, len(features), BLOCK):
+        rows = np.array(features[start : start + BLOCK], dtype=np.float64, order="C")
         mean = rows.mean(axis=0)
         centred = rows - mean
         yield Moments(len(rows), mean, centred.T @ centred)
@@ -543,6 +543,8 @@ def _mean_of_splits(probabilities: Array, bounds: NDArray[np.integer], strata: S
         return Estimate(value, n, note=f"no interval: n={n} is below {MIN_SCORED}")
     bias, variance, degrees = 0.0, 0.0, 0
     for score, (start, stop) in zip(scores, pairwise(bounds), strict=True):
+        if stop - start == 1:
+            continue  # the score of a single row is 1 for any row
         split_strata = None if strata is None else strata[start:stop]
         split_variance, split_degrees = mean_variance(divergences[start:stop], split_strata)
         bias -= score * np.expm1(entropy_bias(probabilities[start:stop], split_strata)) / len(scores)

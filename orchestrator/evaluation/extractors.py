@@ -192,15 +192,24 @@ def efficientnet_extractor(device: torch.device) -> LoadedExtractor:
 def digits_extractor(reference: str, folder: str, image_size: int, device: torch.device = CPU) -> LoadedExtractor:
     """Return the digits network of the dataset `reference`, which is trained once and stored in `folder`.
 
-    It is trained on two thirds of the images of all splits, and it is not the classifier that guides sampling. It is so
-    small that it runs on the CPU for any `device`.
+    It is trained on two thirds of the images of all labelled splits, and it is not the classifier that guides sampling.
+    It is so small that it runs on the CPU for any `device`.
+
+    Raises:
+        ValueError: the dataset has no classes, or more than the network.
     """
     manifest = load_manifest(reference)
     uri = storage.join(folder, f"digits-{image_size}-{manifest.fingerprint[:12]}.safetensors")
     if not storage.exists(uri):
+        if not 0 < len(manifest.classes) <= DigitsNetwork.num_classes:
+            raise ValueError(
+                f"--extractor digits is trained on images of 1 to {DigitsNetwork.num_classes} classes, but {reference} "
+                f"has {len(manifest.classes)} classes; pass --extractor efficientnet, inception, dinov2 or clip"
+            )
         parts = [
             read_images(manifest, split, 0, manifest.num_samples(split), image_size)
             for split in ("train", "validation")
+            if split in manifest.splits and split not in manifest.unlabelled
         ]
         network = train_digits_network(
             np.concatenate([images for images, _ in parts]),

@@ -25,7 +25,7 @@ THREADS = 16  # files read at once
 
 @dataclass(frozen=True)
 class ListedFile:
-    """A file in a folder, or a member of a tar, which is a range of its bytes."""
+    """A file in a folder, or a member of a tar, which is a range of its bytes; the size identifies its content."""
 
     name: str  # relative to the folder or tar
     offset: int = 0
@@ -42,8 +42,12 @@ class Listing:
 
 
 def folder_files(uri: str) -> list[ListedFile]:
-    """Return all files beneath a folder."""
-    return [ListedFile(name) for name in storage.list_names(uri, recursive=True)]
+    """Return all files beneath a folder; none if there is no folder."""
+    try:
+        entries = [entry for entries in storage.list_tree(uri) for entry in entries]
+    except FileNotFoundError:
+        return []
+    return [ListedFile(name, size=size) for name, size in entries if not name.endswith("/")]
 
 
 def tar_files(uri: str) -> list[ListedFile]:

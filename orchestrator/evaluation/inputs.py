@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -158,8 +159,8 @@ def _generated_samples(folder: str) -> ImageSet:
     if storage.exists(manifest_uri) and "splits" in storage.read_json(manifest_uri):
         raise ValueError(f"{folder} is a dataset, not samples; pass it as the reference")
     count = count_samples(folder)
-    (name,) = _RECORDS & set(storage.list_names(folder))
-    content = storage.read_json(storage.join(folder, name))
+    run = storage.join(folder, "run.json")  # a config.json beside it is that of an evaluation
+    content = storage.read_json(run if storage.exists(run) else storage.join(folder, "config.json"))
     config = content.get("config", content) | {"num_samples": count}
     record = content.get("record", {})
     return ImageSet(
@@ -181,6 +182,8 @@ def batch_images(batch: PublishedBatch) -> ImageSet:
     """Return the images of a published batch; ValueError if it holds statistics only."""
     read = partial(_read_batch, batch.rows, batch.labels)
     identity = f"{batch.checksum:08x}-{batch.num_images}"
+    if batch.labels is not None:  # they are stored with the features
+        identity += f"-{zlib.crc32(batch.labels.tobytes()):08x}"
     num_classes = 0 if batch.labels is None else int(batch.labels.max()) + 1
     return ImageSet(batch.uri, "npz", batch.num_images, identity, read, num_classes=num_classes)
 
@@ -207,9 +210,10 @@ def _image_files(kind: str, uri: str, listing: Listing, reference: Manifest | No
         warnings.append(
             f"{matching[0]!r} is a class of the reference, but {others[0]!r} is not; so folders give images no labels"
         )
-    labels = np.array([-1] * len(files) if others else [label_of[folder] for folder in folders])
+    classes = () if others else classes
+    labels = np.array([label_of[folder] if classes else -1 for folder in folders])
     content = [image_size, [(file.name, file.offset, file.size) for file in files]]
-    identity = _digest([*content, decoding] if decoding else content)
+    identity = _digest([*content, *filter(None, (decoding, classes))])  # labels are stored with the features
     read = ImageFiles(uri, kind == "tar", files, labels, image_size, decoding)
     first = next(i for i, file in enumerate(files) if file.name not in listing.unusual)
     if image_size is None:
@@ -220,6 +224,4 @@ def _image_files(kind: str, uri: str, listing: Listing, reference: Manifest | No
         warnings.append(
             f"{examples}: most names are like {files[first].name}; remove these files if they are not samples"
         )
-    return ImageSet(
-        uri, kind, len(files), identity, read, classes=() if others else tuple(classes), warnings=tuple(warnings)
-    )
+    return ImageSet(uri, kind, len(files), identity, read, classes=classes, warnings=tuple(warnings))

@@ -4,7 +4,7 @@ import importlib.metadata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from cluster.session import session
 from models.features import DigitsNetwork
@@ -48,8 +48,11 @@ def evaluate(config: EvaluationConfig) -> str:
     images = _open_samples(config)
     reference_input = _open_reference(config, images)
     loader = _make_loader(config, images, reference_input)
-    warnings, class_mismatch = _check_sets(config, images, reference_input)
-    floor = _open_floor(config, reference_input, images.count)
+    warnings, class_mismatch = _check_set(config, "samples", images, reference_input)
+    if reference_input.images is not None:
+        warnings += [f"--reference {config.reference}: {warning}" for warning in reference_input.images.warnings]
+    floor, floor_warnings, floor_mismatch = _open_floor(config, images, reference_input)
+    warnings += floor_warnings
     loaded = loader(CPU)
     with _option_in_errors(config, "reference"):
         reference_input.statistics(loaded)  # checks the reference before the features of the samples are extracted
@@ -70,16 +73,22 @@ def evaluate(config: EvaluationConfig) -> str:
         session(config.num_workers, num_gpus=config.num_workers * config.num_gpus, shared=config.shared),
         tracked("evaluate", config, output) as tracker,
     ):
-        sample_features = _sample_features(config, images, loader)
+        sample_features = _features(config, images, loader, "samples")
         folder = storage.join(output, "reference-features")
         reference = extract_reference(reference_input, loader, loaded, folder, config.num_workers, config.num_gpus)
-        missing = dict(reference.missing)
-        if class_mismatch:
-            missing["classes"] = class_mismatch
         if extractor_mismatch := loaded.class_mismatch(reference.classes):
-            missing["accuracy"] = extractor_mismatch
-        reference = replace(reference, missing=missing)
-        measured, held_out = _measure(config, images, sample_features, reference, loaded, floor, loader)
+            reference = replace(reference, missing=reference.missing | {"accuracy": extractor_mismatch})
+        name, policy = loaded.network.name, images.made_by.get("config", {}).get("labels")
+        workers = (config.num_workers, config.num_gpus)
+        measured = measure_files(
+            sample_features, _without_classes(reference, class_mismatch), name, Limits(), *workers, policy
+        )
+        held_out = None
+        if floor is not None:
+            floor_features = _features(config, floor, loader, "floor")
+            against = _without_classes(reference, floor_mismatch)
+            floor_estimates = measure_files(floor_features, against, name, Limits(), *workers).estimates
+            held_out = {"uri": floor.uri, "n": floor.count, "metrics": _describe_all(floor_estimates)}
         if measured.same_images:
             warnings.append("samples and reference are the same images, so the distances are lower than for any model")
         report = _report(config, images, reference, loaded, measured) | {"held_out": held_out, "warnings": warnings}
@@ -120,8 +129,8 @@ def plan(config: EvaluationConfig) -> tuple[EvaluationConfig, str]:
             raise FileNotFoundError(reference)
         if not absent:
             reference_input = _open_reference(config, images)
-            _check_sets(config, images, reference_input)
-            _open_floor(config, reference_input, images.count)
+            _check_set(config, "samples", images, reference_input)
+            _open_floor(config, images, reference_input)
     except FileNotFoundError:
         absent.append(reference)
     lines = [
@@ -184,72 +193,58 @@ def _open_reference(config: EvaluationConfig, images: ImageSet) -> ReferenceInpu
         return find_reference(uri, size)
 
 
-def _open_floor(config: EvaluationConfig, reference_input: ReferenceInput, count: int) -> ImageSet | None:
-    """Return at most `count` held-out real images, or None if there are none."""
+def _open_floor(
+    config: EvaluationConfig, images: ImageSet, reference_input: ReferenceInput
+) -> tuple[ImageSet | None, list[str], str]:
+    """Return at most as many held-out real images as there are samples, and what `_check_set` returns for them.
+
+    Return None if there are no held-out images.
+    """
     dataset = config.path(config.reference) if reference_input.batch is None else None
     manifest = load_manifest(dataset) if dataset else None
     if config.floor is None:
         if dataset is None or manifest is None or "validation" not in manifest.splits:
-            return None
-        return subset(split_images(dataset, "validation", reference_input.image_size), count)
+            return None, [], ""
+        return subset(split_images(dataset, "validation", reference_input.image_size), images.count), [], ""
     with _option_in_errors(config, "floor"):
         uri = config.path(config.floor)
         if not uri.endswith((".npz", ".tar")) and storage.exists(storage.join(uri, "manifest.json")):
-            held_out = split_images(uri, "validation", _image_size(config, open_images(config.path(config.samples))))
+            floor = split_images(uri, "validation", _image_size(config, images))
         else:
-            held_out = open_images(uri, manifest, config.image_size)
-    if reference_input.images is not None:
-        sides = (
-            Side.of(f"--floor {config.floor}", held_out),
-            Side.of(f"--reference {config.reference}", reference_input.images),
-        )
-        check_compatible(*sides, config.extractor)
-    return subset(held_out, count)
+            floor = open_images(uri, manifest, config.image_size)
+    return subset(floor, images.count), *_check_set(config, "floor", floor, reference_input)
 
 
-def _sample_features(config: EvaluationConfig, images: ImageSet, loader: LoadExtractor) -> FeatureFiles:
-    """Extract features of the samples into their folder, or into the output folder if Admiral did not generate them."""
-    folder = storage.join(images.uri, "features")
-    if images.kind != "samples":
-        folder = storage.join(config.path(config.output), "features", images.identity)
+def _features(
+    config: EvaluationConfig, images: ImageSet, loader: LoadExtractor, option: Literal["samples", "floor"]
+) -> FeatureFiles:
+    """Extract features beside images of Admiral, which others can use too, and those of other images into the output.
+
+    Those are samples that Admiral generated, and the validation split of the reference.
+    """
+    folder = storage.join(config.path(config.output), "features" if option == "samples" else "floor-features")
+    folder = storage.join(folder, images.identity)
+    if option == "samples" and images.kind == "samples":
+        folder = storage.join(images.uri, "features")
+    if option == "floor" and config.floor is None:
+        folder = storage.join(config.path(config.reference), "features", f"validation-{images.identity}")
     return extract_all(images, folder, loader, config.num_workers, config.num_gpus)
 
 
-def _measure(
-    config: EvaluationConfig,
-    images: ImageSet,
-    sample_features: FeatureFiles,
-    reference: Reference,
-    loaded: LoadedExtractor,
-    floor: ImageSet | None,
-    loader: LoadExtractor,
-) -> tuple[Measurement, dict[str, Any] | None]:
-    """Measure the samples, and report the same metrics of held-out real images if there are any."""
-    name, policy = loaded.network.name, images.made_by.get("config", {}).get("labels")
-    measured = measure_files(sample_features, reference, name, Limits(), config.num_workers, policy, config.num_gpus)
-    if floor is None:
-        return measured, None
-    floor_features = _floor_features(config, floor, loader)
-    held_out = measure_files(floor_features, reference, name, Limits(), config.num_workers, num_gpus=config.num_gpus)
-    return measured, {"uri": floor.uri, "n": floor.count, "metrics": _describe_all(held_out.estimates)}
+def _without_classes(reference: Reference, mismatch: str) -> Reference:
+    """Return the reference without its classes if there is a reason why they cannot be matched with the labels."""
+    return replace(reference, missing=reference.missing | {"classes": mismatch}) if mismatch else reference
 
 
-def _floor_features(config: EvaluationConfig, floor: ImageSet, loader: LoadExtractor) -> FeatureFiles:
-    """Extract features of held-out images; those of the validation split are stored in the dataset's folder."""
-    folder = storage.join(config.path(config.output), "floor-features", floor.identity)
-    if config.floor is None and floor.kind == "dataset":
-        folder = storage.join(config.path(config.reference), "features", f"validation-{floor.identity}")
-    return extract_all(floor, folder, loader, config.num_workers, config.num_gpus)
-
-
-def _check_sets(config: EvaluationConfig, images: ImageSet, reference_input: ReferenceInput) -> tuple[list[str], str]:
-    """Return warnings, and the reason why the labels of samples and reference cannot be matched ("" = they can)."""
-    samples, reference = f"--samples {config.samples}", f"--reference {config.reference}"
-    warnings = [f"{samples}: {warning}" for warning in images.warnings]
-    if reference_input.images is None:
+def _check_set(
+    config: EvaluationConfig, option: str, images: ImageSet, reference_input: ReferenceInput
+) -> tuple[list[str], str]:
+    """Return warnings about a set, and why its labels cannot be matched with those of the reference ("" = they can)."""
+    name, reference = f"--{option} {getattr(config, option)}", reference_input.images
+    warnings = [f"{name}: {warning}" for warning in images.warnings]
+    if reference is None:
         return warnings, ""
-    warnings += [f"{reference}: {warning}" for warning in reference_input.images.warnings]
-    sides = Side.of(samples, images), Side.of(reference, reference_input.images)
+    sides = Side.of(name, images), Side.of(f"--reference {config.reference}", reference)
     more_warnings, class_mismatch = check_compatible(*sides, config.extractor)
     return warnings + more_warnings, class_mismatch
 

@@ -158,7 +158,10 @@ def plan(config: LikelihoodConfig, trained: Trained | None = None) -> tuple[Like
 
 
 def _check(config: LikelihoodConfig, network: Network, manifest: Manifest) -> None:
-    """Raise ValueError if the weights do not fit the dataset, or a depth is not in the chain."""
+    """Raise ValueError if the weights do not fit the dataset, it has too few images, or a depth is not in the chain."""
+    manifest.check(config.split, network.architecture.image_size, "center", bool(network.architecture.num_classes))
+    if (count := _count(config, manifest)) < 2:
+        raise ValueError(f"an interval needs at least 2 images, but this is an estimate of {count} image; use more")
     if network.architecture.num_classes and network.classes != manifest.classes:
         raise ValueError(
             f"--weights {config.weights} and --dataset {config.dataset} have different classes; use the dataset on "
@@ -262,7 +265,7 @@ class _Worker:
 
     def progressive(self) -> bytes:
         """Draw progressive generation: one row of predictions of x_0 for each chain."""
-        indices = range(self.config.num_strips)
+        indices = range(min(self.config.num_strips, self.manifest.num_samples(self.config.split)))
         _, labels = self.images(0, len(indices))
         x_T = self.noise(indices, 0, Purpose.START)
         step_noise = partial(self.noise, indices, purpose=Purpose.STEP)

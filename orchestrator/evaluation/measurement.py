@@ -90,8 +90,8 @@ def measure_files(
     name: str,
     limits: Limits,
     num_workers: int,
-    policy: str | None = None,
     num_gpus: float = 0.0,
+    policy: str | None = None,
 ) -> Measurement:
     """Compute all metrics of the samples' features against the reference.
 
@@ -100,8 +100,8 @@ def measure_files(
 
     Args:
         name: the extractor's name.
-        policy: see `strata_of`.
         num_gpus: GPUs for each worker, for metrics of pairs.
+        policy: see `strata_of`.
 
     Raises:
         ValueError: the two sets of features come from different extractors.
@@ -164,7 +164,7 @@ def _pair_metrics(
     else:
         result.rows, result.realism = rows, realism_or_reason
     kernel = real[choose_rows(len(real), limits.pairs)], samples[choose_rows(len(samples), limits.pairs)]
-    result.same_images = sample_files.count == files.count and _same_rows(features, real)
+    result.same_images = sample_files.count == files.count and _contains_rows(features, real)
     if not reference.training:  # only copies of training images are of interest
         return Rows(real, samples, manifold_metrics, kernel)
     queries = choose_rows(sample_files.count, limits.pairs)
@@ -195,12 +195,10 @@ def _make_manifold_metrics(
     return lambda _: _manifold_metrics(real, samples, strata, num_gpus)
 
 
-def _same_rows(a: np.ndarray, b: np.ndarray) -> bool:
-    """Return whether two sets have the same rows, in any order."""
-    if a.shape != b.shape:
-        return False
-    a, b = (x[np.lexsort(x[:, :4].T)] for x in (a, b))
-    return np.array_equal(a, b)
+def _contains_rows(features: np.ndarray, rows: np.ndarray) -> bool:
+    """Return whether all `rows` are among the rows of `features`, in any order."""
+    hashes = {hash(row.tobytes()) for row in features}
+    return all(hash(row.tobytes()) in hashes for row in rows)
 
 
 def _per_class(

@@ -166,12 +166,9 @@ def _nearest(c: Comparison) -> str | None:
     return None if c.rows is not None and c.rows.nearest is not None else ""
 
 
-def _inception(c: Comparison) -> str | None:
-    return None if c.extractor == "inception" else ""
-
-
-def _clip(c: Comparison) -> str | None:
-    return None if c.extractor == "clip" else ""
+def _only(extractor: str) -> Need:
+    """Return the need for this extractor."""
+    return lambda c: None if c.extractor == extractor else ""
 
 
 # ------------------------------------------------------------------------------------------------ the table
@@ -325,11 +322,11 @@ _TABLE = (
         "Share of good samples that would have the same coverage.", "manifolds.density_coverage",
     ),
     Metric(
-        "precision_openai", lambda c: _openai(c, 0), (_inception, _rows), "higher",
+        "precision_openai", lambda c: _openai(c, 0), (_only("inception"), _rows), "higher",
         "Precision in the float16 arithmetic of the published evaluator.", "manifolds.precision_recall_openai",
     ),
     Metric(
-        "recall_openai", lambda c: _openai(c, 1), (_inception, _rows), "higher",
+        "recall_openai", lambda c: _openai(c, 1), (_only("inception"), _rows), "higher",
         "Recall in the float16 arithmetic of the published evaluator.", "manifolds.precision_recall_openai",
     ),
     Metric(
@@ -338,7 +335,7 @@ _TABLE = (
         of_extractor=True, scores=lambda c: kid_scores(*c.rows.kernel),
     ),
     Metric(
-        "cmmd", lambda c: _kernel_distance(c, cmmd), (_clip, _rows), "lower",
+        "cmmd", lambda c: _kernel_distance(c, cmmd), (_only("clip"), _rows), "lower",
         "1,000 times the squared MMD of normalised CLIP features with the kernel exp(-|x-y|²/200).", "metrics.cmmd",
     ),
     Metric(

@@ -127,14 +127,11 @@ class PublishedBatch:
         return ImageRows(self.uri, self.images)
 
 
-def open_batch(uri: str, num_classes: int | None = None) -> PublishedBatch:
+def open_batch(uri: str) -> PublishedBatch:
     """Check a published .npz file and return its content.
 
     This reads the whole file once, for the checksums, in constant memory. Other keys than those of the layout are
     ignored.
-
-    Args:
-        num_classes: labels must lie in 0..num_classes - 1; None = any label from 0 on is accepted.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -152,7 +149,7 @@ def open_batch(uri: str, num_classes: int | None = None) -> PublishedBatch:
         if images:
             _check_images(images)
         count = images.shape[0] if images else 0
-        labels = _labels(archive, members["arr_1"], count, num_classes) if "arr_1" in members else None
+        labels = _labels(archive, members["arr_1"], count) if "arr_1" in members else None
         pool, spatial = (_statistics(archive, members, *keys) for keys in (("mu", "sigma"), ("mu_s", "sigma_s")))
         extractor = _string(archive, members["extractor"]) if "extractor" in members else None
         for name in members:
@@ -258,14 +255,13 @@ def _check_images(member: _Member) -> None:
         )
 
 
-def _labels(archive: zipfile.ZipFile, member: _Member, num_images: int, num_classes: int | None) -> NDArray[np.int64]:
+def _labels(archive: zipfile.ZipFile, member: _Member, num_images: int) -> NDArray[np.int64]:
     if member.dtype.kind not in "iu" or member.shape != (num_images,):
         actual = f"{member.dtype} {member.shape}"
         raise ValueError(f"arr_1 (labels) is {actual}; expected one integer for each of {num_images} images")
     labels = _load(archive, member)
-    if num_images and (labels.min() < 0 or labels.max() >= (num_classes or np.inf)):
-        limit = "" if num_classes is None else f"{num_classes - 1}"
-        raise ValueError(f"arr_1 has labels from {labels.min()} to {labels.max()}; expected 0..{limit}")
+    if num_images and labels.min() < 0:
+        raise ValueError(f"arr_1 has labels from {labels.min()} to {labels.max()}; expected numbers from 0")
     return labels.astype(np.int64)
 
 

@@ -226,12 +226,6 @@ def _shards(config: GenerationConfig) -> Iterator[Shard]:
     return shards_of(config.num_samples, config.shard_size, existing)
 
 
-def missing_shards(config: GenerationConfig) -> list[Shard]:
-    """Return the shards that are missing in at least one folder. Existing shards are listed, but not read."""
-    in_all_folders = set.intersection(*(set(list_shards(folder)) for folder in folders_of(config)))
-    return [shard for shard in _shards(config) if shard not in in_all_folders]
-
-
 def plan(config: GenerationConfig, trained: Trained | None = None) -> tuple[GenerationConfig, str]:
     """Return the resolved config, and the text of a dry run: what the generation would read, write and cost.
 
@@ -242,9 +236,10 @@ def plan(config: GenerationConfig, trained: Trained | None = None) -> tuple[Gene
     """
     with contextlib.suppress(FileNotFoundError):  # the last line of the text names the files that are missing
         config, _ = _check_and_load(config)
-    missing, num_shards = missing_shards(config), len(list(_shards(config)))
+    shards, in_all_folders = list(_shards(config)), set.intersection(*(set(list_shards(f)) for f in folders_of(config)))
+    missing = [shard for shard in shards if shard not in in_all_folders]  # existing shards are not read
     num_images = sum(shard.end - shard.begin for shard in missing)
-    summary = f"makes   {config.path(config.output)}: {len(missing)} of {num_shards} shards are missing"
+    summary = f"makes   {config.path(config.output)}: {len(missing)} of {len(shards)} shards are missing"
     return config, "\n".join([summary, *cost_lines(config, num_images, trained or {})])
 
 

@@ -11,9 +11,17 @@ import torch
 from models import zoo
 from models.costs import Use, count_parameters, peak_memory
 from models.diffusion import Diffusion
-from models.guidance import WHOLE_CHAIN, GuidanceConfig, GuidanceKind, Guided, guided_denoiser
+from models.guidance import WHOLE_CHAIN, GuidanceConfig, GuidanceKind, Guided, guided_denoiser, guided_timesteps
 from models.images import Rounding, from_uint8, to_uint8
-from models.samplers import EDM_FIELDS, SamplerConfig, final_x, noise_timesteps, respacing_for, sample
+from models.samplers import (
+    EDM_FIELDS,
+    SamplerConfig,
+    evaluated_timesteps,
+    final_x,
+    noise_timesteps,
+    respacing_for,
+    sample,
+)
 from models.unet import autocast, compile_blocks
 from orchestrator.arithmetic import is_out_of_memory, prepare_device
 from orchestrator.generation.config import GenerationConfig
@@ -47,8 +55,10 @@ class Networks(NamedTuple):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Return the names of the classes that condition the samples, in the order of the labels."""
-        return (self.classifier or self.weights).classes
+        """Return the names of the classes that condition the samples, in the order of the labels; () without any."""
+        if self.classifier or self.weights.architecture.num_classes:
+            return (self.classifier or self.weights).classes
+        return ()  # the weights name the classes of their dataset too
 
     @property
     def loaded(self) -> list[Network]:
@@ -82,29 +92,39 @@ def load_networks(config: GenerationConfig, device: torch.device | str) -> Netwo
         classifier = import_classifier(config.classifier, model.architecture.in_channels, image_size, device)
     elif config.classifier:
         classifier = load(config.classifier, recipe.classifier if recipe else None)
-    if isinstance(classifier, Network) and classifier.architecture.image_size != image_size:
-        raise ValueError(
-            f"--classifier {config.classifier} is for images of {classifier.architecture.image_size} pixels, but "
-            f"samples have {image_size}; pass a classifier for {image_size} pixels"
-        )
-    if upsampler and upsampler.architecture.low_res_size != image_size:
-        raise ValueError(
-            f"--upsampler {config.upsampler} is not an upsampler for images of {image_size} pixels, the size of the "
-            "samples"
-        )
-    for option, path, network in (
-        ("--classifier", config.classifier, classifier),
-        ("--upsampler", config.upsampler, upsampler),
-    ):
-        if network and network.classes and model.architecture.num_classes and network.classes != model.classes:
-            raise ValueError(
-                f"{option} {path} and --weights {config.weights} were trained on different classes; pass networks "
-                "that were trained on one dataset"
-            )
     weak = load(config.guidance.weak_weights) if config.guidance.weak_weights else None
+    networks = Networks(model, classifier, upsampler, Labels(0, config.seed), weak)
     _check_guidance(config, model, weak)
-    labels = read_labels(config.labels, (classifier or model).classes, config.seed, config.path)
-    return Networks(model, classifier, upsampler, labels, weak)
+    _check_fit(config, networks)
+    return networks._replace(labels=read_labels(config.labels, networks.classes, config.seed, config.path))
+
+
+def _check_fit(config: GenerationConfig, networks: Networks) -> None:
+    """Raise ValueError unless the networks are for the same images and classes."""
+    model, weights = networks.weights.architecture, f"--weights {config.weights}"
+    labels_from = f"--classifier {config.classifier}" if networks.classifier else weights
+    for option, network, size in (
+        (weights, networks.weights, "image_size"),
+        (f"--classifier {config.classifier}", networks.classifier, "image_size"),
+        (f"--upsampler {config.upsampler}", networks.upsampler, "low_res_size"),
+        (f"--guidance.weak-weights {config.guidance.weak_weights}", networks.weak, "image_size"),
+    ):
+        if isinstance(network, Network):
+            own = network.architecture
+            if (getattr(own, size, None), own.in_channels) != (model.image_size, model.in_channels):
+                raise ValueError(
+                    f"{option} is not for images of {model.image_size} pixels with {model.in_channels} channels, as "
+                    f"{weights} generates them; pass a network that was trained on such images"
+                )
+        if network is None or (isinstance(network, Network) and not network.architecture.num_classes):
+            continue
+        if not networks.classes:
+            raise ValueError(f"{option} needs labels, but {weights} has no classes; pass networks without classes")
+        if network.classes != networks.classes:
+            raise ValueError(
+                f"{option} and {labels_from} were trained on different classes; pass networks that were trained on one "
+                "dataset"
+            )
 
 
 class SamplingWorker:
@@ -125,6 +145,13 @@ class SamplingWorker:
 def _check_guidance(config: GenerationConfig, model: Network, weak: Network | None) -> None:
     """Raise ValueError unless the networks can guide as the config says."""
     kind, architecture = config.guidance.kind, model.architecture
+    guided = guided_timesteps(config.guidance.interval, model.diffusion.num_timesteps)
+    if config.guidance.scale and set(guided).isdisjoint(evaluated_timesteps(config.sampler, model.diffusion)):
+        low, high = config.guidance.interval
+        raise ValueError(
+            f"--guidance.interval {low},{high} contains none of the {config.sampler.num_steps} steps, so it has no "
+            "effect; pass a wider interval"
+        )
     if config.guidance.scale and kind == "classifier_free" and not getattr(architecture, "null_class", False):
         raise ValueError(
             "--guidance.kind classifier_free needs a model that was trained with --label-dropout, but --weights "
@@ -132,7 +159,7 @@ def _check_guidance(config: GenerationConfig, model: Network, weak: Network | No
             "--guidance.kind"
         )
     if weak is not None:
-        fields = ("image_size", "in_channels", "num_classes", "low_res_size")
+        fields = ("image_size", "num_classes", "low_res_size")
         weak_fields = {name: getattr(weak.architecture, name, None) for name in fields}
         differing = [name for name in fields if getattr(architecture, name, None) != weak_fields[name]]
         differing += ["diffusion"] if model.diffusion != weak.diffusion else []

@@ -465,3 +465,10 @@ def test_by_class_pairs_the_classes_that_both_sets_hold() -> None:
     assert result == {4: 5.0}
     with pytest.raises(ValueError, match="labels"):
         by_class(lambda r, s: 0, reference, np.array([1]), samples, np.array([4, 4, 8]))
+
+
+def test_a_last_split_of_a_single_sample_leaves_the_inception_score_its_interval() -> None:
+    p = softmax(np.random.default_rng(3).standard_normal((101, 5)))
+    odd, even = inception_score(p, split_size=50), inception_score(p[:100], split_size=50)
+    assert odd.low is not None and odd.high is not None and odd.bias is not None and odd.low < odd.value < odd.high
+    assert even.bias is not None and odd.bias == pytest.approx(even.bias * 2 / 3)

@@ -127,6 +127,17 @@ def test_each_dataset_has_its_own_digits_network(tmp_path: Path) -> None:
         extractor_loader("digits", None, None, networks, 8, "digits-0123")
 
 
+def test_the_digits_network_needs_few_classes_but_no_validation_split(tmp_path: Path) -> None:
+    manifest = prepare(digits(str(tmp_path), validation_fraction=0.0))
+    loader = extractor_loader("digits", None, manifest.folder, f"{tmp_path}/extractors", 8)
+    assert (loader(CPU).held_out_accuracy or 0) > 0.9
+    for classes, message in (((), "has 0 classes"), (tuple(map(str, range(11))), "has 11 classes")):
+        other = manifest.model_copy(update={"classes": classes})
+        storage.write_bytes(f"{manifest.folder}/manifest.json", other.model_dump_json().encode())
+        with pytest.raises(ValueError, match=f"{message}; pass --extractor efficientnet"):
+            loader(CPU)
+
+
 def test_unknown_names_and_unused_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="inception, dinov2, clip, efficientnet, digits"):
         load("vgg")

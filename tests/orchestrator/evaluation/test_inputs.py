@@ -96,6 +96,23 @@ def test_other_images_have_another_identity(images: np.ndarray, tmp_path: Path) 
     assert saved_and_opened("c.npz", images[1:10]).identity != saved_and_opened("a.npz", images[:9]).identity
 
 
+def test_new_images_or_labels_under_the_same_names_have_another_identity(images: np.ndarray, tmp_path: Path) -> None:
+    """Features and finished evaluations are found by the identity, and features are stored with their labels."""
+
+    def identities(pixels: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> list[str]:
+        np.savez(tmp_path / "made.npz", images[:4], labels)
+        for index in range(4):
+            storage.write_bytes(f"{tmp_path}/made/cats/{index}.png", png(pixels[index]))
+        reference = manifest(classes=classes)
+        return [open_images(f"{tmp_path}/{name}", reference).identity for name in ("made.npz", "made")]
+
+    first = identities(images, np.arange(4), ("cats", "dogs"))
+    assert identities(images, np.arange(4), ("cats", "dogs")) == first
+    assert identities(images // 8, np.arange(4)[::-1], ("cats", "dogs"))[0] != first[0]
+    assert identities(images // 8, np.arange(4), ("cats", "dogs"))[1] != first[1]
+    assert identities(images, np.arange(4), ("dogs", "cats"))[1] != first[1]
+
+
 def test_folders_named_after_classes_give_labels(images: np.ndarray, tmp_path: Path) -> None:
     for index in range(6):
         storage.write_bytes(

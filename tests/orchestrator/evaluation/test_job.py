@@ -16,6 +16,7 @@ from orchestrator.evaluation.config import EvaluationConfig
 from orchestrator.evaluation.extraction import FeatureFiles
 from orchestrator.evaluation.job import evaluate, plan
 from orchestrator.generation.samples import Samples, Shard, encode_rows, put_shard, write_manifest, write_run
+from orchestrator.pictures import png
 from tests.orchestrator.digits import digits
 from tests.orchestrator.evaluation.golden_inception import write_weights
 
@@ -213,6 +214,24 @@ def test_held_out_images_are_measured_like_the_samples(store: str, tmp_path: Pat
         evaluate(config(store, output="no-floor", floor="none.npz"))
 
 
+def test_held_out_images_with_other_labels_have_no_accuracy(store: str, tmp_path: Path) -> None:
+    images = np.random.default_rng([78]).integers(0, 256, (40, 9, 8, 3), dtype=np.uint8)
+    manifest = prepare(digits(str(tmp_path)))
+    named = manifest.model_copy(update={"classes": tuple(f"class {label}" for label in range(10))})
+    storage.write_bytes(f"{manifest.folder}/manifest.json", named.model_dump_json().encode())
+    for index, image in enumerate(images):  # of several sizes, so that --image-size is needed
+        storage.write_bytes(f"{tmp_path}/made/class {index % 10}/{index:02d}.png", png(image[index % 2 :]))
+    np.savez(tmp_path / "held-out", images[:, 1:], np.arange(40) % 10)
+    files = {"reference": manifest.folder, "samples": f"{tmp_path}/made", "extractor": "digits", "image_size": 8}
+    by_numbers = storage.read_json(
+        evaluate(config(store, output="floor-1", floor=str(tmp_path / "held-out.npz"), **files))
+    )
+    assert "accuracy" in by_numbers["metrics"] and "accuracy" not in by_numbers["held_out"]["metrics"]
+    assert any("--floor" in warning and "labels" in warning for warning in by_numbers["warnings"])
+    by_names = storage.read_json(evaluate(config(store, output="floor-2", floor=manifest.folder, **files)))
+    assert by_names["held_out"]["metrics"]["accuracy"]["value"] > 0.9
+
+
 def test_samples_equal_to_the_reference_are_reported(store: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     images = np.random.default_rng([77]).integers(0, 256, (300, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "once", images)
@@ -234,6 +253,12 @@ def test_the_report_contains_the_settings_of_the_samples(store: str, tmp_path: P
         and "num_steps 25" in page
         and "balanced" in page
     )
+
+
+def test_the_evaluation_may_be_in_the_folder_of_the_samples(store: str) -> None:
+    write_samples(store, "both", tuple("0123456789"))
+    uri = evaluate(config(store, samples="both", output="both"))
+    assert evaluate(config(store, samples="both", output="both")) == uri
 
 
 def test_another_extractor_needs_another_folder(store: str) -> None:

@@ -67,6 +67,24 @@ def test_an_impossible_depth_is_refused(store: str) -> None:
         plan(config(store, "depth", interpolation_depths=(6,)))
 
 
+def test_a_split_that_cannot_be_estimated_is_refused_before_the_work(store: str) -> None:
+    with pytest.raises(ValueError, match="1 image"):
+        plan(config(store, "one", num_samples=1))
+    folder = prepare(
+        PrepareConfig(store=store, source="digits", output="others", name="others", validation_fraction=0.2)
+    ).folder
+    manifest = storage.read_json(f"{folder}/manifest.json")
+    storage.write_json(f"{folder}/manifest.json", manifest | {"unlabelled": ["validation"]})
+    with pytest.raises(ValueError, match="no labels"):
+        plan(config(store, "unlabelled", dataset="others"))
+
+
+def test_a_split_with_fewer_images_than_strips_has_fewer_strips(store: str) -> None:
+    prepare(PrepareConfig(store=store, source="digits", output="few", name="few", validation_fraction=0.002))
+    uri = estimate(config(store, "few-images", dataset="few", num_samples=None, num_strips=10))
+    assert storage.read_json(uri)["bits_per_dim"]["n"] == 4
+
+
 def test_a_newer_snapshot_between_two_attempts_changes_nothing(store: str) -> None:
     for images in (512, 1024):
         torch.manual_seed(images)

@@ -117,3 +117,14 @@ def test_few_samples_have_notes_about_missing_metrics(
         fd = measured.estimates["fd_toy"]
         assert fd.low is None and f"n={count}" in fd.note
     assert describe(measured.estimates["inception_score_toy"])["n"] == count
+
+
+@pytest.mark.parametrize(("same", "limit"), [(True, 700), (True, 100), (False, 100)])
+def test_a_set_is_recognised_as_its_own_reference_at_any_size(
+    same: bool, limit: int, tmp_path: Path, sets: tuple[FeatureFiles, Reference]
+) -> None:
+    _, reference = sets
+    assert reference.files is not None
+    samples = reference.files if same else make_sets(tmp_path, 700)[0]
+    measured = measure_files(samples, reference, "toy", Limits(references=limit), num_workers=0)
+    assert measured.same_images == same

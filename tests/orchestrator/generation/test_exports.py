@@ -44,7 +44,7 @@ def test_the_npz_is_what_numpy_and_the_published_reader_expect(s3_bucket: str) -
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         assert arrays.files == ["arr_0", "arr_1"]
         assert np.array_equal(arrays["arr_0"], images) and np.array_equal(arrays["arr_1"], labels)
-    batch = open_batch(f"{s3_bucket}/out/samples.npz", num_classes=10)
+    batch = open_batch(f"{s3_bucket}/out/samples.npz")
     assert batch.num_images == COUNT and np.array_equal(batch.rows(500, 700), images[500:700])
     export_npz(folder, f"{s3_bucket}/out/again.npz")
     assert storage.read_bytes(f"{s3_bucket}/out/again.npz") == data, "equal samples give other files"
