@@ -188,6 +188,7 @@ class SuccessiveHalving:
             self._budget.spend(tasks)
             for trial, task in zip(self.finalists, tasks, strict=True):
                 trial.final = self._outcome_of(task)
+                trial.failed = trial.final.failed
 
     def _describe_rung(self, level: int, count: int) -> str:
         """Return the line that announces a rung with `count` trials, and how many others the rung before ended."""
@@ -195,11 +196,11 @@ class SuccessiveHalving:
         description = f"rung {level + 1} of {len(self.config.rungs)}: {counted(count, 'trial')} at n={n}"
         if level == 0:
             return description
-        before = [t for t in self.trials if t.level == level - 1 or t.failed]
+        before = [t for t in self.trials if t.level + bool(t.failed) == level - 1]
         counts = {
             "failed": sum(t.failed is not None for t in before),
             "eliminated": sum(t.eliminated is not None for t in before),
-            "not promoted": sum(t.not_promoted is not None and not t.failed for t in before),
+            "not promoted": sum(t.not_promoted is not None for t in before),
         }
         ended = ", ".join(f"{number} {status}" for status, number in counts.items() if number)
         return f"{description} ({ended})" if ended else description
