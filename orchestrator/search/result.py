@@ -40,9 +40,7 @@ def conclude(config: SearchConfig, halving: SuccessiveHalving, budget: SampleBud
         "classifier": config.classifier,
         "winner": _describe_finalist(config, winner, winner) | {"chosen_at_n": config.rungs[winner.level]},
         "finalists": [_describe_finalist(config, trial, winner) for trial in finalists],
-        "front": pareto(
-            front_names(config), [t for t in trials if t["keeps_constraints"] and t["status"] != FAILED]
-        ),
+        "front": pareto(front_names(config), [t for t in trials if t["keeps_constraints"] and t["status"] != FAILED]),
         "trials": trials,
         "failed": failed,
         "samples": budget.samples,
