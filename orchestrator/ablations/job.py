@@ -55,7 +55,7 @@ def run_ablations(config: AblationsConfig) -> str:
         RuntimeError: all rows failed.
     """
     table, output = config.read_table(), config.path(config.output)
-    replicates = [Replicate(row, seed) for row in table.rows for seed in table.seeds]
+    replicates = [Replicate(*pair) for pair in config.replicates(table)]
     trainings = _trainings(config, table, replicates)
     for replicate in replicates:  # raises errors in the table before the first training
         config.evaluation(table, *replicate)
@@ -170,7 +170,7 @@ def _track(measured: Measured, tracker: Tracker) -> None:
 def plan(config: AblationsConfig) -> tuple[AblationsConfig, str]:
     """Return the config and the text of a dry run: what the table would train, write and cost."""
     table, workers, hours = config.read_table(), max(config.num_workers, 1), 0.0
-    replicates = [Replicate(row, seed) for row in table.rows for seed in table.seeds]
+    replicates = [Replicate(*pair) for pair in config.replicates(table)]
     trainings = _trainings(config, table, replicates)
     lines = [f"writes  {config.path(config.output)}: {len(trainings)} trainings, {len(replicates)} evaluations"]
     for name, training in trainings.items():
