@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -73,6 +73,16 @@ class Table(BaseModel, frozen=True, extra="forbid"):
         return {name: None if name == first else row.against or first for name, row in self.rows.items()}
 
 
+class Replicate(NamedTuple):
+    """A row with one training seed."""
+
+    row: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.row}, seed {self.seed}"
+
+
 class AblationsConfig(JobConfig):
     """The table and its hardware."""
 
@@ -107,11 +117,11 @@ class AblationsConfig(JobConfig):
             raise ValueError(f"--rows {unknown[0]}: there is no such row; the rows are {', '.join(table.rows)}")
         return table.model_copy(update={"seeds": self.seeds or table.seeds})
 
-    def replicates(self, table: Table) -> list[tuple[str, int]]:
-        """Return (row, training seed) of the selected rows, which include those with which they are compared."""
+    def replicates(self, table: Table) -> list[Replicate]:
+        """Return the replicates of the selected rows, and of the rows with which they are compared."""
         selected = {next(iter(table.rows)), *(self.rows or table.rows)}
         selected |= {row.against for name, row in table.rows.items() if name in selected and row.against}
-        return [(row, seed) for row in table.rows if row in selected for seed in table.seeds]
+        return [Replicate(row, seed) for row in table.rows if row in selected for seed in table.seeds]
 
     def training(self, table: Table, row: str, seed: int) -> AdmConfig:
         """Return the config of a row's training; rows with the same training share the run of the first of them."""
