@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from jobs.command_line import parse
 from orchestrator.quickstart import job
-from orchestrator.quickstart.config import QuickstartConfig
+from orchestrator.quickstart.presets import quickstart_presets
 from tests.submission import ROOT, quiet_environment
 
 # One worker: most of the time is the start of processes, and trainings on several workers are tested elsewhere.
@@ -49,7 +50,7 @@ def test_a_small_quickstart_runs_all_stages_once(
         monkeypatch.setenv(name, f"sqlite:///{tmp_path}/mlflow.db")  # restored at the end; the quickstart sets them
     monkeypatch.setattr(job, "session", lambda _: contextlib.nullcontext())  # all stages that need Ray are done
     monkeypatch.setattr(job, "address", lambda: "")
-    job.quickstart(QuickstartConfig(folder=str(tmp_path)))
+    job.quickstart(parse("Quickstart.", quickstart_presets(), ["digits", "--folder", str(tmp_path), *SMALL]))
     assert capsys.readouterr().out.count("already done") == 8
     assert (tmp_path / "stages.json").read_text() == stages_before
     assert (tmp_path / "report.html").exists()

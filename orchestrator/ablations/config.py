@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -19,6 +19,7 @@ from orchestrator.training.config import AdmConfig
 from orchestrator.training.presets import adm_presets
 
 TABLES = Path(__file__).parent / "tables"
+SHARED_FIELDS = ("objective", "num_samples", "seed", "labels")  # of the evaluation; no row may change them
 Changes = dict[str, Any]  # new values by the dotted names of fields, such as model.num_res_blocks
 AnyConfig = TypeVar("AnyConfig", bound=JobConfig)
 
@@ -46,8 +47,19 @@ class Table(BaseModel, frozen=True, extra="forbid"):
     rows: dict[str, Row] = Field(min_length=2)
 
     @model_validator(mode="after")
-    def _check_against(self) -> "Table":
+    def _check_rows(self) -> "Table":
+        names: dict[str, str] = {}  # rows by the name of their folder
         for name, row in self.rows.items():
+            if (other := names.setdefault(_folder_name(name, 0), name)) != name:
+                raise ValueError(
+                    f"rows: {other} and {name} would have the same folder, because only letters, digits, '.' and '-' "
+                    "are kept in its name; rename one of them"
+                )
+            if shared := [field for field in SHARED_FIELDS if field in row.evaluation]:
+                raise ValueError(
+                    f"rows: {name} has evaluation.{shared[0]}, which must be the same for all rows, because they are "
+                    "compared on the same samples; set it in the evaluation of the table"
+                )
             if row.against is not None and row.against not in self.rows:
                 raise ValueError(
                     f"rows: {name} has against={row.against!r}, which is not a row of the table; the rows are "
@@ -59,6 +71,16 @@ class Table(BaseModel, frozen=True, extra="forbid"):
         """Return for each row the row with which it is compared; None for the first row."""
         first = next(iter(self.rows))
         return {name: None if name == first else row.against or first for name, row in self.rows.items()}
+
+
+class Replicate(NamedTuple):
+    """A row with one training seed."""
+
+    row: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.row}, seed {self.seed}"
 
 
 class AblationsConfig(JobConfig):
@@ -76,7 +98,7 @@ class AblationsConfig(JobConfig):
     cost: Operational[CostConfig] = CostConfig()
 
     def read_table(self) -> Table:
-        """Return the table with the selected rows and seeds.
+        """Return the table with the selected seeds.
 
         Raises:
             ValueError: the file is not a valid table, or it has no such row.
@@ -93,10 +115,13 @@ class AblationsConfig(JobConfig):
             raise ValueError(f"--table {self.table}: {_first_error(error)}") from error
         if unknown := [name for name in self.rows if name not in table.rows]:
             raise ValueError(f"--rows {unknown[0]}: there is no such row; the rows are {', '.join(table.rows)}")
+        return table.model_copy(update={"seeds": self.seeds or table.seeds})
+
+    def replicates(self, table: Table) -> list[Replicate]:
+        """Return the replicates of the selected rows, and of the rows with which they are compared."""
         selected = {next(iter(table.rows)), *(self.rows or table.rows)}
         selected |= {row.against for name, row in table.rows.items() if name in selected and row.against}
-        rows = {name: row for name, row in table.rows.items() if name in selected}
-        return table.model_copy(update={"rows": rows, "seeds": self.seeds or table.seeds})
+        return [Replicate(row, seed) for row in table.rows if row in selected for seed in table.seeds]
 
     def training(self, table: Table, row: str, seed: int) -> AdmConfig:
         """Return the config of a row's training; rows with the same training share the run of the first of them."""

@@ -6,7 +6,6 @@ the same command continues after an interruption. If a row fails, this is report
 
 import logging
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from cluster.session import session
 from cluster.tuner import Round, run_rounds
 from models.costs import count_parameters
 from orchestrator import storage
-from orchestrator.ablations.config import AblationsConfig, Table
+from orchestrator.ablations.config import AblationsConfig, Replicate, Table
 from orchestrator.ablations.page import ablations_page
 from orchestrator.ablations.result import BITS, Measured, conclude, table_lines
 from orchestrator.closing import print_closing
@@ -37,16 +36,6 @@ FAILURES = (ValueError, RuntimeError, OSError, ArithmeticError)  # errors of a r
 log = logging.getLogger(__name__)
 
 
-class Replicate(NamedTuple):
-    """A row with one training seed."""
-
-    row: str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.row}, seed {self.seed}"
-
-
 def run_ablations(config: AblationsConfig) -> str:
     """Train and evaluate all unfinished rows; return the URI of ablations.json, with ablations.html in the same folder.
 
@@ -55,7 +44,7 @@ def run_ablations(config: AblationsConfig) -> str:
         RuntimeError: all rows failed.
     """
     table, output = config.read_table(), config.path(config.output)
-    replicates = [Replicate(row, seed) for row in table.rows for seed in table.seeds]
+    replicates = config.replicates(table)
     trainings = _trainings(config, table, replicates)
     for replicate in replicates:  # raises errors in the table before the first training
         config.evaluation(table, *replicate)
@@ -170,7 +159,7 @@ def _track(measured: Measured, tracker: Tracker) -> None:
 def plan(config: AblationsConfig) -> tuple[AblationsConfig, str]:
     """Return the config and the text of a dry run: what the table would train, write and cost."""
     table, workers, hours = config.read_table(), max(config.num_workers, 1), 0.0
-    replicates = [Replicate(row, seed) for row in table.rows for seed in table.seeds]
+    replicates = config.replicates(table)
     trainings = _trainings(config, table, replicates)
     lines = [f"writes  {config.path(config.output)}: {len(trainings)} trainings, {len(replicates)} evaluations"]
     for name, training in trainings.items():

@@ -12,6 +12,7 @@ from typing import Any
 from cluster.servers import s3_server
 from cluster.session import address, session
 from orchestrator import storage
+from orchestrator.config import check_or_write_config
 from orchestrator.quickstart.config import QuickstartConfig
 from orchestrator.quickstart.page import write_report
 from orchestrator.tracking import tracked
@@ -33,6 +34,7 @@ def quickstart(config: QuickstartConfig) -> None:
         store = stack.enter_context(_local_s3()) if config.storage == "s3" else folder
         stages_uri = storage.join(store, "stages.json")
         done: dict[str, dict[str, Any]] = storage.read_json(stages_uri) if storage.exists(stages_uri) else {}
+        check_or_write_config(folder, config, finished=bool(done))
         with session(2 * config.num_workers):
             os.environ["RAY_ADDRESS"] = address()
             for name, command in _stages(config, store):

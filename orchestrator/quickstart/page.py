@@ -70,7 +70,9 @@ def write_report(store: str, folder: str, stages: dict[str, dict[str, Any]]) -> 
 
 
 def class_grid(samples: str) -> bytes:
-    """Return a PNG with a row of ten samples for each class, the first ones of the folder."""
+    """Return a PNG with a row of up to ten samples for each class, the first ones of the folder."""
     images, labels = read_range(samples, 0, min(512, count_samples(samples)))
-    rows = [images[labels == label][:PER_CLASS] for label in np.unique(labels)]
-    return grid_png(np.concatenate(rows), columns=PER_CLASS, scale=4, gap=2)
+    classes, counts = np.unique(labels, return_counts=True)
+    columns = min(PER_CLASS, counts.min())
+    rows = [images[labels == label][:columns] for label in classes]
+    return grid_png(np.concatenate(rows), columns=columns, scale=4, gap=2)

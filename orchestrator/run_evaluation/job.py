@@ -9,7 +9,8 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 from cluster.session import session
 from cluster.workers import pool
@@ -71,7 +72,8 @@ def evaluate_run(config: RunEvaluationConfig) -> str:
             f"--weights {config.weights} has no snapshots yet; train with --snapshot-every, and run this command after "
             "the first snapshot"
         )
-    facts, classes, passes = _check_or_write_config(config, files, existing[0])
+    first = next(iter(snapshots(run)), existing[0])  # whatever averages are selected
+    facts, classes, passes = _check_or_write_config(config, files, first)
     with (
         session(
             config.num_workers * config.num_threads,
@@ -143,19 +145,29 @@ def _snapshots(config: RunEvaluationConfig) -> list[Snapshot]:
     run = config.path(config.weights)
     selected = [snapshot for snapshot in snapshots(run) if not config.ema or snapshot.average in config.ema]
     positions = sorted({images for images, _, _ in power_snapshots(run)}) if config.sigma_rel else []
-    for images, sigma_rel in itertools.product(positions, config.sigma_rel):
-        requested = AverageConfig(store=config.store, weights=config.weights, sigma_rel=sigma_rel, images=images)
-        uri = average_uri(requested)
-        try:
-            if not storage.exists(uri):
-                average(requested)
-        except ValueError as error:
-            log.warning(
-                "post-hoc average %g at %d images is skipped, the others continue: %s", sigma_rel, images, error
-            )
-            continue
-        selected.append(Snapshot(images, f"posthoc-{sigma_rel:g}", f"posthoc/{uri.rpartition('/')[2]}"))
-    return sorted(selected)
+    fields: dict[str, Any] = {"store": config.store, "weights": config.weights, "dry_run": config.dry_run}
+    averages = [
+        _post_hoc(AverageConfig(sigma_rel=sigma_rel, images=images, **fields))
+        for images, sigma_rel in itertools.product(positions, config.sigma_rel)
+    ]
+    return sorted([*selected, *filter(None, averages)])
+
+
+@cache  # so that an average that cannot be computed is named once, and not in every check for new snapshots
+def _post_hoc(requested: AverageConfig) -> Snapshot | None:
+    """Return a post-hoc average, which is computed if it does not exist; None if that is impossible.
+
+    A dry run computes no average.
+    """
+    uri, sigma_rel = average_uri(requested), requested.sigma_rel
+    try:
+        if not requested.dry_run and not storage.exists(uri):
+            average(requested)
+    except ValueError as error:
+        message = "post-hoc average %g at %d images is skipped, the others continue: %s"
+        log.warning(message, sigma_rel, requested.images, error)
+        return None
+    return Snapshot(requested.images or 0, f"posthoc-{sigma_rel:g}", f"posthoc/{uri.rpartition('/')[2]}")
 
 
 def _tasks(config: RunEvaluationConfig, passes: PassCosts, snapshot: Snapshot) -> Iterator[Evaluation]:

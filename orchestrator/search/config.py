@@ -146,11 +146,11 @@ class SearchConfig(TrialsConfig):
 
     def num_trials(self, grid: list[Setting]) -> int:
         """Return the maximum number of settings to try."""
-        return self.trials if self.space.continuous else min(self.trials, len(grid))
+        return self.trials if self.space.has_scales_between else min(self.trials, len(grid))
 
     def proposes_grid(self, grid: list[Setting]) -> bool:
         """Return whether the whole grid is tried; otherwise Optuna proposes settings."""
-        return not self.space.continuous and len(grid) <= self.trials
+        return not self.space.has_scales_between and len(grid) <= self.trials
 
 
 def space_of(config: SearchConfig, passes: PassCosts) -> Space:

@@ -63,14 +63,11 @@ class SampleBudget:
         """Return the number of samples drawn, in whole batches."""
         return self._drawn.total()
 
-    @property
-    def evaluations(self) -> float:
-        """Return the network evaluations for all samples, in passes of the diffusion model."""
-        return sum(count * setting.evaluations for (setting, _), count in self._drawn.items())
-
-    def evaluations_of(self, seed: int) -> float:
-        """Return the network evaluations for the samples of one seed: of the trials, or of the final evaluation."""
-        return sum(count * setting.evaluations for (setting, other), count in self._drawn.items() if other == seed)
+    def evaluations(self, seed: int | None = None) -> float:
+        """Return the network evaluations for the samples of a seed (None: all), in passes of the diffusion model."""
+        return sum(
+            count * setting.evaluations for (setting, other), count in self._drawn.items() if seed in (None, other)
+        )
 
     def samples_of(self, setting: Setting) -> int:
         """Return the number of samples of one setting, on all seeds."""
@@ -78,14 +75,14 @@ class SampleBudget:
 
     def left(self, reserve: list[Evaluation]) -> float:
         """Return what remains after paying for `reserve`, the final evaluation, which a limit in % does not include."""
-        spent = {"samples": self.samples, "%": self.evaluations, "h": self._seconds}[self._limit.unit]
+        spent = {"samples": self.samples, "%": self.evaluations(), "h": self._seconds}[self._limit.unit]
         return self._total - spent - (0.0 if self._limit.unit == "%" else sum(self.prices(reserve)))
 
     def prices(self, tasks: list[Evaluation]) -> list[float]:
         """Return the cost of new samples by task: their number, network evaluations, or seconds at the speed so far."""
         if self._limit.unit == "samples":
             return [self.new_samples(task) for task in tasks]
-        seconds = self._seconds / (self.evaluations or 1) if self._limit.unit == "h" else 1.0
+        seconds = self._seconds / (self.evaluations() or 1) if self._limit.unit == "h" else 1.0
         return [self.new_samples(task) * task.setting.evaluations * seconds for task in tasks]
 
     def spend(self, tasks: list[Evaluation]) -> None:

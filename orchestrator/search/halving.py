@@ -130,7 +130,8 @@ class SuccessiveHalving:
             count = min(self.config.round_size, self._num_trials - first)
             proposed = [Trial(first + i, setting) for i, setting in enumerate(self._proposals.ask(count))]
             tasks = [self._task(trial, 0) for trial in proposed]
-            trials = proposed[: affordable(self._budget.prices(tasks), self._budget.left(self._reserve(proposed)))]
+            left = self._budget.left(self._reserve([*proposed, *self.trials]))
+            trials = proposed[: affordable(self._budget.prices(tasks), left)]
             self.stopped_by_budget |= len(trials) < len(proposed)
             if not trials:
                 break
@@ -177,17 +178,21 @@ class SuccessiveHalving:
         self._eliminate([trial for trial in trials if trial.level == level], level)
 
     def _final_evaluation(self) -> Iterator[Round]:
-        """Evaluate the best trials at full n on fresh seeds, since selection biases the values that it used."""
-        self.finalists = self.ranked()[: self.config.finalists]
-        tasks = self._reserve(self.finalists)
-        if tasks:
-            n, seed = self.config.rungs[-1], self.config.fresh_seed
+        """Evaluate the best trials at full n on fresh seeds, since selection biases the values that it used.
+
+        If all of them fail, evaluate the next best ones.
+        """
+        n, seed = self.config.rungs[-1], self.config.fresh_seed
+        while all(trial.failed for trial in self.finalists) and (ranked := self.ranked()):
+            self.finalists = ranked[: self.config.finalists]
+            tasks = self._reserve(self.finalists)
             yield Round(
                 tasks, f"final evaluation: {counted(len(tasks), 'trial')} at n={n} on fresh seeds (seed {seed})"
             )
             self._budget.spend(tasks)
             for trial, task in zip(self.finalists, tasks, strict=True):
                 trial.final = self._outcome_of(task)
+                trial.failed = trial.final.failed
 
     def _describe_rung(self, level: int, count: int) -> str:
         """Return the line that announces a rung with `count` trials, and how many others the rung before ended."""
@@ -195,11 +200,11 @@ class SuccessiveHalving:
         description = f"rung {level + 1} of {len(self.config.rungs)}: {counted(count, 'trial')} at n={n}"
         if level == 0:
             return description
-        before = [t for t in self.trials if t.level == level - 1 or t.failed]
+        before = [t for t in self.trials if t.level + bool(t.failed) == level - 1]
         counts = {
             "failed": sum(t.failed is not None for t in before),
             "eliminated": sum(t.eliminated is not None for t in before),
-            "not promoted": sum(t.not_promoted is not None and not t.failed for t in before),
+            "not promoted": sum(t.not_promoted is not None for t in before),
         }
         ended = ", ".join(f"{number} {status}" for status, number in counts.items() if number)
         return f"{description} ({ended})" if ended else description
@@ -215,10 +220,12 @@ class SuccessiveHalving:
     # ------------------------------------------------------------------------------------------------ comparisons
 
     def ranked(self) -> list[Trial]:
-        """Return the trials that can win, best first: ordered by their rung, then by their outcomes there."""
-        candidates = [
-            t for t in self.trials if t.outcomes and not (t.failed or t.eliminated) and self.violation(t) <= 0
-        ]
+        """Return the trials that can win, best first: ordered by their rung, then by their outcomes there.
+
+        If all others have failed, trials that were eliminated because of them can win, too.
+        """
+        feasible = [t for t in self.trials if t.outcomes and not t.failed and self.violation(t) <= 0]
+        candidates = [trial for trial in feasible if not trial.eliminated] or feasible
         by_level = [[t for t in candidates if t.level == level] for level in range(len(self.config.rungs))]
         return [trial for trials in reversed(by_level) for trial in self._best_first(trials)]
 

@@ -297,7 +297,7 @@ def _cost_lines(config: SearchConfig, trained: Trained | None) -> list[str]:
     model = outline(generation, config.weights[0], None, trained).architecture
     samples, evaluations, gpu_hours = max_work(config, space.grid(), model)
     work = f"{samples:,.0f} samples, {evaluations:,.0f} network evaluations"
-    between = ", and any scale between" if config.space.continuous else ""
+    between = ", and any scale between" if config.space.has_scales_between else ""
     limit = f", or {config.budget}" if Limit.parse(config.budget).unit == "h" else ""
     lines = [f"tries   up to {config.num_trials(space.grid())} settings of a grid of {len(space.grid())}{between}"]
     if not config.num_gpus:

@@ -42,7 +42,8 @@ def write_pictures(config: SearchConfig, result: Json, extractor: str, tracker: 
 def guidance_figure(trials: list[Json], objectives: list[str], extractor: str) -> bytes:
     """Plot the objectives and the metrics of ADM's figure 4 against the guidance scale.
 
-    The figure has four axes: the objectives, then Inception Score, precision and recall, then FD.
+    The figure has four axes: the objectives, then Inception Score, precision and recall, then FD. Those that were not
+    measured are left out, such as the Inception Score with an extractor without classes.
     A line joins the trials of one sampler and number of steps. All values are those at the largest n that all trials
     reached, since these metrics depend on n. Bands are 95% intervals, and objectives are bias-corrected.
     """
@@ -50,8 +51,11 @@ def guidance_figure(trials: list[Json], objectives: list[str], extractor: str) -
     n = common_n(trials)
     inception_score, fd = (METRICS[name].report_name(extractor) for name in ("inception_score", "fd"))
     candidates = dict.fromkeys((*objectives, inception_score, "precision", "recall", fd))
-    names = [name for name in candidates if name != EVALUATIONS][:4]
-    for axis, name in zip(axes.flat, names, strict=True):
+    measured = set.intersection(*(set(trial["rungs"][n]) for trial in trials)) - {EVALUATIONS}
+    names = [name for name in candidates if name in measured][:4]
+    for axis in axes.flat[len(names) :]:
+        axis.remove()
+    for axis, name in zip(axes.flat, names, strict=False):
         for colour, (label, curve) in zip(MORE_COLOURS * 9, curves(trials).items(), strict=False):
             metrics = [trial["objective_by_rung"][n].get(name, trial["rungs"][n][name]) for trial in curve]
             x = [trial["setting"]["guidance"]["scale"] for trial in curve]
@@ -132,7 +136,7 @@ def front_figure(names: tuple[str, str], result: Json) -> bytes:
     figure, axis = subplots(figsize=(7.2, 4.6))
     y_name, x_name = names
     rungs = sorted({trial["n"] for trial in result["trials"]})
-    for colour, n in zip(MORE_COLOURS, rungs, strict=False):
+    for colour, n in zip(MORE_COLOURS * 9, rungs, strict=False):
         pairs = [(_estimate(trial, x_name), _estimate(trial, y_name)) for trial in result["trials"] if trial["n"] == n]
         points = [(x, y) for x, y in pairs if x and y]
         if points:

@@ -14,6 +14,7 @@ from orchestrator.search.objectives import EVALUATIONS, sign_of
 from orchestrator.search.space import Setting
 
 SUMMARY_TRIALS = 8  # trials that the summary lists besides the winner
+FAILED = "failed"  # status of a trial that failed at a later rung or on the fresh seeds
 
 Json = dict[str, Any]
 
@@ -25,7 +26,7 @@ def conclude(config: SearchConfig, halving: SuccessiveHalving, budget: SampleBud
         RuntimeError: no trial was evaluated on fresh seeds.
     """
     failed = {label(trial.setting, len(config.weights) > 1): trial.failed for trial in halving.trials if trial.failed}
-    finalists = [trial for trial in halving.finalists if trial.final and not trial.final.failed]
+    finalists = [trial for trial in halving.finalists if not trial.failed]
     if not finalists:
         reason = failed or (
             "no trial satisfies the constraints, or the budget is too small; relax --constraints or raise --budget"
@@ -39,12 +40,12 @@ def conclude(config: SearchConfig, halving: SuccessiveHalving, budget: SampleBud
         "classifier": config.classifier,
         "winner": _describe_finalist(config, winner, winner) | {"chosen_at_n": config.rungs[winner.level]},
         "finalists": [_describe_finalist(config, trial, winner) for trial in finalists],
-        "front": pareto(front_names(config), [trial for trial in trials if trial["keeps_constraints"]]),
+        "front": pareto(front_names(config), [t for t in trials if t["keeps_constraints"] and t["status"] != FAILED]),
         "trials": trials,
         "failed": failed,
         "samples": budget.samples,
-        "evaluations": budget.evaluations,
-        "final_evaluations": budget.evaluations_of(config.fresh_seed),
+        "evaluations": budget.evaluations(),
+        "final_evaluations": budget.evaluations(config.fresh_seed),
         "seeds": {"search": config.seed, "final": config.fresh_seed},
         "alpha": config.alpha,
         "budget": config.budget,
@@ -75,10 +76,11 @@ def _describe_trial(
     num_trials = sum(other.level >= level for other in halving.trials)
     num_pairs = num_trials * (num_trials - 1) // 2
     by_rung = list(zip(config.rungs, trial.outcomes, strict=False))
+    status = FAILED if trial.failed else trial.eliminated or trial.not_promoted or "not eliminated"
     return {
         "number": trial.number,
         "setting": trial.setting.model_dump(mode="json"),
-        "status": "winner" if trial is winner else trial.eliminated or trial.not_promoted or "not eliminated",
+        "status": "winner" if trial is winner else status,
         "n": n,
         "samples": budget.samples_of(trial.setting),
         "evaluations": budget.samples_of(trial.setting) * trial.setting.evaluations,

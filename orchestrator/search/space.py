@@ -93,6 +93,11 @@ class SpaceConfig(BaseModel, frozen=True, extra="forbid"):
         return self
 
     @property
+    def has_scales_between(self) -> bool:
+        """Return whether the search also tries scales between those given; a single one, or no guidance, has none."""
+        return self.continuous and len(self.scales) > 1 and self.guidance != ("none",)
+
+    @property
     def guides(self) -> tuple[Guide, ...]:
         """Return every kind of guidance, combined with every weaker model if the kind is auto."""
         guides: list[Guide] = []
@@ -152,7 +157,7 @@ class Space:
         weights = choose("weights", self._weights, ordered=False)
         sampler = choose("sampler", c.samplers, ordered=False)
         num_steps = choose("num_steps", c.num_steps)
-        if c.continuous:
+        if c.has_scales_between:
             scale = self._scale_at(trial.suggest_float("scale", 0, len(c.scales) - 1))
         else:
             scale = choose("scale", c.scales)
@@ -171,7 +176,7 @@ class Space:
 
         positions = (np.arange(count) + 0.5) / count * (len(c.scales) - 1)
         columns = {
-            "scale": rng.permutation(positions).tolist() if c.continuous else choices(len(c.scales)),
+            "scale": rng.permutation(positions).tolist() if c.has_scales_between else choices(len(c.scales)),
             "num_steps": choices(len(c.num_steps)),
             "sampler": choices(len(c.samplers)),
         }
@@ -213,21 +218,34 @@ def narrow_scales(measured: dict[Setting, float], candidates: list[Setting]) -> 
 
     measured: the objective of the settings with the fewest steps.
 
-    For each combination of weights and sampler, the two best scales at the fewest steps bound the scales at more steps.
-    The best scale falls with more steps: ADM's own is about 2.4 times as large at 25 DDIM steps as at 250. Therefore
-    the lower bound is the largest scale of the grid up to the lower one of the two times (fewest / steps)^0.4.
+    For each combination of weights, sampler and guide, the two best scales at the fewest steps bound the scales at more
+    steps. The best scale falls with more steps: ADM's own is about 2.4 times as large at 25 DDIM steps as at 250.
+    Therefore the lower bound is the largest scale of the grid up to the lower one of the two times
+    (fewest / steps)^0.4. An unguided setting belongs to all guides.
     """
     kept: list[Setting] = []
     for setting in candidates:
         alike = {other: value for other, value in measured.items() if _family(other) == _family(setting)}
-        objective = {other.guidance.scale: value for other, value in alike.items()}
-        best_two = sorted(sorted(objective, key=lambda scale: objective[scale])[:2])
         fewest = min(other.sampler.num_steps for other in alike)
-        shifted = best_two[0] * (fewest / setting.sampler.num_steps) ** SCALE_EXPONENT
-        lowest = max((scale for scale in objective if scale <= shifted), default=best_two[0])
-        if lowest <= setting.guidance.scale <= best_two[-1]:
-            kept.append(setting)
+        shift = (fewest / setting.sampler.num_steps) ** SCALE_EXPONENT
+        guides = {_guide(other) for other in alike if other.guidance.scale}
+        for guide in guides & {_guide(setting)} or guides or {_guide(setting)}:
+            objective = {
+                other.guidance.scale: value
+                for other, value in alike.items()
+                if _guide(other) == guide or not other.guidance.scale
+            }
+            best_two = sorted(sorted(objective, key=lambda scale: objective[scale])[:2])
+            lowest = max((scale for scale in objective if scale <= best_two[0] * shift), default=best_two[0])
+            if lowest <= setting.guidance.scale <= best_two[-1]:
+                kept.append(setting)
+                break
     return kept
+
+
+def _guide(setting: Setting) -> tuple[object, ...]:
+    """Return what settings have in common that differ only in the scale of their guidance."""
+    return setting.guidance.kind, setting.guidance.weak_weights, setting.guidance.interval
 
 
 def _family(setting: Setting) -> tuple[object, ...]:

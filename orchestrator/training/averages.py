@@ -17,11 +17,18 @@ def average(config: AverageConfig) -> str:
     The snapshots are read one after another, so at most two of them are in memory.
 
     Raises:
-        ValueError: the run has no power-function averages, none at `images`, or too few to approximate the length.
+        ValueError: the run has no power-function averages, none at `images`, or too few to approximate the length; or
+            the file exists and holds other weights.
     """
     output = average_uri(config)
     run, snapshots = config.path(config.weights), _select_snapshots(config)
     trainings = [weights_about(uri)["training"] for _, _, uri in snapshots]
+    training = trainings[-1] | {"average": f"posthoc-{config.sigma_rel}"}
+    if storage.exists(output) and (stored := weights_about(output)["training"]) != training:
+        raise ValueError(
+            f"--output {output} exists and holds the average {stored.get('average')} at {stored.get('images')} images; "
+            "pass another name"
+        )
     profiles = [
         Profile(training["updates"], sigma_rel)
         for training, (_, sigma_rel, _) in zip(trainings, snapshots, strict=True)
@@ -40,7 +47,6 @@ def average(config: AverageConfig) -> str:
         for name, tensor in load_network(uri).module.state_dict().items():
             total[name].add_(tensor, alpha=float(coefficient))
     weights = {name: tensor.float() for name, tensor in total.items()}
-    training = trainings[-1] | {"average": f"posthoc-{config.sigma_rel}"}
     save_weights(output, weights, network.architecture, network.diffusion, network.classes, training)
     print(
         f"{output}: sigma_rel {config.sigma_rel:g} from {len(snapshots)} snapshots; its profile has an error of "
@@ -74,8 +80,10 @@ def _select_snapshots(config: AverageConfig) -> list[tuple[int, float, str]]:
 
 
 def average_uri(config: AverageConfig) -> str:
-    """Return the URI of the average's weights file."""
+    """Return the URI of the average's weights file; raise ValueError if its name does not end in .safetensors."""
     if config.output is not None:
+        if not config.output.endswith(".safetensors"):
+            raise ValueError(f"--output {config.output} is not the name of a .safetensors file; add the ending")
         return config.path(config.output)
     images = _select_snapshots(config)[-1][0]
     name = f"images-{images:012d}-{config.sigma_rel:g}.safetensors"

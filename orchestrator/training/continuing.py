@@ -10,6 +10,7 @@ from orchestrator.config import check_config, check_or_write_config, differences
 from orchestrator.training import checkpoints
 from orchestrator.training.checkpoints import Checkpoint, UnusableCheckpoints
 from orchestrator.training.config import Config
+from orchestrator.training.snapshots import snapshots
 from orchestrator.training.state import TrainingState, learning_rate
 
 log = logging.getLogger(__name__)
@@ -22,23 +23,29 @@ def check_folder(config: Config) -> str:
     learning rate changes, else "".
 
     Raises:
-        ValueError: the run has checkpoints that were made with another config, or that are beyond `total_images`.
+        ValueError: the run has checkpoints or weights that were made with another config, or that are beyond
+            `total_images`; or it has weights before `total_images`, but no checkpoint with which to continue.
     """
     run = config.path(config.output)
     positions, stored = checkpoints.positions(run), read_config(run)
-    if not positions:
+    finished = positions or [snapshot.images for snapshot in reversed(snapshots(run))]
+    if not finished:
         return ""
-    if positions[0] > config.length:
+    if finished[0] > config.length:
         raise ValueError(
-            f"--total-images {config.total_images}: {run} is already at {positions[0]:,} images; pass at "
-            "least that many"
+            f"--total-images {config.total_images}: {run} is already at {finished[0]:,} images; pass at least that many"
+        )
+    if not positions and finished[0] < config.length:
+        raise ValueError(
+            f"--output {config.output}: {run} has weights at {finished[0]:,} images, but no checkpoint with which to "
+            "continue; restore its checkpoints, or start a new run from the weights by another --output and --init-from"
         )
     old_length, change = stored.get("total_images", config.total_images), ""
     if old_length < config.total_images and config.lr_schedule == stored.get("lr_schedule") == "linear":
         shorter = config.model_copy(update={"total_images": old_length})
         change = (
-            f"at {positions[0]:,} images the learning rate changes from {learning_rate(shorter, positions[0]):.3g} to "
-            f"{learning_rate(config, positions[0]):.3g}, and then falls linearly to zero at {config.total_images:,}"
+            f"at {finished[0]:,} images the learning rate changes from {learning_rate(shorter, finished[0]):.3g} to "
+            f"{learning_rate(config, finished[0]):.3g}, and then falls linearly to zero at {config.total_images:,}"
         )
         if not config.extend:
             raise ValueError(
@@ -62,9 +69,9 @@ def check_and_write_config(config: Config) -> None:
     """
     change, run = check_folder(config), config.path(config.output)
     positions, stored = checkpoints.positions(run), read_config(run)
-    length = {"total_images": config.total_images}
-    if not positions or not stored:
-        check_or_write_config(run, config, bool(positions), length | {"num_threads": config.num_threads})
+    finished, length = bool(positions or snapshots(run)), {"total_images": config.total_images}
+    if not finished or not stored:
+        check_or_write_config(run, config, finished, length | {"num_threads": config.num_threads})
         return
     updated = stored | length
     if change:
@@ -75,11 +82,11 @@ def check_and_write_config(config: Config) -> None:
         storage.write_json(storage.join(run, "config.json"), updated)
 
 
-def branch_off(config: Config, eval_images: int) -> Config:
+def branch_off(config: Config) -> Config:
     """Copy a checkpoint of the run in `config.output` to the new run `config.branch`; return the new run's config.
 
-    Averages that the checkpoint lacks start at its weights. If the new run has checkpoints, nothing is copied.
-    eval_images: see `TrainingState`.
+    Averages that the checkpoint lacks start at its weights. The losses of the best evaluation are not copied, because
+    the new run may evaluate other images or another loss. If the new run has checkpoints, nothing is copied.
 
     Raises:
         ValueError: there is no such checkpoint, it does not fit the config, or the new run is not a branch of this run.
@@ -89,8 +96,10 @@ def branch_off(config: Config, eval_images: int) -> Config:
     child = config.model_copy(update={"output": config.branch, "branch": None, "branch_at": None})
     run = child.path(child.output)
     if checkpoints.positions(run):
-        if parent_of(run).rpartition(" at ")[0] != source:
-            raise ValueError(f"--branch {config.branch} is not a branch of {source}; choose a new folder")
+        parent = read_config(run).get("parent", {})
+        if parent.get("run") != source or at not in (None, parent["images"]):
+            where = "" if at is None else f" at {at} images"
+            raise ValueError(f"--branch {config.branch} is not a branch of {source}{where}; choose a new folder")
         return child
     if not (positions := checkpoints.positions(source)):
         raise ValueError(f"--branch {config.branch}: {source} has no checkpoint; train it first")
@@ -98,7 +107,7 @@ def branch_off(config: Config, eval_images: int) -> Config:
         raise ValueError(
             f"--branch-at {at}: the checkpoints of {source} are at {', '.join(map(str, positions))} images"
         )
-    state = TrainingState(child, torch.device("cpu"), eval_images)
+    state = TrainingState(child, torch.device("cpu"))
     initial_scale = state.log2_loss_scale
     try:
         state.restore(source, Group(0, 1), at, branching=True)

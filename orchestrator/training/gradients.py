@@ -92,7 +92,12 @@ def make_reduction(
         state.model.zero_grad(set_to_none=True)
         if exact:
             return exact_gradients(model, batches, backward, group)
-        return fast_gradients(model, batches, backward)
+        terms = []
+        for number, batch in enumerate(batches, 1):  # DDP averages over workers in the last backward pass
+            is_local = isinstance(model, DistributedDataParallel) and number < len(batches)
+            with model.no_sync() if is_local else contextlib.nullcontext():  # type: ignore[operator]
+                terms.append(backward(model, batch))
+        return terms
 
     return compute_gradients
 
@@ -104,16 +109,6 @@ def _dropout_seed(config: TrainingConfig, position: int, batch: Microbatch) -> i
     """
     key = (config.seed, position + batch.offset, batch.stream)
     return int(keyed_rng(Purpose.DROPOUT, *key).integers(2**63))
-
-
-def fast_gradients(model: nn.Module, batches: list[Microbatch], backward: Backward) -> list[Terms]:
-    """Accumulate gradients over microbatches; DDP averages over workers in the last backward pass."""
-    terms = []
-    for number, batch in enumerate(batches, 1):
-        is_local = isinstance(model, DistributedDataParallel) and number < len(batches)
-        with model.no_sync() if is_local else contextlib.nullcontext():  # type: ignore[operator]
-            terms.append(backward(model, batch))
-    return terms
 
 
 def exact_gradients(model: nn.Module, batches: list[Microbatch], backward: Backward, group: Group) -> list[Terms]:

@@ -12,6 +12,8 @@ from orchestrator.weights.network import Network, load_network, load_published
 from orchestrator.weights.published import check_tensors, entry_by_file_name
 from orchestrator.weights.shapes import invisible_settings, with_classes_of
 
+LABEL_EMBEDDING = "label_emb.weight"
+
 log = logging.getLogger(__name__)
 
 
@@ -84,19 +86,16 @@ def _fit_classes(
         check_tensors(uri, random_weights, weights, config.model)
         return weights
 
-    def depends_on_classes(a: Tensor, b: Tensor) -> bool:
-        return a.shape != b.shape and a.shape[1:] == b.shape[1:]  # the class is the first dimension
+    def depends_on_classes(name: str, tensor: Tensor) -> bool:
+        other = weights.get(name)
+        if name == LABEL_EMBEDDING or other is None:
+            return name == LABEL_EMBEDDING
+        return len(tensor) == own_classes != len(other) and tensor.shape[1:] == other.shape[1:]
 
-    reinitialised = [
-        name
-        for name, tensor in random_weights.items()
-        if name not in weights or depends_on_classes(weights[name], tensor)
-    ]
+    reinitialised = [name for name, tensor in random_weights.items() if depends_on_classes(name, tensor)]
     dropped = [name for name in weights if name not in random_weights]
     weights = {name: tensor for name, tensor in weights.items() if name in random_weights}
-    for name in reinitialised:
-        if own_classes and random_weights[name].shape[0] == own_classes:
-            weights[name] = random_weights[name].cpu()
+    weights |= {name: random_weights[name].cpu() for name in reinitialised}
     check_tensors(uri, random_weights, weights, config.model)
     changes = [f"{name} is re-initialised" for name in reinitialised] + [f"{name} is left out" for name in dropped]
     notes.append(
@@ -107,13 +106,13 @@ def _fit_classes(
 
 def _fit_null_class(uri: str, weights: dict[str, Tensor], random_weights: dict[str, Tensor], notes: list[str]) -> None:
     """Add a row of zeros for the null class to the label embedding, or remove its row, if only one model has one."""
-    name = "label_emb.weight"
-    if name not in weights or name not in random_weights:
+    if LABEL_EMBEDDING not in weights or LABEL_EMBEDDING not in random_weights:
         return
-    missing_rows = len(random_weights[name]) - len(weights[name])
+    rows = weights[LABEL_EMBEDDING]
+    missing_rows = len(random_weights[LABEL_EMBEDDING]) - len(rows)
     if missing_rows == 1:
-        weights[name] = torch.cat([weights[name], torch.zeros_like(weights[name][:1])])
-        notes.append(f"{uri} has no null class; a row of zeros for it is added to {name}")
+        weights[LABEL_EMBEDDING] = torch.cat([rows, torch.zeros_like(rows[:1])])
+        notes.append(f"{uri} has no null class; a row of zeros for it is added to {LABEL_EMBEDDING}")
     elif missing_rows == -1:
-        weights[name] = weights[name][:-1]
-        notes.append(f"{uri} has a null class and this model has none; its row in {name} is left out")
+        weights[LABEL_EMBEDDING] = rows[:-1]
+        notes.append(f"{uri} has a null class and this model has none; its row in {LABEL_EMBEDDING} is left out")

@@ -81,7 +81,7 @@ def train(config: Config) -> str:
         return run
     with Lease(run, config.takeover) as lease:
         if config.branch:
-            config = branch_off(config, validation_count(config, manifest))
+            config = branch_off(config)
         check_and_write_config(config)
         if not checkpoints.positions(run):
             check_initial_weights(config)
@@ -252,9 +252,10 @@ def train_loop(config: Config, context: WorkerContext) -> None:
             if not is_out_of_memory(error):
                 raise
             rows, exact = config.microbatch_rows(context.world_size), config.reduction == "exact"
-            option = "a larger --order.num-streams" if exact else f"--microbatch-size {rows // 2}"
+            smaller = "a larger --order.num-streams, " if exact else f"--microbatch-size {rows // 2}, "
             raise torch.OutOfMemoryError(
-                f"out of memory with microbatches of {rows} images: pass {option}, --recompute true or --dtype bfloat16"
+                f"out of memory with microbatches of {counted(rows, 'image')}: pass {smaller if rows > 1 else ''}"
+                "--recompute true or --dtype bfloat16"
             ) from error
 
 

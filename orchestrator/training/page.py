@@ -1,5 +1,6 @@
 """The report of a training, a self-contained HTML page, and the last lines of a training in the terminal."""
 
+import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,8 @@ NOISE_LEVELS = ("little noise", "some noise", "much noise", "almost pure noise")
 OVERFITTING_GAP = 0.2  # accuracy on training images minus that on validation images, above which a classifier overfits
 USEFUL_ACCURACY = 0.5  # minimum at little noise for guidance, on a scale from chance (0) to certainty (1)
 
+PREVIEW = re.compile(r"(?P<average>[^/]+)/images-(?P<images>\d+)\.png")  # the user may generate into samples/, too
+
 Curve = list[tuple[int, float]]
 
 
@@ -27,8 +30,9 @@ def write_run_page(run: str, config: Config) -> str:
     records = list(read_records(run))
     curves = _curves(records)
     attempts = [record for record in records if STARTED in record.metrics]
-    pictures = storage.list_names(storage.join(run, "samples"), recursive=True)
-    newest = {name.split("/")[0]: name for name in pictures}  # of each average; names sort by images
+    names = storage.list_names(storage.join(run, "samples"), recursive=True)
+    pictures = filter(None, map(PREVIEW.fullmatch, names))
+    newest = {match["average"]: match for match in pictures}  # names sort by images
     page = template(Path(__file__).with_suffix(".html")).render(
         run=run,
         images=max((record.step for record in records), default=0),
@@ -39,10 +43,10 @@ def write_run_page(run: str, config: Config) -> str:
         curves=_plot_curves(curves, [record.step for record in attempts[1:]]),
         last={name: values[-1] for name, values in sorted(curves.items())},
         previews={
-            f"{name} after {int(Path(path).stem.removeprefix('images-')):,} images": storage.read_bytes(
-                storage.join(run, "samples", path)
+            f"{average} after {int(match['images']):,} images": storage.read_bytes(
+                storage.join(run, "samples", match[0])
             )
-            for name, path in newest.items()
+            for average, match in newest.items()
         },
         attempts=[(f"{datetime.fromtimestamp(r.time / 1000, UTC):%Y-%m-%d %H:%M:%S}", r.step) for r in attempts],
         checkpoints=[name.removesuffix("/") for name in storage.list_names(storage.join(run, "checkpoints"))],

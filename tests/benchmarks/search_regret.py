@@ -240,7 +240,7 @@ def ours(world: World, share: float, proxy: bool = False) -> Choice:
     list(halving.run())
     best = [trial for trial in halving.trials if trial.setting == world.best]
     chosen = halving.ranked()[0].setting
-    return Choice(chosen, budget.samples, budget.evaluations, any(trial.eliminated for trial in best))
+    return Choice(chosen, budget.samples, budget.evaluations(), any(trial.eliminated for trial in best))
 
 
 Strategy = Callable[[World, float], Choice]

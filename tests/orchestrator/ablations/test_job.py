@@ -158,6 +158,8 @@ def test_every_row_of_every_included_table_is_a_config(name: str) -> None:
         ({"base": "nothing"}, "nothing"),
         ({"rows": {"base": {}}}, "rows"),
         ({"rows": {"base": {}, "other": {"against": "nobody"}}}, "nobody"),
+        ({"rows": {"depth +1": {}, "depth -1": {"training": {"seed": 1}}}}, "depth \\+1 and depth -1.* same folder"),
+        ({"rows": {"base": {}, "few": {"evaluation": {"num_samples": 64}}}}, "few has evaluation.num_samples"),
         ({"colour": "red"}, "unknown field colour$"),
         ({"training": {"learning_rat": 1}}, "did you mean learning_rate"),
     ],
@@ -170,6 +172,21 @@ def test_a_wrong_table_is_refused(tmp_path: Path, changes: dict[str, Any], messa
 def test_an_unknown_row_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--rows nothing"):
         plan(config(str(tmp_path), rows=("nothing",)))
+
+
+def test_a_selection_of_rows_does_not_move_a_shared_training(tmp_path: Path) -> None:
+    rows = {
+        "base": {},
+        "one": {"training": {"seed": 1}},
+        "two": {"training": {"seed": 1}, "evaluation": {"batch_size": 9}},
+    }
+    folders = set()
+    for selection in ((), ("two",)):
+        selecting = config(str(tmp_path), {**TABLE, "rows": rows}, rows=selection)
+        table = selecting.read_table()
+        assert ("one", 0) not in selecting.replicates(table) or not selection
+        folders.add(selecting.training(table, "two", 0).output)
+    assert folders == {"table/runs/one-seed0"}
 
 
 def test_fields_are_changed_by_their_dotted_names() -> None:

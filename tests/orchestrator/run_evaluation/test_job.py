@@ -100,6 +100,31 @@ def test_a_run_that_was_trained_anew_is_refused(store: str) -> None:
         evaluate_run(config(store, "anew"))
 
 
+def test_the_selected_averages_may_change(store: str) -> None:
+    for seed, average in enumerate(("ema-0.9", "ema-0.99"), 1):
+        write_snapshot(store, "selected", 64, average, seed)
+    for selection in (("ema-0.99",), ()):
+        result = storage.read_json(evaluate_run(config(store, "selected", ema=selection)))
+    assert {point["average"] for point in result["points"]} == {"ema-0.9", "ema-0.99"}
+
+
+def test_a_dry_run_computes_no_average_and_an_impossible_one_is_named_once(
+    store: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def average(_: object) -> None:
+        raise ValueError("too few snapshots")
+
+    monkeypatch.setattr(job, "average", average)
+    for images in (64, 128):
+        write_snapshot(store, "powers", images, "ema-0.9", seed=images)
+        storage.write_bytes(f"{store}/powers/weights/power/images-{images:012d}-0.1.safetensors", b"")
+    text = plan(config(store, "powers", ema=("ema-0.9",), sigma_rel=(0.05,), dry_run=True))[1]
+    assert "4 snapshots" in text and not caplog.text
+    for _ in range(3):
+        assert len(job._snapshots(config(store, "powers", ema=("ema-0.9",), sigma_rel=(0.05,)))) == 2
+    assert caplog.text.count("too few snapshots") == 2
+
+
 def test_a_run_is_followed_until_its_training_ends(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write_snapshot(store, "followed", 64, "ema-0.9")
     lease_states = iter([(True, None), (True, 128), (True, None), (False, 192), (False, None)])

@@ -23,7 +23,7 @@ def num_affordable(budget: SampleBudget, tasks: list[Evaluation], reserve: list[
 def test_a_promoted_trial_pays_for_its_new_batches_only() -> None:
     budget = SampleBudget(Limit(), batch_size=64, full=0)
     budget.spend([Evaluation(CHEAP, 250, 0), Evaluation(COSTLY, 250, 0)])
-    assert (budget.samples, budget.evaluations) == (512, 256 * 50)
+    assert (budget.samples, budget.evaluations()) == (512, 256 * 50)
     budget.spend([Evaluation(CHEAP, 500, 0)])
     budget.spend([Evaluation(CHEAP, 500, 9)])
     assert budget.samples_of(CHEAP) == 512 + 512 and budget.samples == 256 + 1024

@@ -21,6 +21,7 @@ from tests.orchestrator.search.worlds import (
     bounded,
     catastrophes,
     config_of,
+    grid,
     normal,
     search,
     trade_off,
@@ -71,6 +72,40 @@ def test_the_same_seed_gives_the_same_search() -> None:
     assert [trial.setting for trial in first.ranked()] == [trial.setting for trial in second.ranked()]
     other, _ = search_with_optuna(seed=1)
     assert [trial.setting for trial in other.trials] != [trial.setting for trial in first.trials]
+
+
+def test_if_the_trial_that_eliminated_all_others_fails_on_fresh_seeds_the_next_best_wins() -> None:
+    qualities = normal(lambda number: 3.0 * number, 0, 4)
+
+    def world(task: Evaluation) -> Outcome:
+        return Outcome(failed="NaN") if (task.setting.guidance.scale, task.seed) == (0, 9) else qualities(task)
+
+    halving, rounds = search(config_of(4), world)
+    assert all(trial.eliminated for trial in halving.trials[1:]) and halving.trials[0].failed
+    assert [trial.number for trial in halving.finalists] == [1] and halving.finalists[0].final is not None
+    assert [task.setting.guidance.scale for task in rounds[-1]] == [1.0]
+
+
+class Batches:
+    """Proposes settings in batches of these sizes."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self._settings, self._sizes = grid(sum(sizes)), sizes
+
+    def ask(self, count: int) -> list[Setting]:
+        size = self._sizes.pop(0)
+        proposed, self._settings = self._settings[:size], self._settings[size:]
+        return proposed
+
+    def tell(self, setting: Setting, values: list[float], violation: float) -> None:
+        pass
+
+
+def test_a_last_small_batch_of_proposals_leaves_the_reserve_of_all_finalists() -> None:
+    config = config_of(9, round_size=8, finalists=2, rungs=(64, 1024))
+    budget = 8 * 64 + 2 * 1024
+    _, rounds = search(config, normal(lambda _: 0.0, 0, 9), grid(9), Limit(budget), Batches([8, 1]))
+    assert [len(tasks) for tasks in rounds] == [8, 2] and sum(task.n for tasks in rounds for task in tasks) == budget
 
 
 def test_rungs_are_nested_and_no_setting_is_proposed_twice() -> None:

@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from models.guidance import WHOLE_CHAIN
+from orchestrator.search.config import SearchConfig
 from orchestrator.search.space import GridProposals, OptunaProposals, Setting, Space, SpaceConfig, narrow_scales
 from tests.orchestrator.search.passes import PASSES
 
@@ -135,6 +136,30 @@ def test_few_steps_narrow_the_scales_of_more_steps_by_sampler() -> None:
         ("ddim", 10): [0.0, 0.5, 1.0], ("ddim", 40): [0.0, 0.5, 1.0],
     }  # fmt: skip
     assert not proposals.ask(100)
+
+
+def test_few_steps_narrow_the_scales_of_each_guide() -> None:
+    """The classifier is best at scale 4, and classifier-free guidance at 0.5."""
+    config = SpaceConfig(
+        guidance=("classifier", "classifier_free"), scales=(0.0, 0.5, 1.0, 2.0, 4.0, 8.0), continuous=False,
+        num_steps=(5, 10),
+    )  # fmt: skip
+    grid = Space(config, ("w",), PASSES, np.inf).grid()
+    best = {"none": -3.0, "classifier": 4.4, "classifier_free": 0.6}
+    few = [setting for setting in grid if setting.sampler.num_steps == 5]
+    measured = {setting: abs(setting.guidance.scale - best[setting.guidance.kind]) for setting in few}
+    scales: dict[str, list[float]] = {}
+    for setting in narrow_scales(measured, [setting for setting in grid if setting not in measured]):
+        scales.setdefault(setting.guidance.kind, []).append(setting.guidance.scale)
+    assert scales == {"none": [0.0], "classifier": [1.0, 2.0, 4.0], "classifier_free": [0.5, 1.0]}
+
+
+@pytest.mark.parametrize("fixed", [{"scales": (2.0,)}, {"guidance": ("none",)}])
+def test_a_fixed_scale_makes_the_space_a_grid(fixed: dict[str, Any]) -> None:
+    space = SpaceConfig(num_steps=(10, 25, 50), **fixed)
+    config = SearchConfig(weights=("w",), classifier="c", reference="r", output="o", space=space)
+    grid = Space(space, ("w",), PASSES, np.inf).grid()
+    assert config.proposes_grid(grid) and config.num_trials(grid) == len(grid) == 3
 
 
 def test_if_the_fewest_steps_fail_more_steps_are_still_tried() -> None:

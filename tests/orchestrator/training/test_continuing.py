@@ -31,6 +31,30 @@ def test_a_failed_start_does_not_bind_the_folder_to_its_config(store: str, monke
     assert read_config(f"{store}/smaller")["batch_size"] == 16
 
 
+def test_out_of_memory_with_single_images_advises_no_smaller_microbatch(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(job, "take_step", out_of_memory)
+    with pytest.raises(RuntimeError, match="microbatches of 1 image: pass --recompute true"):
+        train(adm(store, "smallest", microbatch_size=1))
+
+
+def test_weights_without_checkpoints_bind_the_folder_and_are_not_continued(store: str) -> None:
+    """Users delete the checkpoints of finished trainings, because they are large."""
+    train(adm(store, "slim", snapshot_every=32))
+    storage.delete(f"{store}/slim/checkpoints/")
+    train(adm(store, "slim", snapshot_every=32))  # it is trained already
+    with pytest.raises(ValueError, match=r"learning_rate: 0\.001 before, 0\.002 now"):
+        train(adm(store, "slim", learning_rate=2e-3))
+    for start in (plan, train):
+        with pytest.raises(ValueError, match=r"--output slim: .* weights at 96 images, but no checkpoint"):
+            start(adm(store, "slim", total_images=128))
+    assert read_config(f"{store}/slim")["total_images"] == 96
+
+
 def test_changes_of_results_are_refused_after_the_first_checkpoint(store: str) -> None:
     train_loop(adm(store, "taken"), context(1))
     train(adm(store, "taken"))
@@ -97,6 +121,8 @@ def test_a_branch_continues_a_checkpoint_with_other_settings(
     child = adm(store, "parent", branch="child", branch_at=32, tracking=True, **changes)
     train(child)
     train(child)  # the same command finds the finished branch
+    with pytest.raises(ValueError, match=r"--branch child is not a branch of .* at 64 images"):
+        train(child.model_copy(update={"branch_at": 64}))
     stored = read_config(f"{store}/child")
     assert stored["parent"] == {"run": f"{store}/parent", "images": 32} and stored["learning_rate"] == 1e-4
     at_start, source = (tensors_at(f"{store}/{name}", 32) for name in ("child", "parent"))
@@ -108,6 +134,15 @@ def test_a_branch_continues_a_checkpoint_with_other_settings(
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     assert run.data.tags["admiral.parent"] == f"{store}/parent at 32 images"
+
+
+def test_a_branch_does_not_compare_its_losses_with_those_of_its_parent(store: str) -> None:
+    """The best evaluation of the parent has other noise, and so other losses of the same images."""
+    evaluation: dict[str, Any] = {"eval_every": 32, "eval_images": 20, "keep_checkpoints": 9}
+    train(adm(store, "judged", **evaluation))
+    train(adm(store, "judged", branch="other-noise", branch_at=64, seed=1, **evaluation))
+    assert "validation.best" not in tensors_at(f"{store}/other-noise", 64)
+    assert "validation.best" in tensors_at(f"{store}/other-noise", 96)
 
 
 def tensors_at(run: str, position: int) -> dict[str, torch.Tensor]:

@@ -70,6 +70,26 @@ def test_class_dependent_tensors_are_reinitialised_for_other_classes(
     assert f"has {file_classes or 'no'} classes and this model 10: label_emb.weight is re-initialised" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("file_classes", "own_classes"),
+    [
+        ({"num_classes": 7}, {"null_class": True}),
+        ({"num_classes": None}, {"null_class": True}),
+        ({"num_classes": 11}, {"null_class": True}),  # both have eleven rows
+        ({"num_classes": 9, "null_class": True}, {}),  # both have ten rows
+    ],
+)
+def test_a_null_class_is_no_class_of_the_file(
+    tmp_path: Path, file_classes: dict[str, Any], own_classes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    file = "images-000000000096-ema-0.9.safetensors"
+    write(tmp_path, UNET.model_copy(update=file_classes), file)
+    own = config(tmp_path, init_from=file, model=UNET.model_copy(update=own_classes))
+    fresh = TrainingState(own, torch.device("cpu")).model.state_dict()
+    assert torch.equal(weights_at_start(own)["label_emb.weight"], fresh["label_emb.weight"])
+    assert "label_emb.weight is re-initialised" in caplog.text
+
+
 def test_fine_tuning_for_classifier_free_guidance_adds_a_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     weights = write(tmp_path, UNET)
     started = weights_at_start(config(tmp_path, model=UNET.model_copy(update={"null_class": True})))

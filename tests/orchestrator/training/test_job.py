@@ -338,6 +338,12 @@ def test_posthoc_ema_gives_an_average_of_another_length(store: str) -> None:
         average(AverageConfig(store=store, weights="power", sigma_rel=0.28, images=640))
     with pytest.raises(ValueError, match="has no snapshot there; the nearest is at 32"):
         average(AverageConfig(store=store, weights="power", images=40))
+    named = AverageConfig(store=store, weights="power", sigma_rel=0.06, output="mine.safetensors")
+    assert average(named) == average(named) == f"{store}/mine.safetensors"
+    with pytest.raises(ValueError, match=r"--output .* exists and holds the average posthoc-0\.06 at 640"):
+        average(named.model_copy(update={"sigma_rel": 0.05}))
+    with pytest.raises(ValueError, match=r"--output mine is not"):
+        average(named.model_copy(update={"output": "mine"}))
 
 
 def test_validation_uses_the_same_noise_every_time(store: str) -> None:

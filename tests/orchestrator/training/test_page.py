@@ -1,11 +1,12 @@
-"""Test the verdict on a finished classifier."""
+"""Test the page of a training, and the verdict on a finished classifier."""
 
 from pathlib import Path
 
 import pytest
 
+from orchestrator import storage
 from orchestrator.metrics_log import MetricsLog, Record
-from orchestrator.training.page import classifier_lines
+from orchestrator.training.page import classifier_lines, write_run_page
 from orchestrator.training.presets import adm_presets, classifier_presets
 
 
@@ -28,3 +29,10 @@ def test_accuracy_by_noise_level_and_verdict_are_printed(
     assert "10.0% at almost pure noise" in first and "chance: 10.0%" in first
     assert ("validation" in first) == (validation is not None) and verdict in second
     assert not classifier_lines(str(tmp_path), adm_presets()["digits"][1]), "a diffusion model has no verdict"
+
+
+def test_samples_that_the_user_generates_into_the_run_are_no_previews(tmp_path: Path) -> None:
+    for name in ("ema-0.9/images-000000000016.png", "ema-0.9/images-000000000032.png", "run.json", "shards/00.parquet"):
+        storage.write_bytes(f"{tmp_path}/samples/{name}", b"content")
+    page = write_run_page(str(tmp_path), adm_presets()["digits"][1])
+    assert "ema-0.9 after 32 images" in page and "after 16 images" not in page
