@@ -15,6 +15,8 @@ import fsspec
 import tenacity
 from fsspec.implementations.local import LocalFileSystem
 
+from orchestrator.redaction import LOGIN
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -244,4 +246,4 @@ def reason(error: BaseException | None) -> str:
 
 def without_passwords(text: str) -> str:
     """Return the text without user:password@ in its URIs."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+    return re.sub(rf"(?<=://){LOGIN}@", "", text)
