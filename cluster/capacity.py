@@ -41,7 +41,10 @@ def refuse_infeasible(resources: Resources, num_workers: int = 1) -> None:
     candidates = [node for node in nodes() if node.resources.get("CPU")]
     if not candidates or _may_grow():  # without candidates, only the head has started, and nodes have yet to join
         return
-    capacity = sum(_capacity(node, resources) for node in candidates)
+    capacity = sum(  # of all nodes, if nothing else runs on them
+        int(min(node.resources.get(name, 0) // value for name, value in resources.items() if value))
+        for node in candidates
+    )
     if capacity >= num_workers:
         return
     if capacity:
@@ -108,11 +111,6 @@ def report_waiting(actors: list[Any], resources: Resources, ended: threading.Eve
         _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0)
         if waiting:
             wait_log.update(len(waiting), len(actors), "the job starts with the first of them")
-
-
-def _capacity(node: Node, resources: Resources) -> int:
-    """Return the number of workers that a node can hold if nothing else runs on it."""
-    return int(min(node.resources.get(name, 0) // value for name, value in resources.items() if value))
 
 
 def _may_grow() -> bool:

@@ -204,7 +204,7 @@ def receive_environment() -> None:
 
         keeper: Any = ray.get_actor(name, namespace=KEEPER_NAMESPACE)
         os.environ.update(ray.get(keeper.variables.remote()))
-        del os.environ[KEEPER]
+        os.environ.pop(KEEPER, None)  # another thread may have done the same meanwhile
 
 
 def address() -> str:

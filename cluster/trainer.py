@@ -77,22 +77,16 @@ def run_workers(
 
     with _stop_signals(signalled.set):
         if num_workers == 0:
-            _run_in_this_process(loop, on_record, num_gpus, is_asked_to_stop)
+            device, report = torch.device("cuda" if num_gpus else "cpu"), warn_on_error(on_record)
+            try:
+                loop(WorkerContext(0, 1, device, report, is_asked_to_stop, streams_on_cluster=False))
+            except ArithmeticError as error:
+                raise RuntimeError(str(error)) from error
         else:
             resources = worker_resources(num_cpus, num_gpus)
             refuse_infeasible(resources, num_workers=num_workers)
             _run_on_ray(loop, num_workers, on_record, max_failures, resources, is_asked_to_stop)
     return is_asked_to_stop()
-
-
-def _run_in_this_process(
-    loop: Loop, on_record: Callable[[Record], None], num_gpus: int, stop: Callable[[], bool]
-) -> None:
-    device = torch.device("cuda" if num_gpus else "cpu")
-    try:
-        loop(WorkerContext(0, 1, device, warn_on_error(on_record), stop, streams_on_cluster=False))
-    except ArithmeticError as error:
-        raise RuntimeError(str(error)) from error
 
 
 def _run_on_ray(

@@ -1,6 +1,7 @@
 """Parse a job's command line into its config, then run the job."""
 
 import difflib
+import json
 import os
 import re
 import sys
@@ -122,7 +123,7 @@ def _parse_options(arguments: list[str], options: Mapping[str, Option]) -> dict[
         arguments = arguments[consumed:]
         if option.is_bool and not values:
             values = ["false" if is_negation else "true"]
-        if not values and not option.item:
+        if not option.item and (not values or not (values[0] or option.is_text)):
             _fail(2, f"{typed} needs a value; accepted: {option.accepted}")
         *sections, field = option.name.split(".")
         branch = tree
@@ -160,7 +161,11 @@ def _unknown(kind: str, name: str, names: Collection[str], advice: str) -> str:
 def _read_preset(location: str, presets: Presets[Config]) -> Config:
     """Return the preset that a YAML or JSON file names in its field `preset`, changed by the file's other fields."""
     try:
-        tree = yaml.safe_load(storage.read_bytes(storage.resolve(location)))
+        data = storage.read_bytes(storage.resolve(location))
+        try:
+            tree = json.loads(data)  # it may be indented by tabs, which YAML does not accept
+        except ValueError:
+            tree = yaml.safe_load(data)
         if not isinstance(tree, dict):
             raise ValueError("the file is not a mapping of fields to values")
         if "preset" not in tree and len(presets) > 1:
@@ -192,11 +197,13 @@ def _apply(changes: dict[str, Any], config: Config) -> Config:
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return a nested dict with the values of `changes` in place of those of `base`."""
+    """Return a nested dict with the values of `changes`, whose names may be dotted, in place of those of `base`."""
     merged = dict(base)
-    for name, value in changes.items():
-        is_nested = isinstance(value, dict) and isinstance(base.get(name), dict)
-        merged[name] = _merge(base[name], value) if is_nested else value
+    for dotted, changed in changes.items():
+        name, dot, rest = dotted.partition(".") if isinstance(dotted, str) else (dotted, "", "")
+        value = {rest: changed} if dot else changed
+        is_nested = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merge(merged[name], value) if is_nested else value
     return merged
 
 
@@ -218,7 +225,7 @@ def _explain(error: pydantic.ValidationError, options: Mapping[str, Option]) -> 
     if first["type"] != "value_error":  # a check of a type or of bounds, for which pydantic's message is too technical
         shown = options[name].format(first["input"]) if name in options else "a value"
         accepted = options[name].accepted if name in options else f"the fields {name}.*"
-        choices = first.get("ctx", {}).get("expected", "").split("'")
+        choices = first.get("ctx", {}).get("expected", "").split("'")[1::2]
         similar = difflib.get_close_matches(shown, choices, 1)
         advice = f"; did you mean {similar[0]}?" if similar else ""
         return f"{name}={shown} is not accepted; accepted: {accepted}{advice}"

@@ -2,6 +2,7 @@
 
 import os
 from typing import Annotated, Any, ClassVar, Self, TypeVar
+from urllib.parse import unquote
 
 from pydantic import BaseModel, Field, TypeAdapter
 
@@ -58,20 +59,20 @@ class JobConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
         return preset
 
     def path(self, path: str) -> str:
-        """Return a relative path joined to the store. Return a URI or an absolute path unchanged, with `~` expanded.
+        """Return the URI or the absolute path of `path`, which may be relative to the store, by `storage.resolve`.
 
         Raises:
             ValueError: path and store are relative and this is a submitted job, which runs in a temporary copy of the
                 checkout.
         """
-        if storage.is_absolute(path):
-            return storage.resolve(path) if path.startswith("~") else path
-        if not storage.is_absolute(self.store) and is_submitted():
-            raise ValueError(
-                f"store={self.store} is relative, and this job runs in a temporary copy of the checkout; "
-                "set ADMIRAL_STORE or --store to a URI or to an absolute path that all nodes see"
-            )
-        return storage.join(storage.resolve(self.store), path)
+        if not storage.is_absolute(path):
+            if not storage.is_absolute(self.store) and is_submitted():
+                raise ValueError(
+                    f"store={self.store} is relative, and this job runs in a temporary copy of the checkout; "
+                    "set ADMIRAL_STORE or --store to a URI or to an absolute path that all nodes see"
+                )
+            path = storage.join(storage.resolve(self.store), path)
+        return storage.resolve(path)
 
     @property
     def shared(self) -> tuple[str, ...]:
@@ -88,14 +89,15 @@ def tracking_uri(config: JobConfig) -> str:
     """Return MLFLOW_TRACKING_URI, or by default the URI of a SQLite file in a local store.
 
     Raises:
-        ValueError: the variable is not set and the store is not local, or it has a relative path in a submitted job.
+        ValueError: the store cannot have the file, or the variable has a relative path in a submitted job.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
-        root = config.path("")
-        if "://" in root:
+        root = storage.local_path(config.path(""))
+        if root is None or "?" in root or unquote(root) != root:  # SQLAlchemy would open another file
             raise ValueError(
-                f"store={config.store} is not a local folder, so MLFLOW_TRACKING_URI must be set; or pass --no-tracking"
+                f"store={config.store} is not a local folder, or its path has a ? or a %, so MLFLOW_TRACKING_URI must "
+                "be set; or pass --no-tracking"
             )
         os.makedirs(root, exist_ok=True)
         return f"sqlite:///{os.path.join(root, 'mlflow.db')}"

@@ -4,6 +4,7 @@ A FLOP is one floating-point operation, so a multiply-add is two. The time is th
 and by the model FLOPs utilization (MFU), which is --cost.mfu or what published code reached on the same networks.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -34,7 +35,7 @@ class Gpu(NamedTuple):
     single: float  # FLOP/s in float32 without tensor cores
 
 
-GPUS = {  # by a part of the driver's name; L40S comes before L4, which is a part of it
+GPUS = {  # by the end of a word in the driver's name
     "B200": Gpu(180e9, 2250e12, 80e12),
     "H200": Gpu(141e9, 989e12, 67e12),
     "H100": Gpu(80e9, 989e12, 67e12),
@@ -50,7 +51,7 @@ GPUS = {  # by a part of the driver's name; L40S comes before L4, which is a par
 def peak_flops(device: str, dtype: str) -> float | None:
     """Return the peak FLOP/s of a device by its name, or None if it is unknown."""
     for name, gpu in GPUS.items():
-        if name in device:
+        if re.search(rf"{name}\b", device):
             return gpu.single if dtype == "float32" else gpu.half
     return None
 

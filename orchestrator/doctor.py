@@ -9,7 +9,6 @@ import subprocess
 import sysconfig
 import tempfile
 import time
-import urllib.request
 import uuid
 from functools import partial
 from hashlib import sha256
@@ -22,6 +21,7 @@ from cluster.nodes import Node, all_reduce_bandwidth, nodes, on_each
 from cluster.session import receive_environment, session
 from orchestrator import storage
 from orchestrator.config import JobConfig, tracking_uri
+from orchestrator.mlflow_run import reason, response_seconds
 from orchestrator.progress import counted
 
 PACKAGES = ("ray", "torch", "numpy", "pyarrow", "mlflow")
@@ -244,13 +244,11 @@ def _tracking(config: DoctorConfig, machines: int) -> Finding:
         if machines == 1:
             return Finding("MLflow", "ok", text)
         return Finding("MLflow", "WRONG", f"{text}, but several machines need a server")
-    begin = time.perf_counter()
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10) as response:
-            response.read()
-    except OSError as error:
-        return Finding("MLflow", "WRONG", f"{uri} does not respond: {error}")
-    return Finding("MLflow", "ok", f"{uri} responds in {1e3 * (time.perf_counter() - begin):.0f} ms")
+        seconds = response_seconds(uri)
+    except Exception as error:  # noqa: BLE001 - MLflow raises errors of several libraries
+        return Finding("MLflow", "WRONG", f"{uri} does not respond as expected: {reason(error)}")
+    return Finding("MLflow", "ok", f"{uri} responds in {1e3 * seconds:.0f} ms")
 
 
 def _network(cluster_nodes: list[Node], config: DoctorConfig) -> list[Finding]:

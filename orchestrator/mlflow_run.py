@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import threading
+import time
 from typing import Any
 from urllib.parse import quote
 
@@ -159,6 +160,16 @@ def description(job: str, output: str, run: str, pictures: list[str]) -> str:
     lines += [f"```\n{command()}\n```"]
     lines += [f"![{name}](get-artifact?path={quote(name)}&run_uuid={run})" for name in pictures]
     return redact("\n\n".join(lines))
+
+
+def response_seconds(uri: str) -> float:
+    """Return the seconds that the server takes to respond to a request of a job, with the job's credentials."""
+    _prepare_mlflow(uri)
+    from mlflow import MlflowClient
+
+    begin = time.perf_counter()
+    MlflowClient(uri).get_experiment_by_name(experiment_name())
+    return time.perf_counter() - begin
 
 
 def is_refused(error: Exception, opening: bool) -> bool:

@@ -18,8 +18,10 @@ _NAMES = re.compile(
     r"(TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIALS?|(ACCESS|API|PRIVATE|SECRET)_?KEY(_ID)?)$|^AWS_BEARER_TOKEN_"
 )
 _SECRET_NAMES = r"(?:password|passwd|pwd|token|secret|signature|credential|(?:api|access|secret)[_-]?key(?:[_-]?id)?)"
+# The user and password of a URI. A password may have slashes, as keys of AWS have, but a port and an ARN are none.
+LOGIN = r"(?:[^/\s'\"<>]*|(?!arn:)[^/:\s'\"<>]+:(?!\d+/)[^@\s'\"<>]*)"
 _PATTERNS = (
-    re.compile(r"(://)[^/\s'\"<>]*(?=@)"),  # the user and password of a URI
+    re.compile(rf"(://){LOGIN}(?=@)"),
     re.compile(rf"(?i)({_SECRET_NAMES}['\"]?=['\"]?)[^\s&'\",;<>]+"),  # a query, --option=value, VARIABLE=value
     re.compile(rf"(?i)(--[\w.-]{{0,40}}{_SECRET_NAMES}\s+)[^\s-]\S*"),  # --option value
     re.compile(r"(?i)(\b(?:bearer|basic)\s+)[\w.+/=~-]{8,}"),  # the header Authorization

@@ -21,6 +21,7 @@ import botocore.exceptions
 import fsspec
 
 from cluster.session import receive_environment
+from orchestrator.redaction import LOGIN
 from orchestrator.storage_errors import Location, error_code, reason, with_retries, without_passwords
 from orchestrator.storage_local import is_part, link_exclusively, local_part
 from orchestrator.storage_s3 import UPLOAD_BYTES, S3Upload, create_on_s3, s3_options
@@ -406,7 +407,8 @@ def _locate(uri: str) -> Location:
         path = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
         return Location(uri, fsspec.filesystem("file"), path.rstrip("/") or "/")
     protocol, _, rest = uri.partition("://")
-    if re.match(r"[^/@]+:[^/]*@", rest):  # the password would be stored wherever the URI is recorded
+    login = re.match(rf"{LOGIN}@", rest)
+    if login and ":" in login[0]:  # the password would be stored wherever the URI is recorded
         raise ValueError(
             f"{without_passwords(uri)} was given with a password; expected a URI without one: set the credentials in "
             "the environment, as docs/cluster.md says"

@@ -8,11 +8,14 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
+import aiohttp
 import botocore.exceptions
 import botocore.parsers
 import fsspec
 import tenacity
 from fsspec.implementations.local import LocalFileSystem
+
+from orchestrator.redaction import LOGIN
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -24,6 +27,7 @@ _TRANSIENT_CODES = {"SlowDown", "RequestTimeout", "ConditionalRequestConflict", 
 _TRANSIENT_TYPES = (
     ConnectionError,
     TimeoutError,
+    aiohttp.ClientError,
     botocore.exceptions.ConnectionError,
     botocore.exceptions.HTTPClientError,
     botocore.exceptions.IncompleteReadError,
@@ -133,7 +137,7 @@ def with_retries(action: str, location: Location, function: Callable[P, T], *arg
     )
     try:
         return retry_with_new_session(retry_transient, _call_with_reason, location, function, *args, **kwargs)
-    except (OSError, RecursionError, botocore.exceptions.BotoCoreError) as error:
+    except (OSError, RecursionError, botocore.exceptions.BotoCoreError, aiohttp.ClientError) as error:
         raise explain(action, location, error) from error
 
 
@@ -160,7 +164,7 @@ def _retry_seconds() -> float:
 def explain(action: str, location: Location, error: BaseException) -> OSError:
     """Return an error that says what is wrong, where, and what to do."""
     code, number = error_code(error), getattr(error, "errno", None)
-    http_status = getattr(getattr(error.__cause__, "response", None), "status_code", None)  # of Hugging Face
+    statuses = _status(error), getattr(getattr(error.__cause__, "response", None), "status_code", 0)  # of Hugging Face
     has_no_access = isinstance(error, (PermissionError, *_NO_CREDENTIALS)) or code in _REFUSED_CREDENTIALS
     kind: type[OSError] = OSError
     if _is_redirect_loop(error):
@@ -171,7 +175,7 @@ def explain(action: str, location: Location, error: BaseException) -> OSError:
             kind = PermissionError
         elif code == "NoSuchUpload":
             kind = FileNotFoundError
-    elif has_no_access or http_status in (401, 403):
+    elif has_no_access or {401, 403}.intersection(statuses):
         kind, problem = PermissionError, f": access denied ({reason(error)})"
         advice = f"make sure that this user may {action} there"
         if not location.is_local:
@@ -192,15 +196,15 @@ def explain(action: str, location: Location, error: BaseException) -> OSError:
 
 def _is_transient(error: BaseException) -> bool:
     """Return whether a retry may help: for connection errors, timeouts, server errors and throttling."""
-    if response := _response(error):
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        is_transient = status >= 500 or status == 429 or error_code(error) in _TRANSIENT_CODES
+    if _response(error) or isinstance(error, aiohttp.ClientResponseError):
+        status = _status(error)
+        is_transient = status >= 500 or status in (408, 429) or error_code(error) in _TRANSIENT_CODES
         return is_transient and status not in _PERMANENT_STATUSES
     if "CERTIFICATE_VERIFY_FAILED" in str(error) or _is_redirect_loop(error):
         return False
     if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS:
         return True
-    return isinstance(error, _TRANSIENT_TYPES) or type(error).__module__.startswith("aiohttp.")
+    return isinstance(error, _TRANSIENT_TYPES)
 
 
 def _is_redirect_loop(error: BaseException) -> bool:
@@ -224,6 +228,11 @@ def _response(error: BaseException | None) -> dict[str, Any]:
     return {}
 
 
+def _status(error: BaseException) -> int:
+    """Return the HTTP status of the server's response, or 0."""
+    return _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", getattr(error, "status", 0))
+
+
 def error_code(error: BaseException | None) -> str:
     """Return the error code in the server's response, or an empty string."""
     return str(_response(error).get("Error", {}).get("Code", ""))
@@ -237,4 +246,4 @@ def reason(error: BaseException | None) -> str:
 
 def without_passwords(text: str) -> str:
     """Return the text without user:password@ in its URIs."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+    return re.sub(rf"(?<=://){LOGIN}@", "", text)

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from orchestrator.weights.shapes import Shapes, num_classes_of, shapes_of, with_
 FORMAT_VERSION = 1
 BEST = "best.json"  # in a run's folder: the best snapshot of each average, written by `jobs/evaluate_run.py`
 ANY = "any"  # key in best.json for the best snapshot of all averages
+SNAPSHOT = re.compile(r"images-(?P<images>\d+)-(?P<kind>.+)\.safetensors")  # file name of a snapshot in weights/
+LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 COPY_BYTES = 16 << 20  # bytes that are copied at a time to write a file
 
 
@@ -135,6 +138,8 @@ def _build_network(
 def _read_header(file: Any) -> dict[str, Any]:
     """Read what `weights_header` wrote. A safetensors file begins with the length of its JSON header in 8 bytes."""
     length = int.from_bytes(file.read(8), "little")
+    if length > LONGEST_HEADER:  # a file of another format; reading so many bytes would need as much memory
+        raise ValueError("it does not begin with a header of safetensors")
     metadata = json.loads(file.read(length)).get("__metadata__", {})
     return json.loads(metadata["admiral"])
 
@@ -237,17 +242,14 @@ def _last_snapshot(run: str, kind: str | None, at: str | None) -> str:
 
     Names are such as images-000000000512-ema-0.9999.safetensors.
     """
-    names = sorted(name for name in storage.list_names(storage.join(run, "weights")) if name.endswith(".safetensors"))
-    if not names:
+    matches = map(SNAPSHOT.fullmatch, storage.list_names(storage.join(run, "weights")))
+    snapshots = [(match[0], match["kind"], str(int(match["images"]))) for match in matches if match]
+    if not snapshots:
         raise FileNotFoundError(f"{run} has no weights; a training writes them at its end, or with --snapshot-every")
-    kinds, images = [], []
-    for name in names:
-        _, number, name_kind = name.removesuffix(".safetensors").split("-", 2)
-        kinds.append(name_kind)
-        images.append(str(int(number)))
+    _, kinds, images = zip(*snapshots, strict=True)
     if kind not in (None, *kinds):
         raise ValueError(f"{run} has no weights {kind!r}; it has {', '.join(dict.fromkeys(kinds))}")
-    matching = [n for n, k, i in zip(names, kinds, images, strict=True) if kind in (None, k) and at in (None, i)]
+    matching = [name for name, k, i in snapshots if kind in (None, k) and at in (None, i)]
     if not matching:
         raise ValueError(
             f"--at {at}: {run} has no such snapshot; it has snapshots at {', '.join(dict.fromkeys(images))} images"

@@ -4,11 +4,22 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
-from cluster.session import KEEPER, LOCAL_ENVIRONMENT, PUBLIC, QUIET_ENVIRONMENT, address, session
+from cluster.session import (
+    KEEPER,
+    LOCAL_ENVIRONMENT,
+    PUBLIC,
+    QUIET_ENVIRONMENT,
+    address,
+    receive_environment,
+    session,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = {
@@ -55,6 +66,22 @@ def test_workers_of_a_running_cluster_have_the_drivers_environment_and_ray_store
     files = [path for path in Path(report["folder"]).rglob("*") if path.is_file()]
     assert len(files) > 5, "there was something to search"
     assert not [path for path in files if b"canary" in path.read_bytes()]
+
+
+def test_several_threads_of_a_worker_receive_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    both_have_asked = threading.Barrier(2)
+
+    def get(_: object) -> dict[str, str]:
+        both_have_asked.wait(10)
+        return {"ADMIRAL_ANY": "1"}
+
+    monkeypatch.setattr("ray.get_actor", lambda *_, **__: MagicMock())
+    monkeypatch.setattr("ray.get", get)
+    monkeypatch.setenv(KEEPER, "keeper")
+    monkeypatch.setenv("ADMIRAL_ANY", "0")
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda _: receive_environment(), range(2)))
+    assert os.environ["ADMIRAL_ANY"] == "1" and KEEPER not in os.environ
 
 
 @pytest.mark.ray

@@ -101,6 +101,20 @@ def test_a_preset_file_changes_a_preset_and_is_overridden(tmp_path: Path) -> Non
         assert config.model.channel_mult == adm_presets()["digits"][1].model.channel_mult
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "preset: digits\norder.num_streams: 8\norder.shuffle_row_groups: 2",
+        "preset: digits\norder.num_streams: 8\norder: {shuffle_row_groups: 2}",
+        '{\n\t"preset": "digits",\n\t"order": {"num_streams": 8, "shuffle_row_groups": 2}\n}',
+    ],
+)
+def test_a_preset_file_may_have_dotted_names_and_tabs_of_json(text: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text(text)
+    config = parse("Train.", adm_presets(), ["--preset", str(tmp_path / "mine")])
+    assert (config.order.num_streams, config.order.shuffle_row_groups) == (8, 2)
+
+
 def refusal(presets: dict[str, Any], argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Return the error that `argv` leads to, which must be one line on stderr, with exit code 2."""
     with pytest.raises(SystemExit) as end:
@@ -120,6 +134,9 @@ def refusal(presets: dict[str, Any], argv: list[str], capsys: pytest.CaptureFixt
         ("preset: digits\nmodel: {dropuot: 0}", "unknown field model.dropuot; did you mean model.dropout?"),
         ("preset: digits\nmodel: {learning_rat: 0}", "unknown field model.learning_rat; "),
         ("preset: digits\nqqq: 1", "unknown field qqq; PRESET --help lists"),
+        ("preset: digits\norder: {model.dropout: 0}", "unknown field order.model.dropout; "),
+        ("preset: digits\norder.num_stream: 8", "unknown field order.num_stream; did you mean order.num_streams?"),
+        ("preset: digits\ndtype: ''", "accepted: float32, bfloat16 or float16\n"),
         ("preset: digits\n1: 1", "unknown field 1; "),
         (
             "preset: digits\nmodel: {dropout: 2}",
@@ -153,6 +170,7 @@ def test_a_wrong_preset_file_is_one_line(
         (["digits", "--batch-size", "-8"], "--batch-size -8 is not accepted; accepted: a whole number greater than 0"),
         (["digits", "--total-images", "many"], "--total-images many is not accepted; accepted: a whole number"),
         (["digits", "--total-images"], "--total-images needs a value; accepted: a whole number"),
+        (["digits", "--dtype="], "--dtype needs a value; accepted: float32"),
         (["digits", "--total-images", "--seed", "1"], "--total-images needs a value"),
         (["digits", "--num-workers", "3"], "--num-workers 3 does not divide --order.num-streams 4"),
         (["digits", "--seed", "1", "extra"], "extra is not an option"),

@@ -67,7 +67,7 @@ def test_tracking_may_be_switched_at_any_start(tmp_path: Path, monkeypatch: pyte
     check_or_write_config(str(tmp_path), Config(tracking=False), True)
     check_or_write_config(str(tmp_path), Config(), True)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert JobConfig(store="s3://bucket/x", tracking=False).shared == ("s3://bucket/x/",), "needs no server"
+    assert JobConfig(store="s3://bucket/x", tracking=False).shared == ("s3://bucket/x",), "needs no server"
 
 
 def test_a_folders_config_holds_no_password(tmp_path: Path) -> None:
@@ -91,7 +91,8 @@ def test_the_experiment_is_named_by_the_environment(monkeypatch: pytest.MonkeyPa
 def test_relative_paths_lie_under_the_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ADMIRAL_STORE", "s3://bucket/root")
     assert JobConfig().path("digits/run") == "s3://bucket/root/digits/run"
-    assert JobConfig().path("s3://other/run") == "s3://other/run"
+    assert JobConfig().path("s3://other/run") == JobConfig().path("s3://other/run/") == "s3://other/run"
+    assert JobConfig().path("/shared/run/") == "/shared/run"  # a slash at the end gives no second MLflow run
     monkeypatch.chdir(tmp_path)
     assert JobConfig(store="runs").path("digits") == f"{tmp_path}/runs/digits"
 

@@ -58,6 +58,10 @@ def test_training_cost_matches_the_papers_v100_days(names: tuple[str, ...]) -> N
         ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
         ("NVIDIA A100-SXM4-40GB", "float32", 19.5e12),
         ("NVIDIA L40S", "float16", 362e12),
+        ("NVIDIA GH200 480GB", "float16", 989e12),
+        ("NVIDIA L40", "float16", None),  # neither an L4 nor an L40S
+        ("NVIDIA RTX A1000", "float16", None),
+        ("NVIDIA T400 4GB", "float16", None),
         ("x86_64 AVX512", "float16", None),
     ],
 )

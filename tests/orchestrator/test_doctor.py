@@ -1,6 +1,9 @@
 """Test that the doctor reports every problem of a node, and no others."""
 
+import base64
+import http.server
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -123,6 +126,27 @@ def test_tracking_of_several_machines_needs_a_server(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     unreachable = doctor._tracking(config, machines=2)
     assert unreachable.level == "WRONG" and "does not respond" in unreachable.text
+
+
+def test_the_tracking_server_is_asked_with_the_credentials_of_a_job(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A server that needs a login, whose address may contain it, is no failure if the login is right."""
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            user = base64.b64encode(b"user:password").decode()
+            self.send_response(200 if self.headers["Authorization"] == f"Basic {user}" else 401)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    host = f"127.0.0.1:{server.server_port}"
+    for address, level in [(f"user:password@{host}", "ok"), (host, "WRONG"), ("user:password@host:none", "WRONG")]:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{address}")
+        assert doctor._tracking(DoctorConfig(store=str(tmp_path)), machines=1).level == level, address
+    server.shutdown()
 
 
 def test_gpus_that_ray_hides_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

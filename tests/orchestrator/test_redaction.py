@@ -51,6 +51,7 @@ def test_user_and_password_of_an_address_are_redacted(name: str, monkeypatch: py
     "text",
     [
         "https://user:canary@host/x",
+        "s3://AKIA:canary/can+ary@bucket/x",  # keys of AWS may have slashes
         "https://canary@huggingface.co/data",
         "postgresql+psycopg2://mlflow:can@ary@host/mlflow",
         "postgresql://host/db?user=a&password=canary",
@@ -69,6 +70,7 @@ def test_secrets_outside_of_variables_are_redacted(text: str) -> None:
     "text",
     [
         "s3://bucket/a@b/c and /home/me@work/run",
+        "http://host:5000/a@b and s3://arn:aws:s3:eu-west-1:123456789012:accesspoint/x/a@b",
         "--num-workers 2 --seed 1 --order.num-streams 8",
         "AWS_SHARED_CREDENTIALS_FILE is not set",
         "num_tokens=5, key=value",

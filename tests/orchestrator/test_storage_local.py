@@ -177,11 +177,13 @@ def test_listings_omit_only_parts_with_a_leading_dot(tmp_path: Path) -> None:
     assert storage.list_names(str(tmp_path)) == ["volume.part"]
 
 
-@pytest.mark.parametrize("uri", ["https://someone:canary@host/x", "memory://a:canary@b"])
+@pytest.mark.parametrize(
+    "uri", ["https://someone:canary@host/x", "memory://a:canary@b", "s3://AKIA:canary/ary@bucket/x"]
+)
 def test_a_password_in_a_uri_is_refused_and_not_shown(uri: str) -> None:
     with pytest.raises(ValueError, match="was given with a password") as refused:
         storage.exists(uri)
-    assert "ary@" not in str(refused.value)
+    assert "ary" not in str(refused.value).replace("credentials in the", "")
 
 
 @pytest.mark.parametrize("uri", ["file://runs", "file:runs", "file://localhost/runs"])

@@ -1,5 +1,7 @@
 """S3 servers that fail for a while, differ from AWS, or refuse requests. Each refusal has its own message."""
 
+import http.server
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -317,3 +319,35 @@ def test_no_password_of_an_endpoint_is_shown(monkeypatch: pytest.MonkeyPatch, s3
     with pytest.raises(OSError, match="cannot read") as caught:
         storage.read_bytes(f"s3://{uuid.uuid4().hex}/x")
     assert "hidden-word" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "reason"),
+    [
+        (401, PermissionError, "access denied"),
+        (403, PermissionError, "access denied"),
+        (404, FileNotFoundError, "no such object"),
+        (410, OSError, "410"),
+        (503, OSError, "it was retried for 0.2 s"),
+    ],
+)
+def test_a_refusal_by_a_web_server_is_one_line_and_not_retried(
+    status: int, kind: type[OSError], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            requests.append(self.path)
+            self.send_response(status)
+            self.end_headers()
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("ADMIRAL_STORAGE_RETRY_SECONDS", "0.2")
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
+    with pytest.raises(kind, match=reason) as caught:
+        storage.read_bytes(f"http://127.0.0.1:{server.server_port}/weights.pt")
+    server.shutdown()
+    assert "weights.pt" in one_line(caught.value)
+    assert (len(requests) == 1) == (status < 500)

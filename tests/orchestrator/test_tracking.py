@@ -472,8 +472,10 @@ def test_a_killed_server_that_restarts_gets_all_records(monkeypatch: pytest.Monk
 def test_the_default_is_a_file_in_a_local_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert tracking_uri(JobConfig(store=str(tmp_path))) == f"sqlite:///{tmp_path}/mlflow.db"
-    with pytest.raises(ValueError, match="MLFLOW_TRACKING_URI must be set"):
-        tracking_uri(JobConfig(store="s3://bucket/root"))
+    assert tracking_uri(JobConfig(store=f"file://{tmp_path}/store")) == f"sqlite:///{tmp_path}/store/mlflow.db"
+    for store in ("s3://bucket/root", f"{tmp_path}/50%20off", f"{tmp_path}/a?b=c"):
+        with pytest.raises(ValueError, match="MLFLOW_TRACKING_URI must be set"):
+            tracking_uri(JobConfig(store=store))
 
 
 def test_a_submitted_job_refuses_a_relative_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 
 from models.diffusion import DiffusionConfig
-from orchestrator.weights.network import load_network, save_weights, weights_file
+from orchestrator.weights.network import load_network, save_weights, weights_about, weights_file
 from tests.orchestrator.networks import UNET, save_network
 
 
@@ -38,6 +38,7 @@ def test_a_snapshot_is_found_by_its_average_and_its_number_of_images(
         for average in ("ema-0.99", "ema-0.9999", "raw"):
             (tmp_path / "weights").mkdir(exist_ok=True)
             (tmp_path / "weights" / f"images-{images:012d}-{average}.safetensors").touch()
+    (tmp_path / "weights" / "mine.safetensors").touch()  # a user's own file is no snapshot
     assert weights_file("run", lambda _: str(tmp_path), None, kind, at) == f"run/weights/{expected}.safetensors"
     with pytest.raises(ValueError, match=r"no weights 'ema-0\.5'; it has ema-0\.99, ema-0\.9999, raw"):
         weights_file(str(tmp_path), str, kind="ema-0.5")
@@ -53,9 +54,11 @@ def test_a_truncated_or_foreign_file_is_refused(tmp_path: Path) -> None:
         uri.write_bytes(data[:length])
         with pytest.raises(ValueError, match=r"w\.safetensors is not a weights file of Admiral"):
             load_network(str(uri))
-    uri.write_bytes(b"not safetensors at all")
-    with pytest.raises(ValueError, match="is not a weights file"):
-        load_network(str(uri))
+    for content in (b"not safetensors at all", b"", b"version https://git-lfs.github.com/spec/v1\n"):
+        uri.write_bytes(content)
+        for read in (load_network, weights_about):
+            with pytest.raises(ValueError, match="is not a weights file"):
+                read(str(uri))
     with pytest.raises(FileNotFoundError, match="has no weights"):
         load_network(str(tmp_path / "empty"))
 
