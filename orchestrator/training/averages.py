@@ -80,10 +80,8 @@ def _select_snapshots(config: AverageConfig) -> list[tuple[int, float, str]]:
 
 
 def average_uri(config: AverageConfig) -> str:
-    """Return the URI of the average's weights file; raise ValueError if its name does not end in .safetensors."""
+    """Return the URI of the average's weights file."""
     if config.output is not None:
-        if not config.output.endswith(".safetensors"):
-            raise ValueError(f"--output {config.output} is not the name of a .safetensors file; add the ending")
         return config.path(config.output)
     images = _select_snapshots(config)[-1][0]
     name = f"images-{images:012d}-{config.sigma_rel:g}.safetensors"
