@@ -422,11 +422,11 @@ TRIALS: dict[str, Trial] = {
         cifar100(""), "--label-column coarse: only Parquet", {"label_column": "coarse"}
     ),
     "tar of names in Latin-1": Trial(
-        {"a.tar": tar_bytes([(f"{name}/{i}.png", NEW()) for name in ("caf\udce9", "the") for i in range(4)])},
-        {"train": even(("café", "the"), 4)},
+        {"a.tar": tar_bytes([(f"{name}/{i}.png", NEW()) for name in ("r\udce9", "the") for i in range(4)])},
+        {"train": even(("ré", "the"), 4)},
     ),
     "file names that are not UTF-8": Trial(
-        folders(NEW, ["cat", "caf\udce9"], 4), r"the file name 'caf\\udce9/\d.png' is not UTF-8; rename it"
+        folders(NEW, ["cat", "r\udce9"], 4), r"the file name 'r\\udce9/\d.png' is not UTF-8; rename it"
     ),
     "webdataset of some samples without a label": Trial(
         {f"{name}.tar": tar_bytes([(f"{i}.{ending}", data) for i in range(6) for ending, data in (
