@@ -167,8 +167,10 @@ def _write_shard(output: str, plan: Plan, shard: ShardPlan, index: pa.Table, res
                 rows.append(row)
                 widths.append(row["width"])
                 heights.append(row["height"])
-                for kind, found in (("transparent_images", transparent), ("rotated_images", rotated)):
-                    keys_by_kind[kind] += [entry["key"]] * found
+                if transparent:
+                    keys_by_kind["transparent_images"].append(entry["key"])
+                if rotated:
+                    keys_by_kind["rotated_images"].append(entry["key"])
             if rows:
                 writer.write_table(pa.Table.from_pylist(rows, schema=SHARD_SCHEMA), row_group_size=len(rows))
         facts = {

@@ -228,19 +228,27 @@ def narrow_scales(measured: dict[Setting, float], candidates: list[Setting]) -> 
         alike = {other: value for other, value in measured.items() if _family(other) == _family(setting)}
         fewest = min(other.sampler.num_steps for other in alike)
         shift = (fewest / setting.sampler.num_steps) ** SCALE_EXPONENT
-        guides = {_guide(other) for other in alike if other.guidance.scale}
-        for guide in guides & {_guide(setting)} or guides or {_guide(setting)}:
+        guides, own_guide = {_guide(other) for other in alike if other.guidance.scale}, _guide(setting)
+        if own_guide in guides or not guides:  # else it is unguided, or no trial of its guide was measured
+            guides = {own_guide}
+        for guide in guides:
             objective = {
                 other.guidance.scale: value
                 for other, value in alike.items()
                 if _guide(other) == guide or not other.guidance.scale
             }
-            best_two = sorted(sorted(objective, key=lambda scale: objective[scale])[:2])
-            lowest = max((scale for scale in objective if scale <= best_two[0] * shift), default=best_two[0])
-            if lowest <= setting.guidance.scale <= best_two[-1]:
+            lowest, highest = _scale_bounds(objective, shift)
+            if lowest <= setting.guidance.scale <= highest:
                 kept.append(setting)
                 break
     return kept
+
+
+def _scale_bounds(objective: dict[float, float], shift: float) -> tuple[float, float]:
+    """Return the lowest and the highest scale that `narrow_scales` keeps; objective: by scale, smaller is better."""
+    best_two = sorted(sorted(objective, key=lambda scale: objective[scale])[:2])
+    lowest = max((scale for scale in objective if scale <= best_two[0] * shift), default=best_two[0])
+    return lowest, best_two[-1]
 
 
 def _guide(setting: Setting) -> tuple[object, ...]:

@@ -1,13 +1,12 @@
 """Snapshots of a training: weights files in the folder weights/ of the run."""
 
-import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from orchestrator import storage
 from orchestrator.training.checkpoints import Checkpoint
 from orchestrator.training.config import Config
-from orchestrator.weights.network import save_weights
+from orchestrator.weights.network import SNAPSHOT, save_weights
 
 
 def snapshot_uris(run: str, config: Config, position: int) -> dict[str, str]:
@@ -69,5 +68,5 @@ def power_snapshots(run: str) -> list[tuple[int, float, str]]:
 
 def _list_snapshots(folder: str) -> Iterator[Snapshot]:
     for name in storage.list_names(folder):
-        if match := re.fullmatch(r"images-(\d+)-(.+)\.safetensors", name):
-            yield Snapshot(int(match[1]), match[2], name)
+        if match := SNAPSHOT.fullmatch(name):
+            yield Snapshot(int(match["images"]), match["kind"], name)

@@ -108,9 +108,11 @@ def list_source(config: PrepareConfig) -> Listing:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--source {uri} does not exist") from error
     if size is None:
-        # The output may lie in the source. Its shards are not images of the source.
-        output = f"{storage.resolve(config.path(config.output))}/".removeprefix(f"{storage.resolve(uri)}/") or "//"
-        entries = (entry for listed in storage.list_tree(uri) for entry in listed if not entry[0].startswith(output))
+        entries = (entry for listed in storage.list_tree(uri) for entry in listed)
+        source, output = f"{storage.resolve(uri)}/", f"{storage.resolve(config.path(config.output))}/"
+        if output.startswith(source) and output != source:  # the shards in it are not images of the source
+            folder = output.removeprefix(source)
+            entries = (entry for entry in entries if not entry[0].startswith(folder))
         return _listing(uri, uri.rstrip("/"), entries)
     folder, name = uri.rsplit("/", 1)
     return _listing(uri, folder, iter([(name, size)]))  # the source is an object
