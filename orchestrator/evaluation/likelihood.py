@@ -161,7 +161,10 @@ def _check(config: LikelihoodConfig, network: Network, manifest: Manifest) -> No
     """Raise ValueError if the weights do not fit the dataset, it has too few images, or a depth is not in the chain."""
     manifest.check(config.split, network.architecture.image_size, "center", bool(network.architecture.num_classes))
     if (count := _count(config, manifest)) < 2:
-        raise ValueError(f"an interval needs at least 2 images, but this is an estimate of {count} image; use more")
+        raise ValueError(
+            f"--split {config.split}: the estimate would use {count} of its images, but an interval needs at least 2; "
+            "pass a larger --num-samples, or another --split"
+        )
     if network.architecture.num_classes and network.classes != manifest.classes:
         raise ValueError(
             f"--weights {config.weights} and --dataset {config.dataset} have different classes; use the dataset on "

@@ -250,7 +250,10 @@ def _classes(
         classes = class_names or tuple(sorted(str(name) for name in distinct_labels if name is not None))
         number_of = {name: number for number, name in enumerate(classes)}
         if unknown := sorted(set(distinct_labels) - {None, *classes}):  # type: ignore[type-var]
-            raise ValueError(f"--source {source}: {unknown[0]} is not one of the classes that it lists: {classes}")
+            raise ValueError(
+                f"--source {source}: {unknown[0]} is not one of the classes that it lists, which are "
+                f"{', '.join(classes[:EXAMPLES])}{', ...' if len(classes) > EXAMPLES else ''}"
+            )
         labels = [-1 if name is None else number_of[name] for name in distinct_labels]  # type: ignore[index]
         return classes, np.array(labels)[codes]
     numbers = [label for label in distinct_labels if isinstance(label, int)]
@@ -367,8 +370,8 @@ class Splits:
         """Raise ValueError if a name of the option has given no split."""
         if unused := self._given.keys() - self._used:
             raise ValueError(
-                f"--split {self._option}: {', '.join(sorted(unused))} gives the split of no image; accepted: names of "
-                "folders, or parts of the names of files, that give splits"
+                f"--split {self._option}: {', '.join(sorted(unused))} names no images; accepted: names of folders, or "
+                "words in the names of archives and data files"
             )
 
     def looks_like(self, name: str) -> bool:

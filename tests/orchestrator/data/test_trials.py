@@ -259,7 +259,7 @@ TRIALS: dict[str, Trial] = {
         {"split": "extra=out"},
     ),
     "an option that names no folder": Trial(
-        SPLITS, "--split vla=out: vla gives the split of no image", {"split": "vla=out"}
+        SPLITS, "--split vla=out: vla names no images", {"split": "vla=out"}
     ),
     "training images without labels": Trial(
         {f"train/{i}.png": NEW() for i in range(4)}
@@ -343,7 +343,7 @@ TRIALS: dict[str, Trial] = {
     "parquet, an option of two words": Trial(
         HARD, {"train": even("01", 4)}, {"split": "test_hard=out", "copy_parquet": True}
     ),
-    "parquet, an option that names no file": Trial(HARD, "extra gives the split of no image", {"split": "extra=out"}),
+    "parquet, an option that names no file": Trial(HARD, "extra names no images", {"split": "extra=out"}),
     "parquet, one file without rows": Trial(
         HARD | {"data/train-00001.parquet": parquet({
             "image": pa.array([], pa.struct([("bytes", pa.binary()), ("path", pa.string())])),

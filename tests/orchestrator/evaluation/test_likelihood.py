@@ -68,7 +68,7 @@ def test_an_impossible_depth_is_refused(store: str) -> None:
 
 
 def test_a_split_that_cannot_be_estimated_is_refused_before_the_work(store: str) -> None:
-    with pytest.raises(ValueError, match="1 image"):
+    with pytest.raises(ValueError, match="would use 1 of its images"):
         plan(config(store, "one", num_samples=1))
     folder = prepare(
         PrepareConfig(store=store, source="digits", output="others", name="others", validation_fraction=0.2)
